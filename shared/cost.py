@@ -1,0 +1,47 @@
+"""The verification time model, evaluated by the scheduler thousands of times a second.
+
+    time = c0 + c1·jobs + c2·new tokens + c3·Σ new × context / 10⁶ + c4·Σ context / 10⁶        [milliseconds]
+
+with non-negative coefficients. The weights' products are linear in the new tokens, attention's score and value products
+in new × context, and reading the cache in the context; the constant is the price of touching the weights at all. The
+estimator fits the coefficients (`services.estimator.fit`); here they are only used.
+"""
+
+from __future__ import annotations
+
+from shared.messages import BatchShape, CostModel
+
+MILLION = 1e6
+
+FALLBACK = CostModel(
+    verifier="any",
+    coefficients=[40.0, 0.5, 2.0, 5.0, 5.0],
+    ratio_p50=1.0,
+    ratio_p90=1.5,
+    ratio_p99=3.0,
+    samples=0,
+    version=0,
+)
+"""Used for a verifier that has not been profiled yet: a 135M-parameter model on one CPU core, roughly."""
+
+
+def features(shape: BatchShape) -> tuple[float, float, float, float, float]:
+    """The five numbers that the coefficients multiply."""
+    return (1.0, shape.jobs, shape.new_tokens, shape.new_context / MILLION, shape.context / MILLION)
+
+
+def predict_ms(model: CostModel, shape: BatchShape) -> float:
+    """Expected time of a batch of this shape, in milliseconds; 0 for an empty one."""
+    if shape.jobs == 0:
+        return 0.0
+    return sum(c * x for c, x in zip(model.coefficients, features(shape), strict=True))
+
+
+def shape_of(lengths: list[tuple[int, int]]) -> BatchShape:
+    """Shape of a batch of jobs, each given as (new tokens, the session's length after them)."""
+    return BatchShape(
+        jobs=len(lengths),
+        new_tokens=sum(new for new, _ in lengths),
+        new_context=sum(new * length for new, length in lengths),
+        context=sum(length for _, length in lengths),
+    )

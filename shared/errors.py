@@ -1,0 +1,59 @@
+"""Every error that the product raises on purpose.
+
+    WispError
+    ├── SettingsError      a setting is missing or out of range (found at start)
+    ├── BrokersError       RabbitMQ or Redis is not there, or could not be started
+    ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
+    ├── SessionGone        Redis no longer holds a session's state (expired, or the data was lost)
+    ├── ModelError         a model folder is incomplete, or does not fit its partner
+    └── EngineError        the engine refuses work; nothing has changed
+        ├── CacheFull      the K/V budget cannot hold what this call needs
+        └── TooLong        more tokens than the model's context or the whole budget
+
+The text of each says what was wrong, with the value, and what to do.
+"""
+
+from __future__ import annotations
+
+
+class WispError(Exception):
+    """Base of every error raised on purpose."""
+
+
+class SettingsError(WispError):
+    """A setting is missing, malformed or out of range."""
+
+
+class BrokersError(WispError):
+    """RabbitMQ or Redis cannot be found, started or reached."""
+
+
+class MessageError(WispError):
+    """A message cannot be decoded; the receiver dead-letters it with this text as the reason."""
+
+
+class SessionGone(WispError):
+    """The session's committed state is not in Redis any more."""
+
+    def __init__(self, session: str) -> None:
+        super().__init__(
+            f"session {session} is not in Redis any more (it expired, was deleted, or Redis lost its data); "
+            "send the request again"
+        )
+        self.session = session
+
+
+class ModelError(WispError):
+    """A model folder cannot be used as it is."""
+
+
+class EngineError(WispError):
+    """The engine refuses a call; no session has changed."""
+
+
+class CacheFull(EngineError):
+    """The K/V budget cannot hold what this call needs, even after evicting every idle session."""
+
+
+class TooLong(EngineError):
+    """A session would exceed the model's context or the whole K/V budget."""

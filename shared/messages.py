@@ -1,0 +1,305 @@
+"""The messages between the services: small typed records, msgpack maps on the wire.
+
+A map carries its type name (`t`) and the schema version (`v`) beside the record's own fields. Fields that the reader
+does not know are ignored, so that services of neighbouring versions work side by side during a rolling update; a
+missing or ill-typed field is a `MessageError`. Durations are milliseconds that are left or have passed, never a point
+on another process's clock.
+
+Token positions count from the first token of the prompt. `base_len` is always the number of committed tokens (prompt
+included) that a round builds on.
+"""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar
+
+import msgpack
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.errors import MessageError
+
+SCHEMA_VERSION = 1
+
+Count = Annotated[int, Field(ge=0)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Record(BaseModel):
+    """A part of a message: strictly typed, immutable, tolerant of fields it does not know."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class Message(Record):
+    """A record that travels by itself."""
+
+    type_name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.type_name = cls.__name__
+
+
+class Sampling(Record):
+    """How the target's choice is drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+
+class Slo(Record):
+    """A promise of speed: time to first token, and mean time per output token after it, in milliseconds."""
+
+    ttft_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    tpot_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class DraftChoice(StrEnum):
+    """Which draft source a request asks for; `auto` leaves it to the drafter's settings."""
+
+    AUTO = "auto"
+    NONE = "none"
+    LOOKUP = "lookup"
+    MODEL = "model"
+
+
+class Finish(StrEnum):
+    """Why a session's text ended, decided with the commit."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Status(StrEnum):
+    """What became of one job."""
+
+    COMMITTED = "committed"
+    """The round's tokens are committed, now or by an earlier copy of the same round."""
+    CONFLICT = "conflict"
+    """The round did not build on the committed length; `tokens` are what is committed from `base_len` on."""
+    PREFILLED = "prefilled"
+    """A chunk of the prompt is in the verifier's cache; nothing was sampled."""
+    FAILED = "failed"
+    """The round cannot be verified, now or later; `error` says why."""
+
+
+class Generate(Message):
+    """gateway → drafter: bring this session to its end."""
+
+    session: Name
+    gateway: Name
+    prompt: Annotated[list[TokenId], Field(min_length=1)]
+    sampling: Sampling
+    stop_ids: list[TokenId]
+    max_tokens: Annotated[int, Field(ge=1)]
+    fingerprint: str
+    vocab_fingerprint: str
+    slo: Slo | None = None
+    draft: Annotated[DraftChoice, Field(strict=False)] = DraftChoice.AUTO
+    elapsed_ms: Milliseconds = 0.0
+    """Time since the request reached the gateway."""
+
+
+class Verify(Message):
+    """drafter → scheduler: check this draft. Also asks for plain decoding, with an empty draft."""
+
+    session: Name
+    round: Count
+    base_len: Annotated[int, Field(ge=1)]
+    draft: list[TokenId]
+    acceptance: list[Probability]
+    """Predicted probability of each draft token, given that those before it are accepted."""
+    drafter: Name
+    gateway: Name
+    fingerprint: str
+    slack_ms: SignedMilliseconds | None = None
+    """Time left until the session's next token is due; negative when late, None without an SLO."""
+    draft_ms: Milliseconds = 0.0
+    attempt: Count = 0
+
+
+class Job(Record):
+    """One session's part of a batch."""
+
+    session: Name
+    round: Count
+    base_len: Annotated[int, Field(ge=1)]
+    draft: list[TokenId]
+    """The draft, already trimmed to what is to be verified."""
+    drafted: Count
+    """Length of the draft before trimming."""
+    prefill_to: Count | None = None
+    """Only extend the cache to this length (a chunk of a long prompt) and sample nothing."""
+    drafter: Name
+    gateway: Name
+    fingerprint: str
+    draft_ms: Milliseconds = 0.0
+    queue_ms: Milliseconds = 0.0
+    """Time since the scheduler received the round."""
+    reason: str = ""
+    """Why the policy put this job into this batch."""
+
+
+class Batch(Message):
+    """scheduler → one verifier: verify these together."""
+
+    batch: Name
+    scheduler: Name
+    jobs: Annotated[list[Job], Field(min_length=1)]
+    predicted_ms: Milliseconds
+    policy: str
+
+
+class Failure(Record):
+    """Why a session cannot go on, in the words of the HTTP API's error body."""
+
+    code: str
+    message: str
+
+
+class Result(Message):
+    """verifier → drafter, gateway, scheduler, journal: what became of one job."""
+
+    session: Name
+    round: Count
+    base_len: Annotated[int, Field(ge=1)]
+    status: Annotated[Status, Field(strict=False)]
+    verifier: Name
+    batch: Name
+    accepted: Count = 0
+    """Accepted draft tokens; the tokens after them are the target's own."""
+    tokens: list[TokenId] = Field(default_factory=list)
+    """Committed tokens from `base_len` on: the accepted drafts and the bonus token."""
+    drafted: Count = 0
+    trimmed_to: Count = 0
+    """How many draft tokens were verified."""
+    finish: Annotated[Finish | None, Field(strict=False)] = None
+    cached: Count = 0
+    """Tokens of the session whose K/V this verifier holds now."""
+    new_tokens: Count = 0
+    """Tokens that were computed for this job."""
+    draft_ms: Milliseconds = 0.0
+    queue_ms: Milliseconds = 0.0
+    verify_ms: Milliseconds = 0.0
+    error: Failure | None = None
+
+
+class BatchShape(Record):
+    """What a batch's time depends on: the cost model's features."""
+
+    jobs: Count
+    new_tokens: Count
+    new_context: Count
+    """Σ over jobs of new tokens × the session's length after them."""
+    context: Count
+    """Σ over jobs of the session's length after the batch."""
+
+
+class Sample(Message):
+    """verifier → estimator: one measured batch."""
+
+    verifier: Name
+    shape: BatchShape
+    measured_ms: Milliseconds
+    profile: bool = False
+    """True for the batches that a verifier runs at its start to measure itself."""
+
+
+class CostModel(Message):
+    """estimator → scheduler, gateway: the verification time model of one verifier. See `shared.cost`."""
+
+    verifier: Name
+    coefficients: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=5, max_length=5)]
+    """Milliseconds per batch, job, new token, million new × context, million context."""
+    ratio_p50: Annotated[float, Field(gt=0)]
+    """Median, 90th and 99th percentile of measured / predicted time."""
+    ratio_p90: Annotated[float, Field(gt=0)]
+    ratio_p99: Annotated[float, Field(gt=0)]
+    samples: Count
+    version: Count
+
+
+class Load(Message):
+    """scheduler → drafters, gateway: how busy the verifiers are."""
+
+    scheduler: Name
+    price_ms: Milliseconds
+    """What verifying one more token costs the others, in milliseconds of batch time; 0 when there is room."""
+    queue_ms: Milliseconds
+    """Recent time from a round's arrival to its batch."""
+    pending: Count
+    draft_cap: Count
+    """Longest draft worth sending now."""
+
+
+class Cancel(Message):
+    """gateway → all: nobody waits for this session any more. Redis holds the same fact durably."""
+
+    session: Name
+    reason: str
+
+
+class Residency(Record):
+    """Tokens of one session whose K/V a verifier holds."""
+
+    session: Name
+    cached: Count
+
+
+class Heartbeat(Message):
+    """verifier → scheduler: I am here."""
+
+    verifier: Name
+    fingerprint: str
+    max_len: Count
+    """The model's context, or the whole cache budget where that is smaller, in tokens."""
+    free_tokens: Count
+    total_tokens: Count
+    draining: bool = False
+    residency: list[Residency] = Field(default_factory=list)
+
+
+MESSAGES: dict[str, type[Message]] = {
+    kind.type_name: kind
+    for kind in (Generate, Verify, Batch, Result, Sample, CostModel, Load, Cancel, Heartbeat)
+}
+
+
+def encode(message: Message) -> bytes:
+    """The message as it goes over the wire."""
+    fields = message.model_dump(mode="json", exclude_defaults=True)
+    fields["t"] = message.type_name
+    fields["v"] = SCHEMA_VERSION
+    return msgpack.packb(fields)  # type: ignore[no-any-return]
+
+
+def decode(body: bytes) -> Message:
+    """The message in these bytes.
+
+    Raises MessageError when they are not msgpack, not one of our messages, or a field is missing or ill-typed.
+    """
+    try:
+        fields = msgpack.unpackb(body)
+    except Exception as error:  # msgpack raises half a dozen unrelated types, ValueError and its own among them
+        raise MessageError(f"not msgpack: {error or type(error).__name__}") from error
+    if not isinstance(fields, dict):
+        raise MessageError(f"expected a msgpack map, got {type(fields).__name__}")
+    name = fields.pop("t", None)
+    kind = MESSAGES.get(name) if isinstance(name, str) else None
+    if kind is None:
+        raise MessageError(f"unknown message type {name!r}; known: {', '.join(MESSAGES)}")
+    version = fields.pop("v", None)
+    if not isinstance(version, int) or version < 1:
+        raise MessageError(f"{name}: schema version {version!r} is not a positive integer")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, e['loc'])) or 'record'}: {e['msg']}" for e in error.errors()[:5])
+        raise MessageError(f"{name}: {problems}") from error

@@ -1,0 +1,47 @@
+"""What every service process does around its own work: settings, logs, metrics, signals, exit code."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Awaitable, Callable
+from typing import TypeVar
+
+import prometheus_client
+import uvloop
+
+from shared import logging
+from shared.errors import WispError
+from shared.settings import ServiceSettings, load
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
+    """Run `serve(settings, instance, stop)` until it returns; SIGTERM and SIGINT set `stop`.
+
+    Ends the process with status 2 for bad settings and 1 for an error that the operator has to see.
+    """
+    settings = load(kind, f"python -m services.{service}")
+    instance = settings.instance_name(service)
+    logging.configure(service, instance, settings.log_level, settings.log_format)
+    log = logging.get()
+
+    async def main() -> None:
+        stop = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+        if settings.metrics_port:
+            prometheus_client.start_http_server(settings.metrics_port, settings.metrics_host)
+        await serve(settings, instance, stop)
+
+    try:
+        uvloop.run(main())
+    except WispError as error:
+        log.error("stopped", error=str(error))
+        raise SystemExit(1) from None
+    except Exception:
+        log.exception("crashed")
+        raise SystemExit(1) from None
+    log.info("stopped")

@@ -1,0 +1,85 @@
+"""What every service is configured by; each service's own settings class adds to it.
+
+Values come from the command line (`--help` lists them), then the environment (`WISP_` and the upper-case name), then
+the defaults here. Nothing else in the product reads the environment.
+"""
+
+from __future__ import annotations
+
+import re
+import socket
+import sys
+from pathlib import Path
+from secrets import token_hex
+from typing import Literal, NoReturn, TypeVar
+
+from pydantic import Field, ValidationError
+from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+
+NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+
+
+class ServiceSettings(BaseSettings):
+    """Settings that all services share."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="WISP_",
+        extra="ignore",
+        frozen=True,
+        cli_kebab_case=True,
+        cli_hide_none_type=True,
+        cli_avoid_json=True,
+    )
+
+    amqp_url: str = Field("amqp://guest:guest@127.0.0.1:5672/", description="RabbitMQ, as an amqp:// or amqps:// URL")
+    redis_url: str = Field("redis://127.0.0.1:6379/0", description="Redis, as a redis:// or rediss:// URL")
+    namespace: str = Field(
+        "wisp", pattern=NAME_PATTERN, description="prefix of the exchange, the queues and the Redis keys"
+    )
+    instance: str = Field(
+        "", description="this process's name, unique in the namespace; default: host name and a random part"
+    )
+    log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
+    log_format: Literal["json", "console"] = Field("json", description="log lines as JSON or for reading")
+    metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics; 0 serves none")
+    metrics_host: str = Field("127.0.0.1", description="address for Prometheus metrics")
+    session_ttl_s: int = Field(900, ge=10, description="seconds that a session's state is kept after its last token")
+
+    def instance_name(self, service: str) -> str:
+        """The given instance name, or a fresh one made of service, host and a random part."""
+        if self.instance:
+            return self.instance
+        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+        return f"{service}-{host}-{token_hex(3)}"
+
+
+class TargetSettings(ServiceSettings):
+    """Settings of the services that need to know the target model."""
+
+    target: Path = Field(
+        Path(".wisp/models/smollm2-135m-instruct"), description="folder of the target model (Hugging Face layout)"
+    )
+    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the target's weights")
+
+
+S = TypeVar("S", bound=ServiceSettings)
+
+
+def load(kind: type[S], program: str) -> S:
+    """Settings from command line, environment and defaults; ends the process with a readable message if they are bad."""
+    try:
+        return kind(_cli_parse_args=True, _cli_prog_name=program)  # type: ignore[call-arg]
+    except ValidationError as error:
+        problems = []
+        for item in error.errors():
+            name = "_".join(str(part) for part in item["loc"])
+            given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
+            problems.append(f"  WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
+        _refuse(program, problems)
+    except SettingsError as error:
+        _refuse(program, [f"  {error}"])
+
+
+def _refuse(program: str, problems: list[str]) -> NoReturn:
+    print(f"{program}: bad settings\n" + "\n".join(problems) + f"\nSee `{program} --help`.", file=sys.stderr)
+    raise SystemExit(2)
