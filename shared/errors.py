@@ -3,6 +3,7 @@
     WispError
     ├── SettingsError      a setting is missing or out of range (found at start)
     ├── BrokersError       RabbitMQ or Redis is not there, or could not be started
+    │   └── Unroutable     no queue takes this message
     ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
     ├── SessionGone        Redis no longer holds a session's state (expired, or the data was lost)
     ├── ModelError         a model folder is incomplete, or does not fit its partner
@@ -26,6 +27,10 @@ class SettingsError(WispError):
 
 class BrokersError(WispError):
     """RabbitMQ or Redis cannot be found, started or reached."""
+
+
+class Unroutable(BrokersError):
+    """No queue is bound for a message's routing key: its receiver is not running."""
 
 
 class MessageError(WispError):

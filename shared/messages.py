@@ -267,8 +267,7 @@ class Heartbeat(Message):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.type_name: kind
-    for kind in (Generate, Verify, Batch, Result, Sample, CostModel, Load, Cancel, Heartbeat)
+    kind.type_name: kind for kind in (Generate, Verify, Batch, Result, Sample, CostModel, Load, Cancel, Heartbeat)
 }
 
 

@@ -66,7 +66,7 @@ S = TypeVar("S", bound=ServiceSettings)
 
 
 def load(kind: type[S], program: str) -> S:
-    """Settings from command line, environment and defaults; ends the process with a readable message if they are bad."""
+    """Settings from command line, environment and defaults; bad ones end the process with a readable message."""
     try:
         return kind(_cli_parse_args=True, _cli_prog_name=program)  # type: ignore[call-arg]
     except ValidationError as error:

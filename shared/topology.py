@@ -2,7 +2,7 @@
 
     routing key             from → to                             queue
     generate.<pool>         gateway → one drafter of the pool     <ns>.generate.<pool>      durable, quorum
-    verify                  drafter → the active scheduler        <ns>.verify               durable, single active consumer
+    verify                  drafter → the active scheduler        <ns>.verify               durable, one active consumer
     batch.<verifier>        scheduler → that verifier             <ns>.verifier.<name>      exclusive
     result.<instance>       verifier → drafter, gateway (by CC)   <ns>.drafter.<name> ...   exclusive
     result.scheduler        verifier → every scheduler (by CC)    <ns>.scheduler.<name>     exclusive
@@ -104,9 +104,7 @@ class Topology:
 
     def verify_queue(self) -> Queue:
         """Rounds for the scheduler. One scheduler consumes at a time; the broker hands over to a standby."""
-        return Queue(
-            f"{self.namespace}.verify", (VERIFY,), durable=True, arguments={"x-single-active-consumer": True}
-        )
+        return Queue(f"{self.namespace}.verify", (VERIFY,), durable=True, arguments={"x-single-active-consumer": True})
 
     def sample_queue(self) -> Queue:
         """Measured batches for the estimator; the oldest are dropped when nobody reads them."""

@@ -1,0 +1,231 @@
+"""Talking to RabbitMQ: one connection per process, messages in and out, nothing decided here.
+
+Two ways to publish. *Persistent* messages (Generate) are confirmed by the broker before `publish` returns. Everything
+of a round is *transient*: it is handed to the socket and forgotten, because the drafter's round timeout repairs any
+loss. Transient messages are consumed without acknowledgement for the same reason; persistent ones are acknowledged when
+their handler returns, and given to another consumer when the process dies before that.
+
+After a lost connection aio-pika restores channels, queues, bindings and consumers; `prove` shows that it really did.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
+from uuid import uuid4
+
+import aio_pika
+import structlog
+from aio_pika.abc import (
+    AbstractChannel,
+    AbstractExchange,
+    AbstractIncomingMessage,
+    AbstractQueue,
+    AbstractRobustConnection,
+)
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
+from aiormq.exceptions import ChannelLockedResource
+
+from shared import logging
+from shared.errors import BrokersError, MessageError, Unroutable
+from shared.messages import Message, decode, encode
+from shared.topology import Queue, Topology
+
+CONNECT_TIMEOUT_S = 30
+RECONNECT_INTERVAL_S = 1
+OWN_QUEUE_RETRIES = 20
+PROBE_HEADER = "x-wisp-probe"
+
+Handler = Callable[[Message], Awaitable[None]]
+Returned = Callable[[Message], None]
+
+
+class Broker:
+    """A connection to the broker, in one namespace."""
+
+    def __init__(
+        self,
+        connection: AbstractRobustConnection,
+        topology: Topology,
+        fast: AbstractChannel,
+        exchanges: tuple[AbstractExchange, AbstractExchange, AbstractExchange],
+    ) -> None:
+        self.topology = topology
+        self._connection = connection
+        self._fast = fast
+        self._fast_exchange, self._sure_exchange, self._dead_exchange = exchanges
+        self._log = logging.get()
+        self._probes: dict[str, asyncio.Future[None]] = {}
+        self._returned: Returned | None = None
+
+    @classmethod
+    async def connect(cls, url: str, topology: Topology, name: str) -> Broker:
+        """Connect and declare the exchanges. `name` is shown in the broker's list of connections.
+
+        Raises BrokersError when nothing answers for 30 seconds.
+        """
+        last: Exception = TimeoutError("no answer")
+
+        async def attempt() -> AbstractRobustConnection:
+            nonlocal last
+            while True:
+                try:
+                    return await aio_pika.connect_robust(
+                        url, reconnect_interval=RECONNECT_INTERVAL_S, client_properties={"connection_name": name}
+                    )
+                except CONNECTION_EXCEPTIONS as error:
+                    last = error
+                    await asyncio.sleep(RECONNECT_INTERVAL_S)
+
+        try:
+            connection = await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)
+        except TimeoutError:
+            raise BrokersError(
+                f"RabbitMQ cannot be used at {without_password(url)} ({last or type(last).__name__}); "
+                "start it, or set WISP_AMQP_URL"
+            ) from last
+        fast = await connection.channel(publisher_confirms=False)
+        sure = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
+        exchanges = (
+            await fast.declare_exchange(topology.exchange, topic, durable=True),
+            await sure.declare_exchange(topology.exchange, topic, durable=True),
+            await fast.declare_exchange(topology.dead, fanout, durable=True),
+        )
+        dead = topology.dead_queue()
+        await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
+        broker = cls(connection, topology, fast, exchanges)
+        fast.return_callbacks.add(broker._on_return)
+        return broker
+
+    def on_returned(self, callback: Returned) -> None:
+        """Call this with every transient message that no queue took."""
+        self._returned = callback
+
+    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
+        """Publish once; the broker gives a copy to every queue bound to `key` or to a key in `cc`.
+
+        A transient message that cannot be sent now is dropped with a warning, or comes back through `on_returned`. A
+        persistent one raises Unroutable when no queue takes it and BrokersError when the broker does not confirm it.
+        """
+        envelope = aio_pika.Message(
+            encode(message),
+            headers={"CC": list(cc)} if cc else None,
+            content_type="application/msgpack",
+            delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
+        )
+        exchange = self._sure_exchange if persistent else self._fast_exchange
+        try:
+            await exchange.publish(envelope, key, mandatory=True, timeout=CONNECT_TIMEOUT_S if persistent else 5)
+        except PublishError as error:
+            raise Unroutable(f"no queue takes {key!r}: its receiver is not running") from error
+        except CONNECTION_EXCEPTIONS as error:
+            if persistent:
+                raise BrokersError(f"RabbitMQ did not take a {message.type_name} message: {error!r}") from error
+            self._log.warning("message dropped: no connection", key=key, error=repr(error))
+
+    async def consume(self, queue: Queue, handler: Handler, *, prefetch: int = 0) -> None:
+        """Declare `queue` and call `handler` with each of its messages, from now on, also after reconnects.
+
+        With `prefetch`, messages are acknowledged when their handler returns, at most `prefetch` at a time; without,
+        they count as done when they arrive. What cannot be decoded, and what makes its handler fail, is dead-lettered
+        with the reason and the original headers.
+        """
+        declared = await self._declare(queue, prefetch)
+        for key in queue.bindings:
+            await declared.bind(self.topology.exchange, key)
+
+        async def receive(incoming: AbstractIncomingMessage) -> None:
+            if (probe := incoming.headers.get(PROBE_HEADER)) is not None:
+                if (waiting := self._probes.pop(str(probe), None)) and not waiting.done():
+                    waiting.set_result(None)
+            else:
+                await self._handle(incoming, handler)
+            if prefetch:
+                with suppress(*CONNECTION_EXCEPTIONS):  # the broker delivers it again after the reconnect
+                    await incoming.ack()
+
+        await declared.consume(receive, no_ack=not prefetch)
+
+    async def _declare(self, queue: Queue, prefetch: int) -> AbstractQueue:
+        for attempt in range(OWN_QUEUE_RETRIES):
+            channel = await self._connection.channel(publisher_confirms=False)
+            if prefetch:
+                await channel.set_qos(prefetch_count=prefetch)
+            try:
+                return await channel.declare_queue(
+                    queue.name, durable=queue.durable, exclusive=queue.exclusive, arguments=queue.arguments
+                )
+            except ChannelLockedResource:
+                # A predecessor of the same name was killed, and the broker has not noticed yet.
+                self._log.warning("own queue still held by a predecessor", queue=queue.name, attempt=attempt)
+                await asyncio.sleep(0.5)
+        raise BrokersError(
+            f"queue {queue.name} belongs to another running process; give this one another name with WISP_INSTANCE"
+        )
+
+    async def _handle(self, incoming: AbstractIncomingMessage, handler: Handler) -> None:
+        try:
+            message = decode(incoming.body)
+        except MessageError as error:
+            await self._bury(incoming, str(error))
+            return
+        session = getattr(message, "session", None)
+        with structlog.contextvars.bound_contextvars(**({"session": session} if session else {})):
+            try:
+                await handler(message)
+            except asyncio.CancelledError:
+                raise
+            except Exception as error:
+                self._log.exception("message failed", type=message.type_name)
+                await self._bury(incoming, f"{message.type_name}: handler failed: {error!r}")
+
+    async def _bury(self, incoming: AbstractIncomingMessage, reason: str) -> None:
+        """Keep a message that cannot be handled, with the reason, where an operator finds it."""
+        self._log.warning("message dead-lettered", reason=reason, key=incoming.routing_key)
+        headers = {key: value for key, value in incoming.headers.items() if key not in ("CC", "BCC")}
+        headers |= {
+            "x-wisp-reason": reason[:1000],
+            "x-wisp-routing-key": incoming.routing_key or "",
+            "x-wisp-exchange": incoming.exchange or "",
+        }
+        copy = aio_pika.Message(incoming.body, headers=headers, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
+        try:
+            await self._dead_exchange.publish(copy, "")
+        except CONNECTION_EXCEPTIONS as error:
+            self._log.error("dead letter lost: no connection", reason=reason, error=repr(error))
+
+    async def prove(self, queue: Queue, timeout_s: float = 5.0) -> None:
+        """Show that `queue`'s consumer in this process is alive, by a round trip through the broker.
+
+        Raises BrokersError when the probe does not come back in time.
+        """
+        probe = uuid4().hex
+        self._probes[probe] = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout(timeout_s):
+                await self._fast.default_exchange.publish(
+                    aio_pika.Message(b"", headers={PROBE_HEADER: probe}), queue.name
+                )
+                await self._probes[probe]
+        except CONNECTION_EXCEPTIONS as error:
+            raise BrokersError(f"the consumer of queue {queue.name} does not answer: {error!r}") from error
+        finally:
+            self._probes.pop(probe, None)
+
+    def _on_return(self, _channel: object, incoming: AbstractIncomingMessage) -> None:
+        if self._returned is None:
+            return
+        with suppress(MessageError):
+            self._returned(decode(incoming.body))
+
+    async def close(self) -> None:
+        """Close the connection; unacknowledged messages go to others."""
+        await self._connection.close()
+
+
+def without_password(url: str) -> str:
+    """The URL as it may be shown."""
+    scheme, _, rest = url.partition("://")
+    return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -1,0 +1,49 @@
+-- The commit: decides, for every job of a batch, whether its tokens become part of the session.
+--
+-- KEYS: deadlines, then per job: session hash, tokens string
+-- ARGV: verifier, session TTL in seconds, then per job: session id, round, base_len, accepted, finish, cached, tokens
+-- Tokens are packed little-endian int32. Returns per job: {outcome, committed length, base, accepted, finish, tokens from base}
+--
+-- A round is committed only if it builds on exactly what is committed. The same round again gets what was committed
+-- then. Everything else is a conflict and gets the truth from where it can use it.
+local WIDTH = 4
+local verifier, ttl = ARGV[1], tonumber(ARGV[2])
+local now = redis.call('TIME')
+local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
+local out = {}
+for job = 0, (#ARGV - 2) / 7 - 1 do
+  local session, tokens = KEYS[2 + job * 2], KEYS[3 + job * 2]
+  local id, round, base, accepted, finish, cached, new = unpack(ARGV, 3 + job * 7, 9 + job * 7)
+  base = tonumber(base)
+  local state = redis.call('HMGET', session, 'status', 'length', 'round', 'base', 'accepted', 'finish',
+                           'prompt_len', 'start_ms', 'ttft_ms', 'tpot_ms')
+  local status, length = state[1], tonumber(state[2])
+  if not status or not length or redis.call('STRLEN', tokens) ~= length * WIDTH then
+    out[job + 1] = {'gone', 0, base, 0, '', ''}
+  elseif status == 'active' and base == length then
+    redis.call('APPEND', tokens, new)
+    length = length + #new / WIDTH
+    redis.call('HSET', session, 'length', length, 'round', round, 'base', base, 'accepted', accepted,
+               'finish', finish, 'verifier', verifier, 'cached', cached)
+    if finish ~= '' then
+      redis.call('HSET', session, 'status', 'finished')
+      redis.call('ZREM', KEYS[1], id)
+    elseif state[9] then
+      redis.call('ZADD', KEYS[1], state[8] + state[9] + state[10] * (length - state[7]), id)
+    end
+    redis.call('EXPIRE', session, ttl)
+    redis.call('EXPIRE', tokens, ttl)
+    out[job + 1] = {'committed', length, base, tonumber(accepted), finish, new}
+  elseif status == 'cancelled' then
+    out[job + 1] = {'cancelled', length, base, 0, '', ''}
+  else
+    local outcome = 'conflict'
+    local from = math.min(base, length)
+    local kept = 0
+    if state[3] == round and tonumber(state[4]) == base then
+      outcome, kept = 'committed', tonumber(state[5])
+    end
+    out[job + 1] = {outcome, length, from, kept, state[6] or '', redis.call('GETRANGE', tokens, from * WIDTH, -1)}
+  end
+end
+return out
