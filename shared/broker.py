@@ -1,9 +1,9 @@
 """Talking to RabbitMQ: one connection per process, messages in and out, nothing decided here.
 
-Two ways to publish. *Persistent* messages (Generate) are confirmed by the broker before `publish` returns. Everything
-of a round is *transient*: it is handed to the socket and forgotten, because the drafter's round timeout repairs any
-loss. Transient messages are consumed without acknowledgement for the same reason; persistent ones are acknowledged when
-their handler returns, and given to another consumer when the process dies before that.
+*Persistent* messages (Generate) are confirmed by the broker before `publish` returns. Everything of a round is
+*transient*: it is handed to the socket and forgotten, because the drafter's round timeout repairs any loss. Transient
+messages are consumed without acknowledgement for the same reason; persistent ones are acknowledged when their handler
+returns, and given to another consumer when the process dies before that.
 
 After a lost connection aio-pika restores channels, queues, bindings and consumers; `prove` shows that it really did.
 """
@@ -33,12 +33,12 @@ from shared.messages import Message, decode, encode
 from shared.topology import Queue, Topology
 
 CONNECT_TIMEOUT_S = 30
+PUBLISH_TIMEOUT_S = 10
 RECONNECT_INTERVAL_S = 1
 OWN_QUEUE_RETRIES = 20
 PROBE_HEADER = "x-wisp-probe"
 
 Handler = Callable[[Message], Awaitable[None]]
-Returned = Callable[[Message], None]
 
 
 class Broker:
@@ -57,7 +57,6 @@ class Broker:
         self._fast_exchange, self._sure_exchange, self._dead_exchange = exchanges
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
-        self._returned: Returned | None = None
 
     @classmethod
     async def connect(cls, url: str, topology: Topology, name: str) -> Broker:
@@ -95,33 +94,30 @@ class Broker:
         )
         dead = topology.dead_queue()
         await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
-        broker = cls(connection, topology, fast, exchanges)
-        fast.return_callbacks.add(broker._on_return)
-        return broker
+        return cls(connection, topology, fast, exchanges)
 
-    def on_returned(self, callback: Returned) -> None:
-        """Call this with every transient message that no queue took."""
-        self._returned = callback
-
-    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
+    async def publish(
+        self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False, confirmed: bool = False
+    ) -> None:
         """Publish once; the broker gives a copy to every queue bound to `key` or to a key in `cc`.
 
-        A transient message that cannot be sent now is dropped with a warning, or comes back through `on_returned`. A
-        persistent one raises Unroutable when no queue takes it and BrokersError when the broker does not confirm it.
+        A transient message that cannot be sent now is dropped with a warning. A confirmed one (every persistent one is)
+        raises Unroutable when no queue takes it, and BrokersError when the broker does not say that it has it.
         """
+        confirmed = confirmed or persistent
         envelope = aio_pika.Message(
             encode(message),
             headers={"CC": list(cc)} if cc else None,
             content_type="application/msgpack",
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
         )
-        exchange = self._sure_exchange if persistent else self._fast_exchange
+        exchange = self._sure_exchange if confirmed else self._fast_exchange
         try:
-            await exchange.publish(envelope, key, mandatory=True, timeout=CONNECT_TIMEOUT_S if persistent else 5)
+            await exchange.publish(envelope, key, mandatory=confirmed, timeout=PUBLISH_TIMEOUT_S)
         except PublishError as error:
             raise Unroutable(f"no queue takes {key!r}: its receiver is not running") from error
         except CONNECTION_EXCEPTIONS as error:
-            if persistent:
+            if confirmed:
                 raise BrokersError(f"RabbitMQ did not take a {message.type_name} message: {error!r}") from error
             self._log.warning("message dropped: no connection", key=key, error=repr(error))
 
@@ -213,12 +209,6 @@ class Broker:
             raise BrokersError(f"the consumer of queue {queue.name} does not answer: {error!r}") from error
         finally:
             self._probes.pop(probe, None)
-
-    def _on_return(self, _channel: object, incoming: AbstractIncomingMessage) -> None:
-        if self._returned is None:
-            return
-        with suppress(MessageError):
-            self._returned(decode(incoming.body))
 
     async def close(self) -> None:
         """Close the connection; unacknowledged messages go to others."""

@@ -9,7 +9,9 @@
     ├── ModelError         a model folder is incomplete, or does not fit its partner
     └── EngineError        the engine refuses work; nothing has changed
         ├── CacheFull      the K/V budget cannot hold what this call needs
-        └── TooLong        more tokens than the model's context or the whole budget
+        ├── TooLong        more tokens than the model's context or the whole budget
+        ├── NotAttached    the session is unknown to the engine, or was evicted: attach it again
+        └── BadStep        a step names a token that the vocabulary lacks, or asks for impossible rows
 
 The text of each says what was wrong, with the value, and what to do.
 """
@@ -62,3 +64,15 @@ class CacheFull(EngineError):
 
 class TooLong(EngineError):
     """A session would exceed the model's context or the whole K/V budget."""
+
+
+class NotAttached(EngineError):
+    """The engine does not know the session: it was never attached, or it was evicted while idle."""
+
+    def __init__(self, session: str) -> None:
+        super().__init__(f"the engine holds nothing of session {session}; attach it with its committed tokens first")
+        self.session = session
+
+
+class BadStep(EngineError):
+    """A step cannot be computed as asked."""

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Awaitable, Callable
-from typing import TypeVar
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
 
 import prometheus_client
 import uvloop
@@ -45,3 +46,23 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
         log.exception("crashed")
         raise SystemExit(1) from None
     log.info("stopped")
+
+
+@asynccontextmanager
+async def running(stop: asyncio.Event, *loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
+    """Run endless loops; the body is entered when `stop` is set, and the loops are cancelled after it.
+
+    A loop that ends has failed: its exception is raised instead, so that the process ends and is started again.
+    """
+    tasks = [asyncio.create_task(loop) for loop in loops]
+    stopped: asyncio.Task[Any] = asyncio.create_task(stop.wait())
+    try:
+        await asyncio.wait([*tasks, stopped], return_when=asyncio.FIRST_COMPLETED)
+        for task in tasks:
+            if task.done():
+                task.result()
+        yield
+    finally:
+        for task in [*tasks, stopped]:
+            task.cancel()
+        await asyncio.gather(*tasks, stopped, return_exceptions=True)

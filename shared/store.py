@@ -2,7 +2,7 @@
 
     <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its K/V
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
-    <ns>:deadlines        sorted set: session id by the epoch milliseconds at which its next token is due
+    <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
     <ns>:verifier:{id}    the last heartbeat, expiring
     <ns>:costmodel:{id}   the last cost model of a verifier
 
@@ -11,7 +11,6 @@ Session state expires `ttl_s` after the last commit. The commit itself is `commi
 
 from __future__ import annotations
 
-import time
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -82,6 +81,8 @@ class Session:
     tokens: list[int]
     round: int
     finish: Finish | None
+    elapsed_ms: float
+    """Time since the request arrived, by Redis's own clock."""
 
 
 @dataclass(frozen=True)
@@ -149,12 +150,17 @@ class Store:
         await self._guard(self._redis.ping())
 
     async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
-        """Write a new session and, with an SLO, the time at which its first token is due."""
+        """Write a new session and, with an SLO, the time at which its first token is due.
+
+        `elapsed_ms` is the time since the request arrived. Times are kept on Redis's clock, the only one that every
+        service sees.
+        """
         slo = request.slo
-        start_ms = time.time() * 1000 - elapsed_ms
+        start_ms = await self._now_ms() - elapsed_ms
         fields: dict[Any, Any] = {
             "request": msgpack.packb(request.model_dump(mode="json")),
             "status": SessionStatus.ACTIVE.value,
+            "start_ms": int(start_ms),
             "prompt_len": len(prompt),
             "length": len(prompt),
             "round": -1,
@@ -163,7 +169,7 @@ class Store:
             "finish": "",
         }
         if slo is not None:
-            fields |= {"start_ms": int(start_ms), "ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}
+            fields |= {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(self._session(request.session), mapping=fields)
             pipe.set(self._tokens(request.session), _pack(prompt), ex=self._ttl_s)
@@ -172,14 +178,20 @@ class Store:
                 pipe.zadd(self._deadlines, {request.session: start_ms + slo.ttft_ms})
             await self._guard(pipe.execute())
 
+    async def _now_ms(self) -> float:
+        seconds, microseconds = await self._guard(self._redis.time())
+        return float(seconds * 1000 + microseconds / 1000)
+
     async def read(self, sessions: Sequence[str]) -> list[Session | None]:
         """The sessions, whole, in one round trip; None for one that is gone."""
         async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.time()
             for session in sessions:
-                pipe.hmget(self._session(session), "request", "status", "length", "round", "finish")
+                pipe.hmget(self._session(session), "request", "status", "length", "round", "finish", "start_ms")
                 pipe.get(self._tokens(session))
-            answers = await self._guard(pipe.execute())
-        return [_session(answers[i], answers[i + 1]) for i in range(0, len(answers), 2)]
+            (seconds, microseconds), *answers = await self._guard(pipe.execute())
+        now_ms = seconds * 1000 + microseconds / 1000
+        return [_session(answers[i], answers[i + 1], now_ms) for i in range(0, len(answers), 2)]
 
     async def get(self, session: str) -> Session:
         """One session, whole. Raises SessionGone."""
@@ -226,14 +238,13 @@ class Store:
 
         await self._guard(self._redis.transaction(flip, key))
 
-    async def overdue(self, now_ms: float | None = None) -> list[str]:
+    async def overdue(self) -> list[str]:
         """Sessions whose next token is past due, most overdue first."""
-        limit = time.time() * 1000 if now_ms is None else now_ms
-        found = await self._guard(self._redis.zrangebyscore(self._deadlines, "-inf", limit))
+        found = await self._guard(self._redis.zrangebyscore(self._deadlines, "-inf", await self._now_ms()))
         return [session.decode() for session in found]
 
     async def deadline_ms(self, session: str) -> float | None:
-        """Epoch milliseconds at which the session's next token is due; None without an SLO."""
+        """When the session's next token is due, in milliseconds on Redis's clock; None without an SLO."""
         score: float | None = await self._guard(self._redis.zscore(self._deadlines, session))
         return score
 
@@ -307,9 +318,9 @@ def _finish(value: bytes | None) -> Finish | None:
     return Finish(value.decode()) if value else None
 
 
-def _session(fields: list[bytes | None], tokens: bytes | None) -> Session | None:
-    request, status, length, round_, finish = fields
-    if request is None or status is None or length is None or round_ is None or tokens is None:
+def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) -> Session | None:
+    request, status, length, round_, finish, start_ms = fields
+    if request is None or status is None or length is None or round_ is None or start_ms is None or tokens is None:
         return None
     committed = _unpack(tokens)
     if len(committed) != int(length):
@@ -318,4 +329,5 @@ def _session(fields: list[bytes | None], tokens: bytes | None) -> Session | None
         parsed = Request.model_validate(msgpack.unpackb(request))
     except (ValueError, ValidationError):
         return None
-    return Session(parsed, SessionStatus(status.decode()), committed, int(round_), _finish(finish))
+    elapsed_ms = max(0.0, now_ms - float(start_ms))
+    return Session(parsed, SessionStatus(status.decode()), committed, int(round_), _finish(finish), elapsed_ms)

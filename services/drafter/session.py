@@ -1,0 +1,85 @@
+"""One session as its drafter sees it: the committed tokens, the round in flight. Pure.
+
+The drafter decides nothing about the text. It appends what results say is committed, and builds the next round on it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from shared import slo
+from shared.messages import Failure, Finish, Generate, Result, Status, Verify
+
+
+@dataclass
+class DraftSession:
+    """A session's state between rounds. `elapsed_ms` arguments count from the request's arrival at the gateway."""
+
+    generate: Generate
+    tokens: list[int]
+    """Every committed token, prompt first."""
+    round: int = 0
+    """The round to be verified next, or in flight."""
+    finish: Finish | None = None
+    failure: Failure | None = None
+
+    @property
+    def name(self) -> str:
+        """The session's name."""
+        return self.generate.session
+
+    @property
+    def done(self) -> bool:
+        """Whether no further round is needed."""
+        return self.finish is not None or self.failure is not None
+
+    @property
+    def output_tokens(self) -> int:
+        """Committed tokens after the prompt."""
+        return len(self.tokens) - len(self.generate.prompt)
+
+    def draft_room(self, draft_length: int) -> int:
+        """Longest useful draft now: the bonus token takes the last place that is left."""
+        return max(0, min(draft_length, self.generate.max_tokens - self.output_tokens - 1))
+
+    def verify(
+        self,
+        draft: list[int],
+        acceptance: list[float],
+        drafter: str,
+        elapsed_ms: float,
+        draft_ms: float,
+        attempt: int = 0,
+    ) -> Verify:
+        """The round's message to the scheduler."""
+        return Verify(
+            session=self.name,
+            round=self.round,
+            base_len=len(self.tokens),
+            draft=draft,
+            acceptance=acceptance,
+            drafter=drafter,
+            gateway=self.generate.gateway,
+            fingerprint=self.generate.fingerprint,
+            slack_ms=slo.slack_ms(self.generate.slo, elapsed_ms, self.output_tokens),
+            draft_ms=draft_ms,
+            attempt=attempt,
+        )
+
+    def apply(self, result: Result) -> bool:
+        """Take a result in; returns whether it settles the round in flight.
+
+        Results may come twice, late, or from a round of this session's previous drafter. A session that Redis lost a
+        part of goes back to what is committed there: the same tokens will be chosen again.
+        """
+        if result.round != self.round or self.done:
+            return False
+        if result.status is Status.FAILED:
+            self.failure = result.error
+            return True
+        if result.status is Status.PREFILLED or result.base_len > len(self.tokens):
+            return False
+        self.tokens[result.base_len :] = result.tokens
+        self.finish = result.finish
+        self.round += 1
+        return True

@@ -1,0 +1,1 @@
+"""The estimator: learns from measured batches how long each verifier takes, and tells the schedulers."""

@@ -1,0 +1,1 @@
+"""The scheduler: pools the rounds that wait, decides which verifier checks which of them together, and when."""

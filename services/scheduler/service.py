@@ -1,0 +1,114 @@
+"""The scheduler's loop: hands every message to the dispatcher and sends what it decides."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from contextlib import suppress
+
+from services.scheduler.batching import Limits
+from services.scheduler.dispatch import Dispatcher
+from services.scheduler.settings import SchedulerSettings
+from shared import logging, topology
+from shared.broker import Broker
+from shared.errors import BrokersError
+from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Result, Verify
+from shared.service import running
+from shared.store import Store
+from shared.topology import Topology
+
+IDLE_S = 0.25
+"""Longest time between two decisions, so that silent verifiers and lost batches are noticed."""
+
+
+def now_ms() -> float:
+    """This process's monotonic clock, in milliseconds."""
+    return time.monotonic() * 1000
+
+
+async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event) -> None:
+    """Run a scheduler until `stop` is set. Rounds that still wait are sent again by their drafters."""
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    limits = Limits(settings.max_batch_ms, settings.max_batch_tokens)
+    dispatcher = Dispatcher(instance, settings.policy, limits, settings.max_draft)
+    scheduler = Scheduler(dispatcher, broker)
+    try:
+        await scheduler.recall(store)
+        await scheduler.run(stop, settings.load_ms / 1000)
+    finally:
+        await broker.close()
+        await store.close()
+
+
+class Scheduler:
+    """Messages in, batches out."""
+
+    def __init__(self, dispatcher: Dispatcher, broker: Broker) -> None:
+        self._dispatcher = dispatcher
+        self._broker = broker
+        self._changed = asyncio.Event()
+        self._sending: set[asyncio.Task[None]] = set()
+        self._log = logging.get()
+
+    async def recall(self, store: Store) -> None:
+        """Start from the cost models and the verifiers that Redis knows."""
+        try:
+            for model in await store.cost_models():
+                self._dispatcher.on_cost_model(model)
+            for heartbeat in await store.heartbeats():
+                self._dispatcher.on_heartbeat(heartbeat, now_ms())
+        except BrokersError as error:
+            self._log.warning("starting without the stored cost models", error=str(error))
+
+    async def run(self, stop: asyncio.Event, load_s: float) -> None:
+        """Serve until `stop`."""
+        names = self._broker.topology
+        own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
+        await self._broker.consume(names.own_queue("scheduler", self._dispatcher.name, own), self._receive)
+        await self._broker.consume(names.verify_queue(), self._receive)
+        self._log.info("ready", policy=self._dispatcher.policy)
+        async with running(stop, self._decide(), self._tell(load_s)):
+            pass
+
+    async def _receive(self, message: Message) -> None:
+        match message:
+            case Verify():
+                self._dispatcher.on_verify(message, now_ms())
+            case Result():
+                self._dispatcher.on_result(message, now_ms())
+            case Heartbeat():
+                self._dispatcher.on_heartbeat(message, now_ms())
+            case CostModel():
+                self._dispatcher.on_cost_model(message)
+            case Cancel():
+                self._dispatcher.on_cancel(message.session)
+        self._changed.set()
+
+    async def _send(self, verifier: str, batch: Batch) -> None:
+        try:
+            await self._broker.publish(batch, topology.batch(verifier), confirmed=True)
+        except BrokersError as error:
+            self._log.warning("batch not taken, its jobs go to others", verifier=verifier, error=str(error))
+            self._dispatcher.on_returned(verifier)
+            self._changed.set()
+
+    async def _decide(self) -> None:
+        while True:
+            self._changed.clear()
+            sends, wake_ms = self._dispatcher.dispatch(now_ms())
+            for verifier, batch in sends:
+                # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
+                sending = asyncio.create_task(self._send(verifier, batch))
+                self._sending.add(sending)
+                sending.add_done_callback(self._sending.discard)
+            wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._changed.wait(), wait_s)
+
+    async def _tell(self, every_s: float) -> None:
+        # A standby has seen no rounds and says nothing.
+        while True:
+            await asyncio.sleep(every_s)
+            if self._dispatcher.active:
+                await self._broker.publish(self._dispatcher.load(), topology.LOAD)

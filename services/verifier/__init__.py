@@ -1,0 +1,1 @@
+"""The verifier: owns the target model, checks drafts in batches, commits what is accepted."""

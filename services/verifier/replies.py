@@ -1,0 +1,91 @@
+"""The result of a job, from what the model and the commit script said. Pure."""
+
+from __future__ import annotations
+
+from services.verifier.verify import Outcome
+from shared.errors import TooLong
+from shared.messages import Failure, Job, Result, Status
+from shared.store import Committed
+from shared.store import Outcome as CommitOutcome
+
+GONE = Failure(
+    code="session_gone",
+    message="the session's state is not in Redis any more (expired, or the data was lost); send the request again",
+)
+CANCELLED = Failure(code="cancelled", message="the session was cancelled")
+
+
+def wrong_model(job: Job, fingerprint: str) -> Failure:
+    """The session was meant for another model than this verifier's."""
+    return Failure(
+        code="wrong_model",
+        message=f"the session is for model {job.fingerprint}, this verifier serves {fingerprint}; "
+        "use the same model folder and dtype for gateway and verifiers",
+    )
+
+
+def refused(error: Exception) -> Failure:
+    """The model cannot take this job."""
+    if isinstance(error, TooLong):
+        return Failure(code="context_length_exceeded", message=str(error))
+    return Failure(code="verification_failed", message=f"{type(error).__name__}: {error}")
+
+
+def failed(job: Job, verifier: str, batch: str, failure: Failure) -> Result:
+    """A result that ends the session."""
+    return Result(
+        session=job.session,
+        round=job.round,
+        base_len=job.base_len,
+        status=Status.FAILED,
+        verifier=verifier,
+        batch=batch,
+        drafted=job.drafted,
+        draft_ms=job.draft_ms,
+        queue_ms=job.queue_ms,
+        error=failure,
+    )
+
+
+def prefilled(job: Job, verifier: str, batch: str, outcome: Outcome, verify_ms: float) -> Result:
+    """A chunk of the prompt is in the cache."""
+    return Result(
+        session=job.session,
+        round=job.round,
+        base_len=job.base_len,
+        status=Status.PREFILLED,
+        verifier=verifier,
+        batch=batch,
+        drafted=job.drafted,
+        cached=outcome.cached,
+        new_tokens=outcome.new_tokens,
+        draft_ms=job.draft_ms,
+        queue_ms=job.queue_ms,
+        verify_ms=verify_ms,
+    )
+
+
+def settled(
+    job: Job, verifier: str, batch: str, outcome: Outcome | None, committed: Committed, verify_ms: float
+) -> Result:
+    """What the commit decided. `outcome` is None when the job only asked what is committed."""
+    if committed.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
+        return failed(job, verifier, batch, GONE if committed.outcome is CommitOutcome.GONE else CANCELLED)
+    return Result(
+        session=job.session,
+        round=job.round,
+        base_len=committed.base_len,
+        status=Status.COMMITTED if committed.outcome is CommitOutcome.COMMITTED else Status.CONFLICT,
+        verifier=verifier,
+        batch=batch,
+        accepted=committed.accepted,
+        tokens=committed.tokens,
+        drafted=job.drafted,
+        trimmed_to=outcome.verified if outcome else 0,
+        finish=committed.finish,
+        cached=outcome.cached if outcome else 0,
+        new_tokens=outcome.new_tokens if outcome else 0,
+        draft_ms=job.draft_ms,
+        queue_ms=job.queue_ms,
+        verify_ms=verify_ms,
+    )

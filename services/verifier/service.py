@@ -1,0 +1,322 @@
+"""The verifier's loop: batches in, verdicts committed, one result per job out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import TypeVar
+
+import structlog
+
+from services.verifier import replies
+from services.verifier.profile import profile
+from services.verifier.settings import VerifierSettings
+from services.verifier.verify import Outcome, Task, verify
+from shared import logging, topology
+from shared.broker import Broker
+from shared.engine import Engine
+from shared.errors import BrokersError
+from shared.messages import (
+    Batch,
+    BatchShape,
+    Cancel,
+    Failure,
+    Heartbeat,
+    Job,
+    Message,
+    Residency,
+    Result,
+    Sample,
+    Status,
+)
+from shared.models.folder import ModelFolder
+from shared.service import running
+from shared.store import Commit, Request, SessionStatus, Store
+from shared.store import Outcome as CommitOutcome
+from shared.topology import Topology
+
+QUIET_S = 0.3
+"""A draining verifier waits this long for batches that were sent before the scheduler knew."""
+
+T = TypeVar("T")
+
+
+@dataclass
+class Known:
+    """A session as this verifier last committed or read it."""
+
+    request: Request
+    tokens: list[int]
+
+
+async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) -> None:
+    """Run a verifier until `stop` is set and its accepted batches are done."""
+    log = logging.get()
+    folder = ModelFolder(settings.target)
+    fingerprint = folder.fingerprint(settings.dtype)
+    model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+    loop = asyncio.get_running_loop()
+    log.info("loading the target model", folder=str(settings.target), dtype=settings.dtype, device=settings.device)
+    engine = await loop.run_in_executor(
+        model_thread,
+        lambda: Engine(
+            settings.target,
+            dtype=settings.dtype,
+            device=settings.device,
+            threads=settings.threads,
+            budget_tokens=settings.cache_tokens,
+        ),
+    )
+    measured: list[tuple[BatchShape, float]] = []
+    if settings.profile:
+        measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms)
+    try:
+        await verifier.run(measured, stop, settings.drain_s)
+    finally:
+        await broker.close()
+        await store.close()
+        model_thread.shutdown()
+
+
+class Verifier:
+    """Runs batches one after the other in the model thread; commits and replies while the next one runs."""
+
+    def __init__(
+        self,
+        instance: str,
+        fingerprint: str,
+        engine: Engine,
+        model_thread: ThreadPoolExecutor,
+        broker: Broker,
+        store: Store,
+        heartbeat_ms: int,
+    ) -> None:
+        self.instance = instance
+        self.fingerprint = fingerprint
+        self._engine = engine
+        self._model_thread = model_thread
+        self._broker = broker
+        self._store = store
+        self._heartbeat_s = heartbeat_ms / 1000
+        self._log = logging.get()
+        self._known: dict[str, Known] = {}
+        self._cached: dict[str, int] = {}
+        self._batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._replies: set[asyncio.Task[None]] = set()
+        self._draining = False
+        self._busy = False
+
+    async def run(self, measured: Sequence[tuple[BatchShape, float]], stop: asyncio.Event, drain_s: float) -> None:
+        """Serve until `stop`, then finish what was accepted."""
+        await self._broker.consume(
+            self._broker.topology.own_queue(
+                "verifier", self.instance, (topology.batch(self.instance), topology.CANCEL)
+            ),
+            self._receive,
+        )
+        for shape, elapsed_ms in measured:
+            await self._broker.publish(
+                Sample(verifier=self.instance, shape=shape, measured_ms=elapsed_ms, profile=True), topology.SAMPLE
+            )
+        self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
+        async with running(stop, self._work(), self._beat()):
+            self._draining = True
+            self._log.info("draining")
+            await self._publish_heartbeat()
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._drained(), drain_s)
+        with suppress(BrokersError):
+            await self._store.silence(self.instance)
+
+    async def _drained(self) -> None:
+        while True:
+            await asyncio.sleep(QUIET_S)
+            if self._batches.empty() and not self._busy and not self._replies:
+                return
+
+    async def _receive(self, message: Message) -> None:
+        if isinstance(message, Batch):
+            self._batches.put_nowait(message)
+        elif isinstance(message, Cancel):
+            await self._forget([message.session])
+
+    async def _work(self) -> None:
+        while True:
+            batch = await self._batches.get()
+            self._busy = True
+            with structlog.contextvars.bound_contextvars(batch=batch.batch):
+                try:
+                    await self._verify(batch)
+                except BrokersError as error:
+                    # Nothing was committed: the drafters' round timeouts send these rounds again.
+                    self._log.warning("batch dropped", error=str(error))
+            self._busy = False
+
+    async def _verify(self, batch: Batch) -> None:
+        work, settled = await self._prepare(batch)
+        tasks = [task for _, task in work]
+        outcomes: list[Outcome] = []
+        elapsed_ms = 0.0
+        if tasks:
+            started = time.perf_counter()
+            outcomes, shapes = await self._in_model_thread(lambda: self._run(tasks))
+            elapsed_ms = (time.perf_counter() - started) * 1000
+            if len(shapes) == 1:
+                sample = Sample(verifier=self.instance, shape=shapes[0], measured_ms=elapsed_ms)
+                await self._broker.publish(sample, topology.SAMPLE)
+        judged = [(job, task, outcome) for (job, task), outcome in zip(work, outcomes, strict=True)]
+        reply = asyncio.create_task(self._reply(batch.batch, judged, settled, elapsed_ms))
+        self._replies.add(reply)
+        reply.add_done_callback(self._replies.discard)
+
+    def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
+        verified = verify(self._engine, tasks)
+        held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
+        self._cached = {session: cached for session, cached in held.items() if cached}
+        return verified
+
+    async def _prepare(self, batch: Batch) -> tuple[list[tuple[Job, Task]], list[tuple[Job, Failure | None]]]:
+        """Split a batch into the jobs that need the model, and those settled by the store, or by a failure at once."""
+        work: list[tuple[Job, Task]] = []
+        settled: list[tuple[Job, Failure | None]] = []
+        mine = []
+        for job in batch.jobs:
+            if job.fingerprint == self.fingerprint:
+                mine.append(job)
+            else:
+                settled.append((job, replies.wrong_model(job, self.fingerprint)))
+        await self._learn([job for job in mine if not self._knows(job)])
+        for job in mine:
+            if self._knows(job):
+                work.append((job, self._task(job)))
+            else:
+                # Gone, cancelled, ended, or built on another length: the commit script tells which.
+                settled.append((job, None))
+        return work, settled
+
+    def _knows(self, job: Job) -> bool:
+        known = self._known.get(job.session)
+        return known is not None and len(known.tokens) == job.base_len
+
+    async def _learn(self, jobs: Sequence[Job]) -> None:
+        if not jobs:
+            return
+        for job, session in zip(jobs, await self._store.read([job.session for job in jobs]), strict=True):
+            if session is not None and session.status is SessionStatus.ACTIVE:
+                self._known[job.session] = Known(session.request, session.tokens)
+            else:
+                self._known.pop(job.session, None)
+
+    def _task(self, job: Job) -> Task:
+        known = self._known[job.session]
+        return Task(
+            session=job.session,
+            tokens=known.tokens,
+            draft=job.draft,
+            sampling=known.request.sampling,
+            stop_ids=frozenset(known.request.stop_ids),
+            room=known.request.max_length - len(known.tokens),
+            prefill_to=job.prefill_to,
+        )
+
+    async def _reply(
+        self,
+        batch: str,
+        judged: Sequence[tuple[Job, Task, Outcome]],
+        settled: Sequence[tuple[Job, Failure | None]],
+        verify_ms: float,
+    ) -> None:
+        results = [(job, replies.failed(job, self.instance, batch, failure)) for job, failure in settled if failure]
+        commits: list[tuple[Job, Outcome | None, Commit]] = []
+        commits += [
+            (job, None, Commit(job.session, job.round, job.base_len, 0, (), None, 0))
+            for job, failure in settled
+            if failure is None
+        ]
+        for job, task, judgement in judged:
+            if judgement.error is not None:
+                self._log.warning("job refused", session=job.session, error=repr(judgement.error))
+                results.append((job, replies.failed(job, self.instance, batch, replies.refused(judgement.error))))
+            elif judgement.verdict is None:
+                results.append((job, replies.prefilled(job, self.instance, batch, judgement, verify_ms)))
+            else:
+                v = judgement.verdict
+                commit = Commit(
+                    job.session, job.round, len(task.tokens), v.accepted, v.tokens, v.finish, judgement.cached
+                )
+                commits.append((job, judgement, commit))
+        try:
+            answers = await self._store.commit(self.instance, [commit for _, _, commit in commits])
+        except BrokersError as error:
+            # Whether it was committed is unknown; the rounds will come again, and the script will say.
+            self._log.warning("results dropped", batch=batch, error=str(error))
+            for job, _, _ in commits:
+                self._known.pop(job.session, None)
+            return
+        ended = []
+        for (job, outcome, _), answer in zip(commits, answers, strict=True):
+            results.append((job, replies.settled(job, self.instance, batch, outcome, answer, verify_ms)))
+            known = self._known.get(job.session)
+            if answer.finish is not None or answer.outcome in (CommitOutcome.CANCELLED, CommitOutcome.GONE):
+                ended.append(job.session)
+            elif answer.outcome is CommitOutcome.COMMITTED and known is not None:
+                known.tokens[answer.base_len :] = answer.tokens
+            else:
+                self._known.pop(job.session, None)
+        for job, result in results:
+            await self._publish(job, result)
+        await self._forget(ended)
+
+    async def _publish(self, job: Job, result: Result) -> None:
+        # One publish; the broker makes the copies. A finished chunk of prefill concerns the scheduler alone.
+        if result.status is Status.PREFILLED:
+            await self._broker.publish(result, topology.RESULT_SCHEDULER)
+        else:
+            others = (topology.result(job.gateway), topology.RESULT_SCHEDULER)
+            await self._broker.publish(result, topology.result(job.drafter), cc=others)
+
+    async def _forget(self, sessions: Sequence[str]) -> None:
+        gone = [session for session in sessions if session in self._cached or session in self._known]
+        if not gone:
+            return
+        for session in gone:
+            self._known.pop(session, None)
+
+        def release() -> None:
+            for session in gone:
+                self._engine.release(session)
+            # Replaced, not changed: the event loop may be reading it.
+            self._cached = {s: cached for s, cached in self._cached.items() if s not in gone}
+
+        await self._in_model_thread(release)
+
+    async def _in_model_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._model_thread, work)
+
+    async def _beat(self) -> None:
+        while True:
+            await self._publish_heartbeat()
+            await asyncio.sleep(self._heartbeat_s)
+
+    async def _publish_heartbeat(self) -> None:
+        heartbeat = Heartbeat(
+            verifier=self.instance,
+            fingerprint=self.fingerprint,
+            max_len=min(self._engine.max_len, self._engine.budget_tokens),
+            free_tokens=self._engine.free_tokens,
+            total_tokens=self._engine.budget_tokens,
+            draining=self._draining,
+            residency=[Residency(session=s, cached=c) for s, c in self._cached.items()],
+        )
+        await self._broker.publish(heartbeat, topology.heartbeat(self.instance))
+        try:
+            await self._store.beat(heartbeat)
+        except BrokersError as error:
+            self._log.warning("heartbeat not stored", error=str(error))

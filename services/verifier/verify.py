@@ -1,0 +1,128 @@
+"""One batch through the target model: forward, choose, accept, roll back. Runs in the verifier's model thread."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from services.verifier.acceptance import Verdict, accept
+from shared import cost
+from shared.engine import Engine, Step
+from shared.errors import EngineError
+from shared.messages import BatchShape, Sampling
+from shared.sampling import choose
+
+
+@dataclass(frozen=True)
+class Task:
+    """A job with everything that judging it needs, taken from the session's own record."""
+
+    session: str
+    tokens: list[int]
+    """Every committed token, prompt first."""
+    draft: list[int]
+    sampling: Sampling
+    stop_ids: frozenset[int]
+    room: int
+    """Tokens that the session may still get, at least 1."""
+    prefill_to: int | None = None
+    """Only extend the cache to this length."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a task. Without a verdict it was a chunk of prefill, or refused with `error`."""
+
+    verdict: Verdict | None
+    verified: int
+    cached: int
+    new_tokens: int
+    error: Exception | None = None
+
+
+def verify(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], list[BatchShape]]:
+    """Judge every task; also returns the shape of each forward pass that ran.
+
+    A batch that fails as a whole is done in halves, so that what does not fit at once is done in turn, and one bad task
+    is refused alone.
+    """
+    if not tasks:
+        return [], []
+    try:
+        outcomes, shape = _verify_at_once(engine, tasks)
+    except (EngineError, ValueError, RuntimeError) as error:
+        if len(tasks) == 1:
+            engine.release(tasks[0].session)
+            return [Outcome(None, 0, 0, 0, error)], []
+        half = len(tasks) // 2
+        first, first_shapes = verify(engine, tasks[:half])
+        second, second_shapes = verify(engine, tasks[half:])
+        return first + second, first_shapes + second_shapes
+    return outcomes, [shape]
+
+
+def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], BatchShape]:
+    steps = []
+    drafts = []
+    for task in tasks:
+        # At most what may still be committed beside the bonus token, and what the context holds.
+        keep = max(0, min(task.room - 1, engine.max_len - len(task.tokens)))
+        draft = [] if task.prefill_to is not None else task.draft[:keep]
+        drafts.append(draft)
+        # The last token's logits are needed, so it is computed again even if its K/V are there.
+        held = min(engine.attach(task.session, task.tokens), len(task.tokens) - 1)
+        if task.prefill_to is None:
+            engine.truncate(task.session, held)
+            steps.append(Step(task.session, [*task.tokens[held:], *draft], rows=len(draft) + 1))
+        else:
+            steps.append(Step(task.session, task.tokens[held : max(held, task.prefill_to)], rows=0))
+    fed = [step for step in steps if step.tokens]
+    if not fed:
+        # Chunks of prefill that turned out to be cached already.
+        done = [Outcome(None, 0, engine.cached(task.session), 0) for task in tasks]
+        return done, cost.shape_of([])
+    output = engine.forward(fed)
+    shape = cost.shape_of([(len(step.tokens), engine.cached(step.session)) for step in fed])
+
+    wanted = [i for i, step in enumerate(steps) if step.rows]
+    starts = {}
+    row = 0
+    for i in wanted:
+        starts[i] = row
+        row += steps[i].rows
+    choices = _choices(output.logits, tasks, drafts, starts)
+
+    outcomes = []
+    for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
+        if not step.rows:
+            outcomes.append(Outcome(None, 0, engine.cached(task.session), len(step.tokens)))
+            continue
+        verdict = accept(drafts[i], choices[i], task.room, task.stop_ids)
+        # K/V are right for the accepted drafts; the bonus token has none yet.
+        engine.truncate(task.session, len(task.tokens) + verdict.accepted)
+        outcomes.append(
+            Outcome(verdict, len(drafts[i]), engine.cached(task.session), len(step.tokens)),
+        )
+    return outcomes, shape
+
+
+def _choices(
+    logits: Tensor, tasks: Sequence[Task], drafts: Sequence[Sequence[int]], starts: dict[int, int]
+) -> dict[int, list[int]]:
+    """The target's choices per task, position by position, only while the draft still agrees."""
+    choices: dict[int, list[int]] = {i: [] for i in starts}
+    alive = list(starts)
+    depth = 0
+    while alive:
+        chosen = choose(
+            logits[[starts[i] + depth for i in alive]],
+            [tasks[i].sampling for i in alive],
+            [len(tasks[i].tokens) + depth for i in alive],
+        )
+        for i, token in zip(alive, chosen, strict=True):
+            choices[i].append(token)
+        alive = [i for i in alive if depth < len(drafts[i]) and drafts[i][depth] == choices[i][depth]]
+        depth += 1
+    return choices

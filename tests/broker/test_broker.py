@@ -1,0 +1,255 @@
+"""Publishing, consuming and dead letters, on a real RabbitMQ."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import suppress
+
+import aio_pika
+import pytest
+
+from shared import topology
+from shared.broker import PROBE_HEADER, Broker
+from shared.errors import BrokersError, Unroutable
+from shared.messages import Batch, Cancel, Generate, Job, Message, Result, Sampling, Status, Verify, encode
+from shared.topology import Topology
+
+Connect = Callable[[str], Awaitable[Broker]]
+
+
+@pytest.fixture
+async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
+    brokers: list[Broker] = []
+
+    async def make(name: str) -> Broker:
+        brokers.append(await Broker.connect(amqp_url, Topology(namespace), name))
+        return brokers[-1]
+
+    yield make
+    for broker in brokers:
+        await broker.close()
+
+
+class Inbox:
+    """Collects what a queue's consumer gets."""
+
+    def __init__(self) -> None:
+        self.messages: asyncio.Queue[Message] = asyncio.Queue()
+
+    async def __call__(self, message: Message) -> None:
+        await self.messages.put(message)
+
+    async def next(self) -> Message:
+        return await asyncio.wait_for(self.messages.get(), 5)
+
+    async def nothing_more(self) -> bool:
+        await asyncio.sleep(0.2)
+        return self.messages.empty()
+
+
+def verify(session: str = "s") -> Verify:
+    return Verify(
+        session=session, round=0, base_len=3, draft=[1], acceptance=[0.5], drafter="d", gateway="g", fingerprint="f"
+    )
+
+
+def generate(session: str = "s") -> Generate:
+    return Generate(
+        session=session,
+        gateway="g",
+        prompt=[1, 2],
+        sampling=Sampling(),
+        stop_ids=[],
+        max_tokens=5,
+        fingerprint="f",
+        vocab_fingerprint="v",
+    )
+
+
+def result() -> Result:
+    return Result(session="s", round=0, base_len=3, status=Status.COMMITTED, verifier="v", batch="b", tokens=[9])
+
+
+async def dead_letters(amqp_url: str, namespace: str, count: int) -> list[aio_pika.abc.AbstractIncomingMessage]:
+    async with await aio_pika.connect(amqp_url) as connection:
+        queue = await (await connection.channel()).get_queue(f"{namespace}.dead")
+        found = []
+        for _ in range(50):
+            message = await queue.get(no_ack=True, fail=False)
+            if message is None:
+                await asyncio.sleep(0.1)
+            else:
+                found.append(message)
+            if len(found) == count:
+                return found
+        raise AssertionError(f"{len(found)} dead letters instead of {count}")
+
+
+async def test_one_publish_reaches_drafter_gateway_and_scheduler_once_each(connect: Connect) -> None:
+    broker = await connect("all")
+    names = broker.topology
+    inboxes = {key: Inbox() for key in ("result.d", "result.g", topology.RESULT_SCHEDULER)}
+    for key, inbox in inboxes.items():
+        await broker.consume(names.own_queue("test", key, (key, "result.all")), inbox)
+    await broker.publish(result(), "result.d", cc=("result.g", topology.RESULT_SCHEDULER, "result.all"))
+    for inbox in inboxes.values():
+        assert await inbox.next() == result()
+        assert await inbox.nothing_more()
+
+
+async def test_only_one_scheduler_gets_rounds_and_a_standby_takes_over(connect: Connect) -> None:
+    first, second, sender = await connect("first"), await connect("second"), await connect("sender")
+    active, standby = Inbox(), Inbox()
+    await first.consume(first.topology.verify_queue(), active)
+    await second.consume(second.topology.verify_queue(), standby)
+    for i in range(10):
+        await sender.publish(verify(f"a{i}"), topology.VERIFY)
+    for _ in range(10):
+        await active.next()
+    assert await standby.nothing_more()
+    await first.close()
+    await sender.publish(verify("b"), topology.VERIFY)
+    assert await standby.next() == verify("b")
+
+
+async def test_a_request_whose_drafter_dies_goes_to_another(connect: Connect) -> None:
+    first, second, sender = await connect("first"), await connect("second"), await connect("sender")
+    started = asyncio.Event()
+
+    async def never_ends(message: Message) -> None:
+        started.set()
+        await asyncio.Event().wait()
+
+    await first.consume(first.topology.generate_queue(), never_ends, prefetch=4)
+    await sender.publish(generate(), topology.generate(), persistent=True)
+    await asyncio.wait_for(started.wait(), 5)
+    other = Inbox()
+    await second.consume(second.topology.generate_queue(), other, prefetch=4)
+    assert await other.nothing_more()
+    await first.close()
+    assert await other.next() == generate()
+
+
+async def test_prefetch_bounds_what_one_drafter_takes(connect: Connect) -> None:
+    broker, sender = await connect("drafter"), await connect("sender")
+    running = 0
+
+    async def hold(message: Message) -> None:
+        nonlocal running
+        running += 1
+        await asyncio.Event().wait()
+
+    await broker.consume(broker.topology.generate_queue(), hold, prefetch=3)
+    for i in range(6):
+        await sender.publish(generate(f"s{i}"), topology.generate(), persistent=True)
+    await asyncio.sleep(0.5)
+    assert running == 3
+
+
+async def test_a_persistent_message_that_no_queue_takes_is_an_error(connect: Connect) -> None:
+    broker = await connect("sender")
+    with pytest.raises(Unroutable, match=r"generate\.nowhere"):
+        await broker.publish(generate(), topology.generate("nowhere"), persistent=True)
+
+
+async def test_a_confirmed_batch_that_no_verifier_takes_is_an_error(connect: Connect) -> None:
+    broker = await connect("scheduler")
+    job = Job(session="s", round=0, base_len=3, draft=[], drafted=0, drafter="d", gateway="g", fingerprint="f")
+    batch = Batch(batch="b1", scheduler="x", jobs=[job], predicted_ms=1.0, policy="fcfs")
+    with pytest.raises(Unroutable, match=r"batch\.nobody"):
+        await broker.publish(batch, topology.batch("nobody"), confirmed=True)
+
+
+async def test_a_transient_message_that_no_queue_takes_is_dropped(connect: Connect) -> None:
+    broker = await connect("verifier")
+    await broker.publish(result(), topology.result("nobody"))
+    await broker.publish(result(), topology.result("nobody"), cc=("result.none",))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (b"\xc1 no msgpack", "not msgpack"),
+        (b"", "not msgpack"),
+        (b"\x01", "expected a msgpack map"),
+        (b"\x81\xa1t\xa4Nope", "unknown message type 'Nope'"),
+        (b"\x82\xa1t\xa6Verify\xa1v\x01", "Verify: session: Field required"),
+    ],
+)
+@pytest.mark.parametrize("prefetch", [0, 4], ids=["transient", "persistent"])
+async def test_a_poison_message_is_kept_with_its_reason_and_the_next_one_is_served(
+    connect: Connect, amqp_url: str, namespace: str, body: bytes, reason: str, prefetch: int
+) -> None:
+    broker = await connect("reader")
+    inbox = Inbox()
+    queue = broker.topology.generate_queue() if prefetch else broker.topology.verify_queue()
+    await broker.consume(queue, inbox, prefetch=prefetch)
+    async with await aio_pika.connect(amqp_url) as other:
+        exchange = await (await other.channel()).get_exchange(namespace)
+        await exchange.publish(aio_pika.Message(body, headers={"x-from": "a test"}), queue.bindings[0])
+    (dead,) = await dead_letters(amqp_url, namespace, 1)
+    assert dead.body == body
+    assert reason in str(dead.headers["x-wisp-reason"])
+    assert dead.headers["x-from"] == "a test"
+    assert dead.headers["x-wisp-routing-key"] == queue.bindings[0]
+    good = generate() if prefetch else verify()
+    await broker.publish(good, queue.bindings[0])
+    assert await inbox.next() == good
+
+
+async def test_a_message_whose_handler_fails_is_kept_too(connect: Connect, amqp_url: str, namespace: str) -> None:
+    broker = await connect("reader")
+
+    async def fails(message: Message) -> None:
+        raise ZeroDivisionError("a bug")
+
+    await broker.consume(broker.topology.verify_queue(), fails)
+    await broker.publish(verify(), topology.VERIFY)
+    (dead,) = await dead_letters(amqp_url, namespace, 1)
+    assert "a bug" in str(dead.headers["x-wisp-reason"])
+    assert dead.body == encode(verify())
+
+
+async def test_fields_of_a_newer_version_are_ignored(connect: Connect, amqp_url: str, namespace: str) -> None:
+    import msgpack
+
+    broker = await connect("reader")
+    inbox = Inbox()
+    await broker.consume(broker.topology.own_queue("test", "x", (topology.CANCEL,)), inbox)
+    body = msgpack.packb({"t": "Cancel", "v": 2, "session": "s", "reason": "r", "brand_new": {"a": 1}})
+    async with await aio_pika.connect(amqp_url) as other:
+        exchange = await (await other.channel()).get_exchange(namespace)
+        await exchange.publish(aio_pika.Message(body), topology.CANCEL)
+    assert await inbox.next() == Cancel(session="s", reason="r")
+
+
+async def test_a_live_consumer_proves_itself_and_a_missing_one_does_not(connect: Connect) -> None:
+    broker = await connect("reader")
+    queue = broker.topology.own_queue("test", "x", ())
+    inbox = Inbox()
+    await broker.consume(queue, inbox)
+    await broker.prove(queue)
+    with pytest.raises(BrokersError, match="does not answer"):
+        await broker.prove(broker.topology.own_queue("test", "nobody", ()), timeout_s=0.3)
+    assert await inbox.nothing_more(), f"probes ({PROBE_HEADER}) must not reach the handler"
+
+
+async def test_two_processes_of_one_name_are_told_apart(
+    connect: Connect, amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.broker.OWN_QUEUE_RETRIES", 2)
+    first, second = await connect("same"), await connect("same")
+    await first.consume(first.topology.own_queue("verifier", "same", ()), Inbox())
+    with pytest.raises(BrokersError, match="WISP_INSTANCE"):
+        await second.consume(second.topology.own_queue("verifier", "same", ()), Inbox())
+    await first.close()
+    with suppress(BrokersError):
+        await second.consume(second.topology.own_queue("verifier", "same", ()), Inbox())
+
+
+async def test_no_broker_is_a_clear_error(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.broker.CONNECT_TIMEOUT_S", 0.5)
+    with pytest.raises(BrokersError, match=r"guest@127\.0\.0\.1|127\.0\.0\.1:1.*WISP_AMQP_URL") as caught:
+        await Broker.connect("amqp://guest:secret@127.0.0.1:1/", Topology(namespace), "x")
+    assert "secret" not in str(caught.value)

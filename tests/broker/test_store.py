@@ -1,0 +1,190 @@
+"""The session store and the commit script, on a real Redis."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+import pytest
+from redis.asyncio import Redis
+
+from shared.errors import BrokersError, SessionGone
+from shared.messages import CostModel, Finish, Heartbeat, Sampling, Slo
+from shared.store import Commit, Outcome, Request, SessionStatus, Store
+
+PROMPT = [5, 6, 7]
+
+
+@pytest.fixture
+async def store(redis_url: str, namespace: str) -> AsyncIterator[Store]:
+    store = Store.connect(redis_url, namespace, ttl_s=60)
+    yield store
+    await store.close()
+
+
+def request(session: str = "s", slo: Slo | None = None) -> Request:
+    return Request(
+        session=session,
+        gateway="g",
+        prompt_len=len(PROMPT),
+        sampling=Sampling(temperature=0.7, seed=-3),
+        stop_ids=[2],
+        max_tokens=10,
+        fingerprint="f",
+        slo=slo,
+    )
+
+
+def commit(
+    round_: int, base: int, tokens: list[int], *, finish: Finish | None = None, accepted: int = 0, session: str = "s"
+) -> Commit:
+    return Commit(session, round_, base, accepted, tokens, finish, base + accepted)
+
+
+async def test_a_created_session_reads_back_whole(store: Store) -> None:
+    await store.create(request(), PROMPT, elapsed_ms=50)
+    session = await store.get("s")
+    assert session.request == request()
+    assert (session.tokens, session.status, session.round, session.finish) == (PROMPT, SessionStatus.ACTIVE, -1, None)
+    assert 50 <= session.elapsed_ms < 5000
+
+
+async def test_a_round_on_the_committed_length_is_appended(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    (answer,) = await store.commit("v", [commit(0, 3, [8, 9], accepted=1)])
+    assert (answer.outcome, answer.length, answer.base_len, answer.accepted) == (Outcome.COMMITTED, 5, 3, 1)
+    assert (await store.get("s")).tokens == [5, 6, 7, 8, 9]
+
+
+async def test_the_same_round_again_gets_what_was_committed_then(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    (first,) = await store.commit("v", [commit(0, 3, [8, 9], accepted=1)])
+    (again,) = await store.commit("w", [commit(0, 3, [8], accepted=0)])
+    assert again == first
+    assert (await store.get("s")).tokens == [5, 6, 7, 8, 9]
+
+
+async def test_a_repeated_last_round_still_says_how_the_text_ended(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])
+    (again,) = await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])
+    assert (again.outcome, again.finish, again.tokens) == (Outcome.COMMITTED, Finish.STOP, [8, 2])
+
+
+@pytest.mark.parametrize(("round_", "base", "tokens"), [(7, 3, [8, 9]), (1, 4, [9]), (1, 9, [])])
+async def test_a_round_on_another_length_is_a_conflict_that_carries_the_truth(
+    store: Store, round_: int, base: int, tokens: list[int]
+) -> None:
+    await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [8, 9])])
+    (answer,) = await store.commit("v", [commit(round_, base, [1, 1])])
+    assert answer.outcome is Outcome.CONFLICT
+    assert answer.length == 5
+    assert answer.base_len == min(base, 5)
+    assert answer.tokens == tokens
+    assert (await store.get("s")).tokens == [5, 6, 7, 8, 9]
+
+
+async def test_a_commit_without_tokens_only_asks(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    (answer,) = await store.commit("v", [commit(0, 3, [])])
+    assert (answer.outcome, answer.length, answer.tokens) == (Outcome.CONFLICT, 3, [])
+
+
+async def test_nothing_is_added_after_the_end_or_a_cancel(store: Store) -> None:
+    await store.create(request("done"), PROMPT)
+    await store.create(request("left"), PROMPT)
+    await store.commit("v", [commit(0, 3, [2], finish=Finish.STOP, session="done")])
+    await store.cancel("left")
+    done, left = await store.commit("v", [commit(1, 4, [8], session="done"), commit(0, 3, [8], session="left")])
+    assert (done.outcome, done.finish, done.length) == (Outcome.CONFLICT, Finish.STOP, 4)
+    assert left.outcome is Outcome.CANCELLED
+
+
+async def test_cancelling_a_finished_session_leaves_it_finished(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [2], finish=Finish.STOP)])
+    await store.cancel("s")
+    assert (await store.get("s")).status is SessionStatus.FINISHED
+
+
+async def test_one_call_commits_a_batch_and_each_job_by_itself(store: Store) -> None:
+    for i in range(20):
+        await store.create(request(f"s{i}"), PROMPT)
+    jobs = [commit(0, 3 if i % 2 else 4, [i], session=f"s{i}") for i in range(20)]
+    answers = await store.commit("v", [*jobs, commit(0, 3, [1], session="unknown")])
+    assert [a.outcome for a in answers[:20]] == [Outcome.CONFLICT, Outcome.COMMITTED] * 10
+    assert answers[20].outcome is Outcome.GONE
+
+
+async def test_of_many_verifiers_at_once_exactly_one_commits_a_round(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    answers = await asyncio.gather(*(store.commit(f"v{i}", [commit(i, 3, [i])]) for i in range(20)))
+    outcomes = [answer.outcome for (answer,) in answers]
+    assert outcomes.count(Outcome.COMMITTED) == 1
+    assert outcomes.count(Outcome.CONFLICT) == 19
+    assert len((await store.get("s")).tokens) == 4
+
+
+async def test_half_lost_state_counts_as_gone(store: Store, redis_url: str, namespace: str) -> None:
+    await store.create(request(), PROMPT)
+    async with Redis.from_url(redis_url) as redis:
+        await redis.delete(f"{namespace}:tokens:s")
+    (answer,) = await store.commit("v", [commit(0, 3, [8])])
+    assert answer.outcome is Outcome.GONE
+    with pytest.raises(SessionGone, match="send the request again"):
+        await store.get("s")
+
+
+async def test_deadlines_follow_the_slo(store: Store) -> None:
+    await store.create(request(slo=Slo(ttft_ms=1000.0, tpot_ms=100.0)), PROMPT)
+    first = await store.deadline_ms("s")
+    await store.commit("v", [commit(0, 3, [8, 9])])
+    second = await store.deadline_ms("s")
+    assert first is not None
+    assert second == pytest.approx(first + 200, abs=2)
+    assert await store.overdue() == []
+    await store.commit("v", [commit(1, 5, [2], finish=Finish.STOP)])
+    assert await store.deadline_ms("s") is None
+
+
+async def test_a_late_session_is_overdue(store: Store) -> None:
+    await store.create(request(slo=Slo(ttft_ms=10.0, tpot_ms=1.0)), PROMPT, elapsed_ms=100)
+    assert await store.overdue() == ["s"]
+
+
+async def test_progress_gives_the_tokens_from_a_position_on(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [8, 9])])
+    progress = await store.progress("s", 4)
+    assert progress is not None
+    assert (progress.length, progress.tokens, progress.status) == (5, [9], SessionStatus.ACTIVE)
+    assert await store.progress("unknown", 0) is None
+
+
+async def test_session_state_expires(store: Store, redis_url: str, namespace: str) -> None:
+    await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [8])])
+    async with Redis.from_url(redis_url) as redis:
+        assert 0 < await redis.ttl(f"{namespace}:session:s") <= 60
+        assert 0 < await redis.ttl(f"{namespace}:tokens:s") <= 60
+
+
+async def test_heartbeats_and_cost_models_are_kept(store: Store) -> None:
+    beat = Heartbeat(verifier="v1", fingerprint="f", max_len=10, free_tokens=5, total_tokens=10)
+    model = CostModel(
+        verifier="v1", coefficients=[1.0] * 5, ratio_p50=1.0, ratio_p90=1.0, ratio_p99=1.0, samples=3, version=1
+    )
+    await store.beat(beat)
+    await store.save_cost_model(model)
+    assert await store.heartbeats() == [beat]
+    assert await store.cost_models() == [model]
+    await store.silence("v1")
+    assert await store.heartbeats() == []
+
+
+async def test_an_unreachable_redis_is_a_clear_error(namespace: str) -> None:
+    store = Store.connect("redis://127.0.0.1:1/0", namespace, ttl_s=60)
+    with pytest.raises(BrokersError, match="WISP_REDIS_URL"):
+        await store.ping()
+    await store.close()
