@@ -5,7 +5,7 @@
 -- Tokens are packed little-endian int32. Returns per job: {outcome, committed length, base, accepted, finish, tokens from base}
 --
 -- A round is committed only if it builds on exactly what is committed. The same round again gets what was committed
--- then. Everything else is a conflict and gets the truth from where it can use it.
+-- then. Everything else is a conflict and gets the truth from where it can use it. No tokens ask for the truth alone.
 local WIDTH = 4
 local verifier, ttl = ARGV[1], tonumber(ARGV[2])
 local now = redis.call('TIME')
@@ -20,7 +20,7 @@ for job = 0, (#ARGV - 2) / 7 - 1 do
   local status, length = state[1], tonumber(state[2])
   if not status or not length or redis.call('STRLEN', tokens) ~= length * WIDTH then
     out[job + 1] = {'gone', 0, base, 0, '', ''}
-  elseif status == 'active' and base == length then
+  elseif status == 'active' and base == length and #new > 0 then
     redis.call('APPEND', tokens, new)
     length = length + #new / WIDTH
     redis.call('HSET', session, 'length', length, 'round', round, 'base', base, 'accepted', accepted,
@@ -28,7 +28,7 @@ for job = 0, (#ARGV - 2) / 7 - 1 do
     if finish ~= '' then
       redis.call('HSET', session, 'status', 'finished')
       redis.call('ZREM', KEYS[1], id)
-    elseif state[9] then
+    elseif state[9] and state[10] then
       redis.call('ZADD', KEYS[1], state[8] + state[9] + state[10] * (length - state[7]), id)
     end
     redis.call('EXPIRE', session, ttl)

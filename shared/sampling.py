@@ -9,27 +9,26 @@ and target use the same noise, so that they often choose the same token, and ver
 A position is the index in the session, prompt included, of the token that is chosen.
 
 How the choice comes out the same on every device and in every batch, though float32 logarithms do not: the noise is
-defined in float64 on the CPU (`shared.noise.gumbel`), but computed only for the few tokens that can win. With w = 1 - u, d the
-distance of a logit below the row's largest, and E = -log u, the winner has the least x = E * exp(d / temperature). As
-E >= w >= n / 2^31, where n are the leading 31 bits of w,
+defined in float64 on the CPU (`shared.noise.gumbel`), but computed only for the few tokens that can win. With
+w = 1 - u, d the distance of a logit below the row's largest, and E = -log u, the winner has the least
+x = E * exp(d / temperature). As E >= w >= n / 2^31, where n are the leading 31 bits of w,
 
     r = n * exp(d / temperature) <= 2^31 * x
 
-bounds x from below and is cheap: integers and one float32 exponential. Once some token's exact x_0 is known, tokens
-with computed r > 2^31 * x_0 * (1 + MARGIN) are out, for the winner's x is at most x_0. x_0 is that of the best among
-the tokens of r at most 4 times the least; where the bound by x_0 is wider, the tokens within it are looked at too.
+bounds x from below and is cheap: integers and one float32 exponential. Let x_0 be the lesser exact x of two tokens,
+that of the least r and that of the largest logit. The winner's x is at most x_0, so tokens with computed r above
+2^31 * x_0 * (1 + MARGIN) are out, and the few that remain are settled in float64.
 
 Errors of the computed r: d, 1 / temperature, their product, n and the last product are within 2^-23 each of their size
-and exp within 8 ulp, and errors of the exponent count d / temperature times. If the token of least r has w < 1/2, then
-x_0 <= 1.4 * r / 2^31 <= 1.4, as r <= 2^31 at the largest logit; else exp(d / temperature) <= 2 there and E < 44. So
-x_0 <= 88, and a winner with n >= 1 has d / temperature <= log(88 * 2^31) < 26. Together below
-(26 * 3 + 12) * 2^-23 < 1.1e-5, a ninth of MARGIN. n = 0 gives r = 0 and always stays in.
+and exp within 8 ulp; errors of the exponent count d / temperature times. At the largest logit x = E < 44, so x_0 < 44,
+and a winner with n >= 1 has d / temperature <= log(44 * 2^31) < 26. Together that is below (26 * 3 + 12) * 2^-23
+< 1.1e-5, a ninth of MARGIN. n = 0 gives r = 0 and always stays in.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import lru_cache
 
 import numpy as np
@@ -53,7 +52,6 @@ MARGIN = 1e-4
 
 # exp(d / temperature) stays finite in float32. Tokens farther than this below the largest can win with n = 0 only.
 _FARTHEST = 60.0
-_NEAR_LEAST = 4.0
 # Elements of one pass on an accelerator: a few buffers of this size must fit beside the model.
 _DEVICE_ELEMENTS = 1 << 24
 
@@ -109,35 +107,32 @@ def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int) ->
 
 def _sample(logits: Floats, mixed: Words, ids: Ids | None, key: int, temperature: float) -> int:
     """Index of the winner among `logits`, which are those of the tokens `ids`, or of the vocabulary."""
-    largest = logits.max()
-    screened = np.subtract(largest, logits)
-    screened *= _inverse(temperature)
+    top = int(logits.argmax())
+    largest = float(logits[top])
+
+    def scores(indices: Ids) -> list[float]:
+        tokens = indices if ids is None else ids[indices]
+        pairs = zip(tokens.tolist(), logits[indices].tolist(), strict=True)
+        return [_score(key, token, largest - logit, temperature) for token, logit in pairs]
+
+    with np.errstate(over="ignore"):  # as far away as infinity
+        screened = np.subtract(logits[top], logits)
+        screened *= _inverse(temperature)
     np.minimum(screened, _farthest(len(logits)), out=screened)
     np.exp(screened, out=screened)
     screened *= leading_bits(key, mixed).astype(np.float32)
-    limit = float(screened.min()) * _NEAR_LEAST
-    while True:
-        candidates = np.flatnonzero(screened <= limit)
-        tokens = candidates if ids is None else ids[candidates]
-        winner, bound = _settle(key, temperature, float(largest), tokens.tolist(), logits[candidates].tolist())
-        if bound <= limit:
-            return int(candidates[winner])
-        limit = bound
+    candidates = np.flatnonzero(screened <= _limit(max(scores(np.array([screened.argmin(), top])))))
+    return int(candidates[int(np.argmax(scores(candidates)))])
 
 
-def _settle(
-    key: int, temperature: float, largest: float, tokens: Iterable[int], logits: Iterable[float]
-) -> tuple[int, float]:
-    """Index of the winner among these candidates in float64, and the r that no better token's can exceed.
+def _score(key: int, token: int, distance: float, temperature: float) -> float:
+    """(logit - largest logit) / temperature + g."""
+    return -distance / temperature - math.log(exponential(key, token))
 
-    Tokens ascend, so that the lowest keeps a tie.
-    """
-    winner, best = -1, -math.inf
-    for index, (token, logit) in enumerate(zip(tokens, logits, strict=True)):
-        score = (logit - largest) / temperature - math.log(exponential(key, token))
-        if score > best:
-            winner, best = index, score
-    return winner, math.exp(-best) * 2.0**31 * (1 + MARGIN)
+
+def _limit(score: float) -> np.float32:
+    """The largest computed r that a token of at least this score can have; x is exp(-score)."""
+    return np.float32(math.exp(-score) * 2.0**31 * (1 + MARGIN))
 
 
 def _allowed(logits: Floats, params: Sampling) -> Ids:
@@ -147,7 +142,8 @@ def _allowed(logits: Floats, params: Sampling) -> Ids:
         ids = _largest(logits, np.partition(logits, -params.top_k)[-params.top_k], params.top_k)
     if params.top_p == 1:
         return ids
-    weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / params.temperature)
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / params.temperature)
     needed = params.top_p * weights.sum()
     # Sorting is the expensive part, and the nucleus is mostly among a few large weights.
     for least in (1e-2, 1e-4, 0.0):
@@ -171,11 +167,10 @@ def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Seq
     Rows with top_k or top_p come to the CPU.
     """
     tokens: list[int] = logits.argmax(dim=-1).tolist()
-    largest: list[float] = logits.amax(dim=-1).tolist()
     open_rows = []
-    for row, (p, top) in enumerate(zip(params, largest, strict=True)):
-        if not math.isfinite(top):
-            raise BadLogits(row, positions[row], top)
+    for row, (p, largest) in enumerate(zip(params, logits.amax(dim=-1).tolist(), strict=True)):
+        if not math.isfinite(largest):
+            raise BadLogits(row, positions[row], largest)
         if p.temperature > 0 and (p.top_k or p.top_p < 1):
             tokens[row] = _choose_in_row(_array(logits[row].cpu()), p, positions[row], row)
         elif p.temperature > 0:
@@ -184,33 +179,33 @@ def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Seq
     for start in range(0, len(open_rows), step):
         rows = open_rows[start : start + step]
         keys = [noise_key(params[row].seed, positions[row]) for row in rows]
-        temperatures = [params[row].temperature for row in rows]
-        values = logits[rows].float()
-        screened = _screen_on_device(values, keys, temperatures)
-        limits: list[float] = (screened.amin(dim=-1) * _NEAR_LEAST).tolist()
-        while True:
-            limit = torch.tensor(limits, dtype=torch.float32, device=logits.device)
-            places = (screened <= limit[:, None]).nonzero()
-            found: list[tuple[list[int], list[float]]] = [([], []) for _ in rows]
-            for (index, token), value in zip(places.tolist(), values[places[:, 0], places[:, 1]].tolist(), strict=True):
-                found[index][0].append(token)
-                found[index][1].append(value)
-            bounds = []
-            for row, key, temperature, (ids, candidates) in zip(rows, keys, temperatures, found, strict=True):
-                winner, bound = _settle(key, temperature, largest[row], ids, candidates)
-                tokens[row] = ids[winner]
-                bounds.append(bound)
-            if all(bound <= limit for bound, limit in zip(bounds, limits, strict=True)):
-                break
-            limits = [max(bound, limit) for bound, limit in zip(bounds, limits, strict=True)]
+        winners = _sample_on_device(logits[rows].float(), keys, [params[row].temperature for row in rows])
+        for row, winner in zip(rows, winners, strict=True):
+            tokens[row] = winner
     return tokens
 
 
-def _screen_on_device(values: Tensor, keys: Sequence[int], temperatures: Sequence[float]) -> Tensor:
-    """r for each element of `values` (rows, vocabulary), as `_sample` computes it for one row on the CPU."""
+def _sample_on_device(values: Tensor, keys: Sequence[int], temperatures: Sequence[float]) -> list[int]:
+    """Winner in each row of `values` (rows, vocabulary), found as `_sample` does."""
+    largest, top = values.max(dim=-1, keepdim=True)
     inverse = torch.tensor([[_inverse(t)] for t in temperatures], dtype=torch.float32, device=values.device)
-    distance = (values.amax(dim=-1, keepdim=True) - values).mul_(inverse).clamp_(max=_FARTHEST)
-    return distance.exp_().mul_(leading_bits_on_device(keys, values.shape[1], values.device))
+    screened = (largest - values).mul_(inverse).clamp_(max=_FARTHEST).exp_()
+    screened.mul_(leading_bits_on_device(keys, values.shape[1], values.device))
+
+    def scores(row: Tensor, column: Tensor) -> list[float]:
+        facts = zip(row.tolist(), column.tolist(), values[row, column].tolist(), strict=True)
+        return [_score(keys[index], token, tops[index] - logit, temperatures[index]) for index, token, logit in facts]
+
+    tops: list[float] = largest[:, 0].tolist()
+    every = torch.arange(len(keys), device=values.device)
+    first, second = scores(every, screened.argmin(dim=-1)), scores(every, top[:, 0])
+    limits = torch.tensor([[_limit(max(pair))] for pair in zip(first, second, strict=True)], device=values.device)
+    row, column = (screened <= limits).nonzero(as_tuple=True)
+    winners, best = [-1] * len(keys), [-math.inf] * len(keys)
+    for index, token, score in zip(row.tolist(), column.tolist(), scores(row, column), strict=True):
+        if score > best[index]:  # tokens ascend: the lowest keeps a tie
+            winners[index], best[index] = token, score
+    return winners
 
 
 @lru_cache(maxsize=64)

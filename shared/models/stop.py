@@ -1,0 +1,67 @@
+"""Stop strings, found in a text that arrives in pieces."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+class StopStrings:
+    """Finds the first completed stop string and withholds no more text than could still become one.
+
+    The outcome depends on the text alone and not on how it was cut into pieces: the stop string that ends first
+    wins, and the longest of those that end at the same character. Each character costs amortised O(1) per stop
+    string (Knuth-Morris-Pratt).
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        if "" in stops:
+            raise ValueError("a stop string must not be empty")
+        self._stops = [_Prefix(stop) for stop in stops]
+        self._held = ""
+        self.hit: str | None = None
+        """The stop string that was found."""
+
+    def feed(self, text: str) -> tuple[str, str | None]:
+        """Takes the next piece of text; returns what may be shown, and the stop string that ended the text or None.
+
+        After a stop string was found further text is dropped.
+        """
+        if self.hit is not None:
+            return "", self.hit
+        pending = self._held + text
+        for end, character in enumerate(text, start=len(self._held) + 1):
+            complete = [stop.text for stop in self._stops if stop.extend(character)]
+            if complete:
+                self.hit = max(complete, key=len)
+                self._held = ""
+                return pending[: end - len(self.hit)], self.hit
+        shown = len(pending) - max((stop.length for stop in self._stops), default=0)
+        self._held = pending[shown:]
+        return pending[:shown], None
+
+    def flush(self) -> str:
+        """The withheld text, to be shown when the text has ended without a stop string."""
+        held, self._held = self._held, ""
+        return held
+
+
+class _Prefix:
+    """How much of one stop string the text so far ends with."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.length = 0
+        # _borders[n]: length of the longest proper prefix of text[: n + 1] that is also its suffix.
+        self._borders = [0]
+        for character in text[1:]:
+            border = self._borders[-1]
+            while border and text[border] != character:
+                border = self._borders[border - 1]
+            self._borders.append(border + (text[border] == character))
+
+    def extend(self, character: str) -> bool:
+        """Takes the text's next character; true if the text now ends with the whole stop string."""
+        while self.length and self.text[self.length] != character:
+            self.length = self._borders[self.length - 1]
+        self.length += self.text[self.length] == character
+        return self.length == len(self.text)

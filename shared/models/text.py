@@ -1,0 +1,233 @@
+"""From text to token ids and back, incrementally, and the stop strings in between. No torch."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import tokenizers
+
+from shared.errors import ModelError
+from shared.models.chat import ChatTemplate
+from shared.models.errors import ChatTemplateError
+from shared.models.folder import ModelFolder
+
+
+class Tokenizer:
+    """The tokenizer of a model folder. Raises ModelError if tokenizer.json can't be used."""
+
+    def __init__(self, folder: ModelFolder) -> None:
+        self._path = folder.path / "tokenizer.json"
+        self._backend = self._load()
+        added = self._backend.get_added_tokens_decoder()
+        self.special_tokens: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
+        """The control tokens by their text."""
+        self._special_ids = frozenset(self.special_tokens.values())
+        self._special_text = re.compile(
+            "|".join(re.escape(token) for token in sorted(self.special_tokens, key=len, reverse=True)) or r"(?!)"
+        )
+        self._template = ChatTemplate(folder) if folder.chat_template else None
+        self._bytes_of = _TokenBytes(self._backend, self._path)
+
+    @property
+    def largest_id(self) -> int:
+        """The largest token id that the tokenizer knows."""
+        vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return max(vocab.values())
+
+    @property
+    def strips_spaces(self) -> int:
+        """How many leading spaces decoding removes from a text: 1 in SentencePiece models, else 0."""
+        return self._bytes_of.strips_spaces
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of a raw prompt, as transformers' tokenizer gives them.
+
+        Control tokens written out in the text are control tokens; those that the model puts around every text (its
+        beginning-of-text token, if it has one) are added. For what a user says in a conversation use `render_chat`.
+        """
+        return self._backend.encode(_unicode(text), add_special_tokens=True).ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of these tokens, without control tokens; bytes that are no UTF-8 become U+FFFD."""
+        stream = Detokenizer(self)
+        return stream.feed(ids) + stream.flush()
+
+    def token_bytes(self, token: int) -> bytes:
+        """What the token contributes to a text: nothing for control tokens and unknown ids."""
+        return b"" if token in self._special_ids else self._bytes_of[token]
+
+    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+        """Ids of a conversation in the model's chat template.
+
+        `messages` are OpenAI's: a role and content, a string or a list of text parts. Ids are those of transformers'
+        `apply_chat_template`, except that control tokens written out in a message stay plain text: only the template
+        makes control tokens.
+
+        Raises ChatTemplateError if the model has no template or the template refuses the messages.
+        """
+        if self._template is None:
+            raise ChatTemplateError(
+                f"{self._path.parent} has no chat template, so it can only complete raw prompts: use /v1/completions, "
+                "or name an instruction-tuned model's folder."
+            )
+        quoting = _Quoting(self._special_text, messages)
+        rendered = self._template.render(quoting.quoted, add_generation_prompt)
+        own = [self.special_tokens[token] for token in self._special_text.findall(rendered)]
+        ids = self._backend.encode(rendered, add_special_tokens=False).ids
+        # A normalizer can make control tokens of look-alikes, hence the second condition.
+        if not quoting.replaced and [token for token in ids if token in self._special_ids] == own:
+            return ids
+        return self._encode_own_control_tokens(rendered, quoting)
+
+    def _encode_own_control_tokens(self, rendered: str, quoting: _Quoting) -> list[int]:
+        ids: list[int] = []
+        end = 0
+        for token in self._special_text.finditer(rendered):
+            ids += self._encode_plain(quoting.restore(rendered[end : token.start()]))
+            ids.append(self.special_tokens[token.group()])
+            end = token.end()
+        return ids + self._encode_plain(quoting.restore(rendered[end:]))
+
+    def _encode_plain(self, text: str) -> list[int]:
+        return self._plain_backend.encode(text, add_special_tokens=False).ids
+
+    @cached_property
+    def _plain_backend(self) -> tokenizers.Tokenizer:
+        """Made when a message holds a control token's text, as it takes as much memory as the first."""
+        backend = self._load()
+        backend.encode_special_tokens = True  # sic: encodes their text as if it had no meaning
+        return backend
+
+    def _load(self) -> tokenizers.Tokenizer:
+        try:
+            backend = tokenizers.Tokenizer.from_file(str(self._path))
+        except Exception as error:  # tokenizers raises bare Exception
+            raise ModelError(f"{self._path} can't be read ({error}). Download the model again.") from error
+        # Some models store the limits of their training; a prompt is measured by the gateway, never cut.
+        backend.no_truncation()
+        backend.no_padding()
+        return backend
+
+
+class Detokenizer:
+    """The text of one growing sequence of tokens; the texts returned join to `Tokenizer.decode` of all tokens."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._spaces_to_strip = tokenizer.strips_spaces
+
+    def feed(self, ids: Iterable[int]) -> str:
+        """Text that these tokens complete. The bytes of an unfinished character wait for the next call."""
+        text = self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
+        while text and self._spaces_to_strip:
+            text = text.removeprefix(" ")
+            self._spaces_to_strip = self._spaces_to_strip - 1 if text.startswith(" ") else 0
+        return text
+
+    def flush(self) -> str:
+        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        return self._utf8.decode(b"", final=True)
+
+
+class _Quoting:
+    """Messages in which the text of control tokens is replaced by characters that occur nowhere in them."""
+
+    def __init__(self, control_tokens: re.Pattern[str], messages: Sequence[Mapping[str, Any]]) -> None:
+        self._control_tokens = control_tokens
+        self._used = set(json.dumps(messages, ensure_ascii=False, default=str))
+        self._unused = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in self._used)
+        self._stand_ins: dict[str, str] = {}
+        self.quoted = [self._quote(message) for message in messages]
+
+    @property
+    def replaced(self) -> bool:
+        return bool(self._stand_ins)
+
+    def restore(self, text: str) -> str:
+        for token, stand_in in self._stand_ins.items():
+            text = text.replace(stand_in, token)
+        return text
+
+    def _quote(self, value: Any) -> Any:
+        if isinstance(value, str):
+            return self._control_tokens.sub(self._stand_in, _unicode(value))
+        if isinstance(value, Mapping):
+            return {key: self._quote(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._quote(item) for item in value]
+        return value
+
+    def _stand_in(self, token: re.Match[str]) -> str:
+        if token.group() not in self._stand_ins:
+            self._stand_ins[token.group()] = next(self._unused)
+        return self._stand_ins[token.group()]
+
+
+class _TokenBytes(dict[int, bytes]):
+    """Bytes of each token as the tokenizer's decoder makes them, computed on first use.
+
+    Knows the two kinds of decoders of causal language models: byte-level BPE, and SentencePiece with `▁` for a space
+    and `<0x0A>` for a byte.
+    """
+
+    def __init__(self, backend: tokenizers.Tokenizer, path: Any) -> None:
+        super().__init__()
+        self._backend = backend
+        steps = _decoder_steps(backend)
+        kinds = {step["type"] for step in steps}
+        self._is_byte_level = "ByteLevel" in kinds
+        if not self._is_byte_level and not kinds & {"ByteFallback", "Metaspace"}:
+            raise ModelError(
+                f"{path}: the decoder {sorted(kinds) or None} is neither byte-level nor SentencePiece's, "
+                "so its text can't be streamed. Name another model's folder."
+            )
+        self._space = next((step["replacement"] for step in steps if step["type"] == "Metaspace"), "▁")
+        self.strips_spaces: int = sum(
+            step["start"]
+            if step["type"] == "Strip"
+            else step["type"] == "Metaspace" and step.get("prepend_scheme") != "never"
+            for step in steps
+        )
+
+    def __missing__(self, index: int) -> bytes:
+        token = self._backend.id_to_token(index)
+        self[index] = piece = b"" if token is None else self._piece(token)
+        return piece
+
+    def _piece(self, token: str) -> bytes:
+        if self._is_byte_level:
+            try:
+                return bytes(_BYTE_OF[character] for character in token)
+            except KeyError:  # an added token, which is text and not bytes
+                return token.encode()
+        if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
+            return bytes([int(token[3:5], 16)])
+        return token.replace(self._space, " ").encode()
+
+
+def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
+    if backend.decoder is None:
+        return []
+    decoder = json.loads(backend.decoder.__getstate__())
+    return decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+
+
+def _bytes_of_characters() -> dict[str, int]:
+    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 and up, in order."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTE_OF = _bytes_of_characters()
+
+
+def _unicode(text: str) -> str:
+    """The text with lone surrogates, which JSON can carry and UTF-8 can't, as question marks."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

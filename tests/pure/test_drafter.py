@@ -1,0 +1,160 @@
+"""The drafter's pure parts: its view of a session, the round timer, prompt lookup."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.drafter.session import DraftSession
+from services.drafter.sources import DraftRequest, LookupDrafts, NoDrafts
+from services.drafter.timeout import LONGEST_MS, UNKNOWN_MS, RoundTimer
+from shared.messages import Failure, Finish, Generate, Result, Sampling, Slo, Status
+
+PROMPT = [1, 2, 3]
+
+
+def session(slo: Slo | None = None, max_tokens: int = 10) -> DraftSession:
+    generate = Generate(
+        session="s",
+        gateway="g",
+        prompt=PROMPT,
+        sampling=Sampling(),
+        stop_ids=[],
+        max_tokens=max_tokens,
+        fingerprint="f",
+        vocab_fingerprint="v",
+        slo=slo,
+    )
+    return DraftSession(generate, list(PROMPT))
+
+
+def result(round_: int, base: int, tokens: list[int], status: Status = Status.COMMITTED, **more: object) -> Result:
+    return Result.model_validate(
+        {"session": "s", "round": round_, "base_len": base, "status": status, "verifier": "v", "batch": "b"}
+        | {"tokens": tokens}
+        | more
+    )
+
+
+def test_a_result_moves_the_session_to_the_next_round() -> None:
+    s = session()
+    assert s.apply(result(0, 3, [7, 8]))
+    assert (s.tokens, s.round, s.output_tokens, s.done) == ([1, 2, 3, 7, 8], 1, 2, False)
+
+
+def test_a_result_that_comes_twice_or_late_changes_nothing() -> None:
+    s = session()
+    s.apply(result(0, 3, [7, 8]))
+    assert not s.apply(result(0, 3, [7, 8]))
+    assert s.tokens == [1, 2, 3, 7, 8]
+
+
+def test_a_conflict_gives_the_truth() -> None:
+    s = session()
+    s.tokens += [9, 9]
+    assert s.apply(result(0, 4, [6, 7], Status.CONFLICT))
+    assert s.tokens == [1, 2, 3, 9, 6, 7]
+
+
+def test_a_chunk_of_prefill_does_not_settle_a_round() -> None:
+    s = session()
+    assert not s.apply(result(0, 3, [], Status.PREFILLED))
+    assert s.round == 0
+
+
+def test_the_end_and_a_failure_end_the_session() -> None:
+    ended, failed = session(), session()
+    assert ended.apply(result(0, 3, [7], finish=Finish.STOP))
+    assert ended.done
+    assert failed.apply(result(0, 3, [], Status.FAILED, error=Failure(code="session_gone", message="gone")))
+    assert failed.done
+    assert failed.failure is not None
+    assert not failed.apply(result(0, 3, [7]))
+
+
+def test_drafts_leave_room_for_the_bonus_token() -> None:
+    s = session(max_tokens=4)
+    assert s.draft_room(8) == 3
+    s.apply(result(0, 3, [7, 8, 9]))
+    assert s.draft_room(8) == 0
+
+
+def test_slack_is_the_time_left_until_the_next_token_is_due() -> None:
+    s = session(Slo(ttft_ms=1000.0, tpot_ms=100.0))
+    s.apply(result(0, 3, [7, 8]))
+    verify = s.verify([1], [0.5], "d", elapsed_ms=1150.0, draft_ms=3.0)
+    assert verify.slack_ms == pytest.approx(50.0)
+    assert session().verify([], [], "d", elapsed_ms=5.0, draft_ms=0.0).slack_ms is None
+
+
+def test_the_timer_follows_the_measured_round_time_and_backs_off() -> None:
+    timer = RoundTimer(shortest_ms=100.0)
+    assert timer.timeout_ms(0) == UNKNOWN_MS
+    for _ in range(100):
+        timer.learn(500.0)
+    assert 500.0 <= timer.timeout_ms(0) < 520.0
+    assert timer.timeout_ms(1) == 2 * timer.timeout_ms(0)
+    assert timer.timeout_ms(30) == LONGEST_MS
+    for i in range(100):
+        timer.learn(500.0 + 300.0 * (i % 2))
+    assert timer.timeout_ms(0) > 1000.0, "a varying round time needs a longer wait"
+
+
+def test_the_timer_is_never_shorter_than_its_setting() -> None:
+    timer = RoundTimer(shortest_ms=100.0)
+    for _ in range(50):
+        timer.learn(1.0)
+    assert timer.timeout_ms(0) == 100.0
+
+
+def propose(lookup: LookupDrafts, tokens: list[int], length: int) -> list[int]:
+    return lookup.propose([DraftRequest("s", tokens, length, Sampling())])[0].tokens
+
+
+def test_lookup_copies_what_followed_the_longest_match() -> None:
+    tokens = [1, 2, 3, 4, 5, 9, 3, 8, 8, 1, 2, 3]
+    assert propose(LookupDrafts(), tokens, 3) == [4, 5, 9]
+
+
+def test_lookup_prefers_the_latest_occurrence() -> None:
+    assert propose(LookupDrafts(), [7, 1, 7, 2, 7, 3, 7], 1) == [3]
+
+
+def test_lookup_goes_on_with_a_repeating_pattern() -> None:
+    assert propose(LookupDrafts(), [5, 6, 5, 6], 5) == [5, 6, 5, 6, 5]
+
+
+def test_lookup_without_a_match_or_room_drafts_nothing() -> None:
+    assert propose(LookupDrafts(), [1, 2, 3, 4], 4) == []
+    assert propose(LookupDrafts(), [5, 5, 5], 0) == []
+
+
+def test_lookup_learns_how_far_its_matches_can_be_trusted() -> None:
+    lookup = LookupDrafts()
+    request = DraftRequest("s", [1, 2, 3, 9, 1, 2, 3], 4, Sampling())
+    before = lookup.propose([request])[0].acceptance[0]
+    for _ in range(20):
+        lookup.propose([request])
+        lookup.learn("s", drafted=4, accepted=4)
+    assert lookup.propose([request])[0].acceptance[0] > 0.9 > before
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 60))
+def test_lookup_index_grown_step_by_step_equals_one_built_at_once(tokens: list[int], cut: int) -> None:
+    grown = LookupDrafts()
+    for end in range(min(cut, len(tokens)), len(tokens) + 1):
+        last = propose(grown, tokens[:end], 4)
+    assert last == propose(LookupDrafts(), tokens, 4)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=60))
+def test_lookup_proposes_only_continuations_seen_before(tokens: list[int]) -> None:
+    (first, *_rest), support = propose(LookupDrafts(), tokens, 2) or [None], 1
+    if first is not None:
+        pairs = set(zip(tokens, tokens[1:], strict=False))
+        assert (tokens[-support], first) in pairs
+
+
+def test_no_drafts_is_plain_decoding() -> None:
+    assert NoDrafts().propose([DraftRequest("s", [1, 2], 4, Sampling())])[0].tokens == []

@@ -1,0 +1,172 @@
+"""Messages: what goes over the wire comes back, and nothing else is taken for a message."""
+
+from __future__ import annotations
+
+import msgpack
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from shared.errors import MessageError
+from shared.messages import (
+    MESSAGES,
+    SCHEMA_VERSION,
+    Batch,
+    BatchShape,
+    Cancel,
+    CostModel,
+    Failure,
+    Finish,
+    Generate,
+    Heartbeat,
+    Job,
+    Load,
+    Message,
+    Residency,
+    Result,
+    Sample,
+    Sampling,
+    Slo,
+    Status,
+    Verify,
+    decode,
+    encode,
+)
+
+JOB = Job(session="s", round=2, base_len=9, draft=[4], drafted=3, drafter="d", gateway="g", fingerprint="f", reason="r")
+EXAMPLES: list[Message] = [
+    Generate(
+        session="chatcmpl-1",
+        gateway="g",
+        prompt=[1, 2, 3],
+        sampling=Sampling(temperature=0.7, top_p=0.9, top_k=5, seed=-(2**63)),
+        stop_ids=[2],
+        max_tokens=7,
+        fingerprint="f",
+        vocab_fingerprint="v",
+        slo=Slo(ttft_ms=500.0, tpot_ms=50.0),
+        elapsed_ms=1.5,
+    ),
+    Verify(
+        session="s",
+        round=0,
+        base_len=3,
+        draft=[],
+        acceptance=[],
+        drafter="d",
+        gateway="g",
+        fingerprint="f",
+        slack_ms=-4.0,
+    ),
+    Batch(batch="b-1", scheduler="x", jobs=[JOB], predicted_ms=40.0, policy="edf"),
+    Result(
+        session="s",
+        round=1,
+        base_len=3,
+        status=Status.COMMITTED,
+        verifier="v",
+        batch="b",
+        accepted=1,
+        tokens=[5, 6],
+        finish=Finish.STOP,
+    ),
+    Result(
+        session="s",
+        round=1,
+        base_len=3,
+        status=Status.FAILED,
+        verifier="v",
+        batch="b",
+        error=Failure(code="session_gone", message="gone"),
+    ),
+    Sample(verifier="v", shape=BatchShape(jobs=1, new_tokens=2, new_context=30, context=15), measured_ms=3.0),
+    CostModel(verifier="v", coefficients=[1.0] * 5, ratio_p50=1.0, ratio_p90=1.2, ratio_p99=2.0, samples=4, version=9),
+    Load(scheduler="x", price_ms=0.5, queue_ms=3.0, pending=4, draft_cap=8),
+    Cancel(session="s", reason="client left"),
+    Heartbeat(
+        verifier="v",
+        fingerprint="f",
+        max_len=100,
+        free_tokens=50,
+        total_tokens=100,
+        residency=[Residency(session="s", cached=12)],
+    ),
+]
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.type_name)
+def test_every_message_comes_back_as_it_went(message: Message) -> None:
+    assert decode(encode(message)) == message
+
+
+def test_every_kind_of_message_has_an_example() -> None:
+    assert {type(example) for example in EXAMPLES} == set(MESSAGES.values())
+
+
+@pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.type_name)
+def test_unknown_fields_are_ignored_and_missing_or_ill_typed_ones_rejected(message: Message) -> None:
+    fields = msgpack.unpackb(encode(message))
+    assert decode(msgpack.packb({**fields, "v": SCHEMA_VERSION + 1, "from_the_future": [1, {"x": 2}]})) == message
+    required = [name for name, field in type(message).model_fields.items() if field.is_required()]
+    for name in required:
+        without = {key: value for key, value in fields.items() if key != name}
+        with pytest.raises(MessageError, match=f"{message.type_name}: {name}"):
+            decode(msgpack.packb(without))
+        with pytest.raises(MessageError, match=f"{message.type_name}: {name}"):
+            decode(msgpack.packb({**fields, name: b"not this"}))
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("base_len", 0),
+        ("base_len", "3"),
+        ("base_len", True),
+        ("round", -1),
+        ("draft", [1, -1]),
+        ("draft", [2**31]),
+        ("acceptance", [1.5]),
+        ("slack_ms", float("nan")),
+        ("session", ""),
+        ("session", "a b"),
+        ("session", "x" * 200),
+    ],
+)
+def test_values_out_of_range_are_rejected(field: str, value: object) -> None:
+    fields = msgpack.unpackb(encode(EXAMPLES[1])) | {field: value}
+    with pytest.raises(MessageError, match=field):
+        decode(msgpack.packb(fields))
+
+
+@given(st.binary(max_size=200))
+def test_arbitrary_bytes_are_a_message_error_and_nothing_else(body: bytes) -> None:
+    with pytest.raises(MessageError):
+        decode(body)
+
+
+@given(
+    st.recursive(
+        st.none()
+        | st.booleans()
+        | st.integers(-(2**63), 2**63)
+        | st.floats()
+        | st.text(max_size=8)
+        | st.binary(max_size=8),
+        lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+        max_leaves=8,
+    )
+)
+def test_arbitrary_msgpack_is_a_message_error_and_nothing_else(value: object) -> None:
+    with pytest.raises(MessageError):
+        decode(msgpack.packb(value))
+
+
+@given(st.sampled_from(EXAMPLES), st.data())
+def test_a_damaged_message_never_raises_anything_else(message: Message, data: st.DataObject) -> None:
+    body = bytearray(encode(message))
+    position = data.draw(st.integers(0, len(body) - 1))
+    body[position] = data.draw(st.integers(0, 255))
+    try:
+        decode(bytes(body))
+    except MessageError as error:
+        assert str(error)
