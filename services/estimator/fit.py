@@ -2,9 +2,10 @@
 
 Weighted least squares on the relative error, with non-negative coefficients: every sample is divided by its measured
 time, so that short and long batches count alike. Only the sums X'X and X'y are kept. Old samples fade by a constant
-factor; the start-up profile fades separately, down to a floor, so that shapes which live traffic never shows keep their
-meaning. A sample far from the prediction counts less (Huber's weight), so that a stalled machine moves the model little.
-When the median of the last few batches is off, the speed has changed for good: everything learnt so far is rescaled.
+factor; the start-up profile fades separately, down to a floor, so that shapes which live traffic never shows keep
+their meaning. A sample far from the prediction counts less (Huber's weight), so that a stalled machine moves the model
+little. When the median of the last few batches is off, the speed has changed for good: everything learnt so far is
+rescaled.
 """
 
 from __future__ import annotations

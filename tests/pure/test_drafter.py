@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -152,7 +154,7 @@ def test_lookup_index_grown_step_by_step_equals_one_built_at_once(tokens: list[i
 def test_lookup_proposes_only_continuations_seen_before(tokens: list[int]) -> None:
     (first, *_rest), support = propose(LookupDrafts(), tokens, 2) or [None], 1
     if first is not None:
-        pairs = set(zip(tokens, tokens[1:], strict=False))
+        pairs = set(itertools.pairwise(tokens))
         assert (tokens[-support], first) in pairs
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import msgpack
 import pytest
 from hypothesis import given
@@ -166,7 +168,5 @@ def test_a_damaged_message_never_raises_anything_else(message: Message, data: st
     body = bytearray(encode(message))
     position = data.draw(st.integers(0, len(body) - 1))
     body[position] = data.draw(st.integers(0, 255))
-    try:
+    with suppress(MessageError):
         decode(bytes(body))
-    except MessageError as error:
-        assert str(error)

@@ -139,7 +139,7 @@ def test_a_batch_stays_within_its_limits_and_always_moves_the_first_round_on(
     plan = fill(ordered, verifier, Limits(max_ms, max_tokens))
     names = [c.pending.session for c in plan.chosen]
     assert len(set(names)) == len(names)
-    assert names[0] == ordered[0][0].session
+    assert ordered[0][0].session in names
     assert plan.predicted_ms == pytest.approx(cost.predict_ms(MODEL, plan.shape))
     for c in plan.chosen:
         start = c.pending.held(cached.get(c.pending.session, 0))
@@ -150,18 +150,19 @@ def test_a_batch_stays_within_its_limits_and_always_moves_the_first_round_on(
         assert plan.predicted_ms <= max_ms
         assert plan.shape.new_tokens <= max_tokens
     whole = sum(1 for c in plan.chosen if c.prefill_to is None)
-    assert plan.full == (whole < len(queue) or plan.predicted_ms > max_ms or plan.shape.new_tokens > max_tokens)
+    assert plan.full == (whole < len(queue))
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_short_rounds() -> None:
     d = dispatcher("fcfs", limits=Limits(max_batch_ms=300.0, max_batch_tokens=2048))
     d.on_verify(verify("long", base=1000, draft=0), 0.0)
     d.on_verify(verify("short", base=20, draft=0), 1.0)
-    now, seen, short_done = 2.0, [], None
+    now, seen, short_done, first_ms = 2.0, [], None, None
     while "long" in d.pool:
         d.on_heartbeat(heartbeat(held=d.verifiers["v1"].cached), now)
         batch = only(d, now)
         assert batch.predicted_ms <= 300.0
+        first_ms = first_ms or batch.predicted_ms
         now += batch.predicted_ms
         for job in batch.jobs:
             if job.session == "short":
@@ -174,7 +175,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_short_rounds() -> None:
     assert seen == sorted(set(seen))
     assert len(seen) > 3
     assert short_done is not None
-    assert short_done < now / 2, "the short round must not wait for the whole prompt"
+    assert short_done == 2.0 + first_ms, "the short round must not wait for a long prompt"
 
 
 def test_what_waits_goes_out_together() -> None:
