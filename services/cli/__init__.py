@@ -1,0 +1,1 @@
+"""The `wisp` console command: what people do by hand, on private brokers and processes of its own."""

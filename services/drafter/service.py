@@ -221,6 +221,7 @@ class Drafter:
                 draft_ms,
                 attempt,
             )
+            self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
             await self._broker.publish(verify, topology.VERIFY)
             result = await self._result(session, timer.timeout_ms(attempt) / 1000)
             if result is not None:
@@ -229,6 +230,7 @@ class Drafter:
             self._log.info("round is late, sending it again", attempt=attempt)
         if isinstance(result, Cancel):
             return False
+        self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
         if attempt == 0:
             timer.learn((time.monotonic() - sent) * 1000)
         worker.source.learn(session.name, result.trimmed_to, result.accepted)

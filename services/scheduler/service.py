@@ -74,6 +74,7 @@ class Scheduler:
     async def _receive(self, message: Message) -> None:
         match message:
             case Verify():
+                self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
                 self._dispatcher.on_verify(message, now_ms())
             case Result():
                 self._dispatcher.on_result(message, now_ms())
@@ -98,6 +99,9 @@ class Scheduler:
             self._changed.clear()
             sends, wake_ms = self._dispatcher.dispatch(now_ms())
             for verifier, batch in sends:
+                self._log.debug(
+                    "batch sent", batch=batch.batch, verifier=verifier, jobs=len(batch.jobs), predicted_ms=batch.predicted_ms
+                )
                 # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
                 sending = asyncio.create_task(self._send(verifier, batch))
                 self._sending.add(sending)

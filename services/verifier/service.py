@@ -143,6 +143,7 @@ class Verifier:
 
     async def _receive(self, message: Message) -> None:
         if isinstance(message, Batch):
+            self._log.debug("batch received", batch=message.batch, jobs=[[job.session, job.round] for job in message.jobs])
             self._batches.put_nowait(message)
         elif isinstance(message, Cancel):
             await self._forget([message.session])
@@ -163,16 +164,16 @@ class Verifier:
         work, settled = await self._prepare(batch)
         tasks = [task for _, task in work]
         outcomes: list[Outcome] = []
+        shapes: list[BatchShape] = []
         elapsed_ms = 0.0
         if tasks:
+            self._log.debug("model started")
             started = time.perf_counter()
             outcomes, shapes = await self._in_model_thread(lambda: self._run(tasks))
             elapsed_ms = (time.perf_counter() - started) * 1000
-            if len(shapes) == 1:
-                sample = Sample(verifier=self.instance, shape=shapes[0], measured_ms=elapsed_ms)
-                await self._broker.publish(sample, topology.SAMPLE)
+            self._log.debug("model done")
         judged = [(job, task, outcome) for (job, task), outcome in zip(work, outcomes, strict=True)]
-        reply = asyncio.create_task(self._reply(batch.batch, judged, settled, elapsed_ms))
+        reply = asyncio.create_task(self._reply(batch.batch, judged, settled, elapsed_ms, shapes))
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
 
@@ -232,7 +233,9 @@ class Verifier:
         judged: Sequence[tuple[Job, Task, Outcome]],
         settled: Sequence[tuple[Job, Failure | None]],
         verify_ms: float,
+        shapes: Sequence[BatchShape],
     ) -> None:
+        """Commit, publish the results, and last what nobody waits for: the sample and the freed sessions."""
         results = [(job, replies.failed(job, self.instance, batch, failure)) for job, failure in settled if failure]
         commits: list[tuple[Job, Outcome | None, Commit]] = []
         commits += [
@@ -260,6 +263,7 @@ class Verifier:
             for job, _, _ in commits:
                 self._known.pop(job.session, None)
             return
+        self._log.debug("batch committed", batch=batch)
         ended = []
         for (job, outcome, _), answer in zip(commits, answers, strict=True):
             results.append((job, replies.settled(job, self.instance, batch, outcome, answer, verify_ms)))
@@ -272,7 +276,11 @@ class Verifier:
                 self._known.pop(job.session, None)
         for job, result in results:
             await self._publish(job, result)
+        self._log.debug("results sent", batch=batch)
         await self._forget(ended)
+        if len(shapes) == 1 and shapes[0].jobs:
+            sample = Sample(verifier=self.instance, shape=shapes[0], measured_ms=verify_ms)
+            await self._broker.publish(sample, topology.SAMPLE)
 
     async def _publish(self, job: Job, result: Result) -> None:
         # One publish; the broker makes the copies. A finished chunk of prefill concerns the scheduler alone.

@@ -1,8 +1,8 @@
 """Our attention function, as transformers calls it, and the two ways to keep keys and values behind it.
 
 `BlockCache` is for the CPU: attention straight over the blocks (`kernel`). `GatherCache` is for every other device, and
-plain torch: it gathers a session's keys and values for each step and calls torch's attention, so it copies, and bits may
-depend on the batch there.
+plain torch: it gathers a session's keys and values for each step and calls torch's attention, so it copies, and bits
+may depend on the batch there.
 """
 
 from __future__ import annotations
@@ -45,8 +45,8 @@ class Batch:
 
 
 class Cache(Protocol):
-    """Keys and values of all blocks and layers. q, k and v are (tokens, heads, head size) with the batch's tokens first and
-    padding after them; what `attend` returns has q's shape, padding rows finite."""
+    """Keys and values of all blocks and layers. q, k and v are (tokens, heads, head size) with the batch's tokens first
+    and padding after them; what `attend` returns has q's shape, padding rows finite."""
 
     def copy(self, source: int, target: int) -> None:
         """Copy a block, all layers."""
@@ -87,12 +87,13 @@ class BlockCache:
 
     def begin(self, batch: Batch) -> None:
         self._tables = np.zeros((len(batch.tables), max(map(len, batch.tables))), np.int32)
-        spans = []
+        spans: list[tuple[int, int, int, int]] = []
         row = 0
         for i, (table, start, count) in enumerate(zip(batch.tables, batch.starts, batch.counts, strict=True)):
             self._tables[i, : len(table)] = table
-            for done in range(0, count, self._span):
-                spans.append((i, row + done, start + done, min(self._span, count - done)))
+            spans.extend(
+                (i, row + done, start + done, min(self._span, count - done)) for done in range(0, count, self._span)
+            )
             row += count
         spans.sort(key=lambda span: -(span[2] + span[3]) * span[3])  # long ones first, so that threads end together
         self._spans = np.array(spans, np.int64)

@@ -2,10 +2,10 @@
 
 A block holds `BLOCK` consecutive tokens of one session. Three rules make sharing, rollback and eviction simple:
 
-- A full block of committed tokens is *indexed* under a hash chained over all tokens up to its end. Sessions that begin with the
-  same tokens refer to the same blocks, counted once.
-- An indexed block is never written. A session rolled back into one gets a copy (or takes it out of the index if it is the only
-  user) before its next token is written; so rollback itself only moves a length.
+- A full block of committed tokens is *indexed* under a hash chained over all tokens up to its end. Sessions that begin
+  with the same tokens refer to the same blocks, counted once.
+- An indexed block is never written. A session rolled back into one gets a copy (or takes it out of the index if it is
+  the only user) before its next token is written; so rollback itself only moves a length.
 - A block that no session uses any more stays in the index, *reclaimable*, until its room is needed: least recently used
   first, and within a session the end before the beginning, since a beginning is of use to more sessions.
 """
@@ -21,12 +21,14 @@ from dataclasses import dataclass, field
 from shared.errors import CacheFull, NotAttached, TooLong
 
 BLOCK = 64
-"""Tokens per block; also the number of keys that the attention kernel takes at once, which fixes its order of summation."""
+"""Tokens per block; also the number of keys that the attention kernel takes at once, which fixes its order of
+summation."""
 
 
 @dataclass(slots=True)
 class Session:
-    """What the cache holds of one session: K/V of `tokens`, in `blocks`; `hashes` of those leading blocks that are indexed."""
+    """What the cache holds of one session: K/V of `tokens`, in `blocks`; `hashes` of those leading blocks that are
+    indexed."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -35,14 +37,16 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Room made for one call: blocks to copy `(source, target)` before anything is written, and the former block tables."""
+    """Room made for one call: blocks to copy `(source, target)` before anything is written, and the former block
+    tables."""
 
     copies: tuple[tuple[int, int], ...]
     former: dict[str, list[int]]
 
 
 def chained_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Identity of a block: 16 bytes over the identity of the block before it (`b""` for the first) and its own tokens."""
+    """Identity of a block: 16 bytes over the identity of the block before it (`b""` for the first) and its own
+    tokens."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
@@ -103,7 +107,8 @@ class BlockPool:
     def grow(self, wanted: dict[str, int]) -> Growth:
         """Make room for `wanted[session]` more tokens in each session, evicting idle sessions if that is what it takes.
 
-        Raises NotAttached, TooLong (a session alone exceeds the whole pool), CacheFull (those of this call together do).
+        Raises NotAttached, TooLong (a session alone exceeds the whole pool), CacheFull (those of this call together
+        do).
         """
         copies: list[tuple[str, int]] = []
         new = 0
@@ -118,15 +123,14 @@ class BlockPool:
                     f"{self.capacity * BLOCK}; shorten the prompt or raise the cache budget"
                 )
             new += total - len(known.blocks)
-            if have % BLOCK and known.blocks[-1] in self._hash_of:
-                if self._users[known.blocks[-1]] > 1:
-                    copies.append((name, known.blocks[-1]))
-                    new += 1
+            if have % BLOCK and known.blocks[-1] in self._hash_of and self._users[known.blocks[-1]] > 1:
+                copies.append((name, known.blocks[-1]))
+                new += 1
             mine.update(known.blocks)
         if new > self.capacity - len(mine):
             raise CacheFull(
-                f"this call needs {new} more blocks of {BLOCK} tokens beside the {len(mine)} its {len(wanted)} sessions "
-                f"hold, the cache has {self.capacity}; send fewer sessions at once or raise the cache budget"
+                f"this call needs {new} more blocks of {BLOCK} tokens beside the {len(mine)} its {len(wanted)} "
+                f"sessions hold, the cache has {self.capacity}; send fewer sessions at once or raise the cache budget"
             )
         for name in wanted:
             self._sessions.move_to_end(name)
@@ -161,7 +165,8 @@ class BlockPool:
                 self._drop(block)
 
     def integrity(self) -> None:
-        """Check that every block is accounted for exactly once and every count is right; AssertionError says what is not."""
+        """Check that every block is accounted for exactly once and every count is right; AssertionError says what is
+        not."""
         users = [0] * self.capacity
         for name, known in self._sessions.items():
             if len(known.blocks) != blocks_for(len(known.tokens)):
@@ -183,7 +188,9 @@ class BlockPool:
                 f"{len(self._free)} free, {len(self._reclaimable)} reclaimable and {len(used)} used blocks "
                 f"are not the {self.capacity} there are"
             )
-        if any(block not in self._hash_of for block in self._reclaimable) or any(b in self._hash_of for b in self._free):
+        if any(block not in self._hash_of for block in self._reclaimable) or any(
+            b in self._hash_of for b in self._free
+        ):
             raise AssertionError("a free block is indexed, or a reclaimable one is not")
 
     def _require(self, session: str) -> Session:
@@ -208,7 +215,8 @@ class BlockPool:
             known.hashes.append(digest)
 
     def _share(self, known: Session, committed: list[int]) -> None:
-        """Go on with stored blocks, whole ones only, and never the last committed token (its logits are still wanted)."""
+        """Go on with stored blocks, whole ones only, and never the last committed token (its logits are still
+        wanted)."""
         while True:
             i = len(known.hashes)
             end = (i + 1) * BLOCK

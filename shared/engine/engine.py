@@ -10,21 +10,20 @@ from typing import Any, Final
 
 import torch
 from transformers import AutoModelForCausalLM
+from transformers.utils import logging as transformers_logging
 
 from shared.engine.attention import NAME, Batch, BlockCache, Cache, GatherCache, Probe
 from shared.engine.blocks import BLOCK, BlockPool
+from shared.engine.invariance import CANDIDATES, row_multiple
 from shared.errors import BadStep, EngineError, ModelError, TooLong
-
-ROWS: Final = 8
-"""Token rows and logit rows are padded to a multiple of this: below it the matrix products of a single row and of several
-rows are different kernels with different bits."""
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One session's part of a forward pass: new tokens after the cached ones; logits wanted at the last `rows` of them."""
+    """One session's part of a forward pass: new tokens after the cached ones; logits wanted at the last `rows` of
+    them."""
 
     session: str
     tokens: Sequence[int]
@@ -33,7 +32,8 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Logits (rows of all steps, vocabulary) in the model's dtype; hidden: the same rows after the final norm, if asked for."""
+    """Logits (rows of all steps, vocabulary) in the model's dtype; hidden: the same rows after the final norm, if asked
+    for."""
 
     logits: torch.Tensor
     offsets: Sequence[int] = field(repr=False)
@@ -47,9 +47,9 @@ class Output:
 class Engine:
     """A model and its K/V cache.
 
-    The bits of a position's logits depend on the model, the dtype and the tokens up to it; not on what is computed in the
-    same pass, how the tokens were cut into steps, what was cached, shared, rolled back or evicted, nor on the number of threads. Tested on
-    the CPU in bfloat16 and float32; not claimed for other devices.
+    The bits of a position's logits depend on the model, the dtype and the tokens up to it; not on what is computed in
+    the same pass, how the tokens were cut into steps, what was cached, shared, rolled back or evicted, nor on the
+    number of threads. Tested on the CPU in bfloat16 and float32; not claimed for other devices.
 
     Not thread-safe: one thread at a time. `threads` is torch's setting for the whole process.
     """
@@ -63,8 +63,9 @@ class Engine:
         threads: int = 1,
         budget_tokens: int = 16384,
     ) -> None:
-        """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: K/V room, rounded down to blocks
-        of 64 tokens. Raises ModelError (the folder or the architecture cannot be used), EngineError (a setting makes no sense).
+        """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: K/V room, rounded down to
+        blocks of 64 tokens. Raises ModelError (the folder or the architecture cannot be used), EngineError (a setting
+        makes no sense).
         """
         if dtype not in DTYPES or budget_tokens < BLOCK or threads < 1:
             raise EngineError(
@@ -81,8 +82,14 @@ class Engine:
         self.max_len: int = config.max_position_embeddings
         self._pool = BlockPool(budget_tokens // BLOCK)
         self.budget_tokens = self._pool.capacity * BLOCK
-        self._head_input: torch.Tensor | None = None
-        self._model.get_output_embeddings().register_forward_pre_hook(self._keep_head_input)
+        multiple = row_multiple(self._model) if self._device.type == "cpu" else None
+        self.batch_invariant = multiple is not None
+        """Whether the bits of logits are independent of the batch: found out at the start, see `invariance`."""
+        self._row_multiple = multiple or max(CANDIDATES)
+        # The hook holds the list, not the engine: a cycle would keep a dropped engine's weights in memory.
+        self._head_inputs: list[torch.Tensor] = []
+        keep = self._head_inputs.append
+        self._model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: keep(inputs[0]))
         self._cache = self._make_cache(DTYPES[dtype])
 
     @property
@@ -102,9 +109,9 @@ class Engine:
     def attach(self, session: str, tokens: Sequence[int]) -> int:
         """Make a session known by its committed tokens; returns `cached(session)`.
 
-        Keeps what is held where it agrees with `tokens` and drops the rest. Prefix blocks that other sessions left or use
-        are shared, whole blocks only. At most `len(tokens) - 1` tokens are left cached, so that there always is a token
-        to feed, whose logits choose the next one.
+        Keeps what is held where it agrees with `tokens` and drops the rest. Prefix blocks that other sessions left or
+        use are shared, whole blocks only. At most `len(tokens) - 1` tokens are left cached, so that there always is a
+        token to feed, whose logits choose the next one.
         """
         return self._pool.attach(session, tokens)
 
@@ -145,14 +152,16 @@ class Engine:
         for step in steps:
             count = len(step.tokens)
             if not 0 <= step.rows <= count or not count:
-                raise BadStep(f"session {step.session}: {step.rows} logit rows of {count} new tokens; feed at least one")
+                raise BadStep(
+                    f"session {step.session}: {step.rows} logit rows of {count} new tokens; feed at least one"
+                )
             if min(step.tokens) < 0 or max(step.tokens) >= self.vocab_size:
                 raise BadStep(f"session {step.session}: token ids must be from 0 to {self.vocab_size - 1}")
             length = self.cached(step.session) + count
             if length > self.max_len:
                 raise TooLong(
-                    f"session {step.session} would have {length} tokens, the model's context is {self.max_len}; shorten the "
-                    "prompt or ask for fewer tokens"
+                    f"session {step.session} would have {length} tokens, the model's context is {self.max_len}; "
+                    "shorten the prompt or ask for fewer tokens"
                 )
 
     def _compute(self, steps: Sequence[Step], hidden: bool) -> Output:
@@ -167,7 +176,7 @@ class Engine:
             positions.extend(range(start, start + count))
             wanted.extend(range(len(tokens) - step.rows, len(tokens)))
             offsets.append(len(wanted))
-        padding = -len(tokens) % ROWS
+        padding = -len(tokens) % self._row_multiple
         self._cache.begin(Batch([self._pool.table(step.session) for step in steps], starts, counts))
         logits, states = self._run(self._cache, tokens + [0] * padding, positions + [0] * padding, wanted)
         return Output(logits, offsets, states if hidden else None)
@@ -186,19 +195,16 @@ class Engine:
             self._model.base_model(**inputs)
             dtype = self._model.dtype
             return torch.empty(0, self.vocab_size, dtype=dtype), torch.empty(0, self.hidden_size, dtype=dtype)
-        rows = torch.tensor(wanted + [0] * (-len(wanted) % ROWS), device=self._device)
+        rows = torch.tensor(wanted + [0] * (-len(wanted) % self._row_multiple), device=self._device)
         logits = self._model(**inputs, logits_to_keep=rows).logits
-        states, self._head_input = self._head_input, None
-        assert states is not None
+        states = self._head_inputs[-1]
+        self._head_inputs.clear()
         return logits[0, : len(wanted)], states[0, : len(wanted)]
-
-    def _keep_head_input(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
-        self._head_input = inputs[0]
 
     @torch.inference_mode()
     def _make_cache(self, dtype: torch.dtype) -> Cache:
         probe = Probe()
-        self._run(probe, [0] * ROWS, [0] * ROWS, [0])
+        self._run(probe, [0] * self._row_multiple, [0] * self._row_multiple, [0])
         if self._device.type == "cpu":
             return BlockCache(probe.shape(), self._pool.capacity, dtype, self.threads)
         return GatherCache(probe.shape(), self._pool.capacity, dtype, self._device)
@@ -208,6 +214,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     """The model in a folder, ready to compute with our attention. Raises ModelError."""
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
+    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, attn_implementation=NAME, local_files_only=True
@@ -215,5 +222,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise ModelError(f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported")
-    return model.eval()
+        raise ModelError(
+            f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported"
+        )
+    return model.eval()  # type: ignore[no-untyped-call]

@@ -1,21 +1,24 @@
 """Attention over a cache of blocks on the CPU: one call per layer for the whole batch, compiled by numba.
 
-Why a kernel of our own. Blocks lie anywhere, so that sessions can share them; torch's attention wants each session's keys
-contiguous, which means a copy per step. And a position's output must have the same bits whatever else is computed beside
-it. Here that holds by construction: a row (one query of one head) meets the blocks of its session in order, each block in
-the same instructions, with online softmax (Milakov and Gimelshein, arXiv 1805.02867) from block to block; rows share
-nothing but the keys they read; a block in which a row sees nothing leaves its state as it is.
+Why a kernel of our own. Blocks lie anywhere, so that sessions can share them; torch's attention wants each session's
+keys contiguous, which means a copy per step. And a position's output must have the same bits whatever else is computed
+beside it. Here that holds by construction: a row (one query of one head) meets the blocks of its session in order, each
+block in the same instructions, with online softmax (Milakov and Gimelshein, arXiv 1805.02867) from block to block; rows
+share nothing but the keys they read; a block in which a row sees nothing leaves its state as it is.
 
 Layouts, `BLOCK` = 64 tokens, per layer, both zero at first:
     keys    (block, kv head, depth, token)           depth is the head size rounded up to 4
     values  (block, kv head, slab, token, 64)        a slab is 64 of the head's columns
-Keys lie transposed, so that scores and weighted values are the same product `C[4, 64] += A[4, depth] @ B[depth, 64]` whose
-inner loop runs over 64 neighbours. Its trip counts are constants, which is what makes the compiler vectorise it; it widens
-bfloat16 on the way from memory, accumulates in float32, and reads each key once for four rows.
+Keys lie transposed, so that scores and weighted values are the same product `C[4, 64] += A[4, depth] @ B[depth, 64]`
+whose inner loop runs over 64 neighbours. Its trip counts are constants, which is what makes the compiler vectorise it;
+it widens bfloat16 on the way from memory, accumulates in float32, and reads each key once for four rows.
 
-Work is divided into (span, kv head) tickets that threads draw from a counter. The threads are those of torch's own OpenMP
-runtime (a second pool would fight it for the cores).
+Work is divided into (span, kv head) tickets that threads draw from a counter. The threads are those of torch's own
+OpenMP runtime (a second pool would fight it for the cores).
 """
+
+# numba's annotations describe neither its intrinsics nor what compiled code does with types.
+# mypy: disable-error-code="call-arg, var-annotated, attr-defined, no-untyped-call"
 
 from __future__ import annotations
 
@@ -49,7 +52,7 @@ NOTHING: Final = np.float32(-3e38)
 """Score of a masked key, and a row's maximum before its first key."""
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def widen(typingctx: Any, x: Any) -> Any:
     """float32 of a stored value: bfloat16 bits (uint16), float32 bits (int32), or float32 itself."""
 
@@ -62,7 +65,7 @@ def widen(typingctx: Any, x: Any) -> Any:
     return types.float32(x), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def narrow(typingctx: Any, x: Any, like: Any) -> Any:
     """A float32 in the type of `like`: rounded to nearest even if that is bfloat16 (uint16), unchanged if float32."""
 
@@ -78,7 +81,7 @@ def narrow(typingctx: Any, x: Any, like: Any) -> Any:
     return like(types.float32, like), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
     """An address held in an integer, as a pointer."""
 
@@ -88,7 +91,7 @@ def pointer(typingctx: Any, address: Any) -> Any:
     return types.voidptr(address), emit
 
 
-@intrinsic  # type: ignore[untyped-decorator]
+@intrinsic
 def draw(typingctx: Any, job: Any, word: Any) -> Any:
     """Atomically take the next number from a counter in the job."""
 
@@ -98,7 +101,7 @@ def draw(typingctx: Any, job: Any, word: Any) -> Any:
     return types.int64(job, word), emit
 
 
-@njit(fastmath={"contract"}, inline="always")  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract"}, inline="always")
 def exp2(x: Any) -> Any:
     """2^x for x <= 0, relative error below 2e-7; x below -126 counts as -126. Cephes' polynomial for exp2f."""
     x = max(x, np.float32(-126.0))
@@ -114,9 +117,9 @@ def exp2(x: Any) -> Any:
     return y * widen(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
 
-# Arrays are handed over as slices that begin where the work does: an index that the compiler cannot prove to be positive gets
-# Python's wrap-around for negative ones, and a loop with that is not vectorised.
-@njit(fastmath={"contract"})  # type: ignore[untyped-decorator]
+# Arrays are handed over as slices that begin where the work does: an index that the compiler cannot prove to be
+# positive gets Python's wrap-around for negative ones, and a loop with that is not vectorised.
+@njit(fastmath={"contract"})
 def multiply_add(c: Any, a: Any, b: Any, depth: int) -> None:
     """C[4, 64] += A[4, depth] @ B[depth, 64], flat and row-major; depth is a multiple of 4."""
     for k in range(0, depth, 4):
@@ -133,8 +136,9 @@ def multiply_add(c: Any, a: Any, b: Any, depth: int) -> None:
             c[192 + n] = c[192 + n] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
 
 
-# The two reductions may be reassociated into vector lanes: their length is constant, so each has one order for all rows.
-@njit(fastmath={"contract", "nnan", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+# The two reductions may be reassociated into vector lanes: their length is constant, so each has one order for all
+# rows.
+@njit(fastmath={"contract", "nnan", "nsz", "reassoc"})
 def highest(scores: Any) -> Any:
     """Maximum of 64 scores."""
     top = NOTHING
@@ -143,7 +147,7 @@ def highest(scores: Any) -> Any:
     return top
 
 
-@njit(fastmath={"contract", "nnan", "nsz", "reassoc"})  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract", "nnan", "nsz", "reassoc"})
 def weigh(scores: Any, top: Any) -> Any:
     """Replace 64 scores by 2^(score - top), 0 where masked; returns their sum."""
     total = np.float32(0)
@@ -156,7 +160,7 @@ def weigh(scores: Any, top: Any) -> Any:
     return total
 
 
-@njit(fastmath={"contract"}, error_model="numpy")  # type: ignore[untyped-decorator]
+@njit(fastmath={"contract"}, error_model="numpy")
 def attend_span(
     q: Any, out: Any, keys: Any, values: Any, table: Any, span: Any, head: int, job: Any, scratch: Any
 ) -> None:
@@ -164,7 +168,14 @@ def attend_span(
 
     q, out: (token, kv head, group, head size), flat. scratch: this thread's float32 room.
     """
-    heads, group, depth, size, slabs, window = job[HEADS], job[GROUP], job[DEPTH], job[HEAD_SIZE], job[SLABS], job[WINDOW]
+    heads, group, depth, size, slabs, window = (
+        job[HEADS],
+        job[GROUP],
+        job[DEPTH],
+        job[HEAD_SIZE],
+        job[SLABS],
+        job[WINDOW],
+    )
     scale = widen(np.int32(job[SCALE]))
     first, position, count = span[SPAN_ROW], span[SPAN_POSITION], span[SPAN_COUNT]
     rows = count * group
@@ -235,7 +246,7 @@ def attend_span(
                 piece[n] = narrow(part[n] * share, piece[n])
 
 
-@njit  # type: ignore[untyped-decorator]
+@njit
 def store_span(k: Any, v: Any, keys: Any, values: Any, table: Any, span: Any, job: Any) -> None:
     """Write the new keys and values of one span, all heads, into its blocks."""
     heads, depth, size, slabs = job[HEADS], job[DEPTH], job[HEAD_SIZE], job[SLABS]
@@ -255,7 +266,7 @@ def store_span(k: Any, v: Any, keys: Any, values: Any, table: Any, span: Any, jo
                     piece[n] = part[n]
 
 
-@njit(inline="always")  # type: ignore[untyped-decorator]
+@njit(inline="always")
 def draw_spans(address: Any, element: Any, storing: bool) -> None:
     """One thread's part of a job: take tickets until there are none left."""
     job = carray(address, JOB_WORDS)
@@ -280,7 +291,7 @@ def draw_spans(address: Any, element: Any, storing: bool) -> None:
             attend_span(q, out, keys, values, tables[span[SPAN_TABLE]], span, ticket % job[HEADS], job, scratch)
 
 
-def store_bfloat16(address: Any) -> None:  # noqa: D103 - the four entry points differ in type only
+def store_bfloat16(address: Any) -> None:
     draw_spans(address, np.uint16, True)
 
 
@@ -298,7 +309,8 @@ def attend_float32(address: Any) -> None:
 
 @cache
 def compiled(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The store and attend entry points for this element type. About 4 s the first time on a machine, then from numba's cache."""
+    """The store and attend entry points for this element type. About 4 s the first time on a machine, then from numba's
+    cache."""
     sources = {
         torch.bfloat16: (store_bfloat16, attend_bfloat16),
         torch.float32: (store_float32, attend_float32),
@@ -313,14 +325,15 @@ def compiled(dtype: torch.dtype) -> tuple[Any, Any]:
 
 @cache
 def parallel_region() -> Callable[[int, int, int, int], None] | None:
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that torch runs on; None if it has none."""
+    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that torch runs on; None if it has
+    none."""
     try:
         region = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):
         return None
     region.argtypes = [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_uint, ctypes.c_uint]
     region.restype = None
-    return region  # type: ignore[no-any-return]
+    return region
 
 
 def run(entry: Any, job: np.ndarray[Any, Any], tickets: int, threads: int) -> None:

@@ -1,0 +1,49 @@
+# `make` or `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+MAKEFLAGS += --no-print-directory
+
+PORT ?= 8000
+# The first Python that is new enough; the set-up says what to do if there is none.
+PYTHON ?= $(or $(shell for python in python3 python3.14 python3.13 python3.12 python3.11; do \
+	$$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$python && break; done),python3)
+# Address of a package index to take torch from (for example one of CPU builds, which are much smaller).
+TORCH_INDEX ?=
+# More words for the command itself: make serve ARGS="--verifiers 2", make test ARGS="-k engine".
+ARGS ?=
+BIN := .venv/bin
+
+.PHONY: help setup demo serve test lint bench-engine bench-rounds clean
+
+help: ## this list
+	@echo "make TARGET, one of:"
+	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@echo "Variables: PORT=8000 (serve), PYTHON=python3.12, TORCH_INDEX=address of a package index, ARGS=\"...\""
+
+setup: ## the virtual environment and the default model, once; all other targets do it by themselves
+	@$(PYTHON) services/cli/bootstrap.py --torch-index "$(TORCH_INDEX)"
+	@$(BIN)/wisp models prepare --quiet
+
+demo: setup ## ask two questions through the whole suite, and compare with plain decoding
+	@$(BIN)/wisp demo $(ARGS)
+
+serve: setup ## keep the suite in the foreground, for any OpenAI client; Ctrl-C stops it
+	@$(BIN)/wisp up --port $(PORT) $(ARGS)
+
+test: setup ## all tests, on private brokers
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: setup ## linter, formatter and type checker
+	@status=0; \
+	for check in "ruff check" "ruff format --check" mypy; do $(BIN)/$$check || status=1; done; \
+	exit $$status
+
+bench-engine: setup ## time the engine against transformers; writes .wisp/results/engine.json
+	@$(BIN)/wisp bench engine $(ARGS)
+
+bench-rounds: setup ## time a verification round outside the model; writes .wisp/results/rounds.json
+	@$(BIN)/wisp bench rounds $(ARGS)
+
+clean: ## remove the environment, models, results, logs and caches
+	@rm -rf .venv .wisp build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

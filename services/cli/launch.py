@@ -1,0 +1,64 @@
+"""How each service is started: its command and its environment. Decides only; `stack` starts."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
+STOP_ORDER = ("gateway", "drafter", "scheduler", "verifier", "estimator")
+"""First who takes requests in, last who only listens."""
+NOT_INHERITED = frozenset({"WISP_METRICS_PORT", "WISP_INSTANCE", "WISP_PORT", "WISP_HOST"})
+"""Settings that belong to one process: several would collide."""
+DRAIN_S = 5
+
+
+def cores() -> int:
+    """CPU cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the services of one stack have in common."""
+
+    namespace: str
+    amqp_url: str
+    redis_url: str
+    target: Path
+    host: str
+    port: int
+    verifiers: int
+    """Verifiers that share the cores."""
+    env: Mapping[str, str] = field(default_factory=dict)
+    inherited: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
+
+    def command(self, service: str) -> list[str]:
+        """The command line of a service."""
+        return [sys.executable, "-m", f"services.{service}"]
+
+    def environment(self, service: str, name: str, own: Mapping[str, str]) -> dict[str, str]:
+        """The environment of one process called `name`; `own` goes before everything else."""
+        inherited = {key: value for key, value in self.inherited.items() if key not in NOT_INHERITED}
+        defaults = {"WISP_DRAIN_S": str(DRAIN_S)}
+        if service == "verifier":
+            defaults["WISP_THREADS"] = str(max(1, cores() // max(1, self.verifiers)))
+        fixed = {
+            "WISP_AMQP_URL": self.amqp_url,
+            "WISP_REDIS_URL": self.redis_url,
+            "WISP_NAMESPACE": self.namespace,
+            "WISP_INSTANCE": name,
+            "WISP_TARGET": str(self.target),
+            "WISP_LOG_FORMAT": "json",
+        }
+        if service == "gateway":
+            fixed |= {"WISP_HOST": self.host, "WISP_PORT": str(self.port)}
+        merged = {**defaults, **inherited, **fixed, **self.env, **own}
+        # Waiting threads must not spin: other processes need the cores.
+        merged.setdefault("OMP_WAIT_POLICY", "passive")
+        merged["OMP_NUM_THREADS"] = own.get("OMP_NUM_THREADS", merged.get("WISP_THREADS", "1"))
+        merged["PYTHONUNBUFFERED"] = "1"
+        return merged

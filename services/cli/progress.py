@@ -1,0 +1,102 @@
+"""How long steps are shown: a spinner in a terminal, plain lines elsewhere, nothing in tests."""
+
+from __future__ import annotations
+
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.markup import escape
+from rich.status import Status
+
+PLAIN_INTERVAL_S = 5.0
+
+
+class Step:
+    """One step under way. `detail` says what it is doing now, `done` what it has come to."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+        self.outcome = text
+        self.started = time.monotonic()
+
+    def __enter__(self) -> Step:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        return None
+
+    def detail(self, text: str) -> None:
+        """Show what the step is doing at the moment."""
+
+    def done(self, text: str) -> None:
+        """Set the line that stays when the step has ended well."""
+        self.outcome = text
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds since the step began."""
+        return time.monotonic() - self.started
+
+
+class Progress:
+    """Shows nothing."""
+
+    def step(self, text: str) -> Step:
+        """Begin a step; use the result as a context manager."""
+        return Step(text)
+
+
+class ConsoleProgress(Progress):
+    """Shows steps on a rich console."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+
+    def step(self, text: str) -> Step:
+        """Begin a step; use the result as a context manager."""
+        return _Spinner(text, self.console) if self.console.is_terminal else _Lines(text, self.console)
+
+
+class _Spinner(Step):
+    def __init__(self, text: str, console: Console) -> None:
+        super().__init__(text)
+        self.console = console
+        self.status = Status(text, console=console, spinner_style="cyan")
+
+    def __enter__(self) -> Step:
+        self.status.start()
+        return self
+
+    def detail(self, text: str) -> None:
+        self.status.update(f"{self.text} [dim]{escape(text)}[/dim]")
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        self.status.stop()
+        if kind is None:
+            self.console.print(f"[green]✓[/green] {self.outcome} [dim]{self.elapsed_s:.1f} s[/dim]")
+        elif issubclass(kind, Exception):
+            self.console.print(f"[red]✗[/red] {self.text}")
+
+
+class _Lines(Step):
+    def __init__(self, text: str, console: Console) -> None:
+        super().__init__(text)
+        self.console = console
+        self.shown = time.monotonic()
+
+    def __enter__(self) -> Step:
+        self.console.print(f"  {self.text} ...", soft_wrap=True)
+        return self
+
+    def detail(self, text: str) -> None:
+        now = time.monotonic()
+        if now - self.shown >= PLAIN_INTERVAL_S:
+            self.shown = now
+            self.console.print(f"    {text}", soft_wrap=True)
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        if kind is None:
+            self.console.print(f"  {self.outcome} ({self.elapsed_s:.1f} s)", soft_wrap=True)
+        elif issubclass(kind, Exception):
+            self.console.print(f"  failed: {self.text}", soft_wrap=True)

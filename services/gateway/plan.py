@@ -1,0 +1,99 @@
+"""From a request to the sessions that answer it: token ids, limits and seeds of each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+
+from services.gateway.errors import ApiError, invalid
+from services.gateway.schema import GenerationRequest
+from shared.messages import DraftChoice, Sampling, Slo
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One session to be started."""
+
+    session: str
+    prompt: list[int]
+    sampling: Sampling
+    stop_ids: list[int]
+    max_tokens: int
+    stops: list[str]
+    slo: Slo | None
+    draft: DraftChoice
+    echo: str = ""
+    """Text that is returned before the generated text."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the model and the verifiers allow, in tokens."""
+
+    context: int
+    """Longest session: the model's context, or the largest verifier's cache where that is smaller."""
+    vocab_size: int
+
+
+def plan(
+    request: GenerationRequest,
+    name: str,
+    prompts: Sequence[list[int]],
+    seed: int,
+    limits: Limits,
+    *,
+    limit: int | None,
+    stop_ids: Sequence[int],
+    slo: Slo | None,
+    draft: DraftChoice,
+    echoes: Sequence[str],
+) -> list[Plan]:
+    """One session for each prompt and each of its `n` texts, in the order of their indices in the response.
+
+    `limit` is the asked number of output tokens, None for all that the context leaves; it is cut to what the context
+    leaves. The prompts have passed `check_prompt`.
+    """
+    plans: list[Plan] = []
+    for prompt, echo in zip(prompts, echoes, strict=True):
+        room = limits.context - len(prompt)
+        for copy in range(request.n):
+            index = len(plans)
+            plans.append(
+                Plan(
+                    session=f"{name}.{index}" if index else name,
+                    prompt=prompt,
+                    sampling=request.sampling(derive_seed(seed, copy)),
+                    stop_ids=[] if request.ignore_eos else list(stop_ids),
+                    max_tokens=room if limit is None else min(limit, room),
+                    stops=request.stop,
+                    slo=slo,
+                    draft=draft,
+                    echo=echo,
+                )
+            )
+    return plans
+
+
+def derive_seed(seed: int, copy: int) -> int:
+    """The seed of a request's copy number `copy`: the seed itself for the first, so that n=1 is its prefix."""
+    if copy == 0:
+        return seed
+    digest = blake2b(f"{seed}:{copy}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little", signed=True)
+
+
+def check_prompt(prompt: list[int], limits: Limits, param: str) -> None:
+    """Refuse a prompt that leaves no room for a single token or holds ids that are no tokens. Raises ApiError."""
+    if not prompt:
+        raise invalid("the prompt has no tokens; send some text", param)
+    if len(prompt) >= limits.context:
+        raise too_long(limits, f"has {len(prompt)} of them, which leaves no room for an answer", param)
+    if strays := [token for token in prompt if not 0 <= token < limits.vocab_size]:
+        raise invalid(f"token id {strays[0]} is outside the vocabulary of {limits.vocab_size} tokens", param)
+
+
+def too_long(limits: Limits, problem: str, param: str) -> ApiError:
+    """The refusal of a prompt that does not fit."""
+    text = f"at most {limits.context} tokens fit here, and the prompt {problem}; shorten it"
+    return invalid(text, param, "context_length_exceeded")

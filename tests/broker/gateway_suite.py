@@ -1,0 +1,124 @@
+"""A gateway served in this process beside its peer, and clients of it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import openai
+from gateway_peer import Peer, settings
+from prometheus_client import CollectorRegistry
+
+from services.gateway.service import serve
+from shared.models.folder import ModelFolder
+
+MODEL = "tiny"
+
+
+@dataclass
+class Suite:
+    """A gateway that serves, its peer, and clients of it."""
+
+    url: str
+    peer: Peer
+    client: openai.AsyncOpenAI
+    http: httpx.AsyncClient
+    stop: asyncio.Event
+    serving: asyncio.Task[None]
+
+    @property
+    def address(self) -> tuple[str, int]:
+        """Host and port."""
+        host, port = self.url.removeprefix("http://").split(":")
+        return host, int(port)
+
+    def chat(self, text: str = "Hi", **options: Any) -> Any:
+        """A chat request with one message."""
+        messages = [{"role": "user", "content": text}]
+        return self.client.chat.completions.create(model=MODEL, messages=messages, **options)  # type: ignore[call-overload]
+
+    async def metric(self, name: str) -> float:
+        """The value of a metric, summed over its labels."""
+        text = (await self.http.get("/metrics")).text
+        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
+
+
+@asynccontextmanager
+async def started(
+    amqp_url: str,
+    redis_url: str,
+    namespace: str,
+    target: ModelFolder,
+    *,
+    peer_amqp_url: str = "",
+    peer_redis_url: str = "",
+    **fields: Any,
+) -> AsyncIterator[Suite]:
+    """A gateway with these settings that answers, until the end of the context."""
+    port = free_port()
+    given = settings(target.path, namespace=namespace, amqp_url=amqp_url, redis_url=redis_url, port=port, **fields)
+    url = f"http://127.0.0.1:{port}"
+    stop = asyncio.Event()
+    async with AsyncExitStack() as stack:
+        peer = await stack.enter_async_context(
+            Peer.run(peer_amqp_url or amqp_url, peer_redis_url or redis_url, namespace, target)
+        )
+        serving = asyncio.create_task(serve(given, given.instance, stop, CollectorRegistry()))
+        client = await stack.enter_async_context(
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+        )
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
+        await answers(http)
+        try:
+            yield Suite(url, peer, client, http, stop, serving)
+        finally:
+            stop.set()
+            await asyncio.wait_for(serving, 20)
+
+
+def free_port() -> int:
+    """A port that nobody listens on."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port: int = free.getsockname()[1]
+        return port
+
+
+async def answers(http: httpx.AsyncClient, path: str = "/health", within_s: float = 20) -> None:
+    """Wait until this path answers with a 200."""
+    async with asyncio.timeout(within_s):
+        while True:
+            try:
+                if (await http.get(path)).status_code == 200:
+                    return
+            except httpx.TransportError:
+                pass  # it does not listen yet
+            await asyncio.sleep(0.05)
+
+
+async def chunks_of(stream: Any) -> list[Any]:
+    """All chunks of a stream."""
+    return [chunk async for chunk in stream]
+
+
+def text_of(chunks: list[Any], index: int = 0) -> str:
+    """The text of one choice of a chat's chunks."""
+    return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices and c.choices[0].index == index)
+
+
+async def events_of(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
+    """The events of a stream as they went over the wire; the last one was [DONE]."""
+    async with http.stream("POST", path, json={"model": MODEL, "stream": True} | body) as response:
+        assert response.status_code == 200
+        assert response.headers["content-type"].startswith("text/event-stream")
+        raw = await response.aread()
+    events = raw.decode().split("\n\n")
+    assert events.pop() == ""
+    assert all(event.startswith("data: ") for event in events)
+    assert events[-1] == "data: [DONE]"
+    return [json.loads(event[6:]) for event in events[:-1]]

@@ -1,0 +1,176 @@
+"""Private brokers: they start beside others, answer, and leave nothing behind."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from services.cli import private, probe
+from services.cli.brokers import Brokers
+from services.cli.host import Host, inspect
+from services.cli.ports import free_ports
+from services.cli.settings import BrokerAddresses
+from shared.errors import BrokersError
+
+PRIVATE = BrokerAddresses(amqp_url=None, redis_url=None)
+NOTHING = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
+
+OWNER = """
+import asyncio, sys
+from pathlib import Path
+from services.cli.brokers import Brokers
+from services.cli.settings import BrokerAddresses
+
+async def main():
+    async with Brokers(Path(sys.argv[1]), addresses=BrokerAddresses(amqp_url=None, redis_url=None)):
+        print("ready", flush=True)
+        await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+async def test_brokers_of_the_run_answer(brokers: Brokers) -> None:
+    assert await probe.rabbitmq(brokers.amqp_url) == brokers.rabbitmq_version
+    assert await probe.redis_server(brokers.redis_url) == brokers.redis_version
+
+
+async def test_a_second_instance_runs_beside_the_first_and_stops_without_a_trace(
+    brokers: Brokers, tmp_path: Path
+) -> None:
+    before = _descendants(os.getpid())
+    async with Brokers(tmp_path, addresses=PRIVATE) as second:
+        assert second.amqp_url != brokers.amqp_url
+        assert second.redis_url != brokers.redis_url
+        await probe.rabbitmq(second.amqp_url)
+        started = [process for process in _descendants(os.getpid()) if process not in before]
+        assert {"redis-server", "epmd", "beam.smp"} <= {process.name() for process in started}
+        listening = {address.ip for process in started for address in _listening(process)}
+        assert listening <= {"127.0.0.1", "::1"}
+        stopping = time.monotonic()
+    assert time.monotonic() - stopping < 5
+    assert _still_running(started) == []
+    await probe.rabbitmq(brokers.amqp_url)
+
+
+def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path) -> None:
+    owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
+    assert owner.stdout is not None
+    assert owner.stdout.readline() == "ready\n"
+    started = _descendants(owner.pid)
+    assert {"redis-server", "epmd", "beam.smp"} <= {process.name() for process in started}
+    os.kill(owner.pid, signal.SIGKILL)
+    owner.wait()
+    owner.stdout.close()
+    deadline = time.monotonic() + 5
+    while _still_running(started) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _still_running(started) == []
+
+
+async def test_given_servers_are_used_and_left_running(brokers: Brokers, tmp_path: Path) -> None:
+    given = BrokerAddresses(amqp_url=brokers.amqp_url, redis_url=brokers.redis_url)
+    async with Brokers(tmp_path, addresses=given, look=lambda: NOTHING) as guest:
+        assert (guest.amqp_url, guest.redis_url) == (brokers.amqp_url, brokers.redis_url)
+        assert guest.servers == []
+    await probe.rabbitmq(brokers.amqp_url)
+    await probe.redis_server(brokers.redis_url)
+
+
+async def test_a_given_redis_goes_with_a_private_rabbitmq(brokers: Brokers, tmp_path: Path) -> None:
+    given = BrokerAddresses(amqp_url=None, redis_url=brokers.redis_url)
+    async with Brokers(tmp_path, addresses=given) as mixed:
+        assert mixed.redis_url == brokers.redis_url
+        assert mixed.amqp_url != brokers.amqp_url
+        assert len(mixed.servers) == 1
+
+
+async def test_a_given_address_that_does_not_answer_is_named_without_its_password(
+    brokers: Brokers, tmp_path: Path
+) -> None:
+    (port,) = free_ports(1)
+    given = BrokerAddresses(amqp_url=f"amqp://me:secret@127.0.0.1:{port}/", redis_url=brokers.redis_url)
+    with pytest.raises(BrokersError, match="WISP_AMQP_URL") as caught:
+        await Brokers(tmp_path, addresses=given).start()
+    assert f"127.0.0.1:{port}" in str(caught.value)
+    assert "secret" not in str(caught.value)
+
+
+async def test_a_private_server_is_stopped_when_the_given_one_fails(tmp_path: Path) -> None:
+    before = _descendants(os.getpid())
+    (port,) = free_ports(1)
+    broken = Brokers(tmp_path, addresses=BrokerAddresses(amqp_url=None, redis_url=f"redis://127.0.0.1:{port}/0"))
+    with pytest.raises(BrokersError, match="WISP_REDIS_URL"):
+        await broken.start()
+    assert _still_running([process for process in _descendants(os.getpid()) if process not in before]) == []
+
+
+async def test_a_refused_login_is_reported_as_such(brokers: Brokers, tmp_path: Path) -> None:
+    wrong = brokers.amqp_url.replace("wisp:", "wisp:not-", 1)
+    with pytest.raises(BrokersError, match=r"(?i)access|refused|login"):
+        await Brokers(tmp_path, addresses=BrokerAddresses(amqp_url=wrong, redis_url=brokers.redis_url)).start()
+
+
+async def test_with_nothing_installed_the_error_names_the_commands(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(BrokersError, match="sudo apt-get install"):
+        await Brokers(tmp_path, addresses=PRIVATE, look=lambda: NOTHING).start()
+
+
+async def test_a_port_taken_meanwhile_is_replaced(
+    brokers: Brokers, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken = int(brokers.redis_url.rsplit(":", 1)[1].split("/")[0])
+    offers = [[taken], free_ports(1)]
+    monkeypatch.setattr(private, "free_ports", lambda count: offers.pop(0))
+    redis = inspect().redis
+    assert redis is not None
+    server = await private.start_redis(redis, tmp_path)
+    try:
+        assert offers == []
+        await probe.redis_server(server.url)
+    finally:
+        await server.stop()
+
+
+async def test_a_server_that_cannot_start_shows_its_own_words(tmp_path: Path) -> None:
+    broken = tmp_path / "redis-server"
+    broken.write_text("#!/bin/sh\necho no such luck\nexit 3\n")
+    broken.chmod(0o755)
+    with pytest.raises(BrokersError, match=r"(?s)status 3.*no such luck"):
+        await private.start_redis(broken, tmp_path)
+
+
+async def test_a_start_that_is_cancelled_leaves_nothing(tmp_path: Path) -> None:
+    before = _descendants(os.getpid())
+    start = asyncio.create_task(Brokers(tmp_path, addresses=PRIVATE).start())
+    await asyncio.sleep(1.0)
+    started = [process for process in _descendants(os.getpid()) if process not in before]
+    assert "beam.smp" in {process.name() for process in started}
+    start.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await start
+    assert _still_running(started) == []
+
+
+def _descendants(pid: int) -> list[psutil.Process]:
+    return psutil.Process(pid).children(recursive=True)
+
+
+def _still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
+    """Those that have not ended; one that only waits to be reaped has."""
+    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+
+
+def _listening(process: psutil.Process) -> list[psutil._common.addr]:
+    return [connection.laddr for connection in process.net_connections() if connection.status == psutil.CONN_LISTEN]

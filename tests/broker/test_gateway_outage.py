@@ -1,0 +1,185 @@
+"""The gateway while RabbitMQ or Redis are away and come back, and as a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit, urlunsplit
+
+import httpx
+import openai
+import psutil
+import pytest
+from gateway_peer import Peer, Script, eventually, tiny_target
+from gateway_suite import MODEL, answers, free_port, started
+
+from shared.models.folder import ModelFolder
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return tiny_target(tmp_path_factory.mktemp("models") / MODEL)
+
+
+class Link:
+    """A TCP connection to a server that can be cut and mended, as if the server were restarted."""
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        self._port = free_port()
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        user, at, _ = self._parts.netloc.rpartition("@")
+        self.url = urlunsplit(self._parts._replace(netloc=f"{user}{at}127.0.0.1:{self._port}"))
+
+    async def mend(self) -> None:
+        """Accept connections."""
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", self._port)
+
+    async def cut(self) -> None:
+        """End every connection and refuse new ones."""
+        if self._server is not None:
+            self._server.close()
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
+        self._writers |= {writer, there_writer}
+        await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
+        self._writers -= {writer, there_writer}
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while part := await reader.read(65536):
+            writer.write(part)
+            await writer.drain()
+    except OSError:
+        pass
+    finally:
+        writer.close()
+
+
+@asynccontextmanager
+async def link_to(url: str) -> AsyncIterator[Link]:
+    link = Link(url)
+    await link.mend()
+    yield link
+    await link.cut()
+
+
+async def test_the_gateway_outlives_an_outage_of_rabbitmq(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with (
+        link_to(amqp_url) as link,
+        started(link.url, redis_url, namespace, target, peer_amqp_url=amqp_url, idle_check_s=0.2) as suite,
+    ):
+        suite.peer.script = Script(text="the whole text, come what may", round_len=2, pause_s=0.1)
+        asking = asyncio.create_task(suite.chat())
+        await eventually(lambda: bool(suite.peer.generated))
+        await link.cut()
+        ready = await suite.http.get("/ready")
+        assert ready.status_code == 503
+        assert ready.json()["parts"]["rabbitmq"] != "ok"
+        assert (await suite.http.get("/health")).status_code == 200
+        with pytest.raises(openai.InternalServerError) as caught:
+            await suite.chat()
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["retry-after"]
+        assert (await asking).choices[0].message.content == suite.peer.script.text
+        await link.mend()
+        await answers(suite.http, "/ready")
+        suite.peer.script = Script(text="as good as new")
+        assert (await suite.chat()).choices[0].message.content == "as good as new"
+
+
+async def test_the_gateway_outlives_an_outage_of_redis(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with (
+        link_to(redis_url) as link,
+        started(amqp_url, link.url, namespace, target, peer_redis_url=redis_url) as suite,
+    ):
+        await link.cut()
+        assert (await suite.http.get("/ready")).json()["parts"]["redis"] != "ok"
+        with pytest.raises(openai.InternalServerError) as caught:
+            await suite.chat()
+        assert caught.value.status_code == 503
+        assert caught.value.response.headers["retry-after"]
+        await link.mend()
+        await answers(suite.http, "/ready")
+        assert (await suite.chat()).choices[0].message.content == suite.peer.script.text
+
+
+async def test_lost_state_ends_a_session_in_a_clear_error(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with started(amqp_url, redis_url, namespace, target, idle_check_s=0.1) as suite:
+        suite.peer.script = Script(text="", ends=False)
+        asking = asyncio.create_task(suite.chat())
+        await eventually(lambda: bool(suite.peer.generated))
+        await suite.peer.store._redis.delete(f"{namespace}:session:{suite.peer.generated[0].session}")
+        with pytest.raises(openai.InternalServerError, match="was lost"):
+            await asking
+
+
+async def test_as_a_process_it_is_small_and_ends_in_order_on_sigterm(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    port = free_port()
+    environment = os.environ | {
+        "WISP_AMQP_URL": amqp_url,
+        "WISP_REDIS_URL": redis_url,
+        "WISP_NAMESPACE": namespace,
+        "WISP_TARGET": str(target.path),
+    }
+    async with Peer.run(amqp_url, redis_url, namespace, target) as peer:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "services.gateway", "--port", str(port)),
+            env=environment,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            async with (
+                httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+                openai.AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client,
+            ):
+                await answers(http, "/ready")
+                peer.script = Script(text="to the very end", pause_s=0.1)
+                asking = asyncio.create_task(client.completions.create(model=MODEL, prompt="x", max_tokens=50))
+                await eventually(lambda: bool(peer.generated))
+                assert psutil.Process(process.pid).memory_info().rss < 150e6
+                process.send_signal(signal.SIGTERM)
+                assert (await asking).choices[0].text == "to the very end"
+            async with asyncio.timeout(10):
+                _, log = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+    assert process.returncode == 0, log.decode()
+    assert b"Traceback" not in log
+
+
+async def test_a_taken_port_ends_the_process_with_a_clear_message(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with started(amqp_url, redis_url, namespace, target) as suite:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            *("-m", "services.gateway", "--port", str(suite.address[1]), "--target", str(target.path)),
+            *("--amqp-url", amqp_url, "--redis-url", redis_url, "--namespace", namespace),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        async with asyncio.timeout(20):
+            _, log = await process.communicate()
+    assert process.returncode == 1
+    assert b"WISP_PORT" in log
+    assert b"Traceback" not in log

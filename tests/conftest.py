@@ -1,0 +1,41 @@
+"""What tests share: private brokers, once for a whole run, and a namespace for each test."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from secrets import token_hex
+
+import pytest
+
+# Before torch is loaded anywhere: its waiting threads must not take the cores from the services under test.
+os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+from services.cli.brokers import Brokers  # noqa: E402
+from services.cli.folder import RunFolder  # noqa: E402
+
+
+@pytest.fixture(scope="session")
+async def brokers() -> AsyncIterator[Brokers]:
+    """RabbitMQ and Redis of this run (or those that WISP_AMQP_URL and WISP_REDIS_URL name)."""
+    with RunFolder("test") as folder:
+        async with Brokers(folder.path) as running:
+            yield running
+
+
+@pytest.fixture(scope="session")
+def amqp_url(brokers: Brokers) -> str:
+    """RabbitMQ's address."""
+    return brokers.amqp_url
+
+
+@pytest.fixture(scope="session")
+def redis_url(brokers: Brokers) -> str:
+    """Redis's address."""
+    return brokers.redis_url
+
+
+@pytest.fixture
+def namespace() -> str:
+    """A prefix of its own for a test's exchange, queues and keys, so that tests cannot meet."""
+    return f"test-{token_hex(4)}"

@@ -1,0 +1,235 @@
+"""The other side of the gateway, for its tests: a tiny tokenizer folder, and a peer that answers by a script.
+
+The peer speaks the real protocol: it takes Generate messages, commits to the store and publishes Results, but knows
+the text in advance instead of computing it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import tokenizers
+from safetensors.numpy import save_file
+from tokenizers import decoders, pre_tokenizers
+from tokenizers.models import BPE
+
+from services.gateway.settings import GatewaySettings
+from shared import topology
+from shared.broker import Broker
+from shared.messages import Cancel, Failure, Finish, Generate, Heartbeat, Message, Result, Status
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+from shared.store import Commit, Outcome, Store
+from shared.topology import Queue, Topology
+
+SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+EOS = 2
+CONTEXT = 512
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_target(path: Path) -> ModelFolder:
+    """A model folder whose tokens are single bytes (id = byte's place in GPT-2's alphabet + 3)."""
+    path.mkdir(parents=True, exist_ok=True)
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {token: index for index, token in enumerate(SPECIALS + alphabet)}
+    backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=[]))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    backend.add_special_tokens(SPECIALS)
+    backend.save(str(path / "tokenizer.json"))
+    config = {
+        "model_type": "llama",
+        "vocab_size": len(vocab),
+        "max_position_embeddings": CONTEXT,
+        "bos_token_id": 1,
+        "eos_token_id": EOS,
+    }
+    (path / "config.json").write_text(json.dumps(config))
+    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
+    save_file({"weight": np.zeros(1, np.float32)}, path / "model.safetensors")
+    return ModelFolder(path)
+
+
+@dataclass
+class Script:
+    """What the peer answers with."""
+
+    text: str = "Hello there, world."
+    round_len: int = 4
+    """Committed tokens per round; all but the last are accepted drafts."""
+    rejected: int = 1
+    """Draft tokens of each round that are verified and not accepted."""
+    trimmed: int = 1
+    """Draft tokens of each round that the scheduler did not let through."""
+    pause_s: float = 0.0
+    ends: bool = True
+    """Whether the text ends by itself; else it falls silent."""
+    failure: Failure | None = None
+    """Reported before the first token."""
+    reorder: Callable[[list[Result]], list[Result]] = list
+    """What the gateway gets of the results, and in which order."""
+
+
+def results_of(generate: Generate, script: Script, tokenizer: Tokenizer) -> list[Result]:
+    """The results of a session's rounds, in order."""
+
+    def result(number: int, base_len: int, status: Status, **fields: object) -> Result:
+        common = {"session": generate.session, "round": number, "base_len": base_len, "status": status}
+        return Result.model_validate(common | {"verifier": "peer", "batch": f"b{number}"} | fields)
+
+    base_len = len(generate.prompt)
+    if script.failure is not None:
+        return [result(0, base_len, Status.FAILED, error=script.failure)]
+    output = tokenizer.encode(script.text) + ([generate.stop_ids[0]] if script.ends and generate.stop_ids else [])
+    finish = Finish.STOP if script.ends and len(output) <= generate.max_tokens else None
+    if len(output) >= generate.max_tokens:
+        output, finish = output[: generate.max_tokens], finish or Finish.LENGTH
+    results = [result(0, base_len, Status.PREFILLED, queue_ms=1.0, verify_ms=2.0)]
+    for number, start in enumerate(range(0, len(output), script.round_len)):
+        tokens = output[start : start + script.round_len]
+        accepted = len(tokens) - 1
+        results.append(
+            result(
+                number,
+                base_len + start,
+                Status.COMMITTED,
+                tokens=tokens,
+                accepted=accepted,
+                trimmed_to=accepted + script.rejected,
+                drafted=accepted + script.rejected + script.trimmed,
+                finish=finish if start + script.round_len >= len(output) else None,
+                draft_ms=0.25,
+                queue_ms=0.5,
+                verify_ms=0.75,
+            )
+        )
+    return results
+
+
+@dataclass
+class Peer:
+    """Drafter, scheduler and verifier in one, over real brokers."""
+
+    broker: Broker
+    store: Store
+    tokenizer: Tokenizer
+    heartbeat: Heartbeat
+    fingerprint: str
+    script: Script = field(default_factory=Script)
+    generated: list[Generate] = field(default_factory=list)
+    cancelled: list[str] = field(default_factory=list)
+    """Sessions of which a Cancel message came."""
+    refused: list[str] = field(default_factory=list)
+    """Sessions that Redis takes no more tokens for."""
+    _tasks: set[asyncio.Task[None]] = field(default_factory=set)
+
+    @classmethod
+    @asynccontextmanager
+    async def run(cls, amqp_url: str, redis_url: str, namespace: str, target: ModelFolder) -> AsyncIterator[Peer]:
+        """A peer with its consumers and a heartbeat."""
+        names = Topology(namespace)
+        broker = await Broker.connect(amqp_url, names, "peer")
+        store = Store.connect(redis_url, namespace, 60)
+        beat = Heartbeat(
+            verifier="peer",
+            fingerprint=target.fingerprint("bfloat16"),
+            max_len=CONTEXT,
+            free_tokens=CONTEXT,
+            total_tokens=CONTEXT,
+        )
+        peer = cls(broker, store, Tokenizer(target), beat, beat.fingerprint)
+        await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
+        await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL,)), peer._cancel)
+        beating = asyncio.create_task(peer._beat())
+        await store.beat(beat)
+        try:
+            yield peer
+        finally:
+            for task in (beating, *peer._tasks):
+                task.cancel()
+                with suppress(asyncio.CancelledError):
+                    await task
+            await broker.close()
+            await store.close()
+
+    async def reset(self) -> None:
+        """Forget what was, and be a verifier of the right model."""
+        self.script = Script()
+        for record in (self.generated, self.cancelled, self.refused):
+            record.clear()
+        self.heartbeat = self.heartbeat.model_copy(update={"fingerprint": self.fingerprint})
+        await self.store.beat(self.heartbeat)
+
+    async def _beat(self) -> None:
+        while True:
+            await self.store.beat(self.heartbeat)
+            await asyncio.sleep(0.5)
+
+    async def _cancel(self, message: Message) -> None:
+        assert isinstance(message, Cancel)
+        self.cancelled.append(message.session)
+
+    async def _generate(self, message: Message) -> None:
+        assert isinstance(message, Generate)
+        self.generated.append(message)
+        task = asyncio.create_task(self._answer(message, self.script))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def _answer(self, generate: Generate, script: Script) -> None:
+        results = results_of(generate, script, self.tokenizer)
+        reported = script.reorder(results) if script.pause_s == 0 else []
+        for result in results:
+            if script.pause_s:
+                await asyncio.sleep(script.pause_s)
+            if result.status is Status.COMMITTED and not await self._commit(result):
+                self.refused.append(generate.session)
+                return
+            if script.pause_s:
+                await self.publish(generate.gateway, result)
+        for result in reported:
+            await self.publish(generate.gateway, result)
+
+    async def publish(self, gateway: str, result: Result) -> None:
+        """Send a result to its gateway."""
+        await self.broker.publish(result, topology.result(gateway))
+
+    async def _commit(self, result: Result) -> bool:
+        commit = Commit(
+            session=result.session,
+            round=result.round,
+            base_len=result.base_len,
+            accepted=result.accepted,
+            tokens=result.tokens,
+            finish=result.finish,
+            cached=0,
+        )
+        (committed,) = await self.store.commit("peer", [commit])
+        return committed.outcome is Outcome.COMMITTED
+
+
+def gateway_queue(namespace: str, instance: str) -> Queue:
+    """The queue that the gateway of this name consumes."""
+    return Topology(namespace).own_queue("gateway", instance, (topology.result(instance),))
+
+
+def settings(target: Path, **fields: object) -> GatewaySettings:
+    """Settings without the environment's or the command line's."""
+    return GatewaySettings.model_validate({"target": target, "instance": "gateway-test", "port": 0} | fields)
+
+
+async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
+    """Wait until the condition holds; fail when it does not in time."""
+    async with asyncio.timeout(within_s):
+        while not condition():  # noqa: ASYNC110 conditions are plain attributes of a test's records
+            await asyncio.sleep(0.01)

@@ -1,0 +1,221 @@
+"""The engine serves any causal LM, refuses what it cannot do without changing anything, and accounts for its cache."""
+
+from __future__ import annotations
+
+import json
+import random
+import time
+from pathlib import Path
+from statistics import median
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, Gemma2Config
+
+from shared.engine import Engine, Step
+from shared.engine.attention import Batch, BlockCache, GatherCache, Shape
+from shared.errors import BadStep, CacheFull, EngineError, ModelError, NotAttached, TooLong
+from tests import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.make(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture
+def engine(folder: Path) -> Engine:
+    return Engine(folder, dtype="float32", budget_tokens=512)
+
+
+def tokens(count: int, seed: int = 0) -> list[int]:
+    return random.Random(seed).choices(range(tiny.VOCAB), k=count)
+
+
+def state(engine: Engine) -> tuple[int, dict[str, int]]:
+    return engine.free_tokens, {session: engine.cached(session) for session in engine.sessions}
+
+
+@pytest.mark.parametrize("name", tiny.ARCHITECTURES)
+def test_any_architecture_gives_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
+    folder = tiny.make(tmp_path, tiny.ARCHITECTURES[name])
+    engine = Engine(folder, dtype="float32", budget_tokens=1024)
+    texts = [tokens(200, seed) for seed in range(2)]
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    with torch.inference_mode():
+        expected = model(torch.tensor(texts)).logits
+    for i in range(2):
+        engine.attach(str(i), [])
+    done = 0
+    for count in (70, 1, 9, 1, 30, 64, 25):
+        output = engine.forward([Step(str(i), texts[i][done : done + count], count) for i in range(2)])
+        for i in range(2):
+            torch.testing.assert_close(
+                output.logits[output.rows(i)], expected[i, done : done + count], atol=2e-4, rtol=2e-4
+            )
+        done += count
+    assert done == 200
+
+
+def test_a_noisy_copy_agrees_with_its_model_often_but_not_always(folder: Path, tmp_path: Path) -> None:
+    texts = tokens(300)
+    best = []
+    for path in (folder, tiny.make(tmp_path, noise=0.1)):
+        engine = Engine(path, dtype="float32", budget_tokens=512)
+        engine.attach("s", [])
+        best.append(engine.forward([Step("s", texts, 300)]).logits.argmax(-1))
+    share = float((best[0] == best[1]).float().mean())
+    assert 0.2 < share < 0.98
+
+
+def test_hidden_states_are_those_that_the_logits_come_from(engine: Engine, folder: Path) -> None:
+    engine.attach("s", [])
+    output = engine.forward([Step("s", tokens(20), 5)], hidden=True)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    assert output.hidden is not None
+    assert output.hidden.shape == (5, engine.hidden_size)
+    with torch.inference_mode():
+        torch.testing.assert_close(model.lm_head(output.hidden), output.logits, atol=1e-4, rtol=1e-4)
+    assert engine.forward([Step("s", tokens(3), 1)]).hidden is None
+
+
+def test_rows_without_logits_cost_no_logits(engine: Engine) -> None:
+    for name in "ab":
+        engine.attach(name, [])
+    output = engine.forward([Step("a", tokens(30), 0), Step("b", tokens(30), 2)])
+    assert output.logits.shape == (2, engine.vocab_size)
+    assert (output.rows(0), output.rows(1)) == (slice(0, 0), slice(0, 2))
+    assert engine.forward([Step("a", tokens(5), 0)]).logits.shape == (0, engine.vocab_size)
+
+
+def test_a_shared_prefix_takes_room_once(engine: Engine) -> None:
+    prompt = tokens(200)
+    engine.attach("first", [])
+    engine.forward([Step("first", prompt, 0)])
+    engine.attach("first", [*prompt, 1])
+    before = engine.free_tokens
+    for i in range(3):
+        assert engine.attach(str(i), prompt) == 192
+        assert engine.free_tokens == before
+    engine.forward([Step(str(i), prompt[192:]) for i in range(3)])
+    assert engine.free_tokens == before - 3 * 64
+    engine.integrity()
+
+
+def test_a_call_that_does_not_fit_changes_nothing(engine: Engine) -> None:
+    for name in "ab":
+        engine.attach(name, [])
+    engine.forward([Step("a", tokens(100), 0), Step("b", tokens(100), 0)])
+    before = state(engine)
+    for steps, error in [
+        ([Step("a", tokens(200)), Step("b", tokens(200))], CacheFull),
+        ([Step("a", tokens(450))], TooLong),
+        ([Step("a", tokens(1000))], TooLong),
+        ([Step("a", [1]), Step("stranger", [1])], NotAttached),
+        ([Step("a", [1]), Step("a", [1])], BadStep),
+        ([Step("a", [1]), Step("b", [tiny.VOCAB])], BadStep),
+        ([Step("a", [1]), Step("b", [-1])], BadStep),
+        ([Step("a", [], 0)], BadStep),
+        ([Step("a", [1], 2)], BadStep),
+        ([], BadStep),
+    ]:
+        with pytest.raises(error):
+            engine.forward(steps)
+        assert state(engine) == before
+        engine.integrity()
+
+
+def test_a_pass_that_fails_half_way_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    engine.attach("a", [])
+    expected = engine.forward([Step("a", tokens(100), 1)]).logits
+    engine.truncate("a", 90)
+    before = state(engine)
+    attend = BlockCache.attend
+
+    def fail_in_the_second_layer(self: BlockCache, layer: int, *args: object) -> torch.Tensor:
+        if layer == 1:
+            raise RuntimeError("out of memory")
+        return attend(self, layer, *args)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patch:
+        patch.setattr(BlockCache, "attend", fail_in_the_second_layer)
+        with pytest.raises(RuntimeError, match="out of memory"):
+            engine.forward([Step("a", tokens(200, seed=5))])
+    assert state(engine) == before
+    engine.integrity()
+    assert torch.equal(engine.forward([Step("a", tokens(100)[90:])]).logits, expected)
+
+
+def test_too_long_says_what_the_limit_is(folder: Path) -> None:
+    engine = Engine(folder, dtype="float32", budget_tokens=4096)
+    engine.attach("s", [])
+    with pytest.raises(TooLong, match="the model's context is 1024"):
+        engine.forward([Step("s", tokens(1025))])
+    engine.forward([Step("s", tokens(1024))])
+    with pytest.raises(TooLong, match="1025"):
+        engine.forward([Step("s", [1])])
+
+
+def test_rolling_back_takes_as_long_at_any_length(folder: Path) -> None:
+    engine = Engine(folder, dtype="float32", budget_tokens=1024)
+    engine.attach("s", [])
+    took: dict[int, list[float]] = {40: [], 1000: []}
+    for length in took:
+        engine.forward([Step("s", tokens(length + 8 - engine.cached("s")), 0)])
+        for _ in range(30):
+            start = time.perf_counter()
+            engine.truncate("s", length)
+            took[length].append(time.perf_counter() - start)
+            engine.forward([Step("s", tokens(8), 0)])
+    assert median(took[1000]) < 5 * median(took[40])
+
+
+@pytest.mark.parametrize("window", [0, 50])
+def test_both_caches_compute_the_same_attention(window: int) -> None:
+    shape = Shape(layers=2, kv_heads=2, heads=6, head_size=80)
+    caches = [
+        BlockCache(shape, 12, torch.float32, threads=2),
+        GatherCache(shape, 12, torch.float32, torch.device("cpu")),
+    ]
+    generator = torch.Generator().manual_seed(0)
+    tables = [[7, 2, 9], [4, 0, 11, 5]]
+    starts = [0, 0]
+    for counts in ([100, 70], [1, 9], [20, 1], [9, 150]):
+        q, k, v = (torch.randn(sum(counts), heads, 80, generator=generator) for heads in (6, 2, 2))
+        results = []
+        for cache in caches:
+            cache.begin(Batch(tables, starts, counts))
+            results.append(cache.attend(1, q, k, v, 80**-0.5, window))
+        torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
+        starts = [start + count for start, count in zip(starts, counts, strict=True)]
+        for cache in caches:  # a block moves
+            cache.copy(tables[0][0], 1)
+        tables[0][0] = 1
+
+
+def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="wisp models prepare"):
+        Engine(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
+    with pytest.raises(ModelError, match="cannot be loaded"):
+        Engine(tmp_path)
+
+
+def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
+    config = Gemma2Config(
+        vocab_size=tiny.VOCAB,
+        hidden_size=64,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+    )
+    with pytest.raises(ModelError, match="softcap"):
+        Engine(tiny.make(tmp_path, config))
+
+
+def test_senseless_settings_are_refused(folder: Path) -> None:
+    for wrong in ({"dtype": "int3"}, {"budget_tokens": 10}, {"threads": 0}):
+        with pytest.raises(EngineError, match="at least"):
+            Engine(folder, **wrong)  # type: ignore[arg-type]

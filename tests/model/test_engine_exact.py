@@ -1,0 +1,166 @@
+"""A position's logits have the same bits however its session came there, on the real model."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+
+from shared.engine import Engine, Step
+
+TEXTS = [
+    "The harbour of the old town was built in three stages. First came a wooden pier, where fishermen sold herring "
+    "before sunrise; then, in 1743, a breakwater of granite; and at last the cranes. " * 12,
+    "def merge(left, right):\n    out = []\n    while left and right:\n        out.append((left if left[0] <= right[0] "
+    "else right).pop(0))\n    return out + left + right\n\n\nassert merge([1, 4], [2, 3]) == [1, 2, 3, 4]\n" * 12,
+    "Liste der Zutaten: 250 g Mehl, 3 Eier, 1/2 l Milch, 1 Prise Salz, etwas Öl. Alles verrühren, 20 Minuten ruhen lassen, "
+    "dann dünn ausbacken. 材料を混ぜて、薄く焼く。 " * 12,
+]
+LENGTH = 200
+CHUNKS = (1, 1, 2, 3, 5, 9, 9, 17, 40)
+
+
+@dataclass
+class Case:
+    """An engine, the tokens of some texts, and the logits of all their positions from another, one-thread engine."""
+
+    engine: Engine
+    texts: list[list[int]]
+    expected: list[torch.Tensor]
+
+    def feed(self, plan: dict[str, tuple[int, int]]) -> int:
+        """One pass: each session (named `<text>-…`) gets that many of its next tokens; compares bits, returns positions
+        compared."""
+        steps, wanted = [], []
+        for name, (count, rows) in plan.items():
+            text, held = int(name[0]), self.engine.cached(name)
+            steps.append(Step(name, self.texts[text][held : held + count], min(rows, count)))
+            wanted.append(self.expected[text][held + count - min(rows, count) : held + count])
+        output = self.engine.forward(steps)
+        for i, (step, bits) in enumerate(zip(steps, wanted, strict=True)):
+            got = output.logits[output.rows(i)]
+            differing = int((got != bits).sum())
+            assert differing == 0, f"{step.session}: {differing} logits differ, by up to {(got - bits).abs().max()}"
+        return sum(len(bits) for bits in wanted)
+
+
+@pytest.fixture(scope="module", params=["bfloat16", "float32"])
+def expected(request: pytest.FixtureRequest, target_folder: Path) -> tuple[str, list[list[int]], list[torch.Tensor]]:
+    tokenizer = Tokenizer.from_file(str(target_folder / "tokenizer.json"))
+    texts = [tokenizer.encode(text).ids[:LENGTH] for text in TEXTS]
+    assert all(len(tokens) == LENGTH for tokens in texts)
+    engine = Engine(target_folder, dtype=request.param, budget_tokens=1024)
+    logits = []
+    for tokens in texts:
+        engine.attach("whole", [])
+        logits.append(engine.forward([Step("whole", tokens, LENGTH)]).logits)
+        engine.release("whole")
+    return request.param, texts, logits
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-thread", "2-threads"])
+def case(
+    request: pytest.FixtureRequest, expected: tuple[str, list[list[int]], list[torch.Tensor]], target_folder: Path
+) -> Iterator[Case]:
+    dtype, texts, logits = expected
+    yield Case(Engine(target_folder, dtype=dtype, threads=request.param, budget_tokens=1280), texts, logits)
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(case: Case) -> Iterator[None]:
+    yield
+    case.engine.integrity()
+    for session in case.engine.sessions:
+        case.engine.release(session)
+
+
+def test_the_machine_can_be_exact(case: Case) -> None:
+    assert case.engine.batch_invariant
+
+
+def test_one_token_at_a_time(case: Case) -> None:
+    engine = case.engine
+    compared = 0
+    for start in (0, 120, 190):  # a beginning, a block boundary, an end
+        engine.attach("0-decode", case.texts[0])
+        engine.truncate("0-decode", start)
+        if engine.cached("0-decode") < start:
+            case.feed({"0-decode": (start - engine.cached("0-decode"), 0)})
+        for _ in range(10):
+            compared += case.feed({"0-decode": (1, 1)})
+    assert compared == 30
+
+
+def test_verification_in_random_chunks(case: Case) -> None:
+    choose = random.Random(1)
+    for text in range(3):
+        name, compared = f"{text}-chunks", 0
+        case.engine.attach(name, [])
+        while case.engine.cached(name) < LENGTH:
+            count = min(choose.choice(CHUNKS), LENGTH - case.engine.cached(name))
+            compared += case.feed({name: (count, count)})
+        assert compared == LENGTH
+
+
+def test_mixed_with_random_other_sessions(case: Case) -> None:
+    choose = random.Random(2)
+    names = [f"{text}-mixed" for text in range(3)]
+    compared = 0
+    for name in names:
+        case.engine.attach(name, [])
+    for turn in range(200):
+        running = [name for name in names if case.engine.cached(name) < LENGTH]
+        if not running:
+            break
+        plan = {}
+        for name in choose.sample(running, choose.randint(1, len(running))):
+            count = min(choose.choice(CHUNKS), LENGTH - case.engine.cached(name))
+            plan[name] = (count, count)
+        # Strangers of the same batch: prompts and single tokens, dropped again at once.
+        others = [f"{choose.randrange(3)}-other-{turn}-{i}" for i in range(choose.choice([0, 1, 4]))]
+        for other in others:
+            case.engine.attach(other, [])
+            plan[other] = (choose.choice([1, 9]), 0)
+        compared += case.feed(dict(choose.sample(list(plan.items()), len(plan))))
+        for other in others:
+            case.engine.release(other)
+    assert compared == 3 * LENGTH
+
+
+def test_after_rejected_drafts(case: Case) -> None:
+    choose = random.Random(3)
+    compared = 0
+    case.engine.attach("1-drafts", [])
+    case.feed({"1-drafts": (100, 1)})
+    while (held := case.engine.cached("1-drafts")) < 190:
+        rejected = [choose.randrange(case.engine.vocab_size) for _ in range(choose.choice([1, 4, 8]))]
+        case.engine.forward([Step("1-drafts", rejected)])
+        case.engine.truncate("1-drafts", held)
+        compared += case.feed({"1-drafts": (9, 9)})
+    assert compared >= 90
+
+
+def test_on_shared_prefixes_and_after_eviction(case: Case) -> None:
+    engine = case.engine
+    engine.attach("2-first", case.texts[2])
+    case.feed({"2-first": (LENGTH, 0)})
+    engine.attach("2-first", case.texts[2])  # its blocks are known to be committed now
+    assert engine.attach("2-second", case.texts[2]) == LENGTH // 64 * 64
+    assert case.feed({"2-second": (4, 4)}) == 4
+    engine.truncate("2-second", 90)  # into a block that the first still uses
+    assert case.feed({"2-second": (60, 60)}) == 60
+    engine.truncate("2-first", 190)
+    assert case.feed({"2-first": (10, 10)}) == 10
+    for i in range(5):  # all of the budget
+        engine.attach(f"0-filler-{i}", [7, i])
+        engine.forward([Step(f"0-filler-{i}", [7, i] * 120, 0)])
+    assert engine.cached("2-first") == 0
+    engine.attach("2-first", case.texts[2])
+    while (left := LENGTH - engine.cached("2-first")) > 0:
+        case.feed({"2-first": (min(left, 100), 100)})

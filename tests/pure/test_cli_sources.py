@@ -1,0 +1,125 @@
+"""Where brokers come from: the order of preference, and what is said when there is nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from services.cli.apt import progress_line
+from services.cli.containers import RABBITMQ_IMAGE, run_command
+from services.cli.host import Host, inspect, version_in
+from services.cli.settings import BrokerAddresses
+from services.cli.sources import Source, Sources, choose, missing
+
+BARE = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
+INSTALLED = replace(BARE, rabbitmq=Path("/x/rabbitmq-server"), epmd=Path("/x/epmd"), redis=Path("/x/redis-server"))
+NONE = BrokerAddresses(amqp_url=None, redis_url=None)
+
+
+def test_given_addresses_win_over_installed_programs() -> None:
+    given = BrokerAddresses(amqp_url="amqp://there/", redis_url="redis://there/")
+    assert choose(given, INSTALLED) == Sources(Source.GIVEN, Source.GIVEN)
+
+
+def test_either_address_may_be_given_alone() -> None:
+    assert choose(BrokerAddresses(amqp_url="amqp://there/", redis_url=None), INSTALLED) == Sources(
+        Source.GIVEN, Source.INSTALLED
+    )
+    assert choose(BrokerAddresses(amqp_url=None, redis_url="redis://there/"), BARE) == Sources(
+        Source.MISSING, Source.GIVEN
+    )
+
+
+def test_addresses_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WISP_AMQP_URL", "amqp://there/")
+    monkeypatch.delenv("WISP_REDIS_URL", raising=False)
+    assert BrokerAddresses() == BrokerAddresses(amqp_url="amqp://there/", redis_url=None)
+
+
+def test_installed_programs_are_used_even_by_root() -> None:
+    assert choose(NONE, replace(INSTALLED, root=True)) == Sources(Source.INSTALLED, Source.INSTALLED)
+
+
+@pytest.mark.parametrize("distribution", ["debian", "ubuntu debian", "linuxmint ubuntu debian"])
+def test_root_on_debian_and_its_relatives_installs_what_is_missing(distribution: str) -> None:
+    host = replace(INSTALLED, epmd=None, root=True, distribution=distribution, container="docker")
+    assert choose(NONE, host) == Sources(Source.APT, Source.INSTALLED)
+
+
+@pytest.mark.parametrize(
+    "host", [replace(BARE, container="podman"), replace(BARE, root=True, distribution="fedora", container="podman")]
+)
+def test_containers_come_after_apt(host: Host) -> None:
+    assert choose(NONE, host) == Sources(Source.CONTAINER, Source.CONTAINER)
+
+
+def test_with_nothing_the_message_names_the_commands_to_type() -> None:
+    assert choose(NONE, BARE) == Sources(Source.MISSING, Source.MISSING)
+    text = str(missing(["RabbitMQ", "Redis"], BARE))
+    assert "    sudo apt-get install -y --no-install-recommends rabbitmq-server redis-server\n" in text
+    assert "WISP_AMQP_URL and WISP_REDIS_URL" in text
+
+
+@pytest.mark.parametrize(
+    ("distribution", "root", "command"),
+    [
+        ("debian", True, "    apt-get install -y --no-install-recommends redis-server\n"),
+        ("fedora", False, "    sudo dnf install -y redis\n"),
+        ("macos", False, "    brew install redis\n"),
+        ("arch", True, "    pacman -S redis\n"),
+    ],
+)
+def test_the_commands_fit_the_system(distribution: str, root: bool, command: str) -> None:
+    text = str(missing(["Redis"], replace(BARE, distribution=distribution, root=root)))
+    assert command in text
+    assert "WISP_AMQP_URL" not in text
+
+
+def test_the_newest_rabbitmq_is_found(tmp_path: Path) -> None:
+    for version in ("3.9.30", "3.10.8", "3.2.1"):
+        script = tmp_path / f"usr/lib/rabbitmq/lib/rabbitmq_server-{version}/sbin/rabbitmq-server"
+        script.parent.mkdir(parents=True)
+        script.write_text("#!/bin/sh\n")
+        script.chmod(0o755)
+    (tmp_path / "etc").mkdir()
+    (tmp_path / "etc/os-release").write_text('NAME="Ubuntu"\nID=ubuntu\nID_LIKE="debian"\n')
+    host = inspect(search_path="", root=tmp_path)
+    assert host.rabbitmq is not None
+    assert "rabbitmq_server-3.10.8" in str(host.rabbitmq)
+    assert host.debian
+    assert (host.epmd, host.redis, host.apt) == (None, None, False)
+    assert not host.rabbitmq_installed
+
+
+def test_a_wrapper_that_changes_the_user_is_not_taken_for_the_server(tmp_path: Path) -> None:
+    wrapper = tmp_path / "rabbitmq-server"
+    wrapper.write_text("#!/bin/sh\nsu rabbitmq -s /bin/sh -c real\n")
+    wrapper.chmod(0o755)
+    assert inspect(search_path=str(tmp_path), root=tmp_path).rabbitmq is None
+    wrapper.write_text("#!/bin/sh\nexec real\n")
+    assert inspect(search_path=str(tmp_path), root=tmp_path).rabbitmq == wrapper
+
+
+def test_versions_compare_as_numbers() -> None:
+    assert version_in("/lib/rabbitmq_server-3.10.8/sbin") > version_in("/lib/rabbitmq_server-3.9.30/sbin")
+    assert version_in("no number") == ()
+
+
+def test_apt_status_lines_are_shown_as_percentages() -> None:
+    assert progress_line("pmstatus:erlang-base:37.0370:Unpacking erlang-base (amd64)") == (
+        "37 % Unpacking erlang-base (amd64)"
+    )
+    assert progress_line("Reading package lists...") is None
+    assert progress_line("pmstatus:x:not a number:y") is None
+
+
+def test_a_container_listens_on_loopback_and_keeps_its_password_off_the_command_line() -> None:
+    command = run_command(
+        "podman", RABBITMQ_IMAGE, "127.0.0.1:4000:5672", ["rabbitmq-server"], ["RABBITMQ_DEFAULT_PASS"]
+    )
+    assert command[command.index("--publish") + 1] == "127.0.0.1:4000:5672"
+    assert command[command.index("--env") + 1] == "RABBITMQ_DEFAULT_PASS"
+    assert "--rm" in command
+    assert command[-1] == "rabbitmq-server"

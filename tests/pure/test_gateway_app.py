@@ -1,0 +1,457 @@
+"""The HTTP application over stand-ins for broker and store: what it refuses, and that it always answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny_target
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from prometheus_client import CollectorRegistry
+
+from services.gateway.app import Gateway, create_app
+from services.gateway.backend import Backend
+from services.gateway.errors import unavailable
+from services.gateway.metrics import Metrics
+from services.gateway.plan import Plan
+from services.gateway.session import Session
+from services.gateway.stream import Reply
+from shared.errors import BrokersError, Unroutable
+from shared.messages import Cancel, Finish, Generate, Message, Result
+from shared.models.folder import ModelFolder
+from shared.models.stop import StopStrings
+from shared.models.text import Detokenizer, Tokenizer
+from shared.store import Progress, Request, SessionStatus
+
+MODEL = "tiny"
+HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+
+
+class Loopback:
+    """Stands in for broker and store: answers a Generate by its script, and remembers what it is told."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.script = Script()
+        self.backend: Backend | None = None
+        self.created: list[Request] = []
+        self.cancelled: list[str] = []
+        self.truth: dict[str, list[int]] = {}
+        self.error: Exception | None = None
+        self.silent = False
+
+    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
+        if isinstance(message, Cancel):
+            self.cancelled.append(message.session)
+        if self.error is not None:
+            raise self.error
+        if not isinstance(message, Generate):
+            return
+        assert persistent
+        assert self.backend is not None
+        results = results_of(message, self.script, self.tokenizer)
+        self.truth[message.session] = message.prompt + [token for result in results for token in result.tokens]
+        for result in [] if self.silent else self.script.reorder(results):
+            await self.backend.receive(result)
+
+    async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
+        self.created.append(request)
+
+    async def progress(self, session: str, from_len: int) -> Progress | None:
+        if (tokens := self.truth.get(session)) is None:
+            return None
+        return Progress(SessionStatus.FINISHED, len(tokens), tokens[from_len:], Finish.STOP)
+
+    async def cancel(self, session: str) -> None:
+        pass
+
+
+class App:
+    """The application with its stand-ins and a client."""
+
+    def __init__(self, folder: ModelFolder, **fields: Any) -> None:
+        self.settings = settings(folder.path, **fields)
+        tokenizer = Tokenizer(folder)
+        metrics = Metrics(MODEL, CollectorRegistry())
+        self.loopback = Loopback(tokenizer)
+
+        def new_session(plan: Plan) -> Session:
+            return Session(
+                len(plan.prompt), frozenset(plan.stop_ids), Detokenizer(tokenizer), StopStrings(plan.stops), plan.echo
+            )
+
+        self.backend = Backend(
+            self.loopback,
+            self.loopback,
+            new_session,
+            metrics,
+            instance="g",
+            fingerprint="f",
+            vocab_fingerprint="v",
+            max_sessions=self.settings.max_sessions,
+            idle_check_s=self.settings.idle_check_s,
+            stall_timeout_s=self.settings.stall_timeout_s,
+        )
+        self.loopback.backend = self.backend
+        self.verifiers = True
+        self.missing: dict[str, str | None] = {"redis": None}
+
+        async def longest_session() -> int:
+            if not self.verifiers:
+                raise unavailable("no verifier is running")
+            return CONTEXT
+
+        async def missing() -> dict[str, str | None]:
+            return self.missing
+
+        self.asgi = create_app(
+            Gateway(self.settings, MODEL, folder, tokenizer, "f" * 32, self.backend, longest_session, missing, metrics)
+        )
+        transport = httpx.ASGITransport(self.asgi, raise_app_exceptions=False)
+        self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=10)
+
+    async def chat(self, **options: Any) -> httpx.Response:
+        return await self.http.post("/v1/chat/completions", json=HELLO | options)
+
+
+@pytest.fixture(scope="session")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return tiny_target(tmp_path_factory.mktemp("models") / MODEL)
+
+
+@pytest.fixture
+async def app(folder: ModelFolder) -> AsyncIterator[App]:
+    app = App(folder)
+    watching = asyncio.create_task(app.backend.watch())
+    yield app
+    watching.cancel()
+    await app.http.aclose()
+
+
+def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
+    """The error body, checked for OpenAI's shape."""
+    assert response.status_code == status
+    assert response.headers["content-type"].startswith("application/json")
+    assert response.headers["x-request-id"]
+    body = response.json()
+    assert set(body) == {"error"}
+    error: dict[str, Any] = body["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert error["message"]
+    return error
+
+
+async def test_an_answer_reports_its_seed_and_the_request_id(app: App) -> None:
+    response = await app.http.post("/v1/chat/completions", json=HELLO, headers={"x-request-id": "mine-1"})
+    assert response.status_code == 200
+    assert response.headers["x-request-id"] == "mine-1"
+    assert int(response.headers["x-wisp-seed"]) == app.loopback.created[0].sampling.seed
+    again = await app.chat(seed=-5)
+    assert again.headers["x-wisp-seed"] == "-5"
+    assert again.headers["x-request-id"].startswith("req_")
+
+
+async def test_requests_without_a_seed_get_different_ones(app: App) -> None:
+    assert len({(await app.chat()).headers["x-wisp-seed"] for _ in range(5)}) == 5
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
+async def test_other_methods_are_refused(app: App, method: str) -> None:
+    response = await app.http.request(method, "/v1/chat/completions")
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST"
+
+
+@pytest.mark.parametrize("path", ["/", "/v1", "/v1/embeddings", "/v1/chat/completions/", "/docs", "/%ff"])
+async def test_unknown_paths_are_refused(app: App, path: str) -> None:
+    assert error_of(await app.http.post(path, json=HELLO), 404)["code"] == "unknown_url"
+
+
+async def test_an_unknown_model_is_refused(app: App) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        response = await app.http.post(path, json=HELLO | {"model": "gpt-9", "prompt": "x"})
+        assert error_of(response, 404)["code"] == "model_not_found"
+    assert error_of(await app.http.get("/v1/models/gpt-9"), 404)["code"] == "model_not_found"
+
+
+async def test_models_are_listed(app: App) -> None:
+    listed = (await app.http.get("/v1/models")).json()
+    assert [model["id"] for model in listed["data"]] == [MODEL]
+    assert (await app.http.get(f"/v1/models/{MODEL}")).json() == listed["data"][0]
+    assert listed["data"][0]["max_model_len"] == CONTEXT
+
+
+async def test_the_content_type_does_not_matter(app: App) -> None:
+    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+        body = json.dumps(HELLO).encode()
+        response = await app.http.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+        assert response.status_code == 200
+
+
+async def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(app: App) -> None:
+    text = "x" * (CONTEXT + 5)
+    for path, body, tokens in (
+        ("/v1/completions", {"prompt": text}, len(text)),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}, len(text) + 19),
+    ):
+        error = error_of(await app.http.post(path, json={"model": MODEL} | body), 400)
+        assert error["code"] == "context_length_exceeded"
+        assert f"at most {CONTEXT} tokens" in error["message"]
+        assert f"has {tokens} of them" in error["message"]
+
+
+async def test_a_crash_in_the_middle_of_a_stream_is_an_error_event(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(self: Reply, index: int, finish: str) -> Any:
+        raise ZeroDivisionError("a defect")
+
+    async def one_by_one(message: Message, key: str, **options: Any) -> None:
+        if isinstance(message, Generate):
+            for result in results_of(message, app.loopback.script, app.loopback.tokenizer):
+                asyncio.get_running_loop().call_later(0.01 * result.base_len, send, result)
+
+    def send(result: Result) -> None:
+        sending.append(asyncio.ensure_future(app.backend.receive(result)))
+
+    sending: list[Any] = []
+    monkeypatch.setattr(Reply, "closing", crash)
+    monkeypatch.setattr(app.loopback, "publish", one_by_one)
+    response = await app.chat(stream=True)
+    assert response.status_code == 200
+    *events, error, done = response.text.strip().split("\n\n")
+    assert len(events) > 1
+    assert json.loads(error.removeprefix("data: "))["error"]["type"] == "server_error"
+    assert done == "data: [DONE]"
+
+
+@pytest.mark.parametrize("text", ["word " * 100_000, "x" * 40_000])
+async def test_a_far_too_long_prompt_is_refused_before_all_of_it_is_tokenized(
+    app: App, text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+    encode = Tokenizer.encode
+
+    def encode_and_measure(self: Tokenizer, text: str) -> list[int]:
+        lengths.append(len(text))
+        return encode(self, text)
+
+    monkeypatch.setattr(Tokenizer, "encode", encode_and_measure)
+    for path, body in (
+        ("/v1/completions", {"prompt": text}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": text}]}),
+    ):
+        response = await app.http.post(path, json={"model": MODEL} | body)
+        error = error_of(response, 400)
+        assert error["code"] == "context_length_exceeded"
+        assert f"more than {2 * CONTEXT}" in error["message"]
+    assert max(lengths) < 20_000
+    assert sum(lengths) < 40_000
+
+
+@pytest.mark.parametrize("echo", [True, False])
+async def test_ids_that_are_no_tokens_are_refused(app: App, echo: bool) -> None:
+    for token in (-1, 259, 2**31, 2**63, 2**70):
+        body = {"model": MODEL, "prompt": [5, token], "echo": echo}
+        assert error_of(await app.http.post("/v1/completions", json=body), 400)["param"] == "prompt"
+    body = {"model": MODEL, "prompt": ["fine", "x" * CONTEXT]}
+    assert error_of(await app.http.post("/v1/completions", json=body), 400)["param"] == "prompt[1]"
+
+
+async def test_an_empty_prompt_begins_with_the_models_first_token(app: App) -> None:
+    response = await app.http.post("/v1/completions", json={"model": MODEL, "prompt": ""})
+    assert response.json()["usage"]["prompt_tokens"] == 1
+
+
+async def test_a_client_that_goes_away_while_sending_is_no_crash(app: App) -> None:
+    events = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
+    sent: list[Any] = []
+
+    async def receive() -> Any:
+        return events.pop(0)
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    await app.asgi(scope, receive, send)
+    assert sent[0]["status"] == 499
+
+
+async def test_too_many_texts_are_refused(app: App) -> None:
+    assert error_of(await app.chat(n=100), 400)["param"] == "n"
+    response = await app.http.post("/v1/completions", json={"model": MODEL, "prompt": ["x"] * 100})
+    assert error_of(response, 400)["param"] == "n"
+
+
+async def test_bad_headers_are_refused(app: App) -> None:
+    for header, value in (("x-slo-ttft-ms", "soon"), ("x-llm-d-slo-tpot-ms", "-1"), ("x-wisp-draft", "magic")):
+        response = await app.http.post("/v1/chat/completions", json=HELLO, headers={header: value})
+        assert error_of(response, 400)["param"] == header
+
+
+async def test_a_body_announced_as_too_long_is_refused_unread(folder: ModelFolder) -> None:
+    app = App(folder, max_body_bytes=1024)
+    read = 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        nonlocal read
+        read += 1
+        yield b"x" * 5000
+
+    response = await app.http.post("/v1/chat/completions", content=parts(), headers={"content-length": "5000"})
+    assert error_of(response, 413)["code"] == "request_too_large"
+    assert read == 0
+
+
+async def test_a_body_that_becomes_too_long_is_refused_before_it_is_read_to_its_end(folder: ModelFolder) -> None:
+    app = App(folder, max_body_bytes=1024)
+    read = 0
+
+    async def parts() -> AsyncIterator[bytes]:
+        nonlocal read
+        for _ in range(1000):
+            read += 1
+            yield b"x" * 500
+
+    assert error_of(await app.http.post("/v1/completions", content=parts()), 413)["code"] == "request_too_large"
+    assert read <= 4
+
+
+async def test_a_body_that_never_comes_times_out(folder: ModelFolder) -> None:
+    app = App(folder, body_timeout_s=0.05)
+
+    async def parts() -> AsyncIterator[bytes]:
+        yield b"{"
+        await asyncio.sleep(60)
+
+    assert error_of(await app.http.post("/v1/completions", content=parts()), 408)["code"] == "request_timeout"
+
+
+async def test_without_a_verifier_requests_are_refused_for_now(app: App) -> None:
+    app.verifiers = False
+    response = await app.chat()
+    error_of(response, 503)
+    assert int(response.headers["retry-after"]) >= 1
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(Unroutable("no queue"), "no_drafter"), (BrokersError("down"), "brokers_unavailable")]
+)
+@pytest.mark.parametrize("stream", [True, False])
+async def test_without_a_drafter_or_broker_requests_are_refused_for_now(
+    app: App, error: Exception, code: str, stream: bool
+) -> None:
+    app.loopback.error = error
+    response = await app.chat(stream=stream)
+    assert error_of(response, 503)["code"] == code
+    assert int(response.headers["retry-after"]) >= 1
+    assert app.backend.running == 0
+
+
+async def test_more_sessions_than_allowed_are_refused_and_leave_no_trace(folder: ModelFolder) -> None:
+    app = App(folder, max_sessions=2)
+    response = await app.chat(n=3)
+    assert error_of(response, 429)["type"] == "rate_limit_error"
+    assert int(response.headers["retry-after"]) >= 1
+    assert app.backend.running == 0
+    assert (await app.chat(n=2)).status_code == 200
+    assert (await app.chat(n=2)).status_code == 200
+
+
+async def test_a_silent_session_is_given_up_with_a_timeout_and_cancelled(folder: ModelFolder) -> None:
+    app = App(folder, stall_timeout_s=0.3)
+    app.loopback.silent = True
+    app.loopback.truth = {}
+    app.loopback.script = Script(text="")
+    watching = asyncio.create_task(app.backend.watch())
+    for stream in (True, False):
+        assert error_of(await app.chat(stream=stream), 504)["code"] == "timeout"
+    await eventually(lambda: len(app.loopback.cancelled) == 2)
+    watching.cancel()
+
+
+async def test_a_session_whose_results_are_all_lost_is_answered_from_the_store(folder: ModelFolder) -> None:
+    app = App(folder, idle_check_s=0.1)
+    app.loopback.silent = True
+    watching = asyncio.create_task(app.backend.watch())
+    response = await app.chat()
+    watching.cancel()
+    assert response.json()["choices"][0]["message"]["content"] == app.loopback.script.text
+
+
+async def test_a_crash_is_a_500_with_openais_error_body(app: App) -> None:
+    app.loopback.error = ZeroDivisionError("a defect")
+    error = error_of(await app.chat(), 500)
+    assert "defect" not in error["message"]
+
+
+async def test_readiness_names_what_is_missing(app: App) -> None:
+    assert (await app.http.get("/ready")).json() == {"ready": True, "parts": {"redis": "ok"}}
+    app.missing = {"redis": None, "verifier": "none"}
+    response = await app.http.get("/ready")
+    assert response.status_code == 503
+    assert response.json() == {"ready": False, "parts": {"redis": "ok", "verifier": "none"}}
+    assert (await app.http.get("/health")).status_code == 200
+
+
+async def test_counters_agree_with_the_answers(app: App) -> None:
+    app.loopback.script = Script(text="abcdefgh", round_len=3)
+    usage = (await app.chat()).json()["usage"]
+    summary = (await app.chat(wisp={"trace": True})).json()["wisp"]["summary"]
+    lines = (await app.http.get("/metrics")).text.splitlines()
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("wisp_")}
+    label = f'{{model_name="{MODEL}"}}'
+    assert values[f"wisp_prompt_tokens_total{label}"] == 2 * usage["prompt_tokens"]
+    assert values[f"wisp_generation_tokens_total{label}"] == 2 * usage["completion_tokens"] == 16
+    assert values[f"wisp_spec_decode_num_drafts_total{label}"] == 2 * summary["rounds"]
+    assert values[f"wisp_spec_decode_num_draft_tokens_total{label}"] == 2 * summary["verified"]
+    assert values[f"wisp_spec_decode_num_accepted_tokens_total{label}"] == 2 * summary["accepted"] == 12
+    assert values[f'wisp_request_success_total{{finished_reason="stop",model_name="{MODEL}"}}'] == 2
+    assert values[f"wisp_num_requests_running{label}"] == 0
+    assert values[f"wisp_time_to_first_token_seconds_count{label}"] == 2
+    assert values[f"wisp_e2e_request_latency_seconds_count{label}"] == 2
+
+
+VALUE = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 2**70) | st.floats() | st.sampled_from(["", "user", MODEL, "\u2028x"]),
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(st.sampled_from(["role", "content", "type", "text", "trace", "draft"]), inner, max_size=3)
+    ),
+    max_leaves=8,
+)
+NAMES = ["model", "messages", "prompt", "stream", "n", "stop", "seed", "max_tokens", "temperature", "wisp", "echo"]
+
+
+@given(
+    fields=st.dictionaries(st.sampled_from(NAMES), VALUE, max_size=4),
+    path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
+)
+@hypothesis_settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+)
+async def test_any_body_is_answered_or_refused_but_never_fails(app: App, fields: dict[str, Any], path: str) -> None:
+    body = json.dumps(HELLO | {"prompt": "x"} | fields).encode()
+    response = await app.http.post(path, content=body)
+    if response.status_code != 200:
+        error_of(response, response.status_code)
+        assert response.status_code in (400, 404)
+
+
+def test_the_gateway_loads_no_torch() -> None:
+    code = "import sys, services.gateway.service; print({'torch', 'transformers'} & set(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert run.stdout.strip() == "set()"
+
+
+def test_the_peers_folder_has_one_token_per_byte(folder: ModelFolder) -> None:
+    assert len(Tokenizer(folder).encode("a🙂")) == 5
+    assert Path(folder.path).name == MODEL

@@ -1,0 +1,442 @@
+"""What the gateway makes of request bodies, headers and limits, and the shapes of its answers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+from typing import Any
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+
+from services.gateway import stream
+from services.gateway.errors import ApiError, from_failure
+from services.gateway.fleet import Fleet, longest_session
+from services.gateway.plan import Limits, check_prompt, derive_seed, plan
+from services.gateway.schema import ChatRequest, CompletionRequest, parse
+from services.gateway.session import Piece, Tally, Token
+from services.gateway.settings import GatewaySettings
+from services.gateway.slo import slo_of
+from services.gateway.stream import Reply, Text, Usage
+from shared.errors import BrokersError
+from shared.messages import DraftChoice, Failure, Heartbeat, Slo
+
+CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
+COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}
+CLASSES = GatewaySettings.model_validate({}).slo_classes
+
+
+def chat(**options: Any) -> ChatRequest:
+    return parse(ChatRequest, json.dumps(CHAT | options).encode())
+
+
+def completion(**options: Any) -> CompletionRequest:
+    return parse(CompletionRequest, json.dumps(COMPLETION | options).encode())
+
+
+def refusal(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        parse(kind, body)
+    assert caught.value.status == 400
+    return caught.value
+
+
+def test_openai_defaults_hold_where_an_option_is_missing_or_null() -> None:
+    for options in ({}, {"temperature": None, "top_p": None, "n": None, "stop": None, "stream": None, "wisp": None}):
+        request = chat(**options)
+        assert (request.temperature, request.top_p, request.n, request.stop) == (1.0, 1.0, 1, [])
+        assert (request.stream, request.limit, request.seed) == (False, None, None)
+    assert completion().limit == 16
+
+
+def test_options_nobody_knows_are_ignored() -> None:
+    chat(user="u", metadata={"a": 1}, store=True, prediction={}, reasoning_effort="low", no_such_option=[[]])
+    assert chat(stream_options={"include_usage": True, "continuous_usage_stats": True}).stream_options.include_usage
+
+
+def test_both_token_limits_may_come_and_the_newer_one_counts() -> None:
+    assert chat(max_tokens=5, max_completion_tokens=7).limit == 7
+    assert chat(max_tokens=5).limit == 5
+    assert chat(max_tokens=5, max_completion_tokens=None).limit == 5
+
+
+def test_a_stop_string_may_stand_alone() -> None:
+    assert chat(stop="x").stop == ["x"]
+    assert chat(stop=["x", "yy"]).stop == ["x", "yy"]
+
+
+def test_message_content_may_be_text_parts_and_developers_speak_as_the_system() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    request = chat(messages=[{"role": "developer", "content": parts, "name": "x"}])
+    assert request.messages[0].rendered() == {"role": "system", "content": parts}
+
+
+@pytest.mark.parametrize(
+    ("given_prompt", "prompts"),
+    [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]]), ("", [""])],
+)
+def test_a_prompt_may_be_text_or_tokens_one_or_many(given_prompt: Any, prompts: list[Any]) -> None:
+    assert completion(prompt=given_prompt).prompt == prompts
+
+
+@pytest.mark.parametrize("prompt", [[], [[]], [1, "a"], [1, True], [1.5], {}, 7, None, [["a"]], [[1], []], [None]])
+def test_other_prompts_are_refused(prompt: Any) -> None:
+    assert refusal(CompletionRequest, json.dumps({"model": "m", "prompt": prompt}).encode()).param == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "Hi"}, "messages"),
+        ({"messages": [5]}, "messages[0]"),
+        ({"messages": [{"role": "user"}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": None}]}, "messages[0].content"),
+        ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "messages[0].content[0].type"),
+        ({"messages": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+        ({"messages": [{"content": "x"}]}, "messages[0].role"),
+        ({"model": None}, "model"),
+        ({"model": 5}, "model"),
+        ({"temperature": "hot"}, "temperature"),
+        ({"temperature": -1}, "temperature"),
+        ({"temperature": 2.1}, "temperature"),
+        ({"temperature": True}, "temperature"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"top_k": -2}, "top_k"),
+        ({"top_k": 2**40}, "top_k"),
+        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": 1.5}, "max_tokens"),
+        ({"max_tokens": "5"}, "max_tokens"),
+        ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"n": 0}, "n"),
+        ({"n": 10**9}, "n"),
+        ({"seed": 2**63}, "seed"),
+        ({"seed": 0.5}, "seed"),
+        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": [""]}, "stop"),
+        ({"stop": 5}, "stop"),
+        ({"stop": "x" * 5000}, "stop"),
+        ({"stream": "yes"}, "stream"),
+        ({"stream_options": []}, "stream_options"),
+        ({"service_tier": 5}, "service_tier"),
+        ({"wisp": {"draft": "psychic"}}, "wisp.draft"),
+        ({"wisp": 1}, "wisp"),
+    ],
+)
+def test_wrong_values_are_refused_by_name(options: dict[str, Any], param: str) -> None:
+    error = refusal(ChatRequest, json.dumps(CHAT | options).encode())
+    assert error.param == param
+    assert param in error.message
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": [{"type": "function"}]},
+        {"tool_choice": "required"},
+        {"response_format": {"type": "json_schema", "json_schema": {}}},
+        {"response_format": {"type": "json_object"}},
+        {"logprobs": True},
+        {"logprobs": 0},
+        {"top_logprobs": 2},
+        {"logit_bias": {"5": 100}},
+        {"frequency_penalty": 0.5},
+        {"presence_penalty": -1},
+        {"best_of": 3},
+        {"best_of": True},
+    ],
+)
+def test_options_that_would_change_the_text_and_are_not_built_are_refused(options: dict[str, Any]) -> None:
+    error = refusal(ChatRequest, json.dumps(CHAT | options).encode())
+    assert error.code == "unsupported_parameter"
+    assert error.param in options
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"tools": None},
+        {"tools": [], "tool_choice": "auto"},
+        {"response_format": {"type": "text"}},
+        {"logprobs": False, "top_logprobs": 0},
+        {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "best_of": 1},
+    ],
+)
+def test_the_same_options_are_fine_with_the_value_that_changes_nothing(options: dict[str, Any]) -> None:
+    assert chat(**options) == chat()
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"{",
+        b"[]",
+        b'"x"',
+        b"null",
+        b"\xff\xfe",
+        b"{}garbage",
+        b'{"model": NaN}',
+        b'{"model": Infinity}',
+        b"[" * 200_000,
+        b'{"a":' * 100_000,
+        b'{"model": "\\ud800"}',
+        b'{"model": "\xed\xa0\x80"}',
+        b'{"seed": ' + b"9" * 10_000 + b"}",
+        "{'model': 'm'}".encode("utf-16"),
+    ],
+)
+def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+    assert refusal(ChatRequest, body).code == "invalid_json"
+
+
+def test_numbers_too_large_for_a_float_are_refused() -> None:
+    body = json.dumps(CHAT).encode()[:-1] + b', "temperature": 1e999}'
+    assert refusal(ChatRequest, body).param == "temperature"
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    max_leaves=6,
+)
+
+
+@given(
+    name=st.sampled_from(sorted(ChatRequest.model_fields | CompletionRequest.model_fields)),
+    value=JSON,
+    kind=st.sampled_from([ChatRequest, CompletionRequest]),
+)
+@example(name="seed", value=-(2**63), kind=ChatRequest)
+def test_any_value_of_any_option_is_taken_or_refused(name: str, value: Any, kind: Any) -> None:
+    body = json.dumps({**CHAT, **COMPLETION, name: value}).encode()
+    refused: ApiError | None = None
+    try:
+        parse(kind, body).sampling(0)
+    except ApiError as error:
+        refused = error
+    assert refused is None or refused.status == 400
+    json.dumps(refused and refused.body(), allow_nan=False).encode()
+
+
+@given(st.binary(max_size=60))
+def test_any_bytes_are_taken_or_refused(body: bytes) -> None:
+    refusal(ChatRequest, body)
+
+
+def test_tiny_temperatures_are_greedy_and_top_p_zero_keeps_one_token() -> None:
+    sampling = chat(temperature=1e-30, top_p=0, top_k=-1).sampling(3)
+    assert sampling.temperature == 0
+    assert 0 < sampling.top_p < 1e-5
+    assert (sampling.top_k, sampling.seed) == (0, 3)
+
+
+def plans(request: ChatRequest | CompletionRequest, prompts: list[list[int]], context: int = 20) -> list[Any]:
+    return plan(
+        request,
+        "id",
+        prompts,
+        11,
+        Limits(context, 100),
+        limit=request.limit,
+        stop_ids=[2],
+        slo=None,
+        draft=DraftChoice.AUTO,
+        echoes=[""] * len(prompts),
+    )
+
+
+def test_every_text_is_a_session_of_its_own_with_a_seed_of_its_own() -> None:
+    made = plans(completion(n=2), [[5], [6]])
+    assert [p.session for p in made] == ["id", "id.1", "id.2", "id.3"]
+    assert [p.prompt for p in made] == [[5], [5], [6], [6]]
+    first, second = derive_seed(11, 0), derive_seed(11, 1)
+    assert first == 11
+    assert first != second
+    assert [p.sampling.seed for p in made] == [first, second, first, second]
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 127))
+def test_every_derived_seed_is_a_seed(seed: int, copy: int) -> None:
+    assert -(2**63) <= derive_seed(seed, copy) < 2**63
+
+
+def test_output_is_limited_by_what_the_context_leaves() -> None:
+    assert plans(chat(), [[5] * 8])[0].max_tokens == 12
+    assert plans(chat(max_tokens=3), [[5] * 8])[0].max_tokens == 3
+    assert plans(chat(max_tokens=10**30), [[5] * 8])[0].max_tokens == 12
+
+
+def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers() -> None:
+    limits = Limits(20, 100)
+    with pytest.raises(ApiError, match=r"20 tokens.*has 25") as caught:
+        check_prompt([5] * 25, limits, "prompt")
+    assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
+    with pytest.raises(ApiError):
+        check_prompt([5] * 20, limits, "prompt")
+    check_prompt([5] * 19, limits, "prompt")
+    assert plans(chat(), [[5] * 19])[0].max_tokens == 1
+
+
+@pytest.mark.parametrize("token", [-1, 100, 10**30])
+def test_ids_that_are_no_tokens_are_refused(token: int) -> None:
+    with pytest.raises(ApiError, match="outside the vocabulary"):
+        check_prompt([5, token], Limits(20, 100), "prompt")
+
+
+def test_end_of_text_can_be_ignored() -> None:
+    assert plans(chat(), [[5]])[0].stop_ids == [2]
+    assert plans(chat(ignore_eos=True), [[5]])[0].stop_ids == []
+
+
+def test_the_slo_comes_from_headers_then_from_the_tiers_class() -> None:
+    default, priority = CLASSES["default"], CLASSES["priority"]
+    assert slo_of({}, None, CLASSES) == default
+    assert slo_of({}, "auto", CLASSES) == default
+    assert slo_of({}, "priority", CLASSES) == priority
+    assert slo_of({}, "flex", CLASSES) is None
+    both = {"x-llm-d-slo-ttft-ms": "300", "x-slo-tpot-ms": "40.5"}
+    assert slo_of(both, "flex", CLASSES) == Slo(ttft_ms=300, tpot_ms=40.5)
+    assert default is not None
+    assert priority is not None
+    assert slo_of({"x-slo-ttft-ms": "1"}, None, CLASSES) == Slo(ttft_ms=1, tpot_ms=default.tpot_ms)
+    assert slo_of({"x-slo-tpot-ms": "1"}, "priority", CLASSES) == Slo(ttft_ms=priority.ttft_ms, tpot_ms=1)
+    assert slo_of({"x-slo-tpot-ms": "1"}, "flex", CLASSES) == Slo(ttft_ms=default.ttft_ms, tpot_ms=1)
+
+
+@pytest.mark.parametrize("text", ["", "fast", "0", "-5", "nan", "inf", "1e999", "1_0", "5;6", "٣ms"])
+def test_slo_headers_that_are_no_positive_number_are_refused(text: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        slo_of({"x-slo-ttft-ms": text}, None, CLASSES)
+    assert (caught.value.status, caught.value.param) == (400, "x-slo-ttft-ms")
+
+
+def test_settings_without_a_default_class_are_refused() -> None:
+    with pytest.raises(ValidationError, match="default"):
+        GatewaySettings.model_validate({"slo_classes": {"default": None}})
+
+
+def heartbeat(**fields: Any) -> Heartbeat:
+    given_fields = {"verifier": "v", "fingerprint": "f", "max_len": 100, "free_tokens": 1, "total_tokens": 1} | fields
+    return Heartbeat.model_validate(given_fields)
+
+
+def test_the_longest_session_is_that_of_the_largest_verifier_that_stays() -> None:
+    beats = [heartbeat(), heartbeat(max_len=300), heartbeat(max_len=900, draining=True)]
+    assert longest_session([*beats, heartbeat(max_len=500, fingerprint="other")], "f") == 300
+
+
+@pytest.mark.parametrize(
+    ("beats", "reason"),
+    [
+        ([], "no verifier is running"),
+        ([heartbeat(fingerprint="other")], "another model"),
+        ([heartbeat(draining=True)], "shutting down"),
+    ],
+)
+def test_without_a_verifier_of_ours_there_is_a_503_that_says_why(beats: list[Heartbeat], reason: str) -> None:
+    with pytest.raises(ApiError, match=reason) as caught:
+        longest_session(beats, "f")
+    assert caught.value.status == 503
+    assert "retry-after" in caught.value.headers
+
+
+@pytest.mark.parametrize(("code", "status"), [("context_length_exceeded", 400), ("timeout", 504), ("odd", 500)])
+def test_a_sessions_failure_has_its_http_status(code: str, status: int) -> None:
+    error = from_failure(Failure(code=code, message="why"))
+    assert (error.status, error.body()["error"]["message"]) == (status, "why")
+
+
+def test_chat_chunks_are_chat_shaped_and_completion_chunks_are_not() -> None:
+    chat_reply, text_reply = (Reply("id", 1, "m", "fp", chat=chat) for chat in (True, False))
+    opening = chat_reply.opening(0)
+    assert opening is not None
+    assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
+    delta = chat_reply.delta(1, "x")
+    assert delta["object"] == "chat.completion.chunk"
+    assert delta["choices"] == [{"index": 1, "delta": {"content": "x"}, "logprobs": None, "finish_reason": None}]
+    assert chat_reply.closing(0, "stop")["choices"][0] == {
+        "index": 0,
+        "delta": {},
+        "logprobs": None,
+        "finish_reason": "stop",
+    }
+    assert text_reply.opening(0) is None
+    delta = text_reply.delta(0, "x")
+    assert delta["object"] == "text_completion"
+    assert delta["choices"] == [{"index": 0, "text": "x", "logprobs": None, "finish_reason": None}]
+    whole = chat_reply.whole([Text("x", "length")], Usage(3, 4))
+    assert whole["object"] == "chat.completion"
+    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
+    assert text_reply.whole([Text("x", "length")], Usage(3, 4))["choices"][0]["text"] == "x"
+
+
+def test_usage_is_null_in_all_chunks_but_the_extra_one() -> None:
+    reply = Reply("id", 1, "m", "fp", chat=True, include_usage=True)
+    assert reply.delta(0, "x")["usage"] is None
+    assert reply.closing(0, "stop")["usage"] is None
+    extra = reply.usage(Usage(1, 2))
+    assert extra["choices"] == []
+    assert extra["usage"]["total_tokens"] == 3
+    assert "usage" not in Reply("id", 1, "m", "fp", chat=True).delta(0, "x")
+
+
+@given(st.text())
+def test_an_event_is_one_line_of_json(text: str) -> None:
+    sent = stream.event({"text": text})
+    assert sent.startswith(b"data: ")
+    assert sent.endswith(b"\n\n")
+    assert len(sent.decode().splitlines()) == 2
+    assert json.loads(sent[6:]) == {"text": text}
+
+
+def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None:
+    piece = Piece("ab", [Token(5, "a", True), Token(6, "b", False)], 3)
+    assert stream.trace(piece) == {
+        "tokens": [{"id": 5, "text": "a", "draft": True}, {"id": 6, "text": "b", "draft": False}],
+        "round": 3,
+    }
+    tally = Tally(rounds=2, tokens=5, drafted=6, verified=4, accepted=3, draft_ms=1, queue_ms=2, verify_ms=4)
+    assert stream.summary([tally], 8.0, 10.0) == {
+        "rounds": 2,
+        "tokens": 5,
+        "drafted": 6,
+        "verified": 4,
+        "accepted": 3,
+        "ttft_ms": 8.0,
+        "total_ms": 10.0,
+        "draft_ms": 1,
+        "queue_ms": 2,
+        "verify_ms": 4,
+        "messaging_ms": 3.0,
+    }
+
+
+@given(st.floats(0, 1e6), st.floats(0, 1e6))
+def test_messaging_time_is_never_negative(work_ms: float, total_ms: float) -> None:
+    made = stream.summary([Tally(verify_ms=work_ms)], 0, total_ms)
+    assert made["messaging_ms"] >= 0
+    assert math.isfinite(made["messaging_ms"])
+
+
+async def test_requests_at_once_share_one_look_at_the_verifiers_and_its_failure() -> None:
+    looks = 0
+
+    async def away() -> list[Heartbeat]:
+        nonlocal looks
+        looks += 1
+        await asyncio.sleep(0.01)
+        if looks == 1:
+            raise BrokersError("Redis is away")
+        return [heartbeat()]
+
+    fleet = Fleet(away, "f")
+    failures = await asyncio.gather(*(fleet.longest_session() for _ in range(5)), return_exceptions=True)
+    assert [error.status for error in failures if isinstance(error, ApiError)] == [503] * 5
+    assert await asyncio.gather(*(fleet.longest_session() for _ in range(5))) == [100] * 5
+    assert await fleet.longest_session() == 100
+    assert looks == 2

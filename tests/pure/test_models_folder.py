@@ -1,0 +1,140 @@
+"""Model folders: the facts read from them, what is refused, and what their fingerprints depend on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+from made_folders import byte_level, write_folder
+
+from shared.errors import ModelError
+from shared.models.folder import ModelFolder
+from shared.models.prepare import prepare
+
+
+@pytest.fixture(scope="module")
+def backend() -> tokenizers.Tokenizer:
+    return byte_level()
+
+
+@pytest.fixture
+def folder(tmp_path: Path, backend: tokenizers.Tokenizer) -> Path:
+    return write_folder(tmp_path / "model", backend)
+
+
+def test_the_facts_of_a_folder_come_from_its_configuration(folder: Path) -> None:
+    model = ModelFolder(folder)
+    assert (model.name, model.max_len, model.eos_ids, model.bos_id) == ("model", 64, (1,), None)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "bos_token_id": 0}')
+    model = ModelFolder(folder)
+    assert (model.eos_ids, model.bos_id) == ((1, 2), 0)
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_folder_without_one_of_its_files_is_refused_by_name(folder: Path, missing: str) -> None:
+    (folder / missing).unlink()
+    with pytest.raises(ModelError, match=rf"lacks {missing}.*download the model again"):
+        ModelFolder(folder)
+
+
+def test_a_missing_shard_is_refused_by_name(folder: Path) -> None:
+    index = {"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model-1.safetensors").write_bytes(b"1")
+    with pytest.raises(ModelError, match=r"lacks model-2\.safetensors"):
+        ModelFolder(folder)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", "\xff"])
+def test_a_broken_configuration_is_refused(folder: Path, content: str) -> None:
+    (folder / "config.json").write_bytes(content.encode("latin-1"))
+    with pytest.raises(ModelError, match=r"config\.json.*Download the model again"):
+        ModelFolder(folder)
+
+
+def test_a_folder_is_prepared_by_leaving_it_where_it_is(folder: Path, tmp_path: Path) -> None:
+    assert prepare(folder, tmp_path / "models") == folder
+    assert not (tmp_path / "models").exists()
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"vocab_size": 4}, "different models"),
+        ({"eos_token_id": 10**6}, "outside the vocabulary"),
+        ({"max_position_embeddings": None}, "only causal language models"),
+    ],
+)
+def test_a_folder_that_contradicts_itself_is_refused(
+    tmp_path: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ModelError, match=problem):
+        prepare(write_folder(tmp_path, backend, **config), tmp_path / "models")
+
+
+def test_a_name_that_is_no_folder_is_refused_with_the_next_step(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"smollm2-135m-instruct.*hf download"):
+        prepare("org/model", tmp_path)
+
+
+def _new_weights(folder: Path) -> None:
+    (folder / "model.safetensors").write_bytes(b"Weights")
+
+
+def _new_tokenizer(folder: Path) -> None:
+    byte_level(merges=10).save(str(folder / "tokenizer.json"))
+
+
+def _new_config(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"rope_theta": 5}))
+
+
+@pytest.mark.parametrize("change", [_new_weights, _new_tokenizer, _new_config])
+@pytest.mark.parametrize("old", [False, True])
+def test_the_fingerprint_tells_any_change_of_what_is_computed(
+    folder: Path, change: Callable[[Path], None], old: bool
+) -> None:
+    if old:  # long enough ago that the digest of the weights is kept in the folder
+        os.utime(folder / "model.safetensors", (time.time() - 60, time.time() - 60))
+    before = ModelFolder(folder).fingerprint("bfloat16")
+    assert before == ModelFolder(folder).fingerprint("bfloat16") != ModelFolder(folder).fingerprint("float32")
+    change(folder)
+    assert ModelFolder(folder).fingerprint("bfloat16") != before
+
+
+def test_the_digest_of_settled_weights_is_not_computed_twice(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.utime(folder / "model.safetensors", (time.time() - 60, time.time() - 60))
+    first = ModelFolder(folder).fingerprint("bfloat16")
+    monkeypatch.delattr("hashlib.file_digest")
+    assert ModelFolder(folder).fingerprint("bfloat16") == first
+
+
+def test_the_vocabulary_fingerprint_depends_on_ids_and_tokens_only(
+    folder: Path, tmp_path: Path, backend: tokenizers.Tokenizer
+) -> None:
+    other = write_folder(tmp_path / "draft", backend, template=None, max_position_embeddings=99)
+    (other / "model.safetensors").write_bytes(b"others")
+    assert ModelFolder(other).vocab_fingerprint == ModelFolder(folder).vocab_fingerprint
+    _new_tokenizer(other)
+    assert ModelFolder(other).vocab_fingerprint != ModelFolder(folder).vocab_fingerprint
+
+
+def test_reading_a_model_needs_neither_torch_nor_numpy(folder: Path) -> None:
+    program = (
+        "import sys; from shared.models.folder import ModelFolder; from shared.models.text import Tokenizer\n"
+        "import shared.models.stop\n"
+        f"folder = ModelFolder({str(folder)!r}); folder.fingerprint('bfloat16')\n"
+        "Tokenizer(folder).render_chat([{'role': 'user', 'content': 'hi'}])\n"
+        "sys.exit(','.join({'torch', 'transformers', 'numpy'} & set(sys.modules)) or None)"
+    )
+    run = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert (run.returncode, run.stderr) == (0, "")

@@ -1,0 +1,136 @@
+"""What is drawn follows the target's distribution, and draws are independent. Seeds are fixed: these can't flicker."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from scipy import stats
+
+from shared.messages import Sampling
+from shared.noise import leading_bits, mixed_vocabulary, noise_key
+from shared.sampling import choose
+
+DRAWS = 10_000
+SIGNIFICANCE = 1e-4
+
+
+def softmax(logits: torch.Tensor, params: Sampling) -> np.ndarray:
+    """The distribution that `params` ask for, by transformers' order: temperature, top_k, top_p."""
+    row = logits.double().numpy() / params.temperature
+    order = np.argsort(-row, kind="stable")
+    if params.top_k:
+        order = order[: params.top_k]
+    weights = np.exp(row[order] - row[order[0]])
+    weights /= weights.sum()
+    kept = int(np.searchsorted(np.cumsum(weights), params.top_p)) + 1
+    probabilities = np.zeros(len(row))
+    probabilities[order[:kept]] = weights[:kept]
+    return probabilities / probabilities.sum()
+
+
+def drawn(logits: torch.Tensor, params: Sampling, seeds: range, positions: range) -> np.ndarray:
+    sampled = [params.model_copy(update={"seed": seed}) for seed in seeds for _ in positions]
+    where = [position for _ in seeds for position in positions]
+    return np.array(choose(logits.expand(len(where), -1), sampled, where))
+
+
+def fits(tokens: np.ndarray, probabilities: np.ndarray) -> float:
+    """p-value of the chi-square test; cells that expect fewer than 5 draws count as one."""
+    observed = np.bincount(tokens, minlength=len(probabilities)).astype(float)
+    expected = probabilities * len(tokens)
+    assert not observed[probabilities == 0].any(), "a token outside the allowed set was drawn"
+    rare = expected < 5
+    observed = np.append(observed[~rare], observed[rare].sum())
+    expected = np.append(expected[~rare], expected[rare].sum())
+    if expected[-1] == 0:
+        observed, expected = observed[:-1], expected[:-1]
+    return float(stats.chisquare(observed, expected).pvalue)
+
+
+@pytest.fixture(scope="module")
+def logits() -> torch.Tensor:
+    return torch.randn(48, generator=torch.Generator().manual_seed(11)) * 2
+
+
+@pytest.mark.parametrize("temperature", [0.3, 1.0, 2.0])
+@pytest.mark.parametrize(("top_k", "top_p"), [(0, 1.0), (7, 1.0), (0, 0.8), (12, 0.9)])
+def test_draws_over_many_seeds_follow_the_allowed_part_of_the_softmax(
+    logits: torch.Tensor, temperature: float, top_k: int, top_p: float
+) -> None:
+    params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p)
+    assert fits(drawn(logits, params, range(DRAWS), range(77, 78)), softmax(logits, params)) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("seed", [0, -5, 2**62])
+def test_draws_over_the_positions_of_one_session_follow_the_softmax(logits: torch.Tensor, seed: int) -> None:
+    params = Sampling(temperature=1.0)
+    tokens = drawn(logits, params, range(seed, seed + 1), range(DRAWS))
+    assert fits(tokens, softmax(logits, params)) > SIGNIFICANCE
+
+
+def test_the_test_itself_tells_a_wrong_temperature(logits: torch.Tensor) -> None:
+    tokens = drawn(logits, Sampling(temperature=1.1), range(DRAWS), range(1))
+    assert fits(tokens, softmax(logits, Sampling(temperature=1.0))) < SIGNIFICANCE
+
+
+def test_a_large_vocabulary_is_drawn_from_evenly_across_its_ids() -> None:
+    logits = torch.zeros(49_152)
+    tokens = drawn(logits, Sampling(temperature=1.0), range(40), range(100))
+    assert fits(tokens // 1024, np.full(48, 1 / 48)) > SIGNIFICANCE
+    assert fits(tokens % 64, np.full(64, 1 / 64)) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("apart", [1, 2, 16, 1024])
+def test_choices_at_two_positions_are_independent(apart: int) -> None:
+    logits = torch.linspace(0, 1.5, 8)
+    seeds = range(100)
+    tokens = drawn(logits, Sampling(temperature=1.0), seeds, range(100)).reshape(len(seeds), -1)
+    later = drawn(logits, Sampling(temperature=1.0), seeds, range(apart, 100 + apart)).reshape(len(seeds), -1)
+    assert independent(tokens.ravel(), later.ravel())
+
+
+def test_choices_of_neighbouring_seeds_are_independent() -> None:
+    logits = torch.linspace(0, 1.5, 8)
+    tokens = drawn(logits, Sampling(temperature=1.0), range(201), range(100)).reshape(201, -1)
+    assert independent(tokens[:-1].ravel(), tokens[1:].ravel())
+
+
+def independent(one: np.ndarray, other: np.ndarray) -> bool:
+    table = np.zeros((8, 8))
+    np.add.at(table, (one, other), 1)
+    return float(stats.chi2_contingency(table).pvalue) > SIGNIFICANCE
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 256, 4096])
+def test_the_noise_of_two_tokens_or_positions_is_uncorrelated(step: int) -> None:
+    mixed = mixed_vocabulary(16_384)
+    noise = np.stack([leading_bits(noise_key(3, position), mixed) for position in range(256)]) / 2**31
+    deviates = (noise - 0.5) * np.sqrt(12)
+    assert abs(noise.mean() - 0.5) < 5 * np.sqrt(1 / 12 / noise.size)
+    across_tokens = (deviates[:, :-step] * deviates[:, step:]).mean()
+    assert abs(across_tokens) < 5 / np.sqrt(deviates[:, step:].size)
+    if step < 256:
+        across_positions = (deviates[:-step] * deviates[step:]).mean()
+        assert abs(across_positions) < 5 / np.sqrt(deviates[step:].size)
+
+
+def test_every_bit_of_the_noise_is_even() -> None:
+    mixed = mixed_vocabulary(49_152)
+    words = np.stack([leading_bits(noise_key(seed, seed), mixed) for seed in range(40)])
+    for bit in range(31):
+        share = ((words >> bit) & 1).mean()
+        assert abs(share - 0.5) < 5 * 0.5 / np.sqrt(words.size)
+
+
+def test_a_similar_distribution_with_the_same_noise_mostly_chooses_the_same_token() -> None:
+    generator = torch.Generator().manual_seed(8)
+    target = torch.randn(2000, 1000, generator=generator) * 3
+    draft = target + 0.3 * torch.randn(2000, 1000, generator=generator)
+    same_seed = [Sampling(temperature=1.0, seed=4)] * 2000
+    choices = np.array(choose(target, same_seed, range(2000)))
+    shared = (np.array(choose(draft, same_seed, range(2000))) == choices).mean()
+    other_seed = [Sampling(temperature=1.0, seed=5)] * 2000
+    independently = (np.array(choose(draft, other_seed, range(2000))) == choices).mean()
+    assert shared > 0.7
+    assert independently < 0.5 * shared

@@ -1,0 +1,103 @@
+"""Requests of the stack tests: the questions, the texts that the target gives, the client that asks."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from services.cli.stack import Stack
+from shared.engine import Engine, Step
+from shared.messages import Result, Sampling, Verify
+from shared.sampling import choose
+
+TOKENS = 16
+
+QUESTIONS = [
+    "What is the capital of France, and what is it known for?",
+    "Repeat this list exactly three times: red, green, blue, yellow.",
+    "Write a short Python function that adds two numbers, then the same function again.",
+    "Explain in one paragraph why the sky is blue.",
+    "Say 'hello' in five languages: 12345, 67890, 你好, 🙂.",
+    "Summarise: The quick brown fox jumps over the lazy dog. The quick brown fox jumps over the lazy dog.",
+]
+SAMPLINGS = [Sampling(), Sampling(temperature=1.0, seed=1234), Sampling(temperature=0.8, top_p=0.9, top_k=50, seed=-7)]
+
+
+@dataclass(frozen=True)
+class Case:
+    """A request, and the tokens that are shown of what the target gives for it on its own."""
+
+    prompt: list[int]
+    sampling: Sampling
+    tokens: list[int]
+
+
+@dataclass
+class Traffic:
+    """Rounds and results that passed, as a standby scheduler would see them."""
+
+    results: list[Result] = field(default_factory=list)
+    rounds: list[Verify] = field(default_factory=list)
+
+    def clear(self) -> None:
+        self.results.clear()
+        self.rounds.clear()
+
+    @property
+    def verifiers(self) -> set[str]:
+        """Verifiers that have committed tokens."""
+        return {result.verifier for result in self.results if result.tokens}
+
+    @property
+    def drafters(self) -> set[str]:
+        """Drafters that have sent rounds."""
+        return {round_.drafter for round_ in self.rounds}
+
+
+class Client:
+    """Requests in token ids, and the committed tokens of the answers."""
+
+    def __init__(self, http: httpx.AsyncClient, stack: Stack) -> None:
+        self.http = http
+        self._stack = stack
+
+    async def ask(self, case: Case, draft: str = "auto") -> list[int]:
+        """The answer's tokens."""
+        answer = await self.http.post(f"{self._stack.url}/completions", json=self.body(case, draft))
+        assert answer.status_code == 200, answer.text
+        return [token["id"] for token in answer.json()["wisp"]["tokens"]]
+
+    def body(self, case: Case, draft: str) -> dict[str, Any]:
+        return {
+            "model": self._stack.target.name,
+            "prompt": case.prompt,
+            "max_tokens": TOKENS,
+            **case.sampling.model_dump(),
+            "wisp": {"trace": True, "draft": draft},
+        }
+
+    async def ask_all(self, cases: Sequence[Case], draft: str = "auto") -> list[list[int]]:
+        """All at once."""
+        return await asyncio.gather(*(self.ask(case, draft) for case in cases))
+
+
+def decode(engine: Engine, prompt: Sequence[int], sampling: Sampling, eos: set[int]) -> list[int]:
+    """The target's own answer, one token at a time, without the token that ends it."""
+    tokens = list(prompt)
+    engine.attach("reference", tokens)
+    while len(tokens) < len(prompt) + TOKENS and (len(tokens) == len(prompt) or tokens[-1] not in eos):
+        step = Step("reference", tokens[engine.cached("reference") :], rows=1)
+        tokens += choose(engine.forward([step]).logits, [sampling], [len(tokens)])
+    engine.release("reference")
+    return [token for token in tokens[len(prompt) :] if token not in eos]
+
+
+async def progressed(traffic: Traffic, results: int) -> None:
+    """Wait until this many results have passed."""
+    async with asyncio.timeout(60):
+        while len(traffic.results) < results:  # noqa: ASYNC110 - the spy has no event for a count
+            await asyncio.sleep(0.02)

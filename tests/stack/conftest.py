@@ -1,0 +1,72 @@
+"""The whole suite with the real model, once for all tests here, and the text that it has to give."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from asking import QUESTIONS, SAMPLINGS, Case, Client, Traffic, decode
+
+from services.cli.brokers import Brokers
+from services.cli.stack import Stack
+from shared import topology
+from shared.broker import Broker
+from shared.engine import Engine
+from shared.messages import Message, Result, Verify
+from shared.models.folder import ModelFolder
+from shared.models.prepare import prepare
+from shared.models.text import Tokenizer
+from shared.topology import Topology
+
+
+@pytest.fixture(scope="session")
+def target_folder() -> Path:
+    """The packaged model, prepared."""
+    return prepare("smollm2-135m-instruct", Path(".wisp/models"))
+
+
+@pytest.fixture(scope="session")
+def cases(target_folder: Path) -> list[Case]:
+    """Every question with every way of sampling, answered by the bare engine one token at a time."""
+    tokenizer = Tokenizer(ModelFolder(target_folder))
+    eos = set(ModelFolder(target_folder).eos_ids)
+    engine = Engine(target_folder, budget_tokens=4096)
+    found = []
+    for question in QUESTIONS:
+        prompt = tokenizer.render_chat([{"role": "user", "content": question}])
+        found += [Case(prompt, sampling, decode(engine, prompt, sampling, eos)) for sampling in SAMPLINGS]
+    return found
+
+
+@pytest.fixture(scope="session")
+async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
+    """Two drafters and two verifiers behind one gateway."""
+    env = {"WISP_CACHE_TOKENS": "4096"}
+    async with Stack("test-stack", brokers=brokers, target=target_folder, drafters=2, verifiers=2, env=env) as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+async def traffic(stack: Stack) -> AsyncIterator[Traffic]:
+    """What passes between the services from now on."""
+    broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), "spy")
+    seen = Traffic()
+
+    async def see(message: Message) -> None:
+        if isinstance(message, Result):
+            seen.results.append(message)
+        elif isinstance(message, Verify):
+            seen.rounds.append(message)
+
+    await broker.consume(broker.topology.own_queue("spy", "1", (topology.RESULT_SCHEDULER, topology.VERIFY)), see)
+    yield seen
+    await broker.close()
+
+
+@pytest.fixture
+async def client(stack: Stack) -> AsyncIterator[Client]:
+    """Asks the gateway."""
+    async with httpx.AsyncClient(timeout=120) as http:
+        yield Client(http, stack)

@@ -1,0 +1,66 @@
+"""Tiny random models made on the spot, for tests that need no language."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+VOCAB = 512
+
+LLAMA = LlamaConfig(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    max_position_embeddings=1024,
+    eos_token_id=1,
+)
+QWEN2 = Qwen2Config(
+    vocab_size=VOCAB,
+    hidden_size=96,
+    intermediate_size=128,
+    num_hidden_layers=3,
+    num_attention_heads=3,
+    num_key_value_heads=1,
+    max_position_embeddings=1024,
+)
+GPT_NEOX = GPTNeoXConfig(
+    vocab_size=VOCAB,
+    hidden_size=160,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    max_position_embeddings=1024,
+)
+MISTRAL = MistralConfig(
+    vocab_size=VOCAB,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    sliding_window=50,
+    max_position_embeddings=1024,
+)
+ARCHITECTURES = {"llama": LLAMA, "qwen2": QWEN2, "gpt-neox": GPT_NEOX, "mistral": MISTRAL}
+
+
+def make(folder: Path, config: PreTrainedConfig = LLAMA, *, seed: int = 0, noise: float = 0.0) -> Path:
+    """A model with random float32 weights in a folder. With noise, each weight is changed by that share of its matrix's
+    spread: a draft for the model of the same seed without noise, that agrees with it often but not always."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).float()
+        with torch.no_grad():
+            for weight in model.parameters():
+                if weight.dim() > 1:
+                    weight.normal_(0, 0.2)
+            torch.manual_seed(seed + 1)
+            for weight in model.parameters():
+                weight.add_(torch.randn_like(weight) * noise * (weight.std() if weight.numel() > 1 else 0))
+    model.save_pretrained(folder)
+    return folder
