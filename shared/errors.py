@@ -7,6 +7,8 @@
     ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
     ├── SessionGone        Redis no longer holds a session's state (expired, or the data was lost)
     ├── ModelError         a model folder is incomplete, or does not fit its partner
+    │   └── ChatTemplateError  (shared.models) the messages cannot be rendered
+    ├── BadLogits          (shared.sampling) the model computed no usable logits
     └── EngineError        the engine refuses work; nothing has changed
         ├── CacheFull      the K/V budget cannot hold what this call needs
         ├── TooLong        more tokens than the model's context or the whole budget

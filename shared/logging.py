@@ -11,6 +11,9 @@ import time
 
 import structlog
 
+# Without local variables: they would put passwords and users' text into the logs.
+_TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
+
 
 def configure(service: str, instance: str, level: str, log_format: str) -> None:
     """Set up structlog, and the standard library's loggers of our dependencies, for this process."""
@@ -23,9 +26,9 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
     if level == "debug":
         shared.append(_add_monotonic)
     renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.dict_tracebacks, structlog.processors.JSONRenderer()]
+        [structlog.processors.ExceptionRenderer(_TRACEBACKS), structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(colors=sys.stderr.isatty())]
+        else [structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
     )
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
@@ -49,9 +52,7 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
     structlog.contextvars.bind_contextvars(service=service, instance=instance)
 
 
-def _add_monotonic(
-    _logger: object, _method: str, event: structlog.typing.EventDict
-) -> structlog.typing.EventDict:
+def _add_monotonic(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """On one machine this clock is the same for all processes: debug logs of a round can be laid side by side."""
     event["monotonic_ms"] = round(time.monotonic() * 1000, 3)
     return event

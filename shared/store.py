@@ -3,8 +3,8 @@
     <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its K/V
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
     <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
-    <ns>:verifier:{id}    the last heartbeat, expiring
-    <ns>:costmodel:{id}   the last cost model of a verifier
+    <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
+    <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
 
 Session state expires `ttl_s` after the last commit. The commit itself is `commit.lua`.
 """
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.resources import files
@@ -25,16 +26,15 @@ from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
-from redis.exceptions import TimeoutError as RedisTimeoutError
 
 from shared.errors import BrokersError, MessageError, SessionGone
-from shared.messages import CostModel, Finish, Heartbeat, Record, Sampling, Slo, decode, encode
+from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
 
 HEARTBEAT_TTL_MS = 3000
-COSTMODEL_TTL_S = 7 * 24 * 3600
+COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
 
-# A server that is starting or cannot be reached for a moment is waited for; a longer outage is the caller's to handle.
-_RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6)
+# A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
+_RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
 
 
 class SessionStatus(StrEnum):
@@ -137,7 +137,6 @@ class Store:
             socket_connect_timeout=5,
             socket_timeout=5,
             retry=_RETRY,
-            retry_on_error=[RedisConnectionError, RedisTimeoutError],
         )
         return cls(redis, namespace, ttl_s)
 
@@ -250,9 +249,7 @@ class Store:
 
     async def beat(self, heartbeat: Heartbeat) -> None:
         """Keep a verifier's heartbeat for a few seconds."""
-        await self._guard(
-            self._redis.set(self._key("verifier", heartbeat.verifier), encode(heartbeat), px=HEARTBEAT_TTL_MS)
-        )
+        await self._keep("verifier", heartbeat.verifier, heartbeat, HEARTBEAT_TTL_MS)
 
     async def silence(self, verifier: str) -> None:
         """Forget a verifier that says goodbye."""
@@ -260,28 +257,35 @@ class Store:
 
     async def heartbeats(self) -> list[Heartbeat]:
         """The verifiers that are alive."""
-        return [m for m in await self._all("verifier") if isinstance(m, Heartbeat)]
+        return [m for m in await self._kept("verifier") if isinstance(m, Heartbeat)]
 
     async def save_cost_model(self, model: CostModel) -> None:
         """Keep the last model of a verifier, for restarted schedulers and estimators."""
-        await self._guard(self._redis.set(self._key("costmodel", model.verifier), encode(model), ex=COSTMODEL_TTL_S))
+        await self._keep("costmodel", model.verifier, model, COSTMODEL_TTL_MS)
 
     async def cost_models(self) -> list[CostModel]:
-        """The last model of every verifier that was ever measured."""
-        return [m for m in await self._all("costmodel") if isinstance(m, CostModel)]
+        """The last model of every verifier that was measured lately."""
+        return [m for m in await self._kept("costmodel") if isinstance(m, CostModel)]
 
-    async def _all(self, kind: str) -> list[Any]:
-        async def scan() -> list[Any]:
-            keys = [key async for key in self._redis.scan_iter(match=self._key(kind, "*"), count=1000)]
-            return await self._redis.mget(keys) if keys else []
+    async def _keep(self, kind: str, name: str, message: Message, ttl_ms: int) -> None:
+        async with self._redis.pipeline(transaction=True) as pipe:
+            pipe.set(self._key(kind, name), encode(message), px=ttl_ms)
+            pipe.sadd(f"{self._namespace}:{kind}s", name)
+            await self._guard(pipe.execute())
 
+    async def _kept(self, kind: str) -> list[Message]:
+        names = sorted(name.decode() for name in await self._guard(self._redis.smembers(f"{self._namespace}:{kind}s")))
+        if not names:
+            return []
+        bodies = await self._guard(self._redis.mget([self._key(kind, name) for name in names]))
         messages = []
-        for body in await self._guard(scan()):
-            if body is not None:
-                try:
-                    messages.append(decode(body))
-                except MessageError:
-                    continue  # written by a version that we do not understand; it expires by itself
+        for body in bodies:
+            # One that a newer version wrote is left to expire by itself.
+            with suppress(MessageError):
+                messages += [decode(body)] if body is not None else []
+        expired = [name for name, body in zip(names, bodies, strict=True) if body is None]
+        if expired:
+            await self._guard(self._redis.srem(f"{self._namespace}:{kind}s", *expired))
         return messages
 
     async def _guard(self, awaitable: Any) -> Any:

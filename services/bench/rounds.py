@@ -127,7 +127,9 @@ def _print(measured: list[Times], memory: list[list[object]]) -> None:
         "Memory of each process after one stream (unique set size)",
         ["process", "MB"],
         memory,
-        notes=["aim: gateway and scheduler at most 150 MB, a verifier of the default model in bfloat16 at most 1200 MB"],
+        notes=[
+            "aim: gateway and scheduler at most 150 MB, a verifier of the default model in bfloat16 at most 1200 MB"
+        ],
     )
 
 

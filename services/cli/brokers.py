@@ -46,6 +46,11 @@ class Brokers:
         self._look = look
         self._progress = progress or Progress()
 
+    @property
+    def given(self) -> bool:
+        """Whether somebody else runs at least one of them, so that it lives on."""
+        return bool(self.addresses.amqp_url or self.addresses.redis_url)
+
     async def __aenter__(self) -> Brokers:
         await self.start()
         return self

@@ -19,6 +19,7 @@ HELP = """\
   /quit    end (or Ctrl-D)
   Ctrl-C stops an answer; at the prompt it ends the chat."""
 MAX_TOKENS = 1024
+TOP_P = 0.9
 
 
 class Chat:
@@ -61,7 +62,10 @@ class Chat:
 
         messages = [*self._messages, {"role": "user", "content": line}]
         question = Question(
-            "", messages=tuple(messages), max_tokens=MAX_TOKENS, options={"temperature": self.temperature}
+            "",
+            messages=tuple(messages),
+            max_tokens=MAX_TOKENS,
+            options={"temperature": self.temperature, "top_p": TOP_P},
         )
         shown: list[str] = []
 

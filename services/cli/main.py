@@ -141,7 +141,7 @@ def chat(
     draft: Draft = None,
     draft_model: DraftModel = None,
     system: Annotated[str | None, typer.Option(help="System message; default: the model's own.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.7,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.2,
 ) -> None:
     """Talk to the model in the terminal; accepted draft tokens are coloured."""
     with errors_shown():

@@ -10,9 +10,13 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, TypeVar
 
+from aiormq.exceptions import AMQPError
+from redis.exceptions import RedisError
+
 from services.cli import logs
 from services.cli.brokers import Brokers
 from services.cli.folder import RunFolder, checkout, state_folder
+from services.cli.forget import forget
 from services.cli.launch import SERVICES, STOP_ORDER, Launch
 from services.cli.ports import LOOPBACK
 from services.cli.process import Process
@@ -101,6 +105,8 @@ class Stack:
                 verifiers=self.counts["verifier"],
                 env=self.env,
             )
+            if self._given_brokers is None and self._launch.namespace == self.folder.name:
+                resources.push_async_callback(self._forget)
             resources.push_async_callback(self._stop_all)
             await self._start_all()
             self._resources = resources.pop_all()
@@ -256,6 +262,12 @@ class Stack:
             for service in STOP_ORDER:
                 await asyncio.gather(*(self.stop(process) for process in self.processes(service)))
             step.done("services stopped")
+
+    async def _forget(self) -> None:
+        """Remove this run's own namespace from servers that live on."""
+        if self.brokers.given:
+            with suppress(OSError, AMQPError, RedisError):
+                await forget(self.brokers.amqp_url, self.brokers.redis_url, self.namespace)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -8,6 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import structlog
 
+from services.drafter import metrics
 from services.drafter.session import DraftSession
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Draft, DraftRequest, DraftSource, LookupDrafts, NoDrafts
@@ -157,7 +158,8 @@ class Drafter:
         self._results[message.session] = asyncio.Queue()
         worker = self._worker(message)
         try:
-            await self._serve(message, worker)
+            with metrics.SESSIONS.track_inprogress():
+                await self._serve(message, worker)
         finally:
             self._served.pop(message.session).set()
             del self._results[message.session]
@@ -209,6 +211,7 @@ class Drafter:
         request = DraftRequest(session.name, session.tokens, room, session.generate.sampling)
         draft = await worker.draft(request)
         draft_ms = (time.monotonic() - started) * 1000
+        metrics.DRAFT_TIME.observe(draft_ms / 1000)
         timer = self._first_rounds if session.output_tokens == 0 else self._later_rounds
         attempt = 0
         while True:
@@ -227,10 +230,12 @@ class Drafter:
             if result is not None:
                 break
             attempt += 1
+            metrics.ROUNDS_RESENT.inc()
             self._log.info("round is late, sending it again", attempt=attempt)
         if isinstance(result, Cancel):
             return False
         self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
+        metrics.ROUND_TIME.observe(time.monotonic() - sent)
         if attempt == 0:
             timer.learn((time.monotonic() - sent) * 1000)
         worker.source.learn(session.name, result.trimmed_to, result.accepted)

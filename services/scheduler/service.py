@@ -6,6 +6,7 @@ import asyncio
 import time
 from contextlib import suppress
 
+from services.scheduler import metrics
 from services.scheduler.batching import Limits
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.settings import SchedulerSettings
@@ -100,12 +101,21 @@ class Scheduler:
             sends, wake_ms = self._dispatcher.dispatch(now_ms())
             for verifier, batch in sends:
                 self._log.debug(
-                    "batch sent", batch=batch.batch, verifier=verifier, jobs=len(batch.jobs), predicted_ms=batch.predicted_ms
+                    "batch sent",
+                    batch=batch.batch,
+                    verifier=verifier,
+                    jobs=len(batch.jobs),
+                    predicted_ms=batch.predicted_ms,
                 )
+                metrics.BATCHES.labels(verifier).inc()
+                for job in batch.jobs:
+                    metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
                 # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
                 sending = asyncio.create_task(self._send(verifier, batch))
                 self._sending.add(sending)
                 sending.add_done_callback(self._sending.discard)
+            metrics.WAITING.set(len(self._dispatcher.pool))
+            metrics.VERIFIERS.set(len(self._dispatcher.verifiers))
             wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), wait_s)

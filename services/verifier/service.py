@@ -12,7 +12,7 @@ from typing import TypeVar
 
 import structlog
 
-from services.verifier import replies
+from services.verifier import metrics, replies
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
 from services.verifier.verify import Outcome, Task, verify
@@ -143,7 +143,9 @@ class Verifier:
 
     async def _receive(self, message: Message) -> None:
         if isinstance(message, Batch):
-            self._log.debug("batch received", batch=message.batch, jobs=[[job.session, job.round] for job in message.jobs])
+            self._log.debug(
+                "batch received", batch=message.batch, jobs=[[job.session, job.round] for job in message.jobs]
+            )
             self._batches.put_nowait(message)
         elif isinstance(message, Cancel):
             await self._forget([message.session])
@@ -172,6 +174,10 @@ class Verifier:
             outcomes, shapes = await self._in_model_thread(lambda: self._run(tasks))
             elapsed_ms = (time.perf_counter() - started) * 1000
             self._log.debug("model done")
+            metrics.BATCHES.inc()
+            metrics.BATCH_JOBS.observe(len(tasks))
+            metrics.BATCH_TIME.observe(elapsed_ms / 1000)
+            metrics.NEW_TOKENS.inc(sum(outcome.new_tokens for outcome in outcomes))
         judged = [(job, task, outcome) for (job, task), outcome in zip(work, outcomes, strict=True)]
         reply = asyncio.create_task(self._reply(batch.batch, judged, settled, elapsed_ms, shapes))
         self._replies.add(reply)
@@ -275,6 +281,8 @@ class Verifier:
             else:
                 self._known.pop(job.session, None)
         for job, result in results:
+            if result.error is not None:
+                metrics.JOBS_REFUSED.labels(result.error.code).inc()
             await self._publish(job, result)
         self._log.debug("results sent", batch=batch)
         await self._forget(ended)
@@ -323,6 +331,7 @@ class Verifier:
             draining=self._draining,
             residency=[Residency(session=s, cached=c) for s, c in self._cached.items()],
         )
+        metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)
         await self._broker.publish(heartbeat, topology.heartbeat(self.instance))
         try:
             await self._store.beat(heartbeat)

@@ -10,7 +10,7 @@ from torch import Tensor
 from services.verifier.acceptance import Verdict, accept
 from shared import cost
 from shared.engine import Engine, Step
-from shared.errors import EngineError
+from shared.errors import WispError
 from shared.messages import BatchShape, Sampling
 from shared.sampling import choose
 
@@ -52,7 +52,7 @@ def verify(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], list[B
         return [], []
     try:
         outcomes, shape = _verify_at_once(engine, tasks)
-    except (EngineError, ValueError, RuntimeError) as error:
+    except (WispError, ValueError, RuntimeError) as error:
         if len(tasks) == 1:
             engine.release(tasks[0].session)
             return [Outcome(None, 0, 0, 0, error)], []

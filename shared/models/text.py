@@ -50,7 +50,7 @@ class Tokenizer:
         Control tokens written out in the text are control tokens; those that the model puts around every text (its
         beginning-of-text token, if it has one) are added. For what a user says in a conversation use `render_chat`.
         """
-        return self._backend.encode(_unicode(text), add_special_tokens=True).ids
+        return _ids(self._backend, _unicode(text), special=True)
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of these tokens, without control tokens; bytes that are no UTF-8 become U+FFFD."""
@@ -78,7 +78,7 @@ class Tokenizer:
         quoting = _Quoting(self._special_text, messages)
         rendered = self._template.render(quoting.quoted, add_generation_prompt)
         own = [self.special_tokens[token] for token in self._special_text.findall(rendered)]
-        ids = self._backend.encode(rendered, add_special_tokens=False).ids
+        ids = _ids(self._backend, rendered, special=False)
         # A normalizer can make control tokens of look-alikes, hence the second condition.
         if not quoting.replaced and [token for token in ids if token in self._special_ids] == own:
             return ids
@@ -94,7 +94,7 @@ class Tokenizer:
         return ids + self._encode_plain(quoting.restore(rendered[end:]))
 
     def _encode_plain(self, text: str) -> list[int]:
-        return self._plain_backend.encode(text, add_special_tokens=False).ids
+        return _ids(self._plain_backend, text, special=False)
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
@@ -209,6 +209,11 @@ class _TokenBytes(dict[int, bytes]):
         if re.fullmatch(r"<0x[0-9A-F]{2}>", token):
             return bytes([int(token[3:5], 16)])
         return token.replace(self._space, " ").encode()
+
+
+def _ids(backend: tokenizers.Tokenizer, text: str, *, special: bool) -> list[int]:
+    # The batch call lets other threads run meanwhile; `encode` holds the GIL, over a second for a long text.
+    return backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
 def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
