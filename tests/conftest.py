@@ -11,8 +11,8 @@ import pytest
 # Before torch is loaded anywhere: its waiting threads must not take the cores from the services under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from services.cli.brokers import Brokers  # noqa: E402
-from services.cli.folder import RunFolder  # noqa: E402
+from services.cli.brokers import Brokers
+from services.cli.folder import RunFolder
 
 
 @pytest.fixture(scope="session")

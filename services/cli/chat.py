@@ -61,12 +61,8 @@ class Chat:
         from openai import APIConnectionError, APIError
 
         messages = [*self._messages, {"role": "user", "content": line}]
-        question = Question(
-            "",
-            messages=tuple(messages),
-            max_tokens=MAX_TOKENS,
-            options={"temperature": self.temperature, "top_p": TOP_P},
-        )
+        sampling = {"temperature": self.temperature, "top_p": TOP_P}
+        question = Question("", messages=tuple(messages), max_tokens=MAX_TOKENS, options=sampling)
         shown: list[str] = []
 
         def show(parts: list[Part]) -> None:

@@ -91,6 +91,11 @@ class Process:
             os.killpg(self.pid, signal.SIGKILL)
         return await self._child.wait()
 
+    def close_input(self) -> None:
+        """Close the standard input that `hold_input` keeps open."""
+        if self._child.stdin is not None:
+            self._child.stdin.close()
+
     def tail(self, lines: int = 20) -> str:
         """The last lines of its log."""
         try:

@@ -48,6 +48,7 @@ class VerifierFit:
         self._samples = start.samples if start else 0
         self._version = start.version if start else 0
         self._live_samples = 0
+        self._stale = False
 
     def add(self, sample: Sample) -> None:
         """Learn from one measured batch; a sample without work or time is ignored."""
@@ -55,7 +56,7 @@ class VerifierFit:
             return
         x = np.array(cost.features(sample.shape))
         predicted = float(self._coefficients @ x)
-        known = self._samples > 0
+        known = self._version > 0
         error = abs(predicted / sample.measured_ms - 1) if known else 0.0
         weight = 1.0 if error <= HUBER else HUBER / error
         if sample.profile:
@@ -67,8 +68,7 @@ class VerifierFit:
             self._live.add(x / sample.measured_ms, weight)
             self._live_samples += 1
         self._samples += 1
-        self._version += 1
-        self._solve()
+        self._stale = True
 
     def _compare(self, ratio: float) -> None:
         self._ratios.append(ratio)
@@ -81,7 +81,14 @@ class VerifierFit:
             self._latest.clear()
 
     def model(self) -> CostModel:
-        """The model as it stands, with the quantiles of measured / predicted over the recent batches."""
+        """The model as it stands, with the quantiles of measured / predicted over the recent batches.
+
+        Solved here and not with every sample: that would cost milliseconds on the cores that verify.
+        """
+        if self._stale:
+            self._solve()
+            self._version += 1
+            self._stale = False
         if len(self._ratios) >= 5:
             p50, p90, p99 = (float(q) for q in np.quantile(self._ratios, (0.5, 0.9, 0.99)))
         else:

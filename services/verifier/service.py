@@ -71,6 +71,10 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
             budget_tokens=settings.cache_tokens,
         ),
     )
+    if not engine.batch_invariant:
+        log.warning(
+            "bits depend on the batch on this device: a text may differ in rare close calls", device=settings.device
+        )
     measured: list[tuple[BatchShape, float]] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))

@@ -68,9 +68,8 @@ class BlockCache:
         self._store, self._attend = kernel.compiled(dtype)
         depth = -(-shape.head_size // 4) * 4
         slabs = -(-shape.head_size // 64)
-        # Zeros that nobody has written cost no memory yet: the system gives pages on first use.
-        self._keys = torch.zeros(shape.layers, blocks, shape.kv_heads, depth, BLOCK, dtype=dtype)
-        self._values = torch.zeros(shape.layers, blocks, shape.kv_heads, slabs, BLOCK, 64, dtype=dtype)
+        self._keys = _untouched_zeros((shape.layers, blocks, shape.kv_heads, depth, BLOCK), dtype)
+        self._values = _untouched_zeros((shape.layers, blocks, shape.kv_heads, slabs, BLOCK, 64), dtype)
         group = shape.heads // shape.kv_heads
         self._span = max(256 // group, 1)
         most = -(-self._span * group // kernel.ROWS) * kernel.ROWS
@@ -116,6 +115,12 @@ class BlockCache:
         kernel.run(self._store, job, spans, self._threads)
         kernel.run(self._attend, job, spans * self._shape.kv_heads, self._threads)
         return out
+
+
+def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose memory the system gives only on first use, so that an empty cache costs none. `torch.zeros` writes
+    them."""
+    return torch.from_numpy(np.zeros(shape, np.dtype(f"i{dtype.itemsize}"))).view(dtype)
 
 
 class GatherCache:

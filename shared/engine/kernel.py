@@ -18,12 +18,13 @@ OpenMP runtime (a second pool would fight it for the cores).
 """
 
 # numba's annotations describe neither its intrinsics nor what compiled code does with types.
-# mypy: disable-error-code="call-arg, var-annotated, attr-defined, no-untyped-call"
+# mypy: disable-error-code="arg-type, call-arg, var-annotated, attr-defined, no-untyped-call"
 
 from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, Final
@@ -307,20 +308,37 @@ def attend_float32(address: Any) -> None:
     draw_spans(address, np.float32, False)
 
 
+@dataclass(frozen=True)
+class Entry:
+    """A compiled entry point: its address, and a way to call it on this thread alone."""
+
+    address: int
+    call: Callable[[int], None]
+    owner: Any
+    """What keeps the machine code alive."""
+
+
 @cache
-def compiled(dtype: torch.dtype) -> tuple[Any, Any]:
-    """The store and attend entry points for this element type. About 4 s the first time on a machine, then from numba's
-    cache."""
+def compiled(dtype: torch.dtype) -> tuple[Entry, Entry]:
+    """The store and attend entry points for this element type.
+
+    Takes some seconds the first time on a machine, then they come from numba's cache.
+    """
     sources = {
         torch.bfloat16: (store_bfloat16, attend_bfloat16),
         torch.float32: (store_float32, attend_float32),
     }[dtype]
+    store, attend = map(_compile, sources)
+    return store, attend
+
+
+def _compile(source: Callable[[Any], None]) -> Entry:
     signature = types.void(types.CPointer(types.int64))
     try:
-        store, attend = (cfunc(signature, cache=True)(source) for source in sources)
+        code = cfunc(signature, cache=True)(source)
     except RuntimeError:  # no folder that numba could keep its cache in, as on a read-only file system
-        store, attend = (cfunc(signature)(source) for source in sources)
-    return store, attend
+        code = cfunc(signature)(source)
+    return Entry(code.address, ctypes.CFUNCTYPE(None, ctypes.c_void_p)(code.address), code)
 
 
 @cache
@@ -336,12 +354,12 @@ def parallel_region() -> Callable[[int, int, int, int], None] | None:
     return region
 
 
-def run(entry: Any, job: np.ndarray[Any, Any], tickets: int, threads: int) -> None:
+def run(entry: Entry, job: np.ndarray[Any, Any], tickets: int, threads: int) -> None:
     """Work a job off with that many threads (fewer if there are fewer tickets). The GIL is released."""
     job[TICKET] = job[SEAT] = 0
     job[TICKETS] = tickets
     region = parallel_region()
     if region is None or min(threads, tickets) < 2:
-        entry.ctypes(ctypes.cast(job.ctypes.data, ctypes.POINTER(ctypes.c_int64)))
+        entry.call(job.ctypes.data)
     else:
         region(entry.address, job.ctypes.data, min(threads, tickets), 0)

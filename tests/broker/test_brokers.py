@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 import pytest
+from leftovers import descendants, leftovers
 
 from services.cli import private, probe
 from services.cli.brokers import Brokers
@@ -46,18 +47,18 @@ async def test_brokers_of_the_run_answer(brokers: Brokers) -> None:
 async def test_a_second_instance_runs_beside_the_first_and_stops_without_a_trace(
     brokers: Brokers, tmp_path: Path
 ) -> None:
-    before = _descendants(os.getpid())
+    before = descendants(os.getpid())
     async with Brokers(tmp_path, addresses=PRIVATE) as second:
         assert second.amqp_url != brokers.amqp_url
         assert second.redis_url != brokers.redis_url
         await probe.rabbitmq(second.amqp_url)
-        started = [process for process in _descendants(os.getpid()) if process not in before]
+        started = [process for process in descendants(os.getpid()) if process not in before]
         assert {"redis-server", "epmd", "beam.smp"} <= {process.name() for process in started}
         listening = {address.ip for process in started for address in _listening(process)}
         assert listening <= {"127.0.0.1", "::1"}
         stopping = time.monotonic()
     assert time.monotonic() - stopping < 5
-    assert _still_running(started) == []
+    assert leftovers(started) == []
     await probe.rabbitmq(brokers.amqp_url)
 
 
@@ -65,15 +66,12 @@ def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER, str(tmp_path)], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     assert owner.stdout.readline() == "ready\n"
-    started = _descendants(owner.pid)
+    started = descendants(owner.pid)
     assert {"redis-server", "epmd", "beam.smp"} <= {process.name() for process in started}
     os.kill(owner.pid, signal.SIGKILL)
     owner.wait()
     owner.stdout.close()
-    deadline = time.monotonic() + 5
-    while _still_running(started) and time.monotonic() < deadline:
-        time.sleep(0.05)
-    assert _still_running(started) == []
+    assert leftovers(started) == []
 
 
 async def test_given_servers_are_used_and_left_running(brokers: Brokers, tmp_path: Path) -> None:
@@ -105,12 +103,12 @@ async def test_a_given_address_that_does_not_answer_is_named_without_its_passwor
 
 
 async def test_a_private_server_is_stopped_when_the_given_one_fails(tmp_path: Path) -> None:
-    before = _descendants(os.getpid())
+    before = descendants(os.getpid())
     (port,) = free_ports(1)
     broken = Brokers(tmp_path, addresses=BrokerAddresses(amqp_url=None, redis_url=f"redis://127.0.0.1:{port}/0"))
     with pytest.raises(BrokersError, match="WISP_REDIS_URL"):
         await broken.start()
-    assert _still_running([process for process in _descendants(os.getpid()) if process not in before]) == []
+    assert leftovers([process for process in descendants(os.getpid()) if process not in before]) == []
 
 
 async def test_a_refused_login_is_reported_as_such(brokers: Brokers, tmp_path: Path) -> None:
@@ -152,24 +150,15 @@ async def test_a_server_that_cannot_start_shows_its_own_words(tmp_path: Path) ->
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(tmp_path: Path) -> None:
-    before = _descendants(os.getpid())
+    before = descendants(os.getpid())
     start = asyncio.create_task(Brokers(tmp_path, addresses=PRIVATE).start())
     await asyncio.sleep(1.0)
-    started = [process for process in _descendants(os.getpid()) if process not in before]
+    started = [process for process in descendants(os.getpid()) if process not in before]
     assert "beam.smp" in {process.name() for process in started}
     start.cancel()
     with pytest.raises(asyncio.CancelledError):
         await start
-    assert _still_running(started) == []
-
-
-def _descendants(pid: int) -> list[psutil.Process]:
-    return psutil.Process(pid).children(recursive=True)
-
-
-def _still_running(processes: list[psutil.Process]) -> list[psutil.Process]:
-    """Those that have not ended; one that only waits to be reaped has."""
-    return [process for process in processes if process.is_running() and process.status() != psutil.STATUS_ZOMBIE]
+    assert leftovers(started) == []
 
 
 def _listening(process: psutil.Process) -> list[psutil._common.addr]:

@@ -17,9 +17,10 @@ TEXTS = [
     "The harbour of the old town was built in three stages. First came a wooden pier, where fishermen sold herring "
     "before sunrise; then, in 1743, a breakwater of granite; and at last the cranes. " * 12,
     "def merge(left, right):\n    out = []\n    while left and right:\n        out.append((left if left[0] <= right[0] "
-    "else right).pop(0))\n    return out + left + right\n\n\nassert merge([1, 4], [2, 3]) == [1, 2, 3, 4]\n" * 12,
-    "Liste der Zutaten: 250 g Mehl, 3 Eier, 1/2 l Milch, 1 Prise Salz, etwas Öl. Alles verrühren, 20 Minuten ruhen lassen, "
-    "dann dünn ausbacken. 材料を混ぜて、薄く焼く。 " * 12,
+    "else right).pop(0))\n    return out + left + right\n\n\n"
+    "assert merge([1, 4], [2, 3]) == [1, 2, 3, 4]\n" * 12,
+    "Liste der Zutaten: 250 g Mehl, 3 Eier, 1/2 l Milch, 1 Prise Salz, etwas Öl. Alles verrühren, 20 Minuten ruhen "
+    "lassen, dann dünn ausbacken. 材料を混ぜて、薄く焼く。 " * 12,
 ]
 LENGTH = 200
 CHUNKS = (1, 1, 2, 3, 5, 9, 9, 17, 40)

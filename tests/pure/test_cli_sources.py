@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from services.cli import apt
 from services.cli.apt import progress_line
 from services.cli.containers import RABBITMQ_IMAGE, run_command
 from services.cli.host import Host, inspect, version_in
@@ -123,3 +126,33 @@ def test_a_container_listens_on_loopback_and_keeps_its_password_off_the_command_
     assert command[command.index("--env") + 1] == "RABBITMQ_DEFAULT_PASS"
     assert "--rm" in command
     assert command[-1] == "rabbitmq-server"
+
+
+def test_packages_are_kept_from_starting_services_only_while_the_installer_lives(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    policy = tmp_path / "policy-rc.d"
+    monkeypatch.setattr(apt, "POLICY", policy)
+
+    def verdict(unit: str) -> int:
+        return subprocess.run(["sh", policy, unit, "start"], check=False).returncode
+
+    with apt._no_service_starts():
+        assert [verdict(unit) for unit in ("rabbitmq-server", "redis-server", "epmd.socket", "ssh")] == [
+            101,
+            101,
+            101,
+            0,
+        ]
+        policy.write_text(policy.read_text().replace(f"kill -0 {os.getpid()} ", "false "))
+        assert verdict("rabbitmq-server") == 0
+    assert not policy.exists()
+
+
+def test_a_policy_of_the_machine_s_own_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    policy = tmp_path / "policy-rc.d"
+    policy.write_text("own")
+    monkeypatch.setattr(apt, "POLICY", policy)
+    with apt._no_service_starts():
+        assert policy.read_text() == "own"
+    assert policy.read_text() == "own"

@@ -41,6 +41,7 @@ def test_it_learns_from_noisy_batches() -> None:
     for _ in range(300):
         shape = random_shape(rng)
         fit.add(sample(shape, true_ms(shape) * rng.gauss(1, 0.03)))
+        fit.model()
     model = fit.model()
     assert worst_error(model, rng) < 0.05
     assert all(c >= 0 for c in model.coefficients)
@@ -91,7 +92,7 @@ def test_a_restarted_estimator_goes_on_from_the_stored_model() -> None:
         shape = random_shape(rng)
         fit.add(sample(shape, true_ms(shape)))
     assert worst_error(fit.model(), rng) < 0.1
-    assert fit.model().version == 73
+    assert (fit.model().version, fit.model().samples) == (71, 503)
 
 
 @pytest.mark.parametrize("measured_ms", [0.0])

@@ -1,0 +1,180 @@
+"""What the command decides without starting anything: environments, folders, logs, findings, messages."""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import socket
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from services.cli import doctor, logs
+from services.cli.folder import RUNS_KEPT, RunFolder
+from services.cli.host import Host
+from services.cli.launch import Launch, cores
+from services.cli.main import app
+from services.cli.ports import free_ports, is_free
+from services.cli.settings import BrokerAddresses
+from services.cli.up import curl
+
+LAUNCH = Launch(
+    namespace="mine",
+    amqp_url="amqp://here/",
+    redis_url="redis://here/",
+    target=Path("/models/target"),
+    host="127.0.0.1",
+    port=0,
+    verifiers=2,
+    inherited={"PATH": "/bin", "WISP_POLICY": "fcfs", "WISP_METRICS_PORT": "9000", "WISP_NAMESPACE": "other"},
+)
+BARE = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
+
+
+def test_services_get_the_stacks_brokers_names_and_model() -> None:
+    environment = LAUNCH.environment("drafter", "drafter-1", {})
+    assert environment["WISP_AMQP_URL"] == "amqp://here/"
+    assert environment["WISP_REDIS_URL"] == "redis://here/"
+    assert environment["WISP_NAMESPACE"] == "mine"
+    assert environment["WISP_INSTANCE"] == "drafter-1"
+    assert environment["WISP_TARGET"] == "/models/target"
+    assert environment["PATH"] == "/bin"
+
+
+def test_the_users_settings_reach_the_services_unless_several_processes_would_collide() -> None:
+    environment = LAUNCH.environment("scheduler", "scheduler-1", {})
+    assert environment["WISP_POLICY"] == "fcfs"
+    assert "WISP_METRICS_PORT" not in environment
+    assert "WISP_PORT" not in environment
+    assert LAUNCH.environment("gateway", "gateway-1", {})["WISP_PORT"] == "0"
+
+
+def test_a_process_s_own_environment_goes_before_everything() -> None:
+    stack = replace(LAUNCH, env={"WISP_POLICY": "edf", "WISP_LOG_LEVEL": "debug"})
+    environment = stack.environment("scheduler", "scheduler-1", {"WISP_POLICY": "own"})
+    assert environment["WISP_POLICY"] == "own"
+    assert environment["WISP_LOG_LEVEL"] == "debug"
+
+
+def test_verifiers_share_the_cores_and_the_rest_take_one_thread() -> None:
+    assert LAUNCH.environment("verifier", "verifier-1", {})["WISP_THREADS"] == str(max(1, cores() // 2))
+    assert LAUNCH.environment("verifier", "verifier-1", {"WISP_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    gateway = LAUNCH.environment("gateway", "gateway-1", {})
+    assert (gateway["OMP_NUM_THREADS"], gateway["OMP_WAIT_POLICY"]) == ("1", "passive")
+
+
+def test_a_run_folder_is_private_removed_at_a_good_end_and_kept_after_an_error(tmp_path: Path) -> None:
+    with RunFolder("good", tmp_path) as good:
+        assert good.path.stat().st_mode & 0o777 == 0o700
+    assert not good.path.exists()
+    bad = RunFolder("bad", tmp_path)
+    with pytest.raises(ValueError, match="why"), bad:
+        raise ValueError("why")
+    assert bad.path.is_dir()
+
+
+def test_old_run_folders_go_unless_their_owner_lives(tmp_path: Path) -> None:
+    alive = RunFolder("alive", tmp_path)
+    for number in range(RUNS_KEPT + 3):
+        RunFolder(f"dead{number}", tmp_path).close(keep=True)
+    alive.path.touch()
+
+    os.utime(alive.path, (0, 0))
+    last = RunFolder("last", tmp_path)
+    assert alive.path.is_dir()
+    assert len(list(tmp_path.iterdir())) <= RUNS_KEPT + 2
+    last.close()
+    alive.close()
+
+
+def test_free_ports_are_different_and_free() -> None:
+    ports = free_ports(8)
+    assert len(set(ports)) == 8
+    assert all(is_free("127.0.0.1", port) for port in ports)
+
+
+def test_logs_are_found_by_event_and_read_by_people(tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    assert logs.find(log, {"ready"}) is None
+    log.write_text('not json\n{"event": "loading"}\n{"event": "ready", "url": "http://x"}\n')
+    assert logs.find(log, {"ready", "serving"}) == {"event": "ready", "url": "http://x"}
+    crash = {
+        "level": "error",
+        "event": "crashed",
+        "key": 3,
+        "service": "verifier",
+        "exception": [{"exc_type": "ValueError", "exc_value": "bad", "frames": [{"filename": "a.py", "lineno": 7}]}],
+    }
+    assert logs.readable(f"plain\n{json.dumps(crash)}") == (
+        "  plain\n  error    crashed key=3\n           ValueError: bad (a.py:7)"
+    )
+
+
+async def test_a_gateway_that_is_not_there_does_not_answer() -> None:
+    (port,) = free_ports(1)
+    assert not await logs.answers(f"http://127.0.0.1:{port}/ready")
+
+
+async def test_doctor_tells_for_each_broker_what_to_do() -> None:
+    none = BrokerAddresses(amqp_url=None, redis_url=None)
+    rabbitmq, redis = await doctor._brokers(none, replace(BARE, container="podman"))
+    assert (rabbitmq.state, redis.state) == ("ok", "ok")
+    rabbitmq, redis = await doctor._brokers(none, replace(BARE, root=True))
+    assert (rabbitmq.state, redis.state) == ("note", "note")
+    assert "apt-get install" in rabbitmq.advice
+
+
+async def test_doctor_reports_a_given_server_that_does_not_answer() -> None:
+    (port,) = free_ports(1)
+    given = BrokerAddresses(amqp_url=f"amqp://me:secret@127.0.0.1:{port}/", redis_url=f"redis://127.0.0.1:{port}/0")
+    findings = await doctor._brokers(given, BARE)
+    assert [finding.state for finding in findings] == ["missing", "missing"]
+    assert "secret" not in str(findings)
+
+
+def test_doctor_as_json_names_every_part() -> None:
+    result = CliRunner().invoke(app, ["doctor", "--json"])
+    parts = {finding["part"] for finding in json.loads(result.output)}
+    assert {"Python", "torch", "RabbitMQ", "Redis", "port", "memory", "disk", "model smollm2-135m-instruct"} <= parts
+
+
+def test_a_busy_port_is_refused_before_anything_starts() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy:
+        port = busy.getsockname()[1]
+        result = CliRunner().invoke(app, ["up", "--port", str(port)])
+    assert result.exit_code == 1
+    assert f"port {port} on 127.0.0.1 is in use" in " ".join(result.stderr.split())
+
+
+def test_a_draft_model_has_to_be_named() -> None:
+    result = CliRunner().invoke(app, ["up", "--port", "0", "--draft", "model"])
+    assert result.exit_code == 1
+    assert "--draft-model FOLDER" in result.stderr
+
+
+def test_chat_says_when_nobody_answers_at_the_url() -> None:
+    (port,) = free_ports(1)
+    result = CliRunner().invoke(app, ["chat", "--url", f"http://127.0.0.1:{port}/v1"])
+    assert result.exit_code == 1
+    assert "no gateway answers" in result.stderr
+
+
+def test_the_curl_line_survives_the_shell() -> None:
+    words = shlex.split(curl("http://127.0.0.1:1/v1", "it's a model"))
+    assert words[2] == "http://127.0.0.1:1/v1/chat/completions"
+    assert json.loads(words[-1])["model"] == "it's a model"
+
+
+def test_help_needs_nothing_heavy() -> None:
+    code = (
+        "import sys, services.cli.main\n"
+        "heavy = {'torch', 'transformers', 'openai', 'aio_pika', 'pydantic', 'numpy', 'psutil'}\n"
+        "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr

@@ -1,0 +1,117 @@
+"""How an answer is shown: drafts told apart in every kind of terminal, and numbers that add up."""
+
+from __future__ import annotations
+
+import io
+import itertools
+
+from hypothesis import given
+from hypothesis import strategies as st
+from rich.console import Console
+
+from services.cli.ask import Answer, summary_lines, tokens_per_second
+from services.cli.paint import CLOSE, OPEN, Painter, Part, parts, printable
+
+WRITTEN = [Part("The capital", False), Part(" of France", True), Part(" is Paris.", False)]
+SUMMARY = {
+    "rounds": 10.0,
+    "tokens": 21.0,
+    "drafted": 40.0,
+    "verified": 40.0,
+    "accepted": 10.0,
+    "ttft_ms": 100.0,
+    "total_ms": 2100.0,
+    "draft_ms": 1.0,
+    "queue_ms": 2.0,
+    "verify_ms": 1500.0,
+    "messaging_ms": 597.0,
+}
+
+
+def painted(written: list[Part], **options: object) -> str:
+    file = io.StringIO()
+    painter = Painter(Console(file=file, width=40, **options))  # type: ignore[arg-type]
+    painter.write(written)
+    painter.end()
+    return file.getvalue()
+
+
+def test_drafts_are_coloured_in_a_terminal() -> None:
+    assert painted(WRITTEN, force_terminal=True, color_system="standard", no_color=False) == (
+        "The capital\x1b[32m of France\x1b[0m is Paris.\n"
+    )
+
+
+def test_drafts_are_underlined_where_colour_is_not_wanted() -> None:
+    assert painted(WRITTEN, force_terminal=True, no_color=True) == "The capital\x1b[4m of France\x1b[0m is Paris.\n"
+
+
+def test_drafts_are_marked_where_there_is_no_terminal() -> None:
+    assert painted(WRITTEN, force_terminal=False) == f"The capital{OPEN} of France{CLOSE} is Paris.\n"
+
+
+def test_a_mark_spans_chunks_and_is_closed_at_the_end() -> None:
+    file = io.StringIO()
+    painter = Painter(Console(file=file, force_terminal=False))
+    for part in (Part("a", False), Part("b", True), Part("c", True)):
+        painter.write([part])
+    painter.end()
+    assert file.getvalue() == f"a{OPEN}bc{CLOSE}\n"
+
+
+def test_long_lines_and_markup_come_out_as_they_are() -> None:
+    text = "[bold]x[/bold] " * 20
+    assert painted([Part(text, False)], force_terminal=False) == text + "\n"
+
+
+def test_text_cannot_take_over_the_terminal() -> None:
+    assert printable("a\x1b[2Jb\x07\r\n\tc\x9b") == "a[2Jb\n\tc"
+
+
+def test_a_chunk_is_split_by_origin() -> None:
+    trace = {"tokens": [{"id": 1, "text": "a", "draft": True}, {"id": 2, "text": "b", "draft": True}]}
+    assert parts("ab", trace) == [Part("ab", True)]
+    trace["tokens"].append({"id": 3, "text": "c", "draft": False})
+    assert parts("abc", trace) == [Part("ab", True), Part("c", False)]
+
+
+def test_text_that_the_trace_does_not_explain_is_shown_as_the_targets() -> None:
+    assert parts("abc", {"tokens": [{"id": 1, "text": "ab", "draft": True}]}) == [Part("abc", False)]
+    assert parts("abc", None) == [Part("abc", False)]
+    assert parts("", {}) == []
+
+
+@given(st.lists(st.tuples(st.text(max_size=4), st.booleans())))
+def test_splitting_loses_no_text(tokens: list[tuple[str, bool]]) -> None:
+    delta = "".join(text for text, _ in tokens)
+    trace = {"tokens": [{"id": 0, "text": text, "draft": draft} for text, draft in tokens]}
+    split = parts(delta, trace)
+    assert "".join(part.text for part in split) == delta
+    assert all(one.draft != other.draft for one, other in itertools.pairwise(split))
+
+
+def test_the_summary_gives_every_figure() -> None:
+    text = "\n".join(summary_lines(SUMMARY))
+    assert tokens_per_second(SUMMARY) == 10.0
+    for figure in (
+        "21 tokens in 10 rounds",
+        "2.10 tokens per round",
+        "25% of 40 draft tokens accepted",
+        "first token after 100 ms",
+        "10.0 tokens per second",
+        "1 drafting, 2 queueing, 1,500 verifying, 597 messaging",
+    ):
+        assert figure in text
+
+
+def test_a_summary_without_drafts_or_a_second_token_is_possible() -> None:
+    alone = SUMMARY | {"tokens": 1.0, "verified": 0.0, "accepted": 0.0, "total_ms": 100.0}
+    assert "no drafts" in summary_lines(alone)[0]
+    assert tokens_per_second(alone) == 0.0
+
+
+def test_answers_are_the_same_only_token_for_token() -> None:
+    answer = Answer(text="ab", tokens=[1, 2], finish="stop")
+    assert answer.same_text(Answer(text="ab", tokens=[1, 2], finish="stop", summary={"rounds": 1.0}))
+    assert not answer.same_text(Answer(text="ab", tokens=[3], finish="stop"))
+    assert not answer.same_text(Answer(text="ab", tokens=[1, 2], finish="length"))
