@@ -202,12 +202,21 @@ class BatchShape(Record):
     """Σ over jobs of the session's length after the batch."""
 
 
-class Sample(Message):
-    """verifier → estimator: one measured batch."""
+class Measurement(Record):
+    """What one batch took in the model."""
 
-    verifier: Name
     shape: BatchShape
     measured_ms: Milliseconds
+
+
+class Sample(Message):
+    """verifier → estimator: the batches measured since the last sample.
+
+    Sent with the heartbeats and not after each batch: at that moment every core is needed by the next round.
+    """
+
+    verifier: Name
+    batches: Annotated[list[Measurement], Field(min_length=1)]
     profile: bool = False
     """True for the batches that a verifier runs at its start to measure itself."""
 

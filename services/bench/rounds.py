@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import itertools
 import json
 import statistics
 from collections import defaultdict
@@ -107,7 +108,7 @@ async def _measure(rounds: int, target: Path | None) -> None:
 
 def _print(measured: list[Times], memory: list[list[object]]) -> None:
     rows: list[list[object]] = []
-    for (before, _), (after, name) in zip(HOPS, HOPS[1:], strict=False):
+    for (before, _), (after, name) in itertools.pairwise(HOPS):
         if name is not None:
             rows.append([name, *_quantiles([times[after] - times[before] for times in measured])])
     rows.append(["outside the model", *_quantiles([outside_model(times) for times in measured])])

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import cost
-from shared.messages import CostModel, Sample
+from shared.messages import CostModel, Measurement
 
 Array = NDArray[np.float64]
 
@@ -50,8 +50,8 @@ class VerifierFit:
         self._live_samples = 0
         self._stale = False
 
-    def add(self, sample: Sample) -> None:
-        """Learn from one measured batch; a sample without work or time is ignored."""
+    def add(self, sample: Measurement, *, profile: bool = False) -> None:
+        """Learn from one measured batch; one without work or time is ignored. `profile`: measured at the start."""
         if sample.shape.jobs == 0 or sample.measured_ms <= 0:
             return
         x = np.array(cost.features(sample.shape))
@@ -59,7 +59,7 @@ class VerifierFit:
         known = self._version > 0
         error = abs(predicted / sample.measured_ms - 1) if known else 0.0
         weight = 1.0 if error <= HUBER else HUBER / error
-        if sample.profile:
+        if profile:
             self._profile.add(x / sample.measured_ms, 1.0)
         else:
             if known:

@@ -33,7 +33,8 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
             name = message.verifier
             if name not in fits:
                 fits[name] = VerifierFit(name, settings.forgetting, known.get(name))
-            fits[name].add(message)
+            for batch in message.batches:
+                fits[name].add(batch, profile=message.profile)
             changed.add(name)
 
     async def publish() -> None:

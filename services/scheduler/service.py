@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from contextlib import suppress
 
 from services.scheduler import metrics
 from services.scheduler.batching import Limits
@@ -48,7 +47,7 @@ class Scheduler:
     def __init__(self, dispatcher: Dispatcher, broker: Broker) -> None:
         self._dispatcher = dispatcher
         self._broker = broker
-        self._changed = asyncio.Event()
+        self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
         self._log = logging.get()
 
@@ -69,8 +68,11 @@ class Scheduler:
         await self._broker.consume(names.own_queue("scheduler", self._dispatcher.name, own), self._receive)
         await self._broker.consume(names.verify_queue(), self._receive)
         self._log.info("ready", policy=self._dispatcher.policy)
-        async with running(stop, self._decide(), self._tell(load_s)):
+        self._decide()
+        async with running(stop, self._tell(load_s)):
             pass
+        if self._timer is not None:
+            self._timer.cancel()
 
     async def _receive(self, message: Message) -> None:
         match message:
@@ -85,7 +87,7 @@ class Scheduler:
                 self._dispatcher.on_cost_model(message)
             case Cancel():
                 self._dispatcher.on_cancel(message.session)
-        self._changed.set()
+        self._decide_soon()
 
     async def _send(self, verifier: str, batch: Batch) -> None:
         try:
@@ -93,32 +95,30 @@ class Scheduler:
         except BrokersError as error:
             self._log.warning("batch not taken, its jobs go to others", verifier=verifier, error=str(error))
             self._dispatcher.on_returned(verifier)
-            self._changed.set()
+            self._decide_soon()
 
-    async def _decide(self) -> None:
-        while True:
-            self._changed.clear()
-            sends, wake_ms = self._dispatcher.dispatch(now_ms())
-            for verifier, batch in sends:
-                self._log.debug(
-                    "batch sent",
-                    batch=batch.batch,
-                    verifier=verifier,
-                    jobs=len(batch.jobs),
-                    predicted_ms=batch.predicted_ms,
-                )
-                metrics.BATCHES.labels(verifier).inc()
-                for job in batch.jobs:
-                    metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
-                # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
-                sending = asyncio.create_task(self._send(verifier, batch))
-                self._sending.add(sending)
-                sending.add_done_callback(self._sending.discard)
-            metrics.WAITING.set(len(self._dispatcher.pool))
-            metrics.VERIFIERS.set(len(self._dispatcher.verifiers))
-            wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))
-            with suppress(TimeoutError):
-                await asyncio.wait_for(self._changed.wait(), wait_s)
+    def _decide_soon(self) -> None:
+        """Decide once for all messages that are already here, so that a burst of rounds shares a batch."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = asyncio.get_running_loop().call_later(0, self._decide)
+
+    def _decide(self) -> None:
+        """Send what should go out now, and come back when the dispatcher wants to be asked again."""
+        sends, wake_ms = self._dispatcher.dispatch(now_ms())
+        wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))
+        self._timer = asyncio.get_running_loop().call_later(wait_s, self._decide)
+        for verifier, batch in sends:
+            self._log.debug("batch sent", batch=batch.batch, verifier=verifier, predicted_ms=batch.predicted_ms)
+            # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
+            sending = asyncio.create_task(self._send(verifier, batch))
+            self._sending.add(sending)
+            sending.add_done_callback(self._sending.discard)
+            metrics.BATCHES.labels(verifier).inc()
+            for job in batch.jobs:
+                metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
+        metrics.WAITING.set(len(self._dispatcher.pool))
+        metrics.VERIFIERS.set(len(self._dispatcher.verifiers))
 
     async def _tell(self, every_s: float) -> None:
         # A standby has seen no rounds and says nothing.

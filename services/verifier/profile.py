@@ -7,15 +7,15 @@ from collections.abc import Iterator
 
 from shared import cost
 from shared.engine import Engine, Step
-from shared.messages import BatchShape
+from shared.messages import Measurement
 
 REPETITIONS = 2
 CONTEXTS = (64, 448)
 PREFILLS = (64, 256)
 
 
-def profile(engine: Engine, budget_s: float = 4.0) -> Iterator[tuple[BatchShape, float]]:
-    """Run batches over a small grid of shapes and yield each one's shape and milliseconds.
+def profile(engine: Engine, budget_s: float = 4.0) -> Iterator[Measurement]:
+    """Run batches over a small grid of shapes and yield what each took.
 
     The sessions of a batch share one prefix, so their context is computed once. Stops early when the time budget is
     used up, after at least one batch of each kind. Leaves the cache as it was but for reclaimable blocks.
@@ -51,7 +51,7 @@ def profile(engine: Engine, budget_s: float = 4.0) -> Iterator[tuple[BatchShape,
                 engine.release(name)
 
 
-def _measure(engine: Engine, jobs: list[tuple[str, int, int]], tokens: list[int]) -> tuple[BatchShape, float]:
+def _measure(engine: Engine, jobs: list[tuple[str, int, int]], tokens: list[int]) -> Measurement:
     steps = []
     for name, context, new in jobs:
         if context == 0:
@@ -60,4 +60,5 @@ def _measure(engine: Engine, jobs: list[tuple[str, int, int]], tokens: list[int]
     started = time.perf_counter()
     engine.forward(steps).logits.argmax(-1).tolist()
     elapsed_ms = (time.perf_counter() - started) * 1000
-    return cost.shape_of([(new, context + new) for _, context, new in jobs]), elapsed_ms
+    shape = cost.shape_of([(new, context + new) for _, context, new in jobs])
+    return Measurement(shape=shape, measured_ms=elapsed_ms)

@@ -27,6 +27,7 @@ from shared.messages import (
     Failure,
     Heartbeat,
     Job,
+    Measurement,
     Message,
     Residency,
     Result,
@@ -75,7 +76,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
         log.warning(
             "bits depend on the batch on this device: a text may differ in rare close calls", device=settings.device
         )
-    measured: list[tuple[BatchShape, float]] = []
+    measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
@@ -114,10 +115,11 @@ class Verifier:
         self._cached: dict[str, int] = {}
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
         self._replies: set[asyncio.Task[None]] = set()
+        self._measured: list[Measurement] = []
         self._draining = False
         self._busy = False
 
-    async def run(self, measured: Sequence[tuple[BatchShape, float]], stop: asyncio.Event, drain_s: float) -> None:
+    async def run(self, measured: Sequence[Measurement], stop: asyncio.Event, drain_s: float) -> None:
         """Serve until `stop`, then finish what was accepted."""
         await self._broker.consume(
             self._broker.topology.own_queue(
@@ -125,10 +127,9 @@ class Verifier:
             ),
             self._receive,
         )
-        for shape, elapsed_ms in measured:
-            await self._broker.publish(
-                Sample(verifier=self.instance, shape=shape, measured_ms=elapsed_ms, profile=True), topology.SAMPLE
-            )
+        if measured:
+            profiled = Sample(verifier=self.instance, batches=list(measured), profile=True)
+            await self._broker.publish(profiled, topology.SAMPLE)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
         async with running(stop, self._work(), self._beat()):
             self._draining = True
@@ -245,7 +246,7 @@ class Verifier:
         verify_ms: float,
         shapes: Sequence[BatchShape],
     ) -> None:
-        """Commit, publish the results, and last what nobody waits for: the sample and the freed sessions."""
+        """Commit, publish the results, and last free what nobody needs any more."""
         results = [(job, replies.failed(job, self.instance, batch, failure)) for job, failure in settled if failure]
         commits: list[tuple[Job, Outcome | None, Commit]] = []
         commits += [
@@ -290,9 +291,8 @@ class Verifier:
             await self._publish(job, result)
         self._log.debug("results sent", batch=batch)
         await self._forget(ended)
-        if len(shapes) == 1 and shapes[0].jobs:
-            sample = Sample(verifier=self.instance, shape=shapes[0], measured_ms=verify_ms)
-            await self._broker.publish(sample, topology.SAMPLE)
+        if len(shapes) == 1:
+            self._measured.append(Measurement(shape=shapes[0], measured_ms=verify_ms))
 
     async def _publish(self, job: Job, result: Result) -> None:
         # One publish; the broker makes the copies. A finished chunk of prefill concerns the scheduler alone.
@@ -323,6 +323,9 @@ class Verifier:
     async def _beat(self) -> None:
         while True:
             await self._publish_heartbeat()
+            if self._measured:
+                batches, self._measured = self._measured, []
+                await self._broker.publish(Sample(verifier=self.instance, batches=batches), topology.SAMPLE)
             await asyncio.sleep(self._heartbeat_s)
 
     async def _publish_heartbeat(self) -> None:

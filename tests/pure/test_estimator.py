@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 
 import pytest
 
 from services.estimator.fit import VerifierFit
 from shared import cost
-from shared.messages import BatchShape, CostModel, Sample
+from shared.messages import BatchShape, CostModel, Measurement
 
 TRUE = (40.0, 0.8, 1.6, 6.0, 9.0)
 
@@ -25,8 +26,16 @@ def true_ms(shape: BatchShape, speed: float = 1.0) -> float:
     return speed * sum(c * x for c, x in zip(TRUE, cost.features(shape), strict=True))
 
 
-def sample(shape: BatchShape, measured_ms: float, *, profile: bool = False) -> Sample:
-    return Sample(verifier="v", shape=shape, measured_ms=measured_ms, profile=profile)
+def sample(shape: BatchShape, measured_ms: float) -> Measurement:
+    return Measurement(shape=shape, measured_ms=measured_ms)
+
+
+def learn(fit: VerifierFit, samples: Iterable[Measurement]) -> None:
+    """Feed samples in, and ask for the model now and then, as the service does."""
+    for i, measured in enumerate(samples):
+        fit.add(measured)
+        if i % 8 == 7:
+            fit.model()
 
 
 def worst_error(model: CostModel, rng: random.Random, speed: float = 1.0) -> float:
@@ -38,10 +47,8 @@ def worst_error(model: CostModel, rng: random.Random, speed: float = 1.0) -> flo
 def test_it_learns_from_noisy_batches() -> None:
     rng = random.Random(1)
     fit = VerifierFit("v", 0.99)
-    for _ in range(300):
-        shape = random_shape(rng)
-        fit.add(sample(shape, true_ms(shape) * rng.gauss(1, 0.03)))
-        fit.model()
+    shapes = [random_shape(rng) for _ in range(300)]
+    learn(fit, (sample(shape, true_ms(shape) * rng.gauss(1, 0.03)) for shape in shapes))
     model = fit.model()
     assert worst_error(model, rng) < 0.05
     assert all(c >= 0 for c in model.coefficients)
@@ -55,29 +62,24 @@ def test_the_start_up_profile_alone_predicts_well() -> None:
         for new in (1, 5, 64):
             for context in (64, 448):
                 shape = cost.shape_of([(new, context + new)] * jobs)
-                fit.add(sample(shape, true_ms(shape), profile=True))
+                fit.add(sample(shape, true_ms(shape)), profile=True)
     assert worst_error(fit.model(), rng) < 0.1
 
 
 def test_it_follows_a_change_of_speed_within_some_tens_of_batches() -> None:
     rng = random.Random(3)
     fit = VerifierFit("v", 0.97)
-    for _ in range(200):
-        shape = random_shape(rng)
-        fit.add(sample(shape, true_ms(shape)))
-    for _ in range(80):
-        shape = random_shape(rng)
-        fit.add(sample(shape, true_ms(shape, speed=2.0)))
+    for speed, count in ((1.0, 200), (2.0, 80)):
+        shapes = [random_shape(rng) for _ in range(count)]
+        learn(fit, (sample(shape, true_ms(shape, speed)) for shape in shapes))
     assert worst_error(fit.model(), rng, speed=2.0) < 0.15
 
 
 def test_a_stalled_machine_does_not_poison_it() -> None:
     rng = random.Random(4)
     fit = VerifierFit("v", 0.99)
-    for i in range(300):
-        shape = random_shape(rng)
-        stall = 20.0 if i % 50 == 49 else 1.0
-        fit.add(sample(shape, true_ms(shape) * stall))
+    shapes = [random_shape(rng) for _ in range(300)]
+    learn(fit, (sample(s, true_ms(s) * (20.0 if i % 50 == 49 else 1.0)) for i, s in enumerate(shapes)))
     assert worst_error(fit.model(), rng) < 0.1
 
 
