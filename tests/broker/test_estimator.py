@@ -1,0 +1,55 @@
+"""The estimator as a service, on real brokers."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from services.estimator.service import serve
+from services.estimator.settings import EstimatorSettings
+from shared import cost, topology
+from shared.broker import Broker
+from shared.messages import CostModel, Measurement, Message, Sample
+from shared.store import Store
+from shared.topology import Topology
+
+
+def samples(speed: float) -> list[Measurement]:
+    """Batches of a verifier that takes 50 ms and 2 ms per new token."""
+    shapes = [cost.shape_of([(new, 100 + new)] * jobs) for jobs in (1, 2, 4) for new in (1, 5, 32)]
+    return [Measurement(shape=s, measured_ms=speed * (50.0 + 2.0 * s.new_tokens)) for s in shapes]
+
+
+async def test_models_are_published_and_kept_and_a_restart_goes_on_from_them(
+    amqp_url: str, redis_url: str, namespace: str
+) -> None:
+    settings = EstimatorSettings(amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, publish_ms=50)
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    store = Store.connect(redis_url, namespace, 60)
+    models: asyncio.Queue[Message] = asyncio.Queue()
+    await broker.consume(broker.topology.own_queue("test", "peer", (topology.costmodel("*"),)), models.put)
+    shape = cost.shape_of([(8, 108)] * 2)
+
+    async def learn(times: int) -> CostModel:
+        stop = asyncio.Event()
+        serving = asyncio.create_task(serve(settings, "estimator", stop))
+        await asyncio.sleep(0.5)
+        for _ in range(times):
+            await broker.publish(Sample(verifier="v1", batches=samples(1.0), profile=True), topology.SAMPLE)
+        model = await asyncio.wait_for(models.get(), 10)
+        await asyncio.sleep(0.3)
+        stop.set()
+        await asyncio.wait_for(serving, 10)
+        assert isinstance(model, CostModel)
+        return model
+
+    first = await learn(1)
+    assert cost.predict_ms(first, shape) == pytest.approx(82.0, rel=0.05)
+    (kept,) = await store.cost_models()
+    assert kept.verifier == "v1"
+    second = await learn(1)
+    assert second.version > kept.version
+    assert second.samples == kept.samples + len(samples(1.0))
+    await broker.close()
+    await store.close()

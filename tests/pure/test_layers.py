@@ -1,0 +1,51 @@
+"""What may import what: no torch where none is needed, and no I/O in the code that decides."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+DECIDING = [
+    "services/drafter/session.py",
+    "services/drafter/timeout.py",
+    "services/drafter/sources/base.py",
+    "services/drafter/sources/lookup.py",
+    "services/estimator/fit.py",
+    "services/scheduler/batching.py",
+    "services/scheduler/dispatch.py",
+    "services/scheduler/pacing.py",
+    "services/scheduler/placement.py",
+    "services/scheduler/policies.py",
+    "services/scheduler/pool.py",
+    "services/verifier/acceptance.py",
+    "services/verifier/replies.py",
+    "shared/cost.py",
+    "shared/messages.py",
+    "shared/slo.py",
+    "shared/topology.py",
+]
+TALKING = {"aio_pika", "redis", "asyncio", "time", "os", "socket", "fastapi", "structlog", "shared.broker"}
+
+
+@pytest.mark.parametrize("service", ["gateway", "scheduler", "estimator", "drafter"])
+def test_a_service_without_a_model_starts_without_torch(service: str) -> None:
+    code = f"import sys, services.{service}.service; print([m for m in ('torch', 'transformers') if m in sys.modules])"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("path", DECIDING)
+def test_deciding_code_neither_talks_nor_reads_a_clock(path: str) -> None:
+    imported = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text())):
+        if isinstance(node, ast.Import):
+            imported |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            imported |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    talks = {name for name in imported if name in TALKING or name.split(".")[0] in TALKING}
+    assert talks == set()
