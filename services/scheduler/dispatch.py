@@ -38,16 +38,17 @@ class Dispatcher:
         self._resulted_ms: dict[str, float] = {}
 
     def on_verify(self, verify: Verify, now_ms: float) -> None:
-        """A round arrived. A copy of one that waits or is in flight already changes nothing."""
+        """A round arrived. A copy of one that waits or is in flight already changes nothing.
+
+        The same round from another drafter is no copy: the first one is gone, and the result has to reach the second.
+        """
         session = verify.session
         for state in self.verifiers.values():
             state.returning.pop(session, None)
             for flight in state.in_flight:
-                job = flight.jobs.get(session)
-                if job is not None and job.verify.round >= verify.round:
+                if _is_copy(verify, flight.jobs.get(session)):
                     return
-        waiting = self.pool.get(session)
-        if waiting is not None and waiting.verify.round >= verify.round:
+        if _is_copy(verify, self.pool.get(session)):
             return
         if (resulted := self._resulted_ms.pop(session, None)) is not None and verify.attempt == 0:
             self._learn_return(verify.drafter, now_ms - resulted)
@@ -214,6 +215,10 @@ class Dispatcher:
         for state in self.verifiers.values():
             state.cached.pop(session, None)
             state.returning.pop(session, None)
+
+
+def _is_copy(verify: Verify, known: Pending | None) -> bool:
+    return known is not None and known.verify.drafter == verify.drafter and known.verify.round >= verify.round
 
 
 def _job(chosen: Chosen, now_ms: float) -> Job:

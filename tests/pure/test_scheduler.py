@@ -202,6 +202,15 @@ def test_a_round_sent_again_is_verified_once() -> None:
     assert len(d.pool) == 1
 
 
+def test_the_same_round_from_a_second_drafter_is_answered_to_that_one() -> None:
+    d = dispatcher()
+    d.on_verify(verify("s"), 0.0)
+    first = only(d, 0.0)
+    d.on_verify(verify("s").model_copy(update={"drafter": "d2"}), 1.0)
+    d.on_result(result(first, first.jobs[0]), 50.0)
+    assert [job.drafter for job in only(d, 60.0).jobs] == ["d2"]
+
+
 def test_a_session_stays_where_its_kv_is() -> None:
     d = dispatcher("fcfs", heartbeat("v1"), heartbeat("v2", held={"s": 19}), heartbeat("v3", held={"s": 3}))
     d.on_verify(verify("s"), 0.0)
