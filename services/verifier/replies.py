@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from services.verifier.verify import Outcome
 from shared.errors import TooLong
 from shared.messages import Failure, Job, Result, Status
@@ -33,34 +35,18 @@ def refused(error: Exception) -> Failure:
 
 def failed(job: Job, verifier: str, batch: str, failure: Failure) -> Result:
     """A result that ends the session."""
-    return Result(
-        session=job.session,
-        round=job.round,
-        base_len=job.base_len,
-        status=Status.FAILED,
-        verifier=verifier,
-        batch=batch,
-        drafted=job.drafted,
-        draft_ms=job.draft_ms,
-        queue_ms=job.queue_ms,
-        error=failure,
-    )
+    return _result(job, verifier, batch, Status.FAILED, error=failure)
 
 
 def prefilled(job: Job, verifier: str, batch: str, outcome: Outcome, verify_ms: float) -> Result:
     """A chunk of the prompt is in the cache."""
-    return Result(
-        session=job.session,
-        round=job.round,
-        base_len=job.base_len,
-        status=Status.PREFILLED,
-        verifier=verifier,
-        batch=batch,
-        drafted=job.drafted,
+    return _result(
+        job,
+        verifier,
+        batch,
+        Status.PREFILLED,
         cached=outcome.cached,
         new_tokens=outcome.new_tokens,
-        draft_ms=job.draft_ms,
-        queue_ms=job.queue_ms,
         verify_ms=verify_ms,
     )
 
@@ -71,21 +57,29 @@ def settled(
     """What the commit decided. `outcome` is None when the job only asked what is committed."""
     if committed.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
         return failed(job, verifier, batch, GONE if committed.outcome is CommitOutcome.GONE else CANCELLED)
-    return Result(
-        session=job.session,
-        round=job.round,
+    return _result(
+        job,
+        verifier,
+        batch,
+        Status.COMMITTED if committed.outcome is CommitOutcome.COMMITTED else Status.CONFLICT,
         base_len=committed.base_len,
-        status=Status.COMMITTED if committed.outcome is CommitOutcome.COMMITTED else Status.CONFLICT,
-        verifier=verifier,
-        batch=batch,
         accepted=committed.accepted,
         tokens=committed.tokens,
-        drafted=job.drafted,
         trimmed_to=outcome.verified if outcome else 0,
         finish=committed.finish,
         cached=outcome.cached if outcome else 0,
         new_tokens=outcome.new_tokens if outcome else 0,
-        draft_ms=job.draft_ms,
-        queue_ms=job.queue_ms,
         verify_ms=verify_ms,
     )
+
+
+def _result(job: Job, verifier: str, batch: str, status: Status, **told: Any) -> Result:
+    known = {
+        "session": job.session,
+        "round": job.round,
+        "base_len": job.base_len,
+        "drafted": job.drafted,
+        "draft_ms": job.draft_ms,
+        "queue_ms": job.queue_ms,
+    }
+    return Result(status=status, verifier=verifier, batch=batch, **{**known, **told})

@@ -43,6 +43,9 @@ from shared.topology import Topology
 QUIET_S = 0.3
 """A draining verifier waits this long for batches that were sent before the scheduler knew."""
 
+KNOWN_LIMIT = 10_000
+"""Sessions remembered at most. One that moved away or was abandoned is never heard of again; the oldest go first."""
+
 T = TypeVar("T")
 
 
@@ -225,12 +228,15 @@ class Verifier:
                 self._known[job.session] = Known(session.request, session.tokens)
             else:
                 self._known.pop(job.session, None)
+        while len(self._known) > KNOWN_LIMIT:
+            del self._known[next(iter(self._known))]
 
     def _task(self, job: Job) -> Task:
         known = self._known[job.session]
         return Task(
             session=job.session,
-            tokens=known.tokens,
+            # A copy: the reply to an earlier batch may extend the session while the model still works on this one.
+            tokens=list(known.tokens),
             draft=job.draft,
             sampling=known.request.sampling,
             stop_ids=frozenset(known.request.stop_ids),

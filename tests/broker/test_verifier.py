@@ -1,0 +1,193 @@
+"""The verifier as a service, on real brokers and a small random model; the test plays scheduler and drafter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_draft import random_draft
+
+from services.verifier.service import serve
+from services.verifier.settings import VerifierSettings
+from shared import topology
+from shared.broker import Broker
+from shared.engine import Engine, Step
+from shared.messages import Batch, Finish, Heartbeat, Job, Message, Result, Sample, Sampling, Status
+from shared.models.folder import ModelFolder
+from shared.models.prepare import prepare
+from shared.sampling import choose
+from shared.store import Request, Store
+from shared.topology import Topology
+
+PROMPT = [5, 6, 7, 8]
+SAMPLING = Sampling(temperature=1.0, seed=3)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = prepare("smollm2-135m-instruct", Path(".wisp/models"))
+    return random_draft(tmp_path_factory.mktemp("model"), target)
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> list[int]:
+    """What the model says after the prompt."""
+    engine = Engine(model, budget_tokens=256)
+    tokens = list(PROMPT)
+    engine.attach("s", tokens)
+    for _ in range(30):
+        logits = engine.forward([Step("s", tokens[engine.cached("s") :])]).logits
+        tokens += choose(logits, [SAMPLING], [len(tokens)])
+    return tokens[len(PROMPT) :]
+
+
+@dataclass
+class Peer:
+    """What the test does in place of the other services."""
+
+    broker: Broker
+    store: Store
+    results: asyncio.Queue[Message]
+    samples: asyncio.Queue[Message]
+    fingerprint: str
+    batches: int = 0
+
+    async def open(self, session: str, max_tokens: int = 100, stop_ids: tuple[int, ...] = ()) -> None:
+        request = Request(
+            session=session,
+            gateway="g",
+            prompt_len=len(PROMPT),
+            sampling=SAMPLING,
+            stop_ids=list(stop_ids),
+            max_tokens=max_tokens,
+            fingerprint=self.fingerprint,
+        )
+        await self.store.create(request, PROMPT)
+
+    def job(self, session: str, base: int, draft: list[int], round_: int = 0, **more: Any) -> Job:
+        return Job(
+            session=session,
+            round=round_,
+            base_len=base,
+            draft=draft,
+            drafted=len(draft),
+            drafter="d",
+            gateway="g",
+            fingerprint=self.fingerprint,
+            **more,
+        )
+
+    async def send(self, *jobs: Job) -> None:
+        self.batches += 1
+        batch = Batch(batch=f"b{self.batches}", scheduler="x", jobs=list(jobs), predicted_ms=1.0, policy="fcfs")
+        await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
+
+    async def result(self) -> Result:
+        message = await asyncio.wait_for(self.results.get(), 10)
+        assert isinstance(message, Result)
+        return message
+
+    async def verify(self, *jobs: Job) -> list[Result]:
+        await self.send(*jobs)
+        found = {result.session: result for result in [await self.result() for _ in jobs]}
+        return [found[job.session] for job in jobs]
+
+
+@pytest.fixture
+async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> AsyncIterator[Peer]:
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    store = Store.connect(redis_url, namespace, 60)
+    results: asyncio.Queue[Message] = asyncio.Queue()
+    samples: asyncio.Queue[Message] = asyncio.Queue()
+    alive = asyncio.Event()
+
+    async def heard(message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            alive.set()
+
+    await broker.consume(broker.topology.own_queue("drafter", "d", (topology.result("d"),)), results.put)
+    await broker.consume(broker.topology.own_queue("scheduler", "x", (topology.heartbeat("*"),)), heard)
+    await broker.consume(broker.topology.sample_queue(), samples.put)
+    settings = VerifierSettings(
+        amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, target=model, profile=False, cache_tokens=1024
+    )
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(settings, "v1", stop))
+    await asyncio.wait_for(alive.wait(), 30)
+    yield Peer(broker, store, results, samples, ModelFolder(model).fingerprint("bfloat16"))
+    stop.set()
+    await asyncio.wait_for(serving, 30)
+    await broker.close()
+    await store.close()
+
+
+async def test_the_right_part_of_a_draft_is_committed_with_the_bonus_token(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    (result,) = await peer.verify(peer.job("s", 4, [text[0], text[1], text[2] + 1]))
+    assert (result.status, result.accepted, result.tokens) == (Status.COMMITTED, 2, text[:3])
+    assert (result.trimmed_to, result.cached, result.verifier) == (3, 6, "v1")
+    assert (await peer.store.get("s")).tokens == PROMPT + text[:3]
+    measured = await asyncio.wait_for(peer.samples.get(), 5)
+    assert isinstance(measured, Sample)
+    assert measured.batches[0].shape.new_tokens == 7
+
+
+async def test_a_round_that_comes_twice_at_once_is_committed_once(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    base = 4
+    for round_ in range(6):
+        job = peer.job("s", base, [text[base - 4], 1], round_)
+        await peer.send(job)
+        await peer.send(job)
+        await peer.send(job)
+        answers = [await peer.result() for _ in range(3)]
+        assert {answer.status for answer in answers} == {Status.COMMITTED}
+        assert len({tuple(answer.tokens) for answer in answers}) == 1
+        base += len(answers[0].tokens)
+    assert (await peer.store.get("s")).tokens == (PROMPT + text)[:base]
+
+
+async def test_a_stale_round_is_told_the_truth(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    await peer.verify(peer.job("s", 4, text[:3]))
+    (stale,) = await peer.verify(peer.job("s", 5, [1], round_=7))
+    assert (stale.status, stale.base_len, stale.tokens) == (Status.CONFLICT, 5, text[1:4])
+    (ahead,) = await peer.verify(peer.job("s", 20, [1], round_=8))
+    assert (ahead.status, ahead.base_len, ahead.tokens) == (Status.CONFLICT, 8, [])
+
+
+async def test_a_stop_token_and_the_length_end_the_session(peer: Peer, text: list[int]) -> None:
+    await peer.open("stops", stop_ids=(text[2],))
+    await peer.open("fills", max_tokens=2)
+    stops, fills = await peer.verify(peer.job("stops", 4, text[:5]), peer.job("fills", 4, text[:5]))
+    first = text.index(text[2])
+    assert (stops.finish, stops.tokens) == (Finish.STOP, text[: first + 1])
+    assert (fills.finish, fills.tokens) == (Finish.LENGTH, text[:2])
+
+
+async def test_one_bad_job_fails_alone(peer: Peer, text: list[int]) -> None:
+    for session in ("good", "bad", "left"):
+        await peer.open(session)
+    await peer.store.cancel("left")
+    jobs = [
+        peer.job("good", 4, text[:2]),
+        peer.job("bad", 4, [10**6]),
+        peer.job("left", 4, []),
+        peer.job("gone", 4, []),
+    ]
+    good, bad, left, gone = await peer.verify(*jobs)
+    assert good.tokens == text[:3]
+    errors = [result.error and result.error.code for result in (bad, left, gone)]
+    assert errors == ["verification_failed", "cancelled", "session_gone"]
+
+
+async def test_a_chunk_of_prefill_is_told_to_the_scheduler_alone(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    await peer.send(peer.job("s", 4, [], prefill_to=2))
+    (result,) = await peer.verify(peer.job("s", 4, text[:1]))
+    assert result.status is Status.COMMITTED
+    assert result.new_tokens == 3, "two of the prompt's four tokens were there already"
