@@ -9,13 +9,13 @@ from pathlib import Path
 from statistics import median
 
 import pytest
+import tiny
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from shared.engine import Engine, Step
 from shared.engine.attention import Batch, BlockCache, GatherCache, Shape
 from shared.errors import BadStep, CacheFull, EngineError, ModelError, NotAttached, TooLong
-from tests import tiny
 
 
 @pytest.fixture(scope="module")
