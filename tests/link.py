@@ -1,0 +1,60 @@
+"""A link to a server that a test can cut."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit, urlunsplit
+
+from services.cli.ports import free_ports
+
+
+class Link:
+    """A TCP connection to a server that can be cut and mended, as if the server were restarted."""
+
+    def __init__(self, url: str) -> None:
+        self._parts = urlsplit(url)
+        (self._port,) = free_ports(1)
+        self._writers: set[asyncio.StreamWriter] = set()
+        self._server: asyncio.Server | None = None
+        user, at, _ = self._parts.netloc.rpartition("@")
+        self.url = urlunsplit(self._parts._replace(netloc=f"{user}{at}127.0.0.1:{self._port}"))
+
+    async def mend(self) -> None:
+        """Accept connections."""
+        self._server = await asyncio.start_server(self._forward, "127.0.0.1", self._port)
+
+    async def cut(self) -> None:
+        """End every connection and refuse new ones."""
+        if self._server is not None:
+            self._server.close()
+        for writer in tuple(self._writers):
+            writer.transport.abort()
+        await asyncio.sleep(0.05)
+
+    async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there_reader, there_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
+        self._writers |= {writer, there_writer}
+        await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
+        self._writers -= {writer, there_writer}
+
+
+async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    try:
+        while part := await reader.read(65536):
+            writer.write(part)
+            await writer.drain()
+    except OSError:
+        pass
+    finally:
+        writer.close()
+
+
+@asynccontextmanager
+async def link_to(url: str) -> AsyncIterator[Link]:
+    """A whole link to this server."""
+    link = Link(url)
+    await link.mend()
+    yield link
+    await link.cut()
