@@ -5,7 +5,6 @@
     ├── BrokersError       RabbitMQ or Redis is not there, or could not be started
     │   └── Unroutable     no queue takes this message
     ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
-    ├── SessionGone        Redis no longer holds a session's state (expired, or the data was lost)
     ├── ModelError         a model folder is incomplete, or does not fit its partner
     │   └── ChatTemplateError  (shared.models) the messages cannot be rendered
     ├── BadLogits          (shared.sampling) the model computed no usable logits
@@ -39,17 +38,6 @@ class Unroutable(BrokersError):
 
 class MessageError(WispError):
     """A message cannot be decoded; the receiver dead-letters it with this text as the reason."""
-
-
-class SessionGone(WispError):
-    """The session's committed state is not in Redis any more."""
-
-    def __init__(self, session: str) -> None:
-        super().__init__(
-            f"session {session} is not in Redis any more (it expired, was deleted, or Redis lost its data); "
-            "send the request again"
-        )
-        self.session = session
 
 
 class ModelError(WispError):

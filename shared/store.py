@@ -27,7 +27,7 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared.errors import BrokersError, MessageError, SessionGone
+from shared.errors import BrokersError, MessageError
 from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
 
 HEARTBEAT_TTL_MS = 3000
@@ -192,13 +192,6 @@ class Store:
         now_ms = seconds * 1000 + microseconds / 1000
         return [_session(answers[i], answers[i + 1], now_ms) for i in range(0, len(answers), 2)]
 
-    async def get(self, session: str) -> Session:
-        """One session, whole. Raises SessionGone."""
-        found = (await self.read([session]))[0]
-        if found is None:
-            raise SessionGone(session)
-        return found
-
     async def progress(self, session: str, from_len: int) -> Progress | None:
         """Status, committed length and the committed tokens from position `from_len` on; None if it is gone."""
         async with self._redis.pipeline(transaction=True) as pipe:
@@ -236,11 +229,6 @@ class Store:
             pipe.zrem(self._deadlines, session)
 
         await self._guard(self._redis.transaction(flip, key))
-
-    async def overdue(self) -> list[str]:
-        """Sessions whose next token is past due, most overdue first."""
-        found = await self._guard(self._redis.zrangebyscore(self._deadlines, "-inf", await self._now_ms()))
-        return [session.decode() for session in found]
 
     async def deadline_ms(self, session: str) -> float | None:
         """When the session's next token is due, in milliseconds on Redis's clock; None without an SLO."""

@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from shared.errors import BrokersError, SessionGone
+from shared.errors import BrokersError
 from shared.messages import CostModel, Finish, Heartbeat, Sampling, Slo
-from shared.store import Commit, Outcome, Request, SessionStatus, Store
+from shared.store import Commit, Outcome, Request, Session, SessionStatus, Store
 
 PROMPT = [5, 6, 7]
 
@@ -41,9 +41,15 @@ def commit(
     return Commit(session, round_, base, accepted, tokens, finish, base + accepted)
 
 
+async def whole(store: Store) -> Session:
+    (session,) = await store.read(["s"])
+    assert session is not None
+    return session
+
+
 async def test_a_created_session_reads_back_whole(store: Store) -> None:
     await store.create(request(), PROMPT, elapsed_ms=50)
-    session = await store.get("s")
+    session = await whole(store)
     assert session.request == request()
     assert (session.tokens, session.status, session.round, session.finish) == (PROMPT, SessionStatus.ACTIVE, -1, None)
     assert 50 <= session.elapsed_ms < 5000
@@ -53,7 +59,7 @@ async def test_a_round_on_the_committed_length_is_appended(store: Store) -> None
     await store.create(request(), PROMPT)
     (answer,) = await store.commit("v", [commit(0, 3, [8, 9], accepted=1)])
     assert (answer.outcome, answer.length, answer.base_len, answer.accepted) == (Outcome.COMMITTED, 5, 3, 1)
-    assert (await store.get("s")).tokens == [5, 6, 7, 8, 9]
+    assert (await whole(store)).tokens == [5, 6, 7, 8, 9]
 
 
 async def test_the_same_round_again_gets_what_was_committed_then(store: Store) -> None:
@@ -61,7 +67,7 @@ async def test_the_same_round_again_gets_what_was_committed_then(store: Store) -
     (first,) = await store.commit("v", [commit(0, 3, [8, 9], accepted=1)])
     (again,) = await store.commit("w", [commit(0, 3, [8], accepted=0)])
     assert again == first
-    assert (await store.get("s")).tokens == [5, 6, 7, 8, 9]
+    assert (await whole(store)).tokens == [5, 6, 7, 8, 9]
 
 
 async def test_a_repeated_last_round_still_says_how_the_text_ended(store: Store) -> None:
@@ -82,7 +88,7 @@ async def test_a_round_on_another_length_is_a_conflict_that_carries_the_truth(
     assert answer.length == 5
     assert answer.base_len == min(base, 5)
     assert answer.tokens == tokens
-    assert (await store.get("s")).tokens == [5, 6, 7, 8, 9]
+    assert (await whole(store)).tokens == [5, 6, 7, 8, 9]
 
 
 async def test_a_commit_without_tokens_only_asks(store: Store) -> None:
@@ -105,7 +111,7 @@ async def test_cancelling_a_finished_session_leaves_it_finished(store: Store) ->
     await store.create(request(), PROMPT)
     await store.commit("v", [commit(0, 3, [2], finish=Finish.STOP)])
     await store.cancel("s")
-    assert (await store.get("s")).status is SessionStatus.FINISHED
+    assert (await whole(store)).status is SessionStatus.FINISHED
 
 
 async def test_one_call_commits_a_batch_and_each_job_by_itself(store: Store) -> None:
@@ -123,7 +129,7 @@ async def test_of_many_verifiers_at_once_exactly_one_commits_a_round(store: Stor
     outcomes = [answer.outcome for (answer,) in answers]
     assert outcomes.count(Outcome.COMMITTED) == 1
     assert outcomes.count(Outcome.CONFLICT) == 19
-    assert len((await store.get("s")).tokens) == 4
+    assert len((await whole(store)).tokens) == 4
 
 
 async def test_half_lost_state_counts_as_gone(store: Store, redis_url: str, namespace: str) -> None:
@@ -132,8 +138,7 @@ async def test_half_lost_state_counts_as_gone(store: Store, redis_url: str, name
         await redis.delete(f"{namespace}:tokens:s")
     (answer,) = await store.commit("v", [commit(0, 3, [8])])
     assert answer.outcome is Outcome.GONE
-    with pytest.raises(SessionGone, match="send the request again"):
-        await store.get("s")
+    assert await store.read(["s"]) == [None]
 
 
 async def test_deadlines_follow_the_slo(store: Store) -> None:
@@ -143,14 +148,8 @@ async def test_deadlines_follow_the_slo(store: Store) -> None:
     second = await store.deadline_ms("s")
     assert first is not None
     assert second == pytest.approx(first + 200, abs=2)
-    assert await store.overdue() == []
     await store.commit("v", [commit(1, 5, [2], finish=Finish.STOP)])
     assert await store.deadline_ms("s") is None
-
-
-async def test_a_late_session_is_overdue(store: Store) -> None:
-    await store.create(request(slo=Slo(ttft_ms=10.0, tpot_ms=1.0)), PROMPT, elapsed_ms=100)
-    assert await store.overdue() == ["s"]
 
 
 async def test_progress_gives_the_tokens_from_a_position_on(store: Store) -> None:
