@@ -74,7 +74,10 @@ def load(kind: type[S], program: str) -> S:
         for item in error.errors():
             name = "_".join(str(part) for part in item["loc"])
             given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
-            problems.append(f"  WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
+            if name:
+                problems.append(f"  WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
+            else:  # settings that do not go together
+                problems.append(f"  {item['msg'].removeprefix('Value error, ')}")
         _refuse(program, problems)
     except SettingsError as error:
         _refuse(program, [f"  {error}"])
