@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test lint bench-engine bench-rounds clean
+.PHONY: help setup demo serve test lint bench-engine bench-rounds bench-draft bench-stream clean
 
 help: ## this list
 	@echo "make TARGET, one of:"
@@ -44,6 +44,13 @@ bench-engine: setup ## time the engine against transformers; writes .wisp/result
 bench-rounds: setup ## time a verification round outside the model; writes .wisp/results/rounds.json
 	@$(BIN)/wisp bench rounds $(ARGS)
 
-clean: ## remove the environment, models, results, logs and caches
-	@rm -rf .venv .wisp build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+bench-draft: setup ## what drafts bring on unseen prompts, by source and stop rule; writes .wisp/results/draft.json
+	@$(BIN)/wisp bench draft $(ARGS)
+
+bench-stream: setup ## time one stream with drafts and without, and transformers; writes .wisp/results/stream.json
+	@$(BIN)/wisp bench stream $(ARGS)
+
+clean: ## remove the environment, models, results, logs and caches; training runs stay
+	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@[ ! -d .wisp ] || find .wisp -mindepth 1 -maxdepth 1 ! -name training -exec rm -rf {} +
 	@find . -name __pycache__ -type d -prune -exec rm -rf {} +

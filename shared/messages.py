@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
 
 from shared.errors import MessageError
 
@@ -68,6 +68,21 @@ class DraftChoice(StrEnum):
     NONE = "none"
     LOOKUP = "lookup"
     MODEL = "model"
+    HIDDEN = "hidden"
+    COMBINED = "combined"
+
+
+class HiddenFormat(StrEnum):
+    """How hidden states travel; see `shared.hidden`."""
+
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    """One float32 scale per row beside it."""
+
+    @property
+    def width(self) -> int:
+        """Bytes per element."""
+        return 2 if self is HiddenFormat.BFLOAT16 else 1
 
 
 class Finish(StrEnum):
@@ -123,6 +138,9 @@ class Verify(Message):
     """Time left until the session's next token is due; negative when late, None without an SLO."""
     draft_ms: Milliseconds = 0.0
     attempt: Count = 0
+    hidden_from: Count | None = None
+    """The drafter wants the target's final hidden states of committed tokens from this position on; None wants none."""
+    hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
 
 
 class Job(Record):
@@ -145,6 +163,9 @@ class Job(Record):
     """Time since the scheduler received the round."""
     reason: str = ""
     """Why the policy put this job into this batch."""
+    hidden_from: Count | None = None
+    """As in `Verify`; None for a chunk of prefill."""
+    hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
 
 
 class Batch(Message):
@@ -189,6 +210,44 @@ class Result(Message):
     queue_ms: Milliseconds = 0.0
     verify_ms: Milliseconds = 0.0
     error: Failure | None = None
+    entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    """Entropy (nats) of the target's softmax at temperature 1 that the last of `tokens` was chosen from; told to those
+    who asked for hidden states."""
+
+
+class HiddenStates(Message):
+    """verifier → one drafter, before the Result: the target's final hidden states of committed tokens.
+
+    Row i belongs to position `start + i`; the row of the last committed token comes with the next round. A long run is
+    split into several messages. The bytes are packed by `shared.hidden`.
+    """
+
+    session: Name
+    round: Count
+    start: Count
+    count: Annotated[int, Field(ge=1)]
+    size: Annotated[int, Field(ge=1)]
+    """Elements per row: the target's hidden size."""
+    format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
+    rows: bytes
+    """(count, size) elements, little-endian, row after row."""
+    scales: Annotated[bytes, Field(validate_default=True)] = b""
+    """(count) little-endian float32 for int8: an element counts this much. Otherwise empty."""
+
+    @field_validator("rows", "scales")
+    @classmethod
+    def _complete(cls, value: bytes, info: ValidationInfo) -> bytes:
+        told = info.data
+        if not {"count", "size", "format"} <= told.keys():
+            return value  # one of them is wrong, and says so itself
+        count, size, form = told["count"], told["size"], told["format"]
+        if info.field_name == "rows":
+            expected = count * size * form.width
+        else:
+            expected = count * 4 if form is HiddenFormat.INT8 else 0
+        if len(value) != expected:
+            raise ValueError(f"{len(value)} bytes, but {count} rows of {size} in {form} need {expected}")
+        return value
 
 
 class BatchShape(Record):
@@ -276,13 +335,14 @@ class Heartbeat(Message):
 
 
 MESSAGES: dict[str, type[Message]] = {
-    kind.type_name: kind for kind in (Generate, Verify, Batch, Result, Sample, CostModel, Load, Cancel, Heartbeat)
+    kind.type_name: kind
+    for kind in (Generate, Verify, Batch, Result, HiddenStates, Sample, CostModel, Load, Cancel, Heartbeat)
 }
 
 
 def encode(message: Message) -> bytes:
     """The message as it goes over the wire."""
-    fields = message.model_dump(mode="json", exclude_defaults=True)
+    fields = message.model_dump(exclude_defaults=True)
     fields["t"] = message.type_name
     fields["v"] = SCHEMA_VERSION
     return msgpack.packb(fields)  # type: ignore[no-any-return]

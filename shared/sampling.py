@@ -29,6 +29,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import lru_cache
 
 import numpy as np
@@ -70,13 +71,28 @@ class BadLogits(WispError):
         self.row = row
 
 
-def choose(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+@dataclass(frozen=True)
+class Columns:
+    """Which tokens the columns of some logits are: ids, ascending. The other tokens are not allowed."""
+
+    ids: Ids
+    mixed: Words
+
+    @classmethod
+    def of(cls, ids: Ids) -> Columns:
+        """For logits of these tokens."""
+        return cls(ids, mixed_ids(ids))
+
+
+def choose(
+    logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], columns: Columns | None = None
+) -> list[int]:
     """The token of each row of `logits` (rows, vocabulary), a row being a position of some session.
 
     `params[i]` are the parameters of row i's session and `positions[i]` the absolute index of the token to choose. The
     allowed tokens are the `top_k` largest logits (ties: lowest ids), and of these the fewest most probable ones whose
     share reaches `top_p`. Equal scores: lowest id. A row's token depends on nothing but its logits, parameters and
-    position. On the CPU this takes one thread.
+    position. On the CPU this takes one thread. With `columns`, the logits are those of some tokens alone.
 
     Raises BadLogits if a row contains NaN or +inf, or nothing but -inf; ValueError if the lengths differ.
     """
@@ -84,24 +100,27 @@ def choose(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int])
         raise ValueError(
             f"logits are {tuple(logits.shape)}, params {len(params)}, positions {len(positions)}: need one row each"
         )
-    if logits.device.type != "cpu":
+    if columns is None and logits.device.type != "cpu":
         return _choose_on_device(logits, params, positions)
     return [
-        _choose_in_row(_array(values), p, position, row)
-        for row, (values, p, position) in enumerate(zip(logits, params, positions, strict=True))
+        _choose_in_row(_array(values), p, position, row, columns)
+        for row, (values, p, position) in enumerate(zip(logits.cpu(), params, positions, strict=True))
     ]
 
 
-def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int) -> int:
+def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int, columns: Columns | None = None) -> int:
     top = int(logits.argmax())  # of equal ones the first; NaN counts as the largest
     if not math.isfinite(logits[top]):
         raise BadLogits(row, position, float(logits[top]))
     if params.temperature == 0:
-        return top
+        return top if columns is None else int(columns.ids[top])
     key = noise_key(params.seed, position)
     if params.top_k or params.top_p < 1:
-        ids = _allowed(logits, params)
-        return int(ids[_sample(logits[ids], mixed_ids(ids), ids, key, params.temperature)])
+        allowed = _allowed(logits, params)
+        ids = allowed if columns is None else columns.ids[allowed]
+        return int(ids[_sample(logits[allowed], mixed_ids(ids), ids, key, params.temperature)])
+    if columns is not None:
+        return int(columns.ids[_sample(logits, columns.mixed, columns.ids, key, params.temperature)])
     return _sample(logits, mixed_vocabulary(len(logits)), None, key, params.temperature)
 
 

@@ -5,6 +5,7 @@
     verify                  drafter → the active scheduler        <ns>.verify               durable, one active consumer
     batch.<verifier>        scheduler → that verifier             <ns>.verifier.<name>      exclusive
     result.<instance>       verifier → drafter, gateway (by CC)   <ns>.drafter.<name> ...   exclusive
+                            verifier → drafter: HiddenStates, just before the Result of their round
     result.scheduler        verifier → every scheduler (by CC)    <ns>.scheduler.<name>     exclusive
     sample                  verifier → the active estimator       <ns>.sample               durable, bounded
     costmodel.<verifier>    estimator → schedulers, gateways

@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from transformers import AutoModelForCausalLM, GPTNeoXConfig, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen2Config
+
+from services.drafter.hidden import weights
+from services.drafter.hidden.card import HiddenDraftConfig, HiddenDraftFolder
+from services.drafter.hidden.model import HiddenDraft
+from services.drafter.hidden.target import layer_config
+from shared.models.folder import ModelFolder
 
 VOCAB = 512
 
@@ -64,3 +72,34 @@ def make(folder: Path, config: PreTrainedConfig = LLAMA, *, seed: int = 0, noise
                 weight.add_(torch.randn_like(weight) * noise * (weight.std() if weight.numel() > 1 else 0))
     model.save_pretrained(folder)
     return folder
+
+
+def target(folder: Path, *, seed: int = 0) -> ModelFolder:
+    """A tiny Llama with a vocabulary, as a drafter needs it."""
+    make(folder, seed=seed)
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {f"t{i}": i for i in range(VOCAB)}}}))
+    return ModelFolder(folder)
+
+
+def hidden_draft(
+    folder: Path,
+    target: ModelFolder,
+    *,
+    layers: int = 1,
+    bottom_layers: int = 1,
+    head_ids: Sequence[int] = range(VOCAB),
+    seed: int = 0,
+) -> HiddenDraftFolder:
+    """A draft with random weights, which is sure of what it says and knows nothing."""
+    config = HiddenDraftConfig(
+        layer=layer_config(target), layers=layers, bottom_layers=bottom_layers, vocab_size=target.vocab_size
+    )
+    random = torch.Generator().manual_seed(seed)
+    model = HiddenDraft(config)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.copy_(torch.randn(weight.shape, generator=random) * 0.2 + (weight.dim() == 1))
+        model.norm.weight.mul_(6)
+        model.spread.copy_(torch.rand(model.spread.shape, generator=random) + 0.5)
+    weights.save(folder, model, torch.tensor(head_ids), target)
+    return HiddenDraftFolder.open(folder)

@@ -183,7 +183,7 @@ def main(
         for cell in sorted(took, key=lambda cell: (list(NEW_TOKENS).index(cell.operation), cell.cached, cell.sessions))
     ]
     report(
-        "bench-engine",
+        "engine",
         f"Engine and transformers, {folder.name}, {dtype}, {threads} threads, medians of {repetitions}",
         COLUMNS,
         rows,

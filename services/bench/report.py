@@ -45,33 +45,53 @@ def report(
     facts: what was measured on what, beside `machine()`. folder: `.wisp/results` unless given.
     """
     known = {**machine(), **(facts or {})}
-    table = Table(title=title, title_justify="left")
-    for i, column in enumerate(columns):
-        numeric = all(isinstance(row[i], int | float) for row in rows)
-        table.add_column(column, justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(_shown(value) for value in row))
-    console = Console(width=None if Console().is_terminal else 120)
-    console.print(table)
+    console = terminal()
+    console.print(table(title, columns, rows))
     console.print(", ".join(f"{key} {value}" for key, value in known.items()), style="dim", highlight=False)
     for note in notes:
         console.print(note, highlight=False)
-    path = (folder or state_folder() / "results") / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    record = {
-        "name": name,
-        "title": title,
-        "at": datetime.now(UTC).isoformat(timespec="seconds"),
-        "facts": known,
-        "rows": [dict(zip(columns, row, strict=True)) for row in rows],
-        "notes": list(notes),
-    }
-    path.write_text(json.dumps(record, indent=1) + "\n")
+    path = keep(
+        name,
+        {
+            "title": title,
+            "facts": known,
+            "rows": [dict(zip(columns, row, strict=True)) for row in rows],
+            "notes": list(notes),
+        },
+        folder,
+    )
     console.print(f"written to {path}", style="dim", highlight=False)
     return path
 
 
+def terminal() -> Console:
+    """Where tables are printed: as wide as the terminal, or wide enough for a file."""
+    return Console(width=None if Console().is_terminal else 120)
+
+
+def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
+    """A table, numbers to the right; None shows as nothing."""
+    made = Table(title=title, title_justify="left")
+    for i, column in enumerate(columns):
+        numeric = all(isinstance(row[i], int | float | None) for row in rows)
+        made.add_column(column, justify="right" if numeric else "left", no_wrap=not numeric)
+    for row in rows:
+        made.add_row(*(_shown(value) for value in row))
+    return made
+
+
+def keep(name: str, record: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Write a benchmark's record to `<folder>/<name>.json`, with its name and the time; returns that path."""
+    path = (folder or state_folder() / "results") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = {"name": name, "at": datetime.now(UTC).isoformat(timespec="seconds"), **record}
+    path.write_text(json.dumps(stamped, indent=1) + "\n")
+    return path
+
+
 def _shown(value: Any) -> str:
+    if value is None:
+        return ""
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)

@@ -116,7 +116,7 @@ def _print(measured: list[Times], memory: list[list[object]]) -> None:
     if to_gateway:
         rows.append(["(beside it: verifier → gateway)", *_quantiles(to_gateway)])
     report(
-        "bench-rounds",
+        "rounds",
         f"One verification round by hop, {len(measured)} rounds of one stream, idle suite",
         ["hop", "median ms", "p90 ms", "p99 ms"],
         rows,
@@ -124,7 +124,7 @@ def _print(measured: list[Times], memory: list[list[object]]) -> None:
         notes=["aim: at most 5 ms outside the model at the median"],
     )
     report(
-        "bench-memory",
+        "memory",
         "Memory of each process after one stream (unique set size)",
         ["process", "MB"],
         memory,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from services.cli.paint import Part, parts
+from services.cli.rounds import Arrival, Round, rounds_of
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -35,6 +37,14 @@ class Answer:
     tokens: list[int] = field(default_factory=list)
     finish: str = ""
     summary: dict[str, float] = field(default_factory=dict)
+    arrivals: list[Arrival] = field(default_factory=list)
+    total_ms: float = 0.0
+    """From sending the request to the end of the answer, as the client saw it."""
+
+    @property
+    def rounds(self) -> list[Round]:
+        """The rounds that made the text."""
+        return rounds_of(self.arrivals)
 
     def same_text(self, other: Answer) -> bool:
         """Whether both consist of the same tokens and end for the same reason."""
@@ -48,6 +58,7 @@ async def ask(
     extra = {"wisp": {"trace": True, "draft": draft}}
     common: dict[str, Any] = {"model": model, "extra_body": extra, **question.options}
     stream: AsyncIterator[Any]
+    started = time.perf_counter()
     if question.messages:
         messages: Any = list(question.messages)
         stream = await client.chat.completions.create(
@@ -61,6 +72,7 @@ async def ask(
     async for chunk in stream:
         trace = (chunk.model_extra or {}).get("wisp") or {}
         answer.summary.update(trace.get("summary") or {})
+        answer.arrivals.append(Arrival((time.perf_counter() - started) * 1000, trace))
         for choice in chunk.choices:
             delta = (choice.delta.content if question.messages else choice.text) or ""
             answer.text += delta
@@ -68,6 +80,7 @@ async def ask(
             answer.finish = choice.finish_reason or answer.finish
             if show is not None:
                 show(parts(delta, trace))
+    answer.total_ms = (time.perf_counter() - started) * 1000
     return answer
 
 

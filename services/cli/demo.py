@@ -9,6 +9,7 @@ from rich.text import Text
 
 from services.cli.ask import API_KEY, Answer, Question, ask, summary_lines, tokens_per_second
 from services.cli.paint import Painter
+from services.cli.rounds import draw
 from services.cli.stack import Stack
 
 if TYPE_CHECKING:
@@ -39,15 +40,18 @@ QUESTIONS = (
 )
 
 
-async def demo(stack: Stack, console: Console) -> bool:
-    """Ask the questions with drafts and without; returns whether both gave the same tokens."""
+async def demo(stack: Stack, console: Console, rounds: bool = False) -> bool:
+    """Ask the questions with drafts and without; returns whether both gave the same tokens.
+
+    rounds: also draw the first rounds of each drafted answer.
+    """
     from openai import AsyncOpenAI
 
     async with AsyncOpenAI(base_url=stack.url, api_key=API_KEY, max_retries=0) as client:
         model = (await client.models.list()).data[0].id
         painter = Painter(console)
         console.print(Text.assemble(f"\n{model} answers: ", painter.legend))
-        drafted = [await _show(client, model, question, console, painter) for question in QUESTIONS]
+        drafted = [await _show(client, model, question, console, painter, rounds) for question in QUESTIONS]
         console.print(Text("\nThe same questions by plain decoding, without drafts", "bold"))
         plain = [await ask(client, model, question, "none") for question in QUESTIONS]
     for question, with_drafts, without in zip(QUESTIONS, drafted, plain, strict=True):
@@ -60,7 +64,9 @@ async def demo(stack: Stack, console: Console) -> bool:
     return identical
 
 
-async def _show(client: AsyncOpenAI, model: str, question: Question, console: Console, painter: Painter) -> Answer:
+async def _show(
+    client: AsyncOpenAI, model: str, question: Question, console: Console, painter: Painter, rounds: bool
+) -> Answer:
     console.print(Text(f"\n{question.title}", "bold"))
     console.print(
         Text(question.messages[-1]["content"] if question.messages else question.prompt, "dim"), soft_wrap=True
@@ -69,4 +75,6 @@ async def _show(client: AsyncOpenAI, model: str, question: Question, console: Co
     painter.end()
     for line in summary_lines(answer.summary):
         console.print(Text(f"  {line}", "cyan"), soft_wrap=True)
+    if rounds:
+        draw(answer.rounds, painter)
     return answer

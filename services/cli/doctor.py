@@ -31,6 +31,7 @@ EXTRAS = {
     "gateway": ("fastapi", "uvicorn", "httptools", "jinja2", "tokenizers"),
     "model": ("torch", "transformers", "safetensors", "gguf"),
     "client": ("openai",),
+    "training": ("scipy",),
 }
 """The packages by which an extra is recognised."""
 API_PORT = 8000

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import sys
 from dataclasses import asdict
@@ -14,7 +13,9 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli.terminal import err, errors_shown, out, run
+from services.cli import controller
+from services.cli import draft as drafts
+from services.cli.terminal import errors_shown, out, require, run
 
 if TYPE_CHECKING:
     from services.cli.progress import ConsoleProgress
@@ -29,6 +30,8 @@ app = typer.Typer(
 )
 models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 app.add_typer(models, name="models")
+app.add_typer(drafts.app, name="draft")
+app.add_typer(controller.app, name="controller")
 
 
 class Dtype(StrEnum):
@@ -41,6 +44,8 @@ class Dtype(StrEnum):
 class DraftSource(StrEnum):
     """Where a drafter takes its drafts from."""
 
+    COMBINED = "combined"
+    HIDDEN = "hidden"
     LOOKUP = "lookup"
     MODEL = "model"
     NONE = "none"
@@ -49,8 +54,10 @@ class DraftSource(StrEnum):
 class Benchmark(StrEnum):
     """The benchmarks that can be run by name."""
 
+    DRAFT = "draft"
     ENGINE = "engine"
     ROUNDS = "rounds"
+    STREAM = "stream"
 
 
 Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. [env: WISP_TARGET]")]
@@ -60,8 +67,14 @@ Verifiers = Annotated[int, typer.Option(min=1, help="Verifier processes, which s
 Threads = Annotated[
     int | None, typer.Option(min=1, help="CPU threads of each verifier. [default: its share of the cores]")
 ]
-Draft = Annotated[DraftSource | None, typer.Option(help="Where drafts come from. [default: lookup]")]
+Draft = Annotated[
+    DraftSource | None,
+    typer.Option(help="Where drafts come from. [default: combined where the target has a draft, else lookup]"),
+]
 DraftModel = Annotated[Path | None, typer.Option(help="Folder of a draft model, for --draft model.")]
+HiddenDraft = Annotated[
+    Path | None, typer.Option(help="Folder of a draft by `wisp draft train`. [default: the one that comes with WISP]")
+]
 
 
 @app.command()
@@ -75,10 +88,11 @@ def up(
     threads: Threads = None,
     draft: Draft = None,
     draft_model: DraftModel = None,
+    hidden_draft: HiddenDraft = None,
 ) -> None:
     """Keep the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
     with errors_shown():
-        _require("gateway", "model")
+        require("gateway", "model")
         from services.cli.up import require_port, up
 
         require_port(host, port)
@@ -88,6 +102,7 @@ def up(
             dtype,
             draft,
             draft_model,
+            hidden_draft,
             threads,
             drafters=drafters,
             verifiers=verifiers,
@@ -114,17 +129,23 @@ def demo(
     threads: Threads = None,
     draft: Draft = None,
     draft_model: DraftModel = None,
+    hidden_draft: HiddenDraft = None,
+    rounds: Annotated[
+        bool, typer.Option("--rounds", help="Draw the first rounds of each answer: times and tokens.")
+    ] = False,
 ) -> None:
     """Ask two questions through the whole suite, and compare with plain decoding (exit status 1 if it differs)."""
     with errors_shown():
-        _require("gateway", "model", "client")
+        require("gateway", "model", "client")
         from services.cli.demo import demo
 
-        stack = _stack("demo", target, dtype, draft, draft_model, threads, drafters=drafters, verifiers=verifiers)
+        stack = _stack(
+            "demo", target, dtype, draft, draft_model, hidden_draft, threads, drafters=drafters, verifiers=verifiers
+        )
 
         async def work() -> bool:
             async with stack:
-                return await stack.watch(demo(stack, out))
+                return await stack.watch(demo(stack, out, rounds))
 
         if not run(work):
             raise typer.Exit(1)
@@ -140,22 +161,23 @@ def chat(
     threads: Threads = None,
     draft: Draft = None,
     draft_model: DraftModel = None,
+    hidden_draft: HiddenDraft = None,
     system: Annotated[str | None, typer.Option(help="System message; default: the model's own.")] = None,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.2,
 ) -> None:
     """Talk to the model in the terminal; accepted draft tokens are coloured."""
     with errors_shown():
-        _require("client")
+        require("client")
         from services.cli.chat import Chat
 
         asked = draft.value if draft else "auto"
         if url:
             Chat(url, out, draft=asked, system=system, temperature=temperature).talk()
             return
-        _require("gateway", "model")
+        require("gateway", "model")
         from services.cli.background import Background
 
-        with Background(_stack("chat", target, dtype, draft, draft_model, threads)) as background:
+        with Background(_stack("chat", target, dtype, draft, draft_model, hidden_draft, threads)) as background:
 
             def check() -> None:
                 if background.failure is not None:
@@ -220,24 +242,10 @@ def list_models() -> None:
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
 def bench(context: typer.Context, name: Benchmark) -> None:
-    """Run a benchmark; further words go to it."""
+    """Run a benchmark; further words go to it (`wisp bench stream -- --help` lists them)."""
     with errors_shown():
-        _require("model")
+        require("gateway", "model", "client")
         os.execv(sys.executable, [sys.executable, "-m", f"services.bench.{name.value}", *context.args])
-
-
-def _require(*extras: str) -> None:
-    """End with a message unless the packages of these extras are installed."""
-    from services.cli.doctor import EXTRAS
-
-    lacking = [extra for extra in extras if any(importlib.util.find_spec(name) is None for name in EXTRAS[extra])]
-    if lacking:
-        err.print(
-            "This needs packages that are not installed. Type: make setup "
-            f"(or: pip install 'wisp[{','.join(lacking)}]')",
-            markup=False,
-        )
-        raise typer.Exit(1)
 
 
 def _progress() -> ConsoleProgress:
@@ -252,6 +260,7 @@ def _stack(
     dtype: Dtype | None,
     draft: DraftSource | None,
     draft_model: Path | None,
+    hidden_draft: Path | None,
     threads: int | None,
     *,
     drafters: int = 1,
@@ -272,6 +281,7 @@ def _stack(
         "WISP_DTYPE": dtype.value if dtype else None,
         "WISP_DRAFT_SOURCE": draft.value if draft else None,
         "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
+        "WISP_HIDDEN_DRAFT": str(hidden_draft.absolute()) if hidden_draft else None,
         "WISP_THREADS": str(threads) if threads else None,
     }
     return Stack(

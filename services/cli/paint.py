@@ -71,6 +71,16 @@ class Painter:
                 self._open = part.draft
             self._put(printable(part.text), self._style if part.draft and not self._marks else None)
 
+    def text(self, written: Sequence[Part]) -> Text:
+        """The same as `write` shows, as a text of its own."""
+        shown = Text()
+        for part in written:
+            if part.draft and self._marks:
+                shown.append(f"{OPEN}{printable(part.text)}{CLOSE}")
+            else:
+                shown.append(printable(part.text), self._style if part.draft else None)
+        return shown
+
     def end(self) -> None:
         """End the answer's last line."""
         if self._open:

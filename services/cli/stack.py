@@ -39,10 +39,11 @@ class ServiceFailed(WispError):
 class Stack:
     """Brokers and services of one run. Use as an async context manager: inside, everything is ready.
 
-    Counts may be 0. `env` goes to every service, on top of this process's environment. `brokers` are left alone when
-    they are given; otherwise the stack has its own. `target` is the folder of a prepared model. `port` 0 lets the
-    system choose. Start it from a thread that lives as long as the stack shall. Raises WispError when a part does not
-    come up; what had come up is stopped then.
+    Counts may be 0. `env` goes to every service, on top of this process's environment; `env_of[service]` goes to the
+    processes of that service, before everything else. `brokers` are left alone when they are given; otherwise the stack
+    has its own. `target` is the folder of a prepared model. `port` 0 lets the system choose. Start it from a thread
+    that lives as long as the stack shall. Raises WispError when a part does not come up; what had come up is stopped
+    then.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Stack:
         verifiers: int = 1,
         target: Path | None = None,
         env: Mapping[str, str] | None = None,
+        env_of: Mapping[str, Mapping[str, str]] | None = None,
         brokers: Brokers | None = None,
         namespace: str | None = None,
         host: str = LOOPBACK,
@@ -72,6 +74,7 @@ class Stack:
         }
         self.target = (target or state_folder() / "models" / DEFAULT_TARGET).absolute()
         self.env = dict(env or {})
+        self.env_of = dict(env_of or {})
         self.host, self.port = host, port
         self._given_brokers = brokers
         self._namespace = namespace
@@ -209,7 +212,7 @@ class Stack:
             name,
             self._launch.command(service),
             log=self.folder / f"{name}.log",
-            environment=self._launch.environment(service, name, env),
+            environment=self._launch.environment(service, name, {**self.env_of.get(service, {}), **env}),
             folder=checkout(),
         )
         self._processes.append((service, process))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import signal
 from collections.abc import Callable, Coroutine, Iterator
 from contextlib import contextmanager
@@ -49,3 +50,17 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return await work()
 
     return asyncio.run(main())
+
+
+def require(*extras: str) -> None:
+    """End with a message unless the packages of these extras are installed."""
+    from services.cli.doctor import EXTRAS
+
+    lacking = [extra for extra in extras if any(importlib.util.find_spec(name) is None for name in EXTRAS[extra])]
+    if lacking:
+        err.print(
+            "This needs packages that are not installed. Type: make setup "
+            f"(or: pip install 'wisp[{','.join(lacking)}]')",
+            markup=False,
+        )
+        raise typer.Exit(1)

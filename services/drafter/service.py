@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 
 import structlog
 
 from services.drafter import metrics
+from services.drafter.control import Round, SessionControl
+from services.drafter.drafting import Drafting, load_drafting
+from services.drafter.hidden.rows import HiddenRows
 from services.drafter.session import DraftSession
 from services.drafter.settings import DrafterSettings
-from services.drafter.sources import Draft, DraftRequest, DraftSource, LookupDrafts, NoDrafts
+from services.drafter.sources import Ahead, Draft, DraftRequest, States
 from services.drafter.timeout import RoundTimer
+from services.drafter.worker import SourceWorker
 from shared import logging, topology
 from shared.broker import Broker
-from shared.errors import BrokersError
-from shared.messages import Cancel, DraftChoice, Generate, Load, Message, Result
-from shared.models.folder import ModelFolder
+from shared.errors import BrokersError, MessageError
+from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status
 from shared.service import running
 from shared.store import SessionStatus, Store
 from shared.topology import Topology
@@ -27,15 +30,10 @@ STORE_RETRY_S = 1.0
 
 async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -> None:
     """Run a drafter until `stop` is set; its unfinished sessions are then given to other drafters by the broker."""
-    sources: dict[str, DraftSource] = {source.name: source for source in (NoDrafts(), LookupDrafts())}
-    vocab_fingerprint = None
-    if settings.draft_model is not None:
-        folder = ModelFolder(settings.draft_model)
-        vocab_fingerprint = folder.vocab_fingerprint
-        sources["model"] = await asyncio.to_thread(_load_model_drafts, settings)
+    drafting = await asyncio.to_thread(load_drafting, settings)
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    drafter = Drafter(instance, settings, sources, vocab_fingerprint, broker, store)
+    drafter = Drafter(instance, settings, drafting, broker, store)
     try:
         await drafter.run(stop)
     finally:
@@ -43,90 +41,53 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
         await store.close()
 
 
-def _load_model_drafts(settings: DrafterSettings) -> DraftSource:
-    # torch is needed for this source alone; a drafter on a thin device can do without it.
-    from services.drafter.sources.model import ModelDrafts
-    from shared.engine import Engine
+@dataclass
+class Serving:
+    """A session with everything that drafting for it needs."""
 
-    assert settings.draft_model is not None
-    engine = Engine(
-        settings.draft_model,
-        dtype=settings.draft_dtype,
-        device=settings.device,
-        threads=settings.threads,
-        budget_tokens=settings.cache_tokens,
-    )
-    return ModelDrafts(engine)
+    session: DraftSession
+    worker: SourceWorker
+    names: tuple[str, ...]
+    control: SessionControl
+    states: HiddenRows | None
+    entropy: float | None = None
+    """Of the target's distribution at the last committed token, if its verifier said."""
+    ahead: tuple[list[int], Draft, Round] | None = None
+    """The draft for the next round, if the session's tokens are then these."""
 
-
-class SourceWorker:
-    """Calls one draft source for all sessions that are ready; those that come meanwhile make up the next call."""
-
-    def __init__(self, source: DraftSource) -> None:
-        self.source = source
-        self._waiting: list[tuple[DraftRequest, asyncio.Future[Draft]]] = []
-        self._arrived = asyncio.Event()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix=f"draft-{source.name}") if source.blocking else None
-
-    async def draft(self, request: DraftRequest) -> Draft:
-        """The session's draft, made in one call with those of others."""
-        if self._thread is None:
-            return self.source.propose([request])[0]
-        answer: asyncio.Future[Draft] = asyncio.get_running_loop().create_future()
-        self._waiting.append((request, answer))
-        self._arrived.set()
-        return await answer
-
-    async def work(self) -> None:
-        """Serve `draft` forever."""
-        loop = asyncio.get_running_loop()
-        while True:
-            await self._arrived.wait()
-            self._arrived.clear()
-            waiting, self._waiting = self._waiting, []
-            requests = [request for request, _ in waiting]
-            try:
-                drafts = await loop.run_in_executor(self._thread, self.source.propose, requests)
-            except Exception:
-                # Drafts only make it faster: without them the text is the same.
-                logging.get().exception("draft source failed", source=self.source.name)
-                drafts = [Draft() for _ in requests]
-            for (_, answer), draft in zip(waiting, drafts, strict=True):
-                if not answer.done():
-                    answer.set_result(draft)
-
-    def close(self, session: str) -> None:
-        """Forget a session, in the thread that the source lives in."""
-        if self._thread is None:
-            self.source.close(session)
+    def request(self, round_: Round) -> DraftRequest:
+        """What the source is asked for now."""
+        session = self.session
+        if self.states is None:
+            states = None
         else:
-            self._thread.submit(self.source.close, session)
+            # The last token is always computed again, and each token with the state before it.
+            seen = min(self.worker.source.seen(session.name), len(session.tokens) - 1)
+            self.states.need_from(max(0, seen - 1))
+            start, rows = self.states.run(len(session.tokens))
+            states = States(start, rows.copy()) if len(rows) else None
+        return DraftRequest(session.name, session.tokens, session.generate.sampling, round_, self.names, states)
 
 
 class Drafter:
     """Takes requests from its pool and sees each through."""
 
     def __init__(
-        self,
-        instance: str,
-        settings: DrafterSettings,
-        sources: dict[str, DraftSource],
-        vocab_fingerprint: str | None,
-        broker: Broker,
-        store: Store,
+        self, instance: str, settings: DrafterSettings, drafting: Drafting, broker: Broker, store: Store
     ) -> None:
         self.instance = instance
         self._settings = settings
-        self._workers = {name: SourceWorker(source) for name, source in sources.items()}
-        self._vocab_fingerprint = vocab_fingerprint
+        self._drafting = drafting
+        self._controller = drafting.controller
+        self._workers = {id(source): SourceWorker(source) for source in drafting.sources.values()}
         self._broker = broker
         self._store = store
         self._log = logging.get()
         self._results: dict[str, asyncio.Queue[Result | Cancel]] = {}
+        self._states: dict[str, HiddenRows] = {}
         self._served: dict[str, asyncio.Event] = {}
         self._first_rounds = RoundTimer(settings.min_timeout_ms)
         self._later_rounds = RoundTimer(settings.min_timeout_ms)
-        self._draft_cap = settings.draft_length
 
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`."""
@@ -136,13 +97,25 @@ class Drafter:
         await self._broker.consume(
             names.generate_queue(self._settings.pool), self._generate, prefetch=self._settings.max_sessions
         )
-        self._log.info("ready", pool=self._settings.pool, sources=sorted(self._workers))
+        self._log.info(
+            "ready",
+            pool=self._settings.pool,
+            sources=sorted(self._drafting.sources),
+            default=self._drafting.default,
+            stop_rule=self._settings.stop_rule,
+        )
         async with running(stop, *(worker.work() for worker in self._workers.values())):
             pass
 
     async def _receive(self, message: Message) -> None:
         if isinstance(message, Load):
-            self._draft_cap = message.draft_cap
+            self._controller.pace.hear(message)
+        elif isinstance(message, HiddenStates):
+            if (rows := self._states.get(message.session)) is not None:
+                try:
+                    rows.add(message)
+                except MessageError as error:
+                    self._log.warning("hidden states ignored", error=str(error))
         elif isinstance(message, Result | Cancel) and (waiting := self._results.get(message.session)):
             waiting.put_nowait(message)
 
@@ -156,33 +129,14 @@ class Drafter:
             return
         self._served[message.session] = asyncio.Event()
         self._results[message.session] = asyncio.Queue()
-        worker = self._worker(message)
         try:
             with metrics.SESSIONS.track_inprogress():
-                await self._serve(message, worker)
+                await self._serve(message)
         finally:
             self._served.pop(message.session).set()
             del self._results[message.session]
-            worker.close(message.session)
 
-    def _worker(self, generate: Generate) -> SourceWorker:
-        """The draft source that a request gets: what it asks for where that can be had."""
-        wanted = self._settings.draft_source if generate.draft is DraftChoice.AUTO else generate.draft.value
-        if wanted == "model":
-            if wanted not in self._workers:
-                self._log.warning("no draft model here; using the default source", session=generate.session)
-                wanted = self._settings.draft_source
-            elif self._vocab_fingerprint != generate.vocab_fingerprint:
-                self._log.warning(
-                    "the draft model's vocabulary is not the target's; decoding without drafts",
-                    session=generate.session,
-                    draft_vocabulary=self._vocab_fingerprint,
-                    target_vocabulary=generate.vocab_fingerprint,
-                )
-                wanted = "none"
-        return self._workers[wanted]
-
-    async def _serve(self, generate: Generate, worker: SourceWorker) -> None:
+    async def _serve(self, generate: Generate) -> None:
         started = time.monotonic()
         while True:
             try:
@@ -196,36 +150,54 @@ class Drafter:
             return
         session = DraftSession(generate, stored.tokens, round=stored.round + 1)
         prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
-        while not session.done:
-            with structlog.contextvars.bound_contextvars(round=session.round):
-                elapsed_ms = prior_ms + (time.monotonic() - started) * 1000
-                if not await self._round(session, worker, elapsed_ms):
-                    return
+        choice = self._drafting.choose(generate)
+        states = HiddenRows(self._drafting.hidden_size) if choice.reads_states else None
+        worker = self._workers[id(choice.source)]
+        serving = Serving(session, worker, choice.names, self._controller.session(*choice.names), states)
+        if states is not None:
+            self._states[session.name] = states
+        try:
+            while not session.done:
+                with structlog.contextvars.bound_contextvars(round=session.round):
+                    elapsed_ms = prior_ms + (time.monotonic() - started) * 1000
+                    if not await self._round(serving, elapsed_ms):
+                        return
+        finally:
+            self._states.pop(session.name, None)
+            worker.close(session.name)
         if session.failure is not None:
             self._log.warning("session failed", code=session.failure.code, error=session.failure.message)
 
-    async def _round(self, session: DraftSession, worker: SourceWorker, elapsed_ms: float) -> bool:
+    async def _round(self, serving: Serving, elapsed_ms: float) -> bool:
         """Draft, have it verified, take the result in; False when the session was cancelled."""
         started = time.monotonic()
-        room = session.draft_room(min(self._settings.draft_length, self._draft_cap))
-        request = DraftRequest(session.name, session.tokens, room, session.generate.sampling)
-        draft = await worker.draft(request)
+        session, control = serving.session, serving.control
+        draft, round_, request = await self._draft(serving)
         draft_ms = (time.monotonic() - started) * 1000
         metrics.DRAFT_TIME.observe(draft_ms / 1000)
         timer = self._first_rounds if session.output_tokens == 0 else self._later_rounds
+        wanted = None
+        if serving.states is not None and not control.resting:
+            wanted = serving.states.wanted(len(session.tokens))
+        base_len = len(session.tokens)
         attempt = 0
+        ahead = None
         while True:
             sent = time.monotonic()
             verify = session.verify(
                 draft.tokens,
-                draft.acceptance,
+                round_.acceptance,
                 self.instance,
                 elapsed_ms + (sent - started) * 1000,
                 draft_ms,
                 attempt,
+                wanted,
+                HiddenFormat(self._settings.hidden_format),
             )
             self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
             await self._broker.publish(verify, topology.VERIFY)
+            if ahead is None:
+                ahead = self._draft_ahead(serving, request, draft)
             result = await self._result(session, timer.timeout_ms(attempt) / 1000)
             if result is not None:
                 break
@@ -234,12 +206,54 @@ class Drafter:
             self._log.info("round is late, sending it again", attempt=attempt)
         if isinstance(result, Cancel):
             return False
+        round_ms = (time.monotonic() - sent) * 1000
         self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
-        metrics.ROUND_TIME.observe(time.monotonic() - sent)
+        metrics.ROUND_TIME.observe(round_ms / 1000)
         if attempt == 0:
-            timer.learn((time.monotonic() - sent) * 1000)
-        worker.source.learn(session.name, result.trimmed_to, result.accepted)
+            timer.learn(round_ms)
+            control.pace.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
+        # A conflict says nothing of this draft.
+        committed = result.status is Status.COMMITTED
+        # Where the text ended with a draft token, those behind it were not judged.
+        judged = result.trimmed_to if len(result.tokens) > result.accepted else result.accepted
+        control.settle(round_, judged if committed else 0, result.accepted if committed else 0)
+        metrics.count(round_, judged if committed else 0, result.accepted if committed else 0, draft)
+        serving.entropy = result.entropy
+        if serving.states is not None and len(session.tokens) < base_len:
+            serving.states.truncate(len(session.tokens))
+        serving.ahead = _made_ahead(ahead)
         return True
+
+    async def _draft(self, serving: Serving) -> tuple[Draft, Round, DraftRequest]:
+        """The round's draft: the one made ahead if what it was made for has come true, else a new one."""
+        session, control = serving.session, serving.control
+        ahead, serving.ahead = serving.ahead, None
+        if ahead is not None:
+            assumed, draft, round_ = ahead
+            kept = bool(draft.tokens) and assumed == session.tokens
+            metrics.AHEAD.labels("kept" if kept else "dropped").inc()
+            if kept:
+                return draft, round_, serving.request(round_)
+        room = session.draft_room(self._settings.draft_length)
+        round_ = control.begin(room, session.generate.sampling.temperature, serving.entropy)
+        request = serving.request(round_)
+        draft, took_ms = await serving.worker.draft(request)
+        for source, steps in draft.steps.items():
+            control.pace.learn_draft(source, steps, took_ms)
+        return draft, round_, request
+
+    def _draft_ahead(self, serving: Serving, request: DraftRequest, draft: Draft) -> _Ahead | None:
+        """Start drafting for the round after this one, as if all of this draft were accepted."""
+        session, control = serving.session, serving.control
+        if not self._settings.optimistic or control.resting:
+            return None
+        room = session.draft_room(self._settings.draft_length, assumed=len(draft.tokens) + 1)
+        round_ = control.ahead(room, session.generate.sampling.temperature)
+        if round_.longest == 0:
+            return None
+        following = replace(request, round=round_, states=None)
+        answer = serving.worker.ahead(following, draft)
+        return None if answer is None else _Ahead([*session.tokens, *draft.tokens], round_, answer)
 
     async def _result(self, session: DraftSession, timeout_s: float) -> Result | Cancel | None:
         """The message that settles the round in flight; None when it does not come in time."""
@@ -252,3 +266,23 @@ class Drafter:
                         return message
         except TimeoutError:
             return None
+
+
+@dataclass(frozen=True)
+class _Ahead:
+    """A draft being made for the round after the one in flight; `tokens` are the session's if all is accepted."""
+
+    tokens: list[int]
+    round: Round
+    answer: asyncio.Future[tuple[Ahead | None, float]]
+
+
+def _made_ahead(ahead: _Ahead | None) -> tuple[list[int], Draft, Round] | None:
+    """What came of it, if it is there already: it is not worth waiting for."""
+    if ahead is None:
+        return None
+    if not ahead.answer.done():
+        ahead.answer.cancel()
+        return None
+    made, _ = ahead.answer.result()
+    return None if made is None else ([*ahead.tokens, made.bonus], made.draft, ahead.round)

@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from shared import slo
-from shared.messages import Failure, Finish, Generate, Result, Status, Verify
+from shared.messages import Failure, Finish, Generate, HiddenFormat, Result, Status, Verify
 
 
 @dataclass
@@ -38,9 +38,9 @@ class DraftSession:
         """Committed tokens after the prompt."""
         return len(self.tokens) - len(self.generate.prompt)
 
-    def draft_room(self, draft_length: int) -> int:
-        """Longest useful draft now: the bonus token takes the last place that is left."""
-        return max(0, min(draft_length, self.generate.max_tokens - self.output_tokens - 1))
+    def draft_room(self, draft_length: int, assumed: int = 0) -> int:
+        """Longest useful draft once `assumed` more tokens are committed: the bonus token takes the last place left."""
+        return max(0, min(draft_length, self.generate.max_tokens - self.output_tokens - assumed - 1))
 
     def verify(
         self,
@@ -50,6 +50,8 @@ class DraftSession:
         elapsed_ms: float,
         draft_ms: float,
         attempt: int = 0,
+        hidden_from: int | None = None,
+        hidden_format: HiddenFormat = HiddenFormat.BFLOAT16,
     ) -> Verify:
         """The round's message to the scheduler."""
         return Verify(
@@ -64,6 +66,8 @@ class DraftSession:
             slack_ms=slo.slack_ms(self.generate.slo, elapsed_ms, self.output_tokens),
             draft_ms=draft_ms,
             attempt=attempt,
+            hidden_from=hidden_from,
+            hidden_format=hidden_format,
         )
 
     def apply(self, result: Result) -> bool:

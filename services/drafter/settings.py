@@ -7,21 +7,38 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shared.settings import NAME_PATTERN, ServiceSettings
+from shared.settings import NAME_PATTERN, TargetSettings
 from shared.topology import DEFAULT_POOL
 
 
-class DrafterSettings(ServiceSettings):
+class DrafterSettings(TargetSettings):
     """One drafter process. It takes requests from its pool's queue; several share the work."""
 
     pool: str = Field(DEFAULT_POOL, pattern=NAME_PATTERN, description="queue of requests to serve: a pool, or a device")
-    draft_source: Literal["lookup", "model", "none"] = Field("lookup", description="where drafts come from")
+    draft_source: Literal["auto", "combined", "hidden", "lookup", "model", "none"] = Field(
+        "auto",
+        description="where drafts come from; auto: combined where there is a hidden-state draft for the target, else "
+        "lookup",
+    )
+    hidden_draft: Path | None = Field(
+        None, description="folder of a hidden-state draft (wisp draft train); default: the one shipped for the target"
+    )
+    hidden_format: Literal["bfloat16", "int8"] = Field(
+        "bfloat16", description="how hidden states travel: int8 takes half the bytes"
+    )
     draft_model: Path | None = Field(None, description="folder of a draft model with the target's vocabulary")
     draft_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the draft model")
     device: str = Field("cpu", description="torch device of the draft model")
     threads: int = Field(1, ge=1, le=256, description="CPU threads for the draft model")
     cache_tokens: int = Field(16384, ge=64, description="K/V budget of the draft model, in tokens")
-    draft_length: int = Field(4, ge=0, le=64, description="longest draft per round")
+    stop_rule: Literal["fixed", "entropy", "predictor", "marginal"] = Field(
+        "marginal", description="how far to draft: always to draft_length, or to where a rule says"
+    )
+    controller: Path | None = Field(
+        None, description="weights of the stop rule (wisp controller train); default: those of the hidden-state draft"
+    )
+    draft_length: int = Field(8, ge=0, le=64, description="longest draft per round")
+    optimistic: bool = Field(True, description="draft on while a round is being verified")
     max_sessions: int = Field(64, ge=1, le=10000, description="sessions served at once; others wait in the queue")
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")
 

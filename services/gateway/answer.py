@@ -129,10 +129,12 @@ class Answer(Response):
                 delta["wisp"] = stream.trace(item)
             return [delta]
         chunks = [self._reply.closing(index, item.value)]
+        if self._order.trace and (rounds := run.lives[index].session.take_rounds()):
+            chunks[0]["wisp"] = {"rounds": stream.rounds(rounds)}
         if is_last and self._reply.include_usage:
             chunks.append(self._reply.usage(self._usage(run)))
         if is_last and self._order.trace:
-            chunks[-1]["wisp"] = {"summary": self._summary(run)}
+            chunks[-1].setdefault("wisp", {})["summary"] = self._summary(run)
         return chunks
 
     def _usage(self, run: Run) -> Usage:

@@ -26,12 +26,30 @@ class Token:
 
 
 @dataclass
+class Round:
+    """What one round brought and cost, the chunks of prefill before it included."""
+
+    round: int
+    start: int
+    """Output tokens before it."""
+    tokens: int
+    """Tokens that it committed, with the one that ended the text."""
+    drafted: int
+    verified: int
+    accepted: int
+    draft_ms: float
+    queue_ms: float
+    verify_ms: float
+
+
+@dataclass
 class Piece:
-    """Text that may be shown, and the tokens that it is made of."""
+    """Text that may be shown, the tokens that it is made of, and the rounds that were settled since the last piece."""
 
     text: str
     tokens: list[Token]
     round: int
+    rounds: list[Round] = field(default_factory=list)
 
 
 @dataclass
@@ -80,6 +98,9 @@ class Session:
     _released: int = 0
     """Characters of the held tokens that are known to be no part of a stop string."""
     _counted: set[tuple[str, int, str]] = field(default_factory=set)
+    _rounds: list[Round] = field(default_factory=list)
+    _counted_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    """The tally's durations when the last round was settled."""
 
     def __post_init__(self) -> None:
         self.length = self.prompt_len
@@ -147,6 +168,11 @@ class Session:
         self._ready.clear()
         return ready
 
+    def take_rounds(self) -> list[Round]:
+        """The rounds that have been settled since the last piece of text or call."""
+        rounds, self._rounds = self._rounds, []
+        return rounds
+
     def _count(self, result: Result) -> None:
         # The same round can be reported by a repeated message, and verified twice after a repeated one.
         once = (result.status.value, result.base_len, result.batch if result.status is Status.PREFILLED else "")
@@ -163,6 +189,22 @@ class Session:
             tally.drafted += result.drafted
             tally.verified += result.trimmed_to
             tally.accepted += result.accepted
+            now_ms = (tally.draft_ms, tally.queue_ms, tally.verify_ms)
+            draft_ms, queue_ms, verify_ms = (now - then for now, then in zip(now_ms, self._counted_ms, strict=True))
+            self._counted_ms = now_ms
+            self._rounds.append(
+                Round(
+                    round=result.round,
+                    start=result.base_len - self.prompt_len,
+                    tokens=len(result.tokens),
+                    drafted=result.drafted,
+                    verified=result.trimmed_to,
+                    accepted=result.accepted,
+                    draft_ms=draft_ms,
+                    queue_ms=queue_ms,
+                    verify_ms=verify_ms,
+                )
+            )
 
     def _release(self, characters: int) -> None:
         """Make ready the tokens whose whole text is known to be no part of a stop string."""
@@ -179,7 +221,8 @@ class Session:
             self._show(tokens)
 
     def _show(self, tokens: list[Token]) -> None:
-        self._ready.append(Piece(self.echo + "".join(token.text for token in tokens), tokens, self.round))
+        text = self.echo + "".join(token.text for token in tokens)
+        self._ready.append(Piece(text, tokens, self.round, self.take_rounds()))
         self.echo = ""
 
     def _end(self, finish: Finish, shown: str) -> None:

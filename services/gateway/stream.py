@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from services.gateway.session import Piece, Tally, Token
+from services.gateway.session import Piece, Round, Tally, Token
 
 DONE = b"data: [DONE]\n\n"
 
@@ -117,8 +117,17 @@ def event(fields: Fields) -> bytes:
 
 
 def trace(piece: Piece) -> Fields:
-    """The trace of one chunk: the tokens that its text is made of, and the round they came with."""
-    return {"tokens": tokens(piece.tokens), "round": piece.round}
+    """The trace of one chunk: the tokens that its text is made of, the round that the last of them came with, and what
+    each round since the last chunk brought and cost."""
+    return {"tokens": tokens(piece.tokens), "round": piece.round, "rounds": rounds(piece.rounds)}
+
+
+def rounds(settled: Sequence[Round]) -> list[Fields]:
+    """Rounds as the trace shows them."""
+    return [
+        {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(one).items()}
+        for one in settled
+    ]
 
 
 def tokens(made: Sequence[Token]) -> list[Fields]:

@@ -236,4 +236,6 @@ def _job(chosen: Chosen, now_ms: float) -> Job:
         draft_ms=verify.draft_ms,
         queue_ms=max(0.0, now_ms - chosen.pending.arrived_ms),
         reason=chosen.reason,
+        hidden_from=verify.hidden_from if chosen.prefill_to is None else None,
+        hidden_format=verify.hidden_format,
     )

@@ -8,5 +8,6 @@ BATCH_TIME = Histogram(
     "wisp_verifier_batch_seconds", "Time of a batch in the model", buckets=(0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 2, 5)
 )
 NEW_TOKENS = Counter("wisp_verifier_new_tokens", "Tokens computed: drafts, last tokens and prompts")
+HIDDEN_BYTES = Counter("wisp_verifier_hidden_bytes", "Hidden states sent to drafters, in bytes")
 JOBS_REFUSED = Counter("wisp_verifier_jobs_refused", "Jobs that could not be verified", ["code"])
 CACHE_USAGE = Gauge("wisp_kv_cache_usage_perc", "Share of the K/V budget that sessions hold, 0 to 1")

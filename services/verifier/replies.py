@@ -6,7 +6,7 @@ from typing import Any
 
 from services.verifier.verify import Outcome
 from shared.errors import TooLong
-from shared.messages import Failure, Job, Result, Status
+from shared.messages import Failure, HiddenStates, Job, Result, Status
 from shared.store import Committed
 from shared.store import Outcome as CommitOutcome
 
@@ -70,6 +70,35 @@ def settled(
         cached=outcome.cached if outcome else 0,
         new_tokens=outcome.new_tokens if outcome else 0,
         verify_ms=verify_ms,
+        entropy=outcome.entropy if outcome and _as_judged(outcome, committed) else None,
+    )
+
+
+def hidden_states(job: Job, outcome: Outcome | None, committed: Committed) -> list[HiddenStates]:
+    """What the drafter asked to see of the target's hidden states, of committed tokens only."""
+    if outcome is None or not _as_judged(outcome, committed):
+        return []
+    return [
+        HiddenStates(
+            session=job.session,
+            round=job.round,
+            start=part.start,
+            count=part.count,
+            size=part.size,
+            format=part.format,
+            rows=part.rows,
+            scales=part.scales,
+        )
+        for part in outcome.hidden
+    ]
+
+
+def _as_judged(outcome: Outcome, committed: Committed) -> bool:
+    """Whether the round's committed tokens are those that this verifier chose, now or for an earlier copy of it."""
+    return (
+        committed.outcome is CommitOutcome.COMMITTED
+        and outcome.verdict is not None
+        and committed.tokens == outcome.verdict.tokens
     )
 
 

@@ -26,6 +26,7 @@ from shared.messages import (
     Cancel,
     Failure,
     Heartbeat,
+    HiddenStates,
     Job,
     Measurement,
     Message,
@@ -73,6 +74,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
             device=settings.device,
             threads=settings.threads,
             budget_tokens=settings.cache_tokens,
+            keep_hidden=settings.keep_hidden,
         ),
     )
     if not engine.batch_invariant:
@@ -242,6 +244,8 @@ class Verifier:
             stop_ids=frozenset(known.request.stop_ids),
             room=known.request.max_length - len(known.tokens),
             prefill_to=job.prefill_to,
+            hidden_from=job.hidden_from,
+            hidden_format=job.hidden_format,
         )
 
     async def _reply(
@@ -253,7 +257,9 @@ class Verifier:
         shapes: Sequence[BatchShape],
     ) -> None:
         """Commit, publish the results, and last free what nobody needs any more."""
-        results = [(job, replies.failed(job, self.instance, batch, failure)) for job, failure in settled if failure]
+        results: list[tuple[Job, Result, list[HiddenStates]]] = [
+            (job, replies.failed(job, self.instance, batch, failure), []) for job, failure in settled if failure
+        ]
         commits: list[tuple[Job, Outcome | None, Commit]] = []
         commits += [
             (job, None, Commit(job.session, job.round, job.base_len, 0, (), None, 0))
@@ -263,9 +269,9 @@ class Verifier:
         for job, task, judgement in judged:
             if judgement.error is not None:
                 self._log.warning("job refused", session=job.session, error=repr(judgement.error))
-                results.append((job, replies.failed(job, self.instance, batch, replies.refused(judgement.error))))
+                results.append((job, replies.failed(job, self.instance, batch, replies.refused(judgement.error)), []))
             elif judgement.verdict is None:
-                results.append((job, replies.prefilled(job, self.instance, batch, judgement, verify_ms)))
+                results.append((job, replies.prefilled(job, self.instance, batch, judgement, verify_ms), []))
             else:
                 v = judgement.verdict
                 commit = Commit(
@@ -283,7 +289,8 @@ class Verifier:
         self._log.debug("batch committed", batch=batch)
         ended = []
         for (job, outcome, _), answer in zip(commits, answers, strict=True):
-            results.append((job, replies.settled(job, self.instance, batch, outcome, answer, verify_ms)))
+            result = replies.settled(job, self.instance, batch, outcome, answer, verify_ms)
+            results.append((job, result, replies.hidden_states(job, outcome, answer)))
             known = self._known.get(job.session)
             if answer.finish is not None or answer.outcome in (CommitOutcome.CANCELLED, CommitOutcome.GONE):
                 ended.append(job.session)
@@ -291,9 +298,13 @@ class Verifier:
                 known.tokens[answer.base_len :] = answer.tokens
             else:
                 self._known.pop(job.session, None)
-        for job, result in results:
+        # A prompt's hidden states are megabytes: they go last, so that no other session's result waits behind them.
+        for job, result, hidden in sorted(results, key=lambda reply: sum(states.count for states in reply[2])):
             if result.error is not None:
                 metrics.JOBS_REFUSED.labels(result.error.code).inc()
+            for states in hidden:
+                metrics.HIDDEN_BYTES.inc(len(states.rows) + len(states.scales))
+                await self._broker.publish(states, topology.result(job.drafter))
             await self._publish(job, result)
         self._log.debug("results sent", batch=batch)
         await self._forget(ended)

@@ -13,6 +13,9 @@ class VerifierSettings(TargetSettings):
     device: str = Field("cpu", description="torch device of the target model: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, le=256, description="CPU threads for the model")
     cache_tokens: int = Field(10240, ge=64, description="K/V budget in tokens, shared prefixes counted once")
+    keep_hidden: bool = Field(
+        True, description="keep the target's hidden states (5 % of the K/V memory) for drafters that ask for them"
+    )
     profile: bool = Field(True, description="measure batches of several shapes at the start, for the cost model")
     heartbeat_ms: int = Field(500, ge=50, le=2000, description="time between heartbeats")
     drain_s: float = Field(20.0, ge=0, description="longest time to finish accepted batches after SIGTERM")

@@ -5,13 +5,15 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from services.verifier.acceptance import Verdict, accept
 from shared import cost
 from shared.engine import Engine, Step
 from shared.errors import WispError
-from shared.messages import BatchShape, Sampling
+from shared.hidden import Part, parts
+from shared.messages import BatchShape, HiddenFormat, Sampling
 from shared.sampling import choose
 
 
@@ -29,6 +31,9 @@ class Task:
     """Tokens that the session may still get, at least 1."""
     prefill_to: int | None = None
     """Only extend the cache to this length."""
+    hidden_from: int | None = None
+    """Tell the hidden states of committed tokens from this position on."""
+    hidden_format: HiddenFormat = HiddenFormat.BFLOAT16
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,10 @@ class Outcome:
     cached: int
     new_tokens: int
     error: Exception | None = None
+    hidden: Sequence[Part] = ()
+    """Hidden states of `Task.tokens` and the accepted drafts, from `Task.hidden_from` on; none of a text that ended."""
+    entropy: float | None = None
+    """Entropy (nats, temperature 1) of what the verdict's last token was chosen from, if hidden states were wanted."""
 
 
 def verify(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], list[BatchShape]]:
@@ -94,18 +103,57 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
         row += steps[i].rows
     choices = _choices(output.logits, tasks, drafts, starts)
 
+    verdicts = {i: accept(drafts[i], choices[i], tasks[i].room, tasks[i].stop_ids) for i in wanted}
+    asked = [i for i in wanted if tasks[i].hidden_from is not None]
+    last_rows = [starts[i] + len(verdicts[i].tokens) - 1 for i in asked]
+    entropies = dict(zip(asked, entropy(output.logits[last_rows]), strict=True)) if asked else {}
+
     outcomes = []
     for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
-        if not step.rows:
+        verdict = verdicts.get(i)
+        if verdict is None:
             outcomes.append(Outcome(None, 0, engine.cached(task.session), len(step.tokens)))
             continue
-        verdict = accept(drafts[i], choices[i], task.room, task.stop_ids)
         # K/V are right for the accepted drafts; the bonus token has none yet.
         engine.truncate(task.session, len(task.tokens) + verdict.accepted)
         outcomes.append(
-            Outcome(verdict, len(drafts[i]), engine.cached(task.session), len(step.tokens)),
+            Outcome(
+                verdict,
+                len(drafts[i]),
+                engine.cached(task.session),
+                len(step.tokens),
+                hidden=_hidden(engine, task) if verdict.finish is None else (),
+                entropy=entropies.get(i),
+            ),
         )
     return outcomes, shape
+
+
+def _hidden(engine: Engine, task: Task) -> list[Part]:
+    """The packed hidden states that a task asks for, as far as the session is cached."""
+    held = engine.cached(task.session)
+    if task.hidden_from is None or task.hidden_from >= held or not engine.keeps_hidden:
+        return []
+    rows = engine.hidden(task.session, task.hidden_from, held)
+    bits = rows.to(torch.bfloat16).view(torch.uint16).numpy(force=True)
+    return list(parts(bits, task.hidden_from, task.hidden_format))
+
+
+def entropy(logits: Tensor) -> list[float]:
+    """Entropy (nats) of softmax(logits) of each row of (rows, vocabulary)."""
+    # On the CPU row by row: one row's temporaries stay in its cache.
+    several = [row[None] for row in logits] if logits.device.type == "cpu" else [logits]
+    told: list[float] = torch.cat([_entropy(rows) for rows in several]).tolist()
+    return told
+
+
+def _entropy(logits: Tensor) -> Tensor:
+    # With m the largest logit, -log p = (m - logit) - log p(m); softmax is faster than exp and log of a whole row.
+    # A logit of -inf must be finite, or it would count as 0 * inf.
+    values = logits.float().clamp(min=-1e30)
+    weights = values.softmax(-1)
+    surprise: Tensor = values.amax(-1) - weights.amax(-1).log() - torch.linalg.vecdot(weights, values)
+    return surprise.clamp_(min=0)
 
 
 def _choices(

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
 
+import numpy as np
 import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
@@ -32,12 +33,10 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Logits (rows of all steps, vocabulary) in the model's dtype; hidden: the same rows after the final norm, if asked
-    for."""
+    """Logits (rows of all steps, vocabulary) in the model's dtype."""
 
     logits: torch.Tensor
     offsets: Sequence[int] = field(repr=False)
-    hidden: torch.Tensor | None = None
 
     def rows(self, step: int) -> slice:
         """Where the rows of the i-th step are: `output.logits[output.rows(i)]`."""
@@ -62,10 +61,11 @@ class Engine:
         device: str = "cpu",
         threads: int = 1,
         budget_tokens: int = 16384,
+        keep_hidden: bool = False,
     ) -> None:
         """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: K/V room, rounded down to
-        blocks of 64 tokens. Raises ModelError (the folder or the architecture cannot be used), EngineError (a setting
-        makes no sense).
+        blocks of 64 tokens. keep_hidden: keep final hidden states beside K/V, see `hidden`. Raises ModelError (the
+        folder or the architecture cannot be used), EngineError (a setting makes no sense).
         """
         if dtype not in DTYPES or budget_tokens < BLOCK or threads < 1:
             raise EngineError(
@@ -87,10 +87,15 @@ class Engine:
         """Whether the bits of logits are independent of the batch: found out at the start, see `invariance`."""
         self._row_multiple = multiple or max(CANDIDATES)
         # The hook holds the list, not the engine: a cycle would keep a dropped engine's weights in memory.
-        self._head_inputs: list[torch.Tensor] = []
-        keep = self._head_inputs.append
-        self._model.get_output_embeddings().register_forward_pre_hook(lambda _module, inputs: keep(inputs[0]))
+        self._states: list[torch.Tensor] = []
+        keep = self._states.append
+        self._model.base_model.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
         self._cache = self._make_cache(DTYPES[dtype])
+        self._hidden = (
+            torch.zeros(self._pool.capacity * BLOCK, self.hidden_size, dtype=DTYPES[dtype], device=device)
+            if keep_hidden
+            else None
+        )
 
     @property
     def free_tokens(self) -> int:
@@ -101,6 +106,11 @@ class Engine:
     def sessions(self) -> Sequence[str]:
         """Known sessions, least recently used first."""
         return self._pool.sessions
+
+    @property
+    def keeps_hidden(self) -> bool:
+        """Whether `hidden` can be asked."""
+        return self._hidden is not None
 
     def cached(self, session: str) -> int:
         """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
@@ -115,6 +125,26 @@ class Engine:
         """
         return self._pool.attach(session, tokens)
 
+    def hidden(self, session: str, start: int, stop: int) -> torch.Tensor:
+        """Final hidden states (after the model's last norm) at positions `start` to `stop` of a session, as far as they
+        are held: (rows, hidden size), a copy. The row at position t is what the logits of token t + 1 come from.
+
+        They lie in the blocks beside K/V, so they are there whoever computed a shared prefix. Raises EngineError if the
+        engine was not told to keep them.
+        """
+        if self._hidden is None:
+            raise EngineError("this engine keeps no hidden states; make it with keep_hidden=True")
+        stop = max(start, min(stop, self.cached(session)))
+        return self._hidden[self._slots([(session, start, stop - start)])] if stop > start else self._hidden[:0].clone()
+
+    def _slots(self, spans: Sequence[tuple[str, int, int]]) -> torch.Tensor:
+        """Where in the blocks these positions lie: (session, first position, count) each."""
+        slots = []
+        for session, start, count in spans:
+            positions = np.arange(start, start + count)
+            slots.append(np.asarray(self._pool.table(session))[positions // BLOCK] * BLOCK + positions % BLOCK)
+        return torch.from_numpy(np.concatenate(slots)).to(self._device)
+
     def truncate(self, session: str, length: int) -> None:
         """Roll a session back to its first `length` tokens, in constant time. Nothing happens if no more are held."""
         self._pool.truncate(session, length)
@@ -128,7 +158,7 @@ class Engine:
         self._pool.integrity()
 
     @torch.inference_mode()
-    def forward(self, steps: Sequence[Step], *, hidden: bool = False) -> Output:
+    def forward(self, steps: Sequence[Step]) -> Output:
         """Compute all steps in one pass and keep their K/V; idle sessions are evicted if their room is needed.
 
         Raises NotAttached, TooLong, CacheFull or BadStep; then no session has changed.
@@ -138,7 +168,10 @@ class Engine:
         try:
             for source, target in growth.copies:
                 self._cache.copy(source, target)
-            output = self._compute(steps, hidden)
+                if self._hidden is not None:
+                    rows = torch.arange(BLOCK, device=self._device)
+                    self._hidden[target * BLOCK + rows] = self._hidden[source * BLOCK + rows]
+            output = self._compute(steps)
         except BaseException:
             self._pool.undo(growth)
             raise
@@ -164,7 +197,7 @@ class Engine:
                     "shorten the prompt or ask for fewer tokens"
                 )
 
-    def _compute(self, steps: Sequence[Step], hidden: bool) -> Output:
+    def _compute(self, steps: Sequence[Step]) -> Output:
         starts = [self.cached(step.session) for step in steps]
         counts = [len(step.tokens) for step in steps]
         tokens: list[int] = []
@@ -179,27 +212,30 @@ class Engine:
         padding = -len(tokens) % self._row_multiple
         self._cache.begin(Batch([self._pool.table(step.session) for step in steps], starts, counts))
         logits, states = self._run(self._cache, tokens + [0] * padding, positions + [0] * padding, wanted)
-        return Output(logits, offsets, states if hidden else None)
+        if self._hidden is not None:
+            spans = [(step.session, start, count) for step, start, count in zip(steps, starts, counts, strict=True)]
+            self._hidden[self._slots(spans)] = states[: len(tokens)]
+        return Output(logits, offsets)
 
     def _run(
         self, cache: Cache | Probe, tokens: list[int], positions: list[int], wanted: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The packed row through the model; logits and final hidden states of the wanted rows."""
+        """The packed row through the model; logits of the wanted rows, final hidden states of all."""
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor([tokens], device=self._device),
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
             "cache": cache,
         }
-        if not wanted:
+        if wanted:
+            rows = torch.tensor(wanted + [0] * (-len(wanted) % self._row_multiple), device=self._device)
+            logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
+        else:
             self._model.base_model(**inputs)
-            dtype = self._model.dtype
-            return torch.empty(0, self.vocab_size, dtype=dtype), torch.empty(0, self.hidden_size, dtype=dtype)
-        rows = torch.tensor(wanted + [0] * (-len(wanted) % self._row_multiple), device=self._device)
-        logits = self._model(**inputs, logits_to_keep=rows).logits
-        states = self._head_inputs[-1]
-        self._head_inputs.clear()
-        return logits[0, : len(wanted)], states[0, : len(wanted)]
+            logits = torch.empty(0, self.vocab_size, dtype=self._model.dtype, device=self._device)
+        states = self._states[-1][0]
+        self._states.clear()
+        return logits, states
 
     @torch.inference_mode()
     def _make_cache(self, dtype: torch.dtype) -> Cache:

@@ -71,10 +71,11 @@ async def test_one_that_is_stopped_on_purpose_is_not_a_failure(brokers: Brokers)
         assert await stack.watch(asyncio.sleep(0.1, "done")) == "done"
 
 
-async def test_bad_settings_of_a_service_are_shown(brokers: Brokers) -> None:
-    stack = Stack(
-        "test-bad", brokers=brokers, verifiers=0, gateways=0, drafters=0, env={"WISP_POLICY": "no-such-policy"}
-    )
+@pytest.mark.parametrize("whose", ["env", "env_of"])
+async def test_bad_settings_of_a_service_are_shown(brokers: Brokers, whose: str) -> None:
+    bad = {"WISP_POLICY": "no-such-policy"}
+    env, env_of = (bad, {}) if whose == "env" else ({}, {"scheduler": bad, "estimator": {"WISP_POLICY": "fcfs"}})
+    stack = Stack("test-bad", brokers=brokers, verifiers=0, gateways=0, drafters=0, env=env, env_of=env_of)
     with pytest.raises(ServiceFailed, match=r"(?s)scheduler-1.*WISP_POLICY"):
         await stack.__aenter__()
 

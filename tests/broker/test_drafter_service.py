@@ -4,120 +4,28 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
-from dataclasses import dataclass
 
 import pytest
+from drafter_peer import Peer, drafting
 
-from services.drafter.service import serve
 from services.drafter.settings import DrafterSettings
 from shared import topology
-from shared.broker import Broker
-from shared.errors import Unroutable
-from shared.messages import Cancel, Finish, Generate, Message, Result, Sampling, Status, Verify
-from shared.store import Commit, Request, Store
-from shared.topology import Topology
-
-PROMPT = [1, 2, 3, 1, 2]
-
-
-@dataclass
-class Peer:
-    """What the test does in place of the other services."""
-
-    broker: Broker
-    store: Store
-    rounds: asyncio.Queue[Message]
-    settings: DrafterSettings
-
-    async def ask(self, session: str, max_tokens: int = 20) -> None:
-        request = Request(
-            session=session,
-            gateway="g",
-            prompt_len=len(PROMPT),
-            sampling=Sampling(),
-            stop_ids=[],
-            max_tokens=max_tokens,
-            fingerprint="f",
-        )
-        await self.store.create(request, PROMPT)
-        generate = Generate(
-            session=session,
-            gateway="g",
-            prompt=PROMPT,
-            sampling=Sampling(),
-            stop_ids=[],
-            max_tokens=max_tokens,
-            fingerprint="f",
-            vocab_fingerprint="v",
-        )
-        await self.publish(generate)
-
-    async def publish(self, generate: Generate) -> None:
-        """Hand a request to the pool; the first drafter to start makes its queue."""
-        async with asyncio.timeout(10):
-            while True:
-                try:
-                    return await self.broker.publish(generate, topology.generate(), persistent=True)
-                except Unroutable:
-                    await asyncio.sleep(0.05)
-
-    async def round(self, timeout_s: float = 10) -> Verify:
-        message = await asyncio.wait_for(self.rounds.get(), timeout_s)
-        assert isinstance(message, Verify)
-        return message
-
-    async def silent(self, seconds: float) -> bool:
-        await asyncio.sleep(seconds)
-        return self.rounds.empty()
-
-    async def answer(self, verify: Verify, tokens: list[int], finish: Finish | None = None) -> None:
-        """Commit these tokens for the round, and send the result."""
-        commit = Commit(verify.session, verify.round, verify.base_len, 0, tokens, finish, verify.base_len)
-        (done,) = await self.store.commit("v", [commit])
-        await self.send(verify, done.base_len, Status(done.outcome.value), done.tokens, done.finish)
-
-    async def send(
-        self, verify: Verify, base_len: int, status: Status, tokens: list[int], finish: Finish | None = None
-    ) -> None:
-        """Only send a result."""
-        result = Result(
-            session=verify.session,
-            round=verify.round,
-            base_len=base_len,
-            status=status,
-            verifier="v",
-            batch="b",
-            tokens=tokens,
-            finish=finish,
-        )
-        await self.broker.publish(result, topology.result(verify.drafter))
-
-
-@asynccontextmanager
-async def drafting(settings: DrafterSettings, name: str) -> AsyncIterator[None]:
-    """A drafter of this name; it is gone when the block ends."""
-    stop = asyncio.Event()
-    serving = asyncio.create_task(serve(settings, name, stop))
-    try:
-        yield
-    finally:
-        stop.set()
-        await asyncio.wait_for(serving, 10)
+from shared.messages import Cancel, Finish, Status
 
 
 @pytest.fixture
 async def peer(amqp_url: str, redis_url: str, namespace: str) -> AsyncIterator[Peer]:
     settings = DrafterSettings(
-        amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, draft_length=3, min_timeout_ms=200
+        amqp_url=amqp_url,
+        redis_url=redis_url,
+        namespace=namespace,
+        draft_source="lookup",
+        stop_rule="fixed",
+        draft_length=3,
+        min_timeout_ms=200,
     )
-    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
-    store = Store.connect(redis_url, namespace, 60)
-    rounds: asyncio.Queue[Message] = asyncio.Queue()
-    await broker.consume(broker.topology.verify_queue(), rounds.put)
-    yield Peer(broker, store, rounds, settings)
-    await broker.close()
-    await store.close()
+    async with Peer.connected(settings) as connected:
+        yield connected
 
 
 async def test_a_session_goes_round_by_round_to_its_end(peer: Peer) -> None:
@@ -181,16 +89,7 @@ async def test_a_request_whose_session_is_gone_or_over_is_dropped(peer: Peer) ->
         await peer.ask("over")
         first = await peer.round()
         await peer.answer(first, [2], Finish.STOP)
-        again = Generate(
-            session="over",
-            gateway="g",
-            prompt=PROMPT,
-            sampling=Sampling(),
-            stop_ids=[],
-            max_tokens=5,
-            fingerprint="f",
-            vocab_fingerprint="v",
-        )
+        again = peer.generate("over")
         await peer.publish(again)
         gone = again.model_copy(update={"session": "gone"})
         await peer.publish(gone)

@@ -167,7 +167,10 @@ async def test_the_trace_tells_drafts_from_the_targets_own_tokens(suite: Suite) 
     tokens = [token for event in traced for token in event["wisp"]["tokens"]]
     assert [token["draft"] for token in tokens] == [place % 4 != 3 for place in range(len(tokens))]
     assert [event["wisp"]["round"] for event in traced] == list(range(len(traced)))
+    rounds = [one for event in events for one in event.get("wisp", {}).get("rounds", [])]
+    assert [(one["round"], one["start"]) for one in rounds] == [(number, 4 * number) for number in range(5)]
     summary = events[-1]["wisp"]["summary"]
+    assert sum(one["verify_ms"] for one in rounds) == pytest.approx(summary["verify_ms"])
     assert events[-1]["usage"]["completion_tokens"] == summary["tokens"] == len(tokens)
     assert summary["rounds"] == 5
     assert summary["verified"] == summary["accepted"] + 5

@@ -3,24 +3,39 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from random_draft import random_draft
 
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
-from shared import topology
+from shared import hidden, topology
 from shared.broker import Broker
 from shared.engine import Engine, Step
-from shared.messages import Batch, Finish, Heartbeat, Job, Message, Result, Sample, Sampling, Status
+from shared.hidden import Floats, unpack
+from shared.messages import (
+    Batch,
+    Finish,
+    Heartbeat,
+    HiddenFormat,
+    HiddenStates,
+    Job,
+    Message,
+    Result,
+    Sample,
+    Sampling,
+    Status,
+)
 from shared.models.folder import ModelFolder
 from shared.models.prepare import prepare
 from shared.sampling import choose
-from shared.store import Request, Store
+from shared.store import Commit, Request, Store
 from shared.topology import Topology
 
 PROMPT = [5, 6, 7, 8]
@@ -45,6 +60,15 @@ def text(model: Path) -> list[int]:
     return tokens[len(PROMPT) :]
 
 
+@pytest.fixture(scope="module")
+def states(model: Path, text: list[int]) -> Floats:
+    """The model's hidden states at every token of prompt and text."""
+    engine = Engine(model, budget_tokens=256, keep_hidden=True)
+    engine.attach("s", [])
+    engine.forward([Step("s", PROMPT + text)])
+    return engine.hidden("s", 0, len(PROMPT + text)).to(torch.float32).numpy()
+
+
 @dataclass
 class Peer:
     """What the test does in place of the other services."""
@@ -56,17 +80,19 @@ class Peer:
     fingerprint: str
     batches: int = 0
 
-    async def open(self, session: str, max_tokens: int = 100, stop_ids: tuple[int, ...] = ()) -> None:
+    async def open(
+        self, session: str, max_tokens: int = 100, stop_ids: tuple[int, ...] = (), prompt: Sequence[int] = PROMPT
+    ) -> None:
         request = Request(
             session=session,
             gateway="g",
-            prompt_len=len(PROMPT),
+            prompt_len=len(prompt),
             sampling=SAMPLING,
             stop_ids=list(stop_ids),
             max_tokens=max_tokens,
             fingerprint=self.fingerprint,
         )
-        await self.store.create(request, PROMPT)
+        await self.store.create(request, prompt)
 
     def job(self, session: str, base: int, draft: list[int], round_: int = 0, **more: Any) -> Job:
         return Job(
@@ -95,6 +121,14 @@ class Peer:
         message = await asyncio.wait_for(self.results.get(), 10)
         assert isinstance(message, Result)
         return message
+
+    async def result_and_states(self) -> tuple[Result, list[HiddenStates]]:
+        """The next result, and the hidden states that came before it."""
+        found = []
+        while isinstance(message := await asyncio.wait_for(self.results.get(), 10), HiddenStates):
+            found.append(message)
+        assert isinstance(message, Result)
+        return message, found
 
     async def verify(self, *jobs: Job) -> list[Result]:
         await self.send(*jobs)
@@ -196,3 +230,83 @@ async def test_a_chunk_of_prefill_is_told_to_the_scheduler_alone(peer: Peer, tex
     (result,) = await peer.verify(peer.job("s", 4, text[:1]))
     assert result.status is Status.COMMITTED
     assert result.new_tokens == 3, "two of the prompt's four tokens were there already"
+
+
+async def test_a_drafter_that_asks_gets_hidden_states_before_its_result(
+    peer: Peer, text: list[int], states: Floats
+) -> None:
+    for session in ("asks", "quiet"):
+        await peer.open(session)
+    await peer.send(
+        peer.job("asks", 4, [text[0], text[1] + 1], hidden_from=0),
+        peer.job("quiet", 4, [text[0], text[1] + 1]),
+    )
+    told = {result.session: (result, found) for result, found in [await peer.result_and_states() for _ in range(2)]}
+    result, (found,) = told["asks"]
+    assert (result.tokens, found.session, found.round, found.start) == (text[:2], "asks", 0, 0)
+    assert np.array_equal(unpack(found), states[:5]), "of the prompt and the accepted draft token"
+    assert result.entropy is not None
+    quiet, none = told["quiet"]
+    assert (quiet.tokens, none, quiet.entropy) == (text[:2], [], None)
+    await peer.send(peer.job("asks", 6, text[2:4], round_=1, hidden_from=5))
+    _, (found,) = await peer.result_and_states()
+    assert found.start == 5
+    assert np.array_equal(unpack(found), states[5:8])
+
+
+async def test_hidden_states_in_int8(peer: Peer, text: list[int], states: Floats) -> None:
+    await peer.open("s")
+    await peer.send(peer.job("s", 4, text[:3], hidden_from=1, hidden_format=HiddenFormat.INT8))
+    _, (found,) = await peer.result_and_states()
+    assert len(found.rows) == 6 * 64
+    assert np.allclose(unpack(found), states[1:7], atol=np.abs(states).max() / 254)
+
+
+async def test_those_of_a_long_prompt_come_in_parts(
+    peer: Peer, text: list[int], states: Floats, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(hidden, "PART_BYTES", 10 * 64 * 2)
+    prompt = PROMPT + text[:21]
+    await peer.open("s", prompt=prompt)
+    await peer.open("short")
+    await peer.send(
+        peer.job("s", 25, [text[21]], hidden_from=0), peer.job("short", 4, [], hidden_from=3), peer.job("gone", 4, [])
+    )
+    order = [await peer.result_and_states() for _ in range(3)]
+    assert [result.session for result, _ in order] == ["gone", "short", "s"], "nobody waits behind a long prompt"
+    _, found = order[-1]
+    assert [(part.start, part.count) for part in found] == [(0, 10), (10, 10), (20, 6)]
+    assert np.array_equal(np.concatenate([unpack(part) for part in found]), states[:26])
+
+
+async def test_only_hidden_states_of_committed_tokens_are_told(peer: Peer, text: list[int], states: Floats) -> None:
+    await peer.open("s")
+    job = peer.job("s", 4, text[:2], hidden_from=0)
+    for _ in range(3):
+        await peer.send(job)
+    for _ in range(3):  # a copy is judged again, or told what is committed; its drafter asks again then
+        result, found = await peer.result_and_states()
+        assert result.status is Status.COMMITTED
+        assert all(np.array_equal(unpack(part), states[:6]) for part in found)
+    for stale, base in ((1, 5), (2, 20)):
+        await peer.send(peer.job("s", base, [1], round_=10 + stale, hidden_from=0))
+        result, found = await peer.result_and_states()
+        assert (result.status, found, result.entropy) == (Status.CONFLICT, [], None)
+    for base, absurd in ((7, 7), (8, 10**6), (9, 2**64 - 1)):
+        await peer.send(peer.job("s", base, [], round_=base, hidden_from=absurd))
+        result, found = await peer.result_and_states()
+        assert (result.status, found) == (Status.COMMITTED, [])
+    await peer.send(peer.job("s", 10, [], round_=20, hidden_from=2))
+    _, found = await peer.result_and_states()
+    assert np.array_equal(unpack(found[0]), states[2:10])
+
+
+async def test_one_who_lost_the_race_to_commit_tells_no_hidden_states(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    await peer.send(peer.job("s", 4, text[:1], hidden_from=0))
+    await peer.result_and_states()
+    # Another verifier commits the next round, which this one does not know of.
+    await peer.store.commit("v2", [Commit("s", 1, 6, 0, text[2:3], None, 6)])
+    await peer.send(peer.job("s", 6, text[2:5], round_=2, hidden_from=5))
+    result, found = await peer.result_and_states()
+    assert (result.status, result.tokens, found, result.entropy) == (Status.CONFLICT, text[2:3], [], None)

@@ -68,15 +68,47 @@ def test_a_noisy_copy_agrees_with_its_model_often_but_not_always(folder: Path, t
     assert 0.2 < share < 0.98
 
 
-def test_hidden_states_are_those_that_the_logits_come_from(engine: Engine, folder: Path) -> None:
+def test_hidden_states_are_those_that_the_logits_come_from(folder: Path) -> None:
+    engine = Engine(folder, dtype="float32", budget_tokens=512, keep_hidden=True)
     engine.attach("s", [])
-    output = engine.forward([Step("s", tokens(20), 5)], hidden=True)
+    output = engine.forward([Step("s", tokens(20), 5)])
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    assert output.hidden is not None
-    assert output.hidden.shape == (5, engine.hidden_size)
+    states = engine.hidden("s", 15, 20)
+    assert states.shape == (5, engine.hidden_size)
     with torch.inference_mode():
-        torch.testing.assert_close(model.lm_head(output.hidden), output.logits, atol=1e-4, rtol=1e-4)
-    assert engine.forward([Step("s", tokens(3), 1)]).hidden is None
+        torch.testing.assert_close(model.lm_head(states), output.logits, atol=1e-4, rtol=1e-4)
+    assert torch.equal(engine.hidden("s", 18, 99), states[3:]), "as far as they are held"
+    engine.truncate("s", 17)
+    assert torch.equal(engine.hidden("s", 15, 20), states[:2])
+    for nothing in (engine.hidden("s", 17, 20), engine.hidden("s", 10**12, 10**12 + 1), engine.hidden("who", 0, 9)):
+        assert nothing.shape == (0, engine.hidden_size)
+
+
+def test_shared_prefixes_and_block_copies_carry_hidden_states(folder: Path) -> None:
+    engine = Engine(folder, dtype="float32", budget_tokens=512, keep_hidden=True)
+    text = tokens(150)
+    engine.attach("first", [])
+    engine.forward([Step("first", text, 0)])
+    expected = engine.hidden("first", 0, 150)
+    engine.attach("first", [*text, 1])  # all of its blocks are committed now
+    assert engine.attach("second", text) == 128
+    assert torch.equal(engine.hidden("second", 0, 150), expected[:128])
+    engine.truncate("second", 100)  # into a block that the first uses as well: the next token goes into a copy
+    other = [tiny.VOCAB - 1 - token for token in text[100:110]]
+    engine.forward([Step("second", other, 0)])
+    assert torch.equal(engine.hidden("second", 0, 100), expected[:100])
+    assert not torch.equal(engine.hidden("second", 100, 110), expected[100:110])
+    assert torch.equal(engine.hidden("first", 0, 150), expected)
+    engine.release("first")
+    engine.release("second")
+    assert engine.attach("third", text) == 128
+    assert torch.equal(engine.hidden("third", 0, 128), expected[:128]), "nobody used these blocks meanwhile"
+
+
+def test_an_engine_that_keeps_no_hidden_states_says_so(engine: Engine) -> None:
+    assert not engine.keeps_hidden
+    with pytest.raises(EngineError, match="keep_hidden=True"):
+        engine.hidden("s", 0, 1)
 
 
 def test_rows_without_logits_cost_no_logits(engine: Engine) -> None:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.drafter.control import Controller, Round
 from services.drafter.session import DraftSession
 from services.drafter.sources import DraftRequest, LookupDrafts, NoDrafts
 from services.drafter.timeout import LONGEST_MS, UNKNOWN_MS, RoundTimer
@@ -78,6 +79,7 @@ def test_the_end_and_a_failure_end_the_session() -> None:
 def test_drafts_leave_room_for_the_bonus_token() -> None:
     s = session(max_tokens=4)
     assert s.draft_room(8) == 3
+    assert s.draft_room(8, assumed=2) == 1, "as it will be after two more tokens"
     s.apply(result(0, 3, [7, 8, 9]))
     assert s.draft_room(8) == 0
 
@@ -110,8 +112,16 @@ def test_the_timer_is_never_shorter_than_its_setting() -> None:
     assert timer.timeout_ms(0) == 100.0
 
 
+def round_of(length: int) -> Round:
+    return Controller("fixed", 100).session("lookup").begin(length, temperature=0.0)
+
+
+def asked(tokens: list[int], round_: Round) -> DraftRequest:
+    return DraftRequest("s", tokens, Sampling(), round_, ("lookup",))
+
+
 def propose(lookup: LookupDrafts, tokens: list[int], length: int) -> list[int]:
-    return lookup.propose([DraftRequest("s", tokens, length, Sampling())])[0].tokens
+    return lookup.propose([asked(tokens, round_of(length))])[0].tokens
 
 
 def test_lookup_copies_what_followed_the_longest_match() -> None:
@@ -132,14 +142,18 @@ def test_lookup_without_a_match_or_room_drafts_nothing() -> None:
     assert propose(LookupDrafts(), [5, 5, 5], 0) == []
 
 
-def test_lookup_learns_how_far_its_matches_can_be_trusted() -> None:
-    lookup = LookupDrafts()
-    request = DraftRequest("s", [1, 2, 3, 9, 1, 2, 3], 4, Sampling())
-    before = lookup.propose([request])[0].acceptance[0]
-    for _ in range(20):
-        lookup.propose([request])
-        lookup.learn("s", drafted=4, accepted=4)
-    assert lookup.propose([request])[0].acceptance[0] > 0.9 > before
+@pytest.mark.parametrize(("tokens", "support"), [([1, 2, 3, 9, 1, 2, 3], 3), ([7, 3, 9, 8, 3], 1)])
+def test_lookup_says_how_long_the_match_was_that_it_copied_from(tokens: list[int], support: int) -> None:
+    round_ = round_of(2)
+    LookupDrafts().propose([asked(tokens, round_)])
+    assert [guess.support for guess in round_.guesses] == [support, support]
+
+
+def test_lookup_copies_no_further_than_the_round_wants() -> None:
+    control = Controller("marginal", 8).session("lookup")
+    control.pace.price_ms = 1e6
+    round_ = control.ahead(8, temperature=0.0)
+    assert LookupDrafts().propose([asked([5, 6, 5, 6], round_)])[0].tokens == []
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 60))
@@ -159,4 +173,4 @@ def test_lookup_proposes_only_continuations_seen_before(tokens: list[int]) -> No
 
 
 def test_no_drafts_is_plain_decoding() -> None:
-    assert NoDrafts().propose([DraftRequest("s", [1, 2], 4, Sampling())])[0].tokens == []
+    assert NoDrafts().propose([asked([1, 1], round_of(4))])[0].tokens == []

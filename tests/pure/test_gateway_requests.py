@@ -17,7 +17,7 @@ from services.gateway.errors import ApiError, from_failure
 from services.gateway.fleet import Fleet, longest_session
 from services.gateway.plan import Limits, check_prompt, derive_seed, plan
 from services.gateway.schema import ChatRequest, CompletionRequest, parse
-from services.gateway.session import Piece, Tally, Token
+from services.gateway.session import Piece, Round, Tally, Token
 from services.gateway.settings import GatewaySettings
 from services.gateway.slo import slo_of
 from services.gateway.stream import Reply, Text, Usage
@@ -395,10 +395,24 @@ def test_an_event_is_one_line_of_json(text: str) -> None:
 
 
 def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None:
-    piece = Piece("ab", [Token(5, "a", True), Token(6, "b", False)], 3)
+    settled = Round(3, 7, 2, drafted=4, verified=3, accepted=1, draft_ms=0.12345, queue_ms=2.0, verify_ms=30.0)
+    piece = Piece("ab", [Token(5, "a", True), Token(6, "b", False)], 3, [settled])
     assert stream.trace(piece) == {
         "tokens": [{"id": 5, "text": "a", "draft": True}, {"id": 6, "text": "b", "draft": False}],
         "round": 3,
+        "rounds": [
+            {
+                "round": 3,
+                "start": 7,
+                "tokens": 2,
+                "drafted": 4,
+                "verified": 3,
+                "accepted": 1,
+                "draft_ms": 0.123,
+                "queue_ms": 2.0,
+                "verify_ms": 30.0,
+            }
+        ],
     }
     tally = Tally(rounds=2, tokens=5, drafted=6, verified=4, accepted=3, draft_ms=1, queue_ms=2, verify_ms=4)
     assert stream.summary([tally], 8.0, 10.0) == {

@@ -113,6 +113,20 @@ def test_a_result_beyond_what_is_known_leaves_a_gap_that_the_truth_fills(tokeniz
     assert text_of(session.take() + feed(session, results[2:])) == "abcdefgh"
 
 
+@given(text=TEXTS, round_len=st.integers(1, 9))
+def test_rounds_tell_where_their_tokens_are_and_add_up_to_the_tally(
+    tokenizer: Tokenizer, text: str, round_len: int
+) -> None:
+    session, pieces = whole(tokenizer, Script(text=text, round_len=round_len))
+    rounds = [round_ for piece in pieces for round_ in piece.rounds] + session.take_rounds()
+    assert [round_.start for round_ in rounds] == list(range(0, len(tokenizer.encode(text)) + 1, round_len))
+    assert sum(round_.tokens for round_ in rounds) == session.tally.tokens + 1
+    for name in ("drafted", "verified", "accepted", "draft_ms", "queue_ms", "verify_ms"):
+        assert sum(getattr(round_, name) for round_ in rounds) == getattr(session.tally, name)
+    assert rounds[0].verify_ms == 2.0 + 0.75, "the prompt's chunk belongs to the first round"
+    assert session.take_rounds() == []
+
+
 def test_accepted_draft_tokens_can_be_told_from_the_targets_own(tokenizer: Tokenizer) -> None:
     _, pieces = whole(tokenizer, Script(text="abcdefg", round_len=3))
     assert [(t.text, t.draft) for piece in pieces for t in piece.tokens] == [

@@ -21,6 +21,8 @@ from shared.messages import (
     Finish,
     Generate,
     Heartbeat,
+    HiddenFormat,
+    HiddenStates,
     Job,
     Load,
     Measurement,
@@ -82,6 +84,25 @@ EXAMPLES: list[Message] = [
         batch="b",
         error=Failure(code="session_gone", message="gone"),
     ),
+    Verify(
+        session="s",
+        round=0,
+        base_len=3,
+        draft=[4],
+        acceptance=[0.5],
+        drafter="d",
+        gateway="g",
+        fingerprint="f",
+        hidden_from=0,
+        hidden_format=HiddenFormat.INT8,
+    ),
+    Result(
+        session="s", round=1, base_len=3, status=Status.COMMITTED, verifier="v", batch="b", tokens=[5], entropy=0.25
+    ),
+    HiddenStates(session="s", round=1, start=9, count=2, size=3, rows=bytes(range(12))),
+    HiddenStates(
+        session="s", round=1, start=0, count=2, size=3, format=HiddenFormat.INT8, rows=b"\xff" * 6, scales=b"\0" * 8
+    ),
     Sample(
         verifier="v",
         batches=[Measurement(shape=BatchShape(jobs=1, new_tokens=2, new_context=30, context=15), measured_ms=3.0)],
@@ -142,6 +163,47 @@ def test_values_out_of_range_are_rejected(field: str, value: object) -> None:
     fields = msgpack.unpackb(encode(EXAMPLES[1])) | {field: value}
     with pytest.raises(MessageError, match=field):
         decode(msgpack.packb(fields))
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "said"),
+    [
+        ("rows", b"x" * 5, "rows: .*5 bytes, but 2 rows of 3 in int8 need 6"),
+        ("rows", b"", "rows: .*0 bytes"),
+        ("count", 3, "rows: .*need 9"),
+        ("count", 0, "count"),
+        ("size", 2**40, "rows: .*need 2199023255552"),
+        ("size", 0, "size"),
+        ("scales", b"x" * 7, "scales: .*7 bytes, but 2 rows of 3 in int8 need 8"),
+        ("scales", b"", "scales: .*need 8"),
+        ("format", "bfloat16", "rows: .*need 12"),
+        ("format", "float3", "format"),
+    ],
+)
+def test_hidden_states_must_be_whole(field: str, value: object, said: str) -> None:
+    whole = next(m for m in EXAMPLES if isinstance(m, HiddenStates) and m.format is HiddenFormat.INT8)
+    fields = msgpack.unpackb(encode(whole)) | {field: value}
+    with pytest.raises(MessageError, match=rf"HiddenStates: (.*; )?{said}"):
+        decode(msgpack.packb(fields))
+    with pytest.raises(MessageError, match=r"scales: .*8 bytes, but .* need 0"):
+        decode(
+            msgpack.packb(fields | {"format": "bfloat16", "count": 2, "size": 3, "rows": b"x" * 12, "scales": b"8" * 8})
+        )
+
+
+def test_hidden_states_travel_as_they_are() -> None:
+    rows = bytes(range(256)) * 4
+    body = encode(HiddenStates(session="s", round=1, start=0, count=2, size=256, rows=rows))
+    assert rows in body
+    assert len(body) < len(rows) + 80
+
+
+def test_messages_of_a_drafter_that_knows_no_hidden_states_are_understood() -> None:
+    old = {"session": "s", "round": 0, "base_len": 3, "draft": [], "drafter": "d", "gateway": "g", "fingerprint": "f"}
+    verify = decode(msgpack.packb({"t": "Verify", "v": 1, "acceptance": [], **old}))
+    assert isinstance(verify, Verify)
+    assert verify.hidden_from is None
+    assert b"hidden" not in encode(verify), "nor does one that wants none say so"
 
 
 @given(st.binary(max_size=200))

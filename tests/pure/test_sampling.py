@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from shared import sampling
 from shared.messages import Sampling
 from shared.noise import gumbel, leading_bits, mixed_vocabulary, noise_key
-from shared.sampling import BadLogits, choose
+from shared.sampling import BadLogits, Columns, choose
 
 # Found by search: the token has the largest noise that 31 leading bits allow, and the least.
 LARGEST_NOISE = (65569, 100, 7100)
@@ -76,6 +76,39 @@ def test_the_choice_is_the_best_allowed_token_by_definition(
     row = [*numbers, 0.0]
     params = Sampling(temperature=temperature, top_k=top_k, top_p=top_p, seed=seed)
     assert choose(torch.tensor([row]), [params], [position]) == [by_definition(row, params, position)]
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    numbers=st.lists(
+        st.sampled_from([None, None, -math.inf, -30.0, -1.0, 0.0, 0.5, 0.5, 4.0]), min_size=1, max_size=40
+    ),
+    params=st.builds(
+        Sampling,
+        temperature=st.sampled_from([0.0, 0.3, 1.0, 3.0]),
+        top_k=st.integers(0, 20),
+        top_p=st.sampled_from([1e-9, 0.37, 0.93, 1.0]),
+        seed=st.integers(-(2**63), 2**63 - 1),
+    ),
+    position=st.integers(0, 2**20),
+)
+def test_with_the_logits_of_some_tokens_the_choice_is_as_if_the_others_were_minus_infinity(
+    numbers: list[float | None], params: Sampling, position: int
+) -> None:
+    numbers = [*numbers, 0.0]
+    ids = [token for token, number in enumerate(numbers) if number is not None]
+    whole = torch.tensor([[-math.inf if number is None else number for number in numbers]])
+    assert choose(whole[:, ids], [params], [position], Columns.of(np.array(ids))) == choose(whole, [params], [position])
+
+
+def test_some_tokens_of_a_large_vocabulary_in_one_batch() -> None:
+    logits = logits_of(6, len(VARIED), 49_152)
+    ids = torch.randperm(49_152, generator=torch.Generator().manual_seed(0))[:5000].sort().values
+    masked = torch.full_like(logits, -math.inf)
+    masked[:, ids] = logits[:, ids]
+    positions = range(9, 9 + len(VARIED))
+    columns = Columns.of(ids.numpy())
+    assert choose(logits[:, ids], VARIED, positions, columns) == choose(masked, VARIED, positions)
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 50.0])

@@ -14,7 +14,7 @@ from services.scheduler.dispatch import LOST_FACTOR, LOST_SLACK_MS, SILENT_MS, D
 from services.scheduler.policies import POLICIES, edf, fcfs
 from services.scheduler.pool import Pending, VerifierState
 from shared import cost
-from shared.messages import Batch, CostModel, Finish, Heartbeat, Job, Residency, Result, Status, Verify
+from shared.messages import Batch, CostModel, Finish, Heartbeat, HiddenFormat, Job, Residency, Result, Status, Verify
 
 MODEL = CostModel(
     verifier="v1",
@@ -346,6 +346,19 @@ def test_a_batch_is_prepared_behind_another_only_when_waiting_cannot_make_it_bet
     assert len(full.verifiers["v1"].in_flight) == 2
     assert full.dispatch(wake + 1)[0] == [], "never more than one in flight and one prepared"
     assert set(sessions(first)).isdisjoint(sessions(second))
+
+
+def test_what_a_drafter_wants_of_hidden_states_goes_with_its_round_but_not_with_chunks_of_its_prompt() -> None:
+    d = dispatcher()
+    asks = {"hidden_from": 3, "hidden_format": HiddenFormat.INT8}
+    d.on_verify(verify("asks").model_copy(update=asks), 0.0)
+    d.on_verify(verify("long", base=1000).model_copy(update=asks), 1.0)
+    d.on_verify(verify("quiet"), 2.0)
+    told = {job.session: job for job in only(d, 3.0).jobs}
+    assert (told["asks"].hidden_from, told["asks"].hidden_format) == (3, HiddenFormat.INT8)
+    assert told["long"].prefill_to is not None
+    assert told["long"].hidden_from is None
+    assert told["quiet"].hidden_from is None
 
 
 def test_under_either_policy_every_round_of_a_crowd_is_served() -> None:

@@ -18,6 +18,8 @@ from shared.settings import ServiceSettings, load
         (SchedulerSettings, {"WISP_MAX_BATCH_MS": "fast"}, "(given: 'fast')"),
         (SchedulerSettings, {"WISP_NAMESPACE": "a b"}, "WISP_NAMESPACE"),
         (DrafterSettings, {"WISP_DRAFT_SOURCE": "model"}, "  draft_source is 'model', so draft_model must name"),
+        (DrafterSettings, {"WISP_STOP_RULE": "never"}, "Input should be 'fixed', 'entropy', 'predictor' or 'marginal'"),
+        (DrafterSettings, {"WISP_HIDDEN_FORMAT": "int4"}, "Input should be 'bfloat16' or 'int8'"),
     ],
 )
 def test_bad_settings_are_named(

@@ -34,7 +34,16 @@ async def test_alone_with_prompt_lookup(client: Client, cases: list[Case], traff
     assert sum(result.accepted for result in traffic.results) > 0, "these texts repeat themselves"
 
 
-@pytest.mark.parametrize("draft", ["none", "lookup"])
+async def test_alone_with_hidden_states(client: Client, cases: list[Case], traffic: Traffic) -> None:
+    traffic.clear()
+    for case in cases[6:9]:
+        assert await client.ask(case, draft="hidden") == case.tokens
+    assert sum(result.accepted for result in traffic.results) > 0
+    for first in (round_ for round_ in traffic.rounds if round_.round == 0):
+        assert (first.draft, first.hidden_from) == ([], 0), "of a prompt the drafter knows no states"
+
+
+@pytest.mark.parametrize("draft", ["none", "lookup", "hidden", "combined"])
 async def test_beside_many_others(client: Client, cases: list[Case], traffic: Traffic, draft: str) -> None:
     traffic.clear()
     assert len(cases) >= 17
@@ -50,7 +59,13 @@ async def test_beside_many_others(client: Client, cases: list[Case], traffic: Tr
 async def drafters(stack: Stack, draft_model: Path) -> AsyncIterator[None]:
     """Drafters with a draft model take the place of the others."""
     before = stack.processes("drafter")
-    env = {"WISP_DRAFT_SOURCE": "model", "WISP_DRAFT_MODEL": str(draft_model), "WISP_CACHE_TOKENS": "4096"}
+    env = {
+        "WISP_DRAFT_SOURCE": "model",
+        "WISP_DRAFT_MODEL": str(draft_model),
+        "WISP_CACHE_TOKENS": "4096",
+        "WISP_STOP_RULE": "fixed",  # however little is accepted
+        "WISP_DRAFT_LENGTH": "4",
+    }
     new = await stack.start("drafter", 1, env=env)
     for process in before:
         await stack.stop(process)
@@ -96,11 +111,27 @@ async def test_while_verifiers_come_and_go(stack: Stack, client: Client, cases: 
     assert late.name in traffic.verifiers
 
 
-async def test_when_a_verifier_and_a_drafter_are_killed(
+async def test_sessions_whose_verifier_is_killed_get_their_states_from_another(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic
 ) -> None:
     traffic.clear()
-    streams = asyncio.create_task(client.ask_all(cases, "lookup"))
+    streams = asyncio.create_task(client.ask_all(cases, "hidden"))
+    await progressed(traffic, 30)
+    killed = stack.processes("verifier")[0]
+    await stack.stop(killed, signal.SIGKILL)
+    assert wrong(cases, await streams) == []
+    moved = {result.session for result in traffic.results if result.verifier == killed.name}
+    drafts = [r for r in traffic.results if r.session in moved and r.verifier != killed.name and r.trimmed_to]
+    assert len({result.session for result in drafts}) > 1
+    await stack.start("verifier")
+
+
+@pytest.mark.parametrize("draft", ["lookup", "combined"])
+async def test_when_a_verifier_and_a_drafter_are_killed(
+    stack: Stack, client: Client, cases: list[Case], traffic: Traffic, draft: str
+) -> None:
+    traffic.clear()
+    streams = asyncio.create_task(client.ask_all(cases, draft))
     await progressed(traffic, 30)
     await stack.stop(stack.processes("verifier")[0], signal.SIGKILL)
     await stack.stop(stack.processes("drafter")[0], signal.SIGKILL)

@@ -1,6 +1,6 @@
-"""Where drafts come from, behind one interface: `none`, `lookup`, `model`."""
+"""Where drafts come from, behind one interface: `none`, `lookup`, `model`, `hidden`, and the last with lookup."""
 
-from services.drafter.sources.base import Draft, DraftRequest, DraftSource, NoDrafts
+from services.drafter.sources.base import Ahead, Draft, DraftRequest, DraftSource, NoDrafts, States
 from services.drafter.sources.lookup import LookupDrafts
 
-__all__ = ["Draft", "DraftRequest", "DraftSource", "LookupDrafts", "NoDrafts"]
+__all__ = ["Ahead", "Draft", "DraftRequest", "DraftSource", "LookupDrafts", "NoDrafts", "States"]

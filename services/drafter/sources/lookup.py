@@ -7,50 +7,46 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.drafter.sources.base import Draft, DraftRequest
+from services.drafter.control import Guess, Step
+from services.drafter.sources.base import Draft, DraftRequest, WithoutStates
 
+NAME = "lookup"
 LONGEST = 3
-PRIOR_ACCEPTED, PRIOR_TRIED = 1.0, 2.0
 
 
-class LookupDrafts:
+class LookupDrafts(WithoutStates):
     """N-gram lookup over each session's own tokens, indexed as they come."""
 
-    name = "lookup"
     blocking = False
 
     def __init__(self) -> None:
-        self._sessions: dict[str, _NgramIndex] = {}
-        self._supports: dict[str, int] = {}
-        self._accepted = [PRIOR_ACCEPTED] * (LONGEST + 1)
-        self._tried = [PRIOR_TRIED] * (LONGEST + 1)
+        self._sessions: dict[str, NgramIndex] = {}
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         """Copies of what followed the same n-gram before."""
         return [self._propose(request) for request in requests]
 
     def _propose(self, request: DraftRequest) -> Draft:
-        index = self._sessions.setdefault(request.session, _NgramIndex())
+        index = self._sessions.setdefault(request.session, NgramIndex())
         index.extend(request.tokens)
-        tokens, support = index.continuation(request.tokens, request.length)
-        self._supports[request.session] = support
-        rate = self._accepted[support] / self._tried[support]
-        return Draft(tokens, [rate] * len(tokens))
-
-    def learn(self, session: str, drafted: int, accepted: int) -> None:
-        """Keep the acceptance rate per n-gram length: tokens tried are those up to the first rejection."""
-        support = self._supports.get(session, 0)
-        if drafted:
-            self._accepted[support] += accepted
-            self._tried[support] += min(accepted + 1, drafted)
+        if not request.round.wants(NAME):
+            return Draft()
+        tokens, support = index.continuation(request.tokens, request.round.longest)
+        kept: list[int] = []
+        for token in tokens:
+            step = request.round.add(Guess(NAME, support=support))
+            if step is not Step.DROP:
+                kept.append(token)
+            if step is not Step.MORE:
+                break
+        return Draft(kept)
 
     def close(self, session: str) -> None:
         """Drop the session's index."""
         self._sessions.pop(session, None)
-        self._supports.pop(session, None)
 
 
-class _NgramIndex:
+class NgramIndex:
     """Where each n-gram of a growing token sequence last ended, the sequence's own end excepted."""
 
     def __init__(self) -> None:
@@ -67,14 +63,17 @@ class _NgramIndex:
                 self._ends[tuple(tokens[end - n : end])] = end
         self._indexed = max(self._indexed, len(tokens) - 1)
 
-    def continuation(self, tokens: Sequence[int], length: int) -> tuple[list[int], int]:
-        """What followed the longest known n-gram at the end, and its n; a copy that reaches the end goes on from its
-        own tokens, so that a repeating pattern is continued."""
+    def continuation(self, tokens: Sequence[int], length: int, drafted: Sequence[int] = ()) -> tuple[list[int], int]:
+        """What followed the longest known n-gram at the end of `tokens` and `drafted`, and its n; a copy that reaches
+        the end goes on from its own tokens, so that a repeating pattern is continued."""
         if length <= 0:
             return [], 0
-        for n in range(min(LONGEST, len(tokens)), 0, -1):
-            end = self._ends.get(tuple(tokens[len(tokens) - n :]))
+        tail = [*tokens[-LONGEST:], *drafted]
+        total = len(tokens) + len(drafted)
+        for n in range(min(LONGEST, total), 0, -1):
+            end = self._ends.get(tuple(tail[-n:]))
             if end is not None:
-                period = len(tokens) - end
-                return [tokens[end + i % period] for i in range(length)], n
+                period = total - end
+                known = [*tokens[end:], *drafted]
+                return [known[i % period] for i in range(length)], n
         return [], 0

@@ -10,16 +10,19 @@ from collections.abc import Sequence
 
 import torch
 
-from services.drafter.sources.base import Draft, DraftRequest
+from services.drafter.control import Step as Verdict
+from services.drafter.sources.base import Draft, DraftRequest, WithoutStates
+from services.drafter.sources.guesses import guesses
 from shared.engine import Engine, Step
 from shared.errors import EngineError
 from shared.sampling import choose
 
+NAME = "model"
 
-class ModelDrafts:
+
+class ModelDrafts(WithoutStates):
     """A draft model on its own engine."""
 
-    name = "model"
     blocking = True
 
     def __init__(self, engine: Engine) -> None:
@@ -39,7 +42,7 @@ class ModelDrafts:
     def _draft(self, requests: Sequence[DraftRequest], drafts: list[Draft]) -> None:
         steps: dict[int, Step] = {}
         for i, request in enumerate(requests):
-            if request.length > 0:
+            if request.round.wants(NAME):
                 held = min(self._engine.attach(request.session, request.tokens), len(request.tokens) - 1)
                 self._engine.truncate(request.session, held)
                 steps[i] = Step(request.session, request.tokens[held:], rows=1)
@@ -50,17 +53,15 @@ class ModelDrafts:
                 [requests[i].sampling for i in steps],
                 [len(requests[i].tokens) + len(drafts[i].tokens) for i in steps],
             )
-            confidence = torch.softmax(logits.float(), -1)[range(len(chosen)), chosen].tolist()
             following: dict[int, Step] = {}
-            for i, token, probability in zip(steps, chosen, confidence, strict=True):
-                drafts[i].tokens.append(token)
-                drafts[i].acceptance.append(min(1.0, probability))
-                if len(drafts[i].tokens) < requests[i].length:
+            for i, token, guess in zip(steps, chosen, guesses(NAME, logits, torch.tensor(chosen)), strict=True):
+                drafts[i].steps[NAME] = drafts[i].steps.get(NAME, 0) + 1
+                verdict = requests[i].round.add(guess)
+                if verdict is not Verdict.DROP:
+                    drafts[i].tokens.append(token)
+                if verdict is Verdict.MORE:
                     following[i] = Step(requests[i].session, [token], rows=1)
             steps = following
-
-    def learn(self, session: str, drafted: int, accepted: int) -> None:
-        """The model's own confidence is its prediction; nothing to learn here."""
 
     def close(self, session: str) -> None:
         """Free the session's cache."""

@@ -1,0 +1,99 @@
+"""transformers' `generate` as a competitor: plain, with prompt lookup, and with an assistant model.
+
+There is no published small model with the target's vocabulary at hand, so the assistant is the target itself cut after
+its first layers: the same embeddings, the same norm and head, no training. That is a weak assistant, as the layers that
+are left out are those that make the last layer's input what the head expects; a distilled model of that size would
+guess far more. It shows what assisted generation costs and gives with what anybody has without training. transformers
+steers it with its own defaults: up to 20 tokens per draft, fewer where the assistant is unsure.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers.generation.streamers import BaseStreamer
+
+PLAIN, LOOKUP, ASSISTANT = "generate", "generate, lookup", "generate, assistant"
+ARMS = (PLAIN, LOOKUP, ASSISTANT)
+LOOKUP_TOKENS = 4
+ASSISTANT_LAYERS = 6
+_CONFIG: Any = GenerationConfig
+
+
+@dataclass(frozen=True)
+class Generated:
+    """One answer. Seconds count from the call, the prompt being tokenized already."""
+
+    tokens: list[int]
+    first_s: float
+    first_tokens: int
+    """Tokens that came with the first."""
+    total_s: float
+
+
+class _Clock(BaseStreamer):
+    """Notes when the first tokens come; the first thing put is the prompt."""
+
+    def __init__(self) -> None:
+        self.started = time.perf_counter()
+        self.first_s = 0.0
+        self.first_tokens = 0
+        self._prompt = True
+
+    def put(self, value: Any) -> None:
+        if self._prompt:
+            self._prompt = False
+        elif not self.first_tokens:
+            self.first_s = time.perf_counter() - self.started
+            self.first_tokens = int(value.numel())
+
+    def end(self) -> None:
+        pass
+
+
+class Transformers:
+    """The target model in transformers, and the assistant. Calls must come one at a time."""
+
+    def __init__(self, folder: Path, dtype: str, threads: int) -> None:
+        quiet: Any = transformers.utils.logging
+        quiet.set_verbosity_error()
+        quiet.disable_progress_bar()
+        torch.set_num_threads(threads)
+        form = getattr(torch, dtype)
+        self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=form)
+        layers = min(ASSISTANT_LAYERS, self._model.config.num_hidden_layers)
+        self._assistant: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=form, num_hidden_layers=layers)
+        for model in (self._model, self._assistant):
+            model.train(False)
+            # The number of tokens is given: that of the suite's answer, whatever token comes.
+            model.generation_config.eos_token_id = None
+        self._extras: dict[str, dict[str, Any]] = {
+            PLAIN: {},
+            LOOKUP: {"prompt_lookup_num_tokens": LOOKUP_TOKENS},
+            ASSISTANT: {"assistant_model": self._assistant},
+        }
+
+    def generate(self, arm: str, prompt: Sequence[int], count: int, temperature: float, seed: int) -> Generated:
+        """Exactly `count` tokens after the prompt, greedy at temperature 0, else sampled without further limits."""
+        torch.manual_seed(seed)
+        sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
+        chosen = sampling if temperature > 0 else {"do_sample": False}
+        config = _CONFIG(max_new_tokens=count, pad_token_id=0, **chosen)
+        ids = torch.tensor([list(prompt)])
+        clock = _Clock()
+        made = self._model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            generation_config=config,
+            streamer=clock,
+            **self._extras[arm],
+        )
+        total_s = time.perf_counter() - clock.started
+        return Generated(made[0, len(prompt) :].tolist(), clock.first_s, clock.first_tokens, total_s)

@@ -1,0 +1,125 @@
+"""Acceptance estimates that keep themselves right. Pure.
+
+An estimate is sigmoid(a z + b + s): z from the trained model of the token's source, a and b learnt per source over all
+sessions (Platt scaling), s per session and source. Each is a Bayesian logistic regression with a Gaussian prior,
+updated token by token with one Newton step (an extended Kalman filter in information form), fading towards its prior.
+Only tokens whose predecessors were accepted teach anything: those after a rejection are unknown, not wrong.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from services.drafter.control.features import Features, sigmoid
+from services.drafter.control.guess import Guess
+from services.drafter.control.weights import UNTRAINED_COPY, UNTRAINED_MODEL, Logistic
+
+SOURCE_MEMORY = 0.998
+SESSION_MEMORY = 0.97
+SLOPE_PRECISION = 10.0
+OFFSET_PRECISION = 1.0
+SESSION_PRECISION = 0.5
+"""Of the priors: 1 / variance, in log odds."""
+FLATTEST = 0.1
+"""Smallest slope: a likelier token by the model never becomes a less likely one."""
+SURPRISE = 8.0
+"""Log odds are held within this."""
+REMEMBERED = 16
+DEEPEST = 2
+"""Positions from this one on share what is remembered of them."""
+
+
+@dataclass
+class Platt:
+    """a and b of one source, and the precision matrix of what is known of them."""
+
+    a: float = 1.0
+    b: float = 0.0
+    aa: float = SLOPE_PRECISION
+    ab: float = 0.0
+    bb: float = OFFSET_PRECISION
+
+    def logit(self, z: float) -> float:
+        """Log odds of acceptance for the model's log odds z."""
+        return min(SURPRISE, max(-SURPRISE, self.a * z + self.b))
+
+    def learn(self, z: float, accepted: bool) -> None:
+        """Take in one verified token."""
+        kept, fresh = SOURCE_MEMORY, 1 - SOURCE_MEMORY
+        right_a = kept * (self.aa * self.a + self.ab * self.b) + fresh * SLOPE_PRECISION
+        right_b = kept * (self.ab * self.a + self.bb * self.b)
+        self.aa = kept * self.aa + fresh * SLOPE_PRECISION
+        self.ab = kept * self.ab
+        self.bb = kept * self.bb + fresh * OFFSET_PRECISION
+        self.a, self.b = self._solve(right_a, right_b)
+        p = sigmoid(self.logit(z))
+        weight = p * (1 - p)
+        self.aa += weight * z * z
+        self.ab += weight * z
+        self.bb += weight
+        step_a, step_b = self._solve(z * (accepted - p), accepted - p)
+        self.a = max(FLATTEST, self.a + step_a)
+        self.b += step_b
+
+    def _solve(self, x: float, y: float) -> tuple[float, float]:
+        determinant = self.aa * self.bb - self.ab * self.ab
+        return (self.bb * x - self.ab * y) / determinant, (self.aa * y - self.ab * x) / determinant
+
+
+@dataclass
+class Offset:
+    """s of one session and source."""
+
+    value: float = 0.0
+    precision: float = SESSION_PRECISION
+
+    def learn(self, logit: float, accepted: bool) -> None:
+        """Take in one verified token with the given log odds before this offset."""
+        faded = SESSION_MEMORY * self.precision
+        self.precision = faded + (1 - SESSION_MEMORY) * SESSION_PRECISION
+        self.value *= faded / self.precision
+        p = sigmoid(logit + self.value)
+        self.precision += p * (1 - p)
+        self.value += (accepted - p) / self.precision
+
+
+class Calibration:
+    """What all sessions of a drafter share."""
+
+    def __init__(self, trained: Mapping[str, Logistic]) -> None:
+        self._trained = trained
+        self._platt: dict[str, Platt] = {}
+        self.outlook = Outlook()
+
+    def model_logit(self, guess: Guess, features: Features) -> float:
+        """z: log odds by the trained model of the token's source, or by a plain guess where none was trained."""
+        model = self._trained.get(guess.source) or (UNTRAINED_COPY if guess.support else UNTRAINED_MODEL)
+        return min(SURPRISE, max(-SURPRISE, model.logit(features)))
+
+    def logit(self, source: str, z: float) -> float:
+        """a z + b."""
+        return self._platt[source].logit(z) if source in self._platt else z
+
+    def learn(self, source: str, z: float, accepted: bool) -> None:
+        """Take in one verified token."""
+        self._platt.setdefault(source, Platt()).learn(z, accepted)
+
+
+class Outlook:
+    """The latest log odds of tokens by source and position, of those tokens whose predecessors were accepted.
+
+    Their estimates are what a token that is not drafted yet may turn out to have.
+    """
+
+    def __init__(self) -> None:
+        self._seen: dict[tuple[str, int], deque[float]] = {}
+
+    def see(self, source: str, position: int, logit: float) -> None:
+        """Remember a token that was reached."""
+        self._seen.setdefault((source, min(position, DEEPEST)), deque(maxlen=REMEMBERED)).append(logit)
+
+    def recall(self, source: str, position: int) -> list[float]:
+        """At most `REMEMBERED` log odds, the latest last."""
+        return list(self._seen.get((source, min(position, DEEPEST)), ()))

@@ -1,0 +1,140 @@
+"""What time things take, as one drafter measures it. Pure.
+
+A round takes, besides drafting, `hops + queue + verify(k)` for k verified draft tokens, with verify(k) = b + s k. The
+queue is told by the results, and by the scheduler for all. The line is fitted to the verifier's times with fading
+memory. They are times of whole batches, in which other sessions' tokens are noise; so the slope leans on a prior share
+of b (one session, SmolLM2-135M on two cores: 54 ms, and 2.2 ms per token) and is never negative.
+
+Every measurement is first held within a factor of 2 of what was expected: a stalled machine moves little, and a lasting
+change is still followed within some tens of rounds.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from shared.messages import Load
+
+PRIOR_VERIFY_MS = 50.0
+PRIOR_HOPS_MS = 5.0
+PRIOR_STEP_MS = 0.0
+"""Of a source not measured yet, so that it gets tried; copying is never measured and stays there."""
+PRIOR_SLOPE = 0.04
+"""Time per verified token, as a share of a round's without any."""
+PRIOR_WEIGHT = 20.0
+"""In units of Σ (k - mean k)²: as much as five rounds of lengths 0 and 4 say."""
+RATE = 0.1
+FORGETTING = 0.97
+OUTLIER = 2.0
+SLACK_MS = 1.0
+"""Measurements may exceed a factor of 2 by this, so that what took no time can come to take some."""
+SPARE_TOKENS = 4
+"""A round that computed this many tokens more than its own was computing a prompt."""
+LEAST_MS = 0.1
+
+
+class Pace:
+    """Times learnt from rounds and drafts, and the scheduler's word."""
+
+    def __init__(self) -> None:
+        self.price_ms = 0.0
+        """What verifying one more token costs others, in milliseconds of batch time (`Load`)."""
+        self.draft_cap = 2**31
+        self._queue = _Mean(0.0)
+        self._hops = _Mean(PRIOR_HOPS_MS)
+        self._verify = _Line()
+        self._steps: dict[str, _Mean] = {}
+
+    @property
+    def base_ms(self) -> float:
+        """A round without draft tokens."""
+        return max(LEAST_MS, self._hops.value + self._queue.value + self._verify.base_ms)
+
+    @property
+    def token_ms(self) -> float:
+        """What one more verified token adds, its price included."""
+        return self._verify.slope_ms + self.price_ms
+
+    @property
+    def queue_ms(self) -> float:
+        """Time from a round's arrival at the scheduler to its batch."""
+        return self._queue.value
+
+    def step_ms(self, source: str) -> float:
+        """Drafting one token by this source."""
+        return self._steps[source].value if source in self._steps else PRIOR_STEP_MS
+
+    def hear(self, load: Load) -> None:
+        """Take in what the scheduler says."""
+        self.price_ms = load.price_ms
+        self.draft_cap = load.draft_cap
+        self._queue.learn(load.queue_ms)
+
+    def learn_draft(self, source: str, steps: int, ms: float) -> None:
+        """Learn from a source's `steps` tokens for one session in `ms`; other sessions in the same calls count in."""
+        if steps > 0:
+            self._steps.setdefault(source, _Mean(PRIOR_STEP_MS)).learn(ms / steps)
+
+    def learn_round(
+        self, draft_length: int, round_ms: float, verify_ms: float, queue_ms: float, new_tokens: int
+    ) -> None:
+        """Learn from a round that needed no second attempt.
+
+        draft_length: verified draft tokens. round_ms: from sending to the result. new_tokens: what the verifier
+        computed for it; rounds that computed a prompt say nothing about others.
+        """
+        if new_tokens > draft_length + 1 + SPARE_TOKENS:
+            return
+        self._queue.learn(queue_ms)
+        self._hops.learn(max(0.0, round_ms - queue_ms - verify_ms))
+        self._verify.learn(draft_length, verify_ms)
+
+
+def _held(measured_ms: float, expected_ms: float) -> float:
+    return min(max(measured_ms, expected_ms / OUTLIER), expected_ms * OUTLIER + SLACK_MS)
+
+
+@dataclass
+class _Mean:
+    """Moving average; the mean of all until there are enough."""
+
+    value: float
+    count: int = 0
+
+    def learn(self, measured_ms: float) -> None:
+        if not math.isfinite(measured_ms) or measured_ms < 0:
+            return
+        if self.count:
+            measured_ms = _held(measured_ms, self.value)
+        self.count += 1
+        self.value += max(RATE, 1 / self.count) * (measured_ms - self.value)
+
+
+@dataclass
+class _Line:
+    """y = base + slope k by least squares with fading sums, the slope shrunk to its prior."""
+
+    base_ms: float = PRIOR_VERIFY_MS
+    slope_ms: float = PRIOR_VERIFY_MS * PRIOR_SLOPE
+    n: float = 0.0
+    k: float = 0.0
+    kk: float = 0.0
+    y: float = 0.0
+    ky: float = 0.0
+
+    def learn(self, k: int, y: float) -> None:
+        if not math.isfinite(y) or y < 0 or k < 0:
+            return
+        if self.n:
+            y = _held(y, self.base_ms + self.slope_ms * k)
+        self.n = FORGETTING * self.n + 1
+        self.k = FORGETTING * self.k + k
+        self.kk = FORGETTING * self.kk + k * k
+        self.y = FORGETTING * self.y + y
+        self.ky = FORGETTING * self.ky + k * y
+        mean_k, mean_y = self.k / self.n, self.y / self.n
+        prior = PRIOR_SLOPE * mean_y / (1 + PRIOR_SLOPE * mean_k)
+        variance, covariance = self.kk - self.k * mean_k, self.ky - self.k * mean_y
+        self.slope_ms = max(0.0, (covariance + PRIOR_WEIGHT * prior) / (variance + PRIOR_WEIGHT))
+        self.base_ms = max(0.0, mean_y - self.slope_ms * mean_k)

@@ -1,0 +1,151 @@
+"""The trained weights of the controller: models of acceptance that ship with a draft, as one JSON file."""
+
+from __future__ import annotations
+
+import math
+from operator import mul
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+
+from services.drafter.control.features import NAMES, Features, sigmoid
+from shared.errors import ModelError
+
+Number = Annotated[float, Field(allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+FURTHEST = 5.0
+"""Standardised inputs are held within this: training has seen nothing beyond."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Inputs(_Part):
+    """Which features a model reads, and their mean and standard deviation in training."""
+
+    features: list[str]
+    mean: list[Number]
+    scale: list[Positive]
+    _columns: tuple[tuple[int, float, float], ...] = PrivateAttr()
+
+    @model_validator(mode="after")
+    def _fit(self) -> Inputs:
+        unknown = [name for name in self.features if name not in NAMES]
+        if unknown:
+            raise ValueError(f"unknown features {', '.join(unknown)}; known are {', '.join(NAMES)}")
+        if not len(self.features) == len(self.mean) == len(self.scale):
+            raise ValueError("features, mean and scale must be equally long")
+        return self
+
+    def model_post_init(self, context: Any, /) -> None:
+        self._columns = tuple(
+            (NAMES.index(name), mean, scale)
+            for name, mean, scale in zip(self.features, self.mean, self.scale, strict=False)
+            if name in NAMES
+        )
+
+    def standardised(self, features: Features) -> list[float]:
+        """The model's inputs; a feature that is not known counts as its mean."""
+        return [
+            0.0 if (value := features[i]) is None else min(FURTHEST, max(-FURTHEST, (value - mean) / scale))
+            for i, mean, scale in self._columns
+        ]
+
+
+class Logistic(_Part):
+    """Log odds of acceptance, linear in the inputs."""
+
+    inputs: Inputs
+    weights: list[Number]
+    bias: Number
+
+    @model_validator(mode="after")
+    def _fit(self) -> Logistic:
+        if len(self.weights) != len(self.inputs.features):
+            raise ValueError("one weight per feature is needed")
+        return self
+
+    def logit(self, features: Features) -> float:
+        """Log odds that the token is accepted, its predecessors being so."""
+        return math.fsum(map(mul, self.weights, self.inputs.standardised(features))) + self.bias
+
+
+class Perceptron(_Part):
+    """Log odds of acceptance by one hidden layer of tanh units, as in WISP (arXiv 2601.11652; its size is ours)."""
+
+    inputs: Inputs
+    hidden: list[list[Number]]
+    """One row per unit."""
+    hidden_bias: list[Number]
+    weights: list[Number]
+    bias: Number
+
+    @model_validator(mode="after")
+    def _fit(self) -> Perceptron:
+        if not len(self.hidden) == len(self.hidden_bias) == len(self.weights):
+            raise ValueError("hidden, hidden_bias and weights must be equally long")
+        if any(len(row) != len(self.inputs.features) for row in self.hidden):
+            raise ValueError("each row of hidden needs one weight per feature")
+        return self
+
+    def logit(self, features: Features) -> float:
+        """Log odds that the token is accepted, its predecessors being so."""
+        x = self.inputs.standardised(features)
+        total = self.bias
+        for row, bias, weight in zip(self.hidden, self.hidden_bias, self.weights, strict=True):
+            total += weight * math.tanh(bias + sum(map(mul, row, x)))
+        return total
+
+
+class Predictor(_Part):
+    """WISP's predictor: the draft ends before the first token whose rejection is likelier than `threshold`."""
+
+    network: Perceptron
+    threshold: Annotated[float, Field(gt=0, lt=1)]
+
+    def rejection(self, features: Features) -> float:
+        """Probability that the token is rejected, its predecessors being accepted."""
+        return 1 - sigmoid(self.network.logit(features))
+
+
+class ControlWeights(_Part):
+    """All that training found out."""
+
+    version: Literal[1] = 1
+    acceptance: dict[str, Logistic] = Field(default_factory=dict)
+    """By draft source."""
+    predictor: Predictor | None = None
+
+
+def _untrained(names: list[str], weights: list[float], bias: float) -> Logistic:
+    inputs = Inputs(features=names, mean=[0.0] * len(names), scale=[1.0] * len(names))
+    return Logistic(inputs=inputs, weights=weights, bias=bias)
+
+
+UNTRAINED_MODEL = _untrained(["confidence", "agreed"], [0.8, 0.7], -0.3)
+"""Drafts are overconfident; what two sources propose is better than one alone."""
+UNTRAINED_COPY = _untrained(["support", "agreed"], [1.3, 0.7], -1.8)
+"""About 0.3, 0.4 and 0.5 for n-grams of 1, 2 and 3 tokens."""
+
+
+def load_weights(path: Path) -> ControlWeights:
+    """Read a weights file. Raises ModelError when there is none or it is not one."""
+    remedy = "train them with `wisp controller train`"
+    try:
+        return ControlWeights.model_validate_json(path.read_bytes())
+    except OSError as error:
+        raise ModelError(f"no controller weights at {path} ({error.strerror}); {remedy}") from error
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "file"
+        raise ModelError(f"{path} holds no controller weights: {where}: {first['msg']}; {remedy}") from error
+
+
+def save_weights(path: Path, weights: ControlWeights) -> None:
+    """Write a weights file. Raises ModelError where that cannot be done."""
+    try:
+        path.write_text(weights.model_dump_json(indent=1) + "\n")
+    except OSError as error:
+        raise ModelError(f"cannot write controller weights to {path}: {error.strerror}") from error

@@ -1,0 +1,1 @@
+"""The draft model that reads the target's hidden states."""

@@ -1,0 +1,100 @@
+"""A trained draft on disk, and what it was trained for. Known without torch.
+
+config.json         shape, and the target's name and vocabulary
+model.safetensors   the trained weights in bfloat16, and `head_ids`, the tokens that it can propose
+controller.json     the speculation controller's weights for drafts by it, if they were trained
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from shared.errors import ModelError
+from shared.models.folder import ModelFolder
+
+CONFIG, WEIGHTS, CONTROLLER = "config.json", "model.safetensors", "controller.json"
+SHIPPED = Path(__file__).parent.parent / "drafts"
+
+
+class LayerConfig(BaseModel):
+    """Shape of a Llama decoder layer."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    hidden_size: int = Field(gt=0)
+    heads: int = Field(gt=0)
+    kv_heads: int = Field(gt=0)
+    head_size: int = Field(gt=0, multiple_of=2)
+    intermediate_size: int = Field(gt=0)
+    rope_theta: float = Field(gt=0)
+    norm_eps: float = Field(gt=0)
+
+    @model_validator(mode="after")
+    def _whole_groups(self) -> LayerConfig:
+        if self.heads % self.kv_heads:
+            raise ValueError(f"{self.heads} heads cannot share {self.kv_heads} kv_heads evenly")
+        return self
+
+
+class HiddenDraftConfig(BaseModel):
+    """Shape of the draft model, and the target that it belongs to."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: LayerConfig
+    layers: int = Field(ge=1)
+    bottom_layers: int = Field(ge=0)
+    """How many of the target's first layers it runs."""
+    vocab_size: int = Field(gt=0)
+
+
+class DraftCard(BaseModel):
+    """config.json."""
+
+    model_config = ConfigDict(frozen=True)
+
+    model: HiddenDraftConfig
+    target: str
+    """Name of the target it was trained for."""
+    vocab_fingerprint: str
+
+
+@dataclass(frozen=True)
+class HiddenDraftFolder:
+    """A folder that holds a trained draft."""
+
+    path: Path
+    card: DraftCard
+
+    @classmethod
+    def open(cls, path: Path) -> HiddenDraftFolder:
+        """Raises ModelError."""
+        try:
+            return cls(path, DraftCard.model_validate_json((path / CONFIG).read_bytes()))
+        except (OSError, ValidationError) as error:
+            raise ModelError(f"{path} holds no hidden-state draft: {error}; `wisp draft train` makes one") from error
+
+    def fits(self, target: ModelFolder) -> bool:
+        """Whether it can draft for this target: the same vocabulary and hidden size."""
+        return (
+            self.card.vocab_fingerprint == target.vocab_fingerprint
+            and self.card.model.layer.hidden_size == target.config.get("hidden_size")
+        )
+
+    @property
+    def controller(self) -> Path | None:
+        """The controller's weights that came with it."""
+        path = self.path / CONTROLLER
+        return path if path.is_file() else None
+
+
+def shipped_for(target: ModelFolder) -> HiddenDraftFolder | None:
+    """The draft that comes with WISP for this target, if there is one."""
+    for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
+        folder = HiddenDraftFolder.open(config.parent)
+        if folder.fits(target):
+            return folder
+    return None

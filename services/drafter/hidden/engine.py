@@ -1,0 +1,134 @@
+"""Many sessions of one hidden-state draft, computed together in packed steps, with a cache like the target engine's."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from services.drafter.hidden import weights
+from services.drafter.hidden.card import HiddenDraftFolder
+from services.drafter.hidden.model import run_layers
+from services.drafter.hidden.target import target_parts
+from shared.engine.attention import Batch, BlockCache, Cache, GatherCache, Shape
+from shared.engine.blocks import BLOCK, BlockPool
+from shared.engine.engine import DTYPES
+from shared.errors import EngineError, ModelError
+from shared.models.folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class DraftStep:
+    """New tokens of one session, and the states before each of them: (tokens, hidden size); zeros where unknown."""
+
+    session: str
+    tokens: Sequence[int]
+    before: Tensor
+
+
+class DraftEngine:
+    """The draft model, the parts of the target that it needs, and its K/V cache.
+
+    Not thread-safe: one thread at a time. A session begins empty with `open`; its K/V are its own, never shared.
+    """
+
+    def __init__(
+        self,
+        draft: HiddenDraftFolder,
+        target: ModelFolder,
+        *,
+        dtype: str = "bfloat16",
+        device: str = "cpu",
+        threads: int = 1,
+        budget_tokens: int = 16384,
+    ) -> None:
+        """budget_tokens: K/V room, rounded down to blocks. Raises ModelError if draft and target do not fit."""
+        if not draft.fits(target):
+            raise ModelError(
+                f"the draft in {draft.path} was trained for {draft.card.target}, whose vocabulary or hidden size is not"
+                f" that of {target.path}; train one with `wisp draft train`, or choose draft source lookup"
+            )
+        torch.set_num_threads(threads)
+        config = draft.card.model
+        self._device = torch.device(device)
+        self._parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
+        model, head_ids = weights.load(draft, DTYPES[dtype])
+        self._model = model.to(device)
+        self._bottom = self._parts.bottom.to(device)
+        # Rows are gathered from the mapped file, so that a drafter does not hold the whole embedding in memory.
+        self._embedding = self._parts.embedding
+        self.head_ids = head_ids
+        self._head = self._parts.head[head_ids].contiguous().to(device)
+        layer = config.layer
+        self.hidden_size, self._scale = layer.hidden_size, layer.head_size**-0.5
+        self._pool = BlockPool(max(1, budget_tokens // BLOCK))
+        shape = Shape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
+        self._cache: Cache = (
+            BlockCache(shape, self._pool.capacity, DTYPES[dtype], threads)
+            if self._device.type == "cpu"
+            else GatherCache(shape, self._pool.capacity, DTYPES[dtype], self._device)
+        )
+
+    def open(self, session: str) -> None:
+        """Make a session known; nothing happens if it is."""
+        if session not in self._pool.sessions:
+            self._pool.attach(session, [])
+
+    def length(self, session: str) -> int:
+        """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
+        return self._pool.length(session)
+
+    def truncate(self, session: str, length: int) -> None:
+        """Roll a session back to its first `length` tokens."""
+        self._pool.truncate(session, length)
+
+    def release(self, session: str) -> None:
+        """The session ended."""
+        self._pool.release(session)
+
+    @torch.inference_mode()
+    def forward(self, steps: Sequence[DraftStep]) -> Tensor:
+        """Estimates of the target's state at the last token of each step, (steps, hidden size).
+
+        Idle sessions are evicted if their room is needed. Raises TooLong, CacheFull or EngineError; then no session
+        has changed.
+        """
+        counts = [len(step.tokens) for step in steps]
+        if not steps or min(counts) < 1 or any(len(s.before) != n for s, n in zip(steps, counts, strict=True)):
+            raise EngineError("every step needs at least one token, and one state for each")
+        starts = [self.length(step.session) for step in steps]
+        growth = self._pool.grow({step.session: len(step.tokens) for step in steps})
+        try:
+            estimates = self._compute(steps, starts, counts)
+        except BaseException:
+            self._pool.undo(growth)
+            raise
+        for step in steps:
+            self._pool.append(step.session, step.tokens)
+        return estimates
+
+    def _compute(self, steps: Sequence[DraftStep], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+        tokens = torch.tensor([token for step in steps for token in step.tokens])
+        positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]).to(self._device)
+        before = torch.cat([step.before for step in steps]).to(self._device)
+        embedded = self._embedding[tokens].to(self._device)
+        self._cache.begin(Batch([self._pool.table(step.session) for step in steps], starts, counts))
+        bottom = None
+        if self._bottom:
+            bottom = run_layers(list(self._bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
+        u = self._model.inputs(self._model.known(embedded, bottom), before)
+        layers = list(self._model.layers)
+        g = run_layers(layers, u, positions, self._attend, len(self._bottom))  # type: ignore[arg-type]
+        last = torch.tensor(counts).cumsum(0) - 1
+        return self._model.norm(g[last.to(self._device)])  # type: ignore[no-any-return]
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._cache.attend(layer, q, k, v, self._scale, 0)
+
+    @torch.inference_mode()
+    def logits(self, estimates: Tensor) -> Tensor:
+        """Logits of the tokens `head_ids`: (rows, tokens), float32."""
+        return functional.linear(estimates, self._head).float()

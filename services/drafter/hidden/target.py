@@ -1,0 +1,105 @@
+"""What a draft model borrows from its target, read straight from the target's files: no other weight is loaded."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+import torch
+from pydantic import ValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+
+from services.drafter.hidden.card import LayerConfig
+from services.drafter.hidden.model import Layer
+from shared.errors import ModelError
+from shared.models.folder import ModelFolder
+
+
+@dataclass(frozen=True)
+class TargetParts:
+    """Embedding and head, (vocabulary, hidden size) each (one tensor if they are tied), the first layers, and the last
+    norm's gain."""
+
+    embedding: Tensor
+    head: Tensor
+    bottom: nn.ModuleList
+    norm: Tensor
+
+    def to(self, device: str) -> TargetParts:
+        """The same on a device."""
+        embedding = self.embedding.to(device)
+        head = embedding if self.head is self.embedding else self.head.to(device)
+        return TargetParts(embedding, head, self.bottom.to(device), self.norm.to(device))
+
+
+def layer_config(folder: ModelFolder) -> LayerConfig:
+    """The shape of the target's layers. Raises ModelError if they are not Llama's."""
+    config = json.loads((folder.path / "config.json").read_text())
+    plain = config.get("hidden_act") == "silu" and not config.get("attention_bias") and not config.get("mlp_bias")
+    rope = config.get("rope_parameters") or {}
+    scaled = config.get("rope_scaling") or rope.get("rope_type", "default") != "default"
+    if config.get("model_type") != "llama" or not plain or scaled:
+        raise ModelError(
+            f"{folder.path} is no plain Llama model (model_type {config.get('model_type')!r}): a hidden-state draft "
+            "reads its layers directly; choose another draft source (lookup, model, none)"
+        )
+    heads = config["num_attention_heads"]
+    try:
+        return LayerConfig(
+            hidden_size=config["hidden_size"],
+            heads=heads,
+            kv_heads=config.get("num_key_value_heads") or heads,
+            head_size=config.get("head_dim") or config["hidden_size"] // heads,
+            intermediate_size=config["intermediate_size"],
+            rope_theta=config.get("rope_theta") or rope.get("rope_theta") or 10_000.0,
+            norm_eps=config.get("rms_norm_eps", 1e-6),
+        )
+    except (KeyError, ValidationError) as error:
+        raise ModelError(f"{folder.path}/config.json does not describe Llama layers: {error}") from error
+
+
+def target_parts(folder: ModelFolder, bottom_layers: int, dtype: torch.dtype) -> TargetParts:
+    """Read them. Raises ModelError if a weight is missing or the target has too few layers."""
+    config = layer_config(folder)
+    wanted = _Wanted(folder, dtype)
+    tied = json.loads((folder.path / "config.json").read_text()).get("tie_word_embeddings", False)
+    embedding = wanted["model.embed_tokens.weight"]
+    layers = nn.ModuleList(Layer(config).to(dtype) for _ in range(bottom_layers))
+    for number, layer in enumerate(layers):
+        _fill(layer, wanted, f"model.layers.{number}")
+    layers.requires_grad_(requires_grad=False)
+    head = embedding if tied else wanted["lm_head.weight"]
+    return TargetParts(embedding, head, layers, wanted["model.norm.weight"])
+
+
+def _fill(layer: nn.Module, weights: _Wanted, prefix: str) -> None:
+    def joined(*names: str) -> Tensor:
+        return torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
+
+    attention, mlp = "self_attn.", "mlp."
+    layer.load_state_dict(
+        {
+            "attention_norm.weight": joined("input_layernorm"),
+            "qkv.weight": joined(*(f"{attention}{name}_proj" for name in "qkv")),
+            "out.weight": joined(f"{attention}o_proj"),
+            "mlp_norm.weight": joined("post_attention_layernorm"),
+            "gate_up.weight": joined(f"{mlp}gate_proj", f"{mlp}up_proj"),
+            "down.weight": joined(f"{mlp}down_proj"),
+        }
+    )
+
+
+class _Wanted:
+    """Tensors of a model folder by name."""
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
+        self._folder, self._dtype = folder, dtype
+
+    def __getitem__(self, name: str) -> Tensor:
+        for path in self._folder.weights:
+            with safe_open(path, framework="pt") as file:
+                if name in file.keys():  # noqa: SIM118 - it is no mapping
+                    tensor: Tensor = file.get_tensor(name)
+                    return tensor.to(self._dtype)
+        raise ModelError(f"{self._folder.path} has no weight {name}: its drafts need a Llama-like target with it")

@@ -1,0 +1,40 @@
+"""Reading and writing a trained draft's weights."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from services.drafter.hidden.card import CONFIG, WEIGHTS, DraftCard, HiddenDraftFolder
+from services.drafter.hidden.model import HiddenDraft
+from shared.errors import ModelError
+from shared.models.folder import ModelFolder
+
+
+def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Tensor]:
+    """The model, and the ids of the tokens that it can propose, ascending. Raises ModelError."""
+    model = HiddenDraft(folder.card.model)
+    try:
+        tensors = load_file(folder.path / WEIGHTS)
+        head_ids = tensors.pop("head_ids").long()
+        model.load_state_dict(tensors)
+    except (OSError, RuntimeError, KeyError) as error:
+        raise ModelError(f"{folder.path / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    spread = model.spread.clone()
+    model = model.to(dtype).eval()
+    model.spread = spread
+    return model, head_ids
+
+
+def save(path: Path, model: HiddenDraft, head_ids: Tensor, target: ModelFolder) -> None:
+    """Write a trained draft."""
+    path.mkdir(parents=True, exist_ok=True)
+    card = DraftCard(model=model.config, target=target.name, vocab_fingerprint=target.vocab_fingerprint)
+    tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}
+    tensors["head_ids"] = head_ids.sort().values.to(torch.int32)
+    save_file(tensors, path / WEIGHTS)
+    (path / CONFIG).write_text(json.dumps(card.model_dump(), indent=2) + "\n")

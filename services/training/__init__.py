@@ -1,0 +1,1 @@
+"""Training of a draft model on the target model's own answers."""

@@ -1,0 +1,145 @@
+"""What a draft model is trained for: its estimates over several draft steps, held against the target's distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from services.drafter.hidden.model import HiddenDraft, run_layers
+from services.drafter.hidden.target import TargetParts
+
+
+def bottom_outputs(parts: TargetParts, tokens: Tensor) -> Tensor:
+    """What the target's first layers make of a whole text: (tokens, size) of (tokens,)."""
+
+    def attend(_number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return _causal(q[None], k[None], v[None])[0]
+
+    device = parts.embedding.device
+    positions = torch.arange(len(tokens), device=device)
+    with torch.no_grad():
+        return run_layers(list(parts.bottom), parts.embedding[tokens.to(device)], positions, attend)  # type: ignore[arg-type]
+
+
+def unrolled(model: HiddenDraft, known: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
+    """Estimates of h at every position of a batch of texts, for draft steps 1 to `steps`: (texts, tokens, size) each.
+
+    known: `HiddenDraft.known` of every token; hidden: the target's states (texts, tokens, size). In step s a position
+    is reached after s - 1 draft tokens: its own input and the s - 2 before it are built on the model's estimates,
+    everything earlier on the target's states; so it attends to the exact keys at least s - 1 back, and to one key of
+    each step between. All positions are computed at once, as in EAGLE-3 (arXiv 2503.01840).
+    """
+    tokens = known.shape[1]
+    positions = torch.arange(tokens, device=known.device)
+    ahead = positions[None, :] - positions[:, None]
+    layers = list(model.layers)
+    keys: list[list[Tensor]] = [[] for _ in layers]
+    values: list[list[Tensor]] = [[] for _ in layers]
+    estimates: list[Tensor] = []
+    before = _later(hidden, 1)
+
+    def attend(number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        groups = q.shape[2] // k.shape[2]
+        keys[number].append(k.repeat_interleave(groups, 2))
+        values[number].append(v.repeat_interleave(groups, 2))
+        step = len(estimates)
+        if step == 0:
+            return _causal(q, k, v)
+        scale = q.shape[-1] ** -0.5
+        exact = torch.einsum("bihd,bjhd->bhij", q, keys[number][0]).float() * scale
+        exact = exact.masked_fill(ahead > -step, float("-inf"))
+        own = [_later(keys[number][r], step - r) for r in range(1, step + 1)]
+        chain = torch.stack([(q * key).sum(-1).float() * scale for key in own], -1).transpose(1, 2)
+        weights = torch.softmax(torch.cat([exact, chain], -1), -1).to(q.dtype)
+        attended = torch.einsum("bhij,bjhd->bihd", weights[..., :tokens], values[number][0])
+        for r in range(1, step + 1):
+            share = weights[..., tokens + r - 1].transpose(1, 2)[..., None]
+            attended = attended + share * _later(values[number][r], step - r)
+        return attended
+
+    for _ in range(steps):
+        u = model.inputs(known, before)
+        g = model.norm(run_layers(layers, u, positions, attend))  # type: ignore[arg-type]
+        estimates.append(g)
+        before = _later(g, 1)
+    return estimates
+
+
+def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+    return functional.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True).transpose(1, 2)
+
+
+def _later(x: Tensor, by: int) -> Tensor:
+    """x (texts, tokens, ...) moved to later positions, zeros coming in."""
+    if not by:
+        return x
+    return torch.cat([torch.zeros_like(x[:, :by]), x[:, :-by]], 1)
+
+
+@dataclass(frozen=True)
+class HeadRows:
+    """Some rows of the target's head: all of `certain`, and a random share of the others standing for the rest."""
+
+    weight: Tensor
+    """(rows, hidden size)"""
+    correction: Tensor
+    """(rows,) added to logits: minus the log of a row's probability to be here."""
+
+    @classmethod
+    def draw(cls, head: Tensor, certain: Tensor, extra: int, random: torch.Generator) -> HeadRows:
+        """`certain` are token ids; `extra` others are drawn from the rest of the vocabulary."""
+        chosen = torch.zeros(len(head), dtype=torch.bool)
+        chosen[certain] = True
+        rest = (~chosen).nonzero()[:, 0]
+        extra = min(extra, len(rest))
+        drawn = rest[torch.randperm(len(rest), generator=random)[:extra]]
+        ids = torch.cat([chosen.nonzero()[:, 0], drawn])
+        correction = torch.zeros(len(ids))
+        if extra:
+            correction[-extra:] = torch.log(torch.tensor(len(rest) / extra))
+        return cls(head[ids], correction.to(head.device))
+
+
+@dataclass(frozen=True)
+class Losses:
+    """The loss to descend, and per draft step the share of positions where the likeliest tokens agree."""
+
+    total: Tensor
+    agreement: list[float]
+    cross_entropy: list[float]
+
+
+def losses(
+    estimates: Sequence[Tensor],
+    hidden: Tensor,
+    learned: Tensor,
+    rows: HeadRows,
+    spread: Tensor,
+    *,
+    step_decay: float,
+    regression: float,
+) -> Losses:
+    """Cross-entropy against the target's softmax at temperature 1, plus `regression` times smooth L1 on the states.
+
+    learned: bool (texts, tokens), the positions that count. Step s has weight step_decay^(s-1).
+    """
+    exact = hidden[learned]
+    with torch.no_grad():
+        wanted = torch.softmax(functional.linear(exact, rows.weight).float() + rows.correction, -1)
+        best = wanted.argmax(-1)
+    total = torch.zeros((), device=hidden.device)
+    agreement, cross_entropies = [], []
+    for step, g in enumerate(estimates):
+        estimate = g[learned]
+        logits = functional.linear(estimate.to(rows.weight.dtype), rows.weight).float() + rows.correction
+        cross_entropy = -(wanted * torch.log_softmax(logits, -1)).sum(-1).mean()
+        distance = functional.smooth_l1_loss(estimate.float() / spread, exact.float() / spread)
+        total = total + step_decay**step * (cross_entropy + regression * distance)
+        agreement.append(float((logits.argmax(-1) == best).float().mean()))
+        cross_entropies.append(float(cross_entropy.detach()))
+    return Losses(total, agreement, cross_entropies)

@@ -1,0 +1,72 @@
+"""The target's hidden states on their way to a drafter: packing and unpacking, without torch.
+
+Inside a process a row is the bits of its bfloat16 elements, uint16 (rows, hidden size). Over the wire it is those bits
+(`bfloat16`: exact), or int8 elements with one float32 scale per row, the row's largest magnitude being 127 (`int8`:
+each element within half a scale of its bfloat16 value, in half the bytes).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.messages import HiddenFormat, HiddenStates
+
+PART_BYTES = 1_000_000
+"""A longer run is split, so that a prompt's rows do not hold up every other message on the connection."""
+
+Bits = NDArray[np.uint16]
+Floats = NDArray[np.float32]
+
+
+@dataclass(frozen=True)
+class Part:
+    """Packed rows of consecutive positions, as in `HiddenStates`."""
+
+    start: int
+    count: int
+    size: int
+    format: HiddenFormat
+    rows: bytes
+    scales: bytes
+
+
+def parts(bits: Bits, start: int, form: HiddenFormat) -> Iterator[Part]:
+    """Rows (rows, hidden size), the first at position `start`, as packed parts of at most `PART_BYTES`, in order."""
+    total, size = bits.shape
+    step = max(1, PART_BYTES // (size * form.width))
+    for first in range(0, total, step):
+        some = bits[first : first + step]
+        rows, scales = pack(some, form)
+        yield Part(start + first, len(some), size, form, rows, scales)
+
+
+def pack(bits: Bits, form: HiddenFormat) -> tuple[bytes, bytes]:
+    """Rows (rows, hidden size) as the bytes of the elements and of the scales, which are none for bfloat16."""
+    if form is HiddenFormat.BFLOAT16:
+        return bits.astype("<u2", copy=False).tobytes(), b""
+    values = to_floats(bits)
+    scales = np.abs(values).max(axis=1, initial=0) / np.float32(127)
+    with np.errstate(invalid="ignore"):  # a row with NaN or infinities gets a scale that says so
+        values /= np.where(scales > 0, scales, 1)[:, None]
+        # Clipped because a scale near the end of float32's range has lost its precision.
+        elements = np.rint(values, out=values).clip(-127, 127, out=values).astype(np.int8)
+    return elements.tobytes(), scales.astype("<f4", copy=False).tobytes()
+
+
+def unpack(message: HiddenStates) -> Floats:
+    """The rows of a message: (count, hidden size)."""
+    shape = message.count, message.size
+    if message.format is HiddenFormat.BFLOAT16:
+        return to_floats(np.frombuffer(message.rows, "<u2").reshape(shape))
+    values = np.frombuffer(message.rows, np.int8).reshape(shape).astype(np.float32)
+    values *= np.frombuffer(message.scales, "<f4")[:, None]
+    return values
+
+
+def to_floats(bits: NDArray[np.unsignedinteger]) -> Floats:
+    """The values of bfloat16 bits: they are the upper half of a float32."""
+    return (bits.astype(np.uint32) << 16).view(np.float32)

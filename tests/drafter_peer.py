@@ -1,0 +1,182 @@
+"""What tests of the drafter play on real brokers: scheduler and verifier."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from services.drafter.service import serve
+from services.drafter.settings import DrafterSettings
+from shared import hidden, topology
+from shared.broker import Broker
+from shared.engine.blocks import agreement
+from shared.errors import Unroutable
+from shared.hidden import Bits
+from shared.messages import (
+    DraftChoice,
+    Finish,
+    Generate,
+    HiddenFormat,
+    HiddenStates,
+    Load,
+    Message,
+    Result,
+    Sampling,
+    Status,
+    Verify,
+)
+from shared.store import Commit, Request, Store
+from shared.topology import Topology
+
+PROMPT = [1, 2, 3, 1, 2]
+
+
+def made_up_states(count: int, size: int = 64) -> Bits:
+    """Hidden states of positions 0 to `count`, the same for every session."""
+    values = np.random.default_rng(3).standard_normal((500, size), np.float32)[:count]
+    return (values.view(np.uint32) >> 16).astype(np.uint16)
+
+
+@dataclass
+class Peer:
+    """What the test does in place of the other services."""
+
+    broker: Broker
+    store: Store
+    settings: DrafterSettings
+    vocabulary: str = "v"
+    rounds: asyncio.Queue[Message] = field(default_factory=asyncio.Queue)
+
+    @classmethod
+    @asynccontextmanager
+    async def connected(cls, settings: DrafterSettings) -> AsyncIterator[Peer]:
+        """One for drafters with these settings; it receives their rounds."""
+        broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), "peer")
+        store = Store.connect(settings.redis_url, settings.namespace, 60)
+        peer = cls(broker, store, settings)
+        await broker.consume(broker.topology.verify_queue(), peer.rounds.put)
+        yield peer
+        await broker.close()
+        await store.close()
+
+    async def ask(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> None:
+        """Begin a session as a gateway does."""
+        request = Request(
+            session=session,
+            gateway="g",
+            prompt_len=len(PROMPT),
+            sampling=Sampling(),
+            stop_ids=[],
+            max_tokens=max_tokens,
+            fingerprint="f",
+        )
+        await self.store.create(request, PROMPT)
+        await self.publish(self.generate(session, max_tokens, draft))
+
+    def generate(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> Generate:
+        """The message that begins it."""
+        return Generate(
+            session=session,
+            gateway="g",
+            prompt=PROMPT,
+            sampling=Sampling(),
+            stop_ids=[],
+            max_tokens=max_tokens,
+            fingerprint="f",
+            vocab_fingerprint=self.vocabulary,
+            draft=draft,
+        )
+
+    async def publish(self, generate: Generate) -> None:
+        """Hand a request to the pool; the first drafter to start makes its queue."""
+        async with asyncio.timeout(10):
+            while True:
+                try:
+                    return await self.broker.publish(generate, topology.generate(), persistent=True)
+                except Unroutable:
+                    await asyncio.sleep(0.05)
+
+    async def round(self, timeout_s: float = 10) -> Verify:
+        """The next round that a drafter sends."""
+        message = await asyncio.wait_for(self.rounds.get(), timeout_s)
+        assert isinstance(message, Verify)
+        return message
+
+    async def silent(self, seconds: float) -> bool:
+        """Whether no round comes for so long."""
+        await asyncio.sleep(seconds)
+        return self.rounds.empty()
+
+    async def load(self, price_ms: float = 0.0, draft_cap: int = 64) -> None:
+        """Say how busy the verifiers are."""
+        told = Load(scheduler="s", price_ms=price_ms, queue_ms=0.0, pending=0, draft_cap=draft_cap)
+        await self.broker.publish(told, topology.LOAD)
+
+    async def tell(self, verify: Verify, tokens: Sequence[int], size: int = 64) -> None:
+        """Send the hidden states that the round asked for, given the tokens that it will bring."""
+        assert verify.hidden_from is not None
+        count = verify.base_len + agreement(verify.draft, tokens)
+        bits = made_up_states(count, size)[verify.hidden_from :]
+        for part in hidden.parts(bits, verify.hidden_from, verify.hidden_format):
+            await self.send_states(verify, part)
+
+    async def send_states(self, verify: Verify, part: hidden.Part) -> None:
+        """Send these, in the round's name."""
+        told = HiddenStates(
+            session=verify.session,
+            round=verify.round,
+            start=part.start,
+            count=part.count,
+            size=part.size,
+            format=HiddenFormat(part.format),
+            rows=part.rows,
+            scales=part.scales,
+        )
+        await self.broker.publish(told, topology.result(verify.drafter))
+
+    async def answer(
+        self, verify: Verify, tokens: Sequence[int], finish: Finish | None = None, *, states: bool = False
+    ) -> None:
+        """Commit these tokens for the round, and send the result, with the hidden states before it if wanted."""
+        if states:
+            await self.tell(verify, tokens)
+        accepted = agreement(verify.draft, tokens)
+        commit = Commit(verify.session, verify.round, verify.base_len, accepted, tokens, finish, verify.base_len)
+        (done,) = await self.store.commit("v", [commit])
+        await self.send(verify, done.base_len, Status(done.outcome.value), done.tokens, done.finish)
+
+    async def send(
+        self, verify: Verify, base_len: int, status: Status, tokens: list[int], finish: Finish | None = None
+    ) -> None:
+        """Only send a result."""
+        result = Result(
+            session=verify.session,
+            round=verify.round,
+            base_len=base_len,
+            status=status,
+            verifier="v",
+            batch="b",
+            accepted=agreement(verify.draft, tokens),
+            tokens=tokens,
+            drafted=len(verify.draft),
+            trimmed_to=len(verify.draft),
+            verify_ms=50.0,
+            finish=finish,
+        )
+        await self.broker.publish(result, topology.result(verify.drafter))
+
+
+@asynccontextmanager
+async def drafting(settings: DrafterSettings, name: str) -> AsyncIterator[None]:
+    """A drafter of this name; it is gone when the block ends."""
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(settings, name, stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await asyncio.wait_for(serving, 10)

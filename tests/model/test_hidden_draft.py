@@ -1,0 +1,451 @@
+"""Drafts by hidden states, alone and with copies: which tokens they propose, for which sessions, and what they lose."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from torch import Tensor
+
+from services.drafter.control import Controller, Guess, Round
+from services.drafter.hidden.card import HiddenDraftFolder
+from services.drafter.hidden.engine import DraftEngine, DraftStep
+from services.drafter.sources import Draft, DraftRequest, States
+from services.drafter.sources.hidden import HiddenDrafts
+from services.verifier.verify import Task, verify
+from shared.engine import Engine, Step
+from shared.hidden import to_floats
+from shared.messages import Sampling
+from shared.models.folder import ModelFolder
+from shared.sampling import choose
+
+GREEDY = Sampling()
+SAMPLINGS = [
+    GREEDY,
+    Sampling(temperature=1.0, seed=11),
+    Sampling(temperature=1.0, seed=12),
+    Sampling(temperature=0.7, top_k=20, seed=-13),
+    Sampling(temperature=1.3, top_p=0.8, seed=14),
+]
+ALONE, COMBINED = ("hidden",), ("hidden", "lookup")
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    return tiny.target(tmp_path_factory.mktemp("target"))
+
+
+@pytest.fixture(scope="module")
+def folder(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> HiddenDraftFolder:
+    return tiny.hidden_draft(tmp_path_factory.mktemp("draft"), target)
+
+
+@pytest.fixture
+def fresh(folder: HiddenDraftFolder, target: ModelFolder) -> Callable[..., HiddenDrafts]:
+    """Makes sources that know nothing of each other."""
+
+    def make(budget_tokens: int = 2048) -> HiddenDrafts:
+        return HiddenDrafts(DraftEngine(folder, target, dtype="float32", budget_tokens=budget_tokens))
+
+    return make
+
+
+def tokens_of(name: str, count: int) -> list[int]:
+    random = np.random.default_rng(list(name.encode()))
+    return random.integers(tiny.VOCAB, size=count).tolist()  # type: ignore[no-any-return]
+
+
+def states_of(name: str, start: int, stop: int) -> States | None:
+    """Made-up states of a session's positions."""
+    rows = np.random.default_rng([7, *name.encode()]).standard_normal((500, 64), np.float32)
+    return States(start, rows[start:stop]) if stop > start else None
+
+
+def round_of(length: int, names: Sequence[str] = ALONE) -> Round:
+    return Controller("fixed", 64).session(*names).ahead(length, temperature=0.0)
+
+
+def request(
+    name: str,
+    tokens: Sequence[int],
+    length: int = 4,
+    *,
+    known: int = 0,
+    names: tuple[str, ...] = ALONE,
+    sampling: Sampling = GREEDY,
+) -> DraftRequest:
+    """known: tokens whose states the source has already seen."""
+    told = states_of(name, max(0, known - 1), len(tokens) - 1)
+    return DraftRequest(name, tokens, sampling, round_of(length, names), names, told)
+
+
+def one(source: HiddenDrafts, asked: DraftRequest) -> list[int]:
+    return source.propose([asked])[0].tokens
+
+
+def say(source: HiddenDrafts, monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
+    """Make the model sure of a token, or of none."""
+
+    def logits(estimates: Tensor) -> Tensor:
+        found = torch.zeros(len(estimates), tiny.VOCAB)
+        if token is not None:
+            found[:, token] = 50.0
+        return found
+
+    monkeypatch.setattr(source._engine, "logits", logits)
+
+
+# Drafts of several sessions, round by round.
+
+
+def test_sessions_drafted_together_get_what_each_gets_alone(fresh: Callable[..., HiddenDrafts]) -> None:
+    asked = [
+        (name, tokens_of(name, length), draft_length, sampling)
+        for name, length, draft_length, sampling in zip(
+            "abcde", (3, 64, 65, 130, 9), (4, 1, 7, 0, 4), SAMPLINGS, strict=True
+        )
+    ]
+    requests = [request(name, tokens, n, sampling=sampling) for name, tokens, n, sampling in asked]
+    together = fresh().propose(requests)
+    assert [len(draft.tokens) for draft in together] == [4, 1, 7, 0, 4]
+    assert [draft.steps.get("hidden", 0) for draft in together] == [4, 1, 7, 0, 4]
+    for draft, (name, tokens, n, sampling) in zip(together, asked, strict=True):
+        assert one(fresh(), request(name, tokens, n, sampling=sampling)) == draft.tokens
+
+
+def test_after_a_rejection_the_next_draft_is_that_of_a_fresh_source(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh()
+    tokens = tokens_of("a", 60)
+    for committed in ([], [3], [9, 9, 9, 9, 9, 9, 9], [1, 2]):
+        known, tokens = len(tokens) if committed else 0, [*tokens, *committed]
+        assert one(source, request("a", tokens, known=known)) == one(fresh(), request("a", tokens))
+        assert source.seen("a") == len(tokens)
+
+
+def test_a_text_that_shrank_is_drafted_for_from_where_it_is(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh()
+    tokens = tokens_of("a", 60)
+    one(source, request("a", tokens))
+    assert one(source, request("a", tokens[:50], known=49)) == one(fresh(), request("a", tokens[:50]))
+
+
+def test_a_session_whose_states_are_missing_gets_no_draft_and_loses_nothing(
+    fresh: Callable[..., HiddenDrafts],
+) -> None:
+    source = fresh()
+    tokens = tokens_of("a", 30)
+    one(source, request("a", tokens))
+    later = [*tokens, 5, 6, 7]
+    for states in (None, states_of("a", 30, 32), states_of("a", 29, 31), states_of("a", 29, 33)):
+        asked = DraftRequest("a", later, GREEDY, round_of(4), ALONE, states)
+        others = request("b", tokens_of("b", 10))
+        missing, other = source.propose([asked, others])
+        assert (missing.tokens, missing.steps) == ([], {})
+        assert len(other.tokens) == 4
+        assert source.seen("a") == 30
+        source.close("b")
+    assert one(source, request("a", later, known=30)) == one(fresh(), request("a", later))
+
+
+def test_more_states_than_needed_do_no_harm(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh()
+    one(source, request("a", tokens_of("a", 30)))
+    longer = [*tokens_of("a", 30), 1, 2]
+    assert one(source, request("a", longer, known=0)) == one(fresh(), request("a", longer))
+
+
+def test_an_evicted_session_says_so_and_recovers_with_all_its_states(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh(budget_tokens=128)
+    a, b = tokens_of("a", 50), tokens_of("b", 90)
+    first = one(source, request("a", a))
+    assert source.seen("a") == 50
+    one(source, request("b", b))
+    assert (source.seen("a"), source.seen("b")) == (0, 90)
+    assert one(source, request("a", [*a, 3], known=50)) == []
+    assert source.seen("a") == 0
+    assert one(source, request("a", a)) == first
+
+
+def test_what_does_not_fit_at_once_is_drafted_in_parts(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh(budget_tokens=128)
+    texts = {name: tokens_of(name, length) for name, length in (("a", 40), ("b", 40), ("c", 40), ("long", 200))}
+    a, b, c, long = source.propose([request(name, tokens, 1) for name, tokens in texts.items()])
+    assert long.tokens == []
+    for name, draft in (("a", a), ("b", b), ("c", c)):
+        assert draft.tokens == one(fresh(), request(name, texts[name], 1))
+
+
+def test_a_closed_session_leaves_nothing(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh()
+    one(source, request("a", tokens_of("a", 30)))
+    source.close("a")
+    source.close("never there")
+    assert (source.seen("a"), source._engine.length("a")) == (0, 0)
+
+
+def test_nothing_is_computed_for_a_round_that_wants_no_draft(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fresh()
+    monkeypatch.setattr(source._engine, "forward", None)
+    assert one(source, request("a", tokens_of("a", 30), 0, names=COMBINED)) == []
+
+
+# Which tokens.
+
+
+@pytest.mark.parametrize("sampling", SAMPLINGS)
+def test_only_tokens_of_the_head_are_proposed_drawn_with_the_sessions_noise(
+    target: ModelFolder, tmp_path: Path, sampling: Sampling
+) -> None:
+    head_ids = sorted(set(tokens_of("head", 60)))
+    engine = DraftEngine(tiny.hidden_draft(tmp_path, target, head_ids=head_ids), target, dtype="float32")
+    source = HiddenDrafts(engine)
+    asked = request("a", tokens_of("a", 30), 8, sampling=sampling)
+    found = one(source, asked)
+    assert len(found) == 8
+    assert set(found) <= set(head_ids)
+    engine.truncate("a", 0)
+    assert asked.states is not None
+    before = torch.cat([torch.zeros(1, 64), torch.from_numpy(asked.states.rows)])
+    estimate = engine.forward([DraftStep("a", asked.tokens, before)])
+    for position, token in enumerate(found, 30):
+        logits = torch.full((1, tiny.VOCAB), -math.inf)
+        logits[:, head_ids] = engine.logits(estimate)
+        assert choose(logits, [sampling], [position]) == [token]
+        estimate = engine.forward([DraftStep("a", [token], estimate)])
+
+
+@dataclass
+class Session:
+    """A text that grows as the target has it."""
+
+    name: str
+    sampling: Sampling
+    tokens: list[int]
+    known: int = 0
+    rows: list[np.ndarray] = field(default_factory=list)
+
+    def request(self, length: int) -> DraftRequest:
+        start = max(0, self.known - 1)
+        states = States(start, np.array(self.rows[start:])) if len(self.rows) > start else None
+        return DraftRequest(self.name, list(self.tokens), self.sampling, round_of(length), ALONE, states)
+
+
+def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
+    folder: HiddenDraftFolder, target: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the sampling: so the draft's choice is the target's, with the same noise at the same position. The draft
+    made ahead is right as well, the guessed bonus token included."""
+    judge = Engine(target.path, budget_tokens=2048, keep_hidden=True)
+    oracle = Engine(target.path, budget_tokens=2048, keep_hidden=True)
+    engine = DraftEngine(folder, target)
+    compute = engine.forward
+    texts: dict[str, list[int]] = {}
+
+    def true_states(steps: Sequence[DraftStep]) -> Tensor:
+        found = []
+        for step in steps:
+            texts[step.session] = [*texts.get(step.session, [])[: engine.length(step.session)], *step.tokens]
+            text = texts[step.session]
+            held = min(oracle.attach(step.session, text), len(text) - 1)
+            oracle.truncate(step.session, held)
+            oracle.forward([Step(step.session, text[held:], rows=1)])
+            found.append(oracle.hidden(step.session, len(text) - 1, len(text))[0])
+        compute(steps)
+        return torch.stack(found)
+
+    monkeypatch.setattr(engine, "forward", true_states)
+    source = HiddenDrafts(engine)
+    sessions = [Session(f"s{i}", sampling, tokens_of(f"s{i}", 20 + 30 * i)) for i, sampling in enumerate(SAMPLINGS)]
+    ahead: list[list[int]] | None = None
+    for round_ in range(5):
+        requests = [session.request(4) for session in sessions]
+        drafts = source.propose(requests)
+        assert all(len(draft.tokens) == (4 if round_ else 0) for draft in drafts)
+        if ahead:
+            assert [draft.tokens[:3] for draft in drafts] == ahead
+        following = [DraftRequest(r.session, r.tokens, r.sampling, round_of(3), ALONE) for r in requests]
+        made = source.ahead(list(zip(following, drafts, strict=True)))
+        tasks = [
+            Task(s.name, s.tokens, draft.tokens, s.sampling, frozenset(), room=99, hidden_from=len(s.rows))
+            for s, draft in zip(sessions, drafts, strict=True)
+        ]
+        outcomes, _ = verify(judge, tasks)
+        ahead = []
+        for session, draft, outcome, guess in zip(sessions, drafts, outcomes, made, strict=True):
+            assert outcome.verdict is not None
+            assert outcome.verdict.accepted == len(draft.tokens)
+            session.known = source.seen(session.name)
+            session.tokens += outcome.verdict.tokens
+            for part in outcome.hidden:
+                session.rows += list(to_floats(np.frombuffer(part.rows, np.uint16).reshape(part.count, part.size)))
+            if round_:
+                assert guess is not None
+                assert guess.bonus == session.tokens[-1]
+                ahead.append(guess.draft.tokens)
+            else:
+                assert guess is None, "without states there was no draft to go on from"
+
+
+# Copies beside the model. The text repeats itself: after 5 6 7 comes 8.
+
+REPEATING = [5, 6, 7, 8, 9, 5, 6, 7]
+
+
+def combined(length: int, states: bool = True) -> DraftRequest:
+    told = states_of("a", 0, len(REPEATING) - 1) if states else None
+    return DraftRequest("a", REPEATING, GREEDY, round_of(length, COMBINED), COMBINED, told)
+
+
+def marks(guess: Guess) -> tuple[str, bool, bool]:
+    return guess.source, guess.agreed, guess.contested
+
+
+def test_where_both_propose_the_same_token_copying_goes_on(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fresh()
+    say(source, monkeypatch, 8)
+    asked = combined(4)
+    assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1})]
+    assert [marks(guess) for guess in asked.round.guesses] == [("lookup", True, False)] * 4
+    assert {guess.support for guess in asked.round.guesses} == {3}
+
+
+def test_where_they_differ_the_likelier_is_taken(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sure, unsure = fresh(), fresh()
+    say(sure, monkeypatch, 9)
+    asked = combined(4)
+    assert one(sure, asked) == [9, 9, 9, 9], "9 is followed by 5 in the text, but the model is sure"
+    assert [marks(guess) for guess in asked.round.guesses] == [("hidden", False, True)] * 4
+    say(unsure, monkeypatch, None)
+    asked = combined(4)
+    assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1})]
+    assert [marks(g) for g in asked.round.guesses] == [("lookup", False, True)] + [("lookup", False, False)] * 3
+
+
+def test_the_model_goes_on_after_its_own_tokens_and_copies_from_where_they_are_known(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fresh()
+    chosen = iter([300, 5, 6])
+
+    def logits(estimates: Tensor) -> Tensor:
+        found = torch.zeros(len(estimates), tiny.VOCAB)
+        found[:, next(chosen)] = 50.0
+        return found
+
+    monkeypatch.setattr(source._engine, "logits", logits)
+    asked = combined(6)
+    assert source.propose([asked]) == [Draft([300, 5, 6, 7, 300, 5], {"hidden": 3})], "after the latest 5 6 7 came 300"
+    assert [guess.source for guess in asked.round.guesses] == ["hidden"] * 2 + ["lookup"] * 4
+    assert [guess.contested for guess in asked.round.guesses] == [True] + [False] * 5
+
+
+@pytest.mark.parametrize("why", ["no states", "no room"])
+def test_a_session_that_the_model_cannot_draft_for_gets_copies(fresh: Callable[..., HiddenDrafts], why: str) -> None:
+    source = fresh(budget_tokens=64)
+    if why == "no states":
+        asked = combined(3, states=False)
+    else:
+        told = states_of("a", 0, 79)
+        asked = DraftRequest("a", REPEATING * 10, GREEDY, round_of(3, COMBINED), COMBINED, told)
+    assert source.propose([asked]) == [Draft([8, 9, 5], {})]
+    assert [marks(guess) for guess in asked.round.guesses] == [("lookup", False, False)] * 3
+
+
+def test_guesses_tell_how_sure_the_model_is(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = fresh()
+    logits = torch.linspace(0, 9, tiny.VOCAB)
+    monkeypatch.setattr(source._engine, "logits", lambda estimates: logits.expand(len(estimates), -1))
+    asked = request("a", tokens_of("a", 9), 1)
+    assert one(source, asked) == [tiny.VOCAB - 1]
+    (guess,) = asked.round.guesses
+    shares = torch.softmax(logits.double(), -1)
+    expected = Guess(
+        "hidden",
+        confidence=shares[-1].item(),
+        entropy=-(shares * shares.log()).sum().item(),
+        margin=(shares[-1] - shares[-2]).item(),
+        spread=logits.std().item(),
+    )
+    for name in ("confidence", "entropy", "margin", "spread"):
+        assert getattr(guess, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+
+
+# Ahead of the result.
+
+
+@pytest.mark.parametrize("names", [ALONE, COMBINED])
+@pytest.mark.parametrize("sampling", SAMPLINGS[:2])
+def test_a_draft_made_ahead_is_how_a_longer_draft_would_go_on(
+    fresh: Callable[..., HiddenDrafts], sampling: Sampling, names: tuple[str, ...]
+) -> None:
+    source = fresh()
+    tokens = [*tokens_of("a", 9), *REPEATING]
+    asked = request("a", tokens, 3, sampling=sampling, names=names)
+    made = source.propose([asked])[0]
+    following = DraftRequest("a", tokens, sampling, round_of(2, names), names)
+    (ahead,) = source.ahead([(following, made)])
+    assert ahead is not None
+    longer = one(fresh(), request("a", tokens, 6, sampling=sampling))
+    if names == ALONE:
+        assert [*made.tokens, ahead.bonus, *ahead.draft.tokens] == longer
+    assert len(ahead.draft.tokens) == 2
+    assert source.seen("a") == len(tokens), "what was built on estimates was not seen"
+    after = [*tokens, 1, 2]
+    assert one(source, request("a", after, known=len(tokens))) == one(fresh(), request("a", after))
+
+
+def test_ahead_of_copied_tokens_the_model_first_computes_these(
+    fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, other = fresh(), fresh()
+    say(source, monkeypatch, 8)
+    made = source.propose([combined(3)])[0]
+    assert (made.tokens, source._engine.length("a")) == ([8, 9, 5], len(REPEATING))
+    monkeypatch.undo()
+    (ahead,) = source.ahead([(DraftRequest("a", REPEATING, GREEDY, round_of(2), ALONE), made)])
+    assert ahead is not None
+    states = states_of("a", 0, len(REPEATING) - 1)
+    assert states is not None
+    before = torch.cat([torch.zeros(1, 64), torch.from_numpy(states.rows)])
+    other._engine.open("a")
+    estimate = other._engine.forward([DraftStep("a", REPEATING, before)])
+    for token in (8, 9, 5, ahead.bonus, *ahead.draft.tokens[:1]):
+        estimate = other._engine.forward([DraftStep("a", [token], estimate)])
+        if token == 5:
+            assert other._engine.logits(estimate).argmax().item() == ahead.bonus
+    assert other._engine.logits(estimate).argmax().item() == ahead.draft.tokens[1]
+
+
+def test_there_is_no_draft_ahead_of_what_the_source_has_not_seen(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh()
+    tokens = tokens_of("a", 20)
+    made = source.propose([request("a", tokens)])[0]
+    unknown = (request("b", tokens), Draft([1]))
+    stale = (request("a", [*tokens, 4], known=20), Draft([1]))
+    right = (request("a", tokens), made)
+    assert source.ahead([unknown, stale]) == [None, None]
+    assert source.ahead([unknown, right])[1] is not None
+
+
+def test_ahead_under_eviction_gives_what_still_can_be_had(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh(budget_tokens=128)
+    asked = [request(name, tokens_of(name, 62), 2) for name in ("a", "b")]
+    made = source.propose(asked)
+    assert all(len(draft.tokens) == 2 for draft in made)
+    following = [request(name, tokens_of(name, 62), 3) for name in ("a", "b")]
+    assert len(source.ahead(list(zip(following, made, strict=True)))) == 2
+    assert sorted((source.seen("a"), source.seen("b"))) in ([0, 62], [62, 62])

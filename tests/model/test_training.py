@@ -1,0 +1,139 @@
+"""A draft trained for a tiny target, from prompts to a folder that the drafter loads."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from services.drafter.control import Controller
+from services.drafter.hidden.card import HiddenDraftFolder
+from services.drafter.hidden.engine import DraftEngine
+from services.drafter.sources.hidden import HiddenDrafts
+from services.training import shards
+from services.training.config import Config
+from services.training.evaluate import Costs, Drafted, Summary, rounds
+from services.training.run import Run
+from services.training.train import Progress
+from shared.engine import Engine, Step
+from shared.errors import ModelError, SettingsError
+from shared.models.folder import ModelFolder
+from tests import made_folders, tiny
+
+SETTINGS = {
+    "seed": 3,
+    "target_dtype": "float32",
+    "prompts": {"count": 40, "free_texts": 4, "held_out": 11},
+    "generation": {"sessions": 8, "max_prompt": 48, "max_new": 24, "shard_tokens": 1000},
+    # Two layers are the whole of this target: whatever training does right, it can learn to know everything.
+    "model": {"bottom_layers": 2},
+    "training": {
+        "stages": [
+            {"steps": 1, "tokens": 12_000, "learning_rate": 2e-3},
+            {"steps": 3, "tokens": 6_000, "learning_rate": 1e-3},
+        ],
+        "batch_tokens": 512,
+        "frequent_rows": 200,
+        "random_rows": 50,
+        "head_rows": 0,
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
+    folder = tmp_path_factory.mktemp("target")
+    backend = made_folders.byte_level()
+    made_folders.write_folder(folder, backend)
+    config = LlamaConfig.from_dict({**tiny.LLAMA.to_dict(), "vocab_size": backend.get_vocab_size()})
+    tiny.make(folder, config)
+    return ModelFolder(folder)
+
+
+@pytest.fixture(scope="module")
+def run(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """A run with its texts generated."""
+    made = Run(Config.model_validate(SETTINGS), target, tmp_path_factory.mktemp("run"))
+    made.write_prompts()
+    made.generate_all(lambda _: None)
+    made.generate_held_out(made.held_out, 3, lambda _: None)
+    return made
+
+
+@pytest.fixture(scope="module")
+def trained(run: Run) -> tuple[HiddenDraftFolder, list[Progress]]:
+    """The draft, and what was told while it was trained."""
+    told: list[Progress] = []
+    model = run.train(told.append)
+    run.save(model, run.folder / "draft")
+    return HiddenDraftFolder.open(run.folder / "draft"), told
+
+
+def draft_for(run: Run, folder: HiddenDraftFolder) -> list[Drafted]:
+    source = HiddenDrafts(DraftEngine(folder, run.target, dtype="float32"))
+    texts = list(shards.load_all(run.held_out))
+    return list(rounds(source, ("hidden",), Controller("fixed", 3), texts))
+
+
+def test_texts_hold_the_states_that_the_target_computes(run: Run) -> None:
+    texts = list(shards.load_all(run.texts))
+    assert {text.kind for text in texts} > {"chat", "code", "text"}
+    text = max(texts, key=lambda text: len(text.tokens) - text.prompt_len)
+    engine = Engine(run.target.path, dtype="float32", keep_hidden=True)
+    ids = text.tokens.tolist()
+    engine.attach("again", ids)
+    engine.forward([Step("again", ids[:-1], rows=0)])
+    assert torch.equal(engine.hidden("again", 0, len(ids)).bfloat16(), text.hidden[:-1])
+
+
+def test_a_stopped_generation_answers_what_is_missing_and_nothing_twice(run: Run) -> None:
+    before = sorted(shards.origins(run.texts))
+    shards.files(run.texts)[-1].unlink()
+    assert len(shards.origins(run.texts)) < len(before)
+    run.generate_all(lambda _: None)
+    origins = [text.origin for text in shards.load_all(run.texts)]
+    assert sorted(origins) == before
+
+
+def test_the_draft_learns_what_the_target_says(run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]) -> None:
+    folder, told = trained
+    assert [progress.stage for progress in told][-1] == 1
+    assert len(told[-1].agreement) == 3
+    summary = Summary.of(draft_for(run, folder), Costs(50, 1, 5), 3)
+    assert summary.by_position[0] > 0.6
+    assert summary.tokens_per_round > 1.8
+
+
+def test_a_stopped_training_goes_on_from_its_checkpoint(
+    run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]
+) -> None:
+    again: list[Progress] = []
+    model = run.train(again.append)
+    assert again == []  # every stage was done
+    source = torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"]
+    assert all(torch.equal(source[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_draft_for_another_vocabulary_is_refused(
+    trained: tuple[HiddenDraftFolder, list[Progress]], tmp_path: Path
+) -> None:
+    other = made_folders.write_folder(tmp_path, made_folders.byte_level(merges=10), hidden_size=64)
+    with pytest.raises(ModelError, match="wisp draft train"):
+        DraftEngine(trained[0], ModelFolder(other))
+
+
+def test_settings_survive_the_file_that_shows_them(tmp_path: Path) -> None:
+    config = Config.model_validate(SETTINGS)
+    path = tmp_path / "settings.toml"
+    path.write_text(config.as_toml())
+    assert Config.read(path) == config
+
+
+@pytest.mark.parametrize("text", ["sed = 1", "seed = 'a'", "[training]\nstages = []", "seed = "])
+def test_bad_settings_are_refused_with_the_file_named(tmp_path: Path, text: str) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_text(text)
+    with pytest.raises(SettingsError, match=r"settings\.toml"):
+        Config.read(path)

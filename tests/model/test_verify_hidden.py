@@ -1,0 +1,194 @@
+"""The verifier tells the target's hidden states bit for bit, however the session came to where it is."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import tiny
+import torch
+
+from services.verifier.verify import Outcome, Task, entropy, verify
+from shared.engine import Engine, Step
+from shared.hidden import Bits
+from shared.messages import Finish, HiddenFormat, Sampling
+
+SAMPLING = Sampling(temperature=1.0, seed=5)
+PROMPT = [(37 * i + 11) % tiny.VOCAB for i in range(150)]
+
+
+@pytest.fixture(scope="module", params=["tiny", "default target"])
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    if request.param == "tiny":
+        return tiny.make(tmp_path_factory.mktemp("tiny"))
+    target: Path = request.getfixturevalue("target_folder")
+    return target
+
+
+@pytest.fixture(scope="module")
+def engine(folder: Path) -> Engine:
+    engine = Engine(folder, budget_tokens=640, keep_hidden=True)
+    assert engine.batch_invariant
+    return engine
+
+
+@pytest.fixture(autouse=True)
+def _empty_cache(engine: Engine) -> None:
+    engine.integrity()
+    for session in engine.sessions:
+        engine.release(session)
+
+
+def task(session: str, tokens: Sequence[int], draft: Sequence[int] = (), hidden_from: int | None = 0) -> Task:
+    return Task(session, list(tokens), list(draft), SAMPLING, frozenset(), room=100, hidden_from=hidden_from)
+
+
+def rows(outcome: Outcome) -> Bits:
+    """What a task was told, as bits."""
+    size = outcome.hidden[0].size
+    return np.concatenate([np.frombuffer(part.rows, np.uint16).reshape(-1, size) for part in outcome.hidden])
+
+
+def one(engine: Engine, asked: Task) -> Outcome:
+    ((outcome,), _) = verify(engine, [asked])
+    assert outcome.verdict is not None
+    return outcome
+
+
+def wrong(token: int) -> int:
+    return (token + 1) % tiny.VOCAB
+
+
+@pytest.fixture(scope="module")
+def text(folder: Path) -> list[int]:
+    """The prompt and what the target says after it."""
+    engine = Engine(folder, budget_tokens=256)
+    tokens = list(PROMPT)
+    while len(tokens) < 180:
+        verdict = one(engine, task("s", tokens, hidden_from=None)).verdict
+        assert verdict is not None
+        tokens += verdict.tokens
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def truth(folder: Path, text: list[int]) -> Bits:
+    """The rows of a fresh prefill of that text, in an engine of its own."""
+    engine = Engine(folder, budget_tokens=256, keep_hidden=True)
+    engine.attach("fresh", [])
+    engine.forward([Step("fresh", text, 0)])
+    return engine.hidden("fresh", 0, len(text)).view(torch.uint16).numpy()
+
+
+def test_after_accepted_and_rejected_drafts(engine: Engine, text: list[int], truth: Bits) -> None:
+    told = one(engine, task("s", text[:150], [*text[150:152], wrong(text[152]), 7]))
+    assert told.verdict is not None
+    assert told.verdict.accepted == 2
+    assert np.array_equal(rows(told), truth[:152]), "prompt and accepted drafts; not the bonus token, nor the rejected"
+    told = one(engine, task("s", text[:153], text[153:157], hidden_from=152))
+    assert told.hidden[0].start == 152
+    assert np.array_equal(rows(told), truth[152:157])
+    told = one(engine, task("s", text[:158], [wrong(text[158])], hidden_from=157))
+    assert np.array_equal(rows(told), truth[157:158])
+    told = one(engine, task("s", text[:159], hidden_from=3))
+    assert np.array_equal(rows(told), truth[3:159]), "a drafter that lost its rows asks for all again"
+
+
+def test_a_round_that_comes_twice_tells_the_same_twice(engine: Engine, text: list[int], truth: Bits) -> None:
+    for _ in range(2):
+        told = one(engine, task("s", text[:150], text[150:153], hidden_from=120))
+        assert np.array_equal(rows(told), truth[120:153])
+
+
+def test_prompts_in_chunks_tell_all_at_the_end(engine: Engine, text: list[int], truth: Bits) -> None:
+    for stop in (40, 100):
+        ((chunk,), _) = verify(engine, [replace(task("s", text[:150]), prefill_to=stop)])
+        assert not chunk.hidden
+        assert chunk.entropy is None
+    assert np.array_equal(rows(one(engine, task("s", text[:150]))), truth[:150])
+
+
+def test_on_a_shared_prefix_that_was_computed_for_one_who_did_not_ask(
+    engine: Engine, text: list[int], truth: Bits
+) -> None:
+    quiet = one(engine, task("quiet", text[:150], text[150:152], hidden_from=None))
+    assert not quiet.hidden
+    assert quiet.entropy is None
+    one(engine, task("quiet", text[:153], hidden_from=None))
+    told = one(engine, task("s", text[:150], text[150:152]))
+    assert told.new_tokens < 30, "the prefix was shared"
+    assert np.array_equal(rows(told), truth[:152])
+
+
+def test_after_eviction_and_prefill_again(engine: Engine, text: list[int], truth: Bits) -> None:
+    one(engine, task("s", text[:150]))
+    for i in range(4):  # all of the budget
+        engine.attach(f"filler-{i}", [i])
+        engine.forward([Step(f"filler-{i}", [i, *PROMPT[1:]], 0)])
+    assert engine.cached("s") == 0
+    told = one(engine, task("s", text[:151], text[151:153], hidden_from=0))
+    assert np.array_equal(rows(told), truth[:153])
+
+
+def test_in_a_mixed_batch(engine: Engine, text: list[int], truth: Bits) -> None:
+    one(engine, task("old", text[:150], hidden_from=None))
+    tasks = [
+        task("new", text[:64]),
+        task("old", text[:151], [text[151], wrong(text[152])], hidden_from=140),
+        task("quiet", text[:30], hidden_from=None),
+        replace(task("chunk", PROMPT[::-1]), prefill_to=20),
+        replace(task("int8", text[:20]), hidden_format=HiddenFormat.INT8),
+    ]
+    (new, old, quiet, chunk, small), _ = verify(engine, tasks)
+    assert np.array_equal(rows(new), truth[:64])
+    assert np.array_equal(rows(old), truth[140:152])
+    assert not quiet.hidden
+    assert not chunk.hidden
+    assert len(small.hidden[0].rows) == 20 * engine.hidden_size
+    assert len(small.hidden[0].scales) == 20 * 4
+    assert [o.entropy is not None for o in (new, old, quiet, chunk, small)] == [True, True, False, False, True]
+
+
+@pytest.mark.parametrize("position", [150, 151, 10**6, 2**63, 2**64 - 1])
+def test_what_does_not_exist_is_not_told(engine: Engine, text: list[int], position: int) -> None:
+    outcome = one(engine, task("s", text[:150], hidden_from=position))
+    assert not outcome.hidden
+    assert outcome.error is None
+
+
+def test_a_text_that_ended_needs_no_hidden_states(engine: Engine, text: list[int]) -> None:
+    outcome = one(engine, replace(task("s", text[:150], text[150:153]), room=2))
+    assert outcome.verdict is not None
+    assert outcome.verdict.finish is Finish.LENGTH
+    assert not outcome.hidden
+
+
+def test_an_engine_without_hidden_states_verifies_all_the_same(folder: Path, text: list[int]) -> None:
+    outcome = one(Engine(folder, budget_tokens=256), task("s", text[:150], text[150:152]))
+    assert outcome.verdict is not None
+    assert outcome.verdict.accepted == 2
+    assert not outcome.hidden
+
+
+def test_a_float32_target_tells_them_in_bfloat16(tmp_path: Path) -> None:
+    engine = Engine(tiny.make(tmp_path), dtype="float32", budget_tokens=256, keep_hidden=True)
+    told = one(engine, task("s", PROMPT))
+    assert np.array_equal(rows(told), engine.hidden("s", 0, 150).bfloat16().view(torch.uint16).numpy())
+
+
+def test_the_entropy_is_that_of_the_row_that_chose_the_bonus_token(engine: Engine, text: list[int]) -> None:
+    outcome = one(engine, task("s", text[:150], [text[150], wrong(text[151])]))
+    engine.attach("fresh", [])
+    logits = engine.forward([Step("fresh", text[:151])]).logits[0].double()
+    expected = torch.distributions.Categorical(logits=logits).entropy().item()
+    assert outcome.entropy == pytest.approx(expected, rel=1e-3)
+
+
+def test_entropy_of_known_distributions() -> None:
+    certain = [0.0, -math.inf, -math.inf, -math.inf]
+    even = [3.0] * 4
+    assert entropy(torch.tensor([certain, even])) == pytest.approx([0, math.log(4)], abs=1e-6)

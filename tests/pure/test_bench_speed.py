@@ -1,0 +1,138 @@
+"""What the stream benchmark makes of its times."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.bench import speed
+from services.bench.cases import Case
+from services.bench.report import table
+from services.bench.speed import Timed
+from services.training.prompts import Prompt, Turn
+
+PROMPT = Prompt("t", "chat", (Turn("user", "Hello"),), None, held_out=True)
+
+
+def case(kind: str = "chat", number: int = 0, temperature: float = 0.0) -> Case:
+    return Case(kind, number, temperature, number, PROMPT, (1, 2, 3))
+
+
+def timed(of: Case, arm: str, total_s: float, **other: object) -> Timed:
+    fields = {
+        "tokens": [5, 6, 7, 8],
+        "finish": "length",
+        "first_s": 0.5,
+        "first_tokens": 1,
+        "summary": {"rounds": 2.0, "verified": 8.0, "accepted": 2.0},
+    } | other
+    return Timed(of, arm, 0.0, total_s=total_s, **fields)  # type: ignore[arg-type]
+
+
+FAST, SLOW, ODD = case("list"), case("story"), case("list", temperature=1.0)
+RUN = [
+    timed(FAST, "none", 4.0),
+    timed(FAST, "auto", 2.0),
+    timed(FAST, "generate", 1.0, summary={}, agrees=4),
+    timed(SLOW, "none", 4.0),
+    timed(SLOW, "auto", 5.0),
+    timed(SLOW, "generate", 1.0, summary={}, agrees=3),
+    timed(ODD, "none", 4.0),
+    timed(ODD, "auto", 4.0),
+]
+
+
+def test_speed_counts_the_whole_request_and_the_token_that_ended_it() -> None:
+    one = timed(FAST, "none", 2.5, finish="stop")
+    assert one.speed == 2.0
+    assert one.later_speed == 2.0
+    assert timed(FAST, "none", 0.5, first_tokens=4).later_speed is None
+
+
+def test_ratios_compare_the_same_case() -> None:
+    assert speed.ratios(RUN, "auto", "none") == {FAST: 2.0, SLOW: 0.8, ODD: 1.0}
+    assert speed.ratios(RUN, "auto", "generate") == {FAST: 0.5, SLOW: 0.2}
+    assert speed.ratios(RUN, "auto", "no such arm") == {}
+
+
+def test_the_ratio_of_a_kind_is_the_median_of_its_cases() -> None:
+    assert speed.by_kind(speed.ratios(RUN, "auto", "none")) == {"list": 1.5, "story": 0.8}
+
+
+@given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.floats(0.1, 10))
+def test_a_slow_spell_of_the_machine_changes_no_ratio(totals: list[float], spell: float) -> None:
+    def run(factor: float) -> list[Timed]:
+        return [
+            timed(case(number=i), arm, total_s * slower * factor)
+            for i, total_s in enumerate(totals)
+            for arm, slower in (("none", 1.3), ("auto", 1.0))
+        ]
+
+    ratios = speed.ratios(run(spell), "auto", "none")
+    assert list(ratios.values()) == pytest.approx([1.3] * len(totals))
+
+
+def test_the_verdict_says_what_was_missed() -> None:
+    said = speed.verdict(RUN, "auto", ["generate"])
+    assert "1.00 times as fast as without drafts at the median of 3 requests (aim: 1.3, missed)" in said
+    assert "best kind list 1.50, worst kind story 0.80 (aim: at least 0.95, missed)" in said
+    assert said.endswith("0.35 times generate")
+    good = [replace(one, total_s=1.0) if one.arm == "auto" else one for one in RUN]
+    assert "missed" not in speed.verdict(good, "auto", [])
+    assert "transformers" not in speed.verdict(good, "auto", [])
+
+
+def test_a_different_token_or_end_is_a_difference() -> None:
+    assert speed.differences(RUN[:2]) == []
+    other = replace(RUN[1], tokens=[5, 6, 9, 8])
+    (line,) = speed.differences([RUN[0], other])
+    assert "list 0 at temperature 0, seed 0: auto" in line
+    assert "differs from none with 0 ms after 2 tokens" in line
+    assert len(speed.differences([RUN[0], replace(RUN[1], finish="stop")])) == 1
+    assert len(speed.differences([RUN[0], RUN[0], replace(RUN[0], delay_ms=20.0, tokens=[5])])) == 1
+
+
+def test_the_common_beginning_of_two_texts() -> None:
+    assert speed.agreement([1, 2, 3], [1, 2, 4]) == 2
+    assert speed.agreement([1, 2], [1, 2, 4]) == 2
+    assert speed.agreement([], [1]) == 0
+
+
+def test_how_far_transformers_agrees_is_told_and_fails_nothing() -> None:
+    (line,) = speed.agreements(RUN)
+    assert line == "generate: the suite's greedy text in 1 of 2 answers; the others part after 3 to 3 tokens"
+    assert speed.agreements(RUN[:2]) == []
+
+
+def test_tables_have_a_value_for_each_column_and_print() -> None:
+    for columns, rows in (speed.arms_table(RUN, [0.0, 1.0]), speed.kinds_table(RUN, "auto", [0.0, 1.0])):
+        assert all(len(row) == len(columns) for row in rows)
+        assert table("title", columns, rows).row_count == len(rows)
+    columns, rows = speed.arms_table(RUN, [0.0, 1.0])
+    auto = dict(zip(columns, rows[1], strict=True))
+    assert auto["arm"] == "auto"
+    assert auto["x none, T=0"] == pytest.approx(1.4)
+    assert auto["tokens per round"] == 2.0
+    assert auto["accepted"] == 0.25
+    generate = dict(zip(columns, rows[2], strict=True))
+    assert generate["tokens per round"] is None
+    assert generate["x none, T=1"] is None
+
+
+def test_every_request_can_be_written_down() -> None:
+    for one in RUN:
+        written = json.loads(json.dumps(one.record()))
+        assert written["tokens_per_s"] == pytest.approx(one.speed, abs=1e-3)
+        assert ("tokens_as_suite" in written) == (one.arm == "generate")
+
+
+def test_a_question_is_a_chat_or_a_raw_completion() -> None:
+    chat = case(temperature=0.7).question(9)
+    assert chat.messages == ({"role": "user", "content": "Hello"},)
+    assert (chat.max_tokens, chat.options) == (9, {"temperature": 0.7, "seed": 0})
+    raw = replace(case("completion"), prompt=Prompt("t", "completion", None, "Once", held_out=True)).question(9)
+    assert (raw.prompt, raw.messages) == ("Once", ())

@@ -1,0 +1,116 @@
+"""The picture of an answer's rounds: times to scale, tokens by origin, and nothing lost between chunks."""
+
+from __future__ import annotations
+
+import io
+
+import pytest
+from rich.console import Console
+
+from services.cli.paint import Painter, Part
+from services.cli.rounds import BAR, BEYOND, Arrival, Round, draw, picture, rounds_of
+
+
+def painter(**options: object) -> Painter:
+    return Painter(Console(file=io.StringIO(), width=100, **options))  # type: ignore[arg-type]
+
+
+def made(
+    number: int = 1, total_ms: float = 32.0, draft_ms: float = 4.0, verify_ms: float = 20.0, **told: object
+) -> Round:
+    fields = {"queue_ms": 1.0, "verified": 2, "accepted": 1, "tokens": (Part(" sky", True), Part(" is", False))} | told
+    return Round(number, total_ms, draft_ms, verify_ms=verify_ms, **fields)  # type: ignore[arg-type]
+
+
+def cost(number: int, start: int, tokens: int, verify_ms: float = 30.0) -> dict[str, object]:
+    return {
+        "round": number,
+        "start": start,
+        "tokens": tokens,
+        "drafted": 3,
+        "verified": 2,
+        "accepted": 1,
+        "draft_ms": 1.0,
+        "queue_ms": 0.5,
+        "verify_ms": verify_ms,
+    }
+
+
+def tokens(text: str) -> list[dict[str, object]]:
+    return [{"id": 0, "text": letter, "draft": letter.islower()} for letter in text]
+
+
+def bars(lines: list[str]) -> list[str]:
+    return [line.split(" ms ")[1][:BAR].rstrip() for line in lines[1:]]
+
+
+def plain(rounds: list[Round]) -> list[str]:
+    return [line.plain for line in picture(rounds, painter(force_terminal=False))]
+
+
+def test_a_round_lasts_from_chunk_to_chunk_and_has_its_own_tokens() -> None:
+    rounds = rounds_of(
+        [
+            Arrival(5.0, {}),
+            Arrival(100.0, {"tokens": tokens("aB"), "rounds": [cost(0, 0, 2)]}),
+            Arrival(140.0, {"tokens": tokens("cdE"), "rounds": [cost(1, 2, 3)]}),
+        ]
+    )
+    assert [(one.number, one.total_ms, one.outside_ms) for one in rounds] == [(0, 100.0, 69.0), (1, 40.0, 9.0)]
+    assert rounds[1].tokens == (Part("c", True), Part("d", True), Part("E", False))
+
+
+def test_rounds_that_come_in_one_chunk_share_its_time() -> None:
+    arrival = Arrival(100.0, {"tokens": tokens("aBc"), "rounds": [cost(0, 0, 1, 30.0), cost(1, 1, 2, 50.0)]})
+    rounds = rounds_of([arrival])
+    assert [one.total_ms for one in rounds] == pytest.approx([40.0, 60.0])
+    assert ["".join(part.text for part in one.tokens) for one in rounds] == ["a", "Bc"]
+
+
+def test_a_round_that_brought_only_the_end_of_the_text_has_no_tokens() -> None:
+    rounds = rounds_of(
+        [Arrival(50.0, {"tokens": tokens("A"), "rounds": [cost(0, 0, 1)]}), Arrival(90.0, {"rounds": [cost(1, 1, 1)]})]
+    )
+    assert rounds[1].tokens == ()
+
+
+def test_bars_are_to_scale() -> None:
+    lines = plain([made(0), made(1), made(2, total_ms=16.0, draft_ms=0.0, verify_ms=16.0)])
+    assert "one column is 1 ms" in lines[0]
+    assert bars(lines) == ["▒" * 4 + "░" * 8 + "█" * 20] * 2 + ["█" * 16]
+
+
+def test_the_first_round_does_not_set_the_scale_and_is_cut() -> None:
+    lines = plain([made(0, total_ms=800.0, draft_ms=0.0, verify_ms=700.0), made(1)])
+    assert bars(lines)[0] == "░" * (BAR - 1) + BEYOND
+    assert len(bars(lines)[1]) == BAR
+
+
+def test_tokens_are_told_apart_and_rejected_drafts_counted() -> None:
+    assert plain([made()])[1].endswith("‹ sky› is  1 rejected")
+    assert plain([made(accepted=2)])[1].endswith("‹ sky› is")
+    (_, line) = picture([made()], painter(force_terminal=True, color_system="standard", no_color=False))
+    assert line.plain.endswith(" sky is  1 rejected")
+    assert any("green" in str(span.style) and line.plain[span.start : span.end] == " sky" for span in line.spans)
+
+
+def test_a_line_stays_one_line() -> None:
+    assert plain([made(tokens=(Part("a\nb\x1b[2J", False),))])[1].endswith("a⏎b[2J  1 rejected")
+
+
+def test_only_the_first_rounds_are_drawn() -> None:
+    shown = painter(force_terminal=False)
+    draw([made(number) for number in range(12)], shown, limit=3)
+    text = shown.console.file.getvalue()  # type: ignore[attr-defined]
+    assert text.count("rejected") == 3
+    assert "and 9 more rounds" in text
+
+
+@pytest.mark.parametrize("total_ms", [0.0, 0.001, 1e6])
+def test_any_time_can_be_drawn(total_ms: float) -> None:
+    assert len(plain([made(total_ms=total_ms, draft_ms=0.0, verify_ms=0.0)])) == 2
+
+
+def test_without_rounds_there_is_no_picture() -> None:
+    assert plain([]) == []
+    assert rounds_of([Arrival(1.0, {}), Arrival(2.0, {"summary": {}})]) == []

@@ -1,0 +1,458 @@
+"""The speculation controller: when a draft ends, what its estimates learn, and when a session decodes plainly."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+import timeit
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.drafter.control import Controller, Guess, Pace, Round, RuleName, SessionControl, Step, load_weights
+from services.drafter.control.calibration import Offset, Platt
+from services.drafter.control.controller import FIRST_WAIT, LONGEST_WAIT
+from services.drafter.control.features import NAMES, Context, features, logit, sigmoid
+from services.drafter.control.rounds import RoundRecord, read, write
+from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor, save_weights
+from shared.errors import ModelError, SettingsError
+from shared.messages import Load
+
+BASE_MS, TOKEN_MS, STEP_MS = 54.0, 2.2, 4.3
+NO_INPUTS = Inputs(features=[], mean=[], scale=[])
+EXACT = Logistic(inputs=Inputs(features=["confidence"], mean=[0.0], scale=[1.0]), weights=[1.0], bias=0.0)
+"""Acceptance is the confidence."""
+RULES: list[RuleName] = ["fixed", "entropy", "predictor", "marginal"]
+
+probabilities = st.floats(0.001, 0.999)
+
+
+def network(features_: Sequence[str]) -> Perceptron:
+    size = len(features_)
+    return Perceptron(
+        inputs=Inputs(features=list(features_), mean=[0.0] * size, scale=[1.0] * size),
+        hidden=[[0.1] * size] * 16,
+        hidden_bias=[0.0] * 16,
+        weights=[1.0] * 16,
+        bias=0.0,
+    )
+
+
+def measured(price_ms: float = 0.0, draft_cap: int = 64) -> Pace:
+    """A pace that has seen many rounds of a machine like that of the README."""
+    pace = Pace()
+    for _ in range(10):
+        for k in (0, 1, 2, 4, 8):
+            pace.learn_round(k, BASE_MS + TOKEN_MS * k, BASE_MS - 6 + TOKEN_MS * k, 1.0, k + 1)
+        pace.learn_draft("model", 4, 4 * STEP_MS)
+        pace.learn_draft("lookup", 4, 0.02)
+    pace.hear(load(price_ms, draft_cap))
+    return pace
+
+
+def load(price_ms: float = 0.0, draft_cap: int = 64) -> Load:
+    return Load(scheduler="s", price_ms=price_ms, queue_ms=1.0, pending=0, draft_cap=draft_cap)
+
+
+def controller(rule: RuleName = "marginal", length: int = 8, price_ms: float = 0.0, draft_cap: int = 64) -> Controller:
+    predictor = Predictor(network=network(["confidence"]), threshold=0.5)
+    weights = ControlWeights(acceptance={"model": EXACT}, predictor=predictor)
+    return Controller(rule, length, weights, measured(price_ms, draft_cap))
+
+
+def guess(confidence: float = 0.9, source: str = "model", **more: object) -> Guess:
+    return Guess(source, confidence, entropy=-2 * math.log(confidence), **more)  # type: ignore[arg-type]
+
+
+def draft(round_: Round, guesses: Sequence[Guess]) -> list[Step]:
+    """Feed guesses in until the draft ends."""
+    steps = []
+    for one in guesses[: round_.longest]:
+        steps.append(round_.add(one))
+        if steps[-1] is not Step.MORE:
+            break
+    return steps
+
+
+def live(
+    session: SessionControl,
+    rounds: int,
+    confidence: Callable[[], float],
+    truth: Callable[[float], float],
+    rng: random.Random | None = None,
+) -> list[tuple[Round, int]]:
+    """Rounds whose tokens are accepted with chance truth(confidence); each with its accepted count."""
+    rng = rng or random.Random(1)
+    seen = []
+    for _ in range(rounds):
+        round_ = session.begin(100, 0.0)
+        draft(round_, [guess(confidence()) for _ in range(round_.longest)])
+        accepted = 0
+        while accepted < round_.kept and rng.random() < truth(round_.guesses[accepted].confidence):
+            accepted += 1
+        session.settle(round_, round_.kept, accepted)
+        seen.append((round_, accepted))
+    return seen
+
+
+# Rules
+
+
+def test_fixed_drafts_to_the_end() -> None:
+    round_ = controller("fixed", 3).session("model").begin(10, 0.0)
+    assert draft(round_, [guess(0.01)] * 9) == [Step.MORE, Step.MORE, Step.LAST]
+    assert round_.acceptance == pytest.approx([0.01] * 3)
+
+
+def test_entropy_stops_before_an_uncertain_token() -> None:
+    round_ = controller("entropy").session("model").begin(10, 0.0)
+    assert draft(round_, [guess(0.9), guess(0.9), guess(0.01)]) == [Step.MORE, Step.MORE, Step.DROP]
+    assert round_.kept == 2
+
+
+def test_entropy_grows_strict_when_much_is_rejected() -> None:
+    session = controller("entropy").session("model")
+    lengths = [round_.kept for round_, _ in live(session, 200, lambda: 0.5, lambda _: 0.0)]
+    assert lengths[0] == 8
+    assert sum(lengths[-50:]) / 50 < 2
+
+
+def test_predictor_stops_where_it_expects_a_rejection() -> None:
+    round_ = controller("predictor").session("model").begin(10, 0.0)
+    assert draft(round_, [guess(0.9), guess(0.4)]) == [Step.MORE, Step.DROP]
+
+
+def test_predictor_judges_copied_tokens_by_their_calibrated_acceptance() -> None:
+    round_ = controller("predictor").session("lookup").begin(10, 0.0)
+    copies = [Guess("lookup", support=5), Guess("lookup", support=1)]
+    assert draft(round_, copies) == [Step.MORE, Step.DROP]
+
+
+def test_predictor_without_weights_is_refused() -> None:
+    with pytest.raises(SettingsError, match="wisp controller train"):
+        Controller("predictor", 4)
+
+
+def best_length(acceptance: float, price_ms: float) -> int:
+    """The constant draft length of highest tokens per second, for tokens that are all alike."""
+
+    def rate(k: int) -> float:
+        return sum(acceptance**i for i in range(k + 1)) / (BASE_MS + k * (STEP_MS + TOKEN_MS + price_ms))
+
+    return max(range(9), key=rate)
+
+
+@pytest.mark.parametrize("price_ms", [0.0, 10.0, 40.0, 200.0])
+@pytest.mark.parametrize("acceptance", [0.05, 0.3, 0.5, 0.7, 0.9])
+def test_marginal_finds_the_best_length(acceptance: float, price_ms: float) -> None:
+    session = controller(price_ms=price_ms).session("model")
+    lengths = [round_.kept for round_, _ in live(session, 300, lambda: acceptance, lambda c: c) if not round_.probing]
+    usual = max(set(lengths), key=lengths.count)
+    assert abs(usual - best_length(acceptance, price_ms)) <= (1 if best_length(acceptance, price_ms) else 0)
+
+
+def test_marginal_keeps_what_it_would_not_have_drafted() -> None:
+    # Drafting is paid by then; only verifying it costs.
+    c = controller()
+    for _ in range(50):
+        c.pace.learn_draft("model", 1, 30.0)
+    round_ = c.session("model").begin(10, 0.0)
+    assert (round_.longest, round_.wants("model")) == (0, False)
+    round_.longest = 8
+    assert round_.add(guess(0.3)) is Step.LAST
+
+
+def test_free_copies_go_on_where_model_drafts_do_not() -> None:
+    c = controller()
+    for _ in range(50):
+        c.pace.learn_draft("model", 1, 60.0)
+    round_ = c.session("lookup", "model").begin(10, 0.0)
+    assert (round_.wants("lookup"), round_.wants("model"), round_.longest) == (True, False, 8)
+    assert round_.add(Guess("lookup", support=3)) is Step.MORE
+
+
+def kept(confidences: Sequence[float], price_ms: float, rule: RuleName = "marginal") -> int:
+    round_ = controller(rule, price_ms=price_ms).session("model").begin(100, 0.0)
+    draft(round_, [guess(c) for c in confidences])
+    return round_.kept
+
+
+@given(st.lists(probabilities, min_size=8, max_size=8), st.floats(0, 100), st.floats(0, 100))
+def test_a_higher_price_never_lengthens_the_draft(confidences: list[float], one: float, other: float) -> None:
+    assert kept(confidences, max(one, other)) <= kept(confidences, min(one, other))
+
+
+@given(st.lists(st.tuples(probabilities, probabilities), min_size=8, max_size=8), st.floats(0, 50))
+def test_a_higher_acceptance_never_shortens_the_draft(pairs: list[tuple[float, float]], price_ms: float) -> None:
+    assert kept([max(p) for p in pairs], price_ms) >= kept([min(p) for p in pairs], price_ms)
+
+
+@given(st.sampled_from(RULES), st.integers(-1, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 30))
+def test_no_draft_is_longer_than_room_setting_and_cap(rule: RuleName, room: int, length: int, cap: int, n: int) -> None:
+    session = controller(rule, length, draft_cap=cap).session("model")
+    for _ in range(n):
+        live(session, 1, lambda: 0.8, lambda _: 0.0)
+    round_ = session.begin(room, 0.0)
+    for _ in range(20):
+        round_.add(guess())
+    assert round_.kept <= round_.longest <= max(0, min(room, length, cap))
+    assert round_.add(guess()) is Step.DROP
+
+
+broken = st.floats(allow_nan=True, allow_infinity=True)
+
+
+@given(
+    st.sampled_from(RULES),
+    st.lists(st.builds(Guess, st.sampled_from(["model", "lookup"]), broken, st.floats(0, 20), broken, broken)),
+    st.one_of(st.none(), broken),
+    st.integers(0, 20),
+    st.integers(0, 20),
+)
+def test_no_result_and_no_guess_breaks_a_session(
+    rule: RuleName, guesses: list[Guess], target_entropy: float | None, verified: int, accepted: int
+) -> None:
+    session = controller(rule).session("model", "lookup")
+    for _ in range(3):
+        round_ = session.begin(8, 1.0, target_entropy)
+        draft(round_, guesses)
+        session.settle(round_, verified, accepted)
+    round_ = session.begin(8, 1.0)
+    round_.add(guess())
+    assert all(0 <= p <= 1 for p in round_.acceptance)
+
+
+# Calibration
+
+
+@pytest.mark.parametrize(("slope", "offset"), [(1.0, -1.0), (0.5, 0.0), (1.5, 0.5)])
+def test_estimates_converge_to_another_truth(slope: float, offset: float) -> None:
+    rng = random.Random(3)
+    session = controller("fixed", 4).session("model")
+
+    def truth(confidence: float) -> float:
+        return sigmoid(slope * logit(confidence) + offset)
+
+    live(session, 1500, lambda: rng.uniform(0.02, 0.98), truth)
+    round_ = session.begin(4, 0.0)
+    draft(round_, [guess(c) for c in (0.2, 0.5, 0.8, 0.95)])
+    assert round_.acceptance == pytest.approx([truth(c) for c in (0.2, 0.5, 0.8, 0.95)], abs=0.13)
+
+
+def test_what_one_session_learns_of_a_source_helps_the_next() -> None:
+    c, rng = controller("fixed"), random.Random(2)
+    for _ in range(30):
+        live(c.session("model"), 20, lambda: 0.8, lambda _: 0.4, rng)
+    round_ = c.session("model").begin(8, 0.0)
+    round_.add(guess(0.8))
+    assert round_.acceptance == pytest.approx([0.4], abs=0.1)
+
+
+def test_sessions_differ() -> None:
+    c, rng = controller("fixed"), random.Random(2)
+    good, bad = c.session("model"), c.session("model")
+    for _ in range(100):
+        live(good, 1, lambda: 0.6, lambda _: 0.9, rng)
+        live(bad, 1, lambda: 0.6, lambda _: 0.2, rng)
+    rounds = [good.begin(8, 0.0), bad.begin(8, 0.0)]
+    for round_ in rounds:
+        round_.add(guess(0.6))
+    assert rounds[0].acceptance[0] > 0.75
+    assert rounds[1].acceptance[0] < 0.4
+
+
+def test_sources_are_calibrated_apart() -> None:
+    c = controller("fixed")
+    session = c.session("model")
+    live(session, 200, lambda: 0.5, lambda _: 0.05)
+    untouched = controller("fixed").session("lookup").begin(8, 0.0)
+    round_ = session.begin(8, 0.0)
+    untouched.add(Guess("lookup", support=3))
+    round_.add(Guess("lookup", support=3))
+    assert round_.acceptance == untouched.acceptance
+
+
+def test_tokens_behind_a_rejection_or_a_trim_teach_nothing() -> None:
+    outcomes = []
+    for tail in (0.01, 0.99):
+        session = controller("fixed", 4).session("model")
+        round_ = session.begin(4, 0.0)
+        draft(round_, [guess(0.6), guess(0.6), guess(tail), guess(tail)])
+        session.settle(round_, 2, 1)
+        outcomes.append(session.acceptance("model", 0.3))
+    assert outcomes[0] == outcomes[1]
+
+
+@given(st.lists(st.tuples(st.floats(-8, 8), st.booleans()), max_size=200))
+def test_calibration_stays_monotone_and_finite(tokens: list[tuple[float, bool]]) -> None:
+    platt, offset = Platt(), Offset()
+    for z, accepted in tokens:
+        platt.learn(z, accepted)
+        offset.learn(z, accepted)
+    assert platt.logit(-1) <= platt.logit(1)
+    assert math.isfinite(platt.b)
+    assert abs(offset.value) < 50
+
+
+# Plain decoding and probes
+
+
+def test_a_session_that_accepts_nothing_decodes_plainly_and_probes_ever_less() -> None:
+    session = controller().session("model")
+    live(session, 40, lambda: 0.6, lambda _: 0.0)
+    seen = [round_ for round_, _ in live(session, 400, lambda: 0.6, lambda _: 0.0)]
+    probes = [i for i, round_ in enumerate(seen) if round_.longest]
+    gaps = [b - a for a, b in itertools.pairwise(probes)]
+    assert all(seen[i].probing and seen[i].kept == 1 for i in probes)
+    assert gaps == sorted(gaps)
+    assert gaps[-1] == LONGEST_WAIT + 1
+
+
+def test_a_session_that_turns_predictable_recovers() -> None:
+    session = controller().session("model")
+    live(session, 60, lambda: 0.7, lambda _: 0.0)
+    assert session.begin(8, 0.0).longest == 0
+    seen = live(session, 200, lambda: 0.7, lambda _: 0.95)
+    assert min(round_.kept for round_, _ in seen[-20:]) >= 4
+
+
+def test_an_accepted_probe_is_soon_followed_by_another() -> None:
+    session = controller(price_ms=500.0).session("model")
+    seen = [round_ for round_, _ in live(session, 60, lambda: 0.9, lambda _: 1.0)]
+    assert [i for i, round_ in enumerate(seen) if round_.longest] == list(range(FIRST_WAIT, 60, FIRST_WAIT + 1))
+
+
+def test_under_a_large_price_all_sessions_decode_plainly_until_it_falls() -> None:
+    c = controller()
+    session = c.session("model")
+    assert live(session, 5, lambda: 0.9, lambda _: 1.0)[-1][0].kept > 0
+    c.pace.hear(load(price_ms=1000.0))
+    assert session.begin(8, 0.0).longest == 0
+    c.pace.hear(load(price_ms=0.0))
+    assert session.begin(8, 0.0).longest > 0
+
+
+def test_a_cap_of_nothing_allows_no_probe() -> None:
+    session = controller(draft_cap=0).session("model")
+    assert [session.begin(8, 0.0).longest for _ in range(100)] == [0] * 100
+
+
+# Pace
+
+
+def test_pace_learns_the_line_and_the_steps() -> None:
+    pace = measured(price_ms=3.0)
+    assert pace.base_ms == pytest.approx(BASE_MS, rel=0.02)
+    assert pace.token_ms == pytest.approx(TOKEN_MS + 3, rel=0.05)
+    assert pace.step_ms("model") == pytest.approx(STEP_MS)
+
+
+def test_pace_shrugs_off_an_outlier_and_follows_a_change() -> None:
+    pace = measured()
+    pace.learn_round(4, 60_000.0, 59_000.0, 900.0, 5)
+    pace.learn_draft("model", 4, 30_000.0)
+    assert pace.base_ms < 1.3 * BASE_MS
+    assert pace.step_ms("model") < 1.3 * STEP_MS
+    for k in [0, 1, 2, 4, 8] * 8:
+        pace.learn_round(k, 3 * BASE_MS + 9 * k, 3 * BASE_MS - 6 + 9 * k, 1.0, k + 1)
+        pace.learn_draft("model", 4, 60.0)
+    assert pace.base_ms == pytest.approx(3 * BASE_MS, rel=0.3)
+    assert pace.step_ms("model") == pytest.approx(15, rel=0.1)
+
+
+def test_pace_leaves_prompts_out() -> None:
+    pace = measured()
+    before = pace.base_ms
+    pace.learn_round(0, 900.0, 800.0, 50.0, 500)
+    assert pace.base_ms == before
+
+
+def test_with_one_length_only_the_slope_is_a_share_of_the_round() -> None:
+    pace = Pace()
+    for _ in range(100):
+        pace.learn_round(4, 30.0, 25.0, 0.0, 5)
+    assert 0 < pace.token_ms < 1.5
+    assert pace.base_ms + 4 * pace.token_ms == pytest.approx(30.0, rel=0.01)
+
+
+@given(st.lists(st.tuples(st.integers(0, 16), st.floats(), st.floats(), st.floats(), st.integers(0, 30))))
+def test_no_measurement_breaks_the_pace(rounds: list[tuple[int, float, float, float, int]]) -> None:
+    pace = Pace()
+    for length, *times, new in rounds:
+        pace.learn_round(length, *times, new)
+        pace.learn_draft("model", length, times[0])
+    assert math.isfinite(pace.base_ms)
+    assert pace.base_ms > 0
+    assert pace.token_ms >= 0
+
+
+# Weights and records
+
+
+def test_weights_survive_their_file(tmp_path: Path) -> None:
+    weights = controller().weights
+    save_weights(tmp_path / "w.json", weights)
+    assert load_weights(tmp_path / "w.json") == weights
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "Invalid JSON"),
+        ('{"version": 2}', "version"),
+        (
+            '{"acceptance": {"m": {"inputs": {"features": ["x"], "mean": [], "scale": []}, "weights": [], "bias": 0}}}',
+            "unknown features x",
+        ),
+        (
+            '{"acceptance": {"m": {"inputs": {"features": [], "mean": [], "scale": []}, "weights": [1], "bias": 0}}}',
+            "one weight per feature",
+        ),
+    ],
+)
+def test_a_bad_weights_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    path = tmp_path / "w.json"
+    path.write_text(text)
+    with pytest.raises(ModelError, match=said) as refused:
+        load_weights(path)
+    assert str(path) in str(refused.value)
+
+
+def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="wisp controller train"):
+        load_weights(tmp_path / "none.json")
+
+
+def test_the_predictor_takes_microseconds() -> None:
+    predictor = Predictor(network=network(NAMES[:5]), threshold=0.5)
+    known = features(guess(), 1, Context(0.7, None, 0.5))
+    once = min(timeit.repeat(lambda: predictor.rejection(known), number=100, repeat=20)) / 100
+    assert once < 100e-6
+
+
+def test_a_round_survives_its_record(tmp_path: Path) -> None:
+    session = controller("fixed", 3).session("model", "lookup")
+    round_ = session.begin(8, 0.7, 1.25)
+    draft(round_, [guess(0.9, agreed=True), Guess("lookup", support=3), guess(0.2)])
+    record = round_.record("s", "chat", 3, 1)
+    with (tmp_path / "r.jsonl").open("w") as file:
+        write(file, record)
+        write(file, session.begin(0, 0.7).record("s", "chat", 0, 0))
+    first, second = read(tmp_path / "r.jsonl")
+    assert first == record
+    assert (first.temperature, first.target_entropy, first.guesses[1].support) == (0.7, 1.25, 3)
+    assert second.guesses == []
+
+
+def test_bad_records_are_named(tmp_path: Path) -> None:
+    good = RoundRecord(session="s", guesses=[], verified=0, accepted=0).model_dump_json()
+    path = tmp_path / "r.jsonl"
+    path.write_text(f'{good}\n\n{{"session": "s", "guesses": [], "verified": 1, "accepted": 2}}\n')
+    with pytest.raises(SettingsError, match=r"r\.jsonl, line 3 .*accepted 2 <= verified 1"):
+        list(read(path))
+    with pytest.raises(SettingsError, match="cannot read"):
+        list(read(tmp_path / "none"))

@@ -1,0 +1,100 @@
+"""Which draft source a request gets, and what a drafter loads for it."""
+
+from __future__ import annotations
+
+import importlib.util
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from services.drafter.control import Controller
+from services.drafter.drafting import Drafting, load_drafting
+from services.drafter.settings import DrafterSettings
+from services.drafter.sources import LookupDrafts, NoDrafts
+from shared.errors import ModelError, SettingsError
+from shared.messages import DraftChoice, Generate, Sampling
+
+ROOT = Path(__file__).parents[2]
+
+
+def generate(draft: DraftChoice, vocabulary: str = "v") -> Generate:
+    return Generate(
+        session="s",
+        gateway="g",
+        prompt=[1],
+        sampling=Sampling(),
+        stop_ids=[],
+        max_tokens=5,
+        fingerprint="f",
+        vocab_fingerprint=vocabulary,
+        draft=draft,
+    )
+
+
+@pytest.fixture
+def drafting() -> Drafting:
+    """A source in place of the model: which one it is does not matter here."""
+    hidden = NoDrafts()
+    sources = {"none": NoDrafts(), "lookup": LookupDrafts(), "hidden": hidden, "combined": hidden}
+    return Drafting(sources, "combined", Controller("fixed", 4), {"hidden": "v", "combined": "v"}, 64)
+
+
+@pytest.mark.parametrize(
+    ("asked", "names", "reads_states"),
+    [
+        (DraftChoice.AUTO, ("hidden", "lookup"), True),
+        (DraftChoice.COMBINED, ("hidden", "lookup"), True),
+        (DraftChoice.HIDDEN, ("hidden",), True),
+        (DraftChoice.LOOKUP, ("lookup",), False),
+        (DraftChoice.NONE, (), False),
+    ],
+)
+def test_a_request_gets_what_it_asks_for(
+    drafting: Drafting, asked: DraftChoice, names: tuple[str, ...], reads_states: bool
+) -> None:
+    choice = drafting.choose(generate(asked))
+    assert (choice.names, choice.reads_states) == (names, reads_states)
+
+
+def test_a_source_that_is_not_there_is_replaced_by_the_default(drafting: Drafting) -> None:
+    assert drafting.choose(generate(DraftChoice.MODEL)).names == ("hidden", "lookup")
+
+
+def test_a_draft_for_another_vocabulary_is_replaced_by_lookup(drafting: Drafting) -> None:
+    assert drafting.choose(generate(DraftChoice.AUTO, "another")).names == ("lookup",)
+    assert drafting.choose(generate(DraftChoice.NONE, "another")).names == ()
+
+
+def test_a_drafter_without_torch_drafts_by_lookup(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert load_drafting(DrafterSettings()).default == "lookup"
+    with pytest.raises(ModelError, match="needs torch"):
+        load_drafting(DrafterSettings(draft_source="combined"))
+
+
+def test_a_drafter_without_the_targets_folder_drafts_by_lookup(tmp_path: Path) -> None:
+    assert load_drafting(DrafterSettings(target=tmp_path / "none")).default == "lookup"
+    with pytest.raises(ModelError, match="no model folder"):
+        load_drafting(DrafterSettings(target=tmp_path / "none", draft_source="hidden"))
+
+
+def test_a_folder_without_a_draft_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="wisp draft train"):
+        load_drafting(DrafterSettings(hidden_draft=tmp_path))
+
+
+def test_a_rule_that_needs_weights_is_refused_without_them() -> None:
+    with pytest.raises(SettingsError, match="wisp controller train"):
+        load_drafting(DrafterSettings(draft_source="lookup", stop_rule="predictor"))
+
+
+def test_lookup_alone_loads_no_torch() -> None:
+    code = (
+        "import sys; from services.drafter.drafting import load_drafting; "
+        "from services.drafter.settings import DrafterSettings; "
+        "load_drafting(DrafterSettings(draft_source='lookup')); print('torch' in sys.modules)"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.strip() == "False"

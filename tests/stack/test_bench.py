@@ -1,0 +1,35 @@
+"""The stream benchmark's way of asking, on a real suite."""
+
+from __future__ import annotations
+
+from openai import AsyncOpenAI
+
+from services.bench import speed
+from services.bench.cases import cases
+from services.bench.suite import BLOCK, Plan, Suite
+from services.cli.stack import Stack
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+
+TOKENS = 12
+
+
+async def test_a_request_is_timed_and_gives_the_same_text_with_and_without_drafts(stack: Stack) -> None:
+    asked = cases(["summary", "completion"], 1, [0.7], 0, Tokenizer(ModelFolder(stack.target)))
+    assert len(asked[0].prompt_ids) > BLOCK
+    plan = Plan(stack.target, "bfloat16", 1, ["none", "lookup"], [0.0], [0.7], TOKENS, asked)
+    async with AsyncOpenAI(base_url=stack.url, api_key="none", max_retries=0) as client:
+        suite = Suite(client, plan, 0.0)
+        timed = []
+        for case in asked:
+            for arm in plan.arms:
+                one, answer = await suite.ask(case, arm, TOKENS)
+                assert 0 < one.first_s <= one.total_s
+                assert sum(len(made.tokens) for made in answer.rounds) == len(one.tokens)
+                assert len(answer.rounds) == one.summary["rounds"]
+                assert sum(made.verify_ms for made in answer.rounds) > 0
+                timed.append(one)
+    assert speed.differences(timed) == []
+    assert [one.made for one in timed if one.arm == "none"] == [
+        one.summary["rounds"] for one in timed if one.arm == "none"
+    ], "each round of plain decoding brings one token"
