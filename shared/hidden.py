@@ -49,8 +49,8 @@ def pack(bits: Bits, form: HiddenFormat) -> tuple[bytes, bytes]:
     if form is HiddenFormat.BFLOAT16:
         return bits.astype("<u2", copy=False).tobytes(), b""
     values = to_floats(bits)
-    scales = np.abs(values).max(axis=1, initial=0) / np.float32(127)
     with np.errstate(invalid="ignore"):  # a row with NaN or infinities gets a scale that says so
+        scales = np.abs(values).max(axis=1, initial=0) / np.float32(127)
         values /= np.where(scales > 0, scales, 1)[:, None]
         # Clipped because a scale near the end of float32's range has lost its precision.
         elements = np.rint(values, out=values).clip(-127, 127, out=values).astype(np.int8)

@@ -26,6 +26,8 @@ from services.training.config import Config
 from services.training.evaluate import Drafted, Summary, rounds
 from services.training.run import Run
 from shared.engine import Engine
+from shared.errors import ModelError
+from shared.messages import HiddenFormat
 from shared.models.folder import ModelFolder
 
 NAMES: dict[str, tuple[str, ...]] = {
@@ -72,7 +74,7 @@ class Bench:
     """What all parts of the benchmark share."""
 
     def __init__(self, run: Run, folder: HiddenDraftFolder, prompts: int) -> None:
-        texts = list(shards.load_all(run.held_out))
+        texts = sorted(shards.load_all(run.held_out), key=lambda text: text.origin)
         self.texts = texts if not prompts else texts[: 3 * prompts]
         self.stop_ids = frozenset(run.target.eos_ids)
         self.weights: ControlWeights | None = load_weights(folder.controller) if folder.controller else None
@@ -113,8 +115,11 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=0, help="fewer prompts, for a quick look; 0 takes all")
     parser.add_argument("--real-texts", type=int, default=11, help="texts really drafted and verified, at most")
     options = parser.parse_args()
-    target = ModelFolder(options.target)
-    folder = HiddenDraftFolder.open(options.draft) if options.draft else shipped_for(target)
+    try:
+        target = ModelFolder(options.target)
+        folder = HiddenDraftFolder.open(options.draft) if options.draft else shipped_for(target)
+    except ModelError as error:
+        parser.error(str(error))
     if folder is None:
         parser.error(f"no draft is shipped for {target.path}; name one's folder with --draft")
     console = terminal()
@@ -129,13 +134,14 @@ def main() -> None:
     _print(console, "Rounds on held-out prompts", rows)
     for note in (notes := _against_fixed(rows)):
         console.print(note, highlight=False)
-    kinds = _by_kind(arms)
-    for name in ("hidden fixed(4)", "combined marginal(8)"):
-        _print(console, f"{name}, by text", [row for row in kinds if row["arm"] == name])
+    kinds = _by_kind(arms, measured)
+    _print(console, "hidden fixed(4), by text", [row for row in kinds if row["arm"] == "hidden fixed(4)"])
+    _print(console, "marginal(8), by text: tokens a round, and expected speed", compared := _compared(kinds))
     _print(console, "Expected acceptance", calibration := _calibration(arms))
     picture = state_folder() / "results" / "reliability.svg"
     plot({name: arms[name] for name in ("combined fixed(4)", "combined marginal(8)")}, picture)
     console.print(f"reliability plot: {picture}", style="dim")
+    _print(console, "Hidden states on the wire", wire := _wire(bench, arms["hidden fixed(4)"]))
     _print(console, "Drafting ahead", ahead := _ahead(bench))
     title = f"Real speed in one process, {REAL_TOKENS} tokens each: tokens per second, and against plain decoding"
     _print(console, title, real := _real(bench, options.real_texts))
@@ -147,7 +153,9 @@ def main() -> None:
         "arms": rows,
         "against_fixed": notes,
         "kinds": kinds,
+        "compared": compared,
         "calibration": calibration,
+        "wire": wire,
         "ahead": ahead,
         "real": real,
     }
@@ -225,7 +233,7 @@ def _against_fixed(rows: Sequence[Row]) -> list[str]:
     return notes
 
 
-def _by_kind(arms: dict[str, list[Drafted]]) -> list[Row]:
+def _by_kind(arms: dict[str, list[Drafted]], measured: DraftCosts) -> list[Row]:
     rows: list[Row] = []
     for name, drafted in arms.items():
         groups: dict[str, list[Drafted]] = defaultdict(list)
@@ -234,20 +242,35 @@ def _by_kind(arms: dict[str, list[Drafted]]) -> list[Row]:
             groups[f"T = {one.temperature:g}"].append(one)
         for group in [*sorted(groups), "all"]:
             some = groups.get(group, drafted)
-            reached = [d for d in some if d.kept]
-            first = sum(d.accepted > 0 for d in reached) / len(reached) if reached else None
-            accepted = sum(d.accepted for d in some)
+            summary = Summary.of(some, measured.costs, 4)
             rows.append(
                 {
                     "arm": name,
                     "text": group,
-                    "rounds": len(some),
-                    "accepted 1": first,
-                    "tokens a round": 1 + accepted / len(some),
-                    "draft length": sum(d.kept for d in some) / len(some),
+                    "rounds": summary.rounds,
+                    "accepted 1": summary.by_position[0] if summary.by_position else None,
+                    "tokens a round": summary.tokens_per_round,
+                    "draft length": summary.draft_length,
+                    "expected speed": summary.speed,
                 }
             )
     return rows
+
+
+def _compared(kinds: Sequence[Row]) -> list[Row]:
+    """The sources side by side, under the rule `marginal`."""
+    found = {(row["arm"], row["text"]): row for row in kinds}
+    texts = list(dict.fromkeys(row["text"] for row in kinds))
+    arms = {name: f"{name} marginal(8)" for name in NAMES}
+    return [
+        {
+            "text": text,
+            **{name: found[arm, text]["tokens a round"] for name, arm in arms.items()},
+            **{f"{name} speed": found[arm, text]["expected speed"] for name, arm in arms.items()},
+        }
+        for text in texts
+        if all((arm, text) in found for arm in arms.values())
+    ]
 
 
 def _calibration(arms: dict[str, list[Drafted]]) -> list[Row]:
@@ -257,6 +280,30 @@ def _calibration(arms: dict[str, list[Drafted]]) -> list[Row]:
             area, error, count = figures(drafted)
             rows.append({"arm": name, "tokens": count, "AUC": area, "calibration error": error})
     return rows
+
+
+def _wire(bench: Bench, exact: Sequence[Drafted]) -> list[Row]:
+    """Bytes of hidden states, and what halving them costs in acceptance."""
+    controller = bench.controller("fixed", 4)
+    source = bench.source("hidden")
+    coarse = list(rounds(source, NAMES["hidden"], controller, bench.texts, form=HiddenFormat.INT8))
+    size = bench.draft.hidden_size
+    prompt = statistics.fmean(text.prompt_len for text in bench.texts)
+    found: list[Row] = []
+    for form, drafted in ((HiddenFormat.BFLOAT16, exact), (HiddenFormat.INT8, coarse)):
+        summary = Summary.of(drafted, bench.measured.costs, 4)
+        row_bytes = size * form.width + (4 if form is HiddenFormat.INT8 else 0)
+        found.append(
+            {
+                "format": form.value,
+                "bytes per token": row_bytes,
+                "bytes a round": row_bytes * summary.tokens_per_round,
+                f"bytes of a prompt ({prompt:.0f} tokens)": row_bytes * prompt,
+                "accepted 1": summary.by_position[0],
+                "tokens a round": summary.tokens_per_round,
+            }
+        )
+    return found
 
 
 def _ahead(bench: Bench) -> list[Row]:

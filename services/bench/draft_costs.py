@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from services.drafter.hidden.engine import DraftEngine, DraftStep
+from services.drafter.sources.guesses import guesses
 from services.training.evaluate import Costs
 from services.training.shards import Text
 from shared.engine import Engine, Step
@@ -74,8 +75,6 @@ def _verify(engine: Engine, tokens: Sequence[int]) -> None:
 def _drafting(
     draft: DraftEngine, names: Sequence[str], token: int, state: torch.Tensor, columns: Columns
 ) -> Callable[[], None]:
-    from services.drafter.sources.guesses import guesses
-
     def step() -> None:
         estimates = draft.forward([DraftStep(name, [token], state) for name in names])
         logits = draft.logits(estimates)

@@ -32,6 +32,7 @@ EXTRAS = {
     "model": ("torch", "transformers", "safetensors", "gguf"),
     "client": ("openai",),
     "training": ("scipy",),
+    "bench": ("matplotlib",),
 }
 """The packages by which an extra is recognised."""
 API_PORT = 8000
@@ -60,6 +61,7 @@ async def examine() -> list[Finding]:
         *_torch(),
         *await _brokers(BrokerAddresses(), inspect()),
         *_models(),
+        *_drafts(),
         _port(),
         *_resources(),
     ]
@@ -178,6 +180,24 @@ def _models() -> Iterator[Finding]:
             yield Finding(
                 f"model {name}", "note", "packaged, not unpacked yet", "the first run does it, or: wisp models prepare"
             )
+
+
+def _drafts() -> Iterator[Finding]:
+    """Which draft model the default target gets."""
+    if importlib.util.find_spec("tokenizers") is None:
+        return
+    from services.drafter.hidden.card import shipped_for
+    from shared.models.folder import ModelFolder
+
+    try:
+        target = ModelFolder(models_folder() / DEFAULT_TARGET)
+        found = shipped_for(target)
+    except ModelError:
+        return  # said of the model already
+    if found is None:
+        yield Finding("draft", "note", f"none for {target.name}: drafts by lookup", "wisp draft train makes one")
+    else:
+        yield Finding("draft", "ok", f"for {found.card.target}: {found.path}")
 
 
 def _port() -> Finding:

@@ -14,11 +14,11 @@ if TYPE_CHECKING:
 
 app = typer.Typer(help="Draft models that read the target's hidden states.", no_args_is_help=True)
 
-Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. [env: WISP_TARGET]")]
+Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")]
 SettingsFile = Annotated[
     Path | None, typer.Option("--settings", help="TOML file of settings; see `wisp draft settings`.", exists=True)
 ]
-RunFolder = Annotated[Path | None, typer.Option("--run", help="Folder of the run. [default: .wisp/training/TARGET]")]
+RunFolder = Annotated[Path | None, typer.Option("--run", help="Folder of the run. \\[default: .wisp/training/TARGET]")]
 
 
 @app.command()
@@ -51,7 +51,7 @@ def train(
 
 @app.command()
 def evaluate(
-    draft: Annotated[Path | None, typer.Option(help="The draft's folder. [default: the shipped one]")] = None,
+    draft: Annotated[Path | None, typer.Option(help="The draft's folder. \\[default: the shipped one]")] = None,
     target: Target = None,
     settings: SettingsFile = None,
     run: RunFolder = None,

@@ -18,7 +18,7 @@ from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources.hidden import HiddenDrafts
 from services.training import controller, shards
 from services.training.evaluate import Costs, Drafted, Summary, entropies, rounds
-from services.training.run import Run
+from services.training.run import Run, made
 from services.training.train import Progress
 from shared.errors import ModelError
 
@@ -30,6 +30,9 @@ COSTS = Costs(round_ms=60.0, token_ms=1.3, step_ms=4.0)
 
 def train_draft(run: Run, to: Path) -> None:
     """All stages of a run that are not done yet; the draft with its controller in `to`."""
+    # What cannot be trained for or written to is refused before hours are spent.
+    run.config_of_model()
+    made(to)
     progress = ConsoleProgress(out)
     with progress.step("drawing prompts") as step:
         count = run.write_prompts()

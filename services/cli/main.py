@@ -60,20 +60,28 @@ class Benchmark(StrEnum):
     STREAM = "stream"
 
 
-Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. [env: WISP_TARGET]")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format of the target. [default: bfloat16]")]
+BENCHMARK_EXTRAS = {
+    Benchmark.DRAFT: ("model", "training", "bench"),
+    Benchmark.ROUNDS: ("gateway", "model", "client"),
+    Benchmark.STREAM: ("gateway", "model", "client"),
+}
+"""What a benchmark needs beside `model`."""
+
+
+Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")]
+DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format of the target. \\[default: bfloat16]")]
 Drafters = Annotated[int, typer.Option(min=1, help="Drafter processes.")]
 Verifiers = Annotated[int, typer.Option(min=1, help="Verifier processes, which share the cores.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of each verifier. [default: its share of the cores]")
+    int | None, typer.Option(min=1, help="CPU threads of each verifier. \\[default: its share of the cores]")
 ]
 Draft = Annotated[
     DraftSource | None,
-    typer.Option(help="Where drafts come from. [default: combined where the target has a draft, else lookup]"),
+    typer.Option(help="Where drafts come from. \\[default: combined where the target has a draft, else lookup]"),
 ]
 DraftModel = Annotated[Path | None, typer.Option(help="Folder of a draft model, for --draft model.")]
 HiddenDraft = Annotated[
-    Path | None, typer.Option(help="Folder of a draft by `wisp draft train`. [default: the one that comes with WISP]")
+    Path | None, typer.Option(help="Folder of a draft by `wisp draft train`. \\[default: the one that comes with WISP]")
 ]
 
 
@@ -244,7 +252,7 @@ def list_models() -> None:
 def bench(context: typer.Context, name: Benchmark) -> None:
     """Run a benchmark; further words go to it (`wisp bench stream -- --help` lists them)."""
     with errors_shown():
-        require("gateway", "model", "client")
+        require(*BENCHMARK_EXTRAS.get(name, ("model",)))
         os.execv(sys.executable, [sys.executable, "-m", f"services.bench.{name.value}", *context.args])
 
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 from services.drafter.control import Controller, ControlWeights, load_weights
 from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
+from services.drafter.hidden.rows import HiddenRows
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
 from shared import logging
@@ -48,6 +49,12 @@ class Drafting:
     vocabularies: Mapping[str, str]
     """Fingerprint of the vocabulary that a source was made for; those that copy fit any."""
     hidden_size: int = 0
+    context: int = 0
+    """The target's context in tokens, where its hidden states are read."""
+
+    def states(self) -> HiddenRows:
+        """Room for the hidden states of a new session."""
+        return HiddenRows(self.hidden_size, self.context)
 
     def choose(self, generate: Generate) -> Choice:
         """What a request asks for, or the nearest that can be had."""
@@ -71,7 +78,7 @@ def load_drafting(settings: DrafterSettings) -> Drafting:
     """Load what the settings ask for. Raises ModelError or SettingsError."""
     sources: dict[str, DraftSource] = {"none": NoDrafts(), "lookup": LookupDrafts()}
     vocabularies: dict[str, str] = {}
-    hidden_size = 0
+    hidden_size = context = 0
     if settings.draft_model is not None:
         sources["model"] = _load_model(settings)
         vocabularies["model"] = ModelFolder(settings.draft_model).vocab_fingerprint
@@ -80,6 +87,7 @@ def load_drafting(settings: DrafterSettings) -> Drafting:
         sources["hidden"] = sources["combined"] = _load_hidden(settings, folder)
         vocabularies["hidden"] = vocabularies["combined"] = folder.card.vocab_fingerprint
         hidden_size = folder.card.model.layer.hidden_size
+        context = ModelFolder(settings.target).max_len
     default = settings.draft_source
     if default == "auto":
         default = "combined" if folder is not None else "lookup"
@@ -88,27 +96,27 @@ def load_drafting(settings: DrafterSettings) -> Drafting:
     if path is not None:
         weights = load_weights(path)
     controller = Controller(settings.stop_rule, settings.draft_length, weights)
-    return Drafting(sources, default, controller, vocabularies, hidden_size)
+    return Drafting(sources, default, controller, vocabularies, hidden_size, context)
 
 
 def _hidden_draft(settings: DrafterSettings) -> HiddenDraftFolder | None:
     """The hidden-state draft to use, if one is wanted and to be had."""
-    if settings.hidden_draft is not None:
-        return HiddenDraftFolder.open(settings.hidden_draft)
-    needed = settings.draft_source in ("combined", "hidden")
+    needed = settings.hidden_draft is not None or settings.draft_source in ("combined", "hidden")
     if not needed and settings.draft_source != "auto":
         return None
     if importlib.util.find_spec("torch") is None:
         if needed:
-            raise ModelError(f"draft source {settings.draft_source} needs torch: pip install 'wisp[model]'")
+            raise ModelError("a hidden-state draft needs torch: pip install 'wisp[model]'")
         return None
+    if settings.hidden_draft is not None:
+        return HiddenDraftFolder.open(settings.hidden_draft)
     try:
         target = ModelFolder(settings.target)
         found = shipped_for(target)
-    except ModelError:
+    except ModelError as error:
         if needed:
             raise
-        logging.get().warning("no target folder here; drafting by lookup", target=str(settings.target))
+        logging.get().warning("no hidden-state draft; drafting by lookup", error=str(error))
         return None
     if found is None and needed:
         raise ModelError(

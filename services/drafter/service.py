@@ -151,7 +151,8 @@ class Drafter:
         session = DraftSession(generate, stored.tokens, round=stored.round + 1)
         prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
         choice = self._drafting.choose(generate)
-        states = HiddenRows(self._drafting.hidden_size) if choice.reads_states else None
+        wanted = choice.reads_states and self._settings.draft_length > 0
+        states = self._drafting.states() if wanted else None
         worker = self._workers[id(choice.source)]
         serving = Serving(session, worker, choice.names, self._controller.session(*choice.names), states)
         if states is not None:
@@ -209,15 +210,15 @@ class Drafter:
         round_ms = (time.monotonic() - sent) * 1000
         self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
         metrics.ROUND_TIME.observe(round_ms / 1000)
+        # A conflict or a failure says nothing of this draft, nor of the time that verifying takes.
+        committed = result.status is Status.COMMITTED
         if attempt == 0:
             timer.learn(round_ms)
+        if attempt == 0 and committed:
             control.pace.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
-        # A conflict says nothing of this draft.
-        committed = result.status is Status.COMMITTED
-        # Where the text ended with a draft token, those behind it were not judged.
-        judged = result.trimmed_to if len(result.tokens) > result.accepted else result.accepted
-        control.settle(round_, judged if committed else 0, result.accepted if committed else 0)
-        metrics.count(round_, judged if committed else 0, result.accepted if committed else 0, draft)
+        verified, accepted = _judged(result) if committed else (0, 0)
+        control.settle(round_, verified, accepted)
+        metrics.count(round_, verified, accepted, draft)
         serving.entropy = result.entropy
         if serving.states is not None and len(session.tokens) < base_len:
             serving.states.truncate(len(session.tokens))
@@ -238,8 +239,9 @@ class Drafter:
         round_ = control.begin(room, session.generate.sampling.temperature, serving.entropy)
         request = serving.request(round_)
         draft, took_ms = await serving.worker.draft(request)
+        round_.cut(len(draft.tokens))
         for source, steps in draft.steps.items():
-            control.pace.learn_draft(source, steps, took_ms)
+            control.pace.learn_draft(source, steps, took_ms, draft.computed)
         return draft, round_, request
 
     def _draft_ahead(self, serving: Serving, request: DraftRequest, draft: Draft) -> _Ahead | None:
@@ -251,7 +253,8 @@ class Drafter:
         round_ = control.ahead(room, session.generate.sampling.temperature)
         if round_.longest == 0:
             return None
-        following = replace(request, round=round_, states=None)
+        # A copy of the tokens: the result may extend them while the source still drafts in its thread.
+        following = replace(request, tokens=list(request.tokens), round=round_, states=None)
         answer = serving.worker.ahead(following, draft)
         return None if answer is None else _Ahead([*session.tokens, *draft.tokens], round_, answer)
 
@@ -275,6 +278,15 @@ class _Ahead:
     tokens: list[int]
     round: Round
     answer: asyncio.Future[tuple[Ahead | None, float]]
+
+
+def _judged(result: Result) -> tuple[int, int]:
+    """How many draft tokens were verified, and how many of these accepted."""
+    # Where the text ended with a draft token, those behind it were not judged. A result that repeats what an earlier
+    # drafter's copy of the round brought has verified nothing.
+    ended = len(result.tokens) <= result.accepted
+    verified = min(result.trimmed_to, result.accepted) if ended else result.trimmed_to
+    return verified, min(result.accepted, verified)
 
 
 def _made_ahead(ahead: _Ahead | None) -> tuple[list[int], Draft, Round] | None:

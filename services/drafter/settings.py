@@ -30,7 +30,7 @@ class DrafterSettings(TargetSettings):
     draft_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the draft model")
     device: str = Field("cpu", description="torch device of the draft model")
     threads: int = Field(1, ge=1, le=256, description="CPU threads for the draft model")
-    cache_tokens: int = Field(16384, ge=64, description="K/V budget of the draft model, in tokens")
+    cache_tokens: int = Field(32768, ge=64, description="K/V budget of the draft model, in tokens")
     stop_rule: Literal["fixed", "entropy", "predictor", "marginal"] = Field(
         "marginal", description="how far to draft: always to draft_length, or to where a rule says"
     )

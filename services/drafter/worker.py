@@ -25,6 +25,8 @@ class _Calls(Generic[Q, A]):
 
     def put(self, question: Q) -> asyncio.Future[tuple[A, float]]:
         answer: asyncio.Future[tuple[A, float]] = asyncio.get_running_loop().create_future()
+        # Those given up are dropped here: while drafts keep coming, aheads may wait for long.
+        self.waiting = [waiting for waiting in self.waiting if not waiting[1].done()]
         self.waiting.append((question, answer))
         return answer
 

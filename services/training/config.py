@@ -45,7 +45,7 @@ class Model(Section):
     """The draft model's shape; its layers are like the target's."""
 
     layers: int = Field(1, ge=1, description="layers that are trained")
-    bottom_layers: int = Field(4, ge=0, description="the target's first layers, which it runs as they are")
+    bottom_layers: int = Field(2, ge=0, description="the target's first layers, which it runs as they are")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the trained layers' position embedding")
 
 
@@ -64,8 +64,8 @@ class Training(Section):
     batch_tokens: int = Field(768, ge=16, description="tokens in a batch, padding included")
     stages: list[Stage] = Field(
         [
-            Stage(steps=1, tokens=6_000_000, learning_rate=1e-3),
-            Stage(steps=3, tokens=3_000_000, learning_rate=6e-4),
+            Stage(steps=1, tokens=5_000_000, learning_rate=1e-3),
+            Stage(steps=3, tokens=2_500_000, learning_rate=6e-4),
         ],
         min_length=1,
     )
@@ -79,7 +79,7 @@ class Training(Section):
     final_rate: float = Field(0.03, ge=0, le=1, description="the learning rate falls to this share, as a cosine")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
     drop_states: float = Field(0.05, ge=0, lt=1, description="share of texts whose first states are hidden")
-    head_rows: int = Field(16_384, ge=0, description="most frequent tokens that the drafter can propose; 0 for all")
+    head_rows: int = Field(8192, ge=0, description="most frequent tokens that the drafter can propose; 0 for all")
 
 
 class Config(Section):
@@ -98,7 +98,7 @@ class Config(Section):
         """The file's settings. Raises SettingsError."""
         try:
             return cls.model_validate(tomllib.loads(path.read_text()))
-        except (OSError, tomllib.TOMLDecodeError) as error:
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise SettingsError(f"{path}: {error}") from error
         except ValidationError as error:
             problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors())

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,6 +19,8 @@ from services.drafter.control.rounds import RoundRecord
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from services.training.generate import sampling
 from services.training.shards import Text
+from shared.hidden import parts, unpack
+from shared.messages import HiddenFormat, HiddenStates
 
 TOGETHER = 32
 """Sessions drafted for in one call."""
@@ -79,12 +82,19 @@ class _Session:
         """Longest useful draft."""
         return len(self.tokens) - self.length - 1
 
-    def states(self, seen: int) -> States | None:
+    def states(self, seen: int, form: HiddenFormat) -> States | None:
         """What a drafter that has computed `seen` tokens would have been sent by now."""
         if self.length == self.text.prompt_len:
             return None
         start = max(0, seen - 1)
-        return States(start, self.text.hidden[start : self.length - 1].float().numpy())
+        rows = self.text.hidden[start : self.length - 1]
+        if form is HiddenFormat.BFLOAT16:
+            return States(start, rows.float().numpy())
+        return States(start, np.concatenate([unpack(part) for part in self._sent(rows, start, form)]))
+
+    def _sent(self, rows: Tensor, start: int, form: HiddenFormat) -> Iterator[HiddenStates]:
+        for part in parts(rows.contiguous().view(torch.uint16).numpy(), start, form):
+            yield HiddenStates(session=self.name, round=0, **vars(part))
 
 
 def rounds(
@@ -95,11 +105,12 @@ def rounds(
     entropy: Sequence[Sequence[float]] | None = None,
     *,
     optimistic: bool = False,
+    form: HiddenFormat = HiddenFormat.BFLOAT16,
 ) -> Iterator[Drafted]:
     """Draft for every text to its end, and judge every round but each text's first, which computes its prompt.
 
     names: the sources that may be used. entropy: of the target at each position, if the controller is to know it.
-    optimistic: draft ahead while a round is in flight, and use that where it fits.
+    optimistic: draft ahead while a round is in flight, and use that where it fits. form: how the states travel.
     """
     for first in range(0, len(texts), TOGETHER):
         active = [
@@ -119,7 +130,7 @@ def rounds(
                 known = entropy[session.index][session.length - 2] if entropy is not None else None
                 began = session.control.begin(session.room, session.text.temperature, known)
                 parameters = sampling(session.text.origin, session.text.temperature)
-                states = session.states(source.seen(session.name))
+                states = session.states(source.seen(session.name), form)
                 asked.append((session, DraftRequest(session.name, committed, parameters, began, names, states)))
             proposed = list(zip(asked, source.propose([request for _, request in asked]), strict=True))
             if optimistic:

@@ -1,9 +1,10 @@
-"""A training run's folder and its stages: prompts, generation, training, held-out texts. Each goes on where it stopped.
+"""A training run's folder and its stages: prompts, generation, held-out texts, training. Each goes on where it stopped.
 
-prompts.jsonl        what the target is asked, one prompt a line
-texts/*.safetensors  its answers with their hidden states (`shards`)
-held_out.jsonl, held_out/*.safetensors   the same for templates and fillers that are never trained on
-checkpoint.pt        the draft model on its way
+prompts.jsonl           what the target is asked, one prompt a line
+texts/*.safetensors     its answers with their hidden states (`shards`)
+held_out/               the same for templates and fillers that are never trained on; `held_out.part` until complete
+controller_texts/       such texts again, from which the controller learns
+checkpoint.pt           the draft model on its way
 """
 
 from __future__ import annotations
@@ -33,7 +34,7 @@ from services.training.train import Progress, frequent_tokens, initialise, train
 from shared.engine import Engine
 from shared.engine.blocks import BLOCK
 from shared.engine.engine import DTYPES
-from shared.errors import EngineError
+from shared.errors import EngineError, SettingsError
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
@@ -48,8 +49,7 @@ class Run:
     def __init__(self, config: Config, target: ModelFolder, folder: Path) -> None:
         self.config = config
         self.target = target
-        self.folder = folder
-        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = made(folder)
 
     @property
     def texts(self) -> Path:
@@ -66,7 +66,7 @@ class Run:
     def _assignments(self) -> Iterator[Assignment]:
         plan, settings = self.config.prompts, self.config.generation
         tokenizer = Tokenizer(self.target)
-        drawn = corpus.sample(self.config.seed, plan.count, held_out=False)
+        drawn = _drawn(self.config.seed, plan.count, held_out=False)
         passages = corpus.free_text(self.config.seed, plan.free_texts)
         rng = random.Random(self.config.seed)
         every = max(1, len(drawn) // max(1, len(passages)))
@@ -138,22 +138,31 @@ class Run:
         """The target's answers to prompts never trained on, each at every temperature of EVALUATED."""
         if shards.files(folder):
             return
+        unfinished = folder.with_name(f"{folder.name}.part")
+        done = shards.origins(unfinished)
         settings = self.config.generation
         tokenizer = Tokenizer(self.target)
         asked: list[Assignment] = []
-        for prompt in corpus.sample(seed, self.config.prompts.held_out, held_out=True):
+        for prompt in _drawn(seed, self.config.prompts.held_out, held_out=True):
             ids = _encoded(prompt, tokenizer, settings.max_prompt)
             for temperature in EVALUATED:
                 most = min(EVALUATED_TOKENS, settings.max_new)
                 asked.append(Assignment(len(asked), prompt.kind, ids, temperature, most))
+        missing = [assignment for assignment in asked if assignment.origin not in done]
         engine = self._engine(settings)
-        texts = generate(engine, asked, frozenset(self.target.eos_ids), 0, settings.sessions, serving_noise=True)
-        write_shards(texts, folder, "texts", settings.shard_tokens, report)
+        texts = generate(engine, missing, frozenset(self.target.eos_ids), 0, settings.sessions, serving_noise=True)
+        write_shards(texts, unfinished, "texts", settings.shard_tokens, report)
+        unfinished.replace(folder)
 
     def config_of_model(self) -> HiddenDraftConfig:
-        """The draft model's shape."""
+        """The draft model's shape. Raises ModelError or SettingsError if the target has no such layers."""
         shape = self.config.model
         layer = layer_config(self.target).model_copy(update={"rope_theta": shape.rope_theta})
+        layers = self.target.config.get("num_hidden_layers", 0)
+        if shape.bottom_layers > layers:
+            raise SettingsError(
+                f"model.bottom_layers is {shape.bottom_layers}, {self.target.path} has {layers} layers; set it lower"
+            )
         return HiddenDraftConfig(
             layer=layer,
             layers=shape.layers,
@@ -205,10 +214,27 @@ class Run:
         )
 
 
+def made(folder: Path) -> Path:
+    """The folder, made if it is not there yet. Raises SettingsError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be made a folder to write to: {error.strerror}") from error
+    return folder
+
+
 def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQueue[int]) -> None:
     """A worker's process: tells the length of every text, and 0 at the end."""
     Run(Config.model_validate_json(config), ModelFolder(target), folder).generate(worker, counts.put)
     counts.put(0)
+
+
+def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.Prompt]:
+    """Prompts of the corpus. Raises SettingsError if it does not make so many."""
+    try:
+        return corpus.sample(seed, count, held_out)
+    except ValueError as error:
+        raise SettingsError(f"prompts.{'held_out' if held_out else 'count'}: {error}") from error
 
 
 def _encoded(prompt: corpus.Prompt, tokenizer: Tokenizer, longest: int) -> list[int]:

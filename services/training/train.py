@@ -19,6 +19,7 @@ from services.drafter.hidden.target import TargetParts
 from services.training.config import Training
 from services.training.loss import HeadRows, losses, unrolled
 from services.training.shards import Text
+from shared.errors import SettingsError
 
 CHECKPOINT_S = 120.0
 RIDGE_TOKENS = 60_000
@@ -48,7 +49,8 @@ def frequent_tokens(texts: Sequence[Text], vocab_size: int, count: int) -> Tenso
 def initialise(model: HiddenDraft, texts: Sequence[Text], parts: TargetParts, seed: int) -> None:
     """Set `spread` from the data, the last norm to the target's, and `fc` to the best linear guess of the next state.
 
-    The layers' own part begins near zero, so that training starts from that guess.
+    The layers' own part begins near zero, so that training starts from that guess. Raises SettingsError if the texts
+    are too short to guess anything from.
     """
     chosen = list(texts)
     random.Random(seed).shuffle(chosen)
@@ -62,6 +64,8 @@ def initialise(model: HiddenDraft, texts: Sequence[Text], parts: TargetParts, se
             count += len(after[-1])
             if count > RIDGE_TOKENS:
                 break
+        if count < 2:
+            raise SettingsError("the run has no texts to learn from: does the target's context hold prompt and answer?")
         states = torch.cat(before)
         model.spread.copy_(states.std(0).clamp_min(1e-3))
         gain = parts.norm.float().cpu()
@@ -124,7 +128,7 @@ def _padded(group: Sequence[Text], drop: float, order: random.Random) -> Minibat
             bottom[i, :n] = text.bottom
         first = max(1, text.prompt_len)
         if order.random() < drop:
-            # A drafter may lack the states of a text's beginning: it then starts from where it has them.
+            # A regulariser: what comes behind is guessed without these states.
             missing = order.randrange(1, max(2, n // 2))
             hidden[i, :missing] = 0
             first = max(first, missing + 1)
@@ -143,10 +147,9 @@ def train(
 ) -> None:
     """Run all stages. `texts` is asked again at each pass over them, so that generation may still be going on.
 
-    Raises RuntimeError if the gradient stops being a number.
+    Raises SettingsError if the gradient stops being a number, if no text has a token to learn from, or if the
+    checkpoint is of a model of another shape.
     """
-    order = random.Random(seed)
-    drawn = torch.Generator().manual_seed(seed)
     frequent = frequent_tokens(texts(), model.config.vocab_size, settings.frequent_rows)
     others = [parameter for name, parameter in model.named_parameters() if name != "fc.weight"]
     optimiser = torch.optim.AdamW(
@@ -156,12 +159,16 @@ def train(
         fused=True,
     )
     stage, done = _resume(checkpoint, model, optimiser)
+    # A run that goes on takes the texts in another order than before, or it would see the first ones twice.
+    order = random.Random(f"{seed} {stage} {done}")
+    drawn = torch.Generator().manual_seed(order.getrandbits(63))
     for number in range(stage, len(settings.stages)):
         plan = settings.stages[number]
         updates = 0
         saved = reported = time.monotonic()
         since: list[tuple[int, list[float], list[float]]] = []
         while done < plan.tokens:
+            before = done
             for drawn_batch in batches(texts(), settings.batch_tokens, settings.drop_states, order):
                 batch = drawn_batch.to(parts.head.device)
                 count = int(batch.learned.sum())
@@ -190,7 +197,7 @@ def train(
                 loss.total.backward()  # type: ignore[no-untyped-call]
                 norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
                 if not math.isfinite(float(norm)):
-                    raise RuntimeError("the gradient is not a number; use a lower learning rate")
+                    raise SettingsError("the gradient is not a number; use a lower learning rate")
                 optimiser.step()
                 done += count
                 updates += 1
@@ -204,6 +211,8 @@ def train(
                     saved = now
                 if done >= plan.tokens:
                     break
+            if done == before:
+                raise SettingsError("no text has a token to learn from: allow longer answers, or more prompts")
         done = 0
         _save(checkpoint, model, optimiser, number + 1, 0)
 
@@ -239,7 +248,12 @@ def _save(path: Path, model: HiddenDraft, optimiser: torch.optim.Optimizer, stag
 def _resume(path: Path, model: HiddenDraft, optimiser: torch.optim.Optimizer) -> tuple[int, int]:
     if not path.is_file():
         return 0, 0
-    state = torch.load(path, weights_only=True)
-    model.load_state_dict(state["model"])
+    state = torch.load(path, weights_only=True, map_location="cpu")
+    try:
+        model.load_state_dict(state["model"])
+    except RuntimeError as error:
+        raise SettingsError(
+            f"{path} is of a model of another shape; delete it to train anew, or restore [model] in the settings"
+        ) from error
     optimiser.load_state_dict(state["optimiser"])
     return int(state["stage"]), int(state["done"])

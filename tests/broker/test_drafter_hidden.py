@@ -239,6 +239,12 @@ async def test_who_reads_no_states_asks_for_none(peer: Peer, draft: DraftChoice)
         assert (await peer.round()).hidden_from is None
 
 
+async def test_who_never_drafts_asks_for_no_states(peer: Peer) -> None:
+    async with drafting(peer.settings.model_copy(update={"draft_length": 0}), "d1"):
+        await peer.ask("s")
+        assert (await peer.round()).hidden_from is None
+
+
 async def test_a_session_of_another_vocabulary_is_drafted_for_by_lookup(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         peer.vocabulary = "another"
@@ -257,10 +263,13 @@ async def test_under_a_draft_cap_of_zero_rounds_are_plain(peer: Peer, drafted: C
         await peer.load(draft_cap=0)
         await peer.answer(first, [7], states=True)
         second = await peer.round()
-        assert second.draft == []
+        assert (second.draft, second.hidden_from) == ([], None), "states would be of no use"
         await peer.load(draft_cap=2)
-        await peer.answer(second, [8], states=True)
-        assert (await peer.round()).draft == drafted([*PROMPT, 7, 8], 2)
+        await peer.answer(second, [8])
+        third = await peer.round()
+        assert (third.draft, third.hidden_from) == ([], len(PROMPT)), "the states since then are missing"
+        await peer.answer(third, [9], states=True)
+        assert (await peer.round()).draft == drafted([*PROMPT, 7, 8, 9], 2)
 
 
 async def test_a_price_shortens_drafts_and_where_none_pays_sessions_rest_and_ask_for_nothing(peer: Peer) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -181,6 +181,17 @@ def test_what_does_not_fit_at_once_is_drafted_in_parts(fresh: Callable[..., Hidd
         assert draft.tokens == one(fresh(), request(name, texts[name], 1))
 
 
+def test_a_session_with_broken_states_takes_no_drafts_from_others(fresh: Callable[..., HiddenDrafts]) -> None:
+    tokens = tokens_of("sound", 20)
+    expected = one(fresh(), request("sound", tokens))
+    source = fresh()
+    broken = replace(request("broken", tokens), states=States(0, np.full((19, 64), np.nan, np.float32)))
+    drafts = source.propose([broken, request("sound", tokens)])
+    assert [draft.tokens for draft in drafts] == [[], expected]
+    assert (source.seen("broken"), source.seen("sound")) == (0, 20)
+    assert one(source, request("broken", tokens)) == one(fresh(), request("broken", tokens))
+
+
 def test_a_closed_session_leaves_nothing(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     one(source, request("a", tokens_of("a", 30)))
@@ -314,7 +325,7 @@ def test_where_both_propose_the_same_token_copying_goes_on(
     source = fresh()
     say(source, monkeypatch, 8)
     asked = combined(4)
-    assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1})]
+    assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
     assert [marks(guess) for guess in asked.round.guesses] == [("lookup", True, False)] * 4
     assert {guess.support for guess in asked.round.guesses} == {3}
 
@@ -329,7 +340,7 @@ def test_where_they_differ_the_likelier_is_taken(
     assert [marks(guess) for guess in asked.round.guesses] == [("hidden", False, True)] * 4
     say(unsure, monkeypatch, None)
     asked = combined(4)
-    assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1})]
+    assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
     assert [marks(g) for g in asked.round.guesses] == [("lookup", False, True)] + [("lookup", False, False)] * 3
 
 
@@ -346,7 +357,8 @@ def test_the_model_goes_on_after_its_own_tokens_and_copies_from_where_they_are_k
 
     monkeypatch.setattr(source._engine, "logits", logits)
     asked = combined(6)
-    assert source.propose([asked]) == [Draft([300, 5, 6, 7, 300, 5], {"hidden": 3})], "after the latest 5 6 7 came 300"
+    expected = Draft([300, 5, 6, 7, 300, 5], {"hidden": 3}, computed=8)
+    assert source.propose([asked]) == [expected], "after the latest 5 6 7 came 300"
     assert [guess.source for guess in asked.round.guesses] == ["hidden"] * 2 + ["lookup"] * 4
     assert [guess.contested for guess in asked.round.guesses] == [True] + [False] * 5
 

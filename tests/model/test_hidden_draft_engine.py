@@ -177,6 +177,9 @@ def test_a_damaged_draft_is_refused(draft: Path, target: ModelFolder, tmp_path: 
     other = HiddenDraftFolder.open(draft).card.model.model_copy(update={"layers": 3})
     with pytest.raises(ModelError, match="does not fit"):
         weights.load(HiddenDraftFolder(made.path, made.card.model_copy(update={"model": other})), torch.float32)
+    (tmp_path / "model.safetensors").write_bytes(b"cut short")
+    with pytest.raises(ModelError, match="does not fit"):
+        weights.load(made, torch.float32)
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="does not fit"):
         weights.load(made, torch.float32)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import LlamaConfig
 
+from services.cli.draft_stages import train_draft
 from services.drafter.control import Controller
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources.hidden import HiddenDrafts
-from services.training import shards
+from services.training import prompts, shards
 from services.training.config import Config
 from services.training.evaluate import Costs, Drafted, Summary, rounds
 from services.training.run import Run
@@ -97,6 +99,53 @@ def test_a_stopped_generation_answers_what_is_missing_and_nothing_twice(run: Run
     assert sorted(origins) == before
 
 
+def test_stopped_held_out_texts_are_completed_and_the_same(run: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "held_out"
+    unfinished = tmp_path / "held_out.part"
+    unfinished.mkdir()
+    kept = shards.files(run.held_out)[0]
+    shutil.copy(kept, unfinished)
+    count = len(shards.load(kept))
+    told: list[int] = []
+    run.generate_held_out(folder, 3, told.append)
+    texts = {text.origin: text.tokens.tolist() for text in shards.load_all(folder)}
+    assert texts == {text.origin: text.tokens.tolist() for text in shards.load_all(run.held_out)}
+    assert len(told) == len(texts) - count > 0
+    assert not unfinished.exists()
+
+
+def test_a_target_without_such_layers_is_refused_before_anything_is_generated(run: Run, tmp_path: Path) -> None:
+    deeper = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 3}})
+    with pytest.raises(SettingsError, match="bottom_layers is 3"):
+        train_draft(Run(deeper, run.target, tmp_path / "deeper"), tmp_path / "draft")
+    other = made_folders.write_folder(tmp_path / "other", made_folders.byte_level(), model_type="gpt2")
+    with pytest.raises(ModelError, match="no plain Llama"):
+        train_draft(Run(run.config, ModelFolder(other), tmp_path / "run"), tmp_path / "draft")
+    assert list((tmp_path / "run").iterdir()) == list((tmp_path / "deeper").iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_generated(run: Run, tmp_path: Path) -> None:
+    taken = tmp_path / "file"
+    taken.touch()
+    with pytest.raises(SettingsError, match="File exists"):
+        Run(run.config, run.target, taken)
+    with pytest.raises(SettingsError, match="File exists"):
+        train_draft(Run(run.config, run.target, tmp_path / "run"), taken)
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_more_prompts_than_there_are_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    few = prompts.Corpus([{"template": [{"id": "only", "kind": "chat", "text": "Hello!"}]}], {})
+    monkeypatch.setattr(prompts, "corpus", lambda: few)
+    with pytest.raises(SettingsError, match=r"prompts\.count: .* Ask less"):
+        Run(run.config, run.target, tmp_path).write_prompts()
+
+
+def test_a_run_without_texts_says_so(run: Run, tmp_path: Path) -> None:
+    with pytest.raises(SettingsError, match="no texts"):
+        Run(run.config, run.target, tmp_path).train(lambda _: None)
+
+
 def test_the_draft_learns_what_the_target_says(run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]) -> None:
     folder, told = trained
     assert [progress.stage for progress in told][-1] == 1
@@ -114,6 +163,12 @@ def test_a_stopped_training_goes_on_from_its_checkpoint(
     assert again == []  # every stage was done
     source = torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(source[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_a_checkpoint_of_another_shape_is_refused(run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]) -> None:
+    two = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 2, "layers": 2}})
+    with pytest.raises(SettingsError, match="another shape"):
+        Run(two, run.target, run.folder).train(lambda _: None)
 
 
 def test_a_draft_for_another_vocabulary_is_refused(
@@ -135,5 +190,12 @@ def test_settings_survive_the_file_that_shows_them(tmp_path: Path) -> None:
 def test_bad_settings_are_refused_with_the_file_named(tmp_path: Path, text: str) -> None:
     path = tmp_path / "settings.toml"
     path.write_text(text)
+    with pytest.raises(SettingsError, match=r"settings\.toml"):
+        Config.read(path)
+
+
+def test_a_settings_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "settings.toml"
+    path.write_bytes(b"seed = \xff")
     with pytest.raises(SettingsError, match=r"settings\.toml"):
         Config.read(path)

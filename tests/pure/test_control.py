@@ -456,3 +456,40 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
         list(read(path))
     with pytest.raises(SettingsError, match="cannot read"):
         list(read(tmp_path / "none"))
+
+
+def test_a_source_that_seemed_slow_is_tried_again_beside_one_that_pays() -> None:
+    pace = Pace()
+    pace.learn_draft("hidden", 1, 90.0)
+    session = Controller("marginal", 4, pace=pace).session("hidden", "lookup")
+    tried = []
+    for number in range(60):
+        round_ = session.begin(4, 0.0)
+        assert round_.wants("lookup")
+        if round_.wants("hidden"):
+            tried.append(number)
+            round_.add(Guess("hidden", confidence=0.6))
+            pace.learn_draft("hidden", 1, 3.0)
+            session.settle(round_, round_.kept, round_.kept)
+    assert tried[0] == FIRST_WAIT  # against the rule
+    assert set(range(40, 60)) <= set(tried)  # and then by it
+
+
+def test_the_time_of_a_prompt_is_not_taken_for_that_of_a_draft() -> None:
+    pace = Pace()
+    pace.learn_draft("hidden", 2, 300.0, computed=200)
+    assert pace.step_ms("hidden") == 0
+    pace.learn_draft("hidden", 2, 8.0, computed=3)
+    assert pace.step_ms("hidden") == 4
+
+
+def test_a_resting_session_wakes_one_round_before_it_is_tried_again_so_that_states_can_come() -> None:
+    controller = Controller("marginal", 4)
+    controller.pace.price_ms = 1e6
+    session = controller.session("hidden")
+    seen = []
+    for _ in range(FIRST_WAIT + 1):
+        round_ = session.begin(4, 0.0)
+        seen.append((round_.probing, session.resting))
+        session.settle(round_, 0, 0)
+    assert seen == [(False, True)] * (FIRST_WAIT - 1) + [(False, False), (True, False)]

@@ -72,6 +72,8 @@ def test_a_drafter_without_torch_drafts_by_lookup(monkeypatch: pytest.MonkeyPatc
     assert load_drafting(DrafterSettings()).default == "lookup"
     with pytest.raises(ModelError, match="needs torch"):
         load_drafting(DrafterSettings(draft_source="combined"))
+    with pytest.raises(ModelError, match="needs torch"):
+        load_drafting(DrafterSettings(hidden_draft=ROOT))
 
 
 def test_a_drafter_without_the_targets_folder_drafts_by_lookup(tmp_path: Path) -> None:
@@ -81,7 +83,10 @@ def test_a_drafter_without_the_targets_folder_drafts_by_lookup(tmp_path: Path) -
 
 
 def test_a_folder_without_a_draft_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="wisp draft train"):
+    with pytest.raises(ModelError, match=r"config\.json: No such file.*wisp draft train"):
+        load_drafting(DrafterSettings(hidden_draft=tmp_path))
+    (tmp_path / "config.json").write_text('{"model": {}}')
+    with pytest.raises(ModelError, match=r"config\.json: model\.layer: Field required\).*wisp draft train"):
         load_drafting(DrafterSettings(hidden_draft=tmp_path))
 
 

@@ -64,6 +64,18 @@ def test_int8_comes_back_within_half_a_scale(bits: Bits) -> None:
     assert (np.abs(back[tiny] - values[tiny]) <= 1e-30).all()
 
 
+def test_broken_rows_arrive_broken_and_spoil_no_others() -> None:
+    bits = np.array([[0x7FC0, 0x3F80], [0x7F80, 0x3F80], [0x3F80, 0xBF80]], np.uint16)  # NaN, infinity, 1 and -1
+    rows, scales = pack(bits, HiddenFormat.INT8)
+    told = HiddenStates(
+        session="s", round=0, start=0, count=3, size=2, format=HiddenFormat.INT8, rows=rows, scales=scales
+    )
+    with np.errstate(invalid="ignore"):
+        found = unpack(told)
+    assert not np.isfinite(found[:2]).all(axis=1).any()
+    np.testing.assert_allclose(found[2], [1, -1])
+
+
 def test_a_long_run_is_split_without_loss(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hidden, "PART_BYTES", 40)
     bits = true_bits(20)
@@ -79,7 +91,7 @@ def test_a_long_run_is_split_without_loss(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_a_usual_session() -> None:
-    rows = HiddenRows(SIZE)
+    rows = HiddenRows(SIZE, 1000)
     assert rows.wanted(10) == 0, "everything is missing"
     assert rows.run(10)[1].shape == (0, SIZE)
     rows.add(told(0, 11))  # the round brought tokens 10 and 11
@@ -97,7 +109,7 @@ def test_a_usual_session() -> None:
 
 
 def test_a_gap_is_asked_for_again() -> None:
-    rows = HiddenRows(SIZE)
+    rows = HiddenRows(SIZE, 1000)
     rows.add(told(0, 10))
     rows.need_from(10)
     rows.add(told(13, 15))  # 10 to 12 were lost
@@ -109,7 +121,7 @@ def test_a_gap_is_asked_for_again() -> None:
 
 
 def test_what_was_received_ahead_of_its_result_waits() -> None:
-    rows = HiddenRows(SIZE)
+    rows = HiddenRows(SIZE, 1000)
     rows.add(told(0, 14))
     start, run = rows.run(11)
     assert (start, len(run)) == (0, 10)
@@ -118,7 +130,7 @@ def test_what_was_received_ahead_of_its_result_waits() -> None:
 
 
 def test_a_text_that_shrank_takes_new_rows() -> None:
-    rows = HiddenRows(SIZE)
+    rows = HiddenRows(SIZE, 1000)
     rows.add(told(0, 20))
     rows.truncate(12)
     assert rows.wanted(12) == 11
@@ -133,7 +145,7 @@ def test_a_text_that_shrank_takes_new_rows() -> None:
 
 
 def test_a_reader_that_lost_everything_gets_all_rows_again() -> None:
-    rows = HiddenRows(SIZE)
+    rows = HiddenRows(SIZE, 1000)
     rows.add(told(0, 10))
     rows.need_from(9)
     rows.need_from(0)
@@ -145,7 +157,7 @@ def test_a_reader_that_lost_everything_gets_all_rows_again() -> None:
 
 def test_another_hidden_size_is_refused() -> None:
     with pytest.raises(MessageError, match="size 3, the draft model reads 4"):
-        HiddenRows(4).add(told(0, 2))
+        HiddenRows(4, 100).add(told(0, 2))
 
 
 def test_an_absurd_position_takes_no_memory_and_nothing_is_asked_beyond_the_limit() -> None:
@@ -159,7 +171,7 @@ def test_an_absurd_position_takes_no_memory_and_nothing_is_asked_beyond_the_limi
 
 
 def test_consumed_rows_are_freed() -> None:
-    rows = HiddenRows(SIZE)
+    rows = HiddenRows(SIZE, 1000)
     for start in range(0, 5000, 5):
         rows.add(told(start, start + 5))
         rows.need_from(start + 5)

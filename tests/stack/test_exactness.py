@@ -39,8 +39,7 @@ async def test_alone_with_hidden_states(client: Client, cases: list[Case], traff
     for case in cases[6:9]:
         assert await client.ask(case, draft="hidden") == case.tokens
     assert sum(result.accepted for result in traffic.results) > 0
-    for first in (round_ for round_ in traffic.rounds if round_.round == 0):
-        assert (first.draft, first.hidden_from) == ([], 0), "of a prompt the drafter knows no states"
+    assert all(round_.draft == [] for round_ in traffic.rounds if round_.round == 0), "of a prompt no states are known"
 
 
 @pytest.mark.parametrize("draft", ["none", "lookup", "hidden", "combined"])

@@ -1,8 +1,8 @@
 """How long each draft is to be: the speculation controller. Pure.
 
 One controller per drafter, one `SessionControl` per session. A round goes `begin`, `add` for every token that a source
-drafts, `settle` with what was verified. Where drafting does not pay, a session decodes plainly, and drafts one token
-now and then to see whether that has changed.
+drafts, `settle` with what was verified. Where drafting does not pay, a session decodes plainly; a source that does not
+pay is tried now and then, to see whether that has changed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ UNKNOWN = 0.0
 """Log odds expected of the tokens of a source that has drafted nothing yet."""
 FIRST_WAIT = 4
 LONGEST_WAIT = 64
-"""Plain rounds before a probe, and how far fruitless probes double that."""
+"""Rounds without a source before it is tried, and how far fruitless trials double that."""
 PROBE_LENGTH = 1
 
 
@@ -82,23 +82,18 @@ class SessionControl:
         self._recent = Recent()
         self._offsets: dict[str, Offset] = {}
         self._outlook = Outlook()
-        self._plain = 0
-        self._wait = FIRST_WAIT
+        self._trials = {source: _Trial() for source in sources}
 
     def begin(self, room: int, temperature: float, target_entropy: float | None = None) -> Round:
         """Start a round. room: most draft tokens that the session can use. target_entropy: as the last result said."""
         round_ = self.ahead(room, temperature, target_entropy)
-        longest = round_.longest
-        if longest == 0:
+        if round_.longest == 0:
             return round_
-        if any(round_.wants(source) for source in self.sources):
-            self._plain, self._wait = 0, FIRST_WAIT
-        elif self._plain >= self._wait:
-            self._plain = 0
-            round_.longest, round_.probing = min(longest, PROBE_LENGTH), True
-        else:
-            self._plain += 1
-            round_.longest = 0
+        wanted = [source for source in self.sources if round_.wants(source)]
+        round_.tried = frozenset(source for source, trial in self._trials.items() if trial.due(source in wanted))
+        if not wanted:
+            round_.longest = min(round_.longest, PROBE_LENGTH) if round_.tried else 0
+            round_.probing = bool(round_.tried)
         return round_
 
     def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> Round:
@@ -109,7 +104,7 @@ class SessionControl:
     @property
     def resting(self) -> bool:
         """Whether the session decodes plainly, and will do so in its next round."""
-        return 0 < self._plain < self._wait
+        return self.pace.draft_cap == 0 or all(0 < trial.idle < trial.wait for trial in self._trials.values())
 
     def settle(self, round_: Round, verified: int, accepted: int) -> None:
         """Learn from a round's result.
@@ -131,8 +126,11 @@ class SessionControl:
                 self.calibration.learn(source, token.model_logit, i < accepted)
         if round_.drafted:
             self.rule.learn(verified, accepted)
-        if round_.probing and verified:
-            self._wait = FIRST_WAIT if accepted else min(2 * self._wait, LONGEST_WAIT)
+        right = {guess.source for guess in round_.guesses[:accepted]}
+        # What was trimmed, or never verified, says nothing of its source.
+        judged = {t.guess.source for i, t in enumerate(round_.drafted) if i < verified or i >= round_.kept}
+        for source in round_.tried & judged:
+            self._trials[source].learn(source in right)
 
     def acceptance(self, source: str, model_logit: float) -> float:
         """Calibrated chance of a token."""
@@ -148,6 +146,30 @@ class SessionControl:
         return self._offsets[source].value if source in self._offsets else 0.0
 
 
+@dataclass
+class _Trial:
+    """When a source that is not worth its time is tried all the same: times and texts change."""
+
+    idle: int = 0
+    """Rounds without it."""
+    wait: int = FIRST_WAIT
+
+    def due(self, wanted: bool) -> bool:
+        """Whether a round is to try it; called once for each round."""
+        if wanted:
+            self.idle, self.wait = 0, FIRST_WAIT
+        elif self.idle >= self.wait:
+            self.idle = 0
+            return True
+        else:
+            self.idle += 1
+        return False
+
+    def learn(self, right: bool) -> None:
+        """Whether the trial brought an accepted token."""
+        self.wait = FIRST_WAIT if right else min(2 * self.wait, LONGEST_WAIT)
+
+
 @dataclass(frozen=True)
 class _Drafted:
     guess: Guess
@@ -160,8 +182,10 @@ class Round:
     def __init__(self, session: SessionControl, longest: int, context: Context) -> None:
         self.longest = longest
         """Most tokens to draft; 0 is plain decoding."""
+        self.tried: frozenset[str] = frozenset()
+        """Sources that may draft the first token in order to learn, against the rule."""
         self.probing = False
-        """Whether this draft is made in order to learn, against the rule."""
+        """Whether nothing but such a trial is drafted."""
         self.acceptance: list[float] = []
         """Calibrated chance of each kept token, its predecessors being accepted."""
         self.drafted: list[_Drafted] = []
@@ -185,7 +209,8 @@ class Round:
         if not self._open or self.kept >= self.longest:
             return False
         session, pace = self._session, self._session.pace
-        return self.probing or session.rule.goes_on(
+        trial = source in self.tried and not self.drafted
+        return trial or session.rule.goes_on(
             self._standing, session.prospects(source, self.kept), pace.step_ms(source), pace.token_ms
         )
 
@@ -216,6 +241,12 @@ class Round:
             return Step.MORE
         self._open = False
         return Step.LAST
+
+    def cut(self, length: int) -> None:
+        """Only the first `length` kept tokens are sent: a source that failed has lost the others."""
+        if length < self.kept:
+            del self.acceptance[length:]
+            self._open = False
 
     def record(self, session: str, kind: str, verified: int, accepted: int) -> RoundRecord:
         """The round as training reads it, with the same counts that `settle` gets."""

@@ -5,8 +5,8 @@ queue is told by the results, and by the scheduler for all. The line is fitted t
 memory. They are times of whole batches, in which other sessions' tokens are noise; so the slope leans on a prior share
 of b (one session, SmolLM2-135M on two cores: 54 ms, and 2.2 ms per token) and is never negative.
 
-Every measurement is first held within a factor of 2 of what was expected: a stalled machine moves little, and a lasting
-change is still followed within some tens of rounds.
+Every measurement is first held to twice what was expected: a stalled machine moves little, and a lasting change is
+still followed within some tens of rounds. Nothing makes a measurement too short, so those are believed.
 """
 
 from __future__ import annotations
@@ -31,6 +31,8 @@ SLACK_MS = 1.0
 """Measurements may exceed a factor of 2 by this, so that what took no time can come to take some."""
 SPARE_TOKENS = 4
 """A round that computed this many tokens more than its own was computing a prompt."""
+SPARE_COMPUTED = 16
+"""Committed tokens that are computed along with a draft step for little more than its own time."""
 LEAST_MS = 0.1
 
 
@@ -71,9 +73,12 @@ class Pace:
         self.draft_cap = load.draft_cap
         self._queue.learn(load.queue_ms)
 
-    def learn_draft(self, source: str, steps: int, ms: float) -> None:
-        """Learn from a source's `steps` tokens for one session in `ms`; other sessions in the same calls count in."""
-        if steps > 0:
+    def learn_draft(self, source: str, steps: int, ms: float, computed: int = 0) -> None:
+        """Learn from a source's `steps` tokens for one session in `ms`; other sessions in the same calls count in.
+
+        computed: committed tokens that it had to compute first; a prompt says nothing about other drafts.
+        """
+        if steps > 0 and computed <= SPARE_COMPUTED:
             self._steps.setdefault(source, _Mean(PRIOR_STEP_MS)).learn(ms / steps)
 
     def learn_round(
@@ -92,7 +97,7 @@ class Pace:
 
 
 def _held(measured_ms: float, expected_ms: float) -> float:
-    return min(max(measured_ms, expected_ms / OUTLIER), expected_ms * OUTLIER + SLACK_MS)
+    return min(measured_ms, expected_ms * OUTLIER + SLACK_MS)
 
 
 @dataclass

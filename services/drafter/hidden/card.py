@@ -74,8 +74,11 @@ class HiddenDraftFolder:
         """Raises ModelError."""
         try:
             return cls(path, DraftCard.model_validate_json((path / CONFIG).read_bytes()))
-        except (OSError, ValidationError) as error:
-            raise ModelError(f"{path} holds no hidden-state draft: {error}; `wisp draft train` makes one") from error
+        except OSError as error:
+            raise _no_draft(path, error.strerror) from error
+        except ValidationError as error:
+            first = error.errors()[0]
+            raise _no_draft(path, f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
 
     def fits(self, target: ModelFolder) -> bool:
         """Whether it can draft for this target: the same vocabulary and hidden size."""
@@ -89,6 +92,10 @@ class HiddenDraftFolder:
         """The controller's weights that came with it."""
         path = self.path / CONTROLLER
         return path if path.is_file() else None
+
+
+def _no_draft(path: Path, why: str | None) -> ModelError:
+    return ModelError(f"{path} holds no hidden-state draft ({CONFIG}: {why}); `wisp draft train` makes one")
 
 
 def shipped_for(target: ModelFolder) -> HiddenDraftFolder | None:

@@ -13,9 +13,6 @@ from shared.errors import MessageError
 from shared.hidden import Floats, unpack
 from shared.messages import HiddenStates
 
-LIMIT = 1 << 17
-"""Positions beyond this are not kept, unless told otherwise."""
-
 
 class HiddenRows:
     """Rows by position: those received, from the first that is still of use.
@@ -24,7 +21,7 @@ class HiddenRows:
     Not thread-safe.
     """
 
-    def __init__(self, size: int, limit: int = LIMIT) -> None:
+    def __init__(self, size: int, limit: int) -> None:
         """size: elements per row, the target's hidden size. limit: the target's context in tokens; it bounds the
         memory that a wrong message can take."""
         self.size = size

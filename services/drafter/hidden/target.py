@@ -44,8 +44,8 @@ def layer_config(folder: ModelFolder) -> LayerConfig:
             f"{folder.path} is no plain Llama model (model_type {config.get('model_type')!r}): a hidden-state draft "
             "reads its layers directly; choose another draft source (lookup, model, none)"
         )
-    heads = config["num_attention_heads"]
     try:
+        heads = config["num_attention_heads"]
         return LayerConfig(
             hidden_size=config["hidden_size"],
             heads=heads,

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -22,7 +23,7 @@ def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Te
         tensors = load_file(folder.path / WEIGHTS)
         head_ids = tensors.pop("head_ids").long()
         model.load_state_dict(tensors)
-    except (OSError, RuntimeError, KeyError) as error:
+    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder.path / WEIGHTS} does not fit its {CONFIG}: {error}") from error
     spread = model.spread.clone()
     model = model.to(dtype).eval()

@@ -40,10 +40,12 @@ class DraftRequest:
 
 @dataclass(frozen=True)
 class Draft:
-    """Guessed tokens, and how many steps each source took for them (those for dropped tokens included)."""
+    """Guessed tokens; how many steps each source took for them, those for dropped tokens included; how many committed
+    tokens had to be computed first."""
 
     tokens: list[int] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
+    computed: int = 0
 
 
 @dataclass(frozen=True)

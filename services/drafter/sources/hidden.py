@@ -44,6 +44,7 @@ class _Drafting:
     state: _Session
     tokens: list[int] = field(default_factory=list)
     steps: int = 0
+    computed: int = 0
 
     @property
     def position(self) -> int:
@@ -67,7 +68,7 @@ class _Drafting:
         return DraftStep(self.request.session, [token], self.state.latest.float()[None])
 
     def made(self) -> Draft:
-        return Draft(self.tokens, {NAME: self.steps} if self.steps else {})
+        return Draft(self.tokens, {NAME: self.steps} if self.steps else {}, self.computed)
 
 
 class HiddenDrafts:
@@ -104,6 +105,7 @@ class HiddenDrafts:
         for i, draft in enumerate(drafts):
             if i in computed:
                 draft.state.seen = len(draft.request.tokens)
+                draft.computed = len(steps[i].tokens)
             elif draft.copies and draft.request.round.wants(COPY):
                 _copy(draft, agreed=False)
         self._draft(drafts, computed)
@@ -151,7 +153,10 @@ class HiddenDrafts:
         return draft.step(draft.request.tokens[held]) if held < len(draft.request.tokens) else None
 
     def _forward(self, drafts: Sequence[_Drafting], steps: dict[int, DraftStep]) -> list[int]:
-        """Compute steps, keyed by index into `drafts`; the indices of those that could be computed."""
+        """Compute steps, keyed by index into `drafts`; the indices of those that could be computed.
+
+        An estimate that is no number (a target's broken states) counts as not computed: others' drafts go on.
+        """
         if not steps:
             return []
         try:
@@ -163,9 +168,10 @@ class HiddenDrafts:
             items = list(steps.items())
             half = len(items) // 2
             return self._forward(drafts, dict(items[:half])) + self._forward(drafts, dict(items[half:]))
+        sound = [i for i, finite in zip(steps, estimates.isfinite().all(-1).tolist(), strict=True) if finite]
         for i, estimate in zip(steps, estimates, strict=True):
             drafts[i].state.latest = estimate
-        return list(steps)
+        return sound
 
     def _draft(self, drafts: Sequence[_Drafting], going: Sequence[int]) -> None:
         """Draft one token after the other while the rounds want more. `going`: whose last token has been computed."""

@@ -29,12 +29,14 @@ class ModelDrafts(WithoutStates):
         self._engine = engine
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """Draft for all sessions, one packed step per position; a session that does not fit gets no draft."""
+        """Draft for all sessions, one packed step per position; what does not fit at once is drafted in parts, and a
+        draft ends where there is no more room."""
         drafts = [Draft() for _ in requests]
         try:
             self._draft(requests, drafts)
         except EngineError:
-            if len(requests) > 1:
+            # Only from the start: once tokens were added to the rounds, they stay.
+            if len(requests) > 1 and not any(draft.steps for draft in drafts):
                 half = len(requests) // 2
                 return self.propose(requests[:half]) + self.propose(requests[half:])
         return drafts

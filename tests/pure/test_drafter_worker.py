@@ -1,0 +1,133 @@
+"""The drafter's worker: calls of a draft source for several sessions, and what becomes of them when it fails."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+
+from services.drafter.control import Controller, Guess, Round
+from services.drafter.service import _judged
+from services.drafter.sources import Ahead, Draft, DraftRequest
+from services.drafter.worker import SourceWorker
+from shared.messages import Result, Sampling, Status
+
+
+class Scripted:
+    """Proposes token 7 once it is let go, or fails; remembers its calls."""
+
+    blocking = True
+
+    def __init__(self) -> None:
+        self.go = threading.Event()
+        self.called = threading.Event()
+        self.fails = False
+        self.calls: list[list[str]] = []
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        self.calls.append([request.session for request in requests])
+        self.called.set()
+        assert self.go.wait(10)
+        for request in requests:
+            request.round.add(Guess("model", 0.9))
+        if self.fails:
+            raise ValueError("broken")
+        return [Draft([7], {"model": 1}) for _ in requests]
+
+    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[Ahead | None]:
+        self.calls.append([f"after {request.session}" for request, _ in requests])
+        return [Ahead(8, Draft([9])) for _ in requests]
+
+    def seen(self, session: str) -> int:
+        return 0
+
+    def close(self, session: str) -> None:
+        self.calls.append([f"close {session}"])
+
+
+@asynccontextmanager
+async def working(source: Scripted) -> AsyncIterator[SourceWorker]:
+    worker = SourceWorker(source)
+    task = asyncio.create_task(worker.work())
+    yield worker
+    source.go.set()
+    task.cancel()
+
+
+def request(session: str) -> DraftRequest:
+    return DraftRequest(session, [1, 2], Sampling(), round_of(4), ("model",))
+
+
+def round_of(length: int) -> Round:
+    return Controller("fixed", 8).session("model").ahead(length, 0.0)
+
+
+async def test_those_that_come_during_a_call_make_up_the_next_and_drafts_go_before_aheads() -> None:
+    source = Scripted()
+    async with working(source) as worker:
+        first = asyncio.create_task(worker.draft(request("a")))
+        assert await asyncio.to_thread(source.called.wait, 10)
+        ahead = worker.ahead(request("x"), Draft([3]))
+        others = [asyncio.create_task(worker.draft(request(name))) for name in "bc"]
+        await asyncio.sleep(0)
+        source.go.set()
+        made = await asyncio.gather(first, *others)
+        assert [draft.tokens for draft, _ in made] == [[7]] * 3
+        assert ahead is not None
+        assert (await ahead)[0] == Ahead(8, Draft([9]))
+    assert source.calls == [["a"], ["b", "c"], ["after x"]]
+
+
+async def test_a_source_that_fails_gives_nothing_and_is_asked_again() -> None:
+    source = Scripted()
+    source.go.set()
+    async with working(source) as worker:
+        source.fails = True
+        asked = request("a")
+        draft, _ = await worker.draft(asked)
+        assert (draft.tokens, asked.round.kept) == ([], 1)
+        asked.round.cut(len(draft.tokens))
+        assert (asked.round.acceptance, asked.round.guesses, asked.round.wants("model")) == ([], [], False)
+        source.fails = False
+        assert (await worker.draft(request("a")))[0].tokens == [7]
+
+
+async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> None:
+    source = Scripted()
+    async with working(source) as worker:
+        first = asyncio.create_task(worker.draft(request("a")))
+        assert await asyncio.to_thread(source.called.wait, 10)
+        for _ in range(100):
+            answer = worker.ahead(request("x"), Draft())
+            assert answer is not None
+            answer.cancel()
+        assert len(worker._aheads.waiting) == 1
+        worker.close("x")
+        source.go.set()
+        await first
+        await worker.draft(request("b"))
+    assert source.calls == [["a"], ["close x"], ["b"]]
+
+
+def test_only_tokens_that_were_verified_are_judged() -> None:
+    def judged(tokens: list[int], accepted: int, trimmed_to: int) -> tuple[int, int]:
+        return _judged(
+            Result(
+                session="s",
+                round=1,
+                base_len=3,
+                status=Status.COMMITTED,
+                verifier="v",
+                batch="b",
+                tokens=tokens,
+                accepted=accepted,
+                trimmed_to=trimmed_to,
+            )
+        )
+
+    assert judged([5, 6, 7], 2, 4) == (4, 2)  # the third was rejected
+    assert judged([5, 6, 7], 2, 2) == (2, 2)  # all that were left after trimming are right
+    assert judged([5, 6], 2, 4) == (2, 2)  # the second ends the text: those behind it are unknown
+    assert judged([5, 6], 2, 0) == (0, 0)  # of an earlier copy of the round
+    assert judged([5, 6, 7], 2, 0) == (0, 0)
