@@ -210,9 +210,6 @@ class Result(Message):
     queue_ms: Milliseconds = 0.0
     verify_ms: Milliseconds = 0.0
     error: Failure | None = None
-    entropy: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
-    """Entropy (nats) of the target's softmax at temperature 1 that the last of `tokens` was chosen from; told to those
-    who asked for hidden states."""
 
 
 class HiddenStates(Message):

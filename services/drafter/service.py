@@ -50,8 +50,6 @@ class Serving:
     names: tuple[str, ...]
     control: SessionControl
     states: HiddenRows | None
-    entropy: float | None = None
-    """Of the target's distribution at the last committed token, if its verifier said."""
     ahead: tuple[list[int], Draft, Round] | None = None
     """The draft for the next round, if the session's tokens are then these."""
 
@@ -219,7 +217,6 @@ class Drafter:
         verified, accepted = _judged(result) if committed else (0, 0)
         control.settle(round_, verified, accepted)
         metrics.count(round_, verified, accepted, draft)
-        serving.entropy = result.entropy
         if serving.states is not None and len(session.tokens) < base_len:
             serving.states.truncate(len(session.tokens))
         serving.ahead = _made_ahead(ahead)
@@ -236,7 +233,7 @@ class Drafter:
             if kept:
                 return draft, round_, serving.request(round_)
         room = session.draft_room(self._settings.draft_length)
-        round_ = control.begin(room, session.generate.sampling.temperature, serving.entropy)
+        round_ = control.begin(room, session.generate.sampling.temperature)
         request = serving.request(round_)
         draft, took_ms = await serving.worker.draft(request)
         round_.cut(len(draft.tokens))

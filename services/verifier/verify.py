@@ -47,8 +47,6 @@ class Outcome:
     error: Exception | None = None
     hidden: Sequence[Part] = ()
     """Hidden states of `Task.tokens` and the accepted drafts, from `Task.hidden_from` on; none of a text that ended."""
-    entropy: float | None = None
-    """Entropy (nats, temperature 1) of what the verdict's last token was chosen from, if hidden states were wanted."""
 
 
 def verify(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], list[BatchShape]]:
@@ -104,10 +102,6 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
     choices = _choices(output.logits, tasks, drafts, starts)
 
     verdicts = {i: accept(drafts[i], choices[i], tasks[i].room, tasks[i].stop_ids) for i in wanted}
-    asked = [i for i in wanted if tasks[i].hidden_from is not None]
-    last_rows = [starts[i] + len(verdicts[i].tokens) - 1 for i in asked]
-    entropies = dict(zip(asked, entropy(output.logits[last_rows]), strict=True)) if asked else {}
-
     outcomes = []
     for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
         verdict = verdicts.get(i)
@@ -123,7 +117,6 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
                 engine.cached(task.session),
                 len(step.tokens),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
-                entropy=entropies.get(i),
             ),
         )
     return outcomes, shape
@@ -137,23 +130,6 @@ def _hidden(engine: Engine, task: Task) -> list[Part]:
     rows = engine.hidden(task.session, task.hidden_from, held)
     bits = rows.to(torch.bfloat16).view(torch.uint16).numpy(force=True)
     return list(parts(bits, task.hidden_from, task.hidden_format))
-
-
-def entropy(logits: Tensor) -> list[float]:
-    """Entropy (nats) of softmax(logits) of each row of (rows, vocabulary)."""
-    # On the CPU row by row: one row's temporaries stay in its cache.
-    several = [row[None] for row in logits] if logits.device.type == "cpu" else [logits]
-    told: list[float] = torch.cat([_entropy(rows) for rows in several]).tolist()
-    return told
-
-
-def _entropy(logits: Tensor) -> Tensor:
-    # With m the largest logit, -log p = (m - logit) - log p(m); softmax is faster than exp and log of a whole row.
-    # A logit of -inf must be finite, or it would count as 0 * inf.
-    values = logits.float().clamp(min=-1e30)
-    weights = values.softmax(-1)
-    surprise: Tensor = values.amax(-1) - weights.amax(-1).log() - torch.linalg.vecdot(weights, values)
-    return surprise.clamp_(min=0)
 
 
 def _choices(

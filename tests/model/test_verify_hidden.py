@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +11,7 @@ import pytest
 import tiny
 import torch
 
-from services.verifier.verify import Outcome, Task, entropy, verify
+from services.verifier.verify import Outcome, Task, verify
 from shared.engine import Engine, Step
 from shared.hidden import Bits
 from shared.messages import Finish, HiddenFormat, Sampling
@@ -108,7 +107,6 @@ def test_prompts_in_chunks_tell_all_at_the_end(engine: Engine, text: list[int], 
     for stop in (40, 100):
         ((chunk,), _) = verify(engine, [replace(task("s", text[:150]), prefill_to=stop)])
         assert not chunk.hidden
-        assert chunk.entropy is None
     assert np.array_equal(rows(one(engine, task("s", text[:150]))), truth[:150])
 
 
@@ -117,7 +115,6 @@ def test_on_a_shared_prefix_that_was_computed_for_one_who_did_not_ask(
 ) -> None:
     quiet = one(engine, task("quiet", text[:150], text[150:152], hidden_from=None))
     assert not quiet.hidden
-    assert quiet.entropy is None
     one(engine, task("quiet", text[:153], hidden_from=None))
     told = one(engine, task("s", text[:150], text[150:152]))
     assert told.new_tokens < 30, "the prefix was shared"
@@ -150,7 +147,6 @@ def test_in_a_mixed_batch(engine: Engine, text: list[int], truth: Bits) -> None:
     assert not chunk.hidden
     assert len(small.hidden[0].rows) == 20 * engine.hidden_size
     assert len(small.hidden[0].scales) == 20 * 4
-    assert [o.entropy is not None for o in (new, old, quiet, chunk, small)] == [True, True, False, False, True]
 
 
 @pytest.mark.parametrize("position", [150, 151, 10**6, 2**63, 2**64 - 1])
@@ -178,17 +174,3 @@ def test_a_float32_target_tells_them_in_bfloat16(tmp_path: Path) -> None:
     engine = Engine(tiny.make(tmp_path), dtype="float32", budget_tokens=256, keep_hidden=True)
     told = one(engine, task("s", PROMPT))
     assert np.array_equal(rows(told), engine.hidden("s", 0, 150).bfloat16().view(torch.uint16).numpy())
-
-
-def test_the_entropy_is_that_of_the_row_that_chose_the_bonus_token(engine: Engine, text: list[int]) -> None:
-    outcome = one(engine, task("s", text[:150], [text[150], wrong(text[151])]))
-    engine.attach("fresh", [])
-    logits = engine.forward([Step("fresh", text[:151])]).logits[0].double()
-    expected = torch.distributions.Categorical(logits=logits).entropy().item()
-    assert outcome.entropy == pytest.approx(expected, rel=1e-3)
-
-
-def test_entropy_of_known_distributions() -> None:
-    certain = [0.0, -math.inf, -math.inf, -math.inf]
-    even = [3.0] * 4
-    assert entropy(torch.tensor([certain, even])) == pytest.approx([0, math.log(4)], abs=1e-6)

@@ -96,9 +96,7 @@ EXAMPLES: list[Message] = [
         hidden_from=0,
         hidden_format=HiddenFormat.INT8,
     ),
-    Result(
-        session="s", round=1, base_len=3, status=Status.COMMITTED, verifier="v", batch="b", tokens=[5], entropy=0.25
-    ),
+    Result(session="s", round=1, base_len=3, status=Status.COMMITTED, verifier="v", batch="b", tokens=[5]),
     HiddenStates(session="s", round=1, start=9, count=2, size=3, rows=bytes(range(12))),
     HiddenStates(
         session="s", round=1, start=0, count=2, size=3, format=HiddenFormat.INT8, rows=b"\xff" * 6, scales=b"\0" * 8

@@ -85,7 +85,8 @@ class SessionControl:
         self._trials = {source: _Trial() for source in sources}
 
     def begin(self, room: int, temperature: float, target_entropy: float | None = None) -> Round:
-        """Start a round. room: most draft tokens that the session can use. target_entropy: as the last result said."""
+        """Start a round. room: most draft tokens that the session can use. target_entropy: of the target's
+        distribution that the last token was chosen from, where it is known: in recorded texts, not in service."""
         round_ = self.ahead(room, temperature, target_entropy)
         if round_.longest == 0:
             return round_
