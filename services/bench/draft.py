@@ -194,8 +194,9 @@ def _arms(bench: Bench) -> tuple[dict[str, list[Drafted]], list[Row]]:
     rows: list[Row] = []
     for name in NAMES:
         for rule, length in RULES:
-            if rule == "predictor" and (bench.weights is None or bench.weights.predictor is None):
-                continue
+            untrained = bench.weights is None or bench.weights.predictor is None
+            if (rule == "predictor" and untrained) or (rule in ("predictor", "entropy") and name == "lookup"):
+                continue  # these two rules are about what models say of their tokens
             drafted = bench.rounds(name, rule, length)
             arms[f"{name} {rule}({length})"] = drafted
             summary = Summary.of(drafted, bench.measured.costs, 4)

@@ -38,7 +38,9 @@ class DrafterSettings(TargetSettings):
         None, description="weights of the stop rule (wisp controller train); default: those of the hidden-state draft"
     )
     draft_length: int = Field(8, ge=0, le=64, description="longest draft per round")
-    optimistic: bool = Field(True, description="draft on while a round is being verified")
+    optimistic: bool = Field(
+        False, description="draft on while a round is being verified; pays only where a draft step is slow"
+    )
     max_sessions: int = Field(64, ge=1, le=10000, description="sessions served at once; others wait in the queue")
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")
 

@@ -67,7 +67,7 @@ def load(path: Path) -> list[Text]:
             parts["hidden"][starts[i] : starts[i + 1]],
             int(parts["prompt_len"][i]),
             int(parts["origin"][i]),
-            float(parts["temperature"][i]),
+            round(float(parts["temperature"][i]), 6),
             kind,
         )
         for i, kind in enumerate(kinds)
