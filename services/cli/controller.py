@@ -26,17 +26,18 @@ def train_controller(
     rounds: Annotated[list[Path], typer.Argument(help="Files of recorded rounds (JSON lines).")],
     to: Annotated[Path, typer.Option("--out", help="Weights file to write.")],
     seed: Annotated[int, typer.Option(help="Splits the sessions and starts the networks.")] = 0,
-    draft_cost: Annotated[float, typer.Option(min=0, help="Time of a draft step, in rounds without a draft.")] = 0.09,
-    token_cost: Annotated[
-        float, typer.Option(min=0, help="Time of verifying one more token, in rounds without a draft.")
-    ] = 0.04,
+    draft_cost: Annotated[
+        float | None, typer.Option(min=0, help="Time of a draft step, in rounds without a draft, if it was measured.")
+    ] = None,
+    token_cost: Annotated[float | None, typer.Option(min=0, help="Time of verifying one more token, likewise.")] = None,
 ) -> None:
     """Fit the acceptance estimates and WISP's predictor to recorded rounds, and say what each feature is worth."""
     with errors_shown():
         require("training")
         from services.training.controller import train
 
-        report = train(rounds, to, seed, draft_cost=draft_cost, token_cost=token_cost)
+        costs = {"draft_cost": draft_cost, "token_cost": token_cost}
+        report = train(rounds, to, seed, **{name: cost for name, cost in costs.items() if cost is not None})
         out.print(f"{report.rounds:,} rounds of {report.sessions:,} sessions")
         for source in report.sources:
             _show_source(source)

@@ -24,8 +24,8 @@ from shared.errors import ModelError
 
 RECORDED_LENGTH = 6
 EVALUATED_LENGTH = 4
-COSTS = Costs(round_ms=60.0, token_ms=1.3, step_ms=4.0)
-"""Measured with SmolLM2-135M on one core; only the expected speed depends on them (`wisp bench draft` measures)."""
+COSTS = Costs(round_ms=36.0, token_ms=0.9, step_ms=3.4)
+"""Of SmolLM2-135M on one core. Nothing that is shown here depends on them; `wisp bench draft` measures its own."""
 
 
 def train_draft(run: Run, to: Path) -> None:

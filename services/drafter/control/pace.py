@@ -58,11 +58,6 @@ class Pace:
         """What one more verified token adds, its price included."""
         return self._verify.slope_ms + self.price_ms
 
-    @property
-    def queue_ms(self) -> float:
-        """Time from a round's arrival at the scheduler to its batch."""
-        return self._queue.value
-
     def step_ms(self, source: str) -> float:
         """Drafting one token by this source."""
         return self._steps[source].value if source in self._steps else PRIOR_STEP_MS
