@@ -9,6 +9,8 @@ estimator fits the coefficients (`services.estimator.fit`); here they are only u
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from shared.messages import BatchShape, CostModel
 
 MILLION = 1e6
@@ -37,11 +39,25 @@ def predict_ms(model: CostModel, shape: BatchShape) -> float:
     return sum(c * x for c, x in zip(model.coefficients, features(shape), strict=True))
 
 
-def shape_of(lengths: list[tuple[int, int]]) -> BatchShape:
-    """Shape of a batch of jobs, each given as (new tokens, the session's length after them)."""
-    return BatchShape(
-        jobs=len(lengths),
-        new_tokens=sum(new for new, _ in lengths),
-        new_context=sum(new * length for new, length in lengths),
-        context=sum(length for _, length in lengths),
+def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:
+    """Shape of a batch of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
+    shape = EMPTY
+    for new, length, rows in jobs:
+        shape = grow(shape, new, length, rows)
+    return shape
+
+
+def grow(shape: BatchShape, new: int, length: int, rows: int) -> BatchShape:
+    """The shape with one more job."""
+    # Built without validation: the scheduler does this thousands of times a second.
+    return BatchShape.model_construct(
+        jobs=shape.jobs + 1,
+        new_tokens=shape.new_tokens + new,
+        new_context=shape.new_context + new * length,
+        context=shape.context + length,
+        rows=shape.rows + rows,
     )
+
+
+EMPTY = BatchShape(jobs=0, new_tokens=0, new_context=0, context=0)
+"""The shape of nothing."""

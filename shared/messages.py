@@ -21,6 +21,9 @@ from shared.errors import MessageError
 
 SCHEMA_VERSION = 1
 
+DEFAULT_CLASS = "default"
+"""The service class of requests that name none."""
+
 Count = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
@@ -117,6 +120,7 @@ class Generate(Message):
     fingerprint: str
     vocab_fingerprint: str
     slo: Slo | None = None
+    service_class: Name = DEFAULT_CLASS
     draft: Annotated[DraftChoice, Field(strict=False)] = DraftChoice.AUTO
     elapsed_ms: Milliseconds = 0.0
     """Time since the request reached the gateway."""
@@ -136,6 +140,9 @@ class Verify(Message):
     fingerprint: str
     slack_ms: SignedMilliseconds | None = None
     """Time left until the session's next token is due; negative when late, None without an SLO."""
+    tpot_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    """Time per output token that the session was promised; None without an SLO."""
+    service_class: Name = DEFAULT_CLASS
     draft_ms: Milliseconds = 0.0
     attempt: Count = 0
     hidden_from: Count | None = None
@@ -161,11 +168,21 @@ class Job(Record):
     draft_ms: Milliseconds = 0.0
     queue_ms: Milliseconds = 0.0
     """Time since the scheduler received the round."""
+    service_class: Name = DEFAULT_CLASS
+    slack_ms: SignedMilliseconds | None = None
+    """What was left of the round's slack when the batch was made."""
     reason: str = ""
     """Why the policy put this job into this batch."""
     hidden_from: Count | None = None
     """As in `Verify`; None for a chunk of prefill."""
     hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
+
+
+class LeftOut(Record):
+    """A round that waits on while a batch goes out, and why."""
+
+    session: Name
+    reason: str
 
 
 class Batch(Message):
@@ -176,6 +193,10 @@ class Batch(Message):
     jobs: Annotated[list[Job], Field(min_length=1)]
     predicted_ms: Milliseconds
     policy: str
+    waiting: Count = 0
+    """Rounds for this verifier that are not in the batch."""
+    left_out: list[LeftOut] = Field(default_factory=list)
+    """The first of them, in the order in which the policy would have taken them."""
 
 
 class Failure(Record):
@@ -256,6 +277,8 @@ class BatchShape(Record):
     """Σ over jobs of new tokens × the session's length after them."""
     context: Count
     """Σ over jobs of the session's length after the batch."""
+    rows: Count = 0
+    """Positions whose logits were computed: a draft and one more for a round, none for a chunk of prefill."""
 
 
 class Measurement(Record):
@@ -291,8 +314,25 @@ class CostModel(Message):
     version: Count
 
 
+class ClassLoad(Record):
+    """The rounds and sessions of one service class, as the scheduler sees them."""
+
+    service_class: Name
+    sessions: Count
+    """Sessions that are under way."""
+    waiting: Count
+    """Rounds that wait for a batch."""
+    queue_ms: Milliseconds
+    """Recent time from a round's arrival to its batch."""
+    slack_ms: SignedMilliseconds | None = None
+    """Least slack among those that wait; None where none has an SLO."""
+
+
 class Load(Message):
-    """scheduler → drafters, gateway: how busy the verifiers are."""
+    """scheduler → drafters, gateway: how busy the verifiers are.
+
+    Times are predictions of the cost model, averaged over the usable verifiers.
+    """
 
     scheduler: Name
     price_ms: Milliseconds
@@ -302,6 +342,27 @@ class Load(Message):
     pending: Count
     draft_cap: Count
     """Longest draft worth sending now."""
+    policy: str = ""
+    verifiers: Count = 0
+    """Usable verifiers."""
+    utilization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Share of the verifiers' time that the promises to the present sessions need: 1 is all of it.
+
+    For each verifier: `fixed_ms` / the shortest round period that its sessions need, plus, for each session, its
+    round's own time / the period that it needs; a session needs a round every `tpot_ms` x tokens per round.
+    """
+    fixed_ms: Milliseconds = 0.0
+    """Time of a batch beside its rounds' own."""
+    period_ms: Milliseconds | None = None
+    """The shortest round period that a present session needs; None without promises."""
+    round_ms: Milliseconds = 0.0
+    """A round's own time in a batch: what one more session adds to each."""
+    tokens_per_round: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    prefill_ms: Milliseconds = 0.0
+    """Time per token of a prompt."""
+    backlog_ms: Milliseconds = 0.0
+    """Time to work off what waits and what is being verified: the wait of a round that came now, behind all others."""
+    classes: list[ClassLoad] = Field(default_factory=list)
 
 
 class Cancel(Message):
@@ -309,6 +370,23 @@ class Cancel(Message):
 
     session: Name
     reason: str
+
+
+class Ended(Message):
+    """gateway → who observes: a request's text has ended, or the request was refused. Nothing depends on it."""
+
+    session: Name
+    service_class: Name = DEFAULT_CLASS
+    slo: Slo | None = None
+    reason: str
+    """As in the gateway's metrics (`stop`, `length`, `abort`, `error`), or `refused`."""
+    prompt_tokens: Count = 0
+    tokens: Count = 0
+    ttft_ms: Milliseconds | None = None
+    tpot_ms: Milliseconds | None = None
+    """Mean time per output token after the first; None for a text of one token."""
+    attained: bool = False
+    """Whether the text came to its own end within its SLO; true for every complete text without one."""
 
 
 class Residency(Record):
@@ -333,7 +411,7 @@ class Heartbeat(Message):
 
 MESSAGES: dict[str, type[Message]] = {
     kind.type_name: kind
-    for kind in (Generate, Verify, Batch, Result, HiddenStates, Sample, CostModel, Load, Cancel, Heartbeat)
+    for kind in (Generate, Verify, Batch, Result, HiddenStates, Sample, CostModel, Load, Cancel, Ended, Heartbeat)
 }
 
 

@@ -12,6 +12,7 @@
     load                    scheduler → drafters, gateways
     heartbeat.<verifier>    verifier → schedulers
     cancel                  gateway → drafters, schedulers, verifiers
+    ended                   gateway → who observes (`wisp top`)
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
 """
@@ -25,6 +26,7 @@ VERIFY = "verify"
 SAMPLE = "sample"
 LOAD = "load"
 CANCEL = "cancel"
+ENDED = "ended"
 RESULT_SCHEDULER = "result.scheduler"
 DEFAULT_POOL = "pool"
 

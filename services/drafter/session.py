@@ -64,6 +64,8 @@ class DraftSession:
             gateway=self.generate.gateway,
             fingerprint=self.generate.fingerprint,
             slack_ms=slo.slack_ms(self.generate.slo, elapsed_ms, self.output_tokens),
+            tpot_ms=self.generate.slo.tpot_ms if self.generate.slo else None,
+            service_class=self.generate.service_class,
             draft_ms=draft_ms,
             attempt=attempt,
             hidden_from=hidden_from,

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 from pydantic import Field, field_validator
 
-from shared.messages import Slo
+from shared.messages import DEFAULT_CLASS, Slo
 from shared.settings import TargetSettings
-
-DEFAULT_CLASS = "default"
 
 
 class GatewaySettings(TargetSettings):

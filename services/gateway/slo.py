@@ -6,8 +6,7 @@ import math
 from collections.abc import Mapping
 
 from services.gateway.errors import invalid
-from services.gateway.settings import DEFAULT_CLASS
-from shared.messages import Slo
+from shared.messages import DEFAULT_CLASS, Slo
 
 TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")

@@ -85,7 +85,7 @@ class _Room:
     """What is left of one batch's limits."""
 
     def __init__(self, model: CostModel, limits: Limits) -> None:
-        self.shape = cost.shape_of([])
+        self.shape = cost.EMPTY
         self._model = model
         self._limits = limits
         self._aside: _Need | None = None
@@ -130,9 +130,4 @@ class _Room:
 
 
 def _grow(shape: BatchShape, new: int, length: int) -> BatchShape:
-    return BatchShape(
-        jobs=shape.jobs + 1,
-        new_tokens=shape.new_tokens + new,
-        new_context=shape.new_context + new * length,
-        context=shape.context + length,
-    )
+    return cost.grow(shape, new, length, 1)

@@ -235,6 +235,8 @@ def _job(chosen: Chosen, now_ms: float) -> Job:
         fingerprint=verify.fingerprint,
         draft_ms=verify.draft_ms,
         queue_ms=max(0.0, now_ms - chosen.pending.arrived_ms),
+        service_class=verify.service_class,
+        slack_ms=None if chosen.pending.due_ms is None else chosen.pending.due_ms - now_ms,
         reason=chosen.reason,
         hidden_from=verify.hidden_from if chosen.prefill_to is None else None,
         hidden_format=verify.hidden_format,

@@ -89,9 +89,9 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
     if not fed:
         # Chunks of prefill that turned out to be cached already.
         done = [Outcome(None, 0, engine.cached(task.session), 0) for task in tasks]
-        return done, cost.shape_of([])
+        return done, cost.EMPTY
     output = engine.forward(fed)
-    shape = cost.shape_of([(len(step.tokens), engine.cached(step.session)) for step in fed])
+    shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in fed)
 
     wanted = [i for i, step in enumerate(steps) if step.rows]
     starts = {}

@@ -17,7 +17,7 @@ from shared.topology import Topology
 
 def samples(speed: float) -> list[Measurement]:
     """Batches of a verifier that takes 50 ms and 2 ms per new token."""
-    shapes = [cost.shape_of([(new, 100 + new)] * jobs) for jobs in (1, 2, 4) for new in (1, 5, 32)]
+    shapes = [cost.shape_of([(new, 100 + new, 1)] * jobs) for jobs in (1, 2, 4) for new in (1, 5, 32)]
     return [Measurement(shape=s, measured_ms=speed * (50.0 + 2.0 * s.new_tokens)) for s in shapes]
 
 
@@ -29,7 +29,7 @@ async def test_models_are_published_and_kept_and_a_restart_goes_on_from_them(
     store = Store.connect(redis_url, namespace, 60)
     models: asyncio.Queue[Message] = asyncio.Queue()
     await broker.consume(broker.topology.own_queue("test", "peer", (topology.costmodel("*"),)), models.put)
-    shape = cost.shape_of([(8, 108)] * 2)
+    shape = cost.shape_of([(8, 108, 1)] * 2)
 
     async def learn(times: int) -> CostModel:
         stop = asyncio.Event()

@@ -19,7 +19,7 @@ def random_shape(rng: random.Random) -> BatchShape:
     for _ in range(rng.randint(1, 16)):
         new = rng.choice([1, 2, 5, 9, 64])
         pairs.append((new, new + rng.randint(10, 1500)))
-    return cost.shape_of(pairs)
+    return cost.shape_of((new, length, 1) for new, length in pairs)
 
 
 def true_ms(shape: BatchShape, speed: float = 1.0) -> float:
@@ -61,7 +61,7 @@ def test_the_start_up_profile_alone_predicts_well() -> None:
     for jobs in (1, 4, 8):
         for new in (1, 5, 64):
             for context in (64, 448):
-                shape = cost.shape_of([(new, context + new)] * jobs)
+                shape = cost.shape_of([(new, context + new, 1)] * jobs)
                 fit.add(sample(shape, true_ms(shape)), profile=True)
     assert worst_error(fit.model(), rng) < 0.1
 
@@ -100,7 +100,7 @@ def test_a_restarted_estimator_goes_on_from_the_stored_model() -> None:
 @pytest.mark.parametrize("measured_ms", [0.0])
 def test_a_sample_without_time_is_ignored(measured_ms: float) -> None:
     fit = VerifierFit("v", 0.99)
-    fit.add(sample(cost.shape_of([(1, 5)]), measured_ms))
-    fit.add(sample(cost.shape_of([]), 5.0))
+    fit.add(sample(cost.shape_of([(1, 5, 1)]), measured_ms))
+    fit.add(sample(cost.EMPTY, 5.0))
     assert fit.model().coefficients == cost.FALLBACK.coefficients
     assert fit.model().samples == 0
