@@ -10,10 +10,13 @@ estimator fits the coefficients (`services.estimator.fit`); here they are only u
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Protocol
 
 from shared.messages import BatchShape, CostModel
 
 MILLION = 1e6
+TYPICAL_LENGTH = 256
+"""Tokens of a session."""
 
 FALLBACK = CostModel(
     verifier="any",
@@ -27,16 +30,50 @@ FALLBACK = CostModel(
 """Used for a verifier that has not been profiled yet: a 135M-parameter model on one CPU core, roughly."""
 
 
-def features(shape: BatchShape) -> tuple[float, float, float, float, float]:
+class Shape(Protocol):
+    """What a batch's time depends on; `BatchShape` is the one that travels."""
+
+    @property
+    def jobs(self) -> int:
+        """See `BatchShape`."""
+
+    @property
+    def new_tokens(self) -> int:
+        """See `BatchShape`."""
+
+    @property
+    def new_context(self) -> int:
+        """See `BatchShape`."""
+
+    @property
+    def context(self) -> int:
+        """See `BatchShape`."""
+
+    @property
+    def rows(self) -> int:
+        """See `BatchShape`."""
+
+
+def features(shape: Shape) -> tuple[float, float, float, float, float]:
     """The five numbers that the coefficients multiply."""
     return (1.0, shape.jobs, shape.new_tokens, shape.new_context / MILLION, shape.context / MILLION)
 
 
-def predict_ms(model: CostModel, shape: BatchShape) -> float:
+def predict_ms(model: CostModel, shape: Shape) -> float:
     """Expected time of a batch of this shape, in milliseconds; 0 for an empty one."""
     if shape.jobs == 0:
         return 0.0
     return sum(c * x for c, x in zip(model.coefficients, features(shape), strict=True))
+
+
+def fixed_ms(model: CostModel) -> float:
+    """Time of a batch beside its jobs' own: reading the weights once."""
+    return model.coefficients[0]
+
+
+def token_ms(model: CostModel) -> float:
+    """What one more verified token adds to a batch, its attention to a session of typical length included."""
+    return model.coefficients[2] + model.coefficients[3] * TYPICAL_LENGTH / MILLION
 
 
 def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:

@@ -10,3 +10,13 @@ QUEUE_TIME = Histogram(
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
 )
 BATCHES = Counter("wisp_scheduler_batches", "Batches sent", ["verifier"])
+DECISION_TIME = Histogram(
+    "wisp_scheduler_decision_seconds",
+    "Time to decide about batches, those sent included",
+    buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
+)
+BATCH_JOBS = Histogram("wisp_scheduler_batch_jobs", "Rounds in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+TRIMMED = Counter("wisp_scheduler_draft_tokens_trimmed", "Draft tokens that were not worth verifying")
+CHUNKS = Counter("wisp_scheduler_prefill_chunks", "Chunks of prompts sent by themselves")
+PRICE = Gauge("wisp_scheduler_price_ms", "What verifying one more token costs the others, in milliseconds")
+UTILIZATION = Gauge("wisp_scheduler_utilization", "Share of the verifiers' time that is promised to sessions")

@@ -9,10 +9,14 @@ waiting cannot make it better: it is already full, or nobody in flight is coming
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
-from services.scheduler.batching import Plan
 from services.scheduler.pool import VerifierState
+from services.scheduler.waiting import Queue
+from shared import cost
+
+NEVER = math.inf
 
 GATHER_SHARE = 0.25
 """Longest wait for returning sessions, as a share of the batch's fixed cost."""
@@ -24,7 +28,7 @@ LEAD_MS = 8.0
 
 def gather_until(verifier: VerifierState, now_ms: float) -> float | None:
     """Until when an idle verifier should wait for returning sessions; None to send now."""
-    limit_ms = GATHER_SHARE * verifier.model.coefficients[0]
+    limit_ms = GATHER_SHARE * cost.fixed_ms(verifier.model)
     latest = verifier.idle_since_ms + limit_ms
     expected = [at for at in verifier.returning.values() if now_ms < at + LATE_MS and at <= latest]
     if not expected or now_ms >= latest:
@@ -32,15 +36,25 @@ def gather_until(verifier: VerifierState, now_ms: float) -> float | None:
     return min(max(expected) + LATE_MS, latest)
 
 
-def prepare_at(verifier: VerifierState, plan: Plan, return_ms: Callable[[str], float], now_ms: float) -> float | None:
-    """When to send `plan` behind the batch in flight; None to wait until that one is done.
-
-    `return_ms` predicts how long after its result a session's next round arrives.
-    """
+def prepare_at(verifier: VerifierState, now_ms: float) -> float:
+    """When to prepare a second batch behind the one in flight."""
     if len(verifier.in_flight) != 1:
-        return None
-    soon_ms = GATHER_SHARE * verifier.model.coefficients[0]
-    coming_back = any(return_ms(p.verify.drafter) <= soon_ms for p in verifier.in_flight[0].jobs.values())
-    if coming_back and not plan.full:
-        return None
+        return NEVER
     return now_ms + max(0.0, verifier.remaining_ms(now_ms) - LEAD_MS)
+
+
+def coming_back(verifier: VerifierState, return_ms: Callable[[str], float]) -> bool:
+    """Whether a session in flight will be back so soon that the next batch should wait for it.
+
+    return_ms: how long after its result a drafter's next round arrives, by prediction.
+    """
+    soon_ms = GATHER_SHARE * cost.fixed_ms(verifier.model)
+    return any(return_ms(p.verify.drafter) <= soon_ms for flight in verifier.in_flight for p in flight.jobs.values())
+
+
+def filled_at(queue: Queue, size: int, fill_ms: float) -> float:
+    """When a static batch of `size` rounds goes out: when it is full, or `fill_ms` after its first round came."""
+    first = next(queue.by("arrival"), None)
+    if first is None:
+        return NEVER
+    return first.pending.arrived_ms + (0.0 if len(queue) >= size else fill_ms)

@@ -1,11 +1,20 @@
-"""What the scheduler knows: the rounds that wait, and the verifiers with what they hold and do. Plain records."""
+"""What the scheduler knows: the rounds that wait, the sessions, and the verifiers with what they hold and do. Plain
+records."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
+from itertools import accumulate
+from operator import mul
 
 from shared import cost
 from shared.messages import Batch, CostModel, Heartbeat, Verify
+
+BLOCK = 64
+"""Prompts are split at multiples of this many tokens, the engine's block size."""
+UNTOLD = 0.5
+"""Chance of a draft token whose drafter does not say."""
 
 
 @dataclass
@@ -16,24 +25,46 @@ class Pending:
     arrived_ms: float
     due_ms: float | None
     """When the session's next token is due; None without an SLO."""
+    longest: int = 16
+    """Draft tokens that may be verified; what is over it is not looked at."""
+    survival: list[float] = field(init=False)
+    """For each draft token that may be verified, the chance that it and all before it are accepted: what verifying it
+    is worth, in tokens."""
+
+    def __post_init__(self) -> None:
+        length = min(self.longest, len(self.verify.draft))
+        told = self.verify.acceptance[:length]
+        told = told + [UNTOLD] * (length - len(told))
+        self.survival = list(accumulate(told, mul))
 
     @property
     def session(self) -> str:
         """The session's name."""
         return self.verify.session
 
-    def new_tokens(self, cached: int) -> int:
-        """Tokens to compute where `cached` of the session's are held: what is missing, the last one, the draft."""
-        return self.verify.base_len - self.held(cached) + len(self.verify.draft)
+    def deadline_ms(self, max_wait_ms: float) -> float:
+        """When the round should be verified at the latest: when its token is due, but never before it arrived and never
+        more than `max_wait_ms` after that.
 
-    def held(self, cached: int) -> int:
-        """Usable cached tokens: the last committed one is always computed again, for its logits."""
-        return min(cached, self.verify.base_len - 1)
+        So late rounds take turns in order of arrival, and each round comes before all that arrive `max_wait_ms` later,
+        whatever these are promised: nothing starves.
+        """
+        latest = self.arrived_ms + max_wait_ms
+        return latest if self.due_ms is None else min(max(self.due_ms, self.arrived_ms), latest)
+
+    @property
+    def draft_length(self) -> int:
+        """Draft tokens that may be verified."""
+        return len(self.survival)
 
     @property
     def length_after(self) -> int:
         """The session's length in the verifier's cache while this round is verified."""
-        return self.verify.base_len + len(self.verify.draft)
+        return self.verify.base_len + self.draft_length
+
+    def held(self, cached: int) -> int:
+        """Usable cached tokens: the last committed one is always computed again, for its logits."""
+        return min(cached, self.verify.base_len - 1)
 
 
 @dataclass
@@ -44,6 +75,19 @@ class InFlight:
     jobs: dict[str, Pending]
     sent_ms: float
     predicted_ms: float
+
+
+@dataclass
+class Known:
+    """A session that is under way."""
+
+    service_class: str
+    tpot_ms: float | None
+    due_ms: float | None
+    """When its next token is due, as far as its rounds and results have told."""
+    seen_ms: float
+    verifier: str | None = None
+    """Where its next round goes, or went last."""
 
 
 @dataclass
@@ -58,6 +102,12 @@ class VerifierState:
     idle_since_ms: float = 0.0
     returning: dict[str, float] = field(default_factory=dict)
     """Sessions whose next round is expected, by the time at which it should arrive."""
+    assigned: int = 0
+    """Sessions under way whose rounds go to it."""
+    strangers: int = 0
+    """Sessions that it holds K/V of and that this scheduler has not heard of."""
+    gap_ms: float = 0.0
+    """Recent time between two of its batches, in which it had nothing to do."""
 
     @property
     def name(self) -> str:
@@ -69,11 +119,6 @@ class VerifierState:
         """Whether new batches may be sent to it."""
         return not self.heartbeat.draining
 
-    @property
-    def sessions(self) -> int:
-        """Sessions that it holds K/V of or works on."""
-        return len(self.cached.keys() | {session for flight in self.in_flight for session in flight.jobs})
-
     def remaining_ms(self, now_ms: float) -> float:
         """Predicted time until everything sent to it is done."""
         left = 0.0
@@ -81,3 +126,12 @@ class VerifierState:
             elapsed = now_ms - flight.sent_ms if i == 0 else 0.0
             left += max(0.0, flight.predicted_ms - elapsed)
         return left
+
+    def soonest_due_ms(self, known: Mapping[str, Known], until_ms: float) -> float | None:
+        """The earliest due time of the sessions that are expected back with a round before `until_ms`."""
+        due = [
+            session.due_ms
+            for name, at in self.returning.items()
+            if at < until_ms and (session := known.get(name)) is not None and session.due_ms is not None
+        ]
+        return min(due, default=None)

@@ -6,7 +6,6 @@ import asyncio
 import time
 
 from services.scheduler import metrics
-from services.scheduler.batching import Limits
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.settings import SchedulerSettings
 from shared import logging, topology
@@ -30,8 +29,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     """Run a scheduler until `stop` is set. Rounds that still wait are sent again by their drafters."""
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    limits = Limits(settings.max_batch_ms, settings.max_batch_tokens)
-    dispatcher = Dispatcher(instance, settings.policy, limits, settings.max_draft)
+    dispatcher = Dispatcher(instance, settings.rules)
     scheduler = Scheduler(dispatcher, broker)
     try:
         await scheduler.recall(store)
@@ -55,7 +53,7 @@ class Scheduler:
         """Start from the cost models and the verifiers that Redis knows."""
         try:
             for model in await store.cost_models():
-                self._dispatcher.on_cost_model(model)
+                self._dispatcher.on_cost_model(model, now_ms())
             for heartbeat in await store.heartbeats():
                 self._dispatcher.on_heartbeat(heartbeat, now_ms())
         except BrokersError as error:
@@ -67,7 +65,7 @@ class Scheduler:
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
         await self._broker.consume(names.own_queue("scheduler", self._dispatcher.name, own), self._receive)
         await self._broker.consume(names.verify_queue(), self._receive)
-        self._log.info("ready", policy=self._dispatcher.policy)
+        self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
         async with running(stop, self._tell(load_s)):
             pass
@@ -84,7 +82,7 @@ class Scheduler:
             case Heartbeat():
                 self._dispatcher.on_heartbeat(message, now_ms())
             case CostModel():
-                self._dispatcher.on_cost_model(message)
+                self._dispatcher.on_cost_model(message, now_ms())
             case Cancel():
                 self._dispatcher.on_cancel(message.session)
         self._decide_soon()
@@ -94,7 +92,7 @@ class Scheduler:
             await self._broker.publish(batch, topology.batch(verifier), confirmed=True)
         except BrokersError as error:
             self._log.warning("batch not taken, its jobs go to others", verifier=verifier, error=str(error))
-            self._dispatcher.on_returned(verifier)
+            self._dispatcher.on_returned(verifier, now_ms())
             self._decide_soon()
 
     def _decide_soon(self) -> None:
@@ -105,7 +103,8 @@ class Scheduler:
 
     def _decide(self) -> None:
         """Send what should go out now, and come back when the dispatcher wants to be asked again."""
-        sends, wake_ms = self._dispatcher.dispatch(now_ms())
+        with metrics.DECISION_TIME.time():
+            sends, wake_ms = self._dispatcher.dispatch(now_ms())
         wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))
         self._timer = asyncio.get_running_loop().call_later(wait_s, self._decide)
         for verifier, batch in sends:
@@ -115,14 +114,22 @@ class Scheduler:
             self._sending.add(sending)
             sending.add_done_callback(self._sending.discard)
             metrics.BATCHES.labels(verifier).inc()
+            metrics.BATCH_JOBS.observe(len(batch.jobs))
             for job in batch.jobs:
                 metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
-        metrics.WAITING.set(len(self._dispatcher.pool))
-        metrics.VERIFIERS.set(len(self._dispatcher.verifiers))
+                if job.prefill_to is None:
+                    metrics.TRIMMED.inc(job.drafted - len(job.draft))
+                else:
+                    metrics.CHUNKS.inc()
+        metrics.WAITING.set(self._dispatcher.fleet.waiting)
+        metrics.VERIFIERS.set(len(self._dispatcher.fleet.verifiers))
 
     async def _tell(self, every_s: float) -> None:
         # A standby has seen no rounds and says nothing.
         while True:
             await asyncio.sleep(every_s)
             if self._dispatcher.active:
-                await self._broker.publish(self._dispatcher.load(), topology.LOAD)
+                load = self._dispatcher.load(now_ms())
+                metrics.PRICE.set(load.price_ms)
+                metrics.UTILIZATION.set(load.utilization)
+                await self._broker.publish(load, topology.LOAD)

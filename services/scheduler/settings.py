@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 from pydantic import Field
 
+from services.scheduler.batching import Limits
+from services.scheduler.dispatch import Rules
+from services.scheduler.policies import Part, PolicyName
 from shared.settings import ServiceSettings
 
 
 class SchedulerSettings(ServiceSettings):
     """One scheduler process. Several may run; the broker makes one of them active."""
 
-    policy: Literal["fcfs", "edf"] = Field("edf", description="order in which waiting rounds get into batches")
+    policy: PolicyName = Field("wisp+", description="which waiting rounds make up the next batch")
+    without: list[Part] = Field(
+        [], description="parts of wisp and wisp+ to leave out, as JSON, to see what each brings; none in production"
+    )
     max_batch_ms: float = Field(400.0, gt=0, description="longest predicted time of a batch, in milliseconds")
-    max_batch_tokens: int = Field(2048, ge=64, description="most tokens computed in one batch")
+    max_batch_tokens: int = Field(2048, ge=128, description="most tokens computed in one batch")
+    max_wait_ms: float = Field(
+        5000.0, gt=0, description="milliseconds after which a round goes before all that arrive later, whatever its SLO"
+    )
+    sled_batch: int = Field(8, ge=1, description="rounds in a batch of the policy sled")
+    sled_fill_ms: float = Field(
+        50.0, ge=0, description="longest time that the policy sled waits for a batch to fill, in milliseconds"
+    )
     max_draft: int = Field(16, ge=0, description="longest draft that drafters are told to send")
     load_ms: int = Field(500, ge=50, description="time between Load messages to drafters and gateways")
+
+    @property
+    def rules(self) -> Rules:
+        """What the dispatcher needs of these."""
+        limits = Limits(self.max_batch_ms, self.max_batch_tokens, self.max_wait_ms)
+        return Rules(self.policy, limits, self.max_draft, self.sled_batch, self.sled_fill_ms, frozenset(self.without))

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import random
+from typing import Any, get_args
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
 from services.scheduler import pacing
-from services.scheduler.batching import CHUNK, Limits, fill
-from services.scheduler.dispatch import LOST_FACTOR, LOST_SLACK_MS, SILENT_MS, Dispatcher
-from services.scheduler.policies import POLICIES, edf, fcfs
-from services.scheduler.pool import Pending, VerifierState
+from services.scheduler.batching import Limits
+from services.scheduler.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, SILENT_MS, Dispatcher, Rules
+from services.scheduler.policies import PolicyName
 from shared import cost
 from shared.messages import Batch, CostModel, Finish, Heartbeat, HiddenFormat, Job, Residency, Result, Status, Verify
 
@@ -59,11 +57,11 @@ def result(batch: Batch, job: Job, *, tokens: int = 1, status: Status = Status.C
     )
 
 
-def dispatcher(policy: str = "fcfs", *verifiers: Heartbeat, limits: Limits = LIMITS) -> Dispatcher:
-    d = Dispatcher("s1", policy, limits, max_draft=16)
+def dispatcher(policy: PolicyName = "fcfs", *verifiers: Heartbeat, limits: Limits = LIMITS, **more: Any) -> Dispatcher:
+    d = Dispatcher("s1", Rules(policy, limits, **more))
     for beat in verifiers or (heartbeat(),):
         d.on_heartbeat(beat, 0.0)
-        d.on_cost_model(MODEL.model_copy(update={"verifier": beat.verifier}))
+        d.on_cost_model(MODEL.model_copy(update={"verifier": beat.verifier}), 0.0)
     return d
 
 
@@ -80,86 +78,13 @@ def sessions(batch: Batch) -> list[str]:
     return [job.session for job in batch.jobs]
 
 
-def pending(name: str, arrived: float, due: float | None, **shape: int) -> Pending:
-    return Pending(verify(name, **shape), arrived, due)
-
-
-def test_fcfs_takes_rounds_in_order_of_arrival() -> None:
-    queue = [pending("b", 2.0, 5.0), pending("a", 1.0, None), pending("c", 3.0, 1.0)]
-    assert [p.session for p, _ in fcfs(queue, 10.0)] == ["a", "b", "c"]
-
-
-def test_edf_takes_the_earliest_deadline_first_and_rounds_without_slo_last() -> None:
-    queue = [pending("late", 1.0, 900.0), pending("none", 0.0, None), pending("urgent", 3.0, 100.0)]
-    assert [(p.session, why) for p, why in edf(queue, 50.0)] == [
-        ("urgent", "due in 50 ms"),
-        ("late", "due in 850 ms"),
-        ("none", "no SLO"),
-    ]
-
-
-queues = st.lists(
-    st.builds(
-        pending,
-        st.uuids().map(lambda u: u.hex),
-        st.floats(0, 1000),
-        st.none() | st.floats(-500, 5000),
-        base=st.integers(1, 3000),
-        draft=st.integers(0, 16),
-    ),
-    min_size=1,
-    max_size=40,
-)
-
-
-@given(queues, st.sampled_from(sorted(POLICIES)), st.randoms())
-def test_the_order_of_arrival_at_the_function_does_not_matter(
-    queue: list[Pending], policy: str, rng: random.Random
-) -> None:
-    shuffled = list(queue)
-    rng.shuffle(shuffled)
-    order = POLICIES[policy]
-    assert [p.session for p, _ in order(queue, 10.0)] == [p.session for p, _ in order(shuffled, 10.0)]
-
-
-@settings(max_examples=200)
-@given(
-    queues,
-    st.sampled_from(sorted(POLICIES)),
-    st.floats(45, 2000),
-    st.integers(CHUNK, 4096),
-    st.dictionaries(st.integers(0, 39), st.integers(0, 3000)),
-)
-def test_a_batch_stays_within_its_limits_and_always_moves_the_first_round_on(
-    queue: list[Pending], policy: str, max_ms: float, max_tokens: int, held: dict[int, int]
-) -> None:
-    cached = {queue[i].session: min(c, queue[i].verify.base_len) for i, c in held.items() if i < len(queue)}
-    verifier = VerifierState(heartbeat(), 0.0, MODEL, cached)
-    ordered = POLICIES[policy](queue, 10.0)
-    plan = fill(ordered, verifier, Limits(max_ms, max_tokens))
-    names = [c.pending.session for c in plan.chosen]
-    assert len(set(names)) == len(names)
-    assert ordered[0][0].session in names
-    assert plan.predicted_ms == pytest.approx(cost.predict_ms(MODEL, plan.shape))
-    for c in plan.chosen:
-        start = c.pending.held(cached.get(c.pending.session, 0))
-        if c.prefill_to is not None:
-            assert start < c.prefill_to < c.pending.verify.base_len
-            assert c.prefill_to % CHUNK == 0
-    if len(plan.chosen) > 1:
-        assert plan.predicted_ms <= max_ms
-        assert plan.shape.new_tokens <= max_tokens
-    whole = sum(1 for c in plan.chosen if c.prefill_to is None)
-    assert plan.full == (whole < len(queue))
-
-
 def test_a_long_prompt_is_prefilled_in_chunks_beside_short_rounds() -> None:
     d = dispatcher("fcfs", limits=Limits(max_batch_ms=300.0, max_batch_tokens=2048))
     d.on_verify(verify("long", base=1000, draft=0), 0.0)
     d.on_verify(verify("short", base=20, draft=0), 1.0)
     now, seen, short_done, first_ms = 2.0, [], None, None
-    while "long" in d.pool:
-        d.on_heartbeat(heartbeat(held=d.verifiers["v1"].cached), now)
+    while d.fleet.waits("long"):
+        d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
         batch = only(d, now)
         assert batch.predicted_ms <= 300.0
         first_ms = first_ms or batch.predicted_ms
@@ -186,7 +111,7 @@ def test_what_waits_goes_out_together() -> None:
     assert sessions(batch) == [f"s{i}" for i in range(5)]
     assert [job.queue_ms for job in batch.jobs] == [5.0, 4.0, 3.0, 2.0, 1.0]
     assert batch.jobs[0].reason == "waited 5 ms"
-    assert not d.pool
+    assert not d.fleet.waiting
 
 
 def test_a_round_sent_again_is_verified_once() -> None:
@@ -196,10 +121,10 @@ def test_a_round_sent_again_is_verified_once() -> None:
     batch = only(d, 2.0)
     assert len(batch.jobs) == 1
     d.on_verify(verify("s"), 3.0)
-    assert not d.pool
+    assert not d.fleet.waiting
     d.on_result(result(batch, batch.jobs[0]), 50.0)
     d.on_verify(verify("s", round_=1, base=21), 55.0)
-    assert len(d.pool) == 1
+    assert d.fleet.waiting == 1
 
 
 def test_the_same_round_from_a_second_drafter_is_answered_to_that_one() -> None:
@@ -245,7 +170,7 @@ def test_the_jobs_of_a_lost_verifier_go_to_another(how: str) -> None:
     ((name, _),) = sent(d, 0.0)
     assert name == "v1"
     if how == "returned":
-        d.on_returned("v1")
+        d.on_returned("v1", SILENT_MS)
     d.on_heartbeat(heartbeat("v2"), SILENT_MS + 1)
     assert [(name, sessions(batch)) for name, batch in sent(d, SILENT_MS + 1)] == [("v2", ["s"])]
 
@@ -262,7 +187,7 @@ def test_a_batch_that_never_answers_is_given_up() -> None:
 
 
 def test_without_a_verifier_rounds_wait_and_a_cancelled_one_does_not() -> None:
-    d = Dispatcher("s1", "fcfs", LIMITS, max_draft=16)
+    d = Dispatcher("s1", Rules("fcfs", LIMITS))
     d.on_verify(verify("a"), 0.0)
     d.on_verify(verify("b"), 0.0)
     assert sent(d, 1.0) == []
@@ -278,8 +203,9 @@ def test_ended_and_failed_sessions_leave_nothing_behind() -> None:
     batch = only(d, 0.0)
     d.on_result(result(batch, batch.jobs[0], finish=Finish.STOP), 50.0)
     d.on_result(result(batch, batch.jobs[1], tokens=0, status=Status.FAILED), 50.0)
-    state = d.verifiers["v1"]
-    assert (d.pool, state.cached, state.returning, state.in_flight) == ({}, {}, {}, [])
+    state = d.fleet.verifiers["v1"]
+    assert (d.fleet.waiting, d.fleet.known, state.cached, state.returning, state.in_flight) == (0, {}, {}, {}, [])
+    assert state.assigned == 0
 
 
 def ping_pong(d: Dispatcher, count: int, return_ms: float, rounds: int) -> list[int]:
@@ -299,7 +225,7 @@ def ping_pong(d: Dispatcher, count: int, return_ms: float, rounds: int) -> list[
             for job in batch.jobs:
                 d.on_result(result(batch, job), now)
                 arrivals.append((now + return_ms, job.session, job.round + 1))
-        d.on_heartbeat(heartbeat(held=d.verifiers["v1"].cached), now)
+        d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
         for _, batch in d.dispatch(now)[0]:
             sizes.append(len(batch.jobs))
             running.append((now + batch.predicted_ms, batch))
@@ -324,15 +250,15 @@ def test_a_verifier_does_not_wait_for_sessions_that_are_far_away() -> None:
     d.on_verify(verify("a", round_=1, base=21), 150.0)
     d.on_heartbeat(heartbeat(), 150.0)
     assert sessions(only(d, 150.0)) == ["a"]
-    assert d.return_ms("d") > pacing.GATHER_SHARE * MODEL.coefficients[0]
+    assert d.return_ms("d") > pacing.GATHER_SHARE * cost.fixed_ms(MODEL)
 
 
 def test_a_batch_is_prepared_behind_another_only_when_waiting_cannot_make_it_better() -> None:
     near = dispatcher()
     near.on_verify(verify("a"), 0.0)
-    only(near, 0.0)
+    running = only(near, 0.0)
     near.on_verify(verify("b"), 1.0)
-    assert near.dispatch(40.0) == ([], None), "a is about to come back and can share b's batch"
+    assert near.dispatch(running.predicted_ms) == ([], None), "a is about to come back and can share b's batch"
 
     full = dispatcher("fcfs", limits=Limits(400.0, 64))
     for i in range(30):
@@ -343,7 +269,7 @@ def test_a_batch_is_prepared_behind_another_only_when_waiting_cannot_make_it_bet
     assert wake is not None
     assert 1.0 < wake < first.predicted_ms
     second = only(full, wake)
-    assert len(full.verifiers["v1"].in_flight) == 2
+    assert len(full.fleet.verifiers["v1"].in_flight) == 2
     assert full.dispatch(wake + 1)[0] == [], "never more than one in flight and one prepared"
     assert set(sessions(first)).isdisjoint(sessions(second))
 
@@ -361,15 +287,15 @@ def test_what_a_drafter_wants_of_hidden_states_goes_with_its_round_but_not_with_
     assert told["quiet"].hidden_from is None
 
 
-def test_under_either_policy_every_round_of_a_crowd_is_served() -> None:
-    for policy in sorted(POLICIES):
+def test_under_every_policy_every_round_of_a_crowd_is_served() -> None:
+    for policy in get_args(PolicyName):
         d = dispatcher(policy, limits=Limits(800.0, 2048))
         rng = random.Random(7)
         for i in range(200):
             d.on_verify(verify(f"s{i}", base=rng.randint(2, 900), slack=rng.choice([None, 50.0, 5000.0])), float(i))
         now, served = 200.0, 0
-        while d.pool or d.verifiers["v1"].in_flight:
-            d.on_heartbeat(heartbeat(held=d.verifiers["v1"].cached), now)
+        while d.fleet.waiting or d.fleet.verifiers["v1"].in_flight:
+            d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
             for _, batch in d.dispatch(now)[0]:
                 for job in batch.jobs:
                     if job.prefill_to is not None:
@@ -380,3 +306,193 @@ def test_under_either_policy_every_round_of_a_crowd_is_served() -> None:
             now += 50.0
             assert now < 60_000
         assert served == 200
+
+
+def fast(name: str) -> CostModel:
+    return MODEL.model_copy(update={"verifier": name, "coefficients": [c / 4 for c in MODEL.coefficients]})
+
+
+def test_a_verifier_that_is_four_times_as_fast_gets_more_sessions() -> None:
+    d = dispatcher("wisp", heartbeat("slow"), heartbeat("fast"))
+    d.on_cost_model(fast("fast"), 0.0)
+    for i in range(20):
+        d.on_verify(verify(f"s{i}"), 0.0)
+    counts = {name: len(batch.jobs) for name, batch in sent(d, 1.0)}
+    assert counts["fast"] > 2 * counts["slow"] > 0
+
+
+def test_a_verifier_without_room_gets_no_new_session_while_another_has_some() -> None:
+    d = dispatcher("wisp", heartbeat("v1", free=10), heartbeat("v2", held={f"old{i}": 5 for i in range(9)}))
+    d.on_verify(verify("s", base=300), 0.0)
+    assert [name for name, _ in sent(d, 1.0)] == ["v2"]
+
+
+def crowded(policy: PolicyName, **more: Any) -> Dispatcher:
+    """Thirty short sessions on v1, and v2 with nothing to do."""
+    d = dispatcher(policy, heartbeat("v1", held={f"s{i:02}": 19 for i in range(30)}), **more)
+    for i in range(30):
+        d.on_verify(verify(f"s{i:02}"), 0.0)
+    d.on_heartbeat(heartbeat("v2"), 0.0)
+    d.on_cost_model(MODEL.model_copy(update={"verifier": "v2"}), 0.0)
+    return d
+
+
+def test_wisp_plus_moves_sessions_to_an_idle_verifier_where_computing_their_kv_again_is_worth_it() -> None:
+    def next_rounds(d: Dispatcher) -> dict[str, int]:
+        for name, batch in sent(d, 1.0):
+            for job in batch.jobs:
+                d.on_result(result(batch, job, verifier=name), 2.0)
+        for i in range(30):
+            d.on_verify(verify(f"s{i:02}", round_=1, base=21), 3.0)
+        return {name: len(batch.jobs) for name, batch in sent(d, 100.0)}
+
+    assert set(next_rounds(crowded("wisp"))) == {"v1"}
+    assert set(next_rounds(crowded("wisp+", without=frozenset({"migration"})))) == {"v1"}
+    moved = next_rounds(crowded("wisp+"))
+    assert moved["v2"] > 5
+
+
+def test_a_long_session_is_not_moved_for_a_small_gain() -> None:
+    held = {"long": 1999, **{f"s{i}": 19 for i in range(3)}}
+    d = dispatcher("wisp+", heartbeat("v1", held=held), heartbeat("v2"))
+    d.on_verify(verify("long", base=2000), 0.0)
+    assert [name for name, _ in sent(d, 1.0)] == ["v1"]
+
+
+def test_a_trimmed_draft_is_told_as_drafted_but_not_verified() -> None:
+    d = dispatcher("wisp+")
+    told = verify("s", draft=6).model_copy(update={"acceptance": [0.9, 0.9, 0.01, 0.9, 0.9, 0.9]})
+    d.on_verify(told, 0.0)
+    (job,) = only(d, 1.0).jobs
+    assert (len(job.draft), job.drafted) == (2, 6)
+    assert job.reason.endswith("2 of 6 draft tokens")
+
+
+def test_a_draft_beyond_the_cap_is_cut_whoever_sends_it() -> None:
+    d = dispatcher("fcfs", max_draft=3)
+    d.on_verify(verify("s", draft=50), 0.0)
+    (job,) = only(d, 1.0).jobs
+    assert (len(job.draft), job.drafted) == (3, 50)
+
+
+def test_a_drafter_that_tells_too_few_chances_is_served_all_the_same() -> None:
+    d = dispatcher("wisp+")
+    d.on_verify(verify("s", draft=4).model_copy(update={"acceptance": []}), 0.0)
+    assert sessions(only(d, 1.0)) == ["s"]
+
+
+def test_sled_waits_until_a_batch_is_full_or_its_time_is_up() -> None:
+    d = dispatcher("sled", sled_batch=3, sled_fill_ms=50.0)
+    d.on_verify(verify("a"), 0.0)
+    d.on_verify(verify("b"), 20.0)
+    assert d.dispatch(30.0) == ([], 50.0)
+    first = only(d, 50.0)
+    assert sessions(first) == ["a", "b"]
+    for i in range(4):
+        d.on_verify(verify(f"c{i}"), 60.0)
+    assert sent(d, 70.0) == [], "one batch at a time"
+    for job in first.jobs:
+        d.on_result(result(first, job, finish=Finish.STOP), 80.0)
+    assert sessions(only(d, 80.0)) == ["c0", "c1", "c2"]
+
+
+def promised(session: str, tpot_ms: float | None, name: str = "default", slack: float | None = 500.0) -> Verify:
+    return verify(session, slack=slack).model_copy(update={"tpot_ms": tpot_ms, "service_class": name})
+
+
+def test_the_load_says_what_share_of_the_time_is_promised() -> None:
+    d = dispatcher("wisp+")
+    assert d.load(0.0).utilization == 0.0
+    d.on_verify(promised("a", 100.0, "priority"), 0.0)
+    one = d.load(1.0)
+    d.on_verify(promised("b", 100.0, "flex"), 1.0)
+    two = d.load(2.0)
+    d.on_verify(promised("c", None, "flex", None), 1.0)
+    free = d.load(2.0)
+    assert one.utilization == pytest.approx(one.fixed_ms / 100 + one.round_ms / 100)
+    assert two.utilization == pytest.approx(one.utilization + one.round_ms / 100)
+    assert free.utilization == pytest.approx(two.utilization), "a session without an SLO is promised nothing"
+    assert (two.period_ms, two.verifiers, two.pending) == (100.0, 1, 2)
+    classes = {c.service_class: c for c in free.classes}
+    assert (classes["flex"].sessions, classes["flex"].waiting, classes["flex"].slack_ms) == (2, 2, 499.0)
+    assert free.backlog_ms > two.backlog_ms > 0
+    d.on_cancel("b")
+    assert d.load(3.0).utilization == pytest.approx(one.utilization)
+
+
+def test_prompts_count_as_load_for_a_while() -> None:
+    d = dispatcher("wisp+")
+    d.on_verify(verify("s", base=200, draft=0), 0.0)
+    batch = only(d, 0.0)
+    (job,) = batch.jobs
+    d.on_result(result(batch, job, new_tokens=200), 400.0)
+    assert 0.02 < d.load(500.0).utilization < 0.2
+    d.on_heartbeat(heartbeat(), 100_000.0)
+    assert d.load(100_000.0).utilization < 0.001
+
+
+def test_the_price_of_a_token_grows_with_those_who_share_the_batch() -> None:
+    def price(sessions_: int, policy: PolicyName = "wisp+") -> float:
+        d = dispatcher(policy)
+        for round_ in range(30):
+            now = 100.0 * round_
+            d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
+            for i in range(sessions_):
+                d.on_verify(verify(f"s{i}", round_=round_, base=20 + round_), now)
+            for _, batch in sent(d, now):
+                for job in batch.jobs:
+                    d.on_result(result(batch, job), now + 50.0)
+        return d.load(3000.0).price_ms
+
+    assert price(1) == 0.0
+    assert price(12) > 2 * price(4) > 0
+    assert price(12, "wisp") == 0.0
+
+
+def test_a_batch_tells_slack_class_and_what_it_left_out() -> None:
+    d = dispatcher("wisp", limits=Limits(100.0, 2048))
+    for i in range(30):
+        d.on_verify(promised(f"s{i:02}", 100.0, "priority", 900.0), 0.0)
+    batch = only(d, 5.0)
+    assert {(job.service_class, job.slack_ms) for job in batch.jobs} == {("priority", 895.0)}
+    assert batch.waiting == 30 - len(batch.jobs) > 0
+    assert batch.left_out
+    assert "100" in batch.left_out[0].reason
+
+
+def test_a_session_of_a_drafter_that_fell_silent_is_forgotten() -> None:
+    d = dispatcher("wisp+")
+    d.on_verify(promised("s", 100.0), 0.0)
+    batch = only(d, 0.0)
+    d.on_result(result(batch, batch.jobs[0]), 50.0)
+    assert d.load(1000.0).classes
+    d.on_heartbeat(heartbeat(), FORGOTTEN_MS + 51)
+    assert d.load(FORGOTTEN_MS + 51).classes == []
+    assert d.fleet.verifiers["v1"].assigned == 0
+
+
+def test_a_session_is_in_one_batch_at_a_time_whatever_happens() -> None:
+    for policy in get_args(PolicyName):
+        rng = random.Random(3)
+        d = dispatcher(policy, heartbeat("v1"), heartbeat("v2"))
+        rounds = {f"s{i}": 0 for i in range(25)}
+        flying: list[tuple[str, Batch]] = []
+        for step in range(600):
+            now = step * 10.0
+            name = rng.choice(sorted(rounds))
+            busy = {job.session for _, batch in flying for job in batch.jobs}
+            if name not in busy:
+                copy = verify(name, round_=rounds[name], base=20 + rounds[name], slack=rng.choice([None, 10.0, 900.0]))
+                for _ in range(rng.choice([1, 1, 2])):
+                    d.on_verify(copy, now)
+            for verifier in ("v1", "v2"):
+                d.on_heartbeat(heartbeat(verifier, held=d.fleet.verifiers[verifier].cached), now)
+            flying += sent(d, now)
+            jobs = [job.session for _, batch in flying for job in batch.jobs]
+            assert len(jobs) == len(set(jobs)), policy
+            if flying and rng.random() < 0.5:
+                verifier, batch = flying.pop(0)
+                for job in batch.jobs:
+                    d.on_result(result(batch, job, verifier=verifier), now)
+                    rounds[job.session] += 1
+        assert max(rounds.values()) > 5

@@ -14,7 +14,11 @@ from shared.settings import ServiceSettings, load
 @pytest.mark.parametrize(
     ("kind", "environment", "said"),
     [
-        (SchedulerSettings, {"WISP_POLICY": "nope"}, "WISP_POLICY or --policy: Input should be 'fcfs' or 'edf'"),
+        (
+            SchedulerSettings,
+            {"WISP_POLICY": "nope"},
+            "WISP_POLICY or --policy: Input should be 'sled', 'fcfs', 'edf', 'wisp' or 'wisp+'",
+        ),
         (SchedulerSettings, {"WISP_MAX_BATCH_MS": "fast"}, "(given: 'fast')"),
         (SchedulerSettings, {"WISP_NAMESPACE": "a b"}, "WISP_NAMESPACE"),
         (DrafterSettings, {"WISP_DRAFT_SOURCE": "model"}, "  draft_source is 'model', so draft_model must name"),

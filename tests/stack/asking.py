@@ -65,9 +65,11 @@ class Client:
         self.http = http
         self._stack = stack
 
-    async def ask(self, case: Case, draft: str = "auto") -> list[int]:
+    async def ask(self, case: Case, draft: str = "auto", headers: dict[str, str] | None = None) -> list[int]:
         """The answer's tokens."""
-        answer = await self.http.post(f"{self._stack.url}/completions", json=self.body(case, draft))
+        answer = await self.http.post(
+            f"{self._stack.url}/completions", json=self.body(case, draft), headers=headers or {}
+        )
         assert answer.status_code == 200, answer.text
         return [token["id"] for token in answer.json()["wisp"]["tokens"]]
 

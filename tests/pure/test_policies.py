@@ -1,0 +1,324 @@
+"""The batch policies: what every one of them keeps to, and what each is for."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import replace
+from typing import get_args
+
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from services.scheduler.batching import TOLD, Limits, Plan
+from services.scheduler.policies import Part, PolicyName, Situation, policy_of
+from services.scheduler.pool import BLOCK, Pending, VerifierState
+from services.scheduler.tally import Tally
+from services.scheduler.waiting import Queue, seen_by
+from shared import cost
+from shared.messages import CostModel, Heartbeat, Verify
+
+POLICIES: list[PolicyName] = list(get_args(PolicyName))
+OURS: list[PolicyName] = ["wisp", "wisp+"]
+NOW = 1000.0
+SLED = 8
+MODEL = CostModel(
+    verifier="v",
+    coefficients=[40.0, 1.0, 2.0, 5.0, 5.0],
+    ratio_p50=1.0,
+    ratio_p90=1.2,
+    ratio_p99=1.5,
+    samples=9,
+    version=1,
+)
+LIMITS = Limits(400.0, 2048, 5000.0)
+
+
+def pending(
+    name: str, *, arrived: float = NOW, due: float | None = None, base: int = 20, acceptance: tuple[float, ...] = ()
+) -> Pending:
+    verify = Verify(
+        session=name,
+        round=0,
+        base_len=base,
+        draft=[1] * len(acceptance),
+        acceptance=list(acceptance),
+        drafter="d",
+        gateway="g",
+        fingerprint="f",
+    )
+    return Pending(verify, arrived, due)
+
+
+def verifier(cached: dict[str, int] | None = None, *, room: int = 100_000, model: CostModel = MODEL) -> VerifierState:
+    beat = Heartbeat(verifier="v", fingerprint="f", max_len=8192, free_tokens=room, total_tokens=room)
+    return VerifierState(beat, NOW, model, cached or {})
+
+
+def queue_of(rounds: list[Pending], state: VerifierState, limits: Limits = LIMITS) -> Queue:
+    queue = Queue()
+    for one in rounds:
+        queue.add(seen_by(state.model, one, state.cached.get(one.session, 0), limits.max_wait_ms))
+    return queue
+
+
+def plan(
+    policy: PolicyName,
+    rounds: list[Pending],
+    state: VerifierState | None = None,
+    limits: Limits = LIMITS,
+    without: frozenset[Part] = frozenset(),
+) -> Plan:
+    state = state or held(rounds)
+    return policy_of(policy, SLED, without).plan(queue_of(rounds, state, limits), Situation(state, limits, NOW))
+
+
+def held(rounds: list[Pending]) -> VerifierState:
+    """A verifier that has the K/V of all of them."""
+    return verifier({one.session: one.verify.base_len - 1 for one in rounds})
+
+
+def names(made: Plan) -> list[str]:
+    return [chosen.waiting.session for chosen in made.chosen]
+
+
+def tally(made: Plan) -> Tally:
+    """The batch's shape, counted anew."""
+    shape = Tally()
+    for chosen in made.chosen:
+        if chosen.prefill_to is None:
+            base_len = chosen.pending.verify.base_len
+            shape.take(chosen.waiting.base + chosen.draft, base_len + chosen.draft, chosen.draft + 1)
+        else:
+            shape.take(chosen.prefill_to - chosen.waiting.held, chosen.prefill_to, 0)
+    return shape
+
+
+chances = st.lists(st.floats(0, 1), max_size=8).map(tuple)
+late_or_not = st.none() | st.floats(NOW - 3000, NOW + 6000)
+rounds_ = st.lists(
+    st.builds(
+        pending,
+        st.uuids().map(lambda u: u.hex),
+        arrived=st.floats(NOW - 6000, NOW),
+        due=late_or_not,
+        base=st.integers(1, 3000),
+        acceptance=chances,
+    ),
+    min_size=1,
+    max_size=30,
+    unique_by=lambda p: p.session,
+)
+limits_ = st.builds(Limits, st.floats(45, 1500), st.integers(128, 4096), st.floats(100, 8000))
+
+
+@st.composite
+def situations(draw: st.DrawFn) -> tuple[list[Pending], VerifierState, Limits]:
+    rounds = draw(rounds_)
+    share = st.floats(0, 1)
+    cached = {p.session: round(draw(share) * p.verify.base_len) for p in rounds if draw(st.booleans())}
+    return rounds, verifier(cached, room=draw(st.integers(4096, 40_000))), draw(limits_)
+
+
+@settings(max_examples=300)
+@given(situations(), st.sampled_from(POLICIES))
+def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
+    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName
+) -> None:
+    rounds, state, limits = situation
+    made = plan(policy, rounds, state, limits)
+    shape = tally(made)
+    assert made.predicted_ms == pytest.approx(cost.predict_ms(state.model, shape))
+    assert made.chosen
+    assert len(set(names(made))) == len(made.chosen)
+    if len(made.chosen) > 1:
+        assert shape.new_tokens <= limits.max_batch_tokens
+        lengths = [c.prefill_to or c.pending.length_after for c in made.chosen]
+        assert sum(-(-length // BLOCK) * BLOCK for length in lengths) <= state.heartbeat.total_tokens
+        assert policy == "sled" or made.predicted_ms <= limits.max_batch_ms
+    for chosen in made.chosen:
+        assert 0 <= chosen.draft <= chosen.pending.draft_length
+        if chosen.prefill_to is not None:
+            assert chosen.waiting.held < chosen.prefill_to < chosen.pending.verify.base_len
+            assert chosen.prefill_to % BLOCK == 0
+
+
+@given(situations(), st.sampled_from(POLICIES))
+def test_a_batch_says_why_each_round_is_in_it_and_which_are_not(
+    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName
+) -> None:
+    rounds, state, limits = situation
+    made = plan(policy, rounds, state, limits)
+    assert all(chosen.reason for chosen in made.chosen)
+    assert made.waiting == len(rounds) - len(made.chosen)
+    assert len(made.left_out) == min(TOLD, made.waiting)
+    assert {left.session for left in made.left_out}.isdisjoint(names(made))
+    assert all(left.reason for left in made.left_out)
+
+
+@given(situations(), st.sampled_from(POLICIES), st.randoms())
+def test_the_order_of_the_messages_does_not_matter(
+    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName, rng: random.Random
+) -> None:
+    rounds, state, limits = situation
+    shuffled = list(rounds)
+    rng.shuffle(shuffled)
+    assert plan(policy, rounds, state, limits) == plan(policy, shuffled, state, limits)
+
+
+@settings(max_examples=300)
+@given(situations(), st.sampled_from(OURS))
+def test_a_round_that_is_added_on_time_stays_on_time(
+    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName
+) -> None:
+    """Late are only rounds that those before them in the batch, or they themselves, leave no time."""
+    rounds, state, limits = situation
+    made = plan(policy, rounds, state, limits)
+    caution = state.model.ratio_p90
+    before = Tally()
+    for chosen in (c for c in made.chosen if c.prefill_to is not None):
+        # Room for a block of the first prompt may have been set aside before all others.
+        before.take((chosen.waiting.next_block or 0) - chosen.waiting.held, chosen.waiting.next_block or 0, 0)
+        break
+    for chosen in made.chosen:
+        if chosen.prefill_to is not None:
+            continue
+        base_len = chosen.pending.verify.base_len
+        certain = chosen.draft if policy == "wisp" else 0
+        before.take(chosen.waiting.base + certain, base_len + certain, certain + 1)
+        due_ms = chosen.pending.due_ms
+        if due_ms is not None and cost.predict_ms(state.model, before) * caution <= due_ms - NOW:
+            assert made.predicted_ms * caution <= due_ms - NOW + 1e-6
+
+
+@settings(max_examples=300)
+@given(situations(), st.sampled_from(OURS), st.data())
+def test_a_tighter_deadline_never_delays_a_round(
+    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName, data: st.DataObject
+) -> None:
+    rounds, state, limits = situation
+    made = plan(policy, rounds, state, limits)
+    served = [c.pending for c in made.chosen if c.prefill_to is None]
+    assume(served)
+    one = data.draw(st.sampled_from(served))
+    due = one.due_ms if one.due_ms is not None else NOW + 10_000
+    tighter = Pending(one.verify, one.arrived_ms, due - data.draw(st.floats(0, 8000)))
+    others = [p for p in rounds if p is not one]
+    assert one.session in names(plan(policy, [*others, tighter], state, limits))
+
+
+@settings(max_examples=300)
+@given(situations())
+def test_without_slos_wisp_brings_at_least_as_many_tokens_per_time_as_fcfs(
+    situation: tuple[list[Pending], VerifierState, Limits],
+) -> None:
+    rounds, state, limits = situation
+    fresh = [Pending(p.verify, NOW - (NOW - p.arrived_ms) / 100, None) for p in rounds]
+    patient = replace(limits, max_wait_ms=1e9)
+    assert plan("wisp", fresh, state, patient).rate >= plan("fcfs", fresh, state, patient).rate - 1e-12
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("base", [20, 900])
+def test_nothing_starves(policy: PolicyName, base: int) -> None:
+    """A best-effort round among sessions that are always late, and more of them than the verifier can serve."""
+    limits = Limits(200.0, 2048, 1000.0)
+    victim = pending("victim", base=base, arrived=NOW)
+    made = policy_of(policy, SLED)
+    state = verifier({f"s{i}": 19 for i in range(60)})
+    waiting = [pending(f"s{i}", arrived=NOW - i, due=NOW - 60_000, acceptance=(0.9,)) for i in range(60)]
+    waiting.append(victim)
+    now, batches_after = NOW, 0
+    while victim in waiting:
+        batch = made.plan(queue_of(waiting, state, limits), Situation(state, limits, now))
+        now += batch.predicted_ms
+        batches_after += now > NOW + limits.max_wait_ms
+        for chosen in batch.chosen:
+            if chosen.prefill_to is not None:
+                state.cached[chosen.waiting.session] = chosen.prefill_to
+                continue
+            waiting.remove(chosen.pending)
+            if chosen.pending is not victim:
+                waiting.append(pending(chosen.waiting.session, arrived=now, due=now - 60_000, acceptance=(0.9,)))
+        # Those that arrived before its deadline go first, and a long prompt needs a batch for each of its blocks.
+        assert batches_after <= 4 + base // BLOCK
+
+
+def test_fcfs_takes_rounds_in_order_of_arrival() -> None:
+    rounds = [pending("b", arrived=2.0, due=5.0), pending("a", arrived=1.0), pending("c", arrived=3.0, due=1.0)]
+    made = plan("fcfs", rounds)
+    assert names(made) == ["a", "b", "c"]
+    assert made.chosen[0].reason == "waited 999 ms"
+
+
+def test_edf_takes_the_earliest_deadline_first() -> None:
+    rounds = [pending("later", due=NOW + 900), pending("none"), pending("urgent", due=NOW + 50.0)]
+    assert names(plan("edf", rounds)) == ["urgent", "later", "none"]
+
+
+def test_sled_takes_the_first_rounds_whole_whatever_it_costs_the_others() -> None:
+    rounds = [pending("long", arrived=0.0, base=1500)] + [pending(f"s{i}", arrived=float(i)) for i in range(1, 12)]
+    made = plan("sled", rounds, verifier())
+    assert names(made) == ["long", *(f"s{i}" for i in range(1, SLED))]
+    assert made.chosen[0].prefill_to is None
+    assert made.predicted_ms > LIMITS.max_batch_ms
+
+
+def test_wisp_leaves_out_what_would_make_an_urgent_round_late() -> None:
+    urgent = pending("urgent", due=NOW + 100)
+    long = pending("long", base=100, due=NOW + 3000)
+    state = verifier({"urgent": 19})
+    assert names(plan("fcfs", [long, urgent], state)) == ["long", "urgent"]
+    made = plan("wisp", [long, urgent], state)
+    assert names(made) == ["urgent"]
+    assert made.left_out[0].session == "long"
+    assert "the limit is" in made.left_out[0].reason
+
+
+def test_wisp_fills_the_room_by_tokens_per_time() -> None:
+    likely = [pending(f"likely{i}", acceptance=(0.9,) * 4) for i in range(20)]
+    unlikely = [pending(f"unlikely{i}", arrived=NOW - 1, acceptance=(0.1,) * 4) for i in range(20)]
+    chosen = names(plan("wisp", unlikely + likely))
+    assert len(chosen) > 20
+    assert {p.session for p in likely} <= set(chosen)
+
+
+def test_wisp_plus_trims_the_tokens_that_are_least_likely_to_be_accepted_across_sessions() -> None:
+    sure, unsure = pending("sure", acceptance=(0.95,) * 8), pending("unsure", acceptance=(0.9, 0.05, 0.9, 0.9))
+    drafts = {c.waiting.session: c.draft for c in plan("wisp+", [sure, unsure]).chosen}
+    assert drafts == {"sure": 8, "unsure": 1}
+    whole = plan("wisp+", [sure, unsure], without=frozenset({"trimming"}))
+    assert {c.waiting.session: c.draft for c in whole.chosen} == {"sure": 8, "unsure": 4}
+
+
+def test_wisp_plus_trims_more_when_more_sessions_share_the_fixed_time() -> None:
+    def verified(sessions: int) -> float:
+        rounds = [pending(f"s{i:02}", acceptance=(0.6,) * 6) for i in range(sessions)]
+        made = plan("wisp+", rounds, limits=replace(LIMITS, max_batch_ms=1e6))
+        return sum(c.draft for c in made.chosen) / sessions
+
+    assert verified(1) > verified(8) > verified(64)
+
+
+def test_wisp_plus_cuts_a_prompt_so_that_those_who_wait_keep_slack() -> None:
+    rounds = [pending(f"s{i}", due=NOW + 460.0) for i in range(4)]
+    long = pending("long", base=1000, due=NOW + 5000)
+    state = verifier({p.session: 19 for p in rounds})
+    made = plan("wisp+", [long, *rounds], state)
+    (chunk,) = [c for c in made.chosen if c.prefill_to is not None]
+    assert chunk.waiting.session == "long"
+    assert made.predicted_ms * MODEL.ratio_p90 <= 230.0 + 1e-6, "half of their slack"
+    hurried = pending("long", base=1000, due=NOW + 1500)
+    sooner = plan("wisp+", [hurried, *rounds], state)
+    (bigger,) = [c for c in sooner.chosen if c.prefill_to is not None]
+    assert (bigger.prefill_to or 0) > (chunk.prefill_to or 0), "an urgent prompt may use all of it"
+    assert sooner.predicted_ms * MODEL.ratio_p90 <= 460.0 + 1e-6
+
+
+def test_wisp_plus_leaves_time_for_sessions_that_are_about_to_come_back() -> None:
+    long = pending("long", base=1000, due=NOW + 9000)
+    state = verifier()
+    policy = policy_of("wisp+", SLED)
+    alone = policy.plan(queue_of([long], state), Situation(state, LIMITS, NOW))
+    expecting = policy.plan(queue_of([long], state), Situation(state, LIMITS, NOW, expected_due_ms=NOW + 480.0))
+    assert 0 < (expecting.chosen[0].prefill_to or 0) < (alone.chosen[0].prefill_to or 0)

@@ -1,0 +1,75 @@
+"""Scheduling never changes text: every policy, with promises mixed, prompts in chunks and drafts trimmed."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import get_args
+
+import pytest
+from asking import Case, Client, Traffic, decode
+
+from services.cli.stack import Stack
+from services.scheduler.policies import PolicyName
+from shared.engine import Engine
+from shared.messages import Sampling, Status
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+
+PROMISES: list[dict[str, str]] = [
+    {"x-slo-ttft-ms": "500", "x-slo-tpot-ms": "20"},  # cannot be kept here
+    {"x-slo-ttft-ms": "5000", "x-slo-tpot-ms": "300"},
+    {},
+]
+
+
+@pytest.fixture(scope="module")
+def long_cases(target_folder: Path) -> list[Case]:
+    """Prompts of some hundred tokens, which do not fit a short batch."""
+    folder = ModelFolder(target_folder)
+    tokenizer = Tokenizer(folder)
+    engine = Engine(target_folder, budget_tokens=4096)
+    found = []
+    for number, sampling in enumerate((Sampling(), Sampling(temperature=0.8, seed=5))):
+        facts = " ".join(f"Fact {n}: house {n * 7 + number} is painted in colour {n * 13 % 10}." for n in range(22))
+        prompt = tokenizer.render_chat([{"role": "user", "content": f"{facts} Which house is painted first?"}])
+        found.append(Case(prompt, sampling, decode(engine, prompt, sampling, set(folder.eos_ids))))
+    return found
+
+
+@asynccontextmanager
+async def scheduling(stack: Stack, policy: PolicyName) -> AsyncIterator[None]:
+    """A scheduler with this policy and short batches takes the place of the running one."""
+    before = stack.processes("scheduler")
+    env = {"WISP_POLICY": policy, "WISP_MAX_BATCH_MS": "150", "WISP_SLED_BATCH": "5", "WISP_MAX_WAIT_MS": "2000"}
+    new = await stack.start("scheduler", env=env)
+    for process in before:
+        await stack.stop(process)
+    yield
+    await stack.start("scheduler")
+    for process in new:
+        await stack.stop(process)
+
+
+@pytest.mark.parametrize("policy", get_args(PolicyName))
+async def test_every_policy_gives_the_same_text(
+    stack: Stack, client: Client, cases: list[Case], long_cases: list[Case], traffic: Traffic, policy: PolicyName
+) -> None:
+    asked = [*cases, *long_cases]
+    async with scheduling(stack, policy):
+        traffic.clear()
+        answers = await asyncio.gather(
+            *(
+                client.ask(case, draft="combined", headers=PROMISES[number % len(PROMISES)])
+                for number, case in enumerate(asked)
+            )
+        )
+    assert [i for i, (case, answer) in enumerate(zip(asked, answers, strict=True)) if answer != case.tokens] == []
+    assert max(len(case.prompt) for case in long_cases) > 300
+    if policy != "sled":
+        assert any(result.status is Status.PREFILLED for result in traffic.results), "long prompts went in chunks"
+    if policy == "wisp+":
+        committed = [result for result in traffic.results if result.status is Status.COMMITTED]
+        assert any(result.trimmed_to < result.drafted for result in committed), "drafts were trimmed"
