@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test lint bench-engine bench-rounds bench-draft bench-stream clean
+.PHONY: help setup demo serve test lint bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load clean
 
 help: ## this list
 	@echo "make TARGET, one of:"
@@ -44,11 +44,14 @@ bench-engine: setup ## time the engine against transformers; writes .wisp/result
 bench-rounds: setup ## time a verification round outside the model; writes .wisp/results/rounds.json
 	@$(BIN)/wisp bench rounds $(ARGS)
 
-bench-draft: setup ## what drafts bring on unseen prompts, by source and stop rule; writes .wisp/results/draft.json
-	@$(BIN)/wisp bench draft $(ARGS)
+bench-scheduler: setup ## time the scheduler's decisions and its service; writes .wisp/results/scheduler.json
+	@$(BIN)/wisp bench scheduler $(ARGS)
 
-bench-stream: setup ## time one stream with drafts and without, and transformers; writes .wisp/results/stream.json
-	@$(BIN)/wisp bench stream $(ARGS)
+bench-estimator: setup ## how well batch times are predicted, by kind of batch; writes .wisp/results/estimator.json
+	@$(BIN)/wisp bench estimator $(ARGS)
+
+bench-load: setup ## promises kept under load, by policy; writes .wisp/results/load.json
+	@$(BIN)/wisp bench load $(ARGS)
 
 clean: ## remove the environment, models, results, logs and caches; training runs stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

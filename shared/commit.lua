@@ -16,11 +16,16 @@ for job = 0, (#ARGV - 2) / 7 - 1 do
   local id, round, base, accepted, finish, cached, new = unpack(ARGV, 3 + job * 7, 9 + job * 7)
   base = tonumber(base)
   local state = redis.call('HMGET', session, 'status', 'length', 'round', 'base', 'accepted', 'finish',
-                           'prompt_len', 'start_ms', 'ttft_ms', 'tpot_ms')
+                           'prompt_len', 'first_ms', 'tpot_ms')
   local status, length = state[1], tonumber(state[2])
   if not status or not length or redis.call('STRLEN', tokens) ~= length * WIDTH then
     out[job + 1] = {'gone', 0, base, 0, '', ''}
   elseif status == 'active' and base == length and #new > 0 then
+    local first_ms = state[8]
+    if not first_ms then
+      first_ms = now_ms
+      redis.call('HSET', session, 'first_ms', now_ms)
+    end
     redis.call('APPEND', tokens, new)
     length = length + #new / WIDTH
     redis.call('HSET', session, 'length', length, 'round', round, 'base', base, 'accepted', accepted,
@@ -28,8 +33,9 @@ for job = 0, (#ARGV - 2) / 7 - 1 do
     if finish ~= '' then
       redis.call('HSET', session, 'status', 'finished')
       redis.call('ZREM', KEYS[1], id)
-    elseif state[9] and state[10] then
-      redis.call('ZADD', KEYS[1], state[8] + state[9] + state[10] * (length - state[7]), id)
+    elseif state[9] then
+      -- As in shared.slo: tokens are due a token's time apart, from the first one on.
+      redis.call('ZADD', KEYS[1], first_ms + state[9] * (length - state[7]), id)
     end
     redis.call('EXPIRE', session, ttl)
     redis.call('EXPIRE', tokens, ttl)

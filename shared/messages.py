@@ -304,14 +304,22 @@ class CostModel(Message):
     """estimator → scheduler, gateway: the verification time model of one verifier. See `shared.cost`."""
 
     verifier: Name
-    coefficients: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=5, max_length=5)]
-    """Milliseconds per batch, job, new token, million new × context, million context."""
+    coefficients: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=5, max_length=7)]
+    """Milliseconds per batch, job, later new token, million new × context, million context, row of logits, first new
+    token. A model of the first five only prices all new tokens alike, and no rows."""
     ratio_p50: Annotated[float, Field(gt=0)]
     """Median, 90th and 99th percentile of measured / predicted time."""
     ratio_p90: Annotated[float, Field(gt=0)]
     ratio_p99: Annotated[float, Field(gt=0)]
     samples: Count
     version: Count
+
+    @field_validator("coefficients")
+    @classmethod
+    def _whole(cls, value: list[float]) -> list[float]:
+        rows = value[5:6] or [0.0]
+        first = value[6:7] or value[2:3]
+        return [*value[:5], *rows, *first]
 
 
 class ClassLoad(Record):

@@ -1,6 +1,8 @@
 """Speed promises and when a token is due.
 
-Due time of a session's next token: start + TTFT + TPOT × output tokens committed so far.
+The first token is due `ttft_ms` after the request's start. The others are due a token's time apart, counted from when
+the first one came: a request attains its SLO by its time to the first token and by its mean time per token after it, so
+a first token that came early does not make up for slow ones.
 """
 
 from __future__ import annotations
@@ -8,11 +10,14 @@ from __future__ import annotations
 from shared.messages import Slo
 
 
-def due_after_ms(slo: Slo, output_tokens: int) -> float:
-    """Milliseconds from the request's start until its next token is due, with `output_tokens` committed."""
-    return slo.ttft_ms + slo.tpot_ms * output_tokens
+def due_after_ms(slo: Slo, output_tokens: int, first_ms: float | None) -> float:
+    """Milliseconds from the request's start until its next token is due, with `output_tokens` committed, the first of
+    them after `first_ms`."""
+    if not output_tokens or first_ms is None:
+        first_ms = slo.ttft_ms
+    return first_ms + slo.tpot_ms * output_tokens
 
 
-def slack_ms(slo: Slo | None, elapsed_ms: float, output_tokens: int) -> float | None:
+def slack_ms(slo: Slo | None, elapsed_ms: float, output_tokens: int, first_ms: float | None) -> float | None:
     """Milliseconds left until the next token is due (negative when late); None without an SLO."""
-    return None if slo is None else due_after_ms(slo, output_tokens) - elapsed_ms
+    return None if slo is None else due_after_ms(slo, output_tokens, first_ms) - elapsed_ms

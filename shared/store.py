@@ -83,6 +83,8 @@ class Session:
     finish: Finish | None
     elapsed_ms: float
     """Time since the request arrived, by Redis's own clock."""
+    first_ms: float | None = None
+    """Time from there to the first commit."""
 
 
 @dataclass(frozen=True)
@@ -168,7 +170,7 @@ class Store:
             "finish": "",
         }
         if slo is not None:
-            fields |= {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms}
+            fields |= {"tpot_ms": slo.tpot_ms}
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hset(self._session(request.session), mapping=fields)
             pipe.set(self._tokens(request.session), _pack(prompt), ex=self._ttl_s)
@@ -186,7 +188,9 @@ class Store:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
             for session in sessions:
-                pipe.hmget(self._session(session), "request", "status", "length", "round", "finish", "start_ms")
+                pipe.hmget(
+                    self._session(session), "request", "status", "length", "round", "finish", "start_ms", "first_ms"
+                )
                 pipe.get(self._tokens(session))
             (seconds, microseconds), *answers = await self._guard(pipe.execute())
         now_ms = seconds * 1000 + microseconds / 1000
@@ -311,7 +315,7 @@ def _finish(value: bytes | None) -> Finish | None:
 
 
 def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) -> Session | None:
-    request, status, length, round_, finish, start_ms = fields
+    request, status, length, round_, finish, start_ms, first_ms = fields
     if request is None or status is None or length is None or round_ is None or start_ms is None or tokens is None:
         return None
     committed = _unpack(tokens)
@@ -322,4 +326,7 @@ def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) ->
     except (ValueError, ValidationError):
         return None
     elapsed_ms = max(0.0, now_ms - float(start_ms))
-    return Session(parsed, SessionStatus(status.decode()), committed, int(round_), _finish(finish), elapsed_ms)
+    first_after_ms = None if first_ms is None else max(0.0, float(first_ms) - float(start_ms))
+    return Session(
+        parsed, SessionStatus(status.decode()), committed, int(round_), _finish(finish), elapsed_ms, first_after_ms
+    )

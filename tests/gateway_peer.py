@@ -22,11 +22,11 @@ from tokenizers.models import BPE
 from services.gateway.settings import GatewaySettings
 from shared import topology
 from shared.broker import Broker
-from shared.messages import Cancel, Failure, Finish, Generate, Heartbeat, Message, Result, Status
+from shared.messages import Cancel, Ended, Failure, Finish, Generate, Heartbeat, Message, Result, Status
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.store import Commit, Outcome, Store
-from shared.topology import Queue, Topology
+from shared.topology import Topology
 
 SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
 EOS = 2
@@ -129,6 +129,7 @@ class Peer:
     generated: list[Generate] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
     """Sessions of which a Cancel message came."""
+    ended: list[Ended] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """Sessions that Redis takes no more tokens for."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
@@ -149,7 +150,7 @@ class Peer:
         )
         peer = cls(broker, store, Tokenizer(target), beat, beat.fingerprint)
         await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
-        await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL,)), peer._cancel)
+        await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL, topology.ENDED)), peer._hear)
         beating = asyncio.create_task(peer._beat())
         await store.beat(beat)
         try:
@@ -165,8 +166,10 @@ class Peer:
     async def reset(self) -> None:
         """Forget what was, and be a verifier of the right model."""
         self.script = Script()
-        for record in (self.generated, self.cancelled, self.refused):
-            record.clear()
+        self.generated.clear()
+        self.cancelled.clear()
+        self.ended.clear()
+        self.refused.clear()
         self.heartbeat = self.heartbeat.model_copy(update={"fingerprint": self.fingerprint})
         await self.store.beat(self.heartbeat)
 
@@ -175,9 +178,12 @@ class Peer:
             await self.store.beat(self.heartbeat)
             await asyncio.sleep(0.5)
 
-    async def _cancel(self, message: Message) -> None:
-        assert isinstance(message, Cancel)
-        self.cancelled.append(message.session)
+    async def _hear(self, message: Message) -> None:
+        if isinstance(message, Ended):
+            self.ended.append(message)
+        else:
+            assert isinstance(message, Cancel)
+            self.cancelled.append(message.session)
 
     async def _generate(self, message: Message) -> None:
         assert isinstance(message, Generate)
@@ -216,11 +222,6 @@ class Peer:
         )
         (committed,) = await self.store.commit("peer", [commit])
         return committed.outcome is Outcome.COMMITTED
-
-
-def gateway_queue(namespace: str, instance: str) -> Queue:
-    """The queue that the gateway of this name consumes."""
-    return Topology(namespace).own_queue("gateway", instance, (topology.result(instance),))
 
 
 def settings(target: Path, **fields: object) -> GatewaySettings:

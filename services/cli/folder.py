@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import json
 import os
 import shutil
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from secrets import token_hex
 
 RUNS_KEPT = 10
 OWNER = "owner"
+SUITE = "suite.json"
 
 
 def checkout() -> Path:
@@ -52,6 +55,32 @@ class RunFolder:
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         self.close(keep=kind is not None and issubclass(kind, Exception))
+
+
+@dataclass(frozen=True)
+class RunningSuite:
+    """Where the suite of a run is found."""
+
+    namespace: str
+    amqp_url: str | None
+    """None where somebody else runs the brokers: their address may hold a password that is not ours to write down."""
+
+
+def note_suite(folder: Path, suite: RunningSuite) -> None:
+    """Write down where the suite of this run's folder is found."""
+    (folder / SUITE).write_text(json.dumps(asdict(suite)))
+
+
+def running_suites(runs: Path | None = None) -> list[RunningSuite]:
+    """The suites of runs whose owners live, the latest first."""
+    runs = runs or state_folder() / "run"
+    found = []
+    for path in sorted(runs.glob(f"*/{SUITE}"), key=_modified_s, reverse=True):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # being written or removed just now
+            suite = RunningSuite(**json.loads(path.read_text()))
+            if _owned(path.parent):
+                found.append(suite)
+    return found
 
 
 def _prune(runs: Path) -> None:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import controller
+from services.cli import controller, top_command
 from services.cli import draft as drafts
 from services.cli.terminal import errors_shown, out, require, run
 
@@ -32,6 +32,7 @@ models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(drafts.app, name="draft")
 app.add_typer(controller.app, name="controller")
+app.command()(top_command.top)
 
 
 class Dtype(StrEnum):
@@ -56,12 +57,16 @@ class Benchmark(StrEnum):
 
     DRAFT = "draft"
     ENGINE = "engine"
+    ESTIMATOR = "estimator"
+    LOAD = "load"
     ROUNDS = "rounds"
+    SCHEDULER = "scheduler"
     STREAM = "stream"
 
 
 BENCHMARK_EXTRAS = {
     Benchmark.DRAFT: ("model", "training", "bench"),
+    Benchmark.LOAD: ("gateway", "model", "client", "bench"),
     Benchmark.ROUNDS: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),
 }

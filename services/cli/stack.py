@@ -15,7 +15,7 @@ from redis.exceptions import RedisError
 
 from services.cli import logs
 from services.cli.brokers import Brokers
-from services.cli.folder import RunFolder, checkout, state_folder
+from services.cli.folder import RunFolder, RunningSuite, checkout, note_suite, state_folder
 from services.cli.forget import forget
 from services.cli.launch import SERVICES, STOP_ORDER, Launch
 from services.cli.ports import LOOPBACK
@@ -108,6 +108,7 @@ class Stack:
                 verifiers=self.counts["verifier"],
                 env=self.env,
             )
+            note_suite(self.folder, RunningSuite(self.namespace, None if self.brokers.given else self.brokers.amqp_url))
             if self._given_brokers is None and self._launch.namespace == self.folder.name:
                 resources.push_async_callback(self._forget)
             resources.push_async_callback(self._stop_all)

@@ -16,6 +16,7 @@ ROUNDS_RESENT = Counter("wisp_rounds_resent", "Rounds sent again because their r
 TOKENS_DRAFTED = Counter("wisp_draft_tokens_verified", "Draft tokens that were verified", ["source"])
 TOKENS_ACCEPTED = Counter("wisp_draft_tokens_accepted", "Draft tokens that were accepted", ["source"])
 DRAFTS = Counter("wisp_drafts", "Rounds that sent a draft")
+DEVICE_LATE = Counter("wisp_device_late_seconds", "Time by which drafts took longer here than on the emulated device")
 STEPS = Counter("wisp_draft_steps", "Steps of the draft model")
 AHEAD = Counter("wisp_drafts_ahead", "Drafts made while a round was in flight", ["outcome"])
 

@@ -4,23 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import structlog
 
 from services.drafter import metrics
-from services.drafter.control import Round, SessionControl
+from services.drafter.control import Round
+from services.drafter.device import DeviceProfile
 from services.drafter.drafting import Drafting, load_drafting
+from services.drafter.emulation import EmulatedDevice, load_profile
 from services.drafter.hidden.rows import HiddenRows
+from services.drafter.serving import AheadInMaking, Serving
 from services.drafter.session import DraftSession
 from services.drafter.settings import DrafterSettings
-from services.drafter.sources import Ahead, Draft, DraftRequest, States
+from services.drafter.sources import Draft, DraftRequest
 from services.drafter.timeout import RoundTimer
 from services.drafter.worker import SourceWorker
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError, MessageError
-from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status
+from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status, Verify
 from shared.service import running
 from shared.store import SessionStatus, Store
 from shared.topology import Topology
@@ -30,10 +33,11 @@ STORE_RETRY_S = 1.0
 
 async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -> None:
     """Run a drafter until `stop` is set; its unfinished sessions are then given to other drafters by the broker."""
+    profile = load_profile(settings.device_profile)
     drafting = await asyncio.to_thread(load_drafting, settings)
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    drafter = Drafter(instance, settings, drafting, broker, store)
+    drafter = Drafter(instance, settings, drafting, broker, store, profile)
     try:
         await drafter.run(stop)
     finally:
@@ -41,38 +45,19 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
         await store.close()
 
 
-@dataclass
-class Serving:
-    """A session with everything that drafting for it needs."""
-
-    session: DraftSession
-    worker: SourceWorker
-    names: tuple[str, ...]
-    control: SessionControl
-    states: HiddenRows | None
-    ahead: tuple[list[int], Draft, Round] | None = None
-    """The draft for the next round, if the session's tokens are then these."""
-
-    def request(self, round_: Round) -> DraftRequest:
-        """What the source is asked for now."""
-        session = self.session
-        if self.states is None:
-            states = None
-        else:
-            # The last token is always computed again, and each token with the state before it.
-            seen = min(self.worker.source.seen(session.name), len(session.tokens) - 1)
-            self.states.need_from(max(0, seen - 1))
-            start, rows = self.states.run(len(session.tokens))
-            states = States(start, rows.copy()) if len(rows) else None
-        return DraftRequest(session.name, session.tokens, session.generate.sampling, round_, self.names, states)
-
-
 class Drafter:
     """Takes requests from its pool and sees each through."""
 
     def __init__(
-        self, instance: str, settings: DrafterSettings, drafting: Drafting, broker: Broker, store: Store
+        self,
+        instance: str,
+        settings: DrafterSettings,
+        drafting: Drafting,
+        broker: Broker,
+        store: Store,
+        profile: DeviceProfile | None,
     ) -> None:
+        """profile: of the device that each session stands for; None emulates none."""
         self.instance = instance
         self._settings = settings
         self._drafting = drafting
@@ -80,9 +65,11 @@ class Drafter:
         self._workers = {id(source): SourceWorker(source) for source in drafting.sources.values()}
         self._broker = broker
         self._store = store
+        self._profile = profile
         self._log = logging.get()
         self._results: dict[str, asyncio.Queue[Result | Cancel]] = {}
         self._states: dict[str, HiddenRows] = {}
+        self._devices: dict[str, EmulatedDevice] = {}
         self._served: dict[str, asyncio.Event] = {}
         self._first_rounds = RoundTimer(settings.min_timeout_ms)
         self._later_rounds = RoundTimer(settings.min_timeout_ms)
@@ -101,6 +88,8 @@ class Drafter:
             sources=sorted(self._drafting.sources),
             default=self._drafting.default,
             stop_rule=self._settings.stop_rule,
+            device=self._settings.device_profile or None,
+            profile=self._profile.model_dump() if self._profile else None,
         )
         async with running(stop, *(worker.work() for worker in self._workers.values())):
             pass
@@ -108,14 +97,27 @@ class Drafter:
     async def _receive(self, message: Message) -> None:
         if isinstance(message, Load):
             self._controller.pace.hear(message)
-        elif isinstance(message, HiddenStates):
-            if (rows := self._states.get(message.session)) is not None:
-                try:
-                    rows.add(message)
-                except MessageError as error:
-                    self._log.warning("hidden states ignored", error=str(error))
-        elif isinstance(message, Result | Cancel) and (waiting := self._results.get(message.session)):
-            waiting.put_nowait(message)
+        elif isinstance(message, Result | HiddenStates):
+            if (device := self._devices.get(message.session)) is not None:
+                device.receive(message)
+            else:
+                await self._arrive(message)
+        elif isinstance(message, Cancel):
+            if (device := self._devices.get(message.session)) is not None:
+                device.cancel()
+            if (waiting := self._results.get(message.session)) is not None:
+                waiting.put_nowait(message)
+
+    async def _arrive(self, message: Result | HiddenStates) -> None:
+        """Take in what has reached the session's device."""
+        if isinstance(message, Result):
+            if (waiting := self._results.get(message.session)) is not None:
+                waiting.put_nowait(message)
+        elif (rows := self._states.get(message.session)) is not None:
+            try:
+                rows.add(message)
+            except MessageError as error:
+                self._log.warning("hidden states ignored", error=str(error))
 
     async def _generate(self, message: Message) -> None:
         if not isinstance(message, Generate):
@@ -146,13 +148,17 @@ class Drafter:
         if stored is None or stored.status is not SessionStatus.ACTIVE:
             self._log.info("nothing to do", status=stored.status if stored else "gone")
             return
-        session = DraftSession(generate, stored.tokens, round=stored.round + 1)
+        session = DraftSession(generate, stored.tokens, round=stored.round + 1, first_ms=stored.first_ms)
         prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
         choice = self._drafting.choose(generate)
         wanted = choice.reads_states and self._settings.draft_length > 0
         states = self._drafting.states() if wanted else None
         worker = self._workers[id(choice.source)]
-        serving = Serving(session, worker, choice.names, self._controller.session(*choice.names), states)
+        device = None
+        if self._profile is not None:
+            device = EmulatedDevice(self._profile, session.name, self._publish, self._arrive)
+            self._devices[session.name] = device
+        serving = Serving(session, worker, choice.names, self._controller.session(*choice.names), states, device)
         if states is not None:
             self._states[session.name] = states
         try:
@@ -161,8 +167,13 @@ class Drafter:
                     elapsed_ms = prior_ms + (time.monotonic() - started) * 1000
                     if not await self._round(serving, elapsed_ms):
                         return
+                    if session.first_ms is None and session.output_tokens:
+                        session.first_ms = prior_ms + (time.monotonic() - started) * 1000
         finally:
             self._states.pop(session.name, None)
+            if device is not None:
+                del self._devices[session.name]
+                device.close()
             worker.close(session.name)
         if session.failure is not None:
             self._log.warning("session failed", code=session.failure.code, error=session.failure.message)
@@ -171,8 +182,12 @@ class Drafter:
         """Draft, have it verified, take the result in; False when the session was cancelled."""
         started = time.monotonic()
         session, control = serving.session, serving.control
-        draft, round_, request = await self._draft(serving)
-        draft_ms = (time.monotonic() - started) * 1000
+        draft, round_, request, draft_ms = await self._draft(serving)
+        if serving.device is not None:
+            real_ms = (time.monotonic() - started) * 1000
+            metrics.DEVICE_LATE.inc(max(0.0, real_ms - draft_ms) / 1000)
+            if not await serving.device.pause(draft_ms - real_ms):
+                return False
         metrics.DRAFT_TIME.observe(draft_ms / 1000)
         timer = self._first_rounds if session.output_tokens == 0 else self._later_rounds
         wanted = None
@@ -187,14 +202,18 @@ class Drafter:
                 draft.tokens,
                 round_.acceptance,
                 self.instance,
-                elapsed_ms + (sent - started) * 1000,
+                # Slack is told as it will be when the round arrives.
+                elapsed_ms + (sent - started) * 1000 + control.pace.one_way_ms,
                 draft_ms,
                 attempt,
                 wanted,
                 HiddenFormat(self._settings.hidden_format),
             )
             self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
-            await self._broker.publish(verify, topology.VERIFY)
+            if serving.device is not None:
+                serving.device.send(verify)
+            else:
+                await self._publish(verify)
             if ahead is None:
                 ahead = self._draft_ahead(serving, request, draft)
             result = await self._result(session, timer.timeout_ms(attempt) / 1000)
@@ -219,11 +238,16 @@ class Drafter:
         metrics.count(round_, verified, accepted, draft)
         if serving.states is not None and len(session.tokens) < base_len:
             serving.states.truncate(len(session.tokens))
-        serving.ahead = _made_ahead(ahead)
+        serving.ahead = None if ahead is None else ahead.made(serving.device)
         return True
 
-    async def _draft(self, serving: Serving) -> tuple[Draft, Round, DraftRequest]:
-        """The round's draft: the one made ahead if what it was made for has come true, else a new one."""
+    async def _publish(self, verify: Verify) -> None:
+        await self._broker.publish(verify, topology.VERIFY)
+
+    async def _draft(self, serving: Serving) -> tuple[Draft, Round, DraftRequest, float]:
+        """The round's draft: the one made ahead if what it was made for has come true, else a new one; and the
+        milliseconds that it took, or takes on the emulated device."""
+        started = time.monotonic()
         session, control = serving.session, serving.control
         ahead, serving.ahead = serving.ahead, None
         if ahead is not None:
@@ -231,17 +255,21 @@ class Drafter:
             kept = bool(draft.tokens) and assumed == session.tokens
             metrics.AHEAD.labels("kept" if kept else "dropped").inc()
             if kept:
-                return draft, round_, serving.request(round_)
+                return draft, round_, serving.request(round_), 0.0
         room = session.draft_room(self._settings.draft_length)
         round_ = control.begin(room, session.generate.sampling.temperature)
         request = serving.request(round_)
         draft, took_ms = await serving.worker.draft(request)
         round_.cut(len(draft.tokens))
+        if self._profile is not None:
+            for source, steps in draft.steps.items():
+                control.pace.learn_draft(source, steps, self._profile.steps_ms(steps))
+            return draft, round_, request, self._profile.draft_ms(draft)
         for source, steps in draft.steps.items():
             control.pace.learn_draft(source, steps, took_ms, draft.computed)
-        return draft, round_, request
+        return draft, round_, request, (time.monotonic() - started) * 1000
 
-    def _draft_ahead(self, serving: Serving, request: DraftRequest, draft: Draft) -> _Ahead | None:
+    def _draft_ahead(self, serving: Serving, request: DraftRequest, draft: Draft) -> AheadInMaking | None:
         """Start drafting for the round after this one, as if all of this draft were accepted."""
         session, control = serving.session, serving.control
         if not self._settings.optimistic or control.resting:
@@ -253,7 +281,9 @@ class Drafter:
         # A copy of the tokens: the result may extend them while the source still drafts in its thread.
         following = replace(request, tokens=list(request.tokens), round=round_, states=None)
         answer = serving.worker.ahead(following, draft)
-        return None if answer is None else _Ahead([*session.tokens, *draft.tokens], round_, answer)
+        if answer is None:
+            return None
+        return AheadInMaking([*session.tokens, *draft.tokens], round_, answer, time.monotonic())
 
     async def _result(self, session: DraftSession, timeout_s: float) -> Result | Cancel | None:
         """The message that settles the round in flight; None when it does not come in time."""
@@ -268,15 +298,6 @@ class Drafter:
             return None
 
 
-@dataclass(frozen=True)
-class _Ahead:
-    """A draft being made for the round after the one in flight; `tokens` are the session's if all is accepted."""
-
-    tokens: list[int]
-    round: Round
-    answer: asyncio.Future[tuple[Ahead | None, float]]
-
-
 def _judged(result: Result) -> tuple[int, int]:
     """How many draft tokens were verified, and how many of these accepted."""
     # Where the text ended with a draft token, those behind it were not judged. A result that repeats what an earlier
@@ -284,14 +305,3 @@ def _judged(result: Result) -> tuple[int, int]:
     ended = len(result.tokens) <= result.accepted
     verified = min(result.trimmed_to, result.accepted) if ended else result.trimmed_to
     return verified, min(result.accepted, verified)
-
-
-def _made_ahead(ahead: _Ahead | None) -> tuple[list[int], Draft, Round] | None:
-    """What came of it, if it is there already: it is not worth waiting for."""
-    if ahead is None:
-        return None
-    if not ahead.answer.done():
-        ahead.answer.cancel()
-        return None
-    made, _ = ahead.answer.result()
-    return None if made is None else ([*ahead.tokens, made.bonus], made.draft, ahead.round)

@@ -20,6 +20,8 @@ class DraftSession:
     """Every committed token, prompt first."""
     round: int = 0
     """The round to be verified next, or in flight."""
+    first_ms: float | None = None
+    """When its first output token came, counted as `elapsed_ms`."""
     finish: Finish | None = None
     failure: Failure | None = None
 
@@ -63,7 +65,7 @@ class DraftSession:
             drafter=drafter,
             gateway=self.generate.gateway,
             fingerprint=self.generate.fingerprint,
-            slack_ms=slo.slack_ms(self.generate.slo, elapsed_ms, self.output_tokens),
+            slack_ms=slo.slack_ms(self.generate.slo, elapsed_ms, self.output_tokens, self.first_ms),
             tpot_ms=self.generate.slo.tpot_ms if self.generate.slo else None,
             service_class=self.generate.service_class,
             draft_ms=draft_ms,

@@ -42,6 +42,11 @@ class DrafterSettings(TargetSettings):
         False, description="draft on while a round is being verified; pays only where a draft step is slow"
     )
     max_sessions: int = Field(64, ge=1, le=10000, description="sessions served at once; others wait in the queue")
+    device_profile: str = Field(
+        "",
+        description="let each session draft and send as slowly as this device: a shipped profile (raspberry-pi-5, "
+        "jetson-orin-nano, laptop, phone) or a TOML file",
+    )
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")
 
     @model_validator(mode="after")

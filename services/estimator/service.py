@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 
-from services.estimator.fit import VerifierFit
 from services.estimator.settings import EstimatorSettings
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError
+from shared.fit import VerifierFit
 from shared.messages import CostModel, Message, Sample
 from shared.service import running
 from shared.store import Store
@@ -20,22 +20,24 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
     log = logging.get()
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    known: dict[str, CostModel] = {}
-    try:
-        known = {model.verifier: model for model in await store.cost_models()}
-    except BrokersError as error:
-        log.warning("starting without the stored cost models", error=str(error))
     fits: dict[str, VerifierFit] = {}
     changed: set[str] = set()
 
     async def receive(message: Message) -> None:
-        if isinstance(message, Sample):
-            name = message.verifier
-            if name not in fits:
-                fits[name] = VerifierFit(name, settings.forgetting, known.get(name))
+        if not isinstance(message, Sample):
+            return
+        name = message.verifier
+        if name not in fits:
+            # Read only now: while this estimator was a stand-by, the active one has stored newer models.
+            start = None if message.profile else await _stored(store, name)
+            fits.setdefault(name, VerifierFit(name, settings.forgetting, start))
+        fit = fits[name]
+        if message.profile:
+            fit.start_from(message.batches)
+        else:
             for batch in message.batches:
-                fits[name].add(batch, profile=message.profile)
-            changed.add(name)
+                fit.add(batch)
+        changed.add(name)
 
     async def publish() -> None:
         while True:
@@ -52,9 +54,17 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
 
     try:
         await broker.consume(broker.topology.sample_queue(), receive)
-        log.info("ready", known=len(known))
+        log.info("ready")
         async with running(stop, publish()):
             pass
     finally:
         await broker.close()
         await store.close()
+
+
+async def _stored(store: Store, verifier: str) -> CostModel | None:
+    try:
+        return next((model for model in await store.cost_models() if model.verifier == verifier), None)
+    except BrokersError as error:
+        logging.get().warning("starting without the stored cost model", verifier=verifier, error=str(error))
+        return None

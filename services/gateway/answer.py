@@ -25,6 +25,8 @@ STREAM_HEADERS = {
     "x-accel-buffering": "no",
 }
 
+CANCEL_AGAIN_S = 0.1
+
 
 @dataclass(frozen=True)
 class Order:
@@ -63,9 +65,7 @@ class Answer(Response):
                 logging.get().info("client went away", session=self._reply.id)
         finally:
             for task in (work, gone):
-                task.cancel()
-                with suppress(asyncio.CancelledError, ApiError):
-                    await task
+                await _stop(task)
 
     async def _send(self, send: Send) -> None:
         async with self._backend.run(self._order.plans, self._order.started_s) as run:
@@ -141,7 +141,25 @@ class Answer(Response):
         return Usage(self._order.prompt_tokens, sum(live.session.tally.tokens for live in run.lives))
 
     def _summary(self, run: Run) -> Fields:
-        return stream.summary([live.session.tally for live in run.lives], run.ttft_ms, run.total_ms)
+        plan = self._order.plans[0]
+        return stream.summary(
+            [live.session.tally for live in run.lives],
+            [live.outcome for live in run.lives if live.outcome is not None],
+            run.ttft_ms,
+            run.total_ms,
+            service_class=plan.service_class,
+            slo=plan.slo,
+        )
+
+
+async def _stop(task: asyncio.Future[None]) -> None:
+    """Cancel a task and wait for its end."""
+    # Until Python 3.12, a cancellation is lost that meets the end of what `asyncio.wait_for` waits for.
+    while not task.done():
+        task.cancel()
+        await asyncio.wait({task}, timeout=CANCEL_AGAIN_S)
+    with suppress(asyncio.CancelledError, ApiError):
+        await task
 
 
 async def _start(send: Send, headers: dict[str, str]) -> None:

@@ -21,19 +21,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.answer import Answer, Order
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error, invalid
+from services.gateway.headers import draft_of, pool_of
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Limits, check_prompt, plan
 from services.gateway.prompt import chat_prompt, text_prompt
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.settings import GatewaySettings
-from services.gateway.slo import slo_of
+from services.gateway.slo import class_of, slo_of
 from services.gateway.stream import Reply
 from shared import logging
-from shared.messages import DraftChoice
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
-DRAFT_HEADER = "x-wisp-draft"
 SEED_HEADER = "x-wisp-seed"
 
 
@@ -146,6 +145,8 @@ def _answer(
     chat = isinstance(asked, ChatRequest)
     name = f"{'chatcmpl' if chat else 'cmpl'}-{token_hex(12)}"
     seed = asked.seed if asked.seed is not None else randbits(63)
+    classes = gateway.settings.slo_classes
+    service_class = class_of(asked.service_tier, classes)
     plans = plan(
         asked,
         name,
@@ -154,8 +155,10 @@ def _answer(
         limits,
         limit=limit,
         stop_ids=gateway.folder.eos_ids,
-        slo=slo_of(request.headers, asked.service_tier, gateway.settings.slo_classes),
-        draft=asked.wisp.draft or _draft_header(request),
+        slo=slo_of(request.headers, asked.service_tier, classes),
+        service_class=service_class,
+        pool=asked.wisp.pool or pool_of(request.headers),
+        draft=asked.wisp.draft or draft_of(request.headers),
         echoes=echoes,
     )
     reply = Reply(
@@ -165,6 +168,7 @@ def _answer(
         fingerprint=f"fp_{gateway.fingerprint[:16]}",
         chat=chat,
         include_usage=asked.stream_options.include_usage,
+        service_tier=None if asked.service_tier is None else service_class,
     )
     order = Order(
         plans,
@@ -190,15 +194,6 @@ def _check_model(gateway: Gateway, name: str) -> None:
 def _check_choices(gateway: Gateway, count: int) -> None:
     if count > (most := gateway.settings.max_choices):
         raise invalid(f"prompts times n is {count}, and one request may ask for {most} texts at most", "n")
-
-
-def _draft_header(request: Request) -> DraftChoice:
-    text = request.headers.get(DRAFT_HEADER, DraftChoice.AUTO.value)
-    try:
-        return DraftChoice(text)
-    except ValueError:
-        known = ", ".join(choice.value for choice in DraftChoice)
-        raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {text[:60]!r}", DRAFT_HEADER) from None
 
 
 async def _body(request: Request, limit: int, timeout_s: float) -> bytes:

@@ -6,41 +6,26 @@ import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from time import monotonic
-from typing import Any, Protocol
+from typing import Any
 
+from services.gateway.admission import Admission, Demand
 from services.gateway.errors import ApiError, unavailable
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
 from services.gateway.run import Live, Run
 from services.gateway.session import Session
+from services.gateway.slo import Outcome, judge
+from services.gateway.start import Publisher, SessionStore, Starter
 from shared import logging, topology
-from shared.errors import BrokersError, Unroutable
-from shared.messages import Cancel, Failure, Generate, Message, Result, Status
-from shared.store import Progress, Request, SessionStatus
+from shared.errors import BrokersError
+from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
+from shared.store import SessionStatus
 
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
-
-
-class Publisher(Protocol):
-    """What is needed of `shared.broker.Broker`."""
-
-    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
-        """See there."""
-
-
-class SessionStore(Protocol):
-    """What is needed of `shared.store.Store`."""
-
-    async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
-        """See there."""
-
-    async def progress(self, session: str, from_len: int) -> Progress | None:
-        """See there."""
-
-    async def cancel(self, session: str) -> None:
-        """See there."""
+NOTHING = Outcome(ttft_ms=None, tpot_ms=None, attained=False)
+"""What became of a text that was never started."""
 
 
 class Backend:
@@ -52,11 +37,11 @@ class Backend:
         store: SessionStore,
         new_session: Callable[[Plan], Session],
         metrics: Metrics,
+        admission: Admission,
         *,
         instance: str,
         fingerprint: str,
         vocab_fingerprint: str,
-        max_sessions: int,
         idle_check_s: float,
         stall_timeout_s: float,
     ) -> None:
@@ -64,10 +49,8 @@ class Backend:
         self._store = store
         self._new_session = new_session
         self._metrics = metrics
-        self._instance = instance
-        self._fingerprint = fingerprint
-        self._vocab_fingerprint = vocab_fingerprint
-        self._max_sessions = max_sessions
+        self._admission = admission
+        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint)
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
         self._live: dict[str, Live] = {}
@@ -86,34 +69,37 @@ class Backend:
     async def run(self, plans: Sequence[Plan], started_s: float) -> AsyncIterator[Run]:
         """Start a request's sessions; those that run at the end of the context are cancelled.
 
-        `started_s` is when the request came in. Raises ApiError: 429 when too many sessions run, 503 when a part that
-        is needed is away.
+        `started_s` is when the request came in. Raises ApiError: 429 when admission refuses it, 503 when a part that is
+        needed is away.
         """
-        self._admit(len(plans))
+        self._admit(plans, started_s)
         run = Run([])
         reason = "error"
         try:
             for plan in plans:
                 run.lives.append(self._register(plan, run.wake, started_s))
             for live in run.lives:
-                await self._start(live)
+                await self._starter.start(live.plan, started_s)
             reason = "abort"
             yield run
         finally:
             for live in run.lives:
                 self._end(live, reason)
 
-    def _admit(self, count: int) -> None:
+    def _admit(self, plans: Sequence[Plan], started_s: float) -> None:
         if self.draining:
             raise unavailable("this gateway is shutting down; try again", "shutting_down")
-        if self.running + count > self._max_sessions:
-            raise ApiError(
-                429,
-                f"{self.running} texts are being generated and {count} more would pass the limit of "
-                f"{self._max_sessions}; try again later",
-                code="too_many_sessions",
-                retry_after_s=1,
-            )
+        first = plans[0]
+        now = monotonic()
+        prompts = tuple(len(plan.prompt) for plan in plans)
+        demand = Demand(first.service_class, first.slo, prompts, (now - started_s) * 1000)
+        if (refusal := self._admission.ask(demand, now * 1000)) is None:
+            return
+        self._log.info("request refused", code=refusal.code, reason=refusal.message, service_class=first.service_class)
+        self._metrics.refused(first.service_class, refusal.code, len(plans))
+        for plan in plans:
+            self._spawn(self._tell_end(plan, "refused"))
+        raise ApiError(429, refusal.message, code=refusal.code, retry_after_s=refusal.retry_after_s)
 
     def _register(self, plan: Plan, wake: asyncio.Event, started_s: float) -> Live:
         now = monotonic()
@@ -121,47 +107,18 @@ class Backend:
             plan, self._new_session(plan), wake, started_s, now, self._idle_check_s, check_s=now + self._idle_check_s
         )
         self._live[plan.session] = live
+        self._admission.start(plan.session, plan.service_class, plan.slo, len(plan.prompt), now * 1000)
         self._metrics.running.inc()
         self._metrics.prompt_tokens.inc(len(plan.prompt))
         return live
 
-    async def _start(self, live: Live) -> None:
-        plan = live.plan
-        record = Request(
-            session=plan.session,
-            gateway=self._instance,
-            prompt_len=len(plan.prompt),
-            sampling=plan.sampling,
-            stop_ids=plan.stop_ids,
-            max_tokens=plan.max_tokens,
-            fingerprint=self._fingerprint,
-            slo=plan.slo,
-        )
-        try:
-            await self._store.create(record, plan.prompt, (monotonic() - live.started_s) * 1000)
-            generate = Generate(
-                session=plan.session,
-                gateway=self._instance,
-                prompt=plan.prompt,
-                sampling=plan.sampling,
-                stop_ids=plan.stop_ids,
-                max_tokens=plan.max_tokens,
-                fingerprint=self._fingerprint,
-                vocab_fingerprint=self._vocab_fingerprint,
-                slo=plan.slo,
-                draft=plan.draft,
-                elapsed_ms=(monotonic() - live.started_s) * 1000,
-            )
-            await self._publisher.publish(generate, topology.generate(), persistent=True)
-        except Unroutable as error:
-            raise unavailable("no drafter is running; try again when one has started", "no_drafter") from error
-        except BrokersError as error:
-            raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
-
     async def receive(self, message: Message) -> None:
         """Handle a message from this gateway's queue; results of sessions that have ended are ignored."""
-        if isinstance(message, Result) and (live := self._live.get(message.session)) is not None:
+        if isinstance(message, Load):
+            self._admission.hear(message, monotonic() * 1000)
+        elif isinstance(message, Result) and (live := self._live.get(message.session)) is not None:
             self._log.debug("result received", round=message.round, status=message.status)
+            self._admission.answered(message.session)
             tokens = live.session.tally.tokens
             length = live.session.length
             live.session.result(message)
@@ -197,8 +154,8 @@ class Backend:
             for live in tuple(self._live.values()):
                 if now - live.progress_s >= self._stall_timeout_s:
                     text = (
-                        f"no token came for {self._stall_timeout_s:g} s: no drafter or verifier works on this session, "
-                        "or they are overloaded; try again later"
+                        f"no token came for {self._stall_timeout_s:g} s: no drafter of pool {live.plan.pool!r} or no "
+                        "verifier works on this session, or they are overloaded; try again later"
                     )
                     self._fail(live, Failure(code="timeout", message=text))
                 elif now >= live.check_s:
@@ -253,10 +210,31 @@ class Backend:
         if not self._live:
             self._idle.set()
         session = live.session
+        now = monotonic()
+        self._admission.end(live.plan.session, now * 1000)
+        total_s = now - live.started_s
+        first_ms = None if live.first_s is None else (live.first_s - live.started_s) * 1000
+        outcome = judge(live.plan.slo, session.finish is not None, session.tally.tokens, first_ms, total_s * 1000)
+        live.outcome = outcome
         self._metrics.running.dec()
-        self._metrics.finished(reason, session.tally, monotonic() - live.started_s)
+        self._metrics.finished(reason, session.tally, total_s, live.plan.service_class, outcome.attained)
+        self._spawn(self._tell_end(live.plan, reason, session.tally.tokens, outcome))
         if session.finish is None or session.stopped_early:
             self._spawn(self._cancel(live.plan.session, "stop string" if session.stopped_early else reason))
+
+    async def _tell_end(self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING) -> None:
+        ended = Ended(
+            session=plan.session,
+            service_class=plan.service_class,
+            slo=plan.slo,
+            reason=reason,
+            prompt_tokens=len(plan.prompt),
+            tokens=tokens,
+            ttft_ms=outcome.ttft_ms,
+            tpot_ms=outcome.tpot_ms,
+            attained=outcome.attained,
+        )
+        await self._publisher.publish(ended, topology.ENDED)
 
     async def _cancel(self, session: str, reason: str) -> None:
         async def mark() -> None:

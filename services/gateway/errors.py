@@ -7,6 +7,11 @@ from typing import Any
 from shared.errors import WispError
 from shared.messages import Failure
 
+REFUSED_HEADER = "x-wisp-refused"
+DROPPED_HEADER = "x-llm-d-request-dropped-reason"
+"""llm-d's; its value for a request that was refused for want of capacity is `DROPPED`."""
+DROPPED = "rejected-saturated"
+
 _TYPES = {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 
 _STATUS_OF_FAILURE = {
@@ -47,7 +52,10 @@ class ApiError(WispError):
     @property
     def headers(self) -> dict[str, str]:
         """Headers that belong to the error."""
-        return {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
+        if self.status == 429 and self.code:
+            headers |= {REFUSED_HEADER: self.code, DROPPED_HEADER: DROPPED}
+        return headers
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:

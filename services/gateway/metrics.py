@@ -42,11 +42,30 @@ class Metrics:
         self._success = Counter(
             "wisp_request_success", "Texts that ended", [*labels, "finished_reason"], registry=registry
         )
+        classed = [*labels, "service_class"]
+        self._slo = Counter(
+            "wisp_slo_requests",
+            "Texts that ended, by whether they came to their own end within their SLO",
+            [*classed, "attained"],
+            registry=registry,
+        )
+        self._goodput = Counter(
+            "wisp_goodput_tokens", "Output tokens of texts that attained their SLO", classed, registry=registry
+        )
+        self._refused = Counter(
+            "wisp_requests_refused", "Texts that were refused with a 429", [*classed, "reason"], registry=registry
+        )
         self._model = model
 
-    def finished(self, reason: str, tally: Tally, total_s: float) -> None:
+    def refused(self, service_class: str, reason: str, texts: int) -> None:
+        """A request for so many texts was refused."""
+        self._refused.labels(self._model, service_class, reason).inc(texts)
+
+    def finished(self, reason: str, tally: Tally, total_s: float, service_class: str, attained: bool) -> None:
         """A text ended: `stop`, `length`, `abort` (nobody waits for it any more) or `error`."""
         self._success.labels(self._model, reason).inc()
+        self._slo.labels(self._model, service_class, str(attained).lower()).inc()
+        self._goodput.labels(self._model, service_class).inc(tally.tokens if attained else 0)
         self.drafts.inc(tally.drafts)
         self.draft_tokens.inc(tally.verified)
         self.accepted_tokens.inc(tally.accepted)

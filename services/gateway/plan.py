@@ -22,6 +22,8 @@ class Plan:
     max_tokens: int
     stops: list[str]
     slo: Slo | None
+    service_class: str
+    pool: str
     draft: DraftChoice
     echo: str = ""
     """Text that is returned before the generated text."""
@@ -46,6 +48,8 @@ def plan(
     limit: int | None,
     stop_ids: Sequence[int],
     slo: Slo | None,
+    service_class: str,
+    pool: str,
     draft: DraftChoice,
     echoes: Sequence[str],
 ) -> list[Plan]:
@@ -68,6 +72,8 @@ def plan(
                     max_tokens=room if limit is None else min(limit, room),
                     stops=request.stop,
                     slo=slo,
+                    service_class=service_class,
+                    pool=pool,
                     draft=draft,
                     echo=echo,
                 )

@@ -10,6 +10,7 @@ from time import monotonic
 from services.gateway.errors import from_failure
 from services.gateway.plan import Plan
 from services.gateway.session import Piece, Session
+from services.gateway.slo import Outcome
 from shared.messages import Finish
 
 
@@ -27,6 +28,8 @@ class Live:
     check_s: float
     """When the session's state is read from Redis, unless there is news before."""
     first_s: float | None = None
+    outcome: Outcome | None = None
+    """Set at the end."""
     token_s: float = 0.0
     checking: bool = False
     """Whether the state is being read."""

@@ -14,6 +14,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from services.gateway.errors import ApiError, invalid
 from shared.messages import DraftChoice, Sampling
+from shared.settings import NAME_PATTERN
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024
@@ -106,6 +107,8 @@ class WispOptions(_Body):
     trace: Annotated[bool, _or(False)] = False
     """Tell for each token whether it was drafted, and what the rounds cost."""
     draft: Annotated[DraftChoice | None, Field(strict=False)] = None
+    pool: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
+    """Drafters of this pool only."""
 
 
 class Part(_Body):

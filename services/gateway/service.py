@@ -9,6 +9,7 @@ from collections.abc import Awaitable
 import uvicorn
 from prometheus_client import REGISTRY, CollectorRegistry
 
+from services.gateway.admission import Admission
 from services.gateway.app import Gateway, create_app
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError
@@ -26,7 +27,7 @@ from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 from shared.service import running
 from shared.store import Store
-from shared.topology import Queue, Topology, result
+from shared.topology import LOAD, Queue, Topology, result
 
 READY_TIMEOUT_S = 2.0
 CLOSING_S = 5
@@ -63,14 +64,14 @@ async def serve(
         store,
         new_session,
         metrics,
+        Admission(settings.slo_classes, settings.max_sessions, settings.max_backlog_ms, settings.admission),
         instance=instance,
         fingerprint=fingerprint,
         vocab_fingerprint=folder.vocab_fingerprint,
-        max_sessions=settings.max_sessions,
         idle_check_s=settings.idle_check_s,
         stall_timeout_s=settings.stall_timeout_s,
     )
-    queue = topology.own_queue("gateway", instance, (result(instance),))
+    queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
 
     async def missing() -> dict[str, str | None]:

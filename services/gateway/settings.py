@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from pydantic import Field, field_validator
 
-from shared.messages import DEFAULT_CLASS, Slo
+from services.gateway.slo import ServiceClass
+from shared.messages import DEFAULT_CLASS, Name
 from shared.settings import TargetSettings
+
+ADMIT_TO = {"priority": 1.0, "flex": 0.8}
+"""`admit_to` of classes that are given without it."""
+OTHERS_ADMIT_TO = 0.9
+STANDARD_CLASSES: Any = {
+    "priority": {"ttft_ms": 500, "tpot_ms": 50},
+    DEFAULT_CLASS: {"ttft_ms": 2000, "tpot_ms": 200},
+    "flex": None,
+}
+"""As they are given in JSON."""
 
 
 class GatewaySettings(TargetSettings):
@@ -23,20 +36,41 @@ class GatewaySettings(TargetSettings):
     )
     stall_timeout_s: float = Field(60, gt=0, description="seconds without progress after which a session is given up")
     drain_s: float = Field(20, ge=0, description="seconds that running requests may take to end after SIGTERM")
-    slo_classes: dict[str, Slo | None] = Field(
-        {
-            "priority": Slo(ttft_ms=500, tpot_ms=50),
-            DEFAULT_CLASS: Slo(ttft_ms=2000, tpot_ms=200),
-            "flex": None,
-        },
-        description="speed promise of each service_tier, as JSON; null promises nothing; `default` is for all others",
+    admission: bool = Field(
+        True,
+        description="refuse requests whose promise the present load would break, theirs or others'; false: only "
+        "the limits of sessions and backlog refuse",
     )
+    max_backlog_ms: float = Field(
+        30000,
+        gt=0,
+        description="milliseconds of work waiting for the verifiers over which requests get a 429; each "
+        "class has its admit_to of it",
+    )
+    slo_classes: dict[Name, ServiceClass] = Field(
+        STANDARD_CLASSES,
+        description="what each service_tier is promised (ttft_ms, tpot_ms; null promises nothing), the share of the "
+        "verifiers' time up to which it is taken (admit_to), and its own limit of texts (max_sessions), as JSON; "
+        "`default` is for all others",
+    )
+
+    @field_validator("slo_classes", mode="before")
+    @classmethod
+    def _null_promises_nothing(cls, classes: object) -> object:
+        if not isinstance(classes, dict):
+            return classes
+        return {
+            name: {"admit_to": ADMIT_TO.get(name, OTHERS_ADMIT_TO)} | (given or {})
+            if given is None or isinstance(given, dict)
+            else given
+            for name, given in classes.items()
+        }
 
     @field_validator("slo_classes")
     @classmethod
-    def _has_default(cls, classes: dict[str, Slo | None]) -> dict[str, Slo | None]:
-        if classes.get(DEFAULT_CLASS) is None:
+    def _has_default(cls, classes: dict[str, ServiceClass]) -> dict[str, ServiceClass]:
+        if DEFAULT_CLASS not in classes or classes[DEFAULT_CLASS].slo is None:
             raise ValueError(
-                f"the class {DEFAULT_CLASS!r} is missing or null; it completes requests with one SLO header"
+                f"the class {DEFAULT_CLASS!r} is missing or promises nothing; it completes requests with one SLO header"
             )
         return classes

@@ -1,9 +1,13 @@
-"""Which speed a request is promised: by its headers, else by its service tier's class."""
+"""Service classes, which speed a request is promised, and whether the promise was kept. Pure."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.gateway.errors import invalid
 from shared.messages import DEFAULT_CLASS, Slo
@@ -11,20 +15,54 @@ from shared.messages import DEFAULT_CLASS, Slo
 TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, Slo | None]) -> Slo | None:
+
+class ServiceClass(BaseModel):
+    """What requests of a class are promised, and how far they are taken."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+    """Both or none; none promises nothing: best effort."""
+    admit_to: Annotated[float, Field(gt=0, le=10)] = 0.9
+    """Share of the verifiers' time promised to sessions up to which requests of the class are taken; above 1,
+    more is promised than can be kept."""
+    max_sessions: Annotated[int, Field(ge=1)] | None = None
+    """Texts of the class generated at once; None for no limit of its own."""
+
+    @model_validator(mode="after")
+    def _whole_promise(self) -> ServiceClass:
+        if (self.ttft_ms is None) != (self.tpot_ms is None):
+            raise ValueError("a promise has both ttft_ms and tpot_ms; best effort has neither")
+        return self
+
+    @property
+    def slo(self) -> Slo | None:
+        """The promise; None for best effort."""
+        if self.ttft_ms is None or self.tpot_ms is None:
+            return None
+        return Slo(ttft_ms=self.ttft_ms, tpot_ms=self.tpot_ms)
+
+
+def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:
+    """The class that a `service_tier` names; the default one for none and for unknown ones, `auto` among them."""
+    return tier if tier is not None and tier in classes else DEFAULT_CLASS
+
+
+def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, ServiceClass]) -> Slo | None:
     """The request's SLO; None where its class promises nothing.
 
     A header goes before the class. Where only one of the two is given, the class completes it; a class without a
-    promise is completed from the default class. Unknown tiers are served as the default one. Raises ApiError.
+    promise is completed from the default class. Raises ApiError.
     """
-    default = classes[DEFAULT_CLASS]
-    own = classes.get(tier, default) if tier is not None else default
+    own = classes[class_of(tier, classes)].slo
     ttft_ms = _milliseconds(headers, TTFT_HEADERS)
     tpot_ms = _milliseconds(headers, TPOT_HEADERS)
     if ttft_ms is None and tpot_ms is None:
         return own
-    base = own or default
+    base = own or classes[DEFAULT_CLASS].slo
     assert base is not None  # the settings refuse a default class without a promise
     return Slo(
         ttft_ms=base.ttft_ms if ttft_ms is None else ttft_ms, tpot_ms=base.tpot_ms if tpot_ms is None else tpot_ms
@@ -43,3 +81,28 @@ def _milliseconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float |
             raise invalid(f"header {name} must be a positive number of milliseconds, not {text[:60]!r}", param=name)
         return value
     return None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How fast a text came."""
+
+    ttft_ms: float | None
+    """Time to its first token; to its end, if it came to its own end without one."""
+    tpot_ms: float | None
+    """Mean time per output token after the first; None for a text of fewer than two."""
+    attained: bool
+    """Whether it came to its own end within its SLO; true for every complete text without one."""
+
+
+def judge(slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float) -> Outcome:
+    """What became of a text of so many tokens; times since the request came in.
+
+    `complete` says that it came to its own end: an end-of-text token, a stop string, or its limit of tokens.
+    """
+    ttft_ms = total_ms if complete and first_ms is None else first_ms
+    tpot_ms = None if first_ms is None or tokens < 2 else (total_ms - first_ms) / (tokens - 1)
+    kept = slo is None or (
+        ttft_ms is not None and ttft_ms <= slo.ttft_ms and (tpot_ms is None or tpot_ms <= slo.tpot_ms)
+    )
+    return Outcome(ttft_ms, tpot_ms, complete and kept)

@@ -8,6 +8,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from services.gateway.session import Piece, Round, Tally, Token
+from services.gateway.slo import Outcome
+from shared.messages import Slo
 
 DONE = b"data: [DONE]\n\n"
 
@@ -48,6 +50,8 @@ class Reply:
     fingerprint: str
     chat: bool
     include_usage: bool = False
+    service_tier: str | None = None
+    """The class that serves the request, where it asked for a tier."""
 
     def opening(self, index: int) -> Fields | None:
         """The first chunk of a chat's text, which names the role; completions have none."""
@@ -94,13 +98,16 @@ class Reply:
         return fields
 
     def _common(self, chat_object: str) -> Fields:
-        return {
+        fields: Fields = {
             "id": self.id,
             "object": chat_object if self.chat else "text_completion",
             "created": self.created,
             "model": self.model,
             "system_fingerprint": self.fingerprint,
         }
+        if self.service_tier is not None:
+            fields["service_tier"] = self.service_tier
+        return fields
 
 
 def encode(fields: Fields) -> bytes:
@@ -135,14 +142,29 @@ def tokens(made: Sequence[Token]) -> list[Fields]:
     return [{"id": token.id, "text": token.text, "draft": token.draft} for token in made]
 
 
-def summary(tallies: Sequence[Tally], ttft_ms: float, total_ms: float) -> Fields:
-    """What a request cost. Messaging is what remains of its time after drafting, queueing and verifying.
+def summary(
+    tallies: Sequence[Tally],
+    outcomes: Sequence[Outcome],
+    ttft_ms: float,
+    total_ms: float,
+    *,
+    service_class: str,
+    slo: Slo | None,
+) -> Fields:
+    """What a request was promised, how fast it came, and what it cost. Messaging is what remains of its time after
+    drafting, queueing and verifying.
 
-    Sums over a request's texts; as these run side by side, messaging is meaningful for a single text only.
+    Sums over a request's texts; as these run side by side, messaging is meaningful for a single text only. A request
+    of several texts attains if all of them do, and its time per output token is that of the slowest.
     """
+    tpots_ms = [outcome.tpot_ms for outcome in outcomes if outcome.tpot_ms is not None]
     work = {name: sum(getattr(t, name) for t in tallies) for name in ("draft_ms", "queue_ms", "verify_ms")}
     return {
         **{name: sum(getattr(t, name) for t in tallies) for name in _COUNTS},
+        "service_class": service_class,
+        "slo": slo and {"ttft_ms": slo.ttft_ms, "tpot_ms": slo.tpot_ms},
+        "attained": all(outcome.attained for outcome in outcomes),
+        "tpot_ms": None if not tpots_ms else round(max(tpots_ms), 3),
         "ttft_ms": round(ttft_ms, 3),
         "total_ms": round(total_ms, 3),
         **{name: round(value, 3) for name, value in work.items()},

@@ -23,7 +23,7 @@ class Limits:
 
     max_batch_ms: float
     max_batch_tokens: int
-    max_wait_ms: float = 5000.0
+    max_wait_ms: float = 3000.0
 
 
 @dataclass
@@ -79,6 +79,8 @@ class Batching:
         """Predicted time of the batch as it is."""
         self.full = False
         """Whether a round, not counting prompts, did not fit."""
+        self.has_late = False
+        """Whether a round in it has an SLO and will be late."""
         self.limit_ms = limits.max_batch_ms
         """Longest predicted time that it may come to have."""
         self._most_tokens = limits.max_batch_tokens
@@ -122,8 +124,12 @@ class Batching:
             return False
         self._add(job, grown_ms, Chosen(waiting, reason, draft), waiting.pending.length_after)
         due_ms = waiting.pending.due_ms
-        if due_ms is not None and grown_ms <= (slack_ms := self.slack_ms(due_ms)):
+        if due_ms is None:
+            return True
+        if grown_ms <= (slack_ms := self.slack_ms(due_ms)):
             self.limit_ms = min(self.limit_ms, slack_ms)
+        else:
+            self.has_late = True
         return True
 
     def take_token(self, chosen: Chosen, value: float, idle_ms: float) -> bool:

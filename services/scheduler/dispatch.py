@@ -127,7 +127,8 @@ class Dispatcher:
                 self.fleet.add(job, now_ms)
             return
         if known is not None and known.due_ms is not None and known.tpot_ms is not None:
-            known.due_ms += known.tpot_ms * len(result.tokens)
+            from_ms = now_ms if job.verify.round == 0 else known.due_ms
+            known.due_ms = from_ms + known.tpot_ms * len(result.tokens)
         self._resulted_ms[result.session] = now_ms
         state.returning[result.session] = now_ms + self.return_ms(job.verify.drafter)
 

@@ -96,9 +96,11 @@ def load(
     round_tokens = max(1, round(recent.round_tokens))
     fixed, own, prefill, used, backlog = [], [], [], [], []
     for verifier in usable:
-        model, needed = verifier.model, periods[verifier.name]
+        model = verifier.model
         fixed.append(cost.fixed_ms(model))
         own.append(added_ms(model, round_tokens, round(recent.length), round_tokens))
+        # A promise that even a lone session's rounds would break is served as well as may be, and holds up nobody.
+        needed = [period for period in periods[verifier.name] if period >= fixed[-1] + own[-1]]
         prefill.append(prefill_ms(model))
         used.append(sum(own[-1] / period for period in needed) + (fixed[-1] / min(needed) if needed else 0.0))
         backlog.append(verifier.remaining_ms(now_ms) + fleet.queues[verifier.name].work_ms)

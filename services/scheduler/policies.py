@@ -119,9 +119,10 @@ class WispPlus:
 
     1. Urgent rounds, by deadline, each with its one certain token.
     2. The other rounds' certain tokens and all rounds' draft tokens, by expected tokens per time; a draft token only
-       where it raises the batch's expected tokens per time (`trimming`).
+       where it raises the batch's expected tokens per time (`trimming`). Where one of the urgent is late, rounds that
+       can wait do so: each would make the batch longer.
     3. Prompts with what time is left, in chunks: those that are urgent up to the others' slack, the rest up to a share
-       of it (`chunking`).
+       of it (`chunking`; without it they compete as rounds do, and what does not fit takes all the time that is left).
     """
 
     def __init__(self, without: frozenset[Part] = frozenset()) -> None:
@@ -131,11 +132,10 @@ class WispPlus:
 
     def plan(self, queue: Queue, now: Situation) -> Plan:
         batch = Batching(now.verifier, now.limits, now.start_ms)
-        if self._chunks and (prompt := next(_urgent(queue, now, "prompts"), None)) is not None:
+        if (prompt := next(_urgent(queue, now, "prompts"), None)) is not None:
             batch.set_aside(prompt)
         self._take_rounds(batch, queue, now)
-        if self._chunks:
-            self._take_prompts(batch, queue, now)
+        self._take_prompts(batch, queue, now)
         if not batch.chosen:
             # Not even the first fits: it goes all the same, or it would wait for ever.
             first = next(queue.by("latest start"))
@@ -171,8 +171,8 @@ class WispPlus:
             if missed == LOOK_PAST:
                 break
         rest = queue.by("density" if self._by_density else "arrival", which)
-        others = (w for w in rest if w not in batch and w.latest_ms >= now.horizon_ms)
-        following = next(others, None)
+        others = (w for w in rest if w.latest_ms >= now.horizon_ms)
+        following = None if batch.has_late else next(others, None)
         token_ms = max(1e-6, cost.token_ms(now.verifier.model))
         while following is not None or drafts:
             draft_density = -drafts[0][0] / token_ms if drafts else 0.0
@@ -194,22 +194,22 @@ class WispPlus:
 
     def _take_prompts(self, batch: Batching, queue: Queue, now: Situation) -> None:
         calm_ms = batch.limit_ms
-        if batch.limit_ms < now.limits.max_batch_ms:
-            calm_ms = CALM_SHARE * batch.limit_ms
-        if now.expected_due_ms is not None:
-            calm_ms = min(calm_ms, CALM_SHARE * max(0.0, batch.slack_ms(now.expected_due_ms)))
-        missed = 0
+        if self._chunks:
+            if batch.limit_ms < now.limits.max_batch_ms:
+                calm_ms = CALM_SHARE * batch.limit_ms
+            if now.expected_due_ms is not None:
+                calm_ms = min(calm_ms, CALM_SHARE * max(0.0, batch.slack_ms(now.expected_due_ms)))
         for waiting in queue.by("latest start", "prompts"):
+            if waiting in batch:
+                continue
             urgent = waiting.latest_ms < now.horizon_ms
             limit_ms = batch.limit_ms if urgent else calm_ms
             reason = _reason(waiting, now)
             if not (
                 batch.take_round(waiting, self._certain(waiting), reason, limit_ms=limit_ms)
                 or batch.take_chunk(waiting, reason, limit_ms=limit_ms)
-            ):
-                missed += 1
-                if missed == LOOK_PAST or not urgent:
-                    break
+            ) and not (urgent and batch.tries_prompts()):
+                break
         batch.release_aside()
 
 

@@ -20,7 +20,7 @@ class SchedulerSettings(ServiceSettings):
     max_batch_ms: float = Field(400.0, gt=0, description="longest predicted time of a batch, in milliseconds")
     max_batch_tokens: int = Field(2048, ge=128, description="most tokens computed in one batch")
     max_wait_ms: float = Field(
-        5000.0, gt=0, description="milliseconds after which a round goes before all that arrive later, whatever its SLO"
+        3000.0, gt=0, description="milliseconds after which a round goes before all that arrive later, whatever its SLO"
     )
     sled_batch: int = Field(8, ge=1, description="rounds in a batch of the policy sled")
     sled_fill_ms: float = Field(

@@ -9,56 +9,59 @@ from shared import cost
 from shared.engine import Engine, Step
 from shared.messages import Measurement
 
-REPETITIONS = 2
-CONTEXTS = (64, 448)
-PREFILLS = (64, 256)
+REPETITIONS = 3
+CONTEXTS = (64, 768)
+CHUNK = 256
+KINDS = ((1, 1, 1), (1, 5, 5), (1, 48, 0), (4, 1, 1), (4, 9, 9), (12, 1, 1), (12, 5, 5))
+"""Jobs of a batch, new tokens and rows of logits of each: rounds without and with a draft, and a chunk of a prompt."""
 
 
 def profile(engine: Engine, budget_s: float = 4.0) -> Iterator[Measurement]:
     """Run batches over a small grid of shapes and yield what each took.
 
-    The sessions of a batch share one prefix, so their context is computed once. Stops early when the time budget is
-    used up, after at least one batch of each kind. Leaves the cache as it was but for reclaimable blocks.
+    The sessions of a batch share one prefix, so their context is computed once, in chunks that are measured as well.
+    Stops early when the time budget is used up, after at least one batch of each shape that the cache has room for.
+    Leaves the cache as it was but for reclaimable blocks.
     """
     started = time.perf_counter()
-    tokens = [(7 * i + 11) % engine.vocab_size for i in range(max(CONTEXTS) + max(PREFILLS) + 1)]
-    contexts = [c for c in CONTEXTS if c + 16 <= engine.max_len]
-    shapes = [(jobs, new, context) for context in contexts for jobs in (1, 4, 8) for new in (1, 5)]
-
+    tokens = [(7 * i + 11) % engine.vocab_size for i in range(max(CONTEXTS) + CHUNK)]
+    room = min(engine.max_len, engine.free_tokens // 2)
+    contexts = [context for context in CONTEXTS if context + max(new for _, new, _ in KINDS) <= room]
     # The first pass pays for things that no later one does: kernels compiled or loaded, memory touched.
-    _measure(engine, [("profile-0", 0, min(max(PREFILLS), engine.max_len))], tokens)
+    _measure(engine, [("profile-0", 0, min(CHUNK, room), 0)], tokens)
     engine.release("profile-0")
-    for count in PREFILLS:
-        if count <= engine.max_len:
-            yield _measure(engine, [("profile-0", 0, count)], tokens)
-            engine.release("profile-0")
+    for start in range(0, max(contexts, default=0), CHUNK):
+        yield _measure(engine, [("profile-0", start, min(CHUNK, max(contexts) - start), 0)], tokens)
+    engine.release("profile-0")
     for repetition in range(REPETITIONS):
-        for jobs, new, context in shapes:
-            if jobs * (context % 64 + new) + context > engine.free_tokens // 2:
-                continue
-            if repetition and time.perf_counter() - started > budget_s:
-                return
-            names = [f"profile-{i}" for i in range(jobs)]
-            for name in names:
-                # One token more than the context, because the last one is always left to be computed.
-                held = engine.attach(name, tokens[: context + 1])
-                if held < context:
-                    engine.forward([Step(name, tokens[held:context], rows=0)])
-                    # Agreeing with its own tokens offers the first session's blocks to the others.
-                    engine.attach(name, tokens[: context + 1])
-            yield _measure(engine, [(name, context, new) for name in names], tokens)
-            for name in names:
-                engine.release(name)
+        for context in contexts:
+            for jobs, new, rows in KINDS:
+                if jobs * (context % 64 + new) + context > engine.free_tokens // 2:
+                    continue
+                if repetition and time.perf_counter() - started > budget_s:
+                    return
+                batch = [(f"profile-{i}", context, new, rows) for i in range(jobs)]
+                for name, *_ in batch:
+                    # One token more than the context, because the last one is always left to be computed.
+                    held = engine.attach(name, tokens[: context + 1])
+                    if held < context:
+                        engine.forward([Step(name, tokens[held:context], rows=0)])
+                        # Agreeing with its own tokens offers the first session's blocks to the others.
+                        engine.attach(name, tokens[: context + 1])
+                yield _measure(engine, batch, tokens)
+                for name, *_ in batch:
+                    engine.release(name)
 
 
-def _measure(engine: Engine, jobs: list[tuple[str, int, int]], tokens: list[int]) -> Measurement:
+def _measure(engine: Engine, jobs: list[tuple[str, int, int, int]], tokens: list[int]) -> Measurement:
+    """Time one batch of jobs: session, tokens that it has in the cache, new tokens, rows of logits."""
     steps = []
-    for name, context, new in jobs:
+    for name, context, new, rows in jobs:
         if context == 0:
             engine.attach(name, tokens[:1])
-        steps.append(Step(name, tokens[context : context + new], rows=min(new, 5)))
+        steps.append(Step(name, tokens[context : context + new], rows))
     started = time.perf_counter()
     engine.forward(steps).logits.argmax(-1).tolist()
     elapsed_ms = (time.perf_counter() - started) * 1000
-    shape = cost.shape_of((new, context + new, min(new, 5)) for _, context, new in jobs)
+    shape = cost.shape_of((new, context + new, rows) for _, context, new, rows in jobs)
     return Measurement(shape=shape, measured_ms=elapsed_ms)

@@ -20,6 +20,7 @@ from shared import logging, topology
 from shared.broker import Broker
 from shared.engine import Engine
 from shared.errors import BrokersError
+from shared.fit import VerifierFit
 from shared.messages import (
     Batch,
     BatchShape,
@@ -133,8 +134,7 @@ class Verifier:
             self._receive,
         )
         if measured:
-            profiled = Sample(verifier=self.instance, batches=list(measured), profile=True)
-            await self._broker.publish(profiled, topology.SAMPLE)
+            await self._publish_profile(measured)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
         async with running(stop, self._work(), self._beat()):
             self._draining = True
@@ -144,6 +144,19 @@ class Verifier:
                 await asyncio.wait_for(self._drained(), drain_s)
         with suppress(BrokersError):
             await self._store.silence(self.instance)
+
+    async def _publish_profile(self, measured: Sequence[Measurement]) -> None:
+        """Tell the first cost model, fresher than any that is stored, and to an estimator what it was made from."""
+        fit = VerifierFit(self.instance)
+        fit.start_from(measured)
+        model = fit.model()
+        await self._broker.publish(model, topology.costmodel(self.instance))
+        try:
+            await self._store.save_cost_model(model)
+        except BrokersError as error:
+            self._log.warning("cost model not stored", error=str(error))
+        profiled = Sample(verifier=self.instance, batches=list(measured), profile=True)
+        await self._broker.publish(profiled, topology.SAMPLE)
 
     async def _drained(self) -> None:
         while True:

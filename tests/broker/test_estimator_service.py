@@ -31,25 +31,40 @@ async def test_models_are_published_and_kept_and_a_restart_goes_on_from_them(
     await broker.consume(broker.topology.own_queue("test", "peer", (topology.costmodel("*"),)), models.put)
     shape = cost.shape_of([(8, 108, 1)] * 2)
 
-    async def learn(times: int) -> CostModel:
+    async def learn(batches: list[Measurement], *, profile: bool) -> CostModel:
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(settings, "estimator", stop))
-        await asyncio.sleep(0.5)
-        for _ in range(times):
-            await broker.publish(Sample(verifier="v1", batches=samples(1.0), profile=True), topology.SAMPLE)
+        await broker.publish(Sample(verifier="v1", batches=batches, profile=profile), topology.SAMPLE)
         model = await asyncio.wait_for(models.get(), 10)
-        await asyncio.sleep(0.3)
+        for _ in range(200):
+            if model in await store.cost_models():
+                break
+            await asyncio.sleep(0.02)
         stop.set()
         await asyncio.wait_for(serving, 10)
         assert isinstance(model, CostModel)
         return model
 
-    first = await learn(1)
+    # Without an estimator, samples wait for one: its queue has to be there before they are sent.
+    await broker.consume(broker.topology.own_queue("test", "early", ()), models.put)
+    stop = asyncio.Event()
+    first_serving = asyncio.create_task(serve(settings, "estimator", stop))
+    await asyncio.sleep(0.5)
+    stop.set()
+    await asyncio.wait_for(first_serving, 10)
+
+    first = await learn(samples(1.0), profile=True)
     assert cost.predict_ms(first, shape) == pytest.approx(82.0, rel=0.05)
-    (kept,) = await store.cost_models()
-    assert kept.verifier == "v1"
-    second = await learn(1)
-    assert second.version > kept.version
-    assert second.samples == kept.samples + len(samples(1.0))
+    assert await store.cost_models() == [first]
+
+    # A restarted estimator that sees one batch only still knows the others.
+    second = await learn(samples(1.0)[:1], profile=False)
+    assert (second.version, second.samples) == (first.version + 1, first.samples + 1)
+    assert cost.predict_ms(second, shape) == pytest.approx(82.0, rel=0.05)
+
+    # A verifier that starts anew, at another speed, is not held to what its namesake took.
+    third = await learn(samples(3.0), profile=True)
+    assert cost.predict_ms(third, shape) == pytest.approx(3 * 82.0, rel=0.05)
+    assert third.samples == len(samples(3.0))
     await broker.close()
     await store.close()

@@ -143,12 +143,18 @@ async def test_half_lost_state_counts_as_gone(store: Store, redis_url: str, name
 
 async def test_deadlines_follow_the_slo(store: Store) -> None:
     await store.create(request(slo=Slo(ttft_ms=1000.0, tpot_ms=100.0)), PROMPT)
-    first = await store.deadline_ms("s")
+    due = [await store.deadline_ms("s")]
     await store.commit("v", [commit(0, 3, [8, 9])])
-    second = await store.deadline_ms("s")
-    assert first is not None
-    assert second == pytest.approx(first + 200, abs=2)
-    await store.commit("v", [commit(1, 5, [2], finish=Finish.STOP)])
+    due.append(await store.deadline_ms("s"))
+    (session,) = await store.read(["s"])
+    assert session is not None
+    await store.commit("v", [commit(1, 5, [4])])
+    due.append(await store.deadline_ms("s"))
+    first, second, third = (at for at in due if at is not None)
+    assert session.first_ms is not None
+    assert second == pytest.approx(first - 1000 + session.first_ms + 200, abs=2), "counted from the first token on"
+    assert third == pytest.approx(second + 100, abs=1)
+    await store.commit("v", [commit(2, 6, [2], finish=Finish.STOP)])
     assert await store.deadline_ms("s") is None
 
 

@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
+from services.gateway.admission import Admission
 from services.gateway.app import Gateway, create_app
 from services.gateway.backend import Backend
 from services.gateway.errors import unavailable
@@ -25,8 +27,9 @@ from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
 from services.gateway.session import Session
 from services.gateway.stream import Reply
+from shared import topology
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Cancel, Finish, Generate, Message, Result
+from shared.messages import Cancel, Ended, Finish, Generate, Load, Message, Result, Slo
 from shared.models.folder import ModelFolder
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
@@ -45,6 +48,8 @@ class Loopback:
         self.backend: Backend | None = None
         self.created: list[Request] = []
         self.cancelled: list[str] = []
+        self.ended: list[Ended] = []
+        self.keys: list[str] = []
         self.truth: dict[str, list[int]] = {}
         self.error: Exception | None = None
         self.silent = False
@@ -54,9 +59,13 @@ class Loopback:
             self.cancelled.append(message.session)
         if self.error is not None:
             raise self.error
+        if isinstance(message, Ended):
+            assert key == topology.ENDED
+            self.ended.append(message)
         if not isinstance(message, Generate):
             return
         assert persistent
+        self.keys.append(key)
         assert self.backend is not None
         results = results_of(message, self.script, self.tokenizer)
         self.truth[message.session] = message.prompt + [token for result in results for token in result.tokens]
@@ -94,10 +103,15 @@ class App:
             self.loopback,
             new_session,
             metrics,
+            Admission(
+                self.settings.slo_classes,
+                self.settings.max_sessions,
+                self.settings.max_backlog_ms,
+                self.settings.admission,
+            ),
             instance="g",
             fingerprint="f",
             vocab_fingerprint="v",
-            max_sessions=self.settings.max_sessions,
             idle_check_s=self.settings.idle_check_s,
             stall_timeout_s=self.settings.stall_timeout_s,
         )
@@ -285,6 +299,41 @@ async def test_a_client_that_goes_away_while_sending_is_no_crash(app: App) -> No
     assert sent[0]["status"] == 499
 
 
+async def test_a_client_that_goes_away_while_its_session_is_started_ends_it(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App(folder)
+    publishing = asyncio.Event()
+    publish = app.loopback.publish
+
+    async def deaf(message: Message, key: str, **options: Any) -> None:
+        if not isinstance(message, Generate):
+            await publish(message, key, **options)
+            return
+        publishing.set()
+        with suppress(asyncio.CancelledError):  # as a library does that gets its answer at this moment
+            await asyncio.sleep(60)
+
+    async def receive() -> Any:
+        if not sent:
+            sent.append("body")
+            return {"type": "http.request", "body": json.dumps(HELLO).encode()}
+        await publishing.wait()
+        return {"type": "http.disconnect"}
+
+    async def send(message: Any) -> None:
+        sent.append(message["type"])
+
+    sent: list[str] = []
+    monkeypatch.setattr(app.loopback, "publish", deaf)
+    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    request = asyncio.create_task(app.asgi(scope, receive, send))
+    await eventually(request.done)
+    assert app.backend.running == 0
+    await eventually(lambda: len(app.loopback.cancelled) == 1)
+    assert sent == ["body"]
+
+
 async def test_too_many_texts_are_refused(app: App) -> None:
     assert error_of(await app.chat(n=100), 400)["param"] == "n"
     response = await app.http.post("/v1/completions", json={"model": MODEL, "prompt": ["x"] * 100})
@@ -292,7 +341,12 @@ async def test_too_many_texts_are_refused(app: App) -> None:
 
 
 async def test_bad_headers_are_refused(app: App) -> None:
-    for header, value in (("x-slo-ttft-ms", "soon"), ("x-llm-d-slo-tpot-ms", "-1"), ("x-wisp-draft", "magic")):
+    for header, value in (
+        ("x-slo-ttft-ms", "soon"),
+        ("x-llm-d-slo-tpot-ms", "-1"),
+        ("x-wisp-draft", "magic"),
+        ("x-wisp-pool", "a.b"),
+    ):
         response = await app.http.post("/v1/chat/completions", json=HELLO, headers={header: value})
         assert error_of(response, 400)["param"] == header
 
@@ -364,6 +418,110 @@ async def test_more_sessions_than_allowed_are_refused_and_leave_no_trace(folder:
     assert app.backend.running == 0
     assert (await app.chat(n=2)).status_code == 200
     assert (await app.chat(n=2)).status_code == 200
+
+
+def full(**fields: Any) -> Load:
+    """What the scheduler says when the verifiers' time is promised to a part."""
+    told = {"scheduler": "s", "price_ms": 0.0, "queue_ms": 0.0, "pending": 0, "draft_cap": 8, "verifiers": 1}
+    others = {"service_class": "default", "sessions": 9, "waiting": 0, "queue_ms": 0.0}
+    return Load.model_validate(told | {"utilization": 0.85, "round_ms": 1.0, "classes": [others]} | fields)
+
+
+async def test_a_full_fleet_refuses_with_a_reason_and_a_time_to_come_again(app: App) -> None:
+    await app.backend.receive(full())
+    for stream in (True, False):
+        response = await app.chat(service_tier="flex", n=2, stream=stream)
+        error = error_of(response, 429)
+        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
+        assert "'flex' are taken up to 80%" in error["message"]
+        assert response.headers["x-wisp-refused"] == "overloaded"
+        assert response.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
+        assert 1 <= int(response.headers["retry-after"]) <= 60
+    assert (await app.chat(service_tier="default")).status_code == 200
+    await app.backend.receive(full(utilization=0.95))
+    assert error_of(await app.chat(), 429)["code"] == "slo_unattainable_now"
+    assert (await app.chat(service_tier="priority")).status_code == 200
+    assert len(app.loopback.created) == 2
+
+
+async def test_a_header_changes_the_promise_within_the_class(app: App) -> None:
+    headers = {"x-llm-d-slo-ttft-ms": "60000", "x-llm-d-slo-tpot-ms": "500"}
+    response = await app.http.post(
+        "/v1/chat/completions", json=HELLO | {"service_tier": "flex", "wisp": {"trace": True}}, headers=headers
+    )
+    summary = response.json()["wisp"]["summary"]
+    assert summary["service_class"] == "flex"
+    assert summary["slo"] == {"ttft_ms": 60000, "tpot_ms": 500}
+    assert summary["attained"] is True
+    await app.backend.receive(full())
+    refused = await app.http.post("/v1/chat/completions", json=HELLO | {"service_tier": "flex"}, headers=headers)
+    assert error_of(refused, 429)["code"] == "slo_unattainable_now"
+    assert (await app.http.post("/v1/chat/completions", json=HELLO, headers=headers)).status_code == 200
+
+
+async def test_the_answer_tells_the_tier_that_was_used_where_one_was_asked_for(app: App) -> None:
+    for asked, used in (("priority", "priority"), ("auto", "default"), ("gold", "default"), (None, None)):
+        assert (await app.chat(service_tier=asked)).json().get("service_tier") == used
+        streamed = await app.chat(service_tier=asked, stream=True)
+        chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n")[:-2]]
+        assert {chunk.get("service_tier") for chunk in chunks} == {used}
+
+
+async def test_a_request_goes_to_the_pool_that_it_names(app: App) -> None:
+    await app.chat()
+    await app.chat(wisp={"pool": "phones"})
+    await app.http.post("/v1/chat/completions", json=HELLO, headers={"x-wisp-pool": "cars"})
+    await app.http.post(
+        "/v1/chat/completions", json=HELLO | {"wisp": {"pool": "phones"}}, headers={"x-wisp-pool": "cars"}
+    )
+    assert app.loopback.keys == [
+        topology.generate(pool) for pool in (topology.DEFAULT_POOL, "phones", "cars", "phones")
+    ]
+    app.loopback.error = Unroutable("no queue")
+    response = await app.chat(wisp={"pool": "phones"})
+    assert "pool 'phones'" in error_of(response, 503)["message"]
+
+
+async def test_every_text_is_told_and_counted_once_whatever_became_of_it(folder: ModelFolder) -> None:
+    app = App(folder, max_sessions=3, stall_timeout_s=0.2)
+    watching = asyncio.create_task(app.backend.watch())
+    await app.chat(n=2)
+    slow = {"x-slo-ttft-ms": "1e-9", "x-slo-tpot-ms": "1"}
+    await app.http.post("/v1/chat/completions", json=HELLO | {"service_tier": "priority"}, headers=slow)
+    error_of(await app.chat(n=5, service_tier="flex"), 429)
+    app.loopback.silent, app.loopback.script = True, Script(text="")
+    app.loopback.truth = {}
+    error_of(await app.chat(service_tier="flex"), 504)
+    await eventually(lambda: len(app.loopback.ended) == 9)
+    watching.cancel()
+    ended = app.loopback.ended
+    text = len(Script().text)
+    assert len({one.session for one in ended}) == 9
+    assert [(one.service_class, one.reason, one.attained, one.tokens) for one in ended] == (
+        [("default", "stop", True, text)] * 2
+        + [("priority", "stop", False, text)]
+        + [("flex", "refused", False, 0)] * 5
+        + [("flex", "error", False, 0)]
+    )
+    assert [one.slo for one in ended[1:4]] == [Slo(ttft_ms=2000, tpot_ms=200), Slo(ttft_ms=1e-9, tpot_ms=1), None]
+    assert all(one.ttft_ms is not None and one.tpot_ms is not None for one in ended[:3])
+    assert all(one.prompt_tokens == ended[0].prompt_tokens > 0 for one in ended)
+    lines = (await app.http.get("/metrics")).text.splitlines()
+    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("wisp_")}
+
+    def value(name: str, **labels: str) -> float:
+        label = ",".join(f'{key}="{text}"' for key, text in sorted({"model_name": MODEL, **labels}.items()))
+        return values[f"wisp_{name}_total{{{label}}}"]
+
+    assert value("slo_requests", service_class="default", attained="true") == 2
+    assert value("slo_requests", service_class="priority", attained="false") == 1
+    assert value("slo_requests", service_class="flex", attained="false") == 1
+    assert value("goodput_tokens", service_class="default") == 2 * text
+    assert value("goodput_tokens", service_class="priority") == 0
+    assert value("requests_refused", service_class="flex", reason="too_many_sessions") == 5
+    of_slo = sum(number for name, number in values.items() if name.startswith("wisp_slo_requests_total"))
+    of_success = sum(number for name, number in values.items() if name.startswith("wisp_request_success_total"))
+    assert of_slo == of_success == 4
 
 
 async def test_a_silent_session_is_given_up_with_a_timeout_and_cancelled(folder: ModelFolder) -> None:

@@ -19,7 +19,7 @@ from services.gateway.plan import Limits, check_prompt, derive_seed, plan
 from services.gateway.schema import ChatRequest, CompletionRequest, parse
 from services.gateway.session import Piece, Round, Tally, Token
 from services.gateway.settings import GatewaySettings
-from services.gateway.slo import slo_of
+from services.gateway.slo import Outcome, class_of, judge, slo_of
 from services.gateway.stream import Reply, Text, Usage
 from shared.errors import BrokersError
 from shared.messages import DraftChoice, Failure, Heartbeat, Slo
@@ -124,6 +124,10 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ({"stream_options": []}, "stream_options"),
         ({"service_tier": 5}, "service_tier"),
         ({"wisp": {"draft": "psychic"}}, "wisp.draft"),
+        ({"wisp": {"pool": "a.b"}}, "wisp.pool"),
+        ({"wisp": {"pool": ""}}, "wisp.pool"),
+        ({"wisp": {"pool": "x" * 65}}, "wisp.pool"),
+        ({"wisp": {"pool": "phones\n"}}, "wisp.pool"),
         ({"wisp": 1}, "wisp"),
     ],
 )
@@ -245,6 +249,8 @@ def plans(request: ChatRequest | CompletionRequest, prompts: list[list[int]], co
         limit=request.limit,
         stop_ids=[2],
         slo=None,
+        service_class="default",
+        pool="pool",
         draft=DraftChoice.AUTO,
         echoes=[""] * len(prompts),
     )
@@ -294,7 +300,7 @@ def test_end_of_text_can_be_ignored() -> None:
 
 
 def test_the_slo_comes_from_headers_then_from_the_tiers_class() -> None:
-    default, priority = CLASSES["default"], CLASSES["priority"]
+    default, priority = CLASSES["default"].slo, CLASSES["priority"].slo
     assert slo_of({}, None, CLASSES) == default
     assert slo_of({}, "auto", CLASSES) == default
     assert slo_of({}, "priority", CLASSES) == priority
@@ -315,9 +321,78 @@ def test_slo_headers_that_are_no_positive_number_are_refused(text: str) -> None:
     assert (caught.value.status, caught.value.param) == (400, "x-slo-ttft-ms")
 
 
-def test_settings_without_a_default_class_are_refused() -> None:
-    with pytest.raises(ValidationError, match="default"):
-        GatewaySettings.model_validate({"slo_classes": {"default": None}})
+def test_a_header_changes_the_promise_and_not_the_class() -> None:
+    for tier, name in ((None, "default"), ("auto", "default"), ("gold", "default"), ("flex", "flex")):
+        assert class_of(tier, CLASSES) == name
+
+
+PROMISE = {"ttft_ms": 100, "tpot_ms": 10}
+
+
+def test_settings_name_classes_with_or_without_a_promise_and_how_far_they_are_taken() -> None:
+    given_classes = {
+        "default": PROMISE,
+        "priority": PROMISE,
+        "flex": None,
+        "batch": {"admit_to": 0.5, "max_sessions": 3},
+        "gold": PROMISE | {"admit_to": 1.2},
+    }
+    classes = GatewaySettings.model_validate({"slo_classes": given_classes}).slo_classes
+    assert classes["default"].slo == Slo(ttft_ms=100, tpot_ms=10)
+    assert classes["flex"].slo is None
+    assert {name: one.admit_to for name, one in classes.items()} == {
+        "default": 0.9,
+        "priority": 1.0,
+        "flex": 0.8,
+        "batch": 0.5,
+        "gold": 1.2,
+    }
+    assert (classes["batch"].max_sessions, classes["flex"].max_sessions) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("classes", "reason"),
+    [
+        ({"default": None}, "default"),
+        ({"default": {"admit_to": 1}}, "default"),
+        ({"priority": PROMISE}, "default"),
+        ({"default": {"ttft_ms": 5}}, "both"),
+        ({"default": PROMISE, "a b": None}, "pattern"),
+        ({"default": PROMISE, "": None}, "slo_classes"),
+        ({"default": PROMISE | {"admit_to": 0}}, "greater"),
+        ({"default": PROMISE | {"tpot_ms": 0}}, "greater"),
+        ({"default": PROMISE | {"admit": 1}}, "admit"),
+        ({"default": 5}, "slo_classes"),
+        ([], "slo_classes"),
+    ],
+)
+def test_settings_of_classes_that_make_no_sense_are_refused(classes: Any, reason: str) -> None:
+    with pytest.raises(ValidationError, match=reason):
+        GatewaySettings.model_validate({"slo_classes": classes})
+
+
+SLO = Slo(ttft_ms=100, tpot_ms=10)
+
+
+@pytest.mark.parametrize(
+    ("slo", "complete", "tokens", "first_ms", "total_ms", "outcome"),
+    [
+        (SLO, True, 11, 100, 200, Outcome(100, 10, True)),
+        (SLO, True, 11, 101, 150, Outcome(101, 4.9, False)),
+        (SLO, True, 11, 50, 151, Outcome(50, 10.1, False)),
+        (SLO, False, 11, 50, 100, Outcome(50, 5, False)),
+        (SLO, True, 1, 50, 5000, Outcome(50, None, True)),
+        (SLO, True, 0, None, 90, Outcome(90, None, True)),
+        (SLO, True, 0, None, 110, Outcome(110, None, False)),
+        (SLO, False, 0, None, 90, Outcome(None, None, False)),
+        (None, True, 3, 5000, 9000, Outcome(5000, 2000, True)),
+        (None, False, 3, 50, 90, Outcome(50, 20, False)),
+    ],
+)
+def test_a_text_attains_when_it_is_complete_and_both_times_are_kept(
+    slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float, outcome: Outcome
+) -> None:
+    assert judge(slo, complete, tokens, first_ms, total_ms) == outcome
 
 
 def heartbeat(**fields: Any) -> Heartbeat:
@@ -415,7 +490,13 @@ def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None
         ],
     }
     tally = Tally(rounds=2, tokens=5, drafted=6, verified=4, accepted=3, draft_ms=1, queue_ms=2, verify_ms=4)
-    assert stream.summary([tally], 8.0, 10.0) == {
+    outcomes = [Outcome(8.0, 0.5, True)]
+    slo = Slo(ttft_ms=9, tpot_ms=1)
+    assert stream.summary([tally], outcomes, 8.0, 10.0, service_class="priority", slo=slo) == {
+        "service_class": "priority",
+        "slo": {"ttft_ms": 9, "tpot_ms": 1},
+        "attained": True,
+        "tpot_ms": 0.5,
         "rounds": 2,
         "tokens": 5,
         "drafted": 6,
@@ -430,9 +511,18 @@ def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None
     }
 
 
+def test_a_request_of_several_texts_attains_if_all_do_and_is_as_fast_as_its_slowest() -> None:
+    tallies = [Tally(tokens=3), Tally(tokens=1), Tally(tokens=9)]
+    outcomes = [Outcome(5.0, 2.0, True), Outcome(9.0, None, True), Outcome(7.0, 4.0, False)]
+    made = stream.summary(tallies, outcomes, 5.0, 20.0, service_class="flex", slo=None)
+    assert (made["attained"], made["tpot_ms"], made["slo"]) == (False, 4.0, None)
+    made = stream.summary(tallies[:2], outcomes[:2], 5.0, 20.0, service_class="flex", slo=None)
+    assert (made["attained"], made["tpot_ms"]) == (True, 2.0)
+
+
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
 def test_messaging_time_is_never_negative(work_ms: float, total_ms: float) -> None:
-    made = stream.summary([Tally(verify_ms=work_ms)], 0, total_ms)
+    made = stream.summary([Tally(verify_ms=work_ms)], [], 0, total_ms, service_class="flex", slo=None)
     assert made["messaging_ms"] >= 0
     assert math.isfinite(made["messaging_ms"])
 

@@ -218,13 +218,19 @@ def test_without_slos_wisp_brings_at_least_as_many_tokens_per_time_as_fcfs(
     assert plan("wisp", fresh, state, patient).rate >= plan("fcfs", fresh, state, patient).rate - 1e-12
 
 
-@pytest.mark.parametrize("policy", POLICIES)
+VARIANTS: list[tuple[PolicyName, frozenset[Part]]] = [
+    *((policy, frozenset()) for policy in POLICIES),
+    *(("wisp+", frozenset({part})) for part in get_args(Part)),
+]
+
+
+@pytest.mark.parametrize(("policy", "without"), VARIANTS)
 @pytest.mark.parametrize("base", [20, 900])
-def test_nothing_starves(policy: PolicyName, base: int) -> None:
+def test_nothing_starves(policy: PolicyName, without: frozenset[Part], base: int) -> None:
     """A best-effort round among sessions that are always late, and more of them than the verifier can serve."""
     limits = Limits(200.0, 2048, 1000.0)
     victim = pending("victim", base=base, arrived=NOW)
-    made = policy_of(policy, SLED)
+    made = policy_of(policy, SLED, without)
     state = verifier({f"s{i}": 19 for i in range(60)})
     waiting = [pending(f"s{i}", arrived=NOW - i, due=NOW - 60_000, acceptance=(0.9,)) for i in range(60)]
     waiting.append(victim)
@@ -322,3 +328,12 @@ def test_wisp_plus_leaves_time_for_sessions_that_are_about_to_come_back() -> Non
     alone = policy.plan(queue_of([long], state), Situation(state, LIMITS, NOW))
     expecting = policy.plan(queue_of([long], state), Situation(state, LIMITS, NOW, expected_due_ms=NOW + 480.0))
     assert 0 < (expecting.chosen[0].prefill_to or 0) < (alone.chosen[0].prefill_to or 0)
+
+
+def test_wisp_plus_lets_rounds_wait_that_can_where_another_is_late() -> None:
+    relaxed = [pending(f"relaxed{i}", due=NOW + 2000) for i in range(3)]
+    late, punctual = pending("late", due=NOW - 10), pending("punctual", due=NOW + 300)
+    assert names(plan("wisp+", [*relaxed, late])) == ["late"]
+    assert len(names(plan("wisp+", [*relaxed, punctual]))) == 4
+    soon = pending("relaxed0", due=NOW + 200)
+    assert sorted(names(plan("wisp+", [soon, *relaxed[1:], late]))) == ["late", "relaxed0"]

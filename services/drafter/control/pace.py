@@ -54,6 +54,11 @@ class Pace:
         return max(LEAST_MS, self._hops.value + self._queue.value + self._verify.base_ms)
 
     @property
+    def one_way_ms(self) -> float:
+        """A message's way to the scheduler: half of what a round spends on its ways."""
+        return self._hops.value / 2
+
+    @property
     def token_ms(self) -> float:
         """What one more verified token adds, its price included."""
         return self._verify.slope_ms + self.price_ms

@@ -1,0 +1,1 @@
+"""The load benchmark: sessions that ask over HTTP, and how many of them a way of serving can keep its promises to."""

@@ -1,0 +1,105 @@
+"""The requests of a session, one by one: what each is, their numbers, and a file of them. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Protocol
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared.errors import SettingsError
+from shared.messages import Slo
+
+NUMBERS_PER_POINT = 1 << 12
+"""Requests of a session in one point, at most."""
+MOST_SESSIONS = 1 << 12
+
+
+class Request(BaseModel):
+    """One request as it is sent."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    session: Annotated[int, Field(ge=0)]
+    number: Annotated[int, Field(ge=0)]
+    messages: Annotated[list[dict[str, str]], Field(min_length=1)]
+    max_tokens: Annotated[int, Field(ge=1)]
+    temperature: float = 0.0
+    seed: int = 0
+    ignore_eos: bool = False
+    service_class: str = "default"
+    tier: str | None = None
+    slo: Slo | None = None
+    device: str = ""
+    think_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """What the session waits before it, in closed loop."""
+
+
+class Requests(Protocol):
+    """Where a session's next request comes from."""
+
+    def request(self, session: int, number: int) -> Request:
+        """A session's request of a number."""
+        ...
+
+
+def first_number(sessions: int, repeat: int) -> int:
+    """The number from which a point's sessions ask: no other point has the same numbers."""
+    return (repeat * MOST_SESSIONS + sessions) * NUMBERS_PER_POINT
+
+
+@dataclass(frozen=True)
+class Written:
+    """Requests from a file instead of a distribution.
+
+    A session takes its requests by their number; a number that the file lacks takes the session's list in turn, a
+    session that it lacks the list of another one. So a file that was written by a run repeats it, and any other list of
+    requests works as well.
+    """
+
+    requests: Sequence[Request]
+
+    @cached_property
+    def _lists(self) -> dict[int, list[Request]]:
+        lists: dict[int, list[Request]] = {}
+        for request in sorted(self.requests, key=lambda one: (one.session, one.number)):
+            lists.setdefault(request.session, []).append(request)
+        return lists
+
+    @cached_property
+    def _by_number(self) -> dict[tuple[int, int], Request]:
+        return {(request.session, request.number): request for request in self.requests}
+
+    def request(self, session: int, number: int) -> Request:
+        """The request of this number, or the one whose turn it is."""
+        if (session, number) in self._by_number:
+            return self._by_number[session, number]
+        lists = list(self._lists.values())
+        mine = self._lists.get(session, lists[session % len(lists)])
+        found = mine[number % NUMBERS_PER_POINT % len(mine)]
+        return found.model_copy(update={"session": session, "number": number})
+
+
+def to_lines(requests: Sequence[Request]) -> str:
+    """Requests as JSON lines, by session and number."""
+    ordered = sorted(requests, key=lambda one: (one.session, one.number))
+    return "".join(one.model_dump_json(exclude_none=True) + "\n" for one in ordered)
+
+
+def from_lines(text: str) -> Written:
+    """Requests of JSON lines. Raises SettingsError that names the line."""
+    found = []
+    for number, line in enumerate(text.splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            found.append(Request.model_validate_json(line))
+        except ValidationError as error:
+            one = error.errors(include_url=False)[0]
+            where = ".".join(str(step) for step in one["loc"])
+            raise SettingsError(f"line {number} of the requests: {where}: {one['msg']}") from error
+    if not found:
+        raise SettingsError("the file of requests is empty; write one with --write-requests")
+    return Written(found)

@@ -1,0 +1,109 @@
+"""The most sessions that a share of requests attains with: which number to measure next, and what is known. Pure.
+
+Attainment is taken to fall with the number of sessions. Where the measured ones do not fall, the smallest number that
+fails is what counts: capacity is the largest number below it that held.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from pydantic import BaseModel, ConfigDict
+
+AIMS = (0.95, 0.9, 0.99)
+"""Shares of requests, in the order in which they are searched for."""
+Z = 1.96
+"""Of a 95 % interval."""
+
+
+class Tried(BaseModel):
+    """All that was measured at one number of sessions."""
+
+    model_config = ConfigDict(frozen=True)
+
+    sessions: int
+    requests: int
+    attained: int
+
+    @property
+    def attainment(self) -> float:
+        """Share that attained; 0 where nothing came to an end, as nothing was served then."""
+        return self.attained / self.requests if self.requests else 0.0
+
+
+class Capacity(BaseModel):
+    """What is known of one aim."""
+
+    model_config = ConfigDict(frozen=True)
+
+    aim: float
+    sessions: int
+    """The most that held; 0 if none did."""
+    failing: int | None
+    """The fewest that failed, None if none did: the capacity is below it."""
+    requests: int = 0
+    attainment: float | None = None
+    low: float | None = None
+    """Ends of the 95 % interval (Wilson's) of the attainment at `sessions`."""
+    high: float | None = None
+
+
+def pooled(points: Iterable[tuple[int, int, int]]) -> list[Tried]:
+    """Points (sessions, requests, attained) with those of one number of sessions taken together, fewest first."""
+    found: dict[int, tuple[int, int]] = {}
+    for sessions, requests, attained in points:
+        before = found.get(sessions, (0, 0))
+        found[sessions] = (before[0] + requests, before[1] + attained)
+    return [Tried(sessions=n, requests=r, attained=a) for n, (r, a) in sorted(found.items())]
+
+
+def next_sessions(tried: Sequence[Tried], aim: float, *, first: int, most: int, tolerance: float) -> int | None:
+    """How many sessions to measure next; None when the capacity is known.
+
+    Doubles from `first` until a number fails, then halves the gap until it is at most `tolerance` of what holds, or 1.
+    """
+    if not tried:
+        return min(first, most)
+    holds, fails = _bracket(tried, aim)
+    if fails is None:
+        return None if holds >= most else min(2 * holds, most)
+    if holds == 0:
+        return fails // 2 or None
+    return None if fails - holds <= max(1, tolerance * holds) else (holds + fails) // 2
+
+
+def capacity(tried: Sequence[Tried], aim: float) -> Capacity:
+    """What the measured points say."""
+    holds, fails = _bracket(tried, aim)
+    at = next((one for one in tried if one.sessions == holds), None)
+    if at is None:
+        return Capacity(aim=aim, sessions=0, failing=fails)
+    low, high = interval(at.attained, at.requests)
+    return Capacity(
+        aim=aim, sessions=holds, failing=fails, requests=at.requests, attainment=at.attainment, low=low, high=high
+    )
+
+
+def interval(hits: int, count: int) -> tuple[float, float]:
+    """Wilson's 95 % interval of a share, of `hits` in `count`."""
+    if not count:
+        return 0.0, 1.0
+    share, z2 = hits / count, Z * Z
+    middle = (share + z2 / (2 * count)) / (1 + z2 / count)
+    half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
+    # At 0 and 1 an end of it is the share itself, up to rounding.
+    return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
+
+
+def most_points(first: int, most: int, tolerance: float) -> int:
+    """About how many points a search for the first aim takes if its capacity is `most`."""
+    doubling = math.ceil(math.log2(max(1.0, most / first))) + 1
+    return doubling + math.ceil(math.log2(max(1.0, 0.5 / tolerance)))
+
+
+def _bracket(tried: Sequence[Tried], aim: float) -> tuple[int, int | None]:
+    """The most sessions that hold below the fewest that fail."""
+    fails = min((one.sessions for one in tried if one.attainment < aim), default=None)
+    holds = [one.sessions for one in tried if one.attainment >= aim and (fails is None or one.sessions < fails)]
+    return max(holds, default=0), fails

@@ -1,0 +1,129 @@
+"""`wisp top`: what passes through a running suite, live in the terminal. Nothing in the suite depends on it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Coroutine
+from contextlib import suppress
+from dataclasses import asdict, replace
+from secrets import token_hex
+from typing import Any
+
+from rich.console import Console
+from rich.live import Live
+
+from services.cli.top_state import Watch
+from services.cli.top_view import view
+from services.cli.top_where import Where
+from shared import topology
+from shared.broker import Broker, without_password
+from shared.errors import BrokersError
+from shared.messages import Message
+from shared.topology import Topology
+
+REFRESH_S = 0.5
+PROVE_S = 2.0
+KEPT = 10_000
+"""Messages that wait for an observer that was stopped; older ones are dropped, so that it cannot fill the broker."""
+KEYS = (
+    topology.LOAD,
+    topology.heartbeat("*"),
+    topology.costmodel("*"),
+    topology.batch("*"),
+    topology.RESULT_SCHEDULER,
+    topology.ENDED,
+)
+
+
+def now_ms() -> float:
+    """This process's monotonic clock, in milliseconds."""
+    return time.monotonic() * 1000
+
+
+class Observer:
+    """Listens at a suite's broker."""
+
+    def __init__(self, where: Where) -> None:
+        self.watch = Watch(now_ms())
+        self.listening = asyncio.Event()
+        self.problem: str | None = f"connecting to RabbitMQ at {without_password(where.amqp_url)}"
+        """What is wrong with the connection now, in words."""
+        self._where = where
+
+    async def keep_listening(self) -> None:
+        """As `listen`, and try again for ever when there is no broker."""
+        while True:
+            try:
+                await self.listen()
+            except BrokersError as error:
+                self.problem = f"{error}; trying again"
+
+    async def listen(self) -> None:
+        """Listen until cancelled, through lost connections. Raises BrokersError when no broker answers at first."""
+        name = f"top-{token_hex(4)}"
+        broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name)
+        try:
+            own = replace(broker.topology.own_queue("top", name, KEYS), arguments={"x-max-length": KEPT})
+            await broker.consume(own, self._receive)
+            self.watch = Watch(now_ms())
+            self.listening.set()
+            while True:
+                try:
+                    await broker.prove(own)
+                    self.problem = None
+                except (BrokersError, TimeoutError):
+                    address = without_password(self._where.amqp_url)
+                    self.problem = f"RabbitMQ at {address} does not answer: this is what was seen before; trying again"
+                await asyncio.sleep(PROVE_S)
+        finally:
+            with suppress(Exception):
+                await broker.close()
+
+    async def _receive(self, message: Message) -> None:
+        self.watch.feed(message, now_ms())
+
+
+async def live(where: Where, console: Console) -> None:
+    """Show the suite until cancelled."""
+    observer = Observer(where)
+
+    async def draw() -> None:
+        with Live(console=console, auto_refresh=False, screen=True, vertical_overflow="crop") as screen:
+            while True:
+                shown = view(observer.watch.snapshot(now_ms()), where.namespace, observer.problem or where.note)
+                screen.update(shown, refresh=True)
+                await asyncio.sleep(REFRESH_S)
+
+    await _until_first(observer.keep_listening(), draw())
+
+
+async def once_seen(where: Where, console: Console, seconds: float, *, as_json: bool = False) -> None:
+    """Print what was seen in so many seconds. Raises BrokersError when the broker cannot be reached."""
+    observer = Observer(where)
+
+    async def observe() -> None:
+        await observer.listening.wait()
+        await asyncio.sleep(seconds)
+
+    await _until_first(observer.listen(), observe())
+    snapshot = observer.watch.snapshot(now_ms())
+    if as_json:
+        told = {"namespace": where.namespace, "empty": snapshot.empty, **asdict(snapshot)}
+        console.print_json(json.dumps(told), indent=1)
+    else:
+        console.print(view(snapshot, where.namespace, where.note))
+
+
+async def _until_first(*work: Coroutine[Any, Any, None]) -> None:
+    """Run side by side until one ends; raises what it raised."""
+    tasks = [asyncio.ensure_future(part) for part in work]
+    try:
+        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        for task in done:
+            task.result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)

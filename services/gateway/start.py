@@ -1,0 +1,84 @@
+"""Starting a session: its state in Redis, then the Generate that a drafter takes up."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from time import monotonic
+from typing import Protocol
+
+from services.gateway.errors import unavailable
+from services.gateway.plan import Plan
+from shared import topology
+from shared.errors import BrokersError, Unroutable
+from shared.messages import Generate, Message
+from shared.store import Progress, Request
+
+
+class Publisher(Protocol):
+    """What is needed of `shared.broker.Broker`."""
+
+    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
+        """See there."""
+
+
+class SessionStore(Protocol):
+    """What is needed of `shared.store.Store`."""
+
+    async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
+        """See there."""
+
+    async def progress(self, session: str, from_len: int) -> Progress | None:
+        """See there."""
+
+    async def cancel(self, session: str) -> None:
+        """See there."""
+
+
+@dataclass(frozen=True)
+class Starter:
+    """Starts the sessions of this gateway."""
+
+    publisher: Publisher
+    store: SessionStore
+    instance: str
+    fingerprint: str
+    vocab_fingerprint: str
+
+    async def start(self, plan: Plan, started_s: float) -> None:
+        """Hand a session to the drafters of its pool. `started_s` is when its request came in.
+
+        Raises ApiError with status 503 when no drafter takes it, or RabbitMQ or Redis are away.
+        """
+        record = Request(
+            session=plan.session,
+            gateway=self.instance,
+            prompt_len=len(plan.prompt),
+            sampling=plan.sampling,
+            stop_ids=plan.stop_ids,
+            max_tokens=plan.max_tokens,
+            fingerprint=self.fingerprint,
+            slo=plan.slo,
+        )
+        try:
+            await self.store.create(record, plan.prompt, (monotonic() - started_s) * 1000)
+            generate = Generate(
+                session=plan.session,
+                gateway=self.instance,
+                prompt=plan.prompt,
+                sampling=plan.sampling,
+                stop_ids=plan.stop_ids,
+                max_tokens=plan.max_tokens,
+                fingerprint=self.fingerprint,
+                vocab_fingerprint=self.vocab_fingerprint,
+                slo=plan.slo,
+                service_class=plan.service_class,
+                draft=plan.draft,
+                elapsed_ms=(monotonic() - started_s) * 1000,
+            )
+            await self.publisher.publish(generate, topology.generate(plan.pool), persistent=True)
+        except Unroutable as error:
+            where = "" if plan.pool == topology.DEFAULT_POOL else f" in pool {plan.pool!r}"
+            raise unavailable(f"no drafter is running{where}; try again when one has started", "no_drafter") from error
+        except BrokersError as error:
+            raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error

@@ -1,0 +1,209 @@
+"""A drafter whose sessions stand for slow devices, on real brokers; the test plays scheduler and verifier."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+from drafter_peer import Peer, drafting
+
+from services.drafter import service
+from services.drafter.control import Controller, Guess
+from services.drafter.drafting import Drafting
+from services.drafter.settings import DrafterSettings
+from services.drafter.sources import Ahead, Draft, DraftRequest
+from services.drafter.sources.base import WithoutStates
+from shared import topology
+from shared.messages import Cancel, Finish, HiddenStates, Result, Status, Verify
+
+
+class Counting(WithoutStates):
+    """Proposes 20, 21 and 22 in three steps, and ahead of a result that ends in 9, 30; knows at once."""
+
+    blocking = True
+
+    def __init__(self) -> None:
+        self.made_ahead = threading.Event()
+
+    def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+        for request in requests:
+            for _ in range(3):
+                request.round.add(Guess("model", 0.9))
+        return [Draft([20, 21, 22], {"model": 3}, computed=5) for _ in requests]
+
+    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[Ahead | None]:
+        for request, _ in requests:
+            request.round.add(Guess("model", 0.9))
+        self.made_ahead.set()
+        return [Ahead(9, Draft([30], {"model": 1})) for _ in requests]
+
+    def close(self, session: str) -> None:
+        pass
+
+
+@dataclass
+class Bench:
+    """A drafter's peer, and what it drafts with."""
+
+    peer: Peer
+    controller: Controller
+    source: Counting
+
+
+def profile(folder: Path, step_ms: float, uplink_ms: float, downlink_ms: float, jitter_ms: float = 0.0) -> str:
+    path = folder / "device.toml"
+    path.write_text(
+        f"[draft]\nstep_ms = {step_ms}\nprompt_ms = 1\n[uplink]\ndelay_ms = {uplink_ms}\njitter_ms = {jitter_ms}\n"
+        f"[downlink]\ndelay_ms = {downlink_ms}\njitter_ms = {jitter_ms}\n"
+    )
+    return str(path)
+
+
+@pytest.fixture
+async def base(amqp_url: str, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+    settings = DrafterSettings(
+        amqp_url=amqp_url,
+        redis_url=redis_url,
+        namespace=namespace,
+        draft_source="model",
+        draft_model=Path("made up"),
+        stop_rule="fixed",
+        draft_length=3,
+        min_timeout_ms=5000,
+    )
+    controller = Controller("fixed", 3)
+    source = Counting()
+    monkeypatch.setattr(service, "load_drafting", lambda _: Drafting({"model": source}, "model", controller, {}))
+    async with Peer.connected(settings) as peer:
+        yield Bench(peer, controller, source)
+
+
+def on(peer: Peer, device: str, *, optimistic: bool = False) -> DrafterSettings:
+    return peer.settings.model_copy(update={"device_profile": device, "optimistic": optimistic})
+
+
+async def test_rounds_take_the_device_s_time_and_the_controller_learns_it(base: Bench, tmp_path: Path) -> None:
+    peer, controller = base.peer, base.controller
+    loop = asyncio.get_running_loop()
+    async with drafting(on(peer, profile(tmp_path, step_ms=60, uplink_ms=50, downlink_ms=40)), "d1"):
+        asked = loop.time()
+        await peer.ask("s")
+        first = await peer.round()
+        assert first.draft_ms == 3 * 60 + 4, "three steps, and four tokens computed along with the first"
+        assert loop.time() - asked >= (first.draft_ms + 50) / 1000
+        answered = loop.time()
+        await peer.answer(first, [20, 21, 22, 7])
+        second = await peer.round()
+        assert loop.time() - answered >= (40 + second.draft_ms + 50) / 1000
+        await peer.answer(second, [9], Finish.STOP)
+        assert await peer.silent(0.3)
+    assert controller.pace.step_ms("model") == 60, "the device's own, not the machine's"
+    assert controller.pace.base_ms >= 80, "90 ms of way beside the 50 of verifying that the results claim"
+
+
+async def test_sessions_wait_side_by_side(base: Bench, tmp_path: Path) -> None:
+    peer = base.peer
+    async with drafting(on(peer, profile(tmp_path, step_ms=300, uplink_ms=100, downlink_ms=0)), "d1"):
+        for i in range(50):
+            await peer.ask(f"s{i}")
+        async with asyncio.timeout(20):  # one after the other they would take 50 seconds
+            rounds = [await peer.round(20) for _ in range(50)]
+        assert len({r.session for r in rounds}) == 50
+
+
+@pytest.mark.parametrize("step_ms", [0, 60_000])
+async def test_cancelling_ends_a_wait_at_once(base: Bench, tmp_path: Path, step_ms: float) -> None:
+    """Once while the device drafts, once while its round is under way."""
+    peer = base.peer
+    slow = profile(tmp_path, step_ms=step_ms, uplink_ms=60_000, downlink_ms=0)
+    settings = on(peer, slow).model_copy(update={"max_sessions": 1})
+    async with drafting(settings, "d1"):
+        await peer.ask("slow")
+        await asyncio.sleep(0.3)
+        await peer.ask("next")
+        await asyncio.sleep(0.2)
+        assert await waiting(peer) == 1, "the drafter serves one session at a time"
+        assert peer.rounds.empty()
+        await peer.store.cancel("slow")
+        await peer.broker.publish(Cancel(session="slow", reason="client left"), topology.CANCEL)
+        async with asyncio.timeout(10):
+            while await waiting(peer) > 0:  # noqa: ASYNC110 - a broker tells no event
+                await asyncio.sleep(0.05)
+
+
+async def waiting(peer: Peer) -> int:
+    """Requests that no drafter has taken yet."""
+    queue = peer.broker.topology.generate_queue()
+    channel = await peer.broker._connection.channel()
+    declared = await channel.declare_queue(queue.name, passive=True)
+    await channel.close()
+    return declared.declaration_result.message_count or 0
+
+
+async def test_jitter_never_brings_a_result_before_its_states(
+    base: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peer = base.peer
+    arrived: list[HiddenStates | Result] = []
+    take = service.Drafter._arrive
+
+    async def seen(self: service.Drafter, message: HiddenStates | Result) -> None:
+        arrived.append(message)
+        await take(self, message)
+
+    monkeypatch.setattr(service.Drafter, "_arrive", seen)
+    async with drafting(on(peer, profile(tmp_path, 0, 1, 1, jitter_ms=10)), "d1"):
+        await peer.ask("s", max_tokens=40)
+        for _ in range(6):
+            verify = await peer.round()
+            wanting = verify.model_copy(update={"hidden_from": 0})
+            await peer.answer(wanting, [7], states=True)
+        await peer.answer(await peer.round(), [7], Finish.STOP)
+        assert await peer.silent(0.3)
+    rounds = [message.round for message in arrived]
+    assert rounds == sorted(rounds)
+    assert [isinstance(message, Result) for message in arrived[:12]] == [False, True] * 6
+
+
+@pytest.mark.parametrize(("step_ms", "kept"), [(1, True), (600, False)])
+async def test_a_draft_made_ahead_is_there_only_if_the_device_had_the_time(
+    base: Bench, tmp_path: Path, step_ms: float, kept: bool
+) -> None:
+    peer = base.peer
+    async with drafting(on(peer, profile(tmp_path, step_ms, 5, 5), optimistic=True), "d1"):
+        await peer.ask("s")
+        first = await peer.round()
+        assert await asyncio.to_thread(base.source.made_ahead.wait, 10)
+        # The device needs two steps for it: 2 ms, or 1200.
+        await asyncio.sleep(0.1)
+        await peer.answer(first, [20, 21, 22, 9])
+        second = await peer.round()
+        assert second.draft == ([30] if kept else [20, 21, 22])
+        assert second.draft_ms == (0 if kept else 3 * step_ms + 4)
+        await peer.answer(second, [5], Finish.STOP)
+        assert await peer.silent(0.3)
+
+
+async def test_a_late_copy_of_a_round_changes_nothing(base: Bench, tmp_path: Path) -> None:
+    peer = base.peer
+    settings = on(peer, profile(tmp_path, 1, 150, 150)).model_copy(update={"min_timeout_ms": 100.0})
+    async with drafting(settings, "d1"):
+        await peer.ask("s")
+        committed: dict[int, Verify] = {}
+        while len(committed) < 8:
+            verify = await peer.round()
+            last = len(committed) == 7
+            if verify.round in committed:
+                assert verify.base_len == committed[verify.round].base_len
+                await peer.send(verify, verify.base_len, Status.COMMITTED, [verify.round + 7])
+                continue
+            committed[verify.round] = verify
+            await peer.answer(verify, [verify.round + 7], Finish.STOP if last else None)
+        assert sorted(committed) == list(range(8))
+        stored = (await peer.store.read(["s"]))[0]
+        assert stored is not None
+        assert stored.tokens[5:] == [round_ + 7 for round_ in range(8)]

@@ -1,0 +1,134 @@
+"""`wisp top` at a real broker: real messages, a scheduler that is not disturbed, a link that breaks."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable
+from io import StringIO
+
+import pytest
+from link import link_to
+from rich.console import Console
+
+from services.cli.top import Observer, now_ms, once_seen
+from services.cli.top_state import Watch
+from services.cli.top_where import Where
+from shared import topology
+from shared.broker import Broker
+from shared.errors import BrokersError
+from shared.messages import Batch, Ended, Heartbeat, Job, Load, Message, Result, Status
+from shared.topology import Topology
+
+JOB = Job(
+    session="s-1",
+    round=0,
+    base_len=3,
+    draft=[1],
+    drafted=1,
+    drafter="d",
+    gateway="g",
+    fingerprint="f",
+    reason="due in 9 ms",
+)
+PASSING: list[tuple[Message, str]] = [
+    (Heartbeat(verifier="v", fingerprint="f", max_len=9, free_tokens=5, total_tokens=10), topology.heartbeat("v")),
+    (Load(scheduler="sch", price_ms=0.5, queue_ms=1, pending=0, draft_cap=8, policy="edf"), topology.LOAD),
+    (Batch(batch="b", scheduler="sch", jobs=[JOB], predicted_ms=10, policy="edf"), topology.batch("v")),
+    (
+        Result(
+            session="s-1",
+            round=0,
+            base_len=3,
+            status=Status.COMMITTED,
+            verifier="v",
+            batch="b",
+            accepted=1,
+            trimmed_to=1,
+            tokens=[1, 2],
+            verify_ms=20,
+        ),
+        topology.RESULT_SCHEDULER,
+    ),
+    (Ended(session="s-1", reason="stop", tokens=2, attained=True), topology.ENDED),
+]
+
+
+async def until(condition: Callable[[], object]) -> None:
+    async with asyncio.timeout(20):
+        while not condition():  # noqa: ASYNC110 - what is waited for has no event
+            await asyncio.sleep(0.05)
+
+
+@pytest.fixture
+async def suite(amqp_url: str, namespace: str) -> AsyncIterator[Broker]:
+    """Speaks as the services do; a verifier's own queue takes its batches, as always."""
+    broker = await Broker.connect(amqp_url, Topology(namespace), "suite")
+    yield broker
+    await broker.close()
+
+
+async def speaking(broker: Broker) -> None:
+    while True:
+        for message, key in PASSING:
+            await broker.publish(message, key)
+        await asyncio.sleep(0.2)
+
+
+async def test_a_snapshot_of_what_passes_and_nothing_is_taken_from_the_services(
+    suite: Broker, amqp_url: str, namespace: str
+) -> None:
+    taken: list[Message] = []
+
+    async def take(message: Message) -> None:
+        taken.append(message)
+
+    await suite.consume(suite.topology.own_queue("verifier", "v", (topology.batch("v"),)), take)
+    talk = asyncio.create_task(speaking(suite))
+    console = Console(file=StringIO(), width=80)
+    try:
+        await once_seen(Where(amqp_url, namespace), console, 1.5, as_json=True)
+    finally:
+        talk.cancel()
+    seen = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
+    assert (seen["namespace"], seen["empty"], seen["scheduler"]["policy"]) == (namespace, False, "edf")
+    (verifier,) = seen["verifiers"]
+    assert (verifier["name"], verifier["alive"], verifier["cache_used"], verifier["ratio_p50"]) == ("v", True, 0.5, 2)
+    assert seen["throughput"]["short"] > 0
+    assert seen["goodput"]["short"] > 0
+    assert seen["classes"][0]["attainment"] == 1
+    assert seen["batches"][0]["jobs"][0]["reason"] == "due in 9 ms"
+    assert len(taken) > 1
+
+
+async def test_an_empty_suite_says_so(amqp_url: str, namespace: str) -> None:
+    console = Console(file=StringIO(), width=80)
+    await once_seen(Where(amqp_url, namespace), console, 1)
+    assert "no scheduler and no verifier speaks" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+
+
+async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, namespace: str) -> None:
+    async with link_to(amqp_url) as link:
+        observer = Observer(Where(link.url, namespace))
+        listening = asyncio.create_task(observer.keep_listening())
+        talk = asyncio.create_task(speaking(suite))
+        try:
+            await until(lambda: observer.problem is None)
+            await link.cut()
+            await until(lambda: observer.problem is not None)
+            assert "does not answer" in (observer.problem or "")
+            assert "@" not in (observer.problem or ""), "no password on the screen"
+            await link.mend()
+            await until(lambda: observer.problem is None)
+            observer.watch = Watch(now_ms())
+            await until(lambda: not observer.watch.snapshot(now_ms()).empty)
+        finally:
+            for task in (listening, talk):
+                task.cancel()
+            await asyncio.gather(listening, talk, return_exceptions=True)
+
+
+async def test_no_broker_is_an_error_where_a_script_asks(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("shared.broker.CONNECT_TIMEOUT_S", 1)
+    with pytest.raises(BrokersError, match="cannot be used"):
+        await once_seen(Where("amqp://nobody:secret@127.0.0.1:1/", namespace), Console(file=StringIO()), 1)

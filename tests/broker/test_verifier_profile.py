@@ -1,0 +1,54 @@
+"""A verifier without an estimator: its start-up profile becomes the cost model by itself, on real brokers."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+from random_draft import random_draft
+
+from services.verifier.service import serve
+from services.verifier.settings import VerifierSettings
+from shared import cost, topology
+from shared.broker import Broker
+from shared.messages import CostModel, Message
+from shared.models.prepare import prepare
+from shared.store import Store
+from shared.topology import Topology
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    target = prepare("smollm2-135m-instruct", Path(".wisp/models"))
+    return random_draft(tmp_path_factory.mktemp("model"), target)
+
+
+async def test_the_profile_is_told_and_replaces_a_stored_model_of_that_name(
+    amqp_url: str, redis_url: str, namespace: str, model: Path
+) -> None:
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    store = Store.connect(redis_url, namespace, 60)
+    models: asyncio.Queue[Message] = asyncio.Queue()
+    await broker.consume(broker.topology.own_queue("test", "peer", (topology.costmodel("v1"),)), models.put)
+    await store.save_cost_model(
+        cost.FALLBACK.model_copy(update={"verifier": "v1", "coefficients": [9e9] * cost.SIZE, "samples": 900})
+    )
+    settings = VerifierSettings(
+        amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, target=model, threads=1, cache_tokens=4096
+    )
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve(settings, "v1", stop))
+    told = await asyncio.wait_for(models.get(), 60)
+    assert isinstance(told, CostModel)
+    assert 0 < told.samples < 900
+    assert 0 < cost.predict_ms(told, cost.shape_of([(5, 105, 5)])) < 9e9
+    for _ in range(200):
+        if await store.cost_models() == [told]:
+            break
+        await asyncio.sleep(0.02)
+    assert await store.cost_models() == [told]
+    stop.set()
+    await asyncio.wait_for(serving, 30)
+    await broker.close()
+    await store.close()

@@ -1,0 +1,336 @@
+"""Which requests admission takes and refuses, and for how long."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.admission import ARRIVED_MS, LONGEST_RETRY_S, STALE_MS, Admission, Demand, Refusal, promised
+from services.gateway.settings import GatewaySettings
+from services.gateway.slo import ServiceClass
+from shared.messages import ClassLoad, Load, Slo
+
+CLASSES = GatewaySettings.model_validate({}).slo_classes
+SLO = Slo(ttft_ms=1000, tpot_ms=100)
+
+
+def load(**fields: Any) -> Load:
+    """A busy fleet of one verifier; a session of `SLO` needs a round every 200 ms and adds 0.05."""
+    told: dict[str, Any] = {
+        "scheduler": "s",
+        "price_ms": 0.0,
+        "queue_ms": 0.0,
+        "pending": 0,
+        "draft_cap": 8,
+        "policy": "edf",
+        "verifiers": 1,
+        "utilization": 0.5,
+        "fixed_ms": 40.0,
+        "period_ms": 200.0,
+        "round_ms": 10.0,
+        "tokens_per_round": 2.0,
+        "prefill_ms": 1.0,
+        "backlog_ms": 0.0,
+        "classes": [ClassLoad(service_class="default", sessions=20, waiting=0, queue_ms=0.0)],
+    }
+    return Load.model_validate(told | fields)
+
+
+def admission(told: Load | None = None, **limits: Any) -> Admission:
+    made = Admission(**({"classes": CLASSES, "max_sessions": 1000, "max_backlog_ms": 30_000.0} | limits))
+    if told is not None:
+        made.hear(told, 0.0)
+    return made
+
+
+def demand(
+    service_class: str = "default", slo: Slo | None = SLO, prompts: tuple[int, ...] = (10,), elapsed_ms: float = 0.0
+) -> Demand:
+    return Demand(service_class, slo, prompts, elapsed_ms)
+
+
+def take_all(made: Admission, asked: Demand, most: int, now_ms: float = 0.0) -> int:
+    """Offer the same request again and again; how many are taken before the first refusal."""
+    for number in range(most):
+        if made.ask(asked, now_ms) is not None:
+            return number
+        for prompt in asked.prompts:
+            made.start(f"s{number}-{len(made._running)}", asked.service_class, asked.slo, prompt, now_ms)
+    return most
+
+
+def test_a_session_adds_its_rounds_and_a_shorter_period() -> None:
+    told = load(verifiers=2)
+    assert promised(told, [], []) == 0.5
+    assert promised(told, [None], []) == 0.5
+    # Its period is the present one: only its rounds' own time, 10 / 200, of two verifiers.
+    assert promised(told, [100.0], []) == pytest.approx(0.5 + 0.05 / 2)
+    # It needs a round every 100 ms: 10 / 100, and the fixed 40 ms every 100 instead of every 200 ms.
+    assert promised(told, [50.0], []) == pytest.approx(0.5 + (0.1 + 0.4 - 0.2) / 2)
+    assert promised(told, [50.0, 50.0], []) == pytest.approx(0.5 + (0.2 + 0.4 - 0.2) / 2)
+    assert promised(told, [], [100.0, None]) == pytest.approx(0.5 - 0.05 / 2)
+    assert promised(load(period_ms=None, utilization=0.0), [100.0], []) == pytest.approx(0.05 + 0.2)
+
+
+def test_a_promise_that_a_lone_verifier_could_not_keep_counts_as_none() -> None:
+    # A round every 50 ms is due, and one takes 40 + 10 ms: just possible. A little less is not.
+    assert promised(load(), [25.0], []) > 1.0
+    assert promised(load(), [24.9], []) == 0.5
+    assert admission(load()).ask(demand(slo=Slo(ttft_ms=1000, tpot_ms=24.9)), 0) is None
+    assert admission(load()).ask(demand(slo=Slo(ttft_ms=1000, tpot_ms=25.0)), 0) is not None
+    # Nor does a prompt that takes longer than the first token may: the wait is not what breaks this promise.
+    assert admission(load(backlog_ms=5000)).ask(demand(prompts=(2000,)), 0) is None
+    assert admission(load(backlog_ms=5000)).ask(demand(prompts=(200,)), 0) is not None
+
+
+def test_what_was_taken_since_the_last_load_is_counted_in() -> None:
+    for service_class, most in (("flex", 6), ("default", 8), ("priority", 10)):
+        assert take_all(admission(load()), demand(service_class), 100) == most
+    assert take_all(admission(load()), demand(prompts=(10, 10, 10)), 100) == 2
+    assert take_all(admission(load(verifiers=4)), demand(), 100) == 32
+
+
+def test_prompts_that_were_sent_since_the_last_load_are_waited_for() -> None:
+    # 40 + 10 ms for the round, 200 ms for each prompt: the fifth would come after 1050 ms.
+    assert take_all(admission(load(round_ms=0.1)), demand(prompts=(200,)), 100) == 4
+    made = admission(load(round_ms=0.1))
+    assert take_all(made, demand(prompts=(200,)), 4) == 4
+    made.hear(load(round_ms=0.1), ARRIVED_MS - 1)
+    assert made.ask(demand(prompts=(200,)), ARRIVED_MS) is not None
+    made.hear(load(round_ms=0.1), ARRIVED_MS)
+    assert made.ask(demand(prompts=(200,)), ARRIVED_MS) is None
+
+
+def test_a_session_is_counted_until_a_load_comes_after_its_first_result() -> None:
+    made = admission(load(utilization=0.8))
+    assert take_all(made, demand(), 2) == 2
+    made.hear(load(utilization=0.8), 10)
+    assert made.ask(demand(), 10) is not None
+    for session in list(made._running):
+        made.answered(session)
+    assert made.ask(demand(), 10) is not None
+    made.hear(load(utilization=0.8), 20)
+    assert take_all(made, demand(), 5) == 2
+
+
+def test_what_ended_makes_room_until_the_next_load_shows_it() -> None:
+    made = admission(load())
+    assert take_all(made, demand(), 8) == 8
+    sessions = list(made._running)
+    made.end(sessions[0], 1)  # never shown: it simply does not count any more
+    assert take_all(made, demand(), 5) == 1
+    for session in sessions[1:]:
+        made.answered(session)
+    made.hear(load(utilization=0.9), 2)
+    made.end(sessions[1], 3)
+    made.end(sessions[2], 3)
+    assert made.ask(demand(), 3) is None
+    made.hear(load(utilization=0.9), 4)
+    assert made.ask(demand(), 4) is not None
+
+
+def test_the_wait_is_what_goes_before_where_the_policy_goes_by_deadlines() -> None:
+    waiting = [
+        ClassLoad(service_class=name, sessions=9, waiting=count, queue_ms=0.0)
+        for name, count in (("priority", 1), ("default", 2), ("flex", 6))
+    ]
+    slo = Slo(ttft_ms=500, tpot_ms=100)
+    for policy, refused in (("edf", ["flex"]), ("wisp+", ["flex"]), ("fcfs", ["priority", "default", "flex"])):
+        made = admission(load(policy=policy, backlog_ms=1000, classes=waiting, utilization=0.0))
+        assert [name for name in ("priority", "default", "flex") if made.ask(demand(name, slo), 0)] == refused
+
+
+def test_best_effort_is_refused_only_when_the_fleet_is_full_or_has_too_long_a_backlog() -> None:
+    assert admission(load(utilization=0.79, backlog_ms=20_000)).ask(demand("flex", None), 0) is None
+    for told in (load(utilization=0.81), load(backlog_ms=24_001.0)):
+        refusal = admission(told).ask(demand("flex", None), 0)
+        assert refusal is not None
+        assert refusal.code == "overloaded"
+
+
+def test_the_bound_on_the_backlog_holds_for_every_class_and_without_prediction() -> None:
+    for name, limit_ms in (("priority", 30_000), ("default", 27_000), ("flex", 24_000)):
+        for predict in (True, False):
+            over, under = (load(backlog_ms=limit_ms + more, utilization=0.0) for more in (1, -1))
+            assert admission(over, predict=predict).ask(demand(name, None), 0) is not None
+            assert admission(under, predict=predict).ask(demand(name, None), 0) is None
+
+
+def test_used_time_without_sessions_refuses_nothing() -> None:
+    strict = demand(slo=Slo(ttft_ms=1000, tpot_ms=30))
+    assert admission(load(utilization=0.3)).ask(strict, 0) is not None
+    made = admission(load(utilization=0.3, period_ms=None, classes=[]))
+    assert made.ask(strict, 0) is None
+    made.start("s", "flex", None, 1, 0)
+    assert made.ask(strict, 0) is not None
+    made.answered("s")
+    made.hear(load(utilization=0.3, classes=[ClassLoad(service_class="flex", sessions=1, waiting=0, queue_ms=0)]), 1)
+    assert made.ask(strict, 1) is not None
+    made.end("s", 2)
+    assert made.ask(strict, 2) is None
+
+
+def test_without_prediction_promises_refuse_nothing() -> None:
+    made = admission(load(utilization=5.0, backlog_ms=10_000), predict=False)
+    assert take_all(made, demand(), 50) == 50
+
+
+def test_an_old_load_refuses_nothing() -> None:
+    made = admission(load(utilization=5.0, backlog_ms=1e6))
+    assert made.ask(demand(), STALE_MS) is not None
+    assert made.ask(demand(), STALE_MS + 1) is None
+    assert admission(load(utilization=5.0, verifiers=0)).ask(demand(), 0) is None
+    assert admission().ask(demand(), 0) is None
+
+
+def test_sessions_are_limited_in_all_and_by_class() -> None:
+    classes = CLASSES | {"batch": ServiceClass(max_sessions=3)}
+    made = admission(classes=classes, max_sessions=5)
+    assert take_all(made, demand("batch", None, prompts=(1, 1)), 9) == 1
+    assert take_all(made, demand("batch", None), 9) == 1
+    assert take_all(made, demand(), 9) == 2
+    refusal = made.ask(demand(), 0)
+    assert refusal is not None
+    assert refusal.code == "too_many_sessions"
+
+
+def refused(made: Admission, asked: Demand, now_ms: float = 0.0) -> Refusal:
+    refusal = made.ask(asked, now_ms)
+    assert refusal is not None
+    return refusal
+
+
+def test_when_to_come_again_follows_from_how_long_texts_take() -> None:
+    made = admission(max_sessions=4)
+    assert take_all(made, demand(), 9) == 4
+    assert refused(made, demand()).retry_after_s == 2  # nothing has ended: 5 s / 4 is guessed
+    made.answered(next(iter(made._running)))
+    made.end(next(iter(made._running)), 20_000)
+    made.start("x", "default", SLO, 1, 20_000)
+    assert refused(made, demand(), 20_000).retry_after_s == 5
+    assert refused(made, demand(prompts=(1, 1, 1)), 20_000).retry_after_s == 15
+    made.end("x", 20_001)  # never answered: how long it took says nothing
+    made.start("y", "default", SLO, 1, 20_001)
+    assert refused(made, demand(), 20_001).retry_after_s == 5
+    # An eighth of what is promised has to become free: an eighth of a text's time.
+    made = admission()
+    made.start("x", "default", SLO, 1, 0)
+    made.answered("x")
+    made.end("x", 20_000)
+    made.hear(load(utilization=0.8, round_ms=40.0), 20_000)
+    assert refused(made, demand(), 20_000).retry_after_s == 3
+
+
+def test_when_to_come_again_follows_from_the_work_that_waits() -> None:
+    assert refused(admission(load(backlog_ms=34_500)), demand("priority", None)).retry_after_s == 5
+    assert refused(admission(load(backlog_ms=4_000)), demand()).retry_after_s == 4  # 4000 + 60 - 1000 ms
+    assert refused(admission(load(backlog_ms=1e7)), demand("priority", None)).retry_after_s == LONGEST_RETRY_S
+
+
+times = st.floats(0, 1e5)
+slos = st.none() | st.builds(Slo, ttft_ms=st.floats(1, 1e5), tpot_ms=st.floats(0.1, 1e4))
+class_loads = st.lists(
+    st.builds(
+        ClassLoad,
+        service_class=st.sampled_from(["priority", "default", "flex", "other"]),
+        sessions=st.integers(0, 50),
+        waiting=st.integers(0, 50),
+        queue_ms=times,
+    ),
+    max_size=4,
+    unique_by=lambda told: told.service_class,
+)
+loads = st.builds(
+    load,
+    policy=st.sampled_from(["sled", "fcfs", "edf", "wisp", "wisp+", ""]),
+    verifiers=st.integers(0, 5),
+    utilization=st.floats(0, 2),
+    fixed_ms=times,
+    period_ms=st.none() | times,
+    round_ms=times,
+    tokens_per_round=st.floats(1, 9),
+    prefill_ms=st.floats(0, 100),
+    backlog_ms=times,
+    classes=class_loads,
+)
+prompts = st.lists(st.integers(1, 4000), min_size=1, max_size=5).map(tuple)
+started = st.lists(st.tuples(st.sampled_from(sorted(CLASSES)), slos, st.integers(1, 4000), st.booleans()), max_size=6)
+
+
+def busy(told: Load, sessions: list[tuple[str, Slo | None, int, bool]]) -> Admission:
+    """Admission with some sessions, of which the last Load shows those that were answered."""
+    made = admission(max_sessions=8)
+    for number, (service_class, slo, prompt, answered) in enumerate(sessions):
+        made.start(f"s{number}", service_class, slo, prompt, 0)
+        if answered:
+            made.answered(f"s{number}")
+    made.hear(told, 10)
+    for number, (*_, answered) in enumerate(sessions[:2]):
+        if answered:
+            made.end(f"s{number}", 20)
+    return made
+
+
+@given(loads, started, slos, prompts, times)
+def test_premium_requests_are_the_last_to_be_refused(
+    told: Load, sessions: list[Any], slo: Slo | None, asked: tuple[int, ...], elapsed_ms: float
+) -> None:
+    made = busy(told, sessions)
+    flex, default, priority = (
+        made.ask(demand(name, slo, asked, elapsed_ms), 30) for name in ("flex", "default", "priority")
+    )
+    assert priority is None or default is not None
+    assert default is None or flex is not None
+
+
+@given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts, times)
+def test_an_idle_fleet_takes_everything(
+    told: Load, slo: Slo | None, name: str, asked: tuple[int, ...], elapsed_ms: float
+) -> None:
+    idle = told.model_copy(update={"classes": [], "backlog_ms": 0.0})
+    assert admission(idle).ask(demand(name, slo, asked, elapsed_ms), 0) is None
+
+
+@given(loads, started, slos, st.sampled_from(sorted(CLASSES)), prompts, st.floats(0, 2), times)
+def test_what_is_refused_is_refused_under_more_load_as_well(
+    told: Load,
+    sessions: list[Any],
+    slo: Slo | None,
+    name: str,
+    asked: tuple[int, ...],
+    more: float,
+    more_ms: float,
+) -> None:
+    heavier = told.model_copy(update={"utilization": told.utilization + more, "backlog_ms": told.backlog_ms + more_ms})
+    if busy(told, sessions).ask(demand(name, slo, asked), 30) is not None:
+        assert busy(heavier, sessions).ask(demand(name, slo, asked), 30) is not None
+
+
+@given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts)
+def test_requests_between_two_loads_never_promise_more_than_the_class_may(
+    told: Load, slo: Slo | None, name: str, asked: tuple[int, ...]
+) -> None:
+    made = admission(told)
+    taken = take_all(made, demand(name, slo, asked), 40)
+    all_of_them = [slo.tpot_ms if slo else None] * (taken * len(asked))
+    # The first may fill an idle fleet by itself.
+    if taken > 1 and told.verifiers and promised(told, [slo.tpot_ms if slo else None], []) > 0:
+        assert promised(told, all_of_them, []) <= CLASSES[name].admit_to
+
+
+@given(loads, started, slos, st.sampled_from(sorted(CLASSES)), prompts, st.floats(0, 1e9))
+def test_when_to_come_again_is_a_whole_number_of_seconds_within_bounds(
+    told: Load, sessions: list[Any], slo: Slo | None, name: str, asked: tuple[int, ...], ended_ms: float
+) -> None:
+    made = busy(told, sessions)
+    made.start("long", "default", None, 1, 0)
+    made.answered("long")
+    made.end("long", ended_ms)
+    if (refusal := made.ask(demand(name, slo, asked), 30)) is not None:
+        assert isinstance(refusal.retry_after_s, int)
+        assert 1 <= refusal.retry_after_s <= LONGEST_RETRY_S
+        assert refusal.code in {"slo_unattainable_now", "overloaded", "too_many_sessions"}
+        assert f"try again in {refusal.retry_after_s} s" in refusal.message

@@ -1,0 +1,183 @@
+"""The search for capacities, the arms, and what is shown of a run."""
+
+from __future__ import annotations
+
+import math
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.bench.load.arms import Arm, arms_of
+from services.bench.load.measures import Window, lag_of, measure
+from services.bench.load.plot import plot, spread
+from services.bench.load.results import (
+    Measured,
+    Results,
+    capacity_table,
+    draft_table,
+    notes,
+    promise_table,
+    speed_table,
+)
+from services.bench.load.search import Tried, capacity, interval, most_points, next_sessions, pooled
+from services.bench.load.workload import Device
+from shared.errors import SettingsError
+
+WINDOW = Window(warm_up_s=1, measure_s=2, drain_s=3)
+
+
+def searched(holds: int, first: int, most: int, tolerance: float) -> list[Tried]:
+    """A search where up to `holds` sessions attain."""
+    tried: list[Tried] = []
+    while (n := next_sessions(tried, 0.95, first=first, most=most, tolerance=tolerance)) is not None:
+        assert n not in [one.sessions for one in tried]
+        tried.append(Tried(sessions=n, requests=100, attained=99 if n <= holds else 50))
+        assert len(tried) <= 30
+    return tried
+
+
+@given(st.integers(0, 200), st.integers(1, 20), st.integers(1, 100), st.floats(0, 0.3))
+def test_a_search_finds_the_capacity_within_its_tolerance(holds: int, first: int, most: int, tolerance: float) -> None:
+    tried = searched(holds, first, most, tolerance)
+    found = capacity(tried, 0.95)
+    assert max(one.sessions for one in tried) <= most
+    assert found.sessions <= holds
+    if found.failing is None:
+        assert found.sessions == most
+    else:
+        assert holds < found.failing
+        assert found.failing - found.sessions <= max(1, tolerance * found.sessions)
+
+
+def test_a_search_doubles_and_then_halves_the_gap() -> None:
+    assert [one.sessions for one in searched(11, 4, 64, 0.0)] == [4, 8, 16, 12, 10, 11]
+    assert [one.sessions for one in searched(0, 4, 64, 0.0)] == [4, 2, 1]
+    assert len(searched(60, 4, 64, 0.1)) <= most_points(4, 64, 0.1) + 1
+
+
+def test_the_fewest_that_fail_bound_the_capacity() -> None:
+    noisy = pooled([(4, 100, 100), (8, 100, 90), (16, 100, 99)])
+    found = capacity(noisy, 0.95)
+    assert (found.sessions, found.failing, found.requests, found.attainment) == (4, 8, 100, 1.0)
+    assert capacity(pooled([(1, 0, 0)]), 0.95).sessions == 0, "where nothing is served nothing holds"
+
+
+def test_repeats_count_together() -> None:
+    assert pooled([(8, 10, 9), (4, 5, 5), (8, 30, 29)]) == [
+        Tried(sessions=4, requests=5, attained=5),
+        Tried(sessions=8, requests=40, attained=38),
+    ]
+
+
+def test_the_interval_is_wilsons() -> None:
+    assert interval(95, 100) == (pytest.approx(0.8883, abs=1e-3), pytest.approx(0.9785, abs=1e-3))
+    assert interval(0, 0) == (0.0, 1.0)
+
+
+@given(st.integers(1, 500), st.floats(0, 1))
+def test_the_interval_holds_the_share(count: int, share: float) -> None:
+    hits = round(share * count)
+    low, high = interval(hits, count)
+    assert 0 <= low <= hits / count <= high <= 1
+    more = interval(4 * hits, 4 * count)
+    assert more[1] - more[0] < high - low, "more requests say more"
+
+
+def test_arms_are_named_with_the_parts_that_they_lack() -> None:
+    arms = arms_of("sled, wisp+/trimming,price,fcfs,wisp/estimator,sled")
+    assert [arm.name for arm in arms] == ["sled", "wisp+/trimming,price", "fcfs", "wisp/estimator"]
+    assert arms[1].scheduler() == {"WISP_POLICY": "wisp+", "WISP_WITHOUT": '["trimming", "price"]'}
+    assert arms[0].scheduler() == {"WISP_POLICY": "sled", "WISP_WITHOUT": "[]"}
+
+
+def test_a_drafter_serves_its_devices_pool_and_sled_drafts_as_it_does() -> None:
+    pi = Device(name="raspberry-pi-5")
+    assert Arm("wisp").drafter(pi) == {"WISP_POOL": "raspberry-pi-5", "WISP_DEVICE_PROFILE": "raspberry-pi-5"}
+    assert Arm("edf").drafter(Device(name="none")) == {"WISP_POOL": "none"}
+    fixed = Arm("sled").drafter(pi)
+    assert (fixed["WISP_STOP_RULE"], fixed["WISP_DRAFT_LENGTH"]) == ("fixed", "4")
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        ("", "no arm"),
+        ("slad", "'slad' is no arm"),
+        ("price", "is no arm"),
+        ("wisp+/speed", "no arm"),
+        ("edf/price", "only wisp"),
+    ],
+)
+def test_an_unknown_arm_is_refused(text: str, problem: str) -> None:
+    with pytest.raises(SettingsError, match=problem):
+        arms_of(text)
+
+
+def results() -> Results:
+    """Three arms, measured without a single request but with as many as the search needs."""
+    empty, lag = measure([], WINDOW), lag_of([], [], 0.0)
+    points = []
+    for arm, holds in (("sled", 4), ("wisp+", 12), ("fcfs", 8)):
+        for sessions in (4, 8, 12, 16):
+            attained = 100 if sessions <= holds else 40
+            found = empty.model_copy(update={"requests": 100, "attained": attained, "goodput": 5.0 * attained})
+            points.append(Measured(arm=arm, sessions=sessions, repeat=0, measures=found, lag=lag))
+    return Results(window=WINDOW, points=points, aims=[0.95, 0.9])
+
+
+def test_capacities_are_compared_with_fcfs_and_sled() -> None:
+    columns, rows = capacity_table(results())
+    found = {row[0]: dict(zip(columns, row, strict=True)) for row in rows if row[1] == "95%"}
+    assert {arm: one["sessions"] for arm, one in found.items()} == {"sled": 4, "wisp+": 12, "fcfs": 8}
+    assert (found["wisp+"]["x fcfs"], found["wisp+"]["x sled"]) == (1.5, 3.0)
+    assert found["wisp+"]["fails at"] == 16
+
+
+def test_tables_have_a_value_for_each_column_and_what_is_unknown_stays_empty() -> None:
+    found = results()
+    for columns, rows in (promise_table(found.points), speed_table(found.points), draft_table(found.points)):
+        assert all(len(row) == len(columns) for row in rows)
+    assert len(promise_table(found.points)[1]) == 12
+    assert draft_table(found.points)[1] == []
+
+
+def test_notes_tell_of_a_late_generator_and_of_refusals() -> None:
+    found = results()
+    late = found.points[0].model_copy(
+        update={
+            "lag": lag_of([80.0] * 10, [1.0], 0.5),
+            "measures": found.points[0].measures.model_copy(update={"reasons": {"429 overloaded": 3}}),
+        }
+    )
+    told = "\n".join(notes(found.model_copy(update={"points": [late]}), 0.1))
+    assert "GENERATOR WAS LATE: sled at 4 sessions, requests by 80 ms" in told
+    assert "sled at 4 sessions: 3 x 429 overloaded" in told
+    assert "resolution 10%" in told
+    assert "LATE" not in "\n".join(notes(found))
+
+
+def test_results_come_back_from_their_file() -> None:
+    found = results()
+    assert Results.model_validate_json(found.model_dump_json()) == found
+
+
+@given(st.lists(st.floats(0, 100), max_size=10), st.floats(0.1, 10))
+def test_labels_keep_their_order_and_their_distance(wanted: list[float], gap: float) -> None:
+    placed = spread(wanted, gap, floor=0.0)
+    ordered = sorted(range(len(wanted)), key=lambda i: wanted[i])
+    ups = [placed[i] for i in ordered]
+    assert all(after - before >= gap * (1 - 1e-9) for before, after in pairwise(ups))
+    assert all(place >= 0 for place in placed)
+    if all(wanted[b] - wanted[a] >= gap for a, b in pairwise(ordered)):
+        assert all(math.isclose(place, want, abs_tol=1e-6) for place, want in zip(placed, wanted, strict=True))
+
+
+def test_the_picture_names_each_arm(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "load.svg"
+    plot(results(), path)
+    drawn = path.read_text()
+    assert all(drawn.count(f">{arm}</text>") == 2 for arm in ("sled", "wisp+", "fcfs"))

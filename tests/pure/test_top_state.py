@@ -1,0 +1,272 @@
+"""`wisp top`: what it makes of the messages that pass, what it shows of that, and which suite it observes."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from io import StringIO
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from services.cli.folder import RunFolder, RunningSuite, note_suite, running_suites
+from services.cli.top_snapshot import Snapshot
+from services.cli.top_state import Watch
+from services.cli.top_view import short, view
+from services.cli.top_where import Where, choose
+from shared.errors import SettingsError
+from shared.messages import (
+    Batch,
+    ClassLoad,
+    CostModel,
+    Ended,
+    Heartbeat,
+    Job,
+    LeftOut,
+    Load,
+    Residency,
+    Result,
+    Slo,
+    Status,
+    Verify,
+)
+
+
+def heartbeat(verifier: str = "v1", **changed: object) -> Heartbeat:
+    fields = {"verifier": verifier, "fingerprint": "f", "max_len": 100, "free_tokens": 750, "total_tokens": 1000}
+    return Heartbeat.model_validate({**fields, "residency": [Residency(session="a", cached=5)], **changed})
+
+
+def load(**changed: object) -> Load:
+    fields = {"scheduler": "s1", "price_ms": 1.5, "queue_ms": 12.0, "pending": 3, "draft_cap": 8}
+    return Load.model_validate({**fields, "policy": "edf", "utilization": 0.5, **changed})
+
+
+def job(session: str = "chatcmpl-abcdef0123456789", **changed: object) -> Job:
+    fields = {
+        "session": session,
+        "round": 2,
+        "base_len": 10,
+        "draft": [1, 2],
+        "drafted": 4,
+        "drafter": "d",
+        "gateway": "g",
+        "fingerprint": "f",
+        "queue_ms": 7.0,
+        "slack_ms": 40.0,
+        "reason": "due in 40 ms",
+    }
+    return Job.model_validate({**fields, **changed})
+
+
+def batch(name: str = "b1", jobs: list[Job] | None = None, **changed: object) -> Batch:
+    fields = {"batch": name, "scheduler": "s1", "jobs": jobs or [job()], "predicted_ms": 40.0, "policy": "edf"}
+    return Batch.model_validate({**fields, **changed})
+
+
+def result(name: str = "b1", session: str = "a", round_: int = 0, **changed: object) -> Result:
+    fields = {
+        "session": session,
+        "round": round_,
+        "base_len": 10,
+        "status": Status.COMMITTED,
+        "verifier": "v1",
+        "batch": name,
+        "accepted": 2,
+        "tokens": [1, 2, 3],
+        "trimmed_to": 4,
+        "verify_ms": 50.0,
+    }
+    return Result.model_validate({**fields, **changed})
+
+
+def ended(reason: str = "stop", attained: bool = True, tokens: int = 100, **changed: object) -> Ended:
+    return Ended.model_validate({"session": "a", "reason": reason, "attained": attained, "tokens": tokens, **changed})
+
+
+def watched(*messages: tuple[float, object], started_ms: float = 0.0) -> Watch:
+    watch = Watch(started_ms)
+    for at_ms, message in messages:
+        watch.feed(message, at_ms)  # type: ignore[arg-type]
+    return watch
+
+
+def text(snapshot: Snapshot, note: str | None = None, width: int = 80) -> str:
+    console = Console(file=StringIO(), width=width, no_color=True)
+    console.print(view(snapshot, "ns", note))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_a_verifier_is_alive_silent_and_forgotten() -> None:
+    watch = watched((1000, heartbeat()), (1000, heartbeat("v2", draining=True)))
+    one, two = watch.snapshot(1500).verifiers
+    assert (one.name, one.alive, one.draining, one.cache_used, one.sessions) == ("v1", True, False, 0.25, 1)
+    assert two.draining
+    one, _ = watch.snapshot(4000).verifiers
+    assert (one.alive, one.silent_ms) == (False, 3000)
+    assert watch.snapshot(61_001).verifiers == []
+
+
+def test_batches_are_held_against_their_prediction() -> None:
+    watch = watched((0, heartbeat()))
+    for i, took in enumerate((50.0, 20.0, 60.0)):
+        watch.feed(batch(f"b{i}", [job("a"), job("b")]), 1000.0 * i)
+        watch.feed(result(f"b{i}", "a", i, verify_ms=took), 1000.0 * i + 100)
+        watch.feed(result(f"b{i}", "b", i, verify_ms=took), 1000.0 * i + 100)
+    watch.feed(batch("next"), 2500)
+    watch.feed(
+        CostModel(verifier="v1", coefficients=[1.0] * 5, ratio_p50=1, ratio_p90=1, ratio_p99=1, samples=7, version=1),
+        2600,
+    )
+    (verifier,) = watch.snapshot(4000).verifiers
+    assert verifier.ratio_p50 == pytest.approx(50 / 40)
+    assert (verifier.predicted_ms, verifier.measured_ms, verifier.batch_jobs, verifier.samples) == (40, 60, 2, 7)
+    assert verifier.jobs_per_s == pytest.approx(6 / 4), "six jobs in the four seconds that were seen"
+
+
+def test_tokens_per_second_count_each_round_once_and_only_what_was_committed() -> None:
+    watch = watched(
+        (0, result(round_=0)),
+        (100, result(round_=0)),
+        (200, result(round_=1, status=Status.CONFLICT)),
+        (300, result(round_=2, status=Status.PREFILLED, tokens=[])),
+        (25_000, result(round_=3, tokens=[5], accepted=0, trimmed_to=2)),
+    )
+    seen = watch.snapshot(30_000)
+    assert (seen.throughput.short, seen.throughput.long) == (1 / 10, 4 / 30)
+    assert (seen.verified, seen.accepted, seen.acceptance) == (6, 2, 2 / 6)
+    later = watch.snapshot(60_500)
+    assert (later.throughput.short, later.throughput.long) == (0, 1 / 60)
+    watch.feed(result(round_=0), 70_000)
+    assert watch.snapshot(70_000).throughput.long == 4 / 60, "forgotten rounds are not remembered for ever"
+
+
+def test_goodput_and_attainment_are_of_texts_that_came_to_their_own_end() -> None:
+    slo = Slo(ttft_ms=100, tpot_ms=50)
+    watch = watched(
+        (1000, ended(service_class="fast", slo=slo)),
+        (1000, ended("length", attained=False, service_class="fast", slo=slo)),
+        (1000, ended("abort", attained=False, tokens=9, service_class="fast")),
+        (1000, ended("refused", attained=False, tokens=0, service_class="fast")),
+        (1000, ended("refused", attained=False, tokens=0, service_class="slow")),
+        (1000, load(classes=[ClassLoad(service_class="idle", sessions=2, waiting=1, queue_ms=5.0, slack_ms=-3.0)])),
+    )
+    seen = watch.snapshot(10_000)
+    assert seen.goodput.short == 100 / 10
+    views = {one.service_class: one for one in seen.classes}
+    assert (views["fast"].ended, views["fast"].attained, views["fast"].attainment, views["fast"].refused) == (
+        2,
+        1,
+        0.5,
+        1,
+    )
+    assert (views["slow"].ended, views["slow"].attainment, views["slow"].refused) == (0, None, 1)
+    assert (views["idle"].sessions, views["idle"].waiting, views["idle"].slack_ms) == (2, 1, -3)
+    assert [(e.service_class, e.reason, e.count) for e in seen.ends] == [
+        ("fast", "abort", 1),
+        ("fast", "length", 1),
+        ("fast", "refused", 1),
+        ("fast", "stop", 1),
+        ("slow", "refused", 1),
+    ]
+    assert watch.snapshot(62_000).ends == []
+
+
+def test_the_latest_batches_say_why() -> None:
+    left = [LeftOut(session="chatcmpl-ffffffffffff", reason="not its turn")]
+    watch = watched((0, load()), (0, heartbeat()))
+    for i in range(9):
+        watch.feed(batch(f"b{i}", [job(reason=f"reason {i}")], waiting=4, left_out=left), 100.0 * i)
+    batches = watch.snapshot(1000).batches
+    assert [one.batch for one in batches] == ["b8", "b7", "b6", "b5", "b4"]
+    assert (batches[0].verifier, batches[0].measured_ms, batches[0].age_ms) == (None, None, 200)
+    shown = text(watch.snapshot(1000), width=200)
+    assert "abcdef01 default, draft 2 of 4, queued 7 ms: reason 8 (slack 40 ms)" in shown
+    assert "left out ffffffff: not its turn" in shown
+    assert "and 3 more left out" in shown
+    watch.feed(batch("chunk", [job(prefill_to=128)]), 1000)
+    assert "prompt to 128" in text(watch.snapshot(1000), width=200)
+
+
+@pytest.mark.parametrize("width", [80, 200])
+def test_the_screen_fits_its_width(width: int) -> None:
+    verifier = "x" * 60 + "-v1"
+    watch = watched((0, load(policy="wisp+")), (0, heartbeat(verifier)), (0, ended("stop" * 20)))
+    watch.feed(batch("b", [job("s" * 128, reason="r" * 300)] * 9, left_out=[LeftOut(session="s", reason="w" * 300)]), 0)
+    watch.feed(result("b", verifier=verifier), 50)
+    lines = text(watch.snapshot(100), "note", width).splitlines()
+    assert max(map(len, lines)) <= width
+    shown = "\n".join(lines)
+    for word in ("wisp+", "50%", "1.50 ms/token", "note", "and 3 more jobs", "25%", "50/40", "1/1", "x-v1 "):
+        assert word in shown
+
+
+def test_an_empty_suite_a_silent_scheduler_and_one_not_active_are_told_apart() -> None:
+    watch = watched((0, Verify.model_validate({**VERIFY})))
+    assert watch.snapshot(5000).empty, "rounds alone are no suite"
+    assert "Nothing of a suite in namespace ns for 5 s" in text(watch.snapshot(5000))
+    watch.feed(heartbeat(), 5000)
+    assert "no scheduler is active" in text(watch.snapshot(5000))
+    watch.feed(load(), 5000)
+    assert "policy edf" in text(watch.snapshot(6000))
+    assert "scheduler s1 silent for 9 s" in text(watch.snapshot(14_000))
+
+
+VERIFY = {
+    "session": "a",
+    "round": 0,
+    "base_len": 1,
+    "draft": [],
+    "acceptance": [],
+    "drafter": "d",
+    "gateway": "g",
+    "fingerprint": "f",
+}
+
+
+def test_what_others_write_cannot_take_over_the_terminal() -> None:
+    watch = watched((0, heartbeat()), (0, batch("b", [job(reason="\x1b[2J[bold]boo")])))
+    shown = text(watch.snapshot(100), width=200)
+    assert "\x1b" not in shown
+    assert "[2J[bold]boo" in shown, "nor is it taken for markup"
+
+
+def test_a_snapshot_is_json() -> None:
+    watch = watched((0, load()), (0, heartbeat()), (0, batch()), (10, result()), (20, ended()))
+    told = json.loads(json.dumps(asdict(watch.snapshot(1000))))
+    assert told["verifiers"][0]["measured_ms"] == 50
+    assert told["batches"][0]["jobs"][0]["reason"] == "due in 40 ms"
+
+
+def test_short_names_keep_what_tells_texts_of_a_request_apart() -> None:
+    assert short("chatcmpl-0123456789abcdef.3") == "01234567.3"
+    assert short("plain") == "plain"
+
+
+def test_what_is_given_counts_and_the_latest_suite_that_fits_says_the_rest() -> None:
+    new, old = RunningSuite("up-new", "amqp://new/"), RunningSuite("up-old", "amqp://old/")
+    assert choose(None, None, [new]) == Where("amqp://new/", "up-new")
+    both = choose(None, None, [new, old])
+    assert (both.namespace, both.note) == ("up-new", "other suites run here too (--namespace): up-old")
+    assert choose(None, "up-old", [new, old]) == Where("amqp://old/", "up-old")
+    assert choose("amqp://else/", "prod", [new, old]) == Where("amqp://else/", "prod")
+    assert choose("amqp://else/", None, [RunningSuite("up-x", None), new]) == Where("amqp://else/", "up-x")
+    assert choose(None, None, []) == Where("amqp://guest:guest@127.0.0.1:5672/", "wisp")
+    with pytest.raises(SettingsError, match="WISP_AMQP_URL"):
+        choose(None, None, [RunningSuite("up-x", None)])
+    with pytest.raises(SettingsError, match="amqps"):
+        choose("http://somewhere/", None, [])
+    with pytest.raises(SettingsError, match="namespace"):
+        choose(None, "a b", [])
+
+
+def test_running_suites_are_those_whose_owner_lives(tmp_path: Path) -> None:
+    folder = RunFolder("one", tmp_path)
+    note_suite(folder.path, RunningSuite("one", "amqp://here/"))
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "suite.json").write_text("{")
+    assert running_suites(tmp_path) == [RunningSuite("one", "amqp://here/")]
+    folder.close(keep=True)
+    assert (folder.path / "suite.json").is_file()
+    assert running_suites(tmp_path) == []
