@@ -42,9 +42,13 @@ def cases(target_folder: Path) -> list[Case]:
 
 @pytest.fixture(scope="session")
 async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
-    """Two drafters and two verifiers behind one gateway, which takes on more than it can promise."""
+    """Two drafters and two verifiers behind one gateway, which takes on more than it can promise; drafts are verified
+    whole, however bad they are."""
     env = {"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false"}
-    async with Stack("test-stack", brokers=brokers, target=target_folder, drafters=2, verifiers=2, env=env) as running:
+    whole = {"scheduler": {"WISP_WITHOUT": '["trimming"]'}}
+    async with Stack(
+        "test-stack", brokers=brokers, target=target_folder, drafters=2, verifiers=2, env=env, env_of=whole
+    ) as running:
         yield running
 
 

@@ -44,6 +44,7 @@ async def scheduling(stack: Stack, policy: PolicyName) -> AsyncIterator[None]:
     """A scheduler with this policy and short batches takes the place of the running one."""
     before = stack.processes("scheduler")
     env = {"WISP_POLICY": policy, "WISP_MAX_BATCH_MS": "150", "WISP_SLED_BATCH": "5", "WISP_MAX_WAIT_MS": "2000"}
+    env["WISP_WITHOUT"] = "[]"
     new = await stack.start("scheduler", env=env)
     for process in before:
         await stack.stop(process)
