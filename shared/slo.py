@@ -7,7 +7,33 @@ a first token that came early does not make up for slow ones.
 
 from __future__ import annotations
 
+from typing import Annotated
+
+from pydantic import BaseModel, Field, model_validator
+
 from shared.messages import Slo
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+
+
+class Promise(BaseModel):
+    """The fields by which a promise of speed is written in settings and files: both of its times, or none of them."""
+
+    ttft_ms: Positive | None = None
+    tpot_ms: Positive | None = None
+
+    @model_validator(mode="after")
+    def _whole(self) -> Promise:
+        if (self.ttft_ms is None) != (self.tpot_ms is None):
+            raise ValueError("a promise has both ttft_ms and tpot_ms; best effort has neither")
+        return self
+
+    @property
+    def slo(self) -> Slo | None:
+        """The promise; None for none."""
+        if self.ttft_ms is None or self.tpot_ms is None:
+            return None
+        return Slo(ttft_ms=self.ttft_ms, tpot_ms=self.tpot_ms)
 
 
 def due_after_ms(slo: Slo, output_tokens: int, first_ms: float | None) -> float:

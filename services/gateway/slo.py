@@ -7,43 +7,26 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import ConfigDict, Field
 
 from services.gateway.errors import invalid
 from shared.messages import DEFAULT_CLASS, Slo
+from shared.slo import Promise
 
 TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
 TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
-
-class ServiceClass(BaseModel):
+class ServiceClass(Promise):
     """What requests of a class are promised, and how far they are taken."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    ttft_ms: Positive | None = None
-    tpot_ms: Positive | None = None
-    """Both or none; none promises nothing: best effort."""
     admit_to: Annotated[float, Field(gt=0, le=10)] = 0.9
     """Share of the verifiers' time promised to sessions up to which requests of the class are taken; above 1,
     more is promised than can be kept."""
     max_sessions: Annotated[int, Field(ge=1)] | None = None
     """Texts of the class generated at once; None for no limit of its own."""
-
-    @model_validator(mode="after")
-    def _whole_promise(self) -> ServiceClass:
-        if (self.ttft_ms is None) != (self.tpot_ms is None):
-            raise ValueError("a promise has both ttft_ms and tpot_ms; best effort has neither")
-        return self
-
-    @property
-    def slo(self) -> Slo | None:
-        """The promise; None for best effort."""
-        if self.ttft_ms is None or self.tpot_ms is None:
-            return None
-        return Slo(ttft_ms=self.ttft_ms, tpot_ms=self.tpot_ms)
 
 
 def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:

@@ -95,12 +95,14 @@ def load(
             periods[session.verifier].append(session.tpot_ms * recent.tokens_per_round)
     round_tokens = max(1, round(recent.round_tokens))
     fixed, own, prefill, used, backlog = [], [], [], [], []
+    shortest: list[float] = []
     for verifier in usable:
         model = verifier.model
         fixed.append(cost.fixed_ms(model))
         own.append(added_ms(model, round_tokens, round(recent.length), round_tokens))
         # A promise that even a lone session's rounds would break is served as well as may be, and holds up nobody.
         needed = [period for period in periods[verifier.name] if period >= fixed[-1] + own[-1]]
+        shortest += [min(needed)] if needed else []
         prefill.append(prefill_ms(model))
         used.append(sum(own[-1] / period for period in needed) + (fixed[-1] / min(needed) if needed else 0.0))
         backlog.append(verifier.remaining_ms(now_ms) + fleet.queues[verifier.name].work_ms)
@@ -109,7 +111,7 @@ def load(
         update={
             "utilization": (sum(used) + recent.prompt_ms / WINDOW_MS) / count,
             "fixed_ms": sum(fixed) / count,
-            "period_ms": min((min(p) for p in periods.values() if p), default=None),
+            "period_ms": min(shortest, default=None),
             "round_ms": sum(own) / count,
             "prefill_ms": sum(prefill) / count,
             "backlog_ms": min(backlog),

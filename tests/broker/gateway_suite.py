@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -47,6 +47,10 @@ class Suite:
         """The value of a metric, summed over its labels."""
         text = (await self.http.get("/metrics")).text
         return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
+
+
+Start = Callable[..., AbstractAsyncContextManager[Suite]]
+"""Serves a gateway of its own with these settings."""
 
 
 @asynccontextmanager

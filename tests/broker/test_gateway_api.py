@@ -5,40 +5,15 @@ from __future__ import annotations
 import asyncio
 import json
 import socket
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
-from secrets import token_hex
-from typing import Any
+from collections.abc import AsyncIterator
 
 import aio_pika
 import openai
 import pytest
-from gateway_peer import EOS, Script, eventually, tiny_target
-from gateway_suite import MODEL, Suite, chunks_of, events_of, started, text_of
+from gateway_peer import EOS, Script, eventually
+from gateway_suite import MODEL, Start, Suite, chunks_of, events_of, text_of
 
 from shared.messages import DraftChoice, Failure, Result, Slo
-from shared.models.folder import ModelFolder
-
-Start = Callable[..., AbstractAsyncContextManager[Suite]]
-
-
-@pytest.fixture(scope="session")
-def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return tiny_target(tmp_path_factory.mktemp("models") / MODEL)
-
-
-@pytest.fixture
-def start(amqp_url: str, redis_url: str, namespace: str, target: ModelFolder) -> Start:
-    def starting(**fields: Any) -> AbstractAsyncContextManager[Suite]:
-        return started(amqp_url, redis_url, namespace, target, **fields)
-
-    return starting
-
-
-@pytest.fixture(scope="module")
-async def shared(amqp_url: str, redis_url: str, target: ModelFolder) -> AsyncIterator[Suite]:
-    async with started(amqp_url, redis_url, f"test-{token_hex(4)}", target) as running:
-        yield running
 
 
 @pytest.fixture

@@ -3,41 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
-from contextlib import AbstractAsyncContextManager
-from secrets import token_hex
+from collections.abc import AsyncIterator
 from typing import Any
 
 import openai
 import pytest
-from gateway_peer import Script, eventually, tiny_target
-from gateway_suite import MODEL, Suite, started
+from gateway_peer import Script, eventually
+from gateway_suite import MODEL, Start, Suite
 
 from shared import topology
 from shared.messages import DEFAULT_CLASS, Load, Slo
-from shared.models.folder import ModelFolder
 from shared.store import SessionStatus
-
-Start = Callable[..., AbstractAsyncContextManager[Suite]]
-
-
-@pytest.fixture(scope="module")
-def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
-    return tiny_target(tmp_path_factory.mktemp("models") / MODEL)
-
-
-@pytest.fixture
-def start(amqp_url: str, redis_url: str, namespace: str, target: ModelFolder) -> Start:
-    def starting(**fields: Any) -> AbstractAsyncContextManager[Suite]:
-        return started(amqp_url, redis_url, namespace, target, **fields)
-
-    return starting
-
-
-@pytest.fixture(scope="module")
-async def shared(amqp_url: str, redis_url: str, target: ModelFolder) -> AsyncIterator[Suite]:
-    async with started(amqp_url, redis_url, f"test-{token_hex(4)}", target) as running:
-        yield running
 
 
 @pytest.fixture

@@ -420,6 +420,16 @@ def test_the_load_says_what_share_of_the_time_is_promised() -> None:
     assert d.load(3.0).utilization == pytest.approx(one.utilization)
 
 
+def test_a_promise_that_no_verifier_can_keep_is_not_counted() -> None:
+    d = dispatcher("wisp+")
+    d.on_verify(promised("hopeless", 1.0), 0.0)
+    assert (d.load(1.0).utilization, d.load(1.0).period_ms) == (0.0, None)
+    d.on_verify(promised("a", 100.0), 1.0)
+    told = d.load(2.0)
+    assert told.utilization == pytest.approx((told.fixed_ms + told.round_ms) / 100)
+    assert told.period_ms == 100.0
+
+
 def test_prompts_count_as_load_for_a_while() -> None:
     d = dispatcher("wisp+")
     d.on_verify(verify("s", base=200, draft=0), 0.0)

@@ -20,12 +20,11 @@ from services.bench.load.prompts import conversation
 from services.bench.load.requests import Request
 from services.training.prompts import RAW_KIND, corpus
 from shared.errors import SettingsError
-from shared.messages import Slo
 from shared.settings import NAME_PATTERN
+from shared.slo import Positive, Promise
 
 Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class _Part(BaseModel):
@@ -110,26 +109,11 @@ class Arrivals(_Part):
     """Square of the coefficient of variation of the gaps, of `gamma`."""
 
 
-class SloClass(_Weighted):
-    """Requests with one promise."""
+class SloClass(_Weighted, Promise):
+    """Requests with one promise; without one it is left to the server."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     tier: str | None = None
-    ttft_ms: Positive | None = None
-    tpot_ms: Positive | None = None
-
-    @model_validator(mode="after")
-    def _whole_promise(self) -> SloClass:
-        if (self.ttft_ms is None) != (self.tpot_ms is None):
-            raise ValueError("a promise has both ttft_ms and tpot_ms, or neither")
-        return self
-
-    @property
-    def slo(self) -> Slo | None:
-        """The promise that is sent, None to leave it to the server."""
-        if self.ttft_ms is None or self.tpot_ms is None:
-            return None
-        return Slo(ttft_ms=self.ttft_ms, tpot_ms=self.tpot_ms)
 
 
 class Device(_Weighted):
