@@ -199,6 +199,12 @@ class Batch(Message):
     """The first of them, in the order in which the policy would have taken them."""
 
 
+class Release(Message):
+    """scheduler → one verifier: these sessions have moved to another verifier, so their K/V are not needed here."""
+
+    sessions: Annotated[list[Name], Field(min_length=1)]
+
+
 class Failure(Record):
     """Why a session cannot go on, in the words of the HTTP API's error body."""
 
@@ -419,7 +425,20 @@ class Heartbeat(Message):
 
 MESSAGES: dict[str, type[Message]] = {
     kind.type_name: kind
-    for kind in (Generate, Verify, Batch, Result, HiddenStates, Sample, CostModel, Load, Cancel, Ended, Heartbeat)
+    for kind in (
+        Generate,
+        Verify,
+        Batch,
+        Release,
+        Result,
+        HiddenStates,
+        Sample,
+        CostModel,
+        Load,
+        Cancel,
+        Ended,
+        Heartbeat,
+    )
 }
 
 

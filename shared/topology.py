@@ -4,6 +4,7 @@
     generate.<pool>         gateway → one drafter of the pool     <ns>.generate.<pool>      durable, quorum
     verify                  drafter → the active scheduler        <ns>.verify               durable, one active consumer
     batch.<verifier>        scheduler → that verifier             <ns>.verifier.<name>      exclusive
+                            Release: K/V that this verifier need not keep
     result.<instance>       verifier → drafter, gateway (by CC)   <ns>.drafter.<name> ...   exclusive
                             verifier → drafter: HiddenStates, just before the Result of their round
     result.scheduler        verifier → every scheduler (by CC)    <ns>.scheduler.<name>     exclusive

@@ -57,6 +57,7 @@ class Dispatcher:
         self._batches = 0
         self._return_ms: dict[str, float] = {}
         self._resulted_ms: dict[str, float] = {}
+        self._releases: dict[str, list[str]] = {}
 
     def on_verify(self, verify: Verify, now_ms: float) -> None:
         """A round arrived. A copy of one that waits or is in flight already changes nothing.
@@ -107,12 +108,12 @@ class Dispatcher:
         elif state.in_flight[0] is not running:
             # The prepared batch starts now, not when it was sent.
             state.in_flight[0].sent_ms = now_ms
+        for other in self.fleet.verifiers.values():
+            if other is not state and other.cached.pop(result.session, 0) and job is not None:
+                self._releases.setdefault(other.name, []).append(result.session)
         if result.status is Status.FAILED or result.finish is not None:
             self._forget(result.session)
             return
-        for other in self.fleet.verifiers.values():
-            if other is not state:
-                other.cached.pop(result.session, None)
         if result.cached:
             state.cached[result.session] = result.cached
         if job is None:
@@ -164,6 +165,11 @@ class Dispatcher:
                     break
                 sends.append((state.name, self._commit(state, plan, now_ms)))
         return sends, min(later, default=None)
+
+    def releases(self) -> dict[str, list[str]]:
+        """Sessions whose K/V a verifier need not keep, since another has worked on them; each is told once."""
+        told, self._releases = self._releases, {}
+        return told
 
     @property
     def active(self) -> bool:

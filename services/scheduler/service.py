@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Coroutine
+from typing import Any
 
 from services.scheduler import metrics
 from services.scheduler.dispatch import Dispatcher
@@ -11,7 +13,7 @@ from services.scheduler.settings import SchedulerSettings
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError
-from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Result, Verify
+from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Verify
 from shared.service import running
 from shared.store import Store
 from shared.topology import Topology
@@ -95,6 +97,11 @@ class Scheduler:
             self._dispatcher.on_returned(verifier, now_ms())
             self._decide_soon()
 
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        sending = asyncio.create_task(work)
+        self._sending.add(sending)
+        sending.add_done_callback(self._sending.discard)
+
     def _decide_soon(self) -> None:
         """Decide once for all messages that are already here, so that a burst of rounds shares a batch."""
         if self._timer is not None:
@@ -110,9 +117,7 @@ class Scheduler:
         for verifier, batch in sends:
             self._log.debug("batch sent", batch=batch.batch, verifier=verifier, predicted_ms=batch.predicted_ms)
             # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
-            sending = asyncio.create_task(self._send(verifier, batch))
-            self._sending.add(sending)
-            sending.add_done_callback(self._sending.discard)
+            self._spawn(self._send(verifier, batch))
             metrics.BATCHES.labels(verifier).inc()
             metrics.BATCH_JOBS.observe(len(batch.jobs))
             for job in batch.jobs:
@@ -121,6 +126,8 @@ class Scheduler:
                     metrics.TRIMMED.inc(job.drafted - len(job.draft))
                 else:
                     metrics.CHUNKS.inc()
+        for verifier, sessions in self._dispatcher.releases().items():
+            self._spawn(self._broker.publish(Release(sessions=sessions), topology.batch(verifier)))
         metrics.WAITING.set(self._dispatcher.fleet.waiting)
         metrics.VERIFIERS.set(len(self._dispatcher.fleet.verifiers))
 

@@ -31,6 +31,7 @@ from shared.messages import (
     Job,
     Measurement,
     Message,
+    Release,
     Residency,
     Result,
     Sample,
@@ -170,6 +171,8 @@ class Verifier:
                 "batch received", batch=message.batch, jobs=[[job.session, job.round] for job in message.jobs]
             )
             self._batches.put_nowait(message)
+        elif isinstance(message, Release):
+            await self._forget(message.sessions)
         elif isinstance(message, Cancel):
             await self._forget([message.session])
 

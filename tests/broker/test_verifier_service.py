@@ -27,6 +27,7 @@ from shared.messages import (
     HiddenStates,
     Job,
     Message,
+    Release,
     Result,
     Sample,
     Sampling,
@@ -230,6 +231,25 @@ async def test_a_chunk_of_prefill_is_told_to_the_scheduler_alone(peer: Peer, tex
     (result,) = await peer.verify(peer.job("s", 4, text[:1]))
     assert result.status is Status.COMMITTED
     assert result.new_tokens == 3, "two of the prompt's four tokens were there already"
+
+
+async def test_released_sessions_are_forgotten_and_can_come_back(peer: Peer, text: list[int]) -> None:
+    async def held() -> set[str]:
+        (beat,) = await peer.store.heartbeats()
+        return {one.session for one in beat.residency}
+
+    async def until(session: str, there: bool) -> None:
+        async with asyncio.timeout(10):
+            while (session in await held()) is not there:  # noqa: ASYNC110 - heartbeats come when they come
+                await asyncio.sleep(0.05)
+
+    await peer.open("moved")
+    await peer.verify(peer.job("moved", len(PROMPT), text[:2]))
+    await until("moved", there=True)
+    await peer.broker.publish(Release(sessions=["moved", "never-heard-of"]), topology.batch("v1"), confirmed=True)
+    await until("moved", there=False)
+    (result,) = await peer.verify(peer.job("moved", len(PROMPT) + 3, text[3:5], round_=1))
+    assert result.tokens == text[3:6]
 
 
 async def test_a_drafter_that_asks_gets_hidden_states_before_its_result(

@@ -29,6 +29,7 @@ from shared.messages import (
     Load,
     Measurement,
     Message,
+    Release,
     Residency,
     Result,
     Sample,
@@ -118,6 +119,7 @@ EXAMPLES: list[Message] = [
         utilization=1.2,
         classes=[ClassLoad(service_class="priority", sessions=3, waiting=1, queue_ms=2.0, slack_ms=-4.0)],
     ),
+    Release(sessions=["s", "t"]),
     Ended(session="s", reason="stop", slo=Slo(ttft_ms=100.0, tpot_ms=20.0), tokens=3, ttft_ms=9.0, attained=True),
     Cancel(session="s", reason="client left"),
     Heartbeat(

@@ -352,6 +352,20 @@ def test_wisp_plus_moves_sessions_to_an_idle_verifier_where_computing_their_kv_a
     assert moved["v2"] > 5
 
 
+def test_the_verifier_that_a_session_has_left_is_told_once() -> None:
+    for finish in (None, Finish.STOP):
+        d = dispatcher("wisp+", heartbeat("v1"), heartbeat("v2", held={"s": 19, "stays": 19}))
+        d.fleet.verifiers["v1"].cached["s"] = 10
+        for name in ("s", "stays"):
+            d.on_verify(verify(name), 0.0)
+        ((name, batch),) = sent(d, 1.0)
+        assert name == "v2"
+        for job in batch.jobs:
+            d.on_result(result(batch, job, verifier="v2", finish=finish), 50.0)
+        assert d.releases() == {"v1": ["s"]}
+        assert d.releases() == {}
+
+
 def test_a_long_session_is_not_moved_for_a_small_gain() -> None:
     held = {"long": 1999, **{f"s{i}": 19 for i in range(3)}}
     d = dispatcher("wisp+", heartbeat("v1", held=held), heartbeat("v2"))
