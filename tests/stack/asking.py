@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 
 from services.cli.stack import Stack
+from shared import topology
+from shared.broker import Broker
 from shared.engine import Engine, Step
-from shared.messages import Result, Sampling, Verify
+from shared.messages import Message, Result, Sampling, Verify
 from shared.sampling import choose
+from shared.topology import Topology
 
 TOKENS = 16
 
@@ -96,6 +100,23 @@ def decode(engine: Engine, prompt: Sequence[int], sampling: Sampling, eos: set[i
         tokens += choose(engine.forward([step]).logits, [sampling], [len(tokens)])
     engine.release("reference")
     return [token for token in tokens[len(prompt) :] if token not in eos]
+
+
+@asynccontextmanager
+async def watching(stack: Stack) -> AsyncIterator[Traffic]:
+    """What passes between a stack's services from now on, seen by the brokers' own address."""
+    broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), "spy")
+    seen = Traffic()
+
+    async def see(message: Message) -> None:
+        if isinstance(message, Result):
+            seen.results.append(message)
+        elif isinstance(message, Verify):
+            seen.rounds.append(message)
+
+    await broker.consume(broker.topology.own_queue("spy", "1", (topology.RESULT_SCHEDULER, topology.VERIFY)), see)
+    yield seen
+    await broker.close()
 
 
 async def progressed(traffic: Traffic, results: int) -> None:

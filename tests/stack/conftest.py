@@ -7,18 +7,14 @@ from pathlib import Path
 
 import httpx
 import pytest
-from asking import QUESTIONS, SAMPLINGS, Case, Client, Traffic, decode
+from asking import QUESTIONS, SAMPLINGS, Case, Client, Traffic, decode, watching
 
 from services.cli.brokers import Brokers
 from services.cli.stack import Stack
-from shared import topology
-from shared.broker import Broker
 from shared.engine import Engine
-from shared.messages import Message, Result, Verify
 from shared.models.folder import ModelFolder
 from shared.models.prepare import prepare
 from shared.models.text import Tokenizer
-from shared.topology import Topology
 
 
 @pytest.fixture(scope="session")
@@ -55,18 +51,8 @@ async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
 @pytest.fixture(scope="session")
 async def traffic(stack: Stack) -> AsyncIterator[Traffic]:
     """What passes between the services from now on."""
-    broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), "spy")
-    seen = Traffic()
-
-    async def see(message: Message) -> None:
-        if isinstance(message, Result):
-            seen.results.append(message)
-        elif isinstance(message, Verify):
-            seen.rounds.append(message)
-
-    await broker.consume(broker.topology.own_queue("spy", "1", (topology.RESULT_SCHEDULER, topology.VERIFY)), see)
-    yield seen
-    await broker.close()
+    async with watching(stack) as seen:
+        yield seen
 
 
 @pytest.fixture

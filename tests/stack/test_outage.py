@@ -8,7 +8,7 @@ from pathlib import Path
 
 import httpx
 import pytest
-from asking import Case, Client
+from asking import Case, Client, progressed, watching
 from link import Link, link_to
 
 from services.cli.brokers import Brokers
@@ -37,10 +37,10 @@ async def linked(brokers: Brokers, links: dict[str, Link], target_folder: Path) 
 
 @pytest.mark.parametrize("server", ["rabbitmq", "redis"])
 async def test_streams_outlive_an_outage(linked: Stack, links: dict[str, Link], cases: list[Case], server: str) -> None:
-    async with httpx.AsyncClient(timeout=120) as http:
+    async with httpx.AsyncClient(timeout=120) as http, watching(linked) as seen:
         client = Client(http, linked)
         streams = asyncio.create_task(client.ask_all(cases[:8], "lookup"))
-        await asyncio.sleep(1.0)
+        await progressed(seen, 12)
         await links[server].cut()
         await asyncio.sleep(CUT_S)
         assert not streams.done(), "the outage must fall into the streams"
