@@ -204,7 +204,7 @@ class Store:
             (status, length, finish), tokens = await self._guard(pipe.execute())
         if status is None or length is None:
             return None
-        return Progress(SessionStatus(status.decode()), int(length), _unpack(tokens), _finish(finish))
+        return Progress(SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish))
 
     async def commit(self, verifier: str, commits: Sequence[Commit]) -> list[Committed]:
         """Commit a batch's verdicts in one round trip, each atomically. See `commit.lua` for the rules."""
@@ -217,7 +217,7 @@ class Store:
             arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, _pack(c.tokens)]
         answers = await self._guard(self._commit(keys=keys, args=arguments))
         return [
-            Committed(Outcome(outcome.decode()), length, base, accepted, _finish(finish), _unpack(tokens))
+            Committed(Outcome(outcome.decode()), length, base, accepted, _finish(finish), unpack(tokens))
             for outcome, length, base, accepted, finish, tokens in answers
         ]
 
@@ -304,7 +304,8 @@ def _pack(tokens: Sequence[int]) -> bytes:
     return array("i", tokens).tobytes()
 
 
-def _unpack(body: bytes) -> list[int]:
+def unpack(body: bytes) -> list[int]:
+    """The token ids in these bytes of a session's committed tokens."""
     packed = array("i")
     packed.frombytes(body)
     return packed.tolist()
@@ -318,7 +319,7 @@ def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) ->
     request, status, length, round_, finish, start_ms, first_ms = fields
     if request is None or status is None or length is None or round_ is None or start_ms is None or tokens is None:
         return None
-    committed = _unpack(tokens)
+    committed = unpack(tokens)
     if len(committed) != int(length):
         return None
     try:

@@ -14,11 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import tokenizers
 from safetensors.numpy import save_file
-from tokenizers import decoders, pre_tokenizers
-from tokenizers.models import BPE
 
+from services.bench.tiny import EOS, byte_tokenizer
 from services.gateway.settings import GatewaySettings
 from shared import topology
 from shared.broker import Broker
@@ -28,34 +26,20 @@ from shared.models.text import Tokenizer
 from shared.store import Commit, Outcome, Store
 from shared.topology import Topology
 
-SPECIALS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
-EOS = 2
 CONTEXT = 512
-TEMPLATE = (
-    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
 
 
 def tiny_target(path: Path) -> ModelFolder:
     """A model folder whose tokens are single bytes (id = byte's place in GPT-2's alphabet + 3)."""
-    path.mkdir(parents=True, exist_ok=True)
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocab = {token: index for index, token in enumerate(SPECIALS + alphabet)}
-    backend = tokenizers.Tokenizer(BPE(vocab=vocab, merges=[]))
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    backend.add_special_tokens(SPECIALS)
-    backend.save(str(path / "tokenizer.json"))
+    vocab_size = byte_tokenizer(path)
     config = {
         "model_type": "llama",
-        "vocab_size": len(vocab),
+        "vocab_size": vocab_size,
         "max_position_embeddings": CONTEXT,
         "bos_token_id": 1,
         "eos_token_id": EOS,
     }
     (path / "config.json").write_text(json.dumps(config))
-    (path / "tokenizer_config.json").write_text(json.dumps({"chat_template": TEMPLATE}))
     save_file({"weight": np.zeros(1, np.float32)}, path / "model.safetensors")
     return ModelFolder(path)
 

@@ -28,8 +28,10 @@ class Relay:
     def __init__(self, host: str, port: int, one_way_s: float) -> None:
         self.port = 0
         """Where it listens, on the loopback interface."""
+        self.one_way_s = one_way_s
+        """May be changed at any time; bytes keep their order."""
         self._there = host, port
-        self._one_way_s = one_way_s
+        self._broken = False
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -41,12 +43,24 @@ class Relay:
     async def __aexit__(self, *_: object) -> None:
         assert self._server is not None
         self._server.close()
+        await self.cut()
+
+    async def cut(self) -> None:
+        """End every connection, with what is under way on it, and let new ones fail until `mend`."""
+        self._broken = True
         connections = tuple(self._connections)
         for connection in connections:
             connection.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
 
+    def mend(self) -> None:
+        """Let new connections pass again."""
+        self._broken = False
+
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self._broken:
+            writer.transport.abort()
+            return
         connection = asyncio.ensure_future(self._serve(reader, writer))
         self._connections.add(connection)
         connection.add_done_callback(self._connections.discard)
@@ -77,7 +91,7 @@ class Relay:
                 part = await reader.read(CHUNK)
             except ConnectionResetError:
                 part = b""
-            travelling.put_nowait((loop.time() + self._one_way_s, part))
+            travelling.put_nowait((loop.time() + self.one_way_s, part))
 
     async def _arrive(self, travelling: asyncio.Queue[tuple[float, bytes]], writer: asyncio.StreamWriter) -> None:
         loop = asyncio.get_running_loop()

@@ -34,7 +34,9 @@ class Brokers:
         addresses: BrokerAddresses | None = None,
         look: Callable[[], Host] = inspect,
         progress: Progress | None = None,
+        persistent: bool = False,
     ) -> None:
+        """persistent: a private Redis keeps its data when it is killed and started again."""
         self.folder = folder
         self.addresses = addresses or BrokerAddresses()
         self.amqp_url = ""
@@ -45,6 +47,7 @@ class Brokers:
         """What was started here, and is stopped at the end."""
         self._look = look
         self._progress = progress or Progress()
+        self._persistent = persistent
 
     @property
     def given(self) -> bool:
@@ -122,7 +125,7 @@ class Brokers:
             self.redis_url = self._keep(await containers.start_redis(host.container or "", self.folder, step))
         else:
             assert host.redis is not None
-            self.redis_url = self._keep(await private.start_redis(host.redis, self.folder))
+            self.redis_url = self._keep(await private.start_redis(host.redis, self.folder, persistent=self._persistent))
         self.redis_version = await _prove("Redis", "WISP_REDIS_URL", probe.redis_server, self.redis_url)
 
     def _keep(self, server: Server) -> str:

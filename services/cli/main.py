@@ -261,6 +261,14 @@ def bench(context: typer.Context, name: Benchmark) -> None:
         os.execv(sys.executable, [sys.executable, "-m", f"services.bench.{name.value}", *context.args])
 
 
+@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+def chaos(context: typer.Context) -> None:
+    """Let services, brokers and links fail under load and check every token (`wisp chaos --help` lists the options)."""
+    with errors_shown():
+        require("gateway", "model", "client")
+        os.execv(sys.executable, [sys.executable, "-m", "services.bench.chaos", *context.args])
+
+
 def _progress() -> ConsoleProgress:
     from services.cli.progress import ConsoleProgress
 

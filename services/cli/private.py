@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_urlsafe
 
 from services.cli import probe
 from services.cli.ports import LOOPBACK, free_ports
+from services.cli.probe import without_password
 from services.cli.process import Process
 from shared.errors import BrokersError
 
@@ -41,23 +43,42 @@ port {port}
 requirepass {password}
 daemonize no
 save ""
-appendonly no
+appendonly {persistent}
+appendfsync always
 dir "{folder}"
 logfile ""
 """
 
 
-@dataclass(frozen=True)
+@dataclass
 class Server:
     """A running private server: its URL and its processes, the one to stop first coming first."""
 
     url: str
     processes: tuple[Process, ...]
+    data: Path | None = None
+    """Where it keeps what shall outlive a restart."""
+    start_again: Callable[[], Awaitable[Process]] | None = None
+    """Starts the first process anew on the same address; ready when a client can log in."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What its command-line tools need to find it."""
 
     async def stop(self) -> None:
         """Stop its processes one after the other."""
         for process in self.processes:
             await process.stop(grace_s=STOP_GRACE_S)
+
+    async def kill(self) -> None:
+        """Kill the server itself."""
+        await self.processes[0].stop(signal.SIGKILL)
+
+    async def restart(self, *, lose_data: bool = False) -> None:
+        """Start it again after `kill`, with its data or without. Raises BrokersError when it does not come up."""
+        if self.start_again is None:
+            raise BrokersError(f"{without_password(self.url)} was not started here, so it cannot be started again")
+        if lose_data and self.data is not None:
+            shutil.rmtree(self.data, ignore_errors=True)
+        self.processes = (await self.start_again(), *self.processes[1:])
 
 
 async def start_rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
@@ -68,9 +89,12 @@ async def start_rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
     return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}"))
 
 
-async def start_redis(binary: Path, folder: Path) -> Server:
-    """Start Redis without persistence under `folder`; ready when it answers. Raises BrokersError."""
-    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}"))
+async def start_redis(binary: Path, folder: Path, *, persistent: bool = False) -> Server:
+    """Start Redis under `folder`; ready when it answers. Raises BrokersError.
+
+    `persistent`: what it has acknowledged is on the disk; without, it forgets everything when it ends.
+    """
+    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", persistent))
 
 
 async def with_fresh_ports(start: Callable[[int], Awaitable[Server]]) -> Server:
@@ -125,33 +149,46 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
         log=folder / "epmd.log",
         environment=environment,
     )
-    broker = None
     url = f"amqp://{USER}:{password}@{LOOPBACK}:{port}/"
-    try:
+
+    async def start() -> Process:
         broker = await Process.start(
             "rabbitmq", [str(script), "-noinput"], log=folder / "console.log", environment=environment, folder=folder
         )
-        await until_ready(lambda: probe.rabbitmq(url), broker, folder / "rabbitmq.log", RABBITMQ_START_S)
+        return await _ready(broker, lambda: probe.rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
+
+    try:
+        broker = await start()
     except BaseException:
-        await asyncio.shield(kill(broker, mapper))
+        await asyncio.shield(kill(mapper))
         raise
-    return Server(url, (broker, mapper))
+    return Server(url, (broker, mapper), folder / "data", start, environment)
 
 
-async def _redis(binary: Path, folder: Path) -> Server:
+async def _redis(binary: Path, folder: Path, persistent: bool) -> Server:
     (port,) = free_ports(1)
     password = token_urlsafe(12)
-    conf = _write(folder, "redis.conf", REDIS_CONF.format(host=LOOPBACK, port=port, password=password, folder=folder))
-    server = await Process.start(
-        "redis", [str(binary), str(conf)], log=folder / "redis.log", environment={"LANG": "C.UTF-8"}, folder=folder
-    )
+    told = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
+    conf = _write(folder, "redis.conf", REDIS_CONF.format(**told, persistent="yes" if persistent else "no"))
     url = f"redis://:{password}@{LOOPBACK}:{port}/0"
+
+    async def start() -> Process:
+        server = await Process.start(
+            "redis", [str(binary), str(conf)], log=folder / "redis.log", environment={"LANG": "C.UTF-8"}, folder=folder
+        )
+        return await _ready(server, lambda: probe.redis_server(url), server.log, REDIS_START_S)
+
+    return Server(url, (await start(),), folder / "appendonlydir", start)
+
+
+async def _ready(process: Process, check: Callable[[], Awaitable[str]], log: Path, timeout_s: float) -> Process:
+    """The process, when it answers; it is killed if it does not."""
     try:
-        await until_ready(lambda: probe.redis_server(url), server, server.log, REDIS_START_S)
+        await until_ready(check, process, log, timeout_s)
     except BaseException:
-        await asyncio.shield(kill(server))
+        await asyncio.shield(kill(process))
         raise
-    return Server(url, (server,))
+    return process
 
 
 def _write(folder: Path, name: str, text: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
+from collections import Counter
 from collections.abc import Coroutine, Iterable, Mapping
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
@@ -80,6 +81,7 @@ class Stack:
         self._namespace = namespace
         self._progress = progress or Progress()
         self._processes: list[tuple[str, Process]] = []
+        self._started: Counter[str] = Counter()
         self._stopped: set[int] = set()
         self._urls: dict[int, str] = {}
         self._resources = AsyncExitStack()
@@ -133,8 +135,12 @@ class Stack:
 
     @property
     def urls(self) -> list[str]:
-        """Base URLs of the running gateways."""
-        return [self._urls[process.pid] for process in self.processes("gateway")]
+        """Base URLs of the running gateways that have been ready."""
+        return [self._urls[process.pid] for process in self.processes("gateway") if process.pid in self._urls]
+
+    def url_of(self, gateway: Process) -> str:
+        """Base URL of a gateway that has been ready."""
+        return self._urls[gateway.pid]
 
     def processes(self, service: str | None = None) -> list[Process]:
         """The running processes of a service, or of all, in the order they were started."""
@@ -207,8 +213,9 @@ class Stack:
     async def _start(self, service: str, env: Mapping[str, str]) -> Process:
         if service not in SERVICES:
             raise ValueError(f"no service is called {service!r}; there are {', '.join(SERVICES)}")
-        number = 1 + sum(1 for name, _ in self._processes if name == service)
-        name = f"{service}-{number}"
+        # Counted before anything is awaited, so that several can be started at once.
+        self._started[service] += 1
+        name = f"{service}-{self._started[service]}"
         process = await Process.start(
             name,
             self._launch.command(service),

@@ -11,6 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 DECIDING = [
+    "services/bench/chaos/faults.py",
+    "services/bench/chaos/requests.py",
     "services/bench/load/arms.py",
     "services/bench/load/measures.py",
     "services/bench/load/prompts.py",
