@@ -22,8 +22,8 @@ SPREAD = 0.2
 
 
 def byte_tokenizer(folder: Path) -> int:
-    """Write a tokenizer whose tokens are single bytes (id = byte's place in GPT-2's alphabet + 3), with a chat template;
-    returns the size of its vocabulary."""
+    """Write a tokenizer whose tokens are single bytes (id = byte's place in GPT-2's alphabet + 3), and a chat
+    template; returns the size of its vocabulary."""
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
@@ -56,7 +56,7 @@ def tiny_model(folder: Path, *, seed: int = 0) -> Path:
     )
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = LlamaForCausalLM(config).float()
+        model = LlamaForCausalLM(config)
         with torch.no_grad():
             for weight in model.parameters():
                 if weight.dim() > 1:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import Sequence
 from contextlib import suppress
+from typing import Any
 
 import aio_pika
 from aio_pika.abc import AbstractChannel, AbstractIncomingMessage
@@ -147,7 +148,7 @@ async def poison(amqp_url: str, namespace: str, processes: Sequence[str]) -> int
 def _nonsense(processes: Sequence[str]) -> list[tuple[str, Message]]:
     """Messages that are well-formed and make no sense: of sessions and verifiers that do not exist."""
     nobody = "nobody"
-    common = {"session": nobody, "round": 3, "base_len": 7}
+    common: dict[str, Any] = {"session": nobody, "round": 3, "base_len": 7}
     round_ = Verify(**common, draft=[2**30, 5], acceptance=[], drafter=nobody, gateway=nobody, fingerprint="none")
     job = Job(**common, draft=[2**30], drafted=1, drafter=nobody, gateway=nobody, fingerprint="none")
     result = Result(

@@ -62,9 +62,8 @@ async def _leftovers(site: Site) -> list[str]:
     async with Redis.from_url(site.brokers.redis_url) as redis:
         if due := await redis.zcard(f"{namespace}:deadlines"):
             left.append(f"{due} deadlines in Redis")
-        async for key in redis.scan_iter(f"{namespace}:session:*"):
-            if await redis.hget(key, "status") == b"active":
-                left.append(f"{key.decode()} is still active")
+        names = [key async for key in redis.scan_iter(f"{namespace}:session:*")]
+        left += [f"{name.decode()} is still active" for name in names if await redis.hget(name, "status") == b"active"]
     async with httpx.AsyncClient(timeout=5) as http:
         for service, gauges in GAUGES.items():
             for process in site.stack.processes(service):
@@ -97,7 +96,7 @@ async def wrong_states(site: Site, references: Sequence[Reference]) -> tuple[int
         async for key in redis.scan_iter(f"{namespace}:session:*"):
             fields = await redis.hgetall(key)
             name = key.decode().rpartition(":")[2]
-            tokens = unpack(await redis.get(f"{namespace}:tokens:{name}") or b"")
+            tokens = unpack(await _bytes(redis, f"{namespace}:tokens:{name}"))
             count += 1
             if len(tokens) != int(fields[b"length"]):
                 wrong.append(f"{name}: length {int(fields[b'length'])}, but {len(tokens)} tokens")
@@ -107,6 +106,11 @@ async def wrong_states(site: Site, references: Sequence[Reference]) -> tuple[int
             if not any(prompt == one.prompt and made == one.tokens[: len(made)] for one in references):
                 wrong.append(f"{name}: {made} is the beginning of no text of its prompt")
     return count, wrong
+
+
+async def _bytes(redis: Redis, key: str) -> bytes:
+    found = await redis.get(key)
+    return found if isinstance(found, bytes) else b""
 
 
 async def dead_letters(site: Site) -> tuple[int, Mapping[str, int]]:

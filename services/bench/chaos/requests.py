@@ -9,10 +9,10 @@ from enum import StrEnum
 
 from shared.messages import Sampling
 
-WORDS = (
-    "the a river mountain engine letter silver quickly sings under over because seven tokens verify draft city of "
-    "and when light runs paper garden never opens story number blue forgets window between home again"
-).split()
+WORDS = """
+the a river mountain engine letter silver quickly sings under over because seven tokens verify draft city of and when
+light runs paper garden never opens story number blue forgets window between home again
+"""
 OPENINGS = (
     "Explain in a few words:",
     "Repeat this three times:",
@@ -88,7 +88,7 @@ def load(seed: int, questions: int, longest: int) -> Load:
     draw = random.Random(f"questions-{seed}")
     made = []
     for number in range(questions):
-        words = " ".join(draw.choices(WORDS, k=draw.choice((5, 12, 30, 60, 120))))
+        words = " ".join(draw.choices(WORDS.split(), k=draw.choice((5, 12, 30, 60, 120))))
         sampling = Sampling()
         if number % 2:
             sampling = Sampling(
