@@ -57,6 +57,7 @@ class Broker:
         self._fast_exchange, self._sure_exchange, self._dead_exchange = exchanges
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
+        self._queues: dict[str, AbstractQueue] = {}
 
     @classmethod
     async def connect(cls, url: str, topology: Topology, name: str) -> Broker:
@@ -128,7 +129,7 @@ class Broker:
         they count as done when they arrive. What cannot be decoded, and what makes its handler fail, is dead-lettered
         with the reason and the original headers.
         """
-        declared = await self._declare(queue, prefetch)
+        declared = self._queues[queue.name] = await self._declare(queue, prefetch)
         for key in queue.bindings:
             await declared.bind(self.topology.exchange, key)
 
@@ -143,6 +144,23 @@ class Broker:
                     await incoming.ack()
 
         await declared.consume(receive, no_ack=not prefetch)
+
+    async def bind(self, queue: Queue, key: str) -> None:
+        """Let a queue that is consumed here get what goes to `key` as well, also after reconnects.
+
+        Raises BrokersError.
+        """
+        try:
+            await self._queues[queue.name].bind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
+        except CONNECTION_EXCEPTIONS as error:
+            raise BrokersError(f"RabbitMQ did not bind queue {queue.name} to {key!r}: {error!r}") from error
+
+    async def unbind(self, queue: Queue, key: str) -> None:
+        """Undo `bind`. Raises BrokersError."""
+        try:
+            await self._queues[queue.name].unbind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
+        except CONNECTION_EXCEPTIONS as error:
+            raise BrokersError(f"RabbitMQ did not unbind queue {queue.name} from {key!r}: {error!r}") from error
 
     async def _declare(self, queue: Queue, prefetch: int) -> AbstractQueue:
         for attempt in range(OWN_QUEUE_RETRIES):

@@ -1,23 +1,44 @@
 -- The commit: decides, for every job of a batch, whether its tokens become part of the session.
 --
 -- KEYS: deadlines, then per job: session hash, tokens string
--- ARGV: verifier, session TTL in seconds, then per job: session id, round, base_len, accepted, finish, cached, tokens
+-- ARGV: verifier, session TTL in seconds, prefix of gateways' keys, then per job: session id, round, base_len, accepted, finish, cached, tokens
 -- Tokens are packed little-endian int32. Returns per job: {outcome, committed length, base, accepted, finish, tokens from base}
 --
 -- A round is committed only if it builds on exactly what is committed. The same round again gets what was committed
 -- then. Everything else is a conflict and gets the truth from where it can use it. No tokens ask for the truth alone.
 local WIDTH = 4
-local verifier, ttl = ARGV[1], tonumber(ARGV[2])
+local verifier, ttl, gateways = ARGV[1], tonumber(ARGV[2]), ARGV[3]
 local now = redis.call('TIME')
 local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local out = {}
-for job = 0, (#ARGV - 2) / 7 - 1 do
+
+-- Whether a session has been collected by no living gateway for longer than its patience.
+local function abandoned(session)
+  local state = redis.call('HMGET', session, 'gateway', 'patience_ms', 'alone_ms')
+  local gateway, patience, alone = state[1], tonumber(state[2]), tonumber(state[3])
+  if not gateway or not patience or patience == 0 then
+    return false
+  end
+  if gateway ~= '' and redis.call('EXISTS', gateways .. gateway) == 1 then
+    if alone then redis.call('HDEL', session, 'alone_ms') end
+    return false
+  end
+  if not alone then redis.call('HSET', session, 'alone_ms', now_ms) end
+  return alone and now_ms - alone >= patience
+end
+
+for job = 0, (#ARGV - 3) / 7 - 1 do
   local session, tokens = KEYS[2 + job * 2], KEYS[3 + job * 2]
-  local id, round, base, accepted, finish, cached, new = unpack(ARGV, 3 + job * 7, 9 + job * 7)
+  local id, round, base, accepted, finish, cached, new = unpack(ARGV, 4 + job * 7, 10 + job * 7)
   base = tonumber(base)
   local state = redis.call('HMGET', session, 'status', 'length', 'round', 'base', 'accepted', 'finish',
                            'prompt_len', 'first_ms', 'tpot_ms')
   local status, length = state[1], tonumber(state[2])
+  if status == 'active' and abandoned(session) then
+    status = 'cancelled'
+    redis.call('HSET', session, 'status', status)
+    redis.call('ZREM', KEYS[1], id)
+  end
   if not status or not length or redis.call('STRLEN', tokens) ~= length * WIDTH then
     out[job + 1] = {'gone', 0, base, 0, '', ''}
   elseif status == 'active' and base == length and #new > 0 then

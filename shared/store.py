@@ -1,8 +1,10 @@
 """Everything that is in Redis, and the only code that touches it.
 
-    <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its K/V
+    <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its K/V,
+                          gateway that collects it (none: ""), what another gateway needs to go on with its answer
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
     <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
+    <ns>:gateway:{id}     there while this gateway is
     <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
     <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
 
@@ -31,6 +33,8 @@ from shared.errors import BrokersError, MessageError
 from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
 
 HEARTBEAT_TTL_MS = 3000
+GATEWAY_TTL_MS = 5000
+"""A gateway that has not said for so long that it is there collects nothing."""
 COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
 
 # A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
@@ -150,11 +154,20 @@ class Store:
         """Raise BrokersError unless Redis answers."""
         await self._guard(self._redis.ping())
 
-    async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
+    async def create(
+        self,
+        request: Request,
+        prompt: Sequence[int],
+        elapsed_ms: float = 0.0,
+        *,
+        patience_ms: int = 0,
+        kept: bytes = b"",
+    ) -> None:
         """Write a new session and, with an SLO, the time at which its first token is due.
 
         `elapsed_ms` is the time since the request arrived. Times are kept on Redis's clock, the only one that every
-        service sees.
+        service sees. A session that no living gateway collects for `patience_ms` is cancelled with its next commit; 0
+        never is. `kept` is what a gateway has to know to go on with the answer, see `kept`.
         """
         slo = request.slo
         start_ms = await self._now_ms() - elapsed_ms
@@ -168,6 +181,9 @@ class Store:
             "base": -1,
             "accepted": 0,
             "finish": "",
+            "gateway": request.gateway,
+            "patience_ms": patience_ms,
+            "kept": kept,
         }
         if slo is not None:
             fields |= {"tpot_ms": slo.tpot_ms}
@@ -211,7 +227,7 @@ class Store:
         if not commits:
             return []
         keys = [self._deadlines]
-        arguments: list[str | int | bytes] = [verifier, self._ttl_s]
+        arguments: list[str | int | bytes] = [verifier, self._ttl_s, self._key("gateway", "")]
         for c in commits:
             keys += [self._session(c.session), self._tokens(c.session)]
             arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, _pack(c.tokens)]
@@ -221,18 +237,58 @@ class Store:
             for outcome, length, base, accepted, finish, tokens in answers
         ]
 
-    async def cancel(self, session: str) -> None:
-        """No more tokens for this session, whoever still works on it. A finished session stays finished."""
+    async def cancel(self, session: str, gateway: str = "") -> bool:
+        """No more tokens for this session, whoever still works on it. A finished session stays finished.
+
+        With a `gateway`, nothing happens if another one collects the session by now; returns whether none does.
+        """
         key = self._session(session)
+        mine = True
 
         async def flip(pipe: Any) -> None:
-            status = await pipe.hget(key, "status")
+            nonlocal mine
+            status, collector = await pipe.hmget(key, "status", "gateway")
+            mine = not gateway or collector is None or collector.decode() == gateway
             pipe.multi()
-            if status == SessionStatus.ACTIVE.value.encode():
+            if mine and status == SessionStatus.ACTIVE.value.encode():
                 pipe.hset(key, "status", SessionStatus.CANCELLED.value)
-            pipe.zrem(self._deadlines, session)
+            if mine:
+                pipe.zrem(self._deadlines, session)
 
         await self._guard(self._redis.transaction(flip, key))
+        return mine
+
+    async def collect(self, session: str, gateway: str) -> bool:
+        """From now on this gateway collects the session's text, and no other may cancel it; False if it is gone."""
+        return await self._hand_over(session, None, gateway)
+
+    async def leave(self, session: str, gateway: str) -> None:
+        """This gateway collects the session no more; if no other does in its patience, it is cancelled."""
+        await self._hand_over(session, gateway, "")
+
+    async def _hand_over(self, session: str, of: str | None, to: str) -> bool:
+        key = self._session(session)
+        there = False
+
+        async def flip(pipe: Any) -> None:
+            nonlocal there
+            collector = await pipe.hget(key, "gateway")
+            there = collector is not None
+            pipe.multi()
+            if there and (of is None or collector.decode() == of):
+                pipe.hset(key, "gateway", to)
+
+        await self._guard(self._redis.transaction(flip, key))
+        return there
+
+    async def kept(self, session: str) -> bytes | None:
+        """What `create` was given to keep; None if it was nothing, or the session is gone."""
+        found: bytes | None = await self._guard(self._redis.hget(self._session(session), "kept"))
+        return found or None
+
+    async def attend(self, gateway: str) -> None:
+        """This gateway is there, for the next seconds."""
+        await self._guard(self._redis.set(self._key("gateway", gateway), b"1", px=GATEWAY_TTL_MS))
 
     async def deadline_ms(self, session: str) -> float | None:
         """When the session's next token is due, in milliseconds on Redis's clock; None without an SLO."""

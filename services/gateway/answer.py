@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -13,11 +13,14 @@ from starlette.types import Receive, Scope, Send
 from services.gateway import stream
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error
+from services.gateway.place import Place, left_of, rest_of
 from services.gateway.plan import Plan
 from services.gateway.run import Run
 from services.gateway.session import Piece, Token
 from services.gateway.stream import Fields, Reply, Text, Usage
 from shared import logging
+from shared.messages import Finish
+from shared.store import Session as Stored
 
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -38,6 +41,10 @@ class Order:
     trace: bool
     started_s: float
     headers: dict[str, str]
+    place: Place | None = None
+    """How far the client has this answer, where it goes on with it."""
+    states: Sequence[Stored] = ()
+    """The sessions as Redis holds them, where the client goes on with their texts."""
 
 
 class Answer(Response):
@@ -68,7 +75,12 @@ class Answer(Response):
                 await _stop(task)
 
     async def _send(self, send: Send) -> None:
-        async with self._backend.run(self._order.plans, self._order.started_s) as run:
+        order = self._order
+        if order.place is None:
+            running = self._backend.run(order.plans, order.started_s)
+        else:
+            running = self._backend.resume(order.plans, order.states, order.started_s)
+        async with running as run:
             if self._order.stream:
                 await self._stream(run, send)
             else:
@@ -96,22 +108,30 @@ class Answer(Response):
 
     async def _stream(self, run: Run, send: Send) -> None:
         begun = False
-        opened: set[int] = set()
-        closed = 0
+        place = self._order.place or Place(self._reply.id)
+        known = dict(place.shown)
+        seen: dict[int, int] = {}
         try:
             async for batch in run.batches():
                 events = b""
                 for index, item in batch:
-                    if index not in opened and (opening := self._reply.opening(index)):
-                        events += stream.event(opening)
-                    opened.add(index)
-                    closed += not isinstance(item, Piece)
-                    for fields in self._chunks(run, index, item, is_last=closed == len(run.lives)):
-                        events += stream.event(fields)
+                    if index not in place.shown:
+                        place.shown[index] = 0
+                        if opening := self._reply.opening(index):
+                            events += stream.event(opening, place)
+                    if isinstance(item, Piece):
+                        rest = rest_of(item, left_of(known, index, seen.get(index, 0)))
+                        seen[index] = seen.get(index, 0) + len(item.text)
+                        if rest is not None:
+                            place.shown[index] = max(place.shown[index], seen[index])
+                            events += stream.event(self._more(index, rest), place)
+                    else:
+                        events += self._end(run, index, item, place)
                 if not begun:
                     begun = True
                     await _start(send, STREAM_HEADERS | self._order.headers)
-                await send({"type": "http.response.body", "body": events, "more_body": True})
+                if events:
+                    await send({"type": "http.response.body", "body": events, "more_body": True})
         except Exception as error:
             if not begun:
                 raise
@@ -121,21 +141,29 @@ class Answer(Response):
             await send({"type": "http.response.body", "body": stream.event(error.body()), "more_body": True})
         await send({"type": "http.response.body", "body": stream.DONE})
 
-    def _chunks(self, run: Run, index: int, item: Piece | Any, is_last: bool) -> list[Fields]:
-        """The chunks for one piece, or for the end of one text."""
-        if isinstance(item, Piece):
-            delta = self._reply.delta(index, item.text)
-            if self._order.trace:
-                delta["wisp"] = stream.trace(item)
-            return [delta]
-        chunks = [self._reply.closing(index, item.value)]
-        if self._order.trace and (rounds := run.lives[index].session.take_rounds()):
-            chunks[0]["wisp"] = {"rounds": stream.rounds(rounds)}
-        if is_last and self._reply.include_usage:
+    def _more(self, index: int, piece: Piece) -> Fields:
+        """The chunk for one piece."""
+        delta = self._reply.delta(index, piece.text)
+        if self._order.trace:
+            delta["wisp"] = stream.trace(piece)
+        return delta
+
+    def _end(self, run: Run, index: int, finish: Finish, place: Place) -> bytes:
+        """The events for the end of one text, as far as the client lacks them."""
+        chunks = []
+        if index not in place.closed:
+            chunks.append(self._reply.closing(index, finish.value))
+            if self._order.trace and (rounds := run.lives[index].session.take_rounds()):
+                chunks[0]["wisp"] = {"rounds": stream.rounds(rounds)}
+            place.closed.add(index)
+        is_last = len(place.closed) == len(run.lives)
+        last_id = str(place)
+        if is_last and self._reply.include_usage and not place.usage:
             chunks.append(self._reply.usage(self._usage(run)))
-        if is_last and self._order.trace:
+            place.usage = True
+        if is_last and self._order.trace and chunks:
             chunks[-1].setdefault("wisp", {})["summary"] = self._summary(run)
-        return chunks
+        return b"".join(stream.event(fields, last_id if fields["choices"] else place) for fields in chunks)
 
     def _usage(self, run: Run) -> Usage:
         return Usage(self._order.prompt_tokens, sum(live.session.tally.tokens for live in run.lives))

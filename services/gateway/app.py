@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from secrets import randbits, token_hex
 from time import monotonic, time
 
@@ -24,7 +24,9 @@ from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.headers import draft_of, pool_of
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Limits, check_prompt, plan
+from services.gateway.place import Place
 from services.gateway.prompt import chat_prompt, text_prompt
+from services.gateway.resume import LAST_EVENT_ID, Kept, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.settings import GatewaySettings
 from services.gateway.slo import class_of, slo_of
@@ -84,7 +86,10 @@ def create_app(gateway: Gateway) -> ASGIApp:
     async def chat_completions(request: Request) -> Response:
         started_s = monotonic()
         settings = gateway.settings
-        chat = parse(ChatRequest, await _body(request, settings.max_body_bytes, settings.body_timeout_s))
+        body = await _body(request, settings.max_body_bytes, settings.body_timeout_s)
+        if last_id := request.headers.get(LAST_EVENT_ID):
+            return await resume(gateway, Place.parse(last_id))
+        chat = parse(ChatRequest, body)
         _check_model(gateway, chat.model)
         limits = await _limits(gateway)
         messages = [message.rendered() for message in chat.messages]
@@ -97,7 +102,10 @@ def create_app(gateway: Gateway) -> ASGIApp:
     async def completions(request: Request) -> Response:
         started_s = monotonic()
         settings = gateway.settings
-        completion = parse(CompletionRequest, await _body(request, settings.max_body_bytes, settings.body_timeout_s))
+        body = await _body(request, settings.max_body_bytes, settings.body_timeout_s)
+        if last_id := request.headers.get(LAST_EVENT_ID):
+            return await resume(gateway, Place.parse(last_id))
+        completion = parse(CompletionRequest, body)
         _check_model(gateway, completion.model)
         _check_choices(gateway, completion.n * len(completion.prompt))
         limits = await _limits(gateway)
@@ -112,6 +120,13 @@ def create_app(gateway: Gateway) -> ASGIApp:
         return _answer(gateway, request, completion, limits, prompts, echoes, completion.limit, started_s)
 
     decode = gateway.tokenizer.decode
+
+    @app.get("/v1/streams/{name}")
+    async def stream(name: str, request: Request) -> Response:
+        place = Place.parse(request.headers.get(LAST_EVENT_ID) or f"{name}/")
+        if place.name != name:
+            raise invalid(f"Last-Event-ID is of the stream {place.name}, the address of another")
+        return await resume(gateway, place)
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -170,6 +185,24 @@ def _answer(
         include_usage=asked.stream_options.include_usage,
         service_tier=None if asked.service_tier is None else service_class,
     )
+    if asked.stream:
+        kept = Kept(
+            created=reply.created,
+            model=gateway.model,
+            chat=chat,
+            include_usage=reply.include_usage,
+            service_tier=reply.service_tier,
+            service_class=service_class,
+            trace=asked.wisp.trace,
+            keep=asked.wisp.resumable,
+            pool=plans[0].pool,
+            seed=seed,
+            stops=asked.stop,
+            echoes=[one.echo for one in plans],
+            prompt_tokens=sum(map(len, prompts)),
+        )
+        plans = [replace(one, streamed=True, keep=asked.wisp.resumable) for one in plans]
+        plans[0] = replace(plans[0], kept=kept.pack())
     order = Order(
         plans,
         prompt_tokens=sum(map(len, prompts)),

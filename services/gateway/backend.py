@@ -19,11 +19,15 @@ from services.gateway.start import Publisher, SessionStore, Starter
 from shared import logging, topology
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
+from shared.store import Session as Stored
 from shared.store import SessionStatus
+from shared.topology import Queue
 
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
+CANCELLED = Failure(code="cancelled", message="this session was cancelled; send the request again")
+GONE = Failure(code="session_gone", message="the state of this session was lost; send the request again")
 NOTHING = Outcome(ttft_ms=None, tpot_ms=None, attained=False)
 """What became of a text that was never started."""
 
@@ -44,16 +48,23 @@ class Backend:
         vocab_fingerprint: str,
         idle_check_s: float,
         stall_timeout_s: float,
+        resume_s: float,
+        queue: Queue,
     ) -> None:
+        """queue: this gateway's own, into which the results of sessions that began elsewhere have to come as well."""
+        self._instance = instance
+        self._queue = queue
         self._publisher = publisher
         self._store = store
         self._new_session = new_session
         self._metrics = metrics
         self._admission = admission
-        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint)
+        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint, int(resume_s * 1000))
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
         self._live: dict[str, Live] = {}
+        self._heard: set[str] = set()
+        """Other gateways whose results come here as well."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._log = logging.get()
@@ -85,6 +96,54 @@ class Backend:
         finally:
             for live in run.lives:
                 self._end(live, reason)
+
+    async def kept(self, answer: str) -> bytes | None:
+        """What a gateway kept to let others go on with this answer. Raises BrokersError."""
+        return await self._store.kept(answer)
+
+    async def collect(self, sessions: Sequence[str]) -> list[Stored | None]:
+        """Take these sessions over from whichever gateway has them; None for one that is gone.
+
+        Raises BrokersError, also where their results cannot be had.
+        """
+        if not all([await self._store.collect(session, self._instance) for session in sessions]):
+            return [None for _ in sessions]
+        for origin in {found.request.gateway for found in await self._store.read(sessions) if found is not None}:
+            # Rounds under way, and a drafter that has the first Generate, still send their results there.
+            if origin != self._instance and origin not in self._heard:
+                await self._publisher.bind(self._queue, topology.result(origin))
+                self._heard.add(origin)
+        return await self._store.read(sessions)
+
+    @asynccontextmanager
+    async def resume(self, plans: Sequence[Plan], states: Sequence[Stored], started_s: float) -> AsyncIterator[Run]:
+        """Go on with a request's sessions, as `collect` found them; those that run at the end are cancelled.
+
+        Raises ApiError.
+        """
+        if self.draining:
+            raise unavailable("this gateway is shutting down; try again", "shutting_down")
+        run = Run([])
+        try:
+            for plan, state in zip(plans, states, strict=True):
+                began_s = started_s - state.elapsed_ms / 1000
+                live = self._register(plan, run.wake, began_s)
+                run.lives.append(live)
+                live.origin = state.request.gateway
+                if state.first_ms is not None:
+                    live.first_s = began_s + state.first_ms / 1000
+                    live.token_s = monotonic()
+                live.session.committed(len(plan.prompt), state.tokens[len(plan.prompt) :], state.finish)
+                if live.session.done:
+                    self._end(live, str(live.session.finish))
+                elif state.status is SessionStatus.CANCELLED:
+                    self._fail(live, CANCELLED)
+            self._log.info("stream resumed", session=plans[0].session, texts=len(plans))
+            run.wake.set()
+            yield run
+        finally:
+            for live in run.lives:
+                self._end(live, "abort")
 
     def _admit(self, plans: Sequence[Plan], started_s: float) -> None:
         if self.draining:
@@ -182,29 +241,28 @@ class Backend:
             live.checking = False
         if live.plan.session not in self._live:
             return
-        if progress is None or progress.status is SessionStatus.CANCELLED:
-            gone = progress is None
-            text = "the state of this session was lost" if gone else "this session was cancelled"
-            self._fail(
-                live, Failure(code="session_gone" if gone else "cancelled", message=f"{text}; send the request again")
-            )
+        if progress is None:
+            self._fail(live, GONE)
             return
         tokens, length = session.tally.tokens, session.length
         session.committed(from_len, progress.tokens, progress.finish)
+        if progress.status is SessionStatus.CANCELLED and not session.done:
+            self._fail(live, CANCELLED)
+            return
         if live.check_again:
             self._check(live)
         if session.length > length or session.done:
             self._log.info("session repaired", session=live.plan.session, tokens=session.length - length)
             self._fed(live, session.tally.tokens - tokens, progressed=True)
 
-    def _fail(self, live: Live, failure: Failure) -> None:
+    def _fail(self, live: Live, failure: Failure, *, leaves: bool = False) -> None:
         self._log.warning("session failed", session=live.plan.session, code=failure.code, reason=failure.message)
         live.session.fail(failure)
-        self._end(live, "error")
+        self._end(live, "error", leaves=leaves)
         live.wake.set()
 
-    def _end(self, live: Live, reason: str) -> None:
-        """Forget a session, once; cancel it unless it has come to its own end."""
+    def _end(self, live: Live, reason: str, *, leaves: bool = False) -> None:
+        """Forget a session, once; cancel it unless it has come to its own end, or `leaves` it to another gateway."""
         if self._live.pop(live.plan.session, None) is None:
             return
         if not self._live:
@@ -219,7 +277,12 @@ class Backend:
         self._metrics.running.dec()
         self._metrics.finished(reason, session.tally, total_s, live.plan.service_class, outcome.attained)
         self._spawn(self._tell_end(live.plan, reason, session.tally.tokens, outcome))
-        if session.finish is None or session.stopped_early:
+        if not any(other.origin == live.origin for other in self._live.values()) and live.origin in self._heard:
+            self._heard.discard(live.origin)
+            self._spawn(self._unhear(live.origin))
+        if session.finish is None and (leaves or (reason == "abort" and live.plan.keep)):
+            self._spawn(self._leave(live.plan.session))
+        elif session.finish is None or session.stopped_early:
             self._spawn(self._cancel(live.plan.session, "stop string" if session.stopped_early else reason))
 
     async def _tell_end(self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING) -> None:
@@ -237,14 +300,25 @@ class Backend:
         await self._publisher.publish(ended, topology.ENDED)
 
     async def _cancel(self, session: str, reason: str) -> None:
-        async def mark() -> None:
-            try:
-                await self._store.cancel(session)
-            except BrokersError as error:
-                self._log.warning("session not marked as cancelled", session=session, error=str(error))
+        try:
+            if not await self._store.cancel(session, self._instance):
+                self._log.info("session is another gateway's by now", session=session)
+                return
+        except BrokersError as error:
+            self._log.warning("session not marked as cancelled", session=session, error=str(error))
+        await self._publisher.publish(Cancel(session=session, reason=reason), topology.CANCEL)
 
-        tell = self._publisher.publish(Cancel(session=session, reason=reason), topology.CANCEL)
-        await asyncio.gather(mark(), tell)
+    async def _leave(self, session: str) -> None:
+        try:
+            await self._store.leave(session, self._instance)
+        except BrokersError as error:
+            self._log.warning("session not left to other gateways", session=session, error=str(error))
+
+    async def _unhear(self, origin: str) -> None:
+        try:
+            await self._publisher.unbind(self._queue, topology.result(origin))
+        except BrokersError as error:
+            self._log.warning("still getting another gateway's results", gateway=origin, error=str(error))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -264,7 +338,9 @@ class Backend:
             with suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), grace_s)
         for live in tuple(self._live.values()):
-            text = "this gateway is shutting down; send the request again"
-            self._fail(live, Failure(code="shutting_down", message=text))
+            streamed = live.plan.streamed
+            way = "go on with Last-Event-ID at another, or send" if streamed else "send"
+            failure = Failure(code="shutting_down", message=f"this gateway is shutting down; {way} the request again")
+            self._fail(live, failure, leaves=streamed)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5)

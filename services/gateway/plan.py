@@ -27,6 +27,12 @@ class Plan:
     draft: DraftChoice
     echo: str = ""
     """Text that is returned before the generated text."""
+    streamed: bool = False
+    """Whether the client may go on with its stream after it broke."""
+    keep: bool = False
+    """Whether the session goes on for a while when its client goes away, so that it may come back."""
+    kept: bytes = b""
+    """What it takes to go on with the answer elsewhere (`resume.Kept`), with its first session."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +71,7 @@ def plan(
             index = len(plans)
             plans.append(
                 Plan(
-                    session=f"{name}.{index}" if index else name,
+                    session=session_name(name, index),
                     prompt=prompt,
                     sampling=request.sampling(derive_seed(seed, copy)),
                     stop_ids=[] if request.ignore_eos else list(stop_ids),
@@ -79,6 +85,11 @@ def plan(
                 )
             )
     return plans
+
+
+def session_name(answer: str, index: int) -> str:
+    """Name of the session of an answer's text."""
+    return f"{answer}.{index}" if index else answer
 
 
 def derive_seed(seed: int, copy: int) -> int:

@@ -28,6 +28,8 @@ class Live:
     check_s: float
     """When the session's state is read from Redis, unless there is news before."""
     first_s: float | None = None
+    origin: str = ""
+    """The gateway that began it, where that is another one."""
     outcome: Outcome | None = None
     """Set at the end."""
     token_s: float = 0.0

@@ -109,6 +109,8 @@ class WispOptions(_Body):
     draft: Annotated[DraftChoice | None, Field(strict=False)] = None
     pool: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
     """Drafters of this pool only."""
+    resumable: Annotated[bool, _or(False)] = False
+    """A client that goes away may come back for the rest of its stream: the text goes on for a while without it."""
 
 
 class Part(_Body):

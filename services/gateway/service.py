@@ -30,6 +30,7 @@ from shared.store import Store
 from shared.topology import LOAD, Queue, Topology, result
 
 READY_TIMEOUT_S = 2.0
+ATTEND_S = 1.0
 CLOSING_S = 5
 """Time for connections to be closed after the last session has ended."""
 
@@ -59,6 +60,7 @@ async def serve(
             echo=plan.echo,
         )
 
+    queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     backend = Backend(
         broker,
         store,
@@ -70,8 +72,9 @@ async def serve(
         vocab_fingerprint=folder.vocab_fingerprint,
         idle_check_s=settings.idle_check_s,
         stall_timeout_s=settings.stall_timeout_s,
+        resume_s=settings.resume_s,
+        queue=queue,
     )
-    queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
 
     async def missing() -> dict[str, str | None]:
@@ -100,8 +103,16 @@ async def serve(
         finally:
             closed.set()
 
+    async def attend() -> None:
+        while True:
+            try:
+                await store.attend(instance)
+            except BrokersError as error:
+                log.warning("Redis does not know that this gateway is there", error=str(error))
+            await asyncio.sleep(ATTEND_S)
+
     try:
-        async with running(stop, backend.watch(), serving()):
+        async with running(stop, backend.watch(), serving(), attend()):
             log.info("draining", sessions=backend.running)
             server.should_exit = True
             await backend.drain(settings.drain_s)

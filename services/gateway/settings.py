@@ -35,6 +35,12 @@ class GatewaySettings(TargetSettings):
         2, gt=0, description="seconds without news of a session after which its state is read from Redis"
     )
     stall_timeout_s: float = Field(60, gt=0, description="seconds without progress after which a session is given up")
+    resume_s: float = Field(
+        30,
+        ge=1,
+        description="seconds that a text goes on while no gateway collects it, after its gateway died or its client "
+        "went away that may come back; then it is cancelled",
+    )
     drain_s: float = Field(20, ge=0, description="seconds that running requests may take to end after SIGTERM")
     admission: bool = Field(
         True,

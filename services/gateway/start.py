@@ -12,7 +12,8 @@ from services.gateway.plan import Plan
 from shared import topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Generate, Message
-from shared.store import Progress, Request
+from shared.store import Progress, Request, Session
+from shared.topology import Queue
 
 
 class Publisher(Protocol):
@@ -21,17 +22,43 @@ class Publisher(Protocol):
     async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
         """See there."""
 
+    async def bind(self, queue: Queue, key: str) -> None:
+        """See there."""
+
+    async def unbind(self, queue: Queue, key: str) -> None:
+        """See there."""
+
 
 class SessionStore(Protocol):
     """What is needed of `shared.store.Store`."""
 
-    async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
+    async def create(
+        self,
+        request: Request,
+        prompt: Sequence[int],
+        elapsed_ms: float = 0.0,
+        *,
+        patience_ms: int = 0,
+        kept: bytes = b"",
+    ) -> None:
         """See there."""
 
     async def progress(self, session: str, from_len: int) -> Progress | None:
         """See there."""
 
-    async def cancel(self, session: str) -> None:
+    async def cancel(self, session: str, gateway: str = "") -> bool:
+        """See there."""
+
+    async def leave(self, session: str, gateway: str) -> None:
+        """See there."""
+
+    async def kept(self, session: str) -> bytes | None:
+        """See there."""
+
+    async def collect(self, session: str, gateway: str) -> bool:
+        """See there."""
+
+    async def read(self, sessions: Sequence[str]) -> list[Session | None]:
         """See there."""
 
 
@@ -44,6 +71,8 @@ class Starter:
     instance: str
     fingerprint: str
     vocab_fingerprint: str
+    patience_ms: int
+    """How long a session goes on while no gateway collects it."""
 
     async def start(self, plan: Plan, started_s: float) -> None:
         """Hand a session to the drafters of its pool. `started_s` is when its request came in.
@@ -61,7 +90,13 @@ class Starter:
             slo=plan.slo,
         )
         try:
-            await self.store.create(record, plan.prompt, (monotonic() - started_s) * 1000)
+            await self.store.create(
+                record,
+                plan.prompt,
+                (monotonic() - started_s) * 1000,
+                patience_ms=self.patience_ms,
+                kept=plan.kept,
+            )
             generate = Generate(
                 session=plan.session,
                 gateway=self.instance,

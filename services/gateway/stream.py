@@ -118,9 +118,9 @@ def encode(fields: Fields) -> bytes:
     return text.encode()
 
 
-def event(fields: Fields) -> bytes:
-    """One server-sent event."""
-    return b"data: " + encode(fields) + b"\n\n"
+def event(fields: Fields, place: object = None) -> bytes:
+    """One server-sent event; its id says how far the client has the stream with it."""
+    return (b"" if place is None else b"id: %s\n" % str(place).encode()) + b"data: " + encode(fields) + b"\n\n"
 
 
 def trace(piece: Piece) -> Fields:
