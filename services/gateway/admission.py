@@ -3,10 +3,10 @@
 What is promised must be kept, so a request is refused when, because of the present load, it would miss its SLO or make
 others miss theirs. The load is the scheduler's last `Load`, and beside it what was started and what ended here since.
 
-A session that is promised a token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`. It adds to
-the share of the verifiers' time that is promised
+A session that is promised a token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`, and so a
+batch every `period = shared.slo.batch_period_ms(need, …)`. It adds to the share of the verifiers' time that is promised
 
-    (round_ms / need  +  fixed_ms / need - fixed_ms / period_ms, if need is shorter than period_ms) / verifiers
+    (round_ms / need  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
 
 and a class is taken while the sum is at most its `admit_to`. The predicted time to the first token is the time passed,
 the wait, the prompt (tokens x prefill_ms) and one round. The wait is the backlog; where the policy goes by deadlines,
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 from services.gateway.slo import ServiceClass
 from shared.messages import DEFAULT_CLASS, Load, Slo
+from shared.slo import batch_period_ms
 
 STALE_MS = 5000.0
 """How long a Load is believed."""
@@ -221,7 +222,8 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
     ended; each given by its `tpot_ms`, None for best effort."""
     needs = _needs(load, started)
     rounds = sum(load.round_ms / need for need in needs) - sum(load.round_ms / need for need in _needs(load, ended))
-    fixed = max((load.fixed_ms / need for need in needs), default=0.0)
+    alone_ms = load.fixed_ms + load.round_ms
+    fixed = max((load.fixed_ms / batch_period_ms(need, load.away_ms, alone_ms) for need in needs), default=0.0)
     present = load.fixed_ms / load.period_ms if load.period_ms else 0.0
     # Rounded, so that what ended leaves nothing behind.
     return max(0.0, round(load.utilization + (rounds + max(0.0, fixed - present)) / load.verifiers, 9))
