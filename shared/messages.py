@@ -399,6 +399,8 @@ class Ended(Message):
     slo: Slo | None = None
     reason: str
     """As in the gateway's metrics (`stop`, `length`, `abort`, `error`), or `refused`."""
+    code: str = ""
+    """Why it was refused, as in the answer's `x-wisp-refused`."""
     prompt_tokens: Count = 0
     tokens: Count = 0
     ttft_ms: Milliseconds | None = None
