@@ -163,12 +163,15 @@ class Admission:
     def _too_much_promised(self, demand: Demand, load: Load) -> Iterator[Refusal]:
         limit = self._classes[demand.service_class].admit_to
         unseen = [running.tpot_ms for running in self._running.values() if not running.shown]
-        # Without sessions, what the Load calls used is the echo of past prompts.
-        present = sum(told.sessions for told in load.classes) + len(unseen) - len(self._gone)
+        gone = self._gone
+        shown = sum(told.sessions for told in load.classes) - len(gone)
+        if shown <= 0:
+            # What the Load calls promised was so to sessions that have ended, or is the echo of past prompts.
+            load, gone = load.model_copy(update={"utilization": 0.0, "period_ms": None}), []
         own = [demand.slo.tpot_ms if demand.slo else None] * len(demand.prompts)
-        before = promised(load, unseen, self._gone)
-        after = promised(load, unseen + own, self._gone)
-        if present > 0 and before > 0 and after > limit:
+        before = promised(load, unseen, gone)
+        after = promised(load, unseen + own, gone)
+        if before > 0 and after > limit:
             text = (
                 f"{before:.0%} of the verifiers' time is promised and it would be {after:.0%} with this request; "
                 f"requests of class {demand.service_class!r} are taken up to {limit:.0%}"

@@ -150,6 +150,20 @@ def test_what_ended_makes_room_until_the_next_load_shows_it() -> None:
     assert made.ask(demand(), 4) is not None
 
 
+def test_when_all_have_ended_the_load_that_showed_them_refuses_nobody() -> None:
+    made = admission()
+    for name in ("a", "b"):
+        made.start(name, "default", SLO, 10, 0.0)
+        made.answered(name)
+    made.hear(
+        load(utilization=1.48, classes=[ClassLoad(service_class="default", sessions=2, waiting=0, queue_ms=0)]), 0
+    )
+    made.end("a", 100.0)
+    assert made.ask(demand(), 100.0) is not None, "one that needs the verifiers is still there"
+    made.end("b", 100.0)
+    assert take_all(made, demand(), 4) == 4
+
+
 def test_the_wait_is_what_goes_before_where_the_policy_goes_by_deadlines() -> None:
     waiting = [
         ClassLoad(service_class=name, sessions=9, waiting=count, queue_ms=0.0)
@@ -183,7 +197,7 @@ def test_used_time_without_sessions_refuses_nothing() -> None:
     made = admission(load(utilization=0.3, period_ms=None, classes=[]))
     assert made.ask(strict, 0) is None
     made.start("s", "flex", None, 1, 0)
-    assert made.ask(strict, 0) is not None
+    assert made.ask(strict, 0) is None, "nothing is promised to a best-effort session"
     made.answered("s")
     made.hear(load(utilization=0.3, classes=[ClassLoad(service_class="flex", sessions=1, waiting=0, queue_ms=0)]), 1)
     assert made.ask(strict, 1) is not None
@@ -334,7 +348,9 @@ def test_requests_between_two_loads_never_promise_more_than_the_class_may(
     made = admission(told)
     taken = take_all(made, demand(name, slo, asked), 40)
     all_of_them = [slo.tpot_ms if slo else None] * (taken * len(asked))
-    # The first may fill an idle fleet by itself.
+    if not any(shown.sessions for shown in told.classes):
+        # What an idle fleet was used for is past, and the first may fill it by itself.
+        told = told.model_copy(update={"utilization": 0.0, "period_ms": None})
     if taken > 1 and told.verifiers and promised(told, [slo.tpot_ms if slo else None], []) > 0:
         assert promised(told, all_of_them, []) <= CLASSES[name].admit_to
 

@@ -11,6 +11,7 @@ from services.scheduler import pacing
 from services.scheduler.batching import Limits
 from services.scheduler.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, SILENT_MS, Dispatcher, Rules
 from services.scheduler.policies import PolicyName
+from services.scheduler.pool import Known
 from shared import cost
 from shared.messages import Batch, CostModel, Finish, Heartbeat, HiddenFormat, Job, Residency, Result, Status, Verify
 
@@ -460,6 +461,19 @@ def test_the_load_leaves_out_of_a_round_what_is_spent_on_drafting_and_messages()
     assert told.away_ms == pytest.approx(32.0)
     round_period_ms = 100.0 * told.tokens_per_round
     assert told.period_ms == pytest.approx((round_period_ms - 32.0) / 1.5)
+
+
+def test_a_stall_tells_little_about_the_time_between_rounds() -> None:
+    session, now = Known("default", 100.0), 0.0
+    for away in (None, 30.0, 30.0):
+        assert session.resulted(now, 10.0, 2) == away
+        now += 40.0
+    assert session.resulted(now + 3000.0, 10.0, 2) is None, "others learn nothing from an outage of this one"
+    assert session.away_ms == pytest.approx(30.0 + 0.2 * 90.0)
+    for _ in range(20):
+        now += 10_000.0
+        session.resulted(now, 10.0, 2)
+    assert (session.away_ms or 0.0) > 5000.0, "a device that stays slow is known as slow"
 
 
 def test_prompts_count_as_load_for_a_while() -> None:
