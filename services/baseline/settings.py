@@ -9,7 +9,7 @@ from pydantic import Field
 from services.drafter.settings import DraftSettings
 from services.gateway.settings import GatewaySettings
 
-Serving = Literal["centralized", "colocated"]
+Baseline = Literal["centralized", "colocated"]
 
 
 class BaselineSettings(GatewaySettings, DraftSettings):
@@ -19,7 +19,7 @@ class BaselineSettings(GatewaySettings, DraftSettings):
     word mean nothing here.
     """
 
-    serving: Serving = Field(
+    serving: Baseline = Field(
         "centralized",
         description="centralized: plain decoding; colocated: drafts made and verified in the engine's process",
     )
