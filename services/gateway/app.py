@@ -23,8 +23,8 @@ from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.headers import draft_of, pool_of
 from services.gateway.metrics import Metrics
-from services.gateway.plan import Limits, check_prompt, plan
 from services.gateway.place import Place
+from services.gateway.plan import Limits, check_prompt, plan
 from services.gateway.prompt import chat_prompt, text_prompt
 from services.gateway.resume import LAST_EVENT_ID, Kept, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse

@@ -28,6 +28,7 @@ LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
 CANCELLED = Failure(code="cancelled", message="this session was cancelled; send the request again")
 GONE = Failure(code="session_gone", message="the state of this session was lost; send the request again")
+NOBODY_WORKS = "no drafter of pool {pool!r} or no verifier works on this session, or they are overloaded"
 NOTHING = Outcome(ttft_ms=None, tpot_ms=None, attained=False)
 """What became of a text that was never started."""
 
@@ -49,9 +50,13 @@ class Backend:
         idle_check_s: float,
         stall_timeout_s: float,
         resume_s: float,
-        queue: Queue,
+        queue: Queue | None = None,
+        stall_reason: str = NOBODY_WORKS,
     ) -> None:
-        """queue: this gateway's own, into which the results of sessions that began elsewhere have to come as well."""
+        """queue: this gateway's own, into which the results of sessions that began elsewhere have to come as well; None
+        where no other gateway's streams are gone on with. stall_reason: why a session may have stalled, for its client;
+        {pool!r} is the session's pool.
+        """
         self._instance = instance
         self._queue = queue
         self._publisher = publisher
@@ -62,6 +67,7 @@ class Backend:
         self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint, int(resume_s * 1000))
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
+        self._stall_reason = stall_reason
         self._live: dict[str, Live] = {}
         self._heard: set[str] = set()
         """Other gateways whose results come here as well."""
@@ -110,7 +116,7 @@ class Backend:
             return [None for _ in sessions]
         for origin in {found.request.gateway for found in await self._store.read(sessions) if found is not None}:
             # Rounds under way, and a drafter that has the first Generate, still send their results there.
-            if origin != self._instance and origin not in self._heard:
+            if self._queue is not None and origin != self._instance and origin not in self._heard:
                 await self._publisher.bind(self._queue, topology.result(origin))
                 self._heard.add(origin)
         return await self._store.read(sessions)
@@ -157,7 +163,7 @@ class Backend:
         self._log.info("request refused", code=refusal.code, reason=refusal.message, service_class=first.service_class)
         self._metrics.refused(first.service_class, refusal.code, len(plans))
         for plan in plans:
-            self._spawn(self._tell_end(plan, "refused"))
+            self._spawn(self._tell_end(plan, "refused", code=refusal.code))
         raise ApiError(429, refusal.message, code=refusal.code, retry_after_s=refusal.retry_after_s)
 
     def _register(self, plan: Plan, wake: asyncio.Event, started_s: float) -> Live:
@@ -212,10 +218,8 @@ class Backend:
             now = monotonic()
             for live in tuple(self._live.values()):
                 if now - live.progress_s >= self._stall_timeout_s:
-                    text = (
-                        f"no token came for {self._stall_timeout_s:g} s: no drafter of pool {live.plan.pool!r} or no "
-                        "verifier works on this session, or they are overloaded; try again later"
-                    )
+                    why = self._stall_reason.format(pool=live.plan.pool)
+                    text = f"no token came for {self._stall_timeout_s:g} s: {why}; try again later"
                     self._fail(live, Failure(code="timeout", message=text))
                 elif now >= live.check_s:
                     live.pause_s = min(2 * live.pause_s, LONGEST_PAUSE_S)
@@ -285,12 +289,15 @@ class Backend:
         elif session.finish is None or session.stopped_early:
             self._spawn(self._cancel(live.plan.session, "stop string" if session.stopped_early else reason))
 
-    async def _tell_end(self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING) -> None:
+    async def _tell_end(
+        self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING, code: str = ""
+    ) -> None:
         ended = Ended(
             session=plan.session,
             service_class=plan.service_class,
             slo=plan.slo,
             reason=reason,
+            code=code,
             prompt_tokens=len(plan.prompt),
             tokens=tokens,
             ttft_ms=outcome.ttft_ms,
@@ -315,6 +322,7 @@ class Backend:
             self._log.warning("session not left to other gateways", session=session, error=str(error))
 
     async def _unhear(self, origin: str) -> None:
+        assert self._queue is not None
         try:
             await self._publisher.unbind(self._queue, topology.result(origin))
         except BrokersError as error:
