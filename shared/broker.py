@@ -35,6 +35,9 @@ from shared.topology import Queue, Topology
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
 RECONNECT_INTERVAL_S = 1
+HEARTBEAT_S = 10
+"""A process that is silent for two of these is gone for RabbitMQ, which gives its messages to others: so long does a
+frozen scheduler keep its standby waiting. `?heartbeat=` in the URL sets another time."""
 OWN_QUEUE_RETRIES = 20
 PROBE_HEADER = "x-wisp-probe"
 
@@ -66,13 +69,17 @@ class Broker:
         Raises BrokersError when nothing answers for 30 seconds.
         """
         last: Exception = TimeoutError("no answer")
+        options = {} if "heartbeat=" in url else {"heartbeat": HEARTBEAT_S}
 
         async def attempt() -> AbstractRobustConnection:
             nonlocal last
             while True:
                 try:
                     return await aio_pika.connect_robust(
-                        url, reconnect_interval=RECONNECT_INTERVAL_S, client_properties={"connection_name": name}
+                        url,
+                        reconnect_interval=RECONNECT_INTERVAL_S,
+                        client_properties={"connection_name": name},
+                        **options,
                     )
                 except CONNECTION_EXCEPTIONS as error:
                     last = error

@@ -1,13 +1,19 @@
 -- The commit: decides, for every job of a batch, whether its tokens become part of the session.
 --
--- KEYS: deadlines, then per job: session hash, tokens string
--- ARGV: verifier, session TTL in seconds, prefix of gateways' keys, then per job: session id, round, base_len, accepted, finish, cached, tokens
--- Tokens are packed little-endian int32. Returns per job: {outcome, committed length, base, accepted, finish, tokens from base}
+-- KEYS: deadlines, the verifier's lease, then per job: session hash, tokens string
+-- ARGV: verifier, session TTL in seconds, prefix of gateways' keys, lease,
+--       then per job: session id, round, base_len, accepted, finish, cached, tokens
+-- Tokens are packed little-endian int32. Returns nothing if the verifier does not hold this lease (0: not asked), else
+-- per job: {outcome, committed length, base, accepted, finish, tokens from base}
 --
 -- A round is committed only if it builds on exactly what is committed. The same round again gets what was committed
 -- then. Everything else is a conflict and gets the truth from where it can use it. No tokens ask for the truth alone.
 local WIDTH = 4
-local verifier, ttl, gateways = ARGV[1], tonumber(ARGV[2]), ARGV[3]
+local FIRST = 5  -- of the jobs' arguments
+local verifier, ttl, gateways, lease = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
+if lease ~= '0' and redis.call('GET', KEYS[2]) ~= lease then
+  return false
+end
 local now = redis.call('TIME')
 local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local out = {}
@@ -27,9 +33,9 @@ local function abandoned(session)
   return alone and now_ms - alone >= patience
 end
 
-for job = 0, (#ARGV - 3) / 7 - 1 do
-  local session, tokens = KEYS[2 + job * 2], KEYS[3 + job * 2]
-  local id, round, base, accepted, finish, cached, new = unpack(ARGV, 4 + job * 7, 10 + job * 7)
+for job = 0, (#ARGV - FIRST + 1) / 7 - 1 do
+  local session, tokens = KEYS[3 + job * 2], KEYS[4 + job * 2]
+  local id, round, base, accepted, finish, cached, new = unpack(ARGV, FIRST + job * 7, FIRST + 6 + job * 7)
   base = tonumber(base)
   local state = redis.call('HMGET', session, 'status', 'length', 'round', 'base', 'accepted', 'finish',
                            'prompt_len', 'first_ms', 'tpot_ms')

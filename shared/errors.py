@@ -4,6 +4,7 @@
     ├── SettingsError      a setting is missing or out of range (found at start)
     ├── BrokersError       RabbitMQ or Redis is not there, or could not be started
     │   └── Unroutable     no queue takes this message
+    ├── Fenced             a verifier's lease has ended: what it was given under it is not committed
     ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
     ├── ModelError         a model folder is incomplete, or does not fit its partner
     │   └── ChatTemplateError  (shared.models) the messages cannot be rendered
@@ -34,6 +35,10 @@ class BrokersError(WispError):
 
 class Unroutable(BrokersError):
     """No queue is bound for a message's routing key: its receiver is not running."""
+
+
+class Fenced(WispError):
+    """A verifier was frozen or cut off for longer than its lease, and its sessions are with others by now."""
 
 
 class MessageError(WispError):

@@ -21,6 +21,10 @@ from shared.errors import MessageError
 
 SCHEMA_VERSION = 1
 
+SILENT_MS = 2000
+"""A verifier that has said nothing for so long is gone: its lease ends, and its rounds go to others. It is four times
+the usual time between heartbeats."""
+
 DEFAULT_CLASS = "default"
 """The service class of requests that name none."""
 
@@ -190,6 +194,9 @@ class Batch(Message):
 
     batch: Name
     scheduler: Name
+    lease: Count = 0
+    """The verifier's lease as the scheduler knows it. Under another one the verifier neither commits nor replies; 0 is
+    from a scheduler that knows of no leases."""
     jobs: Annotated[list[Job], Field(min_length=1)]
     predicted_ms: Milliseconds
     policy: str
@@ -426,6 +433,8 @@ class Heartbeat(Message):
     """The model's context, or the whole cache budget where that is smaller, in tokens."""
     free_tokens: Count
     total_tokens: Count
+    lease: Count = 0
+    """See `shared.store`; 0 before the first one."""
     draining: bool = False
     residency: list[Residency] = Field(default_factory=list)
 

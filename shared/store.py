@@ -1,14 +1,19 @@
 """Everything that is in Redis, and the only code that touches it.
 
-    <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its K/V,
-                          gateway that collects it (none: ""), what another gateway needs to go on with its answer
+    <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its
+                          K/V, gateway that collects it (none: ""), what another gateway needs to go on with its answer
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
     <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
     <ns>:gateway:{id}     there while this gateway is
+    <ns>:lease:{id}       a verifier's lease, expiring unless it is renewed
     <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
     <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
 
 Session state expires `ttl_s` after the last commit. The commit itself is `commit.lua`.
+
+A verifier commits under a lease: a number that it holds as long as it renews it in time. One that was frozen or cut off
+for longer gets a new one, and nothing that it was given under the old one is committed: its sessions are with others
+by then.
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.resources import files
+from secrets import randbelow
 from typing import Any
 
 import msgpack
@@ -29,13 +35,22 @@ from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
-from shared.errors import BrokersError, MessageError
-from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
+from shared.errors import BrokersError, Fenced, MessageError
+from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
 
 HEARTBEAT_TTL_MS = 3000
 GATEWAY_TTL_MS = 5000
 """A gateway that has not said for so long that it is there collects nothing."""
 COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
+
+_RENEW = """
+if redis.call('GET', KEYS[1]) == ARGV[1] then
+  redis.call('PEXPIRE', KEYS[1], ARGV[3])
+  return 1
+end
+redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
+return 0
+"""
 
 # A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
 _RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
@@ -134,6 +149,7 @@ class Store:
         self._namespace = namespace
         self._ttl_s = ttl_s
         self._commit = redis.register_script(files("shared").joinpath("commit.lua").read_text())
+        self._renew = redis.register_script(_RENEW)
 
     @classmethod
     def connect(cls, url: str, namespace: str, ttl_s: int) -> Store:
@@ -222,20 +238,40 @@ class Store:
             return None
         return Progress(SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish))
 
-    async def commit(self, verifier: str, commits: Sequence[Commit]) -> list[Committed]:
-        """Commit a batch's verdicts in one round trip, each atomically. See `commit.lua` for the rules."""
-        if not commits:
+    async def renew(self, verifier: str, lease: int) -> int:
+        """The verifier's lease for the next `SILENT_MS`: this one if it still holds it, else a new one."""
+        new = 1 + randbelow(2**53)
+        keys, arguments = [self._key("lease", verifier)], [lease, new, SILENT_MS]
+        return lease if await self._guard(self._renew(keys=keys, args=arguments)) else new
+
+    async def commit(self, verifier: str, commits: Sequence[Commit], *, lease: int = 0) -> list[Committed]:
+        """Commit a batch's verdicts in one round trip, each atomically. See `commit.lua` for the rules.
+
+        Raises Fenced, and commits nothing, if the verifier does not hold this lease any more; 0 is not looked at.
+        """
+        if not commits and not lease:
             return []
-        keys = [self._deadlines]
-        arguments: list[str | int | bytes] = [verifier, self._ttl_s, self._key("gateway", "")]
+        keys = [self._deadlines, self._key("lease", verifier)]
+        arguments: list[str | int | bytes] = [verifier, self._ttl_s, self._key("gateway", ""), lease]
         for c in commits:
             keys += [self._session(c.session), self._tokens(c.session)]
             arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, _pack(c.tokens)]
         answers = await self._guard(self._commit(keys=keys, args=arguments))
+        if answers is None:
+            raise Fenced(f"{verifier} was away for too long: its lease {lease} has ended")
         return [
             Committed(Outcome(outcome.decode()), length, base, accepted, _finish(finish), unpack(tokens))
             for outcome, length, base, accepted, finish, tokens in answers
         ]
+
+    async def ended(self, sessions: Sequence[str]) -> list[str]:
+        """Those of these sessions that take no more tokens: finished, cancelled or gone."""
+        async with self._redis.pipeline(transaction=False) as pipe:
+            for session in sessions:
+                pipe.hget(self._session(session), "status")
+            found = await self._guard(pipe.execute())
+        active = SessionStatus.ACTIVE.value.encode()
+        return [session for session, status in zip(sessions, found, strict=True) if status != active]
 
     async def cancel(self, session: str, gateway: str = "") -> bool:
         """No more tokens for this session, whoever still works on it. A finished session stays finished.
@@ -301,7 +337,7 @@ class Store:
 
     async def silence(self, verifier: str) -> None:
         """Forget a verifier that says goodbye."""
-        await self._guard(self._redis.delete(self._key("verifier", verifier)))
+        await self._guard(self._redis.delete(self._key("verifier", verifier), self._key("lease", verifier)))
 
     async def heartbeats(self) -> list[Heartbeat]:
         """The verifiers that are alive."""

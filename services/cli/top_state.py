@@ -20,12 +20,10 @@ from services.cli.top_snapshot import (
     Snapshot,
     VerifierView,
 )
-from shared.messages import Batch, CostModel, Ended, Heartbeat, Load, Message, Result, Status
+from shared.messages import SILENT_MS, Batch, CostModel, Ended, Heartbeat, Load, Message, Result, Status
 
 SHORT_MS = 10_000.0
 LONG_MS = 60_000.0
-SILENT_MS = 2_000.0
-"""As in the scheduler: a verifier, or a scheduler, not heard of for this long is taken for gone."""
 BATCHES_SHOWN = 5
 REFUSED = "refused"
 ABORTED = "abort"

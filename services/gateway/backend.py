@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
+from enum import StrEnum
 from time import monotonic
 from typing import Any
 
@@ -27,10 +28,21 @@ WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
 CANCELLED = Failure(code="cancelled", message="this session was cancelled; send the request again")
+TAKEN = Failure(code="resumed", message="the client goes on with this stream over another connection")
 GONE = Failure(code="session_gone", message="the state of this session was lost; send the request again")
 NOBODY_WORKS = "no drafter of pool {pool!r} or no verifier works on this session, or they are overloaded"
 NOTHING = Outcome(ttft_ms=None, tpot_ms=None, attained=False)
 """What became of a text that was never started."""
+
+
+class Fate(StrEnum):
+    """What becomes of a session that has not come to its own end when its gateway forgets it."""
+
+    CANCEL = "cancel"
+    LEAVE = "leave"
+    """It goes on for a while, for whichever gateway collects it next."""
+    KEEP = "keep"
+    """It goes on, for it is collected already."""
 
 
 class Backend:
@@ -132,6 +144,8 @@ class Backend:
         run = Run([])
         try:
             for plan, state in zip(plans, states, strict=True):
+                if (before := self._live.get(plan.session)) is not None:
+                    self._fail(before, TAKEN, Fate.KEEP)
                 began_s = started_s - state.elapsed_ms / 1000
                 live = self._register(plan, run.wake, began_s)
                 run.lives.append(live)
@@ -259,16 +273,17 @@ class Backend:
             self._log.info("session repaired", session=live.plan.session, tokens=session.length - length)
             self._fed(live, session.tally.tokens - tokens, progressed=True)
 
-    def _fail(self, live: Live, failure: Failure, *, leaves: bool = False) -> None:
+    def _fail(self, live: Live, failure: Failure, fate: Fate = Fate.CANCEL) -> None:
         self._log.warning("session failed", session=live.plan.session, code=failure.code, reason=failure.message)
         live.session.fail(failure)
-        self._end(live, "error", leaves=leaves)
+        self._end(live, "error", fate)
         live.wake.set()
 
-    def _end(self, live: Live, reason: str, *, leaves: bool = False) -> None:
-        """Forget a session, once; cancel it unless it has come to its own end, or `leaves` it to another gateway."""
-        if self._live.pop(live.plan.session, None) is None:
+    def _end(self, live: Live, reason: str, fate: Fate = Fate.CANCEL) -> None:
+        """Forget a session, once. `fate` is for one that has not come to its own end."""
+        if self._live.get(live.plan.session) is not live:
             return
+        del self._live[live.plan.session]
         if not self._live:
             self._idle.set()
         session = live.session
@@ -284,10 +299,14 @@ class Backend:
         if not any(other.origin == live.origin for other in self._live.values()) and live.origin in self._heard:
             self._heard.discard(live.origin)
             self._spawn(self._unhear(live.origin))
-        if session.finish is None and (leaves or (reason == "abort" and live.plan.keep)):
+        if reason == "abort" and live.plan.keep:
+            fate = Fate.LEAVE
+        if session.stopped_early:
+            self._spawn(self._cancel(live.plan.session, "stop string"))
+        elif session.finish is None and fate is Fate.CANCEL:
+            self._spawn(self._cancel(live.plan.session, reason))
+        elif session.finish is None and fate is Fate.LEAVE:
             self._spawn(self._leave(live.plan.session))
-        elif session.finish is None or session.stopped_early:
-            self._spawn(self._cancel(live.plan.session, "stop string" if session.stopped_early else reason))
 
     async def _tell_end(
         self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING, code: str = ""
@@ -349,6 +368,6 @@ class Backend:
             streamed = live.plan.streamed
             way = "go on with Last-Event-ID at another, or send" if streamed else "send"
             failure = Failure(code="shutting_down", message=f"this gateway is shutting down; {way} the request again")
-            self._fail(live, failure, leaves=streamed)
+            self._fail(live, failure, Fate.LEAVE if streamed else Fate.CANCEL)
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5)

@@ -16,6 +16,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
 from services.gateway.session import sessions_of
 from services.gateway.settings import GatewaySettings
+from shared import logging
 from shared.broker import Broker
 from shared.errors import BrokersError
 from shared.models.folder import ModelFolder

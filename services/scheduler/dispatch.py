@@ -14,10 +14,8 @@ from services.scheduler.fleet import Fleet
 from services.scheduler.load import Recent
 from services.scheduler.policies import Part, PolicyName, Situation, policy_of
 from services.scheduler.pool import InFlight, Known, Pending, VerifierState
-from shared.messages import Batch, CostModel, Heartbeat, Job, Load, Result, Status, Verify
+from shared.messages import SILENT_MS, Batch, CostModel, Heartbeat, Job, Load, Result, Status, Verify
 
-SILENT_MS = 2000.0
-"""A verifier not heard of for this long is gone; four times the usual time between heartbeats."""
 LOST_FACTOR = 5.0
 LOST_SLACK_MS = 5000.0
 """A batch without results after five times its predicted time and this much more is lost."""
@@ -218,6 +216,7 @@ class Dispatcher:
         batch = Batch(
             batch=f"{self.name}-{self._batches}",
             scheduler=self.name,
+            lease=state.heartbeat.lease,
             jobs=[_job(chosen, now_ms) for chosen in plan.chosen],
             predicted_ms=plan.predicted_ms,
             policy=self.rules.policy,

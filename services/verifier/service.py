@@ -19,7 +19,7 @@ from services.verifier.verify import Outcome, Task, verify
 from shared import logging, topology
 from shared.broker import Broker
 from shared.engine import Engine
-from shared.errors import BrokersError
+from shared.errors import BrokersError, Fenced
 from shared.fit import VerifierFit
 from shared.messages import (
     Batch,
@@ -45,6 +45,9 @@ from shared.topology import Topology
 
 QUIET_S = 0.3
 """A draining verifier waits this long for batches that were sent before the scheduler knew."""
+
+SWEEP_S = 5.0
+"""A session that this verifier holds and has not heard of for so long may have ended unheard."""
 
 KNOWN_LIMIT = 10_000
 """Sessions remembered at most. One that moved away or was abandoned is never heard of again; the oldest go first."""
@@ -125,9 +128,14 @@ class Verifier:
         self._measured: list[Measurement] = []
         self._draining = False
         self._busy = False
+        self._lease = 0
+        self._heard: dict[str, float] = {}
+        """When each session that is held was last asked for, in seconds of the monotonic clock."""
 
     async def run(self, measured: Sequence[Measurement], stop: asyncio.Event, drain_s: float) -> None:
         """Serve until `stop`, then finish what was accepted."""
+        with suppress(BrokersError):  # the heartbeats go on asking for it
+            self._lease = await self._store.renew(self.instance, 0)
         await self._broker.consume(
             self._broker.topology.own_queue(
                 "verifier", self.instance, (topology.batch(self.instance), topology.CANCEL)
@@ -137,7 +145,7 @@ class Verifier:
         if measured:
             await self._publish_profile(measured)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
-        async with running(stop, self._work(), self._beat()):
+        async with running(stop, self._work(), self._beat(), self._sweep()):
             self._draining = True
             self._log.info("draining")
             await self._publish_heartbeat()
@@ -181,14 +189,23 @@ class Verifier:
             batch = await self._batches.get()
             self._busy = True
             with structlog.contextvars.bound_contextvars(batch=batch.batch):
-                try:
-                    await self._verify(batch)
-                except BrokersError as error:
-                    # Nothing was committed: the drafters' round timeouts send these rounds again.
-                    self._log.warning("batch dropped", error=str(error))
+                if self._fenced(batch):
+                    self._log.warning("batch of an ended lease dropped", lease=batch.lease)
+                else:
+                    try:
+                        await self._verify(batch)
+                    except BrokersError as error:
+                        # Nothing was committed: the drafters' round timeouts send these rounds again.
+                        self._log.warning("batch dropped", error=str(error))
             self._busy = False
 
+    def _fenced(self, batch: Batch) -> bool:
+        """Whether the scheduler sent this before it gave this verifier up for gone."""
+        return batch.lease not in (0, self._lease)
+
     async def _verify(self, batch: Batch) -> None:
+        now = time.monotonic()
+        self._heard |= {job.session: now for job in batch.jobs}
         work, settled = await self._prepare(batch)
         tasks = [task for _, task in work]
         outcomes: list[Outcome] = []
@@ -205,7 +222,7 @@ class Verifier:
             metrics.BATCH_TIME.observe(elapsed_ms / 1000)
             metrics.NEW_TOKENS.inc(sum(outcome.new_tokens for outcome in outcomes))
         judged = [(job, task, outcome) for (job, task), outcome in zip(work, outcomes, strict=True)]
-        reply = asyncio.create_task(self._reply(batch.batch, judged, settled, elapsed_ms, shapes))
+        reply = asyncio.create_task(self._reply(batch, judged, settled, elapsed_ms, shapes))
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
 
@@ -266,13 +283,17 @@ class Verifier:
 
     async def _reply(
         self,
-        batch: str,
+        sent: Batch,
         judged: Sequence[tuple[Job, Task, Outcome]],
         settled: Sequence[tuple[Job, Failure | None]],
         verify_ms: float,
         shapes: Sequence[BatchShape],
     ) -> None:
-        """Commit, publish the results, and last free what nobody needs any more."""
+        """Commit, publish the results, and last free what nobody needs any more.
+
+        Whoever has lost the lease does neither.
+        """
+        batch = sent.batch
         results: list[tuple[Job, Result, list[HiddenStates]]] = [
             (job, replies.failed(job, self.instance, batch, failure), []) for job, failure in settled if failure
         ]
@@ -295,9 +316,9 @@ class Verifier:
                 )
                 commits.append((job, judgement, commit))
         try:
-            answers = await self._store.commit(self.instance, [commit for _, _, commit in commits])
-        except BrokersError as error:
-            # Whether it was committed is unknown; the rounds will come again, and the script will say.
+            answers = await self._store.commit(self.instance, [commit for _, _, commit in commits], lease=sent.lease)
+        except (BrokersError, Fenced) as error:
+            # Where Redis is away, whether it was committed is unknown. The rounds come again, and the script will say.
             self._log.warning("results dropped", batch=batch, error=str(error))
             for job, _, _ in commits:
                 self._known.pop(job.session, None)
@@ -361,6 +382,17 @@ class Verifier:
                 await self._broker.publish(Sample(verifier=self.instance, batches=batches), topology.SAMPLE)
             await asyncio.sleep(self._heartbeat_s)
 
+    async def _sweep(self) -> None:
+        """Free what sessions hold that have ended while this verifier, or its link to RabbitMQ, was away."""
+        while True:
+            await asyncio.sleep(SWEEP_S)
+            now = time.monotonic()
+            self._heard = {session: at for session, at in self._heard.items() if session in self._cached}
+            silent = [session for session in self._cached if now - self._heard.setdefault(session, now) >= SWEEP_S]
+            if silent:
+                with suppress(BrokersError):  # asked again in a while
+                    await self._forget(await self._store.ended(silent))
+
     async def _publish_heartbeat(self) -> None:
         heartbeat = Heartbeat(
             verifier=self.instance,
@@ -368,12 +400,20 @@ class Verifier:
             max_len=min(self._engine.max_len, self._engine.budget_tokens),
             free_tokens=self._engine.free_tokens,
             total_tokens=self._engine.budget_tokens,
+            lease=self._lease,
             draining=self._draining,
             residency=[Residency(session=s, cached=c) for s, c in self._cached.items()],
         )
         metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)
         await self._broker.publish(heartbeat, topology.heartbeat(self.instance))
         try:
-            await self._store.beat(heartbeat)
+            lease = await self._store.renew(self.instance, self._lease)
+            await self._store.beat(heartbeat.model_copy(update={"lease": lease}))
         except BrokersError as error:
             self._log.warning("heartbeat not stored", error=str(error))
+            return
+        if lease != self._lease:
+            if self._lease:
+                self._log.warning("away for too long: what was sent here before is not worked on", lease=lease)
+            self._lease = lease
+            await self._publish_heartbeat()

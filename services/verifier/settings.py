@@ -17,5 +17,5 @@ class VerifierSettings(TargetSettings):
         True, description="keep the target's hidden states (5 % of the K/V memory) for drafters that ask for them"
     )
     profile: bool = Field(True, description="measure batches of several shapes at the start, for the cost model")
-    heartbeat_ms: int = Field(500, ge=50, le=2000, description="time between heartbeats")
+    heartbeat_ms: int = Field(500, ge=50, le=1000, description="time between heartbeats")
     drain_s: float = Field(20.0, ge=0, description="longest time to finish accepted batches after SIGTERM")

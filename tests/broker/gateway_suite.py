@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
@@ -62,17 +63,20 @@ async def started(
     *,
     peer_amqp_url: str = "",
     peer_redis_url: str = "",
+    peer: Peer | None = None,
     **fields: Any,
 ) -> AsyncIterator[Suite]:
-    """A gateway with these settings that answers, until the end of the context."""
+    """A gateway with these settings that answers, until the end of the context, beside a `peer` that is there already
+    or one of its own."""
     port = free_port()
     given = settings(target.path, namespace=namespace, amqp_url=amqp_url, redis_url=redis_url, port=port, **fields)
     url = f"http://127.0.0.1:{port}"
     stop = asyncio.Event()
     async with AsyncExitStack() as stack:
-        peer = await stack.enter_async_context(
-            Peer.run(peer_amqp_url or amqp_url, peer_redis_url or redis_url, namespace, target)
-        )
+        if peer is None:
+            peer = await stack.enter_async_context(
+                Peer.run(peer_amqp_url or amqp_url, peer_redis_url or redis_url, namespace, target)
+            )
         serving = asyncio.create_task(serve(given, given.instance, stop, CollectorRegistry()))
         client = await stack.enter_async_context(
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
@@ -123,6 +127,7 @@ async def events_of(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any
         raw = await response.aread()
     events = raw.decode().split("\n\n")
     assert events.pop() == ""
-    assert all(event.startswith("data: ") for event in events)
-    assert events[-1] == "data: [DONE]"
-    return [json.loads(event[6:]) for event in events[:-1]]
+    assert events.pop() == "data: [DONE]"
+    found = [re.fullmatch(r"id: \S+\ndata: (.+)", event) for event in events]
+    assert all(found), "every event says how far the client has its stream with it"
+    return [json.loads(event[1]) for event in found if event]

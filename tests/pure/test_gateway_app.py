@@ -34,6 +34,8 @@ from shared.models.folder import ModelFolder
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 from shared.store import Progress, Request, SessionStatus
+from shared.store import Session as Stored
+from shared.topology import Queue
 
 MODEL = "tiny"
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -72,7 +74,15 @@ class Loopback:
         for result in [] if self.silent else self.script.reorder(results):
             await self.backend.receive(result)
 
-    async def create(self, request: Request, prompt: Sequence[int], elapsed_ms: float = 0.0) -> None:
+    async def create(
+        self,
+        request: Request,
+        prompt: Sequence[int],
+        elapsed_ms: float = 0.0,
+        *,
+        patience_ms: int = 0,
+        kept: bytes = b"",
+    ) -> None:
         self.created.append(request)
 
     async def progress(self, session: str, from_len: int) -> Progress | None:
@@ -80,8 +90,26 @@ class Loopback:
             return None
         return Progress(SessionStatus.FINISHED, len(tokens), tokens[from_len:], Finish.STOP)
 
-    async def cancel(self, session: str) -> None:
+    async def cancel(self, session: str, gateway: str = "") -> bool:
+        return True
+
+    async def leave(self, session: str, gateway: str) -> None:
         pass
+
+    async def kept(self, session: str) -> bytes | None:
+        return None
+
+    async def collect(self, session: str, gateway: str) -> bool:
+        return False
+
+    async def read(self, sessions: Sequence[str]) -> list[Stored | None]:
+        return [None for _ in sessions]
+
+    async def bind(self, queue: Queue, key: str) -> None:
+        raise AssertionError("there is no other gateway to hear")
+
+    async def unbind(self, queue: Queue, key: str) -> None:
+        raise AssertionError("there is no other gateway to hear")
 
 
 class App:
@@ -114,6 +142,7 @@ class App:
             vocab_fingerprint="v",
             idle_check_s=self.settings.idle_check_s,
             stall_timeout_s=self.settings.stall_timeout_s,
+            resume_s=self.settings.resume_s,
         )
         self.loopback.backend = self.backend
         self.verifiers = True

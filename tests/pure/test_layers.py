@@ -46,6 +46,7 @@ DECIDING = [
     "services/drafter/sources/lookup.py",
     "services/drafter/sources/model.py",
     "services/gateway/admission.py",
+    "services/gateway/place.py",
     "services/gateway/slo.py",
     "services/scheduler/batching.py",
     "services/scheduler/dispatch.py",

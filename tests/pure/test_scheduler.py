@@ -9,11 +9,23 @@ import pytest
 
 from services.scheduler import pacing
 from services.scheduler.batching import Limits
-from services.scheduler.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, SILENT_MS, Dispatcher, Rules
+from services.scheduler.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, Rules
 from services.scheduler.policies import PolicyName
 from services.scheduler.pool import Known
 from shared import cost
-from shared.messages import Batch, CostModel, Finish, Heartbeat, HiddenFormat, Job, Residency, Result, Status, Verify
+from shared.messages import (
+    SILENT_MS,
+    Batch,
+    CostModel,
+    Finish,
+    Heartbeat,
+    HiddenFormat,
+    Job,
+    Residency,
+    Result,
+    Status,
+    Verify,
+)
 
 MODEL = CostModel(
     verifier="v1",

@@ -1,0 +1,279 @@
+"""Streams that break and are gone on with, at another gateway or the same one, on real brokers."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+import pytest
+from gateway_peer import Script, eventually
+from gateway_suite import MODEL, Start, Suite, answers, free_port, started
+
+from shared.models.folder import ModelFolder
+
+TEXT = "It goes on: naïve 🙂🙃 日本語, word after word, to the very end."
+
+
+@dataclass
+class Part:
+    """What came over one connection: each event's id and fields."""
+
+    events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
+    done: bool = False
+
+    @property
+    def last_id(self) -> str:
+        return self.events[-1][0]
+
+    def text(self, index: int = 0) -> str:
+        choices = [choice for _, fields in self.events for choice in fields["choices"] if choice["index"] == index]
+        return "".join(choice.get("text", "") or choice.get("delta", {}).get("content", "") for choice in choices)
+
+    @property
+    def finishes(self) -> list[str]:
+        return [c["finish_reason"] for _, fields in self.events for c in fields["choices"] if c["finish_reason"]]
+
+    @property
+    def tokens(self) -> list[int]:
+        return [token["id"] for _, fields in self.events for token in fields.get("wisp", {}).get("tokens", [])]
+
+
+class Broken(Exception):
+    """The stream ended in an error event with this code."""
+
+
+async def events(response: httpx.Response) -> AsyncIterator[str]:
+    """The events of a stream, as text."""
+    rest = ""
+    async for text in response.aiter_text():
+        *whole, rest = (rest + text).split("\n\n")
+        for event in whole:
+            yield event
+
+
+async def read(stream: AsyncIterator[str], part: Part, until: int | None = None) -> None:
+    """Take events in, up to their end or the `until`th. Raises Broken, or httpx.TransportError."""
+    async for event in stream:
+        if event == "data: [DONE]":
+            part.done = True
+            return
+        *ids, data = event.split("\n")
+        fields = json.loads(data.removeprefix("data: "))
+        if "error" in fields:
+            raise Broken(fields["error"]["code"])
+        (event_id,) = ids
+        part.events.append((event_id.removeprefix("id: "), fields))
+        if until is not None and len(part.events) >= until:
+            return
+
+
+def body(**more: Any) -> dict[str, Any]:
+    options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 200}
+    return {"model": MODEL, "prompt": "x", **options, **more}
+
+
+async def whole(suite: Suite, path: str = "/v1/completions", **more: Any) -> Part:
+    part = Part()
+    async with suite.http.stream("POST", path, json=body(**more)) as response:
+        await read(events(response), part)
+    assert part.done
+    return part
+
+
+async def resumed(http: httpx.AsyncClient, last_id: str, path: str = "/v1/completions") -> Part:
+    part = Part()
+    async with http.stream("POST", path, json=body(), headers={"last-event-id": last_id}) as response:
+        assert response.status_code == 200, await response.aread()
+        await read(events(response), part)
+    assert part.done
+    return part
+
+
+@pytest.fixture
+async def suite(shared: Suite) -> Suite:
+    await shared.peer.reset()
+    shared.peer.script = Script(text=TEXT, round_len=3)
+    return shared
+
+
+@asynccontextmanager
+async def process(suite: Suite, namespace: str, target: ModelFolder, urls: tuple[str, str]) -> AsyncIterator[Any]:
+    """A gateway of its own beside the suite's: its process, and a client of it."""
+    port = free_port()
+    environment = os.environ | {"WISP_AMQP_URL": urls[0], "WISP_REDIS_URL": urls[1], "WISP_NAMESPACE": namespace}
+    environment |= {"WISP_TARGET": str(target.path), "WISP_INSTANCE": "gateway-other", "WISP_RESUME_S": "1"}
+    child = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.gateway", "--port", str(port), env=environment
+    )
+    try:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+            await answers(http, "/ready")
+            yield child, http
+    finally:
+        if child.returncode is None:
+            child.kill()
+        await child.wait()
+
+
+async def test_a_stream_of_a_killed_gateway_goes_on_at_another(
+    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
+) -> None:
+    async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
+        suite.peer.script = Script(text=TEXT, round_len=2, pause_s=0.05)
+        first = Part()
+        asked = body(wisp={"trace": True})
+        async with other.stream("POST", "/v1/completions", json=asked) as response:
+            stream = events(response)
+            await read(stream, first, until=4)
+            child.send_signal(signal.SIGKILL)
+            with pytest.raises(httpx.TransportError):
+                await read(stream, first)
+        rest = await resumed(suite.http, first.last_id)
+        assert first.text()
+        assert first.text() + rest.text() == TEXT
+        wanted = suite.peer.tokenizer.encode(TEXT)
+        assert first.tokens + rest.tokens == wanted
+        assert rest.finishes == ["stop"]
+        assert rest.events[-1][1]["usage"]["completion_tokens"] == len(wanted)
+        assert {fields["id"] for _, fields in first.events} == {fields["id"] for _, fields in rest.events}
+
+
+async def test_a_session_whose_gateway_died_and_that_nobody_collects_is_cancelled(
+    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
+) -> None:
+    async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
+        suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
+        asking = asyncio.create_task(other.post("/v1/completions", json=body(stream=False, max_tokens=400)))
+        await eventually(lambda: bool(suite.peer.generated))
+        child.kill()
+        with pytest.raises(httpx.TransportError):
+            await asking
+        await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session], within_s=15)
+
+
+@pytest.mark.parametrize(
+    ("path", "options"),
+    [
+        ("/v1/completions", {"n": 2, "echo": True, "wisp": {"trace": True}}),
+        ("/v1/completions", {"stop": ["word after"], "wisp": {"trace": True}}),
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
+    ],
+)
+async def test_from_any_event_on_exactly_the_rest_comes(suite: Suite, path: str, options: dict[str, Any]) -> None:
+    if "messages" in options:
+        options = options | {"prompt": None}
+    full = await whole(suite, path, **options)
+    count = options.get("n", 1)
+    for place, (last_id, _) in enumerate(full.events):
+        had = Part(full.events[: place + 1])
+        rest = await resumed(suite.http, last_id, path)
+        for index in range(count):
+            assert had.text(index) + rest.text(index) == full.text(index), last_id
+        assert had.tokens + rest.tokens == full.tokens or count > 1
+        assert sorted(had.finishes + rest.finishes) == sorted(full.finishes)
+        usages = [fields["usage"] for part in (had, rest) for _, fields in part.events if fields.get("usage")]
+        assert usages == [full.events[-1][1]["usage"]]
+
+
+async def test_a_client_that_said_so_may_go_away_and_come_back(suite: Suite) -> None:
+    suite.peer.script = Script(text=TEXT, round_len=2, pause_s=0.05)
+    first = Part()
+    async with suite.http.stream("POST", "/v1/completions", json=body(wisp={"resumable": True})) as response:
+        await read(events(response), first, until=3)
+    rest = await resumed(suite.http, first.last_id)
+    assert first.text() + rest.text() == TEXT
+    assert suite.peer.cancelled == []
+
+
+async def test_one_that_does_not_come_back_is_cancelled_after_a_while(start: Start) -> None:
+    async with start(resume_s=1) as suite:
+        suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
+        part = Part()
+        asked = body(max_tokens=400, wisp={"resumable": True})
+        async with suite.http.stream("POST", "/v1/completions", json=asked) as response:
+            await read(events(response), part, until=3)
+        await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session], within_s=10)
+
+
+async def test_one_that_said_nothing_is_cancelled_at_once_and_cannot_go_on(suite: Suite) -> None:
+    suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
+    part = Part()
+    async with suite.http.stream("POST", "/v1/completions", json=body(max_tokens=400)) as response:
+        await read(events(response), part, until=3)
+    await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session])
+    answer = await suite.http.post("/v1/completions", json=body(), headers={"last-event-id": part.last_id})
+    assert "cancelled" in answer.json()["error"]["message"]
+
+
+async def test_a_stream_that_is_asked_for_twice_goes_to_the_last_who_asked(suite: Suite) -> None:
+    suite.peer.script = Script(text=TEXT, round_len=1, pause_s=0.05)
+    first = Part()
+    async with suite.http.stream("POST", "/v1/completions", json=body()) as response:
+        stream = events(response)
+        await read(stream, first, until=3)
+        again = asyncio.create_task(resumed(suite.http, first.events[0][0]))
+        with pytest.raises(Broken, match="resumed"):
+            await read(stream, Part())
+    second = await again
+    assert Part(first.events[:1]).text() + second.text() == TEXT
+
+
+async def test_the_rest_can_be_had_by_the_streams_address_alone(suite: Suite) -> None:
+    full = await whole(suite)
+    name = full.events[0][1]["id"]
+    part = Part()
+    async with suite.http.stream("GET", f"/v1/streams/{name}") as response:
+        await read(events(response), part)
+    assert part.text() == TEXT
+    wrong = await suite.http.get("/v1/streams/another", headers={"last-event-id": full.last_id})
+    assert wrong.status_code == 400
+
+
+@pytest.mark.parametrize(("last_id", "status", "code"), [("?", 400, "invalid_event_id"), ("x/", 404, "stream_gone")])
+async def test_an_id_that_leads_nowhere_is_refused(suite: Suite, last_id: str, status: int, code: str) -> None:
+    answer = await suite.http.post("/v1/chat/completions", json={}, headers={"last-event-id": last_id})
+    assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
+
+
+async def test_a_stream_survives_the_drain_of_its_gateway(
+    start: Start, amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with start() as suite:
+        urls = (amqp_url, redis_url)
+        async with started(*urls, namespace, target, peer=suite.peer, instance="gateway-b", drain_s=0.2) as leaving:
+            suite.peer.script = Script(text=TEXT, round_len=1, pause_s=0.05)
+            first = Part()
+            async with leaving.http.stream("POST", "/v1/completions", json=body()) as response:
+                stream = events(response)
+                await read(stream, first, until=3)
+                leaving.stop.set()
+                with pytest.raises(Broken, match="shutting_down"):
+                    await read(stream, first)
+            rest = await resumed(suite.http, first.last_id)
+    assert first.text() + rest.text() == TEXT
+
+
+async def test_the_gateway_that_a_stream_was_taken_from_does_not_cancel_it(
+    start: Start, amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with (
+        start() as suite,
+        started(amqp_url, redis_url, namespace, target, peer=suite.peer, instance="gateway-b") as other,
+    ):
+        suite.peer.script = Script(text=TEXT, round_len=2, pause_s=0.05)
+        first = Part()
+        async with other.http.stream("POST", "/v1/completions", json=body()) as response:
+            await read(events(response), first, until=3)
+            again = asyncio.create_task(resumed(suite.http, first.last_id))
+            await asyncio.sleep(0.2)  # the first connection breaks while the second has the stream
+        rest = await again
+        assert first.text() + rest.text() == TEXT
+        assert suite.peer.cancelled == []
