@@ -8,8 +8,8 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from shared.errors import BrokersError
-from shared.messages import CostModel, Finish, Heartbeat, Sampling, Slo
+from shared.errors import BrokersError, Fenced
+from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Sampling, Slo
 from shared.store import Commit, Outcome, Request, Session, SessionStatus, Store
 
 PROMPT = [5, 6, 7]
@@ -193,3 +193,77 @@ async def test_an_unreachable_redis_is_a_clear_error(namespace: str) -> None:
     with pytest.raises(BrokersError, match="WISP_REDIS_URL"):
         await store.ping()
     await store.close()
+
+
+async def test_a_lease_lasts_as_long_as_it_is_renewed(store: Store, redis_url: str, namespace: str) -> None:
+    await store.create(request(), PROMPT)
+    first = await store.renew("v", 0)
+    assert await store.renew("v", first) == first
+    (answer,) = await store.commit("v", [commit(0, 3, [8])], lease=first)
+    assert answer.outcome is Outcome.COMMITTED
+    async with Redis.from_url(redis_url) as redis:
+        assert 0 < await redis.pttl(f"{namespace}:lease:v") <= SILENT_MS
+        await redis.delete(f"{namespace}:lease:v")
+    with pytest.raises(Fenced):
+        await store.commit("v", [commit(1, 4, [9])], lease=first)
+    second = await store.renew("v", first)
+    assert second != first
+    for jobs in ([commit(1, 4, [9])], []):
+        with pytest.raises(Fenced):
+            await store.commit("v", jobs, lease=first)
+    assert (await whole(store)).tokens == [5, 6, 7, 8]
+    (answer,) = await store.commit("v", [commit(1, 4, [9])], lease=second)
+    assert answer.outcome is Outcome.COMMITTED
+
+
+async def test_one_verifiers_lease_is_no_others(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    lease = await store.renew("v", 0)
+    with pytest.raises(Fenced):
+        await store.commit("w", [commit(0, 3, [8])], lease=lease)
+
+
+async def test_a_session_that_no_living_gateway_collects_is_cancelled_when_its_patience_ends(store: Store) -> None:
+    await store.create(request("alone"), PROMPT, patience_ms=50)
+    await store.create(request("left"), PROMPT, patience_ms=50)
+    await store.create(request("collected"), PROMPT, patience_ms=50)
+    await store.create(request("endless"), PROMPT)
+    assert await store.collect("collected", "h")
+    await store.leave("collected", "g")  # which does not have it any more
+    for gateway in ("h", "i"):
+        await store.attend(gateway)
+    assert await store.collect("left", "i")
+    await store.leave("left", "i")
+    names = ("alone", "left", "collected", "endless")
+    first = await store.commit("v", [commit(0, 3, [8], session=name) for name in names])
+    assert {answer.outcome for answer in first} == {Outcome.COMMITTED}
+    await asyncio.sleep(0.1)
+    second = await store.commit("v", [commit(1, 4, [8], session=name) for name in names])
+    assert [answer.outcome for answer in second] == [Outcome.CANCELLED] * 2 + [Outcome.COMMITTED] * 2
+    assert await store.ended([*names, "unknown"]) == ["alone", "left", "unknown"]
+
+
+async def test_a_gateway_that_comes_back_in_time_keeps_its_sessions(store: Store) -> None:
+    await store.create(request(), PROMPT, patience_ms=50)
+    await store.commit("v", [commit(0, 3, [8])])
+    await store.attend("g")
+    await store.commit("v", [commit(1, 4, [8])])
+    await asyncio.sleep(0.1)
+    (answer,) = await store.commit("v", [commit(2, 5, [8])])
+    assert answer.outcome is Outcome.COMMITTED
+
+
+async def test_only_the_gateway_that_collects_a_session_may_cancel_it(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    assert await store.collect("s", "h")
+    assert not await store.cancel("s", "g")
+    assert (await whole(store)).status is SessionStatus.ACTIVE
+    assert await store.cancel("s", "h")
+    assert (await whole(store)).status is SessionStatus.CANCELLED
+    assert not await store.collect("unknown", "h")
+
+
+async def test_what_a_gateway_keeps_is_read_by_another(store: Store) -> None:
+    await store.create(request("s"), PROMPT, kept=b"how it is written")
+    await store.create(request("plain"), PROMPT)
+    assert [await store.kept(name) for name in ("s", "plain", "unknown")] == [b"how it is written", None, None]

@@ -1,0 +1,200 @@
+"""A verifier's process that is frozen for so long that its sessions go to others, and then wakes up."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import pytest
+from gateway_peer import eventually
+
+from services.bench.tiny import tiny_model
+from shared import topology
+from shared.broker import Broker
+from shared.engine import Engine, Step
+from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling, Status
+from shared.models.folder import ModelFolder
+from shared.sampling import choose
+from shared.store import Commit, Request, Store
+from shared.topology import Topology
+
+LONG = 1000
+"""Tokens of a long prompt: several of them take a while."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@dataclass
+class Zombie:
+    """A verifier's process, and the test in place of scheduler and drafter."""
+
+    process: asyncio.subprocess.Process
+    broker: Broker
+    store: Store
+    fingerprint: str
+    leases: list[int] = field(default_factory=list)
+    """As its heartbeats said."""
+    held: list[set[str]] = field(default_factory=list)
+    """Sessions that it holds K/V of, as its heartbeats said."""
+    results: list[Result] = field(default_factory=list)
+    log: bytes = b""
+
+    async def hear(self, message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            self.leases.append(message.lease)
+            self.held.append({held.session for held in message.residency})
+        elif isinstance(message, Result):
+            self.results.append(message)
+
+    async def read_log(self) -> None:
+        assert self.process.stderr is not None
+        while line := await self.process.stderr.readline():
+            self.log += line
+
+    async def open(self, session: str, prompt: list[int]) -> None:
+        request = Request(
+            session=session,
+            gateway="g",
+            prompt_len=len(prompt),
+            sampling=Sampling(),
+            stop_ids=[],
+            max_tokens=10,
+            fingerprint=self.fingerprint,
+        )
+        await self.store.create(request, prompt)
+
+    async def send(self, name: str, sessions: dict[str, int], *, prefill_to: int | None = None) -> None:
+        """A batch with the next round of sessions of these lengths, under the lease that is known."""
+        jobs = [
+            Job(
+                session=session,
+                round=0,
+                base_len=length,
+                draft=[],
+                drafted=0,
+                prefill_to=prefill_to,
+                drafter="d",
+                gateway="g",
+                fingerprint=self.fingerprint,
+            )
+            for session, length in sessions.items()
+        ]
+        batch = Batch(batch=name, scheduler="x", lease=self.leases[-1], jobs=jobs, predicted_ms=1.0, policy="fcfs")
+        await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
+
+    async def freeze(self) -> None:
+        self.process.send_signal(signal.SIGSTOP)
+
+    async def gone(self) -> None:
+        """Wait until its lease has ended, as a scheduler would."""
+        async with asyncio.timeout(10):
+            while await self.store.heartbeats():  # noqa: ASYNC110 - Redis has no event for it
+                await asyncio.sleep(0.05)
+
+    async def wake(self) -> None:
+        """Go on, until it has told its new lease."""
+        before = self.leases[-1]
+        self.process.send_signal(signal.SIGCONT)
+        await eventually(lambda: self.leases[-1] != before)
+
+    async def tokens(self, session: str) -> list[int]:
+        (stored,) = await self.store.read([session])
+        assert stored is not None
+        return stored.tokens
+
+
+@pytest.fixture
+async def zombie(amqp_url: str, redis_url: str, namespace: str, model: Path) -> AsyncIterator[Zombie]:
+    environment = os.environ | {"WISP_AMQP_URL": amqp_url, "WISP_REDIS_URL": redis_url, "WISP_NAMESPACE": namespace}
+    environment |= {"WISP_TARGET": str(model), "WISP_INSTANCE": "v1", "WISP_PROFILE": "false"}
+    environment |= {"WISP_LOG_LEVEL": "debug"}
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    store = Store.connect(redis_url, namespace, 60)
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "services.verifier", env=environment, stderr=asyncio.subprocess.PIPE
+    )
+    it = Zombie(process, broker, store, ModelFolder(model).fingerprint("bfloat16"))
+    keys = (topology.heartbeat("*"), topology.result("d"), topology.RESULT_SCHEDULER)
+    await broker.consume(broker.topology.own_queue("scheduler", "x", keys), it.hear)
+    reading = asyncio.create_task(it.read_log())
+    try:
+        await eventually(lambda: bool(it.leases), within_s=60)
+        yield it
+    finally:
+        process.kill()
+        await process.wait()
+        await reading
+        await broker.close()
+        await store.close()
+
+
+def prompt(number: int, length: int) -> list[int]:
+    return [3 + (number + 7 * place) % 200 for place in range(length)]
+
+
+def answer(model: Path, tokens: list[int]) -> int:
+    """The model's next token."""
+    engine = Engine(model, budget_tokens=2048)
+    engine.attach("s", tokens)
+    return choose(engine.forward([Step("s", tokens)]).logits, [Sampling()], [len(tokens)])[0]
+
+
+async def test_what_was_sent_to_it_before_it_was_given_up_is_neither_committed_nor_answered(
+    zombie: Zombie, model: Path
+) -> None:
+    first, second = prompt(1, 20), prompt(2, 30)
+    await zombie.open("s", first)
+    await zombie.open("t", second)
+    await zombie.freeze()
+    await zombie.send("b1", {"s": 20, "t": 30})
+    await zombie.send("b2", {"t": 30}, prefill_to=16)
+    await zombie.gone()
+    (other,) = await zombie.store.commit("v2", [Commit("s", 0, 20, 0, [answer(model, first)], None, 20)])
+    await zombie.wake()
+    await eventually(
+        lambda: zombie.log.count(b"batch of an ended lease dropped") + zombie.log.count(b"results dropped") == 2
+    )
+    assert zombie.results == []
+    assert await zombie.tokens("s") == first + other.tokens
+    assert await zombie.tokens("t") == second
+    await zombie.send("b3", {"s": 21, "t": 30})  # as good as new under its new lease
+    await eventually(lambda: len(zombie.results) == 2)
+    assert {result.status for result in zombie.results} == {Status.COMMITTED}
+    assert await zombie.tokens("t") == [*second, answer(model, second)]
+
+
+async def test_frozen_in_the_middle_of_a_batch_it_commits_nothing_of_it(zombie: Zombie) -> None:
+    prompts = {f"s{number}": prompt(number, LONG) for number in range(10)}
+    for session, tokens in prompts.items():
+        await zombie.open(session, tokens)
+    await zombie.send("b1", dict.fromkeys(prompts, LONG))
+    await eventually(lambda: b"model started" in zombie.log)
+    await zombie.freeze()
+    await asyncio.sleep(0.2)
+    assert b"model done" not in zombie.log, "the batch is too short to be frozen in the middle"
+    await zombie.gone()
+    await zombie.wake()
+    await eventually(lambda: b"results dropped" in zombie.log, within_s=20)
+    assert zombie.results == []
+    for session, tokens in prompts.items():
+        assert await zombie.tokens(session) == tokens
+
+
+async def test_k_v_of_sessions_that_ended_meanwhile_are_freed(zombie: Zombie) -> None:
+    for session in ("ends", "stays"):
+        await zombie.open(session, prompt(3, 100))
+    await zombie.send("b1", {"ends": 100, "stays": 100})
+    await eventually(lambda: zombie.held[-1] == {"ends", "stays"})
+    await zombie.freeze()
+    await zombie.gone()
+    await zombie.store.cancel("ends")  # nobody tells it: those who would do not know of it any more
+    await zombie.wake()
+    await eventually(lambda: zombie.held[-1] == {"stays"}, within_s=15)
