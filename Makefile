@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test lint bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load chaos clean
+.PHONY: help setup demo serve test lint bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load bench-handoff chaos clean
 
 help: ## this list
 	@echo "make TARGET, one of:"
@@ -52,6 +52,9 @@ bench-estimator: setup ## how well batch times are predicted, by kind of batch; 
 
 bench-load: setup ## promises kept under load, by policy; writes .wisp/results/load.json
 	@$(BIN)/wisp bench load $(ARGS)
+
+bench-handoff: setup ## what a verifier that leaves costs the streams; writes .wisp/results/handoff.json
+	@$(BIN)/wisp bench handoff $(ARGS)
 
 chaos: setup ## let 200 things fail under load and check every token; writes .wisp/results/chaos.json
 	@$(BIN)/wisp chaos $(ARGS)

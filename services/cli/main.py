@@ -66,6 +66,7 @@ class Benchmark(StrEnum):
     DRAFT = "draft"
     ENGINE = "engine"
     ESTIMATOR = "estimator"
+    HANDOFF = "handoff"
     LOAD = "load"
     ROUNDS = "rounds"
     SCHEDULER = "scheduler"
@@ -74,6 +75,7 @@ class Benchmark(StrEnum):
 
 BENCHMARK_EXTRAS = {
     Benchmark.DRAFT: ("model", "training", "bench"),
+    Benchmark.HANDOFF: ("gateway", "model", "client"),
     Benchmark.LOAD: ("gateway", "model", "client", "bench"),
     Benchmark.ROUNDS: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),

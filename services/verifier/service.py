@@ -13,6 +13,7 @@ from typing import TypeVar
 import structlog
 
 from services.verifier import metrics, replies
+from services.verifier.handoff import Handoff
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
 from services.verifier.verify import Outcome, Task, verify
@@ -91,9 +92,9 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms)
+    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings)
     try:
-        await verifier.run(measured, stop, settings.drain_s)
+        await verifier.run(measured, stop)
     finally:
         await broker.close()
         await store.close()
@@ -111,7 +112,7 @@ class Verifier:
         model_thread: ThreadPoolExecutor,
         broker: Broker,
         store: Store,
-        heartbeat_ms: int,
+        settings: VerifierSettings,
     ) -> None:
         self.instance = instance
         self.fingerprint = fingerprint
@@ -119,7 +120,17 @@ class Verifier:
         self._model_thread = model_thread
         self._broker = broker
         self._store = store
-        self._heartbeat_s = heartbeat_ms / 1000
+        self._heartbeat_s = settings.heartbeat_ms / 1000
+        self._drain_s = settings.drain_s
+        self._handoff = Handoff(
+            store,
+            engine,
+            fingerprint,
+            self._in_model_thread,
+            mode=settings.kv_handoff,
+            ttl_s=settings.kv_handoff_s,
+            limit_bytes=settings.kv_handoff_mb * 10**6,
+        )
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -132,7 +143,7 @@ class Verifier:
         self._heard: dict[str, float] = {}
         """When each session that is held was last asked for, in seconds of the monotonic clock."""
 
-    async def run(self, measured: Sequence[Measurement], stop: asyncio.Event, drain_s: float) -> None:
+    async def run(self, measured: Sequence[Measurement], stop: asyncio.Event) -> None:
         """Serve until `stop`, then finish what was accepted."""
         with suppress(BrokersError):  # the heartbeats go on asking for it
             self._lease = await self._store.renew(self.instance, 0)
@@ -145,12 +156,15 @@ class Verifier:
         if measured:
             await self._publish_profile(measured)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
-        async with running(stop, self._work(), self._beat(), self._sweep()):
-            self._draining = True
+        async with running(stop, self._work(), self._beat(), self._sweep(), self._handoff.work()):
             self._log.info("draining")
-            await self._publish_heartbeat()
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._drained(), drain_s)
+                async with asyncio.timeout(self._drain_s):
+                    # First, so that whoever gets the sessions finds their K/V.
+                    await self._handoff.leave({session: known.tokens for session, known in self._known.items()})
+                    self._draining = True
+                    await self._publish_heartbeat()
+                    await self._drained()
         with suppress(BrokersError):
             await self._store.silence(self.instance)
 
@@ -158,7 +172,7 @@ class Verifier:
         """Tell the first cost model, fresher than any that is stored, and to an estimator what it was made from."""
         fit = VerifierFit(self.instance)
         fit.start_from(measured)
-        model = fit.model()
+        model = self._handoff.worth.model = fit.model()
         await self._broker.publish(model, topology.costmodel(self.instance))
         try:
             await self._store.save_cost_model(model)
@@ -243,6 +257,8 @@ class Verifier:
             else:
                 settled.append((job, replies.wrong_model(job, self.fingerprint)))
         await self._learn([job for job in mine if not self._knows(job)])
+        unheld = [job.session for job in mine if self._knows(job) and not self._cached.get(job.session)]
+        await self._handoff.load({session: self._known[session].tokens for session in unheld})
         for job in mine:
             if self._knows(job):
                 work.append((job, self._task(job)))
@@ -333,6 +349,7 @@ class Verifier:
                 ended.append(job.session)
             elif answer.outcome is CommitOutcome.COMMITTED and known is not None:
                 known.tokens[answer.base_len :] = answer.tokens
+                self._handoff.committed(job.session, known.tokens)
             else:
                 self._known.pop(job.session, None)
         # A prompt's hidden states are megabytes: they go last, so that no other session's result waits behind them.

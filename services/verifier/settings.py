@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from shared.settings import TargetSettings
+
+KvHandoff = Literal["off", "drain", "write-through"]
 
 
 class VerifierSettings(TargetSettings):
@@ -18,4 +22,11 @@ class VerifierSettings(TargetSettings):
     )
     profile: bool = Field(True, description="measure batches of several shapes at the start, for the cost model")
     heartbeat_ms: int = Field(500, ge=50, le=1000, description="time between heartbeats")
+    kv_handoff: KvHandoff = Field(
+        "off",
+        description="K/V left to other verifiers in Redis: none, those of a verifier that ends by SIGTERM, or all as "
+        "they are computed",
+    )
+    kv_handoff_mb: int = Field(512, ge=1, description="most megabytes of K/V in Redis, of all verifiers together")
+    kv_handoff_s: float = Field(120.0, gt=0, description="seconds that K/V stay in Redis after their last use")
     drain_s: float = Field(20.0, ge=0, description="longest time to finish accepted batches after SIGTERM")

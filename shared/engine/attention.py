@@ -48,8 +48,8 @@ class Cache(Protocol):
     """Keys and values of all blocks and layers. q, k and v are (tokens, heads, head size) with the batch's tokens first
     and padding after them; what `attend` returns has q's shape, padding rows finite."""
 
-    def copy(self, source: int, target: int) -> None:
-        """Copy a block, all layers."""
+    def views(self, block: int) -> Sequence[torch.Tensor]:
+        """Where a block's keys and values lie, all layers: to be read, or written as a whole."""
 
     def begin(self, batch: Batch) -> None:
         """The following `attend` calls, one per layer, are for this batch."""
@@ -80,9 +80,8 @@ class BlockCache:
         self._tables = np.zeros((0, 0), np.int32)
         self._spans = np.zeros((0, kernel.SPAN_WORDS), np.int64)
 
-    def copy(self, source: int, target: int) -> None:
-        self._keys[:, target] = self._keys[:, source]
-        self._values[:, target] = self._values[:, source]
+    def views(self, block: int) -> Sequence[torch.Tensor]:
+        return self._keys[:, block], self._values[:, block]
 
     def begin(self, batch: Batch) -> None:
         self._tables = np.zeros((len(batch.tables), max(map(len, batch.tables))), np.int32)
@@ -134,9 +133,8 @@ class GatherCache:
         self._slots: list[torch.Tensor] = []
         self._counts: list[int] = []
 
-    def copy(self, source: int, target: int) -> None:
-        for rows in (self._keys, self._values):
-            rows[:, target * BLOCK : (target + 1) * BLOCK] = rows[:, source * BLOCK : (source + 1) * BLOCK]
+    def views(self, block: int) -> Sequence[torch.Tensor]:
+        return [rows[:, block * BLOCK : (block + 1) * BLOCK] for rows in (self._keys, self._values)]
 
     def begin(self, batch: Batch) -> None:
         device = self._keys.device

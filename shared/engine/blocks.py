@@ -50,6 +50,14 @@ def chained_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
+def block_names(tokens: Sequence[int]) -> list[bytes]:
+    """Identities of the full blocks of a session with these tokens, as `chained_hash` gives them."""
+    names: list[bytes] = []
+    for end in range(BLOCK, len(tokens) + 1, BLOCK):
+        names.append(chained_hash(names[-1] if names else b"", tokens[end - BLOCK : end]))
+    return names
+
+
 def agreement(a: Sequence[int], b: Sequence[int]) -> int:
     """Length of the common prefix."""
     n = min(len(a), len(b))
@@ -151,6 +159,22 @@ class BlockPool:
             for block in reversed(known.blocks[len(blocks) :]):
                 self._drop(block)
             del known.blocks[len(blocks) :]
+
+    def indexed(self, name: bytes) -> int | None:
+        """The block with this identity; None if it is not here."""
+        return self._block_of.get(name)
+
+    def adopt(self, name: bytes) -> int | None:
+        """A block for content that was computed elsewhere, reclaimable under this identity. None if one is here
+        already, or there is no room without evicting a session."""
+        if name in self._block_of or not self.available:
+            return None
+        block = self._take()
+        self._users[block] = 0
+        self._block_of[name] = block
+        self._hash_of[block] = name
+        self._reclaimable[block] = None
+        return block
 
     def truncate(self, session: str, length: int) -> None:
         """Forget all tokens from `length` on. No more than `length` held, or an unknown session: nothing to do."""

@@ -137,6 +137,51 @@ class Engine:
         stop = max(start, min(stop, self.cached(session)))
         return self._hidden[self._slots([(session, start, stop - start)])] if stop > start else self._hidden[:0].clone()
 
+    @property
+    def layout(self) -> str:
+        """How the bytes of a block are to be read: only engines of one model, dtype and layout can exchange blocks."""
+        shapes = ["x".join(map(str, view.shape)) for view in self._views(0)]
+        return f"{type(self._cache).__name__}-{'-'.join(shapes)}"
+
+    @property
+    def block_bytes(self) -> int:
+        """Size of a block's content: keys, values and, where they are kept, hidden states of `BLOCK` tokens."""
+        return sum(view.numel() * view.element_size() for view in self._views(0))
+
+    def has_block(self, name: bytes) -> bool:
+        """Whether the block with this identity (`blocks.block_names`) is held."""
+        return self._pool.indexed(name) is not None
+
+    def block(self, name: bytes) -> bytes | None:
+        """Content of the block with this identity; None if it is not held."""
+        if (block := self._pool.indexed(name)) is None:
+            return None
+        return b"".join(view.contiguous().view(torch.uint8).numpy(force=True).tobytes() for view in self._views(block))
+
+    @torch.inference_mode()
+    def adopt(self, name: bytes, content: bytes) -> bool:
+        """Hold a block that another engine computed: sessions with its tokens will find it when they are attached.
+
+        False if it is held already, or there is no room without evicting a session. Raises EngineError when the
+        content is not `block_bytes` long.
+        """
+        if len(content) != self.block_bytes:
+            raise EngineError(f"a block of {len(content)} bytes; blocks of this engine have {self.block_bytes}")
+        if (block := self._pool.adopt(name)) is None:
+            return False
+        buffer, start = bytearray(content), 0
+        for view in self._views(block):
+            view.copy_(torch.frombuffer(buffer, dtype=view.dtype, count=view.numel(), offset=start).view(view.shape))
+            start += view.numel() * view.element_size()
+        return True
+
+    def _views(self, block: int) -> list[torch.Tensor]:
+        """Where everything of a block lies."""
+        views = list(self._cache.views(block))
+        if self._hidden is not None:
+            views.append(self._hidden[block * BLOCK : (block + 1) * BLOCK])
+        return views
+
     def _slots(self, spans: Sequence[tuple[str, int, int]]) -> torch.Tensor:
         """Where in the blocks these positions lie: (session, first position, count) each."""
         slots = []
@@ -167,10 +212,8 @@ class Engine:
         growth = self._pool.grow({step.session: len(step.tokens) for step in steps})
         try:
             for source, target in growth.copies:
-                self._cache.copy(source, target)
-                if self._hidden is not None:
-                    rows = torch.arange(BLOCK, device=self._device)
-                    self._hidden[target * BLOCK + rows] = self._hidden[source * BLOCK + rows]
+                for there, here in zip(self._views(source), self._views(target), strict=True):
+                    here.copy_(there)
             output = self._compute(steps)
         except BaseException:
             self._pool.undo(growth)

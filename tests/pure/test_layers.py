@@ -60,6 +60,7 @@ DECIDING = [
     "services/scheduler/waiting.py",
     "services/verifier/acceptance.py",
     "services/verifier/replies.py",
+    "services/verifier/worth.py",
     "shared/cost.py",
     "shared/fit.py",
     "shared/hidden.py",

@@ -1,0 +1,198 @@
+"""K/V that one verifier leaves to another through a real Redis; the test plays scheduler and drafter."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from gateway_peer import eventually
+from redis.asyncio import Redis
+
+from services.bench.tiny import tiny_model
+from services.verifier.service import serve
+from services.verifier.settings import VerifierSettings
+from shared import topology
+from shared.broker import Broker
+from shared.engine import Engine, Step
+from shared.engine.blocks import BLOCK
+from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling
+from shared.models.folder import ModelFolder
+from shared.sampling import choose
+from shared.store import Request, Store
+from shared.topology import Topology
+
+PROMPT = [3 + (5 * place) % 200 for place in range(4 * BLOCK + 10)]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def text(model: Path) -> list[int]:
+    """What the model says after the prompt."""
+    engine = Engine(model, budget_tokens=1024)
+    tokens = list(PROMPT)
+    engine.attach("s", tokens)
+    for _ in range(2 * BLOCK):
+        logits = engine.forward([Step("s", tokens[engine.cached("s") :])]).logits
+        tokens += choose(logits, [Sampling()], [len(tokens)])
+    return tokens[len(PROMPT) :]
+
+
+@dataclass
+class Peer:
+    """Sends rounds and takes results."""
+
+    broker: Broker
+    store: Store
+    settings: VerifierSettings
+    alive: set[str] = field(default_factory=set)
+    results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
+    rounds: int = 0
+
+    async def hear(self, message: Message) -> None:
+        if isinstance(message, Heartbeat):
+            self.alive.add(message.verifier)
+        elif isinstance(message, Result):
+            self.results.put_nowait(message)
+
+    @asynccontextmanager
+    async def verifier(self, name: str, **fields: Any) -> AsyncIterator[None]:
+        """One that serves, and drains at the end."""
+        stop = asyncio.Event()
+        serving = asyncio.create_task(serve(self.settings.model_copy(update=fields), name, stop))
+        try:
+            await eventually(lambda: name in self.alive, within_s=30)
+            yield
+        finally:
+            stop.set()
+            await asyncio.wait_for(serving, 30)
+
+    async def verify(self, verifier: str, length: int, draft: list[int]) -> Result:
+        """The session's next round."""
+        job = Job(
+            session="s",
+            round=self.rounds,
+            base_len=length,
+            draft=draft,
+            drafted=len(draft),
+            drafter="d",
+            gateway="g",
+            fingerprint=ModelFolder(self.settings.target).fingerprint("bfloat16"),
+        )
+        self.rounds += 1
+        batch = Batch(batch=f"b{self.rounds}", scheduler="x", jobs=[job], predicted_ms=1.0, policy="fcfs")
+        await self.broker.publish(batch, topology.batch(verifier), confirmed=True)
+        return await asyncio.wait_for(self.results.get(), 10)
+
+
+@pytest.fixture
+async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> AsyncIterator[Peer]:
+    settings = VerifierSettings(
+        amqp_url=amqp_url,
+        redis_url=redis_url,
+        namespace=namespace,
+        target=model,
+        profile=False,
+        cache_tokens=1024,
+        kv_handoff="drain",
+    )
+    broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
+    store = Store.connect(redis_url, namespace, 60)
+    one = Peer(broker, store, settings)
+    keys = (topology.heartbeat("*"), topology.result("d"))
+    await broker.consume(broker.topology.own_queue("scheduler", "x", keys), one.hear)
+    request = Request(
+        session="s",
+        gateway="g",
+        prompt_len=len(PROMPT),
+        sampling=Sampling(),
+        stop_ids=[],
+        max_tokens=500,
+        fingerprint=ModelFolder(model).fingerprint("bfloat16"),
+    )
+    await store.create(request, PROMPT)
+    yield one
+    await broker.close()
+    await store.close()
+
+
+async def test_who_takes_a_drained_session_over_computes_less_than_a_block(peer: Peer, text: list[int]) -> None:
+    async with peer.verifier("v1"):
+        first = await peer.verify("v1", len(PROMPT), text[:3])
+        assert first.new_tokens == len(PROMPT) + 3
+    async with peer.verifier("v2"):
+        second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
+        assert first.tokens + second.tokens == text[:8]
+        assert second.new_tokens < BLOCK
+
+
+async def test_without_hand_over_all_of_it_is_computed_again(peer: Peer, text: list[int]) -> None:
+    async with peer.verifier("v1", kv_handoff="off"):
+        await peer.verify("v1", len(PROMPT), text[:3])
+    async with peer.verifier("v2"):
+        second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
+        assert second.tokens == text[4:8]
+        assert second.new_tokens == len(PROMPT) + 4 + 3
+
+
+async def test_written_through_they_are_there_while_their_verifier_lives(
+    peer: Peer, text: list[int], redis_url: str, namespace: str
+) -> None:
+    async def kept() -> int:
+        async with Redis.from_url(redis_url) as redis:
+            return len([key async for key in redis.scan_iter(f"{namespace}:kv:*")])
+
+    async def until(blocks: int) -> None:
+        async with asyncio.timeout(10):
+            while await kept() < blocks:  # noqa: ASYNC110 - Redis has no event for it
+                await asyncio.sleep(0.02)
+
+    async with peer.verifier("v1", kv_handoff="write-through"), peer.verifier("v2", kv_handoff="write-through"):
+        length = len(PROMPT)
+        while length < len(PROMPT) + BLOCK:
+            done = length - len(PROMPT)
+            result = await peer.verify("v1", length, text[done : done + 7])
+            length += len(result.tokens)
+        await until(5)
+        done = length - len(PROMPT)
+        result = await peer.verify("v2", length, text[done : done + 2])
+        assert result.tokens == text[done : done + 3]
+        assert result.new_tokens < BLOCK
+    async with Redis.from_url(redis_url) as redis:
+        async for key in redis.scan_iter(f"{namespace}:kv*:*"):
+            assert key.startswith(f"{namespace}:kvs".encode()) or 0 < await redis.pttl(key) <= 120_000
+
+
+async def test_what_does_not_fit_is_ignored_and_the_text_is_right(
+    peer: Peer, text: list[int], redis_url: str, namespace: str
+) -> None:
+    async with peer.verifier("v1"):
+        await peer.verify("v1", len(PROMPT), text[:3])
+    async with Redis.from_url(redis_url) as redis:
+        names = sorted([key async for key in redis.scan_iter(f"{namespace}:kv:*")])
+        assert len(names) == 4
+        for name in names:
+            await redis.set(name, b"half a block")
+    async with peer.verifier("v2"):
+        second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
+        assert second.tokens == text[4:8]
+        assert second.new_tokens == len(PROMPT) + 4 + 3
+
+
+async def test_redis_holds_no_more_than_it_may(peer: Peer, text: list[int], redis_url: str, namespace: str) -> None:
+    kind, blocks = "1-model-layout", {bytes([number]) * 16: b"content" for number in range(5)}
+    assert await peer.store.keep_blocks(kind, blocks, ttl_s=0.2, most=3) == 3
+    assert await peer.store.keep_blocks(kind, blocks, ttl_s=0.2, most=3) == 0
+    assert await peer.store.touch_blocks(kind, list(blocks), ttl_s=0.2) == [True] * 3 + [False] * 2
+    assert await peer.store.blocks(kind, list(blocks)) == [b"content"] * 3 + [None] * 2
+    await asyncio.sleep(0.3)
+    assert await peer.store.touch_blocks(kind, list(blocks), ttl_s=0.2) == [False] * 5
+    assert await peer.store.keep_blocks(kind, blocks, ttl_s=60, most=3) == 3, "those that expired count no more"
