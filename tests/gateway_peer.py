@@ -116,6 +116,8 @@ class Peer:
     ended: list[Ended] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
     """Sessions that Redis takes no more tokens for."""
+    held: asyncio.Event | None = None
+    """Answers wait for it."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
@@ -177,6 +179,8 @@ class Peer:
         task.add_done_callback(self._tasks.discard)
 
     async def _answer(self, generate: Generate, script: Script) -> None:
+        if self.held is not None:
+            await self.held.wait()
         results = results_of(generate, script, self.tokenizer)
         reported = script.reorder(results) if script.pause_s == 0 else []
         for result in results:

@@ -32,6 +32,8 @@ class Relay:
         """May be changed at any time; bytes keep their order."""
         self._there = host, port
         self._broken = False
+        self._passing = asyncio.Event()
+        self._passing.set()
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
@@ -53,9 +55,14 @@ class Relay:
             connection.cancel()
         await asyncio.gather(*connections, return_exceptions=True)
 
+    def hold(self) -> None:
+        """Pass nothing on until `mend`, and tell nobody: what a network does that drops every packet."""
+        self._passing.clear()
+
     def mend(self) -> None:
-        """Let new connections pass again."""
+        """Let new connections pass again, and what was held."""
         self._broken = False
+        self._passing.set()
 
     def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         if self._broken:
@@ -99,6 +106,7 @@ class Relay:
             due, part = await travelling.get()
             if (wait_s := due - loop.time()) > 0:
                 await asyncio.sleep(wait_s)
+            await self._passing.wait()
             if not part:
                 break
             writer.write(part)

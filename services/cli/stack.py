@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from collections import Counter
-from collections.abc import Coroutine, Iterable, Mapping
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
@@ -154,9 +154,14 @@ class Stack:
         """The running processes of a service, or of all, in the order they were started."""
         return [process for name, process in self._processes if service in (None, name) and process.alive]
 
-    async def start(self, service: str, count: int = 1, env: Mapping[str, str] | None = None) -> list[Process]:
-        """Start `count` more processes of a service; returns when they are ready. `env` is for them alone."""
-        started = [await self._start(service, env or {}) for _ in range(count)]
+    async def start(
+        self, service: str, count: int = 1, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    ) -> list[Process]:
+        """Start `count` more processes of a service; returns when they are ready.
+
+        `env` is for them alone; `under` is a command that runs theirs in its own place.
+        """
+        started = [await self._start(service, env or {}, under) for _ in range(count)]
         await asyncio.gather(*(self._until_ready(service, process) for process in started))
         return started
 
@@ -218,7 +223,7 @@ class Stack:
             await self.watch(_all(ready(service, process) for service, process in processes))
             step.done(", ".join(service if count == 1 else f"{count} {service}s" for service, count in wanted.items()))
 
-    async def _start(self, service: str, env: Mapping[str, str]) -> Process:
+    async def _start(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
         if service not in SERVICES:
             raise ValueError(f"no service is called {service!r}; there are {', '.join(SERVICES)}")
         # Counted before anything is awaited, so that several can be started at once.
@@ -226,7 +231,7 @@ class Stack:
         name = f"{service}-{self._started[service]}"
         process = await Process.start(
             name,
-            self._launch.command(service),
+            [*under, *self._launch.command(service)],
             log=self.folder / f"{name}.log",
             environment=self._launch.environment(service, name, {**self.env_of.get(service, {}), **env}),
             folder=checkout(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 from torch import Tensor
@@ -76,7 +77,7 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
     for task in tasks:
         # At most what may still be committed beside the bonus token, and what the context holds.
         keep = max(0, min(task.room - 1, engine.max_len - len(task.tokens)))
-        draft = [] if task.prefill_to is not None else task.draft[:keep]
+        draft = [] if task.prefill_to is not None else _tokens(task.draft[:keep], engine.vocab_size)
         drafts.append(draft)
         # The last token's logits are needed, so it is computed again even if its K/V are there.
         held = min(engine.attach(task.session, task.tokens), len(task.tokens) - 1)
@@ -120,6 +121,11 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
             ),
         )
     return outcomes, shape
+
+
+def _tokens(draft: Sequence[int], vocab_size: int) -> list[int]:
+    """A draft up to the first id that is no token. It would be rejected there, whatever the model says."""
+    return list(takewhile(lambda token: token < vocab_size, draft))
 
 
 def _hidden(engine: Engine, task: Task) -> list[Part]:

@@ -128,6 +128,10 @@ async def events_of(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any
     events = raw.decode().split("\n\n")
     assert events.pop() == ""
     assert events.pop() == "data: [DONE]"
-    found = [re.fullmatch(r"id: \S+\ndata: (.+)", event) for event in events]
-    assert all(found), "every event says how far the client has its stream with it"
-    return [json.loads(event[1]) for event in found if event]
+    found = [re.fullmatch(r"(id: \S+\n)?data: (.+)", event) for event in events]
+    fields = [(event[1], json.loads(event[2])) for event in found if event]
+    assert len(fields) == len(events)
+    assert all(("error" in one) is (place is None) for place, one in fields), (
+        "each says how far the client has its stream"
+    )
+    return [one for _, one in fields]

@@ -210,19 +210,30 @@ async def test_a_stop_token_and_the_length_end_the_session(peer: Peer, text: lis
 
 
 async def test_one_bad_job_fails_alone(peer: Peer, text: list[int]) -> None:
-    for session in ("good", "bad", "left"):
+    for session in ("good", "left"):
         await peer.open(session)
+    await peer.open("bad", prompt=PROMPT * 300)
     await peer.store.cancel("left")
     jobs = [
         peer.job("good", 4, text[:2]),
-        peer.job("bad", 4, [10**6]),
+        peer.job("bad", 1200, []),
         peer.job("left", 4, []),
         peer.job("gone", 4, []),
     ]
     good, bad, left, gone = await peer.verify(*jobs)
     assert good.tokens == text[:3]
     errors = [result.error and result.error.code for result in (bad, left, gone)]
-    assert errors == ["verification_failed", "cancelled", "session_gone"]
+    assert errors == ["context_length_exceeded", "cancelled", "session_gone"]
+
+
+async def test_a_draft_that_is_rubbish_is_rejected_from_the_first_id_that_is_no_token(
+    peer: Peer, text: list[int]
+) -> None:
+    await peer.open("s")
+    (result,) = await peer.verify(peer.job("s", 4, [text[0], 10**6, text[2]]))
+    assert (result.status, result.accepted, result.trimmed_to, result.tokens) == (Status.COMMITTED, 1, 1, text[:2])
+    (result,) = await peer.verify(peer.job("s", 6, [2**31 - 1] * 10_000, round_=1))
+    assert (result.status, result.tokens) == (Status.COMMITTED, text[2:3])
 
 
 async def test_a_chunk_of_prefill_is_told_to_the_scheduler_alone(peer: Peer, text: list[int]) -> None:

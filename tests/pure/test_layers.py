@@ -78,6 +78,23 @@ def test_a_service_without_a_model_starts_without_torch(service: str) -> None:
     assert found.stdout.strip() == "[]"
 
 
+def test_only_what_people_read_comes_from_a_wall_clock() -> None:
+    """Clocks of hosts differ and jump. Times that matter are durations, or Redis's clock."""
+    shown = {"services/gateway/app.py", "shared/models/chat.py", "shared/models/folder.py"}
+    readers = set()
+    for path in [*(ROOT / "shared").rglob("*.py"), *(ROOT / "services").rglob("*.py")]:
+        name = str(path.relative_to(ROOT))
+        if name.startswith(("services/bench/", "services/cli/", "services/training/")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            imported = (
+                isinstance(node, ast.ImportFrom) and node.module == "time" and "time" in [n.name for n in node.names]
+            )
+            if imported or (isinstance(node, ast.Attribute) and ast.unparse(node) in ("time.time", "datetime.now")):
+                readers.add(name)
+    assert readers == shown
+
+
 @pytest.mark.parametrize("path", DECIDING)
 def test_deciding_code_neither_talks_nor_reads_a_clock(path: str) -> None:
     imported = set()

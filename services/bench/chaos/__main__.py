@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -21,6 +22,7 @@ from services.bench.chaos.faults import Kind, schedule
 from services.bench.chaos.reference import References
 from services.bench.chaos.requests import load
 from services.bench.chaos.run import Plan, run
+from services.bench.chaos.site import clocks_differ
 from services.bench.report import report as tell
 from services.bench.report import terminal
 from services.bench.tiny import tiny_model
@@ -76,20 +78,24 @@ def main(
             "What failed, and what became of the requests",
             report.COLUMNS,
             report.rows(verdicts),
-            facts={"seed": seed, "model": folder.name, "clients": clients, "faults at once": lanes},
+            facts={
+                "seed": seed,
+                "model": folder.name,
+                "clients": clients,
+                "faults at once": lanes,
+                "K/V handed over": handoff,
+                "clocks differ": run_to_end(clocks_differ),
+            },
             notes=report.notes(verdicts),
         )
         if verdicts.problems:
             for problem in verdicts.problems:
                 console.print(problem, markup=False, highlight=False, style="red")
-            console.print(
-                f"the same faults and requests again: wisp chaos {_again(seed, faults, clients, lanes, tiny)}"
-            )
+            again = f"--seed {seed} --faults {faults} --clients {clients} --lanes {lanes} --tokens {tokens}"
+            again += f" --questions {questions} --handoff {handoff}" + (" --tiny" if tiny else "")
+            again += f" --only {shlex.quote(only)}" if only else ""
+            console.print(f"the same faults and requests again: wisp chaos {again}", highlight=False, soft_wrap=True)
             raise typer.Exit(1)
-
-
-def _again(seed: int, faults: int, clients: int, lanes: int, tiny: bool) -> str:
-    return f"--seed {seed} --faults {faults} --clients {clients} --lanes {lanes}" + (" --tiny" if tiny else "")
 
 
 def _kinds(only: str) -> tuple[Kind, ...]:

@@ -30,7 +30,9 @@ class Kind(StrEnum):
     LOSE_RABBITMQ = "RabbitMQ loses its data"
     LOSE_REDIS = "Redis loses its data"
     MEMORY_ALARM = "memory alarm at RabbitMQ"
+    DISK_ALARM = "disk alarm at RabbitMQ"
     CUT_LINK = "cut a link to RabbitMQ"
+    DEAD_LINK = "a link to RabbitMQ passes nothing"
     SLOW_LINK = "slow link to RabbitMQ"
     DUPLICATES = "messages twice and late"
     LOST_ROUNDS = "rounds lost and out of order"
@@ -45,13 +47,13 @@ class Kind(StrEnum):
     @property
     def hits(self) -> str:
         """What two faults at once must not both be done to."""
-        if self in (Kind.KILL_RABBITMQ, Kind.LOSE_RABBITMQ, Kind.MEMORY_ALARM):
+        if self in (Kind.KILL_RABBITMQ, Kind.LOSE_RABBITMQ, Kind.MEMORY_ALARM, Kind.DISK_ALARM):
             return "rabbitmq"
         if self in (Kind.KILL_REDIS, Kind.LOSE_REDIS, Kind.FREEZE_REDIS):
             return "redis"
         if self in (Kind.DUPLICATES, Kind.LOST_ROUNDS, Kind.POISON):
             return "messages"
-        return "link" if self in (Kind.CUT_LINK, Kind.SLOW_LINK) else "process"
+        return "link" if self in (Kind.CUT_LINK, Kind.DEAD_LINK, Kind.SLOW_LINK) else "process"
 
     @property
     def loses_data(self) -> bool:
@@ -81,7 +83,9 @@ _OTHER_HOLDS = {
     Kind.LOSE_RABBITMQ: (0.0, 1.0),
     Kind.LOSE_REDIS: (0.0, 1.0),
     Kind.MEMORY_ALARM: (1.0, 4.0),
+    Kind.DISK_ALARM: (1.0, 4.0),
     Kind.CUT_LINK: (0.2, 4.0),
+    Kind.DEAD_LINK: (2.0, 8.0),
     Kind.SLOW_LINK: (2.0, 5.0),
     Kind.DUPLICATES: (2.0, 5.0),
     Kind.LOST_ROUNDS: (2.0, 5.0),

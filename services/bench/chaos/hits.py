@@ -18,8 +18,11 @@ from services.cli.process import Process
 
 SLOW_S = 0.15
 """Added to each direction of a slow link."""
-CALM, ALARMED = ("absolute", "1GiB"), ("0.000001",)
-"""RabbitMQ's memory limit: in peace, and one that is always exceeded."""
+ALARMS = {
+    Kind.MEMORY_ALARM: ("set_vm_memory_high_watermark", ("0.000001",), ("absolute", "1GiB")),
+    Kind.DISK_ALARM: ("set_disk_free_limit", ("1000TB",), ("16MB",)),
+}
+"""RabbitMQ's limits: the command, one that is always exceeded, and the one in peace."""
 DRAIN_GRACE_S = 30.0
 
 
@@ -76,11 +79,12 @@ class Hits:
                     await server.restart(lose_data=kind.loses_data)
                 case Kind.FREEZE_REDIS:
                     await _freeze(self.site.redis.processes[0], fault.hold_s)
-                case Kind.MEMORY_ALARM:
-                    await self.site.control_rabbitmq("set_vm_memory_high_watermark", *ALARMED)
+                case Kind.MEMORY_ALARM | Kind.DISK_ALARM:
+                    command, alarming, calm = ALARMS[kind]
+                    await self.site.control_rabbitmq(command, *alarming)
                     await asyncio.sleep(fault.hold_s)
-                    await self.site.control_rabbitmq("set_vm_memory_high_watermark", *CALM)
-                case Kind.CUT_LINK | Kind.SLOW_LINK:
+                    await self.site.control_rabbitmq(command, *calm)
+                case Kind.CUT_LINK | Kind.DEAD_LINK | Kind.SLOW_LINK:
                     await self._link(fault, record)
                 case Kind.DUPLICATES:
                     await injector.duplicate(*self._where, fault.number, fault.hold_s)
@@ -127,6 +131,10 @@ class Hits:
         relay = self.site.links[process.pid]
         if fault.kind is Kind.CUT_LINK:
             await relay.cut()
+            await asyncio.sleep(fault.hold_s)
+            relay.mend()
+        elif fault.kind is Kind.DEAD_LINK:
+            relay.hold()
             await asyncio.sleep(fault.hold_s)
             relay.mend()
         else:

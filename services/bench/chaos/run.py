@@ -76,7 +76,7 @@ class Verdicts:
 async def run(plan: Plan, references: References, progress: Progress, told: Callable[[str], None]) -> Verdicts:
     """Start everything, let things fail, and judge. Raises WispError when a service ends by itself."""
     env = {"WISP_THREADS": "1", "WISP_ADMISSION": "false", **plan.env}
-    async with Site.open(plan.target, env=env, env_of=plan.env_of, progress=progress) as site:
+    async with Site.open(plan.target, env=env, env_of=plan.env_of, progress=progress, clocks=plan.load.seed) as site:
         return await site.stack.watch(_run(site, plan, references, progress, told))
 
 

@@ -4,6 +4,7 @@ to RabbitMQ that can break."""
 from __future__ import annotations
 
 import asyncio
+import random
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
@@ -24,12 +25,17 @@ COUNTS = {"scheduler": 2, "estimator": 2, "verifier": 2, "drafter": 2, "gateway"
 LINKED = ("drafter", "verifier")
 """Services that reach RabbitMQ over a link of their own."""
 CONTROL_S = 30.0
+MOST_APART_S = 10**7
+"""The monotonic clocks of two hosts differ by what they have been up."""
 
 
 class Site:
     """Everything that can be hit. `open` it."""
 
-    def __init__(self, brokers: Brokers, stack: Stack, env_of: Mapping[str, Mapping[str, str]]) -> None:
+    def __init__(
+        self, brokers: Brokers, stack: Stack, env_of: Mapping[str, Mapping[str, str]], clocks: random.Random | None
+    ) -> None:
+        """clocks: draws each process's clock; None leaves them all alike."""
         self.brokers = brokers
         self.stack = stack
         self.metrics: dict[int, int] = {}
@@ -38,6 +44,7 @@ class Site:
         """Of each process that has one, by its id."""
         self._ready: set[int] = set()
         self._env_of = env_of
+        self._clocks = clocks
         self._open = AsyncExitStack()
         self.rabbitmq, self.redis = _servers(brokers)
 
@@ -51,8 +58,9 @@ class Site:
         env_of: Mapping[str, Mapping[str, str]] | None = None,
         counts: Mapping[str, int] = COUNTS,
         progress: Progress | None = None,
+        clocks: int = 0,
     ) -> AsyncIterator[Site]:
-        """Start everything; inside, everything is ready."""
+        """Start everything; inside, everything is ready. `clocks` is the seed of the processes' clocks."""
         with RunFolder("chaos") as folder:
             none = BrokerAddresses(amqp_url=None, redis_url=None)
             async with Brokers(folder.path, addresses=none, persistent=True, progress=progress) as brokers:
@@ -65,7 +73,7 @@ class Site:
                     **{f"{service}s": 0 for service in counts},  # type: ignore[arg-type]
                 )
                 async with stack:
-                    site = cls(brokers, stack, env_of or {})
+                    site = cls(brokers, stack, env_of or {}, random.Random(clocks) if await clocks_differ() else None)
                     async with site._open:
                         # The gateway is ready only when verifiers are.
                         others = [service for service in counts if service != "gateway"]
@@ -85,7 +93,10 @@ class Site:
         if service != "gateway":
             (port,) = free_ports(1)
             env["WISP_METRICS_PORT"] = str(port)
-        (process,) = await self.stack.start(service, 1, env)
+        under: tuple[str, ...] = ()
+        if self._clocks is not None:
+            under = ("unshare", "--time", "--monotonic", str(self._clocks.randrange(MOST_APART_S)))
+        (process,) = await self.stack.start(service, 1, env, under)
         if relay is not None:
             self.links[process.pid] = relay
         if service != "gateway":
@@ -126,6 +137,19 @@ class Site:
         if child.returncode:
             raise BrokersError(f"rabbitmqctl {' '.join(words)}: {output.decode(errors='replace')[-500:]}")
         return output.decode()
+
+
+async def clocks_differ() -> bool:
+    """Whether each process can be given a clock of its own (a time namespace: Linux, as root)."""
+    try:
+        child = await asyncio.create_subprocess_exec(
+            *("unshare", "--time", "--monotonic", "1", "true"),
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+    except FileNotFoundError:
+        return False
+    return await child.wait() == 0
 
 
 def _servers(brokers: Brokers) -> tuple[Server, Server]:

@@ -1,0 +1,105 @@
+"""A gateway under more than it was made for: a thousand streams at once, and all clients gone at once."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+import psutil
+import pytest
+from gateway_peer import Peer, Script, eventually
+from gateway_suite import MODEL, free_port
+
+from shared.models.folder import ModelFolder
+
+STREAMS = 1000
+MOST_BYTES = 300e6
+"""Memory of the gateway with all of them: 80 MB without any."""
+
+
+@dataclass
+class Gateway:
+    """A gateway's process beside its peer, and raw streams of it, for which no client library gets in the way."""
+
+    process: psutil.Process
+    port: int
+    peer: Peer
+
+    async def open(self, prompt: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+        body = json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": 64, "stream": True})
+        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        writer.write((head + body).encode())
+        return reader, writer
+
+    async def answer(self, prompt: str) -> tuple[int, str]:
+        """Status and text of a stream."""
+        reader, writer = await self.open(prompt)
+        received = (await reader.read()).decode()
+        writer.close()
+        lines = [line.removeprefix("data: ") for line in received.split("\n") if line.startswith("data: {")]
+        text = "".join(choice["text"] for line in lines for choice in json.loads(line)["choices"])
+        return int(received.split(" ")[1]), text
+
+
+@pytest.fixture
+async def gateway(amqp_url: str, redis_url: str, namespace: str, target: ModelFolder) -> AsyncIterator[Gateway]:
+    port = free_port()
+    environment = os.environ | {"WISP_AMQP_URL": amqp_url, "WISP_REDIS_URL": redis_url, "WISP_NAMESPACE": namespace}
+    environment |= {"WISP_TARGET": str(target.path), "WISP_MAX_SESSIONS": str(STREAMS), "WISP_LOG_LEVEL": "error"}
+    async with Peer.run(amqp_url, redis_url, namespace, target) as peer:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, "-m", "services.gateway", "--port", str(port), env=environment
+        )
+        try:
+            one = Gateway(psutil.Process(child.pid), port, peer)
+            async with asyncio.timeout(30):
+                while not await _listens(port):  # noqa: ASYNC110 - it says nothing when it does
+                    await asyncio.sleep(0.05)
+            yield one
+        finally:
+            child.terminate()
+            await child.wait()
+
+
+async def _listens(port: int) -> bool:
+    try:
+        _, writer = await asyncio.open_connection("127.0.0.1", port)
+    except OSError:
+        return False
+    writer.close()
+    return True
+
+
+async def test_a_thousand_streams_at_once_are_all_right_in_bounded_memory_and_more_are_refused(
+    gateway: Gateway,
+) -> None:
+    gateway.peer.script = Script(text="all of it", round_len=3)
+    held = gateway.peer.held = asyncio.Event()
+    asked = [asyncio.create_task(gateway.answer(f"prompt {number}")) for number in range(STREAMS)]
+    await eventually(lambda: len(gateway.peer.generated) == STREAMS, within_s=60)
+    assert (await gateway.answer("one too many"))[0] == 429
+    assert gateway.process.memory_info().rss < MOST_BYTES
+    held.set()
+    async with asyncio.timeout(60):
+        assert set(await asyncio.gather(*asked)) == {(200, "all of it")}
+    assert (await gateway.answer("again"))[0] == 200
+    assert gateway.process.memory_info().rss < MOST_BYTES
+
+
+async def test_a_storm_of_cancels_harms_nobody_who_stays(gateway: Gateway) -> None:
+    gateway.peer.script = Script(text="x" * 60, round_len=1, pause_s=0.2)
+    stays = asyncio.create_task(gateway.answer("stays"))
+    await eventually(lambda: len(gateway.peer.generated) == 1)
+    leaving = [await gateway.open(f"leaves {number}") for number in range(300)]
+    await eventually(lambda: len(gateway.peer.generated) == 301, within_s=30)
+    for _, writer in leaving:
+        writer.transport.abort()
+    await eventually(lambda: len(gateway.peer.refused) == 300, within_s=30)
+    assert gateway.peer.generated[0].session not in gateway.peer.refused
+    assert sorted(gateway.peer.cancelled) == sorted(gateway.peer.refused)
+    assert await stays == (200, "x" * 60)

@@ -1,0 +1,51 @@
+"""A short seeded chaos run, on a suite of its own with a tiny model: nothing lost, wrong or left behind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from services.bench.chaos import report
+from services.bench.chaos.client import Verdict
+from services.bench.chaos.faults import Kind, schedule
+from services.bench.chaos.reference import References
+from services.bench.chaos.requests import load
+from services.bench.chaos.run import Plan, run
+from services.bench.tiny import tiny_model
+from services.cli.progress import Progress
+
+SEED = 5
+KINDS = (
+    Kind.KILL_VERIFIER,
+    Kind.KILL_DRAFTER,
+    Kind.KILL_GATEWAY,
+    Kind.KILL_SCHEDULER,
+    Kind.FREEZE_VERIFIER,
+    Kind.DRAIN_VERIFIER,
+    Kind.KILL_REDIS,
+    Kind.CUT_LINK,
+    Kind.DUPLICATES,
+    Kind.LOST_ROUNDS,
+    Kind.POISON,
+)
+
+
+async def test_nothing_is_lost_wrong_or_left_behind(tmp_path: Path) -> None:
+    folder = tiny_model(tmp_path / "tiny")
+    asked = load(SEED, questions=8, longest=40)
+    references = References(folder, asked.questions, 40)
+    plan = Plan(
+        target=folder,
+        faults=schedule(SEED, len(KINDS), KINDS, longest_gap_s=0.3),
+        load=asked,
+        clients=8,
+        lanes=3,
+        env={"WISP_KV_HANDOFF": "drain"},
+        env_of={"verifier": {"WISP_PROFILE": "false"}},
+    )
+    verdicts = await run(plan, references, Progress(), print)
+    print(*report.notes(verdicts), sep="\n")
+    assert verdicts.problems == [], f"the same again: wisp chaos --tiny --seed {SEED}"
+    assert {hit.fault.kind for hit in verdicts.hits} == set(KINDS)
+    assert verdicts.count(Verdict.RIGHT) > 20
+    assert verdicts.sessions > 20
+    assert verdicts.poisoned > 0
