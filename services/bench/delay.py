@@ -25,9 +25,11 @@ class Relay:
     A side that closes is closed on the other side when its last bytes have arrived there.
     """
 
-    def __init__(self, host: str, port: int, one_way_s: float) -> None:
+    def __init__(self, host: str, port: int, one_way_s: float, *, listen: str = LOOPBACK) -> None:
+        """listen: address of the interface that it listens on."""
         self.port = 0
-        """Where it listens, on the loopback interface."""
+        """Where it listens."""
+        self._listen = listen
         self.one_way_s = one_way_s
         """May be changed at any time; bytes keep their order."""
         self._there = host, port
@@ -38,7 +40,7 @@ class Relay:
         self._server: asyncio.Server | None = None
 
     async def __aenter__(self) -> Relay:
-        self._server = await asyncio.start_server(self._accept, LOOPBACK, 0)
+        self._server = await asyncio.start_server(self._accept, self._listen, 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
 
