@@ -77,7 +77,8 @@ async def read(stream: AsyncIterator[str], part: Part, until: int | None = None)
 
 def body(**more: Any) -> dict[str, Any]:
     options = {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 200}
-    return {"model": MODEL, "prompt": "x", **options, **more}
+    asked = {} if "messages" in more else {"prompt": "x"}
+    return {"model": MODEL, **asked, **options, **more}
 
 
 async def whole(suite: Suite, path: str = "/v1/completions", **more: Any) -> Part:
@@ -168,8 +169,6 @@ async def test_a_session_whose_gateway_died_and_that_nobody_collects_is_cancelle
     ],
 )
 async def test_from_any_event_on_exactly_the_rest_comes(suite: Suite, path: str, options: dict[str, Any]) -> None:
-    if "messages" in options:
-        options = options | {"prompt": None}
     full = await whole(suite, path, **options)
     count = options.get("n", 1)
     for place, (last_id, _) in enumerate(full.events):

@@ -1,4 +1,4 @@
-"""A drafter in a network of its own (a namespace and a cable), which drops every packet for a while and tells nobody."""
+"""A drafter in a network of its own (a namespace and a cable), which drops every packet for a while."""
 
 from __future__ import annotations
 
