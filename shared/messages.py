@@ -28,6 +28,9 @@ the usual time between heartbeats."""
 DEFAULT_CLASS = "default"
 """The service class of requests that name none."""
 
+LONGEST_DRAFT = 1024
+"""What is longer comes from no drafter of ours."""
+
 Count = Annotated[int, Field(ge=0)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
@@ -136,8 +139,8 @@ class Verify(Message):
     session: Name
     round: Count
     base_len: Annotated[int, Field(ge=1)]
-    draft: list[TokenId]
-    acceptance: list[Probability]
+    draft: Annotated[list[TokenId], Field(max_length=LONGEST_DRAFT)]
+    acceptance: Annotated[list[Probability], Field(max_length=LONGEST_DRAFT)]
     """Predicted probability of each draft token, given that those before it are accepted."""
     drafter: Name
     gateway: Name

@@ -164,6 +164,7 @@ def test_unknown_fields_are_ignored_and_missing_or_ill_typed_ones_rejected(messa
         ("round", -1),
         ("draft", [1, -1]),
         ("draft", [2**31]),
+        ("draft", [1] * 2000),
         ("acceptance", [1.5]),
         ("slack_ms", float("nan")),
         ("session", ""),

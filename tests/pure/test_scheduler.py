@@ -585,3 +585,11 @@ def test_a_new_session_can_count_on_less_than_the_mean_where_sessions_differ() -
         text(f"unlike-{number}", 1 + 2 * (number % 2), 500.0 + number * 10.0)
     assert alike == pytest.approx(2.0, abs=0.1)
     assert 1.0 <= d.load(900.0).tokens_per_round < alike - 0.1
+
+
+def test_a_batch_says_under_which_lease_it_was_made() -> None:
+    d = Dispatcher("d", Rules("fcfs", LIMITS))
+    d.on_heartbeat(heartbeat(lease=7), 0)
+    d.on_verify(verify("s"), 0)
+    ((_, batch),) = sent(d, 0)
+    assert batch.lease == 7
