@@ -1,0 +1,156 @@
+"""`wisp replay` on the command line."""
+
+from __future__ import annotations
+
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.text import Text
+
+from services.cli.terminal import err, errors_shown, out, run
+
+if TYPE_CHECKING:
+    from services.cli.replay_view import Words
+    from services.cli.top_where import Where
+    from services.replayer.life import Life
+    from services.replayer.recording import Recording
+
+Namespace = Annotated[
+    str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: of the suite running here]")
+]
+AmqpUrl = Annotated[
+    str | None, typer.Option(help="Its RabbitMQ. \\[env: WISP_AMQP_URL; default: of the suite running here]")
+]
+File = Annotated[Path | None, typer.Option(help="A recording by `wisp journal export`, in place of the live journal.")]
+Since = Annotated[str | None, typer.Option(help="From when on: 90s, 10m, 2h (ago), or 2026-11-25T14:30.")]
+Until = Annotated[str | None, typer.Option(help="Until when; as --since.")]
+
+
+def replay(
+    session: Annotated[
+        str | None, typer.Argument(help="Name of a session, or its beginning. \\[default: list them]")
+    ] = None,
+    every: Annotated[bool, typer.Option("--all", help="The timelines of all sessions.")] = False,
+    since: Since = None,
+    until: Until = None,
+    file: File = None,
+    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    trace: Annotated[
+        Path | None, typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.")
+    ] = None,
+    target: Annotated[
+        str | None, typer.Option(help="The target model, for the text of tokens. \\[env: WISP_TARGET]")
+    ] = None,
+    namespace: Namespace = None,
+    amqp_url: AmqpUrl = None,
+) -> None:
+    """Show recorded sessions: each hop and round with its time, its draft, its batch, and where the time went."""
+    with errors_shown():
+        from services.cli.paint import Painter
+        from services.cli.replay_view import listing, told, view
+        from services.replayer.timeline import timeline
+
+        recording = load(file, since, until, namespace, amqp_url)
+        lives = _chosen(recording, session)
+        tell_notes(recording)
+        if trace is not None:
+            from services.replayer.trace import write_trace
+
+            write_trace(trace, lives)
+            err.print(Text(f"trace of {len(lives)} sessions written to {trace}; open it at https://ui.perfetto.dev"))
+        timelines = [timeline(life) for life in lives]
+        words = _words(target, lives, recording)
+        if as_json:
+            out.print_json(json.dumps([told(one, words) for one in timelines], allow_nan=False), indent=1)
+        elif session is not None or every:
+            painter = Painter(out)
+            for one in timelines:
+                out.print(view(one, words, painter))
+                out.print()
+        elif trace is None:
+            out.print(listing(timelines))
+
+
+def where(namespace: str | None, amqp_url: str | None) -> Where:
+    """The suite that is meant."""
+    from services.cli.folder import running_suites
+    from services.cli.settings import BrokerAddresses, LocalSettings
+    from services.cli.top_where import choose
+
+    return choose(amqp_url or BrokerAddresses().amqp_url, namespace or LocalSettings().namespace, running_suites())
+
+
+def load(
+    file: Path | None, since: str | None, until: str | None, namespace: str | None, amqp_url: str | None
+) -> Recording:
+    """The recording that the options name."""
+    from services.replayer import files, stream
+    from services.replayer.choice import moment_ms
+    from shared import logging
+
+    now_ms = time.time() * 1000
+    since_ms = None if since is None else moment_ms(since, now_ms)
+    until_ms = None if until is None else moment_ms(until, now_ms)
+    if file is not None:
+        return files.read(file).within(since_ms, until_ms)
+    logging.configure("replay", "replay", "error", "console")
+    place = where(namespace, amqp_url)
+    return run(lambda: stream.read(place.amqp_url, place.namespace, since_ms)).within(None, until_ms)
+
+
+def tell_notes(recording: Recording) -> None:
+    """Say what is wrong with a recording, if anything is."""
+    for note in recording.notes:
+        err.print(Text.assemble(("note: ", "bold yellow"), note), soft_wrap=True)
+    if recording.skipped:
+        count = sum(recording.skipped.values())
+        reason, _ = recording.skipped.most_common(1)[0]
+        err.print(
+            Text.assemble(
+                ("note: ", "bold yellow"), f"{count} recorded messages were skipped, as they are none of ours: {reason}"
+            ),
+            soft_wrap=True,
+        )
+
+
+def _chosen(recording: Recording, session: str | None) -> list[Life]:
+    """The lives that are wanted, in the order in which they began."""
+    from services.replayer.choice import chosen
+    from services.replayer.life import Lives
+
+    lives = Lives().read(recording.entries()).of
+    if session is not None:
+        return [lives[chosen(session, lives)]]
+    return sorted(lives.values(), key=lambda life: (life.start_ms or 0.0, life.session))
+
+
+def _words(target: str | None, lives: list[Life], recording: Recording) -> Words:
+    """What tokens are called: their text, where the target's vocabulary is to be had."""
+    if recording.redacted:
+        return lambda _: "·"
+    from services.cli.progress import Progress
+    from services.cli.settings import LocalSettings
+    from services.cli.target import prepare_target
+    from shared.errors import WispError
+    from shared.models.folder import ModelFolder
+
+    name = target or LocalSettings().target
+    recorded = {life.generate.vocab_fingerprint for life in lives if life.generate}
+    try:
+        from shared.models.text import Tokenizer
+
+        folder = ModelFolder(prepare_target(name, Progress()))
+        if recorded - {folder.vocab_fingerprint}:
+            raise WispError("the recording is of a model with another vocabulary")
+        tokenizer = Tokenizer(folder)
+    except (WispError, ImportError) as error:
+        err.print(
+            Text.assemble(("note: ", "bold yellow"), f"tokens are shown as numbers: {error}; name the model: --target"),
+            soft_wrap=True,
+        )
+        return lambda token: f"<{token}>"
+    control = {index: text for text, index in tokenizer.special_tokens.items()}
+    return lambda token: control.get(token) or tokenizer.token_bytes(token).decode("utf-8", "replace")
