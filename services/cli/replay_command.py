@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from services.cli.terminal import err, errors_shown, out, require, run
+from services.cli.terminal import err, errors_shown, out, run
 
 if TYPE_CHECKING:
     from services.cli.replay_view import Words
@@ -41,12 +41,8 @@ def replay(
     trace: Annotated[
         Path | None, typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.")
     ] = None,
-    verify: Annotated[
-        bool,
-        typer.Option("--verify", help="Compute the batches again and compare bit for bit; status 1 if they differ."),
-    ] = False,
     target: Annotated[
-        str | None, typer.Option(help="The target model, for --verify and the text of tokens. \\[env: WISP_TARGET]")
+        str | None, typer.Option(help="The target model, for the text of tokens. \\[env: WISP_TARGET]")
     ] = None,
     namespace: Namespace = None,
     amqp_url: AmqpUrl = None,
@@ -58,13 +54,6 @@ def replay(
         from services.replayer.timeline import timeline
 
         recording = load(file, since, until, namespace, amqp_url)
-        if verify:
-            require("model")
-            from services.cli.replay_verify import show
-
-            if not show(recording, session, target, as_json=as_json):
-                raise typer.Exit(1)
-            return
         lives = _chosen(recording, session)
         tell_notes(recording)
         if trace is not None:

@@ -17,6 +17,7 @@ from services.cli.rounds import Round, picture
 from services.cli.top_view import short
 from services.replayer.choice import written
 from services.replayer.timeline import BatchTime, Part, RoundTime, Timeline
+from shared.topology import DEFAULT_POOL
 
 Words = Callable[[int], str]
 """The text of a token."""
@@ -38,25 +39,17 @@ def listing(timelines: Sequence[Timeline]) -> RenderableType:
     """One line for each session: times to the first token, per token after it and in all, in milliseconds."""
     if not timelines:
         return Text("no session in the recording")
-    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
-    for title, number in (
-        ("session", False),
-        ("started", False),
-        ("class", False),
-        ("prompt", True),
-        ("tokens", True),
-        ("rounds", True),
-        ("first", True),
-        ("token", True),
-        ("total", True),
-        ("SLO", False),
-        ("end", False),
-    ):
-        table.add_column(title, justify="right" if number else "left", no_wrap=True, overflow="ellipsis")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption="times in ms", caption_justify="left")
+    for title in ("session", "started", "class", "prompt", "tokens", "rounds", "TTFT", "TPOT", "total", "end"):
+        numbers = title not in ("session", "started", "class", "end")
+        # On a narrow terminal the way it ended takes more lines, and what names the session stays whole.
+        table.add_column(
+            title, justify="right" if numbers else "left", no_wrap=title != "end", min_width=len(title), overflow="fold"
+        )
     for one in timelines:
         table.add_row(
-            printable(short(one.session)),
-            "-" if one.started_ms is None else written(one.started_ms)[11:-4],
+            Text(printable(short(one.session)), no_wrap=True),
+            "-" if one.started_ms is None else written(one.started_ms)[11:19],
             printable(one.service_class),
             "-" if one.prompt is None else str(len(one.prompt)),
             str(one.tokens),
@@ -64,8 +57,7 @@ def listing(timelines: Sequence[Timeline]) -> RenderableType:
             _ms(one.ttft_ms),
             _ms(one.tpot_ms, 1),
             _ms(one.total_ms),
-            _kept(one),
-            printable(one.ending),
+            printable(one.ending) + (f", SLO {kept}" if (kept := _kept(one)) else ""),
         )
     return table
 
@@ -80,7 +72,7 @@ def view(one: Timeline, words: Words, painter: Painter) -> RenderableType:
         parts.append(lines[0])
     for line, told in zip(lines[1:], one.rounds, strict=True):
         parts.append(line)
-        parts += [Padding(Text(printable(text), "dim"), (0, 0, 0, 8)) for text in _details(told, words)]
+        parts += [Padding(Text(printable(text), "dim"), (0, 0, 0, 8), expand=False) for text in _details(told, words)]
     return Group(*parts)
 
 
@@ -106,7 +98,7 @@ def _head(one: Timeline) -> list[Text]:
     kept = _kept(one)
     lines = [Text.assemble(("session ", "bold"), (printable(one.session), "bold"))]
     lines.append(
-        Text(printable(f"  {one.service_class or 'class unknown'}, {promise}" + (f": {kept}" if kept != "-" else "")))
+        Text(printable(f"  {one.service_class or 'class unknown'}, {promise}" + (f": {kept}" if kept else "")))
     )
     prompt = "prompt not recorded" if one.prompt is None else f"{len(one.prompt)} prompt tokens"
     limit = "" if one.max_tokens is None else f" of at most {one.max_tokens}"
@@ -116,7 +108,8 @@ def _head(one: Timeline) -> list[Text]:
         Text(printable(f"  {prompt}, {one.tokens} tokens{limit} in {len(one.rounds)} rounds; {one.ending}{speed}"))
     )
     when = "" if one.started_ms is None else f", from {written(one.started_ms)}"
-    way = " → ".join(name for name in (one.gateway, f"pool {one.pool}" if one.pool else "", *one.drafters) if name)
+    pool = f"pool {one.pool}" if one.pool not in ("", DEFAULT_POOL) else ""
+    way = " → ".join(name for name in (one.gateway, pool, *one.drafters) if name)
     lines.append(Text(printable(f"  {way}{when}"), "dim"))
     notes = [
         f"the clocks of {clocks.sender} and {clocks.receiver} differ: a message arrived {clocks.ms:.1f} ms before it "
@@ -160,8 +153,8 @@ def _details(told: RoundTime, words: Words) -> Iterable[str]:
     yield at + (", ".join(steps) + " ms" if steps else told.status)
     if told.status != "committed":
         yield told.status + (f": {told.error}" if told.error else "")
-    if told.draft:
-        yield "draft " + "; ".join(_draft(told, words))
+    if told.draft or told.own:
+        yield "; ".join((*_draft(told, words), *_own(told, words)))
     price = "" if not told.price_ms else f", price {told.price_ms:.2f} ms a token"
     slack = "no SLO" if told.slack_ms is None else f"slack {told.slack_ms:.0f} ms when sent"
     yield f"{slack}{price}" + (f"; sent {told.attempts} times" if told.attempts > 1 else "")
@@ -181,28 +174,50 @@ def _draft(told: RoundTime, words: Words) -> list[str]:
     return shown
 
 
+def _own(told: RoundTime, words: Words) -> list[str]:
+    """The target's own tokens: the bonus after the accepted drafts, or what a conflict brought to light."""
+    texts = " ".join(repr(words(token)) for token in told.tokens[len(told.tokens) - told.own :])
+    name = "bonus" if told.status == "committed" else "committed by another round"
+    return [f"{name}: {texts}"] if texts else []
+
+
 def _fates(told: RoundTime) -> list[str]:
+    """What became of each draft token."""
     length = len(told.draft)
     if told.status != "committed":
         return ["unknown"] * length
     fates = ["accepted"] * min(told.accepted, length)
     fates += ["rejected"] * (min(told.verified, length) - len(fates))
-    return fates + ["not verified"] * (length - len(fates))
+    fates += ["not verified"] * (length - told.trimmed - len(fates))
+    return fates + ["trimmed"] * (length - len(fates))
 
 
 def _batch(one: BatchTime) -> str:
     with_ = "alone" if not one.mates else "with " + ", ".join(map(short, one.mates[:MATES]))
     if (more := len(one.mates) - MATES) > 0:
         with_ += f" and {more} more"
-    what = f"prompt to {one.prefill_to}" if one.prefill_to is not None else f"{one.draft} draft tokens"
+    chunk = one.prefill_to is not None
+    what = f"prompt to token {one.prefill_to}" if chunk else counted(one.draft, "draft token")
     took = "no result" if one.verify_ms is None else f"{one.verify_ms:.1f} ms"
     behind = "" if one.behind is None else f"; waited {one.behind_ms:.1f} ms for batch {one.behind}"
     slack = "" if one.slack_ms is None else f", slack {one.slack_ms:.0f} ms"
-    new = "" if one.new_tokens is None else f", {one.new_tokens} tokens computed"
+    new = "" if one.new_tokens is None else f", {counted(one.new_tokens, 'token')} computed"
+    left = (
+        f"{one.waiting} others waited on"
+        if one.waiting > 1
+        else "1 other waited on"
+        if one.waiting
+        else "no other waits"
+    )
     return (
         f"batch {one.batch} on {one.verifier} {with_}: {what}{new}, {took} (predicted {one.predicted_ms:.1f}); "
-        f"{one.policy}: {one.reason or 'no reason told'}{slack}; {one.waiting} waited on{behind}"
+        f"{one.policy}: {one.reason or 'no reason told'}{slack}; {left}{behind}"
     )
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 token, 2 tokens."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _padded(values: Sequence[float], length: int) -> list[float | None]:
@@ -211,7 +226,7 @@ def _padded(values: Sequence[float], length: int) -> list[float | None]:
 
 def _kept(one: Timeline) -> str:
     if one.slo is None or one.attained is None:
-        return "-"
+        return ""
     return "attained" if one.attained else "missed"
 
 

@@ -75,8 +75,8 @@ def read(path: Path) -> Recording:
     except OSError as error:
         raise RecordingError(f"cannot read {path}: {error.strerror or error}") from error
     if broken:
-        which = f"line {broken[0]}" if len(broken) == 1 else f"{len(broken)} lines, the first of them {broken[0]},"
-        recording.notes.append(f"{path}: {which} could not be read and was skipped".replace(", was", " were"))
+        more = f" and {len(broken) - 1} more" if len(broken) > 1 else ""
+        recording.notes.append(f"{path}: skipped what could not be read: line {broken[0]}{more}")
     if ended is None:
         why = f" ({cut})" if cut else ""
         recording.notes.append(

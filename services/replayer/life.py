@@ -125,6 +125,8 @@ class Life:
         """Its service class."""
         if self.generate is not None:
             return self.generate.service_class
+        if self.ended is not None:
+            return self.ended.service_class
         return next((one.verify.service_class for one in self.rounds.values()), "")
 
     def output(self) -> dict[int, int]:

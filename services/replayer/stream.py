@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import aio_pika
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-from aiormq.exceptions import ChannelNotFoundEntity, ChannelPreconditionFailed
+from aiormq.exceptions import ChannelNotFoundEntity
 
 from services.replayer.recording import Packed, Recording, RecordingError, Source
 from shared.broker import SENT_HEADER, without_password
@@ -70,8 +70,8 @@ async def read(amqp_url: str, namespace: str, since_ms: float | None = None) -> 
         last = await _last_offset(connection, queue, FIRST_S if count else QUIET_S)
         if last is None:
             return recording
-        start: Any = "first" if since_ms is None else datetime.fromtimestamp(since_ms / 1000)
-        await _read_to(connection, queue, start, last, recording)
+        since = None if since_ms is None else datetime.fromtimestamp(max(0.0, since_ms / 1000), UTC)
+        await _read_to(connection, queue, since, last, recording)
         return recording.within(since_ms, None)
 
 
@@ -111,7 +111,9 @@ async def _last_offset(connection: AbstractConnection, queue: str, first_s: floa
     return last
 
 
-async def _read_to(connection: AbstractConnection, queue: str, start: Any, last: int, recording: Recording) -> None:
+async def _read_to(
+    connection: AbstractConnection, queue: str, since: datetime | None, last: int, recording: Recording
+) -> None:
     done = asyncio.Event()
     news = asyncio.Event()
 
@@ -133,15 +135,21 @@ async def _read_to(connection: AbstractConnection, queue: str, start: Any, last:
     channel = await connection.channel()
     await channel.set_qos(prefetch_count=PREFETCH)
     stream = await channel.get_queue(queue, ensure=False)
-    await stream.consume(take, arguments={"x-stream-offset": start})
+    await stream.consume(take, arguments={"x-stream-offset": since or "first"})
+    # From a time after the last message on, the broker waits for a next one, which need not come.
+    patience_s = FIRST_S if since else STALLED_S
     finished = asyncio.ensure_future(done.wait())
     try:
         while not finished.done():
             news.clear()
             waiting = asyncio.ensure_future(news.wait())
-            await asyncio.wait({finished, waiting}, timeout=STALLED_S, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({finished, waiting}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
             waiting.cancel()
-            if not finished.done() and not news.is_set():
+            if news.is_set():
+                patience_s = STALLED_S
+            elif not finished.done():
+                if since and not recording.packed:
+                    break
                 raise BrokersError(f"the journal {queue} stopped telling after {len(recording.packed)} messages")
     finally:
         finished.cancel()
@@ -197,7 +205,5 @@ async def delete(amqp_url: str, namespace: str) -> bool:
             await _count(connection, queue)
         except ChannelNotFoundEntity:
             return False
-        channel = await connection.channel()
-        with suppress(ChannelPreconditionFailed):
-            await channel.queue_delete(queue)
+        await (await connection.channel()).queue_delete(queue)
         return True

@@ -189,7 +189,7 @@ def timeline(life: Life) -> Timeline:
 def _ending(life: Life) -> str:
     if life.ended is not None:
         cancelled = f" ({life.cancelled.reason})" if life.cancelled else ""
-        return f"{life.ended.reason}{cancelled}"
+        return life.ended.reason + (f" ({life.ended.code})" if life.ended.code else cancelled)
     if life.cancelled is not None:
         return f"cancelled ({life.cancelled.reason})"
     failed = [one.result.error for one in life.rounds.values() if one.result and one.result.error]

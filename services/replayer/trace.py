@@ -45,7 +45,7 @@ class _Rows:
 
 def trace_events(lives: Iterable[Life]) -> list[Event]:
     """The events, times in microseconds since the earliest of these lives began."""
-    known = [life for life in lives if life.start_ms is not None]
+    known = [life for life in lives if life.start_ms is not None and (life.generate or life.rounds)]
     zero_ms = min((life.start_ms or 0.0 for life in known), default=0.0)
     rows = _Rows()
     events: list[Event] = []
