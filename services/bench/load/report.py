@@ -13,7 +13,15 @@ from rich.console import Console
 
 from services.bench.load.campaign import Campaign
 from services.bench.load.record import Record
-from services.bench.load.results import Results, capacity_table, draft_table, notes, promise_table, speed_table
+from services.bench.load.results import (
+    Results,
+    capacity_table,
+    draft_table,
+    goodput_table,
+    notes,
+    promise_table,
+    speed_table,
+)
 from services.bench.report import keep, table
 from services.cli.folder import state_folder
 from shared.errors import SettingsError
@@ -31,6 +39,7 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
     columns, rows = draft_table(results.points)
     if rows:
         console.print(table("drafts and batches", columns, rows))
+    console.print(table("highest goodput, at any n", *goodput_table(results)))
     if results.aims:
         console.print(table("capacity", *capacity_table(results)))
     told = notes(results, plan.search.tolerance if plan.search else None)
@@ -46,6 +55,7 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
             "capacities": {
                 arm: [one.model_dump() for one in capacities] for arm, capacities in results.capacities().items()
             },
+            "ratios": results.ratios(),
             "results": results.model_dump(mode="json"),
         },
     )
