@@ -86,7 +86,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
     verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms)
     try:
