@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.text import Text
 
-from services.cli.terminal import err, errors_shown, out, run
+from services.cli.terminal import err, errors_shown, out, require, run
 
 if TYPE_CHECKING:
     from services.cli.replay_view import Words
@@ -41,8 +41,12 @@ def replay(
     trace: Annotated[
         Path | None, typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.")
     ] = None,
+    verify: Annotated[
+        bool,
+        typer.Option("--verify", help="Compute the batches again and compare bit for bit; status 1 if they differ."),
+    ] = False,
     target: Annotated[
-        str | None, typer.Option(help="The target model, for the text of tokens. \\[env: WISP_TARGET]")
+        str | None, typer.Option(help="The target model, for --verify and the text of tokens. \\[env: WISP_TARGET]")
     ] = None,
     namespace: Namespace = None,
     amqp_url: AmqpUrl = None,
@@ -54,6 +58,13 @@ def replay(
         from services.replayer.timeline import timeline
 
         recording = load(file, since, until, namespace, amqp_url)
+        if verify:
+            require("model")
+            from services.cli.replay_verify import show
+
+            if not show(recording, session, target, as_json=as_json):
+                raise typer.Exit(1)
+            return
         lives = _chosen(recording, session)
         tell_notes(recording)
         if trace is not None:
@@ -62,7 +73,8 @@ def replay(
             write_trace(trace, lives)
             err.print(Text(f"trace of {len(lives)} sessions written to {trace}; open it at https://ui.perfetto.dev"))
         timelines = [timeline(life) for life in lives]
-        words = _words(target, lives, recording)
+        vocabularies = {life.generate.vocab_fingerprint for life in lives if life.generate}
+        words = words_of(target, vocabularies, recording)
         if as_json:
             out.print_json(json.dumps([told(one, words) for one in timelines], allow_nan=False), indent=1)
         elif session is not None or every:
@@ -127,8 +139,11 @@ def _chosen(recording: Recording, session: str | None) -> list[Life]:
     return sorted(lives.values(), key=lambda life: (life.start_ms or 0.0, life.session))
 
 
-def _words(target: str | None, lives: list[Life], recording: Recording) -> Words:
-    """What tokens are called: their text, where the target's vocabulary is to be had."""
+def words_of(target: str | None, vocabularies: set[str], recording: Recording) -> Words:
+    """What tokens are called: their text, where the target's vocabulary is to be had.
+
+    vocabularies: fingerprints of those that were used in the recording.
+    """
     if recording.redacted:
         return lambda _: "·"
     from services.cli.progress import Progress
@@ -138,12 +153,11 @@ def _words(target: str | None, lives: list[Life], recording: Recording) -> Words
     from shared.models.folder import ModelFolder
 
     name = target or LocalSettings().target
-    recorded = {life.generate.vocab_fingerprint for life in lives if life.generate}
     try:
         from shared.models.text import Tokenizer
 
         folder = ModelFolder(prepare_target(name, Progress()))
-        if recorded - {folder.vocab_fingerprint}:
+        if vocabularies - {folder.vocab_fingerprint}:
             raise WispError("the recording is of a model with another vocabulary")
         tokenizer = Tokenizer(folder)
     except (WispError, ImportError) as error:

@@ -23,7 +23,7 @@ def redacted(message: Message) -> Message:
         case Batch():
             return _with(message, jobs=[_with(job, draft=_blank(job.draft)) for job in message.jobs])
         case Result():
-            return _with(message, tokens=_blank(message.tokens))
+            return _with(message, tokens=_blank(message.tokens), logits_digest=None)
         case _:
             return message
 

@@ -53,6 +53,7 @@ DECIDING = [
     "services/replayer/redact.py",
     "services/replayer/timeline.py",
     "services/replayer/trace.py",
+    "services/replayer/work.py",
     "services/scheduler/batching.py",
     "services/scheduler/dispatch.py",
     "services/scheduler/fleet.py",

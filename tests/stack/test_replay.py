@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import os
 import sys
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,10 @@ from transformers import LlamaConfig
 
 from services.cli.brokers import Brokers
 from services.cli.stack import Stack
-from services.replayer import stream
+from services.replayer import files, stream
+from services.replayer.recording import RecordingError
+from services.replayer.reexecute import Report, reexecute
+from services.replayer.work import work_of
 
 TOKENS = 12
 PROMPTS = ["the quick brown fox jumps over the lazy dog", "aaaa bbbb aaaa bbbb aaaa bbbb aaaa", "secretword"]
@@ -91,7 +95,7 @@ async def wisp(stack: Stack, *words: str, fails: bool = False) -> str:
     )
     told, errors = await command.communicate()
     assert (command.returncode != 0) == fails, errors.decode()
-    return told.decode() if not fails else errors.decode()
+    return told.decode() + (errors.decode() if fails else "")
 
 
 def of(told: list[dict[str, Any]], session: str) -> dict[str, Any]:
@@ -160,3 +164,98 @@ async def test_a_recording_for_a_bug_report_has_no_text(recorded: Recorded, tmp_
     assert len(committed) >= len(tokens)
     assert {token["id"] for token in committed} == {0}
     assert one["parts"]
+
+
+def verified(recorded: Recorded, file: Path) -> Report:
+    """The batches of a file computed again."""
+    return reexecute(work_of(files.read(file)), recorded.stack.target)
+
+
+def tampered(recorded: Recorded, to: Path, change: Callable[[dict[str, Any]], bool]) -> Path:
+    """The recording with the one message changed for which `change` says that it did."""
+    done = False
+    with gzip.open(recorded.file, "rt") as whole, to.open("w") as copy:
+        for line in whole:
+            fields = json.loads(line)
+            if not done and fields.get("message", {}).get("t") == "Result":
+                done = change(fields["message"])
+            copy.write(json.dumps(fields) + "\n")
+    assert done
+    return to
+
+
+async def test_a_fresh_engine_computes_the_recorded_batches_bit_for_bit(recorded: Recorded) -> None:
+    report = verified(recorded, recorded.file)
+    assert report.differences == []
+    assert report.invariant
+    assert report.tokens >= sum(map(len, recorded.answers.values()))
+    assert report.digests == report.jobs >= report.batches > len(PROMPTS)
+    assert not report.left_out
+
+
+async def test_one_tampered_token_is_named_and_no_other(recorded: Recorded, tmp_path: Path) -> None:
+    session = list(recorded.answers)[1]
+    where: dict[str, Any] = {}
+
+    def change(result: dict[str, Any]) -> bool:
+        if not result["session"].startswith(session) or result["base_len"] < len(PROMPTS[1]) + 3:
+            return False
+        where.update(result, right=result["tokens"][0])
+        result["tokens"][0] = (result["tokens"][0] + 1) % 259
+        return True
+
+    file = tampered(recorded, tmp_path / "tampered.jsonl", change)
+    target = str(recorded.stack.target)
+    told = await wisp(recorded.stack, "replay", "--verify", "--file", str(file), "--target", target, fails=True)
+    [found] = verified(recorded, file).differences
+    assert (found.session, found.position, found.batch) == (where["session"], where["base_len"], where["batch"])
+    wrong = (where["right"] + 1) % 259
+    assert found.said.startswith(f"token {wrong} (")
+    assert f"the model chooses {where['right']} (" in found.said
+    assert "DIFFERENT" in told
+    assert f"session {where['session']}, position {where['base_len']}, batch {where['batch']}: token {wrong} (" in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"logits_digest": "0123456789abcdef"}, "the tokens are the same, but not the logits' bits: 0123456789abcdef"),
+        ({"finish": "stop"}, "the end (stop) was recorded, the model gives"),
+    ],
+)
+async def test_other_tampering_is_named(recorded: Recorded, tmp_path: Path, changed: dict[str, str], said: str) -> None:
+    def change(result: dict[str, Any]) -> bool:
+        if result.get("finish"):
+            return False
+        result.update(changed)
+        return True
+
+    [found] = verified(recorded, tampered(recorded, tmp_path / "tampered.jsonl", change)).differences
+    assert said in found.said
+
+
+async def test_a_token_put_at_the_end_is_found(recorded: Recorded, tmp_path: Path) -> None:
+    def change(result: dict[str, Any]) -> bool:
+        if result.get("finish"):
+            result["tokens"].append(5)
+        return bool(result.get("finish"))
+
+    [found] = verified(recorded, tampered(recorded, tmp_path / "tampered.jsonl", change)).differences
+    assert "tokens, " in found.said
+    assert "was recorded, the model gives" in found.said
+
+
+async def test_what_cannot_be_verified_says_why(recorded: Recorded, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.jsonl"
+    files.write(bare, files.read(recorded.file), without_text=True)
+    told = await wisp(recorded.stack, "replay", "--verify", "--file", str(bare), fails=True)
+    assert "without text and tokens, so it cannot be used to verify" in told
+    other = tiny_target(tmp_path / "other")
+    with pytest.raises(RecordingError, match=r"the recording is of model .* name the model's folder with --target"):
+        reexecute(work_of(files.read(recorded.file)), other.path)
+    said = await wisp(
+        recorded.stack,
+        *("replay", next(iter(recorded.answers)), "--verify", "--json"),
+        *("--file", str(recorded.file), "--target", str(recorded.stack.target)),
+    )
+    assert json.loads(said)["same"]
