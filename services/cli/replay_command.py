@@ -45,6 +45,16 @@ def replay(
         bool,
         typer.Option("--verify", help="Compute the batches again and compare bit for bit; status 1 if they differ."),
     ] = False,
+    policy: Annotated[
+        list[str] | None,
+        typer.Option(help="What this batch policy would have made of the same requests; may be repeated."),
+    ] = None,
+    stop_rule: Annotated[
+        str | None, typer.Option(help="With this stop rule: marginal decides anew how much of each draft is sent.")
+    ] = None,
+    draft_length: Annotated[
+        int | None, typer.Option(min=0, help="With drafts cut to this length; 0 is plain decoding.")
+    ] = None,
     target: Annotated[
         str | None, typer.Option(help="The target model, for --verify and the text of tokens. \\[env: WISP_TARGET]")
     ] = None,
@@ -64,6 +74,11 @@ def replay(
 
             if not show(recording, session, target, as_json=as_json):
                 raise typer.Exit(1)
+            return
+        if policy or stop_rule is not None or draft_length is not None:
+            from services.cli.replay_policy import compare
+
+            compare(recording, policy or [], stop_rule, draft_length, as_json=as_json)
             return
         lives = _chosen(recording, session)
         tell_notes(recording)

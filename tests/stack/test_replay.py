@@ -245,6 +245,21 @@ async def test_a_token_put_at_the_end_is_found(recorded: Recorded, tmp_path: Pat
     assert "was recorded, the model gives" in found.said
 
 
+async def test_other_policies_serve_the_recorded_requests_in_virtual_time(recorded: Recorded) -> None:
+    file = ("--file", str(recorded.file))
+    told = json.loads(await wisp(recorded.stack, "replay", "--policy", "fcfs", "--policy", "sled", "--json", *file))
+    runs = told["runs"]
+    assert list(runs) == ["recorded", "wisp+ again", "fcfs", "sled"]
+    for figures in runs.values():
+        assert figures["complete"] == figures["requests"] == figures["promised"] == len(PROMPTS)
+        assert figures["tokens"] == runs["recorded"]["tokens"]
+        assert figures["attained"] == len(PROMPTS), "minutes are enough under every policy"
+    text = await wisp(recorded.stack, "replay", "--draft-length", "0", *file)
+    assert "wisp+, no drafts" in text
+    wrong = await wisp(recorded.stack, "replay", "--policy", "best", *file, fails=True)
+    assert "no policy 'best' can be replayed: sled, fcfs, edf, wisp, wisp+" in wrong
+
+
 async def test_what_cannot_be_verified_says_why(recorded: Recorded, tmp_path: Path) -> None:
     bare = tmp_path / "bare.jsonl"
     files.write(bare, files.read(recorded.file), without_text=True)
