@@ -55,6 +55,18 @@ def replay(
     draft_length: Annotated[
         int | None, typer.Option(min=0, help="With drafts cut to this length; 0 is plain decoding.")
     ] = None,
+    inject: Annotated[
+        bool,
+        typer.Option("--inject", help="Ask the recorded requests again of a suite in another virtual host (--vhost)."),
+    ] = False,
+    vhost: Annotated[str | None, typer.Option(help="For --inject: the virtual host; never the live one.")] = None,
+    into: Annotated[
+        str | None, typer.Option(help="For --inject: the namespace of the suite there. \\[default: wisp]")
+    ] = None,
+    redis_url: Annotated[
+        str | None, typer.Option(help="For --inject: the Redis of the suite there. \\[env: WISP_REDIS_URL]")
+    ] = None,
+    speed: Annotated[float, typer.Option(min=0.001, help="For --inject: times as fast as they came.")] = 1.0,
     target: Annotated[
         str | None, typer.Option(help="The target model, for --verify and the text of tokens. \\[env: WISP_TARGET]")
     ] = None,
@@ -73,6 +85,13 @@ def replay(
             from services.cli.replay_verify import show
 
             if not show(recording, session, target, as_json=as_json):
+                raise typer.Exit(1)
+            return
+        if inject or vhost is not None:
+            from services.cli.replay_inject import ask_again
+
+            place = where(namespace, amqp_url)
+            if not ask_again(recording, session, place.amqp_url, vhost, into, redis_url, speed, as_json=as_json):
                 raise typer.Exit(1)
             return
         if policy or stop_rule is not None or draft_length is not None:

@@ -53,6 +53,7 @@ DECIDING = [
     "services/replayer/life.py",
     "services/replayer/recording.py",
     "services/replayer/redact.py",
+    "services/replayer/requests.py",
     "services/replayer/timeline.py",
     "services/replayer/trace.py",
     "services/replayer/whatif.py",

@@ -17,6 +17,7 @@ import pytest
 import tiny
 from gateway_peer import CONTEXT, tiny_target
 from transformers import LlamaConfig
+from vhosts import vhost
 
 from services.cli.brokers import Brokers
 from services.cli.stack import Stack
@@ -274,3 +275,26 @@ async def test_what_cannot_be_verified_says_why(recorded: Recorded, tmp_path: Pa
         *("--file", str(recorded.file), "--target", str(recorded.stack.target)),
     )
     assert json.loads(said)["same"]
+
+
+async def test_requests_asked_again_in_another_virtual_host_get_the_same_texts(
+    recorded: Recorded, brokers: Brokers, namespace: str
+) -> None:
+    inject = ("replay", "--inject", "--file", str(recorded.file), "--redis-url", brokers.redis_url)
+    own = ("--into", namespace)
+    assert "so it is the live one" in await wisp(recorded.stack, *inject, "--vhost", "/", *own, fails=True)
+    missing = await wisp(recorded.stack, *inject, "--vhost", "nowhere", *own, fails=True)
+    assert "there is no virtual host 'nowhere'" in missing
+    async with vhost(brokers, f"vhost-{namespace}") as url:
+        there = ("--vhost", f"vhost-{namespace}", *own)
+        alone = await wisp(recorded.stack, *inject, *there, fails=True)
+        assert "no drafter takes generate.pool" in alone
+        env = {**recorded.stack.env, "WISP_AMQP_URL": url, "WISP_JOURNAL": "false", "WISP_POLICY": "fcfs"}
+        async with Stack("test-inject", brokers=brokers, target=recorded.stack.target, env=env, namespace=namespace):
+            told = json.loads(await wisp(recorded.stack, *inject, *there, "--speed", "3", "--json"))
+    assert told["same"]
+    assert told["requests"] == len(PROMPTS)
+    assert set(told["ended"]) <= {"stop", "length"}
+    assert told["compared"] >= sum(map(len, recorded.answers.values()))
+    live = await stream.read(brokers.amqp_url, recorded.stack.namespace)
+    assert not any(b"inject-" in one.body for one in live.packed), "the live suite saw nothing of it"
