@@ -11,6 +11,7 @@ import typer
 from rich.text import Text
 
 from services.cli.terminal import err, errors_shown, out, require, run
+from shared.errors import SettingsError
 
 if TYPE_CHECKING:
     from services.cli.replay_view import Words
@@ -79,6 +80,12 @@ def replay(
         from services.cli.replay_view import listing, told, view
         from services.replayer.timeline import timeline
 
+        asked_what_if = bool(policy) or stop_rule is not None or draft_length is not None
+        _require_one({"--verify": verify, "--policy": asked_what_if, "--inject": inject, "--trace": trace is not None})
+        if asked_what_if and session is not None:
+            raise SettingsError("--policy plays all sessions, since they share batches; choose by --since and --until")
+        if not inject and (vhost, into, redis_url, speed) != (None, None, None, 1.0):
+            raise SettingsError("--vhost, --into, --redis-url and --speed belong to --inject")
         recording = load(file, since, until, namespace, amqp_url)
         if verify:
             require("model")
@@ -87,14 +94,14 @@ def replay(
             if not show(recording, session, target, as_json=as_json):
                 raise typer.Exit(1)
             return
-        if inject or vhost is not None:
+        if inject:
             from services.cli.replay_inject import ask_again
 
             place = where(namespace, amqp_url)
             if not ask_again(recording, session, place.amqp_url, vhost, into, redis_url, speed, as_json=as_json):
                 raise typer.Exit(1)
             return
-        if policy or stop_rule is not None or draft_length is not None:
+        if asked_what_if:
             from services.cli.replay_policy import compare
 
             compare(recording, policy or [], stop_rule, draft_length, as_json=as_json)
@@ -118,6 +125,12 @@ def replay(
                 out.print()
         elif trace is None:
             out.print(listing(timelines))
+
+
+def _require_one(asked: dict[str, bool]) -> None:
+    given = [name for name, wanted in asked.items() if wanted]
+    if len(given) > 1:
+        raise SettingsError(f"{' and '.join(given)} are different things to do: ask for one of them")
 
 
 def where(namespace: str | None, amqp_url: str | None) -> Where:

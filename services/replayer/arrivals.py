@@ -45,6 +45,8 @@ class Visit:
     """Prompt and everything that was committed."""
     drafts: list[Draft]
     """By `base_len`."""
+    whole: bool = True
+    """Whether the text came to its own end; if not, its client left there."""
 
     def draft_at(self, base_len: int) -> Draft:
         """The recorded draft at this place, or the one before it."""
@@ -141,7 +143,7 @@ def _visit(life: Life, redacted: bool) -> Visit | str:
     if len(text) == len(generate.prompt) or not drafts:
         return "they got no token"
     drafts.sort(key=lambda draft: draft.base_len)
-    return Visit(generate, start_ms, text, drafts)
+    return Visit(generate, start_ms, text, drafts, life.whole)
 
 
 def _arrived_ms(one: Round) -> float | None:

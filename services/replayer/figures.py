@@ -145,11 +145,11 @@ def quantile(values: Sequence[float], share: float) -> float | None:
 
 
 def recorded(lives: Iterable[Life]) -> Figures:
-    """What these sessions, all of them whole, really got."""
+    """What these sessions really got."""
     served = []
     batches: dict[str, int] = {}
     for life in lives:
-        one = Served(life.session, life.slo, life.service_class, life.start_ms or 0.0, complete=True)
+        one = Served(life.session, life.slo, life.service_class, life.start_ms or 0.0, complete=life.whole)
         for number in sorted(life.rounds):
             round_ = life.rounds[number]
             for sent in round_.jobs:

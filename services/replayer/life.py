@@ -116,6 +116,11 @@ class Life:
         return next((r.result.finish for r in self.settled if r.result is not None and r.result.finish), None)
 
     @property
+    def whole(self) -> bool:
+        """Whether its text came to its own end."""
+        return self.finish is not None or (self.ended is not None and self.ended.reason in (Finish.STOP, Finish.LENGTH))
+
+    @property
     def slo(self) -> Slo | None:
         """What it was promised."""
         return self.generate.slo if self.generate else None

@@ -286,7 +286,7 @@ class _Run:
         pace = self._paces.setdefault(session.sent.drafter, Pace())
         pace.learn_round(len(job.draft), job.queue_ms + took_ms + self.arrivals.hop_ms, took_ms, job.queue_ms, new)
         if finish is not None:
-            session.served.complete = True
+            session.served.complete = session.visit.whole
             self._open -= 1
         else:
             self._draft(session, now_ms)
