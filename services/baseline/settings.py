@@ -29,6 +29,6 @@ class BaselineSettings(GatewaySettings, DraftSettings):
         10240, ge=64, description="K/V budget in tokens, shared prefixes counted once; the draft model has as many"
     )
     prefill_tokens: int = Field(
-        64, ge=1, description="prompt tokens computed in a step of the engine, beside the decodes of all sessions"
+        128, ge=1, description="prompt tokens computed in a step of the engine, beside the decodes of all sessions"
     )
     max_running: int = Field(64, ge=1, description="sessions in the engine at once; others wait in the order they came")

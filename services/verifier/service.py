@@ -90,7 +90,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
     verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings)
     try:
@@ -131,6 +131,7 @@ class Verifier:
             ttl_s=settings.kv_handoff_s,
             limit_bytes=settings.kv_handoff_mb * 10**6,
         )
+        self._digests = settings.journal
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -241,7 +242,7 @@ class Verifier:
         reply.add_done_callback(self._replies.discard)
 
     def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
-        verified = verify(self._engine, tasks)
+        verified = verify(self._engine, tasks, digests=self._digests)
         held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
         self._cached = {session: cached for session, cached in held.items() if cached}
         return verified

@@ -59,7 +59,7 @@ def main(
         str | None, typer.Option(help="measure this server, whose URL ends in /v1; no stack is started")
     ] = None,
     pools: Annotated[bool, typer.Option("--pools", help="with --url: name each device's pool in its requests")] = False,
-    admission: Annotated[bool, typer.Option("--admission", help="let the gateway refuse requests")] = False,
+    admission: Annotated[bool, typer.Option("--admission", help="let the suite's gateway refuse requests")] = False,
     target: Annotated[str | None, typer.Option(help="packaged model or a Hugging Face folder")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     cache_tokens: Annotated[int, typer.Option(min=1024, help="K/V budget of the target, in tokens")] = 32768,

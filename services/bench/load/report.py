@@ -28,6 +28,11 @@ from shared.errors import SettingsError
 
 BIG = 4 << 20
 """Bytes of records from which on they are compressed."""
+BASELINES = (
+    "centralized and colocated have no devices that draft: a request takes its device's uplink once, colocated drafts "
+    "on the server's own thread, and admission predicts nothing; in every arm text counts when it leaves the server"
+)
+"""What a reader of their figures has to know."""
 
 
 def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: Console) -> None:
@@ -43,6 +48,8 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
     if results.aims:
         console.print(table("capacity", *capacity_table(results)))
     told = notes(results, plan.search.tolerance if plan.search else None)
+    if any(arm.serving != "wisp" for arm in plan.arms):
+        told.append(BASELINES)
     for note in told:
         console.print(note, highlight=False, soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim", highlight=False)
