@@ -77,7 +77,7 @@ class Broker:
         With `journal`, messages are recorded. Raises BrokersError when nothing answers for 30 seconds.
         """
         last: Exception = TimeoutError("no answer")
-        options = {} if "heartbeat=" in url else {"heartbeat": HEARTBEAT_S}
+        options: dict[str, Any] = {} if "heartbeat=" in url else {"heartbeat": HEARTBEAT_S}
 
         async def attempt() -> AbstractRobustConnection:
             nonlocal last

@@ -15,6 +15,7 @@ import statistics
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated
@@ -98,7 +99,7 @@ def main(
         folder = prepare_target(target or LocalSettings().target, progress)
         tokenizer = Tokenizer(ModelFolder(folder))
         asked = [[_prompt(tokenizer, seed, r, s, prompt) for s in range(streams)] for r in range(repetitions)]
-        arms = [run(lambda arm=arm: measure(folder, *arm, asked, tokens, progress)) for arm in ARMS]
+        arms = [run(partial(measure, folder, *arm, asked, tokens, progress)) for arm in ARMS]
         same = all(arm.texts == arms[0].texts for arm in arms)
         report(
             "handoff",
@@ -145,7 +146,7 @@ async def measure(
             for prompts in asked:
                 await _once(stack, http, number, prompts, tokens, arm)
                 await stack.start("verifier")
-            step.done()
+            step.done(f"{len(asked)} times")
     return arm
 
 

@@ -21,10 +21,10 @@ from services.drafter.control.rules import Marginal, Standing
 from services.drafter.session import DraftSession
 from services.replayer.arrivals import Arrivals, Draft, Visit
 from services.replayer.figures import Figures, Served, figures
-from services.scheduler.dispatch import SILENT_MS, Dispatcher, Rules
+from services.scheduler.dispatch import Dispatcher, Rules
 from services.verifier.acceptance import accept
 from shared import cost
-from shared.messages import Batch, CostModel, Finish, Heartbeat, Job, Result, Status, Verify
+from shared.messages import SILENT_MS, Batch, CostModel, Finish, Heartbeat, Job, Result, Status, Verify
 
 HEARTBEAT_MS = 500.0
 LOAD_MS = 500.0

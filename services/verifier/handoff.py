@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from functools import partial
 from itertools import takewhile
 from typing import Protocol, TypeVar
 
@@ -74,7 +75,7 @@ class Handoff:
         for session, tokens in sessions.items():
             # The last token is computed in any case, for its logits.
             names = block_names(tokens[:-1])
-            wanted = await self._run(lambda names=names: [name for name in names if not self._engine.has_block(name)])
+            wanted = await self._run(partial(self._lacking, names))
             if not wanted:
                 continue
             try:
@@ -93,7 +94,7 @@ class Handoff:
         for start in range(0, len(first), AT_ONCE):
             some = first[start : start + AT_ONCE]
             contents = await self._store.blocks(self._kind, some)
-            taken = await self._run(lambda some=some, contents=contents: self._adopt(some, contents))
+            taken = await self._run(partial(self._adopt, some, contents))
             loaded += taken
             if taken < len(some):
                 break
@@ -102,6 +103,12 @@ class Handoff:
             self.worth.loaded(loaded * self._engine.block_bytes, took_ms)
             metrics.HANDOFF_LOADED.inc(loaded * BLOCK)
             self._log.info("K/V loaded", session=session, tokens=loaded * BLOCK, ms=round(took_ms, 1))
+
+    def _lacking(self, names: Sequence[bytes]) -> list[bytes]:
+        return [name for name in names if not self._engine.has_block(name)]
+
+    def _contents(self, names: Sequence[bytes]) -> dict[bytes, bytes | None]:
+        return {name: self._engine.block(name) for name in names}
 
     def _adopt(self, names: Sequence[bytes], contents: Sequence[bytes | None]) -> int:
         """How many of these blocks, from the first on, the engine holds now."""
@@ -142,12 +149,12 @@ class Handoff:
         kept = 0
         try:
             for session, tokens in sessions.items():
-                names = await self._run(lambda session=session, tokens=tokens: self._names(session, tokens))
+                names = await self._run(partial(self._names, session, tokens))
                 there = await self._store.touch_blocks(self._kind, names, self._ttl_s) if names else []
                 missing = [name for name, is_there in zip(names, there, strict=True) if not is_there]
                 for start in range(0, len(missing), AT_ONCE):
                     some = missing[start : start + AT_ONCE]
-                    found = await self._run(lambda some=some: {name: self._engine.block(name) for name in some})
+                    found = await self._run(partial(self._contents, some))
                     blocks = {name: content for name, content in found.items() if content is not None}
                     done = await self._store.keep_blocks(self._kind, blocks, self._ttl_s, self._most)
                     kept += done
