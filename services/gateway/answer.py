@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from services.gateway import stream
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error
-from services.gateway.place import Place, left_of, rest_of
+from services.gateway.place import NOTHING, Place, Shown, rest_of
 from services.gateway.plan import Plan
 from services.gateway.run import Run
 from services.gateway.session import Piece, Token
@@ -110,20 +110,20 @@ class Answer(Response):
         begun = False
         place = self._order.place or Place(self._reply.id)
         known = dict(place.shown)
-        seen: dict[int, int] = {}
+        seen: dict[int, Shown] = {}
         try:
             async for batch in run.batches():
                 events = b""
                 for index, item in batch:
                     if index not in place.shown:
-                        place.shown[index] = 0
+                        place.shown[index] = NOTHING
                         if opening := self._reply.opening(index):
                             events += stream.event(opening, place)
                     if isinstance(item, Piece):
-                        rest = rest_of(item, left_of(known, index, seen.get(index, 0)))
-                        seen[index] = seen.get(index, 0) + len(item.text)
-                        if rest is not None:
-                            place.shown[index] = max(place.shown[index], seen[index])
+                        before = seen.get(index, NOTHING)
+                        seen[index] = before.after(item)
+                        if (rest := rest_of(item, before, known.get(index, NOTHING))) is not None:
+                            place.shown[index] = place.shown[index].most(seen[index])
                             events += stream.event(self._more(index, rest), place)
                     else:
                         events += self._end(run, index, item, place)

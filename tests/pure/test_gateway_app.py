@@ -492,7 +492,7 @@ async def test_the_answer_tells_the_tier_that_was_used_where_one_was_asked_for(a
     for asked, used in (("priority", "priority"), ("auto", "default"), ("gold", "default"), (None, None)):
         assert (await app.chat(service_tier=asked)).json().get("service_tier") == used
         streamed = await app.chat(service_tier=asked, stream=True)
-        chunks = [json.loads(line[6:]) for line in streamed.text.split("\n\n")[:-2]]
+        chunks = [json.loads(event.partition("data: ")[2]) for event in streamed.text.split("\n\n")[:-2]]
         assert {chunk.get("service_tier") for chunk in chunks} == {used}
 
 
