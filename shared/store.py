@@ -31,7 +31,7 @@ from typing import Any
 
 import msgpack
 from pydantic import ValidationError
-from redis.asyncio import Redis
+from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
 from redis.exceptions import ConnectionError as RedisConnectionError
@@ -53,6 +53,10 @@ end
 redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
 return 0
 """
+
+CONNECTIONS = 32
+CONNECTION_S = 10.0
+"""A burst of calls waits for one of so many connections, for so long; more of them would not make Redis faster."""
 
 # A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
 _RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
@@ -156,13 +160,15 @@ class Store:
     @classmethod
     def connect(cls, url: str, namespace: str, ttl_s: int) -> Store:
         """A store at this URL. Connections are opened when first needed."""
-        redis = Redis.from_url(
+        pool = BlockingConnectionPool.from_url(
             url,
+            max_connections=CONNECTIONS,
+            timeout=CONNECTION_S,
             socket_connect_timeout=5,
             socket_timeout=5,
             retry=_RETRY,
         )
-        return cls(redis, namespace, ttl_s)
+        return cls(Redis.from_pool(pool), namespace, ttl_s)
 
     async def close(self) -> None:
         """Close the connections."""
