@@ -9,6 +9,7 @@ from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError
 from shared.fit import VerifierFit
+from shared.health import HEALTH
 from shared.messages import CostModel, Message, Sample
 from shared.service import running
 from shared.store import Store
@@ -54,6 +55,7 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
 
     try:
         await broker.consume(broker.topology.sample_queue(), receive)
+        HEALTH.watch(broker, store)
         log.info("ready")
         async with running(stop, publish()):
             pass

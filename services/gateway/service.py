@@ -22,6 +22,7 @@ from services.gateway.settings import GatewaySettings
 from shared import logging
 from shared.broker import Broker
 from shared.errors import BrokersError, SettingsError
+from shared.health import HEALTH
 from shared.models.folder import ModelFolder
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
@@ -73,6 +74,7 @@ async def serve(
     )
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
+    HEALTH.watch(broker, store)
 
     async def missing() -> dict[str, str | None]:
         return await _missing(broker, queue, store, fleet, backend)

@@ -21,6 +21,7 @@ from shared.broker import Broker
 from shared.engine import Engine
 from shared.errors import BrokersError
 from shared.fit import VerifierFit
+from shared.health import HEALTH
 from shared.messages import (
     Batch,
     BatchShape,
@@ -136,6 +137,7 @@ class Verifier:
         )
         if measured:
             await self._publish_profile(measured)
+        HEALTH.watch(self._broker, self._store)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
         async with running(stop, self._work(), self._beat()):
             self._draining = True
