@@ -14,7 +14,7 @@ from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError
 from shared.health import HEALTH
-from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Verify
+from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
 from shared.service import running
 from shared.store import Store
 from shared.topology import Topology
@@ -82,6 +82,9 @@ class Scheduler:
                 self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
                 self._dispatcher.on_verify(message, now_ms())
             case Result():
+                known = self._dispatcher.fleet.known.get(message.session)
+                if message.status is Status.COMMITTED and known is not None:
+                    metrics.ROUNDS.labels(metrics.deadline(known.due_ms, now_ms())).inc()
                 self._dispatcher.on_result(message, now_ms())
             case Heartbeat():
                 self._dispatcher.on_heartbeat(message, now_ms())
@@ -141,4 +144,5 @@ class Scheduler:
                 load = self._dispatcher.load(now_ms())
                 metrics.PRICE.set(load.price_ms)
                 metrics.UTILIZATION.set(load.utilization)
+                metrics.QUEUE_DELAY.set(load.backlog_ms / 1000)
                 await self._broker.publish(load, topology.LOAD)

@@ -65,6 +65,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     """Run a verifier until `stop` is set and its accepted batches are done."""
     log = logging.get()
     folder = ModelFolder(settings.target)
+    folder.require_weights()
     fingerprint = folder.fingerprint(settings.dtype)
     model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     loop = asyncio.get_running_loop()
