@@ -24,6 +24,7 @@ from shared.store import SessionStatus
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
+NOBODY_WORKS = "no drafter of pool {pool!r} or no verifier works on this session, or they are overloaded"
 NOTHING = Outcome(ttft_ms=None, tpot_ms=None, attained=False)
 """What became of a text that was never started."""
 
@@ -44,7 +45,9 @@ class Backend:
         vocab_fingerprint: str,
         idle_check_s: float,
         stall_timeout_s: float,
+        stall_reason: str = NOBODY_WORKS,
     ) -> None:
+        """stall_reason: why a session may have stalled, for its client; {pool!r} is the session's pool."""
         self._publisher = publisher
         self._store = store
         self._new_session = new_session
@@ -53,6 +56,7 @@ class Backend:
         self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint)
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
+        self._stall_reason = stall_reason
         self._live: dict[str, Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -98,7 +102,7 @@ class Backend:
         self._log.info("request refused", code=refusal.code, reason=refusal.message, service_class=first.service_class)
         self._metrics.refused(first.service_class, refusal.code, len(plans))
         for plan in plans:
-            self._spawn(self._tell_end(plan, "refused"))
+            self._spawn(self._tell_end(plan, "refused", code=refusal.code))
         raise ApiError(429, refusal.message, code=refusal.code, retry_after_s=refusal.retry_after_s)
 
     def _register(self, plan: Plan, wake: asyncio.Event, started_s: float) -> Live:
@@ -153,10 +157,8 @@ class Backend:
             now = monotonic()
             for live in tuple(self._live.values()):
                 if now - live.progress_s >= self._stall_timeout_s:
-                    text = (
-                        f"no token came for {self._stall_timeout_s:g} s: no drafter of pool {live.plan.pool!r} or no "
-                        "verifier works on this session, or they are overloaded; try again later"
-                    )
+                    why = self._stall_reason.format(pool=live.plan.pool)
+                    text = f"no token came for {self._stall_timeout_s:g} s: {why}; try again later"
                     self._fail(live, Failure(code="timeout", message=text))
                 elif now >= live.check_s:
                     live.pause_s = min(2 * live.pause_s, LONGEST_PAUSE_S)
@@ -222,12 +224,15 @@ class Backend:
         if session.finish is None or session.stopped_early:
             self._spawn(self._cancel(live.plan.session, "stop string" if session.stopped_early else reason))
 
-    async def _tell_end(self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING) -> None:
+    async def _tell_end(
+        self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING, code: str = ""
+    ) -> None:
         ended = Ended(
             session=plan.session,
             service_class=plan.service_class,
             slo=plan.slo,
             reason=reason,
+            code=code,
             prompt_tokens=len(plan.prompt),
             tokens=tokens,
             ttft_ms=outcome.ttft_ms,
