@@ -218,6 +218,18 @@ class Broker:
         """Whether there is a connection now; while there is none, a new one is being made."""
         return self._connection.connected.is_set()
 
+    async def takes_messages(self) -> bool:
+        """Whether RabbitMQ takes messages from this connection: with a memory or disk alarm it stops reading them."""
+        transport = self._connection.transport
+        if not self.connected or transport is None:
+            return False
+        try:
+            async with asyncio.timeout(0.1):
+                await transport.connection.ready()
+        except TimeoutError:
+            return False
+        return True
+
     async def prove_consumers(self, timeout_s: float = 5.0) -> None:
         """Show that all of this process's consumers are alive.
 
@@ -232,6 +244,8 @@ class Broker:
                 try:
                     await self.prove(queue, timeout_s)
                 except TimeoutError:
+                    if not await self.takes_messages():
+                        raise BrokersError("RabbitMQ takes no messages now; see its alarms of memory and disk") from None
                     raise BrokersError(f"the consumer of queue {queue.name} does not answer") from None
             else:
                 try:

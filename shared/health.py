@@ -1,8 +1,8 @@
 """Whether this process does its work: `/live`, `/ready` and `/metrics` on the metrics port, and the command that asks.
 
 `/ready` says yes when every consumer answers and Redis does; `/live` says no only where starting this process again
-would help: its event loop hangs, or a consumer is dead although RabbitMQ is there. An outage of RabbitMQ or Redis must
-not restart every process, which would throw away the K/V caches.
+would help: its event loop hangs, or a consumer is dead although RabbitMQ is there and takes messages. An outage of
+RabbitMQ or Redis, or an alarm there, must not restart every process, which would throw away the K/V caches.
 
 `python -m shared.health` asks the process that runs with the same settings, and ends with status 1 unless it is ready.
 """
@@ -63,8 +63,8 @@ class Health:
         if broker is None or self.stopping or not broker.connected:
             return {}
         problem = await _problem(broker.prove_consumers(CHECK_S))
-        # The connection may have gone meanwhile.
-        return {"rabbitmq": problem} if problem and broker.connected else {}
+        # The connection may have gone meanwhile, or RabbitMQ have stopped reading from it.
+        return {"rabbitmq": problem} if problem and await broker.takes_messages() else {}
 
 
 HEALTH = Health()

@@ -9,11 +9,13 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import aio_pika
 import httpx
 import pytest
 
+from services.cli import host, private
 from shared import health
 from shared.broker import Broker
 from shared.errors import SettingsError
@@ -97,6 +99,28 @@ async def test_without_rabbitmq_a_process_is_not_ready_but_need_not_be_started_a
     assert status == 503
     assert text == "rabbitmq: no connection to RabbitMQ\n"
     assert await served.asked("/live") == (200, "ok\n")
+
+
+async def test_an_alarm_at_rabbitmq_starts_nothing_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, namespace: str
+) -> None:
+    here = host.inspect()
+    if here.rabbitmq is None or here.epmd is None:
+        pytest.skip("needs an installed RabbitMQ, to give it too little memory")
+    monkeypatch.setattr(private, "RABBITMQ_CONF", private.RABBITMQ_CONF.replace("1GiB", "1MiB"))
+    monkeypatch.setattr(health, "CHECK_S", 1.0)
+    server = await private.start_rabbitmq(here.rabbitmq, here.epmd, tmp_path)
+    alarmed = Served(Health(), await Broker.connect(server.url, Topology(namespace), "alarmed"), served.store, 0)
+    try:
+        await consuming(alarmed)
+        problem = "RabbitMQ takes no messages now; see its alarms of memory and disk"
+        assert await alarmed.health.ready() == {"rabbitmq": problem}
+        assert await alarmed.health.live() == {}
+    finally:
+        # It would wait for its last messages to be taken.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(alarmed.broker.close(), 2)
+        await server.stop()
 
 
 async def test_without_redis_a_process_is_not_ready_but_lives(served: Served, namespace: str) -> None:
