@@ -245,7 +245,9 @@ class Broker:
                     await self.prove(queue, timeout_s)
                 except TimeoutError:
                     if not await self.takes_messages():
-                        raise BrokersError("RabbitMQ takes no messages now; see its alarms of memory and disk") from None
+                        raise BrokersError(
+                            "RabbitMQ takes no messages now; see its alarms of memory and disk"
+                        ) from None
                     raise BrokersError(f"the consumer of queue {queue.name} does not answer") from None
             else:
                 try:
