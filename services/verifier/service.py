@@ -88,9 +88,11 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms)
+    verifier = Verifier(
+        instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms, digests=settings.journal
+    )
     try:
         await verifier.run(measured, stop, settings.drain_s)
     finally:
@@ -111,7 +113,10 @@ class Verifier:
         broker: Broker,
         store: Store,
         heartbeat_ms: int,
+        *,
+        digests: bool = False,
     ) -> None:
+        """digests: results carry those of their logits, for `wisp replay --verify`."""
         self.instance = instance
         self.fingerprint = fingerprint
         self._engine = engine
@@ -119,6 +124,7 @@ class Verifier:
         self._broker = broker
         self._store = store
         self._heartbeat_s = heartbeat_ms / 1000
+        self._digests = digests
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -213,7 +219,7 @@ class Verifier:
         reply.add_done_callback(self._replies.discard)
 
     def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
-        verified = verify(self._engine, tasks)
+        verified = verify(self._engine, tasks, digests=self._digests)
         held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
         self._cached = {session: cached for session, cached in held.items() if cached}
         return verified
