@@ -43,8 +43,10 @@ class ServiceSettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_format: Literal["json", "console"] = Field("json", description="log lines as JSON or for reading")
-    metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics; 0 serves none")
-    metrics_host: str = Field("127.0.0.1", description="address for Prometheus metrics")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of /metrics for Prometheus, /live and /ready; 0 serves none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of that port")
     session_ttl_s: int = Field(900, ge=10, description="seconds that a session's state is kept after its last token")
     journal: bool = Field(
         False, description="record messages in a stream queue for `wisp replay`; they hold the users' tokens"

@@ -157,6 +157,12 @@ def up(
 
 @app.command()
 def demo(
+    url: Annotated[
+        str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
+    ] = None,
+    key: Annotated[
+        str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="API key, where the gateway asks for one.")
+    ] = "none",
     target: Target = None,
     dtype: DtypeOption = None,
     drafters: Drafters = 1,
@@ -171,16 +177,21 @@ def demo(
 ) -> None:
     """Ask two questions through the whole suite, and compare with plain decoding (exit status 1 if it differs)."""
     with errors_shown():
-        require("gateway", "model", "client")
+        require("client")
         from services.cli.demo import demo
 
+        if url is not None:
+            if not run(lambda: demo(url, out, rounds, key)):
+                raise typer.Exit(1)
+            return
+        require("gateway", "model")
         stack = _stack(
             "demo", target, dtype, draft, draft_model, hidden_draft, threads, drafters=drafters, verifiers=verifiers
         )
 
         async def work() -> bool:
             async with stack:
-                return await stack.watch(demo(stack, out, rounds))
+                return await stack.watch(demo(stack.url, out, rounds))
 
         if not run(work):
             raise typer.Exit(1)
@@ -259,6 +270,18 @@ def prepare(
         folder = prepare_target(model or LocalSettings().target, _progress())
         if not quiet:
             out.print(str(folder), soft_wrap=True)
+
+
+@models.command("describe")
+def describe(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    to: Annotated[Path, typer.Argument(help="Folder to write, of some megabytes.")],
+) -> None:
+    """Write what a gateway needs of a model: everything but its weights, and their digest."""
+    with errors_shown():
+        from shared.models.folder import ModelFolder
+
+        ModelFolder(model).describe(to)
 
 
 @models.command("list")

@@ -18,6 +18,7 @@ from services.gateway.session import sessions_of
 from services.gateway.settings import GatewaySettings
 from shared.broker import Broker
 from shared.errors import BrokersError
+from shared.health import HEALTH
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.store import Store
@@ -55,6 +56,7 @@ async def serve(
     )
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
+    HEALTH.watch(broker, store)
 
     async def missing() -> dict[str, str | None]:
         return await _missing(broker, queue, store, fleet, backend)

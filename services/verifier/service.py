@@ -21,6 +21,7 @@ from shared.broker import Broker
 from shared.engine import Engine
 from shared.errors import BrokersError
 from shared.fit import VerifierFit
+from shared.health import HEALTH
 from shared.messages import (
     Batch,
     BatchShape,
@@ -64,6 +65,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     """Run a verifier until `stop` is set and its accepted batches are done."""
     log = logging.get()
     folder = ModelFolder(settings.target)
+    folder.require_weights()
     fingerprint = folder.fingerprint(settings.dtype)
     model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     loop = asyncio.get_running_loop()
@@ -142,6 +144,7 @@ class Verifier:
         )
         if measured:
             await self._publish_profile(measured)
+        HEALTH.watch(self._broker, self._store)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
         async with running(stop, self._work(), self._beat()):
             self._draining = True
