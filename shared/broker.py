@@ -5,14 +5,19 @@
 messages are consumed without acknowledgement for the same reason; persistent ones are acknowledged when their handler
 returns, and given to another consumer when the process dies before that.
 
+With the journal on, the broker makes its copies by bindings; only of a confirmed message a copy is published here,
+since a binding for it would hide that its receiver is away (see `shared.topology`).
+
 After a lost connection aio-pika restores channels, queues, bindings and consumers; `prove` shows that it really did.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 from uuid import uuid4
 
 import aio_pika
@@ -26,18 +31,20 @@ from aio_pika.abc import (
     AbstractRobustConnection,
 )
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
-from aiormq.exceptions import ChannelLockedResource
+from aiormq.exceptions import ChannelLockedResource, ChannelPreconditionFailed
 
 from shared import logging
 from shared.errors import BrokersError, MessageError, Unroutable
 from shared.messages import Message, decode, encode
-from shared.topology import Queue, Topology
+from shared.topology import JournalLimits, Queue, Topology
 
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
 RECONNECT_INTERVAL_S = 1
 OWN_QUEUE_RETRIES = 20
 PROBE_HEADER = "x-wisp-probe"
+SENT_HEADER = "x-wisp-sent-us"
+"""When a message was sent: microseconds since 1970 by its sender's clock. It is for `wisp replay`, nothing needs it."""
 
 Handler = Callable[[Message], Awaitable[None]]
 
@@ -56,15 +63,16 @@ class Broker:
         self._connection = connection
         self._fast = fast
         self._fast_exchange, self._sure_exchange, self._dead_exchange = exchanges
+        self._journal: AbstractExchange | None = None
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
         self._consumed: list[tuple[Queue, AbstractQueue, str]] = []
 
     @classmethod
-    async def connect(cls, url: str, topology: Topology, name: str) -> Broker:
+    async def connect(cls, url: str, topology: Topology, name: str, journal: JournalLimits | None = None) -> Broker:
         """Connect and declare the exchanges. `name` is shown in the broker's list of connections.
 
-        Raises BrokersError when nothing answers for 30 seconds.
+        With `journal`, messages are recorded. Raises BrokersError when nothing answers for 30 seconds.
         """
         last: Exception = TimeoutError("no answer")
 
@@ -96,7 +104,36 @@ class Broker:
         )
         dead = topology.dead_queue()
         await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
-        return cls(connection, topology, fast, exchanges)
+        broker = cls(connection, topology, fast, exchanges)
+        if journal is not None:
+            await broker._record(topology.journal_queue(journal))
+        return broker
+
+    async def _record(self, queue: Queue) -> None:
+        """Declare the journal, its exchange and their bindings, now and after each reconnect."""
+        self._journal = await self._fast.declare_exchange(queue.name, aio_pika.ExchangeType.TOPIC, durable=True)
+
+        async def declare(*_: object) -> None:
+            # On a channel that aio-pika does not restore: if somebody has changed the journal meanwhile, the refusal
+            # must not keep this process from coming back.
+            channel = await self._connection.channel(publisher_confirms=False)
+            try:
+                plain = await channel.get_underlay_channel()
+                await plain.queue_declare(queue.name, durable=True, arguments=queue.arguments)
+                for exchange, key in [(self.topology.exchange, key) for key in queue.bindings] + [(queue.name, "#")]:
+                    await plain.queue_bind(queue.name, exchange, key)
+            except ChannelPreconditionFailed as error:
+                self._log.warning(
+                    "the journal keeps its old limits; for new ones delete it (wisp journal delete)", error=str(error)
+                )
+            except CONNECTION_EXCEPTIONS as error:
+                self._log.warning("the journal could not be declared", error=repr(error))
+            finally:
+                with suppress(*CONNECTION_EXCEPTIONS):
+                    await channel.close()
+
+        await declare()
+        self._connection.reconnect_callbacks.add(declare)
 
     async def publish(
         self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False, confirmed: bool = False
@@ -107,13 +144,19 @@ class Broker:
         raises Unroutable when no queue takes it, and BrokersError when the broker does not say that it has it.
         """
         confirmed = confirmed or persistent
+        headers: dict[str, Any] = {SENT_HEADER: time.time_ns() // 1000}
+        if cc:
+            headers["CC"] = list(cc)
         envelope = aio_pika.Message(
             encode(message),
-            headers={"CC": list(cc)} if cc else None,
+            headers=headers,
             content_type="application/msgpack",
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
         )
         exchange = self._sure_exchange if confirmed else self._fast_exchange
+        if confirmed and self._journal is not None:
+            with suppress(*CONNECTION_EXCEPTIONS):
+                await self._journal.publish(envelope, key, mandatory=False)
         try:
             await exchange.publish(envelope, key, mandatory=confirmed, timeout=PUBLISH_TIMEOUT_S)
         except PublishError as error:
@@ -245,7 +288,9 @@ class Broker:
                     await self.prove(queue, timeout_s)
                 except TimeoutError:
                     if not await self.takes_messages():
-                        raise BrokersError("RabbitMQ takes no messages now; see its alarms of memory and disk") from None
+                        raise BrokersError(
+                            "RabbitMQ takes no messages now; see its alarms of memory and disk"
+                        ) from None
                     raise BrokersError(f"the consumer of queue {queue.name} does not answer") from None
             else:
                 try:

@@ -16,6 +16,8 @@ from typing import Literal, NoReturn, TypeVar
 from pydantic import Field, ValidationError
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 
+from shared.topology import JournalLimits
+
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 HOST_LENGTH = 46
 """Of a host's name in a process's: a pod's name fits, and what is made of it is no longer than 64."""
@@ -48,6 +50,16 @@ class ServiceSettings(BaseSettings):
     )
     metrics_host: str = Field("127.0.0.1", description="address of that port")
     session_ttl_s: int = Field(900, ge=10, description="seconds that a session's state is kept after its last token")
+    journal: bool = Field(
+        False, description="record messages in a stream queue for `wisp replay`; they hold the users' tokens"
+    )
+    journal_bytes: int = Field(1_000_000_000, ge=10_000_000, description="size of the journal at most, in bytes")
+    journal_hours: float = Field(24.0, gt=0, le=8784, description="hours after which the journal forgets")
+
+    @property
+    def journal_limits(self) -> JournalLimits | None:
+        """What the journal keeps; None where nothing is recorded."""
+        return JournalLimits(self.journal_bytes, max(1, int(self.journal_hours * 3600))) if self.journal else None
 
     def instance_name(self, service: str) -> str:
         """The given instance name, or a fresh one made of service, host and a random part."""

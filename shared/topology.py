@@ -16,6 +16,10 @@
     ended                   gateway → who observes (`wisp top`)
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
+
+With the journal on, the stream queue `<ns>.journal` takes a copy of everything but samples and hidden states. It is
+bound beside the work queues, except for messages whose sender has to know that their receiver is there (Generate,
+Batch): a binding of the journal's would count as a receiver. Their copies go to the topic exchange `<ns>.journal`.
 """
 
 from __future__ import annotations
@@ -35,6 +39,10 @@ GENERATE_DELIVERY_LIMIT = 20
 """A Generate that has brought down this many drafters is dead-lettered instead of being tried again."""
 DEAD_LETTERS_KEPT = 10_000
 SAMPLES_KEPT = 10_000
+JOURNAL_SEGMENTS = 20
+"""Files that a full journal consists of: the broker only ever drops a whole one."""
+SMALLEST_SEGMENT = 1_000_000
+"""Bytes."""
 
 
 def generate(pool: str = DEFAULT_POOL) -> str:
@@ -60,6 +68,14 @@ def costmodel(verifier: str) -> str:
 def heartbeat(verifier: str) -> str:
     """Routing key of a verifier's heartbeat."""
     return f"heartbeat.{verifier}"
+
+
+@dataclass(frozen=True)
+class JournalLimits:
+    """How much of the past the journal keeps at most."""
+
+    max_bytes: int
+    max_age_s: int
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,25 @@ class Topology:
             (SAMPLE,),
             durable=True,
             arguments={"x-single-active-consumer": True, "x-max-length": SAMPLES_KEPT},
+        )
+
+    @property
+    def journal(self) -> str:
+        """The stream queue that records, and the topic exchange of the copies that senders make for it."""
+        return f"{self.namespace}.journal"
+
+    def journal_queue(self, limits: JournalLimits) -> Queue:
+        """The journal, bound to the work exchange. Messages that nobody but their receiver sees are not in it."""
+        return Queue(
+            self.journal,
+            (VERIFY, RESULT_SCHEDULER, costmodel("#"), LOAD, heartbeat("#"), CANCEL, ENDED),
+            durable=True,
+            arguments={
+                "x-queue-type": "stream",
+                "x-max-length-bytes": limits.max_bytes,
+                "x-max-age": f"{limits.max_age_s}s",
+                "x-stream-max-segment-size-bytes": max(SMALLEST_SEGMENT, limits.max_bytes // JOURNAL_SEGMENTS),
+            },
         )
 
     def own_queue(self, service: str, instance: str, bindings: tuple[str, ...]) -> Queue:

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import controller, top_command
+from services.cli import controller, journal_command, replay_command, top_command
 from services.cli import draft as drafts
 from services.cli.terminal import errors_shown, out, require, run
 
@@ -32,7 +32,9 @@ models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(drafts.app, name="draft")
 app.add_typer(controller.app, name="controller")
+app.add_typer(journal_command.app, name="journal")
 app.command()(top_command.top)
+app.command()(replay_command.replay)
 
 
 class Dtype(StrEnum):

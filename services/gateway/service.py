@@ -36,7 +36,7 @@ async def serve(
     fingerprint = folder.fingerprint(settings.dtype)
     listener = listen(settings.host, settings.port)
     topology = Topology(settings.namespace)
-    broker = await Broker.connect(settings.amqp_url, topology, instance)
+    broker = await Broker.connect(settings.amqp_url, topology, instance, settings.journal_limits)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
     fleet = Fleet(store.heartbeats, fingerprint)
     model = settings.model_name or folder.name

@@ -93,9 +93,13 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     if pace is not None:
         log.warning("batches take longer than they need, as emulated_cost says")
         measured = [pace.slowed(one) for one in measured]
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms, pace)
+    verifier = Verifier(
+        *(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms),
+        digests=settings.journal,
+        pace=pace,
+    )
     try:
         await verifier.run(measured, stop, settings.drain_s)
     finally:
@@ -116,8 +120,11 @@ class Verifier:
         broker: Broker,
         store: Store,
         heartbeat_ms: int,
+        *,
+        digests: bool = False,
         pace: Pace | None = None,
     ) -> None:
+        """digests: results carry those of their logits, for `wisp replay --verify`."""
         self.instance = instance
         self.fingerprint = fingerprint
         self._engine = engine
@@ -125,6 +132,7 @@ class Verifier:
         self._broker = broker
         self._store = store
         self._heartbeat_s = heartbeat_ms / 1000
+        self._digests = digests
         self._pace = pace
         self._log = logging.get()
         self._known: dict[str, Known] = {}
@@ -221,7 +229,7 @@ class Verifier:
 
     def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
         started = time.perf_counter()
-        verified = verify(self._engine, tasks)
+        verified = verify(self._engine, tasks, digests=self._digests)
         if self._pace is not None:
             time.sleep(self._pace.rest_ms(verified[1], (time.perf_counter() - started) * 1000) / 1000)
         held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
