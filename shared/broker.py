@@ -251,7 +251,7 @@ class Broker:
                     aio_pika.Message(b"", headers={PROBE_HEADER: probe}), queue.name
                 )
                 await self._probes[probe]
-        except CONNECTION_EXCEPTIONS as error:
+        except CONNECTION_EXCEPTIONS as error:  # a probe that is late among them
             raise BrokersError(f"the consumer of queue {queue.name} does not answer: {error!r}") from error
         finally:
             self._probes.pop(probe, None)
@@ -286,12 +286,12 @@ class Broker:
             if queue.exclusive:
                 try:
                     await self.prove(queue, timeout_s)
-                except TimeoutError:
-                    if not await self.takes_messages():
+                except BrokersError as error:
+                    if self.connected and not await self.takes_messages():
                         raise BrokersError(
                             "RabbitMQ takes no messages now; see its alarms of memory and disk"
-                        ) from None
-                    raise BrokersError(f"the consumer of queue {queue.name} does not answer") from None
+                        ) from error
+                    raise
             else:
                 try:
                     async with asyncio.timeout(timeout_s):
