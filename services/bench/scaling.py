@@ -120,7 +120,8 @@ def make_tiny(target: Path, to: Path) -> Path:
     if hasattr(config, "layer_types"):
         config.layer_types = config.layer_types[: TINY["num_hidden_layers"]] if config.layer_types else None
     torch.manual_seed(0)
-    AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(to)
+    tiny = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)  # type: ignore[no-untyped-call]
+    tiny.save_pretrained(to)
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
         if (target / name).is_file():
             shutil.copyfile(target / name, to / name)

@@ -30,8 +30,7 @@ def settings_of(service: str) -> type[ServiceSettings]:
     """A service's settings class. Raises WispError where there is no such service."""
     if service not in OWN:
         raise WispError(f"no service is called {service!r}; there are {', '.join(OWN)}")
-    kind = getattr(import_module(f"services.{service}.settings"), OWN[service])
-    assert issubclass(kind, ServiceSettings)
+    kind: type[ServiceSettings] = getattr(import_module(f"services.{service}.settings"), OWN[service])
     return kind
 
 
