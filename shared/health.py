@@ -35,14 +35,14 @@ Check = Callable[[], Awaitable[None]]
 
 
 class Health:
-    """What this process has to prove. Not ready before something is watched."""
+    """What this process has to prove. Not ready before `watch` is called."""
 
     def __init__(self) -> None:
         self._broker: Broker | None = None
         self._store: Store | None = None
         self.stopping = False
 
-    def watch(self, broker: Broker, store: Store) -> None:
+    def watch(self, broker: Broker | None, store: Store) -> None:
         """From now on ready means that these answer. Call it when everything is consumed."""
         self._broker, self._store = broker, store
 
@@ -50,10 +50,11 @@ class Health:
         """What keeps the process from its work, by part; empty when nothing does."""
         if self.stopping:
             return {"process": "shutting down"}
-        if self._broker is None or self._store is None:
+        if self._store is None:
             return {"process": "starting"}
-        broker, store = self._broker, self._store
-        checks: dict[str, Awaitable[None]] = {"rabbitmq": broker.prove_consumers(CHECK_S), "redis": store.ping()}
+        checks: dict[str, Awaitable[None]] = {"redis": self._store.ping()}
+        if self._broker is not None:
+            checks = {"rabbitmq": self._broker.prove_consumers(CHECK_S)} | checks
         found = await asyncio.gather(*(_problem(check) for check in checks.values()))
         return {part: problem for part, problem in zip(checks, found, strict=True) if problem}
 
