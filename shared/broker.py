@@ -21,6 +21,7 @@ from typing import Any
 from uuid import uuid4
 
 import aio_pika
+import aiormq
 import structlog
 from aio_pika.abc import (
     AbstractChannel,
@@ -69,6 +70,7 @@ class Broker:
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
         self._queues: dict[str, AbstractQueue] = {}
+        self._consumed: list[tuple[Queue, AbstractQueue, str]] = []
 
     @classmethod
     async def connect(cls, url: str, topology: Topology, name: str, journal: JournalLimits | None = None) -> Broker:
@@ -193,7 +195,8 @@ class Broker:
                 with suppress(*CONNECTION_EXCEPTIONS):  # the broker delivers it again after the reconnect
                     await incoming.ack()
 
-        await declared.consume(receive, no_ack=not prefetch)
+        tag = await declared.consume(receive, no_ack=not prefetch)
+        self._consumed.append((queue, declared, tag))
 
     async def bind(self, queue: Queue, key: str) -> None:
         """Let a queue that is consumed here get what goes to `key` as well, also after reconnects.
@@ -273,10 +276,56 @@ class Broker:
                     aio_pika.Message(b"", headers={PROBE_HEADER: probe}), queue.name
                 )
                 await self._probes[probe]
-        except CONNECTION_EXCEPTIONS as error:
+        except CONNECTION_EXCEPTIONS as error:  # a probe that is late among them
             raise BrokersError(f"the consumer of queue {queue.name} does not answer: {error!r}") from error
         finally:
             self._probes.pop(probe, None)
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now; while there is none, a new one is being made."""
+        return self._connection.connected.is_set()
+
+    async def takes_messages(self) -> bool:
+        """Whether RabbitMQ takes messages from this connection: with a memory or disk alarm it stops reading them."""
+        transport = self._connection.transport
+        if not self.connected or transport is None:
+            return False
+        try:
+            async with asyncio.timeout(0.1):
+                await transport.connection.ready()
+        except TimeoutError:
+            return False
+        return True
+
+    async def prove_consumers(self, timeout_s: float = 5.0) -> None:
+        """Show that all of this process's consumers are alive.
+
+        An own queue proves it by a round trip. A message for a shared queue might go to another process; there the
+        broker must still know our consumer, which it takes away when the queue is deleted, for example. Raises
+        BrokersError, with the first that is not alive.
+        """
+        if not self.connected:
+            raise BrokersError("no connection to RabbitMQ")
+        for queue, declared, tag in tuple(self._consumed):
+            if queue.exclusive:
+                try:
+                    await self.prove(queue, timeout_s)
+                except BrokersError as error:
+                    if self.connected and not await self.takes_messages():
+                        raise BrokersError(
+                            "RabbitMQ takes no messages now; see its alarms of memory and disk"
+                        ) from error
+                    raise
+            else:
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        channel = await declared.channel.get_underlay_channel()
+                except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+                    raise BrokersError(f"the channel of queue {queue.name} is not open: {error!r}") from error
+                assert isinstance(channel, aiormq.Channel)
+                if tag not in channel.consumers:
+                    raise BrokersError(f"RabbitMQ has cancelled the consumer of queue {queue.name}")
 
     async def close(self) -> None:
         """Close the connection; unacknowledged messages go to others."""

@@ -19,6 +19,8 @@ from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from shared.topology import JournalLimits
 
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+HOST_LENGTH = 46
+"""Of a host's name in a process's: a pod's name fits, and what is made of it is no longer than 64."""
 
 
 class ServiceSettings(BaseSettings):
@@ -43,8 +45,10 @@ class ServiceSettings(BaseSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_format: Literal["json", "console"] = Field("json", description="log lines as JSON or for reading")
-    metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics; 0 serves none")
-    metrics_host: str = Field("127.0.0.1", description="address for Prometheus metrics")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of /metrics for Prometheus, /live and /ready; 0 serves none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of that port")
     session_ttl_s: int = Field(900, ge=10, description="seconds that a session's state is kept after its last token")
     journal: bool = Field(
         False, description="record messages in a stream queue for `wisp replay`; they hold the users' tokens"
@@ -61,8 +65,13 @@ class ServiceSettings(BaseSettings):
         """The given instance name, or a fresh one made of service, host and a random part."""
         if self.instance:
             return self.instance
-        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:HOST_LENGTH]
         return f"{service}-{host}-{token_hex(3)}"
+
+
+def host_of(service: str, instance: str) -> str:
+    """The host in a name that `instance_name` made: in Kubernetes, the pod."""
+    return instance.removeprefix(f"{service}-").rpartition("-")[0]
 
 
 class TargetSettings(ServiceSettings):

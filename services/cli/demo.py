@@ -10,7 +10,7 @@ from rich.text import Text
 from services.cli.ask import API_KEY, Answer, Question, ask, summary_lines, tokens_per_second
 from services.cli.paint import Painter
 from services.cli.rounds import draw
-from services.cli.stack import Stack
+from shared.errors import WispError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -40,14 +40,21 @@ QUESTIONS = (
 )
 
 
-async def demo(stack: Stack, console: Console, rounds: bool = False) -> bool:
-    """Ask the questions with drafts and without; returns whether both gave the same tokens.
+async def demo(url: str, console: Console, rounds: bool = False, key: str = API_KEY) -> bool:
+    """Ask the gateway at `url` with drafts and without; returns whether both gave the same tokens.
 
-    rounds: also draw the first rounds of each drafted answer.
+    rounds: also draw the first rounds of each drafted answer. Raises WispError when the gateway does not answer.
     """
-    from openai import AsyncOpenAI
+    from openai import APIError, AsyncOpenAI
 
-    async with AsyncOpenAI(base_url=stack.url, api_key=API_KEY, max_retries=0) as client:
+    try:
+        return await _demo(AsyncOpenAI(base_url=url, api_key=key, max_retries=0), console, rounds)
+    except APIError as error:
+        raise WispError(f"{url}: {error}. The gateway's /ready says what is missing.") from error
+
+
+async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
+    async with opened as client:
         model = (await client.models.list()).data[0].id
         painter = Painter(console)
         console.print(Text.assemble(f"\n{model} answers: ", painter.legend))

@@ -71,6 +71,7 @@ class Benchmark(StrEnum):
     HANDOFF = "handoff"
     LOAD = "load"
     ROUNDS = "rounds"
+    SCALING = "scaling"
     SCHEDULER = "scheduler"
     STREAM = "stream"
 
@@ -80,6 +81,7 @@ BENCHMARK_EXTRAS = {
     Benchmark.HANDOFF: ("gateway", "model", "client"),
     Benchmark.LOAD: ("gateway", "model", "client", "bench"),
     Benchmark.ROUNDS: ("gateway", "model", "client"),
+    Benchmark.SCALING: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),
 }
 """What a benchmark needs beside `model`."""
@@ -159,6 +161,12 @@ def up(
 
 @app.command()
 def demo(
+    url: Annotated[
+        str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
+    ] = None,
+    key: Annotated[
+        str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="API key, where the gateway asks for one.")
+    ] = "none",
     target: Target = None,
     dtype: DtypeOption = None,
     drafters: Drafters = 1,
@@ -173,16 +181,21 @@ def demo(
 ) -> None:
     """Ask two questions through the whole suite, and compare with plain decoding (exit status 1 if it differs)."""
     with errors_shown():
-        require("gateway", "model", "client")
+        require("client")
         from services.cli.demo import demo
 
+        if url is not None:
+            if not run(lambda: demo(url, out, rounds, key)):
+                raise typer.Exit(1)
+            return
+        require("gateway", "model")
         stack = _stack(
             "demo", target, dtype, draft, draft_model, hidden_draft, threads, drafters=drafters, verifiers=verifiers
         )
 
         async def work() -> bool:
             async with stack:
-                return await stack.watch(demo(stack, out, rounds))
+                return await stack.watch(demo(stack.url, out, rounds))
 
         if not run(work):
             raise typer.Exit(1)
@@ -263,6 +276,18 @@ def prepare(
             out.print(str(folder), soft_wrap=True)
 
 
+@models.command("describe")
+def describe(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    to: Annotated[Path, typer.Argument(help="Folder to write, of some megabytes.")],
+) -> None:
+    """Write what a gateway needs of a model: everything but its weights, and their digest."""
+    with errors_shown():
+        from shared.models.folder import ModelFolder
+
+        ModelFolder(model).describe(to)
+
+
 @models.command("list")
 def list_models() -> None:
     """The packaged models and the folders that hold models."""
@@ -275,6 +300,17 @@ def list_models() -> None:
         for row in listing():
             table.add_row(*row)
         out.print(table)
+
+
+@app.command()
+def settings(
+    service: Annotated[str, typer.Argument(help="gateway, drafter, scheduler, estimator, verifier or drainorder.")],
+) -> None:
+    """Every setting of a service with its default, as an environment file for containers, Kubernetes or systemd."""
+    with errors_shown():
+        from services.cli.environment import environment, settings_of
+
+        sys.stdout.write(environment(settings_of(service)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -23,6 +23,7 @@ from services.drafter.worker import SourceWorker
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError, MessageError
+from shared.health import HEALTH
 from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status, Verify
 from shared.service import running
 from shared.store import SessionStatus, Store
@@ -82,6 +83,7 @@ class Drafter:
         await self._broker.consume(
             names.generate_queue(self._settings.pool), self._generate, prefetch=self._settings.max_sessions
         )
+        HEALTH.watch(self._broker, self._store)
         self._log.info(
             "ready",
             pool=self._settings.pool,

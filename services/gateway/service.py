@@ -19,6 +19,7 @@ from services.gateway.settings import GatewaySettings
 from shared import logging
 from shared.broker import Broker
 from shared.errors import BrokersError
+from shared.health import HEALTH
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.store import Store
@@ -60,6 +61,7 @@ async def serve(
         queue=queue,
     )
     await broker.consume(queue, backend.receive)
+    HEALTH.watch(broker, store)
 
     async def missing() -> dict[str, str | None]:
         return await _missing(broker, queue, store, fleet, backend)

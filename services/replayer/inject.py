@@ -7,12 +7,12 @@ import asyncio
 import time
 from contextlib import suppress
 from secrets import token_hex
-from urllib.parse import quote, unquote, urlsplit, urlunsplit
+from urllib.parse import quote, urlsplit, urlunsplit
 
 from services.replayer.figures import Served
 from services.replayer.recording import Recording, RecordingError, Source
 from services.replayer.requests import Again, Answers, Asked, answers, requests_of
-from services.replayer.stream import connected, source_of
+from services.replayer.stream import connected, source_of, vhost_of
 from shared import topology
 from shared.broker import Broker
 from shared.errors import BrokersError, Unroutable
@@ -28,17 +28,13 @@ TTL_S = 900
 def in_vhost(amqp_url: str, vhost: str) -> str:
     """The broker's address with another virtual host. Raises RecordingError where that is the address's own."""
     parts = urlsplit(amqp_url)
-    own = _vhost(amqp_url)
+    own = vhost_of(amqp_url)
     if vhost == own:
         raise RecordingError(
             f"virtual host {vhost!r} is the one that {parts.hostname} is used with here, so it is the live one; inject "
             "into another (--vhost), in which a suite of its own runs"
         )
     return urlunsplit(parts._replace(path="/" + quote(vhost, safe="")))
-
-
-def _vhost(amqp_url: str) -> str:
-    return unquote(urlsplit(amqp_url).path[1:]) or "/"
 
 
 def refuse_live(recorded: Source, target: Source) -> None:
@@ -63,16 +59,8 @@ async def inject(amqp_url: str, redis_url: str, namespace: str, recording: Recor
     asked = requests_of(recording)
     if not asked:
         raise RecordingError("no request's beginning is in the recording: nothing to inject")
-    try:
-        async with connected(amqp_url) as connection:
-            refuse_live(recording.source, source_of(connection, amqp_url, namespace))
-    except BrokersError as error:
-        if "not found" not in str(error):
-            raise
-        raise BrokersError(
-            f"there is no virtual host {_vhost(amqp_url)!r} at {urlsplit(amqp_url).hostname}; make it first: "
-            f"rabbitmqctl add_vhost {_vhost(amqp_url)}, and rabbitmqctl set_permissions for its user"
-        ) from error
+    async with connected(amqp_url) as connection:
+        refuse_live(recording.source, source_of(connection, amqp_url, namespace))
     name = f"inject-{token_hex(3)}"
     broker = await Broker.connect(amqp_url, Topology(namespace), name)
     store = Store.connect(redis_url, namespace, TTL_S)

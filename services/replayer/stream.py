@@ -12,7 +12,7 @@ from urllib.parse import unquote, urlsplit
 import aio_pika
 from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-from aiormq.exceptions import ChannelNotFoundEntity
+from aiormq.exceptions import ChannelNotFoundEntity, InvalidFrameError
 
 from services.replayer.recording import Packed, Recording, RecordingError, Source
 from shared.broker import SENT_HEADER, without_password
@@ -36,6 +36,13 @@ async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
     try:
         async with asyncio.timeout(CONNECT_S):
             connection = await aio_pika.connect(amqp_url)
+    except InvalidFrameError as error:
+        # All that aiormq says when the broker refuses to open the virtual host.
+        vhost = vhost_of(amqp_url)
+        raise BrokersError(
+            f"there is no virtual host {vhost!r} at {without_password(amqp_url)}, or its user may not use it; type: "
+            f"rabbitmqctl add_vhost {vhost}, and rabbitmqctl set_permissions for the user"
+        ) from error
     except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
         raise BrokersError(
             f"RabbitMQ cannot be used at {without_password(amqp_url)} ({error or type(error).__name__}); say where it "
@@ -45,12 +52,18 @@ async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
         yield connection
 
 
+def vhost_of(amqp_url: str) -> str:
+    """The virtual host that a broker's address names."""
+    return unquote(urlsplit(amqp_url).path[1:]) or "/"
+
+
 def source_of(connection: AbstractConnection, amqp_url: str, namespace: str) -> Source:
     """Where a connection leads."""
     parts = urlsplit(amqp_url)
-    vhost = unquote(parts.path[1:]) or "/"
     properties: Any = getattr(getattr(connection.transport, "connection", None), "server_properties", None) or {}
-    return Source(namespace, vhost, f"{parts.hostname}:{parts.port or 5672}", str(properties.get("cluster_name", "")))
+    return Source(
+        namespace, vhost_of(amqp_url), f"{parts.hostname}:{parts.port or 5672}", str(properties.get("cluster_name", ""))
+    )
 
 
 async def read(amqp_url: str, namespace: str, since_ms: float | None = None) -> Recording:

@@ -13,7 +13,8 @@ from services.scheduler.settings import SchedulerSettings
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError
-from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Verify
+from shared.health import HEALTH
+from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
 from shared.service import running
 from shared.store import Store
 from shared.topology import Topology
@@ -35,7 +36,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     scheduler = Scheduler(dispatcher, broker)
     try:
         await scheduler.recall(store)
-        await scheduler.run(stop, settings.load_ms / 1000)
+        await scheduler.run(store, stop, settings.load_ms / 1000)
     finally:
         await broker.close()
         await store.close()
@@ -61,12 +62,13 @@ class Scheduler:
         except BrokersError as error:
             self._log.warning("starting without the stored cost models", error=str(error))
 
-    async def run(self, stop: asyncio.Event, load_s: float) -> None:
+    async def run(self, store: Store, stop: asyncio.Event, load_s: float) -> None:
         """Serve until `stop`."""
         names = self._broker.topology
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
         await self._broker.consume(names.own_queue("scheduler", self._dispatcher.name, own), self._receive)
         await self._broker.consume(names.verify_queue(), self._receive)
+        HEALTH.watch(self._broker, store)
         self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
         async with running(stop, self._tell(load_s)):
@@ -80,6 +82,9 @@ class Scheduler:
                 self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
                 self._dispatcher.on_verify(message, now_ms())
             case Result():
+                known = self._dispatcher.fleet.known.get(message.session)
+                if message.status is Status.COMMITTED and known is not None:
+                    metrics.ROUNDS.labels(metrics.deadline(known.due_ms, now_ms())).inc()
                 self._dispatcher.on_result(message, now_ms())
             case Heartbeat():
                 self._dispatcher.on_heartbeat(message, now_ms())
@@ -139,4 +144,5 @@ class Scheduler:
                 load = self._dispatcher.load(now_ms())
                 metrics.PRICE.set(load.price_ms)
                 metrics.UTILIZATION.set(load.utilization)
+                metrics.QUEUE_DELAY.set(load.backlog_ms / 1000)
                 await self._broker.publish(load, topology.LOAD)

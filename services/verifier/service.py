@@ -13,6 +13,7 @@ from typing import TypeVar
 import structlog
 
 from services.verifier import metrics, replies
+from services.verifier.emulation import Pace
 from services.verifier.handoff import Handoff
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
@@ -22,6 +23,7 @@ from shared.broker import Broker
 from shared.engine import Engine
 from shared.errors import BrokersError, Fenced
 from shared.fit import VerifierFit
+from shared.health import HEALTH
 from shared.messages import (
     Batch,
     BatchShape,
@@ -68,6 +70,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     """Run a verifier until `stop` is set and its accepted batches are done."""
     log = logging.get()
     folder = ModelFolder(settings.target)
+    folder.require_weights()
     fingerprint = folder.fingerprint(settings.dtype)
     model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     loop = asyncio.get_running_loop()
@@ -90,9 +93,13 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
+    pace = Pace(settings.emulated_cost) if settings.emulated_cost else None
+    if pace is not None:
+        log.warning("batches take longer than they need, as emulated_cost says")
+        measured = [pace.slowed(one) for one in measured]
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings)
+    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings, pace)
     try:
         await verifier.run(measured, stop)
     finally:
@@ -113,6 +120,7 @@ class Verifier:
         broker: Broker,
         store: Store,
         settings: VerifierSettings,
+        pace: Pace | None = None,
     ) -> None:
         self.instance = instance
         self.fingerprint = fingerprint
@@ -132,6 +140,7 @@ class Verifier:
             limit_bytes=settings.kv_handoff_mb * 10**6,
         )
         self._digests = settings.journal
+        self._pace = pace
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -156,6 +165,7 @@ class Verifier:
         )
         if measured:
             await self._publish_profile(measured)
+        HEALTH.watch(self._broker, self._store)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
         async with running(stop, self._work(), self._beat(), self._sweep(), self._handoff.work()):
             self._log.info("draining")
@@ -242,7 +252,10 @@ class Verifier:
         reply.add_done_callback(self._replies.discard)
 
     def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
+        started = time.perf_counter()
         verified = verify(self._engine, tasks, digests=self._digests)
+        if self._pace is not None:
+            time.sleep(self._pace.rest_ms(verified[1], (time.perf_counter() - started) * 1000) / 1000)
         held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
         self._cached = {session: cached for session, cached in held.items() if cached}
         return verified

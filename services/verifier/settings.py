@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
+from shared.cost import SIZE
 from shared.settings import TargetSettings
 
 KvHandoff = Literal["off", "drain", "write-through"]
@@ -30,3 +31,15 @@ class VerifierSettings(TargetSettings):
     kv_handoff_mb: int = Field(512, ge=1, description="most megabytes of K/V in Redis, of all verifiers together")
     kv_handoff_s: float = Field(120.0, gt=0, description="seconds that K/V stay in Redis after their last use")
     drain_s: float = Field(20.0, ge=0, description="longest time to finish accepted batches after SIGTERM")
+    emulated_cost: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        [],
+        description="let every batch take at least what a cost model with these coefficients says, in milliseconds, as "
+        "JSON: to run more verifiers than there are cores; none in production",
+    )
+
+    @field_validator("emulated_cost")
+    @classmethod
+    def _is_whole(cls, coefficients: list[float]) -> list[float]:
+        if coefficients and len(coefficients) != SIZE:
+            raise ValueError(f"a cost model has {SIZE} coefficients, or give none")
+        return coefficients
