@@ -45,6 +45,7 @@ HEARTBEAT_S = 10
 """A process that is silent for two of these is gone for RabbitMQ, which gives its messages to others: so long does a
 frozen scheduler keep its standby waiting. `?heartbeat=` in the URL sets another time."""
 OWN_QUEUE_RETRIES = 20
+CONSUME_RETRIES = 30
 PROBE_HEADER = "x-wisp-probe"
 SENT_HEADER = "x-wisp-sent-us"
 """When a message was sent: microseconds since 1970 by its sender's clock. It is for `wisp replay`, nothing needs it."""
@@ -81,27 +82,37 @@ class Broker:
         last: Exception = TimeoutError("no answer")
         options: dict[str, Any] = {} if "heartbeat=" in url else {"heartbeat": HEARTBEAT_S}
 
-        async def attempt() -> AbstractRobustConnection:
+        async def attempt() -> Broker:
             nonlocal last
             while True:
                 try:
-                    return await aio_pika.connect_robust(
+                    connection = await aio_pika.connect_robust(
                         url,
                         reconnect_interval=RECONNECT_INTERVAL_S,
                         client_properties={"connection_name": name},
                         **options,
                     )
+                    try:
+                        return await cls._open(connection, topology, journal)
+                    except BaseException:
+                        await connection.close()
+                        raise
                 except CONNECTION_EXCEPTIONS as error:
                     last = error
                     await asyncio.sleep(RECONNECT_INTERVAL_S)
 
         try:
-            connection = await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)
+            return await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)
         except TimeoutError:
             raise BrokersError(
                 f"RabbitMQ cannot be used at {without_password(url)} ({last or type(last).__name__}); "
                 "start it, or set WISP_AMQP_URL"
             ) from last
+
+    @classmethod
+    async def _open(
+        cls, connection: AbstractRobustConnection, topology: Topology, journal: JournalLimits | None
+    ) -> Broker:
         fast = await connection.channel(publisher_confirms=False)
         sure = await connection.channel(publisher_confirms=True, on_return_raises=True)
         topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
@@ -181,9 +192,6 @@ class Broker:
         they count as done when they arrive. What cannot be decoded, and what makes its handler fail, is dead-lettered
         with the reason and the original headers.
         """
-        declared = self._queues[queue.name] = await self._declare(queue, prefetch)
-        for key in queue.bindings:
-            await declared.bind(self.topology.exchange, key)
 
         async def receive(incoming: AbstractIncomingMessage) -> None:
             if (probe := incoming.headers.get(PROBE_HEADER)) is not None:
@@ -195,7 +203,29 @@ class Broker:
                 with suppress(*CONNECTION_EXCEPTIONS):  # the broker delivers it again after the reconnect
                     await incoming.ack()
 
-        tag = await declared.consume(receive, no_ack=not prefetch)
+        for attempt in range(CONSUME_RETRIES):
+            try:
+                await self._consume(queue, receive, prefetch)
+                return
+            except CONNECTION_EXCEPTIONS as error:
+                self._log.warning("not consuming yet", queue=queue.name, attempt=attempt, error=repr(error))
+                last = error
+                await asyncio.sleep(RECONNECT_INTERVAL_S)
+        raise BrokersError(f"queue {queue.name} cannot be consumed: {last!r}") from last
+
+    async def _consume(
+        self, queue: Queue, receive: Callable[[AbstractIncomingMessage], Awaitable[None]], prefetch: int
+    ) -> None:
+        declared = await self._declare(queue, prefetch)
+        try:
+            for key in queue.bindings:
+                await declared.bind(self.topology.exchange, key)
+            tag = await declared.consume(receive, no_ack=not prefetch)
+        except BaseException:
+            with suppress(*CONNECTION_EXCEPTIONS):
+                await declared.channel.close()
+            raise
+        self._queues[queue.name] = declared
         self._consumed.append((queue, declared, tag))
 
     async def bind(self, queue: Queue, key: str) -> None:

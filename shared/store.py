@@ -55,7 +55,7 @@ return 0
 """
 
 CONNECTIONS = 32
-CONNECTION_S = 10.0
+CONNECTION_S = 30.0
 """A burst of calls waits for one of so many connections, for so long; more of them would not make Redis faster."""
 
 # A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.

@@ -332,7 +332,8 @@ async def test_requests_that_outlast_the_grace_end_in_an_error(start: Start) -> 
         with pytest.raises(openai.InternalServerError, match="shutting down"):
             await whole
         await asyncio.wait_for(suite.serving, 5)
-        assert len(suite.peer.cancelled) == 2
+        told = [generate.session for generate in suite.peer.generated]
+        assert suite.peer.cancelled == told[:1], "the stream is left to another gateway"
 
 
 async def test_a_poison_message_is_dead_lettered_and_the_gateway_goes_on(suite: Suite) -> None:

@@ -81,11 +81,11 @@ async def test_a_thousand_streams_at_once_are_all_right_in_bounded_memory_and_mo
     gateway.peer.script = Script(text="all of it", round_len=3)
     held = gateway.peer.held = asyncio.Event()
     asked = [asyncio.create_task(gateway.answer(f"prompt {number}")) for number in range(STREAMS)]
-    await eventually(lambda: len(gateway.peer.generated) == STREAMS, within_s=60)
+    await eventually(lambda: len(gateway.peer.generated) == STREAMS, within_s=120)
     assert (await gateway.answer("one too many"))[0] == 429
     assert gateway.process.memory_info().rss < MOST_BYTES
     held.set()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(120):
         assert set(await asyncio.gather(*asked)) == {(200, "all of it")}
     assert (await gateway.answer("again"))[0] == 200
     assert gateway.process.memory_info().rss < MOST_BYTES

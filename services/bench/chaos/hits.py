@@ -20,7 +20,7 @@ SLOW_S = 0.15
 """Added to each direction of a slow link."""
 ALARMS = {
     Kind.MEMORY_ALARM: ("set_vm_memory_high_watermark", ("0.000001",), ("absolute", "1GiB")),
-    Kind.DISK_ALARM: ("set_disk_free_limit", ("1000TB",), ("16MB",)),
+    Kind.DISK_ALARM: ("set_disk_free_limit", ("1000000GB",), ("16MB",)),
 }
 """RabbitMQ's limits: the command, one that is always exceeded, and the one in peace."""
 DRAIN_GRACE_S = 30.0
