@@ -24,6 +24,9 @@ ALARMS = {
 }
 """RabbitMQ's limits: the command, one that is always exceeded, and the one in peace."""
 DRAIN_GRACE_S = 30.0
+SETTLED_S = 8.0
+"""RabbitMQ 3.10 forgets the members of a quorum queue that it was killed within seconds of declaring, and has no leader
+for it ever after (`rabbitmqctl delete_queue` helps). So it is left alone for a while when its queues are new."""
 
 
 @dataclass
@@ -77,6 +80,8 @@ class Hits:
                     await server.kill()
                     await asyncio.sleep(fault.hold_s)
                     await server.restart(lose_data=kind.loses_data)
+                    if kind is Kind.LOSE_RABBITMQ:
+                        await asyncio.sleep(SETTLED_S)
                 case Kind.FREEZE_REDIS:
                     await _freeze(self.site.redis.processes[0], fault.hold_s)
                 case Kind.MEMORY_ALARM | Kind.DISK_ALARM:
