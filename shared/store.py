@@ -5,6 +5,7 @@
     <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
     <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
     <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
+    <ns>:quota:{key}, <ns>:streams:{key}    what an API key has used: see `shared.quota`
 
 Session state expires `ttl_s` after the last commit. The commit itself is `commit.lua`.
 """
@@ -29,6 +30,7 @@ from redis.exceptions import RedisError
 
 from shared.errors import BrokersError, MessageError
 from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
+from shared.quota import Quota
 
 HEARTBEAT_TTL_MS = 3000
 COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
@@ -130,6 +132,7 @@ class Store:
         self._namespace = namespace
         self._ttl_s = ttl_s
         self._commit = redis.register_script(files("shared").joinpath("commit.lua").read_text())
+        self.quota = Quota(redis, namespace, self._guard)
 
     @classmethod
     def connect(cls, url: str, namespace: str, ttl_s: int) -> Store:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from services.cli.ask import API_KEY, Answer, Question, ask, summary_lines, tokens_per_second
+from services.cli.ask import Answer, Question, ask, client_at, summary_lines, tokens_per_second
 from services.cli.paint import Painter
 from services.cli.rounds import draw
 from services.cli.stack import Stack
@@ -45,9 +45,7 @@ async def demo(stack: Stack, console: Console, rounds: bool = False) -> bool:
 
     rounds: also draw the first rounds of each drafted answer.
     """
-    from openai import AsyncOpenAI
-
-    async with AsyncOpenAI(base_url=stack.url, api_key=API_KEY, max_retries=0) as client:
+    async with client_at(stack.url) as client:
         model = (await client.models.list()).data[0].id
         painter = Painter(console)
         console.print(Text.assemble(f"\n{model} answers: ", painter.legend))

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import controller, top_command
+from services.cli import controller, keys, top_command
 from services.cli import draft as drafts
 from services.cli.terminal import errors_shown, out, require, run
 
@@ -32,6 +32,7 @@ models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(drafts.app, name="draft")
 app.add_typer(controller.app, name="controller")
+app.add_typer(keys.app, name="keys")
 app.command()(top_command.top)
 
 
@@ -93,7 +94,10 @@ HiddenDraft = Annotated[
 @app.command()
 def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the API; 0 takes a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address of the API; beyond loopback it needs --api-keys.")] = "127.0.0.1",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys (wisp keys new). \\[env: WISP_API_KEYS_FILE]")
+    ] = None,
     target: Target = None,
     dtype: DtypeOption = None,
     drafters: Drafters = 1,
@@ -106,8 +110,9 @@ def up(
     """Keep the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
     with errors_shown():
         require("gateway", "model")
-        from services.cli.up import require_port, up
+        from services.cli.up import require_keys, require_port, up
 
+        key_file = require_keys(host, api_keys)
         require_port(host, port)
         stack = _stack(
             "up",
@@ -121,6 +126,7 @@ def up(
             verifiers=verifiers,
             host=host,
             port=port,
+            api_keys=key_file,
         )
 
         async def work() -> None:
@@ -280,6 +286,7 @@ def _stack(
     verifiers: int = 1,
     host: str = "127.0.0.1",
     port: int = 0,
+    api_keys: Path | None = None,
 ) -> Stack:
     """The stack that a command's options ask for, its model prepared."""
     from services.cli.settings import LocalSettings
@@ -296,6 +303,7 @@ def _stack(
         "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
         "WISP_HIDDEN_DRAFT": str(hidden_draft.absolute()) if hidden_draft else None,
         "WISP_THREADS": str(threads) if threads else None,
+        "WISP_API_KEYS_FILE": str(api_keys) if api_keys else None,
     }
     return Stack(
         purpose,

@@ -14,6 +14,8 @@ from services.gateway.app import Gateway, create_app
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError
 from services.gateway.fleet import Fleet
+from services.gateway.guard import KeyFile
+from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
 from services.gateway.server import Protocol, Server
@@ -42,6 +44,7 @@ async def serve(
     folder = ModelFolder(settings.target)
     tokenizer = Tokenizer(folder)
     fingerprint = folder.fingerprint(settings.dtype)
+    keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     listener = _listen(settings.host, settings.port)
     topology = Topology(settings.namespace)
     broker = await Broker.connect(settings.amqp_url, topology, instance)
@@ -49,6 +52,7 @@ async def serve(
     fleet = Fleet(store.heartbeats, fingerprint)
     model = settings.model_name or folder.name
     metrics = Metrics(model, registry)
+    ledger = Ledger(store.quota, settings.key_limits, metrics)
 
     def new_session(plan: Plan) -> Session:
         return Session(
@@ -77,7 +81,19 @@ async def serve(
     async def missing() -> dict[str, str | None]:
         return await _missing(broker, queue, store, fleet, backend)
 
-    gateway = Gateway(settings, model, folder, tokenizer, fingerprint, backend, fleet.longest_session, missing, metrics)
+    gateway = Gateway(
+        settings,
+        model,
+        folder,
+        tokenizer,
+        fingerprint,
+        backend,
+        fleet.longest_session,
+        missing,
+        metrics,
+        ledger,
+        keys,
+    )
     server = Server(
         uvicorn.Config(
             create_app(gateway),
@@ -101,11 +117,12 @@ async def serve(
             closed.set()
 
     try:
-        async with running(stop, backend.watch(), serving()):
+        async with running(stop, backend.watch(), ledger.renew(), *([keys.watch()] if keys else []), serving()):
             log.info("draining", sessions=backend.running)
             server.should_exit = True
             await backend.drain(settings.drain_s)
             await closed.wait()
+            await ledger.settled()
     finally:
         await broker.close()
         await store.close()

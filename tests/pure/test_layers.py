@@ -42,6 +42,7 @@ DECIDING = [
     "services/drafter/sources/lookup.py",
     "services/drafter/sources/model.py",
     "services/gateway/admission.py",
+    "services/gateway/keys.py",
     "services/gateway/slo.py",
     "services/scheduler/batching.py",
     "services/scheduler/dispatch.py",
