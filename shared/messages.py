@@ -362,16 +362,21 @@ class Load(Message):
     utilization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Share of the verifiers' time that the promises to the present sessions need: 1 is all of it.
 
-    For each verifier: `fixed_ms` / the shortest round period that its sessions need, plus, for each session, its
-    round's own time / the period that it needs; a session needs a round every `tpot_ms` x tokens per round.
+    For each verifier: `fixed_ms` / the shortest time between batches that its sessions need, plus, for each session,
+    its round's own time / the time between its rounds; a session needs a round every `tpot_ms` x tokens per round, and
+    `shared.slo.batch_period_ms` says which time between batches lets it have one.
     """
     fixed_ms: Milliseconds = 0.0
     """Time of a batch beside its rounds' own."""
     period_ms: Milliseconds | None = None
-    """The shortest round period that a present session needs; None without promises."""
+    """The shortest time between batches that a present session needs; None without promises."""
+    away_ms: Milliseconds = 0.0
+    """Part of a round in which it neither waits nor is verified: drafting and messages."""
     round_ms: Milliseconds = 0.0
     """A round's own time in a batch: what one more session adds to each."""
     tokens_per_round: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
+    """What a new session's rounds can be counted on to bring: the mean of all rounds, less the mean deviation of
+    sessions' own means from it."""
     prefill_ms: Milliseconds = 0.0
     """Time per token of a prompt."""
     backlog_ms: Milliseconds = 0.0
@@ -394,6 +399,8 @@ class Ended(Message):
     slo: Slo | None = None
     reason: str
     """As in the gateway's metrics (`stop`, `length`, `abort`, `error`), or `refused`."""
+    code: str = ""
+    """Why it was refused, as in the answer's `x-wisp-refused`."""
     prompt_tokens: Count = 0
     tokens: Count = 0
     ttft_ms: Milliseconds | None = None

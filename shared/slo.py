@@ -1,4 +1,4 @@
-"""Speed promises and when a token is due.
+"""Speed promises, when a token is due, and how often a verifier must be free for it.
 
 The first token is due `ttft_ms` after the request's start. The others are due a token's time apart, counted from when
 the first one came: a request attains its SLO by its time to the first token and by its mean time per token after it, so
@@ -12,6 +12,9 @@ from typing import Annotated
 from pydantic import BaseModel, Field, model_validator
 
 from shared.messages import Slo
+
+BATCHES_PER_ROUND = 1.5
+"""Batches that a round lasts: half of the one that runs when it comes, on average, and its own."""
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
@@ -47,3 +50,12 @@ def due_after_ms(slo: Slo, output_tokens: int, first_ms: float | None) -> float:
 def slack_ms(slo: Slo | None, elapsed_ms: float, output_tokens: int, first_ms: float | None) -> float | None:
     """Milliseconds left until the next token is due (negative when late); None without an SLO."""
     return None if slo is None else due_after_ms(slo, output_tokens, first_ms) - elapsed_ms
+
+
+def batch_period_ms(round_period_ms: float, away_ms: float, alone_ms: float) -> float:
+    """How far apart batches may end for a session that needs a round every `round_period_ms`.
+
+    away_ms: of that time, what passes between a result and the next round's arrival. alone_ms: time of a batch of this
+    round alone; a promise that leaves less than that is one that only a lone session can be given.
+    """
+    return max(round_period_ms - away_ms, alone_ms) / BATCHES_PER_ROUND

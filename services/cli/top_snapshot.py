@@ -84,6 +84,7 @@ class EndView:
 
     service_class: str
     reason: str
+    """With a refusal's code after it."""
     count: int
 
 

@@ -213,7 +213,7 @@ class Watch:
     def _ends(self) -> list[EndView]:
         counts: dict[tuple[str, str], int] = {}
         for _, ended in self._ended:
-            key = ended.service_class, ended.reason
+            key = ended.service_class, f"{ended.reason} {ended.code}".rstrip()
             counts[key] = counts.get(key, 0) + 1
         return [EndView(*key, count) for key, count in sorted(counts.items())]
 

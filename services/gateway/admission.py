@@ -3,10 +3,10 @@
 What is promised must be kept, so a request is refused when, because of the present load, it would miss its SLO or make
 others miss theirs. The load is the scheduler's last `Load`, and beside it what was started and what ended here since.
 
-A session that is promised a token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`. It adds to
-the share of the verifiers' time that is promised
+A session that is promised a token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`, and so a
+batch every `period = shared.slo.batch_period_ms(need, …)`. It adds to the share of the verifiers' time that is promised
 
-    (round_ms / need  +  fixed_ms / need - fixed_ms / period_ms, if need is shorter than period_ms) / verifiers
+    (round_ms / need  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
 
 and a class is taken while the sum is at most its `admit_to`. The predicted time to the first token is the time passed,
 the wait, the prompt (tokens x prefill_ms) and one round. The wait is the backlog; where the policy goes by deadlines,
@@ -32,6 +32,7 @@ from dataclasses import dataclass
 
 from services.gateway.slo import ServiceClass
 from shared.messages import DEFAULT_CLASS, Load, Slo
+from shared.slo import batch_period_ms
 
 STALE_MS = 5000.0
 """How long a Load is believed."""
@@ -162,12 +163,15 @@ class Admission:
     def _too_much_promised(self, demand: Demand, load: Load) -> Iterator[Refusal]:
         limit = self._classes[demand.service_class].admit_to
         unseen = [running.tpot_ms for running in self._running.values() if not running.shown]
-        # Without sessions, what the Load calls used is the echo of past prompts.
-        present = sum(told.sessions for told in load.classes) + len(unseen) - len(self._gone)
+        gone = self._gone
+        shown = sum(told.sessions for told in load.classes) - len(gone)
+        if shown <= 0:
+            # What the Load calls promised was so to sessions that have ended, or is the echo of past prompts.
+            load, gone = load.model_copy(update={"utilization": 0.0, "period_ms": None}), []
         own = [demand.slo.tpot_ms if demand.slo else None] * len(demand.prompts)
-        before = promised(load, unseen, self._gone)
-        after = promised(load, unseen + own, self._gone)
-        if present > 0 and before > 0 and after > limit:
+        before = promised(load, unseen, gone)
+        after = promised(load, unseen + own, gone)
+        if before > 0 and after > limit:
             text = (
                 f"{before:.0%} of the verifiers' time is promised and it would be {after:.0%} with this request; "
                 f"requests of class {demand.service_class!r} are taken up to {limit:.0%}"
@@ -221,7 +225,8 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
     ended; each given by its `tpot_ms`, None for best effort."""
     needs = _needs(load, started)
     rounds = sum(load.round_ms / need for need in needs) - sum(load.round_ms / need for need in _needs(load, ended))
-    fixed = max((load.fixed_ms / need for need in needs), default=0.0)
+    alone_ms = load.fixed_ms + load.round_ms
+    fixed = max((load.fixed_ms / batch_period_ms(need, load.away_ms, alone_ms) for need in needs), default=0.0)
     present = load.fixed_ms / load.period_ms if load.period_ms else 0.0
     # Rounded, so that what ended leaves nothing behind.
     return max(0.0, round(load.utilization + (rounds + max(0.0, fixed - present)) / load.verifiers, 9))

@@ -98,7 +98,7 @@ class Backend:
         self._log.info("request refused", code=refusal.code, reason=refusal.message, service_class=first.service_class)
         self._metrics.refused(first.service_class, refusal.code, len(plans))
         for plan in plans:
-            self._spawn(self._tell_end(plan, "refused"))
+            self._spawn(self._tell_end(plan, "refused", code=refusal.code))
         raise ApiError(429, refusal.message, code=refusal.code, retry_after_s=refusal.retry_after_s)
 
     def _register(self, plan: Plan, wake: asyncio.Event, started_s: float) -> Live:
@@ -222,12 +222,15 @@ class Backend:
         if session.finish is None or session.stopped_early:
             self._spawn(self._cancel(live.plan.session, "stop string" if session.stopped_early else reason))
 
-    async def _tell_end(self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING) -> None:
+    async def _tell_end(
+        self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING, code: str = ""
+    ) -> None:
         ended = Ended(
             session=plan.session,
             service_class=plan.service_class,
             slo=plan.slo,
             reason=reason,
+            code=code,
             prompt_tokens=len(plan.prompt),
             tokens=tokens,
             ttft_ms=outcome.ttft_ms,

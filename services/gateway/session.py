@@ -99,8 +99,8 @@ class Session:
     """Characters of the held tokens that are known to be no part of a stop string."""
     _counted: set[tuple[str, int, str]] = field(default_factory=set)
     _rounds: list[Round] = field(default_factory=list)
-    _counted_ms: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    """The tally's durations when the last round was settled."""
+    _chunks_ms: float = 0.0
+    """Time of the chunks of a prompt since the last settled round."""
 
     def __post_init__(self) -> None:
         self.length = self.prompt_len
@@ -180,18 +180,22 @@ class Session:
             return
         self._counted.add(once)
         tally = self.tally
+        if result.status is Status.PREFILLED:
+            self._chunks_ms += result.verify_ms
+            return
+        # A round's wait counts from its arrival, so it holds the time in which its prompt's chunks were computed.
+        verify_ms = result.verify_ms + self._chunks_ms
+        queue_ms = max(0.0, result.queue_ms - self._chunks_ms)
+        self._chunks_ms = 0.0
         tally.draft_ms += result.draft_ms
-        tally.queue_ms += result.queue_ms
-        tally.verify_ms += result.verify_ms
+        tally.queue_ms += queue_ms
+        tally.verify_ms += verify_ms
         if result.status is Status.COMMITTED:
             tally.rounds += 1
             tally.drafts += result.trimmed_to > 0
             tally.drafted += result.drafted
             tally.verified += result.trimmed_to
             tally.accepted += result.accepted
-            now_ms = (tally.draft_ms, tally.queue_ms, tally.verify_ms)
-            draft_ms, queue_ms, verify_ms = (now - then for now, then in zip(now_ms, self._counted_ms, strict=True))
-            self._counted_ms = now_ms
             self._rounds.append(
                 Round(
                     round=result.round,
@@ -200,7 +204,7 @@ class Session:
                     drafted=result.drafted,
                     verified=result.trimmed_to,
                     accepted=result.accepted,
-                    draft_ms=draft_ms,
+                    draft_ms=result.draft_ms,
                     queue_ms=queue_ms,
                     verify_ms=verify_ms,
                 )

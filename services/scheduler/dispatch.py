@@ -77,10 +77,8 @@ class Dispatcher:
         due = None
         if verify.slack_ms is not None and "deadlines" not in self.rules.without:
             due = now_ms + verify.slack_ms
-        known = self.fleet.known.get(session)
-        self.fleet.known[session] = Known(
-            verify.service_class, verify.tpot_ms, due, now_ms, known.verifier if known else None
-        )
+        known = self.fleet.known.setdefault(session, Known(verify.service_class, verify.tpot_ms))
+        known.due_ms, known.seen_ms = due, now_ms
         self.fleet.remove(session)
         self.fleet.add(Pending(verify, now_ms, due, self.rules.max_draft), now_ms)
 
@@ -112,6 +110,8 @@ class Dispatcher:
             if other is not state and other.cached.pop(result.session, 0) and job is not None:
                 self._releases.setdefault(other.name, []).append(result.session)
         if result.status is Status.FAILED or result.finish is not None:
+            if (ended := self.fleet.known.get(result.session)) is not None:
+                self._recent.ended(ended)
             self._forget(result.session)
             return
         if result.cached:
@@ -127,6 +127,8 @@ class Dispatcher:
             if self.fleet.waits(result.session) is None:
                 self.fleet.add(job, now_ms)
             return
+        if known is not None:
+            self._recent.away(known.resulted(now_ms, result.queue_ms + result.verify_ms, len(result.tokens)))
         if known is not None and known.due_ms is not None and known.tpot_ms is not None:
             from_ms = now_ms if job.verify.round == 0 else known.due_ms
             known.due_ms = from_ms + known.tpot_ms * len(result.tokens)

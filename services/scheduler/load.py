@@ -7,10 +7,11 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.scheduler.fleet import Fleet
-from services.scheduler.pool import VerifierState
+from services.scheduler.pool import FIRST_ROUNDS, Known, VerifierState
 from services.scheduler.waiting import added_ms
 from shared import cost
 from shared.messages import Batch, ClassLoad, CostModel, Load, Result, Status
+from shared.slo import batch_period_ms
 
 SMOOTHING = 0.1
 WINDOW_MS = 10_000.0
@@ -24,12 +25,16 @@ class Recent:
     """Moving averages over rounds and batches."""
 
     tokens_per_round: float = 1.0
+    tokens_spread: float = 0.0
+    """How far a session's own mean is from that: mean deviation."""
     round_tokens: float = 2.0
     """Tokens computed for a round."""
     length: float = 256.0
     """Length of its session."""
     jobs: float = 1.0
     """Rounds in a batch."""
+    away_ms: float | None = None
+    """Between a session's rounds."""
     queue_ms: float = 0.0
     queue_of: dict[str, float] = field(default_factory=dict)
     """The same for each service class."""
@@ -58,6 +63,17 @@ class Recent:
             ):
                 setattr(self, name, getattr(self, name) + SMOOTHING * (value - getattr(self, name)))
 
+    def ended(self, session: Known) -> None:
+        """Learn from a session that has ended how much sessions differ."""
+        if session.rounds >= FIRST_ROUNDS:
+            spread = abs(session.tokens / session.rounds - self.tokens_per_round)
+            self.tokens_spread += SMOOTHING * (spread - self.tokens_spread)
+
+    def away(self, away_ms: float | None) -> None:
+        """Learn how long a session was away; None if that is not known."""
+        if away_ms is not None:
+            self.away_ms = away_ms if self.away_ms is None else self.away_ms + SMOOTHING * (away_ms - self.away_ms)
+
     def fade(self, now_ms: float) -> None:
         """Forget old prompts."""
         self.prompt_ms *= math.exp(-(now_ms - self._faded_ms) / WINDOW_MS)
@@ -84,15 +100,18 @@ def load(
         pending=fleet.waiting,
         draft_cap=draft_cap,
         verifiers=len(usable),
-        tokens_per_round=recent.tokens_per_round,
+        tokens_per_round=max(1.0, recent.tokens_per_round - recent.tokens_spread),
+        away_ms=recent.away_ms or 0.0,
         classes=_classes(fleet, recent, now_ms),
     )
     if not usable:
         return told
-    periods: dict[str, list[float]] = {v.name: [] for v in usable}
+    rounds: dict[str, list[tuple[float, float]]] = {v.name: [] for v in usable}
     for session in fleet.known.values():
-        if session.tpot_ms is not None and session.verifier in periods:
-            periods[session.verifier].append(session.tpot_ms * recent.tokens_per_round)
+        if session.tpot_ms is not None and session.verifier in rounds:
+            away_ms = told.away_ms if session.away_ms is None else session.away_ms
+            tokens = session.tokens_per_round(recent.tokens_per_round)
+            rounds[session.verifier].append((session.tpot_ms * tokens, away_ms))
     round_tokens = max(1, round(recent.round_tokens))
     fixed, own, prefill, used, backlog = [], [], [], [], []
     shortest: list[float] = []
@@ -101,10 +120,12 @@ def load(
         fixed.append(cost.fixed_ms(model))
         own.append(added_ms(model, round_tokens, round(recent.length), round_tokens))
         # A promise that even a lone session's rounds would break is served as well as may be, and holds up nobody.
-        needed = [period for period in periods[verifier.name] if period >= fixed[-1] + own[-1]]
-        shortest += [min(needed)] if needed else []
+        alone = fixed[-1] + own[-1]
+        needed = [(period, away) for period, away in rounds[verifier.name] if period >= alone]
+        batches = min((batch_period_ms(period, away, alone) for period, away in needed), default=None)
+        shortest += [batches] if batches else []
         prefill.append(prefill_ms(model))
-        used.append(sum(own[-1] / period for period in needed) + (fixed[-1] / min(needed) if needed else 0.0))
+        used.append(sum(own[-1] / period for period, _ in needed) + (fixed[-1] / batches if batches else 0.0))
         backlog.append(verifier.remaining_ms(now_ms) + fleet.queues[verifier.name].work_ms)
     count = len(usable)
     return told.model_copy(

@@ -15,6 +15,11 @@ BLOCK = 64
 """Prompts are split at multiples of this many tokens, the engine's block size."""
 UNTOLD = 0.5
 """Chance of a draft token whose drafter does not say."""
+SMOOTHING = 0.2
+STALL = 4.0
+"""So many times its usual time away is a stall (an outage, a device asleep) and tells nothing about the next rounds."""
+FIRST_ROUNDS = 4
+"""Rounds after which a session's own count as much as what is usual."""
 
 
 @dataclass
@@ -83,11 +88,39 @@ class Known:
 
     service_class: str
     tpot_ms: float | None
-    due_ms: float | None
+    due_ms: float | None = None
     """When its next token is due, as far as its rounds and results have told."""
-    seen_ms: float
+    seen_ms: float = 0.0
     verifier: str | None = None
     """Where its next round goes, or went last."""
+    resulted_ms: float | None = None
+    """When its last result came."""
+    away_ms: float | None = None
+    """Part of its rounds in which they neither wait nor are verified: a moving average."""
+    rounds: int = 0
+    tokens: int = 0
+    """What its rounds brought."""
+
+    def tokens_per_round(self, usual: float) -> float:
+        """What its next rounds are expected to bring, by its own rounds and by what is usual."""
+        return (self.tokens + FIRST_ROUNDS * usual) / (self.rounds + FIRST_ROUNDS)
+
+    def resulted(self, now_ms: float, here_ms: float, tokens: int) -> float | None:
+        """A result came, of a round that waited and was verified for `here_ms`. Returns how long it was away before;
+        None if that is not known, or tells nothing because it was a stall."""
+        before_ms, self.resulted_ms = self.resulted_ms, now_ms
+        self.rounds += 1
+        self.tokens += tokens
+        if before_ms is None:
+            return None
+        away_ms = max(0.0, now_ms - before_ms - here_ms)
+        if self.away_ms is None:
+            self.away_ms = away_ms
+            return away_ms
+        # A stall counts for little, but it counts: the device may have become that slow.
+        usual_ms, most_ms = self.away_ms, STALL * max(self.away_ms, 1.0)
+        self.away_ms += SMOOTHING * (min(away_ms, most_ms) - usual_ms)
+        return away_ms if away_ms <= most_ms else None
 
 
 @dataclass

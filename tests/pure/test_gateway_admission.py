@@ -12,13 +12,14 @@ from services.gateway.admission import ARRIVED_MS, LONGEST_RETRY_S, STALE_MS, Ad
 from services.gateway.settings import GatewaySettings
 from services.gateway.slo import ServiceClass
 from shared.messages import ClassLoad, Load, Slo
+from shared.slo import BATCHES_PER_ROUND
 
 CLASSES = GatewaySettings.model_validate({}).slo_classes
 SLO = Slo(ttft_ms=1000, tpot_ms=100)
 
 
 def load(**fields: Any) -> Load:
-    """A busy fleet of one verifier; a session of `SLO` needs a round every 200 ms and adds 0.05."""
+    """A busy fleet of one verifier; a session of `SLO` needs a round every 200 ms, as others do, and adds 0.05."""
     told: dict[str, Any] = {
         "scheduler": "s",
         "price_ms": 0.0,
@@ -29,7 +30,7 @@ def load(**fields: Any) -> Load:
         "verifiers": 1,
         "utilization": 0.5,
         "fixed_ms": 40.0,
-        "period_ms": 200.0,
+        "period_ms": 200.0 / BATCHES_PER_ROUND,
         "round_ms": 10.0,
         "tokens_per_round": 2.0,
         "prefill_ms": 1.0,
@@ -68,11 +69,28 @@ def test_a_session_adds_its_rounds_and_a_shorter_period() -> None:
     assert promised(told, [None], []) == 0.5
     # Its period is the present one: only its rounds' own time, 10 / 200, of two verifiers.
     assert promised(told, [100.0], []) == pytest.approx(0.5 + 0.05 / 2)
-    # It needs a round every 100 ms: 10 / 100, and the fixed 40 ms every 100 instead of every 200 ms.
-    assert promised(told, [50.0], []) == pytest.approx(0.5 + (0.1 + 0.4 - 0.2) / 2)
-    assert promised(told, [50.0, 50.0], []) == pytest.approx(0.5 + (0.2 + 0.4 - 0.2) / 2)
+    # It needs a round every 100 ms: 10 / 100, and batches half as far apart, whose fixed time is 40 ms.
+    assert promised(told, [50.0], []) == pytest.approx(0.5 + (0.1 + 1.5 * (0.4 - 0.2)) / 2)
+    assert promised(told, [50.0, 50.0], []) == pytest.approx(0.5 + (0.2 + 1.5 * (0.4 - 0.2)) / 2)
     assert promised(told, [], [100.0, None]) == pytest.approx(0.5 - 0.05 / 2)
-    assert promised(load(period_ms=None, utilization=0.0), [100.0], []) == pytest.approx(0.05 + 0.2)
+    assert promised(load(period_ms=None, utilization=0.0), [100.0], []) == pytest.approx(0.05 + 1.5 * 0.2)
+
+
+def test_drafting_and_messages_leave_less_time_for_batches() -> None:
+    told = load(period_ms=None, utilization=0.0)
+    away = told.model_copy(update={"away_ms": 100.0})
+    assert promised(told, [100.0], []) == pytest.approx(10 / 200 + 40 / (200 / 1.5))
+    assert promised(away, [100.0], []) == pytest.approx(10 / 200 + 40 / (100 / 1.5))
+    # With less time than one batch takes, another session would break the promise, however idle the verifier is.
+    gone = told.model_copy(
+        update={
+            "away_ms": 190.0,
+            "utilization": 0.2,
+            "classes": [ClassLoad(service_class="x", sessions=1, waiting=0, queue_ms=0)],
+        }
+    )
+    assert promised(gone, [100.0], []) > 1
+    assert admission(gone).ask(demand(), 0) is not None
 
 
 def test_a_promise_that_a_lone_verifier_could_not_keep_counts_as_none() -> None:
@@ -132,6 +150,20 @@ def test_what_ended_makes_room_until_the_next_load_shows_it() -> None:
     assert made.ask(demand(), 4) is not None
 
 
+def test_when_all_have_ended_the_load_that_showed_them_refuses_nobody() -> None:
+    made = admission()
+    for name in ("a", "b"):
+        made.start(name, "default", SLO, 10, 0.0)
+        made.answered(name)
+    made.hear(
+        load(utilization=1.48, classes=[ClassLoad(service_class="default", sessions=2, waiting=0, queue_ms=0)]), 0
+    )
+    made.end("a", 100.0)
+    assert made.ask(demand(), 100.0) is not None, "one that needs the verifiers is still there"
+    made.end("b", 100.0)
+    assert take_all(made, demand(), 4) == 4
+
+
 def test_the_wait_is_what_goes_before_where_the_policy_goes_by_deadlines() -> None:
     waiting = [
         ClassLoad(service_class=name, sessions=9, waiting=count, queue_ms=0.0)
@@ -165,7 +197,7 @@ def test_used_time_without_sessions_refuses_nothing() -> None:
     made = admission(load(utilization=0.3, period_ms=None, classes=[]))
     assert made.ask(strict, 0) is None
     made.start("s", "flex", None, 1, 0)
-    assert made.ask(strict, 0) is not None
+    assert made.ask(strict, 0) is None, "nothing is promised to a best-effort session"
     made.answered("s")
     made.hear(load(utilization=0.3, classes=[ClassLoad(service_class="flex", sessions=1, waiting=0, queue_ms=0)]), 1)
     assert made.ask(strict, 1) is not None
@@ -316,7 +348,9 @@ def test_requests_between_two_loads_never_promise_more_than_the_class_may(
     made = admission(told)
     taken = take_all(made, demand(name, slo, asked), 40)
     all_of_them = [slo.tpot_ms if slo else None] * (taken * len(asked))
-    # The first may fill an idle fleet by itself.
+    if not any(shown.sessions for shown in told.classes):
+        # What an idle fleet was used for is past, and the first may fill it by itself.
+        told = told.model_copy(update={"utilization": 0.0, "period_ms": None})
     if taken > 1 and told.verifiers and promised(told, [slo.tpot_ms if slo else None], []) > 0:
         assert promised(told, all_of_them, []) <= CLASSES[name].admit_to
 

@@ -127,6 +127,28 @@ def test_rounds_tell_where_their_tokens_are_and_add_up_to_the_tally(
     assert session.take_rounds() == []
 
 
+def test_a_prompt_in_chunks_waits_and_drafts_only_once(tokenizer: Tokenizer) -> None:
+    results = results_of(generate(), Script(text="abc", round_len=4), tokenizer)
+    first = next(result for result in results if result.status is Status.COMMITTED)
+    # Both chunks and the round are of one Verify: its draft took 3 ms, and it came 20 and 32 ms before the last two.
+    chunks = [
+        first.model_copy(
+            update={
+                "status": Status.PREFILLED,
+                "batch": f"c{n}",
+                "tokens": [],
+                "draft_ms": 3.0,
+                "queue_ms": q,
+                "verify_ms": 10.0,
+            }
+        )
+        for n, q in enumerate((8.0, 20.0))
+    ]
+    session = new_session(tokenizer)
+    feed(session, [*chunks, first.model_copy(update={"draft_ms": 3.0, "queue_ms": 32.0, "verify_ms": 5.0})])
+    assert (session.tally.draft_ms, session.tally.queue_ms, session.tally.verify_ms) == (3.0, 12.0, 25.0)
+
+
 def test_accepted_draft_tokens_can_be_told_from_the_targets_own(tokenizer: Tokenizer) -> None:
     _, pieces = whole(tokenizer, Script(text="abcdefg", round_len=3))
     assert [(t.text, t.draft) for piece in pieces for t in piece.tokens] == [

@@ -11,6 +11,7 @@ from services.scheduler import pacing
 from services.scheduler.batching import Limits
 from services.scheduler.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, SILENT_MS, Dispatcher, Rules
 from services.scheduler.policies import PolicyName
+from services.scheduler.pool import Known
 from shared import cost
 from shared.messages import Batch, CostModel, Finish, Heartbeat, HiddenFormat, Job, Residency, Result, Status, Verify
 
@@ -423,10 +424,10 @@ def test_the_load_says_what_share_of_the_time_is_promised() -> None:
     two = d.load(2.0)
     d.on_verify(promised("c", None, "flex", None), 1.0)
     free = d.load(2.0)
-    assert one.utilization == pytest.approx(one.fixed_ms / 100 + one.round_ms / 100)
+    assert one.utilization == pytest.approx(1.5 * one.fixed_ms / 100 + one.round_ms / 100)
     assert two.utilization == pytest.approx(one.utilization + one.round_ms / 100)
     assert free.utilization == pytest.approx(two.utilization), "a session without an SLO is promised nothing"
-    assert (two.period_ms, two.verifiers, two.pending) == (100.0, 1, 2)
+    assert (two.period_ms, two.verifiers, two.pending) == (pytest.approx(100 / 1.5), 1, 2)
     classes = {c.service_class: c for c in free.classes}
     assert (classes["flex"].sessions, classes["flex"].waiting, classes["flex"].slack_ms) == (2, 2, 499.0)
     assert free.backlog_ms > two.backlog_ms > 0
@@ -440,8 +441,39 @@ def test_a_promise_that_no_verifier_can_keep_is_not_counted() -> None:
     assert (d.load(1.0).utilization, d.load(1.0).period_ms) == (0.0, None)
     d.on_verify(promised("a", 100.0), 1.0)
     told = d.load(2.0)
-    assert told.utilization == pytest.approx((told.fixed_ms + told.round_ms) / 100)
-    assert told.period_ms == 100.0
+    assert told.utilization == pytest.approx((1.5 * told.fixed_ms + told.round_ms) / 100)
+    assert told.period_ms == pytest.approx(100 / 1.5)
+
+
+def test_the_load_leaves_out_of_a_round_what_is_spent_on_drafting_and_messages() -> None:
+    d = dispatcher("wisp+")
+    base, now = 10, 0.0
+    for number in range(20):
+        d.on_verify(promised("a", 100.0).model_copy(update={"round": number, "base_len": base}), now)
+        batch = only(d, now)
+        (job,) = batch.jobs
+        done = result(batch, job)
+        d.on_result(done.model_copy(update={"queue_ms": 0.0, "verify_ms": 8.0}), now + 10.0)
+        base += len(done.tokens)
+        now += 10.0 + 30.0
+    told = d.load(now)
+    # 30 ms between a result and the next round, 2 of the 10 ms until the next result are messages.
+    assert told.away_ms == pytest.approx(32.0)
+    round_period_ms = 100.0 * told.tokens_per_round
+    assert told.period_ms == pytest.approx((round_period_ms - 32.0) / 1.5)
+
+
+def test_a_stall_tells_little_about_the_time_between_rounds() -> None:
+    session, now = Known("default", 100.0), 0.0
+    for away in (None, 30.0, 30.0):
+        assert session.resulted(now, 10.0, 2) == away
+        now += 40.0
+    assert session.resulted(now + 3000.0, 10.0, 2) is None, "others learn nothing from an outage of this one"
+    assert session.away_ms == pytest.approx(30.0 + 0.2 * 90.0)
+    for _ in range(20):
+        now += 10_000.0
+        session.resulted(now, 10.0, 2)
+    assert (session.away_ms or 0.0) > 5000.0, "a device that stays slow is known as slow"
 
 
 def test_prompts_count_as_load_for_a_while() -> None:
@@ -520,3 +552,24 @@ def test_a_session_is_in_one_batch_at_a_time_whatever_happens() -> None:
                     d.on_result(result(batch, job, verifier=verifier), now)
                     rounds[job.session] += 1
         assert max(rounds.values()) > 5
+
+
+def test_a_new_session_can_count_on_less_than_the_mean_where_sessions_differ() -> None:
+    d = dispatcher("wisp+")
+
+    def text(session: str, tokens: int, now: float) -> None:
+        base = 10
+        for number in range(8):
+            d.on_verify(promised(session, 100.0).model_copy(update={"round": number, "base_len": base}), now)
+            batch = only(d, now)
+            finish = Finish.STOP if number == 7 else None
+            d.on_result(result(batch, batch.jobs[0], tokens=tokens, finish=finish), now)
+            base += tokens
+
+    for number in range(40):
+        text(f"alike-{number}", 2, number * 10.0)
+    alike = d.load(500.0).tokens_per_round
+    for number in range(20):
+        text(f"unlike-{number}", 1 + 2 * (number % 2), 500.0 + number * 10.0)
+    assert alike == pytest.approx(2.0, abs=0.1)
+    assert 1.0 <= d.load(900.0).tokens_per_round < alike - 0.1

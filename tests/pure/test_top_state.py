@@ -148,7 +148,7 @@ def test_goodput_and_attainment_are_of_texts_that_came_to_their_own_end() -> Non
         (1000, ended(service_class="fast", slo=slo)),
         (1000, ended("length", attained=False, service_class="fast", slo=slo)),
         (1000, ended("abort", attained=False, tokens=9, service_class="fast")),
-        (1000, ended("refused", attained=False, tokens=0, service_class="fast")),
+        (1000, ended("refused", code="overloaded", attained=False, tokens=0, service_class="fast")),
         (1000, ended("refused", attained=False, tokens=0, service_class="slow")),
         (1000, load(classes=[ClassLoad(service_class="idle", sessions=2, waiting=1, queue_ms=5.0, slack_ms=-3.0)])),
     )
@@ -166,7 +166,7 @@ def test_goodput_and_attainment_are_of_texts_that_came_to_their_own_end() -> Non
     assert [(e.service_class, e.reason, e.count) for e in seen.ends] == [
         ("fast", "abort", 1),
         ("fast", "length", 1),
-        ("fast", "refused", 1),
+        ("fast", "refused overloaded", 1),
         ("fast", "stop", 1),
         ("slow", "refused", 1),
     ]

@@ -114,9 +114,11 @@ async def watching(stack: Stack) -> AsyncIterator[Traffic]:
         elif isinstance(message, Verify):
             seen.rounds.append(message)
 
-    await broker.consume(broker.topology.own_queue("spy", "1", (topology.RESULT_SCHEDULER, topology.VERIFY)), see)
-    yield seen
-    await broker.close()
+    try:
+        await broker.consume(broker.topology.own_queue("spy", "1", (topology.RESULT_SCHEDULER, topology.VERIFY)), see)
+        yield seen
+    finally:
+        await broker.close()
 
 
 async def progressed(traffic: Traffic, results: int) -> None:

@@ -30,6 +30,7 @@ async def linked(brokers: Brokers, links: dict[str, Link], target_folder: Path) 
         "WISP_AMQP_URL": links["rabbitmq"].url,
         "WISP_REDIS_URL": links["redis"].url,
         "WISP_CACHE_TOKENS": "4096",
+        "WISP_ADMISSION": "false",
     }
     async with Stack("test-outage", brokers=brokers, target=target_folder, env=env) as running:
         yield running
