@@ -30,6 +30,7 @@ from aiormq.exceptions import ChannelLockedResource
 from shared import logging
 from shared.errors import BrokersError, MessageError, Unroutable
 from shared.messages import Message, decode, encode
+from shared.tls import Tls, bad_certificate
 from shared.topology import Queue, Topology
 
 CONNECT_TIMEOUT_S = 30
@@ -59,11 +60,12 @@ class Broker:
         self._probes: dict[str, asyncio.Future[None]] = {}
 
     @classmethod
-    async def connect(cls, url: str, topology: Topology, name: str) -> Broker:
+    async def connect(cls, url: str, topology: Topology, name: str, tls: Tls | None = None) -> Broker:
         """Connect and declare the exchanges. `name` is shown in the broker's list of connections.
 
-        Raises BrokersError when nothing answers for 30 seconds.
+        Raises BrokersError when nothing answers for 30 seconds, and at once when the server's certificate is not good.
         """
+        context = (tls or Tls()).context() if url.startswith("amqps:") else None
         last: Exception = TimeoutError("no answer")
 
         async def attempt() -> AbstractRobustConnection:
@@ -71,10 +73,17 @@ class Broker:
             while True:
                 try:
                     return await aio_pika.connect_robust(
-                        url, reconnect_interval=RECONNECT_INTERVAL_S, client_properties={"connection_name": name}
+                        url,
+                        reconnect_interval=RECONNECT_INTERVAL_S,
+                        client_properties={"connection_name": name},
+                        ssl_context=context,
                     )
                 except CONNECTION_EXCEPTIONS as error:
                     last = error
+                    if (bad := bad_certificate(error)) is not None:
+                        raise BrokersError(
+                            f"RabbitMQ at {without_password(url)} cannot be trusted: {bad}; see WISP_TLS_CA_FILE"
+                        ) from error
                     await asyncio.sleep(RECONNECT_INTERVAL_S)
 
         try:

@@ -13,13 +13,80 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Literal, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from yarl import URL
+
+from shared.errors import SettingsError as BadSettings
+from shared.tls import Tls
 
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 
-class ServiceSettings(BaseSettings):
+AMQP_SCHEMES = ("amqp", "amqps")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+TLS_SCHEMES = ("amqps", "rediss")
+TLS_IN_URL = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
+"""Options of URLs for which there are settings; with `ssl_…` those of Redis."""
+
+
+class TlsSettings(BaseSettings):
+    """How the certificates of RabbitMQ and Redis are checked, where their URLs say amqps and rediss."""
+
+    tls_ca_file: Path | None = Field(
+        None,
+        description="authorities (PEM) that the certificates of RabbitMQ (amqps://) and Redis (rediss://) are checked "
+        "against; default: the system's",
+    )
+    tls_cert_file: Path | None = Field(None, description="certificate (PEM) to show to RabbitMQ and Redis")
+    tls_key_file: Path | None = Field(None, description="its key (PEM, without passphrase); default: in the same file")
+
+    @property
+    def tls(self) -> Tls:
+        """The three together."""
+        return Tls(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
+
+    @model_validator(mode="after")
+    def _tls_is_usable(self) -> TlsSettings:
+        urls = {name: getattr(self, name, None) for name in ("amqp_url", "redis_url")}
+        schemes = [check_url(name, url) for name, url in urls.items() if url is not None]
+        if self.tls_key_file is not None and self.tls_cert_file is None:
+            raise ValueError("tls_key_file is set, but not the certificate that it belongs to (WISP_TLS_CERT_FILE)")
+        if self.tls == Tls():
+            return self
+        if schemes and not set(schemes) & set(TLS_SCHEMES):
+            raise ValueError(
+                "certificates are set (WISP_TLS_...), but nothing uses TLS: amqp_url begins with amqp:// and redis_url "
+                "with redis://; make them amqps:// and rediss://, or take the certificates away"
+            )
+        try:
+            self.tls.context()
+        except BadSettings as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+def check_url(name: str, text: str) -> str:
+    """The scheme of a broker's URL. Raises ValueError, without its password, when it cannot be one."""
+    allowed = AMQP_SCHEMES if name == "amqp_url" else REDIS_SCHEMES
+    scheme = text.partition("://")[0]
+    says = " or ".join(f"{each}://" for each in allowed)
+    if scheme not in allowed:
+        raise ValueError(f"{name} must begin with {says}")
+    try:
+        url = URL(text)
+        named = url.host or scheme == "unix"
+        _ = url.port
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).replace(text, '...')}") from None
+    if not named:
+        raise ValueError(f"{name} names no host; it looks like {allowed[0]}://user:password@host:port/")
+    if twice := next((key for key in url.query if key in TLS_IN_URL or key.startswith("ssl_")), None):
+        raise ValueError(f"{name} has the option {twice!r}; say it with WISP_TLS_CA_FILE, ..._CERT_FILE, ..._KEY_FILE")
+    return scheme
+
+
+class ServiceSettings(TlsSettings):
     """Settings that all services share."""
 
     model_config = SettingsConfigDict(
@@ -70,17 +137,22 @@ def load(kind: type[S], program: str) -> S:
     try:
         return kind(_cli_parse_args=True, _cli_prog_name=program)  # type: ignore[call-arg]
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            name = "_".join(str(part) for part in item["loc"])
-            given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
-            if name:
-                problems.append(f"  WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
-            else:  # settings that do not go together
-                problems.append(f"  {item['msg'].removeprefix('Value error, ')}")
-        _refuse(program, problems)
+        _refuse(program, [f"  {problem}" for problem in problems_of(error)])
     except SettingsError as error:
         _refuse(program, [f"  {error}"])
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """What is wrong with settings, one after the other, for people."""
+    problems = []
+    for item in error.errors():
+        name = "_".join(str(part) for part in item["loc"])
+        given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
+        if name:
+            problems.append(f"WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
+        else:  # settings that do not go together
+            problems.append(item["msg"].removeprefix("Value error, "))
+    return problems
 
 
 def _refuse(program: str, problems: list[str]) -> NoReturn:

@@ -31,6 +31,7 @@ from redis.exceptions import RedisError
 from shared.errors import BrokersError, MessageError
 from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
 from shared.quota import Quota
+from shared.tls import Tls
 
 HEARTBEAT_TTL_MS = 3000
 COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
@@ -135,13 +136,14 @@ class Store:
         self.quota = Quota(redis, namespace, self._guard)
 
     @classmethod
-    def connect(cls, url: str, namespace: str, ttl_s: int) -> Store:
+    def connect(cls, url: str, namespace: str, ttl_s: int, tls: Tls | None = None) -> Store:
         """A store at this URL. Connections are opened when first needed."""
         redis = Redis.from_url(
             url,
             socket_connect_timeout=5,
             socket_timeout=5,
             retry=_RETRY,
+            **(tls or Tls()).redis_options(url),
         )
         return cls(redis, namespace, ttl_s)
 

@@ -7,12 +7,12 @@ from pathlib import Path
 from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.settings import NAME_PATTERN
+from shared.settings import NAME_PATTERN, TlsSettings
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 
 
-class BrokerAddresses(BaseSettings):
+class BrokerAddresses(TlsSettings):
     """Brokers that somebody else runs. An address that is absent stands for a private instance."""
 
     model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)

@@ -35,8 +35,8 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     """Run a drafter until `stop` is set; its unfinished sessions are then given to other drafters by the broker."""
     profile = load_profile(settings.device_profile)
     drafting = await asyncio.to_thread(load_drafting, settings)
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     drafter = Drafter(instance, settings, drafting, broker, store, profile)
     try:
         await drafter.run(stop)

@@ -18,8 +18,8 @@ from shared.topology import Topology
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:
     """Run an estimator until `stop` is set."""
     log = logging.get()
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     fits: dict[str, VerifierFit] = {}
     changed: set[str] = set()
 

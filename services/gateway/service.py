@@ -15,6 +15,7 @@ from services.gateway.backend import Backend
 from services.gateway.errors import ApiError
 from services.gateway.fleet import Fleet
 from services.gateway.guard import KeyFile
+from services.gateway.https import Certificate
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
@@ -45,10 +46,13 @@ async def serve(
     tokenizer = Tokenizer(folder)
     fingerprint = folder.fingerprint(settings.dtype)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
+    certificate = None
+    if settings.https_cert_file is not None:
+        certificate = Certificate(settings.https_cert_file, settings.https_key_file)
     listener = _listen(settings.host, settings.port)
     topology = Topology(settings.namespace)
-    broker = await Broker.connect(settings.amqp_url, topology, instance)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(settings.amqp_url, topology, instance, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     fleet = Fleet(store.heartbeats, fingerprint)
     model = settings.model_name or folder.name
     metrics = Metrics(model, registry)
@@ -104,10 +108,13 @@ async def serve(
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=int(settings.drain_s) + CLOSING_S,
+            ssl_context_factory=None if certificate is None else lambda _config, _default: certificate.context,
         )
     )
     host, port = listener.getsockname()[:2]
-    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", model=model)
+    scheme = "https" if certificate else "http"
+    log.info("serving", url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1", model=model)
+    watches = [part.watch() for part in (backend, keys, certificate) if part is not None]
     closed = asyncio.Event()
 
     async def serving() -> None:
@@ -117,7 +124,7 @@ async def serve(
             closed.set()
 
     try:
-        async with running(stop, backend.watch(), ledger.renew(), *([keys.watch()] if keys else []), serving()):
+        async with running(stop, *watches, ledger.renew(), serving()):
             log.info("draining", sessions=backend.running)
             server.should_exit = True
             await backend.drain(settings.drain_s)

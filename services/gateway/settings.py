@@ -10,8 +10,10 @@ from pydantic import Field, field_validator, model_validator
 
 from services.gateway.keys import KeyLimits
 from services.gateway.slo import ServiceClass
+from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
 from shared.settings import TargetSettings
+from shared.tls import server_context
 
 ADMIT_TO = {"priority": 1.0, "flex": 0.8}
 """`admit_to` of classes that are given without it."""
@@ -29,6 +31,12 @@ class GatewaySettings(TargetSettings):
 
     host: str = Field("127.0.0.1", description="address of the HTTP API")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP API; 0 takes a free one")
+    https_cert_file: Path | None = Field(
+        None, description="the API's certificate (PEM), read again when it is renewed; none: the API speaks plain HTTP"
+    )
+    https_key_file: Path | None = Field(
+        None, description="its key (PEM, without passphrase); default: in the same file"
+    )
     api_keys_file: Path | None = Field(
         None,
         description="file of the API keys that are good (wisp keys new), read again when it changes; none: no "
@@ -88,6 +96,18 @@ class GatewaySettings(TargetSettings):
     @model_validator(mode="after")
     def _is_not_open(self) -> GatewaySettings:
         refuse_open(self.host, self.api_keys_file, self.unsafe_serve_everybody)
+        return self
+
+    @model_validator(mode="after")
+    def _https_is_usable(self) -> GatewaySettings:
+        if self.https_cert_file is None:
+            if self.https_key_file is not None:
+                raise ValueError("https_key_file is set, but not its certificate (WISP_HTTPS_CERT_FILE)")
+            return self
+        try:
+            server_context(self.https_cert_file, self.https_key_file, "https")
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
         return self
 
     @field_validator("slo_classes", mode="before")

@@ -29,8 +29,8 @@ def now_ms() -> float:
 
 async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event) -> None:
     """Run a scheduler until `stop` is set. Rounds that still wait are sent again by their drafters."""
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
     scheduler = Scheduler(dispatcher, broker)
     try:

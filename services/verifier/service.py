@@ -86,8 +86,8 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms)
     try:
         await verifier.run(measured, stop, settings.drain_s)
