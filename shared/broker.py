@@ -25,13 +25,14 @@ from aio_pika.abc import (
     AbstractRobustConnection,
 )
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
-from aiormq.exceptions import ChannelLockedResource
+from aiormq.abc import AbstractChannel as PlainChannel
+from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
 
 from shared import logging
 from shared.errors import BrokersError, MessageError, Unroutable
 from shared.messages import Message, decode, encode
 from shared.tls import Tls, bad_certificate
-from shared.topology import Queue, Topology
+from shared.topology import Queue, Topology, probe_key
 
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
@@ -96,13 +97,21 @@ class Broker:
         fast = await connection.channel(publisher_confirms=False)
         sure = await connection.channel(publisher_confirms=True, on_return_raises=True)
         topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
-        exchanges = (
-            await fast.declare_exchange(topology.exchange, topic, durable=True),
-            await sure.declare_exchange(topology.exchange, topic, durable=True),
-            await fast.declare_exchange(topology.dead, fanout, durable=True),
-        )
         dead = topology.dead_queue()
-        await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
+        given = not await _may(
+            connection, lambda channel: channel.exchange_declare(topology.exchange, exchange_type="topic", durable=True)
+        )
+        try:
+            exchanges = (
+                await fast.declare_exchange(topology.exchange, topic, durable=True, passive=given),
+                await sure.declare_exchange(topology.exchange, topic, durable=True, passive=given),
+                await fast.declare_exchange(topology.dead, fanout, durable=True, passive=given),
+            )
+            if not given:
+                await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
+        except ChannelNotFoundEntity as error:
+            await connection.close()
+            raise _lacking(error) from error
         return cls(connection, topology, fast, exchanges)
 
     async def publish(
@@ -137,13 +146,15 @@ class Broker:
         they count as done when they arrive. What cannot be decoded, and what makes its handler fail, is dead-lettered
         with the reason and the original headers.
         """
-        declared = await self._declare(queue, prefetch)
-        for key in queue.bindings:
+        declared, given = await self._declare(queue, prefetch)
+        for key in () if given else queue.bindings:
             await declared.bind(self.topology.exchange, key)
 
         async def receive(incoming: AbstractIncomingMessage) -> None:
-            if (probe := incoming.headers.get(PROBE_HEADER)) is not None:
-                if (waiting := self._probes.pop(str(probe), None)) and not waiting.done():
+            # By its key, which the broker checks: what comes with this one is never handled as a message.
+            if incoming.routing_key == probe_key(queue.name):
+                probe = str(incoming.headers.get(PROBE_HEADER))
+                if (waiting := self._probes.pop(probe, None)) and not waiting.done():
                     waiting.set_result(None)
             else:
                 await self._handle(incoming, handler)
@@ -153,15 +164,27 @@ class Broker:
 
         await declared.consume(receive, no_ack=not prefetch)
 
-    async def _declare(self, queue: Queue, prefetch: int) -> AbstractQueue:
+    async def _declare(self, queue: Queue, prefetch: int) -> tuple[AbstractQueue, bool]:
+        """The queue, and whether it was given: declared and bound by those who gave this user its permissions."""
+        given = not queue.exclusive and not await _may(
+            self._connection,
+            lambda channel: channel.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
+        )
         for attempt in range(OWN_QUEUE_RETRIES):
             channel = await self._connection.channel(publisher_confirms=False)
             if prefetch:
                 await channel.set_qos(prefetch_count=prefetch)
             try:
-                return await channel.declare_queue(
-                    queue.name, durable=queue.durable, exclusive=queue.exclusive, arguments=queue.arguments
+                declared = await channel.declare_queue(
+                    queue.name,
+                    durable=queue.durable,
+                    exclusive=queue.exclusive,
+                    arguments=queue.arguments,
+                    passive=given,
                 )
+                return declared, given
+            except ChannelNotFoundEntity as error:
+                raise _lacking(error) from error
             except ChannelLockedResource:
                 # A predecessor of the same name was killed, and the broker has not noticed yet.
                 self._log.warning("own queue still held by a predecessor", queue=queue.name, attempt=attempt)
@@ -210,8 +233,8 @@ class Broker:
         self._probes[probe] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._fast.default_exchange.publish(
-                    aio_pika.Message(b"", headers={PROBE_HEADER: probe}), queue.name
+                await self._fast_exchange.publish(
+                    aio_pika.Message(b"", headers={PROBE_HEADER: probe}), probe_key(queue.name)
                 )
                 await self._probes[probe]
         except CONNECTION_EXCEPTIONS as error:
@@ -222,6 +245,25 @@ class Broker:
     async def close(self) -> None:
         """Close the connection; unacknowledged messages go to others."""
         await self._connection.close()
+
+
+async def _may(connection: AbstractRobustConnection, declare: Callable[[PlainChannel], Awaitable[object]]) -> bool:
+    """Whether this user may declare it. A user with least privilege may not: it uses what is there."""
+    assert connection.transport is not None
+    # A channel of its own, which the refusal closes, and which is not opened again after a reconnect.
+    channel = await connection.transport.connection.channel()
+    try:
+        await declare(channel)
+    except ChannelAccessRefused:
+        return False
+    await channel.close()
+    return True
+
+
+def _lacking(error: ChannelNotFoundEntity) -> BrokersError:
+    return BrokersError(
+        f"RabbitMQ lacks what this user may not declare itself ({error}); import what `wisp broker definitions` prints"
+    )
 
 
 def without_password(url: str) -> str:

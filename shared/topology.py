@@ -14,6 +14,9 @@
     heartbeat.<verifier>    verifier → schedulers
     cancel                  gateway → drafters, schedulers, verifiers
     ended                   gateway → who observes (`wisp top`)
+    probe.<queue>           an instance → itself: shows that its consumer lives
+
+`ROLES` says who publishes and receives what; users at the broker are given just that (`shared.access`).
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
 """
@@ -21,6 +24,7 @@ What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 VERIFY = "verify"
@@ -60,6 +64,36 @@ def costmodel(verifier: str) -> str:
 def heartbeat(verifier: str) -> str:
     """Routing key of a verifier's heartbeat."""
     return f"heartbeat.{verifier}"
+
+
+def probe_key(queue: str) -> str:
+    """Routing key of a probe of an own queue's consumer."""
+    return f"probe.{queue}"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a service does at the broker. Keys are patterns: `*` stands for a name."""
+
+    publishes: tuple[str, ...] = ()
+    listens: tuple[str, ...] = ()
+    """What is bound to the instances' own queues."""
+    serves: tuple[str, ...] = ()
+    """Keys whose shared queues it consumes."""
+
+
+ROLES = {
+    "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD)),
+    "drafter": Role(publishes=(VERIFY,), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
+    "scheduler": Role(
+        publishes=(batch("*"), LOAD),
+        listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL),
+        serves=(VERIFY,),
+    ),
+    "estimator": Role(publishes=(costmodel("*"),), serves=(SAMPLE,)),
+    "verifier": Role(publishes=(result("*"), heartbeat("*"), SAMPLE, costmodel("*")), listens=(batch("*"), CANCEL)),
+    "top": Role(listens=(LOAD, heartbeat("*"), costmodel("*"), batch("*"), RESULT_SCHEDULER, ENDED)),
+}
 
 
 @dataclass(frozen=True)
@@ -106,6 +140,14 @@ class Topology:
             },
         )
 
+    def shared_queue(self, key: str) -> Queue:
+        """The shared queue of a key that a role serves."""
+        if key == VERIFY:
+            return self.verify_queue()
+        if key == SAMPLE:
+            return self.sample_queue()
+        return self.generate_queue(key.removeprefix(generate("")))
+
     def verify_queue(self) -> Queue:
         """Rounds for the scheduler. One scheduler consumes at a time; the broker hands over to a standby."""
         return Queue(f"{self.namespace}.verify", (VERIFY,), durable=True, arguments={"x-single-active-consumer": True})
@@ -120,5 +162,14 @@ class Topology:
         )
 
     def own_queue(self, service: str, instance: str, bindings: tuple[str, ...]) -> Queue:
-        """An instance's own queue: it lives as long as the instance's connection."""
-        return Queue(f"{self.namespace}.{service}.{instance}", bindings, exclusive=True)
+        """An instance's own queue: it lives as long as the instance's connection.
+
+        Raises ValueError for a binding that is not in the service's role: its user could not make it.
+        """
+        role = ROLES.get(service)
+        if role is not None and (
+            strays := [key for key in bindings if not any(fnmatchcase(key, pattern) for pattern in role.listens)]
+        ):
+            raise ValueError(f"the role of {service} in shared.topology does not listen to {', '.join(strays)}")
+        name = f"{self.namespace}.{service}.{instance}"
+        return Queue(name, (*bindings, probe_key(name)), exclusive=True)

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import controller, keys, top_command
+from services.cli import broker_command, controller, keys, top_command
 from services.cli import draft as drafts
 from services.cli.terminal import errors_shown, out, require, run
 
@@ -33,6 +33,7 @@ app.add_typer(models, name="models")
 app.add_typer(drafts.app, name="draft")
 app.add_typer(controller.app, name="controller")
 app.add_typer(keys.app, name="keys")
+app.add_typer(broker_command.app, name="broker")
 app.command()(top_command.top)
 
 

@@ -56,6 +56,7 @@ DECIDING = [
     "services/scheduler/waiting.py",
     "services/verifier/acceptance.py",
     "services/verifier/replies.py",
+    "shared/access.py",
     "shared/cost.py",
     "shared/fit.py",
     "shared/hidden.py",
