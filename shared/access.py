@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any
 
-from shared.topology import DEFAULT_POOL, ROLES, Queue, Role, Topology, probe_key
+from shared.topology import DEFAULT_POOL, ROLES, Queue, Role, Topology, device_name, probe_key
 
 Definitions = dict[str, Any]
 
@@ -27,6 +27,10 @@ OWN_QUEUE_BYTES = 256 << 20
 """What may wait for an instance that does not read. The oldest go first, and count as lost on the way."""
 WAITING_ROUNDS = 100_000
 """Rounds that may wait for a scheduler. The oldest go first: their drafters send them again."""
+DEVICE_QUEUE_BYTES = 16 << 20
+"""What may wait for a device that does not read."""
+DEVICE_LIMITS = {"max-connections": 2, "max-channels": 16}
+"""Of a device's user. Two connections: the broker may not have noticed yet that the last one is gone."""
 NOTHING = "^$"
 
 
@@ -71,12 +75,65 @@ def definitions(
             vhost,
         ),
         policy(
+            f"{topology.namespace}-device-queues",
+            _exactly(_pattern(f"{topology.namespace}.{device_name('*')}")),
+            {"max-length-bytes": DEVICE_QUEUE_BYTES, "overflow": "drop-head"},
+            vhost,
+        ),
+        policy(
             f"{topology.namespace}-rounds",
             _exactly(_literal(topology.verify_queue().name)),
             {"max-length": WAITING_ROUNDS, "overflow": "drop-head"},
             vhost,
         ),
     ]
+    return made
+
+
+def device_definitions(topology: Topology, device: str, password: str, *, vhost: str = "/") -> Definitions:
+    """What a device outside the cluster needs, beside the above, and nothing else: it is not trusted.
+
+    It may write to one exchange, which leads to one bounded queue; read its requests and its results; bind its results
+    and the Load; and it can open a few connections.
+    """
+    name = user_of(topology, device_name(device))
+    own = topology.__class__(topology.namespace, device).drafter_queue(device_name(device))
+    requests, rounds = topology.generate_queue(device_name(device)), topology.rounds_queue(device)
+    through = topology.rounds_exchange(device)
+    may = {"user": name, "vhost": vhost}
+    return {
+        "users": [user(name, password, DEVICE_LIMITS)],
+        "permissions": [
+            may
+            | {
+                "configure": _exactly(_literal(own.name)),
+                "write": _exactly(_literal(own.name), _literal(through)),
+                "read": _exactly(_literal(own.name), _literal(requests.name), _literal(topology.exchange)),
+            }
+        ],
+        "topic_permissions": [
+            may
+            | {
+                "exchange": topology.exchange,
+                "write": NOTHING,
+                "read": _exactly(*(_literal(key) for key in own.bindings)),
+            }
+        ],
+        "exchanges": [exchange(through, "fanout", vhost)],
+        "queues": [queue_definition(queue, vhost) for queue in (requests, rounds)],
+        "bindings": [
+            binding(through, rounds.name, "", vhost),
+            *(binding(topology.exchange, requests.name, key, vhost) for key in requests.bindings),
+        ],
+    }
+
+
+def joined(*parts: Definitions) -> Definitions:
+    """Several definitions as one."""
+    made: Definitions = {}
+    for part in parts:
+        for kind, entries in part.items():
+            made.setdefault(kind, []).extend(entries)
     return made
 
 

@@ -13,12 +13,12 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from uuid import uuid4
 
 import aio_pika
 import structlog
 from aio_pika.abc import (
-    AbstractChannel,
     AbstractExchange,
     AbstractIncomingMessage,
     AbstractQueue,
@@ -43,6 +43,16 @@ PROBE_HEADER = "x-wisp-probe"
 Handler = Callable[[Message], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class Stranger:
+    """Somebody who is not trusted with the dead letters: whose queue it is that messages come from."""
+
+    longest: int
+    """Bytes of a message at most."""
+    refused: Callable[[str], Awaitable[None]]
+    """Told why a message was not taken."""
+
+
 class Broker:
     """A connection to the broker, in one namespace."""
 
@@ -50,13 +60,13 @@ class Broker:
         self,
         connection: AbstractRobustConnection,
         topology: Topology,
-        fast: AbstractChannel,
-        exchanges: tuple[AbstractExchange, AbstractExchange, AbstractExchange],
+        exchanges: tuple[AbstractExchange, AbstractExchange],
+        letters: AbstractExchange | None,
     ) -> None:
         self.topology = topology
         self._connection = connection
-        self._fast = fast
-        self._fast_exchange, self._sure_exchange, self._dead_exchange = exchanges
+        self._fast_exchange, self._sure_exchange = exchanges
+        self._dead_exchange = letters
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
 
@@ -97,22 +107,26 @@ class Broker:
         fast = await connection.channel(publisher_confirms=False)
         sure = await connection.channel(publisher_confirms=True, on_return_raises=True)
         topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
-        dead = topology.dead_queue()
-        given = not await _may(
+        device = topology.device
+        outgoing, kind = (topology.rounds_exchange(device), fanout) if device else (topology.exchange, topic)
+        given = bool(device) or not await _may(
             connection, lambda channel: channel.exchange_declare(topology.exchange, exchange_type="topic", durable=True)
         )
+        letters = None
         try:
             exchanges = (
-                await fast.declare_exchange(topology.exchange, topic, durable=True, passive=given),
-                await sure.declare_exchange(topology.exchange, topic, durable=True, passive=given),
-                await fast.declare_exchange(topology.dead, fanout, durable=True, passive=given),
+                await fast.declare_exchange(outgoing, kind, durable=True, passive=given),
+                await sure.declare_exchange(outgoing, kind, durable=True, passive=given),
             )
-            if not given:
-                await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
+            if not device:
+                letters = await fast.declare_exchange(topology.dead, fanout, durable=True, passive=given)
+            if letters is not None and not given:
+                dead = topology.dead_queue()
+                await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(letters)
         except ChannelNotFoundEntity as error:
             await connection.close()
             raise _lacking(error) from error
-        return cls(connection, topology, fast, exchanges)
+        return cls(connection, topology, exchanges, letters)
 
     async def publish(
         self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False, confirmed: bool = False
@@ -139,12 +153,16 @@ class Broker:
                 raise BrokersError(f"RabbitMQ did not take a {message.type_name} message: {error!r}") from error
             self._log.warning("message dropped: no connection", key=key, error=repr(error))
 
-    async def consume(self, queue: Queue, handler: Handler, *, prefetch: int = 0) -> None:
+    async def consume(
+        self, queue: Queue, handler: Handler, *, prefetch: int = 0, stranger: Stranger | None = None
+    ) -> Callable[[], Awaitable[None]]:
         """Declare `queue` and call `handler` with each of its messages, from now on, also after reconnects.
 
         With `prefetch`, messages are acknowledged when their handler returns, at most `prefetch` at a time; without,
         they count as done when they arrive. What cannot be decoded, and what makes its handler fail, is dead-lettered
-        with the reason and the original headers.
+        with the reason and the original headers. A `stranger`'s is not: it is told, and forgotten.
+
+        Returns what ends it.
         """
         declared, given = await self._declare(queue, prefetch)
         for key in () if given else queue.bindings:
@@ -157,18 +175,27 @@ class Broker:
                 if (waiting := self._probes.pop(probe, None)) and not waiting.done():
                     waiting.set_result(None)
             else:
-                await self._handle(incoming, handler)
+                await self._handle(incoming, handler, stranger)
             if prefetch:
                 with suppress(*CONNECTION_EXCEPTIONS):  # the broker delivers it again after the reconnect
                     await incoming.ack()
 
-        await declared.consume(receive, no_ack=not prefetch)
+        tag = await declared.consume(receive, no_ack=not prefetch)
+
+        async def end() -> None:
+            await declared.cancel(tag)
+            await declared.channel.close()
+
+        return end
 
     async def _declare(self, queue: Queue, prefetch: int) -> tuple[AbstractQueue, bool]:
         """The queue, and whether it was given: declared and bound by those who gave this user its permissions."""
-        given = not queue.exclusive and not await _may(
-            self._connection,
-            lambda channel: channel.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
+        given = not queue.exclusive and (
+            bool(self.topology.device)
+            or not await _may(
+                self._connection,
+                lambda channel: channel.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
+            )
         )
         for attempt in range(OWN_QUEUE_RETRIES):
             channel = await self._connection.channel(publisher_confirms=False)
@@ -193,11 +220,16 @@ class Broker:
             f"queue {queue.name} belongs to another running process; give this one another name with WISP_INSTANCE"
         )
 
-    async def _handle(self, incoming: AbstractIncomingMessage, handler: Handler) -> None:
+    async def _handle(self, incoming: AbstractIncomingMessage, handler: Handler, stranger: Stranger | None) -> None:
         try:
+            if stranger is not None and len(incoming.body) > stranger.longest:
+                raise MessageError(f"{len(incoming.body)} bytes, and {stranger.longest} are the most")
             message = decode(incoming.body)
         except MessageError as error:
-            await self._bury(incoming, str(error))
+            if stranger is not None:
+                await stranger.refused(str(error))
+            else:
+                await self._bury(incoming, str(error))
             return
         session = getattr(message, "session", None)
         with structlog.contextvars.bound_contextvars(**({"session": session} if session else {})):
@@ -218,6 +250,8 @@ class Broker:
             "x-wisp-routing-key": incoming.routing_key or "",
             "x-wisp-exchange": incoming.exchange or "",
         }
+        if self._dead_exchange is None:
+            return
         copy = aio_pika.Message(incoming.body, headers=headers, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
         try:
             await self._dead_exchange.publish(copy, "")

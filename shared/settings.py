@@ -13,13 +13,17 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Literal, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from yarl import URL
 
 from shared.errors import SettingsError as BadSettings
+from shared.seal import Seal
 from shared.tls import Tls
 
+SHORTEST_SECRET = 32
+SECRET = frozenset({"session_secret", "api_key"})
+"""Settings whose values are not shown."""
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 
 
@@ -120,6 +124,29 @@ class ServiceSettings(TlsSettings):
         return f"{service}-{host}-{token_hex(3)}"
 
 
+class SealSettings(ServiceSettings):
+    """Settings of the services that make or check the keys of sessions."""
+
+    session_secret: SecretStr | None = Field(
+        None,
+        description="secret of gateways, schedulers and verifiers, 32 characters at least: drafters then have to show "
+        "a key for each session; needed where devices draft",
+    )
+
+    @property
+    def seal(self) -> Seal:
+        """Makes and checks the keys."""
+        return Seal(None if self.session_secret is None else self.session_secret.get_secret_value())
+
+    @model_validator(mode="after")
+    def _secret_is_long(self) -> SealSettings:
+        if self.session_secret is not None and len(self.session_secret.get_secret_value()) < SHORTEST_SECRET:
+            raise ValueError(
+                f"session_secret is shorter than {SHORTEST_SECRET} characters; make one with `openssl rand -hex 32`"
+            )
+        return self
+
+
 class TargetSettings(ServiceSettings):
     """Settings of the services that need to know the target model."""
 
@@ -147,7 +174,7 @@ def problems_of(error: ValidationError) -> list[str]:
     problems = []
     for item in error.errors():
         name = "_".join(str(part) for part in item["loc"])
-        given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
+        given = "" if item["type"] == "missing" or name in SECRET else f" (given: {item['input']!r})"
         if name:
             problems.append(f"WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
         else:  # settings that do not go together

@@ -14,9 +14,14 @@
     heartbeat.<verifier>    verifier → schedulers
     cancel                  gateway → drafters, schedulers, verifiers
     ended                   gateway → who observes (`wisp top`)
+    generate.device.<name>  gateway → that device                 <ns>.generate.device.<name>
+    result.device.<name>    verifier → that device                <ns>.device.<name>        exclusive, bounded
     probe.<queue>           an instance → itself: shows that its consumer lives
 
 `ROLES` says who publishes and receives what; users at the broker are given just that (`shared.access`).
+
+A device outside the cluster sends its rounds through a fanout exchange of its own, `<ns>.rounds.<name>`, to the queue
+of the same name, which the scheduler reads: by that it knows whose they are.
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
 """
@@ -39,6 +44,10 @@ GENERATE_DELIVERY_LIMIT = 20
 """A Generate that has brought down this many drafters is dead-lettered instead of being tried again."""
 DEAD_LETTERS_KEPT = 10_000
 SAMPLES_KEPT = 10_000
+ROUNDS_KEPT = 256
+"""Rounds of one device that may wait. The oldest go first: the device sends them again."""
+ROUND_BYTES = 65_536
+"""Longest message of a device."""
 
 
 def generate(pool: str = DEFAULT_POOL) -> str:
@@ -71,6 +80,16 @@ def probe_key(queue: str) -> str:
     return f"probe.{queue}"
 
 
+def device_name(device: str) -> str:
+    """A device's name as a drafter and as a pool. It has a dot, so that no pool and no service can be called that."""
+    return f"device.{device}"
+
+
+def rounds(device: str) -> str:
+    """What a device's rounds are called in roles; they travel by an exchange of the device's own."""
+    return f"rounds.{device}"
+
+
 @dataclass(frozen=True)
 class Role:
     """What a service does at the broker. Keys are patterns: `*` stands for a name."""
@@ -88,7 +107,7 @@ ROLES = {
     "scheduler": Role(
         publishes=(batch("*"), LOAD),
         listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL),
-        serves=(VERIFY,),
+        serves=(VERIFY, rounds("*")),
     ),
     "estimator": Role(publishes=(costmodel("*"),), serves=(SAMPLE,)),
     "verifier": Role(publishes=(result("*"), heartbeat("*"), SAMPLE, costmodel("*")), listens=(batch("*"), CANCEL)),
@@ -109,9 +128,10 @@ class Queue:
 
 @dataclass(frozen=True)
 class Topology:
-    """Every name within one namespace."""
+    """Every name within one namespace, as seen by a service or, if one is named, by a device."""
 
     namespace: str = "wisp"
+    device: str = ""
 
     @property
     def exchange(self) -> str:
@@ -146,7 +166,34 @@ class Topology:
             return self.verify_queue()
         if key == SAMPLE:
             return self.sample_queue()
+        if key.startswith(rounds("")):
+            return self.rounds_queue(key.removeprefix(rounds("")))
         return self.generate_queue(key.removeprefix(generate("")))
+
+    def rounds_exchange(self, device: str) -> str:
+        """The fanout exchange that a device's rounds go through, and nothing else."""
+        return f"{self.namespace}.rounds.{device}"
+
+    def rounds_queue(self, device: str) -> Queue:
+        """A device's rounds for the scheduler: bounded, so that a flood drowns nobody but the device itself."""
+        return Queue(
+            f"{self.namespace}.rounds.{device}",
+            (),
+            durable=True,
+            arguments={
+                "x-single-active-consumer": True,
+                "x-max-length": ROUNDS_KEPT,
+                "x-max-length-bytes": ROUND_BYTES * 4,
+                "x-overflow": "drop-head",
+            },
+        )
+
+    def drafter_queue(self, instance: str) -> Queue:
+        """What a drafter receives beside its requests. A device is not told which sessions of others are cancelled."""
+        if self.device:
+            name = f"{self.namespace}.{device_name(self.device)}"
+            return Queue(name, (result(instance), LOAD), exclusive=True)
+        return self.own_queue("drafter", instance, (result(instance), CANCEL, LOAD))
 
     def verify_queue(self) -> Queue:
         """Rounds for the scheduler. One scheduler consumes at a time; the broker hands over to a standby."""

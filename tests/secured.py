@@ -12,6 +12,7 @@ import trustme
 from services.cli import private
 from services.cli.host import inspect
 from services.cli.ports import free_ports
+from services.cli.private import Server
 
 RABBITMQ_TLS = """\
 listeners.ssl.1 = 127.0.0.1:{port}
@@ -58,6 +59,7 @@ class Secured:
     rediss_url: str
     amqp_url: str
     redis_url: str
+    rabbitmq: Server
 
 
 @asynccontextmanager
@@ -83,6 +85,7 @@ async def secured(folder: Path, *, ask: bool, conf: str = "") -> AsyncIterator[S
                 _moved(redis.url, "rediss", rediss_port),
                 rabbitmq.url,
                 redis.url,
+                rabbitmq,
             )
         finally:
             await redis.stop()

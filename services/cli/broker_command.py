@@ -12,9 +12,10 @@ from typing import Annotated, Any
 import typer
 
 from services.cli.terminal import err, errors_shown
-from shared.access import definitions, user_of
+from shared.access import definitions, device_definitions, joined, user_of
+from shared.devices import read_devices
 from shared.errors import SettingsError
-from shared.topology import DEFAULT_POOL, ROLES, Topology
+from shared.topology import DEFAULT_POOL, ROLES, Topology, device_name
 
 app = typer.Typer(help="What an own RabbitMQ is set up with.", no_args_is_help=True)
 
@@ -27,6 +28,7 @@ def print_definitions(
     namespace: Annotated[str | None, typer.Option(help="\\[env: WISP_NAMESPACE; default: wisp]")] = None,
     vhost: Annotated[str, typer.Option(help="Virtual host.")] = "/",
     pool: Annotated[list[str] | None, typer.Option(help="A pool of drafters; may be given again.")] = None,
+    devices: Annotated[Path | None, typer.Option(help="The schedulers' WISP_DEVICES_FILE: devices that join.")] = None,
 ) -> None:
     """Print users, permissions, queues and policies, one user per service, for `rabbitmqctl import_definitions`.
 
@@ -35,8 +37,12 @@ def print_definitions(
     with errors_shown():
         topology = Topology(namespace_of(namespace))
         pools = [checked("pool", name) for name in pool or [DEFAULT_POOL]]
-        known = filled(passwords, [user_of(topology, service) for service in ROLES])
-        print_json(definitions(topology, known, vhost=vhost, pools=pools))
+        outside = read_devices(devices) if devices else []
+        users = {device: user_of(topology, device_name(device)) for device in outside}
+        known = filled(passwords, [*(user_of(topology, service) for service in ROLES), *users.values()])
+        made = definitions(topology, known, vhost=vhost, pools=pools)
+        joining = (device_definitions(topology, device, known[users[device]], vhost=vhost) for device in outside)
+        print_json(joined(made, *joining))
 
 
 def namespace_of(given: str | None) -> str:

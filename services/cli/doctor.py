@@ -32,6 +32,7 @@ EXTRAS = {
     "gateway": ("fastapi", "uvicorn", "httptools", "jinja2", "tokenizers"),
     "model": ("torch", "transformers", "safetensors", "gguf"),
     "client": ("openai",),
+    "device": ("httpx",),
     "training": ("scipy",),
     "bench": ("matplotlib",),
 }

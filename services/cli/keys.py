@@ -32,6 +32,7 @@ def new(
     requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: the gateway's.")] = None,
     tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Prompt and output. Default: as above.")] = None,
     max_sessions: Annotated[int | None, typer.Option(min=1, help="Texts at once. Default: as above.")] = None,
+    device: Annotated[str | None, typer.Option(help="The device whose key it is, and that drafts for it.")] = None,
 ) -> None:
     """Make a key and print it, this once. Gateways that run take it within a second or two."""
     with errors_shown(), _editing(_path(file)) as keys:
@@ -41,9 +42,11 @@ def new(
             requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, max_sessions=max_sessions
         )
         try:
-            text, key = new_key(name, datetime.now(UTC).replace(microsecond=0), limits)
+            text, key = new_key(name, datetime.now(UTC).replace(microsecond=0), limits, device)
         except ValueError:
-            raise SettingsError(f"name {name!r}: letters, digits, _ and - only, 64 at most") from None
+            raise SettingsError(
+                f"name {name!r}, device {device!r}: letters, digits, _ and - only, 64 at most"
+            ) from None
         keys.append(key)
     print(text)
     err.print("Keep it: only its hash is in the file, so it cannot be shown again.", style="dim")
@@ -54,12 +57,12 @@ def list_keys(file: File = None) -> None:
     """The keys in the file, without what makes them work."""
     with errors_shown():
         table = Table(box=None)
-        for column in ("id", "name", "created", "requests/min", "tokens/min", "texts"):
+        for column in ("id", "name", "created", "requests/min", "tokens/min", "texts", "device"):
             table.add_column(column, overflow="fold")
         for key in _read(_path(file)):
             limits = (key.requests_per_minute, key.tokens_per_minute, key.max_sessions)
             shown = ("-" if limit is None else f"{limit:,}" for limit in limits)
-            table.add_row(key.id, key.name, f"{key.created:%Y-%m-%d %H:%M}", *shown)
+            table.add_row(key.id, key.name, f"{key.created:%Y-%m-%d %H:%M}", *shown, key.device or "-")
         out.print(table)
 
 

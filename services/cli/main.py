@@ -268,6 +268,16 @@ def bench(context: typer.Context, name: Benchmark) -> None:
         os.execv(sys.executable, [sys.executable, "-m", f"services.bench.{name.value}", *context.args])
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def device(context: typer.Context) -> None:
+    """Join a cluster from outside: the API on this device's loopback, drafting on the device itself (--help)."""
+    with errors_shown():
+        require("gateway", "device")
+        os.execv(sys.executable, [sys.executable, "-m", "services.device", *context.args])
+
+
 def _progress() -> ConsoleProgress:
     from services.cli.progress import ConsoleProgress
 

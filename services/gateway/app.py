@@ -34,6 +34,7 @@ from services.gateway.stream import Reply
 from shared import logging
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
+from shared.topology import device_name
 
 SEED_HEADER = "x-wisp-seed"
 
@@ -164,7 +165,7 @@ def _answer(
         stop_ids=gateway.folder.eos_ids,
         slo=slo_of(request.headers, asked.service_tier, classes),
         service_class=service_class,
-        pool=asked.wisp.pool or pool_of(request.headers),
+        pool=_pool(request, asked),
         draft=asked.wisp.draft or draft_of(request.headers),
         echoes=echoes,
     )
@@ -188,6 +189,15 @@ def _answer(
         reserved=sum(map(len, prompts)) + (0 if limit is None else sum(plan.max_tokens for plan in plans)),
     )
     return Answer(gateway.backend, gateway.ledger, reply, order)
+
+
+def _pool(request: Request, asked: GenerationRequest) -> str:
+    """Who drafts: the device whose key it is, else the pool that is asked for. The names of pools have no dots, so that
+    nobody asks for a device that is not theirs."""
+    key = key_of(request.scope)
+    if key is not None and key.device is not None:
+        return device_name(key.device)
+    return asked.wisp.pool or pool_of(request.headers)
 
 
 def _check_model(gateway: Gateway, name: str) -> None:

@@ -19,6 +19,7 @@ from services.gateway.start import Publisher, SessionStore, Starter
 from shared import logging, topology
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
+from shared.seal import Seal
 from shared.store import SessionStatus
 
 WATCH_INTERVAL_S = 0.1
@@ -44,13 +45,14 @@ class Backend:
         vocab_fingerprint: str,
         idle_check_s: float,
         stall_timeout_s: float,
+        seal: Seal | None = None,
     ) -> None:
         self._publisher = publisher
         self._store = store
         self._new_session = new_session
         self._metrics = metrics
         self._admission = admission
-        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint)
+        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint, seal or Seal(None))
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
         self._live: dict[str, Live] = {}

@@ -51,17 +51,21 @@ class ApiKey(KeyLimits):
     """For people: whose key it is."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     created: datetime
+    device: Annotated[str, Field(pattern=NAME_PATTERN)] | None = None
+    """The device whose key it is: what is asked with it is drafted there, and nowhere else."""
 
 
 _FILE = TypeAdapter(list[ApiKey])
 
 
-def new_key(name: str, created: datetime, limits: KeyLimits | None = None) -> tuple[str, ApiKey]:
+def new_key(
+    name: str, created: datetime, limits: KeyLimits | None = None, device: str | None = None
+) -> tuple[str, ApiKey]:
     """A fresh key, which nobody can show again later, and what the file keeps of it."""
     id_ = token_hex(6)
     text = f"wisp-{id_}-{token_urlsafe(32)}"
     given = (limits or KeyLimits()).model_dump()
-    return text, ApiKey(id=id_, name=name, sha256=_digest(text), created=created, **given)
+    return text, ApiKey(id=id_, name=name, sha256=_digest(text), created=created, device=device, **given)
 
 
 def parse(text: str, where: str) -> list[ApiKey]:

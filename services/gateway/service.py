@@ -49,7 +49,7 @@ async def serve(
     certificate = None
     if settings.https_cert_file is not None:
         certificate = Certificate(settings.https_cert_file, settings.https_key_file)
-    listener = _listen(settings.host, settings.port)
+    listener = listen(settings.host, settings.port)
     topology = Topology(settings.namespace)
     broker = await Broker.connect(settings.amqp_url, topology, instance, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
@@ -78,6 +78,7 @@ async def serve(
         vocab_fingerprint=folder.vocab_fingerprint,
         idle_check_s=settings.idle_check_s,
         stall_timeout_s=settings.stall_timeout_s,
+        seal=settings.seal,
     )
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
@@ -135,7 +136,8 @@ async def serve(
         await store.close()
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens there. Raises SettingsError."""
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         return socket.create_server((host, port), family=family, backlog=512)

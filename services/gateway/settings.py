@@ -12,7 +12,7 @@ from services.gateway.keys import KeyLimits
 from services.gateway.slo import ServiceClass
 from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
-from shared.settings import TargetSettings
+from shared.settings import SealSettings, TargetSettings
 from shared.tls import server_context
 
 ADMIT_TO = {"priority": 1.0, "flex": 0.8}
@@ -26,7 +26,7 @@ STANDARD_CLASSES: Any = {
 """As they are given in JSON."""
 
 
-class GatewaySettings(TargetSettings):
+class GatewaySettings(TargetSettings, SealSettings):
     """Settings of the gateway."""
 
     host: str = Field("127.0.0.1", description="address of the HTTP API")

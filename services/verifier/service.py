@@ -38,6 +38,7 @@ from shared.messages import (
     Status,
 )
 from shared.models.folder import ModelFolder
+from shared.seal import Seal
 from shared.service import running
 from shared.store import Commit, Request, SessionStatus, Store
 from shared.store import Outcome as CommitOutcome
@@ -88,7 +89,9 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
     broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms)
+    verifier = Verifier(
+        instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms, settings.seal
+    )
     try:
         await verifier.run(measured, stop, settings.drain_s)
     finally:
@@ -109,6 +112,7 @@ class Verifier:
         broker: Broker,
         store: Store,
         heartbeat_ms: int,
+        seal: Seal | None = None,
     ) -> None:
         self.instance = instance
         self.fingerprint = fingerprint
@@ -117,6 +121,7 @@ class Verifier:
         self._broker = broker
         self._store = store
         self._heartbeat_s = heartbeat_ms / 1000
+        self._seal = seal or Seal(None)
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -221,7 +226,10 @@ class Verifier:
         settled: list[tuple[Job, Failure | None]] = []
         mine = []
         for job in batch.jobs:
-            if job.fingerprint == self.fingerprint:
+            if not self._seal.fits(job):
+                self._log.error("job without its session's key: is WISP_SESSION_SECRET the same?", session=job.session)
+                settled.append((job, replies.FORBIDDEN))
+            elif job.fingerprint == self.fingerprint:
                 mine.append(job)
             else:
                 settled.append((job, replies.wrong_model(job, self.fingerprint)))
@@ -328,8 +336,9 @@ class Verifier:
             self._measured.append(Measurement(shape=shapes[0], measured_ms=verify_ms))
 
     async def _publish(self, job: Job, result: Result) -> None:
-        # One publish; the broker makes the copies. A finished chunk of prefill concerns the scheduler alone.
-        if result.status is Status.PREFILLED:
+        # One publish; the broker makes the copies. The scheduler alone is told of a finished chunk of prefill, and of a
+        # job that nobody may have asked for.
+        if result.status is Status.PREFILLED or result.error == replies.FORBIDDEN:
             await self._broker.publish(result, topology.RESULT_SCHEDULER)
         else:
             others = (topology.result(job.gateway), topology.RESULT_SCHEDULER)

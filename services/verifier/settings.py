@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from pydantic import Field
 
-from shared.settings import TargetSettings
+from shared.settings import SealSettings, TargetSettings
 
 
-class VerifierSettings(TargetSettings):
+class VerifierSettings(TargetSettings, SealSettings):
     """One verifier process: one target model on one device."""
 
     device: str = Field("cpu", description="torch device of the target model: cpu, cuda, cuda:1")

@@ -47,6 +47,7 @@ DECIDING = [
     "services/scheduler/batching.py",
     "services/scheduler/dispatch.py",
     "services/scheduler/fleet.py",
+    "services/scheduler/gate.py",
     "services/scheduler/load.py",
     "services/scheduler/pacing.py",
     "services/scheduler/placement.py",
@@ -61,6 +62,7 @@ DECIDING = [
     "shared/fit.py",
     "shared/hidden.py",
     "shared/messages.py",
+    "shared/seal.py",
     "shared/slo.py",
     "shared/topology.py",
 ]
