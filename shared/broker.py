@@ -211,6 +211,8 @@ class Broker:
                 )
                 return declared, given
             except ChannelNotFoundEntity as error:
+                with suppress(*CONNECTION_EXCEPTIONS):
+                    await channel.close()
                 raise _lacking(error) from error
             except ChannelLockedResource:
                 # A predecessor of the same name was killed, and the broker has not noticed yet.

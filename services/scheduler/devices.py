@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable
+from itertools import count
 from pathlib import Path
 
 from services.scheduler import metrics
@@ -19,6 +20,8 @@ from shared.topology import ROUND_BYTES
 
 LOOK_S = 1.0
 """Time between two looks at the file."""
+RETRY_LOOKS = 15
+"""After so many looks, those are tried again that could not join: their queues may be there now."""
 PREFETCH = 8
 """Rounds of a device that are on their way to the scheduler at once. It handles them one after the other."""
 
@@ -62,7 +65,7 @@ class Devices:
     async def watch(self) -> None:
         """Follow the file, for ever. One that cannot be read any more leaves those of before."""
         failed = ""
-        while True:
+        for look in count():
             await asyncio.sleep(LOOK_S)
             try:
                 wanted = await asyncio.to_thread(read_devices, self._file)
@@ -72,7 +75,8 @@ class Devices:
                 failed = str(error)
                 continue
             failed = ""
-            if wanted != self._wanted:
+            late = look % RETRY_LOOKS == 0 and len(self._ends) < len(self._wanted)
+            if wanted != self._wanted or late:
                 self._wanted = wanted
                 await self.follow()
 
