@@ -97,7 +97,7 @@ def device_definitions(topology: Topology, device: str, password: str, *, vhost:
     and the Load; and it can open a few connections.
     """
     name = user_of(topology, device_name(device))
-    own = topology.__class__(topology.namespace, device).drafter_queue(device_name(device))
+    own = Topology(topology.namespace, device).drafter_queue(device_name(device))
     requests, rounds = topology.generate_queue(device_name(device)), topology.rounds_queue(device)
     through = topology.rounds_exchange(device)
     may = {"user": name, "vhost": vhost}

@@ -32,11 +32,13 @@ class Relay:
         """Handle one request."""
         if scope["type"] != "http":
             return
-        begun = False
+        begun = events = False
 
         async def sending(message: Message) -> None:
-            nonlocal begun
-            begun = True
+            nonlocal begun, events
+            if message["type"] == "http.response.start":
+                begun = True
+                events = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
             await send(message)
 
         try:
@@ -49,9 +51,10 @@ class Relay:
         except ApiError as error:
             if not begun:
                 await _respond(sending, error.status, error.body(), error.headers)
-            else:
-                # In the middle of a stream: what the client reads as an error, and no end that looks like a good one.
-                logging.get().warning("stream broken", error=error.message)
+                return
+            logging.get().warning("answer broken", error=error.message)
+            if events:
+                # What the client reads as an error, and no end that looks like a good one.
                 await send({"type": "http.response.body", "body": b"data: " + encode(error.body()) + b"\n\n"})
 
     async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -24,6 +24,10 @@ class Certificate:
         self._seen = self._state()
         self.context: ssl.SSLContext = server_context(cert_file, key_file, PREFIX)
 
+    def factory(self, _config: object, _default: object) -> ssl.SSLContext:
+        """As uvicorn asks for it."""
+        return self.context
+
     async def watch(self) -> None:
         """Take the files again whenever they change, for ever."""
         log = logging.get()

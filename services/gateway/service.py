@@ -109,13 +109,15 @@ async def serve(
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=int(settings.drain_s) + CLOSING_S,
-            ssl_context_factory=None if certificate is None else lambda _config, _default: certificate.context,
+            ssl_context_factory=certificate.factory if certificate else None,
         )
     )
     host, port = listener.getsockname()[:2]
     scheme = "https" if certificate else "http"
     log.info("serving", url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1", model=model)
-    watches = [part.watch() for part in (backend, keys, certificate) if part is not None]
+    watches = [backend.watch(), ledger.renew()]
+    watches += [keys.watch()] if keys else []
+    watches += [certificate.watch()] if certificate else []
     closed = asyncio.Event()
 
     async def serving() -> None:
@@ -125,7 +127,7 @@ async def serve(
             closed.set()
 
     try:
-        async with running(stop, *watches, ledger.renew(), serving()):
+        async with running(stop, *watches, serving()):
             log.info("draining", sessions=backend.running)
             server.should_exit = True
             await backend.drain(settings.drain_s)
