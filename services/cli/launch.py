@@ -7,9 +7,16 @@ import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
-SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
-STOP_ORDER = ("gateway", "drafter", "scheduler", "verifier", "estimator")
+from services.baseline.settings import Baseline
+
+Serving = Literal["wisp", Baseline]
+"""Who serves: the suite, or one of the baselines that it is measured against."""
+SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier", "baseline")
+API_SERVICES = ("gateway", "baseline")
+"""Those that clients talk to."""
+STOP_ORDER = (*API_SERVICES, "drafter", "scheduler", "verifier", "estimator")
 """First who takes requests in, last who only listens."""
 NOT_INHERITED = frozenset({"WISP_METRICS_PORT", "WISP_INSTANCE", "WISP_PORT", "WISP_HOST"})
 """Settings that belong to one process: several would collide."""
@@ -33,6 +40,7 @@ class Launch:
     port: int
     verifiers: int
     """Verifiers that share the cores."""
+    serving: Serving = "wisp"
     env: Mapping[str, str] = field(default_factory=dict)
     inherited: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
@@ -44,7 +52,7 @@ class Launch:
         """The environment of one process called `name`; `own` goes before everything else."""
         inherited = {key: value for key, value in self.inherited.items() if key not in NOT_INHERITED}
         defaults = {"WISP_DRAIN_S": str(DRAIN_S)}
-        if service == "verifier":
+        if service in ("verifier", "baseline"):
             defaults["WISP_THREADS"] = str(max(1, cores() // max(1, self.verifiers)))
         fixed = {
             "WISP_AMQP_URL": self.amqp_url,
@@ -54,8 +62,10 @@ class Launch:
             "WISP_TARGET": str(self.target),
             "WISP_LOG_FORMAT": "json",
         }
-        if service == "gateway":
+        if service in API_SERVICES:
             fixed |= {"WISP_HOST": self.host, "WISP_PORT": str(self.port)}
+        if service == "baseline":
+            fixed["WISP_SERVING"] = self.serving
         merged = {**defaults, **inherited, **fixed, **self.env, **own}
         # Waiting threads must not spin: other processes need the cores.
         merged.setdefault("OMP_WAIT_POLICY", "passive")

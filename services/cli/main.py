@@ -54,6 +54,14 @@ class DraftSource(StrEnum):
     NONE = "none"
 
 
+class Serving(StrEnum):
+    """Who serves: the suite, or a baseline that it is measured against."""
+
+    WISP = "wisp"
+    CENTRALIZED = "centralized"
+    COLOCATED = "colocated"
+
+
 class Benchmark(StrEnum):
     """The benchmarks that can be run by name."""
 
@@ -80,7 +88,8 @@ DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format of the ta
 Drafters = Annotated[int, typer.Option(min=1, help="Drafter processes.")]
 Verifiers = Annotated[int, typer.Option(min=1, help="Verifier processes, which share the cores.")]
 Threads = Annotated[
-    int | None, typer.Option(min=1, help="CPU threads of each verifier. \\[default: its share of the cores]")
+    int | None,
+    typer.Option(min=1, help="CPU threads of each verifier, or of the baseline. \\[default: its share of the cores]"),
 ]
 Draft = Annotated[
     DraftSource | None,
@@ -89,6 +98,15 @@ Draft = Annotated[
 DraftModel = Annotated[Path | None, typer.Option(help="Folder of a draft model, for --draft model.")]
 HiddenDraft = Annotated[
     Path | None, typer.Option(help="Folder of a draft by `wisp draft train`. \\[default: the one that comes with WISP]")
+]
+
+
+ServingOption = Annotated[
+    Serving,
+    typer.Option(
+        help="wisp: the suite. Baselines, in one place and without brokers: centralized decodes plainly, "
+        "colocated drafts beside the target."
+    ),
 ]
 
 
@@ -107,6 +125,7 @@ def up(
     draft: Draft = None,
     draft_model: DraftModel = None,
     hidden_draft: HiddenDraft = None,
+    serving: ServingOption = Serving.WISP,
 ) -> None:
     """Keep the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
     with errors_shown():
@@ -125,6 +144,7 @@ def up(
             threads,
             drafters=drafters,
             verifiers=verifiers,
+            serving=serving,
             host=host,
             port=port,
             api_keys=key_file,
@@ -295,6 +315,7 @@ def _stack(
     *,
     drafters: int = 1,
     verifiers: int = 1,
+    serving: Serving = Serving.WISP,
     host: str = "127.0.0.1",
     port: int = 0,
     api_keys: Path | None = None,
@@ -307,6 +328,12 @@ def _stack(
 
     if draft is DraftSource.MODEL and draft_model is None:
         raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
+    if serving is not Serving.WISP and (drafters, verifiers) != (1, 1):
+        raise SettingsError(
+            f"--serving {serving.value} is one engine: it has no --drafters and no --verifiers to count"
+        )
+    if serving is Serving.CENTRALIZED and (draft or draft_model or hidden_draft):
+        raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
     progress = _progress()
     chosen = {
         "WISP_DTYPE": dtype.value if dtype else None,
@@ -320,6 +347,7 @@ def _stack(
         purpose,
         drafters=drafters,
         verifiers=verifiers,
+        serving=serving.value,
         target=prepare_target(target or LocalSettings().target, progress),
         env={key: value for key, value in chosen.items() if value is not None},
         host=host,

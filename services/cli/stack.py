@@ -17,7 +17,7 @@ from services.cli import logs
 from services.cli.brokers import Brokers
 from services.cli.folder import RunFolder, RunningSuite, checkout, note_suite, state_folder
 from services.cli.forget import forget
-from services.cli.launch import SERVICES, STOP_ORDER, Launch
+from services.cli.launch import API_SERVICES, SERVICES, STOP_ORDER, Launch, Serving
 from services.cli.ports import LOOPBACK
 from services.cli.process import Process
 from services.cli.progress import Progress
@@ -39,11 +39,12 @@ class ServiceFailed(WispError):
 class Stack:
     """Brokers and services of one run. Use as an async context manager: inside, everything is ready.
 
-    Counts may be 0. `env` goes to every service, on top of this process's environment; `env_of[service]` goes to the
-    processes of that service, before everything else. `brokers` are left alone when they are given; otherwise the stack
-    has its own. `target` is the folder of a prepared model. `port` 0 lets the system choose. Start it from a thread
-    that lives as long as the stack shall. Raises WispError when a part does not come up; what had come up is stopped
-    then.
+    With a `serving` other than `wisp` it is one process of the service `baseline` and the engine that this starts: no
+    brokers, and the counts mean nothing. Counts may be 0. `env` goes to every service, on top of this process's
+    environment; `env_of[service]` goes to the processes of that service, before everything else. `brokers` are left
+    alone when they are given; otherwise the stack has its own. `target` is the folder of a prepared model. `port` 0
+    lets the system choose. Start it from a thread that lives as long as the stack shall. Raises WispError when a part
+    does not come up; what had come up is stopped then.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Stack:
         schedulers: int = 1,
         estimators: int = 1,
         verifiers: int = 1,
+        serving: Serving = "wisp",
         target: Path | None = None,
         env: Mapping[str, str] | None = None,
         env_of: Mapping[str, Mapping[str, str]] | None = None,
@@ -65,13 +67,15 @@ class Stack:
         progress: Progress | None = None,
     ) -> None:
         self.purpose = purpose
-        self.counts = {
+        suite = {
             "scheduler": schedulers,
             "estimator": estimators,
             "verifier": verifiers,
             "drafter": drafters,
             "gateway": gateways,
         }
+        self.serving = serving
+        self.counts = suite if serving == "wisp" else {"baseline": 1}
         self.target = (target or state_folder() / "models" / DEFAULT_TARGET).absolute()
         self.env = dict(env or {})
         self.env_of = dict(env_of or {})
@@ -89,12 +93,12 @@ class Stack:
     async def __aenter__(self) -> Stack:
         async with AsyncExitStack() as resources:
             self.folder = resources.enter_context(RunFolder(self.purpose)).path
-            if self._given_brokers is None:
-                self.brokers = await resources.enter_async_context(Brokers(self.folder, progress=self._progress))
-            else:
-                self.brokers = self._given_brokers
+            self.brokers = self._given_brokers or Brokers(self.folder, progress=self._progress)
+            has_own = self._given_brokers is None and self.serving == "wisp"
+            if has_own:
+                await resources.enter_async_context(self.brokers)
             self._failed = asyncio.get_running_loop().create_future()
-            if self._given_brokers is None:
+            if has_own:
                 for server in self.brokers.servers:
                     for process in server.processes:
                         self._observe(process)
@@ -105,11 +109,14 @@ class Stack:
                 target=self.target,
                 host=self.host,
                 port=self.port,
-                verifiers=self.counts["verifier"],
+                verifiers=self.counts.get("verifier", 1),
+                serving=self.serving,
                 env=self.env,
             )
-            note_suite(self.folder, RunningSuite(self.namespace, None if self.brokers.given else self.brokers.amqp_url))
-            if self._given_brokers is None and self._launch.namespace == self.folder.name:
+            if self.serving == "wisp":
+                amqp_url = None if self.brokers.given else self.brokers.amqp_url
+                note_suite(self.folder, RunningSuite(self.namespace, amqp_url))
+            if has_own and self._launch.namespace == self.folder.name:
                 resources.push_async_callback(self._forget)
             resources.push_async_callback(self._stop_all)
             await self._start_all()
@@ -128,13 +135,13 @@ class Stack:
 
     @property
     def url(self) -> str:
-        """The first gateway's base URL, as OpenAI clients want it: it ends in `/v1`."""
+        """The first of `urls`, as OpenAI clients want it: it ends in `/v1`."""
         return self.urls[0]
 
     @property
     def urls(self) -> list[str]:
-        """Base URLs of the running gateways."""
-        return [self._urls[process.pid] for process in self.processes("gateway")]
+        """Base URLs of the running gateways, or of the baseline."""
+        return [self._urls[process.pid] for service in API_SERVICES for process in self.processes(service)]
 
     def processes(self, service: str | None = None) -> list[Process]:
         """The running processes of a service, or of all, in the order they were started."""
@@ -238,7 +245,7 @@ class Stack:
             self._failed.exception()  # it is reported by whoever waits, not by the event loop
 
     async def _until_ready(self, service: str, process: Process) -> None:
-        """Wait for the process's own word in its log and, for a gateway, for its proof of brokers and verifiers."""
+        """Wait for the process's own word in its log and, for one with an API, for its proof of what it needs."""
         try:
             async with asyncio.timeout(START_S):
                 while not (said := logs.find(process.log, READY_EVENTS)):
@@ -248,9 +255,9 @@ class Stack:
                             f"The end of its log:\n{logs.readable(process.tail(15))}"
                         )
                     await asyncio.sleep(POLL_S)
-                if service == "gateway":
+                if service in API_SERVICES:
                     self._urls[process.pid] = url = str(said["url"])
-                    if self.counts["verifier"]:
+                    if service == "baseline" or self.counts["verifier"]:
                         await logs.until_answers(url.removesuffix("/v1") + "/ready", POLL_S)
         except TimeoutError:
             raise ServiceFailed(

@@ -1,4 +1,4 @@
-"""`wisp up`: the suite in the foreground."""
+"""`wisp up`: the suite, or a baseline, in the foreground."""
 
 from __future__ import annotations
 
@@ -41,7 +41,8 @@ def require_keys(host: str, given: Path | None) -> Path | None:
 async def up(stack: Stack, console: Console) -> None:
     """Say how the stack is reached, and report what dies. Raises ServiceFailed when a service has no process left."""
     console.print()
-    console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  (model {stack.target.name})"), soft_wrap=True)
+    what = f"model {stack.target.name}" + ("" if stack.serving == "wisp" else f", {stack.serving} serving")
+    console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  ({what})"), soft_wrap=True)
     keyed = "WISP_API_KEYS_FILE" in stack.env
     console.print(Text(f"  {curl(stack.url, stack.target.name, keyed)}", "dim"), soft_wrap=True)
     console.print(Text(f"Logs are in {stack.folder}. Ctrl-C stops everything.", "dim"), soft_wrap=True)

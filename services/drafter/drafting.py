@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from services.drafter.control import Controller, ControlWeights, load_weights
 from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
 from services.drafter.hidden.rows import HiddenRows
-from services.drafter.settings import DrafterSettings
+from services.drafter.settings import DraftSettings
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
 from shared import logging
 from shared.errors import ModelError
@@ -74,7 +74,7 @@ class Drafting:
         return Choice(self.sources[wanted], NAMES[wanted])
 
 
-def load_drafting(settings: DrafterSettings) -> Drafting:
+def load_drafting(settings: DraftSettings) -> Drafting:
     """Load what the settings ask for. Raises ModelError or SettingsError."""
     sources: dict[str, DraftSource] = {"none": NoDrafts(), "lookup": LookupDrafts()}
     vocabularies: dict[str, str] = {}
@@ -99,7 +99,7 @@ def load_drafting(settings: DrafterSettings) -> Drafting:
     return Drafting(sources, default, controller, vocabularies, hidden_size, context)
 
 
-def _hidden_draft(settings: DrafterSettings) -> HiddenDraftFolder | None:
+def _hidden_draft(settings: DraftSettings) -> HiddenDraftFolder | None:
     """The hidden-state draft to use, if one is wanted and to be had."""
     needed = settings.hidden_draft is not None or settings.draft_source in ("combined", "hidden")
     if not needed and settings.draft_source != "auto":
@@ -126,7 +126,7 @@ def _hidden_draft(settings: DrafterSettings) -> HiddenDraftFolder | None:
     return found
 
 
-def _load_hidden(settings: DrafterSettings, folder: HiddenDraftFolder) -> DraftSource:
+def _load_hidden(settings: DraftSettings, folder: HiddenDraftFolder) -> DraftSource:
     # torch is needed for models alone; a drafter on a thin device can do without it.
     from services.drafter.hidden.engine import DraftEngine
     from services.drafter.sources.hidden import HiddenDrafts
@@ -143,7 +143,7 @@ def _load_hidden(settings: DrafterSettings, folder: HiddenDraftFolder) -> DraftS
     )
 
 
-def _load_model(settings: DrafterSettings) -> DraftSource:
+def _load_model(settings: DraftSettings) -> DraftSource:
     from services.drafter.sources.model import ModelDrafts
     from shared.engine import Engine
 

@@ -15,7 +15,7 @@ from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.emulation import EmulatedDevice, load_profile
 from services.drafter.hidden.rows import HiddenRows
 from services.drafter.serving import AheadInMaking, Serving
-from services.drafter.session import DraftSession
+from services.drafter.session import DraftSession, judged
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Draft, DraftRequest
 from services.drafter.timeout import RoundTimer
@@ -239,7 +239,7 @@ class Drafter:
             timer.learn(round_ms)
         if attempt == 0 and committed:
             control.pace.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
-        verified, accepted = _judged(result) if committed else (0, 0)
+        verified, accepted = judged(result) if committed else (0, 0)
         control.settle(round_, verified, accepted)
         metrics.count(round_, verified, accepted, draft)
         if serving.states is not None and len(session.tokens) < base_len:
@@ -302,12 +302,3 @@ class Drafter:
                         return message
         except TimeoutError:
             return None
-
-
-def _judged(result: Result) -> tuple[int, int]:
-    """How many draft tokens were verified, and how many of these accepted."""
-    # Where the text ended with a draft token, those behind it were not judged. A result that repeats what an earlier
-    # drafter's copy of the round brought has verified nothing.
-    ended = len(result.tokens) <= result.accepted
-    verified = min(result.trimmed_to, result.accepted) if ended else result.trimmed_to
-    return verified, min(result.accepted, verified)

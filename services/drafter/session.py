@@ -92,3 +92,12 @@ class DraftSession:
         self.finish = result.finish
         self.round += 1
         return True
+
+
+def judged(result: Result) -> tuple[int, int]:
+    """How many draft tokens a committed round verified, and how many of these were accepted."""
+    # Where the text ended with a draft token, those behind it were not judged. A result that repeats what an earlier
+    # drafter's copy of the round brought has verified nothing.
+    ended = len(result.tokens) <= result.accepted
+    verified = min(result.trimmed_to, result.accepted) if ended else result.trimmed_to
+    return verified, min(result.accepted, verified)

@@ -11,10 +11,9 @@ from shared.settings import NAME_PATTERN, TargetSettings
 from shared.topology import DEFAULT_POOL
 
 
-class DrafterSettings(TargetSettings):
-    """One drafter process. It takes requests from its pool's queue; several share the work."""
+class DraftSettings(TargetSettings):
+    """Where drafts come from, and how long they are."""
 
-    pool: str = Field(DEFAULT_POOL, pattern=NAME_PATTERN, description="queue of requests to serve: a pool, or a device")
     draft_source: Literal["auto", "combined", "hidden", "lookup", "model", "none"] = Field(
         "auto",
         description="where drafts come from; auto: combined where there is a hidden-state draft for the target, else "
@@ -22,9 +21,6 @@ class DrafterSettings(TargetSettings):
     )
     hidden_draft: Path | None = Field(
         None, description="folder of a hidden-state draft (wisp draft train); default: the one shipped for the target"
-    )
-    hidden_format: Literal["bfloat16", "int8"] = Field(
-        "bfloat16", description="how hidden states travel: int8 takes half the bytes"
     )
     draft_model: Path | None = Field(None, description="folder of a draft model with the target's vocabulary")
     draft_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the draft model")
@@ -38,6 +34,21 @@ class DrafterSettings(TargetSettings):
         None, description="weights of the stop rule (wisp controller train); default: those of the hidden-state draft"
     )
     draft_length: int = Field(8, ge=0, le=64, description="longest draft per round")
+
+    @model_validator(mode="after")
+    def _model_is_there(self) -> DraftSettings:
+        if self.draft_source == "model" and self.draft_model is None:
+            raise ValueError("draft_source is 'model', so draft_model must name its folder (WISP_DRAFT_MODEL)")
+        return self
+
+
+class DrafterSettings(DraftSettings):
+    """One drafter process. It takes requests from its pool's queue; several share the work."""
+
+    pool: str = Field(DEFAULT_POOL, pattern=NAME_PATTERN, description="queue of requests to serve: a pool, or a device")
+    hidden_format: Literal["bfloat16", "int8"] = Field(
+        "bfloat16", description="how hidden states travel: int8 takes half the bytes"
+    )
     optimistic: bool = Field(
         False, description="draft on while a round is being verified; pays only where a draft step is slow"
     )
@@ -48,9 +59,3 @@ class DrafterSettings(TargetSettings):
         "jetson-orin-nano, laptop, phone) or a TOML file",
     )
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")
-
-    @model_validator(mode="after")
-    def _model_is_there(self) -> DrafterSettings:
-        if self.draft_source == "model" and self.draft_model is None:
-            raise ValueError("draft_source is 'model', so draft_model must name its folder (WISP_DRAFT_MODEL)")
-        return self

@@ -25,6 +25,7 @@ from shared.store import SessionStatus
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
+NOBODY_WORKS = "no drafter of pool {pool!r} or no verifier works on this session, or they are overloaded"
 NOTHING = Outcome(ttft_ms=None, tpot_ms=None, attained=False)
 """What became of a text that was never started."""
 
@@ -46,7 +47,9 @@ class Backend:
         idle_check_s: float,
         stall_timeout_s: float,
         seal: Seal | None = None,
+        stall_reason: str = NOBODY_WORKS,
     ) -> None:
+        """stall_reason: why a session may have stalled, for its client; {pool!r} is the session's pool."""
         self._publisher = publisher
         self._store = store
         self._new_session = new_session
@@ -55,6 +58,7 @@ class Backend:
         self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint, seal or Seal(None))
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
+        self._stall_reason = stall_reason
         self._live: dict[str, Live] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -155,10 +159,8 @@ class Backend:
             now = monotonic()
             for live in tuple(self._live.values()):
                 if now - live.progress_s >= self._stall_timeout_s:
-                    text = (
-                        f"no token came for {self._stall_timeout_s:g} s: no drafter of pool {live.plan.pool!r} or no "
-                        "verifier works on this session, or they are overloaded; try again later"
-                    )
+                    why = self._stall_reason.format(pool=live.plan.pool)
+                    text = f"no token came for {self._stall_timeout_s:g} s: {why}; try again later"
                     self._fail(live, Failure(code="timeout", message=text))
                 elif now >= live.check_s:
                     live.pause_s = min(2 * live.pause_s, LONGEST_PAUSE_S)

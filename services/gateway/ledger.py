@@ -50,8 +50,8 @@ class Charge:
 class Ledger:
     """What runs for which key at this gateway."""
 
-    def __init__(self, counters: Counters, defaults: KeyLimits, metrics: Metrics) -> None:
-        """defaults: the limits of keys that have none of their own."""
+    def __init__(self, counters: Counters | None, defaults: KeyLimits, metrics: Metrics) -> None:
+        """counters: None where no keys are asked for. defaults: the limits of keys that have none of their own."""
         self._counters = counters
         self._defaults = defaults
         self._metrics = metrics
@@ -65,11 +65,12 @@ class Ledger:
         Raises ApiError: 429 when a limit is reached, 503 when Redis is away.
         """
         allowance = Allowance() if key is None else self._allowance(key)
-        if key is None or not allowance.limited:
+        counters = self._counters
+        if key is None or counters is None or not allowance.limited:
             yield Charge()
             return
         try:
-            verdict = await self._counters.take(key.id, allowance, tokens, sessions)
+            verdict = await counters.take(key.id, allowance, tokens, sessions)
         except BrokersError as error:
             raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
         headers = headers_of(allowance, verdict)
@@ -85,7 +86,7 @@ class Ledger:
         finally:
             running.difference_update(sessions)
             # Beside the request: its client may have gone, and its task with it.
-            self._spawn(self._settle(key.id, allowance, tokens - charge.used, sessions))
+            self._spawn(self._settle(counters, key.id, allowance, tokens - charge.used, sessions))
 
     async def renew(self) -> None:
         """Keep the leases of what runs here, for ever."""
@@ -93,7 +94,7 @@ class Ledger:
             await asyncio.sleep(RENEW_S)
             running = {key: sorted(sessions) for key, sessions in self._running.items() if sessions}
             self._running = {key: self._running[key] for key in running}
-            if not running:
+            if not running or self._counters is None:
                 continue
             try:
                 await self._counters.renew(running)
@@ -113,9 +114,11 @@ class Ledger:
             own.max_sessions or defaults.max_sessions,
         )
 
-    async def _settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
+    async def _settle(
+        self, counters: Counters, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]
+    ) -> None:
         try:
-            await self._counters.settle(key, allowance, unused, sessions)
+            await counters.settle(key, allowance, unused, sessions)
         except BrokersError as error:
             logging.get().warning("usage not settled: the key was charged what it asked for", error=str(error))
 

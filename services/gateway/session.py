@@ -7,12 +7,13 @@ result that begins beyond what is known leaves a gap (`gap`), and the missing to
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from services.gateway.plan import Plan
 from shared.messages import Failure, Finish, Result, Status
 from shared.models.stop import StopStrings
-from shared.models.text import Detokenizer
+from shared.models.text import Detokenizer, Tokenizer
 
 
 @dataclass
@@ -260,3 +261,18 @@ class Session:
             self._show(list(self._held))
             self._held.clear()
         self.finish = finish
+
+
+def sessions_of(tokenizer: Tokenizer) -> Callable[[Plan], Session]:
+    """Makes the session of a plan, with this tokenizer's text."""
+
+    def session(plan: Plan) -> Session:
+        return Session(
+            prompt_len=len(plan.prompt),
+            stop_ids=frozenset(plan.stop_ids),
+            detokenizer=Detokenizer(tokenizer),
+            stops=StopStrings(plan.stops),
+            echo=plan.echo,
+        )
+
+    return session

@@ -18,6 +18,7 @@ from services.bench.load.observe import observing
 from services.bench.load.record import Ending
 from services.bench.load.workload import Workload, workload_of
 from services.cli.ports import LOOPBACK
+from services.drafter.device import Link
 from shared import topology
 from shared.broker import Broker
 from shared.cost import FALLBACK, shape_of
@@ -99,9 +100,18 @@ async def serving(server: Server) -> AsyncIterator[Server]:
         listening.close()
 
 
-async def measured(server: Server, workload: Workload, sessions: int, window: Window, *, pools: bool = False) -> Point:
+async def measured(
+    server: Server,
+    workload: Workload,
+    sessions: int,
+    window: Window,
+    *,
+    pools: bool = False,
+    uplinks: dict[str, Link] | None = None,
+) -> Point:
     async with http_client(server.url) as http:
-        point = Point(await Client.connect(http, pools=pools), workload, workload, sessions, 7, window)
+        client = await Client.connect(http, pools=pools, uplinks=uplinks)
+        point = Point(client, workload, workload, sessions, 7, window)
         await point.run()
     return point
 
@@ -157,6 +167,19 @@ async def test_a_request_that_takes_longer_than_the_limit_is_cut() -> None:
         point = await measured(server, CLOSED, 2, Window(warm_up_s=0.0, measure_s=0.2, drain_s=0.2))
     assert [one.ending for one in point.records] == [Ending.CUT, Ending.CUT]
     assert all(one.arrivals and not one.attained for one in point.records)
+
+
+async def test_a_device_s_request_is_as_long_under_way_as_its_uplink_says() -> None:
+    far, near = CLOSED.device(0), CLOSED.device(1)
+    async with serving(Server()) as server:
+        window = Window(warm_up_s=0.0, measure_s=0.8, drain_s=5)
+        point = await measured(server, CLOSED, 2, window, uplinks={far: Link(delay_ms=200, jitter_ms=1)})
+    ttfts = {device: [one.ttft_ms or 0 for one in point.records if one.device == device] for device in (far, near)}
+    assert min(ttfts[far]) >= 200, "the way counts in the time to the first token"
+    assert min(ttfts[near]) < 200
+    ways = [one for one in point.records if one.device == far and one.ending is Ending.COMPLETE]
+    assert all(one.lag_ms < one.total_ms - 199 for one in ways), "and is no lag of the generator"
+    assert all(one.arrivals[-1][0] - one.arrivals[0][0] < 150 for one in ways), "nor does each token take it"
 
 
 async def test_a_refused_session_comes_back_when_it_was_told_to() -> None:

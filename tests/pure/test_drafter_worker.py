@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from services.drafter.control import Controller, Guess, Round
-from services.drafter.service import _judged
+from services.drafter.session import judged
 from services.drafter.sources import Ahead, Draft, DraftRequest
 from services.drafter.worker import SourceWorker
 from shared.messages import Result, Sampling, Status
@@ -111,8 +111,8 @@ async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> No
 
 
 def test_only_tokens_that_were_verified_are_judged() -> None:
-    def judged(tokens: list[int], accepted: int, trimmed_to: int) -> tuple[int, int]:
-        return _judged(
+    def counts(tokens: list[int], accepted: int, trimmed_to: int) -> tuple[int, int]:
+        return judged(
             Result(
                 session="s",
                 round=1,
@@ -126,8 +126,8 @@ def test_only_tokens_that_were_verified_are_judged() -> None:
             )
         )
 
-    assert judged([5, 6, 7], 2, 4) == (4, 2)  # the third was rejected
-    assert judged([5, 6, 7], 2, 2) == (2, 2)  # all that were left after trimming are right
-    assert judged([5, 6], 2, 4) == (2, 2)  # the second ends the text: those behind it are unknown
-    assert judged([5, 6], 2, 0) == (0, 0)  # of an earlier copy of the round
-    assert judged([5, 6, 7], 2, 0) == (0, 0)
+    assert counts([5, 6, 7], 2, 4) == (4, 2)  # the third was rejected
+    assert counts([5, 6, 7], 2, 2) == (2, 2)  # all that were left after trimming are right
+    assert counts([5, 6], 2, 4) == (2, 2)  # the second ends the text: those behind it are unknown
+    assert counts([5, 6], 2, 0) == (0, 0)  # of an earlier copy of the round
+    assert counts([5, 6, 7], 2, 0) == (0, 0)

@@ -18,6 +18,7 @@ from services.bench.load.results import (
     Results,
     capacity_table,
     draft_table,
+    goodput_table,
     notes,
     promise_table,
     speed_table,
@@ -87,8 +88,9 @@ def test_the_interval_holds_the_share(count: int, share: float) -> None:
 
 
 def test_arms_are_named_with_the_parts_that_they_lack() -> None:
-    arms = arms_of("sled, wisp+/trimming,price,fcfs,wisp/estimator,sled")
-    assert [arm.name for arm in arms] == ["sled", "wisp+/trimming,price", "fcfs", "wisp/estimator"]
+    arms = arms_of("sled, wisp+/trimming,price,fcfs,wisp/estimator,sled,colocated")
+    assert [arm.name for arm in arms] == ["sled", "wisp+/trimming,price", "fcfs", "wisp/estimator", "colocated"]
+    assert [arm.serving for arm in arms] == ["wisp"] * 4 + ["colocated"]
     assert arms[1].scheduler() == {"WISP_POLICY": "wisp+", "WISP_WITHOUT": '["trimming", "price"]'}
     assert arms[0].scheduler() == {"WISP_POLICY": "sled", "WISP_WITHOUT": "[]"}
 
@@ -109,6 +111,7 @@ def test_a_drafter_serves_its_devices_pool_and_sled_drafts_as_it_does() -> None:
         ("price", "is no arm"),
         ("wisp+/speed", "no arm"),
         ("edf/price", "only wisp"),
+        ("centralized/price", "only wisp"),
     ],
 )
 def test_an_unknown_arm_is_refused(text: str, problem: str) -> None:
@@ -120,20 +123,49 @@ def results() -> Results:
     """Three arms, measured without a single request but with as many as the search needs."""
     empty, lag = measure([], WINDOW), lag_of([], [], 0.0)
     points = []
-    for arm, holds in (("sled", 4), ("wisp+", 12), ("fcfs", 8)):
+    for arm, holds in (("sled", 4), ("wisp+", 12), ("centralized", 8)):
         for sessions in (4, 8, 12, 16):
             attained = 100 if sessions <= holds else 40
-            found = empty.model_copy(update={"requests": 100, "attained": attained, "goodput": 5.0 * attained})
+            found = empty.model_copy(
+                update={
+                    "requests": 100,
+                    "attained": attained,
+                    "goodput": attained + 100.0 * holds if sessions == holds else 5.0,
+                }
+            )
             points.append(Measured(arm=arm, sessions=sessions, repeat=0, measures=found, lag=lag))
     return Results(window=WINDOW, points=points, aims=[0.95, 0.9])
 
 
-def test_capacities_are_compared_with_fcfs_and_sled() -> None:
+def test_capacity_and_goodput_are_compared_with_centralized_and_sled() -> None:
     columns, rows = capacity_table(results())
     found = {row[0]: dict(zip(columns, row, strict=True)) for row in rows if row[1] == "95%"}
-    assert {arm: one["sessions"] for arm, one in found.items()} == {"sled": 4, "wisp+": 12, "fcfs": 8}
-    assert (found["wisp+"]["x fcfs"], found["wisp+"]["x sled"]) == (1.5, 3.0)
+    assert {arm: one["sessions"] for arm, one in found.items()} == {"sled": 4, "wisp+": 12, "centralized": 8}
+    assert (found["wisp+"]["x centralized"], found["wisp+"]["x sled"]) == (1.5, 3.0)
     assert found["wisp+"]["fails at"] == 16
+    columns, rows = goodput_table(results())
+    assert columns == ["arm", "goodput", "n", "x centralized", "x sled"]
+    assert rows == [["sled", 500, 4, 5 / 7, 1.0], ["wisp+", 900, 12, 9 / 7, 1.8], ["centralized", 700, 8, 1.0, 1.4]]
+    ratios = results().ratios()
+    assert ratios["wisp+"]["goodput"] == {"centralized": 9 / 7, "sled": 1.8}
+    assert ratios["sled"]["capacity 95%"] == {"centralized": 0.5, "sled": 1.0}
+
+
+def test_a_rival_that_was_not_measured_or_served_nothing_is_not_compared_with() -> None:
+    found = results()
+    without = [point for point in found.points if point.arm == "wisp+"]
+    assert goodput_table(found.model_copy(update={"points": without}))[0] == ["arm", "goodput", "n"]
+    lost = [
+        point.model_copy(update={"measures": point.measures.model_copy(update={"attained": 0, "goodput": 0.0})})
+        for point in found.points
+        if point.arm == "sled"
+    ]
+    ratios = found.model_copy(update={"points": [*without, *lost]}).ratios()
+    assert ratios["wisp+"] == {
+        "goodput": {"sled": None},
+        "capacity 95%": {"sled": None},
+        "capacity 90%": {"sled": None},
+    }
 
 
 def test_tables_have_a_value_for_each_column_and_what_is_unknown_stays_empty() -> None:
@@ -180,4 +212,4 @@ def test_the_picture_names_each_arm(tmp_path: Path) -> None:
     path = tmp_path / "load.svg"
     plot(results(), path)
     drawn = path.read_text()
-    assert all(drawn.count(f">{arm}</text>") == 2 for arm in ("sled", "wisp+", "fcfs"))
+    assert all(drawn.count(f">{arm}</text>") == 2 for arm in ("sled", "wisp+", "centralized"))

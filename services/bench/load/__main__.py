@@ -3,6 +3,9 @@
 Sessions ask over HTTP as any client does (`workload`, `drive`); each arm (`arms`) is asked the same requests at the
 same numbers of sessions, on a stack of its own. All arms have one thread for the target, the same cache, and the same
 devices; admission control is off unless asked for, so that a policy shows by itself what it does under load.
+
+The suite's arms emulate devices that draft. Without drafters a device only asks: its request takes its uplink's time
+once (`client`). Of the way back to it neither kind of arm has the last part: text counts when it leaves the gateway.
 """
 
 from __future__ import annotations
@@ -13,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from services.bench.load.arms import POLICIES, arms_of
+from services.bench.load.arms import NAMES, arms_of
 from services.bench.load.campaign import Campaign, Machine, Plan, Search
 from services.bench.load.measures import Window
 from services.bench.load.report import conclude, replot
@@ -26,13 +29,13 @@ from services.cli.target import prepare_target
 from services.cli.terminal import INTERRUPTED, errors_shown, run
 from shared.errors import SettingsError
 
-ARMS = "sled,fcfs,edf,wisp,wisp+"
+ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 SESSIONS = "2,4,8,16"
 
 
 def main(
     arms: Annotated[
-        str, typer.Option(help=f"some of {', '.join(POLICIES)}; wisp+/trimming,price goes without these")
+        str, typer.Option(help=f"some of {', '.join(NAMES)}; wisp+/trimming,price goes without these")
     ] = ARMS,
     sessions: Annotated[
         str | None, typer.Option(help=f"numbers of sessions to measure [default: {SESSIONS}; with --search none]")
@@ -56,7 +59,7 @@ def main(
         str | None, typer.Option(help="measure this server, whose URL ends in /v1; no stack is started")
     ] = None,
     pools: Annotated[bool, typer.Option("--pools", help="with --url: name each device's pool in its requests")] = False,
-    admission: Annotated[bool, typer.Option("--admission", help="let the gateway refuse requests")] = False,
+    admission: Annotated[bool, typer.Option("--admission", help="let the suite's gateway refuse requests")] = False,
     target: Annotated[str | None, typer.Option(help="packaged model or a Hugging Face folder")] = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
     cache_tokens: Annotated[int, typer.Option(min=1024, help="K/V budget of the target, in tokens")] = 32768,

@@ -6,11 +6,15 @@ import json
 from dataclasses import dataclass
 from typing import get_args
 
+from services.baseline.settings import Baseline
 from services.bench.load.workload import Device
+from services.cli.launch import Serving
 from services.scheduler.policies import Part, PolicyName
 from shared.errors import SettingsError
 
 POLICIES: tuple[str, ...] = get_args(PolicyName)
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+NAMES = (*BASELINES, *POLICIES)
 PARTS: tuple[str, ...] = get_args(Part)
 THIS_MACHINE = "none"
 """The device that is not emulated."""
@@ -25,7 +29,13 @@ class Arm:
     """One way of serving."""
 
     name: str
-    """As it is written: a policy of the scheduler, and after a slash the parts that it goes without."""
+    """As it is written: a baseline, or a policy of the suite's scheduler and after a slash the parts that it goes
+    without."""
+
+    @property
+    def serving(self) -> Serving:
+        """Who serves."""
+        return next((baseline for baseline in BASELINES if baseline == self.name), "wisp")
 
     @property
     def base(self) -> str:
@@ -59,17 +69,17 @@ def arms_of(text: str) -> list[Arm]:
     names: list[str] = []
     for word in (part.strip() for part in text.split(",")):
         base, slash, part = word.partition("/")
-        if base in POLICIES and (not slash or part in PARTS):
+        if base in NAMES and (not slash or part in PARTS):
             names.append(word)
         elif word in PARTS and names and "/" in names[-1]:
             names[-1] += f",{word}"
         elif word:
             raise SettingsError(
-                f"{word!r} is no arm; there are {', '.join(POLICIES)}, and wisp and wisp+ without some of "
+                f"{word!r} is no arm; there are {', '.join(NAMES)}, and wisp and wisp+ without some of "
                 f"{', '.join(PARTS)}, written as wisp+/trimming,price"
             )
     if wrong := [name for name in names if "/" in name and not name.startswith("wisp")]:
         raise SettingsError(f"{wrong[0]!r}: only wisp and wisp+ have parts to leave out")
     if not names:
-        raise SettingsError(f"no arm is named; there are {', '.join(POLICIES)}")
+        raise SettingsError(f"no arm is named; there are {', '.join(NAMES)}")
     return [Arm(name) for name in dict.fromkeys(names)]

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from services.bench.load.arms import Arm, Environment
+from services.bench.load.arms import THIS_MACHINE, Arm, Environment
 from services.bench.load.client import Client, http_client
 from services.bench.load.drive import Point
 from services.bench.load.measures import Window, measure
@@ -20,11 +20,11 @@ from services.bench.load.requests import Request, Requests, first_number
 from services.bench.load.results import Measured, Results
 from services.bench.load.search import AIMS, most_points, next_sessions
 from services.bench.load.workload import Workload
-from services.cli.brokers import Brokers
-from services.cli.folder import RunFolder
 from services.cli.forget import forget
 from services.cli.progress import Progress
 from services.cli.stack import Stack
+from services.drafter.device import Link
+from services.drafter.emulation import load_profile
 
 START_S = 45.0
 """About what a stack takes to start and stop, for the estimate of the whole."""
@@ -109,44 +109,60 @@ class Campaign:
 
     async def run_arms(self, machine: Machine) -> None:
         """Start each arm's stack and measure it."""
-        with RunFolder("bench-load") as folder:
-            async with Brokers(folder.path, progress=self.progress) as brokers:
-                for arm in self.plan.arms:
-                    async with self._started(arm, machine, brokers) as stack:
-                        watched = observing(brokers.amqp_url, stack.namespace)
-                        async with watched as observer:
-                            work = self._measure_all(arm.name, stack.url, observer, pools=True)
-                            await stack.watch(work)
+        for arm in self.plan.arms:
+            async with self._started(arm, machine) as stack:
+                if arm.serving == "wisp":
+                    async with observing(stack.brokers.amqp_url, stack.namespace) as observer:
+                        await stack.watch(self._measure_all(arm.name, stack.url, observer, pools=True))
+                else:
+                    await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks()))
 
     async def run_server(self, url: str, *, pools: bool) -> None:
         """Measure a server that runs."""
         await self._measure_all(GIVEN, url, None, pools=pools)
 
     @asynccontextmanager
-    async def _started(self, arm: Arm, machine: Machine, brokers: Brokers) -> AsyncIterator[Stack]:
-        """An arm's stack, with a drafter for each kind of device."""
+    async def _started(self, arm: Arm, machine: Machine) -> AsyncIterator[Stack]:
+        """An arm's stack, the suite's with a drafter for each kind of device.
+
+        Each has brokers of its own, so that none run beside a baseline.
+        """
         options: dict[str, Any] = {
-            "brokers": brokers,
+            "serving": arm.serving,
             "target": machine.target,
             "namespace": f"bench-{token_hex(4)}",
             "env": machine.env,
             "progress": self.progress,
         }
-        devices = self.plan.workload.devices
-        options["env_of"] = {"scheduler": arm.scheduler(), "drafter": arm.drafter(devices[0])}
+        devices = self.plan.workload.devices if arm.serving == "wisp" else []
+        if devices:
+            options["env_of"] = {"scheduler": arm.scheduler(), "drafter": arm.drafter(devices[0])}
         async with AsyncExitStack() as ends:
             stack = await ends.enter_async_context(Stack("bench-load", **options))
-            if brokers.given:
-                ends.push_async_callback(forget, brokers.amqp_url, brokers.redis_url, stack.namespace)
+            if devices and stack.brokers.given:
+                ends.push_async_callback(forget, stack.brokers.amqp_url, stack.brokers.redis_url, stack.namespace)
             for device in devices[1:]:
                 with self.progress.step(f"starting the drafter of {device.name}") as step:
                     await stack.start("drafter", env=arm.drafter(device))
                     step.done(f"drafter of {device.name}")
             yield stack
 
-    async def _measure_all(self, arm: str, url: str, observer: Observer | None, *, pools: bool) -> None:
+    def _uplinks(self) -> dict[str, Link]:
+        """The way of each kind of device to the server. Raises SettingsError."""
+        names = [device.name for device in self.plan.workload.devices if device.name != THIS_MACHINE]
+        return {name: profile.uplink for name in names if (profile := load_profile(name)) is not None}
+
+    async def _measure_all(
+        self,
+        arm: str,
+        url: str,
+        observer: Observer | None,
+        *,
+        pools: bool = False,
+        uplinks: Mapping[str, Link] | None = None,
+    ) -> None:
         async with http_client(url) as http:
-            client = await Client.connect(http, pools=pools)
+            client = await Client.connect(http, pools=pools, uplinks=uplinks)
             for repeat in range(self.plan.repeats):
                 for sessions in self.plan.sessions:
                     await self._measure(arm, client, observer, sessions, repeat)

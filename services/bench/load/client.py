@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
@@ -16,6 +17,7 @@ import httpx
 from services.bench.load.record import EVENT_END, Record, record_of, refusal_of
 from services.bench.load.requests import Request
 from services.cli.settings import LocalSettings
+from services.drafter.device import Link, Travel
 from shared.errors import WispError
 
 CONNECT_S = 10.0
@@ -35,13 +37,17 @@ class Client:
     model: str
     pools: bool
     """Whether each request goes to the drafters of its device."""
+    uplinks: Mapping[str, Link] = field(default_factory=dict)
+    """Ways of devices to the server: a request of one travels so long before it is sent."""
 
     @classmethod
-    async def connect(cls, http: httpx.AsyncClient, *, pools: bool) -> Client:
+    async def connect(
+        cls, http: httpx.AsyncClient, *, pools: bool, uplinks: Mapping[str, Link] | None = None
+    ) -> Client:
         """Ask the server for its model. Raises ServerUnusable."""
         try:
             answer = await http.get("models")
-            return cls(http, str(answer.raise_for_status().json()["data"][0]["id"]), pools)
+            return cls(http, str(answer.raise_for_status().json()["data"][0]["id"]), pools, uplinks or {})
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ServerUnusable(
                 f"{http.base_url}models does not list a model ({error or type(error).__name__}); "
@@ -58,6 +64,9 @@ class Client:
         events: list[tuple[float, bytes]] = []
         cut, reason = False, ""
         try:
+            if (uplink := self.uplinks.get(request.device)) is not None:
+                way = Travel(uplink, f"{request.session}/{request.number}")
+                await asyncio.sleep(way.arrival_ms(0.0) / 1000)
             async with self.http.stream(
                 "POST", "chat/completions", json=self._body(request), headers=_headers(request)
             ) as answer:

@@ -13,13 +13,26 @@ from rich.console import Console
 
 from services.bench.load.campaign import Campaign
 from services.bench.load.record import Record
-from services.bench.load.results import Results, capacity_table, draft_table, notes, promise_table, speed_table
+from services.bench.load.results import (
+    Results,
+    capacity_table,
+    draft_table,
+    goodput_table,
+    notes,
+    promise_table,
+    speed_table,
+)
 from services.bench.report import keep, table
 from services.cli.folder import state_folder
 from shared.errors import SettingsError
 
 BIG = 4 << 20
 """Bytes of records from which on they are compressed."""
+BASELINES = (
+    "centralized and colocated have no devices that draft: a request takes its device's uplink once, colocated drafts "
+    "on the server's own thread, and admission predicts nothing; in every arm text counts when it leaves the server"
+)
+"""What a reader of their figures has to know."""
 
 
 def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: Console) -> None:
@@ -31,9 +44,12 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
     columns, rows = draft_table(results.points)
     if rows:
         console.print(table("drafts and batches", columns, rows))
+    console.print(table("highest goodput, at any n", *goodput_table(results)))
     if results.aims:
         console.print(table("capacity", *capacity_table(results)))
     told = notes(results, plan.search.tolerance if plan.search else None)
+    if any(arm.serving != "wisp" for arm in plan.arms):
+        told.append(BASELINES)
     for note in told:
         console.print(note, highlight=False, soft_wrap=True)
     console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim", highlight=False)
@@ -46,6 +62,7 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
             "capacities": {
                 arm: [one.model_dump() for one in capacities] for arm, capacities in results.capacities().items()
             },
+            "ratios": results.ratios(),
             "results": results.model_dump(mode="json"),
         },
     )

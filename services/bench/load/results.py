@@ -12,8 +12,8 @@ from services.bench.load.search import Capacity, Tried, capacity, pooled
 from shared.messages import CostModel
 
 Row = list[Any]
-RIVALS = ("fcfs", "sled")
-"""What capacities are compared with."""
+RIVALS = ("centralized", "sled")
+"""What capacities and goodput are compared with: the arms that the WISP paper compares with."""
 
 
 class Measured(BaseModel):
@@ -58,6 +58,25 @@ class Results(BaseModel):
             if point.arm == arm:
                 found.setdefault(point.sessions, []).append(point.measures.goodput)
         return [(sessions, sum(values) / len(values)) for sessions, values in sorted(found.items())]
+
+    def most_goodput(self, arm: str) -> tuple[int, float]:
+        """The number of sessions at which an arm's goodput was highest, and that goodput."""
+        return max(self.goodput(arm), key=lambda one: one[1])
+
+    def ratios(self) -> dict[str, dict[str, dict[str, float | None]]]:
+        """Each arm against its rivals, by what is compared: `goodput`, its highest, and the capacity of each aim.
+
+        None where the rival has none.
+        """
+        capacities = self.capacities()
+        found: dict[str, dict[str, dict[str, float | None]]] = {}
+        for arm in self.arms:
+            found[arm] = {"goodput": {}, **{f"capacity {aim:.0%}": {} for aim in self.aims}}
+            for rival in (rival for rival in RIVALS if rival in self.arms):
+                found[arm]["goodput"][rival] = _ratio(self.most_goodput(arm)[1], self.most_goodput(rival)[1])
+                for ours, theirs in zip(capacities[arm], capacities[rival], strict=True):
+                    found[arm][f"capacity {ours.aim:.0%}"][rival] = _ratio(ours.sessions, theirs.sessions)
+        return found
 
     def capacities(self) -> dict[str, list[Capacity]]:
         """What is known of each aim, by arm."""
@@ -132,20 +151,29 @@ def draft_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
 
 def capacity_table(results: Results) -> tuple[list[str], list[Row]]:
     """The capacity of each arm, and its ratio to those that it is compared with."""
-    found = results.capacities()
+    found, ratios = results.capacities(), results.ratios()
     rivals = [arm for arm in RIVALS if arm in found]
     columns = ["arm", "attain %", "sessions", "fails at", "attained %", "95 % interval"]
     columns += [f"x {rival}" for rival in rivals]
     rows: list[Row] = []
     for arm, capacities in found.items():
-        for i, one in enumerate(capacities):
+        for one in capacities:
             between = "" if one.low is None or one.high is None else f"{one.low:.1%} to {one.high:.1%}"
             row: Row = [arm, f"{one.aim:.0%}", one.sessions, one.failing, _percent(one.attainment), between]
-            for rival in rivals:
-                base = found[rival][i].sessions
-                row.append(one.sessions / base if base else None)
+            row += [ratios[arm][f"capacity {one.aim:.0%}"][rival] for rival in rivals]
             rows.append(row)
     return columns, rows
+
+
+def goodput_table(results: Results) -> tuple[list[str], list[Row]]:
+    """The highest goodput of each arm, and its ratio to those that it is compared with."""
+    ratios = results.ratios()
+    rivals = [arm for arm in RIVALS if arm in ratios]
+    rows: list[Row] = []
+    for arm in results.arms:
+        sessions, goodput = results.most_goodput(arm)
+        rows.append([arm, goodput, sessions, *(ratios[arm]["goodput"][rival] for rival in rivals)])
+    return ["arm", "goodput", "n", *(f"x {rival}" for rival in rivals)], rows
 
 
 def notes(results: Results, tolerance: float | None = None) -> list[str]:
@@ -177,6 +205,10 @@ def notes(results: Results, tolerance: float | None = None) -> list[str]:
         if point.measures.reasons
     ]
     return told
+
+
+def _ratio(ours: float, theirs: float) -> float | None:
+    return ours / theirs if theirs else None
 
 
 def _percent(share: float | None) -> float | None:

@@ -1,0 +1,1 @@
+"""The baselines: serving in one place, without messages between services. `service` says how and why."""

@@ -1,0 +1,40 @@
+"""Settings of the baselines."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from services.drafter.settings import DraftSettings
+from services.gateway.settings import GatewaySettings
+
+Baseline = Literal["centralized", "colocated"]
+
+
+class BaselineSettings(GatewaySettings, DraftSettings):
+    """One server without other services: the gateway's HTTP API before an engine of its own.
+
+    RabbitMQ and Redis are not used, so their addresses, `idle_check_s` and what admission predicts from the scheduler's
+    word mean nothing here.
+    """
+
+    serving: Baseline = Field(
+        "centralized",
+        description="centralized: plain decoding; colocated: drafts made and verified in the engine's process",
+    )
+    device: str = Field("cpu", description="torch device of the models: cpu, cuda, cuda:1")
+    threads: int = Field(1, ge=1, le=256, description="CPU threads of the models")
+    cache_tokens: int = Field(
+        10240, ge=64, description="K/V budget in tokens, shared prefixes counted once; the draft model has as many"
+    )
+    prefill_tokens: int = Field(
+        128, ge=1, description="prompt tokens computed in a step of the engine, beside the decodes of all sessions"
+    )
+    max_running: int = Field(64, ge=1, description="sessions in the engine at once; others wait in the order they came")
+
+    @model_validator(mode="after")
+    def _has_no_keys(self) -> BaselineSettings:
+        if self.api_keys_file is not None:
+            raise ValueError("a baseline counts nothing for API keys and asks for none: leave api_keys_file out")
+        return self

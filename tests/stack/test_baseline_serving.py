@@ -1,0 +1,60 @@
+"""The baselines over HTTP, with the real model: the text that the suite gives, and its errors."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+
+import httpx
+import pytest
+from asking import Case, Client
+
+from services.cli.stack import Stack
+
+CACHE_TOKENS = 1280
+"""Too few for all cases at once: some wait, and what grows pushes others out."""
+
+
+@pytest.fixture(scope="module", params=["centralized", "colocated"])
+async def baseline(request: pytest.FixtureRequest, target_folder: Path) -> AsyncIterator[Stack]:
+    env = {"WISP_CACHE_TOKENS": str(CACHE_TOKENS), "WISP_ADMISSION": "false", "WISP_THREADS": "1"}
+    async with Stack("test-baseline", serving=request.param, target=target_folder, env=env) as running:
+        yield running
+
+
+@pytest.fixture
+async def asking(baseline: Stack) -> AsyncIterator[Client]:
+    async with httpx.AsyncClient(timeout=120) as http:
+        yield Client(http, baseline)
+
+
+async def test_a_baseline_gives_the_same_text(baseline: Stack, asking: Client, cases: list[Case]) -> None:
+    answers = await asking.ask_all(cases)
+    assert [i for i, (case, answer) in enumerate(zip(cases, answers, strict=True)) if answer != case.tokens] == []
+    one = await asking.http.post(f"{baseline.url}/completions", json=asking.body(cases[0], "auto"))
+    summary = one.json()["wisp"]["summary"]
+    assert (summary["drafted"] > 0) == (baseline.serving == "colocated")
+    if baseline.serving == "centralized":
+        assert summary["rounds"] == summary["tokens"], "plain decoding: a token a step"
+
+
+async def test_what_nobody_waits_for_makes_room(baseline: Stack, asking: Client, cases: list[Case]) -> None:
+    prompt = cases[0].prompt
+    body = {"model": baseline.target.name, "prompt": prompt, "max_tokens": CACHE_TOKENS - len(prompt), "stream": True}
+    body["ignore_eos"] = True
+    for _ in range(3):
+        # Each may take the whole cache, and would take minutes.
+        async with asking.http.stream("POST", f"{baseline.url}/completions", json=body) as stream:
+            await anext(stream.aiter_lines())
+    async with asyncio.timeout(30):
+        assert await asking.ask(cases[1]) == cases[1].tokens
+
+
+async def test_what_does_not_fit_is_refused_with_a_reason(baseline: Stack, asking: Client, cases: list[Case]) -> None:
+    body = asking.body(cases[0], "auto") | {"prompt": cases[0].prompt * 60}
+    answer = await asking.http.post(f"{baseline.url}/completions", json=body)
+    assert answer.status_code == 400
+    error = answer.json()["error"]
+    assert error["code"] == "context_length_exceeded"
+    assert str(CACHE_TOKENS) in error["message"]
