@@ -29,8 +29,8 @@ WAITING_ROUNDS = 100_000
 """Rounds that may wait for a scheduler. The oldest go first: their drafters send them again."""
 DEVICE_QUEUE_BYTES = 16 << 20
 """What may wait for a device that does not read."""
-DEVICE_LIMITS = {"max-connections": 2, "max-channels": 16}
-"""Of a device's user. Two connections: the broker may not have noticed yet that the last one is gone."""
+DEVICE_LIMITS = {"max-connections": 3, "max-channels": 16}
+"""Of a device's user. More than one connection: the broker may not have noticed yet that the last one is gone."""
 NOTHING = "^$"
 
 

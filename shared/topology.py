@@ -20,8 +20,8 @@
 
 `ROLES` says who publishes and receives what; users at the broker are given just that (`shared.access`).
 
-A device outside the cluster sends its rounds through a fanout exchange of its own, `<ns>.rounds.<name>`, to the queue
-of the same name, which the scheduler reads: by that it knows whose they are.
+A device outside the cluster sends its rounds through a fanout exchange of its own, `<ns>.uplink.<name>`, to the queue
+`<ns>.rounds.<name>`, which the scheduler reads: by that it knows whose they are.
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
 """
@@ -171,8 +171,11 @@ class Topology:
         return self.generate_queue(key.removeprefix(generate("")))
 
     def rounds_exchange(self, device: str) -> str:
-        """The fanout exchange that a device's rounds go through, and nothing else."""
-        return f"{self.namespace}.rounds.{device}"
+        """The fanout exchange that a device's rounds go through, and nothing else.
+
+        Not called like the queue behind it: RabbitMQ's permissions do not tell exchanges and queues apart.
+        """
+        return f"{self.namespace}.uplink.{device}"
 
     def rounds_queue(self, device: str) -> Queue:
         """A device's rounds for the scheduler: bounded, so that a flood drowns nobody but the device itself."""

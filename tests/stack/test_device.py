@@ -9,7 +9,7 @@ import ssl
 import sys
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -32,7 +32,7 @@ from services.cli.settings import BrokerAddresses
 from services.cli.stack import Stack
 from services.gateway.keys import new_key, render
 from shared import topology
-from shared.access import definitions, device_definitions, joined, user_of
+from shared.access import DEVICE_LIMITS, definitions, device_definitions, joined, user_of
 from shared.broker import Broker
 from shared.messages import (
     Batch,
@@ -169,7 +169,7 @@ async def cluster(
         login = servers.amqp_url.rpartition("@")[2]
         urls = {name: f"amqp://{user_of(NAMES, name)}:{PASSWORDS[user_of(NAMES, name)]}@{login}" for name in ROLES}
         env_of = {name: {"WISP_AMQP_URL": urls[name]} for name in ROLES}
-        env_of["gateway"] |= secret | {"WISP_API_KEYS_FILE": str(keys_file), "WISP_STALL_TIMEOUT_S": "10"}
+        env_of["gateway"] |= secret | {"WISP_API_KEYS_FILE": str(keys_file), "WISP_STALL_TIMEOUT_S": "15"}
         env_of["scheduler"] |= secret | {
             "WISP_DEVICES_FILE": str(devices),
             "WISP_DEVICE_ROUNDS_PER_S": str(ROUNDS_PER_S),
@@ -289,6 +289,7 @@ FORBIDDEN: list[tuple[str, Act]] = [
     ("a tap by dead letters", _dead_letter),
     ("another's requests", reading(NAMES.generate_queue(device_name("bob")).name)),
     ("the pool's requests", reading(NAMES.generate_queue().name)),
+    ("its own rounds, read", reading(NAMES.rounds_queue("ann").name)),
     ("another's rounds, read", reading(NAMES.rounds_queue("bob").name)),
     ("all rounds", reading(NAMES.verify_queue().name)),
     ("the dead", reading(NAMES.dead)),
@@ -315,10 +316,10 @@ async def test_the_broker_refuses_a_device_what_is_not_its_own(cluster: Cluster,
 
 
 async def test_a_device_cannot_open_connections_without_end(cluster: Cluster) -> None:
-    async with cluster.intruder("ann"), cluster.intruder("ann"):
+    async with AsyncExitStack() as opened:
         with pytest.raises((AMQPError, OSError)):
-            async with cluster.intruder("ann"):
-                pass
+            for _ in range(DEVICE_LIMITS["max-connections"] + 1):
+                await opened.enter_async_context(cluster.intruder("ann"))
 
 
 @asynccontextmanager
