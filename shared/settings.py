@@ -38,12 +38,14 @@ class TlsSettings(BaseSettings):
     """How the certificates of RabbitMQ and Redis are checked, where their URLs say amqps and rediss."""
 
     tls_ca_file: Path | None = Field(
-        None,
+        default=None,
         description="authorities (PEM) that the certificates of RabbitMQ (amqps://) and Redis (rediss://) are checked "
         "against; default: the system's",
     )
-    tls_cert_file: Path | None = Field(None, description="certificate (PEM) to show to RabbitMQ and Redis")
-    tls_key_file: Path | None = Field(None, description="its key (PEM, without passphrase); default: in the same file")
+    tls_cert_file: Path | None = Field(default=None, description="certificate (PEM) to show to RabbitMQ and Redis")
+    tls_key_file: Path | None = Field(
+        default=None, description="its key (PEM, without passphrase); default: in the same file"
+    )
 
     @property
     def tls(self) -> Tls:

@@ -23,7 +23,9 @@ class Tls:
 
     def context(self) -> ssl.SSLContext:
         """What connections are made with. Raises SettingsError when a file cannot be used."""
-        context = _using("tls_ca_file", self.ca_file, lambda: ssl.create_default_context(cafile=self.ca_file))
+        context: ssl.SSLContext = _using(
+            "tls_ca_file", self.ca_file, lambda: ssl.create_default_context(cafile=self.ca_file)
+        )
         if self.cert_file is not None:
             load_chain(context, self.cert_file, self.key_file, "tls")
         return context

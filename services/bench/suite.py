@@ -136,7 +136,7 @@ class Measurement:
             async with stack:
                 yield stack
             if brokers.given:
-                await forget(brokers.amqp_url, brokers.redis_url, stack.namespace)
+                await forget(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
 
     async def _one_delay(self, stack: Stack, delay_ms: float) -> Sample:
         """Ask everything; returns one drafted answer."""

@@ -13,8 +13,7 @@ from services.device.settings import DeviceSettings
 from services.drafter.drafting import load_drafting
 from services.drafter.emulation import load_profile
 from services.drafter.service import Drafter
-from services.gateway.server import Protocol, Server
-from services.gateway.service import listen
+from services.gateway.server import Protocol, Server, listen
 from shared import logging
 from shared.broker import Broker
 from shared.service import running

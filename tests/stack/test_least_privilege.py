@@ -90,8 +90,8 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
     log = (broker.server.processes[0].log.parent / "rabbitmq.log").read_text()
     refused = [line for line in log.splitlines() if "refused for user" in line]
     # Each service tries once whether it may declare the exchange and the shared queues that it serves.
-    assert all(("configure access" in line and "exchange" in line) or "queue" in line for line in refused)
-    assert not [line for line in refused if "topic" in line or "write access" in line or "read access" in line]
+    assert refused
+    assert [line for line in refused if "configure access" not in line] == []
 
 
 def _silent() -> object:
