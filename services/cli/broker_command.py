@@ -13,7 +13,6 @@ import typer
 
 from services.cli.terminal import err, errors_shown
 from shared.access import definitions, device_definitions, joined, user_of
-from shared.devices import read_devices
 from shared.errors import SettingsError
 from shared.topology import DEFAULT_POOL, ROLES, Topology, device_name
 
@@ -35,6 +34,8 @@ def print_definitions(
     The output holds hashes of the passwords only; the same passwords give the same output.
     """
     with errors_shown():
+        from shared.devices import read_devices
+
         topology = Topology(namespace_of(namespace))
         pools = [checked("pool", name) for name in pool or [DEFAULT_POOL]]
         outside = read_devices(devices) if devices else []

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
-from services.cli.settings import LocalSettings
 from services.cli.terminal import err, errors_shown, out
-from services.gateway.keys import ApiKey, KeyLimits, new_key, parse, render
 from shared.errors import SettingsError
+
+if TYPE_CHECKING:
+    from services.gateway.keys import ApiKey
 
 app = typer.Typer(help="The API keys that a gateway takes.", no_args_is_help=True)
 
@@ -35,6 +36,8 @@ def new(
     device: Annotated[str | None, typer.Option(help="The device whose key it is, and that drafts for it.")] = None,
 ) -> None:
     """Make a key and print it, this once. Gateways that run take it within a second or two."""
+    from services.gateway.keys import KeyLimits, new_key
+
     with errors_shown(), _editing(_path(file)) as keys:
         if any(key.name == name for key in keys):
             raise SettingsError(f"there is a key with the name {name!r}; take another name, or revoke it first")
@@ -78,6 +81,8 @@ def revoke(who: Annotated[str, typer.Argument(help="The key's id or name.")], fi
 
 
 def _path(given: Path | None) -> Path:
+    from services.cli.settings import LocalSettings
+
     path = given or LocalSettings().api_keys_file
     if path is None:
         raise SettingsError("which file? Say --file FILE, or set WISP_API_KEYS_FILE as for the gateway")
@@ -85,6 +90,8 @@ def _path(given: Path | None) -> Path:
 
 
 def _read(path: Path) -> list[ApiKey]:
+    from services.gateway.keys import parse
+
     try:
         return parse(path.read_text("utf-8"), str(path))
     except FileNotFoundError:
@@ -96,6 +103,8 @@ def _read(path: Path) -> list[ApiKey]:
 @contextmanager
 def _editing(path: Path) -> Iterator[list[ApiKey]]:
     """The keys in the file, which are written back at the end, whole: a reader never sees half of them."""
+    from services.gateway.keys import render
+
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:

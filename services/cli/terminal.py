@@ -10,12 +10,10 @@ from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import typer
-from pydantic import ValidationError
 from rich.console import Console
 from rich.text import Text
 
 from shared.errors import WispError
-from shared.settings import problems_of
 
 INTERRUPTED = 130
 TERMINATED = 143
@@ -34,7 +32,13 @@ def errors_shown() -> Iterator[None]:
     except WispError as error:
         err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
-    except ValidationError as error:
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        from shared.settings import problems_of
+
+        if not isinstance(error, ValidationError):
+            raise
         for problem in problems_of(error):
             err.print(Text.assemble(("error: ", "bold red"), problem), soft_wrap=True)
         raise typer.Exit(1) from None
