@@ -19,7 +19,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any
 
-from shared.topology import DEFAULT_POOL, ROLES, Queue, Role, Topology, device_name, probe_key
+from shared.topology import DEFAULT_POOL, ROLES, JournalLimits, Queue, Role, Topology, device_name, probe_key
 
 Definitions = dict[str, Any]
 
@@ -40,11 +40,17 @@ def user_of(topology: Topology, service: str) -> str:
 
 
 def definitions(
-    topology: Topology, passwords: Mapping[str, str], *, vhost: str = "/", pools: Iterable[str] = (DEFAULT_POOL,)
+    topology: Topology,
+    passwords: Mapping[str, str],
+    *,
+    vhost: str = "/",
+    pools: Iterable[str] = (DEFAULT_POOL,),
+    journal: JournalLimits | None = None,
 ) -> Definitions:
     """What `rabbitmqctl import_definitions` takes: everything of one namespace.
 
-    passwords: of each service's user, by the user's name. pools: the pools of drafters.
+    passwords: of each service's user, by the user's name. pools: the pools of drafters. journal: what it
+    keeps, where it is on; none of these users may read it.
     """
     made: Definitions = {"vhosts": [{"name": vhost}], "users": [], "permissions": [], "topic_permissions": []}
     for service, role in ROLES.items():
@@ -66,6 +72,12 @@ def definitions(
         binding(topology.exchange, queue.name, key, vhost) for queue in queues for key in queue.bindings
     ]
     made["bindings"].append(binding(topology.dead, dead.name, "", vhost))
+    if journal is not None:
+        record = topology.journal_queue(journal)
+        made["exchanges"].append(exchange(record.name, "topic", vhost))
+        made["queues"].append(queue_definition(record, vhost))
+        made["bindings"] += [binding(topology.exchange, record.name, key, vhost) for key in record.bindings]
+        made["bindings"].append(binding(record.name, record.name, "#", vhost))
     own = "|".join(ROLES)
     made["policies"] = [
         policy(
@@ -141,9 +153,10 @@ def _permissions(topology: Topology, service: str, role: Role) -> dict[str, str]
     own = _own(topology, service)
     exchange_name = _literal(topology.exchange)
     served = [_pattern(topology.shared_queue(key).name) for key in role.serves]
+    copies = [_literal(topology.journal)] if role.records else []
     return {
         "configure": _exactly(own),
-        "write": _exactly(own, exchange_name, _literal(topology.dead)),
+        "write": _exactly(own, exchange_name, _literal(topology.dead), *copies),
         "read": _exactly(own, exchange_name, *served),
     }
 

@@ -5,20 +5,27 @@
 messages are consumed without acknowledgement for the same reason; persistent ones are acknowledged when their handler
 returns, and given to another consumer when the process dies before that.
 
+With the journal on, the broker makes its copies by bindings; only of a confirmed message a copy is published here,
+since a binding for it would hide that its receiver is away (see `shared.topology`).
+
 After a lost connection aio-pika restores channels, queues, bindings and consumers; `prove` shows that it really did.
 """
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import Any
 from uuid import uuid4
 
 import aio_pika
+import aiormq
 import structlog
 from aio_pika.abc import (
+    AbstractChannel,
     AbstractExchange,
     AbstractIncomingMessage,
     AbstractQueue,
@@ -26,19 +33,26 @@ from aio_pika.abc import (
 )
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from aiormq.abc import AbstractChannel as PlainChannel
-from aiormq.exceptions import ChannelAccessRefused, ChannelLockedResource, ChannelNotFoundEntity
+from aiormq.exceptions import (
+    ChannelAccessRefused,
+    ChannelLockedResource,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+)
 
 from shared import logging
 from shared.errors import BrokersError, MessageError, Unroutable
 from shared.messages import Message, decode, encode
 from shared.tls import Tls, bad_certificate
-from shared.topology import Queue, Topology, probe_key
+from shared.topology import JournalLimits, Queue, Topology, probe_key
 
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
 RECONNECT_INTERVAL_S = 1
 OWN_QUEUE_RETRIES = 20
 PROBE_HEADER = "x-wisp-probe"
+SENT_HEADER = "x-wisp-sent-us"
+"""When a message was sent: microseconds since 1970 by its sender's clock. It is for `wisp replay`, nothing needs it."""
 
 Handler = Callable[[Message], Awaitable[None]]
 
@@ -60,21 +74,32 @@ class Broker:
         self,
         connection: AbstractRobustConnection,
         topology: Topology,
+        fast: AbstractChannel,
         exchanges: tuple[AbstractExchange, AbstractExchange],
         letters: AbstractExchange | None,
+        given: bool,
     ) -> None:
+        """letters: the exchange of dead letters, None for who may send none. given: the exchanges were declared by
+        those who gave this user its permissions."""
         self.topology = topology
         self._connection = connection
+        self._fast = fast
         self._fast_exchange, self._sure_exchange = exchanges
         self._dead_exchange = letters
+        self._given = given
+        self._journal: AbstractExchange | None = None
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
+        self._consumed: list[tuple[Queue, AbstractQueue, str]] = []
 
     @classmethod
-    async def connect(cls, url: str, topology: Topology, name: str, tls: Tls | None = None) -> Broker:
+    async def connect(
+        cls, url: str, topology: Topology, name: str, journal: JournalLimits | None = None, tls: Tls | None = None
+    ) -> Broker:
         """Connect and declare the exchanges. `name` is shown in the broker's list of connections.
 
-        Raises BrokersError when nothing answers for 30 seconds, and at once when the server's certificate is not good.
+        With `journal`, messages are recorded. Raises BrokersError when nothing answers for 30 seconds, and at once when
+        the server's certificate is not good.
         """
         context = (tls or Tls()).context() if url.startswith("amqps:") else None
         last: Exception = TimeoutError("no answer")
@@ -126,7 +151,44 @@ class Broker:
         except ChannelNotFoundEntity as error:
             await connection.close()
             raise _lacking(error) from error
-        return cls(connection, topology, exchanges, letters)
+        broker = cls(connection, topology, fast, exchanges, letters, given)
+        if journal is not None:
+            await broker._record(topology.journal_queue(journal))
+        return broker
+
+    async def _record(self, queue: Queue) -> None:
+        """Declare the journal, its exchange and their bindings, now and after each reconnect."""
+        try:
+            self._journal = await self._fast.declare_exchange(
+                queue.name, aio_pika.ExchangeType.TOPIC, durable=True, passive=self._given
+            )
+        except ChannelNotFoundEntity as error:
+            await self._connection.close()
+            raise _lacking(error) from error
+        if self._given:
+            return
+
+        async def declare(*_: object) -> None:
+            # On a channel that aio-pika does not restore: if somebody has changed the journal meanwhile, the refusal
+            # must not keep this process from coming back.
+            channel = await self._connection.channel(publisher_confirms=False)
+            try:
+                plain = await channel.get_underlay_channel()
+                await plain.queue_declare(queue.name, durable=True, arguments=queue.arguments)
+                for exchange, key in [(self.topology.exchange, key) for key in queue.bindings] + [(queue.name, "#")]:
+                    await plain.queue_bind(queue.name, exchange, key)
+            except ChannelPreconditionFailed as error:
+                self._log.warning(
+                    "the journal keeps its old limits; for new ones delete it (wisp journal delete)", error=str(error)
+                )
+            except CONNECTION_EXCEPTIONS as error:
+                self._log.warning("the journal could not be declared", error=repr(error))
+            finally:
+                with suppress(*CONNECTION_EXCEPTIONS):
+                    await channel.close()
+
+        await declare()
+        self._connection.reconnect_callbacks.add(declare)
 
     async def publish(
         self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False, confirmed: bool = False
@@ -137,13 +199,19 @@ class Broker:
         raises Unroutable when no queue takes it, and BrokersError when the broker does not say that it has it.
         """
         confirmed = confirmed or persistent
+        headers: dict[str, Any] = {SENT_HEADER: time.time_ns() // 1000}
+        if cc:
+            headers["CC"] = list(cc)
         envelope = aio_pika.Message(
             encode(message),
-            headers={"CC": list(cc)} if cc else None,
+            headers=headers,
             content_type="application/msgpack",
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
         )
         exchange = self._sure_exchange if confirmed else self._fast_exchange
+        if confirmed and self._journal is not None:
+            with suppress(*CONNECTION_EXCEPTIONS):
+                await self._journal.publish(envelope, key, mandatory=False)
         try:
             await exchange.publish(envelope, key, mandatory=confirmed, timeout=PUBLISH_TIMEOUT_S)
         except PublishError as error:
@@ -181,8 +249,11 @@ class Broker:
                     await incoming.ack()
 
         tag = await declared.consume(receive, no_ack=not prefetch)
+        consumed = (queue, declared, tag)
+        self._consumed.append(consumed)
 
         async def end() -> None:
+            self._consumed.remove(consumed)
             await declared.cancel(tag)
             await declared.channel.close()
 
@@ -273,10 +344,57 @@ class Broker:
                     aio_pika.Message(b"", headers={PROBE_HEADER: probe}), probe_key(queue.name)
                 )
                 await self._probes[probe]
-        except CONNECTION_EXCEPTIONS as error:
+        except CONNECTION_EXCEPTIONS as error:  # a probe that is late among them
             raise BrokersError(f"the consumer of queue {queue.name} does not answer: {error!r}") from error
         finally:
             self._probes.pop(probe, None)
+
+    @property
+    def connected(self) -> bool:
+        """Whether there is a connection now; while there is none, a new one is being made."""
+        return self._connection.connected.is_set()
+
+    async def takes_messages(self) -> bool:
+        """Whether RabbitMQ takes messages from this connection: with a memory or disk alarm it stops reading them."""
+        transport = self._connection.transport
+        if not self.connected or transport is None:
+            return False
+        try:
+            async with asyncio.timeout(0.1):
+                await transport.connection.ready()
+        except TimeoutError:
+            return False
+        return True
+
+    async def prove_consumers(self, timeout_s: float = 5.0) -> None:
+        """Show that all of this process's consumers are alive.
+
+        An own queue proves it by a round trip. A message for a shared queue might go to another process; there the
+        broker must still know our consumer, which it takes away when the queue is deleted, for example. Raises
+        BrokersError, with the first that is not alive.
+        """
+        if not self.connected:
+            raise BrokersError("no connection to RabbitMQ")
+        for queue, declared, tag in tuple(self._consumed):
+            # A device may write to no queue of its own, and so cannot prove that it is reached.
+            if queue.exclusive and not self.topology.device:
+                try:
+                    await self.prove(queue, timeout_s)
+                except BrokersError as error:
+                    if self.connected and not await self.takes_messages():
+                        raise BrokersError(
+                            "RabbitMQ takes no messages now; see its alarms of memory and disk"
+                        ) from error
+                    raise
+            else:
+                try:
+                    async with asyncio.timeout(timeout_s):
+                        channel = await declared.channel.get_underlay_channel()
+                except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
+                    raise BrokersError(f"the channel of queue {queue.name} is not open: {error!r}") from error
+                assert isinstance(channel, aiormq.Channel)
+                if tag not in channel.consumers:
+                    raise BrokersError(f"RabbitMQ has cancelled the consumer of queue {queue.name}")
 
     async def close(self) -> None:
         """Close the connection; unacknowledged messages go to others."""

@@ -243,6 +243,8 @@ class Result(Message):
     queue_ms: Milliseconds = 0.0
     verify_ms: Milliseconds = 0.0
     error: Failure | None = None
+    logits_digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
+    """Of the bits of the logits from which this verifier chose, row after row; None unless the journal is on."""
 
 
 class HiddenStates(Message):

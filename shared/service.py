@@ -9,10 +9,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import prometheus_client
 import uvloop
 
-from shared import logging
+from shared import health, logging
 from shared.errors import WispError
 from shared.settings import ServiceSettings, load
 
@@ -32,10 +31,15 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
     async def main() -> None:
         stop = asyncio.Event()
         loop = asyncio.get_running_loop()
+
+        def end() -> None:
+            health.HEALTH.stopping = True
+            stop.set()
+
         for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, stop.set)
+            loop.add_signal_handler(number, end)
         if settings.metrics_port:
-            prometheus_client.start_http_server(settings.metrics_port, settings.metrics_host)
+            health.serve(health.HEALTH, settings.metrics_host, settings.metrics_port, loop)
         await serve(settings, instance, stop)
 
     try:

@@ -20,6 +20,7 @@ from yarl import URL
 from shared.errors import SettingsError as BadSettings
 from shared.seal import Seal
 from shared.tls import Tls
+from shared.topology import JournalLimits
 
 SHORTEST_SECRET = 32
 SECRET = frozenset({"session_secret", "api_key"})
@@ -36,6 +37,8 @@ TLS_IN_URL = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ss
 
 class TlsSettings(BaseSettings):
     """How the certificates of RabbitMQ and Redis are checked, where their URLs say amqps and rediss."""
+
+    model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
 
     tls_ca_file: Path | None = Field(
         default=None,
@@ -114,9 +117,21 @@ class ServiceSettings(TlsSettings):
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level logged")
     log_format: Literal["json", "console"] = Field("json", description="log lines as JSON or for reading")
-    metrics_port: int = Field(0, ge=0, le=65535, description="port for Prometheus metrics; 0 serves none")
-    metrics_host: str = Field("127.0.0.1", description="address for Prometheus metrics")
+    metrics_port: int = Field(
+        0, ge=0, le=65535, description="port of /metrics for Prometheus, /live and /ready; 0 serves none"
+    )
+    metrics_host: str = Field("127.0.0.1", description="address of that port")
     session_ttl_s: int = Field(900, ge=10, description="seconds that a session's state is kept after its last token")
+    journal: bool = Field(
+        False, description="record messages in a stream queue for `wisp replay`; they hold the users' tokens"
+    )
+    journal_bytes: int = Field(1_000_000_000, ge=10_000_000, description="size of the journal at most, in bytes")
+    journal_hours: float = Field(24.0, gt=0, le=8784, description="hours after which the journal forgets")
+
+    @property
+    def journal_limits(self) -> JournalLimits | None:
+        """What the journal keeps; None where nothing is recorded."""
+        return JournalLimits(self.journal_bytes, max(1, int(self.journal_hours * 3600))) if self.journal else None
 
     def instance_name(self, service: str) -> str:
         """The given instance name, or a fresh one made of service, host and a random part."""

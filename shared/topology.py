@@ -24,6 +24,10 @@ A device outside the cluster sends its rounds through a fanout exchange of its o
 `<ns>.rounds.<name>`, which the scheduler reads: by that it knows whose they are.
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
+
+With the journal on, the stream queue `<ns>.journal` takes a copy of everything but samples and hidden states. It is
+bound beside the work queues, except for messages whose sender has to know that their receiver is there (Generate,
+Batch): a binding of the journal's would count as a receiver. Their copies go to the topic exchange `<ns>.journal`.
 """
 
 from __future__ import annotations
@@ -48,6 +52,10 @@ ROUNDS_KEPT = 256
 """Rounds of one device that may wait. The oldest go first: the device sends them again."""
 ROUND_BYTES = 65_536
 """Longest message of a device."""
+JOURNAL_SEGMENTS = 20
+"""Files that a full journal consists of: the broker only ever drops a whole one."""
+SMALLEST_SEGMENT = 1_000_000
+"""Bytes."""
 
 
 def generate(pool: str = DEFAULT_POOL) -> str:
@@ -99,20 +107,31 @@ class Role:
     """What is bound to the instances' own queues."""
     serves: tuple[str, ...] = ()
     """Keys whose shared queues it consumes."""
+    records: bool = False
+    """Whether it makes copies for the journal: of what it publishes for one receiver."""
 
 
 ROLES = {
-    "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD)),
+    "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD), records=True),
     "drafter": Role(publishes=(VERIFY,), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
     "scheduler": Role(
         publishes=(batch("*"), LOAD),
         listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL),
         serves=(VERIFY, rounds("*")),
+        records=True,
     ),
     "estimator": Role(publishes=(costmodel("*"),), serves=(SAMPLE,)),
     "verifier": Role(publishes=(result("*"), heartbeat("*"), SAMPLE, costmodel("*")), listens=(batch("*"), CANCEL)),
     "top": Role(listens=(LOAD, heartbeat("*"), costmodel("*"), batch("*"), RESULT_SCHEDULER, ENDED)),
 }
+
+
+@dataclass(frozen=True)
+class JournalLimits:
+    """How much of the past the journal keeps at most."""
+
+    max_bytes: int
+    max_age_s: int
 
 
 @dataclass(frozen=True)
@@ -209,6 +228,25 @@ class Topology:
             (SAMPLE,),
             durable=True,
             arguments={"x-single-active-consumer": True, "x-max-length": SAMPLES_KEPT},
+        )
+
+    @property
+    def journal(self) -> str:
+        """The stream queue that records, and the topic exchange of the copies that senders make for it."""
+        return f"{self.namespace}.journal"
+
+    def journal_queue(self, limits: JournalLimits) -> Queue:
+        """The journal, bound to the work exchange. Messages that nobody but their receiver sees are not in it."""
+        return Queue(
+            self.journal,
+            (VERIFY, RESULT_SCHEDULER, costmodel("#"), LOAD, heartbeat("#"), CANCEL, ENDED),
+            durable=True,
+            arguments={
+                "x-queue-type": "stream",
+                "x-max-length-bytes": limits.max_bytes,
+                "x-max-age": f"{limits.max_age_s}s",
+                "x-stream-max-segment-size-bytes": max(SMALLEST_SEGMENT, limits.max_bytes // JOURNAL_SEGMENTS),
+            },
         )
 
     def own_queue(self, service: str, instance: str, bindings: tuple[str, ...]) -> Queue:

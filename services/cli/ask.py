@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
 
-def client_at(url: str) -> AsyncOpenAI:
-    """The official client for a gateway, with the key that WISP_API_KEY or OPENAI_API_KEY holds."""
+def client_at(url: str, key: str | None = None) -> AsyncOpenAI:
+    """The official client for a gateway, with this key or the one that WISP_API_KEY or OPENAI_API_KEY holds."""
     from openai import AsyncOpenAI
 
-    return AsyncOpenAI(base_url=url, api_key=LocalSettings().api_key.get_secret_value(), max_retries=0)
+    return AsyncOpenAI(base_url=url, api_key=key or LocalSettings().api_key.get_secret_value(), max_retries=0)
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ def print_definitions(
     namespace: Annotated[str | None, typer.Option(help="\\[env: WISP_NAMESPACE; default: wisp]")] = None,
     vhost: Annotated[str, typer.Option(help="Virtual host.")] = "/",
     pool: Annotated[list[str] | None, typer.Option(help="A pool of drafters; may be given again.")] = None,
+    journal: Annotated[
+        bool, typer.Option("--journal", help="The journal too, with the limits of WISP_JOURNAL_BYTES and _HOURS.")
+    ] = False,
     devices: Annotated[Path | None, typer.Option(help="The schedulers' WISP_DEVICES_FILE: devices that join.")] = None,
 ) -> None:
     """Print users, permissions, queues and policies, one user per service, for `rabbitmqctl import_definitions`.
@@ -35,13 +38,15 @@ def print_definitions(
     """
     with errors_shown():
         from shared.devices import read_devices
+        from shared.settings import ServiceSettings
 
         topology = Topology(namespace_of(namespace))
         pools = [checked("pool", name) for name in pool or [DEFAULT_POOL]]
         outside = read_devices(devices) if devices else []
         users = {device: user_of(topology, device_name(device)) for device in outside}
         known = filled(passwords, [*(user_of(topology, service) for service in ROLES), *users.values()])
-        made = definitions(topology, known, vhost=vhost, pools=pools)
+        limits = ServiceSettings.model_validate({"journal": journal}).journal_limits
+        made = definitions(topology, known, vhost=vhost, pools=pools, journal=limits)
         joining = (device_definitions(topology, device, known[users[device]], vhost=vhost) for device in outside)
         print_json(joined(made, *joining))
 

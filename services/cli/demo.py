@@ -10,7 +10,7 @@ from rich.text import Text
 from services.cli.ask import Answer, Question, ask, client_at, summary_lines, tokens_per_second
 from services.cli.paint import Painter
 from services.cli.rounds import draw
-from services.cli.stack import Stack
+from shared.errors import WispError
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
@@ -40,12 +40,22 @@ QUESTIONS = (
 )
 
 
-async def demo(stack: Stack, console: Console, rounds: bool = False) -> bool:
-    """Ask the questions with drafts and without; returns whether both gave the same tokens.
+async def demo(url: str, console: Console, rounds: bool = False, key: str | None = None) -> bool:
+    """Ask the gateway at `url` with drafts and without; returns whether both gave the same tokens.
 
-    rounds: also draw the first rounds of each drafted answer.
+    rounds: also draw the first rounds of each drafted answer. key: by default the environment's. Raises WispError when
+    the gateway does not answer.
     """
-    async with client_at(stack.url) as client:
+    from openai import APIError
+
+    try:
+        return await _demo(client_at(url, key), console, rounds)
+    except APIError as error:
+        raise WispError(f"{url}: {error}. The gateway's /ready says what is missing.") from error
+
+
+async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
+    async with opened as client:
         model = (await client.models.list()).data[0].id
         painter = Painter(console)
         console.print(Text.assemble(f"\n{model} answers: ", painter.legend))

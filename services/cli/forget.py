@@ -21,9 +21,9 @@ async def forget(amqp_url: str, redis_url: str, namespace: str, tls: Tls) -> Non
     context = tls.context() if amqp_url.startswith("amqps:") else None
     async with await aio_pika.connect(amqp_url, ssl_context=context) as connection:
         channel = await connection.channel()
-        for queue in shared_queues:
-            await channel.queue_delete(queue.name)
-        for exchange in (topology.exchange, topology.dead):
+        for name in (*(queue.name for queue in shared_queues), topology.journal):
+            await channel.queue_delete(name)
+        for exchange in (topology.exchange, topology.dead, topology.journal):
             await channel.exchange_delete(exchange)
     async with redis.asyncio.Redis.from_url(redis_url, **tls.redis_options(redis_url)) as client:
         async for key in client.scan_iter(f"{namespace}:*", count=1000):

@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import broker_command, controller, keys, top_command
+from services.cli import broker_command, controller, journal_command, keys, replay_command, top_command
 from services.cli import draft as drafts
 from services.cli.terminal import errors_shown, out, require, run
 
@@ -34,7 +34,9 @@ app.add_typer(drafts.app, name="draft")
 app.add_typer(controller.app, name="controller")
 app.add_typer(keys.app, name="keys")
 app.add_typer(broker_command.app, name="broker")
+app.add_typer(journal_command.app, name="journal")
 app.command()(top_command.top)
+app.command()(replay_command.replay)
 
 
 class Dtype(StrEnum):
@@ -162,6 +164,12 @@ def up(
 
 @app.command()
 def demo(
+    url: Annotated[
+        str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
+    ] = None,
+    key: Annotated[
+        str | None, typer.Option(help="API key, where the gateway asks for one. \\[env: WISP_API_KEY, OPENAI_API_KEY]")
+    ] = None,
     target: Target = None,
     dtype: DtypeOption = None,
     drafters: Drafters = 1,
@@ -176,16 +184,21 @@ def demo(
 ) -> None:
     """Ask two questions through the whole suite, and compare with plain decoding (exit status 1 if it differs)."""
     with errors_shown():
-        require("gateway", "model", "client")
+        require("client")
         from services.cli.demo import demo
 
+        if url is not None:
+            if not run(lambda: demo(url, out, rounds, key)):
+                raise typer.Exit(1)
+            return
+        require("gateway", "model")
         stack = _stack(
             "demo", target, dtype, draft, draft_model, hidden_draft, threads, drafters=drafters, verifiers=verifiers
         )
 
         async def work() -> bool:
             async with stack:
-                return await stack.watch(demo(stack, out, rounds))
+                return await stack.watch(demo(stack.url, out, rounds))
 
         if not run(work):
             raise typer.Exit(1)
@@ -264,6 +277,18 @@ def prepare(
         folder = prepare_target(model or LocalSettings().target, _progress())
         if not quiet:
             out.print(str(folder), soft_wrap=True)
+
+
+@models.command("describe")
+def describe(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    to: Annotated[Path, typer.Argument(help="Folder to write, of some megabytes.")],
+) -> None:
+    """Write what a gateway needs of a model: everything but its weights, and their digest."""
+    with errors_shown():
+        from shared.models.folder import ModelFolder
+
+        ModelFolder(model).describe(to)
 
 
 @models.command("list")

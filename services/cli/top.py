@@ -55,7 +55,7 @@ class Observer:
     async def listen(self) -> None:
         """Listen until cancelled, through lost connections. Raises BrokersError when no broker answers at first."""
         name = f"top-{token_hex(4)}"
-        broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name, self._where.tls)
+        broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name, tls=self._where.tls)
         try:
             own = replace(
                 broker.topology.own_queue("top", name, topology.ROLES["top"].listens), arguments={"x-max-length": KEPT}

@@ -33,7 +33,7 @@ async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -
     listener = listen(settings.host, settings.port)
     topology = Topology(settings.namespace, settings.device_name)
     async with AsyncExitStack() as resources:
-        broker = await Broker.connect(settings.amqp_url, topology, name, settings.tls)
+        broker = await Broker.connect(settings.amqp_url, topology, name, tls=settings.tls)
         resources.push_async_callback(broker.close)
         gateway = await resources.enter_async_context(
             httpx.AsyncClient(

@@ -23,6 +23,7 @@ from services.drafter.worker import SourceWorker
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError, MessageError
+from shared.health import HEALTH
 from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status, Verify
 from shared.service import running
 from shared.store import Session, SessionStatus, Store
@@ -35,7 +36,9 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     """Run a drafter until `stop` is set; its unfinished sessions are then given to other drafters by the broker."""
     profile = load_profile(settings.device_profile)
     drafting = await asyncio.to_thread(load_drafting, settings)
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     drafter = Drafter(instance, settings, drafting, broker, store, profile)
     try:
@@ -82,6 +85,7 @@ class Drafter:
         await self._broker.consume(
             names.generate_queue(self._settings.pool), self._generate, prefetch=self._settings.max_sessions
         )
+        HEALTH.watch(self._broker, self._store)
         self._log.info(
             "ready",
             pool=self._settings.pool,

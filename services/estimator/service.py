@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 
+from services.estimator import metrics
 from services.estimator.settings import EstimatorSettings
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError
 from shared.fit import VerifierFit
+from shared.health import HEALTH
 from shared.messages import CostModel, Message, Sample
 from shared.service import running
 from shared.store import Store
@@ -18,7 +20,9 @@ from shared.topology import Topology
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:
     """Run an estimator until `stop` is set."""
     log = logging.get()
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     fits: dict[str, VerifierFit] = {}
     changed: set[str] = set()
@@ -32,6 +36,8 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
             start = None if message.profile else await _stored(store, name)
             fits.setdefault(name, VerifierFit(name, settings.forgetting, start))
         fit = fits[name]
+        metrics.VERIFIERS.set(len(fits))
+        metrics.BATCHES.labels("profile" if message.profile else "live").inc(len(message.batches))
         if message.profile:
             fit.start_from(message.batches)
         else:
@@ -47,6 +53,7 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
             for name in names:
                 model = fits[name].model()
                 await broker.publish(model, topology.costmodel(name))
+                metrics.MODELS.inc()
                 try:
                     await store.save_cost_model(model)
                 except BrokersError as error:
@@ -54,6 +61,7 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
 
     try:
         await broker.consume(broker.topology.sample_queue(), receive)
+        HEALTH.watch(broker, store)
         log.info("ready")
         async with running(stop, publish()):
             pass

@@ -20,6 +20,7 @@ from services.gateway.session import sessions_of
 from services.gateway.settings import GatewaySettings
 from shared.broker import Broker
 from shared.errors import BrokersError
+from shared.health import HEALTH
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.store import Store
@@ -38,7 +39,7 @@ async def serve(
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     listener = listen(settings.host, settings.port)
     topology = Topology(settings.namespace)
-    broker = await Broker.connect(settings.amqp_url, topology, instance, settings.tls)
+    broker = await Broker.connect(settings.amqp_url, topology, instance, settings.journal_limits, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     fleet = Fleet(store.heartbeats, fingerprint)
     model = settings.model_name or folder.name
@@ -60,6 +61,7 @@ async def serve(
     )
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
+    HEALTH.watch(broker, store)
 
     async def missing() -> dict[str, str | None]:
         return await _missing(broker, queue, store, fleet, backend)

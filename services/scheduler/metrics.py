@@ -23,3 +23,20 @@ ROUNDS_REFUSED = Counter(
 )
 PRICE = Gauge("wisp_scheduler_price_ms", "What verifying one more token costs the others, in milliseconds")
 UTILIZATION = Gauge("wisp_scheduler_utilization", "Share of the verifiers' time that is promised to sessions")
+QUEUE_DELAY = Gauge(
+    "wisp_scheduler_predicted_queue_delay_seconds",
+    "Predicted time until a round that came now, behind all others, reaches the least busy verifier",
+)
+ROUNDS = Counter(
+    "wisp_scheduler_rounds",
+    "Rounds whose result came, by whether that was before their session's next token was due: met, missed, or none "
+    "where nothing was promised",
+    ["deadline"],
+)
+
+
+def deadline(due_ms: float | None, now_ms: float) -> str:
+    """The label of a round whose result comes now."""
+    if due_ms is None:
+        return "none"
+    return "met" if now_ms <= due_ms else "missed"

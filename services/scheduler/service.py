@@ -14,7 +14,8 @@ from services.scheduler.settings import SchedulerSettings
 from shared import logging, topology
 from shared.broker import Broker
 from shared.errors import BrokersError, MessageError
-from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Verify
+from shared.health import HEALTH
+from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
 from shared.seal import Seal
 from shared.service import running
 from shared.store import Store
@@ -31,7 +32,9 @@ def now_ms() -> float:
 
 async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event) -> None:
     """Run a scheduler until `stop` is set. Rounds that still wait are sent again by their drafters."""
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
     scheduler = Scheduler(dispatcher, broker, settings.seal)
@@ -42,7 +45,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
         )
     try:
         await scheduler.recall(store)
-        await scheduler.run(stop, settings.load_ms / 1000, devices)
+        await scheduler.run(store, stop, settings.load_ms / 1000, devices)
     finally:
         await broker.close()
         await store.close()
@@ -69,7 +72,7 @@ class Scheduler:
         except BrokersError as error:
             self._log.warning("starting without the stored cost models", error=str(error))
 
-    async def run(self, stop: asyncio.Event, load_s: float, devices: Devices | None = None) -> None:
+    async def run(self, store: Store, stop: asyncio.Event, load_s: float, devices: Devices | None = None) -> None:
         """Serve until `stop`."""
         names = self._broker.topology
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
@@ -77,6 +80,7 @@ class Scheduler:
         await self._broker.consume(names.verify_queue(), self._receive_round)
         if devices is not None:
             await devices.follow()
+        HEALTH.watch(self._broker, store)
         self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
         async with running(stop, self._tell(load_s), *([devices.watch()] if devices else [])):
@@ -108,6 +112,9 @@ class Scheduler:
     async def _receive(self, message: Message) -> None:
         match message:
             case Result():
+                known = self._dispatcher.fleet.known.get(message.session)
+                if message.status is Status.COMMITTED and known is not None:
+                    metrics.ROUNDS.labels(metrics.deadline(known.due_ms, now_ms())).inc()
                 self._dispatcher.on_result(message, now_ms())
             case Heartbeat():
                 self._dispatcher.on_heartbeat(message, now_ms())
@@ -167,4 +174,5 @@ class Scheduler:
                 load = self._dispatcher.load(now_ms())
                 metrics.PRICE.set(load.price_ms)
                 metrics.UTILIZATION.set(load.utilization)
+                metrics.QUEUE_DELAY.set(load.backlog_ms / 1000)
                 await self._broker.publish(load, topology.LOAD)

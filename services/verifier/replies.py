@@ -71,6 +71,7 @@ def settled(
         cached=outcome.cached if outcome else 0,
         new_tokens=outcome.new_tokens if outcome else 0,
         verify_ms=verify_ms,
+        logits_digest=outcome.logits_digest if outcome else None,
     )
 
 

@@ -21,6 +21,7 @@ from shared.broker import Broker
 from shared.engine import Engine
 from shared.errors import BrokersError
 from shared.fit import VerifierFit
+from shared.health import HEALTH
 from shared.messages import (
     Batch,
     BatchShape,
@@ -65,6 +66,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     """Run a verifier until `stop` is set and its accepted batches are done."""
     log = logging.get()
     folder = ModelFolder(settings.target)
+    folder.require_weights()
     fingerprint = folder.fingerprint(settings.dtype)
     model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     loop = asyncio.get_running_loop()
@@ -87,10 +89,20 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.tls)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     verifier = Verifier(
-        instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms, settings.seal
+        instance,
+        fingerprint,
+        engine,
+        model_thread,
+        broker,
+        store,
+        settings.heartbeat_ms,
+        digests=settings.journal,
+        seal=settings.seal,
     )
     try:
         await verifier.run(measured, stop, settings.drain_s)
@@ -112,8 +124,11 @@ class Verifier:
         broker: Broker,
         store: Store,
         heartbeat_ms: int,
+        *,
+        digests: bool = False,
         seal: Seal | None = None,
     ) -> None:
+        """digests: results carry those of their logits, for `wisp replay --verify`."""
         self.instance = instance
         self.fingerprint = fingerprint
         self._engine = engine
@@ -121,6 +136,7 @@ class Verifier:
         self._broker = broker
         self._store = store
         self._heartbeat_s = heartbeat_ms / 1000
+        self._digests = digests
         self._seal = seal or Seal(None)
         self._log = logging.get()
         self._known: dict[str, Known] = {}
@@ -141,6 +157,7 @@ class Verifier:
         )
         if measured:
             await self._publish_profile(measured)
+        HEALTH.watch(self._broker, self._store)
         self._log.info("ready", fingerprint=self.fingerprint, profiled=len(measured))
         async with running(stop, self._work(), self._beat()):
             self._draining = True
@@ -215,7 +232,7 @@ class Verifier:
         reply.add_done_callback(self._replies.discard)
 
     def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
-        verified = verify(self._engine, tasks)
+        verified = verify(self._engine, tasks, digests=self._digests)
         held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
         self._cached = {session: cached for session, cached in held.items() if cached}
         return verified

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -47,10 +48,12 @@ class Outcome:
     error: Exception | None = None
     hidden: Sequence[Part] = ()
     """Hidden states of `Task.tokens` and the accepted drafts, from `Task.hidden_from` on; none of a text that ended."""
+    logits_digest: str | None = None
+    """As in `Result`, if it was asked for."""
 
 
-def verify(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], list[BatchShape]]:
-    """Judge every task; also returns the shape of each forward pass that ran.
+def verify(engine: Engine, tasks: Sequence[Task], *, digests: bool = False) -> tuple[list[Outcome], list[BatchShape]]:
+    """Judge every task; also returns the shape of each forward pass that ran. digests: tell the logits' digests.
 
     A batch that fails as a whole is done in halves, so that what does not fit at once is done in turn, and one bad task
     is refused alone.
@@ -58,19 +61,19 @@ def verify(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], list[B
     if not tasks:
         return [], []
     try:
-        outcomes, shape = _verify_at_once(engine, tasks)
+        outcomes, shape = _verify_at_once(engine, tasks, digests)
     except (WispError, ValueError, RuntimeError) as error:
         if len(tasks) == 1:
             engine.release(tasks[0].session)
             return [Outcome(None, 0, 0, 0, error)], []
         half = len(tasks) // 2
-        first, first_shapes = verify(engine, tasks[:half])
-        second, second_shapes = verify(engine, tasks[half:])
+        first, first_shapes = verify(engine, tasks[:half], digests=digests)
+        second, second_shapes = verify(engine, tasks[half:], digests=digests)
         return first + second, first_shapes + second_shapes
     return outcomes, [shape]
 
 
-def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome], BatchShape]:
+def _verify_at_once(engine: Engine, tasks: Sequence[Task], digests: bool) -> tuple[list[Outcome], BatchShape]:
     steps = []
     drafts = []
     for task in tasks:
@@ -117,9 +120,16 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task]) -> tuple[list[Outcome
                 engine.cached(task.session),
                 len(step.tokens),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
+                logits_digest=_digest(output.logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
             ),
         )
     return outcomes, shape
+
+
+def _digest(logits: Tensor) -> str:
+    """Of the bits of these rows: those that a choice was made from."""
+    bits = logits.contiguous().view(torch.uint8).numpy(force=True)
+    return hashlib.sha256(bits.tobytes()).hexdigest()[:16]
 
 
 def _hidden(engine: Engine, task: Task) -> list[Part]:

@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import shutil
 import time
 from functools import cached_property
 from pathlib import Path
@@ -14,6 +15,14 @@ from typing import Any
 from shared.errors import ModelError
 
 _WEIGHTS_DIGEST = ".weights-digest.json"
+_DESCRIBED = "weights.sha256"
+_DESCRIPTION = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "chat_template.jinja",
+)
 # A file written to again within a clock tick of its digest keeps its mtime; only older digests are trusted.
 _SETTLED_S = 2.0
 
@@ -21,6 +30,7 @@ _SETTLED_S = 2.0
 class ModelFolder:
     """A Hugging Face causal LM in a local folder: config.json, safetensors, tokenizer.json.
 
+    A description of such a folder (`describe`) has the digest of the weights in their place: enough for a gateway.
     Raises ModelError if a file is missing or unreadable.
     """
 
@@ -36,6 +46,23 @@ class ModelFolder:
         self.tokenizer_config = self._read_json("tokenizer_config.json", optional=True)
         self._require("tokenizer.json")
         self.weights = self._find_weights()
+
+    def describe(self, to: Path) -> None:
+        """Write everything but the weights into the folder `to`, which is made."""
+        digest = self.weights_digest
+        to.mkdir(parents=True, exist_ok=True)
+        for name in _DESCRIPTION:
+            if (self.path / name).is_file():
+                shutil.copyfile(self.path / name, to / name)
+        (to / _DESCRIBED).write_text(f"{digest}\n")
+
+    def require_weights(self) -> None:
+        """Raise ModelError where only a description is here."""
+        if not self.weights:
+            raise ModelError(
+                f"{self.path} describes a model and holds no weights: that is enough for a gateway only. Give the path "
+                "of the whole folder."
+            )
 
     def __repr__(self) -> str:
         return f"ModelFolder({str(self.path)!r})"
@@ -105,6 +132,8 @@ class ModelFolder:
         Kept in the folder and used again while size and modification time of every file are what they were; computed
         (0.2 to 0.7 s for 270 MB) where they are not or the folder can't be written to.
         """
+        if not self.weights:
+            return (self.path / _DESCRIBED).read_text().strip()
         state = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.weights}
         kept = self._read_json(_WEIGHTS_DIGEST, optional=True)
         if kept.get("files") == state:
@@ -130,6 +159,8 @@ class ModelFolder:
     def _find_weights(self) -> tuple[Path, ...]:
         index = self._read_json("model.safetensors.index.json", optional=True)
         names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
+        if (self.path / _DESCRIBED).is_file() and not any((self.path / name).exists() for name in names):
+            return ()
         for name in names:
             self._require(name)
         return tuple(self.path / name for name in names)

@@ -44,7 +44,7 @@ def known(servers: Secured) -> Tls:
 async def test_messages_and_state_go_by_tls(servers: Secured, known: Tls, namespace: str) -> None:
     assert "RabbitMQ" in await probe.rabbitmq(servers.amqps_url, known)
     assert "Redis" in await probe.redis_server(servers.rediss_url, known)
-    broker = await Broker.connect(servers.amqps_url, Topology(namespace), "x", known)
+    broker = await Broker.connect(servers.amqps_url, Topology(namespace), "x", tls=known)
     heard: asyncio.Queue[Message] = asyncio.Queue()
     await broker.consume(broker.topology.own_queue("test", "x", (topology.CANCEL,)), heard.put)
     await broker.publish(Cancel(session="s", reason="r"), topology.CANCEL)
@@ -61,7 +61,7 @@ async def test_a_server_that_another_authority_vouches_for_is_not_trusted(
     misled = Tls(Authority(tmp_path).file, known.cert_file, known.key_file)
     async with asyncio.timeout(10):  # it is said at once, and not tried for half a minute
         with pytest.raises(BrokersError, match=r"cannot be trusted.*WISP_TLS_CA_FILE") as refused:
-            await Broker.connect(servers.amqps_url, Topology(namespace), "x", misled)
+            await Broker.connect(servers.amqps_url, Topology(namespace), "x", tls=misled)
     assert servers.amqps_url.split("@")[0].split(":")[-1] not in str(refused.value)
     store = Store.connect(servers.rediss_url, namespace, 60, misled)
     with pytest.raises(BrokersError, match="certificate verify failed"):
@@ -75,7 +75,7 @@ async def test_a_server_with_a_certificate_for_another_name_is_not_trusted(
     servers: Secured, known: Tls, namespace: str
 ) -> None:
     with pytest.raises(BrokersError, match=r"cannot be trusted.*127\.0\.0\.1"):
-        await Broker.connect(servers.amqps_url.replace("localhost", "127.0.0.1"), Topology(namespace), "x", known)
+        await Broker.connect(servers.amqps_url.replace("localhost", "127.0.0.1"), Topology(namespace), "x", tls=known)
     store = Store.connect(servers.rediss_url.replace("localhost", "127.0.0.1"), namespace, 60, known)
     with pytest.raises(BrokersError, match="certificate verify failed"):
         await store.ping()

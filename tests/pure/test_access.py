@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from services.cli.main import app
 from shared import topology
 from shared.access import definitions, user_of
-from shared.topology import ROLES, Topology
+from shared.topology import ROLES, JournalLimits, Topology
 
 NAMES = Topology("one-two_3")
 PASSWORDS = {user_of(NAMES, service): f"secret of {service}" for service in ROLES}
@@ -63,6 +63,20 @@ def test_every_shared_queue_is_there_as_the_services_declare_it() -> None:
     assert declared == {queue.name: queue.arguments for queue in expected}
     bound = {(one["destination"], one["routing_key"]) for one in made["bindings"] if one["source"] == NAMES.exchange}
     assert bound == {(queue.name, key) for queue in expected for key in queue.bindings}
+
+
+def test_the_journal_is_written_by_those_who_make_copies_and_read_by_nobody() -> None:
+    record = NAMES.journal_queue(JournalLimits(10**9, 3600))
+    made = definitions(NAMES, PASSWORDS, journal=JournalLimits(10**9, 3600))
+    assert {"name": record.name, "arguments": record.arguments} in [
+        {"name": queue["name"], "arguments": queue["arguments"]} for queue in made["queues"]
+    ]
+    bound = {(one["source"], one["routing_key"]) for one in made["bindings"] if one["destination"] == record.name}
+    assert bound == {(NAMES.exchange, key) for key in record.bindings} | {(NAMES.journal, "#")}
+    may = {entry["user"]: entry for entry in made["permissions"]}
+    writers = {user for user, entry in may.items() if re.search(entry["write"], NAMES.journal)}
+    assert writers == {user_of(NAMES, "gateway"), user_of(NAMES, "scheduler")}
+    assert not [user for user, entry in may.items() if re.search(entry["read"], NAMES.journal)]
 
 
 def test_a_service_cannot_listen_to_what_its_role_does_not_say() -> None:

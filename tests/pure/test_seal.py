@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from shared.messages import Generate, Job, Sampling, Slo, Verify, decode, encode
+from services.replayer.redact import redacted
+from shared.messages import Batch, Generate, Job, Sampling, Slo, Verify, decode, encode
 from shared.seal import Seal
 from shared.settings import SealSettings, problems_of
 
@@ -91,3 +92,12 @@ def test_a_short_secret_is_refused_and_not_shown() -> None:
     with pytest.raises(ValueError, match="shorter than 32 characters") as refused:
         SealSettings.model_validate({"session_secret": "hunter2"})
     assert "hunter2" not in str(problems_of(refused.value))  # type: ignore[arg-type]
+
+
+def test_a_recording_without_text_holds_no_keys() -> None:
+    given = SEAL.sealed(generate())
+    job = Job.model_validate(verify(given.session_key).model_dump() | {"drafted": 0})
+    batch = Batch(batch="b", scheduler="s", jobs=[job], predicted_ms=1.0, policy="fcfs")
+    for message in (given, verify(given.session_key), batch):
+        assert given.session_key.encode() in encode(message)
+        assert given.session_key.encode() not in encode(redacted(message))

@@ -33,7 +33,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_demonstration_marks_drafts_sums_up_and_compares(stack: Stack, console: Console, short: None) -> None:
-    assert await demo.demo(stack, console, rounds=True)
+    assert await demo.demo(stack.url, console, rounds=True)
     text = shown(console)
     assert text.count("one column is") == 2
     assert text.count(OPEN) > 1  # the legend has one
@@ -48,7 +48,7 @@ async def test_the_demonstration_tells_when_the_texts_differ(
         return False
 
     monkeypatch.setattr(Answer, "same_text", other)
-    assert not await demo.demo(stack, console)
+    assert not await demo.demo(stack.url, console)
     assert shown(console).rstrip().endswith("identical to plain decoding: no")
 
 

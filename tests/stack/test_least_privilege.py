@@ -22,13 +22,15 @@ from services.cli.settings import BrokerAddresses
 from services.cli.stack import Stack
 from services.cli.top import once_seen
 from services.cli.top_where import Where
+from services.replayer.stream import read
 from shared import topology
 from shared.access import definitions, user_of
 from shared.broker import Broker
 from shared.errors import BrokersError
-from shared.topology import ROLES, Topology
+from shared.topology import ROLES, JournalLimits, Topology
 
 NAMES = Topology("least")
+JOURNAL = JournalLimits(20_000_000, 3600)
 PASSWORDS = {user_of(NAMES, service): f"{service}-password" for service in ROLES}
 
 
@@ -44,7 +46,7 @@ class Set:
 async def broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Set]:
     folder = tmp_path_factory.mktemp("least")
     async with own_rabbitmq(folder) as server:
-        made = definitions(NAMES, PASSWORDS)
+        made = definitions(NAMES, PASSWORDS, journal=JOURNAL)
         await import_definitions(server, folder / "definitions.json", made)
         await import_definitions(server, folder / "definitions.json", made)  # again: as after an upgrade
         urls = {service: url_of(server, user, PASSWORDS[user]) for service, user in USERS.items()}
@@ -67,7 +69,7 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
             target=target_folder,
             schedulers=2,
             verifiers=2,
-            env={"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false"},
+            env={"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false", "WISP_JOURNAL": "true"},
             env_of={service: {"WISP_AMQP_URL": url} for service, url in broker.urls.items()},
         ) as stack,
         httpx.AsyncClient(timeout=120) as http,
@@ -88,6 +90,9 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
     assert all(user in users for service, user in USERS.items() if service != "top")
     dead = await rabbitmqctl(broker.server, "list_queues", "--silent", "name", "messages")
     assert f"{NAMES.dead}\t0" in dead
+    recording = await read(broker.server.url, NAMES.namespace)
+    recorded = {entry.message.type_name for entry in recording.entries()}
+    assert recorded >= {"Generate", "Verify", "Batch", "Result", "Cancel", "Load"}
     log = (broker.server.processes[0].log.parent / "rabbitmq.log").read_text()
     refused = [line for line in log.splitlines() if "refused for user" in line]
     # Each service tries once whether it may declare the exchange and the shared queues that it serves.

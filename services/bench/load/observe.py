@@ -46,7 +46,7 @@ class Observer:
 async def observing(amqp_url: str, namespace: str, tls: Tls | None = None) -> AsyncIterator[Observer]:
     """An observer of the suite in a namespace. Raises BrokersError."""
     name = f"bench-{token_hex(3)}"
-    broker = await Broker.connect(amqp_url, Topology(namespace), name, tls)
+    broker = await Broker.connect(amqp_url, Topology(namespace), name, tls=tls)
     observer = Observer()
     try:
         queue = broker.topology.own_queue("observer", name, (topology.SAMPLE, topology.costmodel("*")))

@@ -1,0 +1,1 @@
+"""The replayer: reads recorded messages; shows, re-executes, asks what if, and injects them elsewhere."""

@@ -1,0 +1,174 @@
+"""A process's word on its own health: it says no when a consumer is gone, not only when the process is."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+import aio_pika
+import httpx
+import pytest
+
+from services.cli import host, private
+from shared import health
+from shared.broker import Broker
+from shared.errors import SettingsError
+from shared.health import Health
+from shared.messages import Message
+from shared.store import Store
+from shared.topology import Topology
+
+
+async def ignore(message: Message) -> None:
+    """A consumer."""
+
+
+@dataclass
+class Served:
+    health: Health
+    broker: Broker
+    store: Store
+    port: int
+
+    async def asked(self, path: str) -> tuple[int, str]:
+        async with httpx.AsyncClient(timeout=20) as client:
+            answer = await client.get(f"http://127.0.0.1:{self.port}{path}")
+        return answer.status_code, answer.text
+
+
+@pytest.fixture
+async def served(amqp_url: str, redis_url: str, namespace: str) -> AsyncIterator[Served]:
+    broker = await Broker.connect(amqp_url, Topology(namespace), "healthy")
+    store = Store.connect(redis_url, namespace, 60)
+    own = Health()
+    port = health.serve(own, "127.0.0.1", 0, asyncio.get_running_loop())
+    yield Served(own, broker, store, port)
+    with suppress(Exception):
+        await broker.close()
+    await store.close()
+
+
+async def consuming(served: Served) -> None:
+    await served.broker.consume(served.broker.topology.own_queue("test", "healthy", ()), ignore)
+    await served.broker.consume(served.broker.topology.verify_queue(), ignore)
+    served.health.watch(served.broker, served.store)
+
+
+async def test_a_process_is_ready_when_it_consumes_and_not_before_nor_while_it_ends(served: Served) -> None:
+    assert await served.asked("/ready") == (503, "process: starting\n")
+    assert await served.asked("/live") == (200, "ok\n")
+    await consuming(served)
+    assert await served.asked("/ready") == (200, "ok\n")
+    assert await served.asked("/live") == (200, "ok\n")
+    served.health.stopping = True
+    assert await served.asked("/ready") == (503, "process: shutting down\n")
+    assert await served.asked("/live") == (200, "ok\n")
+    assert (await served.asked("/nothing"))[0] == 404
+    status, text = await served.asked("/metrics")
+    assert status == 200
+    assert "python_info" in text
+
+
+async def test_a_consumer_that_the_broker_has_cancelled_is_noticed(served: Served, amqp_url: str) -> None:
+    await consuming(served)
+    async with await aio_pika.connect(amqp_url) as connection:
+        queue = await (await connection.channel()).get_queue(served.broker.topology.verify_queue().name)
+        await queue.delete(if_unused=False, if_empty=False)
+    for _ in range(50):
+        status, text = await served.asked("/ready")
+        if status == 503:
+            break
+        await asyncio.sleep(0.1)
+    assert (status, text) == (
+        503,
+        f"rabbitmq: RabbitMQ has cancelled the consumer of queue {served.broker.topology.verify_queue().name}\n",
+    )
+    assert (await served.asked("/live"))[0] == 503, "starting it again declares the queue again"
+
+
+async def test_without_rabbitmq_a_process_is_not_ready_but_need_not_be_started_again(served: Served) -> None:
+    await consuming(served)
+    await served.broker.close()
+    status, text = await served.asked("/ready")
+    assert status == 503
+    assert text == "rabbitmq: no connection to RabbitMQ\n"
+    assert await served.asked("/live") == (200, "ok\n")
+
+
+async def test_an_alarm_at_rabbitmq_starts_nothing_again(
+    served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, namespace: str
+) -> None:
+    here = host.inspect()
+    if here.rabbitmq is None or here.epmd is None:
+        pytest.skip("needs an installed RabbitMQ, to give it too little memory")
+    monkeypatch.setattr(private, "RABBITMQ_CONF", private.RABBITMQ_CONF.replace("1GiB", "1MiB"))
+    monkeypatch.setattr(health, "CHECK_S", 1.0)
+    server = await private.start_rabbitmq(here.rabbitmq, here.epmd, tmp_path)
+    alarmed = Served(Health(), await Broker.connect(server.url, Topology(namespace), "alarmed"), served.store, 0)
+    try:
+        await consuming(alarmed)
+        problem = "RabbitMQ takes no messages now; see its alarms of memory and disk"
+        problems: dict[str, str] = {}
+        for _ in range(50):  # RabbitMQ looks at its memory once a second
+            if problems := await alarmed.health.ready():
+                break
+            await asyncio.sleep(0.1)
+        assert problems == {"rabbitmq": problem}
+        assert await alarmed.health.live() == {}
+    finally:
+        # It would wait for its last messages to be taken.
+        with suppress(TimeoutError):
+            await asyncio.wait_for(alarmed.broker.close(), 2)
+        await server.stop()
+
+
+async def test_without_redis_a_process_is_not_ready_but_lives(served: Served, namespace: str) -> None:
+    await consuming(served)
+    served.health.watch(served.broker, Store.connect("redis://127.0.0.1:1/0", namespace, 60))
+    status, text = await served.asked("/ready")
+    assert status == 503
+    assert text.startswith("redis: ")
+    assert (await served.asked("/live"))[0] == 200
+
+
+async def test_an_event_loop_that_hangs_is_noticed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(health, "ASK_S", 0.3)
+    await consuming(served)
+    loop = asyncio.get_running_loop()
+    asking = loop.run_in_executor(None, lambda: httpx.get(f"http://127.0.0.1:{served.port}/live", timeout=20))
+    time.sleep(1.5)  # noqa: ASYNC251 - the hang: the thread asks meanwhile
+    answer = await asking
+    assert (answer.status_code, answer.text) == (503, "process: its event loop does not answer in 0.3 s\n")
+
+
+async def test_the_command_asks_and_its_status_answers(served: Served) -> None:
+    async def command(port: int) -> tuple[int, str]:
+        done = await asyncio.to_thread(
+            subprocess.run,
+            [sys.executable, "-m", "shared.health", "--metrics-port", str(port)],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        return done.returncode, done.stdout + done.stderr
+
+    assert await command(served.port) == (1, "process: starting\n")
+    await consuming(served)
+    assert await command(served.port) == (0, "ok\n")
+    status, text = await command(1)
+    assert status == 1
+    assert text.startswith("nothing answers on port 1: ")
+    status, text = await command(0)
+    assert status == 2
+    assert "Set a port" in text
+
+
+async def test_a_port_that_is_taken_is_told(served: Served) -> None:
+    with pytest.raises(SettingsError, match="choose another WISP_METRICS_HOST or WISP_METRICS_PORT"):
+        health.serve(served.health, "127.0.0.1", served.port, asyncio.get_running_loop())

@@ -1,0 +1,264 @@
+"""What `wisp replay` makes of recorded messages: where a session's time went, and what became of each round."""
+
+from __future__ import annotations
+
+import json
+from io import StringIO
+
+import pytest
+import recorded
+from recorded import A, B, C, Sent
+from rich.console import Console
+
+from services.cli.paint import Painter
+from services.cli.replay_view import listing, told, view
+from services.replayer.choice import chosen, moment_ms
+from services.replayer.concern import concerning, sessions_of
+from services.replayer.life import Lives
+from services.replayer.recording import RecordingError
+from services.replayer.timeline import Part, Timeline, timeline
+from shared.messages import Cancel, Ended, Failure, Generate, Message, Result, Status, Verify, encode
+
+ENGLISH = {11: "The", 12: " sky", 13: " sea", 14: " is", 15: " wide", 99: " is"}
+
+
+def words(token: int) -> str:
+    return ENGLISH.get(token, f"<{token}>")
+
+
+def timeline_of(sent: list[Sent], session: str = A) -> Timeline:
+    return timeline(Lives().read(recorded.recording(sent).entries()).of[session])
+
+
+def shown(one: Timeline, width: int = 240) -> str:
+    console = Console(file=StringIO(), width=width, no_color=True)
+    console.print(view(one, words, Painter(console)))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
+def without(kind: type[Message]) -> list[Sent]:
+    return [one for one in recorded.sent() if not isinstance(one[2], kind)]
+
+
+def test_every_millisecond_is_accounted_for() -> None:
+    one = timeline_of(recorded.sent())
+    assert one.parts == {
+        Part.GATEWAY: 5,
+        Part.TO_DRAFTER: 7 + 5,
+        Part.DRAFT: 8 + 10,
+        Part.TO_SCHEDULER: 2 + 2,
+        Part.POOL: 2 + 8,
+        Part.BEHIND: 25,
+        Part.MODEL: 30 + 35,
+        Part.VERIFIER: 6 + 5,
+        Part.CLIENT: 5,
+    }
+    assert sum(one.parts.values()) == one.total_ms == 155
+    assert [round_.total_ms for round_ in one.rounds] == [55, 90]
+    assert one.inversions == []
+    assert one.notes == []
+
+
+def test_a_round_tells_its_tokens_its_batch_and_what_it_waited_for() -> None:
+    one = timeline_of(recorded.sent())
+    round_ = one.rounds[1]
+    assert (round_.draft, round_.trimmed, round_.verified, round_.accepted) == ([12, 13, 14, 15], 2, 2, 1)
+    assert (round_.tokens, round_.own, round_.finish) == ([12, 99], 1, "length")
+    assert (round_.slack_ms, round_.price_ms) == (50, 0.5)
+    assert round_.left_out == [("s1-2", "no room")]
+    [batch] = round_.batches
+    assert (batch.batch, batch.mates, batch.behind, batch.behind_ms) == ("s1-3", [C], "s1-2", 25)
+    assert (batch.waiting, batch.draft, batch.slack_ms, batch.reason) == (1, 2, 42, "due soon")
+    assert one.rounds[0].price_ms is None
+    assert one.rounds[0].batches[0].mates == []
+
+
+def test_the_terminal_shows_all_of_it() -> None:
+    text = shown(timeline_of(recorded.sent()))
+    for line in (
+        "session chatcmpl-aaaaaaaa01",
+        "default, SLO 100 ms, then 50 ms a token: attained",
+        "3 prompt tokens, 3 tokens of at most 3 in 2 rounds; length; first token after 60 ms, then 45.0 ms a token",
+        "g1 → d1, from 2025-11-24 16:00:00.000 UTC",
+        "65.0 ms   42%  in the model",
+        "accepted: ' sky'; rejected: ' sea'; trimmed: ' is' ' wide'; bonus: ' is'",
+        "slack 50 ms when sent, price 0.50 ms a token",
+        "left out of batch s1-2: no room",
+        "batch s1-3 on v1 with cccccccc: 2 draft tokens, 3 tokens computed, 35.0 ms (predicted 33.0); wisp+: due soon",
+        "1 other waited on; waited 25.0 ms for batch s1-2",
+    ):
+        assert line in text
+
+
+def test_json_tells_the_same_with_the_text_of_each_token() -> None:
+    fields = json.loads(json.dumps(told(timeline_of(recorded.sent()), words), allow_nan=False))
+    assert fields["prompt_text"] == "<5><6><7>"
+    assert fields["slo"] == {"ttft_ms": 100, "tpot_ms": 50}
+    assert [token["fate"] for token in fields["rounds"][1]["draft"]] == ["accepted", "rejected", "trimmed", "trimmed"]
+    assert fields["rounds"][1]["draft"][1] == {"id": 13, "text": " sea", "acceptance": 0.5, "fate": "rejected"}
+    assert fields["rounds"][1]["tokens"] == [
+        {"id": 12, "text": " sky", "draft": True},
+        {"id": 99, "text": " is", "draft": False},
+    ]
+    assert fields["parts"][Part.MODEL] == 65
+
+
+def test_the_list_has_a_line_for_each_session() -> None:
+    lives = Lives().read(recorded.recording(recorded.sent()).entries()).of
+    console = Console(file=StringIO(), width=160)
+    console.print(listing([timeline(life) for life in lives.values()]))
+    assert isinstance(console.file, StringIO)
+    lines = console.file.getvalue().splitlines()
+    assert len(lines) == 5
+    assert " ".join(lines[1].split()) == "aaaaaaaa 16:00:00 default 3 3 2 60 45.0 155 length, SLO attained"
+    assert lines[2].startswith("bbbbbbbb 16:00:00 default")
+    assert lines[2].endswith("not ended in the recording")
+
+
+def test_a_control_character_in_a_name_or_text_does_not_reach_the_terminal() -> None:
+    sent = recorded.sent()
+    at_ms, key, message = sent[3]
+    assert hasattr(message, "jobs")
+    job = message.jobs[0].model_copy(update={"reason": "\x1b[2Jgone"})
+    sent[3] = (at_ms, key, message.model_copy(update={"jobs": [job]}))
+    assert "\x1b" not in shown(timeline_of(sent))
+
+
+def test_clocks_that_disagree_are_told_and_never_make_a_step_negative() -> None:
+    late = {"d1": -40.0}  # the drafter's clock is behind by this much
+    sent = [
+        (at + late["d1"] if at is not None and isinstance(message, Verify) else at, key, message)
+        for at, key, message in recorded.sent()
+    ]
+    one = timeline_of(sent)
+    assert [(found.sender, found.receiver) for found in one.inversions] == [("g1", "d1"), ("v1", "d1")]
+    assert max(found.ms for found in one.inversions) == 25
+    assert min(min(round_.parts.values()) for round_ in one.rounds) > 0
+    assert "the clocks of g1 and d1 differ" in shown(one)
+
+
+def test_messages_without_a_time_leave_gaps_and_a_note() -> None:
+    one = timeline_of([(None, key, message) for _, key, message in recorded.sent()])
+    assert one.total_ms is None
+    assert one.rounds[1].total_ms is None
+    assert (one.rounds[1].accepted, one.tokens) == (1, 3)
+    assert "do not say when" in one.notes[0]
+    assert "accepted: ' sky'" in shown(one)
+
+
+def test_a_session_whose_beginning_is_not_recorded_is_shown_as_far_as_it_is_known() -> None:
+    one = timeline_of(without(Generate))
+    assert one.prompt is None
+    assert one.notes == ["its beginning is not in the recording"]
+    assert [round_.round for round_ in one.rounds] == [0, 1]
+    assert "prompt not recorded" in shown(one)
+
+
+def test_a_round_that_is_still_under_way() -> None:
+    one = timeline_of(recorded.sent()[:9])
+    assert one.ending == "not ended in the recording"
+    assert (one.rounds[1].status, one.rounds[1].batches) == ("no result", [])
+    assert "no result" in shown(one)
+
+
+def test_a_round_sent_again_by_another_drafter() -> None:
+    sent = recorded.sent()
+    again = recorded.verify(A, 1, 4, [12], drafter="d2", attempt=1)
+    sent.insert(9, (79.0, "verify", again))
+    one = timeline_of(sent)
+    assert one.rounds[1].attempts == 2
+    assert one.notes == ["round 1 was taken over by drafter d2"]
+    assert "sent 2 times" in shown(one)
+
+
+def test_a_second_result_of_a_round_is_counted_and_not_believed() -> None:
+    sent = recorded.sent()
+    sent.insert(-1, (153.0, "result.d1", recorded.result(A, 1, 4, "s1-4", [77])))
+    one = timeline_of(sent)
+    assert (one.rounds[1].tokens, one.rounds[1].repeated) == ([12, 99], 1)
+
+
+def test_a_long_prompt_in_chunks_is_one_round_in_several_batches() -> None:
+    chunk = recorded.job(B, 0, 600, [], prefill_to=256, queue_ms=1.0)
+    rest = recorded.job(B, 0, 600, [], queue_ms=41.0)
+    one = timeline_of(
+        [
+            (0.0, "verify", recorded.verify(B, 0, 600, [])),
+            (2.0, "batch.v1", recorded.batch("s1-1", chunk)),
+            (40.0, "result.d1", recorded.result(B, 0, 600, "s1-1", [], status=Status.PREFILLED, verify_ms=36.0)),
+            (42.0, "batch.v1", recorded.batch("s1-2", rest)),
+            (90.0, "result.d1", recorded.result(B, 0, 600, "s1-2", [8], verify_ms=47.0)),
+        ],
+        B,
+    )
+    [round_] = one.rounds
+    assert [batch.prefill_to for batch in round_.batches] == [256, None]
+    assert round_.parts == {Part.TO_SCHEDULER: 1, Part.POOL: 1 + 2, Part.MODEL: 36 + 47, Part.VERIFIER: 2 + 1}
+    assert sum(round_.parts.values()) == round_.total_ms == 90
+    assert "prompt to token 256" in shown(one)
+
+
+@pytest.mark.parametrize(
+    ("message", "ending"),
+    [
+        (Cancel(session=A, reason="client left"), "cancelled (client left)"),
+        (Ended(session=A, reason="refused", code="utilization"), "refused (utilization)"),
+    ],
+)
+def test_how_a_session_ended(message: Message, ending: str) -> None:
+    assert timeline_of([*without(Ended), (160.0, "ended", message)]).ending == ending
+
+
+def test_a_failed_round_says_why() -> None:
+    failed = recorded.result(
+        A, 1, 4, "s1-3", [], status=Status.FAILED, error=Failure(code="too_long", message="no room for it")
+    )
+    sent = [(at, key, failed if isinstance(m, Result) and m.round == 1 else m) for at, key, m in recorded.sent()]
+    text = shown(timeline_of([one for one in sent if not isinstance(one[2], Ended)]))
+    assert "failed (too_long)" in text
+    assert "failed: no room for it" in text
+
+
+def test_messages_that_are_none_of_ours_are_skipped_and_counted() -> None:
+    recording = recorded.recording(recorded.sent())
+    recording.packed.insert(3, recording.packed[0].__class__(1, "verify", b"rubbish"))
+    assert len(list(recording.entries())) == len(recorded.sent())
+    assert sum(recording.skipped.values()) == 1
+
+
+def test_a_span_of_time() -> None:
+    recording = recorded.recording(recorded.sent())
+    start = recorded.START_MS
+    assert len(recording.within(start + 70, start + 85).packed) == 5
+    assert len(recording.within(None, start + 5).packed) == 2
+    assert recording.within(None, None) is recording
+
+
+def test_points_in_time() -> None:
+    assert moment_ms("90s", 100_000) == 10_000
+    assert moment_ms("1.5m", 100_000) == 10_000
+    assert moment_ms("2h", 7_200_000) == 0
+    assert moment_ms("1970-01-02T00:00:00+00:00", 0) == 86_400_000
+    with pytest.raises(RecordingError, match="'yesterday' is no point in time: give how long ago"):
+        moment_ms("yesterday", 0)
+
+
+def test_a_session_is_found_by_the_beginning_of_its_name() -> None:
+    names = [A, B, C, "chatcmpl-bbbb9"]
+    assert chosen(A, names) == A
+    assert chosen("aaaa", names) == A
+    assert chosen("chatcmpl-cc", names) == C
+    with pytest.raises(RecordingError, match="may be any of"):
+        chosen("bbbb", names)
+    with pytest.raises(RecordingError, match=r"no session 'x' in the recording, which has 4"):
+        chosen("x", names)
+
+
+def test_the_part_of_a_recording_that_concerns_a_session() -> None:
+    recording = recorded.recording(recorded.sent())
+    assert sessions_of(recording) == {A, B, C}
+    of_c = concerning(recording, {C})
+    kinds = [type(entry.message).__name__ for entry in of_c.entries()]
+    assert kinds == ["Heartbeat", "Load", "Verify", "Batch", "Result"]
+    assert of_c.packed[3].body == encode(recorded.sent()[10][2]), "its batch with all that are in it"

@@ -1,0 +1,300 @@
+"""Real requests are recorded by a suite with a tiny model, and read back by the command line."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+import os
+import sys
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import tiny
+from gateway_peer import CONTEXT, tiny_target
+from transformers import LlamaConfig
+from vhosts import vhost
+
+from services.cli.brokers import Brokers
+from services.cli.stack import Stack
+from services.replayer import files, stream
+from services.replayer.recording import RecordingError
+from services.replayer.reexecute import Report, reexecute
+from services.replayer.work import work_of
+
+TOKENS = 12
+PROMPTS = ["the quick brown fox jumps over the lazy dog", "aaaa bbbb aaaa bbbb aaaa bbbb aaaa", "secretword"]
+
+
+@dataclass
+class Recorded:
+    """A suite that records, its file, and the answers that it gave."""
+
+    stack: Stack
+    file: Path
+    answers: dict[str, list[int]]
+    """Committed tokens by session."""
+
+
+@pytest.fixture(scope="module")
+async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Recorded]:
+    folder = tiny_target(tmp_path_factory.mktemp("models") / "tiny")
+    config = LlamaConfig(
+        vocab_size=folder.vocab_size,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=CONTEXT,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    tiny.make(folder.path, config)
+    env = {"WISP_JOURNAL": "true", "WISP_DRAFT_SOURCE": "lookup", "WISP_DTYPE": "float32", "WISP_ADMISSION": "false"}
+    async with Stack("test-replay", brokers=brokers, target=folder.path, env=env) as running:
+        async with httpx.AsyncClient(timeout=60) as http:
+            answers = dict(await asyncio.gather(*(_ask(http, running, prompt) for prompt in PROMPTS)))
+        await asyncio.sleep(0.5)  # the last words of sessions that have ended
+        file = tmp_path_factory.mktemp("recordings") / "recording.jsonl.gz"
+        await wisp(running, "journal", "export", str(file))
+        yield Recorded(running, file, answers)
+    await stream.delete(brokers.amqp_url, running.namespace)
+
+
+async def _ask(http: httpx.AsyncClient, stack: Stack, prompt: str) -> tuple[str, list[int]]:
+    answer = await http.post(
+        f"{stack.url}/completions",
+        json={
+            "model": stack.target.name,
+            "prompt": prompt,
+            "max_tokens": TOKENS,
+            "temperature": 0,
+            "wisp": {"trace": True},
+        },
+        headers={"x-slo-ttft-ms": "60000", "x-slo-tpot-ms": "60000"},
+    )
+    assert answer.status_code == 200, answer.text
+    body = answer.json()
+    return body["id"], [token["id"] for token in body["wisp"]["tokens"]]
+
+
+async def wisp(stack: Stack, *words: str, fails: bool = False) -> str:
+    """What a command prints."""
+    env = {**os.environ, "WISP_AMQP_URL": stack.brokers.amqp_url, "WISP_NAMESPACE": stack.namespace, "COLUMNS": "160"}
+    command = await asyncio.create_subprocess_exec(
+        sys.executable,
+        *("-c", "from services.cli.main import app; app()"),
+        *words,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env=env,
+    )
+    told, errors = await command.communicate()
+    assert (command.returncode != 0) == fails, errors.decode()
+    return told.decode() + (errors.decode() if fails else "")
+
+
+def of(told: list[dict[str, Any]], session: str) -> dict[str, Any]:
+    [one] = [one for one in told if one["session"].partition(".")[0] == session]
+    return one
+
+
+async def test_the_timelines_tell_what_the_clients_got(recorded: Recorded) -> None:
+    target = str(recorded.stack.target)
+    live = json.loads(await wisp(recorded.stack, "replay", "--all", "--json", "--target", target))
+    filed = json.loads(
+        await wisp(recorded.stack, "replay", "--all", "--json", "--target", target, "--file", str(recorded.file))
+    )
+    assert len(live) == len(PROMPTS)
+    assert filed == live
+    for (session, tokens), prompt in zip(recorded.answers.items(), PROMPTS, strict=True):
+        one = of(live, session)
+        assert one["prompt_text"] == prompt
+        committed = [token["id"] for round_ in one["rounds"] for token in round_["tokens"]]
+        assert committed[: len(tokens)] == tokens
+        assert len(committed) - len(tokens) in (0, 1), "at most the token that ends the text"
+        assert one["attained"]
+        assert sum(one["parts"].values()) == pytest.approx(one["total_ms"], rel=0.05)
+        for round_ in one["rounds"]:
+            assert round_["slack_ms"] > 0
+            assert round_["batches"][0]["reason"]
+            assert round_["batches"][0]["verify_ms"] > 0
+    assert any(round_["accepted"] for one in live for round_ in one["rounds"]), "some drafts were accepted"
+
+
+async def test_one_session_for_reading(recorded: Recorded) -> None:
+    session = next(iter(recorded.answers))
+    text = await wisp(
+        recorded.stack, "replay", session, "--file", str(recorded.file), "--target", str(recorded.stack.target)
+    )
+    assert f"session {session}" in text
+    assert "in the model" in text
+    assert "on verifier-1" in text
+    listed = await wisp(recorded.stack, "replay", "--file", str(recorded.file))
+    assert len(listed.splitlines()) == 2 + len(PROMPTS)
+    wrong = await wisp(recorded.stack, "replay", "nobody", "--file", str(recorded.file), fails=True)
+    assert "no session 'nobody' in the recording, which has 3" in wrong
+
+
+async def test_a_trace_of_the_real_thing(recorded: Recorded, tmp_path: Path) -> None:
+    trace = tmp_path / "trace.json"
+    await wisp(recorded.stack, "replay", "--file", str(recorded.file), "--trace", str(trace))
+    events = json.loads(trace.read_text())["traceEvents"]
+    processes = {event["args"]["name"] for event in events if event["name"] == "process_name"}
+    assert {process.name for process in recorded.stack.processes()} - {"estimator-1"} == processes
+
+
+async def test_a_recording_for_a_bug_report_has_no_text(recorded: Recorded, tmp_path: Path, namespace: str) -> None:
+    bare = tmp_path / "bare.jsonl"
+    said = await wisp(recorded.stack, "journal", "export", str(bare), "--without-text")
+    assert "without text and tokens" in said
+    session, tokens = next(iter(recorded.answers.items()))
+    try:
+        await wisp(recorded.stack, "journal", "import", str(bare), "--namespace", namespace)
+        told = json.loads(await wisp(recorded.stack, "replay", "--namespace", namespace, "--all", "--json"))
+    finally:
+        await stream.delete(recorded.stack.brokers.amqp_url, namespace)
+    one = of(told, session)
+    assert one["prompt"] == [0] * len(PROMPTS[0])
+    committed = [token for round_ in one["rounds"] for token in round_["tokens"]]
+    assert len(committed) >= len(tokens)
+    assert {token["id"] for token in committed} == {0}
+    assert one["parts"]
+
+
+def verified(recorded: Recorded, file: Path) -> Report:
+    """The batches of a file computed again."""
+    return reexecute(work_of(files.read(file)), recorded.stack.target)
+
+
+def tampered(recorded: Recorded, to: Path, change: Callable[[dict[str, Any]], bool]) -> Path:
+    """The recording with the one message changed for which `change` says that it did."""
+    done = False
+    with gzip.open(recorded.file, "rt") as whole, to.open("w") as copy:
+        for line in whole:
+            fields = json.loads(line)
+            if not done and fields.get("message", {}).get("t") == "Result":
+                done = change(fields["message"])
+            copy.write(json.dumps(fields) + "\n")
+    assert done
+    return to
+
+
+async def test_a_fresh_engine_computes_the_recorded_batches_bit_for_bit(recorded: Recorded) -> None:
+    report = verified(recorded, recorded.file)
+    assert report.differences == []
+    assert report.invariant
+    assert report.tokens >= sum(map(len, recorded.answers.values()))
+    assert report.digests == report.jobs >= report.batches > len(PROMPTS)
+    assert not report.left_out
+
+
+async def test_one_tampered_token_is_named_and_no_other(recorded: Recorded, tmp_path: Path) -> None:
+    session = list(recorded.answers)[1]
+    where: dict[str, Any] = {}
+
+    def change(result: dict[str, Any]) -> bool:
+        if not result["session"].startswith(session) or result["base_len"] < len(PROMPTS[1]) + 3:
+            return False
+        where.update(result, right=result["tokens"][0])
+        result["tokens"][0] = (result["tokens"][0] + 1) % 259
+        return True
+
+    file = tampered(recorded, tmp_path / "tampered.jsonl", change)
+    target = str(recorded.stack.target)
+    told = await wisp(recorded.stack, "replay", "--verify", "--file", str(file), "--target", target, fails=True)
+    [found] = verified(recorded, file).differences
+    assert (found.session, found.position, found.batch) == (where["session"], where["base_len"], where["batch"])
+    wrong = (where["right"] + 1) % 259
+    assert found.said.startswith(f"token {wrong} (")
+    assert f"the model chooses {where['right']} (" in found.said
+    assert "DIFFERENT" in told
+    assert f"session {where['session']}, position {where['base_len']}, batch {where['batch']}: token {wrong} (" in told
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"logits_digest": "0123456789abcdef"}, "the tokens are the same, but not the logits' bits: 0123456789abcdef"),
+        ({"finish": "stop"}, "the end (stop) was recorded, the model gives"),
+    ],
+)
+async def test_other_tampering_is_named(recorded: Recorded, tmp_path: Path, changed: dict[str, str], said: str) -> None:
+    def change(result: dict[str, Any]) -> bool:
+        if result.get("finish"):
+            return False
+        result.update(changed)
+        return True
+
+    [found] = verified(recorded, tampered(recorded, tmp_path / "tampered.jsonl", change)).differences
+    assert said in found.said
+
+
+async def test_a_token_put_at_the_end_is_found(recorded: Recorded, tmp_path: Path) -> None:
+    def change(result: dict[str, Any]) -> bool:
+        if result.get("finish"):
+            result["tokens"].append(5)
+        return bool(result.get("finish"))
+
+    [found] = verified(recorded, tampered(recorded, tmp_path / "tampered.jsonl", change)).differences
+    assert "tokens, " in found.said
+    assert "was recorded, the model gives" in found.said
+
+
+async def test_other_policies_serve_the_recorded_requests_in_virtual_time(recorded: Recorded) -> None:
+    file = ("--file", str(recorded.file))
+    told = json.loads(await wisp(recorded.stack, "replay", "--policy", "fcfs", "--policy", "sled", "--json", *file))
+    runs = told["runs"]
+    assert list(runs) == ["recorded", "wisp+ again", "fcfs", "sled"]
+    for figures in runs.values():
+        assert figures["complete"] == figures["requests"] == figures["promised"] == len(PROMPTS)
+        assert figures["tokens"] == runs["recorded"]["tokens"]
+        assert figures["attained"] == len(PROMPTS), "minutes are enough under every policy"
+    text = await wisp(recorded.stack, "replay", "--draft-length", "0", *file)
+    assert "wisp+, no drafts" in text
+    wrong = await wisp(recorded.stack, "replay", "--policy", "best", *file, fails=True)
+    assert "no policy 'best' can be replayed: sled, fcfs, edf, wisp, wisp+" in wrong
+
+
+async def test_what_cannot_be_verified_says_why(recorded: Recorded, tmp_path: Path) -> None:
+    bare = tmp_path / "bare.jsonl"
+    files.write(bare, files.read(recorded.file), without_text=True)
+    told = await wisp(recorded.stack, "replay", "--verify", "--file", str(bare), fails=True)
+    assert "without text and tokens, so it cannot be used to verify" in told
+    other = tiny_target(tmp_path / "other")
+    with pytest.raises(RecordingError, match=r"the recording is of model .* name the model's folder with --target"):
+        reexecute(work_of(files.read(recorded.file)), other.path)
+    said = await wisp(
+        recorded.stack,
+        *("replay", next(iter(recorded.answers)), "--verify", "--json"),
+        *("--file", str(recorded.file), "--target", str(recorded.stack.target)),
+    )
+    assert json.loads(said)["same"]
+
+
+async def test_requests_asked_again_in_another_virtual_host_get_the_same_texts(
+    recorded: Recorded, brokers: Brokers, namespace: str
+) -> None:
+    inject = ("replay", "--inject", "--file", str(recorded.file), "--redis-url", brokers.redis_url)
+    own = ("--into", namespace)
+    assert "so it is the live one" in await wisp(recorded.stack, *inject, "--vhost", "/", *own, fails=True)
+    missing = await wisp(recorded.stack, *inject, "--vhost", "nowhere", *own, fails=True)
+    assert "there is no virtual host 'nowhere'" in missing
+    async with vhost(brokers, f"vhost-{namespace}") as url:
+        there = ("--vhost", f"vhost-{namespace}", *own)
+        alone = await wisp(recorded.stack, *inject, *there, fails=True)
+        assert "no drafter takes generate.pool" in alone
+        env = {**recorded.stack.env, "WISP_AMQP_URL": url, "WISP_JOURNAL": "false", "WISP_POLICY": "fcfs"}
+        async with Stack("test-inject", brokers=brokers, target=recorded.stack.target, env=env, namespace=namespace):
+            told = json.loads(await wisp(recorded.stack, *inject, *there, "--speed", "3", "--json"))
+    assert told["same"]
+    assert told["requests"] == len(PROMPTS)
+    assert set(told["ended"]) <= {"stop", "length"}
+    assert told["compared"] >= sum(map(len, recorded.answers.values()))
+    live = await stream.read(brokers.amqp_url, recorded.stack.namespace)
+    assert not any(b"inject-" in one.body for one in live.packed), "the live suite saw nothing of it"
