@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test lint bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load clean
+.PHONY: help setup tools lock-tools demo serve test lint k8s-settings k8s-secrets bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load bench-scaling images images-test compose clean
 
 help: ## this list
 	@echo "make TARGET, one of:"
@@ -30,7 +30,32 @@ demo: setup ## ask two questions through the whole suite, and compare with plain
 serve: setup ## keep the suite in the foreground, for any OpenAI client; Ctrl-C stops it
 	@$(BIN)/wisp up --port $(PORT) $(ARGS)
 
-test: setup ## all tests, on private brokers
+tools: ## the checkers of images and manifests, once; each is checked against its digest
+	@.ci/tools
+
+lock-tools: # after a change of .ci/tools.in
+	@$(PYTHON) -m venv .wisp/lock && .wisp/lock/bin/pip install --quiet uv==0.13.8
+	@.wisp/lock/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
+		.ci/tools.in --output-file .ci/tools.txt
+
+k8s-settings: setup ## write the services' defaults into k8s/, after a setting has changed
+	@for service in gateway drafter scheduler estimator verifier; do \
+		$(BIN)/wisp settings $$service > k8s/base/settings/$$service.env || exit 1; done
+	@$(BIN)/wisp settings drainorder > k8s/drain-order/settings.env
+
+k8s-secrets: ## draw the passwords of the Kubernetes overlay `local`, once
+	@$(PYTHON) k8s/overlays/local/draw_secrets.py
+
+images: ## build the images with docker, podman or buildah: make images ARGS="services cpu cuda"
+	@docker/build.sh $(ARGS)
+
+compose: images ## the whole stack from the images, with docker compose or podman-compose; Ctrl-C stops it
+	@docker/compose.sh up
+
+images-test: setup tools ## build the images and try them in containers; needs root and Debian
+	@$(BIN)/python -m pytest docker/images_test.py $(ARGS)
+
+test: setup tools ## all tests, on private brokers
 	@$(BIN)/python -m pytest $(ARGS)
 
 lint: setup ## linter, formatter and type checker
@@ -52,6 +77,9 @@ bench-estimator: setup ## how well batch times are predicted, by kind of batch; 
 
 bench-load: setup ## promises kept under load, by policy; writes .wisp/results/load.json
 	@$(BIN)/wisp bench load $(ARGS)
+
+bench-scaling: setup ## throughput with more verifiers, and how long a new one takes; writes .wisp/results/scaling.json
+	@$(BIN)/wisp bench scaling $(ARGS)
 
 clean: ## remove the environment, models, results, logs and caches; training runs stay
 	@rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -35,24 +35,26 @@ Check = Callable[[], Awaitable[None]]
 
 
 class Health:
-    """What this process has to prove. Not ready before something is watched."""
+    """What this process has to prove. Not ready before `watch` is called."""
 
     def __init__(self) -> None:
         self._broker: Broker | None = None
         self._store: Store | None = None
         self.stopping = False
 
-    def watch(self, broker: Broker, store: Store | None) -> None:
-        """From now on ready means that these answer. Call it when everything is consumed. store: a device has none."""
+    def watch(self, broker: Broker | None, store: Store | None) -> None:
+        """From now on ready means that these answer; some processes have only one. Call it when all is consumed."""
         self._broker, self._store = broker, store
 
     async def ready(self) -> dict[str, str]:
         """What keeps the process from its work, by part; empty when nothing does."""
         if self.stopping:
             return {"process": "shutting down"}
-        if self._broker is None:
+        if self._broker is None and self._store is None:
             return {"process": "starting"}
-        checks: dict[str, Awaitable[None]] = {"rabbitmq": self._broker.prove_consumers(CHECK_S)}
+        checks: dict[str, Awaitable[None]] = {}
+        if self._broker is not None:
+            checks["rabbitmq"] = self._broker.prove_consumers(CHECK_S)
         if self._store is not None:
             checks["redis"] = self._store.ping()
         found = await asyncio.gather(*(_problem(check) for check in checks.values()))

@@ -26,6 +26,8 @@ SHORTEST_SECRET = 32
 SECRET = frozenset({"session_secret", "api_key"})
 """Settings whose values are not shown."""
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
+HOST_LENGTH = 46
+"""Of a host's name in a process's: a pod's name fits, and what is made of it is no longer than 64."""
 
 
 AMQP_SCHEMES = ("amqp", "amqps")
@@ -137,8 +139,13 @@ class ServiceSettings(TlsSettings):
         """The given instance name, or a fresh one made of service, host and a random part."""
         if self.instance:
             return self.instance
-        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:32]
+        host = re.sub(r"[^A-Za-z0-9-]", "-", socket.gethostname())[:HOST_LENGTH]
         return f"{service}-{host}-{token_hex(3)}"
+
+
+def host_of(service: str, instance: str) -> str:
+    """The host in a name that `instance_name` made: in Kubernetes, the pod."""
+    return instance.removeprefix(f"{service}-").rpartition("-")[0]
 
 
 class SealSettings(ServiceSettings):

@@ -72,6 +72,7 @@ class Benchmark(StrEnum):
     ESTIMATOR = "estimator"
     LOAD = "load"
     ROUNDS = "rounds"
+    SCALING = "scaling"
     SCHEDULER = "scheduler"
     STREAM = "stream"
 
@@ -80,6 +81,7 @@ BENCHMARK_EXTRAS = {
     Benchmark.DRAFT: ("model", "training", "bench"),
     Benchmark.LOAD: ("gateway", "model", "client", "bench"),
     Benchmark.ROUNDS: ("gateway", "model", "client"),
+    Benchmark.SCALING: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),
 }
 """What a benchmark needs beside `model`."""
@@ -303,6 +305,17 @@ def list_models() -> None:
         for row in listing():
             table.add_row(*row)
         out.print(table)
+
+
+@app.command()
+def settings(
+    service: Annotated[str, typer.Argument(help="gateway, drafter, scheduler, estimator, verifier or drainorder.")],
+) -> None:
+    """Every setting of a service with its default, as an environment file for containers, Kubernetes or systemd."""
+    with errors_shown():
+        from services.cli.environment import environment, settings_of
+
+        sys.stdout.write(environment(settings_of(service)))
 
 
 @app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})

@@ -13,6 +13,7 @@ from typing import TypeVar
 import structlog
 
 from services.verifier import metrics, replies
+from services.verifier.emulation import Pace
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
 from services.verifier.verify import Outcome, Task, verify
@@ -89,19 +90,18 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     measured: list[Measurement] = []
     if settings.profile:
         measured = await loop.run_in_executor(model_thread, lambda: list(profile(engine)))
+    pace = Pace(settings.emulated_cost) if settings.emulated_cost else None
+    if pace is not None:
+        log.warning("batches take longer than they need, as emulated_cost says")
+        measured = [pace.slowed(one) for one in measured]
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     verifier = Verifier(
-        instance,
-        fingerprint,
-        engine,
-        model_thread,
-        broker,
-        store,
-        settings.heartbeat_ms,
+        *(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms),
         digests=settings.journal,
+        pace=pace,
         seal=settings.seal,
     )
     try:
@@ -126,6 +126,7 @@ class Verifier:
         heartbeat_ms: int,
         *,
         digests: bool = False,
+        pace: Pace | None = None,
         seal: Seal | None = None,
     ) -> None:
         """digests: results carry those of their logits, for `wisp replay --verify`."""
@@ -137,6 +138,7 @@ class Verifier:
         self._store = store
         self._heartbeat_s = heartbeat_ms / 1000
         self._digests = digests
+        self._pace = pace
         self._seal = seal or Seal(None)
         self._log = logging.get()
         self._known: dict[str, Known] = {}
@@ -232,7 +234,10 @@ class Verifier:
         reply.add_done_callback(self._replies.discard)
 
     def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
+        started = time.perf_counter()
         verified = verify(self._engine, tasks, digests=self._digests)
+        if self._pace is not None:
+            time.sleep(self._pace.rest_ms(verified[1], (time.perf_counter() - started) * 1000) / 1000)
         held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
         self._cached = {session: cached for session, cached in held.items() if cached}
         return verified

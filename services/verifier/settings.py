@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Annotated
 
+from pydantic import Field, field_validator
+
+from shared.cost import SIZE
 from shared.settings import SealSettings, TargetSettings
 
 
@@ -19,3 +22,15 @@ class VerifierSettings(TargetSettings, SealSettings):
     profile: bool = Field(True, description="measure batches of several shapes at the start, for the cost model")
     heartbeat_ms: int = Field(500, ge=50, le=2000, description="time between heartbeats")
     drain_s: float = Field(20.0, ge=0, description="longest time to finish accepted batches after SIGTERM")
+    emulated_cost: list[Annotated[float, Field(ge=0, allow_inf_nan=False)]] = Field(
+        [],
+        description="let every batch take at least what a cost model with these coefficients says, in milliseconds, as "
+        "JSON: to run more verifiers than there are cores; none in production",
+    )
+
+    @field_validator("emulated_cost")
+    @classmethod
+    def _is_whole(cls, coefficients: list[float]) -> list[float]:
+        if coefficients and len(coefficients) != SIZE:
+            raise ValueError(f"a cost model has {SIZE} coefficients, or give none")
+        return coefficients

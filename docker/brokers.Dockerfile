@@ -1,0 +1,23 @@
+# RabbitMQ and Redis from Debian's packages, for `make images-test` where the official images cannot be fetched. It takes
+# the same commands and variables as those, as far as the manifests and the compose file use them.
+ARG BASE=docker.io/library/debian:12.12-slim
+
+FROM ${BASE} AS brokers
+# hadolint ignore=DL3008
+RUN apt-get update \
+    && apt-get install -y --no-install-recommends rabbitmq-server redis-server \
+    && rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb \
+    && ln -s /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin /opt/rabbitmq \
+    && install -d -o 999 -g 999 /data /etc/rabbitmq/conf.d \
+    && chown -R 999:999 /var/lib/rabbitmq /var/log/rabbitmq
+# Debian's own commands change the user, which needs root; these are the ones below them.
+ENV PATH=/opt/rabbitmq:${PATH} \
+    HOME=/var/lib/rabbitmq \
+    RABBITMQ_CONF_ENV_FILE=/dev/null \
+    RABBITMQ_LOGS=- \
+    RABBITMQ_LOG_BASE=/tmp \
+    RABBITMQ_PID_FILE=/tmp/rabbitmq.pid \
+    LANG=C.UTF-8
+USER 999:999
+EXPOSE 5672 6379
+CMD ["rabbitmq-server"]

@@ -1,0 +1,158 @@
+"""podman with a storage and settings of its own, and the images under test, for `images_test.py`."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+STATE = ROOT / ".wisp/images"
+PACKAGES = ["podman", "buildah", "runc", "debootstrap", "netavark", "aardvark-dns", "iptables", "iproute2", "catatonit"]
+BASE = "localhost/wisp-base:bookworm"
+BROKERS = "localhost/wisp-test-brokers:0.1.0"
+PYPI = "https://pypi.org/simple"
+CONTAINERS_CONF = """\
+[containers]
+log_driver = "k8s-file"
+default_ulimits = ["nofile=20000:20000", "nproc=4096:4096"]
+[engine]
+cgroup_manager = "cgroupfs"
+events_logger = "file"
+runtime = "runc"
+[network]
+network_backend = "netavark"
+"""
+STORAGE_CONF = """\
+[storage]
+driver = "overlay"
+graphroot = "{state}/graph"
+runroot = "{state}/run"
+"""
+
+
+def install() -> None:
+    """Install podman and what it needs, where it is missing."""
+    if os.geteuid() or not shutil.which("apt-get"):
+        pytest.exit("make images-test needs root, and apt-get", 2)
+    if all(shutil.which(name) for name in ("podman", "buildah", "runc", "debootstrap", "catatonit", "iptables")):
+        return
+    apt = ["apt-get", "-q", "-o", "DPkg::Lock::Timeout=300"]
+    subprocess.run([*apt, "update"], check=True)
+    subprocess.run([*apt, "install", "-y", "--no-install-recommends", *PACKAGES], check=True)
+
+
+def environment() -> dict[str, str]:
+    """What podman and what calls it needs in the environment."""
+    STATE.mkdir(parents=True, exist_ok=True)
+    (STATE / "containers.conf").write_text(CONTAINERS_CONF)
+    (STATE / "storage.conf").write_text(STORAGE_CONF.format(state=STATE))
+    return {
+        **os.environ,
+        "PATH": f"{ROOT / '.wisp/tools/bin'}:{os.environ['PATH']}",
+        "CONTAINERS_CONF": str(STATE / "containers.conf"),
+        "CONTAINERS_STORAGE_CONF": str(STATE / "storage.conf"),
+        "ENGINE": "podman",
+        "COMPOSE": "podman-compose",
+    }
+
+
+class Podman:
+    """The podman of this test."""
+
+    def __init__(self) -> None:
+        self.env = environment()
+
+    def __call__(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
+        """Its standard output. Raises RuntimeError with what it said when it fails."""
+        return self.run(["podman", *arguments], input=input, check=check)
+
+    def run(
+        self, command: list[str], *, env: Mapping[str, str] | None = None, input: str | None = None, check: bool = True
+    ) -> str:
+        """Run any command in podman's environment."""
+        done = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**self.env, **(env or {})}, input=input, check=False
+        )
+        if check and done.returncode:
+            raise RuntimeError(f"{' '.join(command[:4])} ... failed:\n{done.stdout[-3000:]}\n{done.stderr[-5000:]}")
+        return done.stdout.strip()
+
+    def has_image(self, name: str) -> bool:
+        """Whether an image is here."""
+        return subprocess.run(["podman", "image", "exists", name], env=self.env, check=False).returncode == 0
+
+    def healthy(self, container: str) -> bool:
+        """Ask a container's health check now; no timer does where there is no systemd."""
+        command = ["podman", "healthcheck", "run", container]
+        return subprocess.run(command, env=self.env, capture_output=True, check=False).returncode == 0
+
+    def until_healthy(self, *containers: str, within_s: float = 180) -> None:
+        """Wait until their health checks say yes."""
+        end = time.monotonic() + within_s
+        for container in containers:
+            while not self.healthy(container):
+                if time.monotonic() > end:
+                    log = self("logs", "--tail", "30", container, check=False)
+                    raise AssertionError(f"{container} is not healthy after {within_s:.0f} s:\n{log}")
+                time.sleep(0.5)
+
+    def inspect(self, template: str, *what: str) -> str:
+        """A field of a container or image."""
+        return self("inspect", "--format", template, *what)
+
+
+def pip_options() -> list[str]:
+    """Let pip in a build know what this machine's pip is configured with, and see the files and folders named there."""
+    lines = subprocess.run(
+        [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    settings: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition("=")
+        settings[name.rpartition(".")[2]] = value.strip().strip("'")
+    settings.pop("constraint", None)
+    (STATE / "pip.conf").write_text("[global]\n" + "".join(f"{name} = {value}\n" for name, value in settings.items()))
+    options = [f"--volume={STATE / 'pip.conf'}:/etc/pip.conf:ro"]
+    for word in " ".join(settings.values()).split():
+        path = Path(word.removeprefix("file://"))
+        if path.is_absolute() and path.exists():
+            # A repository's folder of files lies beside its index.
+            shown = path.parent if path.name == "simple" else path
+            options.append(f"--volume={shown}:{shown}:ro")
+    return options
+
+
+def build(podman: Podman) -> dict[str, str]:
+    """Build all images; returns their names. What has not changed comes from podman's layers."""
+    base = os.environ.get("BASE") or BASE
+    if base == BASE and not podman.has_image(BASE):
+        podman.run(["docker/base.sh", BASE])
+    options = ["--network=host", *pip_options()]
+    settings = {"BASE": base, "BUILD_OPTIONS": " ".join(options)}
+    if "TORCH_CPU_INDEX" not in os.environ:
+        # A machine that reaches no other index may have the wheel beside it.
+        settings["TORCH_CPU_INDEX"] = PYPI
+    podman.run(["docker/build.sh", "services", "cpu"], env=settings)
+    podman.run(
+        [
+            *("podman", "build", "--layers", "--network=host", f"--build-arg=BASE={base}", "--tag", BROKERS),
+            *("--file", "docker/brokers.Dockerfile", "docker"),
+        ]
+    )
+    return {name: f"localhost/wisp-{name}:{version()}" for name in ("services", "cpu")} | {"brokers": BROKERS}
+
+
+def version() -> str:
+    """The project's."""
+    import tomllib
+
+    project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    return str(project["version"])

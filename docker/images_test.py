@@ -1,0 +1,365 @@
+"""The images in containers: what is in them, the compose file's stack, lost and added verifiers, Kubernetes' manifests.
+
+`make images-test`; needs root, Debian and some minutes. Everything that it makes is under `.wisp/images` and in
+containers and networks that it removes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import sys
+import time
+from base64 import b64decode
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+from secrets import token_hex
+
+import pytest
+import yaml
+from openai import AsyncOpenAI
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/manifests"))
+
+from containers import Podman, build, install, version
+from kustomized import Rendered, copied, render
+
+from services.bench.report import keep
+from services.cli.ports import free_ports
+
+pytestmark = pytest.mark.timeout(1800)
+USER = "10001"
+QUESTIONS = [
+    "Why is the sky blue?",
+    "Write a short story about a lighthouse.",
+    "List five uses of a paper clip.",
+    "Explain how a bicycle stays upright.",
+]
+TOKENS = 64
+
+
+@pytest.fixture(scope="session")
+def podman() -> Podman:
+    install()
+    return Podman()
+
+
+@pytest.fixture(scope="session")
+def images(podman: Podman) -> dict[str, str]:
+    return build(podman)
+
+
+class Compose:
+    """The compose file's stack, called by a name of its own."""
+
+    def __init__(self, podman: Podman, brokers: str) -> None:
+        self.podman = podman
+        self.name = f"wisp-test-{token_hex(3)}"
+        (self.port,) = free_ports(1)
+        self.env = {
+            "WISP_RABBITMQ_IMAGE": brokers,
+            "WISP_REDIS_IMAGE": brokers,
+            "WISP_API": f"127.0.0.1:{self.port}",
+        }
+
+    def __call__(self, *arguments: str) -> str:
+        return self.podman.run(["docker/compose.sh", "-p", self.name, *arguments], env=self.env)
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}/v1"
+
+    def containers(self, service: str | None = None) -> list[str]:
+        """Names of the running containers."""
+        label = f"label=io.podman.compose.project={self.name}"
+        chosen = ["--filter", f"label=com.docker.compose.service={service}"] if service else []
+        return self.podman("ps", "--filter", label, *chosen, "--format", "{{.Names}}").split()
+
+    def until_ready(self, verifiers: int) -> None:
+        """Wait until everything is healthy."""
+        end = time.monotonic() + 120
+        while len(self.containers("verifier")) != verifiers and time.monotonic() < end:
+            time.sleep(0.5)
+        assert len(self.containers("verifier")) == verifiers
+        self.podman.until_healthy(*self.containers())
+
+
+@pytest.fixture(scope="module")
+def compose(podman: Podman, images: dict[str, str]) -> Iterator[Compose]:
+    stack = Compose(podman, images["brokers"])
+    try:
+        stack("up", "-d", "--scale", "verifier=2")
+        stack.until_ready(2)
+        yield stack
+    finally:
+        stack("down", "--volumes", "--timeout", "20")
+
+
+@pytest.fixture
+async def client(compose: Compose) -> AsyncIterator[AsyncOpenAI]:
+    async with AsyncOpenAI(base_url=compose.url, api_key="none", max_retries=0, timeout=300) as opened:
+        yield opened
+
+
+async def answer(client: AsyncOpenAI, number: int, draft: str | None = None) -> tuple[str, float]:
+    """A streamed text, which depends on its number alone, and its longest gap in seconds."""
+    model = (await client.models.list()).data[0].id
+    stream = await client.chat.completions.create(
+        model=model,
+        messages=[{"role": "user", "content": QUESTIONS[number % len(QUESTIONS)]}],
+        seed=number,
+        temperature=0.7 if number % 2 else 0.0,
+        max_tokens=TOKENS,
+        stream=True,
+        extra_body={"wisp": {"draft": draft}} if draft else {},
+    )
+    text, gap_s, last = "", 0.0, time.monotonic()
+    async for chunk in stream:
+        now = time.monotonic()
+        gap_s, last = max(gap_s, now - last), now
+        text += chunk.choices[0].delta.content or "" if chunk.choices else ""
+    return text, gap_s
+
+
+async def answers(client: AsyncOpenAI, numbers: range) -> list[tuple[str, float]]:
+    """Several at once."""
+    return list(await asyncio.gather(*(answer(client, number) for number in numbers)))
+
+
+@pytest.fixture(scope="module")
+def known() -> dict[int, str]:
+    return {}
+
+
+async def expected(client: AsyncOpenAI, known: dict[int, str], numbers: range) -> list[str]:
+    """The texts by plain decoding, one after the other, while nothing disturbs."""
+    for number in numbers:
+        if number not in known:
+            known[number] = (await answer(client, number, draft="none"))[0]
+    return [known[number] for number in numbers]
+
+
+@pytest.mark.parametrize("name", ["services", "cpu"])
+def test_an_image_holds_what_runs_and_nothing_else(podman: Podman, images: dict[str, str], name: str) -> None:
+    code = """
+import importlib.util as u, os, pathlib, shutil, json
+print(json.dumps({
+    "uid": os.getuid(),
+    "torch": u.find_spec("torch") is not None,
+    "openai": u.find_spec("openai") is not None,
+    "pip": u.find_spec("pip") is not None or shutil.which("pip") is not None,
+    "compilers": [c for c in ("gcc", "cc", "make", "g++") if shutil.which(c)],
+    "caches": [str(p) for p in map(pathlib.Path, ("/root/.cache", "/src", "/build", "/wheel")) if p.exists()],
+    "models": {m.name: sorted(f.name for f in m.iterdir()) for m in pathlib.Path("/models").iterdir()},
+}))
+"""
+    found = json.loads(podman("run", "--rm", "--read-only", "--network=none", images[name], "python", "-c", code))
+    assert found["uid"] == int(USER)
+    assert found["torch"] is (name == "cpu")
+    assert found["openai"] is (name == "cpu")
+    assert (found["pip"], found["compilers"], found["caches"]) == (False, [], [])
+    (model,) = found["models"].values()
+    assert ("model.safetensors" in model) is (name == "cpu")
+    labels = json.loads(podman.inspect("{{json .Labels}}", images[name]))
+    assert labels["org.opencontainers.image.version"] == version()
+    assert len(labels["org.opencontainers.image.revision"]) == 40
+    assert podman.inspect("{{.User}}", images[name]) == f"{USER}:{USER}"
+
+
+def test_sizes_are_told(podman: Podman, images: dict[str, str]) -> None:
+    sizes = {name: round(int(podman.inspect("{{.Size}}", images[name])) / 1e6) for name in ("services", "cpu")}
+    base = round(int(podman.inspect("{{.Size}}", os.environ.get("BASE") or "localhost/wisp-base:bookworm")) / 1e6)
+    keep("images", {"megabytes": sizes | {"base": base}})
+    print(f"megabytes: {sizes}, of which the base is {base}")
+    assert sizes["services"] - base < 400 < sizes["cpu"]
+
+
+def test_a_service_without_brokers_says_so_and_is_not_healthy(podman: Podman, images: dict[str, str]) -> None:
+    name = f"wisp-test-{token_hex(3)}"
+    podman(
+        "run",
+        "-d",
+        "--name",
+        name,
+        "--read-only",
+        "--tmpfs=/tmp",
+        images["services"],
+        "python",
+        "-m",
+        "services.scheduler",
+    )
+    try:
+        assert not podman.healthy(name)
+        assert podman("wait", name) == "1"
+        assert "RabbitMQ cannot be used at" in podman("logs", name)
+    finally:
+        podman("rm", "-f", name)
+
+
+def test_the_health_check_proves_the_consumer(compose: Compose) -> None:
+    (scheduler,) = compose.containers("scheduler")
+    (rabbitmq,) = compose.containers("rabbitmq")
+    assert compose.podman.healthy(scheduler)
+    command = ["rabbitmqctl", "--quiet", "delete_queue", "wisp.verify"]
+    compose.podman("exec", rabbitmq, *command)
+    assert not compose.podman.healthy(scheduler), "its process is there, and its consumer is not"
+    compose.podman("restart", scheduler)
+    compose.podman.until_healthy(scheduler)
+
+
+def test_the_demo_runs_against_the_stack(compose: Compose) -> None:
+    shown = compose("run", "--rm", "demo")
+    assert shown.count("identical to plain decoding: yes") == 1, shown[-2000:]
+
+
+async def test_killing_a_verifier_changes_no_text(compose: Compose, client: AsyncOpenAI, known: dict[int, str]) -> None:
+    numbers = range(6)
+    wanted = await expected(client, known, numbers)
+    asked = asyncio.create_task(answers(client, numbers))
+    await asyncio.sleep(1.5)
+    victim = compose.containers("verifier")[0]
+    await asyncio.to_thread(compose.podman, "kill", "--signal=KILL", victim)
+    assert not asked.done(), "the verifier was killed too late"
+    got = await asked
+    assert [text for text, _ in got] == wanted
+    print(f"longest gap after a kill: {max(gap for _, gap in got):.1f} s")
+    await asyncio.to_thread(compose.podman, "start", victim)
+    await asyncio.to_thread(compose.until_ready, 2)
+
+
+async def test_scaling_to_three_and_back_under_load_changes_no_text(
+    compose: Compose, client: AsyncOpenAI, known: dict[int, str]
+) -> None:
+    numbers = range(6)
+    wanted = await expected(client, known, numbers)
+    stop = asyncio.Event()
+    rounds: list[list[tuple[str, float]]] = []
+
+    async def load() -> None:
+        while not stop.is_set():
+            rounds.append(await answers(client, numbers))
+
+    loading = asyncio.create_task(load())
+    try:
+        await asyncio.sleep(2)
+        await asyncio.to_thread(compose, "up", "-d", "--no-recreate", "--scale", "verifier=3")
+        await asyncio.to_thread(compose.until_ready, 3)
+        before = len(rounds)
+        while len(rounds) < before + 2:  # noqa: ASYNC110 - they come when they come
+            await asyncio.sleep(0.2)
+        for container in compose.containers("verifier")[1:]:
+            status = await asyncio.to_thread(stopped, compose.podman, container)
+            assert status == "0", compose.podman("logs", "--tail", "20", container)
+        before = len(rounds)
+        while len(rounds) < before + 1:  # noqa: ASYNC110
+            await asyncio.sleep(0.2)
+    finally:
+        stop.set()
+        await loading
+    assert len(rounds) >= 4
+    for got in rounds:
+        assert [text for text, _ in got] == wanted
+    print(f"{len(rounds)} rounds of {len(numbers)}; longest gap {max(g for got in rounds for _, g in got):.1f} s")
+
+
+def stopped(podman: Podman, container: str) -> str:
+    """Stop a container as Kubernetes does, and tell its exit status: 0 if it drained within its grace period."""
+    podman("stop", "--time", "35", container)
+    return podman.inspect("{{.State.ExitCode}}", container)
+
+
+SHORTENED = ("topologySpreadConstraints", "priorityClassName", "serviceAccountName")
+"""What only a scheduler or an API server can mean anything by; podman does not know these and leaves them out."""
+
+
+@pytest.fixture
+def played(podman: Podman, images: dict[str, str], tmp_path: Path) -> Iterator[tuple[Rendered, str, int]]:
+    """The overlay `local`, its Deployments as pods of podman. RabbitMQ and Redis, StatefulSets, which podman does not
+    play, are containers with the manifests' own files, commands and secrets."""
+    rendered = render(copied(tmp_path / "k8s"), "local")
+    name = f"wisp-kube-{token_hex(3)}"
+    (port,) = free_ports(1)
+    podman("network", "create", name)
+    secrets = rendered.of("Secret")
+    made: list[str] = []
+    try:
+        for broker in ("rabbitmq", "redis"):
+            start_stateful(podman, rendered, broker, name, images["brokers"], tmp_path)
+        for secret in secrets.values():
+            podman("secret", "create", secret["metadata"]["name"], "-", input=yaml.dump(secret))
+            made.append(secret["metadata"]["name"])
+        kept = [*rendered.of("ConfigMap").values(), *rendered.of("Deployment").values()]
+        for manifest in rendered.of("Deployment").values():
+            if manifest["metadata"]["name"] == "wisp-gateway":
+                (container,) = manifest["spec"]["template"]["spec"]["containers"]
+                (http,) = [one for one in container["ports"] if one["name"] == "http"]
+                http |= {"hostPort": port, "hostIP": "127.0.0.1"}
+        file = tmp_path / "local.yaml"
+        file.write_text(yaml.dump_all(kept))
+        podman("play", "kube", "--network", name, "--log-driver=k8s-file", str(file))
+        yield rendered, name, port
+    finally:
+        if (tmp_path / "local.yaml").exists():
+            podman("play", "kube", "--down", str(tmp_path / "local.yaml"), check=False)
+        for broker in ("rabbitmq", "redis"):
+            podman("rm", "-f", "-v", f"{name}-{broker}", check=False)
+        for secret in made:
+            podman("secret", "rm", secret, check=False)
+        podman("network", "rm", "-f", name, check=False)
+
+
+def start_stateful(podman: Podman, rendered: Rendered, name: str, network: str, image: str, folder: Path) -> None:
+    """What a StatefulSet's pod would be, as a container."""
+    pod = rendered.of("StatefulSet")[name]["spec"]["template"]["spec"]
+    (container,) = pod["containers"]
+    options = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=999:999"]
+    for source in container.get("envFrom", []):
+        data = rendered.of("Secret")[source["secretRef"]["name"]]["data"]
+        options += [f"--env={key}={b64decode(value).decode()}" for key, value in data.items()]
+    options += [f"--env={one['name']}={one['value']}" for one in container.get("env", [])]
+    volumes = {volume["name"]: volume for volume in pod.get("volumes", [])}
+    for mount in container["volumeMounts"]:
+        volume = volumes.get(mount["name"], {})
+        if "configMap" in volume:
+            files = folder / name
+            files.mkdir()
+            for key, text in rendered.of("ConfigMap")[volume["configMap"]["name"]]["data"].items():
+                (files / key).write_text(text)
+            files.chmod(0o755)
+            options.append(f"--volume={files}:{mount['mountPath']}:ro")
+        else:
+            options.append(f"--tmpfs={mount['mountPath']}:mode=1777")
+    command = [*container.get("command", []), *container.get("args", [])]
+    podman(
+        "run",
+        "-d",
+        "--name",
+        f"{network}-{name}",
+        "--network",
+        network,
+        f"--network-alias={name}",
+        *options,
+        image,
+        *command,
+    )
+
+
+async def test_the_local_overlays_deployments_play_in_podman(podman: Podman, played: tuple[Rendered, str, int]) -> None:
+    rendered, _, port = played
+    deployments = rendered.of("Deployment")
+    assert set(deployments) == {f"wisp-{s}" for s in ("gateway", "drafter", "scheduler", "estimator", "verifier")}
+    containers = {name: f"{name}-pod-wisp" for name in deployments}
+    end = time.monotonic() + 180
+    waiting = set(containers.values())
+    while waiting and time.monotonic() < end:
+        waiting = {c for c in waiting if "ok" not in podman("exec", c, "python", "-m", "shared.health", check=False)}
+    logs = {c: podman("logs", "--tail", "5", c, check=False) for c in waiting}
+    assert not waiting, logs
+    for container in containers.values():
+        assert podman.inspect("{{.HostConfig.ReadonlyRootfs}}", container) == "true"
+        assert podman("exec", container, "id", "-u") == USER
+    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        plain = (await answer(client, 1, draft="none"))[0]
+        assert plain
+        assert (await answer(client, 1))[0] == plain

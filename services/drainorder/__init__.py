@@ -1,0 +1,1 @@
+"""Tells Kubernetes which verifier pod to take first when it scales in."""
