@@ -10,7 +10,6 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from shared.errors import WispError
-from shared.settings import SECRET as SECRET_SETTINGS
 from shared.settings import ServiceSettings
 
 OWN = {

@@ -8,7 +8,6 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import certifi
 import prometheus_client
 import pytest
 import yaml
