@@ -7,12 +7,14 @@ FROM ${BASE} AS brokers
 RUN apt-get update \
     && apt-get install -y --no-install-recommends rabbitmq-server redis-server \
     && rm -rf /var/lib/apt/lists/* /var/cache/apt/archives/*.deb \
-    && ln -s /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin /opt/rabbitmq \
+    && for name in rabbitmq-server rabbitmqctl rabbitmq-diagnostics; do \
+        printf '#!/bin/sh\nexec %s "$@"\n' /usr/lib/rabbitmq/lib/rabbitmq_server-*/sbin/$name >/usr/local/bin/$name; \
+    done \
+    && chmod 755 /usr/local/bin/rabbitmq* \
     && install -d -o 999 -g 999 /data /etc/rabbitmq/conf.d \
     && chown -R 999:999 /var/lib/rabbitmq /var/log/rabbitmq
 # Debian's own commands change the user, which needs root; these are the ones below them.
-ENV PATH=/opt/rabbitmq:${PATH} \
-    HOME=/var/lib/rabbitmq \
+ENV HOME=/var/lib/rabbitmq \
     RABBITMQ_CONF_ENV_FILE=/dev/null \
     RABBITMQ_LOGS=- \
     RABBITMQ_LOG_BASE=/tmp \

@@ -89,6 +89,14 @@ class Podman:
         """Whether an image is here."""
         return subprocess.run(["podman", "image", "exists", name], env=self.env, check=False).returncode == 0
 
+    def logs(self, container: str) -> str:
+        """What a container has said last."""
+        command = ["podman", "logs", "--tail", "30", container]
+        done = subprocess.run(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        return done.stdout
+
     def healthy(self, container: str) -> bool:
         """Ask a container's health check now; no timer does where there is no systemd."""
         command = ["podman", "healthcheck", "run", container]
@@ -100,8 +108,7 @@ class Podman:
         for container in containers:
             while not self.healthy(container):
                 if time.monotonic() > end:
-                    log = self("logs", "--tail", "30", container, check=False)
-                    raise AssertionError(f"{container} is not healthy after {within_s:.0f} s:\n{log}")
+                    raise AssertionError(f"{container} is not healthy after {within_s:.0f} s:\n{self.logs(container)}")
                 time.sleep(0.5)
 
     def inspect(self, template: str, *what: str) -> str:

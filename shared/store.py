@@ -10,6 +10,7 @@
     <ns>:kv:{kind}:{hex}  K/V of a full block of tokens, by the identity of these and all before them, expiring; the
                           sorted set <ns>:kvs:{kind} has their names by the time at which they expire
     <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
+    <ns>:quota:{key}, <ns>:streams:{key}    what an API key has used: see `shared.quota`
 
 Session state expires `ttl_s` after the last commit. The commit itself is `commit.lua`.
 
@@ -39,6 +40,8 @@ from redis.exceptions import RedisError
 
 from shared.errors import BrokersError, Fenced, MessageError
 from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
+from shared.quota import Quota
+from shared.tls import Tls
 
 HEARTBEAT_TTL_MS = 3000
 GATEWAY_TTL_MS = 5000
@@ -156,9 +159,10 @@ class Store:
         self._ttl_s = ttl_s
         self._commit = redis.register_script(files("shared").joinpath("commit.lua").read_text())
         self._renew = redis.register_script(_RENEW)
+        self.quota = Quota(redis, namespace, self._guard)
 
     @classmethod
-    def connect(cls, url: str, namespace: str, ttl_s: int) -> Store:
+    def connect(cls, url: str, namespace: str, ttl_s: int, tls: Tls | None = None) -> Store:
         """A store at this URL. Connections are opened when first needed."""
         pool = BlockingConnectionPool.from_url(
             url,
@@ -167,6 +171,7 @@ class Store:
             socket_connect_timeout=5,
             socket_timeout=5,
             retry=_RETRY,
+            **(tls or Tls()).redis_options(url),
         )
         return cls(Redis.from_pool(pool), namespace, ttl_s)
 

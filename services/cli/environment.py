@@ -21,7 +21,7 @@ OWN = {
     "drainorder": "DrainOrderSettings",
 }
 """The settings classes of the services that are deployed."""
-SECRET = frozenset({"amqp_url", "redis_url"})
+SECRET = frozenset({"amqp_url", "redis_url", "session_secret"})
 """What is given by reference to a secret, never in a file like this."""
 WIDTH = 118
 

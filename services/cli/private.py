@@ -81,20 +81,20 @@ class Server:
         self.processes = (await self.start_again(), *self.processes[1:])
 
 
-async def start_rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
+async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> Server:
     """Start RabbitMQ with everything it writes under `folder`; ready when a client can log in.
 
-    Raises BrokersError, with the end of its log, when it does not come up.
+    conf: further lines of its configuration. Raises BrokersError, with the end of its log, when it does not come up.
     """
-    return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}"))
+    return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf))
 
 
-async def start_redis(binary: Path, folder: Path, *, persistent: bool = False) -> Server:
-    """Start Redis under `folder`; ready when it answers. Raises BrokersError.
+async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent: bool = False) -> Server:
+    """Start Redis under `folder`; ready when it answers. conf: as above. Raises BrokersError.
 
     `persistent`: what it has acknowledged is on the disk; without, it forgets everything when it ends.
     """
-    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", persistent))
+    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent))
 
 
 async def with_fresh_ports(start: Callable[[int], Awaitable[Server]]) -> Server:
@@ -111,10 +111,11 @@ class EndedEarly(BrokersError):
     """A server ended before it was ready."""
 
 
-async def _rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
+async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Server:
     port, distribution_port, epmd_port = free_ports(3)
     password = token_urlsafe(12)
-    _write(folder, "rabbitmq.conf", RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password))
+    own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
+    _write(folder, "rabbitmq.conf", own + conf)
     _write(folder, "enabled_plugins", "[].\n")
     schedulers = min(2, os.cpu_count() or 1)
     environment = {
@@ -165,11 +166,12 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
     return Server(url, (broker, mapper), folder / "data", start, environment)
 
 
-async def _redis(binary: Path, folder: Path, persistent: bool) -> Server:
+async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Server:
     (port,) = free_ports(1)
     password = token_urlsafe(12)
     told = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
-    conf = _write(folder, "redis.conf", REDIS_CONF.format(**told, persistent="yes" if persistent else "no"))
+    own = REDIS_CONF.format(**told, persistent="yes" if persistent else "no")
+    conf = _write(folder, "redis.conf", own + more)
     url = f"redis://:{password}@{LOOPBACK}:{port}/0"
 
     async def start() -> Process:

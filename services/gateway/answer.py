@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from services.gateway import stream
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error
+from services.gateway.keys import ApiKey
+from services.gateway.ledger import Ledger
 from services.gateway.place import NOTHING, Place, Shown, rest_of
 from services.gateway.plan import Plan
 from services.gateway.run import Run
@@ -41,6 +43,10 @@ class Order:
     trace: bool
     started_s: float
     headers: dict[str, str]
+    key: ApiKey | None = None
+    """Who is charged for it."""
+    reserved: int = 0
+    """Tokens that are charged in advance."""
     place: Place | None = None
     """How far the client has this answer, where it goes on with it."""
     states: Sequence[Stored] = ()
@@ -54,9 +60,10 @@ class Answer(Response):
     cancels its sessions at once; one that reads slowly is waited for without holding up anybody else.
     """
 
-    def __init__(self, backend: Backend, reply: Reply, order: Order) -> None:
+    def __init__(self, backend: Backend, ledger: Ledger, reply: Reply, order: Order) -> None:
         super().__init__()
         self._backend = backend
+        self._ledger = ledger
         self._reply = reply
         self._order = order
 
@@ -76,15 +83,20 @@ class Answer(Response):
 
     async def _send(self, send: Send) -> None:
         order = self._order
-        if order.place is None:
-            running = self._backend.run(order.plans, order.started_s)
-        else:
-            running = self._backend.resume(order.plans, order.states, order.started_s)
-        async with running as run:
-            if self._order.stream:
-                await self._stream(run, send)
+        async with self._ledger.charge(order.key, [plan.session for plan in order.plans], order.reserved) as charge:
+            order.headers.update(charge.headers)
+            if order.place is None:
+                running = self._backend.run(order.plans, order.started_s)
             else:
-                await self._whole(run, send)
+                running = self._backend.resume(order.plans, order.states, order.started_s)
+            async with running as run:
+                try:
+                    if order.stream:
+                        await self._stream(run, send)
+                    else:
+                        await self._whole(run, send)
+                finally:
+                    charge.used = self._usage(run).total
 
     async def _whole(self, run: Run, send: Send) -> None:
         texts = [""] * len(run.lives)

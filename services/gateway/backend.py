@@ -20,6 +20,7 @@ from services.gateway.start import Publisher, SessionStore, Starter
 from shared import logging, topology
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
+from shared.seal import Seal
 from shared.store import Session as Stored
 from shared.store import SessionStatus
 from shared.topology import Queue
@@ -63,6 +64,7 @@ class Backend:
         stall_timeout_s: float,
         resume_s: float,
         queue: Queue | None = None,
+        seal: Seal | None = None,
         stall_reason: str = NOBODY_WORKS,
     ) -> None:
         """queue: this gateway's own, into which the results of sessions that began elsewhere have to come as well; None
@@ -76,7 +78,15 @@ class Backend:
         self._new_session = new_session
         self._metrics = metrics
         self._admission = admission
-        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint, int(resume_s * 1000))
+        self._starter = Starter(
+            publisher,
+            store,
+            instance,
+            fingerprint,
+            vocab_fingerprint,
+            int(resume_s * 1000),
+            seal or Seal(None),
+        )
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
         self._stall_reason = stall_reason

@@ -14,6 +14,7 @@ from pydantic import ValidationError
 
 from services.gateway.answer import Answer, Order
 from services.gateway.errors import ApiError, unavailable
+from services.gateway.keys import ApiKey
 from services.gateway.place import Place
 from services.gateway.plan import Plan, session_name
 from services.gateway.stream import Reply
@@ -48,14 +49,17 @@ class Kept(Record):
     echoes: list[str]
     """One for each session."""
     prompt_tokens: int
+    holder: str | None = None
+    """The API key that it was asked for with; nobody else gets it."""
 
     def pack(self) -> bytes:
         """As it is stored."""
         return msgpack.packb(self.model_dump())  # type: ignore[no-any-return]
 
 
-async def resume(gateway: Gateway, place: Place) -> Answer:
-    """The rest of the answer that the client has up to `place`.
+async def resume(gateway: Gateway, place: Place, holder: ApiKey | None) -> Answer:
+    """The rest of the answer that the client has up to `place`, for the holder of the key that asked for it, which has
+    been charged for it already.
 
     Raises ApiError: 404 when its state is gone, 503 when Redis or RabbitMQ are away or this gateway shuts down.
     """
@@ -64,12 +68,13 @@ async def resume(gateway: Gateway, place: Place) -> Answer:
         stored = await gateway.backend.kept(place.name)
         kept = None if stored is None else Kept.model_validate(msgpack.unpackb(stored))
         names = [session_name(place.name, index) for index in range(len(kept.echoes) if kept else 0)]
-        sessions = await gateway.backend.collect(names)
+        mine = kept is not None and kept.holder == holder_of(holder)
+        sessions = await gateway.backend.collect(names if mine else [])
     except BrokersError as error:
         raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
     except (ValueError, ValidationError) as error:
         raise ApiError(404, f"{GONE} ({error})", code="stream_gone") from error
-    if kept is None or None in sessions:
+    if kept is None or None in sessions or kept.holder != holder_of(holder):
         raise ApiError(404, GONE, code="stream_gone")
     found = [session for session in sessions if session is not None]
     if any(session.request.fingerprint != gateway.fingerprint for session in found):
@@ -94,7 +99,12 @@ async def resume(gateway: Gateway, place: Place) -> Answer:
         place=place,
         states=found,
     )
-    return Answer(gateway.backend, reply, order)
+    return Answer(gateway.backend, gateway.ledger, reply, order)
+
+
+def holder_of(key: ApiKey | None) -> str | None:
+    """Whose an answer is."""
+    return None if key is None else key.id
 
 
 def _plan(session: Session, kept: Kept, echo: str) -> Plan:

@@ -41,6 +41,7 @@ from shared.messages import (
     Status,
 )
 from shared.models.folder import ModelFolder
+from shared.seal import Seal
 from shared.service import running
 from shared.store import Commit, Request, SessionStatus, Store
 from shared.store import Outcome as CommitOutcome
@@ -97,9 +98,11 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     if pace is not None:
         log.warning("batches take longer than they need, as emulated_cost says")
         measured = [pace.slowed(one) for one in measured]
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings, pace)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
+    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings, pace, settings.seal)
     try:
         await verifier.run(measured, stop)
     finally:
@@ -121,6 +124,7 @@ class Verifier:
         store: Store,
         settings: VerifierSettings,
         pace: Pace | None = None,
+        seal: Seal | None = None,
     ) -> None:
         self.instance = instance
         self.fingerprint = fingerprint
@@ -141,6 +145,7 @@ class Verifier:
         )
         self._digests = settings.journal
         self._pace = pace
+        self._seal = seal or Seal(None)
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -266,7 +271,10 @@ class Verifier:
         settled: list[tuple[Job, Failure | None]] = []
         mine = []
         for job in batch.jobs:
-            if job.fingerprint == self.fingerprint:
+            if not self._seal.fits(job):
+                self._log.error("job without its session's key: is WISP_SESSION_SECRET the same?", session=job.session)
+                settled.append((job, replies.FORBIDDEN))
+            elif job.fingerprint == self.fingerprint:
                 mine.append(job)
             else:
                 settled.append((job, replies.wrong_model(job, self.fingerprint)))
@@ -380,8 +388,9 @@ class Verifier:
             self._measured.append(Measurement(shape=shapes[0], measured_ms=verify_ms))
 
     async def _publish(self, job: Job, result: Result) -> None:
-        # One publish; the broker makes the copies. A finished chunk of prefill concerns the scheduler alone.
-        if result.status is Status.PREFILLED:
+        # One publish; the broker makes the copies. The scheduler alone is told of a finished chunk of prefill, and of a
+        # job that nobody may have asked for.
+        if result.status is Status.PREFILLED or result.error == replies.FORBIDDEN:
             await self._broker.publish(result, topology.RESULT_SCHEDULER)
         else:
             others = (topology.result(job.gateway), topology.RESULT_SCHEDULER)
