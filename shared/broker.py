@@ -17,6 +17,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
 from uuid import uuid4
 
@@ -31,12 +32,19 @@ from aio_pika.abc import (
     AbstractRobustConnection,
 )
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
-from aiormq.exceptions import ChannelLockedResource, ChannelPreconditionFailed
+from aiormq.abc import AbstractChannel as PlainChannel
+from aiormq.exceptions import (
+    ChannelAccessRefused,
+    ChannelLockedResource,
+    ChannelNotFoundEntity,
+    ChannelPreconditionFailed,
+)
 
 from shared import logging
 from shared.errors import BrokersError, MessageError, Unroutable
 from shared.messages import Message, decode, encode
-from shared.topology import JournalLimits, Queue, Topology
+from shared.tls import Tls, bad_certificate
+from shared.topology import JournalLimits, Queue, Topology, probe_key
 
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
@@ -49,6 +57,16 @@ SENT_HEADER = "x-wisp-sent-us"
 Handler = Callable[[Message], Awaitable[None]]
 
 
+@dataclass(frozen=True)
+class Stranger:
+    """Somebody who is not trusted with the dead letters: whose queue it is that messages come from."""
+
+    longest: int
+    """Bytes of a message at most."""
+    refused: Callable[[str], Awaitable[None]]
+    """Told why a message was not taken."""
+
+
 class Broker:
     """A connection to the broker, in one namespace."""
 
@@ -57,23 +75,33 @@ class Broker:
         connection: AbstractRobustConnection,
         topology: Topology,
         fast: AbstractChannel,
-        exchanges: tuple[AbstractExchange, AbstractExchange, AbstractExchange],
+        exchanges: tuple[AbstractExchange, AbstractExchange],
+        letters: AbstractExchange | None,
+        given: bool,
     ) -> None:
+        """letters: the exchange of dead letters, None for who may send none. given: the exchanges were declared by
+        those who gave this user its permissions."""
         self.topology = topology
         self._connection = connection
         self._fast = fast
-        self._fast_exchange, self._sure_exchange, self._dead_exchange = exchanges
+        self._fast_exchange, self._sure_exchange = exchanges
+        self._dead_exchange = letters
+        self._given = given
         self._journal: AbstractExchange | None = None
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
         self._consumed: list[tuple[Queue, AbstractQueue, str]] = []
 
     @classmethod
-    async def connect(cls, url: str, topology: Topology, name: str, journal: JournalLimits | None = None) -> Broker:
+    async def connect(
+        cls, url: str, topology: Topology, name: str, journal: JournalLimits | None = None, tls: Tls | None = None
+    ) -> Broker:
         """Connect and declare the exchanges. `name` is shown in the broker's list of connections.
 
-        With `journal`, messages are recorded. Raises BrokersError when nothing answers for 30 seconds.
+        With `journal`, messages are recorded. Raises BrokersError when nothing answers for 30 seconds, and at once when
+        the server's certificate is not good.
         """
+        context = (tls or Tls()).context() if url.startswith("amqps:") else None
         last: Exception = TimeoutError("no answer")
 
         async def attempt() -> AbstractRobustConnection:
@@ -81,10 +109,17 @@ class Broker:
             while True:
                 try:
                     return await aio_pika.connect_robust(
-                        url, reconnect_interval=RECONNECT_INTERVAL_S, client_properties={"connection_name": name}
+                        url,
+                        reconnect_interval=RECONNECT_INTERVAL_S,
+                        client_properties={"connection_name": name},
+                        ssl_context=context,
                     )
                 except CONNECTION_EXCEPTIONS as error:
                     last = error
+                    if (bad := bad_certificate(error)) is not None:
+                        raise BrokersError(
+                            f"RabbitMQ at {without_password(url)} cannot be trusted: {bad}; see WISP_TLS_CA_FILE"
+                        ) from error
                     await asyncio.sleep(RECONNECT_INTERVAL_S)
 
         try:
@@ -97,21 +132,41 @@ class Broker:
         fast = await connection.channel(publisher_confirms=False)
         sure = await connection.channel(publisher_confirms=True, on_return_raises=True)
         topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
-        exchanges = (
-            await fast.declare_exchange(topology.exchange, topic, durable=True),
-            await sure.declare_exchange(topology.exchange, topic, durable=True),
-            await fast.declare_exchange(topology.dead, fanout, durable=True),
+        device = topology.device
+        outgoing, kind = (topology.rounds_exchange(device), fanout) if device else (topology.exchange, topic)
+        given = bool(device) or not await _may(
+            connection, lambda channel: channel.exchange_declare(topology.exchange, exchange_type="topic", durable=True)
         )
-        dead = topology.dead_queue()
-        await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(exchanges[2])
-        broker = cls(connection, topology, fast, exchanges)
+        letters = None
+        try:
+            exchanges = (
+                await fast.declare_exchange(outgoing, kind, durable=True, passive=given),
+                await sure.declare_exchange(outgoing, kind, durable=True, passive=given),
+            )
+            if not device:
+                letters = await fast.declare_exchange(topology.dead, fanout, durable=True, passive=given)
+            if letters is not None and not given:
+                dead = topology.dead_queue()
+                await (await fast.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(letters)
+        except ChannelNotFoundEntity as error:
+            await connection.close()
+            raise _lacking(error) from error
+        broker = cls(connection, topology, fast, exchanges, letters, given)
         if journal is not None:
             await broker._record(topology.journal_queue(journal))
         return broker
 
     async def _record(self, queue: Queue) -> None:
         """Declare the journal, its exchange and their bindings, now and after each reconnect."""
-        self._journal = await self._fast.declare_exchange(queue.name, aio_pika.ExchangeType.TOPIC, durable=True)
+        try:
+            self._journal = await self._fast.declare_exchange(
+                queue.name, aio_pika.ExchangeType.TOPIC, durable=True, passive=self._given
+            )
+        except ChannelNotFoundEntity as error:
+            await self._connection.close()
+            raise _lacking(error) from error
+        if self._given:
+            return
 
         async def declare(*_: object) -> None:
             # On a channel that aio-pika does not restore: if somebody has changed the journal meanwhile, the refusal
@@ -166,39 +221,70 @@ class Broker:
                 raise BrokersError(f"RabbitMQ did not take a {message.type_name} message: {error!r}") from error
             self._log.warning("message dropped: no connection", key=key, error=repr(error))
 
-    async def consume(self, queue: Queue, handler: Handler, *, prefetch: int = 0) -> None:
+    async def consume(
+        self, queue: Queue, handler: Handler, *, prefetch: int = 0, stranger: Stranger | None = None
+    ) -> Callable[[], Awaitable[None]]:
         """Declare `queue` and call `handler` with each of its messages, from now on, also after reconnects.
 
         With `prefetch`, messages are acknowledged when their handler returns, at most `prefetch` at a time; without,
         they count as done when they arrive. What cannot be decoded, and what makes its handler fail, is dead-lettered
-        with the reason and the original headers.
+        with the reason and the original headers. A `stranger`'s is not: it is told, and forgotten.
+
+        Returns what ends it.
         """
-        declared = await self._declare(queue, prefetch)
-        for key in queue.bindings:
+        declared, given = await self._declare(queue, prefetch)
+        for key in () if given else queue.bindings:
             await declared.bind(self.topology.exchange, key)
 
         async def receive(incoming: AbstractIncomingMessage) -> None:
-            if (probe := incoming.headers.get(PROBE_HEADER)) is not None:
-                if (waiting := self._probes.pop(str(probe), None)) and not waiting.done():
+            # By its key, which the broker checks: what comes with this one is never handled as a message.
+            if incoming.routing_key == probe_key(queue.name):
+                probe = str(incoming.headers.get(PROBE_HEADER))
+                if (waiting := self._probes.pop(probe, None)) and not waiting.done():
                     waiting.set_result(None)
             else:
-                await self._handle(incoming, handler)
+                await self._handle(incoming, handler, stranger)
             if prefetch:
                 with suppress(*CONNECTION_EXCEPTIONS):  # the broker delivers it again after the reconnect
                     await incoming.ack()
 
         tag = await declared.consume(receive, no_ack=not prefetch)
-        self._consumed.append((queue, declared, tag))
+        consumed = (queue, declared, tag)
+        self._consumed.append(consumed)
 
-    async def _declare(self, queue: Queue, prefetch: int) -> AbstractQueue:
+        async def end() -> None:
+            self._consumed.remove(consumed)
+            await declared.cancel(tag)
+            await declared.channel.close()
+
+        return end
+
+    async def _declare(self, queue: Queue, prefetch: int) -> tuple[AbstractQueue, bool]:
+        """The queue, and whether it was given: declared and bound by those who gave this user its permissions."""
+        given = not queue.exclusive and (
+            bool(self.topology.device)
+            or not await _may(
+                self._connection,
+                lambda channel: channel.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
+            )
+        )
         for attempt in range(OWN_QUEUE_RETRIES):
             channel = await self._connection.channel(publisher_confirms=False)
             if prefetch:
                 await channel.set_qos(prefetch_count=prefetch)
             try:
-                return await channel.declare_queue(
-                    queue.name, durable=queue.durable, exclusive=queue.exclusive, arguments=queue.arguments
+                declared = await channel.declare_queue(
+                    queue.name,
+                    durable=queue.durable,
+                    exclusive=queue.exclusive,
+                    arguments=queue.arguments,
+                    passive=given,
                 )
+                return declared, given
+            except ChannelNotFoundEntity as error:
+                with suppress(*CONNECTION_EXCEPTIONS):
+                    await channel.close()
+                raise _lacking(error) from error
             except ChannelLockedResource:
                 # A predecessor of the same name was killed, and the broker has not noticed yet.
                 self._log.warning("own queue still held by a predecessor", queue=queue.name, attempt=attempt)
@@ -207,11 +293,16 @@ class Broker:
             f"queue {queue.name} belongs to another running process; give this one another name with WISP_INSTANCE"
         )
 
-    async def _handle(self, incoming: AbstractIncomingMessage, handler: Handler) -> None:
+    async def _handle(self, incoming: AbstractIncomingMessage, handler: Handler, stranger: Stranger | None) -> None:
         try:
+            if stranger is not None and len(incoming.body) > stranger.longest:
+                raise MessageError(f"{len(incoming.body)} bytes, and {stranger.longest} are the most")
             message = decode(incoming.body)
         except MessageError as error:
-            await self._bury(incoming, str(error))
+            if stranger is not None:
+                await stranger.refused(str(error))
+            else:
+                await self._bury(incoming, str(error))
             return
         session = getattr(message, "session", None)
         with structlog.contextvars.bound_contextvars(**({"session": session} if session else {})):
@@ -232,6 +323,8 @@ class Broker:
             "x-wisp-routing-key": incoming.routing_key or "",
             "x-wisp-exchange": incoming.exchange or "",
         }
+        if self._dead_exchange is None:
+            return
         copy = aio_pika.Message(incoming.body, headers=headers, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
         try:
             await self._dead_exchange.publish(copy, "")
@@ -247,8 +340,8 @@ class Broker:
         self._probes[probe] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._fast.default_exchange.publish(
-                    aio_pika.Message(b"", headers={PROBE_HEADER: probe}), queue.name
+                await self._fast_exchange.publish(
+                    aio_pika.Message(b"", headers={PROBE_HEADER: probe}), probe_key(queue.name)
                 )
                 await self._probes[probe]
         except CONNECTION_EXCEPTIONS as error:  # a probe that is late among them
@@ -283,7 +376,8 @@ class Broker:
         if not self.connected:
             raise BrokersError("no connection to RabbitMQ")
         for queue, declared, tag in tuple(self._consumed):
-            if queue.exclusive:
+            # A device may write to no queue of its own, and so cannot prove that it is reached.
+            if queue.exclusive and not self.topology.device:
                 try:
                     await self.prove(queue, timeout_s)
                 except BrokersError as error:
@@ -305,6 +399,25 @@ class Broker:
     async def close(self) -> None:
         """Close the connection; unacknowledged messages go to others."""
         await self._connection.close()
+
+
+async def _may(connection: AbstractRobustConnection, declare: Callable[[PlainChannel], Awaitable[object]]) -> bool:
+    """Whether this user may declare it. A user with least privilege may not: it uses what is there."""
+    assert connection.transport is not None
+    # A channel of its own, which the refusal closes, and which is not opened again after a reconnect.
+    channel = await connection.transport.connection.channel()
+    try:
+        await declare(channel)
+    except ChannelAccessRefused:
+        return False
+    await channel.close()
+    return True
+
+
+def _lacking(error: ChannelNotFoundEntity) -> BrokersError:
+    return BrokersError(
+        f"RabbitMQ lacks what this user may not declare itself ({error}); import what `wisp broker definitions` prints"
+    )
 
 
 def without_password(url: str) -> str:

@@ -42,19 +42,21 @@ class Health:
         self._store: Store | None = None
         self.stopping = False
 
-    def watch(self, broker: Broker | None, store: Store) -> None:
-        """From now on ready means that these answer. Call it when everything is consumed."""
+    def watch(self, broker: Broker | None, store: Store | None) -> None:
+        """From now on ready means that these answer. Call it when everything is consumed. A device has no store."""
         self._broker, self._store = broker, store
 
     async def ready(self) -> dict[str, str]:
         """What keeps the process from its work, by part; empty when nothing does."""
         if self.stopping:
             return {"process": "shutting down"}
-        if self._store is None:
+        if self._store is None and self._broker is None:
             return {"process": "starting"}
-        checks: dict[str, Awaitable[None]] = {"redis": self._store.ping()}
+        checks: dict[str, Awaitable[None]] = {}
         if self._broker is not None:
-            checks = {"rabbitmq": self._broker.prove_consumers(CHECK_S)} | checks
+            checks["rabbitmq"] = self._broker.prove_consumers(CHECK_S)
+        if self._store is not None:
+            checks["redis"] = self._store.ping()
         found = await asyncio.gather(*(_problem(check) for check in checks.values()))
         return {part: problem for part, problem in zip(checks, found, strict=True) if problem}
 

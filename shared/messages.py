@@ -29,6 +29,8 @@ Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
+SessionKey = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]*$")]
+"""What shows that a session was given to whom says so; empty where none is asked for. See `shared.seal`."""
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -124,6 +126,7 @@ class Generate(Message):
     draft: Annotated[DraftChoice, Field(strict=False)] = DraftChoice.AUTO
     elapsed_ms: Milliseconds = 0.0
     """Time since the request reached the gateway."""
+    session_key: SessionKey = ""
 
 
 class Verify(Message):
@@ -145,6 +148,7 @@ class Verify(Message):
     service_class: Name = DEFAULT_CLASS
     draft_ms: Milliseconds = 0.0
     attempt: Count = 0
+    session_key: SessionKey = ""
     hidden_from: Count | None = None
     """The drafter wants the target's final hidden states of committed tokens from this position on; None wants none."""
     hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
@@ -169,6 +173,8 @@ class Job(Record):
     queue_ms: Milliseconds = 0.0
     """Time since the scheduler received the round."""
     service_class: Name = DEFAULT_CLASS
+    tpot_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    session_key: SessionKey = ""
     slack_ms: SignedMilliseconds | None = None
     """What was left of the round's slack when the batch was made."""
     reason: str = ""

@@ -13,17 +13,91 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Literal, NoReturn, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, SecretStr, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from yarl import URL
 
+from shared.errors import SettingsError as BadSettings
+from shared.seal import Seal
+from shared.tls import Tls
 from shared.topology import JournalLimits
 
+SHORTEST_SECRET = 32
+SECRET = frozenset({"session_secret", "api_key"})
+"""Settings whose values are not shown."""
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 HOST_LENGTH = 46
 """Of a host's name in a process's: a pod's name fits, and what is made of it is no longer than 64."""
 
 
-class ServiceSettings(BaseSettings):
+AMQP_SCHEMES = ("amqp", "amqps")
+REDIS_SCHEMES = ("redis", "rediss", "unix")
+TLS_SCHEMES = ("amqps", "rediss")
+TLS_IN_URL = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
+"""Options of URLs for which there are settings; with `ssl_…` those of Redis."""
+
+
+class TlsSettings(BaseSettings):
+    """How the certificates of RabbitMQ and Redis are checked, where their URLs say amqps and rediss."""
+
+    model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
+
+    tls_ca_file: Path | None = Field(
+        default=None,
+        description="authorities (PEM) that the certificates of RabbitMQ (amqps://) and Redis (rediss://) are checked "
+        "against; default: the system's",
+    )
+    tls_cert_file: Path | None = Field(default=None, description="certificate (PEM) to show to RabbitMQ and Redis")
+    tls_key_file: Path | None = Field(
+        default=None, description="its key (PEM, without passphrase); default: in the same file"
+    )
+
+    @property
+    def tls(self) -> Tls:
+        """The three together."""
+        return Tls(self.tls_ca_file, self.tls_cert_file, self.tls_key_file)
+
+    @model_validator(mode="after")
+    def _tls_is_usable(self) -> TlsSettings:
+        urls = {name: getattr(self, name, None) for name in ("amqp_url", "redis_url")}
+        schemes = [check_url(name, url) for name, url in urls.items() if url is not None]
+        if self.tls_key_file is not None and self.tls_cert_file is None:
+            raise ValueError("tls_key_file is set, but not the certificate that it belongs to (WISP_TLS_CERT_FILE)")
+        if self.tls == Tls():
+            return self
+        if schemes and not set(schemes) & set(TLS_SCHEMES):
+            raise ValueError(
+                "certificates are set (WISP_TLS_...), but nothing uses TLS: amqp_url begins with amqp:// and redis_url "
+                "with redis://; make them amqps:// and rediss://, or take the certificates away"
+            )
+        try:
+            self.tls.context()
+        except BadSettings as error:
+            raise ValueError(str(error)) from None
+        return self
+
+
+def check_url(name: str, text: str) -> str:
+    """The scheme of a broker's URL. Raises ValueError, without its password, when it cannot be one."""
+    allowed = AMQP_SCHEMES if name == "amqp_url" else REDIS_SCHEMES
+    scheme = text.partition("://")[0]
+    says = " or ".join(f"{each}://" for each in allowed)
+    if scheme not in allowed:
+        raise ValueError(f"{name} must begin with {says}")
+    try:
+        url = URL(text)
+        named = url.host or scheme == "unix"
+        _ = url.port
+    except ValueError as error:
+        raise ValueError(f"{name}: {str(error).replace(text, '...')}") from None
+    if not named:
+        raise ValueError(f"{name} names no host; it looks like {allowed[0]}://user:password@host:port/")
+    if twice := next((key for key in url.query if key in TLS_IN_URL or key.startswith("ssl_")), None):
+        raise ValueError(f"{name} has the option {twice!r}; say it with WISP_TLS_CA_FILE, ..._CERT_FILE, ..._KEY_FILE")
+    return scheme
+
+
+class ServiceSettings(TlsSettings):
     """Settings that all services share."""
 
     model_config = SettingsConfigDict(
@@ -74,6 +148,29 @@ def host_of(service: str, instance: str) -> str:
     return instance.removeprefix(f"{service}-").rpartition("-")[0]
 
 
+class SealSettings(ServiceSettings):
+    """Settings of the services that make or check the keys of sessions."""
+
+    session_secret: SecretStr | None = Field(
+        None,
+        description="secret of gateways, schedulers and verifiers, 32 characters at least: drafters then have to show "
+        "a key for each session; needed where devices draft",
+    )
+
+    @property
+    def seal(self) -> Seal:
+        """Makes and checks the keys."""
+        return Seal(None if self.session_secret is None else self.session_secret.get_secret_value())
+
+    @model_validator(mode="after")
+    def _secret_is_long(self) -> SealSettings:
+        if self.session_secret is not None and len(self.session_secret.get_secret_value()) < SHORTEST_SECRET:
+            raise ValueError(
+                f"session_secret is shorter than {SHORTEST_SECRET} characters; make one with `openssl rand -hex 32`"
+            )
+        return self
+
+
 class TargetSettings(ServiceSettings):
     """Settings of the services that need to know the target model."""
 
@@ -91,17 +188,22 @@ def load(kind: type[S], program: str) -> S:
     try:
         return kind(_cli_parse_args=True, _cli_prog_name=program)  # type: ignore[call-arg]
     except ValidationError as error:
-        problems = []
-        for item in error.errors():
-            name = "_".join(str(part) for part in item["loc"])
-            given = "" if item["type"] == "missing" else f" (given: {item['input']!r})"
-            if name:
-                problems.append(f"  WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
-            else:  # settings that do not go together
-                problems.append(f"  {item['msg'].removeprefix('Value error, ')}")
-        _refuse(program, problems)
+        _refuse(program, [f"  {problem}" for problem in problems_of(error)])
     except SettingsError as error:
         _refuse(program, [f"  {error}"])
+
+
+def problems_of(error: ValidationError) -> list[str]:
+    """What is wrong with settings, one after the other, for people."""
+    problems = []
+    for item in error.errors():
+        name = "_".join(str(part) for part in item["loc"])
+        given = "" if item["type"] == "missing" or name in SECRET else f" (given: {item['input']!r})"
+        if name:
+            problems.append(f"WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
+        else:  # settings that do not go together
+            problems.append(item["msg"].removeprefix("Value error, "))
+    return problems
 
 
 def _refuse(program: str, problems: list[str]) -> NoReturn:

@@ -5,6 +5,7 @@
     <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
     <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
     <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
+    <ns>:quota:{key}, <ns>:streams:{key}    what an API key has used: see `shared.quota`
 
 Session state expires `ttl_s` after the last commit. The commit itself is `commit.lua`.
 """
@@ -29,6 +30,8 @@ from redis.exceptions import RedisError
 
 from shared.errors import BrokersError, MessageError
 from shared.messages import CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
+from shared.quota import Quota
+from shared.tls import Tls
 
 HEARTBEAT_TTL_MS = 3000
 COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
@@ -130,15 +133,17 @@ class Store:
         self._namespace = namespace
         self._ttl_s = ttl_s
         self._commit = redis.register_script(files("shared").joinpath("commit.lua").read_text())
+        self.quota = Quota(redis, namespace, self._guard)
 
     @classmethod
-    def connect(cls, url: str, namespace: str, ttl_s: int) -> Store:
+    def connect(cls, url: str, namespace: str, ttl_s: int, tls: Tls | None = None) -> Store:
         """A store at this URL. Connections are opened when first needed."""
         redis = Redis.from_url(
             url,
             socket_connect_timeout=5,
             socket_timeout=5,
             retry=_RETRY,
+            **(tls or Tls()).redis_options(url),
         )
         return cls(redis, namespace, ttl_s)
 

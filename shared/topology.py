@@ -14,6 +14,14 @@
     heartbeat.<verifier>    verifier → schedulers
     cancel                  gateway → drafters, schedulers, verifiers
     ended                   gateway → who observes (`wisp top`)
+    generate.device.<name>  gateway → that device                 <ns>.generate.device.<name>
+    result.device.<name>    verifier → that device                <ns>.device.<name>        exclusive, bounded
+    probe.<queue>           an instance → itself: shows that its consumer lives
+
+`ROLES` says who publishes and receives what; users at the broker are given just that (`shared.access`).
+
+A device outside the cluster sends its rounds through a fanout exchange of its own, `<ns>.uplink.<name>`, to the queue
+`<ns>.rounds.<name>`, which the scheduler reads: by that it knows whose they are.
 
 What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
 
@@ -25,6 +33,7 @@ Batch): a binding of the journal's would count as a receiver. Their copies go to
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
 from typing import Any
 
 VERIFY = "verify"
@@ -39,6 +48,10 @@ GENERATE_DELIVERY_LIMIT = 20
 """A Generate that has brought down this many drafters is dead-lettered instead of being tried again."""
 DEAD_LETTERS_KEPT = 10_000
 SAMPLES_KEPT = 10_000
+ROUNDS_KEPT = 256
+"""Rounds of one device that may wait. The oldest go first: the device sends them again."""
+ROUND_BYTES = 65_536
+"""Longest message of a device."""
 JOURNAL_SEGMENTS = 20
 """Files that a full journal consists of: the broker only ever drops a whole one."""
 SMALLEST_SEGMENT = 1_000_000
@@ -70,6 +83,49 @@ def heartbeat(verifier: str) -> str:
     return f"heartbeat.{verifier}"
 
 
+def probe_key(queue: str) -> str:
+    """Routing key of a probe of an own queue's consumer."""
+    return f"probe.{queue}"
+
+
+def device_name(device: str) -> str:
+    """A device's name as a drafter and as a pool. It has a dot, so that no pool and no service can be called that."""
+    return f"device.{device}"
+
+
+def rounds(device: str) -> str:
+    """What a device's rounds are called in roles; they travel by an exchange of the device's own."""
+    return f"rounds.{device}"
+
+
+@dataclass(frozen=True)
+class Role:
+    """What a service does at the broker. Keys are patterns: `*` stands for a name."""
+
+    publishes: tuple[str, ...] = ()
+    listens: tuple[str, ...] = ()
+    """What is bound to the instances' own queues."""
+    serves: tuple[str, ...] = ()
+    """Keys whose shared queues it consumes."""
+    records: bool = False
+    """Whether it makes copies for the journal: of what it publishes for one receiver."""
+
+
+ROLES = {
+    "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD), records=True),
+    "drafter": Role(publishes=(VERIFY,), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
+    "scheduler": Role(
+        publishes=(batch("*"), LOAD),
+        listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL),
+        serves=(VERIFY, rounds("*")),
+        records=True,
+    ),
+    "estimator": Role(publishes=(costmodel("*"),), serves=(SAMPLE,)),
+    "verifier": Role(publishes=(result("*"), heartbeat("*"), SAMPLE, costmodel("*")), listens=(batch("*"), CANCEL)),
+    "top": Role(listens=(LOAD, heartbeat("*"), costmodel("*"), batch("*"), RESULT_SCHEDULER, ENDED)),
+}
+
+
 @dataclass(frozen=True)
 class JournalLimits:
     """How much of the past the journal keeps at most."""
@@ -91,9 +147,10 @@ class Queue:
 
 @dataclass(frozen=True)
 class Topology:
-    """Every name within one namespace."""
+    """Every name within one namespace, as seen by a service or, if one is named, by a device."""
 
     namespace: str = "wisp"
+    device: str = ""
 
     @property
     def exchange(self) -> str:
@@ -121,6 +178,44 @@ class Topology:
                 "x-dead-letter-exchange": self.dead,
             },
         )
+
+    def shared_queue(self, key: str) -> Queue:
+        """The shared queue of a key that a role serves."""
+        if key == VERIFY:
+            return self.verify_queue()
+        if key == SAMPLE:
+            return self.sample_queue()
+        if key.startswith(rounds("")):
+            return self.rounds_queue(key.removeprefix(rounds("")))
+        return self.generate_queue(key.removeprefix(generate("")))
+
+    def rounds_exchange(self, device: str) -> str:
+        """The fanout exchange that a device's rounds go through, and nothing else.
+
+        Not called like the queue behind it: RabbitMQ's permissions do not tell exchanges and queues apart.
+        """
+        return f"{self.namespace}.uplink.{device}"
+
+    def rounds_queue(self, device: str) -> Queue:
+        """A device's rounds for the scheduler: bounded, so that a flood drowns nobody but the device itself."""
+        return Queue(
+            f"{self.namespace}.rounds.{device}",
+            (),
+            durable=True,
+            arguments={
+                "x-single-active-consumer": True,
+                "x-max-length": ROUNDS_KEPT,
+                "x-max-length-bytes": ROUND_BYTES * 4,
+                "x-overflow": "drop-head",
+            },
+        )
+
+    def drafter_queue(self, instance: str) -> Queue:
+        """What a drafter receives beside its requests. A device is not told which sessions of others are cancelled."""
+        if self.device:
+            name = f"{self.namespace}.{device_name(self.device)}"
+            return Queue(name, (result(instance), LOAD), exclusive=True)
+        return self.own_queue("drafter", instance, (result(instance), CANCEL, LOAD))
 
     def verify_queue(self) -> Queue:
         """Rounds for the scheduler. One scheduler consumes at a time; the broker hands over to a standby."""
@@ -155,5 +250,14 @@ class Topology:
         )
 
     def own_queue(self, service: str, instance: str, bindings: tuple[str, ...]) -> Queue:
-        """An instance's own queue: it lives as long as the instance's connection."""
-        return Queue(f"{self.namespace}.{service}.{instance}", bindings, exclusive=True)
+        """An instance's own queue: it lives as long as the instance's connection.
+
+        Raises ValueError for a binding that is not in the service's role: its user could not make it.
+        """
+        role = ROLES.get(service)
+        if role is not None and (
+            strays := [key for key in bindings if not any(fnmatchcase(key, pattern) for pattern in role.listens)]
+        ):
+            raise ValueError(f"the role of {service} in shared.topology does not listen to {', '.join(strays)}")
+        name = f"{self.namespace}.{service}.{instance}"
+        return Queue(name, (*bindings, probe_key(name)), exclusive=True)

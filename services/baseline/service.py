@@ -22,6 +22,7 @@ from services.baseline.settings import BaselineSettings
 from services.gateway.admission import Admission
 from services.gateway.app import Gateway
 from services.gateway.backend import Backend
+from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
 from services.gateway.session import sessions_of
@@ -39,6 +40,7 @@ async def serve(
     fingerprint = folder.fingerprint(settings.dtype)
     model = settings.model_name or folder.name
     metrics = Metrics(model, registry)
+    ledger = Ledger(None, settings.key_limits, metrics)
     listener = listen(settings.host, settings.port)
     async with started(settings, instance) as engine:
         logging.get().info("engine ready", serving=settings.serving)
@@ -60,6 +62,6 @@ async def serve(
             return {**await engine.missing(), "gateway": "shutting down" if backend.draining else None}
 
         gateway = Gateway(
-            settings, model, folder, tokenizer, fingerprint, backend, engine.longest_session, missing, metrics
+            settings, model, folder, tokenizer, fingerprint, backend, engine.longest_session, missing, metrics, ledger
         )
         await serve_api(gateway, listener, stop, engine.deliver(backend))

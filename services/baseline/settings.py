@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from services.drafter.settings import DraftSettings
 from services.gateway.settings import GatewaySettings
@@ -32,3 +32,9 @@ class BaselineSettings(GatewaySettings, DraftSettings):
         128, ge=1, description="prompt tokens computed in a step of the engine, beside the decodes of all sessions"
     )
     max_running: int = Field(64, ge=1, description="sessions in the engine at once; others wait in the order they came")
+
+    @model_validator(mode="after")
+    def _has_no_keys(self) -> BaselineSettings:
+        if self.api_keys_file is not None:
+            raise ValueError("a baseline counts nothing for API keys and asks for none: leave api_keys_file out")
+        return self

@@ -151,7 +151,7 @@ async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> lis
                     namespace=namespace,
                 ) as stack:
                     rows.append(await stack.watch(_serve(stack, rate, progress, seed)))
-                await forget(brokers.amqp_url, brokers.redis_url, namespace)
+                await forget(brokers.amqp_url, brokers.redis_url, namespace, brokers.tls)
     return rows
 
 

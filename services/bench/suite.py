@@ -16,7 +16,7 @@ from services.bench import speed
 from services.bench.cases import Case
 from services.bench.delay import delayed
 from services.bench.speed import Timed
-from services.cli.ask import API_KEY, Answer, ask
+from services.cli.ask import Answer, ask, client_at
 from services.cli.brokers import Brokers
 from services.cli.folder import RunFolder
 from services.cli.forget import forget
@@ -136,7 +136,7 @@ class Measurement:
             async with stack:
                 yield stack
             if brokers.given:
-                await forget(brokers.amqp_url, brokers.redis_url, stack.namespace)
+                await forget(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
 
     async def _one_delay(self, stack: Stack, delay_ms: float) -> Sample:
         """Ask everything; returns one drafted answer."""
@@ -144,7 +144,7 @@ class Measurement:
         kinds = len({case.kind for case in plan.cases})
         rival = None if self.rivals else self._rival
         sample: Sample | None = None
-        async with AsyncOpenAI(base_url=stack.url, api_key=API_KEY, max_retries=0) as client:
+        async with client_at(stack.url) as client:
             suite = Suite(client, plan, delay_ms)
             with self._progress.step(f"measuring with {delay_ms:g} ms added") as step:
                 await self._warm_up(suite, rival, step)

@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 from services.cli.paint import Part, parts
 from services.cli.rounds import Arrival, Round, rounds_of
+from services.cli.settings import LocalSettings
 
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
-API_KEY = "none"
-"""The gateway asks for no key, the client insists on one."""
+
+def client_at(url: str, key: str | None = None) -> AsyncOpenAI:
+    """The official client for a gateway, with this key or the one that WISP_API_KEY or OPENAI_API_KEY holds."""
+    from openai import AsyncOpenAI
+
+    return AsyncOpenAI(base_url=url, api_key=key or LocalSettings().api_key.get_secret_value(), max_retries=0)
 
 
 @dataclass(frozen=True)

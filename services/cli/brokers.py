@@ -15,6 +15,7 @@ from services.cli.progress import Progress, Step
 from services.cli.settings import BrokerAddresses
 from services.cli.sources import Source
 from shared.errors import BrokersError
+from shared.tls import Tls
 
 WORDS = {Source.GIVEN: "given", Source.INSTALLED: "private", Source.CONTAINER: "in a container"}
 
@@ -50,6 +51,11 @@ class Brokers:
     def given(self) -> bool:
         """Whether somebody else runs at least one of them, so that it lives on."""
         return bool(self.addresses.amqp_url or self.addresses.redis_url)
+
+    @property
+    def tls(self) -> Tls:
+        """How the certificates of servers that were given are checked; private ones have none."""
+        return self.addresses.tls
 
     async def __aenter__(self) -> Brokers:
         await self.start()
@@ -113,7 +119,7 @@ class Brokers:
             assert host.rabbitmq is not None
             assert host.epmd is not None
             self.amqp_url = self._keep(await private.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
-        self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", probe.rabbitmq, self.amqp_url)
+        self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", probe.rabbitmq, self.amqp_url, self.tls)
 
     async def _start_redis(self, source: Source, host: Host, step: Step) -> None:
         if source is Source.GIVEN:
@@ -123,7 +129,7 @@ class Brokers:
         else:
             assert host.redis is not None
             self.redis_url = self._keep(await private.start_redis(host.redis, self.folder))
-        self.redis_version = await _prove("Redis", "WISP_REDIS_URL", probe.redis_server, self.redis_url)
+        self.redis_version = await _prove("Redis", "WISP_REDIS_URL", probe.redis_server, self.redis_url, self.tls)
 
     def _keep(self, server: Server) -> str:
         self.servers.append(server)
@@ -135,9 +141,9 @@ class Brokers:
         await asyncio.gather(*(server.stop() for server in servers))
 
 
-async def _prove(name: str, setting: str, check: Callable[[str], Awaitable[str]], url: str) -> str:
+async def _prove(name: str, setting: str, check: Callable[[str, Tls], Awaitable[str]], url: str, tls: Tls) -> str:
     try:
-        return await check(url)
+        return await check(url, tls)
     except probe.NotReady as error:
         raise BrokersError(
             f"{name} does not answer at {probe.without_password(url)}: {error}.\n"

@@ -9,7 +9,7 @@ from contextlib import suppress
 from rich.console import Console
 from rich.text import Text
 
-from services.cli.ask import API_KEY, Answer, Question, ask, tokens_per_second
+from services.cli.ask import Answer, Question, ask, client_at, tokens_per_second
 from services.cli.paint import Painter, Part
 from shared.errors import WispError
 
@@ -89,17 +89,17 @@ class Chat:
             self._messages = [*messages, {"role": "assistant", "content": "".join(shown)}]
 
     async def _ask(self, question: Question, show: Callable[[list[Part]], None]) -> Answer:
-        from openai import AsyncOpenAI
-
-        async with AsyncOpenAI(base_url=self.url, api_key=API_KEY, max_retries=0) as client:
+        async with client_at(self.url) as client:
             return await ask(client, self.model, question, self.draft, show)
 
     async def _first_model(self) -> str:
-        from openai import APIError, AsyncOpenAI
+        from openai import APIError, AuthenticationError
 
-        async with AsyncOpenAI(base_url=self.url, api_key=API_KEY, max_retries=0) as client:
+        async with client_at(self.url) as client:
             try:
                 return (await client.models.list()).data[0].id
+            except AuthenticationError as error:
+                raise refused(self.url, error.message) from None
             except (APIError, IndexError):
                 raise unreachable(self.url) from None
 
@@ -110,6 +110,11 @@ def unreachable(url: str) -> WispError:
         f"no gateway answers at {url}. Start one with `wisp up` or `make serve`, and give its URL, which ends in /v1; "
         "without --url, `wisp chat` starts a stack of its own."
     )
+
+
+def refused(url: str, why: str) -> WispError:
+    """The gateway at `url` wants another key."""
+    return WispError(f"the gateway at {url} refuses the API key in WISP_API_KEY or OPENAI_API_KEY: {why}")
 
 
 def _brief(answer: Answer) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from services.cli.ask import API_KEY, Answer, Question, ask, summary_lines, tokens_per_second
+from services.cli.ask import Answer, Question, ask, client_at, summary_lines, tokens_per_second
 from services.cli.paint import Painter
 from services.cli.rounds import draw
 from shared.errors import WispError
@@ -40,15 +40,16 @@ QUESTIONS = (
 )
 
 
-async def demo(url: str, console: Console, rounds: bool = False, key: str = API_KEY) -> bool:
+async def demo(url: str, console: Console, rounds: bool = False, key: str | None = None) -> bool:
     """Ask the gateway at `url` with drafts and without; returns whether both gave the same tokens.
 
-    rounds: also draw the first rounds of each drafted answer. Raises WispError when the gateway does not answer.
+    rounds: also draw the first rounds of each drafted answer. key: by default the environment's. Raises WispError when
+    the gateway does not answer.
     """
-    from openai import APIError, AsyncOpenAI
+    from openai import APIError
 
     try:
-        return await _demo(AsyncOpenAI(base_url=url, api_key=key, max_retries=0), console, rounds)
+        return await _demo(client_at(url, key), console, rounds)
     except APIError as error:
         raise WispError(f"{url}: {error}. The gateway's /ready says what is missing.") from error
 

@@ -26,11 +26,13 @@ from services.cli.settings import DEFAULT_TARGET, BrokerAddresses
 from services.cli.sources import Source
 from services.cli.target import models_folder
 from shared.errors import ModelError
+from shared.tls import Tls
 
 EXTRAS = {
     "gateway": ("fastapi", "uvicorn", "httptools", "jinja2", "tokenizers"),
     "model": ("torch", "transformers", "safetensors", "gguf"),
     "client": ("openai",),
+    "device": ("httpx",),
     "training": ("scipy",),
     "bench": ("matplotlib",),
 }
@@ -117,19 +119,19 @@ async def _brokers(addresses: BrokerAddresses, host: Host) -> list[Finding]:
     if chosen.of(Source.MISSING):
         host = Host(**{**vars(host), "container": await container_engine()})
         chosen = sources.choose(addresses, host)
-    rabbitmq = await _broker("RabbitMQ", chosen.rabbitmq, host, addresses.amqp_url)
-    redis = await _broker("Redis", chosen.redis, host, addresses.redis_url)
+    rabbitmq = await _broker("RabbitMQ", chosen.rabbitmq, host, addresses.amqp_url, addresses.tls)
+    redis = await _broker("Redis", chosen.redis, host, addresses.redis_url, addresses.tls)
     return [rabbitmq, redis]
 
 
-async def _broker(name: str, source: Source, host: Host, url: str | None) -> Finding:
+async def _broker(name: str, source: Source, host: Host, url: str | None, tls: Tls) -> Finding:
     commands = "; ".join(sources.install_commands([name], host))
     match source:
         case Source.GIVEN:
             assert url is not None
             shown = probe.without_password(url)
             try:
-                version = await (probe.rabbitmq(url) if name == "RabbitMQ" else probe.redis_server(url))
+                version = await (probe.rabbitmq(url, tls) if name == "RabbitMQ" else probe.redis_server(url, tls))
             except probe.NotReady as error:
                 return Finding(name, "missing", f"{shown}: {error}", "start it, or unset its WISP_..._URL")
             return Finding(name, "ok", f"{version} answers at {shown}")

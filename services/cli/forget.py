@@ -5,10 +5,11 @@ from __future__ import annotations
 import aio_pika
 import redis.asyncio
 
+from shared.tls import Tls
 from shared.topology import Topology
 
 
-async def forget(amqp_url: str, redis_url: str, namespace: str) -> None:
+async def forget(amqp_url: str, redis_url: str, namespace: str, tls: Tls) -> None:
     """Delete the namespace's queues, exchanges and keys. Its services must have ended."""
     topology = Topology(namespace)
     shared_queues = (
@@ -17,12 +18,13 @@ async def forget(amqp_url: str, redis_url: str, namespace: str) -> None:
         topology.sample_queue(),
         topology.dead_queue(),
     )
-    async with await aio_pika.connect(amqp_url) as connection:
+    context = tls.context() if amqp_url.startswith("amqps:") else None
+    async with await aio_pika.connect(amqp_url, ssl_context=context) as connection:
         channel = await connection.channel()
         for name in (*(queue.name for queue in shared_queues), topology.journal):
             await channel.queue_delete(name)
         for exchange in (topology.exchange, topology.dead, topology.journal):
             await channel.exchange_delete(exchange)
-    async with redis.asyncio.Redis.from_url(redis_url) as client:
+    async with redis.asyncio.Redis.from_url(redis_url, **tls.redis_options(redis_url)) as client:
         async for key in client.scan_iter(f"{namespace}:*", count=1000):
             await client.delete(key)

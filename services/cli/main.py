@@ -13,7 +13,7 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.cli import controller, journal_command, replay_command, top_command
+from services.cli import broker_command, controller, journal_command, keys, replay_command, top_command
 from services.cli import draft as drafts
 from services.cli.terminal import errors_shown, out, require, run
 
@@ -32,6 +32,8 @@ models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 app.add_typer(models, name="models")
 app.add_typer(drafts.app, name="draft")
 app.add_typer(controller.app, name="controller")
+app.add_typer(keys.app, name="keys")
+app.add_typer(broker_command.app, name="broker")
 app.add_typer(journal_command.app, name="journal")
 app.command()(top_command.top)
 app.command()(replay_command.replay)
@@ -115,7 +117,10 @@ ServingOption = Annotated[
 @app.command()
 def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the API; 0 takes a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address of the API.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option(help="Address of the API; beyond loopback it needs --api-keys.")] = "127.0.0.1",
+    api_keys: Annotated[
+        Path | None, typer.Option(help="File of API keys (wisp keys new). \\[env: WISP_API_KEYS_FILE]")
+    ] = None,
     target: Target = None,
     dtype: DtypeOption = None,
     drafters: Drafters = 1,
@@ -129,8 +134,9 @@ def up(
     """Keep the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
     with errors_shown():
         require("gateway", "model")
-        from services.cli.up import require_port, up
+        from services.cli.up import require_keys, require_port, up
 
+        key_file = require_keys(host, api_keys)
         require_port(host, port)
         stack = _stack(
             "up",
@@ -145,6 +151,7 @@ def up(
             serving=serving,
             host=host,
             port=port,
+            api_keys=key_file,
         )
 
         async def work() -> None:
@@ -163,8 +170,8 @@ def demo(
         str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
     ] = None,
     key: Annotated[
-        str, typer.Option(envvar="OPENAI_API_KEY", show_default=False, help="API key, where the gateway asks for one.")
-    ] = "none",
+        str | None, typer.Option(help="API key, where the gateway asks for one. \\[env: WISP_API_KEY, OPENAI_API_KEY]")
+    ] = None,
     target: Target = None,
     dtype: DtypeOption = None,
     drafters: Drafters = 1,
@@ -319,6 +326,16 @@ def bench(context: typer.Context, name: Benchmark) -> None:
         os.execv(sys.executable, [sys.executable, "-m", f"services.bench.{name.value}", *context.args])
 
 
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
+)
+def device(context: typer.Context) -> None:
+    """Join a cluster from outside: the API on this device's loopback, drafting on the device itself (--help)."""
+    with errors_shown():
+        require("gateway", "device")
+        os.execv(sys.executable, [sys.executable, "-m", "services.device", *context.args])
+
+
 def _progress() -> ConsoleProgress:
     from services.cli.progress import ConsoleProgress
 
@@ -339,6 +356,7 @@ def _stack(
     serving: Serving = Serving.WISP,
     host: str = "127.0.0.1",
     port: int = 0,
+    api_keys: Path | None = None,
 ) -> Stack:
     """The stack that a command's options ask for, its model prepared."""
     from services.cli.settings import LocalSettings
@@ -361,6 +379,7 @@ def _stack(
         "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
         "WISP_HIDDEN_DRAFT": str(hidden_draft.absolute()) if hidden_draft else None,
         "WISP_THREADS": str(threads) if threads else None,
+        "WISP_API_KEYS_FILE": str(api_keys) if api_keys else None,
     }
     return Stack(
         purpose,

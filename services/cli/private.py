@@ -60,17 +60,17 @@ class Server:
             await process.stop(grace_s=STOP_GRACE_S)
 
 
-async def start_rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
+async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> Server:
     """Start RabbitMQ with everything it writes under `folder`; ready when a client can log in.
 
-    Raises BrokersError, with the end of its log, when it does not come up.
+    conf: further lines of its configuration. Raises BrokersError, with the end of its log, when it does not come up.
     """
-    return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}"))
+    return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf))
 
 
-async def start_redis(binary: Path, folder: Path) -> Server:
-    """Start Redis without persistence under `folder`; ready when it answers. Raises BrokersError."""
-    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}"))
+async def start_redis(binary: Path, folder: Path, conf: str = "") -> Server:
+    """Start Redis without persistence under `folder`; ready when it answers. conf: as above. Raises BrokersError."""
+    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf))
 
 
 async def with_fresh_ports(start: Callable[[int], Awaitable[Server]]) -> Server:
@@ -87,10 +87,11 @@ class EndedEarly(BrokersError):
     """A server ended before it was ready."""
 
 
-async def _rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
+async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Server:
     port, distribution_port, epmd_port = free_ports(3)
     password = token_urlsafe(12)
-    _write(folder, "rabbitmq.conf", RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password))
+    own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
+    _write(folder, "rabbitmq.conf", own + conf)
     _write(folder, "enabled_plugins", "[].\n")
     schedulers = min(2, os.cpu_count() or 1)
     environment = {
@@ -138,10 +139,11 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path) -> Server:
     return Server(url, (broker, mapper))
 
 
-async def _redis(binary: Path, folder: Path) -> Server:
+async def _redis(binary: Path, folder: Path, more: str) -> Server:
     (port,) = free_ports(1)
     password = token_urlsafe(12)
-    conf = _write(folder, "redis.conf", REDIS_CONF.format(host=LOOPBACK, port=port, password=password, folder=folder))
+    own = REDIS_CONF.format(host=LOOPBACK, port=port, password=password, folder=folder)
+    conf = _write(folder, "redis.conf", own + more)
     server = await Process.start(
         "redis", [str(binary), str(conf)], log=folder / "redis.log", environment={"LANG": "C.UTF-8"}, folder=folder
     )

@@ -12,6 +12,8 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from yarl import URL
 
+from shared.tls import Tls
+
 TIMEOUT_S = 5.0
 
 
@@ -19,12 +21,13 @@ class NotReady(Exception):
     """The server does not answer, or refuses the login; the text says which."""
 
 
-async def rabbitmq(url: str) -> str:
+async def rabbitmq(url: str, tls: Tls | None = None) -> str:
     """Log in and open a channel; returns the server's name and version. Raises NotReady."""
     address = URL(url)
     await _reach(address.host or "", address.port or (5671 if address.scheme == "amqps" else 5672))
     try:
-        connection = await aio_pika.connect(url, timeout=TIMEOUT_S)
+        context = (tls or Tls()).context() if address.scheme == "amqps" else None
+        connection = await aio_pika.connect(url, timeout=TIMEOUT_S, ssl_context=context)
         async with connection:
             await connection.channel()
             assert connection.transport is not None
@@ -34,10 +37,14 @@ async def rabbitmq(url: str) -> str:
         raise NotReady(_reason(error)) from None
 
 
-async def redis_server(url: str) -> str:
+async def redis_server(url: str, tls: Tls | None = None) -> str:
     """Log in and ask for the version; returns name and version. Raises NotReady."""
     client = redis.asyncio.Redis.from_url(
-        url, socket_connect_timeout=TIMEOUT_S, socket_timeout=TIMEOUT_S, retry=Retry(NoBackoff(), 0)
+        url,
+        socket_connect_timeout=TIMEOUT_S,
+        socket_timeout=TIMEOUT_S,
+        retry=Retry(NoBackoff(), 0),
+        **(tls or Tls()).redis_options(url),
     )
     try:
         about = await client.info("server")

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import AliasChoices, Field, SecretStr
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.settings import NAME_PATTERN
+from shared.settings import NAME_PATTERN, TlsSettings
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 
 
-class BrokerAddresses(BaseSettings):
+class BrokerAddresses(TlsSettings):
     """Brokers that somebody else runs. An address that is absent stands for a private instance."""
 
     model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
@@ -28,3 +30,11 @@ class LocalSettings(BaseSettings):
     """A packaged model's name, or the folder of a model."""
     namespace: str | None = Field(default=None, pattern=NAME_PATTERN)
     """Prefix at the brokers; by default each run takes one of its own."""
+    api_keys_file: Path | None = None
+    """The API keys that a gateway takes."""
+    unsafe_serve_everybody: bool = False
+    """As the gateway's setting of that name."""
+    api_key: SecretStr = Field(
+        default=SecretStr("none"), validation_alias=AliasChoices("WISP_API_KEY", "OPENAI_API_KEY")
+    )
+    """What is shown to a gateway. One that asks for no keys takes anything, and the OpenAI client insists on one."""

@@ -278,7 +278,7 @@ class Stack:
         """Remove this run's own namespace from servers that live on."""
         if self.brokers.given:
             with suppress(OSError, AMQPError, RedisError):
-                await forget(self.brokers.amqp_url, self.brokers.redis_url, self.namespace)
+                await forget(self.brokers.amqp_url, self.brokers.redis_url, self.namespace, self.brokers.tls)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

@@ -32,6 +32,16 @@ def errors_shown() -> Iterator[None]:
     except WispError as error:
         err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
         raise typer.Exit(1) from None
+    except ValueError as error:
+        from pydantic import ValidationError
+
+        from shared.settings import problems_of
+
+        if not isinstance(error, ValidationError):
+            raise
+        for problem in problems_of(error):
+            err.print(Text.assemble(("error: ", "bold red"), problem), soft_wrap=True)
+        raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err.print("interrupted")
         raise typer.Exit(INTERRUPTED) from None

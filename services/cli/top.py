@@ -27,14 +27,6 @@ REFRESH_S = 0.5
 PROVE_S = 2.0
 KEPT = 10_000
 """Messages that wait for an observer that was stopped; older ones are dropped, so that it cannot fill the broker."""
-KEYS = (
-    topology.LOAD,
-    topology.heartbeat("*"),
-    topology.costmodel("*"),
-    topology.batch("*"),
-    topology.RESULT_SCHEDULER,
-    topology.ENDED,
-)
 
 
 def now_ms() -> float:
@@ -63,9 +55,11 @@ class Observer:
     async def listen(self) -> None:
         """Listen until cancelled, through lost connections. Raises BrokersError when no broker answers at first."""
         name = f"top-{token_hex(4)}"
-        broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name)
+        broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name, tls=self._where.tls)
         try:
-            own = replace(broker.topology.own_queue("top", name, KEYS), arguments={"x-max-length": KEPT})
+            own = replace(
+                broker.topology.own_queue("top", name, topology.ROLES["top"].listens), arguments={"x-max-length": KEPT}
+            )
             await broker.consume(own, self._receive)
             self.watch = Watch(now_ms())
             self.listening.set()

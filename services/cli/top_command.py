@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import suppress
+from dataclasses import replace
 from typing import Annotated
 
 import typer
@@ -29,7 +30,9 @@ def top(
         from services.cli.top_where import choose
         from shared import logging
 
-        where = choose(amqp_url or BrokerAddresses().amqp_url, namespace or LocalSettings().namespace, running_suites())
+        given = BrokerAddresses()
+        where = choose(amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites())
+        where = replace(where, tls=given.tls)
         # Our dependencies' warnings would run across the screen; `top` says itself what is wrong.
         logging.configure("top", "top", "error", "console")
         if once or as_json or not out.is_terminal:

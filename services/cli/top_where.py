@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.cli.folder import RunningSuite
 from shared.errors import SettingsError
 from shared.settings import NAME_PATTERN, ServiceSettings
+from shared.tls import Tls
 
 
 @dataclass(frozen=True)
@@ -19,6 +20,8 @@ class Where:
     namespace: str
     note: str | None = None
     """What the user should know of the choice."""
+    tls: Tls = field(default_factory=Tls)
+    """How the broker's certificate is checked."""
 
 
 def choose(amqp_url: str | None, namespace: str | None, running: Sequence[RunningSuite]) -> Where:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import json
 import shlex
+from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
 from services.cli.ports import is_free
+from services.cli.settings import LocalSettings
 from services.cli.stack import Stack
+from services.gateway.guard import KeyFile
+from services.gateway.settings import refuse_open
 from shared.errors import WispError
 
 
@@ -22,12 +26,25 @@ def require_port(host: str, port: int) -> None:
         )
 
 
+def require_keys(host: str, given: Path | None) -> Path | None:
+    """The file of API keys, if there is one. Raises WispError where everybody on a network could use the API."""
+    path = given or LocalSettings().api_keys_file
+    try:
+        refuse_open(host, path, LocalSettings().unsafe_serve_everybody)
+    except ValueError as error:
+        raise WispError(str(error)) from None
+    if path is not None:
+        KeyFile(path)
+    return path.absolute() if path else None
+
+
 async def up(stack: Stack, console: Console) -> None:
     """Say how the stack is reached, and report what dies. Raises ServiceFailed when a service has no process left."""
     console.print()
     what = f"model {stack.target.name}" + ("" if stack.serving == "wisp" else f", {stack.serving} serving")
     console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  ({what})"), soft_wrap=True)
-    console.print(Text(f"  {curl(stack.url, stack.target.name)}", "dim"), soft_wrap=True)
+    keyed = "WISP_API_KEYS_FILE" in stack.env
+    console.print(Text(f"  {curl(stack.url, stack.target.name, keyed)}", "dim"), soft_wrap=True)
     console.print(Text(f"Logs are in {stack.folder}. Ctrl-C stops everything.", "dim"), soft_wrap=True)
     while True:
         failure = await stack.next_failure()
@@ -36,11 +53,12 @@ async def up(stack: Stack, console: Console) -> None:
         console.print(Text.assemble(("warning: ", "bold yellow"), str(failure)), soft_wrap=True)
 
 
-def curl(url: str, model: str) -> str:
+def curl(url: str, model: str, keyed: bool = False) -> str:
     """A command line that asks this stack something."""
     body = {
         "model": model,
         "stream": True,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
-    return f"curl -N {url}/chat/completions -H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"
+    key = '-H "Authorization: Bearer $WISP_API_KEY" ' if keyed else ""
+    return f"curl -N {url}/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

@@ -26,7 +26,7 @@ from shared.errors import BrokersError, MessageError
 from shared.health import HEALTH
 from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status, Verify
 from shared.service import running
-from shared.store import SessionStatus, Store
+from shared.store import Session, SessionStatus, Store
 from shared.topology import Topology
 
 STORE_RETRY_S = 1.0
@@ -36,8 +36,10 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     """Run a drafter until `stop` is set; its unfinished sessions are then given to other drafters by the broker."""
     profile = load_profile(settings.device_profile)
     drafting = await asyncio.to_thread(load_drafting, settings)
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     drafter = Drafter(instance, settings, drafting, broker, store, profile)
     try:
         await drafter.run(stop)
@@ -55,10 +57,11 @@ class Drafter:
         settings: DrafterSettings,
         drafting: Drafting,
         broker: Broker,
-        store: Store,
+        store: Store | None,
         profile: DeviceProfile | None,
     ) -> None:
-        """profile: of the device that each session stands for; None emulates none."""
+        """store: None on a device, which learns from results what is committed. profile: of the device that each
+        session stands for; None emulates none."""
         self.instance = instance
         self._settings = settings
         self._drafting = drafting
@@ -78,8 +81,7 @@ class Drafter:
     async def run(self, stop: asyncio.Event) -> None:
         """Serve until `stop`."""
         names = self._broker.topology
-        own = (topology.result(self.instance), topology.CANCEL, topology.LOAD)
-        await self._broker.consume(names.own_queue("drafter", self.instance, own), self._receive)
+        await self._broker.consume(names.drafter_queue(self.instance), self._receive)
         await self._broker.consume(
             names.generate_queue(self._settings.pool), self._generate, prefetch=self._settings.max_sessions
         )
@@ -140,18 +142,16 @@ class Drafter:
 
     async def _serve(self, generate: Generate) -> None:
         started = time.monotonic()
-        while True:
-            try:
-                stored = (await self._store.read([generate.session]))[0]
-                break
-            except BrokersError as error:
-                self._log.warning("waiting for Redis", error=str(error))
-                await asyncio.sleep(STORE_RETRY_S)
-        if stored is None or stored.status is not SessionStatus.ACTIVE:
-            self._log.info("nothing to do", status=stored.status if stored else "gone")
-            return
-        session = DraftSession(generate, stored.tokens, round=stored.round + 1, first_ms=stored.first_ms)
-        prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
+        if self._store is None:
+            # As if nothing was committed yet. If that is wrong, the first round is told what is.
+            session, prior_ms = DraftSession(generate, list(generate.prompt)), generate.elapsed_ms
+        else:
+            stored = await self._stored(self._store, generate.session)
+            if stored is None or stored.status is not SessionStatus.ACTIVE:
+                self._log.info("nothing to do", status=stored.status if stored else "gone")
+                return
+            session = DraftSession(generate, stored.tokens, round=stored.round + 1, first_ms=stored.first_ms)
+            prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
         choice = self._drafting.choose(generate)
         wanted = choice.reads_states and self._settings.draft_length > 0
         states = self._drafting.states() if wanted else None
@@ -179,6 +179,14 @@ class Drafter:
             worker.close(session.name)
         if session.failure is not None:
             self._log.warning("session failed", code=session.failure.code, error=session.failure.message)
+
+    async def _stored(self, store: Store, session: str) -> Session | None:
+        while True:
+            try:
+                return (await store.read([session]))[0]
+            except BrokersError as error:
+                self._log.warning("waiting for Redis", error=str(error))
+                await asyncio.sleep(STORE_RETRY_S)
 
     async def _round(self, serving: Serving, elapsed_ms: float) -> bool:
         """Draft, have it verified, take the result in; False when the session was cancelled."""

@@ -70,6 +70,7 @@ class DraftSession:
             service_class=self.generate.service_class,
             draft_ms=draft_ms,
             attempt=attempt,
+            session_key=self.generate.session_key,
             hidden_from=hidden_from,
             hidden_format=hidden_format,
         )

@@ -74,7 +74,7 @@ async def serve(settings: DrainOrderSettings, instance: str, stop: asyncio.Event
     """Keep the annotations of the verifiers' pods as they should be, until `stop`."""
     log = logging.get()
     pods = Pods(settings)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     told: dict[str, int] = {}
 
     async def look() -> None:

@@ -20,8 +20,10 @@ from shared.topology import Topology
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:
     """Run an estimator until `stop` is set."""
     log = logging.get()
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     fits: dict[str, VerifierFit] = {}
     changed: set[str] = set()
 

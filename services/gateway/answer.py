@@ -13,6 +13,8 @@ from starlette.types import Receive, Scope, Send
 from services.gateway import stream
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error
+from services.gateway.keys import ApiKey
+from services.gateway.ledger import Ledger
 from services.gateway.plan import Plan
 from services.gateway.run import Run
 from services.gateway.session import Piece, Token
@@ -38,6 +40,10 @@ class Order:
     trace: bool
     started_s: float
     headers: dict[str, str]
+    key: ApiKey | None = None
+    """Who is charged for it."""
+    reserved: int = 0
+    """Tokens that are charged in advance."""
 
 
 class Answer(Response):
@@ -47,9 +53,10 @@ class Answer(Response):
     cancels its sessions at once; one that reads slowly is waited for without holding up anybody else.
     """
 
-    def __init__(self, backend: Backend, reply: Reply, order: Order) -> None:
+    def __init__(self, backend: Backend, ledger: Ledger, reply: Reply, order: Order) -> None:
         super().__init__()
         self._backend = backend
+        self._ledger = ledger
         self._reply = reply
         self._order = order
 
@@ -68,11 +75,17 @@ class Answer(Response):
                 await _stop(task)
 
     async def _send(self, send: Send) -> None:
-        async with self._backend.run(self._order.plans, self._order.started_s) as run:
-            if self._order.stream:
-                await self._stream(run, send)
-            else:
-                await self._whole(run, send)
+        order = self._order
+        async with self._ledger.charge(order.key, [plan.session for plan in order.plans], order.reserved) as charge:
+            order.headers.update(charge.headers)
+            async with self._backend.run(order.plans, order.started_s) as run:
+                try:
+                    if order.stream:
+                        await self._stream(run, send)
+                    else:
+                        await self._whole(run, send)
+                finally:
+                    charge.used = self._usage(run).total
 
     async def _whole(self, run: Run, send: Send) -> None:
         texts = [""] * len(run.lives)

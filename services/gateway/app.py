@@ -21,7 +21,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from services.gateway.answer import Answer, Order
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError, internal_error, invalid
+from services.gateway.guard import Guard, KeyFile, key_of
 from services.gateway.headers import draft_of, pool_of
+from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Limits, check_prompt, plan
 from services.gateway.prompt import chat_prompt, text_prompt
@@ -32,6 +34,7 @@ from services.gateway.stream import Reply
 from shared import logging
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
+from shared.topology import device_name
 
 SEED_HEADER = "x-wisp-seed"
 
@@ -52,6 +55,9 @@ class Gateway:
     missing: Callable[[], Awaitable[dict[str, str | None]]]
     """Each part that is needed, with what is wrong with it, or None."""
     metrics: Metrics
+    ledger: Ledger
+    keys: KeyFile | None = None
+    """Whose requests are answered; None for everybody's."""
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
@@ -118,17 +124,19 @@ def create_app(gateway: Gateway) -> ASGIApp:
         return JSONResponse({"status": "ok"})
 
     @app.get("/ready")
-    async def ready() -> JSONResponse:
+    async def ready(request: Request) -> JSONResponse:
         missing = await gateway.missing()
         is_ready = not any(missing.values())
-        parts = {part: problem or "ok" for part, problem in missing.items()}
+        # A problem's text may name addresses: it is for those who have a key.
+        told = gateway.keys is None or key_of(request.scope) is not None
+        parts = {part: (problem if told else "not ok") if problem else "ok" for part, problem in missing.items()}
         return JSONResponse({"ready": is_ready, "parts": parts}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
         return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
 
-    return RequestScope(app)
+    return RequestScope(app if gateway.keys is None else Guard(app, gateway.keys, gateway.metrics))
 
 
 def _answer(
@@ -157,7 +165,7 @@ def _answer(
         stop_ids=gateway.folder.eos_ids,
         slo=slo_of(request.headers, asked.service_tier, classes),
         service_class=service_class,
-        pool=asked.wisp.pool or pool_of(request.headers),
+        pool=_pool(request, asked),
         draft=asked.wisp.draft or draft_of(request.headers),
         echoes=echoes,
     )
@@ -177,8 +185,19 @@ def _answer(
         trace=asked.wisp.trace,
         started_s=started_s,
         headers={SEED_HEADER: str(seed)},
+        key=key_of(request.scope),
+        reserved=sum(map(len, prompts)) + (0 if limit is None else sum(plan.max_tokens for plan in plans)),
     )
-    return Answer(gateway.backend, reply, order)
+    return Answer(gateway.backend, gateway.ledger, reply, order)
+
+
+def _pool(request: Request, asked: GenerationRequest) -> str:
+    """Who drafts: the device whose key it is, else the pool that is asked for. The names of pools have no dots, so that
+    nobody asks for a device that is not theirs."""
+    key = key_of(request.scope)
+    if key is not None and key.device is not None:
+        return device_name(key.device)
+    return asked.wisp.pool or pool_of(request.headers)
 
 
 def _check_model(gateway: Gateway, name: str) -> None:
@@ -219,7 +238,9 @@ async def _body(request: Request, limit: int, timeout_s: float) -> bytes:
 
 
 async def _limits(gateway: Gateway) -> Limits:
-    return Limits(min(gateway.folder.max_len, await gateway.longest_session()), gateway.folder.vocab_size)
+    settings = gateway.settings
+    context = min(gateway.folder.max_len, await gateway.longest_session())
+    return Limits(context, gateway.folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:

@@ -19,6 +19,7 @@ from services.gateway.start import Publisher, SessionStore, Starter
 from shared import logging, topology
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
+from shared.seal import Seal
 from shared.store import SessionStatus
 
 WATCH_INTERVAL_S = 0.1
@@ -45,6 +46,7 @@ class Backend:
         vocab_fingerprint: str,
         idle_check_s: float,
         stall_timeout_s: float,
+        seal: Seal | None = None,
         stall_reason: str = NOBODY_WORKS,
     ) -> None:
         """stall_reason: why a session may have stalled, for its client; {pool!r} is the session's pool."""
@@ -53,7 +55,7 @@ class Backend:
         self._new_session = new_session
         self._metrics = metrics
         self._admission = admission
-        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint)
+        self._starter = Starter(publisher, store, instance, fingerprint, vocab_fingerprint, seal or Seal(None))
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s
         self._stall_reason = stall_reason

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from shared.errors import WispError
@@ -11,6 +12,8 @@ REFUSED_HEADER = "x-wisp-refused"
 DROPPED_HEADER = "x-llm-d-request-dropped-reason"
 """llm-d's; its value for a request that was refused for want of capacity is `DROPPED`."""
 DROPPED = "rejected-saturated"
+RATE_LIMITED = "rate_limit_exceeded"
+"""The code of refusals that a key's own limits cause, and not the load."""
 
 _TYPES = {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 
@@ -36,17 +39,24 @@ class ApiError(WispError):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
+        kind: str | None = None,
+        extra: Mapping[str, str] | None = None,
     ) -> None:
+        """kind: the body's `type`, where it is not what the status says. extra: further headers."""
         super().__init__(message)
         self.status = status
         self.message = message
         self.code = code
         self.param = param
         self.retry_after_s = retry_after_s
+        self.kind = kind
+        self.extra = dict(extra or {})
 
     def body(self) -> dict[str, Any]:
         """OpenAI's error body."""
-        kind = _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
+        kind = (
+            self.kind or _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
+        )
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
 
     @property
@@ -54,8 +64,10 @@ class ApiError(WispError):
         """Headers that belong to the error."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         if self.status == 429 and self.code:
-            headers |= {REFUSED_HEADER: self.code, DROPPED_HEADER: DROPPED}
-        return headers
+            headers[REFUSED_HEADER] = self.code
+            if self.code != RATE_LIMITED:
+                headers[DROPPED_HEADER] = DROPPED
+        return headers | self.extra
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:

@@ -55,6 +55,10 @@ class Metrics:
         self._refused = Counter(
             "wisp_requests_refused", "Texts that were refused with a 429", [*classed, "reason"], registry=registry
         )
+        self.limited = Counter(
+            "wisp_requests_limited", "Requests refused by a limit of their API key", ["limit"], registry=registry
+        )
+        self.unauthorized = Counter("wisp_requests_unauthorized", "Requests without a good API key", registry=registry)
         self._model = model
 
     def refused(self, service_class: str, reason: str, texts: int) -> None:

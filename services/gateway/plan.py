@@ -36,6 +36,10 @@ class Limits:
     context: int
     """Longest session: the model's context, or the largest verifier's cache where that is smaller."""
     vocab_size: int
+    prompt: int | None = None
+    """Longest prompt, where whoever runs the gateway allows less than fits."""
+    output: int | None = None
+    """Most output tokens of a text, likewise."""
 
 
 def plan(
@@ -55,12 +59,15 @@ def plan(
 ) -> list[Plan]:
     """One session for each prompt and each of its `n` texts, in the order of their indices in the response.
 
-    `limit` is the asked number of output tokens, None for all that the context leaves; it is cut to what the context
-    leaves. The prompts have passed `check_prompt`.
+    `limit` is the asked number of output tokens, None for all that the limits leave; it is cut to what the context
+    leaves. The prompts have passed `check_prompt`. Raises ApiError when more is asked for than is allowed.
     """
+    if limits.output is not None and limit is not None and limit > limits.output:
+        text = f"max_tokens is too large: {limit}; this gateway gives at most {limits.output} output tokens for a text"
+        raise invalid(text, "max_tokens")
     plans: list[Plan] = []
     for prompt, echo in zip(prompts, echoes, strict=True):
-        room = limits.context - len(prompt)
+        room = min(limits.context - len(prompt), limits.output or limits.context)
         for copy in range(request.n):
             index = len(plans)
             plans.append(
@@ -93,6 +100,8 @@ def check_prompt(prompt: list[int], limits: Limits, param: str) -> None:
     """Refuse a prompt that leaves no room for a single token or holds ids that are no tokens. Raises ApiError."""
     if not prompt:
         raise invalid("the prompt has no tokens; send some text", param)
+    if limits.prompt is not None and len(prompt) > limits.prompt:
+        raise too_long(limits, f"has {len(prompt)} of them", param)
     if len(prompt) >= limits.context:
         raise too_long(limits, f"has {len(prompt)} of them, which leaves no room for an answer", param)
     if strays := [token for token in prompt if not 0 <= token < limits.vocab_size]:
@@ -101,5 +110,6 @@ def check_prompt(prompt: list[int], limits: Limits, param: str) -> None:
 
 def too_long(limits: Limits, problem: str, param: str) -> ApiError:
     """The refusal of a prompt that does not fit."""
-    text = f"at most {limits.context} tokens fit here, and the prompt {problem}; shorten it"
+    most = min(limits.context, limits.prompt or limits.context)
+    text = f"at most {most} tokens fit here, and the prompt {problem}; shorten it"
     return invalid(text, param, "context_length_exceeded")

@@ -41,8 +41,9 @@ async def _tokenize(
 
     def measured() -> list[int]:
         # Tokenizing takes some 200 bytes of memory per token: a body of 4 MB took 490 MB.
-        if _has_more_tokens(tokenizer, texts, 2 * limits.context):
-            raise too_long(limits, f"has more than {2 * limits.context}", param)
+        most = 2 * min(limits.context, limits.prompt or limits.context)
+        if _has_more_tokens(tokenizer, texts, most):
+            raise too_long(limits, f"has more than {most}", param)
         return tokenize()
 
     return await asyncio.to_thread(measured)

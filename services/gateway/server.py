@@ -13,6 +13,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.gateway.app import Gateway, create_app
 from services.gateway.errors import invalid
+from services.gateway.https import Certificate
 from services.gateway.stream import encode
 from shared import logging
 from shared.errors import SettingsError
@@ -41,6 +42,9 @@ async def serve_api(
     `loops` run beside it, as in `shared.service.running`.
     """
     log, settings, backend = logging.get(), gateway.settings, gateway.backend
+    certificate = None
+    if settings.https_cert_file is not None:
+        certificate = Certificate(settings.https_cert_file, settings.https_key_file)
     server = Server(
         uvicorn.Config(
             create_app(gateway),
@@ -51,10 +55,15 @@ async def serve_api(
             access_log=False,
             server_header=False,
             timeout_graceful_shutdown=int(settings.drain_s) + CLOSING_S,
+            ssl_context_factory=certificate.factory if certificate else None,
         )
     )
     host, port = listener.getsockname()[:2]
-    log.info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", model=gateway.model)
+    scheme = "https" if certificate else "http"
+    log.info("serving", url=f"{scheme}://{f'[{host}]' if ':' in host else host}:{port}/v1", model=gateway.model)
+    watches = [backend.watch()]
+    watches += [gateway.keys.watch()] if gateway.keys else []
+    watches += [certificate.watch()] if certificate else []
     closed = asyncio.Event()
 
     async def serving() -> None:
@@ -63,11 +72,12 @@ async def serve_api(
         finally:
             closed.set()
 
-    async with running(stop, backend.watch(), serving(), *loops):
+    async with running(stop, serving(), *watches, *loops):
         log.info("draining", sessions=backend.running)
         server.should_exit = True
         await backend.drain(settings.drain_s)
         await closed.wait()
+        await gateway.ledger.settled()
 
 
 class Server(uvicorn.Server):

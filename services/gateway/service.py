@@ -12,6 +12,8 @@ from services.gateway.app import Gateway
 from services.gateway.backend import Backend
 from services.gateway.errors import ApiError
 from services.gateway.fleet import Fleet
+from services.gateway.guard import KeyFile
+from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
 from services.gateway.session import sessions_of
@@ -34,13 +36,15 @@ async def serve(
     folder = ModelFolder(settings.target)
     tokenizer = Tokenizer(folder)
     fingerprint = folder.fingerprint(settings.dtype)
+    keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     listener = listen(settings.host, settings.port)
     topology = Topology(settings.namespace)
-    broker = await Broker.connect(settings.amqp_url, topology, instance, settings.journal_limits)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(settings.amqp_url, topology, instance, settings.journal_limits, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     fleet = Fleet(store.heartbeats, fingerprint)
     model = settings.model_name or folder.name
     metrics = Metrics(model, registry)
+    ledger = Ledger(store.quota, settings.key_limits, metrics)
 
     backend = Backend(
         broker,
@@ -53,6 +57,7 @@ async def serve(
         vocab_fingerprint=folder.vocab_fingerprint,
         idle_check_s=settings.idle_check_s,
         stall_timeout_s=settings.stall_timeout_s,
+        seal=settings.seal,
     )
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     await broker.consume(queue, backend.receive)
@@ -61,9 +66,21 @@ async def serve(
     async def missing() -> dict[str, str | None]:
         return await _missing(broker, queue, store, fleet, backend)
 
-    gateway = Gateway(settings, model, folder, tokenizer, fingerprint, backend, fleet.longest_session, missing, metrics)
+    gateway = Gateway(
+        settings,
+        model,
+        folder,
+        tokenizer,
+        fingerprint,
+        backend,
+        fleet.longest_session,
+        missing,
+        metrics,
+        ledger,
+        keys,
+    )
     try:
-        await serve_api(gateway, listener, stop)
+        await serve_api(gateway, listener, stop, ledger.renew())
     finally:
         await broker.close()
         await store.close()

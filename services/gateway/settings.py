@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from ipaddress import ip_address
+from pathlib import Path
 from typing import Any
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
+from services.gateway.keys import KeyLimits
 from services.gateway.slo import ServiceClass
+from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
-from shared.settings import TargetSettings
+from shared.settings import SealSettings, TargetSettings
+from shared.tls import server_context
 
 ADMIT_TO = {"priority": 1.0, "flex": 0.8}
 """`admit_to` of classes that are given without it."""
@@ -21,14 +26,39 @@ STANDARD_CLASSES: Any = {
 """As they are given in JSON."""
 
 
-class GatewaySettings(TargetSettings):
+class GatewaySettings(TargetSettings, SealSettings):
     """Settings of the gateway."""
 
     host: str = Field("127.0.0.1", description="address of the HTTP API")
     port: int = Field(8000, ge=0, le=65535, description="port of the HTTP API; 0 takes a free one")
+    https_cert_file: Path | None = Field(
+        None, description="the API's certificate (PEM), read again when it is renewed; none: the API speaks plain HTTP"
+    )
+    https_key_file: Path | None = Field(
+        None, description="its key (PEM, without passphrase); default: in the same file"
+    )
+    api_keys_file: Path | None = Field(
+        None,
+        description="file of the API keys that are good (wisp keys new), read again when it changes; none: no "
+        "keys are asked for, and the API is on loopback only",
+    )
+    unsafe_serve_everybody: bool = Field(
+        False, description="listen beyond loopback without API keys, so that everybody who can reach it uses it"
+    )
+    key_requests_per_minute: int | None = Field(
+        None, ge=1, description="for API keys that have no such limit of their own"
+    )
+    key_tokens_per_minute: int | None = Field(
+        None, ge=1, description="prompt and output tokens, for API keys that have no such limit of their own"
+    )
+    key_max_sessions: int | None = Field(
+        None, ge=1, description="texts generated at once, for API keys that have no such limit of their own"
+    )
     model_name: str = Field("", description="the model's name in the API; default: the name of the target's folder")
     max_sessions: int = Field(256, ge=1, description="texts generated at once; what is over it gets a 429")
     max_choices: int = Field(16, ge=1, le=128, description="most texts of one request: prompts times n")
+    max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; default: what fits the model")
+    max_output_tokens: int | None = Field(None, ge=1, description="most output tokens of a text; default: what fits")
     max_body_bytes: int = Field(2 << 20, ge=1024, description="longest request body, in bytes")
     body_timeout_s: float = Field(60, gt=0, description="seconds that a client may take to send its request's body")
     idle_check_s: float = Field(
@@ -54,6 +84,32 @@ class GatewaySettings(TargetSettings):
         "`default` is for all others",
     )
 
+    @property
+    def key_limits(self) -> KeyLimits:
+        """The limits of keys that have none of their own."""
+        return KeyLimits(
+            requests_per_minute=self.key_requests_per_minute,
+            tokens_per_minute=self.key_tokens_per_minute,
+            max_sessions=self.key_max_sessions,
+        )
+
+    @model_validator(mode="after")
+    def _is_not_open(self) -> GatewaySettings:
+        refuse_open(self.host, self.api_keys_file, self.unsafe_serve_everybody)
+        return self
+
+    @model_validator(mode="after")
+    def _https_is_usable(self) -> GatewaySettings:
+        if self.https_cert_file is None:
+            if self.https_key_file is not None:
+                raise ValueError("https_key_file is set, but not its certificate (WISP_HTTPS_CERT_FILE)")
+            return self
+        try:
+            server_context(self.https_cert_file, self.https_key_file, "https")
+        except SettingsError as error:
+            raise ValueError(str(error)) from None
+        return self
+
     @field_validator("slo_classes", mode="before")
     @classmethod
     def _null_promises_nothing(cls, classes: object) -> object:
@@ -74,3 +130,20 @@ class GatewaySettings(TargetSettings):
                 f"the class {DEFAULT_CLASS!r} is missing or promises nothing; it completes requests with one SLO header"
             )
         return classes
+
+
+def refuse_open(host: str, api_keys_file: Path | None, unsafe: bool = False) -> None:
+    """Raise ValueError where everybody on a network could use the API."""
+    if not is_loopback(host) and api_keys_file is None and not unsafe:
+        raise ValueError(
+            f"host is {host!r}, so others can reach the API, but it asks for no API keys: make one with "
+            "`wisp keys new NAME --file FILE` and name its file (WISP_API_KEYS_FILE), or stay on 127.0.0.1"
+        )
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach that address."""
+    try:
+        return host == "localhost" or ip_address(host).is_loopback
+    except ValueError:
+        return False

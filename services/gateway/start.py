@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from time import monotonic
 from typing import Protocol
 
@@ -12,6 +12,7 @@ from services.gateway.plan import Plan
 from shared import topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Generate, Message
+from shared.seal import Seal
 from shared.store import Progress, Request
 
 
@@ -44,6 +45,7 @@ class Starter:
     instance: str
     fingerprint: str
     vocab_fingerprint: str
+    seal: Seal = field(default_factory=lambda: Seal(None))
 
     async def start(self, plan: Plan, started_s: float) -> None:
         """Hand a session to the drafters of its pool. `started_s` is when its request came in.
@@ -76,8 +78,12 @@ class Starter:
                 draft=plan.draft,
                 elapsed_ms=(monotonic() - started_s) * 1000,
             )
+            generate = self.seal.sealed(generate)
             await self.publisher.publish(generate, topology.generate(plan.pool), persistent=True)
         except Unroutable as error:
+            if plan.pool.startswith(topology.device_name("")):
+                text = f"{plan.pool!r} has no queue: import the definitions that its name is in"
+                raise unavailable(text, "no_drafter") from error
             where = "" if plan.pool == topology.DEFAULT_POOL else f" in pool {plan.pool!r}"
             raise unavailable(f"no drafter is running{where}; try again when one has started", "no_drafter") from error
         except BrokersError as error:

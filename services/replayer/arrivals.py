@@ -7,13 +7,14 @@ round at a place where none was recorded gets the draft of the recorded round ne
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections import Counter
-from collections.abc import Iterable
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.replayer.life import Life, Lives, Round
+from services.replayer.life import Life, Lives, Round, Sent
 from services.replayer.recording import Recording
+from shared import cost
 from shared.messages import Batch, CostModel, Generate, Heartbeat, Status
 
 DEFAULT_HOP_MS = 2.0
@@ -64,6 +65,8 @@ class Arrivals:
     cost_models: list[tuple[float, CostModel]] = field(default_factory=list)
     hop_ms: float = DEFAULT_HOP_MS
     """What passes between sending a batch and its result beside the model, and the wait for another batch."""
+    slowness: dict[str, float] = field(default_factory=dict)
+    """Of each verifier: measured time of its batches / their time by its last cost model."""
     policy: str = ""
     """The policy that was live."""
     end_ms: float = 0.0
@@ -101,6 +104,7 @@ def arrivals(recording: Recording) -> Arrivals:
             found.left_out[visit] += 1
     found.visits.sort(key=lambda visit: (visit.start_ms, visit.generate.session))
     found.hop_ms = _hop_ms(lives.of.values())
+    found.slowness = _slowness(lives.of.values(), {model.verifier: model for _, model in found.cost_models})
     found.policy = policies.most_common(1)[0][0] if policies else ""
     return found
 
@@ -163,6 +167,32 @@ def _right(one: Round, text: list[int], redacted: bool) -> int:
             break
         right += 1
     return right
+
+
+def _slowness(lives: Iterable[Life], models: Mapping[str, CostModel]) -> dict[str, float]:
+    batches: dict[str, list[Sent]] = {}
+    for life in lives:
+        for one in life.rounds.values():
+            for sent in one.jobs:
+                batches.setdefault(sent.batch, []).append(sent)
+    measured_ms: defaultdict[str, float] = defaultdict(float)
+    predicted_ms: defaultdict[str, float] = defaultdict(float)
+    for jobs in batches.values():
+        name, model = jobs[0].verifier, models.get(jobs[0].verifier, cost.FALLBACK)
+        if len(jobs) != len(jobs[0].mates) + 1 or any(sent.result is None for sent in jobs):
+            continue
+        shape = cost.EMPTY
+        took_ms = 0.0
+        for sent in jobs:
+            job, result = sent.job, sent.result
+            if result is not None and result.new_tokens:
+                chunk = job.prefill_to is not None
+                length = job.prefill_to if job.prefill_to is not None else job.base_len + len(job.draft)
+                shape = cost.grow(shape, result.new_tokens, length, 0 if chunk else len(job.draft) + 1)
+                took_ms = max(took_ms, result.verify_ms)
+        measured_ms[name] += took_ms
+        predicted_ms[name] += cost.predict_ms(model, shape)
+    return {name: measured_ms[name] / ms for name, ms in predicted_ms.items() if ms and measured_ms[name]}
 
 
 def _hop_ms(lives: Iterable[Life]) -> float:

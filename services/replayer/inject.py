@@ -17,6 +17,7 @@ from shared import topology
 from shared.broker import Broker
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Cancel, Message, Result
+from shared.settings import TlsSettings
 from shared.store import Request, Store
 from shared.topology import Topology
 
@@ -62,8 +63,9 @@ async def inject(amqp_url: str, redis_url: str, namespace: str, recording: Recor
     async with connected(amqp_url) as connection:
         refuse_live(recording.source, source_of(connection, amqp_url, namespace))
     name = f"inject-{token_hex(3)}"
-    broker = await Broker.connect(amqp_url, Topology(namespace), name)
-    store = Store.connect(redis_url, namespace, TTL_S)
+    tls = TlsSettings().tls
+    broker = await Broker.connect(amqp_url, Topology(namespace), name, tls=tls)
+    store = Store.connect(redis_url, namespace, TTL_S, tls)
     try:
         return await _Injection(name, broker, store, asked, speed).run()
     finally:

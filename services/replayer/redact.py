@@ -13,15 +13,16 @@ R = TypeVar("R", bound=Record)
 
 
 def redacted(message: Message) -> Message:
-    """The message without text, tokens, and what could tell a guess of them from a wrong one."""
+    """The message without text, tokens, what could tell a guess of them from a wrong one, and the session's key."""
     match message:
         case Generate():
             sampling = message.sampling.model_copy(update={"seed": 0})
-            return _with(message, prompt=_blank(message.prompt), stop_ids=_blank(message.stop_ids), sampling=sampling)
+            blank = {"prompt": _blank(message.prompt), "stop_ids": _blank(message.stop_ids)}
+            return _with(message, **blank, sampling=sampling, session_key="")
         case Verify():
-            return _with(message, draft=_blank(message.draft))
+            return _with(message, draft=_blank(message.draft), session_key="")
         case Batch():
-            return _with(message, jobs=[_with(job, draft=_blank(job.draft)) for job in message.jobs])
+            return _with(message, jobs=[_with(job, draft=_blank(job.draft), session_key="") for job in message.jobs])
         case Result():
             return _with(message, tokens=_blank(message.tokens), logits_digest=None)
         case _:

@@ -17,6 +17,7 @@ from aiormq.exceptions import ChannelNotFoundEntity, InvalidFrameError
 from services.replayer.recording import Packed, Recording, RecordingError, Source
 from shared.broker import SENT_HEADER, without_password
 from shared.errors import BrokersError
+from shared.settings import TlsSettings
 from shared.topology import JournalLimits, Topology
 
 REDACTED_HEADER = "x-wisp-redacted"
@@ -35,7 +36,8 @@ async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
     """A connection that is not restored. Raises BrokersError."""
     try:
         async with asyncio.timeout(CONNECT_S):
-            connection = await aio_pika.connect(amqp_url)
+            context = TlsSettings().tls.context() if amqp_url.startswith("amqps:") else None
+            connection = await aio_pika.connect(amqp_url, ssl_context=context)
     except InvalidFrameError as error:
         # All that aiormq says when the broker refuses to open the virtual host.
         vhost = vhost_of(amqp_url)

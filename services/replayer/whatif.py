@@ -1,7 +1,8 @@
 """Recorded arrivals under another batch policy or stop rule, in virtual time. Pure.
 
 The scheduler's dispatcher, the drafter's session and stop rule and the verifier's acceptance are those that run live.
-Verifiers take the time that their last recorded cost model predicts, drafters the time that was recorded. Requests come
+Verifiers take the time that their last recorded cost model predicts, times what all their batches took by it; drafters
+take the time that was recorded. Requests come
 when they came: clients that would have asked sooner, or been refused, are not imagined.
 """
 
@@ -234,7 +235,7 @@ class _Run:
             shape = cost.grow(shape, new, length, 0 if chunk else len(job.draft) + 1)
             verifier.keep(job.session, max(held, length))
             computed.append((job, new))
-        took_ms = cost.predict_ms(verifier.model, shape) * verifier.model.ratio_p50
+        took_ms = cost.predict_ms(verifier.model, shape) * self._slowness(verifier)
         begun_ms = max(self.now_ms + self.arrivals.hop_ms / 2, verifier.free_ms)
         verifier.free_ms = begun_ms + took_ms
 
@@ -244,6 +245,9 @@ class _Run:
                     self._judge(verifier, batch, job, new, took_ms, now_ms)
 
         self._at(verifier.free_ms + self.arrivals.hop_ms / 2, done)
+
+    def _slowness(self, verifier: _Verifier) -> float:
+        return self.arrivals.slowness.get(verifier.heartbeat.verifier, verifier.model.ratio_p50)
 
     def _judge(self, verifier: _Verifier, batch: Batch, job: Job, new: int, took_ms: float, now_ms: float) -> None:
         session = self.sessions[job.session]

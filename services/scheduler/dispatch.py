@@ -277,6 +277,8 @@ def _job(chosen: Chosen, now_ms: float) -> Job:
         draft_ms=verify.draft_ms,
         queue_ms=max(0.0, now_ms - chosen.pending.arrived_ms),
         service_class=verify.service_class,
+        tpot_ms=verify.tpot_ms,
+        session_key=verify.session_key,
         slack_ms=None if chosen.pending.due_ms is None else chosen.pending.due_ms - now_ms,
         reason=chosen.reason,
         hidden_from=verify.hidden_from if chosen.prefill_to is None else None,

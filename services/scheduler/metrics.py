@@ -18,6 +18,9 @@ DECISION_TIME = Histogram(
 BATCH_JOBS = Histogram("wisp_scheduler_batch_jobs", "Rounds in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 TRIMMED = Counter("wisp_scheduler_draft_tokens_trimmed", "Draft tokens that were not worth verifying")
 CHUNKS = Counter("wisp_scheduler_prefill_chunks", "Chunks of prompts sent by themselves")
+ROUNDS_REFUSED = Counter(
+    "wisp_scheduler_rounds_refused", "Rounds that were not taken, by the device that they are from", ["device"]
+)
 PRICE = Gauge("wisp_scheduler_price_ms", "What verifying one more token costs the others, in milliseconds")
 UTILIZATION = Gauge("wisp_scheduler_utilization", "Share of the verifiers' time that is promised to sessions")
 QUEUE_DELAY = Gauge(

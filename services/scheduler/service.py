@@ -8,13 +8,15 @@ from collections.abc import Coroutine
 from typing import Any
 
 from services.scheduler import metrics
+from services.scheduler.devices import Devices
 from services.scheduler.dispatch import Dispatcher
 from services.scheduler.settings import SchedulerSettings
 from shared import logging, topology
 from shared.broker import Broker
-from shared.errors import BrokersError
+from shared.errors import BrokersError, MessageError
 from shared.health import HEALTH
 from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
+from shared.seal import Seal
 from shared.service import running
 from shared.store import Store
 from shared.topology import Topology
@@ -30,13 +32,20 @@ def now_ms() -> float:
 
 async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event) -> None:
     """Run a scheduler until `stop` is set. Rounds that still wait are sent again by their drafters."""
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
-    scheduler = Scheduler(dispatcher, broker)
+    scheduler = Scheduler(dispatcher, broker, settings.seal)
+    devices = None
+    if settings.devices_file is not None:
+        devices = Devices(
+            settings.devices_file, broker, scheduler.take, scheduler.due_ms, settings.seal, settings.device_rounds_per_s
+        )
     try:
         await scheduler.recall(store)
-        await scheduler.run(store, stop, settings.load_ms / 1000)
+        await scheduler.run(store, stop, settings.load_ms / 1000, devices)
     finally:
         await broker.close()
         await store.close()
@@ -45,9 +54,10 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
 class Scheduler:
     """Messages in, batches out."""
 
-    def __init__(self, dispatcher: Dispatcher, broker: Broker) -> None:
+    def __init__(self, dispatcher: Dispatcher, broker: Broker, seal: Seal) -> None:
         self._dispatcher = dispatcher
         self._broker = broker
+        self._seal = seal
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
         self._log = logging.get()
@@ -62,25 +72,45 @@ class Scheduler:
         except BrokersError as error:
             self._log.warning("starting without the stored cost models", error=str(error))
 
-    async def run(self, store: Store, stop: asyncio.Event, load_s: float) -> None:
+    async def run(self, store: Store, stop: asyncio.Event, load_s: float, devices: Devices | None = None) -> None:
         """Serve until `stop`."""
         names = self._broker.topology
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
         await self._broker.consume(names.own_queue("scheduler", self._dispatcher.name, own), self._receive)
-        await self._broker.consume(names.verify_queue(), self._receive)
+        await self._broker.consume(names.verify_queue(), self._receive_round)
+        if devices is not None:
+            await devices.follow()
         HEALTH.watch(self._broker, store)
         self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
-        async with running(stop, self._tell(load_s)):
+        async with running(stop, self._tell(load_s), *([devices.watch()] if devices else [])):
             pass
         if self._timer is not None:
             self._timer.cancel()
 
+    async def _receive_round(self, message: Message) -> None:
+        """What comes by the queue of rounds: nothing else is taken from drafters."""
+        if not isinstance(message, Verify):
+            raise MessageError(f"a {message.type_name} is no round")
+        if not self._seal.fits(message):
+            metrics.ROUNDS_REFUSED.labels("").inc()
+            self._log.warning("round refused: it does not show its session's key", drafter=message.drafter)
+            return
+        self.take(message)
+
+    def due_ms(self, session: str) -> float | None:
+        """When a session's next token is due, by what was seen here."""
+        known = self._dispatcher.fleet.known.get(session)
+        return None if known is None else known.due_ms
+
+    def take(self, message: Verify) -> None:
+        """A round of which all is well."""
+        self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
+        self._dispatcher.on_verify(message, now_ms())
+        self._decide_soon()
+
     async def _receive(self, message: Message) -> None:
         match message:
-            case Verify():
-                self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
-                self._dispatcher.on_verify(message, now_ms())
             case Result():
                 known = self._dispatcher.fleet.known.get(message.session)
                 if message.status is Status.COMMITTED and known is not None:

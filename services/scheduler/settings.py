@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from pathlib import Path
+
+from pydantic import Field, model_validator
 
 from services.scheduler.batching import Limits
 from services.scheduler.dispatch import Rules
 from services.scheduler.policies import Part, PolicyName
-from shared.settings import ServiceSettings
+from shared.settings import SealSettings
 
 
-class SchedulerSettings(ServiceSettings):
+class SchedulerSettings(SealSettings):
     """One scheduler process. Several may run; the broker makes one of them active."""
 
     policy: PolicyName = Field("wisp+", description="which waiting rounds make up the next batch")
@@ -27,7 +29,20 @@ class SchedulerSettings(ServiceSettings):
         50.0, ge=0, description="longest time that the policy sled waits for a batch to fill, in milliseconds"
     )
     max_draft: int = Field(16, ge=0, description="longest draft that drafters are told to send")
+    devices_file: Path | None = Field(
+        None, description="JSON list of the names of devices whose rounds are taken, read again when it changes"
+    )
+    device_rounds_per_s: float = Field(100.0, gt=0, description="most rounds of one device in a second")
     load_ms: int = Field(500, ge=50, description="time between Load messages to drafters and gateways")
+
+    @model_validator(mode="after")
+    def _devices_need_keys(self) -> SchedulerSettings:
+        if self.devices_file is not None and self.session_secret is None:
+            raise ValueError(
+                "devices_file is set, and devices are trusted with nothing but the key of each session: set "
+                "WISP_SESSION_SECRET for gateways, schedulers and verifiers"
+            )
+        return self
 
     @property
     def rules(self) -> Rules:

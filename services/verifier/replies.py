@@ -14,6 +14,7 @@ GONE = Failure(
     code="session_gone",
     message="the session's state is not in Redis any more (expired, or the data was lost); send the request again",
 )
+FORBIDDEN = Failure(code="forbidden", message="the job does not show its session's key")
 CANCELLED = Failure(code="cancelled", message="the session was cancelled")
 
 

@@ -40,6 +40,7 @@ from shared.messages import (
     Status,
 )
 from shared.models.folder import ModelFolder
+from shared.seal import Seal
 from shared.service import running
 from shared.store import Commit, Request, SessionStatus, Store
 from shared.store import Outcome as CommitOutcome
@@ -93,12 +94,15 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     if pace is not None:
         log.warning("batches take longer than they need, as emulated_cost says")
         measured = [pace.slowed(one) for one in measured]
-    broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s)
+    broker = await Broker.connect(
+        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
+    )
+    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     verifier = Verifier(
         *(instance, fingerprint, engine, model_thread, broker, store, settings.heartbeat_ms),
         digests=settings.journal,
         pace=pace,
+        seal=settings.seal,
     )
     try:
         await verifier.run(measured, stop, settings.drain_s)
@@ -123,6 +127,7 @@ class Verifier:
         *,
         digests: bool = False,
         pace: Pace | None = None,
+        seal: Seal | None = None,
     ) -> None:
         """digests: results carry those of their logits, for `wisp replay --verify`."""
         self.instance = instance
@@ -134,6 +139,7 @@ class Verifier:
         self._heartbeat_s = heartbeat_ms / 1000
         self._digests = digests
         self._pace = pace
+        self._seal = seal or Seal(None)
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -242,7 +248,10 @@ class Verifier:
         settled: list[tuple[Job, Failure | None]] = []
         mine = []
         for job in batch.jobs:
-            if job.fingerprint == self.fingerprint:
+            if not self._seal.fits(job):
+                self._log.error("job without its session's key: is WISP_SESSION_SECRET the same?", session=job.session)
+                settled.append((job, replies.FORBIDDEN))
+            elif job.fingerprint == self.fingerprint:
                 mine.append(job)
             else:
                 settled.append((job, replies.wrong_model(job, self.fingerprint)))
@@ -349,8 +358,9 @@ class Verifier:
             self._measured.append(Measurement(shape=shapes[0], measured_ms=verify_ms))
 
     async def _publish(self, job: Job, result: Result) -> None:
-        # One publish; the broker makes the copies. A finished chunk of prefill concerns the scheduler alone.
-        if result.status is Status.PREFILLED:
+        # One publish; the broker makes the copies. The scheduler alone is told of a finished chunk of prefill, and of a
+        # job that nobody may have asked for.
+        if result.status is Status.PREFILLED or result.error == replies.FORBIDDEN:
             await self._broker.publish(result, topology.RESULT_SCHEDULER)
         else:
             others = (topology.result(job.gateway), topology.RESULT_SCHEDULER)

@@ -7,10 +7,10 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from shared.cost import SIZE
-from shared.settings import TargetSettings
+from shared.settings import SealSettings, TargetSettings
 
 
-class VerifierSettings(TargetSettings):
+class VerifierSettings(TargetSettings, SealSettings):
     """One verifier process: one target model on one device."""
 
     device: str = Field("cpu", description="torch device of the target model: cpu, cuda, cuda:1")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pydantic import SecretStr
 from random_draft import random_draft
 
 from services.verifier.service import serve
@@ -36,6 +38,7 @@ from shared.messages import (
 from shared.models.folder import ModelFolder
 from shared.models.prepare import prepare
 from shared.sampling import choose
+from shared.seal import Seal
 from shared.store import Commit, Request, Store
 from shared.topology import Topology
 
@@ -139,6 +142,15 @@ class Peer:
 
 @pytest.fixture
 async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> AsyncIterator[Peer]:
+    async with playing(amqp_url, redis_url, namespace, model) as found:
+        yield found
+
+
+@asynccontextmanager
+async def playing(
+    amqp_url: str, redis_url: str, namespace: str, model: Path, secret: str | None = None
+) -> AsyncIterator[Peer]:
+    """A verifier, and the test in place of the others."""
     broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
     store = Store.connect(redis_url, namespace, 60)
     results: asyncio.Queue[Message] = asyncio.Queue()
@@ -153,7 +165,13 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
     await broker.consume(broker.topology.own_queue("scheduler", "x", (topology.heartbeat("*"),)), heard)
     await broker.consume(broker.topology.sample_queue(), samples.put)
     settings = VerifierSettings(
-        amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, target=model, profile=False, cache_tokens=1024
+        amqp_url=amqp_url,
+        redis_url=redis_url,
+        namespace=namespace,
+        target=model,
+        profile=False,
+        cache_tokens=1024,
+        session_secret=None if secret is None else SecretStr(secret),
     )
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
@@ -163,6 +181,34 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
     await asyncio.wait_for(serving, 30)
     await broker.close()
     await store.close()
+
+
+async def test_a_job_without_its_sessions_key_is_not_computed_and_only_the_scheduler_is_told(
+    amqp_url: str, redis_url: str, namespace: str, model: Path, text: list[int]
+) -> None:
+    seal = Seal("x" * 40)
+    async with playing(amqp_url, redis_url, namespace, model, "x" * 40) as peer:
+        told: asyncio.Queue[Message] = asyncio.Queue()
+        await peer.broker.consume(
+            peer.broker.topology.own_queue("scheduler", "y", (topology.RESULT_SCHEDULER,)), told.put
+        )
+        for session in ("mine", "others"):
+            await peer.open(session)
+        key = seal.key("mine", "g", "default", None)
+        await peer.send(
+            peer.job("others", 4, text[:2], session_key=key),
+            peer.job("others", 4, text[:2]),
+            peer.job("mine", 4, text[:2], session_key=key, tpot_ms=1.0),
+        )
+        for _ in range(3):
+            refused = await asyncio.wait_for(told.get(), 10)
+            assert isinstance(refused, Result)
+            assert refused.error is not None
+            assert (refused.status, refused.error.code, refused.tokens) == (Status.FAILED, "forbidden", [])
+        assert await peer.committed("others") == PROMPT
+        (good,) = await peer.verify(peer.job("mine", 4, text[:2], session_key=key))
+        assert good.tokens == text[:3]
+        assert peer.results.empty(), "nobody else was told of what was refused"
 
 
 async def test_the_right_part_of_a_draft_is_committed_with_the_bonus_token(peer: Peer, text: list[int]) -> None:

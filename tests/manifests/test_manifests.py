@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
+import certifi
 import prometheus_client
 import pytest
 import yaml
@@ -85,6 +86,11 @@ def test_each_service_takes_its_environment(rendered: Rendered, monkeypatch: pyt
             for name, value in rendered.environment(service).items():
                 if value is not None:
                     patch.setenv(name, value)
+            if "WISP_TLS_CA_FILE" in rendered.environment(service):
+                # The addresses come from a Secret, and the file is mounted there.
+                patch.setenv("WISP_AMQP_URL", "amqps://user:password@rabbitmq/")
+                patch.setenv("WISP_REDIS_URL", "rediss://user:password@redis/")
+                patch.setenv("WISP_TLS_CA_FILE", certifi.where())
             settings = settings_of(service)()
         assert settings.metrics_port == 9090
         assert settings.metrics_host == "0.0.0.0"

@@ -8,8 +8,9 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator, Sequence
 from contextlib import suppress
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import httpx
 import pytest
@@ -23,6 +24,9 @@ from services.gateway.admission import Admission
 from services.gateway.app import Gateway, create_app
 from services.gateway.backend import Backend
 from services.gateway.errors import unavailable
+from services.gateway.guard import KeyFile
+from services.gateway.keys import new_key, render
+from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
 from services.gateway.session import Session
@@ -84,6 +88,15 @@ class Loopback:
         pass
 
 
+class NoCounters:
+    """Stands in for the counters in Redis: here no key has limits."""
+
+    async def take(self, *_: object) -> NoReturn:
+        raise AssertionError
+
+    settle = renew = take
+
+
 class App:
     """The application with its stand-ins and a client."""
 
@@ -128,7 +141,19 @@ class App:
             return self.missing
 
         self.asgi = create_app(
-            Gateway(self.settings, MODEL, folder, tokenizer, "f" * 32, self.backend, longest_session, missing, metrics)
+            Gateway(
+                self.settings,
+                MODEL,
+                folder,
+                tokenizer,
+                "f" * 32,
+                self.backend,
+                longest_session,
+                missing,
+                metrics,
+                Ledger(NoCounters(), self.settings.key_limits, metrics),
+                KeyFile(self.settings.api_keys_file) if self.settings.api_keys_file else None,
+            )
         )
         transport = httpx.ASGITransport(self.asgi, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=10)
@@ -613,3 +638,61 @@ def test_the_gateway_loads_no_torch() -> None:
 def test_the_peers_folder_has_one_token_per_byte(folder: ModelFolder) -> None:
     assert len(Tokenizer(folder).encode("a🙂")) == 5
     assert Path(folder.path).name == MODEL
+
+
+@pytest.fixture
+async def guarded(folder: ModelFolder, tmp_path: Path) -> AsyncIterator[tuple[App, str]]:
+    """An application that asks for keys, and a good key."""
+    text, key = new_key("tests", datetime.now(UTC))
+    (tmp_path / "keys.json").write_text(render([key]))
+    app = App(folder, api_keys_file=tmp_path / "keys.json")
+    yield app, text
+    await app.http.aclose()
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/v1/completions", "/metrics", "/nowhere"])
+@pytest.mark.parametrize("header", [None, "Bearer wisp-nonsense", "Basic d2lzcA==", "Bearer ", "bearer \xe9", "Bearer"])
+async def test_without_a_good_key_nothing_is_told(guarded: tuple[App, str], path: str, header: str | None) -> None:
+    app, _ = guarded
+    headers = {} if header is None else {"authorization": header.encode("latin-1")}
+    response = await app.http.post(path, json=HELLO, headers=headers)  # type: ignore[arg-type]
+    error = error_of(response, 401)
+    assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
+    assert response.headers["www-authenticate"] == "Bearer"
+    assert app.loopback.created == []
+
+
+async def test_a_good_key_is_served_and_a_changed_one_is_not(guarded: tuple[App, str]) -> None:
+    app, key = guarded
+    good = {"authorization": f"Bearer {key}"}
+    assert (await app.http.post("/v1/chat/completions", json=HELLO, headers=good)).status_code == 200
+    for wrong in (key[:-1], key + "A", key[:-1] + ("A" if key[-1] != "A" else "B"), key.replace("wisp", "wosp")):
+        answer = await app.http.get("/v1/models", headers={"authorization": f"Bearer {wrong}"})
+        assert error_of(answer, 401)["code"] == "invalid_api_key"
+        assert wrong not in answer.text
+
+
+async def test_probes_need_no_key_and_learn_no_addresses(guarded: tuple[App, str]) -> None:
+    app, key = guarded
+    app.missing = {"redis": "10.1.2.3 does not answer"}
+    assert (await app.http.get("/health")).status_code == 200
+    stranger = await app.http.get("/ready")
+    assert stranger.status_code == 503
+    assert stranger.json()["parts"] == {"redis": "not ok"}
+    holder = await app.http.get("/ready", headers={"authorization": f"Bearer {key}"})
+    assert holder.json()["parts"] == app.missing
+
+
+async def test_prompts_and_outputs_over_the_gateways_limits_are_refused(folder: ModelFolder) -> None:
+    app = App(folder, max_prompt_tokens=40, max_output_tokens=5)
+    short = {"model": MODEL, "prompt": "Hi"}
+    long = await app.http.post("/v1/completions", json=short | {"prompt": "x" * 41, "max_tokens": 5})
+    assert error_of(long, 400)["code"] == "context_length_exceeded"
+    assert "40" in long.json()["error"]["message"]
+    much = await app.http.post("/v1/completions", json=short | {"max_tokens": 6})
+    assert error_of(much, 400)["param"] == "max_tokens"
+    assert (await app.http.post("/v1/completions", json=short | {"max_tokens": 5})).status_code == 200
+    assert (await app.http.post("/v1/completions", json=short)).status_code == 400  # OpenAI's default is 16
+    await app.chat(messages=[{"role": "user", "content": ""}])
+    assert [request.max_tokens for request in app.loopback.created] == [5, 5]
+    await app.http.aclose()

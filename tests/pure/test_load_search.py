@@ -145,9 +145,9 @@ def test_capacity_and_goodput_are_compared_with_centralized_and_sled() -> None:
     assert found["wisp+"]["fails at"] == 16
     columns, rows = goodput_table(results())
     assert columns == ["arm", "goodput", "n", "x centralized", "x sled"]
-    assert rows == [["sled", 500, 4, 5 / 7, 1.0], ["wisp+", 900, 12, 9 / 7, 1.8], ["centralized", 700, 8, 1.0, 1.4]]
+    assert rows == [["sled", 500, 4, 5 / 9, 1.0], ["wisp+", 1300, 12, 13 / 9, 2.6], ["centralized", 900, 8, 1.0, 1.8]]
     ratios = results().ratios()
-    assert ratios["wisp+"]["goodput"] == {"centralized": 9 / 7, "sled": 1.8}
+    assert ratios["wisp+"]["goodput"] == {"centralized": 13 / 9, "sled": 2.6}
     assert ratios["sled"]["capacity 95%"] == {"centralized": 0.5, "sled": 1.0}
 
 

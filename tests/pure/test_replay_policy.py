@@ -141,6 +141,16 @@ def test_what_arrived_is_read_from_a_recording() -> None:
     assert one.draft_at(5) is one.drafts[1], "the one before"
 
 
+def test_a_verifier_is_as_slow_as_it_was() -> None:
+    sent = [*recorded.sent(), (300.0, "costmodel.v1", cost_model())]
+    # Whole batches: s1-1 took 30 ms where the model says 20, s1-2 took 28, and s1-3 of two jobs 35 where it says 25.
+    assert arrivals(recorded.recording(sent)).slowness == {"v1": pytest.approx((30 + 28 + 35) / (20 + 20 + 25))}
+    alone = found(visit("s", None, tokens=1))
+    slow = replace(alone, slowness={"v1": 3.0})
+    times = [what_if(one, rules("fcfs"), Drafting()).ttft_p50_ms or 0.0 for one in (alone, slow)]
+    assert times[1] - times[0] == pytest.approx(40)
+
+
 def test_without_text_only_what_was_verified_counts_as_right() -> None:
     def right(recording: Recording) -> list[int]:
         return [draft.right for draft in arrivals(recording).visits[0].drafts]

@@ -112,7 +112,7 @@ class Campaign:
         for arm in self.plan.arms:
             async with self._started(arm, machine) as stack:
                 if arm.serving == "wisp":
-                    async with observing(stack.brokers.amqp_url, stack.namespace) as observer:
+                    async with observing(stack.brokers.amqp_url, stack.namespace, stack.brokers.tls) as observer:
                         await stack.watch(self._measure_all(arm.name, stack.url, observer, pools=True))
                 else:
                     await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks()))
@@ -140,7 +140,8 @@ class Campaign:
         async with AsyncExitStack() as ends:
             stack = await ends.enter_async_context(Stack("bench-load", **options))
             if devices and stack.brokers.given:
-                ends.push_async_callback(forget, stack.brokers.amqp_url, stack.brokers.redis_url, stack.namespace)
+                own = stack.brokers
+                ends.push_async_callback(forget, own.amqp_url, own.redis_url, stack.namespace, own.tls)
             for device in devices[1:]:
                 with self.progress.step(f"starting the drafter of {device.name}") as step:
                     await stack.start("drafter", env=arm.drafter(device))

@@ -16,6 +16,7 @@ import httpx
 
 from services.bench.load.record import EVENT_END, Record, record_of, refusal_of
 from services.bench.load.requests import Request
+from services.cli.settings import LocalSettings
 from services.drafter.device import Link, Travel
 from shared.errors import WispError
 
@@ -50,7 +51,7 @@ class Client:
         except (httpx.HTTPError, ValueError, LookupError, TypeError) as error:
             raise ServerUnusable(
                 f"{http.base_url}models does not list a model ({error or type(error).__name__}); "
-                "give the base URL of an OpenAI server, ending in /v1"
+                "give the base URL of an OpenAI server, ending in /v1, and its key in WISP_API_KEY"
             ) from error
 
     async def ask(self, request: Request, began_s: float, due_s: float) -> Record:
@@ -104,9 +105,11 @@ class Client:
 
 
 def http_client(url: str) -> httpx.AsyncClient:
-    """Connections to a server, as many as there are requests under way. Use as a context manager."""
+    """Connections to a server, as many as there are requests under way, which show it the key of WISP_API_KEY or
+    OPENAI_API_KEY. Use as a context manager."""
     return httpx.AsyncClient(
         base_url=url.rstrip("/") + "/",
+        headers={"authorization": f"Bearer {LocalSettings().api_key.get_secret_value()}"},
         timeout=httpx.Timeout(SILENCE_S, connect=CONNECT_S),
         limits=httpx.Limits(max_connections=None, max_keepalive_connections=None),
     )

@@ -13,6 +13,7 @@ from secrets import token_hex
 from shared import topology
 from shared.broker import Broker
 from shared.messages import CostModel, Measurement, Message, Sample
+from shared.tls import Tls
 from shared.topology import Topology
 
 
@@ -42,10 +43,10 @@ class Observer:
 
 
 @asynccontextmanager
-async def observing(amqp_url: str, namespace: str) -> AsyncIterator[Observer]:
+async def observing(amqp_url: str, namespace: str, tls: Tls | None = None) -> AsyncIterator[Observer]:
     """An observer of the suite in a namespace. Raises BrokersError."""
     name = f"bench-{token_hex(3)}"
-    broker = await Broker.connect(amqp_url, Topology(namespace), name)
+    broker = await Broker.connect(amqp_url, Topology(namespace), name, tls=tls)
     observer = Observer()
     try:
         queue = broker.topology.own_queue("observer", name, (topology.SAMPLE, topology.costmodel("*")))

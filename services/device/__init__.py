@@ -1,0 +1,1 @@
+"""A device outside the cluster: the API on its loopback, and drafting for what it asks itself."""

@@ -1,0 +1,122 @@
+"""The API on the device: hands requests to the cluster's gateway with the device's key, and answers as they come."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import suppress
+
+import httpx
+from starlette.types import Message, Receive, Scope, Send
+
+from services.gateway.errors import ApiError, unavailable
+from services.gateway.stream import encode
+from shared import logging
+
+PATHS = ("/v1/", "/ready")
+FORWARDED = ("accept", "content-type", "x-request-id")
+FORWARDED_PREFIXES = ("x-slo-", "x-llm-d-", "x-wisp-")
+"""What the gateway reads of a request's headers, beside the key."""
+OF_THE_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
+LONGEST_BODY = 32 << 20
+"""What is over it no gateway takes: each has a limit of its own, which is usually less."""
+
+
+class Relay:
+    """An ASGI application. A client that goes away takes its request back, at the gateway as well."""
+
+    def __init__(self, gateway: httpx.AsyncClient) -> None:
+        """gateway: a client whose base URL is the gateway's, without /v1, and that shows the device's key."""
+        self._gateway = gateway
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] != "http":
+            return
+        begun = events = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun, events
+            if message["type"] == "http.response.start":
+                begun = True
+                events = any(value.startswith(b"text/event-stream") for _, value in message["headers"])
+            await send(message)
+
+        try:
+            if scope["path"] == "/health":
+                await _respond(sending, 200, {"status": "ok"})
+            elif scope["path"].startswith(PATHS):
+                await self._relay(scope, receive, sending)
+            else:
+                raise ApiError(404, f"unknown request: {scope['method']} {scope['path'][:200]}", code="unknown_url")
+        except ApiError as error:
+            if not begun:
+                await _respond(sending, error.status, error.body(), error.headers)
+                return
+            logging.get().warning("answer broken", error=error.message)
+            if events:
+                # What the client reads as an error, and no end that looks like a good one.
+                await send({"type": "http.response.body", "body": b"data: " + encode(error.body()) + b"\n\n"})
+
+    async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
+        body = await _body(receive)
+        if body is None:
+            return
+        work = asyncio.ensure_future(self._forward(scope, body, send))
+        gone = asyncio.ensure_future(_disconnect(receive))
+        try:
+            await asyncio.wait({work, gone}, return_when=asyncio.FIRST_COMPLETED)
+            if work.done():
+                work.result()
+        finally:
+            for task in (work, gone):
+                task.cancel()
+                with suppress(asyncio.CancelledError, ApiError):
+                    await task
+
+    async def _forward(self, scope: Scope, body: bytes, send: Send) -> None:
+        given = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+        headers = {name: value for name, value in given.items() if name in FORWARDED or _is_ours(name)}
+        url = httpx.URL(scope["path"], query=scope["query_string"] or None)
+        try:
+            async with self._gateway.stream(scope["method"], url, headers=headers, content=body) as answer:
+                told = [(name.lower(), value) for name, value in answer.headers.raw]
+                kept = [(name, value) for name, value in told if name not in OF_THE_HOP]
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+                async for part in answer.aiter_raw():
+                    await send({"type": "http.response.body", "body": part, "more_body": True})
+                await send({"type": "http.response.body", "body": b""})
+        except httpx.HTTPError as error:
+            text = f"the cluster's gateway cannot be reached ({error or type(error).__name__})"
+            raise unavailable(text, "gateway_unavailable", retry_after_s=2) from error
+
+
+def _is_ours(name: str) -> bool:
+    # Where the text is drafted is not the client's choice here: the key says so.
+    return name.startswith(FORWARDED_PREFIXES) and name != "x-wisp-pool"
+
+
+async def _body(receive: Receive) -> bytes | None:
+    """The request's body; None if the client went away."""
+    body = bytearray()
+    while True:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            return None
+        body += message.get("body", b"")
+        if len(body) > LONGEST_BODY:
+            raise ApiError(413, f"the request's body is longer than {LONGEST_BODY} bytes", code="request_too_large")
+        if not message.get("more_body"):
+            return bytes(body)
+
+
+async def _disconnect(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+async def _respond(send: Send, status: int, fields: dict[str, object], headers: dict[str, str] | None = None) -> None:
+    body = encode(fields)
+    all_headers = {"content-type": "application/json", "content-length": str(len(body))} | (headers or {})
+    raw = [(name.encode("latin-1"), value.encode("latin-1")) for name, value in all_headers.items()]
+    await send({"type": "http.response.start", "status": status, "headers": raw})
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,51 @@
+"""What a device is configured by."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pydantic import Field, SecretStr, model_validator
+from yarl import URL
+
+from services.drafter.settings import DrafterSettings
+from services.gateway.settings import is_loopback
+from shared.errors import SettingsError
+from shared.settings import NAME_PATTERN
+from shared.tls import Tls
+
+
+class DeviceSettings(DrafterSettings):
+    """A device: where the cluster is, and the drafter's settings. `pool` and `redis_url` are of no use here."""
+
+    device_name: str = Field(pattern=NAME_PATTERN, description="this device's name, as in the schedulers' devices_file")
+    gateway_url: str = Field(description="the cluster's API, as an https:// URL that ends in /v1")
+    api_key: SecretStr = Field(description="this device's API key (wisp keys new NAME --device NAME)")
+    gateway_ca_file: Path | None = Field(
+        None, description="authorities (PEM) that the gateway's certificate is checked against; default: the system's"
+    )
+    host: str = Field("127.0.0.1", description="address of the API on this device: a loopback one")
+    port: int = Field(8000, ge=0, le=65535, description="port of the API on this device; 0 takes a free one")
+
+    @model_validator(mode="after")
+    def _is_safe(self) -> DeviceSettings:
+        if not is_loopback(self.host):
+            raise ValueError(
+                f"host is {self.host!r}, and the API of a device asks for no key: it is for this device alone; stay on "
+                "127.0.0.1"
+            )
+        try:
+            gateway = URL(self.gateway_url)
+        except ValueError as error:
+            raise ValueError(f"gateway_url: {error}") from None
+        if gateway.scheme not in ("http", "https") or not gateway.host or gateway.path.rstrip("/") != "/v1":
+            raise ValueError(f"gateway_url {self.gateway_url!r}: it looks like https://host:port/v1")
+        if gateway.scheme == "http" and not is_loopback(gateway.host):
+            raise ValueError(f"gateway_url {self.gateway_url!r}: the key would be readable on the way; use https://")
+        amqp = URL(self.amqp_url)
+        if amqp.scheme == "amqp" and not is_loopback(amqp.host or ""):
+            raise ValueError("amqp_url: the password and all text would be readable on the way; use amqps://")
+        try:
+            Tls(self.gateway_ca_file).context()
+        except SettingsError as error:
+            raise ValueError(f"gateway's {error}") from None
+        return self

@@ -1,0 +1,78 @@
+"""TLS: from the files that settings name to what the libraries take. Every certificate is checked, and its name."""
+
+from __future__ import annotations
+
+import ssl
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared.errors import SettingsError
+
+
+@dataclass(frozen=True)
+class Tls:
+    """How a client of RabbitMQ and Redis knows the servers, and shows who it is."""
+
+    ca_file: Path | None = None
+    """Authorities that the servers' certificates are checked against; None for the system's."""
+    cert_file: Path | None = None
+    """The client's own certificate, with those between it and its authority; None shows none."""
+    key_file: Path | None = None
+
+    def context(self) -> ssl.SSLContext:
+        """What connections are made with. Raises SettingsError when a file cannot be used."""
+        context: ssl.SSLContext = _using(
+            "tls_ca_file", self.ca_file, lambda: ssl.create_default_context(cafile=self.ca_file)
+        )
+        if self.cert_file is not None:
+            load_chain(context, self.cert_file, self.key_file, "tls")
+        return context
+
+    def redis_options(self, url: str) -> dict[str, Any]:
+        """What `Redis.from_url` takes beside this URL."""
+        if not url.startswith("rediss:"):
+            return {}
+        files = {"ssl_ca_certs": self.ca_file, "ssl_certfile": self.cert_file, "ssl_keyfile": self.key_file}
+        return {"ssl_check_hostname": True} | {name: str(file) for name, file in files.items() if file is not None}
+
+
+def server_context(cert_file: Path, key_file: Path | None, prefix: str) -> ssl.SSLContext:
+    """What a server with this certificate serves with, TLS 1.2 at least. Raises SettingsError."""
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    load_chain(context, cert_file, key_file, prefix)
+    return context
+
+
+def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None, prefix: str) -> None:
+    """Take a certificate and its key, from now on. Raises SettingsError that names `<prefix>_cert_file`."""
+
+    def no_passphrase() -> str:
+        raise SettingsError(f"{prefix}_key_file {key_file or cert_file}: the key has a passphrase; give one without")
+
+    _using(
+        f"{prefix}_cert_file and {prefix}_key_file",
+        cert_file if key_file is None or not cert_file.is_file() else key_file,
+        lambda: context.load_cert_chain(cert_file, key_file, no_passphrase),
+    )
+
+
+def bad_certificate(error: BaseException) -> str | None:
+    """What is wrong with a server's certificate, if that is behind this error."""
+    seen: BaseException | None = error
+    while seen is not None:
+        if isinstance(seen, ssl.SSLCertVerificationError):
+            return seen.verify_message
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _using(name: str, file: Path | None, work: Callable[[], Any]) -> Any:
+    try:
+        return work()
+    except ssl.SSLError as error:
+        reason = (error.reason or str(error)).replace("_", " ").lower()
+        raise SettingsError(f"{name} {file}: no PEM file with what is needed, or not of one pair ({reason})") from None
+    except OSError as error:
+        raise SettingsError(f"{name} {file}: {error.strerror or error}") from None

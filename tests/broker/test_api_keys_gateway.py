@@ -1,0 +1,164 @@
+"""A gateway that asks for keys, used through the official client: who is served, how much, and what it is told."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+from gateway_peer import Script, eventually
+from gateway_suite import MODEL, Start, Suite, chunks_of
+
+from services.gateway.keys import KeyLimits, new_key, render
+
+MESSAGES: Any = [{"role": "user", "content": "Hi"}]
+
+
+class Holder:
+    """Somebody with a key."""
+
+    def __init__(self, name: str, **limits: int) -> None:
+        self.text, self.key = new_key(name, datetime.now(UTC), KeyLimits(**limits))
+
+    def client(self, suite: Suite) -> openai.AsyncOpenAI:
+        return openai.AsyncOpenAI(base_url=f"{suite.url}/v1", api_key=self.text, max_retries=0, timeout=20)
+
+    async def chat(self, suite: Suite, **options: Any) -> Any:
+        async with self.client(suite) as client:
+            return await client.chat.completions.with_raw_response.create(model=MODEL, messages=MESSAGES, **options)
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "keys.json"
+    path.write_text("[]")
+    return path
+
+
+@pytest.fixture
+async def suite(start: Start, file: Path) -> AsyncIterator[Suite]:
+    async with start(api_keys_file=file) as running:
+        yield running
+
+
+def write(file: Path, text: str) -> None:
+    file.write_text(text)
+
+
+async def admit(suite: Suite, file: Path, *holders: Holder) -> None:
+    """Make these the holders of keys, and wait until the gateway knows."""
+    write(file, render([holder.key for holder in holders]))
+    for holder in holders:
+        await becomes(suite, holder, True)
+
+
+async def known(suite: Suite, holder: Holder) -> bool:
+    return (await suite.http.get("/v1/models", headers=bearer(holder))).status_code == 200
+
+
+async def becomes(suite: Suite, holder: Holder, wanted: bool) -> None:
+    async with asyncio.timeout(10):
+        while await known(suite, holder) != wanted:  # noqa: ASYNC110 - the gateway tells nobody when it has read a file
+            await asyncio.sleep(0.05)
+
+
+def bearer(holder: Holder) -> dict[str, str]:
+    return {"authorization": f"Bearer {holder.text}"}
+
+
+async def test_keys_come_and_go_while_the_gateway_runs(suite: Suite, file: Path) -> None:
+    ann, bob = Holder("ann"), Holder("bob")
+
+    with pytest.raises(openai.AuthenticationError) as refused:
+        await ann.chat(suite)
+    assert refused.value.code == "invalid_api_key"
+    assert refused.value.type == "invalid_request_error"
+    await admit(suite, file, ann)
+    suite.peer.script = Script(pause_s=0.4)
+    stream = await ann.client(suite).chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
+    # As Kubernetes does it: the name is a link, and comes to name another file.
+    other = file.with_name("other.json")
+    write(other, render([bob.key]))
+    link = file.with_name("link")
+    link.symlink_to(other)
+    link.replace(file)
+    await becomes(suite, bob, True)
+    assert not await known(suite, ann)
+    assert chunks_of_text(await chunks_of(stream)) == suite.peer.script.text
+    write(other, "rubbish")
+    await asyncio.sleep(2.5)
+    assert await known(suite, bob), "a broken file leaves the keys of before"
+    write(other, "[]")
+    await becomes(suite, bob, False)
+
+
+def chunks_of_text(chunks: list[Any]) -> str:
+    return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
+
+
+async def test_what_is_left_is_told_as_openai_does_and_the_end_of_it_is_a_429(suite: Suite, file: Path) -> None:
+    ann, bob = Holder("ann", requests_per_minute=2, tokens_per_minute=5000), Holder("bob")
+    await admit(suite, file, ann, bob)
+    first = await ann.chat(suite, max_tokens=100)
+    usage = first.parse().usage
+    assert first.headers["x-ratelimit-limit-requests"] == "2"
+    assert first.headers["x-ratelimit-remaining-requests"] == "1"
+    assert first.headers["x-ratelimit-limit-tokens"] == "5000"
+    assert int(first.headers["x-ratelimit-remaining-tokens"]) == 5000 - usage.prompt_tokens - 100
+    assert first.headers["x-ratelimit-reset-requests"] == "30s"
+    second = await ann.chat(suite, max_tokens=100)
+    left = int(second.headers["x-ratelimit-remaining-tokens"])
+    # The first request was charged for what it used at last, and not for what it had asked for.
+    assert 0 <= left - (5000 - usage.total_tokens - usage.prompt_tokens - 100) < 500
+    with pytest.raises(openai.RateLimitError) as refused:
+        await ann.chat(suite)
+    assert (refused.value.code, refused.value.type) == ("rate_limit_exceeded", "requests")
+    assert 1 <= int(refused.value.response.headers["retry-after"]) <= 30
+    assert refused.value.response.headers["x-ratelimit-remaining-requests"] == "0"
+    assert "x-llm-d-request-dropped-reason" not in refused.value.response.headers
+    free = await bob.chat(suite)
+    assert not [name for name in free.headers if name.startswith("x-ratelimit")]
+    text = (await suite.http.get("/metrics", headers=bearer(bob))).text
+    assert 'wisp_requests_limited_total{limit="requests"} 1.0' in text
+
+
+async def test_a_request_too_large_for_a_minute_is_not_tried_again(suite: Suite, file: Path) -> None:
+    ann = Holder("ann", tokens_per_minute=60)
+    await admit(suite, file, ann)
+    async with openai.AsyncOpenAI(base_url=f"{suite.url}/v1", api_key=ann.text, max_retries=3) as client:
+        with pytest.raises(openai.RateLimitError, match="Request too large") as refused:
+            await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=400)
+    assert refused.value.type == "tokens"
+    assert suite.peer.generated == []
+
+
+async def test_a_keys_texts_at_once_are_limited_and_free_again_at_their_end(suite: Suite, file: Path) -> None:
+    ann, bob = Holder("ann", max_sessions=2), Holder("bob")
+    await admit(suite, file, ann, bob)
+    suite.peer.script = Script(ends=False)
+    client = ann.client(suite)
+    streams = [
+        await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=400, stream=True)
+        for _ in range(2)
+    ]
+    with pytest.raises(openai.RateLimitError, match="texts at once: Limit 2"):
+        await ann.chat(suite)
+    suite.peer.script = Script()
+    assert (await bob.chat(suite)).status_code == 200
+    await streams[0].close()
+    await eventually(lambda: bool(suite.peer.cancelled))
+    async with asyncio.timeout(5):
+        while True:
+            try:
+                await ann.chat(suite)
+                break
+            except openai.RateLimitError:
+                await asyncio.sleep(0.05)
+    with pytest.raises(openai.RateLimitError, match="texts at once"):
+        await ann.chat(suite, n=2)
+    await streams[1].close()
+    await client.close()

@@ -1,0 +1,99 @@
+"""A device's own API in front of a gateway that asks for keys: as the gateway's, with the device's key."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import uvicorn
+from gateway_peer import Script, eventually
+from gateway_suite import MODEL, Start, Suite, chunks_of, free_port, text_of
+
+from services.device.relay import Relay
+from services.gateway.keys import new_key, render
+from services.gateway.server import Server
+
+
+@pytest.fixture
+async def suite(start: Start, tmp_path: Path) -> AsyncIterator[tuple[Suite, str]]:
+    text, key = new_key("ann", datetime.now(UTC))
+    file = tmp_path / "keys.json"
+    file.write_text(render([key]))
+    async with start(api_keys_file=file) as running:
+        yield running, text
+
+
+@asynccontextmanager
+async def relayed(url: str, key: str) -> AsyncIterator[str]:
+    """A relay to this gateway; yields its URL."""
+    port = free_port()
+    async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=20) as gateway:
+        server = Server(uvicorn.Config(Relay(gateway), port=port, lifespan="off", log_config=None, ws="none"))
+        serving = asyncio.create_task(server.serve())
+        await eventually(lambda: server.started)
+        try:
+            yield f"http://127.0.0.1:{port}"
+        finally:
+            server.should_exit = True
+            await serving
+
+
+async def test_a_client_without_a_key_is_served_as_by_the_gateway(suite: tuple[Suite, str]) -> None:
+    running, key = suite
+    async with (
+        relayed(running.url, key) as url,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+    ):
+        assert [model.id for model in (await client.models.list()).data] == [MODEL]
+        script = running.peer.script = Script(pause_s=0.02)
+        stream = await client.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], stream=True
+        )
+        assert text_of(await chunks_of(stream)) == script.text
+        whole = await client.chat.completions.with_raw_response.create(
+            model=MODEL, messages=[{"role": "user", "content": "Hi"}], seed=7, extra_headers={"x-slo-tpot-ms": "900"}
+        )
+        assert whole.headers["x-wisp-seed"] == "7"
+        assert whole.parse().choices[0].message.content == script.text
+        slo = running.peer.generated[-1].slo
+        assert slo is not None
+        assert slo.tpot_ms == 900
+        with pytest.raises(openai.BadRequestError) as wrong:
+            await client.chat.completions.create(model=MODEL, messages=[], max_tokens=-1)
+        assert wrong.value.type == "invalid_request_error"
+        with pytest.raises(openai.NotFoundError):
+            await client.chat.completions.create(model="other", messages=[{"role": "user", "content": "Hi"}])
+        async with httpx.AsyncClient(base_url=url) as http:
+            assert (await http.get("/health")).json() == {"status": "ok"}
+            assert (await http.get("/ready")).json()["parts"]["redis"] == "ok"
+            assert (await http.get("/metrics")).status_code == 404
+
+
+@pytest.mark.parametrize("stream", [True, False])
+async def test_a_client_that_goes_away_takes_its_request_back_in_the_cluster(
+    suite: tuple[Suite, str], stream: bool
+) -> None:
+    running, key = suite
+    running.peer.script = Script(ends=False)
+    asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
+    async with relayed(running.url, key) as url, httpx.AsyncClient(base_url=url) as http:
+        asking = asyncio.create_task(http.post("/v1/chat/completions", json=asked))
+        await eventually(lambda: bool(running.peer.generated))
+        asking.cancel()
+        await eventually(lambda: bool(running.peer.cancelled))
+
+
+async def test_a_gateway_that_is_away_or_refuses_the_key_is_said_so(suite: tuple[Suite, str]) -> None:
+    running, _ = suite
+    async with relayed(running.url, "wrong") as url, httpx.AsyncClient(base_url=url) as http:
+        assert (await http.get("/v1/models")).json()["error"]["code"] == "invalid_api_key"
+    async with relayed(f"http://127.0.0.1:{free_port()}", "x") as url, httpx.AsyncClient(base_url=url) as http:
+        answer = await http.get("/v1/models")
+    assert (answer.status_code, answer.json()["error"]["code"]) == (503, "gateway_unavailable")
+    assert answer.headers["retry-after"] == "2"

@@ -1,0 +1,92 @@
+"""What a device's messages may bring about: nothing at others' cost."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scheduler.gate import HIDDEN_ROWS, LONGEST_DRAFT, Bucket, Gate, Refused
+from shared.messages import Cancel, Verify
+from shared.seal import Seal
+
+SEAL = Seal("x" * 32)
+
+
+def round_(**fields: object) -> Verify:
+    session, gateway = str(fields.get("session", "s")), "g"
+    tpot_ms = fields.get("tpot_ms")
+    assert tpot_ms is None or isinstance(tpot_ms, float)
+    base = {
+        "session": session,
+        "round": 0,
+        "base_len": 100,
+        "draft": [1, 2],
+        "acceptance": [0.5, 0.5],
+        "drafter": "device.ann",
+        "gateway": gateway,
+        "fingerprint": "f",
+        "session_key": SEAL.key(session, gateway, "default", tpot_ms),
+    }
+    return Verify.model_validate(base | fields)
+
+
+@pytest.fixture
+def gate() -> Gate:
+    return Gate("ann", SEAL, rounds_per_s=10)
+
+
+def test_an_honest_round_passes_as_it_is(gate: Gate) -> None:
+    honest = round_(tpot_ms=50.0, slack_ms=400.0, hidden_from=90)
+    assert gate.check(honest, due_ms=1400.0, now_ms=1000.0) == honest
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        (Cancel(session="s", reason="r"), "a Cancel is no round"),
+        (round_(drafter="device.bob"), "would go to device.bob"),
+        (round_(drafter="gateway-1"), "would go to gateway-1"),
+        (round_(session_key=""), "session's key"),
+        (round_(session_key=SEAL.key("other", "g", "default", None)), "session's key"),
+        (round_(service_class="priority"), "session's key"),
+        (round_(draft=[1] * (LONGEST_DRAFT + 1)), "65 tokens"),
+    ],
+)
+def test_what_it_has_no_right_to_is_refused(gate: Gate, message: Verify, reason: str) -> None:
+    with pytest.raises(Refused, match=reason):
+        gate.check(message, None, 0.0)
+
+
+def test_a_device_is_not_late_by_saying_so(gate: Gate) -> None:
+    liar = round_(tpot_ms=50.0, slack_ms=-1e9)
+    assert gate.check(liar, due_ms=None, now_ms=1000.0).slack_ms == 0.0
+    assert gate.check(liar, due_ms=1300.0, now_ms=1000.0).slack_ms == 300.0
+    assert gate.check(liar, due_ms=900.0, now_ms=1000.0).slack_ms == -100.0
+    unpromised = round_(slack_ms=-1e9)
+    assert gate.check(unpromised, None, 0.0).slack_ms is None
+
+
+def test_hidden_states_are_given_as_far_as_they_are_needed(gate: Gate) -> None:
+    greedy = round_(base_len=8000, hidden_from=0)
+    answered = [gate.check(greedy, None, 0.0).hidden_from for _ in range(5)]
+    assert answered.count(0) == HIDDEN_ROWS // 8003
+    assert answered[-1] is None
+    assert gate.check(greedy, None, 20_000.0).hidden_from == 0
+    assert gate.check(round_(), None, 0.0).hidden_from is None
+
+
+def test_rounds_wait_when_they_are_too_many(gate: Gate) -> None:
+    assert [gate.wait_ms(0.0) for _ in range(10)] == [0.0] * 10
+    assert [gate.wait_ms(0.0) for _ in range(2)] == pytest.approx([100.0, 200.0])
+    assert gate.wait_ms(1300.0) == 0.0
+
+
+@given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 500)), max_size=60))
+def test_a_bucket_gives_no_more_than_its_rate_and_what_it_held(asked: list[tuple[float, float]]) -> None:
+    bucket, now_ms, given_out = Bucket(per_s=20, most=30), 0.0, 0.0
+    for amount, pause_ms in asked:
+        now_ms += pause_ms
+        if bucket.take(amount, now_ms):
+            given_out += amount
+        assert given_out <= 30 + 20 * now_ms / 1000 + 1e-6

@@ -1,0 +1,97 @@
+"""Settings of TLS: what cannot work is said at the start, and no password with it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import ValidationError
+from secured import Authority
+
+from services.cli.settings import BrokerAddresses
+from services.gateway.settings import GatewaySettings
+from shared.settings import ServiceSettings, problems_of
+
+SECURE = {"amqp_url": "amqps://ann:hidden@rabbit:5671/", "redis_url": "rediss://:hidden@redis:6380/0"}
+
+
+def problem(kind: type[Any], **fields: object) -> str:
+    with pytest.raises(ValidationError) as refused:
+        kind.model_validate(fields)
+    text = "\n".join(problems_of(refused.value))
+    assert "hidden" not in text
+    return text
+
+
+@pytest.fixture
+def authority(tmp_path: Path) -> Authority:
+    return Authority(tmp_path)
+
+
+def test_what_is_no_address_of_a_broker_is_refused_without_its_password() -> None:
+    assert "amqp_url must begin with amqp:// or amqps://" in problem(
+        ServiceSettings, amqp_url="http://ann:hidden@rabbit/"
+    )
+    assert "redis_url must begin with redis://" in problem(ServiceSettings, redis_url="ann:hidden@redis")
+    assert "names no host" in problem(ServiceSettings, amqp_url="amqps://")
+    assert "amqp_url: " in problem(ServiceSettings, amqp_url="amqp://ann:hidden@rabbit:port/")
+    assert ServiceSettings(redis_url="unix:///run/redis.sock").redis_url == "unix:///run/redis.sock"
+    assert "must begin with" in problem(BrokerAddresses, amqp_url="rabbit:5672")
+
+
+@pytest.mark.parametrize("option", ["no_verify_ssl=1", "cafile=/x", "ssl_cert_reqs=none"])
+def test_certificates_are_not_switched_off_in_an_address(option: str) -> None:
+    for name, url in SECURE.items():
+        assert "say it with WISP_TLS_CA_FILE" in problem(ServiceSettings, **{name: f"{url}?{option}"})
+
+
+def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("rabbit")
+    _, other = authority.issue("other")
+    rubbish = tmp_path / "rubbish"
+    rubbish.write_text("rubbish")
+    absent = tmp_path / "absent"
+    assert f"tls_ca_file {absent}: No such file" in problem(ServiceSettings, **SECURE, tls_ca_file=absent)
+    assert f"tls_ca_file {rubbish}: no PEM file" in problem(ServiceSettings, **SECURE, tls_ca_file=rubbish)
+    assert "not the certificate that it belongs to" in problem(ServiceSettings, **SECURE, tls_key_file=key)
+    wrong_pair = problem(ServiceSettings, **SECURE, tls_cert_file=cert, tls_key_file=other)
+    assert "tls_cert_file and tls_key_file" in wrong_pair
+    assert "not of one pair" in wrong_pair
+    assert str(absent) in problem(ServiceSettings, **SECURE, tls_cert_file=cert, tls_key_file=absent)
+    assert str(absent) in problem(ServiceSettings, **SECURE, tls_cert_file=absent, tls_key_file=key)
+    good = ServiceSettings(**SECURE, tls_ca_file=authority.file, tls_cert_file=cert, tls_key_file=key)  # type: ignore[arg-type]
+    assert good.tls.redis_options(good.redis_url)["ssl_ca_certs"] == str(authority.file)
+    assert good.tls.redis_options("redis://redis:6379") == {}
+
+
+def test_certificates_beside_addresses_without_tls_are_a_mistake(authority: Authority) -> None:
+    assert "nothing uses TLS" in problem(ServiceSettings, tls_ca_file=authority.file)
+    only_one = {"amqp_url": SECURE["amqp_url"], "tls_ca_file": authority.file}
+    assert ServiceSettings.model_validate(only_one).tls.ca_file == authority.file
+
+
+def test_the_gateways_certificate_is_tried_at_the_start(authority: Authority, tmp_path: Path) -> None:
+    cert, key = authority.issue("gateway")
+    assert "https_key_file is set, but not its certificate" in problem(GatewaySettings, https_key_file=key)
+    assert f"{tmp_path / 'absent'}: No such file" in problem(GatewaySettings, https_cert_file=tmp_path / "absent")
+    assert "https_cert_file and https_key_file" in problem(GatewaySettings, https_cert_file=cert)
+    together = tmp_path / "both.pem"
+    together.write_bytes(key.read_bytes() + cert.read_bytes())
+    assert GatewaySettings.model_validate({"https_cert_file": together}).https_key_file is None
+
+
+def test_a_key_with_a_passphrase_does_not_make_a_service_wait_for_one(authority: Authority, tmp_path: Path) -> None:
+    from cryptography.hazmat.primitives import serialization
+
+    cert, key = authority.issue("gateway")
+    private = serialization.load_pem_private_key(key.read_bytes(), None)
+    locked = tmp_path / "locked.key"
+    locked.write_bytes(
+        private.private_bytes(
+            serialization.Encoding.PEM,
+            serialization.PrivateFormat.PKCS8,
+            serialization.BestAvailableEncryption(b"secret"),
+        )
+    )
+    assert "the key has a passphrase" in problem(GatewaySettings, https_cert_file=cert, https_key_file=locked)

@@ -1,0 +1,203 @@
+"""The whole suite with each service under its own user at a real RabbitMQ, and what these users may not do."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import aio_pika
+import httpx
+import pytest
+from aio_pika.abc import AbstractChannel
+from aiormq.exceptions import ChannelAccessRefused
+from asking import Case, Client
+from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
+
+from services.cli.brokers import Brokers
+from services.cli.private import Server
+from services.cli.settings import BrokerAddresses
+from services.cli.stack import Stack
+from services.cli.top import once_seen
+from services.cli.top_where import Where
+from services.replayer.stream import read
+from shared import topology
+from shared.access import definitions, user_of
+from shared.broker import Broker
+from shared.errors import BrokersError
+from shared.topology import ROLES, JournalLimits, Topology
+
+NAMES = Topology("least")
+JOURNAL = JournalLimits(20_000_000, 3600)
+PASSWORDS = {user_of(NAMES, service): f"{service}-password" for service in ROLES}
+
+
+@dataclass
+class Set:
+    """A RabbitMQ with the definitions, and the services' addresses."""
+
+    server: Server
+    urls: dict[str, str]
+
+
+@pytest.fixture(scope="module")
+async def broker(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Set]:
+    folder = tmp_path_factory.mktemp("least")
+    async with own_rabbitmq(folder) as server:
+        made = definitions(NAMES, PASSWORDS, journal=JOURNAL)
+        await import_definitions(server, folder / "definitions.json", made)
+        await import_definitions(server, folder / "definitions.json", made)  # again: as after an upgrade
+        urls = {service: url_of(server, user, PASSWORDS[user]) for service, user in USERS.items()}
+        yield Set(server, urls)
+
+
+USERS = {service: user_of(NAMES, service) for service in ROLES}
+
+
+async def test_the_whole_suite_works_with_each_service_under_its_own_user(
+    broker: Set, redis_url: str, target_folder: Path, cases: list[Case], tmp_path: Path
+) -> None:
+    given = BrokerAddresses(amqp_url=broker.server.url, redis_url=redis_url)
+    async with (
+        Brokers(tmp_path, addresses=given) as brokers,
+        Stack(
+            "least",
+            brokers=brokers,
+            namespace=NAMES.namespace,
+            target=target_folder,
+            schedulers=2,
+            verifiers=2,
+            env={"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false", "WISP_JOURNAL": "true"},
+            env_of={service: {"WISP_AMQP_URL": url} for service, url in broker.urls.items()},
+        ) as stack,
+        httpx.AsyncClient(timeout=120) as http,
+    ):
+        client = Client(http, stack)
+        for draft in ("hidden", "lookup", "none"):
+            answers = await client.ask_all(cases[:4], draft)
+            assert answers == [case.tokens for case in cases[:4]]
+        # A client that goes away: its Cancel reaches everybody.
+        body = client.body(cases[0], "none") | {"stream": True, "max_tokens": 300, "ignore_eos": True}
+        async with http.stream("POST", f"{stack.url}/completions", json=body) as stream:
+            assert await anext(stream.aiter_lines())
+        await once_seen(Where(broker.urls["top"], NAMES.namespace), _silent(), 1.5, as_json=True)
+        logs = "".join(path.read_text() for path in stack.folder.glob("*.log"))
+        users = await rabbitmqctl(broker.server, "list_connections", "user", "name")
+    for trace in ("ACCESS_REFUSED", "access refused", "dead letter lost", "dead-lettered"):
+        assert trace.lower() not in logs.lower()
+    assert all(user in users for service, user in USERS.items() if service != "top")
+    dead = await rabbitmqctl(broker.server, "list_queues", "--silent", "name", "messages")
+    assert f"{NAMES.dead}\t0" in dead
+    recording = await read(broker.server.url, NAMES.namespace)
+    recorded = {entry.message.type_name for entry in recording.entries()}
+    assert recorded >= {"Generate", "Verify", "Batch", "Result", "Cancel", "Load"}
+    log = (broker.server.processes[0].log.parent / "rabbitmq.log").read_text()
+    refused = [line for line in log.splitlines() if "refused for user" in line]
+    # Each service tries once whether it may declare the exchange and the shared queues that it serves.
+    assert refused
+    assert [line for line in refused if not re.search(r"operation (exchange|queue)\.declare", line)] == []
+
+
+def _silent() -> object:
+    from io import StringIO
+
+    from rich.console import Console
+
+    return Console(file=StringIO())
+
+
+Act = Callable[[AbstractChannel], Awaitable[object]]
+
+
+def publishing(exchange: str, key: str) -> Act:
+    async def act(channel: AbstractChannel) -> None:
+        target = await channel.get_exchange(exchange) if exchange else channel.default_exchange
+        await target.publish(aio_pika.Message(b"x"), key, mandatory=False)
+
+    return act
+
+
+def listening(service: str, key: str) -> Act:
+    async def act(channel: AbstractChannel) -> None:
+        own = await channel.declare_queue(f"{NAMES.namespace}.{service}.spy", exclusive=True)
+        await own.bind(NAMES.exchange, key)
+
+    return act
+
+
+def reading(queue: str) -> Act:
+    async def act(channel: AbstractChannel) -> None:
+        found = await channel.get_queue(queue)
+        await found.get(fail=False)
+
+    return act
+
+
+def declaring(queue: str) -> Act:
+    return lambda channel: channel.declare_queue(queue, exclusive=True)
+
+
+def deleting(queue: str) -> Act:
+    return lambda channel: channel.queue_delete(queue)
+
+
+N = NAMES.namespace
+FORBIDDEN: list[tuple[str, Act]] = [
+    # Nobody but its owner decides: batches come from schedulers, results from verifiers, requests from gateways.
+    ("drafter", publishing(N, topology.batch("v"))),
+    ("drafter", publishing(N, topology.result("gateway-1"))),
+    ("drafter", publishing(N, topology.generate())),
+    ("drafter", publishing(N, topology.CANCEL)),
+    ("drafter", publishing(N, topology.heartbeat("v"))),
+    ("gateway", publishing(N, topology.VERIFY)),
+    ("gateway", publishing(N, topology.batch("v"))),
+    ("verifier", publishing(N, topology.batch("v"))),
+    ("verifier", publishing(N, topology.LOAD)),
+    ("scheduler", publishing(N, topology.result("gateway-1"))),
+    ("estimator", publishing(N, topology.VERIFY)),
+    ("top", publishing(N, topology.CANCEL)),
+    ("top", publishing(N, topology.VERIFY)),
+    # Past the exchange, straight into a queue.
+    ("drafter", publishing("", f"{N}.verifier.v")),
+    ("gateway", publishing("", NAMES.verify_queue().name)),
+    # Nobody reads what is for others.
+    ("drafter", listening("drafter", topology.batch("*"))),
+    ("drafter", listening("drafter", "#")),
+    ("gateway", listening("gateway", topology.VERIFY)),
+    ("gateway", listening("gateway", topology.generate("*"))),
+    ("estimator", listening("estimator", topology.result("*"))),
+    ("top", listening("top", topology.result("gateway-1"))),
+    ("gateway", reading(NAMES.generate_queue().name)),
+    ("drafter", reading(NAMES.verify_queue().name)),
+    ("verifier", reading(NAMES.generate_queue().name)),
+    ("scheduler", reading(NAMES.dead)),
+    # Nobody takes another's place, or anything away.
+    ("drafter", declaring(f"{N}.verifier.v1")),
+    ("gateway", declaring(f"{N}.drafter.d1")),
+    ("verifier", declaring("elsewhere")),
+    ("scheduler", deleting(NAMES.verify_queue().name)),
+    ("drafter", deleting(NAMES.generate_queue().name)),
+]
+
+
+@pytest.mark.parametrize(("service", "act"), FORBIDDEN, ids=range(len(FORBIDDEN)))
+async def test_what_a_service_has_no_business_with_is_refused(broker: Set, service: str, act: Act) -> None:
+    async with await aio_pika.connect(broker.urls[service]) as connection:
+        channel = await connection.channel()
+        async with asyncio.timeout(10):
+            with pytest.raises(ChannelAccessRefused):
+                await act(channel)
+
+
+async def test_a_broker_without_the_definitions_says_what_is_missing(broker: Set) -> None:
+    with pytest.raises(BrokersError, match="import what `wisp broker definitions` prints"):
+        await Broker.connect(broker.urls["drafter"], Topology("elsewhere"), "x")
+    drafter = await Broker.connect(broker.urls["drafter"], NAMES, "x")
+    with pytest.raises(BrokersError, match="import what `wisp broker definitions` prints"):
+        await drafter.consume(NAMES.generate_queue("unknown"), _nothing, prefetch=1)
+    await drafter.close()
+
+
+async def _nothing(_message: object) -> None: ...
