@@ -43,14 +43,14 @@ class Health:
         self.stopping = False
 
     def watch(self, broker: Broker | None, store: Store | None) -> None:
-        """From now on ready means that these answer. Call it when everything is consumed. A device has no store."""
+        """From now on ready means that these answer; some processes have only one. Call it when all is consumed."""
         self._broker, self._store = broker, store
 
     async def ready(self) -> dict[str, str]:
         """What keeps the process from its work, by part; empty when nothing does."""
         if self.stopping:
             return {"process": "shutting down"}
-        if self._store is None and self._broker is None:
+        if self._broker is None and self._store is None:
             return {"process": "starting"}
         checks: dict[str, Awaitable[None]] = {}
         if self._broker is not None:

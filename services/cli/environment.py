@@ -10,7 +10,6 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from shared.errors import WispError
-from shared.settings import SECRET as SECRET_SETTINGS
 from shared.settings import ServiceSettings
 
 OWN = {
@@ -22,7 +21,7 @@ OWN = {
     "drainorder": "DrainOrderSettings",
 }
 """The settings classes of the services that are deployed."""
-SECRET = frozenset({"amqp_url", "redis_url"}) | SECRET_SETTINGS
+SECRET = frozenset({"amqp_url", "redis_url", "session_secret"})
 """What is given by reference to a secret, never in a file like this."""
 WIDTH = 118
 

@@ -8,11 +8,11 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-import certifi
 import prometheus_client
 import pytest
 import yaml
 from kustomized import ROOT, TOOLS, Manifest, Rendered, tool
+from secured import Authority
 
 from services.cli.environment import OWN, SECRET, environment, settings_of, variable
 from services.gateway.server import CLOSING_S
@@ -80,17 +80,20 @@ def test_each_service_finds_exactly_its_settings(rendered: Rendered) -> None:
         assert missing == set(), f"{service} is not told these"
 
 
-def test_each_service_takes_its_environment(rendered: Rendered, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_service_takes_its_environment(
+    rendered: Rendered, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     for service in rendered.services():
         with monkeypatch.context() as patch:
-            for name, value in rendered.environment(service).items():
+            found = rendered.environment(service)
+            for name, value in found.items():
                 if value is not None:
                     patch.setenv(name, value)
-            if "WISP_TLS_CA_FILE" in rendered.environment(service):
-                # The addresses come from a Secret, and the file is mounted there.
-                patch.setenv("WISP_AMQP_URL", "amqps://user:password@rabbitmq/")
-                patch.setenv("WISP_REDIS_URL", "rediss://user:password@redis/")
-                patch.setenv("WISP_TLS_CA_FILE", certifi.where())
+            if "WISP_TLS_CA_FILE" in found:
+                # What the pod gets from Secrets.
+                patch.setenv("WISP_TLS_CA_FILE", str(Authority(tmp_path).file))
+                patch.setenv("WISP_AMQP_URL", "amqps://rabbitmq/")
+                patch.setenv("WISP_REDIS_URL", "rediss://redis/")
             settings = settings_of(service)()
         assert settings.metrics_port == 9090
         assert settings.metrics_host == "0.0.0.0"
