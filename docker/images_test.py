@@ -218,7 +218,7 @@ def test_the_health_check_proves_the_consumer(compose: Compose) -> None:
 
 
 def test_the_demo_runs_against_the_stack(compose: Compose) -> None:
-    shown = compose("--profile", "demo", "run", "--rm", "demo")
+    shown = compose("--profile", "demo", "run", "--rm", "-T", "demo")
     assert shown.count("identical to plain decoding: yes") == 1, shown[-2000:]
 
 
@@ -292,7 +292,8 @@ def played(podman: Podman, images: dict[str, str], tmp_path: Path) -> Iterator[t
         for broker in ("rabbitmq", "redis"):
             start_stateful(podman, rendered, broker, name, images["brokers"], tmp_path)
         for secret in secrets.values():
-            podman("secret", "create", secret["metadata"]["name"], "-", input=yaml.dump(secret))
+            # As this podman keeps them: the data alone, in JSON.
+            podman("secret", "create", secret["metadata"]["name"], "-", input=json.dumps(secret["data"]))
             made.append(secret["metadata"]["name"])
         kept = [*rendered.of("ConfigMap").values(), *rendered.of("Deployment").values()]
         for manifest in rendered.of("Deployment").values():

@@ -15,6 +15,7 @@ from shared.errors import WispError
 if TYPE_CHECKING:
     from openai import AsyncOpenAI
 
+MAX_RETRIES = 10
 QUESTIONS = (
     Question(
         "Chat, greedy",
@@ -49,7 +50,8 @@ async def demo(url: str, console: Console, rounds: bool = False, key: str | None
     from openai import APIError
 
     try:
-        return await _demo(client_at(url, key), console, rounds)
+        # A gateway under load says when to ask again.
+        return await _demo(client_at(url, key).with_options(max_retries=MAX_RETRIES), console, rounds)
     except APIError as error:
         raise WispError(f"{url}: {error}. The gateway's /ready says what is missing.") from error
 
