@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -14,6 +14,7 @@ import uvloop
 from shared import health, logging
 from shared.errors import WispError
 from shared.settings import ServiceSettings, load
+from shared.tasks import cancel
 
 S = TypeVar("S", bound=ServiceSettings)
 CANCEL_AGAIN_S = 2.0
@@ -72,16 +73,5 @@ async def running(stop: asyncio.Event, *loops: Coroutine[Any, Any, None]) -> Asy
                 task.result()
         yield
     finally:
-        await _cancelled([*tasks, stopped])
-
-
-async def _cancelled(tasks: Sequence[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and wait for their end, whatever it is."""
-    pending = set(tasks)
-    while pending:
-        # Until Python 3.12, a cancellation is lost that meets the end of what `asyncio.wait_for` waits for, as each
-        # message that is published does. A loop would then go on, and the process would never end.
-        for task in pending:
-            task.cancel()
-        _, pending = await asyncio.wait(pending, timeout=CANCEL_AGAIN_S)
-    await asyncio.gather(*tasks, return_exceptions=True)
+        await cancel([*tasks, stopped], CANCEL_AGAIN_S)
+        await asyncio.gather(*tasks, stopped, return_exceptions=True)
