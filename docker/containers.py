@@ -12,13 +12,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pip._internal.models.index import PyPI
 
 ROOT = Path(__file__).resolve().parents[1]
 STATE = ROOT / ".wisp/images"
 PACKAGES = ["podman", "buildah", "runc", "debootstrap", "netavark", "aardvark-dns", "iptables", "iproute2", "catatonit"]
 BASE = "localhost/wisp-base:bookworm"
 BROKERS = "localhost/wisp-test-brokers:0.1.0"
-PYPI = "https://pypi.org/simple"
 CONTAINERS_CONF = """\
 [containers]
 log_driver = "k8s-file"
@@ -146,7 +146,7 @@ def build(podman: Podman) -> dict[str, str]:
     settings = {"BASE": base, "BUILD_OPTIONS": " ".join(options)}
     if "TORCH_CPU_INDEX" not in os.environ:
         # A machine that reaches no other index may have the wheel beside it.
-        settings["TORCH_CPU_INDEX"] = PYPI
+        settings["TORCH_CPU_INDEX"] = PyPI.simple_url
     podman.run(["docker/build.sh", "services", "cpu"], env=settings)
     podman.run(
         [

@@ -14,8 +14,10 @@ import uvloop
 from shared import health, logging
 from shared.errors import WispError
 from shared.settings import ServiceSettings, load
+from shared.tasks import cancel
 
 S = TypeVar("S", bound=ServiceSettings)
+CANCEL_AGAIN_S = 2.0
 
 
 def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
@@ -71,6 +73,5 @@ async def running(stop: asyncio.Event, *loops: Coroutine[Any, Any, None]) -> Asy
                 task.result()
         yield
     finally:
-        for task in [*tasks, stopped]:
-            task.cancel()
+        await cancel([*tasks, stopped], CANCEL_AGAIN_S)
         await asyncio.gather(*tasks, stopped, return_exceptions=True)

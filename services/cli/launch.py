@@ -55,13 +55,13 @@ class Launch:
         if service in ("verifier", "baseline"):
             defaults["WISP_THREADS"] = str(max(1, cores() // max(1, self.verifiers)))
         fixed = {
-            "WISP_AMQP_URL": self.amqp_url,
-            "WISP_REDIS_URL": self.redis_url,
             "WISP_NAMESPACE": self.namespace,
             "WISP_INSTANCE": name,
             "WISP_TARGET": str(self.target),
             "WISP_LOG_FORMAT": "json",
         }
+        if service != "baseline":
+            fixed |= {"WISP_AMQP_URL": self.amqp_url, "WISP_REDIS_URL": self.redis_url}
         if service in API_SERVICES:
             fixed |= {"WISP_HOST": self.host, "WISP_PORT": str(self.port)}
         if service == "baseline":

@@ -23,6 +23,7 @@ from services.gateway.stream import Fields, Reply, Text, Usage
 from shared import logging
 from shared.messages import Finish
 from shared.store import Session as Stored
+from shared.tasks import cancel
 
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
@@ -194,10 +195,7 @@ class Answer(Response):
 
 async def _stop(task: asyncio.Future[None]) -> None:
     """Cancel a task and wait for its end."""
-    # Until Python 3.12, a cancellation is lost that meets the end of what `asyncio.wait_for` waits for.
-    while not task.done():
-        task.cancel()
-        await asyncio.wait({task}, timeout=CANCEL_AGAIN_S)
+    await cancel([task], CANCEL_AGAIN_S)
     with suppress(asyncio.CancelledError, ApiError):
         await task
 
