@@ -108,7 +108,7 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
     store = Store.connect(redis_url, namespace, 60)
     one = Peer(broker, store, settings)
     keys = (topology.heartbeat("*"), topology.result("d"))
-    await broker.consume(broker.topology.own_queue("scheduler", "x", keys), one.hear)
+    await broker.consume(broker.topology.own_queue("test", "x", keys), one.hear)
     request = Request(
         session="s",
         gateway="g",

@@ -123,7 +123,7 @@ async def zombie(amqp_url: str, redis_url: str, namespace: str, model: Path) -> 
     )
     it = Zombie(process, broker, store, ModelFolder(model).fingerprint("bfloat16"))
     keys = (topology.heartbeat("*"), topology.result("d"), topology.RESULT_SCHEDULER)
-    await broker.consume(broker.topology.own_queue("scheduler", "x", keys), it.hear)
+    await broker.consume(broker.topology.own_queue("test", "x", keys), it.hear)
     reading = asyncio.create_task(it.read_log())
     try:
         await eventually(lambda: bool(it.leases), within_s=60)
