@@ -31,13 +31,24 @@ DEFAULT_CLASS = "default"
 LONGEST_DRAFT = 1024
 """What is longer comes from no drafter of ours."""
 
-Count = Annotated[int, Field(ge=0)]
+MOST = 2**53
+"""Of anything that is counted. With it and the limits of times, nothing computed from a message is ever infinite."""
+SHORTEST_MS, LONGEST_MS = 1e-9, 1e9
+"""Times that can be promised: up to eleven days."""
+FARTHEST_MS = 1e20
+"""How far from now a deadline may be: that of the last of 2**31 tokens is nearer."""
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Length = Annotated[int, Field(ge=1, le=MOST)]
 Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Promised = Annotated[float, Field(ge=SHORTEST_MS, le=LONGEST_MS)]
+Slack = Annotated[float, Field(ge=-FARTHEST_MS, le=FARTHEST_MS)]
 SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
 SessionKey = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]*$")]
 """What shows that a session was given to whom says so; empty where none is asked for. See `shared.seal`."""
+Ratio = Annotated[float, Field(gt=0, le=MOST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
@@ -69,8 +80,8 @@ class Sampling(Record):
 class Slo(Record):
     """A promise of speed: time to first token, and mean time per output token after it, in milliseconds."""
 
-    ttft_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
-    tpot_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)]
+    ttft_ms: Promised
+    tpot_ms: Promised
 
 
 class DraftChoice(StrEnum):
@@ -125,7 +136,7 @@ class Generate(Message):
     prompt: Annotated[list[TokenId], Field(min_length=1)]
     sampling: Sampling
     stop_ids: list[TokenId]
-    max_tokens: Annotated[int, Field(ge=1)]
+    max_tokens: Length
     fingerprint: str
     vocab_fingerprint: str
     slo: Slo | None = None
@@ -141,16 +152,16 @@ class Verify(Message):
 
     session: Name
     round: Count
-    base_len: Annotated[int, Field(ge=1)]
+    base_len: Length
     draft: Annotated[list[TokenId], Field(max_length=LONGEST_DRAFT)]
     acceptance: Annotated[list[Probability], Field(max_length=LONGEST_DRAFT)]
     """Predicted probability of each draft token, given that those before it are accepted."""
     drafter: Name
     gateway: Name
     fingerprint: str
-    slack_ms: SignedMilliseconds | None = None
+    slack_ms: Slack | None = None
     """Time left until the session's next token is due; negative when late, None without an SLO."""
-    tpot_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    tpot_ms: Promised | None = None
     """Time per output token that the session was promised; None without an SLO."""
     service_class: Name = DEFAULT_CLASS
     draft_ms: Milliseconds = 0.0
@@ -166,7 +177,7 @@ class Job(Record):
 
     session: Name
     round: Count
-    base_len: Annotated[int, Field(ge=1)]
+    base_len: Length
     draft: list[TokenId]
     """The draft, already trimmed to what is to be verified."""
     drafted: Count
@@ -180,7 +191,7 @@ class Job(Record):
     queue_ms: Milliseconds = 0.0
     """Time since the scheduler received the round."""
     service_class: Name = DEFAULT_CLASS
-    tpot_ms: Annotated[float | None, Field(gt=0, allow_inf_nan=False)] = None
+    tpot_ms: Promised | None = None
     session_key: SessionKey = ""
     slack_ms: SignedMilliseconds | None = None
     """What was left of the round's slack when the batch was made."""
@@ -233,7 +244,7 @@ class Result(Message):
 
     session: Name
     round: Count
-    base_len: Annotated[int, Field(ge=1)]
+    base_len: Length
     status: Annotated[Status, Field(strict=False)]
     verifier: Name
     batch: Name
@@ -309,7 +320,7 @@ class Measurement(Record):
     """What one batch took in the model."""
 
     shape: BatchShape
-    measured_ms: Milliseconds
+    measured_ms: Annotated[Milliseconds, Field(le=LONGEST_MS)]
 
 
 class Sample(Message):
@@ -328,13 +339,13 @@ class CostModel(Message):
     """estimator → scheduler, gateway: the verification time model of one verifier. See `shared.cost`."""
 
     verifier: Name
-    coefficients: Annotated[list[Annotated[float, Field(ge=0, allow_inf_nan=False)]], Field(min_length=5, max_length=7)]
+    coefficients: Annotated[list[Annotated[float, Field(ge=0, le=FARTHEST_MS)]], Field(min_length=5, max_length=7)]
     """Milliseconds per batch, job, later new token, million new × context, million context, row of logits, first new
     token. A model of the first five only prices all new tokens alike, and no rows."""
-    ratio_p50: Annotated[float, Field(gt=0)]
+    ratio_p50: Ratio
     """Median, 90th and 99th percentile of measured / predicted time."""
-    ratio_p90: Annotated[float, Field(gt=0)]
-    ratio_p99: Annotated[float, Field(gt=0)]
+    ratio_p90: Ratio
+    ratio_p99: Ratio
     samples: Count
     version: Count
 

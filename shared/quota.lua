@@ -1,10 +1,11 @@
 -- What the holder of a key may use: two buckets that fill up within a minute, and leases of running sessions.
 --
 -- KEYS: bucket hash, sorted set of sessions by the time at which their lease ends
--- ARGV: requests per minute, tokens per minute, most sessions (0 each: no limit), tokens, lease in ms, 'take' or 'settle',
---       session names
+-- ARGV: requests per minute, tokens per minute, most sessions (0 each: no limit), tokens, lease in ms, 'take', 'join' or
+--       'settle', session names
 -- take: all of it or nothing; tokens are taken in advance. Returns {'' or what refuses it, requests left, tokens left,
 --       ms until it would be granted, ms until requests are full again, ms until tokens are}
+-- join: as take, of a request that was taken before: only its sessions may be too many.
 -- settle: gives tokens back (a negative number takes more, down to a debt) and ends the sessions' leases.
 local MINUTE = 60000
 local per_request, per_token, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
@@ -41,8 +42,14 @@ end
 
 redis.call('ZREMRANGEBYSCORE', KEYS[2], '-inf', now)
 local refused, wait = '', 0
-if most > 0 and redis.call('ZCARD', KEYS[2]) + #ARGV - 6 > most then
+local sessions = redis.call('ZCARD', KEYS[2])
+for i = 7, #ARGV do
+  if not redis.call('ZSCORE', KEYS[2], ARGV[i]) then sessions = sessions + 1 end
+end
+if most > 0 and sessions > most then
   refused = 'sessions'
+elseif act == 'join' then
+  tokens = 0
 elseif per_token > 0 and tokens > per_token then
   refused = 'size'
 else
@@ -55,7 +62,7 @@ else
   end
 end
 if refused == '' then
-  requests_left, tokens_left = requests_left - 1, tokens_left - tokens
+  requests_left, tokens_left = requests_left - (act == 'take' and 1 or 0), tokens_left - tokens
   keep()
   for i = 7, #ARGV do
     redis.call('ZADD', KEYS[2], now + lease, ARGV[i])

@@ -70,8 +70,11 @@ class Quota:
 
     async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
         """Take one request, `tokens`, and a lease for each session; all of it or nothing."""
-        refused, *counts = await self._run(key, allowance, tokens, "take", sessions)
-        return Verdict(Limited(refused.decode()) if refused else None, *counts)
+        return await self._ask(key, allowance, tokens, "take", sessions)
+
+    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> Verdict:
+        """Take a lease for each session of a request that was taken before; all of them or none."""
+        return await self._ask(key, allowance, 0, "join", sessions)
 
     async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
         """The sessions have ended: give back tokens that were taken and not used. Negative: more were used."""
@@ -86,6 +89,12 @@ class Quota:
                 pipe.zadd(self._streams(key), dict.fromkeys(sessions, ends_ms))
                 pipe.pexpire(self._streams(key), LEASE_MS)
             await self._guard(pipe.execute())
+
+    async def _ask(
+        self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]
+    ) -> Verdict:
+        refused, *counts = await self._run(key, allowance, tokens, act, sessions)
+        return Verdict(Limited(refused.decode()) if refused else None, *counts)
 
     async def _run(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> list[Any]:
         limits = (allowance.requests_per_minute, allowance.tokens_per_minute, allowance.max_sessions)

@@ -11,19 +11,17 @@ from typing import Annotated
 
 from pydantic import BaseModel, Field, model_validator
 
-from shared.messages import Slo
+from shared.messages import Promised, Slo
 
 BATCHES_PER_ROUND = 1.5
 """Batches that a round lasts: half of the one that runs when it comes, on average, and its own."""
-
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 
 
 class Promise(BaseModel):
     """The fields by which a promise of speed is written in settings and files: both of its times, or none of them."""
 
-    ttft_ms: Positive | None = None
-    tpot_ms: Positive | None = None
+    ttft_ms: Promised | None = None
+    tpot_ms: Promised | None = None
 
     @model_validator(mode="after")
     def _whole(self) -> Promise:

@@ -61,6 +61,9 @@ CONNECTIONS = 32
 CONNECTION_S = 30.0
 """A burst of calls waits for one of so many connections, for so long; more of them would not make Redis faster."""
 
+FIELDS = ("request", "status", "length", "round", "finish", "start_ms", "first_ms", "left_at")
+"""What is read of a session, in this order."""
+
 # A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
 _RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
 
@@ -113,6 +116,8 @@ class Session:
     """Time since the request arrived, by Redis's own clock."""
     first_ms: float | None = None
     """Time from there to the first commit."""
+    left_at: int | None = None
+    """Its length when a gateway left it to others last; None if none has."""
 
 
 @dataclass(frozen=True)
@@ -233,9 +238,7 @@ class Store:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
             for session in sessions:
-                pipe.hmget(
-                    self._session(session), "request", "status", "length", "round", "finish", "start_ms", "first_ms"
-                )
+                pipe.hmget(self._session(session), *FIELDS)
                 pipe.get(self._tokens(session))
             (seconds, microseconds), *answers = await self._guard(pipe.execute())
         now_ms = seconds * 1000 + microseconds / 1000
@@ -311,11 +314,12 @@ class Store:
         """From now on this gateway collects the session's text, and no other may cancel it; False if it is gone."""
         return await self._hand_over(session, None, gateway)
 
-    async def leave(self, session: str, gateway: str) -> None:
-        """This gateway collects the session no more; if no other does in its patience, it is cancelled."""
-        await self._hand_over(session, gateway, "")
+    async def leave(self, session: str, gateway: str, length: int) -> None:
+        """This gateway, which knows so many of its tokens, collects the session no more; if no other does in its
+        patience, it is cancelled."""
+        await self._hand_over(session, gateway, "", {"left_at": length})
 
-    async def _hand_over(self, session: str, of: str | None, to: str) -> bool:
+    async def _hand_over(self, session: str, of: str | None, to: str, more: Mapping[str, int] | None = None) -> bool:
         key = self._session(session)
         there = False
 
@@ -325,7 +329,7 @@ class Store:
             there = collector is not None
             pipe.multi()
             if there and (of is None or collector.decode() == of):
-                pipe.hset(key, "gateway", to)
+                pipe.hset(key, mapping={"gateway": to, **(more or {})})
 
         await self._guard(self._redis.transaction(flip, key))
         return there
@@ -459,7 +463,7 @@ def _finish(value: bytes | None) -> Finish | None:
 
 
 def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) -> Session | None:
-    request, status, length, round_, finish, start_ms, first_ms = fields
+    request, status, length, round_, finish, start_ms, first_ms, left_at = fields
     if request is None or status is None or length is None or round_ is None or start_ms is None or tokens is None:
         return None
     committed = unpack(tokens)
@@ -472,5 +476,12 @@ def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) ->
     elapsed_ms = max(0.0, now_ms - float(start_ms))
     first_after_ms = None if first_ms is None else max(0.0, float(first_ms) - float(start_ms))
     return Session(
-        parsed, SessionStatus(status.decode()), committed, int(round_), _finish(finish), elapsed_ms, first_after_ms
+        parsed,
+        SessionStatus(status.decode()),
+        committed,
+        int(round_),
+        _finish(finish),
+        elapsed_ms,
+        first_after_ms,
+        None if left_at is None else int(left_at),
     )

@@ -85,7 +85,7 @@ class EngineClient:
         """Nothing: the Cancel says it."""
         return True
 
-    async def leave(self, session: str, gateway: str) -> None:
+    async def leave(self, session: str, gateway: str, length: int) -> None:
         """End the session: no other gateway could collect it."""
         await self.publish(Cancel(session=session, reason="abort"), topology.CANCEL)
 

@@ -53,6 +53,16 @@ class Order:
     states: Sequence[Stored] = ()
     """The sessions as Redis holds them, where the client goes on with their texts."""
 
+    @property
+    def charged(self) -> int:
+        """Tokens of it that were charged before. A gateway that died has charged what was asked for, and one that left
+        the sessions to others what it knew of."""
+        if not self.states:
+            return 0
+        lengths = [len(state.tokens) if state.left_at is None else state.left_at for state in self.states]
+        made = sum(lengths) - sum(state.request.prompt_len for state in self.states)
+        return self.prompt_tokens + made
+
 
 class Answer(Response):
     """The response to a generation request.
@@ -84,7 +94,9 @@ class Answer(Response):
 
     async def _send(self, send: Send) -> None:
         order = self._order
-        async with self._ledger.charge(order.key, [plan.session for plan in order.plans], order.reserved) as charge:
+        sessions = [plan.session for plan in order.plans]
+        resumed = order.place is not None
+        async with self._ledger.charge(order.key, sessions, order.reserved, resumed=resumed) as charge:
             order.headers.update(charge.headers)
             if order.place is None:
                 running = self._backend.run(order.plans, order.started_s)
@@ -97,7 +109,7 @@ class Answer(Response):
                     else:
                         await self._whole(run, send)
                 finally:
-                    charge.used = self._usage(run).total
+                    charge.used = self._usage(run).total - order.charged
 
     async def _whole(self, run: Run, send: Send) -> None:
         texts = [""] * len(run.lives)

@@ -316,7 +316,7 @@ class Backend:
         elif session.finish is None and fate is Fate.CANCEL:
             self._spawn(self._cancel(live.plan.session, reason))
         elif session.finish is None and fate is Fate.LEAVE:
-            self._spawn(self._leave(live.plan.session))
+            self._spawn(self._leave(live.plan.session, session.length))
 
     async def _tell_end(
         self, plan: Plan, reason: str, tokens: int = 0, outcome: Outcome = NOTHING, code: str = ""
@@ -344,9 +344,9 @@ class Backend:
             self._log.warning("session not marked as cancelled", session=session, error=str(error))
         await self._publisher.publish(Cancel(session=session, reason=reason), topology.CANCEL)
 
-    async def _leave(self, session: str) -> None:
+    async def _leave(self, session: str, length: int) -> None:
         try:
-            await self._store.leave(session, self._instance)
+            await self._store.leave(session, self._instance, length)
         except BrokersError as error:
             self._log.warning("session not left to other gateways", session=session, error=str(error))
 

@@ -31,6 +31,9 @@ class Counters(Protocol):
     async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
         """See there."""
 
+    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> Verdict:
+        """See there."""
+
     async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
         """See there."""
 
@@ -59,9 +62,12 @@ class Ledger:
         self._tasks: set[asyncio.Task[None]] = set()
 
     @asynccontextmanager
-    async def charge(self, key: ApiKey | None, sessions: Sequence[str], tokens: int) -> AsyncIterator[Charge]:
+    async def charge(
+        self, key: ApiKey | None, sessions: Sequence[str], tokens: int, *, resumed: bool = False
+    ) -> AsyncIterator[Charge]:
         """Charge a request for its sessions and tokens while the context lasts; None is charged nothing.
 
+        resumed: it counts as a request already, and is charged only for its sessions, and at the end for what it used.
         Raises ApiError: 429 when a limit is reached, 503 when Redis is away.
         """
         allowance = Allowance() if key is None else self._allowance(key)
@@ -70,7 +76,10 @@ class Ledger:
             yield Charge()
             return
         try:
-            verdict = await counters.take(key.id, allowance, tokens, sessions)
+            if resumed:
+                verdict = await counters.join(key.id, allowance, sessions)
+            else:
+                verdict = await counters.take(key.id, allowance, tokens, sessions)
         except BrokersError as error:
             raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
         headers = headers_of(allowance, verdict)

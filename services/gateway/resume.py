@@ -58,8 +58,8 @@ class Kept(Record):
 
 
 async def resume(gateway: Gateway, place: Place, holder: ApiKey | None) -> Answer:
-    """The rest of the answer that the client has up to `place`, for the holder of the key that asked for it, which has
-    been charged for it already.
+    """The rest of the answer that the client has up to `place`, for the holder of the key that asked for it, which is
+    charged for the tokens that come from now on.
 
     Raises ApiError: 404 when its state is gone, 503 when Redis or RabbitMQ are away or this gateway shuts down.
     """
@@ -96,6 +96,7 @@ async def resume(gateway: Gateway, place: Place, holder: ApiKey | None) -> Answe
         trace=kept.trace,
         started_s=started_s,
         headers={"x-wisp-seed": str(kept.seed)},
+        key=holder,
         place=place,
         states=found,
     )

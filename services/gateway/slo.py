@@ -10,7 +10,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from services.gateway.errors import invalid
-from shared.messages import DEFAULT_CLASS, Slo
+from shared.messages import DEFAULT_CLASS, LONGEST_MS, SHORTEST_MS, Slo
 from shared.slo import Promise
 
 TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
@@ -60,8 +60,9 @@ def _milliseconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float |
             value = math.nan if "_" in text else float(text)
         except ValueError:
             value = math.nan
-        if not 0 < value < math.inf:
-            raise invalid(f"header {name} must be a positive number of milliseconds, not {text[:60]!r}", param=name)
+        if not SHORTEST_MS <= value <= LONGEST_MS:
+            limits = f"{SHORTEST_MS:g} to {LONGEST_MS:.0f}"
+            raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {text[:60]!r}", param=name)
         return value
     return None
 

@@ -50,7 +50,7 @@ class SessionStore(Protocol):
     async def cancel(self, session: str, gateway: str = "") -> bool:
         """See there."""
 
-    async def leave(self, session: str, gateway: str) -> None:
+    async def leave(self, session: str, gateway: str, length: int) -> None:
         """See there."""
 
     async def kept(self, session: str) -> bytes | None:

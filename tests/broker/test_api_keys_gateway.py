@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from pathlib import Path
@@ -134,6 +135,37 @@ async def test_a_request_too_large_for_a_minute_is_not_tried_again(suite: Suite,
             await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=400)
     assert refused.value.type == "tokens"
     assert suite.peer.generated == []
+
+
+async def test_a_stream_is_gone_on_with_by_its_holder_alone_and_charged_once(suite: Suite, file: Path) -> None:
+    ann, bob = Holder("ann", requests_per_minute=2, tokens_per_minute=10_000, max_sessions=1), Holder("bob")
+    await admit(suite, file, ann, bob)
+    suite.peer.script = Script(text="word " * 40, round_len=2, pause_s=0.05)
+    asked = {"model": MODEL, "prompt": "x", "max_tokens": 500, "stream": True, "wisp": {"resumable": True}}
+    asked |= {"stream_options": {"include_usage": True}}
+    lines: list[str] = []
+    async with suite.http.stream("POST", "/v1/completions", json=asked, headers=bearer(ann)) as response:
+        async for line in response.aiter_lines():
+            lines.append(line)
+            if len(lines) > 20:
+                break
+    last_id = [line for line in lines if line.startswith("id: ")][-1].removeprefix("id: ")
+    again = {"last-event-id": last_id}
+    await asyncio.sleep(0.5)  # it goes on while nobody has it
+    stranger = await suite.http.post("/v1/completions", json=asked, headers=bearer(bob) | again)
+    assert (stranger.status_code, stranger.json()["error"]["code"]) == (404, "stream_gone")
+    rest = await suite.http.post("/v1/completions", json=asked, headers=bearer(ann) | again)
+    assert rest.status_code == 200
+    assert rest.headers["x-ratelimit-remaining-requests"] == "1"
+    usage = [json.loads(line[6:]) for line in rest.text.split("\n") if line.startswith("data: {")][-1]["usage"]
+    before = int(rest.headers["x-ratelimit-remaining-tokens"])
+    assert 10_000 - usage["total_tokens"] < before
+    await asyncio.sleep(0.3)  # what was used is settled beside the answer
+    last = await ann.chat(suite, max_tokens=100)
+    left = int(last.headers["x-ratelimit-remaining-tokens"])
+    spent = 10_000 - (left + last.parse().usage.prompt_tokens + 100)
+    # Tokens come back while this is going on, some 167 a second.
+    assert usage["total_tokens"] - 600 < spent <= usage["total_tokens"]
 
 
 async def test_a_keys_texts_at_once_are_limited_and_free_again_at_their_end(suite: Suite, file: Path) -> None:

@@ -85,6 +85,16 @@ async def test_sessions_count_until_they_end_or_their_gateway_dies(
     assert (await counters.take("k", allowance, 9, ["e"])).refused is None
 
 
+async def test_who_goes_on_with_a_request_takes_no_other_one(counters: Quota) -> None:
+    allowance = Allowance(requests_per_minute=1, tokens_per_minute=1000, max_sessions=2)
+    assert (await counters.take("k", allowance, 1000, ["a", "b"])).refused is None
+    again = await counters.join("k", allowance, ["a", "b"])
+    assert (again.refused, again.requests_left) == (None, 0)
+    assert (await counters.join("k", allowance, ["a", "c"])).refused is Limited.SESSIONS
+    await counters.settle("k", allowance, -500, ["a", "b"])
+    assert (await counters.join("k", allowance, ["c"])).tokens_left < -400
+
+
 async def test_a_limit_that_is_set_later_begins_full(counters: Quota) -> None:
     await counters.take("k", Allowance(requests_per_minute=5), 1000, ["a"])
     assert (await counters.take("k", Allowance(5, tokens_per_minute=1000), 1000, ["b"])).refused is None

@@ -229,11 +229,11 @@ async def test_a_session_that_no_living_gateway_collects_is_cancelled_when_its_p
     await store.create(request("collected"), PROMPT, patience_ms=50)
     await store.create(request("endless"), PROMPT)
     assert await store.collect("collected", "h")
-    await store.leave("collected", "g")  # which does not have it any more
+    await store.leave("collected", "g", 4)  # which does not have it any more
     for gateway in ("h", "i"):
         await store.attend(gateway)
     assert await store.collect("left", "i")
-    await store.leave("left", "i")
+    await store.leave("left", "i", 4)
     names = ("alone", "left", "collected", "endless")
     first = await store.commit("v", [commit(0, 3, [8], session=name) for name in names])
     assert {answer.outcome for answer in first} == {Outcome.COMMITTED}

@@ -97,7 +97,7 @@ class Loopback:
     async def cancel(self, session: str, gateway: str = "") -> bool:
         return True
 
-    async def leave(self, session: str, gateway: str) -> None:
+    async def leave(self, session: str, gateway: str, length: int) -> None:
         pass
 
     async def kept(self, session: str) -> bytes | None:

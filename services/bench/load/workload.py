@@ -21,9 +21,9 @@ from services.bench.load.requests import Request
 from services.training.prompts import RAW_KIND, corpus
 from shared.errors import SettingsError
 from shared.settings import NAME_PATTERN
-from shared.slo import Positive, Promise
+from shared.slo import Promise
 
-Weight = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
@@ -32,7 +32,7 @@ class _Part(BaseModel):
 
 
 class _Weighted(_Part):
-    weight: Weight = 1.0
+    weight: Positive = 1.0
 
 
 class Constant(_Weighted):

@@ -1,0 +1,142 @@
+"""Messages at the limits of what is taken for one: the scheduler decides and tells, and nothing it says is infinite."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import get_args
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scheduler.batching import Limits
+from services.scheduler.dispatch import Dispatcher, Rules
+from services.scheduler.policies import PolicyName
+from shared.errors import MessageError
+from shared.messages import (
+    FARTHEST_MS,
+    LONGEST_MS,
+    MOST,
+    SHORTEST_MS,
+    CostModel,
+    Heartbeat,
+    Residency,
+    Result,
+    Slo,
+    Status,
+    Verify,
+    decode,
+    encode,
+)
+
+SESSIONS = st.sampled_from(["a", "b", "c"])
+COUNTS = st.sampled_from([0, 1, 300, MOST])
+LENGTHS = st.sampled_from([1, 9, 300, MOST])
+TIMES = st.sampled_from([0.0, 5e-324, 1.0, 1e9, 1.7e308])
+PROMISES = st.sampled_from([None, SHORTEST_MS, 50.0, LONGEST_MS])
+SLACKS = st.sampled_from([None, -FARTHEST_MS, -1.0, 0.0, 50.0, FARTHEST_MS])
+PRICES = st.sampled_from([0.0, 5e-324, 1.0, FARTHEST_MS])
+RATIOS = st.sampled_from([5e-324, 1.0, float(MOST)])
+
+ROUNDS = st.builds(
+    Verify,
+    session=SESSIONS,
+    round=COUNTS,
+    base_len=LENGTHS,
+    draft=st.just([1, 2, 3]),
+    acceptance=st.just([0.0, 1.0, 0.5]),
+    drafter=st.just("d"),
+    gateway=st.just("g"),
+    fingerprint=st.just("f"),
+    slack_ms=SLACKS,
+    tpot_ms=PROMISES,
+    draft_ms=TIMES,
+    attempt=COUNTS,
+)
+RESULTS = st.builds(
+    Result,
+    session=SESSIONS,
+    round=COUNTS,
+    base_len=LENGTHS,
+    status=st.sampled_from([Status.COMMITTED, Status.PREFILLED]),
+    verifier=st.just("v"),
+    batch=st.just("s-1"),
+    tokens=st.just([1, 2]),
+    cached=COUNTS,
+    new_tokens=COUNTS,
+    verify_ms=TIMES,
+)
+BEATS = st.builds(
+    Heartbeat,
+    verifier=st.sampled_from(["v", "w"]),
+    fingerprint=st.just("f"),
+    max_len=COUNTS,
+    free_tokens=COUNTS,
+    total_tokens=COUNTS,
+    residency=st.lists(st.builds(Residency, session=SESSIONS, cached=COUNTS), max_size=3),
+)
+MODELS = st.builds(
+    CostModel,
+    verifier=st.sampled_from(["v", "w"]),
+    coefficients=st.lists(PRICES, min_size=5, max_size=7),
+    ratio_p50=RATIOS,
+    ratio_p90=RATIOS,
+    ratio_p99=RATIOS,
+    samples=COUNTS,
+    version=COUNTS,
+)
+
+
+@given(
+    policy=st.sampled_from(get_args(PolicyName)),
+    messages=st.lists(st.one_of(BEATS, MODELS, ROUNDS, RESULTS), max_size=25),
+)
+def test_extreme_messages_end_no_scheduler(policy: PolicyName, messages: list[object]) -> None:
+    scheduler = Dispatcher("s", Rules(policy, Limits(max_batch_ms=400.0, max_batch_tokens=2048)))
+    clock = count(1000, 100)
+    for message in messages:
+        match message:
+            case Heartbeat():
+                scheduler.on_heartbeat(message, float(next(clock)))
+            case CostModel():
+                scheduler.on_cost_model(message, float(next(clock)))
+            case Verify():
+                scheduler.on_verify(message, float(next(clock)))
+            case Result():
+                scheduler.on_result(message, float(next(clock)))
+        sends, wake_ms = scheduler.dispatch(float(next(clock)))
+        for _, batch in sends:
+            decode(encode(batch))
+        decode(encode(scheduler.load(float(next(clock)))))
+        assert wake_ms is None or wake_ms == wake_ms
+
+
+@pytest.mark.parametrize(
+    ("message", "field", "value"),
+    [
+        (Verify, "base_len", MOST + 1),
+        (Verify, "tpot_ms", 1e308),
+        (Verify, "slack_ms", -1e300),
+        (CostModel, "ratio_p99", float("inf")),
+        (CostModel, "coefficients", [1e300] * 5),
+        (Heartbeat, "free_tokens", 2**63),
+    ],
+)
+def test_what_is_beyond_the_limits_is_no_message(message: type, field: str, value: object) -> None:
+    whole = {
+        Verify: Verify(
+            session="s", round=0, base_len=3, draft=[], acceptance=[], drafter="d", gateway="g", fingerprint="f"
+        ),
+        CostModel: CostModel(
+            verifier="v", coefficients=[1.0] * 5, ratio_p50=1.0, ratio_p90=1.0, ratio_p99=1.0, samples=0, version=0
+        ),
+        Heartbeat: Heartbeat(verifier="v", fingerprint="f", max_len=9, free_tokens=9, total_tokens=9),
+    }[message]
+    with pytest.raises(MessageError, match=field):
+        decode(encode(whole.model_copy(update={field: value})))
+
+
+def test_a_promise_has_sensible_limits() -> None:
+    Slo(ttft_ms=SHORTEST_MS, tpot_ms=LONGEST_MS)
+    with pytest.raises(ValueError, match="tpot_ms"):
+        Slo(ttft_ms=1.0, tpot_ms=1e308)
