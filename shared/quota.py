@@ -90,9 +90,7 @@ class Quota:
                 pipe.pexpire(self._streams(key), LEASE_MS)
             await self._guard(pipe.execute())
 
-    async def _ask(
-        self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]
-    ) -> Verdict:
+    async def _ask(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> Verdict:
         refused, *counts = await self._run(key, allowance, tokens, act, sessions)
         return Verdict(Limited(refused.decode()) if refused else None, *counts)
 
