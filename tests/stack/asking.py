@@ -57,6 +57,11 @@ class Traffic:
         return {result.verifier for result in self.results if result.tokens}
 
     @property
+    def schedulers(self) -> set[str]:
+        """Schedulers that have made batches with results."""
+        return {result.batch.rpartition("-")[0] for result in self.results}
+
+    @property
     def drafters(self) -> set[str]:
         """Drafters that have sent rounds."""
         return {round_.drafter for round_ in self.rounds}

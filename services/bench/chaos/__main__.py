@@ -7,6 +7,7 @@ left behind.
 
 from __future__ import annotations
 
+import logging
 import os
 import secrets
 import shlex
@@ -52,6 +53,8 @@ def main(
     """Run a schedule of faults; exit status 1 if anything was lost or wrong."""
     with errors_shown(), ExitStack() as resources:
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        for library in ("aio_pika", "aiormq"):  # they tell of every connection that breaks here, as all of them do
+            logging.getLogger(library).setLevel(logging.CRITICAL)
         seed = secrets.randbelow(10**6) if seed is None else seed
         console = terminal()
         console.print(f"seed {seed}", highlight=False)

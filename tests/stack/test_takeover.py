@@ -1,0 +1,183 @@
+"""A scheduler that freezes, and a drafter whose network drops everything: another one takes over, and whoever comes back
+does no harm. With a tiny model."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+import shutil
+import signal
+import subprocess
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from secrets import token_hex
+from urllib.parse import urlsplit, urlunsplit
+
+import pytest
+from asking import Traffic, progressed, watching
+
+from services.bench.chaos.client import Client, Verdict
+from services.bench.chaos.reference import References
+from services.bench.chaos.requests import Manner, Request, load
+from services.bench.delay import Relay
+from services.bench.tiny import tiny_model
+from services.cli.brokers import Brokers
+from services.cli.stack import Stack
+
+TOKENS = 120
+HEARTBEAT_S = 1
+"""RabbitMQ gives up who is silent for two of these."""
+
+
+@dataclass
+class Suite:
+    """A stack, what passes in it, and somebody who asks."""
+
+    stack: Stack
+    seen: Traffic
+    client: Client
+    requests: list[Request]
+
+    def ask(self, draft: str = "auto") -> asyncio.Task[set[Verdict]]:
+        """Every request at once; what became of them."""
+
+        async def all_of_them() -> set[Verdict]:
+            asked = [replace(request, draft=draft) for request in self.requests]
+            return {outcome.verdict for outcome in await asyncio.gather(*map(self.client.ask, asked))}
+
+        self.seen.clear()
+        return asyncio.create_task(all_of_them())
+
+
+@pytest.fixture(scope="module")
+async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
+    folder = tiny_model(tmp_path_factory.mktemp("takeover") / "tiny")
+    asked = load(7, questions=6, longest=TOKENS)
+    references = References(folder, asked.questions, TOKENS)
+    requests = [replace(asked.request(0, n), manner=Manner.STREAM, max_tokens=TOKENS) for n in range(12)]
+    async with (
+        Stack(
+            "takeover",
+            brokers=brokers,
+            target=folder,
+            schedulers=2,
+            env={"WISP_THREADS": "1", "WISP_ADMISSION": "false"},
+            env_of={
+                "scheduler": {"WISP_AMQP_URL": f"{brokers.amqp_url}?heartbeat={HEARTBEAT_S}"},
+                "verifier": {"WISP_PROFILE": "false"},
+            },
+        ) as stack,
+        watching(stack) as seen,
+    ):
+        yield Suite(stack, seen, Client(folder.name, lambda: stack.urls, references), requests)
+
+
+async def test_a_standby_takes_over_from_a_frozen_scheduler(suite: Suite) -> None:
+    asking = suite.ask()
+    await progressed(suite.seen, 10)
+    (name,) = suite.seen.schedulers
+    (frozen,) = [process for process in suite.stack.processes("scheduler") if process.name == name]
+    frozen.send(signal.SIGSTOP)
+    try:
+        assert not asking.done(), "it must freeze while there is work"
+        assert await asking == {Verdict.RIGHT}
+        assert len(suite.seen.schedulers) == 2
+        more = suite.ask()
+        await progressed(suite.seen, 10)
+    finally:
+        frozen.send(signal.SIGCONT)
+    assert await more == {Verdict.RIGHT}
+    assert frozen.alive
+    assert await suite.ask() == {Verdict.RIGHT}
+
+
+def ip(*words: str) -> None:
+    subprocess.run(["ip", *words], check=True, capture_output=True)
+
+
+@dataclass
+class Network:
+    """A namespace and its cable to this one."""
+
+    name: str
+    cable: str
+    here: str
+    """Address of this end."""
+
+    @property
+    def under(self) -> Sequence[str]:
+        """Runs a command in there."""
+        return "ip", "netns", "exec", self.name
+
+    def cut(self) -> None:
+        ip("link", "set", self.cable, "down")
+
+    def mend(self) -> None:
+        ip("link", "set", self.cable, "up")
+
+
+@pytest.fixture
+def network() -> Iterator[Network]:
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("needs root and iproute2, to make a network namespace")
+    tag = token_hex(3)
+    subnet = f"10.231.{random.randrange(256)}"
+    made = Network(f"wisp-{tag}", f"wisp{tag}a", f"{subnet}.1")
+    ip("netns", "add", made.name)
+    try:
+        ip("link", "add", made.cable, "type", "veth", "peer", "name", f"wisp{tag}b", "netns", made.name)
+        ip("addr", "add", f"{subnet}.1/30", "dev", made.cable)
+        ip("-n", made.name, "addr", "add", f"{subnet}.2/30", "dev", f"wisp{tag}b")
+        ip("-n", made.name, "link", "set", f"wisp{tag}b", "up")
+        made.mend()
+        yield made
+    finally:
+        ip("netns", "del", made.name)
+
+
+@asynccontextmanager
+async def reachable(network: Network, brokers: Brokers) -> AsyncIterator[dict[str, str]]:
+    """The brokers' addresses as a process in the network has them."""
+    found = {}
+    async with AsyncExitStack() as relays:
+        for name, url in (("WISP_AMQP_URL", brokers.amqp_url), ("WISP_REDIS_URL", brokers.redis_url)):
+            parts = urlsplit(url)
+            assert parts.hostname is not None
+            assert parts.port is not None
+            relay = await relays.enter_async_context(Relay(parts.hostname, parts.port, 0.0, listen=network.here))
+            user = parts.netloc.rpartition("@")[0]
+            query = f"heartbeat={HEARTBEAT_S}" if parts.scheme == "amqp" else ""
+            found[name] = urlunsplit(parts._replace(netloc=f"{user}@{network.here}:{relay.port}", query=query))
+        yield found
+
+
+async def test_a_drafter_behind_a_network_that_drops_everything(
+    suite: Suite, brokers: Brokers, network: Network
+) -> None:
+    stack = suite.stack
+    async with reachable(network, brokers) as addresses:
+        (near,) = stack.processes("drafter")
+        (far,) = await stack.start("drafter", 1, addresses, network.under)
+        await stack.stop(near)
+        # Shorter than RabbitMQ waits: late, by the same drafter.
+        asking = suite.ask("lookup")
+        await progressed(suite.seen, 10)
+        network.cut()
+        await asyncio.sleep(HEARTBEAT_S)
+        assert not asking.done(), "the cut must fall into the streams"
+        network.mend()
+        assert await asking == {Verdict.RIGHT}
+        assert suite.seen.drafters == {far.name}
+        # So long that another one takes over.
+        asking = suite.ask("lookup")
+        await progressed(suite.seen, 10)
+        network.cut()
+        (near,) = await stack.start("drafter")
+        assert await asking == {Verdict.RIGHT}
+        assert suite.seen.drafters == {far.name, near.name}
+        network.mend()
+        assert await suite.ask() == {Verdict.RIGHT}
+        await stack.stop(far)
