@@ -3,7 +3,8 @@
     <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its
                           K/V, gateway that collects it (none: ""), what another gateway needs to go on with its answer
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
-    <ns>:deadlines        sorted set: session id by the time (Redis's clock, ms) at which its next token is due
+    <ns>:deadlines        sorted set of the active sessions by the time (Redis's clock, ms) at which their next token is
+                          due; inf without an SLO
     <ns>:gateway:{id}     there while this gateway is
     <ns>:lease:{id}       a verifier's lease, expiring unless it is renewed
     <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
@@ -21,6 +22,7 @@ by then.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
@@ -39,7 +41,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from shared.errors import BrokersError, Fenced, MessageError
-from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
+from shared.messages import MOST, SILENT_MS, CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
 from shared.quota import Quota
 from shared.tls import Tls
 
@@ -60,6 +62,9 @@ return 0
 CONNECTIONS = 32
 CONNECTION_S = 30.0
 """A burst of calls waits for one of so many connections, for so long; more of them would not make Redis faster."""
+
+REAPED_AT_ONCE = 200
+"""Sessions that are looked at while nobody else is served."""
 
 FIELDS = ("request", "status", "length", "round", "finish", "start_ms", "first_ms", "left_at")
 """What is read of a session, in this order."""
@@ -197,11 +202,11 @@ class Store:
         patience_ms: int = 0,
         kept: bytes = b"",
     ) -> None:
-        """Write a new session and, with an SLO, the time at which its first token is due.
+        """Write a new session and the time at which its first token is due.
 
         `elapsed_ms` is the time since the request arrived. Times are kept on Redis's clock, the only one that every
-        service sees. A session that no living gateway collects for `patience_ms` is cancelled with its next commit; 0
-        never is. `kept` is what a gateway has to know to go on with the answer, see `kept`.
+        service sees. A session that no living gateway collects for `patience_ms` is cancelled with its next commit, or
+        by `reap`; 0 never is. `kept` is what a gateway has to know to go on with the answer, see `kept`.
         """
         slo = request.slo
         start_ms = await self._now_ms() - elapsed_ms
@@ -225,8 +230,8 @@ class Store:
             pipe.hset(self._session(request.session), mapping=fields)
             pipe.set(self._tokens(request.session), _pack(prompt), ex=self._ttl_s)
             pipe.expire(self._session(request.session), self._ttl_s)
-            if slo is not None:
-                pipe.zadd(self._deadlines, {request.session: start_ms + slo.ttft_ms})
+            due_ms = math.inf if slo is None else start_ms + slo.ttft_ms
+            pipe.zadd(self._deadlines, {request.session: due_ms})
             await self._guard(pipe.execute())
 
     async def _now_ms(self) -> float:
@@ -289,6 +294,26 @@ class Store:
         active = SessionStatus.ACTIVE.value.encode()
         return [session for session, status in zip(sessions, found, strict=True) if status != active]
 
+    async def reap(self) -> list[str]:
+        """Cancel sessions that nobody has collected in their patience, and forget deadlines of those that are gone.
+
+        A session that is worked on comes to the same end with its next commit; this is for those that nobody works on.
+        Returns their names.
+        """
+        reaped: list[str] = []
+        cursor = -1
+        while cursor:
+            cursor, found = await self._guard(self._redis.zscan(self._deadlines, max(0, cursor), count=REAPED_AT_ONCE))
+            names = [name.decode() for name, _ in found]
+            # Of a length that no session has: nothing is committed, and no tokens are told.
+            answers = await self.commit("", [Commit(name, 0, MOST, 0, (), None, 0) for name in names])
+            over = (Outcome.GONE, Outcome.CANCELLED)
+            ended = [n for n, a in zip(names, answers, strict=True) if a.outcome in over or a.finish is not None]
+            if ended:
+                await self._guard(self._redis.zrem(self._deadlines, *ended))
+            reaped += ended
+        return reaped
+
     async def cancel(self, session: str, gateway: str = "") -> bool:
         """No more tokens for this session, whoever still works on it. A finished session stays finished.
 
@@ -346,7 +371,7 @@ class Store:
     async def deadline_ms(self, session: str) -> float | None:
         """When the session's next token is due, in milliseconds on Redis's clock; None without an SLO."""
         score: float | None = await self._guard(self._redis.zscore(self._deadlines, session))
-        return score
+        return None if score == math.inf else score
 
     async def beat(self, heartbeat: Heartbeat) -> None:
         """Keep a verifier's heartbeat for a few seconds."""

@@ -28,6 +28,8 @@ from shared.topology import Queue
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
+CANCEL_TRIES, CANCEL_AGAIN_S = 60, 1.0
+"""While Redis is away. A gateway that ends before it is back leaves its sessions to `Store.reap`."""
 CANCELLED = Failure(code="cancelled", message="this session was cancelled; send the request again")
 TAKEN = Failure(code="resumed", message="the client goes on with this stream over another connection")
 GONE = Failure(code="session_gone", message="the state of this session was lost; send the request again")
@@ -336,13 +338,20 @@ class Backend:
         await self._publisher.publish(ended, topology.ENDED)
 
     async def _cancel(self, session: str, reason: str) -> None:
-        try:
-            if not await self._store.cancel(session, self._instance):
-                self._log.info("session is another gateway's by now", session=session)
+        marked = False
+        for attempt in range(CANCEL_TRIES):
+            try:
+                if not await self._store.cancel(session, self._instance):
+                    self._log.info("session is another gateway's by now", session=session)
+                    return
+                marked = True
+            except BrokersError as error:
+                self._log.warning("session not marked as cancelled yet", session=session, error=str(error))
+            if marked or not attempt:  # those who work on it need not wait for Redis
+                await self._publisher.publish(Cancel(session=session, reason=reason), topology.CANCEL)
+            if marked:
                 return
-        except BrokersError as error:
-            self._log.warning("session not marked as cancelled", session=session, error=str(error))
-        await self._publisher.publish(Cancel(session=session, reason=reason), topology.CANCEL)
+            await asyncio.sleep(CANCEL_AGAIN_S)
 
     async def _leave(self, session: str, length: int) -> None:
         try:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable
+from contextlib import suppress
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
@@ -30,6 +31,8 @@ from shared.topology import LOAD, Queue, Topology, result
 READY_TIMEOUT_S = 2.0
 ATTEND_S = 1.0
 """Time between two signs of life of this gateway in Redis."""
+REAP_S = 5.0
+"""Time between two looks at sessions that nobody collects."""
 
 
 async def serve(
@@ -93,8 +96,15 @@ async def serve(
                 logging.get().warning("Redis does not know that this gateway is there", error=str(error))
             await asyncio.sleep(ATTEND_S)
 
+    async def reap() -> None:
+        while True:
+            await asyncio.sleep(REAP_S)
+            with suppress(BrokersError):  # the next look will do
+                if reaped := await store.reap():
+                    logging.get().info("sessions that nobody collects ended", sessions=reaped)
+
     try:
-        await serve_api(gateway, listener, stop, ledger.renew(), attend())
+        await serve_api(gateway, listener, stop, ledger.renew(), attend(), reap())
     finally:
         await broker.close()
         await store.close()

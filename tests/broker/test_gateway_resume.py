@@ -18,6 +18,7 @@ from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, answers, free_port, started
 
 from shared.models.folder import ModelFolder
+from shared.store import SessionStatus
 
 TEXT = "It goes on: naïve 🙂🙃 日本語, word after word, to the very end."
 
@@ -158,6 +159,23 @@ async def test_a_session_whose_gateway_died_and_that_nobody_collects_is_cancelle
         with pytest.raises(httpx.TransportError):
             await asking
         await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session], within_s=15)
+
+
+async def test_one_that_nobody_works_on_either_is_ended_by_another_gateway(
+    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
+) -> None:
+    async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
+        suite.peer.script = Script(pause_s=3600)
+        asking = asyncio.create_task(other.post("/v1/completions", json=body(stream=False)))
+        await eventually(lambda: bool(suite.peer.generated))
+        child.kill()
+        with pytest.raises(httpx.TransportError):
+            await asking
+        name = suite.peer.generated[0].session
+        async with asyncio.timeout(20):
+            while (await suite.peer.store.progress(name, 1)).status is not SessionStatus.CANCELLED:
+                await asyncio.sleep(0.1)
+        assert await suite.peer.store._redis.zcard(suite.peer.store._deadlines) == 0
 
 
 @pytest.mark.parametrize(

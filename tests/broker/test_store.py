@@ -243,6 +243,26 @@ async def test_a_session_that_no_living_gateway_collects_is_cancelled_when_its_p
     assert await store.ended([*names, "unknown"]) == ["alone", "left", "unknown"]
 
 
+async def test_what_nobody_works_on_is_reaped_when_nobody_collects_it(store: Store) -> None:
+    slo = Slo(ttft_ms=100.0, tpot_ms=10.0)
+    await store.create(request("alone"), PROMPT, patience_ms=50)
+    await store.create(request("collected", slo=slo), PROMPT, patience_ms=50)
+    await store.create(request("expired", slo=slo), PROMPT)
+    assert await store.deadline_ms("alone") is None
+    await store.collect("collected", "h")
+    await store.attend("h")
+    await store._redis.delete(store._session("expired"))
+    assert await store.reap() == ["expired"]
+    await asyncio.sleep(0.1)
+    assert await store.reap() == ["alone"]
+    assert await store.reap() == []
+    assert [name for name, _ in await store._redis.zrange(store._deadlines, 0, -1, withscores=True)] == [b"collected"]
+    (answer,) = await store.commit("v", [commit(0, 3, [8], session="alone")])
+    assert answer.outcome is Outcome.CANCELLED
+    (answer,) = await store.commit("v", [commit(0, 3, [8], session="collected")])
+    assert (answer.outcome, answer.tokens) == (Outcome.COMMITTED, [8])
+
+
 async def test_a_gateway_that_comes_back_in_time_keeps_its_sessions(store: Store) -> None:
     await store.create(request(), PROMPT, patience_ms=50)
     await store.commit("v", [commit(0, 3, [8])])

@@ -24,6 +24,8 @@ ALARMS = {
 }
 """RabbitMQ's limits: the command, one that is always exceeded, and the one in peace."""
 DRAIN_GRACE_S = 30.0
+NONE_S = 0.5
+"""Pause while every process of a service is on its way out or in."""
 SETTLED_S = 8.0
 """RabbitMQ 3.10 forgets the members of a quorum queue that it was killed within seconds of declaring, and has no leader
 for it ever after (`rabbitmqctl delete_queue` helps). So it is left alone for a while when its queues are new."""
@@ -108,9 +110,8 @@ class Hits:
     async def _process(self, fault: Fault) -> None:
         service = fault.kind.service
         assert service is not None
-        there = [p for p in self.site.ready(service) if p.pid not in self._busy_processes]
-        if not there:
-            return
+        while not (there := [p for p in self.site.ready(service) if p.pid not in self._busy_processes]):
+            await asyncio.sleep(NONE_S)
         process = there[min(int(fault.pick * len(there)), len(there) - 1)]
         record = Hit(fault, process.name, time.monotonic())
         self.done.append(record)

@@ -18,8 +18,8 @@ from services.bench.chaos.site import Site
 from services.cli.progress import Progress
 
 SETTLE_S = 60.0
-AFTERMATH_S = 70.0
-"""How long after a loss of data a request may still end in an error because of it: the gateway's patience and more."""
+BACK_S = 10.0
+"""So long after a server that lost its data is back may services still be finding their feet."""
 LOST_CODES = frozenset({"session_gone", "stream_gone", "timeout", "cancelled"})
 """Errors that say that what a session was is gone, or that it was given up."""
 
@@ -55,7 +55,7 @@ class Verdicts:
         """Whether a request may have ended in an error: the data that it needed was lost meanwhile."""
         lost = [hit for hit in self.hits if hit.fault.kind.loses_data]
         return outcome.code in LOST_CODES and any(
-            hit.began_s <= outcome.ended_s and outcome.started_s <= hit.ended_s + AFTERMATH_S for hit in lost
+            hit.began_s <= outcome.ended_s and outcome.started_s <= hit.ended_s + BACK_S for hit in lost
         )
 
     def count(self, verdict: Verdict) -> int:
