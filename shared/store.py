@@ -41,7 +41,19 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from shared.errors import BrokersError, Fenced, MessageError
-from shared.messages import MOST, SILENT_MS, CostModel, Finish, Heartbeat, Message, Record, Sampling, Slo, decode, encode
+from shared.messages import (
+    MOST,
+    SILENT_MS,
+    CostModel,
+    Finish,
+    Heartbeat,
+    Message,
+    Record,
+    Sampling,
+    Slo,
+    decode,
+    encode,
+)
 from shared.quota import Quota
 from shared.tls import Tls
 
