@@ -40,7 +40,7 @@ def replay(
     file: File = None,
     as_json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
     trace: Annotated[
-        Path | None, typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or chrome://tracing.")
+        Path | None, typer.Option(help="Write a trace for Perfetto (ui.perfetto.dev) or speedscope.")
     ] = None,
     verify: Annotated[
         bool,

@@ -1,4 +1,4 @@
-"""A recording as a Chrome trace (Trace Event Format, JSON object), which Perfetto and chrome://tracing open. Pure but
+"""A recording as a Chrome trace (Trace Event Format, JSON object), which Perfetto and speedscope open. Pure but
 for writing the file.
 
 Each service is a process. A session has a row of its own in its gateway, its drafter and the scheduler; a verifier has
@@ -52,14 +52,14 @@ def trace_events(lives: Iterable[Life]) -> list[Event]:
     batches: dict[str, list[tuple[str, Sent]]] = {}
     arrows = count(1)
 
-    def us(at_ms: float) -> float:
-        return round((at_ms - zero_ms) * 1000, 1)
+    def us(at_ms: float) -> int:
+        # Whole numbers: viewers that add start and duration in floating point would find that pieces overlap.
+        return round((at_ms - zero_ms) * 1000)
 
     def piece(name: str, row: dict[str, int], start_ms: float, end_ms: float, **args: Any) -> None:
-        duration = max(0.0, round((end_ms - start_ms) * 1000, 1))
-        events.append(
-            {"ph": "X", "cat": "wisp", "name": name, **row, "ts": us(start_ms), "dur": duration, "args": args}
-        )
+        begin = us(start_ms)
+        duration = max(0, us(end_ms) - begin)
+        events.append({"ph": "X", "cat": "wisp", "name": name, **row, "ts": begin, "dur": duration, "args": args})
 
     def arrow(from_row: dict[str, int], from_ms: float, to_row: dict[str, int], to_ms: float) -> None:
         number = next(arrows)
@@ -91,14 +91,14 @@ def trace_events(lives: Iterable[Life]) -> list[Event]:
 def _apart(events: list[Event]) -> list[Event]:
     """In order of time, and the pieces of a row one after the other: clocks and roundings may let them overlap, which
     viewers take for nesting."""
-    ends: dict[tuple[int, int], float] = {}
+    ends: dict[tuple[int, int], int] = {}
     events = sorted(events, key=lambda event: event["ts"])
     for event in events:
         if event["ph"] == "X":
             row = event["pid"], event["tid"]
             end = event["ts"] + event["dur"]
-            event["ts"] = max(event["ts"], ends.get(row, 0.0))
-            event["dur"] = round(max(0.0, end - event["ts"]), 1)
+            event["ts"] = max(event["ts"], ends.get(row, 0))
+            event["dur"] = max(0, end - event["ts"])
             ends[row] = event["ts"] + event["dur"]
     return sorted(events, key=lambda event: event["ts"])
 

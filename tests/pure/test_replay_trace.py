@@ -68,6 +68,8 @@ def test_pieces_of_a_row_do_not_overlap_although_clocks_disagree() -> None:
             row = event["pid"], event["tid"]
             assert event["ts"] >= ends.get(row, 0.0)
             assert event["dur"] >= 0
+            assert isinstance(event["ts"], int)
+            assert isinstance(event["dur"], int)
             ends[row] = event["ts"] + event["dur"]
 
 
