@@ -7,9 +7,7 @@ a first token that came early does not make up for slow ones.
 
 from __future__ import annotations
 
-from typing import Annotated
-
-from pydantic import BaseModel, Field, model_validator
+from pydantic import BaseModel, model_validator
 
 from shared.messages import Promised, Slo
 

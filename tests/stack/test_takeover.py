@@ -12,7 +12,6 @@ import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from secrets import token_hex
 from urllib.parse import urlsplit, urlunsplit
 
