@@ -367,6 +367,8 @@ class Store:
             pipe.multi()
             if there and (of is None or collector.decode() == of):
                 pipe.hset(key, mapping={"gateway": to, **(more or {})})
+                if to:
+                    pipe.hdel(key, "alone_ms")  # its patience begins anew
 
         await self._guard(self._redis.transaction(flip, key))
         return there

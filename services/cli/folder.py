@@ -43,6 +43,8 @@ class RunFolder:
         self._lock = os.open(self.path / OWNER, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         os.write(self._lock, f"{os.getpid()}\n".encode())
+        self.kept = False
+        """Set to keep it even if the run ends well."""
 
     def close(self, *, keep: bool = False) -> None:
         """Give the folder up; removes it unless `keep`."""
@@ -54,7 +56,7 @@ class RunFolder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        self.close(keep=kind is not None and issubclass(kind, Exception))
+        self.close(keep=self.kept or (kind is not None and issubclass(kind, Exception)))
 
 
 @dataclass(frozen=True)

@@ -94,7 +94,8 @@ class Stack:
 
     async def __aenter__(self) -> Stack:
         async with AsyncExitStack() as resources:
-            self.folder = resources.enter_context(RunFolder(self.purpose)).path
+            self._run = resources.enter_context(RunFolder(self.purpose))
+            self.folder = self._run.path
             self.brokers = self._given_brokers or Brokers(self.folder, progress=self._progress)
             has_own = self._given_brokers is None and self.serving == "wisp"
             if has_own:
@@ -145,6 +146,11 @@ class Stack:
         """Base URLs of the running gateways that have been ready, or of the baseline."""
         there = [process for service in API_SERVICES for process in self.processes(service)]
         return [self._urls[process.pid] for process in there if process.pid in self._urls]
+
+    def keep_logs(self) -> Path:
+        """Keep the services' logs after the end, as after a failure; returns their folder."""
+        self._run.kept = True
+        return self.folder
 
     def url_of(self, gateway: Process) -> str:
         """Base URL of a gateway that has been ready."""

@@ -173,7 +173,7 @@ async def test_one_that_nobody_works_on_either_is_ended_by_another_gateway(
             await asking
         name = suite.peer.generated[0].session
         async with asyncio.timeout(20):
-            while (await suite.peer.store.progress(name, 1)).status is not SessionStatus.CANCELLED:
+            while (await suite.peer.store.progress(name, 1)).status is not SessionStatus.CANCELLED:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         assert await suite.peer.store._redis.zcard(suite.peer.store._deadlines) == 0
 

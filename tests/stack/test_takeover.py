@@ -1,5 +1,5 @@
-"""A scheduler that freezes, and a drafter whose network drops everything: another one takes over, and whoever comes back
-does no harm. With a tiny model."""
+"""A scheduler that freezes, and a drafter whose network drops everything: another one takes over, and whoever comes
+back does no harm. With a tiny model."""
 
 from __future__ import annotations
 

@@ -97,6 +97,7 @@ def main(
             again = f"--seed {seed} --faults {faults} --clients {clients} --lanes {lanes} --tokens {tokens}"
             again += f" --questions {questions} --handoff {handoff}" + (" --tiny" if tiny else "")
             again += f" --only {shlex.quote(only)}" if only else ""
+            console.print(f"the services' logs: {verdicts.logs}", highlight=False, soft_wrap=True)
             console.print(f"the same faults and requests again: wisp chaos {again}", highlight=False, soft_wrap=True)
             raise typer.Exit(1)
 

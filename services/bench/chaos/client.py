@@ -18,9 +18,9 @@ from services.bench.chaos.requests import Manner, Request
 PATIENCE_S = 150.0
 """A request that gets nothing new for so long is lost."""
 SILENCE_S = 12.0
-"""A stream that says nothing for so long is asked for at another gateway."""
+"""A stream that may be left, and says nothing for so long, is asked for at another gateway."""
 ANSWER_S = 75.0
-"""How long an answer that is not streamed may take, and the first event of one that is."""
+"""How long anything else may say nothing."""
 AGAIN_S = 0.3
 SLOW_BYTES, SLOW_S = 256, 0.05
 PASSING = frozenset({"shutting_down", "brokers_unavailable", "redis_unavailable", "no_drafter", "no_verifier"})
@@ -174,7 +174,7 @@ class Client:
             answer.finish, answer.usage = choice["finish_reason"], fields["usage"]["completion_tokens"]
             return
         headers = {} if answer.last_id is None else {"last-event-id": answer.last_id}
-        silence_s = ANSWER_S if answer.last_id is None else SILENCE_S
+        silence_s = SILENCE_S if request.resumable and answer.last_id is not None else ANSWER_S
         timeout = httpx.Timeout(silence_s, connect=3.0)
         async with http.stream("POST", path, json=body, headers=headers, timeout=timeout) as response:
             if response.status_code != 200:
@@ -201,7 +201,7 @@ class Client:
             "model": self._model,
             "max_tokens": request.max_tokens,
             **question.sampling.model_dump(),
-            "wisp": {"trace": True, "draft": request.draft},
+            "wisp": {"trace": True, "draft": request.draft, "resumable": request.resumable},
         }
         if request.manner is not Manner.WHOLE:
             body |= {"stream": True, "stream_options": {"include_usage": True}}

@@ -110,7 +110,7 @@ class Hits:
     async def _process(self, fault: Fault) -> None:
         service = fault.kind.service
         assert service is not None
-        while not (there := [p for p in self.site.ready(service) if p.pid not in self._busy_processes]):
+        while not (there := self._free(service)):  # noqa: ASYNC110 - one look now and then is enough
             await asyncio.sleep(NONE_S)
         process = there[min(int(fault.pick * len(there)), len(there) - 1)]
         record = Hit(fault, process.name, time.monotonic())
@@ -127,6 +127,9 @@ class Hits:
             await asyncio.sleep(fault.hold_s)
             await self.site.start(service)
         record.ended_s = time.monotonic()
+
+    def _free(self, service: str) -> list[Process]:
+        return [process for process in self.site.ready(service) if process.pid not in self._busy_processes]
 
     async def _link(self, fault: Fault, record: Hit) -> None:
         there = [p for p in self.site.stack.processes() if p.pid in self.site.links]

@@ -56,6 +56,8 @@ class Request:
     """Events after which a client that leaves early goes away."""
     gateway: float
     """Which gateway is asked first: a share of their number, from 0 to 1."""
+    resumable: bool
+    """Its stream may be left and gone on with elsewhere, without a gateway's failing."""
 
 
 @dataclass(frozen=True)
@@ -80,6 +82,7 @@ class Load:
             draft=draw.choice(("auto", "auto", "lookup", "none")),
             leaves_after=draw.randint(1, 6),
             gateway=draw.random(),
+            resumable=manner is not Manner.LEAVES and draw.random() < 0.5,
         )
 
 

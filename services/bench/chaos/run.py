@@ -50,6 +50,8 @@ class Verdicts:
     seconds: float = 0.0
     poisoned: int = 0
     """Dead letters that were meant to be."""
+    logs: Path | None = None
+    """The services' logs, where there are problems."""
 
     def excused(self, outcome: Outcome) -> bool:
         """Whether a request may have ended in an error: the data that it needed was lost meanwhile."""
@@ -124,5 +126,7 @@ async def _run(
         verdicts.poisoned, others = await invariants.dead_letters(site)
         verdicts.problems += [f"{count} dead letters: {reason}" for reason, count in others.items()]
         verdicts.conclude()
+        if verdicts.problems:
+            verdicts.logs = site.stack.keep_logs()
         verdicts.seconds = time.monotonic() - began_s
     return verdicts
