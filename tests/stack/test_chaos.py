@@ -48,4 +48,5 @@ async def test_nothing_is_lost_wrong_or_left_behind(tmp_path: Path) -> None:
     assert {hit.fault.kind for hit in verdicts.hits} == set(KINDS)
     assert verdicts.count(Verdict.RIGHT) > 20
     assert verdicts.sessions > 20
+    assert verdicts.results > 100
     assert verdicts.poisoned > 0

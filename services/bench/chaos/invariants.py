@@ -15,6 +15,8 @@ from redis.asyncio import Redis
 from services.bench.chaos.injector import MARK
 from services.bench.chaos.reference import Reference
 from services.bench.chaos.site import Site
+from services.replayer.stream import read
+from shared.messages import Result, Status
 from shared.store import Store, unpack
 
 GAUGES = {
@@ -45,7 +47,7 @@ async def _leftovers(site: Site) -> list[str]:
     namespace = site.stack.namespace
     for queue in listed:
         waiting = queue["messages_ready"] + queue["messages_unacknowledged"]
-        if queue["name"] != f"{namespace}.dead" and waiting:
+        if queue["name"] not in (f"{namespace}.dead", f"{namespace}.journal") and waiting:
             left.append(f"{waiting} messages in queue {queue['name']}")
     store = Store.connect(site.brokers.redis_url, namespace, 60)
     try:
@@ -105,6 +107,25 @@ async def wrong_states(site: Site, references: Sequence[Reference]) -> tuple[int
             prompt, made = tokens[: request["prompt_len"]], tokens[request["prompt_len"] :]
             if not any(prompt == one.prompt and made == one.tokens[: len(made)] for one in references):
                 wrong.append(f"{name}: {made} is the beginning of no text of its prompt")
+    return count, wrong
+
+
+async def against_journal(site: Site) -> tuple[int, list[str]]:
+    """How many recorded results of sessions that Redis holds were compared with it, and those that are not in there."""
+    namespace = site.stack.namespace
+    recording = await read(site.brokers.amqp_url, namespace)
+    results = [entry.message for entry in recording.entries() if isinstance(entry.message, Result)]
+    wrong = []
+    count = 0
+    async with Redis.from_url(site.brokers.redis_url) as redis:
+        held = {
+            name: unpack(await _bytes(redis, f"{namespace}:tokens:{name}")) for name in {one.session for one in results}
+        }
+    for one in results:
+        if one.status is Status.COMMITTED and (tokens := held[one.session]):
+            count += 1
+            if tokens[one.base_len : one.base_len + len(one.tokens)] != one.tokens:
+                wrong.append(f"{one.session}: a result of round {one.round} has {one.tokens} at {one.base_len}")
     return count, wrong
 
 

@@ -69,7 +69,8 @@ def notes(verdicts: Verdicts) -> list[str]:
         f"{len(verdicts.outcomes)} requests in {verdicts.seconds:.0f} s: {found[Verdict.RIGHT]} right, "
         f"{found[Verdict.LEFT]} left by their clients, {found[Verdict.ERROR]} ended in an error; "
         f"clients resumed streams {resumed} times and asked again {refused} times",
-        f"{verdicts.sessions} sessions in Redis compared with the model token for token; "
+        f"{verdicts.sessions} sessions in Redis compared with the model token for token, and {verdicts.results} "
+        "results in the journal with Redis; "
         f"{verdicts.poisoned} poisoned messages found among the dead letters",
         "recovered: right although the client had to ask again or to resume, or waited longer than "
         f"{STALLED_S:g} s; a request counts for every fault that it lived through",

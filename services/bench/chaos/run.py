@@ -45,6 +45,8 @@ class Verdicts:
     outcomes: list[Outcome]
     sessions: int = 0
     """Sessions whose committed tokens were compared."""
+    results: int = 0
+    """Recorded results that were compared with Redis."""
     problems: list[str] = field(default_factory=list)
     """Whatever must not be."""
     seconds: float = 0.0
@@ -77,7 +79,7 @@ class Verdicts:
 
 async def run(plan: Plan, references: References, progress: Progress, told: Callable[[str], None]) -> Verdicts:
     """Start everything, let things fail, and judge. Raises WispError when a service ends by itself."""
-    env = {"WISP_THREADS": "1", "WISP_ADMISSION": "false", **plan.env}
+    env = {"WISP_THREADS": "1", "WISP_ADMISSION": "false", "WISP_JOURNAL": "true", **plan.env}
     async with Site.open(plan.target, env=env, env_of=plan.env_of, progress=progress, clocks=plan.load.seed) as site:
         return await site.stack.watch(_run(site, plan, references, progress, told))
 
@@ -123,6 +125,8 @@ async def _run(
         verdicts.problems += [f"left behind: {left}" for left in await invariants.settled(site, SETTLE_S)]
         verdicts.sessions, wrong = await invariants.wrong_states(site, list(references.of.values()))
         verdicts.problems += [f"wrong in Redis: {one}" for one in wrong]
+        verdicts.results, wrong = await invariants.against_journal(site)
+        verdicts.problems += [f"in the journal and not in Redis: {one}" for one in wrong]
         verdicts.poisoned, others = await invariants.dead_letters(site)
         verdicts.problems += [f"{count} dead letters: {reason}" for reason, count in others.items()]
         verdicts.conclude()
