@@ -22,6 +22,7 @@ from shared.broker import Broker
 from shared.engine import Engine, Step
 from shared.hidden import Floats, unpack
 from shared.messages import (
+    MOST,
     Batch,
     Finish,
     Heartbeat,
@@ -368,7 +369,7 @@ async def test_only_hidden_states_of_committed_tokens_are_told(peer: Peer, text:
         await peer.send(peer.job("s", base, [1], round_=10 + stale, hidden_from=0))
         result, found = await peer.result_and_states()
         assert (result.status, found) == (Status.CONFLICT, [])
-    for base, absurd in ((7, 7), (8, 10**6), (9, 2**64 - 1)):
+    for base, absurd in ((7, 7), (8, 10**6), (9, MOST)):
         await peer.send(peer.job("s", base, [], round_=base, hidden_from=absurd))
         result, found = await peer.result_and_states()
         assert (result.status, found) == (Status.COMMITTED, [])

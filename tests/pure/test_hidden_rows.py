@@ -14,7 +14,7 @@ from services.drafter.hidden.rows import HiddenRows
 from shared import hidden
 from shared.errors import MessageError
 from shared.hidden import Bits, Floats, pack, parts, to_floats, unpack
-from shared.messages import HiddenFormat, HiddenStates, decode, encode
+from shared.messages import MOST, HiddenFormat, HiddenStates, decode, encode
 
 SIZE = 3
 
@@ -162,7 +162,7 @@ def test_another_hidden_size_is_refused() -> None:
 
 def test_an_absurd_position_takes_no_memory_and_nothing_is_asked_beyond_the_limit() -> None:
     rows = HiddenRows(SIZE, limit=50)
-    rows.add(message(2**62, true_bits(2)))
+    rows.add(message(MOST, true_bits(2)))
     assert rows.wanted(5) == 0
     rows.add(told(0, 60))
     assert len(rows.run(51)[1]) == 50
