@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 DECIDING = [
     "services/baseline/batching.py",
     "services/baseline/link.py",
+    "services/bench/autoscaling.py",
     "services/bench/load/arms.py",
     "services/bench/load/measures.py",
     "services/bench/load/prompts.py",
