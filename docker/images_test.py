@@ -7,22 +7,26 @@ containers and networks that it removes.
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import os
 import sys
 import time
 from base64 import b64decode
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from secrets import token_hex
+from typing import Any
 
+import httpx
 import pytest
 import yaml
 from openai import AsyncOpenAI
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/manifests"))
 
-from containers import Podman, build, install, version
+from containers import ROOT, Podman, build, install, version
 from kustomized import Rendered, copied, render
 
 from services.bench.report import keep
@@ -37,6 +41,7 @@ QUESTIONS = [
     "Explain how a bicycle stays upright.",
 ]
 TOKENS = 64
+UNITS = {"Mi": 2**20, "Gi": 2**30}
 
 
 @pytest.fixture(scope="session")
@@ -205,6 +210,30 @@ def test_a_service_without_brokers_says_so_and_is_not_healthy(podman: Podman, im
         podman("rm", "-f", name)
 
 
+def test_the_containers_are_as_the_compose_file_says(compose: Compose) -> None:
+    services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
+    for name, service in services.items():
+        if "profiles" in service:
+            continue
+        containers = compose.containers(name)
+        assert len(containers) == (2 if name == "verifier" else 1)
+        (found,) = json.loads(compose.podman("inspect", containers[0]))
+        config, host = found["Config"], found["HostConfig"]
+        assert host["ReadonlyRootfs"] is service["read_only"] is True
+        assert "CAP_CHOWN" in host["CapDrop"]
+        assert not found["EffectiveCaps"]
+        assert "no-new-privileges" in host["SecurityOpt"]
+        assert config["User"] == service.get("user", f"{USER}:{USER}")
+        assert host["Memory"] == (2 * UNITS["Gi"] if service.get("mem_limit") == "2g" else 0)
+        if name not in ("rabbitmq", "redis"):
+            assert config["Cmd"] == service["command"]
+            environment = dict(line.split("=", 1) for line in config["Env"])
+            assert service["environment"].keys() <= environment.keys()
+        published = [one for bound in host["PortBindings"].values() for one in bound or []]
+        wanted = [{"HostIp": "127.0.0.1", "HostPort": str(compose.port)}] if "ports" in service else []
+        assert published == wanted
+
+
 def test_the_health_check_proves_the_consumer(compose: Compose) -> None:
     (scheduler,) = compose.containers("scheduler")
     (rabbitmq,) = compose.containers("rabbitmq")
@@ -272,42 +301,87 @@ async def test_scaling_to_three_and_back_under_load_changes_no_text(
     print(f"{len(rounds)} rounds of {len(numbers)}; longest gap {max(g for got in rounds for _, g in got):.1f} s")
 
 
-def stopped(podman: Podman, container: str) -> str:
+def stopped(podman: Podman, container: str, grace_s: int = 35) -> str:
     """Stop a container as Kubernetes does, and tell its exit status: 0 if it drained within its grace period."""
-    podman("stop", "--time", "35", container)
+    podman("stop", "--time", str(grace_s), container)
     return podman.inspect("{{.State.ExitCode}}", container)
 
 
+PROBES = ("startupProbe", "livenessProbe", "readinessProbe")
+
+
+@dataclass(frozen=True)
+class Played:
+    """The overlay `local` in podman."""
+
+    podman: Podman
+    rendered: Rendered
+
+    def containers(self, deployment: str) -> list[str]:
+        """Its containers, one for each replica."""
+        replicas = self.rendered.of("Deployment")[deployment]["spec"]["replicas"]
+        return [f"{deployment}-pod-{number}-wisp" for number in range(replicas)]
+
+    def address(self, container: str, port: str | int) -> str:
+        """Where a port of a pod is reached, given by its name in the manifest or by its number."""
+        pod = container.removesuffix("-wisp")
+        deployment = pod.rpartition("-pod-")[0]
+        (named,) = self.rendered.of("Deployment")[deployment]["spec"]["template"]["spec"]["containers"]
+        numbers = {one["name"]: one["containerPort"] for one in named["ports"]}
+        infra = self.podman("pod", "inspect", "--format", "{{.InfraContainerID}}", pod)
+        ip = self.podman.inspect("{{range .NetworkSettings.Networks}}{{.IPAddress}}{{end}}", infra)
+        return f"http://{ip}:{numbers.get(str(port), port)}"
+
+    def answers(self, container: str, probe: dict[str, Any]) -> bool:
+        """Ask as the kubelet does."""
+        address = self.address(container, probe["httpGet"]["port"]) + probe["httpGet"]["path"]
+        try:
+            return httpx.get(address, timeout=probe["timeoutSeconds"]).is_success
+        except httpx.HTTPError:
+            return False
+
+
+def playable(rendered: Rendered) -> str:
+    """The overlay's ConfigMaps and Deployments, without what this podman takes otherwise than Kubernetes does."""
+    deployments = copy.deepcopy(rendered.of("Deployment"))
+    maps = copy.deepcopy(rendered.of("ConfigMap"))
+    for manifest in deployments.values():
+        (container,) = manifest["spec"]["template"]["spec"]["containers"]
+        # It publishes every port that is named on the host, where replicas collide.
+        del container["ports"]
+        # It would have them asked by systemd, with a curl in the container; the test asks as the kubelet does.
+        for probe in PROBES:
+            del container[probe]
+        # It lets `envFrom` overrule `env`; Kubernetes the other way round.
+        if env := container.pop("env", []):
+            name = f"{manifest['metadata']['name']}-env"
+            data = {one["name"]: one["value"] for one in env}
+            maps[name] = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": name}, "data": data}
+            container["envFrom"].append({"configMapRef": {"name": name}})
+    return yaml.dump_all([*maps.values(), *deployments.values()])
+
+
 @pytest.fixture
-def played(podman: Podman, images: dict[str, str], tmp_path: Path) -> Iterator[tuple[Rendered, str, int]]:
+def played(podman: Podman, images: dict[str, str], tmp_path: Path) -> Iterator[Played]:
     """The overlay `local`, its Deployments as pods of podman. RabbitMQ and Redis, StatefulSets, which podman does not
     play, are containers with the manifests' own files, commands and secrets."""
     rendered = render(copied(tmp_path / "k8s"), "local")
     name = f"wisp-kube-{token_hex(3)}"
-    (port,) = free_ports(1)
+    file = tmp_path / "local.yaml"
+    file.write_text(playable(rendered))
     podman("network", "create", name)
-    secrets = rendered.of("Secret")
     made: list[str] = []
     try:
         for broker in ("rabbitmq", "redis"):
             start_stateful(podman, rendered, broker, name, images["brokers"], tmp_path)
-        for secret in secrets.values():
+        for secret in rendered.of("Secret").values():
             # As this podman keeps them: the data alone, in JSON.
             podman("secret", "create", secret["metadata"]["name"], "-", input=json.dumps(secret["data"]))
             made.append(secret["metadata"]["name"])
-        kept = [*rendered.of("ConfigMap").values(), *rendered.of("Deployment").values()]
-        for manifest in rendered.of("Deployment").values():
-            if manifest["metadata"]["name"] == "wisp-gateway":
-                (container,) = manifest["spec"]["template"]["spec"]["containers"]
-                (http,) = [one for one in container["ports"] if one["name"] == "http"]
-                http |= {"hostPort": port, "hostIP": "127.0.0.1"}
-        file = tmp_path / "local.yaml"
-        file.write_text(yaml.dump_all(kept))
         podman("play", "kube", "--network", name, "--log-driver=k8s-file", str(file))
-        yield rendered, name, port
+        yield Played(podman, rendered)
     finally:
-        if (tmp_path / "local.yaml").exists():
-            podman("play", "kube", "--down", str(tmp_path / "local.yaml"), check=False)
+        podman("play", "kube", "--down", str(file), check=False)
         for broker in ("rabbitmq", "redis"):
             podman("rm", "-f", "-v", f"{name}-{broker}", check=False)
         for secret in made:
@@ -335,7 +409,8 @@ def start_stateful(podman: Podman, rendered: Rendered, name: str, network: str, 
             files.chmod(0o755)
             options.append(f"--volume={files}:{mount['mountPath']}:ro")
         else:
-            options.append(f"--tmpfs={mount['mountPath']}:mode=1777")
+            # A new volume is its user's, as fsGroup makes one; a tmpfs would be root's.
+            options.append(f"--mount=type=volume,destination={mount['mountPath']}")
     command = [*container.get("command", []), *container.get("args", [])]
     podman(
         "run",
@@ -351,21 +426,31 @@ def start_stateful(podman: Podman, rendered: Rendered, name: str, network: str, 
     )
 
 
-async def test_the_local_overlays_deployments_play_in_podman(podman: Podman, played: tuple[Rendered, str, int]) -> None:
-    rendered, _, port = played
-    deployments = rendered.of("Deployment")
+async def test_the_local_overlays_deployments_play_in_podman(played: Played) -> None:
+    podman, deployments = played.podman, played.rendered.of("Deployment")
     assert set(deployments) == {f"wisp-{s}" for s in ("gateway", "drafter", "scheduler", "estimator", "verifier")}
-    containers = {name: f"{name}-pod-wisp" for name in deployments}
+    pods = {
+        container: deployment["spec"]["template"]["spec"]
+        for name, deployment in deployments.items()
+        for container in played.containers(name)
+    }
+    assert len(pods) == 6
     end = time.monotonic() + 180
-    waiting = set(containers.values())
-    while waiting and time.monotonic() < end:
-        waiting = {c for c in waiting if "ok" not in podman("exec", c, "python", "-m", "shared.health", check=False)}
-    logs = {container: podman.logs(container) for container in waiting}
-    assert not waiting, logs
-    for container in containers.values():
+    for probe in PROBES:
+        waiting = set(pods)
+        while waiting and time.monotonic() < end:
+            waiting = {c for c in waiting if not played.answers(c, pods[c]["containers"][0][probe])}
+        assert not waiting, {container: podman.logs(container) for container in waiting}
+    for container, pod in pods.items():
         assert podman.inspect("{{.HostConfig.ReadonlyRootfs}}", container) == "true"
         assert podman("exec", container, "id", "-u") == USER
-    async with AsyncOpenAI(base_url=f"http://127.0.0.1:{port}/v1", api_key="none", max_retries=0) as client:
+        limit = pod["containers"][0]["resources"]["limits"]["memory"]
+        assert int(podman.inspect("{{.HostConfig.Memory}}", container)) == int(limit[:-2]) * UNITS[limit[-2:]]
+    (gateway,) = played.containers("wisp-gateway")
+    url = f"{played.address(gateway, 'http')}/v1"
+    async with AsyncOpenAI(base_url=url, api_key="none", max_retries=0) as client:
         plain = (await answer(client, 1, draft="none"))[0]
         assert plain
         assert (await answer(client, 1))[0] == plain
+    for container, pod in pods.items():
+        assert stopped(podman, container, pod["terminationGracePeriodSeconds"]) == "0", podman.logs(container)

@@ -313,18 +313,15 @@ def test_passwords_are_drawn_once(manifests_folder: Path) -> None:
 
 
 def test_the_scaling_benchmark_applies_the_rule_of_the_manifest(all_rendered: dict[str, Rendered]) -> None:
-    from services.bench import scaling
+    from services.bench.autoscaling import SCRAPE_S, TRIGGERS
 
-    triggers = {
-        t["name"]: t["metadata"]
-        for t in all_rendered["production"].of("ScaledObject")["wisp-verifier"]["spec"]["triggers"]
-    }
-    rule = {
-        "queue-delay": (scaling.QUEUE_DELAY, scaling.QUEUE_DELAY_S),
-        "deadlines-missed": (scaling.ROUNDS, scaling.MISSED_SHARE),
-        "utilization": (scaling.UTILIZATION, scaling.UTILIZED),
-    }
-    assert triggers.keys() == rule.keys()
-    for name, (metric, threshold) in rule.items():
-        assert metric in triggers[name]["query"]
-        assert float(triggers[name]["threshold"]) == threshold
+    production = all_rendered["production"]
+    triggers = {t["name"]: t["metadata"] for t in production.of("ScaledObject")["wisp-verifier"]["spec"]["triggers"]}
+    assert triggers.keys() == TRIGGERS.keys()
+    for name, rule in TRIGGERS.items():
+        assert rule.metric in triggers[name]["query"]
+        assert float(triggers[name]["threshold"]) == rule.wanted
+        over = set(re.findall(r"\[(\d+[sm])\]", triggers[name]["query"]))
+        assert over in ({f"{rule.over_s}s"}, {f"{rule.over_s // 60}m"})
+    (endpoint,) = production.of("ServiceMonitor")["wisp"]["spec"]["endpoints"]
+    assert endpoint["interval"] == f"{SCRAPE_S:.0f}s"

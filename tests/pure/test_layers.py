@@ -13,6 +13,7 @@ ROOT = Path(__file__).parents[2]
 DECIDING = [
     "services/baseline/batching.py",
     "services/baseline/link.py",
+    "services/bench/autoscaling.py",
     "services/bench/chaos/faults.py",
     "services/bench/chaos/requests.py",
     "services/bench/load/arms.py",

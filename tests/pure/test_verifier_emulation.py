@@ -1,10 +1,9 @@
-"""A verifier that takes the time of another one, and the autoscaler's rule in the scaling benchmark."""
+"""A verifier that takes the time of another one."""
 
 from __future__ import annotations
 
 import pytest
 
-from services.bench.scaling import Seen, seen
 from services.verifier.emulation import Pace
 from services.verifier.settings import VerifierSettings
 from shared.cost import shape_of
@@ -32,23 +31,3 @@ def test_half_a_cost_model_is_refused() -> None:
     assert VerifierSettings(emulated_cost=COST).emulated_cost == COST
     with pytest.raises(ValueError, match="7 coefficients"):
         VerifierSettings(emulated_cost=COST[:3])
-
-
-METRICS = """\
-# TYPE wisp_scheduler_predicted_queue_delay_seconds gauge
-wisp_scheduler_predicted_queue_delay_seconds 0.5
-# TYPE wisp_scheduler_utilization gauge
-wisp_scheduler_utilization 0.9
-# TYPE wisp_scheduler_rounds_total counter
-wisp_scheduler_rounds_total{deadline="met"} 90.0
-wisp_scheduler_rounds_total{deadline="missed"} 10.0
-"""
-IDLE = Seen(queue_delay_s=0, utilization=0.1, met=0, missed=0, batches=0)
-
-
-def test_the_worst_metric_says_how_many_verifiers_are_wanted() -> None:
-    now = seen(METRICS)
-    assert (now.queue_delay_s, now.utilization, now.met, now.missed) == (0.5, 0.9, 90, 10)
-    assert now.wanted(1, IDLE) == 3, "queue delay: 0.5 over 0.2"
-    assert now.wanted(2, IDLE) == 5
-    assert IDLE.wanted(4, IDLE) == 1

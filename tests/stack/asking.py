@@ -96,11 +96,13 @@ class Client:
         return await asyncio.gather(*(self.ask(case, draft) for case in cases))
 
 
-def decode(engine: Engine, prompt: Sequence[int], sampling: Sampling, eos: set[int]) -> list[int]:
+def decode(
+    engine: Engine, prompt: Sequence[int], sampling: Sampling, eos: set[int], *, length: int = TOKENS
+) -> list[int]:
     """The target's own answer, one token at a time, without the token that ends it."""
     tokens = list(prompt)
     engine.attach("reference", tokens)
-    while len(tokens) < len(prompt) + TOKENS and (len(tokens) == len(prompt) or tokens[-1] not in eos):
+    while len(tokens) < len(prompt) + length and (len(tokens) == len(prompt) or tokens[-1] not in eos):
         step = Step("reference", tokens[engine.cached("reference") :], rows=1)
         tokens += choose(engine.forward([step]).logits, [sampling], [len(tokens)])
     engine.release("reference")
