@@ -158,7 +158,7 @@ async def load(suite: Suite) -> AsyncIterator[Load]:
         await asyncio.gather(*clients)
 
 
-@pytest.mark.parametrize("updated", [*((service,) for service in SERVICES), SERVICES], ids="-".join)
+@pytest.mark.parametrize("updated", [("gateway",), ("verifier",), SERVICES], ids="-".join)
 async def test_no_stream_notices_an_update(suite: Suite, load: Load, updated: Sequence[str]) -> None:
     stack = suite.stack
     old = {service: process for service in updated for process in stack.processes(service)}
