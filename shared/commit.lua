@@ -56,7 +56,7 @@ for job = 0, (#ARGV - FIRST + 1) / 7 - 1 do
     redis.call('APPEND', tokens, new)
     length = length + #new / WIDTH
     redis.call('HSET', session, 'length', length, 'round', round, 'base', base, 'accepted', accepted,
-               'finish', finish, 'verifier', verifier, 'cached', cached)
+               'finish', finish, 'verifier', verifier, 'cached', cached, 'last_ms', now_ms)
     if finish ~= '' then
       redis.call('HSET', session, 'status', 'finished')
       redis.call('ZREM', KEYS[1], id)

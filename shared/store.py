@@ -78,7 +78,7 @@ CONNECTION_S = 30.0
 REAPED_AT_ONCE = 200
 """Sessions that are looked at while nobody else is served."""
 
-FIELDS = ("request", "status", "length", "round", "finish", "start_ms", "first_ms", "left_at")
+FIELDS = ("request", "status", "length", "round", "finish", "start_ms", "first_ms", "last_ms", "left_at")
 """What is read of a session, in this order."""
 
 # A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
@@ -133,6 +133,8 @@ class Session:
     """Time since the request arrived, by Redis's own clock."""
     first_ms: float | None = None
     """Time from there to the first commit."""
+    idle_ms: float = 0.0
+    """Time since the last commit, or since the request arrived."""
     left_at: int | None = None
     """Its length when a gateway left it to others last; None if none has."""
 
@@ -502,7 +504,7 @@ def _finish(value: bytes | None) -> Finish | None:
 
 
 def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) -> Session | None:
-    request, status, length, round_, finish, start_ms, first_ms, left_at = fields
+    request, status, length, round_, finish, start_ms, first_ms, last_ms, left_at = fields
     if request is None or status is None or length is None or round_ is None or start_ms is None or tokens is None:
         return None
     committed = unpack(tokens)
@@ -522,5 +524,6 @@ def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) ->
         _finish(finish),
         elapsed_ms,
         first_after_ms,
+        max(0.0, now_ms - float(last_ms or start_ms)),
         None if left_at is None else int(left_at),
     )

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager, suppress
 from enum import StrEnum
+from functools import partial
 from time import monotonic
 from typing import Any
 
@@ -28,7 +29,7 @@ from shared.topology import Queue
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two looks at a silent session's state."""
-CANCEL_TRIES, CANCEL_AGAIN_S = 60, 1.0
+STORE_TRIES, STORE_AGAIN_S = 60, 1.0
 """While Redis is away. A gateway that ends before it is back leaves its sessions to `Store.reap`."""
 CANCELLED = Failure(code="cancelled", message="this session was cancelled; send the request again")
 TAKEN = Failure(code="resumed", message="the client goes on with this stream over another connection")
@@ -162,6 +163,8 @@ class Backend:
                 live = self._register(plan, run.wake, began_s)
                 run.lives.append(live)
                 live.origin = state.request.gateway
+                # It may stall no longer than at one gateway, however often its client comes back.
+                live.progress_s = monotonic() - state.idle_ms / 1000
                 if state.first_ms is not None:
                     live.first_s = began_s + state.first_ms / 1000
                     live.token_s = monotonic()
@@ -338,26 +341,30 @@ class Backend:
         await self._publisher.publish(ended, topology.ENDED)
 
     async def _cancel(self, session: str, reason: str) -> None:
-        marked = False
-        for attempt in range(CANCEL_TRIES):
-            try:
-                if not await self._store.cancel(session, self._instance):
-                    self._log.info("session is another gateway's by now", session=session)
-                    return
-                marked = True
-            except BrokersError as error:
-                self._log.warning("session not marked as cancelled yet", session=session, error=str(error))
-            if marked or not attempt:  # those who work on it need not wait for Redis
-                await self._publisher.publish(Cancel(session=session, reason=reason), topology.CANCEL)
-            if marked:
+        cancel = Cancel(session=session, reason=reason)
+        mark = partial(self._store.cancel, session, self._instance)
+        try:
+            if not await mark():
+                self._log.info("session is another gateway's by now", session=session)
                 return
-            await asyncio.sleep(CANCEL_AGAIN_S)
+        except BrokersError:
+            # Those who work on it need not wait for Redis.
+            await self._publisher.publish(cancel, topology.CANCEL)
+            await self._until_stored(mark, session)
+            return
+        await self._publisher.publish(cancel, topology.CANCEL)
 
     async def _leave(self, session: str, length: int) -> None:
-        try:
-            await self._store.leave(session, self._instance, length)
-        except BrokersError as error:
-            self._log.warning("session not left to other gateways", session=session, error=str(error))
+        await self._until_stored(partial(self._store.leave, session, self._instance, length), session)
+
+    async def _until_stored(self, write: Callable[[], Awaitable[object]], session: str) -> None:
+        for _ in range(STORE_TRIES):
+            try:
+                await write()
+                return
+            except BrokersError as error:
+                self._log.warning("session's end not stored yet", session=session, error=str(error))
+            await asyncio.sleep(STORE_AGAIN_S)
 
     async def _unhear(self, origin: str) -> None:
         assert self._queue is not None

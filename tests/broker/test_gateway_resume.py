@@ -220,6 +220,26 @@ async def test_one_that_does_not_come_back_is_cancelled_after_a_while(start: Sta
         await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session], within_s=10)
 
 
+async def test_one_that_stalls_is_given_up_however_often_its_client_comes_back(start: Start) -> None:
+    async with start(stall_timeout_s=2) as suite:
+        suite.peer.script = Script(text="and then silence", ends=False)
+        asked = body(wisp={"resumable": True})
+        part = Part()
+        async with suite.http.stream("POST", "/v1/completions", json=asked) as response:
+            await read(events(response), part, until=1)
+        codes = []
+        for _ in range(8):  # each time it has the patience of a moment
+            try:
+                async with asyncio.timeout(0.8):
+                    await resumed(suite.http, part.last_id)
+            except TimeoutError:
+                continue
+            except Broken as error:
+                codes.append(str(error))
+                break
+        assert codes == ["timeout"]
+
+
 async def test_one_that_said_nothing_is_cancelled_at_once_and_cannot_go_on(suite: Suite) -> None:
     suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
     part = Part()
