@@ -58,18 +58,21 @@ def images(podman: Podman) -> dict[str, str]:
 class Compose:
     """The compose file's stack, called by a name of its own."""
 
-    def __init__(self, podman: Podman, brokers: str) -> None:
+    def __init__(self, podman: Podman, brokers: str, *more: str, **env: str) -> None:
+        """more: words before the command. env: more of the environment."""
         self.podman = podman
+        self.more = more
         self.name = f"wisp-test-{token_hex(3)}"
         (self.port,) = free_ports(1)
         self.env = {
             "WISP_RABBITMQ_IMAGE": brokers,
             "WISP_REDIS_IMAGE": brokers,
             "WISP_API": f"127.0.0.1:{self.port}",
+            **env,
         }
 
     def __call__(self, *arguments: str) -> str:
-        return self.podman.run(["docker/compose.sh", "-p", self.name, *arguments], env=self.env)
+        return self.podman.run(["docker/compose.sh", *self.more, "-p", self.name, *arguments], env=self.env)
 
     @property
     def url(self) -> str:
@@ -249,6 +252,33 @@ def test_the_health_check_proves_the_consumer(compose: Compose) -> None:
 def test_the_demo_runs_against_the_stack(compose: Compose) -> None:
     shown = compose("--profile", "demo", "run", "--rm", "-T", "demo")
     assert shown.count("identical to plain decoding: yes") == 1, shown[-2000:]
+
+
+def test_beyond_loopback_requests_need_a_key(podman: Podman, images: dict[str, str], tmp_path: Path) -> None:
+    def keys(*words: str) -> str:
+        command = [str(Path(sys.executable).with_name("wisp")), "keys", *words, "--file", str(tmp_path / "keys.json")]
+        return podman.run(command)
+
+    key = keys("new", "ann")
+    for shown in (tmp_path, tmp_path / "keys.json"):
+        shown.chmod(0o755)
+    stack = Compose(podman, images["brokers"], "--file", "compose.keys.yaml", WISP_KEYS=str(tmp_path))
+
+    def status(**headers: str) -> int:
+        return httpx.get(f"{stack.url}/models", headers=headers).status_code
+
+    try:
+        stack("up", "-d", "gateway")
+        podman.until_healthy(*stack.containers("gateway"))
+        assert status() == 401
+        assert status(authorization=f"Bearer {key}") == 200
+        keys("revoke", "ann")
+        end = time.monotonic() + 20
+        while status(authorization=f"Bearer {key}") != 401:
+            assert time.monotonic() < end, "the gateway has not heard of it"
+            time.sleep(0.5)
+    finally:
+        stack.remove()
 
 
 async def test_killing_a_verifier_changes_no_text(compose: Compose, client: AsyncOpenAI, known: dict[int, str]) -> None:

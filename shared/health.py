@@ -23,7 +23,7 @@ from wsgiref.simple_server import WSGIRequestHandler, WSGIServer, make_server
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from shared.broker import Broker
-from shared.errors import BrokersError, SettingsError
+from shared.errors import SettingsError, WispError
 from shared.settings import ServiceSettings, load
 from shared.store import Store
 
@@ -40,19 +40,23 @@ class Health:
     def __init__(self) -> None:
         self._broker: Broker | None = None
         self._store: Store | None = None
+        self._parts: dict[str, Check] = {}
         self.stopping = False
 
-    def watch(self, broker: Broker | None, store: Store | None) -> None:
-        """From now on ready means that these answer; some processes have only one. Call it when all is consumed."""
-        self._broker, self._store = broker, store
+    def watch(self, broker: Broker | None, store: Store | None, **parts: Check) -> None:
+        """From now on ready means that these answer; some processes have only one. Call it when all is consumed.
+
+        `parts` are others that have to answer, by the names under which they are told; they raise WispError.
+        """
+        self._broker, self._store, self._parts = broker, store, parts
 
     async def ready(self) -> dict[str, str]:
         """What keeps the process from its work, by part; empty when nothing does."""
         if self.stopping:
             return {"process": "shutting down"}
-        if self._broker is None and self._store is None:
+        if self._broker is None and self._store is None and not self._parts:
             return {"process": "starting"}
-        checks: dict[str, Awaitable[None]] = {}
+        checks: dict[str, Awaitable[None]] = {name: check() for name, check in self._parts.items()}
         if self._broker is not None:
             checks["rabbitmq"] = self._broker.prove_consumers(CHECK_S)
         if self._store is not None:
@@ -78,7 +82,7 @@ async def _problem(check: Awaitable[None]) -> str | None:
     try:
         async with asyncio.timeout(2 * CHECK_S):
             await check
-    except BrokersError as error:
+    except WispError as error:
         return str(error)
     except TimeoutError:
         return f"no answer in {2 * CHECK_S:g} s"

@@ -58,6 +58,11 @@ class EngineClient:
         """What is needed to serve."""
         return {"engine": "has ended" if self._gone else None}
 
+    async def prove(self) -> None:
+        """Raises EngineError when the engine has ended."""
+        if self._gone:
+            raise EngineError("has ended")
+
     async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
         """Send what the engine has to know. Raises BrokersError when it has ended."""
         if not isinstance(message, Generate | Cancel):

@@ -27,6 +27,7 @@ from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
 from services.gateway.session import sessions_of
 from shared import logging
+from shared.health import HEALTH
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
@@ -65,4 +66,5 @@ async def serve(
         gateway = Gateway(
             settings, model, folder, tokenizer, fingerprint, backend, engine.longest_session, missing, metrics, ledger
         )
+        HEALTH.watch(None, None, engine=engine.prove)
         await serve_api(gateway, listener, stop, engine.deliver(backend))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -117,8 +118,23 @@ def _editing(path: Path) -> Iterator[list[ApiKey]]:
         draft.unlink(missing_ok=True)
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(render(keys))
+            _as_before(path, file.fileno())
         draft.replace(path)
     except OSError as error:
         raise SettingsError(f"the API keys cannot be written: {error}") from error
     finally:
         os.close(folder)
+
+
+def _as_before(path: Path, written: int) -> None:
+    """Whoever could read the file may go on: a gateway under another user would not hear of a revoked key."""
+    try:
+        before = path.stat()
+    except FileNotFoundError:
+        return
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        try:
+            os.fchown(written, before.st_uid, before.st_gid)
+        except PermissionError as error:
+            raise SettingsError(f"{path} belongs to another user: make this change as that user, or as root") from error
+    os.fchmod(written, stat.S_IMODE(before.st_mode))

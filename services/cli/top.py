@@ -11,6 +11,9 @@ from dataclasses import asdict, replace
 from secrets import token_hex
 from typing import Any
 
+import aio_pika
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
+from aiormq.exceptions import ChannelNotFoundEntity
 from rich.console import Console
 from rich.live import Live
 
@@ -19,7 +22,7 @@ from services.cli.top_view import view
 from services.cli.top_where import Where
 from shared import topology
 from shared.broker import Broker, without_password
-from shared.errors import BrokersError
+from shared.errors import BrokersError, SettingsError
 from shared.messages import Message
 from shared.topology import Topology
 
@@ -53,7 +56,9 @@ class Observer:
                 self.problem = f"{error}; trying again"
 
     async def listen(self) -> None:
-        """Listen until cancelled, through lost connections. Raises BrokersError when no broker answers at first."""
+        """Listen until cancelled, through lost connections. Raises BrokersError when no broker answers at first, and
+        SettingsError when it knows no such suite."""
+        await _require_suite(self._where)
         name = f"top-{token_hex(4)}"
         broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name, tls=self._where.tls)
         try:
@@ -79,8 +84,26 @@ class Observer:
         self.watch.feed(message, now_ms())
 
 
+async def _require_suite(where: Where) -> None:
+    """Raises SettingsError when no suite of this name has ever been at the broker. Joining it would declare what the
+    name asks for, and an observer of a mistyped name would leave that behind."""
+    context = where.tls.context() if where.amqp_url.startswith("amqps:") else None
+    try:
+        async with asyncio.timeout(PROVE_S), await aio_pika.connect(where.amqp_url, ssl_context=context) as connection:
+            channel = await connection.channel()
+            await channel.declare_exchange(Topology(where.namespace).exchange, passive=True)
+    except ChannelNotFoundEntity as error:
+        raise SettingsError(
+            f"there is no suite {where.namespace!r} at RabbitMQ at {without_password(where.amqp_url)}; name another "
+            "with --namespace or WISP_NAMESPACE (without, the suite that runs on this machine is taken), or its "
+            "RabbitMQ with --amqp-url"
+        ) from error
+    except (*CONNECTION_EXCEPTIONS, TimeoutError):
+        return  # the connection that is kept says what is wrong, and is tried again
+
+
 async def live(where: Where, console: Console) -> None:
-    """Show the suite until cancelled."""
+    """Show the suite until cancelled. Raises SettingsError when there is no such suite."""
     observer = Observer(where)
 
     async def draw() -> None:
@@ -94,7 +117,8 @@ async def live(where: Where, console: Console) -> None:
 
 
 async def once_seen(where: Where, console: Console, seconds: float, *, as_json: bool = False) -> None:
-    """Print what was seen in so many seconds. Raises BrokersError when the broker cannot be reached."""
+    """Print what was seen in so many seconds. Raises BrokersError when the broker cannot be reached, and SettingsError
+    when it knows no such suite."""
     observer = Observer(where)
 
     async def observe() -> None:

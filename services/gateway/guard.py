@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 from pathlib import Path
 
 import structlog
@@ -58,6 +59,11 @@ class KeyFile:
     def _read(self) -> KeyRing:
         try:
             text = self._path.read_text("utf-8")
+        except PermissionError as error:
+            raise SettingsError(
+                f"the API keys cannot be read: {self._path} is closed to this process, whose user is {os.geteuid()}; "
+                "let that user read it (it holds hashes, no keys)"
+            ) from error
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(
                 f"the API keys cannot be read ({error}); make one with `wisp keys new NAME --file {self._path}`"

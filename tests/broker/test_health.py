@@ -18,7 +18,7 @@ import pytest
 from services.cli import host, private
 from shared import health
 from shared.broker import Broker
-from shared.errors import SettingsError
+from shared.errors import EngineError, SettingsError
 from shared.health import Health
 from shared.messages import Message
 from shared.store import Store
@@ -135,6 +135,20 @@ async def test_without_redis_a_process_is_not_ready_but_lives(served: Served, na
     assert status == 503
     assert text.startswith("redis: ")
     assert (await served.asked("/live"))[0] == 200
+
+
+async def test_a_part_of_its_own_is_asked_like_the_brokers(served: Served) -> None:
+    broken: list[str] = []
+
+    async def engine() -> None:
+        if broken:
+            raise EngineError(broken[0])
+
+    served.health.watch(None, None, engine=engine)
+    assert await served.asked("/ready") == (200, "ok\n")
+    broken.append("has ended")
+    assert await served.asked("/ready") == (503, "engine: has ended\n")
+    assert await served.asked("/live") == (200, "ok\n")
 
 
 async def test_an_event_loop_that_hangs_is_noticed(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:

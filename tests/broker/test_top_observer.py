@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from functools import partial
 from io import StringIO
 
+import aio_pika
 import pytest
+from aiormq.exceptions import ChannelNotFoundEntity
 from link import link_to
 from rich.console import Console
 
-from services.cli.top import Observer, now_ms, once_seen
+from services.cli.top import Observer, live, now_ms, once_seen
 from services.cli.top_state import Watch
 from services.cli.top_where import Where
 from shared import topology
 from shared.broker import Broker
-from shared.errors import BrokersError
+from shared.errors import BrokersError, SettingsError
 from shared.messages import Batch, Ended, Heartbeat, Job, Load, Message, Result, Status
 from shared.topology import Topology
 
@@ -101,7 +104,19 @@ async def test_a_snapshot_of_what_passes_and_nothing_is_taken_from_the_services(
     assert len(taken) > 1
 
 
-async def test_an_empty_suite_says_so(amqp_url: str, namespace: str) -> None:
+@pytest.mark.parametrize("show", [partial(once_seen, seconds=1), live], ids=["once", "live"])
+async def test_a_mistyped_name_is_refused_and_leaves_nothing_behind(
+    amqp_url: str, namespace: str, show: Callable[..., Awaitable[None]]
+) -> None:
+    with pytest.raises(SettingsError, match=rf"there is no suite '{namespace}' at RabbitMQ at amqp://.*--namespace"):
+        await show(Where(amqp_url, namespace), Console(file=StringIO(), width=80))
+    async with await aio_pika.connect(amqp_url) as connection:
+        for exchange in (Topology(namespace).exchange, Topology(namespace).dead):
+            with pytest.raises(ChannelNotFoundEntity):
+                await (await connection.channel()).declare_exchange(exchange, passive=True)
+
+
+async def test_an_empty_suite_says_so(suite: Broker, amqp_url: str, namespace: str) -> None:
     console = Console(file=StringIO(), width=80)
     await once_seen(Where(amqp_url, namespace), console, 1)
     assert "no scheduler and no verifier speaks" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]

@@ -72,8 +72,9 @@ def test_build_says_what_there_is() -> None:
     assert "there are services, cpu and cuda" in done.stderr
 
 
-def test_the_compose_file_passes_its_schema() -> None:
-    schema = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(COMPOSE)]
+@pytest.mark.parametrize("file", sorted((ROOT / "docker").glob("compose*.yaml")), ids=lambda file: file.name)
+def test_a_compose_file_passes_its_schema(file: Any) -> None:
+    schema = [tool("check-jsonschema"), "--builtin-schema", "vendor.compose-spec", str(file)]
     done = subprocess.run(schema, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout
 
@@ -91,6 +92,13 @@ def test_the_compose_file_names_settings_that_there_are_and_pinned_images() -> N
             assert default.endswith(f":{VERSION}")
         assert service["read_only"] is True
         assert service["cap_drop"] == ["ALL"]
+
+
+def test_the_compose_file_of_keys_sets_settings_that_there_are() -> None:
+    services = yaml.safe_load((ROOT / "docker/compose.keys.yaml").read_text())["services"]
+    assert services.keys() == {"gateway"}
+    known = {variable(field) for field in settings_of("gateway").model_fields}
+    assert services["gateway"]["environment"].keys() <= known
 
 
 def test_the_compose_file_opens_the_api_alone_and_on_loopback() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -84,6 +85,15 @@ def test_a_missing_file_of_keys_ends_the_start(tmp_path: Path) -> None:
         KeyFile(tmp_path / "keys.json")
 
 
+def test_a_file_that_is_closed_to_the_gateway_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def closed(self: Path, encoding: str) -> str:
+        raise PermissionError(13, "Permission denied", str(self))
+
+    monkeypatch.setattr(Path, "read_text", closed)
+    with pytest.raises(SettingsError, match=rf"keys.json is closed to this process, whose user is {os.geteuid()}"):
+        KeyFile(tmp_path / "keys.json")
+
+
 @pytest.mark.parametrize(
     ("ms", "text"),
     [(0, "0s"), (1, "1ms"), (999, "999ms"), (1000, "1s"), (1500, "1.5s"), (60_000, "1m0s"), (90_001, "1m31s")],
@@ -117,6 +127,18 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, monkeypatch: pytest.Mo
     wisp("keys", "revoke", bob.id)
     assert len(KeyFile(file).ring) == 0
     assert "no key has the id or name 'ann'" in wisp("keys", "revoke", "ann")
+
+
+def test_who_could_read_the_file_hears_of_a_revoked_key(tmp_path: Path) -> None:
+    file = tmp_path / "keys.json"
+    wisp("keys", "new", "ann", "--file", file)
+    file.chmod(0o644)
+    owner = (10001, 10001) if os.geteuid() == 0 else (os.geteuid(), os.getegid())
+    os.chown(file, *owner)
+    wisp("keys", "revoke", "ann", "--file", file)
+    about = file.stat()
+    assert (about.st_mode & 0o777, about.st_uid, about.st_gid) == (0o644, *owner)
+    assert len(KeyFile(file).ring) == 0
 
 
 def test_bad_words_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import httpx
 import pytest
 from asking import Case, Client
 
+from services.cli.ports import free_ports
 from services.cli.stack import Stack
 
 CACHE_TOKENS = 1280
@@ -19,7 +20,8 @@ CACHE_TOKENS = 1280
 @pytest.fixture(scope="module", params=["centralized", "colocated"])
 async def baseline(request: pytest.FixtureRequest, target_folder: Path) -> AsyncIterator[Stack]:
     env = {"WISP_CACHE_TOKENS": str(CACHE_TOKENS), "WISP_ADMISSION": "false", "WISP_THREADS": "1"}
-    async with Stack("test-baseline", serving=request.param, target=target_folder, env=env) as running:
+    own = {"baseline": {"WISP_METRICS_PORT": str(free_ports(1)[0])}}
+    async with Stack("test-baseline", serving=request.param, target=target_folder, env=env, env_of=own) as running:
         yield running
 
 
@@ -37,6 +39,13 @@ async def test_a_baseline_gives_the_same_text(baseline: Stack, asking: Client, c
     assert (summary["drafted"] > 0) == (baseline.serving == "colocated")
     if baseline.serving == "centralized":
         assert summary["rounds"] == summary["tokens"], "plain decoding: a token a step"
+
+
+async def test_the_metrics_port_says_that_it_is_ready(baseline: Stack, asking: Client) -> None:
+    port = baseline.env_of["baseline"]["WISP_METRICS_PORT"]
+    for path in ("ready", "live"):
+        answer = await asking.http.get(f"http://127.0.0.1:{port}/{path}")
+        assert (answer.status_code, answer.text) == (200, "ok\n")
 
 
 async def test_what_nobody_waits_for_makes_room(baseline: Stack, asking: Client, cases: list[Case]) -> None:
