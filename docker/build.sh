@@ -42,8 +42,7 @@ fi
 
 version=$(sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
 revision=$(git rev-parse HEAD 2>/dev/null || echo unknown)
-# Not in the Dockerfile: each commit would build every layer after them anew.
-arguments=(--label "org.opencontainers.image.version=$version" --label "org.opencontainers.image.revision=$revision")
+arguments=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision")
 for name in BASE PIP_INDEX_URL TORCH_CPU_INDEX TORCH_CUDA_INDEX MODEL; do
     [[ -v $name ]] && arguments+=(--build-arg "$name=${!name}")
 done

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import copy
+import hashlib
 import json
 import os
 import sys
@@ -179,8 +180,24 @@ print(json.dumps({
     assert ("model.safetensors" in model) is (name == "cpu")
     labels = json.loads(podman.inspect("{{json .Labels}}", images[name]))
     assert labels["org.opencontainers.image.version"] == version()
-    assert len(labels["org.opencontainers.image.revision"]) == 40
+    assert labels["org.opencontainers.image.revision"] == podman.run(["git", "rev-parse", "HEAD"])
     assert podman.inspect("{{.User}}", images[name]) == f"{USER}:{USER}"
+
+
+@pytest.mark.parametrize("name", ["services", "cpu"])
+def test_an_image_holds_this_checkouts_sources(podman: Podman, images: dict[str, str], name: str) -> None:
+    """And not those of an earlier build, whose layers were taken for the same."""
+    code = """
+import hashlib, json, pathlib, shared
+root = pathlib.Path(shared.__file__).parents[1]
+files = [file for package in ("services", "shared") for file in (root / package).rglob("*.*")]
+files = [file for file in files if file.suffix in (".py", ".lua")]
+print(json.dumps({str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}))
+"""
+    inside = json.loads(podman("run", "--rm", "--network=none", images[name], "python", "-c", code))
+    assert {"services/gateway/app.py", "shared/commit.lua"} <= inside.keys()
+    here = {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in inside}
+    assert inside == here
 
 
 def test_sizes_are_told(podman: Podman, images: dict[str, str]) -> None:

@@ -65,7 +65,7 @@ class Engine:
     ) -> None:
         """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: K/V room, rounded down to
         blocks of 64 tokens. keep_hidden: keep final hidden states beside K/V, see `hidden`. Raises ModelError (the
-        folder or the architecture cannot be used), EngineError (a setting makes no sense).
+        folder or the architecture cannot be used), EngineError (a setting makes no sense, or not here).
         """
         if dtype not in DTYPES or budget_tokens < BLOCK or threads < 1:
             raise EngineError(
@@ -74,8 +74,8 @@ class Engine:
             )
         torch.set_num_threads(threads)
         self.threads = threads
-        self._model = load(folder, DTYPES[dtype]).to(device)
-        self._device = torch.device(device)
+        self._device = usable(device)
+        self._model = load(folder, DTYPES[dtype]).to(self._device)
         config = self._model.config.get_text_config()
         self.vocab_size: int = config.vocab_size
         self.hidden_size: int = config.hidden_size
@@ -287,6 +287,18 @@ class Engine:
         if self._device.type == "cpu":
             return BlockCache(probe.shape(), self._pool.capacity, dtype, self.threads)
         return GatherCache(probe.shape(), self._pool.capacity, dtype, self._device)
+
+
+def usable(device: str) -> torch.device:
+    """The device of that name. Raises EngineError when torch cannot compute on it here."""
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise EngineError(
+            f"device {device!r} cannot be used here ({reason}); WISP_DEVICE=cpu works everywhere"
+        ) from error
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:

@@ -248,6 +248,12 @@ def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
         Engine(tiny.make(tmp_path, config))
 
 
+@pytest.mark.parametrize("device", ["cuda:99", "abacus"])
+def test_a_device_that_is_not_there_is_named(folder: Path, device: str) -> None:
+    with pytest.raises(EngineError, match=rf"device '{device}' cannot be used here \(.+\); WISP_DEVICE=cpu works"):
+        Engine(folder, device=device)
+
+
 def test_senseless_settings_are_refused(folder: Path) -> None:
     for wrong in ({"dtype": "int3"}, {"budget_tokens": 10}, {"threads": 0}):
         with pytest.raises(EngineError, match="at least"):

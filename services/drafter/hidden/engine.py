@@ -15,7 +15,7 @@ from services.drafter.hidden.model import run_layers
 from services.drafter.hidden.target import target_parts
 from shared.engine.attention import Batch, BlockCache, Cache, GatherCache, Shape
 from shared.engine.blocks import BLOCK, BlockPool
-from shared.engine.engine import DTYPES
+from shared.engine.engine import DTYPES, usable
 from shared.errors import EngineError, ModelError
 from shared.models.folder import ModelFolder
 
@@ -53,7 +53,7 @@ class DraftEngine:
             )
         torch.set_num_threads(threads)
         config = draft.card.model
-        self._device = torch.device(device)
+        self._device = usable(device)
         self._parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
         model, head_ids = weights.load(draft, DTYPES[dtype])
         self._model = model.to(device)
