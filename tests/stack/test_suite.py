@@ -63,7 +63,7 @@ async def test_a_request_with_an_slo_has_its_deadline_in_redis_while_it_runs(sta
     async with client.http.stream("POST", f"{stack.url}/chat/completions", json=body, headers=headers) as answer:
         lines = answer.aiter_lines()
         first = await anext(lines)
-        session = first.split('"id":"')[1].split('"')[0]
+        session = first.removeprefix("id: ").split("/")[0]
         async with Redis.from_url(stack.brokers.redis_url) as redis:
             names = [name.decode() for name in await redis.zrange(f"{stack.namespace}:deadlines", 0, -1)]
         mine = [name for name in names if name.startswith(session)]
