@@ -10,7 +10,7 @@ import shutil
 import signal
 import subprocess
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from secrets import token_hex
 from urllib.parse import urlsplit, urlunsplit
@@ -97,6 +97,10 @@ def ip(*words: str) -> None:
     subprocess.run(["ip", *words], check=True, capture_output=True)
 
 
+def tc(*words: str) -> None:
+    subprocess.run(["tc", "qdisc", *words], check=True, capture_output=True)
+
+
 @dataclass
 class Network:
     """A namespace and its cable to this one."""
@@ -117,10 +121,17 @@ class Network:
     def mend(self) -> None:
         ip("link", "set", self.cable, "up")
 
+    @contextmanager
+    def slow(self) -> Iterator[None]:
+        """What comes in travels at the speed of an old telephone line."""
+        tc("add", "dev", self.cable, "root", "tbf", *["rate", "256kbit", "burst", "8kb", "latency", "400ms"])
+        yield
+        tc("del", "dev", self.cable, "root")
+
 
 @pytest.fixture
 def network() -> Iterator[Network]:
-    if os.geteuid() != 0 or shutil.which("ip") is None:
+    if os.geteuid() != 0 or shutil.which("ip") is None or shutil.which("tc") is None:
         pytest.skip("needs root and iproute2, to make a network namespace")
     tag = token_hex(3)
     subnet = f"10.231.{random.randrange(256)}"
@@ -153,7 +164,7 @@ async def reachable(network: Network, brokers: Brokers) -> AsyncIterator[dict[st
         yield found
 
 
-async def test_a_drafter_behind_a_network_that_drops_everything(
+async def test_a_drafter_behind_a_network_that_is_slow_and_then_drops_everything(
     suite: Suite, brokers: Brokers, network: Network
 ) -> None:
     stack = suite.stack
@@ -161,6 +172,9 @@ async def test_a_drafter_behind_a_network_that_drops_everything(
         (near,) = stack.processes("drafter")
         (far,) = await stack.start("drafter", 1, addresses, network.under)
         await stack.stop(near)
+        with network.slow():
+            assert await suite.ask("lookup") == {Verdict.RIGHT}
+        assert suite.seen.drafters == {far.name}
         # Shorter than RabbitMQ waits: late, by the same drafter.
         asking = suite.ask("lookup")
         await progressed(suite.seen, 10)
