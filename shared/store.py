@@ -8,8 +8,7 @@
     <ns>:gateway:{id}     there while this gateway is
     <ns>:lease:{id}       a verifier's lease, expiring unless it is renewed
     <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
-    <ns>:kv:{kind}:{hex}  K/V of a full block of tokens, by the identity of these and all before them, expiring; the
-                          sorted set <ns>:kvs:{kind} has their names by the time at which they expire
+    <ns>:kv:{kind}:{hex}, <ns>:kvs:{kind}   K/V that verifiers hand over: see `shared.kv`
     <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
     <ns>:quota:{key}, <ns>:streams:{key}    what an API key has used: see `shared.quota`
 
@@ -41,6 +40,7 @@ from redis.exceptions import ConnectionError as RedisConnectionError
 from redis.exceptions import RedisError
 
 from shared.errors import BrokersError, Fenced, MessageError
+from shared.kv import KvBlocks
 from shared.messages import (
     MOST,
     SILENT_MS,
@@ -184,6 +184,7 @@ class Store:
         self._commit = redis.register_script(files("shared").joinpath("commit.lua").read_text())
         self._renew = redis.register_script(_RENEW)
         self.quota = Quota(redis, namespace, self._guard)
+        self.kv = KvBlocks(redis, namespace, self._guard)
 
     @classmethod
     def connect(cls, url: str, namespace: str, ttl_s: int, tls: Tls | None = None) -> Store:
@@ -401,41 +402,6 @@ class Store:
         """The verifiers that are alive."""
         return [m for m in await self._kept("verifier") if isinstance(m, Heartbeat)]
 
-    async def keep_blocks(self, kind: str, blocks: Mapping[bytes, bytes], ttl_s: float, most: int) -> int:
-        """Keep K/V of blocks (identity: content) for a while, at most `most` of this kind in all.
-
-        `kind` says who can read them: model, dtype, layout. Returns how many were kept.
-        """
-        index, now_ms = self._key("kvs", kind), await self._now_ms()
-        async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zremrangebyscore(index, 0, now_ms)
-            pipe.zcard(index)
-            _, there = await self._guard(pipe.execute())
-        kept = dict(list(blocks.items())[: max(0, most - there)])
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name, content in kept.items():
-                pipe.set(self._block(kind, name), content, px=int(ttl_s * 1000))
-                pipe.zadd(index, {name: now_ms + ttl_s * 1000})
-            await self._guard(pipe.execute())
-        return len(kept)
-
-    async def touch_blocks(self, kind: str, names: Sequence[bytes], ttl_s: float) -> list[bool]:
-        """Keep these blocks for so long from now on; says of each whether it is there."""
-        index, until_ms = self._key("kvs", kind), await self._now_ms() + ttl_s * 1000
-        async with self._redis.pipeline(transaction=False) as pipe:
-            for name in names:
-                pipe.pexpire(self._block(kind, name), int(ttl_s * 1000))
-            found = [bool(there) for there in await self._guard(pipe.execute())]
-            if there := {name: until_ms for name, is_there in zip(names, found, strict=True) if is_there}:
-                pipe.zadd(index, there)
-                await self._guard(pipe.execute())
-        return found
-
-    async def blocks(self, kind: str, names: Sequence[bytes]) -> list[bytes | None]:
-        """Content of these blocks; None for one that is not there."""
-        found: list[bytes | None] = await self._guard(self._redis.mget([self._block(kind, name) for name in names]))
-        return found
-
     async def save_cost_model(self, model: CostModel) -> None:
         """Keep the last model of a verifier, for restarted schedulers and estimators."""
         await self._keep("costmodel", model.verifier, model, COSTMODEL_TTL_MS)
@@ -477,9 +443,6 @@ class Store:
 
     def _key(self, kind: str, name: str) -> str:
         return f"{self._namespace}:{kind}:{name}"
-
-    def _block(self, kind: str, name: bytes) -> str:
-        return self._key("kv", f"{kind}:{name.hex()}")
 
     def _session(self, session: str) -> str:
         return self._key("session", session)

@@ -22,7 +22,7 @@ from shared import logging
 from shared.engine import Engine
 from shared.engine.blocks import BLOCK, block_names
 from shared.errors import BrokersError, EngineError
-from shared.store import Store
+from shared.kv import KvBlocks
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class Handoff:
 
     def __init__(
         self,
-        store: Store,
+        kv: KvBlocks,
         engine: Engine,
         fingerprint: str,
         run: InModelThread,
@@ -56,7 +56,7 @@ class Handoff:
         ttl_s: float,
         limit_bytes: int,
     ) -> None:
-        self._store = store
+        self._kv = kv
         self._engine = engine
         self._run = run
         self._mode = mode
@@ -85,7 +85,7 @@ class Handoff:
                 return
 
     async def _load(self, session: str, held: int, wanted: Sequence[bytes]) -> None:
-        there = await self._store.touch_blocks(self._kind, wanted, self._ttl_s)
+        there = await self._kv.touch(self._kind, wanted, self._ttl_s)
         first = [name for name, _ in takewhile(lambda one: one[1], zip(wanted, there, strict=True))]
         if not first or not self.worth.loads(held, len(first), self._engine.block_bytes):
             return
@@ -93,7 +93,7 @@ class Handoff:
         loaded = 0
         for start in range(0, len(first), AT_ONCE):
             some = first[start : start + AT_ONCE]
-            contents = await self._store.blocks(self._kind, some)
+            contents = await self._kv.read(self._kind, some)
             taken = await self._run(partial(self._adopt, some, contents))
             loaded += taken
             if taken < len(some):
@@ -150,13 +150,13 @@ class Handoff:
         try:
             for session, tokens in sessions.items():
                 names = await self._run(partial(self._names, session, tokens))
-                there = await self._store.touch_blocks(self._kind, names, self._ttl_s) if names else []
+                there = await self._kv.touch(self._kind, names, self._ttl_s) if names else []
                 missing = [name for name, is_there in zip(names, there, strict=True) if not is_there]
                 for start in range(0, len(missing), AT_ONCE):
                     some = missing[start : start + AT_ONCE]
                     found = await self._run(partial(self._contents, some))
                     blocks = {name: content for name, content in found.items() if content is not None}
-                    done = await self._store.keep_blocks(self._kind, blocks, self._ttl_s, self._most)
+                    done = await self._kv.keep(self._kind, blocks, self._ttl_s, self._most)
                     kept += done
                     metrics.HANDOFF_SAVED.inc(done * BLOCK)
                     if done < len(blocks):

@@ -135,7 +135,7 @@ class Verifier:
         self._heartbeat_s = settings.heartbeat_ms / 1000
         self._drain_s = settings.drain_s
         self._handoff = Handoff(
-            store,
+            store.kv,
             engine,
             fingerprint,
             self._in_model_thread,

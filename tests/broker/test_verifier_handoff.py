@@ -189,10 +189,10 @@ async def test_what_does_not_fit_is_ignored_and_the_text_is_right(
 
 async def test_redis_holds_no_more_than_it_may(peer: Peer, text: list[int], redis_url: str, namespace: str) -> None:
     kind, blocks = "1-model-layout", {bytes([number]) * 16: b"content" for number in range(5)}
-    assert await peer.store.keep_blocks(kind, blocks, ttl_s=0.2, most=3) == 3
-    assert await peer.store.keep_blocks(kind, blocks, ttl_s=0.2, most=3) == 0
-    assert await peer.store.touch_blocks(kind, list(blocks), ttl_s=0.2) == [True] * 3 + [False] * 2
-    assert await peer.store.blocks(kind, list(blocks)) == [b"content"] * 3 + [None] * 2
+    assert await peer.store.kv.keep(kind, blocks, ttl_s=0.2, most=3) == 3
+    assert await peer.store.kv.keep(kind, blocks, ttl_s=0.2, most=3) == 0
+    assert await peer.store.kv.touch(kind, list(blocks), ttl_s=0.2) == [True] * 3 + [False] * 2
+    assert await peer.store.kv.read(kind, list(blocks)) == [b"content"] * 3 + [None] * 2
     await asyncio.sleep(0.3)
-    assert await peer.store.touch_blocks(kind, list(blocks), ttl_s=0.2) == [False] * 5
-    assert await peer.store.keep_blocks(kind, blocks, ttl_s=60, most=3) == 3, "those that expired count no more"
+    assert await peer.store.kv.touch(kind, list(blocks), ttl_s=0.2) == [False] * 5
+    assert await peer.store.kv.keep(kind, blocks, ttl_s=60, most=3) == 3, "those that expired count no more"

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from services.bench.chaos import report
 from services.bench.chaos.client import Verdict
 from services.bench.chaos.faults import Kind, schedule
@@ -29,6 +31,7 @@ KINDS = (
 )
 
 
+@pytest.mark.timeout(400)  # longer than a client's patience, so that one that waits in vain is named, and the logs kept
 async def test_nothing_is_lost_wrong_or_left_behind(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "tiny")
     asked = load(SEED, questions=8, longest=40)

@@ -15,17 +15,16 @@ from itertools import pairwise
 
 import httpx
 import pytest
-import tiny
 from asking import decode, watching
-from gateway_peer import CONTEXT, tiny_target
-from transformers import LlamaConfig
 
+from services.bench.tiny import tiny_model
 from services.cli.brokers import Brokers
 from services.cli.launch import STOP_ORDER
 from services.cli.process import Process
 from services.cli.stack import Stack
 from shared.engine import Engine
 from shared.messages import Sampling
+from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
 TOKENS = 96
@@ -121,20 +120,8 @@ class Suite:
 
 @pytest.fixture(scope="module")
 async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
-    folder = tiny_target(tmp_path_factory.mktemp("models") / "tiny")
+    folder = ModelFolder(tiny_model(tmp_path_factory.mktemp("models") / "tiny"))
     tokenizer = Tokenizer(folder)
-    config = LlamaConfig(
-        vocab_size=folder.vocab_size,
-        hidden_size=64,
-        intermediate_size=128,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    tiny.make(folder.path, config)
     prompts = [tokenizer.encode(question) for question in QUESTIONS]
     engine = Engine(folder.path, dtype="float32", budget_tokens=1024)
     expected = [decode(engine, prompt, sampling, set(), length=TOKENS) for prompt in prompts for sampling in SAMPLINGS]
