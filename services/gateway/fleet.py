@@ -44,18 +44,17 @@ class Fleet:
         self._fingerprint = fingerprint
         self._limit = 0
         self._seen_s = -FRESH_S
-        self._looking: asyncio.Task[int] | None = None
+        self._looking: asyncio.Task[None] | None = None
 
     async def longest_session(self) -> int:
         """As the function of that name. Raises ApiError with status 503, also when Redis is away."""
         if monotonic() - self._seen_s >= FRESH_S:
             if self._looking is None or self._looking.done():
                 self._looking = asyncio.create_task(self._look())
-            # Only what was found is kept: who waits for a verifier to start is not told an old answer.
-            self._limit = await asyncio.shield(self._looking)
+            await asyncio.shield(self._looking)
         return self._limit
 
-    async def _look(self) -> int:
+    async def _look(self) -> None:
         try:
             async with asyncio.timeout(LOOK_S):
                 beats = await self._heartbeats()
@@ -63,6 +62,5 @@ class Fleet:
             raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
         except TimeoutError as error:
             raise unavailable(f"Redis did not answer in {LOOK_S:g} s", "redis_unavailable", retry_after_s=2) from error
-        limit = longest_session(beats, self._fingerprint)
-        self._seen_s = monotonic()
-        return limit
+        # Only what was found is kept: who waits for a verifier to start is not told an old answer.
+        self._limit, self._seen_s = longest_session(beats, self._fingerprint), monotonic()

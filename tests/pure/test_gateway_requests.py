@@ -544,3 +544,16 @@ async def test_requests_at_once_share_one_look_at_the_verifiers_and_its_failure(
     assert await asyncio.gather(*(fleet.longest_session() for _ in range(5))) == [100] * 5
     assert await fleet.longest_session() == 100
     assert looks == 2
+
+
+async def test_who_asks_in_the_moment_of_an_answer_gets_that_answer() -> None:
+    late: list[asyncio.Task[int]] = []
+
+    async def beats() -> list[Heartbeat]:
+        # Runs after this has returned, and before those who wait for it go on.
+        asyncio.get_running_loop().call_soon(lambda: late.append(asyncio.create_task(fleet.longest_session())))
+        return [heartbeat(max_len=100)]
+
+    fleet = Fleet(beats, "f")
+    assert await fleet.longest_session() == 100
+    assert [await task for task in late] == [100]
