@@ -25,6 +25,8 @@ CONNECT_S = 10.0
 FIRST_S = 3.0
 QUIET_S = 0.3
 """The last messages of a journal have all come when none has come for this long."""
+LAST_S = 1.0
+"""They have all come after this long, whatever a suite that is running goes on sending."""
 STALLED_S = 30.0
 PREFETCH = 1000
 ACKNOWLEDGE_EVERY = 250
@@ -120,8 +122,9 @@ async def _last_offset(connection: AbstractConnection, queue: str, first_s: floa
     last = None
     with suppress(TimeoutError):
         last = await asyncio.wait_for(found.get(), first_s)
-        while True:
-            last = max(last, await asyncio.wait_for(found.get(), QUIET_S))
+        async with asyncio.timeout(LAST_S):
+            while True:
+                last = max(last, await asyncio.wait_for(found.get(), QUIET_S))
     await channel.close()
     return last
 
