@@ -55,8 +55,8 @@ compose: images ## the whole stack from the images, with docker compose or podma
 images-test: setup tools ## build the images and try them in containers; needs root and Debian
 	@$(BIN)/python -m pytest docker/images_test.py $(ARGS)
 
-test: setup tools ## all tests, on private brokers
-	@$(BIN)/python -m pytest $(ARGS)
+test: setup tools ## all tests, on private brokers; one after another with ARGS="-n 0"
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
 
 lint: setup ## linter, formatter and type checker
 	@status=0; \

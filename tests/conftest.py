@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncIterator
+from pathlib import Path
 from secrets import token_hex
 
 import pytest
@@ -13,6 +14,16 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from services.cli.brokers import Brokers
 from services.cli.folder import RunFolder
+
+WITH_BROKERS = ("broker", "stack")
+"""Folders of tests that take turns: they share brokers, and time what takes as long as two cores let it."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Let one worker have all tests with brokers, in their order, and the others the rest (`-n 2 --dist loadgroup`)."""
+    for item in items:
+        if Path(item.path).parent.name in WITH_BROKERS:
+            item.add_marker(pytest.mark.xdist_group("brokers"))
 
 
 @pytest.fixture(scope="session")

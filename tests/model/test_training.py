@@ -5,7 +5,9 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
+import made_folders
 import pytest
+import tiny
 import torch
 from transformers import LlamaConfig
 
@@ -22,7 +24,6 @@ from services.training.train import Progress
 from shared.engine import Engine, Step
 from shared.errors import ModelError, SettingsError
 from shared.models.folder import ModelFolder
-from tests import made_folders, tiny
 
 SETTINGS = {
     "seed": 3,
