@@ -9,8 +9,16 @@ import pytest
 import recorded
 from typer.testing import CliRunner, Result
 
+from services.cli import terminal
 from services.cli.main import app
 from services.replayer import files
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that is looked for is broken into lines, however wide the terminal is that the tests run in."""
+    monkeypatch.setattr(terminal.out, "width", 200)
+    monkeypatch.setattr(terminal.err, "width", 200)
 
 
 @pytest.fixture
@@ -21,7 +29,7 @@ def file(tmp_path: Path) -> str:
 
 
 def wisp(*words: str) -> Result:
-    return CliRunner(env={"COLUMNS": "200"}).invoke(app, [*words])
+    return CliRunner().invoke(app, [*words])
 
 
 def test_without_the_model_tokens_are_numbers_and_that_is_said(file: str, tmp_path: Path) -> None:
