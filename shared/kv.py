@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 
 from redis.asyncio import Redis
 
-from shared.quota import Guarded
+from shared.redis_calls import Guarded, now_ms
 
 
 class KvBlocks:
@@ -25,22 +25,22 @@ class KvBlocks:
 
     async def keep(self, kind: str, blocks: Mapping[bytes, bytes], ttl_s: float, most: int) -> int:
         """Keep blocks (identity: content) for a while, at most `most` of this kind in all; returns how many were."""
-        index, now_ms = self._index(kind), await self._now_ms()
+        index, at_ms = self._index(kind), await now_ms(self._redis, self._guard)
         async with self._redis.pipeline(transaction=False) as pipe:
-            pipe.zremrangebyscore(index, 0, now_ms)
+            pipe.zremrangebyscore(index, 0, at_ms)
             pipe.zcard(index)
             _, there = await self._guard(pipe.execute())
         kept = dict(list(blocks.items())[: max(0, most - there)])
         async with self._redis.pipeline(transaction=False) as pipe:
             for name, content in kept.items():
                 pipe.set(self._block(kind, name), content, px=int(ttl_s * 1000))
-                pipe.zadd(index, {name: now_ms + ttl_s * 1000})
+                pipe.zadd(index, {name: at_ms + ttl_s * 1000})
             await self._guard(pipe.execute())
         return len(kept)
 
     async def touch(self, kind: str, names: Sequence[bytes], ttl_s: float) -> list[bool]:
         """Keep these blocks for so long from now on; says of each whether it is there."""
-        index, until_ms = self._index(kind), await self._now_ms() + ttl_s * 1000
+        index, until_ms = self._index(kind), await now_ms(self._redis, self._guard) + ttl_s * 1000
         async with self._redis.pipeline(transaction=False) as pipe:
             for name in names:
                 pipe.pexpire(self._block(kind, name), int(ttl_s * 1000))
@@ -54,10 +54,6 @@ class KvBlocks:
         """Content of these blocks; None for one that is not there."""
         found: list[bytes | None] = await self._guard(self._redis.mget([self._block(kind, name) for name in names]))
         return found
-
-    async def _now_ms(self) -> float:
-        seconds, microseconds = await self._guard(self._redis.time())
-        return float(seconds * 1000 + microseconds / 1000)
 
     def _index(self, kind: str) -> str:
         return f"{self._namespace}:kvs:{kind}"

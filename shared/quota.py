@@ -9,7 +9,7 @@ second. Leases are renewed while their sessions run: those of a gateway that die
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.resources import files
@@ -17,10 +17,9 @@ from typing import Any
 
 from redis.asyncio import Redis
 
-LEASE_MS = 30_000
+from shared.redis_calls import Guarded, now_ms
 
-Guarded = Callable[[Any], Awaitable[Any]]
-"""Awaits a call to Redis and turns its errors into ours."""
+LEASE_MS = 30_000
 
 
 class Limited(StrEnum):
@@ -82,8 +81,7 @@ class Quota:
 
     async def renew(self, running: Mapping[str, Sequence[str]]) -> None:
         """The sessions of these keys still run."""
-        seconds, microseconds = await self._guard(self._redis.time())
-        ends_ms = seconds * 1000 + microseconds // 1000 + LEASE_MS
+        ends_ms = await now_ms(self._redis, self._guard) + LEASE_MS
         async with self._redis.pipeline(transaction=False) as pipe:
             for key, sessions in running.items():
                 pipe.zadd(self._streams(key), dict.fromkeys(sessions, ends_ms))

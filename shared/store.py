@@ -55,6 +55,7 @@ from shared.messages import (
     encode,
 )
 from shared.quota import Quota
+from shared.redis_calls import now_ms
 from shared.tls import Tls
 
 HEARTBEAT_TTL_MS = 3000
@@ -224,7 +225,7 @@ class Store:
         by `reap`; 0 never is. `kept` is what a gateway has to know to go on with the answer, see `kept`.
         """
         slo = request.slo
-        start_ms = await self._now_ms() - elapsed_ms
+        start_ms = await now_ms(self._redis, self._guard) - elapsed_ms
         fields: dict[Any, Any] = {
             "request": msgpack.packb(request.model_dump(mode="json")),
             "status": SessionStatus.ACTIVE.value,
@@ -248,10 +249,6 @@ class Store:
             due_ms = math.inf if slo is None else start_ms + slo.ttft_ms
             pipe.zadd(self._deadlines, {request.session: due_ms})
             await self._guard(pipe.execute())
-
-    async def _now_ms(self) -> float:
-        seconds, microseconds = await self._guard(self._redis.time())
-        return float(seconds * 1000 + microseconds / 1000)
 
     async def read(self, sessions: Sequence[str]) -> list[Session | None]:
         """The sessions, whole, in one round trip; None for one that is gone."""
