@@ -21,7 +21,7 @@ help: ## this list
 	@echo "Variables: PORT=8000 (serve), PYTHON=python3.12, TORCH_INDEX=address of a package index, ARGS=\"...\""
 
 setup: ## the virtual environment and the default model, once; all other targets do it by themselves
-	@$(PYTHON) services/cli/bootstrap.py --torch-index "$(TORCH_INDEX)"
+	@$(PYTHON) services/tools/local/bootstrap.py --torch-index "$(TORCH_INDEX)"
 	@$(BIN)/wisp models prepare --quiet
 
 demo: setup ## ask two questions through the whole suite, and compare with plain decoding

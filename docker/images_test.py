@@ -30,8 +30,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/manifests"))
 from containers import ROOT, Podman, build, install, version
 from kustomized import Rendered, copied, render
 
-from services.bench.report import keep
-from services.cli.ports import free_ports
+from services.tools.bench.report import keep
+from services.tools.local.ports import free_ports
 
 pytestmark = pytest.mark.timeout(1800)
 USER = "10001"
@@ -195,7 +195,7 @@ files = [file for file in files if file.suffix in (".py", ".lua")]
 print(json.dumps({str(file.relative_to(root)): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}))
 """
     inside = json.loads(podman("run", "--rm", "--network=none", images[name], "python", "-c", code))
-    assert {"services/gateway/app.py", "shared/commit.lua"} <= inside.keys()
+    assert {"services/gateway/app.py", "shared/state/commit.lua"} <= inside.keys()
     here = {file: hashlib.sha256((ROOT / file).read_bytes()).hexdigest() for file in inside}
     assert inside == here
 

@@ -8,7 +8,7 @@
     ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
     ├── ModelError         a model folder is incomplete, or does not fit its partner
     │   └── ChatTemplateError  (shared.models) the messages cannot be rendered
-    ├── BadLogits          (shared.sampling) the model computed no usable logits
+    ├── BadLogits          (shared.sampling.sampler) the model computed no usable logits
     └── EngineError        the engine refuses work; nothing has changed
         ├── CacheFull      the K/V budget cannot hold what this call needs
         ├── TooLong        more tokens than the model's context or the whole budget

@@ -47,7 +47,7 @@ SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
 SessionKey = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]*$")]
-"""What shows that a session was given to whom says so; empty where none is asked for. See `shared.seal`."""
+"""What shows that a session was given to whom says so; empty where none is asked for. See `shared.broker.seal`."""
 Ratio = Annotated[float, Field(gt=0, le=MOST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -96,7 +96,7 @@ class DraftChoice(StrEnum):
 
 
 class HiddenFormat(StrEnum):
-    """How hidden states travel; see `shared.hidden`."""
+    """How hidden states travel; see `shared.models.hidden_states`."""
 
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
@@ -272,7 +272,7 @@ class HiddenStates(Message):
     """verifier → one drafter, before the Result: the target's final hidden states of committed tokens.
 
     Row i belongs to position `start + i`; the row of the last committed token comes with the next round. A long run is
-    split into several messages. The bytes are packed by `shared.hidden`.
+    split into several messages. The bytes are packed by `shared.models.hidden_states`.
     """
 
     session: Name
@@ -336,7 +336,7 @@ class Sample(Message):
 
 
 class CostModel(Message):
-    """estimator → scheduler, gateway: the verification time model of one verifier. See `shared.cost`."""
+    """estimator → scheduler, gateway: the verification time model of one verifier. See `shared.cost.model`."""
 
     verifier: Name
     coefficients: Annotated[list[Annotated[float, Field(ge=0, le=FARTHEST_MS)]], Field(min_length=5, max_length=7)]
@@ -456,7 +456,7 @@ class Heartbeat(Message):
     free_tokens: Count
     total_tokens: Count
     lease: Count = 0
-    """See `shared.store`; 0 before the first one."""
+    """See `shared.state.store`; 0 before the first one."""
     draining: bool = False
     residency: list[Residency] = Field(default_factory=list)
 

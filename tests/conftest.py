@@ -12,8 +12,8 @@ import pytest
 # Before torch is loaded anywhere: its waiting threads must not take the cores from the services under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
-from services.cli.brokers import Brokers
-from services.cli.folder import RunFolder
+from services.tools.local.brokers import Brokers
+from services.tools.local.folder import RunFolder
 
 WITH_BROKERS = ("broker", "stack")
 """Folders of tests that take turns: they share brokers, and time what takes as long as two cores let it."""

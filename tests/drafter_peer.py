@@ -11,11 +11,11 @@ import numpy as np
 
 from services.drafter.service import serve
 from services.drafter.settings import DrafterSettings
-from shared import hidden, topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.engine.blocks import agreement
 from shared.errors import Unroutable
-from shared.hidden import Bits
 from shared.messages import (
     DraftChoice,
     Finish,
@@ -29,8 +29,9 @@ from shared.messages import (
     Status,
     Verify,
 )
-from shared.store import Commit, Request, Store
-from shared.topology import Topology
+from shared.models import hidden_states as hidden
+from shared.models.hidden_states import Bits
+from shared.state.store import Commit, Request, Store
 
 PROMPT = [1, 2, 3, 1, 2]
 

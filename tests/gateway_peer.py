@@ -16,15 +16,15 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from services.bench.tiny import EOS, byte_tokenizer
 from services.gateway.settings import GatewaySettings
-from shared import topology
-from shared.broker import Broker
+from services.tools.bench.tiny import EOS, byte_tokenizer
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.messages import Cancel, Ended, Failure, Finish, Generate, Heartbeat, Message, Result, Status
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
-from shared.store import Commit, Outcome, Store
-from shared.topology import Topology
+from shared.state.store import Commit, Outcome, Store
 
 CONTEXT = 512
 

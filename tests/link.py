@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit, urlunsplit
 
-from services.cli.ports import free_ports
+from services.tools.local.ports import free_ports
 
 
 class Link:

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from services.cli import private
-from services.cli.host import inspect
-from services.cli.private import Server
+from services.tools.local import private
+from services.tools.local.host import inspect
+from services.tools.local.private import Server
 
 
 @asynccontextmanager

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.replayer.recording import Packed, Recording, Source
+from services.tools.replayer.recording import Packed, Recording, Source
 from shared.messages import (
     Batch,
     Ended,

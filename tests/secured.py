@@ -9,10 +9,10 @@ from pathlib import Path
 
 import trustme
 
-from services.cli import private
-from services.cli.host import inspect
-from services.cli.ports import free_ports
-from services.cli.private import Server
+from services.tools.local import private
+from services.tools.local.host import inspect
+from services.tools.local.ports import free_ports
+from services.tools.local.private import Server
 
 RABBITMQ_TLS = """\
 listeners.ssl.1 = 127.0.0.1:{port}

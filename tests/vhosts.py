@@ -10,8 +10,8 @@ from urllib.parse import urlsplit, urlunsplit
 import psutil
 import pytest
 
-from services.cli.brokers import Brokers
-from services.cli.host import inspect
+from services.tools.local.brokers import Brokers
+from services.tools.local.host import inspect
 
 
 @asynccontextmanager

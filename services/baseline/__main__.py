@@ -2,7 +2,7 @@
 
 from services.baseline.service import serve
 from services.baseline.settings import BaselineSettings
-from shared.service import run
+from shared.runtime.service import run
 
 if __name__ == "__main__":
     run("baseline", BaselineSettings, serve)

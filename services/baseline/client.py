@@ -12,16 +12,16 @@ import socket
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from services.baseline import core
+from services.baseline import engine as core
 from services.baseline.link import Frames, frame
 from services.baseline.settings import BaselineSettings
 from services.gateway.backend import Backend
 from services.gateway.errors import unavailable
-from shared import topology
+from shared.broker import topology
+from shared.broker.topology import Queue
 from shared.errors import BrokersError, EngineError
 from shared.messages import Cancel, Generate, Heartbeat, Message
-from shared.store import Progress, Request, Session, SessionStatus
-from shared.topology import Queue
+from shared.state.store import Progress, Request, Session, SessionStatus
 
 RECEIVED = 1 << 16
 END_S = 10.0

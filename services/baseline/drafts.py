@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from services.drafter.control import Round, SessionControl
+from services.drafter.core.session import judged
 from services.drafter.drafting import Choice, Drafting
-from services.drafter.session import judged
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
-from shared import logging
 from shared.engine import Engine
 from shared.messages import Generate, Result
+from shared.runtime import logging
 
 
 @dataclass(frozen=True)

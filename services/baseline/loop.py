@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.baseline.batching import Batcher, Part, Seat
+from services.baseline.core.batching import Batcher, Part, Seat
 from services.baseline.drafts import InProcessDrafts, Wish
 from services.drafter.drafting import Drafting
 from services.verifier import replies

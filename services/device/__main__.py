@@ -2,7 +2,7 @@
 
 from services.device.service import serve
 from services.device.settings import DeviceSettings
-from shared.service import run
+from shared.runtime.service import run
 
 if __name__ == "__main__":
     run("device", DeviceSettings, serve)

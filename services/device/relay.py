@@ -10,7 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from services.gateway.errors import ApiError, unavailable
 from services.gateway.stream import encode
-from shared import logging
+from shared.runtime import logging
 
 PATHS = ("/v1/", "/ready")
 FORWARDED = ("accept", "content-type", "x-request-id")

@@ -14,11 +14,11 @@ from services.drafter.drafting import load_drafting
 from services.drafter.emulation import load_profile
 from services.drafter.service import Drafter
 from services.gateway.server import Protocol, Server, listen
-from shared import logging
-from shared.broker import Broker
-from shared.service import running
-from shared.tls import Tls
-from shared.topology import Topology, device_name
+from shared.broker.client import Broker
+from shared.broker.topology import Topology, device_name
+from shared.runtime import logging
+from shared.runtime.service import running
+from shared.runtime.tls import Tls
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)
 """Of the gateway: it gives up silent sessions itself, and sooner."""

@@ -10,8 +10,8 @@ from yarl import URL
 from services.drafter.settings import DrafterSettings
 from services.gateway.settings import is_loopback
 from shared.errors import SettingsError
-from shared.settings import NAME_PATTERN
-from shared.tls import Tls
+from shared.runtime.settings import NAME_PATTERN
+from shared.runtime.tls import Tls
 
 
 class DeviceSettings(DrafterSettings):

@@ -1,5 +1,5 @@
 from services.drafter.service import serve
 from services.drafter.settings import DrafterSettings
-from shared.service import run
+from shared.runtime.service import run
 
 run("drafter", DrafterSettings, serve)

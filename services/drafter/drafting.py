@@ -11,10 +11,10 @@ from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
 from services.drafter.hidden.rows import HiddenRows
 from services.drafter.settings import DraftSettings
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
-from shared import logging
 from shared.errors import ModelError
 from shared.messages import DraftChoice, Generate
 from shared.models.folder import ModelFolder
+from shared.runtime import logging
 
 NAMES: Mapping[str, tuple[str, ...]] = {
     "none": (),

@@ -9,10 +9,10 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from services.drafter.device import DeviceProfile, Link, Travel, parse
-from shared import logging
+from services.drafter.core.device import DeviceProfile, Link, Travel, parse
 from shared.errors import SettingsError
 from shared.messages import HiddenStates, Result, Verify
+from shared.runtime import logging
 
 SHIPPED = Path(__file__).parent / "devices"
 

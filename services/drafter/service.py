@@ -10,24 +10,25 @@ import structlog
 
 from services.drafter import metrics
 from services.drafter.control import Round
-from services.drafter.device import DeviceProfile
+from services.drafter.core.device import DeviceProfile
+from services.drafter.core.session import DraftSession, judged
+from services.drafter.core.timeout import RoundTimer
 from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.emulation import EmulatedDevice, load_profile
 from services.drafter.hidden.rows import HiddenRows
 from services.drafter.serving import AheadInMaking, Serving
-from services.drafter.session import DraftSession, judged
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Draft, DraftRequest
-from services.drafter.timeout import RoundTimer
 from services.drafter.worker import SourceWorker
-from shared import logging, topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.errors import BrokersError, MessageError
-from shared.health import HEALTH
 from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Load, Message, Result, Status, Verify
-from shared.service import running
-from shared.store import Session, SessionStatus, Store
-from shared.topology import Topology
+from shared.runtime import logging
+from shared.runtime.health import HEALTH
+from shared.runtime.service import running
+from shared.state.store import Session, SessionStatus, Store
 
 STORE_RETRY_S = 1.0
 

@@ -7,8 +7,8 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from shared.settings import NAME_PATTERN, TargetSettings
-from shared.topology import DEFAULT_POOL
+from shared.broker.topology import DEFAULT_POOL
+from shared.runtime.settings import NAME_PATTERN, TargetSettings
 
 
 class DraftSettings(TargetSettings):

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 from services.drafter.sources import Ahead, Draft, DraftRequest, DraftSource
-from shared import logging
+from shared.runtime import logging
 
 Q = TypeVar("Q")
 A = TypeVar("A")

@@ -1,5 +1,5 @@
 from services.estimator.service import serve
 from services.estimator.settings import EstimatorSettings
-from shared.service import run
+from shared.runtime.service import run
 
 run("estimator", EstimatorSettings, serve)

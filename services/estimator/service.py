@@ -6,15 +6,16 @@ import asyncio
 
 from services.estimator import metrics
 from services.estimator.settings import EstimatorSettings
-from shared import logging, topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
+from shared.cost.fit import VerifierFit
 from shared.errors import BrokersError
-from shared.fit import VerifierFit
-from shared.health import HEALTH
 from shared.messages import CostModel, Message, Sample
-from shared.service import running
-from shared.store import Store
-from shared.topology import Topology
+from shared.runtime import logging
+from shared.runtime.health import HEALTH
+from shared.runtime.service import running
+from shared.state.store import Store
 
 
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:

@@ -12,18 +12,18 @@ from starlette.types import Receive, Scope, Send
 
 from services.gateway import stream
 from services.gateway.backend import Backend
+from services.gateway.core.keys import ApiKey
+from services.gateway.core.place import NOTHING, Place, Shown, rest_of
 from services.gateway.errors import ApiError, internal_error
-from services.gateway.keys import ApiKey
 from services.gateway.ledger import Ledger
-from services.gateway.place import NOTHING, Place, Shown, rest_of
 from services.gateway.plan import Plan
 from services.gateway.run import Run
 from services.gateway.session import Piece, Token
 from services.gateway.stream import Fields, Reply, Text, Usage
-from shared import logging
 from shared.messages import Finish
-from shared.store import Session as Stored
-from shared.tasks import cancel
+from shared.runtime import logging
+from shared.runtime.tasks import cancel
+from shared.state.store import Session as Stored
 
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",

@@ -20,23 +20,23 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.answer import Answer, Order
 from services.gateway.backend import Backend
+from services.gateway.core.place import Place
+from services.gateway.core.slo import class_of, slo_of
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.guard import Guard, KeyFile, key_of
 from services.gateway.headers import draft_of, pool_of
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
-from services.gateway.place import Place
 from services.gateway.plan import Limits, check_prompt, plan
 from services.gateway.prompt import chat_prompt, text_prompt
 from services.gateway.resume import LAST_EVENT_ID, Kept, holder_of, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.settings import GatewaySettings
-from services.gateway.slo import class_of, slo_of
 from services.gateway.stream import Reply
-from shared import logging
+from shared.broker.topology import device_name
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
-from shared.topology import device_name
+from shared.runtime import logging
 
 SEED_HEADER = "x-wisp-seed"
 

@@ -10,21 +10,22 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
-from services.gateway.admission import Admission, Demand
+from services.gateway.core.admission import Admission, Demand
+from services.gateway.core.slo import Outcome, judge
 from services.gateway.errors import ApiError, unavailable
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
 from services.gateway.run import Live, Run
 from services.gateway.session import Session
-from services.gateway.slo import Outcome, judge
 from services.gateway.start import Publisher, SessionStore, Starter
-from shared import logging, topology
+from shared.broker import topology
+from shared.broker.seal import Seal
+from shared.broker.topology import Queue
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
-from shared.seal import Seal
-from shared.store import Session as Stored
-from shared.store import SessionStatus
-from shared.topology import Queue
+from shared.runtime import logging
+from shared.state.store import Session as Stored
+from shared.state.store import SessionStatus
 
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0

@@ -10,11 +10,11 @@ import structlog
 from fastapi.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from services.gateway.core.keys import ApiKey, KeyRing, parse
 from services.gateway.errors import ApiError
-from services.gateway.keys import ApiKey, KeyRing, parse
 from services.gateway.metrics import Metrics
-from shared import logging
 from shared.errors import SettingsError
+from shared.runtime import logging
 
 LOOK_S = 1.0
 """Time between two looks at the file."""

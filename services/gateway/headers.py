@@ -6,9 +6,9 @@ import re
 from collections.abc import Mapping
 
 from services.gateway.errors import invalid
+from shared.broker.topology import DEFAULT_POOL
 from shared.messages import DraftChoice
-from shared.settings import NAME_PATTERN
-from shared.topology import DEFAULT_POOL
+from shared.runtime.settings import NAME_PATTERN
 
 DRAFT_HEADER = "x-wisp-draft"
 POOL_HEADER = "x-wisp-pool"

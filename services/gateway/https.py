@@ -6,9 +6,9 @@ import asyncio
 import ssl
 from pathlib import Path
 
-from shared import logging
 from shared.errors import SettingsError
-from shared.tls import load_chain, server_context
+from shared.runtime import logging
+from shared.runtime.tls import load_chain, server_context
 
 LOOK_S = 5.0
 """Time between two looks at the files."""

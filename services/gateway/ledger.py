@@ -14,19 +14,19 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from services.gateway.core.keys import ApiKey, KeyLimits
 from services.gateway.errors import RATE_LIMITED, ApiError, unavailable
-from services.gateway.keys import ApiKey, KeyLimits
 from services.gateway.metrics import Metrics
-from shared import logging
 from shared.errors import BrokersError
-from shared.quota import LEASE_MS, Allowance, Limited, Verdict
+from shared.runtime import logging
+from shared.state.quota import LEASE_MS, Allowance, Limited, Verdict
 
 RENEW_S = LEASE_MS / 1000 / 3
 SESSIONS_RETRY_S = 1
 
 
 class Counters(Protocol):
-    """What is needed of `shared.quota.Quota`."""
+    """What is needed of `shared.state.quota.Quota`."""
 
     async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
         """See there."""

@@ -13,14 +13,14 @@ import msgpack
 from pydantic import ValidationError
 
 from services.gateway.answer import Answer, Order
+from services.gateway.core.keys import ApiKey
+from services.gateway.core.place import Place
 from services.gateway.errors import ApiError, unavailable
-from services.gateway.keys import ApiKey
-from services.gateway.place import Place
 from services.gateway.plan import Plan, session_name
 from services.gateway.stream import Reply
 from shared.errors import BrokersError
 from shared.messages import DraftChoice, Record
-from shared.store import Session
+from shared.state.store import Session
 
 if TYPE_CHECKING:
     from services.gateway.app import Gateway

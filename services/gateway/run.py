@@ -7,10 +7,10 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from time import monotonic
 
+from services.gateway.core.slo import Outcome
 from services.gateway.errors import from_failure
 from services.gateway.plan import Plan
 from services.gateway.session import Piece, Session
-from services.gateway.slo import Outcome
 from shared.messages import Finish
 
 

@@ -14,7 +14,7 @@ from pydantic_core import PydanticCustomError, from_json
 
 from services.gateway.errors import ApiError, invalid
 from shared.messages import DraftChoice, Sampling
-from shared.settings import NAME_PATTERN
+from shared.runtime.settings import NAME_PATTERN
 
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024

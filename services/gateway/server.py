@@ -15,9 +15,9 @@ from services.gateway.app import Gateway, create_app
 from services.gateway.errors import invalid
 from services.gateway.https import Certificate
 from services.gateway.stream import encode
-from shared import logging
 from shared.errors import SettingsError
-from shared.service import running
+from shared.runtime import logging
+from shared.runtime.service import running
 
 CLOSING_S = 5
 """Time for connections to be closed after the last session has ended."""
@@ -39,7 +39,7 @@ async def serve_api(
 ) -> None:
     """Serve the HTTP API until `stop` is set, then let the running requests end.
 
-    `loops` run beside it, as in `shared.service.running`.
+    `loops` run beside it, as in `shared.runtime.service.running`.
     """
     log, settings, backend = logging.get(), gateway.settings, gateway.backend
     certificate = None
@@ -81,7 +81,7 @@ async def serve_api(
 
 
 class Server(uvicorn.Server):
-    """Leaves the process's signal handlers alone: `shared.service` has its own."""
+    """Leaves the process's signal handlers alone: `shared.runtime.service` has its own."""
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:

@@ -8,9 +8,9 @@ from contextlib import suppress
 
 from prometheus_client import REGISTRY, CollectorRegistry
 
-from services.gateway.admission import Admission
 from services.gateway.app import Gateway
 from services.gateway.backend import Backend
+from services.gateway.core.admission import Admission
 from services.gateway.errors import ApiError
 from services.gateway.fleet import Fleet
 from services.gateway.guard import KeyFile
@@ -19,14 +19,14 @@ from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
 from services.gateway.session import sessions_of
 from services.gateway.settings import GatewaySettings
-from shared import logging
-from shared.broker import Broker
+from shared.broker.client import Broker
+from shared.broker.topology import LOAD, Queue, Topology, result
 from shared.errors import BrokersError
-from shared.health import HEALTH
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
-from shared.store import Store
-from shared.topology import LOAD, Queue, Topology, result
+from shared.runtime import logging
+from shared.runtime.health import HEALTH
+from shared.state.store import Store
 
 READY_TIMEOUT_S = 2.0
 ATTEND_S = 1.0

@@ -8,12 +8,12 @@ from typing import Any
 
 from pydantic import Field, field_validator, model_validator
 
-from services.gateway.keys import KeyLimits
-from services.gateway.slo import ServiceClass
+from services.gateway.core.keys import KeyLimits
+from services.gateway.core.slo import ServiceClass
 from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
-from shared.settings import SealSettings, TargetSettings
-from shared.tls import server_context
+from shared.runtime.settings import SealSettings, TargetSettings
+from shared.runtime.tls import server_context
 
 ADMIT_TO = {"priority": 1.0, "flex": 0.8}
 """`admit_to` of classes that are given without it."""

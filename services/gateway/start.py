@@ -9,16 +9,16 @@ from typing import Protocol
 
 from services.gateway.errors import unavailable
 from services.gateway.plan import Plan
-from shared import topology
+from shared.broker import topology
+from shared.broker.seal import Seal
+from shared.broker.topology import Queue
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Generate, Message
-from shared.seal import Seal
-from shared.store import Progress, Request, Session
-from shared.topology import Queue
+from shared.state.store import Progress, Request, Session
 
 
 class Publisher(Protocol):
-    """What is needed of `shared.broker.Broker`."""
+    """What is needed of `shared.broker.client.Broker`."""
 
     async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
         """See there."""
@@ -31,7 +31,7 @@ class Publisher(Protocol):
 
 
 class SessionStore(Protocol):
-    """What is needed of `shared.store.Store`."""
+    """What is needed of `shared.state.store.Store`."""
 
     async def create(
         self,

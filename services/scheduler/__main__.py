@@ -1,5 +1,5 @@
 from services.scheduler.service import serve
 from services.scheduler.settings import SchedulerSettings
-from shared.service import run
+from shared.runtime.service import run
 
 run("scheduler", SchedulerSettings, serve)

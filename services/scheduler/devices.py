@@ -9,14 +9,14 @@ from itertools import count
 from pathlib import Path
 
 from services.scheduler import metrics
-from services.scheduler.gate import Gate, Refused
-from shared import logging
-from shared.broker import Broker, Stranger
-from shared.devices import read_devices
+from services.scheduler.core.gate import Gate, Refused
+from shared.broker.client import Broker, Stranger
+from shared.broker.devices import read_devices
+from shared.broker.seal import Seal
+from shared.broker.topology import ROUND_BYTES
 from shared.errors import BrokersError, SettingsError
 from shared.messages import Message, Verify
-from shared.seal import Seal
-from shared.topology import ROUND_BYTES
+from shared.runtime import logging
 
 LOOK_S = 1.0
 """Time between two looks at the file."""

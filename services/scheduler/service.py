@@ -8,18 +8,19 @@ from collections.abc import Coroutine
 from typing import Any
 
 from services.scheduler import metrics
+from services.scheduler.core.dispatch import Dispatcher
 from services.scheduler.devices import Devices
-from services.scheduler.dispatch import Dispatcher
 from services.scheduler.settings import SchedulerSettings
-from shared import logging, topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.seal import Seal
+from shared.broker.topology import Topology
 from shared.errors import BrokersError, MessageError
-from shared.health import HEALTH
 from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
-from shared.seal import Seal
-from shared.service import running
-from shared.store import Store
-from shared.topology import Topology
+from shared.runtime import logging
+from shared.runtime.health import HEALTH
+from shared.runtime.service import running
+from shared.state.store import Store
 
 IDLE_S = 0.25
 """Longest time between two decisions, so that silent verifiers and lost batches are noticed."""

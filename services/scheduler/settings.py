@@ -6,10 +6,10 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from services.scheduler.batching import Limits
-from services.scheduler.dispatch import Rules
-from services.scheduler.policies import Part, PolicyName
-from shared.settings import SealSettings
+from services.scheduler.core.batching import Limits
+from services.scheduler.core.dispatch import Rules
+from services.scheduler.core.policies import Part, PolicyName
+from shared.runtime.settings import SealSettings
 
 
 class SchedulerSettings(SealSettings):

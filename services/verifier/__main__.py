@@ -1,5 +1,5 @@
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
-from shared.service import run
+from shared.runtime.service import run
 
 run("verifier", VerifierSettings, serve)

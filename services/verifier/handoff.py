@@ -16,13 +16,13 @@ from itertools import takewhile
 from typing import Protocol, TypeVar
 
 from services.verifier import metrics
+from services.verifier.core.worth import Worth
 from services.verifier.settings import KvHandoff
-from services.verifier.worth import Worth
-from shared import logging
 from shared.engine import Engine
 from shared.engine.blocks import BLOCK, block_names
 from shared.errors import BrokersError, EngineError
-from shared.kv import KvBlocks
+from shared.runtime import logging
+from shared.state.kv import KvBlocks
 
 T = TypeVar("T")
 

@@ -7,8 +7,8 @@ from typing import Any
 from services.verifier.verify import Outcome
 from shared.errors import TooLong
 from shared.messages import Failure, HiddenStates, Job, Result, Status
-from shared.store import Committed
-from shared.store import Outcome as CommitOutcome
+from shared.state.store import Committed
+from shared.state.store import Outcome as CommitOutcome
 
 GONE = Failure(
     code="session_gone",

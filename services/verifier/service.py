@@ -13,17 +13,18 @@ from typing import TypeVar
 import structlog
 
 from services.verifier import metrics, replies
-from services.verifier.emulation import Pace
+from services.verifier.core.emulation import Pace
 from services.verifier.handoff import Handoff
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
 from services.verifier.verify import Outcome, Task, verify
-from shared import logging, topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.seal import Seal
+from shared.broker.topology import Topology
+from shared.cost.fit import VerifierFit
 from shared.engine import Engine
 from shared.errors import BrokersError, Fenced
-from shared.fit import VerifierFit
-from shared.health import HEALTH
 from shared.messages import (
     Batch,
     BatchShape,
@@ -41,11 +42,11 @@ from shared.messages import (
     Status,
 )
 from shared.models.folder import ModelFolder
-from shared.seal import Seal
-from shared.service import running
-from shared.store import Commit, Request, SessionStatus, Store
-from shared.store import Outcome as CommitOutcome
-from shared.topology import Topology
+from shared.runtime import logging
+from shared.runtime.health import HEALTH
+from shared.runtime.service import running
+from shared.state.store import Commit, Request, SessionStatus, Store
+from shared.state.store import Outcome as CommitOutcome
 
 QUIET_S = 0.3
 """A draining verifier waits this long for batches that were sent before the scheduler knew."""

@@ -6,8 +6,8 @@ from typing import Annotated, Literal
 
 from pydantic import Field, field_validator
 
-from shared.cost import SIZE
-from shared.settings import SealSettings, TargetSettings
+from shared.cost.model import SIZE
+from shared.runtime.settings import SealSettings, TargetSettings
 
 KvHandoff = Literal["off", "drain", "write-through"]
 

@@ -10,13 +10,13 @@ from itertools import takewhile
 import torch
 from torch import Tensor
 
-from services.verifier.acceptance import Verdict, accept
+from services.verifier.core.acceptance import Verdict, accept
 from shared import cost
 from shared.engine import Engine, Step
 from shared.errors import WispError
-from shared.hidden import Part, parts
 from shared.messages import BatchShape, HiddenFormat, Sampling
-from shared.sampling import choose
+from shared.models.hidden_states import Part, parts
+from shared.sampling.sampler import choose
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import pytest
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of
 
-from services.gateway.keys import KeyLimits, new_key, render
+from services.gateway.core.keys import KeyLimits, new_key, render
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 

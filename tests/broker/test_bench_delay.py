@@ -7,10 +7,10 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from services.bench.delay import Relay, delayed
-from services.cli.brokers import Brokers
-from shared.broker import Broker
-from shared.topology import Topology
+from services.tools.bench.delay import Relay, delayed
+from services.tools.local.brokers import Brokers
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 
 ONE_WAY_S = 0.04
 SLACK_S = 0.5

@@ -9,11 +9,11 @@ from contextlib import suppress
 import aio_pika
 import pytest
 
-from shared import topology
-from shared.broker import PROBE_HEADER, Broker
+from shared.broker import topology
+from shared.broker.client import PROBE_HEADER, Broker
+from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Batch, Cancel, Generate, Job, Message, Result, Sampling, Status, Verify, encode
-from shared.topology import Topology
 
 Connect = Callable[[str], Awaitable[Broker]]
 
@@ -238,7 +238,7 @@ async def test_a_live_consumer_proves_itself_and_a_missing_one_does_not(connect:
 async def test_two_processes_of_one_name_are_told_apart(
     connect: Connect, amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.broker.OWN_QUEUE_RETRIES", 2)
+    monkeypatch.setattr("shared.broker.client.OWN_QUEUE_RETRIES", 2)
     first, second = await connect("same"), await connect("same")
     await first.consume(first.topology.own_queue("verifier", "same", ()), Inbox())
     with pytest.raises(BrokersError, match="WISP_INSTANCE"):
@@ -249,7 +249,7 @@ async def test_two_processes_of_one_name_are_told_apart(
 
 
 async def test_no_broker_is_a_clear_error(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.broker.CONNECT_TIMEOUT_S", 0.5)
+    monkeypatch.setattr("shared.broker.client.CONNECT_TIMEOUT_S", 0.5)
     with pytest.raises(BrokersError, match=r"guest@127\.0\.0\.1|127\.0\.0\.1:1.*WISP_AMQP_URL") as caught:
         await Broker.connect("amqp://guest:secret@127.0.0.1:1/", Topology(namespace), "x")
     assert "secret" not in str(caught.value)

@@ -14,11 +14,11 @@ import psutil
 import pytest
 from leftovers import descendants, leftovers
 
-from services.cli import private, probe
-from services.cli.brokers import Brokers
-from services.cli.host import Host, inspect
-from services.cli.ports import free_ports
-from services.cli.settings import BrokerAddresses
+from services.tools.local import private, probe
+from services.tools.local.brokers import Brokers
+from services.tools.local.host import Host, inspect
+from services.tools.local.ports import free_ports
+from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
 
 PRIVATE = BrokerAddresses(amqp_url=None, redis_url=None)
@@ -27,8 +27,8 @@ NOTHING = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root
 OWNER = """
 import asyncio, sys
 from pathlib import Path
-from services.cli.brokers import Brokers
-from services.cli.settings import BrokerAddresses
+from services.tools.local.brokers import Brokers
+from services.tools.local.settings import BrokerAddresses
 
 async def main():
     async with Brokers(Path(sys.argv[1]), addresses=BrokerAddresses(amqp_url=None, redis_url=None)):

@@ -10,9 +10,9 @@ import psutil
 import pytest
 from leftovers import descendants, leftovers
 
-from services.cli import containers, probe
-from services.cli.host import container_engine
-from services.cli.progress import Step
+from services.tools.local import containers, probe
+from services.tools.local.host import container_engine
+from services.tools.local.progress import Step
 from shared.errors import BrokersError
 
 ENGINE = """#!/bin/sh

@@ -14,15 +14,15 @@ import pytest
 from aiormq.exceptions import ChannelNotFoundEntity
 from leftovers import descendants, leftovers
 
-from services.cli.background import Background
-from services.cli.brokers import Brokers
-from services.cli.stack import ServiceFailed, Stack
-from shared.topology import Topology
+from services.tools.local.background import Background
+from services.tools.local.brokers import Brokers
+from services.tools.local.stack import ServiceFailed, Stack
+from shared.broker.topology import Topology
 
 OWNER = """
 import asyncio, sys
-from services.cli.stack import Stack
-from services.cli.terminal import run
+from services.tools.local.stack import Stack
+from services.tools.cli.terminal import run
 
 async def main():
     async with Stack("owner", verifiers=0, gateways=0, drafters=0):

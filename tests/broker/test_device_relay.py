@@ -16,7 +16,7 @@ from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of, free_port, text_of
 
 from services.device.relay import Relay
-from services.gateway.keys import new_key, render
+from services.gateway.core.keys import new_key, render
 from services.gateway.server import Server
 
 

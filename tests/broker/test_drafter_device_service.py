@@ -17,7 +17,7 @@ from services.drafter.drafting import Drafting
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Ahead, Draft, DraftRequest
 from services.drafter.sources.base import WithoutStates
-from shared import topology
+from shared.broker import topology
 from shared.messages import Cancel, Finish, HiddenStates, Result, Status, Verify
 
 

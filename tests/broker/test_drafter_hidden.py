@@ -18,9 +18,9 @@ from services.drafter.hidden.engine import DraftEngine
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
-from shared.hidden import Bits, pack, parts, to_floats, unpack
 from shared.messages import DraftChoice, Finish, HiddenFormat, HiddenStates, Sampling, Status, Verify
 from shared.models.folder import ModelFolder
+from shared.models.hidden_states import Bits, pack, parts, to_floats, unpack
 
 
 @pytest.fixture(scope="module")

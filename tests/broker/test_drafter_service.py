@@ -9,7 +9,7 @@ import pytest
 from drafter_peer import Peer, drafting
 
 from services.drafter.settings import DrafterSettings
-from shared import topology
+from shared.broker import topology
 from shared.messages import Cancel, Finish, Status
 
 

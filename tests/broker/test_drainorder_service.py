@@ -12,11 +12,11 @@ from threading import Thread
 
 import pytest
 
-from services.drainorder.service import ANNOTATION, KubernetesError, Pods, serve
-from services.drainorder.settings import DrainOrderSettings
+from services.drain_order.service import ANNOTATION, KubernetesError, Pods, serve
+from services.drain_order.settings import DrainOrderSettings
 from shared.errors import SettingsError
 from shared.messages import Heartbeat
-from shared.store import Store
+from shared.state.store import Store
 
 TOKEN = "a-token"
 

@@ -8,11 +8,12 @@ import pytest
 
 from services.estimator.service import serve
 from services.estimator.settings import EstimatorSettings
-from shared import cost, topology
-from shared.broker import Broker
+from shared import cost
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.messages import CostModel, Measurement, Message, Sample
-from shared.store import Store
-from shared.topology import Topology
+from shared.state.store import Store
 
 
 def samples(speed: float) -> list[Measurement]:

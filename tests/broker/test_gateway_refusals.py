@@ -11,9 +11,9 @@ import pytest
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite
 
-from shared import topology
+from shared.broker import topology
 from shared.messages import DEFAULT_CLASS, Load, Slo
-from shared.store import SessionStatus
+from shared.state.store import SessionStatus
 
 
 @pytest.fixture

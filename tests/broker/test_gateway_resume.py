@@ -18,7 +18,7 @@ from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, answers, free_port, started
 
 from shared.models.folder import ModelFolder
-from shared.store import SessionStatus
+from shared.state.store import SessionStatus
 
 TEXT = "It goes on: naïve 🙂🙃 日本語, word after word, to the very end."
 

@@ -15,14 +15,14 @@ import aio_pika
 import httpx
 import pytest
 
-from services.cli import host, private
-from shared import health
-from shared.broker import Broker
+from services.tools.local import host, private
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.errors import EngineError, SettingsError
-from shared.health import Health
 from shared.messages import Message
-from shared.store import Store
-from shared.topology import Topology
+from shared.runtime import health
+from shared.runtime.health import Health
+from shared.state.store import Store
 
 
 async def ignore(message: Message) -> None:
@@ -165,7 +165,7 @@ async def test_the_command_asks_and_its_status_answers(served: Served) -> None:
     async def command(port: int) -> tuple[int, str]:
         done = await asyncio.to_thread(
             subprocess.run,
-            [sys.executable, "-m", "shared.health", "--metrics-port", str(port)],
+            [sys.executable, "-m", "shared.runtime.health", "--metrics-port", str(port)],
             capture_output=True,
             text=True,
             check=False,

@@ -14,13 +14,13 @@ import recorded
 from link import link_to
 from recorded import A
 
-from services.replayer import files, stream
-from services.replayer.recording import Packed, Recording, RecordingError, Source
-from shared import topology
-from shared.broker import Broker
+from services.tools.replayer import files, stream
+from services.tools.replayer.recording import Packed, Recording, RecordingError, Source
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import JournalLimits, Topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Cancel, Message, encode
-from shared.topology import JournalLimits, Topology
 
 LIMITS = JournalLimits(50_000_000, 3600)
 

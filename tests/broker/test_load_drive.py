@@ -11,19 +11,19 @@ from typing import Any
 
 import pytest
 
-from services.bench.load.client import Client, ServerUnusable, http_client
-from services.bench.load.drive import Point
-from services.bench.load.measures import Window
-from services.bench.load.observe import observing
-from services.bench.load.record import Ending
-from services.bench.load.workload import Workload, workload_of
-from services.cli.ports import LOOPBACK
-from services.drafter.device import Link
-from shared import topology
-from shared.broker import Broker
-from shared.cost import FALLBACK, shape_of
+from services.drafter.core.device import Link
+from services.tools.bench.load.client import Client, ServerUnusable, http_client
+from services.tools.bench.load.drive import Point
+from services.tools.bench.load.measures import Window
+from services.tools.bench.load.observe import observing
+from services.tools.bench.load.record import Ending
+from services.tools.bench.load.workload import Workload, workload_of
+from services.tools.local.ports import LOOPBACK
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
+from shared.cost.model import FALLBACK, shape_of
 from shared.messages import Measurement, Sample
-from shared.topology import Topology
 
 CLOSED = workload_of("[[think_s]]\ndistribution = 'constant'\nvalue = 0.01")
 OPEN = workload_of("[arrivals]\nprocess = 'poisson'\nrate = 20")

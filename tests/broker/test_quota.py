@@ -8,9 +8,9 @@ from collections.abc import AsyncIterator
 import pytest
 from redis.asyncio import Redis
 
-from shared import quota
-from shared.quota import Allowance, Limited, Quota
-from shared.store import Store
+from shared.state import quota
+from shared.state.quota import Allowance, Limited, Quota
+from shared.state.store import Store
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from redis.asyncio import Redis
 
 from shared.errors import BrokersError, Fenced
 from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Sampling, Slo
-from shared.store import Commit, Outcome, Request, Session, SessionStatus, Store
+from shared.state.store import Commit, Outcome, Request, Session, SessionStatus, Store
 
 PROMPT = [5, 6, 7]
 

@@ -15,17 +15,17 @@ from gateway_suite import MODEL, answers, free_port
 from prometheus_client import CollectorRegistry
 from secured import Authority, Secured, secured
 
-from services.cli import logs, probe
 from services.gateway import https
 from services.gateway.service import serve
-from shared import topology
-from shared.broker import Broker
+from services.tools.local import logs, probe
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.errors import BrokersError
 from shared.messages import Cancel, Message
 from shared.models.folder import ModelFolder
-from shared.store import Store
-from shared.tls import Tls
-from shared.topology import Topology
+from shared.runtime.tls import Tls
+from shared.state.store import Store
 
 
 @pytest.fixture(scope="module")

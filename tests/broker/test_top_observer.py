@@ -14,14 +14,14 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from link import link_to
 from rich.console import Console
 
-from services.cli.top import Observer, live, now_ms, once_seen
-from services.cli.top_state import Watch
-from services.cli.top_where import Where
-from shared import topology
-from shared.broker import Broker
+from services.tools.cli.top.observer import Observer, live, now_ms, once_seen
+from services.tools.cli.top.state import Watch
+from services.tools.cli.top.where import Where
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.errors import BrokersError, SettingsError
 from shared.messages import Batch, Ended, Heartbeat, Job, Load, Message, Result, Status
-from shared.topology import Topology
 
 JOB = Job(
     session="s-1",
@@ -144,6 +144,6 @@ async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, 
 
 
 async def test_no_broker_is_an_error_where_a_script_asks(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.broker.CONNECT_TIMEOUT_S", 1)
+    monkeypatch.setattr("shared.broker.client.CONNECT_TIMEOUT_S", 1)
     with pytest.raises(BrokersError, match="cannot be used"):
         await once_seen(Where("amqp://nobody:secret@127.0.0.1:1/", namespace), Console(file=StringIO()), 1)

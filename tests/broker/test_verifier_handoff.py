@@ -13,18 +13,18 @@ import pytest
 from gateway_peer import eventually
 from redis.asyncio import Redis
 
-from services.bench.tiny import tiny_model
+from services.tools.bench.tiny import tiny_model
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
-from shared import topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.engine.blocks import BLOCK
 from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling
 from shared.models.folder import ModelFolder
-from shared.sampling import choose
-from shared.store import Request, Store
-from shared.topology import Topology
+from shared.sampling.sampler import choose
+from shared.state.store import Request, Store
 
 PROMPT = [3 + (5 * place) % 200 for place in range(4 * BLOCK + 10)]
 

@@ -10,12 +10,13 @@ from random_draft import random_draft
 
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
-from shared import cost, topology
-from shared.broker import Broker
+from shared import cost
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.messages import CostModel, Message
 from shared.models.prepare import prepare
-from shared.store import Store
-from shared.topology import Topology
+from shared.state.store import Store
 
 
 @pytest.fixture(scope="module")

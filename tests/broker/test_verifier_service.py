@@ -17,10 +17,11 @@ from random_draft import random_draft
 
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
-from shared import hidden, topology
-from shared.broker import Broker
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.seal import Seal
+from shared.broker.topology import Topology
 from shared.engine import Engine, Step
-from shared.hidden import Floats, unpack
 from shared.messages import (
     MOST,
     Batch,
@@ -36,12 +37,12 @@ from shared.messages import (
     Sampling,
     Status,
 )
+from shared.models import hidden_states as hidden
 from shared.models.folder import ModelFolder
+from shared.models.hidden_states import Floats, unpack
 from shared.models.prepare import prepare
-from shared.sampling import choose
-from shared.seal import Seal
-from shared.store import Commit, Request, Store
-from shared.topology import Topology
+from shared.sampling.sampler import choose
+from shared.state.store import Commit, Request, Store
 
 PROMPT = [5, 6, 7, 8]
 SAMPLING = Sampling(temperature=1.0, seed=3)

@@ -13,15 +13,15 @@ from pathlib import Path
 import pytest
 from gateway_peer import eventually
 
-from services.bench.tiny import tiny_model
-from shared import topology
-from shared.broker import Broker
+from services.tools.bench.tiny import tiny_model
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling, Status
 from shared.models.folder import ModelFolder
-from shared.sampling import choose
-from shared.store import Commit, Request, Store
-from shared.topology import Topology
+from shared.sampling.sampler import choose
+from shared.state.store import Commit, Request, Store
 
 LONG = 1000
 """Tokens of a long prompt: several of them take a while."""

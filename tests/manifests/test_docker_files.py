@@ -11,7 +11,7 @@ import pytest
 import yaml
 from kustomized import ROOT, tool
 
-from services.cli.environment import settings_of, variable
+from services.tools.cli.environment import settings_of, variable
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 DOCKERFILES = sorted((ROOT / "docker").glob("*Dockerfile"))
@@ -51,7 +51,7 @@ def test_the_images_run_without_root_and_prove_their_consumers() -> None:
     text = (ROOT / "docker/Dockerfile").read_text()
     runtime = text[text.index(" AS runtime") :]
     assert re.findall(r"^USER (\S+)$", runtime, re.MULTILINE) == ["10001:10001"]
-    assert '"python", "-m", "shared.health"' in runtime
+    assert '"python", "-m", "shared.runtime.health"' in runtime
     assert "org.opencontainers.image.base.name" in runtime
 
 

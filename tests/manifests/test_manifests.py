@@ -14,8 +14,8 @@ import yaml
 from kustomized import ROOT, TOOLS, Manifest, Rendered, tool
 from secured import Authority
 
-from services.cli.environment import OWN, SECRET, environment, settings_of, variable
 from services.gateway.server import CLOSING_S
+from services.tools.cli.environment import OWN, SECRET, environment, settings_of, variable
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
@@ -313,7 +313,7 @@ def test_passwords_are_drawn_once(manifests_folder: Path) -> None:
 
 
 def test_the_scaling_benchmark_applies_the_rule_of_the_manifest(all_rendered: dict[str, Rendered]) -> None:
-    from services.bench.autoscaling import SCRAPE_S, TRIGGERS
+    from services.tools.bench.autoscaling import SCRAPE_S, TRIGGERS
 
     production = all_rendered["production"]
     triggers = {t["name"]: t["metadata"] for t in production.of("ScaledObject")["wisp-verifier"]["spec"]["triggers"]}

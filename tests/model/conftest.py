@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cli.folder import state_folder
+from services.tools.local.folder import state_folder
 from shared.models.prepare import prepare
 
 

@@ -20,10 +20,10 @@ from services.drafter.sources import Draft, DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
 from services.verifier.verify import Task, verify
 from shared.engine import Engine, Step
-from shared.hidden import to_floats
 from shared.messages import Sampling
 from shared.models.folder import ModelFolder
-from shared.sampling import choose
+from shared.models.hidden_states import to_floats
+from shared.sampling.sampler import choose
 
 GREEDY = Sampling()
 SAMPLINGS = [

@@ -16,7 +16,7 @@ from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.target import target_parts
-from services.training.loss import bottom_outputs, unrolled
+from services.tools.training.loss import bottom_outputs, unrolled
 from shared.errors import CacheFull, EngineError, ModelError, NotAttached, TooLong
 from shared.models.folder import ModelFolder
 

@@ -11,16 +11,16 @@ import tiny
 import torch
 from transformers import LlamaConfig
 
-from services.cli.draft_stages import train_draft
 from services.drafter.control import Controller
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources.hidden import HiddenDrafts
-from services.training import prompts, shards
-from services.training.config import Config
-from services.training.evaluate import Costs, Drafted, Summary, rounds
-from services.training.run import Run
-from services.training.train import Progress
+from services.tools.cli.draft_stages import train_draft
+from services.tools.training import prompts, shards
+from services.tools.training.config import Config
+from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
+from services.tools.training.run import Run
+from services.tools.training.train import Progress
 from shared.engine import Engine, Step
 from shared.errors import ModelError, SettingsError
 from shared.models.folder import ModelFolder

@@ -13,8 +13,8 @@ import torch
 
 from services.verifier.verify import Outcome, Task, verify
 from shared.engine import Engine, Step
-from shared.hidden import Bits
 from shared.messages import Finish, HiddenFormat, Sampling
+from shared.models.hidden_states import Bits
 
 SAMPLING = Sampling(temperature=1.0, seed=5)
 PROMPT = [(37 * i + 11) % tiny.VOCAB for i in range(150)]

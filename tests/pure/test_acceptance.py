@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.verifier.acceptance import accept
+from services.verifier.core.acceptance import accept
 from shared.messages import Finish
 
 NONE: frozenset[int] = frozenset()

@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.main import app
-from shared import topology
-from shared.access import definitions, user_of
-from shared.topology import ROLES, JournalLimits, Topology
+from services.tools.cli.main import app
+from shared.broker import topology
+from shared.broker.access import definitions, user_of
+from shared.broker.topology import ROLES, JournalLimits, Topology
 
 NAMES = Topology("one-two_3")
 PASSWORDS = {user_of(NAMES, service): f"secret of {service}" for service in ROLES}
@@ -80,7 +80,7 @@ def test_the_journal_is_written_by_those_who_make_copies_and_read_by_nobody() ->
 
 
 def test_a_service_cannot_listen_to_what_its_role_does_not_say() -> None:
-    with pytest.raises(ValueError, match=r"role of gateway in shared\.topology does not listen to verify"):
+    with pytest.raises(ValueError, match=r"role of gateway in shared\.broker\.topology does not listen to verify"):
         NAMES.own_queue("gateway", "g", (topology.LOAD, topology.VERIFY))
 
 

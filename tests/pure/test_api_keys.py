@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.main import app
+from services.gateway.core.keys import KeyLimits, KeyRing, new_key, parse, render
 from services.gateway.guard import KeyFile
-from services.gateway.keys import KeyLimits, KeyRing, new_key, parse, render
 from services.gateway.ledger import duration
 from services.gateway.settings import GatewaySettings, is_loopback
+from services.tools.cli.main import app
 from shared.errors import SettingsError
 
 NOW = datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC)

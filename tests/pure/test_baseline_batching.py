@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.baseline.batching import Batcher, Part, Seat
+from services.baseline.core.batching import Batcher, Part, Seat
 from services.baseline.link import Frames, frame
 from shared.engine.blocks import BLOCK, BlockPool
 from shared.messages import Cancel

@@ -9,11 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.bench import speed
-from services.bench.cases import Case
-from services.bench.report import table
-from services.bench.speed import Timed
-from services.training.prompts import Prompt, Turn
+from services.tools.bench import speed
+from services.tools.bench.cases import Case
+from services.tools.bench.report import table
+from services.tools.bench.speed import Timed
+from services.tools.training.prompts import Prompt, Turn
 
 PROMPT = Prompt("t", "chat", (Turn("user", "Hello"),), None, held_out=True)
 

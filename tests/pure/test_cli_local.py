@@ -14,14 +14,15 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from services.cli import doctor, logs
-from services.cli.folder import RUNS_KEPT, RunFolder
-from services.cli.host import Host
-from services.cli.launch import Launch, cores
-from services.cli.main import app
-from services.cli.ports import free_ports, is_free
-from services.cli.settings import BrokerAddresses
-from services.cli.up import curl
+from services.tools.cli import doctor
+from services.tools.cli.main import app
+from services.tools.cli.up import curl
+from services.tools.local import logs
+from services.tools.local.folder import RUNS_KEPT, RunFolder
+from services.tools.local.host import Host
+from services.tools.local.launch import Launch, cores
+from services.tools.local.ports import free_ports, is_free
+from services.tools.local.settings import BrokerAddresses
 
 LAUNCH = Launch(
     namespace="mine",
@@ -172,7 +173,7 @@ def test_the_curl_line_survives_the_shell() -> None:
 
 def test_help_needs_nothing_heavy() -> None:
     code = (
-        "import sys, services.cli.main\n"
+        "import sys, services.tools.cli.main\n"
         "heavy = {'torch', 'transformers', 'openai', 'aio_pika', 'pydantic', 'numpy', 'psutil'}\n"
         "sys.exit(str(heavy & set(sys.modules)) if heavy & set(sys.modules) else 0)"
     )

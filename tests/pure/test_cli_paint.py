@@ -9,8 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from services.cli.ask import Answer, summary_lines, tokens_per_second
-from services.cli.paint import CLOSE, OPEN, Painter, Part, parts, printable
+from services.tools.cli.ask import Answer, summary_lines, tokens_per_second
+from services.tools.cli.paint import CLOSE, OPEN, Painter, Part, parts, printable
 
 WRITTEN = [Part("The capital", False), Part(" of France", True), Part(" is Paris.", False)]
 SUMMARY = {

@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from services.cli.controller import app
 from services.drafter.control import Controller, Guess, load_weights
 from services.drafter.control.features import NAMES, sigmoid
 from services.drafter.control.rounds import RoundRecord, write
-from services.training import classifiers
-from services.training.controller import Report, SourceReport, train
+from services.tools.cli.controller import app
+from services.tools.training import classifiers
+from services.tools.training.controller import Report, SourceReport, train
 from shared.errors import SettingsError
 
 

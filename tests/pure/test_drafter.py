@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.drafter.control import Controller, Round
-from services.drafter.session import DraftSession
+from services.drafter.core.session import DraftSession
+from services.drafter.core.timeout import LONGEST_MS, UNKNOWN_MS, RoundTimer
 from services.drafter.sources import DraftRequest, LookupDrafts, NoDrafts
-from services.drafter.timeout import LONGEST_MS, UNKNOWN_MS, RoundTimer
 from shared.messages import Failure, Finish, Generate, Result, Sampling, Slo, Status
 
 PROMPT = [1, 2, 3]

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from services.drafter.control import Controller, Guess, Round
-from services.drafter.session import judged
+from services.drafter.core.session import judged
 from services.drafter.sources import Ahead, Draft, DraftRequest
 from services.drafter.worker import SourceWorker
 from shared.messages import Result, Sampling, Status

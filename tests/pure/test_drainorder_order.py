@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.drainorder.order import changes, deletion_costs
+from services.drain_order.core.order import changes, deletion_costs
 from shared.messages import Heartbeat
-from shared.settings import ServiceSettings, host_of
+from shared.runtime.settings import ServiceSettings, host_of
 
 
 def heartbeat(pod: str, held: int, draining: bool = False) -> Heartbeat:

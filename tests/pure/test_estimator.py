@@ -13,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from services.scheduler.tally import Tally
+from services.scheduler.core.tally import Tally
 from shared import cost
-from shared.fit import VerifierFit, non_negative
+from shared.cost.fit import VerifierFit, non_negative
 from shared.messages import BatchShape, CostModel, Measurement, decode, encode
 
 TRUE = (26.0, 0.1, 0.6, 600.0, 1500.0, 0.4, 0.2)

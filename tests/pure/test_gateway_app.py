@@ -20,26 +20,26 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
-from services.gateway.admission import Admission
 from services.gateway.app import Gateway, create_app
 from services.gateway.backend import Backend
+from services.gateway.core.admission import Admission
+from services.gateway.core.keys import new_key, render
 from services.gateway.errors import unavailable
 from services.gateway.guard import KeyFile
-from services.gateway.keys import new_key, render
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.plan import Plan
 from services.gateway.session import Session
 from services.gateway.stream import Reply
-from shared import topology
+from shared.broker import topology
+from shared.broker.topology import Queue
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Cancel, Ended, Finish, Generate, Load, Message, Result, Slo
 from shared.models.folder import ModelFolder
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
-from shared.store import Progress, Request, SessionStatus
-from shared.store import Session as Stored
-from shared.topology import Queue
+from shared.state.store import Progress, Request, SessionStatus
+from shared.state.store import Session as Stored
 
 MODEL = "tiny"
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}

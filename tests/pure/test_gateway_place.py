@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.gateway.core.place import Place, Shown, rest_of
 from services.gateway.errors import ApiError
-from services.gateway.place import Place, Shown, rest_of
 from services.gateway.session import Piece, Token
 
 indices = st.integers(0, 127)

@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
 from services.drafter.hidden.rows import HiddenRows
-from shared import hidden
 from shared.errors import MessageError
-from shared.hidden import Bits, Floats, pack, parts, to_floats, unpack
 from shared.messages import MOST, HiddenFormat, HiddenStates, decode, encode
+from shared.models import hidden_states as hidden
+from shared.models.hidden_states import Bits, Floats, pack, parts, to_floats, unpack
 
 SIZE = 3
 

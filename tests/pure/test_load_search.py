@@ -10,10 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.bench.load.arms import Arm, arms_of
-from services.bench.load.measures import Window, lag_of, measure
-from services.bench.load.plot import plot, spread
-from services.bench.load.results import (
+from services.tools.bench.load.arms import Arm, arms_of
+from services.tools.bench.load.measures import Window, lag_of, measure
+from services.tools.bench.load.plot import plot, spread
+from services.tools.bench.load.results import (
     Measured,
     Results,
     capacity_table,
@@ -23,8 +23,8 @@ from services.bench.load.results import (
     promise_table,
     speed_table,
 )
-from services.bench.load.search import Tried, capacity, interval, most_points, next_sessions, pooled
-from services.bench.load.workload import Device
+from services.tools.bench.load.search import Tried, capacity, interval, most_points, next_sessions, pooled
+from services.tools.bench.load.workload import Device
 from shared.errors import SettingsError
 
 WINDOW = Window(warm_up_s=1, measure_s=2, drain_s=3)

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.bench.load.prompts import CHARACTERS_PER_TOKEN, conversation
-from services.bench.load.requests import NUMBERS_PER_POINT, Request, first_number, from_lines, to_lines
-from services.bench.load.workload import Choice, Constant, Lognormal, Uniform, workload_of
+from services.tools.bench.load.prompts import CHARACTERS_PER_TOKEN, conversation
+from services.tools.bench.load.requests import NUMBERS_PER_POINT, Request, first_number, from_lines, to_lines
+from services.tools.bench.load.workload import Choice, Constant, Lognormal, Uniform, workload_of
 from shared.errors import SettingsError
 
 DEFAULT = workload_of("")

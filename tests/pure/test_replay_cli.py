@@ -9,9 +9,9 @@ import pytest
 import recorded
 from typer.testing import CliRunner, Result
 
-from services.cli import terminal
-from services.cli.main import app
-from services.replayer import files
+from services.tools.cli import terminal
+from services.tools.cli.main import app
+from services.tools.replayer import files
 
 
 @pytest.fixture(autouse=True)

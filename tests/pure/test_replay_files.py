@@ -12,11 +12,11 @@ import recorded
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.replayer import files
-from services.replayer.life import Lives
-from services.replayer.recording import Packed, Recording, RecordingError, Source
-from services.replayer.redact import redacted
-from services.replayer.timeline import timeline
+from services.tools.replayer import files
+from services.tools.replayer.life import Lives
+from services.tools.replayer.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer.redact import redacted
+from services.tools.replayer.timeline import timeline
 from shared.messages import MESSAGES, Generate, HiddenStates, Result, Verify, encode
 
 SECRET = 48_151

@@ -9,14 +9,14 @@ import pytest
 import recorded
 from recorded import START_MS, A
 
-from services.replayer.arrivals import Arrivals, Draft, Visit, arrivals
-from services.replayer.figures import recorded as really
-from services.replayer.life import Lives
-from services.replayer.recording import Recording
-from services.replayer.whatif import Drafting, what_if
-from services.scheduler.batching import Limits
-from services.scheduler.dispatch import Rules
-from services.scheduler.policies import PolicyName
+from services.scheduler.core.batching import Limits
+from services.scheduler.core.dispatch import Rules
+from services.scheduler.core.policies import PolicyName
+from services.tools.replayer.arrivals import Arrivals, Draft, Visit, arrivals
+from services.tools.replayer.figures import recorded as really
+from services.tools.replayer.life import Lives
+from services.tools.replayer.recording import Recording
+from services.tools.replayer.whatif import Drafting, what_if
 from shared.messages import CostModel, Heartbeat, Result, Slo, Verify
 
 ONE_AT_A_TIME = Limits(max_batch_ms=28, max_batch_tokens=2048)

@@ -10,13 +10,13 @@ import recorded
 from recorded import A, B, C, Sent
 from rich.console import Console
 
-from services.cli.paint import Painter
-from services.cli.replay_view import listing, told, view
-from services.replayer.choice import chosen, moment_ms
-from services.replayer.concern import concerning, sessions_of
-from services.replayer.life import Lives
-from services.replayer.recording import RecordingError
-from services.replayer.timeline import Part, Timeline, timeline
+from services.tools.cli.paint import Painter
+from services.tools.cli.replay.view import listing, told, view
+from services.tools.replayer.choice import chosen, moment_ms
+from services.tools.replayer.concern import concerning, sessions_of
+from services.tools.replayer.life import Lives
+from services.tools.replayer.recording import RecordingError
+from services.tools.replayer.timeline import Part, Timeline, timeline
 from shared.messages import Cancel, Ended, Failure, Generate, Message, Result, Status, Verify, encode
 
 ENGLISH = {11: "The", 12: " sky", 13: " sea", 14: " is", 15: " wide", 99: " is"}

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from shared import sampling
 from shared.messages import Sampling
-from shared.noise import gumbel, leading_bits, mixed_vocabulary, noise_key
-from shared.sampling import BadLogits, Columns, choose
+from shared.sampling import sampler as sampling
+from shared.sampling.noise import gumbel, leading_bits, mixed_vocabulary, noise_key
+from shared.sampling.sampler import BadLogits, Columns, choose
 
 # Found by search: the token has the largest noise that 31 leading bits allow, and the least.
 LARGEST_NOISE = (65569, 100, 7100)

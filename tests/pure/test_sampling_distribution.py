@@ -8,8 +8,8 @@ import torch
 from scipy import stats
 
 from shared.messages import Sampling
-from shared.noise import leading_bits, mixed_vocabulary, noise_key
-from shared.sampling import choose
+from shared.sampling.noise import leading_bits, mixed_vocabulary, noise_key
+from shared.sampling.sampler import choose
 
 DRAWS = 10_000
 SIGNIFICANCE = 1e-4

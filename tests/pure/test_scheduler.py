@@ -7,11 +7,11 @@ from typing import Any, get_args
 
 import pytest
 
-from services.scheduler import pacing
-from services.scheduler.batching import Limits
-from services.scheduler.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, Rules
-from services.scheduler.policies import PolicyName
-from services.scheduler.pool import Known
+from services.scheduler.core import pacing
+from services.scheduler.core.batching import Limits
+from services.scheduler.core.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, Rules
+from services.scheduler.core.policies import PolicyName
+from services.scheduler.core.pool import Known
 from shared import cost
 from shared.messages import (
     SILENT_MS,

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.batching import Limits
-from services.scheduler.dispatch import Dispatcher, Rules
-from services.scheduler.policies import PolicyName
+from services.scheduler.core.batching import Limits
+from services.scheduler.core.dispatch import Dispatcher, Rules
+from services.scheduler.core.policies import PolicyName
 from shared.errors import MessageError
 from shared.messages import (
     FARTHEST_MS,

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.gate import HIDDEN_ROWS, LONGEST_DRAFT, Bucket, Gate, Refused
+from services.scheduler.core.gate import HIDDEN_ROWS, LONGEST_DRAFT, Bucket, Gate, Refused
+from shared.broker.seal import Seal
 from shared.messages import Cancel, Verify
-from shared.seal import Seal
 
 SEAL = Seal("x" * 32)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from services.replayer.redact import redacted
+from services.tools.replayer.redact import redacted
+from shared.broker.seal import Seal
 from shared.messages import Batch, Generate, Job, Sampling, Slo, Verify, decode, encode
-from shared.seal import Seal
-from shared.settings import SealSettings, problems_of
+from shared.runtime.settings import SealSettings, problems_of
 
 SEAL = Seal("x" * 32)
 

@@ -6,8 +6,8 @@ import asyncio
 
 import pytest
 
-from shared import service
-from shared.service import running
+from shared.runtime import service
+from shared.runtime.service import running
 
 
 async def test_a_loop_that_loses_a_cancellation_ends_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:

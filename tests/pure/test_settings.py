@@ -8,7 +8,7 @@ import pytest
 
 from services.drafter.settings import DrafterSettings
 from services.scheduler.settings import SchedulerSettings
-from shared.settings import ServiceSettings, load
+from shared.runtime.settings import ServiceSettings, load
 
 
 @pytest.mark.parametrize(

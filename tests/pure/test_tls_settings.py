@@ -9,9 +9,9 @@ import pytest
 from pydantic import ValidationError
 from secured import Authority
 
-from services.cli.settings import BrokerAddresses
 from services.gateway.settings import GatewaySettings
-from shared.settings import ServiceSettings, problems_of
+from services.tools.local.settings import BrokerAddresses
+from shared.runtime.settings import ServiceSettings, problems_of
 
 SECURE = {"amqp_url": "amqps://ann:hidden@rabbit:5671/", "redis_url": "rediss://:hidden@redis:6380/0"}
 

@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
-from services.cli.folder import RunFolder, RunningSuite, note_suite, running_suites
-from services.cli.top_snapshot import Snapshot
-from services.cli.top_state import Watch
-from services.cli.top_view import short, view
-from services.cli.top_where import Where, choose
+from services.tools.cli.top.snapshot import Snapshot
+from services.tools.cli.top.state import Watch
+from services.tools.cli.top.view import short, view
+from services.tools.cli.top.where import Where, choose
+from services.tools.local.folder import RunFolder, RunningSuite, note_suite, running_suites
 from shared.errors import SettingsError
 from shared.messages import (
     Batch,

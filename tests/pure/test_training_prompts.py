@@ -8,7 +8,7 @@ from collections import Counter
 
 import pytest
 
-from services.training.prompts import Corpus, corpus, free_text, sample
+from services.tools.training.prompts import Corpus, corpus, free_text, sample
 
 KINDS = {
     "business",

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from services.verifier.emulation import Pace
+from services.verifier.core.emulation import Pace
 from services.verifier.settings import VerifierSettings
-from shared.cost import shape_of
+from shared.cost.model import shape_of
 from shared.messages import Measurement
 
 COST = [10.0, 1.0, 2.0, 0.0, 0.0, 0.5, 1.0]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.verifier.worth import Worth
+from services.verifier.core.worth import Worth
 from shared.messages import CostModel
 
 MB = 10**6

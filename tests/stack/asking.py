@@ -10,13 +10,13 @@ from typing import Any
 
 import httpx
 
-from services.cli.stack import Stack
-from shared import topology
-from shared.broker import Broker
+from services.tools.local.stack import Stack
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.messages import Message, Result, Sampling, Verify
-from shared.sampling import choose
-from shared.topology import Topology
+from shared.sampling.sampler import choose
 
 TOKENS = 16
 

@@ -9,8 +9,8 @@ import httpx
 import pytest
 from asking import QUESTIONS, SAMPLINGS, Case, Client, Traffic, decode, watching
 
-from services.cli.brokers import Brokers
-from services.cli.stack import Stack
+from services.tools.local.brokers import Brokers
+from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.models.folder import ModelFolder
 from shared.models.prepare import prepare

@@ -10,8 +10,8 @@ import httpx
 import pytest
 from asking import Case, Client
 
-from services.cli.ports import free_ports
-from services.cli.stack import Stack
+from services.tools.local.ports import free_ports
+from services.tools.local.stack import Stack
 
 CACHE_TOKENS = 1280
 """Too few for all cases at once: some wait, and what grows pushes others out."""

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from openai import AsyncOpenAI
 
-from services.bench import speed
-from services.bench.cases import cases
-from services.bench.suite import BLOCK, Plan, Suite
-from services.cli.stack import Stack
+from services.tools.bench import speed
+from services.tools.bench.cases import cases
+from services.tools.bench.suite import BLOCK, Plan, Suite
+from services.tools.local.stack import Stack
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 

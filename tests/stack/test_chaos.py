@@ -6,14 +6,14 @@ from pathlib import Path
 
 import pytest
 
-from services.bench.chaos import report
-from services.bench.chaos.client import Verdict
-from services.bench.chaos.faults import Kind, schedule
-from services.bench.chaos.reference import References
-from services.bench.chaos.requests import load
-from services.bench.chaos.run import Plan, run
-from services.bench.tiny import tiny_model
-from services.cli.progress import Progress
+from services.tools.bench.chaos import report
+from services.tools.bench.chaos.client import Verdict
+from services.tools.bench.chaos.faults import Kind, schedule
+from services.tools.bench.chaos.reference import References
+from services.tools.bench.chaos.requests import load
+from services.tools.bench.chaos.run import Plan, run
+from services.tools.bench.tiny import tiny_model
+from services.tools.local.progress import Progress
 
 SEED = 5
 KINDS = (

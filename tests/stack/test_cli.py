@@ -9,11 +9,11 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from services.cli import demo
-from services.cli.ask import Answer, Question
-from services.cli.chat import Chat
-from services.cli.paint import OPEN
-from services.cli.stack import Stack
+from services.tools.cli import demo
+from services.tools.cli.ask import Answer, Question
+from services.tools.cli.chat import Chat
+from services.tools.cli.paint import OPEN
+from services.tools.local.stack import Stack
 
 
 @pytest.fixture

@@ -24,17 +24,18 @@ from asking import Case, Client
 from rabbitmqctl import import_definitions, rabbitmqctl
 from secured import Secured, secured
 
-from services.cli import logs
-from services.cli.brokers import Brokers
-from services.cli.folder import checkout
-from services.cli.process import Process
-from services.cli.settings import BrokerAddresses
-from services.cli.stack import Stack
-from services.gateway.keys import new_key, render
+from services.gateway.core.keys import new_key, render
 from services.scheduler.devices import PREFETCH
-from shared import topology
-from shared.access import DEVICE_LIMITS, definitions, device_definitions, joined, user_of
-from shared.broker import Broker
+from services.tools.local import logs
+from services.tools.local.brokers import Brokers
+from services.tools.local.folder import checkout
+from services.tools.local.process import Process
+from services.tools.local.settings import BrokerAddresses
+from services.tools.local.stack import Stack
+from shared.broker import topology
+from shared.broker.access import DEVICE_LIMITS, definitions, device_definitions, joined, user_of
+from shared.broker.client import Broker
+from shared.broker.topology import ROLES, ROUNDS_KEPT, Topology, device_name
 from shared.messages import (
     Batch,
     Cancel,
@@ -51,7 +52,6 @@ from shared.messages import (
     decode,
     encode,
 )
-from shared.topology import ROLES, ROUNDS_KEPT, Topology, device_name
 
 NAMES = Topology("edge")
 PASSWORDS = {user_of(NAMES, name): f"{name}-password" for name in (*ROLES, "device.ann", "device.bob")}

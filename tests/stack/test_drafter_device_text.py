@@ -6,7 +6,7 @@ from pathlib import Path
 
 from asking import Case, Client, Traffic
 
-from services.cli.stack import Stack
+from services.tools.local.stack import Stack
 
 PROFILE = """
 [draft]

@@ -12,7 +12,7 @@ import pytest
 from asking import Case, Client, Traffic, progressed
 from random_draft import random_draft
 
-from services.cli.stack import Stack
+from services.tools.local.stack import Stack
 
 
 def wrong(

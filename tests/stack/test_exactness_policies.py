@@ -11,8 +11,8 @@ from typing import get_args
 import pytest
 from asking import Case, Client, Traffic, decode
 
-from services.cli.stack import Stack
-from services.scheduler.policies import PolicyName
+from services.scheduler.core.policies import PolicyName
+from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.messages import Sampling, Status
 from shared.models.folder import ModelFolder

@@ -16,18 +16,18 @@ from aiormq.exceptions import ChannelAccessRefused
 from asking import Case, Client
 from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
 
-from services.cli.brokers import Brokers
-from services.cli.private import Server
-from services.cli.settings import BrokerAddresses
-from services.cli.stack import Stack
-from services.cli.top import once_seen
-from services.cli.top_where import Where
-from services.replayer.stream import read
-from shared import topology
-from shared.access import definitions, user_of
-from shared.broker import Broker
+from services.tools.cli.top.observer import once_seen
+from services.tools.cli.top.where import Where
+from services.tools.local.brokers import Brokers
+from services.tools.local.private import Server
+from services.tools.local.settings import BrokerAddresses
+from services.tools.local.stack import Stack
+from services.tools.replayer.stream import read
+from shared.broker import topology
+from shared.broker.access import definitions, user_of
+from shared.broker.client import Broker
+from shared.broker.topology import ROLES, JournalLimits, Topology
 from shared.errors import BrokersError
-from shared.topology import ROLES, JournalLimits, Topology
 
 NAMES = Topology("least")
 JOURNAL = JournalLimits(20_000_000, 3600)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from services.bench.load.campaign import GIVEN, Campaign, Plan
-from services.bench.load.measures import Window
-from services.bench.load.workload import workload_of
-from services.cli.progress import Progress
-from services.cli.stack import Stack
+from services.tools.bench.load.campaign import GIVEN, Campaign, Plan
+from services.tools.bench.load.measures import Window
+from services.tools.bench.load.workload import workload_of
+from services.tools.local.progress import Progress
+from services.tools.local.stack import Stack
 
 
 async def test_a_running_suite_is_measured(stack: Stack) -> None:

@@ -11,8 +11,8 @@ import pytest
 from asking import Case, Client, progressed, watching
 from link import Link, link_to
 
-from services.cli.brokers import Brokers
-from services.cli.stack import Stack
+from services.tools.local.brokers import Brokers
+from services.tools.local.stack import Stack
 
 CUT_S = 3.0
 

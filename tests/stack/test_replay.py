@@ -19,12 +19,12 @@ from gateway_peer import CONTEXT, tiny_target
 from transformers import LlamaConfig
 from vhosts import vhost
 
-from services.cli.brokers import Brokers
-from services.cli.stack import Stack
-from services.replayer import files, stream
-from services.replayer.recording import RecordingError
-from services.replayer.reexecute import Report, reexecute
-from services.replayer.work import work_of
+from services.tools.local.brokers import Brokers
+from services.tools.local.stack import Stack
+from services.tools.replayer import files, stream
+from services.tools.replayer.recording import RecordingError
+from services.tools.replayer.reexecute import Report, reexecute
+from services.tools.replayer.work import work_of
 
 TOKENS = 12
 PROMPTS = ["the quick brown fox jumps over the lazy dog", "aaaa bbbb aaaa bbbb aaaa bbbb aaaa", "secretword"]
@@ -88,7 +88,7 @@ async def wisp(stack: Stack, *words: str, fails: bool = False) -> str:
     env = {**os.environ, "WISP_AMQP_URL": stack.brokers.amqp_url, "WISP_NAMESPACE": stack.namespace, "COLUMNS": "160"}
     command = await asyncio.create_subprocess_exec(
         sys.executable,
-        *("-c", "from services.cli.main import app; app()"),
+        *("-c", "from services.tools.cli.main import app; app()"),
         *words,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,

@@ -17,11 +17,11 @@ import httpx
 import pytest
 from asking import decode, watching
 
-from services.bench.tiny import tiny_model
-from services.cli.brokers import Brokers
-from services.cli.launch import STOP_ORDER
-from services.cli.process import Process
-from services.cli.stack import Stack
+from services.tools.bench.tiny import tiny_model
+from services.tools.local.brokers import Brokers
+from services.tools.local.launch import STOP_ORDER
+from services.tools.local.process import Process
+from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.messages import Sampling
 from shared.models.folder import ModelFolder

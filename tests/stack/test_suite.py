@@ -11,12 +11,12 @@ import pytest
 from asking import TOKENS, Case, Client, Traffic
 from redis.asyncio import Redis
 
-from services.cli.stack import Stack
-from shared import topology
-from shared.broker import Broker
+from services.tools.local.stack import Stack
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
 from shared.messages import Batch, Job, Message, Result, Status
-from shared.store import Store
-from shared.topology import Topology
+from shared.state.store import Store
 
 MESSAGES = [{"role": "user", "content": "Count from one to twenty in words."}]
 

@@ -18,13 +18,13 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 from asking import Traffic, progressed, watching
 
-from services.bench.chaos.client import Client, Verdict
-from services.bench.chaos.reference import References
-from services.bench.chaos.requests import Manner, Request, load
-from services.bench.delay import Relay
-from services.bench.tiny import tiny_model
-from services.cli.brokers import Brokers
-from services.cli.stack import Stack
+from services.tools.bench.chaos.client import Client, Verdict
+from services.tools.bench.chaos.reference import References
+from services.tools.bench.chaos.requests import Manner, Request, load
+from services.tools.bench.delay import Relay
+from services.tools.bench.tiny import tiny_model
+from services.tools.local.brokers import Brokers
+from services.tools.local.stack import Stack
 
 TOKENS = 120
 HEARTBEAT_S = 1

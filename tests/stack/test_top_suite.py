@@ -9,7 +9,7 @@ import sys
 
 from asking import Case, Client
 
-from services.cli.stack import Stack
+from services.tools.local.stack import Stack
 
 
 async def test_a_suite_at_work(stack: Stack, client: Client, cases: list[Case]) -> None:
@@ -19,7 +19,7 @@ async def test_a_suite_at_work(stack: Stack, client: Client, cases: list[Case]) 
     top = await asyncio.create_subprocess_exec(
         sys.executable,
         "-c",
-        "from services.cli.main import app; app()",
+        "from services.tools.cli.main import app; app()",
         *("top", "--json", "--seconds", "10", "--namespace", stack.namespace),
         stdout=asyncio.subprocess.PIPE,
         env=env,

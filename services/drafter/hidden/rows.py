@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import MessageError
-from shared.hidden import Floats, unpack
 from shared.messages import HiddenStates
+from shared.models.hidden_states import Floats, unpack
 
 
 class HiddenRows:

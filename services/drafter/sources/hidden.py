@@ -20,7 +20,7 @@ from services.drafter.sources.guesses import guesses
 from services.drafter.sources.lookup import NAME as COPY
 from services.drafter.sources.lookup import NgramIndex
 from shared.errors import EngineError
-from shared.sampling import Columns, choose
+from shared.sampling.sampler import Columns, choose
 
 NAME = "hidden"
 

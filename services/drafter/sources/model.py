@@ -1,7 +1,7 @@
 """Drafts by a small language model with the target's vocabulary, all sessions in packed steps.
 
 It draws with its own logits but the session's own noise, the same that the target's choice is made with, so that the
-two often pick the same token at any temperature (`shared.sampling`).
+two often pick the same token at any temperature (`shared.sampling.sampler`).
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from services.drafter.sources.base import Draft, DraftRequest, WithoutStates
 from services.drafter.sources.guesses import guesses
 from shared.engine import Engine, Step
 from shared.errors import EngineError
-from shared.sampling import choose
+from shared.sampling.sampler import choose
 
 NAME = "model"
 

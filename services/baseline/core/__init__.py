@@ -1,0 +1,1 @@
+"""Continuous batching. Pure: no I/O, no clock."""

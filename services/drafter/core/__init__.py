@@ -1,0 +1,1 @@
+"""The drafter's session and its timeout. Pure: no I/O, no clock."""

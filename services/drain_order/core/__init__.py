@@ -1,0 +1,1 @@
+"""The order in which verifier pods may be deleted. Pure: no I/O, no clock."""

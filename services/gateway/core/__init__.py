@@ -1,0 +1,1 @@
+"""Admission, API keys, service classes and stream cursors. Pure: no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""Pool, batch policies, placement, pacing and price. Pure: no I/O, no clock."""

@@ -1,0 +1,1 @@
+"""What people run by hand: the command line, the local stack, benchmarks, chaos, replay, training."""

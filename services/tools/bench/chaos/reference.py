@@ -1,0 +1,58 @@
+"""The text that each question has to get: the bare engine, one session at a time, one token at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.tools.bench.chaos.requests import Question
+from shared.engine import Engine, Step
+from shared.models.folder import ModelFolder
+from shared.models.text import Detokenizer, Tokenizer
+from shared.sampling.sampler import choose
+
+
+@dataclass(frozen=True)
+class Reference:
+    """What a question is for the model, and what the model answers."""
+
+    prompt: list[int]
+    tokens: list[int]
+    """Output tokens, with the one that ends the text if it ends by itself within the reference's length."""
+    stop_ids: frozenset[int]
+
+    def shown(self, max_tokens: int) -> tuple[list[int], str]:
+        """The tokens of an answer of at most so many tokens that a client sees, and why it ends."""
+        tokens = self.tokens[:max_tokens]
+        if tokens and tokens[-1] in self.stop_ids:
+            return tokens[:-1], "stop"
+        return tokens, "length"
+
+
+class References:
+    """Answers of one model."""
+
+    def __init__(self, target: Path, questions: Iterable[Question], longest: int, dtype: str = "bfloat16") -> None:
+        """longest: output tokens that are computed of each."""
+        folder = ModelFolder(target)
+        self._tokenizer = Tokenizer(folder)
+        self._stop_ids = frozenset(folder.eos_ids)
+        engine = Engine(target, dtype=dtype, budget_tokens=4096)
+        self.of = {question.number: self._answer(engine, question, longest) for question in questions}
+        """By the question's number."""
+
+    def text(self, tokens: Sequence[int]) -> str:
+        """What these output tokens say."""
+        detokenizer = Detokenizer(self._tokenizer)
+        return detokenizer.feed(tokens) + detokenizer.flush()
+
+    def _answer(self, engine: Engine, question: Question, longest: int) -> Reference:
+        prompt = self._tokenizer.render_chat([{"role": "user", "content": question.prompt}])
+        tokens = list(prompt)
+        engine.attach("reference", tokens)
+        while len(tokens) < len(prompt) + longest and (len(tokens) == len(prompt) or tokens[-1] not in self._stop_ids):
+            step = Step("reference", tokens[engine.cached("reference") :], rows=1)
+            tokens += choose(engine.forward([step]).logits, [question.sampling], [len(tokens)])
+        engine.release("reference")
+        return Reference(prompt, tokens[len(prompt) :], self._stop_ids)

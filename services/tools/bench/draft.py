@@ -1,0 +1,352 @@
+"""Drafts on prompts never trained on: what is accepted, by source and stop rule, what it costs and what it brings."""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from services.drafter.control import Controller, ControlWeights, Pace, RuleName, load_weights
+from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
+from services.drafter.hidden.engine import DraftEngine
+from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
+from services.drafter.sources.hidden import HiddenDrafts
+from services.tools.bench.colocated import shortened, tokens_per_second
+from services.tools.bench.draft_costs import DraftCosts, measure
+from services.tools.bench.reliability import figures, plot
+from services.tools.bench.report import keep, machine, table, terminal
+from services.tools.local.folder import state_folder
+from services.tools.training import shards
+from services.tools.training.config import Config
+from services.tools.training.evaluate import Drafted, Summary, rounds
+from services.tools.training.run import Run
+from shared.engine import Engine
+from shared.errors import ModelError
+from shared.messages import HiddenFormat
+from shared.models.folder import ModelFolder
+
+NAMES: dict[str, tuple[str, ...]] = {
+    "lookup": ("lookup",),
+    "hidden": ("hidden",),
+    "combined": ("hidden", "lookup"),
+}
+RULES: tuple[tuple[RuleName, int], ...] = (
+    ("fixed", 4),
+    ("fixed", 8),
+    ("entropy", 8),
+    ("predictor", 8),
+    ("marginal", 8),
+)
+REAL_TOKENS = 64
+
+Row = dict[str, Any]
+
+
+class FixedPace(Pace):
+    """Times as measured before, so that every arm is judged by the same; `extra_ms` longer rounds."""
+
+    def __init__(self, measured: DraftCosts, extra_ms: float = 0.0) -> None:
+        super().__init__()
+        self._measured = measured
+        self._extra_ms = extra_ms
+
+    @property
+    def base_ms(self) -> float:
+        """Of a round without draft tokens."""
+        return self._measured.costs.round_ms + self._extra_ms
+
+    @property
+    def token_ms(self) -> float:
+        """Of verifying one more token."""
+        return self._measured.token_ms
+
+    def step_ms(self, source: str) -> float:
+        """Of drafting one token."""
+        return self._measured.step_ms[1] if source == "hidden" else 0.0
+
+
+class Bench:
+    """What all parts of the benchmark share."""
+
+    def __init__(self, run: Run, folder: HiddenDraftFolder, prompts: int) -> None:
+        texts = sorted(shards.load_all(run.held_out), key=lambda text: text.origin)
+        self.texts = texts if not prompts else texts[: 3 * prompts]
+        self.stop_ids = frozenset(run.target.eos_ids)
+        self.weights: ControlWeights | None = load_weights(folder.controller) if folder.controller else None
+        self.draft = DraftEngine(folder, run.target, threads=1, budget_tokens=1 << 16)
+        self.engine = Engine(run.target.path, threads=1, budget_tokens=4096, keep_hidden=True)
+        self.measured = measure(self.engine, self.draft, self.texts[0])
+
+    def source(self, name: str) -> DraftSource:
+        """A source with no sessions yet."""
+        if name == "lookup":
+            return LookupDrafts()
+        return NoDrafts() if name == "none" else HiddenDrafts(self.draft)
+
+    def controller(self, rule: RuleName, length: int, extra_ms: float = 0.0) -> Controller:
+        """A controller that knows the measured times."""
+        return Controller(rule, length, self.weights, FixedPace(self.measured, extra_ms))
+
+    def rounds(
+        self, name: str, rule: RuleName, length: int, extra_ms: float = 0.0, ahead: bool = False
+    ) -> list[Drafted]:
+        """Draft for all texts."""
+        controller = self.controller(rule, length, extra_ms)
+        return list(rounds(self.source(name), NAMES[name], controller, self.texts, optimistic=ahead))
+
+    def real(self, name: str, rule: RuleName, length: int, texts: Sequence[shards.Text]) -> list[float]:
+        """Tokens per second of each text, really drafted and verified; the controller learns its own pace."""
+        controller = Controller(rule, length, self.weights)
+        source, names = self.source(name), NAMES.get(name, ())
+        return [tokens_per_second(self.engine, source, names, controller, text, self.stop_ids) for text in texts]
+
+
+def main() -> None:
+    """Measure and report."""
+    parser = argparse.ArgumentParser(prog="wisp bench draft", description=__doc__)
+    parser.add_argument("--target", type=Path, default=state_folder() / "models" / "smollm2-135m-instruct")
+    parser.add_argument("--draft", type=Path, help="folder of a draft; default: the one shipped for the target")
+    parser.add_argument("--run", type=Path, help="folder for the held-out texts; default: .wisp/training/TARGET")
+    parser.add_argument("--prompts", type=int, default=0, help="fewer prompts, for a quick look; 0 takes all")
+    parser.add_argument("--real-texts", type=int, default=11, help="texts really drafted and verified, at most")
+    options = parser.parse_args()
+    try:
+        target = ModelFolder(options.target)
+        folder = HiddenDraftFolder.open(options.draft) if options.draft else shipped_for(target)
+    except ModelError as error:
+        parser.error(str(error))
+    if folder is None:
+        parser.error(f"no draft is shipped for {target.path}; name one's folder with --draft")
+    console = terminal()
+    run = Run(Config.model_validate({}), target, options.run or state_folder() / "training" / target.name)
+    console.print("generating the held-out texts, once, if they are not there (two minutes)", style="dim")
+    run.generate_held_out(run.held_out, run.config.seed, lambda _: None)
+    bench = Bench(run, folder, options.prompts)
+
+    measured = bench.measured
+    _print(console, "Cost of a draft step", costs := _cost_rows(measured))
+    arms, rows = _arms(bench)
+    _print(console, "Rounds on held-out prompts", rows)
+    for note in (notes := _against_fixed(rows)):
+        console.print(note, highlight=False)
+    kinds = _by_kind(arms, measured)
+    _print(console, "hidden fixed(4), by text", [row for row in kinds if row["arm"] == "hidden fixed(4)"])
+    _print(console, "marginal(8), by text: tokens a round, and expected speed", compared := _compared(kinds))
+    _print(console, "Expected acceptance", calibration := _calibration(arms))
+    picture = state_folder() / "results" / "reliability.svg"
+    plot({name: arms[name] for name in ("combined fixed(4)", "combined marginal(8)")}, picture)
+    console.print(f"reliability plot: {picture}", style="dim")
+    _print(console, "Hidden states on the wire", wire := _wire(bench, arms["hidden fixed(4)"]))
+    _print(console, "Drafting ahead", ahead := _ahead(bench))
+    title = f"Real speed in one process, {REAL_TOKENS} tokens each: tokens per second, and against plain decoding"
+    _print(console, title, real := _real(bench, options.real_texts))
+    record = {
+        "facts": machine(),
+        "draft": str(folder.path),
+        "texts": len(bench.texts),
+        "costs": costs,
+        "arms": rows,
+        "against_fixed": notes,
+        "kinds": kinds,
+        "compared": compared,
+        "calibration": calibration,
+        "wire": wire,
+        "ahead": ahead,
+        "real": real,
+    }
+    console.print(f"written to {keep('draft', record)}", style="dim")
+
+
+def _print(console: Console, title: str, rows: Sequence[Row]) -> None:
+    console.print(table(title, list(rows[0]), [list(row.values()) for row in rows]))
+
+
+def _cost_rows(measured: DraftCosts) -> list[Row]:
+    steps: list[Row] = [
+        {
+            "step": f"draft step, {n} session{'s' * (n > 1)}",
+            "ms": ms,
+            "ms per token": ms / n,
+            "of a target step": ms / n / measured.decode_ms,
+        }
+        for n, ms in measured.step_ms.items()
+    ]
+    decode, token = measured.decode_ms, measured.token_ms
+    return [
+        {"step": "target, decode one token", "ms": decode, "ms per token": decode, "of a target step": 1.0},
+        {
+            "step": "target, each further token verified",
+            "ms": None,
+            "ms per token": token,
+            "of a target step": token / decode,
+        },
+        *steps,
+    ]
+
+
+def _arms(bench: Bench) -> tuple[dict[str, list[Drafted]], list[Row]]:
+    arms: dict[str, list[Drafted]] = {}
+    rows: list[Row] = []
+    for name in NAMES:
+        for rule, length in RULES:
+            untrained = bench.weights is None or bench.weights.predictor is None
+            if (rule == "predictor" and untrained) or (rule in ("predictor", "entropy") and name == "lookup"):
+                continue  # these two rules are about what models say of their tokens
+            drafted = bench.rounds(name, rule, length)
+            arms[f"{name} {rule}({length})"] = drafted
+            summary = Summary.of(drafted, bench.measured.costs, 4)
+            chain = [*summary.by_position, None, None, None, None][:4]
+            rows.append(
+                {
+                    "source": name,
+                    "stop rule": f"{rule}({length})",
+                    **{f"accepted {i + 1}": share for i, share in enumerate(chain)},
+                    "tokens a round": summary.tokens_per_round,
+                    "accepted share": summary.accepted_share,
+                    "wasted": summary.wasted_share,
+                    "draft length": summary.draft_length,
+                    "expected speed": summary.speed,
+                }
+            )
+    return arms, rows
+
+
+def _against_fixed(rows: Sequence[Row]) -> list[str]:
+    """The gains over fixed lengths, as the paper states its predictor's (+34 to 54 % and +20 to 30 %)."""
+    found = {(row["source"], row["stop rule"]): row for row in rows}
+    notes = []
+    for source in ("hidden", "combined"):
+        for rule in ("predictor(8)", "marginal(8)"):
+            for fixed in ("fixed(4)", "fixed(8)"):
+                if (source, rule) not in found:
+                    continue
+                ours, theirs = found[source, rule], found[source, fixed]
+                share = ours["accepted share"] / theirs["accepted share"] - 1
+                speed = ours["expected speed"] / theirs["expected speed"] - 1
+                notes.append(
+                    f"{source}, {rule} over {fixed}: accepted share {share:+.0%}, tokens per second {speed:+.0%}"
+                )
+    return notes
+
+
+def _by_kind(arms: dict[str, list[Drafted]], measured: DraftCosts) -> list[Row]:
+    rows: list[Row] = []
+    for name, drafted in arms.items():
+        groups: dict[str, list[Drafted]] = defaultdict(list)
+        for one in drafted:
+            groups[one.kind].append(one)
+            groups[f"T = {one.temperature:g}"].append(one)
+        for group in [*sorted(groups), "all"]:
+            some = groups.get(group, drafted)
+            summary = Summary.of(some, measured.costs, 4)
+            rows.append(
+                {
+                    "arm": name,
+                    "text": group,
+                    "rounds": summary.rounds,
+                    "accepted 1": summary.by_position[0] if summary.by_position else None,
+                    "tokens a round": summary.tokens_per_round,
+                    "draft length": summary.draft_length,
+                    "expected speed": summary.speed,
+                }
+            )
+    return rows
+
+
+def _compared(kinds: Sequence[Row]) -> list[Row]:
+    """The sources side by side, under the rule `marginal`."""
+    found = {(row["arm"], row["text"]): row for row in kinds}
+    texts = list(dict.fromkeys(row["text"] for row in kinds))
+    arms = {name: f"{name} marginal(8)" for name in NAMES}
+    return [
+        {
+            "text": text,
+            **{name: found[arm, text]["tokens a round"] for name, arm in arms.items()},
+            **{f"{name} speed": found[arm, text]["expected speed"] for name, arm in arms.items()},
+        }
+        for text in texts
+        if all((arm, text) in found for arm in arms.values())
+    ]
+
+
+def _calibration(arms: dict[str, list[Drafted]]) -> list[Row]:
+    rows: list[Row] = []
+    for name, drafted in arms.items():
+        if "fixed(4)" in name or "marginal" in name:
+            area, error, count = figures(drafted)
+            rows.append({"arm": name, "tokens": count, "AUC": area, "calibration error": error})
+    return rows
+
+
+def _wire(bench: Bench, exact: Sequence[Drafted]) -> list[Row]:
+    """Bytes of hidden states, and what halving them costs in acceptance."""
+    controller = bench.controller("fixed", 4)
+    source = bench.source("hidden")
+    coarse = list(rounds(source, NAMES["hidden"], controller, bench.texts, form=HiddenFormat.INT8))
+    size = bench.draft.hidden_size
+    prompt = statistics.fmean(text.prompt_len for text in bench.texts)
+    found: list[Row] = []
+    for form, drafted in ((HiddenFormat.BFLOAT16, exact), (HiddenFormat.INT8, coarse)):
+        summary = Summary.of(drafted, bench.measured.costs, 4)
+        row_bytes = size * form.width + (4 if form is HiddenFormat.INT8 else 0)
+        found.append(
+            {
+                "format": form.value,
+                "bytes per token": row_bytes,
+                "bytes a round": row_bytes * summary.tokens_per_round,
+                f"bytes of a prompt ({prompt:.0f} tokens)": row_bytes * prompt,
+                "accepted 1": summary.by_position[0],
+                "tokens a round": summary.tokens_per_round,
+            }
+        )
+    return found
+
+
+def _ahead(bench: Bench) -> list[Row]:
+    """How often a draft made during the round before is used, and what not waiting for it saves."""
+    rows: list[Row] = []
+    for extra_ms in (0.0, 20.0, 100.0):
+        measured = bench.measured.costs
+        costs = type(measured)(measured.round_ms + extra_ms, measured.token_ms, measured.step_ms)
+        without = Summary.of(bench.rounds("combined", "marginal", 8, extra_ms), costs)
+        drafted = bench.rounds("combined", "marginal", 8, extra_ms, ahead=True)
+        with_it = Summary.of(drafted, costs)
+        rows.append(
+            {
+                "added round trip ms": extra_ms,
+                "rounds with a draft made ahead": sum(d.ahead for d in drafted) / len(drafted),
+                "tokens a round without": without.tokens_per_round,
+                "with": with_it.tokens_per_round,
+                "speed against not drafting ahead": with_it.speed / without.speed,
+            }
+        )
+    return rows
+
+
+def _real(bench: Bench, most: int) -> list[Row]:
+    rows: list[Row] = []
+    kinds = sorted({text.kind for text in bench.texts})
+    for temperature in (0.0, 0.7, 1.0):
+        texts = shortened(bench.texts, kinds, temperature, REAL_TOKENS)[:most]
+        if not texts:
+            continue
+        plain = bench.real("none", "fixed", 0, texts)
+        row: Row = {
+            "temperature": temperature,
+            "texts": len(texts),
+            "plain tokens/s": statistics.median(plain),
+        }
+        for name in NAMES:
+            speeds = bench.real(name, "marginal", 8, texts)
+            row[name] = statistics.median(ours / theirs for ours, theirs in zip(speeds, plain, strict=True))
+        rows.append(row)
+    return rows
+
+
+if __name__ == "__main__":
+    main()

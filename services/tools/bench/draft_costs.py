@@ -1,0 +1,101 @@
+"""What drafting costs: a draft step, alone and packed, against a step of the target on the same core."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from services.drafter.hidden.engine import DraftEngine, DraftStep
+from services.drafter.sources.guesses import guesses
+from services.tools.training.evaluate import Costs
+from services.tools.training.shards import Text
+from shared.engine import Engine, Step
+from shared.messages import Sampling
+from shared.sampling.sampler import Columns, choose
+
+CONTEXT = 256
+REPETITIONS = 40
+DRAFT_LENGTH = 4
+HOPS_MS = 6.0
+"""What a round takes outside the model (`wisp bench rounds`)."""
+PACKED = (1, 8, 32)
+
+
+@dataclass(frozen=True)
+class DraftCosts:
+    """Medians, in milliseconds."""
+
+    decode_ms: float
+    """A step of the target for one session: forward pass and choice."""
+    token_ms: float
+    """What each of four more tokens adds to it."""
+    step_ms: dict[int, float]
+    """A draft step, choice and statistics included, by the number of sessions in it: the mean of a draft's four, the
+    first of which, for one session, finds the processor's caches full of the target's weights."""
+
+    @property
+    def costs(self) -> Costs:
+        """As the expected speed is reckoned with."""
+        return Costs(self.decode_ms + HOPS_MS, self.token_ms, self.step_ms[1])
+
+
+def measure(engine: Engine, draft: DraftEngine, text: Text) -> DraftCosts:
+    """Measure both in turn, so that a machine whose speed drifts is fair to both."""
+    ids = (text.tokens.tolist() * (CONTEXT // len(text.tokens) + 1))[:CONTEXT]
+    engine.attach("cost", ids)
+    engine.truncate("cost", 0)
+    engine.forward([Step("cost", ids[:-1], rows=0)])
+    states = torch.randn(CONTEXT, draft.hidden_size)
+    names = [f"cost-{i}" for i in range(max(PACKED))]
+    for name in names:
+        draft.open(name)
+        draft.forward([DraftStep(name, ids[:-1], states[:-1])])
+    columns = Columns.of(draft.head_ids.numpy())
+    ways: dict[str, Callable[[], None]] = {
+        "decode": lambda: _verify(engine, ids[-1:]),
+        "verify": lambda: _verify(engine, ids[-5:]),
+        **{str(n): _drafting(draft, names[:n], ids[-1], states[-1:], columns) for n in PACKED},
+    }
+    taken = _in_turn(list(ways.values()))
+    decode, verify, *drafts = (statistics.median(times) for times in taken)
+    steps = [ms / DRAFT_LENGTH for ms in drafts]
+    engine.release("cost")
+    for name in names:
+        draft.release(name)
+    return DraftCosts(decode, max(0.0, (verify - decode) / 4), dict(zip(PACKED, steps, strict=True)))
+
+
+def _verify(engine: Engine, tokens: Sequence[int]) -> None:
+    logits = engine.forward([Step("cost", tokens, rows=len(tokens))]).logits
+    choose(logits, [Sampling()] * len(tokens), range(len(tokens)))
+    engine.truncate("cost", CONTEXT - 1)
+
+
+def _drafting(
+    draft: DraftEngine, names: Sequence[str], token: int, state: torch.Tensor, columns: Columns
+) -> Callable[[], None]:
+    def drafted() -> None:
+        for _ in range(DRAFT_LENGTH):
+            estimates = draft.forward([DraftStep(name, [token], state) for name in names])
+            logits = draft.logits(estimates)
+            chosen = choose(logits, [Sampling()] * len(names), [CONTEXT] * len(names), columns)
+            guesses("hidden", logits, torch.from_numpy(columns.ids.searchsorted(chosen)))
+        for name in names:
+            draft.truncate(name, CONTEXT - 1)
+
+    return drafted
+
+
+def _in_turn(ways: Sequence[Callable[[], None]]) -> list[list[float]]:
+    taken: list[list[float]] = [[] for _ in ways]
+    for repetition in range(REPETITIONS + 3):
+        for way, times in zip(ways, taken, strict=True):
+            started = time.perf_counter()
+            way()
+            if repetition >= 3:
+                times.append((time.perf_counter() - started) * 1000)
+    return taken

@@ -1,0 +1,209 @@
+"""What a verifier that leaves costs the streams: the longest gap between tokens, by how K/V are handed over.
+
+A suite with two verifiers serves streams with long prompts; when all have begun, the verifier that holds most of them
+is ended, by SIGTERM (it drains) or by SIGKILL. Counted are the streams whose K/V it held. Another verifier is started
+for the next repetition. The answers must be the same in every arm.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import random
+import signal
+import statistics
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated
+
+import httpx
+import typer
+
+from services.tools.bench.chaos.requests import WORDS
+from services.tools.bench.report import report, terminal
+from services.tools.cli.terminal import errors_shown, run
+from services.tools.local.process import Process
+from services.tools.local.progress import ConsoleProgress, Progress
+from services.tools.local.settings import LocalSettings
+from services.tools.local.stack import Stack
+from services.tools.local.target import prepare_target
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+from shared.state.store import Store
+
+ARMS = (
+    ("off", signal.SIGTERM),
+    ("drain", signal.SIGTERM),
+    ("write-through", signal.SIGTERM),
+    ("off", signal.SIGKILL),
+    ("write-through", signal.SIGKILL),
+)
+BEGUN = 8
+"""Events of a stream after which it counts as under way."""
+TIMEOUT_S = 300.0
+COLUMNS = (
+    "K/V handed over",
+    "ended by",
+    "streams moved",
+    "longest gap ms (median)",
+    "worst",
+    "usual gap ms",
+    "verifier left after s",
+)
+
+
+@dataclass
+class Stream:
+    """One answer: its tokens, and when each event came (seconds of the performance counter)."""
+
+    tokens: list[int] = field(default_factory=list)
+    at_s: list[float] = field(default_factory=list)
+    session: str = ""
+
+    def longest_gap_ms(self, since_s: float) -> float:
+        """The longest time without an event from then on."""
+        after = [at for at in self.at_s if at >= since_s]
+        return max((b - a for a, b in pairwise([since_s, *after])), default=0.0) * 1000
+
+    def usual_gap_ms(self, until_s: float) -> float:
+        """The median time between events before then."""
+        before = [at for at in self.at_s if at < until_s]
+        return statistics.median(b - a for a, b in pairwise(before)) * 1000
+
+
+@dataclass
+class Arm:
+    """What was measured of one arm."""
+
+    longest_ms: list[float] = field(default_factory=list)
+    usual_ms: list[float] = field(default_factory=list)
+    left_s: list[float] = field(default_factory=list)
+    texts: list[list[int]] = field(default_factory=list)
+
+
+def main(
+    streams: Annotated[int, typer.Option(min=1, help="At once.")] = 4,
+    prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 500,
+    tokens: Annotated[int, typer.Option(min=2 * BEGUN, help="Of each answer.")] = 96,
+    repetitions: Annotated[int, typer.Option(min=1, help="Verifiers that leave in each arm.")] = 3,
+    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
+    target: Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder.")] = None,
+) -> None:
+    """Measure and report; exit status 1 if an answer differs between arms."""
+    with errors_shown():
+        progress = ConsoleProgress(terminal())
+        folder = prepare_target(target or LocalSettings().target, progress)
+        tokenizer = Tokenizer(ModelFolder(folder))
+        asked = [[_prompt(tokenizer, seed, r, s, prompt) for s in range(streams)] for r in range(repetitions)]
+        arms = [run(partial(measure, folder, *arm, asked, tokens, progress)) for arm in ARMS]
+        same = all(arm.texts == arms[0].texts for arm in arms)
+        report(
+            "handoff",
+            "A verifier leaves while it serves streams",
+            COLUMNS,
+            [_row(*arm, found) for arm, found in zip(ARMS, arms, strict=True)],
+            facts={"model": folder.name, "streams": streams, "prompt tokens": prompt, "verifiers": 2},
+            notes=[
+                "longest gap: between events of a stream, from when its verifier was told to end",
+                f"the same texts in all arms: {'yes' if same else 'NO'}",
+            ],
+        )
+        if not same:
+            raise typer.Exit(1)
+
+
+def _row(setting: str, number: signal.Signals, arm: Arm) -> tuple[object, ...]:
+    median = statistics.median
+    gaps = (median(arm.longest_ms), max(arm.longest_ms)) if arm.longest_ms else (None, None)
+    return setting, number.name, len(arm.longest_ms), *gaps, median(arm.usual_ms), median(arm.left_s)
+
+
+def _prompt(tokenizer: Tokenizer, seed: int, repetition: int, stream: int, length: int) -> list[int]:
+    draw = random.Random(f"handoff-{seed}-{repetition}-{stream}")
+    return tokenizer.encode(" ".join(draw.choices(WORDS.split(), k=length)))[:length]
+
+
+async def measure(
+    folder: Path,
+    setting: str,
+    number: signal.Signals,
+    asked: Sequence[Sequence[list[int]]],
+    tokens: int,
+    progress: Progress,
+) -> Arm:
+    """One arm, in a suite of its own."""
+    env = {"WISP_KV_HANDOFF": setting, "WISP_ADMISSION": "false"}
+    arm = Arm()
+    async with (
+        Stack("handoff", target=folder, verifiers=2, env=env) as stack,
+        httpx.AsyncClient(timeout=TIMEOUT_S) as http,
+    ):
+        with progress.step(f"K/V handed over: {setting}, ended by {number.name}") as step:
+            for prompts in asked:
+                await _once(stack, http, number, prompts, tokens, arm)
+                await stack.start("verifier")
+            step.done(f"{len(asked)} times")
+    return arm
+
+
+async def _once(
+    stack: Stack, http: httpx.AsyncClient, number: signal.Signals, prompts: Sequence[list[int]], tokens: int, arm: Arm
+) -> None:
+    """Ask, let a verifier leave, and see the streams to their end."""
+    streams = [Stream() for _ in prompts]
+    async with asyncio.TaskGroup() as tasks:
+        for stream, prompt in zip(streams, prompts, strict=True):
+            tasks.create_task(_ask(http, stack, prompt, tokens, stream))
+        while any(len(stream.at_s) < BEGUN for stream in streams):  # noqa: ASYNC110 - one look now and then is enough
+            await asyncio.sleep(0.01)
+        leaves, held = await _busiest(stack)
+        began_s = time.perf_counter()
+        await stack.stop(leaves, number, TIMEOUT_S)
+        arm.left_s.append(time.perf_counter() - began_s)
+    arm.texts += [stream.tokens for stream in streams]
+    for stream in streams:
+        arm.usual_ms.append(stream.usual_gap_ms(began_s))
+        if stream.session in held:
+            arm.longest_ms.append(stream.longest_gap_ms(began_s))
+
+
+async def _busiest(stack: Stack) -> tuple[Process, set[str]]:
+    """The verifier that holds most sessions, and these."""
+    store = Store.connect(stack.brokers.redis_url, stack.namespace, 60)
+    try:
+        beats = await store.heartbeats()
+    finally:
+        await store.close()
+    most = max(beats, key=lambda beat: len(beat.residency))
+    (process,) = [process for process in stack.processes("verifier") if process.name == most.verifier]
+    return process, {held.session for held in most.residency}
+
+
+async def _ask(http: httpx.AsyncClient, stack: Stack, prompt: list[int], tokens: int, stream: Stream) -> None:
+    body = {
+        "model": stack.target.name,
+        "prompt": prompt,
+        "max_tokens": tokens,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "wisp": {"trace": True},
+    }
+    async with http.stream("POST", f"{stack.url}/completions", json=body) as response:
+        response.raise_for_status()
+        async for line in response.aiter_lines():
+            if not line.startswith("data: {"):
+                continue
+            fields = json.loads(line.removeprefix("data: "))
+            stream.session = fields["id"]
+            if made := fields.get("wisp", {}).get("tokens"):
+                stream.tokens += [token["id"] for token in made]
+                stream.at_s.append(time.perf_counter())
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,85 @@
+"""The ways of serving that are compared, and what each needs to be started. Decides only; `campaign` starts."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import get_args
+
+from services.baseline.settings import Baseline
+from services.scheduler.core.policies import Part, PolicyName
+from services.tools.bench.load.workload import Device
+from services.tools.local.launch import Serving
+from shared.errors import SettingsError
+
+POLICIES: tuple[str, ...] = get_args(PolicyName)
+BASELINES: tuple[Baseline, ...] = get_args(Baseline)
+NAMES = (*BASELINES, *POLICIES)
+PARTS: tuple[str, ...] = get_args(Part)
+THIS_MACHINE = "none"
+"""The device that is not emulated."""
+SLED_DRAFT = 4
+"""Tokens of each of SLED's drafts."""
+
+Environment = dict[str, str]
+
+
+@dataclass(frozen=True)
+class Arm:
+    """One way of serving."""
+
+    name: str
+    """As it is written: a baseline, or a policy of the suite's scheduler and after a slash the parts that it goes
+    without."""
+
+    @property
+    def serving(self) -> Serving:
+        """Who serves."""
+        return next((baseline for baseline in BASELINES if baseline == self.name), "wisp")
+
+    @property
+    def base(self) -> str:
+        """The policy."""
+        return self.name.partition("/")[0]
+
+    @property
+    def without(self) -> list[str]:
+        """Parts of the policy that are left out."""
+        return [part for part in self.name.partition("/")[2].split(",") if part]
+
+    def scheduler(self) -> Environment:
+        """Settings of the scheduler."""
+        return {"WISP_POLICY": self.base, "WISP_WITHOUT": json.dumps(self.without)}
+
+    def drafter(self, device: Device) -> Environment:
+        """Settings of the drafter of a kind of devices."""
+        env = {"WISP_POOL": device.name}
+        if device.name != THIS_MACHINE:
+            env["WISP_DEVICE_PROFILE"] = device.name
+        if self.base == "sled":
+            env |= {"WISP_STOP_RULE": "fixed", "WISP_DRAFT_LENGTH": str(SLED_DRAFT)}
+        return env
+
+
+def arms_of(text: str) -> list[Arm]:
+    """Arms with commas between them; the parts that an arm goes without follow it, as in `sled,wisp+/trimming,price`.
+
+    Raises SettingsError.
+    """
+    names: list[str] = []
+    for word in (part.strip() for part in text.split(",")):
+        base, slash, part = word.partition("/")
+        if base in NAMES and (not slash or part in PARTS):
+            names.append(word)
+        elif word in PARTS and names and "/" in names[-1]:
+            names[-1] += f",{word}"
+        elif word:
+            raise SettingsError(
+                f"{word!r} is no arm; there are {', '.join(NAMES)}, and wisp and wisp+ without some of "
+                f"{', '.join(PARTS)}, written as wisp+/trimming,price"
+            )
+    if wrong := [name for name in names if "/" in name and not name.startswith("wisp")]:
+        raise SettingsError(f"{wrong[0]!r}: only wisp and wisp+ have parts to leave out")
+    if not names:
+        raise SettingsError(f"no arm is named; there are {', '.join(NAMES)}")
+    return [Arm(name) for name in dict.fromkeys(names)]

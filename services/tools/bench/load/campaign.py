@@ -1,0 +1,199 @@
+"""Runs the arms one after the other, each over its points on one running stack, and keeps what was measured."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import token_hex
+from typing import Any
+
+from services.drafter.core.device import Link
+from services.drafter.emulation import load_profile
+from services.tools.bench.load.arms import THIS_MACHINE, Arm, Environment
+from services.tools.bench.load.client import Client, http_client
+from services.tools.bench.load.drive import Point
+from services.tools.bench.load.measures import Window, measure
+from services.tools.bench.load.observe import Observer, observing
+from services.tools.bench.load.record import Record
+from services.tools.bench.load.requests import Request, Requests, first_number
+from services.tools.bench.load.results import Measured, Results
+from services.tools.bench.load.search import AIMS, most_points, next_sessions
+from services.tools.bench.load.workload import Workload
+from services.tools.local.forget import forget
+from services.tools.local.progress import Progress
+from services.tools.local.stack import Stack
+
+START_S = 45.0
+"""About what a stack takes to start and stop, for the estimate of the whole."""
+DRAIN_SHARE = 0.5
+"""About how much of the longest drain is needed, for the same."""
+SETTLE_S = 2.0
+"""Between two points: cancelled requests leave the services."""
+GIVEN = "server"
+"""The arm's name where a running server is measured."""
+
+
+@dataclass(frozen=True)
+class Search:
+    """How capacities are searched for."""
+
+    first: int
+    most: int
+    tolerance: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    arms: Sequence[Arm]
+    sessions: Sequence[int]
+    search: Search | None
+    repeats: int
+    """Times that each number of sessions is measured."""
+    window: Window
+    workload: Workload
+    requests: Requests
+
+    @property
+    def points(self) -> int:
+        """Points of an arm; with a search, about as many at most."""
+        found = len(self.sessions)
+        if self.search is not None:
+            found += most_points(self.search.first, self.search.most, self.search.tolerance)
+        return found * self.repeats
+
+    @property
+    def about_s(self) -> float:
+        """About how long all of it takes."""
+        point_s = self.window.end_s + DRAIN_SHARE * self.window.drain_s + SETTLE_S
+        return max(1, len(self.arms)) * (START_S * bool(self.arms) + self.points * point_s)
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What every arm runs on."""
+
+    target: Path
+    dtype: str
+    cache_tokens: int
+    admission: bool
+
+    @property
+    def env(self) -> Environment:
+        """Settings of every service."""
+        return {
+            "WISP_DTYPE": self.dtype,
+            "WISP_THREADS": "1",
+            "WISP_CACHE_TOKENS": str(self.cache_tokens),
+            "WISP_ADMISSION": str(self.admission).lower(),
+        }
+
+
+@dataclass
+class Campaign:
+    """A run, as far as it has come."""
+
+    plan: Plan
+    progress: Progress
+    results: Results = field(init=False)
+    records: list[tuple[str, int, int, Record]] = field(default_factory=list)
+    """With arm, sessions and repeat."""
+    asked: dict[tuple[int, int], Request] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.results = Results(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
+
+    async def run_arms(self, machine: Machine) -> None:
+        """Start each arm's stack and measure it."""
+        for arm in self.plan.arms:
+            async with self._started(arm, machine) as stack:
+                if arm.serving == "wisp":
+                    async with observing(stack.brokers.amqp_url, stack.namespace, stack.brokers.tls) as observer:
+                        await stack.watch(self._measure_all(arm.name, stack.url, observer, pools=True))
+                else:
+                    await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks()))
+
+    async def run_server(self, url: str, *, pools: bool) -> None:
+        """Measure a server that runs."""
+        await self._measure_all(GIVEN, url, None, pools=pools)
+
+    @asynccontextmanager
+    async def _started(self, arm: Arm, machine: Machine) -> AsyncIterator[Stack]:
+        """An arm's stack, the suite's with a drafter for each kind of device.
+
+        Each has brokers of its own, so that none run beside a baseline.
+        """
+        options: dict[str, Any] = {
+            "serving": arm.serving,
+            "target": machine.target,
+            "namespace": f"bench-{token_hex(4)}",
+            "env": machine.env,
+            "progress": self.progress,
+        }
+        devices = self.plan.workload.devices if arm.serving == "wisp" else []
+        if devices:
+            options["env_of"] = {"scheduler": arm.scheduler(), "drafter": arm.drafter(devices[0])}
+        async with AsyncExitStack() as ends:
+            stack = await ends.enter_async_context(Stack("bench-load", **options))
+            if devices and stack.brokers.given:
+                own = stack.brokers
+                ends.push_async_callback(forget, own.amqp_url, own.redis_url, stack.namespace, own.tls)
+            for device in devices[1:]:
+                with self.progress.step(f"starting the drafter of {device.name}") as step:
+                    await stack.start("drafter", env=arm.drafter(device))
+                    step.done(f"drafter of {device.name}")
+            yield stack
+
+    def _uplinks(self) -> dict[str, Link]:
+        """The way of each kind of device to the server. Raises SettingsError."""
+        names = [device.name for device in self.plan.workload.devices if device.name != THIS_MACHINE]
+        return {name: profile.uplink for name in names if (profile := load_profile(name)) is not None}
+
+    async def _measure_all(
+        self,
+        arm: str,
+        url: str,
+        observer: Observer | None,
+        *,
+        pools: bool = False,
+        uplinks: Mapping[str, Link] | None = None,
+    ) -> None:
+        async with http_client(url) as http:
+            client = await Client.connect(http, pools=pools, uplinks=uplinks)
+            for repeat in range(self.plan.repeats):
+                for sessions in self.plan.sessions:
+                    await self._measure(arm, client, observer, sessions, repeat)
+            if (search := self.plan.search) is None:
+                return
+            for aim in AIMS:
+                while (found := self._next(arm, aim, search)) is not None:
+                    for repeat in range(self.plan.repeats):
+                        await self._measure(arm, client, observer, found, repeat)
+
+    def _next(self, arm: str, aim: float, search: Search) -> int | None:
+        tried = self.results.tried(arm)
+        return next_sessions(tried, aim, first=search.first, most=search.most, tolerance=search.tolerance)
+
+    async def _measure(self, arm: str, client: Client, observer: Observer | None, sessions: int, repeat: int) -> None:
+        plan = self.plan
+        if observer is not None:
+            observer.take()
+        with self.progress.step(f"{arm}, {sessions} sessions") as step:
+            first = first_number(sessions, repeat)
+            point = Point(client, plan.workload, plan.requests, sessions, first, plan.window, step.detail)
+            lag = await point.run()
+            self.records += [(arm, sessions, repeat, record) for record in point.records]
+            self.asked |= {(request.session, request.number): request for request in point.asked}
+            costs, batches = (observer.costs, observer.take()) if observer else ([], [])
+            measures = measure(point.records, plan.window, costs, batches)
+            measured = Measured(arm=arm, sessions=sessions, repeat=repeat, measures=measures, lag=lag, costs=costs)
+            self.results.points.append(measured)
+            step.done(
+                f"{arm}, {sessions} sessions: {measures.attained} of {measures.requests} requests attained, "
+                f"{measures.goodput:.1f} tokens/s of them"
+            )
+        await asyncio.sleep(SETTLE_S)

@@ -1,0 +1,307 @@
+"""What a point's requests come to. Pure.
+
+Counted are the requests that were due in the window, whenever they ended. Tokens per second count what arrived in the
+window, of whatever request: both are unbiased, as the load stays the same before, during and after the window.
+
+- **attainment**: share of the counted requests that attained their SLO; refused, failed and cut ones did not.
+- **goodput**, **throughput**: output tokens per second, of requests that attained and of all.
+- **acceptance**: accepted / verified draft tokens. **trimmed**: drafted and not verified.
+- **WDT share**: drafting time past the first rejection / drafting time. A round that was rejected after a of its d
+  drafted tokens wasted (d - a - 1) / d of its drafting time.
+- **interference**: time of a round's batch minus the time that the round would have taken alone, by the verifier's cost
+  model at the end of the point. Of rounds after a session's first, which computes the prompt. Not cut off at 0, so that
+  the machine's noise averages out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from statistics import fmean
+
+from pydantic import BaseModel, ConfigDict
+
+from services.tools.bench.load.record import Ending, Record
+from shared.cost.model import predict_ms, shape_of
+from shared.messages import CostModel, Measurement
+
+LAG_LIMIT_MS = 50.0
+"""A generator whose 99th percentile is later than this was the bottleneck."""
+
+
+class _Measure(BaseModel):
+    model_config = ConfigDict(frozen=True)
+
+
+class Window(_Measure):
+    """The times of a point, in seconds."""
+
+    warm_up_s: float
+    measure_s: float
+    drain_s: float
+    """How long requests of the window are waited for after it."""
+
+    @property
+    def end_s(self) -> float:
+        """Its end, since the point began."""
+        return self.warm_up_s + self.measure_s
+
+    def counts(self, start_s: float) -> bool:
+        """Whether a request that was due then counts."""
+        return self.warm_up_s <= start_s < self.end_s
+
+
+class Lag(_Measure):
+    """How late the generator itself was, in milliseconds, and the CPU time that it used of a second."""
+
+    send_p50_ms: float
+    send_p99_ms: float
+    loop_p50_ms: float
+    loop_p99_ms: float
+    loop_max_ms: float
+    cpu_share: float
+
+    @property
+    def worst_ms(self) -> float:
+        """The later of the two."""
+        return max(self.send_p99_ms, self.loop_p99_ms)
+
+    @property
+    def bottleneck(self) -> bool:
+        """Whether the generator was too slow for its figures to be the server's."""
+        return self.worst_ms > LAG_LIMIT_MS
+
+
+class Quantiles(_Measure):
+    """Of a time, in milliseconds."""
+
+    p50: float
+    p90: float
+    p99: float
+
+
+class OfClass(_Measure):
+    """The counted requests of one class."""
+
+    requests: int
+    attained: int
+    refused: int
+    ttft_ms: Quantiles | None
+    tpot_ms: Quantiles | None
+
+    @property
+    def attainment(self) -> float | None:
+        """Share that attained."""
+        return self.attained / self.requests if self.requests else None
+
+
+class Drafting(_Measure):
+    """What drafts were made of and came to, in the counted requests."""
+
+    rounds: int
+    tokens_per_round: float
+    drafted: int
+    verified: int
+    accepted: int
+    trimmed: int
+    acceptance: float | None
+    draft_ms: float
+    wdt_share: float | None
+
+
+class Batches(_Measure):
+    """The batches that the verifiers measured during the window and its drain; means and 90th percentile."""
+
+    count: int
+    jobs: float
+    tokens: float
+    ms: float
+    ms_p90: float
+
+
+class Interference(_Measure):
+    """Of rounds, in milliseconds."""
+
+    rounds: int
+    mean_ms: float
+    p90_ms: float
+
+
+class Measures(_Measure):
+    """One point."""
+
+    requests: int
+    complete: int
+    attained: int
+    refused: int
+    errors: int
+    cut: int
+    tokens: int
+    goodput: float
+    throughput: float
+    ttft_ms: Quantiles | None
+    tpot_ms: Quantiles | None
+    classes: dict[str, OfClass]
+    drafting: Drafting | None
+    """None without traces."""
+    interference: Interference | None
+    """None without a cost model."""
+    batches: Batches | None
+    reasons: dict[str, int]
+    """Why requests were refused or failed, and how many."""
+
+    @property
+    def attainment(self) -> float | None:
+        """Share of the counted requests that attained."""
+        return self.attained / self.requests if self.requests else None
+
+
+def measure(
+    records: Sequence[Record],
+    window: Window,
+    costs: Sequence[CostModel] = (),
+    batches: Sequence[Measurement] = (),
+) -> Measures:
+    """The measures of a point's records; `costs` are the verifiers' cost models, `batches` what they measured."""
+    counted = [record for record in records if window.counts(record.start_s)]
+    attained = [record for record in records if record.attained]
+    return Measures(
+        requests=len(counted),
+        complete=_count(counted, Ending.COMPLETE),
+        attained=sum(record.attained for record in counted),
+        refused=_count(counted, Ending.REFUSED),
+        errors=_count(counted, Ending.ERROR),
+        cut=_count(counted, Ending.CUT),
+        tokens=sum(record.tokens for record in counted),
+        goodput=_rate(attained, window),
+        throughput=_rate(records, window),
+        ttft_ms=quantiles(record.ttft_ms for record in counted),
+        tpot_ms=quantiles(record.tpot_ms for record in counted),
+        classes={
+            name: _of_class([record for record in counted if record.service_class == name])
+            for name in sorted({record.service_class for record in counted})
+        },
+        drafting=_drafting(counted),
+        interference=_interference(counted, costs),
+        batches=_batches(batches),
+        reasons=_reasons(counted),
+    )
+
+
+def quantile(values: Sequence[float], share: float) -> float:
+    """The quantile of some values, linear between two of them (Hyndman and Fan's type 7)."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    below = math.floor(at)
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
+
+
+def quantiles(values: Iterable[float | None]) -> Quantiles | None:
+    """Median, 90th and 99th percentile of those that are known."""
+    known = [value for value in values if value is not None]
+    if not known:
+        return None
+    return Quantiles(p50=quantile(known, 0.5), p90=quantile(known, 0.9), p99=quantile(known, 0.99))
+
+
+def lag_of(sent_ms: Sequence[float], loop_ms: Sequence[float], cpu_share: float) -> Lag:
+    """The generator's lag, from that of each request and of a timer in its event loop."""
+    sent, loop = sent_ms or [0.0], loop_ms or [0.0]
+    return Lag(
+        send_p50_ms=quantile(sent, 0.5),
+        send_p99_ms=quantile(sent, 0.99),
+        loop_p50_ms=quantile(loop, 0.5),
+        loop_p99_ms=quantile(loop, 0.99),
+        loop_max_ms=max(loop),
+        cpu_share=cpu_share,
+    )
+
+
+def wasted(drafted: int, verified: int, accepted: int) -> int:
+    """Draft tokens of a round past the first rejected one; 0 if none of those verified was rejected."""
+    return max(0, drafted - accepted - 1) if accepted < verified else 0
+
+
+def _count(records: Iterable[Record], ending: Ending) -> int:
+    return sum(record.ending is ending for record in records)
+
+
+def _rate(records: Iterable[Record], window: Window) -> float:
+    return sum(record.tokens_between(window.warm_up_s, window.end_s) for record in records) / window.measure_s
+
+
+def _of_class(records: Sequence[Record]) -> OfClass:
+    return OfClass(
+        requests=len(records),
+        attained=sum(record.attained for record in records),
+        refused=_count(records, Ending.REFUSED),
+        ttft_ms=quantiles(record.ttft_ms for record in records),
+        tpot_ms=quantiles(record.tpot_ms for record in records),
+    )
+
+
+def _drafting(records: Sequence[Record]) -> Drafting | None:
+    rounds = [one for record in records for one in record.rounds]
+    if not rounds:
+        return None
+    drafted, verified, accepted = (sum(one[name] for one in rounds) for name in ("drafted", "verified", "accepted"))
+    draft_ms = sum(one["draft_ms"] for one in rounds if one["drafted"])
+    wasted_ms = sum(
+        one["draft_ms"] * wasted(one["drafted"], one["verified"], one["accepted"]) / one["drafted"]
+        for one in rounds
+        if one["drafted"]
+    )
+    return Drafting(
+        rounds=len(rounds),
+        tokens_per_round=sum(one["tokens"] for one in rounds) / len(rounds),
+        drafted=drafted,
+        verified=verified,
+        accepted=accepted,
+        trimmed=drafted - verified,
+        acceptance=accepted / verified if verified else None,
+        draft_ms=draft_ms,
+        wdt_share=wasted_ms / draft_ms if draft_ms else None,
+    )
+
+
+def _interference(records: Sequence[Record], costs: Sequence[CostModel]) -> Interference | None:
+    if not costs:
+        return None
+    found = [
+        one["verify_ms"] - _alone_ms(costs, record.prompt_tokens + one["start"], one["verified"])
+        for record in records
+        for one in record.rounds
+        if one["start"] and one["verify_ms"]
+    ]
+    if not found:
+        return None
+    return Interference(rounds=len(found), mean_ms=fmean(found), p90_ms=quantile(found, 0.9))
+
+
+def _alone_ms(costs: Sequence[CostModel], length: int, verified: int) -> float:
+    """Time of a round of its own that builds on so many tokens, of which the last is not cached yet. A record does not
+    say at which verifier it was, so it is the mean of all."""
+    shape = shape_of([(1 + verified, length + verified, 1 + verified)])
+    return fmean(predict_ms(model, shape) for model in costs)
+
+
+def _batches(batches: Sequence[Measurement]) -> Batches | None:
+    if not batches:
+        return None
+    return Batches(
+        count=len(batches),
+        jobs=fmean(batch.shape.jobs for batch in batches),
+        tokens=fmean(batch.shape.new_tokens for batch in batches),
+        ms=fmean(batch.measured_ms for batch in batches),
+        ms_p90=quantile([batch.measured_ms for batch in batches], 0.9),
+    )
+
+
+def _reasons(records: Iterable[Record]) -> dict[str, int]:
+    found: dict[str, int] = {}
+    for record in records:
+        if record.reason:
+            kind = record.reason.partition(":")[0]
+            found[kind] = found.get(kind, 0) + 1
+    return found

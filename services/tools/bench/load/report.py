@@ -1,0 +1,107 @@
+"""Tells what a run found: tables, a file of results, a file of every request, a picture."""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from rich.console import Console
+
+from services.tools.bench.load.campaign import Campaign
+from services.tools.bench.load.record import Record
+from services.tools.bench.load.results import (
+    Results,
+    capacity_table,
+    draft_table,
+    goodput_table,
+    notes,
+    promise_table,
+    speed_table,
+)
+from services.tools.bench.report import keep, table
+from services.tools.local.folder import state_folder
+from shared.errors import SettingsError
+
+BIG = 4 << 20
+"""Bytes of records from which on they are compressed."""
+BASELINES = (
+    "centralized and colocated have no devices that draft: a request takes its device's uplink once, colocated drafts "
+    "on the server's own thread, and admission predicts nothing; in every arm text counts when it leaves the server"
+)
+"""What a reader of their figures has to know."""
+
+
+def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: Console) -> None:
+    """Print everything and write it down."""
+    plan, results = campaign.plan, campaign.results
+    console.print()
+    console.print(table("promises kept", *promise_table(results.points)))
+    console.print(table("speed by class", *speed_table(results.points)))
+    columns, rows = draft_table(results.points)
+    if rows:
+        console.print(table("drafts and batches", columns, rows))
+    console.print(table("highest goodput, at any n", *goodput_table(results)))
+    if results.aims:
+        console.print(table("capacity", *capacity_table(results)))
+    told = notes(results, plan.search.tolerance if plan.search else None)
+    if any(arm.serving != "wisp" for arm in plan.arms):
+        told.append(BASELINES)
+    for note in told:
+        console.print(note, highlight=False, soft_wrap=True)
+    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim", highlight=False)
+    path = keep(
+        name,
+        {
+            "facts": dict(facts),
+            "notes": told,
+            "workload": plan.workload.model_dump(mode="json"),
+            "capacities": {
+                arm: [one.model_dump() for one in capacities] for arm, capacities in results.capacities().items()
+            },
+            "ratios": results.ratios(),
+            "results": results.model_dump(mode="json"),
+        },
+    )
+    written = [path, _keep_records(path, campaign.records)]
+    written.append(_plot(results, path))
+    console.print(f"written to {', '.join(str(one) for one in written)}", style="dim", highlight=False)
+
+
+def replot(name: str, console: Console) -> None:
+    """Draw the picture of an earlier run again. Raises SettingsError where there is none."""
+    path = state_folder() / "results" / f"{name}.json"
+    try:
+        results = Results.model_validate(json.loads(path.read_text("utf-8"))["results"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
+        raise SettingsError(
+            f"{path} holds no results of this benchmark ({error}); run `wisp bench load` first"
+        ) from error
+    if not results.points:
+        raise SettingsError(f"{path} holds no points; run `wisp bench load` again")
+    console.print(f"written to {_plot(results, path)}", style="dim", highlight=False)
+
+
+def _plot(results: Results, path: Path) -> Path:
+    from services.tools.bench.load.plot import plot
+
+    picture = path.with_suffix(".svg")
+    plot(results, picture)
+    return picture
+
+
+def _keep_records(path: Path, records: Sequence[tuple[str, int, int, Record]]) -> Path:
+    """One JSON object per request, beside the results."""
+    data = "".join(
+        json.dumps({"arm": arm, "sessions": sessions, "repeat": repeat, **record.model_dump(mode="json")}) + "\n"
+        for arm, sessions, repeat, record in records
+    ).encode()
+    plain = path.with_name(f"{path.stem}-requests.jsonl")
+    packed = plain.with_suffix(".jsonl.gz")
+    kept, old = (packed, plain) if len(data) >= BIG else (plain, packed)
+    kept.write_bytes(gzip.compress(data) if kept is packed else data)
+    old.unlink(missing_ok=True)
+    return kept

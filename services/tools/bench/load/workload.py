@@ -1,0 +1,241 @@
+"""Who asks what, and when: a workload, and the requests that it comes to. Pure.
+
+Session i's request number k is a function of (seed, i, k) and of the workload alone: every arm is asked the same. A
+measured point asks from a number of its own on (`first_number`), so that no prompt of an earlier point is found in a
+prefix cache.
+"""
+
+from __future__ import annotations
+
+import random
+import tomllib
+from collections.abc import Iterator, Sequence
+from functools import cached_property
+from importlib import resources
+from typing import Annotated, Any, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from services.tools.bench.load.prompts import conversation
+from services.tools.bench.load.requests import Request
+from services.tools.training.prompts import RAW_KIND, corpus
+from shared.errors import SettingsError
+from shared.runtime.settings import NAME_PATTERN
+from shared.slo import Promise
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class _Weighted(_Part):
+    weight: Positive = 1.0
+
+
+class Constant(_Weighted):
+    """Always the same."""
+
+    distribution: Literal["constant"]
+    value: Amount
+
+    def draw(self, rng: random.Random) -> float:
+        """One value."""
+        return self.value
+
+
+class Uniform(_Weighted):
+    """Any value from `low` to `high`."""
+
+    distribution: Literal["uniform"]
+    low: Amount
+    high: Amount
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Uniform:
+        if self.low > self.high:
+            raise ValueError(f"low is {self.low:g}, above high, which is {self.high:g}")
+        return self
+
+    def draw(self, rng: random.Random) -> float:
+        """One value."""
+        return rng.uniform(self.low, self.high)
+
+
+class Lognormal(_Weighted):
+    """exp of a normal distribution around log(median), cut off at `low` and `high`."""
+
+    distribution: Literal["lognormal"]
+    median: Positive
+    sigma: Amount
+    low: Amount = 0.0
+    high: Annotated[float, Field(gt=0)] = float("inf")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Lognormal:
+        if not self.low <= self.median <= self.high:
+            raise ValueError(f"the median {self.median:g} is not between low {self.low:g} and high {self.high:g}")
+        return self
+
+    def draw(self, rng: random.Random) -> float:
+        """One value."""
+        return min(self.high, max(self.low, self.median * rng.lognormvariate(0.0, self.sigma)))
+
+
+class Choice(_Weighted):
+    """One of some values, each as likely."""
+
+    distribution: Literal["choice"]
+    values: Annotated[list[Amount], Field(min_length=1)]
+
+    def draw(self, rng: random.Random) -> float:
+        """One value."""
+        return rng.choice(self.values)
+
+
+Distribution = Annotated[Constant | Uniform | Lognormal | Choice, Field(discriminator="distribution")]
+Mixture = Annotated[list[Distribution], Field(min_length=1)]
+
+
+class Arrivals(_Part):
+    """When requests come."""
+
+    process: Literal["closed", "poisson", "gamma"] = "closed"
+    rate: Positive = 0.3
+    """Requests per second and session, of the open processes."""
+    burstiness: Positive = 4.0
+    """Square of the coefficient of variation of the gaps, of `gamma`."""
+
+
+class SloClass(_Weighted, Promise):
+    """Requests with one promise; without one it is left to the server."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    tier: str | None = None
+
+
+class Device(_Weighted):
+    """A kind of device: a pool of drafters, and the profile that they emulate."""
+
+    name: Annotated[str, Field(pattern=NAME_PATTERN)]
+
+
+class Temperature(_Weighted):
+    """Of sampling."""
+
+    value: Annotated[float, Field(ge=0, le=2)]
+
+
+class Workload(_Part):
+    """Distributions of everything, and the seed. `default.toml` explains each field."""
+
+    seed: Annotated[int, Field(ge=0)]
+    kinds: Annotated[list[str], Field(min_length=1)]
+    held_out: bool
+    ignore_eos: bool
+    arrivals: Arrivals
+    think_s: Mixture
+    prompt_tokens: Mixture
+    output_tokens: Mixture
+    classes: Annotated[list[SloClass], Field(min_length=1)]
+    devices: Annotated[list[Device], Field(min_length=1)]
+    temperatures: Annotated[list[Temperature], Field(min_length=1)]
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Workload:
+        known = {t.kind for t in corpus().templates.values() if t.held_out == self.held_out and t.kind != RAW_KIND}
+        if unknown := sorted(set(self.kinds) - known):
+            raise ValueError(f"no kinds of text: {', '.join(unknown)}; there are {', '.join(sorted(known))}")
+        for what, names in (("class", [c.name for c in self.classes]), ("device", [d.name for d in self.devices])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"each {what} needs a name of its own (given: {', '.join(names)})")
+        return self
+
+    def request(self, session: int, number: int) -> Request:
+        """The request of this number of this session."""
+        rng = self._rng(session, number)
+        of_class = _one_of(self.classes, rng)
+        return Request(
+            session=session,
+            number=number,
+            messages=conversation(rng.getrandbits(48), self._draw(self.prompt_tokens, rng), self.kinds, self.held_out),
+            max_tokens=max(1, round(self._draw(self.output_tokens, rng))),
+            temperature=_one_of(self.temperatures, rng).value,
+            seed=rng.getrandbits(31),
+            ignore_eos=self.ignore_eos,
+            service_class=of_class.name,
+            tier=of_class.tier,
+            slo=of_class.slo,
+            device=self.device(session),
+            think_s=self._draw(self.think_s, rng),
+        )
+
+    def device(self, session: int) -> str:
+        """A session's device: dealt out, so that any number of sessions has the mixture as nearly as can be."""
+        while len(self._dealt) <= session:
+            total = len(self._dealt) + 1
+            share = sum(device.weight for device in self.devices)
+            owed = [device.weight / share * total - self._dealt.count(device.name) for device in self.devices]
+            self._dealt.append(self.devices[owed.index(max(owed))].name)
+        return self._dealt[session]
+
+    @cached_property
+    def _dealt(self) -> list[str]:
+        return []
+
+    def starts_s(self, sessions: int, within_s: float) -> list[float]:
+        """When each session of a closed loop asks for the first time, so that they do not all ask at once."""
+        return [self._rng(session, "start").uniform(0.0, within_s) for session in range(sessions)]
+
+    def arrivals_s(self, sessions: int, first: int) -> Iterator[tuple[float, int, int]]:
+        """Time, session and number of each arrival of an open process, without end; sessions take turns."""
+        rng, at_s, count = self._rng(sessions, f"arrivals/{first}"), 0.0, 0
+        shape = 1.0 if self.arrivals.process == "poisson" else 1.0 / self.arrivals.burstiness
+        mean_s = 1.0 / (self.arrivals.rate * sessions)
+        while True:
+            at_s += rng.gammavariate(shape, mean_s / shape)
+            yield at_s, count % sessions, first + count // sessions
+            count += 1
+
+    def _rng(self, session: int, what: int | str) -> random.Random:
+        return random.Random(f"{self.seed}/{session}/{what}")
+
+    @staticmethod
+    def _draw(mixture: Sequence[Any], rng: random.Random) -> float:
+        drawn: float = _one_of(mixture, rng).draw(rng)
+        return drawn
+
+
+W = TypeVar("W", bound=_Weighted)
+
+
+def _one_of(parts: Sequence[W], rng: random.Random) -> W:
+    return rng.choices(parts, [part.weight for part in parts])[0]
+
+
+def default_text() -> str:
+    """The packaged workload file."""
+    return (resources.files(__package__) / "default.toml").read_text("utf-8")
+
+
+def workload_of(text: str, seed: int | None = None) -> Workload:
+    """The workload in a TOML file's text, completed by the packaged one. Raises SettingsError."""
+    try:
+        given = tomllib.loads(text)
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"the workload is not TOML: {error}") from error
+    fields = tomllib.loads(default_text()) | given | ({} if seed is None else {"seed": seed})
+    try:
+        return Workload.model_validate(fields)
+    except ValidationError as error:
+        problems = [
+            f"{'.'.join(str(step) for step in one['loc']) or 'workload'}: {one['msg']}"
+            for one in error.errors(include_url=False)
+        ]
+        raise SettingsError(
+            "the workload cannot be used: "
+            + "; ".join(problems)
+            + "; `wisp bench load --print-workload` shows a full one"
+        ) from error

@@ -1,0 +1,243 @@
+"""How long the scheduler takes to decide, and how many rounds a second its service takes in.
+
+The first table is the pure decision: a queue of so many rounds waits for one verifier, the dispatcher makes a batch,
+its results come back and as many rounds arrive anew. The second is a scheduler process behind RabbitMQ: rounds are
+published at a rate, taken in, put into batches and sent to a verifier that only this benchmark plays.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import time
+from secrets import token_hex
+from statistics import median, quantiles
+from typing import Annotated, Any, get_args
+
+import psutil
+import typer
+
+from services.scheduler.core.batching import Limits
+from services.scheduler.core.dispatch import Dispatcher, Rules
+from services.scheduler.core.policies import PolicyName
+from services.tools.bench.report import keep, machine, table, terminal
+from services.tools.cli.terminal import errors_shown, run
+from services.tools.local.brokers import Brokers
+from services.tools.local.folder import RunFolder
+from services.tools.local.forget import forget
+from services.tools.local.progress import ConsoleProgress
+from services.tools.local.stack import Stack
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.topology import Topology
+from shared.messages import Batch, CostModel, Heartbeat, Message, Residency, Result, Status, Verify
+
+AIMS_MS = {1_000: 1.0, 10_000: 10.0}
+DECISIONS = 60
+BASE_LEN = 300
+SECONDS = 5.0
+VERIFIER = "bench"
+FAST = CostModel(
+    verifier=VERIFIER,
+    coefficients=[1.0, 0.01, 0.001, 0.0, 0.0],
+    ratio_p50=1.0,
+    ratio_p90=1.0,
+    ratio_p99=1.0,
+    samples=1,
+    version=1,
+)
+"""A verifier that is never the limit."""
+
+
+def main(
+    pending: Annotated[str, typer.Option(help="Waiting rounds, comma-separated.")] = "100,1000,10000",
+    rates: Annotated[str, typer.Option(help="Rounds a second for the service; 0 leaves it out.")] = "250,500,1000,2000",
+    seed: Annotated[int, typer.Option(help="Seed of the rounds.")] = 1,
+) -> None:
+    """Time the scheduler's decisions."""
+    with errors_shown():
+        console = terminal()
+        columns = ["policy", "waiting", "median ms", "90 % ms", "99 % ms", "rounds in a batch", "arrival us"]
+        rows = [
+            [policy, waiting, *decisions(policy, waiting, seed)]
+            for waiting in (int(text) for text in pending.split(","))
+            for policy in get_args(PolicyName)
+        ]
+        console.print(table("One decision", columns, rows))
+        for waiting, aim in AIMS_MS.items():
+            of_size = {row[0]: row[2] for row in rows if row[1] == waiting}
+            if of_size:
+                worst = max(of_size, key=of_size.__getitem__)
+                verdict = "met" if of_size[worst] <= aim else "missed"
+                console.print(
+                    f"aim with {waiting:,} waiting: {aim:g} ms at the median; {verdict} ({worst} {of_size[worst]:.2f})"
+                )
+        wanted = [int(text) for text in rates.split(",") if int(text)]
+        served: list[list[Any]] = []
+        if wanted:
+
+            async def measure() -> None:
+                served.extend(await service(wanted, ConsoleProgress(console), seed))
+
+            run(measure)
+        told = ["rounds/s sent", "rounds/s in batches", "median ms", "99 % ms", "processor", "left at the end"]
+        if served:
+            console.print(table("The service behind RabbitMQ, policy wisp+", told, served))
+        path = keep(
+            "scheduler",
+            {
+                "title": "Scheduler",
+                "facts": machine(),
+                "decisions": [dict(zip(columns, row, strict=True)) for row in rows],
+                "service": [dict(zip(told, row, strict=True)) for row in served],
+            },
+        )
+        console.print(f"written to {path}", style="dim", highlight=False)
+
+
+def decisions(policy: PolicyName, waiting: int, seed: int) -> tuple[float, float, float, float, float]:
+    """Median, 90th and 99th percentile of a decision in ms, mean rounds in a batch, mean time of an arrival in µs."""
+    rng = random.Random(seed)
+    dispatcher = Dispatcher("bench", Rules(policy, Limits(400.0, 2048)))
+    names = [f"s{i}" for i in range(waiting)]
+    cached = {name: rng.choice((BASE_LEN - 1, BASE_LEN - 1, BASE_LEN - 1, 0)) for name in names}
+    beat = _heartbeat(cached)
+    dispatcher.on_heartbeat(beat, 0.0)
+    rounds = dict.fromkeys(names, 0)
+    now, took, sizes = 0.0, [], []
+
+    def arrive(name: str) -> None:
+        dispatcher.on_verify(_round(name, rounds[name], rng), now)
+
+    started = time.perf_counter()
+    for name in names:
+        arrive(name)
+    arrival_us = (time.perf_counter() - started) / waiting * 1e6
+    for _ in range(DECISIONS):
+        now += 50.0
+        dispatcher.fleet.verifiers[VERIFIER].seen_ms = now
+        started = time.perf_counter()
+        sends, _ = dispatcher.dispatch(now)
+        elapsed_ms = (time.perf_counter() - started) * 1000
+        if not sends:
+            continue
+        # A full queue makes two decisions at once: one batch to run, one behind it.
+        took.append(elapsed_ms / len(sends))
+        for _, batch in sends:
+            sizes.append(len(batch.jobs))
+            for job in batch.jobs:
+                dispatcher.on_result(_result(batch, job.session, job.round, job.prefill_to), now)
+                if job.prefill_to is None:
+                    rounds[job.session] += 1
+                    arrive(job.session)
+    cuts = quantiles(took, n=100)
+    return median(took), cuts[89], cuts[98], sum(sizes) / len(sizes), arrival_us
+
+
+async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> list[list[Any]]:
+    """Rows of the second table."""
+    rows = []
+    with RunFolder("bench-scheduler") as folder:
+        async with Brokers(folder.path, progress=progress) as brokers:
+            for rate in rates:
+                namespace = f"bench-{token_hex(4)}"
+                async with Stack(
+                    "bench-scheduler",
+                    gateways=0,
+                    drafters=0,
+                    estimators=0,
+                    verifiers=0,
+                    brokers=brokers,
+                    namespace=namespace,
+                ) as stack:
+                    rows.append(await stack.watch(_serve(stack, rate, progress, seed)))
+                await forget(brokers.amqp_url, brokers.redis_url, namespace, brokers.tls)
+    return rows
+
+
+async def _serve(stack: Stack, rate: int, progress: ConsoleProgress, seed: int) -> list[Any]:
+    """Publish rounds at a rate, answer every batch at once; what came of it."""
+    rng = random.Random(seed)
+    broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), VERIFIER)
+    sent_s: dict[str, float] = {}
+    waited_ms: list[float] = []
+
+    async def answer(message: Message) -> None:
+        assert isinstance(message, Batch)
+        for job in message.jobs:
+            if (at := sent_s.pop(job.session, None)) is not None:
+                waited_ms.append((time.perf_counter() - at) * 1000)
+            result = _result(message, job.session, job.round, job.prefill_to)
+            await broker.publish(result, topology.RESULT_SCHEDULER)
+
+    await broker.consume(broker.topology.own_queue("verifier", VERIFIER, (topology.batch(VERIFIER),)), answer)
+    process = psutil.Process(stack.processes("scheduler")[0].pid)
+    with progress.step(f"{rate} rounds a second") as step:
+        await broker.publish(FAST, topology.costmodel(VERIFIER))
+        await broker.publish(_heartbeat({}), topology.heartbeat(VERIFIER))
+        await asyncio.sleep(0.5)
+        before = process.cpu_times()
+        began = time.perf_counter()
+        count = 0
+        while (elapsed := time.perf_counter() - began) < SECONDS:
+            if int(elapsed * 2) != int((elapsed - 0.01) * 2):
+                await broker.publish(_heartbeat({}), topology.heartbeat(VERIFIER))
+            while count < elapsed * rate:
+                name = f"s{count}"
+                sent_s[name] = time.perf_counter()
+                await broker.publish(_round(name, 0, rng), topology.VERIFY)
+                count += 1
+            await asyncio.sleep(0.002)
+        spent = time.perf_counter() - began
+        served = len(waited_ms)
+        after = process.cpu_times()
+        step.done(f"{rate} rounds a second: {served / spent:.0f} in batches")
+    await broker.close()
+    used = (after.user + after.system - before.user - before.system) / spent
+    cuts = quantiles(waited_ms, n=100)
+    return [count / spent, served / spent, median(waited_ms), cuts[98], f"{used:.0%}", count - served]
+
+
+def _round(name: str, round_: int, rng: random.Random) -> Verify:
+    draft = rng.randint(0, 6)
+    return Verify(
+        session=name,
+        round=round_,
+        base_len=BASE_LEN + round_,
+        draft=[7] * draft,
+        acceptance=[rng.random() for _ in range(draft)],
+        drafter="bench",
+        gateway="bench",
+        fingerprint="bench",
+        slack_ms=rng.choice([None, rng.uniform(-100, 3000)]),
+        tpot_ms=100.0,
+    )
+
+
+def _result(batch: Batch, session: str, round_: int, prefill_to: int | None) -> Result:
+    prefilled = prefill_to is not None
+    return Result(
+        session=session,
+        round=round_,
+        base_len=BASE_LEN + round_,
+        status=Status.PREFILLED if prefilled else Status.COMMITTED,
+        verifier=VERIFIER,
+        batch=batch.batch,
+        tokens=[] if prefilled else [7],
+        cached=prefill_to or BASE_LEN + round_,
+    )
+
+
+def _heartbeat(cached: dict[str, int]) -> Heartbeat:
+    return Heartbeat(
+        verifier=VERIFIER,
+        fingerprint="bench",
+        max_len=8192,
+        free_tokens=10_000_000,
+        total_tokens=10_000_000,
+        residency=[Residency(session=name, cached=length) for name, length in cached.items()],
+    )
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,199 @@
+"""The measurement of the stream benchmark: asks a running stack one thing at a time, and transformers in between."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from secrets import token_hex
+from typing import TYPE_CHECKING
+
+from openai import AsyncOpenAI
+
+from services.tools.bench import speed
+from services.tools.bench.cases import Case
+from services.tools.bench.delay import delayed
+from services.tools.bench.speed import Timed
+from services.tools.cli.ask import Answer, ask, client_at
+from services.tools.local.brokers import Brokers
+from services.tools.local.folder import RunFolder
+from services.tools.local.forget import forget
+from services.tools.local.progress import Progress, Step
+from services.tools.local.stack import Stack
+
+if TYPE_CHECKING:
+    from services.tools.bench.generate import Transformers
+
+BLOCK = 64
+"""Tokens that the verifier's cache shares at once."""
+SMALLEST_CACHE = 1024
+"""Tokens; the verifier's measurement of itself at its start needs some."""
+WARM_UP_TOKENS = 16
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured."""
+
+    target: Path
+    dtype: str
+    threads: int
+    arms: list[str]
+    """Draft sources of the suite, plain decoding first."""
+    delays: list[float]
+    temperatures: list[float]
+    tokens: int
+    cases: list[Case]
+
+    @property
+    def cache_tokens(self) -> int:
+        """A cache in which one session just fits."""
+        longest = max(len(case.prompt_ids) for case in self.cases) + self.tokens
+        return max(SMALLEST_CACHE, -(-longest // BLOCK) * BLOCK)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One drafted answer, to be drawn."""
+
+    timed: Timed
+    answer: Answer
+
+
+class Suite:
+    """A running stack that is asked one thing at a time."""
+
+    def __init__(self, client: AsyncOpenAI, plan: Plan, delay_ms: float) -> None:
+        self._client = client
+        self._plan = plan
+        self._delay_ms = delay_ms
+        self._model = plan.target.name
+
+    async def ask(self, case: Case, arm: str, max_tokens: int) -> tuple[Timed, Answer]:
+        """Time one request, its prompt not being cached."""
+        if len(case.prompt_ids) > BLOCK:
+            await self._fill_cache()
+        answer = await ask(self._client, self._model, case.question(max_tokens), arm)
+        first = next((one for one in answer.arrivals if one.trace.get("tokens")), None)
+        timed = Timed(
+            case=case,
+            arm=arm,
+            delay_ms=self._delay_ms,
+            tokens=answer.tokens,
+            finish=answer.finish,
+            first_s=(first.at_ms if first else answer.total_ms) / 1000,
+            first_tokens=len(first.trace["tokens"]) if first else 0,
+            total_s=answer.total_ms / 1000,
+            summary=answer.summary,
+        )
+        return timed, answer
+
+    async def _fill_cache(self) -> None:
+        filler = [100 + i % 1000 for i in range(self._plan.cache_tokens - 1)]
+        await self._client.completions.create(
+            model=self._model, prompt=filler, max_tokens=1, temperature=0, extra_body={"wisp": {"draft": "none"}}
+        )
+
+
+class Measurement:
+    """The whole measurement, as far as it has come."""
+
+    def __init__(self, plan: Plan, rival: Transformers | None, progress: Progress) -> None:
+        self.plan = plan
+        self.timed: list[Timed] = []
+        self.rivals: list[Timed] = []
+        """transformers' answers, measured beside the first delay."""
+        self.servers: dict[str, str] = {}
+        self._rival = rival
+        self._progress = progress
+
+    async def run(self, told: Callable[[float, Sample], None]) -> None:
+        """Measure one delay after the other, each with a stack of its own; `told` gets each that is done, and a drafted
+        answer to be drawn."""
+        with RunFolder("bench-stream") as folder:
+            async with Brokers(folder.path, progress=self._progress) as brokers:
+                self.servers = {"rabbitmq": brokers.rabbitmq_version, "redis": brokers.redis_version}
+                for delay_ms in self.plan.delays:
+                    async with self._stack(brokers, delay_ms) as stack:
+                        sample = await stack.watch(self._one_delay(stack, delay_ms))
+                    told(delay_ms, sample)
+
+    @asynccontextmanager
+    async def _stack(self, brokers: Brokers, delay_ms: float) -> AsyncIterator[Stack]:
+        addresses = {"WISP_AMQP_URL": brokers.amqp_url, "WISP_REDIS_URL": brokers.redis_url}
+        async with delayed(addresses, delay_ms / 1000) as farther:
+            stack = Stack(
+                "bench-stream",
+                brokers=brokers,
+                target=self.plan.target,
+                namespace=f"bench-{token_hex(4)}",
+                env={"WISP_DTYPE": self.plan.dtype, "WISP_THREADS": str(self.plan.threads)},
+                env_of={"drafter": farther, "verifier": {"WISP_CACHE_TOKENS": str(self.plan.cache_tokens)}},
+                progress=self._progress,
+            )
+            async with stack:
+                yield stack
+            if brokers.given:
+                await forget(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
+
+    async def _one_delay(self, stack: Stack, delay_ms: float) -> Sample:
+        """Ask everything; returns one drafted answer."""
+        plan = self.plan
+        kinds = len({case.kind for case in plan.cases})
+        rival = None if self.rivals else self._rival
+        sample: Sample | None = None
+        async with client_at(stack.url) as client:
+            suite = Suite(client, plan, delay_ms)
+            with self._progress.step(f"measuring with {delay_ms:g} ms added") as step:
+                await self._warm_up(suite, rival, step)
+                for number, case in enumerate(plan.cases):
+                    step.detail(f"{number + 1} of {len(plan.cases)}: {case.name}")
+                    answers: dict[str, Timed] = {}
+                    turn = number // kinds + number % kinds  # so that the order alternates for each kind too
+                    for arm in _alternating(plan.arms, turn):
+                        answers[arm], answer = await suite.ask(case, arm, plan.tokens)
+                        if arm == plan.arms[1] and (sample is None or _drawn_rather(case, plan)):
+                            sample = Sample(answers[arm], answer)
+                    self.timed += [answers[arm] for arm in plan.arms]
+                    if rival is not None:
+                        self.rivals += await self._ask_rival(rival, answers[speed.PLAIN], turn)
+                step.done(f"{len(plan.cases)} prompts with {', '.join(plan.arms)}, {delay_ms:g} ms added")
+        assert sample is not None
+        return sample
+
+    async def _warm_up(self, suite: Suite, rival: Transformers | None, step: Step) -> None:
+        step.detail("warming up")
+        case = replace(self.plan.cases[0], temperature=0.0)
+        for arm in self.plan.arms:
+            timed, _ = await suite.ask(case, arm, WARM_UP_TOKENS)
+        if rival is not None:
+            await self._ask_rival(rival, timed, 0)
+
+    async def _ask_rival(self, rival: Transformers, ours: Timed, turn: int) -> list[Timed]:
+        from services.tools.bench.generate import ARMS
+
+        case, found = ours.case, {}
+        for arm in _alternating(list(ARMS), turn):
+            made = await asyncio.to_thread(rival.generate, arm, case.prompt_ids, ours.made, case.temperature, case.seed)
+            found[arm] = Timed(
+                case=case,
+                arm=arm,
+                delay_ms=ours.delay_ms,
+                tokens=made.tokens,
+                finish="length",
+                first_s=made.first_s,
+                first_tokens=made.first_tokens,
+                total_s=made.total_s,
+                agrees=speed.agreement(ours.tokens, made.tokens) if case.temperature == 0 else None,
+            )
+        return [found[arm] for arm in ARMS]
+
+
+def _alternating(arms: list[str], turn: int) -> list[str]:
+    return arms if turn % 2 == 0 else arms[::-1]
+
+
+def _drawn_rather(case: Case, plan: Plan) -> bool:
+    return (case.kind, case.number, case.temperature) == ("chat", 0, plan.temperatures[0])

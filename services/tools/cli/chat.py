@@ -1,0 +1,129 @@
+"""`wisp chat`: a conversation in the terminal."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+
+from rich.console import Console
+from rich.text import Text
+
+from services.tools.cli.ask import Answer, Question, ask, client_at, tokens_per_second
+from services.tools.cli.paint import Painter, Part
+from shared.errors import WispError
+
+HELP = """\
+  /reset   forget the conversation
+  /help    this list
+  /quit    end (or Ctrl-D)
+  Ctrl-C stops an answer; at the prompt it ends the chat."""
+MAX_TOKENS = 1024
+TOP_P = 0.9
+
+
+class Chat:
+    """One conversation with a gateway at `url` (ending in `/v1`)."""
+
+    def __init__(self, url: str, console: Console, *, draft: str, system: str | None, temperature: float) -> None:
+        self.url = url
+        self.console = console
+        self.draft = draft
+        self.temperature = temperature
+        self.model = asyncio.run(self._first_model())
+        self._opening = [{"role": "system", "content": system}] if system else []
+        self._messages = list(self._opening)
+        self._painter = Painter(console)
+
+    def talk(self, read: Callable[[str], str] = input, check: Callable[[], None] = lambda: None) -> None:
+        """Answer what `read` returns until it raises EOFError or the user quits; `check` may raise after a failure."""
+        with suppress(ImportError):
+            import readline  # noqa: F401 - gives `input` line editing and a history
+
+        self.console.print(Text.assemble(f"Talking to {self.model}: ", self._painter.legend, ". /help lists commands."))
+        while True:
+            try:
+                line = read("\n> ").strip()
+            except (EOFError, KeyboardInterrupt):
+                self.console.print()
+                return
+            if line == "/quit":
+                return
+            if line == "/reset":
+                self._messages = list(self._opening)
+                self.console.print(Text("  forgotten", "dim"))
+            elif line.startswith("/"):
+                self.console.print(Text(HELP if line == "/help" else f"  no command {line}\n{HELP}", "dim"))
+            elif line:
+                self._answer(line, check)
+
+    def _answer(self, line: str, check: Callable[[], None]) -> None:
+        from openai import APIConnectionError, APIError
+
+        messages = [*self._messages, {"role": "user", "content": line}]
+        sampling = {"temperature": self.temperature, "top_p": TOP_P}
+        question = Question("", messages=tuple(messages), max_tokens=MAX_TOKENS, options=sampling)
+        shown: list[str] = []
+
+        def show(parts: list[Part]) -> None:
+            shown.extend(part.text for part in parts)
+            self._painter.write(parts)
+
+        try:
+            answer = asyncio.run(self._ask(question, show))
+        except KeyboardInterrupt:
+            self._painter.end()
+            self.console.print(Text("  stopped", "dim"))
+        except APIConnectionError:
+            check()
+            raise unreachable(self.url) from None
+        except APIError as error:
+            check()
+            self._painter.end()
+            self.console.print(Text.assemble(("  error: ", "red"), str(error.message)), soft_wrap=True)
+            return
+        else:
+            self._painter.end()
+            self.console.print(Text(f"  {_brief(answer)}", "dim"), soft_wrap=True)
+        if shown:
+            self._messages = [*messages, {"role": "assistant", "content": "".join(shown)}]
+
+    async def _ask(self, question: Question, show: Callable[[list[Part]], None]) -> Answer:
+        async with client_at(self.url) as client:
+            return await ask(client, self.model, question, self.draft, show)
+
+    async def _first_model(self) -> str:
+        from openai import APIError, AuthenticationError
+
+        async with client_at(self.url) as client:
+            try:
+                return (await client.models.list()).data[0].id
+            except AuthenticationError as error:
+                raise refused(self.url, error.message) from None
+            except (APIError, IndexError):
+                raise unreachable(self.url) from None
+
+
+def unreachable(url: str) -> WispError:
+    """Nobody answers at `url`."""
+    return WispError(
+        f"no gateway answers at {url}. Start one with `wisp up` or `make serve`, and give its URL, which ends in /v1; "
+        "without --url, `wisp chat` starts a stack of its own."
+    )
+
+
+def refused(url: str, why: str) -> WispError:
+    """The gateway at `url` wants another key."""
+    return WispError(f"the gateway at {url} refuses the API key in WISP_API_KEY or OPENAI_API_KEY: {why}")
+
+
+def _brief(answer: Answer) -> str:
+    summary = answer.summary
+    if not summary:
+        return ""
+    accepted = f", {summary['accepted'] / summary['verified']:.0%} of drafts accepted" if summary["verified"] else ""
+    cut = ", cut at the limit" if answer.finish == "length" else ""
+    return (
+        f"{summary['tokens']:.0f} tokens in {summary['rounds']:.0f} rounds{accepted}, "
+        f"{tokens_per_second(summary):.1f} tokens per second{cut}"
+    )

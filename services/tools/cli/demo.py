@@ -1,0 +1,90 @@
+"""`wisp demo`: real text through the whole suite, and the same text again by plain decoding."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.text import Text
+
+from services.tools.cli.ask import Answer, Question, ask, client_at, summary_lines, tokens_per_second
+from services.tools.cli.paint import Painter
+from services.tools.cli.rounds import draw
+from shared.errors import WispError
+
+if TYPE_CHECKING:
+    from openai import AsyncOpenAI
+
+MAX_RETRIES = 10
+QUESTIONS = (
+    Question(
+        "Chat, greedy",
+        messages=(
+            {
+                "role": "user",
+                "content": "Explain in simple words how a rainbow is made. "
+                "Use the words sunlight, raindrop and colours.",
+            },
+        ),
+        max_tokens=96,
+        options={"temperature": 0},
+    ),
+    Question(
+        "Completion, sampled at temperature 0.7 with seed 7",
+        prompt="Country: France. Capital: Paris. Language: French.\n"
+        "Country: Germany. Capital: Berlin. Language: German.\n"
+        "Country: Italy. Capital: Rome. Language: Italian.\n"
+        "Country:",
+        max_tokens=64,
+        options={"temperature": 0.7, "seed": 7},
+    ),
+)
+
+
+async def demo(url: str, console: Console, rounds: bool = False, key: str | None = None) -> bool:
+    """Ask the gateway at `url` with drafts and without; returns whether both gave the same tokens.
+
+    rounds: also draw the first rounds of each drafted answer. key: by default the environment's. Raises WispError when
+    the gateway does not answer.
+    """
+    from openai import APIError
+
+    try:
+        # A gateway under load says when to ask again.
+        return await _demo(client_at(url, key).with_options(max_retries=MAX_RETRIES), console, rounds)
+    except APIError as error:
+        raise WispError(f"{url}: {error}. The gateway's /ready says what is missing.") from error
+
+
+async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
+    async with opened as client:
+        model = (await client.models.list()).data[0].id
+        painter = Painter(console)
+        console.print(Text.assemble(f"\n{model} answers: ", painter.legend))
+        drafted = [await _show(client, model, question, console, painter, rounds) for question in QUESTIONS]
+        console.print(Text("\nThe same questions by plain decoding, without drafts", "bold"))
+        plain = [await ask(client, model, question, "none") for question in QUESTIONS]
+    for question, with_drafts, without in zip(QUESTIONS, drafted, plain, strict=True):
+        fast, slow = tokens_per_second(with_drafts.summary), tokens_per_second(without.summary)
+        console.print(f"  {question.title}: {slow:.1f} tokens per second; with drafts {fast:.1f}", soft_wrap=True)
+    identical = all(one.same_text(other) for one, other in zip(drafted, plain, strict=True))
+    console.print(
+        Text.assemble("identical to plain decoding: ", ("yes", "bold green") if identical else ("no", "bold red"))
+    )
+    return identical
+
+
+async def _show(
+    client: AsyncOpenAI, model: str, question: Question, console: Console, painter: Painter, rounds: bool
+) -> Answer:
+    console.print(Text(f"\n{question.title}", "bold"))
+    console.print(
+        Text(question.messages[-1]["content"] if question.messages else question.prompt, "dim"), soft_wrap=True
+    )
+    answer = await ask(client, model, question, "auto", painter.write)
+    painter.end()
+    for line in summary_lines(answer.summary):
+        console.print(Text(f"  {line}", "cyan"), soft_wrap=True)
+    if rounds:
+        draw(answer.rounds, painter)
+    return answer

@@ -1,0 +1,233 @@
+"""`wisp doctor`: what is here, what is missing, and what to do about it, part by part."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.metadata
+import importlib.util
+import platform
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import psutil
+
+from services.tools.local import probe, sources
+from services.tools.local.folder import state_folder
+from services.tools.local.host import Host, container_engine, inspect, version_in
+from services.tools.local.launch import cores
+from services.tools.local.ports import LOOPBACK, is_free
+from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses
+from services.tools.local.sources import Source
+from services.tools.local.target import models_folder
+from shared.errors import ModelError
+from shared.runtime.tls import Tls
+
+EXTRAS = {
+    "gateway": ("fastapi", "uvicorn", "httptools", "jinja2", "tokenizers"),
+    "model": ("torch", "transformers", "safetensors", "gguf"),
+    "client": ("openai",),
+    "device": ("httpx",),
+    "training": ("scipy",),
+    "bench": ("matplotlib",),
+}
+"""The packages by which an extra is recognised."""
+API_PORT = 8000
+MEMORY_NEEDED = 2.0
+DISK_NEEDED = 1.0
+INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
+
+State = Literal["ok", "note", "missing"]
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What was found of one part. `missing` is what keeps a stack from running; a `note` does not."""
+
+    part: str
+    state: State
+    found: str
+    advice: str = ""
+
+
+async def examine() -> list[Finding]:
+    """Look at every part."""
+    return [
+        _python(),
+        *_extras(),
+        *_torch(),
+        *await _brokers(BrokerAddresses(), inspect()),
+        *_models(),
+        *_drafts(),
+        _port(),
+        *_resources(),
+    ]
+
+
+def _python() -> Finding:
+    # An older one could not have imported this.
+    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, packages in EXTRAS.items():
+        lacking = [name for name in packages if importlib.util.find_spec(name) is None]
+        part = f"packages: {extra}"
+        if lacking:
+            yield Finding(
+                part, "missing", f"without {', '.join(lacking)}", f"make setup, or: pip install 'wisp[{extra}]'"
+            )
+        else:
+            yield Finding(part, "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
+
+
+def _torch() -> Iterator[Finding]:
+    if importlib.util.find_spec("torch") is None:
+        return
+    import torch
+
+    flags = sorted(_cpu_flags() & set(INSTRUCTIONS), key=INSTRUCTIONS.index)
+    capability = torch.backends.cpu.get_cpu_capability()
+    yield Finding("torch", "ok", f"{torch.__version__}, kernels for {capability}, CPU has {', '.join(flags) or 'none'}")
+    if torch.cuda.is_available():
+        yield Finding("GPU", "ok", torch.cuda.get_device_name(0))
+    elif not {"amx_bf16", "avx512_bf16", "bf16"} & set(flags):
+        yield Finding(
+            "bfloat16",
+            "note",
+            "this CPU computes it without instructions of its own",
+            "compare WISP_DTYPE=float32 (--dtype float32) if verifying is slow",
+        )
+
+
+def _cpu_flags() -> set[str]:
+    try:
+        text = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        return set()
+    found = re.search(r"^(?:flags|Features)\s*:(.*)$", text, re.MULTILINE)
+    return set(found.group(1).split()) if found else set()
+
+
+async def _brokers(addresses: BrokerAddresses, host: Host) -> list[Finding]:
+    chosen = sources.choose(addresses, host)
+    if chosen.of(Source.MISSING):
+        host = Host(**{**vars(host), "container": await container_engine()})
+        chosen = sources.choose(addresses, host)
+    rabbitmq = await _broker("RabbitMQ", chosen.rabbitmq, host, addresses.amqp_url, addresses.tls)
+    redis = await _broker("Redis", chosen.redis, host, addresses.redis_url, addresses.tls)
+    return [rabbitmq, redis]
+
+
+async def _broker(name: str, source: Source, host: Host, url: str | None, tls: Tls) -> Finding:
+    commands = "; ".join(sources.install_commands([name], host))
+    match source:
+        case Source.GIVEN:
+            assert url is not None
+            shown = probe.without_password(url)
+            try:
+                version = await (probe.rabbitmq(url, tls) if name == "RabbitMQ" else probe.redis_server(url, tls))
+            except probe.NotReady as error:
+                return Finding(name, "missing", f"{shown}: {error}", "start it, or unset its WISP_..._URL")
+            return Finding(name, "ok", f"{version} answers at {shown}")
+        case Source.INSTALLED:
+            binary = host.rabbitmq if name == "RabbitMQ" else host.redis
+            assert binary is not None
+            version = _rabbitmq_version(binary) if name == "RabbitMQ" else _redis_version(binary)
+            return Finding(name, "ok", f"{version} installed ({binary}); each run starts its own")
+        case Source.APT:
+            return Finding(name, "note", "not installed", f"the first run installs it with apt, or: {commands}")
+        case Source.CONTAINER:
+            return Finding(name, "ok", f"not installed; each run starts a container with {host.container}")
+        case Source.MISSING:
+            return Finding(name, "missing", "not installed, and neither docker nor podman answers", commands)
+
+
+def _rabbitmq_version(script: Path) -> str:
+    return ".".join(str(part) for part in version_in(str(script.resolve()))) or "unknown version"
+
+
+def _redis_version(binary: Path) -> str:
+    try:
+        answer = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return "unknown version"
+    return ".".join(str(part) for part in version_in(answer)) or "unknown version"
+
+
+def _models() -> Iterator[Finding]:
+    if importlib.util.find_spec("tokenizers") is None:
+        return
+    from shared.models.folder import ModelFolder
+    from shared.models.prepare import PACKAGED, validate
+
+    for name, packaged in PACKAGED.items():
+        folder = models_folder() / name
+        try:
+            if folder.is_dir():
+                model = ModelFolder(folder)
+                validate(model)
+                yield Finding(f"model {name}", "ok", f"{folder} (fingerprint {model.fingerprint('bfloat16')[:12]})")
+                continue
+            packaged.locate()
+        except ModelError as error:
+            state: State = "missing" if name == DEFAULT_TARGET else "note"
+            yield Finding(f"model {name}", state, str(error), "make setup, or: wisp models prepare")
+        else:
+            yield Finding(
+                f"model {name}", "note", "packaged, not unpacked yet", "the first run does it, or: wisp models prepare"
+            )
+
+
+def _drafts() -> Iterator[Finding]:
+    """Which draft model the default target gets."""
+    if importlib.util.find_spec("tokenizers") is None:
+        return
+    from services.drafter.hidden.card import shipped_for
+    from shared.models.folder import ModelFolder
+
+    try:
+        target = ModelFolder(models_folder() / DEFAULT_TARGET)
+        found = shipped_for(target)
+    except ModelError:
+        return  # said of the model already
+    if found is None:
+        yield Finding("draft", "note", f"none for {target.name}: drafts by lookup", "wisp draft train makes one")
+    else:
+        yield Finding("draft", "ok", f"for {found.card.target}: {found.path}")
+
+
+def _port() -> Finding:
+    if is_free(LOOPBACK, API_PORT):
+        return Finding("port", "ok", f"{API_PORT} is free on {LOOPBACK}")
+    return Finding("port", "note", f"{API_PORT} is in use on {LOOPBACK}", f"make serve PORT={API_PORT + 1}")
+
+
+def _resources() -> Iterator[Finding]:
+    memory = psutil.virtual_memory().available / 2**30
+    yield Finding(
+        "memory",
+        "ok" if memory >= MEMORY_NEEDED else "note",
+        f"{memory:.1f} GiB available, {cores()} CPU cores",
+        ""
+        if memory >= MEMORY_NEEDED
+        else f"the default model's stack needs about {MEMORY_NEEDED:.0f} GiB: close something",
+    )
+    state = state_folder()
+    disk = shutil.disk_usage(state if state.is_dir() else state.parent).free / 2**30
+    yield Finding(
+        "disk",
+        "ok" if disk >= DISK_NEEDED else "note",
+        f"{disk:.1f} GiB free at {state.parent}",
+        "" if disk >= DISK_NEEDED else f"the model and the logs need {DISK_NEEDED:.0f} GiB: free some",
+    )
+
+
+def examined() -> list[Finding]:
+    """`examine`, for callers without an event loop."""
+    return asyncio.run(examine())

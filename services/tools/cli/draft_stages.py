@@ -1,0 +1,164 @@
+"""The stages of `wisp draft train` and `wisp draft evaluate`, with their progress and results on the terminal."""
+
+from __future__ import annotations
+
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.table import Table
+
+from services.drafter.control import Controller, ControlWeights, load_weights
+from services.drafter.control import rounds as recorded
+from services.drafter.hidden.card import CONTROLLER, HiddenDraftFolder, shipped_for
+from services.drafter.hidden.engine import DraftEngine
+from services.drafter.sources.hidden import HiddenDrafts
+from services.tools.cli.terminal import out
+from services.tools.local.progress import ConsoleProgress, Step
+from services.tools.training import controller, shards
+from services.tools.training.evaluate import Costs, Drafted, Summary, entropies, rounds
+from services.tools.training.run import Run, made
+from services.tools.training.train import Progress
+from shared.errors import ModelError
+
+RECORDED_LENGTH = 6
+EVALUATED_LENGTH = 4
+COSTS = Costs(round_ms=36.0, token_ms=0.9, step_ms=3.4)
+"""Of SmolLM2-135M on one core. Nothing that is shown here depends on them; `wisp bench draft` measures its own."""
+
+
+def train_draft(run: Run, to: Path) -> None:
+    """All stages of a run that are not done yet; the draft with its controller in `to`."""
+    # What cannot be trained for or written to is refused before hours are spent.
+    run.config_of_model()
+    made(to)
+    progress = ConsoleProgress(out)
+    with progress.step("drawing prompts") as step:
+        count = run.write_prompts()
+        step.done(f"{count:,} prompts")
+    with progress.step("the target answers") as step:
+        run.generate_all(_counted(step, "texts", count - len(shards.origins(run.texts))))
+        step.done("texts to learn from are there")
+    for folder, seed in ((run.held_out, run.config.seed), (run.controller_texts, run.config.seed + 1)):
+        with progress.step("texts never trained on") as step:
+            run.generate_held_out(folder, seed, _counted(step, "texts", 3 * run.config.prompts.held_out))
+            step.done(f"held-out texts are there ({folder.name})")
+    with progress.step("training") as step:
+        model = run.train(lambda told: step.detail(_told(told)))
+        step.done(f"trained in {step.elapsed_s / 60:.0f} minutes")
+    run.save(model, to)
+    with progress.step("training the controller") as step:
+        rounds_file = run.folder / "rounds.jsonl"
+        _record(run, HiddenDraftFolder.open(to), rounds_file)
+        controller.train([rounds_file], to / CONTROLLER, run.config.seed)
+        step.done("controller trained")
+    evaluate_draft(run, to)
+    out.print(f"The draft is in {to}; use it with --hidden-draft {to}", soft_wrap=True)
+
+
+def evaluate_draft(run: Run, path: Path | None) -> None:
+    """Print chain acceptance and tokens per round by kind of text and temperature, with and without lookup."""
+    folder = _folder(run, path)
+    with ConsoleProgress(out).step("texts never trained on") as step:
+        run.generate_held_out(run.held_out, run.config.seed, _counted(step, "texts", 3 * run.config.prompts.held_out))
+        step.done("held-out texts are there")
+    texts = list(shards.load_all(run.held_out))
+    source = _source(run, folder)
+    for names in (("hidden",), ("hidden", "lookup")):
+        with ConsoleProgress(out).step(f"drafting by {' and '.join(names)}") as step:
+            done = list(rounds(source, names, Controller("fixed", EVALUATED_LENGTH, _weights(folder)), texts))
+            step.done(f"{len(done):,} rounds by {' and '.join(names)}, always {EVALUATED_LENGTH} tokens")
+        out.print(_table(done))
+
+
+def record_rounds(run: Run, path: Path | None, to: Path) -> None:
+    """Record rounds for the controller's training."""
+    folder = _folder(run, path)
+    with ConsoleProgress(out).step("texts never trained on") as step:
+        run.generate_held_out(
+            run.controller_texts, run.config.seed + 1, _counted(step, "texts", 3 * run.config.prompts.held_out)
+        )
+        step.done("texts are there")
+    with ConsoleProgress(out).step("recording rounds") as step:
+        count = _record(run, folder, to)
+        step.done(f"{count:,} rounds written to {to}")
+
+
+def _record(run: Run, folder: HiddenDraftFolder, to: Path) -> int:
+    texts = list(shards.load_all(run.controller_texts))
+    source = _source(run, folder)
+    # Entropies come with the results in service too; the whole head is needed for them.
+    known = entropies(texts, run.parts(0).head)
+    fixed = Controller("fixed", RECORDED_LENGTH)
+    count = 0
+    with to.open("w", encoding="utf-8") as file:
+        for drafted in rounds(source, ("hidden", "lookup"), fixed, texts, known):
+            recorded.write(file, drafted.record)
+            count += 1
+    return count
+
+
+def _folder(run: Run, path: Path | None) -> HiddenDraftFolder:
+    if path is not None:
+        return HiddenDraftFolder.open(path)
+    shipped = shipped_for(run.target)
+    if shipped is None:
+        raise ModelError(f"no draft is shipped for {run.target.path}; name one's folder with --draft")
+    return shipped
+
+
+def _source(run: Run, folder: HiddenDraftFolder) -> HiddenDrafts:
+    settings = run.config.training
+    return HiddenDrafts(
+        DraftEngine(
+            folder,
+            run.target,
+            dtype=run.config.target_dtype,
+            device=run.config.device,
+            threads=settings.threads,
+            budget_tokens=1 << 16,
+        )
+    )
+
+
+def _weights(folder: HiddenDraftFolder) -> ControlWeights | None:
+    return load_weights(folder.controller) if folder.controller else None
+
+
+def _table(drafted: Sequence[Drafted]) -> Table:
+    table = Table()
+    for column in ("texts", "rounds", "1st", "2nd", "3rd", "4th", "tokens a round"):
+        table.add_column(column, justify="left" if column == "texts" else "right")
+    groups: dict[str, list[Drafted]] = defaultdict(list)
+    for one in drafted:
+        groups[one.kind].append(one)
+        groups[f"temperature {one.temperature:.1f}"].append(one)
+    for name, group in [*sorted(groups.items()), ("all", list(drafted))]:
+        summary = Summary.of(group, COSTS, EVALUATED_LENGTH)
+        chain = [f"{share:.2f}" for share in summary.by_position] + [""] * EVALUATED_LENGTH
+        table.add_row(name, f"{summary.rounds:,}", *chain[:EVALUATED_LENGTH], f"{summary.tokens_per_round:.2f}")
+    return table
+
+
+def _counted(step: Step, what: str, of: int) -> Callable[[int], None]:
+    """Shows how many there are, and how long the rest will take."""
+    started = time.monotonic()
+    done = 0
+
+    def count(tokens: int) -> None:
+        nonlocal done
+        done += tokens > 0
+        left_s = (time.monotonic() - started) / max(1, done) * (of - done)
+        step.detail(f"{done:,} of {of:,} {what}, about {left_s / 60:.0f} minutes left")
+
+    return count
+
+
+def _told(told: Progress) -> str:
+    left_min = (told.of - told.tokens) / max(told.rate, 1) / 60
+    agreement = ", ".join(f"{share:.2f}" for share in told.agreement)
+    return (
+        f"stage {told.stage + 1}: {told.tokens / 1e6:.1f} of {told.of / 1e6:.1f} million tokens, "
+        f"agreement {agreement}, about {left_min:.0f} minutes left in this stage"
+    )

@@ -1,0 +1,62 @@
+"""A service's settings as an environment file: for containers, Kubernetes and systemd."""
+
+from __future__ import annotations
+
+import json
+import textwrap
+from importlib import import_module
+from typing import Any
+
+from pydantic_core import to_jsonable_python
+
+from shared.errors import WispError
+from shared.runtime.settings import ServiceSettings
+
+OWN = {
+    "gateway": ("services.gateway.settings", "GatewaySettings"),
+    "drafter": ("services.drafter.settings", "DrafterSettings"),
+    "scheduler": ("services.scheduler.settings", "SchedulerSettings"),
+    "estimator": ("services.estimator.settings", "EstimatorSettings"),
+    "verifier": ("services.verifier.settings", "VerifierSettings"),
+    "drainorder": ("services.drain_order.settings", "DrainOrderSettings"),
+}
+"""Module and name of the settings class of each deployed service."""
+SECRET = frozenset({"amqp_url", "redis_url", "session_secret"})
+"""What is given by reference to a secret, never in a file like this."""
+WIDTH = 118
+
+
+def settings_of(service: str) -> type[ServiceSettings]:
+    """A service's settings class. Raises WispError where there is no such service."""
+    if service not in OWN:
+        raise WispError(f"no service is called {service!r}; there are {', '.join(OWN)}")
+    module, name = OWN[service]
+    kind: type[ServiceSettings] = getattr(import_module(module), name)
+    return kind
+
+
+def variable(name: str) -> str:
+    """A setting's name in the environment."""
+    return f"{ServiceSettings.model_config['env_prefix']}{name.upper()}"
+
+
+def environment(kind: type[ServiceSettings]) -> str:
+    """Every setting with its description and default; one without default, or a secret one, as a comment."""
+    parts = []
+    for name, field in kind.model_fields.items():
+        default = field.get_default(call_default_factory=True)
+        told = textwrap.fill(
+            field.description or "", WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
+        )
+        if name in SECRET:
+            parts.append(f"{told}\n# {variable(name)} is in a secret")
+        elif default in (None, ""):
+            parts.append(f"{told}\n# {variable(name)} is not set")
+        else:
+            parts.append(f"{told}\n{variable(name)}={_text(default)}")
+    return "\n".join(parts) + "\n"
+
+
+def _text(value: Any) -> str:
+    plain = to_jsonable_python(value)
+    return plain if isinstance(plain, str) else json.dumps(plain)

@@ -1,0 +1,140 @@
+"""`wisp keys`: makes, lists and revokes the API keys of a gateway's file."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from services.tools.cli.terminal import err, errors_shown, out
+from shared.errors import SettingsError
+
+if TYPE_CHECKING:
+    from services.gateway.core.keys import ApiKey
+
+app = typer.Typer(help="The API keys that a gateway takes.", no_args_is_help=True)
+
+File = Annotated[
+    Path | None, typer.Option("--file", help="The file of keys. \\[env: WISP_API_KEYS_FILE]", show_default=False)
+]
+
+
+@app.command("new")
+def new(
+    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, _ and -.")],
+    file: File = None,
+    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: the gateway's.")] = None,
+    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Prompt and output. Default: as above.")] = None,
+    max_sessions: Annotated[int | None, typer.Option(min=1, help="Texts at once. Default: as above.")] = None,
+    device: Annotated[str | None, typer.Option(help="The device whose key it is, and that drafts for it.")] = None,
+) -> None:
+    """Make a key and print it, this once. Gateways that run take it within a second or two."""
+    from services.gateway.core.keys import KeyLimits, new_key
+
+    with errors_shown(), _editing(_path(file)) as keys:
+        if any(key.name == name for key in keys):
+            raise SettingsError(f"there is a key with the name {name!r}; take another name, or revoke it first")
+        limits = KeyLimits(
+            requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, max_sessions=max_sessions
+        )
+        try:
+            text, key = new_key(name, datetime.now(UTC).replace(microsecond=0), limits, device)
+        except ValueError:
+            raise SettingsError(
+                f"name {name!r}, device {device!r}: letters, digits, _ and - only, 64 at most"
+            ) from None
+        keys.append(key)
+    print(text)
+    err.print("Keep it: only its hash is in the file, so it cannot be shown again.", style="dim")
+
+
+@app.command("list")
+def list_keys(file: File = None) -> None:
+    """The keys in the file, without what makes them work."""
+    with errors_shown():
+        table = Table(box=None)
+        for column in ("id", "name", "created", "requests/min", "tokens/min", "texts", "device"):
+            table.add_column(column, overflow="fold")
+        for key in _read(_path(file)):
+            limits = (key.requests_per_minute, key.tokens_per_minute, key.max_sessions)
+            shown = ("-" if limit is None else f"{limit:,}" for limit in limits)
+            table.add_row(key.id, key.name, f"{key.created:%Y-%m-%d %H:%M}", *shown, key.device or "-")
+        out.print(table)
+
+
+@app.command("revoke")
+def revoke(who: Annotated[str, typer.Argument(help="The key's id or name.")], file: File = None) -> None:
+    """Take a key out of the file. Gateways that run refuse it within a second or two; what it started goes on."""
+    with errors_shown(), _editing(_path(file)) as keys:
+        found = [key for key in keys if who in (key.id, key.name)]
+        if not found:
+            raise SettingsError(f"no key has the id or name {who!r}; `wisp keys list` shows them")
+        keys.remove(found[0])
+        out.print(f"revoked {found[0].name} ({found[0].id})")
+
+
+def _path(given: Path | None) -> Path:
+    from services.tools.local.settings import LocalSettings
+
+    path = given or LocalSettings().api_keys_file
+    if path is None:
+        raise SettingsError("which file? Say --file FILE, or set WISP_API_KEYS_FILE as for the gateway")
+    return path
+
+
+def _read(path: Path) -> list[ApiKey]:
+    from services.gateway.core.keys import parse
+
+    try:
+        return parse(path.read_text("utf-8"), str(path))
+    except FileNotFoundError:
+        return []
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(f"the API keys cannot be read: {error}") from error
+
+
+@contextmanager
+def _editing(path: Path) -> Iterator[list[ApiKey]]:
+    """The keys in the file, which are written back at the end, whole: a reader never sees half of them."""
+    from services.gateway.core.keys import render
+
+    try:
+        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise SettingsError(f"the API keys cannot be written: {error}") from error
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        keys = _read(path)
+        yield keys
+        draft = path.with_name(f".{path.name}.new")
+        draft.unlink(missing_ok=True)
+        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
+            file.write(render(keys))
+            _as_before(path, file.fileno())
+        draft.replace(path)
+    except OSError as error:
+        raise SettingsError(f"the API keys cannot be written: {error}") from error
+    finally:
+        os.close(folder)
+
+
+def _as_before(path: Path, written: int) -> None:
+    """Whoever could read the file may go on: a gateway under another user would not hear of a revoked key."""
+    try:
+        before = path.stat()
+    except FileNotFoundError:
+        return
+    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
+        try:
+            os.fchown(written, before.st_uid, before.st_gid)
+        except PermissionError as error:
+            raise SettingsError(f"{path} belongs to another user: make this change as that user, or as root") from error
+    os.fchmod(written, stat.S_IMODE(before.st_mode))

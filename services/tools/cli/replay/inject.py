@@ -1,0 +1,80 @@
+"""`wisp replay --inject`: recorded requests asked again of a suite in another virtual host."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.text import Text
+
+from services.tools.cli.replay.command import tell_notes
+from services.tools.cli.replay.view import counted
+from services.tools.cli.terminal import out, run
+from services.tools.local.settings import BrokerAddresses
+from services.tools.replayer.choice import chosen
+from services.tools.replayer.concern import concerning, sessions_of
+from services.tools.replayer.inject import in_vhost, inject
+from services.tools.replayer.recording import Recording
+from services.tools.replayer.requests import Answers
+from shared.errors import SettingsError
+from shared.runtime import logging
+from shared.runtime.settings import ServiceSettings
+
+SHOWN = 5
+
+
+def ask_again(
+    recording: Recording,
+    session: str | None,
+    amqp_url: str,
+    vhost: str | None,
+    namespace: str | None,
+    redis_url: str | None,
+    speed: float,
+    *,
+    as_json: bool,
+) -> bool:
+    """Ask, wait, and print what came of it; returns whether every request ended with the text that was recorded.
+
+    amqp_url: of the live broker. Raises RecordingError, SettingsError and BrokersError.
+    """
+    if vhost is None:
+        raise SettingsError("say into which virtual host: --vhost NAME, another than the live one")
+    redis_url = redis_url or BrokerAddresses().redis_url
+    if redis_url is None:
+        raise SettingsError("say where the Redis of the suite in that virtual host is: --redis-url, or WISP_REDIS_URL")
+    there = in_vhost(amqp_url, vhost)
+    if session is not None:
+        recording = concerning(recording, {chosen(session, sessions_of(recording))})
+    tell_notes(recording)
+    logging.configure("replay", "replay", "error", "console")
+    space = namespace or str(ServiceSettings.model_fields["namespace"].default)
+    told = run(lambda: inject(there, redis_url, space, recording, speed))
+    same = not told.differing and set(told.ended) <= {"stop", "length", "cancelled"}
+    if as_json:
+        out.print_json(json.dumps({"same": same, **asdict(told)}), indent=1)
+    else:
+        _print(told)
+    return same
+
+
+def _print(told: Answers) -> None:
+    ends = ", ".join(f"{count} {end}" for end, count in told.ended.items())
+    out.print(Text(f"{counted(told.requests, 'request')} asked again: {ends}"), soft_wrap=True)
+    out.print(
+        Text(
+            f"  TTFT {_both(told.ttft_p50_ms)}, TPOT {_both(told.tpot_p50_ms)} (medians, recorded → now, without the "
+            f"gateway); sent {told.late_ms:.0f} ms late at worst"
+        ),
+        soft_wrap=True,
+    )
+    if told.differing:
+        out.print(Text(f"DIFFERENT texts in {counted(len(told.differing), 'session')}", "bold red"))
+        for session, position in told.differing[:SHOWN]:
+            out.print(Text(f"  session {session}, position {position}"), soft_wrap=True)
+    else:
+        out.print(Text(f"the same texts, {counted(told.compared, 'token')} compared", "bold green"))
+
+
+def _both(times: tuple[float | None, float | None]) -> str:
+    return " → ".join("-" if ms is None else f"{ms:.1f}" for ms in times) + " ms"

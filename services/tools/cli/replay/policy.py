@@ -1,0 +1,165 @@
+"""`wisp replay --policy`: what other policies would have made of the recorded requests."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from functools import partial
+from typing import cast, get_args
+
+from pydantic import ValidationError
+from rich.table import Table
+from rich.text import Text
+
+from services.scheduler.core.dispatch import Rules
+from services.scheduler.core.policies import PolicyName
+from services.scheduler.settings import SchedulerSettings
+from services.tools.cli.replay.command import tell_notes
+from services.tools.cli.replay.view import counted
+from services.tools.cli.terminal import err, out
+from services.tools.cli.top.view import short
+from services.tools.replayer.arrivals import Arrivals, arrivals
+from services.tools.replayer.figures import Figures, recorded
+from services.tools.replayer.life import Lives
+from services.tools.replayer.recording import Recording, RecordingError
+from services.tools.replayer.whatif import Drafting, StopRule, what_if
+from shared.errors import SettingsError
+
+RECORDED = "recorded"
+CHANGED = 8
+"""Requests that are named because a policy changes whether they attain."""
+
+
+def compare(
+    recording: Recording, policies: list[str], stop_rule: str | None, draft_length: int | None, *, as_json: bool
+) -> None:
+    """Print the figures of what was recorded, of the same in virtual time, and of what was asked for.
+
+    Raises RecordingError and SettingsError.
+    """
+    found = arrivals(recording)
+    tell_notes(recording)
+    if not found.visits or not found.heartbeats or not found.policy:
+        raise RecordingError(
+            "nothing to replay: there has to be at least one whole session and the heartbeat of a verifier in the "
+            f"recording ({_reasons(found) or 'it has no session'})"
+        )
+    live = found.policy
+    drafting = Drafting(_known(stop_rule or "recorded", StopRule, "stop rule"), draft_length)
+    runs: dict[str, tuple[str, Drafting]] = {f"{live} again": (live, Drafting())}
+    for policy in policies or [live]:
+        runs[_called(policy, drafting)] = (policy, drafting)
+    lives = Lives().read(recording.entries()).of
+    columns = {RECORDED: recorded(lives[visit.generate.session] for visit in found.visits)}
+    for name, (policy, drafts) in runs.items():
+        columns[name] = what_if(found, _rules(policy), drafts)
+    if as_json:
+        told = {name: asdict(figures) for name, figures in columns.items()}
+        out.print_json(json.dumps({"left_out": found.left_out, "runs": told}, allow_nan=False), indent=1)
+        return
+    out.print(_table(columns))
+    for line in _changes(columns, f"{live} again"):
+        out.print(line, soft_wrap=True)
+    if found.left_out:
+        err.print(Text(f"left out: {_reasons(found)}", "dim"), soft_wrap=True)
+    if not found.cost_models:
+        err.print(Text("no cost model was recorded: the times of batches are a rough guess", "yellow"), soft_wrap=True)
+    if recording.redacted:
+        err.print(
+            Text("without text it is not known whether trimmed tokens were right; they count as wrong", "yellow"),
+            soft_wrap=True,
+        )
+
+
+def _called(policy: str, drafting: Drafting) -> str:
+    name = policy
+    if drafting.rule != "recorded":
+        name += f", {drafting.rule}"
+    if drafting.longest is not None:
+        name += f", drafts of at most {drafting.longest}" if drafting.longest else ", no drafts"
+    return name
+
+
+def _known(name: str, names: object, what: str) -> StopRule:
+    if name not in get_args(names):
+        more = ""
+        if what == "stop rule":
+            more = "; fixed is --draft-length, and what entropy and predictor look at is not recorded"
+        raise SettingsError(f"no {what} {name!r} can be replayed: {', '.join(get_args(names))}{more}")
+    return cast("StopRule", name)
+
+
+def _rules(policy: str) -> Rules:
+    """The policy with the settings that the environment gives to schedulers."""
+    _known(policy, PolicyName, "policy")
+    try:
+        return SchedulerSettings(policy=cast("PolicyName", policy)).rules  # type: ignore[call-arg]
+    except ValidationError as error:
+        first = error.errors()[0]
+        name = "_".join(str(part) for part in first["loc"]).upper()
+        raise SettingsError(f"WISP_{name}: {first['msg']} (given: {first['input']!r})") from None
+
+
+def _reasons(found: Arrivals) -> str:
+    return "; ".join(f"{counted(count, 'session')}, as {reason}" for reason, count in found.left_out.most_common())
+
+
+def _table(columns: Mapping[str, Figures]) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption="times in ms", caption_justify="left")
+    table.add_column()
+    for name in columns:
+        table.add_column(name, justify="right", overflow="fold")
+    classes = sorted({name for figures in columns.values() for name in figures.attained_by_class})
+    rows: list[tuple[str, Callable[[Figures], str]]] = [
+        ("requests served whole", lambda f: f"{f.complete} of {f.requests}"),
+        ("SLO attained", lambda f: _share(f.attained, f.promised)),
+    ]
+    if len(classes) > 1:
+        rows += [(f"  {name}", partial(_attained, name)) for name in classes]
+    rows += [
+        ("goodput, tokens/s", lambda f: f"{f.goodput:.1f}"),
+        ("throughput, tokens/s", lambda f: f"{f.throughput:.1f}"),
+        ("TTFT, median", lambda f: _ms(f.ttft_p50_ms)),
+        ("TTFT, 95th percentile", lambda f: _ms(f.ttft_p95_ms)),
+        ("TPOT, median", lambda f: _ms(f.tpot_p50_ms)),
+        ("TPOT, 95th percentile", lambda f: _ms(f.tpot_p95_ms)),
+        ("wait for a batch, mean", lambda f: _ms(f.wait_mean_ms)),
+        ("wait, 95th percentile", lambda f: _ms(f.wait_p95_ms)),
+        ("rounds", lambda f: f"{f.rounds:,}"),
+        ("batches", lambda f: f"{f.batches:,}"),
+        ("jobs per batch", lambda f: f"{f.jobs_per_batch:.2f}"),
+        ("draft tokens", lambda f: f"{f.drafted:,}"),
+        ("  verified", lambda f: f"{f.verified:,}"),
+        ("  accepted", lambda f: f"{f.accepted:,}"),
+    ]
+    for title, value in rows:
+        table.add_row(title, *(value(figures) for figures in columns.values()))
+    return table
+
+
+def _changes(columns: Mapping[str, Figures], yardstick: str) -> list[Text]:
+    """Who would attain under a policy and did not under the live one in virtual time, and the other way round."""
+    before = columns[yardstick].sessions
+    lines = []
+    for name, figures in columns.items():
+        for now, verb in ((True, "would attain"), (False, "would miss")):
+            changed = [
+                short(session) for session, attained in figures.sessions.items() if attained == now != before[session]
+            ]
+            if name not in (RECORDED, yardstick) and changed:
+                more = f" and {len(changed) - CHANGED} more" if len(changed) > CHANGED else ""
+                lines.append(Text(f"{name}: {', '.join(changed[:CHANGED])}{more} {verb} the SLO"))
+    return lines
+
+
+def _attained(name: str, figures: Figures) -> str:
+    return _share(*figures.attained_by_class.get(name, (0, 0)))
+
+
+def _share(part: int, whole: int) -> str:
+    return f"{part} of {whole}" if whole else "-"
+
+
+def _ms(value: float | None) -> str:
+    return "-" if value is None else f"{value:,.1f}"

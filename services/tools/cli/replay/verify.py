@@ -1,0 +1,67 @@
+"""`wisp replay --verify`: the recorded batches computed again."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+
+from rich.text import Text
+
+from services.tools.cli.replay.command import tell_notes, words_of
+from services.tools.cli.terminal import err, out
+from services.tools.local.launch import cores
+from services.tools.local.progress import ConsoleProgress
+from services.tools.local.settings import LocalSettings
+from services.tools.local.target import prepare_target
+from services.tools.replayer.choice import chosen
+from services.tools.replayer.recording import Recording
+from services.tools.replayer.reexecute import Report, reexecute
+from services.tools.replayer.work import work_of
+
+SHOWN = 5
+
+
+def show(recording: Recording, session: str | None, target: str | None, *, as_json: bool) -> bool:
+    """Print whether the recording is what the model computes; returns that. Raises RecordingError."""
+    recording.refuse_redacted("verify")
+    progress = ConsoleProgress(err)
+    folder = prepare_target(target or LocalSettings().target, progress)
+    work = work_of(recording)
+    tell_notes(recording)
+    only = None if session is None else {chosen(session, work.texts)}
+    words = words_of(target, {text.generate.vocab_fingerprint for text in work.texts.values()}, recording)
+    with progress.step("computing the recorded batches again") as step:
+        report = reexecute(
+            work, folder, only=only, threads=cores(), words=words, tell=lambda done: step.detail(f"{done} batches done")
+        )
+        step.done(f"{report.batches} batches computed again")
+    same = not report.differences and report.tokens > 0
+    if as_json:
+        out.print_json(json.dumps({"same": same, **asdict(report)}), indent=1)
+    else:
+        _print(report)
+    return same
+
+
+def _print(report: Report) -> None:
+    out.print(
+        f"{report.batches} batches, {report.jobs} jobs: {report.tokens} committed tokens and {report.digests} digests "
+        "of logits compared",
+        soft_wrap=True,
+    )
+    for reason, count in report.left_out.most_common():
+        out.print(Text(f"  {count} jobs left out: {reason}", "dim"), soft_wrap=True)
+    if not report.invariant:
+        out.print(Text("  on this device the bits depend on the batch: digests may differ in order", "yellow"))
+    if report.differences:
+        out.print(Text("DIFFERENT", "bold red"))
+        for one in report.differences[:SHOWN]:
+            said = f"  session {one.session}, position {one.position}, batch {one.batch}: {one.said}"
+            out.print(Text(said), soft_wrap=True)
+        if (more := len(report.differences) - SHOWN) > 0:
+            out.print(f"  and {more} more sessions")
+    elif not report.tokens:
+        out.print(Text("nothing could be compared", "bold yellow"))
+    else:
+        digests = "" if report.digests else " (no digests: recorded by verifiers without WISP_JOURNAL)"
+        out.print(Text(f"identical, bit for bit{digests}", "bold green"), soft_wrap=True)

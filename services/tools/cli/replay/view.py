@@ -1,0 +1,234 @@
+"""Timelines as text of the terminal, and as plain data. Pure: it decides words and columns, and writes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import asdict
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from services.tools.cli.paint import Painter, printable
+from services.tools.cli.paint import Part as Piece
+from services.tools.cli.rounds import Round, picture
+from services.tools.cli.top.view import short
+from services.tools.replayer.choice import written
+from services.tools.replayer.timeline import BatchTime, Part, RoundTime, Timeline
+from shared.broker.topology import DEFAULT_POOL
+
+Words = Callable[[int], str]
+"""The text of a token."""
+
+SHORT = {
+    Part.TO_DRAFTER: "to and in the drafter",
+    Part.DRAFT: "drafting",
+    Part.TO_SCHEDULER: "to the scheduler",
+    Part.POOL: "waiting for a batch",
+    Part.BEHIND: "behind another batch",
+    Part.MODEL: "model",
+    Part.VERIFIER: "to the verifier, commit",
+}
+BAR = 12
+MATES = 6
+
+
+def listing(timelines: Sequence[Timeline]) -> RenderableType:
+    """One line for each session: times to the first token, per token after it and in all, in milliseconds."""
+    if not timelines:
+        return Text("no session in the recording")
+    table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption="times in ms", caption_justify="left")
+    for title in ("session", "started", "class", "prompt", "tokens", "rounds", "TTFT", "TPOT", "total", "end"):
+        numbers = title not in ("session", "started", "class", "end")
+        # On a narrow terminal the way it ended takes more lines, and what names the session stays whole.
+        table.add_column(
+            title, justify="right" if numbers else "left", no_wrap=title != "end", min_width=len(title), overflow="fold"
+        )
+    for one in timelines:
+        table.add_row(
+            Text(printable(short(one.session)), no_wrap=True),
+            "-" if one.started_ms is None else written(one.started_ms)[11:19],
+            printable(one.service_class),
+            "-" if one.prompt is None else str(len(one.prompt)),
+            str(one.tokens),
+            str(len(one.rounds)),
+            _ms(one.ttft_ms),
+            _ms(one.tpot_ms, 1),
+            _ms(one.total_ms),
+            printable(one.ending) + (f", SLO {kept}" if (kept := _kept(one)) else ""),
+        )
+    return table
+
+
+def view(one: Timeline, words: Words, painter: Painter) -> RenderableType:
+    """A session's whole timeline."""
+    parts: list[RenderableType] = [*_head(one), Text()]
+    parts += _spent(one)
+    parts.append(Text())
+    lines = picture([_drawn(told, words) for told in one.rounds], painter)
+    if lines:
+        parts.append(lines[0])
+    for line, told in zip(lines[1:], one.rounds, strict=True):
+        parts.append(line)
+        parts += [Padding(Text(printable(text), "dim"), (0, 0, 0, 8), expand=False) for text in _details(told, words)]
+    return Group(*parts)
+
+
+def told(one: Timeline, words: Words) -> dict[str, Any]:
+    """The timeline as JSON has it, with the text of its tokens."""
+    fields = asdict(one)
+    fields["slo"] = None if one.slo is None else one.slo.model_dump()
+    fields["prompt_text"] = None if one.prompt is None else "".join(map(words, one.prompt))
+    for told_, shown in zip(one.rounds, fields["rounds"], strict=True):
+        fates = _fates(told_)
+        shown["draft"] = [
+            {"id": token, "text": words(token), "acceptance": chance, "fate": fate}
+            for token, chance, fate in zip(told_.draft, _padded(told_.acceptance, len(told_.draft)), fates, strict=True)
+        ]
+        shown["tokens"] = [
+            {"id": token, "text": words(token), "draft": i < told_.accepted} for i, token in enumerate(told_.tokens)
+        ]
+    return fields
+
+
+def _head(one: Timeline) -> list[Text]:
+    promise = "no SLO" if one.slo is None else f"SLO {one.slo.ttft_ms:g} ms, then {one.slo.tpot_ms:g} ms a token"
+    kept = _kept(one)
+    lines = [Text.assemble(("session ", "bold"), (printable(one.session), "bold"))]
+    lines.append(
+        Text(printable(f"  {one.service_class or 'class unknown'}, {promise}" + (f": {kept}" if kept else "")))
+    )
+    prompt = "prompt not recorded" if one.prompt is None else f"{len(one.prompt)} prompt tokens"
+    limit = "" if one.max_tokens is None else f" of at most {one.max_tokens}"
+    speed = "" if one.ttft_ms is None else f"; first token after {one.ttft_ms:.0f} ms"
+    speed += "" if one.tpot_ms is None else f", then {one.tpot_ms:.1f} ms a token"
+    lines.append(
+        Text(printable(f"  {prompt}, {one.tokens} tokens{limit} in {len(one.rounds)} rounds; {one.ending}{speed}"))
+    )
+    when = "" if one.started_ms is None else f", from {written(one.started_ms)}"
+    pool = f"pool {one.pool}" if one.pool not in ("", DEFAULT_POOL) else ""
+    way = " → ".join(name for name in (one.gateway, pool, *one.drafters) if name)
+    lines.append(Text(printable(f"  {way}{when}"), "dim"))
+    notes = [
+        f"the clocks of {clocks.sender} and {clocks.receiver} differ: a message arrived {clocks.ms:.1f} ms before it "
+        "was sent. Steps between them are shown as 0 or too long"
+        for clocks in one.inversions
+    ]
+    lines += [Text(printable(f"  {note}"), "yellow") for note in (*notes, *one.notes)]
+    return lines
+
+
+def _spent(one: Timeline) -> list[Text]:
+    known_ms = sum(one.parts.values())
+    if not known_ms:
+        return []
+    lines = [Text(f"  where {known_ms:,.0f} ms went:")]
+    for name, ms in sorted(one.parts.items(), key=lambda part: -part[1]):
+        bar = "█" * round(BAR * ms / known_ms)
+        lines.append(Text.assemble(f"  {ms:>9,.1f} ms {ms / known_ms:>5.0%}  {name:<46} ", (bar, "cyan")))
+    return lines
+
+
+def _drawn(told: RoundTime, words: Words) -> Round:
+    model_ms = told.parts.get(Part.MODEL, 0.0)
+    waited_ms = told.parts.get(Part.POOL, 0.0)
+    drafting_ms = told.parts.get(Part.DRAFT, 0.0)
+    return Round(
+        number=told.round,
+        total_ms=told.total_ms if told.total_ms is not None else sum(told.parts.values()),
+        draft_ms=drafting_ms,
+        queue_ms=waited_ms,
+        verify_ms=model_ms,
+        verified=told.verified,
+        accepted=told.accepted,
+        tokens=tuple(Piece(words(token), i < told.accepted) for i, token in enumerate(told.tokens)),
+    )
+
+
+def _details(told: RoundTime, words: Words) -> Iterable[str]:
+    steps = [f"{SHORT[Part(name)]} {ms:.1f}" for name, ms in told.parts.items()]
+    at = "" if told.start_ms is None else f"at {told.start_ms:,.0f} ms: "
+    yield at + (", ".join(steps) + " ms" if steps else told.status)
+    if told.status != "committed":
+        yield told.status + (f": {told.error}" if told.error else "")
+    if told.draft or told.own:
+        yield "; ".join((*_draft(told, words), *_own(told, words)))
+    price = "" if not told.price_ms else f", price {told.price_ms:.2f} ms a token"
+    slack = "no SLO" if told.slack_ms is None else f"slack {told.slack_ms:.0f} ms when sent"
+    yield f"{slack}{price}" + (f"; sent {told.attempts} times" if told.attempts > 1 else "")
+    for batch, reason in told.left_out:
+        yield f"left out of batch {batch}: {reason}"
+    for one in told.batches:
+        yield _batch(one)
+
+
+def _draft(told: RoundTime, words: Words) -> list[str]:
+    """The draft's tokens by what became of them."""
+    fates = _fates(told)
+    shown = []
+    for fate in dict.fromkeys(fates):
+        texts = [repr(words(token)) for token, of in zip(told.draft, fates, strict=True) if of == fate]
+        shown.append(f"{fate}: {' '.join(texts)}")
+    return shown
+
+
+def _own(told: RoundTime, words: Words) -> list[str]:
+    """The target's own tokens: the bonus after the accepted drafts, or what a conflict brought to light."""
+    texts = " ".join(repr(words(token)) for token in told.tokens[len(told.tokens) - told.own :])
+    name = "bonus" if told.status == "committed" else "committed by another round"
+    return [f"{name}: {texts}"] if texts else []
+
+
+def _fates(told: RoundTime) -> list[str]:
+    """What became of each draft token."""
+    length = len(told.draft)
+    if told.status != "committed":
+        return ["unknown"] * length
+    fates = ["accepted"] * min(told.accepted, length)
+    fates += ["rejected"] * (min(told.verified, length) - len(fates))
+    fates += ["not verified"] * (length - told.trimmed - len(fates))
+    return fates + ["trimmed"] * (length - len(fates))
+
+
+def _batch(one: BatchTime) -> str:
+    with_ = "alone" if not one.mates else "with " + ", ".join(map(short, one.mates[:MATES]))
+    if (more := len(one.mates) - MATES) > 0:
+        with_ += f" and {more} more"
+    chunk = one.prefill_to is not None
+    what = f"prompt to token {one.prefill_to}" if chunk else counted(one.draft, "draft token")
+    took = "no result" if one.verify_ms is None else f"{one.verify_ms:.1f} ms"
+    behind = "" if one.behind is None else f"; waited {one.behind_ms:.1f} ms for batch {one.behind}"
+    slack = "" if one.slack_ms is None else f", slack {one.slack_ms:.0f} ms"
+    new = "" if one.new_tokens is None else f", {counted(one.new_tokens, 'token')} computed"
+    left = (
+        f"{one.waiting} others waited on"
+        if one.waiting > 1
+        else "1 other waited on"
+        if one.waiting
+        else "no other waits"
+    )
+    return (
+        f"batch {one.batch} on {one.verifier} {with_}: {what}{new}, {took} (predicted {one.predicted_ms:.1f}); "
+        f"{one.policy}: {one.reason or 'no reason told'}{slack}; {left}{behind}"
+    )
+
+
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: 1 token, 2 tokens."""
+    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
+
+
+def _padded(values: Sequence[float], length: int) -> list[float | None]:
+    return [*values[:length], *[None] * (length - len(values))]
+
+
+def _kept(one: Timeline) -> str:
+    if one.slo is None or one.attained is None:
+        return ""
+    return "attained" if one.attained else "missed"
+
+
+def _ms(value: float | None, digits: int = 0) -> str:
+    return "-" if value is None else f"{value:,.{digits}f}"

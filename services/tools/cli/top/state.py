@@ -1,0 +1,244 @@
+"""What an observer knows of a running suite, from the messages that pass. Pure.
+
+Feed messages with the time of their arrival, ask for a snapshot. Times are milliseconds of any one monotonic clock.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from statistics import median
+
+from services.tools.cli.top.snapshot import (
+    BatchView,
+    ClassView,
+    EndView,
+    JobView,
+    Rates,
+    SchedulerView,
+    Snapshot,
+    VerifierView,
+)
+from shared.messages import SILENT_MS, Batch, CostModel, Ended, Heartbeat, Load, Message, Result, Status
+
+SHORT_MS = 10_000.0
+LONG_MS = 60_000.0
+BATCHES_SHOWN = 5
+REFUSED = "refused"
+ABORTED = "abort"
+
+
+@dataclass
+class _Sent:
+    """A batch, and what its results say of it."""
+
+    at_ms: float
+    batch: Batch
+    verifier: str | None = None
+    measured_ms: float | None = None
+
+
+@dataclass(frozen=True)
+class _Committed:
+    """A round that brought tokens."""
+
+    at_ms: float
+    key: tuple[str, int]
+    tokens: int
+    verified: int
+    accepted: int
+
+
+@dataclass
+class _Verifier:
+    at_ms: float
+    heartbeat: Heartbeat
+
+
+@dataclass
+class Watch:
+    """The state behind `wisp top`. It keeps what the last minute brought."""
+
+    started_ms: float
+    _verifiers: dict[str, _Verifier] = field(default_factory=dict)
+    _models: dict[str, CostModel] = field(default_factory=dict)
+    _load: tuple[float, Load] | None = None
+    _batches: dict[str, _Sent] = field(default_factory=dict)
+    """By the batch's name, oldest first."""
+    _rounds: deque[_Committed] = field(default_factory=deque)
+    _counted: set[tuple[str, int]] = field(default_factory=set)
+    """Session and round of each of `_rounds`: a round that was sent twice has several results."""
+    _ended: deque[tuple[float, Ended]] = field(default_factory=deque)
+
+    def feed(self, message: Message, now_ms: float) -> None:
+        """Take a message in; kinds that say nothing here are ignored."""
+        self._forget(now_ms)
+        match message:
+            case Heartbeat():
+                self._verifiers[message.verifier] = _Verifier(now_ms, message)
+            case CostModel():
+                self._models[message.verifier] = message
+            case Load():
+                self._load = now_ms, message
+            case Batch():
+                self._batches[message.batch] = _Sent(now_ms, message)
+            case Result():
+                self._result(message, now_ms)
+            case Ended():
+                self._ended.append((now_ms, message))
+
+    def _result(self, result: Result, now_ms: float) -> None:
+        if (sent := self._batches.get(result.batch)) is not None:
+            sent.verifier, sent.measured_ms = result.verifier, result.verify_ms
+        key = result.session, result.round
+        if result.status is Status.COMMITTED and key not in self._counted:
+            self._counted.add(key)
+            self._rounds.append(_Committed(now_ms, key, len(result.tokens), result.trimmed_to, result.accepted))
+
+    def _forget(self, now_ms: float) -> None:
+        oldest = now_ms - LONG_MS
+        while self._rounds and self._rounds[0].at_ms < oldest:
+            self._counted.discard(self._rounds.popleft().key)
+        while self._ended and self._ended[0][0] < oldest:
+            self._ended.popleft()
+        while self._batches and (first := next(iter(self._batches.items())))[1].at_ms < oldest:
+            del self._batches[first[0]]
+        for name in [name for name, known in self._verifiers.items() if known.at_ms < oldest]:
+            del self._verifiers[name]
+        if self._load is not None and self._load[0] < oldest:
+            self._load = None
+
+    def snapshot(self, now_ms: float) -> Snapshot:
+        """Everything as it is now."""
+        self._forget(now_ms)
+        verified = sum(one.verified for one in self._rounds)
+        accepted = sum(one.accepted for one in self._rounds)
+        return Snapshot(
+            observed_ms=now_ms - self.started_ms,
+            scheduler=self._scheduler(now_ms),
+            verifiers=[self._verifier(name, now_ms) for name in sorted(self._verifiers)],
+            classes=self._classes(),
+            throughput=self._rates(((one.at_ms, one.tokens) for one in self._rounds), now_ms),
+            goodput=self._rates(((at, one.tokens) for at, one in self._ended if one.attained), now_ms),
+            verified=verified,
+            accepted=accepted,
+            acceptance=accepted / verified if verified else None,
+            ends=self._ends(),
+            batches=[_shown(sent, now_ms) for sent in list(self._batches.values())[: -BATCHES_SHOWN - 1 : -1]],
+        )
+
+    def _span_s(self, window_ms: float, now_ms: float) -> float:
+        """Seconds of a window that this has seen."""
+        return max(1.0, min(window_ms, now_ms - self.started_ms)) / 1000
+
+    def _rates(self, counts: Iterable[tuple[float, int]], now_ms: float) -> Rates:
+        known = list(counts)
+        recent = sum(count for at_ms, count in known if at_ms > now_ms - SHORT_MS)
+        return Rates(
+            short=recent / self._span_s(SHORT_MS, now_ms),
+            long=sum(count for _, count in known) / self._span_s(LONG_MS, now_ms),
+        )
+
+    def _scheduler(self, now_ms: float) -> SchedulerView | None:
+        if self._load is None:
+            return None
+        at_ms, load = self._load
+        return SchedulerView(
+            name=load.scheduler,
+            silent_ms=now_ms - at_ms,
+            alive=now_ms - at_ms <= SILENT_MS,
+            policy=load.policy,
+            verifiers=load.verifiers,
+            utilization=load.utilization,
+            price_ms=load.price_ms,
+            pending=load.pending,
+            queue_ms=load.queue_ms,
+            backlog_ms=load.backlog_ms,
+            draft_cap=load.draft_cap,
+            tokens_per_round=load.tokens_per_round,
+        )
+
+    def _verifier(self, name: str, now_ms: float) -> VerifierView:
+        known, model = self._verifiers[name], self._models.get(name)
+        heartbeat = known.heartbeat
+        done = [sent for sent in self._batches.values() if sent.verifier == name and sent.measured_ms is not None]
+        recent = [sent for sent in done if sent.at_ms > now_ms - SHORT_MS]
+        ratios = [
+            sent.measured_ms / sent.batch.predicted_ms for sent in done if sent.measured_ms and sent.batch.predicted_ms
+        ]
+        total = heartbeat.total_tokens
+        return VerifierView(
+            name=name,
+            alive=now_ms - known.at_ms <= SILENT_MS,
+            silent_ms=now_ms - known.at_ms,
+            draining=heartbeat.draining,
+            cache_used=(total - heartbeat.free_tokens) / total if total else 0.0,
+            cache_tokens=total,
+            sessions=len(heartbeat.residency),
+            jobs_per_s=sum(len(sent.batch.jobs) for sent in recent) / self._span_s(SHORT_MS, now_ms),
+            batch_jobs=sum(len(sent.batch.jobs) for sent in done) / len(done) if done else None,
+            predicted_ms=done[-1].batch.predicted_ms if done else None,
+            measured_ms=done[-1].measured_ms if done else None,
+            ratio_p50=median(ratios) if ratios else None,
+            samples=model.samples if model else None,
+        )
+
+    def _classes(self) -> list[ClassView]:
+        told = {one.service_class: one for one in self._load[1].classes} if self._load else {}
+        names = {*told, *(ended.service_class for _, ended in self._ended)}
+        views = []
+        for name in sorted(names):
+            load = told.get(name)
+            ended = [one for _, one in self._ended if one.service_class == name]
+            own = [one for one in ended if one.reason not in (REFUSED, ABORTED)]
+            attained = sum(one.attained for one in own)
+            views.append(
+                ClassView(
+                    service_class=name,
+                    sessions=load.sessions if load else 0,
+                    waiting=load.waiting if load else 0,
+                    queue_ms=load.queue_ms if load else None,
+                    slack_ms=load.slack_ms if load else None,
+                    ended=len(own),
+                    attained=attained,
+                    attainment=attained / len(own) if own else None,
+                    refused=sum(one.reason == REFUSED for one in ended),
+                )
+            )
+        return views
+
+    def _ends(self) -> list[EndView]:
+        counts: dict[tuple[str, str], int] = {}
+        for _, ended in self._ended:
+            key = ended.service_class, f"{ended.reason} {ended.code}".rstrip()
+            counts[key] = counts.get(key, 0) + 1
+        return [EndView(*key, count) for key, count in sorted(counts.items())]
+
+
+def _shown(sent: _Sent, now_ms: float) -> BatchView:
+    batch = sent.batch
+    return BatchView(
+        batch=batch.batch,
+        verifier=sent.verifier,
+        age_ms=now_ms - sent.at_ms,
+        policy=batch.policy,
+        predicted_ms=batch.predicted_ms,
+        measured_ms=sent.measured_ms,
+        jobs=[
+            JobView(
+                session=job.session,
+                round=job.round,
+                service_class=job.service_class,
+                prefill_to=job.prefill_to,
+                draft=len(job.draft),
+                drafted=job.drafted,
+                queue_ms=job.queue_ms,
+                slack_ms=job.slack_ms,
+                reason=job.reason,
+            )
+            for job in batch.jobs
+        ],
+        waiting=batch.waiting,
+        left_out=[(one.session, one.reason) for one in batch.left_out],
+    )

@@ -1,0 +1,64 @@
+"""`wisp up`: the suite, or a baseline, in the foreground."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from services.gateway.guard import KeyFile
+from services.gateway.settings import refuse_open
+from services.tools.local.ports import is_free
+from services.tools.local.settings import LocalSettings
+from services.tools.local.stack import Stack
+from shared.errors import WispError
+
+
+def require_port(host: str, port: int) -> None:
+    """Raises WispError if the port is taken."""
+    if port and not is_free(host, port):
+        raise WispError(
+            f"port {port} on {host} is in use by another program. Choose another one: `make serve PORT={port + 1}` or "
+            f"`wisp up --port {port + 1}` (0 takes any free one)."
+        )
+
+
+def require_keys(host: str, given: Path | None) -> Path | None:
+    """The file of API keys, if there is one. Raises WispError where everybody on a network could use the API."""
+    path = given or LocalSettings().api_keys_file
+    try:
+        refuse_open(host, path, LocalSettings().unsafe_serve_everybody)
+    except ValueError as error:
+        raise WispError(str(error)) from None
+    if path is not None:
+        KeyFile(path)
+    return path.absolute() if path else None
+
+
+async def up(stack: Stack, console: Console) -> None:
+    """Say how the stack is reached, and report what dies. Raises ServiceFailed when a service has no process left."""
+    console.print()
+    what = f"model {stack.target.name}" + ("" if stack.serving == "wisp" else f", {stack.serving} serving")
+    console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  ({what})"), soft_wrap=True)
+    keyed = "WISP_API_KEYS_FILE" in stack.env
+    console.print(Text(f"  {curl(stack.url, stack.target.name, keyed)}", "dim"), soft_wrap=True)
+    console.print(Text(f"Logs are in {stack.folder}. Ctrl-C stops everything.", "dim"), soft_wrap=True)
+    while True:
+        failure = await stack.next_failure()
+        if not stack.complete:
+            raise failure
+        console.print(Text.assemble(("warning: ", "bold yellow"), str(failure)), soft_wrap=True)
+
+
+def curl(url: str, model: str, keyed: bool = False) -> str:
+    """A command line that asks this stack something."""
+    body = {
+        "model": model,
+        "stream": True,
+        "messages": [{"role": "user", "content": "What is the capital of France?"}],
+    }
+    key = '-H "Authorization: Bearer $WISP_API_KEY" ' if keyed else ""
+    return f"curl -N {url}/chat/completions {key}-H 'Content-Type: application/json' -d {shlex.quote(json.dumps(body))}"

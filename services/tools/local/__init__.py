@@ -1,0 +1,1 @@
+"""The private stack on this machine: brokers and services as processes."""

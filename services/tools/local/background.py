@@ -1,0 +1,60 @@
+"""A stack beside a thread that waits for the keyboard."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from concurrent.futures import Future
+from types import TracebackType
+
+from services.tools.local.stack import ServiceFailed, Stack
+
+
+class Background:
+    """Runs a stack in a thread of its own while the context is open.
+
+    `failure` is set when a process of the stack has died meanwhile.
+    """
+
+    def __init__(self, stack: Stack) -> None:
+        self.stack = stack
+        self.failure: ServiceFailed | None = None
+        self._ready: Future[None] = Future()
+        self._loop = asyncio.new_event_loop()
+        self._main: asyncio.Task[None] | None = None
+        self._thread = threading.Thread(target=self._run, name="stack")
+
+    def __enter__(self) -> Background:
+        self._thread.start()
+        try:
+            self._ready.result()
+        except BaseException:
+            self._end()
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._end()
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        self._main = self._loop.create_task(self._serve())
+        try:
+            self._loop.run_until_complete(self._main)
+        except (asyncio.CancelledError, Exception) as error:
+            if not self._ready.done():
+                self._ready.set_exception(error)
+        finally:
+            self._loop.close()
+
+    async def _serve(self) -> None:
+        async with self.stack:
+            self._ready.set_result(None)
+            self.failure = await self.stack.next_failure()
+
+    def _end(self) -> None:
+        if self._main is not None and self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._main.cancel)
+        self._thread.join()

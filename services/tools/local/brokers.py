@@ -1,0 +1,155 @@
+"""RabbitMQ and Redis for one run: given, private, installed first, or in containers."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+
+from services.tools.local import apt, containers, private, probe, sources
+from services.tools.local.host import Host, container_engine, inspect
+from services.tools.local.private import Server
+from services.tools.local.progress import Progress, Step
+from services.tools.local.settings import BrokerAddresses
+from services.tools.local.sources import Source
+from shared.errors import BrokersError
+from shared.runtime.tls import Tls
+
+WORDS = {Source.GIVEN: "given", Source.INSTALLED: "private", Source.CONTAINER: "in a container"}
+
+
+class Brokers:
+    """Both brokers, as an async context manager; what it started is stopped at the end, what was given is left alone.
+
+    `folder` (owned by the caller) takes everything that private servers write. `addresses` defaults to the
+    environment's WISP_AMQP_URL and WISP_REDIS_URL, `look` to an inspection of this machine. Start it from a thread that
+    lives as long as the brokers shall. Raises BrokersError with what to do.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        addresses: BrokerAddresses | None = None,
+        look: Callable[[], Host] = inspect,
+        progress: Progress | None = None,
+        persistent: bool = False,
+    ) -> None:
+        """persistent: a private Redis keeps its data when it is killed and started again."""
+        self.folder = folder
+        self.addresses = addresses or BrokerAddresses()
+        self.amqp_url = ""
+        self.redis_url = ""
+        self.rabbitmq_version = ""
+        self.redis_version = ""
+        self.servers: list[Server] = []
+        """What was started here, and is stopped at the end."""
+        self._look = look
+        self._progress = progress or Progress()
+        self._persistent = persistent
+
+    @property
+    def given(self) -> bool:
+        """Whether somebody else runs at least one of them, so that it lives on."""
+        return bool(self.addresses.amqp_url or self.addresses.redis_url)
+
+    @property
+    def tls(self) -> Tls:
+        """How the certificates of servers that were given are checked; private ones have none."""
+        return self.addresses.tls
+
+    async def __aenter__(self) -> Brokers:
+        await self.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.stop()
+
+    async def start(self) -> None:
+        """Find or start both, side by side, and prove that they answer."""
+        host = self._look()
+        chosen = sources.choose(self.addresses, host)
+        failed = await self._install(chosen.of(Source.APT))
+        if chosen.of(Source.APT):
+            host = replace(self._look(), apt=False)
+            chosen = sources.choose(self.addresses, host)
+        if chosen.of(Source.MISSING):
+            host = replace(host, container=await container_engine())
+            chosen = sources.choose(self.addresses, host)
+        if lacking := chosen.of(Source.MISSING):
+            raise failed or sources.missing(lacking, host)
+        with self._progress.step("starting RabbitMQ and Redis") as step:
+            tasks = [
+                asyncio.ensure_future(self._start_rabbitmq(chosen.rabbitmq, host, step)),
+                asyncio.ensure_future(self._start_redis(chosen.redis, host, step)),
+            ]
+            try:
+                await asyncio.wait(tasks, return_when=asyncio.FIRST_EXCEPTION)
+                for task in tasks:
+                    if task.done():
+                        task.result()
+            except BaseException:
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+                await self.stop()
+                raise
+            step.done(
+                f"{self.rabbitmq_version} ({WORDS[chosen.rabbitmq]}) and {self.redis_version} ({WORDS[chosen.redis]})"
+            )
+
+    async def _install(self, names: list[str]) -> BrokersError | None:
+        """Install the named brokers with apt; returns its error, which matters only if no containers are to be had."""
+        if not names:
+            return None
+        try:
+            with self._progress.step(f"installing {' and '.join(names)} with apt") as step:
+                await apt.install(names, self.folder / "apt.log", step)
+        except BrokersError as error:
+            return error
+        return None
+
+    async def _start_rabbitmq(self, source: Source, host: Host, step: Step) -> None:
+        if source is Source.GIVEN:
+            self.amqp_url = self.addresses.amqp_url or ""
+        elif source is Source.CONTAINER:
+            self.amqp_url = self._keep(await containers.start_rabbitmq(host.container or "", self.folder, step))
+        else:
+            assert host.rabbitmq is not None
+            assert host.epmd is not None
+            self.amqp_url = self._keep(await private.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
+        self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", probe.rabbitmq, self.amqp_url, self.tls)
+
+    async def _start_redis(self, source: Source, host: Host, step: Step) -> None:
+        if source is Source.GIVEN:
+            self.redis_url = self.addresses.redis_url or ""
+        elif source is Source.CONTAINER:
+            self.redis_url = self._keep(await containers.start_redis(host.container or "", self.folder, step))
+        else:
+            assert host.redis is not None
+            self.redis_url = self._keep(await private.start_redis(host.redis, self.folder, persistent=self._persistent))
+        self.redis_version = await _prove("Redis", "WISP_REDIS_URL", probe.redis_server, self.redis_url, self.tls)
+
+    def _keep(self, server: Server) -> str:
+        self.servers.append(server)
+        return server.url
+
+    async def stop(self) -> None:
+        """Stop what was started, side by side."""
+        servers, self.servers = self.servers, []
+        await asyncio.gather(*(server.stop() for server in servers))
+
+
+async def _prove(name: str, setting: str, check: Callable[[str, Tls], Awaitable[str]], url: str, tls: Tls) -> str:
+    try:
+        return await check(url, tls)
+    except probe.NotReady as error:
+        raise BrokersError(
+            f"{name} does not answer at {probe.without_password(url)}: {error}.\n"
+            f"That address comes from {setting}: start the server there, correct the address, or unset {setting} to "
+            "get a private one."
+        ) from None

@@ -1,0 +1,30 @@
+"""Leaves servers that somebody else runs as they were: removes what a stack's own namespace held there."""
+
+from __future__ import annotations
+
+import aio_pika
+import redis.asyncio
+
+from shared.broker.topology import Topology
+from shared.runtime.tls import Tls
+
+
+async def forget(amqp_url: str, redis_url: str, namespace: str, tls: Tls) -> None:
+    """Delete the namespace's queues, exchanges and keys. Its services must have ended."""
+    topology = Topology(namespace)
+    shared_queues = (
+        topology.generate_queue(),
+        topology.verify_queue(),
+        topology.sample_queue(),
+        topology.dead_queue(),
+    )
+    context = tls.context() if amqp_url.startswith("amqps:") else None
+    async with await aio_pika.connect(amqp_url, ssl_context=context) as connection:
+        channel = await connection.channel()
+        for name in (*(queue.name for queue in shared_queues), topology.journal):
+            await channel.queue_delete(name)
+        for exchange in (topology.exchange, topology.dead, topology.journal):
+            await channel.exchange_delete(exchange)
+    async with redis.asyncio.Redis.from_url(redis_url, **tls.redis_options(redis_url)) as client:
+        async for key in client.scan_iter(f"{namespace}:*", count=1000):
+            await client.delete(key)

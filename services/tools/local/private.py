@@ -1,0 +1,235 @@
+"""Private RabbitMQ and Redis servers, started from installed programs on loopback ports of their own."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from secrets import token_urlsafe
+
+from services.tools.local import probe
+from services.tools.local.ports import LOOPBACK, free_ports
+from services.tools.local.probe import without_password
+from services.tools.local.process import Process
+from shared.errors import BrokersError
+
+ATTEMPTS = 3
+RABBITMQ_START_S = 90.0
+REDIS_START_S = 20.0
+STOP_GRACE_S = 10.0
+USER = "wisp"
+PATHS = ("/usr/local/bin", "/opt/homebrew/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
+
+# Sized for a laptop: no plugins, small write-ahead log, and alarms that a small disk does not raise.
+RABBITMQ_CONF = """\
+listeners.tcp.1 = {host}:{port}
+default_user = {user}
+default_pass = {password}
+vm_memory_high_watermark.absolute = 1GiB
+disk_free_limit.absolute = 16MiB
+raft.wal_max_size_bytes = 33554432
+collect_statistics_interval = 60000
+log.console = false
+log.file.level = info
+log.connection.level = warning
+"""
+REDIS_CONF = """\
+bind {host}
+port {port}
+requirepass {password}
+daemonize no
+save ""
+appendonly {persistent}
+appendfsync always
+dir "{folder}"
+logfile ""
+"""
+
+
+@dataclass
+class Server:
+    """A running private server: its URL and its processes, the one to stop first coming first."""
+
+    url: str
+    processes: tuple[Process, ...]
+    data: Path | None = None
+    """Where it keeps what shall outlive a restart."""
+    start_again: Callable[[], Awaitable[Process]] | None = None
+    """Starts the first process anew on the same address; ready when a client can log in."""
+    environment: Mapping[str, str] = field(default_factory=dict)
+    """What its command-line tools need to find it."""
+
+    async def stop(self) -> None:
+        """Stop its processes one after the other."""
+        for process in self.processes:
+            await process.stop(grace_s=STOP_GRACE_S)
+
+    async def kill(self) -> None:
+        """Kill the server itself."""
+        await self.processes[0].stop(signal.SIGKILL)
+
+    async def restart(self, *, lose_data: bool = False) -> None:
+        """Start it again after `kill`, with its data or without. Raises BrokersError when it does not come up."""
+        if self.start_again is None:
+            raise BrokersError(f"{without_password(self.url)} was not started here, so it cannot be started again")
+        if lose_data and self.data is not None:
+            shutil.rmtree(self.data, ignore_errors=True)
+        self.processes = (await self.start_again(), *self.processes[1:])
+
+
+async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> Server:
+    """Start RabbitMQ with everything it writes under `folder`; ready when a client can log in.
+
+    conf: further lines of its configuration. Raises BrokersError, with the end of its log, when it does not come up.
+    """
+    return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf))
+
+
+async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent: bool = False) -> Server:
+    """Start Redis under `folder`; ready when it answers. conf: as above. Raises BrokersError.
+
+    `persistent`: what it has acknowledged is on the disk; without, it forgets everything when it ends.
+    """
+    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent))
+
+
+async def with_fresh_ports(start: Callable[[int], Awaitable[Server]]) -> Server:
+    """Try again when the server ended by itself: another process may have taken a port meanwhile."""
+    for attempt in range(1, ATTEMPTS):
+        try:
+            return await start(attempt)
+        except EndedEarly:
+            continue
+    return await start(ATTEMPTS)
+
+
+class EndedEarly(BrokersError):
+    """A server ended before it was ready."""
+
+
+async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Server:
+    port, distribution_port, epmd_port = free_ports(3)
+    password = token_urlsafe(12)
+    own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
+    _write(folder, "rabbitmq.conf", own + conf)
+    _write(folder, "enabled_plugins", "[].\n")
+    schedulers = min(2, os.cpu_count() or 1)
+    environment = {
+        "PATH": os.pathsep.join([str(epmd.parent), *PATHS]),
+        "LANG": "C.UTF-8",
+        "HOME": str(folder),
+        "ERL_EPMD_PORT": str(epmd_port),
+        "ERL_EPMD_ADDRESS": LOOPBACK,
+        "ERL_CRASH_DUMP_SECONDS": "0",
+        "RABBITMQ_ALLOW_INPUT": "1",
+        "RABBITMQ_NODENAME": "wisp@localhost",
+        "RABBITMQ_NODE_IP_ADDRESS": LOOPBACK,
+        "RABBITMQ_NODE_PORT": str(port),
+        "RABBITMQ_DIST_PORT": str(distribution_port),
+        "RABBITMQ_MNESIA_BASE": str(folder / "data"),
+        "RABBITMQ_LOG_BASE": str(folder),
+        "RABBITMQ_LOGS": str(folder / "rabbitmq.log"),
+        "RABBITMQ_CONFIG_FILE": str(folder / "rabbitmq.conf"),
+        "RABBITMQ_ADVANCED_CONFIG_FILE": str(folder / "advanced.config"),
+        "RABBITMQ_CONF_ENV_FILE": os.devnull,
+        "RABBITMQ_ENABLED_PLUGINS_FILE": str(folder / "enabled_plugins"),
+        "RABBITMQ_PID_FILE": str(folder / "rabbitmq.pid"),
+        # Unbound schedulers: several private servers share the cores.
+        "RABBITMQ_SCHEDULER_BIND_TYPE": "u",
+        "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"+S {schedulers}:{schedulers} "
+        "-kernel inet_dist_use_interface {127,0,0,1}",
+    }
+    # A port mapper of its own: RabbitMQ would start one that outlives it.
+    mapper = await Process.start(
+        "epmd",
+        [str(epmd), "-port", str(epmd_port), "-address", LOOPBACK],
+        log=folder / "epmd.log",
+        environment=environment,
+    )
+    url = f"amqp://{USER}:{password}@{LOOPBACK}:{port}/"
+
+    async def start() -> Process:
+        broker = await Process.start(
+            "rabbitmq", [str(script), "-noinput"], log=folder / "console.log", environment=environment, folder=folder
+        )
+        return await _ready(broker, lambda: probe.rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
+
+    try:
+        broker = await start()
+    except BaseException:
+        await asyncio.shield(kill(mapper))
+        raise
+    return Server(url, (broker, mapper), folder / "data", start, environment)
+
+
+async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Server:
+    (port,) = free_ports(1)
+    password = token_urlsafe(12)
+    told = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
+    own = REDIS_CONF.format(**told, persistent="yes" if persistent else "no")
+    conf = _write(folder, "redis.conf", own + more)
+    url = f"redis://:{password}@{LOOPBACK}:{port}/0"
+
+    async def start() -> Process:
+        server = await Process.start(
+            "redis", [str(binary), str(conf)], log=folder / "redis.log", environment={"LANG": "C.UTF-8"}, folder=folder
+        )
+        return await _ready(server, lambda: probe.redis_server(url), server.log, REDIS_START_S)
+
+    return Server(url, (await start(),), folder / "appendonlydir", start)
+
+
+async def _ready(process: Process, check: Callable[[], Awaitable[str]], log: Path, timeout_s: float) -> Process:
+    """The process, when it answers; it is killed if it does not."""
+    try:
+        await until_ready(check, process, log, timeout_s)
+    except BaseException:
+        await asyncio.shield(kill(process))
+        raise
+    return process
+
+
+def _write(folder: Path, name: str, text: str) -> Path:
+    """Write a file that only this user may read: it may hold a password."""
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    path = folder / name
+    path.touch(0o600)
+    path.write_text(text)
+    return path
+
+
+async def until_ready(check: Callable[[], Awaitable[str]], process: Process, log: Path, timeout_s: float) -> None:
+    """Ask until `check` succeeds. Raises BrokersError when the process ends or the time is over."""
+    try:
+        async with asyncio.timeout(timeout_s):
+            while True:
+                try:
+                    await check()
+                except probe.NotReady:
+                    if not process.alive:
+                        raise EndedEarly(
+                            f"{process.name} ended with status {process.returncode} before it was ready:\n"
+                            f"{_tail(log)}\n{process.tail()}"
+                        ) from None
+                    await asyncio.sleep(0.05)
+                else:
+                    return
+    except TimeoutError:
+        raise BrokersError(
+            f"{process.name} was not ready within {timeout_s:.0f} s; the end of its log ({log}):\n{_tail(log)}"
+        ) from None
+
+
+async def kill(*processes: Process | None) -> None:
+    """Kill what has been started of a server."""
+    for process in processes:
+        if process is not None:
+            await process.stop(signal.SIGKILL)
+
+
+def _tail(log: Path) -> str:
+    return "\n".join(log.read_text(errors="replace").splitlines()[-15:]) if log.is_file() else ""

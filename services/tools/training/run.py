@@ -1,0 +1,259 @@
+"""A training run's folder and its stages: prompts, generation, held-out texts, training. Each goes on where it stopped.
+
+prompts.jsonl           what the target is asked, one prompt a line
+texts/*.safetensors     its answers with their hidden states (`shards`)
+held_out/               the same for templates and fillers that are never trained on; `held_out.part` until complete
+controller_texts/       such texts again, from which the controller learns
+checkpoint.pt           the draft model on its way
+"""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+import random
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from functools import partial
+from multiprocessing.queues import SimpleQueue
+from pathlib import Path
+
+import torch
+
+from services.drafter.hidden import weights
+from services.drafter.hidden.card import HiddenDraftConfig
+from services.drafter.hidden.model import HiddenDraft
+from services.drafter.hidden.target import TargetParts, layer_config, target_parts
+from services.tools.training import prompts as corpus
+from services.tools.training import shards
+from services.tools.training.config import Config, Generation
+from services.tools.training.generate import Assignment, generate, write_shards
+from services.tools.training.loss import bottom_outputs
+from services.tools.training.train import Progress, frequent_tokens, initialise, train
+from shared.engine import Engine
+from shared.engine.blocks import BLOCK
+from shared.engine.engine import DTYPES
+from shared.errors import EngineError, SettingsError
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+
+EVALUATED = (0.0, 0.7, 1.0)
+"""Temperatures at which drafts are evaluated."""
+EVALUATED_TOKENS = 128
+
+
+class Run:
+    """A training run of a draft model for the target in `target`, kept in `folder`."""
+
+    def __init__(self, config: Config, target: ModelFolder, folder: Path) -> None:
+        self.config = config
+        self.target = target
+        self.folder = made(folder)
+
+    @property
+    def texts(self) -> Path:
+        """Folder of the texts to learn from."""
+        return self.folder / "texts"
+
+    def write_prompts(self) -> int:
+        """Draw the prompts of the run, unless that was done; returns how many there are."""
+        path = self.folder / "prompts.jsonl"
+        if not path.is_file():
+            _write_lines(path, self._assignments())
+        return sum(1 for _ in path.open())
+
+    def _assignments(self) -> Iterator[Assignment]:
+        plan, settings = self.config.prompts, self.config.generation
+        tokenizer = Tokenizer(self.target)
+        drawn = _drawn(self.config.seed, plan.count, held_out=False)
+        passages = corpus.free_text(self.config.seed, plan.free_texts)
+        rng = random.Random(self.config.seed)
+        every = max(1, len(drawn) // max(1, len(passages)))
+        origin = 0
+        for i, prompt in enumerate(drawn):
+            if i % every == 0 and i // every < len(passages):
+                ids = tokenizer.encode(passages[i // every])[: settings.max_prompt + settings.max_new - 1]
+                if len(ids) > 8:
+                    yield Assignment(origin, "text", ids[:1], 1.0, 1, ids[1:])
+                    origin += 1
+            temperature = rng.choice(settings.temperatures)
+            yield Assignment(
+                origin, prompt.kind, _encoded(prompt, tokenizer, settings.max_prompt), temperature, settings.max_new
+            )
+            origin += 1
+
+    def generate_all(self, report: Callable[[int], None]) -> None:
+        """Answer the prompts, in as many processes as there are workers. Raises EngineError if one of them fails."""
+        workers = self.config.generation.workers
+        if workers == 1:
+            self.generate(0, report)
+            return
+        context = multiprocessing.get_context("spawn")
+        counts = context.SimpleQueue()
+        arguments = (self.config.model_dump_json(), self.target.path, self.folder, counts)
+        processes = [context.Process(target=_work, args=(i, *arguments), daemon=True) for i in range(workers)]
+        for process in processes:
+            process.start()
+        running = workers
+        while running:
+            while not counts.empty():
+                count = counts.get()
+                running -= count == 0
+                report(count)
+            if any(process.exitcode for process in processes):
+                raise EngineError("a process that generated texts has failed; what it finished is kept: run it again")
+            time.sleep(0.2)
+
+    def generate(self, worker: int, report: Callable[[int], None]) -> None:
+        """Answer one worker's share of the prompts, those that were answered before left out."""
+        settings = self.config.generation
+        done = shards.origins(self.texts)
+        mine = [
+            assignment
+            for assignment in _read_lines(self.folder / "prompts.jsonl")
+            if assignment.origin % settings.workers == worker and assignment.origin not in done
+        ]
+        engine = self._engine(settings)
+        texts = generate(
+            engine,
+            mine,
+            frozenset(self.target.eos_ids),
+            self.config.seed * 1_000_003 + worker * 1009 + len(done),
+            settings.sessions,
+        )
+        write_shards(texts, self.texts, f"worker{worker}", settings.shard_tokens, report)
+
+    @property
+    def held_out(self) -> Path:
+        """Folder of the texts to evaluate on."""
+        return self.folder / "held_out"
+
+    @property
+    def controller_texts(self) -> Path:
+        """Folder of the texts from which the controller learns: of the same templates, but of other prompts."""
+        return self.folder / "controller_texts"
+
+    def generate_held_out(self, folder: Path, seed: int, report: Callable[[int], None]) -> None:
+        """The target's answers to prompts never trained on, each at every temperature of EVALUATED."""
+        if shards.files(folder):
+            return
+        unfinished = folder.with_name(f"{folder.name}.part")
+        done = shards.origins(unfinished)
+        settings = self.config.generation
+        tokenizer = Tokenizer(self.target)
+        asked: list[Assignment] = []
+        for prompt in _drawn(seed, self.config.prompts.held_out, held_out=True):
+            ids = _encoded(prompt, tokenizer, settings.max_prompt)
+            for temperature in EVALUATED:
+                most = min(EVALUATED_TOKENS, settings.max_new)
+                asked.append(Assignment(len(asked), prompt.kind, ids, temperature, most))
+        missing = [assignment for assignment in asked if assignment.origin not in done]
+        engine = self._engine(settings)
+        texts = generate(engine, missing, frozenset(self.target.eos_ids), 0, settings.sessions, serving_noise=True)
+        write_shards(texts, unfinished, "texts", settings.shard_tokens, report)
+        unfinished.replace(folder)
+
+    def config_of_model(self) -> HiddenDraftConfig:
+        """The draft model's shape. Raises ModelError or SettingsError if the target has no such layers."""
+        shape = self.config.model
+        layer = layer_config(self.target).model_copy(update={"rope_theta": shape.rope_theta})
+        layers = self.target.config.get("num_hidden_layers", 0)
+        if shape.bottom_layers > layers:
+            raise SettingsError(
+                f"model.bottom_layers is {shape.bottom_layers}, {self.target.path} has {layers} layers; set it lower"
+            )
+        return HiddenDraftConfig(
+            layer=layer,
+            layers=shape.layers,
+            bottom_layers=shape.bottom_layers,
+            vocab_size=self.target.vocab_size,
+        )
+
+    def texts_of(self, folder: Path, parts: TargetParts) -> list[shards.Text]:
+        """The texts in `texts` or `held_out`, each with the outputs of the target's first layers."""
+        if not parts.bottom:
+            return list(shards.load_all(folder))
+        kept = folder / f"bottom-{len(parts.bottom)}"
+        found = [shards.with_bottom(path, kept, partial(bottom_outputs, parts)) for path in shards.files(folder)]
+        return [text for shard in found for text in shard]
+
+    def parts(self, bottom_layers: int) -> TargetParts:
+        """What is used of the target."""
+        return target_parts(self.target, bottom_layers, DTYPES[self.config.target_dtype]).to(self.config.device)
+
+    def train(self, report: Callable[[Progress], None]) -> HiddenDraft:
+        """The trained model; goes on from the checkpoint if there is one."""
+        settings = self.config.training
+        torch.set_num_threads(settings.threads)
+        torch.manual_seed(self.config.seed)
+        parts = self.parts(self.config.model.bottom_layers)
+        model = HiddenDraft(self.config_of_model())
+        checkpoint = self.folder / "checkpoint.pt"
+        if not checkpoint.is_file():
+            initialise(model, self.texts_of(self.texts, parts), parts, self.config.seed)
+        model.to(self.config.device)
+        train(model, lambda: self.texts_of(self.texts, parts), parts, settings, self.config.seed, checkpoint, report)
+        return model.cpu()
+
+    def save(self, model: HiddenDraft, out: Path) -> None:
+        """Write the draft, its head being the tokens that are most frequent in the texts."""
+        count = self.config.training.head_rows or self.target.vocab_size
+        ids = frequent_tokens(list(shards.load_all(self.texts)), self.target.vocab_size, count)
+        weights.save(out, model, ids, self.target)
+
+    def _engine(self, settings: Generation) -> Engine:
+        longest = -(-(settings.max_prompt + settings.max_new) // BLOCK) * BLOCK
+        return Engine(
+            self.target.path,
+            dtype=self.config.target_dtype,
+            device=self.config.device,
+            threads=settings.threads,
+            budget_tokens=settings.sessions * longest,
+            keep_hidden=True,
+        )
+
+
+def made(folder: Path) -> Path:
+    """The folder, made if it is not there yet. Raises SettingsError."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise SettingsError(f"{folder} cannot be made a folder to write to: {error.strerror}") from error
+    return folder
+
+
+def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQueue[int]) -> None:
+    """A worker's process: tells the length of every text, and 0 at the end."""
+    Run(Config.model_validate_json(config), ModelFolder(target), folder).generate(worker, counts.put)
+    counts.put(0)
+
+
+def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.Prompt]:
+    """Prompts of the corpus. Raises SettingsError if it does not make so many."""
+    try:
+        return corpus.sample(seed, count, held_out)
+    except ValueError as error:
+        raise SettingsError(f"prompts.{'held_out' if held_out else 'count'}: {error}") from error
+
+
+def _encoded(prompt: corpus.Prompt, tokenizer: Tokenizer, longest: int) -> list[int]:
+    """The prompt's tokens, the last `longest` of them."""
+    if prompt.turns is None:
+        ids = tokenizer.encode(prompt.text or "")
+    else:
+        ids = tokenizer.render_chat([asdict(turn) for turn in prompt.turns])
+    return ids[-longest:]
+
+
+def _write_lines(path: Path, assignments: Iterator[Assignment]) -> None:
+    unfinished = path.with_suffix(".part")
+    with unfinished.open("w") as file:
+        for assignment in assignments:
+            file.write(json.dumps(asdict(assignment)) + "\n")
+    unfinished.replace(path)
+
+
+def _read_lines(path: Path) -> list[Assignment]:
+    with path.open() as file:
+        return [Assignment(**json.loads(line)) for line in file]

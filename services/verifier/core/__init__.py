@@ -1,0 +1,1 @@
+"""Acceptance and the choices around KV. Pure: no I/O, no clock."""

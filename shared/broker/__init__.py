@@ -1,0 +1,1 @@
+"""RabbitMQ: the client, the topology, users and permissions."""

@@ -1,0 +1,250 @@
+"""Who may do what at RabbitMQ: definitions of users, permissions, queues and policies, made from the topology. Pure.
+
+Each service has a user of its own, who may
+
+    configure   its instances' own queues, and nothing else: exchanges and shared queues are part of the definitions
+    write       the exchange, with the keys that the role publishes alone; dead letters; its own queues (to bind them)
+    read        the exchange, to bind keys that the role listens to alone; its own queues; the shared ones it serves
+
+Permissions on names hold for queues and exchanges alike, and topic permissions for the keys of the one topic exchange.
+RabbitMQ before 3.13 looks at a message's own key only and not at those in `CC`: with it, a service that was broken into
+could reach any queue of the exchange. Who is not trusted is therefore not let near the exchange at all.
+"""
+
+from __future__ import annotations
+
+import re
+from base64 import b64encode
+from collections.abc import Iterable, Mapping
+from hashlib import sha256
+from typing import Any
+
+from shared.broker.topology import DEFAULT_POOL, ROLES, JournalLimits, Queue, Role, Topology, device_name, probe_key
+
+Definitions = dict[str, Any]
+
+OWN_QUEUE_BYTES = 256 << 20
+"""What may wait for an instance that does not read. The oldest go first, and count as lost on the way."""
+WAITING_ROUNDS = 100_000
+"""Rounds that may wait for a scheduler. The oldest go first: their drafters send them again."""
+DEVICE_QUEUE_BYTES = 16 << 20
+"""What may wait for a device that does not read."""
+DEVICE_LIMITS = {"max-connections": 3, "max-channels": 16}
+"""Of a device's user. More than one connection: the broker may not have noticed yet that the last one is gone."""
+NOTHING = "^$"
+
+
+def user_of(topology: Topology, service: str) -> str:
+    """The name of a service's user at the broker."""
+    return f"{topology.namespace}-{service}"
+
+
+def definitions(
+    topology: Topology,
+    passwords: Mapping[str, str],
+    *,
+    vhost: str = "/",
+    pools: Iterable[str] = (DEFAULT_POOL,),
+    journal: JournalLimits | None = None,
+) -> Definitions:
+    """What `rabbitmqctl import_definitions` takes: everything of one namespace.
+
+    passwords: of each service's user, by the user's name. pools: the pools of drafters. journal: what it
+    keeps, where it is on; none of these users may read it.
+    """
+    made: Definitions = {"vhosts": [{"name": vhost}], "users": [], "permissions": [], "topic_permissions": []}
+    for service, role in ROLES.items():
+        name = user_of(topology, service)
+        made["users"].append(user(name, passwords[name]))
+        made["permissions"].append(_permissions(topology, service, role) | {"user": name, "vhost": vhost})
+        made["topic_permissions"].append(
+            _topic_permissions(topology, service, role) | {"user": name, "vhost": vhost, "exchange": topology.exchange}
+        )
+    generates = [topology.generate_queue(pool) for pool in dict.fromkeys(pools)]
+    queues = [topology.verify_queue(), topology.sample_queue(), *generates]
+    dead = topology.dead_queue()
+    made["exchanges"] = [
+        exchange(topology.exchange, "topic", vhost),
+        exchange(topology.dead, "fanout", vhost),
+    ]
+    made["queues"] = [queue_definition(queue, vhost) for queue in (*queues, dead)]
+    made["bindings"] = [
+        binding(topology.exchange, queue.name, key, vhost) for queue in queues for key in queue.bindings
+    ]
+    made["bindings"].append(binding(topology.dead, dead.name, "", vhost))
+    if journal is not None:
+        record = topology.journal_queue(journal)
+        made["exchanges"].append(exchange(record.name, "topic", vhost))
+        made["queues"].append(queue_definition(record, vhost))
+        made["bindings"] += [binding(topology.exchange, record.name, key, vhost) for key in record.bindings]
+        made["bindings"].append(binding(record.name, record.name, "#", vhost))
+    own = "|".join(ROLES)
+    made["policies"] = [
+        policy(
+            f"{topology.namespace}-own-queues",
+            _exactly(_own(topology, f"({own})")),
+            {"max-length-bytes": OWN_QUEUE_BYTES, "overflow": "drop-head"},
+            vhost,
+        ),
+        policy(
+            f"{topology.namespace}-device-queues",
+            _exactly(_pattern(f"{topology.namespace}.{device_name('*')}")),
+            {"max-length-bytes": DEVICE_QUEUE_BYTES, "overflow": "drop-head"},
+            vhost,
+        ),
+        policy(
+            f"{topology.namespace}-rounds",
+            _exactly(_literal(topology.verify_queue().name)),
+            {"max-length": WAITING_ROUNDS, "overflow": "drop-head"},
+            vhost,
+        ),
+    ]
+    return made
+
+
+def device_definitions(topology: Topology, device: str, password: str, *, vhost: str = "/") -> Definitions:
+    """What a device outside the cluster needs, beside the above, and nothing else: it is not trusted.
+
+    It may write to one exchange, which leads to one bounded queue; read its requests and its results; bind its results
+    and the Load; and it can open a few connections.
+    """
+    name = user_of(topology, device_name(device))
+    own = Topology(topology.namespace, device).drafter_queue(device_name(device))
+    requests, rounds = topology.generate_queue(device_name(device)), topology.rounds_queue(device)
+    through = topology.rounds_exchange(device)
+    may = {"user": name, "vhost": vhost}
+    return {
+        "users": [user(name, password, DEVICE_LIMITS)],
+        "permissions": [
+            may
+            | {
+                "configure": _exactly(_literal(own.name)),
+                "write": _exactly(_literal(own.name), _literal(through)),
+                "read": _exactly(_literal(own.name), _literal(requests.name), _literal(topology.exchange)),
+            }
+        ],
+        "topic_permissions": [
+            may
+            | {
+                "exchange": topology.exchange,
+                "write": NOTHING,
+                "read": _exactly(*(_literal(key) for key in own.bindings)),
+            }
+        ],
+        "exchanges": [exchange(through, "fanout", vhost)],
+        "queues": [queue_definition(queue, vhost) for queue in (requests, rounds)],
+        "bindings": [
+            binding(through, rounds.name, "", vhost),
+            *(binding(topology.exchange, requests.name, key, vhost) for key in requests.bindings),
+        ],
+    }
+
+
+def joined(*parts: Definitions) -> Definitions:
+    """Several definitions as one."""
+    made: Definitions = {}
+    for part in parts:
+        for kind, entries in part.items():
+            made.setdefault(kind, []).extend(entries)
+    return made
+
+
+def _permissions(topology: Topology, service: str, role: Role) -> dict[str, str]:
+    own = _own(topology, service)
+    exchange_name = _literal(topology.exchange)
+    served = [_pattern(topology.shared_queue(key).name) for key in role.serves]
+    copies = [_literal(topology.journal)] if role.records else []
+    return {
+        "configure": _exactly(own),
+        "write": _exactly(own, exchange_name, _literal(topology.dead), *copies),
+        "read": _exactly(own, exchange_name, *served),
+    }
+
+
+def _topic_permissions(topology: Topology, service: str, role: Role) -> dict[str, str]:
+    probes = _literal(probe_key("")) + _own(topology, service)
+    return {
+        "write": _exactly(probes, *map(_pattern, role.publishes)),
+        "read": _exactly(probes, *map(_pattern, role.listens)),
+    }
+
+
+def user(name: str, password: str, limits: Mapping[str, int] | None = None) -> Definitions:
+    """A user without rights of administration. The hash is RabbitMQ's: four bytes of salt, then SHA-256 of both.
+
+    The salt follows from the user and the password, which are long and random: the same input gives the same file.
+    """
+    salt = sha256(f"{name}\n{password}".encode()).digest()[:4]
+    hashed = b64encode(salt + sha256(salt + password.encode()).digest()).decode()
+    return {
+        "name": name,
+        "password_hash": hashed,
+        "hashing_algorithm": "rabbit_password_hashing_sha256",
+        "tags": [],
+        "limits": dict(limits or {}),
+    }
+
+
+def exchange(name: str, kind: str, vhost: str) -> Definitions:
+    """A durable exchange, as the services declare it."""
+    return {
+        "name": name,
+        "vhost": vhost,
+        "type": kind,
+        "durable": True,
+        "auto_delete": False,
+        "internal": False,
+        "arguments": {},
+    }
+
+
+def queue_definition(queue: Queue, vhost: str) -> Definitions:
+    """A shared queue, as the services declare it."""
+    return {
+        "name": queue.name,
+        "vhost": vhost,
+        "durable": queue.durable,
+        "auto_delete": False,
+        "arguments": dict(queue.arguments),
+    }
+
+
+def binding(source: str, queue: str, key: str, vhost: str) -> Definitions:
+    """A queue's binding to an exchange."""
+    return {
+        "source": source,
+        "vhost": vhost,
+        "destination": queue,
+        "destination_type": "queue",
+        "routing_key": key,
+        "arguments": {},
+    }
+
+
+def policy(name: str, pattern: str, definition: Definitions, vhost: str) -> Definitions:
+    """A policy for the queues of these names."""
+    return {
+        "vhost": vhost,
+        "name": name,
+        "pattern": pattern,
+        "apply-to": "queues",
+        "definition": definition,
+        "priority": 10,
+    }
+
+
+def _own(topology: Topology, service: str) -> str:
+    return rf"{_literal(topology.namespace)}\.{service}\..+"
+
+
+def _pattern(text: str) -> str:
+    """A regular expression for a name in which `*` stands for one."""
+    return ".+".join(_literal(part) for part in text.split("*"))
+
+
+def _literal(text: str) -> str:
+    return re.sub(r"([.])", r"\\\1", text)
+
+
+def _exactly(*patterns: str) -> str:
+    return f"^({'|'.join(patterns)})$" if patterns else NOTHING

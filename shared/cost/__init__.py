@@ -1,0 +1,26 @@
+"""The verification time model: evaluated here, fitted in `fit`. Pure: no I/O, no clock."""
+
+from shared.cost.model import (
+    EMPTY,
+    FALLBACK,
+    SIZE,
+    features,
+    fixed_ms,
+    grow,
+    predict_ms,
+    shape_of,
+    token_ms,
+)
+
+__all__ = [
+    "EMPTY",
+    "FALLBACK",
+    "SIZE",
+    "features",
+    "fit",
+    "fixed_ms",
+    "grow",
+    "predict_ms",
+    "shape_of",
+    "token_ms",
+]

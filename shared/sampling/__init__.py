@@ -1,0 +1,1 @@
+"""Shared-noise sampling: the target's choice at each position, a function of seed, position and logits."""

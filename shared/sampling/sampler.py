@@ -1,0 +1,243 @@
+"""Shared-noise sampling: the same session, position and logits give the same token in every process.
+
+The choice at position t of a session with seed s is the argmax over the allowed tokens v of
+
+    logit_v / temperature + g(s, t, v),    g = -log(-log u),  u in (0, 1) from a hash of (s, t, v)
+
+which is an exact sample of softmax(logits / temperature) (the Gumbel-max trick). Temperature 0 is the case g = 0. Draft
+and target use the same noise, so that they often choose the same token, and verification needs no probabilities.
+A position is the index in the session, prompt included, of the token that is chosen.
+
+How the choice comes out the same on every device and in every batch, though float32 logarithms do not: the noise is
+defined in float64 on the CPU (`shared.sampling.noise.gumbel`), but computed only for the few tokens that can win. With
+w = 1 - u, d the distance of a logit below the row's largest, and E = -log u, the winner has the least
+x = E * exp(d / temperature). As E >= w >= n / 2^31, where n are the leading 31 bits of w,
+
+    r = n * exp(d / temperature) <= 2^31 * x
+
+bounds x from below and is cheap: integers and one float32 exponential. Let x_0 be the lesser exact x of two tokens,
+that of the least r and that of the largest logit. The winner's x is at most x_0, so tokens with computed r above
+2^31 * x_0 * (1 + MARGIN) are out, and the few that remain are settled in float64.
+
+Errors of the computed r: d, 1 / temperature, their product, n and the last product are within 2^-23 each of their size
+and exp within 8 ulp; errors of the exponent count d / temperature times. At the largest logit x = E < 44, so x_0 < 44,
+and a winner with n >= 1 has d / temperature <= log(44 * 2^31) < 26. Together that is below (26 * 3 + 12) * 2^-23
+< 1.1e-5, a ninth of MARGIN. n = 0 gives r = 0 and always stays in.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from shared.errors import WispError
+from shared.messages import Sampling
+from shared.sampling.noise import (
+    Words,
+    exponential,
+    leading_bits,
+    leading_bits_on_device,
+    mixed_ids,
+    mixed_vocabulary,
+    noise_key,
+)
+
+MARGIN = 1e-4
+
+# exp(d / temperature) stays finite in float32. Tokens farther than this below the largest can win with n = 0 only.
+_FARTHEST = 60.0
+# Elements of one pass on an accelerator: a few buffers of this size must fit beside the model.
+_DEVICE_ELEMENTS = 1 << 24
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class BadLogits(WispError):
+    """A row of logits holds no choice. `row` is its index in the call."""
+
+    def __init__(self, row: int, position: int, largest: float) -> None:
+        super().__init__(
+            f"the logits of row {row} (position {position}) have {largest} as their maximum: the model's weights are "
+            "damaged, or overflow in this number format. Prepare the model again, or serve it in float32."
+        )
+        self.row = row
+
+
+@dataclass(frozen=True)
+class Columns:
+    """Which tokens the columns of some logits are: ids, ascending. The other tokens are not allowed."""
+
+    ids: Ids
+    mixed: Words
+
+    @classmethod
+    def of(cls, ids: Ids) -> Columns:
+        """For logits of these tokens."""
+        return cls(ids, mixed_ids(ids))
+
+
+def choose(
+    logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], columns: Columns | None = None
+) -> list[int]:
+    """The token of each row of `logits` (rows, vocabulary), a row being a position of some session.
+
+    `params[i]` are the parameters of row i's session and `positions[i]` the absolute index of the token to choose. The
+    allowed tokens are the `top_k` largest logits (ties: lowest ids), and of these the fewest most probable ones whose
+    share reaches `top_p`. Equal scores: lowest id. A row's token depends on nothing but its logits, parameters and
+    position. On the CPU this takes one thread. With `columns`, the logits are those of some tokens alone.
+
+    Raises BadLogits if a row contains NaN or +inf, or nothing but -inf; ValueError if the lengths differ.
+    """
+    if logits.ndim != 2 or not logits.shape[0] == len(params) == len(positions):
+        raise ValueError(
+            f"logits are {tuple(logits.shape)}, params {len(params)}, positions {len(positions)}: need one row each"
+        )
+    if columns is None and logits.device.type != "cpu":
+        return _choose_on_device(logits, params, positions)
+    return [
+        _choose_in_row(_array(values), p, position, row, columns)
+        for row, (values, p, position) in enumerate(zip(logits.cpu(), params, positions, strict=True))
+    ]
+
+
+def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int, columns: Columns | None = None) -> int:
+    top = int(logits.argmax())  # of equal ones the first; NaN counts as the largest
+    if not math.isfinite(logits[top]):
+        raise BadLogits(row, position, float(logits[top]))
+    if params.temperature == 0:
+        return top if columns is None else int(columns.ids[top])
+    key = noise_key(params.seed, position)
+    if params.top_k or params.top_p < 1:
+        allowed = _allowed(logits, params)
+        ids = allowed if columns is None else columns.ids[allowed]
+        return int(ids[_sample(logits[allowed], mixed_ids(ids), ids, key, params.temperature)])
+    if columns is not None:
+        return int(columns.ids[_sample(logits, columns.mixed, columns.ids, key, params.temperature)])
+    return _sample(logits, mixed_vocabulary(len(logits)), None, key, params.temperature)
+
+
+def _sample(logits: Floats, mixed: Words, ids: Ids | None, key: int, temperature: float) -> int:
+    """Index of the winner among `logits`, which are those of the tokens `ids`, or of the vocabulary."""
+    top = int(logits.argmax())
+    largest = float(logits[top])
+
+    def scores(indices: Ids) -> list[float]:
+        tokens = indices if ids is None else ids[indices]
+        pairs = zip(tokens.tolist(), logits[indices].tolist(), strict=True)
+        return [_score(key, token, largest - logit, temperature) for token, logit in pairs]
+
+    with np.errstate(over="ignore"):  # as far away as infinity
+        screened = np.subtract(logits[top], logits)
+        screened *= _inverse(temperature)
+    np.minimum(screened, _farthest(len(logits)), out=screened)
+    np.exp(screened, out=screened)
+    screened *= leading_bits(key, mixed).astype(np.float32)
+    candidates = np.flatnonzero(screened <= _limit(max(scores(np.array([screened.argmin(), top])))))
+    return int(candidates[int(np.argmax(scores(candidates)))])
+
+
+def _score(key: int, token: int, distance: float, temperature: float) -> float:
+    """(logit - largest logit) / temperature + g."""
+    return -distance / temperature - math.log(exponential(key, token))
+
+
+def _limit(score: float) -> np.float32:
+    """The largest computed r that a token of at least this score can have; x is exp(-score)."""
+    return np.float32(math.exp(-score) * 2.0**31 * (1 + MARGIN))
+
+
+def _allowed(logits: Floats, params: Sampling) -> Ids:
+    """Ids, ascending, that top_k and top_p leave of one row; computed from that row alone."""
+    ids = np.flatnonzero(logits > -np.inf)
+    if 0 < params.top_k < len(ids):
+        ids = _largest(logits, np.partition(logits, -params.top_k)[-params.top_k], params.top_k)
+    if params.top_p == 1:
+        return ids
+    with np.errstate(over="ignore"):
+        weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / params.temperature)
+    needed = params.top_p * weights.sum()
+    # Sorting is the expensive part, and the nucleus is mostly among a few large weights.
+    for least in (1e-2, 1e-4, 0.0):
+        descending = np.sort(weights[weights >= least])[::-1]
+        mass = descending.cumsum()
+        if mass[-1] >= needed:
+            break
+    last = min(int(mass.searchsorted(needed)), len(mass) - 1)
+    return ids[_largest(weights, descending[last], last + 1)]
+
+
+def _largest(values: NDArray[np.floating], least: np.floating, count: int) -> Ids:
+    """Indices, ascending, of the `count` largest values, the smallest of which is `least`; ties: lowest indices."""
+    above, tied = np.flatnonzero(values > least), np.flatnonzero(values == least)
+    return np.sort(np.concatenate([above, tied[: count - len(above)]]))
+
+
+def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+    """`choose` for logits on an accelerator: whole batches are screened there, candidates settled here.
+
+    Rows with top_k or top_p come to the CPU.
+    """
+    tokens: list[int] = logits.argmax(dim=-1).tolist()
+    open_rows = []
+    for row, (p, largest) in enumerate(zip(params, logits.amax(dim=-1).tolist(), strict=True)):
+        if not math.isfinite(largest):
+            raise BadLogits(row, positions[row], largest)
+        if p.temperature > 0 and (p.top_k or p.top_p < 1):
+            tokens[row] = _choose_in_row(_array(logits[row].cpu()), p, positions[row], row)
+        elif p.temperature > 0:
+            open_rows.append(row)
+    step = max(1, _DEVICE_ELEMENTS // logits.shape[1])
+    for start in range(0, len(open_rows), step):
+        rows = open_rows[start : start + step]
+        keys = [noise_key(params[row].seed, positions[row]) for row in rows]
+        winners = _sample_on_device(logits[rows].float(), keys, [params[row].temperature for row in rows])
+        for row, winner in zip(rows, winners, strict=True):
+            tokens[row] = winner
+    return tokens
+
+
+def _sample_on_device(values: Tensor, keys: Sequence[int], temperatures: Sequence[float]) -> list[int]:
+    """Winner in each row of `values` (rows, vocabulary), found as `_sample` does."""
+    largest, top = values.max(dim=-1, keepdim=True)
+    inverse = torch.tensor([[_inverse(t)] for t in temperatures], dtype=torch.float32, device=values.device)
+    screened = (largest - values).mul_(inverse).clamp_(max=_FARTHEST).exp_()
+    screened.mul_(leading_bits_on_device(keys, values.shape[1], values.device))
+
+    def scores(row: Tensor, column: Tensor) -> list[float]:
+        facts = zip(row.tolist(), column.tolist(), values[row, column].tolist(), strict=True)
+        return [_score(keys[index], token, tops[index] - logit, temperatures[index]) for index, token, logit in facts]
+
+    tops: list[float] = largest[:, 0].tolist()
+    every = torch.arange(len(keys), device=values.device)
+    first, second = scores(every, screened.argmin(dim=-1)), scores(every, top[:, 0])
+    limits = torch.tensor([[_limit(max(pair))] for pair in zip(first, second, strict=True)], device=values.device)
+    row, column = (screened <= limits).nonzero(as_tuple=True)
+    winners, best = [-1] * len(keys), [-math.inf] * len(keys)
+    for index, token, score in zip(row.tolist(), column.tolist(), scores(row, column), strict=True):
+        if score > best[index]:  # tokens ascend: the lowest keeps a tie
+            winners[index], best[index] = token, score
+    return winners
+
+
+@lru_cache(maxsize=64)
+def _farthest(size: int) -> Floats:
+    """NumPy's minimum of two arrays is five times as fast as that of an array and a number."""
+    return np.full(size, _FARTHEST, dtype=np.float32)
+
+
+def _inverse(temperature: float) -> np.float32:
+    """1 / temperature; below float32's range one that is too small, and with it r: still a bound from below."""
+    return np.float32(1 / max(temperature, 1e-30))
+
+
+def _array(values: Tensor) -> Floats:
+    array: Floats = values.detach().float().numpy()
+    return array

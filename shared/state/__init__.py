@@ -1,0 +1,1 @@
+"""Redis: every key and script."""
