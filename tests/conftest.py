@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from pathlib import Path
 from secrets import token_hex
 
+import hypothesis
 import pytest
 
 # Before torch is loaded anywhere: its waiting threads must not take the cores from the services under test.
@@ -14,6 +15,10 @@ os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
+
+# A busy machine takes longer over the same example: no test of properties is about time.
+hypothesis.settings.register_profile("wisp", deadline=None)
+hypothesis.settings.load_profile("wisp")
 
 WITH_BROKERS = ("broker", "stack")
 """Folders of tests that take turns: they share brokers, and time what takes as long as two cores let it."""

@@ -1,1 +1,3 @@
 """RabbitMQ: the client, the topology, users and permissions."""
+
+__all__ = ["access", "client", "devices", "seal", "topology"]

@@ -20,6 +20,7 @@ __all__ = [
     "fit",
     "fixed_ms",
     "grow",
+    "model",
     "predict_ms",
     "shape_of",
     "token_ms",

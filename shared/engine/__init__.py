@@ -1,5 +1,5 @@
 """The engine: one causal language model, its K/V cache, and many sessions computed together."""
 
-from shared.engine.engine import Engine, Output, Step
+from shared.engine.engine import Engine, Step
 
-__all__ = ["Engine", "Output", "Step"]
+__all__ = ["Engine", "Step", "attention", "blocks", "engine"]

@@ -1,1 +1,3 @@
 """Redis: every key and script."""
+
+__all__ = ["kv", "quota", "store"]

@@ -14,5 +14,10 @@ __all__ = [
     "RuleName",
     "SessionControl",
     "Step",
+    "features",
     "load_weights",
+    "pace",
+    "rounds",
+    "rules",
+    "weights",
 ]

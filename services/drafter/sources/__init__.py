@@ -3,4 +3,4 @@
 from services.drafter.sources.base import Ahead, Draft, DraftRequest, DraftSource, NoDrafts, States
 from services.drafter.sources.lookup import LookupDrafts
 
-__all__ = ["Ahead", "Draft", "DraftRequest", "DraftSource", "LookupDrafts", "NoDrafts", "States"]
+__all__ = ["Ahead", "Draft", "DraftRequest", "DraftSource", "LookupDrafts", "NoDrafts", "States", "guesses", "hidden"]

@@ -1,1 +1,3 @@
 """Pool, batch policies, placement, pacing and price. Pure: no I/O, no clock."""
+
+__all__ = ["batching", "dispatch", "policies"]

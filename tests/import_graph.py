@@ -1,0 +1,101 @@
+"""The product's modules and what each imports, read from their source."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+TOPS = ("services", "shared")
+USERS = ("tests", "docker")
+"""Folders of code that uses the product without being part of it."""
+
+
+@dataclass(frozen=True)
+class Import:
+    """One imported name: `from module import name`, or `import module` with an empty name."""
+
+    module: str
+    name: str = ""
+
+    @property
+    def target(self) -> str:
+        """The module that the statement loads: `module.name` where that is a module of the product."""
+        inner = f"{self.module}.{self.name}"
+        return inner if self.name and inner in modules() else self.module
+
+
+@cache
+def modules() -> dict[str, Path]:
+    """Every module and package of the product: dotted name to file."""
+    found = {}
+    for top in TOPS:
+        for path in sorted((ROOT / top).rglob("*.py")):
+            parts = path.relative_to(ROOT).with_suffix("").parts
+            found[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    return found
+
+
+@cache
+def users() -> dict[str, Path]:
+    """Every file that uses the product without being part of it."""
+    return {str(path.relative_to(ROOT)): path for top in USERS for path in sorted((ROOT / top).rglob("*.py"))}
+
+
+@cache
+def tree(module: str) -> ast.Module:
+    """The parsed source of a module."""
+    path = modules().get(module) or users()[module]
+    return ast.parse(path.read_text())
+
+
+def is_package(module: str) -> bool:
+    """Return whether the module is a package."""
+    return modules()[module].name == "__init__.py"
+
+
+@cache
+def imports(module: str) -> tuple[Import, ...]:
+    """Everything that the module imports when it runs, inside functions too, but not for type checking alone."""
+    found = list(_imports(tree(module)))
+    packages = {other.name: other.target for other in found if other.target != other.module}
+    # `from shared import cost`, and then `cost.predict_ms`.
+    found.extend(
+        Import(packages[node.value.id], node.attr)
+        for node in ast.walk(tree(module))
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in packages
+    )
+    return tuple(found)
+
+
+def _imports(node: ast.AST) -> Iterator[Import]:
+    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        for other in node.orelse:
+            yield from _imports(other)
+    elif isinstance(node, ast.Import):
+        yield from (Import(alias.name) for alias in node.names)
+    elif isinstance(node, ast.ImportFrom):
+        assert node.level == 0, "imports are absolute"
+        yield from (Import(node.module or "", alias.name) for alias in node.names)
+    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in modules():
+        yield Import(node.value)  # loaded by name, or run as `python -m`
+    else:
+        for child in ast.iter_child_nodes(node):
+            yield from _imports(child)
+
+
+def loaded_by(module: str) -> set[str]:
+    """The modules of the product that importing `module` loads, itself and the packages around each included."""
+    seen: set[str] = set()
+    pending = [module]
+    while pending:
+        current = pending.pop()
+        parts = current.split(".")
+        for name in (".".join(parts[:length]) for length in range(1, len(parts) + 1)):
+            if name in modules() and name not in seen:
+                seen.add(name)
+                pending.extend(found.target for found in imports(name))
+    return seen
