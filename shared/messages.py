@@ -147,59 +147,73 @@ class Generate(Message):
     session_key: SessionKey = ""
 
 
-class Verify(Message):
-    """drafter → scheduler: check this draft. Also asks for plain decoding, with an empty draft."""
+class RoundFields(Record):
+    """Fields of a round that the scheduler passes on from `Verify` to `Job`."""
 
     session: Name
     round: Count
     base_len: Length
     draft: Annotated[list[TokenId], Field(max_length=LONGEST_DRAFT)]
-    acceptance: Annotated[list[Probability], Field(max_length=LONGEST_DRAFT)]
-    """Predicted probability of each draft token, given that those before it are accepted."""
     drafter: Name
     gateway: Name
     fingerprint: str
-    slack_ms: Slack | None = None
+    slack_ms: SignedMilliseconds | None = None
     """Time left until the session's next token is due; negative when late, None without an SLO."""
     tpot_ms: Promised | None = None
     """Time per output token that the session was promised; None without an SLO."""
     service_class: Name = DEFAULT_CLASS
     draft_ms: Milliseconds = 0.0
-    attempt: Count = 0
     session_key: SessionKey = ""
     hidden_from: Count | None = None
-    """The drafter wants the target's final hidden states of committed tokens from this position on; None wants none."""
+    """First position of the committed tokens whose final hidden states the drafter wants; None for none."""
     hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
 
 
-class Job(Record):
-    """One session's part of a batch."""
+class Verify(RoundFields, Message):
+    """drafter → scheduler: verify this draft. An empty draft asks for plain decoding."""
 
-    session: Name
-    round: Count
-    base_len: Length
-    draft: list[TokenId]
-    """The draft, already trimmed to what is to be verified."""
+    acceptance: Annotated[list[Probability], Field(max_length=LONGEST_DRAFT)]
+    """Predicted probability of each draft token, given that those before it are accepted."""
+    slack_ms: Slack | None = None
+    """See `RoundFields`; bounded, because a deadline is computed from it."""
+    attempt: Count = 0
+
+
+class Job(RoundFields):
+    """One session's part of a batch. Its draft is trimmed to what is to be verified."""
+
     drafted: Count
     """Length of the draft before trimming."""
     prefill_to: Count | None = None
     """Only extend the cache to this length (a chunk of a long prompt) and sample nothing."""
-    drafter: Name
-    gateway: Name
-    fingerprint: str
-    draft_ms: Milliseconds = 0.0
     queue_ms: Milliseconds = 0.0
     """Time since the scheduler received the round."""
-    service_class: Name = DEFAULT_CLASS
-    tpot_ms: Promised | None = None
-    session_key: SessionKey = ""
-    slack_ms: SignedMilliseconds | None = None
-    """What was left of the round's slack when the batch was made."""
     reason: str = ""
     """Why the policy put this job into this batch."""
-    hidden_from: Count | None = None
-    """As in `Verify`; None for a chunk of prefill."""
-    hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
+
+    @classmethod
+    def of(
+        cls,
+        verify: Verify,
+        *,
+        draft: int,
+        prefill_to: int | None,
+        queue_ms: float,
+        slack_ms: float | None,
+        reason: str,
+    ) -> Job:
+        """Return the job for the first `draft` draft tokens of a round, or for a chunk of its prompt.
+
+        A chunk of a prompt asks for no hidden states.
+        """
+        passed_on = {name: getattr(verify, name) for name in RoundFields.model_fields}
+        changed = {
+            "draft": verify.draft[:draft],
+            "slack_ms": slack_ms,
+            "hidden_from": verify.hidden_from if prefill_to is None else None,
+        }
+        own = {"drafted": len(verify.draft), "prefill_to": prefill_to, "queue_ms": queue_ms, "reason": reason}
+        return cls(**{**passed_on, **changed, **own})
 
 
 class LeftOut(Record):
@@ -386,6 +400,8 @@ class Load(Message):
     draft_cap: Count
     """Longest draft worth sending now."""
     policy: str = ""
+    first_come: bool = False
+    """Whether the policy takes rounds in order of arrival, so that a round waits for all that came before it."""
     verifiers: Count = 0
     """Usable verifiers."""
     utilization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0

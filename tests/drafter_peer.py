@@ -31,7 +31,8 @@ from shared.messages import (
 )
 from shared.models import hidden_states as hidden
 from shared.models.hidden_states import Bits
-from shared.state.store import Commit, Request, Store
+from shared.state.commits import Commit
+from shared.state.store import Request, Store
 
 PROMPT = [1, 2, 3, 1, 2]
 

@@ -24,7 +24,8 @@ from shared.broker.topology import Topology
 from shared.messages import Cancel, Ended, Failure, Finish, Generate, Heartbeat, Message, Result, Status
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
-from shared.state.store import Commit, Outcome, Store
+from shared.state.commits import Commit, CommitOutcome
+from shared.state.store import Store
 
 CONTEXT = 512
 
@@ -209,7 +210,7 @@ class Peer:
             cached=0,
         )
         (committed,) = await self.store.commit("peer", [commit])
-        return committed.outcome is Outcome.COMMITTED
+        return committed.outcome is CommitOutcome.COMMITTED
 
 
 def settings(target: Path, **fields: object) -> GatewaySettings:

@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from services.baseline.core.batching import Batcher, Part, Seat
 from services.baseline.drafts import InProcessDrafts, Wish
 from services.drafter.drafting import Drafting
-from services.verifier import replies
-from services.verifier.verify import Outcome, Task, verify
+from services.verifier.core import replies
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from services.verifier.verify import verify
 from shared.engine import Engine
 from shared.messages import Failure, Generate, Result, Status
 
@@ -111,10 +112,10 @@ class EngineLoop:
         decodes = [part for part in parts if part.tokens == 1 and part.prefill_to is None]
         return self._drafts.propose([Wish(part.seat.session, part.seat.tokens, part.draft) for part in decodes])
 
-    def _task(self, part: Part, draft: list[int]) -> Task:
+    def _task(self, part: Part, draft: list[int]) -> VerifyTask:
         session = self._sessions[part.seat.session]
-        return Task(
-            session=part.seat.session,
+        return VerifyTask(
+            session_id=part.seat.session,
             tokens=part.seat.tokens,
             draft=draft,
             sampling=session.generate.sampling,
@@ -123,7 +124,9 @@ class EngineLoop:
             prefill_to=part.prefill_to,
         )
 
-    def _settle(self, part: Part, task: Task, outcome: Outcome, draft_ms: float, verify_ms: float) -> Result | None:
+    def _settle(
+        self, part: Part, task: VerifyTask, outcome: VerifyOutcome, draft_ms: float, verify_ms: float
+    ) -> Result | None:
         session = self._sessions[part.seat.session]
         base_len = len(part.seat.tokens)
         if outcome.error is not None:

@@ -1,3 +1,3 @@
 """The verifier: owns the target model, checks drafts in batches, commits what is accepted."""
 
-__all__ = ["core", "profile", "replies", "settings", "verify"]
+__all__ = ["core", "profile", "settings", "verify"]

@@ -12,12 +12,14 @@ from typing import TypeVar
 
 import structlog
 
-from services.verifier import metrics, replies
+from services.verifier import metrics
+from services.verifier.core import replies
 from services.verifier.core.emulation import Pace
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.handoff import Handoff
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
-from services.verifier.verify import Outcome, Task, verify
+from services.verifier.verify import verify
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.seal import Seal
@@ -45,8 +47,8 @@ from shared.models.folder import ModelFolder
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
-from shared.state.store import Commit, Request, SessionStatus, Store
-from shared.state.store import Outcome as CommitOutcome
+from shared.state.commits import Commit, CommitOutcome
+from shared.state.store import Request, SessionStatus, Store
 
 QUIET_S = 0.3
 """A draining verifier waits this long for batches that were sent before the scheduler knew."""
@@ -239,7 +241,7 @@ class Verifier:
         self._heard |= {job.session: now for job in batch.jobs}
         work, settled = await self._prepare(batch)
         tasks = [task for _, task in work]
-        outcomes: list[Outcome] = []
+        outcomes: list[VerifyOutcome] = []
         shapes: list[BatchShape] = []
         elapsed_ms = 0.0
         if tasks:
@@ -257,18 +259,18 @@ class Verifier:
         self._replies.add(reply)
         reply.add_done_callback(self._replies.discard)
 
-    def _run(self, tasks: list[Task]) -> tuple[list[Outcome], list[BatchShape]]:
+    def _run(self, tasks: list[VerifyTask]) -> tuple[list[VerifyOutcome], list[BatchShape]]:
         started = time.perf_counter()
         verified = verify(self._engine, tasks, digests=self._digests)
         if self._pace is not None:
             time.sleep(self._pace.rest_ms(verified[1], (time.perf_counter() - started) * 1000) / 1000)
-        held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session for t in tasks)}}
+        held = {session: self._engine.cached(session) for session in {*self._cached, *(t.session_id for t in tasks)}}
         self._cached = {session: cached for session, cached in held.items() if cached}
         return verified
 
-    async def _prepare(self, batch: Batch) -> tuple[list[tuple[Job, Task]], list[tuple[Job, Failure | None]]]:
+    async def _prepare(self, batch: Batch) -> tuple[list[tuple[Job, VerifyTask]], list[tuple[Job, Failure | None]]]:
         """Split a batch into the jobs that need the model, and those settled by the store, or by a failure at once."""
-        work: list[tuple[Job, Task]] = []
+        work: list[tuple[Job, VerifyTask]] = []
         settled: list[tuple[Job, Failure | None]] = []
         mine = []
         for job in batch.jobs:
@@ -305,10 +307,10 @@ class Verifier:
         while len(self._known) > KNOWN_LIMIT:
             del self._known[next(iter(self._known))]
 
-    def _task(self, job: Job) -> Task:
+    def _task(self, job: Job) -> VerifyTask:
         known = self._known[job.session]
-        return Task(
-            session=job.session,
+        return VerifyTask(
+            session_id=job.session,
             # A copy: the reply to an earlier batch may extend the session while the model still works on this one.
             tokens=list(known.tokens),
             draft=job.draft,
@@ -323,7 +325,7 @@ class Verifier:
     async def _reply(
         self,
         sent: Batch,
-        judged: Sequence[tuple[Job, Task, Outcome]],
+        judged: Sequence[tuple[Job, VerifyTask, VerifyOutcome]],
         settled: Sequence[tuple[Job, Failure | None]],
         verify_ms: float,
         shapes: Sequence[BatchShape],
@@ -336,7 +338,7 @@ class Verifier:
         results: list[tuple[Job, Result, list[HiddenStates]]] = [
             (job, replies.failed(job, self.instance, batch, failure), []) for job, failure in settled if failure
         ]
-        commits: list[tuple[Job, Outcome | None, Commit]] = []
+        commits: list[tuple[Job, VerifyOutcome | None, Commit]] = []
         commits += [
             (job, None, Commit(job.session, job.round, job.base_len, 0, (), None, 0))
             for job, failure in settled

@@ -4,56 +4,24 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 
 import torch
 from torch import Tensor
 
-from services.verifier.core.acceptance import Verdict, accept
+from services.verifier.core.acceptance import accept
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared import cost
 from shared.engine import Engine, Step
 from shared.errors import WispError
-from shared.messages import BatchShape, HiddenFormat, Sampling
+from shared.messages import BatchShape
 from shared.models.hidden_states import Part, parts
 from shared.sampling.sampler import choose
 
 
-@dataclass(frozen=True)
-class Task:
-    """A job with everything that judging it needs, taken from the session's own record."""
-
-    session: str
-    tokens: list[int]
-    """Every committed token, prompt first."""
-    draft: list[int]
-    sampling: Sampling
-    stop_ids: frozenset[int]
-    room: int
-    """Tokens that the session may still get, at least 1."""
-    prefill_to: int | None = None
-    """Only extend the cache to this length."""
-    hidden_from: int | None = None
-    """Tell the hidden states of committed tokens from this position on."""
-    hidden_format: HiddenFormat = HiddenFormat.BFLOAT16
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a task. Without a verdict it was a chunk of prefill, or refused with `error`."""
-
-    verdict: Verdict | None
-    verified: int
-    cached: int
-    new_tokens: int
-    error: Exception | None = None
-    hidden: Sequence[Part] = ()
-    """Hidden states of `Task.tokens` and the accepted drafts, from `Task.hidden_from` on; none of a text that ended."""
-    logits_digest: str | None = None
-    """As in `Result`, if it was asked for."""
-
-
-def verify(engine: Engine, tasks: Sequence[Task], *, digests: bool = False) -> tuple[list[Outcome], list[BatchShape]]:
+def verify(
+    engine: Engine, tasks: Sequence[VerifyTask], *, digests: bool = False
+) -> tuple[list[VerifyOutcome], list[BatchShape]]:
     """Judge every task; also returns the shape of each forward pass that ran. digests: tell the logits' digests.
 
     A batch that fails as a whole is done in halves, so that what does not fit at once is done in turn, and one bad task
@@ -65,8 +33,8 @@ def verify(engine: Engine, tasks: Sequence[Task], *, digests: bool = False) -> t
         outcomes, shape = _verify_at_once(engine, tasks, digests)
     except (WispError, ValueError, RuntimeError) as error:
         if len(tasks) == 1:
-            engine.release(tasks[0].session)
-            return [Outcome(None, 0, 0, 0, error)], []
+            engine.release(tasks[0].session_id)
+            return [VerifyOutcome(None, 0, 0, 0, error)], []
         half = len(tasks) // 2
         first, first_shapes = verify(engine, tasks[:half], digests=digests)
         second, second_shapes = verify(engine, tasks[half:], digests=digests)
@@ -74,7 +42,9 @@ def verify(engine: Engine, tasks: Sequence[Task], *, digests: bool = False) -> t
     return outcomes, [shape]
 
 
-def _verify_at_once(engine: Engine, tasks: Sequence[Task], digests: bool) -> tuple[list[Outcome], BatchShape]:
+def _verify_at_once(
+    engine: Engine, tasks: Sequence[VerifyTask], digests: bool
+) -> tuple[list[VerifyOutcome], BatchShape]:
     steps = []
     drafts = []
     for task in tasks:
@@ -83,16 +53,16 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task], digests: bool) -> tup
         draft = [] if task.prefill_to is not None else _tokens(task.draft[:keep], engine.vocab_size)
         drafts.append(draft)
         # The last token's logits are needed, so it is computed again even if its K/V are there.
-        held = min(engine.attach(task.session, task.tokens), len(task.tokens) - 1)
+        held = min(engine.attach(task.session_id, task.tokens), len(task.tokens) - 1)
         if task.prefill_to is None:
-            engine.truncate(task.session, held)
-            steps.append(Step(task.session, [*task.tokens[held:], *draft], rows=len(draft) + 1))
+            engine.truncate(task.session_id, held)
+            steps.append(Step(task.session_id, [*task.tokens[held:], *draft], rows=len(draft) + 1))
         else:
-            steps.append(Step(task.session, task.tokens[held : max(held, task.prefill_to)], rows=0))
+            steps.append(Step(task.session_id, task.tokens[held : max(held, task.prefill_to)], rows=0))
     fed = [step for step in steps if step.tokens]
     if not fed:
         # Chunks of prefill that turned out to be cached already.
-        done = [Outcome(None, 0, engine.cached(task.session), 0) for task in tasks]
+        done = [VerifyOutcome(None, 0, engine.cached(task.session_id), 0) for task in tasks]
         return done, cost.EMPTY
     output = engine.forward(fed)
     shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in fed)
@@ -110,15 +80,15 @@ def _verify_at_once(engine: Engine, tasks: Sequence[Task], digests: bool) -> tup
     for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
         verdict = verdicts.get(i)
         if verdict is None:
-            outcomes.append(Outcome(None, 0, engine.cached(task.session), len(step.tokens)))
+            outcomes.append(VerifyOutcome(None, 0, engine.cached(task.session_id), len(step.tokens)))
             continue
         # K/V are right for the accepted drafts; the bonus token has none yet.
-        engine.truncate(task.session, len(task.tokens) + verdict.accepted)
+        engine.truncate(task.session_id, len(task.tokens) + verdict.accepted)
         outcomes.append(
-            Outcome(
+            VerifyOutcome(
                 verdict,
                 len(drafts[i]),
-                engine.cached(task.session),
+                engine.cached(task.session_id),
                 len(step.tokens),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
                 logits_digest=_digest(output.logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
@@ -138,18 +108,18 @@ def _digest(logits: Tensor) -> str:
     return hashlib.sha256(bits.tobytes()).hexdigest()[:16]
 
 
-def _hidden(engine: Engine, task: Task) -> list[Part]:
+def _hidden(engine: Engine, task: VerifyTask) -> list[Part]:
     """The packed hidden states that a task asks for, as far as the session is cached."""
-    held = engine.cached(task.session)
+    held = engine.cached(task.session_id)
     if task.hidden_from is None or task.hidden_from >= held or not engine.keeps_hidden:
         return []
-    rows = engine.hidden(task.session, task.hidden_from, held)
+    rows = engine.hidden(task.session_id, task.hidden_from, held)
     bits = rows.to(torch.bfloat16).view(torch.uint16).numpy(force=True)
     return list(parts(bits, task.hidden_from, task.hidden_format))
 
 
 def _choices(
-    logits: Tensor, tasks: Sequence[Task], drafts: Sequence[Sequence[int]], starts: dict[int, int]
+    logits: Tensor, tasks: Sequence[VerifyTask], drafts: Sequence[Sequence[int]], starts: dict[int, int]
 ) -> dict[int, list[int]]:
     """The target's choices per task, position by position, only while the draft still agrees."""
     choices: dict[int, list[int]] = {i: [] for i in starts}

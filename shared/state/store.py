@@ -54,6 +54,7 @@ from shared.messages import (
     encode,
 )
 from shared.runtime.tls import Tls
+from shared.state.commits import Commit, CommitOutcome, Committed
 from shared.state.kv import KvBlocks
 from shared.state.quota import Quota
 from shared.state.redis_calls import now_ms
@@ -92,15 +93,6 @@ class SessionStatus(StrEnum):
     ACTIVE = "active"
     FINISHED = "finished"
     CANCELLED = "cancelled"
-
-
-class Outcome(StrEnum):
-    """What the commit script decided for one job."""
-
-    COMMITTED = "committed"
-    CONFLICT = "conflict"
-    CANCELLED = "cancelled"
-    GONE = "gone"
 
 
 class Request(Record):
@@ -148,31 +140,6 @@ class Progress:
     length: int
     tokens: list[int]
     finish: Finish | None
-
-
-@dataclass(frozen=True)
-class Commit:
-    """One job's verdict, to be made part of its session."""
-
-    session: str
-    round: int
-    base_len: int
-    accepted: int
-    tokens: Sequence[int]
-    finish: Finish | None
-    cached: int
-
-
-@dataclass(frozen=True)
-class Committed:
-    """The script's answer: `tokens` are what is committed from `base_len` on; `length` is the committed length."""
-
-    outcome: Outcome
-    length: int
-    base_len: int
-    accepted: int
-    finish: Finish | None
-    tokens: list[int]
 
 
 class Store:
@@ -293,7 +260,7 @@ class Store:
         if answers is None:
             raise Fenced(f"{verifier} was away for too long: its lease {lease} has ended")
         return [
-            Committed(Outcome(outcome.decode()), length, base, accepted, _finish(finish), unpack(tokens))
+            Committed(CommitOutcome(outcome.decode()), length, base, accepted, _finish(finish), unpack(tokens))
             for outcome, length, base, accepted, finish, tokens in answers
         ]
 
@@ -319,7 +286,7 @@ class Store:
             names = [name.decode() for name, _ in found]
             # Of a length that no session has: nothing is committed, and no tokens are told.
             answers = await self.commit("", [Commit(name, 0, MOST, 0, (), None, 0) for name in names])
-            over = (Outcome.GONE, Outcome.CANCELLED)
+            over = (CommitOutcome.GONE, CommitOutcome.CANCELLED)
             ended = [n for n, a in zip(names, answers, strict=True) if a.outcome in over or a.finish is not None]
             if ended:
                 await self._guard(self._redis.zrem(self._deadlines, *ended))

@@ -10,7 +10,8 @@ from redis.asyncio import Redis
 
 from shared.errors import BrokersError, Fenced
 from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Sampling, Slo
-from shared.state.store import Commit, Outcome, Request, Session, SessionStatus, Store
+from shared.state.commits import Commit, CommitOutcome
+from shared.state.store import Request, Session, SessionStatus, Store
 
 PROMPT = [5, 6, 7]
 
@@ -58,7 +59,7 @@ async def test_a_created_session_reads_back_whole(store: Store) -> None:
 async def test_a_round_on_the_committed_length_is_appended(store: Store) -> None:
     await store.create(request(), PROMPT)
     (answer,) = await store.commit("v", [commit(0, 3, [8, 9], accepted=1)])
-    assert (answer.outcome, answer.length, answer.base_len, answer.accepted) == (Outcome.COMMITTED, 5, 3, 1)
+    assert (answer.outcome, answer.length, answer.base_len, answer.accepted) == (CommitOutcome.COMMITTED, 5, 3, 1)
     assert (await whole(store)).tokens == [5, 6, 7, 8, 9]
 
 
@@ -74,7 +75,7 @@ async def test_a_repeated_last_round_still_says_how_the_text_ended(store: Store)
     await store.create(request(), PROMPT)
     await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])
     (again,) = await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])
-    assert (again.outcome, again.finish, again.tokens) == (Outcome.COMMITTED, Finish.STOP, [8, 2])
+    assert (again.outcome, again.finish, again.tokens) == (CommitOutcome.COMMITTED, Finish.STOP, [8, 2])
 
 
 @pytest.mark.parametrize(("round_", "base", "tokens"), [(7, 3, [8, 9]), (1, 4, [9]), (1, 9, [])])
@@ -84,7 +85,7 @@ async def test_a_round_on_another_length_is_a_conflict_that_carries_the_truth(
     await store.create(request(), PROMPT)
     await store.commit("v", [commit(0, 3, [8, 9])])
     (answer,) = await store.commit("v", [commit(round_, base, [1, 1])])
-    assert answer.outcome is Outcome.CONFLICT
+    assert answer.outcome is CommitOutcome.CONFLICT
     assert answer.length == 5
     assert answer.base_len == min(base, 5)
     assert answer.tokens == tokens
@@ -94,7 +95,7 @@ async def test_a_round_on_another_length_is_a_conflict_that_carries_the_truth(
 async def test_a_commit_without_tokens_only_asks(store: Store) -> None:
     await store.create(request(), PROMPT)
     (answer,) = await store.commit("v", [commit(0, 3, [])])
-    assert (answer.outcome, answer.length, answer.tokens) == (Outcome.CONFLICT, 3, [])
+    assert (answer.outcome, answer.length, answer.tokens) == (CommitOutcome.CONFLICT, 3, [])
 
 
 async def test_nothing_is_added_after_the_end_or_a_cancel(store: Store) -> None:
@@ -103,8 +104,8 @@ async def test_nothing_is_added_after_the_end_or_a_cancel(store: Store) -> None:
     await store.commit("v", [commit(0, 3, [2], finish=Finish.STOP, session="done")])
     await store.cancel("left")
     done, left = await store.commit("v", [commit(1, 4, [8], session="done"), commit(0, 3, [8], session="left")])
-    assert (done.outcome, done.finish, done.length) == (Outcome.CONFLICT, Finish.STOP, 4)
-    assert left.outcome is Outcome.CANCELLED
+    assert (done.outcome, done.finish, done.length) == (CommitOutcome.CONFLICT, Finish.STOP, 4)
+    assert left.outcome is CommitOutcome.CANCELLED
 
 
 async def test_cancelling_a_finished_session_leaves_it_finished(store: Store) -> None:
@@ -119,16 +120,16 @@ async def test_one_call_commits_a_batch_and_each_job_by_itself(store: Store) -> 
         await store.create(request(f"s{i}"), PROMPT)
     jobs = [commit(0, 3 if i % 2 else 4, [i], session=f"s{i}") for i in range(20)]
     answers = await store.commit("v", [*jobs, commit(0, 3, [1], session="unknown")])
-    assert [a.outcome for a in answers[:20]] == [Outcome.CONFLICT, Outcome.COMMITTED] * 10
-    assert answers[20].outcome is Outcome.GONE
+    assert [a.outcome for a in answers[:20]] == [CommitOutcome.CONFLICT, CommitOutcome.COMMITTED] * 10
+    assert answers[20].outcome is CommitOutcome.GONE
 
 
 async def test_of_many_verifiers_at_once_exactly_one_commits_a_round(store: Store) -> None:
     await store.create(request(), PROMPT)
     answers = await asyncio.gather(*(store.commit(f"v{i}", [commit(i, 3, [i])]) for i in range(20)))
     outcomes = [answer.outcome for (answer,) in answers]
-    assert outcomes.count(Outcome.COMMITTED) == 1
-    assert outcomes.count(Outcome.CONFLICT) == 19
+    assert outcomes.count(CommitOutcome.COMMITTED) == 1
+    assert outcomes.count(CommitOutcome.CONFLICT) == 19
     assert len((await whole(store)).tokens) == 4
 
 
@@ -137,7 +138,7 @@ async def test_half_lost_state_counts_as_gone(store: Store, redis_url: str, name
     async with Redis.from_url(redis_url) as redis:
         await redis.delete(f"{namespace}:tokens:s")
     (answer,) = await store.commit("v", [commit(0, 3, [8])])
-    assert answer.outcome is Outcome.GONE
+    assert answer.outcome is CommitOutcome.GONE
     assert await store.read(["s"]) == [None]
 
 
@@ -200,7 +201,7 @@ async def test_a_lease_lasts_as_long_as_it_is_renewed(store: Store, redis_url: s
     first = await store.renew("v", 0)
     assert await store.renew("v", first) == first
     (answer,) = await store.commit("v", [commit(0, 3, [8])], lease=first)
-    assert answer.outcome is Outcome.COMMITTED
+    assert answer.outcome is CommitOutcome.COMMITTED
     async with Redis.from_url(redis_url) as redis:
         assert 0 < await redis.pttl(f"{namespace}:lease:v") <= SILENT_MS
         await redis.delete(f"{namespace}:lease:v")
@@ -213,7 +214,7 @@ async def test_a_lease_lasts_as_long_as_it_is_renewed(store: Store, redis_url: s
             await store.commit("v", jobs, lease=first)
     assert (await whole(store)).tokens == [5, 6, 7, 8]
     (answer,) = await store.commit("v", [commit(1, 4, [9])], lease=second)
-    assert answer.outcome is Outcome.COMMITTED
+    assert answer.outcome is CommitOutcome.COMMITTED
 
 
 async def test_one_verifiers_lease_is_no_others(store: Store) -> None:
@@ -236,10 +237,10 @@ async def test_a_session_that_no_living_gateway_collects_is_cancelled_when_its_p
     await store.leave("left", "i", 4)
     names = ("alone", "left", "collected", "endless")
     first = await store.commit("v", [commit(0, 3, [8], session=name) for name in names])
-    assert {answer.outcome for answer in first} == {Outcome.COMMITTED}
+    assert {answer.outcome for answer in first} == {CommitOutcome.COMMITTED}
     await asyncio.sleep(0.1)
     second = await store.commit("v", [commit(1, 4, [8], session=name) for name in names])
-    assert [answer.outcome for answer in second] == [Outcome.CANCELLED] * 2 + [Outcome.COMMITTED] * 2
+    assert [answer.outcome for answer in second] == [CommitOutcome.CANCELLED] * 2 + [CommitOutcome.COMMITTED] * 2
     assert await store.ended([*names, "unknown"]) == ["alone", "left", "unknown"]
 
 
@@ -258,9 +259,9 @@ async def test_what_nobody_works_on_is_reaped_when_nobody_collects_it(store: Sto
     assert await store.reap() == []
     assert [name for name, _ in await store._redis.zrange(store._deadlines, 0, -1, withscores=True)] == [b"collected"]
     (answer,) = await store.commit("v", [commit(0, 3, [8], session="alone")])
-    assert answer.outcome is Outcome.CANCELLED
+    assert answer.outcome is CommitOutcome.CANCELLED
     (answer,) = await store.commit("v", [commit(0, 3, [8], session="collected")])
-    assert (answer.outcome, answer.tokens) == (Outcome.COMMITTED, [8])
+    assert (answer.outcome, answer.tokens) == (CommitOutcome.COMMITTED, [8])
 
 
 async def test_a_gateway_that_comes_back_in_time_keeps_its_sessions(store: Store) -> None:
@@ -270,7 +271,7 @@ async def test_a_gateway_that_comes_back_in_time_keeps_its_sessions(store: Store
     await store.commit("v", [commit(1, 4, [8])])
     await asyncio.sleep(0.1)
     (answer,) = await store.commit("v", [commit(2, 5, [8])])
-    assert answer.outcome is Outcome.COMMITTED
+    assert answer.outcome is CommitOutcome.COMMITTED
 
 
 async def test_only_the_gateway_that_collects_a_session_may_cancel_it(store: Store) -> None:

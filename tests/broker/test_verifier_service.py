@@ -42,7 +42,8 @@ from shared.models.folder import ModelFolder
 from shared.models.hidden_states import Floats, unpack
 from shared.models.prepare import prepare
 from shared.sampling.sampler import choose
-from shared.state.store import Commit, Request, Store
+from shared.state.commits import Commit
+from shared.state.store import Request, Store
 
 PROMPT = [5, 6, 7, 8]
 SAMPLING = Sampling(temperature=1.0, seed=3)

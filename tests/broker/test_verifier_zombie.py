@@ -21,7 +21,8 @@ from shared.engine import Engine, Step
 from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling, Status
 from shared.models.folder import ModelFolder
 from shared.sampling.sampler import choose
-from shared.state.store import Commit, Request, Store
+from shared.state.commits import Commit
+from shared.state.store import Request, Store
 
 LONG = 1000
 """Tokens of a long prompt: several of them take a while."""

@@ -18,7 +18,8 @@ from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.sources import Draft, DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
-from services.verifier.verify import Task, verify
+from services.verifier.core.tasks import VerifyTask
+from services.verifier.verify import verify
 from shared.engine import Engine, Step
 from shared.messages import Sampling
 from shared.models.folder import ModelFolder
@@ -285,7 +286,7 @@ def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
         following = [DraftRequest(r.session, r.tokens, r.sampling, round_of(3), ALONE) for r in requests]
         made = source.ahead(list(zip(following, drafts, strict=True)))
         tasks = [
-            Task(s.name, s.tokens, draft.tokens, s.sampling, frozenset(), room=99, hidden_from=len(s.rows))
+            VerifyTask(s.name, s.tokens, draft.tokens, s.sampling, frozenset(), room=99, hidden_from=len(s.rows))
             for s, draft in zip(sessions, drafts, strict=True)
         ]
         outcomes, _ = verify(judge, tasks)

@@ -11,7 +11,8 @@ import pytest
 import tiny
 import torch
 
-from services.verifier.verify import Outcome, Task, verify
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from services.verifier.verify import verify
 from shared.engine import Engine, Step
 from shared.messages import Finish, HiddenFormat, Sampling
 from shared.models.hidden_states import Bits
@@ -42,17 +43,17 @@ def _empty_cache(engine: Engine) -> None:
         engine.release(session)
 
 
-def task(session: str, tokens: Sequence[int], draft: Sequence[int] = (), hidden_from: int | None = 0) -> Task:
-    return Task(session, list(tokens), list(draft), SAMPLING, frozenset(), room=100, hidden_from=hidden_from)
+def task(session: str, tokens: Sequence[int], draft: Sequence[int] = (), hidden_from: int | None = 0) -> VerifyTask:
+    return VerifyTask(session, list(tokens), list(draft), SAMPLING, frozenset(), room=100, hidden_from=hidden_from)
 
 
-def rows(outcome: Outcome) -> Bits:
+def rows(outcome: VerifyOutcome) -> Bits:
     """What a task was told, as bits."""
     size = outcome.hidden[0].size
     return np.concatenate([np.frombuffer(part.rows, np.uint16).reshape(-1, size) for part in outcome.hidden])
 
 
-def one(engine: Engine, asked: Task) -> Outcome:
+def one(engine: Engine, asked: VerifyTask) -> VerifyOutcome:
     ((outcome,), _) = verify(engine, [asked])
     assert outcome.verdict is not None
     return outcome

@@ -262,24 +262,12 @@ def _is_copy(verify: Verify, known: Pending | None) -> bool:
 
 
 def _job(chosen: Chosen, now_ms: float) -> Job:
-    verify = chosen.pending.verify
-    return Job(
-        session=verify.session,
-        round=verify.round,
-        base_len=verify.base_len,
-        draft=verify.draft[: chosen.draft],
-        drafted=len(verify.draft),
+    pending = chosen.pending
+    return Job.of(
+        pending.verify,
+        draft=chosen.draft,
         prefill_to=chosen.prefill_to,
-        drafter=verify.drafter,
-        gateway=verify.gateway,
-        fingerprint=verify.fingerprint,
-        draft_ms=verify.draft_ms,
-        queue_ms=max(0.0, now_ms - chosen.pending.arrived_ms),
-        service_class=verify.service_class,
-        tpot_ms=verify.tpot_ms,
-        session_key=verify.session_key,
-        slack_ms=None if chosen.pending.due_ms is None else chosen.pending.due_ms - now_ms,
+        queue_ms=max(0.0, now_ms - pending.arrived_ms),
+        slack_ms=None if pending.due_ms is None else pending.due_ms - now_ms,
         reason=chosen.reason,
-        hidden_from=verify.hidden_from if chosen.prefill_to is None else None,
-        hidden_format=verify.hidden_format,
     )

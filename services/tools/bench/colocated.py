@@ -9,7 +9,8 @@ from services.drafter.control import Controller
 from services.drafter.sources import DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
 from services.tools.training.shards import Text
-from services.verifier.verify import Task, verify
+from services.verifier.core.tasks import VerifyTask
+from services.verifier.verify import verify
 from shared.engine import Engine
 
 
@@ -40,7 +41,7 @@ def tokens_per_second(
         started = time.perf_counter()
         draft = source.propose([DraftRequest(session, tokens, parameters, round_, names, states)])[0]
         drafted = time.perf_counter()
-        (outcome,), _ = verify(engine, [Task(session, list(tokens), draft.tokens, parameters, stop_ids, room)])
+        (outcome,), _ = verify(engine, [VerifyTask(session, list(tokens), draft.tokens, parameters, stop_ids, room)])
         done = time.perf_counter()
         assert outcome.verdict is not None, outcome.error
         for name, steps in draft.steps.items():

@@ -9,7 +9,8 @@ from pathlib import Path
 
 from services.tools.replayer.recording import RecordingError
 from services.tools.replayer.work import Computed, Difference, Work
-from services.verifier.verify import Outcome, Task, verify
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from services.verifier.verify import verify
 from shared.engine import Engine
 from shared.messages import Finish, Status
 from shared.models.folder import ModelFolder
@@ -104,10 +105,10 @@ def _ended(tokens: int, accepted: int, finish: Finish | None) -> str:
     return f"{tokens} tokens, {accepted} of them drafts{end}"
 
 
-def _task(one: Computed) -> Task:
+def _task(one: Computed) -> VerifyTask:
     generate = one.text.generate
-    return Task(
-        session=one.job.session,
+    return VerifyTask(
+        session_id=one.job.session,
         tokens=one.tokens,
         draft=one.job.draft,
         sampling=generate.sampling,
@@ -118,7 +119,7 @@ def _task(one: Computed) -> Task:
 
 
 def _compare(
-    batch: str, one: Computed, outcome: Outcome, report: Report, words: Callable[[int], str]
+    batch: str, one: Computed, outcome: VerifyOutcome, report: Report, words: Callable[[int], str]
 ) -> Difference | None:
     job, result = one.job, one.result
 

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from services.verifier.verify import Outcome
+from services.verifier.core.tasks import VerifyOutcome
 from shared.errors import TooLong
 from shared.messages import Failure, HiddenStates, Job, Result, Status
-from shared.state.store import Committed
-from shared.state.store import Outcome as CommitOutcome
+from shared.state.commits import CommitOutcome, Committed
 
 GONE = Failure(
     code="session_gone",
@@ -39,7 +38,7 @@ def failed(job: Job, verifier: str, batch: str, failure: Failure) -> Result:
     return _result(job, verifier, batch, Status.FAILED, error=failure)
 
 
-def prefilled(job: Job, verifier: str, batch: str, outcome: Outcome, verify_ms: float) -> Result:
+def prefilled(job: Job, verifier: str, batch: str, outcome: VerifyOutcome, verify_ms: float) -> Result:
     """A chunk of the prompt is in the cache."""
     return _result(
         job,
@@ -53,7 +52,7 @@ def prefilled(job: Job, verifier: str, batch: str, outcome: Outcome, verify_ms: 
 
 
 def settled(
-    job: Job, verifier: str, batch: str, outcome: Outcome | None, committed: Committed, verify_ms: float
+    job: Job, verifier: str, batch: str, outcome: VerifyOutcome | None, committed: Committed, verify_ms: float
 ) -> Result:
     """What the commit decided. `outcome` is None when the job only asked what is committed."""
     if committed.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
@@ -75,7 +74,7 @@ def settled(
     )
 
 
-def hidden_states(job: Job, outcome: Outcome | None, committed: Committed) -> list[HiddenStates]:
+def hidden_states(job: Job, outcome: VerifyOutcome | None, committed: Committed) -> list[HiddenStates]:
     """What the drafter asked to see of the target's hidden states, of committed tokens only."""
     if outcome is None or not _as_judged(outcome, committed):
         return []
@@ -94,7 +93,7 @@ def hidden_states(job: Job, outcome: Outcome | None, committed: Committed) -> li
     ]
 
 
-def _as_judged(outcome: Outcome, committed: Committed) -> bool:
+def _as_judged(outcome: VerifyOutcome, committed: Committed) -> bool:
     """Whether the round's committed tokens are those that this verifier chose, now or for an earlier copy of it."""
     return (
         committed.outcome is CommitOutcome.COMMITTED

@@ -1,0 +1,43 @@
+"""Records of the commit: what a verifier asks for, and what the commit script decides."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from shared.messages import Finish
+
+
+class CommitOutcome(StrEnum):
+    """Decision of the commit script for one job."""
+
+    COMMITTED = "committed"
+    CONFLICT = "conflict"
+    CANCELLED = "cancelled"
+    GONE = "gone"
+
+
+@dataclass(frozen=True)
+class Commit:
+    """One job's verdict, to be made part of its session."""
+
+    session: str
+    round: int
+    base_len: int
+    accepted: int
+    tokens: Sequence[int]
+    finish: Finish | None
+    cached: int
+
+
+@dataclass(frozen=True)
+class Committed:
+    """Answer of the commit script: the committed `tokens` from `base_len` on, and the committed `length`."""
+
+    outcome: CommitOutcome
+    length: int
+    base_len: int
+    accepted: int
+    finish: Finish | None
+    tokens: list[int]
