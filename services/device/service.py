@@ -11,7 +11,7 @@ import uvicorn
 from services.device.relay import Relay
 from services.device.settings import DeviceSettings
 from services.drafter.drafting import load_drafting
-from services.drafter.emulation import load_profile
+from services.drafter.link import load_profile
 from services.drafter.service import Drafter
 from services.gateway.server import Protocol, Server, listen
 from shared.broker.client import Broker

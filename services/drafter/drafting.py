@@ -6,9 +6,10 @@ import importlib.util
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.drafter.control import Controller, ControlWeights, load_weights
+from services.drafter.control import Controller, ControlWeights
+from services.drafter.control_files import load_weights
+from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
-from services.drafter.hidden.rows import HiddenRows
 from services.drafter.settings import DraftSettings
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
 from shared.errors import ModelError

@@ -10,12 +10,12 @@ import structlog
 
 from services.drafter import metrics
 from services.drafter.control import Round
-from services.drafter.core.device import DeviceProfile
+from services.drafter.core.hidden_rows import HiddenRows
+from services.drafter.core.profile import DeviceProfile
 from services.drafter.core.session import DraftSession, judged
 from services.drafter.core.timeout import RoundTimer
 from services.drafter.drafting import Drafting, load_drafting
-from services.drafter.emulation import EmulatedDevice, load_profile
-from services.drafter.hidden.rows import HiddenRows
+from services.drafter.link import EmulatedDevice, load_profile
 from services.drafter.serving import AheadInMaking, Serving
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Draft, DraftRequest

@@ -7,9 +7,9 @@ import time
 from dataclasses import dataclass
 
 from services.drafter.control import Round, SessionControl
+from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import DraftSession
-from services.drafter.emulation import EmulatedDevice
-from services.drafter.hidden.rows import HiddenRows
+from services.drafter.link import EmulatedDevice
 from services.drafter.sources import Ahead, Draft, DraftRequest, States
 from services.drafter.worker import SourceWorker
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from services.drafter.core.device import Link
+from services.drafter.core.profile import Link
 from services.tools.bench.load.client import Client, ServerUnusable, http_client
 from services.tools.bench.load.drive import Point
 from services.tools.bench.load.measures import Window

@@ -13,12 +13,13 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.drafter.control import Controller, Guess, Pace, Round, RuleName, SessionControl, Step, load_weights
+from services.drafter.control import Controller, Guess, Pace, Round, RuleName, SessionControl, Step
 from services.drafter.control.calibration import Offset, Platt
 from services.drafter.control.controller import FIRST_WAIT, LONGEST_WAIT
 from services.drafter.control.features import NAMES, Context, features, logit, sigmoid
-from services.drafter.control.rounds import RoundRecord, read, write
-from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor, save_weights
+from services.drafter.control.records import RoundRecord
+from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor
+from services.drafter.control_files import load_weights, read_records, save_weights, write_record
 from shared.errors import ModelError, SettingsError
 from shared.messages import Load
 
@@ -440,9 +441,9 @@ def test_a_round_survives_its_record(tmp_path: Path) -> None:
     draft(round_, [guess(0.9, agreed=True), Guess("lookup", support=3), guess(0.2)])
     record = round_.record("s", "chat", 3, 1)
     with (tmp_path / "r.jsonl").open("w") as file:
-        write(file, record)
-        write(file, session.begin(0, 0.7).record("s", "chat", 0, 0))
-    first, second = read(tmp_path / "r.jsonl")
+        write_record(file, record)
+        write_record(file, session.begin(0, 0.7).record("s", "chat", 0, 0))
+    first, second = read_records(tmp_path / "r.jsonl")
     assert first == record
     assert (first.temperature, first.target_entropy, first.guesses[1].support) == (0.7, 1.25, 3)
     assert second.guesses == []
@@ -453,9 +454,9 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
     path = tmp_path / "r.jsonl"
     path.write_text(f'{good}\n\n{{"session": "s", "guesses": [], "verified": 1, "accepted": 2}}\n')
     with pytest.raises(SettingsError, match=r"r\.jsonl, line 3 .*accepted 2 <= verified 1"):
-        list(read(path))
+        list(read_records(path))
     with pytest.raises(SettingsError, match="cannot read"):
-        list(read(tmp_path / "none"))
+        list(read_records(tmp_path / "none"))
 
 
 def test_a_source_that_seemed_slow_is_tried_again_beside_one_that_pays() -> None:

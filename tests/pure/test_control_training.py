@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from services.drafter.control import Controller, Guess, load_weights
+from services.drafter.control import Controller, Guess
 from services.drafter.control.features import NAMES, sigmoid
-from services.drafter.control.rounds import RoundRecord, write
+from services.drafter.control.records import RoundRecord
+from services.drafter.control_files import load_weights, write_record
 from services.tools.cli.controller import app
 from services.tools.training import classifiers
 from services.tools.training.controller import Report, SourceReport, train
@@ -60,7 +61,7 @@ def record_sessions(path: Path, sessions: int, seed: int, rounds: int = 30) -> N
                     verified=4,
                     accepted=accepted,
                 )
-                write(file, record)
+                write_record(file, record)
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 
-from services.drafter.hidden.rows import HiddenRows
+from services.drafter.core.hidden_rows import HiddenRows
 from shared.errors import MessageError
 from shared.messages import MOST, HiddenFormat, HiddenStates, decode, encode
 from shared.models import hidden_states as hidden

@@ -1,9 +1,9 @@
-"""The speculation controller: how many tokens to draft, and how likely each is to be accepted."""
+"""The speculation controller: how many tokens to draft, and how likely each is accepted. Pure: no I/O, no clock."""
 
 from services.drafter.control.controller import Controller, Round, RuleName, SessionControl, Step
 from services.drafter.control.guess import Guess
-from services.drafter.control.pace import Pace
-from services.drafter.control.weights import ControlWeights, load_weights
+from services.drafter.control.times import Pace
+from services.drafter.control.weights import ControlWeights
 
 __all__ = [
     "ControlWeights",
@@ -15,9 +15,8 @@ __all__ = [
     "SessionControl",
     "Step",
     "features",
-    "load_weights",
-    "pace",
-    "rounds",
+    "records",
     "rules",
+    "times",
     "weights",
 ]

@@ -15,9 +15,9 @@ from typing import Literal
 from services.drafter.control.calibration import REMEMBERED, Calibration, Offset, Outlook
 from services.drafter.control.features import Context, Recent, features, sigmoid
 from services.drafter.control.guess import Guess
-from services.drafter.control.pace import Pace
-from services.drafter.control.rounds import RoundRecord
+from services.drafter.control.records import RoundRecord
 from services.drafter.control.rules import Entropy, Judged, Marginal, Predicted, Standing, StopRule
+from services.drafter.control.times import Pace
 from services.drafter.control.weights import ControlWeights
 from shared.errors import SettingsError
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import math
 from operator import mul
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
 
 from services.drafter.control.features import NAMES, Features, sigmoid
-from shared.errors import ModelError
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -128,24 +126,3 @@ UNTRAINED_MODEL = _untrained(["confidence", "agreed"], [0.8, 0.7], -0.3)
 """Drafts are overconfident; what two sources propose is better than one alone."""
 UNTRAINED_COPY = _untrained(["support", "agreed"], [1.3, 0.7], -1.8)
 """About 0.3, 0.4 and 0.5 for n-grams of 1, 2 and 3 tokens."""
-
-
-def load_weights(path: Path) -> ControlWeights:
-    """Read a weights file. Raises ModelError when there is none or it is not one."""
-    remedy = "train them with `wisp controller train`"
-    try:
-        return ControlWeights.model_validate_json(path.read_bytes())
-    except OSError as error:
-        raise ModelError(f"no controller weights at {path} ({error.strerror}); {remedy}") from error
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "file"
-        raise ModelError(f"{path} holds no controller weights: {where}: {first['msg']}; {remedy}") from error
-
-
-def save_weights(path: Path, weights: ControlWeights) -> None:
-    """Write a weights file. Raises ModelError where that cannot be done."""
-    try:
-        path.write_text(weights.model_dump_json(indent=1) + "\n")
-    except OSError as error:
-        raise ModelError(f"cannot write controller weights to {path}: {error.strerror}") from error

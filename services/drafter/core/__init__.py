@@ -1,3 +1,3 @@
 """The drafter's session and its timeout. Pure: no I/O, no clock."""
 
-__all__ = ["device", "session"]
+__all__ = ["profile", "session"]

@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from services.drafter.control import Guess, Step
+from services.drafter.core.draft import Ahead, Draft, DraftRequest
+from services.drafter.core.lookup import NAME as COPY
+from services.drafter.core.lookup import NgramIndex
 from services.drafter.hidden.engine import DraftEngine, DraftStep
-from services.drafter.sources.base import Ahead, Draft, DraftRequest
 from services.drafter.sources.guesses import guesses
-from services.drafter.sources.lookup import NAME as COPY
-from services.drafter.sources.lookup import NgramIndex
 from shared.errors import EngineError
 from shared.sampling.sampler import Columns, choose
 

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from services.drafter.control import Step as Verdict
-from services.drafter.sources.base import Draft, DraftRequest, WithoutStates
+from services.drafter.core.draft import Draft, DraftRequest, WithoutStates
 from services.drafter.sources.guesses import guesses
 from shared.engine import Engine, Step
 from shared.errors import EngineError

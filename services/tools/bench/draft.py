@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.console import Console
 
-from services.drafter.control import Controller, ControlWeights, Pace, RuleName, load_weights
+from services.drafter.control import Controller, ControlWeights, Pace, RuleName
+from services.drafter.control_files import load_weights
 from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts

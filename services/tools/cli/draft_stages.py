@@ -9,8 +9,8 @@ from pathlib import Path
 
 from rich.table import Table
 
-from services.drafter.control import Controller, ControlWeights, load_weights
-from services.drafter.control import rounds as recorded
+from services.drafter.control import Controller, ControlWeights
+from services.drafter.control_files import load_weights, write_record
 from services.drafter.hidden.card import CONTROLLER, HiddenDraftFolder, shipped_for
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources.hidden import HiddenDrafts
@@ -94,7 +94,7 @@ def _record(run: Run, folder: HiddenDraftFolder, to: Path) -> int:
     count = 0
     with to.open("w", encoding="utf-8") as file:
         for drafted in rounds(source, ("hidden", "lookup"), fixed, texts, known):
-            recorded.write(file, drafted.record)
+            write_record(file, drafted.record)
             count += 1
     return count
 

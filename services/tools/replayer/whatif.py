@@ -17,8 +17,8 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from services.drafter.control.pace import Pace
 from services.drafter.control.rules import Marginal, Standing
+from services.drafter.control.times import Pace
 from services.drafter.core.session import DraftSession
 from services.scheduler.core.dispatch import Dispatcher, Rules
 from services.tools.replayer.arrivals import Arrivals, Draft, Visit

@@ -15,10 +15,10 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from services.drafter.control import rounds
 from services.drafter.control.features import NAMES, Context, Recent, features
-from services.drafter.control.rounds import RoundRecord
-from services.drafter.control.weights import ControlWeights, Logistic, Predictor, save_weights
+from services.drafter.control.records import RoundRecord
+from services.drafter.control.weights import ControlWeights, Logistic, Predictor
+from services.drafter.control_files import read_records, save_weights
 from services.tools.training import classifiers
 from services.tools.training.classifiers import Array, Bin, Labels
 from shared.errors import SettingsError
@@ -106,7 +106,7 @@ def train(
     draft_cost, token_cost: time of a draft step and of verifying a token, in rounds without a draft. They matter only
     to the predictor's threshold. Raises SettingsError when the files cannot be read or hold too little.
     """
-    recorded = [record for path in paths for record in rounds.read(path)]
+    recorded = [record for path in paths for record in read_records(path)]
     examples = _examples(recorded)
     count = len(set(examples.sessions.tolist()))
     if count < 2 or len(examples.rows) < FEWEST:

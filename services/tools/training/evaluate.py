@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from services.drafter.control import Controller, Round, SessionControl
-from services.drafter.control.rounds import RoundRecord
+from services.drafter.control.records import RoundRecord
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
 from services.tools.training.shards import Text

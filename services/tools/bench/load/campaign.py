@@ -10,8 +10,8 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from services.drafter.core.device import Link
-from services.drafter.emulation import load_profile
+from services.drafter.core.profile import Link
+from services.drafter.link import load_profile
 from services.tools.bench.load.arms import THIS_MACHINE, Arm, Environment
 from services.tools.bench.load.client import Client, http_client
 from services.tools.bench.load.drive import Point

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from services.drafter.core.device import Link, Travel
+from services.drafter.core.profile import Link, Travel
 from services.tools.bench.load.record import EVENT_END, Record, record_of, refusal_of
 from services.tools.bench.load.requests import Request
 from services.tools.local.settings import LocalSettings

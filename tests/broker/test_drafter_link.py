@@ -13,10 +13,10 @@ from drafter_peer import Peer, drafting
 
 from services.drafter import service
 from services.drafter.control import Controller, Guess
+from services.drafter.core.draft import WithoutStates
 from services.drafter.drafting import Drafting
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Ahead, Draft, DraftRequest
-from services.drafter.sources.base import WithoutStates
 from shared.broker import topology
 from shared.messages import Cancel, Finish, HiddenStates, Result, Status, Verify
 

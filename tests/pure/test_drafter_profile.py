@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.drafter.core.device import MOST_JITTER, DeviceProfile, Link, Travel, parse
-from services.drafter.emulation import SHIPPED, load_profile
+from services.drafter.core.profile import MOST_JITTER, DeviceProfile, Link, Travel, parse
+from services.drafter.link import SHIPPED, load_profile
 from services.drafter.sources import Draft
 from shared.errors import SettingsError
 

@@ -12,7 +12,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from services.drafter.sources import Draft
+from services.drafter.core.draft import Draft
 from shared.errors import SettingsError
 
 MOST_JITTER = 10.0

@@ -11,7 +11,6 @@ still followed within some tens of rounds. Nothing makes a measurement too short
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 from shared.messages import Load
@@ -34,6 +33,8 @@ SPARE_TOKENS = 4
 SPARE_COMPUTED = 16
 """Committed tokens that are computed along with a draft step for little more than its own time."""
 LEAST_MS = 0.1
+LONGEST_MS = 1e9
+"""Longer measurements are broken and ignored, like negative ones and NaN; sums of those up to it stay finite."""
 
 
 class Pace:
@@ -108,7 +109,7 @@ class _Mean:
     count: int = 0
 
     def learn(self, measured_ms: float) -> None:
-        if not math.isfinite(measured_ms) or measured_ms < 0:
+        if not 0 <= measured_ms <= LONGEST_MS:
             return
         if self.count:
             measured_ms = _held(measured_ms, self.value)
@@ -129,7 +130,7 @@ class _Line:
     ky: float = 0.0
 
     def learn(self, k: int, y: float) -> None:
-        if not math.isfinite(y) or y < 0 or k < 0:
+        if k < 0 or not 0 <= y <= LONGEST_MS:
             return
         if self.n:
             y = _held(y, self.base_ms + self.slope_ms * k)

@@ -9,12 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Generic, TypeVar
 
-from services.drafter.core.device import DeviceProfile, Link, Travel, parse
+from services.drafter.core.profile import DeviceProfile, Link, Travel, parse
 from shared.errors import SettingsError
 from shared.messages import HiddenStates, Result, Verify
 from shared.runtime import logging
 
-SHIPPED = Path(__file__).parent / "devices"
+SHIPPED = Path(__file__).parent / "profiles"
 
 M = TypeVar("M")
 

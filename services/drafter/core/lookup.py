@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from services.drafter.control import Guess, Step
-from services.drafter.sources.base import Draft, DraftRequest, WithoutStates
+from services.drafter.core.draft import Draft, DraftRequest, WithoutStates
 
 NAME = "lookup"
 LONGEST = 3
