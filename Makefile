@@ -17,7 +17,7 @@ BIN := .venv/bin
 
 help: ## this list
 	@echo "make TARGET, one of:"
-	@sed -n 's/^\([a-z-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-16s %s\n", $$1, $$2}'
+	@sed -n 's/^\([a-z0-9-]*\):[^#]*## /  \1|/p' $(MAKEFILE_LIST) | awk -F'|' '{printf "%-18s %s\n", $$1, $$2}'
 	@echo "Variables: PORT=8000 (serve), PYTHON=python3.12, TORCH_INDEX=address of a package index, ARGS=\"...\""
 
 setup: ## the virtual environment and the default model, once; all other targets do it by themselves
@@ -74,6 +74,12 @@ bench-scheduler: setup ## time the scheduler's decisions and its service; writes
 
 bench-estimator: setup ## how well batch times are predicted, by kind of batch; writes .wisp/results/estimator.json
 	@$(BIN)/wisp bench estimator $(ARGS)
+
+bench-draft: setup ## drafts on held-out prompts: what is accepted, what it costs; writes .wisp/results/draft.json
+	@$(BIN)/wisp bench draft $(ARGS)
+
+bench-stream: setup ## one stream with and without drafts, and transformers; writes .wisp/results/stream.json
+	@$(BIN)/wisp bench stream $(ARGS)
 
 bench-load: setup ## promises kept under load, by policy; writes .wisp/results/load.json
 	@$(BIN)/wisp bench load $(ARGS)
