@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
+import builders
 import numpy as np
 
 from services.drafter.service import serve
@@ -22,17 +23,14 @@ from shared.messages import (
     Generate,
     HiddenFormat,
     HiddenStates,
-    Load,
     Message,
-    Result,
-    Sampling,
     Status,
     Verify,
 )
 from shared.models import hidden_states as hidden
 from shared.models.hidden_states import Bits
 from shared.state.commits import Commit
-from shared.state.store import Request, Store
+from shared.state.store import Store
 
 PROMPT = [1, 2, 3, 1, 2]
 
@@ -67,28 +65,17 @@ class Peer:
 
     async def ask(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> None:
         """Begin a session as a gateway does."""
-        request = Request(
-            session=session,
-            gateway="g",
-            prompt_len=len(PROMPT),
-            sampling=Sampling(),
-            stop_ids=[],
-            max_tokens=max_tokens,
-            fingerprint="f",
-        )
+        request = builders.stored_request(session, prompt_len=len(PROMPT), stop_ids=[], max_tokens=max_tokens)
         await self.store.create(request, PROMPT)
         await self.publish(self.generate(session, max_tokens, draft))
 
     def generate(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> Generate:
         """The message that begins it."""
-        return Generate(
-            session=session,
-            gateway="g",
+        return builders.generate(
+            session,
             prompt=PROMPT,
-            sampling=Sampling(),
             stop_ids=[],
             max_tokens=max_tokens,
-            fingerprint="f",
             vocab_fingerprint=self.vocabulary,
             draft=draft,
         )
@@ -115,7 +102,7 @@ class Peer:
 
     async def load(self, price_ms: float = 0.0, draft_cap: int = 64) -> None:
         """Say how busy the verifiers are."""
-        told = Load(scheduler="s", price_ms=price_ms, queue_ms=0.0, pending=0, draft_cap=draft_cap)
+        told = builders.load(price_ms, queue_ms=0.0, draft_cap=draft_cap)
         await self.broker.publish(told, topology.LOAD)
 
     async def tell(self, verify: Verify, tokens: Sequence[int], size: int = 64) -> None:
@@ -155,15 +142,13 @@ class Peer:
         self, verify: Verify, base_len: int, status: Status, tokens: list[int], finish: Finish | None = None
     ) -> None:
         """Only send a result."""
-        result = Result(
-            session=verify.session,
-            round=verify.round,
-            base_len=base_len,
+        result = builders.result(
+            verify.session,
+            verify.round,
+            base_len,
+            tokens,
             status=status,
-            verifier="v",
-            batch="b",
             accepted=agreement(verify.draft, tokens),
-            tokens=tokens,
             drafted=len(verify.draft),
             trimmed_to=len(verify.draft),
             verify_ms=50.0,

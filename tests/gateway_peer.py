@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import builders
 import numpy as np
 from safetensors.numpy import save_file
 
@@ -69,8 +70,8 @@ def results_of(generate: Generate, script: Script, tokenizer: Tokenizer) -> list
     """The results of a session's rounds, in order."""
 
     def result(number: int, base_len: int, status: Status, **fields: object) -> Result:
-        common = {"session": generate.session, "round": number, "base_len": base_len, "status": status}
-        return Result.model_validate(common | {"verifier": "peer", "batch": f"b{number}"} | fields)
+        fields = {"status": status, "verifier": "peer", "batch": f"b{number}"} | fields
+        return builders.result(generate.session, number, base_len, **fields)
 
     base_len = len(generate.prompt)
     if script.failure is not None:
@@ -128,13 +129,8 @@ class Peer:
         names = Topology(namespace)
         broker = await Broker.connect(amqp_url, names, "peer")
         store = Store.connect(redis_url, namespace, 60)
-        beat = Heartbeat(
-            verifier="peer",
-            fingerprint=target.fingerprint("bfloat16"),
-            max_len=CONTEXT,
-            free_tokens=CONTEXT,
-            total_tokens=CONTEXT,
-        )
+        room = {"max_len": CONTEXT, "free_tokens": CONTEXT, "total_tokens": CONTEXT}
+        beat = builders.heartbeat("peer", fingerprint=target.fingerprint("bfloat16"), **room)
         peer = cls(broker, store, Tokenizer(target), beat, beat.fingerprint)
         await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
         await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL, topology.ENDED)), peer._hear)

@@ -7,29 +7,26 @@ from __future__ import annotations
 
 from typing import Any
 
+import builders
+
 from services.tools.replayer.recording import Packed, Recording, Source
 from shared.messages import (
     Batch,
     Ended,
     Finish,
     Generate,
-    Heartbeat,
     Job,
     LeftOut,
-    Load,
     Message,
     Result,
     Sampling,
     Slo,
-    Status,
     Verify,
     encode,
 )
 
 START_MS = 1_764_000_000_000
 A, B, C = "chatcmpl-aaaaaaaa01", "chatcmpl-bbbbbbbb01", "chatcmpl-cccccccc01"
-PROMPT = [5, 6, 7]
-
 Sent = tuple[float | None, str, Message]
 
 
@@ -43,86 +40,36 @@ def recording(sent: list[Sent], **changed: Any) -> Recording:
 
 
 def generate(session: str = A, **changed: Any) -> Generate:
-    fields = {
-        "session": session,
-        "gateway": "g1",
-        "prompt": PROMPT,
-        "sampling": Sampling(temperature=0.5, seed=4711),
-        "stop_ids": [2],
-        "max_tokens": 3,
-        "fingerprint": "f",
-        "vocab_fingerprint": "v",
-        "slo": Slo(ttft_ms=100, tpot_ms=50),
-        "elapsed_ms": 5.0,
-    }
-    return Generate.model_validate({**fields, **changed})
+    fields = {"gateway": "g1", "sampling": Sampling(temperature=0.5, seed=4711), "max_tokens": 3, "elapsed_ms": 5.0}
+    return builders.generate(session, **{**fields, "slo": Slo(ttft_ms=100, tpot_ms=50), **changed})
 
 
 def verify(session: str, round_: int, base_len: int, draft: list[int], **changed: Any) -> Verify:
-    fields = {
-        "session": session,
-        "round": round_,
-        "base_len": base_len,
-        "draft": draft,
-        "acceptance": [0.5] * len(draft),
-        "drafter": "d1",
-        "gateway": "g1",
-        "fingerprint": "f",
-    }
-    return Verify.model_validate({**fields, **changed})
+    return builders.verify(session, round_, base_len, draft, **{"drafter": "d1", "gateway": "g1", **changed})
 
 
 def job(session: str, round_: int, base_len: int, draft: list[int], **changed: Any) -> Job:
-    fields = {
-        "session": session,
-        "round": round_,
-        "base_len": base_len,
-        "draft": draft,
-        "drafted": len(draft),
-        "drafter": "d1",
-        "gateway": "g1",
-        "fingerprint": "f",
-        "reason": "due soon",
-    }
-    return Job.model_validate({**fields, **changed})
+    fields = {"drafter": "d1", "gateway": "g1", "reason": "due soon"}
+    return builders.job(session, round_, base_len, draft, **{**fields, **changed})
 
 
 def batch(name: str, *jobs: Job, **changed: Any) -> Batch:
-    fields = {"batch": name, "scheduler": "s1", "jobs": list(jobs), "predicted_ms": 33.0, "policy": "wisp+"}
-    return Batch.model_validate({**fields, **changed})
+    return builders.batch(name, *jobs, **{"predicted_ms": 33.0, "policy": "wisp+", **changed})
 
 
 def result(session: str, round_: int, base_len: int, name: str, tokens: list[int], **changed: Any) -> Result:
-    fields = {
-        "session": session,
-        "round": round_,
-        "base_len": base_len,
-        "status": Status.COMMITTED,
-        "verifier": "v1",
-        "batch": name,
-        "tokens": tokens,
-        "new_tokens": 1,
-    }
-    return Result.model_validate({**fields, **changed})
-
-
-def load(price_ms: float) -> Load:
-    return Load(scheduler="s1", price_ms=price_ms, queue_ms=1.0, pending=0, draft_cap=8)
-
-
-def heartbeat() -> Heartbeat:
-    return Heartbeat(verifier="v1", fingerprint="f", max_len=512, free_tokens=4096, total_tokens=4096)
+    return builders.result(session, round_, base_len, tokens, **{"batch": name, "new_tokens": 1, **changed})
 
 
 def sent() -> list[Sent]:
     """The messages, in the order of the broker."""
     return [
-        (0.0, "heartbeat.v1", heartbeat()),
+        (0.0, "heartbeat.v1", builders.heartbeat(free_tokens=4096, total_tokens=4096)),
         (5.0, "generate.pool", generate()),
         (20.0, "verify", verify(A, 0, 3, [], draft_ms=8.0, slack_ms=80.0)),
         (24.0, "batch.v1", batch("s1-1", job(A, 0, 3, [], queue_ms=2.0))),
         (60.0, "result.d1", result(A, 0, 3, "s1-1", [11], verify_ms=30.0, new_tokens=3)),
-        (61.0, "load", load(0.5)),
+        (61.0, "load", builders.load(0.5)),
         (70.0, "verify", verify(B, 0, 3, [])),
         (70.0, "verify", verify(C, 0, 3, [])),
         (75.0, "verify", verify(A, 1, 4, [12, 13, 14, 15], draft_ms=10.0, slack_ms=50.0)),

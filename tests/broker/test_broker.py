@@ -7,13 +7,15 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 
 import aio_pika
+import builders
 import pytest
+from builders import generate, result, verify
 
 from shared.broker import topology
 from shared.broker.client import PROBE_HEADER, Broker
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Batch, Cancel, Generate, Job, Message, Result, Sampling, Status, Verify, encode
+from shared.messages import Cancel, Message, encode
 
 Connect = Callable[[str], Awaitable[Broker]]
 
@@ -46,29 +48,6 @@ class Inbox:
     async def nothing_more(self) -> bool:
         await asyncio.sleep(0.2)
         return self.messages.empty()
-
-
-def verify(session: str = "s") -> Verify:
-    return Verify(
-        session=session, round=0, base_len=3, draft=[1], acceptance=[0.5], drafter="d", gateway="g", fingerprint="f"
-    )
-
-
-def generate(session: str = "s") -> Generate:
-    return Generate(
-        session=session,
-        gateway="g",
-        prompt=[1, 2],
-        sampling=Sampling(),
-        stop_ids=[],
-        max_tokens=5,
-        fingerprint="f",
-        vocab_fingerprint="v",
-    )
-
-
-def result() -> Result:
-    return Result(session="s", round=0, base_len=3, status=Status.COMMITTED, verifier="v", batch="b", tokens=[9])
 
 
 async def dead_letters(amqp_url: str, namespace: str, count: int) -> list[aio_pika.abc.AbstractIncomingMessage]:
@@ -155,8 +134,7 @@ async def test_a_persistent_message_that_no_queue_takes_is_an_error(connect: Con
 
 async def test_a_confirmed_batch_that_no_verifier_takes_is_an_error(connect: Connect) -> None:
     broker = await connect("scheduler")
-    job = Job(session="s", round=0, base_len=3, draft=[], drafted=0, drafter="d", gateway="g", fingerprint="f")
-    batch = Batch(batch="b1", scheduler="x", jobs=[job], predicted_ms=1.0, policy="fcfs")
+    batch = builders.batch()
     with pytest.raises(Unroutable, match=r"batch\.nobody"):
         await broker.publish(batch, topology.batch("nobody"), confirmed=True)
 

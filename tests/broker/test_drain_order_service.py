@@ -10,12 +10,12 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Thread
 
+import builders
 import pytest
 
 from services.drain_order.service import ANNOTATION, KubernetesError, Pods, serve
 from services.drain_order.settings import DrainOrderSettings
 from shared.errors import SettingsError
-from shared.messages import Heartbeat
 from shared.state.store import Store
 
 TOKEN = "a-token"
@@ -90,17 +90,7 @@ async def store(redis_url: str, namespace: str) -> AsyncIterator[Store]:
 
 
 async def beat(store: Store, pod: str, held: int) -> None:
-    await store.beat(
-        Heartbeat(
-            verifier=f"verifier-{pod}-a1b2c3",
-            fingerprint="f",
-            max_len=2048,
-            free_tokens=10_000 - held,
-            total_tokens=10_000,
-            draining=False,
-            residency=[],
-        )
-    )
+    await store.beat(builders.heartbeat(f"verifier-{pod}-a1b2c3", free_tokens=10_000 - held))
 
 
 @pytest.fixture

@@ -5,15 +5,15 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import builders
 import pytest
+from builders import PROMPT
 from redis.asyncio import Redis
 
 from shared.errors import BrokersError, Fenced
-from shared.messages import SILENT_MS, CostModel, Finish, Heartbeat, Sampling, Slo
+from shared.messages import SILENT_MS, Finish, Sampling, Slo
 from shared.state.commits import Commit, CommitOutcome
 from shared.state.store import Request, Session, SessionStatus, Store
-
-PROMPT = [5, 6, 7]
 
 
 @pytest.fixture
@@ -24,16 +24,7 @@ async def store(redis_url: str, namespace: str) -> AsyncIterator[Store]:
 
 
 def request(session: str = "s", slo: Slo | None = None) -> Request:
-    return Request(
-        session=session,
-        gateway="g",
-        prompt_len=len(PROMPT),
-        sampling=Sampling(temperature=0.7, seed=-3),
-        stop_ids=[2],
-        max_tokens=10,
-        fingerprint="f",
-        slo=slo,
-    )
+    return builders.stored_request(session, sampling=Sampling(temperature=0.7, seed=-3), slo=slo)
 
 
 def commit(
@@ -177,10 +168,7 @@ async def test_session_state_expires(store: Store, redis_url: str, namespace: st
 
 
 async def test_heartbeats_and_cost_models_are_kept(store: Store) -> None:
-    beat = Heartbeat(verifier="v1", fingerprint="f", max_len=10, free_tokens=5, total_tokens=10)
-    model = CostModel(
-        verifier="v1", coefficients=[1.0] * 5, ratio_p50=1.0, ratio_p90=1.0, ratio_p99=1.0, samples=3, version=1
-    )
+    beat, model = builders.heartbeat(), builders.cost_model()
     await store.beat(beat)
     await store.save_cost_model(model)
     assert await store.heartbeats() == [beat]

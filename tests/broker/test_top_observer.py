@@ -9,6 +9,7 @@ from functools import partial
 from io import StringIO
 
 import aio_pika
+import builders
 import pytest
 from aiormq.exceptions import ChannelNotFoundEntity
 from link import link_to
@@ -21,39 +22,18 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, SettingsError
-from shared.messages import Batch, Ended, Heartbeat, Job, Load, Message, Result, Status
+from shared.messages import Message
 
-JOB = Job(
-    session="s-1",
-    round=0,
-    base_len=3,
-    draft=[1],
-    drafted=1,
-    drafter="d",
-    gateway="g",
-    fingerprint="f",
-    reason="due in 9 ms",
-)
+JOB = builders.job("s-1", draft=[1], reason="due in 9 ms")
 PASSING: list[tuple[Message, str]] = [
-    (Heartbeat(verifier="v", fingerprint="f", max_len=9, free_tokens=5, total_tokens=10), topology.heartbeat("v")),
-    (Load(scheduler="sch", price_ms=0.5, queue_ms=1, pending=0, draft_cap=8, policy="edf"), topology.LOAD),
-    (Batch(batch="b", scheduler="sch", jobs=[JOB], predicted_ms=10, policy="edf"), topology.batch("v")),
+    (builders.heartbeat("v", free_tokens=5, total_tokens=10), topology.heartbeat("v")),
+    (builders.load(0.5, policy="edf"), topology.LOAD),
+    (builders.batch("b", JOB, predicted_ms=10, policy="edf"), topology.batch("v")),
     (
-        Result(
-            session="s-1",
-            round=0,
-            base_len=3,
-            status=Status.COMMITTED,
-            verifier="v",
-            batch="b",
-            accepted=1,
-            trimmed_to=1,
-            tokens=[1, 2],
-            verify_ms=20,
-        ),
+        builders.result("s-1", tokens=[1, 2], verifier="v", batch="b", accepted=1, trimmed_to=1, verify_ms=20),
         topology.RESULT_SCHEDULER,
     ),
-    (Ended(session="s-1", reason="stop", tokens=2, attained=True), topology.ENDED),
+    (builders.ended("s-1", tokens=2), topology.ENDED),
 ]
 
 

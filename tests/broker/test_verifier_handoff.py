@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import builders
 import pytest
 from gateway_peer import eventually
 from redis.asyncio import Redis
@@ -21,10 +22,10 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.engine.blocks import BLOCK
-from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling
+from shared.messages import Heartbeat, Message, Result, Sampling
 from shared.models.folder import ModelFolder
 from shared.sampling.sampler import choose
-from shared.state.store import Request, Store
+from shared.state.store import Store
 
 PROMPT = [3 + (5 * place) % 200 for place in range(4 * BLOCK + 10)]
 
@@ -77,18 +78,10 @@ class Peer:
 
     async def verify(self, verifier: str, length: int, draft: list[int]) -> Result:
         """The session's next round."""
-        job = Job(
-            session="s",
-            round=self.rounds,
-            base_len=length,
-            draft=draft,
-            drafted=len(draft),
-            drafter="d",
-            gateway="g",
-            fingerprint=ModelFolder(self.settings.target).fingerprint("bfloat16"),
-        )
+        fingerprint = ModelFolder(self.settings.target).fingerprint("bfloat16")
+        job = builders.job("s", self.rounds, length, draft, fingerprint=fingerprint)
         self.rounds += 1
-        batch = Batch(batch=f"b{self.rounds}", scheduler="x", jobs=[job], predicted_ms=1.0, policy="fcfs")
+        batch = builders.batch(f"b{self.rounds}", job)
         await self.broker.publish(batch, topology.batch(verifier), confirmed=True)
         return await asyncio.wait_for(self.results.get(), 10)
 
@@ -109,14 +102,8 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
     one = Peer(broker, store, settings)
     keys = (topology.heartbeat("*"), topology.result("d"))
     await broker.consume(broker.topology.own_queue("test", "x", keys), one.hear)
-    request = Request(
-        session="s",
-        gateway="g",
-        prompt_len=len(PROMPT),
-        sampling=Sampling(),
-        stop_ids=[],
-        max_tokens=500,
-        fingerprint=ModelFolder(model).fingerprint("bfloat16"),
+    request = builders.stored_request(
+        prompt_len=len(PROMPT), stop_ids=[], max_tokens=500, fingerprint=ModelFolder(model).fingerprint("bfloat16")
     )
     await store.create(request, PROMPT)
     yield one

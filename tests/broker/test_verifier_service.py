@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 import torch
@@ -24,7 +25,6 @@ from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.messages import (
     MOST,
-    Batch,
     Finish,
     Heartbeat,
     HiddenFormat,
@@ -43,7 +43,7 @@ from shared.models.hidden_states import Floats, unpack
 from shared.models.prepare import prepare
 from shared.sampling.sampler import choose
 from shared.state.commits import Commit
-from shared.state.store import Request, Store
+from shared.state.store import Store
 
 PROMPT = [5, 6, 7, 8]
 SAMPLING = Sampling(temperature=1.0, seed=3)
@@ -90,9 +90,8 @@ class Peer:
     async def open(
         self, session: str, max_tokens: int = 100, stop_ids: tuple[int, ...] = (), prompt: Sequence[int] = PROMPT
     ) -> None:
-        request = Request(
-            session=session,
-            gateway="g",
+        request = builders.stored_request(
+            session,
             prompt_len=len(prompt),
             sampling=SAMPLING,
             stop_ids=list(stop_ids),
@@ -102,21 +101,11 @@ class Peer:
         await self.store.create(request, prompt)
 
     def job(self, session: str, base: int, draft: list[int], round_: int = 0, **more: Any) -> Job:
-        return Job(
-            session=session,
-            round=round_,
-            base_len=base,
-            draft=draft,
-            drafted=len(draft),
-            drafter="d",
-            gateway="g",
-            fingerprint=self.fingerprint,
-            **more,
-        )
+        return builders.job(session, round_, base, draft, **({"fingerprint": self.fingerprint} | more))
 
     async def send(self, *jobs: Job) -> None:
         self.batches += 1
-        batch = Batch(batch=f"b{self.batches}", scheduler="x", jobs=list(jobs), predicted_ms=1.0, policy="fcfs")
+        batch = builders.batch(f"b{self.batches}", *jobs)
         await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
 
     async def committed(self, session: str) -> list[int]:

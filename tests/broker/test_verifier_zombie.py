@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import builders
 import pytest
 from gateway_peer import eventually
 
@@ -18,11 +19,11 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
-from shared.messages import Batch, Heartbeat, Job, Message, Result, Sampling, Status
+from shared.messages import Heartbeat, Message, Result, Sampling, Status
 from shared.models.folder import ModelFolder
 from shared.sampling.sampler import choose
 from shared.state.commits import Commit
-from shared.state.store import Request, Store
+from shared.state.store import Store
 
 LONG = 1000
 """Tokens of a long prompt: several of them take a while."""
@@ -61,34 +62,16 @@ class Zombie:
             self.log += line
 
     async def open(self, session: str, prompt: list[int]) -> None:
-        request = Request(
-            session=session,
-            gateway="g",
-            prompt_len=len(prompt),
-            sampling=Sampling(),
-            stop_ids=[],
-            max_tokens=10,
-            fingerprint=self.fingerprint,
-        )
+        request = builders.stored_request(session, prompt_len=len(prompt), stop_ids=[], fingerprint=self.fingerprint)
         await self.store.create(request, prompt)
 
     async def send(self, name: str, sessions: dict[str, int], *, prefill_to: int | None = None) -> None:
         """A batch with the next round of sessions of these lengths, under the lease that is known."""
         jobs = [
-            Job(
-                session=session,
-                round=0,
-                base_len=length,
-                draft=[],
-                drafted=0,
-                prefill_to=prefill_to,
-                drafter="d",
-                gateway="g",
-                fingerprint=self.fingerprint,
-            )
+            builders.job(session, 0, length, prefill_to=prefill_to, fingerprint=self.fingerprint)
             for session, length in sessions.items()
         ]
-        batch = Batch(batch=name, scheduler="x", lease=self.leases[-1], jobs=jobs, predicted_ms=1.0, policy="fcfs")
+        batch = builders.batch(name, *jobs, lease=self.leases[-1])
         await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
 
     async def freeze(self) -> None:

@@ -9,6 +9,7 @@ import timeit
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import builders
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -56,7 +57,7 @@ def measured(price_ms: float = 0.0, draft_cap: int = 64) -> Pace:
 
 
 def load(price_ms: float = 0.0, draft_cap: int = 64) -> Load:
-    return Load(scheduler="s", price_ms=price_ms, queue_ms=1.0, pending=0, draft_cap=draft_cap)
+    return builders.load(price_ms, draft_cap=draft_cap)
 
 
 def controller(rule: RuleName = "marginal", length: int = 8, price_ms: float = 0.0, draft_cap: int = 64) -> Controller:

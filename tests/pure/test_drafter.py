@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
+import builders
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,32 +14,17 @@ from services.drafter.control import Controller, Round
 from services.drafter.core.session import DraftSession
 from services.drafter.core.timeout import LONGEST_MS, UNKNOWN_MS, RoundTimer
 from services.drafter.sources import DraftRequest, LookupDrafts, NoDrafts
-from shared.messages import Failure, Finish, Generate, Result, Sampling, Slo, Status
+from shared.messages import Failure, Finish, Result, Sampling, Slo, Status
 
 PROMPT = [1, 2, 3]
 
 
 def session(slo: Slo | None = None, max_tokens: int = 10) -> DraftSession:
-    generate = Generate(
-        session="s",
-        gateway="g",
-        prompt=PROMPT,
-        sampling=Sampling(),
-        stop_ids=[],
-        max_tokens=max_tokens,
-        fingerprint="f",
-        vocab_fingerprint="v",
-        slo=slo,
-    )
-    return DraftSession(generate, list(PROMPT))
+    return DraftSession(builders.generate(prompt=PROMPT, stop_ids=[], max_tokens=max_tokens, slo=slo), list(PROMPT))
 
 
-def result(round_: int, base: int, tokens: list[int], status: Status = Status.COMMITTED, **more: object) -> Result:
-    return Result.model_validate(
-        {"session": "s", "round": round_, "base_len": base, "status": status, "verifier": "v", "batch": "b"}
-        | {"tokens": tokens}
-        | more
-    )
+def result(round_: int, base: int, tokens: list[int], status: Status = Status.COMMITTED, **more: Any) -> Result:
+    return builders.result("s", round_, base, tokens, status=status, **more)
 
 
 def test_a_result_moves_the_session_to_the_next_round() -> None:

@@ -7,11 +7,13 @@ import threading
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
+from builders import result
+
 from services.drafter.control import Controller, Guess, Round
 from services.drafter.core.session import judged
 from services.drafter.sources import Ahead, Draft, DraftRequest
 from services.drafter.worker import SourceWorker
-from shared.messages import Result, Sampling, Status
+from shared.messages import Sampling
 
 
 class Scripted:
@@ -112,19 +114,7 @@ async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> No
 
 def test_only_tokens_that_were_verified_are_judged() -> None:
     def counts(tokens: list[int], accepted: int, trimmed_to: int) -> tuple[int, int]:
-        return judged(
-            Result(
-                session="s",
-                round=1,
-                base_len=3,
-                status=Status.COMMITTED,
-                verifier="v",
-                batch="b",
-                tokens=tokens,
-                accepted=accepted,
-                trimmed_to=trimmed_to,
-            )
-        )
+        return judged(result("s", 1, 3, tokens, accepted=accepted, trimmed_to=trimmed_to))
 
     assert counts([5, 6, 7], 2, 4) == (4, 2)  # the third was rejected
     assert counts([5, 6, 7], 2, 2) == (2, 2)  # all that were left after trimming are right

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import builders
 import pytest
 
 from services.drafter.control import Controller
@@ -14,23 +15,13 @@ from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import LookupDrafts, NoDrafts
 from shared.errors import ModelError, SettingsError
-from shared.messages import DraftChoice, Generate, Sampling
+from shared.messages import DraftChoice, Generate
 
 ROOT = Path(__file__).parents[2]
 
 
 def generate(draft: DraftChoice, vocabulary: str = "v") -> Generate:
-    return Generate(
-        session="s",
-        gateway="g",
-        prompt=[1],
-        sampling=Sampling(),
-        stop_ids=[],
-        max_tokens=5,
-        fingerprint="f",
-        vocab_fingerprint=vocabulary,
-        draft=draft,
-    )
+    return builders.generate(draft=draft, vocab_fingerprint=vocabulary)
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builders
 import pytest
 
 from services.drain_order.core.order import changes, deletion_costs
@@ -10,15 +11,7 @@ from shared.runtime.settings import ServiceSettings, host_of
 
 
 def heartbeat(pod: str, held: int, draining: bool = False) -> Heartbeat:
-    return Heartbeat(
-        verifier=f"verifier-{pod}-a1b2c3",
-        fingerprint="f",
-        max_len=2048,
-        free_tokens=10_000 - held,
-        total_tokens=10_000,
-        draining=draining,
-        residency=[],
-    )
+    return builders.heartbeat(f"verifier-{pod}-a1b2c3", free_tokens=10_000 - held, draining=draining)
 
 
 def test_the_emptiest_verifier_costs_the_least() -> None:

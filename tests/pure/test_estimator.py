@@ -6,6 +6,7 @@ import random
 from collections.abc import Iterable
 from statistics import median
 
+import builders
 import msgpack
 import numpy as np
 import pytest
@@ -32,9 +33,7 @@ def random_shape(rng: random.Random) -> BatchShape:
 
 
 def model_of(*values: float) -> CostModel:
-    return CostModel(
-        verifier="v", coefficients=list(values), ratio_p50=1.0, ratio_p90=1.1, ratio_p99=1.2, samples=500, version=70
-    )
+    return builders.cost_model("v", values, ratio_p99=1.2, samples=500, version=70)
 
 
 def true_ms(shape: BatchShape, speed: float = 1.0) -> float:

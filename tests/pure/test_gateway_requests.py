@@ -7,6 +7,7 @@ import json
 import math
 from typing import Any
 
+import builders
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -396,8 +397,7 @@ def test_a_text_attains_when_it_is_complete_and_both_times_are_kept(
 
 
 def heartbeat(**fields: Any) -> Heartbeat:
-    given_fields = {"verifier": "v", "fingerprint": "f", "max_len": 100, "free_tokens": 1, "total_tokens": 1} | fields
-    return Heartbeat.model_validate(given_fields)
+    return builders.heartbeat(**({"max_len": 100, "free_tokens": 1, "total_tokens": 1} | fields))
 
 
 def test_the_longest_session_is_that_of_the_largest_verifier_that_stays() -> None:

@@ -5,13 +5,14 @@ from __future__ import annotations
 import random
 from pathlib import Path
 
+import builders
 import pytest
 from gateway_peer import EOS, Script, results_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.session import Piece, Session
-from shared.messages import Failure, Finish, Generate, Result, Sampling, Status
+from shared.messages import Failure, Finish, Generate, Result, Status
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 
@@ -24,16 +25,7 @@ def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
 
 
 def generate(max_tokens: int = 400) -> Generate:
-    return Generate(
-        session="s",
-        gateway="g",
-        prompt=[9] * PROMPT_LEN,
-        sampling=Sampling(),
-        stop_ids=[EOS],
-        max_tokens=max_tokens,
-        fingerprint="f",
-        vocab_fingerprint="v",
-    )
+    return builders.generate(prompt=[9] * PROMPT_LEN, stop_ids=[EOS], max_tokens=max_tokens)
 
 
 def new_session(tokenizer: Tokenizer, stops: list[str] | None = None, echo: str = "") -> Session:
@@ -183,9 +175,7 @@ def test_a_late_result_is_counted_though_its_tokens_are_known_from_redis(tokeniz
 
 def test_a_conflict_brings_tokens_but_no_round(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abc")
-    conflict = Result(
-        session="s", round=4, base_len=PROMPT_LEN, status=Status.CONFLICT, verifier="v", batch="b", tokens=ids
-    )
+    conflict = builders.result("s", 4, PROMPT_LEN, ids, status=Status.CONFLICT)
     session = new_session(tokenizer)
     assert text_of(feed(session, [conflict])) == "abc"
     assert session.tally.rounds == 0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import builders
 import numpy as np
 import pytest
 from hypothesis import given
@@ -26,11 +27,7 @@ def true_bits(count: int, version: int = 0) -> Bits:
 
 
 def message(start: int, bits: Bits, form: HiddenFormat = HiddenFormat.BFLOAT16) -> HiddenStates:
-    rows, scales = pack(bits, form)
-    told = HiddenStates(
-        session="s", round=1, start=start, count=len(bits), size=bits.shape[1], format=form, rows=rows, scales=scales
-    )
-    back = decode(encode(told))
+    back = decode(encode(builders.hidden_states(start, bits, form)))
     assert isinstance(back, HiddenStates)
     return back
 
@@ -66,12 +63,8 @@ def test_int8_comes_back_within_half_a_scale(bits: Bits) -> None:
 
 def test_broken_rows_arrive_broken_and_spoil_no_others() -> None:
     bits = np.array([[0x7FC0, 0x3F80], [0x7F80, 0x3F80], [0x3F80, 0xBF80]], np.uint16)  # NaN, infinity, 1 and -1
-    rows, scales = pack(bits, HiddenFormat.INT8)
-    told = HiddenStates(
-        session="s", round=0, start=0, count=3, size=2, format=HiddenFormat.INT8, rows=rows, scales=scales
-    )
     with np.errstate(invalid="ignore"):
-        found = unpack(told)
+        found = unpack(builders.hidden_states(0, bits, HiddenFormat.INT8))
     assert not np.isfinite(found[:2]).all(axis=1).any()
     np.testing.assert_allclose(found[2], [1, -1])
 

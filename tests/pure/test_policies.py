@@ -6,6 +6,7 @@ import random
 from dataclasses import replace
 from typing import get_args
 
+import builders
 import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
@@ -16,42 +17,25 @@ from services.scheduler.core.pool import BLOCK, Pending, VerifierState
 from services.scheduler.core.tally import Tally
 from services.scheduler.core.waiting import Queue, seen_by
 from shared import cost
-from shared.messages import CostModel, Heartbeat, Verify
+from shared.messages import CostModel
 
 POLICIES: list[PolicyName] = list(get_args(PolicyName))
 OURS: list[PolicyName] = ["wisp", "wisp+"]
 NOW = 1000.0
 SLED = 8
-MODEL = CostModel(
-    verifier="v",
-    coefficients=[40.0, 1.0, 2.0, 5.0, 5.0],
-    ratio_p50=1.0,
-    ratio_p90=1.2,
-    ratio_p99=1.5,
-    samples=9,
-    version=1,
-)
+MODEL = builders.cost_model("v", ratio_p90=1.2, ratio_p99=1.5)
 LIMITS = Limits(400.0, 2048, 5000.0)
 
 
 def pending(
     name: str, *, arrived: float = NOW, due: float | None = None, base: int = 20, acceptance: tuple[float, ...] = ()
 ) -> Pending:
-    verify = Verify(
-        session=name,
-        round=0,
-        base_len=base,
-        draft=[1] * len(acceptance),
-        acceptance=list(acceptance),
-        drafter="d",
-        gateway="g",
-        fingerprint="f",
-    )
+    verify = builders.verify(name, 0, base, [1] * len(acceptance), acceptance=list(acceptance))
     return Pending(verify, arrived, due)
 
 
 def verifier(cached: dict[str, int] | None = None, *, room: int = 100_000, model: CostModel = MODEL) -> VerifierState:
-    beat = Heartbeat(verifier="v", fingerprint="f", max_len=8192, free_tokens=room, total_tokens=room)
+    beat = builders.heartbeat("v", free_tokens=room, total_tokens=room)
     return VerifierState(beat, NOW, model, cached or {})
 
 

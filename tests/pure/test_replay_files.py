@@ -7,6 +7,7 @@ import json
 import re
 from pathlib import Path
 
+import builders
 import pytest
 import recorded
 from hypothesis import given
@@ -41,7 +42,7 @@ def test_a_file_holds_every_message_with_its_time(tmp_path: Path, name: str) -> 
 def test_fields_that_this_version_does_not_know_survive(tmp_path: Path) -> None:
     import msgpack
 
-    body = msgpack.packb({**msgpack.unpackb(encode(recorded.load(1.0))), "of_tomorrow": [1.5, "x"]})
+    body = msgpack.packb({**msgpack.unpackb(encode(builders.load(1.0))), "of_tomorrow": [1.5, "x"]})
     path = tmp_path / "new.jsonl"
     files.write(path, Recording(Source("suite"), [Packed(1, "load", body)]))
     assert msgpack.unpackb(files.read(path).packed[0].body)["of_tomorrow"] == [1.5, "x"]

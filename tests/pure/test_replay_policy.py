@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import get_args
 
+import builders
 import pytest
 import recorded
+from builders import heartbeat
 from recorded import START_MS, A
 
 from services.scheduler.core.batching import Limits
@@ -17,7 +19,7 @@ from services.tools.replayer.figures import recorded as really
 from services.tools.replayer.life import Lives
 from services.tools.replayer.recording import Recording
 from services.tools.replayer.whatif import Drafting, what_if
-from shared.messages import CostModel, Heartbeat, Result, Slo, Verify
+from shared.messages import CostModel, Result, Slo, Verify
 
 ONE_AT_A_TIME = Limits(max_batch_ms=28, max_batch_tokens=2048)
 """With the cost model below: a batch of two rounds takes 30 ms."""
@@ -25,14 +27,7 @@ WIDE = Limits(max_batch_ms=400, max_batch_tokens=2048)
 
 
 def cost_model(verifier: str = "v1", factor: float = 1.0) -> CostModel:
-    coefficients = [15 * factor, 5 * factor, 0.0, 0.0, 0.0, 0.0, 0.0]
-    return CostModel(
-        verifier=verifier, coefficients=coefficients, ratio_p50=1, ratio_p90=1, ratio_p99=1, samples=9, version=1
-    )
-
-
-def heartbeat(verifier: str = "v1") -> Heartbeat:
-    return Heartbeat(verifier=verifier, fingerprint="f", max_len=512, free_tokens=4096, total_tokens=4096)
+    return builders.cost_model(verifier, [15 * factor, 5 * factor, 0.0, 0.0, 0.0, 0.0, 0.0], ratio_p90=1, ratio_p99=1)
 
 
 def visit(name: str, slo: Slo | None, at_ms: float = 0.0, tokens: int = 4, right: int = 0) -> Visit:

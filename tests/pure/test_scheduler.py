@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from typing import Any, get_args
 
+import builders
 import pytest
 
 from services.scheduler.core import pacing
@@ -21,53 +22,26 @@ from shared.messages import (
     Heartbeat,
     HiddenFormat,
     Job,
-    Residency,
     Result,
     Status,
     Verify,
 )
 
-MODEL = CostModel(
-    verifier="v1",
-    coefficients=[40.0, 1.0, 2.0, 5.0, 5.0],
-    ratio_p50=1.0,
-    ratio_p90=1.1,
-    ratio_p99=1.3,
-    samples=9,
-    version=1,
-)
+MODEL = builders.cost_model()
 LIMITS = Limits(max_batch_ms=400.0, max_batch_tokens=2048)
 
 
 def verify(session: str, *, round_: int = 0, base: int = 20, draft: int = 4, slack: float | None = None) -> Verify:
-    return Verify(
-        session=session,
-        round=round_,
-        base_len=base,
-        draft=[1] * draft,
-        acceptance=[0.5] * draft,
-        drafter="d",
-        gateway="g",
-        fingerprint="f",
-        slack_ms=slack,
-    )
+    return builders.verify(session, round_, base, [1] * draft, slack_ms=slack)
 
 
-def heartbeat(name: str = "v1", *, held: dict[str, int] | None = None, free: int = 10_000, **more: object) -> Heartbeat:
-    residency = [Residency(session=s, cached=c) for s, c in (held or {}).items()]
-    return Heartbeat.model_validate(
-        {"verifier": name, "fingerprint": "f", "max_len": 8192, "free_tokens": free, "total_tokens": 10_000}
-        | {"residency": residency}
-        | more
-    )
+def heartbeat(name: str = "v1", *, held: dict[str, int] | None = None, free: int = 10_000, **more: Any) -> Heartbeat:
+    return builders.heartbeat(name, held, free_tokens=free, **more)
 
 
-def result(batch: Batch, job: Job, *, tokens: int = 1, status: Status = Status.COMMITTED, **more: object) -> Result:
-    return Result.model_validate(
-        {"session": job.session, "round": job.round, "base_len": job.base_len, "status": status, "verifier": "v1"}
-        | {"batch": batch.batch, "tokens": [7] * tokens, "cached": job.base_len + tokens - 1}
-        | more
-    )
+def result(batch: Batch, job: Job, *, tokens: int = 1, status: Status = Status.COMMITTED, **more: Any) -> Result:
+    fields = {"status": status, "batch": batch.batch, "cached": job.base_len + tokens - 1} | more
+    return builders.result(job.session, job.round, job.base_len, [7] * tokens, **fields)
 
 
 def dispatcher(policy: PolicyName = "fcfs", *verifiers: Heartbeat, limits: Limits = LIMITS, **more: Any) -> Dispatcher:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from itertools import count
 from typing import get_args
 
+import builders
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -124,13 +125,9 @@ def test_extreme_messages_end_no_scheduler(policy: PolicyName, messages: list[ob
 )
 def test_what_is_beyond_the_limits_is_no_message(message: type, field: str, value: object) -> None:
     whole = {
-        Verify: Verify(
-            session="s", round=0, base_len=3, draft=[], acceptance=[], drafter="d", gateway="g", fingerprint="f"
-        ),
-        CostModel: CostModel(
-            verifier="v", coefficients=[1.0] * 5, ratio_p50=1.0, ratio_p90=1.0, ratio_p99=1.0, samples=0, version=0
-        ),
-        Heartbeat: Heartbeat(verifier="v", fingerprint="f", max_len=9, free_tokens=9, total_tokens=9),
+        Verify: builders.verify(),
+        CostModel: builders.cost_model(),
+        Heartbeat: builders.heartbeat(),
     }[message]
     with pytest.raises(MessageError, match=field):
         decode(encode(whole.model_copy(update={field: value})))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+from builders import verify
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -13,22 +16,14 @@ from shared.messages import Cancel, Verify
 SEAL = Seal("x" * 32)
 
 
-def round_(**fields: object) -> Verify:
-    session, gateway = str(fields.get("session", "s")), "g"
-    tpot_ms = fields.get("tpot_ms")
-    assert tpot_ms is None or isinstance(tpot_ms, float)
-    base = {
-        "session": session,
-        "round": 0,
+def round_(session: str = "s", tpot_ms: float | None = None, **fields: Any) -> Verify:
+    plain = {
         "base_len": 100,
         "draft": [1, 2],
-        "acceptance": [0.5, 0.5],
         "drafter": "device.ann",
-        "gateway": gateway,
-        "fingerprint": "f",
-        "session_key": SEAL.key(session, gateway, "default", tpot_ms),
+        "session_key": SEAL.key(session, "g", "default", tpot_ms),
     }
-    return Verify.model_validate(base | fields)
+    return verify(session, tpot_ms=tpot_ms, **(plain | fields))
 
 
 @pytest.fixture

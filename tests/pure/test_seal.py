@@ -2,47 +2,27 @@
 
 from __future__ import annotations
 
+from typing import Any
+
+import builders
 import pytest
 
 from services.tools.replayer.redact import redacted
 from shared.broker.seal import Seal
-from shared.messages import Batch, Generate, Job, Sampling, Slo, Verify, decode, encode
+from shared.messages import Generate, Job, Slo, Verify, decode, encode
 from shared.runtime.settings import SealSettings, problems_of
 
 SEAL = Seal("x" * 32)
 
 
-def generate(**fields: object) -> Generate:
-    base = {
-        "session": "s",
-        "gateway": "g",
-        "prompt": [1],
-        "sampling": Sampling(),
-        "stop_ids": [],
-        "max_tokens": 4,
-        "fingerprint": "f",
-        "vocab_fingerprint": "v",
-        "slo": Slo(ttft_ms=100, tpot_ms=12.3456789),
-        "service_class": "priority",
-    }
-    return Generate.model_validate(base | fields)
+def generate(**fields: Any) -> Generate:
+    slo = Slo(ttft_ms=100, tpot_ms=12.3456789)
+    return builders.generate(slo=slo, service_class="priority", **fields)
 
 
-def verify(key: str, **fields: object) -> Verify:
-    base = {
-        "session": "s",
-        "round": 0,
-        "base_len": 1,
-        "draft": [],
-        "acceptance": [],
-        "drafter": "d",
-        "gateway": "g",
-        "fingerprint": "f",
-        "tpot_ms": 12.3456789,
-        "service_class": "priority",
-        "session_key": key,
-    }
-    return Verify.model_validate(base | fields)
+def verify(key: str, **fields: Any) -> Verify:
+    plain = {"tpot_ms": 12.3456789, "service_class": "priority", "session_key": key}
+    return builders.verify(**(plain | fields))
 
 
 def test_who_was_given_a_session_shows_its_key_over_the_wire() -> None:
@@ -97,7 +77,7 @@ def test_a_short_secret_is_refused_and_not_shown() -> None:
 def test_a_recording_without_text_holds_no_keys() -> None:
     given = SEAL.sealed(generate())
     job = Job.model_validate(verify(given.session_key).model_dump() | {"drafted": 0})
-    batch = Batch(batch="b", scheduler="s", jobs=[job], predicted_ms=1.0, policy="fcfs")
+    batch = builders.batch("b1", job)
     for message in (given, verify(given.session_key), batch):
         assert given.session_key.encode() in encode(message)
         assert given.session_key.encode() not in encode(redacted(message))

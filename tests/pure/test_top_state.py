@@ -6,7 +6,9 @@ import json
 from dataclasses import asdict
 from io import StringIO
 from pathlib import Path
+from typing import Any
 
+import builders
 import pytest
 from rich.console import Console
 
@@ -19,13 +21,11 @@ from shared.errors import SettingsError
 from shared.messages import (
     Batch,
     ClassLoad,
-    CostModel,
     Ended,
     Heartbeat,
     Job,
     LeftOut,
     Load,
-    Residency,
     Result,
     Slo,
     Status,
@@ -33,56 +33,31 @@ from shared.messages import (
 )
 
 
-def heartbeat(verifier: str = "v1", **changed: object) -> Heartbeat:
-    fields = {"verifier": verifier, "fingerprint": "f", "max_len": 100, "free_tokens": 750, "total_tokens": 1000}
-    return Heartbeat.model_validate({**fields, "residency": [Residency(session="a", cached=5)], **changed})
+def heartbeat(verifier: str = "v1", **changed: Any) -> Heartbeat:
+    return builders.heartbeat(verifier, {"a": 5}, **({"free_tokens": 750, "total_tokens": 1000} | changed))
 
 
-def load(**changed: object) -> Load:
-    fields = {"scheduler": "s1", "price_ms": 1.5, "queue_ms": 12.0, "pending": 3, "draft_cap": 8}
-    return Load.model_validate({**fields, "policy": "edf", "utilization": 0.5, **changed})
+def load(**changed: Any) -> Load:
+    fields = {"queue_ms": 12.0, "pending": 3, "policy": "edf", "utilization": 0.5}
+    return builders.load(1.5, **(fields | changed))
 
 
-def job(session: str = "chatcmpl-abcdef0123456789", **changed: object) -> Job:
-    fields = {
-        "session": session,
-        "round": 2,
-        "base_len": 10,
-        "draft": [1, 2],
-        "drafted": 4,
-        "drafter": "d",
-        "gateway": "g",
-        "fingerprint": "f",
-        "queue_ms": 7.0,
-        "slack_ms": 40.0,
-        "reason": "due in 40 ms",
-    }
-    return Job.model_validate({**fields, **changed})
+def job(session: str = "chatcmpl-abcdef0123456789", **changed: Any) -> Job:
+    fields = {"drafted": 4, "queue_ms": 7.0, "slack_ms": 40.0, "reason": "due in 40 ms"}
+    return builders.job(session, 2, 10, [1, 2], **(fields | changed))
 
 
-def batch(name: str = "b1", jobs: list[Job] | None = None, **changed: object) -> Batch:
-    fields = {"batch": name, "scheduler": "s1", "jobs": jobs or [job()], "predicted_ms": 40.0, "policy": "edf"}
-    return Batch.model_validate({**fields, **changed})
+def batch(name: str = "b1", jobs: list[Job] | None = None, **changed: Any) -> Batch:
+    return builders.batch(name, *(jobs or [job()]), **({"predicted_ms": 40.0, "policy": "edf"} | changed))
 
 
-def result(name: str = "b1", session: str = "a", round_: int = 0, **changed: object) -> Result:
-    fields = {
-        "session": session,
-        "round": round_,
-        "base_len": 10,
-        "status": Status.COMMITTED,
-        "verifier": "v1",
-        "batch": name,
-        "accepted": 2,
-        "tokens": [1, 2, 3],
-        "trimmed_to": 4,
-        "verify_ms": 50.0,
-    }
-    return Result.model_validate({**fields, **changed})
+def result(name: str = "b1", session: str = "a", round_: int = 0, **changed: Any) -> Result:
+    fields = {"batch": name, "tokens": [1, 2, 3], "accepted": 2, "trimmed_to": 4, "verify_ms": 50.0}
+    return builders.result(session, round_, 10, **(fields | changed))
 
 
-def ended(reason: str = "stop", attained: bool = True, tokens: int = 100, **changed: object) -> Ended:
-    return Ended.model_validate({"session": "a", "reason": reason, "attained": attained, "tokens": tokens, **changed})
+def ended(reason: str = "stop", tokens: int = 100, **changed: Any) -> Ended:
+    return builders.ended("a", reason, tokens=tokens, **changed)
 
 
 def watched(*messages: tuple[float, object], started_ms: float = 0.0) -> Watch:
@@ -116,7 +91,7 @@ def test_batches_are_held_against_their_prediction() -> None:
         watch.feed(result(f"b{i}", "b", i, verify_ms=took), 1000.0 * i + 100)
     watch.feed(batch("next"), 2500)
     watch.feed(
-        CostModel(verifier="v1", coefficients=[1.0] * 5, ratio_p50=1, ratio_p90=1, ratio_p99=1, samples=7, version=1),
+        builders.cost_model(coefficients=[1.0] * 5, samples=7),
         2600,
     )
     (verifier,) = watch.snapshot(4000).verifiers

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import builders
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -12,15 +13,7 @@ MB = 10**6
 
 
 def model(token_ms: float) -> CostModel:
-    return CostModel(
-        verifier="v",
-        coefficients=[40.0, 0.5, token_ms, 600.0, 3000.0, 0.7, token_ms],
-        ratio_p50=1,
-        ratio_p90=1,
-        ratio_p99=1,
-        samples=9,
-        version=1,
-    )
+    return builders.cost_model("v", [40.0, 0.5, token_ms, 600.0, 3000.0, 0.7, token_ms], ratio_p90=1, ratio_p99=1)
 
 
 def test_a_slow_verifier_loads_and_a_fast_one_computes() -> None:

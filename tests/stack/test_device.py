@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import aio_pika
+import builders
 import httpx
 import pytest
 from aio_pika.abc import AbstractChannel, AbstractConnection
@@ -37,12 +38,10 @@ from shared.broker.access import DEVICE_LIMITS, definitions, device_definitions,
 from shared.broker.client import Broker
 from shared.broker.topology import ROLES, ROUNDS_KEPT, Topology, device_name
 from shared.messages import (
-    Batch,
     Cancel,
     CostModel,
     Failure,
     Generate,
-    Heartbeat,
     Job,
     Message,
     Result,
@@ -393,8 +392,8 @@ async def test_another_devices_session_is_neither_read_nor_touched(cluster: Clus
             # What others would do.
             Cancel(session=others.session, reason="hostile"),
             _result(others),
-            Batch(batch="b", scheduler="s", jobs=[_job(others)], predicted_ms=1, policy="fcfs"),
-            Heartbeat(verifier="evil", fingerprint=own.fingerprint, max_len=9, free_tokens=10**6, total_tokens=10**6),
+            builders.batch("b1", _job(others)),
+            builders.heartbeat("evil", fingerprint=own.fingerprint, free_tokens=10**6, total_tokens=10**6),
             CostModel(
                 verifier="verifier-1",
                 coefficients=[0.0] * 5,
@@ -432,12 +431,9 @@ _SHAPE = {"jobs": 1, "new_tokens": 1, "new_context": 1, "context": 1}
 
 
 def _job(generate: Generate) -> Job:
-    return Job(
-        session=generate.session,
-        round=0,
+    return builders.job(
+        generate.session,
         base_len=len(generate.prompt),
-        draft=[],
-        drafted=0,
         drafter=device_name("ann"),
         gateway=generate.gateway,
         fingerprint=generate.fingerprint,
@@ -445,15 +441,8 @@ def _job(generate: Generate) -> Job:
 
 
 def _result(generate: Generate) -> Result:
-    return Result(
-        session=generate.session,
-        round=0,
-        base_len=len(generate.prompt),
-        status=Status.FAILED,
-        verifier="verifier-1",
-        batch="b",
-        error=Failure(code="cancelled", message="hostile"),
-    )
+    error = Failure(code="cancelled", message="hostile")
+    return builders.result(generate.session, base_len=len(generate.prompt), status=Status.FAILED, error=error)
 
 
 async def _serve(channel: AbstractChannel, inbox: Any, generate: Generate, device: str, draft: list[int]) -> None:

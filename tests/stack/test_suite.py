@@ -6,6 +6,7 @@ import asyncio
 import time
 
 import aio_pika
+import builders
 import openai
 import pytest
 from asking import TOKENS, Case, Client, Traffic
@@ -15,7 +16,7 @@ from services.tools.local.stack import Stack
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
-from shared.messages import Batch, Job, Message, Result, Status
+from shared.messages import Message, Result, Status
 from shared.state.store import Store
 
 MESSAGES = [{"role": "user", "content": "Count from one to twenty in words."}]
@@ -120,20 +121,9 @@ async def test_a_verifier_refuses_a_session_of_another_model(stack: Stack) -> No
     broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), "stranger")
     answers: asyncio.Queue[Message] = asyncio.Queue()
     await broker.consume(broker.topology.own_queue("test", "stranger", (topology.result("stranger"),)), answers.put)
-    job = Job(
-        session="s",
-        round=0,
-        base_len=3,
-        draft=[],
-        drafted=0,
-        drafter="stranger",
-        gateway="stranger",
-        fingerprint="another model",
-    )
+    job = builders.job(drafter="stranger", gateway="stranger", fingerprint="another model")
     verifier = stack.processes("verifier")[0].name
-    await broker.publish(
-        Batch(batch="b", scheduler="stranger", jobs=[job], predicted_ms=1.0, policy="fcfs"), topology.batch(verifier)
-    )
+    await broker.publish(builders.batch("b1", job), topology.batch(verifier))
     answer = await asyncio.wait_for(answers.get(), 10)
     await broker.close()
     assert isinstance(answer, Result)
