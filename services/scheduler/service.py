@@ -9,7 +9,7 @@ from typing import Any
 
 from services.scheduler import metrics
 from services.scheduler.core.dispatch import Dispatcher
-from services.scheduler.devices import Devices
+from services.scheduler.device_queues import Devices
 from services.scheduler.settings import SchedulerSettings
 from shared.broker import topology
 from shared.broker.client import Broker

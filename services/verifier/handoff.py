@@ -16,7 +16,7 @@ from itertools import takewhile
 from typing import Protocol, TypeVar
 
 from services.verifier import metrics
-from services.verifier.core.worth import Worth
+from services.verifier.core.transfer_cost import Worth
 from services.verifier.settings import KvHandoff
 from shared.engine import Engine
 from shared.engine.blocks import BLOCK, block_names

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from services.scheduler.core.tally import Tally
+from services.scheduler.core.mutable_shape import Tally
 from shared import cost
 from shared.cost.fit import VerifierFit, non_negative
 from shared.messages import BatchShape, CostModel, Measurement, decode, encode

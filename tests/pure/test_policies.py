@@ -12,10 +12,10 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.core.batching import TOLD, Limits, Plan
+from services.scheduler.core.mutable_shape import Tally
 from services.scheduler.core.policies import Part, PolicyName, Situation, policy_of
 from services.scheduler.core.pool import BLOCK, Pending, VerifierState
-from services.scheduler.core.tally import Tally
-from services.scheduler.core.waiting import Queue, seen_by
+from services.scheduler.core.round_queue import Queue, seen_by
 from shared import cost
 from shared.messages import CostModel
 

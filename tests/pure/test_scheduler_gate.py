@@ -9,7 +9,7 @@ from builders import verify
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.core.gate import HIDDEN_ROWS, LONGEST_DRAFT, Bucket, Gate, Refused
+from services.scheduler.core.device_gate import HIDDEN_ROWS, LONGEST_DRAFT, Bucket, Gate, Refused
 from shared.broker.seal import Seal
 from shared.messages import Cancel, Verify
 

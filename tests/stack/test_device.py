@@ -26,7 +26,7 @@ from rabbitmqctl import import_definitions, rabbitmqctl
 from secured import Secured, secured
 
 from services.gateway.core.keys import new_key, render
-from services.scheduler.devices import PREFETCH
+from services.scheduler.device_queues import PREFETCH
 from services.tools.local import logs
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import checkout

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
+from services.scheduler.core.mutable_shape import Tally
 from services.scheduler.core.pool import BLOCK, Pending, VerifierState
-from services.scheduler.core.tally import Tally
-from services.scheduler.core.waiting import Waiting
+from services.scheduler.core.round_queue import Waiting
 from shared import cost
 from shared.messages import LeftOut
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from services.scheduler.core import placement
 from services.scheduler.core.pool import Known, Pending, VerifierState
-from services.scheduler.core.waiting import Queue, seen_by
+from services.scheduler.core.round_queue import Queue, seen_by
 from shared import cost
 from shared.messages import CostModel, Heartbeat
 

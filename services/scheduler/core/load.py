@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from services.scheduler.core.fleet import Fleet
 from services.scheduler.core.pool import FIRST_ROUNDS, Known, VerifierState
-from services.scheduler.core.waiting import added_ms
+from services.scheduler.core.round_queue import added_ms
 from shared import cost
 from shared.messages import Batch, ClassLoad, CostModel, Load, Result, Status
 from shared.slo import batch_period_ms

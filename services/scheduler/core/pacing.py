@@ -13,7 +13,7 @@ import math
 from collections.abc import Callable
 
 from services.scheduler.core.pool import VerifierState
-from services.scheduler.core.waiting import Queue
+from services.scheduler.core.round_queue import Queue
 from shared import cost
 
 NEVER = math.inf

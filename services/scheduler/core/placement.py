@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from services.scheduler.core.mutable_shape import Tally
 from services.scheduler.core.pool import Pending, VerifierState
-from services.scheduler.core.tally import Tally
-from services.scheduler.core.waiting import Queue, added_ms
+from services.scheduler.core.round_queue import Queue, added_ms
 from shared import cost
 
 ROUNDS_AHEAD = 16

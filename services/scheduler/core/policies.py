@@ -21,7 +21,7 @@ from typing import Literal, Protocol
 
 from services.scheduler.core.batching import Batching, Chosen, Limits, Plan
 from services.scheduler.core.pool import VerifierState
-from services.scheduler.core.waiting import Order, Queue, Waiting, Which
+from services.scheduler.core.round_queue import Order, Queue, Waiting, Which
 from shared import cost
 
 LOOK_PAST = 64

@@ -6,7 +6,7 @@ import builders
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.verifier.core.worth import Worth
+from services.verifier.core.transfer_cost import Worth
 from shared.messages import CostModel
 
 MB = 10**6

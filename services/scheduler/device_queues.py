@@ -9,7 +9,7 @@ from itertools import count
 from pathlib import Path
 
 from services.scheduler import metrics
-from services.scheduler.core.gate import Gate, Refused
+from services.scheduler.core.device_gate import Gate, Refused
 from shared.broker.client import Broker, Stranger
 from shared.broker.devices import read_devices
 from shared.broker.seal import Seal

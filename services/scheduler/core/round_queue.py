@@ -13,8 +13,8 @@ from heapq import merge
 from itertools import takewhile
 from typing import Literal
 
+from services.scheduler.core.mutable_shape import Tally
 from services.scheduler.core.pool import BLOCK, Pending
-from services.scheduler.core.tally import Tally
 from shared import cost
 from shared.messages import CostModel
 
