@@ -1,4 +1,4 @@
-"""What a scheduler counts."""
+"""Metrics of the scheduler."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -12,31 +12,31 @@ QUEUE_TIME = Histogram(
 BATCHES = Counter("wisp_scheduler_batches", "Batches sent", ["verifier"])
 DECISION_TIME = Histogram(
     "wisp_scheduler_decision_seconds",
-    "Time to decide about batches, those sent included",
+    "Time of one decision about batches, including starting to send them",
     buckets=(0.0001, 0.0003, 0.001, 0.003, 0.01, 0.03, 0.1),
 )
 BATCH_JOBS = Histogram("wisp_scheduler_batch_jobs", "Rounds in a batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 TRIMMED = Counter("wisp_scheduler_draft_tokens_trimmed", "Draft tokens that were not worth verifying")
 CHUNKS = Counter("wisp_scheduler_prefill_chunks", "Chunks of prompts sent by themselves")
 ROUNDS_REFUSED = Counter(
-    "wisp_scheduler_rounds_refused", "Rounds that were not taken, by the device that they are from", ["device"]
+    "wisp_scheduler_rounds_refused", "Refused rounds by device; empty for drafters in the cluster", ["device"]
 )
-PRICE = Gauge("wisp_scheduler_price_ms", "What verifying one more token costs the others, in milliseconds")
+PRICE = Gauge("wisp_scheduler_price_ms", "Time that verifying one more token costs the other rounds, in milliseconds")
 UTILIZATION = Gauge("wisp_scheduler_utilization", "Share of the verifiers' time that is promised to sessions")
 QUEUE_DELAY = Gauge(
     "wisp_scheduler_predicted_queue_delay_seconds",
-    "Predicted time until a round that came now, behind all others, reaches the least busy verifier",
+    "Predicted time until a round that arrives now, behind all others, reaches the least busy verifier",
 )
 ROUNDS = Counter(
     "wisp_scheduler_rounds",
-    "Rounds whose result came, by whether that was before their session's next token was due: met, missed, or none "
-    "where nothing was promised",
+    "Rounds with a result, by whether it came before the session's next token was due: met, missed, or none without an "
+    "SLO",
     ["deadline"],
 )
 
 
 def deadline(due_ms: float | None, now_ms: float) -> str:
-    """The label of a round whose result comes now."""
+    """Return the `deadline` label of a round whose result arrives now."""
     if due_ms is None:
         return "none"
     return "met" if now_ms <= due_ms else "missed"

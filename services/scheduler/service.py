@@ -1,4 +1,4 @@
-"""The scheduler's loop: hands every message to the dispatcher and sends what it decides."""
+"""The scheduler's process: passes messages to the dispatcher and sends the batches that it returns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 from services.scheduler import metrics
 from services.scheduler.core.dispatch import Dispatcher
-from services.scheduler.device_queues import Devices
+from services.scheduler.device_queues import DeviceQueues
 from services.scheduler.settings import SchedulerSettings
 from shared.broker import topology
 from shared.broker.client import Broker
@@ -27,12 +27,12 @@ IDLE_S = 0.25
 
 
 def now_ms() -> float:
-    """This process's monotonic clock, in milliseconds."""
+    """Return this process's monotonic clock, in milliseconds."""
     return time.monotonic() * 1000
 
 
 async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event) -> None:
-    """Run a scheduler until `stop` is set. Rounds that still wait are sent again by their drafters."""
+    """Run a scheduler until `stop` is set. The drafters send pending rounds again, to another scheduler."""
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
@@ -41,7 +41,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     scheduler = Scheduler(dispatcher, broker, settings.seal)
     devices = None
     if settings.devices_file is not None:
-        devices = Devices(
+        devices = DeviceQueues(
             settings.devices_file, broker, scheduler.take, scheduler.due_ms, settings.seal, settings.device_rounds_per_s
         )
     try:
@@ -53,7 +53,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
 
 
 class Scheduler:
-    """Messages in, batches out."""
+    """Connects the dispatcher with the broker."""
 
     def __init__(self, dispatcher: Dispatcher, broker: Broker, seal: Seal) -> None:
         self._dispatcher = dispatcher
@@ -64,7 +64,7 @@ class Scheduler:
         self._log = logging.get()
 
     async def recall(self, store: Store) -> None:
-        """Start from the cost models and the verifiers that Redis knows."""
+        """Load the cost models and heartbeats that Redis holds."""
         try:
             for model in await store.cost_models():
                 self._dispatcher.on_cost_model(model, now_ms())
@@ -73,39 +73,39 @@ class Scheduler:
         except BrokersError as error:
             self._log.warning("starting without the stored cost models", error=str(error))
 
-    async def run(self, store: Store, stop: asyncio.Event, load_s: float, devices: Devices | None = None) -> None:
-        """Serve until `stop`."""
+    async def run(self, store: Store, stop: asyncio.Event, load_s: float, devices: DeviceQueues | None = None) -> None:
+        """Serve until `stop` is set."""
         names = self._broker.topology
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
-        await self._broker.consume(names.own_queue("scheduler", self._dispatcher.name, own), self._receive)
+        await self._broker.consume(names.own_queue("scheduler", self._dispatcher.scheduler_id, own), self._receive)
         await self._broker.consume(names.verify_queue(), self._receive_round)
         if devices is not None:
             await devices.follow()
         HEALTH.watch(self._broker, store)
         self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
-        async with running(stop, self._tell(load_s), *([devices.watch()] if devices else [])):
+        async with running(stop, self._publish_load(load_s), *([devices.watch()] if devices else [])):
             pass
         if self._timer is not None:
             self._timer.cancel()
 
     async def _receive_round(self, message: Message) -> None:
-        """What comes by the queue of rounds: nothing else is taken from drafters."""
+        """Handle a message from the queue of rounds. Any other type than `Verify` is an error of the sender."""
         if not isinstance(message, Verify):
             raise MessageError(f"a {message.type_name} is no round")
         if not self._seal.fits(message):
             metrics.ROUNDS_REFUSED.labels("").inc()
-            self._log.warning("round refused: it does not show its session's key", drafter=message.drafter)
+            self._log.warning("round refused: its session key is wrong or missing", drafter=message.drafter)
             return
         self.take(message)
 
-    def due_ms(self, session: str) -> float | None:
-        """When a session's next token is due, by what was seen here."""
-        known = self._dispatcher.fleet.known.get(session)
-        return None if known is None else known.due_ms
+    def due_ms(self, session_id: str) -> float | None:
+        """Return when a session's next token is due, as predicted by this scheduler; None if unknown."""
+        session = self._dispatcher.fleet.sessions.get(session_id)
+        return None if session is None else session.due_ms
 
     def take(self, message: Verify) -> None:
-        """A round of which all is well."""
+        """Pool a validated round."""
         self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
         self._dispatcher.on_verify(message, now_ms())
         self._decide_soon()
@@ -113,9 +113,9 @@ class Scheduler:
     async def _receive(self, message: Message) -> None:
         match message:
             case Result():
-                known = self._dispatcher.fleet.known.get(message.session)
-                if message.status is Status.COMMITTED and known is not None:
-                    metrics.ROUNDS.labels(metrics.deadline(known.due_ms, now_ms())).inc()
+                if message.status is Status.COMMITTED and message.session in self._dispatcher.fleet.sessions:
+                    due_ms = self.due_ms(message.session)
+                    metrics.ROUNDS.labels(metrics.deadline(due_ms, now_ms())).inc()
                 self._dispatcher.on_result(message, now_ms())
             case Heartbeat():
                 self._dispatcher.on_heartbeat(message, now_ms())
@@ -125,12 +125,12 @@ class Scheduler:
                 self._dispatcher.on_cancel(message.session)
         self._decide_soon()
 
-    async def _send(self, verifier: str, batch: Batch) -> None:
+    async def _send(self, verifier_id: str, batch: Batch) -> None:
         try:
-            await self._broker.publish(batch, topology.batch(verifier), confirmed=True)
+            await self._broker.publish(batch, topology.batch(verifier_id), confirmed=True)
         except BrokersError as error:
-            self._log.warning("batch not taken, its jobs go to others", verifier=verifier, error=str(error))
-            self._dispatcher.on_returned(verifier, now_ms())
+            self._log.warning("batch not taken, its jobs go to others", verifier=verifier_id, error=str(error))
+            self._dispatcher.on_returned(verifier_id, now_ms())
             self._decide_soon()
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
@@ -139,36 +139,29 @@ class Scheduler:
         sending.add_done_callback(self._sending.discard)
 
     def _decide_soon(self) -> None:
-        """Decide once for all messages that are already here, so that a burst of rounds shares a batch."""
+        """Decide once for all messages that have already arrived, so that a burst of rounds shares a batch."""
         if self._timer is not None:
             self._timer.cancel()
         self._timer = asyncio.get_running_loop().call_later(0, self._decide)
 
     def _decide(self) -> None:
-        """Send what should go out now, and come back when the dispatcher wants to be asked again."""
+        """Send the batches that are due, and set the timer for the next decision."""
         with metrics.DECISION_TIME.time():
             sends, wake_ms = self._dispatcher.dispatch(now_ms())
         wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))
         self._timer = asyncio.get_running_loop().call_later(wait_s, self._decide)
-        for verifier, batch in sends:
-            self._log.debug("batch sent", batch=batch.batch, verifier=verifier, predicted_ms=batch.predicted_ms)
+        for verifier_id, batch in sends:
+            self._log.debug("batch sent", batch=batch.batch, verifier=verifier_id, predicted_ms=batch.predicted_ms)
             # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
-            self._spawn(self._send(verifier, batch))
-            metrics.BATCHES.labels(verifier).inc()
-            metrics.BATCH_JOBS.observe(len(batch.jobs))
-            for job in batch.jobs:
-                metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
-                if job.prefill_to is None:
-                    metrics.TRIMMED.inc(job.drafted - len(job.draft))
-                else:
-                    metrics.CHUNKS.inc()
-        for verifier, sessions in self._dispatcher.releases().items():
-            self._spawn(self._broker.publish(Release(sessions=sessions), topology.batch(verifier)))
-        metrics.WAITING.set(self._dispatcher.fleet.waiting)
+            self._spawn(self._send(verifier_id, batch))
+            _count(verifier_id, batch)
+        for verifier_id, session_ids in self._dispatcher.releases().items():
+            self._spawn(self._broker.publish(Release(sessions=session_ids), topology.batch(verifier_id)))
+        metrics.WAITING.set(self._dispatcher.fleet.pending_count)
         metrics.VERIFIERS.set(len(self._dispatcher.fleet.verifiers))
 
-    async def _tell(self, every_s: float) -> None:
-        # A standby has seen no rounds and says nothing.
+    async def _publish_load(self, every_s: float) -> None:
+        """Publish the load regularly. A standby, which gets no rounds, publishes none."""
         while True:
             await asyncio.sleep(every_s)
             if self._dispatcher.active:
@@ -177,3 +170,15 @@ class Scheduler:
                 metrics.UTILIZATION.set(load.utilization)
                 metrics.QUEUE_DELAY.set(load.backlog_ms / 1000)
                 await self._broker.publish(load, topology.LOAD)
+
+
+def _count(verifier_id: str, batch: Batch) -> None:
+    """Count a batch that is sent."""
+    metrics.BATCHES.labels(verifier_id).inc()
+    metrics.BATCH_JOBS.observe(len(batch.jobs))
+    for job in batch.jobs:
+        metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
+        if job.prefill_to is None:
+            metrics.TRIMMED.inc(job.drafted - len(job.draft))
+        else:
+            metrics.CHUNKS.inc()

@@ -6,34 +6,36 @@ from pathlib import Path
 
 from pydantic import Field, model_validator
 
-from services.scheduler.core.batching import Limits
-from services.scheduler.core.dispatch import Rules
-from services.scheduler.core.policies import Part, PolicyName
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import SchedulingRules
+from services.scheduler.core.policies import PolicyName, PolicyOptions, PolicyPart
 from shared.runtime.settings import SealSettings
 
 
 class SchedulerSettings(SealSettings):
-    """One scheduler process. Several may run; the broker makes one of them active."""
+    """Settings of one scheduler process. Several may run; the broker makes one of them active."""
 
-    policy: PolicyName = Field("wisp+", description="which waiting rounds make up the next batch")
-    without: list[Part] = Field(
+    policy: PolicyName = Field("wisp+", description="batch policy: which pending rounds make up the next batch")
+    without: list[PolicyPart] = Field(
         [], description="parts of wisp and wisp+ to leave out, as JSON, to see what each brings; none in production"
     )
     max_batch_ms: float = Field(400.0, gt=0, description="longest predicted time of a batch, in milliseconds")
     max_batch_tokens: int = Field(2048, ge=128, description="most tokens computed in one batch")
     max_wait_ms: float = Field(
-        3000.0, gt=0, description="milliseconds after which a round goes before all that arrive later, whatever its SLO"
+        3000.0,
+        gt=0,
+        description="milliseconds after which a round goes before all that arrive later, whatever their SLOs",
     )
     sled_batch: int = Field(8, ge=1, description="rounds in a batch of the policy sled")
     sled_fill_ms: float = Field(
         50.0, ge=0, description="longest time that the policy sled waits for a batch to fill, in milliseconds"
     )
-    max_draft: int = Field(16, ge=0, description="longest draft that drafters are told to send")
+    max_draft: int = Field(16, ge=0, description="longest draft that drafters may send")
     devices_file: Path | None = Field(
-        None, description="JSON list of the names of devices whose rounds are taken, read again when it changes"
+        None, description="JSON list of the names of accepted devices, read again when it changes"
     )
-    device_rounds_per_s: float = Field(100.0, gt=0, description="most rounds of one device in a second")
-    load_ms: int = Field(500, ge=50, description="time between Load messages to drafters and gateways")
+    device_rounds_per_s: float = Field(100.0, gt=0, description="most rounds of one device per second")
+    load_ms: int = Field(500, ge=50, description="time between Load messages to drafters and gateways, in milliseconds")
 
     @model_validator(mode="after")
     def _devices_need_keys(self) -> SchedulerSettings:
@@ -45,7 +47,8 @@ class SchedulerSettings(SealSettings):
         return self
 
     @property
-    def rules(self) -> Rules:
-        """What the dispatcher needs of these."""
-        limits = Limits(self.max_batch_ms, self.max_batch_tokens, self.max_wait_ms)
-        return Rules(self.policy, limits, self.max_draft, self.sled_batch, self.sled_fill_ms, frozenset(self.without))
+    def rules(self) -> SchedulingRules:
+        """Configuration of the dispatcher."""
+        limits = BatchLimits(self.max_batch_ms, self.max_batch_tokens, self.max_wait_ms)
+        options = PolicyOptions(self.sled_batch, self.sled_fill_ms, frozenset(self.without))
+        return SchedulingRules(self.policy, limits, self.max_draft, options)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import nnls
 
-from services.scheduler.core.mutable_shape import Tally
+from services.scheduler.core.mutable_shape import MutableShape
 from shared import cost
 from shared.cost.fit import VerifierFit, non_negative
 from shared.messages import BatchShape, CostModel, Measurement, decode, encode
@@ -84,8 +84,8 @@ def test_a_larger_batch_never_takes_less(
     values: list[float], small: tuple[int, int, int, int, int], more: tuple[int, int, int, int, int]
 ) -> None:
     model = model_of(*values)
-    large = Tally(*(a + b for a, b in zip(small, more, strict=True)))
-    before, after = cost.predict_ms(model, Tally(*small)), cost.predict_ms(model, large)
+    large = MutableShape(*(a + b for a, b in zip(small, more, strict=True)))
+    before, after = cost.predict_ms(model, MutableShape(*small)), cost.predict_ms(model, large)
     assert 0 <= before <= after * (1 + 1e-12)
 
 

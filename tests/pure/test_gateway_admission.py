@@ -170,8 +170,8 @@ def test_the_wait_is_what_goes_before_where_the_policy_goes_by_deadlines() -> No
         for name, count in (("priority", 1), ("default", 2), ("flex", 6))
     ]
     slo = Slo(ttft_ms=500, tpot_ms=100)
-    for policy, refused in (("edf", ["flex"]), ("wisp+", ["flex"]), ("fcfs", ["priority", "default", "flex"])):
-        made = admission(load(policy=policy, backlog_ms=1000, classes=waiting, utilization=0.0))
+    for first_come, refused in ((False, ["flex"]), (True, ["priority", "default", "flex"])):
+        made = admission(load(first_come=first_come, backlog_ms=1000, classes=waiting, utilization=0.0))
         assert [name for name in ("priority", "default", "flex") if made.ask(demand(name, slo), 0)] == refused
 
 
@@ -277,7 +277,7 @@ class_loads = st.lists(
 )
 loads = st.builds(
     load,
-    policy=st.sampled_from(["sled", "fcfs", "edf", "wisp", "wisp+", ""]),
+    first_come=st.booleans(),
     verifiers=st.integers(0, 5),
     utilization=st.floats(0, 2),
     fixed_ms=times,

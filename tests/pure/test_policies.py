@@ -11,27 +11,26 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.core.batching import TOLD, Limits, Plan
-from services.scheduler.core.mutable_shape import Tally
-from services.scheduler.core.policies import Part, PolicyName, Situation, policy_of
-from services.scheduler.core.pool import BLOCK, Pending, VerifierState
-from services.scheduler.core.round_queue import Queue, seen_by
+from services.scheduler.core.batching import MOST_LEFT_OUT, BatchLimits, BatchPlan
+from services.scheduler.core.mutable_shape import MutableShape
+from services.scheduler.core.policies import POLICIES, PolicyOptions, PolicyPart, Situation
+from services.scheduler.core.pool import BLOCK, PendingRound, VerifierState
+from services.scheduler.core.round_queue import RoundQueue, queued_round
 from shared import cost
 from shared.messages import CostModel
 
-POLICIES: list[PolicyName] = list(get_args(PolicyName))
-OURS: list[PolicyName] = ["wisp", "wisp+"]
+OURS: list[str] = ["wisp", "wisp+"]
 NOW = 1000.0
 SLED = 8
 MODEL = builders.cost_model("v", ratio_p90=1.2, ratio_p99=1.5)
-LIMITS = Limits(400.0, 2048, 5000.0)
+LIMITS = BatchLimits(400.0, 2048, 5000.0)
 
 
 def pending(
     name: str, *, arrived: float = NOW, due: float | None = None, base: int = 20, acceptance: tuple[float, ...] = ()
-) -> Pending:
+) -> PendingRound:
     verify = builders.verify(name, 0, base, [1] * len(acceptance), acceptance=list(acceptance))
-    return Pending(verify, arrived, due)
+    return PendingRound(verify, arrived, due)
 
 
 def verifier(cached: dict[str, int] | None = None, *, room: int = 100_000, model: CostModel = MODEL) -> VerifierState:
@@ -39,42 +38,44 @@ def verifier(cached: dict[str, int] | None = None, *, room: int = 100_000, model
     return VerifierState(beat, NOW, model, cached or {})
 
 
-def queue_of(rounds: list[Pending], state: VerifierState, limits: Limits = LIMITS) -> Queue:
-    queue = Queue()
+def queue_of(rounds: list[PendingRound], state: VerifierState, limits: BatchLimits = LIMITS) -> RoundQueue:
+    queue = RoundQueue()
     for one in rounds:
-        queue.add(seen_by(state.model, one, state.cached.get(one.session, 0), limits.max_wait_ms))
+        queue.add(queued_round(state.model, one, state.cached.get(one.session_id, 0), limits.max_wait_ms))
     return queue
 
 
 def plan(
-    policy: PolicyName,
-    rounds: list[Pending],
+    policy: str,
+    rounds: list[PendingRound],
     state: VerifierState | None = None,
-    limits: Limits = LIMITS,
-    without: frozenset[Part] = frozenset(),
-) -> Plan:
+    limits: BatchLimits = LIMITS,
+    without: frozenset[PolicyPart] = frozenset(),
+) -> BatchPlan:
     state = state or held(rounds)
-    return policy_of(policy, SLED, without).plan(queue_of(rounds, state, limits), Situation(state, limits, NOW))
+    return POLICIES[policy](PolicyOptions(SLED, without=without)).plan(
+        queue_of(rounds, state, limits), Situation(state, limits, NOW)
+    )
 
 
-def held(rounds: list[Pending]) -> VerifierState:
+def held(rounds: list[PendingRound]) -> VerifierState:
     """A verifier that has the K/V of all of them."""
-    return verifier({one.session: one.verify.base_len - 1 for one in rounds})
+    return verifier({one.session_id: one.verify.base_len - 1 for one in rounds})
 
 
-def names(made: Plan) -> list[str]:
-    return [chosen.waiting.session for chosen in made.chosen]
+def names(made: BatchPlan) -> list[str]:
+    return [chosen.session_id for chosen in made.chosen]
 
 
-def tally(made: Plan) -> Tally:
+def tally(made: BatchPlan) -> MutableShape:
     """The batch's shape, counted anew."""
-    shape = Tally()
+    shape = MutableShape()
     for chosen in made.chosen:
         if chosen.prefill_to is None:
             base_len = chosen.pending.verify.base_len
-            shape.take(chosen.waiting.base + chosen.draft, base_len + chosen.draft, chosen.draft + 1)
+            shape.add(chosen.queued.base + chosen.draft, base_len + chosen.draft, chosen.draft + 1)
         else:
-            shape.take(chosen.prefill_to - chosen.waiting.held, chosen.prefill_to, 0)
+            shape.add(chosen.prefill_to - chosen.queued.held, chosen.prefill_to, 0)
     return shape
 
 
@@ -91,23 +92,23 @@ rounds_ = st.lists(
     ),
     min_size=1,
     max_size=30,
-    unique_by=lambda p: p.session,
+    unique_by=lambda p: p.session_id,
 )
-limits_ = st.builds(Limits, st.floats(45, 1500), st.integers(128, 4096), st.floats(100, 8000))
+limits_ = st.builds(BatchLimits, st.floats(45, 1500), st.integers(128, 4096), st.floats(100, 8000))
 
 
 @st.composite
-def situations(draw: st.DrawFn) -> tuple[list[Pending], VerifierState, Limits]:
+def situations(draw: st.DrawFn) -> tuple[list[PendingRound], VerifierState, BatchLimits]:
     rounds = draw(rounds_)
     share = st.floats(0, 1)
-    cached = {p.session: round(draw(share) * p.verify.base_len) for p in rounds if draw(st.booleans())}
+    cached = {p.session_id: round(draw(share) * p.verify.base_len) for p in rounds if draw(st.booleans())}
     return rounds, verifier(cached, room=draw(st.integers(4096, 40_000))), draw(limits_)
 
 
 @settings(max_examples=300)
-@given(situations(), st.sampled_from(POLICIES))
+@given(situations(), st.sampled_from(sorted(POLICIES)))
 def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
-    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName
+    situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
@@ -123,26 +124,26 @@ def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
     for chosen in made.chosen:
         assert 0 <= chosen.draft <= chosen.pending.draft_length
         if chosen.prefill_to is not None:
-            assert chosen.waiting.held < chosen.prefill_to < chosen.pending.verify.base_len
+            assert chosen.queued.held < chosen.prefill_to < chosen.pending.verify.base_len
             assert chosen.prefill_to % BLOCK == 0
 
 
-@given(situations(), st.sampled_from(POLICIES))
+@given(situations(), st.sampled_from(sorted(POLICIES)))
 def test_a_batch_says_why_each_round_is_in_it_and_which_are_not(
-    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName
+    situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
     assert all(chosen.reason for chosen in made.chosen)
     assert made.waiting == len(rounds) - len(made.chosen)
-    assert len(made.left_out) == min(TOLD, made.waiting)
+    assert len(made.left_out) == min(MOST_LEFT_OUT, made.waiting)
     assert {left.session for left in made.left_out}.isdisjoint(names(made))
     assert all(left.reason for left in made.left_out)
 
 
-@given(situations(), st.sampled_from(POLICIES), st.randoms())
+@given(situations(), st.sampled_from(sorted(POLICIES)), st.randoms())
 def test_the_order_of_the_messages_does_not_matter(
-    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName, rng: random.Random
+    situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str, rng: random.Random
 ) -> None:
     rounds, state, limits = situation
     shuffled = list(rounds)
@@ -153,23 +154,23 @@ def test_the_order_of_the_messages_does_not_matter(
 @settings(max_examples=300)
 @given(situations(), st.sampled_from(OURS))
 def test_a_round_that_is_added_on_time_stays_on_time(
-    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName
+    situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
     """Late are only rounds that those before them in the batch, or they themselves, leave no time."""
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
     caution = state.model.ratio_p90
-    before = Tally()
+    before = MutableShape()
     for chosen in (c for c in made.chosen if c.prefill_to is not None):
         # Room for a block of the first prompt may have been set aside before all others.
-        before.take((chosen.waiting.next_block or 0) - chosen.waiting.held, chosen.waiting.next_block or 0, 0)
+        before.add((chosen.queued.next_block or 0) - chosen.queued.held, chosen.queued.next_block or 0, 0)
         break
     for chosen in made.chosen:
         if chosen.prefill_to is not None:
             continue
         base_len = chosen.pending.verify.base_len
         certain = chosen.draft if policy == "wisp" else 0
-        before.take(chosen.waiting.base + certain, base_len + certain, certain + 1)
+        before.add(chosen.queued.base + certain, base_len + certain, certain + 1)
         due_ms = chosen.pending.due_ms
         if due_ms is not None and cost.predict_ms(state.model, before) * caution <= due_ms - NOW:
             assert made.predicted_ms * caution <= due_ms - NOW + 1e-6
@@ -178,7 +179,7 @@ def test_a_round_that_is_added_on_time_stays_on_time(
 @settings(max_examples=300)
 @given(situations(), st.sampled_from(OURS), st.data())
 def test_a_tighter_deadline_never_delays_a_round(
-    situation: tuple[list[Pending], VerifierState, Limits], policy: PolicyName, data: st.DataObject
+    situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str, data: st.DataObject
 ) -> None:
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
@@ -186,35 +187,35 @@ def test_a_tighter_deadline_never_delays_a_round(
     assume(served)
     one = data.draw(st.sampled_from(served))
     due = one.due_ms if one.due_ms is not None else NOW + 10_000
-    tighter = Pending(one.verify, one.arrived_ms, due - data.draw(st.floats(0, 8000)))
+    tighter = PendingRound(one.verify, one.arrived_ms, due - data.draw(st.floats(0, 8000)))
     others = [p for p in rounds if p is not one]
-    assert one.session in names(plan(policy, [*others, tighter], state, limits))
+    assert one.session_id in names(plan(policy, [*others, tighter], state, limits))
 
 
 @settings(max_examples=300)
 @given(situations())
 def test_without_slos_wisp_brings_at_least_as_many_tokens_per_time_as_fcfs(
-    situation: tuple[list[Pending], VerifierState, Limits],
+    situation: tuple[list[PendingRound], VerifierState, BatchLimits],
 ) -> None:
     rounds, state, limits = situation
-    fresh = [Pending(p.verify, NOW - (NOW - p.arrived_ms) / 100, None) for p in rounds]
+    fresh = [PendingRound(p.verify, NOW - (NOW - p.arrived_ms) / 100, None) for p in rounds]
     patient = replace(limits, max_wait_ms=1e9)
     assert plan("wisp", fresh, state, patient).rate >= plan("fcfs", fresh, state, patient).rate - 1e-12
 
 
-VARIANTS: list[tuple[PolicyName, frozenset[Part]]] = [
+VARIANTS: list[tuple[str, frozenset[PolicyPart]]] = [
     *((policy, frozenset()) for policy in POLICIES),
-    *(("wisp+", frozenset({part})) for part in get_args(Part)),
+    *(("wisp+", frozenset({part})) for part in get_args(PolicyPart)),
 ]
 
 
 @pytest.mark.parametrize(("policy", "without"), VARIANTS)
 @pytest.mark.parametrize("base", [20, 900])
-def test_nothing_starves(policy: PolicyName, without: frozenset[Part], base: int) -> None:
+def test_nothing_starves(policy: str, without: frozenset[PolicyPart], base: int) -> None:
     """A best-effort round among sessions that are always late, and more of them than the verifier can serve."""
-    limits = Limits(200.0, 2048, 1000.0)
+    limits = BatchLimits(200.0, 2048, 1000.0)
     victim = pending("victim", base=base, arrived=NOW)
-    made = policy_of(policy, SLED, without)
+    made = POLICIES[policy](PolicyOptions(SLED, without=without))
     state = verifier({f"s{i}": 19 for i in range(60)})
     waiting = [pending(f"s{i}", arrived=NOW - i, due=NOW - 60_000, acceptance=(0.9,)) for i in range(60)]
     waiting.append(victim)
@@ -225,11 +226,11 @@ def test_nothing_starves(policy: PolicyName, without: frozenset[Part], base: int
         batches_after += now > NOW + limits.max_wait_ms
         for chosen in batch.chosen:
             if chosen.prefill_to is not None:
-                state.cached[chosen.waiting.session] = chosen.prefill_to
+                state.cached[chosen.session_id] = chosen.prefill_to
                 continue
             waiting.remove(chosen.pending)
             if chosen.pending is not victim:
-                waiting.append(pending(chosen.waiting.session, arrived=now, due=now - 60_000, acceptance=(0.9,)))
+                waiting.append(pending(chosen.session_id, arrived=now, due=now - 60_000, acceptance=(0.9,)))
         # Those that arrived before its deadline go first, and a long prompt needs a batch for each of its blocks.
         assert batches_after <= 4 + base // BLOCK
 
@@ -270,15 +271,15 @@ def test_wisp_fills_the_room_by_tokens_per_time() -> None:
     unlikely = [pending(f"unlikely{i}", arrived=NOW - 1, acceptance=(0.1,) * 4) for i in range(20)]
     chosen = names(plan("wisp", unlikely + likely))
     assert len(chosen) > 20
-    assert {p.session for p in likely} <= set(chosen)
+    assert {p.session_id for p in likely} <= set(chosen)
 
 
 def test_wisp_plus_trims_the_tokens_that_are_least_likely_to_be_accepted_across_sessions() -> None:
     sure, unsure = pending("sure", acceptance=(0.95,) * 8), pending("unsure", acceptance=(0.9, 0.05, 0.9, 0.9))
-    drafts = {c.waiting.session: c.draft for c in plan("wisp+", [sure, unsure]).chosen}
+    drafts = {c.session_id: c.draft for c in plan("wisp+", [sure, unsure]).chosen}
     assert drafts == {"sure": 8, "unsure": 1}
     whole = plan("wisp+", [sure, unsure], without=frozenset({"trimming"}))
-    assert {c.waiting.session: c.draft for c in whole.chosen} == {"sure": 8, "unsure": 4}
+    assert {c.session_id: c.draft for c in whole.chosen} == {"sure": 8, "unsure": 4}
 
 
 def test_wisp_plus_trims_more_when_more_sessions_share_the_fixed_time() -> None:
@@ -293,10 +294,10 @@ def test_wisp_plus_trims_more_when_more_sessions_share_the_fixed_time() -> None:
 def test_wisp_plus_cuts_a_prompt_so_that_those_who_wait_keep_slack() -> None:
     rounds = [pending(f"s{i}", due=NOW + 460.0) for i in range(4)]
     long = pending("long", base=1000, due=NOW + 5000)
-    state = verifier({p.session: 19 for p in rounds})
+    state = verifier({p.session_id: 19 for p in rounds})
     made = plan("wisp+", [long, *rounds], state)
     (chunk,) = [c for c in made.chosen if c.prefill_to is not None]
-    assert chunk.waiting.session == "long"
+    assert chunk.session_id == "long"
     assert made.predicted_ms * MODEL.ratio_p90 <= 230.0 + 1e-6, "half of their slack"
     hurried = pending("long", base=1000, due=NOW + 1500)
     sooner = plan("wisp+", [hurried, *rounds], state)
@@ -308,7 +309,7 @@ def test_wisp_plus_cuts_a_prompt_so_that_those_who_wait_keep_slack() -> None:
 def test_wisp_plus_leaves_time_for_sessions_that_are_about_to_come_back() -> None:
     long = pending("long", base=1000, due=NOW + 9000)
     state = verifier()
-    policy = policy_of("wisp+", SLED)
+    policy = POLICIES["wisp+"](PolicyOptions(SLED))
     alone = policy.plan(queue_of([long], state), Situation(state, LIMITS, NOW))
     expecting = policy.plan(queue_of([long], state), Situation(state, LIMITS, NOW, expected_due_ms=NOW + 480.0))
     assert 0 < (expecting.chosen[0].prefill_to or 0) < (alone.chosen[0].prefill_to or 0)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
 
 import builders
 import pytest
@@ -11,9 +10,9 @@ import recorded
 from builders import heartbeat
 from recorded import START_MS, A
 
-from services.scheduler.core.batching import Limits
-from services.scheduler.core.dispatch import Rules
-from services.scheduler.core.policies import PolicyName
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import SchedulingRules
+from services.scheduler.core.policies import POLICIES
 from services.tools.replayer.arrivals import Arrivals, Draft, Visit, arrivals
 from services.tools.replayer.figures import recorded as really
 from services.tools.replayer.life import Lives
@@ -21,9 +20,9 @@ from services.tools.replayer.recording import Recording
 from services.tools.replayer.whatif import Drafting, what_if
 from shared.messages import CostModel, Result, Slo, Verify
 
-ONE_AT_A_TIME = Limits(max_batch_ms=28, max_batch_tokens=2048)
+ONE_AT_A_TIME = BatchLimits(max_batch_ms=28, max_batch_tokens=2048)
 """With the cost model below: a batch of two rounds takes 30 ms."""
-WIDE = Limits(max_batch_ms=400, max_batch_tokens=2048)
+WIDE = BatchLimits(max_batch_ms=400, max_batch_tokens=2048)
 
 
 def cost_model(verifier: str = "v1", factor: float = 1.0) -> CostModel:
@@ -47,13 +46,13 @@ def found(*visits: Visit, verifiers: tuple[str, ...] = ("v1",), **changed: objec
     return replace(Arrivals(list(visits), heard, models, hop_ms=2.0, policy="fcfs", end_ms=START_MS + 1000), **changed)
 
 
-def rules(policy: PolicyName, limits: Limits = WIDE) -> Rules:
-    return Rules(policy, limits)
+def rules(policy: str, limits: BatchLimits = WIDE) -> SchedulingRules:
+    return SchedulingRules(policy, limits)
 
 
-@pytest.mark.parametrize("policy", get_args(PolicyName))
+@pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("drafting", [Drafting(), Drafting("marginal"), Drafting(longest=0), Drafting(longest=1)])
-def test_every_request_gets_its_text_under_every_policy_and_stop_rule(policy: PolicyName, drafting: Drafting) -> None:
+def test_every_request_gets_its_text_under_every_policy_and_stop_rule(policy: str, drafting: Drafting) -> None:
     slo = Slo(ttft_ms=100, tpot_ms=40)
     visits = [visit(f"s{i}", slo if i % 2 else None, at_ms=7.0 * i, tokens=3 + i, right=i % 4) for i in range(9)]
     one = what_if(found(*visits, verifiers=("v1", "v2")), rules(policy), drafting)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import random
-from typing import Any, get_args
+from typing import Any
 
 import builders
 import pytest
 
 from services.scheduler.core import pacing
-from services.scheduler.core.batching import Limits
-from services.scheduler.core.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, Rules
-from services.scheduler.core.policies import PolicyName
-from services.scheduler.core.pool import Known
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, SchedulingRules
+from services.scheduler.core.policies import POLICIES, PolicyOptions
+from services.scheduler.core.pool import ActiveSession
 from shared import cost
 from shared.messages import (
     SILENT_MS,
@@ -28,7 +28,7 @@ from shared.messages import (
 )
 
 MODEL = builders.cost_model()
-LIMITS = Limits(max_batch_ms=400.0, max_batch_tokens=2048)
+LIMITS = BatchLimits(max_batch_ms=400.0, max_batch_tokens=2048)
 
 
 def verify(session: str, *, round_: int = 0, base: int = 20, draft: int = 4, slack: float | None = None) -> Verify:
@@ -44,8 +44,8 @@ def result(batch: Batch, job: Job, *, tokens: int = 1, status: Status = Status.C
     return builders.result(job.session, job.round, job.base_len, [7] * tokens, **fields)
 
 
-def dispatcher(policy: PolicyName = "fcfs", *verifiers: Heartbeat, limits: Limits = LIMITS, **more: Any) -> Dispatcher:
-    d = Dispatcher("s1", Rules(policy, limits, **more))
+def dispatcher(policy: str = "fcfs", *verifiers: Heartbeat, limits: BatchLimits = LIMITS, **more: Any) -> Dispatcher:
+    d = Dispatcher("s1", SchedulingRules(policy, limits, **more))
     for beat in verifiers or (heartbeat(),):
         d.on_heartbeat(beat, 0.0)
         d.on_cost_model(MODEL.model_copy(update={"verifier": beat.verifier}), 0.0)
@@ -66,11 +66,11 @@ def sessions(batch: Batch) -> list[str]:
 
 
 def test_a_long_prompt_is_prefilled_in_chunks_beside_short_rounds() -> None:
-    d = dispatcher("fcfs", limits=Limits(max_batch_ms=300.0, max_batch_tokens=2048))
+    d = dispatcher("fcfs", limits=BatchLimits(max_batch_ms=300.0, max_batch_tokens=2048))
     d.on_verify(verify("long", base=1000, draft=0), 0.0)
     d.on_verify(verify("short", base=20, draft=0), 1.0)
     now, seen, short_done, first_ms = 2.0, [], None, None
-    while d.fleet.waits("long"):
+    while d.fleet.pending_round("long"):
         d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
         batch = only(d, now)
         assert batch.predicted_ms <= 300.0
@@ -98,7 +98,7 @@ def test_what_waits_goes_out_together() -> None:
     assert sessions(batch) == [f"s{i}" for i in range(5)]
     assert [job.queue_ms for job in batch.jobs] == [5.0, 4.0, 3.0, 2.0, 1.0]
     assert batch.jobs[0].reason == "waited 5 ms"
-    assert not d.fleet.waiting
+    assert not d.fleet.pending_count
 
 
 def test_a_round_sent_again_is_verified_once() -> None:
@@ -108,10 +108,10 @@ def test_a_round_sent_again_is_verified_once() -> None:
     batch = only(d, 2.0)
     assert len(batch.jobs) == 1
     d.on_verify(verify("s"), 3.0)
-    assert not d.fleet.waiting
+    assert not d.fleet.pending_count
     d.on_result(result(batch, batch.jobs[0]), 50.0)
     d.on_verify(verify("s", round_=1, base=21), 55.0)
-    assert d.fleet.waiting == 1
+    assert d.fleet.pending_count == 1
 
 
 def test_the_same_round_from_a_second_drafter_is_answered_to_that_one() -> None:
@@ -174,7 +174,7 @@ def test_a_batch_that_never_answers_is_given_up() -> None:
 
 
 def test_without_a_verifier_rounds_wait_and_a_cancelled_one_does_not() -> None:
-    d = Dispatcher("s1", Rules("fcfs", LIMITS))
+    d = Dispatcher("s1", SchedulingRules("fcfs", LIMITS))
     d.on_verify(verify("a"), 0.0)
     d.on_verify(verify("b"), 0.0)
     assert sent(d, 1.0) == []
@@ -191,7 +191,13 @@ def test_ended_and_failed_sessions_leave_nothing_behind() -> None:
     d.on_result(result(batch, batch.jobs[0], finish=Finish.STOP), 50.0)
     d.on_result(result(batch, batch.jobs[1], tokens=0, status=Status.FAILED), 50.0)
     state = d.fleet.verifiers["v1"]
-    assert (d.fleet.waiting, d.fleet.known, state.cached, state.returning, state.in_flight) == (0, {}, {}, {}, [])
+    assert (d.fleet.pending_count, d.fleet.sessions, state.cached, state.returning, state.in_flight) == (
+        0,
+        {},
+        {},
+        {},
+        [],
+    )
     assert state.assigned == 0
 
 
@@ -247,7 +253,7 @@ def test_a_batch_is_prepared_behind_another_only_when_waiting_cannot_make_it_bet
     near.on_verify(verify("b"), 1.0)
     assert near.dispatch(running.predicted_ms) == ([], None), "a is about to come back and can share b's batch"
 
-    full = dispatcher("fcfs", limits=Limits(400.0, 64))
+    full = dispatcher("fcfs", limits=BatchLimits(400.0, 64))
     for i in range(30):
         full.on_verify(verify(f"s{i:02}", base=2, draft=3), 0.0)
     first = only(full, 0.0)
@@ -275,13 +281,13 @@ def test_what_a_drafter_wants_of_hidden_states_goes_with_its_round_but_not_with_
 
 
 def test_under_every_policy_every_round_of_a_crowd_is_served() -> None:
-    for policy in get_args(PolicyName):
-        d = dispatcher(policy, limits=Limits(800.0, 2048))
+    for policy in POLICIES:
+        d = dispatcher(policy, limits=BatchLimits(800.0, 2048))
         rng = random.Random(7)
         for i in range(200):
             d.on_verify(verify(f"s{i}", base=rng.randint(2, 900), slack=rng.choice([None, 50.0, 5000.0])), float(i))
         now, served = 200.0, 0
-        while d.fleet.waiting or d.fleet.verifiers["v1"].in_flight:
+        while d.fleet.pending_count or d.fleet.verifiers["v1"].in_flight:
             d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
             for _, batch in d.dispatch(now)[0]:
                 for job in batch.jobs:
@@ -314,7 +320,7 @@ def test_a_verifier_without_room_gets_no_new_session_while_another_has_some() ->
     assert [name for name, _ in sent(d, 1.0)] == ["v2"]
 
 
-def crowded(policy: PolicyName, **more: Any) -> Dispatcher:
+def crowded(policy: str, **more: Any) -> Dispatcher:
     """Thirty short sessions on v1, and v2 with nothing to do."""
     d = dispatcher(policy, heartbeat("v1", held={f"s{i:02}": 19 for i in range(30)}), **more)
     for i in range(30):
@@ -334,7 +340,7 @@ def test_wisp_plus_moves_sessions_to_an_idle_verifier_where_computing_their_kv_a
         return {name: len(batch.jobs) for name, batch in sent(d, 100.0)}
 
     assert set(next_rounds(crowded("wisp"))) == {"v1"}
-    assert set(next_rounds(crowded("wisp+", without=frozenset({"migration"})))) == {"v1"}
+    assert set(next_rounds(crowded("wisp+", options=PolicyOptions(without=frozenset({"migration"}))))) == {"v1"}
     moved = next_rounds(crowded("wisp+"))
     assert moved["v2"] > 5
 
@@ -383,7 +389,7 @@ def test_a_drafter_that_tells_too_few_chances_is_served_all_the_same() -> None:
 
 
 def test_sled_waits_until_a_batch_is_full_or_its_time_is_up() -> None:
-    d = dispatcher("sled", sled_batch=3, sled_fill_ms=50.0)
+    d = dispatcher("sled", options=PolicyOptions(3, 50.0))
     d.on_verify(verify("a"), 0.0)
     d.on_verify(verify("b"), 20.0)
     assert d.dispatch(30.0) == ([], 50.0)
@@ -450,15 +456,15 @@ def test_the_load_leaves_out_of_a_round_what_is_spent_on_drafting_and_messages()
 
 
 def test_a_stall_tells_little_about_the_time_between_rounds() -> None:
-    session, now = Known("default", 100.0), 0.0
+    session, now = ActiveSession("default", 100.0), 0.0
     for away in (None, 30.0, 30.0):
-        assert session.resulted(now, 10.0, 2) == away
+        assert session.record_result(now, 10.0, 2) == away
         now += 40.0
-    assert session.resulted(now + 3000.0, 10.0, 2) is None, "others learn nothing from an outage of this one"
+    assert session.record_result(now + 3000.0, 10.0, 2) is None, "others learn nothing from an outage of this one"
     assert session.away_ms == pytest.approx(30.0 + 0.2 * 90.0)
     for _ in range(20):
         now += 10_000.0
-        session.resulted(now, 10.0, 2)
+        session.record_result(now, 10.0, 2)
     assert (session.away_ms or 0.0) > 5000.0, "a device that stays slow is known as slow"
 
 
@@ -474,7 +480,7 @@ def test_prompts_count_as_load_for_a_while() -> None:
 
 
 def test_the_price_of_a_token_grows_with_those_who_share_the_batch() -> None:
-    def price(sessions_: int, policy: PolicyName = "wisp+") -> float:
+    def price(sessions_: int, policy: str = "wisp+") -> float:
         d = dispatcher(policy)
         for round_ in range(30):
             now = 100.0 * round_
@@ -492,7 +498,7 @@ def test_the_price_of_a_token_grows_with_those_who_share_the_batch() -> None:
 
 
 def test_a_batch_tells_slack_class_and_what_it_left_out() -> None:
-    d = dispatcher("wisp", limits=Limits(100.0, 2048))
+    d = dispatcher("wisp", limits=BatchLimits(100.0, 2048))
     for i in range(30):
         d.on_verify(promised(f"s{i:02}", 100.0, "priority", 900.0), 0.0)
     batch = only(d, 5.0)
@@ -514,7 +520,7 @@ def test_a_session_of_a_drafter_that_fell_silent_is_forgotten() -> None:
 
 
 def test_a_session_is_in_one_batch_at_a_time_whatever_happens() -> None:
-    for policy in get_args(PolicyName):
+    for policy in POLICIES:
         rng = random.Random(3)
         d = dispatcher(policy, heartbeat("v1"), heartbeat("v2"))
         rounds = {f"s{i}": 0 for i in range(25)}
@@ -562,7 +568,7 @@ def test_a_new_session_can_count_on_less_than_the_mean_where_sessions_differ() -
 
 
 def test_a_batch_says_under_which_lease_it_was_made() -> None:
-    d = Dispatcher("d", Rules("fcfs", LIMITS))
+    d = Dispatcher("d", SchedulingRules("fcfs", LIMITS))
     d.on_heartbeat(heartbeat(lease=7), 0)
     d.on_verify(verify("s"), 0)
     ((_, batch),) = sent(d, 0)

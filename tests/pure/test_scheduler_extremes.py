@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 from itertools import count
-from typing import get_args
 
 import builders
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.core.batching import Limits
-from services.scheduler.core.dispatch import Dispatcher, Rules
-from services.scheduler.core.policies import PolicyName
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
+from services.scheduler.core.policies import POLICIES
 from shared.errors import MessageError
 from shared.messages import (
     FARTHEST_MS,
@@ -89,11 +88,11 @@ MODELS = st.builds(
 
 
 @given(
-    policy=st.sampled_from(get_args(PolicyName)),
+    policy=st.sampled_from(sorted(POLICIES)),
     messages=st.lists(st.one_of(BEATS, MODELS, ROUNDS, RESULTS), max_size=25),
 )
-def test_extreme_messages_end_no_scheduler(policy: PolicyName, messages: list[object]) -> None:
-    scheduler = Dispatcher("s", Rules(policy, Limits(max_batch_ms=400.0, max_batch_tokens=2048)))
+def test_extreme_messages_end_no_scheduler(policy: str, messages: list[object]) -> None:
+    scheduler = Dispatcher("s", SchedulingRules(policy, BatchLimits(max_batch_ms=400.0, max_batch_tokens=2048)))
     clock = count(1000, 100)
     for message in messages:
         match message:

@@ -9,7 +9,7 @@ from builders import verify
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.scheduler.core.device_gate import HIDDEN_ROWS, LONGEST_DRAFT, Bucket, Gate, Refused
+from services.scheduler.core.device_gate import HIDDEN_ROWS, LONGEST_DRAFT, DeviceGate, RateBucket, RoundRefused
 from shared.broker.seal import Seal
 from shared.messages import Cancel, Verify
 
@@ -27,11 +27,11 @@ def round_(session: str = "s", tpot_ms: float | None = None, **fields: Any) -> V
 
 
 @pytest.fixture
-def gate() -> Gate:
-    return Gate("ann", SEAL, rounds_per_s=10)
+def gate() -> DeviceGate:
+    return DeviceGate("ann", SEAL, rounds_per_s=10)
 
 
-def test_an_honest_round_passes_as_it_is(gate: Gate) -> None:
+def test_an_honest_round_passes_as_it_is(gate: DeviceGate) -> None:
     honest = round_(tpot_ms=50.0, slack_ms=400.0, hidden_from=90)
     assert gate.check(honest, due_ms=1400.0, now_ms=1000.0) == honest
 
@@ -42,18 +42,18 @@ def test_an_honest_round_passes_as_it_is(gate: Gate) -> None:
         (Cancel(session="s", reason="r"), "a Cancel is no round"),
         (round_(drafter="device.bob"), "would go to device.bob"),
         (round_(drafter="gateway-1"), "would go to gateway-1"),
-        (round_(session_key=""), "session's key"),
-        (round_(session_key=SEAL.key("other", "g", "default", None)), "session's key"),
-        (round_(service_class="priority"), "session's key"),
+        (round_(session_key=""), "session key"),
+        (round_(session_key=SEAL.key("other", "g", "default", None)), "session key"),
+        (round_(service_class="priority"), "session key"),
         (round_(draft=[1] * (LONGEST_DRAFT + 1)), "65 tokens"),
     ],
 )
-def test_what_it_has_no_right_to_is_refused(gate: Gate, message: Verify, reason: str) -> None:
-    with pytest.raises(Refused, match=reason):
+def test_what_it_has_no_right_to_is_refused(gate: DeviceGate, message: Verify, reason: str) -> None:
+    with pytest.raises(RoundRefused, match=reason):
         gate.check(message, None, 0.0)
 
 
-def test_a_device_is_not_late_by_saying_so(gate: Gate) -> None:
+def test_a_device_is_not_late_by_saying_so(gate: DeviceGate) -> None:
     liar = round_(tpot_ms=50.0, slack_ms=-1e9)
     assert gate.check(liar, due_ms=None, now_ms=1000.0).slack_ms == 0.0
     assert gate.check(liar, due_ms=1300.0, now_ms=1000.0).slack_ms == 300.0
@@ -62,7 +62,7 @@ def test_a_device_is_not_late_by_saying_so(gate: Gate) -> None:
     assert gate.check(unpromised, None, 0.0).slack_ms is None
 
 
-def test_hidden_states_are_given_as_far_as_they_are_needed(gate: Gate) -> None:
+def test_hidden_states_are_given_as_far_as_they_are_needed(gate: DeviceGate) -> None:
     greedy = round_(base_len=8000, hidden_from=0)
     answered = [gate.check(greedy, None, 0.0).hidden_from for _ in range(5)]
     assert answered.count(0) == HIDDEN_ROWS // 8003
@@ -71,7 +71,7 @@ def test_hidden_states_are_given_as_far_as_they_are_needed(gate: Gate) -> None:
     assert gate.check(round_(), None, 0.0).hidden_from is None
 
 
-def test_rounds_wait_when_they_are_too_many(gate: Gate) -> None:
+def test_rounds_wait_when_they_are_too_many(gate: DeviceGate) -> None:
     assert [gate.wait_ms(0.0) for _ in range(10)] == [0.0] * 10
     assert [gate.wait_ms(0.0) for _ in range(2)] == pytest.approx([100.0, 200.0])
     assert gate.wait_ms(1300.0) == 0.0
@@ -79,7 +79,7 @@ def test_rounds_wait_when_they_are_too_many(gate: Gate) -> None:
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 500)), max_size=60))
 def test_a_bucket_gives_no_more_than_its_rate_and_what_it_held(asked: list[tuple[float, float]]) -> None:
-    bucket, now_ms, given_out = Bucket(per_s=20, most=30), 0.0, 0.0
+    bucket, now_ms, given_out = RateBucket(per_s=20, most=30), 0.0, 0.0
     for amount, pause_ms in asked:
         now_ms += pause_ms
         if bucket.take(amount, now_ms):

@@ -42,8 +42,6 @@ LONGEST_RETRY_S = 60
 FIRST_DURATION_MS = 5000.0
 """A text's duration before any has ended."""
 SMOOTHING = 0.1
-FIRST_COME = ("sled", "fcfs")
-"""Policies under which a round waits for all that came before it."""
 
 
 @dataclass(frozen=True)
@@ -196,7 +194,7 @@ class Admission:
         """How long a request of this class waits for others."""
 
         def goes_before(name: str) -> bool:
-            return load.policy in FIRST_COME or self._reach(name) >= self._reach(service_class)
+            return load.first_come or self._reach(name) >= self._reach(service_class)
 
         before = sum(told.waiting for told in load.classes if goes_before(told.service_class))
         # The request itself is one of those who wait.

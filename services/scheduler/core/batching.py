@@ -1,25 +1,25 @@
-"""A batch in the making: what is in it, and what may still come, within the limits that the cost model checks. Pure."""
+"""A batch under construction: its rounds, and the limits that each further round is checked against."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.scheduler.core.mutable_shape import Tally
-from services.scheduler.core.pool import BLOCK, Pending, VerifierState
-from services.scheduler.core.round_queue import Waiting
+from services.scheduler.core.mutable_shape import MutableShape
+from services.scheduler.core.pool import BLOCK, PendingRound, VerifierState
+from services.scheduler.core.round_queue import QueuedRound
 from shared import cost
 from shared.messages import LeftOut
 
 PROMPTS_MISSED = 4
-"""Prompts that do not fit after which no others are tried: there may be thousands, and all are long."""
-TOLD = 8
-"""Rounds left out that a batch names."""
+"""No more prompts are tried after this many that did not fit: there may be thousands, and all are long."""
+MOST_LEFT_OUT = 8
+"""Most left-out rounds that a batch names."""
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What one batch may take, and how long a round may wait before it goes before all that arrive after it."""
+class BatchLimits:
+    """Limits of one batch, and the longest time before a round goes ahead of all that arrive after it."""
 
     max_batch_ms: float
     max_batch_tokens: int
@@ -27,18 +27,23 @@ class Limits:
 
 
 @dataclass
-class Chosen:
-    """A round that got into the batch: with `draft` tokens of its draft, or with a chunk of its prompt."""
+class ChosenRound:
+    """A round in the batch: with `draft` tokens of its draft, or with a chunk of its prompt."""
 
-    waiting: Waiting
+    queued: QueuedRound
     reason: str
     draft: int
     prefill_to: int | None = None
 
     @property
-    def pending(self) -> Pending:
-        """The round."""
-        return self.waiting.pending
+    def pending(self) -> PendingRound:
+        """The pending round."""
+        return self.queued.pending
+
+    @property
+    def session_id(self) -> str:
+        """Id of the round's session."""
+        return self.queued.session_id
 
     @property
     def value(self) -> float:
@@ -47,16 +52,17 @@ class Chosen:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """A batch to be."""
+class BatchPlan:
+    """Rounds that a policy puts into one batch."""
 
-    chosen: list[Chosen]
+    chosen: list[ChosenRound]
     predicted_ms: float
     full: bool
     """Whether a round, not counting prompts, did not fit."""
     waiting: int = 0
-    """Rounds that are not in it."""
+    """Pending rounds that are not in it."""
     left_out: list[LeftOut] = field(default_factory=list)
+    """The first of these, each with the reason."""
 
     @property
     def rate(self) -> float:
@@ -64,17 +70,17 @@ class Plan:
         return sum(chosen.value for chosen in self.chosen) / max(self.predicted_ms, 1e-6)
 
 
-class Batching:
-    """One batch, filled step by step.
+class BatchBuilder:
+    """Builds one batch, round by round.
 
-    A round that is on time when it is added stays on time: nothing is added after it that would make the batch end,
-    by the cautious prediction, later than its token is due.
+    A round that is on time when it is added stays on time: nothing is added later that would make the batch end, by
+    the cautious prediction, after the round's token is due.
     """
 
-    def __init__(self, verifier: VerifierState, limits: Limits, start_ms: float) -> None:
+    def __init__(self, verifier: VerifierState, limits: BatchLimits, start_ms: float) -> None:
         """start_ms: when the batch will start, on the scheduler's clock."""
         self.start_ms = start_ms
-        self.chosen: list[Chosen] = []
+        self.chosen: list[ChosenRound] = []
         self.predicted_ms = 0.0
         """Predicted time of the batch as it is."""
         self.full = False
@@ -82,48 +88,48 @@ class Batching:
         self.has_late = False
         """Whether a round in it has an SLO and will be late."""
         self.limit_ms = limits.max_batch_ms
-        """Longest predicted time that it may come to have."""
+        """Longest predicted time that the batch may reach."""
         self._most_tokens = limits.max_batch_tokens
-        self._room = verifier.heartbeat.total_tokens
+        self._cache_tokens = verifier.heartbeat.total_tokens
         self._model = verifier.model
         self._caution = max(1.0, verifier.model.ratio_p90)
-        self._tally = Tally()
-        self._aside: tuple[Waiting, tuple[int, int, int]] | None = None
+        self._shape = MutableShape()
+        self._reserved: tuple[QueuedRound, tuple[int, int, int]] | None = None
         self._missed_prompts = 0
-        self._kept = 0
+        self._used_tokens = 0
         """Tokens of the cache that the batch's sessions fill."""
         self._taken: set[str] = set()
         self._missed: dict[str, str] = {}
 
-    def __contains__(self, waiting: Waiting) -> bool:
-        return waiting.session in self._taken
+    def __contains__(self, queued: QueuedRound) -> bool:
+        return queued.session_id in self._taken
 
     def tries_prompts(self) -> bool:
-        """Whether prompts are still worth trying: not after several that did not fit."""
+        """Return whether to try more prompts: not after several that did not fit."""
         return self._missed_prompts < PROMPTS_MISSED
 
     def slack_ms(self, due_ms: float) -> float:
-        """Longest predicted time of a batch that, with caution, ends before a token is due."""
+        """Return the longest predicted time of a batch that, with caution, ends before `due_ms`."""
         return (due_ms - self.start_ms) / self._caution
 
     def take_round(
-        self, waiting: Waiting, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False
+        self, queued: QueuedRound, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False
     ) -> bool:
-        """Add a whole round with the first `draft` tokens of its draft, if it fits; it then keeps its deadline, if it
-        can.
+        """Add a whole round with the first `draft` tokens of its draft if it fits; return whether it was added.
 
-        limit_ms: a closer limit for this round. forced: whatever the limits say.
+        If the round is on time, its due time limits what is added later. limit_ms: a tighter time limit for this round.
+        forced: add it whatever the limits are.
         """
-        job = (waiting.base + draft, waiting.pending.verify.base_len + draft, draft + 1)
-        if not forced and not self._has_room(waiting, job[0], waiting.pending.length_after):
+        job = (queued.base + draft, queued.pending.verify.base_len + draft, draft + 1)
+        if not forced and not self._has_room(queued, job[0], queued.pending.length_after):
             return False
         grown_ms = self._grown_ms(job)
         limit_ms = self.limit_ms if limit_ms is None else min(limit_ms, self.limit_ms)
         if not forced and grown_ms > limit_ms:
-            self._miss(waiting, f"the batch would take {grown_ms:.0f} ms, the limit is {limit_ms:.0f}")
+            self._miss(queued, f"the batch would take {grown_ms:.0f} ms, the limit is {limit_ms:.0f}")
             return False
-        self._add(job, grown_ms, Chosen(waiting, reason, draft), waiting.pending.length_after)
-        due_ms = waiting.pending.due_ms
+        self._add(job, grown_ms, ChosenRound(queued, reason, draft), queued.pending.length_after)
+        due_ms = queued.pending.due_ms
         if due_ms is None:
             return True
         if grown_ms <= (slack_ms := self.slack_ms(due_ms)):
@@ -132,117 +138,128 @@ class Batching:
             self.has_late = True
         return True
 
-    def take_token(self, chosen: Chosen, value: float, idle_ms: float) -> bool:
-        """Verify one more token of a chosen round's draft, if it fits and the batch then brings more tokens per time.
+    def take_token(self, chosen: ChosenRound, value: float, idle_ms: float) -> bool:
+        """Add one more draft token of a chosen round if it fits and raises the batch's tokens per time.
 
-        value: tokens that the batch is expected to bring as it is. idle_ms: counted in with the batch's time.
+        value: tokens that the batch is expected to bring as it is. idle_ms: added to the batch's time.
         """
-        waiting, draft = chosen.waiting, chosen.draft
-        new, length = waiting.base + draft, waiting.pending.verify.base_len + draft
-        tally = self._tally
-        if tally.new_tokens >= self._most_tokens:
+        queued, draft = chosen.queued, chosen.draft
+        new, length = queued.base + draft, queued.pending.verify.base_len + draft
+        shape = self._shape
+        if shape.new_tokens >= self._most_tokens:
             return False
-        tally.give_back(new, length, draft + 1)
-        tally.take(new + 1, length + 1, draft + 2)
-        grown_ms = cost.predict_ms(self._model, tally)
+        shape.remove(new, length, draft + 1)
+        shape.add(new + 1, length + 1, draft + 2)
+        grown_ms = cost.predict_ms(self._model, shape)
         added_ms = grown_ms - self.predicted_ms
-        pays = waiting.pending.survival[draft] * (self.predicted_ms + idle_ms) >= value * added_ms
+        pays = queued.pending.survival[draft] * (self.predicted_ms + idle_ms) >= value * added_ms
         if not pays or grown_ms > self.limit_ms:
-            tally.give_back(new + 1, length + 1, draft + 2)
-            tally.take(new, length, draft + 1)
+            shape.remove(new + 1, length + 1, draft + 2)
+            shape.add(new, length, draft + 1)
             return False
         chosen.draft += 1
         self.predicted_ms = grown_ms
         return True
 
-    def take_chunk(self, waiting: Waiting, reason: str, *, limit_ms: float | None = None, forced: bool = False) -> bool:
-        """Add as many blocks of a round's prompt as fit; at least the next one if `forced` or set aside."""
-        aside = self._aside is not None and self._aside[0] is waiting
-        if aside:
-            self.release_aside()
-        first = waiting.next_block
+    def take_chunk(
+        self, queued: QueuedRound, reason: str, *, limit_ms: float | None = None, forced: bool = False
+    ) -> bool:
+        """Add as many blocks of a round's prompt as fit; return whether at least one was added.
+
+        The next block is always added if `forced` or if room was reserved for it.
+        """
+        reserved = self._reserved is not None and self._reserved[0] is queued
+        if reserved:
+            self.release_reserved()
+        first = queued.next_block
         if first is None:
             return False
         limit_ms = self.limit_ms if limit_ms is None else min(limit_ms, self.limit_ms)
-        low, high = first // BLOCK, (waiting.pending.verify.base_len - 1) // BLOCK
-        if not (forced or aside) and not self._has_room(waiting, first - waiting.held, first):
+        low, high = first // BLOCK, (queued.pending.verify.base_len - 1) // BLOCK
+        if not (forced or reserved) and not self._has_room(queued, first - queued.held, first):
             return False
-        if not self._chunk_fits(waiting, first, limit_ms):
-            if not (forced or aside):
-                self._miss(waiting, f"not even a block of its prompt fits in {limit_ms:.0f} ms")
+        if not self._chunk_fits(queued, first, limit_ms):
+            if not (forced or reserved):
+                self._miss(queued, f"not even a block of its prompt fits in {limit_ms:.0f} ms")
                 return False
             high = low
         while low < high:
             middle = (low + high + 1) // 2
-            if self._chunk_fits(waiting, middle * BLOCK, limit_ms):
+            if self._chunk_fits(queued, middle * BLOCK, limit_ms):
                 low = middle
             else:
                 high = middle - 1
-        job = (low * BLOCK - waiting.held, low * BLOCK, 0)
-        self._add(job, self._grown_ms(job), Chosen(waiting, reason, 0, low * BLOCK), low * BLOCK)
+        job = (low * BLOCK - queued.held, low * BLOCK, 0)
+        self._add(job, self._grown_ms(job), ChosenRound(queued, reason, 0, low * BLOCK), low * BLOCK)
         return True
 
-    def set_aside(self, waiting: Waiting) -> None:
-        """Keep room for the next block of this round's prompt, whatever else is added."""
-        if self._aside is None and (block := waiting.next_block) is not None:
-            job = (block - waiting.held, block, 0)
-            self._aside = waiting, job
-            self._tally.take(*job)
-            self.predicted_ms = cost.predict_ms(self._model, self._tally)
+    def reserve_block(self, queued: QueuedRound) -> None:
+        """Reserve room for the next block of this round's prompt, unless there is a reservation already."""
+        if self._reserved is None and (block := queued.next_block) is not None:
+            job = (block - queued.held, block, 0)
+            self._reserved = queued, job
+            self._shape.add(*job)
+            self.predicted_ms = cost.predict_ms(self._model, self._shape)
 
-    def release_aside(self) -> None:
-        """Give back what was set aside."""
-        if self._aside is not None:
-            self._tally.give_back(*self._aside[1])
-            self._aside = None
-            self.predicted_ms = cost.predict_ms(self._model, self._tally)
+    def release_reserved(self) -> None:
+        """Release the reserved room."""
+        if self._reserved is not None:
+            self._shape.remove(*self._reserved[1])
+            self._reserved = None
+            self.predicted_ms = cost.predict_ms(self._model, self._shape)
 
-    def plan(self, waiting: int, rest: Iterable[Waiting]) -> Plan:
-        """The batch as it is. waiting: rounds that wait in all; rest: these, as the policy would go on."""
-        count = waiting - len(self.chosen)
-        told = min(TOLD, count)
-        left = [LeftOut(session=name, reason=why) for name, why in self._missed.items()][:told]
-        for one in rest:
-            if len(left) >= told:
+    def plan(self, pending: int, rest: Iterable[QueuedRound]) -> BatchPlan:
+        """Return the batch as it is.
+
+        pending: number of pending rounds, those in the batch included. rest: these rounds, in the policy's order.
+        """
+        waiting = pending - len(self.chosen)
+        most = min(MOST_LEFT_OUT, waiting)
+        left_out = [LeftOut(session=session_id, reason=why) for session_id, why in self._missed.items()][:most]
+        for queued in rest:
+            if len(left_out) >= most:
                 break
-            if one.session not in self._taken and one.session not in self._missed:
-                left.append(LeftOut(session=one.session, reason="not its turn"))
-        return Plan(list(self.chosen), self.predicted_ms, self.full, count, left)
+            if queued.session_id not in self._taken and queued.session_id not in self._missed:
+                left_out.append(LeftOut(session=queued.session_id, reason="not its turn"))
+        return BatchPlan(list(self.chosen), self.predicted_ms, self.full, waiting, left_out)
 
-    def _miss(self, waiting: Waiting, reason: str) -> None:
-        self._missed_prompts += waiting.is_prompt
-        self.full = self.full or not waiting.is_prompt
-        if len(self._missed) < TOLD:
-            self._missed.setdefault(waiting.session, reason)
+    def _miss(self, queued: QueuedRound, reason: str) -> None:
+        self._missed_prompts += queued.is_prompt
+        self.full = self.full or not queued.is_prompt
+        if len(self._missed) < MOST_LEFT_OUT:
+            self._missed.setdefault(queued.session_id, reason)
 
-    def _has_room(self, waiting: Waiting, new: int, length: int) -> bool:
-        if self._tally.new_tokens + new > self._most_tokens:
-            self._miss(waiting, f"the batch would have more than {self._most_tokens} tokens")
+    def _has_room(self, queued: QueuedRound, new: int, length: int) -> bool:
+        if self._shape.new_tokens + new > self._most_tokens:
+            self._miss(queued, f"the batch would have more than {self._most_tokens} tokens")
             return False
-        if self._kept + _blocks(length) > self._room:
-            self._miss(waiting, f"the sessions of the batch would need more than the {self._room} tokens of the cache")
+        if self._used_tokens + _whole_blocks(length) > self._cache_tokens:
+            self._miss(
+                queued, f"the sessions of the batch would need more than the {self._cache_tokens} tokens of the cache"
+            )
             return False
         return True
 
-    def _chunk_fits(self, waiting: Waiting, prefill_to: int, limit_ms: float) -> bool:
-        new = prefill_to - waiting.held
-        within = self._tally.new_tokens + new <= self._most_tokens and self._kept + prefill_to <= self._room
-        return within and self._grown_ms((new, prefill_to, 0)) <= limit_ms
+    def _chunk_fits(self, queued: QueuedRound, prefill_to: int, limit_ms: float) -> bool:
+        new = prefill_to - queued.held
+        tokens_fit = self._shape.new_tokens + new <= self._most_tokens
+        cache_fits = self._used_tokens + prefill_to <= self._cache_tokens
+        return tokens_fit and cache_fits and self._grown_ms((new, prefill_to, 0)) <= limit_ms
 
     def _grown_ms(self, job: tuple[int, int, int]) -> float:
-        self._tally.take(*job)
-        grown_ms = cost.predict_ms(self._model, self._tally)
-        self._tally.give_back(*job)
+        self._shape.add(*job)
+        grown_ms = cost.predict_ms(self._model, self._shape)
+        self._shape.remove(*job)
         return grown_ms
 
-    def _add(self, job: tuple[int, int, int], grown_ms: float, chosen: Chosen, length: int) -> None:
-        self._tally.take(*job)
-        self._kept += _blocks(length)
+    def _add(self, job: tuple[int, int, int], grown_ms: float, chosen: ChosenRound, length: int) -> None:
+        self._shape.add(*job)
+        self._used_tokens += _whole_blocks(length)
         self.predicted_ms = grown_ms
-        self._taken.add(chosen.waiting.session)
-        self._missed.pop(chosen.waiting.session, None)
+        self._taken.add(chosen.session_id)
+        self._missed.pop(chosen.session_id, None)
         self.chosen.append(chosen)
 
 
-def _blocks(length: int) -> int:
+def _whole_blocks(length: int) -> int:
     return -(-length // BLOCK) * BLOCK

@@ -1,13 +1,13 @@
-"""What of a device's messages goes to the scheduler: whatever it sends, others lose nothing by it. Pure.
+"""Checks on the rounds of one remote device, so that nothing a device sends harms other sessions.
 
-A device is not trusted. Whose a message is follows from the queue that it came by. Of a round it may choose the draft,
-and when it sends it; what it could gain by at others' cost is checked or corrected here:
+A device is not trusted. Its queue identifies the sender. The device chooses its draft and when to send it. Everything
+by which it could gain at the expense of others is checked or corrected here:
 
-    session, gateway, class, promise    sealed with the session's key (`shared.broker.seal`)
-    drafter                             itself: nobody else gets the results that it asks for
-    slack                               no less than what is known here: nobody is late by saying so
-    hidden states asked for             as many as prompts and outputs need; what is over it is left out
-    rounds                              so many a second; the others wait in the device's own queue, which is bounded
+    session, gateway, class, SLO   sealed with the session key (`shared.broker.seal`)
+    drafter                        the device itself, so that no other drafter gets the results that it asks for
+    slack                          at least what the scheduler predicts, so that no device claims to be late
+    hidden states                  as many rows as prompts and outputs need; a request for more is dropped
+    rate of rounds                 limited; further rounds wait in the device's own queue, which is bounded
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from shared.messages import Message, Verify
 
 LONGEST_DRAFT = 64
 HIDDEN_ROWS = 20_000
-"""Hidden states that a device may ask for at once: a few long prompts."""
+"""Rows of hidden states that a device may ask for at once: a few long prompts."""
 HIDDEN_ROWS_PER_S = 1_000
 BURST_S = 1.0
 
 
-class Refused(Exception):
-    """The message is not taken; the text says why."""
+class RoundRefused(Exception):
+    """The message is refused; the text gives the reason."""
 
 
-class Bucket:
-    """Fills up at a rate, and holds so much at most."""
+class RateBucket:
+    """A token bucket: it fills at a constant rate up to a limit."""
 
     def __init__(self, per_s: float, most: float) -> None:
         self._per_ms = per_s / 1000
@@ -37,14 +37,14 @@ class Bucket:
         self._at_ms: float | None = None
 
     def take(self, amount: float, now_ms: float) -> bool:
-        """Take it out, if that much is there."""
+        """Take this amount if the bucket holds it; return whether it did."""
         if self._filled(now_ms) < amount:
             return False
         self._level -= amount
         return True
 
     def draw(self, amount: float, now_ms: float) -> float:
-        """Take it out in any case; returns the time until it would have been there, in milliseconds."""
+        """Take this amount in any case; return the milliseconds until the level is back at zero."""
         self._level = self._filled(now_ms) - amount
         return max(0.0, -self._level / self._per_ms)
 
@@ -54,32 +54,32 @@ class Bucket:
         return self._level
 
 
-class Gate:
-    """What one device's messages pass."""
+class DeviceGate:
+    """Checks the messages of one device."""
 
     def __init__(self, device: str, seal: Seal, rounds_per_s: float) -> None:
-        self._drafter = device_name(device)
+        self._drafter_id = device_name(device)
         self._seal = seal
-        self._rounds = Bucket(rounds_per_s, max(1.0, rounds_per_s * BURST_S))
-        self._hidden = Bucket(HIDDEN_ROWS_PER_S, HIDDEN_ROWS)
+        self._rounds = RateBucket(rounds_per_s, max(1.0, rounds_per_s * BURST_S))
+        self._hidden = RateBucket(HIDDEN_ROWS_PER_S, HIDDEN_ROWS)
 
     def wait_ms(self, now_ms: float) -> float:
-        """How long the next message has to wait; asked once for each, whatever it is."""
+        """Return how long the next message has to wait. Call it once for each message of any type."""
         return self._rounds.draw(1, now_ms)
 
     def check(self, message: Message, due_ms: float | None, now_ms: float) -> Verify:
-        """The round as it may be taken. `due_ms`: when the session's next token is due, by what the scheduler has seen.
+        """Return the round, corrected where needed.
 
-        Raises Refused.
+        due_ms: when the session's next token is due, as predicted by the scheduler. Raises RoundRefused.
         """
         if not isinstance(message, Verify):
-            raise Refused(f"a {message.type_name} is no round")
-        if message.drafter != self._drafter:
-            raise Refused(f"the results would go to {message.drafter}")
+            raise RoundRefused(f"a {message.type_name} is no round")
+        if message.drafter != self._drafter_id:
+            raise RoundRefused(f"the results would go to {message.drafter}")
         if not self._seal.fits(message):
-            raise Refused("it does not show its session's key")
+            raise RoundRefused("its session key is wrong or missing")
         if len(message.draft) > LONGEST_DRAFT:
-            raise Refused(f"a draft of {len(message.draft)} tokens; {LONGEST_DRAFT} are the most")
+            raise RoundRefused(f"its draft has {len(message.draft)} tokens; at most {LONGEST_DRAFT} are allowed")
         changed: dict[str, object] = {}
         slack_ms = None
         if message.tpot_ms is not None and message.slack_ms is not None:
@@ -88,7 +88,7 @@ class Gate:
         if slack_ms != message.slack_ms:
             changed["slack_ms"] = slack_ms
         if message.hidden_from is not None:
-            asked = max(0, message.base_len - message.hidden_from) + len(message.draft) + 1
-            if not self._hidden.take(asked, now_ms):
+            rows = max(0, message.base_len - message.hidden_from) + len(message.draft) + 1
+            if not self._hidden.take(rows, now_ms):
                 changed["hidden_from"] = None
         return message.model_copy(update=changed) if changed else message

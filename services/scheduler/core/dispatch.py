@@ -1,6 +1,7 @@
-"""The scheduler's decisions as one synchronous object: events in, batches out, no clock and no I/O of its own.
+"""The scheduler's decisions as one synchronous object: messages in, batches out, without a clock or I/O.
 
-The live service and the simulator drive the same class. Every time is `now_ms` on the caller's clock.
+The service and `services.tools.replayer.whatif` (recorded requests in virtual time) drive the same class. Every time is
+`now_ms` on the caller's clock.
 """
 
 from __future__ import annotations
@@ -9,94 +10,123 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.scheduler.core import load, pacing
-from services.scheduler.core.batching import Chosen, Limits, Plan
-from services.scheduler.core.fleet import Fleet
-from services.scheduler.core.load import Recent
-from services.scheduler.core.policies import Part, PolicyName, Situation, policy_of
-from services.scheduler.core.pool import InFlight, Known, Pending, VerifierState
+from services.scheduler.core.batching import BatchLimits, BatchPlan, ChosenRound
+from services.scheduler.core.fleet import VerifierFleet
+from services.scheduler.core.load import LoadAverages
+from services.scheduler.core.policies import POLICIES, PolicyOptions, Situation
+from services.scheduler.core.pool import ActiveSession, InFlight, PendingRound, VerifierState
 from shared.messages import SILENT_MS, Batch, CostModel, Heartbeat, Job, Load, Result, Status, Verify
 
 LOST_FACTOR = 5.0
 LOST_SLACK_MS = 5000.0
-"""A batch without results after five times its predicted time and this much more is lost."""
+"""A batch without results is lost after five times its predicted time and this much more."""
 FORGOTTEN_MS = 120_000.0
-"""A session without news for this long is not under way any more, whatever became of it."""
+"""A session without rounds or results for this long no longer counts as active."""
 SMOOTHING = 0.2
 LONGEST_GAP_MS = 500.0
+"""Longer idle times of a verifier count as this much."""
 DEFAULT_RETURN_MS = 5.0
+"""Expected time from a result to the next round of a drafter that was not measured yet."""
 
 
 @dataclass(frozen=True)
-class Rules:
-    """How a scheduler decides."""
+class SchedulingRules:
+    """Configuration of a dispatcher."""
 
-    policy: PolicyName
-    limits: Limits
+    policy: str
+    """A name in `POLICIES`."""
+    limits: BatchLimits
     max_draft: int = 16
-    sled_batch: int = 8
-    sled_fill_ms: float = 50.0
-    without: frozenset[Part] = field(default_factory=frozenset)
-    """Parts to leave out, to see what each brings."""
-
-    def plays(self, part: Part) -> bool:
-        """Whether a part of `wisp+` is there."""
-        return self.policy == "wisp+" and part not in self.without
+    """Most draft tokens of a round that are verified."""
+    options: PolicyOptions = field(default_factory=PolicyOptions)
 
 
 class Dispatcher:
     """Pools rounds and decides which verifier gets which batch, and when."""
 
-    def __init__(self, name: str, rules: Rules) -> None:
-        self.name = name
+    def __init__(self, scheduler_id: str, rules: SchedulingRules) -> None:
+        self.scheduler_id = scheduler_id
         self.rules = rules
-        self.fleet = Fleet(rules.limits.max_wait_ms, migrate=rules.plays("migration"))
-        self._policy = policy_of(rules.policy, rules.sled_batch, rules.without)
-        self._recent = Recent()
+        self._policy = POLICIES[rules.policy](rules.options)
+        self.fleet = VerifierFleet(rules.limits.max_wait_ms, migrate=self._policy.plays("migration"))
+        self._averages = LoadAverages()
         self._batches = 0
         self._return_ms: dict[str, float] = {}
         self._resulted_ms: dict[str, float] = {}
         self._releases: dict[str, list[str]] = {}
 
     def on_verify(self, verify: Verify, now_ms: float) -> None:
-        """A round arrived. A copy of one that waits or is in flight already changes nothing.
+        """Pool a round. A copy of a round that is pending or in flight is ignored.
 
-        The same round from another drafter is no copy: the first one is gone, and the result has to reach the second.
+        The same round from another drafter is no copy: the first drafter is gone, and the second needs the result.
         """
-        session = verify.session
+        session_id = verify.session
         for state in self.fleet.verifiers.values():
-            state.returning.pop(session, None)
+            state.returning.pop(session_id, None)
             for flight in state.in_flight:
-                if _is_copy(verify, flight.jobs.get(session)):
+                if _is_copy(verify, flight.jobs.get(session_id)):
                     return
-        if _is_copy(verify, self.fleet.waits(session)):
+        if _is_copy(verify, self.fleet.pending_round(session_id)):
             return
-        if (resulted := self._resulted_ms.pop(session, None)) is not None and verify.attempt == 0:
+        if (resulted := self._resulted_ms.pop(session_id, None)) is not None and verify.attempt == 0:
             self._learn_return(verify.drafter, now_ms - resulted)
-        due = None
-        if verify.slack_ms is not None and "deadlines" not in self.rules.without:
-            due = now_ms + verify.slack_ms
-        known = self.fleet.known.setdefault(session, Known(verify.service_class, verify.tpot_ms))
-        known.due_ms, known.seen_ms = due, now_ms
-        self.fleet.remove(session)
-        self.fleet.add(Pending(verify, now_ms, due, self.rules.max_draft), now_ms)
+        due_ms = None
+        if verify.slack_ms is not None and "deadlines" not in self.rules.options.without:
+            due_ms = now_ms + verify.slack_ms
+        session = self.fleet.sessions.setdefault(session_id, ActiveSession(verify.service_class, verify.tpot_ms))
+        session.due_ms, session.seen_ms = due_ms, now_ms
+        self.fleet.remove(session_id)
+        self.fleet.add(PendingRound(verify, now_ms, due_ms, self.rules.max_draft), now_ms)
 
-    def _learn_return(self, drafter: str, measured_ms: float) -> None:
-        known = self._return_ms.get(drafter, measured_ms)
-        self._return_ms[drafter] = known + SMOOTHING * (measured_ms - known)
+    def _learn_return(self, drafter_id: str, measured_ms: float) -> None:
+        before_ms = self._return_ms.get(drafter_id, measured_ms)
+        self._return_ms[drafter_id] = before_ms + SMOOTHING * (measured_ms - before_ms)
 
-    def return_ms(self, drafter: str) -> float:
-        """How long after a result this drafter's next round usually arrives."""
-        return self._return_ms.get(drafter, DEFAULT_RETURN_MS)
+    def return_ms(self, drafter_id: str) -> float:
+        """Return the usual time from a result to the drafter's next round."""
+        return self._return_ms.get(drafter_id, DEFAULT_RETURN_MS)
 
     def on_result(self, result: Result, now_ms: float) -> None:
-        """A job is done; a chunk of prefill puts its round back into the pool."""
+        """Settle a job. After a chunk of prefill its round goes back into the pool."""
         state = self.fleet.verifiers.get(result.verifier)
         if state is None:
             return
-        job = None
+        pending = self._take_from_flight(state, result, now_ms)
+        self._release_elsewhere(state, result, settled=pending is not None)
+        if result.status is Status.FAILED or result.finish is not None:
+            if (ended := self.fleet.sessions.get(result.session)) is not None:
+                self._averages.on_end(ended)
+            self._forget(result.session)
+            return
+        if result.cached:
+            state.cached[result.session] = result.cached
+        if pending is None:
+            return
+        session = self.fleet.sessions.get(result.session)
+        if session is not None:
+            session.seen_ms = now_ms
+        prompt = max(0, result.new_tokens - result.trimmed_to - 1)
+        self._averages.on_result(result, prompt, load.prefill_ms(state.model), now_ms)
+        if result.status is Status.PREFILLED:
+            if self.fleet.pending_round(result.session) is None:
+                self.fleet.add(pending, now_ms)
+            return
+        if session is not None:
+            away_ms = session.record_result(now_ms, result.queue_ms + result.verify_ms, len(result.tokens))
+            self._averages.on_return(away_ms)
+            if session.due_ms is not None and session.tpot_ms is not None:
+                from_ms = now_ms if pending.verify.round == 0 else session.due_ms
+                session.due_ms = from_ms + session.tpot_ms * len(result.tokens)
+        self._resulted_ms[result.session] = now_ms
+        state.returning[result.session] = now_ms + self.return_ms(pending.verify.drafter)
+
+    @staticmethod
+    def _take_from_flight(state: VerifierState, result: Result, now_ms: float) -> PendingRound | None:
+        """Remove a result's job from its batch; return its round, or None if the job was not in flight."""
+        pending = None
         for flight in state.in_flight:
-            if flight.batch.batch == result.batch:
-                job = flight.jobs.pop(result.session, None)
+            if flight.batch_id == result.batch:
+                pending = flight.jobs.pop(result.session, None)
         running = state.in_flight[0] if state.in_flight else None
         state.in_flight = [flight for flight in state.in_flight if flight.jobs]
         if not state.in_flight:
@@ -104,106 +134,89 @@ class Dispatcher:
         elif state.in_flight[0] is not running:
             # The prepared batch starts now, not when it was sent.
             state.in_flight[0].sent_ms = now_ms
+        return pending
+
+    def _release_elsewhere(self, state: VerifierState, result: Result, *, settled: bool) -> None:
+        """Let the other verifiers release a session that this one has worked on."""
         for other in self.fleet.verifiers.values():
-            if other is not state and other.cached.pop(result.session, 0) and job is not None:
-                self._releases.setdefault(other.name, []).append(result.session)
-        if result.status is Status.FAILED or result.finish is not None:
-            if (ended := self.fleet.known.get(result.session)) is not None:
-                self._recent.ended(ended)
-            self._forget(result.session)
-            return
-        if result.cached:
-            state.cached[result.session] = result.cached
-        if job is None:
-            return
-        known = self.fleet.known.get(result.session)
-        if known is not None:
-            known.seen_ms = now_ms
-        prompt = max(0, result.new_tokens - result.trimmed_to - 1)
-        self._recent.resulted(result, prompt, load.prefill_ms(state.model), now_ms)
-        if result.status is Status.PREFILLED:
-            if self.fleet.waits(result.session) is None:
-                self.fleet.add(job, now_ms)
-            return
-        if known is not None:
-            self._recent.away(known.resulted(now_ms, result.queue_ms + result.verify_ms, len(result.tokens)))
-        if known is not None and known.due_ms is not None and known.tpot_ms is not None:
-            from_ms = now_ms if job.verify.round == 0 else known.due_ms
-            known.due_ms = from_ms + known.tpot_ms * len(result.tokens)
-        self._resulted_ms[result.session] = now_ms
-        state.returning[result.session] = now_ms + self.return_ms(job.verify.drafter)
+            if other is not state and other.cached.pop(result.session, 0) and settled:
+                self._releases.setdefault(other.verifier_id, []).append(result.session)
 
     def on_heartbeat(self, heartbeat: Heartbeat, now_ms: float) -> None:
-        """A verifier is there; what it says that it holds replaces what was believed."""
+        """Update a verifier. Its residency replaces what was assumed about its cache."""
         self.fleet.on_heartbeat(heartbeat, now_ms)
 
     def on_cost_model(self, model: CostModel, now_ms: float) -> None:
-        """A verifier's times are predicted by this from now on."""
-        if "estimator" not in self.rules.without:
+        """Predict a verifier's times by this model from now on."""
+        if "estimator" not in self.rules.options.without:
             self.fleet.on_cost_model(model, now_ms)
 
-    def on_cancel(self, session: str) -> None:
-        """Nobody waits for this session."""
-        self._forget(session)
+    def on_cancel(self, session_id: str) -> None:
+        """Remove a cancelled session."""
+        self._forget(session_id)
 
-    def on_returned(self, verifier: str, now_ms: float) -> None:
-        """No queue took a batch for this verifier: it is gone."""
-        if verifier in self.fleet.verifiers:
-            self._drop(verifier, now_ms)
+    def on_returned(self, verifier_id: str, now_ms: float) -> None:
+        """Remove a verifier whose queue is gone: the broker returned a batch for it."""
+        if verifier_id in self.fleet.verifiers:
+            self._drop(verifier_id, now_ms)
 
     def dispatch(self, now_ms: float) -> tuple[list[tuple[str, Batch]], float | None]:
-        """The batches to send now, each with its verifier's name; and when to ask again if nothing happens before."""
+        """Return the batches to send now, each with its verifier's id, and when to call again if nothing happens."""
         self._drop_lost(now_ms)
         sends: list[tuple[str, Batch]] = []
         later: list[float] = []
         for state in self.fleet.verifiers.values():
-            while state.usable and len(state.in_flight) < 2 and self.fleet.queues[state.name]:
+            while state.usable and len(state.in_flight) < 2 and self.fleet.queues[state.verifier_id]:
                 plan, at = self._next(state, now_ms)
                 if plan is None or at > now_ms:
                     if at != pacing.NEVER:
                         later.append(at)
                     break
-                sends.append((state.name, self._commit(state, plan, now_ms)))
+                sends.append((state.verifier_id, self._commit(state, plan, now_ms)))
         return sends, min(later, default=None)
 
     def releases(self) -> dict[str, list[str]]:
-        """Sessions whose K/V a verifier need not keep, since another has worked on them; each is told once."""
-        told, self._releases = self._releases, {}
-        return told
+        """Return, by verifier, the sessions whose KV it need not keep because another verifier has worked on them.
+
+        Each is returned once.
+        """
+        releases, self._releases = self._releases, {}
+        return releases
 
     @property
     def active(self) -> bool:
-        """Whether rounds have come here; a standby gets none."""
-        return self._batches > 0 or self.fleet.waiting > 0
+        """Whether rounds have arrived here; a standby gets none."""
+        return self._batches > 0 or self.fleet.pending_count > 0
 
     def load(self, now_ms: float) -> Load:
-        """What drafters and gateways are told."""
-        for session, known in list(self.fleet.known.items()):
-            if now_ms - known.seen_ms > FORGOTTEN_MS and self.fleet.waits(session) is None:
-                self._forget(session)
+        """Return the load message for drafters and gateways."""
+        for session_id, session in list(self.fleet.sessions.items()):
+            if now_ms - session.seen_ms > FORGOTTEN_MS and self.fleet.pending_round(session_id) is None:
+                self._forget(session_id)
         usable = [v for v in self.fleet.verifiers.values() if v.usable]
-        return load.load(
-            self.name,
-            self.rules.policy,
-            load.price_ms(usable, self._recent) if self.rules.plays("price") else 0.0,
-            self.rules.max_draft,
+        return load.load_message(
             self.fleet,
-            self._recent,
+            self._averages,
             now_ms,
+            scheduler_id=self.scheduler_id,
+            policy=self._policy.name,
+            first_come=self._policy.first_come,
+            price=load.price_ms(usable, self._averages) if self._policy.plays("price") else 0.0,
+            draft_cap=self.rules.max_draft,
         )
 
-    def _next(self, state: VerifierState, now_ms: float) -> tuple[Plan | None, float]:
-        """The batch that a verifier would get, if it is known yet, and when."""
-        queue = self.fleet.queues[state.name]
-        static = self.rules.policy == "sled"
+    def _next(self, state: VerifierState, now_ms: float) -> tuple[BatchPlan | None, float]:
+        """Return a verifier's next batch, if it can be planned yet, and when to send it."""
+        queue = self.fleet.queues[state.verifier_id]
+        static = self._policy.static
         if state.in_flight:
             at_ms = pacing.NEVER if static else pacing.prepare_at(state, now_ms)
         else:
-            at_ms = pacing.filled_at(queue, self.rules.sled_batch, self.rules.sled_fill_ms) if static else now_ms
+            at_ms = self._policy.ready_ms(queue, now_ms)
         if at_ms > now_ms:
             return None, at_ms
         start_ms = now_ms + state.remaining_ms(now_ms)
-        soonest = state.soonest_due_ms(self.fleet.known, start_ms + self.rules.limits.max_batch_ms)
+        soonest = state.soonest_due_ms(self.fleet.sessions, start_ms + self.rules.limits.max_batch_ms)
         plan = self._policy.plan(queue, Situation(state, self.rules.limits, start_ms, soonest))
         if plan.full or static:
             return plan, now_ms
@@ -211,57 +224,59 @@ class Dispatcher:
             return plan, pacing.NEVER if pacing.coming_back(state, self.return_ms) else now_ms
         return plan, pacing.gather_until(state, now_ms) or now_ms
 
-    def _commit(self, state: VerifierState, plan: Plan, now_ms: float) -> Batch:
+    def _commit(self, state: VerifierState, plan: BatchPlan, now_ms: float) -> Batch:
+        """Turn a plan into a batch that is in flight."""
         self._batches += 1
         batch = Batch(
-            batch=f"{self.name}-{self._batches}",
-            scheduler=self.name,
+            batch=f"{self.scheduler_id}-{self._batches}",
+            scheduler=self.scheduler_id,
             lease=state.heartbeat.lease,
             jobs=[_job(chosen, now_ms) for chosen in plan.chosen],
             predicted_ms=plan.predicted_ms,
-            policy=self.rules.policy,
+            policy=self._policy.name,
             waiting=plan.waiting,
             left_out=plan.left_out,
         )
-        queue = self.fleet.queues[state.name]
+        queue = self.fleet.queues[state.verifier_id]
         for chosen in plan.chosen:
-            queue.remove(chosen.waiting.session)
+            queue.remove(chosen.session_id)
         idle_ms = 0.0 if state.in_flight else min(LONGEST_GAP_MS, now_ms - state.idle_since_ms)
         state.gap_ms += SMOOTHING * (idle_ms - state.gap_ms)
-        self._recent.sent(batch)
-        jobs = {chosen.waiting.session: chosen.pending for chosen in plan.chosen}
-        state.in_flight.append(InFlight(batch, jobs, now_ms, plan.predicted_ms))
+        self._averages.on_batch(batch)
+        jobs = {chosen.session_id: chosen.pending for chosen in plan.chosen}
+        state.in_flight.append(InFlight(batch.batch, jobs, now_ms, plan.predicted_ms))
         state.returning = {s: at for s, at in state.returning.items() if at + pacing.LATE_MS > now_ms}
         return batch
 
     def _drop_lost(self, now_ms: float) -> None:
-        for name, state in list(self.fleet.verifiers.items()):
+        """Remove silent verifiers and lost batches; their rounds are pending again."""
+        for verifier_id, state in list(self.fleet.verifiers.items()):
             if now_ms - state.seen_ms > SILENT_MS:
-                self._drop(name, now_ms)
+                self._drop(verifier_id, now_ms)
                 continue
             for flight in list(state.in_flight):
                 if now_ms - flight.sent_ms > LOST_FACTOR * flight.predicted_ms + LOST_SLACK_MS:
                     state.in_flight.remove(flight)
                     self._requeue(flight.jobs.values(), now_ms)
 
-    def _drop(self, name: str, now_ms: float) -> None:
-        self._requeue(self.fleet.drop(name, now_ms), now_ms)
+    def _drop(self, verifier_id: str, now_ms: float) -> None:
+        self._requeue(self.fleet.drop(verifier_id, now_ms), now_ms)
 
-    def _requeue(self, jobs: Iterable[Pending], now_ms: float) -> None:
-        for pending in jobs:
-            if self.fleet.waits(pending.session) is None:
+    def _requeue(self, rounds: Iterable[PendingRound], now_ms: float) -> None:
+        for pending in rounds:
+            if self.fleet.pending_round(pending.session_id) is None:
                 self.fleet.add(pending, now_ms)
 
-    def _forget(self, session: str) -> None:
-        self.fleet.forget(session)
-        self._resulted_ms.pop(session, None)
+    def _forget(self, session_id: str) -> None:
+        self.fleet.forget(session_id)
+        self._resulted_ms.pop(session_id, None)
 
 
-def _is_copy(verify: Verify, known: Pending | None) -> bool:
-    return known is not None and known.verify.drafter == verify.drafter and known.verify.round >= verify.round
+def _is_copy(verify: Verify, pending: PendingRound | None) -> bool:
+    return pending is not None and pending.verify.drafter == verify.drafter and pending.verify.round >= verify.round
 
 
-def _job(chosen: Chosen, now_ms: float) -> Job:
+def _job(chosen: ChosenRound, now_ms: float) -> Job:
     pending = chosen.pending
     return Job.of(
         pending.verify,

@@ -1,135 +1,138 @@
-"""The verifiers, the sessions, and which round waits for which verifier. Pure."""
+"""The verifiers, the active sessions, and the queue in which each round waits."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 
 from services.scheduler.core import placement
-from services.scheduler.core.pool import Known, Pending, VerifierState
-from services.scheduler.core.round_queue import Queue, seen_by
+from services.scheduler.core.pool import ActiveSession, PendingRound, VerifierState
+from services.scheduler.core.round_queue import RoundQueue, queued_round
 from shared import cost
 from shared.messages import CostModel, Heartbeat
 
 CHANGED = 1.25
-"""A verifier whose predicted times have changed by this factor has its queue sorted anew."""
+"""A verifier's queue is sorted anew when its predicted times have changed by this factor."""
 
 
-class Fleet:
-    """Every round that waits is in exactly one place: in the queue of a verifier, or unplaced while none is usable."""
+class VerifierFleet:
+    """All verifiers and pending rounds.
+
+    Every pending round is in exactly one place: in the queue of a verifier, or unplaced while no verifier is usable.
+    """
 
     def __init__(self, max_wait_ms: float, *, migrate: bool) -> None:
-        """max_wait_ms: see `Pending.deadline_ms`. migrate: sessions may leave the verifier that holds their K/V."""
+        """max_wait_ms: see `PendingRound.deadline_ms`. migrate: sessions may leave the verifier that holds their KV."""
         self.verifiers: dict[str, VerifierState] = {}
-        self.queues: dict[str, Queue] = {}
-        self.unplaced: dict[str, Pending] = {}
-        self.known: dict[str, Known] = {}
+        self.queues: dict[str, RoundQueue] = {}
+        self.unplaced: dict[str, PendingRound] = {}
+        self.sessions: dict[str, ActiveSession] = {}
         self._max_wait_ms = max_wait_ms
         self._migrate = migrate
         self._models: dict[str, CostModel] = {}
         self._sorted_by: dict[str, CostModel] = {}
 
     @property
-    def waiting(self) -> int:
-        """Rounds that wait."""
+    def pending_count(self) -> int:
+        """Number of pending rounds."""
         return len(self.unplaced) + sum(len(queue) for queue in self.queues.values())
 
-    def pending(self) -> Iterator[Pending]:
-        """The rounds that wait."""
+    def pending_rounds(self) -> Iterator[PendingRound]:
+        """Iterate over the pending rounds."""
         yield from self.unplaced.values()
         for queue in self.queues.values():
-            for waiting in queue.waiting.values():
-                yield waiting.pending
+            for queued in queue.rounds.values():
+                yield queued.pending
 
-    def waits(self, session: str) -> Pending | None:
-        """The session's round if it waits."""
-        if (pending := self.unplaced.get(session)) is not None:
+    def pending_round(self, session_id: str) -> PendingRound | None:
+        """Return the session's pending round; None if it has none."""
+        if (pending := self.unplaced.get(session_id)) is not None:
             return pending
         for queue in self.queues.values():
-            if (waiting := queue.waiting.get(session)) is not None:
-                return waiting.pending
+            if (queued := queue.rounds.get(session_id)) is not None:
+                return queued.pending
         return None
 
-    def add(self, pending: Pending, now_ms: float) -> None:
-        """Let a round wait for the verifier that suits it best."""
+    def add(self, pending: PendingRound, now_ms: float) -> None:
+        """Queue a round at the verifier that suits it best."""
         state = placement.place(pending, self.verifiers.values(), self.queues, now_ms, self._migrate)
-        self._assign(pending.session, state)
+        self._assign(pending.session_id, state)
         if state is None:
-            self.unplaced[pending.session] = pending
+            self.unplaced[pending.session_id] = pending
         else:
-            cached = state.cached.get(pending.session, 0)
-            self.queues[state.name].add(seen_by(state.model, pending, cached, self._max_wait_ms))
+            cached = state.cached.get(pending.session_id, 0)
+            self.queues[state.verifier_id].add(queued_round(state.model, pending, cached, self._max_wait_ms))
 
-    def remove(self, session: str) -> Pending | None:
-        """Take a session's round out of wherever it waits."""
-        if (pending := self.unplaced.pop(session, None)) is not None:
+    def remove(self, session_id: str) -> PendingRound | None:
+        """Remove and return a session's pending round; None if it has none."""
+        if (pending := self.unplaced.pop(session_id, None)) is not None:
             return pending
         for queue in self.queues.values():
-            if (waiting := queue.remove(session)) is not None:
-                return waiting.pending
+            if (queued := queue.remove(session_id)) is not None:
+                return queued.pending
         return None
 
     def on_heartbeat(self, heartbeat: Heartbeat, now_ms: float) -> None:
-        """A verifier is there; what it says that it holds replaces what was believed."""
-        name = heartbeat.verifier
-        state = self.verifiers.get(name)
+        """Update a verifier. Its residency replaces what was assumed about its cache."""
+        verifier_id = heartbeat.verifier
+        state = self.verifiers.get(verifier_id)
         joins = not heartbeat.draining and (state is None or not state.usable)
         leaves = heartbeat.draining and state is not None and state.usable
         if state is None:
-            state = VerifierState(heartbeat, now_ms, self._models.get(name, cost.FALLBACK), idle_since_ms=now_ms)
-            self.verifiers[name] = state
-            self.queues[name] = Queue()
+            model = self._models.get(verifier_id, cost.FALLBACK)
+            state = VerifierState(heartbeat, now_ms, model, idle_since_ms=now_ms)
+            self.verifiers[verifier_id] = state
+            self.queues[verifier_id] = RoundQueue()
         state.heartbeat, state.seen_ms = heartbeat, now_ms
         before, state.cached = state.cached, {held.session: held.cached for held in heartbeat.residency}
-        state.strangers = sum(1 for session in state.cached if session not in self.known)
-        waiting = self.queues[name].waiting
-        moved = list(waiting) if leaves else [s for s in waiting if before.get(s) != state.cached.get(s)]
+        state.unknown_sessions = sum(1 for session_id in state.cached if session_id not in self.sessions)
+        queued = self.queues[verifier_id].rounds
+        moved = list(queued) if leaves else [s for s in queued if before.get(s) != state.cached.get(s)]
         if joins:
-            # Rounds that have no K/V anywhere may as well start there.
-            moved += [s for queue in self.queues.values() for s, one in queue.waiting.items() if not one.held]
+            # Rounds without KV on any verifier may as well start on this one.
+            moved += [s for queue in self.queues.values() for s, one in queue.rounds.items() if not one.held]
             moved += self.unplaced
-        self._replace(dict.fromkeys(moved), now_ms)
+        self._place_again(dict.fromkeys(moved), now_ms)
 
     def on_cost_model(self, model: CostModel, now_ms: float) -> None:
-        """A verifier's times are predicted by this from now on."""
+        """Predict a verifier's times by this model from now on."""
         self._models[model.verifier] = model
         if (state := self.verifiers.get(model.verifier)) is None:
             return
         state.model = model
-        known = self._sorted_by.get(model.verifier, cost.FALLBACK)
-        if not 1 / CHANGED < cost.token_ms(model) / max(1e-9, cost.token_ms(known)) < CHANGED:
+        sorted_by = self._sorted_by.get(model.verifier, cost.FALLBACK)
+        if not 1 / CHANGED < cost.token_ms(model) / max(1e-9, cost.token_ms(sorted_by)) < CHANGED:
             self._sorted_by[model.verifier] = model
-            self._replace(self.queues[model.verifier].waiting, now_ms)
+            self._place_again(self.queues[model.verifier].rounds, now_ms)
 
-    def drop(self, name: str, now_ms: float) -> list[Pending]:
-        """A verifier is gone. Its waiting rounds go to others; returns those that it was working on."""
-        state, queue = self.verifiers.pop(name), self.queues.pop(name)
-        for known in self.known.values():
-            if known.verifier == name:
-                known.verifier = None
-        for waiting in queue.waiting.values():
-            self.add(waiting.pending, now_ms)
+    def drop(self, verifier_id: str, now_ms: float) -> list[PendingRound]:
+        """Remove a verifier and place its queued rounds elsewhere; return the rounds of its batches in flight."""
+        state, queue = self.verifiers.pop(verifier_id), self.queues.pop(verifier_id)
+        for session in self.sessions.values():
+            if session.verifier_id == verifier_id:
+                session.verifier_id = None
+        for queued in queue.rounds.values():
+            self.add(queued.pending, now_ms)
         return [pending for flight in state.in_flight for pending in flight.jobs.values()]
 
-    def forget(self, session: str) -> None:
-        """The session is not under way any more."""
-        self.remove(session)
-        self._assign(session, None)
-        self.known.pop(session, None)
+    def forget(self, session_id: str) -> None:
+        """Remove a session that has ended."""
+        self.remove(session_id)
+        self._assign(session_id, None)
+        self.sessions.pop(session_id, None)
         for state in self.verifiers.values():
-            state.cached.pop(session, None)
-            state.returning.pop(session, None)
+            state.cached.pop(session_id, None)
+            state.returning.pop(session_id, None)
 
-    def _assign(self, session: str, state: VerifierState | None) -> None:
-        if (known := self.known.get(session)) is None:
+    def _assign(self, session_id: str, state: VerifierState | None) -> None:
+        if (session := self.sessions.get(session_id)) is None:
             return
-        if (before := self.verifiers.get(known.verifier or "")) is not None:
+        if (before := self.verifiers.get(session.verifier_id or "")) is not None:
             before.assigned -= 1
-        known.verifier = None if state is None else state.name
+        session.verifier_id = None if state is None else state.verifier_id
         if state is not None:
             state.assigned += 1
 
-    def _replace(self, sessions: Iterable[str], now_ms: float) -> None:
-        """Let rounds that wait choose their verifier again."""
-        removed = [pending for session in list(sessions) if (pending := self.remove(session)) is not None]
+    def _place_again(self, session_ids: Iterable[str], now_ms: float) -> None:
+        removed = [pending for session_id in list(session_ids) if (pending := self.remove(session_id)) is not None]
         for pending in removed:
             self.add(pending, now_ms)

@@ -1,15 +1,14 @@
-"""The shape of a batch in the making. Pure.
+"""Shape of a batch under construction.
 
-The same five numbers as `BatchShape`, but changed in place: a decision asks for the time of hundreds of shapes.
+It has the five numbers of `BatchShape` but is changed in place, because one decision predicts the time of hundreds of
+shapes.
 """
 
 from __future__ import annotations
 
-from shared.messages import BatchShape
 
-
-class Tally:
-    """A batch's shape so far."""
+class MutableShape:
+    """Sums over the jobs added so far."""
 
     __slots__ = ("context", "jobs", "new_context", "new_tokens", "rows")
 
@@ -22,28 +21,18 @@ class Tally:
         self.context = context
         self.rows = rows
 
-    def take(self, new: int, length: int, rows: int) -> None:
-        """One more job: tokens to compute, the session's length after them, rows of logits."""
+    def add(self, new: int, length: int, rows: int) -> None:
+        """Add a job: tokens to compute, the session's length after them, rows of logits."""
         self.jobs += 1
         self.new_tokens += new
         self.new_context += new * length
         self.context += length
         self.rows += rows
 
-    def give_back(self, new: int, length: int, rows: int) -> None:
-        """One job less."""
+    def remove(self, new: int, length: int, rows: int) -> None:
+        """Remove a job that was added with the same arguments."""
         self.jobs -= 1
         self.new_tokens -= new
         self.new_context -= new * length
         self.context -= length
         self.rows -= rows
-
-    def shape(self) -> BatchShape:
-        """The shape as it travels."""
-        return BatchShape(
-            jobs=self.jobs,
-            new_tokens=self.new_tokens,
-            new_context=self.new_context,
-            context=self.context,
-            rows=self.rows,
-        )

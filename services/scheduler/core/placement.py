@@ -1,42 +1,46 @@
-"""Which verifier a session's next round goes to. Pure.
+"""Placement: the choice of the verifier for a session's next round.
 
-Every session adds its round to each batch of its verifier, so what a session gets from a verifier is the period of a
-batch that holds all of the verifier's sessions, as its own cost model predicts it: a faster one gets more sessions. K/V
-that a verifier does not have must be computed there first; spread over the rounds that a session may still have, that
-is the price of moving it.
+Every session adds its round to each batch of its verifier. A session's time per round is therefore the period of a
+batch with all of the verifier's sessions, as the verifier's own cost model predicts it; a faster verifier gets more
+sessions. KV that a verifier does not have must be computed there first. Spread over the rounds that the session may
+still have, that is the price of moving it.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from services.scheduler.core.mutable_shape import Tally
-from services.scheduler.core.pool import Pending, VerifierState
-from services.scheduler.core.round_queue import Queue, added_ms
+from services.scheduler.core.mutable_shape import MutableShape
+from services.scheduler.core.pool import PendingRound, VerifierState
+from services.scheduler.core.round_queue import RoundQueue, added_ms
 from shared import cost
 
 ROUNDS_AHEAD = 16
-"""Rounds over which the time of computing a session's K/V again is spread: a guess at how many it will still have."""
+"""Rounds over which the time of computing a session's KV again is spread: a guess at how many are still to come."""
 GAIN = 0.8
-"""A session moves only to a verifier that gives it a round in this share of the time, or less."""
+"""A session moves only to a verifier that needs at most this share of the time for its rounds."""
 ROUND_TOKENS = 3
 """Tokens of a typical round."""
 
 
-def home(pending: Pending, verifiers: Iterable[VerifierState]) -> VerifierState | None:
-    """The usable verifier that holds most of the session's tokens."""
-    holders = [v for v in verifiers if v.usable and v.cached.get(pending.session)]
-    return max(holders, key=lambda v: (v.cached[pending.session], v.name), default=None)
+def home(pending: PendingRound, verifiers: Iterable[VerifierState]) -> VerifierState | None:
+    """Return the usable verifier that holds most of the session's tokens."""
+    holders = [v for v in verifiers if v.usable and v.cached.get(pending.session_id)]
+    return max(holders, key=lambda v: (v.cached[pending.session_id], v.verifier_id), default=None)
 
 
 def place(
-    pending: Pending, verifiers: Iterable[VerifierState], queues: Mapping[str, Queue], now_ms: float, migrate: bool
+    pending: PendingRound,
+    verifiers: Iterable[VerifierState],
+    queues: Mapping[str, RoundQueue],
+    now_ms: float,
+    migrate: bool,
 ) -> VerifierState | None:
-    """The verifier for a round; None while there is no usable one.
+    """Return the verifier for a round; None while no verifier is usable.
 
-    A session stays with the K/V that it has, unless it may `migrate` and another verifier would give it its rounds so
-    much faster that computing the K/V there again is worth it. When no verifier serves the session's model, any of them
-    may say so.
+    A session stays with its KV, unless it may `migrate` and another verifier would serve its rounds so much faster that
+    computing the KV there again pays. If no verifier serves the session's model, any verifier gets the round and
+    refuses it.
     """
     usable = [v for v in verifiers if v.usable]
     at_home = home(pending, usable)
@@ -44,20 +48,24 @@ def place(
         return at_home
     fitting = [v for v in usable if v.heartbeat.fingerprint == pending.verify.fingerprint] or usable
     roomy = [v for v in fitting if v is at_home or v.heartbeat.free_tokens >= pending.length_after] or fitting
-    times = {v.name: _time_ms(pending, v, queues[v.name], now_ms) for v in roomy}
-    best = min(roomy, key=lambda v: (times[v.name], v.name), default=None)
-    if at_home is not None and best is not None and not times[best.name] < GAIN * times.get(at_home.name, 0.0):
+    times = {v.verifier_id: _time_ms(pending, v, queues[v.verifier_id], now_ms) for v in roomy}
+    best = min(roomy, key=lambda v: (times[v.verifier_id], v.verifier_id), default=None)
+    if (
+        at_home is not None
+        and best is not None
+        and not times[best.verifier_id] < GAIN * times.get(at_home.verifier_id, 0.0)
+    ):
         return at_home
     return best
 
 
-def _time_ms(pending: Pending, verifier: VerifierState, queue: Queue, now_ms: float) -> float:
-    """What a round of the session would take on this verifier, now and in the rounds after."""
+def _time_ms(pending: PendingRound, verifier: VerifierState, queue: RoundQueue, now_ms: float) -> float:
+    """Return the predicted time of a round of the session on this verifier, averaged over its next rounds."""
     model, length = verifier.model, pending.length_after
-    missing = pending.verify.base_len - pending.held(verifier.cached.get(pending.session, 0))
-    others = verifier.assigned + verifier.strangers - (pending.session in verifier.cached)
+    missing = pending.verify.base_len - pending.held(verifier.cached.get(pending.session_id, 0))
+    others = verifier.assigned + verifier.unknown_sessions - (pending.session_id in verifier.cached)
     period_ms = cost.fixed_ms(model) + (others + 1) * added_ms(model, ROUND_TOKENS, length, ROUND_TOKENS)
     once_ms = verifier.remaining_ms(now_ms) + queue.work_ms
     if missing > ROUND_TOKENS:
-        once_ms += cost.predict_ms(model, Tally(1, missing, missing * length, length, 1))
+        once_ms += cost.predict_ms(model, MutableShape(1, missing, missing * length, length, 1))
     return period_ms + once_ms / ROUNDS_AHEAD

@@ -1,278 +1,356 @@
-"""Batch policies: which of the rounds that wait for a verifier make up its next batch. Pure.
+"""Batch policies: the choice of pending rounds that make up a verifier's next batch.
 
     sled    static batches, first come first served (SLED, arXiv 2506.09397)
     fcfs    first come first served
     edf     earliest deadline first
     wisp    urgent rounds by deadline, the rest by tokens per time (WISP, arXiv 2601.11652)
-    wisp+   the same for single draft tokens, with prompts in chunks that leave the others their slack (ours)
+    wisp+   the same for single draft tokens, with prompts in chunks that leave other rounds their slack (ours)
 
-Every policy sees the same: the queue of the verifier, its cost model, the limits, and when the batch would start. Equal
-keys are ordered by the session's name, so that the order of messages decides nothing.
+Every policy gets the verifier's queue, its cost model, the limits and the start of the batch. Rounds with equal keys
+are ordered by session id, so the order in which messages arrive decides nothing.
+
+A new policy is a subclass of `BatchPolicy` in `POLICIES`. Settings, command lines and tests take its name and traits
+from there.
 """
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import chain, islice
 from math import inf
-from typing import Literal, Protocol
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
-from services.scheduler.core.batching import Batching, Chosen, Limits, Plan
+from services.scheduler.core import pacing
+from services.scheduler.core.batching import BatchBuilder, BatchLimits, BatchPlan, ChosenRound
 from services.scheduler.core.pool import VerifierState
-from services.scheduler.core.round_queue import Order, Queue, Waiting, Which
+from services.scheduler.core.round_queue import Kind, Order, QueuedRound, RoundQueue
 from shared import cost
 
-LOOK_PAST = 64
-"""Rounds that do not fit after which the others are not tried any more."""
+MOST_MISSED = 64
+"""No more rounds are tried after this many that did not fit."""
 CALM_SHARE = 0.5
-"""Share of the others' slack that a prompt may use which is not urgent itself."""
+"""Share of the other rounds' slack that a prompt may use unless it is urgent itself."""
 
-PolicyName = Literal["sled", "fcfs", "edf", "wisp", "wisp+"]
-Part = Literal["estimator", "deadlines", "density", "trimming", "chunking", "price", "migration"]
+PolicyPart = Literal["estimator", "deadlines", "density", "trimming", "chunking", "price", "migration"]
+
+
+@dataclass(frozen=True)
+class PolicyOptions:
+    """Settings of single policies."""
+
+    sled_batch: int = 8
+    """Rounds in a batch of `sled`."""
+    sled_fill_ms: float = 50.0
+    """Longest time that `sled` waits for a batch to fill."""
+    without: frozenset[PolicyPart] = field(default_factory=frozenset)
+    """Parts of a policy to leave out, to measure what each brings."""
 
 
 @dataclass(frozen=True)
 class Situation:
-    """What a batch is planned for."""
+    """Verifier, limits and time that a batch is planned for."""
 
     verifier: VerifierState
-    limits: Limits
+    limits: BatchLimits
     start_ms: float
-    """When it will start, on the scheduler's clock."""
+    """When the batch will start, on the scheduler's clock."""
     expected_due_ms: float | None = None
-    """The earliest due time of the sessions that will have come back before it ends."""
+    """Earliest due time of the sessions that will have come back before the batch ends."""
 
     @property
     def horizon_ms(self) -> float:
-        """A round that has to start before this is urgent: it cannot wait for another batch, which may be the
-        longest."""
+        """Latest start of an urgent round: it cannot wait for the batch after this one, which may be the longest."""
         return self.start_ms + self.limits.max_batch_ms
 
 
-class Policy(Protocol):
-    """The interface. The queue is not empty, and neither is the plan."""
+class BatchPolicy(ABC):
+    """Base class of the policies. The class attributes are the policy's traits."""
 
-    def plan(self, queue: Queue, now: Situation) -> Plan:
-        """The batch that the verifier should get."""
+    name: ClassVar[str]
+    """Name in settings, messages and metrics."""
+    first_come: ClassVar[bool] = False
+    """Whether a round waits for all that came before it, whatever their SLOs."""
+    static: ClassVar[bool] = False
+    """Whether batches are static: none is prepared behind another, and none waits for returning sessions."""
+    parts: ClassVar[frozenset[PolicyPart]] = frozenset()
+    """Parts of the policy that `PolicyOptions.without` may leave out."""
+
+    def __init__(self, options: PolicyOptions) -> None:
+        self.options = options
+
+    def plays(self, part: PolicyPart) -> bool:
+        """Return whether the policy has this part and it is not left out."""
+        return part in self.parts and part not in self.options.without
+
+    def ready_ms(self, queue: RoundQueue, now_ms: float) -> float:
+        """Return when the next batch of an idle verifier may be planned at the earliest."""
+        return now_ms
+
+    @abstractmethod
+    def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
+        """Return the next batch from a queue that is not empty. The batch is not empty either."""
 
 
-class Sled:
-    """The first `size` rounds to come, whole."""
+class Sled(BatchPolicy):
+    """Static batches of the first rounds to arrive, whole."""
 
-    def __init__(self, size: int) -> None:
-        self.size = size
+    name = "sled"
+    first_come = True
+    static = True
 
-    def plan(self, queue: Queue, now: Situation) -> Plan:
-        batch = Batching(now.verifier, replace(now.limits, max_batch_ms=inf), now.start_ms)
-        fill(batch, islice(queue.by("arrival"), self.size), lambda w: _arrived(w, now), inf)
+    def ready_ms(self, queue: RoundQueue, now_ms: float) -> float:
+        return pacing.filled_at(queue, self.options.sled_batch, self.options.sled_fill_ms)
+
+    def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
+        batch = BatchBuilder(now.verifier, replace(now.limits, max_batch_ms=inf), now.start_ms)
+        fill(batch, islice(queue.by("arrival"), self.options.sled_batch), lambda q: _wait_reason(q, now), inf)
         return batch.plan(len(queue), queue.by("arrival"))
 
 
-class InOrder:
-    """Rounds in one order, as many as fit."""
+class InOrder(BatchPolicy):
+    """Rounds in one order, as many as fit. Deadlines of the rounds in the batch limit nothing."""
 
-    def __init__(self, order: Order, reason: Callable[[Waiting, Situation], str]) -> None:
-        self._order = order
-        self._reason = reason
+    order: ClassVar[Order]
 
-    def plan(self, queue: Queue, now: Situation) -> Plan:
-        batch = Batching(now.verifier, now.limits, now.start_ms)
-        # Who is on time is no concern of these policies: only the limits of the batch are.
-        fill(
-            batch,
-            queue.by(self._order, "all", batch.tries_prompts),
-            lambda w: self._reason(w, now),
-            now.limits.max_batch_ms,
-        )
-        return batch.plan(len(queue), queue.by(self._order))
+    def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
+        batch = BatchBuilder(now.verifier, now.limits, now.start_ms)
+        order = queue.by(self.order, "all", batch.tries_prompts)
+        fill(batch, order, lambda q: self.reason(q, now), now.limits.max_batch_ms)
+        return batch.plan(len(queue), queue.by(self.order))
+
+    def reason(self, queued: QueuedRound, now: Situation) -> str:
+        """Return why the round is in the batch."""
+        return _slo_reason(queued, now)
 
 
-class Wisp:
+class FirstComeFirstServed(InOrder):
+    """Rounds in order of arrival."""
+
+    name = "fcfs"
+    first_come = True
+    order = "arrival"
+
+    def reason(self, queued: QueuedRound, now: Situation) -> str:
+        return _wait_reason(queued, now)
+
+
+class EarliestDeadlineFirst(InOrder):
+    """Rounds in order of their deadlines."""
+
+    name = "edf"
+    order = "deadline"
+
+
+class Wisp(BatchPolicy):
     """WISP's scheduler: urgent rounds by deadline, then those that bring most tokens for their time, as long as no
     round that was added on time becomes late.
 
-    Where nothing is urgent, the order of arrival is tried as well, and the batch with more tokens per time is taken.
+    If nothing is urgent, a batch in order of arrival is built as well, and the one with more tokens per time is taken.
     """
 
-    def __init__(self, without: frozenset[Part] = frozenset()) -> None:
-        self._by_density = "density" not in without
+    name = "wisp"
+    parts = frozenset({"estimator", "deadlines", "density"})
 
-    def plan(self, queue: Queue, now: Situation) -> Plan:
-        plan = self._filled(queue, now, "density" if self._by_density else "arrival")
-        if self._by_density and next(_urgent(queue, now, "all"), None) is None:
+    def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
+        if not self.plays("density"):
+            return self._filled(queue, now, "arrival")
+        plan = self._filled(queue, now, "density")
+        if next(_urgent(queue, now, "all"), None) is None:
             other = self._filled(queue, now, "arrival")
             if other.rate > plan.rate:
                 return other
         return plan
 
-    def _filled(self, queue: Queue, now: Situation, rest: Order) -> Plan:
-        batch = Batching(now.verifier, now.limits, now.start_ms)
+    def _filled(self, queue: RoundQueue, now: Situation, rest: Order) -> BatchPlan:
+        batch = BatchBuilder(now.verifier, now.limits, now.start_ms)
         order = chain(_urgent(queue, now, "all", batch.tries_prompts), queue.by(rest, "all", batch.tries_prompts))
-        fill(batch, order, lambda w: _reason(w, now), None)
+        fill(batch, order, lambda q: _slo_reason(q, now), None)
         return batch.plan(len(queue), queue.by("latest start"))
 
 
-class WispPlus:
-    """Ours: the unit is the token.
+class WispPlus(BatchPolicy):
+    """WISP with the token as the unit (ours).
 
     1. Urgent rounds, by deadline, each with its one certain token.
-    2. The other rounds' certain tokens and all rounds' draft tokens, by expected tokens per time; a draft token only
-       where it raises the batch's expected tokens per time (`trimming`). Where one of the urgent is late, rounds that
-       can wait do so: each would make the batch longer.
-    3. Prompts with what time is left, in chunks: those that are urgent up to the others' slack, the rest up to a share
-       of it (`chunking`; without it they compete as rounds do, and what does not fit takes all the time that is left).
+    2. The other rounds' certain tokens and all rounds' draft tokens, by expected tokens per time. A draft token is
+       added only if it raises the batch's expected tokens per time (`trimming`). If an urgent round is late, rounds
+       that can wait do so, because each would make the batch longer.
+    3. Prompts in the time that is left, in chunks: urgent ones up to the other rounds' slack, the rest up to a share
+       of it (`chunking`). Without chunking, prompts compete like rounds, and one that does not fit takes all the time
+       that is left.
     """
 
-    def __init__(self, without: frozenset[Part] = frozenset()) -> None:
-        self._by_density = "density" not in without
-        self._trims = "trimming" not in without
-        self._chunks = "chunking" not in without
+    name = "wisp+"
+    parts = frozenset(get_args(PolicyPart))
 
-    def plan(self, queue: Queue, now: Situation) -> Plan:
-        batch = Batching(now.verifier, now.limits, now.start_ms)
+    def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
+        batch = BatchBuilder(now.verifier, now.limits, now.start_ms)
         if (prompt := next(_urgent(queue, now, "prompts"), None)) is not None:
-            batch.set_aside(prompt)
+            batch.reserve_block(prompt)
         self._take_rounds(batch, queue, now)
         self._take_prompts(batch, queue, now)
         if not batch.chosen:
-            # Not even the first fits: it goes all the same, or it would wait for ever.
+            # Not even the first round fits. It is sent all the same, or it would wait for ever.
             first = next(queue.by("latest start"))
-            if not batch.take_chunk(first, _reason(first, now), forced=True):
-                batch.take_round(first, self._certain(first), _reason(first, now), forced=True)
+            if not batch.take_chunk(first, _slo_reason(first, now), forced=True):
+                batch.take_round(first, self._certain(first), _slo_reason(first, now), forced=True)
         return batch.plan(len(queue), queue.by("latest start"))
 
-    def _certain(self, waiting: Waiting) -> int:
-        """Draft tokens that come with a round in any case."""
-        return 0 if self._trims else waiting.pending.draft_length
+    def _certain(self, queued: QueuedRound) -> int:
+        """Return the draft tokens that are added together with a round."""
+        return 0 if self.plays("trimming") else queued.pending.draft_length
 
-    def _take_rounds(self, batch: Batching, queue: Queue, now: Situation) -> None:
-        which: Which = "rounds" if self._chunks else "all"
-        drafts: list[tuple[float, str, Chosen]] = []
-        value = 0.0
-        missed = 0
-
-        def offer(chosen: Chosen) -> None:
-            survival = chosen.pending.survival
-            if self._trims and chosen.draft < len(survival):
-                heappush(drafts, (-survival[chosen.draft], chosen.waiting.session, chosen))
-
-        def take(waiting: Waiting) -> None:
-            nonlocal value, missed
-            if batch.take_round(waiting, self._certain(waiting), _reason(waiting, now)):
-                value += batch.chosen[-1].value
-                offer(batch.chosen[-1])
-            else:
-                missed += 1
-
-        for waiting in _urgent(queue, now, which):
-            take(waiting)
-            if missed == LOOK_PAST:
+    def _take_rounds(self, batch: BatchBuilder, queue: RoundQueue, now: Situation) -> None:
+        kind: Kind = "rounds" if self.plays("chunking") else "all"
+        fill_up = _TokenFill(batch, now, self._certain)
+        for queued in _urgent(queue, now, kind):
+            fill_up.take_round(queued)
+            if fill_up.missed == MOST_MISSED:
                 break
-        rest = queue.by("density" if self._by_density else "arrival", which)
-        others = (w for w in rest if w.latest_ms >= now.horizon_ms)
-        following = None if batch.has_late else next(others, None)
-        token_ms = max(1e-6, cost.token_ms(now.verifier.model))
-        while following is not None or drafts:
-            draft_density = -drafts[0][0] / token_ms if drafts else 0.0
-            if following is not None and (1.0 / following.base_ms >= draft_density or not drafts):
-                take(following)
-                following = next(others, None) if missed < LOOK_PAST else None
-                continue
-            _, _, chosen = heappop(drafts)
-            worth = chosen.pending.survival[chosen.draft]
-            if batch.take_token(chosen, value, now.verifier.gap_ms):
-                value += worth
-                offer(chosen)
-            else:
-                drafts.clear()  # the others are worth less, and no cheaper
+        rest = queue.by("density" if self.plays("density") else "arrival", kind)
+        others = (q for q in rest if q.latest_ms >= now.horizon_ms)
+        fill_up.take_by_density(iter(()) if batch.has_late else others)
         for chosen in batch.chosen:
             drafted = chosen.pending.draft_length
             if chosen.draft < drafted:
                 chosen.reason += f"; {chosen.draft} of {drafted} draft tokens"
 
-    def _take_prompts(self, batch: Batching, queue: Queue, now: Situation) -> None:
+    def _take_prompts(self, batch: BatchBuilder, queue: RoundQueue, now: Situation) -> None:
         calm_ms = batch.limit_ms
-        if self._chunks:
+        if self.plays("chunking"):
             if batch.limit_ms < now.limits.max_batch_ms:
                 calm_ms = CALM_SHARE * batch.limit_ms
             if now.expected_due_ms is not None:
                 calm_ms = min(calm_ms, CALM_SHARE * max(0.0, batch.slack_ms(now.expected_due_ms)))
-        for waiting in queue.by("latest start", "prompts"):
-            if waiting in batch:
+        for queued in queue.by("latest start", "prompts"):
+            if queued in batch:
                 continue
-            urgent = waiting.latest_ms < now.horizon_ms
+            urgent = queued.latest_ms < now.horizon_ms
             limit_ms = batch.limit_ms if urgent else calm_ms
-            reason = _reason(waiting, now)
+            reason = _slo_reason(queued, now)
             if not (
-                batch.take_round(waiting, self._certain(waiting), reason, limit_ms=limit_ms)
-                or batch.take_chunk(waiting, reason, limit_ms=limit_ms)
+                batch.take_round(queued, self._certain(queued), reason, limit_ms=limit_ms)
+                or batch.take_chunk(queued, reason, limit_ms=limit_ms)
             ) and not (urgent and batch.tries_prompts()):
                 break
-        batch.release_aside()
+        batch.release_reserved()
 
 
-def policy_of(name: PolicyName, sled_batch: int, without: frozenset[Part] = frozenset()) -> Policy:
-    """The policy of this name. sled_batch: rounds in a batch of `sled`. without: parts of `wisp` and `wisp+` to leave
-    out."""
-    match name:
-        case "sled":
-            return Sled(sled_batch)
-        case "fcfs":
-            return InOrder("arrival", _arrived)
-        case "edf":
-            return InOrder("deadline", _reason)
-        case "wisp":
-            return Wisp(without)
-        case "wisp+":
-            return WispPlus(without)
+class _TokenFill:
+    """Fills a batch with rounds and single draft tokens, which compete by expected tokens per time."""
+
+    def __init__(self, batch: BatchBuilder, now: Situation, certain: Callable[[QueuedRound], int]) -> None:
+        """certain: returns the draft tokens that are added together with a round."""
+        self._batch = batch
+        self._now = now
+        self._certain = certain
+        self._value = 0.0
+        """Tokens that the batch is expected to bring."""
+        self._drafts: list[tuple[float, str, ChosenRound]] = []
+        """Heap of the rounds with draft tokens left, the likeliest next token first."""
+        self.missed = 0
+        """Rounds that did not fit."""
+
+    def take_round(self, queued: QueuedRound) -> None:
+        """Add a round if it fits."""
+        if self._batch.take_round(queued, self._certain(queued), _slo_reason(queued, self._now)):
+            chosen = self._batch.chosen[-1]
+            self._value += chosen.value
+            self._offer(chosen)
+        else:
+            self.missed += 1
+
+    def take_by_density(self, others: Iterator[QueuedRound]) -> None:
+        """Add these rounds and the draft tokens of all rounds, the most expected tokens per time first."""
+        following = next(others, None)
+        token_ms = max(1e-6, cost.token_ms(self._now.verifier.model))
+        while following is not None or self._drafts:
+            draft_density = -self._drafts[0][0] / token_ms if self._drafts else 0.0
+            if following is not None and (1.0 / following.base_ms >= draft_density or not self._drafts):
+                self.take_round(following)
+                following = next(others, None) if self.missed < MOST_MISSED else None
+            else:
+                self._take_token()
+
+    def _offer(self, chosen: ChosenRound) -> None:
+        survival = chosen.pending.survival
+        if chosen.draft < len(survival):
+            heappush(self._drafts, (-survival[chosen.draft], chosen.session_id, chosen))
+
+    def _take_token(self) -> None:
+        _, _, chosen = heappop(self._drafts)
+        worth = chosen.pending.survival[chosen.draft]
+        if self._batch.take_token(chosen, self._value, self._now.verifier.gap_ms):
+            self._value += worth
+            self._offer(chosen)
+        else:
+            self._drafts.clear()  # the others bring less and cost no less
 
 
-def fill(batch: Batching, order: Iterable[Waiting], reason: Callable[[Waiting], str], limit_ms: float | None) -> None:
+POLICIES: dict[str, type[BatchPolicy]] = {
+    policy.name: policy for policy in (Sled, FirstComeFirstServed, EarliestDeadlineFirst, Wisp, WispPlus)
+}
+"""The policies by name."""
+
+if TYPE_CHECKING:
+    PolicyName = str
+else:
+    PolicyName = Literal[tuple(POLICIES)]
+    """Type of settings that name a policy."""
+
+
+def fill(
+    batch: BatchBuilder,
+    order: Iterable[QueuedRound],
+    reason: Callable[[QueuedRound], str],
+    limit_ms: float | None,
+) -> None:
     """Add rounds in order while they fit.
 
-    Rounds that fit as a whole come first, and the room that they leave goes to chunks of those that do not, in order: a
-    long prompt does not hold up short rounds. The first round always gets in, at least with the next block of its
-    prompt, so that nothing waits for ever. limit_ms: holds in place of the deadlines of those in the batch.
+    Rounds that fit as a whole are added first. The room that is left goes to chunks of those that do not, in order, so
+    that a long prompt does not delay short rounds. The first round always gets in, at least with the next block of its
+    prompt, so that no round waits for ever. limit_ms: time limit in place of the due times of the rounds in the batch.
     """
-    cut: dict[str, Waiting] = {}
+    cut: dict[str, QueuedRound] = {}
     first = True
-    for waiting in order:
-        if waiting in batch or waiting.session in cut:
+    for queued in order:
+        if queued in batch or queued.session_id in cut:
             continue
-        alone = first and waiting.next_block is None
-        if not batch.take_round(waiting, waiting.pending.draft_length, reason(waiting), forced=alone):
-            cut[waiting.session] = waiting
+        alone = first and queued.next_block is None
+        if not batch.take_round(queued, queued.pending.draft_length, reason(queued), forced=alone):
+            cut[queued.session_id] = queued
             if first:
-                batch.set_aside(waiting)
-            if len(cut) == LOOK_PAST:
+                batch.reserve_block(queued)
+            if len(cut) == MOST_MISSED:
                 break
         first = False
         if limit_ms is not None:
             batch.limit_ms = limit_ms
-    for waiting in cut.values():
-        batch.take_chunk(waiting, reason(waiting))
+    for queued in cut.values():
+        batch.take_chunk(queued, reason(queued))
 
 
 def _urgent(
-    queue: Queue, now: Situation, which: Which, prompts_while: Callable[[], bool] = lambda: True
-) -> Iterator[Waiting]:
-    for waiting in queue.by("latest start", which, prompts_while):
-        if waiting.latest_ms >= now.horizon_ms:
+    queue: RoundQueue, now: Situation, kind: Kind, prompts_while: Callable[[], bool] = lambda: True
+) -> Iterator[QueuedRound]:
+    for queued in queue.by("latest start", kind, prompts_while):
+        if queued.latest_ms >= now.horizon_ms:
             break
-        yield waiting
+        yield queued
 
 
-def _arrived(waiting: Waiting, now: Situation) -> str:
-    return f"waited {now.start_ms - waiting.pending.arrived_ms:.0f} ms"
+def _wait_reason(queued: QueuedRound, now: Situation) -> str:
+    return f"waited {now.start_ms - queued.pending.arrived_ms:.0f} ms"
 
 
-def _reason(waiting: Waiting, now: Situation) -> str:
-    due_ms = waiting.pending.due_ms
-    urgent = "urgent, " if waiting.latest_ms < now.horizon_ms else ""
+def _slo_reason(queued: QueuedRound, now: Situation) -> str:
+    due_ms = queued.pending.due_ms
+    urgent = "urgent, " if queued.latest_ms < now.horizon_ms else ""
     if due_ms is None:
-        return f"{urgent}no SLO, {_arrived(waiting, now)}"
+        return f"{urgent}no SLO, {_wait_reason(queued, now)}"
     left_ms = due_ms - now.start_ms
     when = f"due in {left_ms:.0f} ms" if left_ms >= 0 else f"late by {-left_ms:.0f} ms"
-    return f"{urgent}{when}, {waiting.value / waiting.own_ms:.3f} tokens/ms"
+    return f"{urgent}{when}, {queued.value / queued.own_ms:.3f} tokens/ms"

@@ -1,5 +1,4 @@
-"""What the scheduler knows: the rounds that wait, the sessions, and the verifiers with what they hold and do. Plain
-records."""
+"""Records of the scheduler: pending rounds, active sessions, and the verifiers with their caches and batches."""
 
 from __future__ import annotations
 
@@ -9,50 +8,51 @@ from itertools import accumulate
 from operator import mul
 
 from shared import cost
-from shared.messages import Batch, CostModel, Heartbeat, Verify
+from shared.messages import CostModel, Heartbeat, Verify
 
 BLOCK = 64
 """Prompts are split at multiples of this many tokens, the engine's block size."""
-UNTOLD = 0.5
-"""Chance of a draft token whose drafter does not say."""
+DEFAULT_ACCEPTANCE = 0.5
+"""Acceptance probability of a draft token whose drafter predicts none."""
 SMOOTHING = 0.2
 STALL = 4.0
-"""So many times its usual time away is a stall (an outage, a device asleep) and tells nothing about the next rounds."""
+"""A session that is away for this many times its usual time has stalled (an outage, a sleeping device). The time of a
+stall does not predict the next rounds."""
 FIRST_ROUNDS = 4
-"""Rounds after which a session's own count as much as what is usual."""
+"""Rounds after which a session's own average counts as much as the average of all sessions."""
 
 
 @dataclass
-class Pending:
-    """A round that waits, or is being verified. Times are the scheduler's own clock, in milliseconds."""
+class PendingRound:
+    """A round that waits for a batch or is being verified. Times are on the scheduler's clock, in milliseconds."""
 
     verify: Verify
     arrived_ms: float
     due_ms: float | None
     """When the session's next token is due; None without an SLO."""
     longest: int = 16
-    """Draft tokens that may be verified; what is over it is not looked at."""
+    """Most draft tokens that may be verified; the rest of the draft is ignored."""
     survival: list[float] = field(init=False)
-    """For each draft token that may be verified, the chance that it and all before it are accepted: what verifying it
-    is worth, in tokens."""
+    """For each draft token that may be verified, the probability that it and all before it are accepted: the tokens
+    that verifying it is expected to bring."""
 
     def __post_init__(self) -> None:
         length = min(self.longest, len(self.verify.draft))
-        told = self.verify.acceptance[:length]
-        told = told + [UNTOLD] * (length - len(told))
-        self.survival = list(accumulate(told, mul))
+        predicted = self.verify.acceptance[:length]
+        predicted = predicted + [DEFAULT_ACCEPTANCE] * (length - len(predicted))
+        self.survival = list(accumulate(predicted, mul))
 
     @property
-    def session(self) -> str:
-        """The session's name."""
+    def session_id(self) -> str:
+        """Id of the round's session."""
         return self.verify.session
 
     def deadline_ms(self, max_wait_ms: float) -> float:
-        """When the round should be verified at the latest: when its token is due, but never before it arrived and never
-        more than `max_wait_ms` after that.
+        """Return when the round should be verified at the latest.
 
-        So late rounds take turns in order of arrival, and each round comes before all that arrive `max_wait_ms` later,
-        whatever these are promised: nothing starves.
+        This is when its token is due, but never before the round arrived and never more than `max_wait_ms` after that.
+        Late rounds therefore take turns in order of arrival, and each round goes before all that arrive `max_wait_ms`
+        later, whatever their SLO: no round starves.
         """
         latest = self.arrived_ms + max_wait_ms
         return latest if self.due_ms is None else min(max(self.due_ms, self.arrived_ms), latest)
@@ -68,7 +68,7 @@ class Pending:
         return self.verify.base_len + self.draft_length
 
     def held(self, cached: int) -> int:
-        """Usable cached tokens: the last committed one is always computed again, for its logits."""
+        """Return the usable ones of `cached` tokens. The last committed token is always computed, for its logits."""
         return min(cached, self.verify.base_len - 1)
 
 
@@ -76,38 +76,44 @@ class Pending:
 class InFlight:
     """A batch that was sent and has jobs without a result."""
 
-    batch: Batch
-    jobs: dict[str, Pending]
+    batch_id: str
+    jobs: dict[str, PendingRound]
+    """The rounds without a result, by session."""
     sent_ms: float
     predicted_ms: float
 
 
 @dataclass
-class Known:
-    """A session that is under way."""
+class ActiveSession:
+    """A session with rounds still to come."""
 
     service_class: str
     tpot_ms: float | None
     due_ms: float | None = None
-    """When its next token is due, as far as its rounds and results have told."""
+    """When its next token is due, as predicted from its rounds and results."""
     seen_ms: float = 0.0
-    verifier: str | None = None
-    """Where its next round goes, or went last."""
+    verifier_id: str | None = None
+    """Verifier of its pending round, or of its last one."""
     resulted_ms: float | None = None
-    """When its last result came."""
+    """When its last result arrived."""
     away_ms: float | None = None
-    """Part of its rounds in which they neither wait nor are verified: a moving average."""
+    """Part of its rounds in which they are neither pending nor being verified: a moving average."""
     rounds: int = 0
     tokens: int = 0
-    """What its rounds brought."""
+    """Tokens that its rounds have brought."""
 
     def tokens_per_round(self, usual: float) -> float:
-        """What its next rounds are expected to bring, by its own rounds and by what is usual."""
+        """Return the tokens that its next round is expected to bring.
+
+        usual: average of all sessions, which counts as much as `FIRST_ROUNDS` rounds of this one.
+        """
         return (self.tokens + FIRST_ROUNDS * usual) / (self.rounds + FIRST_ROUNDS)
 
-    def resulted(self, now_ms: float, here_ms: float, tokens: int) -> float | None:
-        """A result came, of a round that waited and was verified for `here_ms`. Returns how long it was away before;
-        None if that is not known, or tells nothing because it was a stall."""
+    def record_result(self, now_ms: float, here_ms: float, tokens: int) -> float | None:
+        """Record the result of a round that was pending and in verification for `here_ms`.
+
+        Returns how long the session was away before it; None if that is unknown or was a stall.
+        """
         before_ms, self.resulted_ms = self.resulted_ms, now_ms
         self.rounds += 1
         self.tokens += tokens
@@ -131,20 +137,22 @@ class VerifierState:
     seen_ms: float
     model: CostModel = cost.FALLBACK
     cached: dict[str, int] = field(default_factory=dict)
+    """Tokens in its KV cache, by session."""
     in_flight: list[InFlight] = field(default_factory=list)
+    """At most two batches: one that runs, one prepared behind it."""
     idle_since_ms: float = 0.0
     returning: dict[str, float] = field(default_factory=dict)
-    """Sessions whose next round is expected, by the time at which it should arrive."""
+    """Expected arrival of the next round, by session."""
     assigned: int = 0
-    """Sessions under way whose rounds go to it."""
-    strangers: int = 0
-    """Sessions that it holds K/V of and that this scheduler has not heard of."""
+    """Active sessions whose rounds go to it."""
+    unknown_sessions: int = 0
+    """Sessions in its cache that this scheduler has received no round of."""
     gap_ms: float = 0.0
-    """Recent time between two of its batches, in which it had nothing to do."""
+    """Idle time between two of its batches: a moving average."""
 
     @property
-    def name(self) -> str:
-        """The verifier's name."""
+    def verifier_id(self) -> str:
+        """Id of the verifier."""
         return self.heartbeat.verifier
 
     @property
@@ -153,18 +161,18 @@ class VerifierState:
         return not self.heartbeat.draining
 
     def remaining_ms(self, now_ms: float) -> float:
-        """Predicted time until everything sent to it is done."""
+        """Return the predicted time until all batches sent to it are done."""
         left = 0.0
         for i, flight in enumerate(self.in_flight):
             elapsed = now_ms - flight.sent_ms if i == 0 else 0.0
             left += max(0.0, flight.predicted_ms - elapsed)
         return left
 
-    def soonest_due_ms(self, known: Mapping[str, Known], until_ms: float) -> float | None:
-        """The earliest due time of the sessions that are expected back with a round before `until_ms`."""
+    def soonest_due_ms(self, sessions: Mapping[str, ActiveSession], until_ms: float) -> float | None:
+        """Return the earliest due time of the sessions that are expected back with a round before `until_ms`."""
         due = [
             session.due_ms
-            for name, at in self.returning.items()
-            if at < until_ms and (session := known.get(name)) is not None and session.due_ms is not None
+            for session_id, at in self.returning.items()
+            if at < until_ms and (session := sessions.get(session_id)) is not None and session.due_ms is not None
         ]
         return min(due, default=None)

@@ -1,7 +1,7 @@
-"""The rounds that wait for one verifier, kept in the orders in which policies take them. Pure.
+"""Pending rounds of one verifier, kept in the orders in which policies take them.
 
-Adding and removing a round costs O(log n) comparisons, so that a decision looks at the rounds that it takes and at few
-others, however many wait.
+Adding and removing a round costs O(log n) comparisons. A decision looks at the rounds that it takes and at few others,
+however many are pending.
 """
 
 from __future__ import annotations
@@ -13,24 +13,24 @@ from heapq import merge
 from itertools import takewhile
 from typing import Literal
 
-from services.scheduler.core.mutable_shape import Tally
-from services.scheduler.core.pool import BLOCK, Pending
+from services.scheduler.core.mutable_shape import MutableShape
+from services.scheduler.core.pool import BLOCK, PendingRound
 from shared import cost
 from shared.messages import CostModel
 
 TYPICAL_JOBS = 8
-"""A round's own time is told in the company of this many like it: alone it would pay for the weights."""
+"""A round's own time is predicted in a batch with this many similar rounds; alone it would pay for the weights."""
 
 
 @dataclass(frozen=True)
-class Waiting:
-    """A round as seen by the verifier that it waits for."""
+class QueuedRound:
+    """A pending round with what it means for the verifier of this queue."""
 
-    pending: Pending
+    pending: PendingRound
     held: int
-    """Tokens that the verifier has in its cache and need not compute."""
+    """Tokens in the verifier's cache, which need not be computed."""
     own_ms: float
-    """What the round adds to the time of a batch, all of its prompt and draft included."""
+    """Time that the round adds to a batch, with its whole prompt and draft."""
     base_ms: float
     """The same without its draft."""
     latest_ms: float
@@ -38,24 +38,24 @@ class Waiting:
     deadline_ms: float
 
     @property
-    def session(self) -> str:
-        """The session's name."""
-        return self.pending.session
+    def session_id(self) -> str:
+        """Id of the round's session."""
+        return self.pending.session_id
 
     @property
     def base(self) -> int:
-        """Tokens to compute beside the draft: those of the prompt that are not held, and the last committed one."""
+        """Tokens to compute beside the draft: the prompt tokens not in the cache, and the last committed token."""
         return self.pending.verify.base_len - self.held
 
     @property
     def next_block(self) -> int | None:
-        """Where the next chunk of its prompt may end at the earliest; None if less than that is left."""
+        """Earliest possible end of the next chunk of its prompt; None if less than a block is left."""
         boundary = (self.held // BLOCK + 1) * BLOCK
         return boundary if boundary < self.pending.verify.base_len else None
 
     @property
     def is_prompt(self) -> bool:
-        """Whether there is more to compute than fits one block: it may go in chunks."""
+        """Whether it needs more tokens than fit one block, so that it may be computed in chunks."""
         return self.base > BLOCK and self.next_block is not None
 
     @property
@@ -65,90 +65,92 @@ class Waiting:
 
 
 Order = Literal["arrival", "deadline", "latest start", "density"]
-Which = Literal["all", "rounds", "prompts"]
+Kind = Literal["all", "rounds", "prompts"]
 
-KEYS: dict[Order, Callable[[Waiting], float]] = {
-    "arrival": lambda waiting: waiting.pending.arrived_ms,
-    "deadline": lambda waiting: waiting.deadline_ms,
-    "latest start": lambda waiting: waiting.latest_ms,
-    "density": lambda waiting: -waiting.value / waiting.own_ms,
+KEYS: dict[Order, Callable[[QueuedRound], float]] = {
+    "arrival": lambda queued: queued.pending.arrived_ms,
+    "deadline": lambda queued: queued.deadline_ms,
+    "latest start": lambda queued: queued.latest_ms,
+    "density": lambda queued: -queued.value / queued.own_ms,
 }
-"""What comes first in each order: the least. Density is expected tokens per own time."""
+"""Sort key of each order; the least comes first. Density is expected tokens per own time."""
 
 
-def seen_by(model: CostModel, pending: Pending, cached: int, max_wait_ms: float) -> Waiting:
-    """The round as a verifier with this model sees it that holds `cached` of the session's tokens."""
+def queued_round(model: CostModel, pending: PendingRound, cached: int, max_wait_ms: float) -> QueuedRound:
+    """Return the round for a verifier with this model that has `cached` of the session's tokens in its cache."""
     held = pending.held(cached)
     base_len, draft = pending.verify.base_len, pending.draft_length
     base_ms = added_ms(model, base_len - held, base_len, 1)
     own_ms = base_ms if not draft else added_ms(model, base_len - held + draft, base_len + draft, draft + 1)
     deadline = pending.deadline_ms(max_wait_ms)
-    return Waiting(pending, held, own_ms, base_ms, deadline - own_ms, deadline)
+    return QueuedRound(pending, held, own_ms, base_ms, deadline - own_ms, deadline)
 
 
 def added_ms(model: CostModel, new: int, length: int, rows: int) -> float:
-    """What a job adds to the time of a batch of `TYPICAL_JOBS` rounds of two tokens with the job's own length."""
-    company = Tally(TYPICAL_JOBS, 2 * TYPICAL_JOBS, 2 * TYPICAL_JOBS * length, TYPICAL_JOBS * length, 2 * TYPICAL_JOBS)
-    alone = cost.predict_ms(model, company)
-    company.take(new, length, rows)
-    return max(1e-3, cost.predict_ms(model, company) - alone)
+    """Return what a job adds to the time of a batch of `TYPICAL_JOBS` two-token rounds of the job's own length."""
+    jobs = TYPICAL_JOBS
+    others = MutableShape(jobs, 2 * jobs, 2 * jobs * length, jobs * length, 2 * jobs)
+    before_ms = cost.predict_ms(model, others)
+    others.add(new, length, rows)
+    return max(1e-3, cost.predict_ms(model, others) - before_ms)
 
 
-class Queue:
-    """The rounds that wait for one verifier. Prompts are kept apart, as there may be many that nobody looks at."""
+class RoundQueue:
+    """Pending rounds of one verifier. Prompts have their own orders, because there may be many that are not tried."""
 
     def __init__(self) -> None:
-        self.waiting: dict[str, Waiting] = {}
+        self.rounds: dict[str, QueuedRound] = {}
+        """The queued rounds, by session."""
         self.work_ms = 0.0
         """Sum of the rounds' own times."""
-        self._rounds = _Orders()
+        self._short = _Orders()
         self._prompts = _Orders()
 
     def __len__(self) -> int:
-        return len(self.waiting)
+        return len(self.rounds)
 
-    def add(self, waiting: Waiting) -> None:
-        """Take a round in; its session has none here yet."""
-        self.waiting[waiting.session] = waiting
-        self.work_ms += waiting.own_ms
-        (self._prompts if waiting.is_prompt else self._rounds).add(waiting)
+    def add(self, queued: QueuedRound) -> None:
+        """Add a round of a session that has none here yet."""
+        self.rounds[queued.session_id] = queued
+        self.work_ms += queued.own_ms
+        (self._prompts if queued.is_prompt else self._short).add(queued)
 
-    def remove(self, session: str) -> Waiting | None:
-        """Take a session's round out; None if it has none here."""
-        if (waiting := self.waiting.get(session)) is None:
+    def remove(self, session_id: str) -> QueuedRound | None:
+        """Remove and return a session's round; None if it has none here."""
+        if (queued := self.rounds.get(session_id)) is None:
             return None
-        (self._prompts if waiting.is_prompt else self._rounds).remove(waiting)
-        del self.waiting[session]
-        self.work_ms = self.work_ms - waiting.own_ms if self.waiting else 0.0
-        return waiting
+        (self._prompts if queued.is_prompt else self._short).remove(queued)
+        del self.rounds[session_id]
+        self.work_ms = self.work_ms - queued.own_ms if self.rounds else 0.0
+        return queued
 
     def by(
-        self, order: Order, which: Which = "all", prompts_while: Callable[[], bool] = lambda: True
-    ) -> Iterator[Waiting]:
-        """What waits, in this order; all of it, or only prompts, or only what is none.
+        self, order: Order, kind: Kind = "all", prompts_while: Callable[[], bool] = lambda: True
+    ) -> Iterator[QueuedRound]:
+        """Iterate over all rounds in this order, or over prompts or other rounds only.
 
-        prompts_while: asked before each prompt among all; no more of them come once it says no.
+        prompts_while: called before each prompt of kind "all"; no prompt follows once it returns False.
         """
-        if which == "all":
+        if kind == "all":
             prompts = takewhile(lambda _: prompts_while(), self._prompts.of[order])
-            return self._named(merge(self._rounds.of[order], prompts))
-        return self._named((self._rounds if which == "rounds" else self._prompts).of[order])
+            return self._rounds(merge(self._short.of[order], prompts))
+        return self._rounds((self._short if kind == "rounds" else self._prompts).of[order])
 
-    def _named(self, order: Iterable[tuple[float, str]]) -> Iterator[Waiting]:
-        return (self.waiting[name] for _, name in order)
+    def _rounds(self, order: Iterable[tuple[float, str]]) -> Iterator[QueuedRound]:
+        return (self.rounds[session_id] for _, session_id in order)
 
 
 class _Orders:
-    """Names of rounds, by each key and then by name."""
+    """Sessions sorted by each key, then by id."""
 
     def __init__(self) -> None:
         self.of: dict[Order, list[tuple[float, str]]] = {order: [] for order in KEYS}
 
-    def add(self, waiting: Waiting) -> None:
+    def add(self, queued: QueuedRound) -> None:
         for order, key in KEYS.items():
-            insort(self.of[order], (key(waiting), waiting.session))
+            insort(self.of[order], (key(queued), queued.session_id))
 
-    def remove(self, waiting: Waiting) -> None:
+    def remove(self, queued: QueuedRound) -> None:
         for order, key in KEYS.items():
             line = self.of[order]
-            del line[bisect_left(line, (key(waiting), waiting.session))]
+            del line[bisect_left(line, (key(queued), queued.session_id))]

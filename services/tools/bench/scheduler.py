@@ -12,14 +12,14 @@ import random
 import time
 from secrets import token_hex
 from statistics import median, quantiles
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any
 
 import psutil
 import typer
 
-from services.scheduler.core.batching import Limits
-from services.scheduler.core.dispatch import Dispatcher, Rules
-from services.scheduler.core.policies import PolicyName
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
+from services.scheduler.core.policies import POLICIES
 from services.tools.bench.report import keep, machine, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
@@ -58,10 +58,10 @@ def main(
     with errors_shown():
         console = terminal()
         columns = ["policy", "waiting", "median ms", "90 % ms", "99 % ms", "rounds in a batch", "arrival us"]
-        rows = [
+        rows: list[list[Any]] = [
             [policy, waiting, *decisions(policy, waiting, seed)]
             for waiting in (int(text) for text in pending.split(","))
-            for policy in get_args(PolicyName)
+            for policy in POLICIES
         ]
         console.print(table("One decision", columns, rows))
         for waiting, aim in AIMS_MS.items():
@@ -95,10 +95,10 @@ def main(
         console.print(f"written to {path}", style="dim", highlight=False)
 
 
-def decisions(policy: PolicyName, waiting: int, seed: int) -> tuple[float, float, float, float, float]:
+def decisions(policy: str, waiting: int, seed: int) -> tuple[float, float, float, float, float]:
     """Median, 90th and 99th percentile of a decision in ms, mean rounds in a batch, mean time of an arrival in µs."""
     rng = random.Random(seed)
-    dispatcher = Dispatcher("bench", Rules(policy, Limits(400.0, 2048)))
+    dispatcher = Dispatcher("bench", SchedulingRules(policy, BatchLimits(400.0, 2048)))
     names = [f"s{i}" for i in range(waiting)]
     cached = {name: rng.choice((BASE_LEN - 1, BASE_LEN - 1, BASE_LEN - 1, 0)) for name in names}
     beat = _heartbeat(cached)

@@ -20,7 +20,7 @@ from typing import Literal
 from services.drafter.control.rules import Marginal, Standing
 from services.drafter.control.times import Pace
 from services.drafter.core.session import DraftSession
-from services.scheduler.core.dispatch import Dispatcher, Rules
+from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.tools.replayer.arrivals import Arrivals, Draft, Visit
 from services.tools.replayer.figures import Figures, Served, figures
 from services.verifier.core.acceptance import accept
@@ -85,7 +85,7 @@ class _Run:
     """One virtual run."""
 
     arrivals: Arrivals
-    rules: Rules
+    rules: SchedulingRules
     drafting: Drafting
     sessions: dict[str, _Session] = field(default_factory=dict)
 
@@ -296,6 +296,6 @@ class _Run:
             self._draft(session, now_ms)
 
 
-def what_if(arrivals: Arrivals, rules: Rules, drafting: Drafting) -> Figures:
+def what_if(arrivals: Arrivals, rules: SchedulingRules, drafting: Drafting) -> Figures:
     """What these rules would have made of what arrived. Needs at least one visit, and one heartbeat."""
     return _Run(arrivals, rules, drafting).play()

@@ -7,15 +7,14 @@ from dataclasses import dataclass
 from typing import get_args
 
 from services.baseline.settings import Baseline
-from services.scheduler.core.policies import Part, PolicyName
+from services.scheduler.core.policies import POLICIES, PolicyPart
 from services.tools.bench.load.workload import Device
 from services.tools.local.launch import Serving
 from shared.errors import SettingsError
 
-POLICIES: tuple[str, ...] = get_args(PolicyName)
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 NAMES = (*BASELINES, *POLICIES)
-PARTS: tuple[str, ...] = get_args(Part)
+PARTS: tuple[str, ...] = get_args(PolicyPart)
 THIS_MACHINE = "none"
 """The device that is not emulated."""
 SLED_DRAFT = 4
@@ -75,11 +74,16 @@ def arms_of(text: str) -> list[Arm]:
             names[-1] += f",{word}"
         elif word:
             raise SettingsError(
-                f"{word!r} is no arm; there are {', '.join(NAMES)}, and wisp and wisp+ without some of "
-                f"{', '.join(PARTS)}, written as wisp+/trimming,price"
+                f"{word!r} is no arm; there are {', '.join(NAMES)}, and {' and '.join(filter(_has_parts, NAMES))} "
+                f"without some of {', '.join(PARTS)}, written as wisp+/trimming,price"
             )
-    if wrong := [name for name in names if "/" in name and not name.startswith("wisp")]:
-        raise SettingsError(f"{wrong[0]!r}: only wisp and wisp+ have parts to leave out")
+    if wrong := [name for name in names if "/" in name and not _has_parts(name.partition("/")[0])]:
+        raise SettingsError(f"{wrong[0]!r}: only {' and '.join(filter(_has_parts, NAMES))} have parts to leave out")
     if not names:
         raise SettingsError(f"no arm is named; there are {', '.join(NAMES)}")
     return [Arm(name) for name in dict.fromkeys(names)]
+
+
+def _has_parts(name: str) -> bool:
+    """Return whether an arm is a policy with parts that can be left out."""
+    return name in POLICIES and bool(POLICIES[name].parts)

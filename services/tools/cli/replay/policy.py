@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
 from typing import cast, get_args
@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from rich.table import Table
 from rich.text import Text
 
-from services.scheduler.core.dispatch import Rules
-from services.scheduler.core.policies import PolicyName
+from services.scheduler.core.dispatch import SchedulingRules
+from services.scheduler.core.policies import POLICIES
 from services.scheduler.settings import SchedulerSettings
 from services.tools.cli.replay.command import tell_notes
 from services.tools.cli.replay.view import counted
@@ -46,7 +46,8 @@ def compare(
             f"recording ({_reasons(found) or 'it has no session'})"
         )
     live = found.policy
-    drafting = Drafting(_known(stop_rule or "recorded", StopRule, "stop rule"), draft_length)
+    rule = _known(stop_rule or "recorded", get_args(StopRule), "stop rule")
+    drafting = Drafting(cast("StopRule", rule), draft_length)
     runs: dict[str, tuple[str, Drafting]] = {f"{live} again": (live, Drafting())}
     for policy in policies or [live]:
         runs[_called(policy, drafting)] = (policy, drafting)
@@ -81,20 +82,20 @@ def _called(policy: str, drafting: Drafting) -> str:
     return name
 
 
-def _known(name: str, names: object, what: str) -> StopRule:
-    if name not in get_args(names):
+def _known(name: str, names: Collection[str], what: str) -> str:
+    if name not in names:
         more = ""
         if what == "stop rule":
             more = "; fixed is --draft-length, and what entropy and predictor look at is not recorded"
-        raise SettingsError(f"no {what} {name!r} can be replayed: {', '.join(get_args(names))}{more}")
-    return cast("StopRule", name)
+        raise SettingsError(f"no {what} {name!r} can be replayed: {', '.join(names)}{more}")
+    return name
 
 
-def _rules(policy: str) -> Rules:
+def _rules(policy: str) -> SchedulingRules:
     """The policy with the settings that the environment gives to schedulers."""
-    _known(policy, PolicyName, "policy")
+    _known(policy, POLICIES, "policy")
     try:
-        return SchedulerSettings(policy=cast("PolicyName", policy)).rules  # type: ignore[call-arg]
+        return SchedulerSettings(policy=policy).rules  # type: ignore[call-arg]
     except ValidationError as error:
         first = error.errors()[0]
         name = "_".join(str(part) for part in first["loc"]).upper()
