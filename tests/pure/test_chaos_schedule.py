@@ -6,12 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tools.bench.chaos import report
-from services.tools.bench.chaos.client import Outcome, Verdict
-from services.tools.bench.chaos.faults import Fault, Kind, schedule
-from services.tools.bench.chaos.hits import Hit
-from services.tools.bench.chaos.requests import Manner, load
-from services.tools.bench.chaos.run import Verdicts
+from services.tools.chaos import report
+from services.tools.chaos.client import Outcome, Verdict
+from services.tools.chaos.faults import Fault, Kind, schedule
+from services.tools.chaos.hits import Hit
+from services.tools.chaos.requests import Manner, load
+from services.tools.chaos.run import Verdicts
 
 
 @given(st.integers(0, 10**6), st.integers(0, 300))

@@ -335,7 +335,7 @@ def chaos(context: typer.Context) -> None:
     """Let services, brokers and links fail under load and check every token (`wisp chaos --help` lists the options)."""
     with errors_shown():
         require("gateway", "model", "client")
-        os.execv(sys.executable, [sys.executable, "-m", "services.tools.bench.chaos", *context.args])
+        os.execv(sys.executable, [sys.executable, "-m", "services.tools.chaos", *context.args])
 
 
 @app.command(

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
-from services.tools.bench.chaos import injector
-from services.tools.bench.chaos.faults import Fault, Kind
-from services.tools.bench.chaos.site import Site
+from services.tools.chaos import injector
+from services.tools.chaos.faults import Fault, Kind
+from services.tools.chaos.site import Site
 from services.tools.local.process import Process
 
 SLOW_S = 0.15

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
-from services.tools.bench.chaos.client import Outcome, Verdict
-from services.tools.bench.chaos.faults import Kind
-from services.tools.bench.chaos.hits import Hit
-from services.tools.bench.chaos.run import Verdicts
+from services.tools.chaos.client import Outcome, Verdict
+from services.tools.chaos.faults import Kind
+from services.tools.chaos.hits import Hit
+from services.tools.chaos.run import Verdicts
 
 COLUMNS = (
     "fault",

@@ -12,9 +12,9 @@ import httpx
 import msgpack
 from redis.asyncio import Redis
 
-from services.tools.bench.chaos.injector import MARK
-from services.tools.bench.chaos.reference import Reference
-from services.tools.bench.chaos.site import Site
+from services.tools.chaos.injector import MARK
+from services.tools.chaos.reference import Reference
+from services.tools.chaos.site import Site
 from services.tools.replayer.stream import read
 from shared.messages import Result, Status
 from shared.state.store import Store, unpack

@@ -8,13 +8,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.tools.bench.chaos import invariants
-from services.tools.bench.chaos.client import Client, Outcome, Verdict
-from services.tools.bench.chaos.faults import Fault
-from services.tools.bench.chaos.hits import Hit, Hits
-from services.tools.bench.chaos.reference import References
-from services.tools.bench.chaos.requests import Load
-from services.tools.bench.chaos.site import Site
+from services.tools.chaos import invariants
+from services.tools.chaos.client import Client, Outcome, Verdict
+from services.tools.chaos.faults import Fault
+from services.tools.chaos.hits import Hit, Hits
+from services.tools.chaos.reference import References
+from services.tools.chaos.requests import Load
+from services.tools.chaos.site import Site
 from services.tools.local.progress import Progress
 
 SETTLE_S = 60.0

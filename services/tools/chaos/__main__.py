@@ -18,15 +18,15 @@ from typing import Annotated
 
 import typer
 
-from services.tools.bench.chaos import report
-from services.tools.bench.chaos.faults import Kind, schedule
-from services.tools.bench.chaos.reference import References
-from services.tools.bench.chaos.requests import load
-from services.tools.bench.chaos.run import Plan, run
-from services.tools.bench.chaos.site import clocks_differ
 from services.tools.bench.report import report as tell
 from services.tools.bench.report import terminal
 from services.tools.bench.tiny import tiny_model
+from services.tools.chaos import report
+from services.tools.chaos.faults import Kind, schedule
+from services.tools.chaos.reference import References
+from services.tools.chaos.requests import load
+from services.tools.chaos.run import Plan, run
+from services.tools.chaos.site import clocks_differ
 from services.tools.cli.terminal import errors_shown
 from services.tools.cli.terminal import run as run_to_end
 from services.tools.local.progress import ConsoleProgress
