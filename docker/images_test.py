@@ -30,7 +30,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests/manifests"))
 from containers import ROOT, Podman, build, install, version
 from kustomized import Rendered, copied, render
 
-from services.tools.bench.report import keep
+from services.tools.bench.support.report import keep
 from services.tools.local.ports import free_ports
 
 pytestmark = pytest.mark.timeout(1800)

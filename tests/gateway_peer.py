@@ -18,7 +18,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from services.gateway.settings import GatewaySettings
-from services.tools.bench.tiny import EOS, byte_tokenizer
+from services.tools.bench.support.tiny import EOS, byte_tokenizer
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology

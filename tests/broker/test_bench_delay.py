@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from services.tools.bench.delay import Relay, delayed
+from services.tools.bench.support.relay import Relay, delayed
 from services.tools.local.brokers import Brokers
 from shared.broker.client import Broker
 from shared.broker.topology import Topology

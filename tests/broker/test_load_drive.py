@@ -13,10 +13,10 @@ import pytest
 
 from services.drafter.core.profile import Link
 from services.tools.bench.load.client import Client, ServerUnusable, http_client
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.record import Ending
 from services.tools.bench.load.drive import Point
-from services.tools.bench.load.measures import Window
 from services.tools.bench.load.observe import observing
-from services.tools.bench.load.record import Ending
 from services.tools.bench.load.workload import Workload, workload_of
 from services.tools.local.ports import LOOPBACK
 from shared.broker import topology

@@ -14,7 +14,7 @@ import pytest
 from gateway_peer import eventually
 from redis.asyncio import Redis
 
-from services.tools.bench.tiny import tiny_model
+from services.tools.bench.support.tiny import tiny_model
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
 from shared.broker import topology

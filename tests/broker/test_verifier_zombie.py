@@ -14,7 +14,7 @@ import builders
 import pytest
 from gateway_peer import eventually
 
-from services.tools.bench.tiny import tiny_model
+from services.tools.bench.support.tiny import tiny_model
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology

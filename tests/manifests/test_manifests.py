@@ -313,7 +313,7 @@ def test_passwords_are_drawn_once(manifests_folder: Path) -> None:
 
 
 def test_the_scaling_benchmark_applies_the_rule_of_the_manifest(all_rendered: dict[str, Rendered]) -> None:
-    from services.tools.bench.autoscaling import SCRAPE_S, TRIGGERS
+    from services.tools.bench.scaling.core.autoscaling import SCRAPE_S, TRIGGERS
 
     production = all_rendered["production"]
     triggers = {t["name"]: t["metadata"] for t in production.of("ScaledObject")["wisp-verifier"]["spec"]["triggers"]}

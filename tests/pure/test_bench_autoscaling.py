@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from services.tools.bench.autoscaling import Seen, seen, wanted
+from services.tools.bench.scaling.core.autoscaling import Seen, seen, wanted
 
 METRICS = """\
 # TYPE wisp_scheduler_predicted_queue_delay_seconds gauge

@@ -9,10 +9,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tools.bench import speed
-from services.tools.bench.cases import Case
-from services.tools.bench.report import table
-from services.tools.bench.speed import Timed
+from services.tools.bench.stream.cases import Case
+from services.tools.bench.stream.core import speed
+from services.tools.bench.stream.core.speed import Timed
+from services.tools.bench.support.report import table
 from services.tools.training.prompts import Prompt, Turn
 
 PROMPT = Prompt("t", "chat", (Turn("user", "Hello"),), None, held_out=True)

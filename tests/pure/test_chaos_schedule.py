@@ -8,9 +8,9 @@ from hypothesis import strategies as st
 
 from services.tools.chaos import report
 from services.tools.chaos.client import Outcome, Verdict
-from services.tools.chaos.faults import Fault, Kind, schedule
-from services.tools.chaos.hits import Hit
-from services.tools.chaos.requests import Manner, load
+from services.tools.chaos.core.faults import Fault, Kind, schedule
+from services.tools.chaos.core.requests import Manner, load
+from services.tools.chaos.fault_runner import Hit
 from services.tools.chaos.run import Verdicts
 
 

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tools.bench.load.measures import Window, lag_of, measure, quantile, quantiles, wasted
-from services.tools.bench.load.record import Ending, Record, record_of, refusal_of
-from services.tools.bench.load.requests import Request
+from services.tools.bench.load.core.measures import Window, lag_of, measure, quantile, quantiles, wasted
+from services.tools.bench.load.core.record import Ending, Record, record_of, refusal_of
+from services.tools.bench.load.core.requests import Request
 from shared.cost.model import FALLBACK, predict_ms, shape_of
 from shared.messages import Measurement, Slo
 

@@ -11,9 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.tools.bench.load.arms import Arm, arms_of
-from services.tools.bench.load.measures import Window, lag_of, measure
-from services.tools.bench.load.plot import plot, spread
-from services.tools.bench.load.results import (
+from services.tools.bench.load.core.measures import Window, lag_of, measure
+from services.tools.bench.load.core.results import (
     Measured,
     Results,
     capacity_table,
@@ -23,7 +22,8 @@ from services.tools.bench.load.results import (
     promise_table,
     speed_table,
 )
-from services.tools.bench.load.search import Tried, capacity, interval, most_points, next_sessions, pooled
+from services.tools.bench.load.core.search import Tried, capacity, interval, most_points, next_sessions, pooled
+from services.tools.bench.load.plot import plot, spread
 from services.tools.bench.load.workload import Device
 from shared.errors import SettingsError
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.tools.bench.load.core.requests import NUMBERS_PER_POINT, Request, first_number, from_lines, to_lines
 from services.tools.bench.load.prompts import CHARACTERS_PER_TOKEN, conversation
-from services.tools.bench.load.requests import NUMBERS_PER_POINT, Request, first_number, from_lines, to_lines
 from services.tools.bench.load.workload import Choice, Constant, Lognormal, Uniform, workload_of
 from shared.errors import SettingsError
 

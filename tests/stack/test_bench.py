@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from openai import AsyncOpenAI
 
-from services.tools.bench import speed
-from services.tools.bench.cases import cases
-from services.tools.bench.suite import BLOCK, Plan, Suite
+from services.tools.bench.stream.cases import cases
+from services.tools.bench.stream.core import speed
+from services.tools.bench.stream.measurement import BLOCK, Plan, Suite
 from services.tools.local.stack import Stack
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer

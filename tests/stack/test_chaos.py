@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from services.tools.bench.tiny import tiny_model
+from services.tools.bench.support.tiny import tiny_model
 from services.tools.chaos import report
 from services.tools.chaos.client import Verdict
-from services.tools.chaos.faults import Kind, schedule
+from services.tools.chaos.core.faults import Kind, schedule
+from services.tools.chaos.core.requests import load
 from services.tools.chaos.reference import References
-from services.tools.chaos.requests import load
 from services.tools.chaos.run import Plan, run
 from services.tools.local.progress import Progress
 

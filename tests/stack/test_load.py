@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from services.tools.bench.load.campaign import GIVEN, Campaign, Plan
-from services.tools.bench.load.measures import Window
+from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.workload import workload_of
 from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack

@@ -17,7 +17,7 @@ import httpx
 import pytest
 from asking import decode, watching
 
-from services.tools.bench.tiny import tiny_model
+from services.tools.bench.support.tiny import tiny_model
 from services.tools.local.brokers import Brokers
 from services.tools.local.launch import STOP_ORDER
 from services.tools.local.process import Process

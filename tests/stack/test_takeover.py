@@ -18,11 +18,11 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 from asking import Traffic, progressed, watching
 
-from services.tools.bench.delay import Relay
-from services.tools.bench.tiny import tiny_model
+from services.tools.bench.support.relay import Relay
+from services.tools.bench.support.tiny import tiny_model
 from services.tools.chaos.client import Client, Verdict
+from services.tools.chaos.core.requests import Manner, Request, load
 from services.tools.chaos.reference import References
-from services.tools.chaos.requests import Manner, Request, load
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
 

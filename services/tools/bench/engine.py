@@ -22,7 +22,7 @@ import typer
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from services.tools.bench.report import report
+from services.tools.bench.support.report import report
 from services.tools.local.folder import state_folder
 from shared.engine import Engine, Step
 from shared.models.prepare import prepare

@@ -18,7 +18,7 @@ import torch
 import typer
 from rich.progress import Progress
 
-from services.tools.bench.report import report
+from services.tools.bench.support.report import report
 from services.tools.local.folder import state_folder
 from services.verifier.profile import profile
 from shared import cost

@@ -23,8 +23,8 @@ from typing import Annotated
 import httpx
 import typer
 
-from services.tools.bench.report import report, terminal
-from services.tools.chaos.requests import WORDS
+from services.tools.bench.support.report import report, terminal
+from services.tools.chaos.core.requests import WORDS
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.process import Process
 from services.tools.local.progress import ConsoleProgress, Progress

@@ -18,7 +18,7 @@ from pathlib import Path
 import httpx
 import psutil
 
-from services.tools.bench.report import report
+from services.tools.bench.support.report import report
 from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack
 

@@ -20,7 +20,7 @@ import typer
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES
-from services.tools.bench.report import keep, machine, table, terminal
+from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder

@@ -18,13 +18,13 @@ from typing import Annotated
 
 import typer
 
-from services.tools.bench.report import report as tell
-from services.tools.bench.report import terminal
-from services.tools.bench.tiny import tiny_model
+from services.tools.bench.support.report import report as tell
+from services.tools.bench.support.report import terminal
+from services.tools.bench.support.tiny import tiny_model
 from services.tools.chaos import report
-from services.tools.chaos.faults import Kind, schedule
+from services.tools.chaos.core.faults import Kind, schedule
+from services.tools.chaos.core.requests import load
 from services.tools.chaos.reference import References
-from services.tools.chaos.requests import load
 from services.tools.chaos.run import Plan, run
 from services.tools.chaos.site import clocks_differ
 from services.tools.cli.terminal import errors_shown

@@ -12,8 +12,8 @@ from typing import Any
 
 import httpx
 
+from services.tools.chaos.core.requests import Manner, Request
 from services.tools.chaos.reference import Reference, References
-from services.tools.chaos.requests import Manner, Request
 
 PATIENCE_S = 150.0
 """A request that gets nothing new for so long is lost."""

@@ -12,7 +12,7 @@ import httpx
 import msgpack
 from redis.asyncio import Redis
 
-from services.tools.chaos.injector import MARK
+from services.tools.chaos.message_faults import MARK
 from services.tools.chaos.reference import Reference
 from services.tools.chaos.site import Site
 from services.tools.replayer.stream import read

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.tools.chaos.requests import Question
+from services.tools.chaos.core.requests import Question
 from shared.engine import Engine, Step
 from shared.models.folder import ModelFolder
 from shared.models.text import Detokenizer, Tokenizer

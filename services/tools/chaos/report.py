@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from services.tools.chaos.client import Outcome, Verdict
-from services.tools.chaos.faults import Kind
-from services.tools.chaos.hits import Hit
+from services.tools.chaos.core.faults import Kind
+from services.tools.chaos.fault_runner import Hit
 from services.tools.chaos.run import Verdicts
 
 COLUMNS = (

@@ -10,10 +10,10 @@ from pathlib import Path
 
 from services.tools.chaos import invariants
 from services.tools.chaos.client import Client, Outcome, Verdict
-from services.tools.chaos.faults import Fault
-from services.tools.chaos.hits import Hit, Hits
+from services.tools.chaos.core.faults import Fault
+from services.tools.chaos.core.requests import Load
+from services.tools.chaos.fault_runner import Hit, Hits
 from services.tools.chaos.reference import References
-from services.tools.chaos.requests import Load
 from services.tools.chaos.site import Site
 from services.tools.local.progress import Progress
 

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from services.tools.bench.delay import Relay
+from services.tools.bench.support.relay import Relay
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
 from services.tools.local.ports import LOOPBACK, free_ports

@@ -18,11 +18,11 @@ import typer
 
 from services.tools.bench.load.arms import NAMES, arms_of
 from services.tools.bench.load.campaign import Campaign, Machine, Plan, Search
-from services.tools.bench.load.measures import Window
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.requests import MOST_SESSIONS, Requests, from_lines, to_lines
 from services.tools.bench.load.report import conclude, replot
-from services.tools.bench.load.requests import MOST_SESSIONS, Requests, from_lines, to_lines
 from services.tools.bench.load.workload import default_text, workload_of
-from services.tools.bench.report import machine, terminal
+from services.tools.bench.support.report import machine, terminal
 from services.tools.cli.terminal import INTERRUPTED, errors_shown, run
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import LocalSettings

@@ -14,13 +14,13 @@ from services.drafter.core.profile import Link
 from services.drafter.link import load_profile
 from services.tools.bench.load.arms import THIS_MACHINE, Arm, Environment
 from services.tools.bench.load.client import Client, http_client
+from services.tools.bench.load.core.measures import Window, measure
+from services.tools.bench.load.core.record import Record
+from services.tools.bench.load.core.requests import Request, Requests, first_number
+from services.tools.bench.load.core.results import Measured, Results
+from services.tools.bench.load.core.search import AIMS, most_points, next_sessions
 from services.tools.bench.load.drive import Point
-from services.tools.bench.load.measures import Window, measure
 from services.tools.bench.load.observe import Observer, observing
-from services.tools.bench.load.record import Record
-from services.tools.bench.load.requests import Request, Requests, first_number
-from services.tools.bench.load.results import Measured, Results
-from services.tools.bench.load.search import AIMS, most_points, next_sessions
 from services.tools.bench.load.workload import Workload
 from services.tools.local.forget import forget
 from services.tools.local.progress import Progress

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 
 from services.drafter.core.profile import Link, Travel
-from services.tools.bench.load.record import EVENT_END, Record, record_of, refusal_of
-from services.tools.bench.load.requests import Request
+from services.tools.bench.load.core.record import EVENT_END, Record, record_of, refusal_of
+from services.tools.bench.load.core.requests import Request
 from services.tools.local.settings import LocalSettings
 from shared.errors import WispError
 

@@ -10,9 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from services.tools.bench.load.client import Client
-from services.tools.bench.load.measures import Lag, Window, lag_of
-from services.tools.bench.load.record import Ending, Record
-from services.tools.bench.load.requests import Request, Requests
+from services.tools.bench.load.core.measures import Lag, Window, lag_of
+from services.tools.bench.load.core.record import Ending, Record
+from services.tools.bench.load.core.requests import Request, Requests
 from services.tools.bench.load.workload import Workload
 
 TICK_S = 0.02

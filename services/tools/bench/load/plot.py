@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from services.tools.bench.load.results import Results
+from services.tools.bench.load.core.results import Results
 
 GREY = "#7d7d7d"
 """As legible on white as on a dark page: contrasts of about 4."""

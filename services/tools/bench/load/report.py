@@ -12,8 +12,8 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from services.tools.bench.load.campaign import Campaign
-from services.tools.bench.load.record import Record
-from services.tools.bench.load.results import (
+from services.tools.bench.load.core.record import Record
+from services.tools.bench.load.core.results import (
     Results,
     capacity_table,
     draft_table,
@@ -22,7 +22,7 @@ from services.tools.bench.load.results import (
     promise_table,
     speed_table,
 )
-from services.tools.bench.report import keep, table
+from services.tools.bench.support.report import keep, table
 from services.tools.local.folder import state_folder
 from shared.errors import SettingsError
 

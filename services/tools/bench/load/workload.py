@@ -16,8 +16,8 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
+from services.tools.bench.load.core.requests import Request
 from services.tools.bench.load.prompts import conversation
-from services.tools.bench.load.requests import Request
 from services.tools.training.prompts import RAW_KIND, corpus
 from shared.errors import SettingsError
 from shared.runtime.settings import NAME_PATTERN

@@ -8,7 +8,7 @@ see whether the emulation is right, one verifier is also measured with the real 
 
 The last table is a load step: sessions come that are too many for one verifier with the real model, the rule of
 `k8s/components/keda` is applied to the scheduler's metrics as Kubernetes would (see
-`services.tools.bench.autoscaling`), and a second verifier starts when it says so.
+`services.tools.bench.scaling.core.autoscaling`), and a second verifier starts when it says so.
 What Kubernetes adds: finding a node, fetching the image, its probes.
 """
 
@@ -26,12 +26,12 @@ import psutil
 import typer
 
 from services.tools.bench.load.client import Client, http_client
+from services.tools.bench.load.core.measures import Measures, Window, measure
+from services.tools.bench.load.core.requests import first_number
 from services.tools.bench.load.drive import Point
-from services.tools.bench.load.measures import Measures, Window, measure
-from services.tools.bench.load.requests import first_number
 from services.tools.bench.load.workload import Workload, workload_of
-from services.tools.bench.report import keep, machine, table, terminal
-from services.tools.bench.scaling_step import load_step
+from services.tools.bench.scaling.load_step import load_step
+from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import LocalSettings

@@ -17,10 +17,10 @@ from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
 from services.drafter.sources.hidden import HiddenDrafts
-from services.tools.bench.colocated import shortened, tokens_per_second
-from services.tools.bench.draft_costs import DraftCosts, measure
-from services.tools.bench.reliability import figures, plot
-from services.tools.bench.report import keep, machine, table, terminal
+from services.tools.bench.draft.calibration import figures, plot
+from services.tools.bench.draft.costs import DraftCosts, measure
+from services.tools.bench.draft.one_process import shortened, tokens_per_second
+from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.local.folder import state_folder
 from services.tools.training import shards
 from services.tools.training.config import Config

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from services.tools.bench.load.measures import Lag, Measures, Quantiles, Window
-from services.tools.bench.load.search import Capacity, Tried, capacity, pooled
+from services.tools.bench.load.core.measures import Lag, Measures, Quantiles, Window
+from services.tools.bench.load.core.search import Capacity, Tried, capacity, pooled
 from shared.messages import CostModel
 
 Row = list[Any]

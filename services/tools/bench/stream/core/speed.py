@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from services.tools.bench.cases import Case
+from services.tools.bench.stream.cases import Case
 
 PLAIN = "none"
 """The suite with drafts off: what everything is compared with."""

@@ -21,7 +21,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
-from services.tools.bench.load.record import Ending, Record
+from services.tools.bench.load.core.record import Ending, Record
 from shared.cost.model import predict_ms, shape_of
 from shared.messages import CostModel, Measurement
 

@@ -1,7 +1,7 @@
 """One stream through the whole suite: drafts against plain decoding, and against transformers' `generate`.
 
 Everything is real but the distance: five services, both brokers, HTTP. A delay between the drafter and the rest is
-emulated by relays (`services.tools.bench.delay`)
+emulated by relays (`services.tools.bench.support.relay`)
 before RabbitMQ and Redis, for the drafter's process alone; plain decoding
 goes through the same drafter and so has the delay too. Each prompt is asked with each arm one after the other, in an
 order that alternates, so that a drift of the machine cancels; then transformers computes the same number of tokens on
@@ -21,10 +21,10 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from services.tools.bench import speed
-from services.tools.bench.cases import cases, kinds_of_text
-from services.tools.bench.report import keep, machine, table, terminal
-from services.tools.bench.suite import Measurement, Plan, Sample
+from services.tools.bench.stream.cases import cases, kinds_of_text
+from services.tools.bench.stream.core import speed
+from services.tools.bench.stream.measurement import Measurement, Plan, Sample
+from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.cli.paint import Painter
 from services.tools.cli.rounds import draw
 from services.tools.cli.terminal import errors_shown, run
@@ -183,7 +183,7 @@ def main(
         )
         rival = None
         if rivals:
-            from services.tools.bench.generate import Transformers
+            from services.tools.bench.stream.transformers_arms import Transformers
 
             rival = Transformers(folder, dtype, threads)
         measurement = Measurement(plan, rival, ConsoleProgress(console))

@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from services.tools.bench.load.requests import Request
+from services.tools.bench.load.core.requests import Request
 from shared.messages import Slo
 
 EVENT_END = b"\n\n"

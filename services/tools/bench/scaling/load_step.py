@@ -11,11 +11,11 @@ from typing import Any
 import httpx
 from prometheus_client.parser import text_string_to_metric_families
 
-from services.tools.bench.autoscaling import SCRAPE_S, SYNC_S, Seen, seen, wanted
 from services.tools.bench.load.client import Client, http_client
+from services.tools.bench.load.core.measures import Measures, Window, measure
 from services.tools.bench.load.drive import Point
-from services.tools.bench.load.measures import Measures, Window, measure
 from services.tools.bench.load.workload import Workload
+from services.tools.bench.scaling.core.autoscaling import SCRAPE_S, SYNC_S, Seen, seen, wanted
 from services.tools.local.ports import LOOPBACK, free_ports
 from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack

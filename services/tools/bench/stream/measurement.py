@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING
 
 from openai import AsyncOpenAI
 
-from services.tools.bench import speed
-from services.tools.bench.cases import Case
-from services.tools.bench.delay import delayed
-from services.tools.bench.speed import Timed
+from services.tools.bench.stream.cases import Case
+from services.tools.bench.stream.core import speed
+from services.tools.bench.stream.core.speed import Timed
+from services.tools.bench.support.relay import delayed
 from services.tools.cli.ask import Answer, ask, client_at
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
@@ -24,7 +24,7 @@ from services.tools.local.progress import Progress, Step
 from services.tools.local.stack import Stack
 
 if TYPE_CHECKING:
-    from services.tools.bench.generate import Transformers
+    from services.tools.bench.stream.transformers_arms import Transformers
 
 BLOCK = 64
 """Tokens that the verifier's cache shares at once."""
@@ -172,7 +172,7 @@ class Measurement:
             await self._ask_rival(rival, timed, 0)
 
     async def _ask_rival(self, rival: Transformers, ours: Timed, turn: int) -> list[Timed]:
-        from services.tools.bench.generate import ARMS
+        from services.tools.bench.stream.transformers_arms import ARMS
 
         case, found = ours.case, {}
         for arm in _alternating(list(ARMS), turn):

@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
-from services.tools.chaos import injector
-from services.tools.chaos.faults import Fault, Kind
+from services.tools.chaos import message_faults as injector
+from services.tools.chaos.core.faults import Fault, Kind
 from services.tools.chaos.site import Site
 from services.tools.local.process import Process
 

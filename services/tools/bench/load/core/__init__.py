@@ -1,0 +1,1 @@
+"""Pure: requests, records of their streams, and the measures, capacities and tables made of them."""

@@ -1,0 +1,1 @@
+"""Pure: the rule by which Kubernetes starts another verifier."""

@@ -1,0 +1,1 @@
+"""Pure: speeds, ratios and tables from the times of requests."""

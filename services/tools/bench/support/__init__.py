@@ -1,0 +1,1 @@
+"""Parts that several benchmarks and the chaos tool share: results, options, tiny models, delaying relays."""
