@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
-from services.tools.bench.support.relay import Relay, delayed
+from services.tools.bench.support.relay import DelayRelay, delayed
 from services.tools.local.brokers import Brokers
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
@@ -29,7 +29,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 async def behind_relay(server: Server) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     async with await asyncio.start_server(server, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
-        async with Relay("127.0.0.1", port, ONE_WAY_S) as relay, asyncio.timeout(20):
+        async with DelayRelay("127.0.0.1", port, ONE_WAY_S) as relay, asyncio.timeout(20):
             reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
             yield reader, writer
             writer.close()
@@ -102,7 +102,7 @@ async def test_a_server_that_is_not_there_or_leaves_ends_the_connection() -> Non
 
     async with behind_relay(leave) as (reader, _):
         assert await reader.read() == b""
-    async with Relay("127.0.0.1", 1, ONE_WAY_S) as relay:
+    async with DelayRelay("127.0.0.1", 1, ONE_WAY_S) as relay:
         reader, _ = await asyncio.open_connection("127.0.0.1", relay.port)
         assert await asyncio.wait_for(reader.read(), 5) == b""
 

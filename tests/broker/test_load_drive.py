@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 
 from services.drafter.core.profile import Link
-from services.tools.bench.load.client import Client, ServerUnusable, http_client
+from services.tools.bench.load.client import LoadClient, ServerUnusable, http_client
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending
-from services.tools.bench.load.drive import Point
+from services.tools.bench.load.drive import PointRun
 from services.tools.bench.load.observe import observing
 from services.tools.bench.load.workload import Workload, workload_of
 from services.tools.local.ports import LOOPBACK
@@ -108,10 +108,10 @@ async def measured(
     *,
     pools: bool = False,
     uplinks: dict[str, Link] | None = None,
-) -> Point:
+) -> PointRun:
     async with http_client(server.url) as http:
-        client = await Client.connect(http, pools=pools, uplinks=uplinks)
-        point = Point(client, workload, workload, sessions, 7, window)
+        client = await LoadClient.connect(http, pools=pools, uplinks=uplinks)
+        point = PointRun(client, workload, workload, sessions, 7, window)
         await point.run()
     return point
 
@@ -192,7 +192,7 @@ async def test_a_refused_session_comes_back_when_it_was_told_to() -> None:
 async def test_a_server_that_is_none_is_named() -> None:
     async with http_client("http://127.0.0.1:9/v1") as http:
         with pytest.raises(ServerUnusable, match=r"127\.0\.0\.1:9/v1/models does not list a model"):
-            await Client.connect(http, pools=False)
+            await LoadClient.connect(http, pools=False)
 
 
 async def test_the_observer_hears_of_batches_and_costs(amqp_url: str, namespace: str) -> None:

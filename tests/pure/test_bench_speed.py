@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tools.bench.stream.cases import Case
+from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
-from services.tools.bench.stream.core.speed import Timed
+from services.tools.bench.stream.core.speed import Case, TimedRequest
 from services.tools.bench.support.report import table
 from services.tools.training.prompts import Prompt, Turn
 
@@ -22,7 +22,7 @@ def case(kind: str = "chat", number: int = 0, temperature: float = 0.0) -> Case:
     return Case(kind, number, temperature, number, PROMPT, (1, 2, 3))
 
 
-def timed(of: Case, arm: str, total_s: float, **other: object) -> Timed:
+def timed(of: Case, arm: str, total_s: float, **other: object) -> TimedRequest:
     fields = {
         "tokens": [5, 6, 7, 8],
         "finish": "length",
@@ -30,7 +30,7 @@ def timed(of: Case, arm: str, total_s: float, **other: object) -> Timed:
         "first_tokens": 1,
         "summary": {"rounds": 2.0, "verified": 8.0, "accepted": 2.0},
     } | other
-    return Timed(of, arm, 0.0, total_s=total_s, **fields)  # type: ignore[arg-type]
+    return TimedRequest(of, arm, 0.0, total_s=total_s, **fields)  # type: ignore[arg-type]
 
 
 FAST, SLOW, ODD = case("list"), case("story"), case("list", temperature=1.0)
@@ -65,7 +65,7 @@ def test_the_ratio_of_a_kind_is_the_median_of_its_cases() -> None:
 
 @given(st.lists(st.floats(0.1, 10), min_size=1, max_size=9), st.floats(0.1, 10))
 def test_a_slow_spell_of_the_machine_changes_no_ratio(totals: list[float], spell: float) -> None:
-    def run(factor: float) -> list[Timed]:
+    def run(factor: float) -> list[TimedRequest]:
         return [
             timed(case(number=i), arm, total_s * slower * factor)
             for i, total_s in enumerate(totals)
@@ -131,8 +131,8 @@ def test_every_request_can_be_written_down() -> None:
 
 
 def test_a_question_is_a_chat_or_a_raw_completion() -> None:
-    chat = case(temperature=0.7).question(9)
+    chat = question(case(temperature=0.7), 9)
     assert chat.messages == ({"role": "user", "content": "Hello"},)
     assert (chat.max_tokens, chat.options) == (9, {"temperature": 0.7, "seed": 0})
-    raw = replace(case("completion"), prompt=Prompt("t", "completion", None, "Once", held_out=True)).question(9)
+    raw = question(replace(case("completion"), prompt=Prompt("t", "completion", None, "Once", held_out=True)), 9)
     assert (raw.prompt, raw.messages) == ("Once", ())

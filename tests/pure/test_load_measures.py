@@ -10,13 +10,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.tools.bench.load.core.measures import Window, lag_of, measure, quantile, quantiles, wasted
-from services.tools.bench.load.core.record import Ending, Record, record_of, refusal_of
-from services.tools.bench.load.core.requests import Request
+from services.tools.bench.load.core.record import Ending, RequestRecord, record_of, refusal_of
+from services.tools.bench.load.core.requests import LoadRequest
 from shared.cost.model import FALLBACK, predict_ms, shape_of
 from shared.messages import Measurement, Slo
 
 SLO = Slo(ttft_ms=100, tpot_ms=20)
-ASKED = Request(
+ASKED = LoadRequest(
     session=1, number=2, messages=[{"role": "user", "content": "Hi"}], max_tokens=9, service_class="fast", slo=SLO
 )
 WINDOW = Window(warm_up_s=10, measure_s=20, drain_s=5)
@@ -42,12 +42,12 @@ def one_round(start: int, drafted: int, verified: int, accepted: int, **times: f
     } | times  # fmt: skip
 
 
-def record(**fields: Any) -> Record:
+def record(**fields: Any) -> RequestRecord:
     known: dict[str, Any] = {
         "session": 0, "number": 0, "service_class": "fast", "device": "", "slo": SLO, "start_s": 12.0, "lag_ms": 0.0,
         "ending": Ending.COMPLETE, "total_ms": 300.0, "tokens": 3, "arrivals": [(80.0, 1), (110.0, 2)],
     }  # fmt: skip
-    return Record(**known | fields)
+    return RequestRecord(**known | fields)
 
 
 def test_a_stream_is_read_into_tokens_times_rounds_and_summary() -> None:
@@ -68,7 +68,7 @@ def test_a_stream_is_read_into_tokens_times_rounds_and_summary() -> None:
     assert (found.rounds, found.summary) == (rounds, {"rounds": 2})
     assert (found.ttft_ms, found.tpot_ms) == (90.0, 25.0)
     assert not found.attained
-    assert Record.model_validate_json(found.model_dump_json()) == found
+    assert RequestRecord.model_validate_json(found.model_dump_json()) == found
 
 
 def test_a_server_without_trace_is_understood() -> None:

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from services.tools.bench.load.arms import Arm, arms_of
 from services.tools.bench.load.core.measures import Window, lag_of, measure
 from services.tools.bench.load.core.results import (
-    Measured,
-    Results,
+    LoadResults,
+    MeasuredPoint,
     capacity_table,
     draft_table,
     goodput_table,
@@ -22,20 +22,20 @@ from services.tools.bench.load.core.results import (
     promise_table,
     speed_table,
 )
-from services.tools.bench.load.core.search import Tried, capacity, interval, most_points, next_sessions, pooled
+from services.tools.bench.load.core.search import PooledPoint, capacity, interval, most_points, next_sessions, pooled
 from services.tools.bench.load.plot import plot, spread
-from services.tools.bench.load.workload import Device
+from services.tools.bench.load.workload import EmulatedHardware
 from shared.errors import SettingsError
 
 WINDOW = Window(warm_up_s=1, measure_s=2, drain_s=3)
 
 
-def searched(holds: int, first: int, most: int, tolerance: float) -> list[Tried]:
+def searched(holds: int, first: int, most: int, tolerance: float) -> list[PooledPoint]:
     """A search where up to `holds` sessions attain."""
-    tried: list[Tried] = []
+    tried: list[PooledPoint] = []
     while (n := next_sessions(tried, 0.95, first=first, most=most, tolerance=tolerance)) is not None:
         assert n not in [one.sessions for one in tried]
-        tried.append(Tried(sessions=n, requests=100, attained=99 if n <= holds else 50))
+        tried.append(PooledPoint(sessions=n, requests=100, attained=99 if n <= holds else 50))
         assert len(tried) <= 30
     return tried
 
@@ -68,8 +68,8 @@ def test_the_fewest_that_fail_bound_the_capacity() -> None:
 
 def test_repeats_count_together() -> None:
     assert pooled([(8, 10, 9), (4, 5, 5), (8, 30, 29)]) == [
-        Tried(sessions=4, requests=5, attained=5),
-        Tried(sessions=8, requests=40, attained=38),
+        PooledPoint(sessions=4, requests=5, attained=5),
+        PooledPoint(sessions=8, requests=40, attained=38),
     ]
 
 
@@ -96,9 +96,9 @@ def test_arms_are_named_with_the_parts_that_they_lack() -> None:
 
 
 def test_a_drafter_serves_its_devices_pool_and_sled_drafts_as_it_does() -> None:
-    pi = Device(name="raspberry-pi-5")
+    pi = EmulatedHardware(name="raspberry-pi-5")
     assert Arm("wisp").drafter(pi) == {"WISP_POOL": "raspberry-pi-5", "WISP_DEVICE_PROFILE": "raspberry-pi-5"}
-    assert Arm("edf").drafter(Device(name="none")) == {"WISP_POOL": "none"}
+    assert Arm("edf").drafter(EmulatedHardware(name="none")) == {"WISP_POOL": "none"}
     fixed = Arm("sled").drafter(pi)
     assert (fixed["WISP_STOP_RULE"], fixed["WISP_DRAFT_LENGTH"]) == ("fixed", "4")
 
@@ -119,7 +119,7 @@ def test_an_unknown_arm_is_refused(text: str, problem: str) -> None:
         arms_of(text)
 
 
-def results() -> Results:
+def results() -> LoadResults:
     """Three arms, measured without a single request but with as many as the search needs."""
     empty, lag = measure([], WINDOW), lag_of([], [], 0.0)
     points = []
@@ -133,8 +133,8 @@ def results() -> Results:
                     "goodput": attained + 100.0 * holds if sessions == holds else 5.0,
                 }
             )
-            points.append(Measured(arm=arm, sessions=sessions, repeat=0, measures=found, lag=lag))
-    return Results(window=WINDOW, points=points, aims=[0.95, 0.9])
+            points.append(MeasuredPoint(arm=arm, sessions=sessions, repeat=0, measures=found, lag=lag))
+    return LoadResults(window=WINDOW, points=points, aims=[0.95, 0.9])
 
 
 def test_capacity_and_goodput_are_compared_with_centralized_and_sled() -> None:
@@ -193,7 +193,7 @@ def test_notes_tell_of_a_late_generator_and_of_refusals() -> None:
 
 def test_results_come_back_from_their_file() -> None:
     found = results()
-    assert Results.model_validate_json(found.model_dump_json()) == found
+    assert LoadResults.model_validate_json(found.model_dump_json()) == found
 
 
 @given(st.lists(st.floats(0, 100), max_size=10), st.floats(0.1, 10))

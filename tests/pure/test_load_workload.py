@@ -10,15 +10,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tools.bench.load.core.requests import NUMBERS_PER_POINT, Request, first_number, from_lines, to_lines
+from services.tools.bench.load.core.requests import NUMBERS_PER_POINT, LoadRequest, first_number, from_lines, to_lines
 from services.tools.bench.load.prompts import CHARACTERS_PER_TOKEN, conversation
-from services.tools.bench.load.workload import Choice, Constant, Lognormal, Uniform, workload_of
+from services.tools.bench.load.workload import Constant, Discrete, Lognormal, Uniform, workload_of
 from shared.errors import SettingsError
 
 DEFAULT = workload_of("")
 
 
-def size(request: Request) -> int:
+def size(request: LoadRequest) -> int:
     return sum(len(message["content"]) for message in request.messages)
 
 
@@ -70,7 +70,7 @@ def test_distributions_stay_in_their_bounds(seed: int) -> None:
     assert Constant(distribution="constant", value=3).draw(rng) == 3
     assert 1 <= Uniform(distribution="uniform", low=1, high=2).draw(rng) <= 2
     assert 20 <= Lognormal(distribution="lognormal", median=50, sigma=2, low=20, high=150).draw(rng) <= 150
-    assert Choice(distribution="choice", values=[1, 5]).draw(rng) in (1, 5)
+    assert Discrete(distribution="choice", values=[1, 5]).draw(rng) in (1, 5)
 
 
 @pytest.mark.parametrize(("process", "burstiness", "variation"), [("poisson", 9, 1.0), ("gamma", 4, 2.0)])

@@ -6,7 +6,7 @@ from openai import AsyncOpenAI
 
 from services.tools.bench.stream.cases import cases
 from services.tools.bench.stream.core import speed
-from services.tools.bench.stream.measurement import BLOCK, Plan, Suite
+from services.tools.bench.stream.measurement import BLOCK, StreamPlan, TimedSuite
 from services.tools.local.stack import Stack
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
@@ -17,9 +17,9 @@ TOKENS = 12
 async def test_a_request_is_timed_and_gives_the_same_text_with_and_without_drafts(stack: Stack) -> None:
     asked = cases(["summary", "completion"], 1, [0.7], 0, Tokenizer(ModelFolder(stack.target)))
     assert len(asked[0].prompt_ids) > BLOCK
-    plan = Plan(stack.target, "bfloat16", 1, ["none", "lookup"], [0.0], [0.7], TOKENS, asked)
+    plan = StreamPlan(stack.target, "bfloat16", 1, ["none", "lookup"], [0.0], [0.7], TOKENS, asked)
     async with AsyncOpenAI(base_url=stack.url, api_key="none", max_retries=0) as client:
-        suite = Suite(client, plan, 0.0)
+        suite = TimedSuite(client, plan, 0.0)
         timed = []
         for case in asked:
             for arm in plan.arms:

@@ -1,4 +1,4 @@
-"""A short seeded chaos run, on a suite of its own with a tiny model: nothing lost, wrong or left behind."""
+"""A short chaos run with a fixed seed, on its own suite with a tiny model: nothing is lost, wrong or left behind."""
 
 from __future__ import annotations
 
@@ -7,49 +7,49 @@ from pathlib import Path
 import pytest
 
 from services.tools.bench.support.tiny import tiny_model
-from services.tools.chaos import report
-from services.tools.chaos.client import Verdict
-from services.tools.chaos.core.faults import Kind, schedule
+from services.tools.chaos.core import report
+from services.tools.chaos.core.faults import FaultKind, schedule
 from services.tools.chaos.core.requests import load
+from services.tools.chaos.core.verdicts import RequestVerdict
 from services.tools.chaos.reference import References
-from services.tools.chaos.run import Plan, run
+from services.tools.chaos.run import ChaosPlan, run
 from services.tools.local.progress import Progress
 
 SEED = 5
 KINDS = (
-    Kind.KILL_VERIFIER,
-    Kind.KILL_DRAFTER,
-    Kind.KILL_GATEWAY,
-    Kind.KILL_SCHEDULER,
-    Kind.FREEZE_VERIFIER,
-    Kind.DRAIN_VERIFIER,
-    Kind.KILL_REDIS,
-    Kind.CUT_LINK,
-    Kind.DUPLICATES,
-    Kind.LOST_ROUNDS,
-    Kind.POISON,
+    FaultKind.KILL_VERIFIER,
+    FaultKind.KILL_DRAFTER,
+    FaultKind.KILL_GATEWAY,
+    FaultKind.KILL_SCHEDULER,
+    FaultKind.FREEZE_VERIFIER,
+    FaultKind.DRAIN_VERIFIER,
+    FaultKind.KILL_REDIS,
+    FaultKind.CUT_LINK,
+    FaultKind.DUPLICATES,
+    FaultKind.LOST_ROUNDS,
+    FaultKind.POISON,
 )
 
 
-@pytest.mark.timeout(400)  # longer than a client's patience, so that one that waits in vain is named, and the logs kept
+@pytest.mark.timeout(400)  # longer than a client's patience, so that a lost request is named and logs are kept
 async def test_nothing_is_lost_wrong_or_left_behind(tmp_path: Path) -> None:
     folder = tiny_model(tmp_path / "tiny")
-    asked = load(SEED, questions=8, longest=40)
-    references = References(folder, asked.questions, 40)
-    plan = Plan(
+    requests = load(SEED, questions=8, longest=40)
+    references = References(folder, requests.questions, 40)
+    plan = ChaosPlan(
         target=folder,
         faults=schedule(SEED, len(KINDS), KINDS, longest_gap_s=0.3),
-        load=asked,
+        load=requests,
         clients=8,
         lanes=3,
         env={"WISP_KV_HANDOFF": "drain"},
         env_of={"verifier": {"WISP_PROFILE": "false"}},
     )
-    verdicts = await run(plan, references, Progress(), print)
-    print(*report.notes(verdicts), sep="\n")
-    assert verdicts.problems == [], f"the same again: wisp chaos --tiny --seed {SEED}"
-    assert {hit.fault.kind for hit in verdicts.hits} == set(KINDS)
-    assert verdicts.count(Verdict.RIGHT) > 20
-    assert verdicts.sessions > 20
-    assert verdicts.results > 100
-    assert verdicts.poisoned > 0
+    result = await run(plan, references, Progress(), print)
+    print(*report.notes(result), sep="\n")
+    assert result.problems == [], f"repeat it with: wisp chaos --tiny --seed {SEED}"
+    assert {one.fault.kind for one in result.faults} == set(KINDS)
+    assert result.count(RequestVerdict.RIGHT) > 20
+    assert result.sessions > 20
+    assert result.results > 100
+    assert result.poisoned > 0

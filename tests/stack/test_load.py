@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from services.tools.bench.load.campaign import GIVEN, Campaign, Plan
+from services.tools.bench.load.campaign import GIVEN, Campaign, LoadPlan
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.workload import workload_of
 from services.tools.local.progress import Progress
@@ -16,7 +16,7 @@ async def test_a_running_suite_is_measured(stack: Stack) -> None:
         "[[classes]]\nname = 'patient'\nttft_ms = 60000\ntpot_ms = 60000\n"
     )
     window = Window(warm_up_s=0.5, measure_s=3, drain_s=60)
-    campaign = Campaign(Plan([], [2], None, 1, window, workload, workload), Progress())
+    campaign = Campaign(LoadPlan([], [2], None, 1, window, workload, workload), Progress())
     await campaign.run_server(stack.url, pools=False)
     [point] = campaign.results.points
     found = point.measures

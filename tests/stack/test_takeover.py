@@ -18,10 +18,11 @@ from urllib.parse import urlsplit, urlunsplit
 import pytest
 from asking import Traffic, progressed, watching
 
-from services.tools.bench.support.relay import Relay
+from services.tools.bench.support.relay import DelayRelay
 from services.tools.bench.support.tiny import tiny_model
-from services.tools.chaos.client import Client, Verdict
-from services.tools.chaos.core.requests import Manner, Request, load
+from services.tools.chaos.client import ChaosClient
+from services.tools.chaos.core.requests import ChaosRequest, Manner, load
+from services.tools.chaos.core.verdicts import RequestVerdict
 from services.tools.chaos.reference import References
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
@@ -37,13 +38,13 @@ class Suite:
 
     stack: Stack
     seen: Traffic
-    client: Client
-    requests: list[Request]
+    client: ChaosClient
+    requests: list[ChaosRequest]
 
-    def ask(self, draft: str = "auto") -> asyncio.Task[set[Verdict]]:
+    def ask(self, draft: str = "auto") -> asyncio.Task[set[RequestVerdict]]:
         """Every request at once; what became of them."""
 
-        async def all_of_them() -> set[Verdict]:
+        async def all_of_them() -> set[RequestVerdict]:
             asked = [replace(request, draft=draft) for request in self.requests]
             return {outcome.verdict for outcome in await asyncio.gather(*map(self.client.ask, asked))}
 
@@ -71,7 +72,7 @@ async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> A
         ) as stack,
         watching(stack) as seen,
     ):
-        yield Suite(stack, seen, Client(folder.name, lambda: stack.urls, references), requests)
+        yield Suite(stack, seen, ChaosClient(folder.name, lambda: stack.urls, references), requests)
 
 
 async def test_a_standby_takes_over_from_a_frozen_scheduler(suite: Suite) -> None:
@@ -82,15 +83,15 @@ async def test_a_standby_takes_over_from_a_frozen_scheduler(suite: Suite) -> Non
     frozen.send(signal.SIGSTOP)
     try:
         assert not asking.done(), "it must freeze while there is work"
-        assert await asking == {Verdict.RIGHT}
+        assert await asking == {RequestVerdict.RIGHT}
         assert len(suite.seen.schedulers) == 2
         more = suite.ask()
         await progressed(suite.seen, 10)
     finally:
         frozen.send(signal.SIGCONT)
-    assert await more == {Verdict.RIGHT}
+    assert await more == {RequestVerdict.RIGHT}
     assert frozen.alive
-    assert await suite.ask() == {Verdict.RIGHT}
+    assert await suite.ask() == {RequestVerdict.RIGHT}
 
 
 def ip(*words: str) -> None:
@@ -157,7 +158,7 @@ async def reachable(network: Network, brokers: Brokers) -> AsyncIterator[dict[st
             parts = urlsplit(url)
             assert parts.hostname is not None
             assert parts.port is not None
-            relay = await relays.enter_async_context(Relay(parts.hostname, parts.port, 0.0, listen=network.here))
+            relay = await relays.enter_async_context(DelayRelay(parts.hostname, parts.port, 0.0, listen=network.here))
             user = parts.netloc.rpartition("@")[0]
             query = f"heartbeat={HEARTBEAT_S}" if parts.scheme == "amqp" else ""
             found[name] = urlunsplit(parts._replace(netloc=f"{user}@{network.here}:{relay.port}", query=query))
@@ -173,7 +174,7 @@ async def test_a_drafter_behind_a_network_that_is_slow_and_then_drops_everything
         (far,) = await stack.start("drafter", 1, addresses, network.under)
         await stack.stop(near)
         with network.slow():
-            assert await suite.ask("lookup") == {Verdict.RIGHT}
+            assert await suite.ask("lookup") == {RequestVerdict.RIGHT}
         assert suite.seen.drafters == {far.name}
         # Shorter than RabbitMQ waits: late, by the same drafter.
         asking = suite.ask("lookup")
@@ -182,15 +183,15 @@ async def test_a_drafter_behind_a_network_that_is_slow_and_then_drops_everything
         await asyncio.sleep(HEARTBEAT_S)
         assert not asking.done(), "the cut must fall into the streams"
         network.mend()
-        assert await asking == {Verdict.RIGHT}
+        assert await asking == {RequestVerdict.RIGHT}
         assert suite.seen.drafters == {far.name}
         # So long that another one takes over.
         asking = suite.ask("lookup")
         await progressed(suite.seen, 10)
         network.cut()
         (near,) = await stack.start("drafter")
-        assert await asking == {Verdict.RIGHT}
+        assert await asking == {RequestVerdict.RIGHT}
         assert suite.seen.drafters == {far.name, near.name}
         network.mend()
-        assert await suite.ask() == {Verdict.RIGHT}
+        assert await suite.ask() == {RequestVerdict.RIGHT}
         await stack.stop(far)

@@ -1,3 +1,6 @@
-"""Benchmarks: each prints a table and writes `.wisp/results/<name>.json`."""
+"""Benchmarks: each module or package but `support` is one, run as `wisp bench NAME`.
 
-__all__ = ["chaos"]
+Each prints tables and writes `.wisp/results/<name>.json`.
+"""
+
+__all__ = ["support"]

@@ -64,7 +64,7 @@ def cells(batches: tuple[int, ...], contexts: tuple[int, ...]) -> Iterator[Cell]
     yield Cell(PREFILL, 4, 0)
 
 
-class OurSide:
+class EngineSide:
     """Sessions of the engine, filled once with different tokens."""
 
     def __init__(self, engine: Engine, sessions: int, length: int, tick: Callable[[], None]) -> None:
@@ -86,7 +86,7 @@ class OurSide:
         return (time.perf_counter() - start) * 1000
 
 
-class TheirSide:
+class TransformersSide:
     """transformers' own attention and cache; the cached keys and values are random, which does not matter to time."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
@@ -127,7 +127,7 @@ def _tokens(vocab_size: int, sessions: int, count: int) -> torch.Tensor:
 
 
 def measure(
-    ours: OurSide, theirs: TheirSide, group: Sequence[Cell], repetitions: int
+    ours: EngineSide, theirs: TransformersSide, group: Sequence[Cell], repetitions: int
 ) -> dict[Cell, tuple[float, float]]:
     """Median milliseconds of the engine and of transformers, all cells of a group in turn, after a round to warm up."""
     rounds = [{cell: (ours.once(cell), theirs.once(cell)) for cell in group} for _ in range(1 + repetitions)][1:]
@@ -166,12 +166,12 @@ def main(
     folder = prepare(model, state_folder() / "models")
     longest = max(contexts) + max(NEW_TOKENS.values()) + 64
     engine = Engine(folder, dtype=dtype, threads=threads, budget_tokens=max(batches) * longest)
-    theirs = TheirSide(folder, dtype)
+    theirs = TransformersSide(folder, dtype)
     planned = list(cells(batches, contexts))
     took: dict[Cell, tuple[float, float]] = {}
     with Progress(transient=True) as progress:
         bar = progress.add_task("filling the cache", total=max(batches))
-        ours = OurSide(engine, max(batches), max(contexts), lambda: progress.advance(bar))
+        ours = EngineSide(engine, max(batches), max(contexts), lambda: progress.advance(bar))
         bar = progress.add_task("measuring", total=len(planned))
         # Operations on the same sessions alternate too, so that a slow spell of the machine spoils no ratio.
         for _, group in groupby(planned, key=lambda cell: (cell.sessions, cell.cached)):

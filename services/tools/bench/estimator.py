@@ -54,7 +54,7 @@ def batch_of(kind: str, rng: random.Random) -> Batch:
     return batch
 
 
-class Bench:
+class FilledEngine:
     """Sessions of different lengths, filled once with tokens of their own."""
 
     def __init__(self, engine: Engine, rng: random.Random) -> None:
@@ -152,7 +152,7 @@ def main(
         fit.start_from(seen)
         models = {PROFILE_ONLY: fit.model()}
         progress.remove_task(bar)
-        bench = Bench(engine, rng)
+        bench = FilledEngine(engine, rng)
         bar = progress.add_task("filling the cache", total=sum(bench.lengths))
         for session, length in enumerate(bench.lengths):
             bench.fill(session)

@@ -24,7 +24,7 @@ import httpx
 import typer
 
 from services.tools.bench.support.report import report, terminal
-from services.tools.chaos.core.requests import WORDS
+from services.tools.bench.support.words import random_words
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.process import Process
 from services.tools.local.progress import ConsoleProgress, Progress
@@ -76,7 +76,7 @@ class Stream:
 
 
 @dataclass
-class Arm:
+class HandoffMeasurements:
     """What was measured of one arm."""
 
     longest_ms: list[float] = field(default_factory=list)
@@ -116,7 +116,7 @@ def main(
             raise typer.Exit(1)
 
 
-def _row(setting: str, number: signal.Signals, arm: Arm) -> tuple[object, ...]:
+def _row(setting: str, number: signal.Signals, arm: HandoffMeasurements) -> tuple[object, ...]:
     median = statistics.median
     gaps = (median(arm.longest_ms), max(arm.longest_ms)) if arm.longest_ms else (None, None)
     return setting, number.name, len(arm.longest_ms), *gaps, median(arm.usual_ms), median(arm.left_s)
@@ -124,7 +124,7 @@ def _row(setting: str, number: signal.Signals, arm: Arm) -> tuple[object, ...]:
 
 def _prompt(tokenizer: Tokenizer, seed: int, repetition: int, stream: int, length: int) -> list[int]:
     draw = random.Random(f"handoff-{seed}-{repetition}-{stream}")
-    return tokenizer.encode(" ".join(draw.choices(WORDS.split(), k=length)))[:length]
+    return tokenizer.encode(random_words(draw, length))[:length]
 
 
 async def measure(
@@ -134,10 +134,10 @@ async def measure(
     asked: Sequence[Sequence[list[int]]],
     tokens: int,
     progress: Progress,
-) -> Arm:
+) -> HandoffMeasurements:
     """One arm, in a suite of its own."""
     env = {"WISP_KV_HANDOFF": setting, "WISP_ADMISSION": "false"}
-    arm = Arm()
+    arm = HandoffMeasurements()
     async with (
         Stack("handoff", target=folder, verifiers=2, env=env) as stack,
         httpx.AsyncClient(timeout=TIMEOUT_S) as http,
@@ -151,7 +151,12 @@ async def measure(
 
 
 async def _once(
-    stack: Stack, http: httpx.AsyncClient, number: signal.Signals, prompts: Sequence[list[int]], tokens: int, arm: Arm
+    stack: Stack,
+    http: httpx.AsyncClient,
+    number: signal.Signals,
+    prompts: Sequence[list[int]],
+    tokens: int,
+    arm: HandoffMeasurements,
 ) -> None:
     """Ask, let a verifier leave, and see the streams to their end."""
     streams = [Stream() for _ in prompts]

@@ -1,1 +1,1 @@
-"""Nothing lost, nothing wrong, whatever fails: `wisp chaos`."""
+"""The chaos tool, `wisp chaos`: faults under load, and a check that no token is lost or wrong."""

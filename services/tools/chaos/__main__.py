@@ -1,14 +1,13 @@
-"""Lets everything fail under load, and checks that nothing is lost and nothing is wrong: `wisp chaos`.
+"""`wisp chaos`: inject faults under load, and check that nothing is lost and no token is wrong.
 
-Two of each service on private brokers, and clients whose requests, cancels and slow reading are drawn from a seed, as
-are the faults. Every answer is compared with what the bare engine says, token for token; at the end nothing may be
-left behind.
+The suite has two processes of each service and private brokers. Faults and requests, with cancelled and slow ones
+among them, are drawn from a seed. Every answer is compared token for token with the bare engine; at the end the suite
+must be idle and hold nothing.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import secrets
 import shlex
 from contextlib import ExitStack
@@ -17,43 +16,43 @@ from tempfile import TemporaryDirectory
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
-from services.tools.bench.support.report import report as tell
-from services.tools.bench.support.report import terminal
+from services.tools.bench.support.options import TargetOption, let_idle_threads_sleep, target_folder, words
+from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.tiny import tiny_model
-from services.tools.chaos import report
-from services.tools.chaos.core.faults import Kind, schedule
+from services.tools.chaos.core.faults import FaultKind, schedule
+from services.tools.chaos.core.report import COLUMNS, notes, rows
 from services.tools.chaos.core.requests import load
+from services.tools.chaos.core.verdicts import ChaosResult
 from services.tools.chaos.reference import References
-from services.tools.chaos.run import Plan, run
+from services.tools.chaos.run import ChaosPlan, run
 from services.tools.chaos.site import clocks_differ
 from services.tools.cli.terminal import errors_shown
 from services.tools.cli.terminal import run as run_to_end
 from services.tools.local.progress import ConsoleProgress
-from services.tools.local.settings import LocalSettings
-from services.tools.local.target import prepare_target
 from shared.errors import SettingsError
 
 
 def main(
-    faults: Annotated[int, typer.Option(min=0, help="How many.")] = 200,
+    faults: Annotated[int, typer.Option(min=0, help="Number of faults.")] = 200,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of faults and requests \\[default: drawn, and told].")
+        int | None, typer.Option(min=0, help="Seed of faults and requests. \\[default: random, and printed]")
     ] = None,
-    clients: Annotated[int, typer.Option(min=1, help="Requests at once.")] = 12,
-    lanes: Annotated[int, typer.Option(min=1, help="Faults at once at most.")] = 2,
-    only: Annotated[str, typer.Option(help="Kinds of faults, separated by commas; all if none is named.")] = "",
-    tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 48,
-    questions: Annotated[int, typer.Option(min=1, help="Different questions.")] = 24,
-    tiny: Annotated[bool, typer.Option("--tiny", help="A tiny random model: many more requests, no language.")] = False,
-    target: Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder.")] = None,
-    handoff: Annotated[str, typer.Option(help="K/V handed over: off, drain or write-through.")] = "drain",
-    name: Annotated[str, typer.Option(help="Of the file in .wisp/results.")] = "chaos",
+    clients: Annotated[int, typer.Option(min=1, help="Requests at a time.")] = 12,
+    lanes: Annotated[int, typer.Option(min=1, help="Most faults at a time.")] = 2,
+    only: Annotated[str, typer.Option(help="Kinds of faults, separated by commas. \\[default: all]")] = "",
+    tokens: Annotated[int, typer.Option(min=1, help="Most tokens of an answer.")] = 48,
+    questions: Annotated[int, typer.Option(min=1, help="Number of different questions.")] = 24,
+    tiny: Annotated[bool, typer.Option("--tiny", help="Use a tiny random model, for many more requests.")] = False,
+    target: TargetOption = None,
+    handoff: Annotated[str, typer.Option(help="KV handoff between verifiers: off, drain or write-through.")] = "drain",
+    name: Annotated[str, typer.Option(help="Name of the result file in .wisp/results.")] = "chaos",
 ) -> None:
-    """Run a schedule of faults; exit status 1 if anything was lost or wrong."""
+    """Run a schedule of faults. Exit status 1 if anything is lost or wrong."""
     with errors_shown(), ExitStack() as resources:
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
-        for library in ("aio_pika", "aiormq"):  # they tell of every connection that breaks here, as all of them do
+        let_idle_threads_sleep()
+        for library in ("aio_pika", "aiormq"):  # they log every broken connection, and all connections break here
             logging.getLogger(library).setLevel(logging.CRITICAL)
         seed = secrets.randbelow(10**6) if seed is None else seed
         console = terminal()
@@ -62,51 +61,53 @@ def main(
         if tiny:
             folder = tiny_model(Path(resources.enter_context(TemporaryDirectory(prefix="wisp-tiny-"))) / "tiny")
         else:
-            folder = prepare_target(target or LocalSettings().target, progress)
-        asked = load(seed, questions, tokens)
-        with progress.step("computing what the answers have to be"):
-            references = References(folder, asked.questions, tokens)
-        plan = Plan(
+            folder = target_folder(target, progress)
+        requests = load(seed, questions, tokens)
+        with progress.step("computing the reference answers"):
+            references = References(folder, requests.questions, tokens)
+        plan = ChaosPlan(
             target=folder,
             faults=schedule(seed, faults, _kinds(only)),
-            load=asked,
+            load=requests,
             clients=clients,
             lanes=lanes,
             env={"WISP_KV_HANDOFF": handoff},
             env_of={"verifier": {"WISP_PROFILE": "false"}} if tiny else {},
         )
-        verdicts = run_to_end(lambda: run(plan, references, progress, lambda text: console.print(text, markup=False)))
-        tell(
-            name,
-            "What failed, and what became of the requests",
-            report.COLUMNS,
-            report.rows(verdicts),
-            facts={
-                "seed": seed,
-                "model": folder.name,
-                "clients": clients,
-                "faults at once": lanes,
-                "K/V handed over": handoff,
-                "clocks differ": run_to_end(clocks_differ),
-            },
-            notes=report.notes(verdicts),
-        )
-        if verdicts.problems:
-            for problem in verdicts.problems:
-                console.print(problem, markup=False, highlight=False, style="red")
-            again = f"--seed {seed} --faults {faults} --clients {clients} --lanes {lanes} --tokens {tokens}"
-            again += f" --questions {questions} --handoff {handoff}" + (" --tiny" if tiny else "")
-            again += f" --only {shlex.quote(only)}" if only else ""
-            console.print(f"the services' logs: {verdicts.logs}", highlight=False, soft_wrap=True)
-            console.print(f"the same faults and requests again: wisp chaos {again}", highlight=False, soft_wrap=True)
+        result = run_to_end(lambda: run(plan, references, progress, lambda text: console.print(text, markup=False)))
+        _report(name, plan, handoff, result)
+        if result.problems:
+            command = f"--seed {seed} --faults {faults} --clients {clients} --lanes {lanes} --tokens {tokens}"
+            command += f" --questions {questions} --handoff {handoff}" + (" --tiny" if tiny else "")
+            command += f" --only {shlex.quote(only)}" if only else ""
+            _print_problems(console, result, command)
             raise typer.Exit(1)
 
 
-def _kinds(only: str) -> tuple[Kind, ...]:
-    words = [word.strip() for word in only.split(",") if word.strip()]
-    if unknown := [word for word in words if word not in list(Kind)]:
-        raise SettingsError(f"--only {unknown[0]!r} is no kind of fault; there are: {', '.join(Kind)}")
-    return tuple(Kind(word) for word in words) or tuple(Kind)
+def _report(name: str, plan: ChaosPlan, handoff: str, result: ChaosResult) -> None:
+    facts = {
+        "seed": plan.load.seed,
+        "model": plan.target.name,
+        "clients": plan.clients,
+        "faults at once": plan.lanes,
+        "K/V handed over": handoff,
+        "clocks differ": run_to_end(clocks_differ),
+    }
+    report(name, "Faults, and the requests during them", COLUMNS, rows(result), facts=facts, notes=notes(result))
+
+
+def _print_problems(console: Console, result: ChaosResult, command: str) -> None:
+    for problem in result.problems:
+        console.print(problem, markup=False, highlight=False, style="red")
+    console.print(f"logs of the services: {result.logs}", highlight=False, soft_wrap=True)
+    console.print(f"repeat these faults and requests: wisp chaos {command}", highlight=False, soft_wrap=True)
+
+
+def _kinds(only: str) -> tuple[FaultKind, ...]:
+    chosen = words(only)
+    if unknown := [word for word in chosen if word not in list(FaultKind)]:
+        raise SettingsError(f"--only {unknown[0]!r} is no kind of fault; there are: {', '.join(FaultKind)}")
+    return tuple(FaultKind(word) for word in chosen) or tuple(FaultKind)
 
 
 if __name__ == "__main__":

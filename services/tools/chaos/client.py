@@ -1,4 +1,4 @@
-"""A client that wants its answer: asks again what was not accepted, and goes on with a stream that broke."""
+"""A client that wants its answer: it retries refused requests and resumes broken streams."""
 
 from __future__ import annotations
 
@@ -7,67 +7,31 @@ import json
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Any
 
 import httpx
 
-from services.tools.chaos.core.requests import Manner, Request
+from services.tools.chaos.core.requests import ChaosRequest, Manner
+from services.tools.chaos.core.verdicts import RequestOutcome, RequestVerdict
 from services.tools.chaos.reference import Reference, References
 
 PATIENCE_S = 150.0
-"""A request that gets nothing new for so long is lost."""
+"""A request without new tokens for this long is lost."""
 SILENCE_S = 12.0
-"""A stream that may be left, and says nothing for so long, is asked for at another gateway."""
+"""A resumable stream that is silent for this long is resumed at another gateway."""
 ANSWER_S = 75.0
-"""How long anything else may say nothing."""
-AGAIN_S = 0.3
+"""Longest silence of anything else."""
+CONNECT_S = 3.0
+RETRY_S = 0.3
 SLOW_BYTES, SLOW_S = 256, 0.05
-PASSING = frozenset({"shutting_down", "brokers_unavailable", "redis_unavailable", "no_drafter", "no_verifier"})
-"""Error codes of what is away for now; with 429 and connections that break, the reasons to ask again."""
-
-
-class Verdict(StrEnum):
-    """What became of a request."""
-
-    RIGHT = "right"
-    LEFT = "left"
-    """The client went away; what it had was right."""
-    ERROR = "error"
-    """It ended in an error of the API."""
-    WRONG = "wrong"
-    LOST = "lost"
-
-
-@dataclass
-class Outcome:
-    """One request from its first try to its end. Times are seconds of `time.monotonic`."""
-
-    request: Request
-    started_s: float
-    ended_s: float = 0.0
-    verdict: Verdict = Verdict.LOST
-    detail: str = ""
-    code: str = ""
-    """Of the error that ended it."""
-    sessions: list[str] = field(default_factory=list)
-    """Names that its tries had."""
-    refused: int = 0
-    """Tries that were not accepted."""
-    resumed: int = 0
-    """Times that a stream was gone on with."""
-    longest_stall_s: float = 0.0
-    """Longest time without anything new, the first token included."""
-
-    @property
-    def troubled(self) -> bool:
-        """Whether the client noticed anything."""
-        return self.refused > 0 or self.resumed > 0
+"""A slow reader takes this many bytes, then pauses for this long."""
+TRANSIENT_CODES = frozenset({"shutting_down", "brokers_unavailable", "redis_unavailable", "no_drafter", "no_verifier"})
+"""Error codes after which the client retries, as after status 429 and broken connections."""
 
 
 @dataclass
 class _Answer:
-    """What has come of an answer."""
+    """The part of an answer that has arrived."""
 
     tokens: list[int] = field(default_factory=list)
     text: str = ""
@@ -76,126 +40,79 @@ class _Answer:
     last_id: str | None = None
     events: int = 0
 
+    def take_event(self, fields: dict[str, Any], chat: bool) -> None:
+        """Add an event of a stream."""
+        self.events += 1
+        if (usage := fields.get("usage")) is not None:
+            self.usage = usage["completion_tokens"]
+        for choice in fields["choices"]:
+            self.text += choice["delta"].get("content", "") if chat else choice["text"]
+            self.finish = choice["finish_reason"] or self.finish
+        self.tokens += [token["id"] for token in fields.get("wisp", {}).get("tokens", ())]
 
-class Refused(Exception):
-    """This try was not accepted, or broke off; the next one may be."""
+    def take_whole(self, fields: dict[str, Any], chat: bool) -> None:
+        """Take an answer that comes in one piece."""
+        choice = fields["choices"][0]
+        self.tokens = [token["id"] for token in fields["wisp"]["tokens"]]
+        self.text = choice["message"]["content"] if chat else choice["text"]
+        self.finish, self.usage = choice["finish_reason"], fields["usage"]["completion_tokens"]
 
 
-class Ended(Exception):
-    """The API ended the request in an error."""
+class TryAgain(Exception):
+    """The attempt was not accepted or broke off; another one may succeed."""
+
+
+class RequestFailed(Exception):
+    """The API ended the request with an error."""
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(f"{code}: {message}")
         self.code = code
 
 
-class Left(Exception):
-    """The client went away."""
+class ClientLeft(Exception):
+    """The client disconnected on purpose."""
 
 
-class Client:
-    """Asks whichever gateway there is."""
+class ChaosClient:
+    """Sends requests to any gateway that is up, and judges the answers."""
 
     def __init__(self, model: str, urls: Callable[[], Sequence[str]], references: References) -> None:
+        """urls: returns the base URLs of the gateways that are up."""
         self._model = model
         self._urls = urls
         self._references = references
 
-    async def ask(self, request: Request) -> Outcome:
-        """See a request to its end, and judge it."""
-        outcome = Outcome(request, time.monotonic())
+    async def ask(self, request: ChaosRequest) -> RequestOutcome:
+        """Send a request, retry and resume until it ends, and judge the answer."""
+        outcome = RequestOutcome(request, time.monotonic())
         reference = self._references.of[request.question.number]
-        answer = _Answer()
-        progress = _Progress(outcome)
-        tries = 0
-        try:
-            async with httpx.AsyncClient(timeout=httpx.Timeout(ANSWER_S, connect=3.0)) as http:
-                while time.monotonic() - progress.seen_s < PATIENCE_S:
-                    tries += 1
-                    try:
-                        await self._try(http, request, reference, answer, outcome, progress, tries)
-                    except (Refused, httpx.TransportError) as error:
-                        outcome.detail = f"{type(error).__name__}: {error}"
-                        if answer.last_id is None:
-                            outcome.refused += 1
-                            answer = _Answer()
-                        else:
-                            outcome.resumed += 1
-                        await asyncio.sleep(AGAIN_S)
-                        continue
-                    self._judge(outcome, reference, answer)
-                    break
-                else:
-                    outcome.detail = f"nothing new for {PATIENCE_S:g} s; last: {outcome.detail}"
-        except Left:
-            outcome.verdict, outcome.detail = Verdict.LEFT, ""
-            if answer.tokens != reference.tokens[: len(answer.tokens)]:
-                outcome.verdict, outcome.detail = Verdict.WRONG, f"left with {answer.tokens} of {reference.tokens}"
-        except Ended as error:
-            outcome.verdict, outcome.detail, outcome.code = Verdict.ERROR, str(error), error.code
-            if answer.tokens != reference.tokens[: len(answer.tokens)]:
-                outcome.verdict, outcome.detail = Verdict.WRONG, f"{error}, after {answer.tokens}"
-        progress.new()
+        timeout = httpx.Timeout(ANSWER_S, connect=CONNECT_S)
+        async with httpx.AsyncClient(timeout=timeout) as http:
+            attempts = _Attempts(http, request, self._body(request, reference), outcome)
+            try:
+                if await attempts.until_complete(self._urls):
+                    self._judge(outcome, reference, attempts.answer)
+            except ClientLeft:
+                outcome.verdict, outcome.detail = RequestVerdict.LEFT, ""
+                _check_beginning(outcome, reference, attempts.answer, "left")
+            except RequestFailed as error:
+                outcome.verdict, outcome.detail, outcome.code = RequestVerdict.ERROR, str(error), error.code
+                _check_beginning(outcome, reference, attempts.answer, str(error))
+        attempts.progressed()
         outcome.ended_s = time.monotonic()
         return outcome
 
-    def _judge(self, outcome: Outcome, reference: Reference, answer: _Answer) -> None:
+    def _judge(self, outcome: RequestOutcome, reference: Reference, answer: _Answer) -> None:
+        """Compare a complete answer with the reference."""
         tokens, finish = reference.shown(outcome.request.max_tokens)
         wanted = {"tokens": tokens, "finish": finish, "text": self._references.text(tokens), "usage": len(tokens)}
         got = {"tokens": answer.tokens, "finish": answer.finish, "text": answer.text, "usage": answer.usage}
         wrong = {name: (value, wanted[name]) for name, value in got.items() if value != wanted[name]}
-        outcome.verdict = Verdict.WRONG if wrong else Verdict.RIGHT
+        outcome.verdict = RequestVerdict.WRONG if wrong else RequestVerdict.RIGHT
         outcome.detail = "; ".join(f"{name}: {a!r}, not {b!r}" for name, (a, b) in wrong.items())
 
-    async def _try(
-        self,
-        http: httpx.AsyncClient,
-        request: Request,
-        reference: Reference,
-        answer: _Answer,
-        outcome: Outcome,
-        progress: _Progress,
-        tries: int,
-    ) -> None:
-        """Ask once. Raises Refused, httpx.TransportError (ask again), Ended or Left."""
-        urls = self._urls()
-        if not urls:
-            raise Refused("no gateway is there")
-        url = urls[(int(request.gateway * len(urls)) + tries - 1) % len(urls)]
-        path = f"{url}/chat/completions" if request.chat else f"{url}/completions"
-        body = self._body(request, reference)
-        if request.manner is Manner.WHOLE:
-            got = await http.post(path, json=body)
-            fields = _checked(got.status_code, got.content)
-            choice = fields["choices"][0]
-            outcome.sessions.append(fields["id"])
-            answer.tokens = [token["id"] for token in fields["wisp"]["tokens"]]
-            answer.text = choice["message"]["content"] if request.chat else choice["text"]
-            answer.finish, answer.usage = choice["finish_reason"], fields["usage"]["completion_tokens"]
-            return
-        headers = {} if answer.last_id is None else {"last-event-id": answer.last_id}
-        silence_s = SILENCE_S if request.resumable and answer.last_id is not None else ANSWER_S
-        timeout = httpx.Timeout(silence_s, connect=3.0)
-        async with http.stream("POST", path, json=body, headers=headers, timeout=timeout) as response:
-            if response.status_code != 200:
-                _checked(response.status_code, await response.aread())
-            async for event_id, data in _events(_parts(response, request.manner, lambda: answer.last_id is not None)):
-                if data == "[DONE]":
-                    return
-                fields = json.loads(data)
-                if "error" in fields:
-                    _raise(fields["error"])
-                progress.new()
-                answer.events += 1
-                if fields["id"] not in outcome.sessions:
-                    outcome.sessions.append(fields["id"])
-                _take(answer, fields, request.chat)
-                answer.last_id = event_id
-                if request.manner is Manner.LEAVES and answer.events >= request.leaves_after:
-                    raise Left
-        raise Refused("the stream ended without its last event")
-
-    def _body(self, request: Request, reference: Reference) -> dict[str, Any]:
+    def _body(self, request: ChaosRequest, reference: Reference) -> dict[str, Any]:
         question = request.question
         body: dict[str, Any] = {
             "model": self._model,
@@ -210,44 +127,111 @@ class Client:
         return body | {"prompt": reference.prompt}
 
 
-class _Progress:
-    """When something new came last."""
+def _check_beginning(outcome: RequestOutcome, reference: Reference, answer: _Answer, ending: str) -> None:
+    """Call a request wrong whose tokens up to its early end are not the beginning of the reference."""
+    if answer.tokens != reference.tokens[: len(answer.tokens)]:
+        outcome.verdict = RequestVerdict.WRONG
+        outcome.detail = f"{ending}, with {answer.tokens} of {reference.tokens}"
 
-    def __init__(self, outcome: Outcome) -> None:
+
+class _Attempts:
+    """The attempts at one request, and the answer that they have brought."""
+
+    def __init__(
+        self, http: httpx.AsyncClient, request: ChaosRequest, body: dict[str, Any], outcome: RequestOutcome
+    ) -> None:
+        self.answer = _Answer()
+        self._http = http
+        self._request = request
+        self._body = body
         self._outcome = outcome
-        self.seen_s = outcome.started_s
+        self._progress_s = outcome.started_s
 
-    def new(self) -> None:
-        now = time.monotonic()
-        self._outcome.longest_stall_s = max(self._outcome.longest_stall_s, now - self.seen_s)
-        self.seen_s = now
+    def progressed(self) -> None:
+        """Note that something new has arrived."""
+        now_s = time.monotonic()
+        self._outcome.longest_stall_s = max(self._outcome.longest_stall_s, now_s - self._progress_s)
+        self._progress_s = now_s
 
+    async def until_complete(self, urls: Callable[[], Sequence[str]]) -> bool:
+        """Try until the answer is complete; return False once nothing has come for `PATIENCE_S`.
 
-def _take(answer: _Answer, fields: dict[str, Any], chat: bool) -> None:
-    if (usage := fields.get("usage")) is not None:
-        answer.usage = usage["completion_tokens"]
-    for choice in fields["choices"]:
-        answer.text += choice["delta"].get("content", "") if chat else choice["text"]
-        answer.finish = choice["finish_reason"] or answer.finish
-    answer.tokens += [token["id"] for token in fields.get("wisp", {}).get("tokens", ())]
+        Raises RequestFailed or ClientLeft.
+        """
+        count = 0
+        while time.monotonic() - self._progress_s < PATIENCE_S:
+            try:
+                await self._attempt(urls(), count)
+                return True
+            except (TryAgain, httpx.TransportError) as error:
+                self._outcome.detail = f"{type(error).__name__}: {error}"
+                if self.answer.last_id is None:
+                    self._outcome.refused += 1
+                    self.answer = _Answer()
+                else:
+                    self._outcome.resumed += 1
+                await asyncio.sleep(RETRY_S)
+            count += 1
+        self._outcome.detail = f"nothing new for {PATIENCE_S:g} s; last: {self._outcome.detail}"
+        return False
+
+    async def _attempt(self, urls: Sequence[str], count: int) -> None:
+        """Send the request once. Raises TryAgain, httpx.TransportError, RequestFailed or ClientLeft."""
+        if not urls:
+            raise TryAgain("no gateway is up")
+        request = self._request
+        url = urls[(int(request.gateway * len(urls)) + count) % len(urls)]
+        path = f"{url}/chat/completions" if request.chat else f"{url}/completions"
+        if request.manner is Manner.WHOLE:
+            response = await self._http.post(path, json=self._body)
+            fields = _checked(response.status_code, response.content)
+            self._outcome.session_ids.append(fields["id"])
+            self.answer.take_whole(fields, request.chat)
+        else:
+            await self._stream(path)
+
+    async def _stream(self, path: str) -> None:
+        request, answer = self._request, self.answer
+        headers = {} if answer.last_id is None else {"last-event-id": answer.last_id}
+        silence_s = SILENCE_S if request.resumable and answer.last_id is not None else ANSWER_S
+        timeout = httpx.Timeout(silence_s, connect=CONNECT_S)
+        async with self._http.stream("POST", path, json=self._body, headers=headers, timeout=timeout) as response:
+            if response.status_code != 200:
+                _checked(response.status_code, await response.aread())
+            parts = _parts(response, request.manner, lambda: answer.last_id is not None)
+            async for event_id, data in _events(parts):
+                if data == "[DONE]":
+                    return
+                fields = json.loads(data)
+                if "error" in fields:
+                    _raise(fields["error"])
+                self.progressed()
+                if fields["id"] not in self._outcome.session_ids:
+                    self._outcome.session_ids.append(fields["id"])
+                answer.take_event(fields, request.chat)
+                answer.last_id = event_id
+                if request.manner is Manner.LEAVES and answer.events >= request.leaves_after:
+                    raise ClientLeft
+        raise TryAgain("the stream ended without its last event")
 
 
 def _checked(status: int, body: bytes) -> Any:
+    """Return the JSON of an answer with status 200. Raises TryAgain or RequestFailed."""
     try:
         fields = json.loads(body)
     except ValueError:
-        raise Ended("not JSON", f"status {status}, body {body[:200]!r}") from None
+        raise RequestFailed("not JSON", f"status {status}, body {body[:200]!r}") from None
     if status != 200:
         error = fields["error"]
         if status == 429:
-            raise Refused(f"{status} {error}")
+            raise TryAgain(f"{status} {error}")
         _raise(error)
     return fields
 
 
 def _raise(error: dict[str, Any]) -> None:
     code = str(error.get("code"))
-    raise Refused(code) if code in PASSING else Ended(code, str(error.get("message")))
+    raise TryAgain(code) if code in TRANSIENT_CODES else RequestFailed(code, str(error.get("message")))
 
 
 async def _parts(response: httpx.Response, manner: Manner, begun: Callable[[], bool]) -> AsyncIterator[bytes]:
@@ -262,7 +246,7 @@ async def _parts(response: httpx.Response, manner: Manner, begun: Callable[[], b
 
 
 async def _events(parts: AsyncIterator[bytes]) -> AsyncIterator[tuple[str | None, str]]:
-    """Id and data of each server-sent event."""
+    """Yield id and data of each server-sent event."""
     rest = b""
     async for part in parts:
         *whole, rest = (rest + part).split(b"\n\n")

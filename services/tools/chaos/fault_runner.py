@@ -1,4 +1,4 @@
-"""Doing what a schedule says: each fault, for as long as it lasts, and back."""
+"""Injection of a schedule's faults: each fault for its duration, and the recovery of its target."""
 
 from __future__ import annotations
 
@@ -11,145 +11,146 @@ from dataclasses import dataclass, field
 
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 
-from services.tools.chaos import message_faults as injector
-from services.tools.chaos.core.faults import Fault, Kind
-from services.tools.chaos.site import Site
+from services.tools.chaos import message_faults
+from services.tools.chaos.core.faults import Fault, FaultKind
+from services.tools.chaos.core.verdicts import InjectedFault
+from services.tools.chaos.site import ChaosSite
 from services.tools.local.process import Process
 
 SLOW_S = 0.15
-"""Added to each direction of a slow link."""
+"""Delay of a slow link, in each direction."""
 ALARMS = {
-    Kind.MEMORY_ALARM: ("set_vm_memory_high_watermark", ("0.000001",), ("absolute", "1GiB")),
-    Kind.DISK_ALARM: ("set_disk_free_limit", ("1000000GB",), ("16MB",)),
+    FaultKind.MEMORY_ALARM: ("set_vm_memory_high_watermark", ("0.000001",), ("absolute", "1GiB")),
+    FaultKind.DISK_ALARM: ("set_disk_free_limit", ("1000000GB",), ("16MB",)),
 }
-"""RabbitMQ's limits: the command, one that is always exceeded, and the one in peace."""
+"""RabbitMQ's limits: the command, a value that is always exceeded, and the usual value."""
 DRAIN_GRACE_S = 30.0
-NONE_S = 0.5
-"""Pause while every process of a service is on its way out or in."""
-SETTLED_S = 8.0
-"""RabbitMQ 3.10 forgets the members of a quorum queue that it was killed within seconds of declaring, and has no leader
-for it ever after (`rabbitmqctl delete_queue` helps). So it is left alone for a while when its queues are new."""
+POLL_S = 0.5
+"""Pause between two looks for a process while every process of a service is starting or ending."""
+NEW_QUEUES_S = 8.0
+"""RabbitMQ 3.10 forgets the members of a quorum queue if it is killed within seconds of declaring it; the queue then
+has no leader ever after (`rabbitmqctl delete_queue` repairs it). So nothing is done to RabbitMQ while its queues are
+new."""
 
 
 @dataclass
-class Hit:
-    """A fault that was done. Times are seconds of `time.monotonic`."""
+class FaultRunner:
+    """Injects faults into a site."""
 
-    fault: Fault
-    target: str
-    began_s: float
-    ended_s: float = 0.0
-    """When what it hit was there again."""
-
-
-@dataclass
-class Hits:
-    """Does faults to a site."""
-
-    site: Site
-    done: list[Hit] = field(default_factory=list)
+    site: ChaosSite
+    done: list[InjectedFault] = field(default_factory=list)
+    """Every fault that has begun."""
     poisoned: int = 0
-    """Messages that have to be dead letters."""
-    _busy: dict[str, asyncio.Lock] = field(default_factory=dict)
+    """Messages that must become dead letters."""
+    _locks: dict[str, asyncio.Lock] = field(default_factory=dict)
+    """One for each resource that takes one fault at a time."""
     _busy_processes: set[int] = field(default_factory=set)
 
-    async def do(self, faults: Sequence[Fault], lanes: int) -> None:
-        """All of them, at most `lanes` at a time."""
-        left = list(faults)
+    async def run(self, faults: Sequence[Fault], lanes: int) -> None:
+        """Inject all faults, at most `lanes` at a time."""
+        pending = list(faults)
 
         async def lane() -> None:
-            while left:
-                fault = left.pop(0)
-                await self.hit(fault)
+            while pending:
+                fault = pending.pop(0)
+                await self.inject(fault)
                 await asyncio.sleep(fault.gap_s)
 
         async with asyncio.TaskGroup() as tasks:
             for _ in range(lanes):
                 tasks.create_task(lane())
 
-    async def hit(self, fault: Fault) -> None:
-        """One fault; returns when what it hit is there again."""
-        kind = fault.kind
-        if kind.hits == "process":
-            await self._process(fault)
+    async def inject(self, fault: Fault) -> None:
+        """Inject one fault; return when its target is back."""
+        if fault.kind.resource == "process":
+            await self._hit_process(fault)
             return
-        async with self._busy.setdefault(kind.hits, asyncio.Lock()):
-            record = Hit(fault, kind.hits, time.monotonic())
+        async with self._locks.setdefault(fault.kind.resource, asyncio.Lock()):
+            record = InjectedFault(fault, fault.kind.resource, time.monotonic())
             self.done.append(record)
-            match kind:
-                case Kind.KILL_RABBITMQ | Kind.LOSE_RABBITMQ | Kind.KILL_REDIS | Kind.LOSE_REDIS:
-                    server = self.site.rabbitmq if kind.hits == "rabbitmq" else self.site.redis
-                    await server.kill()
-                    await asyncio.sleep(fault.hold_s)
-                    await server.restart(lose_data=kind.loses_data)
-                    if kind is Kind.LOSE_RABBITMQ:
-                        await asyncio.sleep(SETTLED_S)
-                case Kind.FREEZE_REDIS:
-                    await _freeze(self.site.redis.processes[0], fault.hold_s)
-                case Kind.MEMORY_ALARM | Kind.DISK_ALARM:
-                    command, alarming, calm = ALARMS[kind]
-                    await self.site.control_rabbitmq(command, *alarming)
-                    await asyncio.sleep(fault.hold_s)
-                    await self.site.control_rabbitmq(command, *calm)
-                case Kind.CUT_LINK | Kind.DEAD_LINK | Kind.SLOW_LINK:
-                    await self._link(fault, record)
-                case Kind.DUPLICATES:
-                    await injector.duplicate(*self._where, fault.number, fault.hold_s)
-                case Kind.LOST_ROUNDS:
-                    await injector.lose_rounds(*self._where, fault.number, fault.hold_s)
-                case Kind.POISON:
-                    names = [process.name for process in self.site.stack.processes()]
-                    with suppress(*CONNECTION_EXCEPTIONS):
-                        self.poisoned += await injector.poison(*self._where, names)
+            match fault.kind.resource:
+                case "link":
+                    await self._hit_link(fault, record)
+                case "messages":
+                    await self._hit_messages(fault)
+                case _:
+                    await self._hit_broker(fault)
             record.ended_s = time.monotonic()
 
-    @property
-    def _where(self) -> tuple[str, str]:
-        return self.site.brokers.amqp_url, self.site.stack.namespace
+    async def _hit_broker(self, fault: Fault) -> None:
+        kind = fault.kind
+        if kind is FaultKind.FREEZE_REDIS:
+            await _freeze(self.site.redis.processes[0], fault.hold_s)
+        elif kind in ALARMS:
+            command, alarming, usual = ALARMS[kind]
+            await self.site.control_rabbitmq(command, *alarming)
+            await asyncio.sleep(fault.hold_s)
+            await self.site.control_rabbitmq(command, *usual)
+        else:
+            server = self.site.rabbitmq if kind.resource == "rabbitmq" else self.site.redis
+            await server.kill()
+            await asyncio.sleep(fault.hold_s)
+            await server.restart(lose_data=kind.loses_data)
+            if kind is FaultKind.LOSE_RABBITMQ:
+                await asyncio.sleep(NEW_QUEUES_S)
 
-    async def _process(self, fault: Fault) -> None:
+    async def _hit_messages(self, fault: Fault) -> None:
+        where = self.site.brokers.amqp_url, self.site.stack.namespace
+        match fault.kind:
+            case FaultKind.DUPLICATES:
+                await message_faults.duplicate(*where, fault.number, fault.hold_s)
+            case FaultKind.LOST_ROUNDS:
+                await message_faults.lose_rounds(*where, fault.number, fault.hold_s)
+            case _:
+                names = [process.name for process in self.site.stack.processes()]
+                with suppress(*CONNECTION_EXCEPTIONS):
+                    self.poisoned += await message_faults.poison(*where, names)
+
+    async def _hit_process(self, fault: Fault) -> None:
         service = fault.kind.service
         assert service is not None
-        while not (there := self._free(service)):  # noqa: ASYNC110 - one look now and then is enough
-            await asyncio.sleep(NONE_S)
-        process = there[min(int(fault.pick * len(there)), len(there) - 1)]
-        record = Hit(fault, process.name, time.monotonic())
+        while not (idle := self._idle(service)):  # noqa: ASYNC110 - it has no event, and a look now and then is enough
+            await asyncio.sleep(POLL_S)
+        process = _picked(idle, fault)
+        record = InjectedFault(fault, process.name, time.monotonic())
         self.done.append(record)
+        self._busy_processes.add(process.pid)
         if fault.kind.value.startswith("freeze"):
-            self._busy_processes.add(process.pid)
             await _freeze(process, fault.hold_s)
             self._busy_processes.discard(process.pid)
         else:
+            # The process stays busy for good: it takes no other fault while it ends.
             killed = fault.kind.value.startswith("kill")
-            number = signal.SIGKILL if killed else signal.SIGTERM
-            self._busy_processes.add(process.pid)  # nothing else is done to what is on its way out
-            await self.site.stack.stop(process, number, DRAIN_GRACE_S)
+            await self.site.stack.stop(process, signal.SIGKILL if killed else signal.SIGTERM, DRAIN_GRACE_S)
             await asyncio.sleep(fault.hold_s)
             await self.site.start(service)
         record.ended_s = time.monotonic()
 
-    def _free(self, service: str) -> list[Process]:
+    def _idle(self, service: str) -> list[Process]:
         return [process for process in self.site.ready(service) if process.pid not in self._busy_processes]
 
-    async def _link(self, fault: Fault, record: Hit) -> None:
-        there = [p for p in self.site.stack.processes() if p.pid in self.site.links]
-        if not there:
+    async def _hit_link(self, fault: Fault, record: InjectedFault) -> None:
+        linked = [process for process in self.site.stack.processes() if process.pid in self.site.links]
+        if not linked:
             return
-        process = there[min(int(fault.pick * len(there)), len(there) - 1)]
+        process = _picked(linked, fault)
         record.target = process.name
         relay = self.site.links[process.pid]
-        if fault.kind is Kind.CUT_LINK:
-            await relay.cut()
-            await asyncio.sleep(fault.hold_s)
-            relay.mend()
-        elif fault.kind is Kind.DEAD_LINK:
-            relay.hold()
-            await asyncio.sleep(fault.hold_s)
-            relay.mend()
-        else:
+        if fault.kind is FaultKind.SLOW_LINK:
             relay.one_way_s = SLOW_S
             await asyncio.sleep(fault.hold_s)
             relay.one_way_s = 0.0
+            return
+        if fault.kind is FaultKind.CUT_LINK:
+            await relay.cut()
+        else:
+            relay.hold()
+        await asyncio.sleep(fault.hold_s)
+        relay.mend()
+
+
+def _picked(processes: Sequence[Process], fault: Fault) -> Process:
+    return processes[min(int(fault.pick * len(processes)), len(processes) - 1)]
 
 
 async def _freeze(process: Process, hold_s: float) -> None:

@@ -1,4 +1,4 @@
-"""What has to hold when everything has healed: nothing left behind, and Redis holds what the model would say."""
+"""Invariants of a suite that has recovered: nothing is left behind, and Redis and the journal hold the right tokens."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from redis.asyncio import Redis
 
 from services.tools.chaos.message_faults import MARK
 from services.tools.chaos.reference import Reference
-from services.tools.chaos.site import Site
+from services.tools.chaos.site import ChaosSite
+from services.tools.local.ports import LOOPBACK
 from services.tools.replayer.stream import read
 from shared.messages import Result, Status
 from shared.state.store import Store, unpack
@@ -24,62 +25,76 @@ GAUGES = {
     "scheduler": ("wisp_num_requests_waiting",),
     "gateway": ("wisp_num_requests_running",),
 }
-"""What has to be 0 where nothing is under way, by service."""
+"""Gauges that are 0 in an idle suite, by service."""
 
 
-async def settled(site: Site, within_s: float) -> list[str]:
-    """Wait until nothing is under way; returns what still is."""
+async def settled(site: ChaosSite, within_s: float) -> list[str]:
+    """Wait until the suite is idle; return what is left after `within_s`."""
     deadline = time.monotonic() + within_s
-    left = ["nothing was looked at"]
+    left = ["nothing was checked"]
     while left and time.monotonic() < deadline:
         await asyncio.sleep(0.5)
         left = await _leftovers(site)
     return left
 
 
-async def _leftovers(site: Site) -> list[str]:
-    left = []
-    listed = json.loads(
-        await site.control_rabbitmq(
-            *("-q", "--formatter", "json", "list_queues", "name", "messages_ready", "messages_unacknowledged")
-        )
-    )
-    namespace = site.stack.namespace
-    for queue in listed:
-        waiting = queue["messages_ready"] + queue["messages_unacknowledged"]
-        if queue["name"] not in (f"{namespace}.dead", f"{namespace}.journal") and waiting:
-            left.append(f"{waiting} messages in queue {queue['name']}")
-    store = Store.connect(site.brokers.redis_url, namespace, 60)
+async def _leftovers(site: ChaosSite) -> list[str]:
+    checks = (_messages_left, _tokens_held, _sessions_active, _gauges_not_zero)
+    return [left for check in checks for left in await check(site)]
+
+
+async def _messages_left(site: ChaosSite) -> list[str]:
+    columns = ("name", "messages_ready", "messages_unacknowledged")
+    queues = json.loads(await site.control_rabbitmq("-q", "--formatter", "json", "list_queues", *columns))
+    kept = {f"{site.stack.namespace}.dead", f"{site.stack.namespace}.journal"}
+    counts = {queue["name"]: queue["messages_ready"] + queue["messages_unacknowledged"] for queue in queues}
+    return [f"{count} messages in queue {name}" for name, count in counts.items() if count and name not in kept]
+
+
+async def _tokens_held(site: ChaosSite) -> list[str]:
+    """Compare the verifiers' heartbeats with the running processes, and report the KV that they hold."""
+    store = Store.connect(site.brokers.redis_url, site.stack.namespace, 60)
     try:
         beats = await store.heartbeats()
-        running = {process.name for process in site.stack.processes("verifier")}
-        if {beat.verifier for beat in beats} != running:
-            left.append(f"verifiers {sorted(running)} run, {sorted(beat.verifier for beat in beats)} say so")
-        for beat in beats:
-            if beat.residency or beat.free_tokens != beat.total_tokens:
-                held = [held.session for held in beat.residency]
-                left.append(f"{beat.verifier} holds {beat.total_tokens - beat.free_tokens} tokens of {held}")
     finally:
         await store.close()
+    running = {process.name for process in site.stack.processes("verifier")}
+    left = []
+    if (beating := {beat.verifier for beat in beats}) != running:
+        left.append(f"verifiers {sorted(running)} run, but heartbeats come from {sorted(beating)}")
+    for beat in beats:
+        if beat.residency or beat.free_tokens != beat.total_tokens:
+            held = [held.session for held in beat.residency]
+            left.append(f"{beat.verifier} holds {beat.total_tokens - beat.free_tokens} tokens of {held}")
+    return left
+
+
+async def _sessions_active(site: ChaosSite) -> list[str]:
+    left = []
     async with Redis.from_url(site.brokers.redis_url) as redis:
-        if due := await redis.zcard(f"{namespace}:deadlines"):
+        if due := await redis.zcard(f"{site.stack.namespace}:deadlines"):
             left.append(f"{due} deadlines in Redis")
-        names = [key async for key in redis.scan_iter(f"{namespace}:session:*")]
-        left += [f"{name.decode()} is still active" for name in names if await redis.hget(name, "status") == b"active"]
+        keys = [key async for key in redis.scan_iter(f"{site.stack.namespace}:session:*")]
+        left += [f"{key.decode()} is still active" for key in keys if await redis.hget(key, "status") == b"active"]
+    return left
+
+
+async def _gauges_not_zero(site: ChaosSite) -> list[str]:
+    left = []
     async with httpx.AsyncClient(timeout=5) as http:
         for service, gauges in GAUGES.items():
             for process in site.stack.processes(service):
                 if service == "gateway":
                     url = site.stack.url_of(process).removesuffix("/v1")
                 else:
-                    url = f"http://127.0.0.1:{site.metrics[process.pid]}"
+                    url = f"http://{LOOPBACK}:{site.metrics[process.pid]}"
                 values = _values((await http.get(f"{url}/metrics")).text)
                 left += [f"{process.name}: {gauge} is {values[gauge]}" for gauge in gauges if values.get(gauge)]
     return left
 
 
 def _values(text: str) -> dict[str, float]:
-    """Metrics by name, summed over their labels."""
+    """Return the value of each metric, summed over its labels."""
     values: dict[str, float] = {}
     for line in text.splitlines():
         if not line.startswith("#"):
@@ -89,8 +104,8 @@ def _values(text: str) -> dict[str, float]:
     return values
 
 
-async def wrong_states(site: Site, references: Sequence[Reference]) -> tuple[int, list[str]]:
-    """How many sessions Redis holds, and those whose committed tokens are not what the model says."""
+async def wrong_states(site: ChaosSite, references: Sequence[Reference]) -> tuple[int, list[str]]:
+    """Return the number of sessions in Redis, and those whose committed tokens differ from every reference."""
     namespace = site.stack.namespace
     wrong = []
     count = 0
@@ -106,12 +121,15 @@ async def wrong_states(site: Site, references: Sequence[Reference]) -> tuple[int
             request = msgpack.unpackb(fields[b"request"])
             prompt, made = tokens[: request["prompt_len"]], tokens[request["prompt_len"] :]
             if not any(prompt == one.prompt and made == one.tokens[: len(made)] for one in references):
-                wrong.append(f"{name}: {made} is the beginning of no text of its prompt")
+                wrong.append(f"{name}: {made} is not the beginning of any reference of its prompt")
     return count, wrong
 
 
-async def against_journal(site: Site) -> tuple[int, list[str]]:
-    """How many recorded results of sessions that Redis holds were compared with it, and those that are not in there."""
+async def against_journal(site: ChaosSite) -> tuple[int, list[str]]:
+    """Compare the committed results in the journal with Redis; return their number, and those that Redis lacks.
+
+    Results of sessions that have expired in Redis are left out.
+    """
     namespace = site.stack.namespace
     recording = await read(site.brokers.amqp_url, namespace)
     results = [entry.message for entry in recording.entries() if isinstance(entry.message, Result)]
@@ -134,8 +152,8 @@ async def _bytes(redis: Redis, key: str) -> bytes:
     return found if isinstance(found, bytes) else b""
 
 
-async def dead_letters(site: Site) -> tuple[int, Mapping[str, int]]:
-    """Dead letters that were poison, and the reasons of all others with their number."""
+async def dead_letters(site: ChaosSite) -> tuple[int, Mapping[str, int]]:
+    """Take all dead letters; return the number of poison messages, and the number of others by reason."""
     poisoned = 0
     others: dict[str, int] = {}
     async with await aio_pika.connect(site.brokers.amqp_url) as connection:

@@ -1,4 +1,4 @@
-"""A hand in RabbitMQ: messages twice, late, out of order, lost; and messages that nobody should have sent."""
+"""Faults of messages in RabbitMQ: duplicated, late, out of order or lost ones, and poison that no service sends."""
 
 from __future__ import annotations
 
@@ -35,17 +35,19 @@ from shared.messages import (
 )
 
 MARK = "x-chaos"
-"""Header of everything that was sent from here."""
+"""Header of every message that this module publishes."""
 COPIED, LATEST_COPY_S = 0.3, 1.5
+"""Share of messages that are duplicated, and the latest time of a copy in seconds."""
 DROPPED, LATEST_S = 0.2, 0.3
-AGAIN_S = 0.2
+"""Share of rounds that are lost, and the longest delay of the others in seconds."""
+RETRY_S = 0.2
 
 
 async def duplicate(amqp_url: str, namespace: str, seed: int, for_s: float) -> None:
-    """For a while, let some messages of every kind come again, up to `LATEST_COPY_S` later."""
+    """For `for_s` seconds, publish copies of some messages of every kind, up to `LATEST_COPY_S` later."""
     draw = random.Random(f"duplicates-{seed}")
     late: set[asyncio.Task[None]] = set()
-    with suppress(*CONNECTION_EXCEPTIONS):  # RabbitMQ is away, or goes away
+    with suppress(*CONNECTION_EXCEPTIONS):  # RabbitMQ may be down, or go down
         async with await aio_pika.connect(amqp_url) as connection:
             channel = await connection.channel(publisher_confirms=False)
             exchange = await channel.get_exchange(Topology(namespace).exchange)
@@ -68,7 +70,7 @@ async def duplicate(amqp_url: str, namespace: str, seed: int, for_s: float) -> N
 
 
 async def lose_rounds(amqp_url: str, namespace: str, seed: int, for_s: float) -> None:
-    """For a while, lose some rounds on their way to the scheduler, and let others come late and out of order."""
+    """For `for_s` seconds, drop some rounds before the scheduler, and deliver the others late and out of order."""
     draw = random.Random(f"lost-{seed}")
     names = Topology(namespace)
     verify = names.verify_queue().name
@@ -100,14 +102,14 @@ async def lose_rounds(amqp_url: str, namespace: str, seed: int, for_s: float) ->
 
 
 async def _mend(amqp_url: str, names: Topology) -> None:
-    """Let rounds reach the scheduler again, as soon as RabbitMQ answers."""
+    """Bind the scheduler's queue again, as soon as RabbitMQ answers."""
     while True:
         try:
             async with await aio_pika.connect(amqp_url) as connection:
                 await _bind(await connection.channel(), names, bound=True)
                 return
         except CONNECTION_EXCEPTIONS:
-            await asyncio.sleep(AGAIN_S)
+            await asyncio.sleep(RETRY_S)
 
 
 async def _bind(channel: AbstractChannel, names: Topology, *, bound: bool) -> None:
@@ -126,9 +128,10 @@ def _copy(message: AbstractIncomingMessage) -> aio_pika.Message:
 
 
 async def poison(amqp_url: str, namespace: str, processes: Sequence[str]) -> int:
-    """Send rubbish, and well-formed nonsense, to every queue. `processes` are the names of the running services'.
+    """Send rubbish and well-formed nonsense to every queue.
 
-    Returns how many messages no service can decode, each of which has to become a dead letter.
+    processes: names of the running processes. Returns the number of messages that no service can decode: each must
+    become a dead letter.
     """
     keys = [topology.VERIFY, topology.SAMPLE, topology.LOAD, topology.CANCEL, topology.generate()]
     keys += [topology.RESULT_SCHEDULER, topology.heartbeat("x"), topology.costmodel("x")]
@@ -145,30 +148,33 @@ async def poison(amqp_url: str, namespace: str, processes: Sequence[str]) -> int
     return 3 * len(keys)
 
 
+NOBODY = "nobody"
+"""Name of sessions and processes that do not exist."""
+NO_ROUND: dict[str, Any] = {"session": NOBODY, "round": 3, "base_len": 7}
+NO_MODEL: dict[str, Any] = {"drafter": NOBODY, "gateway": NOBODY, "fingerprint": "none"}
+
+
 def _nonsense(processes: Sequence[str]) -> list[tuple[str, Message]]:
-    """Messages that are well-formed and make no sense: of sessions and verifiers that do not exist."""
-    nobody = "nobody"
-    common: dict[str, Any] = {"session": nobody, "round": 3, "base_len": 7}
-    round_ = Verify(**common, draft=[2**30, 5], acceptance=[], drafter=nobody, gateway=nobody, fingerprint="none")
-    job = Job(**common, draft=[2**30], drafted=1, drafter=nobody, gateway=nobody, fingerprint="none")
+    """Return well-formed messages about sessions and verifiers that do not exist, each with its routing key."""
     result = Result(
-        **common, status=Status.COMMITTED, verifier=nobody, batch="none", tokens=[2**30], finish=Finish.STOP, cached=9
+        **NO_ROUND, status=Status.COMMITTED, verifier=NOBODY, batch="none", tokens=[2**30], finish=Finish.STOP, cached=9
     )
-    beat = Heartbeat(
-        verifier=nobody,
-        fingerprint="none",
-        max_len=10**6,
-        free_tokens=10**9,
-        total_tokens=10**9,
-        residency=[Residency(session=nobody, cached=5)],
-    )
-    model = CostModel(
-        verifier=nobody, coefficients=[0.0] * 5, ratio_p50=1e-9, ratio_p90=1e-9, ratio_p99=1e9, samples=0, version=10**9
-    )
-    states = HiddenStates(session=nobody, round=0, start=5, count=1, size=1, rows=b"\0\0")
+    states = HiddenStates(session=NOBODY, round=0, start=5, count=1, size=1, rows=b"\0\0")
+    job = Job(**NO_ROUND, **NO_MODEL, draft=[2**30], drafted=1)
+    batch = Batch(batch="none", scheduler=NOBODY, jobs=[job], predicted_ms=1.0, policy="none")
+    made = [*_nonsense_about_work(), (topology.RESULT_SCHEDULER, result), *_nonsense_about_state()]
+    for name in processes:
+        if name.startswith(("drafter", "gateway")):
+            made += [(topology.result(name), result), (topology.result(name), states)]
+        elif name.startswith("verifier"):
+            made += [(topology.batch(name), batch), (topology.batch(name), Release(sessions=[NOBODY]))]
+    return made
+
+
+def _nonsense_about_work() -> list[tuple[str, Message]]:
     generate = Generate(
-        session=nobody,
-        gateway=nobody,
+        session=NOBODY,
+        gateway=NOBODY,
         prompt=[1],
         sampling=Sampling(),
         stop_ids=[],
@@ -176,20 +182,27 @@ def _nonsense(processes: Sequence[str]) -> list[tuple[str, Message]]:
         fingerprint="none",
         vocab_fingerprint="none",
     )
-    load = Load(scheduler=nobody, price_ms=1e6, queue_ms=1e6, pending=10**6, draft_cap=0)
-    made: list[tuple[str, Message]] = [
-        (topology.VERIFY, round_),
-        (topology.RESULT_SCHEDULER, result),
-        (topology.heartbeat(nobody), beat),
-        (topology.costmodel(nobody), model),
+    return [
         (topology.generate(), generate),
-        (topology.LOAD, load),
-        (topology.CANCEL, Cancel(session=nobody, reason="chaos")),
+        (topology.VERIFY, Verify(**NO_ROUND, **NO_MODEL, draft=[2**30, 5], acceptance=[])),
+        (topology.CANCEL, Cancel(session=NOBODY, reason="chaos")),
     ]
-    for name in processes:
-        if name.startswith(("drafter", "gateway")):
-            made += [(topology.result(name), result), (topology.result(name), states)]
-        elif name.startswith("verifier"):
-            batch = Batch(batch="none", scheduler=nobody, jobs=[job], predicted_ms=1.0, policy="none")
-            made += [(topology.batch(name), batch), (topology.batch(name), Release(sessions=[nobody]))]
-    return made
+
+
+def _nonsense_about_state() -> list[tuple[str, Message]]:
+    beat = Heartbeat(
+        verifier=NOBODY,
+        fingerprint="none",
+        max_len=10**6,
+        free_tokens=10**9,
+        total_tokens=10**9,
+        residency=[Residency(session=NOBODY, cached=5)],
+    )
+    model = CostModel(
+        verifier=NOBODY, coefficients=[0.0] * 5, ratio_p50=1e-9, ratio_p90=1e-9, ratio_p99=1e9, samples=0, version=10**9
+    )
+    return [
+        (topology.heartbeat(NOBODY), beat),
+        (topology.costmodel(NOBODY), model),
+        (topology.LOAD, Load(scheduler=NOBODY, price_ms=1e6, queue_ms=1e6, pending=10**6, draft_cap=0)),
+    ]

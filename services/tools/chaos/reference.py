@@ -1,4 +1,4 @@
-"""The text that each question has to get: the bare engine, one session at a time, one token at a time."""
+"""The right answer to each question, from the bare engine: one session at a time, one token at a time."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from services.tools.chaos.core.requests import Question
+from services.tools.chaos.core.requests import ChaosQuestion
 from shared.engine import Engine, Step
 from shared.models.folder import ModelFolder
 from shared.models.text import Detokenizer, Tokenizer
@@ -15,15 +15,15 @@ from shared.sampling.sampler import choose
 
 @dataclass(frozen=True)
 class Reference:
-    """What a question is for the model, and what the model answers."""
+    """A question's prompt tokens, and the model's answer."""
 
     prompt: list[int]
     tokens: list[int]
-    """Output tokens, with the one that ends the text if it ends by itself within the reference's length."""
+    """Output tokens, up to and including the stop token if the model emits one within the reference's length."""
     stop_ids: frozenset[int]
 
     def shown(self, max_tokens: int) -> tuple[list[int], str]:
-        """The tokens of an answer of at most so many tokens that a client sees, and why it ends."""
+        """Return the tokens that a client sees with this limit, and the finish reason."""
         tokens = self.tokens[:max_tokens]
         if tokens and tokens[-1] in self.stop_ids:
             return tokens[:-1], "stop"
@@ -31,23 +31,23 @@ class Reference:
 
 
 class References:
-    """Answers of one model."""
+    """The reference answers of one model."""
 
-    def __init__(self, target: Path, questions: Iterable[Question], longest: int, dtype: str = "bfloat16") -> None:
-        """longest: output tokens that are computed of each."""
+    def __init__(self, target: Path, questions: Iterable[ChaosQuestion], longest: int, dtype: str = "bfloat16") -> None:
+        """longest: most output tokens of an answer."""
         folder = ModelFolder(target)
         self._tokenizer = Tokenizer(folder)
         self._stop_ids = frozenset(folder.eos_ids)
         engine = Engine(target, dtype=dtype, budget_tokens=4096)
         self.of = {question.number: self._answer(engine, question, longest) for question in questions}
-        """By the question's number."""
+        """Reference by the question's number."""
 
     def text(self, tokens: Sequence[int]) -> str:
-        """What these output tokens say."""
+        """Return the text of output tokens."""
         detokenizer = Detokenizer(self._tokenizer)
         return detokenizer.feed(tokens) + detokenizer.flush()
 
-    def _answer(self, engine: Engine, question: Question, longest: int) -> Reference:
+    def _answer(self, engine: Engine, question: ChaosQuestion, longest: int) -> Reference:
         prompt = self._tokenizer.render_chat([{"role": "user", "content": question.prompt}])
         tokens = list(prompt)
         engine.attach("reference", tokens)

@@ -1,5 +1,7 @@
-"""The suite that things fail in: private brokers that can be killed and started again, two of each service, and links
-to RabbitMQ that can break."""
+"""The suite that takes the faults: two processes of each service, private brokers, and relays before RabbitMQ.
+
+Brokers can be killed and restarted, with or without their data; the relays can be cut, held and slowed.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from urllib.parse import urlsplit, urlunsplit
 
-from services.tools.bench.support.relay import Relay
+from services.tools.bench.support.relay import DelayRelay
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
 from services.tools.local.ports import LOOPBACK, free_ports
@@ -23,25 +25,25 @@ from shared.errors import BrokersError
 
 COUNTS = {"scheduler": 2, "estimator": 2, "verifier": 2, "drafter": 2, "gateway": 2}
 LINKED = ("drafter", "verifier")
-"""Services that reach RabbitMQ over a link of their own."""
+"""Services whose processes each reach RabbitMQ through a relay of their own."""
 CONTROL_S = 30.0
 MOST_APART_S = 10**7
-"""The monotonic clocks of two hosts differ by what they have been up."""
+"""Largest offset of a process's monotonic clock: the clocks of two hosts differ by their uptimes."""
 
 
-class Site:
-    """Everything that can be hit. `open` it."""
+class ChaosSite:
+    """Every target of faults. `open` starts it."""
 
     def __init__(
         self, brokers: Brokers, stack: Stack, env_of: Mapping[str, Mapping[str, str]], clocks: random.Random | None
     ) -> None:
-        """clocks: draws each process's clock; None leaves them all alike."""
+        """clocks: draws an offset for each process's clock; None leaves all clocks alike."""
         self.brokers = brokers
         self.stack = stack
         self.metrics: dict[int, int] = {}
-        """Port of each process's metrics."""
-        self.links: dict[int, Relay] = {}
-        """Of each process that has one, by its id."""
+        """Metrics port by process id."""
+        self.links: dict[int, DelayRelay] = {}
+        """Relay by process id."""
         self._ready: set[int] = set()
         self._env_of = env_of
         self._clocks = clocks
@@ -59,8 +61,8 @@ class Site:
         counts: Mapping[str, int] = COUNTS,
         progress: Progress | None = None,
         clocks: int = 0,
-    ) -> AsyncIterator[Site]:
-        """Start everything; inside, everything is ready. `clocks` is the seed of the processes' clocks."""
+    ) -> AsyncIterator[ChaosSite]:
+        """Start brokers and services; yield when all are ready. `clocks` is the seed of the processes' clocks."""
         with RunFolder("chaos") as folder:
             none = BrokerAddresses(amqp_url=None, redis_url=None)
             async with Brokers(folder.path, addresses=none, persistent=True, progress=progress) as brokers:
@@ -75,17 +77,17 @@ class Site:
                 async with stack:
                     site = cls(brokers, stack, env_of or {}, random.Random(clocks) if await clocks_differ() else None)
                     async with site._open:
-                        # The gateway is ready only when verifiers are.
+                        # The gateway becomes ready only after a verifier.
                         others = [service for service in counts if service != "gateway"]
                         await asyncio.gather(*(site.start(service, counts[service]) for service in others))
                         await site.start("gateway", counts.get("gateway", 0))
                         yield site
 
     async def start(self, service: str, count: int = 1) -> list[Process]:
-        """Start processes of a service; returns when they are ready."""
-        return [p for started in await asyncio.gather(*(self._one(service) for _ in range(count))) for p in started]
+        """Start processes of a service; return when they are ready."""
+        return list(await asyncio.gather(*(self._start_one(service) for _ in range(count))))
 
-    async def _one(self, service: str) -> list[Process]:
+    async def _start_one(self, service: str) -> Process:
         env = dict(self._env_of.get(service, {}))
         relay = None
         if service in LINKED:
@@ -102,26 +104,26 @@ class Site:
         if service != "gateway":
             self.metrics[process.pid] = port
         self._ready.add(process.pid)
-        return [process]
+        return process
 
     def ready(self, service: str) -> list[Process]:
-        """Processes of a service that run and have been ready."""
+        """Return the running processes of a service that have been ready."""
         return [process for process in self.stack.processes(service) if process.pid in self._ready]
 
-    async def _link(self) -> tuple[Relay, str]:
+    async def _link(self) -> tuple[DelayRelay, str]:
         parts = urlsplit(self.brokers.amqp_url)
         assert parts.hostname is not None
         assert parts.port is not None
-        relay = await self._open.enter_async_context(Relay(parts.hostname, parts.port, 0.0))
+        relay = await self._open.enter_async_context(DelayRelay(parts.hostname, parts.port, 0.0))
         user = parts.netloc.rpartition("@")[0]
         return relay, urlunsplit(parts._replace(netloc=f"{user}@{LOOPBACK}:{relay.port}"))
 
     def urls(self) -> list[str]:
-        """Base URLs of the gateways that run and have been ready."""
+        """Return the base URLs of the running gateways that have been ready."""
         return self.stack.urls
 
     async def control_rabbitmq(self, *words: str) -> str:
-        """Run `rabbitmqctl`; returns what it prints. Raises BrokersError."""
+        """Run `rabbitmqctl` and return its output. Raises BrokersError."""
         environment = dict(self.rabbitmq.environment)
         script = await asyncio.to_thread(_control_script, self.brokers)
         child = await asyncio.create_subprocess_exec(
@@ -140,7 +142,7 @@ class Site:
 
 
 async def clocks_differ() -> bool:
-    """Whether each process can be given a clock of its own (a time namespace: Linux, as root)."""
+    """Return whether a process can have a clock of its own (a time namespace: Linux, as root)."""
     try:
         child = await asyncio.create_subprocess_exec(
             *("unshare", "--time", "--monotonic", "1", "true"),
@@ -156,8 +158,8 @@ def _servers(brokers: Brokers) -> tuple[Server, Server]:
     found = {server.url.partition("://")[0]: server for server in brokers.servers}
     if "amqp" not in found or "redis" not in found or any(s.start_again is None for s in found.values()):
         raise BrokersError(
-            "RabbitMQ and Redis must be installed on this machine, to be killed and started again; `wisp doctor` says "
-            "what is there"
+            "RabbitMQ and Redis must be installed on this machine, to be killed and restarted; "
+            "`wisp doctor` lists what is installed"
         )
     return found["amqp"], found["redis"]
 

@@ -71,7 +71,7 @@ class FixedPace(Pace):
         return self._measured.step_ms[1] if source == "hidden" else 0.0
 
 
-class Bench:
+class DraftBench:
     """What all parts of the benchmark share."""
 
     def __init__(self, run: Run, folder: HiddenDraftFolder, prompts: int) -> None:
@@ -127,7 +127,7 @@ def main() -> None:
     run = Run(Config.model_validate({}), target, options.run or state_folder() / "training" / target.name)
     console.print("generating the held-out texts, once, if they are not there (two minutes)", style="dim")
     run.generate_held_out(run.held_out, run.config.seed, lambda _: None)
-    bench = Bench(run, folder, options.prompts)
+    bench = DraftBench(run, folder, options.prompts)
 
     measured = bench.measured
     _print(console, "Cost of a draft step", costs := _cost_rows(measured))
@@ -190,7 +190,7 @@ def _cost_rows(measured: DraftCosts) -> list[Row]:
     ]
 
 
-def _arms(bench: Bench) -> tuple[dict[str, list[Drafted]], list[Row]]:
+def _arms(bench: DraftBench) -> tuple[dict[str, list[Drafted]], list[Row]]:
     arms: dict[str, list[Drafted]] = {}
     rows: list[Row] = []
     for name in NAMES:
@@ -284,7 +284,7 @@ def _calibration(arms: dict[str, list[Drafted]]) -> list[Row]:
     return rows
 
 
-def _wire(bench: Bench, exact: Sequence[Drafted]) -> list[Row]:
+def _wire(bench: DraftBench, exact: Sequence[Drafted]) -> list[Row]:
     """Bytes of hidden states, and what halving them costs in acceptance."""
     controller = bench.controller("fixed", 4)
     source = bench.source("hidden")
@@ -308,7 +308,7 @@ def _wire(bench: Bench, exact: Sequence[Drafted]) -> list[Row]:
     return found
 
 
-def _ahead(bench: Bench) -> list[Row]:
+def _ahead(bench: DraftBench) -> list[Row]:
     """How often a draft made during the round before is used, and what not waiting for it saves."""
     rows: list[Row] = []
     for extra_ms in (0.0, 20.0, 100.0):
@@ -329,7 +329,7 @@ def _ahead(bench: Bench) -> list[Row]:
     return rows
 
 
-def _real(bench: Bench, most: int) -> list[Row]:
+def _real(bench: DraftBench, most: int) -> list[Row]:
     rows: list[Row] = []
     kinds = sorted({text.kind for text in bench.texts})
     for temperature in (0.0, 0.7, 1.0):

@@ -17,9 +17,9 @@ from typing import Annotated, Any
 import typer
 
 from services.tools.bench.load.arms import NAMES, arms_of
-from services.tools.bench.load.campaign import Campaign, Machine, Plan, Search
+from services.tools.bench.load.campaign import ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.load.core.requests import MOST_SESSIONS, Requests, from_lines, to_lines
+from services.tools.bench.load.core.requests import MOST_SESSIONS, RequestSource, from_lines, to_lines
 from services.tools.bench.load.report import conclude, replot
 from services.tools.bench.load.workload import default_text, workload_of
 from services.tools.bench.support.report import machine, terminal
@@ -78,11 +78,11 @@ def main(
         # Before any service starts: waiting threads must not spin while others work.
         os.environ.setdefault("OMP_WAIT_POLICY", "passive")
         spec = workload_of(_read(workload) if workload else "", seed)
-        source: Requests = from_lines(_read(requests)) if requests else spec
-        plan = Plan(
+        source: RequestSource = from_lines(_read(requests)) if requests else spec
+        plan = LoadPlan(
             arms=[] if url else arms_of(arms),
             sessions=_sessions(sessions or ("" if search else SESSIONS)),
-            search=Search(first, most, tolerance) if search else None,
+            search=CapacitySearch(first, most, tolerance) if search else None,
             repeats=repeat,
             window=Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain),
             workload=spec,
@@ -100,7 +100,7 @@ def main(
                 else:
                     folder = prepare_target(target or LocalSettings().target, ConsoleProgress(console))
                     facts["model"] = folder.name
-                    await campaign.run_arms(Machine(folder, dtype, cache_tokens, admission))
+                    await campaign.run_arms(ArmSettings(folder, dtype, cache_tokens, admission))
             finally:
                 if campaign.results.points:
                     conclude(campaign, facts, name, console)

@@ -8,7 +8,7 @@ from typing import get_args
 
 from services.baseline.settings import Baseline
 from services.scheduler.core.policies import POLICIES, PolicyPart
-from services.tools.bench.load.workload import Device
+from services.tools.bench.load.workload import EmulatedHardware
 from services.tools.local.launch import Serving
 from shared.errors import SettingsError
 
@@ -50,7 +50,7 @@ class Arm:
         """Settings of the scheduler."""
         return {"WISP_POLICY": self.base, "WISP_WITHOUT": json.dumps(self.without)}
 
-    def drafter(self, device: Device) -> Environment:
+    def drafter(self, device: EmulatedHardware) -> Environment:
         """Settings of the drafter of a kind of devices."""
         env = {"WISP_POOL": device.name}
         if device.name != THIS_MACHINE:

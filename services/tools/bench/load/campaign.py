@@ -13,14 +13,14 @@ from typing import Any
 from services.drafter.core.profile import Link
 from services.drafter.link import load_profile
 from services.tools.bench.load.arms import THIS_MACHINE, Arm, Environment
-from services.tools.bench.load.client import Client, http_client
+from services.tools.bench.load.client import LoadClient, http_client
 from services.tools.bench.load.core.measures import Window, measure
-from services.tools.bench.load.core.record import Record
-from services.tools.bench.load.core.requests import Request, Requests, first_number
-from services.tools.bench.load.core.results import Measured, Results
+from services.tools.bench.load.core.record import RequestRecord
+from services.tools.bench.load.core.requests import LoadRequest, RequestSource, first_number
+from services.tools.bench.load.core.results import LoadResults, MeasuredPoint
 from services.tools.bench.load.core.search import AIMS, most_points, next_sessions
-from services.tools.bench.load.drive import Point
-from services.tools.bench.load.observe import Observer, observing
+from services.tools.bench.load.drive import PointRun
+from services.tools.bench.load.observe import BatchObserver, observing
 from services.tools.bench.load.workload import Workload
 from services.tools.local.forget import forget
 from services.tools.local.progress import Progress
@@ -37,7 +37,7 @@ GIVEN = "server"
 
 
 @dataclass(frozen=True)
-class Search:
+class CapacitySearch:
     """How capacities are searched for."""
 
     first: int
@@ -46,17 +46,17 @@ class Search:
 
 
 @dataclass(frozen=True)
-class Plan:
+class LoadPlan:
     """What is measured."""
 
     arms: Sequence[Arm]
     sessions: Sequence[int]
-    search: Search | None
+    search: CapacitySearch | None
     repeats: int
     """Times that each number of sessions is measured."""
     window: Window
     workload: Workload
-    requests: Requests
+    requests: RequestSource
 
     @property
     def points(self) -> int:
@@ -74,7 +74,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Machine:
+class ArmSettings:
     """What every arm runs on."""
 
     target: Path
@@ -97,17 +97,17 @@ class Machine:
 class Campaign:
     """A run, as far as it has come."""
 
-    plan: Plan
+    plan: LoadPlan
     progress: Progress
-    results: Results = field(init=False)
-    records: list[tuple[str, int, int, Record]] = field(default_factory=list)
+    results: LoadResults = field(init=False)
+    records: list[tuple[str, int, int, RequestRecord]] = field(default_factory=list)
     """With arm, sessions and repeat."""
-    asked: dict[tuple[int, int], Request] = field(default_factory=dict)
+    asked: dict[tuple[int, int], LoadRequest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.results = Results(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
+        self.results = LoadResults(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
 
-    async def run_arms(self, machine: Machine) -> None:
+    async def run_arms(self, machine: ArmSettings) -> None:
         """Start each arm's stack and measure it."""
         for arm in self.plan.arms:
             async with self._started(arm, machine) as stack:
@@ -122,7 +122,7 @@ class Campaign:
         await self._measure_all(GIVEN, url, None, pools=pools)
 
     @asynccontextmanager
-    async def _started(self, arm: Arm, machine: Machine) -> AsyncIterator[Stack]:
+    async def _started(self, arm: Arm, machine: ArmSettings) -> AsyncIterator[Stack]:
         """An arm's stack, the suite's with a drafter for each kind of device.
 
         Each has brokers of its own, so that none run beside a baseline.
@@ -157,13 +157,13 @@ class Campaign:
         self,
         arm: str,
         url: str,
-        observer: Observer | None,
+        observer: BatchObserver | None,
         *,
         pools: bool = False,
         uplinks: Mapping[str, Link] | None = None,
     ) -> None:
         async with http_client(url) as http:
-            client = await Client.connect(http, pools=pools, uplinks=uplinks)
+            client = await LoadClient.connect(http, pools=pools, uplinks=uplinks)
             for repeat in range(self.plan.repeats):
                 for sessions in self.plan.sessions:
                     await self._measure(arm, client, observer, sessions, repeat)
@@ -174,23 +174,25 @@ class Campaign:
                     for repeat in range(self.plan.repeats):
                         await self._measure(arm, client, observer, found, repeat)
 
-    def _next(self, arm: str, aim: float, search: Search) -> int | None:
+    def _next(self, arm: str, aim: float, search: CapacitySearch) -> int | None:
         tried = self.results.tried(arm)
         return next_sessions(tried, aim, first=search.first, most=search.most, tolerance=search.tolerance)
 
-    async def _measure(self, arm: str, client: Client, observer: Observer | None, sessions: int, repeat: int) -> None:
+    async def _measure(
+        self, arm: str, client: LoadClient, observer: BatchObserver | None, sessions: int, repeat: int
+    ) -> None:
         plan = self.plan
         if observer is not None:
             observer.take()
         with self.progress.step(f"{arm}, {sessions} sessions") as step:
             first = first_number(sessions, repeat)
-            point = Point(client, plan.workload, plan.requests, sessions, first, plan.window, step.detail)
+            point = PointRun(client, plan.workload, plan.requests, sessions, first, plan.window, step.detail)
             lag = await point.run()
             self.records += [(arm, sessions, repeat, record) for record in point.records]
             self.asked |= {(request.session, request.number): request for request in point.asked}
             costs, batches = (observer.costs, observer.take()) if observer else ([], [])
             measures = measure(point.records, plan.window, costs, batches)
-            measured = Measured(arm=arm, sessions=sessions, repeat=repeat, measures=measures, lag=lag, costs=costs)
+            measured = MeasuredPoint(arm=arm, sessions=sessions, repeat=repeat, measures=measures, lag=lag, costs=costs)
             self.results.points.append(measured)
             step.done(
                 f"{arm}, {sessions} sessions: {measures.attained} of {measures.requests} requests attained, "

@@ -15,8 +15,8 @@ from typing import Any
 import httpx
 
 from services.drafter.core.profile import Link, Travel
-from services.tools.bench.load.core.record import EVENT_END, Record, record_of, refusal_of
-from services.tools.bench.load.core.requests import Request
+from services.tools.bench.load.core.record import EVENT_END, RequestRecord, record_of, refusal_of
+from services.tools.bench.load.core.requests import LoadRequest
 from services.tools.local.settings import LocalSettings
 from shared.errors import WispError
 
@@ -30,7 +30,7 @@ class ServerUnusable(WispError):
 
 
 @dataclass
-class Client:
+class LoadClient:
     """A server under load. Times are seconds of `time.perf_counter`."""
 
     http: httpx.AsyncClient
@@ -43,7 +43,7 @@ class Client:
     @classmethod
     async def connect(
         cls, http: httpx.AsyncClient, *, pools: bool, uplinks: Mapping[str, Link] | None = None
-    ) -> Client:
+    ) -> LoadClient:
         """Ask the server for its model. Raises ServerUnusable."""
         try:
             answer = await http.get("models")
@@ -54,7 +54,7 @@ class Client:
                 "give the base URL of an OpenAI server, ending in /v1, and its key in WISP_API_KEY"
             ) from error
 
-    async def ask(self, request: Request, began_s: float, due_s: float) -> Record:
+    async def ask(self, request: LoadRequest, began_s: float, due_s: float) -> RequestRecord:
         """Send a request that was due at `due_s` in a point that began at `began_s`; returns when it has ended.
 
         One that is cancelled is recorded as cut: its record is the task's result all the same.
@@ -86,7 +86,7 @@ class Client:
         total_ms = (time.perf_counter() - due_s) * 1000
         return record_of(request, events, total_ms=total_ms, cut=cut, reason=reason, **timed)
 
-    def _body(self, request: Request) -> dict[str, Any]:
+    def _body(self, request: LoadRequest) -> dict[str, Any]:
         body: dict[str, Any] = {
             "model": self.model,
             "messages": request.messages,
@@ -115,7 +115,7 @@ def http_client(url: str) -> httpx.AsyncClient:
     )
 
 
-def _headers(request: Request) -> dict[str, str]:
+def _headers(request: LoadRequest) -> dict[str, str]:
     if request.slo is None:
         return {}
     return {"x-slo-ttft-ms": f"{request.slo.ttft_ms:g}", "x-slo-tpot-ms": f"{request.slo.tpot_ms:g}"}

@@ -9,10 +9,10 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
-from services.tools.bench.load.client import Client
-from services.tools.bench.load.core.measures import Lag, Window, lag_of
-from services.tools.bench.load.core.record import Ending, Record
-from services.tools.bench.load.core.requests import Request, Requests
+from services.tools.bench.load.client import LoadClient
+from services.tools.bench.load.core.measures import GeneratorLag, Window, lag_of
+from services.tools.bench.load.core.record import Ending, RequestRecord
+from services.tools.bench.load.core.requests import LoadRequest, RequestSource
 from services.tools.bench.load.workload import Workload
 
 TICK_S = 0.02
@@ -24,26 +24,26 @@ DRAIN_LOOK_S = 0.1
 
 
 @dataclass
-class Point:
+class PointRun:
     """One measured point: so many sessions for so long. `run` it once."""
 
-    client: Client
+    client: LoadClient
     workload: Workload
-    requests: Requests
+    requests: RequestSource
     sessions: int
     first: int
     """Number of each session's first request."""
     window: Window
     told: Callable[[str], None] = lambda text: None
     """Gets what goes on, now and then."""
-    records: list[Record] = field(default_factory=list)
-    asked: list[Request] = field(default_factory=list)
-    _running: dict[asyncio.Task[Record], float] = field(default_factory=dict)
+    records: list[RequestRecord] = field(default_factory=list)
+    asked: list[LoadRequest] = field(default_factory=list)
+    _running: dict[asyncio.Task[RequestRecord], float] = field(default_factory=dict)
     """Requests under way, with when they were due."""
     _began_s: float = 0.0
     _late_ms: list[float] = field(default_factory=list)
 
-    async def run(self) -> Lag:
+    async def run(self) -> GeneratorLag:
         """Ask until the window's requests have ended, and no longer than its limit; returns the generator's own lag.
 
         The load stays on until then: requests at the end of the window must not have it easier than the others.
@@ -100,19 +100,19 @@ class Point:
             self._start(request, self._began_s + at_s)
         raise AssertionError("arrivals have no end")
 
-    def _start(self, request: Request, due_s: float) -> asyncio.Task[Record]:
+    def _start(self, request: LoadRequest, due_s: float) -> asyncio.Task[RequestRecord]:
         task = asyncio.create_task(self._ask(request, due_s))
         self.asked.append(request)
         self._running[task] = due_s
         task.add_done_callback(self._running.pop)
         return task
 
-    async def _ask(self, request: Request, due_s: float) -> Record:
+    async def _ask(self, request: LoadRequest, due_s: float) -> RequestRecord:
         record = await self.client.ask(request, self._began_s, due_s)
         self.records.append(record)
         return record
 
-    def _counted_running(self) -> list[asyncio.Task[Record]]:
+    def _counted_running(self) -> list[asyncio.Task[RequestRecord]]:
         return [task for task, due_s in self._running.items() if self.window.counts(due_s - self._began_s)]
 
     async def _measure_lag(self) -> None:

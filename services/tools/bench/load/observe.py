@@ -17,7 +17,7 @@ from shared.messages import CostModel, Measurement, Message, Sample
 from shared.runtime.tls import Tls
 
 
-class Observer:
+class BatchObserver:
     """The last cost model of each verifier, and the batches measured since they were last taken."""
 
     def __init__(self) -> None:
@@ -43,11 +43,11 @@ class Observer:
 
 
 @asynccontextmanager
-async def observing(amqp_url: str, namespace: str, tls: Tls | None = None) -> AsyncIterator[Observer]:
+async def observing(amqp_url: str, namespace: str, tls: Tls | None = None) -> AsyncIterator[BatchObserver]:
     """An observer of the suite in a namespace. Raises BrokersError."""
     name = f"bench-{token_hex(3)}"
     broker = await Broker.connect(amqp_url, Topology(namespace), name, tls=tls)
-    observer = Observer()
+    observer = BatchObserver()
     try:
         queue = broker.topology.own_queue("observer", name, (topology.SAMPLE, topology.costmodel("*")))
         await broker.consume(queue, observer.see)

@@ -7,7 +7,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from services.tools.bench.load.core.results import Results
+from services.tools.bench.load.core.results import LoadResults
 
 GREY = "#7d7d7d"
 """As legible on white as on a dark page: contrasts of about 4."""
@@ -17,7 +17,7 @@ LABEL_GAP = 0.055
 """Between two labels, in heights of the axes."""
 
 
-def plot(results: Results, path: Path) -> None:
+def plot(results: LoadResults, path: Path) -> None:
     """Write the picture; the ending of the name chooses its format."""
     import matplotlib
 

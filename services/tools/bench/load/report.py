@@ -12,9 +12,9 @@ from pydantic import ValidationError
 from rich.console import Console
 
 from services.tools.bench.load.campaign import Campaign
-from services.tools.bench.load.core.record import Record
+from services.tools.bench.load.core.record import RequestRecord
 from services.tools.bench.load.core.results import (
-    Results,
+    LoadResults,
     capacity_table,
     draft_table,
     goodput_table,
@@ -75,7 +75,7 @@ def replot(name: str, console: Console) -> None:
     """Draw the picture of an earlier run again. Raises SettingsError where there is none."""
     path = state_folder() / "results" / f"{name}.json"
     try:
-        results = Results.model_validate(json.loads(path.read_text("utf-8"))["results"])
+        results = LoadResults.model_validate(json.loads(path.read_text("utf-8"))["results"])
     except (OSError, ValueError, KeyError, TypeError, ValidationError) as error:
         raise SettingsError(
             f"{path} holds no results of this benchmark ({error}); run `wisp bench load` first"
@@ -85,7 +85,7 @@ def replot(name: str, console: Console) -> None:
     console.print(f"written to {_plot(results, path)}", style="dim", highlight=False)
 
 
-def _plot(results: Results, path: Path) -> Path:
+def _plot(results: LoadResults, path: Path) -> Path:
     from services.tools.bench.load.plot import plot
 
     picture = path.with_suffix(".svg")
@@ -93,7 +93,7 @@ def _plot(results: Results, path: Path) -> Path:
     return picture
 
 
-def _keep_records(path: Path, records: Sequence[tuple[str, int, int, Record]]) -> Path:
+def _keep_records(path: Path, records: Sequence[tuple[str, int, int, RequestRecord]]) -> Path:
     """One JSON object per request, beside the results."""
     data = "".join(
         json.dumps({"arm": arm, "sessions": sessions, "repeat": repeat, **record.model_dump(mode="json")}) + "\n"

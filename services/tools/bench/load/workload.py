@@ -16,7 +16,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from services.tools.bench.load.core.requests import Request
+from services.tools.bench.load.core.requests import LoadRequest
 from services.tools.bench.load.prompts import conversation
 from services.tools.training.prompts import RAW_KIND, corpus
 from shared.errors import SettingsError
@@ -27,15 +27,15 @@ Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
 
-class _Part(BaseModel):
+class _WorkloadPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class _Weighted(_Part):
+class _WeightedPart(_WorkloadPart):
     weight: Positive = 1.0
 
 
-class Constant(_Weighted):
+class Constant(_WeightedPart):
     """Always the same."""
 
     distribution: Literal["constant"]
@@ -46,7 +46,7 @@ class Constant(_Weighted):
         return self.value
 
 
-class Uniform(_Weighted):
+class Uniform(_WeightedPart):
     """Any value from `low` to `high`."""
 
     distribution: Literal["uniform"]
@@ -64,7 +64,7 @@ class Uniform(_Weighted):
         return rng.uniform(self.low, self.high)
 
 
-class Lognormal(_Weighted):
+class Lognormal(_WeightedPart):
     """exp of a normal distribution around log(median), cut off at `low` and `high`."""
 
     distribution: Literal["lognormal"]
@@ -84,7 +84,7 @@ class Lognormal(_Weighted):
         return min(self.high, max(self.low, self.median * rng.lognormvariate(0.0, self.sigma)))
 
 
-class Choice(_Weighted):
+class Discrete(_WeightedPart):
     """One of some values, each as likely."""
 
     distribution: Literal["choice"]
@@ -95,11 +95,11 @@ class Choice(_Weighted):
         return rng.choice(self.values)
 
 
-Distribution = Annotated[Constant | Uniform | Lognormal | Choice, Field(discriminator="distribution")]
+Distribution = Annotated[Constant | Uniform | Lognormal | Discrete, Field(discriminator="distribution")]
 Mixture = Annotated[list[Distribution], Field(min_length=1)]
 
 
-class Arrivals(_Part):
+class ArrivalProcess(_WorkloadPart):
     """When requests come."""
 
     process: Literal["closed", "poisson", "gamma"] = "closed"
@@ -109,38 +109,38 @@ class Arrivals(_Part):
     """Square of the coefficient of variation of the gaps, of `gamma`."""
 
 
-class SloClass(_Weighted, Promise):
+class SloClass(_WeightedPart, Promise):
     """Requests with one promise; without one it is left to the server."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     tier: str | None = None
 
 
-class Device(_Weighted):
+class EmulatedHardware(_WeightedPart):
     """A kind of device: a pool of drafters, and the profile that they emulate."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
-class Temperature(_Weighted):
+class Temperature(_WeightedPart):
     """Of sampling."""
 
     value: Annotated[float, Field(ge=0, le=2)]
 
 
-class Workload(_Part):
+class Workload(_WorkloadPart):
     """Distributions of everything, and the seed. `default.toml` explains each field."""
 
     seed: Annotated[int, Field(ge=0)]
     kinds: Annotated[list[str], Field(min_length=1)]
     held_out: bool
     ignore_eos: bool
-    arrivals: Arrivals
+    arrivals: ArrivalProcess
     think_s: Mixture
     prompt_tokens: Mixture
     output_tokens: Mixture
     classes: Annotated[list[SloClass], Field(min_length=1)]
-    devices: Annotated[list[Device], Field(min_length=1)]
+    devices: Annotated[list[EmulatedHardware], Field(min_length=1)]
     temperatures: Annotated[list[Temperature], Field(min_length=1)]
 
     @model_validator(mode="after")
@@ -153,11 +153,11 @@ class Workload(_Part):
                 raise ValueError(f"each {what} needs a name of its own (given: {', '.join(names)})")
         return self
 
-    def request(self, session: int, number: int) -> Request:
+    def request(self, session: int, number: int) -> LoadRequest:
         """The request of this number of this session."""
         rng = self._rng(session, number)
         of_class = _one_of(self.classes, rng)
-        return Request(
+        return LoadRequest(
             session=session,
             number=number,
             messages=conversation(rng.getrandbits(48), self._draw(self.prompt_tokens, rng), self.kinds, self.held_out),
@@ -208,7 +208,7 @@ class Workload(_Part):
         return drawn
 
 
-W = TypeVar("W", bound=_Weighted)
+W = TypeVar("W", bound=_WeightedPart)
 
 
 def _one_of(parts: Sequence[W], rng: random.Random) -> W:

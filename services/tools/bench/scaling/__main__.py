@@ -25,10 +25,10 @@ from typing import Annotated, Any
 import psutil
 import typer
 
-from services.tools.bench.load.client import Client, http_client
+from services.tools.bench.load.client import LoadClient, http_client
 from services.tools.bench.load.core.measures import Measures, Window, measure
 from services.tools.bench.load.core.requests import first_number
-from services.tools.bench.load.drive import Point
+from services.tools.bench.load.drive import PointRun
 from services.tools.bench.load.workload import Workload, workload_of
 from services.tools.bench.scaling.load_step import load_step
 from services.tools.bench.support.report import keep, machine, table, terminal
@@ -94,7 +94,7 @@ def make_tiny(target: Path, to: Path) -> Path:
 
 
 @dataclass
-class Bench:
+class ScalingBench:
     """What all points have in common."""
 
     window: Window
@@ -104,9 +104,11 @@ class Bench:
         """Measure one number of sessions on a running stack, and the share of the machine's time that was used."""
         verifiers = len(stack.processes("verifier"))
         async with http_client(stack.url) as http:
-            client = await Client.connect(http, pools=False)
+            client = await LoadClient.connect(http, pools=False)
             with self.progress.step(f"{verifiers} verifiers, {sessions} sessions") as step:
-                point = Point(client, workload, workload, sessions, first_number(sessions, 0), self.window, step.detail)
+                point = PointRun(
+                    client, workload, workload, sessions, first_number(sessions, 0), self.window, step.detail
+                )
                 psutil.cpu_percent()
                 lag = await stack.watch(point.run())
                 busy = psutil.cpu_percent()
@@ -133,7 +135,7 @@ def row(measures: Measures, busy: float) -> list[Any]:
 
 
 async def scaled(
-    bench: Bench, workload: Workload, tiny: Path, emulated: Sequence[float], counts: Sequence[int], each: int
+    bench: ScalingBench, workload: Workload, tiny: Path, emulated: Sequence[float], counts: Sequence[int], each: int
 ) -> list[list[Any]]:
     """The rows of the first table: as many sessions for each verifier, and as many in all."""
     rows = []
@@ -147,7 +149,7 @@ async def scaled(
 
 
 async def checked(
-    bench: Bench, workload: Workload, target: Path, tiny: Path, cost: Sequence[float], sessions: int
+    bench: ScalingBench, workload: Workload, target: Path, tiny: Path, cost: Sequence[float], sessions: int
 ) -> list[list[Any]]:
     """The rows of the second table: one verifier, real and emulated at the same speed."""
     rows = []
@@ -178,7 +180,7 @@ def main(
         cost = cost_on_one_core(folder)
         facts: dict[str, Any] = machine() | {"model": folder.name, "slower": slower, "cost_on_one_core": cost}
         emulated = [round(slower * c, 4) for c in cost]
-        bench = Bench(Window(warm_up_s=warm_up, measure_s=measured, drain_s=measured), progress)
+        bench = ScalingBench(Window(warm_up_s=warm_up, measure_s=measured, drain_s=measured), progress)
         slow, fast = (workload_of(WORKLOAD % (ttft / by, tpot / by)) for by in (1, slower))
         result: dict[str, Any] = {"facts": facts | {"ttft_ms": ttft, "tpot_ms": tpot}}
 
@@ -196,11 +198,11 @@ def main(
                 title = f"One verifier: {folder.name} itself, and emulated at its own speed"
                 show("check", title, ["verifier", "sessions", *COLUMNS], rows)
         if step:
-            events, trigger, seen = run(lambda: load_step(fast, folder, step, progress))
-            title = f"Load step from 0 to {step} sessions, real model; called for by {trigger}"
-            show("load_step", title, ["event", "s after the step"], list(events.items()))
-            spans = [[name, *row(measures, 0.0)[:-2]] for name, measures in seen.items()]
-            show("clients", "What the clients saw", ["span", *COLUMNS[:-2]], spans)
+            found = run(lambda: load_step(fast, folder, step, progress))
+            title = f"Load step from 0 to {step} sessions, real model; triggered by {found.trigger}"
+            show("load_step", title, ["event", "s after the step"], list(found.events.items()))
+            spans = [[name, *row(measures, 0.0)[:-2]] for name, measures in found.clients.items()]
+            show("clients", "The clients' figures", ["span", *COLUMNS[:-2]], spans)
         console.print(f"written to {keep('scaling', result)}", style="dim", highlight=False)
 
 

@@ -23,7 +23,7 @@ from rich.console import Console
 
 from services.tools.bench.stream.cases import cases, kinds_of_text
 from services.tools.bench.stream.core import speed
-from services.tools.bench.stream.measurement import Measurement, Plan, Sample
+from services.tools.bench.stream.measurement import SampleAnswer, StreamMeasurement, StreamPlan
 from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.cli.paint import Painter
 from services.tools.cli.rounds import draw
@@ -39,15 +39,15 @@ from shared.models.text import Tokenizer
 QUICK_KINDS = "chat,code,list,rewrite"
 
 
-class Report:
+class StreamReport:
     """Prints what a measurement says, and writes it down."""
 
-    def __init__(self, measurement: Measurement, console: Console) -> None:
+    def __init__(self, measurement: StreamMeasurement, console: Console) -> None:
         self.verdicts: list[str] = []
         self._found = measurement
         self._console = console
 
-    def tell(self, delay_ms: float, sample: Sample) -> None:
+    def tell(self, delay_ms: float, sample: SampleAnswer) -> None:
         """Print one delay."""
         plan, console = self._found.plan, self._console
         here = [one for one in self._found.timed if one.delay_ms == delay_ms]
@@ -165,7 +165,7 @@ def main(
         chosen = _numbers("--temperatures", temperatures or ("0,0.7" if quick else "0,0.7,1"), 2)
         sources = _known("--drafts", drafts, [choice.value for choice in DraftChoice if choice != speed.PLAIN])
         of_text = kinds_of_text()
-        plan = Plan(
+        plan = StreamPlan(
             target=folder,
             dtype=dtype,
             threads=threads,
@@ -183,11 +183,11 @@ def main(
         )
         rival = None
         if rivals:
-            from services.tools.bench.stream.transformers_arms import Transformers
+            from services.tools.bench.stream.transformers_arms import TransformersArms
 
-            rival = Transformers(folder, dtype, threads)
-        measurement = Measurement(plan, rival, ConsoleProgress(console))
-        report = Report(measurement, console)
+            rival = TransformersArms(folder, dtype, threads)
+        measurement = StreamMeasurement(plan, rival, ConsoleProgress(console))
+        report = StreamReport(measurement, console)
 
         async def work() -> bool:
             same = True

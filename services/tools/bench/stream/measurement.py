@@ -12,9 +12,9 @@ from typing import TYPE_CHECKING
 
 from openai import AsyncOpenAI
 
-from services.tools.bench.stream.cases import Case
+from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
-from services.tools.bench.stream.core.speed import Timed
+from services.tools.bench.stream.core.speed import Case, TimedRequest
 from services.tools.bench.support.relay import delayed
 from services.tools.cli.ask import Answer, ask, client_at
 from services.tools.local.brokers import Brokers
@@ -24,7 +24,7 @@ from services.tools.local.progress import Progress, Step
 from services.tools.local.stack import Stack
 
 if TYPE_CHECKING:
-    from services.tools.bench.stream.transformers_arms import Transformers
+    from services.tools.bench.stream.transformers_arms import TransformersArms
 
 BLOCK = 64
 """Tokens that the verifier's cache shares at once."""
@@ -34,7 +34,7 @@ WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
-class Plan:
+class StreamPlan:
     """What is measured."""
 
     target: Path
@@ -55,29 +55,29 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleAnswer:
     """One drafted answer, to be drawn."""
 
-    timed: Timed
+    timed: TimedRequest
     answer: Answer
 
 
-class Suite:
+class TimedSuite:
     """A running stack that is asked one thing at a time."""
 
-    def __init__(self, client: AsyncOpenAI, plan: Plan, delay_ms: float) -> None:
+    def __init__(self, client: AsyncOpenAI, plan: StreamPlan, delay_ms: float) -> None:
         self._client = client
         self._plan = plan
         self._delay_ms = delay_ms
         self._model = plan.target.name
 
-    async def ask(self, case: Case, arm: str, max_tokens: int) -> tuple[Timed, Answer]:
+    async def ask(self, case: Case, arm: str, max_tokens: int) -> tuple[TimedRequest, Answer]:
         """Time one request, its prompt not being cached."""
         if len(case.prompt_ids) > BLOCK:
             await self._fill_cache()
-        answer = await ask(self._client, self._model, case.question(max_tokens), arm)
+        answer = await ask(self._client, self._model, question(case, max_tokens), arm)
         first = next((one for one in answer.arrivals if one.trace.get("tokens")), None)
-        timed = Timed(
+        timed = TimedRequest(
             case=case,
             arm=arm,
             delay_ms=self._delay_ms,
@@ -97,19 +97,19 @@ class Suite:
         )
 
 
-class Measurement:
+class StreamMeasurement:
     """The whole measurement, as far as it has come."""
 
-    def __init__(self, plan: Plan, rival: Transformers | None, progress: Progress) -> None:
+    def __init__(self, plan: StreamPlan, rival: TransformersArms | None, progress: Progress) -> None:
         self.plan = plan
-        self.timed: list[Timed] = []
-        self.rivals: list[Timed] = []
+        self.timed: list[TimedRequest] = []
+        self.rivals: list[TimedRequest] = []
         """transformers' answers, measured beside the first delay."""
         self.servers: dict[str, str] = {}
         self._rival = rival
         self._progress = progress
 
-    async def run(self, told: Callable[[float, Sample], None]) -> None:
+    async def run(self, told: Callable[[float, SampleAnswer], None]) -> None:
         """Measure one delay after the other, each with a stack of its own; `told` gets each that is done, and a drafted
         answer to be drawn."""
         with RunFolder("bench-stream") as folder:
@@ -138,24 +138,24 @@ class Measurement:
             if brokers.given:
                 await forget(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
 
-    async def _one_delay(self, stack: Stack, delay_ms: float) -> Sample:
+    async def _one_delay(self, stack: Stack, delay_ms: float) -> SampleAnswer:
         """Ask everything; returns one drafted answer."""
         plan = self.plan
         kinds = len({case.kind for case in plan.cases})
         rival = None if self.rivals else self._rival
-        sample: Sample | None = None
+        sample: SampleAnswer | None = None
         async with client_at(stack.url) as client:
-            suite = Suite(client, plan, delay_ms)
+            suite = TimedSuite(client, plan, delay_ms)
             with self._progress.step(f"measuring with {delay_ms:g} ms added") as step:
                 await self._warm_up(suite, rival, step)
                 for number, case in enumerate(plan.cases):
                     step.detail(f"{number + 1} of {len(plan.cases)}: {case.name}")
-                    answers: dict[str, Timed] = {}
+                    answers: dict[str, TimedRequest] = {}
                     turn = number // kinds + number % kinds  # so that the order alternates for each kind too
                     for arm in _alternating(plan.arms, turn):
                         answers[arm], answer = await suite.ask(case, arm, plan.tokens)
                         if arm == plan.arms[1] and (sample is None or _drawn_rather(case, plan)):
-                            sample = Sample(answers[arm], answer)
+                            sample = SampleAnswer(answers[arm], answer)
                     self.timed += [answers[arm] for arm in plan.arms]
                     if rival is not None:
                         self.rivals += await self._ask_rival(rival, answers[speed.PLAIN], turn)
@@ -163,7 +163,7 @@ class Measurement:
         assert sample is not None
         return sample
 
-    async def _warm_up(self, suite: Suite, rival: Transformers | None, step: Step) -> None:
+    async def _warm_up(self, suite: TimedSuite, rival: TransformersArms | None, step: Step) -> None:
         step.detail("warming up")
         case = replace(self.plan.cases[0], temperature=0.0)
         for arm in self.plan.arms:
@@ -171,13 +171,13 @@ class Measurement:
         if rival is not None:
             await self._ask_rival(rival, timed, 0)
 
-    async def _ask_rival(self, rival: Transformers, ours: Timed, turn: int) -> list[Timed]:
+    async def _ask_rival(self, rival: TransformersArms, ours: TimedRequest, turn: int) -> list[TimedRequest]:
         from services.tools.bench.stream.transformers_arms import ARMS
 
         case, found = ours.case, {}
         for arm in _alternating(list(ARMS), turn):
             made = await asyncio.to_thread(rival.generate, arm, case.prompt_ids, ours.made, case.temperature, case.seed)
-            found[arm] = Timed(
+            found[arm] = TimedRequest(
                 case=case,
                 arm=arm,
                 delay_ms=ours.delay_ms,
@@ -195,5 +195,5 @@ def _alternating(arms: list[str], turn: int) -> list[str]:
     return arms if turn % 2 == 0 else arms[::-1]
 
 
-def _drawn_rather(case: Case, plan: Plan) -> bool:
+def _drawn_rather(case: Case, plan: StreamPlan) -> bool:
     return (case.kind, case.number, case.temperature) == ("chat", 0, plan.temperatures[0])

@@ -38,7 +38,7 @@ class Generated:
     total_s: float
 
 
-class _Clock(BaseStreamer):
+class _FirstTokenTimer(BaseStreamer):
     """Notes when the first tokens come; the first thing put is the prompt."""
 
     def __init__(self) -> None:
@@ -58,7 +58,7 @@ class _Clock(BaseStreamer):
         pass
 
 
-class Transformers:
+class TransformersArms:
     """The target model in transformers, and the assistant. Calls must come one at a time."""
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
@@ -87,7 +87,7 @@ class Transformers:
         chosen = sampling if temperature > 0 else {"do_sample": False}
         config = _CONFIG(max_new_tokens=count, pad_token_id=0, **chosen)
         ids = torch.tensor([list(prompt)])
-        clock = _Clock()
+        clock = _FirstTokenTimer()
         made = self._model.generate(
             ids,
             attention_mask=torch.ones_like(ids),

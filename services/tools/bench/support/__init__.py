@@ -1,1 +1,3 @@
-"""Parts that several benchmarks and the chaos tool share: results, options, tiny models, delaying relays."""
+"""Parts that benchmarks and the chaos tool share: results, options, random words, tiny models, delaying relays."""
+
+__all__ = ["options", "relay", "report", "tiny", "words"]

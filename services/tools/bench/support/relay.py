@@ -1,8 +1,8 @@
-"""A link with a delay: a TCP relay that holds every byte for a while, in each direction.
+"""A TCP relay that delays every byte, in each direction.
 
-It stands in for the network between a drafter beside its user and the rest of the suite. Bytes keep their order, any
-number of them may be under way, and nothing limits the throughput: only the time of travel is emulated. The relay adds
-what its own event loop needs to that, about a millisecond at most while nothing else runs in it.
+It emulates the network between a drafter beside its user and the rest of the suite. Bytes keep their order, any number
+of them may be in transit, and the throughput is not limited: only the travel time is emulated. The event loop of the
+relay adds about a millisecond at most while nothing else runs in it.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from services.tools.local.ports import LOOPBACK
 
 CHUNK = 65536
 PORTS = {"amqp": 5672, "redis": 6379}
-"""For addresses that name none."""
+"""Default port by URL scheme."""
 
 
-class Relay:
-    """Passes connections on to a server, `one_way_s` late in each direction. Use as an async context manager.
+class DelayRelay:
+    """Forwards connections to a server, `one_way_s` late in each direction. Use as an async context manager.
 
-    A side that closes is closed on the other side when its last bytes have arrived there.
+    When one side closes, the other side is closed after the last bytes have arrived there.
     """
 
     def __init__(self, host: str, port: int, one_way_s: float, *, listen: str = LOOPBACK) -> None:
-        """listen: address of the interface that it listens on."""
+        """listen: address to listen on."""
         self.port = 0
-        """Where it listens."""
+        """The port that the relay listens on."""
         self._listen = listen
         self.one_way_s = one_way_s
-        """May be changed at any time; bytes keep their order."""
+        """May change at any time; bytes keep their order."""
         self._there = host, port
         self._broken = False
         self._passing = asyncio.Event()
@@ -39,7 +39,7 @@ class Relay:
         self._connections: set[asyncio.Task[None]] = set()
         self._server: asyncio.Server | None = None
 
-    async def __aenter__(self) -> Relay:
+    async def __aenter__(self) -> DelayRelay:
         self._server = await asyncio.start_server(self._accept, self._listen, 0)
         self.port = self._server.sockets[0].getsockname()[1]
         return self
@@ -50,7 +50,7 @@ class Relay:
         await self.cut()
 
     async def cut(self) -> None:
-        """End every connection, with what is under way on it, and let new ones fail until `mend`."""
+        """Abort every connection, drop the bytes in transit, and refuse new connections until `mend`."""
         self._broken = True
         connections = tuple(self._connections)
         for connection in connections:
@@ -58,11 +58,11 @@ class Relay:
         await asyncio.gather(*connections, return_exceptions=True)
 
     def hold(self) -> None:
-        """Pass nothing on until `mend`, and tell nobody: what a network does that drops every packet."""
+        """Forward nothing until `mend`, without closing anything, as a network does that drops every packet."""
         self._passing.clear()
 
     def mend(self) -> None:
-        """Let new connections pass again, and what was held."""
+        """Accept new connections again, and forward the bytes held back."""
         self._broken = False
         self._passing.set()
 
@@ -87,7 +87,7 @@ class Relay:
                     directions.create_task(self._depart(reader, travelling))
                     directions.create_task(self._arrive(travelling, writer))
         except* OSError:
-            pass  # one side is gone in the middle of something; so is the other now
+            pass  # one side broke off; the other side is aborted below
         finally:
             for writer in (here, there):
                 writer.transport.abort()
@@ -119,7 +119,7 @@ class Relay:
 
 @asynccontextmanager
 async def delayed(urls: dict[str, str], delay_s: float) -> AsyncIterator[dict[str, str]]:
-    """The same addresses (by any key) behind relays that add `delay_s` to a round trip; as they are if it is 0."""
+    """Yield the same addresses behind relays that add `delay_s` to a round trip; unchanged if it is 0."""
     async with AsyncExitStack() as relays:
         changed = {}
         for key, url in urls.items():
@@ -128,7 +128,7 @@ async def delayed(urls: dict[str, str], delay_s: float) -> AsyncIterator[dict[st
             if delay_s <= 0 or parts.hostname is None or port is None:
                 changed[key] = url
                 continue
-            relay = await relays.enter_async_context(Relay(parts.hostname, port, delay_s / 2))
+            relay = await relays.enter_async_context(DelayRelay(parts.hostname, port, delay_s / 2))
             user, at, _ = parts.netloc.rpartition("@")
             changed[key] = urlunsplit(parts._replace(netloc=f"{user}{at}{LOOPBACK}:{relay.port}"))
         yield changed

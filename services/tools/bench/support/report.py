@@ -1,10 +1,10 @@
-"""How a benchmark tells its results: a table on the terminal, and the same as JSON under `.wisp/results`."""
+"""Results of a benchmark: tables and facts on the terminal, and the same as JSON under `.wisp/results`."""
 
 from __future__ import annotations
 
 import json
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -15,18 +15,37 @@ from rich.table import Table
 
 from services.tools.local.folder import state_folder
 
+CPU_INFO = Path("/proc/cpuinfo")
+
 
 def machine() -> dict[str, Any]:
-    """Facts about the machine that a reader of figures needs: processor, cores, memory in GB, system, load before the
-    run."""
+    """Return the facts about this machine that every figure has to name.
+
+    `instructions` is the kind of CPU (`instruction_set`), on which the speed of a model in bfloat16 depends most;
+    `memory_gb` is in GB; `load_average` is the load of the last minute, from before the run.
+    """
+    cpu_info = CPU_INFO.read_text() if CPU_INFO.is_file() else ""
     return {
-        "processor": _processor(),
+        "processor": _field(cpu_info, "model name") or platform.processor() or platform.machine(),
+        "instructions": instruction_set((_field(cpu_info, "flags") or _field(cpu_info, "Features")).split()),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "load_average": round(psutil.getloadavg()[0], 2),
     }
+
+
+def instruction_set(flags: Collection[str]) -> str:
+    """Name the widest vector instructions among a CPU's flags, and whether it computes bfloat16 in hardware."""
+    if "avx512f" in flags:
+        bfloat16 = "amx_bf16" in flags or "avx512_bf16" in flags
+        return f"AVX-512 {'with' if bfloat16 else 'without'} bfloat16"
+    if "avx2" in flags:
+        return "AVX2 only"
+    if "asimd" in flags:
+        return f"NEON {'with' if 'bf16' in flags else 'without'} bfloat16"
+    return "unknown"
 
 
 def report(
@@ -39,38 +58,54 @@ def report(
     notes: Sequence[str] = (),
     folder: Path | None = None,
 ) -> Path:
-    """Print a table with its notes, write everything to `<folder>/<name>.json`, return that path.
+    """Print a table with its facts and notes, write all of it to `<folder>/<name>.json`, and return that path.
 
     columns: names with their unit (`decode ms`); rows: one value per column, numbers unrounded (printed with 3 digits).
-    facts: what was measured on what, beside `machine()`. folder: `.wisp/results` unless given.
+    facts: what was measured, in addition to `machine()`. folder: `.wisp/results` by default.
     """
-    known = {**machine(), **(facts or {})}
     console = terminal()
     console.print(table(title, columns, rows))
-    console.print(", ".join(f"{key} {value}" for key, value in known.items()), style="dim", highlight=False)
-    for note in notes:
-        console.print(note, highlight=False)
-    path = keep(
-        name,
-        {
-            "title": title,
-            "facts": known,
-            "rows": [dict(zip(columns, row, strict=True)) for row in rows],
-            "notes": list(notes),
-        },
-        folder,
-    )
-    console.print(f"written to {path}", style="dim", highlight=False)
+    record = {
+        "title": title,
+        "facts": {**machine(), **(facts or {})},
+        "rows": records(columns, rows),
+        "notes": list(notes),
+    }
+    return conclude(console, name, record, folder)
+
+
+def conclude(console: Console, name: str, record: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Print the `facts` and `notes` of a record, write it to `<folder>/<name>.json`, and return that path."""
+    facts = ", ".join(f"{key} {value}" for key, value in record["facts"].items())
+    console.print(facts, style="dim", highlight=False)
+    for note in record.get("notes", ()):
+        console.print(note, highlight=False, soft_wrap=True)
+    path = keep(name, record, folder)
+    written(console, path)
     return path
 
 
+def keep(name: str, record: Mapping[str, Any], folder: Path | None = None) -> Path:
+    """Write a record with its name and the time to `<folder>/<name>.json`; return that path."""
+    path = (folder or state_folder() / "results") / f"{name}.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    stamped = {"name": name, "at": datetime.now(UTC).isoformat(timespec="seconds"), **record}
+    path.write_text(json.dumps(stamped, indent=1) + "\n")
+    return path
+
+
+def written(console: Console, *paths: Path) -> None:
+    """Print where the result files are."""
+    console.print(f"written to {', '.join(str(path) for path in paths)}", style="dim", highlight=False)
+
+
 def terminal() -> Console:
-    """Where tables are printed: as wide as the terminal, or wide enough for a file."""
+    """Return the console for tables: as wide as the terminal, or 120 columns in a file."""
     return Console(width=None if Console().is_terminal else 120)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
-    """A table, numbers to the right; None shows as nothing."""
+    """Return a table with numbers aligned to the right. None is shown as an empty cell."""
     made = Table(title=title, title_justify="left")
     for i, column in enumerate(columns):
         numeric = all(isinstance(row[i], int | float | None) for row in rows)
@@ -80,13 +115,9 @@ def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> 
     return made
 
 
-def keep(name: str, record: Mapping[str, Any], folder: Path | None = None) -> Path:
-    """Write a benchmark's record to `<folder>/<name>.json`, with its name and the time; returns that path."""
-    path = (folder or state_folder() / "results") / f"{name}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    stamped = {"name": name, "at": datetime.now(UTC).isoformat(timespec="seconds"), **record}
-    path.write_text(json.dumps(stamped, indent=1) + "\n")
-    return path
+def records(columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> list[dict[str, Any]]:
+    """Return the rows of a table as one object each, for a result file."""
+    return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
 def _shown(value: Any) -> str:
@@ -97,10 +128,10 @@ def _shown(value: Any) -> str:
     return str(value)
 
 
-def _processor() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.is_file():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or platform.machine()
+def _field(cpu_info: str, name: str) -> str:
+    """Return a field of the first processor in `/proc/cpuinfo`; empty where it is missing."""
+    for line in cpu_info.splitlines():
+        key, _, value = line.partition(":")
+        if key.strip() == name:
+            return value.strip()
+    return ""

@@ -1,5 +1,4 @@
-"""A tiny model made on the spot: random weights, and tokens that are single bytes. It knows nothing and is fast, for
-runs that need many requests and no language."""
+"""A tiny model with random weights and tokens of one byte each, for runs that need many requests and no language."""
 
 from __future__ import annotations
 
@@ -18,12 +17,14 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPREAD = 0.2
-"""Standard deviation of the weights: small enough for texts that vary, large enough for choices that are clear."""
+"""Standard deviation of the weights: small enough for varied answers, large enough for clear choices of tokens."""
 
 
 def byte_tokenizer(folder: Path) -> int:
-    """Write a tokenizer whose tokens are single bytes (id = byte's place in GPT-2's alphabet + 3), and a chat
-    template; returns the size of its vocabulary."""
+    """Write a tokenizer and a chat template to a folder; return the size of the vocabulary.
+
+    A token is one byte; its id is the byte's position in GPT-2's alphabet + 3.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     vocab = {token: index for index, token in enumerate([*SPECIALS, *alphabet])}
@@ -37,7 +38,7 @@ def byte_tokenizer(folder: Path) -> int:
 
 
 def tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a two-layer Llama with random float32 weights and the byte tokenizer into a folder."""
+    """Write a two-layer Llama with random float32 weights and the byte tokenizer to a folder; return the folder."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging

@@ -1,4 +1,4 @@
-"""Which fault comes when: drawn from a seed. Pure."""
+"""Schedules of faults, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 
-class Kind(StrEnum):
-    """What can go wrong."""
+class FaultKind(StrEnum):
+    """A kind of fault."""
 
     KILL_GATEWAY = "kill gateway"
     KILL_DRAFTER = "kill drafter"
@@ -40,25 +40,25 @@ class Kind(StrEnum):
 
     @property
     def service(self) -> str | None:
-        """The service that one process of is hit; None for faults of something else."""
+        """Service of which one process is hit; None for faults of brokers, links and messages."""
         what, _, service = self.value.partition(" ")
         return service if what in ("kill", "drain", "freeze") and service.islower() else None
 
     @property
-    def hits(self) -> str:
-        """What two faults at once must not both be done to."""
-        if self in (Kind.KILL_RABBITMQ, Kind.LOSE_RABBITMQ, Kind.MEMORY_ALARM, Kind.DISK_ALARM):
+    def resource(self) -> str:
+        """Kind of target. All resources but `process` take one fault at a time."""
+        if self in (FaultKind.KILL_RABBITMQ, FaultKind.LOSE_RABBITMQ, FaultKind.MEMORY_ALARM, FaultKind.DISK_ALARM):
             return "rabbitmq"
-        if self in (Kind.KILL_REDIS, Kind.LOSE_REDIS, Kind.FREEZE_REDIS):
+        if self in (FaultKind.KILL_REDIS, FaultKind.LOSE_REDIS, FaultKind.FREEZE_REDIS):
             return "redis"
-        if self in (Kind.DUPLICATES, Kind.LOST_ROUNDS, Kind.POISON):
+        if self in (FaultKind.DUPLICATES, FaultKind.LOST_ROUNDS, FaultKind.POISON):
             return "messages"
-        return "link" if self in (Kind.CUT_LINK, Kind.DEAD_LINK, Kind.SLOW_LINK) else "process"
+        return "link" if self in (FaultKind.CUT_LINK, FaultKind.DEAD_LINK, FaultKind.SLOW_LINK) else "process"
 
     @property
     def loses_data(self) -> bool:
-        """Whether an accepted request may end in an error after it, for what it was is gone."""
-        return self in (Kind.LOSE_RABBITMQ, Kind.LOSE_REDIS)
+        """Whether accepted requests may end with an error, since their state is lost."""
+        return self in (FaultKind.LOSE_RABBITMQ, FaultKind.LOSE_REDIS)
 
 
 @dataclass(frozen=True)
@@ -66,46 +66,48 @@ class Fault:
     """One fault of a schedule. Times are seconds."""
 
     number: int
-    kind: Kind
+    kind: FaultKind
     pick: float
-    """Which of the processes or links it hits: a share of their number, from 0 to 1."""
+    """Choice among the processes or links, as a share of their number from 0 to 1."""
     hold_s: float
-    """How long it lasts, or how long what it ended stays away."""
+    """Duration of the fault, or the time until a killed target is started again."""
     gap_s: float
     """Pause after it."""
 
 
 _HOLDS: dict[str, tuple[float, float]] = {"kill": (0.0, 1.5), "drain": (0.0, 0.5), "freeze": (3.5, 6.0)}
 _OTHER_HOLDS = {
-    Kind.FREEZE_GATEWAY: (3.0, 5.0),
-    Kind.KILL_RABBITMQ: (0.0, 3.0),
-    Kind.KILL_REDIS: (0.0, 3.0),
-    Kind.LOSE_RABBITMQ: (0.0, 1.0),
-    Kind.LOSE_REDIS: (0.0, 1.0),
-    Kind.MEMORY_ALARM: (1.0, 4.0),
-    Kind.DISK_ALARM: (1.0, 4.0),
-    Kind.CUT_LINK: (0.2, 4.0),
-    Kind.DEAD_LINK: (2.0, 8.0),
-    Kind.SLOW_LINK: (2.0, 5.0),
-    Kind.DUPLICATES: (2.0, 5.0),
-    Kind.LOST_ROUNDS: (2.0, 5.0),
-    Kind.POISON: (0.0, 0.5),
+    FaultKind.FREEZE_GATEWAY: (3.0, 5.0),
+    FaultKind.KILL_RABBITMQ: (0.0, 3.0),
+    FaultKind.KILL_REDIS: (0.0, 3.0),
+    FaultKind.LOSE_RABBITMQ: (0.0, 1.0),
+    FaultKind.LOSE_REDIS: (0.0, 1.0),
+    FaultKind.MEMORY_ALARM: (1.0, 4.0),
+    FaultKind.DISK_ALARM: (1.0, 4.0),
+    FaultKind.CUT_LINK: (0.2, 4.0),
+    FaultKind.DEAD_LINK: (2.0, 8.0),
+    FaultKind.SLOW_LINK: (2.0, 5.0),
+    FaultKind.DUPLICATES: (2.0, 5.0),
+    FaultKind.LOST_ROUNDS: (2.0, 5.0),
+    FaultKind.POISON: (0.0, 0.5),
 }
 _WEIGHTS = {
-    Kind.KILL_VERIFIER: 3.0,
-    Kind.KILL_DRAFTER: 2.0,
-    Kind.KILL_GATEWAY: 2.0,
-    Kind.FREEZE_VERIFIER: 2.0,
-    Kind.DRAIN_VERIFIER: 2.0,
-    Kind.CUT_LINK: 2.0,
-    Kind.KILL_ESTIMATOR: 0.5,
-    Kind.LOSE_RABBITMQ: 0.5,
-    Kind.LOSE_REDIS: 0.5,
+    FaultKind.KILL_VERIFIER: 3.0,
+    FaultKind.KILL_DRAFTER: 2.0,
+    FaultKind.KILL_GATEWAY: 2.0,
+    FaultKind.FREEZE_VERIFIER: 2.0,
+    FaultKind.DRAIN_VERIFIER: 2.0,
+    FaultKind.CUT_LINK: 2.0,
+    FaultKind.KILL_ESTIMATOR: 0.5,
+    FaultKind.LOSE_RABBITMQ: 0.5,
+    FaultKind.LOSE_REDIS: 0.5,
 }
 
 
-def schedule(seed: int, count: int, kinds: Sequence[Kind] = tuple(Kind), longest_gap_s: float = 2.0) -> list[Fault]:
-    """`count` faults: each kind once in a drawn order as far as they reach, then drawn by weight."""
+def schedule(
+    seed: int, count: int, kinds: Sequence[FaultKind] = tuple(FaultKind), longest_gap_s: float = 2.0
+) -> list[Fault]:
+    """Return `count` faults: first each kind once, in random order, then kinds drawn by weight."""
     draw = random.Random(f"faults-{seed}")
     first = draw.sample(list(kinds), len(kinds))
     weights = [_WEIGHTS.get(kind, 1.0) for kind in kinds]

@@ -1,4 +1,4 @@
-"""What is asked while things fail: drawn from a seed. Pure."""
+"""Requests that clients send while services fail, drawn from a seed."""
 
 from __future__ import annotations
 
@@ -7,12 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from services.tools.bench.support.words import random_words
 from shared.messages import Sampling
 
-WORDS = """
-the a river mountain engine letter silver quickly sings under over because seven tokens verify draft city of and when
-light runs paper garden never opens story number blue forgets window between home again
-"""
 OPENINGS = (
     "Explain in a few words:",
     "Repeat this three times:",
@@ -24,7 +21,7 @@ OPENINGS = (
 
 
 class Manner(StrEnum):
-    """How a client takes its answer."""
+    """The way in which a client takes its answer."""
 
     STREAM = "stream"
     WHOLE = "whole"
@@ -33,8 +30,8 @@ class Manner(StrEnum):
 
 
 @dataclass(frozen=True)
-class Question:
-    """A prompt and how its answer is chosen; its text is the beginning of one text, however long it may be."""
+class ChaosQuestion:
+    """A prompt and its sampling parameters. A shorter answer is always the beginning of a longer one."""
 
     number: int
     prompt: str
@@ -42,38 +39,38 @@ class Question:
 
 
 @dataclass(frozen=True)
-class Request:
+class ChaosRequest:
     """One request of one client."""
 
     name: str
-    question: Question
+    question: ChaosQuestion
     manner: Manner
     chat: bool
-    """Asked as a chat; else as a completion of the same tokens."""
+    """Sent as a chat; otherwise as a completion of the same prompt tokens."""
     max_tokens: int
     draft: str
     leaves_after: int
-    """Events after which a client that leaves early goes away."""
+    """Events after which a client that leaves early disconnects."""
     gateway: float
-    """Which gateway is asked first: a share of their number, from 0 to 1."""
+    """Choice of the first gateway, as a share of their number from 0 to 1."""
     resumable: bool
-    """Its stream may be left and gone on with elsewhere, without a gateway's failing."""
+    """The client may leave the stream and resume it at another gateway, although no gateway failed."""
 
 
 @dataclass(frozen=True)
-class Load:
-    """Who asks what."""
+class ChaosLoad:
+    """The requests of all clients."""
 
     seed: int
-    questions: Sequence[Question]
+    questions: Sequence[ChaosQuestion]
     longest: int
-    """Most output tokens."""
+    """Largest `max_tokens`."""
 
-    def request(self, client: int, number: int) -> Request:
-        """A client's request of this number."""
+    def request(self, client: int, number: int) -> ChaosRequest:
+        """Return request `number` of a client."""
         draw = random.Random(f"request-{self.seed}-{client}-{number}")
         manner = draw.choices(tuple(Manner), (6, 2, 1, 1))[0]
-        return Request(
+        return ChaosRequest(
             name=f"c{client}.{number}",
             question=draw.choice(self.questions),
             manner=manner,
@@ -86,12 +83,12 @@ class Load:
         )
 
 
-def load(seed: int, questions: int, longest: int) -> Load:
-    """`questions` different ones, with prompts of 5 to 120 words, half of them sampled."""
+def load(seed: int, questions: int, longest: int) -> ChaosLoad:
+    """Return requests over `questions` questions with prompts of 5 to 120 words, half of them sampled."""
     draw = random.Random(f"questions-{seed}")
     made = []
     for number in range(questions):
-        words = " ".join(draw.choices(WORDS.split(), k=draw.choice((5, 12, 30, 60, 120))))
+        words = random_words(draw, draw.choice((5, 12, 30, 60, 120)))
         sampling = Sampling()
         if number % 2:
             sampling = Sampling(
@@ -100,5 +97,5 @@ def load(seed: int, questions: int, longest: int) -> Load:
                 top_k=draw.choice((0, 50)),
                 seed=draw.randrange(-(2**63), 2**63),
             )
-        made.append(Question(number, f"{draw.choice(OPENINGS)} {words}", sampling))
-    return Load(seed, made, longest)
+        made.append(ChaosQuestion(number, f"{draw.choice(OPENINGS)} {words}", sampling))
+    return ChaosLoad(seed, made, longest)

@@ -21,7 +21,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
-from services.tools.bench.load.core.record import Ending, Record
+from services.tools.bench.load.core.record import Ending, RequestRecord
 from shared.cost.model import predict_ms, shape_of
 from shared.messages import CostModel, Measurement
 
@@ -51,7 +51,7 @@ class Window(_Measure):
         return self.warm_up_s <= start_s < self.end_s
 
 
-class Lag(_Measure):
+class GeneratorLag(_Measure):
     """How late the generator itself was, in milliseconds, and the CPU time that it used of a second."""
 
     send_p50_ms: float
@@ -80,7 +80,7 @@ class Quantiles(_Measure):
     p99: float
 
 
-class OfClass(_Measure):
+class ClassMeasures(_Measure):
     """The counted requests of one class."""
 
     requests: int
@@ -95,7 +95,7 @@ class OfClass(_Measure):
         return self.attained / self.requests if self.requests else None
 
 
-class Drafting(_Measure):
+class DraftMeasures(_Measure):
     """What drafts were made of and came to, in the counted requests."""
 
     rounds: int
@@ -109,7 +109,7 @@ class Drafting(_Measure):
     wdt_share: float | None
 
 
-class Batches(_Measure):
+class BatchMeasures(_Measure):
     """The batches that the verifiers measured during the window and its drain; means and 90th percentile."""
 
     count: int
@@ -119,7 +119,7 @@ class Batches(_Measure):
     ms_p90: float
 
 
-class Interference(_Measure):
+class InterferenceMeasures(_Measure):
     """Of rounds, in milliseconds."""
 
     rounds: int
@@ -141,12 +141,12 @@ class Measures(_Measure):
     throughput: float
     ttft_ms: Quantiles | None
     tpot_ms: Quantiles | None
-    classes: dict[str, OfClass]
-    drafting: Drafting | None
+    classes: dict[str, ClassMeasures]
+    drafting: DraftMeasures | None
     """None without traces."""
-    interference: Interference | None
+    interference: InterferenceMeasures | None
     """None without a cost model."""
-    batches: Batches | None
+    batches: BatchMeasures | None
     reasons: dict[str, int]
     """Why requests were refused or failed, and how many."""
 
@@ -157,7 +157,7 @@ class Measures(_Measure):
 
 
 def measure(
-    records: Sequence[Record],
+    records: Sequence[RequestRecord],
     window: Window,
     costs: Sequence[CostModel] = (),
     batches: Sequence[Measurement] = (),
@@ -205,10 +205,10 @@ def quantiles(values: Iterable[float | None]) -> Quantiles | None:
     return Quantiles(p50=quantile(known, 0.5), p90=quantile(known, 0.9), p99=quantile(known, 0.99))
 
 
-def lag_of(sent_ms: Sequence[float], loop_ms: Sequence[float], cpu_share: float) -> Lag:
+def lag_of(sent_ms: Sequence[float], loop_ms: Sequence[float], cpu_share: float) -> GeneratorLag:
     """The generator's lag, from that of each request and of a timer in its event loop."""
     sent, loop = sent_ms or [0.0], loop_ms or [0.0]
-    return Lag(
+    return GeneratorLag(
         send_p50_ms=quantile(sent, 0.5),
         send_p99_ms=quantile(sent, 0.99),
         loop_p50_ms=quantile(loop, 0.5),
@@ -223,16 +223,16 @@ def wasted(drafted: int, verified: int, accepted: int) -> int:
     return max(0, drafted - accepted - 1) if accepted < verified else 0
 
 
-def _count(records: Iterable[Record], ending: Ending) -> int:
+def _count(records: Iterable[RequestRecord], ending: Ending) -> int:
     return sum(record.ending is ending for record in records)
 
 
-def _rate(records: Iterable[Record], window: Window) -> float:
+def _rate(records: Iterable[RequestRecord], window: Window) -> float:
     return sum(record.tokens_between(window.warm_up_s, window.end_s) for record in records) / window.measure_s
 
 
-def _of_class(records: Sequence[Record]) -> OfClass:
-    return OfClass(
+def _of_class(records: Sequence[RequestRecord]) -> ClassMeasures:
+    return ClassMeasures(
         requests=len(records),
         attained=sum(record.attained for record in records),
         refused=_count(records, Ending.REFUSED),
@@ -241,7 +241,7 @@ def _of_class(records: Sequence[Record]) -> OfClass:
     )
 
 
-def _drafting(records: Sequence[Record]) -> Drafting | None:
+def _drafting(records: Sequence[RequestRecord]) -> DraftMeasures | None:
     rounds = [one for record in records for one in record.rounds]
     if not rounds:
         return None
@@ -252,7 +252,7 @@ def _drafting(records: Sequence[Record]) -> Drafting | None:
         for one in rounds
         if one["drafted"]
     )
-    return Drafting(
+    return DraftMeasures(
         rounds=len(rounds),
         tokens_per_round=sum(one["tokens"] for one in rounds) / len(rounds),
         drafted=drafted,
@@ -265,7 +265,7 @@ def _drafting(records: Sequence[Record]) -> Drafting | None:
     )
 
 
-def _interference(records: Sequence[Record], costs: Sequence[CostModel]) -> Interference | None:
+def _interference(records: Sequence[RequestRecord], costs: Sequence[CostModel]) -> InterferenceMeasures | None:
     if not costs:
         return None
     found = [
@@ -276,7 +276,7 @@ def _interference(records: Sequence[Record], costs: Sequence[CostModel]) -> Inte
     ]
     if not found:
         return None
-    return Interference(rounds=len(found), mean_ms=fmean(found), p90_ms=quantile(found, 0.9))
+    return InterferenceMeasures(rounds=len(found), mean_ms=fmean(found), p90_ms=quantile(found, 0.9))
 
 
 def _alone_ms(costs: Sequence[CostModel], length: int, verified: int) -> float:
@@ -286,10 +286,10 @@ def _alone_ms(costs: Sequence[CostModel], length: int, verified: int) -> float:
     return fmean(predict_ms(model, shape) for model in costs)
 
 
-def _batches(batches: Sequence[Measurement]) -> Batches | None:
+def _batches(batches: Sequence[Measurement]) -> BatchMeasures | None:
     if not batches:
         return None
-    return Batches(
+    return BatchMeasures(
         count=len(batches),
         jobs=fmean(batch.shape.jobs for batch in batches),
         tokens=fmean(batch.shape.new_tokens for batch in batches),
@@ -298,7 +298,7 @@ def _batches(batches: Sequence[Measurement]) -> Batches | None:
     )
 
 
-def _reasons(records: Iterable[Record]) -> dict[str, int]:
+def _reasons(records: Iterable[RequestRecord]) -> dict[str, int]:
     found: dict[str, int] = {}
     for record in records:
         if record.reason:

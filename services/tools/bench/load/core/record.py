@@ -9,7 +9,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from services.tools.bench.load.core.requests import Request
+from services.tools.bench.load.core.requests import LoadRequest
 from shared.messages import Slo
 
 EVENT_END = b"\n\n"
@@ -26,7 +26,7 @@ class Ending(StrEnum):
     """By the benchmark, which had waited long enough."""
 
 
-class Record(BaseModel):
+class RequestRecord(BaseModel):
     """One request. Milliseconds count from the moment at which it was meant to be sent, so a generator that is late
     makes results worse and never better."""
 
@@ -85,7 +85,7 @@ class Record(BaseModel):
 
 
 def record_of(
-    request: Request,
+    request: LoadRequest,
     events: Sequence[tuple[float, bytes]],
     *,
     start_s: float,
@@ -93,7 +93,7 @@ def record_of(
     total_ms: float,
     cut: bool = False,
     reason: str = "",
-) -> Record:
+) -> RequestRecord:
     """The record of a stream: its events, each with the milliseconds at which it came.
 
     A server without our trace sends a token per chunk, or says in `usage` how many there were. `reason` is why the
@@ -123,7 +123,7 @@ def record_of(
     else:
         ending = Ending.COMPLETE
     promised = told["summary"].get("slo")
-    return Record(
+    return RequestRecord(
         **_of(request, start_s, lag_ms, total_ms),
         slo=request.slo or (Slo.model_validate(promised) if promised else None),
         ending=ending,
@@ -134,7 +134,7 @@ def record_of(
 
 
 def refusal_of(
-    request: Request,
+    request: LoadRequest,
     status: int,
     headers: Mapping[str, str],
     body: bytes,
@@ -142,7 +142,7 @@ def refusal_of(
     start_s: float,
     lag_ms: float,
     total_ms: float,
-) -> Record:
+) -> RequestRecord:
     """The record of a request that was answered with an error status."""
     try:
         error = json.loads(body)["error"]
@@ -150,7 +150,7 @@ def refusal_of(
     except (ValueError, KeyError, TypeError, AttributeError):
         reason = f"{status}: {body[:200].decode(errors='replace')}"
     retry_after = headers.get("retry-after", "")
-    return Record(
+    return RequestRecord(
         **_of(request, start_s, lag_ms, total_ms),
         slo=request.slo,
         ending=Ending.REFUSED if status == 429 else Ending.ERROR,
@@ -159,7 +159,7 @@ def refusal_of(
     )
 
 
-def _of(request: Request, start_s: float, lag_ms: float, total_ms: float) -> dict[str, Any]:
+def _of(request: LoadRequest, start_s: float, lag_ms: float, total_ms: float) -> dict[str, Any]:
     return {
         "session": request.session,
         "number": request.number,

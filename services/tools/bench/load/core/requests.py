@@ -17,7 +17,7 @@ NUMBERS_PER_POINT = 1 << 12
 MOST_SESSIONS = 1 << 12
 
 
-class Request(BaseModel):
+class LoadRequest(BaseModel):
     """One request as it is sent."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -37,10 +37,10 @@ class Request(BaseModel):
     """What the session waits before it, in closed loop."""
 
 
-class Requests(Protocol):
+class RequestSource(Protocol):
     """Where a session's next request comes from."""
 
-    def request(self, session: int, number: int) -> Request:
+    def request(self, session: int, number: int) -> LoadRequest:
         """A session's request of a number."""
         ...
 
@@ -51,7 +51,7 @@ def first_number(sessions: int, repeat: int) -> int:
 
 
 @dataclass(frozen=True)
-class Written:
+class RecordedRequests:
     """Requests from a file instead of a distribution.
 
     A session takes its requests by their number; a number that the file lacks takes the session's list in turn, a
@@ -59,20 +59,20 @@ class Written:
     requests works as well.
     """
 
-    requests: Sequence[Request]
+    requests: Sequence[LoadRequest]
 
     @cached_property
-    def _lists(self) -> dict[int, list[Request]]:
-        lists: dict[int, list[Request]] = {}
+    def _lists(self) -> dict[int, list[LoadRequest]]:
+        lists: dict[int, list[LoadRequest]] = {}
         for request in sorted(self.requests, key=lambda one: (one.session, one.number)):
             lists.setdefault(request.session, []).append(request)
         return lists
 
     @cached_property
-    def _by_number(self) -> dict[tuple[int, int], Request]:
+    def _by_number(self) -> dict[tuple[int, int], LoadRequest]:
         return {(request.session, request.number): request for request in self.requests}
 
-    def request(self, session: int, number: int) -> Request:
+    def request(self, session: int, number: int) -> LoadRequest:
         """The request of this number, or the one whose turn it is."""
         if (session, number) in self._by_number:
             return self._by_number[session, number]
@@ -82,24 +82,24 @@ class Written:
         return found.model_copy(update={"session": session, "number": number})
 
 
-def to_lines(requests: Sequence[Request]) -> str:
+def to_lines(requests: Sequence[LoadRequest]) -> str:
     """Requests as JSON lines, by session and number."""
     ordered = sorted(requests, key=lambda one: (one.session, one.number))
     return "".join(one.model_dump_json(exclude_none=True) + "\n" for one in ordered)
 
 
-def from_lines(text: str) -> Written:
+def from_lines(text: str) -> RecordedRequests:
     """Requests of JSON lines. Raises SettingsError that names the line."""
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():
             continue
         try:
-            found.append(Request.model_validate_json(line))
+            found.append(LoadRequest.model_validate_json(line))
         except ValidationError as error:
             one = error.errors(include_url=False)[0]
             where = ".".join(str(step) for step in one["loc"])
             raise SettingsError(f"line {number} of the requests: {where}: {one['msg']}") from error
     if not found:
         raise SettingsError("the file of requests is empty; write one with --write-requests")
-    return Written(found)
+    return RecordedRequests(found)

@@ -7,8 +7,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from services.tools.bench.load.core.measures import Lag, Measures, Quantiles, Window
-from services.tools.bench.load.core.search import Capacity, Tried, capacity, pooled
+from services.tools.bench.load.core.measures import GeneratorLag, Measures, Quantiles, Window
+from services.tools.bench.load.core.search import Capacity, PooledPoint, capacity, pooled
 from shared.messages import CostModel
 
 Row = list[Any]
@@ -16,7 +16,7 @@ RIVALS = ("centralized", "sled")
 """What capacities and goodput are compared with: the arms that the WISP paper compares with."""
 
 
-class Measured(BaseModel):
+class MeasuredPoint(BaseModel):
     """One point: an arm at a number of sessions."""
 
     model_config = ConfigDict(frozen=True)
@@ -25,16 +25,16 @@ class Measured(BaseModel):
     sessions: int
     repeat: int
     measures: Measures
-    lag: Lag
+    lag: GeneratorLag
     costs: list[CostModel] = []
     """The verifiers' cost models at its end."""
 
 
-class Results(BaseModel):
+class LoadResults(BaseModel):
     """Everything that was measured so far."""
 
     window: Window
-    points: list[Measured] = []
+    points: list[MeasuredPoint] = []
     aims: list[float] = []
     """Shares for which capacities were searched."""
 
@@ -43,7 +43,7 @@ class Results(BaseModel):
         """Arms in the order in which they were measured."""
         return list(dict.fromkeys(point.arm for point in self.points))
 
-    def tried(self, arm: str) -> list[Tried]:
+    def tried(self, arm: str) -> list[PooledPoint]:
         """An arm's points, repeats taken together, fewest sessions first."""
         return pooled(
             (point.sessions, point.measures.requests, point.measures.attained)
@@ -83,7 +83,7 @@ class Results(BaseModel):
         return {arm: [capacity(self.tried(arm), aim) for aim in self.aims] for arm in self.arms}
 
 
-def promise_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
+def promise_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
     """Promises kept, and tokens per second, of each point."""
     classes = list(dict.fromkeys(name for point in points for name in point.measures.classes))
     columns = ["arm", "n", "requests", "attained %", *(f"{name} %" for name in classes)]
@@ -109,7 +109,7 @@ def promise_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def speed_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
+def speed_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
     """TTFT and TPOT of each point, by class."""
     columns = ["arm", "n", "class", "requests"]
     columns += [f"{name} {share}" for name in ("TTFT", "TPOT") for share in ("p50", "p90", "p99")]
@@ -121,7 +121,7 @@ def speed_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def draft_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
+def draft_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
     """Drafts and the batches that they were verified in, of each point that has them."""
     columns = ["arm", "n", "tok/ round", "drafted", "trimmed", "accept", "WDT", "interf. ms", "p90"]
     columns += ["jobs/ batch", "tok/ batch", "batch ms"]
@@ -149,7 +149,7 @@ def draft_table(points: Sequence[Measured]) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def capacity_table(results: Results) -> tuple[list[str], list[Row]]:
+def capacity_table(results: LoadResults) -> tuple[list[str], list[Row]]:
     """The capacity of each arm, and its ratio to those that it is compared with."""
     found, ratios = results.capacities(), results.ratios()
     rivals = [arm for arm in RIVALS if arm in found]
@@ -165,7 +165,7 @@ def capacity_table(results: Results) -> tuple[list[str], list[Row]]:
     return columns, rows
 
 
-def goodput_table(results: Results) -> tuple[list[str], list[Row]]:
+def goodput_table(results: LoadResults) -> tuple[list[str], list[Row]]:
     """The highest goodput of each arm, and its ratio to those that it is compared with."""
     ratios = results.ratios()
     rivals = [arm for arm in RIVALS if arm in ratios]
@@ -176,7 +176,7 @@ def goodput_table(results: Results) -> tuple[list[str], list[Row]]:
     return ["arm", "goodput", "n", *(f"x {rival}" for rival in rivals)], rows
 
 
-def notes(results: Results, tolerance: float | None = None) -> list[str]:
+def notes(results: LoadResults, tolerance: float | None = None) -> list[str]:
     """What a reader of the tables has to know."""
     window = results.window
     told = [

@@ -17,7 +17,7 @@ Z = 1.96
 """Of a 95 % interval."""
 
 
-class Tried(BaseModel):
+class PooledPoint(BaseModel):
     """All that was measured at one number of sessions."""
 
     model_config = ConfigDict(frozen=True)
@@ -49,16 +49,16 @@ class Capacity(BaseModel):
     high: float | None = None
 
 
-def pooled(points: Iterable[tuple[int, int, int]]) -> list[Tried]:
+def pooled(points: Iterable[tuple[int, int, int]]) -> list[PooledPoint]:
     """Points (sessions, requests, attained) with those of one number of sessions taken together, fewest first."""
     found: dict[int, tuple[int, int]] = {}
     for sessions, requests, attained in points:
         before = found.get(sessions, (0, 0))
         found[sessions] = (before[0] + requests, before[1] + attained)
-    return [Tried(sessions=n, requests=r, attained=a) for n, (r, a) in sorted(found.items())]
+    return [PooledPoint(sessions=n, requests=r, attained=a) for n, (r, a) in sorted(found.items())]
 
 
-def next_sessions(tried: Sequence[Tried], aim: float, *, first: int, most: int, tolerance: float) -> int | None:
+def next_sessions(tried: Sequence[PooledPoint], aim: float, *, first: int, most: int, tolerance: float) -> int | None:
     """How many sessions to measure next; None when the capacity is known.
 
     Doubles from `first` until a number fails, then halves the gap until it is at most `tolerance` of what holds, or 1.
@@ -73,7 +73,7 @@ def next_sessions(tried: Sequence[Tried], aim: float, *, first: int, most: int, 
     return None if fails - holds <= max(1, tolerance * holds) else (holds + fails) // 2
 
 
-def capacity(tried: Sequence[Tried], aim: float) -> Capacity:
+def capacity(tried: Sequence[PooledPoint], aim: float) -> Capacity:
     """What the measured points say."""
     holds, fails = _bracket(tried, aim)
     at = next((one for one in tried if one.sessions == holds), None)
@@ -102,7 +102,7 @@ def most_points(first: int, most: int, tolerance: float) -> int:
     return doubling + math.ceil(math.log2(max(1.0, 0.5 / tolerance)))
 
 
-def _bracket(tried: Sequence[Tried], aim: float) -> tuple[int, int | None]:
+def _bracket(tried: Sequence[PooledPoint], aim: float) -> tuple[int, int | None]:
     """The most sessions that hold below the fewest that fail."""
     fails = min((one.sessions for one in tried if one.attainment < aim), default=None)
     holds = [one.sessions for one in tried if one.attainment >= aim and (fails is None or one.sessions < fails)]

@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from statistics import median
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from services.tools.bench.stream.cases import Case
+if TYPE_CHECKING:
+    from services.tools.training.prompts import Prompt
 
 PLAIN = "none"
 """The suite with drafts off: what everything is compared with."""
@@ -21,7 +22,26 @@ AIM_WORST = 0.95
 
 
 @dataclass(frozen=True)
-class Timed:
+class Case:
+    """One prompt at one temperature."""
+
+    kind: str
+    number: int
+    """Number of the prompt among those of its kind."""
+    temperature: float
+    seed: int
+    prompt: Prompt
+    prompt_ids: tuple[int, ...]
+    """Prompt tokens, as the gateway tokenizes them."""
+
+    @property
+    def name(self) -> str:
+        """A short description."""
+        return f"{self.kind} {self.number} at temperature {self.temperature:g}"
+
+
+@dataclass(frozen=True)
+class TimedRequest:
     """One request that was answered."""
 
     case: Case
@@ -79,7 +99,7 @@ class Timed:
         }
 
 
-def ratios(timed: Iterable[Timed], arm: str, base: str) -> dict[Case, float]:
+def ratios(timed: Iterable[TimedRequest], arm: str, base: str) -> dict[Case, float]:
     """How many times as fast as `base` an arm was, for each case that both answered."""
     speeds: dict[str, dict[Case, float]] = {arm: {}, base: {}}
     for one in timed:
@@ -96,13 +116,13 @@ def by_kind(of_case: dict[Case, float]) -> dict[str, float]:
     return {kind: median(found) for kind, found in kinds.items()}
 
 
-def tokens_per_round(timed: Sequence[Timed]) -> float | None:
+def tokens_per_round(timed: Sequence[TimedRequest]) -> float | None:
     """Tokens that one round brings, over all these requests."""
     rounds = sum(one.summary.get("rounds", 0) for one in timed)
     return sum(one.made for one in timed if one.summary) / rounds if rounds else None
 
 
-def acceptance(timed: Sequence[Timed]) -> float | None:
+def acceptance(timed: Sequence[TimedRequest]) -> float | None:
     """Share of the verified draft tokens that were accepted."""
     verified = sum(one.summary.get("verified", 0) for one in timed)
     return sum(one.summary.get("accepted", 0) for one in timed) / verified if verified else None
@@ -114,7 +134,7 @@ def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
 
 
-def arms_table(timed: Sequence[Timed], temperatures: Sequence[float]) -> tuple[list[str], list[list[Any]]]:
+def arms_table(timed: Sequence[TimedRequest], temperatures: Sequence[float]) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: each arm over all kinds of text."""
     columns = ["arm", "first token ms", "tokens/s", "tokens/s after first", "tokens per round", "accepted"]
     columns += [*(f"x none, T={t:g}" for t in temperatures), "x none, all"]
@@ -136,7 +156,9 @@ def arms_table(timed: Sequence[Timed], temperatures: Sequence[float]) -> tuple[l
     return columns, rows
 
 
-def kinds_table(timed: Sequence[Timed], arm: str, temperatures: Sequence[float]) -> tuple[list[str], list[list[Any]]]:
+def kinds_table(
+    timed: Sequence[TimedRequest], arm: str, temperatures: Sequence[float]
+) -> tuple[list[str], list[list[Any]]]:
     """Columns and rows: one arm against plain decoding for each kind of text."""
     columns = ["kind of text", "none tokens/s", f"{arm} tokens/s", "tokens per round", "accepted"]
     columns += [*(f"x none, T={t:g}" for t in temperatures), "x none, all", "lowest"]
@@ -159,7 +181,7 @@ def kinds_table(timed: Sequence[Timed], arm: str, temperatures: Sequence[float])
     return columns, rows
 
 
-def verdict(timed: Sequence[Timed], arm: str, rivals: Sequence[str]) -> str:
+def verdict(timed: Sequence[TimedRequest], arm: str, rivals: Sequence[str]) -> str:
     """One arm at one delay in a sentence: against plain decoding, its best and worst kind of text, its rivals."""
     compared = ratios(timed, arm, PLAIN)
     kinds = by_kind(compared)
@@ -175,9 +197,9 @@ def verdict(timed: Sequence[Timed], arm: str, rivals: Sequence[str]) -> str:
     return said + (f"; against transformers, which has no network in between: {', '.join(told)}" if told else "")
 
 
-def differences(timed: Iterable[Timed]) -> list[str]:
+def differences(timed: Iterable[TimedRequest]) -> list[str]:
     """Answers of the suite that are not the first one to the same case, token for token: there must be none."""
-    first: dict[Case, Timed] = {}
+    first: dict[Case, TimedRequest] = {}
     found = []
     for one in timed:
         known = first.setdefault(one.case, one)
@@ -190,7 +212,7 @@ def differences(timed: Iterable[Timed]) -> list[str]:
     return found
 
 
-def agreements(timed: Iterable[Timed]) -> list[str]:
+def agreements(timed: Iterable[TimedRequest]) -> list[str]:
     """How far transformers' greedy answers are the suite's."""
     compared = [one for one in timed if one.agrees is not None]
     told = []

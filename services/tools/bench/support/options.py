@@ -1,0 +1,65 @@
+"""Command-line options that several benchmarks share, and parsers of their comma-separated values."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Collection
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from services.tools.local.progress import Progress
+from services.tools.local.settings import LocalSettings
+from services.tools.local.target import prepare_target
+from shared.errors import SettingsError
+
+TargetOption = Annotated[
+    str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")
+]
+ModelOption = Annotated[str, typer.Option(help="Packaged model's name, or a model's folder.")]
+DtypeOption = Annotated[str, typer.Option(help="Number format of the target: bfloat16 or float32.")]
+EngineThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+
+
+def target_folder(target: str | None, progress: Progress) -> Path:
+    """Return the folder of `--target`, or of the default target without one. Raises ModelError."""
+    return prepare_target(target or LocalSettings().target, progress)
+
+
+def let_idle_threads_sleep() -> None:
+    """Keep idle OpenMP threads from spinning on cores that services need. Call it before torch is loaded."""
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+
+
+def words(text: str) -> list[str]:
+    """Return the words of a comma-separated list, each once, in their order."""
+    return list(dict.fromkeys(word for word in (part.strip() for part in text.split(",")) if word))
+
+
+def numbers(option: str, text: str, most: float) -> list[float]:
+    """Return numbers from 0 to `most`. Raises SettingsError."""
+    try:
+        found = [float(word) for word in words(text)]
+    except ValueError:
+        found = []
+    if not found or not all(0 <= number <= most for number in found):
+        raise SettingsError(f"{option} takes numbers from 0 to {most:g} with commas between them (given: {text!r})")
+    return found
+
+
+def whole_numbers(option: str, text: str, least: int, most: int | None = None) -> list[int]:
+    """Return whole numbers from `least` to `most`. An empty text gives none. Raises SettingsError."""
+    found = words(text)
+    if not all(word.isdecimal() and least <= int(word) <= (most or int(word)) for word in found):
+        allowed = f"from {least} to {most}" if most else f"from {least} on"
+        raise SettingsError(f"{option} takes whole numbers {allowed}, with commas between them (given: {text!r})")
+    return list(dict.fromkeys(int(word) for word in found))
+
+
+def some_of(option: str, text: str, known: Collection[str]) -> list[str]:
+    """Return words that must all be among `known`, at least one. Raises SettingsError."""
+    found = words(text)
+    if not found or not set(found) <= set(known):
+        raise SettingsError(f"{option} takes some of {', '.join(known)}, with commas between them (given: {text!r})")
+    return found
