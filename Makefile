@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup tools lock-tools demo serve test lint k8s-settings k8s-secrets bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load bench-scaling bench-handoff chaos images images-test compose clean
+.PHONY: help setup tools lock-tools demo serve test-fast test lint k8s-settings k8s-secrets bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load bench-scaling bench-handoff chaos images images-test compose clean
 
 help: ## this list
 	@echo "make TARGET, one of:"
@@ -54,6 +54,10 @@ compose: images ## the whole stack from the images, with docker compose or podma
 
 images-test: setup tools ## build the images and try them in containers; needs root and Debian
 	@$(BIN)/python -m pytest docker/images_test.py $(ARGS)
+
+test-fast: setup ## the tests without brokers and without the default model, in less than two minutes on two cores
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not big_model" tests/pure tests/model \
+		$(if $(wildcard .wisp/tools/installed),tests/manifests) $(ARGS)
 
 test: setup tools ## all tests, on private brokers; one after another with ARGS="-n 0"
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)

@@ -25,10 +25,16 @@ WITH_BROKERS = ("broker", "stack")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Let one worker have all tests with brokers, in their order, and the others the rest (`-n 2 --dist loadgroup`)."""
+    """Mark tests by what they use.
+
+    One worker runs all tests with brokers, in their order, and the others the rest (`-n 2 --dist loadgroup`). Tests
+    that use the default target are marked `big_model`, and `make test-fast` leaves them out.
+    """
     for item in items:
         if Path(item.path).parent.name in WITH_BROKERS:
             item.add_marker(pytest.mark.xdist_group("brokers"))
+        if "target_folder" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.big_model)
 
 
 @pytest.fixture(scope="session")

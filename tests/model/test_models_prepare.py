@@ -25,6 +25,8 @@ from shared.models.folder import ModelFolder
 from shared.models.prepare import PACKAGED, PackagedModel, prepare
 from shared.models.text import Tokenizer
 
+pytestmark = pytest.mark.big_model
+
 NAME = "smollm2-135m-instruct"
 QUESTION, ANSWER = PACKAGED[NAME].question, PACKAGED[NAME].answer
 PREPARE = """

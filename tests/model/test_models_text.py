@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from shared.models.folder import ModelFolder
-from shared.models.prepare import prepare
 from shared.models.text import Detokenizer, Tokenizer
 
 CONVERSATIONS: list[list[dict[str, Any]]] = [
@@ -54,8 +53,8 @@ TEMPLATES = {
 
 
 @pytest.fixture(scope="module")
-def folder() -> ModelFolder:
-    return ModelFolder(prepare("smollm2-135m-instruct", Path(__file__).parents[2] / ".wisp/models"))
+def folder(target_folder: Path) -> ModelFolder:
+    return ModelFolder(target_folder)
 
 
 @pytest.fixture(scope="module")

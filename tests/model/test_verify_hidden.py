@@ -21,7 +21,7 @@ SAMPLING = Sampling(temperature=1.0, seed=5)
 PROMPT = [(37 * i + 11) % tiny.VOCAB for i in range(150)]
 
 
-@pytest.fixture(scope="module", params=["tiny", "default target"])
+@pytest.fixture(scope="module", params=["tiny", pytest.param("default target", marks=pytest.mark.big_model)])
 def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     if request.param == "tiny":
         return tiny.make(tmp_path_factory.mktemp("tiny"))
