@@ -10,8 +10,9 @@ from secrets import token_hex
 import hypothesis
 import pytest
 
-# Before torch is loaded anywhere: its waiting threads must not take the cores from the services under test.
+# Set before torch or numpy is loaded: their waiting threads must not take the cores from what is under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder

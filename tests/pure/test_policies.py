@@ -82,17 +82,12 @@ def tally(made: BatchPlan) -> MutableShape:
 chances = st.lists(st.floats(0, 1), max_size=8).map(tuple)
 late_or_not = st.none() | st.floats(NOW - 3000, NOW + 6000)
 rounds_ = st.lists(
-    st.builds(
-        pending,
-        st.uuids().map(lambda u: u.hex),
-        arrived=st.floats(NOW - 6000, NOW),
-        due=late_or_not,
-        base=st.integers(1, 3000),
-        acceptance=chances,
-    ),
-    min_size=1,
-    max_size=30,
-    unique_by=lambda p: p.session_id,
+    st.tuples(st.floats(NOW - 6000, NOW), late_or_not, st.integers(1, 3000), chances), min_size=1, max_size=30
+).map(
+    lambda drawn: [
+        pending(f"s{i}", arrived=arrived, due=due, base=base, acceptance=acceptance)
+        for i, (arrived, due, base, acceptance) in enumerate(drawn)
+    ]
 )
 limits_ = st.builds(BatchLimits, st.floats(45, 1500), st.integers(128, 4096), st.floats(100, 8000))
 
