@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-from services.tools.local import private
-from services.tools.local.host import inspect
-from services.tools.local.private import Server
+from services.tools.local import servers
+from services.tools.local.machine import inspect
+from services.tools.local.servers import Server
 
 
 @asynccontextmanager
@@ -20,7 +20,7 @@ async def own_rabbitmq(folder: Path, conf: str = "") -> AsyncIterator[Server]:
     host = inspect()
     assert host.rabbitmq is not None
     assert host.epmd is not None
-    server = await private.start_rabbitmq(host.rabbitmq, host.epmd, folder, conf)
+    server = await servers.start_rabbitmq(host.rabbitmq, host.epmd, folder, conf)
     try:
         yield server
     finally:

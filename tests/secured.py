@@ -9,10 +9,10 @@ from pathlib import Path
 
 import trustme
 
-from services.tools.local import private
-from services.tools.local.host import inspect
+from services.tools.local import servers
+from services.tools.local.machine import inspect
 from services.tools.local.ports import free_ports
-from services.tools.local.private import Server
+from services.tools.local.servers import Server
 
 RABBITMQ_TLS = """\
 listeners.ssl.1 = 127.0.0.1:{port}
@@ -74,10 +74,10 @@ async def secured(folder: Path, *, ask: bool, conf: str = "") -> AsyncIterator[S
     assert host.epmd is not None
     assert host.redis is not None
     rabbitmq_conf = RABBITMQ_TLS.format(port=amqps_port, ask=str(ask).lower(), **files) + conf
-    rabbitmq = await private.start_rabbitmq(host.rabbitmq, host.epmd, folder, rabbitmq_conf)
+    rabbitmq = await servers.start_rabbitmq(host.rabbitmq, host.epmd, folder, rabbitmq_conf)
     try:
         redis_conf = REDIS_TLS.format(port=rediss_port, ask="yes" if ask else "no", **files)
-        redis = await private.start_redis(host.redis, folder, redis_conf)
+        redis = await servers.start_redis(host.redis, folder, redis_conf)
         try:
             yield Secured(
                 authority,

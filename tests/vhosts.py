@@ -11,7 +11,7 @@ import psutil
 import pytest
 
 from services.tools.local.brokers import Brokers
-from services.tools.local.host import inspect
+from services.tools.local.machine import inspect
 
 
 @asynccontextmanager

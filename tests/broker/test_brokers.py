@@ -14,9 +14,10 @@ import psutil
 import pytest
 from leftovers import descendants, leftovers
 
-from services.tools.local import private, probe
+from services.tools.local import servers
+from services.tools.local.broker_check import check_rabbitmq, check_redis
 from services.tools.local.brokers import Brokers
-from services.tools.local.host import Host, inspect
+from services.tools.local.machine import Host, inspect
 from services.tools.local.ports import free_ports
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
@@ -40,8 +41,8 @@ asyncio.run(main())
 
 
 async def test_brokers_of_the_run_answer(brokers: Brokers) -> None:
-    assert await probe.rabbitmq(brokers.amqp_url) == brokers.rabbitmq_version
-    assert await probe.redis_server(brokers.redis_url) == brokers.redis_version
+    assert await check_rabbitmq(brokers.amqp_url) == brokers.rabbitmq_version
+    assert await check_redis(brokers.redis_url) == brokers.redis_version
 
 
 async def test_a_second_instance_runs_beside_the_first_and_stops_without_a_trace(
@@ -51,7 +52,7 @@ async def test_a_second_instance_runs_beside_the_first_and_stops_without_a_trace
     async with Brokers(tmp_path, addresses=PRIVATE) as second:
         assert second.amqp_url != brokers.amqp_url
         assert second.redis_url != brokers.redis_url
-        await probe.rabbitmq(second.amqp_url)
+        await check_rabbitmq(second.amqp_url)
         started = [process for process in descendants(os.getpid()) if process not in before]
         assert {"redis-server", "epmd", "beam.smp"} <= {process.name() for process in started}
         listening = {address.ip for process in started for address in _listening(process)}
@@ -59,7 +60,7 @@ async def test_a_second_instance_runs_beside_the_first_and_stops_without_a_trace
         stopping = time.monotonic()
     assert time.monotonic() - stopping < 5
     assert leftovers(started) == []
-    await probe.rabbitmq(brokers.amqp_url)
+    await check_rabbitmq(brokers.amqp_url)
 
 
 def test_nothing_is_left_when_the_owner_is_killed(tmp_path: Path) -> None:
@@ -79,8 +80,8 @@ async def test_given_servers_are_used_and_left_running(brokers: Brokers, tmp_pat
     async with Brokers(tmp_path, addresses=given, look=lambda: NOTHING) as guest:
         assert (guest.amqp_url, guest.redis_url) == (brokers.amqp_url, brokers.redis_url)
         assert guest.servers == []
-    await probe.rabbitmq(brokers.amqp_url)
-    await probe.redis_server(brokers.redis_url)
+    await check_rabbitmq(brokers.amqp_url)
+    await check_redis(brokers.redis_url)
 
 
 async def test_a_given_redis_goes_with_a_private_rabbitmq(brokers: Brokers, tmp_path: Path) -> None:
@@ -130,13 +131,13 @@ async def test_a_port_taken_meanwhile_is_replaced(
 ) -> None:
     taken = int(brokers.redis_url.rsplit(":", 1)[1].split("/")[0])
     offers = [[taken], free_ports(1)]
-    monkeypatch.setattr(private, "free_ports", lambda count: offers.pop(0))
+    monkeypatch.setattr(servers, "free_ports", lambda count: offers.pop(0))
     redis = inspect().redis
     assert redis is not None
-    server = await private.start_redis(redis, tmp_path)
+    server = await servers.start_redis(redis, tmp_path)
     try:
         assert offers == []
-        await probe.redis_server(server.url)
+        await check_redis(server.url)
     finally:
         await server.stop()
 
@@ -146,7 +147,7 @@ async def test_a_server_that_cannot_start_shows_its_own_words(tmp_path: Path) ->
     broken.write_text("#!/bin/sh\necho no such luck\nexit 3\n")
     broken.chmod(0o755)
     with pytest.raises(BrokersError, match=r"(?s)status 3.*no such luck"):
-        await private.start_redis(broken, tmp_path)
+        await servers.start_redis(broken, tmp_path)
 
 
 async def test_a_start_that_is_cancelled_leaves_nothing(tmp_path: Path) -> None:

@@ -10,8 +10,9 @@ import psutil
 import pytest
 from leftovers import descendants, leftovers
 
-from services.tools.local import containers, probe
-from services.tools.local.host import container_engine
+from services.tools.local import containers
+from services.tools.local.broker_check import check_redis
+from services.tools.local.machine import container_engine
 from services.tools.local.progress import Step
 from shared.errors import BrokersError
 
@@ -44,7 +45,7 @@ async def test_an_engine_is_found_by_its_answer(engine: str) -> None:
 
 async def test_redis_in_a_container_answers_and_stops(engine: str, tmp_path: Path) -> None:
     server = await containers.start_redis(engine, tmp_path, Step("test"))
-    assert (await probe.redis_server(server.url)).split()[0] in {"Redis", "Valkey"}
+    assert (await check_redis(server.url)).split()[0] in {"Redis", "Valkey"}
     running = _family(server.processes[0].pid)
     assert "redis-server" in {process.name() for process in running}
     await server.stop()

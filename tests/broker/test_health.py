@@ -15,7 +15,7 @@ import aio_pika
 import httpx
 import pytest
 
-from services.tools.local import host, private
+from services.tools.local import machine, servers
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.errors import EngineError, SettingsError
@@ -104,12 +104,12 @@ async def test_without_rabbitmq_a_process_is_not_ready_but_need_not_be_started_a
 async def test_an_alarm_at_rabbitmq_starts_nothing_again(
     served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, namespace: str
 ) -> None:
-    here = host.inspect()
+    here = machine.inspect()
     if here.rabbitmq is None or here.epmd is None:
         pytest.skip("needs an installed RabbitMQ, to give it too little memory")
-    monkeypatch.setattr(private, "RABBITMQ_CONF", private.RABBITMQ_CONF.replace("1GiB", "1MiB"))
+    monkeypatch.setattr(servers, "RABBITMQ_CONF", servers.RABBITMQ_CONF.replace("1GiB", "1MiB"))
     monkeypatch.setattr(health, "CHECK_S", 1.0)
-    server = await private.start_rabbitmq(here.rabbitmq, here.epmd, tmp_path)
+    server = await servers.start_rabbitmq(here.rabbitmq, here.epmd, tmp_path)
     alarmed = Served(Health(), await Broker.connect(server.url, Topology(namespace), "alarmed"), served.store, 0)
     try:
         await consuming(alarmed)

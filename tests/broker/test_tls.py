@@ -17,7 +17,8 @@ from secured import Authority, Secured, secured
 
 from services.gateway import https
 from services.gateway.service import serve
-from services.tools.local import logs, probe
+from services.tools.local import logs
+from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
@@ -42,8 +43,8 @@ def known(servers: Secured) -> Tls:
 
 
 async def test_messages_and_state_go_by_tls(servers: Secured, known: Tls, namespace: str) -> None:
-    assert "RabbitMQ" in await probe.rabbitmq(servers.amqps_url, known)
-    assert "Redis" in await probe.redis_server(servers.rediss_url, known)
+    assert "RabbitMQ" in await check_rabbitmq(servers.amqps_url, known)
+    assert "Redis" in await check_redis(servers.rediss_url, known)
     broker = await Broker.connect(servers.amqps_url, Topology(namespace), "x", tls=known)
     heard: asyncio.Queue[Message] = asyncio.Queue()
     await broker.consume(broker.topology.own_queue("test", "x", (topology.CANCEL,)), heard.put)
@@ -67,8 +68,8 @@ async def test_a_server_that_another_authority_vouches_for_is_not_trusted(
     with pytest.raises(BrokersError, match="certificate verify failed"):
         await store.ping()
     await store.close()
-    with pytest.raises(probe.NotReady, match="certificate verify failed"):
-        await probe.rabbitmq(servers.amqps_url, misled)
+    with pytest.raises(NotReady, match="certificate verify failed"):
+        await check_rabbitmq(servers.amqps_url, misled)
 
 
 async def test_a_server_with_a_certificate_for_another_name_is_not_trusted(
@@ -84,8 +85,8 @@ async def test_a_server_with_a_certificate_for_another_name_is_not_trusted(
 
 async def test_who_shows_no_certificate_is_not_let_in(servers: Secured, namespace: str) -> None:
     stranger = Tls(servers.authority.file)
-    with pytest.raises(probe.NotReady):
-        await probe.rabbitmq(servers.amqps_url, stranger)
+    with pytest.raises(NotReady):
+        await check_rabbitmq(servers.amqps_url, stranger)
     store = Store.connect(servers.rediss_url, namespace, 60, stranger)
     with pytest.raises(BrokersError):
         await store.ping()

@@ -15,9 +15,9 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from link import link_to
 from rich.console import Console
 
-from services.tools.cli.top.observer import Observer, live, now_ms, once_seen
-from services.tools.cli.top.state import Watch
-from services.tools.cli.top.where import Where
+from services.tools.cli.core.suite_watch import Watch
+from services.tools.cli.suite_address import Where
+from services.tools.cli.suite_observer import Observer, live, now_ms, once_seen
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology

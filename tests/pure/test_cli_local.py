@@ -19,9 +19,9 @@ from services.tools.cli.main import app
 from services.tools.cli.up import curl
 from services.tools.local import logs
 from services.tools.local.folder import RUNS_KEPT, RunFolder
-from services.tools.local.host import Host
-from services.tools.local.launch import Launch, cores
+from services.tools.local.machine import Host
 from services.tools.local.ports import free_ports, is_free
+from services.tools.local.service_commands import Launch, cores
 from services.tools.local.settings import BrokerAddresses
 
 LAUNCH = Launch(

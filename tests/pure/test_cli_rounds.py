@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
+from services.tools.cli.core.answer_rounds import BAR, BEYOND, Arrival, Round, draw, picture, rounds_of
 from services.tools.cli.paint import Painter, Part
-from services.tools.cli.rounds import BAR, BEYOND, Arrival, Round, draw, picture, rounds_of
 
 
 def painter(**options: object) -> Painter:

@@ -11,10 +11,10 @@ import pytest
 
 from services.tools.local import apt
 from services.tools.local.apt import progress_line
+from services.tools.local.broker_sources import Source, Sources, choose, missing
 from services.tools.local.containers import RABBITMQ_IMAGE, run_command
-from services.tools.local.host import Host, inspect, version_in
+from services.tools.local.machine import Host, inspect, version_in
 from services.tools.local.settings import BrokerAddresses
-from services.tools.local.sources import Source, Sources, choose, missing
 
 BARE = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
 INSTALLED = replace(BARE, rabbitmq=Path("/x/rabbitmq-server"), epmd=Path("/x/epmd"), redis=Path("/x/redis-server"))

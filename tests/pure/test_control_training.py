@@ -15,7 +15,7 @@ from services.drafter.control import Controller, Guess
 from services.drafter.control.features import NAMES, sigmoid
 from services.drafter.control.records import RoundRecord
 from services.drafter.control_files import load_weights, write_record
-from services.tools.cli.controller import app
+from services.tools.cli.controller_command import app
 from services.tools.training import classifiers
 from services.tools.training.controller import Report, SourceReport, train
 from shared.errors import SettingsError

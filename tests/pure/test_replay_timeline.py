@@ -11,7 +11,7 @@ from recorded import A, B, C, Sent
 from rich.console import Console
 
 from services.tools.cli.paint import Painter
-from services.tools.cli.replay.view import listing, told, view
+from services.tools.cli.replay.timeline_view import listing, told, view
 from services.tools.replayer.choice import chosen, moment_ms
 from services.tools.replayer.concern import concerning, sessions_of
 from services.tools.replayer.life import Lives

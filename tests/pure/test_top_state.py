@@ -12,10 +12,10 @@ import builders
 import pytest
 from rich.console import Console
 
-from services.tools.cli.top.snapshot import Snapshot
-from services.tools.cli.top.state import Watch
-from services.tools.cli.top.view import short, view
-from services.tools.cli.top.where import Where, choose
+from services.tools.cli.core.suite_snapshot import Snapshot
+from services.tools.cli.core.suite_view import short, view
+from services.tools.cli.core.suite_watch import Watch
+from services.tools.cli.suite_address import Where, choose
 from services.tools.local.folder import RunFolder, RunningSuite, note_suite, running_suites
 from shared.errors import SettingsError
 from shared.messages import (

@@ -16,10 +16,10 @@ from aiormq.exceptions import ChannelAccessRefused
 from asking import Case, Client
 from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
 
-from services.tools.cli.top.observer import once_seen
-from services.tools.cli.top.where import Where
+from services.tools.cli.suite_address import Where
+from services.tools.cli.suite_observer import once_seen
 from services.tools.local.brokers import Brokers
-from services.tools.local.private import Server
+from services.tools.local.servers import Server
 from services.tools.local.settings import BrokerAddresses
 from services.tools.local.stack import Stack
 from services.tools.replayer.stream import read

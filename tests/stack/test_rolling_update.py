@@ -19,8 +19,8 @@ from asking import decode, watching
 
 from services.tools.bench.support.tiny import tiny_model
 from services.tools.local.brokers import Brokers
-from services.tools.local.launch import STOP_ORDER
 from services.tools.local.process import Process
+from services.tools.local.service_commands import STOP_ORDER
 from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.messages import Sampling

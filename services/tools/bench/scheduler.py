@@ -24,7 +24,7 @@ from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
-from services.tools.local.forget import forget
+from services.tools.local.namespace import forget
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.stack import Stack
 from shared.broker import topology

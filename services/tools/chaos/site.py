@@ -16,9 +16,9 @@ from services.tools.bench.support.relay import DelayRelay
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
 from services.tools.local.ports import LOOPBACK, free_ports
-from services.tools.local.private import Server
 from services.tools.local.process import Process
 from services.tools.local.progress import Progress
+from services.tools.local.servers import Server
 from services.tools.local.settings import BrokerAddresses
 from services.tools.local.stack import Stack
 from shared.errors import BrokersError
@@ -165,7 +165,7 @@ def _servers(brokers: Brokers) -> tuple[Server, Server]:
 
 
 def _control_script(brokers: Brokers) -> Path:
-    from services.tools.local.host import inspect
+    from services.tools.local.machine import inspect
 
     script = inspect().rabbitmq
     assert script is not None

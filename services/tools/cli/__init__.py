@@ -1,3 +1,3 @@
-"""The `wisp` console command: what people do by hand, on private brokers and processes of its own."""
+"""The `wisp` command: a stack of its own on this machine, or tools for one that runs elsewhere."""
 
-__all__ = ["ask", "paint", "rounds", "terminal"]
+__all__ = ["ask", "core", "paint", "terminal"]

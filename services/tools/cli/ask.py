@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from services.tools.cli.core.answer_rounds import Arrival, Round, rounds_of
 from services.tools.cli.paint import Part, parts
-from services.tools.cli.rounds import Arrival, Round, rounds_of
 from services.tools.local.settings import LocalSettings
 
 if TYPE_CHECKING:

@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.text import Text
 
 from services.tools.cli.ask import Answer, Question, ask, client_at, summary_lines, tokens_per_second
+from services.tools.cli.core.answer_rounds import draw
 from services.tools.cli.paint import Painter
-from services.tools.cli.rounds import draw
 from shared.errors import WispError
 
 if TYPE_CHECKING:

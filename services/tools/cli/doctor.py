@@ -17,13 +17,14 @@ from typing import Literal
 
 import psutil
 
-from services.tools.local import probe, sources
+from services.tools.local import broker_sources
+from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
+from services.tools.local.broker_sources import Source
 from services.tools.local.folder import state_folder
-from services.tools.local.host import Host, container_engine, inspect, version_in
-from services.tools.local.launch import cores
+from services.tools.local.machine import Host, container_engine, inspect, version_in
 from services.tools.local.ports import LOOPBACK, is_free
+from services.tools.local.service_commands import cores
 from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses
-from services.tools.local.sources import Source
 from services.tools.local.target import models_folder
 from shared.errors import ModelError
 from shared.runtime.tls import Tls
@@ -115,24 +116,24 @@ def _cpu_flags() -> set[str]:
 
 
 async def _brokers(addresses: BrokerAddresses, host: Host) -> list[Finding]:
-    chosen = sources.choose(addresses, host)
+    chosen = broker_sources.choose(addresses, host)
     if chosen.of(Source.MISSING):
         host = Host(**{**vars(host), "container": await container_engine()})
-        chosen = sources.choose(addresses, host)
+        chosen = broker_sources.choose(addresses, host)
     rabbitmq = await _broker("RabbitMQ", chosen.rabbitmq, host, addresses.amqp_url, addresses.tls)
     redis = await _broker("Redis", chosen.redis, host, addresses.redis_url, addresses.tls)
     return [rabbitmq, redis]
 
 
 async def _broker(name: str, source: Source, host: Host, url: str | None, tls: Tls) -> Finding:
-    commands = "; ".join(sources.install_commands([name], host))
+    commands = "; ".join(broker_sources.install_commands([name], host))
     match source:
         case Source.GIVEN:
             assert url is not None
-            shown = probe.without_password(url)
+            shown = without_password(url)
             try:
-                version = await (probe.rabbitmq(url, tls) if name == "RabbitMQ" else probe.redis_server(url, tls))
-            except probe.NotReady as error:
+                version = await (check_rabbitmq(url, tls) if name == "RabbitMQ" else check_redis(url, tls))
+            except NotReady as error:
                 return Finding(name, "missing", f"{shown}: {error}", "start it, or unset its WISP_..._URL")
             return Finding(name, "ok", f"{version} answers at {shown}")
         case Source.INSTALLED:

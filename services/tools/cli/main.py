@@ -13,11 +13,16 @@ import typer
 from rich.table import Table
 from rich.text import Text
 
-from services.tools.cli import broker_command, controller, journal_command, keys
-from services.tools.cli import draft as drafts
+from services.tools.cli import (
+    broker_command,
+    controller_command,
+    draft_command,
+    journal_command,
+    keys_command,
+    top_command,
+)
 from services.tools.cli.replay import command as replay_command
 from services.tools.cli.terminal import errors_shown, out, require, run
-from services.tools.cli.top import command as top_command
 
 if TYPE_CHECKING:
     from services.tools.local.progress import ConsoleProgress
@@ -32,9 +37,9 @@ app = typer.Typer(
 )
 models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
 app.add_typer(models, name="models")
-app.add_typer(drafts.app, name="draft")
-app.add_typer(controller.app, name="controller")
-app.add_typer(keys.app, name="keys")
+app.add_typer(draft_command.app, name="draft")
+app.add_typer(controller_command.app, name="controller")
+app.add_typer(keys_command.app, name="keys")
 app.add_typer(broker_command.app, name="broker")
 app.add_typer(journal_command.app, name="journal")
 app.command()(top_command.top)

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from services.tools.local.broker_sources import APT_PACKAGES
 from services.tools.local.process import Process
 from services.tools.local.progress import Step
-from services.tools.local.sources import APT_PACKAGES
 from shared.errors import BrokersError
 
 POLICY = Path("/usr/sbin/policy-rc.d")

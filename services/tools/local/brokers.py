@@ -8,12 +8,13 @@ from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 
-from services.tools.local import apt, containers, private, probe, sources
-from services.tools.local.host import Host, container_engine, inspect
-from services.tools.local.private import Server
+from services.tools.local import apt, broker_sources, containers, servers
+from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
+from services.tools.local.broker_sources import Source
+from services.tools.local.machine import Host, container_engine, inspect
 from services.tools.local.progress import Progress, Step
+from services.tools.local.servers import Server
 from services.tools.local.settings import BrokerAddresses
-from services.tools.local.sources import Source
 from shared.errors import BrokersError
 from shared.runtime.tls import Tls
 
@@ -72,16 +73,16 @@ class Brokers:
     async def start(self) -> None:
         """Find or start both, side by side, and prove that they answer."""
         host = self._look()
-        chosen = sources.choose(self.addresses, host)
+        chosen = broker_sources.choose(self.addresses, host)
         failed = await self._install(chosen.of(Source.APT))
         if chosen.of(Source.APT):
             host = replace(self._look(), apt=False)
-            chosen = sources.choose(self.addresses, host)
+            chosen = broker_sources.choose(self.addresses, host)
         if chosen.of(Source.MISSING):
             host = replace(host, container=await container_engine())
-            chosen = sources.choose(self.addresses, host)
+            chosen = broker_sources.choose(self.addresses, host)
         if lacking := chosen.of(Source.MISSING):
-            raise failed or sources.missing(lacking, host)
+            raise failed or broker_sources.missing(lacking, host)
         with self._progress.step("starting RabbitMQ and Redis") as step:
             tasks = [
                 asyncio.ensure_future(self._start_rabbitmq(chosen.rabbitmq, host, step)),
@@ -121,8 +122,8 @@ class Brokers:
         else:
             assert host.rabbitmq is not None
             assert host.epmd is not None
-            self.amqp_url = self._keep(await private.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
-        self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", probe.rabbitmq, self.amqp_url, self.tls)
+            self.amqp_url = self._keep(await servers.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
+        self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", check_rabbitmq, self.amqp_url, self.tls)
 
     async def _start_redis(self, source: Source, host: Host, step: Step) -> None:
         if source is Source.GIVEN:
@@ -131,8 +132,8 @@ class Brokers:
             self.redis_url = self._keep(await containers.start_redis(host.container or "", self.folder, step))
         else:
             assert host.redis is not None
-            self.redis_url = self._keep(await private.start_redis(host.redis, self.folder, persistent=self._persistent))
-        self.redis_version = await _prove("Redis", "WISP_REDIS_URL", probe.redis_server, self.redis_url, self.tls)
+            self.redis_url = self._keep(await servers.start_redis(host.redis, self.folder, persistent=self._persistent))
+        self.redis_version = await _prove("Redis", "WISP_REDIS_URL", check_redis, self.redis_url, self.tls)
 
     def _keep(self, server: Server) -> str:
         self.servers.append(server)
@@ -147,9 +148,9 @@ class Brokers:
 async def _prove(name: str, setting: str, check: Callable[[str, Tls], Awaitable[str]], url: str, tls: Tls) -> str:
     try:
         return await check(url, tls)
-    except probe.NotReady as error:
+    except NotReady as error:
         raise BrokersError(
-            f"{name} does not answer at {probe.without_password(url)}: {error}.\n"
+            f"{name} does not answer at {without_password(url)}: {error}.\n"
             f"That address comes from {setting}: start the server there, correct the address, or unset {setting} to "
             "get a private one."
         ) from None

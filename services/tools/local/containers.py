@@ -13,11 +13,11 @@ from collections.abc import Awaitable, Callable
 from pathlib import Path
 from secrets import token_hex, token_urlsafe
 
-from services.tools.local import probe
+from services.tools.local.broker_check import check_rabbitmq, check_redis
 from services.tools.local.ports import LOOPBACK, free_ports
-from services.tools.local.private import Server, kill, until_ready, with_fresh_ports
 from services.tools.local.process import Process
 from services.tools.local.progress import Step
+from services.tools.local.servers import Server, kill, until_ready, with_fresh_ports
 from shared.errors import BrokersError
 
 RABBITMQ_IMAGE = "docker.io/library/rabbitmq:4.1"
@@ -43,7 +43,7 @@ async def start_rabbitmq(engine: str, folder: Path, step: Step) -> Server:
         url = f"amqp://{USER}:{password}@{LOOPBACK}:{port}/"
         log = folder / f"rabbitmq-container-{attempt}.log"
         command = run_command(engine, RABBITMQ_IMAGE, f"{LOOPBACK}:{port}:5672", ["rabbitmq-server"], list(login))
-        return await _run(command, log, login, url, probe.rabbitmq)
+        return await _run(command, log, login, url, check_rabbitmq)
 
     return await with_fresh_ports(start)
 
@@ -59,7 +59,7 @@ async def start_redis(engine: str, folder: Path, step: Step) -> Server:
         log = folder / f"redis-container-{attempt}.log"
         server = ["redis-server", "--requirepass", password, "--save", "", "--appendonly", "no"]
         command = run_command(engine, REDIS_IMAGE, f"{LOOPBACK}:{port}:6379", server, [])
-        return await _run(command, log, {}, url, probe.redis_server)
+        return await _run(command, log, {}, url, check_redis)
 
     return await with_fresh_ports(start)
 

@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-TETHER = Path(__file__).with_name("tether.py")
+TETHER = Path(__file__).with_name("parent_death.py")
 TAIL_BYTES = 16_384
 
 
 class Process:
-    """A running child. Start it from a thread that lives as long as the child shall (see `tether`)."""
+    """A running child. Start it from a thread that lives as long as the child shall (see `parent_death`)."""
 
     def __init__(self, name: str, log: Path, child: asyncio.subprocess.Process) -> None:
         self.name = name

@@ -17,11 +17,11 @@ from redis.exceptions import RedisError
 from services.tools.local import logs
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder, RunningSuite, checkout, note_suite, state_folder
-from services.tools.local.forget import forget
-from services.tools.local.launch import API_SERVICES, SERVICES, STOP_ORDER, Launch, Serving
+from services.tools.local.namespace import forget
 from services.tools.local.ports import LOOPBACK
 from services.tools.local.process import Process
 from services.tools.local.progress import Progress
+from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_ORDER, Launch, Serving
 from services.tools.local.settings import DEFAULT_TARGET, LocalSettings
 from shared.errors import WispError
 

@@ -9,7 +9,7 @@ from typing import get_args
 from services.baseline.settings import Baseline
 from services.scheduler.core.policies import POLICIES, PolicyPart
 from services.tools.bench.load.workload import EmulatedHardware
-from services.tools.local.launch import Serving
+from services.tools.local.service_commands import Serving
 from shared.errors import SettingsError
 
 BASELINES: tuple[Baseline, ...] = get_args(Baseline)

@@ -22,7 +22,7 @@ from services.tools.bench.load.core.search import AIMS, most_points, next_sessio
 from services.tools.bench.load.drive import PointRun
 from services.tools.bench.load.observe import BatchObserver, observing
 from services.tools.bench.load.workload import Workload
-from services.tools.local.forget import forget
+from services.tools.local.namespace import forget
 from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack
 

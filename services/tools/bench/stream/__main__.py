@@ -25,8 +25,8 @@ from services.tools.bench.stream.cases import cases, kinds_of_text
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.measurement import SampleAnswer, StreamMeasurement, StreamPlan
 from services.tools.bench.support.report import keep, machine, table, terminal
+from services.tools.cli.core.answer_rounds import draw
 from services.tools.cli.paint import Painter
-from services.tools.cli.rounds import draw
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import LocalSettings

@@ -19,7 +19,7 @@ from services.tools.bench.support.relay import delayed
 from services.tools.cli.ask import Answer, ask, client_at
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
-from services.tools.local.forget import forget
+from services.tools.local.namespace import forget
 from services.tools.local.progress import Progress, Step
 from services.tools.local.stack import Stack
 

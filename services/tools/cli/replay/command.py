@@ -14,8 +14,8 @@ from services.tools.cli.terminal import err, errors_shown, out, require, run
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
-    from services.tools.cli.replay.view import Words
-    from services.tools.cli.top.where import Where
+    from services.tools.cli.replay.timeline_view import Words
+    from services.tools.cli.suite_address import Where
     from services.tools.replayer.life import Life
     from services.tools.replayer.recording import Recording
 
@@ -77,7 +77,7 @@ def replay(
     """Show recorded sessions: each hop and round with its time, its draft, its batch, and where the time went."""
     with errors_shown():
         from services.tools.cli.paint import Painter
-        from services.tools.cli.replay.view import listing, told, view
+        from services.tools.cli.replay.timeline_view import listing, told, view
         from services.tools.replayer.timeline import timeline
 
         asked_what_if = bool(policy) or stop_rule is not None or draft_length is not None
@@ -135,7 +135,7 @@ def _require_one(asked: dict[str, bool]) -> None:
 
 def where(namespace: str | None, amqp_url: str | None) -> Where:
     """The suite that is meant."""
-    from services.tools.cli.top.where import choose
+    from services.tools.cli.suite_address import choose
     from services.tools.local.folder import running_suites
     from services.tools.local.settings import BrokerAddresses, LocalSettings
 

@@ -8,7 +8,7 @@ from dataclasses import asdict
 from rich.text import Text
 
 from services.tools.cli.replay.command import tell_notes
-from services.tools.cli.replay.view import counted
+from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import out, run
 from services.tools.local.settings import BrokerAddresses
 from services.tools.replayer.choice import chosen

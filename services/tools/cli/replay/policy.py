@@ -15,10 +15,10 @@ from rich.text import Text
 from services.scheduler.core.dispatch import SchedulingRules
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.settings import SchedulerSettings
+from services.tools.cli.core.suite_view import short
 from services.tools.cli.replay.command import tell_notes
-from services.tools.cli.replay.view import counted
+from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import err, out
-from services.tools.cli.top.view import short
 from services.tools.replayer.arrivals import Arrivals, arrivals
 from services.tools.replayer.figures import Figures, recorded
 from services.tools.replayer.life import Lives

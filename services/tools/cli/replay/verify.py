@@ -9,8 +9,8 @@ from rich.text import Text
 
 from services.tools.cli.replay.command import tell_notes, words_of
 from services.tools.cli.terminal import err, out
-from services.tools.local.launch import cores
 from services.tools.local.progress import ConsoleProgress
+from services.tools.local.service_commands import cores
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
 from services.tools.replayer.choice import chosen

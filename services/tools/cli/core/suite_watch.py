@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.tools.cli.top.snapshot import (
+from services.tools.cli.core.suite_snapshot import (
     BatchView,
     ClassView,
     EndView,

@@ -21,7 +21,7 @@ class NotReady(Exception):
     """The server does not answer, or refuses the login; the text says which."""
 
 
-async def rabbitmq(url: str, tls: Tls | None = None) -> str:
+async def check_rabbitmq(url: str, tls: Tls | None = None) -> str:
     """Log in and open a channel; returns the server's name and version. Raises NotReady."""
     address = URL(url)
     await _reach(address.host or "", address.port or (5671 if address.scheme == "amqps" else 5672))
@@ -37,7 +37,7 @@ async def rabbitmq(url: str, tls: Tls | None = None) -> str:
         raise NotReady(_reason(error)) from None
 
 
-async def redis_server(url: str, tls: Tls | None = None) -> str:
+async def check_redis(url: str, tls: Tls | None = None) -> str:
     """Log in and ask for the version; returns name and version. Raises NotReady."""
     client = redis.asyncio.Redis.from_url(
         url,

@@ -11,9 +11,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from secrets import token_urlsafe
 
-from services.tools.local import probe
+from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
 from services.tools.local.ports import LOOPBACK, free_ports
-from services.tools.local.probe import without_password
 from services.tools.local.process import Process
 from shared.errors import BrokersError
 
@@ -156,7 +155,7 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Server
         broker = await Process.start(
             "rabbitmq", [str(script), "-noinput"], log=folder / "console.log", environment=environment, folder=folder
         )
-        return await _ready(broker, lambda: probe.rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
+        return await _ready(broker, lambda: check_rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
 
     try:
         broker = await start()
@@ -178,7 +177,7 @@ async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Ser
         server = await Process.start(
             "redis", [str(binary), str(conf)], log=folder / "redis.log", environment={"LANG": "C.UTF-8"}, folder=folder
         )
-        return await _ready(server, lambda: probe.redis_server(url), server.log, REDIS_START_S)
+        return await _ready(server, lambda: check_redis(url), server.log, REDIS_START_S)
 
     return Server(url, (await start(),), folder / "appendonlydir", start)
 
@@ -209,7 +208,7 @@ async def until_ready(check: Callable[[], Awaitable[str]], process: Process, log
             while True:
                 try:
                     await check()
-                except probe.NotReady:
+                except NotReady:
                     if not process.alive:
                         raise EndedEarly(
                             f"{process.name} ended with status {process.returncode} before it was ready:\n"

@@ -11,10 +11,10 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
+from services.tools.cli.core.answer_rounds import Round, picture
+from services.tools.cli.core.suite_view import short
 from services.tools.cli.paint import Painter, printable
 from services.tools.cli.paint import Part as Piece
-from services.tools.cli.rounds import Round, picture
-from services.tools.cli.top.view import short
 from services.tools.replayer.choice import written
 from services.tools.replayer.timeline import BatchTime, Part, RoundTime, Timeline
 from shared.broker.topology import DEFAULT_POOL

@@ -24,8 +24,8 @@ def top(
 ) -> None:
     """Watch a running suite: verifiers, queues, speed, promises kept, and why each batch is as it is."""
     with errors_shown():
-        from services.tools.cli.top.observer import live, once_seen
-        from services.tools.cli.top.where import choose
+        from services.tools.cli.suite_address import choose
+        from services.tools.cli.suite_observer import live, once_seen
         from services.tools.local.folder import running_suites
         from services.tools.local.settings import BrokerAddresses, LocalSettings
         from shared.runtime import logging

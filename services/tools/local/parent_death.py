@@ -1,4 +1,4 @@
-"""Runs a command that cannot outlive its owner: `python -I -S tether.py OWNER_PID COMMAND [ARGUMENT ...]`.
+"""Runs a command that cannot outlive its owner: `python -I -S parent_death.py OWNER_PID COMMAND [ARGUMENT ...]`.
 
 On Linux the kernel kills the command (SIGKILL) when the thread that started it ends, for whatever reason, so an owner
 that is itself killed leaves nothing behind. The command replaces this process and keeps its pid. Elsewhere there is no

@@ -17,9 +17,9 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from rich.console import Console
 from rich.live import Live
 
-from services.tools.cli.top.state import Watch
-from services.tools.cli.top.view import view
-from services.tools.cli.top.where import Where
+from services.tools.cli.core.suite_view import view
+from services.tools.cli.core.suite_watch import Watch
+from services.tools.cli.suite_address import Where
 from shared.broker import topology
 from shared.broker.client import Broker, without_password
 from shared.broker.topology import Topology

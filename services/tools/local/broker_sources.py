@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.tools.local.host import Host
+from services.tools.local.machine import Host
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
 

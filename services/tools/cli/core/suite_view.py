@@ -8,8 +8,8 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from services.tools.cli.core.suite_snapshot import BatchView, JobView, SchedulerView, Snapshot, VerifierView
 from services.tools.cli.paint import printable
-from services.tools.cli.top.snapshot import BatchView, JobView, SchedulerView, Snapshot, VerifierView
 
 JOBS_SHOWN = 6
 LEFT_SHOWN = 3

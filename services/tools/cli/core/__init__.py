@@ -1,0 +1,3 @@
+"""Pure: what the commands show, as data and as terminal text."""
+
+__all__ = ["answer_rounds"]
