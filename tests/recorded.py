@@ -9,7 +9,7 @@ from typing import Any
 
 import builders
 
-from services.tools.replayer.recording import Packed, Recording, Source
+from services.tools.replayer.core.recording import Packed, Recording, Source
 from shared.messages import (
     Batch,
     Ended,

@@ -14,8 +14,8 @@ import recorded
 from link import link_to
 from recorded import A
 
-from services.tools.replayer import files, stream
-from services.tools.replayer.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer import files, journal
+from services.tools.replayer.core.recording import Packed, Recording, RecordingError, Source
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import JournalLimits, Topology
@@ -39,14 +39,14 @@ async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
     yield make
     for broker in brokers:
         await broker.close()
-    await stream.delete(amqp_url, namespace)
+    await journal.delete(amqp_url, namespace)
 
 
 async def recorded_now(amqp_url: str, namespace: str, count: int) -> Recording:
     """The journal, as soon as it has this many messages."""
     async with asyncio.timeout(20):
         while True:
-            found = await stream.read(amqp_url, namespace)
+            found = await journal.read(amqp_url, namespace)
             if len(found.packed) >= count:
                 return found
 
@@ -109,7 +109,7 @@ async def test_nothing_is_recorded_unless_it_is_asked_for(amqp_url: str, namespa
     await broker.publish(recorded.verify(A, 0, 3, []), topology.VERIFY)
     await broker.close()
     with pytest.raises(RecordingError, match=r"recording is off\. Start the services with WISP_JOURNAL=true"):
-        await stream.read(amqp_url, namespace)
+        await journal.read(amqp_url, namespace)
 
 
 @pytest.mark.parametrize(("pause_s", "count"), [(0, 500), (0.1, 10)])
@@ -130,7 +130,7 @@ async def test_reading_ends_although_the_suite_goes_on_sending(
     try:
         await recorded_now(amqp_url, namespace, count)
         async with asyncio.timeout(20):
-            found = await stream.read(amqp_url, namespace)
+            found = await journal.read(amqp_url, namespace)
     finally:
         sending.cancel()
     prices = [entry.message.price_ms for entry in found.entries() if hasattr(entry.message, "price_ms")]
@@ -146,9 +146,9 @@ async def test_from_a_point_in_time_on(connect: Connect, amqp_url: str, namespac
     since_ms = time.time() * 1000
     await broker.publish(recorded.load(2.0), topology.LOAD)
     await recorded_now(amqp_url, namespace, 2)
-    found = await stream.read(amqp_url, namespace, since_ms)
+    found = await journal.read(amqp_url, namespace, since_ms)
     assert [entry.message for entry in found.entries()] == [recorded.load(2.0)]
-    later = await stream.read(amqp_url, namespace, since_ms + 3_600_000)
+    later = await journal.read(amqp_url, namespace, since_ms + 3_600_000)
     assert later.packed == []
 
 
@@ -156,20 +156,20 @@ async def test_a_full_journal_drops_its_oldest_part(
     amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # In small portions: what the broker gets at once may become one file, and the last one is never dropped.
-    monkeypatch.setattr(stream, "PUBLISH_AT_ONCE", 10)
+    monkeypatch.setattr(journal, "PUBLISH_AT_ONCE", 10)
     limits = JournalLimits(3_000_000, 3600)
     load = encode(recorded.load(1.0))
     big = [Packed(number, "load", load + b"\0" * 20_000) for number in range(500)]  # 10 MB in all
-    await stream.fill(amqp_url, namespace, Recording(Source(namespace), big), limits)
+    await journal.fill(amqp_url, namespace, Recording(Source(namespace), big), limits)
     try:
         async with asyncio.timeout(30):
             kept = list(range(500))
             while len(kept) > 250:
-                kept = [one.at_us or 0 for one in (await stream.read(amqp_url, namespace)).packed]
+                kept = [one.at_us or 0 for one in (await journal.read(amqp_url, namespace)).packed]
         assert kept
         assert kept == list(range(kept[0], 500)), "the latest, without a gap"
     finally:
-        await stream.delete(amqp_url, namespace)
+        await journal.delete(amqp_url, namespace)
 
 
 async def test_the_limits_reach_the_broker(namespace: str) -> None:
@@ -191,8 +191,8 @@ async def test_other_limits_leave_a_journal_and_its_services_as_they_are(
 
 async def test_a_journal_that_is_deleted_harms_nobody(connect: Connect, amqp_url: str, namespace: str) -> None:
     broker = await connect("all")
-    assert await stream.delete(amqp_url, namespace)
-    assert not await stream.delete(amqp_url, namespace)
+    assert await journal.delete(amqp_url, namespace)
+    assert not await journal.delete(amqp_url, namespace)
     received = asyncio.Event()
 
     async def take(_: Message) -> None:
@@ -206,33 +206,33 @@ async def test_a_journal_that_is_deleted_harms_nobody(connect: Connect, amqp_url
 async def test_a_file_becomes_a_journal_again(amqp_url: str, namespace: str, tmp_path: Path) -> None:
     many = [
         (float(number), "verify", recorded.verify(f"s{number}", 0, 3, [number]))
-        for number in range(2 * stream.PREFETCH + 7)
+        for number in range(2 * journal.PREFETCH + 7)
     ]
     recording = recorded.recording(many)
     for number, redacted in enumerate((False, True)):
         path = tmp_path / f"{number}.jsonl.gz"
         files.write(path, recording, without_text=redacted)
         name = f"{namespace}-{number}"
-        await stream.fill(amqp_url, name, files.read(path), LIMITS)
+        await journal.fill(amqp_url, name, files.read(path), LIMITS)
         try:
             found = await recorded_now(amqp_url, name, len(many))
             assert [(one.at_us, one.key) for one in found.packed] == [(one.at_us, one.key) for one in recording.packed]
             assert found.redacted == redacted
             assert (found.packed[9].body == recording.packed[9].body) == (not redacted)
             with pytest.raises(RecordingError, match="has a journal already: import into another one"):
-                await stream.fill(amqp_url, name, recording, LIMITS)
+                await journal.fill(amqp_url, name, recording, LIMITS)
         finally:
-            await stream.delete(amqp_url, name)
+            await journal.delete(amqp_url, name)
 
 
 async def test_an_empty_journal_is_read_as_empty(connect: Connect, amqp_url: str, namespace: str) -> None:
     await connect("silent")
-    assert (await stream.read(amqp_url, namespace)).packed == []
+    assert (await journal.read(amqp_url, namespace)).packed == []
 
 
 async def test_a_broker_that_does_not_answer_is_named_without_its_password() -> None:
     with pytest.raises(BrokersError, match=r"cannot be used at amqp://\S*127.0.0.1:1\b.*say where it is") as caught:
-        await stream.read("amqp://user:hunter2@127.0.0.1:1/", "x")
+        await journal.read("amqp://user:hunter2@127.0.0.1:1/", "x")
     assert "hunter2" not in str(caught.value)
 
 
@@ -253,17 +253,17 @@ async def test_recording_goes_on_after_a_lost_connection_even_if_the_journal_is_
     async with link_to(amqp_url) as link:
         broker = await Broker.connect(link.url, Topology(namespace), "linked", LIMITS)
         await link.cut()
-        await stream.delete(amqp_url, namespace)
+        await journal.delete(amqp_url, namespace)
         await link.mend()
         try:
             async with asyncio.timeout(20):
                 while True:
                     await broker.publish(recorded.load(4.0), topology.LOAD)
                     with suppress(RecordingError):
-                        if (found := await stream.read(amqp_url, namespace)).packed:
+                        if (found := await journal.read(amqp_url, namespace)).packed:
                             break
                     await asyncio.sleep(0.1)
         finally:
             await broker.close()
-            await stream.delete(amqp_url, namespace)
+            await journal.delete(amqp_url, namespace)
     assert next(found.entries()).message == recorded.load(4.0)

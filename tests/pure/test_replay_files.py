@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.tools.replayer import files
-from services.tools.replayer.life import Lives
-from services.tools.replayer.recording import Packed, Recording, RecordingError, Source
-from services.tools.replayer.redact import redacted
-from services.tools.replayer.timeline import timeline
+from services.tools.replayer.core.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer.core.redaction import redacted
+from services.tools.replayer.core.sessions import Lives
+from services.tools.replayer.core.timeline import timeline
 from shared.messages import MESSAGES, Generate, HiddenStates, Result, Verify, encode
 
 SECRET = 48_151

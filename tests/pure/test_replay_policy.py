@@ -13,11 +13,11 @@ from recorded import START_MS, A
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import SchedulingRules
 from services.scheduler.core.policies import POLICIES
-from services.tools.replayer.arrivals import Arrivals, Draft, Visit, arrivals
-from services.tools.replayer.figures import recorded as really
-from services.tools.replayer.life import Lives
-from services.tools.replayer.recording import Recording
-from services.tools.replayer.whatif import Drafting, what_if
+from services.tools.replayer.core.performance import recorded as really
+from services.tools.replayer.core.recording import Recording
+from services.tools.replayer.core.sessions import Lives
+from services.tools.replayer.core.traffic import Arrivals, Draft, Visit, arrivals
+from services.tools.replayer.core.what_if import Drafting, what_if
 from shared.messages import CostModel, Result, Slo, Verify
 
 ONE_AT_A_TIME = BatchLimits(max_batch_ms=28, max_batch_tokens=2048)

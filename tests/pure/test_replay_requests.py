@@ -6,10 +6,10 @@ import pytest
 import recorded
 from recorded import A
 
-from services.tools.replayer.figures import Served
+from services.tools.replayer.core.injection import Again, answers, requests_of
+from services.tools.replayer.core.performance import Served
+from services.tools.replayer.core.recording import RecordingError, Source
 from services.tools.replayer.inject import in_vhost, refuse_live
-from services.tools.replayer.recording import RecordingError, Source
-from services.tools.replayer.requests import Again, answers, requests_of
 from shared.messages import Cancel, Failure, Finish, Status
 
 LIVE = Source("suite", "/", "10.0.0.1:5672", "rabbit@one")

@@ -12,11 +12,11 @@ from rich.console import Console
 
 from services.tools.cli.paint import Painter
 from services.tools.cli.replay.timeline_view import listing, told, view
-from services.tools.replayer.choice import chosen, moment_ms
-from services.tools.replayer.concern import concerning, sessions_of
-from services.tools.replayer.life import Lives
-from services.tools.replayer.recording import RecordingError
-from services.tools.replayer.timeline import Part, Timeline, timeline
+from services.tools.replayer.core.concern import concerning, sessions_of
+from services.tools.replayer.core.recording import RecordingError
+from services.tools.replayer.core.selection import chosen, moment_ms
+from services.tools.replayer.core.sessions import Lives
+from services.tools.replayer.core.timeline import Part, Timeline, timeline
 from shared.messages import Cancel, Ended, Failure, Generate, Message, Result, Status, Verify, encode
 
 ENGLISH = {11: "The", 12: " sky", 13: " sea", 14: " is", 15: " wide", 99: " is"}

@@ -11,9 +11,9 @@ import pytest
 import recorded
 from recorded import A
 
-from services.tools.replayer.life import Life, Lives
-from services.tools.replayer.recording import RecordingError
-from services.tools.replayer.trace import trace_events, write_trace
+from services.tools.replayer.core.recording import RecordingError
+from services.tools.replayer.core.sessions import Life, Lives
+from services.tools.replayer.core.trace import trace_events, write_trace
 
 
 def lives(sent: list[recorded.Sent] | None = None) -> list[Life]:

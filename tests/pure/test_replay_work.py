@@ -5,7 +5,7 @@ from __future__ import annotations
 import recorded
 from recorded import A, B, C, Sent
 
-from services.tools.replayer.work import Work, work_of
+from services.tools.replayer.core.batches import Work, work_of
 from shared.messages import Generate, Result, Status
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import builders
 import pytest
 
-from services.tools.replayer.redact import redacted
+from services.tools.replayer.core.redaction import redacted
 from shared.broker.seal import Seal
 from shared.messages import Generate, Job, Slo, Verify, decode, encode
 from shared.runtime.settings import SealSettings, problems_of

@@ -22,7 +22,7 @@ from services.tools.local.brokers import Brokers
 from services.tools.local.servers import Server
 from services.tools.local.settings import BrokerAddresses
 from services.tools.local.stack import Stack
-from services.tools.replayer.stream import read
+from services.tools.replayer.journal import read
 from shared.broker import topology
 from shared.broker.access import definitions, user_of
 from shared.broker.client import Broker

@@ -21,10 +21,10 @@ from vhosts import vhost
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
-from services.tools.replayer import files, stream
-from services.tools.replayer.recording import RecordingError
+from services.tools.replayer import files, journal
+from services.tools.replayer.core.batches import work_of
+from services.tools.replayer.core.recording import RecordingError
 from services.tools.replayer.reexecute import Report, reexecute
-from services.tools.replayer.work import work_of
 
 TOKENS = 12
 PROMPTS = ["the quick brown fox jumps over the lazy dog", "aaaa bbbb aaaa bbbb aaaa bbbb aaaa", "secretword"]
@@ -63,7 +63,7 @@ async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -
         file = tmp_path_factory.mktemp("recordings") / "recording.jsonl.gz"
         await wisp(running, "journal", "export", str(file))
         yield Recorded(running, file, answers)
-    await stream.delete(brokers.amqp_url, running.namespace)
+    await journal.delete(brokers.amqp_url, running.namespace)
 
 
 async def _ask(http: httpx.AsyncClient, stack: Stack, prompt: str) -> tuple[str, list[int]]:
@@ -158,7 +158,7 @@ async def test_a_recording_for_a_bug_report_has_no_text(recorded: Recorded, tmp_
         await wisp(recorded.stack, "journal", "import", str(bare), "--namespace", namespace)
         told = json.loads(await wisp(recorded.stack, "replay", "--namespace", namespace, "--all", "--json"))
     finally:
-        await stream.delete(recorded.stack.brokers.amqp_url, namespace)
+        await journal.delete(recorded.stack.brokers.amqp_url, namespace)
     one = of(told, session)
     assert one["prompt"] == [0] * len(PROMPTS[0])
     committed = [token for round_ in one["rounds"] for token in round_["tokens"]]
@@ -296,5 +296,5 @@ async def test_requests_asked_again_in_another_virtual_host_get_the_same_texts(
     assert told["requests"] == len(PROMPTS)
     assert set(told["ended"]) <= {"stop", "length"}
     assert told["compared"] >= sum(map(len, recorded.answers.values()))
-    live = await stream.read(brokers.amqp_url, recorded.stack.namespace)
+    live = await journal.read(brokers.amqp_url, recorded.stack.namespace)
     assert not any(b"inject-" in one.body for one in live.packed), "the live suite saw nothing of it"

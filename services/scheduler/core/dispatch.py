@@ -1,6 +1,6 @@
 """The scheduler's decisions as one synchronous object: messages in, batches out, without a clock or I/O.
 
-The service and `services.tools.replayer.whatif` (recorded requests in virtual time) drive the same class. Every time is
+The service and `services.tools.replayer.core.what_if` (recorded requests in virtual time) drive the same class. Every time is
 `now_ms` on the caller's clock.
 """
 

@@ -16,7 +16,7 @@ from services.tools.chaos.message_faults import MARK
 from services.tools.chaos.reference import Reference
 from services.tools.chaos.site import ChaosSite
 from services.tools.local.ports import LOOPBACK
-from services.tools.replayer.stream import read
+from services.tools.replayer.journal import read
 from shared.messages import Result, Status
 from shared.state.store import Store, unpack
 

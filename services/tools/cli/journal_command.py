@@ -35,8 +35,8 @@ def export(
     """Write the journal to a file. It holds users' tokens unless they are removed: treat it like their texts."""
     with errors_shown():
         from services.tools.replayer import files
-        from services.tools.replayer.choice import chosen
-        from services.tools.replayer.concern import concerning, sessions_of
+        from services.tools.replayer.core.concern import concerning, sessions_of
+        from services.tools.replayer.core.selection import chosen
 
         recording = load(source, since, until, namespace, amqp_url)
         if session:
@@ -57,7 +57,7 @@ def import_(
 ) -> None:
     """Put a file into a new journal at a broker, for others to `wisp replay --namespace …`. No service sees it."""
     with errors_shown():
-        from services.tools.replayer import files, stream
+        from services.tools.replayer import files, journal
         from shared.broker.topology import JournalLimits
         from shared.runtime.settings import ServiceSettings
 
@@ -67,7 +67,7 @@ def import_(
         fields = ServiceSettings.model_fields
         size = max(fields["journal_bytes"].default, 2 * sum(len(one.body) + 512 for one in recording.packed))
         limits = JournalLimits(size, int(fields["journal_hours"].default * 3600))
-        run(lambda: stream.fill(place.amqp_url, namespace, recording, limits))
+        run(lambda: journal.fill(place.amqp_url, namespace, recording, limits))
         out.print(f"{len(recording.packed)} messages are in the journal of namespace {namespace}", markup=False)
 
 
@@ -75,9 +75,9 @@ def import_(
 def delete(namespace: Namespace = None, amqp_url: AmqpUrl = None) -> None:
     """Delete the journal and all that it holds. A suite that records begins a new one when it is started again."""
     with errors_shown():
-        from services.tools.replayer import stream
+        from services.tools.replayer import journal
 
         place = where(namespace, amqp_url)
-        deleted = run(lambda: stream.delete(place.amqp_url, place.namespace))
+        deleted = run(lambda: journal.delete(place.amqp_url, place.namespace))
         said = "deleted" if deleted else "there is none"
         out.print(f"journal of namespace {place.namespace}: {said}", markup=False)

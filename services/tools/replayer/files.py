@@ -20,8 +20,8 @@ from typing import IO, Any, cast
 
 import msgpack
 
-from services.tools.replayer.recording import Packed, Recording, RecordingError, Source
-from services.tools.replayer.redact import redacted
+from services.tools.replayer.core.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer.core.redaction import redacted
 from shared.errors import MessageError
 from shared.messages import HiddenStates, decode, encode
 

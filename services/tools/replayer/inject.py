@@ -9,10 +9,10 @@ from contextlib import suppress
 from secrets import token_hex
 from urllib.parse import quote, urlsplit, urlunsplit
 
-from services.tools.replayer.figures import Served
-from services.tools.replayer.recording import Recording, RecordingError, Source
-from services.tools.replayer.requests import Again, Answers, Asked, answers, requests_of
-from services.tools.replayer.stream import connected, source_of, vhost_of
+from services.tools.replayer.core.injection import Again, Answers, Asked, answers, requests_of
+from services.tools.replayer.core.performance import Served
+from services.tools.replayer.core.recording import Recording, RecordingError, Source
+from services.tools.replayer.journal import connected, source_of, vhost_of
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology

@@ -7,8 +7,8 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.tools.replayer.recording import RecordingError
-from services.tools.replayer.work import Computed, Difference, Work
+from services.tools.replayer.core.batches import Computed, Difference, Work
+from services.tools.replayer.core.recording import RecordingError
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine

@@ -16,8 +16,8 @@ from shared.errors import SettingsError
 if TYPE_CHECKING:
     from services.tools.cli.replay.timeline_view import Words
     from services.tools.cli.suite_address import Where
-    from services.tools.replayer.life import Life
-    from services.tools.replayer.recording import Recording
+    from services.tools.replayer.core.recording import Recording
+    from services.tools.replayer.core.sessions import Life
 
 Namespace = Annotated[
     str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: of the suite running here]")
@@ -78,7 +78,7 @@ def replay(
     with errors_shown():
         from services.tools.cli.paint import Painter
         from services.tools.cli.replay.timeline_view import listing, told, view
-        from services.tools.replayer.timeline import timeline
+        from services.tools.replayer.core.timeline import timeline
 
         asked_what_if = bool(policy) or stop_rule is not None or draft_length is not None
         _require_one({"--verify": verify, "--policy": asked_what_if, "--inject": inject, "--trace": trace is not None})
@@ -109,7 +109,7 @@ def replay(
         lives = _chosen(recording, session)
         tell_notes(recording)
         if trace is not None:
-            from services.tools.replayer.trace import write_trace
+            from services.tools.replayer.core.trace import write_trace
 
             write_trace(trace, lives)
             err.print(Text(f"trace of {len(lives)} sessions written to {trace}; open it at https://ui.perfetto.dev"))
@@ -147,7 +147,7 @@ def load(
 ) -> Recording:
     """The recording that the options name."""
     from services.tools.replayer import files, stream
-    from services.tools.replayer.choice import moment_ms
+    from services.tools.replayer.core.selection import moment_ms
     from shared.runtime import logging
 
     now_ms = time.time() * 1000
@@ -177,8 +177,8 @@ def tell_notes(recording: Recording) -> None:
 
 def _chosen(recording: Recording, session: str | None) -> list[Life]:
     """The lives that are wanted, in the order in which they began."""
-    from services.tools.replayer.choice import chosen
-    from services.tools.replayer.life import Lives
+    from services.tools.replayer.core.selection import chosen
+    from services.tools.replayer.core.sessions import Lives
 
     lives = Lives().read(recording.entries()).of
     if session is not None:

@@ -11,11 +11,11 @@ from services.tools.cli.replay.command import tell_notes
 from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import out, run
 from services.tools.local.settings import BrokerAddresses
-from services.tools.replayer.choice import chosen
-from services.tools.replayer.concern import concerning, sessions_of
+from services.tools.replayer.core.concern import concerning, sessions_of
+from services.tools.replayer.core.injection import Answers
+from services.tools.replayer.core.recording import Recording
+from services.tools.replayer.core.selection import chosen
 from services.tools.replayer.inject import in_vhost, inject
-from services.tools.replayer.recording import Recording
-from services.tools.replayer.requests import Answers
 from shared.errors import SettingsError
 from shared.runtime import logging
 from shared.runtime.settings import ServiceSettings

@@ -19,11 +19,11 @@ from services.tools.cli.core.suite_view import short
 from services.tools.cli.replay.command import tell_notes
 from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import err, out
-from services.tools.replayer.arrivals import Arrivals, arrivals
-from services.tools.replayer.figures import Figures, recorded
-from services.tools.replayer.life import Lives
-from services.tools.replayer.recording import Recording, RecordingError
-from services.tools.replayer.whatif import Drafting, StopRule, what_if
+from services.tools.replayer.core.performance import Figures, recorded
+from services.tools.replayer.core.recording import Recording, RecordingError
+from services.tools.replayer.core.sessions import Lives
+from services.tools.replayer.core.traffic import Arrivals, arrivals
+from services.tools.replayer.core.what_if import Drafting, StopRule, what_if
 from shared.errors import SettingsError
 
 RECORDED = "recorded"

@@ -15,8 +15,8 @@ from services.tools.cli.core.answer_rounds import Round, picture
 from services.tools.cli.core.suite_view import short
 from services.tools.cli.paint import Painter, printable
 from services.tools.cli.paint import Part as Piece
-from services.tools.replayer.choice import written
-from services.tools.replayer.timeline import BatchTime, Part, RoundTime, Timeline
+from services.tools.replayer.core.selection import written
+from services.tools.replayer.core.timeline import BatchTime, Part, RoundTime, Timeline
 from shared.broker.topology import DEFAULT_POOL
 
 Words = Callable[[int], str]

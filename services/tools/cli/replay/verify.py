@@ -13,10 +13,10 @@ from services.tools.local.progress import ConsoleProgress
 from services.tools.local.service_commands import cores
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
-from services.tools.replayer.choice import chosen
-from services.tools.replayer.recording import Recording
+from services.tools.replayer.core.batches import work_of
+from services.tools.replayer.core.recording import Recording
+from services.tools.replayer.core.selection import chosen
 from services.tools.replayer.reexecute import Report, reexecute
-from services.tools.replayer.work import work_of
 
 SHOWN = 5
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from services.tools.replayer.recording import Recording
+from services.tools.replayer.core.recording import Recording
 from shared.errors import MessageError
 from shared.messages import Batch, Message, decode
 

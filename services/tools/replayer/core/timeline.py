@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from services.tools.replayer.life import UNCERTAIN_MS, Life, Round, Sent
+from services.tools.replayer.core.sessions import UNCERTAIN_MS, Life, Round, Sent
 from shared.messages import Slo, Status
 
 

@@ -21,8 +21,8 @@ from services.drafter.control.rules import Marginal, Standing
 from services.drafter.control.times import Pace
 from services.drafter.core.session import DraftSession
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
-from services.tools.replayer.arrivals import Arrivals, Draft, Visit
-from services.tools.replayer.figures import Figures, Served, figures
+from services.tools.replayer.core.performance import Figures, Served, figures
+from services.tools.replayer.core.traffic import Arrivals, Draft, Visit
 from services.verifier.core.acceptance import accept
 from shared import cost
 from shared.messages import SILENT_MS, Batch, CostModel, Finish, Heartbeat, Job, Result, Status, Verify

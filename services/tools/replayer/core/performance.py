@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from services.tools.replayer.life import Life
+from services.tools.replayer.core.sessions import Life
 from shared.messages import Slo, Status
 
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from services.tools.replayer.recording import Recording
+from services.tools.replayer.core.recording import Recording
 from shared.messages import Batch, Generate, Heartbeat, Job, Result, Status
 
 

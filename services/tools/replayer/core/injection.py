@@ -6,9 +6,9 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.tools.replayer.figures import Served, quantile
-from services.tools.replayer.life import Lives
-from services.tools.replayer.recording import Recording
+from services.tools.replayer.core.performance import Served, quantile
+from services.tools.replayer.core.recording import Recording
+from services.tools.replayer.core.sessions import Lives
 from shared.messages import Finish, Generate, Result, Status
 
 

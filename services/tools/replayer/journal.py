@@ -14,7 +14,7 @@ from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq.exceptions import ChannelNotFoundEntity, InvalidFrameError
 
-from services.tools.replayer.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer.core.recording import Packed, Recording, RecordingError, Source
 from shared.broker.client import SENT_HEADER, without_password
 from shared.broker.topology import JournalLimits, Topology
 from shared.errors import BrokersError

@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.tools.replayer.life import Life, Lives, Round, Sent
-from services.tools.replayer.recording import Recording
+from services.tools.replayer.core.recording import Recording
+from services.tools.replayer.core.sessions import Life, Lives, Round, Sent
 from shared import cost
 from shared.messages import Batch, CostModel, Generate, Heartbeat, Status
 

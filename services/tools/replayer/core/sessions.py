@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.tools.replayer.recording import Entry
+from services.tools.replayer.core.recording import Entry
 from shared.messages import (
     Batch,
     Cancel,

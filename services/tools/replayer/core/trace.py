@@ -13,8 +13,8 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-from services.tools.replayer.life import Life, Round, Sent
-from services.tools.replayer.recording import RecordingError
+from services.tools.replayer.core.recording import RecordingError
+from services.tools.replayer.core.sessions import Life, Round, Sent
 
 Event = dict[str, Any]
 
