@@ -1,6 +1,6 @@
-"""A short recording made by hand: session `a` with two rounds beside `b` and `c`, on one verifier.
+"""A short recording made by hand: session `A` with two rounds beside `B` and `C`, on one verifier.
 
-Times in milliseconds since `START_MS`; what each stretch is spent on can be added up on paper.
+Times are in milliseconds since `START_MS`, with round numbers that can be added up on paper.
 """
 
 from __future__ import annotations
@@ -9,7 +9,7 @@ from typing import Any
 
 import builders
 
-from services.tools.replayer.core.recording import Packed, Recording, Source
+from services.tools.replayer.core.recording import PackedMessage, Recording, RecordingSource
 from shared.messages import (
     Batch,
     Ended,
@@ -31,12 +31,12 @@ Sent = tuple[float | None, str, Message]
 
 
 def recording(sent: list[Sent], **changed: Any) -> Recording:
-    """The messages as the journal would give them."""
+    """Return the messages as the journal holds them."""
     packed = [
-        Packed(None if at_ms is None else round((START_MS + at_ms) * 1000), key, encode(message))
+        PackedMessage(None if at_ms is None else round((START_MS + at_ms) * 1000), key, encode(message))
         for at_ms, key, message in sent
     ]
-    return Recording(Source("suite", "/", "127.0.0.1:5672", "rabbit@here"), packed, **changed)
+    return Recording(RecordingSource("suite", "/", "127.0.0.1:5672", "rabbit@here"), packed, **changed)
 
 
 def generate(session: str = A, **changed: Any) -> Generate:
@@ -62,7 +62,7 @@ def result(session: str, round_: int, base_len: int, name: str, tokens: list[int
 
 
 def sent() -> list[Sent]:
-    """The messages, in the order of the broker."""
+    """Return the messages in the broker's order."""
     return [
         (0.0, "heartbeat.v1", builders.heartbeat(free_tokens=4096, total_tokens=4096)),
         (5.0, "generate.pool", generate()),

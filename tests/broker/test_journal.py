@@ -1,4 +1,4 @@
-"""The journal as a stream queue of a real RabbitMQ: what is recorded, what it costs nobody, and what is read back."""
+"""The journal at a real RabbitMQ: recording leaves routing as it is, and every message reads back once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from link import link_to
 from recorded import A
 
 from services.tools.replayer import files, journal
-from services.tools.replayer.core.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer.core.recording import PackedMessage, Recording, RecordingError, RecordingSource
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import JournalLimits, Topology
@@ -29,7 +29,7 @@ Connect = Callable[[str], Awaitable[Broker]]
 
 @pytest.fixture
 async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
-    """Connects with the journal on; its queue is deleted at the end."""
+    """Connect with the journal on; delete its queue at the end."""
     brokers: list[Broker] = []
 
     async def make(name: str) -> Broker:
@@ -43,7 +43,7 @@ async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
 
 
 async def recorded_now(amqp_url: str, namespace: str, count: int) -> Recording:
-    """The journal, as soon as it has this many messages."""
+    """Return the journal as soon as it has this many messages."""
     async with asyncio.timeout(20):
         while True:
             found = await journal.read(amqp_url, namespace)
@@ -52,14 +52,14 @@ async def recorded_now(amqp_url: str, namespace: str, count: int) -> Recording:
 
 
 async def send(broker: Broker, sent: list[recorded.Sent]) -> list[Message]:
-    """Publish as the services do."""
+    """Publish as the services do; return the messages."""
     for _, key, message in sent:
         kind = type(message).__name__
         await broker.publish(message, key, persistent=kind == "Generate", confirmed=kind == "Batch")
     return [message for *_, message in sent]
 
 
-async def test_every_message_of_a_session_is_recorded_once_in_order_with_its_time(
+async def test_a_sessions_messages_are_recorded_once_in_order_with_times(
     connect: Connect, amqp_url: str, namespace: str
 ) -> None:
     broker = await connect("all")
@@ -96,7 +96,7 @@ async def test_a_result_with_several_receivers_is_recorded_once(
     assert [entry.message for entry in found.entries()] == [result]
 
 
-async def test_recording_does_not_hide_that_nobody_is_there(connect: Connect) -> None:
+async def test_a_message_without_a_receiver_stays_unroutable(connect: Connect) -> None:
     broker = await connect("alone")
     with pytest.raises(Unroutable):
         await broker.publish(recorded.batch("s1-1", recorded.job(A, 0, 3, [])), topology.batch("gone"), confirmed=True)
@@ -104,7 +104,7 @@ async def test_recording_does_not_hide_that_nobody_is_there(connect: Connect) ->
         await broker.publish(recorded.generate(), topology.generate("empty-pool"), persistent=True)
 
 
-async def test_nothing_is_recorded_unless_it_is_asked_for(amqp_url: str, namespace: str) -> None:
+async def test_nothing_is_recorded_without_the_setting(amqp_url: str, namespace: str) -> None:
     broker = await Broker.connect(amqp_url, Topology(namespace), "quiet")
     await broker.publish(recorded.verify(A, 0, 3, []), topology.VERIFY)
     await broker.close()
@@ -113,7 +113,7 @@ async def test_nothing_is_recorded_unless_it_is_asked_for(amqp_url: str, namespa
 
 
 @pytest.mark.parametrize(("pause_s", "count"), [(0, 500), (0.1, 10)])
-async def test_reading_ends_although_the_suite_goes_on_sending(
+async def test_reading_ends_while_the_suite_goes_on_sending(
     connect: Connect, amqp_url: str, namespace: str, pause_s: float, count: int
 ) -> None:
     broker = await connect("busy")
@@ -138,7 +138,9 @@ async def test_reading_ends_although_the_suite_goes_on_sending(
     assert count <= len(prices) <= sent
 
 
-async def test_from_a_point_in_time_on(connect: Connect, amqp_url: str, namespace: str) -> None:
+async def test_reading_from_a_time_on_leaves_out_earlier_messages(
+    connect: Connect, amqp_url: str, namespace: str
+) -> None:
     broker = await connect("all")
     await broker.publish(recorded.load(1.0), topology.LOAD)
     await recorded_now(amqp_url, namespace, 1)
@@ -155,32 +157,30 @@ async def test_from_a_point_in_time_on(connect: Connect, amqp_url: str, namespac
 async def test_a_full_journal_drops_its_oldest_part(
     amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # In small portions: what the broker gets at once may become one file, and the last one is never dropped.
+    # Small portions: messages that arrive together may share a file, and the broker never drops the last file.
     monkeypatch.setattr(journal, "PUBLISH_AT_ONCE", 10)
     limits = JournalLimits(3_000_000, 3600)
     load = encode(recorded.load(1.0))
-    big = [Packed(number, "load", load + b"\0" * 20_000) for number in range(500)]  # 10 MB in all
-    await journal.fill(amqp_url, namespace, Recording(Source(namespace), big), limits)
+    big = [PackedMessage(number, "load", load + b"\0" * 20_000) for number in range(500)]  # 10 MB in all
+    await journal.fill(amqp_url, namespace, Recording(RecordingSource(namespace), big), limits)
     try:
         async with asyncio.timeout(30):
             kept = list(range(500))
             while len(kept) > 250:
                 kept = [one.at_us or 0 for one in (await journal.read(amqp_url, namespace)).packed]
         assert kept
-        assert kept == list(range(kept[0], 500)), "the latest, without a gap"
+        assert kept == list(range(kept[0], 500)), "the last ones, without a gap"
     finally:
         await journal.delete(amqp_url, namespace)
 
 
-async def test_the_limits_reach_the_broker(namespace: str) -> None:
+async def test_the_limits_are_arguments_of_the_queue(namespace: str) -> None:
     arguments = Topology(namespace).journal_queue(JournalLimits(2_000_000_000, 7200)).arguments
     assert arguments["x-max-length-bytes"] == 2_000_000_000
     assert arguments["x-max-age"] == "7200s"
 
 
-async def test_other_limits_leave_a_journal_and_its_services_as_they_are(
-    connect: Connect, amqp_url: str, namespace: str
-) -> None:
+async def test_other_limits_do_not_change_an_existing_journal(connect: Connect, amqp_url: str, namespace: str) -> None:
     await connect("first")
     other = await Broker.connect(amqp_url, Topology(namespace), "second", JournalLimits(90_000_000, 60))
     await other.publish(recorded.load(3.0), topology.LOAD)
@@ -189,7 +189,7 @@ async def test_other_limits_leave_a_journal_and_its_services_as_they_are(
     assert [entry.message for entry in found.entries()] == [recorded.load(3.0)]
 
 
-async def test_a_journal_that_is_deleted_harms_nobody(connect: Connect, amqp_url: str, namespace: str) -> None:
+async def test_services_go_on_when_the_journal_is_deleted(connect: Connect, amqp_url: str, namespace: str) -> None:
     broker = await connect("all")
     assert await journal.delete(amqp_url, namespace)
     assert not await journal.delete(amqp_url, namespace)
@@ -203,7 +203,7 @@ async def test_a_journal_that_is_deleted_harms_nobody(connect: Connect, amqp_url
     await asyncio.wait_for(received.wait(), 5)
 
 
-async def test_a_file_becomes_a_journal_again(amqp_url: str, namespace: str, tmp_path: Path) -> None:
+async def test_a_file_is_imported_as_a_journal(amqp_url: str, namespace: str, tmp_path: Path) -> None:
     many = [
         (float(number), "verify", recorded.verify(f"s{number}", 0, 3, [number]))
         for number in range(2 * journal.PREFETCH + 7)
@@ -225,31 +225,31 @@ async def test_a_file_becomes_a_journal_again(amqp_url: str, namespace: str, tmp
             await journal.delete(amqp_url, name)
 
 
-async def test_an_empty_journal_is_read_as_empty(connect: Connect, amqp_url: str, namespace: str) -> None:
+async def test_an_empty_journal_reads_as_empty(connect: Connect, amqp_url: str, namespace: str) -> None:
     await connect("silent")
     assert (await journal.read(amqp_url, namespace)).packed == []
 
 
-async def test_a_broker_that_does_not_answer_is_named_without_its_password() -> None:
-    with pytest.raises(BrokersError, match=r"cannot be used at amqp://\S*127.0.0.1:1\b.*say where it is") as caught:
+async def test_an_unreachable_broker_is_named_without_its_password() -> None:
+    with pytest.raises(BrokersError, match=r"cannot be used at amqp://\S*127.0.0.1:1\b.*give its address") as caught:
         await journal.read("amqp://user:hunter2@127.0.0.1:1/", "x")
     assert "hunter2" not in str(caught.value)
 
 
-async def test_rubbish_in_the_journal_is_kept_apart(connect: Connect, amqp_url: str, namespace: str) -> None:
+async def test_unknown_messages_in_the_journal_are_counted_apart(
+    connect: Connect, amqp_url: str, namespace: str
+) -> None:
     broker = await connect("all")
     async with await aio_pika.connect(amqp_url) as connection:
         exchange = await (await connection.channel()).get_exchange(namespace)
-        await exchange.publish(aio_pika.Message(b"rubbish"), topology.LOAD)
+        await exchange.publish(aio_pika.Message(b"garbage"), topology.LOAD)
     await broker.publish(recorded.load(1.0), topology.LOAD)
     found = await recorded_now(amqp_url, namespace, 2)
     assert [entry.message for entry in found.entries()] == [recorded.load(1.0)]
     assert sum(found.skipped.values()) == 1
 
 
-async def test_recording_goes_on_after_a_lost_connection_even_if_the_journal_is_gone(
-    amqp_url: str, namespace: str
-) -> None:
+async def test_a_reconnected_service_creates_a_missing_journal_again(amqp_url: str, namespace: str) -> None:
     async with link_to(amqp_url) as link:
         broker = await Broker.connect(link.url, Topology(namespace), "linked", LIMITS)
         await link.cut()

@@ -1,4 +1,4 @@
-"""What `wisp replay` makes of recorded messages: where a session's time went, and what became of each round."""
+"""`wisp replay`: each phase's share of a session's time, and the outcome of each round."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from rich.console import Console
 
 from services.tools.cli.paint import Painter
 from services.tools.cli.replay.timeline_view import listing, told, view
-from services.tools.replayer.core.concern import concerning, sessions_of
 from services.tools.replayer.core.recording import RecordingError
-from services.tools.replayer.core.selection import chosen, moment_ms
-from services.tools.replayer.core.sessions import Lives
-from services.tools.replayer.core.timeline import Part, Timeline, timeline
+from services.tools.replayer.core.selection import find_session, select_sessions, session_ids_of
+from services.tools.replayer.core.sessions import read_sessions
+from services.tools.replayer.core.timeline import Phase, Timeline, timeline
+from services.tools.replayer.times import parse_time_ms
 from shared.messages import Cancel, Ended, Failure, Generate, Message, Result, Status, Verify, encode
 
 ENGLISH = {11: "The", 12: " sky", 13: " sea", 14: " is", 15: " wide", 99: " is"}
@@ -27,7 +27,7 @@ def words(token: int) -> str:
 
 
 def timeline_of(sent: list[Sent], session: str = A) -> Timeline:
-    return timeline(Lives().read(recorded.recording(sent).entries()).of[session])
+    return timeline(read_sessions(recorded.recording(sent).entries())[session])
 
 
 def shown(one: Timeline, width: int = 240) -> str:
@@ -41,18 +41,18 @@ def without(kind: type[Message]) -> list[Sent]:
     return [one for one in recorded.sent() if not isinstance(one[2], kind)]
 
 
-def test_every_millisecond_is_accounted_for() -> None:
+def test_every_millisecond_belongs_to_a_phase() -> None:
     one = timeline_of(recorded.sent())
     assert one.parts == {
-        Part.GATEWAY: 5,
-        Part.TO_DRAFTER: 7 + 5,
-        Part.DRAFT: 8 + 10,
-        Part.TO_SCHEDULER: 2 + 2,
-        Part.POOL: 2 + 8,
-        Part.BEHIND: 25,
-        Part.MODEL: 30 + 35,
-        Part.VERIFIER: 6 + 5,
-        Part.CLIENT: 5,
+        Phase.GATEWAY: 5,
+        Phase.TO_DRAFTER: 7 + 5,
+        Phase.DRAFT: 8 + 10,
+        Phase.TO_SCHEDULER: 2 + 2,
+        Phase.POOL: 2 + 8,
+        Phase.BEHIND: 25,
+        Phase.MODEL: 30 + 35,
+        Phase.VERIFIER: 6 + 5,
+        Phase.CLIENT: 5,
     }
     assert sum(one.parts.values()) == one.total_ms == 155
     assert [round_.total_ms for round_ in one.rounds] == [55, 90]
@@ -60,7 +60,7 @@ def test_every_millisecond_is_accounted_for() -> None:
     assert one.notes == []
 
 
-def test_a_round_tells_its_tokens_its_batch_and_what_it_waited_for() -> None:
+def test_a_round_has_its_tokens_its_batch_and_the_batch_before() -> None:
     one = timeline_of(recorded.sent())
     round_ = one.rounds[1]
     assert (round_.draft, round_.trimmed, round_.verified, round_.accepted) == ([12, 13, 14, 15], 2, 2, 1)
@@ -74,7 +74,7 @@ def test_a_round_tells_its_tokens_its_batch_and_what_it_waited_for() -> None:
     assert one.rounds[0].batches[0].mates == []
 
 
-def test_the_terminal_shows_all_of_it() -> None:
+def test_the_terminal_shows_the_whole_timeline() -> None:
     text = shown(timeline_of(recorded.sent()))
     for line in (
         "session chatcmpl-aaaaaaaa01",
@@ -91,7 +91,7 @@ def test_the_terminal_shows_all_of_it() -> None:
         assert line in text
 
 
-def test_json_tells_the_same_with_the_text_of_each_token() -> None:
+def test_json_has_the_same_with_the_text_of_each_token() -> None:
     fields = json.loads(json.dumps(told(timeline_of(recorded.sent()), words), allow_nan=False))
     assert fields["prompt_text"] == "<5><6><7>"
     assert fields["slo"] == {"ttft_ms": 100, "tpot_ms": 50}
@@ -101,13 +101,13 @@ def test_json_tells_the_same_with_the_text_of_each_token() -> None:
         {"id": 12, "text": " sky", "draft": True},
         {"id": 99, "text": " is", "draft": False},
     ]
-    assert fields["parts"][Part.MODEL] == 65
+    assert fields["parts"][Phase.MODEL] == 65
 
 
 def test_the_list_has_a_line_for_each_session() -> None:
-    lives = Lives().read(recorded.recording(recorded.sent()).entries()).of
+    sessions = read_sessions(recorded.recording(recorded.sent()).entries())
     console = Console(file=StringIO(), width=160)
-    console.print(listing([timeline(life) for life in lives.values()]))
+    console.print(listing([timeline(session) for session in sessions.values()]))
     assert isinstance(console.file, StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 5
@@ -116,7 +116,7 @@ def test_the_list_has_a_line_for_each_session() -> None:
     assert lines[2].endswith("not ended in the recording")
 
 
-def test_a_control_character_in_a_name_or_text_does_not_reach_the_terminal() -> None:
+def test_control_characters_do_not_reach_the_terminal() -> None:
     sent = recorded.sent()
     at_ms, key, message = sent[3]
     assert hasattr(message, "jobs")
@@ -125,10 +125,10 @@ def test_a_control_character_in_a_name_or_text_does_not_reach_the_terminal() -> 
     assert "\x1b" not in shown(timeline_of(sent))
 
 
-def test_clocks_that_disagree_are_told_and_never_make_a_step_negative() -> None:
-    late = {"d1": -40.0}  # the drafter's clock is behind by this much
+def test_clocks_that_disagree_are_named_and_make_no_phase_negative() -> None:
+    behind_ms = 40.0  # of the drafter's clock
     sent = [
-        (at + late["d1"] if at is not None and isinstance(message, Verify) else at, key, message)
+        (at - behind_ms if at is not None and isinstance(message, Verify) else at, key, message)
         for at, key, message in recorded.sent()
     ]
     one = timeline_of(sent)
@@ -143,11 +143,11 @@ def test_messages_without_a_time_leave_gaps_and_a_note() -> None:
     assert one.total_ms is None
     assert one.rounds[1].total_ms is None
     assert (one.rounds[1].accepted, one.tokens) == (1, 3)
-    assert "do not say when" in one.notes[0]
+    assert "give no send time" in one.notes[0]
     assert "accepted: ' sky'" in shown(one)
 
 
-def test_a_session_whose_beginning_is_not_recorded_is_shown_as_far_as_it_is_known() -> None:
+def test_a_session_without_its_beginning_is_shown_from_its_first_round() -> None:
     one = timeline_of(without(Generate))
     assert one.prompt is None
     assert one.notes == ["its beginning is not in the recording"]
@@ -155,24 +155,24 @@ def test_a_session_whose_beginning_is_not_recorded_is_shown_as_far_as_it_is_know
     assert "prompt not recorded" in shown(one)
 
 
-def test_a_round_that_is_still_under_way() -> None:
+def test_a_round_under_way_has_no_result() -> None:
     one = timeline_of(recorded.sent()[:9])
     assert one.ending == "not ended in the recording"
     assert (one.rounds[1].status, one.rounds[1].batches) == ("no result", [])
     assert "no result" in shown(one)
 
 
-def test_a_round_sent_again_by_another_drafter() -> None:
+def test_a_round_resent_by_another_drafter_was_taken_over() -> None:
     sent = recorded.sent()
     again = recorded.verify(A, 1, 4, [12], drafter="d2", attempt=1)
     sent.insert(9, (79.0, "verify", again))
     one = timeline_of(sent)
     assert one.rounds[1].attempts == 2
-    assert one.notes == ["round 1 was taken over by drafter d2"]
+    assert one.notes == ["drafter d2 took over round 1"]
     assert "sent 2 times" in shown(one)
 
 
-def test_a_second_result_of_a_round_is_counted_and_not_believed() -> None:
+def test_a_second_result_of_a_round_is_counted_and_ignored() -> None:
     sent = recorded.sent()
     sent.insert(-1, (153.0, "result.d1", recorded.result(A, 1, 4, "s1-4", [77])))
     one = timeline_of(sent)
@@ -194,7 +194,7 @@ def test_a_long_prompt_in_chunks_is_one_round_in_several_batches() -> None:
     )
     [round_] = one.rounds
     assert [batch.prefill_to for batch in round_.batches] == [256, None]
-    assert round_.parts == {Part.TO_SCHEDULER: 1, Part.POOL: 1 + 2, Part.MODEL: 36 + 47, Part.VERIFIER: 2 + 1}
+    assert round_.parts == {Phase.TO_SCHEDULER: 1, Phase.POOL: 1 + 2, Phase.MODEL: 36 + 47, Phase.VERIFIER: 2 + 1}
     assert sum(round_.parts.values()) == round_.total_ms == 90
     assert "prompt to token 256" in shown(one)
 
@@ -206,11 +206,11 @@ def test_a_long_prompt_in_chunks_is_one_round_in_several_batches() -> None:
         (Ended(session=A, reason="refused", code="utilization"), "refused (utilization)"),
     ],
 )
-def test_how_a_session_ended(message: Message, ending: str) -> None:
+def test_the_ending_has_its_reason(message: Message, ending: str) -> None:
     assert timeline_of([*without(Ended), (160.0, "ended", message)]).ending == ending
 
 
-def test_a_failed_round_says_why() -> None:
+def test_a_failed_round_has_its_reason() -> None:
     failed = recorded.result(
         A, 1, 4, "s1-3", [], status=Status.FAILED, error=Failure(code="too_long", message="no room for it")
     )
@@ -220,14 +220,14 @@ def test_a_failed_round_says_why() -> None:
     assert "failed: no room for it" in text
 
 
-def test_messages_that_are_none_of_ours_are_skipped_and_counted() -> None:
+def test_unknown_messages_are_skipped_and_counted() -> None:
     recording = recorded.recording(recorded.sent())
-    recording.packed.insert(3, recording.packed[0].__class__(1, "verify", b"rubbish"))
+    recording.packed.insert(3, recording.packed[0].__class__(1, "verify", b"garbage"))
     assert len(list(recording.entries())) == len(recorded.sent())
     assert sum(recording.skipped.values()) == 1
 
 
-def test_a_span_of_time() -> None:
+def test_a_recording_is_limited_to_a_span_of_time() -> None:
     recording = recorded.recording(recorded.sent())
     start = recorded.START_MS
     assert len(recording.within(start + 70, start + 85).packed) == 5
@@ -235,30 +235,30 @@ def test_a_span_of_time() -> None:
     assert recording.within(None, None) is recording
 
 
-def test_points_in_time() -> None:
-    assert moment_ms("90s", 100_000) == 10_000
-    assert moment_ms("1.5m", 100_000) == 10_000
-    assert moment_ms("2h", 7_200_000) == 0
-    assert moment_ms("1970-01-02T00:00:00+00:00", 0) == 86_400_000
-    with pytest.raises(RecordingError, match="'yesterday' is no point in time: give how long ago"):
-        moment_ms("yesterday", 0)
+def test_times_are_parsed_as_ages_and_as_iso_dates() -> None:
+    assert parse_time_ms("90s", 100_000) == 10_000
+    assert parse_time_ms("1.5m", 100_000) == 10_000
+    assert parse_time_ms("2h", 7_200_000) == 0
+    assert parse_time_ms("1970-01-02T00:00:00+00:00", 0) == 86_400_000
+    with pytest.raises(RecordingError, match="'yesterday' is no point in time: give an age"):
+        parse_time_ms("yesterday", 0)
 
 
-def test_a_session_is_found_by_the_beginning_of_its_name() -> None:
+def test_a_session_is_found_by_the_beginning_of_its_id() -> None:
     names = [A, B, C, "chatcmpl-bbbb9"]
-    assert chosen(A, names) == A
-    assert chosen("aaaa", names) == A
-    assert chosen("chatcmpl-cc", names) == C
+    assert find_session(A, names) == A
+    assert find_session("aaaa", names) == A
+    assert find_session("chatcmpl-cc", names) == C
     with pytest.raises(RecordingError, match="may be any of"):
-        chosen("bbbb", names)
+        find_session("bbbb", names)
     with pytest.raises(RecordingError, match=r"no session 'x' in the recording, which has 4"):
-        chosen("x", names)
+        find_session("x", names)
 
 
-def test_the_part_of_a_recording_that_concerns_a_session() -> None:
+def test_a_session_is_selected_with_its_whole_batches() -> None:
     recording = recorded.recording(recorded.sent())
-    assert sessions_of(recording) == {A, B, C}
-    of_c = concerning(recording, {C})
+    assert session_ids_of(recording) == {A, B, C}
+    of_c = select_sessions(recording, {C})
     kinds = [type(entry.message).__name__ for entry in of_c.entries()]
     assert kinds == ["Heartbeat", "Load", "Verify", "Batch", "Result"]
-    assert of_c.packed[3].body == encode(recorded.sent()[10][2]), "its batch with all that are in it"
+    assert of_c.packed[3].body == encode(recorded.sent()[10][2]), "its batch with all jobs"

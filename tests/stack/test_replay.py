@@ -22,9 +22,9 @@ from vhosts import vhost
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
 from services.tools.replayer import files, journal
-from services.tools.replayer.core.batches import work_of
+from services.tools.replayer.core.batches import recorded_batches
 from services.tools.replayer.core.recording import RecordingError
-from services.tools.replayer.reexecute import Report, reexecute
+from services.tools.replayer.reexecute import ReexecutionReport, reexecute
 
 TOKENS = 12
 PROMPTS = ["the quick brown fox jumps over the lazy dog", "aaaa bbbb aaaa bbbb aaaa bbbb aaaa", "secretword"]
@@ -167,9 +167,9 @@ async def test_a_recording_for_a_bug_report_has_no_text(recorded: Recorded, tmp_
     assert one["parts"]
 
 
-def verified(recorded: Recorded, file: Path) -> Report:
+def verified(recorded: Recorded, file: Path) -> ReexecutionReport:
     """The batches of a file computed again."""
-    return reexecute(work_of(files.read(file)), recorded.stack.target)
+    return reexecute(recorded_batches(files.read(file)), recorded.stack.target)
 
 
 def tampered(recorded: Recorded, to: Path, change: Callable[[dict[str, Any]], bool]) -> Path:
@@ -268,7 +268,7 @@ async def test_what_cannot_be_verified_says_why(recorded: Recorded, tmp_path: Pa
     assert "without text and tokens, so it cannot be used to verify" in told
     other = tiny_target(tmp_path / "other")
     with pytest.raises(RecordingError, match=r"the recording is of model .* name the model's folder with --target"):
-        reexecute(work_of(files.read(recorded.file)), other.path)
+        reexecute(recorded_batches(files.read(recorded.file)), other.path)
     said = await wisp(
         recorded.stack,
         *("replay", next(iter(recorded.answers)), "--verify", "--json"),

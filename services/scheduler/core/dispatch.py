@@ -1,7 +1,7 @@
 """The scheduler's decisions as one synchronous object: messages in, batches out, without a clock or I/O.
 
-The service and `services.tools.replayer.core.what_if` (recorded requests in virtual time) drive the same class. Every time is
-`now_ms` on the caller's clock.
+The service and `services.tools.replayer.core.what_if` (recorded requests in virtual time) drive the same class. Every
+time is `now_ms` on the caller's clock.
 """
 
 from __future__ import annotations

@@ -35,13 +35,12 @@ def export(
     """Write the journal to a file. It holds users' tokens unless they are removed: treat it like their texts."""
     with errors_shown():
         from services.tools.replayer import files
-        from services.tools.replayer.core.concern import concerning, sessions_of
-        from services.tools.replayer.core.selection import chosen
+        from services.tools.replayer.core.selection import find_session, select_sessions, session_ids_of
 
         recording = load(source, since, until, namespace, amqp_url)
         if session:
-            known = sessions_of(recording)
-            recording = concerning(recording, {chosen(name, known) for name in session})
+            known = session_ids_of(recording)
+            recording = select_sessions(recording, {find_session(name, known) for name in session})
         written, left_out = files.write(file, recording, without_text=without_text)
         tell_notes(recording)
         more = f"; {left_out} are none of ours and were left out" if left_out else ""

@@ -1,3 +1,3 @@
-"""The replayer: reads recorded messages; shows, re-executes, asks what if, and injects them elsewhere."""
+"""The replayer: reads recorded messages, shows and recomputes sessions, tries other policies, and injects requests."""
 
-__all__ = ["core", "files", "inject", "journal", "reexecute"]
+__all__ = ["core", "files", "inject", "journal", "reexecute", "times"]

@@ -1,4 +1,4 @@
-"""The journal at the broker: read, filled from a file, deleted."""
+"""The journal, a stream queue at RabbitMQ: read it, import a recording into a new one, delete it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from aio_pika.abc import AbstractConnection, AbstractIncomingMessage
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq.exceptions import ChannelNotFoundEntity, InvalidFrameError
 
-from services.tools.replayer.core.recording import Packed, Recording, RecordingError, Source
+from services.tools.replayer.core.recording import PackedMessage, Recording, RecordingError, RecordingSource
 from shared.broker.client import SENT_HEADER, without_password
 from shared.broker.topology import JournalLimits, Topology
 from shared.errors import BrokersError
@@ -23,11 +23,13 @@ from shared.runtime.settings import TlsSettings
 REDACTED_HEADER = "x-wisp-redacted"
 CONNECT_S = 10.0
 FIRST_S = 3.0
+"""Longest wait for a first message."""
 QUIET_S = 0.3
-"""The last messages of a journal have all come when none has come for this long."""
+"""Without a message for this long, the end of the journal is reached."""
 LAST_S = 1.0
-"""They have all come after this long, whatever a suite that is running goes on sending."""
+"""Time limit of the search for the end, while a running suite goes on recording."""
 STALLED_S = 30.0
+"""Without a message for this long before the end, the read fails."""
 PREFETCH = 1000
 ACKNOWLEDGE_EVERY = 250
 PUBLISH_AT_ONCE = 500
@@ -35,13 +37,13 @@ PUBLISH_AT_ONCE = 500
 
 @asynccontextmanager
 async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
-    """A connection that is not restored. Raises BrokersError."""
+    """Open a connection that does not reconnect. Raises BrokersError."""
     try:
         async with asyncio.timeout(CONNECT_S):
             context = TlsSettings().tls.context() if amqp_url.startswith("amqps:") else None
             connection = await aio_pika.connect(amqp_url, ssl_context=context)
     except InvalidFrameError as error:
-        # All that aiormq says when the broker refuses to open the virtual host.
+        # The only error of aiormq when the broker refuses to open the virtual host.
         vhost = vhost_of(amqp_url)
         raise BrokersError(
             f"there is no virtual host {vhost!r} at {without_password(amqp_url)}, or its user may not use it; type: "
@@ -49,31 +51,31 @@ async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
         ) from error
     except (*CONNECTION_EXCEPTIONS, TimeoutError) as error:
         raise BrokersError(
-            f"RabbitMQ cannot be used at {without_password(amqp_url)} ({error or type(error).__name__}); say where it "
-            "is: --amqp-url, or WISP_AMQP_URL"
+            f"RabbitMQ cannot be used at {without_password(amqp_url)} ({error or type(error).__name__}); give its "
+            "address: --amqp-url, or WISP_AMQP_URL"
         ) from error
     async with connection:
         yield connection
 
 
 def vhost_of(amqp_url: str) -> str:
-    """The virtual host that a broker's address names."""
+    """Return the virtual host in a broker's URL."""
     return unquote(urlsplit(amqp_url).path[1:]) or "/"
 
 
-def source_of(connection: AbstractConnection, amqp_url: str, namespace: str) -> Source:
-    """Where a connection leads."""
+def source_of(connection: AbstractConnection, amqp_url: str, namespace: str) -> RecordingSource:
+    """Return the broker of a connection as the source of a recording."""
     parts = urlsplit(amqp_url)
     properties: Any = getattr(getattr(connection.transport, "connection", None), "server_properties", None) or {}
-    return Source(
+    return RecordingSource(
         namespace, vhost_of(amqp_url), f"{parts.hostname}:{parts.port or 5672}", str(properties.get("cluster_name", ""))
     )
 
 
 async def read(amqp_url: str, namespace: str, since_ms: float | None = None) -> Recording:
-    """Everything that the journal holds now, or what was sent since a time (milliseconds since 1970) and a little more.
+    """Read the journal up to its current end. since_ms: only messages sent from then on, in milliseconds since 1970.
 
-    Raises BrokersError; RecordingError where there is no journal.
+    Raises BrokersError; RecordingError if there is no journal.
     """
     async with connected(amqp_url) as connection:
         source = source_of(connection, amqp_url, namespace)
@@ -82,24 +84,21 @@ async def read(amqp_url: str, namespace: str, since_ms: float | None = None) -> 
             async with asyncio.timeout(CONNECT_S):
                 count = await _count(connection, queue)
         except ChannelNotFoundEntity as error:
-            raise _missing(source) from error
+            raise RecordingError(
+                f"there is no journal in namespace {namespace} (vhost {source.vhost}) at {source.address}: recording "
+                "is off. Start the services with WISP_JOURNAL=true, or name a recorded file with --file"
+            ) from error
         recording = Recording(source)
         last = await _last_offset(connection, queue, FIRST_S if count else QUIET_S)
         if last is None:
             return recording
         since = None if since_ms is None else datetime.fromtimestamp(max(0.0, since_ms / 1000), UTC)
-        await _read_to(connection, queue, since, last, recording)
+        await _Reading(recording, since, last).run(connection, queue)
         return recording.within(since_ms, None)
 
 
-def _missing(source: Source) -> RecordingError:
-    return RecordingError(
-        f"there is no journal in namespace {source.namespace} (vhost {source.vhost}) at {source.address}: recording is "
-        "off. Start the services with WISP_JOURNAL=true, or name a recorded file with --file"
-    )
-
-
 async def _count(connection: AbstractConnection, queue: str) -> int:
+    """Return the number of messages in a queue. Raises ChannelNotFoundEntity if there is no such queue."""
     channel = await connection.channel()
     declared = await channel.declare_queue(queue, passive=True)
     count = declared.declaration_result.message_count or 0
@@ -108,70 +107,80 @@ async def _count(connection: AbstractConnection, queue: str) -> int:
 
 
 async def _last_offset(connection: AbstractConnection, queue: str, first_s: float) -> int | None:
-    """The offset of the last message that is there now; None if there is none."""
-    found: asyncio.Queue[int] = asyncio.Queue()
+    """Return the offset of the journal's current last message; None if it is empty."""
+    offsets: asyncio.Queue[int] = asyncio.Queue()
 
-    async def see(message: AbstractIncomingMessage) -> None:
-        found.put_nowait(_offset(message))
+    async def note(message: AbstractIncomingMessage) -> None:
+        offsets.put_nowait(_offset(message))
 
     channel = await connection.channel()
     await channel.set_qos(prefetch_count=PREFETCH)
     stream = await channel.get_queue(queue, ensure=False)
-    # Not acknowledged: what is wanted is one chunk, of at most some thousand messages.
-    await stream.consume(see, arguments={"x-stream-offset": "last"})
+    # "last" is the last chunk, of at most some thousand messages; without acknowledgements not much more comes.
+    await stream.consume(note, arguments={"x-stream-offset": "last"})
     last = None
     with suppress(TimeoutError):
-        last = await asyncio.wait_for(found.get(), first_s)
+        last = await asyncio.wait_for(offsets.get(), first_s)
         async with asyncio.timeout(LAST_S):
             while True:
-                last = max(last, await asyncio.wait_for(found.get(), QUIET_S))
+                last = max(last, await asyncio.wait_for(offsets.get(), QUIET_S))
     await channel.close()
     return last
 
 
-async def _read_to(
-    connection: AbstractConnection, queue: str, since: datetime | None, last: int, recording: Recording
-) -> None:
-    done = asyncio.Event()
-    news = asyncio.Event()
+class _Reading:
+    """One read of the journal, from a time or the beginning to the offset `last`."""
 
-    async def take(message: AbstractIncomingMessage) -> None:
+    def __init__(self, recording: Recording, since: datetime | None, last: int) -> None:
+        self._recording = recording
+        self._since = since
+        self._last = last
+        self._done = asyncio.Event()
+        self._received = asyncio.Event()
+
+    async def run(self, connection: AbstractConnection, queue: str) -> None:
+        """Read. Raises BrokersError if the broker stops sending before the end."""
+        channel = await connection.channel()
+        await channel.set_qos(prefetch_count=PREFETCH)
+        stream = await channel.get_queue(queue, ensure=False)
+        await stream.consume(self._receive, arguments={"x-stream-offset": self._since or "first"})
+        done = asyncio.ensure_future(self._done.wait())
+        try:
+            await self._wait(done, queue)
+        finally:
+            done.cancel()
+        await channel.close()
+
+    async def _wait(self, done: asyncio.Future[Any], queue: str) -> None:
+        # After a time later than all messages the broker sends none until a new one comes, if ever.
+        patience_s = FIRST_S if self._since else STALLED_S
+        while not done.done():
+            self._received.clear()
+            received = asyncio.ensure_future(self._received.wait())
+            await asyncio.wait({done, received}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+            received.cancel()
+            if self._received.is_set():
+                patience_s = STALLED_S
+            elif not done.done():
+                count = len(self._recording.packed)
+                if self._since and not count:
+                    return
+                raise BrokersError(f"the broker stopped sending the journal {queue} after {count} messages")
+
+    async def _receive(self, message: AbstractIncomingMessage) -> None:
         offset = _offset(message)
-        if offset <= last and not done.is_set():
+        if offset <= self._last and not self._done.is_set():
             headers = message.headers
             at_us = headers.get(SENT_HEADER)
-            recording.redacted = recording.redacted or bool(headers.get(REDACTED_HEADER))
-            recording.packed.append(
-                Packed(at_us if isinstance(at_us, int) else None, message.routing_key or "", message.body)
+            self._recording.redacted = self._recording.redacted or bool(headers.get(REDACTED_HEADER))
+            self._recording.packed.append(
+                PackedMessage(at_us if isinstance(at_us, int) else None, message.routing_key or "", message.body)
             )
-        if offset >= last:
-            done.set()
-        news.set()
+        if offset >= self._last:
+            self._done.set()
+        self._received.set()
         if offset % ACKNOWLEDGE_EVERY == 0:
             await message.ack(multiple=True)
-
-    channel = await connection.channel()
-    await channel.set_qos(prefetch_count=PREFETCH)
-    stream = await channel.get_queue(queue, ensure=False)
-    await stream.consume(take, arguments={"x-stream-offset": since or "first"})
-    # From a time after the last message on, the broker waits for a next one, which need not come.
-    patience_s = FIRST_S if since else STALLED_S
-    finished = asyncio.ensure_future(done.wait())
-    try:
-        while not finished.done():
-            news.clear()
-            waiting = asyncio.ensure_future(news.wait())
-            await asyncio.wait({finished, waiting}, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
-            waiting.cancel()
-            if news.is_set():
-                patience_s = STALLED_S
-            elif not finished.done():
-                if since and not recording.packed:
-                    break
-                raise BrokersError(f"the journal {queue} stopped telling after {len(recording.packed)} messages")
-    finally:
-        finished.cancel()
-    await channel.close()
 
 
 def _offset(message: AbstractIncomingMessage) -> int:
@@ -180,9 +189,9 @@ def _offset(message: AbstractIncomingMessage) -> int:
 
 
 async def fill(amqp_url: str, namespace: str, recording: Recording, limits: JournalLimits) -> None:
-    """Make a journal of this namespace that holds a recording, for `wisp replay` to read. Nothing else is declared.
+    """Create this namespace's journal and publish a recording into it. Declares nothing else.
 
-    Raises BrokersError; RecordingError where the namespace has a journal already.
+    Raises BrokersError; RecordingError if the namespace has a journal already.
     """
     topology = Topology(namespace)
     queue = topology.journal_queue(limits)
@@ -202,13 +211,13 @@ async def fill(amqp_url: str, namespace: str, recording: Recording, limits: Jour
         stream = await channel.declare_queue(queue.name, durable=True, arguments=queue.arguments)
         await stream.bind(exchange, "#")
         sending: list[Any] = []
-        for one in recording.packed:
+        for packed in recording.packed:
             headers: dict[str, Any] = {}
-            if one.at_us is not None:
-                headers[SENT_HEADER] = one.at_us
+            if packed.at_us is not None:
+                headers[SENT_HEADER] = packed.at_us
             if recording.redacted:
                 headers[REDACTED_HEADER] = True
-            sending.append(exchange.publish(aio_pika.Message(one.body, headers=headers), one.key))
+            sending.append(exchange.publish(aio_pika.Message(packed.body, headers=headers), packed.key))
             if len(sending) == PUBLISH_AT_ONCE:
                 await asyncio.gather(*sending)
                 sending.clear()
@@ -216,7 +225,7 @@ async def fill(amqp_url: str, namespace: str, recording: Recording, limits: Jour
 
 
 async def delete(amqp_url: str, namespace: str) -> bool:
-    """Delete the journal and all that it holds; False if there was none. Raises BrokersError."""
+    """Delete the journal and all its messages; return False if there was none. Raises BrokersError."""
     async with connected(amqp_url) as connection:
         queue = Topology(namespace).journal
         try:

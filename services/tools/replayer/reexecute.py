@@ -1,4 +1,4 @@
-"""Recorded batches on a fresh engine, by the verifier's own code, compared bit for bit."""
+"""Re-execution: computes recorded batches on a fresh engine with the verifier's code, and compares bit for bit."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.tools.replayer.core.batches import Computed, Difference, Work
+from services.tools.replayer.core.batches import ComputedJob, Difference, RecordedBatches
 from services.tools.replayer.core.recording import RecordingError
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
@@ -20,8 +20,8 @@ SMALLEST_CACHE = 4096
 
 
 @dataclass
-class Report:
-    """What came of it."""
+class ReexecutionReport:
+    """Result of a re-execution. The fields are keys of `wisp replay --verify --json`."""
 
     batches: int = 0
     jobs: int = 0
@@ -30,15 +30,15 @@ class Report:
     digests: int = 0
     """Digests of logits that were compared."""
     differences: list[Difference] = field(default_factory=list)
-    """The first of each session: what it got later builds on it."""
+    """The first of each session, on which its later rounds build."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Jobs that could not be done again, by reason."""
+    """Jobs that cannot be computed again, by reason."""
     invariant: bool = True
     """Whether the engine promises the same bits in any batch on this device."""
 
 
-def fitting_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
-    """The number format in which a model folder is the model of the recording. Raises RecordingError."""
+def matching_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
+    """Return the number format in which a model folder has the recording's fingerprint. Raises RecordingError."""
     if not fingerprints:
         raise RecordingError("there is no batch in the recording, so nothing to verify")
     if len(fingerprints) > 1:
@@ -47,110 +47,112 @@ def fitting_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
             "of one of them by name"
         )
     own = {folder.fingerprint(dtype): dtype for dtype in DTYPES}
-    (asked,) = fingerprints
-    if asked not in own:
-        told = ", ".join(f"{mark} in {dtype}" for mark, dtype in own.items())
+    (fingerprint,) = fingerprints
+    if fingerprint not in own:
+        known = ", ".join(f"{mark} in {dtype}" for mark, dtype in own.items())
         raise RecordingError(
-            f"the recording is of model {asked}, and {folder.path} is {told}; name the model's folder with --target"
+            f"the recording is of model {fingerprint}, and {folder.path} is {known}; name the model's folder with "
+            "--target"
         )
-    return own[asked]
+    return own[fingerprint]
 
 
 def reexecute(
-    work: Work,
+    recorded: RecordedBatches,
     target: Path,
     *,
     only: Collection[str] | None = None,
     device: str = "cpu",
     threads: int = 1,
     words: Callable[[int], str] = str,
-    tell: Callable[[int], None] = lambda done: None,
-) -> Report:
-    """Do the recorded batches again, those with a session of `only` if that is given.
+    report_progress: Callable[[int], None] = lambda done: None,
+) -> ReexecutionReport:
+    """Compute the recorded batches again.
 
-    words: the text of a token. tell: hears how many batches are done. Raises RecordingError
-    where the recording and the model do not fit.
+    only: the batches with one of these sessions. words: returns a token's text. report_progress: gets the number of
+    batches computed so far. Raises RecordingError if the model folder is not the recording's model.
     """
-    asked = work.fingerprints
+    fingerprints = recorded.fingerprints
     if only is not None:
-        asked = {text.generate.fingerprint for name, text in work.texts.items() if name in only}
-    dtype = fitting_dtype(ModelFolder(target), asked)
-    budget = max(work.cache_tokens, SMALLEST_CACHE)
+        fingerprints = {text.generate.fingerprint for name, text in recorded.texts.items() if name in only}
+    dtype = matching_dtype(ModelFolder(target), fingerprints)
+    budget = max(recorded.cache_tokens, SMALLEST_CACHE)
     engine = Engine(target, dtype=dtype, device=device, threads=threads, budget_tokens=budget)
-    report = Report(invariant=engine.batch_invariant)
-    if work.contradiction is not None and (only is None or work.contradiction.session in only):
-        report.differences.append(work.contradiction)
-    spoilt = {difference.session for difference in report.differences}
-    for name, jobs in work.batches(only):
-        judged = [job for job in jobs if job.job.session not in spoilt]
-        if not judged:
+    report = ReexecutionReport(invariant=engine.batch_invariant)
+    if recorded.contradiction is not None and (only is None or recorded.contradiction.session in only):
+        report.differences.append(recorded.contradiction)
+    differing = {difference.session for difference in report.differences}
+    for batch_id, jobs in recorded.computed(only):
+        compared = [job for job in jobs if job.job.session not in differing]
+        if not compared:
             continue
-        outcomes, _ = verify(engine, [_task(one) for one in judged], digests=True)
+        outcomes, _ = verify(engine, [_task(job) for job in compared], digests=True)
         report.batches += 1
-        report.jobs += len(judged)
-        for one, outcome in zip(judged, outcomes, strict=True):
-            if (found := _compare(name, one, outcome, report, words)) is not None:
-                report.differences.append(found)
-                spoilt.add(found.session)
-            if one.result.finish is not None:
-                engine.release(one.job.session)
-        tell(report.batches)
-    report.left_out = Counter(work.left_out)
+        report.jobs += len(compared)
+        for job, outcome in zip(compared, outcomes, strict=True):
+            if (difference := _compare(batch_id, job, outcome, report, words)) is not None:
+                report.differences.append(difference)
+                differing.add(difference.session)
+            if job.result.finish is not None:
+                engine.release(job.job.session)
+        report_progress(report.batches)
+    report.left_out = Counter(recorded.left_out)
     return report
 
 
-def _ended(tokens: int, accepted: int, finish: Finish | None) -> str:
-    """A verdict but for its tokens."""
-    end = f", the end ({finish})" if finish else ", no end"
-    return f"{tokens} tokens, {accepted} of them drafts{end}"
-
-
-def _task(one: Computed) -> VerifyTask:
-    generate = one.text.generate
+def _task(computed: ComputedJob) -> VerifyTask:
+    generate = computed.text.generate
     return VerifyTask(
-        session_id=one.job.session,
-        tokens=one.tokens,
-        draft=one.job.draft,
+        session_id=computed.job.session,
+        tokens=computed.tokens,
+        draft=computed.job.draft,
         sampling=generate.sampling,
         stop_ids=frozenset(generate.stop_ids),
-        room=one.text.room - one.job.base_len,
-        prefill_to=one.job.prefill_to,
+        room=computed.text.room - computed.job.base_len,
+        prefill_to=computed.job.prefill_to,
     )
 
 
 def _compare(
-    batch: str, one: Computed, outcome: VerifyOutcome, report: Report, words: Callable[[int], str]
+    batch_id: str, computed: ComputedJob, outcome: VerifyOutcome, report: ReexecutionReport, words: Callable[[int], str]
 ) -> Difference | None:
-    job, result = one.job, one.result
+    """Return the first difference between a job's recorded result and its new outcome."""
+    job, result = computed.job, computed.result
 
-    def differs(position: int, said: str) -> Difference:
-        return Difference(job.session, position, batch, said)
+    def difference(position: int, said: str) -> Difference:
+        return Difference(job.session, position, batch_id, said)
 
     if outcome.error is not None:
-        return differs(job.base_len, f"the engine refuses what was computed then: {outcome.error}")
+        return difference(job.base_len, f"the engine refuses what was computed then: {outcome.error}")
     if outcome.verdict is None:
         return None
     verdict = outcome.verdict
     for position, token in enumerate(verdict.tokens, job.base_len):
-        if position >= len(one.text.tokens):
-            break  # nothing more of the text was recorded
+        if position >= len(computed.text.tokens):
+            break  # the rest of the text was not recorded
         report.tokens += 1
-        if (recorded := one.text.tokens[position]) != token:
-            return differs(
+        if (recorded := computed.text.tokens[position]) != token:
+            return difference(
                 position,
                 f"token {recorded} ({words(recorded)!r}) was recorded, the model chooses {token} ({words(token)!r})",
             )
-    if one.alone and result.status is Status.COMMITTED:
+    if computed.alone and result.status is Status.COMMITTED:
         then = len(result.tokens), result.accepted, result.finish
         now = len(verdict.tokens), verdict.accepted, verdict.finish
         if then != now:
-            return differs(job.base_len, f"{_ended(*then)} was recorded, the model gives {_ended(*now)}")
+            return difference(job.base_len, f"{_counts(*then)} was recorded, the model gives {_counts(*now)}")
     if result.logits_digest is not None:
         report.digests += 1
         if result.logits_digest != outcome.logits_digest:
-            return differs(
+            return difference(
                 job.base_len,
                 f"the tokens are the same, but not the logits' bits: {result.logits_digest} was recorded, "
                 f"{outcome.logits_digest} computed",
             )
     return None
+
+
+def _counts(tokens: int, accepted: int, finish: Finish | None) -> str:
+    """Describe a verdict without its tokens."""
+    end = f", the end ({finish})" if finish else ", no end"
+    return f"{tokens} tokens, {accepted} of them drafts{end}"

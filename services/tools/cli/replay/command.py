@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from services.tools.cli.replay.timeline_view import Words
     from services.tools.cli.suite_address import Where
     from services.tools.replayer.core.recording import Recording
-    from services.tools.replayer.core.sessions import Life
+    from services.tools.replayer.core.sessions import RecordedSession
 
 Namespace = Annotated[
     str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: of the suite running here]")
@@ -109,7 +109,7 @@ def replay(
         lives = _chosen(recording, session)
         tell_notes(recording)
         if trace is not None:
-            from services.tools.replayer.core.trace import write_trace
+            from services.tools.replayer.files import write_trace
 
             write_trace(trace, lives)
             err.print(Text(f"trace of {len(lives)} sessions written to {trace}; open it at https://ui.perfetto.dev"))
@@ -146,18 +146,18 @@ def load(
     file: Path | None, since: str | None, until: str | None, namespace: str | None, amqp_url: str | None
 ) -> Recording:
     """The recording that the options name."""
-    from services.tools.replayer import files, stream
-    from services.tools.replayer.core.selection import moment_ms
+    from services.tools.replayer import files, journal
+    from services.tools.replayer.times import parse_time_ms
     from shared.runtime import logging
 
     now_ms = time.time() * 1000
-    since_ms = None if since is None else moment_ms(since, now_ms)
-    until_ms = None if until is None else moment_ms(until, now_ms)
+    since_ms = None if since is None else parse_time_ms(since, now_ms)
+    until_ms = None if until is None else parse_time_ms(until, now_ms)
     if file is not None:
         return files.read(file).within(since_ms, until_ms)
     logging.configure("replay", "replay", "error", "console")
     place = where(namespace, amqp_url)
-    return run(lambda: stream.read(place.amqp_url, place.namespace, since_ms)).within(None, until_ms)
+    return run(lambda: journal.read(place.amqp_url, place.namespace, since_ms)).within(None, until_ms)
 
 
 def tell_notes(recording: Recording) -> None:
@@ -175,15 +175,15 @@ def tell_notes(recording: Recording) -> None:
         )
 
 
-def _chosen(recording: Recording, session: str | None) -> list[Life]:
+def _chosen(recording: Recording, session: str | None) -> list[RecordedSession]:
     """The lives that are wanted, in the order in which they began."""
-    from services.tools.replayer.core.selection import chosen
-    from services.tools.replayer.core.sessions import Lives
+    from services.tools.replayer.core.selection import find_session
+    from services.tools.replayer.core.sessions import read_sessions
 
-    lives = Lives().read(recording.entries()).of
+    lives = read_sessions(recording.entries())
     if session is not None:
-        return [lives[chosen(session, lives)]]
-    return sorted(lives.values(), key=lambda life: (life.start_ms or 0.0, life.session))
+        return [lives[find_session(session, lives)]]
+    return sorted(lives.values(), key=lambda life: (life.start_ms or 0.0, life.session_id))
 
 
 def words_of(target: str | None, vocabularies: set[str], recording: Recording) -> Words:

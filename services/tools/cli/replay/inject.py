@@ -11,10 +11,9 @@ from services.tools.cli.replay.command import tell_notes
 from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import out, run
 from services.tools.local.settings import BrokerAddresses
-from services.tools.replayer.core.concern import concerning, sessions_of
-from services.tools.replayer.core.injection import Answers
+from services.tools.replayer.core.injection import InjectionReport
 from services.tools.replayer.core.recording import Recording
-from services.tools.replayer.core.selection import chosen
+from services.tools.replayer.core.selection import find_session, select_sessions, session_ids_of
 from services.tools.replayer.inject import in_vhost, inject
 from shared.errors import SettingsError
 from shared.runtime import logging
@@ -45,7 +44,7 @@ def ask_again(
         raise SettingsError("say where the Redis of the suite in that virtual host is: --redis-url, or WISP_REDIS_URL")
     there = in_vhost(amqp_url, vhost)
     if session is not None:
-        recording = concerning(recording, {chosen(session, sessions_of(recording))})
+        recording = select_sessions(recording, {find_session(session, session_ids_of(recording))})
     tell_notes(recording)
     logging.configure("replay", "replay", "error", "console")
     space = namespace or str(ServiceSettings.model_fields["namespace"].default)
@@ -58,7 +57,7 @@ def ask_again(
     return same
 
 
-def _print(told: Answers) -> None:
+def _print(told: InjectionReport) -> None:
     ends = ", ".join(f"{count} {end}" for end, count in told.ended.items())
     out.print(Text(f"{counted(told.requests, 'request')} asked again: {ends}"), soft_wrap=True)
     out.print(

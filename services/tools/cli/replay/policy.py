@@ -19,11 +19,11 @@ from services.tools.cli.core.suite_view import short
 from services.tools.cli.replay.command import tell_notes
 from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import err, out
-from services.tools.replayer.core.performance import Figures, recorded
+from services.tools.replayer.core.performance import Performance, recorded_performance
 from services.tools.replayer.core.recording import Recording, RecordingError
-from services.tools.replayer.core.sessions import Lives
-from services.tools.replayer.core.traffic import Arrivals, arrivals
-from services.tools.replayer.core.what_if import Drafting, StopRule, what_if
+from services.tools.replayer.core.sessions import read_sessions
+from services.tools.replayer.core.traffic import RecordedTraffic, recorded_traffic
+from services.tools.replayer.core.what_if import DraftPlan, ReplayedRule, what_if
 from shared.errors import SettingsError
 
 RECORDED = "recorded"
@@ -38,21 +38,21 @@ def compare(
 
     Raises RecordingError and SettingsError.
     """
-    found = arrivals(recording)
+    found = recorded_traffic(recording)
     tell_notes(recording)
-    if not found.visits or not found.heartbeats or not found.policy:
+    if not found.requests or not found.heartbeats or not found.policy:
         raise RecordingError(
             "nothing to replay: there has to be at least one whole session and the heartbeat of a verifier in the "
             f"recording ({_reasons(found) or 'it has no session'})"
         )
     live = found.policy
-    rule = _known(stop_rule or "recorded", get_args(StopRule), "stop rule")
-    drafting = Drafting(cast("StopRule", rule), draft_length)
-    runs: dict[str, tuple[str, Drafting]] = {f"{live} again": (live, Drafting())}
+    rule = _known(stop_rule or "recorded", get_args(ReplayedRule), "stop rule")
+    drafting = DraftPlan(cast("ReplayedRule", rule), draft_length)
+    runs: dict[str, tuple[str, DraftPlan]] = {f"{live} again": (live, DraftPlan())}
     for policy in policies or [live]:
         runs[_called(policy, drafting)] = (policy, drafting)
-    lives = Lives().read(recording.entries()).of
-    columns = {RECORDED: recorded(lives[visit.generate.session] for visit in found.visits)}
+    lives = read_sessions(recording.entries())
+    columns = {RECORDED: recorded_performance(lives[request.generate.session] for request in found.requests)}
     for name, (policy, drafts) in runs.items():
         columns[name] = what_if(found, _rules(policy), drafts)
     if as_json:
@@ -73,7 +73,7 @@ def compare(
         )
 
 
-def _called(policy: str, drafting: Drafting) -> str:
+def _called(policy: str, drafting: DraftPlan) -> str:
     name = policy
     if drafting.rule != "recorded":
         name += f", {drafting.rule}"
@@ -102,17 +102,17 @@ def _rules(policy: str) -> SchedulingRules:
         raise SettingsError(f"WISP_{name}: {first['msg']} (given: {first['input']!r})") from None
 
 
-def _reasons(found: Arrivals) -> str:
+def _reasons(found: RecordedTraffic) -> str:
     return "; ".join(f"{counted(count, 'session')}, as {reason}" for reason, count in found.left_out.most_common())
 
 
-def _table(columns: Mapping[str, Figures]) -> Table:
+def _table(columns: Mapping[str, Performance]) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), caption="times in ms", caption_justify="left")
     table.add_column()
     for name in columns:
         table.add_column(name, justify="right", overflow="fold")
     classes = sorted({name for figures in columns.values() for name in figures.attained_by_class})
-    rows: list[tuple[str, Callable[[Figures], str]]] = [
+    rows: list[tuple[str, Callable[[Performance], str]]] = [
         ("requests served whole", lambda f: f"{f.complete} of {f.requests}"),
         ("SLO attained", lambda f: _share(f.attained, f.promised)),
     ]
@@ -139,7 +139,7 @@ def _table(columns: Mapping[str, Figures]) -> Table:
     return table
 
 
-def _changes(columns: Mapping[str, Figures], yardstick: str) -> list[Text]:
+def _changes(columns: Mapping[str, Performance], yardstick: str) -> list[Text]:
     """Who would attain under a policy and did not under the live one in virtual time, and the other way round."""
     before = columns[yardstick].sessions
     lines = []
@@ -154,7 +154,7 @@ def _changes(columns: Mapping[str, Figures], yardstick: str) -> list[Text]:
     return lines
 
 
-def _attained(name: str, figures: Figures) -> str:
+def _attained(name: str, figures: Performance) -> str:
     return _share(*figures.attained_by_class.get(name, (0, 0)))
 
 

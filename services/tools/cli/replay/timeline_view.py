@@ -15,21 +15,21 @@ from services.tools.cli.core.answer_rounds import Round, picture
 from services.tools.cli.core.suite_view import short
 from services.tools.cli.paint import Painter, printable
 from services.tools.cli.paint import Part as Piece
-from services.tools.replayer.core.selection import written
-from services.tools.replayer.core.timeline import BatchTime, Part, RoundTime, Timeline
+from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, Timeline
+from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
 
 Words = Callable[[int], str]
 """The text of a token."""
 
 SHORT = {
-    Part.TO_DRAFTER: "to and in the drafter",
-    Part.DRAFT: "drafting",
-    Part.TO_SCHEDULER: "to the scheduler",
-    Part.POOL: "waiting for a batch",
-    Part.BEHIND: "behind another batch",
-    Part.MODEL: "model",
-    Part.VERIFIER: "to the verifier, commit",
+    Phase.TO_DRAFTER: "to and in the drafter",
+    Phase.DRAFT: "drafting",
+    Phase.TO_SCHEDULER: "to the scheduler",
+    Phase.POOL: "waiting for a batch",
+    Phase.BEHIND: "behind another batch",
+    Phase.MODEL: "model",
+    Phase.VERIFIER: "to the verifier, commit",
 }
 BAR = 12
 MATES = 6
@@ -49,7 +49,7 @@ def listing(timelines: Sequence[Timeline]) -> RenderableType:
     for one in timelines:
         table.add_row(
             Text(printable(short(one.session)), no_wrap=True),
-            "-" if one.started_ms is None else written(one.started_ms)[11:19],
+            "-" if one.started_ms is None else format_time(one.started_ms)[11:19],
             printable(one.service_class),
             "-" if one.prompt is None else str(len(one.prompt)),
             str(one.tokens),
@@ -107,7 +107,7 @@ def _head(one: Timeline) -> list[Text]:
     lines.append(
         Text(printable(f"  {prompt}, {one.tokens} tokens{limit} in {len(one.rounds)} rounds; {one.ending}{speed}"))
     )
-    when = "" if one.started_ms is None else f", from {written(one.started_ms)}"
+    when = "" if one.started_ms is None else f", from {format_time(one.started_ms)}"
     pool = f"pool {one.pool}" if one.pool not in ("", DEFAULT_POOL) else ""
     way = " → ".join(name for name in (one.gateway, pool, *one.drafters) if name)
     lines.append(Text(printable(f"  {way}{when}"), "dim"))
@@ -132,9 +132,9 @@ def _spent(one: Timeline) -> list[Text]:
 
 
 def _drawn(told: RoundTime, words: Words) -> Round:
-    model_ms = told.parts.get(Part.MODEL, 0.0)
-    waited_ms = told.parts.get(Part.POOL, 0.0)
-    drafting_ms = told.parts.get(Part.DRAFT, 0.0)
+    model_ms = told.parts.get(Phase.MODEL, 0.0)
+    waited_ms = told.parts.get(Phase.POOL, 0.0)
+    drafting_ms = told.parts.get(Phase.DRAFT, 0.0)
     return Round(
         number=told.round,
         total_ms=told.total_ms if told.total_ms is not None else sum(told.parts.values()),
@@ -148,7 +148,7 @@ def _drawn(told: RoundTime, words: Words) -> Round:
 
 
 def _details(told: RoundTime, words: Words) -> Iterable[str]:
-    steps = [f"{SHORT[Part(name)]} {ms:.1f}" for name, ms in told.parts.items()]
+    steps = [f"{SHORT[Phase(name)]} {ms:.1f}" for name, ms in told.parts.items()]
     at = "" if told.start_ms is None else f"at {told.start_ms:,.0f} ms: "
     yield at + (", ".join(steps) + " ms" if steps else told.status)
     if told.status != "committed":

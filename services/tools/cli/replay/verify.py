@@ -13,10 +13,10 @@ from services.tools.local.progress import ConsoleProgress
 from services.tools.local.service_commands import cores
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
-from services.tools.replayer.core.batches import work_of
+from services.tools.replayer.core.batches import recorded_batches
 from services.tools.replayer.core.recording import Recording
-from services.tools.replayer.core.selection import chosen
-from services.tools.replayer.reexecute import Report, reexecute
+from services.tools.replayer.core.selection import find_session
+from services.tools.replayer.reexecute import ReexecutionReport, reexecute
 
 SHOWN = 5
 
@@ -26,13 +26,18 @@ def show(recording: Recording, session: str | None, target: str | None, *, as_js
     recording.refuse_redacted("verify")
     progress = ConsoleProgress(err)
     folder = prepare_target(target or LocalSettings().target, progress)
-    work = work_of(recording)
+    work = recorded_batches(recording)
     tell_notes(recording)
-    only = None if session is None else {chosen(session, work.texts)}
+    only = None if session is None else {find_session(session, work.texts)}
     words = words_of(target, {text.generate.vocab_fingerprint for text in work.texts.values()}, recording)
     with progress.step("computing the recorded batches again") as step:
         report = reexecute(
-            work, folder, only=only, threads=cores(), words=words, tell=lambda done: step.detail(f"{done} batches done")
+            work,
+            folder,
+            only=only,
+            threads=cores(),
+            words=words,
+            report_progress=lambda done: step.detail(f"{done} batches done"),
         )
         step.done(f"{report.batches} batches computed again")
     same = not report.differences and report.tokens > 0
@@ -43,7 +48,7 @@ def show(recording: Recording, session: str | None, target: str | None, *, as_js
     return same
 
 
-def _print(report: Report) -> None:
+def _print(report: ReexecutionReport) -> None:
     out.print(
         f"{report.batches} batches, {report.jobs} jobs: {report.tokens} committed tokens and {report.digests} digests "
         "of logits compared",

@@ -1,8 +1,7 @@
-"""What recordings show, computed from their messages."""
+"""Sessions, timelines, batches, traffic and performance, computed from recorded messages. Pure: no I/O, no clock."""
 
 __all__ = [
     "batches",
-    "concern",
     "injection",
     "performance",
     "recording",

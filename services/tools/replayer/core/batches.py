@@ -1,6 +1,4 @@
-"""What the verifiers computed, put together again from a recording: batches of jobs, each with all that judging it
-needs and what was said of it. Pure.
-"""
+"""Recorded batches with what a verifier needs to compute them again: each job's text, and its recorded result."""
 
 from __future__ import annotations
 
@@ -14,22 +12,23 @@ from shared.messages import Batch, Generate, Heartbeat, Job, Result, Status
 
 @dataclass(frozen=True)
 class Difference:
-    """A place where a recording does not say what the model says, or contradicts itself."""
+    """A place where a recording differs from what the model computes, or contradicts itself."""
 
     session: str
     position: int
-    """Of the token, counted from the first of the prompt."""
+    """Position of the token, counted from the first of the prompt."""
     batch: str
     said: str
+    """The difference in words."""
 
 
 @dataclass
-class Text:
-    """A session's request and its text, as the recording has them."""
+class RecordedText:
+    """A session's request and its text."""
 
     generate: Generate
     tokens: list[int]
-    """Prompt and committed tokens, as far as they are known without a gap."""
+    """Prompt and committed tokens, up to the first gap in the recording."""
 
     @property
     def room(self) -> int:
@@ -38,42 +37,42 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Computed:
-    """A job, and the result that it had."""
+class ComputedJob:
+    """A job that a verifier computed, with its result."""
 
     job: Job
     result: Result
-    text: Text
+    text: RecordedText
     alone: bool
-    """No other result has tokens from this position on, so what it says is this job's own."""
+    """No other result has tokens from this position on, so the result must be this job's."""
 
     @property
     def tokens(self) -> list[int]:
-        """What was committed before it."""
+        """The tokens committed before this job."""
         return self.text.tokens[: self.job.base_len]
 
 
 @dataclass
-class Work:
-    """Everything that was computed, in the order in which the batches were sent."""
+class RecordedBatches:
+    """All recorded batches, in the order in which they were sent."""
 
-    texts: dict[str, Text]
+    texts: dict[str, RecordedText]
     fingerprints: set[str]
-    """Of the models that were asked for."""
+    """Fingerprints of the requested models."""
     cache_tokens: int
-    """The largest verifier's cache; 0 where no verifier was heard of."""
+    """Size of the largest verifier's cache; 0 without a recorded heartbeat."""
     contradiction: Difference | None
     """The first place where two results of a session disagree."""
     left_out: Counter[str] = field(default_factory=Counter)
-    """Jobs that cannot be done again, by reason."""
+    """Jobs that cannot be computed again, by reason."""
     _batches: list[Batch] = field(default_factory=list)
     _results: dict[tuple[str, str], Result] = field(default_factory=dict)
     """By batch and session."""
-    _told: Counter[tuple[str, int]] = field(default_factory=Counter)
-    """How many results have tokens of a session from a position on."""
+    _sources: Counter[tuple[str, int]] = field(default_factory=Counter)
+    """Number of results with tokens, by session and position."""
 
-    def batches(self, only: Collection[str] | None = None) -> Iterator[tuple[str, list[Computed]]]:
-        """Names of batches and what was computed in them. only: batches with one of these sessions."""
+    def computed(self, only: Collection[str] | None = None) -> Iterator[tuple[str, list[ComputedJob]]]:
+        """Yield each batch's id and its computed jobs. only: the batches with one of these sessions."""
         self.left_out.clear()
         for batch in self._batches:
             if only is not None and not any(job.session in only for job in batch.jobs):
@@ -82,60 +81,62 @@ class Work:
             if jobs:
                 yield batch.batch, jobs
 
-    def _computed(self, batch: Batch, job: Job) -> Computed | None:
+    def _computed(self, batch: Batch, job: Job) -> ComputedJob | None:
         result = self._results.get((batch.batch, job.session))
         text = self.texts.get(job.session)
         if result is None:
             self.left_out["no result was recorded"] += 1
         elif result.status is Status.FAILED or not result.new_tokens:
-            # Settled by the store alone, refused, or a chunk that was cached already.
+            # Refused, answered from the store alone, or a chunk that was cached already.
             self.left_out["nothing was computed for it"] += 1
         elif text is None:
             self.left_out["the beginning of its session is not in the recording"] += 1
         elif len(text.tokens) < job.base_len:
             self.left_out["a part of its text is not in the recording"] += 1
         else:
-            return Computed(job, result, text, self._told[job.session, job.base_len] == 1)
+            return ComputedJob(job, result, text, self._sources[job.session, job.base_len] == 1)
         return None
 
 
-def work_of(recording: Recording) -> Work:
-    """What was computed."""
-    texts: dict[str, Text] = {}
+def recorded_batches(recording: Recording) -> RecordedBatches:
+    """Return the batches of a recording."""
+    texts: dict[str, RecordedText] = {}
     batches: list[Batch] = []
     results: dict[tuple[str, str], Result] = {}
-    brought: dict[str, list[Result]] = {}
+    with_tokens: dict[str, list[Result]] = {}
     cache_tokens = 0
     for entry in recording.entries():
         match entry.message:
             case Generate() as generate:
-                texts[generate.session] = Text(generate, list(generate.prompt))
+                texts[generate.session] = RecordedText(generate, list(generate.prompt))
             case Batch() as batch:
                 batches.append(batch)
             case Result() as result:
                 results.setdefault((result.batch, result.session), result)
                 if result.tokens:
-                    brought.setdefault(result.session, []).append(result)
+                    with_tokens.setdefault(result.session, []).append(result)
             case Heartbeat() as heartbeat:
                 cache_tokens = max(cache_tokens, heartbeat.total_tokens)
             case _:
                 pass
     contradiction = None
-    for session, known in brought.items():
-        if session in texts:
-            found = _write(texts[session].tokens, known)
+    for session_id, session_results in with_tokens.items():
+        if session_id in texts:
+            found = _append_results(texts[session_id].tokens, session_results)
             contradiction = contradiction or found
-    asked = {job.fingerprint for batch in batches for job in batch.jobs}
-    told = Counter((result.session, result.base_len) for known in brought.values() for result in known)
-    return Work(texts, asked, cache_tokens, contradiction, _batches=batches, _results=results, _told=told)
+    fingerprints = {job.fingerprint for batch in batches for job in batch.jobs}
+    sources = Counter((result.session, result.base_len) for known in with_tokens.values() for result in known)
+    return RecordedBatches(
+        texts, fingerprints, cache_tokens, contradiction, _batches=batches, _results=results, _sources=sources
+    )
 
 
-def _write(tokens: list[int], results: Sequence[Result]) -> Difference | None:
-    """Append what results say; returns the first place where they disagree."""
+def _append_results(tokens: list[int], results: Sequence[Result]) -> Difference | None:
+    """Append the tokens of results up to the first gap; return the first place where two results disagree."""
     found = None
     for result in sorted(results, key=lambda one: one.base_len):
         if result.base_len > len(tokens):
-            break  # a gap: what comes after it hangs in the air
+            break
         for position, token in enumerate(result.tokens, result.base_len):
             if position == len(tokens):
                 tokens.append(token)
@@ -144,6 +145,6 @@ def _write(tokens: list[int], results: Sequence[Result]) -> Difference | None:
                     result.session,
                     position,
                     result.batch,
-                    f"its result says token {token} where an earlier one says {tokens[position]}",
+                    f"its result has token {token} where an earlier one has {tokens[position]}",
                 )
     return found

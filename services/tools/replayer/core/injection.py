@@ -1,4 +1,4 @@
-"""Recorded requests, to be asked again of another suite, and what became of them there. Pure."""
+"""Recorded requests to inject into another suite, and the comparison of their new texts with the recorded ones."""
 
 from __future__ import annotations
 
@@ -6,15 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.tools.replayer.core.performance import Served, quantile
+from services.tools.replayer.core.performance import ServedRequest, quantile
 from services.tools.replayer.core.recording import Recording
-from services.tools.replayer.core.sessions import Lives
+from services.tools.replayer.core.sessions import read_sessions
 from shared.messages import Finish, Generate, Result, Status
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A recorded request. Times in milliseconds since 1970."""
+class InjectableRequest:
+    """A recorded request with its recorded text and times. Times of messages in milliseconds since 1970."""
 
     at_ms: float
     key: str
@@ -22,67 +22,67 @@ class Asked:
     generate: Generate
     cancel_ms: float | None
     output: list[int]
-    """What it got when it was recorded, as far as that is known without a gap."""
+    """Recorded tokens, up to the first gap in the recording."""
     ttft_ms: float | None
     tpot_ms: float | None
 
 
-def requests_of(recording: Recording) -> list[Asked]:
-    """The requests whose beginning was recorded, in order of time."""
+def injectable_requests(recording: Recording) -> list[InjectableRequest]:
+    """Return the requests whose Generate was recorded, in order of time."""
     found = []
-    for life in Lives().read(recording.entries()).of.values():
-        if life.generate is None or life.generate_ms is None:
+    for session in read_sessions(recording.entries()).values():
+        if session.generate is None or session.generate_ms is None:
             continue
-        known = life.output()
-        start = len(life.generate.prompt)
+        known = session.output()
+        start = len(session.generate.prompt)
         output: list[int] = []
         while start + len(output) in known:
             output.append(known[start + len(output)])
-        ended = life.ended
+        ended = session.ended
         found.append(
-            Asked(
-                life.generate_ms,
-                f"generate.{life.pool}",
-                life.generate,
-                life.cancelled_ms,
+            InjectableRequest(
+                session.generate_ms,
+                f"generate.{session.pool}",
+                session.generate,
+                session.cancelled_ms,
                 output,
                 ended.ttft_ms if ended else None,
                 ended.tpot_ms if ended else None,
             )
         )
-    return sorted(found, key=lambda asked: (asked.at_ms, asked.generate.session))
+    return sorted(found, key=lambda request: (request.at_ms, request.generate.session))
 
 
 @dataclass
-class Again:
-    """A request that was asked again."""
+class InjectedRequest:
+    """A recorded request that runs again."""
 
-    asked: Asked
-    session: str
-    """Its name this time."""
-    served: Served
+    recorded: InjectableRequest
+    session_id: str
+    """Id of the new session."""
+    served: ServedRequest
     tokens: dict[int, int] = field(default_factory=dict)
-    """By position."""
+    """New tokens by position."""
     ended: str | None = None
-    """`stop`, `length`, `cancelled`, or why it failed; None while it runs."""
+    """`stop`, `length`, `cancelled`, or an error code; None while it runs."""
 
-    def take(self, result: Result, now_ms: float) -> None:
-        """Take in one of its results."""
+    def apply(self, result: Result, now_ms: float) -> None:
+        """Take in a result of the new session."""
         if result.status is Status.FAILED:
             self.ended = self.ended or (result.error.code if result.error else "failed")
             return
         new = {p: t for p, t in enumerate(result.tokens, result.base_len) if p not in self.tokens}
         self.tokens |= new
-        self.served.got(len(new), now_ms)
+        self.served.add_tokens(len(new), now_ms)
         if result.finish is not None:
             self.ended = str(result.finish)
             self.served.complete = True
 
     @property
     def differs_at(self) -> int | None:
-        """The first position, counted from the prompt's first token, at which the texts differ as far as both go."""
-        start = len(self.asked.generate.prompt)
-        for position, token in enumerate(self.asked.output, start):
+        """The first position, counted from the prompt's first token, at which both texts have different tokens."""
+        start = len(self.recorded.generate.prompt)
+        for position, token in enumerate(self.recorded.output, start):
             if (now := self.tokens.get(position)) is None:
                 return None
             if now != token:
@@ -91,39 +91,44 @@ class Again:
 
 
 @dataclass(frozen=True)
-class Answers:
-    """What became of all of them."""
+class InjectionReport:
+    """How the injected requests ended. The fields are the keys of `wisp replay --inject --json`."""
 
     requests: int
     ended: dict[str, int]
-    """How they ended, `unfinished` among it."""
+    """Number of requests by ending; `unfinished` for those that did not end."""
     compared: int
-    """Tokens that were there both times."""
+    """Number of positions with a token in both texts."""
     differing: list[tuple[str, int]]
-    """Recorded names of sessions whose texts differ, and where."""
+    """Recorded session ids whose texts differ, each with the first such position."""
     ttft_p50_ms: tuple[float | None, float | None]
-    """Recorded, and now."""
+    """(recorded, injected)."""
     tpot_p50_ms: tuple[float | None, float | None]
+    """(recorded, injected)."""
     late_ms: float
-    """How late a request was sent at worst."""
+    """The largest delay of a request against the recorded rhythm."""
 
 
-def answers(asked: Sequence[Again], late_ms: float) -> Answers:
-    """Sum up."""
-    compared = sum(min(len(one.tokens), len(one.asked.output)) for one in asked)
-    differing = [(one.asked.generate.session, at) for one in asked if (at := one.differs_at) is not None]
-    whole = [one for one in asked if one.ended in (Finish.STOP, Finish.LENGTH)]
-
-    def medians(then: list[float | None], now: list[float | None]) -> tuple[float | None, float | None]:
-        return _median(then), _median(now)
-
-    return Answers(
-        requests=len(asked),
-        ended=dict(Counter(one.ended or "unfinished" for one in asked).most_common()),
+def injection_report(injected: Sequence[InjectedRequest], late_ms: float) -> InjectionReport:
+    """Sum up injected requests. The times are of those that completed."""
+    compared = sum(min(len(request.tokens), len(request.recorded.output)) for request in injected)
+    differing = [
+        (request.recorded.generate.session, at) for request in injected if (at := request.differs_at) is not None
+    ]
+    complete = [request for request in injected if request.ended in (Finish.STOP, Finish.LENGTH)]
+    return InjectionReport(
+        requests=len(injected),
+        ended=dict(Counter(request.ended or "unfinished" for request in injected).most_common()),
         compared=compared,
         differing=differing,
-        ttft_p50_ms=medians([one.asked.ttft_ms for one in whole], [one.served.ttft_ms for one in whole]),
-        tpot_p50_ms=medians([one.asked.tpot_ms for one in whole], [one.served.tpot_ms for one in whole]),
+        ttft_p50_ms=(
+            _median([request.recorded.ttft_ms for request in complete]),
+            _median([request.served.ttft_ms for request in complete]),
+        ),
+        tpot_p50_ms=(
+            _median([request.recorded.tpot_ms for request in complete]),
+            _median([request.served.tpot_ms for request in complete]),
+        ),
         late_ms=late_ms,
     )
 

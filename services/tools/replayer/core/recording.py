@@ -1,6 +1,6 @@
-"""A recording: the messages of a suite in the order in which the broker had them. Pure.
+"""A recording: a suite's messages in the order in which the broker stored them.
 
-Bodies stay packed until they are looked at: a hundred thousand messages are some tens of megabytes.
+Bodies stay packed until they are read, so that 100,000 messages take some tens of megabytes.
 """
 
 from __future__ import annotations
@@ -14,79 +14,79 @@ from shared.messages import Message, decode
 
 
 class RecordingError(WispError):
-    """A recording cannot be read, or does not hold what is asked of it."""
+    """A recording cannot be read, or lacks what a command needs."""
 
 
 @dataclass(frozen=True)
-class Source:
-    """Where messages were recorded."""
+class RecordingSource:
+    """The broker and namespace from which a recording comes."""
 
     namespace: str
     vhost: str = ""
     address: str = ""
-    """Host and port of the broker, as the reader reached it."""
+    """Host and port under which the reader reached the broker."""
     cluster: str = ""
-    """The broker's own name for itself."""
+    """The name that the broker gives itself."""
 
 
 @dataclass(frozen=True, slots=True)
-class Packed:
-    """A message as it was recorded."""
+class PackedMessage:
+    """A recorded message as it was sent."""
 
     at_us: int | None
-    """When it was sent: microseconds since 1970 on its sender's clock; None from a sender that does not say."""
+    """Send time in microseconds since 1970 by the sender's clock; None if the sender gave none."""
     key: str
-    """Its routing key."""
+    """Routing key."""
     body: bytes
 
 
 @dataclass(frozen=True, slots=True)
-class Entry:
-    """A recorded message, unpacked."""
+class JournalEntry:
+    """A recorded message, decoded."""
 
     at_ms: float | None
-    """When it was sent: milliseconds since 1970 on its sender's clock; None from a sender that does not say."""
+    """Send time in milliseconds since 1970 by the sender's clock; None if the sender gave none."""
     key: str
     message: Message
 
 
 @dataclass
 class Recording:
-    """Messages, and what is known of them as a whole."""
+    """Recorded messages with their source and state."""
 
-    source: Source
-    packed: list[Packed] = field(default_factory=list)
+    source: RecordingSource
+    packed: list[PackedMessage] = field(default_factory=list)
     redacted: bool = False
     """Token ids were replaced by zeros."""
     notes: list[str] = field(default_factory=list)
-    """What the reader of the recording should know, in words."""
+    """Warnings for the user."""
     skipped: Counter[str] = field(default_factory=Counter)
-    """Messages that are none of ours, or of a version that is not understood, by reason."""
+    """Messages that `entries` could not decode, by reason."""
 
-    def entries(self) -> Iterator[Entry]:
-        """The messages that are understood, in the order of the broker; counts the others in `skipped`."""
+    def entries(self) -> Iterator[JournalEntry]:
+        """Decode the messages in the broker's order; count those that cannot be decoded in `skipped`."""
         self.skipped.clear()
-        for one in self.packed:
+        for packed in self.packed:
             try:
-                message = decode(one.body)
+                message = decode(packed.body)
             except MessageError as error:
                 self.skipped[str(error)] += 1
                 continue
-            yield Entry(None if one.at_us is None else one.at_us / 1000, one.key, message)
+            yield JournalEntry(None if packed.at_us is None else packed.at_us / 1000, packed.key, message)
 
     def within(self, since_ms: float | None, until_ms: float | None) -> Recording:
-        """What was sent in a span of time (milliseconds since 1970); messages without a time are left out then."""
+        """Return the messages sent in a span of time (milliseconds since 1970), without those that have no time."""
         if since_ms is None and until_ms is None:
             return self
         low = -1.0 if since_ms is None else since_ms * 1000
         high = float("inf") if until_ms is None else until_ms * 1000
-        kept = [one for one in self.packed if one.at_us is not None and low <= one.at_us <= high]
+        kept = [packed for packed in self.packed if packed.at_us is not None and low <= packed.at_us <= high]
         return Recording(self.source, kept, self.redacted, self.notes)
 
     def refuse_redacted(self, purpose: str) -> None:
-        """Raises RecordingError where the tokens were removed."""
+        """Raise RecordingError if the tokens were removed."""
         if self.redacted:
             raise RecordingError(
-                f"this recording was exported without text and tokens, so it cannot be used to {purpose}; only lengths "
-                "and times are left in it"
+                f"this recording was exported without text and tokens, so it cannot be used to {purpose}; it holds "
+                "only lengths and times"
             )

@@ -1,6 +1,6 @@
-"""Recordings without what users said: every token becomes 0, lengths and times stay. Pure.
+"""Redaction: messages without the users' text. Every token becomes 0; lengths and times stay.
 
-Works on what the messages are known to carry: a field that this version does not know is dropped.
+Fields that this version does not know are dropped, since they might hold text.
 """
 
 from __future__ import annotations
@@ -13,23 +13,23 @@ R = TypeVar("R", bound=Record)
 
 
 def redacted(message: Message) -> Message:
-    """The message without text, tokens, what could tell a guess of them from a wrong one, and the session's key."""
+    """Return the message without tokens, session key, and the seeds and digests that would confirm a guessed text."""
     match message:
         case Generate():
             sampling = message.sampling.model_copy(update={"seed": 0})
-            blank = {"prompt": _blank(message.prompt), "stop_ids": _blank(message.stop_ids)}
+            blank = {"prompt": _zeros(message.prompt), "stop_ids": _zeros(message.stop_ids)}
             return _with(message, **blank, sampling=sampling, session_key="")
         case Verify():
-            return _with(message, draft=_blank(message.draft), session_key="")
+            return _with(message, draft=_zeros(message.draft), session_key="")
         case Batch():
-            return _with(message, jobs=[_with(job, draft=_blank(job.draft), session_key="") for job in message.jobs])
+            return _with(message, jobs=[_with(job, draft=_zeros(job.draft), session_key="") for job in message.jobs])
         case Result():
-            return _with(message, tokens=_blank(message.tokens), logits_digest=None)
+            return _with(message, tokens=_zeros(message.tokens), logits_digest=None)
         case _:
             return message
 
 
-def _blank(tokens: list[int]) -> list[int]:
+def _zeros(tokens: list[int]) -> list[int]:
     return [0] * len(tokens)
 
 

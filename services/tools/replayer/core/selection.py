@@ -1,47 +1,61 @@
-"""Which sessions, of which time, a command is about. Pure."""
+"""Selection of the sessions that a command works on."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Collection
-from datetime import UTC, datetime
 
-from services.tools.replayer.core.recording import RecordingError
+from services.tools.replayer.core.recording import Recording, RecordingError
+from shared.errors import MessageError
+from shared.messages import Batch, Message, decode
 
-_AGO = re.compile(r"(\d+(?:\.\d+)?)\s*(s|m|h|d)")
-_SECONDS = {"s": 1, "m": 60, "h": 3600, "d": 86400}
-NAMED = 8
-
-
-def moment_ms(text: str, now_ms: float) -> float:
-    """A point in time as a person writes it, in milliseconds since 1970: `90s`, `10m`, `2h`, `1d` (ago), or an ISO date
-    and time, local unless it says otherwise. Raises RecordingError."""
-    if match := _AGO.fullmatch(text.strip()):
-        return now_ms - float(match[1]) * _SECONDS[match[2]] * 1000
-    try:
-        return datetime.fromisoformat(text.strip()).timestamp() * 1000
-    except ValueError:
-        raise RecordingError(
-            f"{text!r} is no point in time: give how long ago (90s, 10m, 2h, 1d), or a date and time (2026-11-25T14:30)"
-        ) from None
+_NAMED = 8
+"""Session ids that an error lists at most."""
 
 
-def written(at_ms: float) -> str:
-    """A point in time for reading, in UTC."""
-    return datetime.fromtimestamp(at_ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S.%f")[:-3] + " UTC"
+def find_session(wanted: str, session_ids: Collection[str]) -> str:
+    """Return the session with this id, or the only one whose id, or its part after the last dash, begins with it.
 
-
-def chosen(wanted: str, sessions: Collection[str]) -> str:
-    """The session of this name, or the only one whose name, or a part of it after a dash, begins so. Raises
-    RecordingError."""
-    if wanted in sessions:
+    Raises RecordingError.
+    """
+    if wanted in session_ids:
         return wanted
-    fitting = [name for name in sessions if name.startswith(wanted) or name.rpartition("-")[2].startswith(wanted)]
-    if len(fitting) == 1:
-        return fitting[0]
-    if fitting:
-        more = f" and {len(fitting) - NAMED} more" if len(fitting) > NAMED else ""
-        raise RecordingError(f"{wanted!r} may be any of {', '.join(fitting[:NAMED])}{more}; give more of its name")
+    matching = [name for name in session_ids if name.startswith(wanted) or name.rpartition("-")[2].startswith(wanted)]
+    if len(matching) == 1:
+        return matching[0]
+    if matching:
+        more = f" and {len(matching) - _NAMED} more" if len(matching) > _NAMED else ""
+        raise RecordingError(f"{wanted!r} may be any of {', '.join(matching[:_NAMED])}{more}; give more of its name")
     raise RecordingError(
-        f"no session {wanted!r} in the recording, which has {len(sessions)}; `wisp replay` without a name lists them"
+        f"no session {wanted!r} in the recording, which has {len(session_ids)}; `wisp replay` without a name lists them"
     )
+
+
+def session_ids_of(recording: Recording) -> set[str]:
+    """Return the ids of all sessions in a recording."""
+    return {
+        session_id
+        for entry in recording.entries()
+        if isinstance(session_id := getattr(entry.message, "session", None), str)
+    }
+
+
+def select_sessions(recording: Recording, session_ids: Collection[str]) -> Recording:
+    """Return the messages of these sessions, their whole batches, and the messages that belong to no session."""
+    kept = []
+    for packed in recording.packed:
+        try:
+            message = decode(packed.body)
+        except MessageError:
+            continue
+        if _belongs(message, session_ids):
+            kept.append(packed)
+    return Recording(recording.source, kept, recording.redacted, recording.notes)
+
+
+def _belongs(message: Message, session_ids: Collection[str]) -> bool:
+    if isinstance(message, Batch):
+        return any(job.session in session_ids for job in message.jobs) or any(
+            left.session in session_ids for left in message.left_out
+        )
+    session_id = getattr(message, "session", None)
+    return session_id is None or session_id in session_ids

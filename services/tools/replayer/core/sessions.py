@@ -1,8 +1,6 @@
-"""The lives of sessions, put together from recorded messages: which round went where, and how long each step took.
-Pure.
+"""Recorded sessions: requests, rounds, jobs and results put together from recorded messages.
 
-Times are the senders' own clocks, so a step between two services is as right as their clocks agree. Where a message
-seems to have arrived before it was sent, the step counts as 0 and the disagreement is told (`Inversion`).
+Times come from the senders' clocks, so the time between two services is only as right as their clocks agree.
 """
 
 from __future__ import annotations
@@ -10,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.tools.replayer.core.recording import Entry
+from services.tools.replayer.core.recording import JournalEntry
 from shared.messages import (
     Batch,
     Cancel,
@@ -25,63 +23,61 @@ from shared.messages import (
     Verify,
 )
 
-UNCERTAIN_MS = 0.05
-"""Clocks of one machine read in two processes may seem to disagree by this much."""
-
 
 @dataclass
-class Sent:
-    """One job of a batch: when it was sent, and what came of it."""
+class RecordedJob:
+    """A round's job in one batch, with its result."""
 
-    batch: str
-    scheduler: str
-    verifier: str
+    batch_id: str
+    scheduler_id: str
+    verifier_id: str
     job: Job
     policy: str
     predicted_ms: float
     waiting: int
-    """Rounds that were not in the batch."""
+    """Pending rounds that were not in the batch."""
     mates: list[str]
-    """The other sessions in the batch."""
+    """Ids of the other sessions in the batch."""
     at_ms: float | None
+    """Send time of the batch."""
     result: Result | None = None
     result_ms: float | None = None
-    """When the result was sent."""
+    """Send time of the result."""
     before: str | None = None
-    """The batch that the verifier was given before this one."""
+    """Id of the batch that the verifier received before this one."""
     free_ms: float | None = None
-    """When the verifier sent the last result of that."""
+    """Send time of the last result of that batch."""
 
 
 @dataclass
-class Round:
-    """One round of a session."""
+class RecordedRound:
+    """A round of a session."""
 
     verify: Verify
-    """As it was sent first."""
+    """The first attempt."""
     sent_ms: list[float | None]
-    """When it was sent, once for each attempt."""
+    """Send time of each attempt."""
     price_ms: float | None
-    """The scheduler's price of a verified token, as last told before."""
-    jobs: list[Sent] = field(default_factory=list)
+    """The scheduler's last published price of a verified token."""
+    jobs: list[RecordedJob] = field(default_factory=list)
     left_out: list[tuple[str, str]] = field(default_factory=list)
-    """Batches that went out without it while it waited, and why."""
+    """Batches sent without this round while it was pending, each with the reason."""
     result: Result | None = None
-    """What settled it."""
+    """The result that ended the round."""
     result_ms: float | None = None
     repeated: int = 0
-    """Further results for it."""
+    """Number of further results."""
 
 
 @dataclass
-class Life:
-    """A session, as far as it was recorded."""
+class RecordedSession:
+    """A session as far as it was recorded."""
 
-    session: str
+    session_id: str
     generate: Generate | None = None
     generate_ms: float | None = None
     pool: str = ""
-    rounds: dict[int, Round] = field(default_factory=dict)
+    rounds: dict[int, RecordedRound] = field(default_factory=dict)
     ended: Ended | None = None
     ended_ms: float | None = None
     cancelled: Cancel | None = None
@@ -90,86 +86,80 @@ class Life:
 
     @property
     def start_ms(self) -> float | None:
-        """When its request reached the gateway; without its Generate, when it was first heard of."""
+        """Arrival of the request at the gateway; without a recorded Generate, the first recorded send time."""
         if self.generate is not None and self.generate_ms is not None:
             return self.generate_ms - self.generate.elapsed_ms
-        times = [at for one in self.rounds.values() for at in one.sent_ms if at is not None]
+        times = [at for round_ in self.rounds.values() for at in round_.sent_ms if at is not None]
         return min(times, default=self.ended_ms)
 
     @property
     def end_ms(self) -> float | None:
-        """When it was last heard of."""
+        """The last recorded send time."""
         times = [self.ended_ms, self.cancelled_ms, self.generate_ms]
-        for one in self.rounds.values():
-            times += [*one.sent_ms, one.result_ms]
+        for round_ in self.rounds.values():
+            times += [*round_.sent_ms, round_.result_ms]
         return max((at for at in times if at is not None), default=None)
 
     @property
-    def settled(self) -> list[Round]:
-        """Rounds that brought tokens, in order."""
+    def settled(self) -> list[RecordedRound]:
+        """Rounds whose result has tokens, in order."""
         rounds = (self.rounds[number] for number in sorted(self.rounds))
-        return [one for one in rounds if one.result is not None and one.result.tokens]
+        return [round_ for round_ in rounds if round_.result is not None and round_.result.tokens]
 
     @property
     def finish(self) -> Finish | None:
-        """Why the text ended, if it did."""
+        """Reason for the end of the text; None if it did not end."""
         return next((r.result.finish for r in self.settled if r.result is not None and r.result.finish), None)
 
     @property
-    def whole(self) -> bool:
-        """Whether its text came to its own end."""
+    def complete(self) -> bool:
+        """Whether the text ended by a stop token or at its length limit."""
         return self.finish is not None or (self.ended is not None and self.ended.reason in (Finish.STOP, Finish.LENGTH))
 
     @property
     def slo(self) -> Slo | None:
-        """What it was promised."""
+        """The promised times; None without a promise or a recorded Generate."""
         return self.generate.slo if self.generate else None
 
     @property
     def service_class(self) -> str:
-        """Its service class."""
+        """Service class; empty if no recorded message names it."""
         if self.generate is not None:
             return self.generate.service_class
         if self.ended is not None:
             return self.ended.service_class
-        return next((one.verify.service_class for one in self.rounds.values()), "")
+        return next((round_.verify.service_class for round_ in self.rounds.values()), "")
 
     def output(self) -> dict[int, int]:
-        """Its committed tokens by position, prompt excluded."""
+        """Return the committed tokens by position, without the prompt."""
         tokens: dict[int, int] = {}
-        for one in self.settled:
-            assert one.result is not None
-            tokens.update(enumerate(one.result.tokens, one.result.base_len))
+        for round_ in self.settled:
+            assert round_.result is not None
+            tokens.update(enumerate(round_.result.tokens, round_.result.base_len))
         return tokens
 
 
-class Lives:
-    """Reads a recording once, from its beginning."""
+class SessionReader:
+    """Builds the sessions of a recording from its messages, in one pass from the beginning."""
 
     def __init__(self) -> None:
-        self.of: dict[str, Life] = {}
+        self.sessions: dict[str, RecordedSession] = {}
         self._price_ms: float | None = None
-        self._last: dict[str, str] = {}
+        self._last_batch_ids: dict[str, str] = {}
         """Latest batch of each verifier."""
         self._done_ms: dict[str, float] = {}
-        """When the last result of a batch was sent."""
-        self._open: dict[str, Round] = {}
-        """The round of each session that waits for its batch."""
+        """Send time of each batch's last result."""
+        self._pending: dict[str, RecordedRound] = {}
+        """Pending round of each session."""
 
-    def read(self, entries: Iterable[Entry]) -> Lives:
-        """Take in these messages."""
-        for entry in entries:
-            self.feed(entry)
-        return self
-
-    def feed(self, entry: Entry) -> None:
+    def feed(self, entry: JournalEntry) -> None:
         """Take in one message."""
         message = entry.message
         match message:
             case Generate():
-                life = self._life(message.session)
-                life.generate, life.generate_ms = message, entry.at_ms
-                life.pool = entry.key.partition(".")[2]
+                session = self._session(message.session)
+                session.generate, session.generate_ms = message, entry.at_ms
+                session.pool = entry.key.partition(".")[2]
             case Verify():
                 self._verify(message, entry.at_ms)
             case Batch():
@@ -179,43 +169,43 @@ class Lives:
             case Load():
                 self._price_ms = message.price_ms
             case Ended():
-                life = self._life(message.session)
-                life.ended, life.ended_ms = message, entry.at_ms
+                session = self._session(message.session)
+                session.ended, session.ended_ms = message, entry.at_ms
             case Cancel():
-                life = self._life(message.session)
-                life.cancelled, life.cancelled_ms = message, entry.at_ms
+                session = self._session(message.session)
+                session.cancelled, session.cancelled_ms = message, entry.at_ms
 
-    def _life(self, session: str) -> Life:
-        return self.of.setdefault(session, Life(session))
+    def _session(self, session_id: str) -> RecordedSession:
+        return self.sessions.setdefault(session_id, RecordedSession(session_id))
 
     def _verify(self, verify: Verify, at_ms: float | None) -> None:
-        life = self._life(verify.session)
-        known = life.rounds.get(verify.round)
+        session = self._session(verify.session)
+        known = session.rounds.get(verify.round)
         if known is not None and known.result is None:
             known.sent_ms.append(at_ms)
             if known.verify.drafter != verify.drafter:
-                life.notes.append(f"round {verify.round} was taken over by drafter {verify.drafter}")
+                session.notes.append(f"drafter {verify.drafter} took over round {verify.round}")
             return
         if known is not None:
-            return  # sent again although its result was on its way
-        life.rounds[verify.round] = self._open[verify.session] = Round(verify, [at_ms], self._price_ms)
+            return  # resent while its result was under way
+        session.rounds[verify.round] = self._pending[verify.session] = RecordedRound(verify, [at_ms], self._price_ms)
 
-    def _batch(self, batch: Batch, entry: Entry) -> None:
-        verifier = entry.key.partition(".")[2]
-        before = self._last.get(verifier)
-        self._last[verifier] = batch.batch
-        sessions = [job.session for job in batch.jobs]
+    def _batch(self, batch: Batch, entry: JournalEntry) -> None:
+        verifier_id = entry.key.partition(".")[2]
+        before = self._last_batch_ids.get(verifier_id)
+        self._last_batch_ids[verifier_id] = batch.batch
+        session_ids = [job.session for job in batch.jobs]
         for job in batch.jobs:
-            one = self._life(job.session).rounds.get(job.round)
-            if one is None:
+            round_ = self._session(job.session).rounds.get(job.round)
+            if round_ is None:
                 continue
-            self._open.pop(job.session, None)
-            mates = [session for session in sessions if session != job.session]
-            one.jobs.append(
-                Sent(
+            self._pending.pop(job.session, None)
+            mates = [session_id for session_id in session_ids if session_id != job.session]
+            round_.jobs.append(
+                RecordedJob(
                     batch.batch,
                     batch.scheduler,
-                    verifier,
+                    verifier_id,
                     job,
                     batch.policy,
                     batch.predicted_ms,
@@ -226,22 +216,30 @@ class Lives:
                 )
             )
         for left in batch.left_out:
-            if (waiting := self._open.get(left.session)) is not None:
-                waiting.left_out.append((batch.batch, left.reason))
+            if (pending := self._pending.get(left.session)) is not None:
+                pending.left_out.append((batch.batch, left.reason))
 
     def _result(self, result: Result, at_ms: float | None) -> None:
-        one = self._life(result.session).rounds.get(result.round)
+        round_ = self._session(result.session).rounds.get(result.round)
         if at_ms is not None:
             self._done_ms[result.batch] = max(at_ms, self._done_ms.get(result.batch, 0.0))
-        if one is None:
+        if round_ is None:
             return
-        sent = next((job for job in one.jobs if job.batch == result.batch and job.result is None), None)
-        if sent is not None:
-            sent.result, sent.result_ms = result, at_ms
-            sent.free_ms = self._done_ms.get(sent.before or "")
+        job = next((job for job in round_.jobs if job.batch_id == result.batch and job.result is None), None)
+        if job is not None:
+            job.result, job.result_ms = result, at_ms
+            job.free_ms = self._done_ms.get(job.before or "")
         if result.status is Status.PREFILLED:
-            self._open[result.session] = one
-        elif one.result is None:
-            one.result, one.result_ms = result, at_ms
+            self._pending[result.session] = round_
+        elif round_.result is None:
+            round_.result, round_.result_ms = result, at_ms
         else:
-            one.repeated += 1
+            round_.repeated += 1
+
+
+def read_sessions(entries: Iterable[JournalEntry]) -> dict[str, RecordedSession]:
+    """Return the sessions of a recording by id."""
+    reader = SessionReader()
+    for entry in entries:
+        reader.feed(entry)
+    return reader.sessions

@@ -1,4 +1,8 @@
-"""A session's life as a timeline: what each stretch of it was spent on. Pure."""
+"""Timelines: a session's rounds and the time that each phase of them took.
+
+Times come from several clocks. A message that seems to arrive before it was sent counts as taking 0 ms, and a
+`ClockInversion` names the two clocks.
+"""
 
 from __future__ import annotations
 
@@ -6,12 +10,15 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from services.tools.replayer.core.sessions import UNCERTAIN_MS, Life, Round, Sent
+from services.tools.replayer.core.sessions import RecordedJob, RecordedRound, RecordedSession
 from shared.messages import Slo, Status
 
+CLOCK_TOLERANCE_MS = 0.05
+"""Two processes on one machine may read its clock this far apart."""
 
-class Part(StrEnum):
-    """What time is spent on, in the order of a round."""
+
+class Phase(StrEnum):
+    """A part of a session's time, in the order of a round."""
 
     GATEWAY = "gateway, before the drafter is asked"
     TO_DRAFTER = "to the drafter, and its own work"
@@ -25,8 +32,8 @@ class Part(StrEnum):
 
 
 @dataclass(frozen=True)
-class Inversion:
-    """Two clocks that disagree: something was received this long before it was sent."""
+class ClockInversion:
+    """Two clocks that disagree: a message was received this long before it was sent."""
 
     sender: str
     receiver: str
@@ -35,48 +42,52 @@ class Inversion:
 
 @dataclass
 class BatchTime:
-    """A batch that a round, or a chunk of its prompt, was in. Times in milliseconds since the request."""
+    """A batch that verified a round or computed a chunk of its prompt. Times in milliseconds since the request."""
 
     batch: str
     verifier: str
     policy: str
     reason: str
     mates: list[str]
+    """Ids of the other sessions in the batch."""
     waiting: int
+    """Pending rounds that were not in the batch."""
     predicted_ms: float
     sent_ms: float | None
     result_ms: float | None
     verify_ms: float | None
     behind_ms: float
+    """Time spent behind the verifier's previous batch."""
     behind: str | None
-    """The batch that it waited for."""
+    """Id of that batch, if it delayed this one."""
     slack_ms: float | None
     queue_ms: float
     draft: int
-    """Draft tokens that were to be verified."""
+    """Draft tokens to verify."""
     prefill_to: int | None
     new_tokens: int | None
 
 
 @dataclass
 class RoundTime:
-    """One round. Times in milliseconds since the request."""
+    """A round. Times in milliseconds since the request."""
 
     round: int
     base_len: int
     start_ms: float | None
     total_ms: float | None
-    """Until its result was sent; None where it never was, or times are missing."""
+    """Until its result was sent; None without a result, or where times are missing."""
     parts: dict[str, float]
+    """Time by phase."""
     attempts: int
     draft: list[int]
     acceptance: list[float]
     verified: int
     accepted: int
     trimmed: int
-    """Draft tokens that the scheduler did not let through."""
+    """Draft tokens that the scheduler cut off."""
     tokens: list[int]
-    """What was committed: accepted draft tokens, then the target's own."""
+    """Committed tokens: accepted draft tokens, then the target's own."""
     own: int
     """How many of these are the target's own."""
     status: str
@@ -86,12 +97,14 @@ class RoundTime:
     price_ms: float | None
     batches: list[BatchTime]
     left_out: list[tuple[str, str]]
+    """Batches sent without this round while it was pending, each with the reason."""
     repeated: int
+    """Number of further results."""
 
 
 @dataclass
 class Timeline:
-    """A session's life."""
+    """A session's rounds and times. The fields are the keys of `wisp replay --json`."""
 
     session: str
     gateway: str | None
@@ -100,7 +113,7 @@ class Timeline:
     service_class: str
     slo: Slo | None
     started_ms: float | None
-    """When the request reached the gateway: milliseconds since 1970."""
+    """Arrival of the request at the gateway, in milliseconds since 1970."""
     total_ms: float | None
     prompt: list[int] | None
     max_tokens: int | None
@@ -111,125 +124,125 @@ class Timeline:
     tpot_ms: float | None
     rounds: list[RoundTime]
     parts: dict[str, float]
-    """Where the time went."""
-    inversions: list[Inversion]
+    """Time by phase."""
+    inversions: list[ClockInversion]
     notes: list[str] = field(default_factory=list)
 
 
-Spend = Callable[[Part, float], None]
+Spend = Callable[[Phase, float], None]
 
 
-class _Clock:
-    """Differences of times, none of them negative, and the disagreements found on the way."""
+class _ClockDifferences:
+    """Durations between two clocks, never negative, and the largest disagreement of each pair."""
 
     def __init__(self) -> None:
-        self.worst: dict[tuple[str, str], float] = {}
+        self.largest_ms: dict[tuple[str, str], float] = {}
 
     def between(self, sender: str, sent_ms: float | None, receiver: str, received_ms: float | None) -> float:
-        """Milliseconds from one to the other; 0 where they are not known, or the clocks disagree."""
+        """Return the milliseconds from one time to the other; 0 if one is unknown or the clocks disagree."""
         if sent_ms is None or received_ms is None:
             return 0.0
         ms = received_ms - sent_ms
-        if ms < -UNCERTAIN_MS and sender != receiver:
-            self.worst[sender, receiver] = max(self.worst.get((sender, receiver), 0.0), -ms)
+        if ms < -CLOCK_TOLERANCE_MS and sender != receiver:
+            self.largest_ms[sender, receiver] = max(self.largest_ms.get((sender, receiver), 0.0), -ms)
         return max(0.0, ms)
 
+    def inversions(self) -> list[ClockInversion]:
+        return [ClockInversion(*names, ms) for names, ms in sorted(self.largest_ms.items())]
 
-def timeline(life: Life) -> Timeline:
-    """The timeline of a session."""
-    clock = _Clock()
-    start_ms = life.start_ms
-    rounds: list[RoundTime] = []
-    totals: dict[str, float] = dict.fromkeys((part.value for part in Part), 0.0)
-    notes = list(life.notes)
-    if life.generate is None:
-        notes.append("its beginning is not in the recording")
-    else:
-        totals[Part.GATEWAY] = life.generate.elapsed_ms
-    since_ms, since_name = life.generate_ms, life.generate.gateway if life.generate else ""
-    for number in sorted(life.rounds):
-        one = life.rounds[number]
-        rounds.append(_round(one, since_ms, since_name, start_ms, clock))
-        if one.result_ms is not None:
-            since_ms = one.result_ms
-            since_name = one.result.verifier if one.result else ""
-    for told in rounds:
-        for name, ms in told.parts.items():
-            totals[name] += ms
-    if life.ended_ms is not None and rounds:
-        gateway = life.generate.gateway if life.generate else "the gateway"
-        totals[Part.CLIENT] = clock.between(since_name, since_ms, gateway, life.ended_ms)
-    end_ms = life.end_ms
-    if any(at is None for one in life.rounds.values() for at in one.sent_ms):
-        notes.append("messages of senders that do not say when they sent them: their times are missing")
-    ended = life.ended
+
+def timeline(session: RecordedSession) -> Timeline:
+    """Return the timeline of a session."""
+    clocks = _ClockDifferences()
+    generate, ended = session.generate, session.ended
+    start_ms, end_ms = session.start_ms, session.end_ms
+    rounds, parts = _rounds(session, start_ms, clocks)
     return Timeline(
-        session=life.session,
-        gateway=life.generate.gateway if life.generate else None,
-        drafters=list(dict.fromkeys(one.verify.drafter for one in life.rounds.values())),
-        pool=life.pool,
-        service_class=life.service_class,
-        slo=life.slo,
+        session=session.session_id,
+        gateway=generate.gateway if generate else None,
+        drafters=list(dict.fromkeys(round_.verify.drafter for round_ in session.rounds.values())),
+        pool=session.pool,
+        service_class=session.service_class,
+        slo=session.slo,
         started_ms=start_ms,
         total_ms=None if start_ms is None or end_ms is None else max(0.0, end_ms - start_ms),
-        prompt=life.generate.prompt if life.generate else None,
-        max_tokens=life.generate.max_tokens if life.generate else None,
-        tokens=len(life.output()),
-        ending=_ending(life),
+        prompt=generate.prompt if generate else None,
+        max_tokens=generate.max_tokens if generate else None,
+        tokens=len(session.output()),
+        ending=_ending(session),
         attained=ended.attained if ended else None,
         ttft_ms=ended.ttft_ms if ended else None,
         tpot_ms=ended.tpot_ms if ended else None,
         rounds=rounds,
-        parts={name: ms for name, ms in totals.items() if ms > 0},
-        inversions=[Inversion(*names, ms) for names, ms in sorted(clock.worst.items())],
-        notes=notes,
+        parts=parts,
+        inversions=clocks.inversions(),
+        notes=_notes(session),
     )
 
 
-def _ending(life: Life) -> str:
-    if life.ended is not None:
-        cancelled = f" ({life.cancelled.reason})" if life.cancelled else ""
-        return life.ended.reason + (f" ({life.ended.code})" if life.ended.code else cancelled)
-    if life.cancelled is not None:
-        return f"cancelled ({life.cancelled.reason})"
-    failed = [one.result.error for one in life.rounds.values() if one.result and one.result.error]
-    if failed:
-        return f"failed ({failed[-1].code})"
-    return str(life.finish) if life.finish else "not ended in the recording"
+def _rounds(
+    session: RecordedSession, start_ms: float | None, clocks: _ClockDifferences
+) -> tuple[list[RoundTime], dict[str, float]]:
+    """Return the rounds, and the session's time by phase."""
+    totals: dict[str, float] = dict.fromkeys((phase.value for phase in Phase), 0.0)
+    if session.generate is not None:
+        totals[Phase.GATEWAY] = session.generate.elapsed_ms
+    since_ms, sender = session.generate_ms, session.generate.gateway if session.generate else ""
+    rounds = []
+    for number in sorted(session.rounds):
+        recorded = session.rounds[number]
+        round_ = _round(recorded, since_ms, sender, start_ms, clocks)
+        rounds.append(round_)
+        for phase, ms in round_.parts.items():
+            totals[phase] += ms
+        if recorded.result_ms is not None:
+            since_ms = recorded.result_ms
+            sender = recorded.result.verifier if recorded.result else ""
+    if session.ended_ms is not None and rounds:
+        gateway = session.generate.gateway if session.generate else "the gateway"
+        totals[Phase.CLIENT] = clocks.between(sender, since_ms, gateway, session.ended_ms)
+    return rounds, {phase: ms for phase, ms in totals.items() if ms > 0}
 
 
-def _round(one: Round, since_ms: float | None, since: str, start_ms: float | None, clock: _Clock) -> RoundTime:
-    verify, result = one.verify, one.result
-    parts: dict[str, float] = {}
+def _notes(session: RecordedSession) -> list[str]:
+    notes = list(session.notes)
+    if session.generate is None:
+        notes.append("its beginning is not in the recording")
+    if any(at is None for round_ in session.rounds.values() for at in round_.sent_ms):
+        notes.append("some senders give no send time: the times of their messages are missing")
+    return notes
 
-    def spend(part: Part, ms: float) -> None:
-        if ms > 0:
-            parts[part.value] = parts.get(part.value, 0.0) + ms
 
-    sent_ms = one.sent_ms[0]
-    before_ms = clock.between(since, since_ms, verify.drafter, sent_ms) if since_ms is not None else verify.draft_ms
-    drafting_ms = min(verify.draft_ms, before_ms)
-    spend(Part.DRAFT, drafting_ms)
-    spend(Part.TO_DRAFTER, before_ms - drafting_ms)
-    jobs = one.jobs
-    if jobs:
-        first = jobs[0]
-        arrived_ms = None if first.at_ms is None else first.at_ms - first.job.queue_ms
-        spend(Part.TO_SCHEDULER, clock.between(verify.drafter, sent_ms, first.scheduler, arrived_ms))
-        spend(Part.POOL, first.job.queue_ms)
-    told = []
-    chunk_ms: float | None = None
-    for sent in jobs:
-        if chunk_ms is not None:
-            spend(Part.POOL, clock.between(sent.verifier, chunk_ms, sent.scheduler, sent.at_ms))
-        told.append(_batch(sent, start_ms, clock, spend))
-        chunk_ms = sent.result_ms
-    end_ms = one.result_ms
+def _ending(session: RecordedSession) -> str:
+    ended, cancelled = session.ended, session.cancelled
+    if ended is not None:
+        reason = f" ({cancelled.reason})" if cancelled else ""
+        return ended.reason + (f" ({ended.code})" if ended.code else reason)
+    if cancelled is not None:
+        return f"cancelled ({cancelled.reason})"
+    errors = [round_.result.error for round_ in session.rounds.values() if round_.result and round_.result.error]
+    if errors:
+        return f"failed ({errors[-1].code})"
+    return str(session.finish) if session.finish else "not ended in the recording"
+
+
+def _round(
+    recorded: RecordedRound,
+    since_ms: float | None,
+    sender: str,
+    start_ms: float | None,
+    clocks: _ClockDifferences,
+) -> RoundTime:
+    """Return a round that follows a message sent by `sender` at `since_ms`: the Generate or the previous result."""
+    verify, result = recorded.verify, recorded.result
+    parts, batches = _phases(recorded, since_ms, sender, start_ms, clocks)
+    sent_ms, end_ms = recorded.sent_ms[0], recorded.result_ms
     begun_ms = since_ms if since_ms is not None else (None if sent_ms is None else sent_ms - verify.draft_ms)
     committed = result is not None and result.status is Status.COMMITTED
     accepted = result.accepted if result is not None and committed else 0
     verified = result.trimmed_to if result is not None and committed else 0
     tokens = list(result.tokens) if result is not None else []
+    jobs = recorded.jobs
     last = jobs[-1].job if jobs and jobs[-1].job.prefill_to is None else None
     return RoundTime(
         round=verify.round,
@@ -237,7 +250,7 @@ def _round(one: Round, since_ms: float | None, since: str, start_ms: float | Non
         start_ms=_since(begun_ms, start_ms),
         total_ms=None if end_ms is None or begun_ms is None else max(0.0, end_ms - begun_ms),
         parts=parts,
-        attempts=len(one.sent_ms),
+        attempts=len(recorded.sent_ms),
         draft=list(verify.draft),
         acceptance=list(verify.acceptance),
         verified=verified,
@@ -249,41 +262,75 @@ def _round(one: Round, since_ms: float | None, since: str, start_ms: float | Non
         finish=None if result is None or result.finish is None else str(result.finish),
         error=result.error.message if result is not None and result.error else None,
         slack_ms=verify.slack_ms,
-        price_ms=one.price_ms,
-        batches=told,
-        left_out=list(one.left_out),
-        repeated=one.repeated,
+        price_ms=recorded.price_ms,
+        batches=batches,
+        left_out=list(recorded.left_out),
+        repeated=recorded.repeated,
     )
 
 
-def _batch(sent: Sent, start_ms: float | None, clock: _Clock, spend: Spend) -> BatchTime:
-    result = sent.result
+def _phases(
+    recorded: RecordedRound,
+    since_ms: float | None,
+    sender: str,
+    start_ms: float | None,
+    clocks: _ClockDifferences,
+) -> tuple[dict[str, float], list[BatchTime]]:
+    """Return a round's time by phase, and its batches."""
+    verify, sent_ms, jobs = recorded.verify, recorded.sent_ms[0], recorded.jobs
+    parts: dict[str, float] = {}
+
+    def spend(phase: Phase, ms: float) -> None:
+        if ms > 0:
+            parts[phase.value] = parts.get(phase.value, 0.0) + ms
+
+    before_ms = clocks.between(sender, since_ms, verify.drafter, sent_ms) if since_ms is not None else verify.draft_ms
+    drafting_ms = min(verify.draft_ms, before_ms)
+    spend(Phase.DRAFT, drafting_ms)
+    spend(Phase.TO_DRAFTER, before_ms - drafting_ms)
+    if jobs:
+        first = jobs[0]
+        arrived_ms = None if first.at_ms is None else first.at_ms - first.job.queue_ms
+        spend(Phase.TO_SCHEDULER, clocks.between(verify.drafter, sent_ms, first.scheduler_id, arrived_ms))
+        spend(Phase.POOL, first.job.queue_ms)
+    batches = []
+    chunk_ms: float | None = None
+    for job in jobs:
+        if chunk_ms is not None:
+            spend(Phase.POOL, clocks.between(job.verifier_id, chunk_ms, job.scheduler_id, job.at_ms))
+        batches.append(_batch(job, start_ms, clocks, spend))
+        chunk_ms = job.result_ms
+    return parts, batches
+
+
+def _batch(recorded: RecordedJob, start_ms: float | None, clocks: _ClockDifferences, spend: Spend) -> BatchTime:
+    job, result = recorded.job, recorded.result
     behind_ms = 0.0
     if result is not None:
-        span_ms = clock.between(sent.scheduler, sent.at_ms, sent.verifier, sent.result_ms)
-        model_ms = min(result.verify_ms, span_ms) if sent.result_ms is not None else result.verify_ms
-        if sent.free_ms is not None and sent.at_ms is not None:
-            behind_ms = min(max(0.0, sent.free_ms - sent.at_ms), span_ms - model_ms)
-        spend(Part.BEHIND, behind_ms)
-        spend(Part.MODEL, model_ms)
-        spend(Part.VERIFIER, span_ms - model_ms - behind_ms)
+        span_ms = clocks.between(recorded.scheduler_id, recorded.at_ms, recorded.verifier_id, recorded.result_ms)
+        model_ms = min(result.verify_ms, span_ms) if recorded.result_ms is not None else result.verify_ms
+        if recorded.free_ms is not None and recorded.at_ms is not None:
+            behind_ms = min(max(0.0, recorded.free_ms - recorded.at_ms), span_ms - model_ms)
+        spend(Phase.BEHIND, behind_ms)
+        spend(Phase.MODEL, model_ms)
+        spend(Phase.VERIFIER, span_ms - model_ms - behind_ms)
     return BatchTime(
-        batch=sent.batch,
-        verifier=sent.verifier,
-        policy=sent.policy,
-        reason=sent.job.reason,
-        mates=sent.mates,
-        waiting=sent.waiting,
-        predicted_ms=sent.predicted_ms,
-        sent_ms=_since(sent.at_ms, start_ms),
-        result_ms=_since(sent.result_ms, start_ms),
+        batch=recorded.batch_id,
+        verifier=recorded.verifier_id,
+        policy=recorded.policy,
+        reason=job.reason,
+        mates=recorded.mates,
+        waiting=recorded.waiting,
+        predicted_ms=recorded.predicted_ms,
+        sent_ms=_since(recorded.at_ms, start_ms),
+        result_ms=_since(recorded.result_ms, start_ms),
         verify_ms=result.verify_ms if result else None,
         behind_ms=behind_ms,
-        behind=sent.before if behind_ms > 0 else None,
-        slack_ms=sent.job.slack_ms,
-        queue_ms=sent.job.queue_ms,
-        draft=len(sent.job.draft),
-        prefill_to=sent.job.prefill_to,
+        behind=recorded.before if behind_ms > 0 else None,
+        slack_ms=job.slack_ms,
+        queue_ms=job.queue_ms,
+        draft=len(job.draft),
+        prefill_to=job.prefill_to,
         new_tokens=result.new_tokens if result else None,
     )
 

@@ -1,7 +1,7 @@
-"""What came from outside in a recording, to be fed to other policies: requests, drafts, verifiers. Pure.
+"""Recorded traffic: requests, drafts, heartbeats and cost models, as input for a run under another policy.
 
-A session's text does not depend on the policy, so it is known beforehand. Where its rounds begin does depend on it: a
-round at a place where none was recorded gets the draft of the recorded round next to it, right as far as that one was.
+A session's text is known before the run, since it does not depend on the policy. The starts of its rounds do: a round
+that starts where none was recorded gets the draft of the last recorded round before it.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from statistics import median
 
-from services.tools.replayer.core.recording import Recording
-from services.tools.replayer.core.sessions import Life, Lives, Round, Sent
+from services.tools.replayer.core.recording import JournalEntry, Recording
+from services.tools.replayer.core.sessions import RecordedJob, RecordedRound, RecordedSession, SessionReader
 from shared import cost
 from shared.messages import Batch, CostModel, Generate, Heartbeat, Status
 
@@ -21,186 +21,197 @@ DEFAULT_HOP_MS = 2.0
 
 
 @dataclass(frozen=True)
-class Draft:
+class RecordedDraft:
     """The draft of a recorded round, without its tokens."""
 
     base_len: int
     acceptance: list[float]
-    """As it was predicted, for each token."""
+    """Predicted acceptance of each token."""
     right: int
-    """Tokens of it that agree with the text, before the first that does not."""
+    """Number of its first tokens that agree with the text."""
     draft_ms: float
     away_ms: float
-    """From the result before (the first round: from the request) to its arrival at the scheduler, drafting included."""
-    drafter: str
+    """Time from the previous result (in the first round: the request) to the scheduler, drafting included."""
+    drafter_id: str
 
 
 @dataclass(frozen=True)
-class Visit:
-    """A request, and all that is known of its text and its drafts."""
+class RecordedRequest:
+    """A recorded request with its text and its drafts."""
 
     generate: Generate
     start_ms: float
-    """When it came: milliseconds since 1970."""
+    """Arrival at the gateway, in milliseconds since 1970."""
     text: list[int]
-    """Prompt and everything that was committed."""
-    drafts: list[Draft]
-    """By `base_len`."""
-    whole: bool = True
-    """Whether the text came to its own end; if not, its client left there."""
+    """Prompt and all committed tokens."""
+    drafts: list[RecordedDraft]
+    """In order of `base_len`."""
+    complete: bool = True
+    """Whether the text came to its end; if not, the client left at this length."""
 
-    def draft_at(self, base_len: int) -> Draft:
-        """The recorded draft at this place, or the one before it."""
+    def draft_at(self, base_len: int) -> RecordedDraft:
+        """Return the recorded draft at this position, or the last one before it."""
         index = bisect_right(self.drafts, base_len, key=lambda draft: draft.base_len) - 1
         return self.drafts[max(0, index)]
 
 
 @dataclass
-class Arrivals:
-    """Everything that came from outside."""
+class RecordedTraffic:
+    """Everything that the scheduler received from outside. Times in milliseconds since 1970."""
 
-    visits: list[Visit]
+    requests: list[RecordedRequest]
     heartbeats: list[tuple[float, Heartbeat]] = field(default_factory=list)
-    """With their times in milliseconds since 1970, as all here."""
     cost_models: list[tuple[float, CostModel]] = field(default_factory=list)
     hop_ms: float = DEFAULT_HOP_MS
-    """What passes between sending a batch and its result beside the model, and the wait for another batch."""
+    """Time from a batch to its result without the model and without waiting behind another batch."""
     slowness: dict[str, float] = field(default_factory=dict)
-    """Of each verifier: measured time of its batches / their time by its last cost model."""
+    """Measured time of each verifier's batches / their time by its last cost model."""
     policy: str = ""
-    """The policy that was live."""
+    """The live batch policy; empty if no batch was recorded."""
     end_ms: float = 0.0
-    """When the recording ends."""
+    """The last send time."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Sessions that cannot be replayed, by reason."""
 
 
-def arrivals(recording: Recording) -> Arrivals:
-    """What came from outside in a recording."""
-    lives = Lives()
-    found = Arrivals([])
+def recorded_traffic(recording: Recording) -> RecordedTraffic:
+    """Return the traffic of a recording."""
+    reader = SessionReader()
+    traffic = RecordedTraffic([])
     policies: Counter[str] = Counter()
     for entry in recording.entries():
-        lives.feed(entry)
-        if entry.at_ms is None:
-            continue
-        found.end_ms = max(found.end_ms, entry.at_ms)
-        match entry.message:
-            case Heartbeat() as heartbeat:
-                found.heartbeats.append((entry.at_ms, heartbeat))
-            case CostModel() as model:
-                found.cost_models.append((entry.at_ms, model))
-            case Batch() as batch:
-                policies[batch.policy] += 1
-            case _:
-                pass
-    found.heartbeats.sort(key=lambda one: one[0])
-    found.cost_models.sort(key=lambda one: one[0])
-    for life in lives.of.values():
-        visit = _visit(life, recording.redacted)
-        if isinstance(visit, Visit):
-            found.visits.append(visit)
+        reader.feed(entry)
+        _feed(traffic, policies, entry)
+    traffic.heartbeats.sort(key=lambda one: one[0])
+    traffic.cost_models.sort(key=lambda one: one[0])
+    sessions = reader.sessions.values()
+    for session in sessions:
+        request = _request(session, recording.redacted)
+        if isinstance(request, RecordedRequest):
+            traffic.requests.append(request)
         else:
-            found.left_out[visit] += 1
-    found.visits.sort(key=lambda visit: (visit.start_ms, visit.generate.session))
-    found.hop_ms = _hop_ms(lives.of.values())
-    found.slowness = _slowness(lives.of.values(), {model.verifier: model for _, model in found.cost_models})
-    found.policy = policies.most_common(1)[0][0] if policies else ""
-    return found
+            traffic.left_out[request] += 1
+    traffic.requests.sort(key=lambda request: (request.start_ms, request.generate.session))
+    traffic.hop_ms = _hop_ms(sessions)
+    traffic.slowness = _slowness(sessions, {model.verifier: model for _, model in traffic.cost_models})
+    traffic.policy = policies.most_common(1)[0][0] if policies else ""
+    return traffic
 
 
-def _visit(life: Life, redacted: bool) -> Visit | str:
-    """The session; or why it cannot be replayed."""
-    if life.ended is not None and life.ended.reason == "refused":
+def _feed(traffic: RecordedTraffic, policies: Counter[str], entry: JournalEntry) -> None:
+    if entry.at_ms is None:
+        return
+    traffic.end_ms = max(traffic.end_ms, entry.at_ms)
+    match entry.message:
+        case Heartbeat() as heartbeat:
+            traffic.heartbeats.append((entry.at_ms, heartbeat))
+        case CostModel() as model:
+            traffic.cost_models.append((entry.at_ms, model))
+        case Batch() as batch:
+            policies[batch.policy] += 1
+        case _:
+            pass
+
+
+def _request(session: RecordedSession, redacted: bool) -> RecordedRequest | str:
+    """Return the session's request, or the reason why it cannot be replayed."""
+    if session.ended is not None and session.ended.reason == "refused":
         return "they were refused"
-    generate, start_ms = life.generate, life.start_ms
+    generate, start_ms = session.generate, session.start_ms
     if generate is None or start_ms is None:
         return "their beginning is not in the recording"
-    if life.ended is None and life.finish is None:
+    if session.ended is None and session.finish is None:
         return "their end is not in the recording"
     text = list(generate.prompt)
-    output = life.output()
+    output = session.output()
     while len(text) in output:
         text.append(output[len(text)])
     if len(text) != len(generate.prompt) + len(output):
         return "a part of their text is not in the recording"
+    drafts = _drafts(session, start_ms, text, redacted)
+    if len(text) == len(generate.prompt) or not drafts:
+        return "they got no token"
+    return RecordedRequest(generate, start_ms, text, drafts, session.complete)
+
+
+def _drafts(session: RecordedSession, start_ms: float, text: list[int], redacted: bool) -> list[RecordedDraft]:
     drafts = []
     since_ms: float | None = start_ms
-    for number in sorted(life.rounds):
-        one = life.rounds[number]
-        arrived_ms = _arrived_ms(one)
+    for number in sorted(session.rounds):
+        round_ = session.rounds[number]
+        arrived_ms = _arrived_ms(round_)
         if since_ms is not None and arrived_ms is not None:
             away_ms = max(0.0, arrived_ms - since_ms)
-            verify = one.verify
+            verify = round_.verify
             acceptance = verify.acceptance[: len(verify.draft)]
             drafts.append(
-                Draft(
+                RecordedDraft(
                     verify.base_len,
                     acceptance + [0.5] * (len(verify.draft) - len(acceptance)),
-                    _right(one, text, redacted),
+                    _right(round_, text, redacted),
                     min(verify.draft_ms, away_ms),
                     away_ms,
                     verify.drafter,
                 )
             )
-        since_ms = one.result_ms
-    if len(text) == len(generate.prompt) or not drafts:
-        return "they got no token"
-    drafts.sort(key=lambda draft: draft.base_len)
-    return Visit(generate, start_ms, text, drafts, life.whole)
+        since_ms = round_.result_ms
+    return sorted(drafts, key=lambda draft: draft.base_len)
 
 
-def _arrived_ms(one: Round) -> float | None:
-    """When the scheduler had the round."""
-    if one.jobs and one.jobs[0].at_ms is not None:
-        return one.jobs[0].at_ms - one.jobs[0].job.queue_ms
-    return one.sent_ms[0]
+def _arrived_ms(round_: RecordedRound) -> float | None:
+    """Return the arrival of a round at the scheduler."""
+    if round_.jobs and round_.jobs[0].at_ms is not None:
+        return round_.jobs[0].at_ms - round_.jobs[0].job.queue_ms
+    return round_.sent_ms[0]
 
 
-def _right(one: Round, text: list[int], redacted: bool) -> int:
+def _right(round_: RecordedRound, text: list[int], redacted: bool) -> int:
+    """Return how many of a draft's first tokens agree with the text."""
     if redacted:
-        # Whether trimmed tokens were right cannot be seen then; they count as wrong.
-        return one.result.accepted if one.result is not None and one.result.status is Status.COMMITTED else 0
+        # Only verified tokens can be judged without their ids; trimmed ones count as wrong.
+        result = round_.result
+        return result.accepted if result is not None and result.status is Status.COMMITTED else 0
     right = 0
-    for drafted, committed in zip(one.verify.draft, text[one.verify.base_len :], strict=False):
+    for drafted, committed in zip(round_.verify.draft, text[round_.verify.base_len :], strict=False):
         if drafted != committed:
             break
         right += 1
     return right
 
 
-def _slowness(lives: Iterable[Life], models: Mapping[str, CostModel]) -> dict[str, float]:
-    batches: dict[str, list[Sent]] = {}
-    for life in lives:
-        for one in life.rounds.values():
-            for sent in one.jobs:
-                batches.setdefault(sent.batch, []).append(sent)
+def _slowness(sessions: Iterable[RecordedSession], models: Mapping[str, CostModel]) -> dict[str, float]:
+    """Return each verifier's measured time / its predicted time, over the batches that were recorded as a whole."""
+    batches: dict[str, list[RecordedJob]] = {}
+    for session in sessions:
+        for round_ in session.rounds.values():
+            for job in round_.jobs:
+                batches.setdefault(job.batch_id, []).append(job)
     measured_ms: defaultdict[str, float] = defaultdict(float)
     predicted_ms: defaultdict[str, float] = defaultdict(float)
     for jobs in batches.values():
-        name, model = jobs[0].verifier, models.get(jobs[0].verifier, cost.FALLBACK)
-        if len(jobs) != len(jobs[0].mates) + 1 or any(sent.result is None for sent in jobs):
+        if len(jobs) != len(jobs[0].mates) + 1 or any(job.result is None for job in jobs):
             continue
+        verifier_id = jobs[0].verifier_id
         shape = cost.EMPTY
         took_ms = 0.0
-        for sent in jobs:
-            job, result = sent.job, sent.result
+        for recorded in jobs:
+            verify, result = recorded.job, recorded.result
             if result is not None and result.new_tokens:
-                chunk = job.prefill_to is not None
-                length = job.prefill_to if job.prefill_to is not None else job.base_len + len(job.draft)
-                shape = cost.grow(shape, result.new_tokens, length, 0 if chunk else len(job.draft) + 1)
+                chunk = verify.prefill_to is not None
+                length = verify.prefill_to if verify.prefill_to is not None else verify.base_len + len(verify.draft)
+                shape = cost.grow(shape, result.new_tokens, length, 0 if chunk else len(verify.draft) + 1)
                 took_ms = max(took_ms, result.verify_ms)
-        measured_ms[name] += took_ms
-        predicted_ms[name] += cost.predict_ms(model, shape)
+        measured_ms[verifier_id] += took_ms
+        predicted_ms[verifier_id] += cost.predict_ms(models.get(verifier_id, cost.FALLBACK), shape)
     return {name: measured_ms[name] / ms for name, ms in predicted_ms.items() if ms and measured_ms[name]}
 
 
-def _hop_ms(lives: Iterable[Life]) -> float:
+def _hop_ms(sessions: Iterable[RecordedSession]) -> float:
     found = []
-    for life in lives:
-        for one in life.rounds.values():
-            for sent in one.jobs:
-                if sent.result is not None and sent.result_ms is not None and sent.at_ms is not None:
-                    begun_ms = max(sent.at_ms, sent.free_ms or 0.0)
-                    found.append(max(0.0, sent.result_ms - begun_ms - sent.result.verify_ms))
+    for session in sessions:
+        for round_ in session.rounds.values():
+            for job in round_.jobs:
+                if job.result is not None and job.result_ms is not None and job.at_ms is not None:
+                    begun_ms = max(job.at_ms, job.free_ms or 0.0)
+                    found.append(max(0.0, job.result_ms - begun_ms - job.result.verify_ms))
     return median(found) if found else DEFAULT_HOP_MS
