@@ -73,7 +73,7 @@ class BlockCache:
         group = shape.heads // shape.kv_heads
         self._span = max(256 // group, 1)
         most = -(-self._span * group // kernel.ROWS) * kernel.ROWS
-        self._scratch = np.zeros((threads, most * (depth + slabs * 64 + 2) + kernel.ROWS * BLOCK), np.float32)
+        self._scratch = np.zeros((threads, kernel.scratch_floats(most, depth, slabs)), np.float32)
         self._job = np.zeros(kernel.JOB_WORDS, np.int64)
         self._job[kernel.HEADS : kernel.SCALE] = shape.kv_heads, group, depth, shape.head_size, slabs
         self._job[kernel.SCRATCH :] = self._scratch.ctypes.data, self._scratch.shape[1], most

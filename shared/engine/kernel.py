@@ -13,6 +13,11 @@ Keys lie transposed, so that scores and weighted values are the same product `C[
 whose inner loop runs over 64 neighbours. Its trip counts are constants, which is what makes the compiler vectorise it;
 it widens bfloat16 on the way from memory, accumulates in float32, and reads each key once for four rows.
 
+The source alone fixes every bit: each multiplication that is fused with an addition is written as `fma`, each sum names
+its order, and no function has a fast-math flag. With such flags (`contract`, `reassoc`) the compiler may choose per
+compilation. Measured on a CPU with AVX2: a process that had compiled the kernel and one that had loaded the same
+kernel from numba's cache gave different bits, because a call was bound to another copy of the function it names.
+
 Work is divided into (span, kv head) tickets that threads draw from a counter. The threads are those of torch's own
 OpenMP runtime (a second pool would fight it for the cores).
 """
@@ -51,6 +56,11 @@ SPAN_WORDS: Final = 4
 
 NOTHING: Final = np.float32(-3e38)
 """Score of a masked key, and a row's maximum before its first key."""
+
+
+def scratch_floats(rows: int, depth: int, slabs: int) -> int:
+    """Size of one thread's scratch room for spans of that many rows, as `attend_span` divides it up."""
+    return rows * (depth + slabs * 64 + 2) + ROWS * BLOCK + BLOCK // 2
 
 
 @intrinsic
@@ -102,25 +112,41 @@ def draw(typingctx: Any, job: Any, word: Any) -> Any:
     return types.int64(job, word), emit
 
 
-@njit(fastmath={"contract"}, inline="always")
+@intrinsic
+def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
+    """x * y + z with one rounding, in float32."""
+
+    def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
+        return builder.fma(*args)
+
+    return types.float32(types.float32, types.float32, types.float32), emit
+
+
+@njit(inline="always")
+def larger(x: Any, y: Any) -> Any:
+    """The larger of two floats; `y` if one is NaN. A single vector instruction, unlike Python's `max`."""
+    return x if x > y else y
+
+
+@njit(inline="always")
 def exp2(x: Any) -> Any:
     """2^x for x <= 0, relative error below 2e-7; x below -126 counts as -126. Cephes' polynomial for exp2f."""
-    x = max(x, np.float32(-126.0))
+    x = larger(x, np.float32(-126.0))
     whole = np.floor(x + np.float32(0.5))
     part = x - whole
     y = np.float32(1.535336188319500e-4)
-    y = y * part + np.float32(1.339887440266574e-3)
-    y = y * part + np.float32(9.618437357674640e-3)
-    y = y * part + np.float32(5.550332471162809e-2)
-    y = y * part + np.float32(2.402264791363012e-1)
-    y = y * part + np.float32(6.931472028550421e-1)
-    y = y * part + np.float32(1.0)
+    y = fma(y, part, np.float32(1.339887440266574e-3))
+    y = fma(y, part, np.float32(9.618437357674640e-3))
+    y = fma(y, part, np.float32(5.550332471162809e-2))
+    y = fma(y, part, np.float32(2.402264791363012e-1))
+    y = fma(y, part, np.float32(6.931472028550421e-1))
+    y = fma(y, part, np.float32(1.0))
     return y * widen(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
 
 # Arrays are handed over as slices that begin where the work does: an index that the compiler cannot prove to be
 # positive gets Python's wrap-around for negative ones, and a loop with that is not vectorised.
-@njit(fastmath={"contract"})
+@njit
 def multiply_add(c: Any, a: Any, b: Any, depth: int) -> None:
     """C[4, 64] += A[4, depth] @ B[depth, 64], flat and row-major; depth is a multiple of 4."""
     for k in range(0, depth, 4):
@@ -131,37 +157,47 @@ def multiply_add(c: Any, a: Any, b: Any, depth: int) -> None:
         row = b[k * 64 : k * 64 + 256]
         for n in range(64):
             x0, x1, x2, x3 = widen(row[n]), widen(row[64 + n]), widen(row[128 + n]), widen(row[192 + n])
-            c[n] = c[n] + a00 * x0 + a01 * x1 + a02 * x2 + a03 * x3
-            c[64 + n] = c[64 + n] + a10 * x0 + a11 * x1 + a12 * x2 + a13 * x3
-            c[128 + n] = c[128 + n] + a20 * x0 + a21 * x1 + a22 * x2 + a23 * x3
-            c[192 + n] = c[192 + n] + a30 * x0 + a31 * x1 + a32 * x2 + a33 * x3
+            c[n] = fma(a03, x3, fma(a02, x2, fma(a01, x1, fma(a00, x0, c[n]))))
+            c[64 + n] = fma(a13, x3, fma(a12, x2, fma(a11, x1, fma(a10, x0, c[64 + n]))))
+            c[128 + n] = fma(a23, x3, fma(a22, x2, fma(a21, x1, fma(a20, x0, c[128 + n]))))
+            c[192 + n] = fma(a33, x3, fma(a32, x2, fma(a31, x1, fma(a30, x0, c[192 + n]))))
 
 
-# The two reductions may be reassociated into vector lanes: their length is constant, so each has one order for all
-# rows.
-@njit(fastmath={"contract", "nnan", "nsz", "reassoc"})
-def highest(scores: Any) -> Any:
+# The two reductions fold the upper half onto the lower until one value is left: an order that needs no licence to
+# reassociate and still fills the vector lanes. `fold` is room for 32 floats.
+@njit
+def highest(scores: Any, fold: Any) -> Any:
     """Maximum of 64 scores."""
-    top = NOTHING
-    for t in range(64):
-        top = max(top, scores[t])
-    return top
+    for t in range(32):
+        fold[t] = larger(scores[t], scores[32 + t])
+    for t in range(16):
+        fold[t] = larger(fold[t], fold[16 + t])
+    for t in range(8):
+        fold[t] = larger(fold[t], fold[8 + t])
+    for t in range(4):
+        fold[t] = larger(fold[t], fold[4 + t])
+    return larger(larger(fold[0], fold[2]), larger(fold[1], fold[3]))
 
 
-@njit(fastmath={"contract", "nnan", "nsz", "reassoc"})
-def weigh(scores: Any, top: Any) -> Any:
+@njit
+def weigh(scores: Any, top: Any, fold: Any) -> Any:
     """Replace 64 scores by 2^(score - top), 0 where masked; returns their sum."""
-    total = np.float32(0)
     for t in range(64):
         score = scores[t]
         weight = exp2(score - top)
-        weight = weight if score > np.float32(-1e38) else np.float32(0)
-        scores[t] = weight
-        total += weight
-    return total
+        scores[t] = weight if score > np.float32(-1e38) else np.float32(0)
+    for t in range(32):
+        fold[t] = scores[t] + scores[32 + t]
+    for t in range(16):
+        fold[t] = fold[t] + fold[16 + t]
+    for t in range(8):
+        fold[t] = fold[t] + fold[8 + t]
+    for t in range(4):
+        fold[t] = fold[t] + fold[4 + t]
+    return (fold[0] + fold[2]) + (fold[1] + fold[3])
 
 
-@njit(fastmath={"contract"}, error_model="numpy")
+@njit(error_model="numpy")
 def attend_span(
     q: Any, out: Any, keys: Any, values: Any, table: Any, span: Any, head: int, job: Any, scratch: Any
 ) -> None:
@@ -187,6 +223,7 @@ def attend_span(
     top = scratch[most * (depth + slabs * 64) : most * (depth + slabs * 64 + 1)]
     total = scratch[most * (depth + slabs * 64 + 1) : most * (depth + slabs * 64 + 2)]
     scores = scratch[most * (depth + slabs * 64 + 2) :][: ROWS * 64]
+    fold = scratch[most * (depth + slabs * 64 + 2) + ROWS * 64 :][:32]
     for r in range(tiles * ROWS):
         top[r] = NOTHING
         total[r] = 0
@@ -221,10 +258,10 @@ def attend_span(
                 if window and here >= window:
                     for t in range(64):
                         mine[t] = mine[t] if t > here - window else NOTHING
-                higher = max(top[r], highest(mine))
+                higher = larger(top[r], highest(mine, fold))
                 shrink = exp2(top[r] - higher)
                 top[r] = higher
-                total[r] = total[r] * shrink + weigh(mine, higher)
+                total[r] = fma(total[r], shrink, weigh(mine, higher, fold))
                 for slab in range(slabs):
                     part = sums[(slab * ROWS + j) * 64 : (slab * ROWS + j + 1) * 64]
                     for n in range(64):
