@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 from services.tools.local import servers
-from services.tools.local.machine import inspect
-from services.tools.local.servers import Server
+from services.tools.local.machine import inspect_machine
+from services.tools.local.servers import BrokerServer
 
 
 @asynccontextmanager
-async def own_rabbitmq(folder: Path, conf: str = "") -> AsyncIterator[Server]:
+async def own_rabbitmq(folder: Path, conf: str = "") -> AsyncIterator[BrokerServer]:
     """A private RabbitMQ for one test module."""
-    host = inspect()
+    host = inspect_machine()
     assert host.rabbitmq is not None
     assert host.epmd is not None
     server = await servers.start_rabbitmq(host.rabbitmq, host.epmd, folder, conf)
@@ -27,9 +27,9 @@ async def own_rabbitmq(folder: Path, conf: str = "") -> AsyncIterator[Server]:
         await server.stop()
 
 
-async def rabbitmqctl(server: Server, *arguments: str) -> str:
+async def rabbitmqctl(server: BrokerServer, *arguments: str) -> str:
     """The output of a command."""
-    host = inspect()
+    host = inspect_machine()
     assert host.rabbitmq is not None
     environment = _environment(server.processes[0].pid)
     child = await asyncio.create_subprocess_exec(
@@ -50,13 +50,13 @@ def _environment(pid: int) -> dict[str, str]:
     return dict(line.split("=", 1) for line in raw.split("\0") if "=" in line)
 
 
-async def import_definitions(server: Server, file: Path, made: dict[str, Any]) -> None:
+async def import_definitions(server: BrokerServer, file: Path, made: dict[str, Any]) -> None:
     """As an operator does it."""
     file.write_text(json.dumps(made))  # noqa: ASYNC240 - a few kilobytes
     await rabbitmqctl(server, "import_definitions", str(file))
 
 
-def url_of(server: Server, user: str, password: str) -> str:
+def url_of(server: BrokerServer, user: str, password: str) -> str:
     """The server's address for another user."""
     scheme, _, rest = server.url.partition("://")
     return f"{scheme}://{user}:{password}@{rest.rpartition('@')[2]}"

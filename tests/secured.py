@@ -10,9 +10,9 @@ from pathlib import Path
 import trustme
 
 from services.tools.local import servers
-from services.tools.local.machine import inspect
+from services.tools.local.machine import inspect_machine
 from services.tools.local.ports import free_ports
-from services.tools.local.servers import Server
+from services.tools.local.servers import BrokerServer
 
 RABBITMQ_TLS = """\
 listeners.ssl.1 = 127.0.0.1:{port}
@@ -59,7 +59,7 @@ class Secured:
     rediss_url: str
     amqp_url: str
     redis_url: str
-    rabbitmq: Server
+    rabbitmq: BrokerServer
 
 
 @asynccontextmanager
@@ -69,7 +69,7 @@ async def secured(folder: Path, *, ask: bool, conf: str = "") -> AsyncIterator[S
     cert, key = authority.issue("localhost")
     amqps_port, rediss_port = free_ports(2)
     files = {"ca": authority.file, "cert": cert, "key": key}
-    host = inspect()
+    host = inspect_machine()
     assert host.rabbitmq is not None
     assert host.epmd is not None
     assert host.redis is not None

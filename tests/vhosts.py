@@ -11,14 +11,14 @@ import psutil
 import pytest
 
 from services.tools.local.brokers import Brokers
-from services.tools.local.machine import inspect
+from services.tools.local.machine import inspect_machine
 
 
 @asynccontextmanager
 async def vhost(brokers: Brokers, name: str) -> AsyncIterator[str]:
     """The broker's address with a new virtual host of this name, which is deleted at the end."""
     owned = [process for server in brokers.servers for process in server.processes if process.name == "rabbitmq"]
-    script = inspect().rabbitmq
+    script = inspect_machine().rabbitmq
     if not owned or script is None:
         pytest.skip("only a private RabbitMQ can be given virtual hosts here")
     environment = psutil.Process(owned[0].pid).environ()

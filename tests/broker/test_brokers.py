@@ -17,13 +17,13 @@ from leftovers import descendants, leftovers
 from services.tools.local import servers
 from services.tools.local.broker_check import check_rabbitmq, check_redis
 from services.tools.local.brokers import Brokers
-from services.tools.local.machine import Host, inspect
+from services.tools.local.machine import Machine, inspect_machine
 from services.tools.local.ports import free_ports
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
 
 PRIVATE = BrokerAddresses(amqp_url=None, redis_url=None)
-NOTHING = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
+NOTHING = Machine(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
 
 OWNER = """
 import asyncio, sys
@@ -132,7 +132,7 @@ async def test_a_port_taken_meanwhile_is_replaced(
     taken = int(brokers.redis_url.rsplit(":", 1)[1].split("/")[0])
     offers = [[taken], free_ports(1)]
     monkeypatch.setattr(servers, "free_ports", lambda count: offers.pop(0))
-    redis = inspect().redis
+    redis = inspect_machine().redis
     assert redis is not None
     server = await servers.start_redis(redis, tmp_path)
     try:

@@ -13,7 +13,7 @@ from leftovers import descendants, leftovers
 from services.tools.local import containers
 from services.tools.local.broker_check import check_redis
 from services.tools.local.machine import container_engine
-from services.tools.local.progress import Step
+from services.tools.local.progress import ProgressStep
 from shared.errors import BrokersError
 
 ENGINE = """#!/bin/sh
@@ -44,7 +44,7 @@ async def test_an_engine_is_found_by_its_answer(engine: str) -> None:
 
 
 async def test_redis_in_a_container_answers_and_stops(engine: str, tmp_path: Path) -> None:
-    server = await containers.start_redis(engine, tmp_path, Step("test"))
+    server = await containers.start_redis(engine, tmp_path, ProgressStep("test"))
     assert (await check_redis(server.url)).split()[0] in {"Redis", "Valkey"}
     running = _family(server.processes[0].pid)
     assert "redis-server" in {process.name() for process in running}
@@ -53,7 +53,7 @@ async def test_redis_in_a_container_answers_and_stops(engine: str, tmp_path: Pat
 
 
 async def test_a_container_ends_when_its_client_is_killed(engine: str, tmp_path: Path) -> None:
-    server = await containers.start_redis(engine, tmp_path, Step("test"))
+    server = await containers.start_redis(engine, tmp_path, ProgressStep("test"))
     (client,) = server.processes
     redis = next(process for process in _family(client.pid) if process.name() == "redis-server")
     # Closing its input is what the engine does when its client goes away.
@@ -66,7 +66,7 @@ async def test_a_container_ends_when_its_client_is_killed(engine: str, tmp_path:
 async def test_an_image_that_cannot_be_fetched_is_reported_with_what_to_do(engine: str, tmp_path: Path) -> None:
     (tmp_path / "docker").write_text('#!/bin/sh\n[ "$1" = pull ] && echo "no such host"\nexit 1\n')
     with pytest.raises(BrokersError, match=r"(?s)no such host.*docker pull.*WISP_REDIS_URL"):
-        await containers.start_redis(engine, tmp_path, Step("test"))
+        await containers.start_redis(engine, tmp_path, ProgressStep("test"))
 
 
 def _family(pid: int) -> list[psutil.Process]:

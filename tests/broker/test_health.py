@@ -104,7 +104,7 @@ async def test_without_rabbitmq_a_process_is_not_ready_but_need_not_be_started_a
 async def test_an_alarm_at_rabbitmq_starts_nothing_again(
     served: Served, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, namespace: str
 ) -> None:
-    here = machine.inspect()
+    here = machine.inspect_machine()
     if here.rabbitmq is None or here.epmd is None:
         pytest.skip("needs an installed RabbitMQ, to give it too little memory")
     monkeypatch.setattr(servers, "RABBITMQ_CONF", servers.RABBITMQ_CONF.replace("1GiB", "1MiB"))

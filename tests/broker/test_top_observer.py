@@ -15,9 +15,9 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from link import link_to
 from rich.console import Console
 
-from services.tools.cli.core.suite_watch import Watch
-from services.tools.cli.suite_address import Where
-from services.tools.cli.suite_observer import Observer, live, now_ms, once_seen
+from services.tools.cli.core.suite_watch import SuiteWatch
+from services.tools.cli.suite_address import SuiteAddress
+from services.tools.cli.suite_observer import SuiteObserver, live, now_ms, once_seen
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
@@ -70,7 +70,7 @@ async def test_a_snapshot_of_what_passes_and_nothing_is_taken_from_the_services(
     talk = asyncio.create_task(speaking(suite))
     console = Console(file=StringIO(), width=80)
     try:
-        await once_seen(Where(amqp_url, namespace), console, 1.5, as_json=True)
+        await once_seen(SuiteAddress(amqp_url, namespace), console, 1.5, as_json=True)
     finally:
         talk.cancel()
     seen = json.loads(console.file.getvalue())  # type: ignore[attr-defined]
@@ -89,7 +89,7 @@ async def test_a_mistyped_name_is_refused_and_leaves_nothing_behind(
     amqp_url: str, namespace: str, show: Callable[..., Awaitable[None]]
 ) -> None:
     with pytest.raises(SettingsError, match=rf"there is no suite '{namespace}' at RabbitMQ at amqp://.*--namespace"):
-        await show(Where(amqp_url, namespace), Console(file=StringIO(), width=80))
+        await show(SuiteAddress(amqp_url, namespace), Console(file=StringIO(), width=80))
     async with await aio_pika.connect(amqp_url) as connection:
         for exchange in (Topology(namespace).exchange, Topology(namespace).dead):
             with pytest.raises(ChannelNotFoundEntity):
@@ -98,13 +98,13 @@ async def test_a_mistyped_name_is_refused_and_leaves_nothing_behind(
 
 async def test_an_empty_suite_says_so(suite: Broker, amqp_url: str, namespace: str) -> None:
     console = Console(file=StringIO(), width=80)
-    await once_seen(Where(amqp_url, namespace), console, 1)
+    await once_seen(SuiteAddress(amqp_url, namespace), console, 1)
     assert "no scheduler and no verifier speaks" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, namespace: str) -> None:
     async with link_to(amqp_url) as link:
-        observer = Observer(Where(link.url, namespace))
+        observer = SuiteObserver(SuiteAddress(link.url, namespace))
         listening = asyncio.create_task(observer.keep_listening())
         talk = asyncio.create_task(speaking(suite))
         try:
@@ -115,7 +115,7 @@ async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, 
             assert "@" not in (observer.problem or ""), "no password on the screen"
             await link.mend()
             await until(lambda: observer.problem is None)
-            observer.watch = Watch(now_ms())
+            observer.watch = SuiteWatch(now_ms())
             await until(lambda: not observer.watch.snapshot(now_ms()).empty)
         finally:
             for task in (listening, talk):
@@ -126,4 +126,4 @@ async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, 
 async def test_no_broker_is_an_error_where_a_script_asks(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.broker.client.CONNECT_TIMEOUT_S", 1)
     with pytest.raises(BrokersError, match="cannot be used"):
-        await once_seen(Where("amqp://nobody:secret@127.0.0.1:1/", namespace), Console(file=StringIO()), 1)
+        await once_seen(SuiteAddress("amqp://nobody:secret@127.0.0.1:1/", namespace), Console(file=StringIO()), 1)

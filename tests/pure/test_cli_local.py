@@ -19,12 +19,12 @@ from services.tools.cli.main import app
 from services.tools.cli.up import curl
 from services.tools.local import logs
 from services.tools.local.folder import RUNS_KEPT, RunFolder
-from services.tools.local.machine import Host
+from services.tools.local.machine import Machine
 from services.tools.local.ports import free_ports, is_free
-from services.tools.local.service_commands import Launch, cores
+from services.tools.local.service_commands import ServiceCommands, cores
 from services.tools.local.settings import BrokerAddresses
 
-LAUNCH = Launch(
+LAUNCH = ServiceCommands(
     namespace="mine",
     amqp_url="amqp://here/",
     redis_url="redis://here/",
@@ -34,7 +34,7 @@ LAUNCH = Launch(
     verifiers=2,
     inherited={"PATH": "/bin", "WISP_POLICY": "fcfs", "WISP_METRICS_PORT": "9000", "WISP_NAMESPACE": "other"},
 )
-BARE = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
+BARE = Machine(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
 
 
 def test_services_get_the_stacks_brokers_names_and_model() -> None:

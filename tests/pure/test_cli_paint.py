@@ -9,10 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
-from services.tools.cli.ask import Answer, summary_lines, tokens_per_second
-from services.tools.cli.paint import CLOSE, OPEN, Painter, Part, parts, printable
+from services.tools.cli.ask import ClientAnswer, summary_lines, tokens_per_second
+from services.tools.cli.paint import CLOSE, OPEN, Painter, TextPart, printable, text_parts
 
-WRITTEN = [Part("The capital", False), Part(" of France", True), Part(" is Paris.", False)]
+WRITTEN = [TextPart("The capital", False), TextPart(" of France", True), TextPart(" is Paris.", False)]
 SUMMARY = {
     "rounds": 10.0,
     "tokens": 21.0,
@@ -28,7 +28,7 @@ SUMMARY = {
 }
 
 
-def painted(written: list[Part], **options: object) -> str:
+def painted(written: list[TextPart], **options: object) -> str:
     file = io.StringIO()
     painter = Painter(Console(file=file, width=40, **options))  # type: ignore[arg-type]
     painter.write(written)
@@ -53,7 +53,7 @@ def test_drafts_are_marked_where_there_is_no_terminal() -> None:
 def test_a_mark_spans_chunks_and_is_closed_at_the_end() -> None:
     file = io.StringIO()
     painter = Painter(Console(file=file, force_terminal=False))
-    for part in (Part("a", False), Part("b", True), Part("c", True)):
+    for part in (TextPart("a", False), TextPart("b", True), TextPart("c", True)):
         painter.write([part])
     painter.end()
     assert file.getvalue() == f"a{OPEN}bc{CLOSE}\n"
@@ -61,7 +61,7 @@ def test_a_mark_spans_chunks_and_is_closed_at_the_end() -> None:
 
 def test_long_lines_and_markup_come_out_as_they_are() -> None:
     text = "[bold]x[/bold] " * 20
-    assert painted([Part(text, False)], force_terminal=False) == text + "\n"
+    assert painted([TextPart(text, False)], force_terminal=False) == text + "\n"
 
 
 def test_text_cannot_take_over_the_terminal() -> None:
@@ -70,22 +70,22 @@ def test_text_cannot_take_over_the_terminal() -> None:
 
 def test_a_chunk_is_split_by_origin() -> None:
     trace = {"tokens": [{"id": 1, "text": "a", "draft": True}, {"id": 2, "text": "b", "draft": True}]}
-    assert parts("ab", trace) == [Part("ab", True)]
+    assert text_parts("ab", trace) == [TextPart("ab", True)]
     trace["tokens"].append({"id": 3, "text": "c", "draft": False})
-    assert parts("abc", trace) == [Part("ab", True), Part("c", False)]
+    assert text_parts("abc", trace) == [TextPart("ab", True), TextPart("c", False)]
 
 
 def test_text_that_the_trace_does_not_explain_is_shown_as_the_targets() -> None:
-    assert parts("abc", {"tokens": [{"id": 1, "text": "ab", "draft": True}]}) == [Part("abc", False)]
-    assert parts("abc", None) == [Part("abc", False)]
-    assert parts("", {}) == []
+    assert text_parts("abc", {"tokens": [{"id": 1, "text": "ab", "draft": True}]}) == [TextPart("abc", False)]
+    assert text_parts("abc", None) == [TextPart("abc", False)]
+    assert text_parts("", {}) == []
 
 
 @given(st.lists(st.tuples(st.text(max_size=4), st.booleans())))
 def test_splitting_loses_no_text(tokens: list[tuple[str, bool]]) -> None:
     delta = "".join(text for text, _ in tokens)
     trace = {"tokens": [{"id": 0, "text": text, "draft": draft} for text, draft in tokens]}
-    split = parts(delta, trace)
+    split = text_parts(delta, trace)
     assert "".join(part.text for part in split) == delta
     assert all(one.draft != other.draft for one, other in itertools.pairwise(split))
 
@@ -111,7 +111,7 @@ def test_a_summary_without_drafts_or_a_second_token_is_possible() -> None:
 
 
 def test_answers_are_the_same_only_token_for_token() -> None:
-    answer = Answer(text="ab", tokens=[1, 2], finish="stop")
-    assert answer.same_text(Answer(text="ab", tokens=[1, 2], finish="stop", summary={"rounds": 1.0}))
-    assert not answer.same_text(Answer(text="ab", tokens=[3], finish="stop"))
-    assert not answer.same_text(Answer(text="ab", tokens=[1, 2], finish="length"))
+    answer = ClientAnswer(text="ab", tokens=[1, 2], finish="stop")
+    assert answer.same_text(ClientAnswer(text="ab", tokens=[1, 2], finish="stop", summary={"rounds": 1.0}))
+    assert not answer.same_text(ClientAnswer(text="ab", tokens=[3], finish="stop"))
+    assert not answer.same_text(ClientAnswer(text="ab", tokens=[1, 2], finish="length"))

@@ -7,8 +7,8 @@ import io
 import pytest
 from rich.console import Console
 
-from services.tools.cli.core.answer_rounds import BAR, BEYOND, Arrival, Round, draw, picture, rounds_of
-from services.tools.cli.paint import Painter, Part
+from services.tools.cli.core.answer_rounds import BAR, BEYOND, AnswerRound, Arrival, draw, picture, rounds_of
+from services.tools.cli.paint import Painter, TextPart
 
 
 def painter(**options: object) -> Painter:
@@ -17,9 +17,14 @@ def painter(**options: object) -> Painter:
 
 def made(
     number: int = 1, total_ms: float = 32.0, draft_ms: float = 4.0, verify_ms: float = 20.0, **told: object
-) -> Round:
-    fields = {"queue_ms": 1.0, "verified": 2, "accepted": 1, "tokens": (Part(" sky", True), Part(" is", False))} | told
-    return Round(number, total_ms, draft_ms, verify_ms=verify_ms, **fields)  # type: ignore[arg-type]
+) -> AnswerRound:
+    fields = {
+        "queue_ms": 1.0,
+        "verified": 2,
+        "accepted": 1,
+        "tokens": (TextPart(" sky", True), TextPart(" is", False)),
+    } | told
+    return AnswerRound(number, total_ms, draft_ms, verify_ms=verify_ms, **fields)  # type: ignore[arg-type]
 
 
 def cost(number: int, start: int, tokens: int, verify_ms: float = 30.0) -> dict[str, object]:
@@ -44,7 +49,7 @@ def bars(lines: list[str]) -> list[str]:
     return [line.split(" ms ")[1][:BAR].rstrip() for line in lines[1:]]
 
 
-def plain(rounds: list[Round]) -> list[str]:
+def plain(rounds: list[AnswerRound]) -> list[str]:
     return [line.plain for line in picture(rounds, painter(force_terminal=False))]
 
 
@@ -57,7 +62,7 @@ def test_a_round_lasts_from_chunk_to_chunk_and_has_its_own_tokens() -> None:
         ]
     )
     assert [(one.number, one.total_ms, one.outside_ms) for one in rounds] == [(0, 100.0, 69.0), (1, 40.0, 9.0)]
-    assert rounds[1].tokens == (Part("c", True), Part("d", True), Part("E", False))
+    assert rounds[1].tokens == (TextPart("c", True), TextPart("d", True), TextPart("E", False))
 
 
 def test_rounds_that_come_in_one_chunk_share_its_time() -> None:
@@ -95,7 +100,7 @@ def test_tokens_are_told_apart_and_rejected_drafts_counted() -> None:
 
 
 def test_a_line_stays_one_line() -> None:
-    assert plain([made(tokens=(Part("a\nb\x1b[2J", False),))])[1].endswith("a⏎b[2J  1 rejected")
+    assert plain([made(tokens=(TextPart("a\nb\x1b[2J", False),))])[1].endswith("a⏎b[2J  1 rejected")
 
 
 def test_only_the_first_rounds_are_drawn() -> None:

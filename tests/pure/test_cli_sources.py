@@ -11,27 +11,27 @@ import pytest
 
 from services.tools.local import apt
 from services.tools.local.apt import progress_line
-from services.tools.local.broker_sources import Source, Sources, choose, missing
+from services.tools.local.broker_sources import BrokerSource, BrokerSources, choose_sources, missing_brokers
 from services.tools.local.containers import RABBITMQ_IMAGE, run_command
-from services.tools.local.machine import Host, inspect, version_in
+from services.tools.local.machine import Machine, inspect_machine, version_in
 from services.tools.local.settings import BrokerAddresses
 
-BARE = Host(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
+BARE = Machine(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
 INSTALLED = replace(BARE, rabbitmq=Path("/x/rabbitmq-server"), epmd=Path("/x/epmd"), redis=Path("/x/redis-server"))
 NONE = BrokerAddresses(amqp_url=None, redis_url=None)
 
 
 def test_given_addresses_win_over_installed_programs() -> None:
     given = BrokerAddresses(amqp_url="amqp://there/", redis_url="redis://there/")
-    assert choose(given, INSTALLED) == Sources(Source.GIVEN, Source.GIVEN)
+    assert choose_sources(given, INSTALLED) == BrokerSources(BrokerSource.GIVEN, BrokerSource.GIVEN)
 
 
 def test_either_address_may_be_given_alone() -> None:
-    assert choose(BrokerAddresses(amqp_url="amqp://there/", redis_url=None), INSTALLED) == Sources(
-        Source.GIVEN, Source.INSTALLED
+    assert choose_sources(BrokerAddresses(amqp_url="amqp://there/", redis_url=None), INSTALLED) == BrokerSources(
+        BrokerSource.GIVEN, BrokerSource.INSTALLED
     )
-    assert choose(BrokerAddresses(amqp_url=None, redis_url="redis://there/"), BARE) == Sources(
-        Source.MISSING, Source.GIVEN
+    assert choose_sources(BrokerAddresses(amqp_url=None, redis_url="redis://there/"), BARE) == BrokerSources(
+        BrokerSource.MISSING, BrokerSource.GIVEN
     )
 
 
@@ -42,25 +42,27 @@ def test_addresses_come_from_the_environment(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_installed_programs_are_used_even_by_root() -> None:
-    assert choose(NONE, replace(INSTALLED, root=True)) == Sources(Source.INSTALLED, Source.INSTALLED)
+    assert choose_sources(NONE, replace(INSTALLED, root=True)) == BrokerSources(
+        BrokerSource.INSTALLED, BrokerSource.INSTALLED
+    )
 
 
 @pytest.mark.parametrize("distribution", ["debian", "ubuntu debian", "linuxmint ubuntu debian"])
 def test_root_on_debian_and_its_relatives_installs_what_is_missing(distribution: str) -> None:
     host = replace(INSTALLED, epmd=None, root=True, distribution=distribution, container="docker")
-    assert choose(NONE, host) == Sources(Source.APT, Source.INSTALLED)
+    assert choose_sources(NONE, host) == BrokerSources(BrokerSource.APT, BrokerSource.INSTALLED)
 
 
 @pytest.mark.parametrize(
     "host", [replace(BARE, container="podman"), replace(BARE, root=True, distribution="fedora", container="podman")]
 )
-def test_containers_come_after_apt(host: Host) -> None:
-    assert choose(NONE, host) == Sources(Source.CONTAINER, Source.CONTAINER)
+def test_containers_come_after_apt(host: Machine) -> None:
+    assert choose_sources(NONE, host) == BrokerSources(BrokerSource.CONTAINER, BrokerSource.CONTAINER)
 
 
 def test_with_nothing_the_message_names_the_commands_to_type() -> None:
-    assert choose(NONE, BARE) == Sources(Source.MISSING, Source.MISSING)
-    text = str(missing(["RabbitMQ", "Redis"], BARE))
+    assert choose_sources(NONE, BARE) == BrokerSources(BrokerSource.MISSING, BrokerSource.MISSING)
+    text = str(missing_brokers(["RabbitMQ", "Redis"], BARE))
     assert "    sudo apt-get install -y --no-install-recommends rabbitmq-server redis-server\n" in text
     assert "WISP_AMQP_URL and WISP_REDIS_URL" in text
 
@@ -75,7 +77,7 @@ def test_with_nothing_the_message_names_the_commands_to_type() -> None:
     ],
 )
 def test_the_commands_fit_the_system(distribution: str, root: bool, command: str) -> None:
-    text = str(missing(["Redis"], replace(BARE, distribution=distribution, root=root)))
+    text = str(missing_brokers(["Redis"], replace(BARE, distribution=distribution, root=root)))
     assert command in text
     assert "WISP_AMQP_URL" not in text
 
@@ -88,7 +90,7 @@ def test_the_newest_rabbitmq_is_found(tmp_path: Path) -> None:
         script.chmod(0o755)
     (tmp_path / "etc").mkdir()
     (tmp_path / "etc/os-release").write_text('NAME="Ubuntu"\nID=ubuntu\nID_LIKE="debian"\n')
-    host = inspect(search_path="", root=tmp_path)
+    host = inspect_machine(search_path="", root=tmp_path)
     assert host.rabbitmq is not None
     assert "rabbitmq_server-3.10.8" in str(host.rabbitmq)
     assert host.debian
@@ -100,9 +102,9 @@ def test_a_wrapper_that_changes_the_user_is_not_taken_for_the_server(tmp_path: P
     wrapper = tmp_path / "rabbitmq-server"
     wrapper.write_text("#!/bin/sh\nsu rabbitmq -s /bin/sh -c real\n")
     wrapper.chmod(0o755)
-    assert inspect(search_path=str(tmp_path), root=tmp_path).rabbitmq is None
+    assert inspect_machine(search_path=str(tmp_path), root=tmp_path).rabbitmq is None
     wrapper.write_text("#!/bin/sh\nexec real\n")
-    assert inspect(search_path=str(tmp_path), root=tmp_path).rabbitmq == wrapper
+    assert inspect_machine(search_path=str(tmp_path), root=tmp_path).rabbitmq == wrapper
 
 
 def test_versions_compare_as_numbers() -> None:

@@ -12,10 +12,10 @@ import builders
 import pytest
 from rich.console import Console
 
-from services.tools.cli.core.suite_snapshot import Snapshot
-from services.tools.cli.core.suite_view import short, view
-from services.tools.cli.core.suite_watch import Watch
-from services.tools.cli.suite_address import Where, choose
+from services.tools.cli.core.suite_snapshot import SuiteSnapshot
+from services.tools.cli.core.suite_view import short, suite_view
+from services.tools.cli.core.suite_watch import SuiteWatch
+from services.tools.cli.suite_address import SuiteAddress, choose_suite
 from services.tools.local.folder import RunFolder, RunningSuite, note_suite, running_suites
 from shared.errors import SettingsError
 from shared.messages import (
@@ -60,16 +60,16 @@ def ended(reason: str = "stop", tokens: int = 100, **changed: Any) -> Ended:
     return builders.ended("a", reason, tokens=tokens, **changed)
 
 
-def watched(*messages: tuple[float, object], started_ms: float = 0.0) -> Watch:
-    watch = Watch(started_ms)
+def watched(*messages: tuple[float, object], started_ms: float = 0.0) -> SuiteWatch:
+    watch = SuiteWatch(started_ms)
     for at_ms, message in messages:
         watch.feed(message, at_ms)  # type: ignore[arg-type]
     return watch
 
 
-def text(snapshot: Snapshot, note: str | None = None, width: int = 80) -> str:
+def text(snapshot: SuiteSnapshot, note: str | None = None, width: int = 80) -> str:
     console = Console(file=StringIO(), width=width, no_color=True)
-    console.print(view(snapshot, "ns", note))
+    console.print(suite_view(snapshot, "ns", note))
     return console.file.getvalue()  # type: ignore[attr-defined]
 
 
@@ -221,19 +221,19 @@ def test_short_names_keep_what_tells_texts_of_a_request_apart() -> None:
 
 def test_what_is_given_counts_and_the_latest_suite_that_fits_says_the_rest() -> None:
     new, old = RunningSuite("up-new", "amqp://new/"), RunningSuite("up-old", "amqp://old/")
-    assert choose(None, None, [new]) == Where("amqp://new/", "up-new")
-    both = choose(None, None, [new, old])
+    assert choose_suite(None, None, [new]) == SuiteAddress("amqp://new/", "up-new")
+    both = choose_suite(None, None, [new, old])
     assert (both.namespace, both.note) == ("up-new", "other suites run here too (--namespace): up-old")
-    assert choose(None, "up-old", [new, old]) == Where("amqp://old/", "up-old")
-    assert choose("amqp://else/", "prod", [new, old]) == Where("amqp://else/", "prod")
-    assert choose("amqp://else/", None, [RunningSuite("up-x", None), new]) == Where("amqp://else/", "up-x")
-    assert choose(None, None, []) == Where("amqp://guest:guest@127.0.0.1:5672/", "wisp")
+    assert choose_suite(None, "up-old", [new, old]) == SuiteAddress("amqp://old/", "up-old")
+    assert choose_suite("amqp://else/", "prod", [new, old]) == SuiteAddress("amqp://else/", "prod")
+    assert choose_suite("amqp://else/", None, [RunningSuite("up-x", None), new]) == SuiteAddress("amqp://else/", "up-x")
+    assert choose_suite(None, None, []) == SuiteAddress("amqp://guest:guest@127.0.0.1:5672/", "wisp")
     with pytest.raises(SettingsError, match="WISP_AMQP_URL"):
-        choose(None, None, [RunningSuite("up-x", None)])
+        choose_suite(None, None, [RunningSuite("up-x", None)])
     with pytest.raises(SettingsError, match="amqps"):
-        choose("http://somewhere/", None, [])
+        choose_suite("http://somewhere/", None, [])
     with pytest.raises(SettingsError, match="namespace"):
-        choose(None, "a b", [])
+        choose_suite(None, "a b", [])
 
 
 def test_running_suites_are_those_whose_owner_lives(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ import pytest
 from rich.console import Console
 
 from services.tools.cli import demo
-from services.tools.cli.ask import Answer, Question
+from services.tools.cli.ask import ClientAnswer, Question
 from services.tools.cli.chat import Chat
 from services.tools.cli.paint import OPEN
 from services.tools.local.stack import Stack
@@ -44,10 +44,10 @@ async def test_the_demonstration_marks_drafts_sums_up_and_compares(stack: Stack,
 async def test_the_demonstration_tells_when_the_texts_differ(
     stack: Stack, console: Console, short: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(self: Answer, _: Answer) -> bool:
+    def other(self: ClientAnswer, _: ClientAnswer) -> bool:
         return False
 
-    monkeypatch.setattr(Answer, "same_text", other)
+    monkeypatch.setattr(ClientAnswer, "same_text", other)
     assert not await demo.demo(stack.url, console)
     assert shown(console).rstrip().endswith("identical to plain decoding: no")
 
@@ -62,7 +62,7 @@ async def test_a_chat_remembers_until_it_is_told_to_forget(
         chat = Chat(stack.url, console, draft="auto", system=None, temperature=0.0)
         answer = chat._ask
 
-        async def spy(question: Question, show: object) -> Answer:
+        async def spy(question: Question, show: object) -> ClientAnswer:
             asked.append(question)
             return await answer(replace(question, max_tokens=12), show)  # type: ignore[arg-type]
 

@@ -16,10 +16,10 @@ from aiormq.exceptions import ChannelAccessRefused
 from asking import Case, Client
 from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
 
-from services.tools.cli.suite_address import Where
+from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.suite_observer import once_seen
 from services.tools.local.brokers import Brokers
-from services.tools.local.servers import Server
+from services.tools.local.servers import BrokerServer
 from services.tools.local.settings import BrokerAddresses
 from services.tools.local.stack import Stack
 from services.tools.replayer.journal import read
@@ -38,7 +38,7 @@ PASSWORDS = {user_of(NAMES, service): f"{service}-password" for service in ROLES
 class Set:
     """A RabbitMQ with the definitions, and the services' addresses."""
 
-    server: Server
+    server: BrokerServer
     urls: dict[str, str]
 
 
@@ -82,7 +82,7 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
         body = client.body(cases[0], "none") | {"stream": True, "max_tokens": 300, "ignore_eos": True}
         async with http.stream("POST", f"{stack.url}/completions", json=body) as stream:
             assert await anext(stream.aiter_lines())
-        await once_seen(Where(broker.urls["top"], NAMES.namespace), _silent(), 1.5, as_json=True)
+        await once_seen(SuiteAddress(broker.urls["top"], NAMES.namespace), _silent(), 1.5, as_json=True)
         logs = "".join(path.read_text() for path in stack.folder.glob("*.log"))
         users = await rabbitmqctl(broker.server, "list_connections", "user", "name")
     for trace in ("ACCESS_REFUSED", "access refused", "dead letter lost", "dead-lettered"):

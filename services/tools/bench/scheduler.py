@@ -24,7 +24,7 @@ from services.tools.bench.support.report import keep, machine, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
-from services.tools.local.namespace import forget
+from services.tools.local.namespace import delete_namespace
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.stack import Stack
 from shared.broker import topology
@@ -151,7 +151,7 @@ async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> lis
                     namespace=namespace,
                 ) as stack:
                     rows.append(await stack.watch(_serve(stack, rate, progress, seed)))
-                await forget(brokers.amqp_url, brokers.redis_url, namespace, brokers.tls)
+                await delete_namespace(brokers.amqp_url, brokers.redis_url, namespace, brokers.tls)
     return rows
 
 

@@ -16,7 +16,7 @@ from services.tools.chaos.core.verdicts import ChaosResult, RequestOutcome, Requ
 from services.tools.chaos.fault_runner import FaultRunner
 from services.tools.chaos.reference import References
 from services.tools.chaos.site import ChaosSite
-from services.tools.local.progress import Progress, Step
+from services.tools.local.progress import Progress, ProgressStep
 
 SETTLE_S = 60.0
 PROGRESS_S = 0.5
@@ -98,7 +98,9 @@ async def _faults_under_load(
         over.set()
 
 
-async def _show_progress(runner: FaultRunner, plan: ChaosPlan, outcomes: list[RequestOutcome], step: Step) -> None:
+async def _show_progress(
+    runner: FaultRunner, plan: ChaosPlan, outcomes: list[RequestOutcome], step: ProgressStep
+) -> None:
     while True:
         current = ", ".join(f"{one.fault.kind} ({one.target})" for one in runner.done if not one.ended_s)
         step.detail(f"{len(runner.done)} of {len(plan.faults)}, {len(outcomes)} requests; {current}")

@@ -18,7 +18,7 @@ from services.tools.local.folder import RunFolder
 from services.tools.local.ports import LOOPBACK, free_ports
 from services.tools.local.process import Process
 from services.tools.local.progress import Progress
-from services.tools.local.servers import Server
+from services.tools.local.servers import BrokerServer
 from services.tools.local.settings import BrokerAddresses
 from services.tools.local.stack import Stack
 from shared.errors import BrokersError
@@ -154,7 +154,7 @@ async def clocks_differ() -> bool:
     return await child.wait() == 0
 
 
-def _servers(brokers: Brokers) -> tuple[Server, Server]:
+def _servers(brokers: Brokers) -> tuple[BrokerServer, BrokerServer]:
     found = {server.url.partition("://")[0]: server for server in brokers.servers}
     if "amqp" not in found or "redis" not in found or any(s.start_again is None for s in found.values()):
         raise BrokersError(
@@ -165,8 +165,8 @@ def _servers(brokers: Brokers) -> tuple[Server, Server]:
 
 
 def _control_script(brokers: Brokers) -> Path:
-    from services.tools.local.machine import inspect
+    from services.tools.local.machine import inspect_machine
 
-    script = inspect().rabbitmq
+    script = inspect_machine().rabbitmq
     assert script is not None
     return script.with_name("rabbitmqctl")

@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from services.tools.cli.core.answer_rounds import Arrival, Round, rounds_of
-from services.tools.cli.paint import Part, parts
+from services.tools.cli.core.answer_rounds import AnswerRound, Arrival, rounds_of
+from services.tools.cli.paint import TextPart, text_parts
 from services.tools.local.settings import LocalSettings
 
 if TYPE_CHECKING:
@@ -35,7 +35,7 @@ class Question:
 
 
 @dataclass
-class Answer:
+class ClientAnswer:
     """What came back. Durations are the gateway's, in milliseconds."""
 
     text: str = ""
@@ -47,18 +47,22 @@ class Answer:
     """From sending the request to the end of the answer, as the client saw it."""
 
     @property
-    def rounds(self) -> list[Round]:
+    def rounds(self) -> list[AnswerRound]:
         """The rounds that made the text."""
         return rounds_of(self.arrivals)
 
-    def same_text(self, other: Answer) -> bool:
+    def same_text(self, other: ClientAnswer) -> bool:
         """Whether both consist of the same tokens and end for the same reason."""
         return (self.tokens, self.text, self.finish) == (other.tokens, other.text, other.finish)
 
 
 async def ask(
-    client: AsyncOpenAI, model: str, question: Question, draft: str, show: Callable[[list[Part]], None] | None = None
-) -> Answer:
+    client: AsyncOpenAI,
+    model: str,
+    question: Question,
+    draft: str,
+    show: Callable[[list[TextPart]], None] | None = None,
+) -> ClientAnswer:
     """Stream the answer to a question; `show` gets its parts as they arrive. `draft` is the draft source."""
     extra = {"wisp": {"trace": True, "draft": draft}}
     common: dict[str, Any] = {"model": model, "extra_body": extra, **question.options}
@@ -73,7 +77,7 @@ async def ask(
         stream = await client.completions.create(
             prompt=question.prompt, max_tokens=question.max_tokens, stream=True, **common
         )
-    answer = Answer()
+    answer = ClientAnswer()
     async for chunk in stream:
         trace = (chunk.model_extra or {}).get("wisp") or {}
         answer.summary.update(trace.get("summary") or {})
@@ -84,7 +88,7 @@ async def ask(
             answer.tokens += [token["id"] for token in trace.get("tokens") or []]
             answer.finish = choice.finish_reason or answer.finish
             if show is not None:
-                show(parts(delta, trace))
+                show(text_parts(delta, trace))
     answer.total_ms = (time.perf_counter() - started) * 1000
     return answer
 

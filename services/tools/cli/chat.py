@@ -9,8 +9,8 @@ from contextlib import suppress
 from rich.console import Console
 from rich.text import Text
 
-from services.tools.cli.ask import Answer, Question, ask, client_at, tokens_per_second
-from services.tools.cli.paint import Painter, Part
+from services.tools.cli.ask import ClientAnswer, Question, ask, client_at, tokens_per_second
+from services.tools.cli.paint import Painter, TextPart
 from shared.errors import WispError
 
 HELP = """\
@@ -65,7 +65,7 @@ class Chat:
         question = Question("", messages=tuple(messages), max_tokens=MAX_TOKENS, options=sampling)
         shown: list[str] = []
 
-        def show(parts: list[Part]) -> None:
+        def show(parts: list[TextPart]) -> None:
             shown.extend(part.text for part in parts)
             self._painter.write(parts)
 
@@ -88,7 +88,7 @@ class Chat:
         if shown:
             self._messages = [*messages, {"role": "assistant", "content": "".join(shown)}]
 
-    async def _ask(self, question: Question, show: Callable[[list[Part]], None]) -> Answer:
+    async def _ask(self, question: Question, show: Callable[[list[TextPart]], None]) -> ClientAnswer:
         async with client_at(self.url) as client:
             return await ask(client, self.model, question, self.draft, show)
 
@@ -117,7 +117,7 @@ def refused(url: str, why: str) -> WispError:
     return WispError(f"the gateway at {url} refuses the API key in WISP_API_KEY or OPENAI_API_KEY: {why}")
 
 
-def _brief(answer: Answer) -> str:
+def _brief(answer: ClientAnswer) -> str:
     summary = answer.summary
     if not summary:
         return ""

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.text import Text
 
-from services.tools.cli.ask import Answer, Question, ask, client_at, summary_lines, tokens_per_second
+from services.tools.cli.ask import ClientAnswer, Question, ask, client_at, summary_lines, tokens_per_second
 from services.tools.cli.core.answer_rounds import draw
 from services.tools.cli.paint import Painter
 from shared.errors import WispError
@@ -76,7 +76,7 @@ async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
 
 async def _show(
     client: AsyncOpenAI, model: str, question: Question, console: Console, painter: Painter, rounds: bool
-) -> Answer:
+) -> ClientAnswer:
     console.print(Text(f"\n{question.title}", "bold"))
     console.print(
         Text(question.messages[-1]["content"] if question.messages else question.prompt, "dim"), soft_wrap=True

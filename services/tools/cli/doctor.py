@@ -19,9 +19,9 @@ import psutil
 
 from services.tools.local import broker_sources
 from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
-from services.tools.local.broker_sources import Source
+from services.tools.local.broker_sources import BrokerSource
 from services.tools.local.folder import state_folder
-from services.tools.local.machine import Host, container_engine, inspect, version_in
+from services.tools.local.machine import Machine, container_engine, inspect_machine, version_in
 from services.tools.local.ports import LOOPBACK, is_free
 from services.tools.local.service_commands import cores
 from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses
@@ -62,7 +62,7 @@ async def examine() -> list[Finding]:
         _python(),
         *_extras(),
         *_torch(),
-        *await _brokers(BrokerAddresses(), inspect()),
+        *await _brokers(BrokerAddresses(), inspect_machine()),
         *_models(),
         *_drafts(),
         _port(),
@@ -115,20 +115,20 @@ def _cpu_flags() -> set[str]:
     return set(found.group(1).split()) if found else set()
 
 
-async def _brokers(addresses: BrokerAddresses, host: Host) -> list[Finding]:
-    chosen = broker_sources.choose(addresses, host)
-    if chosen.of(Source.MISSING):
-        host = Host(**{**vars(host), "container": await container_engine()})
-        chosen = broker_sources.choose(addresses, host)
+async def _brokers(addresses: BrokerAddresses, host: Machine) -> list[Finding]:
+    chosen = broker_sources.choose_sources(addresses, host)
+    if chosen.of(BrokerSource.MISSING):
+        host = Machine(**{**vars(host), "container": await container_engine()})
+        chosen = broker_sources.choose_sources(addresses, host)
     rabbitmq = await _broker("RabbitMQ", chosen.rabbitmq, host, addresses.amqp_url, addresses.tls)
     redis = await _broker("Redis", chosen.redis, host, addresses.redis_url, addresses.tls)
     return [rabbitmq, redis]
 
 
-async def _broker(name: str, source: Source, host: Host, url: str | None, tls: Tls) -> Finding:
+async def _broker(name: str, source: BrokerSource, host: Machine, url: str | None, tls: Tls) -> Finding:
     commands = "; ".join(broker_sources.install_commands([name], host))
     match source:
-        case Source.GIVEN:
+        case BrokerSource.GIVEN:
             assert url is not None
             shown = without_password(url)
             try:
@@ -136,16 +136,16 @@ async def _broker(name: str, source: Source, host: Host, url: str | None, tls: T
             except NotReady as error:
                 return Finding(name, "missing", f"{shown}: {error}", "start it, or unset its WISP_..._URL")
             return Finding(name, "ok", f"{version} answers at {shown}")
-        case Source.INSTALLED:
+        case BrokerSource.INSTALLED:
             binary = host.rabbitmq if name == "RabbitMQ" else host.redis
             assert binary is not None
             version = _rabbitmq_version(binary) if name == "RabbitMQ" else _redis_version(binary)
             return Finding(name, "ok", f"{version} installed ({binary}); each run starts its own")
-        case Source.APT:
+        case BrokerSource.APT:
             return Finding(name, "note", "not installed", f"the first run installs it with apt, or: {commands}")
-        case Source.CONTAINER:
+        case BrokerSource.CONTAINER:
             return Finding(name, "ok", f"not installed; each run starts a container with {host.container}")
-        case Source.MISSING:
+        case BrokerSource.MISSING:
             return Finding(name, "missing", "not installed, and neither docker nor podman answers", commands)
 
 

@@ -15,7 +15,7 @@ from services.drafter.hidden.card import CONTROLLER, HiddenDraftFolder, shipped_
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.terminal import out
-from services.tools.local.progress import ConsoleProgress, Step
+from services.tools.local.progress import ConsoleProgress, ProgressStep
 from services.tools.training import controller, shards
 from services.tools.training.evaluate import Costs, Drafted, Summary, entropies, rounds
 from services.tools.training.run import Run, made
@@ -141,7 +141,7 @@ def _table(drafted: Sequence[Drafted]) -> Table:
     return table
 
 
-def _counted(step: Step, what: str, of: int) -> Callable[[int], None]:
+def _counted(step: ProgressStep, what: str, of: int) -> Callable[[int], None]:
     """Shows how many there are, and how long the rest will take."""
     started = time.monotonic()
     done = 0

@@ -19,25 +19,25 @@ _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 @dataclass(frozen=True)
-class Part:
+class TextPart:
     """A stretch of text and whether drafting made it."""
 
     text: str
     draft: bool
 
 
-def parts(delta: str, trace: Mapping[str, Any] | None) -> list[Part]:
+def text_parts(delta: str, trace: Mapping[str, Any] | None) -> list[TextPart]:
     """A chunk's text by origin. Text that the trace does not explain counts as the target's own."""
     tokens: Sequence[Mapping[str, Any]] = (trace or {}).get("tokens") or []
     if "".join(str(token["text"]) for token in tokens) != delta:
-        return [Part(delta, False)] if delta else []
-    merged: list[Part] = []
+        return [TextPart(delta, False)] if delta else []
+    merged: list[TextPart] = []
     for token in tokens:
         text, draft = str(token["text"]), bool(token["draft"])
         if merged and merged[-1].draft == draft:
-            merged[-1] = Part(merged[-1].text + text, draft)
+            merged[-1] = TextPart(merged[-1].text + text, draft)
         elif text:
-            merged.append(Part(text, draft))
+            merged.append(TextPart(text, draft))
     return merged
 
 
@@ -63,7 +63,7 @@ class Painter:
         )
         return Text.assemble(draft, ", the target's own tokens")
 
-    def write(self, written: Sequence[Part]) -> None:
+    def write(self, written: Sequence[TextPart]) -> None:
         """Write some parts, without a line end."""
         for part in written:
             if self._marks and part.draft != self._open:
@@ -71,7 +71,7 @@ class Painter:
                 self._open = part.draft
             self._put(printable(part.text), self._style if part.draft and not self._marks else None)
 
-    def text(self, written: Sequence[Part]) -> Text:
+    def text(self, written: Sequence[TextPart]) -> Text:
         """The same as `write` shows, as a text of its own."""
         shown = Text()
         for part in written:

@@ -13,7 +13,7 @@ from shared.runtime.tls import Tls
 
 
 @dataclass(frozen=True)
-class Where:
+class SuiteAddress:
     """A suite's broker and namespace."""
 
     amqp_url: str
@@ -24,7 +24,7 @@ class Where:
     """How the broker's certificate is checked."""
 
 
-def choose(amqp_url: str | None, namespace: str | None, running: Sequence[RunningSuite]) -> Where:
+def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[RunningSuite]) -> SuiteAddress:
     """The suite to observe.
 
     amqp_url, namespace: as given by options or environment. running: suites on this machine, the latest first. What is
@@ -42,7 +42,7 @@ def choose(amqp_url: str | None, namespace: str | None, running: Sequence[Runnin
         if namespace in (None, suite.namespace) and (amqp_url is None or suite.amqp_url in (None, amqp_url))
     ]
     if not fitting:
-        return Where(amqp_url or defaults["amqp_url"], namespace or defaults["namespace"])
+        return SuiteAddress(amqp_url or defaults["amqp_url"], namespace or defaults["namespace"])
     suite, others = fitting[0], fitting[1:]
     url = amqp_url or suite.amqp_url
     if url is None:
@@ -53,4 +53,4 @@ def choose(amqp_url: str | None, namespace: str | None, running: Sequence[Runnin
     note = None
     if others:
         note = f"other suites run here too (--namespace): {', '.join(other.namespace for other in others)}"
-    return Where(url, suite.namespace, note)
+    return SuiteAddress(url, suite.namespace, note)

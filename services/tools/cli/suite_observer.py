@@ -17,9 +17,9 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from rich.console import Console
 from rich.live import Live
 
-from services.tools.cli.core.suite_view import view
-from services.tools.cli.core.suite_watch import Watch
-from services.tools.cli.suite_address import Where
+from services.tools.cli.core.suite_view import suite_view
+from services.tools.cli.core.suite_watch import SuiteWatch
+from services.tools.cli.suite_address import SuiteAddress
 from shared.broker import topology
 from shared.broker.client import Broker, without_password
 from shared.broker.topology import Topology
@@ -37,11 +37,11 @@ def now_ms() -> float:
     return time.monotonic() * 1000
 
 
-class Observer:
+class SuiteObserver:
     """Listens at a suite's broker."""
 
-    def __init__(self, where: Where) -> None:
-        self.watch = Watch(now_ms())
+    def __init__(self, where: SuiteAddress) -> None:
+        self.watch = SuiteWatch(now_ms())
         self.listening = asyncio.Event()
         self.problem: str | None = f"connecting to RabbitMQ at {without_password(where.amqp_url)}"
         """What is wrong with the connection now, in words."""
@@ -66,7 +66,7 @@ class Observer:
                 broker.topology.own_queue("top", name, topology.ROLES["top"].listens), arguments={"x-max-length": KEPT}
             )
             await broker.consume(own, self._receive)
-            self.watch = Watch(now_ms())
+            self.watch = SuiteWatch(now_ms())
             self.listening.set()
             while True:
                 try:
@@ -84,7 +84,7 @@ class Observer:
         self.watch.feed(message, now_ms())
 
 
-async def _require_suite(where: Where) -> None:
+async def _require_suite(where: SuiteAddress) -> None:
     """Raises SettingsError when no suite of this name has ever been at the broker. Joining it would declare what the
     name asks for, and an observer of a mistyped name would leave that behind."""
     context = where.tls.context() if where.amqp_url.startswith("amqps:") else None
@@ -102,24 +102,24 @@ async def _require_suite(where: Where) -> None:
         return  # the connection that is kept says what is wrong, and is tried again
 
 
-async def live(where: Where, console: Console) -> None:
+async def live(where: SuiteAddress, console: Console) -> None:
     """Show the suite until cancelled. Raises SettingsError when there is no such suite."""
-    observer = Observer(where)
+    observer = SuiteObserver(where)
 
     async def draw() -> None:
         with Live(console=console, auto_refresh=False, screen=True, vertical_overflow="crop") as screen:
             while True:
-                shown = view(observer.watch.snapshot(now_ms()), where.namespace, observer.problem or where.note)
+                shown = suite_view(observer.watch.snapshot(now_ms()), where.namespace, observer.problem or where.note)
                 screen.update(shown, refresh=True)
                 await asyncio.sleep(REFRESH_S)
 
     await _until_first(observer.keep_listening(), draw())
 
 
-async def once_seen(where: Where, console: Console, seconds: float, *, as_json: bool = False) -> None:
+async def once_seen(where: SuiteAddress, console: Console, seconds: float, *, as_json: bool = False) -> None:
     """Print what was seen in so many seconds. Raises BrokersError when the broker cannot be reached, and SettingsError
     when it knows no such suite."""
-    observer = Observer(where)
+    observer = SuiteObserver(where)
 
     async def observe() -> None:
         await observer.listening.wait()
@@ -131,7 +131,7 @@ async def once_seen(where: Where, console: Console, seconds: float, *, as_json: 
         told = {"namespace": where.namespace, "empty": snapshot.empty, **asdict(snapshot)}
         console.print_json(json.dumps(told), indent=1)
     else:
-        console.print(view(snapshot, where.namespace, where.note))
+        console.print(suite_view(snapshot, where.namespace, where.note))
 
 
 async def _until_first(*work: Coroutine[Any, Any, None]) -> None:

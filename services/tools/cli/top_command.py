@@ -24,14 +24,14 @@ def top(
 ) -> None:
     """Watch a running suite: verifiers, queues, speed, promises kept, and why each batch is as it is."""
     with errors_shown():
-        from services.tools.cli.suite_address import choose
+        from services.tools.cli.suite_address import choose_suite
         from services.tools.cli.suite_observer import live, once_seen
         from services.tools.local.folder import running_suites
         from services.tools.local.settings import BrokerAddresses, LocalSettings
         from shared.runtime import logging
 
         given = BrokerAddresses()
-        where = choose(amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites())
+        where = choose_suite(amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites())
         where = replace(where, tls=given.tls)
         # Our dependencies' warnings would run across the screen; `top` says itself what is wrong.
         logging.configure("top", "top", "error", "console")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from services.tools.local.broker_sources import APT_PACKAGES
 from services.tools.local.process import Process
-from services.tools.local.progress import Step
+from services.tools.local.progress import ProgressStep
 from shared.errors import BrokersError
 
 POLICY = Path("/usr/sbin/policy-rc.d")
@@ -24,7 +24,7 @@ ENVIRONMENT = {
 }
 
 
-async def install(names: list[str], log: Path, step: Step) -> None:
+async def install(names: list[str], log: Path, step: ProgressStep) -> None:
     """Install the packages of the named brokers. Raises BrokersError with the end of apt's output."""
     options = ["-q", "-o", f"DPkg::Lock::Timeout={LOCK_TIMEOUT_S}", "-o", "APT::Status-Fd=1"]
     packages = [APT_PACKAGES[name] for name in names]
@@ -48,7 +48,7 @@ def progress_line(line: str) -> str | None:
         return None
 
 
-async def _run(command: list[str], log: Path, step: Step) -> None:
+async def _run(command: list[str], log: Path, step: ProgressStep) -> None:
     process = await Process.start(command[0], command, log=log, environment=ENVIRONMENT)
     try:
         while process.alive:

@@ -5,14 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from services.tools.local.machine import Host
+from services.tools.local.machine import Machine
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
 
 APT_PACKAGES = {"RabbitMQ": "rabbitmq-server", "Redis": "redis-server"}
 
 
-class Source(StrEnum):
+class BrokerSource(StrEnum):
     """Where one broker comes from, in the order of preference."""
 
     GIVEN = "given"
@@ -23,35 +23,35 @@ class Source(StrEnum):
 
 
 @dataclass(frozen=True)
-class Sources:
+class BrokerSources:
     """Where both brokers come from."""
 
-    rabbitmq: Source
-    redis: Source
+    rabbitmq: BrokerSource
+    redis: BrokerSource
 
-    def of(self, source: Source) -> list[str]:
+    def of(self, source: BrokerSource) -> list[str]:
         """The names of the brokers that come from `source`."""
         return [name for name, where in (("RabbitMQ", self.rabbitmq), ("Redis", self.redis)) if where is source]
 
 
-def choose(addresses: BrokerAddresses, host: Host) -> Sources:
+def choose_sources(addresses: BrokerAddresses, host: Machine) -> BrokerSources:
     """Addresses win; then installed programs; then apt, for root on Debian and its relatives; then containers."""
 
-    def source(given: str | None, installed: bool) -> Source:
+    def source(given: str | None, installed: bool) -> BrokerSource:
         if given:
-            return Source.GIVEN
+            return BrokerSource.GIVEN
         if installed:
-            return Source.INSTALLED
+            return BrokerSource.INSTALLED
         if host.root and host.debian and host.apt:
-            return Source.APT
-        return Source.CONTAINER if host.container else Source.MISSING
+            return BrokerSource.APT
+        return BrokerSource.CONTAINER if host.container else BrokerSource.MISSING
 
-    return Sources(
+    return BrokerSources(
         source(addresses.amqp_url, host.rabbitmq_installed), source(addresses.redis_url, host.redis is not None)
     )
 
 
-def install_commands(names: list[str], host: Host) -> list[str]:
+def install_commands(names: list[str], host: Machine) -> list[str]:
     """The commands to type that install the named brokers on this machine."""
     sudo = "" if host.root else "sudo "
     packages = " ".join(APT_PACKAGES[name] for name in names)
@@ -72,7 +72,7 @@ def install_commands(names: list[str], host: Host) -> list[str]:
     return [f"install {' and '.join(names)} with the package tool of this system"]
 
 
-def missing(names: list[str], host: Host) -> BrokersError:
+def missing_brokers(names: list[str], host: Machine) -> BrokersError:
     """The error for brokers that nothing here can provide, with what to type."""
     steps = "\n".join(f"    {line}" for line in install_commands(names, host))
     settings = " and ".join({"RabbitMQ": "WISP_AMQP_URL", "Redis": "WISP_REDIS_URL"}[name] for name in names)

@@ -10,15 +10,15 @@ from types import TracebackType
 
 from services.tools.local import apt, broker_sources, containers, servers
 from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
-from services.tools.local.broker_sources import Source
-from services.tools.local.machine import Host, container_engine, inspect
-from services.tools.local.progress import Progress, Step
-from services.tools.local.servers import Server
+from services.tools.local.broker_sources import BrokerSource
+from services.tools.local.machine import Machine, container_engine, inspect_machine
+from services.tools.local.progress import Progress, ProgressStep
+from services.tools.local.servers import BrokerServer
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
 from shared.runtime.tls import Tls
 
-WORDS = {Source.GIVEN: "given", Source.INSTALLED: "private", Source.CONTAINER: "in a container"}
+WORDS = {BrokerSource.GIVEN: "given", BrokerSource.INSTALLED: "private", BrokerSource.CONTAINER: "in a container"}
 
 
 class Brokers:
@@ -34,7 +34,7 @@ class Brokers:
         folder: Path,
         *,
         addresses: BrokerAddresses | None = None,
-        look: Callable[[], Host] = inspect,
+        look: Callable[[], Machine] = inspect_machine,
         progress: Progress | None = None,
         persistent: bool = False,
     ) -> None:
@@ -45,7 +45,7 @@ class Brokers:
         self.redis_url = ""
         self.rabbitmq_version = ""
         self.redis_version = ""
-        self.servers: list[Server] = []
+        self.servers: list[BrokerServer] = []
         """What was started here, and is stopped at the end."""
         self._look = look
         self._progress = progress or Progress()
@@ -73,16 +73,16 @@ class Brokers:
     async def start(self) -> None:
         """Find or start both, side by side, and prove that they answer."""
         host = self._look()
-        chosen = broker_sources.choose(self.addresses, host)
-        failed = await self._install(chosen.of(Source.APT))
-        if chosen.of(Source.APT):
+        chosen = broker_sources.choose_sources(self.addresses, host)
+        failed = await self._install(chosen.of(BrokerSource.APT))
+        if chosen.of(BrokerSource.APT):
             host = replace(self._look(), apt=False)
-            chosen = broker_sources.choose(self.addresses, host)
-        if chosen.of(Source.MISSING):
+            chosen = broker_sources.choose_sources(self.addresses, host)
+        if chosen.of(BrokerSource.MISSING):
             host = replace(host, container=await container_engine())
-            chosen = broker_sources.choose(self.addresses, host)
-        if lacking := chosen.of(Source.MISSING):
-            raise failed or broker_sources.missing(lacking, host)
+            chosen = broker_sources.choose_sources(self.addresses, host)
+        if lacking := chosen.of(BrokerSource.MISSING):
+            raise failed or broker_sources.missing_brokers(lacking, host)
         with self._progress.step("starting RabbitMQ and Redis") as step:
             tasks = [
                 asyncio.ensure_future(self._start_rabbitmq(chosen.rabbitmq, host, step)),
@@ -114,10 +114,10 @@ class Brokers:
             return error
         return None
 
-    async def _start_rabbitmq(self, source: Source, host: Host, step: Step) -> None:
-        if source is Source.GIVEN:
+    async def _start_rabbitmq(self, source: BrokerSource, host: Machine, step: ProgressStep) -> None:
+        if source is BrokerSource.GIVEN:
             self.amqp_url = self.addresses.amqp_url or ""
-        elif source is Source.CONTAINER:
+        elif source is BrokerSource.CONTAINER:
             self.amqp_url = self._keep(await containers.start_rabbitmq(host.container or "", self.folder, step))
         else:
             assert host.rabbitmq is not None
@@ -125,17 +125,17 @@ class Brokers:
             self.amqp_url = self._keep(await servers.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
         self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", check_rabbitmq, self.amqp_url, self.tls)
 
-    async def _start_redis(self, source: Source, host: Host, step: Step) -> None:
-        if source is Source.GIVEN:
+    async def _start_redis(self, source: BrokerSource, host: Machine, step: ProgressStep) -> None:
+        if source is BrokerSource.GIVEN:
             self.redis_url = self.addresses.redis_url or ""
-        elif source is Source.CONTAINER:
+        elif source is BrokerSource.CONTAINER:
             self.redis_url = self._keep(await containers.start_redis(host.container or "", self.folder, step))
         else:
             assert host.redis is not None
             self.redis_url = self._keep(await servers.start_redis(host.redis, self.folder, persistent=self._persistent))
         self.redis_version = await _prove("Redis", "WISP_REDIS_URL", check_redis, self.redis_url, self.tls)
 
-    def _keep(self, server: Server) -> str:
+    def _keep(self, server: BrokerServer) -> str:
         self.servers.append(server)
         return server.url
 

@@ -16,8 +16,8 @@ from secrets import token_hex, token_urlsafe
 from services.tools.local.broker_check import check_rabbitmq, check_redis
 from services.tools.local.ports import LOOPBACK, free_ports
 from services.tools.local.process import Process
-from services.tools.local.progress import Step
-from services.tools.local.servers import Server, kill, until_ready, with_fresh_ports
+from services.tools.local.progress import ProgressStep
+from services.tools.local.servers import BrokerServer, kill, until_ready, with_fresh_ports
 from shared.errors import BrokersError
 
 RABBITMQ_IMAGE = "docker.io/library/rabbitmq:4.1"
@@ -32,13 +32,13 @@ UNTIL_INPUT_CLOSES = (
 )
 
 
-async def start_rabbitmq(engine: str, folder: Path, step: Step) -> Server:
+async def start_rabbitmq(engine: str, folder: Path, step: ProgressStep) -> BrokerServer:
     """Run RabbitMQ in a container; ready when a client can log in. Raises BrokersError."""
     await _pull(engine, RABBITMQ_IMAGE, folder / "pull-rabbitmq.log", step)
     password = token_urlsafe(12)
     login = {"RABBITMQ_DEFAULT_USER": USER, "RABBITMQ_DEFAULT_PASS": password}
 
-    async def start(attempt: int) -> Server:
+    async def start(attempt: int) -> BrokerServer:
         (port,) = free_ports(1)
         url = f"amqp://{USER}:{password}@{LOOPBACK}:{port}/"
         log = folder / f"rabbitmq-container-{attempt}.log"
@@ -48,12 +48,12 @@ async def start_rabbitmq(engine: str, folder: Path, step: Step) -> Server:
     return await with_fresh_ports(start)
 
 
-async def start_redis(engine: str, folder: Path, step: Step) -> Server:
+async def start_redis(engine: str, folder: Path, step: ProgressStep) -> BrokerServer:
     """Run Redis without persistence in a container; ready when it answers. Raises BrokersError."""
     await _pull(engine, REDIS_IMAGE, folder / "pull-redis.log", step)
     password = token_urlsafe(12)
 
-    async def start(attempt: int) -> Server:
+    async def start(attempt: int) -> BrokerServer:
         (port,) = free_ports(1)
         url = f"redis://:{password}@{LOOPBACK}:{port}/0"
         log = folder / f"redis-container-{attempt}.log"
@@ -76,7 +76,7 @@ def run_command(engine: str, image: str, publish: str, server: list[str], passed
 
 async def _run(
     command: list[str], log: Path, login: dict[str, str], url: str, check: Callable[[str], Awaitable[str]]
-) -> Server:
+) -> BrokerServer:
     process = await Process.start(
         command[command.index("--name") + 1], command, log=log, environment={**os.environ, **login}, hold_input=True
     )
@@ -85,10 +85,10 @@ async def _run(
     except BaseException:
         await asyncio.shield(kill(process))
         raise
-    return Server(url, (process,))
+    return BrokerServer(url, (process,))
 
 
-async def _pull(engine: str, image: str, log: Path, step: Step) -> None:
+async def _pull(engine: str, image: str, log: Path, step: ProgressStep) -> None:
     """Fetch the image unless it is here."""
     inspect = await Process.start("inspect", [engine, "image", "inspect", image], log=log, environment=os.environ)
     if await inspect.wait() == 0:

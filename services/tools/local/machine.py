@@ -26,7 +26,7 @@ CONTAINER_PROBE_S = 5.0
 
 
 @dataclass(frozen=True)
-class Host:
+class Machine:
     """The facts that decide where brokers come from; None or False for what is not there."""
 
     rabbitmq: Path | None
@@ -50,9 +50,9 @@ class Host:
         return self.rabbitmq is not None and self.epmd is not None
 
 
-def inspect(search_path: str | None = None, root: Path = Path("/")) -> Host:
+def inspect_machine(search_path: str | None = None, root: Path = Path("/")) -> Machine:
     """Look at this machine. `search_path` replaces PATH and `root` the file system, for tests."""
-    return Host(
+    return Machine(
         rabbitmq=_first(RABBITMQ_SCRIPTS, root) or _rabbitmq_on(search_path),
         epmd=_which(("epmd",), search_path) or _first(EPMD_BINARIES, root),
         redis=_which(("redis-server", "valkey-server"), search_path) or _first(REDIS_BINARIES, root),

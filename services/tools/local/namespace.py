@@ -9,7 +9,7 @@ from shared.broker.topology import Topology
 from shared.runtime.tls import Tls
 
 
-async def forget(amqp_url: str, redis_url: str, namespace: str, tls: Tls) -> None:
+async def delete_namespace(amqp_url: str, redis_url: str, namespace: str, tls: Tls) -> None:
     """Delete the namespace's queues, exchanges and keys. Its services must have ended."""
     topology = Topology(namespace)
     shared_queues = (

@@ -12,7 +12,7 @@ from rich.status import Status
 PLAIN_INTERVAL_S = 5.0
 
 
-class Step:
+class ProgressStep:
     """One step under way. `detail` says what it is doing now, `done` what it has come to."""
 
     def __init__(self, text: str) -> None:
@@ -20,7 +20,7 @@ class Step:
         self.outcome = text
         self.started = time.monotonic()
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> ProgressStep:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
@@ -42,9 +42,9 @@ class Step:
 class Progress:
     """Shows nothing."""
 
-    def step(self, text: str) -> Step:
+    def step(self, text: str) -> ProgressStep:
         """Begin a step; use the result as a context manager."""
-        return Step(text)
+        return ProgressStep(text)
 
 
 class ConsoleProgress(Progress):
@@ -53,18 +53,18 @@ class ConsoleProgress(Progress):
     def __init__(self, console: Console) -> None:
         self.console = console
 
-    def step(self, text: str) -> Step:
+    def step(self, text: str) -> ProgressStep:
         """Begin a step; use the result as a context manager."""
         return _Spinner(text, self.console) if self.console.is_terminal else _Lines(text, self.console)
 
 
-class _Spinner(Step):
+class _Spinner(ProgressStep):
     def __init__(self, text: str, console: Console) -> None:
         super().__init__(text)
         self.console = console
         self.status = Status(text, console=console, spinner_style="cyan")
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> ProgressStep:
         self.status.start()
         return self
 
@@ -79,13 +79,13 @@ class _Spinner(Step):
             self.console.print(f"[red]✗[/red] {self.text}")
 
 
-class _Lines(Step):
+class _Lines(ProgressStep):
     def __init__(self, text: str, console: Console) -> None:
         super().__init__(text)
         self.console = console
         self.shown = time.monotonic()
 
-    def __enter__(self) -> Step:
+    def __enter__(self) -> ProgressStep:
         self.console.print(f"  {self.text} ...", soft_wrap=True)
         return self
 

@@ -50,7 +50,7 @@ logfile ""
 
 
 @dataclass
-class Server:
+class BrokerServer:
     """A running private server: its URL and its processes, the one to stop first coming first."""
 
     url: str
@@ -80,7 +80,7 @@ class Server:
         self.processes = (await self.start_again(), *self.processes[1:])
 
 
-async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> Server:
+async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> BrokerServer:
     """Start RabbitMQ with everything it writes under `folder`; ready when a client can log in.
 
     conf: further lines of its configuration. Raises BrokersError, with the end of its log, when it does not come up.
@@ -88,7 +88,7 @@ async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "")
     return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf))
 
 
-async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent: bool = False) -> Server:
+async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent: bool = False) -> BrokerServer:
     """Start Redis under `folder`; ready when it answers. conf: as above. Raises BrokersError.
 
     `persistent`: what it has acknowledged is on the disk; without, it forgets everything when it ends.
@@ -96,7 +96,7 @@ async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent:
     return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent))
 
 
-async def with_fresh_ports(start: Callable[[int], Awaitable[Server]]) -> Server:
+async def with_fresh_ports(start: Callable[[int], Awaitable[BrokerServer]]) -> BrokerServer:
     """Try again when the server ended by itself: another process may have taken a port meanwhile."""
     for attempt in range(1, ATTEMPTS):
         try:
@@ -110,7 +110,7 @@ class EndedEarly(BrokersError):
     """A server ended before it was ready."""
 
 
-async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Server:
+async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> BrokerServer:
     port, distribution_port, epmd_port = free_ports(3)
     password = token_urlsafe(12)
     own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
@@ -162,10 +162,10 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Server
     except BaseException:
         await asyncio.shield(kill(mapper))
         raise
-    return Server(url, (broker, mapper), folder / "data", start, environment)
+    return BrokerServer(url, (broker, mapper), folder / "data", start, environment)
 
 
-async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Server:
+async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> BrokerServer:
     (port,) = free_ports(1)
     password = token_urlsafe(12)
     told = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
@@ -179,7 +179,7 @@ async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Ser
         )
         return await _ready(server, lambda: check_redis(url), server.log, REDIS_START_S)
 
-    return Server(url, (await start(),), folder / "appendonlydir", start)
+    return BrokerServer(url, (await start(),), folder / "appendonlydir", start)
 
 
 async def _ready(process: Process, check: Callable[[], Awaitable[str]], log: Path, timeout_s: float) -> Process:

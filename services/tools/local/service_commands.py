@@ -29,7 +29,7 @@ def cores() -> int:
 
 
 @dataclass(frozen=True)
-class Launch:
+class ServiceCommands:
     """What the services of one stack have in common."""
 
     namespace: str

@@ -17,11 +17,11 @@ from redis.exceptions import RedisError
 from services.tools.local import logs
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder, RunningSuite, checkout, note_suite, state_folder
-from services.tools.local.namespace import forget
+from services.tools.local.namespace import delete_namespace
 from services.tools.local.ports import LOOPBACK
 from services.tools.local.process import Process
 from services.tools.local.progress import Progress
-from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_ORDER, Launch, Serving
+from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_ORDER, ServiceCommands, Serving
 from services.tools.local.settings import DEFAULT_TARGET, LocalSettings
 from shared.errors import WispError
 
@@ -105,7 +105,7 @@ class Stack:
                 for server in self.brokers.servers:
                     for process in server.processes:
                         self._observe(process)
-            self._launch = Launch(
+            self._launch = ServiceCommands(
                 namespace=self._namespace or LocalSettings().namespace or self.folder.name,
                 amqp_url=self.brokers.amqp_url,
                 redis_url=self.brokers.redis_url,
@@ -297,7 +297,7 @@ class Stack:
         """Remove this run's own namespace from servers that live on."""
         if self.brokers.given:
             with suppress(OSError, AMQPError, RedisError):
-                await forget(self.brokers.amqp_url, self.brokers.redis_url, self.namespace, self.brokers.tls)
+                await delete_namespace(self.brokers.amqp_url, self.brokers.redis_url, self.namespace, self.brokers.tls)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:

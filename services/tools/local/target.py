@@ -6,7 +6,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from services.tools.local.folder import state_folder
-from services.tools.local.progress import Progress, Step
+from services.tools.local.progress import Progress, ProgressStep
 
 
 def models_folder() -> Path:
@@ -22,7 +22,7 @@ def prepare_target(target: str, progress: Progress) -> Path:
     from shared.models.prepare import prepare
 
     with ExitStack() as shown:
-        step: Step | None = None
+        step: ProgressStep | None = None
 
         def show(doing: str, share: float) -> None:
             nonlocal step

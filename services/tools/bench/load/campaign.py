@@ -22,7 +22,7 @@ from services.tools.bench.load.core.search import AIMS, most_points, next_sessio
 from services.tools.bench.load.drive import PointRun
 from services.tools.bench.load.observe import BatchObserver, observing
 from services.tools.bench.load.workload import Workload
-from services.tools.local.namespace import forget
+from services.tools.local.namespace import delete_namespace
 from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack
 
@@ -141,7 +141,7 @@ class Campaign:
             stack = await ends.enter_async_context(Stack("bench-load", **options))
             if devices and stack.brokers.given:
                 own = stack.brokers
-                ends.push_async_callback(forget, own.amqp_url, own.redis_url, stack.namespace, own.tls)
+                ends.push_async_callback(delete_namespace, own.amqp_url, own.redis_url, stack.namespace, own.tls)
             for device in devices[1:]:
                 with self.progress.step(f"starting the drafter of {device.name}") as step:
                     await stack.start("drafter", env=arm.drafter(device))

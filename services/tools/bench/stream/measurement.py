@@ -16,11 +16,11 @@ from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.core.speed import Case, TimedRequest
 from services.tools.bench.support.relay import delayed
-from services.tools.cli.ask import Answer, ask, client_at
+from services.tools.cli.ask import ClientAnswer, ask, client_at
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
-from services.tools.local.namespace import forget
-from services.tools.local.progress import Progress, Step
+from services.tools.local.namespace import delete_namespace
+from services.tools.local.progress import Progress, ProgressStep
 from services.tools.local.stack import Stack
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class SampleAnswer:
     """One drafted answer, to be drawn."""
 
     timed: TimedRequest
-    answer: Answer
+    answer: ClientAnswer
 
 
 class TimedSuite:
@@ -71,7 +71,7 @@ class TimedSuite:
         self._delay_ms = delay_ms
         self._model = plan.target.name
 
-    async def ask(self, case: Case, arm: str, max_tokens: int) -> tuple[TimedRequest, Answer]:
+    async def ask(self, case: Case, arm: str, max_tokens: int) -> tuple[TimedRequest, ClientAnswer]:
         """Time one request, its prompt not being cached."""
         if len(case.prompt_ids) > BLOCK:
             await self._fill_cache()
@@ -136,7 +136,7 @@ class StreamMeasurement:
             async with stack:
                 yield stack
             if brokers.given:
-                await forget(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
+                await delete_namespace(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
 
     async def _one_delay(self, stack: Stack, delay_ms: float) -> SampleAnswer:
         """Ask everything; returns one drafted answer."""
@@ -163,7 +163,7 @@ class StreamMeasurement:
         assert sample is not None
         return sample
 
-    async def _warm_up(self, suite: TimedSuite, rival: TransformersArms | None, step: Step) -> None:
+    async def _warm_up(self, suite: TimedSuite, rival: TransformersArms | None, step: ProgressStep) -> None:
         step.detail("warming up")
         case = replace(self.plan.cases[0], temperature=0.0)
         for arm in self.plan.arms:

@@ -10,7 +10,7 @@ from typing import Any
 from rich.style import Style
 from rich.text import Text
 
-from services.tools.cli.paint import Painter, Part
+from services.tools.cli.paint import Painter, TextPart
 
 SHOWN = 8
 BAR = 32
@@ -28,7 +28,7 @@ class Arrival:
 
 
 @dataclass(frozen=True)
-class Round:
+class AnswerRound:
     """One round as the client saw it."""
 
     number: int
@@ -39,7 +39,7 @@ class Round:
     verify_ms: float
     verified: int
     accepted: int
-    tokens: tuple[Part, ...]
+    tokens: tuple[TextPart, ...]
 
     @property
     def outside_ms(self) -> float:
@@ -47,7 +47,7 @@ class Round:
         return max(0.0, self.total_ms - self.draft_ms - self.verify_ms)
 
 
-def rounds_of(arrivals: Sequence[Arrival]) -> list[Round]:
+def rounds_of(arrivals: Sequence[Arrival]) -> list[AnswerRound]:
     """The rounds that the chunks of one text tell of. Rounds whose text came in one chunk took the same time each,
     apart from what is known of them."""
     tokens = [token for arrival in arrivals for token in arrival.trace.get("tokens") or []]
@@ -59,7 +59,7 @@ def rounds_of(arrivals: Sequence[Arrival]) -> list[Round]:
         for one, ms in zip(told, known_ms, strict=True):
             shown = tokens[one["start"] : one["start"] + one["tokens"]]
             rounds.append(
-                Round(
+                AnswerRound(
                     number=one["round"],
                     total_ms=ms + max(0.0, arrival.at_ms - before_ms - sum(known_ms)) / len(told),
                     draft_ms=one["draft_ms"],
@@ -67,7 +67,7 @@ def rounds_of(arrivals: Sequence[Arrival]) -> list[Round]:
                     verify_ms=one["verify_ms"],
                     verified=one["verified"],
                     accepted=one["accepted"],
-                    tokens=tuple(Part(str(token["text"]), bool(token["draft"])) for token in shown),
+                    tokens=tuple(TextPart(str(token["text"]), bool(token["draft"])) for token in shown),
                 )
             )
         if told:
@@ -75,7 +75,7 @@ def rounds_of(arrivals: Sequence[Arrival]) -> list[Round]:
     return rounds
 
 
-def draw(rounds: Sequence[Round], painter: Painter, limit: int = SHOWN) -> None:
+def draw(rounds: Sequence[AnswerRound], painter: Painter, limit: int = SHOWN) -> None:
     """Print the first rounds of an answer."""
     for line in picture(rounds[:limit], painter):
         painter.console.print(line, no_wrap=True, overflow="ellipsis", crop=painter.console.is_terminal)
@@ -83,7 +83,7 @@ def draw(rounds: Sequence[Round], painter: Painter, limit: int = SHOWN) -> None:
         painter.console.print(Text(f"  and {len(rounds) - limit} more rounds", "dim"))
 
 
-def picture(rounds: Sequence[Round], painter: Painter) -> list[Text]:
+def picture(rounds: Sequence[AnswerRound], painter: Painter) -> list[Text]:
     """A line for each round: its number, milliseconds, a bar to scale, its tokens and how many drafts were rejected.
 
     The scale fits the longest round but the first, which reads the whole prompt; a longer bar is cut.
@@ -97,14 +97,14 @@ def picture(rounds: Sequence[Round], painter: Painter) -> list[Text]:
     lines = [legend.append(f"; one column is {column_ms:g} ms")]
     for one in rounds:
         line = Text.assemble(f"  {one.number:>3} {one.total_ms:>6,.0f} ms ", _bar(one, column_ms, painter), " ")
-        line.append_text(painter.text([Part(part.text.replace("\n", "⏎"), part.draft) for part in one.tokens]))
+        line.append_text(painter.text([TextPart(part.text.replace("\n", "⏎"), part.draft) for part in one.tokens]))
         if one.verified > one.accepted:
             line.append(f"  {one.verified - one.accepted} rejected", "dim")
         lines.append(line)
     return lines
 
 
-def _bar(one: Round, column_ms: float, painter: Painter) -> Text:
+def _bar(one: AnswerRound, column_ms: float, painter: Painter) -> Text:
     bar = Text()
     end_ms = 0.0
     for (_, glyph, colour), ms in zip(PARTS, (one.draft_ms, one.outside_ms, one.verify_ms), strict=True):

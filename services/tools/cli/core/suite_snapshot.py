@@ -125,7 +125,7 @@ class BatchView:
 
 
 @dataclass(frozen=True)
-class Snapshot:
+class SuiteSnapshot:
     """A moment of a suite, as far as it was observed."""
 
     observed_ms: float

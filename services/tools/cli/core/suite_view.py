@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from services.tools.cli.core.suite_snapshot import BatchView, JobView, SchedulerView, Snapshot, VerifierView
+from services.tools.cli.core.suite_snapshot import BatchView, JobView, SchedulerView, SuiteSnapshot, VerifierView
 from services.tools.cli.paint import printable
 
 JOBS_SHOWN = 6
@@ -16,7 +16,7 @@ LEFT_SHOWN = 3
 NAME_WIDTH = 24
 
 
-def view(snapshot: Snapshot, namespace: str, note: str | None) -> RenderableType:
+def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> RenderableType:
     """The screen. note: what is wrong with the connection, if anything is."""
     parts: list[RenderableType] = [_line(f"wisp top: {namespace}", "bold")]
     if note:
@@ -106,7 +106,7 @@ def _verifiers(verifiers: Iterable[VerifierView]) -> Table:
     return table
 
 
-def _classes(snapshot: Snapshot) -> Table:
+def _classes(snapshot: SuiteSnapshot) -> Table:
     table = _table(
         ("class", False),
         ("sessions", True),

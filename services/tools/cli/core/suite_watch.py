@@ -17,7 +17,7 @@ from services.tools.cli.core.suite_snapshot import (
     JobView,
     Rates,
     SchedulerView,
-    Snapshot,
+    SuiteSnapshot,
     VerifierView,
 )
 from shared.messages import SILENT_MS, Batch, CostModel, Ended, Heartbeat, Load, Message, Result, Status
@@ -57,7 +57,7 @@ class _Verifier:
 
 
 @dataclass
-class Watch:
+class SuiteWatch:
     """The state behind `wisp top`. It keeps what the last minute brought."""
 
     started_ms: float
@@ -109,12 +109,12 @@ class Watch:
         if self._load is not None and self._load[0] < oldest:
             self._load = None
 
-    def snapshot(self, now_ms: float) -> Snapshot:
+    def snapshot(self, now_ms: float) -> SuiteSnapshot:
         """Everything as it is now."""
         self._forget(now_ms)
         verified = sum(one.verified for one in self._rounds)
         accepted = sum(one.accepted for one in self._rounds)
-        return Snapshot(
+        return SuiteSnapshot(
             observed_ms=now_ms - self.started_ms,
             scheduler=self._scheduler(now_ms),
             verifiers=[self._verifier(name, now_ms) for name in sorted(self._verifiers)],

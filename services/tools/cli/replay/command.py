@@ -15,7 +15,7 @@ from shared.errors import SettingsError
 
 if TYPE_CHECKING:
     from services.tools.cli.replay.timeline_view import Words
-    from services.tools.cli.suite_address import Where
+    from services.tools.cli.suite_address import SuiteAddress
     from services.tools.replayer.core.recording import Recording
     from services.tools.replayer.core.sessions import RecordedSession
 
@@ -133,13 +133,15 @@ def _require_one(asked: dict[str, bool]) -> None:
         raise SettingsError(f"{' and '.join(given)} are different things to do: ask for one of them")
 
 
-def where(namespace: str | None, amqp_url: str | None) -> Where:
+def where(namespace: str | None, amqp_url: str | None) -> SuiteAddress:
     """The suite that is meant."""
-    from services.tools.cli.suite_address import choose
+    from services.tools.cli.suite_address import choose_suite
     from services.tools.local.folder import running_suites
     from services.tools.local.settings import BrokerAddresses, LocalSettings
 
-    return choose(amqp_url or BrokerAddresses().amqp_url, namespace or LocalSettings().namespace, running_suites())
+    return choose_suite(
+        amqp_url or BrokerAddresses().amqp_url, namespace or LocalSettings().namespace, running_suites()
+    )
 
 
 def load(

@@ -11,10 +11,9 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from services.tools.cli.core.answer_rounds import Round, picture
+from services.tools.cli.core.answer_rounds import AnswerRound, picture
 from services.tools.cli.core.suite_view import short
-from services.tools.cli.paint import Painter, printable
-from services.tools.cli.paint import Part as Piece
+from services.tools.cli.paint import Painter, TextPart, printable
 from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, Timeline
 from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
@@ -131,11 +130,11 @@ def _spent(one: Timeline) -> list[Text]:
     return lines
 
 
-def _drawn(told: RoundTime, words: Words) -> Round:
+def _drawn(told: RoundTime, words: Words) -> AnswerRound:
     model_ms = told.parts.get(Phase.MODEL, 0.0)
     waited_ms = told.parts.get(Phase.POOL, 0.0)
     drafting_ms = told.parts.get(Phase.DRAFT, 0.0)
-    return Round(
+    return AnswerRound(
         number=told.round,
         total_ms=told.total_ms if told.total_ms is not None else sum(told.parts.values()),
         draft_ms=drafting_ms,
@@ -143,7 +142,7 @@ def _drawn(told: RoundTime, words: Words) -> Round:
         verify_ms=model_ms,
         verified=told.verified,
         accepted=told.accepted,
-        tokens=tuple(Piece(words(token), i < told.accepted) for i, token in enumerate(told.tokens)),
+        tokens=tuple(TextPart(words(token), i < told.accepted) for i, token in enumerate(told.tokens)),
     )
 
 
