@@ -12,9 +12,9 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.drafter.control import Round, SessionControl
-from services.drafter.core.session import judged
-from services.drafter.drafting import Choice, Drafting
+from services.drafter.control import DraftRound, SessionControl
+from services.drafter.core.session import verified_counts
+from services.drafter.drafting import Drafting, SourceChoice
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from shared.engine import Engine
 from shared.messages import Generate, Result
@@ -34,9 +34,9 @@ class Wish:
 @dataclass
 class _Session:
     generate: Generate
-    choice: Choice
+    choice: SourceChoice
     control: SessionControl
-    round: Round | None = None
+    round: DraftRound | None = None
 
 
 class InProcessDrafts:
@@ -46,7 +46,7 @@ class InProcessDrafts:
         """engine: the target's, which keeps hidden states if some source reads them."""
         self._drafting = drafting
         self._engine = engine
-        self._pace = drafting.controller.pace
+        self._times = drafting.controller.times
         self._sessions: dict[str, _Session] = {}
 
     @property
@@ -57,7 +57,7 @@ class InProcessDrafts:
     def open(self, generate: Generate) -> None:
         """A session begins."""
         choice = self._drafting.choose(generate)
-        control = self._drafting.controller.session(*choice.names)
+        control = self._drafting.controller.session(*choice.token_sources)
         self._sessions[generate.session] = _Session(generate, choice, control)
 
     def close(self, session: str) -> None:
@@ -94,15 +94,15 @@ class InProcessDrafts:
                 round_.cut(len(draft.tokens))
         for name in {name for draft in drafts for name in draft.steps}:
             steps = max(draft.steps.get(name, 0) for draft in drafts)
-            self._pace.learn_draft(name, steps, took_ms, max(draft.computed for draft in drafts))
+            self._times.learn_draft(name, steps, took_ms, max(draft.computed for draft in drafts))
         return drafts
 
     def _request(self, source: DraftSource, wish: Wish) -> DraftRequest:
         session = self._sessions[wish.session]
         assert session.round is not None
-        names = session.choice.names
+        names = session.choice.token_sources
         states = None
-        if session.choice.reads_states and session.round.wants("hidden"):
+        if session.choice.reads_hidden_states and session.round.wants("hidden"):
             start = max(0, min(source.seen(wish.session), len(wish.tokens) - 1) - 1)
             rows = self._engine.hidden(wish.session, start, len(wish.tokens) - 1)
             states = States(start, rows.float().numpy(force=True))
@@ -112,13 +112,13 @@ class InProcessDrafts:
         """Learn from what became of a session's draft."""
         session = self._sessions.get(result.session)
         if session is not None and session.round is not None:
-            session.control.settle(session.round, *judged(result))
+            session.control.settle(session.round, *verified_counts(result))
             session.round = None
 
     def learn_step(self, sessions: int, drafted: int, verify_ms: float) -> None:
         """Learn from a step of so many sessions that verified `drafted` tokens in all, and computed no prompt."""
-        token_ms = self._pace.token_ms - self._pace.price_ms
+        token_ms = self._times.token_ms - self._times.price_ms
         others_ms = token_ms * drafted * (sessions - 1) / sessions
         # What others' drafts add is a wait for the session, as a queue is.
-        self._pace.learn_round(drafted, verify_ms + others_ms, verify_ms, others_ms, drafted + 1)
-        self._pace.price_ms = (self._pace.token_ms - self._pace.price_ms) * (sessions - 1)
+        self._times.learn_round(drafted, verify_ms + others_ms, verify_ms, others_ms, drafted + 1)
+        self._times.price_ms = (self._times.token_ms - self._times.price_ms) * (sessions - 1)

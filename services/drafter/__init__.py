@@ -1,3 +1,3 @@
-"""The drafter: takes requests, guesses their next tokens, and sees every session through to its end."""
+"""The drafter: drafts the next tokens of its sessions and has them verified, round by round, until a session ends."""
 
 __all__ = ["control", "control_files", "core", "drafting", "hidden", "link", "service", "settings", "sources"]

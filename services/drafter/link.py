@@ -1,4 +1,7 @@
-"""Waiting in the place of an emulated device: while it drafts, and while messages travel."""
+"""The link between a session's drafter and the suite: the broker's own, or that of emulated hardware.
+
+A link also stands for the hardware that drafts: it gives the time of a draft, and lets the session wait for as long.
+"""
 
 from __future__ import annotations
 
@@ -7,9 +10,12 @@ import time
 from collections.abc import Awaitable, Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
-from services.drafter.core.profile import DeviceProfile, Link, Travel, parse
+from services.drafter import metrics
+from services.drafter.control import RoundTimes
+from services.drafter.core.draft import Draft
+from services.drafter.core.profile import HardwareProfile, LinkDelays, LinkProfile, parse_profile
 from shared.errors import SettingsError
 from shared.messages import HiddenStates, Result, Verify
 from shared.runtime import logging
@@ -17,10 +23,14 @@ from shared.runtime import logging
 SHIPPED = Path(__file__).parent / "profiles"
 
 M = TypeVar("M")
+Send = Callable[[Verify], Awaitable[None]]
+"""Publishes a round to the schedulers."""
+Deliver = Callable[[Result | HiddenStates], Awaitable[None]]
+"""Hands a received message to the session."""
 
 
-def load_profile(wanted: str) -> DeviceProfile | None:
-    """The shipped profile of this name, or the one in this file; None if nothing is wanted. Raises SettingsError."""
+def load_profile(wanted: str) -> HardwareProfile | None:
+    """Load a shipped profile by name, or a TOML file by path; None for an empty name. Raises SettingsError."""
     if not wanted:
         return None
     shipped = {path.stem: path for path in sorted(SHIPPED.glob("*.toml"))}
@@ -32,65 +42,128 @@ def load_profile(wanted: str) -> DeviceProfile | None:
             f"no device profile {wanted} ({error}); give a TOML file or one of {', '.join(shipped)} "
             "(WISP_DEVICE_PROFILE)"
         ) from error
-    return parse(text, wanted)
+    return parse_profile(text, wanted)
 
 
-class EmulatedDevice:
-    """The device of one session, from its first round until `close`."""
+class Link(Protocol):
+    """A session's link, from its first round until `close`."""
 
-    def __init__(
-        self,
-        profile: DeviceProfile,
-        session: str,
-        send: Callable[[Verify], Awaitable[None]],
-        receive: Callable[[Result | HiddenStates], Awaitable[None]],
-    ) -> None:
-        """send, receive: what to do with a message when it has arrived at the suite, and at the device."""
-        self.profile = profile
-        self._uplink = _Line(profile.uplink, f"{session} up", send)
-        self._downlink = _Line(profile.downlink, f"{session} down", receive)
-        self._cancelled = asyncio.Event()
+    async def send(self, verify: Verify) -> None:
+        """Send a round to the schedulers."""
 
-    def send(self, verify: Verify) -> None:
-        """Let it travel to the suite."""
-        self._uplink.put(verify)
+    async def receive(self, message: Result | HiddenStates) -> None:
+        """Bring a message from a verifier to the session."""
 
-    def receive(self, message: Result | HiddenStates) -> None:
-        """Let it travel to the device."""
-        self._downlink.put(message)
+    def learn_draft(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
+        """Teach `times` how long the draft's steps take. call_ms: measured duration of the source's call."""
+
+    def draft_ms(self, draft: Draft, measured_ms: float) -> float:
+        """Return the time that the draft takes on the session's hardware."""
+
+    def has_made(self, ahead: Draft, elapsed_ms: float) -> bool:
+        """Return whether the session's hardware could make this draft ahead within `elapsed_ms`."""
+
+    async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
+        """Wait until the session's hardware has made a draft that was made here in `measured_ms`.
+
+        Returns False if the session is cancelled.
+        """
 
     def cancel(self) -> None:
-        """Nobody waits for the session any more: end `pause`."""
-        self._cancelled.set()
+        """End `wait_for_draft`: the session is cancelled."""
 
-    async def pause(self, ms: float) -> bool:
-        """Let the device draft for so long; False if the session was cancelled before or meanwhile."""
+    def close(self) -> None:
+        """Drop the messages under way."""
+
+
+class DirectLink:
+    """The broker's own link; drafts take the time that they take here."""
+
+    def __init__(self, send: Send, deliver: Deliver) -> None:
+        self._send = send
+        self._deliver = deliver
+
+    async def send(self, verify: Verify) -> None:
+        await self._send(verify)
+
+    async def receive(self, message: Result | HiddenStates) -> None:
+        await self._deliver(message)
+
+    def learn_draft(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
+        for source, steps in draft.steps.items():
+            times.learn_draft(source, steps, call_ms, draft.computed)
+
+    def draft_ms(self, draft: Draft, measured_ms: float) -> float:
+        return measured_ms
+
+    def has_made(self, ahead: Draft, elapsed_ms: float) -> bool:
+        return True
+
+    async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
+        return True
+
+    def cancel(self) -> None:
+        pass  # a cancelled session ends with its round: `Cancel` is in its inbox
+
+    def close(self) -> None:
+        pass
+
+
+class EmulatedLink:
+    """The link and the drafting speed of emulated hardware, by real waiting."""
+
+    def __init__(self, profile: HardwareProfile, session_id: str, send: Send, deliver: Deliver) -> None:
+        self._profile = profile
+        self._uplink = _DelayLine(profile.uplink, f"{session_id} up", send)
+        self._downlink = _DelayLine(profile.downlink, f"{session_id} down", deliver)
+        self._cancelled = asyncio.Event()
+
+    async def send(self, verify: Verify) -> None:
+        self._uplink.put(verify)
+
+    async def receive(self, message: Result | HiddenStates) -> None:
+        self._downlink.put(message)
+
+    def learn_draft(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
+        for source, steps in draft.steps.items():
+            times.learn_draft(source, steps, self._profile.steps_ms(steps))
+
+    def draft_ms(self, draft: Draft, measured_ms: float) -> float:
+        return self._profile.draft_ms(draft)
+
+    def has_made(self, ahead: Draft, elapsed_ms: float) -> bool:
+        return elapsed_ms >= self._profile.ahead_ms(ahead)
+
+    async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
+        metrics.DEVICE_LATE.inc(max(0.0, measured_ms - draft_ms) / 1000)
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, ms) / 1000):
+            async with asyncio.timeout(max(0.0, draft_ms - measured_ms) / 1000):
                 await self._cancelled.wait()
         return not self._cancelled.is_set()
 
+    def cancel(self) -> None:
+        self._cancelled.set()
+
     def close(self) -> None:
-        """Drop what still travels."""
         self._uplink.close()
         self._downlink.close()
 
 
-class _Line(Generic[M]):
-    """One direction: each message is delivered when it has travelled, in order."""
+class _DelayLine(Generic[M]):
+    """One direction of an emulated link: delivers each message after its delay, in order."""
 
-    def __init__(self, link: Link, seed: str, deliver: Callable[[M], Awaitable[None]]) -> None:
-        self._travel = Travel(link, seed)
+    def __init__(self, link: LinkProfile, seed: str, deliver: Callable[[M], Awaitable[None]]) -> None:
+        self._delays = LinkDelays(link, seed)
         self._deliver = deliver
-        self._travelling: asyncio.Queue[tuple[float, M]] = asyncio.Queue()
+        self._under_way: asyncio.Queue[tuple[float, M]] = asyncio.Queue()
         self._task = asyncio.create_task(self._run())
 
     def put(self, message: M) -> None:
-        self._travelling.put_nowait((self._travel.arrival_ms(time.monotonic() * 1000), message))
+        self._under_way.put_nowait((self._delays.arrival_ms(time.monotonic() * 1000), message))
 
     async def _run(self) -> None:
         while True:
-            arrival_ms, message = await self._travelling.get()
+            arrival_ms, message = await self._under_way.get()
             await asyncio.sleep(max(0.0, arrival_ms / 1000 - time.monotonic()))
             try:
                 await self._deliver(message)

@@ -1,63 +1,275 @@
-"""What a drafter keeps of each session that it serves, and drafts that it makes ahead."""
+"""One session in its drafter, from its request to its end."""
 
 from __future__ import annotations
 
 import asyncio
 import time
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
-from services.drafter.control import Round, SessionControl
+import structlog
+
+from services.drafter import metrics
+from services.drafter.control import DraftRound, SessionControl
+from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
-from services.drafter.core.session import DraftSession
-from services.drafter.link import EmulatedDevice
-from services.drafter.sources import Ahead, Draft, DraftRequest, States
+from services.drafter.core.session import DraftSession, RoundTimers, verified_counts
+from services.drafter.link import Deliver, Link
+from services.drafter.settings import DrafterSettings
 from services.drafter.worker import SourceWorker
-
-
-@dataclass
-class Serving:
-    """A session with everything that drafting for it needs."""
-
-    session: DraftSession
-    worker: SourceWorker
-    names: tuple[str, ...]
-    control: SessionControl
-    states: HiddenRows | None
-    device: EmulatedDevice | None
-    ahead: tuple[list[int], Draft, Round] | None = None
-    """The draft for the next round, if the session's tokens are then these."""
-
-    def request(self, round_: Round) -> DraftRequest:
-        """What the source is asked for now."""
-        session = self.session
-        if self.states is None:
-            states = None
-        else:
-            # The last token is always computed again, and each token with the state before it.
-            seen = min(self.worker.source.seen(session.name), len(session.tokens) - 1)
-            self.states.need_from(max(0, seen - 1))
-            start, rows = self.states.run(len(session.tokens))
-            states = States(start, rows.copy()) if len(rows) else None
-        return DraftRequest(session.name, session.tokens, session.generate.sampling, round_, self.names, states)
+from shared.errors import MessageError
+from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Result, Status
+from shared.runtime import logging
+from shared.state.store import Session
 
 
 @dataclass(frozen=True)
-class AheadInMaking:
-    """A draft being made for the round after the one in flight; `tokens` are the session's if all is accepted."""
+class _MadeDraft:
+    """A round's draft, ready to be sent."""
+
+    request: DraftRequest
+    draft: Draft
+    draft_ms: float
+    """Time that the draft took on the session's hardware."""
+
+
+@dataclass(frozen=True)
+class _AssumedDraft:
+    """A draft made ahead: for the next round, if the session's tokens are then `tokens`."""
 
     tokens: list[int]
-    round: Round
-    answer: asyncio.Future[tuple[Ahead | None, float]]
+    draft: Draft
+    round: DraftRound
+
+
+@dataclass(frozen=True)
+class _PendingAhead:
+    """A draft being made ahead, while the round before it is in flight."""
+
+    tokens: list[int]
+    """The session's tokens if all of that round's draft is accepted, without the bonus token."""
+    round: DraftRound
+    answer: asyncio.Future[tuple[DraftAhead | None, float]]
     started_s: float
 
-    def made(self, device: EmulatedDevice | None) -> tuple[list[int], Draft, Round] | None:
-        """What came of it, if it is there already: it is not worth waiting for."""
-        if not self.answer.done():
-            self.answer.cancel()
+
+class ServedSession:
+    """A session's state, inbox, link and rounds."""
+
+    def __init__(
+        self,
+        generate: Generate,
+        drafter_id: str,
+        settings: DrafterSettings,
+        timers: RoundTimers,
+        worker: SourceWorker,
+        sources: tuple[str, ...],
+        control: SessionControl,
+        hidden_rows: HiddenRows | None,
+        open_link: Callable[[Deliver], Link],
+    ) -> None:
+        """sources: names of the sources that may propose tokens. hidden_rows: None if none of them reads hidden states.
+        open_link: opens the session's link."""
+        self.ended = asyncio.Event()
+        self._started = time.monotonic()
+        self._prior_ms = generate.elapsed_ms
+        # Nothing is assumed to be committed. Where that is wrong, the first round's result corrects it.
+        self._state = DraftSession(generate, list(generate.prompt))
+        self._drafter_id = drafter_id
+        self._settings = settings
+        self._timers = timers
+        self._worker = worker
+        self._sources = sources
+        self._control = control
+        self._hidden_rows = hidden_rows
+        self._link = open_link(self._deliver)
+        self._inbox: asyncio.Queue[Result | Cancel] = asyncio.Queue()
+        self._ahead: _AssumedDraft | None = None
+        self._log = logging.get()
+
+    def restore(self, stored: Session) -> None:
+        """Continue from the committed tokens of a stored session."""
+        generate = self._state.generate
+        self._state = DraftSession(generate, stored.tokens, round=stored.round + 1, first_ms=stored.first_ms)
+        self._prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
+
+    async def receive(self, message: Result | HiddenStates | Cancel) -> None:
+        """Take a message from the broker."""
+        if isinstance(message, Cancel):
+            self._link.cancel()
+            self._inbox.put_nowait(message)
+        else:
+            await self._link.receive(message)
+
+    async def _deliver(self, message: Result | HiddenStates) -> None:
+        """Take a message that has passed the session's link."""
+        if isinstance(message, Result):
+            self._inbox.put_nowait(message)
+        elif self._hidden_rows is not None:
+            try:
+                self._hidden_rows.add(message)
+            except MessageError as error:
+                self._log.warning("hidden states ignored", error=str(error))
+
+    async def run(self) -> None:
+        """Draft and verify round by round until the session ends or is cancelled."""
+        state = self._state
+        try:
+            while not state.done:
+                with structlog.contextvars.bound_contextvars(round=state.round):
+                    if not await self._round():
+                        return
+                    if state.first_ms is None and state.output_tokens:
+                        state.first_ms = self._elapsed_ms()
+        finally:
+            self._worker.close(state.session_id)
+        if state.failure is not None:
+            self._log.warning("session failed", code=state.failure.code, error=state.failure.message)
+
+    def close(self) -> None:
+        """Free the session's link, and let copies of its request be acknowledged."""
+        self._link.close()
+        self.ended.set()
+
+    def _elapsed_ms(self) -> float:
+        """Return the time since the request's arrival at the gateway."""
+        return self._prior_ms + _ms_since(self._started)
+
+    async def _round(self) -> bool:
+        """Draft, have the draft verified, and apply the result. Returns False if the session was cancelled."""
+        started = time.monotonic()
+        made = await self._draft()
+        if not await self._link.wait_for_draft(made.draft_ms, _ms_since(started)):
+            return False
+        metrics.DRAFT_TIME.observe(made.draft_ms / 1000)
+        base_len = len(self._state.tokens)
+        timer = self._timers.of(self._state)
+        attempt = 0
+        ahead = None
+        hidden_from = self._hidden_from()
+        while True:
+            sent = time.monotonic()
+            await self._send(made, attempt, hidden_from)
+            if ahead is None:
+                ahead = self._draft_ahead(made)
+            result = await self._result(timer.timeout_ms(attempt) / 1000)
+            if result is not None:
+                break
+            attempt += 1
+            metrics.ROUNDS_RESENT.inc()
+            self._log.info("round is late, sending it again", attempt=attempt)
+        if isinstance(result, Cancel):
+            return False
+        round_ms = _ms_since(sent)
+        if attempt == 0:
+            timer.learn(round_ms)
+        self._learn(made, result, round_ms, resent=attempt > 0)
+        if self._hidden_rows is not None and len(self._state.tokens) < base_len:
+            self._hidden_rows.truncate(len(self._state.tokens))
+        self._ahead = None if ahead is None else self._finished(ahead)
+        return True
+
+    async def _draft(self) -> _MadeDraft:
+        """Return the round's draft: the one made ahead if its assumption holds, else a new one."""
+        started = time.monotonic()
+        state, control = self._state, self._control
+        ahead, self._ahead = self._ahead, None
+        if ahead is not None:
+            kept = bool(ahead.draft.tokens) and ahead.tokens == state.tokens
+            metrics.AHEAD.labels("kept" if kept else "dropped").inc()
+            if kept:
+                return _MadeDraft(self._request(ahead.round), ahead.draft, 0.0)
+        room = state.draft_room(self._settings.draft_length)
+        round_ = control.begin(room, state.generate.sampling.temperature)
+        request = self._request(round_)
+        draft, call_ms = await self._worker.draft(request)
+        round_.cut(len(draft.tokens))
+        self._link.learn_draft(control.times, draft, call_ms)
+        return _MadeDraft(request, draft, self._link.draft_ms(draft, _ms_since(started)))
+
+    def _request(self, round_: DraftRound) -> DraftRequest:
+        """Return the request to the source, with the hidden states that it has not read yet."""
+        state, states = self._state, None
+        if self._hidden_rows is not None:
+            # The last token is always computed again, and each token with the state before it.
+            seen = min(self._worker.source.seen(state.session_id), len(state.tokens) - 1)
+            self._hidden_rows.need_from(max(0, seen - 1))
+            start, rows = self._hidden_rows.run(len(state.tokens))
+            states = States(start, rows.copy()) if len(rows) else None
+        sampling = state.generate.sampling
+        return DraftRequest(state.session_id, state.tokens, sampling, round_, self._sources, states)
+
+    def _hidden_from(self) -> int | None:
+        """Return the first position whose hidden state the round requests; None requests none."""
+        if self._hidden_rows is None or self._control.decodes_plainly:
             return None
-        made, _ = self.answer.result()
-        if made is None:
+        return self._hidden_rows.wanted(len(self._state.tokens))
+
+    async def _send(self, made: _MadeDraft, attempt: int, hidden_from: int | None) -> None:
+        """Send the round to the schedulers. Its slack is that at the time of arrival."""
+        verify = self._state.verify(
+            made.draft.tokens,
+            made.request.round.acceptance,
+            self._drafter_id,
+            self._elapsed_ms() + self._control.times.one_way_ms,
+            made.draft_ms,
+            attempt,
+            hidden_from,
+            HiddenFormat(self._settings.hidden_format),
+        )
+        self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
+        await self._link.send(verify)
+
+    async def _result(self, timeout_s: float) -> Result | Cancel | None:
+        """Wait for the message that settles the round in flight, and apply it; None after the timeout."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    message = await self._inbox.get()
+                    if isinstance(message, Cancel) or self._state.apply(message):
+                        return message
+        except TimeoutError:
             return None
-        if device is not None and (time.monotonic() - self.started_s) * 1000 < device.profile.ahead_ms(made.draft):
+
+    def _learn(self, made: _MadeDraft, result: Result, round_ms: float, *, resent: bool) -> None:
+        """Let the controller learn from a settled round, and count it."""
+        self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
+        metrics.ROUND_TIME.observe(round_ms / 1000)
+        control, round_ = self._control, made.request.round
+        # A conflict or a failure shows neither whether the draft was right nor how long verifying takes.
+        committed = result.status is Status.COMMITTED
+        if committed and not resent:
+            control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
+        verified, accepted = verified_counts(result) if committed else (0, 0)
+        control.settle(round_, verified, accepted)
+        metrics.count(round_, verified, accepted, made.draft)
+
+    def _draft_ahead(self, made: _MadeDraft) -> _PendingAhead | None:
+        """Start drafting for the round after this one, assuming that all of this draft is accepted."""
+        state, control, draft = self._state, self._control, made.draft
+        if not self._settings.optimistic or control.decodes_plainly:
             return None
-        return [*self.tokens, made.bonus], made.draft, self.round
+        room = state.draft_room(self._settings.draft_length, assumed=len(draft.tokens) + 1)
+        round_ = control.ahead(room, state.generate.sampling.temperature)
+        if round_.longest == 0:
+            return None
+        # A copy of the tokens: the result may extend them while the source still drafts in its thread.
+        request = replace(made.request, tokens=list(made.request.tokens), round=round_, states=None)
+        answer = self._worker.ahead(request, draft)
+        if answer is None:
+            return None
+        return _PendingAhead([*state.tokens, *draft.tokens], round_, answer, time.monotonic())
+
+    def _finished(self, ahead: _PendingAhead) -> _AssumedDraft | None:
+        """Return the draft made ahead if it is ready; it is not worth waiting for."""
+        if not ahead.answer.done():
+            ahead.answer.cancel()
+            return None
+        made, _ = ahead.answer.result()
+        if made is None or not self._link.has_made(made.draft, _ms_since(ahead.started_s)):
+            return None
+        return _AssumedDraft([*ahead.tokens, made.bonus], made.draft, ahead.round)
+
+
+def _ms_since(started_s: float) -> float:
+    return (time.monotonic() - started_s) * 1000

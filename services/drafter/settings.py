@@ -7,17 +7,18 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
+from services.drafter.control.rules import RuleName
+from services.drafter.sources.registry import MODEL, SourceChoiceName
 from shared.broker.topology import DEFAULT_POOL
 from shared.runtime.settings import NAME_PATTERN, TargetSettings
 
 
 class DraftSettings(TargetSettings):
-    """Where drafts come from, and how long they are."""
+    """The source of drafts, and their length."""
 
-    draft_source: Literal["auto", "combined", "hidden", "lookup", "model", "none"] = Field(
+    draft_source: SourceChoiceName = Field(
         "auto",
-        description="where drafts come from; auto: combined where there is a hidden-state draft for the target, else "
-        "lookup",
+        description="source of drafts; auto: combined if the target has a hidden-state draft, else lookup",
     )
     hidden_draft: Path | None = Field(
         None, description="folder of a hidden-state draft (wisp draft train); default: the one shipped for the target"
@@ -26,28 +27,26 @@ class DraftSettings(TargetSettings):
     draft_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the draft model")
     device: str = Field("cpu", description="torch device of the draft model")
     threads: int = Field(1, ge=1, le=256, description="CPU threads for the draft model")
-    cache_tokens: int = Field(32768, ge=64, description="K/V budget of the draft model, in tokens")
-    stop_rule: Literal["fixed", "entropy", "predictor", "marginal"] = Field(
-        "marginal", description="how far to draft: always to draft_length, or to where a rule says"
-    )
+    cache_tokens: int = Field(32768, ge=64, description="KV budget of the draft model, in tokens")
+    stop_rule: RuleName = Field("marginal", description="rule that ends a draft; fixed always drafts to draft_length")
     controller: Path | None = Field(
         None, description="weights of the stop rule (wisp controller train); default: those of the hidden-state draft"
     )
     draft_length: int = Field(8, ge=0, le=64, description="longest draft per round")
 
     @model_validator(mode="after")
-    def _model_is_there(self) -> DraftSettings:
-        if self.draft_source == "model" and self.draft_model is None:
+    def _draft_model_is_named(self) -> DraftSettings:
+        if self.draft_source == MODEL and self.draft_model is None:
             raise ValueError("draft_source is 'model', so draft_model must name its folder (WISP_DRAFT_MODEL)")
         return self
 
 
 class DrafterSettings(DraftSettings):
-    """One drafter process. It takes requests from its pool's queue; several share the work."""
+    """One drafter process. It takes requests from its pool's queue; several processes share a pool's work."""
 
     pool: str = Field(DEFAULT_POOL, pattern=NAME_PATTERN, description="queue of requests to serve: a pool, or a device")
     hidden_format: Literal["bfloat16", "int8"] = Field(
-        "bfloat16", description="how hidden states travel: int8 takes half the bytes"
+        "bfloat16", description="format of hidden states in messages; int8 halves their size"
     )
     optimistic: bool = Field(
         False, description="draft on while a round is being verified; pays only where a draft step is slow"
@@ -55,7 +54,7 @@ class DrafterSettings(DraftSettings):
     max_sessions: int = Field(64, ge=1, le=10000, description="sessions served at once; others wait in the queue")
     device_profile: str = Field(
         "",
-        description="let each session draft and send as slowly as this device: a shipped profile (raspberry-pi-5, "
-        "jetson-orin-nano, laptop, phone) or a TOML file",
+        description="emulate this hardware: each session drafts and sends as slowly as a shipped profile "
+        "(raspberry-pi-5, jetson-orin-nano, laptop, phone) or a TOML file",
     )
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")

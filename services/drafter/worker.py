@@ -1,4 +1,4 @@
-"""Calls a draft source for all sessions that are ready; those that come meanwhile make up the next call."""
+"""Batches the calls of a draft source: each call serves all sessions whose requests arrived during the call before."""
 
 from __future__ import annotations
 
@@ -8,68 +8,73 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from services.drafter.sources import Ahead, Draft, DraftRequest, DraftSource
+from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, DraftSource
 from shared.runtime import logging
 
 Q = TypeVar("Q")
 A = TypeVar("A")
 
 
-class _Calls(Generic[Q, A]):
-    """Questions that wait for one kind of call."""
+class _PendingCalls(Generic[Q, A]):
+    """Pending requests for one method of a source."""
 
-    def __init__(self, ask: Callable[[Sequence[Q]], list[A]], nothing: A) -> None:
-        self.ask = ask
-        self.nothing = nothing
-        self.waiting: list[tuple[Q, asyncio.Future[tuple[A, float]]]] = []
+    def __init__(self, call: Callable[[Sequence[Q]], list[A]], fallback: A) -> None:
+        """fallback: the answer to each request of a call that fails."""
+        self.call = call
+        self.fallback = fallback
+        self.pending: list[tuple[Q, asyncio.Future[tuple[A, float]]]] = []
 
-    def put(self, question: Q) -> asyncio.Future[tuple[A, float]]:
+    def put(self, request: Q) -> asyncio.Future[tuple[A, float]]:
+        """Add a request; the future gets the answer, and the duration of the call in milliseconds."""
         answer: asyncio.Future[tuple[A, float]] = asyncio.get_running_loop().create_future()
-        # Those given up are dropped here: while drafts keep coming, aheads may wait for long.
-        self.waiting = [waiting for waiting in self.waiting if not waiting[1].done()]
-        self.waiting.append((question, answer))
+        # Drop cancelled requests here: drafts ahead may stay pending for long while drafts keep coming.
+        self.pending = [pending for pending in self.pending if not pending[1].done()]
+        self.pending.append((request, answer))
         return answer
 
     async def serve(self, thread: ThreadPoolExecutor) -> None:
-        """One call for all that wait."""
-        waiting = [(question, answer) for question, answer in self.waiting if not answer.done()]
-        self.waiting = []
-        if not waiting:
+        """Answer all pending requests in one call."""
+        pending = [(request, answer) for request, answer in self.pending if not answer.done()]
+        self.pending = []
+        if not pending:
             return
         started = time.perf_counter()
         try:
-            answers = await asyncio.get_running_loop().run_in_executor(thread, self.ask, [q for q, _ in waiting])
+            requests = [request for request, _ in pending]
+            found = await asyncio.get_running_loop().run_in_executor(thread, self.call, requests)
         except Exception:
-            # Drafts only make it faster: without them the text is the same.
+            # Drafts only save time; without them the text is the same.
             logging.get().exception("draft source failed")
-            answers = [self.nothing for _ in waiting]
+            found = [self.fallback for _ in pending]
         elapsed_ms = (time.perf_counter() - started) * 1000
-        for (_, answer), found in zip(waiting, answers, strict=True):
+        for (_, answer), value in zip(pending, found, strict=True):
             if not answer.done():
-                answer.set_result((found, elapsed_ms))
+                answer.set_result((value, elapsed_ms))
 
 
 class SourceWorker:
-    """A draft source, in a thread of its own if its calls take long."""
+    """A draft source, run in a thread of its own if its calls block."""
 
     def __init__(self, source: DraftSource) -> None:
         self.source = source
         self._arrived = asyncio.Event()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="draft") if source.blocking else None
-        self._drafts: _Calls[DraftRequest, Draft] = _Calls(source.propose, Draft())
-        self._aheads: _Calls[tuple[DraftRequest, Draft], Ahead | None] = _Calls(source.ahead, None)
+        self._drafts: _PendingCalls[DraftRequest, Draft] = _PendingCalls(source.propose, Draft())
+        self._aheads: _PendingCalls[tuple[DraftRequest, Draft], DraftAhead | None] = _PendingCalls(source.ahead, None)
 
     async def draft(self, request: DraftRequest) -> tuple[Draft, float]:
-        """The session's draft, made in one call with those of others, and what the call took in milliseconds."""
+        """Return the session's draft, and the milliseconds of the call that made it (0 if it does not block)."""
         if self._thread is None:
             return self.source.propose([request])[0], 0.0
         answer = self._drafts.put(request)
         self._arrived.set()
         return await answer
 
-    def ahead(self, request: DraftRequest, draft: Draft) -> asyncio.Future[tuple[Ahead | None, float]] | None:
-        """A draft for the round after one in flight, made when no other draft is waited for; cancel it when it is not
-        wanted any more. None if this source has none."""
+    def ahead(self, request: DraftRequest, draft: Draft) -> asyncio.Future[tuple[DraftAhead | None, float]] | None:
+        """Start a draft for the round after the one in flight; pending drafts go first.
+
+        Cancel the future when the draft is no longer wanted. None if the source cannot draft ahead.
+        """
         if self._thread is None:
             return None
         answer = self._aheads.put((request, draft))
@@ -77,20 +82,20 @@ class SourceWorker:
         return answer
 
     async def work(self) -> None:
-        """Serve `draft` and `ahead` forever."""
+        """Serve `draft` and `ahead` until cancelled."""
         while True:
             await self._arrived.wait()
             if self._thread is None:
                 return
             await self._drafts.serve(self._thread)
-            if not self._drafts.waiting:
+            if not self._drafts.pending:
                 await self._aheads.serve(self._thread)
-            if not self._drafts.waiting and not self._aheads.waiting:
+            if not self._drafts.pending and not self._aheads.pending:
                 self._arrived.clear()
 
-    def close(self, session: str) -> None:
-        """Forget a session, in the thread that the source lives in."""
+    def close(self, session_id: str) -> None:
+        """Close a session of the source, in the source's thread."""
         if self._thread is None:
-            self.source.close(session)
+            self.source.close(session_id)
         else:
-            self._thread.submit(self.source.close, session)
+            self._thread.submit(self.source.close, session_id)

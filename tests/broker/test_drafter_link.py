@@ -12,11 +12,12 @@ import pytest
 from drafter_peer import Peer, drafting
 
 from services.drafter import service
-from services.drafter.control import Controller, Guess
+from services.drafter.control import Controller, DraftToken
 from services.drafter.core.draft import WithoutStates
 from services.drafter.drafting import Drafting
+from services.drafter.serving import ServedSession
 from services.drafter.settings import DrafterSettings
-from services.drafter.sources import Ahead, Draft, DraftRequest
+from services.drafter.sources import Draft, DraftAhead, DraftRequest
 from shared.broker import topology
 from shared.messages import Cancel, Finish, HiddenStates, Result, Status, Verify
 
@@ -32,16 +33,16 @@ class Counting(WithoutStates):
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         for request in requests:
             for _ in range(3):
-                request.round.add(Guess("model", 0.9))
+                request.round.add(DraftToken("model", 0.9))
         return [Draft([20, 21, 22], {"model": 3}, computed=5) for _ in requests]
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[Ahead | None]:
+    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
         for request, _ in requests:
-            request.round.add(Guess("model", 0.9))
+            request.round.add(DraftToken("model", 0.9))
         self.made_ahead.set()
-        return [Ahead(9, Draft([30], {"model": 1})) for _ in requests]
+        return [DraftAhead(9, Draft([30], {"model": 1})) for _ in requests]
 
-    def close(self, session: str) -> None:
+    def close(self, session_id: str) -> None:
         pass
 
 
@@ -101,8 +102,8 @@ async def test_rounds_take_the_device_s_time_and_the_controller_learns_it(base: 
         assert loop.time() - answered >= (40 + second.draft_ms + 50) / 1000
         await peer.answer(second, [9], Finish.STOP)
         assert await peer.silent(0.3)
-    assert controller.pace.step_ms("model") == 60, "the device's own, not the machine's"
-    assert controller.pace.base_ms >= 80, "90 ms of way beside the 50 of verifying that the results claim"
+    assert controller.times.step_ms("model") == 60, "the device's own, not the machine's"
+    assert controller.times.base_ms >= 80, "90 ms of way beside the 50 of verifying that the results claim"
 
 
 async def test_sessions_wait_side_by_side(base: Bench, tmp_path: Path) -> None:
@@ -149,13 +150,13 @@ async def test_jitter_never_brings_a_result_before_its_states(
 ) -> None:
     peer = base.peer
     arrived: list[HiddenStates | Result] = []
-    take = service.Drafter._arrive
+    take = ServedSession._deliver
 
-    async def seen(self: service.Drafter, message: HiddenStates | Result) -> None:
+    async def seen(self: ServedSession, message: HiddenStates | Result) -> None:
         arrived.append(message)
         await take(self, message)
 
-    monkeypatch.setattr(service.Drafter, "_arrive", seen)
+    monkeypatch.setattr(ServedSession, "_deliver", seen)
     async with drafting(on(peer, profile(tmp_path, 0, 1, 1, jitter_ms=10)), "d1"):
         await peer.ask("s", max_tokens=40)
         for _ in range(6):

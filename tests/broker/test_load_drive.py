@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from services.drafter.core.profile import Link
+from services.drafter.core.profile import LinkProfile
 from services.tools.bench.load.client import LoadClient, ServerUnusable, http_client
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending
@@ -107,7 +107,7 @@ async def measured(
     window: Window,
     *,
     pools: bool = False,
-    uplinks: dict[str, Link] | None = None,
+    uplinks: dict[str, LinkProfile] | None = None,
 ) -> PointRun:
     async with http_client(server.url) as http:
         client = await LoadClient.connect(http, pools=pools, uplinks=uplinks)
@@ -173,7 +173,7 @@ async def test_a_device_s_request_is_as_long_under_way_as_its_uplink_says() -> N
     far, near = CLOSED.device(0), CLOSED.device(1)
     async with serving(Server()) as server:
         window = Window(warm_up_s=0.0, measure_s=0.8, drain_s=5)
-        point = await measured(server, CLOSED, 2, window, uplinks={far: Link(delay_ms=200, jitter_ms=1)})
+        point = await measured(server, CLOSED, 2, window, uplinks={far: LinkProfile(delay_ms=200, jitter_ms=1)})
     complete = [one for one in point.records if one.ending is Ending.COMPLETE]
     ttfts = {device: [one.ttft_ms or 0 for one in complete if one.device == device] for device in (far, near)}
     assert min(ttfts[far]) >= 200, "the way counts in the time to the first token"

@@ -13,7 +13,7 @@ import tiny
 import torch
 from torch import Tensor
 
-from services.drafter.control import Controller, Guess, Round
+from services.drafter.control import Controller, DraftRound, DraftToken
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.sources import Draft, DraftRequest, States
@@ -68,7 +68,7 @@ def states_of(name: str, start: int, stop: int) -> States | None:
     return States(start, rows[start:stop]) if stop > start else None
 
 
-def round_of(length: int, names: Sequence[str] = ALONE) -> Round:
+def round_of(length: int, names: Sequence[str] = ALONE) -> DraftRound:
     return Controller("fixed", 64).session(*names).ahead(length, temperature=0.0)
 
 
@@ -264,12 +264,12 @@ def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
     def true_states(steps: Sequence[DraftStep]) -> Tensor:
         found = []
         for step in steps:
-            texts[step.session] = [*texts.get(step.session, [])[: engine.length(step.session)], *step.tokens]
-            text = texts[step.session]
-            held = min(oracle.attach(step.session, text), len(text) - 1)
-            oracle.truncate(step.session, held)
-            oracle.forward([Step(step.session, text[held:], rows=1)])
-            found.append(oracle.hidden(step.session, len(text) - 1, len(text))[0])
+            texts[step.session_id] = [*texts.get(step.session_id, [])[: engine.length(step.session_id)], *step.tokens]
+            text = texts[step.session_id]
+            held = min(oracle.attach(step.session_id, text), len(text) - 1)
+            oracle.truncate(step.session_id, held)
+            oracle.forward([Step(step.session_id, text[held:], rows=1)])
+            found.append(oracle.hidden(step.session_id, len(text) - 1, len(text))[0])
         compute(steps)
         return torch.stack(found)
 
@@ -283,7 +283,7 @@ def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
         assert all(len(draft.tokens) == (4 if round_ else 0) for draft in drafts)
         if ahead:
             assert [draft.tokens[:3] for draft in drafts] == ahead
-        following = [DraftRequest(r.session, r.tokens, r.sampling, round_of(3), ALONE) for r in requests]
+        following = [DraftRequest(r.session_id, r.tokens, r.sampling, round_of(3), ALONE) for r in requests]
         made = source.ahead(list(zip(following, drafts, strict=True)))
         tasks = [
             VerifyTask(s.name, s.tokens, draft.tokens, s.sampling, frozenset(), room=99, hidden_from=len(s.rows))
@@ -316,7 +316,7 @@ def combined(length: int, states: bool = True) -> DraftRequest:
     return DraftRequest("a", REPEATING, GREEDY, round_of(length, COMBINED), COMBINED, told)
 
 
-def marks(guess: Guess) -> tuple[str, bool, bool]:
+def marks(guess: DraftToken) -> tuple[str, bool, bool]:
     return guess.source, guess.agreed, guess.contested
 
 
@@ -327,8 +327,8 @@ def test_where_both_propose_the_same_token_copying_goes_on(
     say(source, monkeypatch, 8)
     asked = combined(4)
     assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
-    assert [marks(guess) for guess in asked.round.guesses] == [("lookup", True, False)] * 4
-    assert {guess.support for guess in asked.round.guesses} == {3}
+    assert [marks(guess) for guess in asked.round.tokens] == [("lookup", True, False)] * 4
+    assert {guess.support for guess in asked.round.tokens} == {3}
 
 
 def test_where_they_differ_the_likelier_is_taken(
@@ -338,11 +338,11 @@ def test_where_they_differ_the_likelier_is_taken(
     say(sure, monkeypatch, 9)
     asked = combined(4)
     assert one(sure, asked) == [9, 9, 9, 9], "9 is followed by 5 in the text, but the model is sure"
-    assert [marks(guess) for guess in asked.round.guesses] == [("hidden", False, True)] * 4
+    assert [marks(guess) for guess in asked.round.tokens] == [("hidden", False, True)] * 4
     say(unsure, monkeypatch, None)
     asked = combined(4)
     assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
-    assert [marks(g) for g in asked.round.guesses] == [("lookup", False, True)] + [("lookup", False, False)] * 3
+    assert [marks(g) for g in asked.round.tokens] == [("lookup", False, True)] + [("lookup", False, False)] * 3
 
 
 def test_the_model_goes_on_after_its_own_tokens_and_copies_from_where_they_are_known(
@@ -360,8 +360,8 @@ def test_the_model_goes_on_after_its_own_tokens_and_copies_from_where_they_are_k
     asked = combined(6)
     expected = Draft([300, 5, 6, 7, 300, 5], {"hidden": 3}, computed=8)
     assert source.propose([asked]) == [expected], "after the latest 5 6 7 came 300"
-    assert [guess.source for guess in asked.round.guesses] == ["hidden"] * 2 + ["lookup"] * 4
-    assert [guess.contested for guess in asked.round.guesses] == [True] + [False] * 5
+    assert [guess.source for guess in asked.round.tokens] == ["hidden"] * 2 + ["lookup"] * 4
+    assert [guess.contested for guess in asked.round.tokens] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("why", ["no states", "no room"])
@@ -373,7 +373,7 @@ def test_a_session_that_the_model_cannot_draft_for_gets_copies(fresh: Callable[.
         told = states_of("a", 0, 79)
         asked = DraftRequest("a", REPEATING * 10, GREEDY, round_of(3, COMBINED), COMBINED, told)
     assert source.propose([asked]) == [Draft([8, 9, 5], {})]
-    assert [marks(guess) for guess in asked.round.guesses] == [("lookup", False, False)] * 3
+    assert [marks(guess) for guess in asked.round.tokens] == [("lookup", False, False)] * 3
 
 
 def test_guesses_tell_how_sure_the_model_is(
@@ -384,9 +384,9 @@ def test_guesses_tell_how_sure_the_model_is(
     monkeypatch.setattr(source._engine, "logits", lambda estimates: logits.expand(len(estimates), -1))
     asked = request("a", tokens_of("a", 9), 1)
     assert one(source, asked) == [tiny.VOCAB - 1]
-    (guess,) = asked.round.guesses
+    (guess,) = asked.round.tokens
     shares = torch.softmax(logits.double(), -1)
-    expected = Guess(
+    expected = DraftToken(
         "hidden",
         confidence=shares[-1].item(),
         entropy=-(shares * shares.log()).sum().item(),

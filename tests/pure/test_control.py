@@ -14,10 +14,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.drafter.control import Controller, Guess, Pace, Round, RuleName, SessionControl, Step
-from services.drafter.control.calibration import Offset, Platt
+from services.drafter.control import (
+    Controller,
+    DraftDecision,
+    DraftRound,
+    DraftToken,
+    RoundTimes,
+    RuleName,
+    SessionControl,
+)
+from services.drafter.control.calibration import Platt, SessionOffset
 from services.drafter.control.controller import FIRST_WAIT, LONGEST_WAIT
-from services.drafter.control.features import NAMES, Context, features, logit, sigmoid
+from services.drafter.control.features import NAMES, RoundContext, features, logit, sigmoid
 from services.drafter.control.records import RoundRecord
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor
 from services.drafter.control_files import load_weights, read_records, save_weights, write_record
@@ -44,16 +52,16 @@ def network(features_: Sequence[str]) -> Perceptron:
     )
 
 
-def measured(price_ms: float = 0.0, draft_cap: int = 64) -> Pace:
+def measured(price_ms: float = 0.0, draft_cap: int = 64) -> RoundTimes:
     """A pace that has seen many rounds of a machine like that of the README."""
-    pace = Pace()
+    times = RoundTimes()
     for _ in range(10):
         for k in (0, 1, 2, 4, 8):
-            pace.learn_round(k, BASE_MS + TOKEN_MS * k, BASE_MS - 6 + TOKEN_MS * k, 1.0, k + 1)
-        pace.learn_draft("model", 4, 4 * STEP_MS)
-        pace.learn_draft("lookup", 4, 0.02)
-    pace.hear(load(price_ms, draft_cap))
-    return pace
+            times.learn_round(k, BASE_MS + TOKEN_MS * k, BASE_MS - 6 + TOKEN_MS * k, 1.0, k + 1)
+        times.learn_draft("model", 4, 4 * STEP_MS)
+        times.learn_draft("lookup", 4, 0.02)
+    times.apply_load(load(price_ms, draft_cap))
+    return times
 
 
 def load(price_ms: float = 0.0, draft_cap: int = 64) -> Load:
@@ -66,16 +74,16 @@ def controller(rule: RuleName = "marginal", length: int = 8, price_ms: float = 0
     return Controller(rule, length, weights, measured(price_ms, draft_cap))
 
 
-def guess(confidence: float = 0.9, source: str = "model", **more: object) -> Guess:
-    return Guess(source, confidence, entropy=-2 * math.log(confidence), **more)  # type: ignore[arg-type]
+def guess(confidence: float = 0.9, source: str = "model", **more: object) -> DraftToken:
+    return DraftToken(source, confidence, entropy=-2 * math.log(confidence), **more)  # type: ignore[arg-type]
 
 
-def draft(round_: Round, guesses: Sequence[Guess]) -> list[Step]:
+def draft(round_: DraftRound, guesses: Sequence[DraftToken]) -> list[DraftDecision]:
     """Feed guesses in until the draft ends."""
     steps = []
     for one in guesses[: round_.longest]:
         steps.append(round_.add(one))
-        if steps[-1] is not Step.MORE:
+        if steps[-1] is not DraftDecision.MORE:
             break
     return steps
 
@@ -86,7 +94,7 @@ def live(
     confidence: Callable[[], float],
     truth: Callable[[float], float],
     rng: random.Random | None = None,
-) -> list[tuple[Round, int]]:
+) -> list[tuple[DraftRound, int]]:
     """Rounds whose tokens are accepted with chance truth(confidence); each with its accepted count."""
     rng = rng or random.Random(1)
     seen = []
@@ -94,7 +102,7 @@ def live(
         round_ = session.begin(100, 0.0)
         draft(round_, [guess(confidence()) for _ in range(round_.longest)])
         accepted = 0
-        while accepted < round_.kept and rng.random() < truth(round_.guesses[accepted].confidence):
+        while accepted < round_.kept and rng.random() < truth(round_.tokens[accepted].confidence):
             accepted += 1
         session.settle(round_, round_.kept, accepted)
         seen.append((round_, accepted))
@@ -106,13 +114,14 @@ def live(
 
 def test_fixed_drafts_to_the_end() -> None:
     round_ = controller("fixed", 3).session("model").begin(10, 0.0)
-    assert draft(round_, [guess(0.01)] * 9) == [Step.MORE, Step.MORE, Step.LAST]
+    assert draft(round_, [guess(0.01)] * 9) == [DraftDecision.MORE, DraftDecision.MORE, DraftDecision.LAST]
     assert round_.acceptance == pytest.approx([0.01] * 3)
 
 
 def test_entropy_stops_before_an_uncertain_token() -> None:
     round_ = controller("entropy").session("model").begin(10, 0.0)
-    assert draft(round_, [guess(0.9), guess(0.9), guess(0.01)]) == [Step.MORE, Step.MORE, Step.DROP]
+    decisions = draft(round_, [guess(0.9), guess(0.9), guess(0.01)])
+    assert decisions == [DraftDecision.MORE, DraftDecision.MORE, DraftDecision.DROP]
     assert round_.kept == 2
 
 
@@ -125,13 +134,13 @@ def test_entropy_grows_strict_when_much_is_rejected() -> None:
 
 def test_predictor_stops_where_it_expects_a_rejection() -> None:
     round_ = controller("predictor").session("model").begin(10, 0.0)
-    assert draft(round_, [guess(0.9), guess(0.4)]) == [Step.MORE, Step.DROP]
+    assert draft(round_, [guess(0.9), guess(0.4)]) == [DraftDecision.MORE, DraftDecision.DROP]
 
 
 def test_predictor_judges_copied_tokens_by_their_calibrated_acceptance() -> None:
     round_ = controller("predictor").session("lookup").begin(10, 0.0)
-    copies = [Guess("lookup", support=5), Guess("lookup", support=1)]
-    assert draft(round_, copies) == [Step.MORE, Step.DROP]
+    copies = [DraftToken("lookup", support=5), DraftToken("lookup", support=1)]
+    assert draft(round_, copies) == [DraftDecision.MORE, DraftDecision.DROP]
 
 
 def test_predictor_without_weights_is_refused() -> None:
@@ -161,20 +170,20 @@ def test_marginal_keeps_what_it_would_not_have_drafted() -> None:
     # Drafting is paid by then; only verifying it costs.
     c = controller()
     for _ in range(50):
-        c.pace.learn_draft("model", 1, 30.0)
+        c.times.learn_draft("model", 1, 30.0)
     round_ = c.session("model").begin(10, 0.0)
     assert (round_.longest, round_.wants("model")) == (0, False)
     round_.longest = 8
-    assert round_.add(guess(0.3)) is Step.LAST
+    assert round_.add(guess(0.3)) is DraftDecision.LAST
 
 
 def test_free_copies_go_on_where_model_drafts_do_not() -> None:
     c = controller()
     for _ in range(50):
-        c.pace.learn_draft("model", 1, 60.0)
+        c.times.learn_draft("model", 1, 60.0)
     round_ = c.session("lookup", "model").begin(10, 0.0)
     assert (round_.wants("lookup"), round_.wants("model"), round_.longest) == (True, False, 8)
-    assert round_.add(Guess("lookup", support=3)) is Step.MORE
+    assert round_.add(DraftToken("lookup", support=3)) is DraftDecision.MORE
 
 
 def kept(confidences: Sequence[float], price_ms: float, rule: RuleName = "marginal") -> int:
@@ -202,7 +211,7 @@ def test_no_draft_is_longer_than_room_setting_and_cap(rule: RuleName, room: int,
     for _ in range(20):
         round_.add(guess())
     assert round_.kept <= round_.longest <= max(0, min(room, length, cap))
-    assert round_.add(guess()) is Step.DROP
+    assert round_.add(guess()) is DraftDecision.DROP
 
 
 broken = st.floats(allow_nan=True, allow_infinity=True)
@@ -210,13 +219,13 @@ broken = st.floats(allow_nan=True, allow_infinity=True)
 
 @given(
     st.sampled_from(RULES),
-    st.lists(st.builds(Guess, st.sampled_from(["model", "lookup"]), broken, st.floats(0, 20), broken, broken)),
+    st.lists(st.builds(DraftToken, st.sampled_from(["model", "lookup"]), broken, st.floats(0, 20), broken, broken)),
     st.one_of(st.none(), broken),
     st.integers(0, 20),
     st.integers(0, 20),
 )
 def test_no_result_and_no_guess_breaks_a_session(
-    rule: RuleName, guesses: list[Guess], target_entropy: float | None, verified: int, accepted: int
+    rule: RuleName, guesses: list[DraftToken], target_entropy: float | None, verified: int, accepted: int
 ) -> None:
     session = controller(rule).session("model", "lookup")
     for _ in range(3):
@@ -273,8 +282,8 @@ def test_sources_are_calibrated_apart() -> None:
     live(session, 200, lambda: 0.5, lambda _: 0.05)
     untouched = controller("fixed").session("lookup").begin(8, 0.0)
     round_ = session.begin(8, 0.0)
-    untouched.add(Guess("lookup", support=3))
-    round_.add(Guess("lookup", support=3))
+    untouched.add(DraftToken("lookup", support=3))
+    round_.add(DraftToken("lookup", support=3))
     assert round_.acceptance == untouched.acceptance
 
 
@@ -291,7 +300,7 @@ def test_tokens_behind_a_rejection_or_a_trim_teach_nothing() -> None:
 
 @given(st.lists(st.tuples(st.floats(-8, 8), st.booleans()), max_size=200))
 def test_calibration_stays_monotone_and_finite(tokens: list[tuple[float, bool]]) -> None:
-    platt, offset = Platt(), Offset()
+    platt, offset = Platt(), SessionOffset()
     for z, accepted in tokens:
         platt.learn(z, accepted)
         offset.learn(z, accepted)
@@ -332,9 +341,9 @@ def test_under_a_large_price_all_sessions_decode_plainly_until_it_falls() -> Non
     c = controller()
     session = c.session("model")
     assert live(session, 5, lambda: 0.9, lambda _: 1.0)[-1][0].kept > 0
-    c.pace.hear(load(price_ms=1000.0))
+    c.times.apply_load(load(price_ms=1000.0))
     assert session.begin(8, 0.0).longest == 0
-    c.pace.hear(load(price_ms=0.0))
+    c.times.apply_load(load(price_ms=0.0))
     assert session.begin(8, 0.0).longest > 0
 
 
@@ -343,53 +352,53 @@ def test_a_cap_of_nothing_allows_no_probe() -> None:
     assert [session.begin(8, 0.0).longest for _ in range(100)] == [0] * 100
 
 
-# Pace
+# RoundTimes
 
 
 def test_pace_learns_the_line_and_the_steps() -> None:
-    pace = measured(price_ms=3.0)
-    assert pace.base_ms == pytest.approx(BASE_MS, rel=0.02)
-    assert pace.token_ms == pytest.approx(TOKEN_MS + 3, rel=0.05)
-    assert pace.step_ms("model") == pytest.approx(STEP_MS)
+    times = measured(price_ms=3.0)
+    assert times.base_ms == pytest.approx(BASE_MS, rel=0.02)
+    assert times.token_ms == pytest.approx(TOKEN_MS + 3, rel=0.05)
+    assert times.step_ms("model") == pytest.approx(STEP_MS)
 
 
 def test_pace_shrugs_off_an_outlier_and_follows_a_change() -> None:
-    pace = measured()
-    pace.learn_round(4, 60_000.0, 59_000.0, 900.0, 5)
-    pace.learn_draft("model", 4, 30_000.0)
-    assert pace.base_ms < 1.3 * BASE_MS
-    assert pace.step_ms("model") < 1.3 * STEP_MS
+    times = measured()
+    times.learn_round(4, 60_000.0, 59_000.0, 900.0, 5)
+    times.learn_draft("model", 4, 30_000.0)
+    assert times.base_ms < 1.3 * BASE_MS
+    assert times.step_ms("model") < 1.3 * STEP_MS
     for k in [0, 1, 2, 4, 8] * 8:
-        pace.learn_round(k, 3 * BASE_MS + 9 * k, 3 * BASE_MS - 6 + 9 * k, 1.0, k + 1)
-        pace.learn_draft("model", 4, 60.0)
-    assert pace.base_ms == pytest.approx(3 * BASE_MS, rel=0.3)
-    assert pace.step_ms("model") == pytest.approx(15, rel=0.1)
+        times.learn_round(k, 3 * BASE_MS + 9 * k, 3 * BASE_MS - 6 + 9 * k, 1.0, k + 1)
+        times.learn_draft("model", 4, 60.0)
+    assert times.base_ms == pytest.approx(3 * BASE_MS, rel=0.3)
+    assert times.step_ms("model") == pytest.approx(15, rel=0.1)
 
 
 def test_pace_leaves_prompts_out() -> None:
-    pace = measured()
-    before = pace.base_ms
-    pace.learn_round(0, 900.0, 800.0, 50.0, 500)
-    assert pace.base_ms == before
+    times = measured()
+    before = times.base_ms
+    times.learn_round(0, 900.0, 800.0, 50.0, 500)
+    assert times.base_ms == before
 
 
 def test_with_one_length_only_the_slope_is_a_share_of_the_round() -> None:
-    pace = Pace()
+    times = RoundTimes()
     for _ in range(100):
-        pace.learn_round(4, 30.0, 25.0, 0.0, 5)
-    assert 0 < pace.token_ms < 1.5
-    assert pace.base_ms + 4 * pace.token_ms == pytest.approx(30.0, rel=0.01)
+        times.learn_round(4, 30.0, 25.0, 0.0, 5)
+    assert 0 < times.token_ms < 1.5
+    assert times.base_ms + 4 * times.token_ms == pytest.approx(30.0, rel=0.01)
 
 
 @given(st.lists(st.tuples(st.integers(0, 16), st.floats(), st.floats(), st.floats(), st.integers(0, 30))))
-def test_no_measurement_breaks_the_pace(rounds: list[tuple[int, float, float, float, int]]) -> None:
-    pace = Pace()
-    for length, *times, new in rounds:
-        pace.learn_round(length, *times, new)
-        pace.learn_draft("model", length, times[0])
-    assert math.isfinite(pace.base_ms)
-    assert pace.base_ms > 0
-    assert pace.token_ms >= 0
+def test_no_measurement_breaks_the_times(rounds: list[tuple[int, float, float, float, int]]) -> None:
+    times = RoundTimes()
+    for length, round_ms, verify_ms, queue_ms, new in rounds:
+        times.learn_round(length, round_ms, verify_ms, queue_ms, new)
+        times.learn_draft("model", length, round_ms)
+    assert math.isfinite(times.base_ms)
+    assert times.base_ms > 0
+    assert times.token_ms >= 0
 
 
 # Weights and records
@@ -431,7 +440,7 @@ def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_predictor_takes_microseconds() -> None:
     predictor = Predictor(network=network(NAMES[:5]), threshold=0.5)
-    known = features(guess(), 1, Context(0.7, None, 0.5))
+    known = features(guess(), 1, RoundContext(0.7, None, 0.5))
     once = min(timeit.repeat(lambda: predictor.rejection(known), number=100, repeat=20)) / 100
     assert once < 100e-6
 
@@ -439,7 +448,7 @@ def test_the_predictor_takes_microseconds() -> None:
 def test_a_round_survives_its_record(tmp_path: Path) -> None:
     session = controller("fixed", 3).session("model", "lookup")
     round_ = session.begin(8, 0.7, 1.25)
-    draft(round_, [guess(0.9, agreed=True), Guess("lookup", support=3), guess(0.2)])
+    draft(round_, [guess(0.9, agreed=True), DraftToken("lookup", support=3), guess(0.2)])
     record = round_.record("s", "chat", 3, 1)
     with (tmp_path / "r.jsonl").open("w") as file:
         write_record(file, record)
@@ -461,37 +470,37 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
 
 
 def test_a_source_that_seemed_slow_is_tried_again_beside_one_that_pays() -> None:
-    pace = Pace()
-    pace.learn_draft("hidden", 1, 90.0)
-    session = Controller("marginal", 4, pace=pace).session("hidden", "lookup")
+    times = RoundTimes()
+    times.learn_draft("hidden", 1, 90.0)
+    session = Controller("marginal", 4, times=times).session("hidden", "lookup")
     tried = []
     for number in range(60):
         round_ = session.begin(4, 0.0)
         assert round_.wants("lookup")
         if round_.wants("hidden"):
             tried.append(number)
-            round_.add(Guess("hidden", confidence=0.6))
-            pace.learn_draft("hidden", 1, 3.0)
+            round_.add(DraftToken("hidden", confidence=0.6))
+            times.learn_draft("hidden", 1, 3.0)
             session.settle(round_, round_.kept, round_.kept)
     assert tried[0] == FIRST_WAIT  # against the rule
     assert set(range(40, 60)) <= set(tried)  # and then by it
 
 
 def test_the_time_of_a_prompt_is_not_taken_for_that_of_a_draft() -> None:
-    pace = Pace()
-    pace.learn_draft("hidden", 2, 300.0, computed=200)
-    assert pace.step_ms("hidden") == 0
-    pace.learn_draft("hidden", 2, 8.0, computed=3)
-    assert pace.step_ms("hidden") == 4
+    times = RoundTimes()
+    times.learn_draft("hidden", 2, 300.0, computed=200)
+    assert times.step_ms("hidden") == 0
+    times.learn_draft("hidden", 2, 8.0, computed=3)
+    assert times.step_ms("hidden") == 4
 
 
 def test_a_resting_session_wakes_one_round_before_it_is_tried_again_so_that_states_can_come() -> None:
     controller = Controller("marginal", 4)
-    controller.pace.price_ms = 1e6
+    controller.times.price_ms = 1e6
     session = controller.session("hidden")
     seen = []
     for _ in range(FIRST_WAIT + 1):
         round_ = session.begin(4, 0.0)
-        seen.append((round_.probing, session.resting))
+        seen.append((round_.probing, session.decodes_plainly))
         session.settle(round_, 0, 0)
     assert seen == [(False, True)] * (FIRST_WAIT - 1) + [(False, False), (True, False)]

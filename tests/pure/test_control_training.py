@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from typer.testing import CliRunner
 
-from services.drafter.control import Controller, Guess
+from services.drafter.control import Controller, DraftToken
 from services.drafter.control.features import NAMES, sigmoid
 from services.drafter.control.records import RoundRecord
 from services.drafter.control_files import load_weights, write_record
@@ -38,18 +38,18 @@ def record_sessions(path: Path, sessions: int, seed: int, rounds: int = 30) -> N
         for session in range(sessions):
             for number in range(rounds):
                 target_entropy = rng.gauss(1, 0.7)
-                guesses: list[Guess] = []
+                guesses: list[DraftToken] = []
                 chances: list[float] = []
                 copied = number % 3 == 2
                 for _ in range(4):
                     x, agreed = rng.gauss(1, 1.5), rng.random() < 0.3
                     if copied:
                         support = rng.choice([1, 2, 3])
-                        guesses.append(Guess("lookup", support=support))
+                        guesses.append(DraftToken("lookup", support=support))
                         chances.append(0.25 * support)
                     else:
                         noise = {"margin": rng.random(), "spread": rng.gauss(3, 1)}
-                        guesses.append(Guess("hidden", confidence_for(x), 2 - x, agreed=agreed, **noise))
+                        guesses.append(DraftToken("hidden", confidence_for(x), 2 - x, agreed=agreed, **noise))
                         chances.append(truth(x, target_entropy, agreed))
                 accepted = 0
                 while accepted < 4 and rng.random() < chances[accepted]:
@@ -114,10 +114,10 @@ def test_the_live_controller_estimates_the_truth_with_these_weights(trained: tup
     weights = load_weights(trained[1])
     for x, target_entropy, agreed in [(2.0, 1.0, False), (0.0, 1.0, True), (1.0, 2.0, False), (3.0, 0.2, True)]:
         round_ = Controller("fixed", 4, weights).session("hidden").begin(4, 0.7, target_entropy)
-        round_.add(Guess("hidden", confidence_for(x), 2 - x, margin=0.5, spread=3.0, agreed=agreed))
+        round_.add(DraftToken("hidden", confidence_for(x), 2 - x, margin=0.5, spread=3.0, agreed=agreed))
         assert round_.acceptance[0] == pytest.approx(truth(x, target_entropy, agreed), abs=0.08)
     round_ = Controller("fixed", 4, weights).session("lookup").begin(4, 0.7)
-    round_.add(Guess("lookup", support=3))
+    round_.add(DraftToken("lookup", support=3))
     assert round_.acceptance[0] == pytest.approx(0.75, abs=0.06)
 
 

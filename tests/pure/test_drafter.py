@@ -10,9 +10,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.drafter.control import Controller, Round
-from services.drafter.core.session import DraftSession
-from services.drafter.core.timeout import LONGEST_MS, UNKNOWN_MS, RoundTimer
+from services.drafter.control import Controller, DraftRound
+from services.drafter.core.session import LONGEST_MS, UNKNOWN_MS, DraftSession, RoundTimer
 from services.drafter.sources import DraftRequest, LookupDrafts, NoDrafts
 from shared.messages import Failure, Finish, Result, Sampling, Slo, Status
 
@@ -99,11 +98,11 @@ def test_the_timer_is_never_shorter_than_its_setting() -> None:
     assert timer.timeout_ms(0) == 100.0
 
 
-def round_of(length: int) -> Round:
+def round_of(length: int) -> DraftRound:
     return Controller("fixed", 100).session("lookup").begin(length, temperature=0.0)
 
 
-def asked(tokens: list[int], round_: Round) -> DraftRequest:
+def asked(tokens: list[int], round_: DraftRound) -> DraftRequest:
     return DraftRequest("s", tokens, Sampling(), round_, ("lookup",))
 
 
@@ -133,12 +132,12 @@ def test_lookup_without_a_match_or_room_drafts_nothing() -> None:
 def test_lookup_says_how_long_the_match_was_that_it_copied_from(tokens: list[int], support: int) -> None:
     round_ = round_of(2)
     LookupDrafts().propose([asked(tokens, round_)])
-    assert [guess.support for guess in round_.guesses] == [support, support]
+    assert [token.support for token in round_.tokens] == [support, support]
 
 
 def test_lookup_copies_no_further_than_the_round_wants() -> None:
     control = Controller("marginal", 8).session("lookup")
-    control.pace.price_ms = 1e6
+    control.times.price_ms = 1e6
     round_ = control.ahead(8, temperature=0.0)
     assert LookupDrafts().propose([asked([5, 6, 5, 6], round_)])[0].tokens == []
 

@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 
 from builders import result
 
-from services.drafter.control import Controller, Guess, Round
-from services.drafter.core.session import judged
-from services.drafter.sources import Ahead, Draft, DraftRequest
+from services.drafter.control import Controller, DraftRound, DraftToken
+from services.drafter.core.session import verified_counts
+from services.drafter.sources import Draft, DraftAhead, DraftRequest
 from services.drafter.worker import SourceWorker
 from shared.messages import Sampling
 
@@ -28,24 +28,24 @@ class Scripted:
         self.calls: list[list[str]] = []
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        self.calls.append([request.session for request in requests])
+        self.calls.append([request.session_id for request in requests])
         self.called.set()
         assert self.go.wait(10)
         for request in requests:
-            request.round.add(Guess("model", 0.9))
+            request.round.add(DraftToken("model", 0.9))
         if self.fails:
             raise ValueError("broken")
         return [Draft([7], {"model": 1}) for _ in requests]
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[Ahead | None]:
-        self.calls.append([f"after {request.session}" for request, _ in requests])
-        return [Ahead(8, Draft([9])) for _ in requests]
+    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
+        self.calls.append([f"after {request.session_id}" for request, _ in requests])
+        return [DraftAhead(8, Draft([9])) for _ in requests]
 
-    def seen(self, session: str) -> int:
+    def seen(self, session_id: str) -> int:
         return 0
 
-    def close(self, session: str) -> None:
-        self.calls.append([f"close {session}"])
+    def close(self, session_id: str) -> None:
+        self.calls.append([f"close {session_id}"])
 
 
 @asynccontextmanager
@@ -57,11 +57,11 @@ async def working(source: Scripted) -> AsyncIterator[SourceWorker]:
     task.cancel()
 
 
-def request(session: str) -> DraftRequest:
-    return DraftRequest(session, [1, 2], Sampling(), round_of(4), ("model",))
+def request(session_id: str) -> DraftRequest:
+    return DraftRequest(session_id, [1, 2], Sampling(), round_of(4), ("model",))
 
 
-def round_of(length: int) -> Round:
+def round_of(length: int) -> DraftRound:
     return Controller("fixed", 8).session("model").ahead(length, 0.0)
 
 
@@ -77,7 +77,7 @@ async def test_those_that_come_during_a_call_make_up_the_next_and_drafts_go_befo
         made = await asyncio.gather(first, *others)
         assert [draft.tokens for draft, _ in made] == [[7]] * 3
         assert ahead is not None
-        assert (await ahead)[0] == Ahead(8, Draft([9]))
+        assert (await ahead)[0] == DraftAhead(8, Draft([9]))
     assert source.calls == [["a"], ["b", "c"], ["after x"]]
 
 
@@ -90,7 +90,7 @@ async def test_a_source_that_fails_gives_nothing_and_is_asked_again() -> None:
         draft, _ = await worker.draft(asked)
         assert (draft.tokens, asked.round.kept) == ([], 1)
         asked.round.cut(len(draft.tokens))
-        assert (asked.round.acceptance, asked.round.guesses, asked.round.wants("model")) == ([], [], False)
+        assert (asked.round.acceptance, asked.round.tokens, asked.round.wants("model")) == ([], [], False)
         source.fails = False
         assert (await worker.draft(request("a")))[0].tokens == [7]
 
@@ -104,7 +104,7 @@ async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> No
             answer = worker.ahead(request("x"), Draft())
             assert answer is not None
             answer.cancel()
-        assert len(worker._aheads.waiting) == 1
+        assert len(worker._aheads.pending) == 1
         worker.close("x")
         source.go.set()
         await first
@@ -114,7 +114,7 @@ async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> No
 
 def test_only_tokens_that_were_verified_are_judged() -> None:
     def counts(tokens: list[int], accepted: int, trimmed_to: int) -> tuple[int, int]:
-        return judged(result("s", 1, 3, tokens, accepted=accepted, trimmed_to=trimmed_to))
+        return verified_counts(result("s", 1, 3, tokens, accepted=accepted, trimmed_to=trimmed_to))
 
     assert counts([5, 6, 7], 2, 4) == (4, 2)  # the third was rejected
     assert counts([5, 6, 7], 2, 2) == (2, 2)  # all that were left after trimming are right

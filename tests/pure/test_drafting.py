@@ -46,16 +46,16 @@ def test_a_request_gets_what_it_asks_for(
     drafting: Drafting, asked: DraftChoice, names: tuple[str, ...], reads_states: bool
 ) -> None:
     choice = drafting.choose(generate(asked))
-    assert (choice.names, choice.reads_states) == (names, reads_states)
+    assert (choice.token_sources, choice.reads_hidden_states) == (names, reads_states)
 
 
 def test_a_source_that_is_not_there_is_replaced_by_the_default(drafting: Drafting) -> None:
-    assert drafting.choose(generate(DraftChoice.MODEL)).names == ("hidden", "lookup")
+    assert drafting.choose(generate(DraftChoice.MODEL)).token_sources == ("hidden", "lookup")
 
 
 def test_a_draft_for_another_vocabulary_is_replaced_by_lookup(drafting: Drafting) -> None:
-    assert drafting.choose(generate(DraftChoice.AUTO, "another")).names == ("lookup",)
-    assert drafting.choose(generate(DraftChoice.NONE, "another")).names == ()
+    assert drafting.choose(generate(DraftChoice.AUTO, "another")).token_sources == ("lookup",)
+    assert drafting.choose(generate(DraftChoice.NONE, "another")).token_sources == ()
 
 
 def test_a_drafter_without_torch_drafts_by_lookup(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,20 @@
 """The speculation controller: how many tokens to draft, and how likely each is accepted. Pure: no I/O, no clock."""
 
-from services.drafter.control.controller import Controller, Round, RuleName, SessionControl, Step
-from services.drafter.control.guess import Guess
-from services.drafter.control.times import Pace
+from services.drafter.control.controller import Controller, DraftDecision, DraftRound, SessionControl
+from services.drafter.control.features import DraftToken
+from services.drafter.control.rules import RuleName
+from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
 
 __all__ = [
     "ControlWeights",
     "Controller",
-    "Guess",
-    "Pace",
-    "Round",
+    "DraftDecision",
+    "DraftRound",
+    "DraftToken",
+    "RoundTimes",
     "RuleName",
     "SessionControl",
-    "Step",
     "features",
     "records",
     "rules",

@@ -1,9 +1,9 @@
-"""Acceptance estimates that keep themselves right. Pure.
+"""Online calibration of acceptance estimates.
 
-An estimate is sigmoid(a z + b + s): z from the trained model of the token's source, a and b learnt per source over all
+An estimate is sigmoid(a z + b + s): z from the trained model of the token's source, a and b learned per source over all
 sessions (Platt scaling), s per session and source. Each is a Bayesian logistic regression with a Gaussian prior,
 updated token by token with one Newton step (an extended Kalman filter in information form), fading towards its prior.
-Only tokens whose predecessors were accepted teach anything: those after a rejection are unknown, not wrong.
+Only tokens whose predecessors were accepted are learned from: whether a token after a rejection was right is unknown.
 """
 
 from __future__ import annotations
@@ -12,8 +12,7 @@ from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.drafter.control.features import Features, sigmoid
-from services.drafter.control.guess import Guess
+from services.drafter.control.features import DraftToken, Features, sigmoid
 from services.drafter.control.weights import UNTRAINED_COPY, UNTRAINED_MODEL, Logistic
 
 SOURCE_MEMORY = 0.998
@@ -21,19 +20,19 @@ SESSION_MEMORY = 0.97
 SLOPE_PRECISION = 10.0
 OFFSET_PRECISION = 1.0
 SESSION_PRECISION = 0.5
-"""Of the priors: 1 / variance, in log odds."""
-FLATTEST = 0.1
-"""Smallest slope: a likelier token by the model never becomes a less likely one."""
-SURPRISE = 8.0
-"""Log odds are held within this."""
+"""Precisions of the priors: 1 / variance, in log odds."""
+LEAST_SLOPE = 0.1
+"""The slope stays positive, so that calibration keeps the order of the trained model's estimates."""
+LOGIT_BOUND = 8.0
+"""Log odds are kept within ± this."""
 REMEMBERED = 16
 DEEPEST = 2
-"""Positions from this one on share what is remembered of them."""
+"""Positions from this one on share one memory of recent log odds."""
 
 
 @dataclass
 class Platt:
-    """a and b of one source, and the precision matrix of what is known of them."""
+    """a and b of one source, with the precision matrix of their estimate."""
 
     a: float = 1.0
     b: float = 0.0
@@ -42,11 +41,11 @@ class Platt:
     bb: float = OFFSET_PRECISION
 
     def logit(self, z: float) -> float:
-        """Log odds of acceptance for the model's log odds z."""
-        return min(SURPRISE, max(-SURPRISE, self.a * z + self.b))
+        """Return the log odds of acceptance for the trained model's log odds z."""
+        return min(LOGIT_BOUND, max(-LOGIT_BOUND, self.a * z + self.b))
 
     def learn(self, z: float, accepted: bool) -> None:
-        """Take in one verified token."""
+        """Learn from one verified token."""
         kept, fresh = SOURCE_MEMORY, 1 - SOURCE_MEMORY
         right_a = kept * (self.aa * self.a + self.ab * self.b) + fresh * SLOPE_PRECISION
         right_b = kept * (self.ab * self.a + self.bb * self.b)
@@ -60,7 +59,7 @@ class Platt:
         self.ab += weight * z
         self.bb += weight
         step_a, step_b = self._solve(z * (accepted - p), accepted - p)
-        self.a = max(FLATTEST, self.a + step_a)
+        self.a = max(LEAST_SLOPE, self.a + step_a)
         self.b += step_b
 
     def _solve(self, x: float, y: float) -> tuple[float, float]:
@@ -69,14 +68,14 @@ class Platt:
 
 
 @dataclass
-class Offset:
+class SessionOffset:
     """s of one session and source."""
 
     value: float = 0.0
     precision: float = SESSION_PRECISION
 
     def learn(self, logit: float, accepted: bool) -> None:
-        """Take in one verified token with the given log odds before this offset."""
+        """Learn from one verified token. logit: its log odds without this offset."""
         faded = SESSION_MEMORY * self.precision
         self.precision = faded + (1 - SESSION_MEMORY) * SESSION_PRECISION
         self.value *= faded / self.precision
@@ -85,41 +84,41 @@ class Offset:
         self.value += (accepted - p) / self.precision
 
 
+class RecentLogits:
+    """The latest log odds of tokens by source and position, of tokens whose predecessors were accepted.
+
+    They stand for the log odds that a token not drafted yet may have.
+    """
+
+    def __init__(self) -> None:
+        self._logits: dict[tuple[str, int], deque[float]] = {}
+
+    def add(self, source: str, position: int, logit: float) -> None:
+        """Remember a token whose predecessors were accepted."""
+        self._logits.setdefault((source, min(position, DEEPEST)), deque(maxlen=REMEMBERED)).append(logit)
+
+    def latest(self, source: str, position: int) -> list[float]:
+        """Return at most `REMEMBERED` log odds, the latest last."""
+        return list(self._logits.get((source, min(position, DEEPEST)), ()))
+
+
 class Calibration:
-    """What all sessions of a drafter share."""
+    """The calibration that all sessions of a drafter share."""
 
     def __init__(self, trained: Mapping[str, Logistic]) -> None:
         self._trained = trained
         self._platt: dict[str, Platt] = {}
-        self.outlook = Outlook()
+        self.recent = RecentLogits()
 
-    def model_logit(self, guess: Guess, features: Features) -> float:
-        """z: log odds by the trained model of the token's source, or by a plain guess where none was trained."""
-        model = self._trained.get(guess.source) or (UNTRAINED_COPY if guess.support else UNTRAINED_MODEL)
-        return min(SURPRISE, max(-SURPRISE, model.logit(features)))
+    def model_logit(self, token: DraftToken, features: Features) -> float:
+        """Return z: log odds by the trained model of the token's source, or by fixed weights where none was trained."""
+        model = self._trained.get(token.source) or (UNTRAINED_COPY if token.support else UNTRAINED_MODEL)
+        return min(LOGIT_BOUND, max(-LOGIT_BOUND, model.logit(features)))
 
     def logit(self, source: str, z: float) -> float:
-        """a z + b."""
+        """Return a z + b."""
         return self._platt[source].logit(z) if source in self._platt else z
 
     def learn(self, source: str, z: float, accepted: bool) -> None:
-        """Take in one verified token."""
+        """Learn from one verified token."""
         self._platt.setdefault(source, Platt()).learn(z, accepted)
-
-
-class Outlook:
-    """The latest log odds of tokens by source and position, of those tokens whose predecessors were accepted.
-
-    Their estimates are what a token that is not drafted yet may turn out to have.
-    """
-
-    def __init__(self) -> None:
-        self._seen: dict[tuple[str, int], deque[float]] = {}
-
-    def see(self, source: str, position: int, logit: float) -> None:
-        """Remember a token that was reached."""
-        self._seen.setdefault((source, min(position, DEEPEST)), deque(maxlen=REMEMBERED)).append(logit)
-
-    def recall(self, source: str, position: int) -> list[float]:
-        """At most `REMEMBERED` log odds, the latest last."""
-        return list(self._seen.get((source, min(position, DEEPEST)), ()))

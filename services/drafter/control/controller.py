@@ -1,8 +1,8 @@
-"""How long each draft is to be: the speculation controller. Pure.
+"""The speculation controller: decides the length of each draft.
 
-One controller per drafter, one `SessionControl` per session. A round goes `begin`, `add` for every token that a source
-drafts, `settle` with what was verified. Where drafting does not pay, a session decodes plainly; a source that does not
-pay is tried now and then, to see whether that has changed.
+One `Controller` per drafter, one `SessionControl` per session, one `DraftRound` per round: `begin` starts the round,
+`add` takes each token that a source drafts, `settle` learns from the result. Where drafting does not pay, a session
+decodes plainly; a source that does not pay is probed now and then, since times and texts change.
 """
 
 from __future__ import annotations
@@ -10,153 +10,147 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import Enum
-from typing import Literal
 
-from services.drafter.control.calibration import REMEMBERED, Calibration, Offset, Outlook
-from services.drafter.control.features import Context, Recent, features, sigmoid
-from services.drafter.control.guess import Guess
+from services.drafter.control.calibration import REMEMBERED, Calibration, RecentLogits, SessionOffset
+from services.drafter.control.features import DraftToken, RecentAcceptance, RoundContext, features, sigmoid
 from services.drafter.control.records import RoundRecord
-from services.drafter.control.rules import Entropy, Judged, Marginal, Predicted, Standing, StopRule
-from services.drafter.control.times import Pace
+from services.drafter.control.rules import RULES, RoundForecast, RuleName, ScoredToken, StopRule
+from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
-from shared.errors import SettingsError
 
-RuleName = Literal["fixed", "entropy", "predictor", "marginal"]
-UNKNOWN = 0.0
-"""Log odds expected of the tokens of a source that has drafted nothing yet."""
+UNKNOWN_LOGIT = 0.0
+"""Log odds expected of a source that has drafted nothing yet."""
 FIRST_WAIT = 4
 LONGEST_WAIT = 64
-"""Rounds without a source before it is tried, and how far fruitless trials double that."""
+"""Rounds without a source before it is probed: at first, and at most after fruitless probes doubled it."""
 PROBE_LENGTH = 1
 
 
-class Step(Enum):
-    """What becomes of a token just drafted, and what next."""
+class DraftDecision(Enum):
+    """What to do with a token just drafted, and next."""
 
     DROP = "drop"
-    """Not worth sending; the draft ends before it."""
+    """Do not send the token; the draft ends before it."""
     LAST = "last"
-    """Send it, draft no more."""
+    """Send the token, draft no more."""
     MORE = "more"
-    """Send it, draft another."""
+    """Send the token, draft another."""
 
 
 class Controller:
-    """What the sessions of one drafter share."""
+    """State that the sessions of one drafter share."""
 
     def __init__(
-        self, rule: RuleName, draft_length: int, weights: ControlWeights | None = None, pace: Pace | None = None
+        self, rule: RuleName, draft_length: int, weights: ControlWeights | None = None, times: RoundTimes | None = None
     ) -> None:
-        """draft_length: longest draft. Raises SettingsError when the rule needs weights that are not there."""
+        """draft_length: longest draft. Raises SettingsError when the rule needs trained weights and has none."""
         self.weights = weights or ControlWeights()
-        if rule == "predictor" and self.weights.predictor is None:
-            raise SettingsError(
-                "the stop rule 'predictor' needs trained weights; train them with `wisp controller train`, or choose "
-                "fixed, entropy or marginal"
-            )
-        self.rule_name = rule
+        self._rule = RULES[rule]
+        self._rule.for_session(self.weights)
         self.draft_length = draft_length
-        self.pace = pace or Pace()
+        self.times = times or RoundTimes()
         self.calibration = Calibration(self.weights.acceptance)
 
     def session(self, *sources: str) -> SessionControl:
-        """Control of a new session that drafts from these sources."""
+        """Return the control of a new session that drafts from these sources."""
         return SessionControl(self, sources)
 
     def rule(self) -> StopRule:
-        """The stop rule of one session."""
-        if self.rule_name == "predictor" and self.weights.predictor is not None:
-            return Predicted(self.weights.predictor)
-        return {"entropy": Entropy, "marginal": Marginal}.get(self.rule_name, StopRule)()
+        """Return the stop rule of a new session."""
+        return self._rule.for_session(self.weights)
 
 
 class SessionControl:
-    """What is known of one session."""
+    """Drafting control of one session."""
 
     def __init__(self, controller: Controller, sources: Sequence[str]) -> None:
-        self.pace = controller.pace
+        self.times = controller.times
         self.calibration = controller.calibration
         self.rule = controller.rule()
         self.sources = sources
         self._draft_length = controller.draft_length
-        self._recent = Recent()
-        self._offsets: dict[str, Offset] = {}
-        self._outlook = Outlook()
-        self._trials = {source: _Trial() for source in sources}
+        self._recent_acceptance = RecentAcceptance()
+        self._offsets: dict[str, SessionOffset] = {}
+        self._recent_logits = RecentLogits()
+        self._probes = {source: _SourceProbe() for source in sources}
 
-    def begin(self, room: int, temperature: float, target_entropy: float | None = None) -> Round:
-        """Start a round. room: most draft tokens that the session can use. target_entropy: of the target's
-        distribution that the last token was chosen from, where it is known: in recorded texts, not in service."""
+    def begin(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
+        """Start a round.
+
+        room: most draft tokens that the session can use. target_entropy: of the target's distribution that the last
+        token was chosen from; known for recorded texts, not in service.
+        """
         round_ = self.ahead(room, temperature, target_entropy)
         if round_.longest == 0:
             return round_
         wanted = [source for source in self.sources if round_.wants(source)]
-        round_.tried = frozenset(source for source, trial in self._trials.items() if trial.due(source in wanted))
+        round_.probed = frozenset(source for source, probe in self._probes.items() if probe.due(source in wanted))
         if not wanted:
-            round_.longest = min(round_.longest, PROBE_LENGTH) if round_.tried else 0
-            round_.probing = bool(round_.tried)
+            round_.longest = min(round_.longest, PROBE_LENGTH) if round_.probed else 0
+            round_.probing = bool(round_.probed)
         return round_
 
-    def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> Round:
-        """A round that may follow the one in flight. It counts for nothing until it is settled."""
-        longest = max(0, min(room, self._draft_length, self.pace.draft_cap))
-        return Round(self, longest, Context(temperature, target_entropy, self._recent.value))
+    def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
+        """Return a round that may follow the one in flight. It changes nothing until it is settled."""
+        longest = max(0, min(room, self._draft_length, self.times.draft_cap))
+        return DraftRound(self, longest, RoundContext(temperature, target_entropy, self._recent_acceptance.value))
 
     @property
-    def resting(self) -> bool:
-        """Whether the session decodes plainly, and will do so in its next round."""
-        return self.pace.draft_cap == 0 or all(0 < trial.idle < trial.wait for trial in self._trials.values())
+    def decodes_plainly(self) -> bool:
+        """Whether the session decodes without drafts, in this round and the next."""
+        return self.times.draft_cap == 0 or all(0 < probe.idle < probe.wait for probe in self._probes.values())
 
-    def settle(self, round_: Round, verified: int, accepted: int) -> None:
+    def settle(self, round_: DraftRound, verified: int, accepted: int) -> None:
         """Learn from a round's result.
 
-        verified: how many of its kept tokens were; fewer where the draft was trimmed or the text ended in an accepted
-        token, since those behind are unknown. accepted: how many of these were right.
+        verified: how many of the kept tokens were verified: fewer than all where the draft was trimmed, or the text
+        ended in an accepted token. accepted: how many of these were accepted.
         """
         verified = max(0, min(verified, round_.kept))
         accepted = max(0, min(accepted, verified))
-        for i, token in enumerate(round_.drafted):
+        for i, drafted in enumerate(round_.drafted):
             if i > accepted:
                 break
-            source, logit = token.guess.source, self.calibration.logit(token.guess.source, token.model_logit)
-            self._outlook.see(source, i, logit)
-            self.calibration.outlook.see(source, i, logit)
+            source = drafted.token.source
+            logit = self.calibration.logit(source, drafted.model_logit)
+            self._recent_logits.add(source, i, logit)
+            self.calibration.recent.add(source, i, logit)
             if i < verified:
-                self._recent.learn(i < accepted)
-                self._offsets.setdefault(source, Offset()).learn(logit, i < accepted)
-                self.calibration.learn(source, token.model_logit, i < accepted)
+                self._recent_acceptance.learn(i < accepted)
+                self._offsets.setdefault(source, SessionOffset()).learn(logit, i < accepted)
+                self.calibration.learn(source, drafted.model_logit, i < accepted)
         if round_.drafted:
             self.rule.learn(verified, accepted)
-        right = {guess.source for guess in round_.guesses[:accepted]}
-        # What was trimmed, or never verified, says nothing of its source.
-        judged = {t.guess.source for i, t in enumerate(round_.drafted) if i < verified or i >= round_.kept}
-        for source in round_.tried & judged:
-            self._trials[source].learn(source in right)
+        successful = {token.source for token in round_.tokens[:accepted]}
+        # Trimmed tokens were kept and not verified: they show nothing about their source.
+        judged = {d.token.source for i, d in enumerate(round_.drafted) if i < verified or i >= round_.kept}
+        for source in round_.probed & judged:
+            self._probes[source].learn(source in successful)
 
     def acceptance(self, source: str, model_logit: float) -> float:
-        """Calibrated chance of a token."""
+        """Return the calibrated acceptance of a token, given that its predecessors are accepted."""
         return sigmoid(self.calibration.logit(source, model_logit) + self._offset(source))
 
-    def prospects(self, source: str, position: int) -> list[float]:
-        """Chances that the next token of a source may turn out to have, from the session's tokens before others'."""
-        seen = self.calibration.outlook.recall(source, position) + self._outlook.recall(source, position)
+    def expected_acceptances(self, source: str, position: int) -> list[float]:
+        """Return acceptances that the next token of a source may have: recent ones, this session's before others'."""
+        recent = self.calibration.recent.latest(source, position) + self._recent_logits.latest(source, position)
         offset = self._offset(source)
-        return [sigmoid(logit + offset) for logit in seen[-REMEMBERED:] or [UNKNOWN]]
+        return [sigmoid(logit + offset) for logit in recent[-REMEMBERED:] or [UNKNOWN_LOGIT]]
 
     def _offset(self, source: str) -> float:
         return self._offsets[source].value if source in self._offsets else 0.0
 
 
 @dataclass
-class _Trial:
-    """When a source that is not worth its time is tried all the same: times and texts change."""
+class _SourceProbe:
+    """When to draft by a source although the rule finds that it does not pay."""
 
     idle: int = 0
-    """Rounds without it."""
+    """Rounds without the source."""
     wait: int = FIRST_WAIT
 
     def due(self, wanted: bool) -> bool:
-        """Whether a round is to try it; called once for each round."""
+        """Return whether a round probes the source; called once per round. wanted: by the rule."""
         if wanted:
             self.idle, self.wait = 0, FIRST_WAIT
         elif self.idle >= self.wait:
@@ -166,97 +160,101 @@ class _Trial:
             self.idle += 1
         return False
 
-    def learn(self, right: bool) -> None:
-        """Whether the trial brought an accepted token."""
-        self.wait = FIRST_WAIT if right else min(2 * self.wait, LONGEST_WAIT)
+    def learn(self, successful: bool) -> None:
+        """Set the wait for the next probe. successful: whether this one brought an accepted token."""
+        self.wait = FIRST_WAIT if successful else min(2 * self.wait, LONGEST_WAIT)
 
 
 @dataclass(frozen=True)
-class _Drafted:
-    guess: Guess
+class DraftedToken:
+    """A token that a source has drafted, with the trained model's log odds of its acceptance."""
+
+    token: DraftToken
     model_logit: float
 
 
-class Round:
-    """A draft in the making, and what its settling needs to know."""
+class DraftRound:
+    """One round's draft while it is made, kept until the round is settled."""
 
-    def __init__(self, session: SessionControl, longest: int, context: Context) -> None:
+    def __init__(self, session: SessionControl, longest: int, context: RoundContext) -> None:
         self.longest = longest
         """Most tokens to draft; 0 is plain decoding."""
-        self.tried: frozenset[str] = frozenset()
-        """Sources that may draft the first token in order to learn, against the rule."""
+        self.probed: frozenset[str] = frozenset()
+        """Sources that may draft the first token as a probe, against the rule."""
         self.probing = False
-        """Whether nothing but such a trial is drafted."""
+        """Whether the draft is a probe and nothing else."""
         self.acceptance: list[float] = []
-        """Calibrated chance of each kept token, its predecessors being accepted."""
-        self.drafted: list[_Drafted] = []
+        """Calibrated acceptance of each kept token, given that its predecessors are accepted."""
+        self.drafted: list[DraftedToken] = []
+        """All tokens drafted: the kept ones, and at most one dropped after them."""
         self.context = context
         self._session = session
-        self._standing = Standing(session.pace.base_ms)
+        self._forecast = RoundForecast(session.times.base_ms)
         self._open = True
 
     @property
     def kept(self) -> int:
-        """Tokens to send."""
+        """Number of tokens to send."""
         return len(self.acceptance)
 
     @property
-    def guesses(self) -> list[Guess]:
+    def tokens(self) -> list[DraftToken]:
         """The kept tokens."""
-        return [token.guess for token in self.drafted[: self.kept]]
+        return [drafted.token for drafted in self.drafted[: self.kept]]
 
     def wants(self, source: str) -> bool:
-        """Whether another token by this source is worth its time."""
+        """Return whether another token by this source is worth its time."""
         if not self._open or self.kept >= self.longest:
             return False
-        session, pace = self._session, self._session.pace
-        trial = source in self.tried and not self.drafted
-        return trial or session.rule.goes_on(
-            self._standing, session.prospects(source, self.kept), pace.step_ms(source), pace.token_ms
+        session, times = self._session, self._session.times
+        probe = source in self.probed and not self.drafted
+        return probe or session.rule.goes_on(
+            self._forecast, session.expected_acceptances(source, self.kept), times.step_ms(source), times.token_ms
         )
 
-    def estimate(self, guess: Guess) -> float:
-        """Calibrated chance of a token as the next one of this draft."""
-        known = features(guess, self.kept, self.context)
-        return self._session.acceptance(guess.source, self._session.calibration.model_logit(guess, known))
+    def estimate(self, token: DraftToken) -> float:
+        """Return the calibrated acceptance that a token would have as the next one of this draft."""
+        known = features(token, self.kept, self.context)
+        return self._session.acceptance(token.source, self._session.calibration.model_logit(token, known))
 
-    def add(self, guess: Guess) -> Step:
-        """Take in a token just drafted; the answer says whether to keep it and to draft another.
+    def add(self, token: DraftToken) -> DraftDecision:
+        """Add a token just drafted, and decide whether to keep it and whether to draft another.
 
-        Where a session has several sources, `wants` says which of them is worth the next token.
+        In a session of several sources, `wants` decides which of them may draft the next token.
         """
         if not self._open or self.kept >= self.longest:
-            return Step.DROP
-        session, pace = self._session, self._session.pace
-        known = features(guess, self.kept, self.context)
-        model_logit = session.calibration.model_logit(guess, known)
-        acceptance = session.acceptance(guess.source, model_logit)
-        self.drafted.append(_Drafted(guess, model_logit))
-        self._standing.ms += pace.step_ms(guess.source)
-        if not self.probing and not session.rule.keeps(self._standing, Judged(guess, known, acceptance), pace.token_ms):
+            return DraftDecision.DROP
+        session, times = self._session, self._session.times
+        known = features(token, self.kept, self.context)
+        model_logit = session.calibration.model_logit(token, known)
+        acceptance = session.acceptance(token.source, model_logit)
+        self.drafted.append(DraftedToken(token, model_logit))
+        self._forecast.ms += times.step_ms(token.source)
+        scored = ScoredToken(token, known, acceptance)
+        if not self.probing and not session.rule.keeps(self._forecast, scored, times.token_ms):
             self._open = False
-            return Step.DROP
+            return DraftDecision.DROP
         self.acceptance.append(acceptance)
-        self._standing.keep(acceptance, pace.token_ms)
-        if any(self.wants(source) for source in {guess.source, *session.sources}):
-            return Step.MORE
+        self._forecast.keep(acceptance, times.token_ms)
+        if any(self.wants(source) for source in {token.source, *session.sources}):
+            return DraftDecision.MORE
         self._open = False
-        return Step.LAST
+        return DraftDecision.LAST
 
     def cut(self, length: int) -> None:
-        """Only the first `length` kept tokens are sent: a source that failed has lost the others."""
+        """Keep only the first `length` tokens: a source that failed has lost the others."""
         if length < self.kept:
             del self.acceptance[length:]
             self._open = False
 
     def record(self, session: str, kind: str, verified: int, accepted: int) -> RoundRecord:
-        """The round as training reads it, with the same counts that `settle` gets."""
+        """Return the round as a training example. verified, accepted: as for `settle`."""
         return RoundRecord(
             session=session,
             kind=kind,
             temperature=self.context.temperature,
             target_entropy=self.context.target_entropy,
-            guesses=self.guesses,
+            guesses=self.tokens,
             verified=verified,
             accepted=accepted,
         )

@@ -1,4 +1,4 @@
-"""Recorded rounds, from which the controller is trained: JSON lines, one per round."""
+"""Recorded rounds, from which the controller is trained."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from services.drafter.control.guess import Guess
+from services.drafter.control.features import DraftToken
 
 Count = Annotated[int, Field(ge=0)]
 
 
 class RoundRecord(BaseModel):
-    """One verified round; a session's rounds are recorded in their order, plain ones (without guesses) as well."""
+    """One verified round. A session's rounds are recorded in order, including those without draft tokens."""
 
     model_config = ConfigDict(frozen=True, ser_json_inf_nan="constants")
 
@@ -21,13 +21,13 @@ class RoundRecord(BaseModel):
     """Kind of text, where known."""
     temperature: Annotated[float, Field(ge=0)] = 0.0
     target_entropy: float | None = None
-    guesses: list[Guess]
-    """The tokens that were sent."""
+    guesses: list[DraftToken]
+    """The draft tokens that were sent. Files of recorded rounds use this name."""
     verified: Count
     accepted: Count
 
     @model_validator(mode="after")
-    def _ordered(self) -> RoundRecord:
+    def _counts_are_ordered(self) -> RoundRecord:
         if not self.accepted <= self.verified <= len(self.guesses):
             raise ValueError(
                 f"accepted {self.accepted} <= verified {self.verified} <= guesses {len(self.guesses)} must hold"

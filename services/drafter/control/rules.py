@@ -1,91 +1,111 @@
-"""Stop rules: whether a drafted token is worth sending, and whether to draft another. Pure.
+"""Stop rules: whether to send a drafted token, and whether to draft another.
 
-One object per session, since some learn. Every rule is asked the same two questions.
+`RULES` lists them by name; settings and the command line take their choices from it. To add a rule, subclass `StopRule`
+and add it to `RULES`.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
 
-from services.drafter.control.features import Features
-from services.drafter.control.guess import Guess
-from services.drafter.control.weights import Predictor
+from services.drafter.control.features import DraftToken, Features
+from services.drafter.control.weights import ControlWeights, Predictor
+from shared.errors import SettingsError
 
 
 @dataclass
-class Standing:
-    """A round so far: what sending it as it is would bring, in expectation."""
+class RoundForecast:
+    """Expected outcome of a round with the tokens kept so far."""
 
     ms: float
-    """Time of the round, the drafting done for it included."""
+    """Time of the round, the drafting done so far included."""
     tokens: float = 1.0
-    """The bonus token, and each kept draft token by its chance of survival."""
+    """Expected tokens: the bonus token, and each kept draft token times its survival."""
     survival: float = 1.0
-    """Chance that all kept tokens are accepted."""
+    """Probability that all kept tokens are accepted."""
 
     def keep(self, acceptance: float, token_ms: float) -> None:
-        """Add a token with the given chance after its predecessors, and the time of verifying it."""
+        """Add a token with the given acceptance after its predecessors, and the time to verify it."""
         self.survival *= acceptance
         self.tokens += self.survival
         self.ms += token_ms
 
 
 @dataclass(frozen=True)
-class Judged:
-    """A drafted token with what is predicted of it."""
+class ScoredToken:
+    """A drafted token with its features and its calibrated acceptance."""
 
-    guess: Guess
+    token: DraftToken
     features: Features
     acceptance: float
 
 
 class StopRule:
-    """The interface, and the rule `fixed`: always the longest draft."""
+    """Decides when one session's draft ends. One object per session, since some rules learn."""
 
-    def keeps(self, standing: Standing, token: Judged, token_ms: float) -> bool:
-        """Whether a drafted token is worth verifying. token_ms: what that costs, its price included."""
-        return True
+    needs_predictor: ClassVar[bool] = False
+    """Whether the rule needs trained weights (`ControlWeights.predictor`)."""
+    reads_model_statistics: ClassVar[bool] = False
+    """Whether the rule decides by statistics of a draft model, and treats copied tokens by another criterion."""
 
-    def goes_on(self, standing: Standing, prospects: Sequence[float], step_ms: float, token_ms: float) -> bool:
-        """Whether to draft another token.
+    @classmethod
+    def for_session(cls, weights: ControlWeights) -> StopRule:
+        """Make the rule of a new session. Raises SettingsError when `weights` lack something that it needs."""
+        return cls()
 
-        prospects: acceptances that it may turn out to have, equally likely. step_ms: what drafting it costs.
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+        """Return whether a drafted token is worth verifying. token_ms: the cost of that, its price included."""
+        raise NotImplementedError
+
+    def goes_on(self, forecast: RoundForecast, acceptances: Sequence[float], step_ms: float, token_ms: float) -> bool:
+        """Return whether to draft another token.
+
+        acceptances: possible acceptances of that token, equally likely. step_ms: the cost of drafting it.
         """
         return True
 
     def learn(self, verified: int, accepted: int) -> None:
-        """Take in a verified round."""
+        """Learn from a verified round."""
+
+
+class Fixed(StopRule):
+    """Always draft to the longest length."""
+
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+        return True
 
 
 class Marginal(StopRule):
-    """Go on while that raises expected tokens per time, E / T of the round.
+    """Draft while another token raises the expected tokens per time, E / T of the round.
 
-    A drafted token's time is spent; it is kept if its survival S is worth its verification: S > (E / T) token_ms. One
-    not drafted yet costs its step for certain and its verification only if it is kept:
-    mean(max(0, S a - (E / T) token_ms)) > (E / T) step_ms, over the acceptances `a` it may have.
+    The time of a drafted token is spent; the token is kept if its survival S is worth its verification:
+    S > (E / T) token_ms. A token not drafted yet costs its step in any case, and its verification only if it is kept:
+    mean(max(0, S a - (E / T) token_ms)) > (E / T) step_ms, over its possible acceptances `a`.
 
-    E / T is the round's own. In simulated sessions of independent tokens the best constant rate in its place, found by
-    trying, brought at most 2 % more: learning a session's long-run rate is not worth its while.
+    E / T is the round's own. In simulated sessions of independent tokens, the best constant rate in its place, found by
+    trying, brought at most 2 % more, so a session's long-run rate is not worth learning.
     """
 
-    def keeps(self, standing: Standing, token: Judged, token_ms: float) -> bool:
-        return standing.survival * token.acceptance * standing.ms > standing.tokens * token_ms
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+        return forecast.survival * token.acceptance * forecast.ms > forecast.tokens * token_ms
 
-    def goes_on(self, standing: Standing, prospects: Sequence[float], step_ms: float, token_ms: float) -> bool:
-        rate = standing.tokens / standing.ms
-        gain = sum(max(0.0, standing.survival * a - rate * token_ms) for a in prospects)
-        return gain > len(prospects) * rate * step_ms
+    def goes_on(self, forecast: RoundForecast, acceptances: Sequence[float], step_ms: float, token_ms: float) -> bool:
+        rate = forecast.tokens / forecast.ms
+        gain = sum(max(0.0, forecast.survival * a - rate * token_ms) for a in acceptances)
+        return gain > len(acceptances) * rate * step_ms
 
 
 class Entropy(StopRule):
     """Stop where the draft's entropy H is high: keep while 1 - sqrt(0.2 H), a bound on acceptance, is over a threshold.
 
-    After AdaEDL (arXiv 2410.18351, with its factor 0.2), and without training as there: the threshold follows the
-    share of accepted tokens to a target (steps and target are ours). Copied tokens have no entropy and are all kept.
+    After AdaEDL (arXiv 2410.18351, with its factor 0.2) and, like it, without training: the threshold moves the share
+    of accepted tokens towards a target (steps and target are ours). Copied tokens have no entropy and are all kept.
     """
 
+    reads_model_statistics = True
     FACTOR = 0.2
     TARGET = 0.7
     STEP = 0.01
@@ -95,14 +115,14 @@ class Entropy(StopRule):
         self.threshold = 0.4
         self._share = self.TARGET
 
-    def keeps(self, standing: Standing, token: Judged, token_ms: float) -> bool:
-        if token.guess.support:
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+        if token.token.support:
             return True
-        return 1 - math.sqrt(self.FACTOR * max(0.0, token.guess.entropy)) >= self.threshold
+        return 1 - math.sqrt(self.FACTOR * max(0.0, token.token.entropy)) >= self.threshold
 
     def learn(self, verified: int, accepted: int) -> None:
         if verified == 0:
-            # Too strict to send anything, or too much of it trimmed: relax slowly.
+            # The rule sent nothing, or all of it was trimmed: relax slowly.
             self.threshold = max(0.0, self.threshold - self.STEP / 10)
             return
         self._share += self.SMOOTHING * (accepted / verified - self._share)
@@ -113,13 +133,38 @@ class Entropy(StopRule):
 class Predicted(StopRule):
     """WISP's rule (arXiv 2601.11652): the draft ends where the predictor expects a rejection.
 
-    The predictor knows tokens of models; copied ones are judged by their calibrated acceptance.
+    The predictor was trained on tokens of models; copied tokens are judged by their calibrated acceptance.
     """
+
+    needs_predictor = True
+    reads_model_statistics = True
 
     def __init__(self, predictor: Predictor) -> None:
         self._predictor = predictor
 
-    def keeps(self, standing: Standing, token: Judged, token_ms: float) -> bool:
-        if token.guess.support:
+    @classmethod
+    def for_session(cls, weights: ControlWeights) -> StopRule:
+        if weights.predictor is None:
+            raise SettingsError(
+                "the stop rule 'predictor' needs trained weights; train them with `wisp controller train`, or choose "
+                f"{', '.join(name for name, rule in RULES.items() if not rule.needs_predictor)}"
+            )
+        return cls(weights.predictor)
+
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+        if token.token.support:
             return 1 - token.acceptance <= self._predictor.threshold
         return self._predictor.rejection(token.features) <= self._predictor.threshold
+
+
+RULES: Mapping[str, type[StopRule]] = {
+    "fixed": Fixed,
+    "entropy": Entropy,
+    "predictor": Predicted,
+    "marginal": Marginal,
+}
+if TYPE_CHECKING:
+    RuleName = str
+else:
+    # A Literal, so that settings accept these names only and list them in `--help`.
+    RuleName = Literal[tuple(RULES)]

@@ -1,12 +1,14 @@
-"""What time things take, as one drafter measures it. Pure.
+"""Times of rounds and draft steps, as one drafter measures them.
 
-A round takes, besides drafting, `hops + queue + verify(k)` for k verified draft tokens, with verify(k) = b + s k. The
-queue is told by the results, and by the scheduler for all. The line is fitted to the verifier's times with fading
-memory. They are times of whole batches, in which other sessions' tokens are noise; so the slope leans on a prior share
-of b (one session, SmolLM2-135M on two cores: 54 ms, and 2.2 ms per token) and is never negative.
+A round takes, besides drafting, `hops + queue + verify(k)` for k verified draft tokens, with verify(k) = b + s k.
+Results report the queue time of their round, and the scheduler the queue time of all. The line is fitted to the
+verifier's times with fading memory. These are times of whole batches, in which other sessions' tokens are noise;
+therefore the slope leans on a prior share of b (one session, SmolLM2-135M on two cores: 54 ms, and 2.2 ms per token),
+and is never negative.
 
-Every measurement is first held to twice what was expected: a stalled machine moves little, and a lasting change is
-still followed within some tens of rounds. Nothing makes a measurement too short, so those are believed.
+Every measurement is first limited to twice the expected value: a stalled machine changes little, and a lasting change
+is still followed within some tens of rounds. Short measurements are not limited, since nothing makes a measurement too
+short.
 """
 
 from __future__ import annotations
@@ -18,77 +20,77 @@ from shared.messages import Load
 PRIOR_VERIFY_MS = 50.0
 PRIOR_HOPS_MS = 5.0
 PRIOR_STEP_MS = 0.0
-"""Of a source not measured yet, so that it gets tried; copying is never measured and stays there."""
+"""Of a source without measurements, so that it gets tried. Copied tokens are never measured and keep this value."""
 PRIOR_SLOPE = 0.04
-"""Time per verified token, as a share of a round's without any."""
+"""Time per verified token, as a share of the time of a round without any."""
 PRIOR_WEIGHT = 20.0
-"""In units of Σ (k - mean k)²: as much as five rounds of lengths 0 and 4 say."""
+"""In units of Σ (k - mean k)²: the weight of five rounds of lengths 0 and 4."""
 RATE = 0.1
 FORGETTING = 0.97
 OUTLIER = 2.0
 SLACK_MS = 1.0
-"""Measurements may exceed a factor of 2 by this, so that what took no time can come to take some."""
+"""Measurements may exceed `OUTLIER` times the expected value by this, so that an expected value of 0 can grow."""
 SPARE_TOKENS = 4
 """A round that computed this many tokens more than its own was computing a prompt."""
 SPARE_COMPUTED = 16
-"""Committed tokens that are computed along with a draft step for little more than its own time."""
+"""Committed tokens that a draft step computes along with its own for little more than its own time."""
 LEAST_MS = 0.1
 LONGEST_MS = 1e9
 """Longer measurements are broken and ignored, like negative ones and NaN; sums of those up to it stay finite."""
 
 
-class Pace:
-    """Times learnt from rounds and drafts, and the scheduler's word."""
+class RoundTimes:
+    """Estimates from measured rounds and drafts, and the scheduler's latest `Load`."""
 
     def __init__(self) -> None:
         self.price_ms = 0.0
-        """What verifying one more token costs others, in milliseconds of batch time (`Load`)."""
+        """Cost to other sessions of verifying one more token, in milliseconds of batch time (`Load`)."""
         self.draft_cap = 2**31
-        self._queue = _Mean(0.0)
-        self._hops = _Mean(PRIOR_HOPS_MS)
-        self._verify = _Line()
-        self._steps: dict[str, _Mean] = {}
+        self._queue = _MovingMean(0.0)
+        self._hops = _MovingMean(PRIOR_HOPS_MS)
+        self._verify = _LineFit()
+        self._steps: dict[str, _MovingMean] = {}
 
     @property
     def base_ms(self) -> float:
-        """A round without draft tokens."""
+        """Time of a round without draft tokens."""
         return max(LEAST_MS, self._hops.value + self._queue.value + self._verify.base_ms)
 
     @property
     def one_way_ms(self) -> float:
-        """A message's way to the scheduler: half of what a round spends on its ways."""
+        """Time of a message to the scheduler: half of the time that a round spends on the way."""
         return self._hops.value / 2
 
     @property
     def token_ms(self) -> float:
-        """What one more verified token adds, its price included."""
+        """Time that one more verified token adds to a round, its price included."""
         return self._verify.slope_ms + self.price_ms
 
     def step_ms(self, source: str) -> float:
-        """Drafting one token by this source."""
+        """Return the time in which this source drafts one token."""
         return self._steps[source].value if source in self._steps else PRIOR_STEP_MS
 
-    def hear(self, load: Load) -> None:
-        """Take in what the scheduler says."""
+    def apply_load(self, load: Load) -> None:
+        """Take over the scheduler's price, draft cap and queue delay."""
         self.price_ms = load.price_ms
         self.draft_cap = load.draft_cap
         self._queue.learn(load.queue_ms)
 
     def learn_draft(self, source: str, steps: int, ms: float, computed: int = 0) -> None:
-        """Learn from a source's `steps` tokens for one session in `ms`; other sessions in the same calls count in.
+        """Learn from `steps` draft steps for one session in `ms`, which includes other sessions in the same calls.
 
-        computed: committed tokens that it had to compute first; a prompt says nothing about other drafts.
+        computed: committed tokens that were computed first; a draft that computed a prompt is left out.
         """
         if steps > 0 and computed <= SPARE_COMPUTED:
-            self._steps.setdefault(source, _Mean(PRIOR_STEP_MS)).learn(ms / steps)
+            self._steps.setdefault(source, _MovingMean(PRIOR_STEP_MS)).learn(ms / steps)
 
     def learn_round(
         self, draft_length: int, round_ms: float, verify_ms: float, queue_ms: float, new_tokens: int
     ) -> None:
-        """Learn from a round that needed no second attempt.
+        """Learn from a round that was sent once.
 
-        draft_length: verified draft tokens. round_ms: from sending to the result. new_tokens: what the verifier
-        computed for it; rounds that computed a prompt say nothing about others.
+        draft_length: verified draft tokens. round_ms: from sending to the result. new_tokens: tokens that the verifier
+        computed for it; a round that computed a prompt is left out.
         """
         if new_tokens > draft_length + 1 + SPARE_TOKENS:
             return
@@ -97,13 +99,13 @@ class Pace:
         self._verify.learn(draft_length, verify_ms)
 
 
-def _held(measured_ms: float, expected_ms: float) -> float:
+def _limited(measured_ms: float, expected_ms: float) -> float:
     return min(measured_ms, expected_ms * OUTLIER + SLACK_MS)
 
 
 @dataclass
-class _Mean:
-    """Moving average; the mean of all until there are enough."""
+class _MovingMean:
+    """Exponential moving average; the plain mean while there are few measurements."""
 
     value: float
     count: int = 0
@@ -112,13 +114,13 @@ class _Mean:
         if not 0 <= measured_ms <= LONGEST_MS:
             return
         if self.count:
-            measured_ms = _held(measured_ms, self.value)
+            measured_ms = _limited(measured_ms, self.value)
         self.count += 1
         self.value += max(RATE, 1 / self.count) * (measured_ms - self.value)
 
 
 @dataclass
-class _Line:
+class _LineFit:
     """y = base + slope k by least squares with fading sums, the slope shrunk to its prior."""
 
     base_ms: float = PRIOR_VERIFY_MS
@@ -133,7 +135,7 @@ class _Line:
         if k < 0 or not 0 <= y <= LONGEST_MS:
             return
         if self.n:
-            y = _held(y, self.base_ms + self.slope_ms * k)
+            y = _limited(y, self.base_ms + self.slope_ms * k)
         self.n = FORGETTING * self.n + 1
         self.k = FORGETTING * self.k + k
         self.kk = FORGETTING * self.kk + k * k

@@ -1,4 +1,4 @@
-"""The trained weights of the controller: models of acceptance that ship with a draft, as one JSON file."""
+"""Trained weights of the controller: models of acceptance, which ship with a draft."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from services.drafter.control.features import NAMES, Features, sigmoid
 
 Number = Annotated[float, Field(allow_inf_nan=False)]
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-FURTHEST = 5.0
-"""Standardised inputs are held within this: training has seen nothing beyond."""
+INPUT_BOUND = 5.0
+"""Standardised inputs are kept within ± this, since the training data hold none beyond."""
 
 
-class _Part(BaseModel):
+class _WeightsPart(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
-class Inputs(_Part):
-    """Which features a model reads, and their mean and standard deviation in training."""
+class Inputs(_WeightsPart):
+    """The features that a model reads, with their mean and standard deviation in training."""
 
     features: list[str]
     mean: list[Number]
@@ -45,15 +45,15 @@ class Inputs(_Part):
         )
 
     def standardised(self, features: Features) -> list[float]:
-        """The model's inputs; a feature that is not known counts as its mean."""
+        """Return the model's inputs; an unknown feature counts as its mean."""
         return [
-            0.0 if (value := features[i]) is None else min(FURTHEST, max(-FURTHEST, (value - mean) / scale))
+            0.0 if (value := features[i]) is None else min(INPUT_BOUND, max(-INPUT_BOUND, (value - mean) / scale))
             for i, mean, scale in self._columns
         ]
 
 
-class Logistic(_Part):
-    """Log odds of acceptance, linear in the inputs."""
+class Logistic(_WeightsPart):
+    """Logistic regression: log odds of acceptance, linear in the inputs."""
 
     inputs: Inputs
     weights: list[Number]
@@ -66,12 +66,12 @@ class Logistic(_Part):
         return self
 
     def logit(self, features: Features) -> float:
-        """Log odds that the token is accepted, its predecessors being so."""
+        """Return the log odds that the token is accepted, given that its predecessors are."""
         return math.fsum(map(mul, self.weights, self.inputs.standardised(features))) + self.bias
 
 
-class Perceptron(_Part):
-    """Log odds of acceptance by one hidden layer of tanh units, as in WISP (arXiv 2601.11652; its size is ours)."""
+class Perceptron(_WeightsPart):
+    """Log odds of acceptance from one hidden layer of tanh units, as in WISP (arXiv 2601.11652; the size is ours)."""
 
     inputs: Inputs
     hidden: list[list[Number]]
@@ -89,7 +89,7 @@ class Perceptron(_Part):
         return self
 
     def logit(self, features: Features) -> float:
-        """Log odds that the token is accepted, its predecessors being so."""
+        """Return the log odds that the token is accepted, given that its predecessors are."""
         x = self.inputs.standardised(features)
         total = self.bias
         for row, bias, weight in zip(self.hidden, self.hidden_bias, self.weights, strict=True):
@@ -97,19 +97,19 @@ class Perceptron(_Part):
         return total
 
 
-class Predictor(_Part):
+class Predictor(_WeightsPart):
     """WISP's predictor: the draft ends before the first token whose rejection is likelier than `threshold`."""
 
     network: Perceptron
     threshold: Annotated[float, Field(gt=0, lt=1)]
 
     def rejection(self, features: Features) -> float:
-        """Probability that the token is rejected, its predecessors being accepted."""
+        """Return the probability that the token is rejected, given that its predecessors are accepted."""
         return 1 - sigmoid(self.network.logit(features))
 
 
-class ControlWeights(_Part):
-    """All that training found out."""
+class ControlWeights(_WeightsPart):
+    """All trained weights: the content of a controller.json."""
 
     version: Literal[1] = 1
     acceptance: dict[str, Logistic] = Field(default_factory=dict)
@@ -123,6 +123,6 @@ def _untrained(names: list[str], weights: list[float], bias: float) -> Logistic:
 
 
 UNTRAINED_MODEL = _untrained(["confidence", "agreed"], [0.8, 0.7], -0.3)
-"""Drafts are overconfident; what two sources propose is better than one alone."""
+"""Draft models are overconfident; a token that two sources propose is accepted more often."""
 UNTRAINED_COPY = _untrained(["support", "agreed"], [1.3, 0.7], -1.8)
-"""About 0.3, 0.4 and 0.5 for n-grams of 1, 2 and 3 tokens."""
+"""Acceptances of about 0.3, 0.4 and 0.5 for n-grams of 1, 2 and 3 tokens."""

@@ -1,3 +1,3 @@
-"""The drafter's session and its timeout. Pure: no I/O, no clock."""
+"""A drafter's sessions, drafts by lookup, hidden-state rows and hardware profiles. Pure: no I/O, no clock."""
 
 __all__ = ["profile", "session"]

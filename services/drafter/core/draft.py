@@ -1,4 +1,4 @@
-"""The interface of draft sources, and the one that never drafts."""
+"""The interface of draft sources, and the source that never drafts."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from services.drafter.control import Round
+from services.drafter.control import DraftRound
 from shared.messages import Sampling
 
 
@@ -23,73 +23,77 @@ class States:
 
 @dataclass(frozen=True)
 class DraftRequest:
-    """A session that wants a draft after its committed `tokens`.
+    """A request to draft after a session's committed `tokens`.
 
-    The source adds every token to `round`, which says whether to keep it and whether to go on. `states` are those of
-    the target that the source has not seen yet, up to the one before the last token; None if they are not there.
+    The source adds every token that it drafts to `round`, which decides whether to keep it and whether to go on.
     """
 
-    session: str
+    session_id: str
     tokens: Sequence[int]
     sampling: Sampling
-    round: Round
-    names: tuple[str, ...]
-    """The sources that it may use, as its guesses name them."""
+    round: DraftRound
+    sources: tuple[str, ...]
+    """The sources that may propose tokens, as in `DraftToken.source`."""
     states: States | None = None
+    """Hidden states that the source has not read yet, up to the one before the last token; None if any is missing."""
 
 
 @dataclass(frozen=True)
 class Draft:
-    """Guessed tokens; how many steps each source took for them, those for dropped tokens included; how many committed
-    tokens had to be computed first."""
+    """Draft tokens, and the work that they took."""
 
     tokens: list[int] = field(default_factory=list)
     steps: dict[str, int] = field(default_factory=dict)
+    """Draft steps of each source, those for dropped tokens included."""
     computed: int = 0
+    """Committed tokens that had to be computed first."""
 
 
 @dataclass(frozen=True)
-class Ahead:
-    """A draft made while a round was in flight, for the case that all of it is accepted and followed by `bonus`."""
+class DraftAhead:
+    """A draft made while a round is in flight, in case all of the round is accepted and `bonus` follows."""
 
     bonus: int
     draft: Draft
 
 
 class DraftSource(Protocol):
-    """Guesses tokens for many sessions at once.
+    """Drafts tokens for many sessions at once.
 
-    `propose` never changes `tokens` and may return fewer tokens than wanted, or none. A session becomes known with its
-    first request and is forgotten by `close`. Calls come one at a time. `blocking` says that `propose` takes long
-    enough to be kept off the event loop.
+    A session begins with its first request and ends with `close`. Calls come one at a time.
     """
 
     blocking: bool
+    """Whether `propose` takes so long that it has to run outside the event loop."""
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """One draft per request, in order."""
+        """Return one draft per request, in order; a draft may be shorter than wanted. Never changes `tokens`."""
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[Ahead | None]:
-        """Go on from drafts just proposed, each with its request and the round to draft for; None where that is not
-        to be had."""
+    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
+        """Continue drafts just proposed, each given with the request for the following round.
 
-    def seen(self, session: str) -> int:
-        """How many tokens of the session's states it has taken in: it needs those from the one before on. 0 if it
-        reads none, or has lost what it had."""
+        None where a draft cannot be continued.
+        """
 
-    def close(self, session: str) -> None:
-        """The session has ended."""
+    def seen(self, session_id: str) -> int:
+        """Return how many of the session's tokens are computed: states are needed from the one before on.
+
+        0 if the source reads no states, or has lost the session.
+        """
+
+    def close(self, session_id: str) -> None:
+        """Forget a session that has ended."""
 
 
 class WithoutStates:
-    """The part of a source that reads no states and never drafts ahead."""
+    """Base of sources that read no hidden states and never draft ahead."""
 
-    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[Ahead | None]:
-        """Nothing."""
+    def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
+        """Return no drafts."""
         return [None for _ in requests]
 
-    def seen(self, session: str) -> int:
-        """Reads no states."""
+    def seen(self, session_id: str) -> int:
+        """Return 0: the source reads no states."""
         return 0
 
 
@@ -99,8 +103,8 @@ class NoDrafts(WithoutStates):
     blocking = False
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """Empty drafts."""
+        """Return empty drafts."""
         return [Draft() for _ in requests]
 
-    def close(self, session: str) -> None:
-        """Nothing to forget."""
+    def close(self, session_id: str) -> None:
+        """Do nothing: no session is remembered."""

@@ -1,7 +1,7 @@
-"""What a drafter holds of the target's hidden states of one session, and which it still has to ask for. Pure.
+"""The target's hidden states of one session, as received by its drafter, and the positions still to request.
 
-Messages may come twice, late or never. A row is a function of the committed tokens up to its position, so two messages
-that tell of the same position say the same, and a lost one leaves a gap and nothing wrong.
+Messages may arrive twice, late or never. A row is a function of the committed tokens up to its position, so two
+messages with the same position agree, and a lost message leaves a gap but no wrong row.
 """
 
 from __future__ import annotations
@@ -15,25 +15,25 @@ from shared.models.hidden_states import Floats, unpack
 
 
 class HiddenRows:
-    """Rows by position: those received, from the first that is still of use.
+    """Received rows by position, from the first that is still needed.
 
-    Takes 4 bytes per element from the first useful position to the last received one: `need_from` keeps that short.
+    Takes 4 bytes per element from the first needed position to the last received one; `need_from` frees rows.
     Not thread-safe.
     """
 
     def __init__(self, size: int, limit: int) -> None:
         """size: elements per row, the target's hidden size. limit: the target's context in tokens; it bounds the
-        memory that a wrong message can take."""
+        memory that an invalid message can take."""
         self.size = size
         self._limit = limit
         self._first = 0
         """The position of `_rows[0]`."""
         self._rows: Floats = np.empty((0, size), np.float32)
         self._held: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Which of `_rows` have been received; as long as `_rows`, or shorter by what nothing was received of."""
+        """Whether each of `_rows` has been received; ends with the last received one."""
 
     def add(self, message: HiddenStates) -> None:
-        """Take rows in. Raises MessageError if they are not of this hidden size."""
+        """Add received rows. Raises MessageError if their hidden size is another."""
         if message.size != self.size:
             raise MessageError(
                 f"hidden states of size {message.size}, the draft model reads {self.size}: it was trained for another "
@@ -49,20 +49,19 @@ class HiddenRows:
         self._held[here] = True
 
     def wanted(self, committed_len: int) -> int | None:
-        """`hidden_from` of the next Verify, at `committed_len` committed tokens: the first position of use that is
-        missing. None if the session has left the limit."""
+        """Return `hidden_from` of the next Verify, at `committed_len` committed tokens: the first missing position that
+        is needed. None if the session has passed the limit."""
         missing = np.flatnonzero(~self._held)
         first_missing = self._first + (int(missing[0]) if len(missing) else len(self._held))
-        # The next round brings the row of the last committed token at least, whatever was received ahead of it.
+        # The next round yields at least the row of the last committed token, also where later rows arrived early.
         wanted = max(self._first, min(first_missing, committed_len - 1))
         return wanted if wanted < self._limit else None
 
     def run(self, committed_len: int) -> tuple[int, Floats]:
-        """The longest run of rows without a gap that ends with the newest that there can be at `committed_len` tokens,
-        the one at `committed_len - 2`: its first position, and (rows, size), not to be written to and
-        good until the next `add`.
+        """Return the longest run of rows without a gap that ends at the last possible position, `committed_len - 2`.
 
-        No rows, and the position after the newest, if that one is missing.
+        Returns its first position and the rows (rows, size), a view that is valid until the next `add` and not to be
+        written to. If the last row is missing: no rows, and the position after it.
         """
         stop = committed_len - 1 - self._first
         if stop > len(self._held) or stop < 1:
@@ -72,8 +71,10 @@ class HiddenRows:
         return self._first + start, self._rows[start:stop]
 
     def need_from(self, position: int) -> None:
-        """Only rows from `position` on are of use from now on. That is usually later than before; where it is earlier,
-        because the reader lost what it had made of them, all rows will be asked for again."""
+        """Drop the rows before `position`, which are needed no more.
+
+        If `position` is earlier than before, because the draft model lost its cache, all rows are requested again.
+        """
         count = position - self._first
         self._first = position
         if count < 0:
@@ -84,15 +85,15 @@ class HiddenRows:
         self._held = self._held[count:].copy()
 
     def truncate(self, length: int) -> None:
-        """Only the first `length` tokens are still committed: forget what was told of the others."""
+        """Drop the rows of all but the first `length` tokens, the only ones still committed."""
         kept = max(0, length - self._first)
         self._held = self._held[:kept]
         if length <= self._first:
-            # Consumed or not, the row of the last token is needed once a token follows it.
+            # The row of the last token is needed again once a token follows it.
             self._first = max(0, length - 1)
 
     def _reserve(self, count: int) -> None:
-        """Make `_held` at least this long, and `_rows` as long or longer."""
+        """Grow `_held` to at least `count` rows, and `_rows` to as many or more."""
         if count > len(self._rows):
             grown = np.empty((min(max(count, 2 * len(self._rows)), self._limit), self.size), np.float32)
             grown[: len(self._held)] = self._rows[: len(self._held)]

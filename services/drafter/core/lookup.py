@@ -1,60 +1,62 @@
-"""Prompt lookup: the tokens that followed the last occurrence of the session's latest n-gram, longest n first.
+"""Prompt lookup: copy the tokens that followed the last occurrence of the session's latest n-gram, longest n first.
 
-Costs next to nothing and needs no model; it pays where the output repeats its input or itself (summaries, edits, code).
+Lookup costs next to nothing and needs no model. It pays where the output repeats its input or itself (summaries, edits,
+code).
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.drafter.control import Guess, Step
+from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftRequest, WithoutStates
 
-NAME = "lookup"
+LOOKUP = "lookup"
 LONGEST = 3
+"""Longest n-gram, in tokens."""
 
 
 class LookupDrafts(WithoutStates):
-    """N-gram lookup over each session's own tokens, indexed as they come."""
+    """N-gram lookup over each session's own tokens, indexed as they are committed."""
 
     blocking = False
 
     def __init__(self) -> None:
-        self._sessions: dict[str, NgramIndex] = {}
+        self._indices: dict[str, NgramIndex] = {}
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """Copies of what followed the same n-gram before."""
+        """Return copies of the tokens that followed the same n-gram before."""
         return [self._propose(request) for request in requests]
 
     def _propose(self, request: DraftRequest) -> Draft:
-        index = self._sessions.setdefault(request.session, NgramIndex())
+        index = self._indices.setdefault(request.session_id, NgramIndex())
         index.extend(request.tokens)
-        if not request.round.wants(NAME):
+        if not request.round.wants(LOOKUP):
             return Draft()
         tokens, support = index.continuation(request.tokens, request.round.longest)
         kept: list[int] = []
         for token in tokens:
-            step = request.round.add(Guess(NAME, support=support))
-            if step is not Step.DROP:
+            decision = request.round.add(DraftToken(LOOKUP, support=support))
+            if decision is not DraftDecision.DROP:
                 kept.append(token)
-            if step is not Step.MORE:
+            if decision is not DraftDecision.MORE:
                 break
         return Draft(kept)
 
-    def close(self, session: str) -> None:
+    def close(self, session_id: str) -> None:
         """Drop the session's index."""
-        self._sessions.pop(session, None)
+        self._indices.pop(session_id, None)
 
 
 class NgramIndex:
-    """Where each n-gram of a growing token sequence last ended, the sequence's own end excepted."""
+    """The last position of each n-gram in a growing token sequence, except at the sequence's own end."""
 
     def __init__(self) -> None:
         self._ends: dict[tuple[int, ...], int] = {}
         self._indexed = 0
 
     def extend(self, tokens: Sequence[int]) -> None:
-        """Index every n-gram that ends before the last token."""
+        """Index every n-gram that ends before the last token. A sequence that became shorter is indexed anew."""
         if len(tokens) - 1 < self._indexed:
             self._ends.clear()
             self._indexed = 0
@@ -64,8 +66,10 @@ class NgramIndex:
         self._indexed = max(self._indexed, len(tokens) - 1)
 
     def continuation(self, tokens: Sequence[int], length: int, drafted: Sequence[int] = ()) -> tuple[list[int], int]:
-        """What followed the longest known n-gram at the end of `tokens` and `drafted`, and its n; a copy that reaches
-        the end goes on from its own tokens, so that a repeating pattern is continued."""
+        """Return the tokens that followed the longest known n-gram at the end of `tokens` and `drafted`, and its n.
+
+        A copy that reaches the end continues with its own tokens, so that a repeating pattern goes on.
+        """
         if length <= 0:
             return [], 0
         tail = [*tokens[-LONGEST:], *drafted]

@@ -1,6 +1,7 @@
-"""One session as its drafter sees it: the committed tokens, the round in flight. Pure.
+"""A session's state in its drafter, and the retransmission timer of its rounds.
 
-The drafter decides nothing about the text. It appends what results say is committed, and builds the next round on it.
+The drafter decides nothing about the text: it appends the tokens that results report as committed, and drafts from
+there.
 """
 
 from __future__ import annotations
@@ -10,6 +11,12 @@ from dataclasses import dataclass
 from shared import slo
 from shared.messages import Failure, Finish, Generate, HiddenFormat, Result, Status, Verify
 
+ALPHA = 1 / 8
+BETA = 1 / 4
+UNKNOWN_MS = 5000.0
+"""Timeout before the first measurement."""
+LONGEST_MS = 30_000.0
+
 
 @dataclass
 class DraftSession:
@@ -17,17 +24,17 @@ class DraftSession:
 
     generate: Generate
     tokens: list[int]
-    """Every committed token, prompt first."""
+    """All committed tokens, the prompt included."""
     round: int = 0
-    """The round to be verified next, or in flight."""
+    """Number of the round in flight, or of the next one."""
     first_ms: float | None = None
-    """When its first output token came, counted as `elapsed_ms`."""
+    """Time of the first output token, counted like `elapsed_ms`."""
     finish: Finish | None = None
     failure: Failure | None = None
 
     @property
-    def name(self) -> str:
-        """The session's name."""
+    def session_id(self) -> str:
+        """The session's id."""
         return self.generate.session
 
     @property
@@ -37,11 +44,11 @@ class DraftSession:
 
     @property
     def output_tokens(self) -> int:
-        """Committed tokens after the prompt."""
+        """Number of committed tokens after the prompt."""
         return len(self.tokens) - len(self.generate.prompt)
 
     def draft_room(self, draft_length: int, assumed: int = 0) -> int:
-        """Longest useful draft once `assumed` more tokens are committed: the bonus token takes the last place left."""
+        """Return the longest useful draft after `assumed` more tokens; the bonus token takes the last place."""
         return max(0, min(draft_length, self.generate.max_tokens - self.output_tokens - assumed - 1))
 
     def verify(
@@ -55,9 +62,9 @@ class DraftSession:
         hidden_from: int | None = None,
         hidden_format: HiddenFormat = HiddenFormat.BFLOAT16,
     ) -> Verify:
-        """The round's message to the scheduler."""
+        """Return the round's message to the scheduler."""
         return Verify(
-            session=self.name,
+            session=self.session_id,
             round=self.round,
             base_len=len(self.tokens),
             draft=draft,
@@ -76,10 +83,10 @@ class DraftSession:
         )
 
     def apply(self, result: Result) -> bool:
-        """Take a result in; returns whether it settles the round in flight.
+        """Apply a result, and return whether it settles the round in flight.
 
-        Results may come twice, late, or from a round of this session's previous drafter. A session that Redis lost a
-        part of goes back to what is committed there: the same tokens will be chosen again.
+        Results may arrive twice, late, or for a round of this session's previous drafter. When Redis has lost committed
+        tokens, the session goes back to those that are left; the target chooses the same tokens again.
         """
         if result.round != self.round or self.done:
             return False
@@ -94,10 +101,51 @@ class DraftSession:
         return True
 
 
-def judged(result: Result) -> tuple[int, int]:
-    """How many draft tokens a committed round verified, and how many of these were accepted."""
-    # Where the text ended with a draft token, those behind it were not judged. A result that repeats what an earlier
-    # drafter's copy of the round brought has verified nothing.
+def verified_counts(result: Result) -> tuple[int, int]:
+    """Return how many draft tokens a committed round verified, and how many of these it accepted."""
+    # Draft tokens behind the end of the text are not verified. A result that repeats an earlier commit of the round has
+    # verified nothing; its `trimmed_to` is 0.
     ended = len(result.tokens) <= result.accepted
     verified = min(result.trimmed_to, result.accepted) if ended else result.trimmed_to
     return verified, min(result.accepted, verified)
+
+
+@dataclass
+class RoundTimer:
+    """Timeout after which a round without a result is sent again.
+
+    The retransmission timer of TCP (RFC 6298, section 2): smoothed round time plus four times its mean deviation,
+    doubled with every attempt.
+    """
+
+    shortest_ms: float
+    smoothed_ms: float | None = None
+    deviation_ms: float = 0.0
+
+    def learn(self, measured_ms: float) -> None:
+        """Learn from a round that was sent once."""
+        if self.smoothed_ms is None:
+            self.smoothed_ms, self.deviation_ms = measured_ms, measured_ms / 2
+            return
+        self.deviation_ms += BETA * (abs(self.smoothed_ms - measured_ms) - self.deviation_ms)
+        self.smoothed_ms += ALPHA * (measured_ms - self.smoothed_ms)
+
+    def timeout_ms(self, attempt: int) -> float:
+        """Return the time to wait for the result of an attempt; the first is attempt 0."""
+        base = UNKNOWN_MS if self.smoothed_ms is None else self.smoothed_ms + 4 * self.deviation_ms
+        return float(min(LONGEST_MS, max(self.shortest_ms, base) * 2**attempt))
+
+
+class RoundTimers:
+    """The timers that all sessions of a drafter share.
+
+    A session's first round computes the prompt, so first rounds have a timer of their own.
+    """
+
+    def __init__(self, shortest_ms: float) -> None:
+        self._first = RoundTimer(shortest_ms)
+        self._later = RoundTimer(shortest_ms)
+
+    def of(self, session: DraftSession) -> RoundTimer:
+        """Return the timer for the session's next round."""
+        return self._first if session.output_tokens == 0 else self._later

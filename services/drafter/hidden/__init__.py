@@ -1,3 +1,3 @@
-"""The draft model that reads the target's hidden states."""
+"""A draft model that reads the target's hidden states: its files, its layers and its engine."""
 
 __all__ = ["card", "engine", "model", "target", "weights"]

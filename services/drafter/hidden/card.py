@@ -1,8 +1,8 @@
-"""A trained draft on disk, and what it was trained for. Known without torch.
+"""The folder of a trained hidden-state draft. Loads no torch.
 
-config.json         shape, and the target's name and vocabulary
-model.safetensors   the trained weights in bfloat16, and `head_ids`, the tokens that it can propose
-controller.json     the speculation controller's weights for drafts by it, if they were trained
+config.json         shape of the model, name and vocabulary of its target
+model.safetensors   trained weights in bfloat16, and `head_ids`, the ids of the tokens that it can propose
+controller.json     weights of the speculation controller for its drafts, if trained
 """
 
 from __future__ import annotations
@@ -40,38 +40,38 @@ class LayerConfig(BaseModel):
 
 
 class HiddenDraftConfig(BaseModel):
-    """Shape of the draft model, and the target that it belongs to."""
+    """Shape of the draft model."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     layer: LayerConfig
     layers: int = Field(ge=1)
     bottom_layers: int = Field(ge=0)
-    """How many of the target's first layers it runs."""
+    """Number of the target's first layers that it runs."""
     vocab_size: int = Field(gt=0)
 
 
 class DraftCard(BaseModel):
-    """config.json."""
+    """The content of config.json."""
 
     model_config = ConfigDict(frozen=True)
 
     model: HiddenDraftConfig
     target: str
-    """Name of the target it was trained for."""
+    """Name of the target that the draft was trained for."""
     vocab_fingerprint: str
 
 
 @dataclass(frozen=True)
 class HiddenDraftFolder:
-    """A folder that holds a trained draft."""
+    """A folder with a trained draft."""
 
     path: Path
     card: DraftCard
 
     @classmethod
     def open(cls, path: Path) -> HiddenDraftFolder:
-        """Raises ModelError."""
+        """Read the folder's card. Raises ModelError if it is missing or invalid."""
         try:
             return cls(path, DraftCard.model_validate_json((path / CONFIG).read_bytes()))
         except OSError as error:
@@ -81,7 +81,7 @@ class HiddenDraftFolder:
             raise _no_draft(path, f"{'.'.join(map(str, first['loc'])) or 'file'}: {first['msg']}") from error
 
     def fits(self, target: ModelFolder) -> bool:
-        """Whether it can draft for this target: the same vocabulary and hidden size."""
+        """Return whether the draft has the target's vocabulary and hidden size."""
         return (
             self.card.vocab_fingerprint == target.vocab_fingerprint
             and self.card.model.layer.hidden_size == target.config.get("hidden_size")
@@ -89,7 +89,7 @@ class HiddenDraftFolder:
 
     @property
     def controller(self) -> Path | None:
-        """The controller's weights that came with it."""
+        """File of the controller's weights that ship with the draft, if any."""
         path = self.path / CONTROLLER
         return path if path.is_file() else None
 
@@ -99,7 +99,7 @@ def _no_draft(path: Path, why: str | None) -> ModelError:
 
 
 def shipped_for(target: ModelFolder) -> HiddenDraftFolder | None:
-    """The draft that comes with WISP for this target, if there is one."""
+    """Return the draft that ships with WISP for this target, if any."""
     for config in sorted(SHIPPED.glob(f"*/{CONFIG}")):
         folder = HiddenDraftFolder.open(config.parent)
         if folder.fits(target):

@@ -1,4 +1,4 @@
-"""Many sessions of one hidden-state draft, computed together in packed steps, with a cache like the target engine's."""
+"""Computes many sessions of one hidden-state draft in packed steps, with a cache like that of the target's engine."""
 
 from __future__ import annotations
 
@@ -22,17 +22,18 @@ from shared.models.folder import ModelFolder
 
 @dataclass(frozen=True)
 class DraftStep:
-    """New tokens of one session, and the states before each of them: (tokens, hidden size); zeros where unknown."""
+    """New tokens of one session, with the target's state before each of them."""
 
-    session: str
+    session_id: str
     tokens: Sequence[int]
     before: Tensor
+    """(tokens, hidden size); zeros before a session's first token."""
 
 
 class DraftEngine:
-    """The draft model, the parts of the target that it needs, and its K/V cache.
+    """The draft model, the parts of the target that it uses, and its KV cache.
 
-    Not thread-safe: one thread at a time. A session begins empty with `open`; its K/V are its own, never shared.
+    Not thread-safe: one thread at a time. A session begins empty with `open`. Sessions share no KV.
     """
 
     def __init__(
@@ -41,11 +42,11 @@ class DraftEngine:
         target: ModelFolder,
         *,
         dtype: str = "bfloat16",
-        device: str = "cpu",
+        torch_device: str = "cpu",
         threads: int = 1,
         budget_tokens: int = 16384,
     ) -> None:
-        """budget_tokens: K/V room, rounded down to blocks. Raises ModelError if draft and target do not fit."""
+        """budget_tokens: KV budget, rounded down to whole blocks. Raises ModelError if draft and target do not fit."""
         if not draft.fits(target):
             raise ModelError(
                 f"the draft in {draft.path} was trained for {draft.card.target}, whose vocabulary or hidden size is not"
@@ -53,69 +54,70 @@ class DraftEngine:
             )
         torch.set_num_threads(threads)
         config = draft.card.model
-        self._device = usable(device)
+        self._torch_device = usable(torch_device)
         self._parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
         model, head_ids = weights.load(draft, DTYPES[dtype])
-        self._model = model.to(device)
-        self._bottom = self._parts.bottom.to(device)
-        # Rows are gathered from the mapped file, so that a drafter does not hold the whole embedding in memory.
+        self._model = model.to(torch_device)
+        self._bottom = self._parts.bottom.to(torch_device)
+        # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
         self._embedding = self._parts.embedding
         self.head_ids = head_ids
-        self._head = self._parts.head[head_ids].contiguous().to(device)
+        self._head = self._parts.head[head_ids].contiguous().to(torch_device)
         layer = config.layer
         self.hidden_size, self._scale = layer.hidden_size, layer.head_size**-0.5
         self._pool = BlockPool(max(1, budget_tokens // BLOCK))
         shape = Shape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
         self._cache: Cache = (
             BlockCache(shape, self._pool.capacity, DTYPES[dtype], threads)
-            if self._device.type == "cpu"
-            else GatherCache(shape, self._pool.capacity, DTYPES[dtype], self._device)
+            if self._torch_device.type == "cpu"
+            else GatherCache(shape, self._pool.capacity, DTYPES[dtype], self._torch_device)
         )
 
-    def open(self, session: str) -> None:
-        """Make a session known; nothing happens if it is."""
-        if session not in self._pool.sessions:
-            self._pool.attach(session, [])
+    def open(self, session_id: str) -> None:
+        """Begin a session; does nothing if it exists."""
+        if session_id not in self._pool.sessions:
+            self._pool.attach(session_id, [])
 
-    def length(self, session: str) -> int:
-        """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
-        return self._pool.length(session)
+    def length(self, session_id: str) -> int:
+        """Return the number of the session's tokens whose KV is held; 0 if it is unknown or was evicted."""
+        return self._pool.length(session_id)
 
-    def truncate(self, session: str, length: int) -> None:
+    def truncate(self, session_id: str, length: int) -> None:
         """Roll a session back to its first `length` tokens."""
-        self._pool.truncate(session, length)
+        self._pool.truncate(session_id, length)
 
-    def release(self, session: str) -> None:
-        """The session ended."""
-        self._pool.release(session)
+    def release(self, session_id: str) -> None:
+        """End a session and free its KV."""
+        self._pool.release(session_id)
 
     @torch.inference_mode()
     def forward(self, steps: Sequence[DraftStep]) -> Tensor:
-        """Estimates of the target's state at the last token of each step, (steps, hidden size).
+        """Return estimates of the target's state at the last token of each step: (steps, hidden size).
 
-        Idle sessions are evicted if their room is needed. Raises TooLong, CacheFull or EngineError; then no session
+        Evicts idle sessions if their room is needed. Raises TooLong, CacheFull or EngineError; then no session
         has changed.
         """
         counts = [len(step.tokens) for step in steps]
         if not steps or min(counts) < 1 or any(len(s.before) != n for s, n in zip(steps, counts, strict=True)):
             raise EngineError("every step needs at least one token, and one state for each")
-        starts = [self.length(step.session) for step in steps]
-        growth = self._pool.grow({step.session: len(step.tokens) for step in steps})
+        starts = [self.length(step.session_id) for step in steps]
+        growth = self._pool.grow({step.session_id: len(step.tokens) for step in steps})
         try:
             estimates = self._compute(steps, starts, counts)
         except BaseException:
             self._pool.undo(growth)
             raise
         for step in steps:
-            self._pool.append(step.session, step.tokens)
+            self._pool.append(step.session_id, step.tokens)
         return estimates
 
     def _compute(self, steps: Sequence[DraftStep], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
         tokens = torch.tensor([token for step in steps for token in step.tokens])
-        positions = torch.cat([torch.arange(a, a + n) for a, n in zip(starts, counts, strict=True)]).to(self._device)
-        before = torch.cat([step.before for step in steps]).to(self._device)
-        embedded = self._embedding[tokens].to(self._device)
-        self._cache.begin(Batch([self._pool.table(step.session) for step in steps], starts, counts))
+        ranges = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
+        positions = torch.cat(ranges).to(self._torch_device)
+        before = torch.cat([step.before for step in steps]).to(self._torch_device)
+        embedded = self._embedding[tokens].to(self._torch_device)
+        self._cache.begin(Batch([self._pool.table(step.session_id) for step in steps], starts, counts))
         bottom = None
         if self._bottom:
             bottom = run_layers(list(self._bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
@@ -123,12 +125,12 @@ class DraftEngine:
         layers = list(self._model.layers)
         g = run_layers(layers, u, positions, self._attend, len(self._bottom))  # type: ignore[arg-type]
         last = torch.tensor(counts).cumsum(0) - 1
-        return self._model.norm(g[last.to(self._device)])  # type: ignore[no-any-return]
+        return self._model.norm(g[last.to(self._torch_device)])  # type: ignore[no-any-return]
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._cache.attend(layer, q, k, v, self._scale, 0)
 
     @torch.inference_mode()
     def logits(self, estimates: Tensor) -> Tensor:
-        """Logits of the tokens `head_ids`: (rows, tokens), float32."""
+        """Return the logits of the tokens `head_ids`: (rows, tokens), float32."""
         return functional.linear(estimates, self._head).float()

@@ -1,15 +1,15 @@
 """A draft model that reads the target's final hidden states, after EAGLE (arXiv 2401.15077).
 
-At position t it sees the token x_t and the target's final hidden state h_(t-1), the one that x_t was chosen from:
+At position t the model reads the token x_t and the target's final hidden state h_(t-1), which x_t was chosen from:
 
     b_t = bottom(x_1 ... x_t)                       the target's own first layers, frozen
     u_t = fc [ rms(embedding(x_t)) ; rms(b_t) ; h_(t-1) / spread ]
-    g_t = norm( layers(u_1 ... u_t) )               an estimate of h_t; the target's own head makes logits of it
+    g_t = norm( layers(u_1 ... u_t) )               an estimate of h_t; the target's own head turns it into logits
 
-`spread` is the standard deviation of each channel of h. Beyond the last committed token the model goes on from its own
-estimates. Embedding, first layers and head are the target's, read from its folder: they are neither trained nor stored
-with the draft. The first layers know which tokens follow which, rare ones too, better than could be learned from a
-few million tokens; EAGLE has none.
+`spread` is the standard deviation of each channel of h. Beyond the last committed token the model continues from its
+own estimates. Embedding, first layers and head are the target's, read from its folder: they are neither trained nor
+stored with the draft. The first layers hold which tokens follow which, rare ones included, better than a few million
+training tokens could teach; EAGLE uses none.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ from torch.nn import functional
 from services.drafter.hidden.card import HiddenDraftConfig, LayerConfig
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
-"""Attention of one layer: its number, and q, k, v (..., tokens, heads, head size), rotated; returns q's shape."""
+"""Attention of one layer. Arguments: its number; q, k and v, each (..., tokens, heads, head size), q and k rotated.
+Returns q's shape."""
 
 
 class RmsNorm(nn.Module):
@@ -39,7 +40,7 @@ class RmsNorm(nn.Module):
 
 
 class Layer(nn.Module):
-    """A Llama decoder layer; who attends to whom is the caller's business."""
+    """A Llama decoder layer without the attention itself, which the caller computes."""
 
     def __init__(self, config: LayerConfig) -> None:
         super().__init__()
@@ -53,36 +54,36 @@ class Layer(nn.Module):
         self.down = nn.Linear(config.intermediate_size, size, bias=False)
 
     def queries_keys_values(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
-        """Each (..., tokens, heads, head size), queries and keys rotated."""
+        """Return queries, keys and values: each (..., tokens, heads, head size), queries and keys rotated."""
         c = self.config
         heads = self.qkv(self.attention_norm(x)).unflatten(-1, (c.heads + 2 * c.kv_heads, c.head_size))
         turned = _rotated(heads[..., : c.heads + c.kv_heads, :], rotation)
         return turned[..., : c.heads, :], turned[..., c.heads :, :], heads[..., c.heads + c.kv_heads :, :]
 
     def rotation(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """Cosines and sines for positions (..., tokens); a model's layers share them."""
-        # No buffer of the module: it would be rounded with the weights, and bfloat16 is too coarse for angles.
+        """Return cosines and sines for positions (..., tokens); a model's layers share them."""
+        # Not a buffer of the module: it would be rounded with the weights, and bfloat16 is too coarse for angles.
         half = self.config.head_size // 2
         frequencies = self.config.rope_theta ** (-torch.arange(half, device=positions.device) / half)
         angles = positions[..., None, None].float() * frequencies
         return angles.cos(), angles.sin()
 
     def outputs(self, x: Tensor, attended: Tensor) -> Tensor:
-        """The layer's output, from its input and what attention gave (..., tokens, heads, head size)."""
+        """Return the layer's output. x: its input. attended: attention's output, (..., tokens, heads, head size)."""
         x = x + self.out(attended.flatten(-2))
         gate, up = self.gate_up(self.mlp_norm(x)).chunk(2, -1)
         return x + self.down(functional.silu(gate) * up)  # type: ignore[no-any-return]
 
 
 def _rotated(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-    """Rotary position embedding, the two halves of a head as pairs, as Llama has it."""
+    """Rotary position embedding with the two halves of a head as pairs, as in Llama."""
     cos, sin = rotation
     first, second = x.float().chunk(2, -1)
     return torch.cat([first * cos - second * sin, second * cos + first * sin], -1).to(x.dtype)
 
 
 class HiddenDraft(nn.Module):
-    """What is trained: `fc`, the layers, the last norm."""
+    """The trained part of the model: `fc`, the layers, the last norm."""
 
     spread: Tensor
 
@@ -96,22 +97,23 @@ class HiddenDraft(nn.Module):
         self.norm = RmsNorm(size, config.layer.norm_eps)
 
     def known(self, embedded: Tensor, bottom: Tensor | None) -> Tensor:
-        """The part of the input that tokens alone decide: embeddings and the first layers' outputs, (..., size) each.
+        """Return the part of the input that depends on tokens only.
 
-        `bottom` is None for a draft that runs none of the target's layers.
+        embedded, bottom: embeddings and the first layers' outputs, (..., size) each; `bottom` is None for a draft that
+        runs none of the target's layers.
         """
         eps = self.config.layer.norm_eps
         parts = [embedded] if bottom is None else [embedded, bottom]
         return torch.cat([functional.rms_norm(part.float(), part.shape[-1:], eps=eps) for part in parts], -1)
 
     def inputs(self, known: Tensor, hidden: Tensor) -> Tensor:
-        """u, from `known` and the states before the tokens (..., size)."""
+        """Return u. known: of `known`. hidden: the states before the tokens, (..., size)."""
         joined = torch.cat([known, hidden.float() / self.spread], -1)
         return self.fc(joined.to(self.fc.weight.dtype))  # type: ignore[no-any-return]
 
 
 def run_layers(layers: Sequence[Layer], x: Tensor, positions: Tensor, attend: Attend, first: int = 0) -> Tensor:
-    """x (..., tokens, size) through the layers, which `attend` knows by the numbers from `first` on."""
+    """Run x (..., tokens, size) through the layers. first: number of the first layer, for `attend`."""
     rotation = layers[0].rotation(positions)
     for number, layer in enumerate(layers, first):
         x = layer.outputs(x, attend(number, *layer.queries_keys_values(x, rotation)))

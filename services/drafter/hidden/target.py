@@ -1,4 +1,4 @@
-"""What a draft model borrows from its target, read straight from the target's files: no other weight is loaded."""
+"""The target's parts that a draft model uses, read from the target's files without loading its other weights."""
 
 from __future__ import annotations
 
@@ -18,30 +18,33 @@ from shared.models.folder import ModelFolder
 
 @dataclass(frozen=True)
 class TargetParts:
-    """Embedding and head, (vocabulary, hidden size) each (one tensor if they are tied), the first layers, and the last
-    norm's gain."""
+    """The target's embedding, head, first layers and last norm.
+
+    Embedding and head are (vocabulary, hidden size) each, and one tensor if they are tied.
+    """
 
     embedding: Tensor
     head: Tensor
     bottom: nn.ModuleList
     norm: Tensor
+    """Gain of the last norm: (hidden size,)."""
 
-    def to(self, device: str) -> TargetParts:
-        """The same on a device."""
-        embedding = self.embedding.to(device)
-        head = embedding if self.head is self.embedding else self.head.to(device)
-        return TargetParts(embedding, head, self.bottom.to(device), self.norm.to(device))
+    def to(self, torch_device: str) -> TargetParts:
+        """Return the parts on a torch device; a tied head stays tied."""
+        embedding = self.embedding.to(torch_device)
+        head = embedding if self.head is self.embedding else self.head.to(torch_device)
+        return TargetParts(embedding, head, self.bottom.to(torch_device), self.norm.to(torch_device))
 
 
 def layer_config(folder: ModelFolder) -> LayerConfig:
-    """The shape of the target's layers. Raises ModelError if they are not Llama's."""
+    """Return the shape of the target's layers. Raises ModelError if they are not plain Llama layers."""
     config = json.loads((folder.path / "config.json").read_text())
     plain = config.get("hidden_act") == "silu" and not config.get("attention_bias") and not config.get("mlp_bias")
     rope = config.get("rope_parameters") or {}
     scaled = config.get("rope_scaling") or rope.get("rope_type", "default") != "default"
     if config.get("model_type") != "llama" or not plain or scaled:
         raise ModelError(
-            f"{folder.path} is no plain Llama model (model_type {config.get('model_type')!r}): a hidden-state draft "
+            f"{folder.path} is not a plain Llama model (model_type {config.get('model_type')!r}): a hidden-state draft "
             "reads its layers directly; choose another draft source (lookup, model, none)"
         )
     try:
@@ -60,20 +63,20 @@ def layer_config(folder: ModelFolder) -> LayerConfig:
 
 
 def target_parts(folder: ModelFolder, bottom_layers: int, dtype: torch.dtype) -> TargetParts:
-    """Read them. Raises ModelError if a weight is missing or the target has too few layers."""
+    """Read the parts. Raises ModelError if a weight is missing or the target has too few layers."""
     config = layer_config(folder)
-    wanted = _Wanted(folder, dtype)
+    tensors = _FolderTensors(folder, dtype)
     tied = json.loads((folder.path / "config.json").read_text()).get("tie_word_embeddings", False)
-    embedding = wanted["model.embed_tokens.weight"]
+    embedding = tensors["model.embed_tokens.weight"]
     layers = nn.ModuleList(Layer(config).to(dtype) for _ in range(bottom_layers))
     for number, layer in enumerate(layers):
-        _fill(layer, wanted, f"model.layers.{number}")
+        _fill(layer, tensors, f"model.layers.{number}")
     layers.requires_grad_(requires_grad=False)
-    head = embedding if tied else wanted["lm_head.weight"]
-    return TargetParts(embedding, head, layers, wanted["model.norm.weight"])
+    head = embedding if tied else tensors["lm_head.weight"]
+    return TargetParts(embedding, head, layers, tensors["model.norm.weight"])
 
 
-def _fill(layer: nn.Module, weights: _Wanted, prefix: str) -> None:
+def _fill(layer: nn.Module, weights: _FolderTensors, prefix: str) -> None:
     def joined(*names: str) -> Tensor:
         return torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
 
@@ -90,8 +93,8 @@ def _fill(layer: nn.Module, weights: _Wanted, prefix: str) -> None:
     )
 
 
-class _Wanted:
-    """Tensors of a model folder by name."""
+class _FolderTensors:
+    """Tensors of a model folder by name, read one at a time."""
 
     def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
         self._folder, self._dtype = folder, dtype
@@ -99,7 +102,7 @@ class _Wanted:
     def __getitem__(self, name: str) -> Tensor:
         for path in self._folder.weights:
             with safe_open(path, framework="pt") as file:
-                if name in file.keys():  # noqa: SIM118 - it is no mapping
+                if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     tensor: Tensor = file.get_tensor(name)
                     return tensor.to(self._dtype)
-        raise ModelError(f"{self._folder.path} has no weight {name}: its drafts need a Llama-like target with it")
+        raise ModelError(f"{self._folder.path} has no weight {name}; a hidden-state draft needs a Llama-like target")

@@ -1,4 +1,4 @@
-"""Reading and writing a trained draft's weights."""
+"""Reads and writes the weights of a trained draft."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.models.folder import ModelFolder
 
 
 def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Tensor]:
-    """The model, and the ids of the tokens that it can propose, ascending. Raises ModelError."""
+    """Return the model, and the ascending ids of the tokens that it can propose. Raises ModelError."""
     model = HiddenDraft(folder.card.model)
     try:
         tensors = load_file(folder.path / WEIGHTS)
@@ -25,6 +25,7 @@ def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Te
         model.load_state_dict(tensors)
     except (OSError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelError(f"{folder.path / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    # States are divided by `spread` before they are rounded, so it stays in float32.
     spread = model.spread.clone()
     model = model.to(dtype).eval()
     model.spread = spread
@@ -32,7 +33,7 @@ def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Te
 
 
 def save(path: Path, model: HiddenDraft, head_ids: Tensor, target: ModelFolder) -> None:
-    """Write a trained draft."""
+    """Write a trained draft into the folder `path`."""
     path.mkdir(parents=True, exist_ok=True)
     card = DraftCard(model=model.config, target=target.name, vocab_fingerprint=target.vocab_fingerprint)
     tensors = {name: tensor.to(torch.bfloat16).contiguous() for name, tensor in model.state_dict().items()}

@@ -1,6 +1,16 @@
-"""Where drafts come from, behind one interface: `none`, `lookup`, `model`, `hidden`, and the last with lookup."""
+"""Draft sources: `registry` lists them by name; this package holds those that compute with a model."""
 
-from services.drafter.core.draft import Ahead, Draft, DraftRequest, DraftSource, NoDrafts, States
+from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, DraftSource, NoDrafts, States
 from services.drafter.core.lookup import LookupDrafts
 
-__all__ = ["Ahead", "Draft", "DraftRequest", "DraftSource", "LookupDrafts", "NoDrafts", "States", "guesses", "hidden"]
+__all__ = [
+    "Draft",
+    "DraftAhead",
+    "DraftRequest",
+    "DraftSource",
+    "LookupDrafts",
+    "NoDrafts",
+    "States",
+    "hidden",
+    "model",
+]

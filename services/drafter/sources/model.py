@@ -1,7 +1,7 @@
-"""Drafts by a small language model with the target's vocabulary, all sessions in packed steps.
+"""Drafts by a small language model with the target's vocabulary, computed for all sessions in packed steps.
 
-It draws with its own logits but the session's own noise, the same that the target's choice is made with, so that the
-two often pick the same token at any temperature (`shared.sampling.sampler`).
+The model chooses from its own logits with the session's noise, the same noise that the target's choice is made with, so
+that both often choose the same token at any temperature (`shared.sampling.sampler`).
 """
 
 from __future__ import annotations
@@ -9,15 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from torch import Tensor
 
-from services.drafter.control import Step as Verdict
+from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftRequest, WithoutStates
-from services.drafter.sources.guesses import guesses
+from services.drafter.sources.registry import MODEL
 from shared.engine import Engine, Step
 from shared.errors import EngineError
 from shared.sampling.sampler import choose
-
-NAME = "model"
 
 
 class ModelDrafts(WithoutStates):
@@ -29,13 +28,15 @@ class ModelDrafts(WithoutStates):
         self._engine = engine
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
-        """Draft for all sessions, one packed step per position; what does not fit at once is drafted in parts, and a
-        draft ends where there is no more room."""
+        """Draft for all sessions, one packed step per position.
+
+        Requests that do not fit into the cache together are drafted in parts. A draft ends where the cache is full.
+        """
         drafts = [Draft() for _ in requests]
         try:
             self._draft(requests, drafts)
         except EngineError:
-            # Only from the start: once tokens were added to the rounds, they stay.
+            # Split only before the first step: tokens that were added to the rounds stay in them.
             if len(requests) > 1 and not any(draft.steps for draft in drafts):
                 half = len(requests) // 2
                 return self.propose(requests[:half]) + self.propose(requests[half:])
@@ -44,10 +45,10 @@ class ModelDrafts(WithoutStates):
     def _draft(self, requests: Sequence[DraftRequest], drafts: list[Draft]) -> None:
         steps: dict[int, Step] = {}
         for i, request in enumerate(requests):
-            if request.round.wants(NAME):
-                held = min(self._engine.attach(request.session, request.tokens), len(request.tokens) - 1)
-                self._engine.truncate(request.session, held)
-                steps[i] = Step(request.session, request.tokens[held:], rows=1)
+            if request.round.wants(MODEL):
+                held = min(self._engine.attach(request.session_id, request.tokens), len(request.tokens) - 1)
+                self._engine.truncate(request.session_id, held)
+                steps[i] = Step(request.session_id, request.tokens[held:], rows=1)
         while steps:
             logits = self._engine.forward(list(steps.values())).logits
             chosen = choose(
@@ -55,16 +56,34 @@ class ModelDrafts(WithoutStates):
                 [requests[i].sampling for i in steps],
                 [len(requests[i].tokens) + len(drafts[i].tokens) for i in steps],
             )
+            tokens = draft_tokens(MODEL, logits, torch.tensor(chosen))
             following: dict[int, Step] = {}
-            for i, token, guess in zip(steps, chosen, guesses(NAME, logits, torch.tensor(chosen)), strict=True):
-                drafts[i].steps[NAME] = drafts[i].steps.get(NAME, 0) + 1
-                verdict = requests[i].round.add(guess)
-                if verdict is not Verdict.DROP:
-                    drafts[i].tokens.append(token)
-                if verdict is Verdict.MORE:
-                    following[i] = Step(requests[i].session, [token], rows=1)
+            for i, token_id, token in zip(steps, chosen, tokens, strict=True):
+                drafts[i].steps[MODEL] = drafts[i].steps.get(MODEL, 0) + 1
+                decision = requests[i].round.add(token)
+                if decision is not DraftDecision.DROP:
+                    drafts[i].tokens.append(token_id)
+                if decision is DraftDecision.MORE:
+                    following[i] = Step(requests[i].session_id, [token_id], rows=1)
             steps = following
 
-    def close(self, session: str) -> None:
+    def close(self, session_id: str) -> None:
         """Free the session's cache."""
-        self._engine.release(session)
+        self._engine.release(session_id)
+
+
+def draft_tokens(source: str, logits: Tensor, columns: Tensor) -> list[DraftToken]:
+    """Return the statistics of chosen tokens.
+
+    logits: (rows, tokens). columns: (rows,), the column of the token chosen in each row.
+    """
+    logits = logits.float()
+    shares = torch.softmax(logits, -1)
+    confidence = shares.gather(1, columns[:, None].to(shares.device))[:, 0]
+    # log Z - sum p x is the entropy without a logarithm of every share.
+    entropy = torch.logsumexp(logits, -1) - (shares * logits).sum(-1)
+    best = shares.topk(min(2, shares.shape[1]), -1).values
+    margin = best[:, 0] - best[:, -1]
+    spread = logits.std(-1)
+    rows = zip(confidence.tolist(), entropy.tolist(), margin.tolist(), spread.tolist(), strict=True)
+    return [DraftToken(source, *row) for row in rows]

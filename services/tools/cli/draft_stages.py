@@ -115,7 +115,7 @@ def _source(run: Run, folder: HiddenDraftFolder) -> HiddenDrafts:
             folder,
             run.target,
             dtype=run.config.target_dtype,
-            device=run.config.device,
+            torch_device=run.config.device,
             threads=settings.threads,
             budget_tokens=1 << 16,
         )

@@ -14,7 +14,7 @@ from scipy.optimize import minimize
 from scipy.stats import rankdata
 
 from services.drafter.control.features import NAMES
-from services.drafter.control.weights import FURTHEST, Inputs, Logistic, Perceptron
+from services.drafter.control.weights import INPUT_BOUND, Inputs, Logistic, Perceptron
 
 Array = NDArray[np.float64]
 Labels = NDArray[np.bool_]
@@ -146,7 +146,7 @@ def _inputs(rows: Array, names: Sequence[str]) -> Inputs:
 def _standardised(inputs: Inputs, rows: Array) -> Array:
     columns = rows[:, [NAMES.index(name) for name in inputs.features]]
     x = (columns - np.array(inputs.mean)) / np.array(inputs.scale)
-    return np.clip(np.nan_to_num(x, nan=0.0), -FURTHEST, FURTHEST)  # type: ignore[no-any-return]
+    return np.clip(np.nan_to_num(x, nan=0.0), -INPUT_BOUND, INPUT_BOUND)  # type: ignore[no-any-return]
 
 
 def _sigmoid(z: Array) -> Array:

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from services.drafter.control.features import NAMES, Context, Recent, features
+from services.drafter.control.features import NAMES, RecentAcceptance, RoundContext, features
 from services.drafter.control.records import RoundRecord
 from services.drafter.control.weights import ControlWeights, Logistic, Predictor
 from services.drafter.control_files import read_records, save_weights
@@ -139,11 +139,11 @@ def _trainable(examples: _Examples) -> bool:
 def _examples(recorded: Iterable[RoundRecord]) -> _Examples:
     rows, accepted, sources, sessions, places = [], [], [], [], []
     numbers: dict[str, int] = {}
-    recents: dict[str, Recent] = {}
+    recents: dict[str, RecentAcceptance] = {}
     for place, record in enumerate(recorded):
         number = numbers.setdefault(record.session, len(numbers))
-        recent = recents.setdefault(record.session, Recent())
-        context = Context(record.temperature, record.target_entropy, recent.value)
+        recent = recents.setdefault(record.session, RecentAcceptance())
+        context = RoundContext(record.temperature, record.target_entropy, recent.value)
         for i, guess in enumerate(record.guesses[: min(record.verified, record.accepted + 1)]):
             rows.append([np.nan if value is None else value for value in features(guess, i, context)])
             accepted.append(i < record.accepted)

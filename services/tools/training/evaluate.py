@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from services.drafter.control import Controller, Round, SessionControl
+from services.drafter.control import Controller, DraftRound, SessionControl
 from services.drafter.control.records import RoundRecord
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
@@ -74,7 +74,7 @@ class _Session:
         self.tokens: list[int] = text.tokens.tolist()
         self.length = text.prompt_len
         self.control = control
-        self.ahead: tuple[list[int], Draft, Round] | None = None
+        self.ahead: tuple[list[int], Draft, DraftRound] | None = None
         """The draft for the next round, if the committed tokens are then these."""
 
     @property
@@ -120,7 +120,7 @@ def rounds(
         ]
         while active:
             asked: list[tuple[_Session, DraftRequest]] = []
-            kept: list[tuple[_Session, Draft, Round]] = []
+            kept: list[tuple[_Session, Draft, DraftRound]] = []
             for session in active:
                 committed = session.tokens[: session.length]
                 ahead, session.ahead = session.ahead, None
@@ -152,7 +152,7 @@ def _draft_ahead(source: DraftSource, drafted: Sequence[tuple[_Session, DraftReq
     asked = []
     for session, request, draft in drafted:
         room = session.room - len(draft.tokens) - 1
-        if room > 0 and not session.control.resting:
+        if room > 0 and not session.control.decodes_plainly:
             began = session.control.ahead(room, session.text.temperature)
             asked.append((session, (replace(request, round=began, states=None), draft)))
     for (session, (request, draft)), ahead in zip(asked, source.ahead([pair for _, pair in asked]), strict=True):
@@ -160,19 +160,19 @@ def _draft_ahead(source: DraftSource, drafted: Sequence[tuple[_Session, DraftReq
             session.ahead = ([*request.tokens, *draft.tokens, ahead.bonus], ahead.draft, request.round)
 
 
-def _judge(session: _Session, began: Round, draft: Draft, ahead: bool) -> Drafted:
+def _judge(session: _Session, began: DraftRound, draft: Draft, ahead: bool) -> Drafted:
     truth = session.tokens[session.length :]
     accepted = 0
     while accepted < len(draft.tokens) and draft.tokens[accepted] == truth[accepted]:
         accepted += 1
     steps = sum(draft.steps.values())
     # A step that only continued an accepted token was not in vain, whatever it led to: the first wrong token's is not.
-    useful = sum(token.guess.source in draft.steps for token in began.drafted[: accepted + 1])
+    useful = sum(drafted.token.source in draft.steps for drafted in began.drafted[: accepted + 1])
     return Drafted(
         text=session.index,
         kind=session.text.kind,
         temperature=session.text.temperature,
-        sources=tuple(guess.source for guess in began.guesses),
+        sources=tuple(token.source for token in began.tokens),
         accepted=accepted,
         steps=steps,
         wasted=max(0, steps - useful),

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.console import Console
 
-from services.drafter.control import Controller, ControlWeights, Pace, RuleName
+from services.drafter.control import Controller, ControlWeights, RoundTimes, RuleName
 from services.drafter.control_files import load_weights
 from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
 from services.drafter.hidden.engine import DraftEngine
@@ -48,7 +48,7 @@ REAL_TOKENS = 64
 Row = dict[str, Any]
 
 
-class FixedPace(Pace):
+class FixedTimes(RoundTimes):
     """Times as measured before, so that every arm is judged by the same; `extra_ms` longer rounds."""
 
     def __init__(self, measured: DraftCosts, extra_ms: float = 0.0) -> None:
@@ -91,7 +91,7 @@ class DraftBench:
 
     def controller(self, rule: RuleName, length: int, extra_ms: float = 0.0) -> Controller:
         """A controller that knows the measured times."""
-        return Controller(rule, length, self.weights, FixedPace(self.measured, extra_ms))
+        return Controller(rule, length, self.weights, FixedTimes(self.measured, extra_ms))
 
     def rounds(
         self, name: str, rule: RuleName, length: int, extra_ms: float = 0.0, ahead: bool = False
@@ -101,7 +101,7 @@ class DraftBench:
         return list(rounds(self.source(name), NAMES[name], controller, self.texts, optimistic=ahead))
 
     def real(self, name: str, rule: RuleName, length: int, texts: Sequence[shards.Text]) -> list[float]:
-        """Tokens per second of each text, really drafted and verified; the controller learns its own pace."""
+        """Tokens per second of each text, really drafted and verified; the controller learns its own times."""
         controller = Controller(rule, length, self.weights)
         source, names = self.source(name), NAMES.get(name, ())
         return [tokens_per_second(self.engine, source, names, controller, text, self.stop_ids) for text in texts]

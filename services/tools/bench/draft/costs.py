@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from services.drafter.hidden.engine import DraftEngine, DraftStep
-from services.drafter.sources.guesses import guesses
+from services.drafter.sources.model import draft_tokens
 from services.tools.training.evaluate import Costs
 from services.tools.training.shards import Text
 from shared.engine import Engine, Step
@@ -83,7 +83,7 @@ def _drafting(
             estimates = draft.forward([DraftStep(name, [token], state) for name in names])
             logits = draft.logits(estimates)
             chosen = choose(logits, [Sampling()] * len(names), [CONTEXT] * len(names), columns)
-            guesses("hidden", logits, torch.from_numpy(columns.ids.searchsorted(chosen)))
+            draft_tokens("hidden", logits, torch.from_numpy(columns.ids.searchsorted(chosen)))
         for name in names:
             draft.truncate(name, CONTEXT - 1)
 

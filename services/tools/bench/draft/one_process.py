@@ -45,10 +45,10 @@ def tokens_per_second(
         done = time.perf_counter()
         assert outcome.verdict is not None, outcome.error
         for name, steps in draft.steps.items():
-            control.pace.learn_draft(name, steps, (drafted - started) * 1000, draft.computed)
+            control.times.learn_draft(name, steps, (drafted - started) * 1000, draft.computed)
         verify_ms = (done - drafted) * 1000
         if not first:
-            control.pace.learn_round(len(draft.tokens), verify_ms, verify_ms, 0.0, len(draft.tokens) + 1)
+            control.times.learn_round(len(draft.tokens), verify_ms, verify_ms, 0.0, len(draft.tokens) + 1)
         control.settle(round_, len(draft.tokens), outcome.verdict.accepted)
         tokens = [*tokens, *outcome.verdict.tokens]
         if first:

@@ -10,7 +10,7 @@ from pathlib import Path
 from secrets import token_hex
 from typing import Any
 
-from services.drafter.core.profile import Link
+from services.drafter.core.profile import LinkProfile
 from services.drafter.link import load_profile
 from services.tools.bench.load.arms import THIS_MACHINE, Arm, Environment
 from services.tools.bench.load.client import LoadClient, http_client
@@ -148,7 +148,7 @@ class Campaign:
                     step.done(f"drafter of {device.name}")
             yield stack
 
-    def _uplinks(self) -> dict[str, Link]:
+    def _uplinks(self) -> dict[str, LinkProfile]:
         """The way of each kind of device to the server. Raises SettingsError."""
         names = [device.name for device in self.plan.workload.devices if device.name != THIS_MACHINE]
         return {name: profile.uplink for name in names if (profile := load_profile(name)) is not None}
@@ -160,7 +160,7 @@ class Campaign:
         observer: BatchObserver | None,
         *,
         pools: bool = False,
-        uplinks: Mapping[str, Link] | None = None,
+        uplinks: Mapping[str, LinkProfile] | None = None,
     ) -> None:
         async with http_client(url) as http:
             client = await LoadClient.connect(http, pools=pools, uplinks=uplinks)

@@ -14,7 +14,7 @@ from typing import Any
 
 import httpx
 
-from services.drafter.core.profile import Link, Travel
+from services.drafter.core.profile import LinkDelays, LinkProfile
 from services.tools.bench.load.core.record import EVENT_END, RequestRecord, record_of, refusal_of
 from services.tools.bench.load.core.requests import LoadRequest
 from services.tools.local.settings import LocalSettings
@@ -37,12 +37,12 @@ class LoadClient:
     model: str
     pools: bool
     """Whether each request goes to the drafters of its device."""
-    uplinks: Mapping[str, Link] = field(default_factory=dict)
+    uplinks: Mapping[str, LinkProfile] = field(default_factory=dict)
     """Ways of devices to the server: a request of one travels so long before it is sent."""
 
     @classmethod
     async def connect(
-        cls, http: httpx.AsyncClient, *, pools: bool, uplinks: Mapping[str, Link] | None = None
+        cls, http: httpx.AsyncClient, *, pools: bool, uplinks: Mapping[str, LinkProfile] | None = None
     ) -> LoadClient:
         """Ask the server for its model. Raises ServerUnusable."""
         try:
@@ -65,7 +65,7 @@ class LoadClient:
         cut, reason = False, ""
         try:
             if (uplink := self.uplinks.get(request.device)) is not None:
-                way = Travel(uplink, f"{request.session}/{request.number}")
+                way = LinkDelays(uplink, f"{request.session}/{request.number}")
                 await asyncio.sleep(way.arrival_ms(0.0) / 1000)
             async with self.http.stream(
                 "POST", "chat/completions", json=self._body(request), headers=_headers(request)

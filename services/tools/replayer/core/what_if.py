@@ -17,8 +17,8 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from services.drafter.control.rules import Marginal, Standing
-from services.drafter.control.times import Pace
+from services.drafter.control.rules import Marginal, RoundForecast
+from services.drafter.control.times import RoundTimes
 from services.drafter.core.session import DraftSession
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.tools.replayer.core.performance import Performance, ServedRequest, performance
@@ -119,7 +119,7 @@ class _VirtualRun:
         self._open = len(traffic.requests)
         self._sessions: dict[str, _VirtualSession] = {}
         self._verifiers: dict[str, _VirtualVerifier] = {}
-        self._paces: dict[str, Pace] = {}
+        self._times: dict[str, RoundTimes] = {}
         self._marginal = Marginal()
         self._batch_sizes: list[int] = []
 
@@ -182,8 +182,8 @@ class _VirtualRun:
 
     def _publish_load(self, now_ms: float) -> None:
         load = self._dispatcher.load(now_ms)
-        for pace in self._paces.values():
-            pace.hear(load)
+        for times in self._times.values():
+            times.apply_load(load)
         self._at(now_ms + LOAD_MS, self._publish_load)
 
     def _begin(self, request: RecordedRequest, now_ms: float) -> None:
@@ -220,16 +220,16 @@ class _VirtualRun:
             longest = min(longest, self._plan.longest)
         if self._plan.rule != "marginal":
             return longest
-        pace = self._paces.setdefault(draft.drafter_id, Pace())
-        longest = min(longest, pace.draft_cap)
+        times = self._times.setdefault(draft.drafter_id, RoundTimes())
+        longest = min(longest, times.draft_cap)
         step_ms = draft.draft_ms / len(draft.acceptance) if draft.acceptance else 0.0
-        standing = Standing(pace.base_ms)
+        forecast = RoundForecast(times.base_ms)
         length = 0
         for acceptance in draft.acceptance[:longest]:
-            if not self._marginal.goes_on(standing, [acceptance], step_ms, pace.token_ms):
+            if not self._marginal.goes_on(forecast, [acceptance], step_ms, times.token_ms):
                 break
-            standing.ms += step_ms
-            standing.keep(acceptance, pace.token_ms)
+            forecast.ms += step_ms
+            forecast.keep(acceptance, times.token_ms)
             length += 1
         return length
 
@@ -272,8 +272,8 @@ class _VirtualRun:
         session.served.add_tokens(len(result.tokens), now_ms)
         if session.state.first_ms is None:
             session.state.first_ms = now_ms - session.served.start_ms
-        pace = self._paces.setdefault(sent.drafter, Pace())
-        pace.learn_round(len(job.draft), job.queue_ms + took_ms + self._traffic.hop_ms, took_ms, job.queue_ms, new)
+        times = self._times.setdefault(sent.drafter, RoundTimes())
+        times.learn_round(len(job.draft), job.queue_ms + took_ms + self._traffic.hop_ms, took_ms, job.queue_ms, new)
         if result.finish is not None:
             session.served.complete = session.request.complete
             self._open -= 1

@@ -1,0 +1,164 @@
+"""The draft sources by name: the choices of `draft_source`, `--draft-source` and a request's `wisp.draft`.
+
+To add a source, implement `DraftSource` and add it to `SOURCES`. This module loads no torch.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from services.drafter.core.draft import DraftSource, NoDrafts
+from services.drafter.core.lookup import LOOKUP, LookupDrafts
+from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
+from shared.errors import ModelError
+from shared.models.folder import ModelFolder
+from shared.runtime import logging
+
+if TYPE_CHECKING:
+    from services.drafter.settings import DraftSettings
+
+AUTO = "auto"
+"""The choice that leaves the source to the drafter: the first of `PREFERRED` that is available."""
+PREFERRED = ("combined", "lookup")
+MODEL, HIDDEN = "model", "hidden"
+
+
+@dataclass(frozen=True)
+class LoadedSource:
+    """A draft source that is ready to draft."""
+
+    source: DraftSource
+    vocab_fingerprint: str | None = None
+    """Vocabulary that it was made for; None fits any."""
+    hidden_size: int = 0
+    """Size of the hidden states that it reads."""
+    context: int = 0
+    """The target's context in tokens, if it reads hidden states."""
+    controller: Path | None = None
+    """Weights of the speculation controller that ship with it."""
+
+
+Load = Callable[["DraftSettings", Mapping[str, LoadedSource]], LoadedSource | None]
+
+
+@dataclass(frozen=True)
+class SourceKind:
+    """A draft source that settings and requests can choose."""
+
+    token_sources: tuple[str, ...]
+    """Values of `DraftToken.source` in its drafts; the controller measures and calibrates each."""
+    load: Load
+    """Loads it, given the sources before it in `SOURCES`; None if the settings do not ask for it. Raises ModelError."""
+    required: Callable[[DraftSettings], bool] = lambda settings: False
+    """Whether the settings demand it, so that a drafter without it must not start."""
+    needs_torch: bool = False
+    reads_hidden_states: bool = False
+
+
+def load_sources(settings: DraftSettings) -> dict[str, LoadedSource]:
+    """Load the sources that the settings ask for, and those that cost nothing. Raises ModelError."""
+    torch_missing = importlib.util.find_spec("torch") is None
+    loaded: dict[str, LoadedSource] = {}
+    for name, kind in SOURCES.items():
+        if kind.needs_torch and torch_missing:
+            if kind.required(settings):
+                raise ModelError(f"the draft source {name!r} needs torch: pip install 'wisp[model]'")
+        elif (source := kind.load(settings, loaded)) is not None:
+            loaded[name] = source
+    return loaded
+
+
+def _requires_hidden(settings: DraftSettings) -> bool:
+    return settings.hidden_draft is not None or settings.draft_source in ("hidden", "combined")
+
+
+def _load_hidden(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> LoadedSource | None:
+    folder = _hidden_draft(settings)
+    if folder is None:
+        return None
+    from services.drafter.hidden.engine import DraftEngine
+    from services.drafter.sources.hidden import HiddenDrafts
+
+    target = ModelFolder(settings.target)
+    engine = DraftEngine(
+        folder,
+        target,
+        dtype=settings.draft_dtype,
+        torch_device=settings.device,
+        threads=settings.threads,
+        budget_tokens=settings.cache_tokens,
+    )
+    return LoadedSource(
+        HiddenDrafts(engine),
+        vocab_fingerprint=folder.card.vocab_fingerprint,
+        hidden_size=folder.card.model.layer.hidden_size,
+        context=target.max_len,
+        controller=folder.controller,
+    )
+
+
+def _hidden_draft(settings: DraftSettings) -> HiddenDraftFolder | None:
+    """Return the folder of the hidden-state draft to load, if one is wanted and available."""
+    required = _requires_hidden(settings)
+    if not required and settings.draft_source != AUTO:
+        return None
+    if settings.hidden_draft is not None:
+        return HiddenDraftFolder.open(settings.hidden_draft)
+    try:
+        found = shipped_for(ModelFolder(settings.target))
+    except ModelError as error:
+        if required:
+            raise
+        logging.get().warning("no hidden-state draft; drafting by lookup", error=str(error))
+        return None
+    if found is None and required:
+        raise ModelError(
+            f"no hidden-state draft is shipped for {settings.target}; train one with `wisp draft train` and name its "
+            "folder (WISP_HIDDEN_DRAFT), or choose draft source lookup"
+        )
+    return found
+
+
+def _load_model(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> LoadedSource | None:
+    if settings.draft_model is None:
+        return None
+    from services.drafter.sources.model import ModelDrafts
+    from shared.engine import Engine
+
+    engine = Engine(
+        settings.draft_model,
+        dtype=settings.draft_dtype,
+        device=settings.device,
+        threads=settings.threads,
+        budget_tokens=settings.cache_tokens,
+    )
+    return LoadedSource(ModelDrafts(engine), vocab_fingerprint=ModelFolder(settings.draft_model).vocab_fingerprint)
+
+
+SOURCES: Mapping[str, SourceKind] = {
+    "none": SourceKind((), lambda settings, loaded: LoadedSource(NoDrafts())),
+    "lookup": SourceKind((LOOKUP,), lambda settings, loaded: LoadedSource(LookupDrafts())),
+    "model": SourceKind(
+        (MODEL,), _load_model, required=lambda settings: settings.draft_model is not None, needs_torch=True
+    ),
+    "hidden": SourceKind(
+        (HIDDEN,), _load_hidden, required=_requires_hidden, needs_torch=True, reads_hidden_states=True
+    ),
+    # The same source as `hidden`: it copies beside the model where a request allows both.
+    "combined": SourceKind(
+        (HIDDEN, LOOKUP),
+        lambda settings, loaded: loaded.get("hidden"),
+        needs_torch=True,
+        reads_hidden_states=True,
+    ),
+}
+CHOICES = (AUTO, *SOURCES)
+if TYPE_CHECKING:
+    SourceChoiceName = str
+else:
+    # A Literal, so that settings accept these names only and list them in `--help`.
+    SourceChoiceName = Literal[tuple(sorted(CHOICES))]
