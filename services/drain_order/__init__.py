@@ -1,3 +1,3 @@
-"""Tells Kubernetes which verifier pod to take first when it scales in."""
+"""Annotates verifier pods so that Kubernetes removes those that hold the least KV first when it scales in."""
 
 __all__ = ["settings"]

@@ -1,4 +1,4 @@
-"""The loop: heartbeats from Redis in, annotations of pods out."""
+"""The drain order: reads the verifiers' heartbeats from Redis, and annotates their pods with deletion costs."""
 
 from __future__ import annotations
 
@@ -15,21 +15,23 @@ from shared.errors import BrokersError, SettingsError, WispError
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
+from shared.runtime.settings import host_of
 from shared.state.store import Store
 
 ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
-"""When a Deployment gets smaller, pods with the lowest cost go first; without the annotation it is 0."""
+"""When a Deployment scales in, Kubernetes removes pods with the lowest cost first; the default cost is 0."""
 TIMEOUT_S = 5.0
 
 
 class KubernetesError(WispError):
-    """Kubernetes' API did not do what it was asked."""
+    """The Kubernetes API refused a request, or was unreachable."""
 
 
 class Pods:
-    """The pods of one namespace, as far as they are annotated here."""
+    """Writes deletion costs to the pods of one namespace."""
 
     def __init__(self, settings: DrainOrderSettings) -> None:
+        """Raises SettingsError if token or authority cannot be read."""
         self._url = f"{settings.kubernetes_url.rstrip('/')}/api/v1/namespaces/{quote(settings.pod_namespace)}/pods/"
         self._token_file = settings.kubernetes_token_file
         try:
@@ -41,16 +43,16 @@ class Pods:
             )
         except OSError as error:
             raise SettingsError(
-                f"{error}; it is mounted into pods with automountServiceAccountToken. See WISP_KUBERNETES_TOKEN_FILE "
-                "and WISP_KUBERNETES_CA_FILE"
+                f"{error}; Kubernetes mounts it into pods with automountServiceAccountToken. See "
+                "WISP_KUBERNETES_TOKEN_FILE and WISP_KUBERNETES_CA_FILE"
             ) from error
 
     def _token(self) -> str:
-        # Kubernetes renews the file every hour.
+        # Read for every request, since Kubernetes renews the file every hour.
         return self._token_file.read_text().strip()
 
     def annotate(self, pod: str, cost: int) -> bool:
-        """Tell a pod's cost, in a blocking call; returns whether there is such a pod. Raises KubernetesError."""
+        """Write a pod's cost, in a blocking call, and return whether the pod exists. Raises KubernetesError."""
         request = urllib.request.Request(
             self._url + quote(pod),
             json.dumps({"metadata": {"annotations": {ANNOTATION: str(cost)}}}).encode(),
@@ -67,31 +69,32 @@ class Pods:
             text = error.read(500).decode(errors="replace")
             raise KubernetesError(f"Kubernetes refuses to annotate pod {pod}: {error.code} {text}") from error
         except OSError as error:
-            raise KubernetesError(f"Kubernetes cannot be asked to annotate pod {pod}: {error}") from error
+            raise KubernetesError(f"cannot annotate pod {pod}, since Kubernetes is unreachable: {error}") from error
 
 
 async def serve(settings: DrainOrderSettings, instance: str, stop: asyncio.Event) -> None:
-    """Keep the annotations of the verifiers' pods as they should be, until `stop`."""
+    """Keep the annotations of the verifiers' pods up to date until `stop` is set."""
     log = logging.get()
     pods = Pods(settings)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
-    told: dict[str, int] = {}
+    published: dict[str, int] = {}
 
-    async def look() -> None:
-        wanted = deletion_costs(await store.heartbeats())
-        for pod in told.keys() - wanted.keys():
-            del told[pod]
-        for pod, cost in changes(wanted, told).items():
+    async def update() -> None:
+        costs = deletion_costs(await store.heartbeats())
+        wanted = {host_of("verifier", verifier_id): cost for verifier_id, cost in costs.items()}
+        for pod in published.keys() - wanted.keys():
+            del published[pod]
+        for pod, cost in changes(wanted, published).items():
             if not await asyncio.to_thread(pods.annotate, pod, cost):
                 log.debug("no such pod", pod=pod)  # a verifier outside the cluster
-            told[pod] = cost
+            published[pod] = cost
 
     async def watch() -> None:
         while True:
             try:
-                await look()
+                await update()
             except (BrokersError, KubernetesError) as error:
-                log.warning("the drain order may be old", error=str(error))
+                log.warning("the drain order may be out of date", error=str(error))
             await asyncio.sleep(settings.interval_s)
 
     try:

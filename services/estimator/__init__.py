@@ -1,3 +1,3 @@
-"""The estimator: learns from measured batches how long each verifier takes, and tells the schedulers."""
+"""The estimator: fits each verifier's cost model to its measured batches, and publishes it to the schedulers."""
 
 __all__ = ["settings"]

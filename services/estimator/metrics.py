@@ -1,7 +1,7 @@
-"""What an estimator counts."""
+"""The estimator's metrics."""
 
 from prometheus_client import Counter, Gauge
 
-BATCHES = Counter("wisp_estimator_batches", "Measured batches that were learned from", ["kind"])
+BATCHES = Counter("wisp_estimator_batches", "Measured batches learned from", ["kind"])
 MODELS = Counter("wisp_estimator_models", "Cost models published")
-VERIFIERS = Gauge("wisp_estimator_verifiers", "Verifiers heard of since the start")
+VERIFIERS = Gauge("wisp_estimator_verifiers", "Verifiers with samples since the start")

@@ -1,4 +1,4 @@
-"""The estimator's loop: samples in, cost models out, the last ones kept in Redis."""
+"""The estimator: takes samples, publishes cost models, and stores the latest ones in Redis."""
 
 from __future__ import annotations
 
@@ -20,60 +20,71 @@ from shared.state.store import Store
 
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:
     """Run an estimator until `stop` is set."""
-    log = logging.get()
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
-    fits: dict[str, VerifierFit] = {}
-    changed: set[str] = set()
-
-    async def receive(message: Message) -> None:
-        if not isinstance(message, Sample):
-            return
-        name = message.verifier
-        if name not in fits:
-            # Read only now: while this estimator was a stand-by, the active one has stored newer models.
-            start = None if message.profile else await _stored(store, name)
-            fits.setdefault(name, VerifierFit(name, settings.forgetting, start))
-        fit = fits[name]
-        metrics.VERIFIERS.set(len(fits))
-        metrics.BATCHES.labels("profile" if message.profile else "live").inc(len(message.batches))
-        if message.profile:
-            fit.start_from(message.batches)
-        else:
-            for batch in message.batches:
-                fit.add(batch)
-        changed.add(name)
-
-    async def publish() -> None:
-        while True:
-            await asyncio.sleep(settings.publish_ms / 1000)
-            names = sorted(changed)
-            changed.clear()
-            for name in names:
-                model = fits[name].model()
-                await broker.publish(model, topology.costmodel(name))
-                metrics.MODELS.inc()
-                try:
-                    await store.save_cost_model(model)
-                except BrokersError as error:
-                    log.warning("cost model not stored", verifier=name, error=str(error))
-
+    estimator = Estimator(settings, broker, store)
     try:
-        await broker.consume(broker.topology.sample_queue(), receive)
+        await broker.consume(broker.topology.sample_queue(), estimator.receive)
         HEALTH.watch(broker, store)
-        log.info("ready")
-        async with running(stop, publish()):
+        logging.get().info("ready")
+        async with running(stop, estimator.publish()):
             pass
     finally:
         await broker.close()
         await store.close()
 
 
-async def _stored(store: Store, verifier: str) -> CostModel | None:
-    try:
-        return next((model for model in await store.cost_models() if model.verifier == verifier), None)
-    except BrokersError as error:
-        logging.get().warning("starting without the stored cost model", verifier=verifier, error=str(error))
-        return None
+class Estimator:
+    """The fits of all verifiers."""
+
+    def __init__(self, settings: EstimatorSettings, broker: Broker, store: Store) -> None:
+        self._settings = settings
+        self._broker = broker
+        self._store = store
+        self._log = logging.get()
+        self._fits: dict[str, VerifierFit] = {}
+        self._changed: set[str] = set()
+
+    async def receive(self, message: Message) -> None:
+        """Learn from a verifier's sample; a start-up profile replaces everything learned before."""
+        if not isinstance(message, Sample):
+            return
+        verifier_id = message.verifier
+        if verifier_id not in self._fits:
+            # Not read at the start: while this estimator was a stand-by, the active one stored newer models.
+            stored = None if message.profile else await self._stored(verifier_id)
+            self._fits.setdefault(verifier_id, VerifierFit(verifier_id, self._settings.forgetting, stored))
+        fit = self._fits[verifier_id]
+        metrics.VERIFIERS.set(len(self._fits))
+        metrics.BATCHES.labels("profile" if message.profile else "live").inc(len(message.batches))
+        if message.profile:
+            fit.start_from(message.batches)
+        else:
+            for batch in message.batches:
+                fit.add(batch)
+        self._changed.add(verifier_id)
+
+    async def publish(self) -> None:
+        """Publish and store changed models, one after another, until cancelled."""
+        while True:
+            await asyncio.sleep(self._settings.publish_ms / 1000)
+            changed = sorted(self._changed)
+            self._changed.clear()
+            for verifier_id in changed:
+                model = self._fits[verifier_id].model()
+                await self._broker.publish(model, topology.costmodel(verifier_id))
+                metrics.MODELS.inc()
+                try:
+                    await self._store.save_cost_model(model)
+                except BrokersError as error:
+                    self._log.warning("cost model not stored", verifier=verifier_id, error=str(error))
+
+    async def _stored(self, verifier_id: str) -> CostModel | None:
+        """Return the stored model of a verifier; None if there is none or Redis is unavailable."""
+        try:
+            return next((model for model in await self._store.cost_models() if model.verifier == verifier_id), None)
+        except BrokersError as error:
+            self._log.warning("starting without the stored cost model", verifier=verifier_id, error=str(error))
+            return None

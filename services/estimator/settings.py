@@ -10,5 +10,5 @@ from shared.runtime.settings import ServiceSettings
 class EstimatorSettings(ServiceSettings):
     """One estimator process. Several may run; the broker makes one of them active."""
 
-    forgetting: float = Field(0.99, gt=0.5, lt=1, description="weight of a batch relative to the one after it")
-    publish_ms: int = Field(500, ge=50, description="shortest time between two models of one verifier")
+    forgetting: float = Field(0.99, gt=0.5, lt=1, description="weight of a batch relative to the next one")
+    publish_ms: int = Field(500, ge=50, description="shortest time between two models of one verifier, in milliseconds")

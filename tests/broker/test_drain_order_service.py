@@ -1,4 +1,4 @@
-"""The drain order against a real Redis, and a server that takes what Kubernetes' API takes."""
+"""The drain order with a real Redis, and a server in place of the Kubernetes API."""
 
 from __future__ import annotations
 
@@ -21,20 +21,20 @@ from shared.state.store import Store
 TOKEN = "a-token"
 
 
-class Api(ThreadingHTTPServer):
-    """Knows some pods, and what they were annotated with."""
+class FakeKubernetes(ThreadingHTTPServer):
+    """A Kubernetes API with some pods; keeps the cost that each was annotated with."""
 
     daemon_threads = True
 
     def __init__(self, pods: list[str]) -> None:
-        super().__init__(("127.0.0.1", 0), Handler)
+        super().__init__(("127.0.0.1", 0), FakeKubernetesHandler)
         self.costs: dict[str, str | None] = dict.fromkeys(pods)
         self.patches = 0
         self.broken = False
 
 
-class Handler(BaseHTTPRequestHandler):
-    server: Api
+class FakeKubernetesHandler(BaseHTTPRequestHandler):
+    server: FakeKubernetes
 
     def do_PATCH(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
@@ -57,12 +57,12 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(b"{}")
 
     def log_message(self, format: str, *args: object) -> None:
-        """Say nothing."""
+        """Log nothing."""
 
 
 @pytest.fixture
-def api() -> Iterator[Api]:
-    server = Api(["pod-a", "pod-b"])
+def api() -> Iterator[FakeKubernetes]:
+    server = FakeKubernetes(["pod-a", "pod-b"])
     Thread(target=server.serve_forever, daemon=True).start()
     yield server
     server.shutdown()
@@ -70,7 +70,7 @@ def api() -> Iterator[Api]:
 
 
 @pytest.fixture
-def settings(api: Api, redis_url: str, namespace: str, tmp_path: Path) -> DrainOrderSettings:
+def settings(api: FakeKubernetes, redis_url: str, namespace: str, tmp_path: Path) -> DrainOrderSettings:
     (tmp_path / "token").write_text(f"{TOKEN}\n")
     return DrainOrderSettings(
         redis_url=redis_url,
@@ -102,16 +102,16 @@ async def serving(settings: DrainOrderSettings) -> AsyncIterator[None]:
     await asyncio.wait_for(task, 10)
 
 
-async def until(api: Api, costs: dict[str, str | None]) -> None:
+async def until(api: FakeKubernetes, costs: dict[str, str | None]) -> None:
     with suppress(TimeoutError):
         async with asyncio.timeout(10):
-            while api.costs != costs:  # noqa: ASYNC110 - another thread takes them
+            while api.costs != costs:  # noqa: ASYNC110 - another thread writes them
                 await asyncio.sleep(0.02)
     assert api.costs == costs
 
 
-async def test_pods_are_annotated_with_what_they_hold_and_again_when_that_changes(
-    api: Api, store: Store, serving: None
+async def test_pods_are_annotated_with_costs_and_again_when_these_change(
+    api: FakeKubernetes, store: Store, serving: None
 ) -> None:
     await beat(store, "pod-a", 5000)
     await beat(store, "pod-b", 0)
@@ -119,12 +119,12 @@ async def test_pods_are_annotated_with_what_they_hold_and_again_when_that_change
     await until(api, {"pod-a": "13", "pod-b": "0"})
     patches = api.patches
     await asyncio.sleep(0.3)
-    assert api.patches == patches, "told again although nothing changed"
+    assert api.patches == patches, "nothing changed, so nothing is written"
     await beat(store, "pod-b", 9000)
     await until(api, {"pod-a": "13", "pod-b": "14"})
 
 
-async def test_an_outage_of_kubernetes_ends_nothing(api: Api, store: Store, serving: None) -> None:
+async def test_the_service_survives_an_outage_of_kubernetes(api: FakeKubernetes, store: Store, serving: None) -> None:
     api.broken = True
     await beat(store, "pod-a", 5000)
     while not api.patches:  # noqa: ASYNC110
@@ -134,13 +134,13 @@ async def test_an_outage_of_kubernetes_ends_nothing(api: Api, store: Store, serv
     await until(api, {"pod-a": "13", "pod-b": None})
 
 
-async def test_a_token_that_is_not_good_is_told(settings: DrainOrderSettings) -> None:
+async def test_an_invalid_token_is_reported(settings: DrainOrderSettings) -> None:
     settings.kubernetes_token_file.write_text("another")
     with pytest.raises(KubernetesError, match="refuses to annotate pod pod-a: 403"):
         await asyncio.to_thread(Pods(settings).annotate, "pod-a", 1)
 
 
-def test_without_a_token_it_does_not_start(settings: DrainOrderSettings) -> None:
+def test_a_missing_token_stops_the_start(settings: DrainOrderSettings) -> None:
     settings.kubernetes_token_file.unlink()
     with pytest.raises(SettingsError, match="automountServiceAccountToken"):
         Pods(settings)

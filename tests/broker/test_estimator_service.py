@@ -17,12 +17,12 @@ from shared.state.store import Store
 
 
 def samples(speed: float) -> list[Measurement]:
-    """Batches of a verifier that takes 50 ms and 2 ms per new token."""
+    """Return measured batches of a verifier that takes 50 ms, and 2 ms per new token, times `speed`."""
     shapes = [cost.shape_of([(new, 100 + new, 1)] * jobs) for jobs in (1, 2, 4) for new in (1, 5, 32)]
     return [Measurement(shape=s, measured_ms=speed * (50.0 + 2.0 * s.new_tokens)) for s in shapes]
 
 
-async def test_models_are_published_and_kept_and_a_restart_goes_on_from_them(
+async def test_models_are_published_stored_and_continued_after_a_restart(
     amqp_url: str, redis_url: str, namespace: str
 ) -> None:
     settings = EstimatorSettings(amqp_url=amqp_url, redis_url=redis_url, namespace=namespace, publish_ms=50)
@@ -46,7 +46,7 @@ async def test_models_are_published_and_kept_and_a_restart_goes_on_from_them(
         assert isinstance(model, CostModel)
         return model
 
-    # Without an estimator, samples wait for one: its queue has to be there before they are sent.
+    # Samples wait for an estimator in its queue, which has to exist before they are sent.
     await broker.consume(broker.topology.own_queue("test", "early", ()), models.put)
     stop = asyncio.Event()
     first_serving = asyncio.create_task(serve(settings, "estimator", stop))
@@ -58,12 +58,12 @@ async def test_models_are_published_and_kept_and_a_restart_goes_on_from_them(
     assert cost.predict_ms(first, shape) == pytest.approx(82.0, rel=0.05)
     assert await store.cost_models() == [first]
 
-    # A restarted estimator that sees one batch only still knows the others.
+    # A restarted estimator continues from the stored model, although it receives a single batch.
     second = await learn(samples(1.0)[:1], profile=False)
     assert (second.version, second.samples) == (first.version + 1, first.samples + 1)
     assert cost.predict_ms(second, shape) == pytest.approx(82.0, rel=0.05)
 
-    # A verifier that starts anew, at another speed, is not held to what its namesake took.
+    # The profile of a restarted verifier replaces the model of its predecessor with the same name.
     third = await learn(samples(3.0), profile=True)
     assert cost.predict_ms(third, shape) == pytest.approx(3 * 82.0, rel=0.05)
     assert third.samples == len(samples(3.0))

@@ -1,1 +1,1 @@
-"""The order in which verifier pods may be deleted. Pure: no I/O, no clock."""
+"""The order in which Kubernetes removes verifier pods. Pure: no I/O, no clock."""
