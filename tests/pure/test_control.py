@@ -1,4 +1,4 @@
-"""The speculation controller: when a draft ends, what its estimates learn, and when a session decodes plainly."""
+"""The speculation controller: the length of drafts, calibration, plain decoding, measured times, and its files."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ from shared.messages import Load
 BASE_MS, TOKEN_MS, STEP_MS = 54.0, 2.2, 4.3
 NO_INPUTS = Inputs(features=[], mean=[], scale=[])
 EXACT = Logistic(inputs=Inputs(features=["confidence"], mean=[0.0], scale=[1.0]), weights=[1.0], bias=0.0)
-"""Acceptance is the confidence."""
+"""Estimates the acceptance as the confidence."""
 RULES: list[RuleName] = ["fixed", "entropy", "predictor", "marginal"]
 
 probabilities = st.floats(0.001, 0.999)
@@ -53,7 +53,7 @@ def network(features_: Sequence[str]) -> Perceptron:
 
 
 def measured(price_ms: float = 0.0, draft_cap: int = 64) -> RoundTimes:
-    """A pace that has seen many rounds of a machine like that of the README."""
+    """Times learned from many rounds of the machine that the README measures."""
     times = RoundTimes()
     for _ in range(10):
         for k in (0, 1, 2, 4, 8):
@@ -74,33 +74,33 @@ def controller(rule: RuleName = "marginal", length: int = 8, price_ms: float = 0
     return Controller(rule, length, weights, measured(price_ms, draft_cap))
 
 
-def guess(confidence: float = 0.9, source: str = "model", **more: object) -> DraftToken:
+def token(confidence: float = 0.9, source: str = "model", **more: object) -> DraftToken:
     return DraftToken(source, confidence, entropy=-2 * math.log(confidence), **more)  # type: ignore[arg-type]
 
 
-def draft(round_: DraftRound, guesses: Sequence[DraftToken]) -> list[DraftDecision]:
-    """Feed guesses in until the draft ends."""
+def draft(round_: DraftRound, tokens: Sequence[DraftToken]) -> list[DraftDecision]:
+    """Add tokens until the draft ends."""
     steps = []
-    for one in guesses[: round_.longest]:
+    for one in tokens[: round_.longest]:
         steps.append(round_.add(one))
         if steps[-1] is not DraftDecision.MORE:
             break
     return steps
 
 
-def live(
+def run_rounds(
     session: SessionControl,
     rounds: int,
     confidence: Callable[[], float],
     truth: Callable[[float], float],
     rng: random.Random | None = None,
 ) -> list[tuple[DraftRound, int]]:
-    """Rounds whose tokens are accepted with chance truth(confidence); each with its accepted count."""
+    """Run rounds whose tokens are accepted with probability truth(confidence); return each with its accepted count."""
     rng = rng or random.Random(1)
     seen = []
     for _ in range(rounds):
         round_ = session.begin(100, 0.0)
-        draft(round_, [guess(confidence()) for _ in range(round_.longest)])
+        draft(round_, [token(confidence()) for _ in range(round_.longest)])
         accepted = 0
         while accepted < round_.kept and rng.random() < truth(round_.tokens[accepted].confidence):
             accepted += 1
@@ -109,32 +109,32 @@ def live(
     return seen
 
 
-# Rules
+# Stop rules
 
 
 def test_fixed_drafts_to_the_end() -> None:
     round_ = controller("fixed", 3).session("model").begin(10, 0.0)
-    assert draft(round_, [guess(0.01)] * 9) == [DraftDecision.MORE, DraftDecision.MORE, DraftDecision.LAST]
+    assert draft(round_, [token(0.01)] * 9) == [DraftDecision.MORE, DraftDecision.MORE, DraftDecision.LAST]
     assert round_.acceptance == pytest.approx([0.01] * 3)
 
 
 def test_entropy_stops_before_an_uncertain_token() -> None:
     round_ = controller("entropy").session("model").begin(10, 0.0)
-    decisions = draft(round_, [guess(0.9), guess(0.9), guess(0.01)])
+    decisions = draft(round_, [token(0.9), token(0.9), token(0.01)])
     assert decisions == [DraftDecision.MORE, DraftDecision.MORE, DraftDecision.DROP]
     assert round_.kept == 2
 
 
-def test_entropy_grows_strict_when_much_is_rejected() -> None:
+def test_entropy_becomes_strict_when_many_tokens_are_rejected() -> None:
     session = controller("entropy").session("model")
-    lengths = [round_.kept for round_, _ in live(session, 200, lambda: 0.5, lambda _: 0.0)]
+    lengths = [round_.kept for round_, _ in run_rounds(session, 200, lambda: 0.5, lambda _: 0.0)]
     assert lengths[0] == 8
     assert sum(lengths[-50:]) / 50 < 2
 
 
 def test_predictor_stops_where_it_expects_a_rejection() -> None:
     round_ = controller("predictor").session("model").begin(10, 0.0)
-    assert draft(round_, [guess(0.9), guess(0.4)]) == [DraftDecision.MORE, DraftDecision.DROP]
+    assert draft(round_, [token(0.9), token(0.4)]) == [DraftDecision.MORE, DraftDecision.DROP]
 
 
 def test_predictor_judges_copied_tokens_by_their_calibrated_acceptance() -> None:
@@ -149,7 +149,7 @@ def test_predictor_without_weights_is_refused() -> None:
 
 
 def best_length(acceptance: float, price_ms: float) -> int:
-    """The constant draft length of highest tokens per second, for tokens that are all alike."""
+    """Return the constant draft length with the most tokens per second, for tokens of equal acceptance."""
 
     def rate(k: int) -> float:
         return sum(acceptance**i for i in range(k + 1)) / (BASE_MS + k * (STEP_MS + TOKEN_MS + price_ms))
@@ -159,25 +159,27 @@ def best_length(acceptance: float, price_ms: float) -> int:
 
 @pytest.mark.parametrize("price_ms", [0.0, 10.0, 40.0, 200.0])
 @pytest.mark.parametrize("acceptance", [0.05, 0.3, 0.5, 0.7, 0.9])
-def test_marginal_finds_the_best_length(acceptance: float, price_ms: float) -> None:
+def test_marginal_drafts_close_to_the_best_length(acceptance: float, price_ms: float) -> None:
     session = controller(price_ms=price_ms).session("model")
-    lengths = [round_.kept for round_, _ in live(session, 300, lambda: acceptance, lambda c: c) if not round_.probing]
+    lengths = [
+        round_.kept for round_, _ in run_rounds(session, 300, lambda: acceptance, lambda c: c) if not round_.probing
+    ]
     usual = max(set(lengths), key=lengths.count)
     assert abs(usual - best_length(acceptance, price_ms)) <= (1 if best_length(acceptance, price_ms) else 0)
 
 
-def test_marginal_keeps_what_it_would_not_have_drafted() -> None:
-    # Drafting is paid by then; only verifying it costs.
+def test_marginal_keeps_a_token_that_it_would_not_have_drafted() -> None:
+    # The time to draft the token is spent; only its verification still costs time.
     c = controller()
     for _ in range(50):
         c.times.learn_draft("model", 1, 30.0)
     round_ = c.session("model").begin(10, 0.0)
     assert (round_.longest, round_.wants("model")) == (0, False)
     round_.longest = 8
-    assert round_.add(guess(0.3)) is DraftDecision.LAST
+    assert round_.add(token(0.3)) is DraftDecision.LAST
 
 
-def test_free_copies_go_on_where_model_drafts_do_not() -> None:
+def test_marginal_copies_where_drafting_by_a_model_does_not_pay() -> None:
     c = controller()
     for _ in range(50):
         c.times.learn_draft("model", 1, 60.0)
@@ -188,7 +190,7 @@ def test_free_copies_go_on_where_model_drafts_do_not() -> None:
 
 def kept(confidences: Sequence[float], price_ms: float, rule: RuleName = "marginal") -> int:
     round_ = controller(rule, price_ms=price_ms).session("model").begin(100, 0.0)
-    draft(round_, [guess(c) for c in confidences])
+    draft(round_, [token(c) for c in confidences])
     return round_.kept
 
 
@@ -203,15 +205,15 @@ def test_a_higher_acceptance_never_shortens_the_draft(pairs: list[tuple[float, f
 
 
 @given(st.sampled_from(RULES), st.integers(-1, 12), st.integers(0, 12), st.integers(0, 12), st.integers(0, 30))
-def test_no_draft_is_longer_than_room_setting_and_cap(rule: RuleName, room: int, length: int, cap: int, n: int) -> None:
+def test_no_draft_is_longer_than_room_setting_or_cap(rule: RuleName, room: int, length: int, cap: int, n: int) -> None:
     session = controller(rule, length, draft_cap=cap).session("model")
     for _ in range(n):
-        live(session, 1, lambda: 0.8, lambda _: 0.0)
+        run_rounds(session, 1, lambda: 0.8, lambda _: 0.0)
     round_ = session.begin(room, 0.0)
     for _ in range(20):
-        round_.add(guess())
+        round_.add(token())
     assert round_.kept <= round_.longest <= max(0, min(room, length, cap))
-    assert round_.add(guess()) is DraftDecision.DROP
+    assert round_.add(token()) is DraftDecision.DROP
 
 
 broken = st.floats(allow_nan=True, allow_infinity=True)
@@ -224,16 +226,16 @@ broken = st.floats(allow_nan=True, allow_infinity=True)
     st.integers(0, 20),
     st.integers(0, 20),
 )
-def test_no_result_and_no_guess_breaks_a_session(
-    rule: RuleName, guesses: list[DraftToken], target_entropy: float | None, verified: int, accepted: int
+def test_no_result_and_no_statistics_break_a_session(
+    rule: RuleName, tokens: list[DraftToken], target_entropy: float | None, verified: int, accepted: int
 ) -> None:
     session = controller(rule).session("model", "lookup")
     for _ in range(3):
         round_ = session.begin(8, 1.0, target_entropy)
-        draft(round_, guesses)
+        draft(round_, tokens)
         session.settle(round_, verified, accepted)
     round_ = session.begin(8, 1.0)
-    round_.add(guess())
+    round_.add(token())
     assert all(0 <= p <= 1 for p in round_.acceptance)
 
 
@@ -241,45 +243,45 @@ def test_no_result_and_no_guess_breaks_a_session(
 
 
 @pytest.mark.parametrize(("slope", "offset"), [(1.0, -1.0), (0.5, 0.0), (1.5, 0.5)])
-def test_estimates_converge_to_another_truth(slope: float, offset: float) -> None:
+def test_estimates_converge_to_the_true_acceptance(slope: float, offset: float) -> None:
     rng = random.Random(3)
     session = controller("fixed", 4).session("model")
 
     def truth(confidence: float) -> float:
         return sigmoid(slope * logit(confidence) + offset)
 
-    live(session, 1500, lambda: rng.uniform(0.02, 0.98), truth)
+    run_rounds(session, 1500, lambda: rng.uniform(0.02, 0.98), truth)
     round_ = session.begin(4, 0.0)
-    draft(round_, [guess(c) for c in (0.2, 0.5, 0.8, 0.95)])
+    draft(round_, [token(c) for c in (0.2, 0.5, 0.8, 0.95)])
     assert round_.acceptance == pytest.approx([truth(c) for c in (0.2, 0.5, 0.8, 0.95)], abs=0.13)
 
 
-def test_what_one_session_learns_of_a_source_helps_the_next() -> None:
+def test_calibration_of_a_source_carries_over_to_the_next_session() -> None:
     c, rng = controller("fixed"), random.Random(2)
     for _ in range(30):
-        live(c.session("model"), 20, lambda: 0.8, lambda _: 0.4, rng)
+        run_rounds(c.session("model"), 20, lambda: 0.8, lambda _: 0.4, rng)
     round_ = c.session("model").begin(8, 0.0)
-    round_.add(guess(0.8))
+    round_.add(token(0.8))
     assert round_.acceptance == pytest.approx([0.4], abs=0.1)
 
 
-def test_sessions_differ() -> None:
+def test_each_session_is_calibrated_to_its_own_acceptance() -> None:
     c, rng = controller("fixed"), random.Random(2)
     good, bad = c.session("model"), c.session("model")
     for _ in range(100):
-        live(good, 1, lambda: 0.6, lambda _: 0.9, rng)
-        live(bad, 1, lambda: 0.6, lambda _: 0.2, rng)
+        run_rounds(good, 1, lambda: 0.6, lambda _: 0.9, rng)
+        run_rounds(bad, 1, lambda: 0.6, lambda _: 0.2, rng)
     rounds = [good.begin(8, 0.0), bad.begin(8, 0.0)]
     for round_ in rounds:
-        round_.add(guess(0.6))
+        round_.add(token(0.6))
     assert rounds[0].acceptance[0] > 0.75
     assert rounds[1].acceptance[0] < 0.4
 
 
-def test_sources_are_calibrated_apart() -> None:
+def test_sources_are_calibrated_separately() -> None:
     c = controller("fixed")
     session = c.session("model")
-    live(session, 200, lambda: 0.5, lambda _: 0.05)
+    run_rounds(session, 200, lambda: 0.5, lambda _: 0.05)
     untouched = controller("fixed").session("lookup").begin(8, 0.0)
     round_ = session.begin(8, 0.0)
     untouched.add(DraftToken("lookup", support=3))
@@ -287,12 +289,12 @@ def test_sources_are_calibrated_apart() -> None:
     assert round_.acceptance == untouched.acceptance
 
 
-def test_tokens_behind_a_rejection_or_a_trim_teach_nothing() -> None:
+def test_tokens_after_a_rejection_or_a_trim_change_no_estimate() -> None:
     outcomes = []
     for tail in (0.01, 0.99):
         session = controller("fixed", 4).session("model")
         round_ = session.begin(4, 0.0)
-        draft(round_, [guess(0.6), guess(0.6), guess(tail), guess(tail)])
+        draft(round_, [token(0.6), token(0.6), token(tail), token(tail)])
         session.settle(round_, 2, 1)
         outcomes.append(session.acceptance("model", 0.3))
     assert outcomes[0] == outcomes[1]
@@ -312,10 +314,10 @@ def test_calibration_stays_monotone_and_finite(tokens: list[tuple[float, bool]])
 # Plain decoding and probes
 
 
-def test_a_session_that_accepts_nothing_decodes_plainly_and_probes_ever_less() -> None:
+def test_a_session_without_acceptance_decodes_plainly_and_probes_less() -> None:
     session = controller().session("model")
-    live(session, 40, lambda: 0.6, lambda _: 0.0)
-    seen = [round_ for round_, _ in live(session, 400, lambda: 0.6, lambda _: 0.0)]
+    run_rounds(session, 40, lambda: 0.6, lambda _: 0.0)
+    seen = [round_ for round_, _ in run_rounds(session, 400, lambda: 0.6, lambda _: 0.0)]
     probes = [i for i, round_ in enumerate(seen) if round_.longest]
     gaps = [b - a for a, b in itertools.pairwise(probes)]
     assert all(seen[i].probing and seen[i].kept == 1 for i in probes)
@@ -323,31 +325,31 @@ def test_a_session_that_accepts_nothing_decodes_plainly_and_probes_ever_less() -
     assert gaps[-1] == LONGEST_WAIT + 1
 
 
-def test_a_session_that_turns_predictable_recovers() -> None:
+def test_a_session_that_becomes_predictable_drafts_again() -> None:
     session = controller().session("model")
-    live(session, 60, lambda: 0.7, lambda _: 0.0)
+    run_rounds(session, 60, lambda: 0.7, lambda _: 0.0)
     assert session.begin(8, 0.0).longest == 0
-    seen = live(session, 200, lambda: 0.7, lambda _: 0.95)
+    seen = run_rounds(session, 200, lambda: 0.7, lambda _: 0.95)
     assert min(round_.kept for round_, _ in seen[-20:]) >= 4
 
 
-def test_an_accepted_probe_is_soon_followed_by_another() -> None:
+def test_after_an_accepted_probe_the_next_comes_soon() -> None:
     session = controller(price_ms=500.0).session("model")
-    seen = [round_ for round_, _ in live(session, 60, lambda: 0.9, lambda _: 1.0)]
+    seen = [round_ for round_, _ in run_rounds(session, 60, lambda: 0.9, lambda _: 1.0)]
     assert [i for i, round_ in enumerate(seen) if round_.longest] == list(range(FIRST_WAIT, 60, FIRST_WAIT + 1))
 
 
-def test_under_a_large_price_all_sessions_decode_plainly_until_it_falls() -> None:
+def test_a_high_price_makes_sessions_decode_plainly_until_it_falls() -> None:
     c = controller()
     session = c.session("model")
-    assert live(session, 5, lambda: 0.9, lambda _: 1.0)[-1][0].kept > 0
+    assert run_rounds(session, 5, lambda: 0.9, lambda _: 1.0)[-1][0].kept > 0
     c.times.apply_load(load(price_ms=1000.0))
     assert session.begin(8, 0.0).longest == 0
     c.times.apply_load(load(price_ms=0.0))
     assert session.begin(8, 0.0).longest > 0
 
 
-def test_a_cap_of_nothing_allows_no_probe() -> None:
+def test_a_draft_cap_of_0_allows_no_probe() -> None:
     session = controller(draft_cap=0).session("model")
     assert [session.begin(8, 0.0).longest for _ in range(100)] == [0] * 100
 
@@ -355,14 +357,14 @@ def test_a_cap_of_nothing_allows_no_probe() -> None:
 # RoundTimes
 
 
-def test_pace_learns_the_line_and_the_steps() -> None:
+def test_times_learn_the_line_and_the_steps() -> None:
     times = measured(price_ms=3.0)
     assert times.base_ms == pytest.approx(BASE_MS, rel=0.02)
     assert times.token_ms == pytest.approx(TOKEN_MS + 3, rel=0.05)
     assert times.step_ms("model") == pytest.approx(STEP_MS)
 
 
-def test_pace_shrugs_off_an_outlier_and_follows_a_change() -> None:
+def test_times_ignore_an_outlier_and_follow_a_lasting_change() -> None:
     times = measured()
     times.learn_round(4, 60_000.0, 59_000.0, 900.0, 5)
     times.learn_draft("model", 4, 30_000.0)
@@ -375,14 +377,14 @@ def test_pace_shrugs_off_an_outlier_and_follows_a_change() -> None:
     assert times.step_ms("model") == pytest.approx(15, rel=0.1)
 
 
-def test_pace_leaves_prompts_out() -> None:
+def test_rounds_that_compute_a_prompt_are_not_learned() -> None:
     times = measured()
     before = times.base_ms
     times.learn_round(0, 900.0, 800.0, 50.0, 500)
     assert times.base_ms == before
 
 
-def test_with_one_length_only_the_slope_is_a_share_of_the_round() -> None:
+def test_with_drafts_of_one_length_the_slope_leans_on_its_prior() -> None:
     times = RoundTimes()
     for _ in range(100):
         times.learn_round(4, 30.0, 25.0, 0.0, 5)
@@ -401,10 +403,10 @@ def test_no_measurement_breaks_the_times(rounds: list[tuple[int, float, float, f
     assert times.token_ms >= 0
 
 
-# Weights and records
+# Files of weights and recorded rounds
 
 
-def test_weights_survive_their_file(tmp_path: Path) -> None:
+def test_saved_weights_load_unchanged(tmp_path: Path) -> None:
     weights = controller().weights
     save_weights(tmp_path / "w.json", weights)
     assert load_weights(tmp_path / "w.json") == weights
@@ -440,15 +442,15 @@ def test_a_missing_weights_file_is_refused(tmp_path: Path) -> None:
 
 def test_the_predictor_takes_microseconds() -> None:
     predictor = Predictor(network=network(NAMES[:5]), threshold=0.5)
-    known = features(guess(), 1, RoundContext(0.7, None, 0.5))
+    known = features(token(), 1, RoundContext(0.7, None, 0.5))
     once = min(timeit.repeat(lambda: predictor.rejection(known), number=100, repeat=20)) / 100
     assert once < 100e-6
 
 
-def test_a_round_survives_its_record(tmp_path: Path) -> None:
+def test_a_recorded_round_reads_back_unchanged(tmp_path: Path) -> None:
     session = controller("fixed", 3).session("model", "lookup")
     round_ = session.begin(8, 0.7, 1.25)
-    draft(round_, [guess(0.9, agreed=True), DraftToken("lookup", support=3), guess(0.2)])
+    draft(round_, [token(0.9, agreed=True), DraftToken("lookup", support=3), token(0.2)])
     record = round_.record("s", "chat", 3, 1)
     with (tmp_path / "r.jsonl").open("w") as file:
         write_record(file, record)
@@ -459,7 +461,7 @@ def test_a_round_survives_its_record(tmp_path: Path) -> None:
     assert second.guesses == []
 
 
-def test_bad_records_are_named(tmp_path: Path) -> None:
+def test_an_invalid_record_is_reported_with_file_and_line(tmp_path: Path) -> None:
     good = RoundRecord(session="s", guesses=[], verified=0, accepted=0).model_dump_json()
     path = tmp_path / "r.jsonl"
     path.write_text(f'{good}\n\n{{"session": "s", "guesses": [], "verified": 1, "accepted": 2}}\n')
@@ -469,24 +471,24 @@ def test_bad_records_are_named(tmp_path: Path) -> None:
         list(read_records(tmp_path / "none"))
 
 
-def test_a_source_that_seemed_slow_is_tried_again_beside_one_that_pays() -> None:
+def test_a_source_measured_as_slow_is_probed_beside_one_that_pays() -> None:
     times = RoundTimes()
     times.learn_draft("hidden", 1, 90.0)
     session = Controller("marginal", 4, times=times).session("hidden", "lookup")
-    tried = []
+    probed = []
     for number in range(60):
         round_ = session.begin(4, 0.0)
         assert round_.wants("lookup")
         if round_.wants("hidden"):
-            tried.append(number)
+            probed.append(number)
             round_.add(DraftToken("hidden", confidence=0.6))
             times.learn_draft("hidden", 1, 3.0)
             session.settle(round_, round_.kept, round_.kept)
-    assert tried[0] == FIRST_WAIT  # against the rule
-    assert set(range(40, 60)) <= set(tried)  # and then by it
+    assert probed[0] == FIRST_WAIT  # against the rule
+    assert set(range(40, 60)) <= set(probed)  # and later by the rule itself
 
 
-def test_the_time_of_a_prompt_is_not_taken_for_that_of_a_draft() -> None:
+def test_drafts_that_compute_a_prompt_are_not_learned() -> None:
     times = RoundTimes()
     times.learn_draft("hidden", 2, 300.0, computed=200)
     assert times.step_ms("hidden") == 0
@@ -494,7 +496,7 @@ def test_the_time_of_a_prompt_is_not_taken_for_that_of_a_draft() -> None:
     assert times.step_ms("hidden") == 4
 
 
-def test_a_resting_session_wakes_one_round_before_it_is_tried_again_so_that_states_can_come() -> None:
+def test_plain_decoding_ends_one_round_before_a_probe_to_request_states() -> None:
     controller = Controller("marginal", 4)
     controller.times.price_ms = 1e6
     session = controller.session("hidden")
