@@ -1,4 +1,4 @@
-"""A draft model that knows nothing: random weights, the target's vocabulary."""
+"""A draft model with random weights and the target's vocabulary."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 
 def random_draft(folder: Path, target: Path) -> Path:
-    """Write such a model into `folder`, with the target's tokenizer."""
+    """Write the model into `folder`, with the target's tokenizer, and return `folder`."""
     torch.manual_seed(1)
     known = json.loads((target / "config.json").read_text())
     config = LlamaConfig(

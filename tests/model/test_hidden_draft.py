@@ -1,4 +1,4 @@
-"""Drafts by hidden states, alone and with copies: which tokens they propose, for which sessions, and what they lose."""
+"""Drafts by hidden states, alone and with copies: their tokens, their sessions, missing states, and drafts ahead."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def folder(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Hid
 
 @pytest.fixture
 def fresh(folder: HiddenDraftFolder, target: ModelFolder) -> Callable[..., HiddenDrafts]:
-    """Makes sources that know nothing of each other."""
+    """Makes independent sources."""
 
     def make(budget_tokens: int = 2048) -> HiddenDrafts:
         return HiddenDrafts(DraftEngine(folder, target, dtype="float32", budget_tokens=budget_tokens))
@@ -63,7 +63,7 @@ def tokens_of(name: str, count: int) -> list[int]:
 
 
 def states_of(name: str, start: int, stop: int) -> States | None:
-    """Made-up states of a session's positions."""
+    """Return random states of a session's positions, the same at every call."""
     rows = np.random.default_rng([7, *name.encode()]).standard_normal((500, 64), np.float32)
     return States(start, rows[start:stop]) if stop > start else None
 
@@ -81,17 +81,17 @@ def request(
     names: tuple[str, ...] = ALONE,
     sampling: Sampling = GREEDY,
 ) -> DraftRequest:
-    """known: tokens whose states the source has already seen."""
-    told = states_of(name, max(0, known - 1), len(tokens) - 1)
-    return DraftRequest(name, tokens, sampling, round_of(length, names), names, told)
+    """known: number of tokens whose states the source has already read."""
+    states = states_of(name, max(0, known - 1), len(tokens) - 1)
+    return DraftRequest(name, tokens, sampling, round_of(length, names), names, states)
 
 
-def one(source: HiddenDrafts, asked: DraftRequest) -> list[int]:
-    return source.propose([asked])[0].tokens
+def one(source: HiddenDrafts, request_: DraftRequest) -> list[int]:
+    return source.propose([request_])[0].tokens
 
 
-def say(source: HiddenDrafts, monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
-    """Make the model sure of a token, or of none."""
+def force(source: HiddenDrafts, monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
+    """Make the model certain of a token, or uncertain of all."""
 
     def logits(estimates: Tensor) -> Tensor:
         found = torch.zeros(len(estimates), tiny.VOCAB)
@@ -102,10 +102,10 @@ def say(source: HiddenDrafts, monkeypatch: pytest.MonkeyPatch, token: int | None
     monkeypatch.setattr(source._engine, "logits", logits)
 
 
-# Drafts of several sessions, round by round.
+# Several sessions, round by round.
 
 
-def test_sessions_drafted_together_get_what_each_gets_alone(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_sessions_drafted_together_get_the_same_as_each_alone(fresh: Callable[..., HiddenDrafts]) -> None:
     asked = [
         (name, tokens_of(name, length), draft_length, sampling)
         for name, length, draft_length, sampling in zip(
@@ -120,7 +120,7 @@ def test_sessions_drafted_together_get_what_each_gets_alone(fresh: Callable[...,
         assert one(fresh(), request(name, tokens, n, sampling=sampling)) == draft.tokens
 
 
-def test_after_a_rejection_the_next_draft_is_that_of_a_fresh_source(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_after_a_rejection_the_next_draft_equals_that_of_a_new_source(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     tokens = tokens_of("a", 60)
     for committed in ([], [3], [9, 9, 9, 9, 9, 9, 9], [1, 2]):
@@ -129,14 +129,14 @@ def test_after_a_rejection_the_next_draft_is_that_of_a_fresh_source(fresh: Calla
         assert source.seen("a") == len(tokens)
 
 
-def test_a_text_that_shrank_is_drafted_for_from_where_it_is(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_a_session_that_lost_tokens_is_drafted_for_from_the_rest(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     tokens = tokens_of("a", 60)
     one(source, request("a", tokens))
     assert one(source, request("a", tokens[:50], known=49)) == one(fresh(), request("a", tokens[:50]))
 
 
-def test_a_session_whose_states_are_missing_gets_no_draft_and_loses_nothing(
+def test_a_session_with_missing_states_gets_no_draft_and_keeps_its_cache(
     fresh: Callable[..., HiddenDrafts],
 ) -> None:
     source = fresh()
@@ -154,14 +154,14 @@ def test_a_session_whose_states_are_missing_gets_no_draft_and_loses_nothing(
     assert one(source, request("a", later, known=30)) == one(fresh(), request("a", later))
 
 
-def test_more_states_than_needed_do_no_harm(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_states_read_before_are_ignored(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     one(source, request("a", tokens_of("a", 30)))
     longer = [*tokens_of("a", 30), 1, 2]
     assert one(source, request("a", longer, known=0)) == one(fresh(), request("a", longer))
 
 
-def test_an_evicted_session_says_so_and_recovers_with_all_its_states(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_an_evicted_session_recovers_with_all_its_states(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh(budget_tokens=128)
     a, b = tokens_of("a", 50), tokens_of("b", 90)
     first = one(source, request("a", a))
@@ -173,7 +173,7 @@ def test_an_evicted_session_says_so_and_recovers_with_all_its_states(fresh: Call
     assert one(source, request("a", a)) == first
 
 
-def test_what_does_not_fit_at_once_is_drafted_in_parts(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_requests_that_do_not_fit_together_are_drafted_in_parts(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh(budget_tokens=128)
     texts = {name: tokens_of(name, length) for name, length in (("a", 40), ("b", 40), ("c", 40), ("long", 200))}
     a, b, c, long = source.propose([request(name, tokens, 1) for name, tokens in texts.items()])
@@ -182,7 +182,7 @@ def test_what_does_not_fit_at_once_is_drafted_in_parts(fresh: Callable[..., Hidd
         assert draft.tokens == one(fresh(), request(name, texts[name], 1))
 
 
-def test_a_session_with_broken_states_takes_no_drafts_from_others(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_broken_states_of_a_session_leave_other_drafts_intact(fresh: Callable[..., HiddenDrafts]) -> None:
     tokens = tokens_of("sound", 20)
     expected = one(fresh(), request("sound", tokens))
     source = fresh()
@@ -193,15 +193,15 @@ def test_a_session_with_broken_states_takes_no_drafts_from_others(fresh: Callabl
     assert one(source, request("broken", tokens)) == one(fresh(), request("broken", tokens))
 
 
-def test_a_closed_session_leaves_nothing(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_closing_a_session_frees_its_cache(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     one(source, request("a", tokens_of("a", 30)))
     source.close("a")
-    source.close("never there")
+    source.close("unknown")
     assert (source.seen("a"), source._engine.length("a")) == (0, 0)
 
 
-def test_nothing_is_computed_for_a_round_that_wants_no_draft(
+def test_nothing_is_computed_for_a_round_without_draft_tokens(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fresh()
@@ -209,11 +209,11 @@ def test_nothing_is_computed_for_a_round_that_wants_no_draft(
     assert one(source, request("a", tokens_of("a", 30), 0, names=COMBINED)) == []
 
 
-# Which tokens.
+# The choice of tokens.
 
 
 @pytest.mark.parametrize("sampling", SAMPLINGS)
-def test_only_tokens_of_the_head_are_proposed_drawn_with_the_sessions_noise(
+def test_tokens_of_the_head_are_chosen_with_the_sessions_noise(
     target: ModelFolder, tmp_path: Path, sampling: Sampling
 ) -> None:
     head_ids = sorted(set(tokens_of("head", 60)))
@@ -236,7 +236,7 @@ def test_only_tokens_of_the_head_are_proposed_drawn_with_the_sessions_noise(
 
 @dataclass
 class Session:
-    """A text that grows as the target has it."""
+    """A text that grows by the tokens that the target commits."""
 
     name: str
     sampling: Sampling
@@ -250,11 +250,11 @@ class Session:
         return DraftRequest(self.name, list(self.tokens), self.sampling, round_of(length), ALONE, states)
 
 
-def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
+def test_with_exact_states_every_draft_and_every_bonus_token_is_right(
     folder: HiddenDraftFolder, target: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whatever the sampling: so the draft's choice is the target's, with the same noise at the same position. The draft
-    made ahead is right as well, the guessed bonus token included."""
+    """With every sampling: the draft's choice equals the target's, with the same noise at the same position. The same
+    holds for the draft made ahead and its bonus token."""
     judge = Engine(target.path, budget_tokens=2048, keep_hidden=True)
     oracle = Engine(target.path, budget_tokens=2048, keep_hidden=True)
     engine = DraftEngine(folder, target)
@@ -291,7 +291,7 @@ def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
         ]
         outcomes, _ = verify(judge, tasks)
         ahead = []
-        for session, draft, outcome, guess in zip(sessions, drafts, outcomes, made, strict=True):
+        for session, draft, outcome, prepared in zip(sessions, drafts, outcomes, made, strict=True):
             assert outcome.verdict is not None
             assert outcome.verdict.accepted == len(draft.tokens)
             session.known = source.seen(session.name)
@@ -299,53 +299,53 @@ def test_a_model_that_knows_the_targets_states_has_every_draft_accepted(
             for part in outcome.hidden:
                 session.rows += list(to_floats(np.frombuffer(part.rows, np.uint16).reshape(part.count, part.size)))
             if round_:
-                assert guess is not None
-                assert guess.bonus == session.tokens[-1]
-                ahead.append(guess.draft.tokens)
+                assert prepared is not None
+                assert prepared.bonus == session.tokens[-1]
+                ahead.append(prepared.draft.tokens)
             else:
-                assert guess is None, "without states there was no draft to go on from"
+                assert prepared is None, "without states there was no draft to continue"
 
 
-# Copies beside the model. The text repeats itself: after 5 6 7 comes 8.
+# Copies beside the model. The text repeats itself: 8 follows 5 6 7.
 
 REPEATING = [5, 6, 7, 8, 9, 5, 6, 7]
 
 
 def combined(length: int, states: bool = True) -> DraftRequest:
-    told = states_of("a", 0, len(REPEATING) - 1) if states else None
-    return DraftRequest("a", REPEATING, GREEDY, round_of(length, COMBINED), COMBINED, told)
+    found = states_of("a", 0, len(REPEATING) - 1) if states else None
+    return DraftRequest("a", REPEATING, GREEDY, round_of(length, COMBINED), COMBINED, found)
 
 
-def marks(guess: DraftToken) -> tuple[str, bool, bool]:
-    return guess.source, guess.agreed, guess.contested
+def marks(token: DraftToken) -> tuple[str, bool, bool]:
+    return token.source, token.agreed, token.contested
 
 
-def test_where_both_propose_the_same_token_copying_goes_on(
+def test_where_model_and_lookup_agree_copying_continues(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fresh()
-    say(source, monkeypatch, 8)
+    force(source, monkeypatch, 8)
     asked = combined(4)
     assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
-    assert [marks(guess) for guess in asked.round.tokens] == [("lookup", True, False)] * 4
-    assert {guess.support for guess in asked.round.tokens} == {3}
+    assert [marks(token) for token in asked.round.tokens] == [("lookup", True, False)] * 4
+    assert {token.support for token in asked.round.tokens} == {3}
 
 
-def test_where_they_differ_the_likelier_is_taken(
+def test_where_model_and_lookup_differ_the_likelier_token_is_taken(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sure, unsure = fresh(), fresh()
-    say(sure, monkeypatch, 9)
+    force(sure, monkeypatch, 9)
     asked = combined(4)
-    assert one(sure, asked) == [9, 9, 9, 9], "9 is followed by 5 in the text, but the model is sure"
-    assert [marks(guess) for guess in asked.round.tokens] == [("hidden", False, True)] * 4
-    say(unsure, monkeypatch, None)
+    assert one(sure, asked) == [9, 9, 9, 9], "5 follows 9 in the text, but the model is certain"
+    assert [marks(token) for token in asked.round.tokens] == [("hidden", False, True)] * 4
+    force(unsure, monkeypatch, None)
     asked = combined(4)
     assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
-    assert [marks(g) for g in asked.round.tokens] == [("lookup", False, True)] + [("lookup", False, False)] * 3
+    assert [marks(token) for token in asked.round.tokens] == [("lookup", False, True)] + [("lookup", False, False)] * 3
 
 
-def test_the_model_goes_on_after_its_own_tokens_and_copies_from_where_they_are_known(
+def test_copies_continue_a_draft_of_the_model(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fresh()
@@ -359,9 +359,9 @@ def test_the_model_goes_on_after_its_own_tokens_and_copies_from_where_they_are_k
     monkeypatch.setattr(source._engine, "logits", logits)
     asked = combined(6)
     expected = Draft([300, 5, 6, 7, 300, 5], {"hidden": 3}, computed=8)
-    assert source.propose([asked]) == [expected], "after the latest 5 6 7 came 300"
-    assert [guess.source for guess in asked.round.tokens] == ["hidden"] * 2 + ["lookup"] * 4
-    assert [guess.contested for guess in asked.round.tokens] == [True] + [False] * 5
+    assert source.propose([asked]) == [expected], "300 followed the latest 5 6 7"
+    assert [token.source for token in asked.round.tokens] == ["hidden"] * 2 + ["lookup"] * 4
+    assert [token.contested for token in asked.round.tokens] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("why", ["no states", "no room"])
@@ -370,13 +370,13 @@ def test_a_session_that_the_model_cannot_draft_for_gets_copies(fresh: Callable[.
     if why == "no states":
         asked = combined(3, states=False)
     else:
-        told = states_of("a", 0, 79)
-        asked = DraftRequest("a", REPEATING * 10, GREEDY, round_of(3, COMBINED), COMBINED, told)
+        states = states_of("a", 0, 79)
+        asked = DraftRequest("a", REPEATING * 10, GREEDY, round_of(3, COMBINED), COMBINED, states)
     assert source.propose([asked]) == [Draft([8, 9, 5], {})]
-    assert [marks(guess) for guess in asked.round.tokens] == [("lookup", False, False)] * 3
+    assert [marks(token) for token in asked.round.tokens] == [("lookup", False, False)] * 3
 
 
-def test_guesses_tell_how_sure_the_model_is(
+def test_draft_tokens_carry_the_models_statistics(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = fresh()
@@ -384,7 +384,7 @@ def test_guesses_tell_how_sure_the_model_is(
     monkeypatch.setattr(source._engine, "logits", lambda estimates: logits.expand(len(estimates), -1))
     asked = request("a", tokens_of("a", 9), 1)
     assert one(source, asked) == [tiny.VOCAB - 1]
-    (guess,) = asked.round.tokens
+    (token,) = asked.round.tokens
     shares = torch.softmax(logits.double(), -1)
     expected = DraftToken(
         "hidden",
@@ -394,7 +394,7 @@ def test_guesses_tell_how_sure_the_model_is(
         spread=logits.std().item(),
     )
     for name in ("confidence", "entropy", "margin", "spread"):
-        assert getattr(guess, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+        assert getattr(token, name) == pytest.approx(getattr(expected, name), rel=1e-4)
 
 
 # Ahead of the result.
@@ -402,7 +402,7 @@ def test_guesses_tell_how_sure_the_model_is(
 
 @pytest.mark.parametrize("names", [ALONE, COMBINED])
 @pytest.mark.parametrize("sampling", SAMPLINGS[:2])
-def test_a_draft_made_ahead_is_how_a_longer_draft_would_go_on(
+def test_a_draft_made_ahead_continues_like_a_longer_draft(
     fresh: Callable[..., HiddenDrafts], sampling: Sampling, names: tuple[str, ...]
 ) -> None:
     source = fresh()
@@ -416,16 +416,16 @@ def test_a_draft_made_ahead_is_how_a_longer_draft_would_go_on(
     if names == ALONE:
         assert [*made.tokens, ahead.bonus, *ahead.draft.tokens] == longer
     assert len(ahead.draft.tokens) == 2
-    assert source.seen("a") == len(tokens), "what was built on estimates was not seen"
+    assert source.seen("a") == len(tokens), "tokens computed from estimates do not count as seen"
     after = [*tokens, 1, 2]
     assert one(source, request("a", after, known=len(tokens))) == one(fresh(), request("a", after))
 
 
-def test_ahead_of_copied_tokens_the_model_first_computes_these(
+def test_drafting_ahead_first_computes_copied_tokens(
     fresh: Callable[..., HiddenDrafts], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, other = fresh(), fresh()
-    say(source, monkeypatch, 8)
+    force(source, monkeypatch, 8)
     made = source.propose([combined(3)])[0]
     assert (made.tokens, source._engine.length("a")) == ([8, 9, 5], len(REPEATING))
     monkeypatch.undo()
@@ -443,7 +443,7 @@ def test_ahead_of_copied_tokens_the_model_first_computes_these(
     assert other._engine.logits(estimate).argmax().item() == ahead.draft.tokens[1]
 
 
-def test_there_is_no_draft_ahead_of_what_the_source_has_not_seen(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_sessions_that_the_source_has_not_computed_get_no_draft_ahead(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh()
     tokens = tokens_of("a", 20)
     made = source.propose([request("a", tokens)])[0]
@@ -454,7 +454,7 @@ def test_there_is_no_draft_ahead_of_what_the_source_has_not_seen(fresh: Callable
     assert source.ahead([unknown, right])[1] is not None
 
 
-def test_ahead_under_eviction_gives_what_still_can_be_had(fresh: Callable[..., HiddenDrafts]) -> None:
+def test_drafting_ahead_survives_evictions(fresh: Callable[..., HiddenDrafts]) -> None:
     source = fresh(budget_tokens=128)
     asked = [request(name, tokens_of(name, 62), 2) for name in ("a", "b")]
     made = source.propose(asked)

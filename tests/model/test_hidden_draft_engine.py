@@ -1,4 +1,4 @@
-"""The packed, cached draft engine computes what the dense form of the same model does, whatever came before."""
+"""The packed, cached draft engine computes the same as the dense form of its model, after any history."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from shared.errors import CacheFull, EngineError, ModelError, NotAttached, TooLo
 from shared.models.folder import ModelFolder
 
 SHAPES = [(0, 1), (1, 1), (2, 2)]
-"""Layers of the target, layers of the draft."""
+"""Numbers of the target's layers and of the draft's own."""
 STEPS = 3
 
 
@@ -39,14 +39,14 @@ def draft(request: pytest.FixtureRequest, target: ModelFolder, tmp_path_factory:
 
 @dataclass
 class Text:
-    """Tokens with made-up states, and the dense estimates of draft steps 1 to `STEPS` at every position."""
+    """Tokens with random states, and the dense estimates of draft steps 1 to `STEPS` at every position."""
 
     tokens: list[int]
     states: Tensor
     estimates: list[Tensor]
 
     def before(self, start: int, stop: int) -> Tensor:
-        """The states before the tokens from `start` to `stop`."""
+        """Return the states before the tokens from `start` to `stop`."""
         return torch.cat([torch.zeros(1, self.states.shape[1]), self.states])[start:stop]
 
     def step(self, name: str, start: int, stop: int) -> DraftStep:
@@ -55,7 +55,7 @@ class Text:
 
 @pytest.fixture(scope="module")
 def texts(draft: Path, target: ModelFolder) -> dict[str, Text]:
-    """Three of different lengths, one of them longer than two blocks of cache."""
+    """Three texts of different lengths, one of them longer than two blocks of cache."""
     folder = HiddenDraftFolder.open(draft)
     model, _ = weights.load(folder, torch.float32)
     parts = target_parts(target, folder.card.model.bottom_layers, torch.float32)
@@ -83,7 +83,7 @@ def same(found: Tensor, expected: Tensor) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
 
 
-def test_chunks_then_draft_steps_then_back_to_the_committed_tokens(engine: DraftEngine, texts: dict[str, Text]) -> None:
+def test_chunks_draft_steps_and_truncations_match_the_dense_form(engine: DraftEngine, texts: dict[str, Text]) -> None:
     chance = random.Random(1)
     held = dict.fromkeys(texts, 0)
     rounds = 0
@@ -107,14 +107,14 @@ def test_chunks_then_draft_steps_then_back_to_the_committed_tokens(engine: Draft
     assert rounds > 5
 
 
-def test_sessions_packed_get_what_each_gets_alone(engine: DraftEngine, texts: dict[str, Text]) -> None:
+def test_packed_sessions_get_the_same_as_each_alone(engine: DraftEngine, texts: dict[str, Text]) -> None:
     together = engine.forward([text.step(name, 0, len(text.tokens)) for name, text in texts.items()])
     for row, (name, text) in zip(together, texts.items(), strict=True):
         engine.truncate(name, 0)
         same(engine.forward([text.step(name, 0, len(text.tokens))])[0], row)
 
 
-def test_logits_are_those_of_the_proposable_tokens(target: ModelFolder, tmp_path: Path) -> None:
+def test_logits_are_those_of_the_head_tokens(target: ModelFolder, tmp_path: Path) -> None:
     head_ids = [3, 500, 7, 64]
     made = DraftEngine(tiny.hidden_draft(tmp_path, target, head_ids=head_ids), target, dtype="float32")
     assert made.head_ids.tolist() == sorted(head_ids)
@@ -129,7 +129,7 @@ def filled(engine: DraftEngine, lengths: Sequence[int]) -> list[DraftStep]:
     return [DraftStep(f"s{i}", [5] * length, torch.zeros(length, 64)) for i, length in enumerate(lengths)]
 
 
-def test_idle_sessions_make_room_and_what_does_not_fit_changes_nothing(draft: Path, target: ModelFolder) -> None:
+def test_idle_sessions_are_evicted_and_a_failed_step_changes_nothing(draft: Path, target: ModelFolder) -> None:
     engine = DraftEngine(HiddenDraftFolder.open(draft), target, budget_tokens=128)
     first, second, third = filled(engine, [60, 60, 10])
     engine.forward([first])
@@ -139,7 +139,7 @@ def test_idle_sessions_make_room_and_what_does_not_fit_changes_nothing(draft: Pa
         engine.forward(filled(engine, [129]))
     assert [engine.length(f"s{i}") for i in range(3)] == [60, 0, 0]
     engine.forward([second, third])
-    assert [engine.length(f"s{i}") for i in range(3)] == [0, 60, 10], "the idle one is gone"
+    assert [engine.length(f"s{i}") for i in range(3)] == [0, 60, 10], "the idle session was evicted"
     with pytest.raises(NotAttached):
         engine.forward([first])
 
@@ -158,7 +158,7 @@ def test_a_draft_for_another_target_is_refused(draft: Path, target: ModelFolder,
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_weights_come_back_as_they_were_saved(draft: Path, dtype: torch.dtype) -> None:
+def test_saved_weights_load_unchanged(draft: Path, dtype: torch.dtype) -> None:
     model, head_ids = weights.load(HiddenDraftFolder.open(draft), dtype)
     assert {weight.dtype for weight in model.parameters()} == {dtype}
     assert model.spread.dtype == torch.float32, "states are divided by it before they are rounded"

@@ -1,4 +1,4 @@
-"""Drafts by a small model: the rounds know exactly the tokens that are proposed, also where the cache is too small."""
+"""Drafts by a small model: rounds hold exactly the proposed tokens, also where the cache is too small."""
 
 from __future__ import annotations
 
@@ -35,20 +35,20 @@ def drafted(folder: Path, budget_tokens: int, lengths: Sequence[int]) -> list[Dr
     return drafts
 
 
-def test_what_does_not_fit_at_once_is_drafted_in_parts(folder: Path) -> None:
+def test_requests_that_do_not_fit_together_are_drafted_in_parts(folder: Path) -> None:
     lengths = [10, 20, 30]
     expected = drafted(folder, 2048, lengths)
     assert [len(draft.tokens) for draft in expected] == [4, 4, 4]
     assert drafted(folder, 64, lengths) == expected
 
 
-def test_a_draft_ends_where_the_room_does(folder: Path) -> None:
+def test_a_draft_ends_where_the_cache_is_full(folder: Path) -> None:
     expected = drafted(folder, 2048, [62, 63])
-    # The first needs its second block for the third token that it feeds, the other one for the second.
+    # The first session needs a second block for the third token that it computes, the other one for the second.
     found = drafted(folder, 128, [62, 63])
     assert [len(draft.tokens) for draft in found] == [2, 2]
     assert [draft.tokens for draft in found] == [draft.tokens[:2] for draft in expected]
 
 
-def test_a_session_that_never_fits_gets_none_and_others_theirs(folder: Path) -> None:
+def test_a_session_that_never_fits_gets_an_empty_draft(folder: Path) -> None:
     assert [len(draft.tokens) for draft in drafted(folder, 64, [10, 100])] == [4, 0]

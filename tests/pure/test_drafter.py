@@ -1,4 +1,4 @@
-"""The drafter's pure parts: its view of a session, the round timer, prompt lookup."""
+"""A session's state in the drafter, the round timer, and prompt lookup."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ def test_a_result_moves_the_session_to_the_next_round() -> None:
     assert (s.tokens, s.round, s.output_tokens, s.done) == ([1, 2, 3, 7, 8], 1, 2, False)
 
 
-def test_a_result_that_comes_twice_or_late_changes_nothing() -> None:
+def test_a_repeated_result_changes_nothing() -> None:
     s = session()
     s.apply(result(0, 3, [7, 8]))
     assert not s.apply(result(0, 3, [7, 8]))
     assert s.tokens == [1, 2, 3, 7, 8]
 
 
-def test_a_conflict_gives_the_truth() -> None:
+def test_a_conflict_replaces_the_tokens_from_its_base_on() -> None:
     s = session()
     s.tokens += [9, 9]
     assert s.apply(result(0, 4, [6, 7], Status.CONFLICT))
@@ -52,7 +52,7 @@ def test_a_chunk_of_prefill_does_not_settle_a_round() -> None:
     assert s.round == 0
 
 
-def test_the_end_and_a_failure_end_the_session() -> None:
+def test_a_finish_or_a_failure_ends_the_session() -> None:
     ended, failed = session(), session()
     assert ended.apply(result(0, 3, [7], finish=Finish.STOP))
     assert ended.done
@@ -65,7 +65,7 @@ def test_the_end_and_a_failure_end_the_session() -> None:
 def test_drafts_leave_room_for_the_bonus_token() -> None:
     s = session(max_tokens=4)
     assert s.draft_room(8) == 3
-    assert s.draft_room(8, assumed=2) == 1, "as it will be after two more tokens"
+    assert s.draft_room(8, assumed=2) == 1, "room after two more tokens"
     s.apply(result(0, 3, [7, 8, 9]))
     assert s.draft_room(8) == 0
 
@@ -88,10 +88,10 @@ def test_the_timer_follows_the_measured_round_time_and_backs_off() -> None:
     assert timer.timeout_ms(30) == LONGEST_MS
     for i in range(100):
         timer.learn(500.0 + 300.0 * (i % 2))
-    assert timer.timeout_ms(0) > 1000.0, "a varying round time needs a longer wait"
+    assert timer.timeout_ms(0) > 1000.0, "a varying round time needs a longer timeout"
 
 
-def test_the_timer_is_never_shorter_than_its_setting() -> None:
+def test_the_timeout_is_never_shorter_than_its_setting() -> None:
     timer = RoundTimer(shortest_ms=100.0)
     for _ in range(50):
         timer.learn(1.0)
@@ -102,15 +102,15 @@ def round_of(length: int) -> DraftRound:
     return Controller("fixed", 100).session("lookup").begin(length, temperature=0.0)
 
 
-def asked(tokens: list[int], round_: DraftRound) -> DraftRequest:
+def request(tokens: list[int], round_: DraftRound) -> DraftRequest:
     return DraftRequest("s", tokens, Sampling(), round_, ("lookup",))
 
 
 def propose(lookup: LookupDrafts, tokens: list[int], length: int) -> list[int]:
-    return lookup.propose([asked(tokens, round_of(length))])[0].tokens
+    return lookup.propose([request(tokens, round_of(length))])[0].tokens
 
 
-def test_lookup_copies_what_followed_the_longest_match() -> None:
+def test_lookup_copies_the_tokens_after_the_longest_match() -> None:
     tokens = [1, 2, 3, 4, 5, 9, 3, 8, 8, 1, 2, 3]
     assert propose(LookupDrafts(), tokens, 3) == [4, 5, 9]
 
@@ -119,7 +119,7 @@ def test_lookup_prefers_the_latest_occurrence() -> None:
     assert propose(LookupDrafts(), [7, 1, 7, 2, 7, 3, 7], 1) == [3]
 
 
-def test_lookup_goes_on_with_a_repeating_pattern() -> None:
+def test_lookup_continues_a_repeating_pattern() -> None:
     assert propose(LookupDrafts(), [5, 6, 5, 6], 5) == [5, 6, 5, 6, 5]
 
 
@@ -129,9 +129,9 @@ def test_lookup_without_a_match_or_room_drafts_nothing() -> None:
 
 
 @pytest.mark.parametrize(("tokens", "support"), [([1, 2, 3, 9, 1, 2, 3], 3), ([7, 3, 9, 8, 3], 1)])
-def test_lookup_says_how_long_the_match_was_that_it_copied_from(tokens: list[int], support: int) -> None:
+def test_lookup_reports_the_length_of_the_match(tokens: list[int], support: int) -> None:
     round_ = round_of(2)
-    LookupDrafts().propose([asked(tokens, round_)])
+    LookupDrafts().propose([request(tokens, round_)])
     assert [token.support for token in round_.tokens] == [support, support]
 
 
@@ -139,11 +139,11 @@ def test_lookup_copies_no_further_than_the_round_wants() -> None:
     control = Controller("marginal", 8).session("lookup")
     control.times.price_ms = 1e6
     round_ = control.ahead(8, temperature=0.0)
-    assert LookupDrafts().propose([asked([5, 6, 5, 6], round_)])[0].tokens == []
+    assert LookupDrafts().propose([request([5, 6, 5, 6], round_)])[0].tokens == []
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=60), st.integers(1, 60))
-def test_lookup_index_grown_step_by_step_equals_one_built_at_once(tokens: list[int], cut: int) -> None:
+def test_an_index_grown_step_by_step_equals_one_built_at_once(tokens: list[int], cut: int) -> None:
     grown = LookupDrafts()
     for end in range(min(cut, len(tokens)), len(tokens) + 1):
         last = propose(grown, tokens[:end], 4)
@@ -158,5 +158,5 @@ def test_lookup_proposes_only_continuations_seen_before(tokens: list[int]) -> No
         assert (tokens[-support], first) in pairs
 
 
-def test_no_drafts_is_plain_decoding() -> None:
-    assert NoDrafts().propose([asked([1, 1], round_of(4))])[0].tokens == []
+def test_the_source_none_drafts_nothing() -> None:
+    assert NoDrafts().propose([request([1, 1], round_of(4))])[0].tokens == []

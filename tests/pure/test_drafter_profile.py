@@ -1,4 +1,4 @@
-"""Device profiles: what a file may say, the times that follow from it, and how messages travel."""
+"""Hardware profiles: their files, the drafting times that follow, and the delays of messages."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ delay_ms = 5
 """
 
 
-def test_a_file_gives_its_figures() -> None:
+def test_a_profile_holds_the_figures_of_its_file() -> None:
     profile = parse_profile(GOOD, "p")
     assert (profile.draft.step_ms, profile.draft.prompt_ms) == (4, 0.5)
     assert (profile.uplink, profile.downlink) == (LinkProfile(delay_ms=10, jitter_ms=3), LinkProfile(delay_ms=5))
 
 
 @pytest.mark.parametrize(
-    ("old", "new", "said"),
+    ("old", "new", "message"),
     [
         ("step_ms = 4\n", "", "draft.step_ms: missing"),
         ("[downlink]\ndelay_ms = 5", "", "downlink: missing"),
@@ -46,14 +46,14 @@ def test_a_file_gives_its_figures() -> None:
         ("[uplink]", "[uplink", "p is not TOML"),
     ],
 )
-def test_a_bad_file_is_refused_in_plain_words(old: str, new: str, said: str) -> None:
+def test_an_invalid_file_is_refused_with_the_reason(old: str, new: str, message: str) -> None:
     assert old in GOOD
     with pytest.raises(SettingsError) as refused:
         parse_profile(GOOD.replace(old, new, 1), "p")
-    assert said in str(refused.value)
+    assert message in str(refused.value)
 
 
-def test_profiles_are_found_by_name_or_path(tmp_path: Path) -> None:
+def test_profiles_load_by_name_or_path(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(GOOD)
     assert load_profile("") is None
     assert load_profile(str(tmp_path / "mine.toml")) == parse_profile(GOOD, "mine")
@@ -65,22 +65,22 @@ def test_profiles_are_found_by_name_or_path(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["raspberry-pi-5", "jetson-orin-nano", "laptop", "phone"])
-def test_shipped_profiles_are_sound_and_say_where_their_figures_come_from(name: str) -> None:
+def test_shipped_profiles_are_sound_and_give_the_source_of_each_figure(name: str) -> None:
     profile = load_profile(name)
     assert profile is not None
     assert profile.description
     assert 0 < profile.draft.prompt_ms < profile.draft.step_ms
     lines = (SHIPPED / f"{name}.toml").read_text().splitlines()
     for figure in ("step_ms", "prompt_ms", "[uplink]"):
-        (place,) = (i for i, line in enumerate(lines) if line.startswith(figure))
-        assert lines[place - 1].startswith("# ")
+        (line_number,) = (i for i, line in enumerate(lines) if line.startswith(figure))
+        assert lines[line_number - 1].startswith("# ")
 
 
-def test_a_draft_takes_its_steps_and_what_had_to_be_computed_before_it() -> None:
+def test_the_time_of_a_draft_includes_its_steps_and_the_tokens_before_it() -> None:
     profile = parse_profile(GOOD, "p")
     assert profile.draft_ms(Draft([5, 6], {"hidden": 3}, computed=1)) == 12
     assert profile.draft_ms(Draft([5], {"hidden": 1}, computed=101)) == 4 + 50
-    assert profile.draft_ms(Draft([5, 6, 7])) == 0, "copied tokens cost nothing"
+    assert profile.draft_ms(Draft([5, 6, 7])) == 0, "copied tokens take no time"
     assert profile.ahead_ms(Draft([5], {"hidden": 2})) == 12
 
 
@@ -89,21 +89,21 @@ LINKS = st.builds(LinkProfile, delay_ms=st.floats(0, 500), jitter_ms=st.floats(0
 
 @given(LINKS, st.lists(st.floats(0, 50), min_size=1, max_size=50), st.text(max_size=5))
 def test_jitter_is_bounded_and_keeps_the_order_of_messages(link: LinkProfile, gaps: list[float], seed: str) -> None:
-    travel, sent, last = LinkDelays(link, seed), 1000.0, 0.0
+    delays, sent, last = LinkDelays(link, seed), 1000.0, 0.0
     for gap in gaps:
         sent += gap
-        arrival = travel.arrival_ms(sent)
-        assert arrival >= last, "no overtaking"
+        arrival = delays.arrival_ms(sent)
+        assert arrival >= last, "no message overtakes another"
         assert arrival >= sent + link.delay_ms
-        # One held up by an earlier one arrives with it, and that one was sent earlier.
+        # A message that an earlier one holds up arrives together with it, and that one was sent earlier.
         assert arrival <= sent + link.delay_ms + MOST_JITTER * link.jitter_ms + 1e-9
         last = arrival
 
 
-def test_jitter_has_its_mean_and_comes_again_with_its_seed() -> None:
+def test_jitter_has_its_mean_and_follows_from_its_seed() -> None:
     def drawn(seed: str) -> list[float]:
-        travel = LinkDelays(LinkProfile(delay_ms=10, jitter_ms=4), seed)
-        return [travel.arrival_ms(1000.0 * i) - 1000.0 * i - 10 for i in range(5000)]
+        delays = LinkDelays(LinkProfile(delay_ms=10, jitter_ms=4), seed)
+        return [delays.arrival_ms(1000.0 * i) - 1000.0 * i - 10 for i in range(5000)]
 
     assert statistics.mean(drawn("a")) == pytest.approx(4, rel=0.05)
     assert drawn("a") == drawn("a")
@@ -111,11 +111,11 @@ def test_jitter_has_its_mean_and_comes_again_with_its_seed() -> None:
 
 
 def test_without_jitter_every_message_takes_the_delay() -> None:
-    travel = LinkDelays(LinkProfile(delay_ms=7), "s")
-    assert [travel.arrival_ms(t) for t in (0.0, 1.0, 1.0)] == [7, 8, 8]
+    delays = LinkDelays(LinkProfile(delay_ms=7), "s")
+    assert [delays.arrival_ms(t) for t in (0.0, 1.0, 1.0)] == [7, 8, 8]
 
 
-def test_a_profile_cannot_be_changed() -> None:
+def test_a_profile_is_immutable() -> None:
     profile: HardwareProfile = parse_profile(GOOD, "p")
     with pytest.raises(ValueError, match="frozen"):
         profile.draft.step_ms = 1  # type: ignore[misc]

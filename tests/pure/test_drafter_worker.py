@@ -1,4 +1,4 @@
-"""The drafter's worker: calls of a draft source for several sessions, and what becomes of them when it fails."""
+"""The source worker: batched calls, failures and drafts ahead; and the counts of verified tokens."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.messages import Sampling
 
 
 class Scripted:
-    """Proposes token 7 once it is let go, or fails; remembers its calls."""
+    """A source that proposes token 7 after `go` is set, or fails; records its calls."""
 
     blocking = True
 
@@ -65,7 +65,7 @@ def round_of(length: int) -> DraftRound:
     return Controller("fixed", 8).session("model").ahead(length, 0.0)
 
 
-async def test_those_that_come_during_a_call_make_up_the_next_and_drafts_go_before_aheads() -> None:
+async def test_requests_during_a_call_share_the_next_and_drafts_precede_aheads() -> None:
     source = Scripted()
     async with working(source) as worker:
         first = asyncio.create_task(worker.draft(request("a")))
@@ -81,7 +81,7 @@ async def test_those_that_come_during_a_call_make_up_the_next_and_drafts_go_befo
     assert source.calls == [["a"], ["b", "c"], ["after x"]]
 
 
-async def test_a_source_that_fails_gives_nothing_and_is_asked_again() -> None:
+async def test_after_a_failed_call_drafts_are_empty_and_the_source_goes_on() -> None:
     source = Scripted()
     source.go.set()
     async with working(source) as worker:
@@ -95,7 +95,7 @@ async def test_a_source_that_fails_gives_nothing_and_is_asked_again() -> None:
         assert (await worker.draft(request("a")))[0].tokens == [7]
 
 
-async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> None:
+async def test_cancelled_drafts_ahead_are_dropped() -> None:
     source = Scripted()
     async with working(source) as worker:
         first = asyncio.create_task(worker.draft(request("a")))
@@ -112,12 +112,12 @@ async def test_drafts_ahead_that_were_given_up_are_neither_kept_nor_made() -> No
     assert source.calls == [["a"], ["close x"], ["b"]]
 
 
-def test_only_tokens_that_were_verified_are_judged() -> None:
+def test_only_verified_tokens_are_counted() -> None:
     def counts(tokens: list[int], accepted: int, trimmed_to: int) -> tuple[int, int]:
         return verified_counts(result("s", 1, 3, tokens, accepted=accepted, trimmed_to=trimmed_to))
 
     assert counts([5, 6, 7], 2, 4) == (4, 2)  # the third was rejected
-    assert counts([5, 6, 7], 2, 2) == (2, 2)  # all that were left after trimming are right
-    assert counts([5, 6], 2, 4) == (2, 2)  # the second ends the text: those behind it are unknown
-    assert counts([5, 6], 2, 0) == (0, 0)  # of an earlier copy of the round
+    assert counts([5, 6, 7], 2, 2) == (2, 2)  # trimming left two tokens, and both are accepted
+    assert counts([5, 6], 2, 4) == (2, 2)  # the second ends the text: the tokens behind it were not verified
+    assert counts([5, 6], 2, 0) == (0, 0)  # a repeated result of the round
     assert counts([5, 6, 7], 2, 0) == (0, 0)

@@ -1,4 +1,4 @@
-"""Which draft source a request gets, and what a drafter loads for it."""
+"""The loading of draft sources, and the choice among them for each request."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def generate(draft: DraftChoice, vocabulary: str = "v") -> Generate:
 
 @pytest.fixture
 def drafting() -> Drafting:
-    """A source in place of the model: which one it is does not matter here."""
+    """Sources without models; another source stands for the one that reads hidden states."""
     hidden = NoDrafts()
     sources = {"none": NoDrafts(), "lookup": LookupDrafts(), "hidden": hidden, "combined": hidden}
     return Drafting(sources, "combined", Controller("fixed", 4), {"hidden": "v", "combined": "v"}, 64)
@@ -42,14 +42,14 @@ def drafting() -> Drafting:
         (DraftChoice.NONE, (), False),
     ],
 )
-def test_a_request_gets_what_it_asks_for(
+def test_a_request_gets_the_source_that_it_asks_for(
     drafting: Drafting, asked: DraftChoice, names: tuple[str, ...], reads_states: bool
 ) -> None:
     choice = drafting.choose(generate(asked))
     assert (choice.token_sources, choice.reads_hidden_states) == (names, reads_states)
 
 
-def test_a_source_that_is_not_there_is_replaced_by_the_default(drafting: Drafting) -> None:
+def test_a_missing_source_is_replaced_by_the_default(drafting: Drafting) -> None:
     assert drafting.choose(generate(DraftChoice.MODEL)).token_sources == ("hidden", "lookup")
 
 
