@@ -47,7 +47,7 @@ SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
 Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
 SessionKey = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]*$")]
-"""What shows that a session was given to whom says so; empty where none is asked for. See `shared.broker.seal`."""
+"""HMAC proving that the sender was given this session (`shared.broker.session_keys`); empty where none is required."""
 Ratio = Annotated[float, Field(gt=0, le=MOST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -153,7 +153,7 @@ class RoundFields(Record):
     session: Name
     round: Count
     base_len: Length
-    draft: Annotated[list[TokenId], Field(max_length=LONGEST_DRAFT)]
+    draft: list[TokenId]
     drafter: Name
     gateway: Name
     fingerprint: str
@@ -172,6 +172,7 @@ class RoundFields(Record):
 class Verify(RoundFields, Message):
     """drafter → scheduler: verify this draft. An empty draft asks for plain decoding."""
 
+    draft: Annotated[list[TokenId], Field(max_length=LONGEST_DRAFT)]
     acceptance: Annotated[list[Probability], Field(max_length=LONGEST_DRAFT)]
     """Predicted probability of each draft token, given that those before it are accepted."""
     slack_ms: Slack | None = None

@@ -45,9 +45,7 @@ async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -
                 trust_env=False,
             )
         )
-        # The pool of a device has a name that no pool can be given: its settings need not be asked.
-        own = settings.model_copy(update={"pool": name})
-        drafter = Drafter(name, own, drafting, broker, None, profile)
+        drafter = Drafter(name, name, settings, drafting, broker, None, profile)
         server = Server(
             uvicorn.Config(
                 Relay(gateway),

@@ -7,15 +7,15 @@ from pathlib import Path
 from pydantic import Field, SecretStr, model_validator
 from yarl import URL
 
-from services.drafter.settings import DrafterSettings
+from services.drafter.settings import DraftServingSettings
 from services.gateway.settings import is_loopback
 from shared.errors import SettingsError
 from shared.runtime.settings import NAME_PATTERN
 from shared.runtime.tls import Tls
 
 
-class DeviceSettings(DrafterSettings):
-    """A device: where the cluster is, and the drafter's settings. `pool` and `redis_url` are of no use here."""
+class DeviceSettings(DraftServingSettings):
+    """A device: where the cluster is, and how the device drafts."""
 
     device_name: str = Field(pattern=NAME_PATTERN, description="this device's name, as in the schedulers' devices_file")
     gateway_url: str = Field(description="the cluster's API, as an https:// URL that ends in /v1")

@@ -11,7 +11,7 @@ from services.drafter.core.session import RoundTimers
 from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.link import Deliver, DirectLink, EmulatedLink, Link, load_profile
 from services.drafter.serving import ServedSession
-from services.drafter.settings import DrafterSettings
+from services.drafter.settings import DrafterSettings, DraftServingSettings
 from services.drafter.worker import SourceWorker
 from shared.broker import topology
 from shared.broker.client import Broker
@@ -33,8 +33,8 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
-    drafter = Drafter(instance, settings, drafting, broker, store, profile)
+    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
+    drafter = Drafter(instance, settings.pool, settings, drafting, broker, store, profile)
     try:
         await drafter.run(stop)
     finally:
@@ -48,7 +48,8 @@ class Drafter:
     def __init__(
         self,
         instance: str,
-        settings: DrafterSettings,
+        pool: str,
+        settings: DraftServingSettings,
         drafting: Drafting,
         broker: Broker,
         store: Store | None,
@@ -57,6 +58,7 @@ class Drafter:
         """store: None on a device, which learns from results what is committed. profile: of the hardware that each
         session's link and drafts emulate; None emulates none."""
         self.instance = instance
+        self._pool = pool
         self._settings = settings
         self._drafting = drafting
         self._workers = {id(source): SourceWorker(source) for source in drafting.sources.values()}
@@ -72,12 +74,12 @@ class Drafter:
         names = self._broker.topology
         await self._broker.consume(names.drafter_queue(self.instance), self._receive)
         await self._broker.consume(
-            names.generate_queue(self._settings.pool), self._generate, prefetch=self._settings.max_sessions
+            names.generate_queue(self._pool), self._generate, prefetch=self._settings.max_sessions
         )
         HEALTH.watch(self._broker, self._store)
         self._log.info(
             "ready",
-            pool=self._settings.pool,
+            pool=self._pool,
             sources=sorted(self._drafting.sources),
             default=self._drafting.default,
             stop_rule=self._settings.stop_rule,

@@ -15,7 +15,7 @@ from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import DraftSession, RoundTimers, verified_counts
 from services.drafter.link import Deliver, Link
-from services.drafter.settings import DrafterSettings
+from services.drafter.settings import DraftServingSettings
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
 from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Result, Status
@@ -60,7 +60,7 @@ class ServedSession:
         self,
         generate: Generate,
         drafter_id: str,
-        settings: DrafterSettings,
+        settings: DraftServingSettings,
         timers: RoundTimers,
         worker: SourceWorker,
         sources: tuple[str, ...],

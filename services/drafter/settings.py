@@ -10,7 +10,7 @@ from pydantic import Field, model_validator
 from services.drafter.control.rules import RuleName
 from services.drafter.sources.registry import MODEL, SourceChoiceName
 from shared.broker.topology import DEFAULT_POOL
-from shared.runtime.settings import NAME_PATTERN, TargetSettings
+from shared.runtime.settings import NAME_PATTERN, BrokerSettings, ProcessSettings, ServiceSettings, TargetSettings
 
 
 class DraftSettings(TargetSettings):
@@ -41,10 +41,9 @@ class DraftSettings(TargetSettings):
         return self
 
 
-class DrafterSettings(DraftSettings):
-    """One drafter process. It takes requests from its pool's queue; several processes share a pool's work."""
+class DraftServingSettings(ProcessSettings, BrokerSettings, DraftSettings):
+    """Serving sessions, in a drafter and on a device."""
 
-    pool: str = Field(DEFAULT_POOL, pattern=NAME_PATTERN, description="queue of requests to serve: a pool, or a device")
     hidden_format: Literal["bfloat16", "int8"] = Field(
         "bfloat16", description="format of hidden states in messages; int8 halves their size"
     )
@@ -58,3 +57,9 @@ class DrafterSettings(DraftSettings):
         "(raspberry-pi-5, jetson-orin-nano, laptop, phone) or a TOML file",
     )
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")
+
+
+class DrafterSettings(DraftServingSettings, ServiceSettings):
+    """One drafter process. It takes requests from its pool's queue; several processes share a pool's work."""
+
+    pool: str = Field(DEFAULT_POOL, pattern=NAME_PATTERN, description="pool of drafters whose requests to serve")

@@ -76,7 +76,7 @@ async def serve(settings: DrainOrderSettings, instance: str, stop: asyncio.Event
     """Keep the annotations of the verifiers' pods up to date until `stop` is set."""
     log = logging.get()
     pods = Pods(settings)
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     published: dict[str, int] = {}
 
     async def update() -> None:

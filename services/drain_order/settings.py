@@ -6,13 +6,13 @@ from pathlib import Path
 
 from pydantic import Field
 
-from shared.runtime.settings import ServiceSettings
+from shared.runtime.settings import ProcessSettings, RedisSettings
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Folder in which Kubernetes mounts a pod's service account."""
 
 
-class DrainOrderSettings(ServiceSettings):
+class DrainOrderSettings(ProcessSettings, RedisSettings):
     """One process in a Kubernetes cluster. It needs Redis, and permission to annotate the verifiers' pods."""
 
     kubernetes_url: str = Field(

@@ -23,7 +23,7 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     estimator = Estimator(settings, broker, store)
     try:
         await broker.consume(broker.topology.sample_queue(), estimator.receive)

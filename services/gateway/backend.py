@@ -19,7 +19,7 @@ from services.gateway.run import Live, Run
 from services.gateway.session import Session
 from services.gateway.start import Publisher, SessionStore, Starter
 from shared.broker import topology
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Queue
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Failure, Load, Message, Result, Status
@@ -68,7 +68,7 @@ class Backend:
         stall_timeout_s: float,
         resume_s: float,
         queue: Queue | None = None,
-        seal: Seal | None = None,
+        session_keys: SessionKeys | None = None,
         stall_reason: str = NOBODY_WORKS,
     ) -> None:
         """queue: this gateway's own, into which the results of sessions that began elsewhere have to come as well; None
@@ -89,7 +89,7 @@ class Backend:
             fingerprint,
             vocab_fingerprint,
             int(resume_s * 1000),
-            seal or Seal(None),
+            session_keys or SessionKeys(None),
         )
         self._idle_check_s = idle_check_s
         self._stall_timeout_s = stall_timeout_s

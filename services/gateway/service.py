@@ -66,7 +66,7 @@ async def serve(
         stall_timeout_s=settings.stall_timeout_s,
         resume_s=settings.resume_s,
         queue=queue,
-        seal=settings.seal,
+        session_keys=settings.session_keys,
     )
     await broker.consume(queue, backend.receive)
     HEALTH.watch(broker, store)

@@ -12,7 +12,7 @@ from services.gateway.core.keys import KeyLimits
 from services.gateway.core.slo import ServiceClass
 from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
-from shared.runtime.settings import SealSettings, TargetSettings
+from shared.runtime.settings import ServiceSettings, SessionSecretSettings, SessionTtlSettings, TargetSettings
 from shared.runtime.tls import server_context
 
 ADMIT_TO = {"priority": 1.0, "flex": 0.8}
@@ -26,7 +26,7 @@ STANDARD_CLASSES: Any = {
 """As they are given in JSON."""
 
 
-class GatewaySettings(TargetSettings, SealSettings):
+class GatewaySettings(ServiceSettings, TargetSettings, SessionTtlSettings, SessionSecretSettings):
     """Settings of the gateway."""
 
     host: str = Field("127.0.0.1", description="address of the HTTP API")

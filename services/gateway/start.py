@@ -10,7 +10,7 @@ from typing import Protocol
 from services.gateway.errors import unavailable
 from services.gateway.plan import Plan
 from shared.broker import topology
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Queue
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Generate, Message
@@ -74,7 +74,7 @@ class Starter:
     vocab_fingerprint: str
     patience_ms: int
     """How long a session goes on while no gateway collects it."""
-    seal: Seal = field(default_factory=lambda: Seal(None))
+    session_keys: SessionKeys = field(default_factory=lambda: SessionKeys(None))
 
     async def start(self, plan: Plan, started_s: float) -> None:
         """Hand a session to the drafters of its pool. `started_s` is when its request came in.
@@ -113,7 +113,7 @@ class Starter:
                 draft=plan.draft,
                 elapsed_ms=(monotonic() - started_s) * 1000,
             )
-            generate = self.seal.sealed(generate)
+            generate = self.session_keys.add_to(generate)
             await self.publisher.publish(generate, topology.generate(plan.pool), persistent=True)
         except Unroutable as error:
             if plan.pool.startswith(topology.device_name("")):

@@ -12,7 +12,7 @@ from services.scheduler import metrics
 from services.scheduler.core.device_gate import DeviceGate, RoundRefused
 from shared.broker.client import Broker, Stranger
 from shared.broker.devices import read_devices
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import ROUND_BYTES
 from shared.errors import BrokersError, SettingsError
 from shared.messages import Message, Verify
@@ -35,7 +35,7 @@ class DeviceQueues:
         broker: Broker,
         take: Callable[[Verify], None],
         due_ms: Callable[[str], float | None],
-        seal: Seal,
+        session_keys: SessionKeys,
         rounds_per_s: float,
     ) -> None:
         """take: called with each accepted round. due_ms: returns when a session's next token is due.
@@ -46,7 +46,7 @@ class DeviceQueues:
         self._broker = broker
         self._take = take
         self._due_ms = due_ms
-        self._seal = seal
+        self._session_keys = session_keys
         self._rounds_per_s = rounds_per_s
         self._wanted = read_devices(file)
         self._cancels: dict[str, Callable[[], Awaitable[None]]] = {}
@@ -85,7 +85,7 @@ class DeviceQueues:
 
     async def _join(self, device: str) -> Callable[[], Awaitable[None]]:
         """Start consuming a device's queue; return what cancels it."""
-        gate = DeviceGate(device, self._seal, self._rounds_per_s)
+        gate = DeviceGate(device, self._session_keys, self._rounds_per_s)
         turn = asyncio.Lock()
 
         async def refuse(reason: str) -> None:

@@ -13,7 +13,7 @@ from services.scheduler.device_queues import DeviceQueues
 from services.scheduler.settings import SchedulerSettings
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, MessageError
 from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
@@ -36,13 +36,18 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
-    store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
+    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
-    scheduler = Scheduler(dispatcher, broker, settings.seal)
+    scheduler = Scheduler(dispatcher, broker, settings.session_keys)
     devices = None
     if settings.devices_file is not None:
         devices = DeviceQueues(
-            settings.devices_file, broker, scheduler.take, scheduler.due_ms, settings.seal, settings.device_rounds_per_s
+            settings.devices_file,
+            broker,
+            scheduler.take,
+            scheduler.due_ms,
+            settings.session_keys,
+            settings.device_rounds_per_s,
         )
     try:
         await scheduler.recall(store)
@@ -55,10 +60,10 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
 class Scheduler:
     """Connects the dispatcher with the broker."""
 
-    def __init__(self, dispatcher: Dispatcher, broker: Broker, seal: Seal) -> None:
+    def __init__(self, dispatcher: Dispatcher, broker: Broker, session_keys: SessionKeys) -> None:
         self._dispatcher = dispatcher
         self._broker = broker
-        self._seal = seal
+        self._session_keys = session_keys
         self._timer: asyncio.TimerHandle | None = None
         self._sending: set[asyncio.Task[None]] = set()
         self._log = logging.get()
@@ -93,7 +98,7 @@ class Scheduler:
         """Handle a message from the queue of rounds. Any other type than `Verify` is an error of the sender."""
         if not isinstance(message, Verify):
             raise MessageError(f"a {message.type_name} is no round")
-        if not self._seal.fits(message):
+        if not self._session_keys.accepts(message):
             metrics.ROUNDS_REFUSED.labels("").inc()
             self._log.warning("round refused: its session key is wrong or missing", drafter=message.drafter)
             return

@@ -9,10 +9,10 @@ from pydantic import Field, model_validator
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import SchedulingRules
 from services.scheduler.core.policies import PolicyName, PolicyOptions, PolicyPart
-from shared.runtime.settings import SealSettings
+from shared.runtime.settings import ServiceSettings, SessionSecretSettings
 
 
-class SchedulerSettings(SealSettings):
+class SchedulerSettings(ServiceSettings, SessionSecretSettings):
     """Settings of one scheduler process. Several may run; the broker makes one of them active."""
 
     policy: PolicyName = Field("wisp+", description="batch policy: which pending rounds make up the next batch")

@@ -22,7 +22,7 @@ from services.verifier.settings import VerifierSettings
 from services.verifier.verify import verify
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
 from shared.cost.fit import VerifierFit
 from shared.engine import Engine
@@ -105,7 +105,9 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
-    verifier = Verifier(instance, fingerprint, engine, model_thread, broker, store, settings, pace, settings.seal)
+    verifier = Verifier(
+        instance, fingerprint, engine, model_thread, broker, store, settings, pace, settings.session_keys
+    )
     try:
         await verifier.run(measured, stop)
     finally:
@@ -127,7 +129,7 @@ class Verifier:
         store: Store,
         settings: VerifierSettings,
         pace: Pace | None = None,
-        seal: Seal | None = None,
+        session_keys: SessionKeys | None = None,
     ) -> None:
         self.instance = instance
         self.fingerprint = fingerprint
@@ -148,7 +150,7 @@ class Verifier:
         )
         self._digests = settings.journal
         self._pace = pace
-        self._seal = seal or Seal(None)
+        self._session_keys = session_keys or SessionKeys(None)
         self._log = logging.get()
         self._known: dict[str, Known] = {}
         self._cached: dict[str, int] = {}
@@ -274,7 +276,7 @@ class Verifier:
         settled: list[tuple[Job, Failure | None]] = []
         mine = []
         for job in batch.jobs:
-            if not self._seal.fits(job):
+            if not self._session_keys.accepts(job):
                 self._log.error("job without its session's key: is WISP_SESSION_SECRET the same?", session=job.session)
                 settled.append((job, replies.FORBIDDEN))
             elif job.fingerprint == self.fingerprint:

@@ -7,12 +7,12 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator
 
 from shared.cost.model import SIZE
-from shared.runtime.settings import SealSettings, TargetSettings
+from shared.runtime.settings import ServiceSettings, SessionSecretSettings, SessionTtlSettings, TargetSettings
 
 KvHandoff = Literal["off", "drain", "write-through"]
 
 
-class VerifierSettings(TargetSettings, SealSettings):
+class VerifierSettings(ServiceSettings, TargetSettings, SessionTtlSettings, SessionSecretSettings):
     """One verifier process: one target model on one device."""
 
     device: str = Field("cpu", description="torch device of the target model: cpu, cuda, cuda:1")

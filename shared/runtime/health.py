@@ -25,7 +25,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from shared.broker.client import Broker
 from shared.errors import SettingsError, WispError
-from shared.runtime.settings import ServiceSettings, load
+from shared.runtime.settings import ProcessSettings, load
 from shared.state.store import Store
 
 CHECK_S = 3.0
@@ -152,7 +152,7 @@ def ask(port: int) -> tuple[bool, str]:
 
 def main() -> None:
     """Ask, print the answer, end with status 0 or 1."""
-    settings = load(ServiceSettings, "python -m shared.runtime.health")
+    settings = load(ProcessSettings, "python -m shared.runtime.health")
     if not settings.metrics_port:
         print("WISP_METRICS_PORT is 0: the service answers no questions of health. Set a port.", file=sys.stderr)
         raise SystemExit(2)

@@ -13,10 +13,10 @@ import uvloop
 
 from shared.errors import WispError
 from shared.runtime import health, logging
-from shared.runtime.settings import ServiceSettings, load
+from shared.runtime.settings import ProcessSettings, load
 from shared.runtime.tasks import cancel
 
-S = TypeVar("S", bound=ServiceSettings)
+S = TypeVar("S", bound=ProcessSettings)
 CANCEL_AGAIN_S = 2.0
 
 

@@ -8,6 +8,9 @@ from enum import StrEnum
 
 from shared.messages import Finish
 
+SESSION_TTL_S = 900
+"""Usual time that a session's state stays in Redis after its last token."""
+
 
 class CommitOutcome(StrEnum):
     """Decision of the commit script for one job."""

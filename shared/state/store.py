@@ -54,7 +54,7 @@ from shared.messages import (
     encode,
 )
 from shared.runtime.tls import Tls
-from shared.state.commits import Commit, CommitOutcome, Committed
+from shared.state.commits import SESSION_TTL_S, Commit, CommitOutcome, Committed
 from shared.state.kv import KvBlocks
 from shared.state.quota import Quota
 from shared.state.redis_calls import now_ms
@@ -155,7 +155,7 @@ class Store:
         self.kv = KvBlocks(redis, namespace, self._guard)
 
     @classmethod
-    def connect(cls, url: str, namespace: str, ttl_s: int, tls: Tls | None = None) -> Store:
+    def connect(cls, url: str, namespace: str, ttl_s: int = SESSION_TTL_S, tls: Tls | None = None) -> Store:
         """A store at this URL. Connections are opened when first needed."""
         pool = BlockingConnectionPool.from_url(
             url,

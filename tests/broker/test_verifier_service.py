@@ -20,7 +20,7 @@ from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.messages import (
@@ -178,7 +178,7 @@ async def playing(
 async def test_a_job_without_its_sessions_key_is_not_computed_and_only_the_scheduler_is_told(
     amqp_url: str, redis_url: str, namespace: str, model: Path, text: list[int]
 ) -> None:
-    seal = Seal("x" * 40)
+    session_keys = SessionKeys("x" * 40)
     async with playing(amqp_url, redis_url, namespace, model, "x" * 40) as peer:
         told: asyncio.Queue[Message] = asyncio.Queue()
         await peer.broker.consume(
@@ -186,7 +186,7 @@ async def test_a_job_without_its_sessions_key_is_not_computed_and_only_the_sched
         )
         for session in ("mine", "others"):
             await peer.open(session)
-        key = seal.key("mine", "g", "default", None)
+        key = session_keys.key("mine", "g", "default", None)
         await peer.send(
             peer.job("others", 4, text[:2], session_key=key),
             peer.job("others", 4, text[:2]),

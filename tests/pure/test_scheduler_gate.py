@@ -10,10 +10,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.scheduler.core.device_gate import HIDDEN_ROWS, LONGEST_DRAFT, DeviceGate, RateBucket, RoundRefused
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.messages import Cancel, Verify
 
-SEAL = Seal("x" * 32)
+KEYS = SessionKeys("x" * 32)
 
 
 def round_(session: str = "s", tpot_ms: float | None = None, **fields: Any) -> Verify:
@@ -21,14 +21,14 @@ def round_(session: str = "s", tpot_ms: float | None = None, **fields: Any) -> V
         "base_len": 100,
         "draft": [1, 2],
         "drafter": "device.ann",
-        "session_key": SEAL.key(session, "g", "default", tpot_ms),
+        "session_key": KEYS.key(session, "g", "default", tpot_ms),
     }
     return verify(session, tpot_ms=tpot_ms, **(plain | fields))
 
 
 @pytest.fixture
 def gate() -> DeviceGate:
-    return DeviceGate("ann", SEAL, rounds_per_s=10)
+    return DeviceGate("ann", KEYS, rounds_per_s=10)
 
 
 def test_an_honest_round_passes_as_it_is(gate: DeviceGate) -> None:
@@ -43,7 +43,7 @@ def test_an_honest_round_passes_as_it_is(gate: DeviceGate) -> None:
         (round_(drafter="device.bob"), "would go to device.bob"),
         (round_(drafter="gateway-1"), "would go to gateway-1"),
         (round_(session_key=""), "session key"),
-        (round_(session_key=SEAL.key("other", "g", "default", None)), "session key"),
+        (round_(session_key=KEYS.key("other", "g", "default", None)), "session key"),
         (round_(service_class="priority"), "session key"),
         (round_(draft=[1] * (LONGEST_DRAFT + 1)), "65 tokens"),
     ],

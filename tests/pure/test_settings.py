@@ -1,4 +1,4 @@
-"""Bad settings end a service at its start, with a message that says which and why."""
+"""Settings: each service has those that it uses, and invalid ones end it at its start with an explanation."""
 
 from __future__ import annotations
 
@@ -6,13 +6,16 @@ import sys
 
 import pytest
 
+from services.device.settings import DeviceSettings
 from services.drafter.settings import DrafterSettings
+from services.drain_order.settings import DrainOrderSettings
+from services.estimator.settings import EstimatorSettings
 from services.scheduler.settings import SchedulerSettings
-from shared.runtime.settings import ServiceSettings, load
+from shared.runtime.settings import WispSettings, load
 
 
 @pytest.mark.parametrize(
-    ("kind", "environment", "said"),
+    ("kind", "environment", "message"),
     [
         (
             SchedulerSettings,
@@ -26,10 +29,10 @@ from shared.runtime.settings import ServiceSettings, load
         (DrafterSettings, {"WISP_HIDDEN_FORMAT": "int4"}, "Input should be 'bfloat16' or 'int8'"),
     ],
 )
-def test_bad_settings_are_named(
-    kind: type[ServiceSettings],
+def test_an_invalid_setting_is_named(
+    kind: type[WispSettings],
     environment: dict[str, str],
-    said: str,
+    message: str,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -40,8 +43,22 @@ def test_bad_settings_are_named(
         load(kind, "service")
     assert ended.value.code == 2
     shown = capsys.readouterr().err
-    assert said in shown
+    assert message in shown
     assert "See `service --help`." in shown
+
+
+@pytest.mark.parametrize(
+    ("kind", "unused"),
+    [
+        (DrainOrderSettings, {"amqp_url", "journal", "session_ttl_s"}),
+        (EstimatorSettings, {"session_ttl_s", "session_secret", "target"}),
+        (SchedulerSettings, {"session_ttl_s", "target"}),
+        (DrafterSettings, {"session_ttl_s", "session_secret"}),
+        (DeviceSettings, {"redis_url", "pool", "journal", "session_secret"}),
+    ],
+)
+def test_a_service_has_no_settings_that_it_does_not_use(kind: type[WispSettings], unused: set[str]) -> None:
+    assert unused & kind.model_fields.keys() == set()
 
 
 def test_the_command_line_goes_before_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

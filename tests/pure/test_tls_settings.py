@@ -1,4 +1,4 @@
-"""Settings of TLS: what cannot work is said at the start, and no password with it."""
+"""TLS settings: what cannot work ends the process at its start, with a message without passwords."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from secured import Authority
 
 from services.gateway.settings import GatewaySettings
 from services.tools.local.settings import BrokerAddresses
-from shared.runtime.settings import ServiceSettings, problems_of
+from shared.runtime.settings import RedisSettings, ServiceSettings, problems_of
 
 SECURE = {"amqp_url": "amqps://ann:hidden@rabbit:5671/", "redis_url": "rediss://:hidden@redis:6380/0"}
 
@@ -29,7 +29,7 @@ def authority(tmp_path: Path) -> Authority:
     return Authority(tmp_path)
 
 
-def test_what_is_no_address_of_a_broker_is_refused_without_its_password() -> None:
+def test_a_malformed_url_is_refused_without_its_password() -> None:
     assert "amqp_url must begin with amqp:// or amqps://" in problem(
         ServiceSettings, amqp_url="http://ann:hidden@rabbit/"
     )
@@ -41,12 +41,12 @@ def test_what_is_no_address_of_a_broker_is_refused_without_its_password() -> Non
 
 
 @pytest.mark.parametrize("option", ["no_verify_ssl=1", "cafile=/x", "ssl_cert_reqs=none"])
-def test_certificates_are_not_switched_off_in_an_address(option: str) -> None:
+def test_a_url_cannot_switch_certificate_checks_off(option: str) -> None:
     for name, url in SECURE.items():
-        assert "say it with WISP_TLS_CA_FILE" in problem(ServiceSettings, **{name: f"{url}?{option}"})
+        assert "use WISP_TLS_CA_FILE" in problem(ServiceSettings, **{name: f"{url}?{option}"})
 
 
-def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Path) -> None:
+def test_an_unusable_file_is_named(authority: Authority, tmp_path: Path) -> None:
     cert, key = authority.issue("rabbit")
     _, other = authority.issue("other")
     rubbish = tmp_path / "rubbish"
@@ -54,7 +54,7 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
     absent = tmp_path / "absent"
     assert f"tls_ca_file {absent}: No such file" in problem(ServiceSettings, **SECURE, tls_ca_file=absent)
     assert f"tls_ca_file {rubbish}: no PEM file" in problem(ServiceSettings, **SECURE, tls_ca_file=rubbish)
-    assert "not the certificate that it belongs to" in problem(ServiceSettings, **SECURE, tls_key_file=key)
+    assert "tls_key_file is set without its certificate" in problem(ServiceSettings, **SECURE, tls_key_file=key)
     wrong_pair = problem(ServiceSettings, **SECURE, tls_cert_file=cert, tls_key_file=other)
     assert "tls_cert_file and tls_key_file" in wrong_pair
     assert "not of one pair" in wrong_pair
@@ -65,13 +65,17 @@ def test_files_that_cannot_be_used_are_named(authority: Authority, tmp_path: Pat
     assert good.tls.redis_options("redis://redis:6379") == {}
 
 
-def test_certificates_beside_addresses_without_tls_are_a_mistake(authority: Authority) -> None:
-    assert "nothing uses TLS" in problem(ServiceSettings, tls_ca_file=authority.file)
+def test_certificates_without_a_tls_url_are_refused(authority: Authority) -> None:
+    both = problem(ServiceSettings, tls_ca_file=authority.file)
+    assert "nothing uses TLS: " in both
+    assert "redis_url begins with redis://" in both
+    assert "amqp_url begins with amqp://" in both
+    assert "amqp_url" not in problem(RedisSettings, tls_ca_file=authority.file)
     only_one = {"amqp_url": SECURE["amqp_url"], "tls_ca_file": authority.file}
     assert ServiceSettings.model_validate(only_one).tls.ca_file == authority.file
 
 
-def test_the_gateways_certificate_is_tried_at_the_start(authority: Authority, tmp_path: Path) -> None:
+def test_the_gateways_certificate_is_loaded_at_the_start(authority: Authority, tmp_path: Path) -> None:
     cert, key = authority.issue("gateway")
     assert "https_key_file is set, but not its certificate" in problem(GatewaySettings, https_key_file=key)
     assert f"{tmp_path / 'absent'}: No such file" in problem(GatewaySettings, https_cert_file=tmp_path / "absent")
@@ -81,7 +85,7 @@ def test_the_gateways_certificate_is_tried_at_the_start(authority: Authority, tm
     assert GatewaySettings.model_validate({"https_cert_file": together}).https_key_file is None
 
 
-def test_a_key_with_a_passphrase_does_not_make_a_service_wait_for_one(authority: Authority, tmp_path: Path) -> None:
+def test_a_key_with_a_passphrase_is_refused(authority: Authority, tmp_path: Path) -> None:
     from cryptography.hazmat.primitives import serialization
 
     cert, key = authority.issue("gateway")

@@ -3,7 +3,7 @@
 A device is not trusted. Its queue identifies the sender. The device chooses its draft and when to send it. Everything
 by which it could gain at the expense of others is checked or corrected here:
 
-    session, gateway, class, SLO   sealed with the session key (`shared.broker.seal`)
+    session, gateway, class, SLO   covered by the session key (`shared.broker.session_keys`)
     drafter                        the device itself, so that no other drafter gets the results that it asks for
     slack                          at least what the scheduler predicts, so that no device claims to be late
     hidden states                  as many rows as prompts and outputs need; a request for more is dropped
@@ -12,7 +12,7 @@ by which it could gain at the expense of others is checked or corrected here:
 
 from __future__ import annotations
 
-from shared.broker.seal import Seal
+from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import device_name
 from shared.messages import Message, Verify
 
@@ -57,9 +57,9 @@ class RateBucket:
 class DeviceGate:
     """Checks the messages of one device."""
 
-    def __init__(self, device: str, seal: Seal, rounds_per_s: float) -> None:
+    def __init__(self, device: str, session_keys: SessionKeys, rounds_per_s: float) -> None:
         self._drafter_id = device_name(device)
-        self._seal = seal
+        self._session_keys = session_keys
         self._rounds = RateBucket(rounds_per_s, max(1.0, rounds_per_s * BURST_S))
         self._hidden = RateBucket(HIDDEN_ROWS_PER_S, HIDDEN_ROWS)
 
@@ -76,7 +76,7 @@ class DeviceGate:
             raise RoundRefused(f"a {message.type_name} is no round")
         if message.drafter != self._drafter_id:
             raise RoundRefused(f"the results would go to {message.drafter}")
-        if not self._seal.fits(message):
+        if not self._session_keys.accepts(message):
             raise RoundRefused("its session key is wrong or missing")
         if len(message.draft) > LONGEST_DRAFT:
             raise RoundRefused(f"its draft has {len(message.draft)} tokens; at most {LONGEST_DRAFT} are allowed")

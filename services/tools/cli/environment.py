@@ -10,7 +10,7 @@ from typing import Any
 from pydantic_core import to_jsonable_python
 
 from shared.errors import WispError
-from shared.runtime.settings import ServiceSettings
+from shared.runtime.settings import WispSettings
 
 OWN = {
     "gateway": ("services.gateway.settings", "GatewaySettings"),
@@ -26,21 +26,21 @@ SECRET = frozenset({"amqp_url", "redis_url", "session_secret"})
 WIDTH = 118
 
 
-def settings_of(service: str) -> type[ServiceSettings]:
+def settings_of(service: str) -> type[WispSettings]:
     """A service's settings class. Raises WispError where there is no such service."""
     if service not in OWN:
         raise WispError(f"no service is called {service!r}; there are {', '.join(OWN)}")
     module, name = OWN[service]
-    kind: type[ServiceSettings] = getattr(import_module(module), name)
+    kind: type[WispSettings] = getattr(import_module(module), name)
     return kind
 
 
 def variable(name: str) -> str:
     """A setting's name in the environment."""
-    return f"{ServiceSettings.model_config['env_prefix']}{name.upper()}"
+    return f"{WispSettings.model_config['env_prefix']}{name.upper()}"
 
 
-def environment(kind: type[ServiceSettings]) -> str:
+def environment(kind: type[WispSettings]) -> str:
     """Every setting with its description and default; one without default, or a secret one, as a comment."""
     parts = []
     for name, field in kind.model_fields.items():
