@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 from services.tools.cli.ask import ClientAnswer, summary_lines, tokens_per_second
-from services.tools.cli.paint import CLOSE, OPEN, Painter, TextPart, printable, text_parts
+from services.tools.cli.core.text_parts import CLOSE, OPEN, TextPart, printable, text_parts
+from services.tools.cli.paint import Painter
 
 WRITTEN = [TextPart("The capital", False), TextPart(" of France", True), TextPart(" is Paris.", False)]
 SUMMARY = {

@@ -7,8 +7,9 @@ import io
 import pytest
 from rich.console import Console
 
-from services.tools.cli.core.answer_rounds import BAR, BEYOND, AnswerRound, Arrival, draw, picture, rounds_of
-from services.tools.cli.paint import Painter, TextPart
+from services.tools.cli.core.answer_rounds import BAR, BEYOND, AnswerRound, Arrival, picture, rounds_of
+from services.tools.cli.core.text_parts import TextPart
+from services.tools.cli.paint import Painter
 
 
 def painter(**options: object) -> Painter:
@@ -50,7 +51,7 @@ def bars(lines: list[str]) -> list[str]:
 
 
 def plain(rounds: list[AnswerRound]) -> list[str]:
-    return [line.plain for line in picture(rounds, painter(force_terminal=False))]
+    return [line.plain for line in picture(rounds, painter(force_terminal=False).style)]
 
 
 def test_a_round_lasts_from_chunk_to_chunk_and_has_its_own_tokens() -> None:
@@ -94,7 +95,7 @@ def test_the_first_round_does_not_set_the_scale_and_is_cut() -> None:
 def test_tokens_are_told_apart_and_rejected_drafts_counted() -> None:
     assert plain([made()])[1].endswith("‹ sky› is  1 rejected")
     assert plain([made(accepted=2)])[1].endswith("‹ sky› is")
-    (_, line) = picture([made()], painter(force_terminal=True, color_system="standard", no_color=False))
+    (_, line) = picture([made()], painter(force_terminal=True, color_system="standard", no_color=False).style)
     assert line.plain.endswith(" sky is  1 rejected")
     assert any("green" in str(span.style) and line.plain[span.start : span.end] == " sky" for span in line.spans)
 
@@ -105,7 +106,7 @@ def test_a_line_stays_one_line() -> None:
 
 def test_only_the_first_rounds_are_drawn() -> None:
     shown = painter(force_terminal=False)
-    draw([made(number) for number in range(12)], shown, limit=3)
+    shown.draw_rounds([made(number) for number in range(12)], limit=3)
     text = shown.console.file.getvalue()  # type: ignore[attr-defined]
     assert text.count("rejected") == 3
     assert "and 9 more rounds" in text

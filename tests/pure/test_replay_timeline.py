@@ -11,7 +11,7 @@ from recorded import A, B, C, Sent
 from rich.console import Console
 
 from services.tools.cli.paint import Painter
-from services.tools.cli.replay.timeline_view import listing, told, view
+from services.tools.cli.replay.timeline_view import session_table, timeline_fields, timeline_view
 from services.tools.replayer.core.recording import RecordingError
 from services.tools.replayer.core.selection import find_session, select_sessions, session_ids_of
 from services.tools.replayer.core.sessions import read_sessions
@@ -32,7 +32,7 @@ def timeline_of(sent: list[Sent], session: str = A) -> Timeline:
 
 def shown(one: Timeline, width: int = 240) -> str:
     console = Console(file=StringIO(), width=width, no_color=True)
-    console.print(view(one, words, Painter(console)))
+    console.print(timeline_view(one, words, Painter(console).style))
     assert isinstance(console.file, StringIO)
     return console.file.getvalue()
 
@@ -92,7 +92,7 @@ def test_the_terminal_shows_the_whole_timeline() -> None:
 
 
 def test_json_has_the_same_with_the_text_of_each_token() -> None:
-    fields = json.loads(json.dumps(told(timeline_of(recorded.sent()), words), allow_nan=False))
+    fields = json.loads(json.dumps(timeline_fields(timeline_of(recorded.sent()), words), allow_nan=False))
     assert fields["prompt_text"] == "<5><6><7>"
     assert fields["slo"] == {"ttft_ms": 100, "tpot_ms": 50}
     assert [token["fate"] for token in fields["rounds"][1]["draft"]] == ["accepted", "rejected", "trimmed", "trimmed"]
@@ -107,7 +107,7 @@ def test_json_has_the_same_with_the_text_of_each_token() -> None:
 def test_the_list_has_a_line_for_each_session() -> None:
     sessions = read_sessions(recorded.recording(recorded.sent()).entries())
     console = Console(file=StringIO(), width=160)
-    console.print(listing([timeline(session) for session in sessions.values()]))
+    console.print(session_table([timeline(session) for session in sessions.values()]))
     assert isinstance(console.file, StringIO)
     lines = console.file.getvalue().splitlines()
     assert len(lines) == 5

@@ -12,7 +12,7 @@ from rich.console import Console
 from services.tools.cli import demo
 from services.tools.cli.ask import ClientAnswer, Question
 from services.tools.cli.chat import Chat
-from services.tools.cli.paint import OPEN
+from services.tools.cli.core.text_parts import OPEN
 from services.tools.local.stack import Stack
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from services.tools.cli.core.answer_rounds import AnswerRound, Arrival, rounds_of
-from services.tools.cli.paint import TextPart, text_parts
+from services.tools.cli.core.text_parts import TextPart, text_parts
 from services.tools.local.settings import LocalSettings
 
 if TYPE_CHECKING:

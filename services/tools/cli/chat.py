@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.text import Text
 
 from services.tools.cli.ask import ClientAnswer, Question, ask, client_at, tokens_per_second
-from services.tools.cli.paint import Painter, TextPart
+from services.tools.cli.core.text_parts import TextPart
+from services.tools.cli.paint import Painter
 from shared.errors import WispError
 
 HELP = """\
@@ -40,7 +41,9 @@ class Chat:
         with suppress(ImportError):
             import readline  # noqa: F401 - gives `input` line editing and a history
 
-        self.console.print(Text.assemble(f"Talking to {self.model}: ", self._painter.legend, ". /help lists commands."))
+        self.console.print(
+            Text.assemble(f"Talking to {self.model}: ", self._painter.style.legend, ". /help lists commands.")
+        )
         while True:
             try:
                 line = read("\n> ").strip()

@@ -8,7 +8,6 @@ from rich.console import Console
 from rich.text import Text
 
 from services.tools.cli.ask import ClientAnswer, Question, ask, client_at, summary_lines, tokens_per_second
-from services.tools.cli.core.answer_rounds import draw
 from services.tools.cli.paint import Painter
 from shared.errors import WispError
 
@@ -60,7 +59,7 @@ async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
     async with opened as client:
         model = (await client.models.list()).data[0].id
         painter = Painter(console)
-        console.print(Text.assemble(f"\n{model} answers: ", painter.legend))
+        console.print(Text.assemble(f"\n{model} answers: ", painter.style.legend))
         drafted = [await _show(client, model, question, console, painter, rounds) for question in QUESTIONS]
         console.print(Text("\nThe same questions by plain decoding, without drafts", "bold"))
         plain = [await ask(client, model, question, "none") for question in QUESTIONS]
@@ -86,5 +85,5 @@ async def _show(
     for line in summary_lines(answer.summary):
         console.print(Text(f"  {line}", "cyan"), soft_wrap=True)
     if rounds:
-        draw(answer.rounds, painter)
+        painter.draw_rounds(answer.rounds)
     return answer

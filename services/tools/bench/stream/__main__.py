@@ -25,7 +25,6 @@ from services.tools.bench.stream.cases import cases, kinds_of_text
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.measurement import SampleAnswer, StreamMeasurement, StreamPlan
 from services.tools.bench.support.report import keep, machine, table, terminal
-from services.tools.cli.core.answer_rounds import draw
 from services.tools.cli.paint import Painter
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
@@ -60,7 +59,7 @@ class StreamReport:
             columns, rows = speed.kinds_table(here, arm, plan.temperatures)
             console.print(table(f"{delay_ms:g} ms added, {arm} by kind of text", columns, rows))
         console.print(f"{sample.timed.case.name}, drafts {sample.timed.arm}:", highlight=False)
-        draw(sample.answer.rounds, Painter(console))
+        Painter(console).draw_rounds(sample.answer.rounds)
         for arm in plan.arms[1:]:
             said = speed.verdict(
                 [*here, *self._found.rivals], arm, list(dict.fromkeys(one.arm for one in self._found.rivals))

@@ -1,3 +1,1 @@
-"""Pure: what the commands show, as data and as terminal text."""
-
-__all__ = ["answer_rounds"]
+"""Pure: answers, rounds and the state of a suite, as data and as terminal text."""

@@ -9,7 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from services.tools.cli.core.suite_snapshot import BatchView, JobView, SchedulerView, SuiteSnapshot, VerifierView
-from services.tools.cli.paint import printable
+from services.tools.cli.core.text_parts import printable
 
 JOBS_SHOWN = 6
 LEFT_SHOWN = 3

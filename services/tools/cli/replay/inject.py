@@ -1,4 +1,4 @@
-"""`wisp replay --inject`: recorded requests asked again of a suite in another virtual host."""
+"""`wisp replay --inject`: send recorded requests to a suite in another virtual host."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.text import Text
 
-from services.tools.cli.replay.command import tell_notes
+from services.tools.cli.replay.recordings import print_notes
 from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import out, run
 from services.tools.local.settings import BrokerAddresses
@@ -22,7 +22,7 @@ from shared.runtime.settings import ServiceSettings
 SHOWN = 5
 
 
-def ask_again(
+def inject_requests(
     recording: Recording,
     session: str | None,
     amqp_url: str,
@@ -33,22 +33,24 @@ def ask_again(
     *,
     as_json: bool,
 ) -> bool:
-    """Ask, wait, and print what came of it; returns whether every request ended with the text that was recorded.
+    """Send the requests, print a report, and return whether every request gave the recorded completion.
 
-    amqp_url: of the live broker. Raises RecordingError, SettingsError and BrokersError.
+    amqp_url: the live broker. Raises RecordingError, SettingsError and BrokersError.
     """
     if vhost is None:
-        raise SettingsError("say into which virtual host: --vhost NAME, another than the live one")
+        raise SettingsError("--inject needs a virtual host other than the live one: --vhost NAME")
     redis_url = redis_url or BrokerAddresses().redis_url
     if redis_url is None:
-        raise SettingsError("say where the Redis of the suite in that virtual host is: --redis-url, or WISP_REDIS_URL")
-    there = in_vhost(amqp_url, vhost)
+        raise SettingsError(
+            "--inject needs the Redis of the suite in that virtual host: --redis-url, or WISP_REDIS_URL"
+        )
+    target_url = in_vhost(amqp_url, vhost)
     if session is not None:
         recording = select_sessions(recording, {find_session(session, session_ids_of(recording))})
-    tell_notes(recording)
+    print_notes(recording)
     logging.configure("replay", "replay", "error", "console")
     space = namespace or str(ServiceSettings.model_fields["namespace"].default)
-    told = run(lambda: inject(there, redis_url, space, recording, speed))
+    told = run(lambda: inject(target_url, redis_url, space, recording, speed))
     same = not told.differing and set(told.ended) <= {"stop", "length", "cancelled"}
     if as_json:
         out.print_json(json.dumps({"same": same, **asdict(told)}), indent=1)
@@ -59,7 +61,7 @@ def ask_again(
 
 def _print(told: InjectionReport) -> None:
     ends = ", ".join(f"{count} {end}" for end, count in told.ended.items())
-    out.print(Text(f"{counted(told.requests, 'request')} asked again: {ends}"), soft_wrap=True)
+    out.print(Text(f"{counted(told.requests, 'request')} sent again: {ends}"), soft_wrap=True)
     out.print(
         Text(
             f"  TTFT {_both(told.ttft_p50_ms)}, TPOT {_both(told.tpot_p50_ms)} (medians, recorded → now, without the "
@@ -68,11 +70,11 @@ def _print(told: InjectionReport) -> None:
         soft_wrap=True,
     )
     if told.differing:
-        out.print(Text(f"DIFFERENT texts in {counted(len(told.differing), 'session')}", "bold red"))
+        out.print(Text(f"DIFFERENT completions in {counted(len(told.differing), 'session')}", "bold red"))
         for session, position in told.differing[:SHOWN]:
             out.print(Text(f"  session {session}, position {position}"), soft_wrap=True)
     else:
-        out.print(Text(f"the same texts, {counted(told.compared, 'token')} compared", "bold green"))
+        out.print(Text(f"the same completions, {counted(told.compared, 'token')} compared", "bold green"))
 
 
 def _both(times: tuple[float | None, float | None]) -> str:

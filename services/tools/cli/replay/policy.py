@@ -1,4 +1,4 @@
-"""`wisp replay --policy`: what other policies would have made of the recorded requests."""
+"""`wisp replay --policy`: replay recorded requests in virtual time under other policies and drafts."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from services.scheduler.core.dispatch import SchedulingRules
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.settings import SchedulerSettings
 from services.tools.cli.core.suite_view import short
-from services.tools.cli.replay.command import tell_notes
+from services.tools.cli.replay.recordings import print_notes
 from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import err, out
 from services.tools.replayer.core.performance import Performance, recorded_performance
@@ -28,22 +28,22 @@ from shared.errors import SettingsError
 
 RECORDED = "recorded"
 CHANGED = 8
-"""Requests that are named because a policy changes whether they attain."""
+"""Sessions named whose SLO attainment a policy changes."""
 
 
-def compare(
+def compare_policies(
     recording: Recording, policies: list[str], stop_rule: str | None, draft_length: int | None, *, as_json: bool
 ) -> None:
-    """Print the figures of what was recorded, of the same in virtual time, and of what was asked for.
+    """Print figures of the recording, of the live policy in virtual time, and of each given policy.
 
     Raises RecordingError and SettingsError.
     """
     found = recorded_traffic(recording)
-    tell_notes(recording)
+    print_notes(recording)
     if not found.requests or not found.heartbeats or not found.policy:
         raise RecordingError(
-            "nothing to replay: there has to be at least one whole session and the heartbeat of a verifier in the "
-            f"recording ({_reasons(found) or 'it has no session'})"
+            "nothing to replay: the recording needs at least one whole session and a verifier's heartbeat "
+            f"({_reasons(found) or 'it has no session'})"
         )
     live = found.policy
     rule = _known(stop_rule or "recorded", get_args(ReplayedRule), "stop rule")
@@ -65,10 +65,10 @@ def compare(
     if found.left_out:
         err.print(Text(f"left out: {_reasons(found)}", "dim"), soft_wrap=True)
     if not found.cost_models:
-        err.print(Text("no cost model was recorded: the times of batches are a rough guess", "yellow"), soft_wrap=True)
+        err.print(Text("no cost model is in the recording: batch times are a rough guess", "yellow"), soft_wrap=True)
     if recording.redacted:
         err.print(
-            Text("without text it is not known whether trimmed tokens were right; they count as wrong", "yellow"),
+            Text("the recording has no text, so trimmed tokens count as wrong", "yellow"),
             soft_wrap=True,
         )
 
@@ -86,13 +86,13 @@ def _known(name: str, names: Collection[str], what: str) -> str:
     if name not in names:
         more = ""
         if what == "stop rule":
-            more = "; fixed is --draft-length, and what entropy and predictor look at is not recorded"
+            more = "; for fixed use --draft-length; the inputs of entropy and predictor are not recorded"
         raise SettingsError(f"no {what} {name!r} can be replayed: {', '.join(names)}{more}")
     return name
 
 
 def _rules(policy: str) -> SchedulingRules:
-    """The policy with the settings that the environment gives to schedulers."""
+    """The policy with the schedulers' settings from the environment. Raises SettingsError."""
     _known(policy, POLICIES, "policy")
     try:
         return SchedulerSettings(policy=policy).rules  # type: ignore[call-arg]
@@ -140,7 +140,7 @@ def _table(columns: Mapping[str, Performance]) -> Table:
 
 
 def _changes(columns: Mapping[str, Performance], yardstick: str) -> list[Text]:
-    """Who would attain under a policy and did not under the live one in virtual time, and the other way round."""
+    """Sessions that attain their SLO under a policy but not under the live one in virtual time, and the reverse."""
     before = columns[yardstick].sessions
     lines = []
     for name, figures in columns.items():

@@ -1,4 +1,4 @@
-"""Timelines as text of the terminal, and as plain data. Pure: it decides words and columns, and writes nothing."""
+"""Timelines of recorded sessions as terminal text and as JSON fields."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from rich.text import Text
 
 from services.tools.cli.core.answer_rounds import AnswerRound, picture
 from services.tools.cli.core.suite_view import short
-from services.tools.cli.paint import Painter, TextPart, printable
+from services.tools.cli.core.text_parts import DraftStyle, TextPart, printable
 from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, Timeline
 from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
 
 Words = Callable[[int], str]
-"""The text of a token."""
+"""Returns the text of a token id."""
 
 SHORT = {
     Phase.TO_DRAFTER: "to and in the drafter",
@@ -34,14 +34,14 @@ BAR = 12
 MATES = 6
 
 
-def listing(timelines: Sequence[Timeline]) -> RenderableType:
-    """One line for each session: times to the first token, per token after it and in all, in milliseconds."""
+def session_table(timelines: Sequence[Timeline]) -> RenderableType:
+    """One row per session, with its times in milliseconds: to the first token, per later token, in total."""
     if not timelines:
         return Text("no session in the recording")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption="times in ms", caption_justify="left")
     for title in ("session", "started", "class", "prompt", "tokens", "rounds", "TTFT", "TPOT", "total", "end"):
         numbers = title not in ("session", "started", "class", "end")
-        # On a narrow terminal the way it ended takes more lines, and what names the session stays whole.
+        # On a narrow terminal the end takes more lines, and the session id stays whole.
         table.add_column(
             title, justify="right" if numbers else "left", no_wrap=title != "end", min_width=len(title), overflow="fold"
         )
@@ -56,48 +56,51 @@ def listing(timelines: Sequence[Timeline]) -> RenderableType:
             _ms(one.ttft_ms),
             _ms(one.tpot_ms, 1),
             _ms(one.total_ms),
-            printable(one.ending) + (f", SLO {kept}" if (kept := _kept(one)) else ""),
+            printable(one.ending) + (f", SLO {attained}" if (attained := _attained(one)) else ""),
         )
     return table
 
 
-def view(one: Timeline, words: Words, painter: Painter) -> RenderableType:
-    """A session's whole timeline."""
+def timeline_view(one: Timeline, words: Words, style: DraftStyle) -> RenderableType:
+    """A session's whole timeline as terminal text."""
     parts: list[RenderableType] = [*_head(one), Text()]
     parts += _spent(one)
     parts.append(Text())
-    lines = picture([_drawn(told, words) for told in one.rounds], painter)
+    lines = picture([_drawn(round_, words) for round_ in one.rounds], style)
     if lines:
         parts.append(lines[0])
-    for line, told in zip(lines[1:], one.rounds, strict=True):
+    for line, round_ in zip(lines[1:], one.rounds, strict=True):
         parts.append(line)
-        parts += [Padding(Text(printable(text), "dim"), (0, 0, 0, 8), expand=False) for text in _details(told, words)]
+        details = [Text(printable(text), "dim") for text in _details(round_, words)]
+        parts += [Padding(detail, (0, 0, 0, 8), expand=False) for detail in details]
     return Group(*parts)
 
 
-def told(one: Timeline, words: Words) -> dict[str, Any]:
-    """The timeline as JSON has it, with the text of its tokens."""
+def timeline_fields(one: Timeline, words: Words) -> dict[str, Any]:
+    """A timeline's fields for JSON, with the text of its tokens."""
     fields = asdict(one)
     fields["slo"] = None if one.slo is None else one.slo.model_dump()
     fields["prompt_text"] = None if one.prompt is None else "".join(map(words, one.prompt))
-    for told_, shown in zip(one.rounds, fields["rounds"], strict=True):
-        fates = _fates(told_)
+    for round_, shown in zip(one.rounds, fields["rounds"], strict=True):
+        outcomes = _outcomes(round_)
         shown["draft"] = [
-            {"id": token, "text": words(token), "acceptance": chance, "fate": fate}
-            for token, chance, fate in zip(told_.draft, _padded(told_.acceptance, len(told_.draft)), fates, strict=True)
+            {"id": token, "text": words(token), "acceptance": chance, "fate": outcome}
+            for token, chance, outcome in zip(
+                round_.draft, _padded(round_.acceptance, len(round_.draft)), outcomes, strict=True
+            )
         ]
         shown["tokens"] = [
-            {"id": token, "text": words(token), "draft": i < told_.accepted} for i, token in enumerate(told_.tokens)
+            {"id": token, "text": words(token), "draft": i < round_.accepted} for i, token in enumerate(round_.tokens)
         ]
     return fields
 
 
 def _head(one: Timeline) -> list[Text]:
     promise = "no SLO" if one.slo is None else f"SLO {one.slo.ttft_ms:g} ms, then {one.slo.tpot_ms:g} ms a token"
-    kept = _kept(one)
+    attained = _attained(one)
     lines = [Text.assemble(("session ", "bold"), (printable(one.session), "bold"))]
     lines.append(
-        Text(printable(f"  {one.service_class or 'class unknown'}, {promise}" + (f": {kept}" if kept else "")))
+        Text(printable(f"  {one.service_class or 'class unknown'}, {promise}" + (f": {attained}" if attained else "")))
     )
     prompt = "prompt not recorded" if one.prompt is None else f"{len(one.prompt)} prompt tokens"
     limit = "" if one.max_tokens is None else f" of at most {one.max_tokens}"
@@ -112,7 +115,7 @@ def _head(one: Timeline) -> list[Text]:
     lines.append(Text(printable(f"  {way}{when}"), "dim"))
     notes = [
         f"the clocks of {clocks.sender} and {clocks.receiver} differ: a message arrived {clocks.ms:.1f} ms before it "
-        "was sent. Steps between them are shown as 0 or too long"
+        "was sent, so times between them are shown as 0 or too long"
         for clocks in one.inversions
     ]
     lines += [Text(printable(f"  {note}"), "yellow") for note in (*notes, *one.notes)]
@@ -130,65 +133,65 @@ def _spent(one: Timeline) -> list[Text]:
     return lines
 
 
-def _drawn(told: RoundTime, words: Words) -> AnswerRound:
-    model_ms = told.parts.get(Phase.MODEL, 0.0)
-    waited_ms = told.parts.get(Phase.POOL, 0.0)
-    drafting_ms = told.parts.get(Phase.DRAFT, 0.0)
+def _drawn(round_: RoundTime, words: Words) -> AnswerRound:
+    model_ms = round_.parts.get(Phase.MODEL, 0.0)
+    waited_ms = round_.parts.get(Phase.POOL, 0.0)
+    drafting_ms = round_.parts.get(Phase.DRAFT, 0.0)
     return AnswerRound(
-        number=told.round,
-        total_ms=told.total_ms if told.total_ms is not None else sum(told.parts.values()),
+        number=round_.round,
+        total_ms=round_.total_ms if round_.total_ms is not None else sum(round_.parts.values()),
         draft_ms=drafting_ms,
         queue_ms=waited_ms,
         verify_ms=model_ms,
-        verified=told.verified,
-        accepted=told.accepted,
-        tokens=tuple(TextPart(words(token), i < told.accepted) for i, token in enumerate(told.tokens)),
+        verified=round_.verified,
+        accepted=round_.accepted,
+        tokens=tuple(TextPart(words(token), i < round_.accepted) for i, token in enumerate(round_.tokens)),
     )
 
 
-def _details(told: RoundTime, words: Words) -> Iterable[str]:
-    steps = [f"{SHORT[Phase(name)]} {ms:.1f}" for name, ms in told.parts.items()]
-    at = "" if told.start_ms is None else f"at {told.start_ms:,.0f} ms: "
-    yield at + (", ".join(steps) + " ms" if steps else told.status)
-    if told.status != "committed":
-        yield told.status + (f": {told.error}" if told.error else "")
-    if told.draft or told.own:
-        yield "; ".join((*_draft(told, words), *_own(told, words)))
-    price = "" if not told.price_ms else f", price {told.price_ms:.2f} ms a token"
-    slack = "no SLO" if told.slack_ms is None else f"slack {told.slack_ms:.0f} ms when sent"
-    yield f"{slack}{price}" + (f"; sent {told.attempts} times" if told.attempts > 1 else "")
-    for batch, reason in told.left_out:
+def _details(round_: RoundTime, words: Words) -> Iterable[str]:
+    steps = [f"{SHORT[Phase(name)]} {ms:.1f}" for name, ms in round_.parts.items()]
+    at = "" if round_.start_ms is None else f"at {round_.start_ms:,.0f} ms: "
+    yield at + (", ".join(steps) + " ms" if steps else round_.status)
+    if round_.status != "committed":
+        yield round_.status + (f": {round_.error}" if round_.error else "")
+    if round_.draft or round_.own:
+        yield "; ".join((*_draft(round_, words), *_own(round_, words)))
+    price = "" if not round_.price_ms else f", price {round_.price_ms:.2f} ms a token"
+    slack = "no SLO" if round_.slack_ms is None else f"slack {round_.slack_ms:.0f} ms when sent"
+    yield f"{slack}{price}" + (f"; sent {round_.attempts} times" if round_.attempts > 1 else "")
+    for batch, reason in round_.left_out:
         yield f"left out of batch {batch}: {reason}"
-    for one in told.batches:
+    for one in round_.batches:
         yield _batch(one)
 
 
-def _draft(told: RoundTime, words: Words) -> list[str]:
-    """The draft's tokens by what became of them."""
-    fates = _fates(told)
+def _draft(round_: RoundTime, words: Words) -> list[str]:
+    """The draft's tokens, grouped by outcome."""
+    outcomes = _outcomes(round_)
     shown = []
-    for fate in dict.fromkeys(fates):
-        texts = [repr(words(token)) for token, of in zip(told.draft, fates, strict=True) if of == fate]
-        shown.append(f"{fate}: {' '.join(texts)}")
+    for outcome in dict.fromkeys(outcomes):
+        texts = [repr(words(token)) for token, of in zip(round_.draft, outcomes, strict=True) if of == outcome]
+        shown.append(f"{outcome}: {' '.join(texts)}")
     return shown
 
 
-def _own(told: RoundTime, words: Words) -> list[str]:
-    """The target's own tokens: the bonus after the accepted drafts, or what a conflict brought to light."""
-    texts = " ".join(repr(words(token)) for token in told.tokens[len(told.tokens) - told.own :])
-    name = "bonus" if told.status == "committed" else "committed by another round"
+def _own(round_: RoundTime, words: Words) -> list[str]:
+    """The target's own tokens: the bonus token, or the tokens that another round had committed."""
+    texts = " ".join(repr(words(token)) for token in round_.tokens[len(round_.tokens) - round_.own :])
+    name = "bonus" if round_.status == "committed" else "committed by another round"
     return [f"{name}: {texts}"] if texts else []
 
 
-def _fates(told: RoundTime) -> list[str]:
-    """What became of each draft token."""
-    length = len(told.draft)
-    if told.status != "committed":
+def _outcomes(round_: RoundTime) -> list[str]:
+    """The outcome of each draft token."""
+    length = len(round_.draft)
+    if round_.status != "committed":
         return ["unknown"] * length
-    fates = ["accepted"] * min(told.accepted, length)
-    fates += ["rejected"] * (min(told.verified, length) - len(fates))
-    fates += ["not verified"] * (length - told.trimmed - len(fates))
-    return fates + ["trimmed"] * (length - len(fates))
+    outcomes = ["accepted"] * min(round_.accepted, length)
+    outcomes += ["rejected"] * (min(round_.verified, length) - len(outcomes))
+    outcomes += ["not verified"] * (length - round_.trimmed - len(outcomes))
+    return outcomes + ["trimmed"] * (length - len(outcomes))
 
 
 def _batch(one: BatchTime) -> str:
@@ -201,21 +204,15 @@ def _batch(one: BatchTime) -> str:
     behind = "" if one.behind is None else f"; waited {one.behind_ms:.1f} ms for batch {one.behind}"
     slack = "" if one.slack_ms is None else f", slack {one.slack_ms:.0f} ms"
     new = "" if one.new_tokens is None else f", {counted(one.new_tokens, 'token')} computed"
-    left = (
-        f"{one.waiting} others waited on"
-        if one.waiting > 1
-        else "1 other waited on"
-        if one.waiting
-        else "no other waits"
-    )
+    left = f"{counted(one.waiting, 'round')} left in the queue" if one.waiting else "none left in the queue"
     return (
         f"batch {one.batch} on {one.verifier} {with_}: {what}{new}, {took} (predicted {one.predicted_ms:.1f}); "
-        f"{one.policy}: {one.reason or 'no reason told'}{slack}; {left}{behind}"
+        f"{one.policy}: {one.reason or 'no reason given'}{slack}; {left}{behind}"
     )
 
 
 def counted(count: int, noun: str) -> str:
-    """A count with its noun: 1 token, 2 tokens."""
+    """Return a count with its noun: `1 token`, `2 tokens`."""
     return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
@@ -223,7 +220,7 @@ def _padded(values: Sequence[float], length: int) -> list[float | None]:
     return [*values[:length], *[None] * (length - len(values))]
 
 
-def _kept(one: Timeline) -> str:
+def _attained(one: Timeline) -> str:
     if one.slo is None or one.attained is None:
         return ""
     return "attained" if one.attained else "missed"

@@ -1,4 +1,4 @@
-"""`wisp replay --verify`: the recorded batches computed again."""
+"""`wisp replay --verify`: compute the recorded batches again and compare."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from rich.text import Text
 
-from services.tools.cli.replay.command import tell_notes, words_of
+from services.tools.cli.replay.recordings import print_notes, token_texts
 from services.tools.cli.terminal import err, out
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.service_commands import cores
@@ -21,15 +21,15 @@ from services.tools.replayer.reexecute import ReexecutionReport, reexecute
 SHOWN = 5
 
 
-def show(recording: Recording, session: str | None, target: str | None, *, as_json: bool) -> bool:
-    """Print whether the recording is what the model computes; returns that. Raises RecordingError."""
+def verify_recording(recording: Recording, session: str | None, target: str | None, *, as_json: bool) -> bool:
+    """Print and return whether the model computes the recorded tokens and logits again. Raises RecordingError."""
     recording.refuse_redacted("verify")
     progress = ConsoleProgress(err)
     folder = prepare_target(target or LocalSettings().target, progress)
     work = recorded_batches(recording)
-    tell_notes(recording)
+    print_notes(recording)
     only = None if session is None else {find_session(session, work.texts)}
-    words = words_of(target, {text.generate.vocab_fingerprint for text in work.texts.values()}, recording)
+    words = token_texts(target, {text.generate.vocab_fingerprint for text in work.texts.values()}, recording)
     with progress.step("computing the recorded batches again") as step:
         report = reexecute(
             work,
@@ -57,7 +57,7 @@ def _print(report: ReexecutionReport) -> None:
     for reason, count in report.left_out.most_common():
         out.print(Text(f"  {count} jobs left out: {reason}", "dim"), soft_wrap=True)
     if not report.invariant:
-        out.print(Text("  on this device the bits depend on the batch: digests may differ in order", "yellow"))
+        out.print(Text("  on this machine the bits depend on the batch: digests may differ without an error", "yellow"))
     if report.differences:
         out.print(Text("DIFFERENT", "bold red"))
         for one in report.differences[:SHOWN]:

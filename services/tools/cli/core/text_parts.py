@@ -1,0 +1,76 @@
+"""An answer's text by origin: accepted draft tokens or the target's own tokens."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from rich.style import Style
+from rich.text import Text
+
+OPEN, CLOSE = "‹", "›"
+
+_COLOUR = Style(color="green")
+_UNDERLINE = Style(underline=True)
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+@dataclass(frozen=True)
+class TextPart:
+    """A stretch of text of one origin."""
+
+    text: str
+    draft: bool
+    """Whether it consists of accepted draft tokens."""
+
+
+@dataclass(frozen=True)
+class DraftStyle:
+    """The look of accepted draft tokens: green, underlined on a terminal without colours, else between marks."""
+
+    terminal: bool
+    colour: bool
+
+    @property
+    def style(self) -> Style:
+        """The style of draft tokens; empty where marks replace it."""
+        if not self.terminal:
+            return Style()
+        return _COLOUR if self.colour else _UNDERLINE
+
+    @property
+    def legend(self) -> Text:
+        """The explanation of the two looks."""
+        return Text.assemble(self.text([TextPart("accepted draft tokens", True)]), ", the target's own tokens")
+
+    def text(self, parts: Sequence[TextPart]) -> Text:
+        """Parts as terminal text, without control characters."""
+        shown = Text()
+        for part in parts:
+            text = printable(part.text)
+            if part.draft and not self.terminal:
+                text = f"{OPEN}{text}{CLOSE}"
+            shown.append(text, self.style if part.draft else None)
+        return shown
+
+
+def text_parts(delta: str, trace: Mapping[str, Any] | None) -> list[TextPart]:
+    """Split a chunk's text by origin. Text that the trace does not cover counts as the target's own."""
+    tokens: Sequence[Mapping[str, Any]] = (trace or {}).get("tokens") or []
+    if "".join(str(token["text"]) for token in tokens) != delta:
+        return [TextPart(delta, False)] if delta else []
+    merged: list[TextPart] = []
+    for token in tokens:
+        text, draft = str(token["text"]), bool(token["draft"])
+        if merged and merged[-1].draft == draft:
+            merged[-1] = TextPart(merged[-1].text + text, draft)
+        elif text:
+            merged.append(TextPart(text, draft))
+    return merged
+
+
+def printable(text: str) -> str:
+    """Remove the control characters with which a text could take over the terminal."""
+    return _CONTROL.sub("", text)
