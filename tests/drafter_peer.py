@@ -1,4 +1,4 @@
-"""What tests of the drafter play on real brokers: scheduler and verifier."""
+"""Gateway, scheduler and verifier for tests of the drafter on real brokers."""
 
 from __future__ import annotations
 
@@ -36,14 +36,14 @@ PROMPT = [1, 2, 3, 1, 2]
 
 
 def made_up_states(count: int, size: int = 64) -> Bits:
-    """Hidden states of positions 0 to `count`, the same for every session."""
+    """Return random hidden states of positions 0 to `count`, the same for every session."""
     values = np.random.default_rng(3).standard_normal((500, size), np.float32)[:count]
     return (values.view(np.uint32) >> 16).astype(np.uint16)
 
 
 @dataclass
 class Peer:
-    """What the test does in place of the other services."""
+    """Acts for the services that a drafter talks to."""
 
     broker: Broker
     store: Store
@@ -54,7 +54,7 @@ class Peer:
     @classmethod
     @asynccontextmanager
     async def connected(cls, settings: DrafterSettings) -> AsyncIterator[Peer]:
-        """One for drafters with these settings; it receives their rounds."""
+        """Connect a peer of drafters with these settings; it receives their rounds."""
         broker = await Broker.connect(settings.amqp_url, Topology(settings.namespace), "peer")
         store = Store.connect(settings.redis_url, settings.namespace, 60)
         peer = cls(broker, store, settings)
@@ -64,13 +64,13 @@ class Peer:
         await store.close()
 
     async def ask(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> None:
-        """Begin a session as a gateway does."""
+        """Start a session as a gateway does."""
         request = builders.stored_request(session, prompt_len=len(PROMPT), stop_ids=[], max_tokens=max_tokens)
         await self.store.create(request, PROMPT)
         await self.publish(self.generate(session, max_tokens, draft))
 
     def generate(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> Generate:
-        """The message that begins it."""
+        """Return the message that starts a session."""
         return builders.generate(
             session,
             prompt=PROMPT,
@@ -81,7 +81,7 @@ class Peer:
         )
 
     async def publish(self, generate: Generate) -> None:
-        """Hand a request to the pool; the first drafter to start makes its queue."""
+        """Publish a request to the pool, as soon as a drafter has declared the pool's queue."""
         async with asyncio.timeout(10):
             while True:
                 try:
@@ -90,32 +90,31 @@ class Peer:
                     await asyncio.sleep(0.05)
 
     async def round(self, timeout_s: float = 10) -> Verify:
-        """The next round that a drafter sends."""
+        """Return the next round that a drafter sends."""
         message = await asyncio.wait_for(self.rounds.get(), timeout_s)
         assert isinstance(message, Verify)
         return message
 
     async def silent(self, seconds: float) -> bool:
-        """Whether no round comes for so long."""
+        """Return whether no round arrives within `seconds`."""
         await asyncio.sleep(seconds)
         return self.rounds.empty()
 
     async def load(self, price_ms: float = 0.0, draft_cap: int = 64) -> None:
-        """Say how busy the verifiers are."""
-        told = builders.load(price_ms, queue_ms=0.0, draft_cap=draft_cap)
-        await self.broker.publish(told, topology.LOAD)
+        """Publish the scheduler's price and draft cap."""
+        await self.broker.publish(builders.load(price_ms, queue_ms=0.0, draft_cap=draft_cap), topology.LOAD)
 
-    async def tell(self, verify: Verify, tokens: Sequence[int], size: int = 64) -> None:
-        """Send the hidden states that the round asked for, given the tokens that it will bring."""
+    async def send_states(self, verify: Verify, tokens: Sequence[int], size: int = 64) -> None:
+        """Send the hidden states that the round requested, given the tokens that it will commit."""
         assert verify.hidden_from is not None
         count = verify.base_len + agreement(verify.draft, tokens)
         bits = made_up_states(count, size)[verify.hidden_from :]
         for part in hidden.parts(bits, verify.hidden_from, verify.hidden_format):
-            await self.send_states(verify, part)
+            await self.send_part(verify, part)
 
-    async def send_states(self, verify: Verify, part: hidden.Part) -> None:
-        """Send these, in the round's name."""
-        told = HiddenStates(
+    async def send_part(self, verify: Verify, part: hidden.Part) -> None:
+        """Send these hidden states as those of the round."""
+        message = HiddenStates(
             session=verify.session,
             round=verify.round,
             start=part.start,
@@ -125,14 +124,14 @@ class Peer:
             rows=part.rows,
             scales=part.scales,
         )
-        await self.broker.publish(told, topology.result(verify.drafter))
+        await self.broker.publish(message, topology.result(verify.drafter))
 
     async def answer(
         self, verify: Verify, tokens: Sequence[int], finish: Finish | None = None, *, states: bool = False
     ) -> None:
-        """Commit these tokens for the round, and send the result, with the hidden states before it if wanted."""
+        """Commit tokens for the round and send the result. states: send the hidden states before it."""
         if states:
-            await self.tell(verify, tokens)
+            await self.send_states(verify, tokens)
         accepted = agreement(verify.draft, tokens)
         commit = Commit(verify.session, verify.round, verify.base_len, accepted, tokens, finish, verify.base_len)
         (done,) = await self.store.commit("v", [commit])
@@ -141,7 +140,7 @@ class Peer:
     async def send(
         self, verify: Verify, base_len: int, status: Status, tokens: list[int], finish: Finish | None = None
     ) -> None:
-        """Only send a result."""
+        """Send a result without committing it."""
         result = builders.result(
             verify.session,
             verify.round,
@@ -159,7 +158,7 @@ class Peer:
 
 @asynccontextmanager
 async def drafting(settings: DrafterSettings, name: str) -> AsyncIterator[None]:
-    """A drafter of this name; it is gone when the block ends."""
+    """Run a drafter of this name until the block ends."""
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, name, stop))
     try:

@@ -1,4 +1,4 @@
-"""The drafter with a draft that reads hidden states, on real brokers; the test plays scheduler and verifier."""
+"""The drafter with a hidden-state draft, on real brokers; the test acts as scheduler and verifier."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from shared.models.hidden_states import Bits, pack, parts, to_floats, unpack
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> HiddenDraftFolder:
-    """A draft for the target in the folder beside it."""
+    """A draft for the target in the folder `target` beside it."""
     path = tmp_path_factory.mktemp("models")
     return tiny.hidden_draft(path / "draft", tiny.target(path / "target"))
 
@@ -52,13 +52,13 @@ async def peer(folder: HiddenDraftFolder, amqp_url: str, redis_url: str, namespa
 
 @pytest.fixture(scope="module")
 def drafted(folder: HiddenDraftFolder) -> Callable[..., list[int]]:
-    """What the model drafts after some tokens, all of its states being there."""
+    """Return a function that gives the model's draft after some tokens, with all states."""
     engine = DraftEngine(folder, ModelFolder(folder.path.parent / "target"), dtype="float32")
 
     def draft(tokens: Sequence[int], length: int = 3, form: HiddenFormat = HiddenFormat.BFLOAT16) -> list[int]:
         source = HiddenDrafts(engine)
         round_ = Controller("fixed", length).session("hidden").ahead(length, temperature=0.0)
-        states = States(0, travelled(made_up_states(len(tokens) - 1), form))
+        states = States(0, received(made_up_states(len(tokens) - 1), form))
         found = source.propose([DraftRequest("s", tokens, Sampling(), round_, ("hidden",), states)])[0].tokens
         source.close("s")
         return found
@@ -66,8 +66,8 @@ def drafted(folder: HiddenDraftFolder) -> Callable[..., list[int]]:
     return draft
 
 
-def travelled(bits: Bits, form: HiddenFormat) -> np.ndarray:
-    """The rows as they arrive."""
+def received(bits: Bits, form: HiddenFormat) -> np.ndarray:
+    """Return the rows as a drafter receives them."""
     if form is HiddenFormat.BFLOAT16:
         return to_floats(bits)
     rows, scales = pack(bits, form)
@@ -81,7 +81,7 @@ def other(token: int) -> int:
     return (token + 1) % tiny.VOCAB
 
 
-async def test_states_make_the_next_draft_and_are_asked_for_from_where_they_are_missing(
+async def test_states_make_the_next_draft_and_missing_ones_are_requested(
     peer: Peer, drafted: Callable[..., list[int]]
 ) -> None:
     async with drafting(peer.settings, "d1"):
@@ -93,15 +93,15 @@ async def test_states_make_the_next_draft_and_are_asked_for_from_where_they_are_
         expected = drafted([*PROMPT, 7])
         assert (second.draft, second.hidden_from) == (expected, 5)
         assert len(second.acceptance) == 3
-        brought = [*expected[:2], other(expected[2])]
-        await peer.answer(second, brought, states=True)
+        committed = [*expected[:2], other(expected[2])]
+        await peer.answer(second, committed, states=True)
         third = await peer.round()
-        assert (third.draft, third.hidden_from) == (drafted([*PROMPT, 7, *brought]), 8)
+        assert (third.draft, third.hidden_from) == (drafted([*PROMPT, 7, *committed]), 8)
         await peer.answer(third, [9], Finish.STOP)
         assert await peer.silent(0.3)
 
 
-async def test_lost_states_are_asked_for_again(peer: Peer, drafted: Callable[..., list[int]]) -> None:
+async def test_lost_states_are_requested_again(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         await peer.answer(await peer.round(), [7])
@@ -117,29 +117,25 @@ async def test_lost_states_are_asked_for_again(peer: Peer, drafted: Callable[...
         assert (await peer.round()).draft == drafted([*PROMPT, 7, 8, 9, 10])
 
 
-async def test_states_that_come_twice_late_or_for_nobody_do_no_harm(
-    peer: Peer, drafted: Callable[..., list[int]]
-) -> None:
+async def test_repeated_late_or_misaddressed_states_are_ignored(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         first = await peer.round()
-        await peer.tell(first, [7])
-        await peer.tell(first.model_copy(update={"session": "nobody"}), [7])
+        await peer.send_states(first, [7])
+        await peer.send_states(first.model_copy(update={"session": "nobody"}), [7])
         await peer.answer(first, [7], states=True)
         second = await peer.round()
-        await peer.tell(first, [7])
+        await peer.send_states(first, [7])
         await peer.answer(second, [8], states=True)
-        await peer.tell(first, [7])
+        await peer.send_states(first, [7])
         assert (await peer.round()).draft == drafted([*PROMPT, 7, 8])
 
 
-async def test_states_of_another_size_are_ignored_and_the_session_goes_on(
-    peer: Peer, drafted: Callable[..., list[int]]
-) -> None:
+async def test_states_of_another_size_are_ignored(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         first = await peer.round()
-        await peer.tell(first, [7], size=32)
+        await peer.send_states(first, [7], size=32)
         await peer.answer(first, [7])
         second = await peer.round()
         assert (second.draft, second.hidden_from) == ([], 0)
@@ -147,19 +143,19 @@ async def test_states_of_another_size_are_ignored_and_the_session_goes_on(
         assert (await peer.round()).draft == drafted([*PROMPT, 7, 8])
 
 
-async def test_a_long_run_may_come_in_parts_and_out_of_order(peer: Peer, drafted: Callable[..., list[int]]) -> None:
+async def test_states_may_arrive_in_parts_and_out_of_order(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         first = await peer.round()
         bits = made_up_states(5)
         for start, stop in ((3, 5), (0, 2), (1, 4)):
             for part in parts(bits[start:stop], start, HiddenFormat.BFLOAT16):
-                await peer.send_states(first, part)
+                await peer.send_part(first, part)
         await peer.answer(first, [7])
         assert (await peer.round()).draft == drafted([*PROMPT, 7])
 
 
-async def test_another_drafter_asks_for_all_states_again(peer: Peer, drafted: Callable[..., list[int]]) -> None:
+async def test_another_drafter_requests_all_states_again(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         await peer.answer(await peer.round(), [7], states=True)
@@ -173,7 +169,7 @@ async def test_another_drafter_asks_for_all_states_again(peer: Peer, drafted: Ca
         assert (following.draft, following.hidden_from) == (drafted([*PROMPT, 7, 8]), 6)
 
 
-async def test_states_can_travel_as_int8(peer: Peer, drafted: Callable[..., list[int]]) -> None:
+async def test_states_can_be_sent_as_int8(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     settings = peer.settings.model_copy(update={"hidden_format": "int8"})
     async with drafting(settings, "d1"):
         await peer.ask("s")
@@ -183,7 +179,7 @@ async def test_states_can_travel_as_int8(peer: Peer, drafted: Callable[..., list
         assert (await peer.round()).draft == drafted([*PROMPT, 7], form=HiddenFormat.INT8)
 
 
-async def test_a_session_evicted_from_the_drafts_cache_begins_again(
+async def test_a_session_evicted_from_the_drafts_cache_starts_again(
     peer: Peer, drafted: Callable[..., list[int]]
 ) -> None:
     async with drafting(peer.settings.model_copy(update={"cache_tokens": 64}), "d1"):
@@ -194,7 +190,7 @@ async def test_a_session_evicted_from_the_drafts_cache_begins_again(
         assert third.draft == drafted([*PROMPT, 7, 8])
         await peer.ask("t")
         await peer.answer(await peer.round(), [7], states=True)
-        assert len((await peer.round()).draft) == 3, "the other session has the room now"
+        assert len((await peer.round()).draft) == 3, "the other session has taken the room"
         await peer.answer(third, [9], states=True)
         fourth = await peer.round()
         assert (fourth.draft, fourth.hidden_from) == ([], 0)
@@ -212,40 +208,40 @@ async def test_a_session_that_lost_committed_tokens_drafts_again(peer: Peer, dra
         await peer.send(third, 5, Status.CONFLICT, [7])  # Redis went back by a token
         fourth = await peer.round()
         assert (fourth.base_len, fourth.round, fourth.hidden_from) == (6, 3, 4)
-        await peer.tell(fourth, [8])
+        await peer.send_states(fourth, [8])
         await peer.send(fourth, 6, Status.COMMITTED, [8])
         fifth = await peer.round()
         assert (fifth.draft, fifth.hidden_from) == (drafted([*PROMPT, 7, 8]), 6)
 
 
 @pytest.mark.parametrize("draft", [DraftChoice.AUTO, DraftChoice.COMBINED])
-async def test_combined_copies_until_the_states_are_there(
+async def test_combined_copies_until_the_states_arrive(
     peer: Peer, drafted: Callable[..., list[int]], draft: DraftChoice
 ) -> None:
     settings = peer.settings.model_copy(update={"draft_source": "auto"})
     async with drafting(settings, "d1"):
         await peer.ask("s", draft=draft)
         first = await peer.round()
-        assert (first.draft, first.hidden_from) == ([3, 1, 2], 0), "the prompt repeats itself"
+        assert (first.draft, first.hidden_from) == ([3, 1, 2], 0), "copied: the prompt repeats itself"
         await peer.answer(first, [300], states=True)
         second = await peer.round()
-        assert (second.draft, second.hidden_from) == (drafted([*PROMPT, 300]), 5), "after 300 there is nothing to copy"
+        assert (second.draft, second.hidden_from) == (drafted([*PROMPT, 300]), 5), "nothing to copy after 300"
 
 
 @pytest.mark.parametrize("draft", [DraftChoice.LOOKUP, DraftChoice.NONE])
-async def test_who_reads_no_states_asks_for_none(peer: Peer, draft: DraftChoice) -> None:
+async def test_sources_without_states_request_none(peer: Peer, draft: DraftChoice) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s", draft=draft)
         assert (await peer.round()).hidden_from is None
 
 
-async def test_who_never_drafts_asks_for_no_states(peer: Peer) -> None:
+async def test_a_drafter_that_never_drafts_requests_no_states(peer: Peer) -> None:
     async with drafting(peer.settings.model_copy(update={"draft_length": 0}), "d1"):
         await peer.ask("s")
         assert (await peer.round()).hidden_from is None
 
 
-async def test_a_session_of_another_vocabulary_is_drafted_for_by_lookup(peer: Peer) -> None:
+async def test_a_session_of_another_vocabulary_gets_drafts_by_lookup(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         peer.vocabulary = "another"
         await peer.ask("s")
@@ -253,7 +249,7 @@ async def test_a_session_of_another_vocabulary_is_drafted_for_by_lookup(peer: Pe
         assert (first.draft, first.hidden_from) == ([3, 1, 2], None)
 
 
-# Controlled by the scheduler's word.
+# Price and draft cap of the scheduler.
 
 
 async def test_under_a_draft_cap_of_zero_rounds_are_plain(peer: Peer, drafted: Callable[..., list[int]]) -> None:
@@ -263,16 +259,16 @@ async def test_under_a_draft_cap_of_zero_rounds_are_plain(peer: Peer, drafted: C
         await peer.load(draft_cap=0)
         await peer.answer(first, [7], states=True)
         second = await peer.round()
-        assert (second.draft, second.hidden_from) == ([], None), "states would be of no use"
+        assert (second.draft, second.hidden_from) == ([], None), "states would be useless"
         await peer.load(draft_cap=2)
         await peer.answer(second, [8])
         third = await peer.round()
-        assert (third.draft, third.hidden_from) == ([], len(PROMPT)), "the states since then are missing"
+        assert (third.draft, third.hidden_from) == ([], len(PROMPT)), "the states since then were not sent"
         await peer.answer(third, [9], states=True)
         assert (await peer.round()).draft == drafted([*PROMPT, 7, 8, 9], 2)
 
 
-async def test_a_price_shortens_drafts_and_where_none_pays_sessions_rest_and_ask_for_nothing(peer: Peer) -> None:
+async def test_a_price_shortens_drafts_and_a_high_one_ends_drafting(peer: Peer) -> None:
     settings = peer.settings.model_copy(update={"stop_rule": "marginal", "draft_length": 8})
     lengths = []
     async with drafting(settings, "d1"):
@@ -285,13 +281,13 @@ async def test_a_price_shortens_drafts_and_where_none_pays_sessions_rest_and_ask
             await peer.answer(second, second.draft, Finish.STOP)
         assert 0 < lengths[1] < lengths[0]
         await peer.load(price_ms=1e6)
-        await peer.ask("resting")
+        await peer.ask("plain")
         rounds: list[Verify] = []
         for token in range(10, 15):
             rounds.append(await peer.round())
             await peer.answer(rounds[-1], [token], states=rounds[-1].hidden_from is not None)
         assert [verify.hidden_from for verify in rounds] == [None, None, None, 0, 8]
-        assert [len(verify.draft) for verify in rounds] == [0, 0, 0, 0, 1], "now and then one token is tried"
+        assert [len(verify.draft) for verify in rounds] == [0, 0, 0, 0, 1], "now and then a round probes one token"
 
 
 # Ahead of the result.
@@ -317,8 +313,8 @@ def counted(outcome: str) -> float:
     return REGISTRY.get_sample_value("wisp_drafts_ahead_total", {"outcome": outcome}) or 0.0
 
 
-@pytest.mark.parametrize("bonus", ["as guessed", "another"])
-async def test_a_draft_made_ahead_is_sent_if_the_result_is_what_it_assumed(
+@pytest.mark.parametrize("bonus", ["as assumed", "another"])
+async def test_a_draft_made_ahead_is_sent_if_its_assumption_holds(
     peer: Peer, drafted: Callable[..., list[int]], made_ahead: threading.Event, bonus: str
 ) -> None:
     before = {outcome: counted(outcome) for outcome in ("kept", "dropped")}
@@ -329,8 +325,8 @@ async def test_a_draft_made_ahead_is_sent_if_the_result_is_what_it_assumed(
         longer = drafted([*PROMPT, 7], 7)
         assert second.draft == longer[:3]
         assert await asyncio.to_thread(made_ahead.wait, 10)
-        if bonus == "as guessed":
-            # Without states nothing new can be drafted.
+        if bonus == "as assumed":
+            # Without states the model cannot draft anew.
             await peer.answer(second, longer[:4])
             third = await peer.round()
             assert (third.base_len, third.draft, third.hidden_from) == (10, longer[4:7], 5)
@@ -338,15 +334,15 @@ async def test_a_draft_made_ahead_is_sent_if_the_result_is_what_it_assumed(
             text = [*PROMPT, 7, *longer[:6], other(longer[6])]
             assert (await peer.round()).draft == drafted(text)
         else:
-            brought = [*longer[:3], other(longer[3])]
-            await peer.answer(second, brought, states=True)
+            committed = [*longer[:3], other(longer[3])]
+            await peer.answer(second, committed, states=True)
             third = await peer.round()
-            assert (third.base_len, third.draft) == (10, drafted([*PROMPT, 7, *brought]))
+            assert (third.base_len, third.draft) == (10, drafted([*PROMPT, 7, *committed]))
     made = {outcome: counted(outcome) - count for outcome, count in before.items()}
-    assert made == ({"kept": 1, "dropped": 0} if bonus == "as guessed" else {"kept": 0, "dropped": 1})
+    assert made == ({"kept": 1, "dropped": 0} if bonus == "as assumed" else {"kept": 0, "dropped": 1})
 
 
-async def test_nothing_is_drafted_beyond_what_the_session_may_still_get(
+async def test_no_draft_ahead_exceeds_the_token_limit(
     peer: Peer, drafted: Callable[..., list[int]], made_ahead: threading.Event
 ) -> None:
     async with drafting(peer.settings.model_copy(update={"optimistic": True}), "d1"):
@@ -356,4 +352,4 @@ async def test_nothing_is_drafted_beyond_what_the_session_may_still_get(
         longer = drafted([*PROMPT, 7], 5)
         assert await asyncio.to_thread(made_ahead.wait, 10)
         await peer.answer(second, longer[:4])
-        assert (await peer.round()).draft == longer[4:5], "one, and the bonus token"
+        assert (await peer.round()).draft == longer[4:5], "one token, and the bonus token"

@@ -1,4 +1,4 @@
-"""A drafter whose sessions stand for slow devices, on real brokers; the test plays scheduler and verifier."""
+"""A drafter that emulates slow hardware, on real brokers; the test acts as scheduler and verifier."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ from shared.broker import topology
 from shared.messages import Cancel, Finish, HiddenStates, Result, Status, Verify
 
 
-class Counting(WithoutStates):
-    """Proposes 20, 21 and 22 in three steps, and ahead of a result that ends in 9, 30; knows at once."""
+class ScriptedSource(WithoutStates):
+    """Proposes 20, 21 and 22 in three steps, and 30 ahead of a result that ends in 9, without delay."""
 
     blocking = True
 
@@ -47,12 +47,12 @@ class Counting(WithoutStates):
 
 
 @dataclass
-class Bench:
-    """A drafter's peer, and what it drafts with."""
+class Setup:
+    """A drafter's peer, with the controller and the source that the drafter uses."""
 
     peer: Peer
     controller: Controller
-    source: Counting
+    source: ScriptedSource
 
 
 def profile(folder: Path, step_ms: float, uplink_ms: float, downlink_ms: float, jitter_ms: float = 0.0) -> str:
@@ -65,7 +65,7 @@ def profile(folder: Path, step_ms: float, uplink_ms: float, downlink_ms: float, 
 
 
 @pytest.fixture
-async def base(amqp_url: str, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Bench]:
+async def base(amqp_url: str, redis_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[Setup]:
     settings = DrafterSettings(
         amqp_url=amqp_url,
         redis_url=redis_url,
@@ -77,20 +77,20 @@ async def base(amqp_url: str, redis_url: str, namespace: str, monkeypatch: pytes
         min_timeout_ms=5000,
     )
     controller = Controller("fixed", 3)
-    source = Counting()
+    source = ScriptedSource()
     monkeypatch.setattr(service, "load_drafting", lambda _: Drafting({"model": source}, "model", controller, {}))
     async with Peer.connected(settings) as peer:
-        yield Bench(peer, controller, source)
+        yield Setup(peer, controller, source)
 
 
-def on(peer: Peer, device: str, *, optimistic: bool = False) -> DrafterSettings:
-    return peer.settings.model_copy(update={"device_profile": device, "optimistic": optimistic})
+def emulating(peer: Peer, profile_file: str, *, optimistic: bool = False) -> DrafterSettings:
+    return peer.settings.model_copy(update={"device_profile": profile_file, "optimistic": optimistic})
 
 
-async def test_rounds_take_the_device_s_time_and_the_controller_learns_it(base: Bench, tmp_path: Path) -> None:
+async def test_rounds_take_the_emulated_time_and_the_controller_learns_it(base: Setup, tmp_path: Path) -> None:
     peer, controller = base.peer, base.controller
     loop = asyncio.get_running_loop()
-    async with drafting(on(peer, profile(tmp_path, step_ms=60, uplink_ms=50, downlink_ms=40)), "d1"):
+    async with drafting(emulating(peer, profile(tmp_path, step_ms=60, uplink_ms=50, downlink_ms=40)), "d1"):
         asked = loop.time()
         await peer.ask("s")
         first = await peer.round()
@@ -102,42 +102,42 @@ async def test_rounds_take_the_device_s_time_and_the_controller_learns_it(base: 
         assert loop.time() - answered >= (40 + second.draft_ms + 50) / 1000
         await peer.answer(second, [9], Finish.STOP)
         assert await peer.silent(0.3)
-    assert controller.times.step_ms("model") == 60, "the device's own, not the machine's"
-    assert controller.times.base_ms >= 80, "90 ms of way beside the 50 of verifying that the results claim"
+    assert controller.times.step_ms("model") == 60, "the time of the profile, not of this machine"
+    assert controller.times.base_ms >= 80, "90 ms on the link beside the 50 ms of verifying in the results"
 
 
-async def test_sessions_wait_side_by_side(base: Bench, tmp_path: Path) -> None:
+async def test_sessions_wait_at_the_same_time(base: Setup, tmp_path: Path) -> None:
     peer = base.peer
-    async with drafting(on(peer, profile(tmp_path, step_ms=300, uplink_ms=100, downlink_ms=0)), "d1"):
+    async with drafting(emulating(peer, profile(tmp_path, step_ms=300, uplink_ms=100, downlink_ms=0)), "d1"):
         for i in range(50):
             await peer.ask(f"s{i}")
-        async with asyncio.timeout(20):  # one after the other they would take 50 seconds
+        async with asyncio.timeout(20):  # one after another they would take 50 seconds
             rounds = [await peer.round(20) for _ in range(50)]
         assert len({r.session for r in rounds}) == 50
 
 
 @pytest.mark.parametrize("step_ms", [0, 60_000])
-async def test_cancelling_ends_a_wait_at_once(base: Bench, tmp_path: Path, step_ms: float) -> None:
-    """Once while the device drafts, once while its round is under way."""
+async def test_cancelling_a_session_ends_its_wait(base: Setup, tmp_path: Path, step_ms: float) -> None:
+    """Once while the emulated hardware drafts, once while its round is on the link."""
     peer = base.peer
     slow = profile(tmp_path, step_ms=step_ms, uplink_ms=60_000, downlink_ms=0)
-    settings = on(peer, slow).model_copy(update={"max_sessions": 1})
+    settings = emulating(peer, slow).model_copy(update={"max_sessions": 1})
     async with drafting(settings, "d1"):
         await peer.ask("slow")
         await asyncio.sleep(0.3)
         await peer.ask("next")
         await asyncio.sleep(0.2)
-        assert await waiting(peer) == 1, "the drafter serves one session at a time"
+        assert await pending_requests(peer) == 1, "the drafter serves one session at a time"
         assert peer.rounds.empty()
         await peer.store.cancel("slow")
         await peer.broker.publish(Cancel(session="slow", reason="client left"), topology.CANCEL)
         async with asyncio.timeout(10):
-            while await waiting(peer) > 0:  # noqa: ASYNC110 - a broker tells no event
+            while await pending_requests(peer) > 0:  # noqa: ASYNC110 - the broker has no event for it
                 await asyncio.sleep(0.05)
 
 
-async def waiting(peer: Peer) -> int:
-    """Requests that no drafter has taken yet."""
+async def pending_requests(peer: Peer) -> int:
+    """Return the number of requests that no drafter has taken yet."""
     queue = peer.broker.topology.generate_queue()
     channel = await peer.broker._connection.channel()
     declared = await channel.declare_queue(queue.name, passive=True)
@@ -145,8 +145,8 @@ async def waiting(peer: Peer) -> int:
     return declared.declaration_result.message_count or 0
 
 
-async def test_jitter_never_brings_a_result_before_its_states(
-    base: Bench, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+async def test_jitter_delivers_hidden_states_before_their_result(
+    base: Setup, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peer = base.peer
     arrived: list[HiddenStates | Result] = []
@@ -157,7 +157,7 @@ async def test_jitter_never_brings_a_result_before_its_states(
         await take(self, message)
 
     monkeypatch.setattr(ServedSession, "_deliver", seen)
-    async with drafting(on(peer, profile(tmp_path, 0, 1, 1, jitter_ms=10)), "d1"):
+    async with drafting(emulating(peer, profile(tmp_path, 0, 1, 1, jitter_ms=10)), "d1"):
         await peer.ask("s", max_tokens=40)
         for _ in range(6):
             verify = await peer.round()
@@ -171,15 +171,15 @@ async def test_jitter_never_brings_a_result_before_its_states(
 
 
 @pytest.mark.parametrize(("step_ms", "kept"), [(1, True), (600, False)])
-async def test_a_draft_made_ahead_is_there_only_if_the_device_had_the_time(
-    base: Bench, tmp_path: Path, step_ms: float, kept: bool
+async def test_a_draft_made_ahead_is_used_only_if_the_hardware_had_the_time(
+    base: Setup, tmp_path: Path, step_ms: float, kept: bool
 ) -> None:
     peer = base.peer
-    async with drafting(on(peer, profile(tmp_path, step_ms, 5, 5), optimistic=True), "d1"):
+    async with drafting(emulating(peer, profile(tmp_path, step_ms, 5, 5), optimistic=True), "d1"):
         await peer.ask("s")
         first = await peer.round()
         assert await asyncio.to_thread(base.source.made_ahead.wait, 10)
-        # The device needs two steps for it: 2 ms, or 1200.
+        # The emulated hardware needs two steps for it: 2 ms, or 1200 ms.
         await asyncio.sleep(0.1)
         await peer.answer(first, [20, 21, 22, 9])
         second = await peer.round()
@@ -189,9 +189,9 @@ async def test_a_draft_made_ahead_is_there_only_if_the_device_had_the_time(
         assert await peer.silent(0.3)
 
 
-async def test_a_late_copy_of_a_round_changes_nothing(base: Bench, tmp_path: Path) -> None:
+async def test_a_late_copy_of_a_round_changes_nothing(base: Setup, tmp_path: Path) -> None:
     peer = base.peer
-    settings = on(peer, profile(tmp_path, 1, 150, 150)).model_copy(update={"min_timeout_ms": 100.0})
+    settings = emulating(peer, profile(tmp_path, 1, 150, 150)).model_copy(update={"min_timeout_ms": 100.0})
     async with drafting(settings, "d1"):
         await peer.ask("s")
         committed: dict[int, Verify] = {}

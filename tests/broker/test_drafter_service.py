@@ -32,7 +32,7 @@ async def test_a_session_goes_round_by_round_to_its_end(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         first = await peer.round()
-        assert (first.round, first.base_len, first.draft) == (0, 5, [3, 1, 2]), "the prompt repeats itself"
+        assert (first.round, first.base_len, first.draft) == (0, 5, [3, 1, 2]), "copied: the prompt repeats itself"
         assert (first.drafter, first.gateway, first.fingerprint, first.attempt) == ("d1", "g", "f", 0)
         await peer.answer(first, [3, 9])
         second = await peer.round()
@@ -57,7 +57,7 @@ async def test_a_round_without_a_result_is_sent_again(peer: Peer) -> None:
         assert (following.round, following.base_len) == (lost.round + 1, lost.base_len + 1)
 
 
-async def test_another_drafter_goes_on_from_the_committed_tokens(peer: Peer) -> None:
+async def test_another_drafter_continues_from_the_committed_tokens(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         first = await peer.round()
@@ -70,10 +70,10 @@ async def test_another_drafter_goes_on_from_the_committed_tokens(peer: Peer) -> 
         await peer.answer(second, [5, 6])
         await peer.answer(taken, [5, 6])
         following = await peer.round()
-        assert (following.drafter, following.base_len) == ("d2", 9), "what its predecessor's round brought is kept"
+        assert (following.drafter, following.base_len) == ("d2", 9), "tokens of its predecessor's round are kept"
 
 
-async def test_a_cancelled_session_is_left(peer: Peer) -> None:
+async def test_a_cancelled_session_ends(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
         verify = await peer.round()
@@ -84,7 +84,7 @@ async def test_a_cancelled_session_is_left(peer: Peer) -> None:
         assert await peer.silent(0.5)
 
 
-async def test_a_request_whose_session_is_gone_or_over_is_dropped(peer: Peer) -> None:
+async def test_a_request_for_an_ended_or_missing_session_is_dropped(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("over")
         first = await peer.round()

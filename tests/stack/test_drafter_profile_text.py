@@ -1,4 +1,4 @@
-"""Slow devices on bad links get the same text."""
+"""Sessions on emulated hardware with a bad link get the same text."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ jitter_ms = 4
 """
 
 
-async def test_the_text_is_the_same_and_drafts_take_the_device_s_time(
+async def test_the_text_is_the_same_and_drafts_take_the_emulated_time(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic, tmp_path: Path
 ) -> None:
     (tmp_path / "slow.toml").write_text(PROFILE)
