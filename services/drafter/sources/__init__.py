@@ -13,4 +13,5 @@ __all__ = [
     "States",
     "hidden",
     "model",
+    "registry",
 ]

@@ -12,11 +12,13 @@ from typing import Any
 from rich.console import Console
 
 from services.drafter.control import Controller, ControlWeights, RoundTimes, RuleName
+from services.drafter.control import rules as stop_rules
 from services.drafter.control_files import load_weights
 from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
 from services.drafter.sources.hidden import HiddenDrafts
+from services.drafter.sources.registry import SOURCES
 from services.tools.bench.draft.calibration import figures, plot
 from services.tools.bench.draft.costs import DraftCosts, measure
 from services.tools.bench.draft.one_process import shortened, tokens_per_second
@@ -31,11 +33,7 @@ from shared.errors import ModelError
 from shared.messages import HiddenFormat
 from shared.models.folder import ModelFolder
 
-NAMES: dict[str, tuple[str, ...]] = {
-    "lookup": ("lookup",),
-    "hidden": ("hidden",),
-    "combined": ("hidden", "lookup"),
-}
+NAMES = {name: SOURCES[name].token_sources for name in ("lookup", "hidden", "combined")}
 RULES: tuple[tuple[RuleName, int], ...] = (
     ("fixed", 4),
     ("fixed", 8),
@@ -196,8 +194,9 @@ def _arms(bench: DraftBench) -> tuple[dict[str, list[Drafted]], list[Row]]:
     for name in NAMES:
         for rule, length in RULES:
             untrained = bench.weights is None or bench.weights.predictor is None
-            if (rule == "predictor" and untrained) or (rule in ("predictor", "entropy") and name == "lookup"):
-                continue  # these two rules are about what models say of their tokens
+            traits, by_model = stop_rules.RULES[rule], SOURCES[name].needs_torch
+            if (traits.needs_predictor and untrained) or (traits.reads_model_statistics and not by_model):
+                continue
             drafted = bench.rounds(name, rule, length)
             arms[f"{name} {rule}({length})"] = drafted
             summary = Summary.of(drafted, bench.measured.costs, 4)
