@@ -26,7 +26,7 @@ def count(round_: DraftRound, verified: int, accepted: int, draft: Draft) -> Non
     STEPS.inc(sum(draft.steps.values()))
     if round_.kept:
         DRAFTS.inc()
-    for i, token in enumerate(round_.tokens[:verified]):
+    for i, token in enumerate(round_.kept_tokens[:verified]):
         TOKENS_VERIFIED.labels(token.source).inc()
         if i < accepted:
             TOKENS_ACCEPTED.labels(token.source).inc()

@@ -327,8 +327,8 @@ def test_where_model_and_lookup_agree_copying_continues(
     force(source, monkeypatch, 8)
     asked = combined(4)
     assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
-    assert [marks(token) for token in asked.round.tokens] == [("lookup", True, False)] * 4
-    assert {token.support for token in asked.round.tokens} == {3}
+    assert [marks(token) for token in asked.round.kept_tokens] == [("lookup", True, False)] * 4
+    assert {token.support for token in asked.round.kept_tokens} == {3}
 
 
 def test_where_model_and_lookup_differ_the_likelier_token_is_taken(
@@ -338,11 +338,13 @@ def test_where_model_and_lookup_differ_the_likelier_token_is_taken(
     force(sure, monkeypatch, 9)
     asked = combined(4)
     assert one(sure, asked) == [9, 9, 9, 9], "5 follows 9 in the text, but the model is certain"
-    assert [marks(token) for token in asked.round.tokens] == [("hidden", False, True)] * 4
+    assert [marks(token) for token in asked.round.kept_tokens] == [("hidden", False, True)] * 4
     force(unsure, monkeypatch, None)
     asked = combined(4)
     assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
-    assert [marks(token) for token in asked.round.tokens] == [("lookup", False, True)] + [("lookup", False, False)] * 3
+    first, *others = map(marks, asked.round.kept_tokens)
+    assert first == ("lookup", False, True)
+    assert others == [("lookup", False, False)] * 3
 
 
 def test_copies_continue_a_draft_of_the_model(
@@ -360,8 +362,8 @@ def test_copies_continue_a_draft_of_the_model(
     asked = combined(6)
     expected = Draft([300, 5, 6, 7, 300, 5], {"hidden": 3}, computed=8)
     assert source.propose([asked]) == [expected], "300 followed the latest 5 6 7"
-    assert [token.source for token in asked.round.tokens] == ["hidden"] * 2 + ["lookup"] * 4
-    assert [token.contested for token in asked.round.tokens] == [True] + [False] * 5
+    assert [token.source for token in asked.round.kept_tokens] == ["hidden"] * 2 + ["lookup"] * 4
+    assert [token.contested for token in asked.round.kept_tokens] == [True] + [False] * 5
 
 
 @pytest.mark.parametrize("why", ["no states", "no room"])
@@ -373,7 +375,7 @@ def test_a_session_that_the_model_cannot_draft_for_gets_copies(fresh: Callable[.
         states = states_of("a", 0, 79)
         asked = DraftRequest("a", REPEATING * 10, GREEDY, round_of(3, COMBINED), COMBINED, states)
     assert source.propose([asked]) == [Draft([8, 9, 5], {})]
-    assert [marks(token) for token in asked.round.tokens] == [("lookup", False, False)] * 3
+    assert [marks(token) for token in asked.round.kept_tokens] == [("lookup", False, False)] * 3
 
 
 def test_draft_tokens_carry_the_models_statistics(
@@ -384,7 +386,7 @@ def test_draft_tokens_carry_the_models_statistics(
     monkeypatch.setattr(source._engine, "logits", lambda estimates: logits.expand(len(estimates), -1))
     asked = request("a", tokens_of("a", 9), 1)
     assert one(source, asked) == [tiny.VOCAB - 1]
-    (token,) = asked.round.tokens
+    (token,) = asked.round.kept_tokens
     shares = torch.softmax(logits.double(), -1)
     expected = DraftToken(
         "hidden",

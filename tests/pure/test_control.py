@@ -102,7 +102,7 @@ def run_rounds(
         round_ = session.begin(100, 0.0)
         draft(round_, [token(confidence()) for _ in range(round_.longest)])
         accepted = 0
-        while accepted < round_.kept and rng.random() < truth(round_.tokens[accepted].confidence):
+        while accepted < round_.kept and rng.random() < truth(round_.kept_tokens[accepted].confidence):
             accepted += 1
         session.settle(round_, round_.kept, accepted)
         seen.append((round_, accepted))

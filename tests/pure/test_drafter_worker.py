@@ -90,7 +90,7 @@ async def test_after_a_failed_call_drafts_are_empty_and_the_source_goes_on() -> 
         draft, _ = await worker.draft(asked)
         assert (draft.tokens, asked.round.kept) == ([], 1)
         asked.round.cut(len(draft.tokens))
-        assert (asked.round.acceptance, asked.round.tokens, asked.round.wants("model")) == ([], [], False)
+        assert (asked.round.acceptance, asked.round.kept_tokens, asked.round.wants("model")) == ([], [], False)
         source.fails = False
         assert (await worker.draft(request("a")))[0].tokens == [7]
 

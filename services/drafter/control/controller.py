@@ -27,7 +27,7 @@ PROBE_LENGTH = 1
 
 
 class DraftDecision(Enum):
-    """What to do with a token just drafted, and next."""
+    """The controller's decision about a token just drafted."""
 
     DROP = "drop"
     """Do not send the token; the draft ends before it."""
@@ -97,7 +97,7 @@ class SessionControl:
 
     @property
     def decodes_plainly(self) -> bool:
-        """Whether the session decodes without drafts, in this round and the next."""
+        """True if the session drafts neither in this round nor in the next."""
         return self.times.draft_cap == 0 or all(0 < probe.idle < probe.wait for probe in self._probes.values())
 
     def settle(self, round_: DraftRound, verified: int, accepted: int) -> None:
@@ -121,7 +121,7 @@ class SessionControl:
                 self.calibration.learn(source, drafted.model_logit, i < accepted)
         if round_.drafted:
             self.rule.learn(verified, accepted)
-        successful = {token.source for token in round_.tokens[:accepted]}
+        successful = {token.source for token in round_.kept_tokens[:accepted]}
         # Trimmed tokens were kept and not verified: they show nothing about their source.
         judged = {d.token.source for i, d in enumerate(round_.drafted) if i < verified or i >= round_.kept}
         for source in round_.probed & judged:
@@ -182,7 +182,7 @@ class DraftRound:
         self.probed: frozenset[str] = frozenset()
         """Sources that may draft the first token as a probe, against the rule."""
         self.probing = False
-        """Whether the draft is a probe and nothing else."""
+        """True if the draft is a probe and nothing else."""
         self.acceptance: list[float] = []
         """Calibrated acceptance of each kept token, given that its predecessors are accepted."""
         self.drafted: list[DraftedToken] = []
@@ -198,7 +198,7 @@ class DraftRound:
         return len(self.acceptance)
 
     @property
-    def tokens(self) -> list[DraftToken]:
+    def kept_tokens(self) -> list[DraftToken]:
         """The kept tokens."""
         return [drafted.token for drafted in self.drafted[: self.kept]]
 
@@ -254,7 +254,7 @@ class DraftRound:
             kind=kind,
             temperature=self.context.temperature,
             target_entropy=self.context.target_entropy,
-            guesses=self.tokens,
+            guesses=self.kept_tokens,
             verified=verified,
             accepted=accepted,
         )

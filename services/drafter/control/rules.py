@@ -47,9 +47,9 @@ class StopRule:
     """Decides when one session's draft ends. One object per session, since some rules learn."""
 
     needs_predictor: ClassVar[bool] = False
-    """Whether the rule needs trained weights (`ControlWeights.predictor`)."""
+    """True if the rule needs trained weights (`ControlWeights.predictor`)."""
     reads_model_statistics: ClassVar[bool] = False
-    """Whether the rule decides by statistics of a draft model, and treats copied tokens by another criterion."""
+    """True if the rule decides by the statistics of a draft model; copied tokens get another criterion."""
 
     @classmethod
     def for_session(cls, weights: ControlWeights) -> StopRule:

@@ -64,7 +64,7 @@ class DraftSource(Protocol):
     """
 
     blocking: bool
-    """Whether `propose` takes so long that it has to run outside the event loop."""
+    """True if `propose` takes so long that it has to run outside the event loop."""
 
     def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
         """Return one draft per request, in order; a draft may be shorter than wanted. Never changes `tokens`."""

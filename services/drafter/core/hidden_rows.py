@@ -30,7 +30,7 @@ class HiddenRows:
         """The position of `_rows[0]`."""
         self._rows: Floats = np.empty((0, size), np.float32)
         self._held: NDArray[np.bool_] = np.zeros(0, np.bool_)
-        """Whether each of `_rows` has been received; ends with the last received one."""
+        """Marks the rows of `_rows` that have been received; ends with the last of them."""
 
     def add(self, message: HiddenStates) -> None:
         """Add received rows. Raises MessageError if their hidden size is another."""

@@ -39,7 +39,7 @@ class DraftSession:
 
     @property
     def done(self) -> bool:
-        """Whether no further round is needed."""
+        """True if no further round is needed."""
         return self.finish is not None or self.failure is not None
 
     @property

@@ -49,7 +49,7 @@ class _DraftInProgress:
 
     @property
     def copies(self) -> bool:
-        """Whether the request allows lookup."""
+        """True if the request allows lookup."""
         return LOOKUP in self.request.sources
 
     def copy(self) -> tuple[int, int] | None:

@@ -54,7 +54,7 @@ class SourceKind:
     load: Load
     """Loads it, given the sources before it in `SOURCES`; None if the settings do not ask for it. Raises ModelError."""
     required: Callable[[DraftSettings], bool] = lambda settings: False
-    """Whether the settings demand it, so that a drafter without it must not start."""
+    """Returns whether the settings demand it: a drafter that cannot load it then refuses to start."""
     needs_torch: bool = False
     reads_hidden_states: bool = False
 

@@ -172,7 +172,7 @@ def _judge(session: _Session, began: DraftRound, draft: Draft, ahead: bool) -> D
         text=session.index,
         kind=session.text.kind,
         temperature=session.text.temperature,
-        sources=tuple(token.source for token in began.tokens),
+        sources=tuple(token.source for token in began.kept_tokens),
         accepted=accepted,
         steps=steps,
         wasted=max(0, steps - useful),
