@@ -1,3 +1,3 @@
-"""The scheduler: pools the rounds that wait, decides which verifier checks which of them together, and when."""
+"""Scheduler: pools pending rounds and decides which verifier verifies which of them together, and when."""
 
 __all__ = ["core", "settings"]

@@ -1,3 +1,3 @@
-"""The verifier: owns the target model, checks drafts in batches, commits what is accepted."""
+"""Verifier: owns the target model and its KV cache, verifies batches of drafts and commits what is accepted."""
 
 __all__ = ["core", "profile", "settings", "verify"]

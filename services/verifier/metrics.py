@@ -1,4 +1,4 @@
-"""What a verifier counts."""
+"""Metrics of the verifier."""
 
 from prometheus_client import Counter, Gauge, Histogram
 
@@ -9,7 +9,10 @@ BATCH_TIME = Histogram(
 )
 NEW_TOKENS = Counter("wisp_verifier_new_tokens", "Tokens computed: drafts, last tokens and prompts")
 HIDDEN_BYTES = Counter("wisp_verifier_hidden_bytes", "Hidden states sent to drafters, in bytes")
-HANDOFF_SAVED = Counter("wisp_verifier_handoff_saved_tokens", "Tokens whose K/V were left to others in Redis")
-HANDOFF_LOADED = Counter("wisp_verifier_handoff_loaded_tokens", "Tokens whose K/V were loaded from Redis")
+HANDOFF_SAVED = Counter("wisp_verifier_handoff_saved_tokens", "Tokens whose KV was saved in Redis for other verifiers")
+HANDOFF_LOADED = Counter("wisp_verifier_handoff_loaded_tokens", "Tokens whose KV was loaded from Redis")
 JOBS_REFUSED = Counter("wisp_verifier_jobs_refused", "Jobs that could not be verified", ["code"])
-CACHE_USAGE = Gauge("wisp_kv_cache_usage_perc", "Share of the K/V budget that sessions hold, 0 to 1")
+CACHE_USAGE = Gauge("wisp_kv_cache_usage_perc", "Share of the KV budget that sessions hold, 0 to 1")
+INTEGRITY_ERRORS = Counter(
+    "wisp_verifier_integrity_errors", "Checks that found the accounting of the KV cache wrong and dropped the cache"
+)

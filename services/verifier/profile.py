@@ -1,4 +1,4 @@
-"""Measuring a verifier at its start, so that the first batches are already predicted well."""
+"""Profile of a verifier, measured at its start, so that even the first batches are predicted well."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ KINDS = ((1, 1, 1), (1, 5, 5), (1, 48, 0), (4, 1, 1), (4, 9, 9), (12, 1, 1), (12
 
 
 def profile(engine: Engine, budget_s: float = 4.0) -> Iterator[Measurement]:
-    """Run batches over a small grid of shapes and yield what each took.
+    """Run batches over a small grid of shapes and yield a measurement of each.
 
     The sessions of a batch share one prefix, so their context is computed once, in chunks that are measured as well.
-    Stops early when the time budget is used up, after at least one batch of each shape that the cache has room for.
-    Leaves the cache as it was but for reclaimable blocks.
+    Stops early when the time budget is used up, after at least one batch of each shape that fits the cache. Leaves the
+    cache as it was, except for reclaimable blocks.
     """
     started = time.perf_counter()
     tokens = [(7 * i + 11) % engine.vocab_size for i in range(max(CONTEXTS) + CHUNK)]
     room = min(engine.max_len, engine.free_tokens // 2)
     contexts = [context for context in CONTEXTS if context + max(new for _, new, _ in KINDS) <= room]
-    # The first pass pays for things that no later one does: kernels compiled or loaded, memory touched.
+    # The first pass pays once for loading or compiling kernels and for touching memory, so it is not yielded.
     _measure(engine, [("profile-0", 0, min(CHUNK, room), 0)], tokens)
     engine.release("profile-0")
     for start in range(0, max(contexts, default=0), CHUNK):
@@ -41,25 +41,25 @@ def profile(engine: Engine, budget_s: float = 4.0) -> Iterator[Measurement]:
                 if repetition and time.perf_counter() - started > budget_s:
                     return
                 batch = [(f"profile-{i}", context, new, rows) for i in range(jobs)]
-                for name, *_ in batch:
+                for session_id, *_ in batch:
                     # One token more than the context, because the last one is always left to be computed.
-                    held = engine.attach(name, tokens[: context + 1])
+                    held = engine.attach(session_id, tokens[: context + 1])
                     if held < context:
-                        engine.forward([Step(name, tokens[held:context], rows=0)])
-                        # Agreeing with its own tokens offers the first session's blocks to the others.
-                        engine.attach(name, tokens[: context + 1])
+                        engine.forward([Step(session_id, tokens[held:context], rows=0)])
+                        # Attaching indexes the first session's blocks, so that the others can share them.
+                        engine.attach(session_id, tokens[: context + 1])
                 yield _measure(engine, batch, tokens)
-                for name, *_ in batch:
-                    engine.release(name)
+                for session_id, *_ in batch:
+                    engine.release(session_id)
 
 
 def _measure(engine: Engine, jobs: list[tuple[str, int, int, int]], tokens: list[int]) -> Measurement:
-    """Time one batch of jobs: session, tokens that it has in the cache, new tokens, rows of logits."""
+    """Measure one batch of jobs: session, tokens that it has in the cache, new tokens, rows of logits."""
     steps = []
-    for name, context, new, rows in jobs:
+    for session_id, context, new, rows in jobs:
         if context == 0:
-            engine.attach(name, tokens[:1])
-        steps.append(Step(name, tokens[context : context + new], rows))
+            engine.attach(session_id, tokens[:1])
+        steps.append(Step(session_id, tokens[context : context + new], rows))
     started = time.perf_counter()
     engine.forward(steps).logits.argmax(-1).tolist()
     elapsed_ms = (time.perf_counter() - started) * 1000

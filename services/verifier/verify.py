@@ -1,4 +1,7 @@
-"""One batch through the target model: forward, choose, accept, roll back. Runs in the verifier's model thread."""
+"""One batch through the target model: forward pass, the target's choices, acceptance, rollback.
+
+Runs in the engine's thread.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,10 @@ from shared.sampling.sampler import choose
 def verify(
     engine: Engine, tasks: Sequence[VerifyTask], *, digests: bool = False
 ) -> tuple[list[VerifyOutcome], list[BatchShape]]:
-    """Judge every task; also returns the shape of each forward pass that ran. digests: tell the logits' digests.
+    """Verify all tasks; return their outcomes and the shape of each forward pass that ran.
 
-    A batch that fails as a whole is done in halves, so that what does not fit at once is done in turn, and one bad task
-    is refused alone.
+    A batch that fails as a whole is verified in halves. So a batch that is too large for one pass is done in several,
+    and a bad task is refused alone. digests: outcomes carry digests of the logits.
     """
     if not tasks:
         return [], []
@@ -45,44 +48,31 @@ def verify(
 def _verify_at_once(
     engine: Engine, tasks: Sequence[VerifyTask], digests: bool
 ) -> tuple[list[VerifyOutcome], BatchShape]:
-    steps = []
-    drafts = []
-    for task in tasks:
-        # At most what may still be committed beside the bonus token, and what the context holds.
-        keep = max(0, min(task.room - 1, engine.max_len - len(task.tokens)))
-        draft = [] if task.prefill_to is not None else _tokens(task.draft[:keep], engine.vocab_size)
-        drafts.append(draft)
-        # The last token's logits are needed, so it is computed again even if its K/V are there.
-        held = min(engine.attach(task.session_id, task.tokens), len(task.tokens) - 1)
-        if task.prefill_to is None:
-            engine.truncate(task.session_id, held)
-            steps.append(Step(task.session_id, [*task.tokens[held:], *draft], rows=len(draft) + 1))
-        else:
-            steps.append(Step(task.session_id, task.tokens[held : max(held, task.prefill_to)], rows=0))
-    fed = [step for step in steps if step.tokens]
-    if not fed:
-        # Chunks of prefill that turned out to be cached already.
+    drafts = [_usable_draft(engine, task) for task in tasks]
+    steps = [_step(engine, task, draft) for task, draft in zip(tasks, drafts, strict=True)]
+    computed = [step for step in steps if step.tokens]
+    if not computed:
+        # All tasks are chunks of prefill that were cached already.
         done = [VerifyOutcome(None, 0, engine.cached(task.session_id), 0) for task in tasks]
         return done, cost.EMPTY
-    output = engine.forward(fed)
-    shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in fed)
+    logits = engine.forward(computed).logits
+    shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in computed)
 
-    wanted = [i for i, step in enumerate(steps) if step.rows]
+    rounds = [i for i, step in enumerate(steps) if step.rows]
     starts = {}
     row = 0
-    for i in wanted:
+    for i in rounds:
         starts[i] = row
         row += steps[i].rows
-    choices = _choices(output.logits, tasks, drafts, starts)
+    choices = _choices(logits, tasks, drafts, starts)
 
-    verdicts = {i: accept(drafts[i], choices[i], tasks[i].room, tasks[i].stop_ids) for i in wanted}
     outcomes = []
     for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
-        verdict = verdicts.get(i)
-        if verdict is None:
+        if i not in starts:
             outcomes.append(VerifyOutcome(None, 0, engine.cached(task.session_id), len(step.tokens)))
             continue
-        # K/V are right for the accepted drafts; the bonus token has none yet.
+        verdict = accept(drafts[i], choices[i], task.room, task.stop_ids)
+        # The KV of accepted draft tokens is right; the bonus token has none yet.
         engine.truncate(task.session_id, len(task.tokens) + verdict.accepted)
         outcomes.append(
             VerifyOutcome(
@@ -91,25 +81,42 @@ def _verify_at_once(
                 engine.cached(task.session_id),
                 len(step.tokens),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
-                logits_digest=_digest(output.logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
+                logits_digest=_digest(logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
             ),
         )
     return outcomes, shape
 
 
-def _tokens(draft: Sequence[int], vocab_size: int) -> list[int]:
-    """A draft up to the first id that is no token. It would be rejected there, whatever the model says."""
-    return list(takewhile(lambda token: token < vocab_size, draft))
+def _usable_draft(engine: Engine, task: VerifyTask) -> list[int]:
+    """Return the part of a draft that is verified.
+
+    It holds no more tokens than may be committed beside the bonus token, and than the context has room for. It ends
+    before the first id that is not in the vocabulary: that would be rejected in any case.
+    """
+    if task.prefill_to is not None:
+        return []
+    most = max(0, min(task.room - 1, engine.max_len - len(task.tokens)))
+    return list(takewhile(lambda token: token < engine.vocab_size, task.draft[:most]))
+
+
+def _step(engine: Engine, task: VerifyTask, draft: list[int]) -> Step:
+    """Attach a task's session and return its part of the forward pass."""
+    # The last token's logits are needed, so it is computed again even if its KV is cached.
+    held = min(engine.attach(task.session_id, task.tokens), len(task.tokens) - 1)
+    if task.prefill_to is not None:
+        return Step(task.session_id, task.tokens[held : max(held, task.prefill_to)], rows=0)
+    engine.truncate(task.session_id, held)
+    return Step(task.session_id, [*task.tokens[held:], *draft], rows=len(draft) + 1)
 
 
 def _digest(logits: Tensor) -> str:
-    """Of the bits of these rows: those that a choice was made from."""
+    """Return a digest of the bits of these rows, from which the target's choices were made."""
     bits = logits.contiguous().view(torch.uint8).numpy(force=True)
     return hashlib.sha256(bits.tobytes()).hexdigest()[:16]
 
 
 def _hidden(engine: Engine, task: VerifyTask) -> list[Part]:
-    """The packed hidden states that a task asks for, as far as the session is cached."""
+    """Return the packed hidden states that a task asks for, as far as the session is cached."""
     held = engine.cached(task.session_id)
     if task.hidden_from is None or task.hidden_from >= held or not engine.keeps_hidden:
         return []
@@ -121,18 +128,21 @@ def _hidden(engine: Engine, task: VerifyTask) -> list[Part]:
 def _choices(
     logits: Tensor, tasks: Sequence[VerifyTask], drafts: Sequence[Sequence[int]], starts: dict[int, int]
 ) -> dict[int, list[int]]:
-    """The target's choices per task, position by position, only while the draft still agrees."""
+    """Return the target's choices by task, position after position, up to the first that differs from the draft.
+
+    starts: first row of logits of each task.
+    """
     choices: dict[int, list[int]] = {i: [] for i in starts}
-    alive = list(starts)
+    agreeing = list(starts)
     depth = 0
-    while alive:
+    while agreeing:
         chosen = choose(
-            logits[[starts[i] + depth for i in alive]],
-            [tasks[i].sampling for i in alive],
-            [len(tasks[i].tokens) + depth for i in alive],
+            logits[[starts[i] + depth for i in agreeing]],
+            [tasks[i].sampling for i in agreeing],
+            [len(tasks[i].tokens) + depth for i in agreeing],
         )
-        for i, token in zip(alive, chosen, strict=True):
+        for i, token in zip(agreeing, chosen, strict=True):
             choices[i].append(token)
-        alive = [i for i in alive if depth < len(drafts[i]) and drafts[i][depth] == choices[i][depth]]
+        agreeing = [i for i in agreeing if depth < len(drafts[i]) and drafts[i][depth] == choices[i][depth]]
         depth += 1
     return choices

@@ -198,6 +198,10 @@ class Engine:
         """The session ended. Its full blocks stay for sessions with the same beginning until the room is needed."""
         self._pool.release(session)
 
+    def reset(self) -> None:
+        """Drop the whole cache: every session and every prefix block."""
+        self._pool = BlockPool(self._pool.capacity)
+
     def integrity(self) -> None:
         """Check the accounting of the cache (cheap enough while idle); AssertionError says what is wrong."""
         self._pool.integrity()

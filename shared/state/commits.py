@@ -44,3 +44,8 @@ class Committed:
     accepted: int
     finish: Finish | None
     tokens: list[int]
+
+    @property
+    def ended(self) -> bool:
+        """Whether the session takes no more tokens."""
+        return self.finish is not None or self.outcome in (CommitOutcome.CANCELLED, CommitOutcome.GONE)

@@ -16,6 +16,7 @@ import torch
 from pydantic import SecretStr
 from random_draft import random_draft
 
+from services.verifier import batches, metrics
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
 from shared.broker import topology
@@ -378,3 +379,28 @@ async def test_one_who_lost_the_race_to_commit_tells_no_hidden_states(peer: Peer
     await peer.send(peer.job("s", 6, text[2:5], round_=2, hidden_from=5))
     result, found = await peer.result_and_states()
     assert (result.status, result.tokens, found) == (Status.CONFLICT, text[2:3], [])
+
+
+async def test_an_idle_verifier_checks_its_kv_cache_and_drops_a_wrong_one(
+    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "IDLE_S", 0.1)
+    checked = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    whole = Engine.integrity
+
+    def corrupted(engine: Engine) -> None:
+        engine._pool._users[engine._pool.table("s")[0]] += 1
+        loop.call_soon_threadsafe(checked.set)
+        whole(engine)
+
+    before = metrics.INTEGRITY_ERRORS._value.get()
+    monkeypatch.setattr(Engine, "integrity", corrupted)
+    await peer.open("s")
+    (first,) = await peer.verify(peer.job("s", 4, text[:2]))
+    await asyncio.wait_for(checked.wait(), 10)
+    monkeypatch.setattr(Engine, "integrity", whole)
+    (second,) = await peer.verify(peer.job("s", 7, text[3:5], 1))
+    assert first.tokens + second.tokens == text[:6]
+    assert second.new_tokens == 7 + 2, "the session is prefilled again"
+    assert metrics.INTEGRITY_ERRORS._value.get() == before + 1

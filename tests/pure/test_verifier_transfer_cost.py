@@ -1,4 +1,4 @@
-"""Whether K/V are loaded or computed again."""
+"""The choice between loading KV and computing it again."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import builders
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.verifier.core.transfer_cost import Worth
+from services.verifier.core.transfer_cost import TransferCost
 from shared.messages import CostModel
 
 MB = 10**6
@@ -17,21 +17,22 @@ def model(token_ms: float) -> CostModel:
 
 
 def test_a_slow_verifier_loads_and_a_fast_one_computes() -> None:
-    assert Worth(model(1.5)).loads(0, 8, 1.5 * MB)
-    assert not Worth(model(0.001), ms_per_mb=50).loads(0, 8, 1.5 * MB)
+    assert TransferCost(model(1.5)).loading_pays(0, 512, 12 * MB)
+    assert not TransferCost(model(0.001), ms_per_mb=50).loading_pays(0, 512, 12 * MB)
 
 
-def test_a_slow_redis_is_learned() -> None:
-    worth = Worth(model(1.5))
+def test_the_speed_of_a_slow_redis_is_learned() -> None:
+    transfer = TransferCost(model(1.5))
     for _ in range(20):
-        worth.loaded(10 * MB, 10_000)
-    assert worth.ms_per_mb > 900
-    assert not worth.loads(0, 8, 1.5 * MB)
+        transfer.record_load(10 * MB, 10_000)
+    assert transfer.ms_per_mb > 900
+    assert not transfer.loading_pays(0, 512, 12 * MB)
 
 
 @given(st.integers(0, 8192), st.integers(1, 64), st.floats(0.01, 10))
-def test_what_is_loaded_is_what_is_predicted_to_be_faster(held: int, blocks: int, ms_per_mb: float) -> None:
-    worth = Worth(model(1.5), ms_per_mb)
-    assert worth.loads(held, blocks, MB) == (worth.load_ms(blocks * MB) < worth.prefill_ms(held, 64 * blocks))
-    assert worth.prefill_ms(held, 64) > 0, "the batch is computed anyway, its fixed cost is not saved"
-    assert worth.prefill_ms(held + 64, 64) >= worth.prefill_ms(held, 64)
+def test_blocks_are_loaded_if_that_is_predicted_to_be_faster(held: int, blocks: int, ms_per_mb: float) -> None:
+    transfer = TransferCost(model(1.5), ms_per_mb)
+    faster = transfer.load_ms(blocks * MB) < transfer.prefill_ms(held, 64 * blocks)
+    assert transfer.loading_pays(held, 64 * blocks, blocks * MB) == faster
+    assert transfer.prefill_ms(held, 64) > 0, "the batch runs in any case, so its fixed cost is not saved"
+    assert transfer.prefill_ms(held + 64, 64) >= transfer.prefill_ms(held, 64)

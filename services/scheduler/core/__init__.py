@@ -1,3 +1,3 @@
-"""Pool, batch policies, placement, pacing and price. Pure: no I/O, no clock."""
+"""Pure: the pool of rounds, batch policies, placement, pacing, the load report and the checks on remote devices."""
 
 __all__ = ["batching", "dispatch", "policies"]

@@ -1,3 +1,3 @@
-"""Acceptance and the choices around KV. Pure: no I/O, no clock."""
+"""Pure: acceptance, replies to a batch, and the estimates around KV and emulation."""
 
 __all__ = ["acceptance", "replies", "tasks"]

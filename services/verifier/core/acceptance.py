@@ -1,8 +1,8 @@
-"""Which draft tokens become part of the text.
+"""Acceptance: the decision which draft tokens become part of the completion.
 
-One rule for greedy and sampled decoding: the target's own choice at each position is fixed by its logits and the
-session's noise (`shared.sampling.sampler`), so a draft token is accepted exactly while it equals that choice, and the
-first choice that differs, or the one after the last draft token, is already the right next token (the bonus token).
+One rule covers greedy and sampled decoding. The target's choice at each position is fixed by its logits and the
+session's noise (`shared.sampling.sampler`). A draft token is accepted exactly while it equals that choice. The first
+choice that differs, or the one after the last draft token, is the next token itself: the bonus token.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from shared.messages import Finish
 
 @dataclass(frozen=True)
 class Verdict:
-    """What one round adds to its session. `tokens[:accepted]` were drafted, the rest is the target's own."""
+    """Tokens that one round adds to its session: `tokens[:accepted]` were drafted, the rest is the target's own."""
 
     accepted: int
     tokens: list[int]
@@ -23,11 +23,11 @@ class Verdict:
 
 
 def accept(draft: Sequence[int], choices: Sequence[int], room: int, stop_ids: frozenset[int]) -> Verdict:
-    """Judge a draft by the target's choices.
+    """Compare a draft with the target's choices.
 
-    `choices` are the target's tokens at the positions of the draft and one more, as far as they are needed: up to the
-    first that differs from the draft. `room` (at least 1) is how many tokens the session may still get. The text ends
-    with the first stop token, which is committed but not shown, or when there is no room left.
+    choices: the target's tokens at the positions of the draft and one more; those after the first difference may be
+    missing. room: tokens that the session may still get, at least 1. The completion ends with the first stop token,
+    which is committed but not shown, or when no room is left.
     """
     accepted = 0
     while accepted < len(draft) and draft[accepted] == choices[accepted]:

@@ -1,6 +1,6 @@
-"""A verifier that takes as long as another machine or model would, by real waiting. Pure.
+"""Emulation of a verifier on another machine or with another model, by waiting.
 
-Several verifiers can then be run on fewer cores than they would need: what is measured is everything around the model.
+More verifiers can then run than there are cores; everything around the model is measured for real.
 """
 
 from __future__ import annotations
@@ -11,17 +11,18 @@ from shared.cost.model import FALLBACK, predict_ms
 from shared.messages import BatchShape, Measurement
 
 
-class Pace:
-    """Batches take at least what a cost model with these coefficients (see `shared.cost.model`) says."""
+class EmulatedCost:
+    """Makes batches take at least as long as a cost model predicts."""
 
     def __init__(self, coefficients: Sequence[float]) -> None:
+        """coefficients: see `shared.cost.model`."""
         self._model = FALLBACK.model_copy(update={"coefficients": list(coefficients)})
 
     def rest_ms(self, shapes: Iterable[BatchShape], elapsed_ms: float) -> float:
-        """How much longer a batch that has run in these passes must take."""
+        """Return how much longer a batch with these forward passes must take."""
         return max(0.0, sum(predict_ms(self._model, shape) for shape in shapes) - elapsed_ms)
 
     def slowed(self, measured: Measurement) -> Measurement:
-        """A measurement as it would have been."""
+        """Return the measurement with the time that the emulated verifier would take."""
         took_ms = measured.measured_ms + self.rest_ms([measured.shape], measured.measured_ms)
         return measured.model_copy(update={"measured_ms": took_ms})

@@ -1,24 +1,142 @@
-"""The result of a job, from what the model and the commit script said. Pure."""
+"""Replies to a batch: what is committed, and the messages that follow from the commit script's answers."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from services.verifier.core.tasks import VerifyOutcome
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared.errors import TooLong
 from shared.messages import Failure, HiddenStates, Job, Result, Status
-from shared.state.commits import CommitOutcome, Committed
+from shared.state.commits import Commit, CommitOutcome, Committed
 
 GONE = Failure(
     code="session_gone",
     message="the session's state is not in Redis any more (expired, or the data was lost); send the request again",
 )
-FORBIDDEN = Failure(code="forbidden", message="the job does not show its session's key")
+FORBIDDEN = Failure(code="forbidden", message="the job's session key is wrong or missing")
 CANCELLED = Failure(code="cancelled", message="the session was cancelled")
 
 
+@dataclass(frozen=True)
+class JobReply:
+    """Messages that answer one job."""
+
+    job: Job
+    result: Result
+    hidden: Sequence[HiddenStates] = ()
+
+    @property
+    def for_scheduler_only(self) -> bool:
+        """Whether only the scheduler gets the result: of a chunk of prefill, and of a job that is possibly forged."""
+        return self.result.status is Status.PREFILLED or self.result.error == FORBIDDEN
+
+    @property
+    def hidden_rows(self) -> int:
+        """Rows of hidden states."""
+        return sum(states.count for states in self.hidden)
+
+
+@dataclass(frozen=True)
+class OpenCommit:
+    """A commit whose answer decides the job's result. Without an outcome it only asks what is committed."""
+
+    job: Job
+    outcome: VerifyOutcome | None
+    commit: Commit
+
+
+class BatchReplies:
+    """Collects the replies to one batch."""
+
+    def __init__(self, verifier_id: str, batch_id: str, verify_ms: float) -> None:
+        self._verifier_id = verifier_id
+        self._batch_id = batch_id
+        self._verify_ms = verify_ms
+        self._replies: list[JobReply] = []
+        self.open: list[OpenCommit] = []
+        """Commits without an answer so far."""
+
+    def fail(self, job: Job, failure: Failure) -> None:
+        """Answer a job with a failure, which ends its session."""
+        self._replies.append(JobReply(job, self._failed(job, failure)))
+
+    def ask(self, job: Job) -> None:
+        """Let the commit script answer a job that does not build on what this verifier has: nothing is committed."""
+        self.open.append(OpenCommit(job, None, Commit(job.session, job.round, job.base_len, 0, (), None, 0)))
+
+    def verified(self, job: Job, task: VerifyTask, outcome: VerifyOutcome) -> None:
+        """Commit the verdict of a job that the model has verified, or answer one without a verdict."""
+        if outcome.error is not None:
+            self.fail(job, refused(outcome.error))
+        elif (verdict := outcome.verdict) is None:
+            self._replies.append(JobReply(job, self._prefilled(job, outcome)))
+        else:
+            commit = Commit(
+                job.session,
+                job.round,
+                len(task.tokens),
+                verdict.accepted,
+                verdict.tokens,
+                verdict.finish,
+                outcome.cached,
+            )
+            self.open.append(OpenCommit(job, outcome, commit))
+
+    def settle(self, answers: Sequence[Committed]) -> list[JobReply]:
+        """Return all replies, given the answers to the open commits in order; those with hidden states come last.
+
+        The hidden states of a prompt are megabytes: no other session's result waits behind them.
+        """
+        for one, answer in zip(self.open, answers, strict=True):
+            result = self._settled(one.job, one.outcome, answer)
+            self._replies.append(JobReply(one.job, result, hidden_states(one.job, one.outcome, answer)))
+        return sorted(self._replies, key=lambda reply: reply.hidden_rows)
+
+    def _prefilled(self, job: Job, outcome: VerifyOutcome) -> Result:
+        return self._result(
+            job,
+            Status.PREFILLED,
+            cached=outcome.cached,
+            new_tokens=outcome.new_tokens,
+            verify_ms=self._verify_ms,
+        )
+
+    def _settled(self, job: Job, outcome: VerifyOutcome | None, answer: Committed) -> Result:
+        if answer.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
+            return self._failed(job, GONE if answer.outcome is CommitOutcome.GONE else CANCELLED)
+        return self._result(
+            job,
+            Status.COMMITTED if answer.outcome is CommitOutcome.COMMITTED else Status.CONFLICT,
+            base_len=answer.base_len,
+            accepted=answer.accepted,
+            tokens=answer.tokens,
+            trimmed_to=outcome.verified if outcome else 0,
+            finish=answer.finish,
+            cached=outcome.cached if outcome else 0,
+            new_tokens=outcome.new_tokens if outcome else 0,
+            verify_ms=self._verify_ms,
+            logits_digest=outcome.logits_digest if outcome else None,
+        )
+
+    def _failed(self, job: Job, failure: Failure) -> Result:
+        return self._result(job, Status.FAILED, error=failure)
+
+    def _result(self, job: Job, status: Status, **fields: Any) -> Result:
+        from_job = {
+            "session": job.session,
+            "round": job.round,
+            "base_len": job.base_len,
+            "drafted": job.drafted,
+            "draft_ms": job.draft_ms,
+            "queue_ms": job.queue_ms,
+        }
+        return Result(status=status, verifier=self._verifier_id, batch=self._batch_id, **{**from_job, **fields})
+
+
 def wrong_model(job: Job, fingerprint: str) -> Failure:
-    """The session was meant for another model than this verifier's."""
+    """Return the failure of a session for another model than this verifier's."""
     return Failure(
         code="wrong_model",
         message=f"the session is for model {job.fingerprint}, this verifier serves {fingerprint}; "
@@ -27,56 +145,20 @@ def wrong_model(job: Job, fingerprint: str) -> Failure:
 
 
 def refused(error: Exception) -> Failure:
-    """The model cannot take this job."""
+    """Return the failure of a job that the engine refused with this error."""
     if isinstance(error, TooLong):
         return Failure(code="context_length_exceeded", message=str(error))
     return Failure(code="verification_failed", message=f"{type(error).__name__}: {error}")
 
 
-def failed(job: Job, verifier: str, batch: str, failure: Failure) -> Result:
-    """A result that ends the session."""
-    return _result(job, verifier, batch, Status.FAILED, error=failure)
+def hidden_states(job: Job, outcome: VerifyOutcome | None, answer: Committed) -> list[HiddenStates]:
+    """Return the hidden states that the drafter asked for, of committed tokens only.
 
-
-def prefilled(job: Job, verifier: str, batch: str, outcome: VerifyOutcome, verify_ms: float) -> Result:
-    """A chunk of the prompt is in the cache."""
-    return _result(
-        job,
-        verifier,
-        batch,
-        Status.PREFILLED,
-        cached=outcome.cached,
-        new_tokens=outcome.new_tokens,
-        verify_ms=verify_ms,
-    )
-
-
-def settled(
-    job: Job, verifier: str, batch: str, outcome: VerifyOutcome | None, committed: Committed, verify_ms: float
-) -> Result:
-    """What the commit decided. `outcome` is None when the job only asked what is committed."""
-    if committed.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
-        return failed(job, verifier, batch, GONE if committed.outcome is CommitOutcome.GONE else CANCELLED)
-    return _result(
-        job,
-        verifier,
-        batch,
-        Status.COMMITTED if committed.outcome is CommitOutcome.COMMITTED else Status.CONFLICT,
-        base_len=committed.base_len,
-        accepted=committed.accepted,
-        tokens=committed.tokens,
-        trimmed_to=outcome.verified if outcome else 0,
-        finish=committed.finish,
-        cached=outcome.cached if outcome else 0,
-        new_tokens=outcome.new_tokens if outcome else 0,
-        verify_ms=verify_ms,
-        logits_digest=outcome.logits_digest if outcome else None,
-    )
-
-
-def hidden_states(job: Job, outcome: VerifyOutcome | None, committed: Committed) -> list[HiddenStates]:
-    """What the drafter asked to see of the target's hidden states, of committed tokens only."""
-    if outcome is None or not _as_judged(outcome, committed):
+    There are none if the committed tokens are not those that this verifier chose, now or for an earlier copy.
+    """
+    if outcome is None or outcome.verdict is None:
+        return []
+    if answer.outcome is not CommitOutcome.COMMITTED or answer.tokens != outcome.verdict.tokens:
         return []
     return [
         HiddenStates(
@@ -91,24 +173,3 @@ def hidden_states(job: Job, outcome: VerifyOutcome | None, committed: Committed)
         )
         for part in outcome.hidden
     ]
-
-
-def _as_judged(outcome: VerifyOutcome, committed: Committed) -> bool:
-    """Whether the round's committed tokens are those that this verifier chose, now or for an earlier copy of it."""
-    return (
-        committed.outcome is CommitOutcome.COMMITTED
-        and outcome.verdict is not None
-        and committed.tokens == outcome.verdict.tokens
-    )
-
-
-def _result(job: Job, verifier: str, batch: str, status: Status, **told: Any) -> Result:
-    known = {
-        "session": job.session,
-        "round": job.round,
-        "base_len": job.base_len,
-        "drafted": job.drafted,
-        "draft_ms": job.draft_ms,
-        "queue_ms": job.queue_ms,
-    }
-    return Result(status=status, verifier=verifier, batch=batch, **{**known, **told})

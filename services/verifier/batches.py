@@ -1,0 +1,243 @@
+"""The verifier's loop: takes batches, runs them through the model one after the other, commits and replies."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+
+import structlog
+
+from services.verifier import metrics
+from services.verifier.core import replies
+from services.verifier.core.emulation import EmulatedCost
+from services.verifier.core.replies import BatchReplies, JobReply, OpenCommit
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from services.verifier.engine_thread import EngineThread
+from services.verifier.handoff import Handoff
+from services.verifier.membership import Membership
+from services.verifier.sessions import SessionTable
+from services.verifier.verify import verify
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.broker.session_keys import SessionKeys
+from shared.errors import BrokersError, Fenced
+from shared.messages import Batch, BatchShape, Failure, Job, Measurement
+from shared.runtime import logging
+from shared.state.commits import Committed
+from shared.state.store import Store
+
+IDLE_S = 1.0
+"""Without a batch for this long, the verifier checks its KV cache."""
+
+
+@dataclass
+class BatchWork:
+    """A batch on its way through the verifier."""
+
+    batch: Batch
+    tasks: list[tuple[Job, VerifyTask]] = field(default_factory=list)
+    """Jobs for the model."""
+    failed: list[tuple[Job, Failure]] = field(default_factory=list)
+    """Jobs that are refused before the model runs."""
+    stale: list[Job] = field(default_factory=list)
+    """Jobs of sessions that are gone, cancelled, ended or of another length: the commit script answers them."""
+    outcomes: list[VerifyOutcome] = field(default_factory=list)
+    """Outcome of each task."""
+    shapes: list[BatchShape] = field(default_factory=list)
+    """Shape of each forward pass."""
+    verify_ms: float = 0.0
+
+
+class BatchLoop:
+    """Runs batches in the engine's thread; commits and replies to one while the next one runs."""
+
+    def __init__(
+        self,
+        membership: Membership,
+        sessions: SessionTable,
+        engine_thread: EngineThread,
+        handoff: Handoff,
+        broker: Broker,
+        store: Store,
+        session_keys: SessionKeys,
+        *,
+        emulated: EmulatedCost | None,
+        digests: bool,
+    ) -> None:
+        """emulated: makes batches take longer. digests: results carry digests of the logits."""
+        self._membership = membership
+        self._sessions = sessions
+        self._thread = engine_thread
+        self._handoff = handoff
+        self._broker = broker
+        self._store = store
+        self._session_keys = session_keys
+        self._emulated = emulated
+        self._digests = digests
+        self._batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._replies: set[asyncio.Task[None]] = set()
+        self._busy = False
+        self._unchecked = False
+        """Whether a batch has run since the last check of the KV cache."""
+        self._log = logging.get()
+
+    @property
+    def idle(self) -> bool:
+        """Whether every accepted batch is replied to."""
+        return self._batches.empty() and not self._busy and not self._replies
+
+    def put(self, batch: Batch) -> None:
+        """Accept a batch."""
+        self._log.debug("batch received", batch=batch.batch, jobs=[[job.session, job.round] for job in batch.jobs])
+        self._batches.put_nowait(batch)
+
+    async def run(self) -> None:
+        """Work for ever."""
+        while True:
+            batch = await self._next()
+            self._busy = True
+            with structlog.contextvars.bound_contextvars(batch=batch.batch):
+                if self._membership.is_fenced(batch):
+                    self._log.warning("batch of an ended lease dropped", lease=batch.lease)
+                else:
+                    try:
+                        await self._verify(batch)
+                    except BrokersError as error:
+                        # Nothing was committed: the drafters' round timeouts send these rounds again.
+                        self._log.warning("batch dropped", error=str(error))
+            self._busy = False
+
+    async def _next(self) -> Batch:
+        """Wait for the next batch. Once in each idle time, check the KV cache."""
+        if self._unchecked:
+            with suppress(TimeoutError):
+                async with asyncio.timeout(IDLE_S):
+                    return await self._batches.get()
+            await self._sessions.check_integrity()
+            self._unchecked = False
+        return await self._batches.get()
+
+    async def _verify(self, batch: Batch) -> None:
+        self._sessions.touch(batch.jobs)
+        work = await self._prepare(batch)
+        if work.tasks:
+            self._unchecked = True
+            self._log.debug("model started")
+            started = time.perf_counter()
+            await self._thread.run(lambda: self._run_model(work))
+            work.verify_ms = (time.perf_counter() - started) * 1000
+            self._log.debug("model done")
+            metrics.BATCHES.inc()
+            metrics.BATCH_JOBS.observe(len(work.tasks))
+            metrics.BATCH_TIME.observe(work.verify_ms / 1000)
+            metrics.NEW_TOKENS.inc(sum(outcome.new_tokens for outcome in work.outcomes))
+        reply = asyncio.create_task(self._reply(work))
+        self._replies.add(reply)
+        reply.add_done_callback(self._replies.discard)
+
+    async def _prepare(self, batch: Batch) -> BatchWork:
+        """Split a batch into jobs for the model, jobs that are refused, and jobs that the commit script answers."""
+        work = BatchWork(batch)
+        valid = []
+        for job in batch.jobs:
+            if not self._session_keys.accepts(job):
+                self._log.error("wrong session key in a job: is WISP_SESSION_SECRET the same?", session=job.session)
+                work.failed.append((job, replies.FORBIDDEN))
+            elif job.fingerprint != self._membership.fingerprint:
+                work.failed.append((job, replies.wrong_model(job, self._membership.fingerprint)))
+            else:
+                valid.append(job)
+        await self._sessions.recall(valid)
+        remembered = [job.session for job in valid if self._sessions.remembers(job)]
+        uncached = [session_id for session_id in remembered if not self._sessions.cached.get(session_id)]
+        await self._handoff.load({session_id: self._sessions.tokens(session_id) for session_id in uncached})
+        for job in valid:
+            if self._sessions.remembers(job):
+                work.tasks.append((job, self._sessions.task(job)))
+            else:
+                work.stale.append(job)
+        return work
+
+    def _run_model(self, work: BatchWork) -> None:
+        """Verify the tasks. Runs in the engine's thread."""
+        started = time.perf_counter()
+        tasks = [task for _, task in work.tasks]
+        work.outcomes, work.shapes = verify(self._thread.engine, tasks, digests=self._digests)
+        if self._emulated is not None:
+            time.sleep(self._emulated.rest_ms(work.shapes, (time.perf_counter() - started) * 1000) / 1000)
+        self._sessions.update_cached(task.session_id for task in tasks)
+
+    async def _reply(self, work: BatchWork) -> None:
+        """Commit, publish the results, and last release what has ended.
+
+        If the lease has ended, nothing is committed or published.
+        """
+        answering = self._collect(work)
+        answers = await self._commit(work.batch, answering.open)
+        if answers is None:
+            return
+        ended = self._apply(answering.open, answers)
+        await self._publish(answering.settle(answers))
+        self._log.debug("results sent", batch=work.batch.batch)
+        await self._sessions.release(ended)
+        if len(work.shapes) == 1:
+            self._membership.record(Measurement(shape=work.shapes[0], measured_ms=work.verify_ms))
+
+    def _collect(self, work: BatchWork) -> BatchReplies:
+        answering = BatchReplies(self._membership.verifier_id, work.batch.batch, work.verify_ms)
+        for job, failure in work.failed:
+            answering.fail(job, failure)
+        for job in work.stale:
+            answering.ask(job)
+        for (job, task), outcome in zip(work.tasks, work.outcomes, strict=True):
+            if outcome.error is not None:
+                self._log.warning("job refused", session=job.session, error=repr(outcome.error))
+            answering.verified(job, task, outcome)
+        return answering
+
+    async def _commit(self, batch: Batch, commits: Sequence[OpenCommit]) -> list[Committed] | None:
+        """Return the commit script's answers; None if Redis is unreachable or the lease has ended."""
+        try:
+            answers = await self._store.commit(
+                self._membership.verifier_id, [one.commit for one in commits], lease=batch.lease
+            )
+        except (BrokersError, Fenced) as error:
+            # An unreachable Redis may have committed or not. The drafters send the rounds again, and the script
+            # answers with what is committed.
+            self._log.warning("results dropped", batch=batch.batch, error=str(error))
+            for one in commits:
+                self._sessions.drop(one.job.session)
+            return None
+        self._log.debug("batch committed", batch=batch.batch)
+        return answers
+
+    def _apply(self, commits: Sequence[OpenCommit], answers: Sequence[Committed]) -> list[str]:
+        """Update the sessions from the answers; return those that have ended."""
+        ended = []
+        for one, answer in zip(commits, answers, strict=True):
+            session_id = one.job.session
+            if answer.ended:
+                ended.append(session_id)
+            elif self._sessions.apply(session_id, answer):
+                self._handoff.on_commit(session_id, self._sessions.tokens(session_id))
+            else:
+                self._sessions.drop(session_id)
+        return ended
+
+    async def _publish(self, answers: Sequence[JobReply]) -> None:
+        """Publish each result once; the broker makes the copies for drafter, gateway and scheduler."""
+        for reply in answers:
+            job, result = reply.job, reply.result
+            if result.error is not None:
+                metrics.JOBS_REFUSED.labels(result.error.code).inc()
+            for states in reply.hidden:
+                metrics.HIDDEN_BYTES.inc(len(states.rows) + len(states.scales))
+                await self._broker.publish(states, topology.result(job.drafter))
+            if reply.for_scheduler_only:
+                await self._broker.publish(result, topology.RESULT_SCHEDULER)
+            else:
+                others = (topology.result(job.gateway), topology.RESULT_SCHEDULER)
+                await self._broker.publish(result, topology.result(job.drafter), cc=others)

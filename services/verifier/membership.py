@@ -1,0 +1,109 @@
+"""Membership of a verifier in the fleet: its lease, its heartbeats, its measurements and its end."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import suppress
+
+from services.verifier import metrics
+from services.verifier.sessions import SessionTable
+from shared.broker import topology
+from shared.broker.client import Broker
+from shared.engine import Engine
+from shared.errors import BrokersError
+from shared.messages import Batch, CostModel, Heartbeat, Measurement, Residency, Sample
+from shared.runtime import logging
+from shared.state.store import Store
+
+
+class Membership:
+    """Announces one verifier to schedulers, gateways and estimators."""
+
+    def __init__(
+        self,
+        verifier_id: str,
+        fingerprint: str,
+        engine: Engine,
+        sessions: SessionTable,
+        broker: Broker,
+        store: Store,
+    ) -> None:
+        self.verifier_id = verifier_id
+        self.fingerprint = fingerprint
+        self._engine = engine
+        self._sessions = sessions
+        self._broker = broker
+        self._store = store
+        self._lease = 0
+        self._draining = False
+        self._measured: list[Measurement] = []
+        self._log = logging.get()
+
+    async def join(self) -> None:
+        """Take a first lease. If Redis is unreachable, the heartbeats ask again."""
+        with suppress(BrokersError):
+            self._lease = await self._store.renew(self.verifier_id, 0)
+
+    def is_fenced(self, batch: Batch) -> bool:
+        """Return whether a batch was sent under an ended lease: its scheduler has given this verifier up since."""
+        return batch.lease not in (0, self._lease)
+
+    async def announce_cost(self, model: CostModel, measured: Sequence[Measurement]) -> None:
+        """Publish the cost model from the start-up profile, and the profile itself for the estimator."""
+        await self._broker.publish(model, topology.costmodel(self.verifier_id))
+        try:
+            await self._store.save_cost_model(model)
+        except BrokersError as error:
+            self._log.warning("cost model not stored", error=str(error))
+        profiled = Sample(verifier=self.verifier_id, batches=list(measured), profile=True)
+        await self._broker.publish(profiled, topology.SAMPLE)
+
+    def record(self, measurement: Measurement) -> None:
+        """Queue a batch's measurement for the next sample."""
+        self._measured.append(measurement)
+
+    async def beat(self, every_s: float) -> None:
+        """Publish heartbeats, and the measurements since the last one, for ever."""
+        while True:
+            await self.publish_heartbeat()
+            if self._measured:
+                batches, self._measured = self._measured, []
+                await self._broker.publish(Sample(verifier=self.verifier_id, batches=batches), topology.SAMPLE)
+            await asyncio.sleep(every_s)
+
+    async def publish_heartbeat(self) -> None:
+        """Publish a heartbeat and renew the lease. A new lease is announced by another heartbeat at once."""
+        heartbeat = Heartbeat(
+            verifier=self.verifier_id,
+            fingerprint=self.fingerprint,
+            max_len=min(self._engine.max_len, self._engine.budget_tokens),
+            free_tokens=self._engine.free_tokens,
+            total_tokens=self._engine.budget_tokens,
+            lease=self._lease,
+            draining=self._draining,
+            residency=[Residency(session=s, cached=cached) for s, cached in self._sessions.cached.items()],
+        )
+        metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)
+        await self._broker.publish(heartbeat, topology.heartbeat(self.verifier_id))
+        try:
+            lease = await self._store.renew(self.verifier_id, self._lease)
+            await self._store.beat(heartbeat.model_copy(update={"lease": lease}))
+        except BrokersError as error:
+            self._log.warning("heartbeat not stored", error=str(error))
+            return
+        if lease != self._lease:
+            if self._lease:
+                self._log.warning("lease has ended, batches sent under it are dropped", lease=lease)
+            self._lease = lease
+            await self.publish_heartbeat()
+
+    async def start_draining(self) -> None:
+        """Announce that this verifier takes no new batches."""
+        self._draining = True
+        await self.publish_heartbeat()
+
+    async def leave(self) -> None:
+        """Remove this verifier's heartbeat and lease from the store."""
+        with suppress(BrokersError):
+            await self._store.silence(self.verifier_id)
