@@ -1,4 +1,4 @@
-"""The batch policies: what every one of them keeps to, and what each is for."""
+"""Batch policies: the rules that all of them keep, and the purpose of each."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.core.batching import MOST_LEFT_OUT, BatchLimits, BatchPlan
+from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.policies import POLICIES, PolicyOptions, PolicyPart, Situation
 from services.scheduler.core.pool import BLOCK, PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, queued_round
+from services.scheduler.settings import SchedulerSettings
 from shared import cost
 from shared.messages import CostModel
 
@@ -59,7 +61,7 @@ def plan(
 
 
 def held(rounds: list[PendingRound]) -> VerifierState:
-    """A verifier that has the K/V of all of them."""
+    """A verifier with the KV of all rounds in its cache."""
     return verifier({one.session_id: one.verify.base_len - 1 for one in rounds})
 
 
@@ -67,8 +69,8 @@ def names(made: BatchPlan) -> list[str]:
     return [chosen.session_id for chosen in made.chosen]
 
 
-def tally(made: BatchPlan) -> MutableShape:
-    """The batch's shape, counted anew."""
+def planned_shape(made: BatchPlan) -> MutableShape:
+    """Shape of the planned batch, from its rounds."""
     shape = MutableShape()
     for chosen in made.chosen:
         if chosen.prefill_to is None:
@@ -107,7 +109,7 @@ def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
 ) -> None:
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
-    shape = tally(made)
+    shape = planned_shape(made)
     assert made.predicted_ms == pytest.approx(cost.predict_ms(state.model, shape))
     assert made.chosen
     assert len(set(names(made))) == len(made.chosen)
@@ -115,7 +117,7 @@ def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
         assert shape.new_tokens <= limits.max_batch_tokens
         lengths = [c.prefill_to or c.pending.length_after for c in made.chosen]
         assert sum(-(-length // BLOCK) * BLOCK for length in lengths) <= state.heartbeat.total_tokens
-        assert policy == "sled" or made.predicted_ms <= limits.max_batch_ms
+        assert POLICIES[policy].static or made.predicted_ms <= limits.max_batch_ms
     for chosen in made.chosen:
         assert 0 <= chosen.draft <= chosen.pending.draft_length
         if chosen.prefill_to is not None:
@@ -124,7 +126,7 @@ def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
 
 
 @given(situations(), st.sampled_from(sorted(POLICIES)))
-def test_a_batch_says_why_each_round_is_in_it_and_which_are_not(
+def test_a_batch_gives_reasons_for_its_rounds_and_for_those_left_out(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
     rounds, state, limits = situation
@@ -137,7 +139,7 @@ def test_a_batch_says_why_each_round_is_in_it_and_which_are_not(
 
 
 @given(situations(), st.sampled_from(sorted(POLICIES)), st.randoms())
-def test_the_order_of_the_messages_does_not_matter(
+def test_the_order_of_messages_does_not_matter(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str, rng: random.Random
 ) -> None:
     rounds, state, limits = situation
@@ -151,13 +153,13 @@ def test_the_order_of_the_messages_does_not_matter(
 def test_a_round_that_is_added_on_time_stays_on_time(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
-    """Late are only rounds that those before them in the batch, or they themselves, leave no time."""
+    """A round is late only if it and the rounds before it already take too long."""
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
     caution = state.model.ratio_p90
     before = MutableShape()
     for chosen in (c for c in made.chosen if c.prefill_to is not None):
-        # Room for a block of the first prompt may have been set aside before all others.
+        # Room for a block of the first prompt may have been reserved before all other rounds.
         before.add((chosen.queued.next_block or 0) - chosen.queued.held, chosen.queued.next_block or 0, 0)
         break
     for chosen in made.chosen:
@@ -189,7 +191,7 @@ def test_a_tighter_deadline_never_delays_a_round(
 
 @settings(max_examples=300)
 @given(situations())
-def test_without_slos_wisp_brings_at_least_as_many_tokens_per_time_as_fcfs(
+def test_without_slos_wisp_plans_at_least_the_token_rate_of_fcfs(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits],
 ) -> None:
     rounds, state, limits = situation
@@ -206,8 +208,8 @@ VARIANTS: list[tuple[str, frozenset[PolicyPart]]] = [
 
 @pytest.mark.parametrize(("policy", "without"), VARIANTS)
 @pytest.mark.parametrize("base", [20, 900])
-def test_nothing_starves(policy: str, without: frozenset[PolicyPart], base: int) -> None:
-    """A best-effort round among sessions that are always late, and more of them than the verifier can serve."""
+def test_no_round_starves(policy: str, without: frozenset[PolicyPart], base: int) -> None:
+    """A best-effort round competes with more sessions than the verifier can serve, all of them always late."""
     limits = BatchLimits(200.0, 2048, 1000.0)
     victim = pending("victim", base=base, arrived=NOW)
     made = POLICIES[policy](PolicyOptions(SLED, without=without))
@@ -226,8 +228,19 @@ def test_nothing_starves(policy: str, without: frozenset[PolicyPart], base: int)
             waiting.remove(chosen.pending)
             if chosen.pending is not victim:
                 waiting.append(pending(chosen.session_id, arrived=now, due=now - 60_000, acceptance=(0.9,)))
-        # Those that arrived before its deadline go first, and a long prompt needs a batch for each of its blocks.
+        # Rounds that arrived before its deadline go first, and a long prompt needs a batch for each of its blocks.
         assert batches_after <= 4 + base // BLOCK
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_every_registered_policy_is_a_choice_of_the_settings(name: str) -> None:
+    rules = SchedulerSettings(policy=name).rules  # type: ignore[call-arg]
+    assert Dispatcher("s1", rules).load(0.0).policy == name
+
+
+def test_the_load_carries_whether_a_policy_is_first_come_first_served() -> None:
+    loads = [Dispatcher("s1", SchedulingRules(name, LIMITS)).load(0.0) for name in POLICIES]
+    assert {load.policy for load in loads if load.first_come} == {"sled", "fcfs"}
 
 
 def test_fcfs_takes_rounds_in_order_of_arrival() -> None:
@@ -242,7 +255,7 @@ def test_edf_takes_the_earliest_deadline_first() -> None:
     assert names(plan("edf", rounds)) == ["urgent", "later", "none"]
 
 
-def test_sled_takes_the_first_rounds_whole_whatever_it_costs_the_others() -> None:
+def test_sled_takes_the_first_rounds_whole_at_any_cost() -> None:
     rounds = [pending("long", arrived=0.0, base=1500)] + [pending(f"s{i}", arrived=float(i)) for i in range(1, 12)]
     made = plan("sled", rounds, verifier())
     assert names(made) == ["long", *(f"s{i}" for i in range(1, SLED))]
@@ -269,7 +282,7 @@ def test_wisp_fills_the_room_by_tokens_per_time() -> None:
     assert {p.session_id for p in likely} <= set(chosen)
 
 
-def test_wisp_plus_trims_the_tokens_that_are_least_likely_to_be_accepted_across_sessions() -> None:
+def test_wisp_plus_trims_the_least_likely_tokens_across_sessions() -> None:
     sure, unsure = pending("sure", acceptance=(0.95,) * 8), pending("unsure", acceptance=(0.9, 0.05, 0.9, 0.9))
     drafts = {c.session_id: c.draft for c in plan("wisp+", [sure, unsure]).chosen}
     assert drafts == {"sure": 8, "unsure": 1}
@@ -286,7 +299,7 @@ def test_wisp_plus_trims_more_when_more_sessions_share_the_fixed_time() -> None:
     assert verified(1) > verified(8) > verified(64)
 
 
-def test_wisp_plus_cuts_a_prompt_so_that_those_who_wait_keep_slack() -> None:
+def test_wisp_plus_cuts_a_prompt_so_that_other_rounds_keep_slack() -> None:
     rounds = [pending(f"s{i}", due=NOW + 460.0) for i in range(4)]
     long = pending("long", base=1000, due=NOW + 5000)
     state = verifier({p.session_id: 19 for p in rounds})
@@ -301,7 +314,7 @@ def test_wisp_plus_cuts_a_prompt_so_that_those_who_wait_keep_slack() -> None:
     assert sooner.predicted_ms * MODEL.ratio_p90 <= 460.0 + 1e-6
 
 
-def test_wisp_plus_leaves_time_for_sessions_that_are_about_to_come_back() -> None:
+def test_wisp_plus_leaves_time_for_returning_sessions() -> None:
     long = pending("long", base=1000, due=NOW + 9000)
     state = verifier()
     policy = POLICIES["wisp+"](PolicyOptions(SLED))
@@ -310,7 +323,7 @@ def test_wisp_plus_leaves_time_for_sessions_that_are_about_to_come_back() -> Non
     assert 0 < (expecting.chosen[0].prefill_to or 0) < (alone.chosen[0].prefill_to or 0)
 
 
-def test_wisp_plus_lets_rounds_wait_that_can_where_another_is_late() -> None:
+def test_wisp_plus_delays_rounds_with_slack_when_another_is_late() -> None:
     relaxed = [pending(f"relaxed{i}", due=NOW + 2000) for i in range(3)]
     late, punctual = pending("late", due=NOW - 10), pending("punctual", due=NOW + 300)
     assert names(plan("wisp+", [*relaxed, late])) == ["late"]

@@ -1,4 +1,4 @@
-"""The scheduler's decisions: order, batches within limits, placement, pacing, repair. No clock, no broker."""
+"""The scheduler's decisions: order, batches within limits, placement, pacing, repair."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from shared.messages import (
     HiddenFormat,
     Job,
     Result,
+    RoundFields,
     Status,
     Verify,
 )
@@ -90,7 +91,7 @@ def test_a_long_prompt_is_prefilled_in_chunks_beside_short_rounds() -> None:
     assert short_done == 2.0 + first_ms, "the short round must not wait for a long prompt"
 
 
-def test_what_waits_goes_out_together() -> None:
+def test_pending_rounds_are_sent_together() -> None:
     d = dispatcher()
     for i in range(5):
         d.on_verify(verify(f"s{i}"), float(i))
@@ -114,7 +115,7 @@ def test_a_round_sent_again_is_verified_once() -> None:
     assert d.fleet.pending_count == 1
 
 
-def test_the_same_round_from_a_second_drafter_is_answered_to_that_one() -> None:
+def test_a_second_drafter_gets_the_result_of_the_same_round() -> None:
     d = dispatcher()
     d.on_verify(verify("s"), 0.0)
     first = only(d, 0.0)
@@ -123,7 +124,7 @@ def test_the_same_round_from_a_second_drafter_is_answered_to_that_one() -> None:
     assert [job.drafter for job in only(d, 60.0).jobs] == ["d2"]
 
 
-def test_a_session_stays_where_its_kv_is() -> None:
+def test_a_session_stays_at_the_verifier_with_its_kv() -> None:
     d = dispatcher("fcfs", heartbeat("v1"), heartbeat("v2", held={"s": 19}), heartbeat("v3", held={"s": 3}))
     d.on_verify(verify("s"), 0.0)
     assert [name for name, _ in sent(d, 1.0)] == ["v2"]
@@ -173,7 +174,7 @@ def test_a_batch_that_never_answers_is_given_up() -> None:
     assert sessions(only(d, late)) == ["s"]
 
 
-def test_without_a_verifier_rounds_wait_and_a_cancelled_one_does_not() -> None:
+def test_rounds_wait_for_a_verifier_unless_they_are_cancelled() -> None:
     d = Dispatcher("s1", SchedulingRules("fcfs", LIMITS))
     d.on_verify(verify("a"), 0.0)
     d.on_verify(verify("b"), 0.0)
@@ -202,7 +203,7 @@ def test_ended_and_failed_sessions_leave_nothing_behind() -> None:
 
 
 def ping_pong(d: Dispatcher, count: int, return_ms: float, rounds: int) -> list[int]:
-    """Sessions that come back a fixed time after each result; returns the sizes of the batches."""
+    """Return the sizes of the batches of sessions that come back a fixed time after each result."""
     arrivals = [(0.3 * i, f"s{i:02}", 0) for i in range(count)]
     running: list[tuple[float, Batch]] = []
     sizes: list[int] = []
@@ -227,7 +228,7 @@ def ping_pong(d: Dispatcher, count: int, return_ms: float, rounds: int) -> list[
 
 
 def test_sessions_that_come_back_together_are_verified_together() -> None:
-    """Sent one by one at first, sessions must end up sharing batches instead of taking turns."""
+    """Sessions that arrive one by one end up in shared batches instead of taking turns."""
     sizes = ping_pong(dispatcher(), count=8, return_ms=3.0, rounds=20)
     assert sizes[0] < 8
     assert sizes[-5:] == [8] * 5
@@ -246,7 +247,7 @@ def test_a_verifier_does_not_wait_for_sessions_that_are_far_away() -> None:
     assert d.return_ms("d") > pacing.GATHER_SHARE * cost.fixed_ms(MODEL)
 
 
-def test_a_batch_is_prepared_behind_another_only_when_waiting_cannot_make_it_better() -> None:
+def test_a_batch_is_prepared_early_only_if_waiting_cannot_improve_it() -> None:
     near = dispatcher()
     near.on_verify(verify("a"), 0.0)
     running = only(near, 0.0)
@@ -267,20 +268,35 @@ def test_a_batch_is_prepared_behind_another_only_when_waiting_cannot_make_it_bet
     assert set(sessions(first)).isdisjoint(sessions(second))
 
 
-def test_what_a_drafter_wants_of_hidden_states_goes_with_its_round_but_not_with_chunks_of_its_prompt() -> None:
+def test_a_job_passes_on_the_fields_of_its_round() -> None:
+    fields = {"tpot_ms": 70.0, "service_class": "priority", "draft_ms": 3.0, "session_key": "ab", "hidden_from": 2}
+    sent_round = verify("s", round_=5, slack=400.0).model_copy(
+        update=fields | {"hidden_format": HiddenFormat.INT8, "drafter": "d7", "gateway": "g7"}
+    )
+    d = dispatcher()
+    d.on_verify(sent_round, 0.0)
+    (job,) = only(d, 3.0).jobs
+    passed_on = {name for name in RoundFields.model_fields if getattr(job, name) == getattr(sent_round, name)}
+    assert set(RoundFields.model_fields) - passed_on == {"slack_ms"}
+    assert job.slack_ms == 397.0
+    defaults = {name for name, field in RoundFields.model_fields.items() if getattr(job, name) == field.default}
+    assert defaults == set(), "every field was changed from its default"
+
+
+def test_a_job_asks_for_hidden_states_as_its_round_but_a_chunk_does_not() -> None:
     d = dispatcher()
     asks = {"hidden_from": 3, "hidden_format": HiddenFormat.INT8}
     d.on_verify(verify("asks").model_copy(update=asks), 0.0)
     d.on_verify(verify("long", base=1000).model_copy(update=asks), 1.0)
     d.on_verify(verify("quiet"), 2.0)
-    told = {job.session: job for job in only(d, 3.0).jobs}
-    assert (told["asks"].hidden_from, told["asks"].hidden_format) == (3, HiddenFormat.INT8)
-    assert told["long"].prefill_to is not None
-    assert told["long"].hidden_from is None
-    assert told["quiet"].hidden_from is None
+    jobs = {job.session: job for job in only(d, 3.0).jobs}
+    assert (jobs["asks"].hidden_from, jobs["asks"].hidden_format) == (3, HiddenFormat.INT8)
+    assert jobs["long"].prefill_to is not None
+    assert jobs["long"].hidden_from is None
+    assert jobs["quiet"].hidden_from is None
 
 
-def test_under_every_policy_every_round_of_a_crowd_is_served() -> None:
+def test_every_policy_serves_every_round_of_a_crowd() -> None:
     for policy in POLICIES:
         d = dispatcher(policy, limits=BatchLimits(800.0, 2048))
         rng = random.Random(7)
@@ -314,14 +330,14 @@ def test_a_verifier_that_is_four_times_as_fast_gets_more_sessions() -> None:
     assert counts["fast"] > 2 * counts["slow"] > 0
 
 
-def test_a_verifier_without_room_gets_no_new_session_while_another_has_some() -> None:
+def test_a_verifier_without_free_cache_gets_no_new_session() -> None:
     d = dispatcher("wisp", heartbeat("v1", free=10), heartbeat("v2", held={f"old{i}": 5 for i in range(9)}))
     d.on_verify(verify("s", base=300), 0.0)
     assert [name for name, _ in sent(d, 1.0)] == ["v2"]
 
 
 def crowded(policy: str, **more: Any) -> Dispatcher:
-    """Thirty short sessions on v1, and v2 with nothing to do."""
+    """A dispatcher with thirty short sessions on v1, and v2 idle."""
     d = dispatcher(policy, heartbeat("v1", held={f"s{i:02}": 19 for i in range(30)}), **more)
     for i in range(30):
         d.on_verify(verify(f"s{i:02}"), 0.0)
@@ -330,7 +346,7 @@ def crowded(policy: str, **more: Any) -> Dispatcher:
     return d
 
 
-def test_wisp_plus_moves_sessions_to_an_idle_verifier_where_computing_their_kv_again_is_worth_it() -> None:
+def test_wisp_plus_moves_sessions_to_an_idle_verifier_if_that_pays() -> None:
     def next_rounds(d: Dispatcher) -> dict[str, int]:
         for name, batch in sent(d, 1.0):
             for job in batch.jobs:
@@ -345,7 +361,7 @@ def test_wisp_plus_moves_sessions_to_an_idle_verifier_where_computing_their_kv_a
     assert moved["v2"] > 5
 
 
-def test_the_verifier_that_a_session_has_left_is_told_once() -> None:
+def test_a_verifier_gets_one_release_for_a_session_that_has_left() -> None:
     for finish in (None, Finish.STOP):
         d = dispatcher("wisp+", heartbeat("v1"), heartbeat("v2", held={"s": 19, "stays": 19}))
         d.fleet.verifiers["v1"].cached["s"] = 10
@@ -366,29 +382,29 @@ def test_a_long_session_is_not_moved_for_a_small_gain() -> None:
     assert [name for name, _ in sent(d, 1.0)] == ["v1"]
 
 
-def test_a_trimmed_draft_is_told_as_drafted_but_not_verified() -> None:
+def test_a_trimmed_draft_counts_as_drafted_but_not_as_verified() -> None:
     d = dispatcher("wisp+")
-    told = verify("s", draft=6).model_copy(update={"acceptance": [0.9, 0.9, 0.01, 0.9, 0.9, 0.9]})
-    d.on_verify(told, 0.0)
+    trimmed = verify("s", draft=6).model_copy(update={"acceptance": [0.9, 0.9, 0.01, 0.9, 0.9, 0.9]})
+    d.on_verify(trimmed, 0.0)
     (job,) = only(d, 1.0).jobs
     assert (len(job.draft), job.drafted) == (2, 6)
     assert job.reason.endswith("2 of 6 draft tokens")
 
 
-def test_a_draft_beyond_the_cap_is_cut_whoever_sends_it() -> None:
+def test_a_draft_beyond_the_cap_is_cut() -> None:
     d = dispatcher("fcfs", max_draft=3)
     d.on_verify(verify("s", draft=50), 0.0)
     (job,) = only(d, 1.0).jobs
     assert (len(job.draft), job.drafted) == (3, 50)
 
 
-def test_a_drafter_that_tells_too_few_chances_is_served_all_the_same() -> None:
+def test_a_draft_without_acceptance_predictions_is_served() -> None:
     d = dispatcher("wisp+")
     d.on_verify(verify("s", draft=4).model_copy(update={"acceptance": []}), 0.0)
     assert sessions(only(d, 1.0)) == ["s"]
 
 
-def test_sled_waits_until_a_batch_is_full_or_its_time_is_up() -> None:
+def test_sled_waits_until_a_batch_is_full_or_its_fill_time_is_over() -> None:
     d = dispatcher("sled", options=PolicyOptions(3, 50.0))
     d.on_verify(verify("a"), 0.0)
     d.on_verify(verify("b"), 20.0)
@@ -407,7 +423,7 @@ def promised(session: str, tpot_ms: float | None, name: str = "default", slack: 
     return verify(session, slack=slack).model_copy(update={"tpot_ms": tpot_ms, "service_class": name})
 
 
-def test_the_load_says_what_share_of_the_time_is_promised() -> None:
+def test_the_utilization_is_the_promised_share_of_the_time() -> None:
     d = dispatcher("wisp+")
     assert d.load(0.0).utilization == 0.0
     d.on_verify(promised("a", 100.0, "priority"), 0.0)
@@ -427,17 +443,17 @@ def test_the_load_says_what_share_of_the_time_is_promised() -> None:
     assert d.load(3.0).utilization == pytest.approx(one.utilization)
 
 
-def test_a_promise_that_no_verifier_can_keep_is_not_counted() -> None:
+def test_an_slo_that_no_verifier_can_meet_counts_for_nothing() -> None:
     d = dispatcher("wisp+")
     d.on_verify(promised("hopeless", 1.0), 0.0)
     assert (d.load(1.0).utilization, d.load(1.0).period_ms) == (0.0, None)
     d.on_verify(promised("a", 100.0), 1.0)
-    told = d.load(2.0)
-    assert told.utilization == pytest.approx((1.5 * told.fixed_ms + told.round_ms) / 100)
-    assert told.period_ms == pytest.approx(100 / 1.5)
+    load = d.load(2.0)
+    assert load.utilization == pytest.approx((1.5 * load.fixed_ms + load.round_ms) / 100)
+    assert load.period_ms == pytest.approx(100 / 1.5)
 
 
-def test_the_load_leaves_out_of_a_round_what_is_spent_on_drafting_and_messages() -> None:
+def test_time_for_drafting_and_messages_shortens_the_needed_period() -> None:
     d = dispatcher("wisp+")
     base, now = 10, 0.0
     for number in range(20):
@@ -448,24 +464,24 @@ def test_the_load_leaves_out_of_a_round_what_is_spent_on_drafting_and_messages()
         d.on_result(done.model_copy(update={"queue_ms": 0.0, "verify_ms": 8.0}), now + 10.0)
         base += len(done.tokens)
         now += 10.0 + 30.0
-    told = d.load(now)
-    # 30 ms between a result and the next round, 2 of the 10 ms until the next result are messages.
-    assert told.away_ms == pytest.approx(32.0)
-    round_period_ms = 100.0 * told.tokens_per_round
-    assert told.period_ms == pytest.approx((round_period_ms - 32.0) / 1.5)
+    load = d.load(now)
+    # 30 ms pass between a result and the next round; 2 of the 10 ms until the next result are for messages.
+    assert load.away_ms == pytest.approx(32.0)
+    round_period_ms = 100.0 * load.tokens_per_round
+    assert load.period_ms == pytest.approx((round_period_ms - 32.0) / 1.5)
 
 
-def test_a_stall_tells_little_about_the_time_between_rounds() -> None:
+def test_a_stall_hardly_changes_the_expected_time_between_rounds() -> None:
     session, now = ActiveSession("default", 100.0), 0.0
     for away in (None, 30.0, 30.0):
         assert session.record_result(now, 10.0, 2) == away
         now += 40.0
-    assert session.record_result(now + 3000.0, 10.0, 2) is None, "others learn nothing from an outage of this one"
+    assert session.record_result(now + 3000.0, 10.0, 2) is None, "an outage of one session does not count for others"
     assert session.away_ms == pytest.approx(30.0 + 0.2 * 90.0)
     for _ in range(20):
         now += 10_000.0
         session.record_result(now, 10.0, 2)
-    assert (session.away_ms or 0.0) > 5000.0, "a device that stays slow is known as slow"
+    assert (session.away_ms or 0.0) > 5000.0, "a device that stays slow counts as slow"
 
 
 def test_prompts_count_as_load_for_a_while() -> None:
@@ -479,7 +495,7 @@ def test_prompts_count_as_load_for_a_while() -> None:
     assert d.load(100_000.0).utilization < 0.001
 
 
-def test_the_price_of_a_token_grows_with_those_who_share_the_batch() -> None:
+def test_the_price_of_a_token_grows_with_the_rounds_of_the_batch() -> None:
     def price(sessions_: int, policy: str = "wisp+") -> float:
         d = dispatcher(policy)
         for round_ in range(30):
@@ -497,7 +513,7 @@ def test_the_price_of_a_token_grows_with_those_who_share_the_batch() -> None:
     assert price(12, "wisp") == 0.0
 
 
-def test_a_batch_tells_slack_class_and_what_it_left_out() -> None:
+def test_a_batch_carries_slack_class_and_left_out_rounds() -> None:
     d = dispatcher("wisp", limits=BatchLimits(100.0, 2048))
     for i in range(30):
         d.on_verify(promised(f"s{i:02}", 100.0, "priority", 900.0), 0.0)
@@ -508,7 +524,7 @@ def test_a_batch_tells_slack_class_and_what_it_left_out() -> None:
     assert "100" in batch.left_out[0].reason
 
 
-def test_a_session_of_a_drafter_that_fell_silent_is_forgotten() -> None:
+def test_a_session_of_a_silent_drafter_is_forgotten() -> None:
     d = dispatcher("wisp+")
     d.on_verify(promised("s", 100.0), 0.0)
     batch = only(d, 0.0)
@@ -546,7 +562,7 @@ def test_a_session_is_in_one_batch_at_a_time_whatever_happens() -> None:
         assert max(rounds.values()) > 5
 
 
-def test_a_new_session_can_count_on_less_than_the_mean_where_sessions_differ() -> None:
+def test_a_new_session_counts_on_less_than_the_mean_if_sessions_differ() -> None:
     d = dispatcher("wisp+")
 
     def text(session: str, tokens: int, now: float) -> None:
@@ -567,7 +583,7 @@ def test_a_new_session_can_count_on_less_than_the_mean_where_sessions_differ() -
     assert 1.0 <= d.load(900.0).tokens_per_round < alike - 0.1
 
 
-def test_a_batch_says_under_which_lease_it_was_made() -> None:
+def test_a_batch_carries_the_lease_of_its_verifier() -> None:
     d = Dispatcher("d", SchedulingRules("fcfs", LIMITS))
     d.on_heartbeat(heartbeat(lease=7), 0)
     d.on_verify(verify("s"), 0)

@@ -1,4 +1,4 @@
-"""Messages at the limits of what is taken for one: the scheduler decides and tells, and nothing it says is infinite."""
+"""Messages with extreme values: the scheduler keeps deciding, and no figure that it publishes is infinite."""
 
 from __future__ import annotations
 
@@ -91,7 +91,7 @@ MODELS = st.builds(
     policy=st.sampled_from(sorted(POLICIES)),
     messages=st.lists(st.one_of(BEATS, MODELS, ROUNDS, RESULTS), max_size=25),
 )
-def test_extreme_messages_end_no_scheduler(policy: str, messages: list[object]) -> None:
+def test_extreme_messages_do_not_stop_the_scheduler(policy: str, messages: list[object]) -> None:
     scheduler = Dispatcher("s", SchedulingRules(policy, BatchLimits(max_batch_ms=400.0, max_batch_tokens=2048)))
     clock = count(1000, 100)
     for message in messages:
@@ -122,7 +122,7 @@ def test_extreme_messages_end_no_scheduler(policy: str, messages: list[object]) 
         (Heartbeat, "free_tokens", 2**63),
     ],
 )
-def test_what_is_beyond_the_limits_is_no_message(message: type, field: str, value: object) -> None:
+def test_a_message_beyond_the_limits_is_refused(message: type, field: str, value: object) -> None:
     whole = {
         Verify: builders.verify(),
         CostModel: builders.cost_model(),
@@ -132,7 +132,7 @@ def test_what_is_beyond_the_limits_is_no_message(message: type, field: str, valu
         decode(encode(whole.model_copy(update={field: value})))
 
 
-def test_a_promise_has_sensible_limits() -> None:
+def test_an_slo_has_limits() -> None:
     Slo(ttft_ms=SHORTEST_MS, tpot_ms=LONGEST_MS)
     with pytest.raises(ValueError, match="tpot_ms"):
         Slo(ttft_ms=1.0, tpot_ms=1e308)

@@ -1,4 +1,4 @@
-"""What a device's messages may bring about: nothing at others' cost."""
+"""Checks on the rounds of remote devices: no device gains at the expense of other sessions."""
 
 from __future__ import annotations
 
@@ -48,21 +48,21 @@ def test_an_honest_round_passes_as_it_is(gate: DeviceGate) -> None:
         (round_(draft=[1] * (LONGEST_DRAFT + 1)), "65 tokens"),
     ],
 )
-def test_what_it_has_no_right_to_is_refused(gate: DeviceGate, message: Verify, reason: str) -> None:
+def test_a_round_that_the_device_may_not_send_is_refused(gate: DeviceGate, message: Verify, reason: str) -> None:
     with pytest.raises(RoundRefused, match=reason):
         gate.check(message, None, 0.0)
 
 
-def test_a_device_is_not_late_by_saying_so(gate: DeviceGate) -> None:
+def test_a_device_cannot_claim_to_be_late(gate: DeviceGate) -> None:
     liar = round_(tpot_ms=50.0, slack_ms=-1e9)
     assert gate.check(liar, due_ms=None, now_ms=1000.0).slack_ms == 0.0
     assert gate.check(liar, due_ms=1300.0, now_ms=1000.0).slack_ms == 300.0
     assert gate.check(liar, due_ms=900.0, now_ms=1000.0).slack_ms == -100.0
-    unpromised = round_(slack_ms=-1e9)
-    assert gate.check(unpromised, None, 0.0).slack_ms is None
+    without_slo = round_(slack_ms=-1e9)
+    assert gate.check(without_slo, None, 0.0).slack_ms is None
 
 
-def test_hidden_states_are_given_as_far_as_they_are_needed(gate: DeviceGate) -> None:
+def test_hidden_states_are_limited_to_what_a_device_needs(gate: DeviceGate) -> None:
     greedy = round_(base_len=8000, hidden_from=0)
     answered = [gate.check(greedy, None, 0.0).hidden_from for _ in range(5)]
     assert answered.count(0) == HIDDEN_ROWS // 8003
@@ -71,14 +71,14 @@ def test_hidden_states_are_given_as_far_as_they_are_needed(gate: DeviceGate) -> 
     assert gate.check(round_(), None, 0.0).hidden_from is None
 
 
-def test_rounds_wait_when_they_are_too_many(gate: DeviceGate) -> None:
+def test_rounds_above_the_rate_wait(gate: DeviceGate) -> None:
     assert [gate.wait_ms(0.0) for _ in range(10)] == [0.0] * 10
     assert [gate.wait_ms(0.0) for _ in range(2)] == pytest.approx([100.0, 200.0])
     assert gate.wait_ms(1300.0) == 0.0
 
 
 @given(st.lists(st.tuples(st.floats(0, 50), st.floats(0, 500)), max_size=60))
-def test_a_bucket_gives_no_more_than_its_rate_and_what_it_held(asked: list[tuple[float, float]]) -> None:
+def test_a_bucket_gives_no_more_than_its_level_and_rate(asked: list[tuple[float, float]]) -> None:
     bucket, now_ms, given_out = RateBucket(per_s=20, most=30), 0.0, 0.0
     for amount, pause_ms in asked:
         now_ms += pause_ms

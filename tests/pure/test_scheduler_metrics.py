@@ -1,4 +1,4 @@
-"""What the scheduler tells autoscalers and alerts about deadlines."""
+"""Metrics of deadlines, for autoscalers and alerts."""
 
 from __future__ import annotations
 
