@@ -1,4 +1,4 @@
-"""K/V that one verifier leaves to another through a real Redis; the test plays scheduler and drafter."""
+"""KV that one verifier hands over to another through a real Redis. The test plays scheduler and drafter."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(model: Path) -> list[int]:
-    """What the model says after the prompt."""
+    """The model's continuation of the prompt."""
     engine = Engine(model, budget_tokens=1024)
     tokens = list(PROMPT)
     engine.attach("s", tokens)
@@ -58,7 +58,7 @@ class Peer:
     results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
     rounds: int = 0
 
-    async def hear(self, message: Message) -> None:
+    async def receive(self, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self.alive.add(message.verifier)
         elif isinstance(message, Result):
@@ -66,7 +66,7 @@ class Peer:
 
     @asynccontextmanager
     async def verifier(self, name: str, **fields: Any) -> AsyncIterator[None]:
-        """One that serves, and drains at the end."""
+        """Run a verifier, which drains at the end."""
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(self.settings.model_copy(update=fields), name, stop))
         try:
@@ -77,7 +77,7 @@ class Peer:
             await asyncio.wait_for(serving, 30)
 
     async def verify(self, verifier: str, length: int, draft: list[int]) -> Result:
-        """The session's next round."""
+        """Send the session's next round and return its result."""
         fingerprint = ModelFolder(self.settings.target).fingerprint("bfloat16")
         job = builders.job("s", self.rounds, length, draft, fingerprint=fingerprint)
         self.rounds += 1
@@ -101,7 +101,7 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
     store = Store.connect(redis_url, namespace, 60)
     one = Peer(broker, store, settings)
     keys = (topology.heartbeat("*"), topology.result("d"))
-    await broker.consume(broker.topology.own_queue("test", "x", keys), one.hear)
+    await broker.consume(broker.topology.own_queue("test", "x", keys), one.receive)
     request = builders.stored_request(
         prompt_len=len(PROMPT), stop_ids=[], max_tokens=500, fingerprint=ModelFolder(model).fingerprint("bfloat16")
     )
@@ -111,7 +111,7 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
     await store.close()
 
 
-async def test_who_takes_a_drained_session_over_computes_less_than_a_block(peer: Peer, text: list[int]) -> None:
+async def test_after_a_drain_the_next_verifier_computes_less_than_a_block(peer: Peer, text: list[int]) -> None:
     async with peer.verifier("v1"):
         first = await peer.verify("v1", len(PROMPT), text[:3])
         assert first.new_tokens == len(PROMPT) + 3
@@ -121,7 +121,7 @@ async def test_who_takes_a_drained_session_over_computes_less_than_a_block(peer:
         assert second.new_tokens < BLOCK
 
 
-async def test_without_hand_over_all_of_it_is_computed_again(peer: Peer, text: list[int]) -> None:
+async def test_without_handoff_the_whole_session_is_computed_again(peer: Peer, text: list[int]) -> None:
     async with peer.verifier("v1", kv_handoff="off"):
         await peer.verify("v1", len(PROMPT), text[:3])
     async with peer.verifier("v2"):
@@ -130,7 +130,7 @@ async def test_without_hand_over_all_of_it_is_computed_again(peer: Peer, text: l
         assert second.new_tokens == len(PROMPT) + 4 + 3
 
 
-async def test_written_through_they_are_there_while_their_verifier_lives(
+async def test_write_through_hands_kv_over_while_its_verifier_lives(
     peer: Peer, text: list[int], redis_url: str, namespace: str
 ) -> None:
     async def kept() -> int:
@@ -158,7 +158,7 @@ async def test_written_through_they_are_there_while_their_verifier_lives(
             assert key.startswith(f"{namespace}:kvs".encode()) or 0 < await redis.pttl(key) <= 120_000
 
 
-async def test_what_does_not_fit_is_ignored_and_the_text_is_right(
+async def test_a_damaged_block_is_ignored_and_the_completion_is_right(
     peer: Peer, text: list[int], redis_url: str, namespace: str
 ) -> None:
     async with peer.verifier("v1"):
@@ -174,7 +174,7 @@ async def test_what_does_not_fit_is_ignored_and_the_text_is_right(
         assert second.new_tokens == len(PROMPT) + 4 + 3
 
 
-async def test_redis_holds_no_more_than_it_may(peer: Peer, text: list[int], redis_url: str, namespace: str) -> None:
+async def test_blocks_in_redis_are_limited_and_expire(peer: Peer) -> None:
     kind, blocks = "1-model-layout", {bytes([number]) * 16: b"content" for number in range(5)}
     assert await peer.store.kv.keep(kind, blocks, ttl_s=0.2, most=3) == 3
     assert await peer.store.kv.keep(kind, blocks, ttl_s=0.2, most=3) == 0
@@ -182,4 +182,4 @@ async def test_redis_holds_no_more_than_it_may(peer: Peer, text: list[int], redi
     assert await peer.store.kv.read(kind, list(blocks)) == [b"content"] * 3 + [None] * 2
     await asyncio.sleep(0.3)
     assert await peer.store.kv.touch(kind, list(blocks), ttl_s=0.2) == [False] * 5
-    assert await peer.store.kv.keep(kind, blocks, ttl_s=60, most=3) == 3, "those that expired count no more"
+    assert await peer.store.kv.keep(kind, blocks, ttl_s=60, most=3) == 3, "expired blocks do not count"

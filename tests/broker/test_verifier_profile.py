@@ -1,4 +1,4 @@
-"""A verifier without an estimator: its start-up profile becomes the cost model by itself, on real brokers."""
+"""A verifier without an estimator publishes a cost model from its start-up profile. On real brokers."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return random_draft(tmp_path_factory.mktemp("model"), target)
 
 
-async def test_the_profile_is_told_and_replaces_a_stored_model_of_that_name(
+async def test_the_profile_becomes_the_cost_model_and_replaces_a_stored_one(
     amqp_url: str, redis_url: str, namespace: str, model: Path
 ) -> None:
     broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
@@ -40,15 +40,15 @@ async def test_the_profile_is_told_and_replaces_a_stored_model_of_that_name(
     )
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
-    told = await asyncio.wait_for(models.get(), 60)
-    assert isinstance(told, CostModel)
-    assert 0 < told.samples < 900
-    assert 0 < cost.predict_ms(told, cost.shape_of([(5, 105, 5)])) < 9e9
+    published = await asyncio.wait_for(models.get(), 60)
+    assert isinstance(published, CostModel)
+    assert 0 < published.samples < 900
+    assert 0 < cost.predict_ms(published, cost.shape_of([(5, 105, 5)])) < 9e9
     for _ in range(200):
-        if await store.cost_models() == [told]:
+        if await store.cost_models() == [published]:
             break
         await asyncio.sleep(0.02)
-    assert await store.cost_models() == [told]
+    assert await store.cost_models() == [published]
     stop.set()
     await asyncio.wait_for(serving, 30)
     await broker.close()

@@ -1,4 +1,4 @@
-"""The verifier as a service, on real brokers and a small random model; the test plays scheduler and drafter."""
+"""The verifier as a service, on real brokers and a small random model. The test plays scheduler and drafter."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def text(model: Path) -> list[int]:
-    """What the model says after the prompt."""
+    """The model's continuation of the prompt."""
     engine = Engine(model, budget_tokens=256)
     tokens = list(PROMPT)
     engine.attach("s", tokens)
@@ -70,7 +70,7 @@ def text(model: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def states(model: Path, text: list[int]) -> Floats:
-    """The model's hidden states at every token of prompt and text."""
+    """The model's hidden states at every token of prompt and continuation."""
     engine = Engine(model, budget_tokens=256, keep_hidden=True)
     engine.attach("s", [])
     engine.forward([Step("s", PROMPT + text)])
@@ -79,7 +79,7 @@ def states(model: Path, text: list[int]) -> Floats:
 
 @dataclass
 class Peer:
-    """What the test does in place of the other services."""
+    """The test's part in place of the other services."""
 
     broker: Broker
     store: Store
@@ -120,7 +120,7 @@ class Peer:
         return message
 
     async def result_and_states(self) -> tuple[Result, list[HiddenStates]]:
-        """The next result, and the hidden states that came before it."""
+        """Wait for the next result; return it with the hidden states that came before it."""
         found = []
         while isinstance(message := await asyncio.wait_for(self.results.get(), 10), HiddenStates):
             found.append(message)
@@ -143,19 +143,19 @@ async def peer(amqp_url: str, redis_url: str, namespace: str, model: Path) -> As
 async def playing(
     amqp_url: str, redis_url: str, namespace: str, model: Path, secret: str | None = None
 ) -> AsyncIterator[Peer]:
-    """A verifier, and the test in place of the others."""
+    """Run a verifier, with the test in place of the other services."""
     broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
     store = Store.connect(redis_url, namespace, 60)
     results: asyncio.Queue[Message] = asyncio.Queue()
     samples: asyncio.Queue[Message] = asyncio.Queue()
     alive = asyncio.Event()
 
-    async def heard(message: Message) -> None:
+    async def receive(message: Message) -> None:
         if isinstance(message, Heartbeat):
             alive.set()
 
     await broker.consume(broker.topology.own_queue("drafter", "d", (topology.result("d"),)), results.put)
-    await broker.consume(broker.topology.own_queue("scheduler", "x", (topology.heartbeat("*"),)), heard)
+    await broker.consume(broker.topology.own_queue("scheduler", "x", (topology.heartbeat("*"),)), receive)
     await broker.consume(broker.topology.sample_queue(), samples.put)
     settings = VerifierSettings(
         amqp_url=amqp_url,
@@ -176,14 +176,14 @@ async def playing(
     await store.close()
 
 
-async def test_a_job_without_its_sessions_key_is_not_computed_and_only_the_scheduler_is_told(
+async def test_a_job_with_a_wrong_session_key_fails_for_the_scheduler_only(
     amqp_url: str, redis_url: str, namespace: str, model: Path, text: list[int]
 ) -> None:
     session_keys = SessionKeys("x" * 40)
     async with playing(amqp_url, redis_url, namespace, model, "x" * 40) as peer:
-        told: asyncio.Queue[Message] = asyncio.Queue()
+        for_scheduler: asyncio.Queue[Message] = asyncio.Queue()
         await peer.broker.consume(
-            peer.broker.topology.own_queue("scheduler", "y", (topology.RESULT_SCHEDULER,)), told.put
+            peer.broker.topology.own_queue("scheduler", "y", (topology.RESULT_SCHEDULER,)), for_scheduler.put
         )
         for session in ("mine", "others"):
             await peer.open(session)
@@ -194,17 +194,17 @@ async def test_a_job_without_its_sessions_key_is_not_computed_and_only_the_sched
             peer.job("mine", 4, text[:2], session_key=key, tpot_ms=1.0),
         )
         for _ in range(3):
-            refused = await asyncio.wait_for(told.get(), 10)
+            refused = await asyncio.wait_for(for_scheduler.get(), 10)
             assert isinstance(refused, Result)
             assert refused.error is not None
             assert (refused.status, refused.error.code, refused.tokens) == (Status.FAILED, "forbidden", [])
         assert await peer.committed("others") == PROMPT
         (good,) = await peer.verify(peer.job("mine", 4, text[:2], session_key=key))
         assert good.tokens == text[:3]
-        assert peer.results.empty(), "nobody else was told of what was refused"
+        assert peer.results.empty(), "the drafter gets no result of a refused job"
 
 
-async def test_the_right_part_of_a_draft_is_committed_with_the_bonus_token(peer: Peer, text: list[int]) -> None:
+async def test_the_accepted_draft_is_committed_with_the_bonus_token(peer: Peer, text: list[int]) -> None:
     await peer.open("s")
     (result,) = await peer.verify(peer.job("s", 4, [text[0], text[1], text[2] + 1]))
     assert (result.status, result.accepted, result.tokens) == (Status.COMMITTED, 2, text[:3])
@@ -215,7 +215,7 @@ async def test_the_right_part_of_a_draft_is_committed_with_the_bonus_token(peer:
     assert measured.batches[0].shape.new_tokens == 7
 
 
-async def test_a_round_that_comes_twice_at_once_is_committed_once(peer: Peer, text: list[int]) -> None:
+async def test_copies_of_a_round_are_committed_once(peer: Peer, text: list[int]) -> None:
     await peer.open("s")
     base = 4
     for round_ in range(6):
@@ -230,7 +230,7 @@ async def test_a_round_that_comes_twice_at_once_is_committed_once(peer: Peer, te
     assert await peer.committed("s") == (PROMPT + text)[:base]
 
 
-async def test_a_stale_round_is_told_the_truth(peer: Peer, text: list[int]) -> None:
+async def test_a_stale_round_gets_the_committed_tokens(peer: Peer, text: list[int]) -> None:
     await peer.open("s")
     await peer.verify(peer.job("s", 4, text[:3]))
     (stale,) = await peer.verify(peer.job("s", 5, [1], round_=7))
@@ -265,9 +265,7 @@ async def test_one_bad_job_fails_alone(peer: Peer, text: list[int]) -> None:
     assert errors == ["context_length_exceeded", "cancelled", "session_gone"]
 
 
-async def test_a_draft_that_is_rubbish_is_rejected_from_the_first_id_that_is_no_token(
-    peer: Peer, text: list[int]
-) -> None:
+async def test_a_draft_ends_before_the_first_id_outside_the_vocabulary(peer: Peer, text: list[int]) -> None:
     await peer.open("s")
     (result,) = await peer.verify(peer.job("s", 4, [text[0], 10**6, text[2]]))
     assert (result.status, result.accepted, result.trimmed_to, result.tokens) == (Status.COMMITTED, 1, 1, text[:2])
@@ -275,34 +273,34 @@ async def test_a_draft_that_is_rubbish_is_rejected_from_the_first_id_that_is_no_
     assert (result.status, result.tokens) == (Status.COMMITTED, text[2:3])
 
 
-async def test_a_chunk_of_prefill_is_told_to_the_scheduler_alone(peer: Peer, text: list[int]) -> None:
+async def test_only_the_scheduler_gets_the_result_of_a_prefill_chunk(peer: Peer, text: list[int]) -> None:
     await peer.open("s")
     await peer.send(peer.job("s", 4, [], prefill_to=2))
     (result,) = await peer.verify(peer.job("s", 4, text[:1]))
     assert result.status is Status.COMMITTED
-    assert result.new_tokens == 3, "two of the prompt's four tokens were there already"
+    assert result.new_tokens == 3, "two of the prompt's four tokens were cached already"
 
 
-async def test_released_sessions_are_forgotten_and_can_come_back(peer: Peer, text: list[int]) -> None:
+async def test_released_sessions_free_their_kv_and_can_come_back(peer: Peer, text: list[int]) -> None:
     async def held() -> set[str]:
         (beat,) = await peer.store.heartbeats()
         return {one.session for one in beat.residency}
 
-    async def until(session: str, there: bool) -> None:
+    async def until(session: str, cached: bool) -> None:
         async with asyncio.timeout(10):
-            while (session in await held()) is not there:  # noqa: ASYNC110 - heartbeats come when they come
+            while (session in await held()) is not cached:  # noqa: ASYNC110 - the store has no event for heartbeats
                 await asyncio.sleep(0.05)
 
     await peer.open("moved")
     await peer.verify(peer.job("moved", len(PROMPT), text[:2]))
-    await until("moved", there=True)
-    await peer.broker.publish(Release(sessions=["moved", "never-heard-of"]), topology.batch("v1"), confirmed=True)
-    await until("moved", there=False)
+    await until("moved", cached=True)
+    await peer.broker.publish(Release(sessions=["moved", "unknown"]), topology.batch("v1"), confirmed=True)
+    await until("moved", cached=False)
     (result,) = await peer.verify(peer.job("moved", len(PROMPT) + 3, text[3:5], round_=1))
     assert result.tokens == text[3:6]
 
 
-async def test_a_drafter_that_asks_gets_hidden_states_before_its_result(
+async def test_a_drafter_gets_hidden_states_before_its_result_if_it_asks(
     peer: Peer, text: list[int], states: Floats
 ) -> None:
     for session in ("asks", "quiet"):
@@ -311,11 +309,11 @@ async def test_a_drafter_that_asks_gets_hidden_states_before_its_result(
         peer.job("asks", 4, [text[0], text[1] + 1], hidden_from=0),
         peer.job("quiet", 4, [text[0], text[1] + 1]),
     )
-    told = {result.session: (result, found) for result, found in [await peer.result_and_states() for _ in range(2)]}
-    result, (found,) = told["asks"]
+    replies = {result.session: (result, found) for result, found in [await peer.result_and_states() for _ in range(2)]}
+    result, (found,) = replies["asks"]
     assert (result.tokens, found.session, found.round, found.start) == (text[:2], "asks", 0, 0)
     assert np.array_equal(unpack(found), states[:5]), "of the prompt and the accepted draft token"
-    quiet, none = told["quiet"]
+    quiet, none = replies["quiet"]
     assert (quiet.tokens, none) == (text[:2], [])
     await peer.send(peer.job("asks", 6, text[2:4], round_=1, hidden_from=5))
     _, (found,) = await peer.result_and_states()
@@ -331,7 +329,7 @@ async def test_hidden_states_in_int8(peer: Peer, text: list[int], states: Floats
     assert np.allclose(unpack(found), states[1:7], atol=np.abs(states).max() / 254)
 
 
-async def test_those_of_a_long_prompt_come_in_parts(
+async def test_hidden_states_of_a_long_prompt_come_in_parts(
     peer: Peer, text: list[int], states: Floats, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(hidden, "PART_BYTES", 10 * 64 * 2)
@@ -342,18 +340,18 @@ async def test_those_of_a_long_prompt_come_in_parts(
         peer.job("s", 25, [text[21]], hidden_from=0), peer.job("short", 4, [], hidden_from=3), peer.job("gone", 4, [])
     )
     order = [await peer.result_and_states() for _ in range(3)]
-    assert [result.session for result, _ in order] == ["gone", "short", "s"], "nobody waits behind a long prompt"
+    assert [result.session for result, _ in order] == ["gone", "short", "s"], "long hidden states come last"
     _, found = order[-1]
     assert [(part.start, part.count) for part in found] == [(0, 10), (10, 10), (20, 6)]
     assert np.array_equal(np.concatenate([unpack(part) for part in found]), states[:26])
 
 
-async def test_only_hidden_states_of_committed_tokens_are_told(peer: Peer, text: list[int], states: Floats) -> None:
+async def test_only_hidden_states_of_committed_tokens_are_sent(peer: Peer, text: list[int], states: Floats) -> None:
     await peer.open("s")
     job = peer.job("s", 4, text[:2], hidden_from=0)
     for _ in range(3):
         await peer.send(job)
-    for _ in range(3):  # a copy is judged again, or told what is committed; its drafter asks again then
+    for _ in range(3):  # a copy is verified again, or gets the committed tokens without hidden states
         result, found = await peer.result_and_states()
         assert result.status is Status.COMMITTED
         assert all(np.array_equal(unpack(part), states[:6]) for part in found)
@@ -370,11 +368,11 @@ async def test_only_hidden_states_of_committed_tokens_are_told(peer: Peer, text:
     assert np.array_equal(unpack(found[0]), states[2:10])
 
 
-async def test_one_who_lost_the_race_to_commit_tells_no_hidden_states(peer: Peer, text: list[int]) -> None:
+async def test_a_verifier_that_lost_the_commit_race_sends_no_hidden_states(peer: Peer, text: list[int]) -> None:
     await peer.open("s")
     await peer.send(peer.job("s", 4, text[:1], hidden_from=0))
     await peer.result_and_states()
-    # Another verifier commits the next round, which this one does not know of.
+    # Another verifier commits the next round without this one.
     await peer.store.commit("v2", [Commit("s", 1, 6, 0, text[2:3], None, 6)])
     await peer.send(peer.job("s", 6, text[2:5], round_=2, hidden_from=5))
     result, found = await peer.result_and_states()

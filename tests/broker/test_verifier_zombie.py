@@ -1,4 +1,4 @@
-"""A verifier's process that is frozen for so long that its sessions go to others, and then wakes up."""
+"""A verifier process that is frozen until its sessions have moved to other verifiers, and then wakes up."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from shared.state.commits import Commit
 from shared.state.store import Store
 
 LONG = 1000
-"""Tokens of a long prompt: several of them take a while."""
+"""Tokens of a long prompt; a batch of several takes a while."""
 
 
 @pytest.fixture(scope="module")
@@ -36,20 +36,20 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @dataclass
 class Zombie:
-    """A verifier's process, and the test in place of scheduler and drafter."""
+    """A verifier process, with the test in place of scheduler and drafter."""
 
     process: asyncio.subprocess.Process
     broker: Broker
     store: Store
     fingerprint: str
     leases: list[int] = field(default_factory=list)
-    """As its heartbeats said."""
+    """Lease in each of its heartbeats."""
     held: list[set[str]] = field(default_factory=list)
-    """Sessions that it holds K/V of, as its heartbeats said."""
+    """Cached sessions in each of its heartbeats."""
     results: list[Result] = field(default_factory=list)
     log: bytes = b""
 
-    async def hear(self, message: Message) -> None:
+    async def receive(self, message: Message) -> None:
         if isinstance(message, Heartbeat):
             self.leases.append(message.lease)
             self.held.append({held.session for held in message.residency})
@@ -66,7 +66,7 @@ class Zombie:
         await self.store.create(request, prompt)
 
     async def send(self, name: str, sessions: dict[str, int], *, prefill_to: int | None = None) -> None:
-        """A batch with the next round of sessions of these lengths, under the lease that is known."""
+        """Send a batch with one round of each session (committed length by session), under the last lease."""
         jobs = [
             builders.job(session, 0, length, prefill_to=prefill_to, fingerprint=self.fingerprint)
             for session, length in sessions.items()
@@ -78,13 +78,13 @@ class Zombie:
         self.process.send_signal(signal.SIGSTOP)
 
     async def gone(self) -> None:
-        """Wait until its lease has ended, as a scheduler would."""
+        """Wait until its lease has ended."""
         async with asyncio.timeout(10):
             while await self.store.heartbeats():  # noqa: ASYNC110 - Redis has no event for it
                 await asyncio.sleep(0.05)
 
     async def wake(self) -> None:
-        """Go on, until it has told its new lease."""
+        """Resume the process and wait for a heartbeat with a new lease."""
         before = self.leases[-1]
         self.process.send_signal(signal.SIGCONT)
         await eventually(lambda: self.leases[-1] != before)
@@ -107,7 +107,7 @@ async def zombie(amqp_url: str, redis_url: str, namespace: str, model: Path) -> 
     )
     it = Zombie(process, broker, store, ModelFolder(model).fingerprint("bfloat16"))
     keys = (topology.heartbeat("*"), topology.result("d"), topology.RESULT_SCHEDULER)
-    await broker.consume(broker.topology.own_queue("test", "x", keys), it.hear)
+    await broker.consume(broker.topology.own_queue("test", "x", keys), it.receive)
     reading = asyncio.create_task(it.read_log())
     try:
         await eventually(lambda: bool(it.leases), within_s=60)
@@ -125,15 +125,13 @@ def prompt(number: int, length: int) -> list[int]:
 
 
 def answer(model: Path, tokens: list[int]) -> int:
-    """The model's next token."""
+    """Return the model's next token."""
     engine = Engine(model, budget_tokens=2048)
     engine.attach("s", tokens)
     return choose(engine.forward([Step("s", tokens)]).logits, [Sampling()], [len(tokens)])[0]
 
 
-async def test_what_was_sent_to_it_before_it_was_given_up_is_neither_committed_nor_answered(
-    zombie: Zombie, model: Path
-) -> None:
+async def test_batches_sent_under_an_ended_lease_are_dropped(zombie: Zombie, model: Path) -> None:
     first, second = prompt(1, 20), prompt(2, 30)
     await zombie.open("s", first)
     await zombie.open("t", second)
@@ -149,13 +147,13 @@ async def test_what_was_sent_to_it_before_it_was_given_up_is_neither_committed_n
     assert zombie.results == []
     assert await zombie.tokens("s") == first + other.tokens
     assert await zombie.tokens("t") == second
-    await zombie.send("b3", {"s": 21, "t": 30})  # as good as new under its new lease
+    await zombie.send("b3", {"s": 21, "t": 30})  # it works again under its new lease
     await eventually(lambda: len(zombie.results) == 2)
     assert {result.status for result in zombie.results} == {Status.COMMITTED}
     assert await zombie.tokens("t") == [*second, answer(model, second)]
 
 
-async def test_frozen_in_the_middle_of_a_batch_it_commits_nothing_of_it(zombie: Zombie) -> None:
+async def test_a_verifier_frozen_within_a_batch_commits_nothing_of_it(zombie: Zombie) -> None:
     prompts = {f"s{number}": prompt(number, LONG) for number in range(8)}
     for session, tokens in prompts.items():
         await zombie.open(session, tokens)
@@ -172,13 +170,13 @@ async def test_frozen_in_the_middle_of_a_batch_it_commits_nothing_of_it(zombie: 
         assert await zombie.tokens(session) == tokens
 
 
-async def test_k_v_of_sessions_that_ended_meanwhile_are_freed(zombie: Zombie) -> None:
+async def test_kv_of_sessions_that_ended_meanwhile_is_freed(zombie: Zombie) -> None:
     for session in ("ends", "stays"):
         await zombie.open(session, prompt(3, 100))
     await zombie.send("b1", {"ends": 100, "stays": 100})
     await eventually(lambda: zombie.held[-1] == {"ends", "stays"})
     await zombie.freeze()
     await zombie.gone()
-    await zombie.store.cancel("ends")  # nobody tells it: those who would do not know of it any more
+    await zombie.store.cancel("ends")  # without a message: no scheduler sends it any more
     await zombie.wake()
     await eventually(lambda: zombie.held[-1] == {"stays"}, within_s=15)

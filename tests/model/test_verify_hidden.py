@@ -1,4 +1,4 @@
-"""The verifier tells the target's hidden states bit for bit, however the session came to where it is."""
+"""The verifier returns the target's hidden states bit for bit, whatever happened to the session before."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def task(session: str, tokens: Sequence[int], draft: Sequence[int] = (), hidden_
 
 
 def rows(outcome: VerifyOutcome) -> Bits:
-    """What a task was told, as bits."""
+    """Bits of the hidden states in an outcome."""
     size = outcome.hidden[0].size
     return np.concatenate([np.frombuffer(part.rows, np.uint16).reshape(-1, size) for part in outcome.hidden])
 
@@ -65,7 +65,7 @@ def wrong(token: int) -> int:
 
 @pytest.fixture(scope="module")
 def text(folder: Path) -> list[int]:
-    """The prompt and what the target says after it."""
+    """The prompt and the target's continuation."""
     engine = Engine(folder, budget_tokens=256)
     tokens = list(PROMPT)
     while len(tokens) < 180:
@@ -77,7 +77,7 @@ def text(folder: Path) -> list[int]:
 
 @pytest.fixture(scope="module")
 def truth(folder: Path, text: list[int]) -> Bits:
-    """The rows of a fresh prefill of that text, in an engine of its own."""
+    """Rows of a fresh prefill of that text, in an engine of its own."""
     engine = Engine(folder, budget_tokens=256, keep_hidden=True)
     engine.attach("fresh", [])
     engine.forward([Step("fresh", text, 0)])
@@ -85,51 +85,49 @@ def truth(folder: Path, text: list[int]) -> Bits:
 
 
 def test_after_accepted_and_rejected_drafts(engine: Engine, text: list[int], truth: Bits) -> None:
-    told = one(engine, task("s", text[:150], [*text[150:152], wrong(text[152]), 7]))
-    assert told.verdict is not None
-    assert told.verdict.accepted == 2
-    assert np.array_equal(rows(told), truth[:152]), "prompt and accepted drafts; not the bonus token, nor the rejected"
-    told = one(engine, task("s", text[:153], text[153:157], hidden_from=152))
-    assert told.hidden[0].start == 152
-    assert np.array_equal(rows(told), truth[152:157])
-    told = one(engine, task("s", text[:158], [wrong(text[158])], hidden_from=157))
-    assert np.array_equal(rows(told), truth[157:158])
-    told = one(engine, task("s", text[:159], hidden_from=3))
-    assert np.array_equal(rows(told), truth[3:159]), "a drafter that lost its rows asks for all again"
+    outcome = one(engine, task("s", text[:150], [*text[150:152], wrong(text[152]), 7]))
+    assert outcome.verdict is not None
+    assert outcome.verdict.accepted == 2
+    assert np.array_equal(rows(outcome), truth[:152]), "prompt and accepted draft tokens only"
+    outcome = one(engine, task("s", text[:153], text[153:157], hidden_from=152))
+    assert outcome.hidden[0].start == 152
+    assert np.array_equal(rows(outcome), truth[152:157])
+    outcome = one(engine, task("s", text[:158], [wrong(text[158])], hidden_from=157))
+    assert np.array_equal(rows(outcome), truth[157:158])
+    outcome = one(engine, task("s", text[:159], hidden_from=3))
+    assert np.array_equal(rows(outcome), truth[3:159]), "a drafter that lost its rows asks for all again"
 
 
-def test_a_round_that_comes_twice_tells_the_same_twice(engine: Engine, text: list[int], truth: Bits) -> None:
+def test_a_copy_of_a_round_returns_the_same_rows(engine: Engine, text: list[int], truth: Bits) -> None:
     for _ in range(2):
-        told = one(engine, task("s", text[:150], text[150:153], hidden_from=120))
-        assert np.array_equal(rows(told), truth[120:153])
+        outcome = one(engine, task("s", text[:150], text[150:153], hidden_from=120))
+        assert np.array_equal(rows(outcome), truth[120:153])
 
 
-def test_prompts_in_chunks_tell_all_at_the_end(engine: Engine, text: list[int], truth: Bits) -> None:
+def test_a_prompt_in_chunks_returns_all_rows_at_the_end(engine: Engine, text: list[int], truth: Bits) -> None:
     for stop in (40, 100):
         ((chunk,), _) = verify(engine, [replace(task("s", text[:150]), prefill_to=stop)])
         assert not chunk.hidden
     assert np.array_equal(rows(one(engine, task("s", text[:150]))), truth[:150])
 
 
-def test_on_a_shared_prefix_that_was_computed_for_one_who_did_not_ask(
-    engine: Engine, text: list[int], truth: Bits
-) -> None:
+def test_on_a_shared_prefix_of_a_session_that_did_not_ask(engine: Engine, text: list[int], truth: Bits) -> None:
     quiet = one(engine, task("quiet", text[:150], text[150:152], hidden_from=None))
     assert not quiet.hidden
     one(engine, task("quiet", text[:153], hidden_from=None))
-    told = one(engine, task("s", text[:150], text[150:152]))
-    assert told.new_tokens < 30, "the prefix was shared"
-    assert np.array_equal(rows(told), truth[:152])
+    outcome = one(engine, task("s", text[:150], text[150:152]))
+    assert outcome.new_tokens < 30, "the prefix was shared"
+    assert np.array_equal(rows(outcome), truth[:152])
 
 
 def test_after_eviction_and_prefill_again(engine: Engine, text: list[int], truth: Bits) -> None:
     one(engine, task("s", text[:150]))
-    for i in range(4):  # all of the budget
+    for i in range(4):  # use the whole budget
         engine.attach(f"filler-{i}", [i])
         engine.forward([Step(f"filler-{i}", [i, *PROMPT[1:]], 0)])
     assert engine.cached("s") == 0
-    told = one(engine, task("s", text[:151], text[151:153], hidden_from=0))
-    assert np.array_equal(rows(told), truth[:153])
+    outcome = one(engine, task("s", text[:151], text[151:153], hidden_from=0))
+    assert np.array_equal(rows(outcome), truth[:153])
 
 
 def test_in_a_mixed_batch(engine: Engine, text: list[int], truth: Bits) -> None:
@@ -151,27 +149,27 @@ def test_in_a_mixed_batch(engine: Engine, text: list[int], truth: Bits) -> None:
 
 
 @pytest.mark.parametrize("position", [150, 151, 10**6, 2**63, 2**64 - 1])
-def test_what_does_not_exist_is_not_told(engine: Engine, text: list[int], position: int) -> None:
+def test_rows_beyond_the_session_are_not_returned(engine: Engine, text: list[int], position: int) -> None:
     outcome = one(engine, task("s", text[:150], hidden_from=position))
     assert not outcome.hidden
     assert outcome.error is None
 
 
-def test_a_text_that_ended_needs_no_hidden_states(engine: Engine, text: list[int]) -> None:
+def test_a_session_that_ended_returns_no_rows(engine: Engine, text: list[int]) -> None:
     outcome = one(engine, replace(task("s", text[:150], text[150:153]), room=2))
     assert outcome.verdict is not None
     assert outcome.verdict.finish is Finish.LENGTH
     assert not outcome.hidden
 
 
-def test_an_engine_without_hidden_states_verifies_all_the_same(folder: Path, text: list[int]) -> None:
+def test_an_engine_without_hidden_states_still_verifies(folder: Path, text: list[int]) -> None:
     outcome = one(Engine(folder, budget_tokens=256), task("s", text[:150], text[150:152]))
     assert outcome.verdict is not None
     assert outcome.verdict.accepted == 2
     assert not outcome.hidden
 
 
-def test_a_float32_target_tells_them_in_bfloat16(tmp_path: Path) -> None:
+def test_a_float32_target_returns_bfloat16(tmp_path: Path) -> None:
     engine = Engine(tiny.make(tmp_path), dtype="float32", budget_tokens=256, keep_hidden=True)
-    told = one(engine, task("s", PROMPT))
-    assert np.array_equal(rows(told), engine.hidden("s", 0, 150).bfloat16().view(torch.uint16).numpy())
+    outcome = one(engine, task("s", PROMPT))
+    assert np.array_equal(rows(outcome), engine.hidden("s", 0, 150).bfloat16().view(torch.uint16).numpy())
