@@ -6,14 +6,17 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from typing import get_args
 
 import builders
 import pytest
 
-from services.drafter.control import Controller
+from services.drafter.control import Controller, ControlWeights
+from services.drafter.control.rules import RULES
 from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import LookupDrafts, NoDrafts
+from services.drafter.sources.registry import AUTO, PREFERRED, SOURCES
 from shared.errors import ModelError, SettingsError
 from shared.messages import DraftChoice, Generate
 
@@ -86,11 +89,27 @@ def test_a_rule_that_needs_weights_is_refused_without_them() -> None:
         load_drafting(DrafterSettings(draft_source="lookup", stop_rule="predictor"))
 
 
-def test_lookup_alone_loads_no_torch() -> None:
+def test_settings_accept_the_registered_sources_and_rules() -> None:
+    fields = DrafterSettings.model_fields
+    assert set(get_args(fields["draft_source"].annotation)) == {AUTO, *SOURCES}
+    assert set(get_args(fields["stop_rule"].annotation)) == set(RULES)
+
+
+def test_one_preferred_source_is_always_available() -> None:
+    assert not SOURCES[PREFERRED[-1]].needs_torch
+
+
+@pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.needs_predictor])
+def test_a_rule_without_a_predictor_works_untrained(name: str) -> None:
+    assert isinstance(RULES[name].for_session(ControlWeights()), RULES[name])
+
+
+@pytest.mark.parametrize("name", [name for name, kind in SOURCES.items() if not kind.needs_torch])
+def test_a_source_without_a_model_loads_no_torch(name: str) -> None:
     code = (
         "import sys; from services.drafter.drafting import load_drafting; "
         "from services.drafter.settings import DrafterSettings; "
-        "load_drafting(DrafterSettings(draft_source='lookup')); print('torch' in sys.modules)"
+        f"load_drafting(DrafterSettings(draft_source={name!r})); print('torch' in sys.modules)"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert found.stdout.strip() == "False"
