@@ -1,4 +1,4 @@
-"""A draft trained for a tiny target, from prompts to a folder that the drafter loads."""
+"""Training of a draft for a tiny target, from prompts to a folder that the drafter loads."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from services.tools.cli.draft_stages import train_draft
 from services.tools.training import prompts, shards
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
-from services.tools.training.run import Run
-from services.tools.training.train import Progress
+from services.tools.training.run import TrainingRun
+from services.tools.training.train import TrainingProgress
 from shared.engine import Engine, Step
 from shared.errors import ModelError, SettingsError
 from shared.models.folder import ModelFolder
@@ -30,7 +30,7 @@ SETTINGS = {
     "target_dtype": "float32",
     "prompts": {"count": 40, "free_texts": 4, "held_out": 11},
     "generation": {"sessions": 8, "max_prompt": 48, "max_new": 24, "shard_tokens": 1000},
-    # Two layers are the whole of this target: whatever training does right, it can learn to know everything.
+    # Two layers are the whole target, so a correct training can reach perfect drafts.
     "model": {"bottom_layers": 2},
     "training": {
         "stages": [
@@ -56,9 +56,9 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 @pytest.fixture(scope="module")
-def run(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """A run with its texts generated."""
-    made = Run(Config.model_validate(SETTINGS), target, tmp_path_factory.mktemp("run"))
+def run(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> TrainingRun:
+    """A run with generated texts."""
+    made = TrainingRun(Config.model_validate(SETTINGS), target, tmp_path_factory.mktemp("run"))
     made.write_prompts()
     made.generate_all(lambda _: None)
     made.generate_held_out(made.held_out, 3, lambda _: None)
@@ -66,21 +66,21 @@ def run(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 
 @pytest.fixture(scope="module")
-def trained(run: Run) -> tuple[HiddenDraftFolder, list[Progress]]:
-    """The draft, and what was told while it was trained."""
-    told: list[Progress] = []
-    model = run.train(told.append)
+def trained(run: TrainingRun) -> tuple[HiddenDraftFolder, list[TrainingProgress]]:
+    """The draft, and the progress reported during its training."""
+    reported: list[TrainingProgress] = []
+    model = run.train(reported.append)
     run.save(model, run.folder / "draft")
-    return HiddenDraftFolder.open(run.folder / "draft"), told
+    return HiddenDraftFolder.open(run.folder / "draft"), reported
 
 
-def draft_for(run: Run, folder: HiddenDraftFolder) -> list[Drafted]:
+def draft_for(run: TrainingRun, folder: HiddenDraftFolder) -> list[Drafted]:
     source = HiddenDrafts(DraftEngine(folder, run.target, dtype="float32"))
     texts = list(shards.load_all(run.held_out))
     return list(rounds(source, ("hidden",), Controller("fixed", 3), texts))
 
 
-def test_texts_hold_the_states_that_the_target_computes(run: Run) -> None:
+def test_texts_have_the_states_that_the_target_computes(run: TrainingRun) -> None:
     texts = list(shards.load_all(run.texts))
     assert {text.kind for text in texts} > {"chat", "code", "text"}
     text = max(texts, key=lambda text: len(text.tokens) - text.prompt_len)
@@ -91,7 +91,7 @@ def test_texts_hold_the_states_that_the_target_computes(run: Run) -> None:
     assert torch.equal(engine.hidden("again", 0, len(ids)).bfloat16(), text.hidden[:-1])
 
 
-def test_a_stopped_generation_answers_what_is_missing_and_nothing_twice(run: Run) -> None:
+def test_a_resumed_generation_answers_only_the_missing_prompts(run: TrainingRun) -> None:
     before = sorted(shards.origins(run.texts))
     shards.files(run.texts)[-1].unlink()
     assert len(shards.origins(run.texts)) < len(before)
@@ -100,87 +100,91 @@ def test_a_stopped_generation_answers_what_is_missing_and_nothing_twice(run: Run
     assert sorted(origins) == before
 
 
-def test_stopped_held_out_texts_are_completed_and_the_same(run: Run, tmp_path: Path) -> None:
+def test_a_resumed_generation_of_held_out_texts_gives_the_same_texts(run: TrainingRun, tmp_path: Path) -> None:
     folder = tmp_path / "held_out"
     unfinished = tmp_path / "held_out.part"
     unfinished.mkdir()
     kept = shards.files(run.held_out)[0]
     shutil.copy(kept, unfinished)
     count = len(shards.load(kept))
-    told: list[int] = []
-    run.generate_held_out(folder, 3, told.append)
+    lengths: list[int] = []
+    run.generate_held_out(folder, 3, lengths.append)
     texts = {text.origin: text.tokens.tolist() for text in shards.load_all(folder)}
     assert texts == {text.origin: text.tokens.tolist() for text in shards.load_all(run.held_out)}
-    assert len(told) == len(texts) - count > 0
+    assert len(lengths) == len(texts) - count > 0
     assert not unfinished.exists()
 
 
-def test_a_target_without_such_layers_is_refused_before_anything_is_generated(run: Run, tmp_path: Path) -> None:
+def test_a_target_without_these_layers_is_refused_before_generation(run: TrainingRun, tmp_path: Path) -> None:
     deeper = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 3}})
     with pytest.raises(SettingsError, match="bottom_layers is 3"):
-        train_draft(Run(deeper, run.target, tmp_path / "deeper"), tmp_path / "draft")
+        train_draft(TrainingRun(deeper, run.target, tmp_path / "deeper"), tmp_path / "draft")
     other = made_folders.write_folder(tmp_path / "other", made_folders.byte_level(), model_type="gpt2")
     with pytest.raises(ModelError, match="no plain Llama"):
-        train_draft(Run(run.config, ModelFolder(other), tmp_path / "run"), tmp_path / "draft")
+        train_draft(TrainingRun(run.config, ModelFolder(other), tmp_path / "run"), tmp_path / "draft")
     assert list((tmp_path / "run").iterdir()) == list((tmp_path / "deeper").iterdir()) == []
 
 
-def test_a_folder_that_cannot_be_made_is_refused_before_anything_is_generated(run: Run, tmp_path: Path) -> None:
+def test_an_unusable_folder_is_refused_before_generation(run: TrainingRun, tmp_path: Path) -> None:
     taken = tmp_path / "file"
     taken.touch()
     with pytest.raises(SettingsError, match="File exists"):
-        Run(run.config, run.target, taken)
+        TrainingRun(run.config, run.target, taken)
     with pytest.raises(SettingsError, match="File exists"):
-        train_draft(Run(run.config, run.target, tmp_path / "run"), taken)
+        train_draft(TrainingRun(run.config, run.target, tmp_path / "run"), taken)
     assert not list((tmp_path / "run").iterdir())
 
 
-def test_more_prompts_than_there_are_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_prompts_are_refused(run: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = prompts.Corpus([{"template": [{"id": "only", "kind": "chat", "text": "Hello!"}]}], {})
     monkeypatch.setattr(prompts, "corpus", lambda: few)
     with pytest.raises(SettingsError, match=r"prompts\.count: .* Ask less"):
-        Run(run.config, run.target, tmp_path).write_prompts()
+        TrainingRun(run.config, run.target, tmp_path).write_prompts()
 
 
-def test_a_run_without_texts_says_so(run: Run, tmp_path: Path) -> None:
+def test_a_run_without_texts_is_refused(run: TrainingRun, tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="no texts"):
-        Run(run.config, run.target, tmp_path).train(lambda _: None)
+        TrainingRun(run.config, run.target, tmp_path).train(lambda _: None)
 
 
-def test_the_draft_learns_what_the_target_says(run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]) -> None:
-    folder, told = trained
-    assert [progress.stage for progress in told][-1] == 1
-    assert len(told[-1].agreement) == 3
+def test_the_draft_learns_the_targets_choices(
+    run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]]
+) -> None:
+    folder, reported = trained
+    assert [progress.stage for progress in reported][-1] == 1
+    assert len(reported[-1].agreement) == 3
     summary = Summary.of(draft_for(run, folder), Costs(50, 1, 5), 3)
     assert summary.by_position[0] > 0.6
     assert summary.tokens_per_round > 1.8
 
 
-def test_a_stopped_training_goes_on_from_its_checkpoint(
-    run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]
+def test_a_stopped_training_resumes_from_its_checkpoint(
+    run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]]
 ) -> None:
-    again: list[Progress] = []
+    again: list[TrainingProgress] = []
     model = run.train(again.append)
-    assert again == []  # every stage was done
+    assert again == [], "every stage was done"
     source = torch.load(run.folder / "checkpoint.pt", weights_only=True)["model"]
     assert all(torch.equal(source[name], tensor) for name, tensor in model.state_dict().items())
 
 
-def test_a_checkpoint_of_another_shape_is_refused(run: Run, trained: tuple[HiddenDraftFolder, list[Progress]]) -> None:
+def test_a_checkpoint_of_another_shape_is_refused(
+    run: TrainingRun, trained: tuple[HiddenDraftFolder, list[TrainingProgress]]
+) -> None:
     two = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 2, "layers": 2}})
     with pytest.raises(SettingsError, match="another shape"):
-        Run(two, run.target, run.folder).train(lambda _: None)
+        TrainingRun(two, run.target, run.folder).train(lambda _: None)
 
 
 def test_a_draft_for_another_vocabulary_is_refused(
-    trained: tuple[HiddenDraftFolder, list[Progress]], tmp_path: Path
+    trained: tuple[HiddenDraftFolder, list[TrainingProgress]], tmp_path: Path
 ) -> None:
     other = made_folders.write_folder(tmp_path, made_folders.byte_level(merges=10), hidden_size=64)
     with pytest.raises(ModelError, match="wisp draft train"):
         DraftEngine(trained[0], ModelFolder(other))
 
 
-def test_settings_survive_the_file_that_shows_them(tmp_path: Path) -> None:
+def test_settings_read_back_from_their_file(tmp_path: Path) -> None:
     config = Config.model_validate(SETTINGS)
     path = tmp_path / "settings.toml"
     path.write_text(config.as_toml())
@@ -188,14 +192,14 @@ def test_settings_survive_the_file_that_shows_them(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("text", ["sed = 1", "seed = 'a'", "[training]\nstages = []", "seed = "])
-def test_bad_settings_are_refused_with_the_file_named(tmp_path: Path, text: str) -> None:
+def test_wrong_settings_are_refused_with_the_files_name(tmp_path: Path, text: str) -> None:
     path = tmp_path / "settings.toml"
     path.write_text(text)
     with pytest.raises(SettingsError, match=r"settings\.toml"):
         Config.read(path)
 
 
-def test_a_settings_file_that_is_no_text_is_refused(tmp_path: Path) -> None:
+def test_a_binary_settings_file_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "settings.toml"
     path.write_bytes(b"seed = \xff")
     with pytest.raises(SettingsError, match=r"settings\.toml"):

@@ -1,4 +1,4 @@
-"""Training of the controller: on rounds with a known law it finds what matters, and estimates the truth."""
+"""Training of the controller on rounds with a known law: it keeps the right features and estimates the truth."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services.drafter.control.records import RoundRecord
 from services.drafter.control_files import load_weights, write_record
 from services.tools.cli.controller_command import app
 from services.tools.training import classifiers
-from services.tools.training.controller import Report, SourceReport, train
+from services.tools.training.controller import ControllerReport, SourceReport, train
 from shared.errors import SettingsError
 
 pytestmark = pytest.mark.xdist_group("control training")  # one worker trains the shared fixture
@@ -28,7 +28,7 @@ def confidence_for(x: float) -> float:
 
 
 def truth(x: float, target_entropy: float, agreed: bool) -> float:
-    """The law of the model's tokens: overconfident, worse where the target is unsure, better where both agree."""
+    """Return a model token's acceptance: below its confidence, lower if the target is unsure, higher on agreement."""
     return sigmoid(0.7 * x - 0.9 - 0.8 * (target_entropy - 1) + 0.8 * agreed)
 
 
@@ -67,13 +67,13 @@ def record_sessions(path: Path, sessions: int, seed: int, rounds: int = 30) -> N
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Report, Path]:
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[ControllerReport, Path]:
     folder = tmp_path_factory.mktemp("rounds")
     record_sessions(folder / "a.jsonl", 100, seed=1)
     return train([folder / "a.jsonl"], folder / "w.json", seed=3), folder / "w.json"
 
 
-def source(report: Report, name: str) -> SourceReport:
+def source(report: ControllerReport, name: str) -> SourceReport:
     return next(s for s in report.sources if s.source == name)
 
 
@@ -81,7 +81,7 @@ def kept(report: SourceReport) -> set[str]:
     return {trial.name.removeprefix("+ ") for trial in report.trials if trial.kept}
 
 
-def test_it_keeps_what_the_law_depends_on_and_leaves_out_noise(trained: tuple[Report, Path]) -> None:
+def test_training_keeps_the_laws_features_and_drops_noise(trained: tuple[ControllerReport, Path]) -> None:
     report = trained[0]
     assert (report.rounds, report.sessions) == (3000, 100)
     assert {"confidence", "agreed", "target_entropy"} <= kept(source(report, "hidden"))
@@ -89,7 +89,7 @@ def test_it_keeps_what_the_law_depends_on_and_leaves_out_noise(trained: tuple[Re
     assert kept(source(report, "lookup")) == {"support"}
 
 
-def test_additions_raise_the_auc_to_that_of_the_truth(trained: tuple[Report, Path]) -> None:
+def test_added_features_raise_the_auc_to_that_of_the_truth(trained: tuple[ControllerReport, Path]) -> None:
     trials = {trial.name: trial for trial in source(trained[0], "hidden").trials}
     rng = random.Random(9)
     law = [truth(rng.gauss(1, 1.5), rng.gauss(1, 0.7), rng.random() < 0.3) for _ in range(20_000)]
@@ -101,7 +101,7 @@ def test_additions_raise_the_auc_to_that_of_the_truth(trained: tuple[Report, Pat
     assert trials["MLP of all"].auc > trials["MLP of WISP's five"].auc
 
 
-def test_training_calibrates(trained: tuple[Report, Path]) -> None:
+def test_training_lowers_the_calibration_error(trained: tuple[ControllerReport, Path]) -> None:
     report = source(trained[0], "hidden")
     assert report.error_before > 0.15
     assert report.error_after < 0.03
@@ -110,7 +110,7 @@ def test_training_calibrates(trained: tuple[Report, Path]) -> None:
     assert predictions == sorted(predictions)
 
 
-def test_the_live_controller_estimates_the_truth_with_these_weights(trained: tuple[Report, Path]) -> None:
+def test_the_live_controller_estimates_the_truth_with_the_weights(trained: tuple[ControllerReport, Path]) -> None:
     weights = load_weights(trained[1])
     for x, target_entropy, agreed in [(2.0, 1.0, False), (0.0, 1.0, True), (1.0, 2.0, False), (3.0, 0.2, True)]:
         round_ = Controller("fixed", 4, weights).session("hidden").begin(4, 0.7, target_entropy)
@@ -121,7 +121,7 @@ def test_the_live_controller_estimates_the_truth_with_these_weights(trained: tup
     assert round_.acceptance[0] == pytest.approx(0.75, abs=0.06)
 
 
-def test_the_predictor_beats_the_fixed_length_it_was_recorded_with(trained: tuple[Report, Path]) -> None:
+def test_the_predictor_beats_the_recorded_fixed_length(trained: tuple[ControllerReport, Path]) -> None:
     report, path = trained
     assert report.predictor is not None
     assert report.predictor.gain > report.predictor.gain_without
@@ -138,7 +138,7 @@ def test_training_is_repeatable(tmp_path: Path) -> None:
     assert (tmp_path / "0.json").read_text() == (tmp_path / "1.json").read_text()
 
 
-def test_too_little_is_refused(tmp_path: Path) -> None:
+def test_too_few_rounds_are_refused(tmp_path: Path) -> None:
     record_sessions(tmp_path / "one.jsonl", 1, seed=5, rounds=300)
     record_sessions(tmp_path / "few.jsonl", 3, seed=5, rounds=3)
     for name in ("one.jsonl", "few.jsonl"):
@@ -147,7 +147,7 @@ def test_too_little_is_refused(tmp_path: Path) -> None:
     assert not (tmp_path / "w.json").exists()
 
 
-def test_rounds_without_any_target_entropy_train_as_well(tmp_path: Path) -> None:
+def test_rounds_without_target_entropy_can_be_trained_on(tmp_path: Path) -> None:
     record_sessions(tmp_path / "r.jsonl", 10, seed=5)
     text = re.sub(r'"target_entropy":[-0-9.e]+,', "", (tmp_path / "r.jsonl").read_text())
     (tmp_path / "r.jsonl").write_text(text)
@@ -155,7 +155,7 @@ def test_rounds_without_any_target_entropy_train_as_well(tmp_path: Path) -> None
     assert "+ target_entropy" not in [trial.name for trial in source(report, "hidden").trials]
 
 
-# The classifiers by themselves
+# The classifiers
 
 
 def test_auc_is_the_chance_of_the_right_order() -> None:
@@ -166,7 +166,7 @@ def test_auc_is_the_chance_of_the_right_order() -> None:
     assert math.isnan(classifiers.auc(np.array([True]), np.array([0.5])))
 
 
-def test_the_perceptron_learns_what_no_line_can() -> None:
+def test_the_perceptron_learns_a_law_that_is_not_linear() -> None:
     rng = np.random.default_rng(0)
     rows = np.full((3000, len(NAMES)), np.nan)
     rows[:, :2] = rng.normal(size=(3000, 2))
@@ -178,7 +178,7 @@ def test_the_perceptron_learns_what_no_line_can() -> None:
     assert classifiers.auc(accepted, network) > 0.97
 
 
-def test_live_models_and_training_agree() -> None:
+def test_live_models_and_training_predict_the_same() -> None:
     rng = np.random.default_rng(0)
     rows = rng.normal(size=(400, len(NAMES)))
     rows[::7, NAMES.index("target_entropy")] = np.nan
@@ -195,7 +195,7 @@ def test_live_models_and_training_agree() -> None:
 # The command
 
 
-def test_the_command_prints_what_was_found(tmp_path: Path) -> None:
+def test_the_command_prints_the_figures(tmp_path: Path) -> None:
     record_sessions(tmp_path / "r.jsonl", 12, seed=5)
     out = tmp_path / "w.json"
     shown = CliRunner().invoke(app, ["train", str(tmp_path / "r.jsonl"), "--out", str(out), "--seed", "1"])
@@ -212,7 +212,7 @@ def test_the_command_prints_what_was_found(tmp_path: Path) -> None:
     assert load_weights(out).acceptance.keys() == {"hidden", "lookup"}
 
 
-def test_the_command_ends_with_a_message_when_a_file_is_no_record(tmp_path: Path) -> None:
+def test_the_command_fails_on_a_file_that_is_no_record(tmp_path: Path) -> None:
     (tmp_path / "r.jsonl").write_text("nonsense\n")
     shown = CliRunner().invoke(app, ["train", str(tmp_path / "r.jsonl"), "--out", str(tmp_path / "w.json")])
     assert shown.exit_code == 1

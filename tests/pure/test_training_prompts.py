@@ -1,4 +1,4 @@
-"""The prompt corpus: every template can be filled, and held-out prompts share nothing with those trained on."""
+"""The prompt corpus: every template can be filled, and held-out prompts share nothing with training prompts."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def rendered(of: Corpus, count: int, held_out: bool = False) -> list[str]:
     return [prompt.text or "\n".join(turn.content for turn in prompt.turns or ()) for prompt in prompts]
 
 
-def test_every_packaged_template_is_filled_completely() -> None:
+def test_every_packaged_template_can_be_filled() -> None:
     packaged = corpus()
     rng = random.Random(0)
     slots = re.compile(r"\{[A-Za-z_]+\d*\}")
@@ -47,7 +47,7 @@ def test_every_packaged_template_is_filled_completely() -> None:
         assert prompt.turns is None or prompt.turns[-1].role == "user"
 
 
-def test_every_kind_has_many_templates_and_some_held_out() -> None:
+def test_every_kind_has_training_and_held_out_templates() -> None:
     counts = Counter((template.kind, template.held_out) for template in corpus().templates.values())
     assert {kind for kind, _ in counts} == KINDS
     assert all(counts[kind, False] >= 20 and counts[kind, True] >= 5 for kind in KINDS)
@@ -73,7 +73,7 @@ def test_a_sample_depends_on_its_seed_alone() -> None:
     assert sample(3, 300, held_out=False) != sample(4, 300, held_out=False)
 
 
-def test_a_sample_has_no_duplicates_and_takes_each_template_in_turn() -> None:
+def test_a_sample_has_distinct_prompts_of_each_template_in_turn() -> None:
     kinds = ("math", "list")
     prompts = sample(5, 500, held_out=False, kinds=kinds)
     assert len({prompt.turns for prompt in prompts}) == len(prompts) == 500
@@ -82,12 +82,12 @@ def test_a_sample_has_no_duplicates_and_takes_each_template_in_turn() -> None:
     assert max(uses.values()) - min(uses.values()) <= 1
 
 
-def test_a_sample_larger_than_the_templates_allow_is_refused() -> None:
+def test_a_sample_beyond_the_templates_is_refused() -> None:
     with pytest.raises(ValueError, match="2 different prompts, not 3"):
         made({"id": "t", "text": "Where is {city}?"}).sample(0, 3, held_out=False)
 
 
-def test_slots_agree_with_each_other_and_with_their_sentence() -> None:
+def test_fillers_agree_with_each_other_and_with_the_sentence() -> None:
     text = "{city} {city2} {city}: a {job} and a {job2}. {Said}"
     for content in rendered(made({"id": "t", "text": text}), 4):
         first, second, third = content.split(":")[0].split()
@@ -97,7 +97,7 @@ def test_slots_agree_with_each_other_and_with_their_sentence() -> None:
         assert content.endswith(f"I live in {first}.")
 
 
-def test_other_braces_stay() -> None:
+def test_other_braces_are_text() -> None:
     code = "f() { return {}; } {\n  1 }"
     assert rendered(made({"id": "t", "text": code}), 1) == [code]
 
@@ -112,7 +112,7 @@ def test_other_braces_stay() -> None:
         ({"id": "odd", "turns": [{"role": "tool", "content": "Hi"}]}, "Template odd: tool is no role"),
     ],
 )
-def test_a_broken_template_is_refused_by_name(entry: dict[str, object], message: str) -> None:
+def test_a_broken_template_is_named(entry: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         made(entry)
 
@@ -132,7 +132,7 @@ def test_lists_that_refer_to_each_other_in_a_circle_are_refused() -> None:
         made({"id": "t", "text": "{a}"}, lists={"a": ["{b}"], "b": ["{a}"]}).sample(0, 1, held_out=False)
 
 
-def test_free_text_is_of_the_length_asked_for_and_repeatable() -> None:
+def test_free_text_has_lengths_in_the_range_and_is_repeatable() -> None:
     passages = free_text(2, 12)
     assert passages == free_text(2, 12)
     assert len(set(passages)) == len(passages) == 12

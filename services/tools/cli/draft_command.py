@@ -10,7 +10,7 @@ import typer
 from services.tools.cli.terminal import errors_shown, out, require
 
 if TYPE_CHECKING:
-    from services.tools.training.run import Run
+    from services.tools.training.run import TrainingRun
 
 app = typer.Typer(help="Draft models that read the target's hidden states.", no_args_is_help=True)
 
@@ -74,15 +74,15 @@ def evaluate(
             evaluate_draft(chosen, draft)
 
 
-def _run(target: str | None, settings: Path | None, folder: Path | None) -> Run:
+def _run(target: str | None, settings: Path | None, folder: Path | None) -> TrainingRun:
     from services.tools.local.folder import state_folder
     from services.tools.local.progress import ConsoleProgress
     from services.tools.local.settings import LocalSettings
     from services.tools.local.target import prepare_target
     from services.tools.training.config import Config
-    from services.tools.training.run import Run
+    from services.tools.training.run import TrainingRun
     from shared.models.folder import ModelFolder
 
     config = Config.read(settings) if settings else Config.model_validate({})
     model = ModelFolder(prepare_target(target or LocalSettings().target, ConsoleProgress(out)))
-    return Run(config, model, folder or state_folder() / "training" / model.name)
+    return TrainingRun(config, model, folder or state_folder() / "training" / model.name)

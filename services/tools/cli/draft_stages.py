@@ -18,8 +18,8 @@ from services.tools.cli.terminal import out
 from services.tools.local.progress import ConsoleProgress, ProgressStep
 from services.tools.training import controller, shards
 from services.tools.training.evaluate import Costs, Drafted, Summary, entropies, rounds
-from services.tools.training.run import Run, made
-from services.tools.training.train import Progress
+from services.tools.training.run import TrainingRun, created
+from services.tools.training.train import TrainingProgress
 from shared.errors import ModelError
 
 RECORDED_LENGTH = 6
@@ -28,11 +28,11 @@ COSTS = Costs(round_ms=36.0, token_ms=0.9, step_ms=3.4)
 """Of SmolLM2-135M on one core. Nothing that is shown here depends on them; `wisp bench draft` measures its own."""
 
 
-def train_draft(run: Run, to: Path) -> None:
+def train_draft(run: TrainingRun, to: Path) -> None:
     """All stages of a run that are not done yet; the draft with its controller in `to`."""
     # What cannot be trained for or written to is refused before hours are spent.
     run.config_of_model()
-    made(to)
+    created(to)
     progress = ConsoleProgress(out)
     with progress.step("drawing prompts") as step:
         count = run.write_prompts()
@@ -57,7 +57,7 @@ def train_draft(run: Run, to: Path) -> None:
     out.print(f"The draft is in {to}; use it with --hidden-draft {to}", soft_wrap=True)
 
 
-def evaluate_draft(run: Run, path: Path | None) -> None:
+def evaluate_draft(run: TrainingRun, path: Path | None) -> None:
     """Print chain acceptance and tokens per round by kind of text and temperature, with and without lookup."""
     folder = _folder(run, path)
     with ConsoleProgress(out).step("texts never trained on") as step:
@@ -72,7 +72,7 @@ def evaluate_draft(run: Run, path: Path | None) -> None:
         out.print(_table(done))
 
 
-def record_rounds(run: Run, path: Path | None, to: Path) -> None:
+def record_rounds(run: TrainingRun, path: Path | None, to: Path) -> None:
     """Record rounds for the controller's training."""
     folder = _folder(run, path)
     with ConsoleProgress(out).step("texts never trained on") as step:
@@ -85,7 +85,7 @@ def record_rounds(run: Run, path: Path | None, to: Path) -> None:
         step.done(f"{count:,} rounds written to {to}")
 
 
-def _record(run: Run, folder: HiddenDraftFolder, to: Path) -> int:
+def _record(run: TrainingRun, folder: HiddenDraftFolder, to: Path) -> int:
     texts = list(shards.load_all(run.controller_texts))
     source = _source(run, folder)
     # Entropies come with the results in service too; the whole head is needed for them.
@@ -99,7 +99,7 @@ def _record(run: Run, folder: HiddenDraftFolder, to: Path) -> int:
     return count
 
 
-def _folder(run: Run, path: Path | None) -> HiddenDraftFolder:
+def _folder(run: TrainingRun, path: Path | None) -> HiddenDraftFolder:
     if path is not None:
         return HiddenDraftFolder.open(path)
     shipped = shipped_for(run.target)
@@ -108,7 +108,7 @@ def _folder(run: Run, path: Path | None) -> HiddenDraftFolder:
     return shipped
 
 
-def _source(run: Run, folder: HiddenDraftFolder) -> HiddenDrafts:
+def _source(run: TrainingRun, folder: HiddenDraftFolder) -> HiddenDrafts:
     settings = run.config.training
     return HiddenDrafts(
         DraftEngine(
@@ -155,7 +155,7 @@ def _counted(step: ProgressStep, what: str, of: int) -> Callable[[int], None]:
     return count
 
 
-def _told(told: Progress) -> str:
+def _told(told: TrainingProgress) -> str:
     left_min = (told.of - told.tokens) / max(told.rate, 1) / 60
     agreement = ", ".join(f"{share:.2f}" for share in told.agreement)
     return (

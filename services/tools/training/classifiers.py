@@ -1,6 +1,6 @@
-"""Fitting and judging the small models of acceptance, in numpy and scipy.
+"""Models of acceptance: fits them with numpy and scipy, and measures them.
 
-Rows are tokens; columns are features by name, NaN where not known.
+A row is a token; a column is a feature, NaN where it is unknown.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ BINS = 10
 
 
 def fit_logistic(rows: Array, accepted: Labels, names: Sequence[str]) -> Logistic:
-    """Logistic regression on the named columns, with a small ridge."""
+    """Fit a logistic regression on the named columns, with a small ridge."""
     inputs = _inputs(rows, names)
     x, y = _standardised(inputs, rows), accepted.astype(np.float64)
 
@@ -46,7 +46,7 @@ def fit_logistic(rows: Array, accepted: Labels, names: Sequence[str]) -> Logisti
 
 
 def fit_perceptron(rows: Array, accepted: Labels, names: Sequence[str], seed: int) -> Perceptron:
-    """One hidden layer of `HIDDEN` tanh units, by full-batch L-BFGS."""
+    """Fit a network with one hidden layer of `HIDDEN` tanh units, by full-batch L-BFGS."""
     inputs = _inputs(rows, names)
     x, y = _standardised(inputs, rows), accepted.astype(np.float64)
     count, size = x.shape
@@ -78,7 +78,7 @@ def fit_perceptron(rows: Array, accepted: Labels, names: Sequence[str], seed: in
 
 
 def predict(model: Model, rows: Array) -> Array:
-    """Acceptance of every row."""
+    """Return the predicted acceptance of every row."""
     x = _standardised(model.inputs, rows)
     if isinstance(model, Perceptron):
         x = np.tanh(x @ np.array(model.hidden).T + np.array(model.hidden_bias))
@@ -86,7 +86,7 @@ def predict(model: Model, rows: Array) -> Array:
 
 
 def cross_fitted(fit: Fit, rows: Array, accepted: Labels, fold: NDArray[np.int64]) -> Array:
-    """Acceptance of every row by a model that was fitted on the other folds."""
+    """Return the predicted acceptance of every row, by a model fitted on the other folds."""
     predicted = np.empty(len(rows))
     for k in np.unique(fold):
         held = fold == k
@@ -95,7 +95,7 @@ def cross_fitted(fit: Fit, rows: Array, accepted: Labels, fold: NDArray[np.int64
 
 
 def auc(accepted: Labels, predicted: Array) -> float:
-    """Chance that an accepted token is ranked above a rejected one; NaN when there is only one kind."""
+    """Return the chance that an accepted token ranks above a rejected one; NaN without tokens of both kinds."""
     positive = int(accepted.sum())
     negative = len(accepted) - positive
     if not positive or not negative:
@@ -105,7 +105,7 @@ def auc(accepted: Labels, predicted: Array) -> float:
 
 
 def log_losses(accepted: Labels, predicted: Array) -> Array:
-    """-log of the probability that was given to what happened, in nats."""
+    """Return -log of the probability predicted for each outcome, in nats."""
     return -np.log(np.clip(np.where(accepted, predicted, 1 - predicted), 1e-9, 1))  # type: ignore[no-any-return]
 
 
@@ -119,7 +119,7 @@ class Bin:
 
 
 def reliability(accepted: Labels, predicted: Array) -> list[Bin]:
-    """`BINS` bins of equally many tokens, by rising prediction."""
+    """Return `BINS` bins of equally many tokens, by rising prediction."""
     order = np.argsort(predicted, kind="stable")
     return [
         Bin(float(predicted[part].mean()), float(accepted[part].mean()), len(part))
@@ -129,7 +129,7 @@ def reliability(accepted: Labels, predicted: Array) -> list[Bin]:
 
 
 def calibration_error(accepted: Labels, predicted: Array) -> float:
-    """Expected calibration error: mean distance of predicted and actual acceptance over the bins of `reliability`."""
+    """Return the expected calibration error: mean distance of predicted and actual acceptance over the bins."""
     bins = reliability(accepted, predicted)
     return sum(b.tokens * abs(b.predicted - b.accepted) for b in bins) / len(accepted)
 

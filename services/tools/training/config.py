@@ -1,4 +1,4 @@
-"""Every setting of a training run, in one TOML file; what it leaves out has these defaults."""
+"""Settings of a training run, read from a TOML file. A missing setting has its default."""
 
 from __future__ import annotations
 
@@ -14,51 +14,51 @@ from shared.errors import SettingsError
 
 
 class Section(BaseModel):
-    """A table of the file: unknown names are refused."""
+    """A table of the file. Unknown names are errors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
 class Prompts(Section):
-    """What the target is asked."""
+    """Prompts that the target answers."""
 
-    count: int = Field(16_000, ge=1, description="prompts to answer, from the templates for training")
+    count: int = Field(16_000, ge=1, description="prompts to answer, from the training templates")
     free_texts: int = Field(1_500, ge=0, description="passages of free text, read and not answered")
-    held_out: int = Field(132, ge=11, description="prompts of templates, and with fillers, never trained on")
+    held_out: int = Field(132, ge=11, description="prompts for evaluation, kept out of training")
 
 
 class Generation(Section):
-    """How the target answers."""
+    """Generation of the target's answers."""
 
     workers: int = Field(1, ge=1, description="processes")
-    threads: int = Field(1, ge=1, description="CPU threads of each")
-    sessions: int = Field(128, ge=1, description="texts on their way at once in each")
-    max_prompt: int = Field(448, ge=8, description="tokens; longer prompts are cut at the front")
-    max_new: int = Field(224, ge=1, description="longest answer in tokens")
+    threads: int = Field(1, ge=1, description="CPU threads of each process")
+    sessions: int = Field(128, ge=1, description="texts generated at once in each process")
+    max_prompt: int = Field(448, ge=8, description="tokens of the longest prompt; a longer one loses its beginning")
+    max_new: int = Field(224, ge=1, description="tokens of the longest answer")
     temperatures: list[Annotated[float, Field(ge=0, le=2)]] = Field(
-        [0.0, 0.5, 0.7, 0.7, 0.85, 1.0, 1.0], min_length=1, description="drawn from with equal chance"
+        [0.0, 0.5, 0.7, 0.7, 0.85, 1.0, 1.0], min_length=1, description="each with the same chance"
     )
-    shard_tokens: int = Field(40_000, ge=1000, description="tokens in a file, about")
+    shard_tokens: int = Field(40_000, ge=1000, description="tokens in a file, approximately")
 
 
 class Model(Section):
-    """The draft model's shape; its layers are like the target's."""
+    """Shape of the draft model, whose layers are like the target's."""
 
-    layers: int = Field(1, ge=1, description="layers that are trained")
-    bottom_layers: int = Field(2, ge=0, description="the target's first layers, which it runs as they are")
+    layers: int = Field(1, ge=1, description="trained layers")
+    bottom_layers: int = Field(2, ge=0, description="first layers of the target that the draft runs unchanged")
     rope_theta: float = Field(10_000.0, gt=0, description="base of the trained layers' position embedding")
 
 
 class Stage(Section):
-    """A part of training with a fixed number of unrolled draft steps."""
+    """A stage of training with a fixed number of unrolled draft steps."""
 
-    steps: int = Field(ge=1, le=8, description="draft steps, later ones fed with the model's own estimates")
-    tokens: int = Field(ge=1, description="answer tokens to learn from, repeated ones counted again")
-    learning_rate: float = Field(gt=0, description="at its highest")
+    steps: int = Field(ge=1, le=8, description="draft steps; later ones take the model's own estimates as input")
+    tokens: int = Field(ge=1, description="answer tokens to learn from, repetitions included")
+    learning_rate: float = Field(gt=0, description="peak")
 
 
 class Training(Section):
-    """How the draft learns."""
+    """Optimisation of the draft model."""
 
     threads: int = Field(1, ge=1)
     batch_tokens: int = Field(768, ge=16, description="tokens in a batch, padding included")
@@ -70,20 +70,20 @@ class Training(Section):
         min_length=1,
     )
     frequent_rows: int = Field(4096, ge=1, description="rows of the head for the most frequent tokens")
-    random_rows: int = Field(768, ge=0, description="rows drawn anew for each batch, standing for the rest")
-    step_decay: float = Field(0.8, gt=0, le=1, description="weight of each draft step against the one before")
+    random_rows: int = Field(768, ge=0, description="rows drawn for each batch that stand for the other tokens")
+    step_decay: float = Field(0.8, gt=0, le=1, description="weight of each draft step / weight of the previous one")
     regression: float = Field(0.1, ge=0, description="weight of the distance between estimated and true states")
     weight_decay: float = Field(0.01, ge=0)
-    fc_rate: float = Field(0.3, gt=0, description="learning rate of the input projection against the others'")
+    fc_rate: float = Field(0.3, gt=0, description="learning rate of the input projection / the others'")
     warm_up: int = Field(30, ge=1, description="updates")
-    final_rate: float = Field(0.03, ge=0, le=1, description="the learning rate falls to this share, as a cosine")
+    final_rate: float = Field(0.03, ge=0, le=1, description="share of its peak to which the learning rate falls")
     clip: float = Field(1.0, gt=0, description="largest norm of the gradient")
-    drop_states: float = Field(0.05, ge=0, lt=1, description="share of texts whose first states are hidden")
-    head_rows: int = Field(8192, ge=0, description="most frequent tokens that the drafter can propose; 0 for all")
+    drop_states: float = Field(0.05, ge=0, lt=1, description="share of texts whose first states are zeroed")
+    head_rows: int = Field(8192, ge=0, description="most frequent tokens that the draft can propose; 0 for all")
 
 
 class Config(Section):
-    """A run: from prompts to a draft model."""
+    """Settings of a training run, from prompts to a draft model."""
 
     seed: int = 1
     device: str = Field("cpu", description="torch device for generation and training")
@@ -95,7 +95,7 @@ class Config(Section):
 
     @classmethod
     def read(cls, path: Path) -> Config:
-        """The file's settings. Raises SettingsError."""
+        """Read the settings of a file. Raises SettingsError."""
         try:
             return cls.model_validate(tomllib.loads(path.read_text()))
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
@@ -105,7 +105,7 @@ class Config(Section):
             raise SettingsError(f"{path}: {problems}") from error
 
     def as_toml(self) -> str:
-        """The settings as a file that `read` takes, every one with what it means."""
+        """Return the settings as a file for `read`, each with its description."""
         lines: list[str] = []
         for name, field in type(self).model_fields.items():
             value = getattr(self, name)
@@ -131,5 +131,5 @@ def _lines(section: Section) -> Iterator[str]:
 
 
 def _setting(name: str, value: object, description: str | None) -> str:
-    # JSON's numbers, strings and lists are TOML's.
+    # Numbers, strings and lists look the same in JSON and TOML.
     return f"{name} = {json.dumps(value)}" + (f"  # {description}" if description else "")

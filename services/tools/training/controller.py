@@ -1,8 +1,8 @@
-"""Trains the controller's models of acceptance from recorded rounds, and says what each feature is worth.
+"""Training of the speculation controller: fits models of acceptance to recorded rounds and rates each feature.
 
-Examples are the tokens whose predecessors were all accepted; over all drafted tokens figures look better and mostly
-restate the position. Record rounds with the rule `fixed`: a rule that drops unlikely tokens never learns of them. All
-figures are out of fold: a token is judged by a model that has not seen its session.
+Examples are the tokens whose predecessors were all accepted. Over all drafted tokens the figures look better, but
+mostly restate the position. Record the rounds with the rule `fixed`: a rule that drops unlikely tokens records none of
+them. All figures are out of fold: a model is measured on sessions that it was not fitted on.
 """
 
 from __future__ import annotations
@@ -26,54 +26,54 @@ from shared.errors import SettingsError
 WISP_FEATURES = ("confidence", "entropy", "margin", "spread", "position")
 FOLDS = 5
 FEWEST = 200
-"""Examples of a source below which nothing is trained for it."""
+"""Examples that a draft source needs to be trained."""
 DRAFT_COST, TOKEN_COST = 0.1, 0.025
-"""Time of a draft step and of verifying one more token, in rounds without a draft: 3.4 and 0.9 ms against 36 ms
+"""Time of a draft step and of verifying one more token, in units of a round without a draft: 3.4 and 0.9 ms of 36 ms
 (SmolLM2-135M on one core, `wisp bench draft`)."""
 THRESHOLDS = np.linspace(0.05, 0.95, 19)
 
 
 @dataclass(frozen=True)
 class Trial:
-    """One set of features, out of fold."""
+    """A set of features and its figures, out of fold."""
 
     name: str
     auc: float
     log_loss: float
     """Mean, in nats per token."""
     kept: bool | None = None
-    """Whether the addition helped; None for sets that were tried for comparison."""
+    """Whether the addition helped; None for a set that is only a comparison."""
 
 
 @dataclass(frozen=True)
 class SourceReport:
-    """What was found for one draft source."""
+    """Figures of one draft source."""
 
     source: str
     tokens: int
     acceptance: float
     trials: list[Trial]
     error_before: float
-    """Expected calibration error of the draft's own confidence (of the mean acceptance for copied tokens)."""
+    """Expected calibration error of the draft's own confidence; for copied tokens, of the mean acceptance."""
     error_after: float
     reliability: list[Bin]
 
 
 @dataclass(frozen=True)
 class PredictorReport:
-    """The predictor's threshold, and what it brings on the recorded rounds."""
+    """The predictor's threshold, and its gain on the recorded rounds."""
 
     auc: float
     threshold: float
     gain: float
-    """Tokens per target step with it."""
+    """Tokens per target step with the predictor."""
     gain_without: float
-    """The same with every recorded draft as it was."""
+    """Tokens per target step with the recorded drafts."""
 
 
 @dataclass(frozen=True)
-class Report:
-    """What training found out."""
+class ControllerReport:
+    """Figures of a training."""
 
     rounds: int
     sessions: int
@@ -100,11 +100,11 @@ def train(
     *,
     draft_cost: float = DRAFT_COST,
     token_cost: float = TOKEN_COST,
-) -> Report:
+) -> ControllerReport:
     """Train on the rounds in these files and write the weights to `out`.
 
-    draft_cost, token_cost: time of a draft step and of verifying a token, in rounds without a draft. They matter only
-    to the predictor's threshold. Raises SettingsError when the files cannot be read or hold too little.
+    draft_cost, token_cost: time of a draft step and of verifying a token, in units of a round without a draft. Only
+    the predictor's threshold depends on them. Raises SettingsError if a file is unreadable or there are too few tokens.
     """
     recorded = [record for path in paths for record in read_records(path)]
     examples = _examples(recorded)
@@ -128,7 +128,7 @@ def train(
     if _trainable(drafted):
         predictor, found = _train_predictor(recorded, drafted, seed, draft_cost, token_cost)
     save_weights(out, ControlWeights(acceptance=models, predictor=predictor))
-    return Report(len(recorded), count, reports, found)
+    return ControllerReport(len(recorded), count, reports, found)
 
 
 def _trainable(examples: _Examples) -> bool:
@@ -161,7 +161,7 @@ def _examples(recorded: Iterable[RoundRecord]) -> _Examples:
 
 
 def _train_source(source: str, examples: _Examples, seed: int) -> tuple[Logistic, SourceReport]:
-    """Add features one by one and keep those that help: that lower the loss by two standard errors over sessions."""
+    """Add features one by one; keep each that lowers the loss by more than two standard errors over sessions."""
     rows, accepted = examples.rows, examples.accepted
     fold = _folds(examples.sessions, seed)
     copied = bool((rows[:, NAMES.index("support")] > 0).any())
@@ -217,7 +217,7 @@ def _varies(column: Array) -> bool:
 
 
 def _clearly_positive(gain: Array, sessions: NDArray[np.int64]) -> bool:
-    """Whether a sum over tokens is, by twice the standard error of its sums over sessions."""
+    """Return whether a sum over tokens is above 0 by more than two standard errors of its sums over sessions."""
     sums = np.bincount(sessions, weights=gain)
     sums = sums[np.bincount(sessions) > 0]
     return float(sums.sum()) > 2 * float(sums.std(ddof=1)) * float(np.sqrt(len(sums)))
@@ -232,7 +232,7 @@ def _folds(sessions: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
 def _train_predictor(
     recorded: Sequence[RoundRecord], examples: _Examples, seed: int, draft_cost: float, token_cost: float
 ) -> tuple[Predictor, PredictorReport]:
-    """WISP's predictor. Its threshold maximises the expected tokens per time over the recorded rounds."""
+    """Train WISP's predictor, with the threshold that maximises the tokens per time of the recorded rounds."""
     names = _wisp_features(examples.rows)
     fit = partial(classifiers.fit_perceptron, names=names, seed=seed)
     predicted = classifiers.cross_fitted(fit, examples.rows, examples.accepted, _folds(examples.sessions, seed))
@@ -257,11 +257,11 @@ def _gain(
     draft_cost: float,
     token_cost: float,
 ) -> float:
-    """Tokens per target step, had the drafts ended before the first token whose rejection is likelier than this.
+    """Return the tokens per target step if drafts ended before the first token more likely rejected than `threshold`.
 
-    Counts the rounds of which every token is a model's; 0 without any.
-    Tokens behind a rejection were not judged. They count as kept: only their cost is in question, and a rule that let
-    the rejected token pass is charged for them.
+    Counts the rounds whose every token came from a model; 0 without such rounds. The outcome of tokens after a
+    rejection is unknown. They count as kept, since only their cost matters: a rule that let the rejected token pass
+    pays for them.
     """
     starts = np.flatnonzero(np.r_[True, np.diff(examples.rounds) != 0])
     tokens = time = 0.0

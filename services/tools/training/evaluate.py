@@ -1,8 +1,8 @@
-"""Drafting for texts that are known already: rounds as in service, without the target.
+"""Evaluation of drafts on known texts: the rounds of a service, without the target.
 
-The text of a session does not depend on its drafts, so what the target answered once tells of every draft whether it
-would have been accepted. Its recorded hidden states arrive as they would from a verifier: none with the prompt, then
-those of all committed tokens but the last.
+A session's text does not depend on its drafts, so a text that the target generated once decides for every draft whether
+it is accepted. The recorded hidden states arrive as from a verifier: none with the prompt, then those of all committed
+tokens but the last.
 """
 
 from __future__ import annotations
@@ -18,43 +18,43 @@ from services.drafter.control import Controller, DraftRound, SessionControl
 from services.drafter.control.records import RoundRecord
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
-from services.tools.training.shards import Text
+from services.tools.training.shards import GeneratedText
 from shared.messages import HiddenFormat, HiddenStates
 from shared.models.hidden_states import parts, unpack
 
 TOGETHER = 32
-"""Sessions drafted for in one call."""
+"""Sessions in one call of the draft source."""
 
 
 @dataclass(frozen=True)
 class Drafted:
-    """One round: what was drafted, and what would have become of it."""
+    """A round: its draft, and how much of it is accepted."""
 
     text: int
     """Index of the text."""
     kind: str
     temperature: float
     sources: tuple[str, ...]
-    """Of each kept token."""
+    """Draft source of each kept token."""
     accepted: int
     steps: int
-    """Steps of the draft model, those for dropped tokens included."""
+    """Steps of the draft model, including those for dropped tokens."""
     wasted: int
-    """Of these, steps for tokens after the first that was wrong."""
+    """Steps for tokens after the first wrong one."""
     ahead: bool
-    """The draft was made while the round before it was in flight."""
+    """Whether the draft was made while the previous round was in flight."""
     record: RoundRecord
     acceptance: tuple[float, ...]
-    """What the controller expected of each kept token."""
+    """Acceptance that the controller predicted for each kept token."""
 
     @property
     def kept(self) -> int:
-        """Tokens sent."""
+        """Number of tokens sent."""
         return len(self.sources)
 
 
-def entropies(texts: Sequence[Text], head: Tensor) -> list[list[float]]:
-    """The target's entropy in nats at every position of every text; `head` is (vocabulary, hidden size)."""
+def entropies(texts: Sequence[GeneratedText], head: Tensor) -> list[list[float]]:
+    """Return the target's entropy in nats at every position of every text. head: (vocabulary, hidden size)."""
     found = []
     with torch.inference_mode():
         for text in texts:
@@ -64,10 +64,10 @@ def entropies(texts: Sequence[Text], head: Tensor) -> list[list[float]]:
     return found
 
 
-class _Session:
-    """A text being drafted for; `length` tokens of it are committed."""
+class _EvaluatedText:
+    """A text in evaluation, of which `length` tokens are committed."""
 
-    def __init__(self, index: int, text: Text, control: SessionControl) -> None:
+    def __init__(self, index: int, text: GeneratedText, control: SessionControl) -> None:
         self.index = index
         self.name = f"text-{index}"
         self.text = text
@@ -75,15 +75,15 @@ class _Session:
         self.length = text.prompt_len
         self.control = control
         self.ahead: tuple[list[int], Draft, DraftRound] | None = None
-        """The draft for the next round, if the committed tokens are then these."""
+        """The next round's draft, made for these committed tokens."""
 
     @property
     def room(self) -> int:
-        """Longest useful draft."""
+        """Length of the longest useful draft."""
         return len(self.tokens) - self.length - 1
 
     def states(self, seen: int, form: HiddenFormat) -> States | None:
-        """What a drafter that has computed `seen` tokens would have been sent by now."""
+        """Return the states that a verifier would have sent by now, for a drafter that has computed `seen` tokens."""
         if self.length == self.text.prompt_len:
             return None
         start = max(0, seen - 1)
@@ -101,90 +101,102 @@ def rounds(
     source: DraftSource,
     names: tuple[str, ...],
     controller: Controller,
-    texts: Sequence[Text],
+    texts: Sequence[GeneratedText],
     entropy: Sequence[Sequence[float]] | None = None,
     *,
     optimistic: bool = False,
     form: HiddenFormat = HiddenFormat.BFLOAT16,
 ) -> Iterator[Drafted]:
-    """Draft for every text to its end, and judge every round but each text's first, which computes its prompt.
+    """Draft every text to its end; yield every round but each text's first, which computes the prompt.
 
-    names: the sources that may be used. entropy: of the target at each position, if the controller is to know it.
-    optimistic: draft ahead while a round is in flight, and use that where it fits. form: how the states travel.
+    names: the sources in use. entropy: the target's at each position, as input of the controller. optimistic: draft
+    ahead while a round is in flight, and use that draft if it fits. form: format in which the states are sent.
     """
     for first in range(0, len(texts), TOGETHER):
         active = [
-            _Session(first + i, text, controller.session(*names))
+            _EvaluatedText(first + i, text, controller.session(*names))
             for i, text in enumerate(texts[first : first + TOGETHER])
             if len(text.tokens) > text.prompt_len + 1
         ]
         while active:
-            asked: list[tuple[_Session, DraftRequest]] = []
-            kept: list[tuple[_Session, Draft, DraftRound]] = []
-            for session in active:
-                committed = session.tokens[: session.length]
-                ahead, session.ahead = session.ahead, None
-                if ahead is not None and ahead[0] == committed and ahead[1].tokens:
-                    kept.append((session, *ahead[1:]))
-                    continue
-                known = entropy[session.index][session.length - 2] if entropy is not None else None
-                began = session.control.begin(session.room, session.text.temperature, known)
-                parameters = sampling(session.text.origin, session.text.temperature)
-                states = session.states(source.seen(session.name), form)
-                asked.append((session, DraftRequest(session.name, committed, parameters, began, names, states)))
-            proposed = list(zip(asked, source.propose([request for _, request in asked]), strict=True))
-            if optimistic:
-                _draft_ahead(source, [(session, request, draft) for (session, request), draft in proposed])
-            drafted = [(session, draft, request.round, False) for (session, request), draft in proposed]
-            for session, draft, began, early in drafted + [(*one, True) for one in kept]:
-                judged = _judge(session, began, draft, early)
-                if session.length > session.text.prompt_len:
+            for text, draft, began, ahead in _drafts(source, names, active, entropy, optimistic=optimistic, form=form):
+                judged = _judge(text, began, draft, ahead)
+                if text.length > text.text.prompt_len:
                     yield judged
-                session.control.settle(began, judged.kept, judged.accepted)
-                session.length += judged.accepted + 1
-            for session in active:
-                if session.length >= len(session.tokens):
-                    source.close(session.name)
-            active = [session for session in active if session.length < len(session.tokens)]
+                text.control.settle(began, judged.kept, judged.accepted)
+                text.length += judged.accepted + 1
+            for text in active:
+                if text.length >= len(text.tokens):
+                    source.close(text.name)
+            active = [text for text in active if text.length < len(text.tokens)]
 
 
-def _draft_ahead(source: DraftSource, drafted: Sequence[tuple[_Session, DraftRequest, Draft]]) -> None:
+def _drafts(
+    source: DraftSource,
+    names: tuple[str, ...],
+    active: Sequence[_EvaluatedText],
+    entropy: Sequence[Sequence[float]] | None,
+    *,
+    optimistic: bool,
+    form: HiddenFormat,
+) -> list[tuple[_EvaluatedText, Draft, DraftRound, bool]]:
+    """Return each text's draft, its round, and whether it was made ahead."""
+    asked: list[tuple[_EvaluatedText, DraftRequest]] = []
+    made_ahead: list[tuple[_EvaluatedText, Draft, DraftRound, bool]] = []
+    for text in active:
+        committed = text.tokens[: text.length]
+        ahead, text.ahead = text.ahead, None
+        if ahead is not None and ahead[0] == committed and ahead[1].tokens:
+            made_ahead.append((text, *ahead[1:], True))
+            continue
+        target_entropy = entropy[text.index][text.length - 2] if entropy is not None else None
+        began = text.control.begin(text.room, text.text.temperature, target_entropy)
+        parameters = sampling(text.text.origin, text.text.temperature)
+        states = text.states(source.seen(text.name), form)
+        asked.append((text, DraftRequest(text.name, committed, parameters, began, names, states)))
+    proposed = list(zip(asked, source.propose([request for _, request in asked]), strict=True))
+    if optimistic:
+        _draft_ahead(source, [(text, request, draft) for (text, request), draft in proposed])
+    return [(text, draft, request.round, False) for (text, request), draft in proposed] + made_ahead
+
+
+def _draft_ahead(source: DraftSource, drafted: Sequence[tuple[_EvaluatedText, DraftRequest, Draft]]) -> None:
     asked = []
-    for session, request, draft in drafted:
-        room = session.room - len(draft.tokens) - 1
-        if room > 0 and not session.control.decodes_plainly:
-            began = session.control.ahead(room, session.text.temperature)
-            asked.append((session, (replace(request, round=began, states=None), draft)))
-    for (session, (request, draft)), ahead in zip(asked, source.ahead([pair for _, pair in asked]), strict=True):
+    for text, request, draft in drafted:
+        room = text.room - len(draft.tokens) - 1
+        if room > 0 and not text.control.decodes_plainly:
+            began = text.control.ahead(room, text.text.temperature)
+            asked.append((text, (replace(request, round=began, states=None), draft)))
+    for (text, (request, draft)), ahead in zip(asked, source.ahead([pair for _, pair in asked]), strict=True):
         if ahead is not None:
-            session.ahead = ([*request.tokens, *draft.tokens, ahead.bonus], ahead.draft, request.round)
+            text.ahead = ([*request.tokens, *draft.tokens, ahead.bonus], ahead.draft, request.round)
 
 
-def _judge(session: _Session, began: DraftRound, draft: Draft, ahead: bool) -> Drafted:
-    truth = session.tokens[session.length :]
+def _judge(text: _EvaluatedText, began: DraftRound, draft: Draft, ahead: bool) -> Drafted:
+    truth = text.tokens[text.length :]
     accepted = 0
     while accepted < len(draft.tokens) and draft.tokens[accepted] == truth[accepted]:
         accepted += 1
     steps = sum(draft.steps.values())
-    # A step that only continued an accepted token was not in vain, whatever it led to: the first wrong token's is not.
+    # The step that drafts the first wrong token counts as useful: it continues an accepted token.
     useful = sum(drafted.token.source in draft.steps for drafted in began.drafted[: accepted + 1])
     return Drafted(
-        text=session.index,
-        kind=session.text.kind,
-        temperature=session.text.temperature,
+        text=text.index,
+        kind=text.text.kind,
+        temperature=text.text.temperature,
         sources=tuple(token.source for token in began.kept_tokens),
         accepted=accepted,
         steps=steps,
         wasted=max(0, steps - useful),
         ahead=ahead,
         acceptance=tuple(began.acceptance),
-        record=began.record(session.name, session.text.kind, began.kept, accepted),
+        record=began.record(text.name, text.text.kind, began.kept, accepted),
     )
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Times in milliseconds: a round without a draft, verifying one more token, a step of the draft model."""
+    """Times in milliseconds of a round without a draft, of verifying one more token, and of a draft model step."""
 
     round_ms: float
     token_ms: float
@@ -193,23 +205,23 @@ class Costs:
 
 @dataclass(frozen=True)
 class Summary:
-    """What some rounds come to."""
+    """Figures over a set of rounds."""
 
     rounds: int
     by_position: list[float]
-    """Chain acceptance: the share of tokens accepted at each position, of those whose predecessors were."""
+    """Share of tokens accepted at each position, of those whose predecessors were accepted."""
     tokens_per_round: float
     accepted_share: float
-    """Accepted / sent draft tokens."""
+    """Accepted draft tokens / sent draft tokens."""
     wasted_share: float
-    """Draft model steps for tokens after the first wrong one / all of them."""
+    """Draft model steps for tokens after the first wrong one / all draft model steps."""
     draft_length: float
     speed: float
-    """Expected tokens per second against plain decoding, at the given costs."""
+    """Expected tokens per second / tokens per second of plain decoding, at the given costs."""
 
     @classmethod
     def of(cls, drafted: Sequence[Drafted], costs: Costs, positions: int = 8) -> Summary:
-        """Summarise at least one round."""
+        """Sum up rounds, at least one."""
         count = len(drafted)
         accepted = sum(d.accepted for d in drafted)
         kept = sum(d.kept for d in drafted)

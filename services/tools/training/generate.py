@@ -1,9 +1,9 @@
-"""The target answers many prompts, and its hidden states are kept: what a draft model learns from.
+"""Generation: the target answers prompts, and its hidden states are kept for the draft model to learn from.
 
-Continuous batching on the serving engine: a text that ends makes room for the next prompt at once, whose tokens are
-computed beside the others' next ones. Texts to learn from are drawn with ordinary random numbers. Texts to evaluate on
-are drawn with the noise of serving (`shared.sampling.sampler`, the seed being an assignment's `origin`), so that
-drafting for them can be repeated exactly without the target.
+Continuous batching on the serving engine: when a text ends, the next prompt takes its place at once, and is computed
+beside the other texts' next tokens. Texts for training are drawn with ordinary random numbers. Texts for evaluation are
+drawn with the noise of serving (`shared.sampling.sampler`, with an assignment's `origin` as seed), so that drafting
+them can be repeated exactly without the target.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from shared.sampling.sampler import choose
 
 @dataclass(frozen=True)
 class Assignment:
-    """A prompt to be answered: at most `max_new` tokens. With `given`, its continuation is this text, not sampled."""
+    """A prompt to answer with at most `max_new` tokens. If `given` is not empty, it is the continuation."""
 
     origin: int
     kind: str
@@ -33,8 +33,8 @@ class Assignment:
     given: Sequence[int] = ()
 
 
-class _Running:
-    """A text on its way."""
+class _UnfinishedText:
+    """A text in generation, of which the engine has computed `fed` tokens."""
 
     def __init__(self, assignment: Assignment) -> None:
         self.name = str(assignment.origin)
@@ -56,24 +56,24 @@ def generate(
     sessions: int,
     *,
     serving_noise: bool = False,
-) -> Iterator[shards.Text]:
-    """Texts in the order in which they end; the end token is part of a text. `engine` keeps hidden states.
+) -> Iterator[shards.GeneratedText]:
+    """Yield the texts in the order in which they end, each with its end token. `engine` has to keep hidden states.
 
-    An assignment that is longer than the model's context or its share of the cache is left out.
+    An assignment that may grow beyond the model's context or its share of the cache is left out.
     """
     waiting = iter(assignments)
     random = torch.Generator().manual_seed(seed)
-    running: list[_Running] = []
+    running: list[_UnfinishedText] = []
     most = min(engine.max_len, engine.budget_tokens // sessions // BLOCK * BLOCK)
     exhausted = False
     while running or not exhausted:
-        # One prompt per step keeps the step's time even, and the sessions out of phase.
+        # One new prompt per step keeps the steps' times even, and the ends of texts apart.
         if not exhausted and len(running) < sessions:
             following = next(waiting, None)
             if following is None:
                 exhausted = True
             elif len(following.prompt) + len(following.given) + following.max_new <= most:
-                fresh = _Running(following)
+                fresh = _UnfinishedText(following)
                 engine.attach(fresh.name, fresh.tokens)
                 engine.truncate(fresh.name, 0)
                 running.append(fresh)
@@ -95,10 +95,10 @@ def generate(
         running = still
 
 
-def _finished(engine: Engine, text: _Running) -> shards.Text:
+def _finished(engine: Engine, text: _UnfinishedText) -> shards.GeneratedText:
     held = engine.hidden(text.name, 0, text.fed).cpu()
-    return shards.Text(
-        # The last token was drawn and not fed: it is the last state's answer, and the last text token.
+    return shards.GeneratedText(
+        # The last token was drawn and not fed, so it has no state.
         torch.tensor(text.tokens, dtype=torch.int32),
         torch.cat([held, held.new_zeros(len(text.tokens) - len(held), held.shape[1])]),
         len(text.assignment.prompt),
@@ -109,17 +109,17 @@ def _finished(engine: Engine, text: _Running) -> shards.Text:
 
 
 def sampling(origin: int, temperature: float) -> Sampling:
-    """The sampling parameters of a text that is drawn with the noise of serving."""
+    """Return the sampling parameters of a text that is drawn with the noise of serving."""
     return Sampling(temperature=temperature, seed=origin)
 
 
-def _choose(logits: torch.Tensor, texts: Sequence[_Running]) -> list[int]:
+def _choose(logits: torch.Tensor, texts: Sequence[_UnfinishedText]) -> list[int]:
     parameters = [sampling(text.assignment.origin, text.assignment.temperature) for text in texts]
     return choose(logits, parameters, [len(text.tokens) for text in texts]) if texts else []
 
 
-def _draw(logits: torch.Tensor, texts: Sequence[_Running], random: torch.Generator) -> list[int]:
-    """A token per row of `logits`, by inversion of the cumulated softmax; the likeliest one at temperature 0."""
+def _draw(logits: torch.Tensor, texts: Sequence[_UnfinishedText], random: torch.Generator) -> list[int]:
+    """Draw a token per row of `logits` by inversion of the cumulated softmax; at temperature 0, the likeliest."""
     if not texts:
         return []
     temperatures = [text.assignment.temperature for text in texts]
@@ -132,12 +132,12 @@ def _draw(logits: torch.Tensor, texts: Sequence[_Running], random: torch.Generat
 
 
 def write_shards(
-    texts: Iterable[shards.Text], folder: Path, prefix: str, shard_tokens: int, report: Callable[[int], None]
+    texts: Iterable[shards.GeneratedText], folder: Path, prefix: str, shard_tokens: int, report: Callable[[int], None]
 ) -> None:
-    """Write texts into shards of about `shard_tokens` tokens named after `prefix`; `report` gets each text's length."""
+    """Write texts into shards of about `shard_tokens` tokens, named after `prefix`. report: gets each text's length."""
     folder.mkdir(parents=True, exist_ok=True)
     number = sum(path.name.startswith(f"{prefix}-") for path in shards.files(folder))
-    pending: list[shards.Text] = []
+    pending: list[shards.GeneratedText] = []
     for text in texts:
         pending.append(text)
         report(len(text.tokens))

@@ -1,4 +1,4 @@
-"""What a draft model is trained for: its estimates over several draft steps, held against the target's distribution."""
+"""Loss of a draft model: its estimates over several draft steps against the target's distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.drafter.hidden.target import TargetParts
 
 
 def bottom_outputs(parts: TargetParts, tokens: Tensor) -> Tensor:
-    """What the target's first layers make of a whole text: (tokens, size) of (tokens,)."""
+    """Return the output of the target's first layers for a whole text: (tokens, size) of (tokens,)."""
 
     def attend(_number: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return _causal(q[None], k[None], v[None])[0]
@@ -26,12 +26,12 @@ def bottom_outputs(parts: TargetParts, tokens: Tensor) -> Tensor:
 
 
 def unrolled(model: HiddenDraft, known: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
-    """Estimates of h at every position of a batch of texts, for draft steps 1 to `steps`: (texts, tokens, size) each.
+    """Return the estimates of h at every position, for draft steps 1 to `steps`: (texts, tokens, size) each.
 
-    known: `HiddenDraft.known` of every token; hidden: the target's states (texts, tokens, size). In step s a position
-    is reached after s - 1 draft tokens: its own input and the s - 2 before it are built on the model's estimates,
-    everything earlier on the target's states; so it attends to the exact keys at least s - 1 back, and to one key of
-    each step between. All positions are computed at once, as in EAGLE-3 (arXiv 2503.01840).
+    known: `HiddenDraft.known` of every token. hidden: the target's states (texts, tokens, size). Step s reaches a
+    position after s - 1 draft tokens. Its own input and the s - 2 inputs before it come from the model's estimates, all
+    earlier ones from the target's states. So the position attends to the exact keys at least s - 1 back, and to one key
+    of each step between. All positions are computed at once, as in EAGLE-3 (arXiv 2503.01840).
     """
     tokens = known.shape[1]
     positions = torch.arange(tokens, device=known.device)
@@ -75,7 +75,7 @@ def _causal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 def _later(x: Tensor, by: int) -> Tensor:
-    """x (texts, tokens, ...) moved to later positions, zeros coming in."""
+    """Move x (texts, tokens, ...) to later positions, with zeros at the first ones."""
     if not by:
         return x
     return torch.cat([torch.zeros_like(x[:, :by]), x[:, :-by]], 1)
@@ -83,16 +83,16 @@ def _later(x: Tensor, by: int) -> Tensor:
 
 @dataclass(frozen=True)
 class HeadRows:
-    """Some rows of the target's head: all of `certain`, and a random share of the others standing for the rest."""
+    """Rows of the target's head: certain ones, and a random sample that stands for the rest."""
 
     weight: Tensor
     """(rows, hidden size)"""
     correction: Tensor
-    """(rows,) added to logits: minus the log of a row's probability to be here."""
+    """(rows,), added to logits: minus the log of the probability that the row is in the sample."""
 
     @classmethod
     def draw(cls, head: Tensor, certain: Tensor, extra: int, random: torch.Generator) -> HeadRows:
-        """`certain` are token ids; `extra` others are drawn from the rest of the vocabulary."""
+        """Take the rows of the token ids `certain`, and `extra` others from the rest of the vocabulary."""
         chosen = torch.zeros(len(head), dtype=torch.bool)
         chosen[certain] = True
         rest = (~chosen).nonzero()[:, 0]
@@ -107,7 +107,7 @@ class HeadRows:
 
 @dataclass(frozen=True)
 class Losses:
-    """The loss to descend, and per draft step the share of positions where the likeliest tokens agree."""
+    """The loss to minimise, and for each draft step the share of positions at which the likeliest tokens agree."""
 
     total: Tensor
     agreement: list[float]
@@ -124,7 +124,7 @@ def losses(
     step_decay: float,
     regression: float,
 ) -> Losses:
-    """Cross-entropy against the target's softmax at temperature 1, plus `regression` times smooth L1 on the states.
+    """Return the cross-entropy with the target's softmax at temperature 1, plus `regression` times smooth L1 on states.
 
     learned: bool (texts, tokens), the positions that count. Step s has weight step_decay^(s-1).
     """

@@ -1,10 +1,10 @@
-"""Prompts from which the target model writes the answers a draft model learns from.
+"""Prompts for the target model, whose answers a draft model learns from.
 
-Templates and the fillers of their slots are TOML files in `templates/`. Held-out templates are
-other templates, and fill their slots from the last part of each list, which training templates never see.
+Templates and the fillers of their slots are TOML files in `templates/`. Held-out templates are kept out of training;
+they fill their slots from the last part of each list, from which training templates never draw.
 
 A slot is a list's name in braces: `{city}`. `{city2}` is another city of the same prompt, `{City}` has a capital first
-letter, and "a {job}" becomes "an actor". Fillers may have slots themselves. All other braces are text.
+letter, and "a {job}" becomes "an actor". Fillers may have slots. All other braces are text.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ class Turn:
 
 @dataclass(frozen=True)
 class Prompt:
-    """What the target model is asked: either a conversation that ends with the user, or raw text to be continued."""
+    """A prompt for the target model: either a conversation that ends with the user, or raw text to continue."""
 
     template: str
     kind: str
@@ -79,7 +79,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt with slots; text is what follows without a chat template, and then there are no turns."""
+    """A prompt with slots. It has either `turns`, or `text` that is used without a chat template."""
 
     id: str
     kind: str
@@ -89,10 +89,9 @@ class Template:
 
 
 class Corpus:
-    """Templates and the lists their slots are filled from.
+    """Templates, and the lists that fill their slots.
 
-    Raises ValueError if a template has no id of its own, an unknown slot, or isn't a conversation that ends with the
-    user.
+    Raises ValueError if a template has no id, a used id, an unknown slot, or a last turn that is not the user's.
     """
 
     def __init__(self, files: Sequence[Mapping[str, Any]], lists: Mapping[str, Sequence[str]]) -> None:
@@ -113,7 +112,7 @@ class Corpus:
                 self._check(f"List {name}", filler)
 
     def fillers(self, name: str, held_out: bool) -> Sequence[str]:
-        """The fillers of a list that are for held-out prompts or for training; short lists are shared by both."""
+        """Return a list's fillers for held-out prompts or for training. Both share a short list."""
         fillers = self._lists[name]
         if len(fillers) < SPLIT_FROM:
             return fillers
@@ -121,7 +120,7 @@ class Corpus:
         return fillers[kept:] if held_out else fillers[:kept]
 
     def render(self, template: Template, rng: random.Random) -> Prompt:
-        """The template with its slots filled, and now and then a system message or a wish about the answer's style."""
+        """Fill the template's slots, and now and then add a system message or a wish about the answer's style."""
         filling = _Filling(self, template.held_out, rng)
         if template.turns is None:
             return Prompt(template.id, template.kind, None, filling.fill(template.text or ""), template.held_out)
@@ -138,9 +137,9 @@ class Corpus:
         return Prompt(template.id, template.kind, tuple(turns), None, template.held_out)
 
     def sample(self, seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[Prompt]:
-        """Distinct prompts, the same for the same arguments, with each template in turn.
+        """Draw distinct prompts from each template in turn. The same arguments give the same prompts.
 
-        Raises ValueError if there are no such templates or they can't make so many different prompts.
+        Raises ValueError if there are no such templates or they make fewer different prompts.
         """
         rng = random.Random(seed)
         chosen = [
@@ -176,7 +175,7 @@ class Corpus:
 
 @dataclass
 class _Filling:
-    """The fillers of one prompt: a slot that comes twice is filled alike, `{name}` and `{name2}` differ."""
+    """The fillers of one prompt. The same slot gets the same filler; `{name}` and `{name2}` get different ones."""
 
     corpus: Corpus
     held_out: bool
@@ -184,7 +183,7 @@ class _Filling:
     drawn: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def fill(self, content: str, depth: int = 0) -> str:
-        """The content with every slot filled. Raises ValueError if lists refer to each other in a circle."""
+        """Fill every slot. Raises ValueError if lists refer to each other in a circle."""
         if depth > _DEEPEST:
             raise ValueError(f"The slots of {content!r} lead back to themselves. Take the circle out of slots.toml.")
         return _SLOT.sub(lambda match: self._filled(match, depth), content)
@@ -214,7 +213,7 @@ class _Filling:
 
 @cache
 def corpus() -> Corpus:
-    """The packaged templates and lists."""
+    """Return the packaged templates and lists."""
     folder = resources.files(__package__) / "templates"
     files = {
         path.name: tomllib.loads(path.read_text("utf-8")) for path in folder.iterdir() if path.name.endswith(".toml")
@@ -224,14 +223,14 @@ def corpus() -> Corpus:
 
 
 def sample(seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[Prompt]:
-    """Distinct prompts of the packaged corpus; see Corpus.sample."""
+    """Draw distinct prompts of the packaged corpus; see `Corpus.sample`."""
     return corpus().sample(seed, count, held_out, kinds)
 
 
 def free_text(seed: int, count: int, chars: tuple[int, int] = (600, 2000)) -> list[str]:
-    """Passages of texts and programs that this machine's packages ship, each between two lengths in characters.
+    """Draw passages of texts and programs from this machine's packages, with lengths in characters in a range.
 
-    The same for the same arguments and files. Fewer than asked for, or none, where there isn't enough text.
+    The same arguments and files give the same passages. With too little text there are fewer, or none.
     """
     rng = random.Random(seed)
     sources = [files for files in _sources() if files]
@@ -275,7 +274,7 @@ def _list_name(slot: str) -> str:
 
 @cache
 def _sources() -> list[list[tuple[Path, bool]]]:
-    """Files by kind of text, so that each kind is drawn as often; True for those whose docstrings are the text."""
+    """Return files by kind of text, which are drawn equally often. True: the text is the file's docstrings."""
     shared = Path("/usr/share")
     documents = [
         path
@@ -302,7 +301,7 @@ def _files(folder: Path) -> list[Path]:
 
 
 def _read(path: Path, docstrings: bool) -> str:
-    """A file's text; empty if it can't be read, isn't text, or its lines are too long to have been written by hand."""
+    """Return a file's text; empty if it is unreadable, no text, or has lines too long to be written by hand."""
     try:
         data = path.read_bytes()
         text = (gzip.decompress(data) if path.suffix == ".gz" else data).decode("utf-8")
@@ -317,7 +316,7 @@ def _read(path: Path, docstrings: bool) -> str:
 
 
 def _passage(text: str, rng: random.Random, chars: tuple[int, int]) -> str | None:
-    """A part of the text from the start of one paragraph to the end of a line; None if there is none long enough."""
+    """Draw a part of the text, from the start of a paragraph to the end of a line; None if the text is too short."""
     shortest, longest = chars
     starts = [0, *(match.end() for match in re.finditer(r"\n\n(?=\S)", text))]
     starts = [start for start in starts if start + shortest <= len(text)]

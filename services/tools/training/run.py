@@ -1,10 +1,10 @@
-"""A training run's folder and its stages: prompts, generation, held-out texts, training. Each goes on where it stopped.
+"""A training run's folder and its stages: prompts, generation, held-out texts, training. A stopped stage resumes.
 
-prompts.jsonl           what the target is asked, one prompt a line
-texts/*.safetensors     its answers with their hidden states (`shards`)
-held_out/               the same for templates and fillers that are never trained on; `held_out.part` until complete
-controller_texts/       such texts again, from which the controller learns
-checkpoint.pt           the draft model on its way
+prompts.jsonl           the prompts, one a line
+texts/*.safetensors     the target's answers with their hidden states (`shards`)
+held_out/               answers to prompts kept out of training; `held_out.part` until complete
+controller_texts/       further answers to such prompts, from which the controller learns
+checkpoint.pt           the draft model in training
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from services.tools.training import shards
 from services.tools.training.config import Config, Generation
 from services.tools.training.generate import Assignment, generate, write_shards
 from services.tools.training.loss import bottom_outputs
-from services.tools.training.train import Progress, frequent_tokens, initialise, train
+from services.tools.training.train import TrainingProgress, frequent_tokens, initialise, train
 from shared.engine import Engine
 from shared.engine.blocks import BLOCK
 from shared.engine.engine import DTYPES
@@ -39,25 +39,25 @@ from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
 EVALUATED = (0.0, 0.7, 1.0)
-"""Temperatures at which drafts are evaluated."""
+"""Temperatures of the texts for evaluation."""
 EVALUATED_TOKENS = 128
 
 
-class Run:
-    """A training run of a draft model for the target in `target`, kept in `folder`."""
+class TrainingRun:
+    """A training run of a draft model for `target`, with its files in `folder`."""
 
     def __init__(self, config: Config, target: ModelFolder, folder: Path) -> None:
         self.config = config
         self.target = target
-        self.folder = made(folder)
+        self.folder = created(folder)
 
     @property
     def texts(self) -> Path:
-        """Folder of the texts to learn from."""
+        """Folder of the texts for training."""
         return self.folder / "texts"
 
     def write_prompts(self) -> int:
-        """Draw the prompts of the run, unless that was done; returns how many there are."""
+        """Draw the run's prompts if there are none yet; return their number."""
         path = self.folder / "prompts.jsonl"
         if not path.is_file():
             _write_lines(path, self._assignments())
@@ -84,7 +84,7 @@ class Run:
             origin += 1
 
     def generate_all(self, report: Callable[[int], None]) -> None:
-        """Answer the prompts, in as many processes as there are workers. Raises EngineError if one of them fails."""
+        """Answer the prompts, in one process per worker. Raises EngineError if one of them fails."""
         workers = self.config.generation.workers
         if workers == 1:
             self.generate(0, report)
@@ -102,11 +102,11 @@ class Run:
                 running -= count == 0
                 report(count)
             if any(process.exitcode for process in processes):
-                raise EngineError("a process that generated texts has failed; what it finished is kept: run it again")
+                raise EngineError("a generation process failed; its finished texts are kept: run the command again")
             time.sleep(0.2)
 
     def generate(self, worker: int, report: Callable[[int], None]) -> None:
-        """Answer one worker's share of the prompts, those that were answered before left out."""
+        """Answer the prompts of one worker's share that have no answer yet."""
         settings = self.config.generation
         done = shards.origins(self.texts)
         mine = [
@@ -126,16 +126,16 @@ class Run:
 
     @property
     def held_out(self) -> Path:
-        """Folder of the texts to evaluate on."""
+        """Folder of the texts for evaluation."""
         return self.folder / "held_out"
 
     @property
     def controller_texts(self) -> Path:
-        """Folder of the texts from which the controller learns: of the same templates, but of other prompts."""
+        """Folder of the texts for the controller: other prompts of the same held-out templates."""
         return self.folder / "controller_texts"
 
     def generate_held_out(self, folder: Path, seed: int, report: Callable[[int], None]) -> None:
-        """The target's answers to prompts never trained on, each at every temperature of EVALUATED."""
+        """Answer prompts kept out of training, each at every temperature of EVALUATED, unless `folder` has them."""
         if shards.files(folder):
             return
         unfinished = folder.with_name(f"{folder.name}.part")
@@ -155,7 +155,7 @@ class Run:
         unfinished.replace(folder)
 
     def config_of_model(self) -> HiddenDraftConfig:
-        """The draft model's shape. Raises ModelError or SettingsError if the target has no such layers."""
+        """Return the draft model's shape. Raises ModelError or SettingsError if the target lacks these layers."""
         shape = self.config.model
         layer = layer_config(self.target).model_copy(update={"rope_theta": shape.rope_theta})
         layers = self.target.config.get("num_hidden_layers", 0)
@@ -170,8 +170,8 @@ class Run:
             vocab_size=self.target.vocab_size,
         )
 
-    def texts_of(self, folder: Path, parts: TargetParts) -> list[shards.Text]:
-        """The texts in `texts` or `held_out`, each with the outputs of the target's first layers."""
+    def texts_of(self, folder: Path, parts: TargetParts) -> list[shards.GeneratedText]:
+        """Return the texts of a folder, with the outputs of the target's first layers if the draft uses them."""
         if not parts.bottom:
             return list(shards.load_all(folder))
         kept = folder / f"bottom-{len(parts.bottom)}"
@@ -179,11 +179,11 @@ class Run:
         return [text for shard in found for text in shard]
 
     def parts(self, bottom_layers: int) -> TargetParts:
-        """What is used of the target."""
+        """Return the parts of the target that a draft with this many bottom layers uses."""
         return target_parts(self.target, bottom_layers, DTYPES[self.config.target_dtype]).to(self.config.device)
 
-    def train(self, report: Callable[[Progress], None]) -> HiddenDraft:
-        """The trained model; goes on from the checkpoint if there is one."""
+    def train(self, report: Callable[[TrainingProgress], None]) -> HiddenDraft:
+        """Train the model, from the checkpoint if there is one, and return it."""
         settings = self.config.training
         torch.set_num_threads(settings.threads)
         torch.manual_seed(self.config.seed)
@@ -197,7 +197,7 @@ class Run:
         return model.cpu()
 
     def save(self, model: HiddenDraft, out: Path) -> None:
-        """Write the draft, its head being the tokens that are most frequent in the texts."""
+        """Write the draft, with a head of the texts' most frequent tokens."""
         count = self.config.training.head_rows or self.target.vocab_size
         ids = frequent_tokens(list(shards.load_all(self.texts)), self.target.vocab_size, count)
         weights.save(out, model, ids, self.target)
@@ -214,23 +214,23 @@ class Run:
         )
 
 
-def made(folder: Path) -> Path:
-    """The folder, made if it is not there yet. Raises SettingsError."""
+def created(folder: Path) -> Path:
+    """Create the folder if it is missing, and return it. Raises SettingsError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(f"{folder} cannot be made a folder to write to: {error.strerror}") from error
+        raise SettingsError(f"{folder} cannot be created as a folder: {error.strerror}") from error
     return folder
 
 
 def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQueue[int]) -> None:
-    """A worker's process: tells the length of every text, and 0 at the end."""
-    Run(Config.model_validate_json(config), ModelFolder(target), folder).generate(worker, counts.put)
+    """Run a worker's process, which puts each text's length and at the end a 0 into `counts`."""
+    TrainingRun(Config.model_validate_json(config), ModelFolder(target), folder).generate(worker, counts.put)
     counts.put(0)
 
 
 def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.Prompt]:
-    """Prompts of the corpus. Raises SettingsError if it does not make so many."""
+    """Draw prompts of the corpus. Raises SettingsError if it makes fewer."""
     try:
         return corpus.sample(seed, count, held_out)
     except ValueError as error:
@@ -238,7 +238,7 @@ def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.Prompt]:
 
 
 def _encoded(prompt: corpus.Prompt, tokenizer: Tokenizer, longest: int) -> list[int]:
-    """The prompt's tokens, the last `longest` of them."""
+    """Return the last `longest` of the prompt's tokens."""
     if prompt.turns is None:
         ids = tokenizer.encode(prompt.text or "")
     else:

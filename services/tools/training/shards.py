@@ -1,4 +1,4 @@
-"""Generated texts on disk: token ids beside the target's final hidden states, in shards of safetensors.
+"""Generated texts on disk: token ids and the target's final hidden states, in shards of safetensors.
 
 A shard holds whole texts, one after the other:
 
@@ -6,8 +6,8 @@ A shard holds whole texts, one after the other:
     hidden       bfloat16 (tokens, size)   the target's state after its last norm at each token
     starts       int64 (texts + 1,)        where each text begins, and the end of the last
     prompt_len   int32 (texts,)            how many of its tokens are the prompt
-    origin       int64 (texts,)            index of its prompt in the run's list, by which a stopped run goes on
-    temperature  float32 (texts,)          what it was sampled with
+    origin       int64 (texts,)            index of its prompt in the run's list, by which a stopped run resumes
+    temperature  float32 (texts,)          its sampling temperature
 
 and `kinds` in its metadata, the kind of each text.
 """
@@ -26,8 +26,8 @@ from safetensors.torch import save_file
 
 
 @dataclass(frozen=True)
-class Text:
-    """One generated text: `tokens` with the prompt first, `hidden` (tokens, size) for each of them."""
+class GeneratedText:
+    """A generated text: `tokens` with the prompt first, and `hidden` (tokens, size) of each of them."""
 
     tokens: torch.Tensor
     hidden: torch.Tensor
@@ -36,11 +36,11 @@ class Text:
     temperature: float
     kind: str
     bottom: torch.Tensor | None = None
-    """What the target's first layers make of the tokens, (tokens, size); kept in a folder of its own."""
+    """Output of the target's first layers for the tokens, (tokens, size); kept in a folder of its own."""
 
 
-def save(path: Path, texts: Sequence[Text]) -> None:
-    """Write a shard, whole or not at all."""
+def save(path: Path, texts: Sequence[GeneratedText]) -> None:
+    """Write a shard. An interrupted write leaves no shard."""
     lengths = torch.tensor([len(text.tokens) for text in texts])
     tensors = {
         "tokens": torch.cat([text.tokens for text in texts]).to(torch.int32),
@@ -55,14 +55,14 @@ def save(path: Path, texts: Sequence[Text]) -> None:
     os.replace(unfinished, path)
 
 
-def load(path: Path) -> list[Text]:
-    """The texts of a shard; their tensors are views of the mapped file."""
+def load(path: Path) -> list[GeneratedText]:
+    """Return the texts of a shard. Their tensors are views of the mapped file."""
     with safe_open(path, framework="pt") as file:
-        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is no mapping
+        parts = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a mapping
         kinds = json.loads(file.metadata()["kinds"])
     starts = parts["starts"].tolist()
     return [
-        Text(
+        GeneratedText(
             parts["tokens"][starts[i] : starts[i + 1]],
             parts["hidden"][starts[i] : starts[i + 1]],
             int(parts["prompt_len"][i]),
@@ -75,18 +75,18 @@ def load(path: Path) -> list[Text]:
 
 
 def files(folder: Path) -> list[Path]:
-    """The finished shards in a folder, in a fixed order."""
+    """Return the finished shards of a folder, in a fixed order."""
     return sorted(folder.glob("*.safetensors"))
 
 
-def load_all(folder: Path) -> Iterator[Text]:
-    """The texts of all shards in a folder."""
+def load_all(folder: Path) -> Iterator[GeneratedText]:
+    """Yield the texts of all shards of a folder."""
     for path in files(folder):
         yield from load(path)
 
 
-def with_bottom(path: Path, folder: Path, compute: Callable[[torch.Tensor], torch.Tensor]) -> list[Text]:
-    """The texts of a shard with their `bottom`, which is computed once, per text, and kept in `folder`."""
+def with_bottom(path: Path, folder: Path, compute: Callable[[torch.Tensor], torch.Tensor]) -> list[GeneratedText]:
+    """Return the texts of a shard with their `bottom`, which is computed once and kept in `folder`."""
     texts = load(path)
     kept = folder / path.name
     if not kept.is_file():
@@ -101,7 +101,7 @@ def with_bottom(path: Path, folder: Path, compute: Callable[[torch.Tensor], torc
 
 
 def origins(folder: Path) -> set[int]:
-    """Which prompts have been answered in this folder."""
+    """Return the indices of the prompts that a folder has answers of."""
     done: set[int] = set()
     for path in files(folder):
         with safe_open(path, framework="pt") as file:

@@ -1,4 +1,4 @@
-"""Training the draft model on generated texts, in stages; a stopped run goes on from its last checkpoint."""
+"""Training of the draft model on generated texts, in stages. A stopped run resumes from its last checkpoint."""
 
 from __future__ import annotations
 
@@ -17,40 +17,44 @@ from torch import Tensor
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target import TargetParts
 from services.tools.training.config import Training
-from services.tools.training.loss import HeadRows, losses, unrolled
-from services.tools.training.shards import Text
+from services.tools.training.loss import HeadRows, Losses, losses, unrolled
+from services.tools.training.shards import GeneratedText
 from shared.errors import SettingsError
 
 CHECKPOINT_S = 120.0
+REPORT_S = 10.0
 RIDGE_TOKENS = 60_000
+"""Tokens that the first linear guess is fitted on."""
 
 
 @dataclass(frozen=True)
-class Progress:
-    """Where training stands. `agreement` and `cross_entropy` are means since the last report, by draft step."""
+class TrainingProgress:
+    """Progress of a training. `agreement` and `cross_entropy` are means since the last report, by draft step."""
 
     stage: int
     tokens: int
+    """Answer tokens learned in this stage."""
     of: int
+    """Answer tokens of this stage."""
     rate: float
-    """Answer tokens per second, lately."""
+    """Answer tokens per second since the last report."""
     agreement: list[float]
     cross_entropy: list[float]
 
 
-def frequent_tokens(texts: Sequence[Text], vocab_size: int, count: int) -> Tensor:
-    """Ids of the most frequent tokens, most frequent first; those never seen follow in order of id."""
+def frequent_tokens(texts: Sequence[GeneratedText], vocab_size: int, count: int) -> Tensor:
+    """Return the ids of the most frequent tokens, most frequent first; unseen tokens follow in order of id."""
     seen = torch.zeros(vocab_size, dtype=torch.int64)
     for text in texts:
         seen += torch.bincount(text.tokens.long(), minlength=vocab_size)
     return seen.argsort(descending=True, stable=True)[:count]
 
 
-def initialise(model: HiddenDraft, texts: Sequence[Text], parts: TargetParts, seed: int) -> None:
+def initialise(model: HiddenDraft, texts: Sequence[GeneratedText], parts: TargetParts, seed: int) -> None:
     """Set `spread` from the data, the last norm to the target's, and `fc` to the best linear guess of the next state.
 
-    The layers' own part begins near zero, so that training starts from that guess. Raises SettingsError if the texts
-    are too short to guess anything from.
+    The layers' contribution starts near zero, so that training starts from that guess. Raises SettingsError if the
+    texts are too short for one.
     """
     chosen = list(texts)
     random.Random(seed).shuffle(chosen)
@@ -87,22 +91,24 @@ class Minibatch:
     bottom: Tensor | None
     hidden: Tensor
     learned: Tensor
-    """Positions that count: the answer's, from its first token to the last one with a known state."""
+    """Positions to learn from: the answer's, from its first token to the last one with a known state."""
 
-    def to(self, device: torch.device) -> Minibatch:
-        """The same on a device."""
-        bottom = None if self.bottom is None else self.bottom.to(device)
-        return Minibatch(self.tokens.to(device), bottom, self.hidden.to(device), self.learned.to(device))
+    def to(self, torch_device: torch.device) -> Minibatch:
+        """Return a copy on a torch device."""
+        bottom = None if self.bottom is None else self.bottom.to(torch_device)
+        return Minibatch(
+            self.tokens.to(torch_device), bottom, self.hidden.to(torch_device), self.learned.to(torch_device)
+        )
 
 
-def batches(texts: Sequence[Text], tokens: int, drop: float, order: random.Random) -> Iterator[Minibatch]:
-    """One pass over the texts in random order, about `tokens` a batch. `drop` is `Training.drop_states`."""
+def batches(texts: Sequence[GeneratedText], tokens: int, drop: float, order: random.Random) -> Iterator[Minibatch]:
+    """Yield one pass over the texts in random order, about `tokens` a batch. drop: `Training.drop_states`."""
     shuffled = list(texts)
     order.shuffle(shuffled)
     pools = [sorted(shuffled[i : i + 512], key=lambda text: len(text.tokens)) for i in range(0, len(shuffled), 512)]
-    groups: list[list[Text]] = []
+    groups: list[list[GeneratedText]] = []
     for pool in pools:
-        group: list[Text] = []
+        group: list[GeneratedText] = []
         for text in pool:
             if group and (len(group) + 1) * len(text.tokens) > tokens:
                 groups.append(group)
@@ -114,7 +120,7 @@ def batches(texts: Sequence[Text], tokens: int, drop: float, order: random.Rando
         yield _padded(group, drop, order)
 
 
-def _padded(group: Sequence[Text], drop: float, order: random.Random) -> Minibatch:
+def _padded(group: Sequence[GeneratedText], drop: float, order: random.Random) -> Minibatch:
     longest = max(len(text.tokens) for text in group)
     tokens = torch.zeros(len(group), longest, dtype=torch.int64)
     hidden = torch.zeros(len(group), longest, group[0].hidden.shape[1], dtype=torch.bfloat16)
@@ -128,7 +134,7 @@ def _padded(group: Sequence[Text], drop: float, order: random.Random) -> Minibat
             bottom[i, :n] = text.bottom
         first = max(1, text.prompt_len)
         if order.random() < drop:
-            # A regulariser: what comes behind is guessed without these states.
+            # A regulariser: later positions are guessed without these states.
             missing = order.randrange(1, max(2, n // 2))
             hidden[i, :missing] = 0
             first = max(first, missing + 1)
@@ -138,95 +144,131 @@ def _padded(group: Sequence[Text], drop: float, order: random.Random) -> Minibat
 
 def train(
     model: HiddenDraft,
-    texts: Callable[[], Sequence[Text]],
+    texts: Callable[[], Sequence[GeneratedText]],
     parts: TargetParts,
     settings: Training,
     seed: int,
     checkpoint: Path,
-    report: Callable[[Progress], None],
+    report: Callable[[TrainingProgress], None],
 ) -> None:
-    """Run all stages. `texts` is asked again at each pass over them, so that generation may still be going on.
+    """Run all stages. texts: returns the texts, and is called before each pass, since generation may still go on.
 
     Raises SettingsError if the gradient stops being a number, if no text has a token to learn from, or if the
-    checkpoint is of a model of another shape.
+    checkpoint has a model of another shape.
     """
-    frequent = frequent_tokens(texts(), model.config.vocab_size, settings.frequent_rows)
-    others = [parameter for name, parameter in model.named_parameters() if name != "fc.weight"]
-    optimiser = torch.optim.AdamW(
-        [{"params": others, "scale": 1.0}, {"params": [model.fc.weight], "scale": settings.fc_rate}],
-        betas=(0.9, 0.95),
-        weight_decay=settings.weight_decay,
-        fused=True,
-    )
-    stage, done = _resume(checkpoint, model, optimiser)
-    # A run that goes on takes the texts in another order than before, or it would see the first ones twice.
-    order = random.Random(f"{seed} {stage} {done}")
-    drawn = torch.Generator().manual_seed(order.getrandbits(63))
-    for number in range(stage, len(settings.stages)):
-        plan = settings.stages[number]
+    _Trainer(model, texts, parts, settings, checkpoint, report).run(seed)
+
+
+class _Trainer:
+    """One training: the model, its optimiser, and where the training stands."""
+
+    def __init__(
+        self,
+        model: HiddenDraft,
+        texts: Callable[[], Sequence[GeneratedText]],
+        parts: TargetParts,
+        settings: Training,
+        checkpoint: Path,
+        report: Callable[[TrainingProgress], None],
+    ) -> None:
+        self._model = model
+        self._texts = texts
+        self._parts = parts
+        self._settings = settings
+        self._checkpoint = checkpoint
+        self._report = report
+        self._frequent = frequent_tokens(texts(), model.config.vocab_size, settings.frequent_rows)
+        others = [parameter for name, parameter in model.named_parameters() if name != "fc.weight"]
+        self._optimiser = torch.optim.AdamW(
+            [{"params": others, "scale": 1.0}, {"params": [model.fc.weight], "scale": settings.fc_rate}],
+            betas=(0.9, 0.95),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self._done = 0
+        """Tokens learned in the current stage."""
+
+    def run(self, seed: int) -> None:
+        stage, self._done = _resume(self._checkpoint, self._model, self._optimiser)
+        # A resumed run takes the texts in another order, or it would repeat the first ones.
+        order = random.Random(f"{seed} {stage} {self._done}")
+        rows_random = torch.Generator().manual_seed(order.getrandbits(63))
+        for number in range(stage, len(self._settings.stages)):
+            self._stage(number, order, rows_random)
+            self._done = 0
+            self._save(number + 1)
+
+    def _stage(self, number: int, order: random.Random, rows_random: torch.Generator) -> None:
+        stage, settings = self._settings.stages[number], self._settings
         updates = 0
         saved = reported = time.monotonic()
         since: list[tuple[int, list[float], list[float]]] = []
-        while done < plan.tokens:
-            before = done
-            for drawn_batch in batches(texts(), settings.batch_tokens, settings.drop_states, order):
-                batch = drawn_batch.to(parts.head.device)
+        while self._done < stage.tokens:
+            before = self._done
+            for batch in batches(self._texts(), settings.batch_tokens, settings.drop_states, order):
                 count = int(batch.learned.sum())
                 if not count:
                     continue
-                _set_rate(optimiser, plan.learning_rate, settings, updates, done / plan.tokens)
-                rows = HeadRows.draw(
-                    parts.head,
-                    torch.cat([frequent, drawn_batch.tokens[drawn_batch.learned.roll(1, 1)]]),
-                    settings.random_rows,
-                    drawn,
-                )
-                with torch.autocast(parts.head.device.type, torch.bfloat16):
-                    known = model.known(parts.embedding[batch.tokens], batch.bottom)
-                    estimates = unrolled(model, known, batch.hidden, plan.steps)
-                    loss = losses(
-                        estimates,
-                        batch.hidden,
-                        batch.learned,
-                        rows,
-                        model.spread,
-                        step_decay=settings.step_decay,
-                        regression=settings.regression,
-                    )
-                optimiser.zero_grad(set_to_none=True)
-                loss.total.backward()  # type: ignore[no-untyped-call]
-                norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-                if not math.isfinite(float(norm)):
-                    raise SettingsError("the gradient is not a number; use a lower learning rate")
-                optimiser.step()
-                done += count
+                _set_rate(self._optimiser, stage.learning_rate, settings, updates, self._done / stage.tokens)
+                loss = self._update(batch, stage.steps, rows_random)
+                self._done += count
                 updates += 1
                 since.append((count, loss.agreement, loss.cross_entropy))
                 now = time.monotonic()
-                if now - reported > 10 or done >= plan.tokens:
-                    report(_progress(number, done, plan.tokens, since, now - reported))
+                if now - reported > REPORT_S or self._done >= stage.tokens:
+                    self._report(_progress(number, self._done, stage.tokens, since, now - reported))
                     since, reported = [], now
                 if now - saved > CHECKPOINT_S:
-                    _save(checkpoint, model, optimiser, number, done)
+                    self._save(number)
                     saved = now
-                if done >= plan.tokens:
+                if self._done >= stage.tokens:
                     break
-            if done == before:
+            if self._done == before:
                 raise SettingsError("no text has a token to learn from: allow longer answers, or more prompts")
-        done = 0
-        _save(checkpoint, model, optimiser, number + 1, 0)
+
+    def _update(self, drawn: Minibatch, steps: int, rows_random: torch.Generator) -> Losses:
+        """Make one step of the optimiser. Raises SettingsError if the gradient is not a number."""
+        model, parts, settings = self._model, self._parts, self._settings
+        batch = drawn.to(parts.head.device)
+        certain = torch.cat([self._frequent, drawn.tokens[drawn.learned.roll(1, 1)]])
+        rows = HeadRows.draw(parts.head, certain, settings.random_rows, rows_random)
+        with torch.autocast(parts.head.device.type, torch.bfloat16):
+            known = model.known(parts.embedding[batch.tokens], batch.bottom)
+            estimates = unrolled(model, known, batch.hidden, steps)
+            loss = losses(
+                estimates,
+                batch.hidden,
+                batch.learned,
+                rows,
+                model.spread,
+                step_decay=settings.step_decay,
+                regression=settings.regression,
+            )
+        self._optimiser.zero_grad(set_to_none=True)
+        loss.total.backward()  # type: ignore[no-untyped-call]
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        if not math.isfinite(float(norm)):
+            raise SettingsError("the gradient is not a number; use a lower learning rate")
+        self._optimiser.step()
+        return loss
+
+    def _save(self, stage: int) -> None:
+        unfinished = self._checkpoint.with_suffix(".part")
+        state: dict[str, Any] = {"model": self._model.state_dict(), "optimiser": self._optimiser.state_dict()}
+        torch.save({**state, "stage": stage, "done": self._done}, unfinished)
+        os.replace(unfinished, self._checkpoint)
 
 
 def _progress(
     stage: int, done: int, of: int, since: Sequence[tuple[int, list[float], list[float]]], seconds: float
-) -> Progress:
+) -> TrainingProgress:
     total = sum(count for count, _, _ in since)
 
     def mean(which: int) -> list[float]:
         columns = zip(*(entry[which] for entry in since), strict=True)
         return [sum(n * v for (n, _, _), v in zip(since, column, strict=True)) / total for column in columns]
 
-    return Progress(stage, done, of, total / max(seconds, 1e-9), mean(1), mean(2))
+    return TrainingProgress(stage, done, of, total / max(seconds, 1e-9), mean(1), mean(2))
 
 
 def _set_rate(
@@ -238,13 +280,6 @@ def _set_rate(
         group["lr"] = rate * group["scale"]
 
 
-def _save(path: Path, model: HiddenDraft, optimiser: torch.optim.Optimizer, stage: int, done: int) -> None:
-    unfinished = path.with_suffix(".part")
-    state: dict[str, Any] = {"model": model.state_dict(), "optimiser": optimiser.state_dict()}
-    torch.save({**state, "stage": stage, "done": done}, unfinished)
-    os.replace(unfinished, path)
-
-
 def _resume(path: Path, model: HiddenDraft, optimiser: torch.optim.Optimizer) -> tuple[int, int]:
     if not path.is_file():
         return 0, 0
@@ -253,7 +288,7 @@ def _resume(path: Path, model: HiddenDraft, optimiser: torch.optim.Optimizer) ->
         model.load_state_dict(state["model"])
     except RuntimeError as error:
         raise SettingsError(
-            f"{path} is of a model of another shape; delete it to train anew, or restore [model] in the settings"
+            f"{path} has a model of another shape; delete it to train anew, or restore [model] in the settings"
         ) from error
     optimiser.load_state_dict(state["optimiser"])
     return int(state["stage"]), int(state["done"])

@@ -27,7 +27,7 @@ from services.tools.local.folder import state_folder
 from services.tools.training import shards
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Drafted, Summary, rounds
-from services.tools.training.run import Run
+from services.tools.training.run import TrainingRun
 from shared.engine import Engine
 from shared.errors import ModelError
 from shared.messages import HiddenFormat
@@ -72,7 +72,7 @@ class FixedTimes(RoundTimes):
 class DraftBench:
     """What all parts of the benchmark share."""
 
-    def __init__(self, run: Run, folder: HiddenDraftFolder, prompts: int) -> None:
+    def __init__(self, run: TrainingRun, folder: HiddenDraftFolder, prompts: int) -> None:
         texts = sorted(shards.load_all(run.held_out), key=lambda text: text.origin)
         self.texts = texts if not prompts else texts[: 3 * prompts]
         self.stop_ids = frozenset(run.target.eos_ids)
@@ -98,7 +98,7 @@ class DraftBench:
         controller = self.controller(rule, length, extra_ms)
         return list(rounds(self.source(name), NAMES[name], controller, self.texts, optimistic=ahead))
 
-    def real(self, name: str, rule: RuleName, length: int, texts: Sequence[shards.Text]) -> list[float]:
+    def real(self, name: str, rule: RuleName, length: int, texts: Sequence[shards.GeneratedText]) -> list[float]:
         """Tokens per second of each text, really drafted and verified; the controller learns its own times."""
         controller = Controller(rule, length, self.weights)
         source, names = self.source(name), NAMES.get(name, ())
@@ -122,7 +122,7 @@ def main() -> None:
     if folder is None:
         parser.error(f"no draft is shipped for {target.path}; name one's folder with --draft")
     console = terminal()
-    run = Run(Config.model_validate({}), target, options.run or state_folder() / "training" / target.name)
+    run = TrainingRun(Config.model_validate({}), target, options.run or state_folder() / "training" / target.name)
     console.print("generating the held-out texts, once, if they are not there (two minutes)", style="dim")
     run.generate_held_out(run.held_out, run.config.seed, lambda _: None)
     bench = DraftBench(run, folder, options.prompts)

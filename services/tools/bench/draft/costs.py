@@ -12,7 +12,7 @@ import torch
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.sources.model import draft_tokens
 from services.tools.training.evaluate import Costs
-from services.tools.training.shards import Text
+from services.tools.training.shards import GeneratedText
 from shared.engine import Engine, Step
 from shared.messages import Sampling
 from shared.sampling.sampler import Columns, choose
@@ -43,7 +43,7 @@ class DraftCosts:
         return Costs(self.decode_ms + HOPS_MS, self.token_ms, self.step_ms[1])
 
 
-def measure(engine: Engine, draft: DraftEngine, text: Text) -> DraftCosts:
+def measure(engine: Engine, draft: DraftEngine, text: GeneratedText) -> DraftCosts:
     """Measure both in turn, so that a machine whose speed drifts is fair to both."""
     ids = (text.tokens.tolist() * (CONTEXT // len(text.tokens) + 1))[:CONTEXT]
     engine.attach("cost", ids)

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from services.drafter.control import Controller
 from services.drafter.sources import DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
-from services.tools.training.shards import Text
+from services.tools.training.shards import GeneratedText
 from services.verifier.core.tasks import VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine
@@ -19,7 +19,7 @@ def tokens_per_second(
     source: DraftSource,
     names: tuple[str, ...],
     controller: Controller,
-    text: Text,
+    text: GeneratedText,
     stop_ids: frozenset[int],
 ) -> float:
     """Answer a text's prompt again; tokens after the first by the time after the first.
@@ -65,7 +65,9 @@ def _states(engine: Engine, session: str, seen: int, length: int) -> States:
     return States(start, engine.hidden(session, start, length - 1).float().numpy())
 
 
-def shortened(texts: Sequence[Text], kinds: Sequence[str], temperature: float, tokens: int) -> list[Text]:
+def shortened(
+    texts: Sequence[GeneratedText], kinds: Sequence[str], temperature: float, tokens: int
+) -> list[GeneratedText]:
     """One text of each kind at this temperature, its answer cut to `tokens`."""
     chosen = []
     for kind in kinds:
@@ -74,7 +76,7 @@ def shortened(texts: Sequence[Text], kinds: Sequence[str], temperature: float, t
             if text.kind == kind and text.temperature == temperature and long_enough:
                 end = text.prompt_len + tokens
                 chosen.append(
-                    Text(text.tokens[:end], text.hidden[:end], text.prompt_len, text.origin, temperature, kind)
+                    GeneratedText(text.tokens[:end], text.hidden[:end], text.prompt_len, text.origin, temperature, kind)
                 )
                 break
     return chosen
