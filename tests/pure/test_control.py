@@ -413,7 +413,7 @@ def test_saved_weights_load_unchanged(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "said"),
+    ("text", "message"),
     [
         ("{", "Invalid JSON"),
         ('{"version": 2}', "version"),
@@ -427,10 +427,10 @@ def test_saved_weights_load_unchanged(tmp_path: Path) -> None:
         ),
     ],
 )
-def test_a_bad_weights_file_is_refused(tmp_path: Path, text: str, said: str) -> None:
+def test_a_bad_weights_file_is_refused(tmp_path: Path, text: str, message: str) -> None:
     path = tmp_path / "w.json"
     path.write_text(text)
-    with pytest.raises(ModelError, match=said) as refused:
+    with pytest.raises(ModelError, match=message) as refused:
         load_weights(path)
     assert str(path) in str(refused.value)
 
