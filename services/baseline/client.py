@@ -15,8 +15,8 @@ from contextlib import asynccontextmanager
 from services.baseline import engine as core
 from services.baseline.link import Frames, frame
 from services.baseline.settings import BaselineSettings
-from services.gateway.backend import Backend
 from services.gateway.errors import unavailable
+from services.gateway.sessions import Backend
 from shared.broker import topology
 from shared.broker.topology import Queue
 from shared.errors import BrokersError, EngineError

@@ -20,12 +20,12 @@ from prometheus_client import REGISTRY, CollectorRegistry
 from services.baseline.client import started
 from services.baseline.settings import BaselineSettings
 from services.gateway.app import Gateway
-from services.gateway.backend import Backend
 from services.gateway.core.admission import Admission
+from services.gateway.core.completion import sessions_of
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
-from services.gateway.session import sessions_of
+from services.gateway.sessions import Backend
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.runtime import logging

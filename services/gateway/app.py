@@ -18,19 +18,19 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.answer import Answer, Order
-from services.gateway.backend import Backend
-from services.gateway.core.place import Place
+from services.gateway.core.cursor import Place
 from services.gateway.core.slo import class_of, slo_of
 from services.gateway.errors import ApiError, internal_error, invalid
-from services.gateway.guard import Guard, KeyFile, key_of
 from services.gateway.headers import draft_of, pool_of
+from services.gateway.keys import Guard, KeyFile, key_of
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
-from services.gateway.plan import Limits, check_prompt, plan
 from services.gateway.prompt import chat_prompt, text_prompt
+from services.gateway.request import Limits, check_prompt, plan
+from services.gateway.response import Answer, Order
 from services.gateway.resume import LAST_EVENT_ID, Kept, holder_of, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
+from services.gateway.sessions import Backend
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Reply
 from shared.broker.topology import device_name

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from services.gateway.errors import invalid
-from services.gateway.plan import Limits, too_long
+from services.gateway.request import Limits, too_long
 from shared.models.errors import ChatTemplateError
 from shared.models.text import Tokenizer
 

@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING
 import msgpack
 from pydantic import ValidationError
 
-from services.gateway.answer import Answer, Order
+from services.gateway.core.cursor import Place
 from services.gateway.core.keys import ApiKey
-from services.gateway.core.place import Place
 from services.gateway.errors import ApiError, unavailable
-from services.gateway.plan import Plan, session_name
+from services.gateway.request import Plan, session_name
+from services.gateway.response import Answer, Order
 from services.gateway.stream import Reply
 from shared.errors import BrokersError
 from shared.messages import DraftChoice, Record

@@ -9,15 +9,15 @@ from contextlib import suppress
 from prometheus_client import REGISTRY, CollectorRegistry
 
 from services.gateway.app import Gateway
-from services.gateway.backend import Backend
 from services.gateway.core.admission import Admission
+from services.gateway.core.completion import sessions_of
 from services.gateway.errors import ApiError
 from services.gateway.fleet import Fleet
-from services.gateway.guard import KeyFile
+from services.gateway.keys import KeyFile
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
 from services.gateway.server import listen, serve_api
-from services.gateway.session import sessions_of
+from services.gateway.sessions import Backend
 from services.gateway.settings import GatewaySettings
 from shared.broker.client import Broker
 from shared.broker.topology import LOAD, Queue, Topology, result

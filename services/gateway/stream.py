@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from services.gateway.core.completion import Piece, Round, Tally, Token
 from services.gateway.core.slo import Outcome
-from services.gateway.session import Piece, Round, Tally, Token
 from shared.messages import Slo
 
 DONE = b"data: [DONE]\n\n"

@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from services.gateway.core.keys import KeyLimits, KeyRing, new_key, parse, render
-from services.gateway.guard import KeyFile
+from services.gateway.keys import KeyFile
 from services.gateway.ledger import duration
 from services.gateway.settings import GatewaySettings, is_loopback
 from services.tools.cli.main import app

@@ -21,15 +21,15 @@ from hypothesis import strategies as st
 from prometheus_client import CollectorRegistry
 
 from services.gateway.app import Gateway, create_app
-from services.gateway.backend import Backend
 from services.gateway.core.admission import Admission
+from services.gateway.core.completion import Session
 from services.gateway.core.keys import new_key, render
 from services.gateway.errors import unavailable
-from services.gateway.guard import KeyFile
+from services.gateway.keys import KeyFile
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import Metrics
-from services.gateway.plan import Plan
-from services.gateway.session import Session
+from services.gateway.request import Plan
+from services.gateway.sessions import Backend
 from services.gateway.stream import Reply
 from shared.broker import topology
 from shared.broker.topology import Queue

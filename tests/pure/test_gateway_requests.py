@@ -14,12 +14,12 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.gateway import stream
+from services.gateway.core.completion import Piece, Round, Tally, Token
 from services.gateway.core.slo import Outcome, class_of, judge, slo_of
 from services.gateway.errors import ApiError, from_failure
 from services.gateway.fleet import Fleet, longest_session
-from services.gateway.plan import Limits, check_prompt, derive_seed, plan
+from services.gateway.request import Limits, check_prompt, derive_seed, plan
 from services.gateway.schema import ChatRequest, CompletionRequest, parse
-from services.gateway.session import Piece, Round, Tally, Token
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Reply, Text, Usage
 from shared.errors import BrokersError

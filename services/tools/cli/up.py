@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
-from services.gateway.guard import KeyFile
+from services.gateway.keys import KeyFile
 from services.gateway.settings import refuse_open
 from services.tools.local.ports import is_free
 from services.tools.local.settings import LocalSettings

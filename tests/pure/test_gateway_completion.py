@@ -11,7 +11,7 @@ from gateway_peer import EOS, Script, results_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.session import Piece, Session
+from services.gateway.core.completion import Piece, Session
 from shared.messages import Failure, Finish, Generate, Result, Status
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer

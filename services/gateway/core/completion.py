@@ -10,7 +10,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from services.gateway.plan import Plan
+from services.gateway.request import Plan
 from shared.messages import Failure, Finish, Result, Status
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer

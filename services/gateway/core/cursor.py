@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass, field, replace
 
+from services.gateway.core.completion import Piece
 from services.gateway.errors import ApiError
-from services.gateway.session import Piece
 
 MOST_TEXTS = 128
 _FORM = re.compile(

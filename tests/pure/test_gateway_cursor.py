@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.core.place import Place, Shown, rest_of
+from services.gateway.core.completion import Piece, Token
+from services.gateway.core.cursor import Place, Shown, rest_of
 from services.gateway.errors import ApiError
-from services.gateway.session import Piece, Token
 
 indices = st.integers(0, 127)
 counts = st.integers(0, 10**6)

@@ -10,14 +10,14 @@ from functools import partial
 from time import monotonic
 from typing import Any
 
+from services.gateway.answer import Live, Run
 from services.gateway.core.admission import Admission, Demand
+from services.gateway.core.completion import Session
 from services.gateway.core.slo import Outcome, judge
 from services.gateway.errors import ApiError, unavailable
 from services.gateway.metrics import Metrics
-from services.gateway.plan import Plan
-from services.gateway.run import Live, Run
-from services.gateway.session import Session
-from services.gateway.start import Publisher, SessionStore, Starter
+from services.gateway.request import Plan
+from services.gateway.transport import Publisher, SessionStore, Starter
 from shared.broker import topology
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Queue

@@ -8,7 +8,7 @@ from time import monotonic
 from typing import Protocol
 
 from services.gateway.errors import unavailable
-from services.gateway.plan import Plan
+from services.gateway.request import Plan
 from shared.broker import topology
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Queue
