@@ -1,7 +1,6 @@
 """The API process's end of the link to the engine's process.
 
-It takes the place that RabbitMQ and Redis have for a gateway (`Publisher`, `SessionStore`): what the gateway's backend
-publishes about sessions goes over the link, and there is no state beside the engine's own.
+It is the gateway's transport and its upstream at once: sessions go over the link, and all their state is the engine's.
 """
 
 from __future__ import annotations
@@ -16,20 +15,20 @@ from services.baseline import engine as core
 from services.baseline.link import Frames, frame
 from services.baseline.settings import BaselineSettings
 from services.gateway.errors import unavailable
-from services.gateway.sessions import Backend
-from shared.broker import topology
-from shared.broker.topology import Queue
+from services.gateway.gateway import Gateway
 from shared.errors import BrokersError, EngineError
-from shared.messages import Cancel, Generate, Heartbeat, Message
-from shared.state.store import Progress, Request, Session, SessionStatus
+from shared.messages import Cancel, Ended, Generate, Heartbeat, Message
+from shared.state.store import Progress, Session, SessionStatus
 
 RECEIVED = 1 << 16
 END_S = 10.0
-"""How long the engine's process may take to end: the step that it is in, and the interpreter's own end."""
+"""Time for the engine's process to end: its present step and the interpreter's shutdown."""
 
 
 class EngineClient:
-    """The engine's process, as the gateway's backend uses it."""
+    """The engine's process as the gateway's `Transport` and `Upstream`."""
+
+    stall_reason = "the engine is overloaded"
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: Heartbeat) -> None:
         self._reader = reader
@@ -37,85 +36,76 @@ class EngineClient:
         self._ready = ready
         self._gone = False
 
-    async def deliver(self, backend: Backend) -> None:
-        """Hand over results for ever. Raises EngineError when the engine's process has ended; its sessions have been
-        told then."""
+    async def deliver(self, gateway: Gateway) -> None:
+        """Deliver results for ever.
+
+        Raises EngineError when the engine's process has ended, after failing the running sessions.
+        """
         frames = Frames()
         while data := await self._reader.read(RECEIVED):
             for message in frames.feed(data):
-                await backend.receive(message)
+                await gateway.sessions.receive(message)
         self._gone = True
-        await backend.drain(0)
-        raise EngineError("the engine's process has ended although nobody stopped it; its log lines say why")
+        await gateway.sessions.drain(0)
+        raise EngineError("the engine's process has ended although nobody stopped it; its log has the reason")
 
     async def longest_session(self) -> int:
-        """Most tokens of a session."""
+        """Return the most tokens of a session. Raises ApiError when the engine has ended."""
         if self._gone:
-            raise unavailable("the engine has ended; try again when it has been started anew", "no_engine")
+            raise unavailable("the engine has ended; try again when it has been restarted", "no_engine")
         return self._ready.max_len
 
     async def missing(self) -> dict[str, str | None]:
-        """What is needed to serve."""
+        """Return the engine with its problem, or None."""
         return {"engine": "has ended" if self._gone else None}
 
     async def prove(self) -> None:
-        """Raises EngineError when the engine has ended."""
+        """Raise EngineError when the engine has ended."""
         if self._gone:
             raise EngineError("has ended")
 
-    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
-        """Send what the engine has to know. Raises BrokersError when it has ended."""
-        if not isinstance(message, Generate | Cancel):
-            return
-        if self._gone or self._writer.is_closing():
-            raise BrokersError("the engine has ended")
-        self._writer.write(frame(message))
+    async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
+        """Send a session to the engine. There is one pool, and streams cannot be resumed."""
+        self._send(generate)
 
-    async def create(
-        self,
-        request: Request,
-        prompt: Sequence[int],
-        elapsed_ms: float = 0.0,
-        *,
-        patience_ms: int = 0,
-        kept: bytes = b"",
-    ) -> None:
-        """Nothing: all of a session is in its Generate."""
+    async def cancel(self, session_id: str, reason: str) -> None:
+        """End a session in the engine."""
+        if not self._closed:
+            self._send(Cancel(session=session_id, reason=reason))
 
-    async def progress(self, session: str, from_len: int) -> Progress | None:
-        """Nothing new: the link loses no results."""
-        return Progress(SessionStatus.ACTIVE, from_len, [], None)
+    async def leave(self, session_id: str, length: int) -> None:
+        """End a session in the engine: no other gateway can collect it."""
+        await self.cancel(session_id, "abort")
 
-    async def cancel(self, session: str, gateway: str = "") -> bool:
-        """Nothing: the Cancel says it."""
-        return True
-
-    async def leave(self, session: str, gateway: str, length: int) -> None:
-        """End the session: no other gateway could collect it."""
-        await self.publish(Cancel(session=session, reason="abort"), topology.CANCEL)
-
-    async def kept(self, session: str) -> bytes | None:
-        """Nothing: a stream that broke cannot be gone on with."""
+    async def resume_record(self, answer_id: str) -> bytes | None:
+        """Return None: streams cannot be resumed."""
         return None
 
-    async def collect(self, session: str, gateway: str) -> bool:
-        """There is none to be had."""
-        return False
+    @asynccontextmanager
+    async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:
+        """Give None for each session: there are no other gateways."""
+        yield [None for _ in session_ids]
 
-    async def read(self, sessions: Sequence[str]) -> list[Session | None]:
-        """There is none to be had."""
-        return [None for _ in sessions]
+    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+        """Report no progress: the link loses no results."""
+        return Progress(SessionStatus.ACTIVE, from_len, [], None)
 
-    async def bind(self, queue: Queue, key: str) -> None:
-        """Nothing: there are no other gateways to hear."""
+    async def report(self, ended: Ended) -> None:
+        """Do nothing: the engine knows the end of its sessions."""
 
-    async def unbind(self, queue: Queue, key: str) -> None:
-        """Nothing, as with `bind`."""
+    @property
+    def _closed(self) -> bool:
+        return self._gone or self._writer.is_closing()
+
+    def _send(self, message: Message) -> None:
+        if self._closed:
+            raise BrokersError("the engine has ended")
+        self._writer.write(frame(message))
 
 
 @asynccontextmanager
 async def started(settings: BaselineSettings, instance: str) -> AsyncIterator[EngineClient]:
-    """The engine in a process of its own, ready to serve. Raises EngineError when it does not come up."""
+    """Run the engine in a process of its own during the context. Raises EngineError when it does not start."""
     ours, theirs = socket.socketpair()
     context = multiprocessing.get_context("spawn")
     process = context.Process(target=core.run, args=(settings, instance, theirs), name="engine", daemon=True)
@@ -127,7 +117,7 @@ async def started(settings: BaselineSettings, instance: str) -> AsyncIterator[En
         ready: list[Message] = []
         while not ready:
             if not (data := await reader.read(RECEIVED)):
-                raise EngineError("the engine's process did not come up; its log lines say why")
+                raise EngineError("the engine's process did not start; its log has the reason")
             ready = frames.feed(data)
         assert isinstance(ready[0], Heartbeat)
         yield EngineClient(reader, writer, ready[0])

@@ -7,12 +7,13 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from services.drafter.settings import DraftSettings
-from services.gateway.settings import GatewaySettings
+from services.gateway.settings import ApiSettings
+from shared.runtime.settings import ProcessSettings
 
 Baseline = Literal["centralized", "colocated"]
 
 
-class BaselineSettings(GatewaySettings, DraftSettings):
+class BaselineSettings(ProcessSettings, ApiSettings, DraftSettings):
     """One server without other services: the gateway's HTTP API before an engine of its own.
 
     RabbitMQ and Redis are not used, so their addresses, `idle_check_s` and what admission predicts from the scheduler's

@@ -8,8 +8,7 @@ from contextlib import suppress
 import httpx
 from starlette.types import Message, Receive, Scope, Send
 
-from services.gateway.errors import ApiError, unavailable
-from services.gateway.stream import encode
+from services.gateway.errors import ApiError, encode, unavailable
 from shared.runtime import logging
 
 PATHS = ("/v1/", "/ready")

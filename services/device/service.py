@@ -6,23 +6,19 @@ import asyncio
 from contextlib import AsyncExitStack
 
 import httpx
-import uvicorn
 
 from services.device.relay import Relay
 from services.device.settings import DeviceSettings
 from services.drafter.drafting import load_drafting
 from services.drafter.link import load_profile
 from services.drafter.service import Drafter
-from services.gateway.server import Protocol, Server, listen
+from services.gateway.server import listen, serve_http
 from shared.broker.client import Broker
 from shared.broker.topology import Topology, device_name
-from shared.runtime import logging
-from shared.runtime.service import running
 from shared.runtime.tls import Tls
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)
 """Of the gateway: it gives up silent sessions itself, and sooner."""
-CLOSING_S = 5
 
 
 async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -> None:
@@ -46,28 +42,4 @@ async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -
             )
         )
         drafter = Drafter(name, name, settings, drafting, broker, None, profile)
-        server = Server(
-            uvicorn.Config(
-                Relay(gateway),
-                http=Protocol,
-                ws="none",
-                lifespan="off",
-                log_config=None,
-                access_log=False,
-                server_header=False,
-                timeout_graceful_shutdown=CLOSING_S,
-            )
-        )
-        host, port = listener.getsockname()[:2]
-        logging.get().info("serving", url=f"http://{f'[{host}]' if ':' in host else host}:{port}/v1", device=name)
-        closed = asyncio.Event()
-
-        async def serving() -> None:
-            try:
-                await server.serve(sockets=[listener])
-            finally:
-                closed.set()
-
-        async with running(stop, drafter.run(asyncio.Event()), serving()):
-            server.should_exit = True
-            await closed.wait()
+        await serve_http(Relay(gateway), listener, stop, drafter.run(asyncio.Event()), device=name)

@@ -1,3 +1,3 @@
-"""The gateway: the OpenAI HTTP API, admission, streaming and resuming."""
+"""The gateway: the OpenAI-compatible HTTP API, admission, streaming and resuming."""
 
-__all__ = ["app", "backend", "core", "errors", "guard", "ledger", "metrics", "server", "session", "settings", "stream"]
+__all__ = ["app", "errors", "gateway", "keys", "model", "server", "settings"]

@@ -1,4 +1,4 @@
-"""What the client waits for: the running sessions of one request, and their text as it becomes ready."""
+"""One request's answer: the record that grows from the accepted request to the last token."""
 
 from __future__ import annotations
 
@@ -7,75 +7,172 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from time import monotonic
 
-from services.gateway.core.completion import Piece, Session
-from services.gateway.core.slo import Outcome
+import msgpack
+
+from services.gateway.core.completion import Completion, Piece
+from services.gateway.core.cursor import StreamCursor
+from services.gateway.core.slo import SloOutcome
 from services.gateway.errors import from_failure
-from services.gateway.request import Plan
-from shared.messages import Finish
+from services.gateway.keys import ApiKey
+from shared.messages import Finish, Generate, Record
+
+
+class AnswerForm(Record):
+    """The form in which an answer is sent.
+
+    A streamed answer's form is its resume record: it is stored with the first session, so that any gateway can resume
+    the stream.
+    """
+
+    created: int
+    model: str
+    chat: bool
+    include_usage: bool = False
+    service_tier: str | None = None
+    """The class that serves the request; None where the request named no tier."""
+    service_class: str
+    trace: bool = False
+    keep: bool = False
+    """Whether the sessions keep running for a while after the client goes away, so that it can resume the stream."""
+    pool: str
+    seed: int
+    stops: list[str]
+    echoes: list[str]
+    """One per completion: the text before the generated text."""
+    prompt_tokens: int
+    """Each prompt counts once, however many completions it has."""
+    holder: str | None = None
+    """Id of the API key of the request. Nobody else can resume the stream."""
+
+    def pack(self) -> bytes:
+        """Encode for Redis."""
+        return msgpack.packb(self.model_dump())  # type: ignore[no-any-return]
+
+    @classmethod
+    def unpack(cls, body: bytes) -> AnswerForm:
+        """Decode from Redis. Raises ValueError."""
+        return cls.model_validate(msgpack.unpackb(body))
+
+
+@dataclass(frozen=True)
+class Usage:
+    """Token counts of an answer."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+    @property
+    def total(self) -> int:
+        """Prompt and completion tokens."""
+        return self.prompt_tokens + self.completion_tokens
 
 
 @dataclass
-class Live:
-    """A session that runs, and when it was last heard of (seconds of this process's clock)."""
+class Answer:
+    """One answer: filled in when the request is accepted, when its sessions start, and while they run."""
 
-    plan: Plan
-    session: Session
-    wake: asyncio.Event
-    """Set when there is something to take; shared by the texts of one request."""
+    answer_id: str
+    form: AnswerForm
     started_s: float
-    progress_s: float
-    pause_s: float
-    check_s: float
-    """When the session's state is read from Redis, unless there is news before."""
-    first_s: float | None = None
-    origin: str = ""
-    """The gateway that began it, where that is another one."""
-    outcome: Outcome | None = None
-    """Set at the end."""
-    token_s: float = 0.0
-    checking: bool = False
-    """Whether the state is being read."""
-    check_again: bool = False
-    """Whether it has to be read once more, as a gap showed while it was being read."""
-
-
-@dataclass
-class Run:
-    """The sessions of one request."""
-
-    lives: list[Live]
+    """Arrival of the request, on this process's monotonic clock."""
+    stream: bool = True
+    key: ApiKey | None = None
+    """The API key to charge."""
+    reserved_tokens: int = 0
+    """Tokens to charge before the start."""
+    resumed: bool = False
+    """Whether the sessions were started for an earlier connection, perhaps by another gateway."""
+    cursor: StreamCursor = field(init=False)
+    """How much of the stream the client has."""
+    sessions: list[Generate] = field(default_factory=list)
+    """One per completion. A resumed answer gets them when its sessions are collected."""
+    charged_tokens: int = 0
+    """Tokens charged to the key by the connections before this one."""
+    running: list[RunningSession] = field(default_factory=list)
+    """One per completion, from the start of its session on."""
     wake: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set when a running session has something new."""
 
-    async def batches(self) -> AsyncIterator[list[tuple[int, Piece | Finish]]]:
-        """What is ready, by the text's index: pieces, and the reason when a text is complete.
+    def __post_init__(self) -> None:
+        self.cursor = StreamCursor(self.answer_id)
 
-        Raises ApiError when one of them fails.
-        """
-        left = list(range(len(self.lives)))
-        while left:
-            await self.wake.wait()
-            self.wake.clear()
-            batch: list[tuple[int, Piece | Finish]] = []
-            for index in tuple(left):
-                session = self.lives[index].session
-                batch += [(index, piece) for piece in session.take()]
-                if session.failure is not None:
-                    if batch:
-                        yield batch
-                    raise from_failure(session.failure)
-                if session.finish is not None:
-                    batch.append((index, session.finish))
-                    left.remove(index)
-            if batch:
-                yield batch
+    @property
+    def session_ids(self) -> list[str]:
+        """Ids of the sessions, one per completion."""
+        return [session_id(self.answer_id, index) for index in range(len(self.form.echoes))]
+
+    @property
+    def usage(self) -> Usage:
+        """Token counts so far."""
+        return Usage(self.form.prompt_tokens, sum(session.completion.tally.tokens for session in self.running))
 
     @property
     def ttft_ms(self) -> float:
-        """From the request to its first token."""
-        first = [live.first_s - live.started_s for live in self.lives if live.first_s is not None]
+        """Time from the request to its first token; 0 before it."""
+        first = [session.first_s - session.started_s for session in self.running if session.first_s is not None]
         return min(first, default=0.0) * 1000
 
     @property
     def total_ms(self) -> float:
-        """From the request to now."""
-        return (monotonic() - self.lives[0].started_s) * 1000
+        """Time from the request to now."""
+        return (monotonic() - self.running[0].started_s) * 1000
+
+    async def batches(self) -> AsyncIterator[list[tuple[int, Piece | Finish]]]:
+        """Yield what is ready, by completion index: pieces, and the finish reason of a completed one.
+
+        Raises ApiError when a session fails.
+        """
+        open_indices = list(range(len(self.running)))
+        while open_indices:
+            await self.wake.wait()
+            self.wake.clear()
+            batch: list[tuple[int, Piece | Finish]] = []
+            for index in tuple(open_indices):
+                completion = self.running[index].completion
+                batch += [(index, piece) for piece in completion.take()]
+                if completion.failure is not None:
+                    if batch:
+                        yield batch
+                    raise from_failure(completion.failure)
+                if completion.finish is not None:
+                    batch.append((index, completion.finish))
+                    open_indices.remove(index)
+            if batch:
+                yield batch
+
+
+@dataclass
+class RunningSession:
+    """A session that this gateway serves. Times are seconds on this process's monotonic clock."""
+
+    generate: Generate
+    completion: Completion
+    answer: Answer
+    started_s: float
+    """Arrival of the request, also where another gateway received it."""
+    progress_s: float
+    """Time of the last progress."""
+    pause_s: float
+    """Wait between two reads of the state of a silent session."""
+    check_s: float
+    """When the session's state is read from Redis, unless a result arrives before."""
+    first_s: float | None = None
+    """Time of the first token."""
+    token_s: float = 0.0
+    """Time of the last token."""
+    outcome: SloOutcome | None = None
+    """Set at the end."""
+    checking: bool = False
+    """Whether a read of the state is in progress."""
+    check_again: bool = False
+    """Whether a gap appeared during the read, so that another one is needed."""
+
+    @property
+    def session_id(self) -> str:
+        """The session's id."""
+        return self.generate.session
+
+
+def session_id(answer_id: str, index: int) -> str:
+    """Return the id of the session of an answer's completion."""
+    return f"{answer_id}.{index}" if index else answer_id

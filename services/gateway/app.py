@@ -1,13 +1,14 @@
-"""The HTTP API: routes, and what belongs to each request (its id, its log line, its error body)."""
+"""The HTTP API: routes, and the id, log line and error body of each request."""
 
 from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass, replace
-from secrets import randbits, token_hex
+import socket
+from collections.abc import Coroutine
+from secrets import token_hex
 from time import monotonic, time
+from typing import Any
 
 import structlog
 from fastapi import FastAPI, Request
@@ -18,65 +19,112 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway.core.cursor import Place
-from services.gateway.core.slo import class_of, slo_of
+from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
-from services.gateway.headers import draft_of, pool_of
-from services.gateway.keys import Guard, KeyFile, key_of
-from services.gateway.ledger import Ledger
-from services.gateway.metrics import Metrics
-from services.gateway.prompt import chat_prompt, text_prompt
-from services.gateway.request import Limits, check_prompt, plan
-from services.gateway.response import Answer, Order
-from services.gateway.resume import LAST_EVENT_ID, Kept, holder_of, resume
-from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
-from services.gateway.sessions import Backend
-from services.gateway.settings import GatewaySettings
-from services.gateway.stream import Reply
-from shared.broker.topology import device_name
-from shared.models.folder import ModelFolder
-from shared.models.text import Tokenizer
+from services.gateway.gateway import Gateway
+from services.gateway.keys import Guard, key_of
+from services.gateway.prompt import Limits, chat_prompts, completion_prompts
+from services.gateway.request import check_choices, check_model, new_answer
+from services.gateway.response import AnswerResponse
+from services.gateway.resume import LAST_EVENT_ID, resume
+from services.gateway.schema import ChatRequest, CompletionRequest, parse
+from services.gateway.server import Certificate, serve_http
 from shared.runtime import logging
 
-SEED_HEADER = "x-wisp-seed"
 
+async def serve_api(
+    gateway: Gateway, listener: socket.socket, stop: asyncio.Event, *loops: Coroutine[Any, Any, None]
+) -> None:
+    """Serve the HTTP API until `stop` is set, then let the running requests end.
 
-@dataclass(frozen=True)
-class Gateway:
-    """What the routes work with."""
+    `loops` run beside it, as in `shared.runtime.service.running`.
+    """
+    settings, sessions = gateway.settings, gateway.sessions
+    certificate = None
+    if settings.https_cert_file is not None:
+        certificate = Certificate(settings.https_cert_file, settings.https_key_file)
 
-    settings: GatewaySettings
-    model: str
-    """The model's name in the API."""
-    folder: ModelFolder
-    tokenizer: Tokenizer
-    fingerprint: str
-    backend: Backend
-    longest_session: Callable[[], Awaitable[int]]
-    """Most tokens of a session that some verifier takes. Raises ApiError where there is none."""
-    missing: Callable[[], Awaitable[dict[str, str | None]]]
-    """Each part that is needed, with what is wrong with it, or None."""
-    metrics: Metrics
-    ledger: Ledger
-    keys: KeyFile | None = None
-    """Whose requests are answered; None for everybody's."""
+    async def drain() -> None:
+        logging.get().info("draining", sessions=sessions.running)
+        await sessions.drain(settings.drain_s)
+
+    watches = [sessions.watch()] + ([gateway.keys.watch()] if gateway.keys else [])
+    app = create_app(gateway)
+    await serve_http(
+        app,
+        listener,
+        stop,
+        *watches,
+        *loops,
+        drain=drain,
+        drain_s=settings.drain_s,
+        certificate=certificate,
+        model=gateway.model.name,
+    )
+    await gateway.ledger.settled()
 
 
 def create_app(gateway: Gateway) -> ASGIApp:
-    """The API as an ASGI application."""
+    """Return the API as an ASGI application."""
     app = FastAPI(title="WISP gateway", docs_url=None, redoc_url=None, openapi_url=None, redirect_slashes=False)
     app.add_exception_handler(ApiError, _api_error)
     app.add_exception_handler(HTTPException, _http_error)
     app.add_exception_handler(Exception, _crash)
-    created = int(time())
+    _add_models(app, gateway)
+    _add_generation(app, gateway)
+    _add_operations(app, gateway)
+    return RequestScope(app if gateway.keys is None else Guard(app, gateway.keys))
+
+
+def _add_generation(app: FastAPI, gateway: Gateway) -> None:
+    """Add the routes that generate text."""
+    model = gateway.model
+
+    @app.post("/v1/chat/completions")
+    async def chat_completions(request: Request) -> Response:
+        started_s = monotonic()
+        body = await _body(gateway, request)
+        if last_id := request.headers.get(LAST_EVENT_ID):
+            return await resume(gateway, StreamCursor.parse(last_id), key_of(request.scope))
+        chat = parse(ChatRequest, body)
+        check_model(gateway, chat.model)
+        limits = await _limits(gateway)
+        prompts = await chat_prompts(model.tokenizer, limits, chat)
+        answer = new_answer(gateway, chat, request.headers, prompts, limits, key_of(request.scope), started_s)
+        return AnswerResponse(gateway.sessions, gateway.ledger, answer)
+
+    @app.post("/v1/completions")
+    async def completions(request: Request) -> Response:
+        started_s = monotonic()
+        body = await _body(gateway, request)
+        if last_id := request.headers.get(LAST_EVENT_ID):
+            return await resume(gateway, StreamCursor.parse(last_id), key_of(request.scope))
+        completion = parse(CompletionRequest, body)
+        check_model(gateway, completion.model)
+        check_choices(gateway, completion.n * len(completion.prompt))
+        limits = await _limits(gateway)
+        prompts = await completion_prompts(model.tokenizer, limits, completion, model.folder.bos_id)
+        answer = new_answer(gateway, completion, request.headers, prompts, limits, key_of(request.scope), started_s)
+        return AnswerResponse(gateway.sessions, gateway.ledger, answer)
+
+    @app.get("/v1/streams/{answer_id}")
+    async def stream(answer_id: str, request: Request) -> Response:
+        cursor = StreamCursor.parse(request.headers.get(LAST_EVENT_ID) or f"{answer_id}/")
+        if cursor.answer_id != answer_id:
+            raise invalid(f"Last-Event-ID belongs to the stream {cursor.answer_id}, the path names another")
+        return await resume(gateway, cursor, key_of(request.scope))
+
+
+def _add_models(app: FastAPI, gateway: Gateway) -> None:
+    """Add the routes that describe the model."""
     model = {
-        "id": gateway.model,
+        "id": gateway.model.name,
         "object": "model",
-        "created": created,
+        "created": int(time()),
         "owned_by": "wisp",
-        "root": gateway.model,
+        "root": gateway.model.name,
         "parent": None,
-        "max_model_len": gateway.folder.max_len,
+        "max_model_len": gateway.model.folder.max_len,
     }
 
     @app.get("/v1/models")
@@ -85,54 +133,12 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
     @app.get("/v1/models/{name:path}")
     async def one_model(name: str) -> JSONResponse:
-        _check_model(gateway, name)
+        check_model(gateway, name)
         return JSONResponse(model)
 
-    @app.post("/v1/chat/completions")
-    async def chat_completions(request: Request) -> Response:
-        started_s = monotonic()
-        settings = gateway.settings
-        body = await _body(request, settings.max_body_bytes, settings.body_timeout_s)
-        if last_id := request.headers.get(LAST_EVENT_ID):
-            return await resume(gateway, Place.parse(last_id), key_of(request.scope))
-        chat = parse(ChatRequest, body)
-        _check_model(gateway, chat.model)
-        limits = await _limits(gateway)
-        messages = [message.rendered() for message in chat.messages]
-        texts = [text for message in chat.messages for text in message.texts()]
-        prompt = await chat_prompt(gateway.tokenizer, limits, messages, texts)
-        check_prompt(prompt, limits, "messages")
-        return _answer(gateway, request, chat, limits, [prompt], [""], chat.limit, started_s)
 
-    @app.post("/v1/completions")
-    async def completions(request: Request) -> Response:
-        started_s = monotonic()
-        settings = gateway.settings
-        body = await _body(request, settings.max_body_bytes, settings.body_timeout_s)
-        if last_id := request.headers.get(LAST_EVENT_ID):
-            return await resume(gateway, Place.parse(last_id), key_of(request.scope))
-        completion = parse(CompletionRequest, body)
-        _check_model(gateway, completion.model)
-        _check_choices(gateway, completion.n * len(completion.prompt))
-        limits = await _limits(gateway)
-        bos = gateway.folder.bos_id
-        prompts, echoes = [], []
-        for number, given in enumerate(completion.prompt):
-            param = "prompt" if len(completion.prompt) == 1 else f"prompt[{number}]"
-            ids = given if isinstance(given, list) else await text_prompt(gateway.tokenizer, limits, given, bos, param)
-            check_prompt(ids, limits, param)
-            prompts.append(ids)
-            echoes.append("" if not completion.echo else given if isinstance(given, str) else decode(given))
-        return _answer(gateway, request, completion, limits, prompts, echoes, completion.limit, started_s)
-
-    decode = gateway.tokenizer.decode
-
-    @app.get("/v1/streams/{name}")
-    async def stream(name: str, request: Request) -> Response:
-        place = Place.parse(request.headers.get(LAST_EVENT_ID) or f"{name}/")
-        if place.name != name:
-            raise invalid(f"Last-Event-ID is of the stream {place.name}, the address of another")
-        return await resume(gateway, place, key_of(request.scope))
+def _add_operations(app: FastAPI, gateway: Gateway) -> None:
+    """Add the routes for probes and Prometheus."""
 
     @app.get("/health")
     async def health() -> JSONResponse:
@@ -140,117 +146,22 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
     @app.get("/ready")
     async def ready(request: Request) -> JSONResponse:
-        missing = await gateway.missing()
+        missing = await gateway.upstream.missing()
+        missing["gateway"] = "shutting down" if gateway.sessions.draining else None
         is_ready = not any(missing.values())
-        # A problem's text may name addresses: it is for those who have a key.
-        told = gateway.keys is None or key_of(request.scope) is not None
-        parts = {part: (problem if told else "not ok") if problem else "ok" for part, problem in missing.items()}
+        # The text of a problem may contain addresses, so only holders of a key get it.
+        detailed = gateway.keys is None or key_of(request.scope) is not None
+        parts = {part: (problem if detailed else "not ok") if problem else "ok" for part, problem in missing.items()}
         return JSONResponse({"ready": is_ready, "parts": parts}, 200 if is_ready else 503)
 
     @app.get("/metrics")
     async def metrics() -> Response:
-        return Response(generate_latest(gateway.metrics.registry), media_type=CONTENT_TYPE_LATEST)
-
-    return RequestScope(app if gateway.keys is None else Guard(app, gateway.keys, gateway.metrics))
+        return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-def _answer(
-    gateway: Gateway,
-    request: Request,
-    asked: GenerationRequest,
-    limits: Limits,
-    prompts: list[list[int]],
-    echoes: list[str],
-    limit: int | None,
-    started_s: float,
-) -> Response:
-    _check_choices(gateway, asked.n * len(prompts))
-    chat = isinstance(asked, ChatRequest)
-    name = f"{'chatcmpl' if chat else 'cmpl'}-{token_hex(12)}"
-    seed = asked.seed if asked.seed is not None else randbits(63)
-    classes = gateway.settings.slo_classes
-    service_class = class_of(asked.service_tier, classes)
-    plans = plan(
-        asked,
-        name,
-        prompts,
-        seed,
-        limits,
-        limit=limit,
-        stop_ids=gateway.folder.eos_ids,
-        slo=slo_of(request.headers, asked.service_tier, classes),
-        service_class=service_class,
-        pool=_pool(request, asked),
-        draft=asked.wisp.draft or draft_of(request.headers),
-        echoes=echoes,
-    )
-    reply = Reply(
-        id=name,
-        created=int(time()),
-        model=gateway.model,
-        fingerprint=f"fp_{gateway.fingerprint[:16]}",
-        chat=chat,
-        include_usage=asked.stream_options.include_usage,
-        service_tier=None if asked.service_tier is None else service_class,
-    )
-    if asked.stream:
-        kept = Kept(
-            created=reply.created,
-            model=gateway.model,
-            chat=chat,
-            include_usage=reply.include_usage,
-            service_tier=reply.service_tier,
-            service_class=service_class,
-            trace=asked.wisp.trace,
-            keep=asked.wisp.resumable,
-            pool=plans[0].pool,
-            seed=seed,
-            stops=asked.stop,
-            echoes=[one.echo for one in plans],
-            prompt_tokens=sum(map(len, prompts)),
-            holder=holder_of(key_of(request.scope)),
-        )
-        plans = [replace(one, streamed=True, keep=asked.wisp.resumable) for one in plans]
-        plans[0] = replace(plans[0], kept=kept.pack())
-    order = Order(
-        plans,
-        prompt_tokens=sum(map(len, prompts)),
-        stream=asked.stream,
-        trace=asked.wisp.trace,
-        started_s=started_s,
-        headers={SEED_HEADER: str(seed)},
-        key=key_of(request.scope),
-        reserved=sum(map(len, prompts)) + (0 if limit is None else sum(plan.max_tokens for plan in plans)),
-    )
-    return Answer(gateway.backend, gateway.ledger, reply, order)
-
-
-def _pool(request: Request, asked: GenerationRequest) -> str:
-    """Who drafts: the device whose key it is, else the pool that is asked for. The names of pools have no dots, so that
-    nobody asks for a device that is not theirs."""
-    key = key_of(request.scope)
-    if key is not None and key.device is not None:
-        return device_name(key.device)
-    return asked.wisp.pool or pool_of(request.headers)
-
-
-def _check_model(gateway: Gateway, name: str) -> None:
-    if name != gateway.model:
-        raise ApiError(
-            404,
-            f"the model {name[:200]!r} does not exist; this server has {gateway.model!r}",
-            code="model_not_found",
-            param="model",
-        )
-
-
-def _check_choices(gateway: Gateway, count: int) -> None:
-    if count > (most := gateway.settings.max_choices):
-        raise invalid(f"prompts times n is {count}, and one request may ask for {most} texts at most", "n")
-
-
-async def _body(request: Request, limit: int, timeout_s: float) -> bytes:
-    """The request's body, refused as soon as it is known to be too long."""
+async def _body(gateway: Gateway, request: Request) -> bytes:
+    """Read the request's body. It is refused as soon as it is known to be too long."""
+    limit, timeout_s = gateway.settings.max_body_bytes, gateway.settings.body_timeout_s
 
     def too_large() -> ApiError:
         return ApiError(413, f"the request's body is longer than {limit} bytes", code="request_too_large")
@@ -272,9 +183,9 @@ async def _body(request: Request, limit: int, timeout_s: float) -> bytes:
 
 
 async def _limits(gateway: Gateway) -> Limits:
-    settings = gateway.settings
-    context = min(gateway.folder.max_len, await gateway.longest_session())
-    return Limits(context, gateway.folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
+    settings, folder = gateway.settings, gateway.model.folder
+    context = min(folder.max_len, await gateway.upstream.longest_session())
+    return Limits(context, folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
 
 
 async def _api_error(_request: Request, error: Exception) -> JSONResponse:
@@ -283,7 +194,7 @@ async def _api_error(_request: Request, error: Exception) -> JSONResponse:
 
 
 async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """What the framework refuses: unknown paths and methods."""
+    """Answer a request that the framework refuses: unknown paths and methods."""
     assert isinstance(error, HTTPException)
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 404:
@@ -300,7 +211,7 @@ async def _crash(_request: Request, _error: Exception) -> JSONResponse:
 
 
 class RequestScope:
-    """Gives every request an id (the client's own where it sent one) and a log line."""
+    """ASGI middleware that gives every request an id, by default the client's own, and a log line."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app

@@ -1,7 +1,8 @@
-"""What a client is told when its request cannot be served: OpenAI's error body, for every error."""
+"""Errors of the HTTP API: a status and OpenAI's error body, encoded as JSON."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,10 @@ from shared.messages import Failure
 
 REFUSED_HEADER = "x-wisp-refused"
 DROPPED_HEADER = "x-llm-d-request-dropped-reason"
-"""llm-d's; its value for a request that was refused for want of capacity is `DROPPED`."""
+"""llm-d's header; `DROPPED` is its value for a request refused for lack of capacity."""
 DROPPED = "rejected-saturated"
 RATE_LIMITED = "rate_limit_exceeded"
-"""The code of refusals that a key's own limits cause, and not the load."""
+"""Code of refusals caused by a key's own limits, not by the load."""
 
 _TYPES = {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 
@@ -25,11 +26,15 @@ _STATUS_OF_FAILURE = {
     "timeout": 504,
     "wrong_model": 503,
 }
-"""HTTP status of a session's failure; 500 for the codes that are not here."""
+"""HTTP status by the code of a session's failure; 500 for other codes."""
+_STREAM_GONE = (
+    "there is no such stream to resume: it is unknown, ended long ago, was not streamed, or its state was lost; "
+    "send the request again"
+)
 
 
 class ApiError(WispError):
-    """Ends a request with this HTTP status and error body."""
+    """End a request with this HTTP status and error body."""
 
     def __init__(
         self,
@@ -42,7 +47,7 @@ class ApiError(WispError):
         kind: str | None = None,
         extra: Mapping[str, str] | None = None,
     ) -> None:
-        """kind: the body's `type`, where it is not what the status says. extra: further headers."""
+        """`kind` is the body's `type`, by default the one of the status; `extra` are further headers."""
         super().__init__(message)
         self.status = status
         self.message = message
@@ -53,7 +58,7 @@ class ApiError(WispError):
         self.extra = dict(extra or {})
 
     def body(self) -> dict[str, Any]:
-        """OpenAI's error body."""
+        """Return OpenAI's error body."""
         kind = (
             self.kind or _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
         )
@@ -61,7 +66,7 @@ class ApiError(WispError):
 
     @property
     def headers(self) -> dict[str, str]:
-        """Headers that belong to the error."""
+        """Headers of the error."""
         headers = {} if self.retry_after_s is None else {"retry-after": str(self.retry_after_s)}
         if self.status == 429 and self.code:
             headers[REFUSED_HEADER] = self.code
@@ -71,21 +76,34 @@ class ApiError(WispError):
 
 
 def invalid(message: str, param: str | None = None, code: str | None = "invalid_value") -> ApiError:
-    """The request is wrong; sending it again unchanged is no use."""
+    """Return the error of a wrong request; sending it again unchanged does not help."""
     return ApiError(400, message, code=code, param=param)
 
 
 def unavailable(message: str, code: str = "unavailable", retry_after_s: int = 1) -> ApiError:
-    """The request is fine, but a part that it needs is away for now."""
+    """Return the error of a valid request that needs a service that is away for now."""
     return ApiError(503, message, code=code, retry_after_s=retry_after_s)
 
 
+def stream_gone(detail: str = "") -> ApiError:
+    """Return the error of a stream that cannot be resumed."""
+    return ApiError(404, f"{_STREAM_GONE} ({detail})" if detail else _STREAM_GONE, code="stream_gone")
+
+
 def internal_error() -> ApiError:
-    """A defect of ours; what it was is for the log only."""
-    return ApiError(500, "internal error; the log has it under this request's id")
+    """Return the error of a defect. Its cause is in the log only."""
+    return ApiError(500, "internal error; its cause is in the log under this request's id")
 
 
 def from_failure(failure: Failure) -> ApiError:
-    """The HTTP answer to a session that a verifier or drafter gave up."""
+    """Return the error of a session that failed."""
     status = _STATUS_OF_FAILURE.get(failure.code, 500)
     return ApiError(status, failure.message, code=failure.code, retry_after_s=1 if status == 503 else None)
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """Encode as JSON in UTF-8 on one line, also for clients that split lines at Unicode's rarer line ends."""
+    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    for character, escape in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(character, escape)
+    return text.encode()

@@ -1,32 +1,34 @@
-"""Which verifiers are there, as their heartbeats in Redis say."""
+"""The verifiers that are running, according to their heartbeats in Redis, and the services that are missing."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from time import monotonic
 
-from services.gateway.errors import unavailable
+from services.gateway.errors import ApiError, unavailable
 from shared.errors import BrokersError
 from shared.messages import Heartbeat
 
 FRESH_S = 1.0
-"""How long the last look at the heartbeats is good for."""
-LOOK_S = 3.0
-"""How long Redis may take to answer."""
+"""How long read heartbeats are used."""
+READ_TIMEOUT_S = 3.0
+PROBE_TIMEOUT_S = 2.0
+
+Probe = Callable[[], Awaitable[object]]
 
 
 def longest_session(heartbeats: Sequence[Heartbeat], fingerprint: str) -> int:
-    """Most tokens of a session that some verifier can take now.
+    """Return the most tokens of a session that some verifier takes now.
 
-    Raises ApiError with status 503 that says why there is none.
+    Raises ApiError with status 503 and the reason when there is no such verifier.
     """
     if not heartbeats:
         raise unavailable("no verifier is running; try again when one has started", "no_verifier")
     ours = [beat for beat in heartbeats if beat.fingerprint == fingerprint]
     if not ours:
         raise unavailable(
-            f"the {len(heartbeats)} verifiers that are running serve another model (fingerprints "
+            f"the {len(heartbeats)} running verifiers serve another model (fingerprints "
             f"{', '.join(sorted({beat.fingerprint for beat in heartbeats}))}; needed: {fingerprint}); "
             "start gateway and verifiers with the same target and dtype",
             "wrong_model",
@@ -37,30 +39,54 @@ def longest_session(heartbeats: Sequence[Heartbeat], fingerprint: str) -> int:
 
 
 class Fleet:
-    """The verifiers as last seen; looks again when that is too long ago, once for all who wait."""
+    """The running verifiers. Concurrent requests share one read of the heartbeats."""
 
-    def __init__(self, heartbeats: Callable[[], Awaitable[list[Heartbeat]]], fingerprint: str) -> None:
+    def __init__(
+        self,
+        heartbeats: Callable[[], Awaitable[list[Heartbeat]]],
+        fingerprint: str,
+        probes: Mapping[str, Probe] | None = None,
+    ) -> None:
+        """`probes` check the other required services, by name; they raise BrokersError."""
         self._heartbeats = heartbeats
         self._fingerprint = fingerprint
+        self._probes: dict[str, Probe] = {**(probes or {}), "verifier": self.longest_session}
         self._limit = 0
-        self._seen_s = -FRESH_S
-        self._looking: asyncio.Task[None] | None = None
+        self._read_s = -FRESH_S
+        self._reading: asyncio.Task[None] | None = None
 
     async def longest_session(self) -> int:
-        """As the function of that name. Raises ApiError with status 503, also when Redis is away."""
-        if monotonic() - self._seen_s >= FRESH_S:
-            if self._looking is None or self._looking.done():
-                self._looking = asyncio.create_task(self._look())
-            await asyncio.shield(self._looking)
+        """Return the most tokens of a session. Raises ApiError with status 503, also when Redis is away."""
+        if monotonic() - self._read_s >= FRESH_S:
+            if self._reading is None or self._reading.done():
+                self._reading = asyncio.create_task(self._read())
+            await asyncio.shield(self._reading)
         return self._limit
 
-    async def _look(self) -> None:
+    async def missing(self) -> dict[str, str | None]:
+        """Return each required service with its problem, or None."""
+        problems = await asyncio.gather(*(_problem(probe()) for probe in self._probes.values()))
+        return dict(zip(self._probes, problems, strict=True))
+
+    async def _read(self) -> None:
         try:
-            async with asyncio.timeout(LOOK_S):
+            async with asyncio.timeout(READ_TIMEOUT_S):
                 beats = await self._heartbeats()
         except BrokersError as error:
             raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
         except TimeoutError as error:
-            raise unavailable(f"Redis did not answer in {LOOK_S:g} s", "redis_unavailable", retry_after_s=2) from error
-        # Only what was found is kept: who waits for a verifier to start is not told an old answer.
-        self._limit, self._seen_s = longest_session(beats, self._fingerprint), monotonic()
+            text = f"Redis did not answer in {READ_TIMEOUT_S:g} s"
+            raise unavailable(text, "redis_unavailable", retry_after_s=2) from error
+        # Failures are not kept, so that a request sees a new verifier at once.
+        self._limit, self._read_s = longest_session(beats, self._fingerprint), monotonic()
+
+
+async def _problem(check: Awaitable[object]) -> str | None:
+    try:
+        async with asyncio.timeout(PROBE_TIMEOUT_S):
+            await check
+    except (BrokersError, ApiError) as error:
+        return str(error)
+    except TimeoutError:
+        return f"no answer in {PROBE_TIMEOUT_S:g} s"
+    return None

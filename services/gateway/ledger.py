@@ -1,8 +1,8 @@
-"""Charges requests to the keys that they came with, and tells their holders what is left, as OpenAI does.
+"""Charging of requests to their API keys, and OpenAI's rate-limit headers.
 
-A request is charged before it starts: its prompts and the output that it asks for; a chat that names no limit, its
-prompts alone. When it has ended, what it really used counts. So a key can pass its tokens per minute by output that no
-limit was named for, and then has to wait until that is worked off: over time it keeps to its limit.
+A request is charged before it starts: its prompts and the requested output tokens; for a chat without a token limit,
+its prompts alone. When it ends, the tokens that it really used count. A key can therefore exceed its tokens per minute
+by output without a limit, and then has to wait until that is worked off. Over time it keeps its limit.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from services.gateway.core.keys import ApiKey, KeyLimits
 from services.gateway.errors import RATE_LIMITED, ApiError, unavailable
-from services.gateway.metrics import Metrics
+from services.gateway.keys import ApiKey
+from services.gateway.metrics import LIMITED
+from services.gateway.settings import KeyLimits
 from shared.errors import BrokersError
 from shared.runtime import logging
 from shared.state.quota import LEASE_MS, Allowance, Limited, Verdict
@@ -26,38 +27,37 @@ SESSIONS_RETRY_S = 1
 
 
 class Counters(Protocol):
-    """What is needed of `shared.state.quota.Quota`."""
+    """The part of `shared.state.quota.Quota` that a ledger needs. Every method raises BrokersError."""
 
     async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
-        """See there."""
+        """Charge a request's tokens and sessions, or report the limit that it exceeds."""
 
     async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> Verdict:
-        """See there."""
+        """Charge the sessions of a resumed request."""
 
     async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
-        """See there."""
+        """Release the sessions and return unused tokens."""
 
     async def renew(self, running: dict[str, list[str]]) -> None:
-        """See there."""
+        """Renew the leases of running sessions, by key."""
 
 
 @dataclass
 class Charge:
-    """One request's part of its key's allowance."""
+    """One request's share of its key's allowance."""
 
     headers: dict[str, str] = field(default_factory=dict)
     used: int = 0
-    """Tokens that it has really used, to be told before the end."""
+    """Tokens that the request used; to be set before the context ends."""
 
 
 class Ledger:
-    """What runs for which key at this gateway."""
+    """The running sessions of this gateway by key."""
 
-    def __init__(self, counters: Counters | None, defaults: KeyLimits, metrics: Metrics) -> None:
-        """counters: None where no keys are asked for. defaults: the limits of keys that have none of their own."""
+    def __init__(self, counters: Counters | None = None, defaults: KeyLimits | None = None) -> None:
+        """`counters` is None where nothing is charged; `defaults` limit the keys without limits of their own."""
         self._counters = counters
-        self._defaults = defaults
-        self._metrics = metrics
+        self._defaults = defaults or KeyLimits()
         self._running: dict[str, set[str]] = {}
         self._tasks: set[asyncio.Task[None]] = set()
 
@@ -65,9 +65,9 @@ class Ledger:
     async def charge(
         self, key: ApiKey | None, sessions: Sequence[str], tokens: int, *, resumed: bool = False
     ) -> AsyncIterator[Charge]:
-        """Charge a request for its sessions and tokens while the context lasts; None is charged nothing.
+        """Charge a key for a request's sessions and tokens during the context. No key, no charge.
 
-        resumed: it counts as a request already, and is charged only for its sessions, and at the end for what it used.
+        A resumed request has been counted before: it is charged for its sessions, and at the end for the tokens used.
         Raises ApiError: 429 when a limit is reached, 503 when Redis is away.
         """
         allowance = Allowance() if key is None else self._allowance(key)
@@ -85,7 +85,7 @@ class Ledger:
         headers = headers_of(allowance, verdict)
         if verdict.refused is not None:
             logging.get().info("request refused", code=RATE_LIMITED, limit=verdict.refused.value)
-            self._metrics.limited.labels(verdict.refused.value).inc()
+            LIMITED.labels(verdict.refused.value).inc()
             raise refusal(key, allowance, verdict, verdict.refused, tokens, headers)
         charge = Charge(headers)
         running = self._running.setdefault(key.id, set())
@@ -94,11 +94,11 @@ class Ledger:
             yield charge
         finally:
             running.difference_update(sessions)
-            # Beside the request: its client may have gone, and its task with it.
+            # In a task of its own, because the request's task may be cancelled with its client gone.
             self._spawn(self._settle(counters, key.id, allowance, tokens - charge.used, sessions))
 
     async def renew(self) -> None:
-        """Keep the leases of what runs here, for ever."""
+        """Renew the leases of the running sessions, for ever."""
         while True:
             await asyncio.sleep(RENEW_S)
             running = {key: sorted(sessions) for key, sessions in self._running.items() if sessions}
@@ -111,7 +111,7 @@ class Ledger:
                 logging.get().warning("leases not renewed", error=str(error))
 
     async def settled(self) -> None:
-        """Wait until what has ended is settled."""
+        """Wait until the ended requests are settled."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=5)
 
@@ -129,7 +129,7 @@ class Ledger:
         try:
             await counters.settle(key, allowance, unused, sessions)
         except BrokersError as error:
-            logging.get().warning("usage not settled: the key was charged what it asked for", error=str(error))
+            logging.get().warning("usage not settled; the key stays charged for the requested tokens", error=str(error))
 
     def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
         task = asyncio.get_running_loop().create_task(work)
@@ -138,7 +138,7 @@ class Ledger:
 
 
 def headers_of(allowance: Allowance, verdict: Verdict) -> dict[str, str]:
-    """OpenAI's x-ratelimit headers, for the limits that there are."""
+    """Return OpenAI's x-ratelimit headers for the limits of the allowance."""
     headers = {}
     for kind, limit, left, reset_ms in (
         ("requests", allowance.requests_per_minute, verdict.requests_left, verdict.requests_reset_ms),
@@ -152,7 +152,7 @@ def headers_of(allowance: Allowance, verdict: Verdict) -> dict[str, str]:
 
 
 def duration(ms: int) -> str:
-    """A duration as OpenAI writes it: 0s, 120ms, 1.5s, 6m0s."""
+    """Format a duration as OpenAI does: 0s, 120ms, 1.5s, 6m0s."""
     if 0 < ms < 1000:
         return f"{ms}ms"
     minutes, rest = divmod(ms, 60_000)
@@ -162,7 +162,7 @@ def duration(ms: int) -> str:
 def refusal(
     key: ApiKey, allowance: Allowance, verdict: Verdict, limited: Limited, tokens: int, headers: dict[str, str]
 ) -> ApiError:
-    """The 429 of a request that passes a limit of its key."""
+    """Return the 429 of a request that exceeds a limit of its key."""
     whose = f"Rate limit reached for key {key.name!r}"
     wait = f"Please try again in {duration(verdict.wait_ms)}."
     seconds = max(1, math.ceil(verdict.wait_ms / 1000))
@@ -175,12 +175,12 @@ def refusal(
             f"Requested {tokens}. {wait}"
         )
     elif limited is Limited.SESSIONS:
-        text = f"{whose} on texts at once: Limit {allowance.max_sessions}. Please try again when one has ended."
+        text = f"{whose} on concurrent completions: Limit {allowance.max_sessions}. Please try again when one ends."
         seconds, extra = SESSIONS_RETRY_S, headers
     else:
         text = (
             f"Request too large for key {key.name!r} on tokens per min: Limit {allowance.tokens_per_minute}, "
-            f"Requested {tokens}. The prompt or the output tokens that are asked for must be reduced."
+            f"Requested {tokens}. The prompt or the requested output tokens must be reduced."
         )
         return _limited(text, "tokens", None, headers | {"x-should-retry": "false"})
     return _limited(text, limited.value, seconds, extra)

@@ -1,13 +1,14 @@
-"""From text to prompt tokens, without ever tokenizing much more than fits."""
+"""Prompts: from text to token ids within the limits. Text that is far too long is refused before it is tokenized."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 
-from services.gateway.errors import invalid
-from services.gateway.request import Limits, too_long
+from services.gateway.errors import ApiError, invalid
+from services.gateway.schema import ChatRequest, CompletionRequest
 from shared.models.errors import ChatTemplateError
 from shared.models.text import Tokenizer
 
@@ -16,41 +17,92 @@ INLINE_CHARACTERS = 20_000
 SLICE_CHARACTERS = 16_000
 
 
-async def chat_prompt(
-    tokenizer: Tokenizer, limits: Limits, messages: Sequence[Mapping[str, Any]], texts: Sequence[str]
-) -> list[int]:
-    """Token ids of a conversation; `texts` is all that its messages say. Raises ApiError."""
+@dataclass(frozen=True)
+class Limits:
+    """Limits of the model, the verifiers and the settings, in tokens."""
+
+    context: int
+    """Longest session: the model's context, or the largest verifier's cache if that is smaller."""
+    vocab_size: int
+    prompt: int | None = None
+    """Longest prompt, where the settings limit it."""
+    output: int | None = None
+    """Most output tokens of a completion, where the settings limit them."""
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """One checked prompt of a request."""
+
+    tokens: list[int]
+    echo: str = ""
+    """Text to send before the generated text."""
+
+
+async def chat_prompts(tokenizer: Tokenizer, limits: Limits, request: ChatRequest) -> list[Prompt]:
+    """Return the one prompt of a conversation. Raises ApiError."""
+    messages = [message.rendered() for message in request.messages]
+    texts = [text for message in request.messages for text in message.texts()]
     try:
-        return await _tokenize(tokenizer, limits, texts, lambda: tokenizer.render_chat(messages), "messages")
+        tokens = await _tokenize(tokenizer, limits, texts, lambda: tokenizer.render_chat(messages), "messages")
     except ChatTemplateError as error:
         raise invalid(str(error), "messages") from error
+    check_prompt(tokens, limits, "messages")
+    return [Prompt(tokens)]
 
 
-async def text_prompt(tokenizer: Tokenizer, limits: Limits, text: str, bos_id: int | None, param: str) -> list[int]:
-    """Token ids of a raw prompt; an empty one begins with the model's beginning-of-text token. Raises ApiError."""
-    ids = await _tokenize(tokenizer, limits, [text], lambda: tokenizer.encode(text), param)
-    return ids or ([] if bos_id is None else [bos_id])
+async def completion_prompts(
+    tokenizer: Tokenizer, limits: Limits, request: CompletionRequest, bos_id: int | None
+) -> list[Prompt]:
+    """Return the prompts of a completion request, given as text or as token ids. Raises ApiError.
+
+    An empty text becomes the model's beginning-of-text token `bos_id`.
+    """
+    prompts = []
+    for number, given in enumerate(request.prompt):
+        param = "prompt" if len(request.prompt) == 1 else f"prompt[{number}]"
+        if isinstance(given, list):
+            tokens = given
+        else:
+            tokens = await _tokenize(tokenizer, limits, [given], partial(tokenizer.encode, given), param)
+            tokens = tokens or ([] if bos_id is None else [bos_id])
+        check_prompt(tokens, limits, param)
+        echo = "" if not request.echo else given if isinstance(given, str) else tokenizer.decode(given)
+        prompts.append(Prompt(tokens, echo))
+    return prompts
+
+
+def check_prompt(tokens: Sequence[int], limits: Limits, param: str) -> None:
+    """Raise ApiError for a prompt that is empty, leaves no room for a token or has ids outside the vocabulary."""
+    if not tokens:
+        raise invalid("the prompt has no tokens; send some text", param)
+    if limits.prompt is not None and len(tokens) > limits.prompt:
+        raise _too_long(limits, f"has {len(tokens)} of them", param)
+    if len(tokens) >= limits.context:
+        raise _too_long(limits, f"has {len(tokens)} of them, which leaves no room for an answer", param)
+    if strays := [token for token in tokens if not 0 <= token < limits.vocab_size]:
+        raise invalid(f"token id {strays[0]} is outside the vocabulary of {limits.vocab_size} tokens", param)
 
 
 async def _tokenize(
     tokenizer: Tokenizer, limits: Limits, texts: Sequence[str], tokenize: Callable[[], list[int]], param: str
 ) -> list[int]:
-    """What `tokenize` makes of these texts. Long ones are measured first, and tokenized beside the event loop."""
+    """Call `tokenize`, which tokenizes these texts. Long texts are measured first, both in a thread."""
     if sum(map(len, texts)) <= INLINE_CHARACTERS:
         return tokenize()
 
     def measured() -> list[int]:
-        # Tokenizing takes some 200 bytes of memory per token: a body of 4 MB took 490 MB.
+        # Tokenizing takes about 200 bytes of memory per token: a body of 4 MB took 490 MB.
         most = 2 * min(limits.context, limits.prompt or limits.context)
         if _has_more_tokens(tokenizer, texts, most):
-            raise too_long(limits, f"has more than {most}", param)
+            raise _too_long(limits, f"has more than {most}", param)
         return tokenize()
 
     return await asyncio.to_thread(measured)
 
 
 def _has_more_tokens(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> bool:
-    """Whether the texts have more tokens than the limit, counted slice by slice: a few more than there are."""
+    """Return whether the texts have more tokens than the limit. Counts in slices, which overcounts slightly."""
     count = 0
     for text in texts:
         for start in range(0, len(text), SLICE_CHARACTERS):
@@ -58,3 +110,9 @@ def _has_more_tokens(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> 
             if count > limit:
                 return True
     return False
+
+
+def _too_long(limits: Limits, problem: str, param: str) -> ApiError:
+    most = min(limits.context, limits.prompt or limits.context)
+    text = f"at most {most} tokens fit here, and the prompt {problem}; shorten it"
+    return invalid(text, param, "context_length_exceeded")

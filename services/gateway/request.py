@@ -1,126 +1,129 @@
-"""From a request to the sessions that answer it: token ids, limits and seeds of each."""
+"""From an accepted request to its answer: ids, seeds and token limits of the sessions, and the form to send."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
+from secrets import randbits, token_hex
+from time import time
 
+from services.gateway.answer import Answer, AnswerForm, session_id
+from services.gateway.core.slo import class_of, slo_of
 from services.gateway.errors import ApiError, invalid
-from services.gateway.schema import GenerationRequest
-from shared.messages import DraftChoice, Sampling, Slo
+from services.gateway.gateway import Gateway
+from services.gateway.keys import ApiKey
+from services.gateway.prompt import Limits, Prompt
+from services.gateway.schema import ChatRequest, GenerationRequest
+from shared.broker.topology import device_name
+from shared.messages import Generate
 
 
-@dataclass(frozen=True)
-class Plan:
-    """One session to be started."""
-
-    session: str
-    prompt: list[int]
-    sampling: Sampling
-    stop_ids: list[int]
-    max_tokens: int
-    stops: list[str]
-    slo: Slo | None
-    service_class: str
-    pool: str
-    draft: DraftChoice
-    echo: str = ""
-    """Text that is returned before the generated text."""
-    streamed: bool = False
-    """Whether the client may go on with its stream after it broke."""
-    keep: bool = False
-    """Whether the session goes on for a while when its client goes away, so that it may come back."""
-    kept: bytes = b""
-    """What it takes to go on with the answer elsewhere (`resume.Kept`), with its first session."""
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What the model and the verifiers allow, in tokens."""
-
-    context: int
-    """Longest session: the model's context, or the largest verifier's cache where that is smaller."""
-    vocab_size: int
-    prompt: int | None = None
-    """Longest prompt, where whoever runs the gateway allows less than fits."""
-    output: int | None = None
-    """Most output tokens of a text, likewise."""
-
-
-def plan(
+def new_answer(
+    gateway: Gateway,
     request: GenerationRequest,
-    name: str,
-    prompts: Sequence[list[int]],
-    seed: int,
+    headers: Mapping[str, str],
+    prompts: Sequence[Prompt],
     limits: Limits,
-    *,
-    limit: int | None,
-    stop_ids: Sequence[int],
-    slo: Slo | None,
-    service_class: str,
-    pool: str,
-    draft: DraftChoice,
-    echoes: Sequence[str],
-) -> list[Plan]:
-    """One session for each prompt and each of its `n` texts, in the order of their indices in the response.
+    key: ApiKey | None,
+    started_s: float,
+) -> Answer:
+    """Return the answer to a request, with one session for each prompt and each of its `n` completions.
 
-    `limit` is the asked number of output tokens, None for all that the limits leave; it is cut to what the context
-    leaves. The prompts have passed `check_prompt`. Raises ApiError when more is asked for than is allowed.
+    The prompts have passed `check_prompt`. Raises ApiError when the request exceeds a limit.
     """
-    if limits.output is not None and limit is not None and limit > limits.output:
-        text = f"max_tokens is too large: {limit}; this gateway gives at most {limits.output} output tokens for a text"
-        raise invalid(text, "max_tokens")
-    plans: list[Plan] = []
-    for prompt, echo in zip(prompts, echoes, strict=True):
-        room = min(limits.context - len(prompt), limits.output or limits.context)
+    check_choices(gateway, request.n * len(prompts))
+    limit = output_limit(request, limits)
+    form = _form(gateway, request, headers, prompts, key)
+    answer_id = f"{'chatcmpl' if form.chat else 'cmpl'}-{token_hex(12)}"
+    answer = Answer(answer_id, form, started_s, request.stream, key)
+    slo = slo_of(headers, request.service_tier, gateway.settings.slo_classes)
+    for prompt in prompts:
+        room = min(limits.context - len(prompt.tokens), limits.output or limits.context)
         for copy in range(request.n):
-            index = len(plans)
-            plans.append(
-                Plan(
-                    session=session_name(name, index),
-                    prompt=prompt,
-                    sampling=request.sampling(derive_seed(seed, copy)),
-                    stop_ids=[] if request.ignore_eos else list(stop_ids),
-                    max_tokens=room if limit is None else min(limit, room),
-                    stops=request.stop,
-                    slo=slo,
-                    service_class=service_class,
-                    pool=pool,
-                    draft=draft,
-                    echo=echo,
-                )
+            generate = Generate(
+                session=session_id(answer_id, len(answer.sessions)),
+                gateway=gateway.instance,
+                prompt=prompt.tokens,
+                sampling=request.sampling(derive_seed(form.seed, copy)),
+                stop_ids=[] if request.ignore_eos else list(gateway.model.folder.eos_ids),
+                max_tokens=room if limit is None else min(limit, room),
+                fingerprint=gateway.model.fingerprint,
+                vocab_fingerprint=gateway.model.vocab_fingerprint,
+                slo=slo,
+                service_class=form.service_class,
+                draft=request.draft(headers),
             )
-    return plans
+            answer.sessions.append(generate)
+    output_tokens = 0 if limit is None else sum(session.max_tokens for session in answer.sessions)
+    answer.reserved_tokens = form.prompt_tokens + output_tokens
+    return answer
 
 
-def session_name(answer: str, index: int) -> str:
-    """Name of the session of an answer's text."""
-    return f"{answer}.{index}" if index else answer
+def _form(
+    gateway: Gateway,
+    request: GenerationRequest,
+    headers: Mapping[str, str],
+    prompts: Sequence[Prompt],
+    key: ApiKey | None,
+) -> AnswerForm:
+    service_class = class_of(request.service_tier, gateway.settings.slo_classes)
+    return AnswerForm(
+        created=int(time()),
+        model=gateway.model.name,
+        chat=isinstance(request, ChatRequest),
+        include_usage=request.stream_options.include_usage,
+        service_tier=None if request.service_tier is None else service_class,
+        service_class=service_class,
+        trace=request.wisp.trace,
+        keep=request.wisp.resumable and request.stream,
+        pool=pool_of(request, headers, key),
+        seed=request.seed if request.seed is not None else randbits(63),
+        stops=request.stop,
+        echoes=[prompt.echo for prompt in prompts for _ in range(request.n)],
+        prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
+        holder=None if key is None else key.id,
+    )
+
+
+def check_model(gateway: Gateway, name: str) -> None:
+    """Raise ApiError with status 404 unless a request names the served model."""
+    if name != gateway.model.name:
+        raise ApiError(
+            404,
+            f"the model {name[:200]!r} does not exist; this server has {gateway.model.name!r}",
+            code="model_not_found",
+            param="model",
+        )
+
+
+def check_choices(gateway: Gateway, count: int) -> None:
+    """Raise ApiError when a request asks for too many completions."""
+    if count > (most := gateway.settings.max_choices):
+        raise invalid(f"prompts times n is {count}; one request may ask for at most {most} completions", "n")
+
+
+def output_limit(request: GenerationRequest, limits: Limits) -> int | None:
+    """Return the requested number of output tokens per completion; None for as many as fit. Raises ApiError."""
+    if limits.output is not None and request.limit is not None and request.limit > limits.output:
+        text = f"max_tokens is too large: {request.limit}; this gateway allows at most {limits.output} output tokens"
+        raise invalid(text, "max_tokens")
+    return request.limit
+
+
+def pool_of(request: GenerationRequest, headers: Mapping[str, str], key: ApiKey | None) -> str:
+    """Return the pool of drafters: the device that owns the key, else the pool that the request names.
+
+    The names of devices' pools have a dot and those of other pools have none, so a request cannot name a device.
+    """
+    return request.pool(headers) if key is None or key.device is None else device_name(key.device)
 
 
 def derive_seed(seed: int, copy: int) -> int:
-    """The seed of a request's copy number `copy`: the seed itself for the first, so that n=1 is its prefix."""
+    """Return the seed of a prompt's completion number `copy`.
+
+    The first completion has the request's own seed, so it equals the one of a request with n=1.
+    """
     if copy == 0:
         return seed
     digest = blake2b(f"{seed}:{copy}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little", signed=True)
-
-
-def check_prompt(prompt: list[int], limits: Limits, param: str) -> None:
-    """Refuse a prompt that leaves no room for a single token or holds ids that are no tokens. Raises ApiError."""
-    if not prompt:
-        raise invalid("the prompt has no tokens; send some text", param)
-    if limits.prompt is not None and len(prompt) > limits.prompt:
-        raise too_long(limits, f"has {len(prompt)} of them", param)
-    if len(prompt) >= limits.context:
-        raise too_long(limits, f"has {len(prompt)} of them, which leaves no room for an answer", param)
-    if strays := [token for token in prompt if not 0 <= token < limits.vocab_size]:
-        raise invalid(f"token id {strays[0]} is outside the vocabulary of {limits.vocab_size} tokens", param)
-
-
-def too_long(limits: Limits, problem: str, param: str) -> ApiError:
-    """The refusal of a prompt that does not fit."""
-    most = min(limits.context, limits.prompt or limits.context)
-    text = f"at most {most} tokens fit here, and the prompt {problem}; shorten it"
-    return invalid(text, param, "context_length_exceeded")

@@ -1,30 +1,26 @@
-"""Sending an answer: runs a request's sessions and writes their text, whole or as a stream, while the client waits."""
+"""The HTTP response to a generation request: runs its sessions and sends their text, whole or as a stream."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway import stream
-from services.gateway.answer import Run
+from services.gateway.answer import Answer
 from services.gateway.core.completion import Piece, Token
-from services.gateway.core.cursor import NOTHING, Place, Shown, rest_of
-from services.gateway.core.keys import ApiKey
-from services.gateway.errors import ApiError, internal_error
+from services.gateway.core.cursor import NOTHING, Delivered, rest_of
+from services.gateway.errors import ApiError, encode, internal_error
 from services.gateway.ledger import Ledger
-from services.gateway.request import Plan
-from services.gateway.sessions import Backend
-from services.gateway.stream import Fields, Reply, Text, Usage
+from services.gateway.sessions import Sessions
+from services.gateway.stream import Choice, Chunks, Fields
 from shared.messages import Finish
 from shared.runtime import logging
 from shared.runtime.tasks import cancel
-from shared.state.store import Session as Stored
 
+SEED_HEADER = "x-wisp-seed"
 STREAM_HEADERS = {
     "content-type": "text/event-stream; charset=utf-8",
     "cache-control": "no-cache",
@@ -34,49 +30,19 @@ STREAM_HEADERS = {
 CANCEL_AGAIN_S = 0.1
 
 
-@dataclass(frozen=True)
-class Order:
-    """How the client wants its answer, and what it is about."""
-
-    plans: list[Plan]
-    prompt_tokens: int
-    stream: bool
-    trace: bool
-    started_s: float
-    headers: dict[str, str]
-    key: ApiKey | None = None
-    """Who is charged for it."""
-    reserved: int = 0
-    """Tokens that are charged in advance."""
-    place: Place | None = None
-    """How far the client has this answer, where it goes on with it."""
-    states: Sequence[Stored] = ()
-    """The sessions as Redis holds them, where the client goes on with their texts."""
-
-    @property
-    def charged(self) -> int:
-        """Tokens of it that were charged before. A gateway that died has charged what was asked for, and one that left
-        the sessions to others what it knew of."""
-        if not self.states:
-            return 0
-        lengths = [len(state.tokens) if state.left_at is None else state.left_at for state in self.states]
-        made = sum(lengths) - sum(state.request.prompt_len for state in self.states)
-        return self.prompt_tokens + made
-
-
-class Answer(Response):
+class AnswerResponse(Response):
     """The response to a generation request.
 
-    The status is sent with the first text or error, so that early errors have a proper one. A client that goes away
-    cancels its sessions at once; one that reads slowly is waited for without holding up anybody else.
+    The status is sent with the first text or error, so that early errors have their own status. A client that goes
+    away cancels its sessions at once. A slow reader delays nobody else.
     """
 
-    def __init__(self, backend: Backend, ledger: Ledger, reply: Reply, order: Order) -> None:
+    def __init__(self, sessions: Sessions, ledger: Ledger, answer: Answer) -> None:
         super().__init__()
-        self._backend = backend
+        self._sessions = sessions
         self._ledger = ledger
-        self._reply = reply
-        self._order = order
+        self._answer = answer
+        self._extra_headers = {SEED_HEADER: str(answer.form.seed)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Send the answer. Raises ApiError while nothing has been sent."""
@@ -87,122 +53,126 @@ class Answer(Response):
             if work.done():
                 work.result()
             else:
-                logging.get().info("client went away", session=self._reply.id)
+                logging.get().info("client went away", session=self._answer.answer_id)
         finally:
             for task in (work, gone):
                 await _stop(task)
 
     async def _send(self, send: Send) -> None:
-        order = self._order
-        sessions = [plan.session for plan in order.plans]
-        resumed = order.place is not None
-        async with self._ledger.charge(order.key, sessions, order.reserved, resumed=resumed) as charge:
-            order.headers.update(charge.headers)
-            if order.place is None:
-                running = self._backend.run(order.plans, order.started_s)
-            else:
-                running = self._backend.resume(order.plans, order.states, order.started_s)
-            async with running as run:
+        answer = self._answer
+        async with self._ledger.charge(
+            answer.key, answer.session_ids, answer.reserved_tokens, resumed=answer.resumed
+        ) as charge:
+            self._extra_headers |= charge.headers
+            async with self._sessions.resume(answer) if answer.resumed else self._sessions.run(answer):
+                chunks = Chunks.of(answer)
                 try:
-                    if order.stream:
-                        await self._stream(run, send)
+                    if answer.stream:
+                        await self._stream(chunks, send)
                     else:
-                        await self._whole(run, send)
+                        await self._whole(chunks, send)
                 finally:
-                    charge.used = self._usage(run).total - order.charged
+                    charge.used = answer.usage.total - answer.charged_tokens
 
-    async def _whole(self, run: Run, send: Send) -> None:
-        texts = [""] * len(run.lives)
-        finishes = [""] * len(run.lives)
-        tokens: list[list[Token]] = [[] for _ in run.lives]
-        async for batch in run.batches():
+    async def _whole(self, chunks: Chunks, send: Send) -> None:
+        answer = self._answer
+        texts = [""] * len(answer.running)
+        finishes = [""] * len(answer.running)
+        tokens: list[list[Token]] = [[] for _ in answer.running]
+        async for batch in answer.batches():
             for index, item in batch:
                 if isinstance(item, Piece):
                     texts[index] += item.text
                     tokens[index] += item.tokens
                 else:
                     finishes[index] = item.value
-        fields = self._reply.whole([Text(*pair) for pair in zip(texts, finishes, strict=True)], self._usage(run))
-        if self._order.trace:
+        fields = chunks.whole([Choice(*pair) for pair in zip(texts, finishes, strict=True)], answer.usage)
+        if answer.form.trace:
             made = [token for of_one in tokens for token in of_one]
-            fields["wisp"] = {"tokens": stream.tokens(made), "summary": self._summary(run)}
-        body = stream.encode(fields)
-        headers = {"content-type": "application/json", "content-length": str(len(body)), **self._order.headers}
+            fields["wisp"] = {"tokens": stream.tokens(made), "summary": _summary(answer)}
+        body = encode(fields)
+        headers = {"content-type": "application/json", "content-length": str(len(body)), **self._extra_headers}
         await _start(send, headers)
         await send({"type": "http.response.body", "body": body})
 
-    async def _stream(self, run: Run, send: Send) -> None:
+    async def _stream(self, chunks: Chunks, send: Send) -> None:
         begun = False
-        place = self._order.place or Place(self._reply.id)
-        known = dict(place.shown)
-        seen: dict[int, Shown] = {}
+        events = Events(self._answer, chunks)
         try:
-            async for batch in run.batches():
-                events = b""
-                for index, item in batch:
-                    if index not in place.shown:
-                        place.shown[index] = NOTHING
-                        if opening := self._reply.opening(index):
-                            events += stream.event(opening, place)
-                    if isinstance(item, Piece):
-                        before = seen.get(index, NOTHING)
-                        seen[index] = before.after(item)
-                        if (rest := rest_of(item, before, known.get(index, NOTHING))) is not None:
-                            place.shown[index] = place.shown[index].most(seen[index])
-                            events += stream.event(self._more(index, rest), place)
-                    else:
-                        events += self._end(run, index, item, place)
+            async for batch in self._answer.batches():
+                body = b"".join(events.of(index, item) for index, item in batch)
                 if not begun:
                     begun = True
-                    await _start(send, STREAM_HEADERS | self._order.headers)
-                if events:
-                    await send({"type": "http.response.body", "body": events, "more_body": True})
+                    await _start(send, STREAM_HEADERS | self._extra_headers)
+                if body:
+                    await send({"type": "http.response.body", "body": body, "more_body": True})
         except Exception as error:
             if not begun:
                 raise
             if not isinstance(error, ApiError):
-                logging.get().exception("stream crashed", session=self._reply.id)
+                logging.get().exception("stream crashed", session=self._answer.answer_id)
                 error = internal_error()
             await send({"type": "http.response.body", "body": stream.event(error.body()), "more_body": True})
         await send({"type": "http.response.body", "body": stream.DONE})
 
-    def _more(self, index: int, piece: Piece) -> Fields:
-        """The chunk for one piece."""
-        delta = self._reply.delta(index, piece.text)
-        if self._order.trace:
-            delta["wisp"] = stream.trace(piece)
-        return delta
 
-    def _end(self, run: Run, index: int, finish: Finish, place: Place) -> bytes:
-        """The events for the end of one text, as far as the client lacks them."""
+class Events:
+    """Makes a stream's events, without those that the client already has, and advances the answer's cursor."""
+
+    def __init__(self, answer: Answer, chunks: Chunks) -> None:
+        self._answer = answer
+        self._chunks = chunks
+        self._cursor = answer.cursor
+        self._known = dict(answer.cursor.delivered)
+        self._seen: dict[int, Delivered] = {}
+
+    def of(self, index: int, item: Piece | Finish) -> bytes:
+        """Return the events for a completion's next piece or its end."""
+        events = b""
+        if index not in self._cursor.delivered:
+            self._cursor.delivered[index] = NOTHING
+            if opening := self._chunks.opening(index):
+                events = stream.event(opening, self._cursor)
+        return events + (self._piece(index, item) if isinstance(item, Piece) else self._end(index, item))
+
+    def _piece(self, index: int, piece: Piece) -> bytes:
+        before = self._seen.get(index, NOTHING)
+        self._seen[index] = before.after(piece)
+        if (rest := rest_of(piece, before, self._known.get(index, NOTHING))) is None:
+            return b""
+        self._cursor.delivered[index] = self._cursor.delivered[index].most(self._seen[index])
+        delta = self._chunks.delta(index, rest.text)
+        if self._answer.form.trace:
+            delta["wisp"] = stream.trace(rest)
+        return stream.event(delta, self._cursor)
+
+    def _end(self, index: int, finish: Finish) -> bytes:
+        answer, cursor = self._answer, self._cursor
         chunks = []
-        if index not in place.closed:
-            chunks.append(self._reply.closing(index, finish.value))
-            if self._order.trace and (rounds := run.lives[index].session.take_rounds()):
+        if index not in cursor.closed:
+            chunks.append(self._chunks.closing(index, finish.value))
+            if answer.form.trace and (rounds := answer.running[index].completion.take_rounds()):
                 chunks[0]["wisp"] = {"rounds": stream.rounds(rounds)}
-            place.closed.add(index)
-        is_last = len(place.closed) == len(run.lives)
-        last_id = str(place)
-        if is_last and self._reply.include_usage and not place.usage:
-            chunks.append(self._reply.usage(self._usage(run)))
-            place.usage = True
-        if is_last and self._order.trace and chunks:
-            chunks[-1].setdefault("wisp", {})["summary"] = self._summary(run)
-        return b"".join(stream.event(fields, last_id if fields["choices"] else place) for fields in chunks)
+            cursor.closed.add(index)
+        is_last = len(cursor.closed) == len(answer.running)
+        closing_id = str(cursor)
+        if is_last and answer.form.include_usage and not cursor.usage:
+            chunks.append(self._chunks.usage(answer.usage))
+            cursor.usage = True
+        if is_last and answer.form.trace and chunks:
+            chunks[-1].setdefault("wisp", {})["summary"] = _summary(answer)
+        return b"".join(stream.event(fields, closing_id if fields["choices"] else cursor) for fields in chunks)
 
-    def _usage(self, run: Run) -> Usage:
-        return Usage(self._order.prompt_tokens, sum(live.session.tally.tokens for live in run.lives))
 
-    def _summary(self, run: Run) -> Fields:
-        plan = self._order.plans[0]
-        return stream.summary(
-            [live.session.tally for live in run.lives],
-            [live.outcome for live in run.lives if live.outcome is not None],
-            run.ttft_ms,
-            run.total_ms,
-            service_class=plan.service_class,
-            slo=plan.slo,
-        )
+def _summary(answer: Answer) -> Fields:
+    return stream.summary(
+        [session.completion.tally for session in answer.running],
+        [session.outcome for session in answer.running if session.outcome is not None],
+        answer.ttft_ms,
+        answer.total_ms,
+        service_class=answer.form.service_class,
+        slo=answer.sessions[0].slo,
+    )
 
 
 async def _stop(task: asyncio.Future[None]) -> None:

@@ -1,11 +1,13 @@
-"""What clients ask for: OpenAI's request bodies, checked.
+"""Requests: OpenAI's bodies with our own options and headers, checked.
 
-Options that we do not know are ignored, as clients of every age send some. Known options that would change the text
-but are not built are refused unless they have the value that changes nothing.
+Unknown options are ignored, because clients of every age send some. Known options that would change the text but are
+not supported are refused, unless they have the value that changes nothing.
 """
 
 from __future__ import annotations
 
+import re
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -13,15 +15,18 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError, from_json
 
 from services.gateway.errors import ApiError, invalid
+from shared.broker.topology import DEFAULT_POOL
 from shared.messages import DraftChoice, Sampling
 from shared.runtime.settings import NAME_PATTERN
 
+DRAFT_HEADER = "x-wisp-draft"
+POOL_HEADER = "x-wisp-pool"
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024
 GREEDY_BELOW = 1e-5
-"""Temperatures below this are greedy: logits divided by them overflow."""
+"""Lower temperatures are greedy: logits divided by them overflow."""
 SMALLEST_TOP_P = 1e-6
-"""OpenAI allows 0; this keeps the one most probable token as well."""
+"""Replaces 0, which OpenAI allows. Both keep only the most probable token."""
 
 _NO_OP: dict[str, tuple[Any, ...]] = {
     "audio": (),
@@ -57,7 +62,7 @@ _NO_OP: dict[str, tuple[Any, ...]] = {
     "use_beam_search": (False,),
     "web_search_options": (),
 }
-"""Known options that are not built, with the values (besides null) that ask for nothing."""
+"""Known unsupported options, with the values (besides null) that change nothing."""
 
 
 def _stops(value: Any) -> list[str]:
@@ -87,7 +92,7 @@ def _prompts(value: Any) -> list[str | list[int]]:
 
 
 def _or(default: Any) -> BeforeValidator:
-    """Null means the default, as in OpenAI's API."""
+    """Treat null as the default, as OpenAI's API does."""
     return BeforeValidator(lambda value: default if value is None else value)
 
 
@@ -96,7 +101,7 @@ class _Body(BaseModel):
 
 
 class StreamOptions(_Body):
-    """How a stream is sent."""
+    """OpenAI's `stream_options`."""
 
     include_usage: Annotated[bool, _or(False)] = False
 
@@ -105,16 +110,17 @@ class WispOptions(_Body):
     """Our own options, under the key `wisp`."""
 
     trace: Annotated[bool, _or(False)] = False
-    """Tell for each token whether it was drafted, and what the rounds cost."""
+    """Add to each chunk the origin of its tokens and the costs of its rounds."""
     draft: Annotated[DraftChoice | None, Field(strict=False)] = None
+    """The draft source."""
     pool: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
-    """Drafters of this pool only."""
+    """The pool of drafters."""
     resumable: Annotated[bool, _or(False)] = False
-    """A client that goes away may come back for the rest of its stream: the text goes on for a while without it."""
+    """Keep generating for a while after the client goes away, so that it can resume the stream."""
 
 
 class Part(_Body):
-    """A part of a message's content."""
+    """One part of a message's content."""
 
     type: Literal["text"]
     text: str
@@ -127,18 +133,18 @@ class ChatMessage(_Body):
     content: str | list[Part]
 
     def rendered(self) -> dict[str, Any]:
-        """The message as chat templates know it."""
+        """Return the message in the form that chat templates take."""
         role = "system" if self.role == "developer" else self.role
         content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
         return {"role": role, "content": content}
 
     def texts(self) -> list[str]:
-        """What the message says, in its parts."""
+        """Return the texts of the message's parts."""
         return [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
 
 
 class GenerationRequest(_Body):
-    """What chats and completions have in common."""
+    """Options of both endpoints."""
 
     model: str
     stream: Annotated[bool, _or(False)] = False
@@ -150,12 +156,34 @@ class GenerationRequest(_Body):
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
     stop: Annotated[list[str], PlainValidator(_stops)] = []
     ignore_eos: Annotated[bool, _or(False)] = False
-    """Generate up to the token limit, past the model's end-of-text token (for measurements; vLLM has it too)."""
+    """Generate up to the token limit, past the end-of-text token. For measurements; vLLM has the same option."""
     service_tier: str | None = None
     wisp: Annotated[WispOptions, _or(WispOptions())] = WispOptions()
 
+    @property
+    @abstractmethod
+    def limit(self) -> int | None:
+        """Most output tokens per completion; None for as many as fit."""
+
+    def draft(self, headers: Mapping[str, str]) -> DraftChoice:
+        """Return the requested draft source; the option overrides the header. Raises ApiError."""
+        text = headers.get(DRAFT_HEADER, DraftChoice.AUTO.value)
+        try:
+            return self.wisp.draft or DraftChoice(text)
+        except ValueError:
+            known = ", ".join(choice.value for choice in DraftChoice)
+            raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {text[:60]!r}", DRAFT_HEADER) from None
+
+    def pool(self, headers: Mapping[str, str]) -> str:
+        """Return the requested pool of drafters; the option overrides the header. Raises ApiError."""
+        text = self.wisp.pool or headers.get(POOL_HEADER, DEFAULT_POOL)
+        if not re.fullmatch(NAME_PATTERN, text):
+            allowed = "1 to 64 letters, digits, underscores or dashes"
+            raise invalid(f"header {POOL_HEADER} must be {allowed}, not {text[:60]!r}", POOL_HEADER)
+        return text
+
     def sampling(self, seed: int) -> Sampling:
-        """The sampling parameters with this seed."""
+        """Return the sampling parameters with this seed."""
         return Sampling(
             temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
             top_p=max(self.top_p, SMALLEST_TOP_P),
@@ -173,7 +201,7 @@ class ChatRequest(GenerationRequest):
 
     @property
     def limit(self) -> int | None:
-        """Most output tokens; None for what the context leaves. The newer option goes before the older one."""
+        """The newer option overrides the older one."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
@@ -186,7 +214,7 @@ class CompletionRequest(GenerationRequest):
 
     @property
     def limit(self) -> int | None:
-        """Most output tokens."""
+        """OpenAI's default is 16."""
         return self.max_tokens
 
 
@@ -194,7 +222,7 @@ R = TypeVar("R", bound=GenerationRequest)
 
 
 def parse(kind: type[R], body: bytes) -> R:
-    """The request in a body. Raises ApiError with status 400 that names the option and what is wrong with it."""
+    """Parse a request's body. Raises ApiError with status 400 that names the option and the problem."""
     try:
         fields = from_json(body, allow_inf_nan=False)
     except ValueError as error:
@@ -218,19 +246,19 @@ def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
 
 
 def _same(value: Any, harmless: Any) -> bool:
-    # In Python, 0 equals False and 1 equals True; in JSON they are of different types.
+    # In Python 0 equals False and 1 equals True; in JSON they have different types.
     return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
 
 
 def _explain(error: ValidationError) -> ApiError:
-    # A union reports each of its branches; the one that got furthest is the one that was meant.
+    # A union reports an error per branch; the one that got furthest is the one that the client meant.
     first = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
     path = ""
     for step in first["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
         elif step in ("str", "int") or step.startswith(("list[", "function-", "constrained-")):
-            continue  # the branch of a union: ours, not the client's
+            continue  # a branch of a union, which is no part of the client's path
         else:
             path += f".{step}" if path else step
     if first["type"] == "missing":

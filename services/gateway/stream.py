@@ -1,14 +1,15 @@
-"""The shapes of answers: OpenAI's response objects and stream chunks, and server-sent events."""
+"""Response bodies: OpenAI's response objects, stream chunks and server-sent events."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from services.gateway.core.completion import Piece, Round, Tally, Token
-from services.gateway.core.slo import Outcome
+from services.gateway.answer import Answer, AnswerForm, Usage
+from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
+from services.gateway.core.slo import SloOutcome
+from services.gateway.errors import encode
 from shared.messages import Slo
 
 DONE = b"data: [DONE]\n\n"
@@ -17,125 +18,104 @@ Fields = dict[str, Any]
 
 
 @dataclass(frozen=True)
-class Usage:
-    """Token counts of a request; each prompt counts once, however many texts it got."""
-
-    prompt_tokens: int
-    completion_tokens: int
-
-    @property
-    def total(self) -> int:
-        """Both together."""
-        return self.prompt_tokens + self.completion_tokens
-
-    def fields(self) -> Fields:
-        """OpenAI's usage object."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.completion_tokens,
-            "total_tokens": self.total,
-        }
-
-
-@dataclass(frozen=True)
-class Text:
-    """One complete text of an answer."""
+class Choice:
+    """One complete completion of an answer."""
 
     text: str
     finish: str
 
 
 @dataclass(frozen=True)
-class Reply:
-    """What all chunks of an answer, or the whole answer, have in common."""
+class Chunks:
+    """Makes the chunks of one streamed answer, or its whole response object."""
 
-    id: str
-    created: int
-    model: str
+    answer_id: str
     fingerprint: str
-    chat: bool
-    include_usage: bool = False
-    service_tier: str | None = None
-    """The class that serves the request, where it asked for a tier."""
+    form: AnswerForm
+
+    @classmethod
+    def of(cls, answer: Answer) -> Chunks:
+        """Return the chunks of an answer whose sessions are known."""
+        return cls(answer.answer_id, answer.sessions[0].fingerprint, answer.form)
 
     def opening(self, index: int) -> Fields | None:
-        """The first chunk of a chat's text, which names the role; completions have none."""
-        if not self.chat:
+        """Return the first chunk of a chat completion, which names the role; None for text completions."""
+        if not self.form.chat:
             return None
         return self._chunk([self._choice(index, {"role": "assistant", "content": ""}, None)])
 
     def delta(self, index: int, text: str) -> Fields:
-        """A chunk with more text."""
-        return self._chunk([self._choice(index, {"content": text} if self.chat else text, None)])
+        """Return a chunk with more text."""
+        return self._chunk([self._choice(index, {"content": text} if self.form.chat else text, None)])
 
     def closing(self, index: int, finish: str) -> Fields:
-        """The last chunk of a text."""
-        return self._chunk([self._choice(index, {} if self.chat else "", finish)])
+        """Return the last chunk of a completion."""
+        return self._chunk([self._choice(index, {} if self.form.chat else "", finish)])
 
     def usage(self, usage: Usage) -> Fields:
-        """The extra chunk at the end of a stream whose request asked for usage."""
-        return {**self._chunk([]), "usage": usage.fields()}
+        """Return the extra chunk at the end of a stream whose request asked for usage."""
+        return {**self._chunk([]), "usage": usage_fields(usage)}
 
-    def whole(self, texts: Sequence[Text], usage: Usage) -> Fields:
-        """The answer to a request that is not streamed."""
-        choices: list[Fields] = []
-        for index, text in enumerate(texts):
+    def whole(self, choices: Sequence[Choice], usage: Usage) -> Fields:
+        """Return the response to a request that is not streamed."""
+        made: list[Fields] = []
+        for index, choice in enumerate(choices):
             content: Fields = (
-                {"message": {"role": "assistant", "content": text.text, "refusal": None}}
-                if self.chat
-                else {"text": text.text}
+                {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
+                if self.form.chat
+                else {"text": choice.text}
             )
-            choices.append({"index": index, **content, "logprobs": None, "finish_reason": text.finish})
-        return {**self._common("chat.completion"), "choices": choices, "usage": usage.fields()}
+            made.append({"index": index, **content, "logprobs": None, "finish_reason": choice.finish})
+        return {**self._common("chat.completion"), "choices": made, "usage": usage_fields(usage)}
 
     def _choice(self, index: int, content: Fields | str, finish: str | None) -> Fields:
         return {
             "index": index,
-            "delta" if self.chat else "text": content,
+            "delta" if self.form.chat else "text": content,
             "logprobs": None,
             "finish_reason": finish,
         }
 
     def _chunk(self, choices: list[Fields]) -> Fields:
         fields = {**self._common("chat.completion.chunk"), "choices": choices}
-        if self.include_usage:
+        if self.form.include_usage:
             fields["usage"] = None
         return fields
 
     def _common(self, chat_object: str) -> Fields:
         fields: Fields = {
-            "id": self.id,
-            "object": chat_object if self.chat else "text_completion",
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": self.fingerprint,
+            "id": self.answer_id,
+            "object": chat_object if self.form.chat else "text_completion",
+            "created": self.form.created,
+            "model": self.form.model,
+            "system_fingerprint": f"fp_{self.fingerprint[:16]}",
         }
-        if self.service_tier is not None:
-            fields["service_tier"] = self.service_tier
+        if self.form.service_tier is not None:
+            fields["service_tier"] = self.form.service_tier
         return fields
 
 
-def encode(fields: Fields) -> bytes:
-    """JSON in UTF-8, in one line also for clients that break lines at Unicode's rarer line ends."""
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-    for character, escape in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
-        text = text.replace(character, escape)
-    return text.encode()
+def usage_fields(usage: Usage) -> Fields:
+    """Return OpenAI's usage object."""
+    return {
+        "prompt_tokens": usage.prompt_tokens,
+        "completion_tokens": usage.completion_tokens,
+        "total_tokens": usage.total,
+    }
 
 
-def event(fields: Fields, place: object = None) -> bytes:
-    """One server-sent event; its id says how far the client has the stream with it."""
-    return (b"" if place is None else b"id: %s\n" % str(place).encode()) + b"data: " + encode(fields) + b"\n\n"
+def event(fields: Fields, cursor: object = None) -> bytes:
+    """Encode a server-sent event. Its id is the stream cursor after the event."""
+    return (b"" if cursor is None else b"id: %s\n" % str(cursor).encode()) + b"data: " + encode(fields) + b"\n\n"
 
 
 def trace(piece: Piece) -> Fields:
-    """The trace of one chunk: the tokens that its text is made of, the round that the last of them came with, and what
-    each round since the last chunk brought and cost."""
+    """Return the trace of one chunk: its tokens, the round of the last token, and the rounds since the last chunk."""
     return {"tokens": tokens(piece.tokens), "round": piece.round, "rounds": rounds(piece.rounds)}
 
 
-def rounds(settled: Sequence[Round]) -> list[Fields]:
-    """Rounds as the trace shows them."""
+def rounds(settled: Sequence[CompletionRound]) -> list[Fields]:
+    """Return rounds as the trace shows them."""
     return [
         {name: round(value, 3) if isinstance(value, float) else value for name, value in asdict(one).items()}
         for one in settled
@@ -143,24 +123,24 @@ def rounds(settled: Sequence[Round]) -> list[Fields]:
 
 
 def tokens(made: Sequence[Token]) -> list[Fields]:
-    """Tokens as the trace shows them."""
+    """Return tokens as the trace shows them."""
     return [{"id": token.id, "text": token.text, "draft": token.draft} for token in made]
 
 
 def summary(
-    tallies: Sequence[Tally],
-    outcomes: Sequence[Outcome],
+    tallies: Sequence[CompletionTally],
+    outcomes: Sequence[SloOutcome],
     ttft_ms: float,
     total_ms: float,
     *,
     service_class: str,
     slo: Slo | None,
 ) -> Fields:
-    """What a request was promised, how fast it came, and what it cost. Messaging is what remains of its time after
-    drafting, queueing and verifying.
+    """Return the trace's summary of a request: its SLO, its speed and its costs.
 
-    Sums over a request's texts; as these run side by side, messaging is meaningful for a single text only. A request
-    of several texts attains if all of them do, and its time per output token is that of the slowest.
+    Messaging time is the total minus drafting, queueing and verifying. Times are summed over completions, which run
+    side by side, so messaging time is meaningful for a single completion only. A request attains its SLO if all its
+    completions do; its time per output token is that of the slowest.
     """
     tpots_ms = [outcome.tpot_ms for outcome in outcomes if outcome.tpot_ms is not None]
     work = {name: sum(getattr(t, name) for t in tallies) for name in ("draft_ms", "queue_ms", "verify_ms")}

@@ -1,125 +1,190 @@
-"""Starting a session: its state in Redis, then the Generate that a drafter takes up."""
+"""The way of a session's messages and state: RabbitMQ and Redis, behind one narrow interface.
+
+The baseline has a transport of its own (`services.baseline.client`), and the tests one in memory. All of them pass the
+same contract, `tests/transport_contract.py`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import asyncio
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from functools import partial
 from time import monotonic
-from typing import Protocol
+from typing import Any, Protocol
 
-from services.gateway.errors import unavailable
-from services.gateway.request import Plan
 from shared.broker import topology
+from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Queue
-from shared.errors import BrokersError, Unroutable
-from shared.messages import Generate, Message
-from shared.state.store import Progress, Request, Session
+from shared.errors import BrokersError
+from shared.messages import Cancel, Ended, Generate
+from shared.runtime import logging
+from shared.state.store import Progress, Request, Session, Store
+
+STORE_TRIES, STORE_RETRY_S = 60, 1.0
+"""Retries while Redis is away. `Store.reap` ends the sessions of a gateway that stops before Redis is back."""
 
 
-class Publisher(Protocol):
-    """What is needed of `shared.broker.client.Broker`."""
+class Transport(Protocol):
+    """Carries sessions to the services that generate their tokens.
 
-    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
-        """See there."""
+    Results come back through `Sessions.receive`. Every method raises BrokersError when RabbitMQ or Redis cannot be
+    reached, except for `cancel` and `leave`, which retry.
+    """
 
-    async def bind(self, queue: Queue, key: str) -> None:
-        """See there."""
+    stall_reason: str
+    """Why a session may make no progress, for its client. `{pool!r}` stands for the session's pool."""
 
-    async def unbind(self, queue: Queue, key: str) -> None:
-        """See there."""
+    async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
+        """Create a session and hand it to the drafters of a pool.
 
-
-class SessionStore(Protocol):
-    """What is needed of `shared.state.store.Store`."""
-
-    async def create(
-        self,
-        request: Request,
-        prompt: Sequence[int],
-        elapsed_ms: float = 0.0,
-        *,
-        patience_ms: int = 0,
-        kept: bytes = b"",
-    ) -> None:
-        """See there."""
-
-    async def progress(self, session: str, from_len: int) -> Progress | None:
-        """See there."""
-
-    async def cancel(self, session: str, gateway: str = "") -> bool:
-        """See there."""
-
-    async def leave(self, session: str, gateway: str, length: int) -> None:
-        """See there."""
-
-    async def kept(self, session: str) -> bytes | None:
-        """See there."""
-
-    async def collect(self, session: str, gateway: str) -> bool:
-        """See there."""
-
-    async def read(self, sessions: Sequence[str]) -> list[Session | None]:
-        """See there."""
-
-
-@dataclass(frozen=True)
-class Starter:
-    """Starts the sessions of this gateway."""
-
-    publisher: Publisher
-    store: SessionStore
-    instance: str
-    fingerprint: str
-    vocab_fingerprint: str
-    patience_ms: int
-    """How long a session goes on while no gateway collects it."""
-    session_keys: SessionKeys = field(default_factory=lambda: SessionKeys(None))
-
-    async def start(self, plan: Plan, started_s: float) -> None:
-        """Hand a session to the drafters of its pool. `started_s` is when its request came in.
-
-        Raises ApiError with status 503 when no drafter takes it, or RabbitMQ or Redis are away.
+        `resume_record` is stored with the session. Raises Unroutable when no drafter serves the pool.
         """
-        record = Request(
-            session=plan.session,
-            gateway=self.instance,
-            prompt_len=len(plan.prompt),
-            sampling=plan.sampling,
-            stop_ids=plan.stop_ids,
-            max_tokens=plan.max_tokens,
-            fingerprint=self.fingerprint,
-            slo=plan.slo,
+
+    async def cancel(self, session_id: str, reason: str) -> None:
+        """End a session wherever it is worked on, unless another gateway has collected it."""
+
+    async def leave(self, session_id: str, length: int) -> None:
+        """Stop collecting a session of which `length` tokens are known, so that another gateway can collect it."""
+
+    async def resume_record(self, answer_id: str) -> bytes | None:
+        """Return the resume record of an answer; None if there is none."""
+
+    def collect(self, session_ids: Sequence[str]) -> AbstractAsyncContextManager[list[Session | None]]:
+        """Take over sessions from the gateways that collect them, and receive their results during the context.
+
+        Gives the stored sessions, with None in place of one that is gone.
+        """
+
+    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+        """Return the state of a session and its committed tokens from `from_len` on; None if it is gone."""
+
+    async def report(self, ended: Ended) -> None:
+        """Announce the end of a session."""
+
+
+class BrokerTransport:
+    """Sessions over RabbitMQ, with their state in Redis."""
+
+    stall_reason = "no drafter of pool {pool!r} or no verifier works on this session, or they are overloaded"
+
+    def __init__(
+        self,
+        broker: Broker,
+        store: Store,
+        instance: str,
+        queue: Queue,
+        *,
+        patience_ms: int,
+        session_keys: SessionKeys | None = None,
+    ) -> None:
+        """Results for this gateway arrive in `queue`.
+
+        A session that no gateway collects for `patience_ms` is cancelled.
+        """
+        self._broker = broker
+        self._store = store
+        self._instance = instance
+        self._queue = queue
+        self._patience_ms = patience_ms
+        self._session_keys = session_keys or SessionKeys(None)
+        self._origins: Counter[str] = Counter()
+        """Collected sessions by the gateway that started them. The results of these gateways come here as well."""
+        self._tasks: set[asyncio.Task[None]] = set()
+        self._log = logging.get()
+
+    async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
+        """See `Transport`."""
+        received_s = monotonic() - generate.elapsed_ms / 1000
+        request = Request(
+            session=generate.session,
+            gateway=generate.gateway,
+            prompt_len=len(generate.prompt),
+            sampling=generate.sampling,
+            stop_ids=generate.stop_ids,
+            max_tokens=generate.max_tokens,
+            fingerprint=generate.fingerprint,
+            slo=generate.slo,
         )
+        await self._store.create(
+            request, generate.prompt, generate.elapsed_ms, patience_ms=self._patience_ms, kept=resume_record
+        )
+        generate = generate.model_copy(update={"elapsed_ms": (monotonic() - received_s) * 1000})
+        await self._broker.publish(self._session_keys.add_to(generate), topology.generate(pool), persistent=True)
+
+    async def cancel(self, session_id: str, reason: str) -> None:
+        """See `Transport`."""
+        message = Cancel(session=session_id, reason=reason)
+        mark = partial(self._store.cancel, session_id, self._instance)
         try:
-            await self.store.create(
-                record,
-                plan.prompt,
-                (monotonic() - started_s) * 1000,
-                patience_ms=self.patience_ms,
-                kept=plan.kept,
-            )
-            generate = Generate(
-                session=plan.session,
-                gateway=self.instance,
-                prompt=plan.prompt,
-                sampling=plan.sampling,
-                stop_ids=plan.stop_ids,
-                max_tokens=plan.max_tokens,
-                fingerprint=self.fingerprint,
-                vocab_fingerprint=self.vocab_fingerprint,
-                slo=plan.slo,
-                service_class=plan.service_class,
-                draft=plan.draft,
-                elapsed_ms=(monotonic() - started_s) * 1000,
-            )
-            generate = self.session_keys.add_to(generate)
-            await self.publisher.publish(generate, topology.generate(plan.pool), persistent=True)
-        except Unroutable as error:
-            if plan.pool.startswith(topology.device_name("")):
-                text = f"{plan.pool!r} has no queue: import the definitions that its name is in"
-                raise unavailable(text, "no_drafter") from error
-            where = "" if plan.pool == topology.DEFAULT_POOL else f" in pool {plan.pool!r}"
-            raise unavailable(f"no drafter is running{where}; try again when one has started", "no_drafter") from error
+            if not await mark():
+                self._log.info("session is collected by another gateway", session=session_id)
+                return
+        except BrokersError:
+            # The services that work on the session need not wait for Redis.
+            await self._broker.publish(message, topology.CANCEL)
+            await self._until_stored(mark, session_id)
+            return
+        await self._broker.publish(message, topology.CANCEL)
+
+    async def leave(self, session_id: str, length: int) -> None:
+        """See `Transport`."""
+        await self._until_stored(partial(self._store.leave, session_id, self._instance, length), session_id)
+
+    async def resume_record(self, answer_id: str) -> bytes | None:
+        """See `Transport`."""
+        return await self._store.kept(answer_id)
+
+    @asynccontextmanager
+    async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:
+        """See `Transport`."""
+        if not all([await self._store.collect(session_id, self._instance) for session_id in session_ids]):
+            yield [None for _ in session_ids]
+            return
+        found = await self._store.read(session_ids)
+        origins = {session.request.gateway for session in found if session is not None} - {self._instance}
+        self._origins.update(origins)
+        try:
+            # Rounds in flight, and a drafter that has the first Generate, still send their results to the origin.
+            for origin in origins:
+                await self._broker.bind(self._queue, topology.result(origin))
+            yield await self._store.read(session_ids)
+        finally:
+            self._origins.subtract(origins)
+            for origin in origins:
+                if not self._origins[origin]:
+                    self._spawn(self._unbind(origin))
+
+    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+        """See `Transport`."""
+        return await self._store.progress(session_id, from_len)
+
+    async def report(self, ended: Ended) -> None:
+        """See `Transport`."""
+        await self._broker.publish(ended, topology.ENDED)
+
+    async def _until_stored(self, write: Callable[[], Awaitable[object]], session_id: str) -> None:
+        for _ in range(STORE_TRIES):
+            try:
+                await write()
+                return
+            except BrokersError as error:
+                self._log.warning("session's end not stored yet", session=session_id, error=str(error))
+            await asyncio.sleep(STORE_RETRY_S)
+
+    async def _unbind(self, origin: str) -> None:
+        if self._origins[origin]:
+            return
+        del self._origins[origin]
+        try:
+            await self._broker.unbind(self._queue, topology.result(origin))
         except BrokersError as error:
-            raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
+            self._log.warning("still receiving another gateway's results", gateway=origin, error=str(error))
+
+    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        # The request's own task may be cancelled, as its client may be gone.
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)

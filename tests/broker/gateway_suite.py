@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import openai
 from gateway_peer import Peer, settings
-from prometheus_client import CollectorRegistry
+from prometheus_client import generate_latest
 
 from services.gateway.service import serve
 from shared.models.folder import ModelFolder
@@ -32,6 +32,8 @@ class Suite:
     http: httpx.AsyncClient
     stop: asyncio.Event
     serving: asyncio.Task[None]
+    metrics_before: str
+    """The metrics at the start. All gateways of this process share them."""
 
     @property
     def address(self) -> tuple[str, int]:
@@ -45,9 +47,12 @@ class Suite:
         return self.client.chat.completions.create(model=MODEL, messages=messages, **options)  # type: ignore[call-overload]
 
     async def metric(self, name: str) -> float:
-        """The value of a metric, summed over its labels."""
-        text = (await self.http.get("/metrics")).text
-        return sum(float(line.rsplit(" ", 1)[1]) for line in text.splitlines() if line.startswith(name + "{"))
+        """Return the growth of a metric since the start of the suite, summed over its labels."""
+        return _value((await self.http.get("/metrics")).text, name) - _value(self.metrics_before, name)
+
+
+def _value(metrics: str, name: str) -> float:
+    return sum(float(line.rsplit(" ", 1)[1]) for line in metrics.splitlines() if line.startswith(name + "{"))
 
 
 Start = Callable[..., AbstractAsyncContextManager[Suite]]
@@ -77,14 +82,15 @@ async def started(
             peer = await stack.enter_async_context(
                 Peer.run(peer_amqp_url or amqp_url, peer_redis_url or redis_url, namespace, target)
             )
-        serving = asyncio.create_task(serve(given, given.instance, stop, CollectorRegistry()))
+        metrics_before = generate_latest().decode()
+        serving = asyncio.create_task(serve(given, given.instance, stop))
         client = await stack.enter_async_context(
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
         )
         http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
         await answers(http)
         try:
-            yield Suite(url, peer, client, http, stop, serving)
+            yield Suite(url, peer, client, http, stop, serving, metrics_before)
         finally:
             stop.set()
             await asyncio.wait_for(serving, 20)

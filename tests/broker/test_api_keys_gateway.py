@@ -14,7 +14,7 @@ import pytest
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of
 
-from services.gateway.core.keys import KeyLimits, new_key, render
+from services.gateway.keys import KeyLimits, new_key, render
 
 MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 
@@ -177,7 +177,7 @@ async def test_a_keys_texts_at_once_are_limited_and_free_again_at_their_end(suit
         await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=400, stream=True)
         for _ in range(2)
     ]
-    with pytest.raises(openai.RateLimitError, match="texts at once: Limit 2"):
+    with pytest.raises(openai.RateLimitError, match="concurrent completions: Limit 2"):
         await ann.chat(suite)
     suite.peer.script = Script()
     assert (await bob.chat(suite)).status_code == 200
@@ -190,7 +190,7 @@ async def test_a_keys_texts_at_once_are_limited_and_free_again_at_their_end(suit
                 break
             except openai.RateLimitError:
                 await asyncio.sleep(0.05)
-    with pytest.raises(openai.RateLimitError, match="texts at once"):
+    with pytest.raises(openai.RateLimitError, match="concurrent completions"):
         await ann.chat(suite, n=2)
     await streams[1].close()
     await client.close()

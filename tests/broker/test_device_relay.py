@@ -11,13 +11,12 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-import uvicorn
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of, free_port, text_of
 
 from services.device.relay import Relay
-from services.gateway.core.keys import new_key, render
-from services.gateway.server import Server
+from services.gateway.keys import new_key, render
+from services.gateway.server import listen, serve_http
 
 
 @pytest.fixture
@@ -32,15 +31,13 @@ async def suite(start: Start, tmp_path: Path) -> AsyncIterator[tuple[Suite, str]
 @asynccontextmanager
 async def relayed(url: str, key: str) -> AsyncIterator[str]:
     """A relay to this gateway; yields its URL."""
-    port = free_port()
+    listener, stop = listen("127.0.0.1", 0), asyncio.Event()
     async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=20) as gateway:
-        server = Server(uvicorn.Config(Relay(gateway), port=port, lifespan="off", log_config=None, ws="none"))
-        serving = asyncio.create_task(server.serve())
-        await eventually(lambda: server.started)
+        serving = asyncio.create_task(serve_http(Relay(gateway), listener, stop))
         try:
-            yield f"http://127.0.0.1:{port}"
+            yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
-            server.should_exit = True
+            stop.set()
             await serving
 
 

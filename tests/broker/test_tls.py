@@ -12,10 +12,9 @@ import openai
 import pytest
 from gateway_peer import Peer, settings
 from gateway_suite import MODEL, answers, free_port
-from prometheus_client import CollectorRegistry
 from secured import Authority, Secured, secured
 
-from services.gateway import https
+from services.gateway import server
 from services.gateway.service import serve
 from services.tools.local import logs
 from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis
@@ -96,7 +95,7 @@ async def test_who_shows_no_certificate_is_not_let_in(servers: Secured, namespac
 async def test_a_gateway_by_https_in_front_of_brokers_by_tls(
     servers: Secured, known: Tls, namespace: str, target: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(https, "LOOK_S", 0.05)
+    monkeypatch.setattr(server, "CERTIFICATE_CHECK_S", 0.05)
     cert, key = servers.authority.issue("localhost", "gateway")
     port = free_port()
     given = settings(
@@ -116,7 +115,7 @@ async def test_a_gateway_by_https_in_front_of_brokers_by_tls(
     trusting = ssl.create_default_context(cafile=servers.authority.file)
     # The peer stands for the other services and comes by the servers' plain doors.
     async with Peer.run(servers.amqp_url, servers.redis_url, namespace, target) as peer:
-        serving = asyncio.create_task(serve(given, given.instance, stop, CollectorRegistry()))
+        serving = asyncio.create_task(serve(given, given.instance, stop))
         async with httpx.AsyncClient(base_url=url, timeout=20, verify=trusting) as http:
             await answers(http)
             assert (await http.get("/ready")).json() == {"ready": True, "parts": dict.fromkeys(READY, "ok")}

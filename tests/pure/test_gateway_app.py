@@ -6,7 +6,7 @@ import asyncio
 import json
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -14,181 +14,119 @@ from typing import Any, NoReturn
 
 import httpx
 import pytest
+from gateway_memory import MemoryServices, MemoryTransport
 from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny_target
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from prometheus_client import CollectorRegistry
+from prometheus_client import generate_latest
 
-from services.gateway.app import Gateway, create_app
+from services.gateway.app import create_app
 from services.gateway.core.admission import Admission
-from services.gateway.core.completion import Session
-from services.gateway.core.keys import new_key, render
 from services.gateway.errors import unavailable
-from services.gateway.keys import KeyFile
+from services.gateway.gateway import Gateway
+from services.gateway.keys import KeyFile, new_key, render
 from services.gateway.ledger import Ledger
-from services.gateway.metrics import Metrics
-from services.gateway.request import Plan
-from services.gateway.sessions import Backend
-from services.gateway.stream import Reply
+from services.gateway.model import ServedModel
+from services.gateway.stream import Chunks
 from shared.broker import topology
-from shared.broker.topology import Queue
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Cancel, Ended, Finish, Generate, Load, Message, Result, Slo
+from shared.messages import Generate, Load, Message, Result, Slo
 from shared.models.folder import ModelFolder
-from shared.models.stop import StopStrings
-from shared.models.text import Detokenizer, Tokenizer
-from shared.state.store import Progress, Request, SessionStatus
-from shared.state.store import Session as Stored
+from shared.models.text import Tokenizer
 
 MODEL = "tiny"
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
 
-class Loopback:
-    """Stands in for broker and store: answers a Generate by its script, and remembers what it is told."""
-
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.script = Script()
-        self.backend: Backend | None = None
-        self.created: list[Request] = []
-        self.cancelled: list[str] = []
-        self.ended: list[Ended] = []
-        self.keys: list[str] = []
-        self.truth: dict[str, list[int]] = {}
-        self.error: Exception | None = None
-        self.silent = False
-
-    async def publish(self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False) -> None:
-        if isinstance(message, Cancel):
-            self.cancelled.append(message.session)
-        if self.error is not None:
-            raise self.error
-        if isinstance(message, Ended):
-            assert key == topology.ENDED
-            self.ended.append(message)
-        if not isinstance(message, Generate):
-            return
-        assert persistent
-        self.keys.append(key)
-        assert self.backend is not None
-        results = results_of(message, self.script, self.tokenizer)
-        self.truth[message.session] = message.prompt + [token for result in results for token in result.tokens]
-        for result in [] if self.silent else self.script.reorder(results):
-            await self.backend.receive(result)
-
-    async def create(
-        self,
-        request: Request,
-        prompt: Sequence[int],
-        elapsed_ms: float = 0.0,
-        *,
-        patience_ms: int = 0,
-        kept: bytes = b"",
-    ) -> None:
-        self.created.append(request)
-
-    async def progress(self, session: str, from_len: int) -> Progress | None:
-        if (tokens := self.truth.get(session)) is None:
-            return None
-        return Progress(SessionStatus.FINISHED, len(tokens), tokens[from_len:], Finish.STOP)
-
-    async def cancel(self, session: str, gateway: str = "") -> bool:
-        return True
-
-    async def leave(self, session: str, gateway: str, length: int) -> None:
-        pass
-
-    async def kept(self, session: str) -> bytes | None:
-        return None
-
-    async def collect(self, session: str, gateway: str) -> bool:
-        return False
-
-    async def read(self, sessions: Sequence[str]) -> list[Stored | None]:
-        return [None for _ in sessions]
-
-    async def bind(self, queue: Queue, key: str) -> None:
-        raise AssertionError("there is no other gateway to hear")
-
-    async def unbind(self, queue: Queue, key: str) -> None:
-        raise AssertionError("there is no other gateway to hear")
-
-
 class NoCounters:
-    """Stands in for the counters in Redis: here no key has limits."""
+    """Counters for keys without limits, which are never asked."""
 
     async def take(self, *_: object) -> NoReturn:
         raise AssertionError
 
-    settle = renew = take
+    join = settle = renew = take
+
+
+class Upstream:
+    """The services behind the gateway."""
+
+    def __init__(self) -> None:
+        self.verifiers = True
+        self.problems: dict[str, str | None] = {"redis": None}
+
+    async def longest_session(self) -> int:
+        if not self.verifiers:
+            raise unavailable("no verifier is running")
+        return CONTEXT
+
+    async def missing(self) -> dict[str, str | None]:
+        return dict(self.problems)
 
 
 class App:
-    """The application with its stand-ins and a client."""
+    """The application over services in memory, which answer by a script, and a client."""
 
     def __init__(self, folder: ModelFolder, **fields: Any) -> None:
         self.settings = settings(folder.path, **fields)
-        tokenizer = Tokenizer(folder)
-        metrics = Metrics(MODEL, CollectorRegistry())
-        self.loopback = Loopback(tokenizer)
-
-        def new_session(plan: Plan) -> Session:
-            return Session(
-                len(plan.prompt), frozenset(plan.stop_ids), Detokenizer(tokenizer), StopStrings(plan.stops), plan.echo
-            )
-
-        self.backend = Backend(
-            self.loopback,
-            self.loopback,
-            new_session,
-            metrics,
-            Admission(
+        model = ServedModel.load(self.settings, MODEL)
+        self.tokenizer = model.tokenizer
+        self.script = Script()
+        self.silent = False
+        """Whether results get lost; committed tokens do not."""
+        self.upstream = Upstream()
+        self.services = MemoryServices(draft=self.work)
+        self.transport = MemoryTransport(self.services, "g")
+        self.gateway = Gateway.assemble(
+            self.settings,
+            "g",
+            model,
+            self.transport,
+            self.upstream,
+            ledger=Ledger(NoCounters(), self.settings.key_limits),
+            keys=KeyFile(self.settings.api_keys_file) if self.settings.api_keys_file else None,
+            admission=Admission(
                 self.settings.slo_classes,
                 self.settings.max_sessions,
                 self.settings.max_backlog_ms,
                 self.settings.admission,
             ),
-            instance="g",
-            fingerprint="f",
-            vocab_fingerprint="v",
             idle_check_s=self.settings.idle_check_s,
-            stall_timeout_s=self.settings.stall_timeout_s,
-            resume_s=self.settings.resume_s,
         )
-        self.loopback.backend = self.backend
-        self.verifiers = True
-        self.missing: dict[str, str | None] = {"redis": None}
-
-        async def longest_session() -> int:
-            if not self.verifiers:
-                raise unavailable("no verifier is running")
-            return CONTEXT
-
-        async def missing() -> dict[str, str | None]:
-            return self.missing
-
-        self.asgi = create_app(
-            Gateway(
-                self.settings,
-                MODEL,
-                folder,
-                tokenizer,
-                "f" * 32,
-                self.backend,
-                longest_session,
-                missing,
-                metrics,
-                Ledger(NoCounters(), self.settings.key_limits, metrics),
-                KeyFile(self.settings.api_keys_file) if self.settings.api_keys_file else None,
-            )
-        )
+        self.sessions = self.gateway.sessions
+        self.transport.deliver_to(self.sessions.receive)
+        self.asgi = create_app(self.gateway)
         transport = httpx.ASGITransport(self.asgi, raise_app_exceptions=False)
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=10)
 
+    async def work(self, message: Message) -> None:
+        """Generate a session's tokens, as drafter and verifier do."""
+        assert isinstance(message, Generate)
+        results = results_of(message, self.script, self.tokenizer)
+        for result in results:
+            if result.tokens:
+                await self.services.commit(message.session, result.tokens, result.finish)
+        for result in [] if self.silent else self.script.reorder(results):
+            await self.services.publish("g", result)
+
+    @property
+    def generated(self) -> list[Generate]:
+        """The sessions handed to drafters."""
+        return [generate for _, generate in self.services.generated]
+
     async def chat(self, **options: Any) -> httpx.Response:
         return await self.http.post("/v1/chat/completions", json=HELLO | options)
+
+
+def samples() -> dict[str, float]:
+    """Every exported sample of ours, by name and labels."""
+    lines = generate_latest().decode().splitlines()
+    return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("wisp_")}
+
+
+def grown(before: dict[str, float]) -> dict[str, float]:
+    """The growth of every sample."""
+    return {name: value - before.get(name, 0.0) for name, value in samples().items()}
 
 
 @pytest.fixture(scope="session")
@@ -199,7 +137,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 @pytest.fixture
 async def app(folder: ModelFolder) -> AsyncIterator[App]:
     app = App(folder)
-    watching = asyncio.create_task(app.backend.watch())
+    watching = asyncio.create_task(app.sessions.watch())
     yield app
     watching.cancel()
     await app.http.aclose()
@@ -222,7 +160,7 @@ async def test_an_answer_reports_its_seed_and_the_request_id(app: App) -> None:
     response = await app.http.post("/v1/chat/completions", json=HELLO, headers={"x-request-id": "mine-1"})
     assert response.status_code == 200
     assert response.headers["x-request-id"] == "mine-1"
-    assert int(response.headers["x-wisp-seed"]) == app.loopback.created[0].sampling.seed
+    assert int(response.headers["x-wisp-seed"]) == app.generated[0].sampling.seed
     again = await app.chat(seed=-5)
     assert again.headers["x-wisp-seed"] == "-5"
     assert again.headers["x-request-id"].startswith("req_")
@@ -278,20 +216,20 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(app:
 
 
 async def test_a_crash_in_the_middle_of_a_stream_is_an_error_event(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(self: Reply, index: int, finish: str) -> Any:
+    def crash(self: Chunks, index: int, finish: str) -> Any:
         raise ZeroDivisionError("a defect")
 
-    async def one_by_one(message: Message, key: str, **options: Any) -> None:
-        if isinstance(message, Generate):
-            for result in results_of(message, app.loopback.script, app.loopback.tokenizer):
-                asyncio.get_running_loop().call_later(0.01 * result.base_len, send, result)
+    async def one_by_one(message: Message) -> None:
+        assert isinstance(message, Generate)
+        for result in results_of(message, app.script, app.tokenizer):
+            asyncio.get_running_loop().call_later(0.01 * result.base_len, send, result)
 
     def send(result: Result) -> None:
-        sending.append(asyncio.ensure_future(app.backend.receive(result)))
+        sending.append(asyncio.ensure_future(app.sessions.receive(result)))
 
     sending: list[Any] = []
-    monkeypatch.setattr(Reply, "closing", crash)
-    monkeypatch.setattr(app.loopback, "publish", one_by_one)
+    monkeypatch.setattr(Chunks, "closing", crash)
+    app.services.draft = one_by_one
     response = await app.chat(stream=True)
     assert response.status_code == 200
     *events, error, done = response.text.strip().split("\n\n")
@@ -353,38 +291,31 @@ async def test_a_client_that_goes_away_while_sending_is_no_crash(app: App) -> No
     assert sent[0]["status"] == 499
 
 
-async def test_a_client_that_goes_away_while_its_session_is_started_ends_it(
-    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    app = App(folder)
-    publishing = asyncio.Event()
-    publish = app.loopback.publish
+async def test_a_client_that_goes_away_during_the_start_ends_its_session(app: App) -> None:
+    starting = asyncio.Event()
 
-    async def deaf(message: Message, key: str, **options: Any) -> None:
-        if not isinstance(message, Generate):
-            await publish(message, key, **options)
-            return
-        publishing.set()
-        with suppress(asyncio.CancelledError):  # as a library does that gets its answer at this moment
+    async def deaf(message: Message) -> None:
+        starting.set()
+        with suppress(asyncio.CancelledError):  # like a library that receives its answer at this moment
             await asyncio.sleep(60)
 
     async def receive() -> Any:
         if not sent:
             sent.append("body")
             return {"type": "http.request", "body": json.dumps(HELLO).encode()}
-        await publishing.wait()
+        await starting.wait()
         return {"type": "http.disconnect"}
 
     async def send(message: Any) -> None:
         sent.append(message["type"])
 
     sent: list[str] = []
-    monkeypatch.setattr(app.loopback, "publish", deaf)
+    app.services.draft = deaf
     scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
     request = asyncio.create_task(app.asgi(scope, receive, send))
     await eventually(request.done)
-    assert app.backend.running == 0
-    await eventually(lambda: len(app.loopback.cancelled) == 1)
+    assert app.sessions.running == 0
+    await eventually(lambda: len(app.services.cancelled) == 1)
     assert sent == ["body"]
 
 
@@ -444,7 +375,7 @@ async def test_a_body_that_never_comes_times_out(folder: ModelFolder) -> None:
 
 
 async def test_without_a_verifier_requests_are_refused_for_now(app: App) -> None:
-    app.verifiers = False
+    app.upstream.verifiers = False
     response = await app.chat()
     error_of(response, 503)
     assert int(response.headers["retry-after"]) >= 1
@@ -457,11 +388,11 @@ async def test_without_a_verifier_requests_are_refused_for_now(app: App) -> None
 async def test_without_a_drafter_or_broker_requests_are_refused_for_now(
     app: App, error: Exception, code: str, stream: bool
 ) -> None:
-    app.loopback.error = error
+    app.services.error = error
     response = await app.chat(stream=stream)
     assert error_of(response, 503)["code"] == code
     assert int(response.headers["retry-after"]) >= 1
-    assert app.backend.running == 0
+    assert app.sessions.running == 0
 
 
 async def test_more_sessions_than_allowed_are_refused_and_leave_no_trace(folder: ModelFolder) -> None:
@@ -469,7 +400,7 @@ async def test_more_sessions_than_allowed_are_refused_and_leave_no_trace(folder:
     response = await app.chat(n=3)
     assert error_of(response, 429)["type"] == "rate_limit_error"
     assert int(response.headers["retry-after"]) >= 1
-    assert app.backend.running == 0
+    assert app.sessions.running == 0
     assert (await app.chat(n=2)).status_code == 200
     assert (await app.chat(n=2)).status_code == 200
 
@@ -482,7 +413,7 @@ def full(**fields: Any) -> Load:
 
 
 async def test_a_full_fleet_refuses_with_a_reason_and_a_time_to_come_again(app: App) -> None:
-    await app.backend.receive(full())
+    await app.sessions.receive(full())
     for stream in (True, False):
         response = await app.chat(service_tier="flex", n=2, stream=stream)
         error = error_of(response, 429)
@@ -492,10 +423,10 @@ async def test_a_full_fleet_refuses_with_a_reason_and_a_time_to_come_again(app: 
         assert response.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
         assert 1 <= int(response.headers["retry-after"]) <= 60
     assert (await app.chat(service_tier="default")).status_code == 200
-    await app.backend.receive(full(utilization=0.95))
+    await app.sessions.receive(full(utilization=0.95))
     assert error_of(await app.chat(), 429)["code"] == "slo_unattainable_now"
     assert (await app.chat(service_tier="priority")).status_code == 200
-    assert len(app.loopback.created) == 2
+    assert len(app.generated) == 2
 
 
 async def test_a_header_changes_the_promise_within_the_class(app: App) -> None:
@@ -507,7 +438,7 @@ async def test_a_header_changes_the_promise_within_the_class(app: App) -> None:
     assert summary["service_class"] == "flex"
     assert summary["slo"] == {"ttft_ms": 60000, "tpot_ms": 500}
     assert summary["attained"] is True
-    await app.backend.receive(full())
+    await app.sessions.receive(full())
     refused = await app.http.post("/v1/chat/completions", json=HELLO | {"service_tier": "flex"}, headers=headers)
     assert error_of(refused, 429)["code"] == "slo_unattainable_now"
     assert (await app.http.post("/v1/chat/completions", json=HELLO, headers=headers)).status_code == 200
@@ -522,33 +453,32 @@ async def test_the_answer_tells_the_tier_that_was_used_where_one_was_asked_for(a
 
 
 async def test_a_request_goes_to_the_pool_that_it_names(app: App) -> None:
+    app.services.pools |= {"phones", "cars"}
     await app.chat()
     await app.chat(wisp={"pool": "phones"})
     await app.http.post("/v1/chat/completions", json=HELLO, headers={"x-wisp-pool": "cars"})
     await app.http.post(
         "/v1/chat/completions", json=HELLO | {"wisp": {"pool": "phones"}}, headers={"x-wisp-pool": "cars"}
     )
-    assert app.loopback.keys == [
-        topology.generate(pool) for pool in (topology.DEFAULT_POOL, "phones", "cars", "phones")
-    ]
-    app.loopback.error = Unroutable("no queue")
+    assert [pool for pool, _ in app.services.generated] == [topology.DEFAULT_POOL, "phones", "cars", "phones"]
+    app.services.pools.remove("phones")
     response = await app.chat(wisp={"pool": "phones"})
     assert "pool 'phones'" in error_of(response, 503)["message"]
 
 
 async def test_every_text_is_told_and_counted_once_whatever_became_of_it(folder: ModelFolder) -> None:
     app = App(folder, max_sessions=3, stall_timeout_s=0.2)
-    watching = asyncio.create_task(app.backend.watch())
+    before = samples()
+    watching = asyncio.create_task(app.sessions.watch())
     await app.chat(n=2)
     slow = {"x-slo-ttft-ms": "1e-9", "x-slo-tpot-ms": "1"}
     await app.http.post("/v1/chat/completions", json=HELLO | {"service_tier": "priority"}, headers=slow)
     error_of(await app.chat(n=5, service_tier="flex"), 429)
-    app.loopback.silent, app.loopback.script = True, Script(text="")
-    app.loopback.truth = {}
+    app.silent, app.script = True, Script(text="", ends=False)
     error_of(await app.chat(service_tier="flex"), 504)
-    await eventually(lambda: len(app.loopback.ended) == 9)
+    await eventually(lambda: len(app.services.ended) == 9)
     watching.cancel()
-    ended = app.loopback.ended
+    ended = app.services.ended
     text = len(Script().text)
     assert len({one.session for one in ended}) == 9
     assert [(one.service_class, one.reason, one.attained, one.tokens) for one in ended] == (
@@ -560,8 +490,7 @@ async def test_every_text_is_told_and_counted_once_whatever_became_of_it(folder:
     assert [one.slo for one in ended[1:4]] == [Slo(ttft_ms=2000, tpot_ms=200), Slo(ttft_ms=1e-9, tpot_ms=1), None]
     assert all(one.ttft_ms is not None and one.tpot_ms is not None for one in ended[:3])
     assert all(one.prompt_tokens == ended[0].prompt_tokens > 0 for one in ended)
-    lines = (await app.http.get("/metrics")).text.splitlines()
-    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("wisp_")}
+    values = grown(before)
 
     def value(name: str, **labels: str) -> float:
         label = ",".join(f'{key}="{text}"' for key, text in sorted({"model_name": MODEL, **labels}.items()))
@@ -580,46 +509,45 @@ async def test_every_text_is_told_and_counted_once_whatever_became_of_it(folder:
 
 async def test_a_silent_session_is_given_up_with_a_timeout_and_cancelled(folder: ModelFolder) -> None:
     app = App(folder, stall_timeout_s=0.3)
-    app.loopback.silent = True
-    app.loopback.truth = {}
-    app.loopback.script = Script(text="")
-    watching = asyncio.create_task(app.backend.watch())
+    app.silent = True
+    app.script = Script(text="")
+    watching = asyncio.create_task(app.sessions.watch())
     for stream in (True, False):
         assert error_of(await app.chat(stream=stream), 504)["code"] == "timeout"
-    await eventually(lambda: len(app.loopback.cancelled) == 2)
+    await eventually(lambda: len(app.services.cancelled) == 2)
     watching.cancel()
 
 
 async def test_a_session_whose_results_are_all_lost_is_answered_from_the_store(folder: ModelFolder) -> None:
     app = App(folder, idle_check_s=0.1)
-    app.loopback.silent = True
-    watching = asyncio.create_task(app.backend.watch())
+    app.silent = True
+    watching = asyncio.create_task(app.sessions.watch())
     response = await app.chat()
     watching.cancel()
-    assert response.json()["choices"][0]["message"]["content"] == app.loopback.script.text
+    assert response.json()["choices"][0]["message"]["content"] == app.script.text
 
 
 async def test_a_crash_is_a_500_with_openais_error_body(app: App) -> None:
-    app.loopback.error = ZeroDivisionError("a defect")
+    app.services.error = ZeroDivisionError("a defect")
     error = error_of(await app.chat(), 500)
     assert "defect" not in error["message"]
 
 
 async def test_readiness_names_what_is_missing(app: App) -> None:
-    assert (await app.http.get("/ready")).json() == {"ready": True, "parts": {"redis": "ok"}}
-    app.missing = {"redis": None, "verifier": "none"}
+    assert (await app.http.get("/ready")).json() == {"ready": True, "parts": {"redis": "ok", "gateway": "ok"}}
+    app.upstream.problems = {"redis": None, "verifier": "none"}
     response = await app.http.get("/ready")
     assert response.status_code == 503
-    assert response.json() == {"ready": False, "parts": {"redis": "ok", "verifier": "none"}}
+    assert response.json() == {"ready": False, "parts": {"redis": "ok", "verifier": "none", "gateway": "ok"}}
     assert (await app.http.get("/health")).status_code == 200
 
 
 async def test_counters_agree_with_the_answers(app: App) -> None:
-    app.loopback.script = Script(text="abcdefgh", round_len=3)
+    before = samples()
+    app.script = Script(text="abcdefgh", round_len=3)
     usage = (await app.chat()).json()["usage"]
     summary = (await app.chat(wisp={"trace": True})).json()["wisp"]["summary"]
-    lines = (await app.http.get("/metrics")).text.splitlines()
-    values = {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("wisp_")}
+    values = grown(before)
     label = f'{{model_name="{MODEL}"}}'
     assert values[f"wisp_prompt_tokens_total{label}"] == 2 * usage["prompt_tokens"]
     assert values[f"wisp_generation_tokens_total{label}"] == 2 * usage["completion_tokens"] == 16
@@ -688,7 +616,7 @@ async def test_without_a_good_key_nothing_is_told(guarded: tuple[App, str], path
     error = error_of(response, 401)
     assert (error["type"], error["code"]) == ("invalid_request_error", "invalid_api_key")
     assert response.headers["www-authenticate"] == "Bearer"
-    assert app.loopback.created == []
+    assert app.generated == []
 
 
 async def test_a_good_key_is_served_and_a_changed_one_is_not(guarded: tuple[App, str]) -> None:
@@ -703,13 +631,13 @@ async def test_a_good_key_is_served_and_a_changed_one_is_not(guarded: tuple[App,
 
 async def test_probes_need_no_key_and_learn_no_addresses(guarded: tuple[App, str]) -> None:
     app, key = guarded
-    app.missing = {"redis": "10.1.2.3 does not answer"}
+    app.upstream.problems = {"redis": "10.1.2.3 does not answer"}
     assert (await app.http.get("/health")).status_code == 200
     stranger = await app.http.get("/ready")
     assert stranger.status_code == 503
-    assert stranger.json()["parts"] == {"redis": "not ok"}
+    assert stranger.json()["parts"] == {"redis": "not ok", "gateway": "ok"}
     holder = await app.http.get("/ready", headers={"authorization": f"Bearer {key}"})
-    assert holder.json()["parts"] == app.missing
+    assert holder.json()["parts"] == {"redis": "10.1.2.3 does not answer", "gateway": "ok"}
 
 
 async def test_prompts_and_outputs_over_the_gateways_limits_are_refused(folder: ModelFolder) -> None:
@@ -723,5 +651,5 @@ async def test_prompts_and_outputs_over_the_gateways_limits_are_refused(folder: 
     assert (await app.http.post("/v1/completions", json=short | {"max_tokens": 5})).status_code == 200
     assert (await app.http.post("/v1/completions", json=short)).status_code == 400  # OpenAI's default is 16
     await app.chat(messages=[{"role": "user", "content": ""}])
-    assert [request.max_tokens for request in app.loopback.created] == [5, 5]
+    assert [generate.max_tokens for generate in app.generated] == [5, 5]
     await app.http.aclose()

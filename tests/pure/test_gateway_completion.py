@@ -11,7 +11,7 @@ from gateway_peer import EOS, Script, results_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.core.completion import Piece, Session
+from services.gateway.core.completion import Completion, Piece
 from shared.messages import Failure, Finish, Generate, Result, Status
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
@@ -28,15 +28,15 @@ def generate(max_tokens: int = 400) -> Generate:
     return builders.generate(prompt=[9] * PROMPT_LEN, stop_ids=[EOS], max_tokens=max_tokens)
 
 
-def new_session(tokenizer: Tokenizer, stops: list[str] | None = None, echo: str = "") -> Session:
-    return Session(PROMPT_LEN, frozenset([EOS]), Detokenizer(tokenizer), StopStrings(stops or []), echo=echo)
+def new_completion(tokenizer: Tokenizer, stops: list[str] | None = None, echo: str = "") -> Completion:
+    return Completion(PROMPT_LEN, frozenset([EOS]), Detokenizer(tokenizer), StopStrings(stops or []), echo=echo)
 
 
-def feed(session: Session, results: list[Result]) -> list[Piece]:
+def feed(completion: Completion, results: list[Result]) -> list[Piece]:
     pieces = []
     for result in results:
-        session.result(result)
-        pieces += session.take()
+        completion.result(result)
+        pieces += completion.take()
     return pieces
 
 
@@ -44,9 +44,9 @@ def text_of(pieces: list[Piece]) -> str:
     return "".join(piece.text for piece in pieces)
 
 
-def whole(tokenizer: Tokenizer, script: Script, stops: list[str] | None = None) -> tuple[Session, list[Piece]]:
-    session = new_session(tokenizer, stops)
-    return session, feed(session, results_of(generate(), script, tokenizer))
+def whole(tokenizer: Tokenizer, script: Script, stops: list[str] | None = None) -> tuple[Completion, list[Piece]]:
+    completion = new_completion(tokenizer, stops)
+    return completion, feed(completion, results_of(generate(), script, tokenizer))
 
 
 TEXTS = st.text(st.sampled_from("ab \n.é€🙂"), min_size=1, max_size=30)
@@ -56,24 +56,24 @@ TEXTS = st.text(st.sampled_from("ab \n.é€🙂"), min_size=1, max_size=30)
 def test_the_text_is_all_that_is_before_the_first_stop_string(
     tokenizer: Tokenizer, text: str, round_len: int, stops: list[str]
 ) -> None:
-    session, pieces = whole(tokenizer, Script(text=text, round_len=round_len), stops)
+    completion, pieces = whole(tokenizer, Script(text=text, round_len=round_len), stops)
     ends = [(text.index(stop) + len(stop), -len(stop)) for stop in stops if stop in text]
     expected = text if not ends else text[: sum(min(ends))]
     assert text_of(pieces) == expected
-    assert session.finish is Finish.STOP
-    assert session.stopped_early == bool(ends)
+    assert completion.finish is Finish.STOP
+    assert completion.stopped_early == bool(ends)
 
 
 @given(text=TEXTS, round_len=st.integers(1, 9), stops=st.lists(st.text("ab .é🙂", min_size=1, max_size=3), max_size=3))
 def test_each_piece_is_the_text_of_its_tokens_and_tokens_come_in_order(
     tokenizer: Tokenizer, text: str, round_len: int, stops: list[str]
 ) -> None:
-    session, pieces = whole(tokenizer, Script(text=text, round_len=round_len), stops)
+    completion, pieces = whole(tokenizer, Script(text=text, round_len=round_len), stops)
     for piece in pieces:
         assert piece.text == "".join(token.text for token in piece.tokens)
     ids = [token.id for piece in pieces for token in piece.tokens]
     assert ids == tokenizer.encode(text)[: len(ids)]
-    assert session.tally.tokens == len(ids)
+    assert completion.tally.tokens == len(ids)
 
 
 @given(text=TEXTS, round_len=st.integers(1, 5), seed=st.integers(0, 2**32))
@@ -85,38 +85,38 @@ def test_lost_late_repeated_and_reordered_results_change_no_text(
     luck = random.Random(seed)
     arriving = [result for result in results for _ in range(luck.choice([0, 1, 1, 2]))]
     luck.shuffle(arriving)
-    session = new_session(tokenizer)
-    pieces = feed(session, arriving)
-    # What Redis would answer, asked from where the session stands.
-    session.committed(session.length, committed[session.length - PROMPT_LEN :], Finish.STOP)
-    pieces += session.take()
+    completion = new_completion(tokenizer)
+    pieces = feed(completion, arriving)
+    # What Redis would answer, asked from where the completion stands.
+    completion.committed(completion.length, committed[completion.length - PROMPT_LEN :], Finish.STOP)
+    pieces += completion.take()
     assert text_of(pieces) == text
-    assert session.finish is Finish.STOP
-    assert session.tally.tokens == len(committed) - 1
+    assert completion.finish is Finish.STOP
+    assert completion.tally.tokens == len(committed) - 1
 
 
 def test_a_result_beyond_what_is_known_leaves_a_gap_that_the_truth_fills(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abcdefgh", round_len=4), tokenizer)
-    session = new_session(tokenizer)
-    assert feed(session, [results[0], results[2]]) == []
-    assert session.gap
-    session.committed(PROMPT_LEN, results[1].tokens, None)
-    assert not session.gap
-    assert text_of(session.take() + feed(session, results[2:])) == "abcdefgh"
+    completion = new_completion(tokenizer)
+    assert feed(completion, [results[0], results[2]]) == []
+    assert completion.gap
+    completion.committed(PROMPT_LEN, results[1].tokens, None)
+    assert not completion.gap
+    assert text_of(completion.take() + feed(completion, results[2:])) == "abcdefgh"
 
 
 @given(text=TEXTS, round_len=st.integers(1, 9))
 def test_rounds_tell_where_their_tokens_are_and_add_up_to_the_tally(
     tokenizer: Tokenizer, text: str, round_len: int
 ) -> None:
-    session, pieces = whole(tokenizer, Script(text=text, round_len=round_len))
-    rounds = [round_ for piece in pieces for round_ in piece.rounds] + session.take_rounds()
+    completion, pieces = whole(tokenizer, Script(text=text, round_len=round_len))
+    rounds = [round_ for piece in pieces for round_ in piece.rounds] + completion.take_rounds()
     assert [round_.start for round_ in rounds] == list(range(0, len(tokenizer.encode(text)) + 1, round_len))
-    assert sum(round_.tokens for round_ in rounds) == session.tally.tokens + 1
+    assert sum(round_.tokens for round_ in rounds) == completion.tally.tokens + 1
     for name in ("drafted", "verified", "accepted", "draft_ms", "queue_ms", "verify_ms"):
-        assert sum(getattr(round_, name) for round_ in rounds) == getattr(session.tally, name)
+        assert sum(getattr(round_, name) for round_ in rounds) == getattr(completion.tally, name)
     assert rounds[0].verify_ms == 2.0 + 0.75, "the prompt's chunk belongs to the first round"
-    assert session.take_rounds() == []
+    assert completion.take_rounds() == []
 
 
 def test_a_prompt_in_chunks_waits_and_drafts_only_once(tokenizer: Tokenizer) -> None:
@@ -136,9 +136,9 @@ def test_a_prompt_in_chunks_waits_and_drafts_only_once(tokenizer: Tokenizer) -> 
         )
         for n, q in enumerate((8.0, 20.0))
     ]
-    session = new_session(tokenizer)
-    feed(session, [*chunks, first.model_copy(update={"draft_ms": 3.0, "queue_ms": 32.0, "verify_ms": 5.0})])
-    assert (session.tally.draft_ms, session.tally.queue_ms, session.tally.verify_ms) == (3.0, 12.0, 25.0)
+    completion = new_completion(tokenizer)
+    feed(completion, [*chunks, first.model_copy(update={"draft_ms": 3.0, "queue_ms": 32.0, "verify_ms": 5.0})])
+    assert (completion.tally.draft_ms, completion.tally.queue_ms, completion.tally.verify_ms) == (3.0, 12.0, 25.0)
 
 
 def test_accepted_draft_tokens_can_be_told_from_the_targets_own(tokenizer: Tokenizer) -> None:
@@ -157,9 +157,9 @@ def test_accepted_draft_tokens_can_be_told_from_the_targets_own(tokenizer: Token
 
 def test_rounds_and_drafts_are_counted_once_and_bonus_tokens_are_no_accepted_drafts(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abcdefgh", round_len=3), tokenizer)
-    session = new_session(tokenizer)
-    feed(session, [*results[:-1], *results[:-1], results[-1]])
-    tally = session.tally
+    completion = new_completion(tokenizer)
+    feed(completion, [*results[:-1], *results[:-1], results[-1]])
+    tally = completion.tally
     assert (tally.rounds, tally.tokens) == (3, 8)
     assert (tally.drafted, tally.verified, tally.accepted) == (12, 9, 6)
     assert tally.verify_ms == pytest.approx(2.0 + 3 * 0.75)
@@ -167,31 +167,31 @@ def test_rounds_and_drafts_are_counted_once_and_bonus_tokens_are_no_accepted_dra
 
 def test_a_late_result_is_counted_though_its_tokens_are_known_from_redis(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abcdefgh", round_len=3), tokenizer)
-    session = new_session(tokenizer)
-    session.committed(PROMPT_LEN, results[1].tokens, None)
-    feed(session, results[1:])
-    assert (session.tally.rounds, session.tally.accepted) == (3, 6)
+    completion = new_completion(tokenizer)
+    completion.committed(PROMPT_LEN, results[1].tokens, None)
+    feed(completion, results[1:])
+    assert (completion.tally.rounds, completion.tally.accepted) == (3, 6)
 
 
 def test_a_conflict_brings_tokens_but_no_round(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abc")
     conflict = builders.result("s", 4, PROMPT_LEN, ids, status=Status.CONFLICT)
-    session = new_session(tokenizer)
-    assert text_of(feed(session, [conflict])) == "abc"
-    assert session.tally.rounds == 0
-    assert session.tally.tokens == 3
+    completion = new_completion(tokenizer)
+    assert text_of(feed(completion, [conflict])) == "abc"
+    assert completion.tally.rounds == 0
+    assert completion.tally.tokens == 3
 
 
 def test_the_end_of_text_token_is_neither_shown_nor_counted(tokenizer: Tokenizer) -> None:
-    session, pieces = whole(tokenizer, Script(text="ab"))
+    completion, pieces = whole(tokenizer, Script(text="ab"))
     assert text_of(pieces) == "ab"
-    assert session.tally.tokens == 2
-    assert session.length == PROMPT_LEN + 3
+    assert completion.tally.tokens == 2
+    assert completion.length == PROMPT_LEN + 3
 
 
 def test_a_text_may_be_empty(tokenizer: Tokenizer) -> None:
-    session, pieces = whole(tokenizer, Script(text=""))
-    assert (text_of(pieces), session.finish) == ("", Finish.STOP)
+    completion, pieces = whole(tokenizer, Script(text=""))
+    assert (text_of(pieces), completion.finish) == ("", Finish.STOP)
 
 
 def test_whitespace_is_text(tokenizer: Tokenizer) -> None:
@@ -205,49 +205,49 @@ def test_no_piece_splits_a_character(tokenizer: Tokenizer) -> None:
 
 
 def test_a_character_cut_off_by_the_length_is_replaced(tokenizer: Tokenizer) -> None:
-    session = new_session(tokenizer)
-    pieces = feed(session, results_of(generate(max_tokens=3), Script(text="a🙂", round_len=1), tokenizer))
+    completion = new_completion(tokenizer)
+    pieces = feed(completion, results_of(generate(max_tokens=3), Script(text="a🙂", round_len=1), tokenizer))
     assert text_of(pieces) == "a�"
-    assert session.finish is Finish.LENGTH
-    assert session.tally.tokens == 3
+    assert completion.finish is Finish.LENGTH
+    assert completion.tally.tokens == 3
 
 
 def test_the_replacement_of_a_cut_off_character_can_complete_a_stop_string(tokenizer: Tokenizer) -> None:
-    session = new_session(tokenizer, ["b\ufffd"])
-    pieces = feed(session, results_of(generate(max_tokens=4), Script(text="ab🙂", round_len=1), tokenizer))
+    completion = new_completion(tokenizer, ["b\ufffd"])
+    pieces = feed(completion, results_of(generate(max_tokens=4), Script(text="ab🙂", round_len=1), tokenizer))
     assert text_of(pieces) == "a"
-    assert session.finish is Finish.STOP
+    assert completion.finish is Finish.STOP
 
 
 def test_text_that_could_become_a_stop_string_is_withheld_and_not_lost(tokenizer: Tokenizer) -> None:
-    session = new_session(tokenizer, ["END"])
+    completion = new_completion(tokenizer, ["END"])
     results = results_of(generate(), Script(text="xEN", round_len=1), tokenizer)
-    assert text_of(feed(session, results[:-1])) == "x"
-    assert text_of(feed(session, results[-1:])) == "EN"
-    assert not session.stopped_early
+    assert text_of(feed(completion, results[:-1])) == "x"
+    assert text_of(feed(completion, results[-1:])) == "EN"
+    assert not completion.stopped_early
 
 
-def test_a_stop_string_ends_the_text_before_the_session_ends(tokenizer: Tokenizer) -> None:
-    session = new_session(tokenizer, ["END"])
+def test_a_stop_string_ends_the_text_before_the_completion_ends(tokenizer: Tokenizer) -> None:
+    completion = new_completion(tokenizer, ["END"])
     results = results_of(generate(), Script(text="text before END and after", round_len=4), tokenizer)
-    pieces = feed(session, results[:5])
+    pieces = feed(completion, results[:5])
     assert text_of(pieces) == "text before "
-    assert session.stopped_early
-    assert session.finish is Finish.STOP
-    assert session.tally.tokens == len("text before END")
-    assert feed(session, results) == []
+    assert completion.stopped_early
+    assert completion.finish is Finish.STOP
+    assert completion.tally.tokens == len("text before END")
+    assert feed(completion, results) == []
 
 
 def test_an_echo_comes_before_the_first_text_or_alone(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="ab", round_len=1), tokenizer)
-    assert text_of(feed(new_session(tokenizer, echo="prompt "), results)) == "prompt ab"
+    assert text_of(feed(new_completion(tokenizer, echo="prompt "), results)) == "prompt ab"
     empty = results_of(generate(), Script(text=""), tokenizer)
-    assert text_of(feed(new_session(tokenizer, echo="prompt "), empty)) == "prompt "
+    assert text_of(feed(new_completion(tokenizer, echo="prompt "), empty)) == "prompt "
 
 
-def test_a_failed_result_ends_the_session_with_its_reason(tokenizer: Tokenizer) -> None:
+def test_a_failed_result_ends_the_completion_with_its_reason(tokenizer: Tokenizer) -> None:
     failure = Failure(code="cache_full", message="no room")
-    session, pieces = whole(tokenizer, Script(failure=failure))
-    assert session.failure == failure
+    completion, pieces = whole(tokenizer, Script(failure=failure))
+    assert completion.failure == failure
     assert pieces == []
-    assert session.done
+    assert completion.done

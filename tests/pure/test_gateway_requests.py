@@ -1,11 +1,12 @@
-"""What the gateway makes of request bodies, headers and limits, and the shapes of its answers."""
+"""Requests: bodies, headers and limits. Answers: chunks, traces, SLOs. The fleet: the verifiers behind them."""
 
 from __future__ import annotations
 
 import asyncio
 import json
 import math
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import builders
 import pytest
@@ -14,16 +15,19 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from services.gateway import stream
-from services.gateway.core.completion import Piece, Round, Tally, Token
-from services.gateway.core.slo import Outcome, class_of, judge, slo_of
+from services.gateway.answer import AnswerForm, Usage
+from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
+from services.gateway.core.slo import SloOutcome, class_of, judge, slo_of
 from services.gateway.errors import ApiError, from_failure
 from services.gateway.fleet import Fleet, longest_session
-from services.gateway.request import Limits, check_prompt, derive_seed, plan
+from services.gateway.gateway import Gateway
+from services.gateway.prompt import Limits, Prompt, check_prompt
+from services.gateway.request import derive_seed, new_answer
 from services.gateway.schema import ChatRequest, CompletionRequest, parse
 from services.gateway.settings import GatewaySettings
-from services.gateway.stream import Reply, Text, Usage
+from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
-from shared.messages import DraftChoice, Failure, Heartbeat, Slo
+from shared.messages import DraftChoice, Failure, Generate, Heartbeat, Slo
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}
@@ -240,26 +244,22 @@ def test_tiny_temperatures_are_greedy_and_top_p_zero_keeps_one_token() -> None:
     assert (sampling.top_k, sampling.seed) == (0, 3)
 
 
-def plans(request: ChatRequest | CompletionRequest, prompts: list[list[int]], context: int = 20) -> list[Any]:
-    return plan(
-        request,
-        "id",
-        prompts,
-        11,
-        Limits(context, 100),
-        limit=request.limit,
-        stop_ids=[2],
-        slo=None,
-        service_class="default",
-        pool="pool",
-        draft=DraftChoice.AUTO,
-        echoes=[""] * len(prompts),
-    )
+def sessions(
+    request: ChatRequest | CompletionRequest, prompts: list[list[int]], headers: dict[str, str] | None = None
+) -> list[Generate]:
+    """The sessions of a request, in a context of 20 tokens with the seed 11."""
+    model = SimpleNamespace(name="m", folder=SimpleNamespace(eos_ids=[2]), fingerprint="f", vocab_fingerprint="v")
+    gateway = SimpleNamespace(settings=GatewaySettings.model_validate({}), model=model, instance="g")
+    request = request.model_copy(update={"seed": 11})
+    limits = Limits(20, 100)
+    given = [Prompt(prompt) for prompt in prompts]
+    return new_answer(cast(Gateway, gateway), request, headers or {}, given, limits, None, 0.0).sessions
 
 
-def test_every_text_is_a_session_of_its_own_with_a_seed_of_its_own() -> None:
-    made = plans(completion(n=2), [[5], [6]])
-    assert [p.session for p in made] == ["id", "id.1", "id.2", "id.3"]
+def test_every_completion_is_a_session_with_a_seed_of_its_own() -> None:
+    made = sessions(completion(n=2), [[5], [6]])
+    answer_id = made[0].session
+    assert [p.session for p in made[1:]] == [f"{answer_id}.{index}" for index in (1, 2, 3)]
     assert [p.prompt for p in made] == [[5], [5], [6], [6]]
     first, second = derive_seed(11, 0), derive_seed(11, 1)
     assert first == 11
@@ -273,9 +273,16 @@ def test_every_derived_seed_is_a_seed(seed: int, copy: int) -> None:
 
 
 def test_output_is_limited_by_what_the_context_leaves() -> None:
-    assert plans(chat(), [[5] * 8])[0].max_tokens == 12
-    assert plans(chat(max_tokens=3), [[5] * 8])[0].max_tokens == 3
-    assert plans(chat(max_tokens=10**30), [[5] * 8])[0].max_tokens == 12
+    assert sessions(chat(), [[5] * 8])[0].max_tokens == 12
+    assert sessions(chat(max_tokens=3), [[5] * 8])[0].max_tokens == 3
+    assert sessions(chat(max_tokens=10**30), [[5] * 8])[0].max_tokens == 12
+
+
+def test_the_draft_source_comes_from_the_option_then_from_the_header() -> None:
+    header = {"x-wisp-draft": "lookup"}
+    assert sessions(chat(), [[5]])[0].draft is DraftChoice.AUTO
+    assert sessions(chat(), [[5]], header)[0].draft is DraftChoice.LOOKUP
+    assert sessions(chat(wisp={"draft": "none"}), [[5]], header)[0].draft is DraftChoice.NONE
 
 
 def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers() -> None:
@@ -286,7 +293,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers() -> None:
     with pytest.raises(ApiError):
         check_prompt([5] * 20, limits, "prompt")
     check_prompt([5] * 19, limits, "prompt")
-    assert plans(chat(), [[5] * 19])[0].max_tokens == 1
+    assert sessions(chat(), [[5] * 19])[0].max_tokens == 1
 
 
 @pytest.mark.parametrize("token", [-1, 100, 10**30])
@@ -296,8 +303,8 @@ def test_ids_that_are_no_tokens_are_refused(token: int) -> None:
 
 
 def test_end_of_text_can_be_ignored() -> None:
-    assert plans(chat(), [[5]])[0].stop_ids == [2]
-    assert plans(chat(ignore_eos=True), [[5]])[0].stop_ids == []
+    assert sessions(chat(), [[5]])[0].stop_ids == [2]
+    assert sessions(chat(ignore_eos=True), [[5]])[0].stop_ids == []
 
 
 def test_the_slo_comes_from_headers_then_from_the_tiers_class() -> None:
@@ -378,20 +385,20 @@ SLO = Slo(ttft_ms=100, tpot_ms=10)
 @pytest.mark.parametrize(
     ("slo", "complete", "tokens", "first_ms", "total_ms", "outcome"),
     [
-        (SLO, True, 11, 100, 200, Outcome(100, 10, True)),
-        (SLO, True, 11, 101, 150, Outcome(101, 4.9, False)),
-        (SLO, True, 11, 50, 151, Outcome(50, 10.1, False)),
-        (SLO, False, 11, 50, 100, Outcome(50, 5, False)),
-        (SLO, True, 1, 50, 5000, Outcome(50, None, True)),
-        (SLO, True, 0, None, 90, Outcome(90, None, True)),
-        (SLO, True, 0, None, 110, Outcome(110, None, False)),
-        (SLO, False, 0, None, 90, Outcome(None, None, False)),
-        (None, True, 3, 5000, 9000, Outcome(5000, 2000, True)),
-        (None, False, 3, 50, 90, Outcome(50, 20, False)),
+        (SLO, True, 11, 100, 200, SloOutcome(100, 10, True)),
+        (SLO, True, 11, 101, 150, SloOutcome(101, 4.9, False)),
+        (SLO, True, 11, 50, 151, SloOutcome(50, 10.1, False)),
+        (SLO, False, 11, 50, 100, SloOutcome(50, 5, False)),
+        (SLO, True, 1, 50, 5000, SloOutcome(50, None, True)),
+        (SLO, True, 0, None, 90, SloOutcome(90, None, True)),
+        (SLO, True, 0, None, 110, SloOutcome(110, None, False)),
+        (SLO, False, 0, None, 90, SloOutcome(None, None, False)),
+        (None, True, 3, 5000, 9000, SloOutcome(5000, 2000, True)),
+        (None, False, 3, 50, 90, SloOutcome(50, 20, False)),
     ],
 )
 def test_a_text_attains_when_it_is_complete_and_both_times_are_kept(
-    slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float, outcome: Outcome
+    slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float, outcome: SloOutcome
 ) -> None:
     assert judge(slo, complete, tokens, first_ms, total_ms) == outcome
 
@@ -426,38 +433,52 @@ def test_a_sessions_failure_has_its_http_status(code: str, status: int) -> None:
     assert (error.status, error.body()["error"]["message"]) == (status, "why")
 
 
+def chunks(**fields: Any) -> Chunks:
+    """The chunks of an answer of this form."""
+    plain = {
+        "created": 1,
+        "model": "m",
+        "service_class": "default",
+        "pool": "p",
+        "seed": 1,
+        "stops": [],
+        "echoes": [""],
+    }
+    return Chunks("id", "f" * 64, AnswerForm.model_validate(plain | {"prompt_tokens": 3} | fields))
+
+
 def test_chat_chunks_are_chat_shaped_and_completion_chunks_are_not() -> None:
-    chat_reply, text_reply = (Reply("id", 1, "m", "fp", chat=chat) for chat in (True, False))
-    opening = chat_reply.opening(0)
+    chat_chunks, text_chunks = chunks(chat=True), chunks(chat=False)
+    opening = chat_chunks.opening(0)
     assert opening is not None
     assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    delta = chat_reply.delta(1, "x")
+    delta = chat_chunks.delta(1, "x")
     assert delta["object"] == "chat.completion.chunk"
     assert delta["choices"] == [{"index": 1, "delta": {"content": "x"}, "logprobs": None, "finish_reason": None}]
-    assert chat_reply.closing(0, "stop")["choices"][0] == {
+    assert chat_chunks.closing(0, "stop")["choices"][0] == {
         "index": 0,
         "delta": {},
         "logprobs": None,
         "finish_reason": "stop",
     }
-    assert text_reply.opening(0) is None
-    delta = text_reply.delta(0, "x")
+    assert text_chunks.opening(0) is None
+    delta = text_chunks.delta(0, "x")
     assert delta["object"] == "text_completion"
     assert delta["choices"] == [{"index": 0, "text": "x", "logprobs": None, "finish_reason": None}]
-    whole = chat_reply.whole([Text("x", "length")], Usage(3, 4))
+    whole = chat_chunks.whole([Choice("x", "length")], Usage(3, 4))
     assert whole["object"] == "chat.completion"
     assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    assert text_reply.whole([Text("x", "length")], Usage(3, 4))["choices"][0]["text"] == "x"
+    assert text_chunks.whole([Choice("x", "length")], Usage(3, 4))["choices"][0]["text"] == "x"
 
 
 def test_usage_is_null_in_all_chunks_but_the_extra_one() -> None:
-    reply = Reply("id", 1, "m", "fp", chat=True, include_usage=True)
-    assert reply.delta(0, "x")["usage"] is None
-    assert reply.closing(0, "stop")["usage"] is None
-    extra = reply.usage(Usage(1, 2))
+    with_usage = chunks(chat=True, include_usage=True)
+    assert with_usage.delta(0, "x")["usage"] is None
+    assert with_usage.closing(0, "stop")["usage"] is None
+    extra = with_usage.usage(Usage(1, 2))
     assert extra["choices"] == []
     assert extra["usage"]["total_tokens"] == 3
-    assert "usage" not in Reply("id", 1, "m", "fp", chat=True).delta(0, "x")
+    assert "usage" not in chunks(chat=True).delta(0, "x")
 
 
 @given(st.text())
@@ -470,7 +491,9 @@ def test_an_event_is_one_line_of_json(text: str) -> None:
 
 
 def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None:
-    settled = Round(3, 7, 2, drafted=4, verified=3, accepted=1, draft_ms=0.12345, queue_ms=2.0, verify_ms=30.0)
+    settled = CompletionRound(
+        3, 7, 2, drafted=4, verified=3, accepted=1, draft_ms=0.12345, queue_ms=2.0, verify_ms=30.0
+    )
     piece = Piece("ab", [Token(5, "a", True), Token(6, "b", False)], 3, [settled])
     assert stream.trace(piece) == {
         "tokens": [{"id": 5, "text": "a", "draft": True}, {"id": 6, "text": "b", "draft": False}],
@@ -489,8 +512,8 @@ def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None
             }
         ],
     }
-    tally = Tally(rounds=2, tokens=5, drafted=6, verified=4, accepted=3, draft_ms=1, queue_ms=2, verify_ms=4)
-    outcomes = [Outcome(8.0, 0.5, True)]
+    tally = CompletionTally(rounds=2, tokens=5, drafted=6, verified=4, accepted=3, draft_ms=1, queue_ms=2, verify_ms=4)
+    outcomes = [SloOutcome(8.0, 0.5, True)]
     slo = Slo(ttft_ms=9, tpot_ms=1)
     assert stream.summary([tally], outcomes, 8.0, 10.0, service_class="priority", slo=slo) == {
         "service_class": "priority",
@@ -512,8 +535,8 @@ def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None
 
 
 def test_a_request_of_several_texts_attains_if_all_do_and_is_as_fast_as_its_slowest() -> None:
-    tallies = [Tally(tokens=3), Tally(tokens=1), Tally(tokens=9)]
-    outcomes = [Outcome(5.0, 2.0, True), Outcome(9.0, None, True), Outcome(7.0, 4.0, False)]
+    tallies = [CompletionTally(tokens=3), CompletionTally(tokens=1), CompletionTally(tokens=9)]
+    outcomes = [SloOutcome(5.0, 2.0, True), SloOutcome(9.0, None, True), SloOutcome(7.0, 4.0, False)]
     made = stream.summary(tallies, outcomes, 5.0, 20.0, service_class="flex", slo=None)
     assert (made["attained"], made["tpot_ms"], made["slo"]) == (False, 4.0, None)
     made = stream.summary(tallies[:2], outcomes[:2], 5.0, 20.0, service_class="flex", slo=None)
@@ -522,7 +545,7 @@ def test_a_request_of_several_texts_attains_if_all_do_and_is_as_fast_as_its_slow
 
 @given(st.floats(0, 1e6), st.floats(0, 1e6))
 def test_messaging_time_is_never_negative(work_ms: float, total_ms: float) -> None:
-    made = stream.summary([Tally(verify_ms=work_ms)], [], 0, total_ms, service_class="flex", slo=None)
+    made = stream.summary([CompletionTally(verify_ms=work_ms)], [], 0, total_ms, service_class="flex", slo=None)
     assert made["messaging_ms"] >= 0
     assert math.isfinite(made["messaging_ms"])
 

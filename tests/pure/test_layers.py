@@ -19,7 +19,7 @@ IMPURE = {
 }  # fmt: skip
 """Modules that talk, wait, log, draw random numbers, or read files and clocks."""
 PENDING = {
-    
+
     "services.baseline.core.batching",
 }  # fmt: skip
 """Not pure yet."""

@@ -25,7 +25,7 @@ from asking import Case, Client
 from rabbitmqctl import import_definitions, rabbitmqctl
 from secured import Secured, secured
 
-from services.gateway.core.keys import new_key, render
+from services.gateway.keys import new_key, render
 from services.scheduler.device_queues import PREFETCH
 from services.tools.local import logs
 from services.tools.local.brokers import Brokers

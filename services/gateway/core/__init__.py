@@ -1,3 +1,3 @@
-"""Admission, API keys, service classes and stream cursors. Pure: no I/O, no clock."""
+"""Admission, service classes, completions and stream cursors. Pure: no I/O, no clock."""
 
-__all__ = ["admission", "keys"]
+__all__: list[str] = []

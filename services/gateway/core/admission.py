@@ -85,7 +85,11 @@ class Admission:
     """Decides on requests. `now_ms` arguments are of one monotonic clock."""
 
     def __init__(
-        self, classes: Mapping[str, ServiceClass], max_sessions: int, max_backlog_ms: float, predict: bool = True
+        self,
+        classes: Mapping[str, ServiceClass],
+        max_sessions: int,
+        max_backlog_ms: float = math.inf,
+        predict: bool = True,
     ) -> None:
         """`predict` False leaves only the limits: sessions and backlog."""
         self._classes = classes

@@ -1,4 +1,4 @@
-"""How far a client has its stream: what the id of each of its events says, and what is still to come. Pure."""
+"""Stream cursors: the id of a stream's event, and the rest of a completion after it."""
 
 from __future__ import annotations
 
@@ -8,72 +8,79 @@ from dataclasses import dataclass, field, replace
 from services.gateway.core.completion import Piece
 from services.gateway.errors import ApiError
 
-MOST_TEXTS = 128
+MAX_COMPLETIONS = 128
 _FORM = re.compile(
-    r"(?P<name>[A-Za-z0-9-]{1,64})/(?P<texts>(?:\d{1,4}:\d{1,9}:\d{1,9}\.?(?:,\d{1,4}:\d{1,9}:\d{1,9}\.?)*)?)(?P<usage>/u)?"
+    r"(?P<answer_id>[A-Za-z0-9-]{1,64})/"
+    r"(?P<completions>(?:\d{1,4}:\d{1,9}:\d{1,9}\.?(?:,\d{1,4}:\d{1,9}:\d{1,9}\.?)*)?)(?P<usage>/u)?"
 )
 
 
 @dataclass(frozen=True)
-class Shown:
-    """How much of a text: a token may have no characters (it was cut off by a stop string), and an echoed prompt's
-    characters no tokens."""
+class Delivered:
+    """How much of a completion the client has.
+
+    Characters and tokens are counted apart: a token cut off by a stop string has no characters, and the characters of
+    an echoed prompt have no tokens.
+    """
 
     characters: int = 0
     tokens: int = 0
 
-    def after(self, piece: Piece) -> Shown:
-        """With one more piece."""
-        return Shown(self.characters + len(piece.text), self.tokens + len(piece.tokens))
+    def after(self, piece: Piece) -> Delivered:
+        """Return the state after one more piece."""
+        return Delivered(self.characters + len(piece.text), self.tokens + len(piece.tokens))
 
-    def most(self, other: Shown) -> Shown:
-        """The later of two places in one text."""
-        return Shown(max(self.characters, other.characters), max(self.tokens, other.tokens))
+    def most(self, other: Delivered) -> Delivered:
+        """Return the later of two states of one completion."""
+        return Delivered(max(self.characters, other.characters), max(self.tokens, other.tokens))
 
 
-NOTHING = Shown()
+NOTHING = Delivered()
 
 
 @dataclass
-class Place:
-    """A place in the stream of the answer `name`.
+class StreamCursor:
+    """A position in the stream of an answer.
 
-    As text: `name/0:35:8,1:40:9.` has 35 characters and 8 tokens of the first text, and all of the second, 40 and 9;
-    `/u` behind it has the usage as well.
+    As text, `ID/0:35:8,1:40:9.` means 35 characters and 8 tokens of completion 0, and all of completion 1 with its 40
+    characters and 9 tokens. A trailing `/u` means that the usage chunk was sent as well.
     """
 
-    name: str
-    shown: dict[int, Shown] = field(default_factory=dict)
-    """By the text's index, of texts that have begun."""
+    answer_id: str
+    delivered: dict[int, Delivered] = field(default_factory=dict)
+    """By index, for the completions that have begun."""
     closed: set[int] = field(default_factory=set)
-    """Texts whose last chunk was sent."""
+    """Completions whose last chunk was sent."""
     usage: bool = False
 
     def __str__(self) -> str:
-        texts = ",".join(
-            f"{i}:{shown.characters}:{shown.tokens}{'.' if i in self.closed else ''}"
-            for i, shown in sorted(self.shown.items())
+        completions = ",".join(
+            f"{i}:{delivered.characters}:{delivered.tokens}{'.' if i in self.closed else ''}"
+            for i, delivered in sorted(self.delivered.items())
         )
-        return f"{self.name}/{texts}{'/u' if self.usage else ''}"
+        return f"{self.answer_id}/{completions}{'/u' if self.usage else ''}"
 
     @classmethod
-    def parse(cls, text: str) -> Place:
-        """The place that an event's id names. Raises ApiError with status 400."""
+    def parse(cls, text: str) -> StreamCursor:
+        """Parse the id of an event. Raises ApiError with status 400."""
         found = _FORM.fullmatch(text)
-        parts = [part.split(":") for part in found["texts"].split(",") if part] if found else []
-        if found is None or len(parts) > MOST_TEXTS:
+        parts = [part.split(":") for part in found["completions"].split(",") if part] if found else []
+        if found is None or len(parts) > MAX_COMPLETIONS:
             raise ApiError(
                 400,
-                f"Last-Event-ID {text[:100]!r} is no id of an event of this server; send the last `id:` that came",
+                f"Last-Event-ID {text[:100]!r} is no event id of this server; send the last `id:` that you received",
                 code="invalid_event_id",
             )
-        shown = {int(index): Shown(int(count), int(tokens.rstrip("."))) for index, count, tokens in parts}
+        delivered = {int(index): Delivered(int(count), int(tokens.rstrip("."))) for index, count, tokens in parts}
         closed = {int(index) for index, _, tokens in parts if tokens.endswith(".")}
-        return cls(found["name"], shown, closed, found["usage"] is not None)
+        return cls(found["answer_id"], delivered, closed, found["usage"] is not None)
 
 
-def rest_of(piece: Piece, seen: Shown, known: Shown) -> Piece | None:
-    """What a client that has `known` of a text lacks of its piece that begins at `seen`; None if nothing."""
+def rest_of(piece: Piece, seen: Delivered, known: Delivered) -> Piece | None:
+    """Return the part of a piece that the client lacks; None if it has all of it.
+
+    The piece starts at `seen`; the client has the completion up to `known`.
+    """
     text = piece.text[max(0, known.characters - seen.characters) :]
     tokens = piece.tokens[max(0, known.tokens - seen.tokens) :]
     return replace(piece, text=text, tokens=tokens) if text or tokens else None

@@ -1,4 +1,4 @@
-"""Service classes, which speed a request is promised, and whether the promise was kept. Pure."""
+"""Service classes, the SLO of a request, and whether a completion attained it."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
 
 class ServiceClass(Promise):
-    """What requests of a class are promised, and how far they are taken."""
+    """The SLO of a class's requests, and the load up to which they are admitted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     admit_to: Annotated[float, Field(gt=0, le=10)] = 0.9
-    """Share of the verifiers' time promised to sessions up to which requests of the class are taken; above 1,
-    more is promised than can be kept."""
+    """Promised share of the verifiers' time up to which requests of the class are admitted. Above 1, more is promised
+    than can be kept."""
     max_sessions: Annotated[int, Field(ge=1)] | None = None
-    """Texts of the class generated at once; None for no limit of its own."""
+    """Most running completions of the class; None for no limit of its own."""
 
 
 def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:
-    """The class that a `service_tier` names; the default one for none and for unknown ones, `auto` among them."""
+    """Return the class named by a `service_tier`; the default class for None and for unknown names such as `auto`."""
     return tier if tier is not None and tier in classes else DEFAULT_CLASS
 
 
 def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, ServiceClass]) -> Slo | None:
-    """The request's SLO; None where its class promises nothing.
+    """Return the request's SLO; None where its class promises nothing.
 
-    A header goes before the class. Where only one of the two is given, the class completes it; a class without a
+    A header overrides the class. With only one of the two headers, the class completes the SLO; a class without a
     promise is completed from the default class. Raises ApiError.
     """
     own = classes[class_of(tier, classes)].slo
@@ -68,25 +68,25 @@ def _milliseconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float |
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """How fast a text came."""
+class SloOutcome:
+    """Speed of a completion, and whether it attained its SLO."""
 
     ttft_ms: float | None
-    """Time to its first token; to its end, if it came to its own end without one."""
+    """Time to the first token; to the end, for a complete completion without tokens."""
     tpot_ms: float | None
-    """Mean time per output token after the first; None for a text of fewer than two."""
+    """Mean time per output token after the first; None with fewer than two tokens."""
     attained: bool
-    """Whether it came to its own end within its SLO; true for every complete text without one."""
+    """Whether the completion is complete and within its SLO; true for every complete one without an SLO."""
 
 
-def judge(slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float) -> Outcome:
-    """What became of a text of so many tokens; times since the request came in.
+def judge(slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float) -> SloOutcome:
+    """Compare a completion of `tokens` tokens with its SLO; times count from the request's arrival.
 
-    `complete` says that it came to its own end: an end-of-text token, a stop string, or its limit of tokens.
+    `complete` means that it ended with an end-of-text token, a stop string or its token limit.
     """
     ttft_ms = total_ms if complete and first_ms is None else first_ms
     tpot_ms = None if first_ms is None or tokens < 2 else (total_ms - first_ms) / (tokens - 1)
     kept = slo is None or (
         ttft_ms is not None and ttft_ms <= slo.ttft_ms and (tpot_ms is None or tpot_ms <= slo.tpot_ms)
     )
-    return Outcome(ttft_ms, tpot_ms, complete and kept)
+    return SloOutcome(ttft_ms, tpot_ms, complete and kept)

@@ -18,7 +18,7 @@ from services.tools.cli.terminal import err, errors_shown, out
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
-    from services.gateway.core.keys import ApiKey
+    from services.gateway.keys import ApiKey
 
 app = typer.Typer(help="The API keys that a gateway takes.", no_args_is_help=True)
 
@@ -37,7 +37,8 @@ def new(
     device: Annotated[str | None, typer.Option(help="The device whose key it is, and that drafts for it.")] = None,
 ) -> None:
     """Make a key and print it, this once. Gateways that run take it within a second or two."""
-    from services.gateway.core.keys import KeyLimits, new_key
+    from services.gateway.keys import new_key
+    from services.gateway.settings import KeyLimits
 
     with errors_shown(), _editing(_path(file)) as keys:
         if any(key.name == name for key in keys):
@@ -91,7 +92,7 @@ def _path(given: Path | None) -> Path:
 
 
 def _read(path: Path) -> list[ApiKey]:
-    from services.gateway.core.keys import parse
+    from services.gateway.keys import parse
 
     try:
         return parse(path.read_text("utf-8"), str(path))
@@ -104,7 +105,7 @@ def _read(path: Path) -> list[ApiKey]:
 @contextmanager
 def _editing(path: Path) -> Iterator[list[ApiKey]]:
     """The keys in the file, which are written back at the end, whole: a reader never sees half of them."""
-    from services.gateway.core.keys import render
+    from services.gateway.keys import render
 
     try:
         folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)

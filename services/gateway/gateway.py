@@ -1,0 +1,68 @@
+"""The parts of a gateway that its routes share."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Protocol
+
+from services.gateway.core.admission import Admission
+from services.gateway.keys import KeyFile
+from services.gateway.ledger import Ledger
+from services.gateway.metrics import ModelMetrics
+from services.gateway.model import ServedModel
+from services.gateway.sessions import Sessions
+from services.gateway.settings import ApiSettings
+from services.gateway.transport import Transport
+
+
+class Upstream(Protocol):
+    """The services behind the gateway."""
+
+    async def longest_session(self) -> int:
+        """Return the most tokens of a session that some verifier takes. Raises ApiError when there is none."""
+
+    async def missing(self) -> dict[str, str | None]:
+        """Return each required service with its problem, or None."""
+
+
+@dataclass(frozen=True)
+class Gateway:
+    """One gateway."""
+
+    settings: ApiSettings
+    instance: str
+    model: ServedModel
+    sessions: Sessions
+    upstream: Upstream
+    ledger: Ledger
+    keys: KeyFile | None = None
+    """The valid API keys; None serves everybody."""
+
+    @classmethod
+    def assemble(
+        cls,
+        settings: ApiSettings,
+        instance: str,
+        model: ServedModel,
+        transport: Transport,
+        upstream: Upstream,
+        *,
+        ledger: Ledger | None = None,
+        keys: KeyFile | None = None,
+        admission: Admission | None = None,
+        idle_check_s: float = math.inf,
+    ) -> Gateway:
+        """Put a gateway together that serves a model over a transport.
+
+        By default nothing is charged, only the limits on running completions refuse requests, and no results are lost.
+        """
+        sessions = Sessions(
+            transport,
+            model,
+            admission or Admission(settings.slo_classes, settings.max_sessions),
+            ModelMetrics(model.name),
+            stall_timeout_s=settings.stall_timeout_s,
+            idle_check_s=idle_check_s,
+        )
+        return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys)
