@@ -104,7 +104,7 @@ def test_the_common_beginning_of_two_texts() -> None:
 
 def test_how_far_transformers_agrees_is_told_and_fails_nothing() -> None:
     (line,) = speed.agreements(RUN)
-    assert line == "generate: the suite's greedy text in 1 of 2 answers; the others part after 3 to 3 tokens"
+    assert line == "generate: the suite's greedy completion in 1 of 2 answers; the others differ after 3 to 3 tokens"
     assert speed.agreements(RUN[:2]) == []
 
 

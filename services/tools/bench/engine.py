@@ -1,8 +1,9 @@
-"""Engine against transformers: one token, a verification of 1+4 and 1+8, and prefill, by batch size and cached tokens.
+"""`wisp bench engine`: time of the engine's passes against transformers, by operation, batch size and cached tokens.
 
-Both run in this process, on the same weights and threads, alternating, and the median of the repetitions counts. Every
-session of a batch has the same length, which spares transformers all padding and masks: the case it likes best. Its
-cache is a DynamicCache, whose growth by concatenation is part of what is measured; cropping it back is not.
+Operations are a decode step, the verification of 1+4 and 1+8 tokens, and prefill. Both sides run in this process, in
+turn, on the same weights and threads; figures are medians of the repetitions. All sessions of a batch have the same
+length, so transformers needs no padding and no masks: its best case. Its cache is a DynamicCache; the time of growing
+it by concatenation counts, the time of cropping it does not.
 """
 
 from __future__ import annotations
@@ -22,10 +23,12 @@ import typer
 from rich.progress import Progress
 from transformers import AutoModelForCausalLM, DynamicCache
 
-from services.tools.bench.support.report import report
-from services.tools.local.folder import state_folder
+from services.tools.bench.support.options import DtypeOption, EngineThreadsOption, ModelOption, target_folder
+from services.tools.bench.support.report import report, terminal
+from services.tools.cli.terminal import errors_shown
+from services.tools.local.progress import ConsoleProgress
+from services.tools.local.settings import DEFAULT_TARGET
 from shared.engine import Engine, Step
-from shared.models.prepare import prepare
 
 BATCHES = (1, 4, 8, 16, 32)
 CONTEXTS = (64, 256, 1024)
@@ -36,7 +39,7 @@ COLUMNS = ["operation", "sessions", "cached", "engine ms", "transformers ms", "s
 
 @dataclass(frozen=True)
 class Cell:
-    """One measured case: an operation on so many sessions that each hold so many tokens."""
+    """One measured case: an operation on `sessions` sessions with `cached` cached tokens each."""
 
     operation: str
     sessions: int
@@ -49,12 +52,12 @@ class Cell:
 
     @property
     def rows(self) -> int:
-        """Positions of each session whose logits are wanted."""
+        """Positions of each session that need logits."""
         return 1 if self.operation == PREFILL else self.new
 
 
 def cells(batches: tuple[int, ...], contexts: tuple[int, ...]) -> Iterator[Cell]:
-    """All cases, longest contexts first: shorter ones are made by cutting sessions back."""
+    """Yield all cases, longest contexts first: shorter ones reuse the sessions, truncated."""
     for cached in sorted(contexts, reverse=True):
         for sessions in batches:
             for operation in (DECODE, VERIFY_4, VERIFY_8):
@@ -65,7 +68,7 @@ def cells(batches: tuple[int, ...], contexts: tuple[int, ...]) -> Iterator[Cell]
 
 
 class EngineSide:
-    """Sessions of the engine, filled once with different tokens."""
+    """The engine with its sessions, filled once with different tokens."""
 
     def __init__(self, engine: Engine, sessions: int, length: int, tick: Callable[[], None]) -> None:
         self._engine = engine
@@ -87,7 +90,7 @@ class EngineSide:
 
 
 class TransformersSide:
-    """transformers' own attention and cache; the cached keys and values are random, which does not matter to time."""
+    """transformers with its own attention and cache. The cached KV is random, which does not affect the time."""
 
     def __init__(self, folder: Path, dtype: str) -> None:
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=getattr(torch, dtype))
@@ -129,41 +132,52 @@ def _tokens(vocab_size: int, sessions: int, count: int) -> torch.Tensor:
 def measure(
     ours: EngineSide, theirs: TransformersSide, group: Sequence[Cell], repetitions: int
 ) -> dict[Cell, tuple[float, float]]:
-    """Median milliseconds of the engine and of transformers, all cells of a group in turn, after a round to warm up."""
+    """Return median milliseconds of the engine and of transformers. Cells alternate; a first round warms up."""
     rounds = [{cell: (ours.once(cell), theirs.once(cell)) for cell in group} for _ in range(1 + repetitions)][1:]
     return {cell: (median(r[cell][0] for r in rounds), median(r[cell][1] for r in rounds)) for cell in group}
 
 
 def findings(took: dict[Cell, tuple[float, float]]) -> list[str]:
-    """What the figures say about the aims, losses included."""
+    """Return sentences on the figures: the cost of verifying 1+8 tokens, and every case that is slower."""
     notes = []
     for cell, (ours, _) in took.items():
         if cell.operation == VERIFY_8 and cell.cached == 256:
             decode = took[Cell(DECODE, cell.sessions, cell.cached)][0]
             notes.append(
-                f"{cell.sessions} sessions at 256 cached: verifying 1+8 tokens costs {ours / decode:.2f} decode steps"
+                f"{cell.sessions} sessions at 256 cached: verifying 1+8 tokens takes {ours / decode:.2f} decode steps"
             )
     slower = [(cell, ours / theirs) for cell, (ours, theirs) in took.items() if ours > theirs]
     for cell, ratio in slower:
         notes.append(
             f"slower than transformers: {cell.operation}, {cell.sessions} sessions, {cell.cached} cached: "
-            f"{ratio:.2f} times"
+            f"{ratio:.2f} times the time"
         )
     notes.append(f"slower than transformers in {len(slower)} of {len(took)} cases")
     return notes
 
 
 def main(
-    model: Annotated[str, typer.Option(help="packaged model or a Hugging Face folder")] = "smollm2-135m-instruct",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads, 0 for all cores", min=0)] = 1,
-    repetitions: Annotated[int, typer.Option(help="timed passes of each case", min=1)] = 5,
-    quick: Annotated[bool, typer.Option("--quick", help="few cases, about a minute")] = False,
+    model: ModelOption = DEFAULT_TARGET,
+    dtype: DtypeOption = "bfloat16",
+    threads: EngineThreadsOption = 1,
+    repetitions: Annotated[int, typer.Option(min=1, help="Timed passes of each case.")] = 5,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure few cases, in about a minute.")] = False,
 ) -> None:
-    """Measure and report."""
-    batches, contexts = ((1, 8), (64, 256)) if quick else (BATCHES, CONTEXTS)
-    threads = threads or torch.get_num_threads()
-    folder = prepare(model, state_folder() / "models")
+    """Time the engine's passes against transformers."""
+    with errors_shown():
+        batches, contexts = ((1, 8), (64, 256)) if quick else (BATCHES, CONTEXTS)
+        threads = threads or torch.get_num_threads()
+        folder = target_folder(model, ConsoleProgress(terminal()))
+        took = _measure_all(folder, dtype, threads, repetitions, batches, contexts)
+        facts = {"model": folder.name, "dtype": dtype, "threads": threads, "repetitions": repetitions}
+        facts |= {"torch": torch.__version__, "transformers": transformers.__version__}
+        title = f"Engine and transformers, {folder.name}, {dtype}, {threads} threads, medians of {repetitions}"
+        report("engine", title, COLUMNS, _rows(took), facts=facts, notes=findings(took))
+
+
+def _measure_all(
+    folder: Path, dtype: str, threads: int, repetitions: int, batches: tuple[int, ...], contexts: tuple[int, ...]
+) -> dict[Cell, tuple[float, float]]:
     longest = max(contexts) + max(NEW_TOKENS.values()) + 64
     engine = Engine(folder, dtype=dtype, threads=threads, budget_tokens=max(batches) * longest)
     theirs = TransformersSide(folder, dtype)
@@ -173,30 +187,21 @@ def main(
         bar = progress.add_task("filling the cache", total=max(batches))
         ours = EngineSide(engine, max(batches), max(contexts), lambda: progress.advance(bar))
         bar = progress.add_task("measuring", total=len(planned))
-        # Operations on the same sessions alternate too, so that a slow spell of the machine spoils no ratio.
+        # Operations on the same sessions alternate, so that a slow spell of the machine affects no ratio.
         for _, group in groupby(planned, key=lambda cell: (cell.sessions, cell.cached)):
             together = list(group)
             took |= measure(ours, theirs, together, repetitions)
             progress.advance(bar, len(together))
-    rows = [
-        (cell.operation, cell.sessions, cell.cached, *took[cell], took[cell][1] / took[cell][0])
-        for cell in sorted(took, key=lambda cell: (list(NEW_TOKENS).index(cell.operation), cell.cached, cell.sessions))
+    return took
+
+
+def _rows(took: dict[Cell, tuple[float, float]]) -> list[tuple[Any, ...]]:
+    """Return the table's rows, by operation, cached tokens and sessions."""
+    operations = list(NEW_TOKENS)
+    ordered = sorted(took, key=lambda cell: (operations.index(cell.operation), cell.cached, cell.sessions))
+    return [
+        (cell.operation, cell.sessions, cell.cached, *took[cell], took[cell][1] / took[cell][0]) for cell in ordered
     ]
-    report(
-        "engine",
-        f"Engine and transformers, {folder.name}, {dtype}, {threads} threads, medians of {repetitions}",
-        COLUMNS,
-        rows,
-        facts={
-            "model": folder.name,
-            "dtype": dtype,
-            "threads": threads,
-            "repetitions": repetitions,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-        notes=findings(took),
-    )
 
 
 if __name__ == "__main__":

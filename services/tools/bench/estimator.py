@@ -1,9 +1,10 @@
-"""How well a batch's time is predicted: the start-up profile alone, the model after live batches, and a plain line.
+"""`wisp bench estimator`: error of predicted batch times, by kind of batch and by cost model.
 
-A verifier's engine is profiled as at its start, then runs a stream of batches as live traffic makes them, from which
-the model learns as the estimator does. Then come held-out batches of all kinds, from which nothing is learnt. Every
-session has its own cached tokens. The plain line has no rows of logits and one price for all new tokens, and is fitted
-at once to all that the other models have seen.
+The models are that of the start-up profile alone, that after live batches, and a plain line. A verifier's engine is
+profiled as at its start. Then it runs a stream of batches like those of live traffic, and the model learns from them
+as the estimator does. Held-out batches of all kinds follow, from which nothing is learnt. Every session has its own
+cached tokens. The plain line ignores rows of logits, has one price for all new tokens, and is fitted once to
+everything that the other models were given.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import random
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import numpy as np
@@ -18,14 +20,16 @@ import torch
 import typer
 from rich.progress import Progress
 
-from services.tools.bench.support.report import report
-from services.tools.local.folder import state_folder
+from services.tools.bench.support.options import DtypeOption, EngineThreadsOption, ModelOption, target_folder
+from services.tools.bench.support.report import report, terminal
+from services.tools.cli.terminal import errors_shown
+from services.tools.local.progress import ConsoleProgress
+from services.tools.local.settings import DEFAULT_TARGET
 from services.verifier.profile import profile
 from shared import cost
 from shared.cost.fit import VerifierFit, non_negative
 from shared.engine import Engine, Step
 from shared.messages import CostModel, Measurement
-from shared.models.prepare import prepare
 
 DECODE, VERIFY, PREFILL, MIXED = KINDS = ("decode", "verify", "prefill chunk", "mixed")
 TRAFFIC = (0.3, 0.5, 0.1, 0.1)
@@ -35,7 +39,7 @@ SHORTEST, LONGEST = 16, 1500
 DRAFT = 8
 CHUNKS = (16, 256)
 LEARN_EVERY = 4
-"""Live batches between two models, as an estimator publishes them at about this rate."""
+"""Live batches between two models; an estimator publishes models at about this rate."""
 PROFILE_ONLY, ONLINE, LINE = "start-up profile", "after live batches", "plain line"
 COLUMNS = ["kind", "model", "batches", "median %", "p90 %", "p95 %", "p99 %"]
 
@@ -44,7 +48,7 @@ Batch = list[tuple[int, int, int]]
 
 
 def batch_of(kind: str, rng: random.Random) -> Batch:
-    """A random batch of a kind; small ones are as likely as large ones."""
+    """Draw a batch of a kind. Sizes are drawn log-uniformly."""
     count = 1 if kind == PREFILL else round(2 ** rng.uniform(0, np.log2(SESSIONS)))
     sessions = rng.sample(range(SESSIONS), count)
     drafts = [0 if kind == DECODE else rng.randint(0, DRAFT) for _ in sessions]
@@ -55,7 +59,7 @@ def batch_of(kind: str, rng: random.Random) -> Batch:
 
 
 class FilledEngine:
-    """Sessions of different lengths, filled once with tokens of their own."""
+    """An engine with sessions of different lengths, each filled once with its own tokens."""
 
     def __init__(self, engine: Engine, rng: random.Random) -> None:
         self._engine = engine
@@ -71,7 +75,7 @@ class FilledEngine:
         self._engine.forward([Step(str(session), self._tokens[session][: self.lengths[session]], rows=0)])
 
     def measure(self, batch: Batch) -> Measurement:
-        """Run a batch; the sessions are cut back to their length afterwards."""
+        """Run a batch, and truncate the sessions to their length afterwards."""
         steps = []
         for session, new, rows in batch:
             length = self.lengths[session]
@@ -86,7 +90,7 @@ class FilledEngine:
 
 
 def plain_line(measured: Sequence[Measurement]) -> CostModel:
-    """The five-coefficient model with the least relative error."""
+    """Return the model of five coefficients with the least relative error."""
     rows = np.array([[x / one.measured_ms for x in cost.features(one.shape)] for one in measured])
     rows[:, 2] += rows[:, 6]
     rows = rows[:, :5]
@@ -95,13 +99,13 @@ def plain_line(measured: Sequence[Measurement]) -> CostModel:
 
 
 def errors(model: CostModel, measured: Sequence[Measurement]) -> list[float]:
-    """Median, 90th, 95th and 99th percentile of the absolute error, in percent of the measured time."""
+    """Return the median, 90th, 95th and 99th percentile of the absolute error, in percent of the measured time."""
     found = [abs(cost.predict_ms(model, one.shape) / one.measured_ms - 1) * 100 for one in measured]
     return [float(q) for q in np.quantile(found, (0.5, 0.9, 0.95, 0.99))]
 
 
 def table_of(models: dict[str, CostModel], held_out: dict[str, list[Measurement]]) -> list[list[Any]]:
-    """One row per kind and model, all kinds together last."""
+    """Return one row for each kind and model, and rows for all kinds together."""
     kinds = {**held_out, "all": [one for measured in held_out.values() for one in measured]}
     return [
         [kind, name, len(measured), *errors(model, measured)]
@@ -111,7 +115,7 @@ def table_of(models: dict[str, CostModel], held_out: dict[str, list[Measurement]
 
 
 def call_us(model: CostModel, measured: Sequence[Measurement], calls: int = 100_000) -> float:
-    """Microseconds of one prediction."""
+    """Return the microseconds of one prediction."""
     shapes = [one.shape for one in measured]
     started = time.perf_counter()
     for i in range(calls):
@@ -120,7 +124,7 @@ def call_us(model: CostModel, measured: Sequence[Measurement], calls: int = 100_
 
 
 def solve_us(fit: VerifierFit, measured: Sequence[Measurement]) -> float:
-    """Microseconds of learning one batch and making a model, publishing left aside."""
+    """Return the microseconds of learning one batch and solving for a model, without publishing it."""
     started = time.perf_counter()
     for one in measured:
         fit.add(one)
@@ -129,72 +133,91 @@ def solve_us(fit: VerifierFit, measured: Sequence[Measurement]) -> float:
 
 
 def main(
-    model: Annotated[str, typer.Option(help="packaged model or a Hugging Face folder")] = "smollm2-135m-instruct",
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
-    threads: Annotated[int, typer.Option(help="CPU threads, 0 for all cores", min=0)] = 1,
-    live: Annotated[int, typer.Option(help="batches of the live stream", min=1)] = 200,
-    held: Annotated[int, typer.Option(help="held-out batches of each kind", min=1)] = 60,
-    seed: Annotated[int, typer.Option(help="of the batches")] = 1,
+    model: ModelOption = DEFAULT_TARGET,
+    dtype: DtypeOption = "bfloat16",
+    threads: EngineThreadsOption = 1,
+    live: Annotated[int, typer.Option(min=1, help="Batches of the live stream.")] = 200,
+    held: Annotated[int, typer.Option(min=1, help="Held-out batches of each kind.")] = 60,
+    seed: Annotated[int, typer.Option(help="Seed of the batches.")] = 1,
 ) -> None:
-    """Measure and report."""
-    rng = random.Random(seed)
-    threads = threads or torch.get_num_threads()
-    folder = prepare(model, state_folder() / "models")
-    engine = Engine(folder, dtype=dtype, threads=threads, budget_tokens=SESSIONS * (LONGEST + max(CHUNKS)))
+    """Measure how well batch times are predicted."""
+    with errors_shown():
+        threads = threads or torch.get_num_threads()
+        folder = target_folder(model, ConsoleProgress(terminal()))
+        engine = Engine(folder, dtype=dtype, threads=threads, budget_tokens=SESSIONS * (LONGEST + max(CHUNKS)))
+        found = _compare(engine, live, held, random.Random(seed))
+        predict, solve = call_us(found.models[ONLINE], found.learnt), solve_us(found.fit, found.learnt)
+        report(
+            "estimator",
+            f"Error of predicted batch times, {folder.name}, {dtype}, {threads} threads",
+            COLUMNS,
+            table_of(found.models, found.held_out),
+            facts={
+                "model": folder.name,
+                "dtype": dtype,
+                "threads": threads,
+                "profiled": found.profiled,
+                "profile_s": round(found.profile_s, 2),
+                "live": live,
+                "seed": seed,
+                "coefficients": {name: [round(c, 4) for c in one.coefficients] for name, one in found.models.items()},
+                "predict_us": round(predict, 3),
+                "solve_us": round(solve, 1),
+            },
+            notes=[
+                f"one prediction {predict:.2f} µs; learning a batch and solving {solve:.0f} µs; "
+                f"the start-up profile took {found.profile_s:.1f} s",
+            ],
+        )
+
+
+@dataclass
+class CostModelComparison:
+    """Cost models fitted to the same batches, and held-out batches to compare them on."""
+
+    fit: VerifierFit
+    models: dict[str, CostModel]
+    learnt: list[Measurement]
+    """Every batch of the profile and of the live stream."""
+    held_out: dict[str, list[Measurement]]
+    profiled: int
+    """Batches of the profile."""
+    profile_s: float
+
+
+def _compare(engine: Engine, live: int, held: int, rng: random.Random) -> CostModelComparison:
     fit = VerifierFit("bench")
-    held_out: dict[str, list[Measurement]] = {kind: [] for kind in KINDS}
     with Progress(transient=True) as progress:
         bar = progress.add_task("start-up profile", total=None)
         started = time.perf_counter()
-        seen = list(profile(engine))
+        learnt = list(profile(engine))
         profile_s = time.perf_counter() - started
-        profiled = len(seen)
-        fit.start_from(seen)
+        profiled = len(learnt)
+        fit.start_from(learnt)
         models = {PROFILE_ONLY: fit.model()}
         progress.remove_task(bar)
-        bench = FilledEngine(engine, rng)
-        bar = progress.add_task("filling the cache", total=sum(bench.lengths))
-        for session, length in enumerate(bench.lengths):
-            bench.fill(session)
+        filled = FilledEngine(engine, rng)
+        bar = progress.add_task("filling the cache", total=sum(filled.lengths))
+        for session, length in enumerate(filled.lengths):
+            filled.fill(session)
             progress.advance(bar, length)
         bar = progress.add_task("live batches", total=live)
         for i in range(live):
-            measured = bench.measure(batch_of(rng.choices(KINDS, TRAFFIC)[0], rng))
+            measured = filled.measure(batch_of(rng.choices(KINDS, TRAFFIC)[0], rng))
             fit.add(measured)
-            seen.append(measured)
+            learnt.append(measured)
             if i % LEARN_EVERY == LEARN_EVERY - 1:
                 fit.model()
             progress.advance(bar)
-        models |= {ONLINE: fit.model(), LINE: plain_line(seen)}
+        models |= {ONLINE: fit.model(), LINE: plain_line(learnt)}
         bar = progress.add_task("held-out batches", total=held * len(KINDS))
-        # The kinds alternate, so that a slow spell of the machine spoils none of them alone.
+        held_out: dict[str, list[Measurement]] = {kind: [] for kind in KINDS}
+        # Kinds alternate, so that a slow spell of the machine does not affect one kind alone.
         for _ in range(held):
             for kind in KINDS:
-                held_out[kind].append(bench.measure(batch_of(kind, rng)))
+                held_out[kind].append(filled.measure(batch_of(kind, rng)))
                 progress.advance(bar)
-    predict, solve = call_us(models[ONLINE], seen), solve_us(fit, seen)
-    report(
-        "estimator",
-        f"Error of predicted batch times, {folder.name}, {dtype}, {threads} threads",
-        COLUMNS,
-        table_of(models, held_out),
-        facts={
-            "model": folder.name,
-            "dtype": dtype,
-            "threads": threads,
-            "profiled": profiled,
-            "profile_s": round(profile_s, 2),
-            "live": live,
-            "seed": seed,
-            "coefficients": {name: [round(c, 4) for c in one.coefficients] for name, one in models.items()},
-            "predict_us": round(predict, 3),
-            "solve_us": round(solve, 1),
-        },
-        notes=[
-            f"one prediction {predict:.2f} µs; learning a batch and solving {solve:.0f} µs; "
-            f"the start-up profile took {profile_s:.1f} s",
-        ],
-    )
+    return CostModelComparison(fit, models, learnt, held_out, profiled, profile_s)
 
 
 if __name__ == "__main__":

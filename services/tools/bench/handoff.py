@@ -1,8 +1,8 @@
-"""What a verifier that leaves costs the streams: the longest gap between tokens, by how K/V are handed over.
+"""`wisp bench handoff`: longest gap in streams whose verifier leaves, by the way in which KV is handed over.
 
-A suite with two verifiers serves streams with long prompts; when all have begun, the verifier that holds most of them
-is ended, by SIGTERM (it drains) or by SIGKILL. Counted are the streams whose K/V it held. Another verifier is started
-for the next repetition. The answers must be the same in every arm.
+A suite with two verifiers serves streams with long prompts. When all streams have begun, the verifier that holds most
+of them is ended, by SIGTERM (it drains) or by SIGKILL. Only streams whose KV it held count. Another verifier is
+started for the next repetition. The answers must be the same in every arm.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from typing import Annotated
 import httpx
 import typer
 
+from services.tools.bench.support.options import TargetOption, target_folder
 from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.words import random_words
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.process import Process
 from services.tools.local.progress import ConsoleProgress, Progress
-from services.tools.local.settings import LocalSettings
 from services.tools.local.stack import Stack
-from services.tools.local.target import prepare_target
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.state.store import Store
@@ -43,7 +42,7 @@ ARMS = (
     ("write-through", signal.SIGKILL),
 )
 BEGUN = 8
-"""Events of a stream after which it counts as under way."""
+"""Events after which a stream counts as begun."""
 TIMEOUT_S = 300.0
 COLUMNS = (
     "K/V handed over",
@@ -58,49 +57,49 @@ COLUMNS = (
 
 @dataclass
 class Stream:
-    """One answer: its tokens, and when each event came (seconds of the performance counter)."""
+    """One answer: its tokens, and the time of each event (seconds of `time.perf_counter`)."""
 
     tokens: list[int] = field(default_factory=list)
     at_s: list[float] = field(default_factory=list)
-    session: str = ""
+    session_id: str = ""
 
     def longest_gap_ms(self, since_s: float) -> float:
-        """The longest time without an event from then on."""
+        """Return the longest time without an event after `since_s`."""
         after = [at for at in self.at_s if at >= since_s]
         return max((b - a for a, b in pairwise([since_s, *after])), default=0.0) * 1000
 
     def usual_gap_ms(self, until_s: float) -> float:
-        """The median time between events before then."""
+        """Return the median time between events before `until_s`."""
         before = [at for at in self.at_s if at < until_s]
         return statistics.median(b - a for a, b in pairwise(before)) * 1000
 
 
 @dataclass
 class HandoffMeasurements:
-    """What was measured of one arm."""
+    """The measurements of one arm."""
 
     longest_ms: list[float] = field(default_factory=list)
     usual_ms: list[float] = field(default_factory=list)
     left_s: list[float] = field(default_factory=list)
-    texts: list[list[int]] = field(default_factory=list)
+    completions: list[list[int]] = field(default_factory=list)
 
 
 def main(
-    streams: Annotated[int, typer.Option(min=1, help="At once.")] = 4,
+    streams: Annotated[int, typer.Option(min=1, help="Streams at a time.")] = 4,
     prompt: Annotated[int, typer.Option(min=1, help="Tokens of each prompt.")] = 500,
-    tokens: Annotated[int, typer.Option(min=2 * BEGUN, help="Of each answer.")] = 96,
+    tokens: Annotated[int, typer.Option(min=2 * BEGUN, help="Tokens of each answer.")] = 96,
     repetitions: Annotated[int, typer.Option(min=1, help="Verifiers that leave in each arm.")] = 3,
-    seed: Annotated[int, typer.Option(min=0, help="Of the prompts.")] = 0,
-    target: Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the prompts.")] = 0,
+    target: TargetOption = None,
 ) -> None:
-    """Measure and report; exit status 1 if an answer differs between arms."""
+    """Measure the gaps. Exit status 1 if an answer differs between arms."""
     with errors_shown():
         progress = ConsoleProgress(terminal())
-        folder = prepare_target(target or LocalSettings().target, progress)
+        folder = target_folder(target, progress)
         tokenizer = Tokenizer(ModelFolder(folder))
-        asked = [[_prompt(tokenizer, seed, r, s, prompt) for s in range(streams)] for r in range(repetitions)]
-        arms = [run(partial(measure, folder, *arm, asked, tokens, progress)) for arm in ARMS]
-        same = all(arm.texts == arms[0].texts for arm in arms)
+        prompts = [[_prompt(tokenizer, seed, r, s, prompt) for s in range(streams)] for r in range(repetitions)]
+        arms = [run(partial(measure, folder, *arm, prompts, tokens, progress)) for arm in ARMS]
+        same = all(arm.completions == arms[0].completions for arm in arms)
         report(
             "handoff",
             "A verifier leaves while it serves streams",
@@ -108,8 +107,8 @@ def main(
             [_row(*arm, found) for arm, found in zip(ARMS, arms, strict=True)],
             facts={"model": folder.name, "streams": streams, "prompt tokens": prompt, "verifiers": 2},
             notes=[
-                "longest gap: between events of a stream, from when its verifier was told to end",
-                f"the same texts in all arms: {'yes' if same else 'NO'}",
+                "longest gap: between events of a stream, from the signal to its verifier on",
+                f"same completions in all arms: {'yes' if same else 'NO'}",
             ],
         )
         if not same:
@@ -131,22 +130,22 @@ async def measure(
     folder: Path,
     setting: str,
     number: signal.Signals,
-    asked: Sequence[Sequence[list[int]]],
+    repetitions: Sequence[Sequence[list[int]]],
     tokens: int,
     progress: Progress,
 ) -> HandoffMeasurements:
-    """One arm, in a suite of its own."""
+    """Measure one arm, in a suite of its own."""
     env = {"WISP_KV_HANDOFF": setting, "WISP_ADMISSION": "false"}
     arm = HandoffMeasurements()
     async with (
         Stack("handoff", target=folder, verifiers=2, env=env) as stack,
         httpx.AsyncClient(timeout=TIMEOUT_S) as http,
     ):
-        with progress.step(f"K/V handed over: {setting}, ended by {number.name}") as step:
-            for prompts in asked:
+        with progress.step(f"KV handoff: {setting}, ended by {number.name}") as step:
+            for prompts in repetitions:
                 await _once(stack, http, number, prompts, tokens, arm)
                 await stack.start("verifier")
-            step.done(f"{len(asked)} times")
+            step.done(f"{len(repetitions)} times")
     return arm
 
 
@@ -158,26 +157,26 @@ async def _once(
     tokens: int,
     arm: HandoffMeasurements,
 ) -> None:
-    """Ask, let a verifier leave, and see the streams to their end."""
+    """Start the streams, end a verifier, and wait for the streams to end."""
     streams = [Stream() for _ in prompts]
     async with asyncio.TaskGroup() as tasks:
         for stream, prompt in zip(streams, prompts, strict=True):
             tasks.create_task(_ask(http, stack, prompt, tokens, stream))
-        while any(len(stream.at_s) < BEGUN for stream in streams):  # noqa: ASYNC110 - one look now and then is enough
+        while any(len(stream.at_s) < BEGUN for stream in streams):  # noqa: ASYNC110 - a look now and then is enough
             await asyncio.sleep(0.01)
         leaves, held = await _busiest(stack)
         began_s = time.perf_counter()
         await stack.stop(leaves, number, TIMEOUT_S)
         arm.left_s.append(time.perf_counter() - began_s)
-    arm.texts += [stream.tokens for stream in streams]
+    arm.completions += [stream.tokens for stream in streams]
     for stream in streams:
         arm.usual_ms.append(stream.usual_gap_ms(began_s))
-        if stream.session in held:
+        if stream.session_id in held:
             arm.longest_ms.append(stream.longest_gap_ms(began_s))
 
 
 async def _busiest(stack: Stack) -> tuple[Process, set[str]]:
-    """The verifier that holds most sessions, and these."""
+    """Return the verifier that holds most sessions, and those sessions."""
     store = Store.connect(stack.brokers.redis_url, stack.namespace, 60)
     try:
         beats = await store.heartbeats()
@@ -204,7 +203,7 @@ async def _ask(http: httpx.AsyncClient, stack: Stack, prompt: list[int], tokens:
             if not line.startswith("data: {"):
                 continue
             fields = json.loads(line.removeprefix("data: "))
-            stream.session = fields["id"]
+            stream.session_id = fields["id"]
             if made := fields.get("wisp", {}).get("tokens"):
                 stream.tokens += [token["id"] for token in made]
                 stream.at_s.append(time.perf_counter())

@@ -1,32 +1,35 @@
-"""What a verification round costs outside the model: an idle suite, one stream, hop by hop.
+"""`wisp bench rounds`: time of a verification round outside the model, hop by hop, in an idle suite with one stream.
 
-Every service logs, at debug level, when a round passes through it, with the machine-wide monotonic clock; the hops are
-the differences between those lines. The debug lines themselves cost some tens of microseconds each and are included.
+Every service logs each round that passes through it, at debug level and with the monotonic clock that all processes of
+the machine share. A hop is the difference between two of these lines. Writing a line takes some tens of microseconds,
+which are included.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import itertools
 import json
-import statistics
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Annotated
 
 import httpx
 import psutil
+import typer
 
-from services.tools.bench.support.report import report
-from services.tools.local.progress import Progress
+from services.tools.bench.load.core.measures import quantile
+from services.tools.bench.support.options import TargetOption, target_folder
+from services.tools.bench.support.report import report, terminal
+from services.tools.cli.terminal import errors_shown, run
+from services.tools.local.progress import ConsoleProgress, Progress
 from services.tools.local.stack import Stack
+from shared.errors import SettingsError
 
 PROMPT = "Tell me about the history of the lighthouse, in as much detail as you can."
 WARM_UP_ROUNDS = 10
 REQUEST_TIMEOUT_S = 300.0
 
-# Consecutive events of one round, and what happens between each and the one before it.
 HOPS = (
     ("round sent", None),
     ("round received", "drafter → scheduler"),
@@ -38,14 +41,16 @@ HOPS = (
     ("results sent", "verifier publishes"),
     ("round settled", "verifier → drafter"),
 )
+"""Consecutive log events of one round, each with the name of the hop that ends with it."""
 
 Times = dict[str, float]
+"""Milliseconds of the monotonic clock, by event."""
 
 
 def rounds_of(lines: Iterable[dict[str, object]]) -> list[Times]:
-    """The times (ms) of each round's events, from the debug lines of all services, in order of the rounds.
+    """Return the times of each round's events, from the debug lines of all services, in the order of rounds.
 
-    Only rounds that were alone in their batch and whose every event is there.
+    Rounds that shared their batch or lack an event are left out.
     """
     batches: dict[str, Times] = defaultdict(dict)
     rounds: dict[tuple[str, int], Times] = defaultdict(dict)
@@ -54,37 +59,42 @@ def rounds_of(lines: Iterable[dict[str, object]]) -> list[Times]:
         at, event = line.get("monotonic_ms"), line.get("event")
         if not isinstance(at, float) or not isinstance(event, str):
             continue
-        session, number, batch = line.get("session"), line.get("round"), line.get("batch")
-        if isinstance(session, str) and isinstance(number, int):
-            rounds[session, number].setdefault(event, at)
-        elif isinstance(batch, str):
-            batches[batch].setdefault(event, at)
+        session_id, number, batch_id = line.get("session"), line.get("round"), line.get("batch")
+        if isinstance(session_id, str) and isinstance(number, int):
+            rounds[session_id, number].setdefault(event, at)
+        elif isinstance(batch_id, str):
+            batches[batch_id].setdefault(event, at)
             jobs = line.get("jobs")
             if isinstance(jobs, list) and len(jobs) == 1:
-                batch_of[jobs[0][0], jobs[0][1]] = batch
-    whole = []
+                batch_of[jobs[0][0], jobs[0][1]] = batch_id
+    complete = []
     for key, times in sorted(rounds.items(), key=lambda item: item[0]):
         merged = {**times, **batches.get(batch_of.get(key, ""), {})}
         if all(event in merged for event, _ in HOPS):
-            whole.append(merged)
-    return whole
+            complete.append(merged)
+    return complete
 
 
 def outside_model(times: Times) -> float:
-    """Milliseconds of a round that the model did not take."""
+    """Return the milliseconds of a round outside the model."""
     return times["round settled"] - times["round sent"] - (times["model done"] - times["model started"])
 
 
-def _log_lines(folder: Path) -> Iterable[dict[str, object]]:
-    for path in sorted(folder.glob("*.log")):
-        for text in path.read_text(errors="replace").splitlines():
-            if text.startswith("{"):
-                line = json.loads(text)
-                if isinstance(line, dict):
-                    yield line
+def main(
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure.")] = 200,
+    target: TargetOption = None,
+) -> None:
+    """Time the hops of a verification round, and measure the memory of each process."""
+    with errors_shown():
+        folder = target_folder(target, ConsoleProgress(terminal()))
+        measured, memory = run(lambda: _measure(rounds, folder))
+        if not measured:
+            raise SettingsError("no complete round was logged: the answer may have ended at once; try another --target")
+        _report(measured, memory)
 
 
-async def _measure(rounds: int, target: Path | None) -> None:
+async def _measure(rounds: int, target: Path) -> tuple[list[Times], list[tuple[str, float]]]:
+    """Return the times of each round, and the memory of each process in MB."""
     env = {"WISP_LOG_LEVEL": "debug", "WISP_LOG_FORMAT": "json"}
     async with Stack("bench-rounds", target=target, env=env, progress=Progress()) as stack:
         async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as http:
@@ -98,23 +108,28 @@ async def _measure(rounds: int, target: Path | None) -> None:
             answer = await http.post(f"{stack.url}/chat/completions", json=body)
             answer.raise_for_status()
         memory = [
-            [process.name, psutil.Process(process.pid).memory_full_info().uss / 1e6] for process in stack.processes()
+            (process.name, psutil.Process(process.pid).memory_full_info().uss / 1e6) for process in stack.processes()
         ]
-        measured = rounds_of(_log_lines(stack.folder))[WARM_UP_ROUNDS:]
-    if not measured:
-        raise SystemExit("no complete round was logged; the answer may have ended at once: try another model")
-    _print(measured, memory)
+        return rounds_of(_log_lines(stack.folder))[WARM_UP_ROUNDS:], memory
 
 
-def _print(measured: list[Times], memory: list[list[object]]) -> None:
-    rows: list[list[object]] = []
+def _log_lines(folder: Path) -> Iterable[dict[str, object]]:
+    for path in sorted(folder.glob("*.log")):
+        for text in path.read_text(errors="replace").splitlines():
+            if text.startswith("{"):
+                line = json.loads(text)
+                if isinstance(line, dict):
+                    yield line
+
+
+def _report(measured: list[Times], memory: list[tuple[str, float]]) -> None:
+    rows: list[tuple[object, ...]] = []
     for (before, _), (after, name) in itertools.pairwise(HOPS):
-        if name is not None:
-            rows.append([name, *_quantiles([times[after] - times[before] for times in measured])])
-    rows.append(["outside the model", *_quantiles([outside_model(times) for times in measured])])
+        rows.append((name, *_quantiles([times[after] - times[before] for times in measured])))
+    rows.append(("outside the model", *_quantiles([outside_model(times) for times in measured])))
     to_gateway = [t["result received"] - t["results sent"] for t in measured if "result received" in t]
     if to_gateway:
-        rows.append(["(beside it: verifier → gateway)", *_quantiles(to_gateway)])
+        rows.append(("(beside it: verifier → gateway)", *_quantiles(to_gateway)))
     report(
         "rounds",
         f"One verification round by hop, {len(measured)} rounds of one stream, idle suite",
@@ -135,22 +150,8 @@ def _print(measured: list[Times], memory: list[list[object]]) -> None:
 
 
 def _quantiles(values: list[float]) -> tuple[float, float, float]:
-    ordered = sorted(values)
-    return (
-        statistics.median(ordered),
-        ordered[int(0.9 * (len(ordered) - 1))],
-        ordered[int(0.99 * (len(ordered) - 1))],
-    )
-
-
-def main() -> None:
-    """Run the benchmark."""
-    parser = argparse.ArgumentParser(prog="python -m services.tools.bench.rounds", description=__doc__)
-    parser.add_argument("--rounds", type=int, default=200, help="rounds to measure")
-    parser.add_argument("--target", type=Path, default=None, help="folder of the target model")
-    options = parser.parse_args()
-    asyncio.run(_measure(options.rounds, options.target))
+    return quantile(values, 0.5), quantile(values, 0.9), quantile(values, 0.99)
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

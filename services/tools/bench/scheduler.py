@@ -1,8 +1,8 @@
-"""How long the scheduler takes to decide, and how many rounds a second its service takes in.
+"""`wisp bench scheduler`: time of the scheduler's decisions, and rounds a second that its service takes.
 
-The first table is the pure decision: a queue of so many rounds waits for one verifier, the dispatcher makes a batch,
-its results come back and as many rounds arrive anew. The second is a scheduler process behind RabbitMQ: rounds are
-published at a rate, taken in, put into batches and sent to a verifier that only this benchmark plays.
+The first table is the pure decision: rounds wait for one verifier, the dispatcher plans a batch, its results come back,
+and as many new rounds arrive. The second is a scheduler process behind RabbitMQ: rounds are published at a rate,
+received, put into batches and sent to a verifier that this benchmark plays.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ import typer
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES
-from services.tools.bench.support.report import keep, machine, table, terminal
+from services.tools.bench.support.options import whole_numbers
+from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
@@ -33,9 +34,15 @@ from shared.broker.topology import Topology
 from shared.messages import Batch, CostModel, Heartbeat, Message, Residency, Result, Status, Verify
 
 AIMS_MS = {1_000: 1.0, 10_000: 10.0}
+"""Longest median decision, by number of pending rounds."""
+DECISION_COLUMNS = ["policy", "waiting", "median ms", "90 % ms", "99 % ms", "rounds in a batch", "arrival us"]
+SERVICE_COLUMNS = ["rounds/s sent", "rounds/s in batches", "median ms", "99 % ms", "processor", "left at the end"]
 DECISIONS = 60
 BASE_LEN = 300
 SECONDS = 5.0
+"""Duration of each rate."""
+HEARTBEAT_S = 0.5
+TICK_S = 0.002
 VERIFIER = "bench"
 FAST = CostModel(
     verifier=VERIFIER,
@@ -46,60 +53,58 @@ FAST = CostModel(
     samples=1,
     version=1,
 )
-"""A verifier that is never the limit."""
+"""Cost model of a verifier that never limits the rate."""
 
 
 def main(
-    pending: Annotated[str, typer.Option(help="Waiting rounds, comma-separated.")] = "100,1000,10000",
-    rates: Annotated[str, typer.Option(help="Rounds a second for the service; 0 leaves it out.")] = "250,500,1000,2000",
+    pending: Annotated[str, typer.Option(help="Numbers of pending rounds, comma-separated.")] = "100,1000,10000",
+    rates: Annotated[
+        str, typer.Option(help="Rounds a second for the service, comma-separated; 0 leaves the service out.")
+    ] = "250,500,1000,2000",
     seed: Annotated[int, typer.Option(help="Seed of the rounds.")] = 1,
 ) -> None:
-    """Time the scheduler's decisions."""
+    """Time the scheduler's decisions, and the service behind RabbitMQ."""
     with errors_shown():
         console = terminal()
-        columns = ["policy", "waiting", "median ms", "90 % ms", "99 % ms", "rounds in a batch", "arrival us"]
         rows: list[list[Any]] = [
-            [policy, waiting, *decisions(policy, waiting, seed)]
-            for waiting in (int(text) for text in pending.split(","))
+            [policy, count, *decisions(policy, count, seed)]
+            for count in whole_numbers("--pending", pending, 1)
             for policy in POLICIES
         ]
-        console.print(table("One decision", columns, rows))
-        for waiting, aim in AIMS_MS.items():
-            of_size = {row[0]: row[2] for row in rows if row[1] == waiting}
-            if of_size:
-                worst = max(of_size, key=of_size.__getitem__)
-                verdict = "met" if of_size[worst] <= aim else "missed"
-                console.print(
-                    f"aim with {waiting:,} waiting: {aim:g} ms at the median; {verdict} ({worst} {of_size[worst]:.2f})"
-                )
-        wanted = [int(text) for text in rates.split(",") if int(text)]
-        served: list[list[Any]] = []
-        if wanted:
-
-            async def measure() -> None:
-                served.extend(await service(wanted, ConsoleProgress(console), seed))
-
-            run(measure)
-        told = ["rounds/s sent", "rounds/s in batches", "median ms", "99 % ms", "processor", "left at the end"]
+        console.print(table("One decision", DECISION_COLUMNS, rows))
+        chosen = [rate for rate in whole_numbers("--rates", rates, 0) if rate]
+        served = run(lambda: service(chosen, ConsoleProgress(console), seed)) if chosen else []
         if served:
-            console.print(table("The service behind RabbitMQ, policy wisp+", told, served))
-        path = keep(
-            "scheduler",
-            {
-                "title": "Scheduler",
-                "facts": machine(),
-                "decisions": [dict(zip(columns, row, strict=True)) for row in rows],
-                "service": [dict(zip(told, row, strict=True)) for row in served],
-            },
-        )
-        console.print(f"written to {path}", style="dim", highlight=False)
+            console.print(table("The service behind RabbitMQ, policy wisp+", SERVICE_COLUMNS, served))
+        record = {
+            "title": "Scheduler",
+            "facts": machine(),
+            "notes": _aims(rows),
+            "decisions": records(DECISION_COLUMNS, rows),
+            "service": records(SERVICE_COLUMNS, served),
+        }
+        conclude(console, "scheduler", record)
 
 
-def decisions(policy: str, waiting: int, seed: int) -> tuple[float, float, float, float, float]:
-    """Median, 90th and 99th percentile of a decision in ms, mean rounds in a batch, mean time of an arrival in µs."""
+def _aims(rows: list[list[Any]]) -> list[str]:
+    """Compare the slowest policy with each aim."""
+    notes = []
+    for count, aim in AIMS_MS.items():
+        medians = {row[0]: row[2] for row in rows if row[1] == count}
+        if medians:
+            worst = max(medians, key=medians.__getitem__)
+            verdict = "met" if medians[worst] <= aim else "missed"
+            notes.append(
+                f"aim with {count:,} pending rounds: {aim:g} ms at the median; {verdict} ({worst} {medians[worst]:.2f})"
+            )
+    return notes
+
+
+def decisions(policy: str, pending: int, seed: int) -> tuple[float, float, float, float, float]:
+    """Return median, 90th and 99th percentile of a decision in ms, mean rounds in a batch, mean µs to add a round."""
     rng = random.Random(seed)
     dispatcher = Dispatcher("bench", SchedulingRules(policy, BatchLimits(400.0, 2048)))
-    names = [f"s{i}" for i in range(waiting)]
+    names = [f"s{i}" for i in range(pending)]
     cached = {name: rng.choice((BASE_LEN - 1, BASE_LEN - 1, BASE_LEN - 1, 0)) for name in names}
     beat = _heartbeat(cached)
     dispatcher.on_heartbeat(beat, 0.0)
@@ -112,7 +117,7 @@ def decisions(policy: str, waiting: int, seed: int) -> tuple[float, float, float
     started = time.perf_counter()
     for name in names:
         arrive(name)
-    arrival_us = (time.perf_counter() - started) / waiting * 1e6
+    arrival_us = (time.perf_counter() - started) / pending * 1e6
     for _ in range(DECISIONS):
         now += 50.0
         dispatcher.fleet.verifiers[VERIFIER].seen_ms = now
@@ -121,7 +126,7 @@ def decisions(policy: str, waiting: int, seed: int) -> tuple[float, float, float
         elapsed_ms = (time.perf_counter() - started) * 1000
         if not sends:
             continue
-        # A full queue makes two decisions at once: one batch to run, one behind it.
+        # With a full queue, one call makes two decisions: a batch to run, and one behind it.
         took.append(elapsed_ms / len(sends))
         for _, batch in sends:
             sizes.append(len(batch.jobs))
@@ -135,7 +140,7 @@ def decisions(policy: str, waiting: int, seed: int) -> tuple[float, float, float
 
 
 async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> list[list[Any]]:
-    """Rows of the second table."""
+    """Return the rows of the second table."""
     rows = []
     with RunFolder("bench-scheduler") as folder:
         async with Brokers(folder.path, progress=progress) as brokers:
@@ -156,8 +161,7 @@ async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> lis
 
 
 async def _serve(stack: Stack, rate: int, progress: ConsoleProgress, seed: int) -> list[Any]:
-    """Publish rounds at a rate, answer every batch at once; what came of it."""
-    rng = random.Random(seed)
+    """Publish rounds at a rate and answer every batch at once; return the row of this rate."""
     broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), VERIFIER)
     sent_s: dict[str, float] = {}
     waited_ms: list[float] = []
@@ -178,16 +182,7 @@ async def _serve(stack: Stack, rate: int, progress: ConsoleProgress, seed: int) 
         await asyncio.sleep(0.5)
         before = process.cpu_times()
         began = time.perf_counter()
-        count = 0
-        while (elapsed := time.perf_counter() - began) < SECONDS:
-            if int(elapsed * 2) != int((elapsed - 0.01) * 2):
-                await broker.publish(_heartbeat({}), topology.heartbeat(VERIFIER))
-            while count < elapsed * rate:
-                name = f"s{count}"
-                sent_s[name] = time.perf_counter()
-                await broker.publish(_round(name, 0, rng), topology.VERIFY)
-                count += 1
-            await asyncio.sleep(0.002)
+        count = await _publish(broker, rate, random.Random(seed), sent_s)
         spent = time.perf_counter() - began
         served = len(waited_ms)
         after = process.cpu_times()
@@ -196,6 +191,23 @@ async def _serve(stack: Stack, rate: int, progress: ConsoleProgress, seed: int) 
     used = (after.user + after.system - before.user - before.system) / spent
     cuts = quantiles(waited_ms, n=100)
     return [count / spent, served / spent, median(waited_ms), cuts[98], f"{used:.0%}", count - served]
+
+
+async def _publish(broker: Broker, rate: int, rng: random.Random, sent_s: dict[str, float]) -> int:
+    """Publish rounds and heartbeats for `SECONDS`; return the number of rounds. `sent_s` gets the time of each."""
+    began = beat_s = time.perf_counter()
+    count = 0
+    while (elapsed := time.perf_counter() - began) < SECONDS:
+        if time.perf_counter() - beat_s >= HEARTBEAT_S:
+            beat_s = time.perf_counter()
+            await broker.publish(_heartbeat({}), topology.heartbeat(VERIFIER))
+        while count < elapsed * rate:
+            name = f"s{count}"
+            sent_s[name] = time.perf_counter()
+            await broker.publish(_round(name, 0, rng), topology.VERIFY)
+            count += 1
+        await asyncio.sleep(TICK_S)
+    return count
 
 
 def _round(name: str, round_: int, rng: random.Random) -> Verify:

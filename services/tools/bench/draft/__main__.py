@@ -1,14 +1,14 @@
-"""Drafts on prompts never trained on: what is accepted, by source and stop rule, what it costs and what it brings."""
+"""`wisp bench draft`: acceptance, cost and gain of drafts on held-out prompts, by draft source and stop rule."""
 
 from __future__ import annotations
 
-import argparse
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+import typer
 from rich.console import Console
 
 from services.drafter.control import Controller, ControlWeights, RoundTimes, RuleName
@@ -22,14 +22,16 @@ from services.drafter.sources.registry import SOURCES
 from services.tools.bench.draft.calibration import figures, plot
 from services.tools.bench.draft.costs import DraftCosts, measure
 from services.tools.bench.draft.one_process import shortened, tokens_per_second
-from services.tools.bench.support.report import keep, machine, table, terminal
+from services.tools.bench.support.report import conclude, machine, table, terminal
+from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
+from services.tools.local.settings import DEFAULT_TARGET
 from services.tools.training import shards
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Drafted, Summary, rounds
 from services.tools.training.run import TrainingRun
 from shared.engine import Engine
-from shared.errors import ModelError
+from shared.errors import SettingsError
 from shared.messages import HiddenFormat
 from shared.models.folder import ModelFolder
 
@@ -47,7 +49,7 @@ Row = dict[str, Any]
 
 
 class FixedTimes(RoundTimes):
-    """Times as measured before, so that every arm is judged by the same; `extra_ms` longer rounds."""
+    """The measured times, the same for every arm, with rounds that take `extra_ms` longer."""
 
     def __init__(self, measured: DraftCosts, extra_ms: float = 0.0) -> None:
         super().__init__()
@@ -56,21 +58,21 @@ class FixedTimes(RoundTimes):
 
     @property
     def base_ms(self) -> float:
-        """Of a round without draft tokens."""
+        """Time of a round without draft tokens."""
         return self._measured.costs.round_ms + self._extra_ms
 
     @property
     def token_ms(self) -> float:
-        """Of verifying one more token."""
+        """Time to verify one more token."""
         return self._measured.token_ms
 
     def step_ms(self, source: str) -> float:
-        """Of drafting one token."""
+        """Return the time to draft one token."""
         return self._measured.step_ms[1] if source == "hidden" else 0.0
 
 
 class DraftBench:
-    """What all parts of the benchmark share."""
+    """Held-out texts, engines and measured costs that all tables share."""
 
     def __init__(self, run: TrainingRun, folder: HiddenDraftFolder, prompts: int) -> None:
         texts = sorted(shards.load_all(run.held_out), key=lambda text: text.origin)
@@ -82,51 +84,56 @@ class DraftBench:
         self.measured = measure(self.engine, self.draft, self.texts[0])
 
     def source(self, name: str) -> DraftSource:
-        """A source with no sessions yet."""
+        """Return a draft source without sessions."""
         if name == "lookup":
             return LookupDrafts()
         return NoDrafts() if name == "none" else HiddenDrafts(self.draft)
 
     def controller(self, rule: RuleName, length: int, extra_ms: float = 0.0) -> Controller:
-        """A controller that knows the measured times."""
+        """Return a controller with the measured times."""
         return Controller(rule, length, self.weights, FixedTimes(self.measured, extra_ms))
 
     def rounds(
         self, name: str, rule: RuleName, length: int, extra_ms: float = 0.0, ahead: bool = False
     ) -> list[Drafted]:
-        """Draft for all texts."""
+        """Draft for all texts; return every round."""
         controller = self.controller(rule, length, extra_ms)
         return list(rounds(self.source(name), NAMES[name], controller, self.texts, optimistic=ahead))
 
     def real(self, name: str, rule: RuleName, length: int, texts: Sequence[shards.GeneratedText]) -> list[float]:
-        """Tokens per second of each text, really drafted and verified; the controller learns its own times."""
+        """Return tokens per second of each text, really drafted and verified. The controller learns its own times."""
         controller = Controller(rule, length, self.weights)
         source, names = self.source(name), NAMES.get(name, ())
         return [tokens_per_second(self.engine, source, names, controller, text, self.stop_ids) for text in texts]
 
 
-def main() -> None:
-    """Measure and report."""
-    parser = argparse.ArgumentParser(prog="wisp bench draft", description=__doc__)
-    parser.add_argument("--target", type=Path, default=state_folder() / "models" / "smollm2-135m-instruct")
-    parser.add_argument("--draft", type=Path, help="folder of a draft; default: the one shipped for the target")
-    parser.add_argument("--run", type=Path, help="folder for the held-out texts; default: .wisp/training/TARGET")
-    parser.add_argument("--prompts", type=int, default=0, help="fewer prompts, for a quick look; 0 takes all")
-    parser.add_argument("--real-texts", type=int, default=11, help="texts really drafted and verified, at most")
-    options = parser.parse_args()
-    try:
-        target = ModelFolder(options.target)
-        folder = HiddenDraftFolder.open(options.draft) if options.draft else shipped_for(target)
-    except ModelError as error:
-        parser.error(str(error))
-    if folder is None:
-        parser.error(f"no draft is shipped for {target.path}; name one's folder with --draft")
-    console = terminal()
-    run = TrainingRun(Config.model_validate({}), target, options.run or state_folder() / "training" / target.name)
-    console.print("generating the held-out texts, once, if they are not there (two minutes)", style="dim")
-    run.generate_held_out(run.held_out, run.config.seed, lambda _: None)
-    bench = DraftBench(run, folder, options.prompts)
+def main(
+    target: Annotated[
+        Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
+    ] = None,
+    draft: Annotated[Path | None, typer.Option(help="Folder of a draft. \\[default: the target's shipped one]")] = None,
+    run: Annotated[
+        Path | None, typer.Option(help="Folder of the held-out texts. \\[default: .wisp/training/TARGET]")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=0, help="Number of prompts, for a quick look; 0 takes all.")] = 0,
+    real_texts: Annotated[int, typer.Option(min=1, help="Most texts to really draft and verify.")] = 11,
+) -> None:
+    """Measure drafts on prompts that were never trained on."""
+    with errors_shown():
+        console = terminal()
+        model = ModelFolder(target or state_folder() / "models" / DEFAULT_TARGET)
+        folder = HiddenDraftFolder.open(draft) if draft else shipped_for(model)
+        if folder is None:
+            raise SettingsError(f"no draft is shipped for {model.path}; give the folder of one with --draft")
+        texts = TrainingRun(Config.model_validate({}), model, run or state_folder() / "training" / model.name)
+        console.print("generating the held-out texts, unless an earlier run did (two minutes)", style="dim")
+        texts.generate_held_out(texts.held_out, texts.config.seed, lambda _: None)
+        bench = DraftBench(texts, folder, prompts)
+        conclude(console, "draft", _measure(bench, folder, real_texts, console))
 
+
+def _measure(bench: DraftBench, folder: HiddenDraftFolder, real_texts: int, console: Console) -> dict[str, Any]:
+    """Print one table after the other; return the record of all."""
     measured = bench.measured
     _print(console, "Cost of a draft step", costs := _cost_rows(measured))
     arms, rows = _arms(bench)
@@ -142,9 +149,9 @@ def main() -> None:
     console.print(f"reliability plot: {picture}", style="dim")
     _print(console, "Hidden states on the wire", wire := _wire(bench, arms["hidden fixed(4)"]))
     _print(console, "Drafting ahead", ahead := _ahead(bench))
-    title = f"Real speed in one process, {REAL_TOKENS} tokens each: tokens per second, and against plain decoding"
-    _print(console, title, real := _real(bench, options.real_texts))
-    record = {
+    title = f"Real speed in one process, {REAL_TOKENS} tokens each: tokens per second, and ratio to plain decoding"
+    _print(console, title, real := _real(bench, real_texts))
+    return {
         "facts": machine(),
         "draft": str(folder.path),
         "texts": len(bench.texts),
@@ -158,7 +165,6 @@ def main() -> None:
         "ahead": ahead,
         "real": real,
     }
-    console.print(f"written to {keep('draft', record)}", style="dim")
 
 
 def _print(console: Console, title: str, rows: Sequence[Row]) -> None:
@@ -217,7 +223,7 @@ def _arms(bench: DraftBench) -> tuple[dict[str, list[Drafted]], list[Row]]:
 
 
 def _against_fixed(rows: Sequence[Row]) -> list[str]:
-    """The gains over fixed lengths, as the paper states its predictor's (+34 to 54 % and +20 to 30 %)."""
+    """Return the gains over fixed lengths, in the form of the paper's (+34 to 54 % and +20 to 30 %)."""
     found = {(row["source"], row["stop rule"]): row for row in rows}
     notes = []
     for source in ("hidden", "combined"):
@@ -259,7 +265,7 @@ def _by_kind(arms: dict[str, list[Drafted]], measured: DraftCosts) -> list[Row]:
 
 
 def _compared(kinds: Sequence[Row]) -> list[Row]:
-    """The sources side by side, under the rule `marginal`."""
+    """Return the sources side by side, with the rule `marginal`."""
     found = {(row["arm"], row["text"]): row for row in kinds}
     texts = list(dict.fromkeys(row["text"] for row in kinds))
     arms = {name: f"{name} marginal(8)" for name in NAMES}
@@ -284,7 +290,7 @@ def _calibration(arms: dict[str, list[Drafted]]) -> list[Row]:
 
 
 def _wire(bench: DraftBench, exact: Sequence[Drafted]) -> list[Row]:
-    """Bytes of hidden states, and what halving them costs in acceptance."""
+    """Return the bytes of hidden states, and the acceptance with half as many."""
     controller = bench.controller("fixed", 4)
     source = bench.source("hidden")
     coarse = list(rounds(source, NAMES["hidden"], controller, bench.texts, form=HiddenFormat.INT8))
@@ -308,7 +314,7 @@ def _wire(bench: DraftBench, exact: Sequence[Drafted]) -> list[Row]:
 
 
 def _ahead(bench: DraftBench) -> list[Row]:
-    """How often a draft made during the round before is used, and what not waiting for it saves."""
+    """Return how often a draft made during the previous round is used, and the speed that it gains."""
     rows: list[Row] = []
     for extra_ms in (0.0, 20.0, 100.0):
         measured = bench.measured.costs
@@ -349,4 +355,4 @@ def _real(bench: DraftBench, most: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    main()
+    typer.run(main)

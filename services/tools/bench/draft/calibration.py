@@ -1,4 +1,4 @@
-"""Whether tokens that are expected to be accepted with some probability are: figures and a plot."""
+"""Calibration of the expected acceptance of draft tokens: figures and a plot."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.tools.training.evaluate import Drafted
 
 
 def judged(drafted: Sequence[Drafted]) -> tuple[np.ndarray, np.ndarray]:
-    """Expected acceptance of every token whose predecessors were accepted, and whether it was."""
+    """Return the expected acceptance of every token whose predecessors were accepted, and whether it was accepted."""
     expected, accepted = [], []
     for one in drafted:
         for i, chance in enumerate(one.acceptance[: one.accepted + 1]):
@@ -22,13 +22,13 @@ def judged(drafted: Sequence[Drafted]) -> tuple[np.ndarray, np.ndarray]:
 
 
 def figures(drafted: Sequence[Drafted]) -> tuple[float, float, int]:
-    """AUC, expected calibration error, and of how many tokens."""
+    """Return AUC, expected calibration error, and the number of tokens."""
     expected, accepted = judged(drafted)
     return auc(accepted, expected), calibration_error(accepted, expected), len(expected)
 
 
 def plot(arms: Mapping[str, Sequence[Drafted]], path: Path) -> None:
-    """Accepted against expected share, a line per arm, beside how many tokens there are of each."""
+    """Plot accepted against expected share, a line per arm, above a histogram of the tokens."""
     import matplotlib
 
     matplotlib.use("svg")

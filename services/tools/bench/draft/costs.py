@@ -1,4 +1,4 @@
-"""What drafting costs: a draft step, alone and packed, against a step of the target on the same core."""
+"""Cost of drafting: a draft step, alone and packed, against a step of the target on the same core."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ CONTEXT = 256
 REPETITIONS = 40
 DRAFT_LENGTH = 4
 HOPS_MS = 6.0
-"""What a round takes outside the model (`wisp bench rounds`)."""
+"""Time of a round outside the model (`wisp bench rounds`)."""
 PACKED = (1, 8, 32)
+"""Numbers of sessions in a draft step."""
+WARM_UP = 3
+"""First repetitions, which do not count."""
 
 
 @dataclass(frozen=True)
 class DraftCosts:
-    """Medians, in milliseconds."""
+    """Medians in milliseconds."""
 
     decode_ms: float
     """A step of the target for one session: forward pass and choice."""
     token_ms: float
-    """What each of four more tokens adds to it."""
+    """Time that each of four more tokens adds to it."""
     step_ms: dict[int, float]
-    """A draft step, choice and statistics included, by the number of sessions in it: the mean of a draft's four, the
-    first of which, for one session, finds the processor's caches full of the target's weights."""
+    """A draft step with choice and statistics, by its number of sessions: the mean over the four steps of a draft. With
+    one session, the first step starts with the target's weights in the processor's caches."""
 
     @property
     def costs(self) -> Costs:
-        """As the expected speed is reckoned with."""
+        """The costs in the form that the expected speed needs."""
         return Costs(self.decode_ms + HOPS_MS, self.token_ms, self.step_ms[1])
 
 
 def measure(engine: Engine, draft: DraftEngine, text: GeneratedText) -> DraftCosts:
-    """Measure both in turn, so that a machine whose speed drifts is fair to both."""
+    """Measure target and draft in turn, so that a drift of the machine affects both alike."""
     ids = (text.tokens.tolist() * (CONTEXT // len(text.tokens) + 1))[:CONTEXT]
     engine.attach("cost", ids)
     engine.truncate("cost", 0)
@@ -55,12 +58,12 @@ def measure(engine: Engine, draft: DraftEngine, text: GeneratedText) -> DraftCos
         draft.open(name)
         draft.forward([DraftStep(name, ids[:-1], states[:-1])])
     columns = Columns.of(draft.head_ids.numpy())
-    ways: dict[str, Callable[[], None]] = {
+    operations: dict[str, Callable[[], None]] = {
         "decode": lambda: _verify(engine, ids[-1:]),
         "verify": lambda: _verify(engine, ids[-5:]),
         **{str(n): _drafting(draft, names[:n], ids[-1], states[-1:], columns) for n in PACKED},
     }
-    taken = _in_turn(list(ways.values()))
+    taken = _in_turn(list(operations.values()))
     decode, verify, *drafts = (statistics.median(times) for times in taken)
     steps = [ms / DRAFT_LENGTH for ms in drafts]
     engine.release("cost")
@@ -90,12 +93,13 @@ def _drafting(
     return drafted
 
 
-def _in_turn(ways: Sequence[Callable[[], None]]) -> list[list[float]]:
-    taken: list[list[float]] = [[] for _ in ways]
-    for repetition in range(REPETITIONS + 3):
-        for way, times in zip(ways, taken, strict=True):
+def _in_turn(operations: Sequence[Callable[[], None]]) -> list[list[float]]:
+    """Return the milliseconds of each operation, by repetition."""
+    taken: list[list[float]] = [[] for _ in operations]
+    for repetition in range(REPETITIONS + WARM_UP):
+        for operation, times in zip(operations, taken, strict=True):
             started = time.perf_counter()
-            way()
-            if repetition >= 3:
+            operation()
+            if repetition >= WARM_UP:
                 times.append((time.perf_counter() - started) * 1000)
     return taken

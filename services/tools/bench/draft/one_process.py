@@ -1,4 +1,4 @@
-"""Real speed of drafting and verifying in one process, without messages: wall time, one text after the other."""
+"""Real speed of drafting and verifying in one process, without messages, one text after the other."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def tokens_per_second(
     text: GeneratedText,
     stop_ids: frozenset[int],
 ) -> float:
-    """Answer a text's prompt again; tokens after the first by the time after the first.
+    """Generate a recorded answer again; return its tokens per second after the first token.
 
-    `engine` keeps hidden states. Raises AssertionError if the answer is not the recorded one.
+    `engine` must keep hidden states. Raises AssertionError if the answer differs from the recorded one.
     """
     session = "colocated"
     recorded: list[int] = text.tokens.tolist()
@@ -68,7 +68,7 @@ def _states(engine: Engine, session: str, seen: int, length: int) -> States:
 def shortened(
     texts: Sequence[GeneratedText], kinds: Sequence[str], temperature: float, tokens: int
 ) -> list[GeneratedText]:
-    """One text of each kind at this temperature, its answer cut to `tokens`."""
+    """Return one text of each kind at this temperature, its answer cut to `tokens`."""
     chosen = []
     for kind in kinds:
         for text in texts:

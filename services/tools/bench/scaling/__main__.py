@@ -1,15 +1,14 @@
-"""What more verifiers bring, and how long a new one takes to come: `wisp bench scaling`.
+"""`wisp bench scaling`: throughput by number of verifiers, and the time that a new verifier takes to serve.
 
-More verifiers than a machine has cores cannot show on it what they bring, unless their time is emulated: each runs a
-tiny random model and then waits in its model thread, for every batch, until as much time has gone as the target would
-have taken on a core of its own (times `--slower`). The target's cost model is measured first, on the target itself, on
-one thread. Everything else is real: clients and their streams, the services, the brokers, the scheduler's decisions. To
-see whether the emulation is right, one verifier is also measured with the real model and, at its own speed, emulated.
+A machine cannot show the throughput of more verifiers than it has cores, unless their time is emulated. Each verifier
+runs a tiny random model and then waits in its model thread, for every batch, until the time has passed that the target
+would take on its own core (times `--slower`). The target's cost model is measured first, on the target itself, on one
+thread. Everything else is real: clients and their streams, services, brokers, the scheduler's decisions. To check the
+emulation, one verifier is also measured with the real model and, emulated, at the same speed.
 
-The last table is a load step: sessions come that are too many for one verifier with the real model, the rule of
-`k8s/components/keda` is applied to the scheduler's metrics as Kubernetes would (see
-`services.tools.bench.scaling.core.autoscaling`), and a second verifier starts when it says so.
-What Kubernetes adds: finding a node, fetching the image, its probes.
+The last table is a load step with the real model: more sessions arrive than one verifier can serve, the rule of
+`k8s/components/keda` is applied to the scheduler's metrics (see `core.autoscaling`), and a second verifier starts when
+the rule asks for it. Kubernetes adds the time to find a node, to fetch the image, and to probe the pod.
 """
 
 from __future__ import annotations
@@ -31,12 +30,11 @@ from services.tools.bench.load.core.requests import first_number
 from services.tools.bench.load.drive import PointRun
 from services.tools.bench.load.workload import Workload, workload_of
 from services.tools.bench.scaling.load_step import load_step
-from services.tools.bench.support.report import keep, machine, table, terminal
+from services.tools.bench.support.options import TargetOption, target_folder, whole_numbers
+from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
-from services.tools.local.settings import LocalSettings
 from services.tools.local.stack import Stack
-from services.tools.local.target import prepare_target
 from services.verifier.profile import profile
 from shared.cost.fit import VerifierFit
 from shared.engine import Engine
@@ -64,11 +62,11 @@ TINY = {
     "num_key_value_heads": 1,
     "head_dim": 32,
 }
-"""Of the model that is really computed where time is emulated."""
+"""Configuration of the model that runs where time is emulated."""
 
 
 def cost_on_one_core(target: Path) -> list[float]:
-    """Coefficients of the target's cost model, from a start-up profile on one thread."""
+    """Return the coefficients of the target's cost model, from a start-up profile on one thread."""
     engine = Engine(target, threads=1, budget_tokens=CACHE_TOKENS)
     fit = VerifierFit("bench")
     fit.start_from(list(profile(engine)))
@@ -76,7 +74,7 @@ def cost_on_one_core(target: Path) -> list[float]:
 
 
 def make_tiny(target: Path, to: Path) -> Path:
-    """A model with the target's tokenizer that takes next to no time, with random weights."""
+    """Write a tiny model with random weights and the target's tokenizer to a folder; return the folder."""
     import torch
     from transformers import AutoConfig, AutoModelForCausalLM
 
@@ -95,13 +93,13 @@ def make_tiny(target: Path, to: Path) -> Path:
 
 @dataclass
 class ScalingBench:
-    """What all points have in common."""
+    """The window and the console that all points share."""
 
     window: Window
     progress: ConsoleProgress
 
     async def point(self, stack: Stack, workload: Workload, sessions: int) -> tuple[Measures, float]:
-        """Measure one number of sessions on a running stack, and the share of the machine's time that was used."""
+        """Measure one number of sessions on a running stack; return measures and CPU use in percent."""
         verifiers = len(stack.processes("verifier"))
         async with http_client(stack.url) as http:
             client = await LoadClient.connect(http, pools=False)
@@ -117,14 +115,14 @@ class ScalingBench:
         return measures, busy
 
     def stack(self, target: Path, verifiers: int, emulated: Sequence[float] = ()) -> Stack:
-        """A suite that decodes plainly; its verifiers take the emulated time, if one is given."""
+        """Return a suite with plain decoding. Its verifiers take the emulated time, if one is given."""
         env = {"WISP_DRAFT_SOURCE": "none", "WISP_ADMISSION": "false", "WISP_THREADS": "1"}
         env |= {"WISP_CACHE_TOKENS": str(CACHE_TOKENS), "WISP_EMULATED_COST": json.dumps(list(emulated))}
         return Stack("bench-scaling", verifiers=verifiers, target=target, env=env, progress=self.progress)
 
 
 def row(measures: Measures, busy: float) -> list[Any]:
-    """What a table tells of a point, under `COLUMNS`."""
+    """Return the values of a point for `COLUMNS`."""
     ttft, tpot = measures.ttft_ms, measures.tpot_ms
     return [
         *(measures.throughput, measures.goodput),
@@ -137,7 +135,7 @@ def row(measures: Measures, busy: float) -> list[Any]:
 async def scaled(
     bench: ScalingBench, workload: Workload, tiny: Path, emulated: Sequence[float], counts: Sequence[int], each: int
 ) -> list[list[Any]]:
-    """The rows of the first table: as many sessions for each verifier, and as many in all."""
+    """Return the rows of the first table: a fixed number of sessions for each verifier, then a fixed number in all."""
     rows = []
     most = each * max(counts)
     for verifiers in counts:
@@ -151,7 +149,7 @@ async def scaled(
 async def checked(
     bench: ScalingBench, workload: Workload, target: Path, tiny: Path, cost: Sequence[float], sessions: int
 ) -> list[list[Any]]:
-    """The rows of the second table: one verifier, real and emulated at the same speed."""
+    """Return the rows of the second table: one verifier, real and emulated at the same speed."""
     rows = []
     for kind, stack in (("real", bench.stack(target, 1)), ("emulated", bench.stack(tiny, 1, cost))):
         async with stack:
@@ -162,30 +160,32 @@ async def checked(
 def main(
     verifiers: Annotated[str, typer.Option(help="Numbers of verifiers, comma-separated.")] = "1,2,4",
     sessions: Annotated[int, typer.Option(min=1, help="Sessions for each verifier.")] = 16,
-    slower: Annotated[float, typer.Option(min=1, help="Emulate a target that takes so many times as long.")] = 4.0,
-    ttft: Annotated[int, typer.Option(min=1, help="Promised ms to the first token; real model: / slower.")] = 4000,
-    tpot: Annotated[int, typer.Option(min=1, help="Promised ms per token after it; real model: / slower.")] = 400,
-    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before those that count.")] = 10.0,
+    slower: Annotated[float, typer.Option(min=1, help="Factor by which the emulated target is slower.")] = 4.0,
+    ttft: Annotated[int, typer.Option(min=1, help="TTFT target in ms; divided by --slower for the real model.")] = 4000,
+    tpot: Annotated[int, typer.Option(min=1, help="TPOT target in ms; divided by --slower for the real model.")] = 400,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the window.")] = 10.0,
     measured: Annotated[float, typer.Option("--measure", min=1, help="Seconds in which requests count.")] = 30.0,
     check: Annotated[bool, typer.Option(help="Compare the emulation with the real model, on one verifier.")] = True,
-    step: Annotated[int, typer.Option(min=0, help="Sessions of the load step, on the real model; 0: none.")] = 24,
-    target: Annotated[str | None, typer.Option(help="Packaged model or a Hugging Face folder.")] = None,
+    step: Annotated[int, typer.Option(min=0, help="Sessions of the load step, real model; 0 leaves it out.")] = 24,
+    target: TargetOption = None,
 ) -> None:
-    """Measure scaling."""
+    """Measure throughput by number of verifiers, and a load step."""
     with errors_shown():
-        counts = _counts(verifiers)
+        counts = sorted(whole_numbers("--verifiers", verifiers, 1))
+        if not counts:
+            raise SettingsError("--verifiers is empty; give numbers of verifiers such as 1,2,4")
         console = terminal()
         progress = ConsoleProgress(console)
-        folder = prepare_target(target or LocalSettings().target, progress)
+        folder = target_folder(target, progress)
         cost = cost_on_one_core(folder)
-        facts: dict[str, Any] = machine() | {"model": folder.name, "slower": slower, "cost_on_one_core": cost}
         emulated = [round(slower * c, 4) for c in cost]
         bench = ScalingBench(Window(warm_up_s=warm_up, measure_s=measured, drain_s=measured), progress)
         slow, fast = (workload_of(WORKLOAD % (ttft / by, tpot / by)) for by in (1, slower))
-        result: dict[str, Any] = {"facts": facts | {"ttft_ms": ttft, "tpot_ms": tpot}}
+        facts = {"model": folder.name, "slower": slower, "cost_on_one_core": cost, "ttft_ms": ttft, "tpot_ms": tpot}
+        result: dict[str, Any] = {"facts": machine() | facts}
 
         def show(name: str, title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-            result[name] = [dict(zip(columns, one, strict=True)) for one in rows]
+            result[name] = records(columns, rows)
             console.print(table(title, columns, rows))
 
         with TemporaryDirectory(prefix="wisp-scaling-") as made:
@@ -203,17 +203,7 @@ def main(
             show("load_step", title, ["event", "s after the step"], list(found.events.items()))
             spans = [[name, *row(measures, 0.0)[:-2]] for name, measures in found.clients.items()]
             show("clients", "The clients' figures", ["span", *COLUMNS[:-2]], spans)
-        console.print(f"written to {keep('scaling', result)}", style="dim", highlight=False)
-
-
-def _counts(text: str) -> list[int]:
-    try:
-        counts = sorted({int(word) for word in text.split(",")})
-    except ValueError:
-        counts = [0]
-    if counts[0] < 1:
-        raise SettingsError(f"--verifiers takes numbers from 1 on, as 1,2,4 (given: {text!r})")
-    return counts
+        conclude(console, "scaling", result)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The measurement of the stream benchmark: asks a running stack one thing at a time, and transformers in between."""
+"""The measurement of the stream benchmark: one request at a time, to a running stack and to transformers in turn."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ if TYPE_CHECKING:
     from services.tools.bench.stream.transformers_arms import TransformersArms
 
 BLOCK = 64
-"""Tokens that the verifier's cache shares at once."""
+"""Tokens of a block of the verifier's cache, the unit in which prefixes are shared."""
 SMALLEST_CACHE = 1024
-"""Tokens; the verifier's measurement of itself at its start needs some."""
+"""Tokens that the verifier's start-up profile needs."""
 WARM_UP_TOKENS = 16
 
 
 @dataclass(frozen=True)
 class StreamPlan:
-    """What is measured."""
+    """The requests to measure, and the stack to measure them on."""
 
     target: Path
     dtype: str
@@ -49,21 +49,21 @@ class StreamPlan:
 
     @property
     def cache_tokens(self) -> int:
-        """A cache in which one session just fits."""
+        """The size of a cache in which one session just fits."""
         longest = max(len(case.prompt_ids) for case in self.cases) + self.tokens
         return max(SMALLEST_CACHE, -(-longest // BLOCK) * BLOCK)
 
 
 @dataclass(frozen=True)
 class SampleAnswer:
-    """One drafted answer, to be drawn."""
+    """One drafted answer, to be drawn on the terminal."""
 
     timed: TimedRequest
     answer: ClientAnswer
 
 
 class TimedSuite:
-    """A running stack that is asked one thing at a time."""
+    """A running stack that takes one request at a time."""
 
     def __init__(self, client: AsyncOpenAI, plan: StreamPlan, delay_ms: float) -> None:
         self._client = client
@@ -72,7 +72,7 @@ class TimedSuite:
         self._model = plan.target.name
 
     async def ask(self, case: Case, arm: str, max_tokens: int) -> tuple[TimedRequest, ClientAnswer]:
-        """Time one request, its prompt not being cached."""
+        """Time one request. Its prompt is not in the prefix cache."""
         if len(case.prompt_ids) > BLOCK:
             await self._fill_cache()
         answer = await ask(self._client, self._model, question(case, max_tokens), arm)
@@ -98,39 +98,41 @@ class TimedSuite:
 
 
 class StreamMeasurement:
-    """The whole measurement, as far as it has come."""
+    """The measurement over all delays, and the answers so far."""
 
     def __init__(self, plan: StreamPlan, rival: TransformersArms | None, progress: Progress) -> None:
         self.plan = plan
         self.timed: list[TimedRequest] = []
         self.rivals: list[TimedRequest] = []
-        """transformers' answers, measured beside the first delay."""
+        """transformers' answers, measured with the first delay."""
         self.servers: dict[str, str] = {}
         self._rival = rival
         self._progress = progress
 
-    async def run(self, told: Callable[[float, SampleAnswer], None]) -> None:
-        """Measure one delay after the other, each with a stack of its own; `told` gets each that is done, and a drafted
-        answer to be drawn."""
+    async def run(self, show: Callable[[float, SampleAnswer], None]) -> None:
+        """Measure one delay after the other, each on a stack of its own.
+
+        show: called after each delay, with the delay and a drafted answer.
+        """
         with RunFolder("bench-stream") as folder:
             async with Brokers(folder.path, progress=self._progress) as brokers:
                 self.servers = {"rabbitmq": brokers.rabbitmq_version, "redis": brokers.redis_version}
                 for delay_ms in self.plan.delays:
                     async with self._stack(brokers, delay_ms) as stack:
                         sample = await stack.watch(self._one_delay(stack, delay_ms))
-                    told(delay_ms, sample)
+                    show(delay_ms, sample)
 
     @asynccontextmanager
     async def _stack(self, brokers: Brokers, delay_ms: float) -> AsyncIterator[Stack]:
         addresses = {"WISP_AMQP_URL": brokers.amqp_url, "WISP_REDIS_URL": brokers.redis_url}
-        async with delayed(addresses, delay_ms / 1000) as farther:
+        async with delayed(addresses, delay_ms / 1000) as delayed_addresses:
             stack = Stack(
                 "bench-stream",
                 brokers=brokers,
                 target=self.plan.target,
                 namespace=f"bench-{token_hex(4)}",
                 env={"WISP_DTYPE": self.plan.dtype, "WISP_THREADS": str(self.plan.threads)},
-                env_of={"drafter": farther, "verifier": {"WISP_CACHE_TOKENS": str(self.plan.cache_tokens)}},
+                env_of={"drafter": delayed_addresses, "verifier": {"WISP_CACHE_TOKENS": str(self.plan.cache_tokens)}},
                 progress=self._progress,
             )
             async with stack:
@@ -139,7 +141,7 @@ class StreamMeasurement:
                 await delete_namespace(brokers.amqp_url, brokers.redis_url, stack.namespace, brokers.tls)
 
     async def _one_delay(self, stack: Stack, delay_ms: float) -> SampleAnswer:
-        """Ask everything; returns one drafted answer."""
+        """Send all requests; return one drafted answer."""
         plan = self.plan
         kinds = len({case.kind for case in plan.cases})
         rival = None if self.rivals else self._rival
@@ -151,10 +153,10 @@ class StreamMeasurement:
                 for number, case in enumerate(plan.cases):
                     step.detail(f"{number + 1} of {len(plan.cases)}: {case.name}")
                     answers: dict[str, TimedRequest] = {}
-                    turn = number // kinds + number % kinds  # so that the order alternates for each kind too
+                    turn = number // kinds + number % kinds  # the order alternates within each kind too
                     for arm in _alternating(plan.arms, turn):
                         answers[arm], answer = await suite.ask(case, arm, plan.tokens)
-                        if arm == plan.arms[1] and (sample is None or _drawn_rather(case, plan)):
+                        if arm == plan.arms[1] and (sample is None or _worth_drawing(case, plan)):
                             sample = SampleAnswer(answers[arm], answer)
                     self.timed += [answers[arm] for arm in plan.arms]
                     if rival is not None:
@@ -174,10 +176,10 @@ class StreamMeasurement:
     async def _ask_rival(self, rival: TransformersArms, ours: TimedRequest, turn: int) -> list[TimedRequest]:
         from services.tools.bench.stream.transformers_arms import ARMS
 
-        case, found = ours.case, {}
+        case, answers = ours.case, {}
         for arm in _alternating(list(ARMS), turn):
             made = await asyncio.to_thread(rival.generate, arm, case.prompt_ids, ours.made, case.temperature, case.seed)
-            found[arm] = TimedRequest(
+            answers[arm] = TimedRequest(
                 case=case,
                 arm=arm,
                 delay_ms=ours.delay_ms,
@@ -188,12 +190,12 @@ class StreamMeasurement:
                 total_s=made.total_s,
                 agrees=speed.agreement(ours.tokens, made.tokens) if case.temperature == 0 else None,
             )
-        return [found[arm] for arm in ARMS]
+        return [answers[arm] for arm in ARMS]
 
 
 def _alternating(arms: list[str], turn: int) -> list[str]:
     return arms if turn % 2 == 0 else arms[::-1]
 
 
-def _drawn_rather(case: Case, plan: StreamPlan) -> bool:
+def _worth_drawing(case: Case, plan: StreamPlan) -> bool:
     return (case.kind, case.number, case.temperature) == ("chat", 0, plan.temperatures[0])

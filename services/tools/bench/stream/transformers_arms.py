@@ -1,10 +1,10 @@
 """transformers' `generate` as a competitor: plain, with prompt lookup, and with an assistant model.
 
-There is no published small model with the target's vocabulary at hand, so the assistant is the target itself cut after
-its first layers: the same embeddings, the same norm and head, no training. That is a weak assistant, as the layers that
-are left out are those that make the last layer's input what the head expects; a distilled model of that size would
-guess far more. It shows what assisted generation costs and gives with what anybody has without training. transformers
-steers it with its own defaults: up to 20 tokens per draft, fewer where the assistant is unsure.
+No small model with the target's vocabulary is published, so the assistant is the target itself, cut after its first
+layers: same embeddings, norm and head, no training. It is a weak assistant, because the missing layers produce the
+input that the head expects; a distilled model of that size would be accepted far more often. It shows the cost and
+gain of assisted generation without training. transformers controls it with its defaults: drafts of up to 20 tokens,
+shorter where the assistant is unsure.
 """
 
 from __future__ import annotations
@@ -29,17 +29,17 @@ _CONFIG: Any = GenerationConfig
 
 @dataclass(frozen=True)
 class Generated:
-    """One answer. Seconds count from the call, the prompt being tokenized already."""
+    """One answer. Seconds count from the call; the prompt is tokenized before."""
 
     tokens: list[int]
     first_s: float
     first_tokens: int
-    """Tokens that came with the first."""
+    """Tokens that arrived together with the first one."""
     total_s: float
 
 
 class _FirstTokenTimer(BaseStreamer):
-    """Notes when the first tokens come; the first thing put is the prompt."""
+    """Takes the time of the first tokens. The first value put is the prompt."""
 
     def __init__(self) -> None:
         self.started = time.perf_counter()
@@ -59,7 +59,7 @@ class _FirstTokenTimer(BaseStreamer):
 
 
 class TransformersArms:
-    """The target model in transformers, and the assistant. Calls must come one at a time."""
+    """The target model in transformers, and the assistant. Takes one call at a time."""
 
     def __init__(self, folder: Path, dtype: str, threads: int) -> None:
         quiet: Any = transformers.utils.logging
@@ -72,7 +72,7 @@ class TransformersArms:
         self._assistant: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=form, num_hidden_layers=layers)
         for model in (self._model, self._assistant):
             model.train(False)
-            # The number of tokens is given: that of the suite's answer, whatever token comes.
+            # The answer has as many tokens as the suite's, whatever tokens come.
             model.generation_config.eos_token_id = None
         self._extras: dict[str, dict[str, Any]] = {
             PLAIN: {},
@@ -81,11 +81,11 @@ class TransformersArms:
         }
 
     def generate(self, arm: str, prompt: Sequence[int], count: int, temperature: float, seed: int) -> Generated:
-        """Exactly `count` tokens after the prompt, greedy at temperature 0, else sampled without further limits."""
+        """Generate exactly `count` tokens, greedily at temperature 0, otherwise sampled without top-k and top-p."""
         torch.manual_seed(seed)
         sampling = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-        chosen = sampling if temperature > 0 else {"do_sample": False}
-        config = _CONFIG(max_new_tokens=count, pad_token_id=0, **chosen)
+        mode = sampling if temperature > 0 else {"do_sample": False}
+        config = _CONFIG(max_new_tokens=count, pad_token_id=0, **mode)
         ids = torch.tensor([list(prompt)])
         clock = _FirstTokenTimer()
         made = self._model.generate(

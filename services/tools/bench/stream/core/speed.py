@@ -1,8 +1,8 @@
-"""What the times of requests say: speeds, ratios, rows of tables, sentences. Pure.
+"""Speeds, ratios, tables and sentences from the times of requests.
 
 The speed of a request is its tokens over its whole time, from sending it to the end of the answer, the first token
-included. Two arms of the suite give the same text, so their ratio is that of the times a user waits. A ratio of a group
-is the median over its requests, each compared with the same prompt at the same temperature.
+included. All arms of the suite give the same completion, so the ratio of speeds is the ratio of the times that a user
+waits. The ratio of a group is the median over its requests, each compared with the same prompt at the same temperature.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ if TYPE_CHECKING:
     from services.tools.training.prompts import Prompt
 
 PLAIN = "none"
-"""The suite with drafts off: what everything is compared with."""
+"""The suite without drafts: the base of all ratios."""
 AIM = 1.3
+"""Lowest ratio to plain decoding, over all requests."""
 AIM_WORST = 0.95
+"""Lowest ratio to plain decoding of a kind of text."""
 
 
 @dataclass(frozen=True)
@@ -42,26 +44,26 @@ class Case:
 
 @dataclass(frozen=True)
 class TimedRequest:
-    """One request that was answered."""
+    """One answered request."""
 
     case: Case
     arm: str
     delay_ms: float
     tokens: list[int]
-    """Without the one that ended the text."""
+    """Output tokens, without the stop token."""
     finish: str
     first_s: float
     first_tokens: int
-    """Tokens that came with the first."""
+    """Tokens that arrived together with the first one."""
     total_s: float
     summary: dict[str, float] = field(default_factory=dict)
-    """The gateway's; empty for transformers."""
+    """The gateway's summary; empty for transformers."""
     agrees: int | None = None
-    """Leading tokens that are those of the suite, for transformers' greedy answers."""
+    """Length of the prefix that equals the suite's completion, for greedy answers of transformers."""
 
     @property
     def made(self) -> int:
-        """Tokens that were computed, with the one that ended the text."""
+        """Number of generated tokens, the stop token included."""
         return len(self.tokens) + (self.finish == "stop")
 
     @property
@@ -71,12 +73,12 @@ class TimedRequest:
 
     @property
     def later_speed(self) -> float | None:
-        """Tokens per second after the first; None where all came at once."""
+        """Tokens per second after the first; None if all arrived at once."""
         later_s = self.total_s - self.first_s
         return (self.made - self.first_tokens) / later_s if self.made > self.first_tokens and later_s > 0 else None
 
     def record(self) -> dict[str, Any]:
-        """Everything about it, for the result file."""
+        """Return the request for the result file."""
         return {
             "kind": self.case.kind,
             "prompt": self.case.number,
@@ -100,7 +102,7 @@ class TimedRequest:
 
 
 def ratios(timed: Iterable[TimedRequest], arm: str, base: str) -> dict[Case, float]:
-    """How many times as fast as `base` an arm was, for each case that both answered."""
+    """Return the speed of an arm divided by that of `base`, for each case that both answered."""
     speeds: dict[str, dict[Case, float]] = {arm: {}, base: {}}
     for one in timed:
         if one.arm in speeds:
@@ -109,7 +111,7 @@ def ratios(timed: Iterable[TimedRequest], arm: str, base: str) -> dict[Case, flo
 
 
 def by_kind(of_case: dict[Case, float]) -> dict[str, float]:
-    """The median of each kind of text."""
+    """Return the median ratio of each kind of text."""
     kinds: dict[str, list[float]] = {}
     for case, ratio in of_case.items():
         kinds.setdefault(case.kind, []).append(ratio)
@@ -117,25 +119,25 @@ def by_kind(of_case: dict[Case, float]) -> dict[str, float]:
 
 
 def tokens_per_round(timed: Sequence[TimedRequest]) -> float | None:
-    """Tokens that one round brings, over all these requests."""
+    """Return the mean tokens of a round, over all requests with a summary."""
     rounds = sum(one.summary.get("rounds", 0) for one in timed)
     return sum(one.made for one in timed if one.summary) / rounds if rounds else None
 
 
 def acceptance(timed: Sequence[TimedRequest]) -> float | None:
-    """Share of the verified draft tokens that were accepted."""
+    """Return the accepted share of the verified draft tokens."""
     verified = sum(one.summary.get("verified", 0) for one in timed)
     return sum(one.summary.get("accepted", 0) for one in timed) / verified if verified else None
 
 
 def agreement(ours: Sequence[int], theirs: Sequence[int]) -> int:
-    """Length of the common beginning."""
+    """Return the length of the common prefix."""
     pairs = zip(ours, theirs, strict=False)
     return next((i for i, (a, b) in enumerate(pairs) if a != b), min(len(ours), len(theirs)))
 
 
 def arms_table(timed: Sequence[TimedRequest], temperatures: Sequence[float]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: each arm over all kinds of text."""
+    """Return columns and rows: each arm over all kinds of text."""
     columns = ["arm", "first token ms", "tokens/s", "tokens/s after first", "tokens per round", "accepted"]
     columns += [*(f"x none, T={t:g}" for t in temperatures), "x none, all"]
     rows = []
@@ -159,7 +161,7 @@ def arms_table(timed: Sequence[TimedRequest], temperatures: Sequence[float]) -> 
 def kinds_table(
     timed: Sequence[TimedRequest], arm: str, temperatures: Sequence[float]
 ) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows: one arm against plain decoding for each kind of text."""
+    """Return columns and rows: one arm against plain decoding, by kind of text."""
     columns = ["kind of text", "none tokens/s", f"{arm} tokens/s", "tokens per round", "accepted"]
     columns += [*(f"x none, T={t:g}" for t in temperatures), "x none, all", "lowest"]
     compared = ratios(timed, arm, PLAIN)
@@ -182,50 +184,55 @@ def kinds_table(
 
 
 def verdict(timed: Sequence[TimedRequest], arm: str, rivals: Sequence[str]) -> str:
-    """One arm at one delay in a sentence: against plain decoding, its best and worst kind of text, its rivals."""
+    """Compare an arm in a sentence: with plain decoding, over all requests and by kind of text, and with its rivals."""
     compared = ratios(timed, arm, PLAIN)
     kinds = by_kind(compared)
     best, worst = max(kinds, key=kinds.__getitem__), min(kinds, key=kinds.__getitem__)
     overall = median(compared.values())
-    said = (
+    sentence = (
         f"{arm}: {overall:.2f} times as fast as without drafts at the median of {len(compared)} requests "
         f"(aim: {AIM:g}{_missed(overall, AIM)}); best kind {best} {kinds[best]:.2f}, worst kind {worst} "
         f"{kinds[worst]:.2f} (aim: at least {AIM_WORST:g}{_missed(kinds[worst], AIM_WORST)})"
     )
     against = [(rival, ratios(timed, arm, rival)) for rival in rivals]
-    told = [f"{median(found.values()):.2f} times {rival}" for rival, found in against if found]
-    return said + (f"; against transformers, which has no network in between: {', '.join(told)}" if told else "")
+    compared_with = [f"{median(found.values()):.2f} times {rival}" for rival, found in against if found]
+    if compared_with:
+        sentence += f"; against transformers, which has no network in between: {', '.join(compared_with)}"
+    return sentence
 
 
 def differences(timed: Iterable[TimedRequest]) -> list[str]:
-    """Answers of the suite that are not the first one to the same case, token for token: there must be none."""
+    """Return the answers of the suite that differ from the first one to the same case. There must be none."""
     first: dict[Case, TimedRequest] = {}
     found = []
     for one in timed:
-        known = first.setdefault(one.case, one)
-        if (known.tokens, known.finish) != (one.tokens, one.finish):
+        reference = first.setdefault(one.case, one)
+        if (reference.tokens, reference.finish) != (one.tokens, one.finish):
+            same = agreement(reference.tokens, one.tokens)
             found.append(
-                f"{one.case.name}, seed {one.case.seed}: {one.arm} with {one.delay_ms:g} ms differs from {known.arm} "
-                f"with {known.delay_ms:g} ms after {agreement(known.tokens, one.tokens)} tokens "
-                f"({len(one.tokens)} tokens, {one.finish}; {len(known.tokens)} tokens, {known.finish})"
+                f"{one.case.name}, seed {one.case.seed}: {one.arm} with {one.delay_ms:g} ms differs from "
+                f"{reference.arm} with {reference.delay_ms:g} ms after {same} tokens "
+                f"({len(one.tokens)} tokens, {one.finish}; {len(reference.tokens)} tokens, {reference.finish})"
             )
     return found
 
 
 def agreements(timed: Iterable[TimedRequest]) -> list[str]:
-    """How far transformers' greedy answers are the suite's."""
+    """Return, for each arm of transformers, how many greedy answers equal the suite's completion."""
     compared = [one for one in timed if one.agrees is not None]
-    told = []
+    sentences = []
     for arm in dict.fromkeys(one.arm for one in compared):
         mine = [one for one in compared if one.arm == arm]
-        parted = sorted(one.agrees or 0 for one in mine if (one.agrees or 0) < len(one.tokens))
-        where = f"; the others part after {parted[0]} to {parted[-1]} tokens" if parted else ""
-        told.append(f"{arm}: the suite's greedy text in {len(mine) - len(parted)} of {len(mine)} answers{where}")
-    return told
+        differing = sorted(one.agrees or 0 for one in mine if (one.agrees or 0) < len(one.tokens))
+        where = f"; the others differ after {differing[0]} to {differing[-1]} tokens" if differing else ""
+        sentences.append(
+            f"{arm}: the suite's greedy completion in {len(mine) - len(differing)} of {len(mine)} answers{where}"
+        )
+    return sentences
 
 
 def _at_each(compared: dict[Case, float], temperatures: Sequence[float]) -> list[float | None]:
-    """Medians at each temperature, and of all."""
+    """Return the medians at each temperature, and over all."""
     each = [_median(ratio for case, ratio in compared.items() if case.temperature == t) for t in temperatures]
     return [*each, _median(compared.values())]
 
