@@ -86,7 +86,7 @@ def test_the_terminal_shows_the_whole_timeline() -> None:
         "slack 50 ms when sent, price 0.50 ms a token",
         "left out of batch s1-2: no room",
         "batch s1-3 on v1 with cccccccc: 2 draft tokens, 3 tokens computed, 35.0 ms (predicted 33.0); wisp+: due soon",
-        "1 other waited on; waited 25.0 ms for batch s1-2",
+        "1 round left in the queue; waited 25.0 ms for batch s1-2",
     ):
         assert line in text
 
