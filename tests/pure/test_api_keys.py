@@ -121,7 +121,7 @@ def test_keys_are_made_listed_and_revoked(tmp_path: Path, monkeypatch: pytest.Mo
     shown = wisp("keys", "list")
     assert "9,000" in shown
     assert ann.sha256 not in shown
-    assert "there is a key with the name 'ann'" in wisp("keys", "new", "ann")
+    assert "a key named 'ann' exists" in wisp("keys", "new", "ann")
     wisp("keys", "revoke", "ann")
     wisp("keys", "revoke", bob.id)
     assert len(KeyFile(file).ring) == 0

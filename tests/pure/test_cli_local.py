@@ -10,12 +10,16 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from typer.testing import CliRunner
 
+from services.baseline.settings import Baseline
+from services.drafter.sources.registry import SOURCES
 from services.tools.cli import doctor
 from services.tools.cli.main import app
+from services.tools.cli.stack_options import ServingChoice, draft_sources
 from services.tools.cli.up import curl
 from services.tools.local import logs
 from services.tools.local.folder import RUNS_KEPT, RunFolder
@@ -179,3 +183,8 @@ def test_help_needs_nothing_heavy() -> None:
     )
     result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stderr
+
+
+def test_the_choices_of_drafts_and_baselines_are_those_of_the_services() -> None:
+    assert draft_sources() == sorted(SOURCES)
+    assert [choice.value for choice in ServingChoice] == ["wisp", *get_args(Baseline)]

@@ -180,9 +180,9 @@ def test_the_screen_fits_its_width(width: int) -> None:
 def test_an_empty_suite_a_silent_scheduler_and_one_not_active_are_told_apart() -> None:
     watch = watched((0, Verify.model_validate({**VERIFY})))
     assert watch.snapshot(5000).empty, "rounds alone are no suite"
-    assert "Nothing of a suite in namespace ns for 5 s" in text(watch.snapshot(5000))
+    assert "No message from a scheduler or verifier in namespace ns for 5 s" in text(watch.snapshot(5000))
     watch.feed(heartbeat(), 5000)
-    assert "no scheduler is active" in text(watch.snapshot(5000))
+    assert "no active scheduler" in text(watch.snapshot(5000))
     watch.feed(load(), 5000)
     assert "policy edf" in text(watch.snapshot(6000))
     assert "scheduler s1 silent for 9 s" in text(watch.snapshot(14_000))
@@ -223,7 +223,7 @@ def test_what_is_given_counts_and_the_latest_suite_that_fits_says_the_rest() -> 
     new, old = RunningSuite("up-new", "amqp://new/"), RunningSuite("up-old", "amqp://old/")
     assert choose_suite(None, None, [new]) == SuiteAddress("amqp://new/", "up-new")
     both = choose_suite(None, None, [new, old])
-    assert (both.namespace, both.note) == ("up-new", "other suites run here too (--namespace): up-old")
+    assert (both.namespace, both.note) == ("up-new", "other suites on this machine (--namespace): up-old")
     assert choose_suite(None, "up-old", [new, old]) == SuiteAddress("amqp://old/", "up-old")
     assert choose_suite("amqp://else/", "prod", [new, old]) == SuiteAddress("amqp://else/", "prod")
     assert choose_suite("amqp://else/", None, [RunningSuite("up-x", None), new]) == SuiteAddress("amqp://else/", "up-x")

@@ -1,4 +1,4 @@
-"""Asks a gateway through the official `openai` client and shows the answer while it comes."""
+"""Requests to a gateway through the official `openai` client."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 def client_at(url: str, key: str | None = None) -> AsyncOpenAI:
-    """The official client for a gateway, with this key or the one that WISP_API_KEY or OPENAI_API_KEY holds."""
+    """Return a client for a gateway. key: by default WISP_API_KEY or OPENAI_API_KEY."""
     from openai import AsyncOpenAI
 
     return AsyncOpenAI(base_url=url, api_key=key or LocalSettings().api_key.get_secret_value(), max_retries=0)
@@ -24,19 +24,19 @@ def client_at(url: str, key: str | None = None) -> AsyncOpenAI:
 
 @dataclass(frozen=True)
 class Question:
-    """One request: a chat if there are messages, else a completion of `prompt`."""
+    """One request: a chat completion if it has messages, else a completion of `prompt`."""
 
     title: str
     prompt: str = ""
     messages: tuple[dict[str, str], ...] = ()
     max_tokens: int = 128
     options: dict[str, Any] = field(default_factory=dict)
-    """Sampling parameters as the API names them."""
+    """Sampling parameters by their names in the API."""
 
 
 @dataclass
 class ClientAnswer:
-    """What came back. Durations are the gateway's, in milliseconds."""
+    """The answer to a question. The summary's durations are the gateway's, in milliseconds."""
 
     text: str = ""
     tokens: list[int] = field(default_factory=list)
@@ -44,15 +44,15 @@ class ClientAnswer:
     summary: dict[str, float] = field(default_factory=dict)
     arrivals: list[Arrival] = field(default_factory=list)
     total_ms: float = 0.0
-    """From sending the request to the end of the answer, as the client saw it."""
+    """From sending the request to the end of the answer, measured by the client."""
 
     @property
     def rounds(self) -> list[AnswerRound]:
-        """The rounds that made the text."""
+        """The rounds that produced the text."""
         return rounds_of(self.arrivals)
 
     def same_text(self, other: ClientAnswer) -> bool:
-        """Whether both consist of the same tokens and end for the same reason."""
+        """Return whether tokens, text and finish reason are the same."""
         return (self.tokens, self.text, self.finish) == (other.tokens, other.text, other.finish)
 
 
@@ -63,7 +63,10 @@ async def ask(
     draft: str,
     show: Callable[[list[TextPart]], None] | None = None,
 ) -> ClientAnswer:
-    """Stream the answer to a question; `show` gets its parts as they arrive. `draft` is the draft source."""
+    """Stream the answer to a question.
+
+    draft: the draft source. show: called with the parts of each chunk as they arrive.
+    """
     extra = {"wisp": {"trace": True, "draft": draft}}
     common: dict[str, Any] = {"model": model, "extra_body": extra, **question.options}
     stream: AsyncIterator[Any]
@@ -94,13 +97,13 @@ async def ask(
 
 
 def tokens_per_second(summary: dict[str, float]) -> float:
-    """Output tokens per second after the first, 0 if there was only one."""
+    """Output tokens per second after the first token; 0 for a single token."""
     seconds = (summary["total_ms"] - summary["ttft_ms"]) / 1000
     return (summary["tokens"] - 1) / seconds if seconds > 0 else 0.0
 
 
 def summary_lines(summary: dict[str, float]) -> list[str]:
-    """The summary of one answer, for people."""
+    """Format the summary of an answer for people."""
     rounds, verified = summary["rounds"], summary["verified"]
     drafts = (
         f"{summary['accepted'] / verified:.0%} of {verified:,.0f} draft tokens accepted" if verified else "no drafts"

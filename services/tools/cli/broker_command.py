@@ -1,4 +1,4 @@
-"""`wisp broker`: what an own RabbitMQ has to know of users, permissions and queues."""
+"""`wisp broker`: definitions for a RabbitMQ that you run."""
 
 from __future__ import annotations
 
@@ -16,25 +16,32 @@ from shared.broker.access import definitions, device_definitions, joined, user_o
 from shared.broker.topology import DEFAULT_POOL, ROLES, Topology, device_name
 from shared.errors import SettingsError
 
-app = typer.Typer(help="What an own RabbitMQ is set up with.", no_args_is_help=True)
+app = typer.Typer(help="Set up a RabbitMQ of your own.", no_args_is_help=True)
 
 
 @app.command("definitions")
 def print_definitions(
     passwords: Annotated[
-        Path, typer.Option(help="JSON file of the users' passwords; those that are not in it are drawn and added.")
+        Path, typer.Option(help="JSON file of the users' passwords; missing ones are drawn and added.")
     ],
-    namespace: Annotated[str | None, typer.Option(help="\\[env: WISP_NAMESPACE; default: wisp]")] = None,
+    namespace: Annotated[
+        str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: wisp]")
+    ] = None,
     vhost: Annotated[str, typer.Option(help="Virtual host.")] = "/",
-    pool: Annotated[list[str] | None, typer.Option(help="A pool of drafters; may be given again.")] = None,
+    pool: Annotated[list[str] | None, typer.Option(help="A pool of drafters; may be repeated.")] = None,
     journal: Annotated[
-        bool, typer.Option("--journal", help="The journal too, with the limits of WISP_JOURNAL_BYTES and _HOURS.")
+        bool,
+        typer.Option(
+            "--journal", help="Include the journal, with the limits WISP_JOURNAL_BYTES and WISP_JOURNAL_HOURS."
+        ),
     ] = False,
-    devices: Annotated[Path | None, typer.Option(help="The schedulers' WISP_DEVICES_FILE: devices that join.")] = None,
+    devices: Annotated[
+        Path | None, typer.Option(help="Remote devices that join: the schedulers' WISP_DEVICES_FILE.")
+    ] = None,
 ) -> None:
-    """Print users, permissions, queues and policies, one user per service, for `rabbitmqctl import_definitions`.
+    """Print users, permissions, queues and policies for `rabbitmqctl import_definitions`, with one user per service.
 
-    The output holds hashes of the passwords only; the same passwords give the same output.
+    The output holds password hashes only. The same passwords give the same output.
     """
     with errors_shown():
         from shared.broker.devices import read_devices
@@ -52,7 +59,7 @@ def print_definitions(
 
 
 def namespace_of(given: str | None) -> str:
-    """The namespace of an option, of the environment, or the services' default. Raises SettingsError."""
+    """Return the namespace of the option, the environment, or the services' default. Raises SettingsError."""
     from services.tools.local.settings import LocalSettings
     from shared.runtime.settings import ServiceSettings
 
@@ -61,16 +68,16 @@ def namespace_of(given: str | None) -> str:
 
 
 def checked(what: str, name: str) -> str:
-    """The name, if it may be part of a queue's name. Raises SettingsError."""
+    """Return the name if it may be part of a queue's name. Raises SettingsError."""
     from shared.runtime.settings import NAME_PATTERN
 
     if not re.fullmatch(NAME_PATTERN, name):
-        raise SettingsError(f"{what} {name!r}: letters, digits, _ and - only, 64 at most")
+        raise SettingsError(f"{what} {name!r}: use up to 64 letters, digits, _ and -")
     return name
 
 
 def filled(path: Path, users: list[str]) -> dict[str, str]:
-    """The users' passwords in the file, which gets those that it lacks. Raises SettingsError."""
+    """Return the users' passwords from the file; draw missing ones and add them to it. Raises SettingsError."""
     try:
         known = json.loads(path.read_text("utf-8")) if path.exists() else {}
     except (OSError, ValueError) as error:
@@ -88,10 +95,10 @@ def filled(path: Path, users: list[str]) -> dict[str, str]:
             draft.replace(path)
         except OSError as error:
             raise SettingsError(f"passwords {path}: {error}") from error
-        err.print(f"drew {len(lacking)} passwords; they are in {path}, for this user alone to read", style="dim")
+        err.print(f"drew {len(lacking)} passwords; they are in {path}, readable by this user only", style="dim")
     return known
 
 
 def print_json(value: Any) -> None:
-    """To the output, for a file or another program."""
+    """Print JSON to standard output."""
     print(json.dumps(value, indent=2))

@@ -15,16 +15,16 @@ from services.tools.cli.paint import Painter
 from shared.errors import WispError
 
 HELP = """\
-  /reset   forget the conversation
-  /help    this list
-  /quit    end (or Ctrl-D)
+  /reset   start a new conversation
+  /help    show this list
+  /quit    end the chat (or Ctrl-D)
   Ctrl-C stops an answer; at the prompt it ends the chat."""
 MAX_TOKENS = 1024
 TOP_P = 0.9
 
 
 class Chat:
-    """One conversation with a gateway at `url` (ending in `/v1`)."""
+    """A conversation with the gateway at `url`, which ends in `/v1`."""
 
     def __init__(self, url: str, console: Console, *, draft: str, system: str | None, temperature: float) -> None:
         self.url = url
@@ -37,12 +37,12 @@ class Chat:
         self._painter = Painter(console)
 
     def talk(self, read: Callable[[str], str] = input, check: Callable[[], None] = lambda: None) -> None:
-        """Answer what `read` returns until it raises EOFError or the user quits; `check` may raise after a failure."""
+        """Answer lines from `read` until EOFError or /quit. After a failure, `check` may raise the cause."""
         with suppress(ImportError):
-            import readline  # noqa: F401 - gives `input` line editing and a history
+            import readline  # noqa: F401 - gives `input` line editing and history
 
         self.console.print(
-            Text.assemble(f"Talking to {self.model}: ", self._painter.style.legend, ". /help lists commands.")
+            Text.assemble(f"Chat with {self.model}: ", self._painter.style.legend, ". /help lists commands.")
         )
         while True:
             try:
@@ -54,7 +54,7 @@ class Chat:
                 return
             if line == "/reset":
                 self._messages = list(self._opening)
-                self.console.print(Text("  forgotten", "dim"))
+                self.console.print(Text("  new conversation", "dim"))
             elif line.startswith("/"):
                 self.console.print(Text(HELP if line == "/help" else f"  no command {line}\n{HELP}", "dim"))
             elif line:
@@ -108,15 +108,15 @@ class Chat:
 
 
 def unreachable(url: str) -> WispError:
-    """Nobody answers at `url`."""
+    """The error for a URL at which no gateway answers."""
     return WispError(
-        f"no gateway answers at {url}. Start one with `wisp up` or `make serve`, and give its URL, which ends in /v1; "
-        "without --url, `wisp chat` starts a stack of its own."
+        f"no gateway answers at {url}. Start one with `wisp up` or `make serve` and give its URL, which ends in /v1. "
+        "Without --url, `wisp chat` starts a stack of its own."
     )
 
 
 def refused(url: str, why: str) -> WispError:
-    """The gateway at `url` wants another key."""
+    """The error for a gateway that refuses the API key."""
     return WispError(f"the gateway at {url} refuses the API key in WISP_API_KEY or OPENAI_API_KEY: {why}")
 
 

@@ -1,4 +1,4 @@
-"""`wisp controller`: the weights of the speculation controller."""
+"""`wisp controller`: trains the weights of the speculation controller."""
 
 from __future__ import annotations
 
@@ -13,25 +13,27 @@ from services.tools.cli.terminal import errors_shown, out, require
 if TYPE_CHECKING:
     from services.tools.training.controller import PredictorReport, SourceReport
 
-app = typer.Typer(help="The controller that decides how long drafts are.", no_args_is_help=True)
+app = typer.Typer(help="Train the controller that decides the length of drafts.", no_args_is_help=True)
 
 
 @app.callback()
 def controller() -> None:
-    """The controller that decides how long drafts are."""
+    """Train the controller that decides the length of drafts."""
 
 
 @app.command("train")
 def train_controller(
     rounds: Annotated[list[Path], typer.Argument(help="Files of recorded rounds (JSON lines).")],
     to: Annotated[Path, typer.Option("--out", help="Weights file to write.")],
-    seed: Annotated[int, typer.Option(help="Splits the sessions and starts the networks.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the split of sessions and of the initial weights.")] = 0,
     draft_cost: Annotated[
-        float | None, typer.Option(min=0, help="Time of a draft step, in rounds without a draft, if it was measured.")
+        float | None, typer.Option(min=0, help="Measured time of a draft step, relative to a round without drafts.")
     ] = None,
-    token_cost: Annotated[float | None, typer.Option(min=0, help="Time of verifying one more token, likewise.")] = None,
+    token_cost: Annotated[
+        float | None, typer.Option(min=0, help="Measured time of verifying one more token, relative to the same.")
+    ] = None,
 ) -> None:
-    """Fit the acceptance estimates and WISP's predictor to recorded rounds, and say what each feature is worth."""
+    """Fit the acceptance estimates and the predictor to recorded rounds, and print the value of each feature."""
     with errors_shown():
         require("training")
         from services.tools.training.controller import train

@@ -1,4 +1,4 @@
-"""`wisp demo`: real text through the whole suite, and the same text again by plain decoding."""
+"""`wisp demo`: two questions with drafts and again by plain decoding."""
 
 from __future__ import annotations
 
@@ -41,18 +41,18 @@ QUESTIONS = (
 
 
 async def demo(url: str, console: Console, rounds: bool = False, key: str | None = None) -> bool:
-    """Ask the gateway at `url` with drafts and without; returns whether both gave the same tokens.
+    """Ask the gateway at `url` with and without drafts; return whether the tokens are the same.
 
-    rounds: also draw the first rounds of each drafted answer. key: by default the environment's. Raises WispError when
-    the gateway does not answer.
+    rounds: draw the first rounds of each drafted answer. key: API key, by default the environment's. Raises WispError
+    if the gateway does not answer.
     """
     from openai import APIError
 
     try:
-        # A gateway under load says when to ask again.
+        # A loaded gateway answers with a Retry-After header, which the client obeys.
         return await _demo(client_at(url, key).with_options(max_retries=MAX_RETRIES), console, rounds)
     except APIError as error:
-        raise WispError(f"{url}: {error}. The gateway's /ready says what is missing.") from error
+        raise WispError(f"{url}: {error}. The gateway's /ready reports what is missing.") from error
 
 
 async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:

@@ -1,8 +1,7 @@
-"""`wisp doctor`: what is here, what is missing, and what to do about it, part by part."""
+"""`wisp doctor`: checks each part that a stack needs and gives advice on what is missing."""
 
 from __future__ import annotations
 
-import asyncio
 import importlib.metadata
 import importlib.util
 import platform
@@ -37,7 +36,7 @@ EXTRAS = {
     "training": ("scipy",),
     "bench": ("matplotlib",),
 }
-"""The packages by which an extra is recognised."""
+"""The packages that show that an extra is installed."""
 API_PORT = 8000
 MEMORY_NEEDED = 2.0
 DISK_NEEDED = 1.0
@@ -48,7 +47,7 @@ State = Literal["ok", "note", "missing"]
 
 @dataclass(frozen=True)
 class Finding:
-    """What was found of one part. `missing` is what keeps a stack from running; a `note` does not."""
+    """The state of one part. A `missing` part keeps a stack from running; a `note` does not."""
 
     part: str
     state: State
@@ -56,8 +55,8 @@ class Finding:
     advice: str = ""
 
 
-async def examine() -> list[Finding]:
-    """Look at every part."""
+async def check_machine() -> list[Finding]:
+    """Check every part."""
     return [
         _python(),
         *_extras(),
@@ -71,7 +70,7 @@ async def examine() -> list[Finding]:
 
 
 def _python() -> Finding:
-    # An older one could not have imported this.
+    # Older versions cannot import this module.
     return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
 
 
@@ -81,7 +80,10 @@ def _extras() -> Iterator[Finding]:
         part = f"packages: {extra}"
         if lacking:
             yield Finding(
-                part, "missing", f"without {', '.join(lacking)}", f"make setup, or: pip install 'wisp[{extra}]'"
+                part,
+                "missing",
+                f"{', '.join(lacking)} not installed",
+                f"type: make setup, or: pip install 'wisp[{extra}]'",
             )
         else:
             yield Finding(part, "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
@@ -101,8 +103,8 @@ def _torch() -> Iterator[Finding]:
         yield Finding(
             "bfloat16",
             "note",
-            "this CPU computes it without instructions of its own",
-            "compare WISP_DTYPE=float32 (--dtype float32) if verifying is slow",
+            "this CPU has no instructions for it",
+            "if verifying is slow, try float32 (--dtype float32 or WISP_DTYPE=float32)",
         )
 
 
@@ -134,17 +136,22 @@ async def _broker(name: str, source: BrokerSource, host: Machine, url: str | Non
             try:
                 version = await (check_rabbitmq(url, tls) if name == "RabbitMQ" else check_redis(url, tls))
             except NotReady as error:
-                return Finding(name, "missing", f"{shown}: {error}", "start it, or unset its WISP_..._URL")
+                return Finding(
+                    name,
+                    "missing",
+                    f"{shown}: {error}",
+                    "start it, or unset WISP_AMQP_URL or WISP_REDIS_URL for a private server",
+                )
             return Finding(name, "ok", f"{version} answers at {shown}")
         case BrokerSource.INSTALLED:
             binary = host.rabbitmq if name == "RabbitMQ" else host.redis
             assert binary is not None
             version = _rabbitmq_version(binary) if name == "RabbitMQ" else _redis_version(binary)
-            return Finding(name, "ok", f"{version} installed ({binary}); each run starts its own")
+            return Finding(name, "ok", f"{version} installed ({binary}); each run starts a private server")
         case BrokerSource.APT:
-            return Finding(name, "note", "not installed", f"the first run installs it with apt, or: {commands}")
+            return Finding(name, "note", "not installed", f"the first run installs it with apt; or type: {commands}")
         case BrokerSource.CONTAINER:
-            return Finding(name, "ok", f"not installed; each run starts a container with {host.container}")
+            return Finding(name, "ok", f"not installed; each run starts a {host.container} container")
         case BrokerSource.MISSING:
             return Finding(name, "missing", "not installed, and neither docker nor podman answers", commands)
 
@@ -178,15 +185,18 @@ def _models() -> Iterator[Finding]:
             packaged.locate()
         except ModelError as error:
             state: State = "missing" if name == DEFAULT_TARGET else "note"
-            yield Finding(f"model {name}", state, str(error), "make setup, or: wisp models prepare")
+            yield Finding(f"model {name}", state, str(error), "type: make setup, or: wisp models prepare")
         else:
             yield Finding(
-                f"model {name}", "note", "packaged, not unpacked yet", "the first run does it, or: wisp models prepare"
+                f"model {name}",
+                "note",
+                "packaged, not unpacked yet",
+                "the first run unpacks it; or type: wisp models prepare",
             )
 
 
 def _drafts() -> Iterator[Finding]:
-    """Which draft model the default target gets."""
+    """Check whether the default target has a draft model."""
     if importlib.util.find_spec("tokenizers") is None:
         return
     from services.drafter.hidden.card import shipped_for
@@ -196,9 +206,11 @@ def _drafts() -> Iterator[Finding]:
         target = ModelFolder(models_folder() / DEFAULT_TARGET)
         found = shipped_for(target)
     except ModelError:
-        return  # said of the model already
+        return  # reported with the model
     if found is None:
-        yield Finding("draft", "note", f"none for {target.name}: drafts by lookup", "wisp draft train makes one")
+        yield Finding(
+            "draft", "note", f"none for {target.name}: drafts come from lookup", "`wisp draft train` makes one"
+        )
     else:
         yield Finding("draft", "ok", f"for {found.card.target}: {found.path}")
 
@@ -206,7 +218,9 @@ def _drafts() -> Iterator[Finding]:
 def _port() -> Finding:
     if is_free(LOOPBACK, API_PORT):
         return Finding("port", "ok", f"{API_PORT} is free on {LOOPBACK}")
-    return Finding("port", "note", f"{API_PORT} is in use on {LOOPBACK}", f"make serve PORT={API_PORT + 1}")
+    return Finding(
+        "port", "note", f"{API_PORT} is in use on {LOOPBACK}", f"choose another: make serve PORT={API_PORT + 1}"
+    )
 
 
 def _resources() -> Iterator[Finding]:
@@ -217,7 +231,7 @@ def _resources() -> Iterator[Finding]:
         f"{memory:.1f} GiB available, {cores()} CPU cores",
         ""
         if memory >= MEMORY_NEEDED
-        else f"the default model's stack needs about {MEMORY_NEEDED:.0f} GiB: close something",
+        else f"the default model's stack needs about {MEMORY_NEEDED:.0f} GiB: close other programs",
     )
     state = state_folder()
     disk = shutil.disk_usage(state if state.is_dir() else state.parent).free / 2**30
@@ -225,10 +239,5 @@ def _resources() -> Iterator[Finding]:
         "disk",
         "ok" if disk >= DISK_NEEDED else "note",
         f"{disk:.1f} GiB free at {state.parent}",
-        "" if disk >= DISK_NEEDED else f"the model and the logs need {DISK_NEEDED:.0f} GiB: free some",
+        "" if disk >= DISK_NEEDED else f"the model and the logs need {DISK_NEEDED:.0f} GiB: free some space",
     )
-
-
-def examined() -> list[Finding]:
-    """`examine`, for callers without an event loop."""
-    return asyncio.run(examine())

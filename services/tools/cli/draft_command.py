@@ -1,4 +1,4 @@
-"""`wisp draft`: training a draft model for a target, and finding out how good it is."""
+"""`wisp draft`: trains and evaluates draft models that read the target's hidden states."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ from services.tools.cli.terminal import errors_shown, out, require
 if TYPE_CHECKING:
     from services.tools.training.run import TrainingRun
 
-app = typer.Typer(help="Draft models that read the target's hidden states.", no_args_is_help=True)
+app = typer.Typer(help="Train and evaluate draft models that read the target's hidden states.", no_args_is_help=True)
 
 Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")]
 SettingsFile = Annotated[
-    Path | None, typer.Option("--settings", help="TOML file of settings; see `wisp draft settings`.", exists=True)
+    Path | None, typer.Option("--settings", help="TOML file of settings (`wisp draft settings`).", exists=True)
 ]
 RunFolder = Annotated[Path | None, typer.Option("--run", help="Folder of the run. \\[default: .wisp/training/TARGET]")]
 
 
 @app.command()
 def settings() -> None:
-    """Print every setting of a training run with its default, as a file to start from."""
+    """Print the settings of a training run with their defaults, as a TOML file to start from."""
     with errors_shown():
         require("model")
         from services.tools.training.config import Config
@@ -38,9 +38,9 @@ def train(
     settings: SettingsFile = None,
     run: RunFolder = None,
 ) -> None:
-    """Train a draft: prompts, the target's answers, training, evaluation. Goes on where it was stopped.
+    """Train a draft: prompts, the target's answers, training, evaluation. A stopped run continues where it stopped.
 
-    Takes hours on a few cores and gigabytes in the run's folder. The draft is then used with --hidden-draft FOLDER.
+    Needs hours on a few cores and gigabytes in the run's folder. `wisp up --hidden-draft FOLDER` then uses the draft.
     """
     with errors_shown():
         require("model", "training")
@@ -51,17 +51,19 @@ def train(
 
 @app.command()
 def evaluate(
-    draft: Annotated[Path | None, typer.Option(help="The draft's folder. \\[default: the shipped one]")] = None,
+    draft: Annotated[
+        Path | None, typer.Option(help="The draft's folder. \\[default: the draft shipped with WISP]")
+    ] = None,
     target: Target = None,
     settings: SettingsFile = None,
     run: RunFolder = None,
     record: Annotated[
-        Path | None, typer.Option(help="Write rounds for `wisp controller train` here, and evaluate nothing.")
+        Path | None, typer.Option(help="Write rounds for `wisp controller train` to this file instead of evaluating.")
     ] = None,
 ) -> None:
-    """Draft for texts of prompts never trained on, and say how much of it the target accepts.
+    """Draft for held-out prompts and print how much the target accepts.
 
-    The texts are generated once, in the run's folder.
+    The completions are generated once, in the run's folder.
     """
     with errors_shown():
         require("model")

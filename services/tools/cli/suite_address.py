@@ -1,4 +1,4 @@
-"""Which suite to observe: the one that is named, or the one that runs on this machine. Pure."""
+"""The address of the suite that a command observes: the named one, or the latest on this machine."""
 
 from __future__ import annotations
 
@@ -19,22 +19,21 @@ class SuiteAddress:
     amqp_url: str
     namespace: str
     note: str | None = None
-    """What the user should know of the choice."""
+    """A note for the user about the choice."""
     tls: Tls = field(default_factory=Tls)
-    """How the broker's certificate is checked."""
+    """Settings for the broker's certificate."""
 
 
 def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[RunningSuite]) -> SuiteAddress:
-    """The suite to observe.
+    """Choose the suite to observe.
 
-    amqp_url, namespace: as given by options or environment. running: suites on this machine, the latest first. What is
-    given counts; what is not is taken from the latest suite that fits it, and else from the services' defaults. Raises
-    SettingsError.
+    amqp_url, namespace: from options or environment. running: suites on this machine, the latest first. A missing value
+    comes from the latest suite that matches the other, else from the services' defaults. Raises SettingsError.
     """
     if namespace is not None and not re.fullmatch(NAME_PATTERN, namespace):
-        raise SettingsError(f"namespace {namespace!r}: letters, digits, _ and - only, 64 at most")
+        raise SettingsError(f"namespace {namespace!r}: use up to 64 letters, digits, _ and -")
     if amqp_url is not None and not re.match("amqps?://.", amqp_url):
-        raise SettingsError("the address of RabbitMQ (--amqp-url, WISP_AMQP_URL) begins with amqp:// or amqps://")
+        raise SettingsError("the address of RabbitMQ (--amqp-url, WISP_AMQP_URL) must begin with amqp:// or amqps://")
     defaults = {name: field.default for name, field in ServiceSettings.model_fields.items()}
     fitting = [
         suite
@@ -47,10 +46,10 @@ def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[
     url = amqp_url or suite.amqp_url
     if url is None:
         raise SettingsError(
-            f"suite {suite.namespace} runs on brokers that somebody else runs; say where RabbitMQ is: --amqp-url, or "
-            "WISP_AMQP_URL"
+            f"suite {suite.namespace} uses brokers that it did not start: give the address of RabbitMQ with "
+            "--amqp-url or WISP_AMQP_URL"
         )
     note = None
     if others:
-        note = f"other suites run here too (--namespace): {', '.join(other.namespace for other in others)}"
+        note = f"other suites on this machine (--namespace): {', '.join(other.namespace for other in others)}"
     return SuiteAddress(url, suite.namespace, note)

@@ -1,4 +1,4 @@
-"""`wisp top`: what passes through a running suite, live in the terminal. Nothing in the suite depends on it."""
+"""Observes the messages of a running suite for `wisp top`. Nothing in the suite depends on it."""
 
 from __future__ import annotations
 
@@ -29,26 +29,26 @@ from shared.messages import Message
 REFRESH_S = 0.5
 PROVE_S = 2.0
 KEPT = 10_000
-"""Messages that wait for an observer that was stopped; older ones are dropped, so that it cannot fill the broker."""
+"""Length of the observer's queue. Older messages are dropped, so that a stopped observer cannot fill the broker."""
 
 
 def now_ms() -> float:
-    """This process's monotonic clock, in milliseconds."""
+    """Return this process's monotonic clock in milliseconds."""
     return time.monotonic() * 1000
 
 
 class SuiteObserver:
-    """Listens at a suite's broker."""
+    """Receives a suite's messages from its broker."""
 
-    def __init__(self, where: SuiteAddress) -> None:
+    def __init__(self, suite: SuiteAddress) -> None:
         self.watch = SuiteWatch(now_ms())
         self.listening = asyncio.Event()
-        self.problem: str | None = f"connecting to RabbitMQ at {without_password(where.amqp_url)}"
-        """What is wrong with the connection now, in words."""
-        self._where = where
+        self.problem: str | None = f"connecting to RabbitMQ at {without_password(suite.amqp_url)}"
+        """The current problem with the connection, for people."""
+        self._suite = suite
 
     async def keep_listening(self) -> None:
-        """As `listen`, and try again for ever when there is no broker."""
+        """Call `listen` again and again while the broker cannot be reached."""
         while True:
             try:
                 await self.listen()
@@ -56,11 +56,13 @@ class SuiteObserver:
                 self.problem = f"{error}; trying again"
 
     async def listen(self) -> None:
-        """Listen until cancelled, through lost connections. Raises BrokersError when no broker answers at first, and
-        SettingsError when it knows no such suite."""
-        await _require_suite(self._where)
+        """Receive messages until cancelled, across lost connections.
+
+        Raises BrokersError if the broker does not answer at first, and SettingsError if it has no such suite.
+        """
+        await _require_suite(self._suite)
         name = f"top-{token_hex(4)}"
-        broker = await Broker.connect(self._where.amqp_url, Topology(self._where.namespace), name, tls=self._where.tls)
+        broker = await Broker.connect(self._suite.amqp_url, Topology(self._suite.namespace), name, tls=self._suite.tls)
         try:
             own = replace(
                 broker.topology.own_queue("top", name, topology.ROLES["top"].listens), arguments={"x-max-length": KEPT}
@@ -73,8 +75,10 @@ class SuiteObserver:
                     await broker.prove(own)
                     self.problem = None
                 except (BrokersError, TimeoutError):
-                    address = without_password(self._where.amqp_url)
-                    self.problem = f"RabbitMQ at {address} does not answer: this is what was seen before; trying again"
+                    address = without_password(self._suite.amqp_url)
+                    self.problem = (
+                        f"RabbitMQ at {address} does not answer; showing the last known state and trying again"
+                    )
                 await asyncio.sleep(PROVE_S)
         finally:
             with suppress(Exception):
@@ -84,42 +88,46 @@ class SuiteObserver:
         self.watch.feed(message, now_ms())
 
 
-async def _require_suite(where: SuiteAddress) -> None:
-    """Raises SettingsError when no suite of this name has ever been at the broker. Joining it would declare what the
-    name asks for, and an observer of a mistyped name would leave that behind."""
-    context = where.tls.context() if where.amqp_url.startswith("amqps:") else None
+async def _require_suite(suite: SuiteAddress) -> None:
+    """Raise SettingsError unless the broker has the suite's exchange.
+
+    Connecting would declare the exchange, and an observer of a mistyped name would leave it behind.
+    """
+    context = suite.tls.context() if suite.amqp_url.startswith("amqps:") else None
     try:
-        async with asyncio.timeout(PROVE_S), await aio_pika.connect(where.amqp_url, ssl_context=context) as connection:
+        async with asyncio.timeout(PROVE_S), await aio_pika.connect(suite.amqp_url, ssl_context=context) as connection:
             channel = await connection.channel()
-            await channel.declare_exchange(Topology(where.namespace).exchange, passive=True)
+            await channel.declare_exchange(Topology(suite.namespace).exchange, passive=True)
     except ChannelNotFoundEntity as error:
         raise SettingsError(
-            f"there is no suite {where.namespace!r} at RabbitMQ at {without_password(where.amqp_url)}; name another "
-            "with --namespace or WISP_NAMESPACE (without, the suite that runs on this machine is taken), or its "
-            "RabbitMQ with --amqp-url"
+            f"there is no suite {suite.namespace!r} at RabbitMQ at {without_password(suite.amqp_url)}; name another "
+            "suite with --namespace or WISP_NAMESPACE (by default, the one running on this machine), or its RabbitMQ "
+            "with --amqp-url"
         ) from error
     except (*CONNECTION_EXCEPTIONS, TimeoutError):
-        return  # the connection that is kept says what is wrong, and is tried again
+        return  # the lasting connection reports the problem and is retried
 
 
-async def live(where: SuiteAddress, console: Console) -> None:
-    """Show the suite until cancelled. Raises SettingsError when there is no such suite."""
-    observer = SuiteObserver(where)
+async def live(suite: SuiteAddress, console: Console) -> None:
+    """Show the suite until cancelled. Raises SettingsError if there is no such suite."""
+    observer = SuiteObserver(suite)
 
     async def draw() -> None:
         with Live(console=console, auto_refresh=False, screen=True, vertical_overflow="crop") as screen:
             while True:
-                shown = suite_view(observer.watch.snapshot(now_ms()), where.namespace, observer.problem or where.note)
+                shown = suite_view(observer.watch.snapshot(now_ms()), suite.namespace, observer.problem or suite.note)
                 screen.update(shown, refresh=True)
                 await asyncio.sleep(REFRESH_S)
 
     await _until_first(observer.keep_listening(), draw())
 
 
-async def once_seen(where: SuiteAddress, console: Console, seconds: float, *, as_json: bool = False) -> None:
-    """Print what was seen in so many seconds. Raises BrokersError when the broker cannot be reached, and SettingsError
-    when it knows no such suite."""
-    observer = SuiteObserver(where)
+async def once_seen(suite: SuiteAddress, console: Console, seconds: float, *, as_json: bool = False) -> None:
+    """Observe for `seconds` and print the result.
+
+    Raises BrokersError if the broker cannot be reached, and SettingsError if it has no such suite.
+    """
+    observer = SuiteObserver(suite)
 
     async def observe() -> None:
         await observer.listening.wait()
@@ -128,14 +136,14 @@ async def once_seen(where: SuiteAddress, console: Console, seconds: float, *, as
     await _until_first(observer.listen(), observe())
     snapshot = observer.watch.snapshot(now_ms())
     if as_json:
-        told = {"namespace": where.namespace, "empty": snapshot.empty, **asdict(snapshot)}
-        console.print_json(json.dumps(told), indent=1)
+        fields = {"namespace": suite.namespace, "empty": snapshot.empty, **asdict(snapshot)}
+        console.print_json(json.dumps(fields), indent=1)
     else:
-        console.print(suite_view(snapshot, where.namespace, where.note))
+        console.print(suite_view(snapshot, suite.namespace, suite.note))
 
 
 async def _until_first(*work: Coroutine[Any, Any, None]) -> None:
-    """Run side by side until one ends; raises what it raised."""
+    """Run coroutines concurrently until one ends; raise its error."""
     tasks = [asyncio.ensure_future(part) for part in work]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)

@@ -1,4 +1,4 @@
-"""What all commands share: consoles, orderly ends, errors as a message and an exit status."""
+"""Consoles, orderly ends, and errors as a message with an exit status, for all commands."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ err = Console(stderr=True, highlight=False)
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Turn our own errors and Ctrl-C into what a command line tool says: a message and an exit status."""
+    """Turn WISP's errors and Ctrl-C into a message and an exit status."""
     try:
         yield
     except WispError as error:
@@ -50,7 +50,7 @@ def errors_shown() -> Iterator[None]:
 
 
 def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
-    """Run asynchronous work to its end; SIGTERM and a closed terminal end it as orderly as Ctrl-C does."""
+    """Run asynchronous work to its end. SIGTERM and SIGHUP cancel it as Ctrl-C does."""
 
     async def main() -> T:
         task = asyncio.current_task()
@@ -63,13 +63,13 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
 
 
 def require(*extras: str) -> None:
-    """End with a message unless the packages of these extras are installed."""
+    """Exit with a message unless the packages of these extras are installed."""
     from services.tools.cli.doctor import EXTRAS
 
     lacking = [extra for extra in extras if any(importlib.util.find_spec(name) is None for name in EXTRAS[extra])]
     if lacking:
         err.print(
-            "This needs packages that are not installed. Type: make setup "
+            "This command needs packages that are not installed. Type: make setup "
             f"(or: pip install 'wisp[{','.join(lacking)}]')",
             markup=False,
         )

@@ -1,4 +1,4 @@
-"""`wisp top` on the command line."""
+"""`wisp top`: the live state of a running suite."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from services.tools.cli.terminal import errors_shown, out, run
 
 def top(
     namespace: Annotated[
-        str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: of the suite running here]")
+        str | None, typer.Option(help="The suite's prefix. \\[env: WISP_NAMESPACE; default: the suite running here]")
     ] = None,
     amqp_url: Annotated[
-        str | None, typer.Option(help="Its RabbitMQ. \\[env: WISP_AMQP_URL; default: of the suite running here]")
+        str | None, typer.Option(help="The suite's RabbitMQ. \\[env: WISP_AMQP_URL; default: the suite running here]")
     ] = None,
-    once: Annotated[bool, typer.Option("--once", help="Print what was seen in --seconds, and end.")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="The same as JSON, for scripts.")] = False,
-    seconds: Annotated[float, typer.Option(min=1, help="How long to observe for --once and --json.")] = 5.0,
+    once: Annotated[bool, typer.Option("--once", help="Observe for --seconds, print once and exit.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Observe for --seconds and print JSON.")] = False,
+    seconds: Annotated[float, typer.Option(min=1, help="Seconds of observation for --once and --json.")] = 5.0,
 ) -> None:
-    """Watch a running suite: verifiers, queues, speed, promises kept, and why each batch is as it is."""
+    """Watch a running suite: verifiers, queues, speed, SLO attainment, and the reasons behind each batch."""
     with errors_shown():
         from services.tools.cli.suite_address import choose_suite
         from services.tools.cli.suite_observer import live, once_seen
@@ -31,12 +31,12 @@ def top(
         from shared.runtime import logging
 
         given = BrokerAddresses()
-        where = choose_suite(amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites())
-        where = replace(where, tls=given.tls)
-        # Our dependencies' warnings would run across the screen; `top` says itself what is wrong.
+        suite = choose_suite(amqp_url or given.amqp_url, namespace or LocalSettings().namespace, running_suites())
+        suite = replace(suite, tls=given.tls)
+        # Warnings of dependencies would run across the screen; `top` shows problems itself.
         logging.configure("top", "top", "error", "console")
         if once or as_json or not out.is_terminal:
-            run(lambda: once_seen(where, out, seconds, as_json=as_json))
+            run(lambda: once_seen(suite, out, seconds, as_json=as_json))
             return
-        with suppress(KeyboardInterrupt):  # how one leaves it
-            run(lambda: live(where, out))
+        with suppress(KeyboardInterrupt):  # the way to leave it
+            run(lambda: live(suite, out))

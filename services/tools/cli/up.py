@@ -1,4 +1,4 @@
-"""`wisp up`: the suite, or a baseline, in the foreground."""
+"""`wisp up`: the suite or a baseline in the foreground."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from shared.errors import WispError
 
 
 def require_port(host: str, port: int) -> None:
-    """Raises WispError if the port is taken."""
+    """Raise WispError if the port is taken."""
     if port and not is_free(host, port):
         raise WispError(
-            f"port {port} on {host} is in use by another program. Choose another one: `make serve PORT={port + 1}` or "
-            f"`wisp up --port {port + 1}` (0 takes any free one)."
+            f"port {port} on {host} is in use by another program. Choose another port: `make serve PORT={port + 1}` or "
+            f"`wisp up --port {port + 1}` (0 takes a free one)."
         )
 
 
 def require_keys(host: str, given: Path | None) -> Path | None:
-    """The file of API keys, if there is one. Raises WispError where everybody on a network could use the API."""
+    """Return the file of API keys, if any. Raises WispError if the API would be open to a network without keys."""
     path = given or LocalSettings().api_keys_file
     try:
         refuse_open(host, path, LocalSettings().unsafe_serve_everybody)
@@ -39,13 +39,13 @@ def require_keys(host: str, given: Path | None) -> Path | None:
 
 
 async def up(stack: Stack, console: Console) -> None:
-    """Say how the stack is reached, and report what dies. Raises ServiceFailed when a service has no process left."""
+    """Print the stack's URL and report processes that die. Raises ServiceFailed when a service has none left."""
     console.print()
     what = f"model {stack.target.name}" + ("" if stack.serving == "wisp" else f", {stack.serving} serving")
     console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  ({what})"), soft_wrap=True)
     keyed = "WISP_API_KEYS_FILE" in stack.env
     console.print(Text(f"  {curl(stack.url, stack.target.name, keyed)}", "dim"), soft_wrap=True)
-    console.print(Text(f"Logs are in {stack.folder}. Ctrl-C stops everything.", "dim"), soft_wrap=True)
+    console.print(Text(f"Logs: {stack.folder}. Ctrl-C stops everything.", "dim"), soft_wrap=True)
     while True:
         failure = await stack.next_failure()
         if not stack.complete:
@@ -54,7 +54,7 @@ async def up(stack: Stack, console: Console) -> None:
 
 
 def curl(url: str, model: str, keyed: bool = False) -> str:
-    """A command line that asks this stack something."""
+    """Return a command line that sends a request to this stack."""
     body = {
         "model": model,
         "stream": True,

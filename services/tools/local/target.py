@@ -34,7 +34,7 @@ def prepare_target(target: str, progress: Progress) -> Path:
         return prepare(target, models_folder(), show).absolute()
 
 
-def listing() -> list[tuple[str, str, str]]:
+def model_rows() -> list[tuple[str, str, str]]:
     """Name, state and folder of every model that is packaged or lies in the models folder."""
     from shared.errors import ModelError
     from shared.models.folder import ModelFolder

@@ -1,4 +1,4 @@
-"""What `wisp top` shows at one moment; with `--json`, these fields are the JSON. Nothing but data."""
+"""The state of a suite at one moment; `wisp top --json` prints these fields."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Rates:
-    """Tokens per second over the last 10 and 60 seconds, or as much of these as was observed."""
+    """Tokens per second over the last 10 and 60 seconds, or over the observed part of them."""
 
     short: float
     long: float
@@ -15,17 +15,17 @@ class Rates:
 
 @dataclass(frozen=True)
 class SchedulerView:
-    """The last `Load` of the active scheduler."""
+    """The latest `Load` of the active scheduler."""
 
     name: str
     silent_ms: float
-    """Time since it."""
+    """Time since that message."""
     alive: bool
     policy: str
     verifiers: int
     utilization: float
     price_ms: float
-    """What verifying one more token costs the others."""
+    """Delay that verifying one more token causes to the other rounds."""
     pending: int
     queue_ms: float
     backlog_ms: float
@@ -35,7 +35,7 @@ class SchedulerView:
 
 @dataclass(frozen=True)
 class VerifierView:
-    """A verifier heard of in the last minute. Rates are of the last 10 s, means and medians of the last minute."""
+    """A verifier with a heartbeat in the last minute. Rates cover the last 10 s, means and medians the last minute."""
 
     name: str
     alive: bool
@@ -43,62 +43,62 @@ class VerifierView:
     """Time since its last heartbeat."""
     draining: bool
     cache_used: float
-    """Share of the K/V budget."""
+    """Share of the KV budget."""
     cache_tokens: int
     sessions: int
-    """Sessions whose K/V it holds."""
+    """Sessions whose KV it holds."""
     jobs_per_s: float
     batch_jobs: float | None
     """Mean number of jobs in a batch."""
     predicted_ms: float | None
-    """Of the last batch that was answered."""
+    """Predicted time of the latest batch with results."""
     measured_ms: float | None
     ratio_p50: float | None
     """Median of measured / predicted time."""
     samples: int | None
-    """Batches that its cost model was fitted to; None until the estimator has spoken."""
+    """Batches behind its cost model; None until the estimator has published one."""
 
 
 @dataclass(frozen=True)
 class ClassView:
-    """A service class: what is under way, and what ended in the last minute."""
+    """A service class: running sessions, and sessions that ended in the last minute."""
 
     service_class: str
     sessions: int
     waiting: int
-    """Rounds that wait for a batch."""
+    """Pending rounds."""
     queue_ms: float | None
     slack_ms: float | None
-    """Least slack among those that wait; None where none has an SLO."""
+    """Least slack of the pending rounds; None if none has an SLO."""
     ended: int
-    """Texts that ended, without those refused or given up by their clients."""
+    """Ended sessions, without refused ones and those aborted by their clients."""
     attained: int
-    """How many of these came to their own end within their SLO."""
+    """Ended sessions that finished within their SLO."""
     attainment: float | None
     refused: int
 
 
 @dataclass(frozen=True)
 class EndView:
-    """How often texts of a class ended for a reason in the last minute."""
+    """Number of sessions of a class that ended for one reason in the last minute."""
 
     service_class: str
     reason: str
-    """With a refusal's code after it."""
+    """A refusal's code follows it."""
     count: int
 
 
 @dataclass(frozen=True)
 class JobView:
-    """One job of a batch, and why it is in it."""
+    """One job of a batch and the reason for its choice."""
 
     session: str
     round: int
     service_class: str
     prefill_to: int | None
-    """Set for a chunk of a prompt: the length that it brings the cache to."""
+    """Set for a chunk of a prompt: the cached length after it."""
     draft: int
-    """Draft tokens to be verified."""
+    """Draft tokens to verify."""
     drafted: int
     """Draft tokens before trimming."""
     queue_ms: float
@@ -108,25 +108,25 @@ class JobView:
 
 @dataclass(frozen=True)
 class BatchView:
-    """A batch that was sent."""
+    """A batch that the scheduler sent."""
 
     batch: str
     verifier: str | None
-    """None until it has answered."""
+    """None until its results arrive."""
     age_ms: float
     policy: str
     predicted_ms: float
     measured_ms: float | None
     jobs: list[JobView]
     waiting: int
-    """Rounds for the same verifier that were left out."""
+    """Rounds left in the queue."""
     left_out: list[tuple[str, str]]
-    """The first of these: session, and why."""
+    """Session and reason of the first of them."""
 
 
 @dataclass(frozen=True)
 class SuiteSnapshot:
-    """A moment of a suite, as far as it was observed."""
+    """The observed state of a suite."""
 
     observed_ms: float
     scheduler: SchedulerView | None
@@ -135,16 +135,16 @@ class SuiteSnapshot:
     throughput: Rates
     """Committed tokens."""
     goodput: Rates
-    """Tokens of texts that attained their SLO, counted when the text ends."""
+    """Tokens of sessions that attained their SLO, counted at their end."""
     verified: int
     """Draft tokens verified in the last minute."""
     accepted: int
     acceptance: float | None
     ends: list[EndView]
     batches: list[BatchView]
-    """The latest first."""
+    """The latest batch first."""
 
     @property
     def empty(self) -> bool:
-        """Whether nothing of a suite was seen."""
+        """Whether no message of a suite was observed."""
         return self.scheduler is None and not self.verifiers

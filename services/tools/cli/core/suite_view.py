@@ -1,4 +1,4 @@
-"""A snapshot as text of the terminal. Pure: it decides words and columns, and writes nothing."""
+"""A suite's snapshot as terminal text."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME_WIDTH = 24
 
 
 def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> RenderableType:
-    """The screen. note: what is wrong with the connection, if anything is."""
+    """Render the screen. note: the current problem with the connection, if any."""
     parts: list[RenderableType] = [_line(f"wisp top: {namespace}", "bold")]
     if note:
         parts.append(Text(note, "yellow"))
@@ -25,9 +25,8 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
         seconds = snapshot.observed_ms / 1000
         parts.append(
             Text(
-                f"Nothing of a suite in namespace {namespace} for {seconds:.0f} s: no scheduler and no verifier "
-                "speaks. Start one with `make serve` or `wisp up`, or name another namespace or broker (--namespace, "
-                "--amqp-url)."
+                f"No message from a scheduler or verifier in namespace {namespace} for {seconds:.0f} s. Start a suite "
+                "with `make serve` or `wisp up`, or choose another namespace or broker (--namespace, --amqp-url)."
             )
         )
         return Group(*parts)
@@ -44,8 +43,8 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
         _classes(snapshot),
     ]
     if snapshot.ends:
-        told = ", ".join(f"{one.service_class} {one.reason} {one.count}" for one in snapshot.ends)
-        parts.append(Text(printable(f"ends in the last minute: {told}")))
+        ends = ", ".join(f"{one.service_class} {one.reason} {one.count}" for one in snapshot.ends)
+        parts.append(Text(printable(f"ends in the last minute: {ends}")))
     parts.append(Text())
     parts += _batches(snapshot.batches)
     return Group(*parts)
@@ -55,19 +54,19 @@ def _line(text: str, style: str = "") -> Text:
     return Text(printable(text), style, no_wrap=True, overflow="ellipsis")
 
 
-def _scheduler(told: SchedulerView | None) -> Text:
-    if told is None:
-        return _line("no scheduler is active: it speaks when it has seen a round")
-    if not told.alive:
-        return _line(f"scheduler {told.name} silent for {told.silent_ms / 1000:.0f} s")
+def _scheduler(scheduler: SchedulerView | None) -> Text:
+    if scheduler is None:
+        return _line("no active scheduler: it publishes its load after the first round")
+    if not scheduler.alive:
+        return _line(f"scheduler {scheduler.name} silent for {scheduler.silent_ms / 1000:.0f} s")
     return _line(
-        f"policy {told.policy or '-'}, utilization {told.utilization:.0%}, price {told.price_ms:.2f} ms/token, "
-        f"{told.pending} waiting, queue {told.queue_ms:.0f} ms"
+        f"policy {scheduler.policy or '-'}, utilization {scheduler.utilization:.0%}, "
+        f"price {scheduler.price_ms:.2f} ms/token, {scheduler.pending} pending, queue {scheduler.queue_ms:.0f} ms"
     )
 
 
 def _table(*columns: tuple[str, bool]) -> Table:
-    """Columns by title, and whether they hold numbers."""
+    """Make a table. columns: title, and whether the column holds numbers."""
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0))
     for title, number in columns:
         table.add_column(title, justify="right" if number else "left", no_wrap=True, overflow="ellipsis")
@@ -75,7 +74,7 @@ def _table(*columns: tuple[str, bool]) -> Table:
 
 
 def _verifiers(verifiers: Iterable[VerifierView]) -> Table:
-    """size: jobs in a batch; ms/pred: time of the last batch and its prediction; ratio: median of these two."""
+    """Columns: size: jobs per batch; ms/pred: time of the last batch and its prediction; ratio: median of time/pred."""
     table = _table(
         ("verifier", False),
         ("state", False),
@@ -137,7 +136,8 @@ def _batches(batches: Iterable[BatchView]) -> list[RenderableType]:
         lines.append(
             _line(
                 f"batch of {len(batch.jobs)} on {_clipped(batch.verifier or '?')}, "
-                f"{batch.age_ms / 1000:.1f} s ago: {took}, predicted {batch.predicted_ms:.0f}; {batch.waiting} wait on",
+                f"{batch.age_ms / 1000:.1f} s ago: {took}, predicted {batch.predicted_ms:.0f}; "
+                f"{batch.waiting} left in the queue",
                 "bold",
             )
         )
@@ -162,13 +162,13 @@ def _job(job: JobView) -> str:
 
 
 def short(session: str) -> str:
-    """A session's name, short enough for a line; equal names stay equal, different ones nearly always differ."""
+    """Shorten a session id for a line: equal ids stay equal, and different ones nearly always differ."""
     name, dot, index = session.rpartition("-")[2].partition(".")
     return f"{name[:8]}{dot}{index}"
 
 
 def _clipped(name: str) -> str:
-    """A name's end, which is where names of instances differ."""
+    """Keep a name's end, where names of instances differ."""
     return name if len(name) <= NAME_WIDTH else f"…{name[1 - NAME_WIDTH :]}"
 
 

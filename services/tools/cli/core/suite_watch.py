@@ -1,6 +1,6 @@
-"""What an observer knows of a running suite, from the messages that pass. Pure.
+"""The state of a running suite, derived from its messages.
 
-Feed messages with the time of their arrival, ask for a snapshot. Times are milliseconds of any one monotonic clock.
+All times are milliseconds of one monotonic clock, which the caller reads.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ ABORTED = "abort"
 
 @dataclass
 class _Sent:
-    """A batch, and what its results say of it."""
+    """A batch and what its results report."""
 
     at_ms: float
     batch: Batch
@@ -41,7 +41,7 @@ class _Sent:
 
 @dataclass(frozen=True)
 class _Committed:
-    """A round that brought tokens."""
+    """A committed round."""
 
     at_ms: float
     key: tuple[str, int]
@@ -58,21 +58,21 @@ class _Verifier:
 
 @dataclass
 class SuiteWatch:
-    """The state behind `wisp top`. It keeps what the last minute brought."""
+    """The messages of the last minute, and snapshots of the state that follows from them."""
 
     started_ms: float
     _verifiers: dict[str, _Verifier] = field(default_factory=dict)
     _models: dict[str, CostModel] = field(default_factory=dict)
     _load: tuple[float, Load] | None = None
     _batches: dict[str, _Sent] = field(default_factory=dict)
-    """By the batch's name, oldest first."""
+    """By batch id, oldest first."""
     _rounds: deque[_Committed] = field(default_factory=deque)
     _counted: set[tuple[str, int]] = field(default_factory=set)
-    """Session and round of each of `_rounds`: a round that was sent twice has several results."""
+    """Session and round of each of `_rounds`, because a round that was sent twice has several results."""
     _ended: deque[tuple[float, Ended]] = field(default_factory=deque)
 
     def feed(self, message: Message, now_ms: float) -> None:
-        """Take a message in; kinds that say nothing here are ignored."""
+        """Add a message; ignore kinds that the state does not depend on."""
         self._forget(now_ms)
         match message:
             case Heartbeat():
@@ -110,7 +110,7 @@ class SuiteWatch:
             self._load = None
 
     def snapshot(self, now_ms: float) -> SuiteSnapshot:
-        """Everything as it is now."""
+        """Return the current state."""
         self._forget(now_ms)
         verified = sum(one.verified for one in self._rounds)
         accepted = sum(one.accepted for one in self._rounds)
@@ -129,7 +129,7 @@ class SuiteWatch:
         )
 
     def _span_s(self, window_ms: float, now_ms: float) -> float:
-        """Seconds of a window that this has seen."""
+        """Observed seconds of a window."""
         return max(1.0, min(window_ms, now_ms - self.started_ms)) / 1000
 
     def _rates(self, counts: Iterable[tuple[float, int]], now_ms: float) -> Rates:
@@ -185,11 +185,11 @@ class SuiteWatch:
         )
 
     def _classes(self) -> list[ClassView]:
-        told = {one.service_class: one for one in self._load[1].classes} if self._load else {}
-        names = {*told, *(ended.service_class for _, ended in self._ended)}
+        loads = {one.service_class: one for one in self._load[1].classes} if self._load else {}
+        names = {*loads, *(ended.service_class for _, ended in self._ended)}
         views = []
         for name in sorted(names):
-            load = told.get(name)
+            load = loads.get(name)
             ended = [one for _, one in self._ended if one.service_class == name]
             own = [one for one in ended if one.reason not in (REFUSED, ABORTED)]
             attained = sum(one.attained for one in own)

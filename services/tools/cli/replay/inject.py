@@ -50,31 +50,31 @@ def inject_requests(
     print_notes(recording)
     logging.configure("replay", "replay", "error", "console")
     space = namespace or str(ServiceSettings.model_fields["namespace"].default)
-    told = run(lambda: inject(target_url, redis_url, space, recording, speed))
-    same = not told.differing and set(told.ended) <= {"stop", "length", "cancelled"}
+    report = run(lambda: inject(target_url, redis_url, space, recording, speed))
+    same = not report.differing and set(report.ended) <= {"stop", "length", "cancelled"}
     if as_json:
-        out.print_json(json.dumps({"same": same, **asdict(told)}), indent=1)
+        out.print_json(json.dumps({"same": same, **asdict(report)}), indent=1)
     else:
-        _print(told)
+        _print(report)
     return same
 
 
-def _print(told: InjectionReport) -> None:
-    ends = ", ".join(f"{count} {end}" for end, count in told.ended.items())
-    out.print(Text(f"{counted(told.requests, 'request')} sent again: {ends}"), soft_wrap=True)
+def _print(report: InjectionReport) -> None:
+    ends = ", ".join(f"{count} {end}" for end, count in report.ended.items())
+    out.print(Text(f"{counted(report.requests, 'request')} sent again: {ends}"), soft_wrap=True)
     out.print(
         Text(
-            f"  TTFT {_both(told.ttft_p50_ms)}, TPOT {_both(told.tpot_p50_ms)} (medians, recorded → now, without the "
-            f"gateway); sent {told.late_ms:.0f} ms late at worst"
+            f"  TTFT {_both(report.ttft_p50_ms)}, TPOT {_both(report.tpot_p50_ms)} (medians, recorded → now, without "
+            f"the gateway); sent {report.late_ms:.0f} ms late at worst"
         ),
         soft_wrap=True,
     )
-    if told.differing:
-        out.print(Text(f"DIFFERENT completions in {counted(len(told.differing), 'session')}", "bold red"))
-        for session, position in told.differing[:SHOWN]:
+    if report.differing:
+        out.print(Text(f"DIFFERENT completions in {counted(len(report.differing), 'session')}", "bold red"))
+        for session, position in report.differing[:SHOWN]:
             out.print(Text(f"  session {session}, position {position}"), soft_wrap=True)
     else:
-        out.print(Text(f"the same completions, {counted(told.compared, 'token')} compared", "bold green"))
+        out.print(Text(f"the same completions, {counted(report.compared, 'token')} compared", "bold green"))
 
 
 def _both(times: tuple[float | None, float | None]) -> str:

@@ -56,8 +56,8 @@ def compare_policies(
     for name, (policy, drafts) in runs.items():
         columns[name] = what_if(found, _rules(policy), drafts)
     if as_json:
-        told = {name: asdict(figures) for name, figures in columns.items()}
-        out.print_json(json.dumps({"left_out": found.left_out, "runs": told}, allow_nan=False), indent=1)
+        runs_by_name = {name: asdict(figures) for name, figures in columns.items()}
+        out.print_json(json.dumps({"left_out": found.left_out, "runs": runs_by_name}, allow_nan=False), indent=1)
         return
     out.print(_table(columns))
     for line in _changes(columns, f"{live} again"):

@@ -126,7 +126,7 @@ def _spent(one: Timeline) -> list[Text]:
     known_ms = sum(one.parts.values())
     if not known_ms:
         return []
-    lines = [Text(f"  where {known_ms:,.0f} ms went:")]
+    lines = [Text(f"  shares of {known_ms:,.0f} ms:")]
     for name, ms in sorted(one.parts.items(), key=lambda part: -part[1]):
         bar = "█" * round(BAR * ms / known_ms)
         lines.append(Text.assemble(f"  {ms:>9,.1f} ms {ms / known_ms:>5.0%}  {name:<46} ", (bar, "cyan")))

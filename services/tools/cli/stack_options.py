@@ -1,0 +1,146 @@
+"""Options of the commands that start a stack, and the stack that they describe. Loads nothing slow at import."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from services.tools.cli.terminal import out
+from shared.errors import SettingsError
+
+if TYPE_CHECKING:
+    from services.tools.local.stack import Stack
+
+
+class Dtype(StrEnum):
+    """Number formats of the target."""
+
+    BFLOAT16 = "bfloat16"
+    FLOAT32 = "float32"
+
+
+class ServingChoice(StrEnum):
+    """The suite, or a baseline that it is measured against."""
+
+    WISP = "wisp"
+    CENTRALIZED = "centralized"
+    COLOCATED = "colocated"
+
+
+def draft_sources() -> list[str]:
+    """Return the names that `--draft` accepts: the sources that a request may choose."""
+    from shared.messages import DraftChoice
+
+    return sorted(choice.value for choice in DraftChoice if choice is not DraftChoice.AUTO)
+
+
+def _known_draft_source(name: str | None) -> str | None:
+    if name is not None and name not in draft_sources():
+        raise typer.BadParameter(f"{name!r} is not one of {', '.join(draft_sources())}")
+    return name
+
+
+class StackCommand(TyperCommand):
+    """A command with `--draft`. Its `--help` looks the choices up, so that no other command loads them."""
+
+    def format_help(self, *arguments: Any) -> None:
+        """Write the help with the draft sources as choices."""
+        for parameter in self.params:
+            if parameter.name == "draft":
+                parameter.metavar = f"<{'|'.join(draft_sources())}>"
+        super().format_help(*arguments)
+
+
+TargetOption = Annotated[
+    str | None, typer.Option("--target", help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")
+]
+DtypeOption = Annotated[
+    Dtype | None, typer.Option("--dtype", help="Number format of the target. \\[default: bfloat16]")
+]
+DraftersOption = Annotated[int, typer.Option("--drafters", min=1, help="Drafter processes.")]
+VerifiersOption = Annotated[int, typer.Option("--verifiers", min=1, help="Verifier processes; they share the cores.")]
+ThreadsOption = Annotated[
+    int | None,
+    typer.Option(
+        "--threads", min=1, help="CPU threads of each verifier, or of the baseline. \\[default: its share of the cores]"
+    ),
+]
+DraftOption = Annotated[
+    str | None,
+    typer.Option(
+        "--draft",
+        callback=_known_draft_source,
+        help="Draft source. \\[default: combined if there is a draft model for the target, else lookup]",
+    ),
+]
+DraftModelOption = Annotated[
+    Path | None, typer.Option("--draft-model", help="Folder of a draft model, for --draft model.")
+]
+HiddenDraftOption = Annotated[
+    Path | None,
+    typer.Option(
+        "--hidden-draft", help="Folder written by `wisp draft train`. \\[default: the draft shipped with WISP]"
+    ),
+]
+ServingOption = Annotated[
+    ServingChoice,
+    typer.Option(
+        "--serving",
+        help="wisp: the suite. Baselines without brokers, in one process: centralized decodes plainly, colocated "
+        "drafts beside the target.",
+    ),
+]
+
+
+def stack_for(
+    purpose: str,
+    target: str | None,
+    dtype: Dtype | None,
+    draft: str | None,
+    draft_model: Path | None,
+    hidden_draft: Path | None,
+    threads: int | None,
+    *,
+    drafters: int = 1,
+    verifiers: int = 1,
+    serving: ServingChoice = ServingChoice.WISP,
+    host: str = "127.0.0.1",
+    port: int = 0,
+    api_keys: Path | None = None,
+) -> Stack:
+    """Prepare the models and return the stack that the options describe, not started. Raises WispError."""
+    from services.tools.local.progress import ConsoleProgress
+    from services.tools.local.settings import LocalSettings
+    from services.tools.local.stack import Stack
+    from services.tools.local.target import prepare_target
+
+    if draft == "model" and draft_model is None:
+        raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
+    if serving is not ServingChoice.WISP and (drafters, verifiers) != (1, 1):
+        raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
+    if serving is ServingChoice.CENTRALIZED and (draft or draft_model or hidden_draft):
+        raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
+    progress = ConsoleProgress(out)
+    env = {
+        "WISP_DTYPE": dtype.value if dtype else None,
+        "WISP_DRAFT_SOURCE": draft,
+        "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
+        "WISP_HIDDEN_DRAFT": str(hidden_draft.absolute()) if hidden_draft else None,
+        "WISP_THREADS": str(threads) if threads else None,
+        "WISP_API_KEYS_FILE": str(api_keys) if api_keys else None,
+    }
+    return Stack(
+        purpose,
+        drafters=drafters,
+        verifiers=verifiers,
+        serving=serving.value,
+        target=prepare_target(target or LocalSettings().target, progress),
+        env={key: value for key, value in env.items() if value is not None},
+        host=host,
+        port=port,
+        progress=progress,
+    )
