@@ -10,7 +10,7 @@ from services.drafter.control_files import load_weights
 from services.drafter.core.draft import DraftSource
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.settings import DraftSettings
-from services.drafter.sources.registry import AUTO, PREFERRED, SOURCES, load_sources
+from services.drafter.sources.registry import AUTO, FALLBACK, PREFERRED, SOURCES, load_sources
 from shared.messages import Generate
 from shared.runtime import logging
 
@@ -58,7 +58,7 @@ class Drafting:
                 draft_vocabulary=made_for,
                 target_vocabulary=generate.vocab_fingerprint,
             )
-            wanted = "lookup"
+            wanted = FALLBACK
         kind = SOURCES[wanted]
         return SourceChoice(self.sources[wanted], kind.token_sources, kind.reads_hidden_states)
 

@@ -16,7 +16,7 @@ from services.drafter.control.rules import RULES
 from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import LookupDrafts, NoDrafts
-from services.drafter.sources.registry import AUTO, PREFERRED, SOURCES
+from services.drafter.sources.registry import AUTO, FALLBACK, PREFERRED, SOURCES
 from shared.errors import ModelError, SettingsError
 from shared.messages import DraftChoice, Generate
 
@@ -95,8 +95,9 @@ def test_settings_accept_the_registered_sources_and_rules() -> None:
     assert set(get_args(fields["stop_rule"].annotation)) == set(RULES)
 
 
-def test_one_preferred_source_is_always_available() -> None:
-    assert not SOURCES[PREFERRED[-1]].needs_torch
+def test_the_fallback_is_preferred_last_and_needs_no_model() -> None:
+    assert PREFERRED[-1] == FALLBACK
+    assert not SOURCES[FALLBACK].needs_torch
 
 
 @pytest.mark.parametrize("name", [name for name, rule in RULES.items() if not rule.needs_predictor])

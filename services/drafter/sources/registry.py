@@ -23,7 +23,9 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The choice that leaves the source to the drafter: the first of `PREFERRED` that is available."""
-PREFERRED = ("combined", "lookup")
+FALLBACK = "lookup"
+"""The source that needs no model and fits any vocabulary."""
+PREFERRED = ("combined", FALLBACK)
 MODEL, HIDDEN = "model", "hidden"
 
 
