@@ -84,17 +84,6 @@ class Slo(Record):
     tpot_ms: Promised
 
 
-class DraftChoice(StrEnum):
-    """Which draft source a request asks for; `auto` leaves it to the drafter's settings."""
-
-    AUTO = "auto"
-    NONE = "none"
-    LOOKUP = "lookup"
-    MODEL = "model"
-    HIDDEN = "hidden"
-    COMBINED = "combined"
-
-
 class HiddenFormat(StrEnum):
     """How hidden states travel; see `shared.models.hidden_states`."""
 
@@ -141,7 +130,8 @@ class Generate(Message):
     vocab_fingerprint: str
     slo: Slo | None = None
     service_class: Name = DEFAULT_CLASS
-    draft: Annotated[DraftChoice, Field(strict=False)] = DraftChoice.AUTO
+    draft: Name = "auto"
+    """The requested draft source, by its name in the drafter's registry; `auto` leaves the choice to the drafter."""
     elapsed_ms: Milliseconds = 0.0
     """Time since the request reached the gateway."""
     session_key: SessionKey = ""

@@ -18,7 +18,6 @@ from shared.broker.topology import Topology
 from shared.engine.blocks import agreement
 from shared.errors import Unroutable
 from shared.messages import (
-    DraftChoice,
     Finish,
     Generate,
     HiddenFormat,
@@ -63,13 +62,13 @@ class Peer:
         await broker.close()
         await store.close()
 
-    async def ask(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> None:
+    async def ask(self, session: str, max_tokens: int = 40, draft: str = "auto") -> None:
         """Start a session as a gateway does."""
         request = builders.stored_request(session, prompt_len=len(PROMPT), stop_ids=[], max_tokens=max_tokens)
         await self.store.create(request, PROMPT)
         await self.publish(self.generate(session, max_tokens, draft))
 
-    def generate(self, session: str, max_tokens: int = 40, draft: DraftChoice = DraftChoice.AUTO) -> Generate:
+    def generate(self, session: str, max_tokens: int = 40, draft: str = "auto") -> Generate:
         """Return the message that starts a session."""
         return builders.generate(
             session,

@@ -46,7 +46,7 @@ class Drafting:
 
     def choose(self, generate: Generate) -> SourceChoice:
         """Return the source that the request asks for, or the nearest available one."""
-        wanted = self.default if generate.draft == AUTO else str(generate.draft)
+        wanted = self.default if generate.draft == AUTO else generate.draft
         log = logging.get()
         if wanted not in self.sources:
             log.warning("no such draft source here; using the default", wanted=wanted, default=self.default)

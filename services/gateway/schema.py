@@ -14,9 +14,10 @@ from typing import Annotated, Any, Literal, TypeVar
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
 from pydantic_core import PydanticCustomError, from_json
 
+from services.drafter.sources.registry import AUTO, CHOICES, SourceChoiceName
 from services.gateway.errors import ApiError, invalid
 from shared.broker.topology import DEFAULT_POOL
-from shared.messages import DraftChoice, Sampling
+from shared.messages import Sampling
 from shared.runtime.settings import NAME_PATTERN
 
 DRAFT_HEADER = "x-wisp-draft"
@@ -111,7 +112,7 @@ class WispOptions(_Body):
 
     trace: Annotated[bool, _or(False)] = False
     """Add to each chunk the origin of its tokens and the costs of its rounds."""
-    draft: Annotated[DraftChoice | None, Field(strict=False)] = None
+    draft: SourceChoiceName | None = None
     """The draft source."""
     pool: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
     """The pool of drafters."""
@@ -165,14 +166,13 @@ class GenerationRequest(_Body):
     def limit(self) -> int | None:
         """Most output tokens per completion; None for as many as fit."""
 
-    def draft(self, headers: Mapping[str, str]) -> DraftChoice:
+    def draft(self, headers: Mapping[str, str]) -> str:
         """Return the requested draft source; the option overrides the header. Raises ApiError."""
-        text = headers.get(DRAFT_HEADER, DraftChoice.AUTO.value)
-        try:
-            return self.wisp.draft or DraftChoice(text)
-        except ValueError:
-            known = ", ".join(choice.value for choice in DraftChoice)
-            raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {text[:60]!r}", DRAFT_HEADER) from None
+        wanted = self.wisp.draft or headers.get(DRAFT_HEADER, AUTO)
+        if wanted not in CHOICES:
+            known = ", ".join(CHOICES)
+            raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {wanted[:60]!r}", DRAFT_HEADER)
+        return wanted
 
     def pool(self, headers: Mapping[str, str]) -> str:
         """Return the requested pool of drafters; the option overrides the header. Raises ApiError."""

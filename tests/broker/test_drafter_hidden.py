@@ -18,7 +18,7 @@ from services.drafter.hidden.engine import DraftEngine
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
-from shared.messages import DraftChoice, Finish, HiddenFormat, HiddenStates, Sampling, Status, Verify
+from shared.messages import Finish, HiddenFormat, HiddenStates, Sampling, Status, Verify
 from shared.models.folder import ModelFolder
 from shared.models.hidden_states import Bits, pack, parts, to_floats, unpack
 
@@ -214,9 +214,9 @@ async def test_a_session_that_lost_committed_tokens_drafts_again(peer: Peer, dra
         assert (fifth.draft, fifth.hidden_from) == (drafted([*PROMPT, 7, 8]), 6)
 
 
-@pytest.mark.parametrize("draft", [DraftChoice.AUTO, DraftChoice.COMBINED])
+@pytest.mark.parametrize("draft", ["auto", "combined"])
 async def test_combined_copies_until_the_states_arrive(
-    peer: Peer, drafted: Callable[..., list[int]], draft: DraftChoice
+    peer: Peer, drafted: Callable[..., list[int]], draft: str
 ) -> None:
     settings = peer.settings.model_copy(update={"draft_source": "auto"})
     async with drafting(settings, "d1"):
@@ -228,8 +228,8 @@ async def test_combined_copies_until_the_states_arrive(
         assert (second.draft, second.hidden_from) == (drafted([*PROMPT, 300]), 5), "nothing to copy after 300"
 
 
-@pytest.mark.parametrize("draft", [DraftChoice.LOOKUP, DraftChoice.NONE])
-async def test_sources_without_states_request_none(peer: Peer, draft: DraftChoice) -> None:
+@pytest.mark.parametrize("draft", ["lookup", "none"])
+async def test_sources_without_states_request_none(peer: Peer, draft: str) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s", draft=draft)
         assert (await peer.round()).hidden_from is None

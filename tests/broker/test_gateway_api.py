@@ -13,7 +13,7 @@ import pytest
 from gateway_peer import EOS, Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of, events_of, text_of
 
-from shared.messages import DraftChoice, Failure, Result, Slo
+from shared.messages import Failure, Result, Slo
 
 
 @pytest.fixture
@@ -38,7 +38,7 @@ async def test_a_chat_is_answered_whole(suite: Suite) -> None:
     assert generate.sampling.temperature == 1.0
     assert generate.stop_ids == [EOS]
     assert generate.slo == Slo(ttft_ms=2000, tpot_ms=200)
-    assert generate.draft is DraftChoice.AUTO
+    assert generate.draft == "auto"
 
 
 async def test_a_chat_is_streamed_in_chat_shaped_chunks(suite: Suite) -> None:
@@ -134,7 +134,7 @@ async def test_the_trace_tells_drafts_from_the_targets_own_tokens(suite: Suite) 
         stream_options={"include_usage": True},
         wisp={"trace": True, "draft": "lookup"},
     )
-    assert suite.peer.generated[0].draft is DraftChoice.LOOKUP
+    assert suite.peer.generated[0].draft == "lookup"
     traced = [event for event in events if "tokens" in event.get("wisp", {})]
     for event in traced:
         text = "".join(token["text"] for token in event["wisp"]["tokens"])
@@ -161,7 +161,7 @@ async def test_the_trace_is_in_the_last_chunk_and_in_whole_answers_too(suite: Su
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
     assert events[-1]["wisp"]["summary"]["rounds"] == 5
     answer = await suite.chat(extra_body={"wisp": {"trace": True}}, extra_headers={"x-wisp-draft": "none"})
-    assert suite.peer.generated[-1].draft is DraftChoice.NONE
+    assert suite.peer.generated[-1].draft == "none"
     assert "".join(token["text"] for token in answer.wisp["tokens"]) == suite.peer.script.text
     assert answer.wisp["summary"]["tokens"] == len(suite.peer.script.text)
     assert not any("wisp" in event for event in await events_of(suite.http, "/v1/chat/completions", messages=messages))

@@ -18,12 +18,12 @@ from services.drafter.settings import DrafterSettings
 from services.drafter.sources import LookupDrafts, NoDrafts
 from services.drafter.sources.registry import AUTO, FALLBACK, PREFERRED, SOURCES
 from shared.errors import ModelError, SettingsError
-from shared.messages import DraftChoice, Generate
+from shared.messages import Generate
 
 ROOT = Path(__file__).parents[2]
 
 
-def generate(draft: DraftChoice, vocabulary: str = "v") -> Generate:
+def generate(draft: str, vocabulary: str = "v") -> Generate:
     return builders.generate(draft=draft, vocab_fingerprint=vocabulary)
 
 
@@ -38,27 +38,27 @@ def drafting() -> Drafting:
 @pytest.mark.parametrize(
     ("asked", "names", "reads_states"),
     [
-        (DraftChoice.AUTO, ("hidden", "lookup"), True),
-        (DraftChoice.COMBINED, ("hidden", "lookup"), True),
-        (DraftChoice.HIDDEN, ("hidden",), True),
-        (DraftChoice.LOOKUP, ("lookup",), False),
-        (DraftChoice.NONE, (), False),
+        ("auto", ("hidden", "lookup"), True),
+        ("combined", ("hidden", "lookup"), True),
+        ("hidden", ("hidden",), True),
+        ("lookup", ("lookup",), False),
+        ("none", (), False),
     ],
 )
 def test_a_request_gets_the_source_that_it_asks_for(
-    drafting: Drafting, asked: DraftChoice, names: tuple[str, ...], reads_states: bool
+    drafting: Drafting, asked: str, names: tuple[str, ...], reads_states: bool
 ) -> None:
     choice = drafting.choose(generate(asked))
     assert (choice.token_sources, choice.reads_hidden_states) == (names, reads_states)
 
 
 def test_a_missing_source_is_replaced_by_the_default(drafting: Drafting) -> None:
-    assert drafting.choose(generate(DraftChoice.MODEL)).token_sources == ("hidden", "lookup")
+    assert drafting.choose(generate("model")).token_sources == ("hidden", "lookup")
 
 
 def test_a_draft_for_another_vocabulary_is_replaced_by_lookup(drafting: Drafting) -> None:
-    assert drafting.choose(generate(DraftChoice.AUTO, "another")).token_sources == ("lookup",)
-    assert drafting.choose(generate(DraftChoice.NONE, "another")).token_sources == ()
+    assert drafting.choose(generate("auto", "another")).token_sources == ("lookup",)
+    assert drafting.choose(generate("none", "another")).token_sources == ()
 
 
 def test_a_drafter_without_torch_drafts_by_lookup(monkeypatch: pytest.MonkeyPatch) -> None:

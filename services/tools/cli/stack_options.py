@@ -33,9 +33,9 @@ class ServingChoice(StrEnum):
 
 def draft_sources() -> list[str]:
     """Return the names that `--draft` accepts: the sources that a request may choose."""
-    from shared.messages import DraftChoice
+    from services.drafter.sources.registry import SOURCES
 
-    return sorted(choice.value for choice in DraftChoice if choice is not DraftChoice.AUTO)
+    return sorted(SOURCES)
 
 
 def _known_draft_source(name: str | None) -> str | None:

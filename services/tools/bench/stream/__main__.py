@@ -18,6 +18,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
+from services.drafter.sources.registry import CHOICES
 from services.tools.bench.stream.cases import cases, kinds_of_text
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.measurement import SampleAnswer, StreamMeasurement, StreamPlan
@@ -33,12 +34,11 @@ from services.tools.bench.support.report import conclude, machine, table, termin
 from services.tools.cli.paint import Painter
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
-from shared.messages import DraftChoice
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
 QUICK_KINDS = "chat,code,list,rewrite"
-DRAFT_SOURCES = [choice.value for choice in DraftChoice if choice != speed.PLAIN]
+DRAFT_SOURCES = [name for name in CHOICES if name != speed.PLAIN]
 LONGEST_DELAY_MS = 10_000
 
 
