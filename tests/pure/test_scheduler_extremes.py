@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from itertools import count
+from math import isnan
 
 import builders
 import pytest
@@ -108,7 +109,7 @@ def test_extreme_messages_do_not_stop_the_scheduler(policy: str, messages: list[
         for _, batch in sends:
             decode(encode(batch))
         decode(encode(scheduler.load(float(next(clock)))))
-        assert wake_ms is None or wake_ms == wake_ms
+        assert wake_ms is None or not isnan(wake_ms)
 
 
 @pytest.mark.parametrize(

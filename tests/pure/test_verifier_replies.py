@@ -102,7 +102,7 @@ def test_a_forged_job_is_answered_to_the_scheduler_only() -> None:
     assert (forged.for_scheduler_only, other.for_scheduler_only) == (True, False)
 
 
-def test_hidden_states_come_last_and_only_for_tokens_that_this_verifier_chose() -> None:
+def test_hidden_states_come_last_and_only_for_committed_choices() -> None:
     made = batch()
     for session in ("prompt", "short", "raced", "plain"):
         rows = {"prompt": 50, "short": 2, "raced": 3}.get(session)
