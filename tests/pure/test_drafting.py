@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -93,6 +94,12 @@ def test_settings_accept_the_registered_sources_and_rules() -> None:
     fields = DrafterSettings.model_fields
     assert set(get_args(fields["draft_source"].annotation)) == {AUTO, *SOURCES}
     assert set(get_args(fields["stop_rule"].annotation)) == set(RULES)
+
+
+@pytest.mark.parametrize("name", [AUTO, *SOURCES, *RULES])
+def test_the_page_on_drafts_describes_every_source_and_rule(name: str) -> None:
+    page = (ROOT / "services/drafter/README.md").read_text(encoding="utf-8")
+    assert re.search(rf"^\| `{name}`", page, re.MULTILINE)
 
 
 def test_the_fallback_is_preferred_last_and_needs_no_model() -> None:
