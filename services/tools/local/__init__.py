@@ -1,4 +1,4 @@
-"""The private stack on this machine: brokers and services as processes."""
+"""A stack on this machine: private brokers, and the services as processes."""
 
 __all__ = [
     "background",

@@ -1,4 +1,4 @@
-"""Installs brokers with apt, without letting the packages start system services."""
+"""Installs brokers with apt and keeps the packages from starting system services."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ ENVIRONMENT = {
 
 
 async def install(names: list[str], log: Path, step: ProgressStep) -> None:
-    """Install the packages of the named brokers. Raises BrokersError with the end of apt's output."""
+    """Install the packages of brokers. Raises BrokersError with the end of apt's output."""
     options = ["-q", "-o", f"DPkg::Lock::Timeout={LOCK_TIMEOUT_S}", "-o", "APT::Status-Fd=1"]
     packages = [APT_PACKAGES[name] for name in names]
     present = await _units()
@@ -38,7 +38,7 @@ async def install(names: list[str], log: Path, step: ProgressStep) -> None:
 
 
 def progress_line(line: str) -> str | None:
-    """apt's machine-readable status (`pmstatus:PACKAGE:PERCENT:TEXT`) for people; None for other lines."""
+    """Format a line of apt's status (`pmstatus:PACKAGE:PERCENT:TEXT`) for people; None for other lines."""
     parts = line.strip().split(":", 3)
     if len(parts) < 4 or parts[0] not in {"pmstatus", "dlstatus"}:
         return None
@@ -61,22 +61,22 @@ async def _run(command: list[str], log: Path, step: ProgressStep) -> None:
             if shown:
                 step.detail(shown)
     except BaseException:
-        # An interrupted apt still gets the time to leave the package database in order.
+        # An interrupted apt needs time to leave the package database in order.
         await asyncio.shield(process.stop(grace_s=60.0))
         raise
     if process.returncode:
         raise BrokersError(
             f"`{' '.join(command[:2])}` failed with status {process.returncode}; the end of its output ({log}):\n"
-            f"{process.tail()}\nRun it by hand to see more: {' '.join(command[:2])} ..., or set WISP_AMQP_URL and "
+            f"{process.tail()}\nRun `{' '.join(command[:2])} ...` by hand to see more, or set WISP_AMQP_URL and "
             "WISP_REDIS_URL to servers that you run."
         )
 
 
 @contextlib.contextmanager
 def _no_service_starts() -> Iterator[None]:
-    """Keep the packages from starting their system services meanwhile, unless the machine has a policy of its own.
+    """Keep the packages from starting system services, unless the machine has a policy of its own.
 
-    The policy ends with this process: if it is left behind, it allows everything.
+    The policy ends with this process: a file that is left behind allows everything.
     """
     if POLICY.exists():
         yield
@@ -98,7 +98,7 @@ def _systemd() -> bool:
 
 
 async def _units() -> set[str]:
-    """Those of the packages' system units that systemd knows now; none without systemd."""
+    """Return the packages' units that systemd has; none without systemd."""
     if not _systemd():
         return set()
     child = await asyncio.create_subprocess_exec(

@@ -1,4 +1,4 @@
-"""A stack beside a thread that waits for the keyboard."""
+"""A stack in a thread of its own, beside one that reads the keyboard."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from services.tools.local.stack import ServiceFailed, Stack
 
 
 class Background:
-    """Runs a stack in a thread of its own while the context is open.
+    """Context manager that runs a stack in a thread.
 
-    `failure` is set when a process of the stack has died meanwhile.
+    `failure` is set once a process of the stack has died.
     """
 
     def __init__(self, stack: Stack) -> None:

@@ -1,13 +1,11 @@
 """Makes the checkout's virtual environment: `python3 services/tools/local/bootstrap.py`.
 
-Needs the standard library only.
-
-The second run finds the stamp of the first and does nothing. Several at once wait for each other.
+It uses the standard library only. Later runs find its stamp and do nothing; concurrent runs wait for each other.
 """
 
 import sys
 
-if sys.version_info < (3, 11):  # noqa: UP036 - the one file that other versions may meet
+if sys.version_info < (3, 11):  # noqa: UP036 - the one file that older versions run
     sys.exit(
         "WISP needs Python 3.11 or newer; {} is {}.{}.\n"
         "Install one (on Debian or Ubuntu: apt-get install python3.11 python3.11-venv) and name it: "
@@ -36,7 +34,7 @@ PLAIN_INTERVAL_S = 10.0
 
 
 def main() -> None:
-    """Bring the environment up to date, unless it is."""
+    """Bring the environment up to date."""
     parser = argparse.ArgumentParser(description="Make the virtual environment with pinned dependencies.")
     parser.add_argument(
         "--torch-index", default="", help="package index to take torch from, for example one of CPU builds"
@@ -56,7 +54,7 @@ def main() -> None:
 
 
 def stamp() -> str:
-    """What the environment depends on: Python, the place of the checkout and the pinned versions."""
+    """Return a digest of everything the environment depends on: Python, the checkout's path, the pinned versions."""
     digest = hashlib.sha256(f"{sys.version_info[:2]} {ROOT} {MODEL_PACKAGE}".encode())
     for name in ("pyproject.toml", "constraints.txt"):
         digest.update((ROOT / name).read_bytes())
@@ -64,13 +62,13 @@ def stamp() -> str:
 
 
 def install(torch_index: str) -> None:
-    """Create the environment and install everything, with the versions of constraints.txt."""
+    """Create the environment and install everything in the versions of constraints.txt."""
     LOG.write_text("")
     if not usable(VENV / "bin/python"):
         require_venv()
         print("Making the virtual environment in .venv", flush=True)
         run([sys.executable, "-m", "venv", "--clear", str(VENV)], "making .venv")
-    print("Installing the pinned dependencies (once; some hundred megabytes)", flush=True)
+    print("Installing the pinned dependencies (once; several hundred megabytes)", flush=True)
     pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
     if torch_index:
         run([*pip, "--index-url", torch_index, pinned("torch")], "installing torch")
@@ -79,7 +77,7 @@ def install(torch_index: str) -> None:
 
 
 def usable(python: Path) -> bool:
-    """Whether the environment's Python is there, of this version, and has pip."""
+    """Return whether the environment's Python exists, has this version and has pip."""
     question = "import sys, pip; print(sys.version_info[:2])"
     try:
         answer = subprocess.run([python, "-c", question], capture_output=True, text=True, check=False)
@@ -89,7 +87,7 @@ def usable(python: Path) -> bool:
 
 
 def require_venv() -> None:
-    """Make sure that Python can create environments; Debian keeps that in a package of its own."""
+    """Make sure that Python can create environments. Debian has a separate package for this."""
     if importlib.util.find_spec("ensurepip") is not None:
         return
     package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
@@ -106,13 +104,13 @@ def require_venv() -> None:
 
 
 def pinned(name: str) -> str:
-    """The line of constraints.txt for a package."""
+    """Return the line of constraints.txt for a package."""
     lines = (ROOT / "constraints.txt").read_text().splitlines()
     return next(line for line in lines if line.split("==")[0].lower() == name)
 
 
 def run(command: Sequence[str], doing: str) -> None:
-    """Run a command with its output in the log, showing what it does; ends the program if it fails."""
+    """Run a command, log its output and show its progress; exit if it fails."""
     environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     started = shown = time.monotonic()
     process = subprocess.Popen(
@@ -138,7 +136,7 @@ def run(command: Sequence[str], doing: str) -> None:
         print("\r\x1b[K", end="", flush=True)
     if process.wait():
         tail = "".join(LOG.read_text().splitlines(keepends=True)[-25:])
-        sys.exit(f"{tail}\n{doing} failed with status {process.returncode}; all of its output is in {LOG}.")
+        sys.exit(f"{tail}\n{doing} failed with status {process.returncode}; the whole output is in {LOG}.")
 
 
 if __name__ == "__main__":

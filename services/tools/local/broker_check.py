@@ -1,4 +1,4 @@
-"""Asks a broker whether it answers, by really logging in."""
+"""Checks that a broker answers, by logging in."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ TIMEOUT_S = 5.0
 
 
 class NotReady(Exception):
-    """The server does not answer, or refuses the login; the text says which."""
+    """The server does not answer or refuses the login, as the message explains."""
 
 
 async def check_rabbitmq(url: str, tls: Tls | None = None) -> str:
-    """Log in and open a channel; returns the server's name and version. Raises NotReady."""
+    """Log in and open a channel; return the server's name and version. Raises NotReady."""
     address = URL(url)
     await _reach(address.host or "", address.port or (5671 if address.scheme == "amqps" else 5672))
     try:
@@ -38,7 +38,7 @@ async def check_rabbitmq(url: str, tls: Tls | None = None) -> str:
 
 
 async def check_redis(url: str, tls: Tls | None = None) -> str:
-    """Log in and ask for the version; returns name and version. Raises NotReady."""
+    """Log in and return the server's name and version. Raises NotReady."""
     client = redis.asyncio.Redis.from_url(
         url,
         socket_connect_timeout=TIMEOUT_S,
@@ -58,7 +58,7 @@ async def check_redis(url: str, tls: Tls | None = None) -> str:
 
 
 async def _reach(host: str, port: int) -> None:
-    """Connect by plain TCP first: a refused connection then costs nothing and logs nothing."""
+    """Connect by plain TCP first, because a refused connection is then cheap and logs nothing."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
             _, writer = await asyncio.open_connection(host, port)
@@ -76,6 +76,6 @@ def _reason(error: BaseException) -> str:
 
 
 def without_password(url: str) -> str:
-    """The URL as it may be shown."""
+    """Return the URL with its password hidden."""
     address = URL(url)
     return str(address.with_password("***")) if address.password else url

@@ -1,4 +1,4 @@
-"""Decides where RabbitMQ and Redis come from; the talking parts follow."""
+"""Decides where RabbitMQ and Redis come from, and which commands install them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ APT_PACKAGES = {"RabbitMQ": "rabbitmq-server", "Redis": "redis-server"}
 
 
 class BrokerSource(StrEnum):
-    """Where one broker comes from, in the order of preference."""
+    """The source of one broker, in the order of preference."""
 
     GIVEN = "given"
     INSTALLED = "installed"
@@ -24,18 +24,18 @@ class BrokerSource(StrEnum):
 
 @dataclass(frozen=True)
 class BrokerSources:
-    """Where both brokers come from."""
+    """The sources of both brokers."""
 
     rabbitmq: BrokerSource
     redis: BrokerSource
 
     def of(self, source: BrokerSource) -> list[str]:
-        """The names of the brokers that come from `source`."""
+        """Return the names of the brokers that come from `source`."""
         return [name for name, where in (("RabbitMQ", self.rabbitmq), ("Redis", self.redis)) if where is source]
 
 
 def choose_sources(addresses: BrokerAddresses, host: Machine) -> BrokerSources:
-    """Addresses win; then installed programs; then apt, for root on Debian and its relatives; then containers."""
+    """Prefer given addresses, then installed programs, then apt (as root on Debian), then containers."""
 
     def source(given: str | None, installed: bool) -> BrokerSource:
         if given:
@@ -52,7 +52,7 @@ def choose_sources(addresses: BrokerAddresses, host: Machine) -> BrokerSources:
 
 
 def install_commands(names: list[str], host: Machine) -> list[str]:
-    """The commands to type that install the named brokers on this machine."""
+    """Return the commands that install the named brokers on this machine."""
     sudo = "" if host.root else "sudo "
     packages = " ".join(APT_PACKAGES[name] for name in names)
     if host.debian:
@@ -73,7 +73,7 @@ def install_commands(names: list[str], host: Machine) -> list[str]:
 
 
 def missing_brokers(names: list[str], host: Machine) -> BrokersError:
-    """The error for brokers that nothing here can provide, with what to type."""
+    """Return the error for brokers without a source, with the commands to type."""
     steps = "\n".join(f"    {line}" for line in install_commands(names, host))
     settings = " and ".join({"RabbitMQ": "WISP_AMQP_URL", "Redis": "WISP_REDIS_URL"}[name] for name in names)
     return BrokersError(

@@ -1,4 +1,4 @@
-"""RabbitMQ and Redis for one run: given, private, installed first, or in containers."""
+"""RabbitMQ and Redis for one run: given, private, or in containers."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ WORDS = {BrokerSource.GIVEN: "given", BrokerSource.INSTALLED: "private", BrokerS
 
 
 class Brokers:
-    """Both brokers, as an async context manager; what it started is stopped at the end, what was given is left alone.
+    """Both brokers, as an async context manager. At the end it stops the servers that it started.
 
-    `folder` (owned by the caller) takes everything that private servers write. `addresses` defaults to the
-    environment's WISP_AMQP_URL and WISP_REDIS_URL, `look` to an inspection of this machine. Start it from a thread that
-    lives as long as the brokers shall. Raises BrokersError with what to do.
+    The caller owns `folder`, which holds the files of private servers. `addresses` defaults to WISP_AMQP_URL and
+    WISP_REDIS_URL in the environment. Start it from a thread that outlives the brokers: they die with it. Raises
+    BrokersError with a next step.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class Brokers:
         progress: Progress | None = None,
         persistent: bool = False,
     ) -> None:
-        """persistent: a private Redis keeps its data when it is killed and started again."""
+        """persistent: a private Redis keeps its data across a kill and restart. look: inspects the machine."""
         self.folder = folder
         self.addresses = addresses or BrokerAddresses()
         self.amqp_url = ""
@@ -46,19 +46,19 @@ class Brokers:
         self.rabbitmq_version = ""
         self.redis_version = ""
         self.servers: list[BrokerServer] = []
-        """What was started here, and is stopped at the end."""
+        """The servers started here, which are stopped at the end."""
         self._look = look
         self._progress = progress or Progress()
         self._persistent = persistent
 
     @property
     def given(self) -> bool:
-        """Whether somebody else runs at least one of them, so that it lives on."""
+        """Whether at least one broker was given, so that it outlives this run."""
         return bool(self.addresses.amqp_url or self.addresses.redis_url)
 
     @property
     def tls(self) -> Tls:
-        """How the certificates of servers that were given are checked; private ones have none."""
+        """TLS settings for given servers; private ones have no certificates."""
         return self.addresses.tls
 
     async def __aenter__(self) -> Brokers:
@@ -71,7 +71,7 @@ class Brokers:
         await self.stop()
 
     async def start(self) -> None:
-        """Find or start both, side by side, and prove that they answer."""
+        """Find or start both concurrently, and check that they answer."""
         host = self._look()
         chosen = broker_sources.choose_sources(self.addresses, host)
         failed = await self._install(chosen.of(BrokerSource.APT))
@@ -104,7 +104,7 @@ class Brokers:
             )
 
     async def _install(self, names: list[str]) -> BrokersError | None:
-        """Install the named brokers with apt; returns its error, which matters only if no containers are to be had."""
+        """Install brokers with apt. Returns its error, which matters only where containers are no alternative."""
         if not names:
             return None
         try:
@@ -123,7 +123,7 @@ class Brokers:
             assert host.rabbitmq is not None
             assert host.epmd is not None
             self.amqp_url = self._keep(await servers.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
-        self.rabbitmq_version = await _prove("RabbitMQ", "WISP_AMQP_URL", check_rabbitmq, self.amqp_url, self.tls)
+        self.rabbitmq_version = await _checked("RabbitMQ", "WISP_AMQP_URL", check_rabbitmq, self.amqp_url, self.tls)
 
     async def _start_redis(self, source: BrokerSource, host: Machine, step: ProgressStep) -> None:
         if source is BrokerSource.GIVEN:
@@ -133,24 +133,24 @@ class Brokers:
         else:
             assert host.redis is not None
             self.redis_url = self._keep(await servers.start_redis(host.redis, self.folder, persistent=self._persistent))
-        self.redis_version = await _prove("Redis", "WISP_REDIS_URL", check_redis, self.redis_url, self.tls)
+        self.redis_version = await _checked("Redis", "WISP_REDIS_URL", check_redis, self.redis_url, self.tls)
 
     def _keep(self, server: BrokerServer) -> str:
         self.servers.append(server)
         return server.url
 
     async def stop(self) -> None:
-        """Stop what was started, side by side."""
+        """Stop the servers that were started, concurrently."""
         servers, self.servers = self.servers, []
         await asyncio.gather(*(server.stop() for server in servers))
 
 
-async def _prove(name: str, setting: str, check: Callable[[str, Tls], Awaitable[str]], url: str, tls: Tls) -> str:
+async def _checked(name: str, setting: str, check: Callable[[str, Tls], Awaitable[str]], url: str, tls: Tls) -> str:
     try:
         return await check(url, tls)
     except NotReady as error:
         raise BrokersError(
             f"{name} does not answer at {without_password(url)}: {error}.\n"
-            f"That address comes from {setting}: start the server there, correct the address, or unset {setting} to "
-            "get a private one."
+            f"The address comes from {setting}: start the server, correct the address, or unset {setting} for a "
+            "private server."
         ) from None

@@ -1,7 +1,7 @@
-"""RabbitMQ and Redis in containers, for machines without the programs but with docker or podman.
+"""RabbitMQ and Redis in containers, for machines with docker or podman but without the programs.
 
-A container stays attached to a client process and ends when its standard input closes, which happens when the client
-or its owner dies: nothing is left behind.
+A container stays attached to a client process and ends when its standard input closes. This happens when the client or
+its owner dies, so no container is left behind.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ REDIS_IMAGE = "docker.io/library/redis:7.4"
 START_S = 120.0
 USER = "wisp"
 
-# The server runs beside a watcher of standard input; either end stops it, and the container ends with the server.
+# The server runs beside a watcher of standard input. The end of either stops the server and the container.
 UNTIL_INPUT_CLOSES = (
     'exec 3<&0; docker-entrypoint.sh "$@" </dev/null 3<&- & server=$!; trap "kill $server" TERM; '
     "(cat <&3 >/dev/null; kill $server) & wait $server; wait $server"
@@ -33,7 +33,7 @@ UNTIL_INPUT_CLOSES = (
 
 
 async def start_rabbitmq(engine: str, folder: Path, step: ProgressStep) -> BrokerServer:
-    """Run RabbitMQ in a container; ready when a client can log in. Raises BrokersError."""
+    """Run RabbitMQ in a container; return when a client can log in. Raises BrokersError."""
     await _pull(engine, RABBITMQ_IMAGE, folder / "pull-rabbitmq.log", step)
     password = token_urlsafe(12)
     login = {"RABBITMQ_DEFAULT_USER": USER, "RABBITMQ_DEFAULT_PASS": password}
@@ -49,7 +49,7 @@ async def start_rabbitmq(engine: str, folder: Path, step: ProgressStep) -> Broke
 
 
 async def start_redis(engine: str, folder: Path, step: ProgressStep) -> BrokerServer:
-    """Run Redis without persistence in a container; ready when it answers. Raises BrokersError."""
+    """Run Redis without persistence in a container; return when it answers. Raises BrokersError."""
     await _pull(engine, REDIS_IMAGE, folder / "pull-redis.log", step)
     password = token_urlsafe(12)
 
@@ -65,7 +65,10 @@ async def start_redis(engine: str, folder: Path, step: ProgressStep) -> BrokerSe
 
 
 def run_command(engine: str, image: str, publish: str, server: list[str], passed_on: list[str]) -> list[str]:
-    """The client's command line. `passed_on` names environment variables, whose values thereby stay out of it."""
+    """Return the client's command line.
+
+    passed_on: names of environment variables, so that their values stay out of the command line.
+    """
     name = f"wisp-{server[0]}-{token_hex(3)}"
     variables = [part for variable in passed_on for part in ("--env", variable)]
     return [
@@ -89,7 +92,7 @@ async def _run(
 
 
 async def _pull(engine: str, image: str, log: Path, step: ProgressStep) -> None:
-    """Fetch the image unless it is here."""
+    """Fetch the image if it is missing."""
     inspect = await Process.start("inspect", [engine, "image", "inspect", image], log=log, environment=os.environ)
     if await inspect.wait() == 0:
         return
@@ -107,5 +110,5 @@ async def _pull(engine: str, image: str, log: Path, step: ProgressStep) -> None:
     if pull.returncode:
         raise BrokersError(
             f"{engine} could not fetch {image}:\n{pull.tail(5)}\nTry `{engine} pull {image}` by hand, or install "
-            "RabbitMQ and Redis (`wisp doctor` says how), or set WISP_AMQP_URL and WISP_REDIS_URL."
+            "RabbitMQ and Redis (`wisp doctor` shows the commands), or set WISP_AMQP_URL and WISP_REDIS_URL."
         )

@@ -1,4 +1,4 @@
-"""Where a checkout keeps its local state, and the folder of one run."""
+"""Folders of local state: the checkout's `.wisp`, and one folder per run."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ SUITE = "suite.json"
 
 
 def checkout() -> Path:
-    """The folder that holds the product's sources, or the working folder when it is installed as a package."""
+    """Return the folder with the sources, or the working folder when WISP is installed as a package."""
     root = Path(__file__).resolve().parents[3]
     return root if (root / "pyproject.toml").is_file() else Path.cwd()
 
 
 def state_folder() -> Path:
-    """`.wisp` in the checkout: models, results and runs."""
+    """Return `.wisp` in the checkout: models, results and runs."""
     return checkout() / ".wisp"
 
 
 class RunFolder:
-    """A private folder of one run, locked while its owner lives. Use as a context manager.
+    """Context manager with a private folder for one run, locked while its owner lives.
 
-    A run that ends well removes it; one that fails keeps it, for its logs. Folders of dead owners are removed by later
-    runs, except the latest `RUNS_KEPT`.
+    A successful run removes its folder; a failed one keeps it for its logs. Later runs remove folders of dead owners,
+    except the latest `RUNS_KEPT`.
     """
 
     def __init__(self, purpose: str, runs: Path | None = None) -> None:
@@ -44,10 +44,10 @@ class RunFolder:
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         os.write(self._lock, f"{os.getpid()}\n".encode())
         self.kept = False
-        """Set to keep it even if the run ends well."""
+        """Set to keep the folder after a successful run."""
 
     def close(self, *, keep: bool = False) -> None:
-        """Give the folder up; removes it unless `keep`."""
+        """Unlock the folder; remove it unless `keep`."""
         if not keep:
             shutil.rmtree(self.path, ignore_errors=True)
         os.close(self._lock)
@@ -61,24 +61,24 @@ class RunFolder:
 
 @dataclass(frozen=True)
 class RunningSuite:
-    """Where the suite of a run is found."""
+    """The address of a run's suite."""
 
     namespace: str
     amqp_url: str | None
-    """None where somebody else runs the brokers: their address may hold a password that is not ours to write down."""
+    """None for given brokers, whose address may hold a password that must not be written to disk."""
 
 
 def note_suite(folder: Path, suite: RunningSuite) -> None:
-    """Write down where the suite of this run's folder is found."""
+    """Write the suite's address to its run's folder."""
     (folder / SUITE).write_text(json.dumps(asdict(suite)))
 
 
 def running_suites(runs: Path | None = None) -> list[RunningSuite]:
-    """The suites of runs whose owners live, the latest first."""
+    """Return the suites of runs whose owners live, the latest first."""
     runs = runs or state_folder() / "run"
     found = []
     for path in sorted(runs.glob(f"*/{SUITE}"), key=_modified_s, reverse=True):
-        with contextlib.suppress(OSError, ValueError, TypeError):  # being written or removed just now
+        with contextlib.suppress(OSError, ValueError, TypeError):  # being written or removed
             suite = RunningSuite(**json.loads(path.read_text()))
             if _owned(path.parent):
                 found.append(suite)
@@ -86,7 +86,7 @@ def running_suites(runs: Path | None = None) -> list[RunningSuite]:
 
 
 def _prune(runs: Path) -> None:
-    """Remove what dead owners left, oldest first."""
+    """Remove folders of dead owners, oldest first."""
     folders = sorted((path for path in runs.iterdir() if path.is_dir()), key=_modified_s, reverse=True)
     for path in folders[RUNS_KEPT:]:
         if not _owned(path):
@@ -103,7 +103,7 @@ def _owned(path: Path) -> bool:
     try:
         lock = os.open(path / OWNER, os.O_RDONLY | os.O_CLOEXEC)
     except FileNotFoundError:
-        # Either a new folder whose owner is about to take the lock, or the remains of one.
+        # A new folder whose owner is about to take the lock, or a partly removed one.
         return False
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Reading the services' JSON logs, and asking a gateway whether it is ready."""
+"""Reads the services' JSON logs, and checks whether an HTTP API is ready."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ _PLUMBING = frozenset({"event", "level", "timestamp", "service", "instance", "ex
 
 
 def find(log: Path, events: Collection[str]) -> dict[str, Any] | None:
-    """The first line of a log that tells one of these events."""
+    """Return the fields of the first line of a log with one of these events; None without one."""
     if not log.is_file():
         return None
     with log.open(errors="replace") as file:
@@ -27,12 +27,12 @@ def find(log: Path, events: Collection[str]) -> dict[str, Any] | None:
 
 
 def readable(text: str) -> str:
-    """Log lines as a person reads them: level, event, the event's own fields, the last error."""
+    """Format log lines for people: level, event, the event's fields, the last error."""
     return "\n".join(_readable(line) for line in text.splitlines())
 
 
 async def answers(url: str) -> bool:
-    """Whether GET `url` answers with status 200."""
+    """Return whether GET `url` answers with status 200."""
     parts = urlsplit(url)
     try:
         async with asyncio.timeout(ANSWER_S):
@@ -49,13 +49,13 @@ async def answers(url: str) -> bool:
 
 
 async def until_answers(url: str, interval_s: float) -> None:
-    """Ask again and again until GET `url` answers with status 200."""
-    while not await answers(url):  # noqa: ASYNC110 - it happens in another process
+    """Poll until GET `url` answers with status 200."""
+    while not await answers(url):  # noqa: ASYNC110 - the event is in another process
         await asyncio.sleep(interval_s)
 
 
 def _unchecked() -> ssl.SSLContext:
-    """For a gateway that we started ourselves: its certificate is for the name under which others reach it."""
+    """Return a context without checks, for a gateway of this stack: its certificate names another host."""
     context = ssl.create_default_context()
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE

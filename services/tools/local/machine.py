@@ -1,4 +1,4 @@
-"""What this machine has that brokers can be made of."""
+"""The facts about this machine that decide where brokers come from."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ CONTAINER_PROBE_S = 5.0
 
 @dataclass(frozen=True)
 class Machine:
-    """The facts that decide where brokers come from; None or False for what is not there."""
+    """Programs, distribution and rights found on this machine; None or False for a missing one."""
 
     rabbitmq: Path | None
     epmd: Path | None
     redis: Path | None
     distribution: str
-    """`ID` of os-release and its relatives, separated by spaces; `macos` there."""
+    """`ID` and `ID_LIKE` of os-release, separated by spaces; `macos` on macOS."""
     root: bool
     apt: bool
     container: str | None
@@ -41,17 +41,17 @@ class Machine:
 
     @property
     def debian(self) -> bool:
-        """Whether this is Debian, Ubuntu or a relative."""
+        """Whether this is Debian, Ubuntu or a derivative."""
         return not {"debian", "ubuntu"}.isdisjoint(self.distribution.split())
 
     @property
     def rabbitmq_installed(self) -> bool:
-        """Whether RabbitMQ can be started from here (it needs Erlang's port mapper as well)."""
+        """Whether RabbitMQ can be started; it needs Erlang's port mapper as well."""
         return self.rabbitmq is not None and self.epmd is not None
 
 
 def inspect_machine(search_path: str | None = None, root: Path = Path("/")) -> Machine:
-    """Look at this machine. `search_path` replaces PATH and `root` the file system, for tests."""
+    """Inspect this machine. Tests replace PATH by `search_path` and the file system by `root`."""
     return Machine(
         rabbitmq=_first(RABBITMQ_SCRIPTS, root) or _rabbitmq_on(search_path),
         epmd=_which(("epmd",), search_path) or _first(EPMD_BINARIES, root),
@@ -64,7 +64,7 @@ def inspect_machine(search_path: str | None = None, root: Path = Path("/")) -> M
 
 
 async def container_engine() -> str | None:
-    """`docker` or `podman`, whichever has an engine that answers within `CONTAINER_PROBE_S`."""
+    """Return `docker` or `podman`, the first whose engine answers within `CONTAINER_PROBE_S`; else None."""
     for name in ("docker", "podman"):
         if shutil.which(name) is None:
             continue
@@ -87,13 +87,13 @@ async def container_engine() -> str | None:
 
 
 def version_in(text: str) -> tuple[int, ...]:
-    """The first dotted version number in `text`, for comparing; empty if there is none."""
+    """Return the first dotted version number in `text` for comparisons; empty if there is none."""
     found = re.search(r"\d+(?:\.\d+)+", text)
     return tuple(int(part) for part in found.group().split(".")) if found else ()
 
 
 def _first(patterns: Sequence[str], root: Path) -> Path | None:
-    """The newest executable that the first fruitful pattern matches."""
+    """Return the newest executable of the first pattern with a match."""
     for pattern in patterns:
         found = [path for path in root.glob(pattern.lstrip("/")) if os.access(path, os.X_OK)]
         if found:
@@ -109,7 +109,7 @@ def _which(names: Sequence[str], search_path: str | None) -> Path | None:
 
 
 def _rabbitmq_on(search_path: str | None) -> Path | None:
-    """`rabbitmq-server` on PATH, unless it is a package's wrapper that changes to the system's own user."""
+    """Return `rabbitmq-server` on PATH, unless it is a package's wrapper that switches to the system user."""
     found = _which(("rabbitmq-server",), search_path)
     if found is None:
         return None

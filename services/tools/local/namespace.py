@@ -1,4 +1,4 @@
-"""Leaves servers that somebody else runs as they were: removes what a stack's own namespace held there."""
+"""Removes a stack's namespace from brokers that outlive it."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.runtime.tls import Tls
 
 
 async def delete_namespace(amqp_url: str, redis_url: str, namespace: str, tls: Tls) -> None:
-    """Delete the namespace's queues, exchanges and keys. Its services must have ended."""
+    """Delete the namespace's queues, exchanges and keys. All its services must have ended."""
     topology = Topology(namespace)
     shared_queues = (
         topology.generate_queue(),

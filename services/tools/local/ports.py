@@ -9,23 +9,23 @@ LOOPBACK = "127.0.0.1"
 
 
 def free_ports(count: int) -> list[int]:
-    """Different ports that were free a moment ago. Another process may take one first: be ready to try again."""
+    """Return different free ports. Another process may take one before its use: be ready to retry."""
     with ExitStack() as stack:
         return [_bind(stack.enter_context(socket.socket())) for _ in range(count)]
 
 
 def is_free(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    """Return whether a server could listen at the address now."""
+    with socket.socket() as trial:
+        trial.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            probe.bind((host, port))
+            trial.bind((host, port))
         except OSError:
             return False
         return True
 
 
-def _bind(probe: socket.socket) -> int:
-    probe.bind((LOOPBACK, 0))
-    port: int = probe.getsockname()[1]
+def _bind(trial: socket.socket) -> int:
+    trial.bind((LOOPBACK, 0))
+    port: int = trial.getsockname()[1]
     return port

@@ -1,4 +1,4 @@
-"""A child process with its log file: it cannot outlive its owner, and is stopped by pid."""
+"""A child process with a log file, which cannot outlive its owner."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-TETHER = Path(__file__).with_name("parent_death.py")
+PARENT_DEATH = Path(__file__).with_name("parent_death.py")
 TAIL_BYTES = 16_384
 
 
 class Process:
-    """A running child. Start it from a thread that lives as long as the child shall (see `parent_death`)."""
+    """A child process. Start it from a thread that outlives it: the child dies with its thread (`parent_death.py`)."""
 
     def __init__(self, name: str, log: Path, child: asyncio.subprocess.Process) -> None:
         self.name = name
@@ -33,17 +33,17 @@ class Process:
         folder: Path | None = None,
         hold_input: bool = False,
     ) -> Process:
-        """Start `command` with exactly this environment, its output appended to `log`, in a process group of its own.
+        """Start `command` with exactly this environment and append its output to `log`.
 
-        The own group keeps a Ctrl-C in the terminal from reaching it: its owner stops it in the right order.
-        `hold_input` gives it a standard input that stays open until its owner ends.
+        The child has a process group of its own, so that Ctrl-C in the terminal does not reach it: its owner stops it
+        in the right order. `hold_input` gives it a standard input that stays open until its owner ends.
         """
         with log.open("ab") as output:
             child = await asyncio.create_subprocess_exec(
                 sys.executable,
                 "-I",
                 "-S",
-                str(TETHER),
+                str(PARENT_DEATH),
                 str(os.getpid()),
                 *command,
                 stdin=asyncio.subprocess.PIPE if hold_input else asyncio.subprocess.DEVNULL,
@@ -57,7 +57,7 @@ class Process:
 
     @property
     def pid(self) -> int:
-        """The command's own process id."""
+        """The command's process id."""
         return self._child.pid
 
     @property
@@ -67,26 +67,26 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether it is still running."""
+        """Whether the process is running."""
         return self._child.returncode is None
 
     async def wait(self) -> int:
-        """Wait for its end; returns the exit status."""
+        """Wait for the end; return the exit status."""
         return await self._child.wait()
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal to the command itself; nothing happens if it has ended."""
+        """Send a signal to the command, unless it has ended."""
         if self.alive:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
 
     async def stop(self, number: signal.Signals = signal.SIGTERM, grace_s: float = 5.0) -> int:
-        """Send `number`, wait `grace_s` for the end, then kill the whole group. Returns the exit status."""
+        """Send `number`, wait `grace_s` for the end, then kill the whole group. Return the exit status."""
         self.send(number)
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(grace_s):
                 await self._child.wait()
-        # Its own children may still be there even when it has gone by itself.
+        # Its children may outlive it.
         with contextlib.suppress(ProcessLookupError, PermissionError):
             os.killpg(self.pid, signal.SIGKILL)
         return await self._child.wait()
@@ -97,7 +97,7 @@ class Process:
             self._child.stdin.close()
 
     def tail(self, lines: int = 20) -> str:
-        """The last lines of its log."""
+        """Return the last lines of the log."""
         try:
             with self.log.open("rb") as file:
                 file.seek(0, os.SEEK_END)

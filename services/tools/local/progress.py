@@ -1,4 +1,4 @@
-"""How long steps are shown: a spinner in a terminal, plain lines elsewhere, nothing in tests."""
+"""Progress of long steps: a spinner in a terminal, plain lines elsewhere, nothing by default."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ PLAIN_INTERVAL_S = 5.0
 
 
 class ProgressStep:
-    """One step under way. `detail` says what it is doing now, `done` what it has come to."""
+    """A running step, as a context manager."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -27,34 +27,34 @@ class ProgressStep:
         return None
 
     def detail(self, text: str) -> None:
-        """Show what the step is doing at the moment."""
+        """Show the current activity."""
 
     def done(self, text: str) -> None:
-        """Set the line that stays when the step has ended well."""
+        """Set the line that remains after a successful end."""
         self.outcome = text
 
     @property
     def elapsed_s(self) -> float:
-        """Seconds since the step began."""
+        """Seconds since the beginning of the step."""
         return time.monotonic() - self.started
 
 
 class Progress:
-    """Shows nothing."""
+    """Progress that shows nothing; the base of those that do."""
 
     def step(self, text: str) -> ProgressStep:
-        """Begin a step; use the result as a context manager."""
+        """Return a step to use as a context manager."""
         return ProgressStep(text)
 
 
 class ConsoleProgress(Progress):
-    """Shows steps on a rich console."""
+    """Progress on a rich console."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     def step(self, text: str) -> ProgressStep:
-        """Begin a step; use the result as a context manager."""
+        """Return a step to use as a context manager."""
         return _Spinner(text, self.console) if self.console.is_terminal else _Lines(text, self.console)
 
 

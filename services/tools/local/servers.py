@@ -1,4 +1,4 @@
-"""Private RabbitMQ and Redis servers, started from installed programs on loopback ports of their own."""
+"""Private RabbitMQ and Redis servers, from installed programs, on free loopback ports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ STOP_GRACE_S = 10.0
 USER = "wisp"
 PATHS = ("/usr/local/bin", "/opt/homebrew/bin", "/usr/bin", "/bin", "/usr/sbin", "/sbin")
 
-# Sized for a laptop: no plugins, small write-ahead log, and alarms that a small disk does not raise.
+# Sized for a laptop: a small write-ahead log, and limits that a small disk does not exceed.
 RABBITMQ_CONF = """\
 listeners.tcp.1 = {host}:{port}
 default_user = {user}
@@ -51,19 +51,19 @@ logfile ""
 
 @dataclass
 class BrokerServer:
-    """A running private server: its URL and its processes, the one to stop first coming first."""
+    """A running server that this process started. `processes` are in the order of stopping."""
 
     url: str
     processes: tuple[Process, ...]
     data: Path | None = None
-    """Where it keeps what shall outlive a restart."""
+    """Its data that survives a restart."""
     start_again: Callable[[], Awaitable[Process]] | None = None
-    """Starts the first process anew on the same address; ready when a client can log in."""
+    """Starts the first process again at the same address; returns when a client can log in."""
     environment: Mapping[str, str] = field(default_factory=dict)
-    """What its command-line tools need to find it."""
+    """The environment that its command-line tools need."""
 
     async def stop(self) -> None:
-        """Stop its processes one after the other."""
+        """Stop its processes one after another."""
         for process in self.processes:
             await process.stop(grace_s=STOP_GRACE_S)
 
@@ -72,32 +72,35 @@ class BrokerServer:
         await self.processes[0].stop(signal.SIGKILL)
 
     async def restart(self, *, lose_data: bool = False) -> None:
-        """Start it again after `kill`, with its data or without. Raises BrokersError when it does not come up."""
+        """Start it again after `kill`, with or without its data. Raises BrokersError if it does not start."""
         if self.start_again is None:
-            raise BrokersError(f"{without_password(self.url)} was not started here, so it cannot be started again")
+            raise BrokersError(
+                f"{without_password(self.url)} was not started from an installed program, so it cannot be restarted"
+            )
         if lose_data and self.data is not None:
             shutil.rmtree(self.data, ignore_errors=True)
         self.processes = (await self.start_again(), *self.processes[1:])
 
 
 async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> BrokerServer:
-    """Start RabbitMQ with everything it writes under `folder`; ready when a client can log in.
+    """Start RabbitMQ with all its files under `folder`; return when a client can log in.
 
-    conf: further lines of its configuration. Raises BrokersError, with the end of its log, when it does not come up.
+    conf: further lines of configuration. Raises BrokersError with the end of its log if it does not start.
     """
     return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf))
 
 
 async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent: bool = False) -> BrokerServer:
-    """Start Redis under `folder`; ready when it answers. conf: as above. Raises BrokersError.
+    """Start Redis with all its files under `folder`; return when it answers.
 
-    `persistent`: what it has acknowledged is on the disk; without, it forgets everything when it ends.
+    conf: further lines of configuration. persistent: acknowledged writes are on disk; otherwise all data is lost at its
+    end. Raises BrokersError.
     """
     return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent))
 
 
 async def with_fresh_ports(start: Callable[[int], Awaitable[BrokerServer]]) -> BrokerServer:
-    """Try again when the server ended by itself: another process may have taken a port meanwhile."""
+    """Retry if the server ends by itself: another process may have taken a port."""
     for attempt in range(1, ATTEMPTS):
         try:
             return await start(attempt)
@@ -142,7 +145,7 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Broker
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"+S {schedulers}:{schedulers} "
         "-kernel inet_dist_use_interface {127,0,0,1}",
     }
-    # A port mapper of its own: RabbitMQ would start one that outlives it.
+    # A private port mapper: one that RabbitMQ starts would outlive it.
     mapper = await Process.start(
         "epmd",
         [str(epmd), "-port", str(epmd_port), "-address", LOOPBACK],
@@ -168,8 +171,8 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Broker
 async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> BrokerServer:
     (port,) = free_ports(1)
     password = token_urlsafe(12)
-    told = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
-    own = REDIS_CONF.format(**told, persistent="yes" if persistent else "no")
+    fields = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
+    own = REDIS_CONF.format(**fields, persistent="yes" if persistent else "no")
     conf = _write(folder, "redis.conf", own + more)
     url = f"redis://:{password}@{LOOPBACK}:{port}/0"
 
@@ -183,7 +186,7 @@ async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Bro
 
 
 async def _ready(process: Process, check: Callable[[], Awaitable[str]], log: Path, timeout_s: float) -> Process:
-    """The process, when it answers; it is killed if it does not."""
+    """Return the process once it answers; kill it if it does not."""
     try:
         await until_ready(check, process, log, timeout_s)
     except BaseException:
@@ -193,7 +196,7 @@ async def _ready(process: Process, check: Callable[[], Awaitable[str]], log: Pat
 
 
 def _write(folder: Path, name: str, text: str) -> Path:
-    """Write a file that only this user may read: it may hold a password."""
+    """Write a file that only this user can read, because it may hold a password."""
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     path = folder / name
     path.touch(0o600)
@@ -202,7 +205,7 @@ def _write(folder: Path, name: str, text: str) -> Path:
 
 
 async def until_ready(check: Callable[[], Awaitable[str]], process: Process, log: Path, timeout_s: float) -> None:
-    """Ask until `check` succeeds. Raises BrokersError when the process ends or the time is over."""
+    """Poll `check` until it succeeds. Raises BrokersError if the process ends or the time is over."""
     try:
         async with asyncio.timeout(timeout_s):
             while True:
@@ -224,7 +227,7 @@ async def until_ready(check: Callable[[], Awaitable[str]], process: Process, log
 
 
 async def kill(*processes: Process | None) -> None:
-    """Kill what has been started of a server."""
+    """Kill the started processes of a server."""
     for process in processes:
         if process is not None:
             await process.stop(signal.SIGKILL)

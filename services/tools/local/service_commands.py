@@ -1,4 +1,4 @@
-"""How each service is started: its command and its environment. Decides only; `stack` starts."""
+"""The command line and environment of each service's process."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ from typing import Literal
 from services.baseline.settings import Baseline
 
 Serving = Literal["wisp", Baseline]
-"""Who serves: the suite, or one of the baselines that it is measured against."""
+"""The suite, or a baseline that it is measured against."""
 SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier", "baseline")
 API_SERVICES = ("gateway", "baseline")
-"""Those that clients talk to."""
+"""Services with an HTTP API."""
 STOP_ORDER = (*API_SERVICES, "drafter", "scheduler", "verifier", "estimator")
-"""First who takes requests in, last who only listens."""
+"""Services that accept requests stop first; those that only listen stop last."""
 NOT_INHERITED = frozenset({"WISP_METRICS_PORT", "WISP_INSTANCE", "WISP_PORT", "WISP_HOST"})
-"""Settings that belong to one process: several would collide."""
+"""Settings of a single process, which would collide if several processes inherited them."""
 DRAIN_S = 5
 
 
 def cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 @dataclass(frozen=True)
 class ServiceCommands:
-    """What the services of one stack have in common."""
+    """The settings that the services of one stack share."""
 
     namespace: str
     amqp_url: str
@@ -45,11 +45,11 @@ class ServiceCommands:
     inherited: Mapping[str, str] = field(default_factory=lambda: dict(os.environ))
 
     def command(self, service: str) -> list[str]:
-        """The command line of a service."""
+        """Return a service's command line."""
         return [sys.executable, "-m", f"services.{service}"]
 
     def environment(self, service: str, name: str, own: Mapping[str, str]) -> dict[str, str]:
-        """The environment of one process called `name`; `own` goes before everything else."""
+        """Return the environment of the process `name`. Variables in `own` take precedence."""
         inherited = {key: value for key, value in self.inherited.items() if key not in NOT_INHERITED}
         defaults = {"WISP_DRAIN_S": str(DRAIN_S)}
         if service in ("verifier", "baseline"):

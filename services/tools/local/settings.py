@@ -1,4 +1,4 @@
-"""What the command takes from the environment."""
+"""Settings of commands and local stacks from the environment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ DEFAULT_TARGET = "smollm2-135m-instruct"
 
 
 class BrokerAddresses(TlsSettings):
-    """Brokers that somebody else runs. An address that is absent stands for a private instance."""
+    """Addresses of given brokers. A missing address stands for a private broker."""
 
     model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
 
@@ -22,19 +22,19 @@ class BrokerAddresses(TlsSettings):
 
 
 class LocalSettings(BaseSettings):
-    """What a stack on this machine is made of, as far as the environment says; options of a command go before it."""
+    """Defaults of a command's options."""
 
     model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
 
     target: str = DEFAULT_TARGET
-    """A packaged model's name, or the folder of a model."""
+    """A packaged model's name, or a model's folder."""
     namespace: str | None = Field(default=None, pattern=NAME_PATTERN)
-    """Prefix at the brokers; by default each run takes one of its own."""
+    """Prefix at the brokers; by default each run has its own."""
     api_keys_file: Path | None = None
-    """The API keys that a gateway takes."""
+    """File of the gateway's API keys."""
     unsafe_serve_everybody: bool = False
-    """As the gateway's setting of that name."""
+    """The gateway's setting of the same name."""
     api_key: SecretStr = Field(
         default=SecretStr("none"), validation_alias=AliasChoices("WISP_API_KEY", "OPENAI_API_KEY")
     )
-    """What is shown to a gateway. One that asks for no keys takes anything, and the OpenAI client insists on one."""
+    """Key for requests. The OpenAI client needs one, and a gateway without keys accepts any."""

@@ -1,4 +1,4 @@
-"""The whole suite on this machine: brokers, and the services as processes, for one run."""
+"""The suite of one run on this machine: brokers, and the services as processes."""
 
 from __future__ import annotations
 
@@ -34,18 +34,19 @@ T = TypeVar("T")
 
 
 class ServiceFailed(WispError):
-    """A process of the stack ended although nobody stopped it, or was not ready in time."""
+    """A process of the stack ended by itself, or was not ready in time."""
 
 
 class Stack:
-    """Brokers and services of one run. Use as an async context manager: inside, everything is ready.
+    """Async context manager with the brokers and services of one run. Inside it, everything is ready.
 
-    With a `serving` other than `wisp` it is one process of the service `baseline` and the engine that this starts: no
-    brokers, and the counts mean nothing. Counts may be 0. `env` goes to every service, on top of this process's
-    environment; `env_of[service]` goes to the processes of that service, before everything else. `brokers` are left
-    alone when they are given; otherwise the stack has its own. `target` is the folder of a prepared model. `port` 0
-    lets the system choose. Start it from a thread that lives as long as the stack shall. Raises WispError when a part
-    does not come up; what had come up is stopped then.
+    gateways, drafters, ...: number of processes, 0 or more. serving: with a baseline, the stack is one process of the
+    service `baseline`, without brokers, and the numbers have no effect. target: folder of a prepared model. env: added
+    to this process's environment for every service. env_of: further variables by service, which take precedence.
+    brokers: given ones are not stopped; by default the stack has its own. port: 0 lets the system choose.
+
+    Start it from a thread that outlives it: the processes die with the thread. Raises WispError if a part does not
+    start; the parts that did are stopped first.
     """
 
     def __init__(
@@ -105,7 +106,7 @@ class Stack:
                 for server in self.brokers.servers:
                     for process in server.processes:
                         self._observe(process)
-            self._launch = ServiceCommands(
+            self._commands = ServiceCommands(
                 namespace=self._namespace or LocalSettings().namespace or self.folder.name,
                 amqp_url=self.brokers.amqp_url,
                 redis_url=self.brokers.redis_url,
@@ -119,8 +120,8 @@ class Stack:
             if self.serving == "wisp":
                 amqp_url = None if self.brokers.given else self.brokers.amqp_url
                 note_suite(self.folder, RunningSuite(self.namespace, amqp_url))
-            if has_own and self._launch.namespace == self.folder.name:
-                resources.push_async_callback(self._forget)
+            if has_own and self._commands.namespace == self.folder.name:
+                resources.push_async_callback(self._delete_namespace)
             resources.push_async_callback(self._stop_all)
             await self._start_all()
             self._resources = resources.pop_all()
@@ -133,39 +134,39 @@ class Stack:
 
     @property
     def namespace(self) -> str:
-        """The prefix of this stack's exchange, queues and keys."""
-        return self._launch.namespace
+        """Prefix of this stack's exchange, queues and keys."""
+        return self._commands.namespace
 
     @property
     def url(self) -> str:
-        """The first of `urls`, as OpenAI clients want it: it ends in `/v1`."""
+        """The first of `urls`. It ends in `/v1`, as OpenAI clients expect."""
         return self.urls[0]
 
     @property
     def urls(self) -> list[str]:
-        """Base URLs of the running gateways that have been ready, or of the baseline."""
+        """Base URLs of the gateways, or of the baseline, that run and have been ready."""
         there = [process for service in API_SERVICES for process in self.processes(service)]
         return [self._urls[process.pid] for process in there if process.pid in self._urls]
 
     def keep_logs(self) -> Path:
-        """Keep the services' logs after the end, as after a failure; returns their folder."""
+        """Keep the services' logs after the end, as after a failure; return their folder."""
         self._run.kept = True
         return self.folder
 
     def url_of(self, gateway: Process) -> str:
-        """Base URL of a gateway that has been ready."""
+        """Return the base URL of a gateway that has been ready."""
         return self._urls[gateway.pid]
 
     def processes(self, service: str | None = None) -> list[Process]:
-        """The running processes of a service, or of all, in the order they were started."""
+        """Return the running processes of a service, or of all, in the order of their start."""
         return [process for name, process in self._processes if service in (None, name) and process.alive]
 
     async def start(
         self, service: str, count: int = 1, env: Mapping[str, str] | None = None, under: Sequence[str] = ()
     ) -> list[Process]:
-        """Start `count` more processes of a service; returns when they are ready.
+        """Start `count` more processes of a service; return when they are ready.
 
-        `env` is for them alone; `under` is a command that runs theirs in its own place.
+        env: variables for these processes only. under: a command line that runs the service's command.
         """
         started = [await self._start(service, env or {}, under) for _ in range(count)]
         await asyncio.gather(*(self._until_ready(service, process) for process in started))
@@ -174,12 +175,12 @@ class Stack:
     async def stop(
         self, process: Process, number: signal.Signals = signal.SIGTERM, grace_s: float = STOP_GRACE_S
     ) -> int:
-        """End one process with a signal; it is killed after `grace_s`. Returns its exit status."""
+        """Stop one process with a signal; kill it after `grace_s`. Return its exit status."""
         self._stopped.add(process.pid)
         return await process.stop(number, grace_s)
 
     async def watch(self, work: Coroutine[Any, Any, T]) -> T:
-        """Run `work`; raises ServiceFailed as soon as a service ends although nobody stopped it."""
+        """Run `work`; raise ServiceFailed as soon as a process ends by itself."""
         assert self._failed is not None
         task = asyncio.ensure_future(work)
         either: set[asyncio.Future[Any]] = {task, self._failed}
@@ -194,7 +195,7 @@ class Stack:
                 await task
 
     async def next_failure(self) -> ServiceFailed:
-        """Wait until a process ends although nobody stopped it; call again for the next one."""
+        """Wait until a process ends by itself; call again for the next one."""
         assert self._failed is not None
         await asyncio.wait({self._failed})
         failure = self._failed.exception()
@@ -204,7 +205,7 @@ class Stack:
 
     @property
     def complete(self) -> bool:
-        """Whether each wanted service, and each private broker, still runs."""
+        """Whether each service that the stack was started with, and each private broker, is running."""
         brokers = [process for server in self.brokers.servers for process in server.processes]
         return all(self.processes(service) for service, count in self.counts.items() if count) and all(
             process.alive for process in brokers
@@ -231,15 +232,15 @@ class Stack:
 
     async def _start(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
         if service not in SERVICES:
-            raise ValueError(f"no service is called {service!r}; there are {', '.join(SERVICES)}")
-        # Counted before anything is awaited, so that several can be started at once.
+            raise ValueError(f"there is no service {service!r}; the services are {', '.join(SERVICES)}")
+        # Count before the first await: several processes may be started concurrently.
         self._started[service] += 1
         name = f"{service}-{self._started[service]}"
         process = await Process.start(
             name,
-            [*under, *self._launch.command(service)],
+            [*under, *self._commands.command(service)],
             log=self.folder / f"{name}.log",
-            environment=self._launch.environment(service, name, {**self.env_of.get(service, {}), **env}),
+            environment=self._commands.environment(service, name, {**self.env_of.get(service, {}), **env}),
             folder=checkout(),
         )
         self._processes.append((service, process))
@@ -261,13 +262,13 @@ class Stack:
                     f"{logs.readable(process.tail(15))}"
                 )
             )
-            self._failed.exception()  # it is reported by whoever waits, not by the event loop
+            self._failed.exception()  # whoever waits reports it, not the event loop
 
     async def _until_ready(self, service: str, process: Process) -> None:
-        """Wait for the process's own word in its log and, for one with an API, for its proof of what it needs."""
+        """Wait for the process's ready event in its log and, if it has an API, for its `/ready`."""
         try:
             async with asyncio.timeout(START_S):
-                while not (said := logs.find(process.log, READY_EVENTS)):
+                while not (ready := logs.find(process.log, READY_EVENTS)):
                     if not process.alive:
                         raise ServiceFailed(
                             f"{process.name} ended with status {process.returncode} before it was ready. "
@@ -275,7 +276,7 @@ class Stack:
                         )
                     await asyncio.sleep(POLL_S)
                 if service in API_SERVICES:
-                    self._urls[process.pid] = url = str(said["url"])
+                    self._urls[process.pid] = url = str(ready["url"])
                     if service == "baseline" or self.counts["verifier"]:
                         await logs.until_answers(url.removesuffix("/v1") + "/ready", POLL_S)
         except TimeoutError:
@@ -285,7 +286,7 @@ class Stack:
             ) from None
 
     async def _stop_all(self) -> None:
-        """Stop the services in the order that lets running work end, then the stack's own brokers."""
+        """Stop the services in an order that lets running work end."""
         for watcher in self._watchers:
             watcher.cancel()
         with self._progress.step("stopping the services") as step:
@@ -293,15 +294,15 @@ class Stack:
                 await asyncio.gather(*(self.stop(process) for process in self.processes(service)))
             step.done("services stopped")
 
-    async def _forget(self) -> None:
-        """Remove this run's own namespace from servers that live on."""
+    async def _delete_namespace(self) -> None:
+        """Remove this run's namespace from given brokers, which outlive it."""
         if self.brokers.given:
             with suppress(OSError, AMQPError, RedisError):
                 await delete_namespace(self.brokers.amqp_url, self.brokers.redis_url, self.namespace, self.brokers.tls)
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, None]]) -> None:
-    """Run everything side by side; the first error ends the rest."""
+    """Run everything concurrently; the first error cancels the rest."""
     tasks = [asyncio.ensure_future(coroutine) for coroutine in work]
     try:
         await asyncio.gather(*tasks)

@@ -1,4 +1,4 @@
-"""The target model's folder, made ready."""
+"""Prepares the target model's folder, and lists models."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from services.tools.local.progress import Progress, ProgressStep
 
 
 def models_folder() -> Path:
-    """Where packaged models are unpacked to."""
+    """Return the folder of unpacked packaged models."""
     return state_folder() / "models"
 
 
 def prepare_target(target: str, progress: Progress) -> Path:
-    """The folder of a packaged model or of the model in a folder, complete and checked. Raises ModelError.
+    """Return the complete, checked folder of a packaged model or of the model in a folder. Raises ModelError.
 
-    Shows progress only if there is something to do.
+    Shows progress only if there is work to do.
     """
     from shared.models.prepare import prepare
 
@@ -35,7 +35,7 @@ def prepare_target(target: str, progress: Progress) -> Path:
 
 
 def model_rows() -> list[tuple[str, str, str]]:
-    """Name, state and folder of every model that is packaged or lies in the models folder."""
+    """Return name, state and folder of every model that is packaged or in the models folder."""
     from shared.errors import ModelError
     from shared.models.folder import ModelFolder
     from shared.models.prepare import PACKAGED
