@@ -1,3 +1,3 @@
-"""The baselines: serving in one place, without messages between services. `service` says how and why."""
+"""The baselines: centralized and colocated serving, without messages between services. See `service`."""
 
 __all__ = ["settings"]

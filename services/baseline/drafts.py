@@ -1,9 +1,8 @@
-"""Drafts for the sessions of an engine in the same process: the drafter's own sources and controller, called for all
-sessions of a step at once.
+"""Drafts for the sessions of an engine in the same process.
 
-All sessions of a step wait for its drafts and for all that it verifies, so times are learned of steps and not of
-sessions: a draft step serves all that draft, and a verified token costs each session of the step its time. The latter
-is what the scheduler's price says elsewhere.
+The drafter's own sources and controller draft for all sessions of a step at once. All sessions of a step wait for its
+drafts and its verified tokens, so times are learned per step: a draft step serves all drafting sessions, and a verified
+token costs each session of the step its time. In the suite, the scheduler's price stands for the latter.
 """
 
 from __future__ import annotations
@@ -22,13 +21,13 @@ from shared.runtime import logging
 
 
 @dataclass(frozen=True)
-class Wish:
-    """A session that may be drafted for, after its committed `tokens`."""
+class DraftSlot:
+    """A session to draft for, with its committed `tokens`."""
 
-    session: str
+    session_id: str
     tokens: list[int]
     room: int
-    """Most draft tokens that it can use."""
+    """Most draft tokens that the session can use."""
 
 
 @dataclass
@@ -43,7 +42,7 @@ class InProcessDrafts:
     """Drafting beside one engine. Not thread-safe."""
 
     def __init__(self, drafting: Drafting, engine: Engine) -> None:
-        """engine: the target's, which keeps hidden states if some source reads them."""
+        """`engine` is the target's; it keeps hidden states if a source reads them."""
         self._drafting = drafting
         self._engine = engine
         self._times = drafting.controller.times
@@ -55,70 +54,70 @@ class InProcessDrafts:
         return self._drafting.controller.draft_length
 
     def open(self, generate: Generate) -> None:
-        """A session begins."""
+        """Add a session."""
         choice = self._drafting.choose(generate)
         control = self._drafting.controller.session(*choice.token_sources)
         self._sessions[generate.session] = _Session(generate, choice, control)
 
-    def close(self, session: str) -> None:
-        """It has ended; nothing happens if it is not known."""
-        if (known := self._sessions.pop(session, None)) is not None:
-            known.choice.source.close(session)
+    def close(self, session_id: str) -> None:
+        """Remove a session; nothing happens if it is unknown."""
+        if (session := self._sessions.pop(session_id, None)) is not None:
+            session.choice.source.close(session_id)
 
-    def propose(self, wishes: Sequence[Wish]) -> dict[str, list[int]]:
-        """The draft of each session."""
-        by_source: dict[int, list[Wish]] = {}
-        for wish in wishes:
-            session = self._sessions[wish.session]
-            session.round = session.control.begin(wish.room, session.generate.sampling.temperature)
-            by_source.setdefault(id(session.choice.source), []).append(wish)
+    def propose(self, slots: Sequence[DraftSlot]) -> dict[str, list[int]]:
+        """Return the draft of each session."""
+        by_source: dict[int, list[DraftSlot]] = {}
+        for slot in slots:
+            session = self._sessions[slot.session_id]
+            session.round = session.control.begin(slot.room, session.generate.sampling.temperature)
+            by_source.setdefault(id(session.choice.source), []).append(slot)
         drafts: dict[str, list[int]] = {}
         for some in by_source.values():
-            for wish, draft in zip(some, self._ask(some), strict=True):
-                drafts[wish.session] = draft.tokens
+            for slot, draft in zip(some, self._ask(some), strict=True):
+                drafts[slot.session_id] = draft.tokens
         return drafts
 
-    def _ask(self, wishes: Sequence[Wish]) -> list[Draft]:
-        """Drafts of sessions that have the same source."""
-        source = self._sessions[wishes[0].session].choice.source
+    def _ask(self, slots: Sequence[DraftSlot]) -> list[Draft]:
+        """Return the drafts of sessions with the same source."""
+        source = self._sessions[slots[0].session_id].choice.source
         started_s = time.perf_counter()
         try:
-            drafts = source.propose([self._request(source, wish) for wish in wishes])
+            drafts = source.propose([self._request(source, slot) for slot in slots])
         except Exception:
-            # Drafts only make it faster: without them the text is the same.
+            # Drafts only save time: without them the text is the same.
             logging.get().exception("draft source failed")
-            drafts = [Draft() for _ in wishes]
+            drafts = [Draft() for _ in slots]
         took_ms = (time.perf_counter() - started_s) * 1000
-        for wish, draft in zip(wishes, drafts, strict=True):
-            if (round_ := self._sessions[wish.session].round) is not None:
+        for slot, draft in zip(slots, drafts, strict=True):
+            if (round_ := self._sessions[slot.session_id].round) is not None:
                 round_.cut(len(draft.tokens))
         for name in {name for draft in drafts for name in draft.steps}:
             steps = max(draft.steps.get(name, 0) for draft in drafts)
             self._times.learn_draft(name, steps, took_ms, max(draft.computed for draft in drafts))
         return drafts
 
-    def _request(self, source: DraftSource, wish: Wish) -> DraftRequest:
-        session = self._sessions[wish.session]
+    def _request(self, source: DraftSource, slot: DraftSlot) -> DraftRequest:
+        session = self._sessions[slot.session_id]
         assert session.round is not None
         names = session.choice.token_sources
         states = None
         if session.choice.reads_hidden_states and session.round.wants("hidden"):
-            start = max(0, min(source.seen(wish.session), len(wish.tokens) - 1) - 1)
-            rows = self._engine.hidden(wish.session, start, len(wish.tokens) - 1)
+            start = max(0, min(source.seen(slot.session_id), len(slot.tokens) - 1) - 1)
+            rows = self._engine.hidden(slot.session_id, start, len(slot.tokens) - 1)
             states = States(start, rows.float().numpy(force=True))
-        return DraftRequest(wish.session, wish.tokens, session.generate.sampling, session.round, names, states)
+        return DraftRequest(slot.session_id, slot.tokens, session.generate.sampling, session.round, names, states)
 
     def settle(self, result: Result) -> None:
-        """Learn from what became of a session's draft."""
+        """Learn from a session's result."""
         session = self._sessions.get(result.session)
         if session is not None and session.round is not None:
             session.control.settle(session.round, *verified_counts(result))
             session.round = None
 
     def learn_step(self, sessions: int, drafted: int, verify_ms: float) -> None:
-        """Learn from a step of so many sessions that verified `drafted` tokens in all, and computed no prompt."""
+        """Learn from a step without prompts in which `sessions` sessions verified `drafted` draft tokens in all."""
         token_ms = self._times.token_ms - self._times.price_ms
         others_ms = token_ms * drafted * (sessions - 1) / sessions
-        # What others' drafts add is a wait for the session, as a queue is.
+        # For a session, the time of other sessions' drafts is queueing time.
         self._times.learn_round(drafted, verify_ms + others_ms, verify_ms, others_ms, drafted + 1)
         self._times.price_ms = (self._times.token_ms - self._times.price_ms) * (sessions - 1)

@@ -1,4 +1,4 @@
-"""The engine's process: loads the models, then serves the socket to the API's process until that closes it."""
+"""The engine's process: loads the models, then serves the API's process over a socket until that closes it."""
 
 from __future__ import annotations
 
@@ -22,9 +22,11 @@ RECEIVED = 1 << 16
 
 
 def run(settings: BaselineSettings, instance: str, link: socket.socket) -> None:
-    """Serve until the other end of `link` is closed. Ends the process with status 1 for an error that the operator has
-    to see."""
-    # Ctrl-C in a terminal reaches both processes: the API's lets running requests end, and then closes the link.
+    """Serve until the other end of `link` is closed.
+
+    Ends the process with status 1 for an error that needs the operator.
+    """
+    # Ctrl-C in a terminal reaches both processes. The API's process lets running requests end, then closes the link.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     logging.configure("baseline", f"{instance}-engine", settings.log_level, settings.log_format)
     log = logging.get()
@@ -34,7 +36,7 @@ def run(settings: BaselineSettings, instance: str, link: socket.socket) -> None:
         log.error("stopped", error=str(error))
         raise SystemExit(1) from None
     except (BrokenPipeError, ConnectionResetError):
-        pass  # the API's process has ended: nobody is left to serve
+        pass  # the API's process has ended
     except Exception:
         log.exception("crashed")
         raise SystemExit(1) from None
@@ -52,7 +54,7 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
         budget_tokens=settings.cache_tokens,
         keep_hidden=drafting is not None and drafting.hidden_size > 0,
     )
-    # As a verifier's first batches do, these pay for kernels compiled and memory touched.
+    # Like a verifier's first batches, these compile kernels and touch memory for the first time.
     for _ in profile(engine, budget_s=0.0):
         pass
     loop = EngineLoop(

@@ -1,4 +1,4 @@
-"""Messages over a local stream socket: each with its length before it, as four bytes."""
+"""Messages over a local stream socket, each after its length in four bytes."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ _LENGTH = struct.Struct("<I")
 
 
 def frame(message: Message) -> bytes:
-    """A message as it goes over the socket."""
+    """Encode a message for the socket."""
     body = encode(message)
     return _LENGTH.pack(len(body)) + body
 
 
 class Frames:
-    """Puts together what arrives in pieces."""
+    """Decodes messages from the pieces in which their bytes arrive."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
 
     def feed(self, data: bytes) -> list[Message]:
-        """The messages that these bytes complete. Raises MessageError."""
+        """Return the messages that these bytes complete. Raises MessageError."""
         self._buffer += data
         messages = []
         start = 0

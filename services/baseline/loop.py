@@ -1,6 +1,6 @@
-"""The engine's own loop: sessions in, one step after the other, what each step brought out. Runs in one thread.
+"""The engine's loop: sessions in, one step after the other, results out. Runs in one thread.
 
-Steps are run by the verifier's code, so texts are chosen and accepted in the same way as in the suite.
+The verifier's code computes the steps, so tokens are sampled and accepted as in the suite.
 """
 
 from __future__ import annotations
@@ -9,13 +9,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from services.baseline.core.batching import Batcher, Part, Seat
-from services.baseline.drafts import InProcessDrafts, Wish
+from services.baseline.core.batching import Batcher, SequenceState, StepPart
+from services.baseline.drafts import DraftSlot, InProcessDrafts
 from services.drafter.drafting import Drafting
 from services.verifier.core import replies
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine
+from shared.engine.blocks import BLOCK
 from shared.messages import Failure, Generate, Result, Status
 
 
@@ -24,11 +25,11 @@ class _Session:
     """A session from its arrival to its end."""
 
     generate: Generate
-    seat: Seat
+    sequence: SequenceState
     stop_ids: frozenset[int]
-    came_s: float
+    arrived_s: float
     queue_ms: float | None = None
-    """How long it waited for its first step."""
+    """Time before its first step; 0 once it is reported."""
     round: int = 0
 
 
@@ -38,12 +39,13 @@ class EngineLoop:
     def __init__(
         self, engine: Engine, name: str, drafting: Drafting | None, *, prefill_tokens: int, max_running: int
     ) -> None:
-        """name: of this engine in its results. drafting: None decodes plainly."""
+        """`name` stands for this engine in its results. Without `drafting`, sessions decode plainly."""
         self._engine = engine
         self._name = name
         self._drafts = None if drafting is None else InProcessDrafts(drafting, engine)
         self._batcher = Batcher(
             engine,
+            block_tokens=BLOCK,
             prefill_tokens=prefill_tokens,
             max_running=max_running,
             draft_length=0 if self._drafts is None else self._drafts.longest,
@@ -62,39 +64,41 @@ class EngineLoop:
         return min(self._engine.max_len, self._engine.budget_tokens)
 
     def add(self, generate: Generate) -> Result | None:
-        """A session comes; it waits for its turn. The result says why it cannot be served, None if it can."""
+        """Add a pending session; returns a failed result if it cannot be served."""
         limit = len(generate.prompt) + generate.max_tokens
         if limit > self.longest_session:
-            text = f"the session may come to {limit} tokens, and at most {self.longest_session} fit here"
+            text = f"the session may grow to {limit} tokens, and at most {self.longest_session} fit here"
             return self._failed(generate.session, 0, limit, Failure(code="context_length_exceeded", message=text))
-        seat = Seat(generate.session, list(generate.prompt), limit)
-        self._sessions[generate.session] = _Session(generate, seat, frozenset(generate.stop_ids), time.perf_counter())
-        self._batcher.add(seat)
+        sequence = SequenceState(generate.session, list(generate.prompt), limit)
+        self._sessions[generate.session] = _Session(
+            generate, sequence, frozenset(generate.stop_ids), time.perf_counter()
+        )
+        self._batcher.add(sequence)
         if self._drafts is not None:
             self._drafts.open(generate)
         return None
 
-    def remove(self, session: str) -> None:
-        """A session has ended, or nobody waits for it any more; nothing happens if it is not known."""
-        if (known := self._sessions.pop(session, None)) is None:
+    def remove(self, session_id: str) -> None:
+        """Remove an ended or cancelled session; nothing happens if it is unknown."""
+        if (session := self._sessions.pop(session_id, None)) is None:
             return
-        self._batcher.remove(known.seat)
+        self._batcher.remove(session.sequence)
         if self._drafts is not None:
-            self._drafts.close(session)
+            self._drafts.close(session_id)
 
     def step(self) -> list[Result]:
-        """Compute the next step; the results of the sessions that got tokens, or came to their end."""
+        """Compute the next step; returns the results of sessions with new tokens and of failed ones."""
         parts = self._batcher.next_step()
         if not parts:
             return []
         started_s = time.perf_counter()
         for part in parts:
-            session = self._sessions[part.seat.session]
+            session = self._sessions[part.sequence.session_id]
             if session.queue_ms is None:
-                session.queue_ms = (started_s - session.came_s) * 1000
+                session.queue_ms = (started_s - session.arrived_s) * 1000
         drafts = self._propose(parts)
         drafted_s = time.perf_counter()
-        tasks = [self._task(part, drafts.get(part.seat.session, [])) for part in parts]
+        tasks = [self._task(part, drafts.get(part.sequence.session_id, [])) for part in parts]
         outcomes, shapes = verify(self._engine, tasks)
         verify_ms = (time.perf_counter() - drafted_s) * 1000
         self._steps += 1
@@ -106,41 +110,43 @@ class EngineLoop:
                 results.append(result)
         return results
 
-    def _propose(self, parts: Sequence[Part]) -> dict[str, list[int]]:
+    def _propose(self, parts: Sequence[StepPart]) -> dict[str, list[int]]:
         if self._drafts is None:
             return {}
         decodes = [part for part in parts if part.tokens == 1 and part.prefill_to is None]
-        return self._drafts.propose([Wish(part.seat.session, part.seat.tokens, part.draft) for part in decodes])
+        return self._drafts.propose(
+            [DraftSlot(part.sequence.session_id, part.sequence.tokens, part.draft) for part in decodes]
+        )
 
-    def _task(self, part: Part, draft: list[int]) -> VerifyTask:
-        session = self._sessions[part.seat.session]
+    def _task(self, part: StepPart, draft: list[int]) -> VerifyTask:
+        session = self._sessions[part.sequence.session_id]
         return VerifyTask(
-            session_id=part.seat.session,
-            tokens=part.seat.tokens,
+            session_id=part.sequence.session_id,
+            tokens=part.sequence.tokens,
             draft=draft,
             sampling=session.generate.sampling,
             stop_ids=session.stop_ids,
-            room=part.seat.limit - len(part.seat.tokens),
+            room=part.sequence.limit - len(part.sequence.tokens),
             prefill_to=part.prefill_to,
         )
 
     def _settle(
-        self, part: Part, task: VerifyTask, outcome: VerifyOutcome, draft_ms: float, verify_ms: float
+        self, part: StepPart, task: VerifyTask, outcome: VerifyOutcome, draft_ms: float, verify_ms: float
     ) -> Result | None:
-        session = self._sessions[part.seat.session]
-        base_len = len(part.seat.tokens)
+        session = self._sessions[part.sequence.session_id]
+        base_len = len(part.sequence.tokens)
         if outcome.error is not None:
-            self.remove(part.seat.session)
-            return self._failed(part.seat.session, session.round, base_len, replies.refused(outcome.error))
+            self.remove(part.sequence.session_id)
+            return self._failed(part.sequence.session_id, session.round, base_len, replies.refused(outcome.error))
         if (verdict := outcome.verdict) is None:
             return None
         result = Result(
-            session=part.seat.session,
+            session=part.sequence.session_id,
             round=session.round,
             base_len=base_len,
             status=Status.COMMITTED,
             verifier=self._name,
-            batch=self._batch,
+            batch=self._batch_id,
             accepted=verdict.accepted,
             tokens=verdict.tokens,
             drafted=len(task.draft),
@@ -154,24 +160,24 @@ class EngineLoop:
         )
         session.queue_ms = 0.0
         session.round += 1
-        part.seat.tokens += verdict.tokens
+        part.sequence.tokens += verdict.tokens
         if self._drafts is not None:
             self._drafts.settle(result)
         if verdict.finish is not None:
-            self.remove(part.seat.session)
+            self.remove(part.sequence.session_id)
         return result
 
     @property
-    def _batch(self) -> str:
+    def _batch_id(self) -> str:
         return f"{self._name}-{self._steps}"
 
-    def _failed(self, session: str, round_: int, base_len: int, failure: Failure) -> Result:
+    def _failed(self, session_id: str, round_: int, base_len: int, failure: Failure) -> Result:
         return Result(
-            session=session,
+            session=session_id,
             round=round_,
             base_len=base_len,
             status=Status.FAILED,
             verifier=self._name,
-            batch=self._batch,
+            batch=self._batch_id,
             error=failure,
         )

@@ -14,11 +14,7 @@ Baseline = Literal["centralized", "colocated"]
 
 
 class BaselineSettings(ProcessSettings, ApiSettings, DraftSettings):
-    """One server without other services: the gateway's HTTP API before an engine of its own.
-
-    RabbitMQ and Redis are not used, so their addresses, `idle_check_s` and what admission predicts from the scheduler's
-    word mean nothing here.
-    """
+    """One server without other services: the gateway's HTTP API in front of an engine of its own."""
 
     serving: Baseline = Field(
         "centralized",
@@ -27,15 +23,17 @@ class BaselineSettings(ProcessSettings, ApiSettings, DraftSettings):
     device: str = Field("cpu", description="torch device of the models: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, le=256, description="CPU threads of the models")
     cache_tokens: int = Field(
-        10240, ge=64, description="K/V budget in tokens, shared prefixes counted once; the draft model has as many"
+        10240,
+        ge=64,
+        description="KV budget in tokens, shared prefixes counted once; also the draft model's budget",
     )
     prefill_tokens: int = Field(
-        128, ge=1, description="prompt tokens computed in a step of the engine, beside the decodes of all sessions"
+        128, ge=1, description="most prompt tokens in a step of the engine, beside the decodes of all sessions"
     )
-    max_running: int = Field(64, ge=1, description="sessions in the engine at once; others wait in the order they came")
+    max_running: int = Field(64, ge=1, description="running sessions of the engine; others wait in order of arrival")
 
     @model_validator(mode="after")
     def _has_no_keys(self) -> BaselineSettings:
         if self.api_keys_file is not None:
-            raise ValueError("a baseline counts nothing for API keys and asks for none: leave api_keys_file out")
+            raise ValueError("a baseline requires no API keys: leave api_keys_file out")
         return self

@@ -1,1 +1,1 @@
-"""A device outside the cluster: the API on its loopback, and drafting for what it asks itself."""
+"""A remote client outside the cluster: the API on its loopback, and a drafter for its own requests."""

@@ -18,11 +18,6 @@ IMPURE = {
     "uvicorn", "uvloop",
 }  # fmt: skip
 """Modules that talk, wait, log, draw random numbers, or read files and clocks."""
-PENDING = {
-
-    "services.baseline.core.batching",
-}  # fmt: skip
-"""Not pure yet."""
 IMPURE_CALLS = {"open", "print", "input", "breakpoint", "exec", "eval"}
 
 
@@ -35,7 +30,7 @@ def pure_packages() -> list[str]:
 def pure_modules() -> list[str]:
     """Every module that has to be pure."""
     inside = [name for name in modules() for package in pure_packages() if f"{name}.".startswith(f"{package}.")]
-    return [name for name in (*inside, *PURE_MODULES) if name not in PENDING]
+    return [*inside, *PURE_MODULES]
 
 
 @pytest.mark.parametrize("service", ["gateway", "scheduler", "estimator", "drafter"])

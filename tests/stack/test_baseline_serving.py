@@ -1,4 +1,4 @@
-"""The baselines over HTTP, with the real model: the text that the suite gives, and its errors."""
+"""The baselines over HTTP, with the real model: the same text as the suite, and errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from services.tools.local.ports import free_ports
 from services.tools.local.stack import Stack
 
 CACHE_TOKENS = 1280
-"""Too few for all cases at once: some wait, and what grows pushes others out."""
+"""Too few for all cases at once, so that sessions wait and are preempted."""
 
 
 @pytest.fixture(scope="module", params=["centralized", "colocated"])
@@ -38,29 +38,29 @@ async def test_a_baseline_gives_the_same_text(baseline: Stack, asking: Client, c
     summary = one.json()["wisp"]["summary"]
     assert (summary["drafted"] > 0) == (baseline.serving == "colocated")
     if baseline.serving == "centralized":
-        assert summary["rounds"] == summary["tokens"], "plain decoding: a token a step"
+        assert summary["rounds"] == summary["tokens"], "plain decoding makes one token per step"
 
 
-async def test_the_metrics_port_says_that_it_is_ready(baseline: Stack, asking: Client) -> None:
+async def test_the_metrics_port_reports_readiness(baseline: Stack, asking: Client) -> None:
     port = baseline.env_of["baseline"]["WISP_METRICS_PORT"]
     for path in ("ready", "live"):
         answer = await asking.http.get(f"http://127.0.0.1:{port}/{path}")
         assert (answer.status_code, answer.text) == (200, "ok\n")
 
 
-async def test_what_nobody_waits_for_makes_room(baseline: Stack, asking: Client, cases: list[Case]) -> None:
+async def test_an_abandoned_session_frees_its_memory(baseline: Stack, asking: Client, cases: list[Case]) -> None:
     prompt = cases[0].prompt
     body = {"model": baseline.target.name, "prompt": prompt, "max_tokens": CACHE_TOKENS - len(prompt), "stream": True}
     body["ignore_eos"] = True
     for _ in range(3):
-        # Each may take the whole cache, and would take minutes.
+        # Each could fill the whole cache and would run for minutes.
         async with asking.http.stream("POST", f"{baseline.url}/completions", json=body) as stream:
             await anext(stream.aiter_lines())
     async with asyncio.timeout(30):
         assert await asking.ask(cases[1]) == cases[1].tokens
 
 
-async def test_what_does_not_fit_is_refused_with_a_reason(baseline: Stack, asking: Client, cases: list[Case]) -> None:
+async def test_a_session_that_does_not_fit_is_refused(baseline: Stack, asking: Client, cases: list[Case]) -> None:
     body = asking.body(cases[0], "auto") | {"prompt": cases[0].prompt * 60}
     answer = await asking.http.post(f"{baseline.url}/completions", json=body)
     assert answer.status_code == 400

@@ -1,1 +1,3 @@
 """Continuous batching. Pure: no I/O, no clock."""
+
+__all__: list[str] = []

@@ -1,12 +1,13 @@
-"""Continuous batching: which sessions a step of the engine computes, and how many tokens of each. Pure.
+"""Continuous batching: the sessions and the number of tokens of each that a step of the engine computes.
 
-As modern engines do it. Every step, each running session whose prompt is computed decodes: one token, or a draft and
-the token after it. Beside them up to `prefill_tokens` of prompts are computed, the oldest first, so that a long prompt
-stretches the others' steps by a bounded time (Sarathi-Serve, arXiv 2403.02310). Waiting sessions are taken in the order
-in which they came, as soon as the K/V of their whole prompt fit beside all that is promised to those that run, and a
-block for the growth of each of these. When growth needs more than there is, drafts are left out first; then the
-session that came last gives its K/V up and waits again, first in the queue, and is computed anew (vLLM's preemption by
-recomputation, arXiv 2309.06180). So the oldest session always goes on, and none starves.
+It works as in modern engines. In every step, each running session whose prompt is computed decodes: one token, or a
+draft and the token after it. Beside them up to `prefill_tokens` of prompts are computed, the oldest first, so that a
+long prompt lengthens the other sessions' steps by a bounded time (Sarathi-Serve, arXiv 2403.02310). Pending sessions
+start in order of arrival, as soon as the KV of the whole prompt fits beside everything promised to the running
+sessions and one block for the growth of each. When growth needs more memory than is free, drafts are dropped first.
+Then the newest session is preempted: it gives up its KV, becomes the first pending session and is computed again
+(vLLM's preemption by recomputation, arXiv 2309.06180). The oldest session therefore always makes progress, and none
+starves.
 """
 
 from __future__ import annotations
@@ -16,158 +17,166 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from shared.engine.blocks import BLOCK, blocks_for
-
 
 class Cache(Protocol):
-    """What is needed of `shared.engine.Engine`; see there."""
+    """The part of `shared.engine.Engine` that batching needs."""
 
     @property
     def free_tokens(self) -> int:
-        """Room that can be had without evicting a session."""
+        """Tokens that fit without evicting a session."""
 
     def cached(self, session: str) -> int:
-        """Tokens held."""
+        """Return the number of a session's tokens in the cache."""
 
     def attach(self, session: str, tokens: Sequence[int]) -> int:
-        """Make a session known; returns how many of its tokens are held."""
+        """Attach a session; returns how many of its tokens are in the cache."""
 
     def release(self, session: str) -> None:
-        """Forget a session."""
+        """Release a session."""
 
 
 @dataclass(eq=False)
-class Seat:
-    """A session that runs or waits."""
+class SequenceState:
+    """A running or pending session."""
 
-    session: str
+    session_id: str
     tokens: list[int]
-    """The committed ones, prompt first; whoever owns the seat appends to them."""
+    """Committed tokens, prompt first. The engine's loop appends to them."""
     limit: int
-    """Most tokens that it may come to, prompt included: no more than the cache and the model's context hold."""
+    """Most tokens of the session, prompt included. They fit the cache and the model's context."""
 
 
 @dataclass(frozen=True)
-class Part:
-    """What a step computes of one session."""
+class StepPart:
+    """One session's part of a step."""
 
-    seat: Seat
+    sequence: SequenceState
     tokens: int
-    """Committed tokens that are computed; fewer if a beginning has become shared within this very step."""
+    """Committed tokens to compute; fewer if a prefix becomes shared within this step."""
     draft: int
-    """Most draft tokens that may be verified after them."""
+    """Most draft tokens to verify after them."""
     prefill_to: int | None
-    """For a chunk of a prompt, the length to which it is computed; None where the next token is chosen."""
+    """Length after a chunk of a prompt; None where the next token is sampled."""
 
 
 class Batcher:
-    """The sessions of one engine, in the order in which they came."""
+    """The sessions of one engine, in order of arrival."""
 
-    def __init__(self, cache: Cache, *, prefill_tokens: int, max_running: int, draft_length: int = 0) -> None:
-        """draft_length: longest draft of a session in one step."""
+    def __init__(
+        self, cache: Cache, *, block_tokens: int, prefill_tokens: int, max_running: int, draft_length: int = 0
+    ) -> None:
+        """`block_tokens` is the cache's block size, `draft_length` the longest draft of a session in one step."""
         self._cache = cache
+        self._block_tokens = block_tokens
         self._prefill_tokens = prefill_tokens
         self._max_running = max_running
         self._draft_length = draft_length
-        self._running: list[Seat] = []
-        self._waiting: deque[Seat] = deque()
+        self._running: list[SequenceState] = []
+        self._waiting: deque[SequenceState] = deque()
 
     @property
-    def running(self) -> Sequence[Seat]:
-        """Sessions that hold K/V, the oldest first."""
+    def running(self) -> Sequence[SequenceState]:
+        """Sessions with KV, the oldest first."""
         return self._running
 
     @property
-    def waiting(self) -> Sequence[Seat]:
-        """Sessions that wait for room, the next one first."""
+    def waiting(self) -> Sequence[SequenceState]:
+        """Pending sessions, the next one first."""
         return self._waiting
 
-    def add(self, seat: Seat) -> None:
-        """A session has come."""
-        self._waiting.append(seat)
+    def add(self, sequence: SequenceState) -> None:
+        """Add a pending session."""
+        self._waiting.append(sequence)
 
-    def remove(self, seat: Seat) -> None:
-        """A session has ended, or nobody waits for it any more: its K/V are free at once."""
-        if seat in self._running:
-            self._running.remove(seat)
-            self._cache.release(seat.session)
-        elif seat in self._waiting:
-            self._waiting.remove(seat)
+    def remove(self, sequence: SequenceState) -> None:
+        """Remove an ended or cancelled session; its KV is free at once."""
+        if sequence in self._running:
+            self._running.remove(sequence)
+            self._cache.release(sequence.session_id)
+        elif sequence in self._waiting:
+            self._waiting.remove(sequence)
 
-    def next_step(self) -> list[Part]:
-        """What to compute next: decodes first, then prompts. Empty only when there are no sessions."""
-        for seat in self._running:
-            # A prompt goes on with blocks that another session has completed meanwhile.
-            self._cache.attach(seat.session, seat.tokens)
+    def next_step(self) -> list[StepPart]:
+        """Return the next step: decodes first, then prompts. Empty only when there are no sessions."""
+        for sequence in self._running:
+            # A prompt continues with blocks that another session completed meanwhile.
+            self._cache.attach(sequence.session_id, sequence.tokens)
         parts, reserved, preempted = self._decodes()
         budget = self._prefill_tokens
-        for seat in self._running:
-            if self._pending(seat) > 1:
-                room = self._cache.free_tokens - reserved * BLOCK + -self._cache.cached(seat.session) % BLOCK
-                if (count := min(self._pending(seat), budget, room)) <= 0:
+        for sequence in self._running:
+            if self._pending(sequence) > 1:
+                room = (
+                    self._cache.free_tokens
+                    - reserved * self._block_tokens
+                    + -self._cache.cached(sequence.session_id) % self._block_tokens
+                )
+                if (count := min(self._pending(sequence), budget, room)) <= 0:
                     break
-                parts.append(self._chunk(seat, count))
-                reserved += self._growth(seat, self._cache.cached(seat.session) + count)
+                parts.append(self._chunk(sequence, count))
+                reserved += self._growth(sequence, self._cache.cached(sequence.session_id) + count)
                 budget -= count
         while budget and self._waiting and not preempted and self._take_next():
-            seat = self._running[-1]
-            count = min(self._pending(seat), budget)
-            parts.append(self._chunk(seat, count))
+            sequence = self._running[-1]
+            count = min(self._pending(sequence), budget)
+            parts.append(self._chunk(sequence, count))
             budget -= count
         return parts
 
-    def _decodes(self) -> tuple[list[Part], int, bool]:
-        """The decodes, the blocks that they need, and whether some session had to give its own up."""
-        parts: list[Part] = []
+    def _decodes(self) -> tuple[list[StepPart], int, bool]:
+        """Return the decodes, the blocks that they need, and whether a session was preempted."""
+        parts: list[StepPart] = []
         reserved, preempted = 0, False
-        for seat in tuple(self._running):
-            if seat not in self._running or self._pending(seat) > 1:
+        for sequence in tuple(self._running):
+            if sequence not in self._running or self._pending(sequence) > 1:
                 continue
-            length = len(seat.tokens)
-            draft = self._lookahead(seat)
-            if self._growth(seat, length + draft) > self._free - reserved:
+            length = len(sequence.tokens)
+            draft = self._lookahead(sequence)
+            if self._growth(sequence, length + draft) > self._free - reserved:
                 draft = 0
-            while (need := self._growth(seat, length + draft)) > self._free - reserved:
+            while (need := self._growth(sequence, length + draft)) > self._free - reserved:
                 preempted = True
                 last = self._running.pop()
-                self._cache.release(last.session)
+                self._cache.release(last.session_id)
                 self._waiting.appendleft(last)
-                if last is seat:
+                if last is sequence:
                     break
             else:
-                parts.append(Part(seat, 1, draft, None))
+                parts.append(StepPart(sequence, 1, draft, None))
                 reserved += need
         return parts, reserved, preempted
 
     def _take_next(self) -> bool:
-        """Let the first of those that wait run, if there is room for it."""
-        seat = self._waiting[0]
+        """Start the first pending session if there is room for it."""
+        sequence = self._waiting[0]
         if len(self._running) >= self._max_running:
             return False
-        self._cache.attach(seat.session, seat.tokens)
+        self._cache.attach(sequence.session_id, sequence.tokens)
         others = sum(1 + self._growth(other, len(other.tokens) + self._lookahead(other)) for other in self._running)
-        if self._growth(seat, len(seat.tokens)) + others > self._free:
-            self._cache.release(seat.session)
+        if self._growth(sequence, len(sequence.tokens)) + others > self._free:
+            self._cache.release(sequence.session_id)
             return False
         self._running.append(self._waiting.popleft())
         return True
 
-    def _lookahead(self, seat: Seat) -> int:
-        """The longest draft that the session may use: the token after it takes the last place."""
-        return max(0, min(self._draft_length, seat.limit - len(seat.tokens) - 1))
+    def _lookahead(self, sequence: SequenceState) -> int:
+        """Return the longest draft that the session can use; the token after it takes the last position."""
+        return max(0, min(self._draft_length, sequence.limit - len(sequence.tokens) - 1))
 
-    def _chunk(self, seat: Seat, count: int) -> Part:
-        to = self._cache.cached(seat.session) + count
-        return Part(seat, count, 0, None if to == len(seat.tokens) else to)
+    def _chunk(self, sequence: SequenceState, count: int) -> StepPart:
+        to = self._cache.cached(sequence.session_id) + count
+        return StepPart(sequence, count, 0, None if to == len(sequence.tokens) else to)
 
-    def _pending(self, seat: Seat) -> int:
-        """Committed tokens without K/V: the last one of a session that decodes."""
-        return len(seat.tokens) - self._cache.cached(seat.session)
+    def _pending(self, sequence: SequenceState) -> int:
+        """Return the number of committed tokens without KV: 1 for a decoding session."""
+        return len(sequence.tokens) - self._cache.cached(sequence.session_id)
 
-    def _growth(self, seat: Seat, length: int) -> int:
-        """Blocks that a session needs beside its own to hold so many tokens."""
-        return blocks_for(length) - blocks_for(self._cache.cached(seat.session))
+    def _growth(self, sequence: SequenceState, length: int) -> int:
+        """Return the blocks that a session needs beside its own to hold `length` tokens."""
+        return self._blocks(length) - self._blocks(self._cache.cached(sequence.session_id))
+
+    def _blocks(self, length: int) -> int:
+        return -(-length // self._block_tokens)
 
     @property
     def _free(self) -> int:
-        return self._cache.free_tokens // BLOCK
+        return self._cache.free_tokens // self._block_tokens
