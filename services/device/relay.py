@@ -1,4 +1,4 @@
-"""The API on the device: hands requests to the cluster's gateway with the device's key, and answers as they come."""
+"""The API on the device: forwards requests to the cluster's gateway with the device's key, and streams its answers."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from shared.runtime import logging
 PATHS = ("/v1/", "/ready")
 FORWARDED = ("accept", "content-type", "x-request-id")
 FORWARDED_PREFIXES = ("x-slo-", "x-llm-d-", "x-wisp-")
-"""What the gateway reads of a request's headers, beside the key."""
-OF_THE_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
+"""Request headers that the gateway reads, besides the key."""
+HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
 LONGEST_BODY = 32 << 20
-"""What is over it no gateway takes: each has a limit of its own, which is usually less."""
+"""Longest request body in bytes. Each gateway has its own limit, which is usually lower."""
 
 
 class Relay:
-    """An ASGI application. A client that goes away takes its request back, at the gateway as well."""
+    """An ASGI application. When a client goes away, its request to the gateway is cancelled."""
 
     def __init__(self, gateway: httpx.AsyncClient) -> None:
-        """gateway: a client whose base URL is the gateway's, without /v1, and that shows the device's key."""
+        """`gateway` is a client with the gateway's base URL, without /v1, and with the device's key."""
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -53,7 +53,7 @@ class Relay:
                 return
             logging.get().warning("answer broken", error=error.message)
             if events:
-                # What the client reads as an error, and no end that looks like a good one.
+                # An error event without [DONE], so that the client does not take the stream for complete.
                 await send({"type": "http.response.body", "body": b"data: " + encode(error.body()) + b"\n\n"})
 
     async def _relay(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -78,8 +78,8 @@ class Relay:
         url = httpx.URL(scope["path"], query=scope["query_string"] or None)
         try:
             async with self._gateway.stream(scope["method"], url, headers=headers, content=body) as answer:
-                told = [(name.lower(), value) for name, value in answer.headers.raw]
-                kept = [(name, value) for name, value in told if name not in OF_THE_HOP]
+                received = [(name.lower(), value) for name, value in answer.headers.raw]
+                kept = [(name, value) for name, value in received if name not in HOP_BY_HOP]
                 await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
                 async for part in answer.aiter_raw():
                     await send({"type": "http.response.body", "body": part, "more_body": True})
@@ -90,12 +90,12 @@ class Relay:
 
 
 def _is_ours(name: str) -> bool:
-    # Where the text is drafted is not the client's choice here: the key says so.
+    # The device's key decides the pool, not the client.
     return name.startswith(FORWARDED_PREFIXES) and name != "x-wisp-pool"
 
 
 async def _body(receive: Receive) -> bytes | None:
-    """The request's body; None if the client went away."""
+    """Return the request's body; None if the client went away."""
     body = bytearray()
     while True:
         message = await receive()

@@ -1,4 +1,4 @@
-"""The device's process: its API on loopback, and a drafter that serves what is asked there."""
+"""The device's process: its API on loopback, and a drafter for the requests to it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from shared.broker.topology import Topology, device_name
 from shared.runtime.tls import Tls
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)
-"""Of the gateway: it gives up silent sessions itself, and sooner."""
+"""For the gateway's answers. The gateway gives up silent sessions sooner."""
 
 
 async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -> None:

@@ -1,4 +1,4 @@
-"""What a device is configured by."""
+"""Settings of a device."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from shared.runtime.tls import Tls
 
 
 class DeviceSettings(DraftServingSettings):
-    """A device: where the cluster is, and how the device drafts."""
+    """Settings of a device: the cluster's addresses, and the drafter."""
 
     device_name: str = Field(pattern=NAME_PATTERN, description="this device's name, as in the schedulers' devices_file")
-    gateway_url: str = Field(description="the cluster's API, as an https:// URL that ends in /v1")
+    gateway_url: str = Field(description="URL of the cluster's API: https://, ending in /v1")
     api_key: SecretStr = Field(description="this device's API key (wisp keys new NAME --device NAME)")
     gateway_ca_file: Path | None = Field(
         None, description="authorities (PEM) that the gateway's certificate is checked against; default: the system's"
@@ -30,7 +30,7 @@ class DeviceSettings(DraftServingSettings):
     def _is_safe(self) -> DeviceSettings:
         if not is_loopback(self.host):
             raise ValueError(
-                f"host is {self.host!r}, and the API of a device asks for no key: it is for this device alone; stay on "
+                f"host is {self.host!r}, but the API of a device requires no key and is for this device alone; stay on "
                 "127.0.0.1"
             )
         try:
@@ -40,10 +40,12 @@ class DeviceSettings(DraftServingSettings):
         if gateway.scheme not in ("http", "https") or not gateway.host or gateway.path.rstrip("/") != "/v1":
             raise ValueError(f"gateway_url {self.gateway_url!r}: it looks like https://host:port/v1")
         if gateway.scheme == "http" and not is_loopback(gateway.host):
-            raise ValueError(f"gateway_url {self.gateway_url!r}: the key would be readable on the way; use https://")
+            raise ValueError(
+                f"gateway_url {self.gateway_url!r}: others could read the key on the network; use https://"
+            )
         amqp = URL(self.amqp_url)
         if amqp.scheme == "amqp" and not is_loopback(amqp.host or ""):
-            raise ValueError("amqp_url: the password and all text would be readable on the way; use amqps://")
+            raise ValueError("amqp_url: others could read the password and all text on the network; use amqps://")
         try:
             Tls(self.gateway_ca_file).context()
         except SettingsError as error:

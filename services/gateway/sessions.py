@@ -209,7 +209,7 @@ class Sessions:
     async def receive(self, message: Message) -> None:
         """Handle a message for this gateway. Results of sessions that do not run here are ignored."""
         if isinstance(message, Load):
-            self._admission.hear(message, monotonic() * 1000)
+            self._admission.update(message, monotonic() * 1000)
         elif isinstance(message, Result) and (session := self._running.get(message.session)) is not None:
             self._log.debug("result received", round=message.round, status=message.status)
             self._admission.answered(message.session)
@@ -313,7 +313,7 @@ class Sessions:
             self._spawn(self._transport.leave(session.session_id, completion.length))
 
     def _count_end(self, session: RunningSession, reason: str) -> None:
-        """Tell admission, metrics and the other services about a session's end."""
+        """Record a session's end in admission and metrics, and report it."""
         now = monotonic()
         self._admission.end(session.session_id, now * 1000)
         generate, completion = session.generate, session.completion

@@ -1,4 +1,4 @@
-"""Which requests admission takes and refuses, and for how long."""
+"""Admission: accepted and refused requests, and the time after which to retry."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SLO = Slo(ttft_ms=1000, tpot_ms=100)
 
 
 def load(**fields: Any) -> Load:
-    """A busy fleet of one verifier; a session of `SLO` needs a round every 200 ms, as others do, and adds 0.05."""
+    """A busy fleet of one verifier. A session of `SLO` needs a round every 200 ms, like the others, and adds 0.05."""
     told: dict[str, Any] = {
         "scheduler": "s",
         "price_ms": 0.0,
@@ -43,7 +43,7 @@ def load(**fields: Any) -> Load:
 def admission(told: Load | None = None, **limits: Any) -> Admission:
     made = Admission(**({"classes": CLASSES, "max_sessions": 1000, "max_backlog_ms": 30_000.0} | limits))
     if told is not None:
-        made.hear(told, 0.0)
+        made.update(told, 0.0)
     return made
 
 
@@ -54,7 +54,7 @@ def demand(
 
 
 def take_all(made: Admission, asked: Demand, most: int, now_ms: float = 0.0) -> int:
-    """Offer the same request again and again; how many are taken before the first refusal."""
+    """Offer the same request repeatedly; return the number accepted before the first refusal."""
     for number in range(most):
         if made.ask(asked, now_ms) is not None:
             return number
@@ -67,9 +67,9 @@ def test_a_session_adds_its_rounds_and_a_shorter_period() -> None:
     told = load(verifiers=2)
     assert promised(told, [], []) == 0.5
     assert promised(told, [None], []) == 0.5
-    # Its period is the present one: only its rounds' own time, 10 / 200, of two verifiers.
+    # Its period is the present one, so only its rounds add: 10 / 200 of two verifiers.
     assert promised(told, [100.0], []) == pytest.approx(0.5 + 0.05 / 2)
-    # It needs a round every 100 ms: 10 / 100, and batches half as far apart, whose fixed time is 40 ms.
+    # It needs a round every 100 ms: 10 / 100, and twice as many batches with a fixed time of 40 ms.
     assert promised(told, [50.0], []) == pytest.approx(0.5 + (0.1 + 1.5 * (0.4 - 0.2)) / 2)
     assert promised(told, [50.0, 50.0], []) == pytest.approx(0.5 + (0.2 + 1.5 * (0.4 - 0.2)) / 2)
     assert promised(told, [], [100.0, None]) == pytest.approx(0.5 - 0.05 / 2)
@@ -81,7 +81,7 @@ def test_drafting_and_messages_leave_less_time_for_batches() -> None:
     away = told.model_copy(update={"away_ms": 100.0})
     assert promised(told, [100.0], []) == pytest.approx(10 / 200 + 40 / (200 / 1.5))
     assert promised(away, [100.0], []) == pytest.approx(10 / 200 + 40 / (100 / 1.5))
-    # With less time than one batch takes, another session would break the promise, however idle the verifier is.
+    # With less time than one batch takes, another session would break the SLO, however idle the verifier is.
     gone = told.model_copy(
         update={
             "away_ms": 190.0,
@@ -93,78 +93,78 @@ def test_drafting_and_messages_leave_less_time_for_batches() -> None:
     assert admission(gone).ask(demand(), 0) is not None
 
 
-def test_a_promise_that_a_lone_verifier_could_not_keep_counts_as_none() -> None:
-    # A round every 50 ms is due, and one takes 40 + 10 ms: just possible. A little less is not.
+def test_an_slo_that_a_lone_verifier_cannot_keep_counts_as_none() -> None:
+    # A round is due every 50 ms and takes 40 + 10 ms: just possible. A little less time is not enough.
     assert promised(load(), [25.0], []) > 1.0
     assert promised(load(), [24.9], []) == 0.5
     assert admission(load()).ask(demand(slo=Slo(ttft_ms=1000, tpot_ms=24.9)), 0) is None
     assert admission(load()).ask(demand(slo=Slo(ttft_ms=1000, tpot_ms=25.0)), 0) is not None
-    # Nor does a prompt that takes longer than the first token may: the wait is not what breaks this promise.
+    # A prompt longer than its TTFT allows is accepted: queueing is not what breaks this SLO.
     assert admission(load(backlog_ms=5000)).ask(demand(prompts=(2000,)), 0) is None
     assert admission(load(backlog_ms=5000)).ask(demand(prompts=(200,)), 0) is not None
 
 
-def test_what_was_taken_since_the_last_load_is_counted_in() -> None:
+def test_sessions_accepted_since_the_last_load_count() -> None:
     for service_class, most in (("flex", 6), ("default", 8), ("priority", 10)):
         assert take_all(admission(load()), demand(service_class), 100) == most
     assert take_all(admission(load()), demand(prompts=(10, 10, 10)), 100) == 2
     assert take_all(admission(load(verifiers=4)), demand(), 100) == 32
 
 
-def test_prompts_that_were_sent_since_the_last_load_are_waited_for() -> None:
+def test_prompts_sent_since_the_last_load_add_to_the_queueing_time() -> None:
     # 40 + 10 ms for the round, 200 ms for each prompt: the fifth would come after 1050 ms.
     assert take_all(admission(load(round_ms=0.1)), demand(prompts=(200,)), 100) == 4
     made = admission(load(round_ms=0.1))
     assert take_all(made, demand(prompts=(200,)), 4) == 4
-    made.hear(load(round_ms=0.1), ARRIVED_MS - 1)
+    made.update(load(round_ms=0.1), ARRIVED_MS - 1)
     assert made.ask(demand(prompts=(200,)), ARRIVED_MS) is not None
-    made.hear(load(round_ms=0.1), ARRIVED_MS)
+    made.update(load(round_ms=0.1), ARRIVED_MS)
     assert made.ask(demand(prompts=(200,)), ARRIVED_MS) is None
 
 
-def test_a_session_is_counted_until_a_load_comes_after_its_first_result() -> None:
+def test_a_session_counts_until_a_load_follows_its_first_result() -> None:
     made = admission(load(utilization=0.8))
     assert take_all(made, demand(), 2) == 2
-    made.hear(load(utilization=0.8), 10)
+    made.update(load(utilization=0.8), 10)
     assert made.ask(demand(), 10) is not None
     for session in list(made._running):
         made.answered(session)
     assert made.ask(demand(), 10) is not None
-    made.hear(load(utilization=0.8), 20)
+    made.update(load(utilization=0.8), 20)
     assert take_all(made, demand(), 5) == 2
 
 
-def test_what_ended_makes_room_until_the_next_load_shows_it() -> None:
+def test_ended_sessions_free_their_share_until_the_next_load() -> None:
     made = admission(load())
     assert take_all(made, demand(), 8) == 8
     sessions = list(made._running)
-    made.end(sessions[0], 1)  # never shown: it simply does not count any more
+    made.end(sessions[0], 1)  # in no Load yet: it no longer counts
     assert take_all(made, demand(), 5) == 1
     for session in sessions[1:]:
         made.answered(session)
-    made.hear(load(utilization=0.9), 2)
+    made.update(load(utilization=0.9), 2)
     made.end(sessions[1], 3)
     made.end(sessions[2], 3)
     assert made.ask(demand(), 3) is None
-    made.hear(load(utilization=0.9), 4)
+    made.update(load(utilization=0.9), 4)
     assert made.ask(demand(), 4) is not None
 
 
-def test_when_all_have_ended_the_load_that_showed_them_refuses_nobody() -> None:
+def test_a_load_whose_sessions_have_all_ended_refuses_nothing() -> None:
     made = admission()
     for name in ("a", "b"):
         made.start(name, "default", SLO, 10, 0.0)
         made.answered(name)
-    made.hear(
+    made.update(
         load(utilization=1.48, classes=[ClassLoad(service_class="default", sessions=2, waiting=0, queue_ms=0)]), 0
     )
     made.end("a", 100.0)
-    assert made.ask(demand(), 100.0) is not None, "one that needs the verifiers is still there"
+    assert made.ask(demand(), 100.0) is not None, "one session still needs the verifiers"
     made.end("b", 100.0)
     assert take_all(made, demand(), 4) == 4
 
 
-def test_the_wait_is_what_goes_before_where_the_policy_goes_by_deadlines() -> None:
+def test_under_deadlines_only_the_classes_ahead_add_queueing_time() -> None:
     waiting = [
         ClassLoad(service_class=name, sessions=9, waiting=count, queue_ms=0.0)
         for name, count in (("priority", 1), ("default", 2), ("flex", 6))
@@ -175,7 +175,7 @@ def test_the_wait_is_what_goes_before_where_the_policy_goes_by_deadlines() -> No
         assert [name for name in ("priority", "default", "flex") if made.ask(demand(name, slo), 0)] == refused
 
 
-def test_best_effort_is_refused_only_when_the_fleet_is_full_or_has_too_long_a_backlog() -> None:
+def test_best_effort_is_refused_by_a_full_fleet_or_a_long_backlog() -> None:
     assert admission(load(utilization=0.79, backlog_ms=20_000)).ask(demand("flex", None), 0) is None
     for told in (load(utilization=0.81), load(backlog_ms=24_001.0)):
         refusal = admission(told).ask(demand("flex", None), 0)
@@ -183,7 +183,7 @@ def test_best_effort_is_refused_only_when_the_fleet_is_full_or_has_too_long_a_ba
         assert refusal.code == "overloaded"
 
 
-def test_the_bound_on_the_backlog_holds_for_every_class_and_without_prediction() -> None:
+def test_the_backlog_limit_holds_for_every_class_and_unpredicted() -> None:
     for name, limit_ms in (("priority", 30_000), ("default", 27_000), ("flex", 24_000)):
         for predict in (True, False):
             over, under = (load(backlog_ms=limit_ms + more, utilization=0.0) for more in (1, -1))
@@ -191,7 +191,7 @@ def test_the_bound_on_the_backlog_holds_for_every_class_and_without_prediction()
             assert admission(under, predict=predict).ask(demand(name, None), 0) is None
 
 
-def test_used_time_without_sessions_refuses_nothing() -> None:
+def test_a_used_share_without_sessions_refuses_nothing() -> None:
     strict = demand(slo=Slo(ttft_ms=1000, tpot_ms=30))
     assert admission(load(utilization=0.3)).ask(strict, 0) is not None
     made = admission(load(utilization=0.3, period_ms=None, classes=[]))
@@ -199,7 +199,7 @@ def test_used_time_without_sessions_refuses_nothing() -> None:
     made.start("s", "flex", None, 1, 0)
     assert made.ask(strict, 0) is None, "nothing is promised to a best-effort session"
     made.answered("s")
-    made.hear(load(utilization=0.3, classes=[ClassLoad(service_class="flex", sessions=1, waiting=0, queue_ms=0)]), 1)
+    made.update(load(utilization=0.3, classes=[ClassLoad(service_class="flex", sessions=1, waiting=0, queue_ms=0)]), 1)
     assert made.ask(strict, 1) is not None
     made.end("s", 2)
     assert made.ask(strict, 2) is None
@@ -235,28 +235,28 @@ def refused(made: Admission, asked: Demand, now_ms: float = 0.0) -> Refusal:
     return refusal
 
 
-def test_when_to_come_again_follows_from_how_long_texts_take() -> None:
+def test_the_retry_time_follows_the_duration_of_completions() -> None:
     made = admission(max_sessions=4)
     assert take_all(made, demand(), 9) == 4
-    assert refused(made, demand()).retry_after_s == 2  # nothing has ended: 5 s / 4 is guessed
+    assert refused(made, demand()).retry_after_s == 2  # nothing has ended, so 5 s / 4 is assumed
     made.answered(next(iter(made._running)))
     made.end(next(iter(made._running)), 20_000)
     made.start("x", "default", SLO, 1, 20_000)
     assert refused(made, demand(), 20_000).retry_after_s == 5
     assert refused(made, demand(prompts=(1, 1, 1)), 20_000).retry_after_s == 15
-    made.end("x", 20_001)  # never answered: how long it took says nothing
+    made.end("x", 20_001)  # never answered, so its duration does not count
     made.start("y", "default", SLO, 1, 20_001)
     assert refused(made, demand(), 20_001).retry_after_s == 5
-    # An eighth of what is promised has to become free: an eighth of a text's time.
+    # An eighth of the promised share has to become free: an eighth of a completion's duration.
     made = admission()
     made.start("x", "default", SLO, 1, 0)
     made.answered("x")
     made.end("x", 20_000)
-    made.hear(load(utilization=0.8, round_ms=40.0), 20_000)
+    made.update(load(utilization=0.8, round_ms=40.0), 20_000)
     assert refused(made, demand(), 20_000).retry_after_s == 3
 
 
-def test_when_to_come_again_follows_from_the_work_that_waits() -> None:
+def test_the_retry_time_follows_the_backlog() -> None:
     assert refused(admission(load(backlog_ms=34_500)), demand("priority", None)).retry_after_s == 5
     assert refused(admission(load(backlog_ms=4_000)), demand()).retry_after_s == 4  # 4000 + 60 - 1000 ms
     assert refused(admission(load(backlog_ms=1e7)), demand("priority", None)).retry_after_s == LONGEST_RETRY_S
@@ -293,13 +293,13 @@ started = st.lists(st.tuples(st.sampled_from(sorted(CLASSES)), slos, st.integers
 
 
 def busy(told: Load, sessions: list[tuple[str, Slo | None, int, bool]]) -> Admission:
-    """Admission with some sessions, of which the last Load shows those that were answered."""
+    """Admission with some sessions; the last Load has the answered ones."""
     made = admission(max_sessions=8)
     for number, (service_class, slo, prompt, answered) in enumerate(sessions):
         made.start(f"s{number}", service_class, slo, prompt, 0)
         if answered:
             made.answered(f"s{number}")
-    made.hear(told, 10)
+    made.update(told, 10)
     for number, (*_, answered) in enumerate(sessions[:2]):
         if answered:
             made.end(f"s{number}", 20)
@@ -307,7 +307,7 @@ def busy(told: Load, sessions: list[tuple[str, Slo | None, int, bool]]) -> Admis
 
 
 @given(loads, started, slos, prompts, times)
-def test_premium_requests_are_the_last_to_be_refused(
+def test_priority_requests_are_refused_last(
     told: Load, sessions: list[Any], slo: Slo | None, asked: tuple[int, ...], elapsed_ms: float
 ) -> None:
     made = busy(told, sessions)
@@ -319,7 +319,7 @@ def test_premium_requests_are_the_last_to_be_refused(
 
 
 @given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts, times)
-def test_an_idle_fleet_takes_everything(
+def test_an_idle_fleet_accepts_everything(
     told: Load, slo: Slo | None, name: str, asked: tuple[int, ...], elapsed_ms: float
 ) -> None:
     idle = told.model_copy(update={"classes": [], "backlog_ms": 0.0})
@@ -327,7 +327,7 @@ def test_an_idle_fleet_takes_everything(
 
 
 @given(loads, started, slos, st.sampled_from(sorted(CLASSES)), prompts, st.floats(0, 2), times)
-def test_what_is_refused_is_refused_under_more_load_as_well(
+def test_a_refused_request_is_refused_under_more_load(
     told: Load,
     sessions: list[Any],
     slo: Slo | None,
@@ -342,21 +342,21 @@ def test_what_is_refused_is_refused_under_more_load_as_well(
 
 
 @given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts)
-def test_requests_between_two_loads_never_promise_more_than_the_class_may(
+def test_between_two_loads_no_class_exceeds_its_share(
     told: Load, slo: Slo | None, name: str, asked: tuple[int, ...]
 ) -> None:
     made = admission(told)
     taken = take_all(made, demand(name, slo, asked), 40)
     all_of_them = [slo.tpot_ms if slo else None] * (taken * len(asked))
     if not any(shown.sessions for shown in told.classes):
-        # What an idle fleet was used for is past, and the first may fill it by itself.
+        # The share used by ended sessions is free, and the first request may fill it by itself.
         told = told.model_copy(update={"utilization": 0.0, "period_ms": None})
     if taken > 1 and told.verifiers and promised(told, [slo.tpot_ms if slo else None], []) > 0:
         assert promised(told, all_of_them, []) <= CLASSES[name].admit_to
 
 
 @given(loads, started, slos, st.sampled_from(sorted(CLASSES)), prompts, st.floats(0, 1e9))
-def test_when_to_come_again_is_a_whole_number_of_seconds_within_bounds(
+def test_the_retry_time_is_whole_seconds_within_bounds(
     told: Load, sessions: list[Any], slo: Slo | None, name: str, asked: tuple[int, ...], ended_ms: float
 ) -> None:
     made = busy(told, sessions)

@@ -418,7 +418,7 @@ async def test_a_full_fleet_refuses_with_a_reason_and_a_time_to_come_again(app: 
         response = await app.chat(service_tier="flex", n=2, stream=stream)
         error = error_of(response, 429)
         assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
-        assert "'flex' are taken up to 80%" in error["message"]
+        assert "'flex' are accepted up to 80%" in error["message"]
         assert response.headers["x-wisp-refused"] == "overloaded"
         assert response.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
         assert 1 <= int(response.headers["retry-after"]) <= 60

@@ -1,27 +1,28 @@
-"""Which requests are taken: decided before anything of them is started. Pure.
+"""Admission: whether a request is accepted, before anything of it is started.
 
-What is promised must be kept, so a request is refused when, because of the present load, it would miss its SLO or make
-others miss theirs. The load is the scheduler's last `Load`, and beside it what was started and what ended here since.
+A request is refused when the present load would break its SLO, or when it would break the SLO of others. The load is
+the scheduler's last `Load`, together with the sessions that this gateway has started and ended since.
 
-A session that is promised a token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`, and so a
-batch every `period = shared.slo.batch_period_ms(need, …)`. It adds to the share of the verifiers' time that is promised
+A session with an SLO of one token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`, and
+therefore a batch every `period = shared.slo.batch_period_ms(need, ...)`. It adds to the promised share of the
+verifiers' time
 
     (round_ms / need  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
 
-and a class is taken while the sum is at most its `admit_to`. The predicted time to the first token is the time passed,
-the wait, the prompt (tokens x prefill_ms) and one round. The wait is the backlog; where the policy goes by deadlines,
-only the part of it that belongs to the request's class and to those that are taken as far or further.
+A class is admitted while the sum is at most its `admit_to`. The predicted time to the first token is the elapsed time,
+the queueing time, the prompt (tokens x prefill_ms) and one round. The queueing time is the backlog; with a policy by
+deadlines, only the backlog of the request's own class and of classes with the same or a higher `admit_to`.
 
-Only load refuses: a fleet without sessions takes every request, and a promise that a lone verifier could not
+Only load refuses requests: a fleet without sessions accepts every request, and an SLO that a lone verifier could not
 keep counts as none. When the scheduler has been silent for `STALE_MS`, nothing is predicted and only the limits on
-counts hold.
+sessions hold.
 
-`retry_after_s` is when the reason for the refusal is expected to have gone, in whole seconds from 1 to
-`LONGEST_RETRY_S`. With D, the mean duration of the texts that were served here, lately:
+`retry_after_s` is the time until the reason for the refusal is expected to be gone, in whole seconds from 1 to
+`LONGEST_RETRY_S`. With D, the mean duration of the recent completions of this gateway:
 
-    too many sessions     D x (sessions that must end) / (sessions that run)
-    too much promised     D x (share that must become free) / (share that is promised)
-    too long a wait       the part of the wait that is too long: it is worked off in real time
+    too many sessions     D x (sessions that must end) / (running sessions)
+    too much promised     D x (share that must become free) / (promised share)
+    too long a wait       the excess of the queueing time, which is worked off in real time
 """
 
 from __future__ import annotations
@@ -35,30 +36,30 @@ from shared.messages import DEFAULT_CLASS, Load, Slo
 from shared.slo import batch_period_ms
 
 STALE_MS = 5000.0
-"""How long a Load is believed."""
+"""Age at which a Load is ignored."""
 ARRIVED_MS = 1000.0
-"""A prompt that was sent this long before a Load is taken to be in its backlog."""
+"""A prompt sent this long before a Load counts as part of its backlog."""
 LONGEST_RETRY_S = 60
 FIRST_DURATION_MS = 5000.0
-"""A text's duration before any has ended."""
+"""Assumed duration of a completion before any has ended."""
 SMOOTHING = 0.1
 
 
 @dataclass(frozen=True)
 class Demand:
-    """What a request asks for."""
+    """A request's demand for verification."""
 
     service_class: str
     slo: Slo | None
     prompts: tuple[int, ...]
-    """Prompt tokens of each of its texts."""
+    """Prompt tokens of each completion."""
     elapsed_ms: float
-    """Time since it came in."""
+    """Time since the request arrived."""
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a request is not taken now."""
+    """The reason why a request is refused now."""
 
     code: str
     """`slo_unattainable_now`, `overloaded` or `too_many_sessions`."""
@@ -68,21 +69,21 @@ class Refusal:
 
 @dataclass
 class _Running:
-    """A session that was started here."""
+    """A session of this gateway."""
 
     service_class: str
     tpot_ms: float | None
     prompt: int
     started_ms: float
     answered: bool = False
-    """A verifier has worked on it, so the scheduler knows it."""
+    """Whether a verifier has worked on it, so that the scheduler has it."""
     shown: bool = False
-    """A Load came after that."""
+    """Whether a Load arrived after that."""
     prompt_shown: bool = False
 
 
 class Admission:
-    """Decides on requests. `now_ms` arguments are of one monotonic clock."""
+    """Accepts or refuses requests. All `now_ms` arguments come from one monotonic clock."""
 
     def __init__(
         self,
@@ -91,36 +92,36 @@ class Admission:
         max_backlog_ms: float = math.inf,
         predict: bool = True,
     ) -> None:
-        """`predict` False leaves only the limits: sessions and backlog."""
+        """Without `predict`, only the limits on sessions and backlog refuse requests."""
         self._classes = classes
         self._max_sessions = max_sessions
         self._max_backlog_ms = max_backlog_ms
         self._predict = predict
         self._running: dict[str, _Running] = {}
         self._gone: list[float | None] = []
-        """`tpot_ms` of the sessions that the last Load showed and that have ended since."""
+        """`tpot_ms` of the sessions in the last Load that have ended since."""
         self._duration_ms: float | None = None
         self._load: Load | None = None
-        self._heard_ms = -math.inf
+        self._updated_ms = -math.inf
 
-    def hear(self, load: Load, now_ms: float) -> None:
-        """The scheduler says how busy the verifiers are."""
-        self._load, self._heard_ms = load, now_ms
+    def update(self, load: Load, now_ms: float) -> None:
+        """Store the scheduler's load."""
+        self._load, self._updated_ms = load, now_ms
         self._gone.clear()
         for running in self._running.values():
             running.shown = running.answered
             running.prompt_shown = running.answered or now_ms - running.started_ms >= ARRIVED_MS
 
     def start(self, session: str, service_class: str, slo: Slo | None, prompt: int, now_ms: float) -> None:
-        """A text of a request that was taken is started; `prompt` is the number of its prompt's tokens."""
+        """Count a started session with `prompt` prompt tokens."""
         self._running[session] = _Running(service_class, slo.tpot_ms if slo else None, prompt, now_ms)
 
     def answered(self, session: str) -> None:
-        """A result of this session came."""
+        """Note a session's result."""
         self._running[session].answered = True
 
     def end(self, session: str, now_ms: float) -> None:
-        """The session has ended."""
+        """Remove an ended session."""
         ended = self._running.pop(session)
         if ended.shown:
             self._gone.append(ended.tpot_ms)
@@ -131,10 +132,10 @@ class Admission:
         self._duration_ms = known_ms + SMOOTHING * (duration_ms - known_ms)
 
     def ask(self, demand: Demand, now_ms: float) -> Refusal | None:
-        """Why the request is refused now, None if it is taken; of several reasons the one that lasts longest."""
+        """Return the refusal of a request, None if it is accepted; of several, the one that lasts longest."""
         reasons = list(self._too_many(demand))
         load = self._load
-        if load is not None and load.verifiers and now_ms - self._heard_ms <= STALE_MS:
+        if load is not None and load.verifiers and now_ms - self._updated_ms <= STALE_MS:
             reasons += self._too_long_a_backlog(demand, load)
             if self._predict:
                 reasons += self._too_much_promised(demand, load)
@@ -145,11 +146,11 @@ class Admission:
         name, count = demand.service_class, len(demand.prompts)
         of_class = sum(running.service_class == name for running in self._running.values())
         for running, limit, what in (
-            (len(self._running), self._max_sessions, "texts"),
-            (of_class, self._classes[name].max_sessions, f"texts of class {name!r}"),
+            (len(self._running), self._max_sessions, "completions"),
+            (of_class, self._classes[name].max_sessions, f"completions of class {name!r}"),
         ):
             if limit is not None and (excess := running + count - limit) > 0:
-                text = f"{running} {what} are being generated and {count} more would pass the limit of {limit}"
+                text = f"{running} {what} are running and {count} more would exceed the limit of {limit}"
                 yield _refusal("too_many_sessions", text, self._until_freed_ms(excess, running))
 
     def _too_long_a_backlog(self, demand: Demand, load: Load) -> Iterator[Refusal]:
@@ -158,7 +159,7 @@ class Admission:
         if backlog_ms > limit_ms:
             text = (
                 f"the verifiers have work for {backlog_ms / 1000:,.1f} s, and requests of class "
-                f"{demand.service_class!r} wait for {limit_ms / 1000:,.1f} s at most"
+                f"{demand.service_class!r} wait at most {limit_ms / 1000:,.1f} s"
             )
             yield _refusal("overloaded", text, backlog_ms - limit_ms)
 
@@ -166,9 +167,9 @@ class Admission:
         limit = self._classes[demand.service_class].admit_to
         unseen = [running.tpot_ms for running in self._running.values() if not running.shown]
         gone = self._gone
-        shown = sum(told.sessions for told in load.classes) - len(gone)
+        shown = sum(of_class.sessions for of_class in load.classes) - len(gone)
         if shown <= 0:
-            # What the Load calls promised was so to sessions that have ended, or is the echo of past prompts.
+            # The promised share of the Load belonged to sessions that have ended, or to past prompts.
             load, gone = load.model_copy(update={"utilization": 0.0, "period_ms": None}), []
         own = [demand.slo.tpot_ms if demand.slo else None] * len(demand.prompts)
         before = promised(load, unseen, gone)
@@ -176,7 +177,7 @@ class Admission:
         if before > 0 and after > limit:
             text = (
                 f"{before:.0%} of the verifiers' time is promised and it would be {after:.0%} with this request; "
-                f"requests of class {demand.service_class!r} are taken up to {limit:.0%}"
+                f"requests of class {demand.service_class!r} are accepted up to {limit:.0%}"
             )
             code = "slo_unattainable_now" if demand.slo else "overloaded"
             yield _refusal(code, text, self._until_freed_ms(after - limit, before))
@@ -190,52 +191,55 @@ class Admission:
         if alone_ms <= demand.slo.ttft_ms and late_ms > 0:
             text = (
                 f"the first token would come after {late_ms + demand.slo.ttft_ms:,.0f} ms, and "
-                f"{demand.slo.ttft_ms:,.0f} ms are asked for"
+                f"the SLO is {demand.slo.ttft_ms:,.0f} ms"
             )
             yield _refusal("slo_unattainable_now", text, late_ms)
 
     def _wait_ms(self, service_class: str, load: Load) -> float:
-        """How long a request of this class waits for others."""
+        """Return the queueing time of a request of this class."""
 
         def goes_before(name: str) -> bool:
             return load.first_come or self._reach(name) >= self._reach(service_class)
 
-        before = sum(told.waiting for told in load.classes if goes_before(told.service_class))
-        # The request itself is one of those who wait.
-        part = (before + 1) / (sum(told.waiting for told in load.classes) + 1)
+        before = sum(one.waiting for one in load.classes if goes_before(one.service_class))
+        # The request itself waits as well.
+        part = (before + 1) / (sum(one.waiting for one in load.classes) + 1)
         prompts = (running for running in self._running.values() if goes_before(running.service_class))
         return load.backlog_ms * part + self._prompts_ms(load, prompts)
 
     def _reach(self, service_class: str) -> float:
-        # Another gateway may have classes that this one does not know.
+        # Other gateways may have classes of their own.
         return self._classes.get(service_class, self._classes[DEFAULT_CLASS]).admit_to
 
     @staticmethod
     def _prompts_ms(load: Load, sessions: Iterable[_Running]) -> float:
-        """Time for the prompts that were sent too lately to be in the Load's backlog."""
+        """Return the time for prompts that are too recent for the Load's backlog."""
         tokens = sum(running.prompt for running in sessions if not running.prompt_shown)
         return tokens * load.prefill_ms / load.verifiers
 
     def _until_freed_ms(self, excess: float, held: float) -> float:
-        """Time until `excess` of what the running texts hold is free; with all of it, at most a text's duration."""
+        """Return the time until `excess` of what the running sessions hold is free, at most a completion's duration."""
         duration_ms = FIRST_DURATION_MS if self._duration_ms is None else self._duration_ms
         return duration_ms * (min(1.0, excess / held) if held else 1.0)
 
 
 def promised(load: Load, started: Iterable[float | None], ended: Iterable[float | None]) -> float:
-    """Share of the verifiers' time that is promised, with sessions that the Load does not show and less those that have
-    ended; each given by its `tpot_ms`, None for best effort."""
+    """Return the promised share of the verifiers' time.
+
+    It is the Load's, plus the `started` sessions that the Load lacks, minus the `ended` ones. Each is given by its
+    `tpot_ms`, None for best effort.
+    """
     needs = _needs(load, started)
     rounds = sum(load.round_ms / need for need in needs) - sum(load.round_ms / need for need in _needs(load, ended))
     alone_ms = load.fixed_ms + load.round_ms
     fixed = max((load.fixed_ms / batch_period_ms(need, load.away_ms, alone_ms) for need in needs), default=0.0)
     present = load.fixed_ms / load.period_ms if load.period_ms else 0.0
-    # Rounded, so that what ended leaves nothing behind.
+    # Rounded, so that ended sessions leave no remainder.
     return max(0.0, round(load.utilization + (rounds + max(0.0, fixed - present)) / load.verifiers, 9))
 
 
 def _needs(load: Load, tpots_ms: Iterable[float | None]) -> list[float]:
-    """The round period that each session needs, of those whose promise a lone verifier could keep."""
+    """Return the round period of each session, without those whose SLO a lone verifier could not keep."""
     needs = [tpot_ms * load.tokens_per_round for tpot_ms in tpots_ms if tpot_ms is not None]
     return [need for need in needs if need >= load.fixed_ms + load.round_ms]
 
