@@ -1,21 +1,27 @@
-"""Every error that the product raises on purpose.
+"""Errors that the product raises on purpose.
 
     WispError
-    ├── SettingsError      a setting is missing or out of range (found at start)
-    ├── BrokersError       RabbitMQ or Redis is not there, or could not be started
-    │   └── Unroutable     no queue takes this message
-    ├── Fenced             a verifier's lease has ended: what it was given under it is not committed
-    ├── MessageError       bytes on a queue are not a message we know (dead-lettered)
-    ├── ModelError         a model folder is incomplete, or does not fit its partner
-    │   └── ChatTemplateError  (shared.models) the messages cannot be rendered
-    ├── BadLogits          (shared.sampling.sampler) the model computed no usable logits
-    └── EngineError        the engine refuses work; nothing has changed
-        ├── CacheFull      the K/V budget cannot hold what this call needs
-        ├── TooLong        more tokens than the model's context or the whole budget
-        ├── NotAttached    the session is unknown to the engine, or was evicted: attach it again
-        └── BadStep        a step names a token that the vocabulary lacks, or asks for impossible rows
+    ├── SettingsError              a setting is missing or out of range (found at start)
+    ├── BrokersError               RabbitMQ or Redis cannot be found, started or reached
+    │   ├── Unroutable             no queue is bound to a message's routing key
+    │   └── EndedEarly             (services.tools.local) a private broker exited before it was ready
+    ├── Fenced                     a verifier's lease has expired: nothing is committed
+    ├── MessageError               bytes on a queue are no known message (dead-lettered)
+    ├── ModelError                 a model folder is incomplete, or does not fit its partner
+    │   └── ChatTemplateError      the messages cannot be rendered with the model's chat template
+    ├── BadLogits                  the model computed no usable logits
+    ├── EngineError                the engine refuses a call; no session has changed
+    │   ├── CacheFull              the KV budget cannot hold what the call needs
+    │   ├── TooLong                more tokens than the model's context or the whole KV budget
+    │   ├── NotAttached            the engine does not hold the session: attach it again
+    │   └── BadStep                a step has a token outside the vocabulary, or asks for impossible rows
+    ├── ApiError                   (services.gateway) ends an HTTP request with a status and an error body
+    ├── KubernetesError            (services.drain_order) the Kubernetes API refuses a call or is unreachable
+    ├── ServiceFailed              (services.tools.local) a service of a private stack failed to start
+    ├── RecordingError             (services.tools.replayer) a recording cannot be read or written
+    └── ServerUnusable             (services.tools.bench) the measured server does not answer as needed
 
-The text of each says what was wrong, with the value, and what to do.
+Each message gives the problem, with the value, and the next step.
 """
 
 from __future__ import annotations
@@ -34,11 +40,11 @@ class BrokersError(WispError):
 
 
 class Unroutable(BrokersError):
-    """No queue is bound for a message's routing key: its receiver is not running."""
+    """No queue is bound to a message's routing key: its receiver is not running."""
 
 
 class Fenced(WispError):
-    """A verifier was frozen or cut off for longer than its lease, and its sessions are with others by now."""
+    """A verifier was frozen or cut off for longer than its lease, and its sessions have moved to others."""
 
 
 class MessageError(WispError):
@@ -49,25 +55,43 @@ class ModelError(WispError):
     """A model folder cannot be used as it is."""
 
 
+class ChatTemplateError(ModelError):
+    """The messages cannot be rendered with the model's chat template, or the model has none.
+
+    The caller's messages are at fault, not the model's files.
+    """
+
+
+class BadLogits(WispError):
+    """No token can be chosen from a row of logits. `row` is its index in the call."""
+
+    def __init__(self, row: int, position: int, largest: float) -> None:
+        super().__init__(
+            f"the logits of row {row} (position {position}) have {largest} as their maximum: the model's weights are "
+            "damaged, or overflow in this number format. Prepare the model again, or serve it in float32."
+        )
+        self.row = row
+
+
 class EngineError(WispError):
     """The engine refuses a call; no session has changed."""
 
 
 class CacheFull(EngineError):
-    """The K/V budget cannot hold what this call needs, even after evicting every idle session."""
+    """The KV budget cannot hold what the call needs, even after evicting every idle session."""
 
 
 class TooLong(EngineError):
-    """A session would exceed the model's context or the whole K/V budget."""
+    """A session would exceed the model's context or the whole KV budget."""
 
 
 class NotAttached(EngineError):
-    """The engine does not know the session: it was never attached, or it was evicted while idle."""
+    """The engine does not hold the session: it was never attached, or was evicted while idle."""
 
-    def __init__(self, session: str) -> None:
-        super().__init__(f"the engine holds nothing of session {session}; attach it with its committed tokens first")
-        self.session = session
+    def __init__(self, session_id: str) -> None:
+        super().__init__(f"the engine does not hold session {session_id}; attach it with its committed tokens first")
+        self.session_id = session_id
 
 
 class BadStep(EngineError):
-    """A step cannot be computed as asked."""
+    """A step cannot be computed as requested."""

@@ -135,7 +135,7 @@ class Peer:
         await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
         await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL, topology.ENDED)), peer._hear)
         beating = asyncio.create_task(peer._beat())
-        await store.beat(beat)
+        await store.registry.beat(beat)
         try:
             yield peer
         finally:
@@ -154,11 +154,11 @@ class Peer:
         self.ended.clear()
         self.refused.clear()
         self.heartbeat = self.heartbeat.model_copy(update={"fingerprint": self.fingerprint})
-        await self.store.beat(self.heartbeat)
+        await self.store.registry.beat(self.heartbeat)
 
     async def _beat(self) -> None:
         while True:
-            await self.store.beat(self.heartbeat)
+            await self.store.registry.beat(self.heartbeat)
             await asyncio.sleep(0.5)
 
     async def _hear(self, message: Message) -> None:

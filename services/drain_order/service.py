@@ -16,7 +16,7 @@ from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
 from shared.runtime.settings import host_of
-from shared.state.store import Store
+from shared.state.registry import Registry
 
 ANNOTATION = "controller.kubernetes.io/pod-deletion-cost"
 """When a Deployment scales in, Kubernetes removes pods with the lowest cost first; the default cost is 0."""
@@ -76,11 +76,11 @@ async def serve(settings: DrainOrderSettings, instance: str, stop: asyncio.Event
     """Keep the annotations of the verifiers' pods up to date until `stop` is set."""
     log = logging.get()
     pods = Pods(settings)
-    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
+    registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     published: dict[str, int] = {}
 
     async def update() -> None:
-        costs = deletion_costs(await store.heartbeats())
+        costs = deletion_costs(await registry.heartbeats())
         wanted = {host_of("verifier", verifier_id): cost for verifier_id, cost in costs.items()}
         for pod in published.keys() - wanted.keys():
             del published[pod]
@@ -98,9 +98,9 @@ async def serve(settings: DrainOrderSettings, instance: str, stop: asyncio.Event
             await asyncio.sleep(settings.interval_s)
 
     try:
-        HEALTH.watch(None, store)
+        HEALTH.watch(None, registry)
         log.info("ready", pods=settings.pod_namespace)
         async with running(stop, watch()):
             pass
     finally:
-        await store.close()
+        await registry.close()

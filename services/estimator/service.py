@@ -15,7 +15,7 @@ from shared.messages import CostModel, Message, Sample
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
-from shared.state.store import Store
+from shared.state.registry import Registry
 
 
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:
@@ -23,26 +23,26 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
-    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
-    estimator = Estimator(settings, broker, store)
+    registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
+    estimator = Estimator(settings, broker, registry)
     try:
         await broker.consume(broker.topology.sample_queue(), estimator.receive)
-        HEALTH.watch(broker, store)
+        HEALTH.watch(broker, registry)
         logging.get().info("ready")
         async with running(stop, estimator.publish()):
             pass
     finally:
         await broker.close()
-        await store.close()
+        await registry.close()
 
 
 class Estimator:
     """The fits of all verifiers."""
 
-    def __init__(self, settings: EstimatorSettings, broker: Broker, store: Store) -> None:
+    def __init__(self, settings: EstimatorSettings, broker: Broker, registry: Registry) -> None:
         self._settings = settings
         self._broker = broker
-        self._store = store
+        self._registry = registry
         self._log = logging.get()
         self._fits: dict[str, VerifierFit] = {}
         self._changed: set[str] = set()
@@ -77,14 +77,14 @@ class Estimator:
                 await self._broker.publish(model, topology.costmodel(verifier_id))
                 metrics.MODELS.inc()
                 try:
-                    await self._store.save_cost_model(model)
+                    await self._registry.save_cost_model(model)
                 except BrokersError as error:
                     self._log.warning("cost model not stored", verifier=verifier_id, error=str(error))
 
     async def _stored(self, verifier_id: str) -> CostModel | None:
         """Return the stored model of a verifier; None if there is none or Redis is unavailable."""
         try:
-            return next((model for model in await self._store.cost_models() if model.verifier == verifier_id), None)
+            return next((model for model in await self._registry.cost_models() if model.verifier == verifier_id), None)
         except BrokersError as error:
             self._log.warning("starting without the stored cost model", verifier=verifier_id, error=str(error))
             return None

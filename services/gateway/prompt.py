@@ -9,7 +9,7 @@ from functools import partial
 
 from services.gateway.errors import ApiError, invalid
 from services.gateway.schema import ChatRequest, CompletionRequest
-from shared.models.errors import ChatTemplateError
+from shared.errors import ChatTemplateError
 from shared.models.text import Tokenizer
 
 INLINE_CHARACTERS = 20_000

@@ -18,7 +18,7 @@ from services.gateway.sessions import Sessions
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.messages import Finish
 from shared.runtime import logging
-from shared.runtime.tasks import cancel
+from shared.runtime.service import cancel
 
 SEED_HEADER = "x-wisp-seed"
 STREAM_HEADERS = {

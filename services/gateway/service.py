@@ -45,7 +45,7 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
     async def rabbitmq() -> None:
         await broker.prove(queue, PROBE_TIMEOUT_S)
 
-    fleet = Fleet(store.heartbeats, model.fingerprint, {"rabbitmq": rabbitmq, "redis": store.ping})
+    fleet = Fleet(store.registry.heartbeats, model.fingerprint, {"rabbitmq": rabbitmq, "redis": store.ping})
     gateway = Gateway.assemble(
         settings,
         instance,
@@ -72,7 +72,7 @@ async def _attend(store: Store, instance: str) -> None:
     """Renew this gateway's sign of life, for ever."""
     while True:
         try:
-            await store.attend(instance)
+            await store.registry.attend(instance)
         except BrokersError as error:
             logging.get().warning("this gateway's sign of life was not renewed", error=str(error))
         await asyncio.sleep(ATTEND_S)

@@ -10,13 +10,13 @@ from pathlib import Path
 
 from services.scheduler import metrics
 from services.scheduler.core.device_gate import DeviceGate, RoundRefused
-from shared.broker.client import Broker, Stranger
-from shared.broker.devices import read_devices
+from shared.broker.client import Broker, UntrustedSender
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import ROUND_BYTES
 from shared.errors import BrokersError, SettingsError
 from shared.messages import Message, Verify
 from shared.runtime import logging
+from shared.runtime.settings import read_devices
 
 LOOK_S = 1.0
 """Time between two reads of the devices file."""
@@ -113,7 +113,7 @@ class DeviceQueues:
 
         queue = self._broker.topology.rounds_queue(device)
         return await self._broker.consume(
-            queue, receive, prefetch=PREFETCH, stranger=Stranger(ROUND_BYTES, undecodable)
+            queue, receive, prefetch=PREFETCH, sender=UntrustedSender(ROUND_BYTES, undecodable)
         )
 
 

@@ -20,7 +20,7 @@ from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Releas
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
-from shared.state.store import Store
+from shared.state.registry import Registry
 
 IDLE_S = 0.25
 """Longest time between two decisions, so that silent verifiers and lost batches are noticed."""
@@ -36,7 +36,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     broker = await Broker.connect(
         settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
     )
-    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
+    registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
     scheduler = Scheduler(dispatcher, broker, settings.session_keys)
     devices = None
@@ -50,11 +50,11 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
             settings.device_rounds_per_s,
         )
     try:
-        await scheduler.recall(store)
-        await scheduler.run(store, stop, settings.load_ms / 1000, devices)
+        await scheduler.recall(registry)
+        await scheduler.run(registry, stop, settings.load_ms / 1000, devices)
     finally:
         await broker.close()
-        await store.close()
+        await registry.close()
 
 
 class Scheduler:
@@ -68,17 +68,19 @@ class Scheduler:
         self._sending: set[asyncio.Task[None]] = set()
         self._log = logging.get()
 
-    async def recall(self, store: Store) -> None:
+    async def recall(self, registry: Registry) -> None:
         """Load the cost models and heartbeats that Redis holds."""
         try:
-            for model in await store.cost_models():
+            for model in await registry.cost_models():
                 self._dispatcher.on_cost_model(model, now_ms())
-            for heartbeat in await store.heartbeats():
+            for heartbeat in await registry.heartbeats():
                 self._dispatcher.on_heartbeat(heartbeat, now_ms())
         except BrokersError as error:
             self._log.warning("starting without the stored cost models", error=str(error))
 
-    async def run(self, store: Store, stop: asyncio.Event, load_s: float, devices: DeviceQueues | None = None) -> None:
+    async def run(
+        self, registry: Registry, stop: asyncio.Event, load_s: float, devices: DeviceQueues | None = None
+    ) -> None:
         """Serve until `stop` is set."""
         names = self._broker.topology
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
@@ -86,7 +88,7 @@ class Scheduler:
         await self._broker.consume(names.verify_queue(), self._receive_round)
         if devices is not None:
             await devices.follow()
-        HEALTH.watch(self._broker, store)
+        HEALTH.watch(self._broker, registry)
         self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
         async with running(stop, self._publish_load(load_s), *([devices.watch()] if devices else [])):

@@ -43,7 +43,7 @@ class Membership:
     async def join(self) -> None:
         """Take a first lease. If Redis is unreachable, the heartbeats ask again."""
         with suppress(BrokersError):
-            self._lease = await self._store.renew(self.verifier_id, 0)
+            self._lease = await self._store.registry.renew(self.verifier_id, 0)
 
     def is_fenced(self, batch: Batch) -> bool:
         """Return whether a batch was sent under an ended lease: its scheduler has given this verifier up since."""
@@ -53,7 +53,7 @@ class Membership:
         """Publish the cost model from the start-up profile, and the profile itself for the estimator."""
         await self._broker.publish(model, topology.costmodel(self.verifier_id))
         try:
-            await self._store.save_cost_model(model)
+            await self._store.registry.save_cost_model(model)
         except BrokersError as error:
             self._log.warning("cost model not stored", error=str(error))
         profiled = Sample(verifier=self.verifier_id, batches=list(measured), profile=True)
@@ -87,8 +87,8 @@ class Membership:
         metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)
         await self._broker.publish(heartbeat, topology.heartbeat(self.verifier_id))
         try:
-            lease = await self._store.renew(self.verifier_id, self._lease)
-            await self._store.beat(heartbeat.model_copy(update={"lease": lease}))
+            lease = await self._store.registry.renew(self.verifier_id, self._lease)
+            await self._store.registry.beat(heartbeat.model_copy(update={"lease": lease}))
         except BrokersError as error:
             self._log.warning("heartbeat not stored", error=str(error))
             return
@@ -106,4 +106,4 @@ class Membership:
     async def leave(self) -> None:
         """Remove this verifier's heartbeat and lease from the store."""
         with suppress(BrokersError):
-            await self._store.silence(self.verifier_id)
+            await self._store.registry.remove(self.verifier_id)

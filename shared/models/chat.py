@@ -11,8 +11,7 @@ import jinja2
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shared.errors import ModelError
-from shared.models.errors import ChatTemplateError
+from shared.errors import ChatTemplateError, ModelError
 from shared.models.folder import ModelFolder
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")

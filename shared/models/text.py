@@ -11,9 +11,8 @@ from typing import Any
 
 import tokenizers
 
-from shared.errors import ModelError
+from shared.errors import ChatTemplateError, ModelError
 from shared.models.chat import ChatTemplate
-from shared.models.errors import ChatTemplateError
 from shared.models.folder import ModelFolder
 
 

@@ -1,11 +1,10 @@
-"""Whether this process does its work: `/live`, `/ready` and `/metrics` on the metrics port, and the command that asks.
+"""Health of this process: `/live`, `/ready` and `/metrics` on the metrics port, and the command that asks them.
 
-`/ready` says yes when every consumer answers and Redis does; `/live` says no only where starting this process again
-would help: its event loop hangs, or a consumer is dead although RabbitMQ is there and takes messages. An outage of
-RabbitMQ or Redis, or an alarm there, must not restart every process, which would throw away the K/V caches.
+`/ready` succeeds when every consumer and Redis answer. `/live` fails only when a restart of the process would help: its
+event loop hangs, or a consumer is dead although RabbitMQ is reachable and accepts messages. An outage or an alarm of
+RabbitMQ or Redis must not restart every process, because that would discard the KV caches.
 
-`python -m shared.runtime.health` asks the process that runs with the same settings, and ends with status 1 unless it is
-ready.
+`python -m shared.runtime.health` asks the process with the same settings, and exits with 1 unless it is ready.
 """
 
 from __future__ import annotations
@@ -26,57 +25,58 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from shared.broker.client import Broker
 from shared.errors import SettingsError, WispError
 from shared.runtime.settings import ProcessSettings, load
+from shared.state.registry import Registry
 from shared.state.store import Store
 
 CHECK_S = 3.0
-"""Longest time that a part of the process may take to answer."""
+"""Longest answer time of a part of the process."""
 ASK_S = 2 * CHECK_S + 2.0
 
 Check = Callable[[], Awaitable[None]]
 
 
 class Health:
-    """What this process has to prove. Not ready before `watch` is called."""
+    """Checks of this process. Not ready before `watch` is called."""
 
     def __init__(self) -> None:
         self._broker: Broker | None = None
-        self._store: Store | None = None
+        self._redis: Store | Registry | None = None
         self._parts: dict[str, Check] = {}
         self.stopping = False
 
-    def watch(self, broker: Broker | None, store: Store | None, **parts: Check) -> None:
-        """From now on ready means that these answer; some processes have only one. Call it when all is consumed.
+    def watch(self, broker: Broker | None, redis: Store | Registry | None, **parts: Check) -> None:
+        """Require answers of these from now on. Call it when all queues are consumed.
 
-        `parts` are others that have to answer, by the names under which they are told; they raise WispError.
+        `parts` are further checks by the names under which they are reported; a check that fails raises WispError.
         """
-        self._broker, self._store, self._parts = broker, store, parts
+        self._broker, self._redis, self._parts = broker, redis, parts
 
     async def ready(self) -> dict[str, str]:
-        """What keeps the process from its work, by part; empty when nothing does."""
+        """Return the problems that keep the process from its work, by part."""
         if self.stopping:
             return {"process": "shutting down"}
-        if self._broker is None and self._store is None and not self._parts:
+        if self._broker is None and self._redis is None and not self._parts:
             return {"process": "starting"}
         checks: dict[str, Awaitable[None]] = {name: check() for name, check in self._parts.items()}
         if self._broker is not None:
             checks["rabbitmq"] = self._broker.prove_consumers(CHECK_S)
-        if self._store is not None:
-            checks["redis"] = self._store.ping()
+        if self._redis is not None:
+            checks["redis"] = self._redis.ping()
         found = await asyncio.gather(*(_problem(check) for check in checks.values()))
         return {part: problem for part, problem in zip(checks, found, strict=True) if problem}
 
     async def live(self) -> dict[str, str]:
-        """What starting the process again would mend."""
+        """Return the problems that a restart of the process would solve, by part."""
         broker = self._broker
         if broker is None or self.stopping or not broker.connected:
             return {}
         problem = await _problem(broker.prove_consumers(CHECK_S))
-        # The connection may have gone meanwhile, or RabbitMQ have stopped reading from it.
+        # Not if the connection was lost meanwhile, or RabbitMQ has stopped reading from it.
         return {"rabbitmq": problem} if problem and await broker.takes_messages() else {}
 
 
 HEALTH = Health()
-"""That of this process."""
+"""The health of this process."""
 
 
 async def _problem(check: Awaitable[None]) -> str | None:
@@ -96,16 +96,16 @@ class _Server(ThreadingMixIn, WSGIServer):
 
 class _Quiet(WSGIRequestHandler):
     def log_message(self, format: str, *args: object) -> None:
-        """Probes come every few seconds and are not worth a line."""
+        """Log nothing: probes arrive every few seconds."""
 
 
 def serve(health: Health, host: str, port: int, loop: asyncio.AbstractEventLoop) -> int:
-    """Answer on `host`:`port` (0 takes a free one) from threads, asking `loop`; returns the port.
+    """Serve on `host`:`port` (0 takes a free port) in threads that run the checks in `loop`; return the port.
 
-    Raises SettingsError when the port cannot be had.
+    Raises SettingsError when the port is not available.
     """
 
-    def asked(check: Callable[[], Any]) -> tuple[HTTPStatus, bytes]:
+    def run_check(check: Callable[[], Any]) -> tuple[HTTPStatus, bytes]:
         future = asyncio.run_coroutine_threadsafe(check(), loop)
         try:
             problems = future.result(ASK_S)
@@ -121,11 +121,11 @@ def serve(health: Health, host: str, port: int, loop: asyncio.AbstractEventLoop)
             case "/metrics":
                 status, body, kind = HTTPStatus.OK, generate_latest(), CONTENT_TYPE_LATEST
             case "/live":
-                status, body = asked(health.live)
+                status, body = run_check(health.live)
             case "/ready":
-                status, body = asked(health.ready)
+                status, body = run_check(health.ready)
             case _:
-                status, body = HTTPStatus.NOT_FOUND, b"there are /live, /ready and /metrics\n"
+                status, body = HTTPStatus.NOT_FOUND, b"not found; try /live, /ready or /metrics\n"
         start_response(f"{status.value} {status.phrase}", [("Content-Type", kind), ("Content-Length", str(len(body)))])
         return [body]
 
@@ -140,7 +140,7 @@ def serve(health: Health, host: str, port: int, loop: asyncio.AbstractEventLoop)
 
 
 def ask(port: int) -> tuple[bool, str]:
-    """Whether the process that serves this port is ready, and what it says."""
+    """Return whether the process that serves this port is ready, and its answer."""
     try:
         with urllib.request.urlopen(f"http://127.0.0.1:{port}/ready", timeout=ASK_S + 1) as answer:
             return True, answer.read().decode()
@@ -151,10 +151,10 @@ def ask(port: int) -> tuple[bool, str]:
 
 
 def main() -> None:
-    """Ask, print the answer, end with status 0 or 1."""
+    """Ask for readiness, print the answer, and exit with 0 or 1."""
     settings = load(ProcessSettings, "python -m shared.runtime.health")
     if not settings.metrics_port:
-        print("WISP_METRICS_PORT is 0: the service answers no questions of health. Set a port.", file=sys.stderr)
+        print("WISP_METRICS_PORT is 0, so the service answers no health checks; set a port", file=sys.stderr)
         raise SystemExit(2)
     is_ready, text = ask(settings.metrics_port)
     print(text, end="", file=sys.stdout if is_ready else sys.stderr)

@@ -1,11 +1,11 @@
-"""What every service process does around its own work: settings, logs, metrics, signals, exit code."""
+"""The frame of every service process: settings, logs, metrics, signals, tasks and exit code."""
 
 from __future__ import annotations
 
 import asyncio
 import gc
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
@@ -14,7 +14,6 @@ import uvloop
 from shared.errors import WispError
 from shared.runtime import health, logging
 from shared.runtime.settings import ProcessSettings, load
-from shared.runtime.tasks import cancel
 
 S = TypeVar("S", bound=ProcessSettings)
 CANCEL_AGAIN_S = 2.0
@@ -23,7 +22,7 @@ CANCEL_AGAIN_S = 2.0
 def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
     """Run `serve(settings, instance, stop)` until it returns; SIGTERM and SIGINT set `stop`.
 
-    Ends the process with status 2 for bad settings and 1 for an error that the operator has to see.
+    Exits with 2 for invalid settings, and with 1 for an error that the operator has to see.
     """
     settings = load(kind, f"python -m services.{service}")
     instance = settings.instance_name(service)
@@ -57,11 +56,11 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
 
 @asynccontextmanager
 async def running(stop: asyncio.Event, *loops: Coroutine[Any, Any, None]) -> AsyncIterator[None]:
-    """Run endless loops; the body is entered when `stop` is set, and the loops are cancelled after it.
+    """Run endless loops; enter the body when `stop` is set, and cancel the loops after it.
 
-    A loop that ends has failed: its exception is raised instead, so that the process ends and is started again.
+    A loop that ends has failed: its exception is raised here, so that the process exits and is restarted.
     """
-    # What was loaded stays: the collector need not walk it again, which takes tens of milliseconds beside torch.
+    # Exclude everything loaded so far from garbage collection: scanning it takes tens of milliseconds with torch.
     gc.collect()
     gc.freeze()
     tasks = [asyncio.create_task(loop) for loop in loops]
@@ -75,3 +74,16 @@ async def running(stop: asyncio.Event, *loops: Coroutine[Any, Any, None]) -> Asy
     finally:
         await cancel([*tasks, stopped], CANCEL_AGAIN_S)
         await asyncio.gather(*tasks, stopped, return_exceptions=True)
+
+
+async def cancel(tasks: Iterable[asyncio.Future[Any]], again_s: float) -> None:
+    """Cancel tasks, and again every `again_s` seconds, until each has ended.
+
+    Before Python 3.12, `asyncio.wait_for` can lose a cancellation that arrives when its awaitable ends, as happens with
+    each published message. A task cancelled once would then run for ever.
+    """
+    pending = {task for task in tasks if not task.done()}
+    while pending:
+        for task in pending:
+            task.cancel()
+        _, pending = await asyncio.wait(pending, timeout=again_s)

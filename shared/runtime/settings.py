@@ -14,9 +14,9 @@ import socket
 import sys
 from pathlib import Path
 from secrets import token_hex
-from typing import Literal, NoReturn, TypeVar
+from typing import Annotated, Literal, NoReturn, TypeVar
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
 from yarl import URL
 
@@ -224,6 +224,22 @@ class TargetSettings(WispSettings):
         Path(".wisp/models/smollm2-135m-instruct"), description="folder of the target model (Hugging Face layout)"
     )
     dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the target's weights")
+
+
+_DEVICES_FILE = TypeAdapter(list[Annotated[str, Field(pattern=NAME_PATTERN)]])
+
+
+def read_devices(path: Path) -> list[str]:
+    """Return the device names in a JSON list, each once, in the file's order. Raises SettingsError."""
+    try:
+        return list(dict.fromkeys(_DEVICES_FILE.validate_json(path.read_bytes())))
+    except OSError as error:
+        raise BadSettings(f"devices {path}: {error.strerror or error}") from error
+    except ValidationError as error:
+        problem = error.errors(include_url=False)[0]["msg"]
+        raise BadSettings(
+            f'devices {path}: {problem}; expected a JSON list of names, such as ["kitchen", "car-7"]'
+        ) from error
 
 
 S = TypeVar("S", bound=WispSettings)

@@ -37,7 +37,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from shared.errors import WispError
+from shared.errors import BadLogits
 from shared.messages import Sampling
 from shared.sampling.noise import (
     Words,
@@ -58,17 +58,6 @@ _DEVICE_ELEMENTS = 1 << 24
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
-
-
-class BadLogits(WispError):
-    """A row of logits holds no choice. `row` is its index in the call."""
-
-    def __init__(self, row: int, position: int, largest: float) -> None:
-        super().__init__(
-            f"the logits of row {row} (position {position}) have {largest} as their maximum: the model's weights are "
-            "damaged, or overflow in this number format. Prepare the model again, or serve it in float32."
-        )
-        self.row = row
 
 
 @dataclass(frozen=True)

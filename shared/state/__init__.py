@@ -1,3 +1,3 @@
 """Redis: every key and script."""
 
-__all__ = ["commits", "kv", "quota", "store"]
+__all__ = ["commits", "kv", "quota", "registry", "store"]

@@ -1,10 +1,10 @@
-"""What the holder of an API key may use, counted in Redis for all gateways together. See `quota.lua`.
+"""Usage of API keys, counted in Redis for all gateways together. The counting is `quota.lua`.
 
-    <ns>:quota:{key}      hash: what is left of a minute's requests and tokens, and when that was so
-    <ns>:streams:{key}    sorted set: the key's running sessions, by the time at which their lease ends
+    <ns>:quota:{key}      hash: the requests and tokens left of the key's minute, and the time of that count
+    <ns>:streams:{key}    sorted set of the key's running sessions, by the time at which their lease expires
 
-Requests and tokens fill up evenly, so that a minute's worth can be used at once and then what a second brings in each
-second. Leases are renewed while their sessions run: those of a gateway that died end by themselves.
+Requests and tokens refill evenly: a key can use a whole minute's worth at once, and then each second's share. Leases
+are renewed while their sessions run; those of a gateway that died expire.
 """
 
 from __future__ import annotations
@@ -15,26 +15,24 @@ from enum import StrEnum
 from importlib.resources import files
 from typing import Any
 
-from redis.asyncio import Redis
-
-from shared.state.redis_calls import Guarded, now_ms
+from shared.state.connection import RedisConnection
 
 LEASE_MS = 30_000
 
 
 class Limited(StrEnum):
-    """Which limit refuses."""
+    """The limit that refuses a request."""
 
     REQUESTS = "requests"
     TOKENS = "tokens"
     SESSIONS = "sessions"
     SIZE = "size"
-    """One request asks for more tokens than a minute has."""
+    """The request needs more tokens than the key's whole minute."""
 
 
 @dataclass(frozen=True)
 class Allowance:
-    """A key's limits; None for no limit."""
+    """Limits of an API key; None for no limit."""
 
     requests_per_minute: int | None = None
     tokens_per_minute: int | None = None
@@ -42,13 +40,13 @@ class Allowance:
 
     @property
     def limited(self) -> bool:
-        """Whether there is anything to count."""
+        """Whether any limit is set."""
         return any((self.requests_per_minute, self.tokens_per_minute, self.max_sessions))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What was decided, and what is left; `wait_ms` until the same request would be granted, where that is known."""
+    """Decision about a request and what is left. `wait_ms` is the time until it would be granted, where known."""
 
     refused: Limited | None
     requests_left: int
@@ -59,34 +57,33 @@ class Verdict:
 
 
 class Quota:
-    """The counters in one namespace. Every method raises BrokersError when Redis cannot be reached."""
+    """The counters of one namespace. Every method raises BrokersError when Redis cannot be reached."""
 
-    def __init__(self, redis: Redis, namespace: str, guard: Guarded) -> None:
-        self._redis = redis
-        self._namespace = namespace
-        self._guard = guard
-        self._script = redis.register_script(files("shared.state").joinpath("quota.lua").read_text())
+    def __init__(self, connection: RedisConnection) -> None:
+        self._connection = connection
+        self._redis = connection.redis
+        self._script = self._redis.register_script(files("shared.state").joinpath("quota.lua").read_text())
 
     async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
-        """Take one request, `tokens`, and a lease for each session; all of it or nothing."""
+        """Take one request, `tokens` and a lease for each session, all or nothing."""
         return await self._ask(key, allowance, tokens, "take", sessions)
 
     async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> Verdict:
-        """Take a lease for each session of a request that was taken before; all of them or none."""
+        """Take a lease for each session of a request that was counted before, all or none."""
         return await self._ask(key, allowance, 0, "join", sessions)
 
     async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
-        """The sessions have ended: give back tokens that were taken and not used. Negative: more were used."""
+        """End the leases of sessions and return `unused` tokens; negative if more were used than taken."""
         await self._run(key, allowance, unused, "settle", sessions)
 
     async def renew(self, running: Mapping[str, Sequence[str]]) -> None:
-        """The sessions of these keys still run."""
-        ends_ms = await now_ms(self._redis, self._guard) + LEASE_MS
+        """Renew the leases of these keys' running sessions."""
+        ends_ms = await self._connection.now_ms() + LEASE_MS
         async with self._redis.pipeline(transaction=False) as pipe:
             for key, sessions in running.items():
                 pipe.zadd(self._streams(key), dict.fromkeys(sessions, ends_ms))
                 pipe.pexpire(self._streams(key), LEASE_MS)
-            await self._guard(pipe.execute())
+            await self._connection.call(pipe.execute())
 
     async def _ask(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> Verdict:
         refused, *counts = await self._run(key, allowance, tokens, act, sessions)
@@ -95,10 +92,10 @@ class Quota:
     async def _run(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> list[Any]:
         limits = (allowance.requests_per_minute, allowance.tokens_per_minute, allowance.max_sessions)
         arguments: list[str | int] = [*(limit or 0 for limit in limits), tokens, LEASE_MS, act, *sessions]
-        answer: list[Any] = await self._guard(
-            self._script(keys=[f"{self._namespace}:quota:{key}", self._streams(key)], args=arguments)
+        answer: list[Any] = await self._connection.call(
+            self._script(keys=[self._connection.key("quota", key), self._streams(key)], args=arguments)
         )
         return answer
 
     def _streams(self, key: str) -> str:
-        return f"{self._namespace}:streams:{key}"
+        return self._connection.key("streams", key)

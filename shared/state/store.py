@@ -1,22 +1,15 @@
-"""Everything that is in Redis, and the only code that touches it.
+"""Sessions in Redis: their requests and committed tokens. Only this package touches Redis.
 
-    <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, verifier that holds its
-                          K/V, gateway that collects it (none: ""), what another gateway needs to go on with its answer
+    <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, the verifier that holds its
+                          KV, the gateway that collects it (none: ""), the gateway's resume record
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
     <ns>:deadlines        sorted set of the active sessions by the time (Redis's clock, ms) at which their next token is
                           due; inf without an SLO
-    <ns>:gateway:{id}     there while this gateway is
-    <ns>:lease:{id}       a verifier's lease, expiring unless it is renewed
-    <ns>:verifier:{id}    the last heartbeat, expiring; the set <ns>:verifiers has their names
-    <ns>:kv:{kind}:{hex}, <ns>:kvs:{kind}   K/V that verifiers hand over: see `shared.state.kv`
-    <ns>:costmodel:{id}   the last cost model of a verifier, expiring; the set <ns>:costmodels has their names
-    <ns>:quota:{key}, <ns>:streams:{key}    what an API key has used: see `shared.state.quota`
+    <ns>:verifier:{id}, <ns>:lease:{id}, <ns>:costmodel:{id}, <ns>:gateway:{id}     see `shared.state.registry`
+    <ns>:kv:{kind}:{hex}, <ns>:kvs:{kind}   KV blocks that verifiers hand over: see `shared.state.kv`
+    <ns>:quota:{key}, <ns>:streams:{key}    usage of an API key: see `shared.state.quota`
 
-Session state expires `ttl_s` after the last commit. The commit itself is `commit.lua`.
-
-A verifier commits under a lease: a number that it holds as long as it renews it in time. One that was frozen or cut off
-for longer gets a new one, and nothing that it was given under the old one is committed: its sessions are with others
-by then.
+The state of a session expires `ttl_s` after its last commit. The commit itself is `commit.lua`.
 """
 
 from __future__ import annotations
@@ -24,71 +17,38 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass
 from enum import StrEnum
 from importlib.resources import files
-from secrets import randbelow
 from typing import Any
 
 import msgpack
 from pydantic import ValidationError
-from redis.asyncio import BlockingConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import ExponentialBackoff
-from redis.exceptions import ConnectionError as RedisConnectionError
-from redis.exceptions import RedisError
 
-from shared.errors import BrokersError, Fenced, MessageError
+from shared.errors import Fenced
 from shared.messages import (
     MOST,
-    SILENT_MS,
-    CostModel,
     Finish,
-    Heartbeat,
-    Message,
     Record,
     Sampling,
     Slo,
-    decode,
-    encode,
 )
 from shared.runtime.tls import Tls
 from shared.state.commits import SESSION_TTL_S, Commit, CommitOutcome, Committed
+from shared.state.connection import RedisConnection
 from shared.state.kv import KvBlocks
 from shared.state.quota import Quota
-from shared.state.redis_calls import now_ms
-
-HEARTBEAT_TTL_MS = 3000
-GATEWAY_TTL_MS = 5000
-"""A gateway that has not said for so long that it is there collects nothing."""
-COSTMODEL_TTL_MS = 7 * 24 * 3600 * 1000
-
-_RENEW = """
-if redis.call('GET', KEYS[1]) == ARGV[1] then
-  redis.call('PEXPIRE', KEYS[1], ARGV[3])
-  return 1
-end
-redis.call('SET', KEYS[1], ARGV[2], 'PX', ARGV[3])
-return 0
-"""
-
-CONNECTIONS = 32
-CONNECTION_S = 30.0
-"""A burst of calls waits for one of so many connections, for so long; more of them would not make Redis faster."""
+from shared.state.registry import Registry
 
 REAPED_AT_ONCE = 200
-"""Sessions that are looked at while nobody else is served."""
+"""Sessions per step of `reap`. A larger step would delay other calls to Redis."""
 
 FIELDS = ("request", "status", "length", "round", "finish", "start_ms", "first_ms", "last_ms", "left_at")
-"""What is read of a session, in this order."""
-
-# A server that is restarting is waited for; one that hangs is not asked again, so that a call ends within seconds.
-_RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
+"""Fields that `read` gets of a session, in this order."""
 
 
 class SessionStatus(StrEnum):
-    """Where a session stands, durably."""
+    """Durable status of a session."""
 
     ACTIVE = "active"
     FINISHED = "finished"
@@ -96,7 +56,7 @@ class SessionStatus(StrEnum):
 
 
 class Request(Record):
-    """What a session was asked for; written once by the gateway, trusted by the verifier."""
+    """Parameters of a session. The gateway writes them once; the verifier trusts them."""
 
     session: str
     gateway: str
@@ -109,13 +69,13 @@ class Request(Record):
 
     @property
     def max_length(self) -> int:
-        """Committed length at which the session ends at the latest."""
+        """Largest committed length of the session."""
         return self.prompt_len + self.max_tokens
 
 
 @dataclass(frozen=True)
 class Session:
-    """A session as Redis holds it: the request and every committed token."""
+    """State of a session: its request and every committed token."""
 
     request: Request
     status: SessionStatus
@@ -123,18 +83,18 @@ class Session:
     round: int
     finish: Finish | None
     elapsed_ms: float
-    """Time since the request arrived, by Redis's own clock."""
+    """Time since the request arrived, on Redis's clock."""
     first_ms: float | None = None
-    """Time from there to the first commit."""
+    """Time from the request's arrival to the first commit."""
     idle_ms: float = 0.0
     """Time since the last commit, or since the request arrived."""
     left_at: int | None = None
-    """Its length when a gateway left it to others last; None if none has."""
+    """Committed length when a gateway last released the session; None if none has."""
 
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a session is: committed length, and the tokens from the asked position on."""
+    """Status and committed length of a session, and its tokens from the requested position on."""
 
     status: SessionStatus
     length: int
@@ -143,38 +103,31 @@ class Progress:
 
 
 class Store:
-    """Redis, in one namespace. Every method raises BrokersError when Redis cannot be reached."""
+    """Sessions of one namespace. Every method raises BrokersError when Redis cannot be reached."""
 
-    def __init__(self, redis: Redis, namespace: str, ttl_s: int) -> None:
-        self._redis = redis
-        self._namespace = namespace
+    def __init__(self, connection: RedisConnection, ttl_s: int = SESSION_TTL_S) -> None:
+        """ttl_s: lifetime of a session's state after its last commit, for processes that create or commit sessions."""
+        self._connection = connection
+        self._redis = connection.redis
+        self._call = connection.call
         self._ttl_s = ttl_s
-        self._commit = redis.register_script(files("shared.state").joinpath("commit.lua").read_text())
-        self._renew = redis.register_script(_RENEW)
-        self.quota = Quota(redis, namespace, self._guard)
-        self.kv = KvBlocks(redis, namespace, self._guard)
+        self._commit = self._redis.register_script(files("shared.state").joinpath("commit.lua").read_text())
+        self.registry = Registry(connection)
+        self.quota = Quota(connection)
+        self.kv = KvBlocks(connection)
 
     @classmethod
     def connect(cls, url: str, namespace: str, ttl_s: int = SESSION_TTL_S, tls: Tls | None = None) -> Store:
-        """A store at this URL. Connections are opened when first needed."""
-        pool = BlockingConnectionPool.from_url(
-            url,
-            max_connections=CONNECTIONS,
-            timeout=CONNECTION_S,
-            socket_connect_timeout=5,
-            socket_timeout=5,
-            retry=_RETRY,
-            **(tls or Tls()).redis_options(url),
-        )
-        return cls(Redis.from_pool(pool), namespace, ttl_s)
+        """Return the store at this URL. Connections open on first use."""
+        return cls(RedisConnection.to(url, namespace, tls), ttl_s)
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._redis.aclose()
+        await self._connection.close()
 
     async def ping(self) -> None:
         """Raise BrokersError unless Redis answers."""
-        await self._guard(self._redis.ping())
+        await self._connection.ping()
 
     async def create(
         self,
@@ -185,14 +138,14 @@ class Store:
         patience_ms: int = 0,
         kept: bytes = b"",
     ) -> None:
-        """Write a new session and the time at which its first token is due.
+        """Write a new session and the deadline of its first token.
 
-        `elapsed_ms` is the time since the request arrived. Times are kept on Redis's clock, the only one that every
-        service sees. A session that no living gateway collects for `patience_ms` is cancelled with its next commit, or
-        by `reap`; 0 never is. `kept` is what a gateway has to know to go on with the answer, see `kept`.
+        `elapsed_ms` is the time since the request arrived; times are stored on Redis's clock. A session that no live
+        gateway collects for `patience_ms` is cancelled by its next commit or by `reap`; 0 disables this. `kept` is the
+        gateway's resume record, which the method `kept` returns.
         """
         slo = request.slo
-        start_ms = await now_ms(self._redis, self._guard) - elapsed_ms
+        start_ms = await self._connection.now_ms() - elapsed_ms
         fields: dict[Any, Any] = {
             "request": msgpack.packb(request.model_dump(mode="json")),
             "status": SessionStatus.ACTIVE.value,
@@ -215,88 +168,83 @@ class Store:
             pipe.expire(self._session(request.session), self._ttl_s)
             due_ms = math.inf if slo is None else start_ms + slo.ttft_ms
             pipe.zadd(self._deadlines, {request.session: due_ms})
-            await self._guard(pipe.execute())
+            await self._call(pipe.execute())
 
     async def read(self, sessions: Sequence[str]) -> list[Session | None]:
-        """The sessions, whole, in one round trip; None for one that is gone."""
+        """Return the sessions, in one round trip; None for one that does not exist."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
             for session in sessions:
                 pipe.hmget(self._session(session), *FIELDS)
                 pipe.get(self._tokens(session))
-            (seconds, microseconds), *answers = await self._guard(pipe.execute())
+            (seconds, microseconds), *answers = await self._call(pipe.execute())
         now_ms = seconds * 1000 + microseconds / 1000
         return [_session(answers[i], answers[i + 1], now_ms) for i in range(0, len(answers), 2)]
 
     async def progress(self, session: str, from_len: int) -> Progress | None:
-        """Status, committed length and the committed tokens from position `from_len` on; None if it is gone."""
+        """Return a session's progress with its tokens from position `from_len` on; None if it does not exist."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hmget(self._session(session), "status", "length", "finish")
             pipe.getrange(self._tokens(session), from_len * 4, -1)
-            (status, length, finish), tokens = await self._guard(pipe.execute())
+            (status, length, finish), tokens = await self._call(pipe.execute())
         if status is None or length is None:
             return None
         return Progress(SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish))
 
-    async def renew(self, verifier: str, lease: int) -> int:
-        """The verifier's lease for the next `SILENT_MS`: this one if it still holds it, else a new one."""
-        new = 1 + randbelow(2**53)
-        keys, arguments = [self._key("lease", verifier)], [lease, new, SILENT_MS]
-        return lease if await self._guard(self._renew(keys=keys, args=arguments)) else new
-
     async def commit(self, verifier: str, commits: Sequence[Commit], *, lease: int = 0) -> list[Committed]:
-        """Commit a batch's verdicts in one round trip, each atomically. See `commit.lua` for the rules.
+        """Commit the rounds of a batch in one round trip, each atomically. `commit.lua` has the rules.
 
-        Raises Fenced, and commits nothing, if the verifier does not hold this lease any more; 0 is not looked at.
+        Raises Fenced, and commits nothing, if the verifier no longer holds `lease`; 0 skips this check.
         """
         if not commits and not lease:
             return []
-        keys = [self._deadlines, self._key("lease", verifier)]
-        arguments: list[str | int | bytes] = [verifier, self._ttl_s, self._key("gateway", ""), lease]
+        keys = [self._deadlines, self._connection.key("lease", verifier)]
+        arguments: list[str | int | bytes] = [verifier, self._ttl_s, self._connection.key("gateway", ""), lease]
         for c in commits:
             keys += [self._session(c.session), self._tokens(c.session)]
             arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, _pack(c.tokens)]
-        answers = await self._guard(self._commit(keys=keys, args=arguments))
+        answers = await self._call(self._commit(keys=keys, args=arguments))
         if answers is None:
-            raise Fenced(f"{verifier} was away for too long: its lease {lease} has ended")
+            raise Fenced(f"{verifier} was away for too long: its lease {lease} has expired")
         return [
             Committed(CommitOutcome(outcome.decode()), length, base, accepted, _finish(finish), unpack(tokens))
             for outcome, length, base, accepted, finish, tokens in answers
         ]
 
     async def ended(self, sessions: Sequence[str]) -> list[str]:
-        """Those of these sessions that take no more tokens: finished, cancelled or gone."""
+        """Return the sessions that accept no more tokens: finished, cancelled or nonexistent."""
         async with self._redis.pipeline(transaction=False) as pipe:
             for session in sessions:
                 pipe.hget(self._session(session), "status")
-            found = await self._guard(pipe.execute())
+            found = await self._call(pipe.execute())
         active = SessionStatus.ACTIVE.value.encode()
         return [session for session, status in zip(sessions, found, strict=True) if status != active]
 
     async def reap(self) -> list[str]:
-        """Cancel sessions that nobody has collected in their patience, and forget deadlines of those that are gone.
+        """Cancel sessions that no gateway has collected within their patience; drop deadlines of nonexistent ones.
 
-        A session that is worked on comes to the same end with its next commit; this is for those that nobody works on.
-        Returns their names.
+        A session in progress is cancelled by its next commit; this is for sessions without commits. Returns the ids of
+        the sessions that ended.
         """
         reaped: list[str] = []
         cursor = -1
         while cursor:
-            cursor, found = await self._guard(self._redis.zscan(self._deadlines, max(0, cursor), count=REAPED_AT_ONCE))
+            cursor, found = await self._call(self._redis.zscan(self._deadlines, max(0, cursor), count=REAPED_AT_ONCE))
             names = [name.decode() for name, _ in found]
-            # Of a length that no session has: nothing is committed, and no tokens are told.
+            # With a length that no session has, so that nothing is committed and no tokens are returned.
             answers = await self.commit("", [Commit(name, 0, MOST, 0, (), None, 0) for name in names])
             over = (CommitOutcome.GONE, CommitOutcome.CANCELLED)
             ended = [n for n, a in zip(names, answers, strict=True) if a.outcome in over or a.finish is not None]
             if ended:
-                await self._guard(self._redis.zrem(self._deadlines, *ended))
+                await self._call(self._redis.zrem(self._deadlines, *ended))
             reaped += ended
         return reaped
 
     async def cancel(self, session: str, gateway: str = "") -> bool:
-        """No more tokens for this session, whoever still works on it. A finished session stays finished.
+        """Cancel a session, so that it accepts no more tokens. A finished session stays finished.
 
-        With a `gateway`, nothing happens if another one collects the session by now; returns whether none does.
+        With a `gateway`, a session that another gateway collects now stays as it is. Returns whether the session was
+        this gateway's to cancel.
         """
         key = self._session(session)
         mine = True
@@ -311,108 +259,56 @@ class Store:
             if mine:
                 pipe.zrem(self._deadlines, session)
 
-        await self._guard(self._redis.transaction(flip, key))
+        await self._call(self._redis.transaction(flip, key))
         return mine
 
     async def collect(self, session: str, gateway: str) -> bool:
-        """From now on this gateway collects the session's text, and no other may cancel it; False if it is gone."""
+        """Make this gateway the one that collects and may cancel the session; return whether the session exists."""
         return await self._hand_over(session, None, gateway)
 
     async def leave(self, session: str, gateway: str, length: int) -> None:
-        """This gateway, which knows so many of its tokens, collects the session no more; if no other does in its
-        patience, it is cancelled."""
+        """Release a session that this gateway collects, with `length` tokens known to it.
+
+        Unless another gateway collects the session within its patience, it is cancelled.
+        """
         await self._hand_over(session, gateway, "", {"left_at": length})
 
-    async def _hand_over(self, session: str, of: str | None, to: str, more: Mapping[str, int] | None = None) -> bool:
+    async def _hand_over(self, session: str, owner: str | None, to: str, more: Mapping[str, int] | None = None) -> bool:
         key = self._session(session)
-        there = False
+        exists = False
 
         async def flip(pipe: Any) -> None:
-            nonlocal there
+            nonlocal exists
             collector = await pipe.hget(key, "gateway")
-            there = collector is not None
+            exists = collector is not None
             pipe.multi()
-            if there and (of is None or collector.decode() == of):
+            if exists and (owner is None or collector.decode() == owner):
                 pipe.hset(key, mapping={"gateway": to, **(more or {})})
                 if to:
-                    pipe.hdel(key, "alone_ms")  # its patience begins anew
+                    pipe.hdel(key, "alone_ms")  # restart its patience
 
-        await self._guard(self._redis.transaction(flip, key))
-        return there
+        await self._call(self._redis.transaction(flip, key))
+        return exists
 
     async def kept(self, session: str) -> bytes | None:
-        """What `create` was given to keep; None if it was nothing, or the session is gone."""
-        found: bytes | None = await self._guard(self._redis.hget(self._session(session), "kept"))
+        """Return the resume record given to `create`; None if it was empty or the session does not exist."""
+        found: bytes | None = await self._call(self._redis.hget(self._session(session), "kept"))
         return found or None
 
-    async def attend(self, gateway: str) -> None:
-        """This gateway is there, for the next seconds."""
-        await self._guard(self._redis.set(self._key("gateway", gateway), b"1", px=GATEWAY_TTL_MS))
-
     async def deadline_ms(self, session: str) -> float | None:
-        """When the session's next token is due, in milliseconds on Redis's clock; None without an SLO."""
-        score: float | None = await self._guard(self._redis.zscore(self._deadlines, session))
+        """Return the deadline of the session's next token, in milliseconds on Redis's clock; None without an SLO."""
+        score: float | None = await self._call(self._redis.zscore(self._deadlines, session))
         return None if score == math.inf else score
-
-    async def beat(self, heartbeat: Heartbeat) -> None:
-        """Keep a verifier's heartbeat for a few seconds."""
-        await self._keep("verifier", heartbeat.verifier, heartbeat, HEARTBEAT_TTL_MS)
-
-    async def silence(self, verifier: str) -> None:
-        """Forget a verifier that says goodbye."""
-        await self._guard(self._redis.delete(self._key("verifier", verifier), self._key("lease", verifier)))
-
-    async def heartbeats(self) -> list[Heartbeat]:
-        """The verifiers that are alive."""
-        return [m for m in await self._kept("verifier") if isinstance(m, Heartbeat)]
-
-    async def save_cost_model(self, model: CostModel) -> None:
-        """Keep the last model of a verifier, for restarted schedulers and estimators."""
-        await self._keep("costmodel", model.verifier, model, COSTMODEL_TTL_MS)
-
-    async def cost_models(self) -> list[CostModel]:
-        """The last model of every verifier that was measured lately."""
-        return [m for m in await self._kept("costmodel") if isinstance(m, CostModel)]
-
-    async def _keep(self, kind: str, name: str, message: Message, ttl_ms: int) -> None:
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.set(self._key(kind, name), encode(message), px=ttl_ms)
-            pipe.sadd(f"{self._namespace}:{kind}s", name)
-            await self._guard(pipe.execute())
-
-    async def _kept(self, kind: str) -> list[Message]:
-        names = sorted(name.decode() for name in await self._guard(self._redis.smembers(f"{self._namespace}:{kind}s")))
-        if not names:
-            return []
-        bodies = await self._guard(self._redis.mget([self._key(kind, name) for name in names]))
-        messages = []
-        for body in bodies:
-            # One that a newer version wrote is left to expire by itself.
-            with suppress(MessageError):
-                messages += [decode(body)] if body is not None else []
-        expired = [name for name, body in zip(names, bodies, strict=True) if body is None]
-        if expired:
-            await self._guard(self._redis.srem(f"{self._namespace}:{kind}s", *expired))
-        return messages
-
-    async def _guard(self, awaitable: Any) -> Any:
-        try:
-            return await awaitable
-        except (RedisError, OSError) as error:
-            raise BrokersError(f"Redis: {error}; check WISP_REDIS_URL and that the server is up") from error
 
     @property
     def _deadlines(self) -> str:
-        return f"{self._namespace}:deadlines"
-
-    def _key(self, kind: str, name: str) -> str:
-        return f"{self._namespace}:{kind}:{name}"
+        return self._connection.key("deadlines")
 
     def _session(self, session: str) -> str:
-        return self._key("session", session)
+        return self._connection.key("session", session)
 
     def _tokens(self, session: str) -> str:
-        return self._key("tokens", session)
+        return self._connection.key("tokens", session)
 
 
 def _pack(tokens: Sequence[int]) -> bytes:
@@ -420,7 +316,7 @@ def _pack(tokens: Sequence[int]) -> bytes:
 
 
 def unpack(body: bytes) -> list[int]:
-    """The token ids in these bytes of a session's committed tokens."""
+    """Return the token ids in these bytes of a session's committed tokens."""
     packed = array("i")
     packed.frombytes(body)
     return packed.tolist()

@@ -34,7 +34,7 @@ async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
 
 
 class Inbox:
-    """Collects what a queue's consumer gets."""
+    """A handler that collects its messages."""
 
     def __init__(self) -> None:
         self.messages: asyncio.Queue[Message] = asyncio.Queue()
@@ -140,9 +140,13 @@ async def test_a_confirmed_batch_that_no_verifier_takes_is_an_error(connect: Con
 
 
 async def test_a_transient_message_that_no_queue_takes_is_dropped(connect: Connect) -> None:
-    broker = await connect("verifier")
-    await broker.publish(result(), topology.result("nobody"))
-    await broker.publish(result(), topology.result("nobody"), cc=("result.none",))
+    broker, inbox = await connect("verifier"), Inbox()
+    await broker.consume(broker.topology.own_queue("drafter", "d", (topology.result("d"),)), inbox)
+    await broker.publish(result("lost"), topology.result("nobody"))
+    await broker.publish(result("copied"), topology.result("nobody"), cc=("result.none", topology.result("d")))
+    await broker.publish(result("next"), topology.result("d"))
+    assert [await inbox.next(), await inbox.next()] == [result("copied"), result("next")]
+    assert await inbox.nothing_more()
 
 
 @pytest.mark.parametrize(
@@ -156,7 +160,7 @@ async def test_a_transient_message_that_no_queue_takes_is_dropped(connect: Conne
     ],
 )
 @pytest.mark.parametrize("prefetch", [0, 4], ids=["transient", "persistent"])
-async def test_a_poison_message_is_kept_with_its_reason_and_the_next_one_is_served(
+async def test_an_undecodable_message_is_dead_lettered_and_the_next_is_handled(
     connect: Connect, amqp_url: str, namespace: str, body: bytes, reason: str, prefetch: int
 ) -> None:
     broker = await connect("reader")
@@ -176,7 +180,7 @@ async def test_a_poison_message_is_kept_with_its_reason_and_the_next_one_is_serv
     assert await inbox.next() == good
 
 
-async def test_a_message_whose_handler_fails_is_kept_too(connect: Connect, amqp_url: str, namespace: str) -> None:
+async def test_a_message_whose_handler_fails_is_dead_lettered(connect: Connect, amqp_url: str, namespace: str) -> None:
     broker = await connect("reader")
 
     async def fails(message: Message) -> None:
@@ -202,7 +206,7 @@ async def test_fields_of_a_newer_version_are_ignored(connect: Connect, amqp_url:
     assert await inbox.next() == Cancel(session="s", reason="r")
 
 
-async def test_a_live_consumer_proves_itself_and_a_missing_one_does_not(connect: Connect) -> None:
+async def test_prove_passes_for_a_live_consumer_and_fails_for_a_missing_one(connect: Connect) -> None:
     broker = await connect("reader")
     queue = broker.topology.own_queue("test", "x", ())
     inbox = Inbox()
@@ -213,10 +217,10 @@ async def test_a_live_consumer_proves_itself_and_a_missing_one_does_not(connect:
     assert await inbox.nothing_more(), f"probes ({PROBE_HEADER}) must not reach the handler"
 
 
-async def test_two_processes_of_one_name_are_told_apart(
+async def test_a_second_process_of_the_same_name_is_refused(
     connect: Connect, amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("shared.broker.client.OWN_QUEUE_RETRIES", 2)
+    monkeypatch.setattr("shared.broker.declarations.OWN_QUEUE_RETRIES", 2)
     first, second = await connect("same"), await connect("same")
     await first.consume(first.topology.own_queue("verifier", "same", ()), Inbox())
     with pytest.raises(BrokersError, match="WISP_INSTANCE"):
@@ -226,7 +230,9 @@ async def test_two_processes_of_one_name_are_told_apart(
         await second.consume(second.topology.own_queue("verifier", "same", ()), Inbox())
 
 
-async def test_no_broker_is_a_clear_error(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_an_unreachable_broker_is_an_error_without_the_password(
+    namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("shared.broker.client.CONNECT_TIMEOUT_S", 0.5)
     with pytest.raises(BrokersError, match=r"guest@127\.0\.0\.1|127\.0\.0\.1:1.*WISP_AMQP_URL") as caught:
         await Broker.connect("amqp://guest:secret@127.0.0.1:1/", Topology(namespace), "x")

@@ -90,7 +90,7 @@ async def store(redis_url: str, namespace: str) -> AsyncIterator[Store]:
 
 
 async def beat(store: Store, pod: str, held: int) -> None:
-    await store.beat(builders.heartbeat(f"verifier-{pod}-a1b2c3", free_tokens=10_000 - held))
+    await store.registry.beat(builders.heartbeat(f"verifier-{pod}-a1b2c3", free_tokens=10_000 - held))
 
 
 @pytest.fixture

@@ -38,7 +38,7 @@ async def test_models_are_published_stored_and_continued_after_a_restart(
         await broker.publish(Sample(verifier="v1", batches=batches, profile=profile), topology.SAMPLE)
         model = await asyncio.wait_for(models.get(), 10)
         for _ in range(200):
-            if model in await store.cost_models():
+            if model in await store.registry.cost_models():
                 break
             await asyncio.sleep(0.02)
         stop.set()
@@ -56,7 +56,7 @@ async def test_models_are_published_stored_and_continued_after_a_restart(
 
     first = await learn(samples(1.0), profile=True)
     assert cost.predict_ms(first, shape) == pytest.approx(82.0, rel=0.05)
-    assert await store.cost_models() == [first]
+    assert await store.registry.cost_models() == [first]
 
     # A restarted estimator continues from the stored model, although it receives a single batch.
     second = await learn(samples(1.0)[:1], profile=False)

@@ -293,7 +293,7 @@ async def test_ready_means_brokers_proven_and_a_verifier_of_our_model(suite: Sui
     assert ready.status_code == 200
     assert ready.json()["parts"] == {"rabbitmq": "ok", "redis": "ok", "verifier": "ok", "gateway": "ok"}
     suite.peer.heartbeat = suite.peer.heartbeat.model_copy(update={"fingerprint": "other"})
-    await suite.peer.store.beat(suite.peer.heartbeat)
+    await suite.peer.store.registry.beat(suite.peer.heartbeat)
     await asyncio.sleep(1.0)
     ready = await suite.http.get("/ready")
     assert ready.status_code == 503

@@ -113,7 +113,7 @@ async def test_an_alarm_at_rabbitmq_starts_nothing_again(
     alarmed = Served(Health(), await Broker.connect(server.url, Topology(namespace), "alarmed"), served.store, 0)
     try:
         await consuming(alarmed)
-        problem = "RabbitMQ takes no messages now; see its alarms of memory and disk"
+        problem = "RabbitMQ accepts no messages now; see its memory and disk alarms"
         problems: dict[str, str] = {}
         for _ in range(50):  # RabbitMQ looks at its memory once a second
             if problems := await alarmed.health.ready():

@@ -169,12 +169,12 @@ async def test_session_state_expires(store: Store, redis_url: str, namespace: st
 
 async def test_heartbeats_and_cost_models_are_kept(store: Store) -> None:
     beat, model = builders.heartbeat(), builders.cost_model()
-    await store.beat(beat)
-    await store.save_cost_model(model)
-    assert await store.heartbeats() == [beat]
-    assert await store.cost_models() == [model]
-    await store.silence("v1")
-    assert await store.heartbeats() == []
+    await store.registry.beat(beat)
+    await store.registry.save_cost_model(model)
+    assert await store.registry.heartbeats() == [beat]
+    assert await store.registry.cost_models() == [model]
+    await store.registry.remove("v1")
+    assert await store.registry.heartbeats() == []
 
 
 async def test_an_unreachable_redis_is_a_clear_error(namespace: str) -> None:
@@ -186,8 +186,8 @@ async def test_an_unreachable_redis_is_a_clear_error(namespace: str) -> None:
 
 async def test_a_lease_lasts_as_long_as_it_is_renewed(store: Store, redis_url: str, namespace: str) -> None:
     await store.create(request(), PROMPT)
-    first = await store.renew("v", 0)
-    assert await store.renew("v", first) == first
+    first = await store.registry.renew("v", 0)
+    assert await store.registry.renew("v", first) == first
     (answer,) = await store.commit("v", [commit(0, 3, [8])], lease=first)
     assert answer.outcome is CommitOutcome.COMMITTED
     async with Redis.from_url(redis_url) as redis:
@@ -195,7 +195,7 @@ async def test_a_lease_lasts_as_long_as_it_is_renewed(store: Store, redis_url: s
         await redis.delete(f"{namespace}:lease:v")
     with pytest.raises(Fenced):
         await store.commit("v", [commit(1, 4, [9])], lease=first)
-    second = await store.renew("v", first)
+    second = await store.registry.renew("v", first)
     assert second != first
     for jobs in ([commit(1, 4, [9])], []):
         with pytest.raises(Fenced):
@@ -207,7 +207,7 @@ async def test_a_lease_lasts_as_long_as_it_is_renewed(store: Store, redis_url: s
 
 async def test_one_verifiers_lease_is_no_others(store: Store) -> None:
     await store.create(request(), PROMPT)
-    lease = await store.renew("v", 0)
+    lease = await store.registry.renew("v", 0)
     with pytest.raises(Fenced):
         await store.commit("w", [commit(0, 3, [8])], lease=lease)
 
@@ -220,7 +220,7 @@ async def test_a_session_that_no_living_gateway_collects_is_cancelled_when_its_p
     assert await store.collect("collected", "h")
     await store.leave("collected", "g", 4)  # which does not have it any more
     for gateway in ("h", "i"):
-        await store.attend(gateway)
+        await store.registry.attend(gateway)
     assert await store.collect("left", "i")
     await store.leave("left", "i", 4)
     names = ("alone", "left", "collected", "endless")
@@ -239,7 +239,7 @@ async def test_what_nobody_works_on_is_reaped_when_nobody_collects_it(store: Sto
     await store.create(request("expired", slo=slo), PROMPT)
     assert await store.deadline_ms("alone") is None
     await store.collect("collected", "h")
-    await store.attend("h")
+    await store.registry.attend("h")
     await store._redis.delete(store._session("expired"))
     assert await store.reap() == ["expired"]
     await asyncio.sleep(0.1)
@@ -255,7 +255,7 @@ async def test_what_nobody_works_on_is_reaped_when_nobody_collects_it(store: Sto
 async def test_a_gateway_that_comes_back_in_time_keeps_its_sessions(store: Store) -> None:
     await store.create(request(), PROMPT, patience_ms=50)
     await store.commit("v", [commit(0, 3, [8])])
-    await store.attend("g")
+    await store.registry.attend("g")
     await store.commit("v", [commit(1, 4, [8])])
     await asyncio.sleep(0.1)
     (answer,) = await store.commit("v", [commit(2, 5, [8])])

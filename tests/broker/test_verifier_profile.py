@@ -32,7 +32,7 @@ async def test_the_profile_becomes_the_cost_model_and_replaces_a_stored_one(
     store = Store.connect(redis_url, namespace, 60)
     models: asyncio.Queue[Message] = asyncio.Queue()
     await broker.consume(broker.topology.own_queue("test", "peer", (topology.costmodel("v1"),)), models.put)
-    await store.save_cost_model(
+    await store.registry.save_cost_model(
         cost.FALLBACK.model_copy(update={"verifier": "v1", "coefficients": [9e9] * cost.SIZE, "samples": 900})
     )
     settings = VerifierSettings(
@@ -45,10 +45,10 @@ async def test_the_profile_becomes_the_cost_model_and_replaces_a_stored_one(
     assert 0 < published.samples < 900
     assert 0 < cost.predict_ms(published, cost.shape_of([(5, 105, 5)])) < 9e9
     for _ in range(200):
-        if await store.cost_models() == [published]:
+        if await store.registry.cost_models() == [published]:
             break
         await asyncio.sleep(0.02)
-    assert await store.cost_models() == [published]
+    assert await store.registry.cost_models() == [published]
     stop.set()
     await asyncio.wait_for(serving, 30)
     await broker.close()

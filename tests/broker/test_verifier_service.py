@@ -283,7 +283,7 @@ async def test_only_the_scheduler_gets_the_result_of_a_prefill_chunk(peer: Peer,
 
 async def test_released_sessions_free_their_kv_and_can_come_back(peer: Peer, text: list[int]) -> None:
     async def held() -> set[str]:
-        (beat,) = await peer.store.heartbeats()
+        (beat,) = await peer.store.registry.heartbeats()
         return {one.session for one in beat.residency}
 
     async def until(session: str, cached: bool) -> None:

@@ -80,7 +80,7 @@ class Zombie:
     async def gone(self) -> None:
         """Wait until its lease has ended."""
         async with asyncio.timeout(10):
-            while await self.store.heartbeats():  # noqa: ASYNC110 - Redis has no event for it
+            while await self.store.registry.heartbeats():  # noqa: ASYNC110 - Redis has no event for it
                 await asyncio.sleep(0.05)
 
     async def wake(self) -> None:

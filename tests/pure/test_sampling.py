@@ -10,10 +10,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from shared.errors import BadLogits
 from shared.messages import Sampling
 from shared.sampling import sampler as sampling
 from shared.sampling.noise import gumbel, leading_bits, mixed_vocabulary, noise_key
-from shared.sampling.sampler import BadLogits, Columns, choose
+from shared.sampling.sampler import Columns, choose
 
 # Found by search: the token has the largest noise that 31 leading bits allow, and the least.
 LARGEST_NOISE = (65569, 100, 7100)

@@ -14,8 +14,7 @@ from made_folders import SPECIAL, byte_level, sentence_piece, write_folder
 from tokenizers import decoders, normalizers
 from tokenizers.models import WordPiece
 
-from shared.errors import ModelError
-from shared.models.errors import ChatTemplateError
+from shared.errors import ChatTemplateError, ModelError
 from shared.models.folder import ModelFolder
 from shared.models.text import Detokenizer, Tokenizer
 

@@ -150,7 +150,7 @@ async def test_ended_sessions_leave_no_kv_behind(stack: Stack, client: Client, c
     try:
         async with asyncio.timeout(10):
             while True:
-                beats = await store.heartbeats()
+                beats = await store.registry.heartbeats()
                 if beats and all(not beat.residency and beat.free_tokens == beat.total_tokens for beat in beats):
                     break
                 await asyncio.sleep(0.2)

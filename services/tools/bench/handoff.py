@@ -179,7 +179,7 @@ async def _busiest(stack: Stack) -> tuple[Process, set[str]]:
     """Return the verifier that holds most sessions, and those sessions."""
     store = Store.connect(stack.brokers.redis_url, stack.namespace, 60)
     try:
-        beats = await store.heartbeats()
+        beats = await store.registry.heartbeats()
     finally:
         await store.close()
     most = max(beats, key=lambda beat: len(beat.residency))

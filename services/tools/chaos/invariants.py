@@ -55,7 +55,7 @@ async def _tokens_held(site: ChaosSite) -> list[str]:
     """Compare the verifiers' heartbeats with the running processes, and report the KV that they hold."""
     store = Store.connect(site.brokers.redis_url, site.stack.namespace, 60)
     try:
-        beats = await store.heartbeats()
+        beats = await store.registry.heartbeats()
     finally:
         await store.close()
     running = {process.name for process in site.stack.processes("verifier")}

@@ -44,8 +44,7 @@ def print_definitions(
     The output holds password hashes only. The same passwords give the same output.
     """
     with errors_shown():
-        from shared.broker.devices import read_devices
-        from shared.runtime.settings import ServiceSettings
+        from shared.runtime.settings import ServiceSettings, read_devices
 
         topology = Topology(namespace_of(namespace))
         pools = [checked("pool", name) for name in pool or [DEFAULT_POOL]]
