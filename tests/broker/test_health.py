@@ -180,7 +180,7 @@ async def test_the_command_asks_and_its_status_answers(served: Served) -> None:
     assert text.startswith("nothing answers on port 1: ")
     status, text = await command(0)
     assert status == 2
-    assert "Set a port" in text
+    assert "set a port" in text
 
 
 async def test_a_port_that_is_taken_is_told(served: Served) -> None:
