@@ -96,6 +96,12 @@ def test_settings_accept_the_registered_sources_and_rules() -> None:
     assert set(get_args(fields["stop_rule"].annotation)) == set(RULES)
 
 
+def test_the_names_of_sources_load_neither_torch_nor_numpy() -> None:
+    code = "import sys, services.drafter.sources.registry; print({'torch', 'numpy'} & set(sys.modules))"
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert found.stdout.strip() == "set()"
+
+
 @pytest.mark.parametrize("name", [AUTO, *SOURCES, *RULES])
 def test_the_page_on_drafts_describes_every_source_and_rule(name: str) -> None:
     page = (ROOT / "services/drafter/README.md").read_text(encoding="utf-8")

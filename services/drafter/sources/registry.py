@@ -1,6 +1,7 @@
 """The draft sources by name: the choices of `draft_source`, `--draft-source` and a request's `wisp.draft`.
 
-To add a source, implement `DraftSource` and add it to `SOURCES`. This module loads no torch.
+To add a source, implement `DraftSource` and add it to `SOURCES`. The gateway imports this module for the names, so it
+loads neither torch nor numpy.
 """
 
 from __future__ import annotations
