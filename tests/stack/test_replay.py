@@ -1,4 +1,4 @@
-"""Real requests are recorded by a suite with a tiny model, and read back by the command line."""
+"""Recording and replay of a suite with a tiny model, by the command line."""
 
 from __future__ import annotations
 
@@ -31,8 +31,8 @@ PROMPTS = ["the quick brown fox jumps over the lazy dog", "aaaa bbbb aaaa bbbb a
 
 
 @dataclass
-class Recorded:
-    """A suite that records, its file, and the answers that it gave."""
+class RecordedSuite:
+    """A suite that records, its exported file, and its answers."""
 
     stack: Stack
     file: Path
@@ -41,7 +41,7 @@ class Recorded:
 
 
 @pytest.fixture(scope="module")
-async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Recorded]:
+async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[RecordedSuite]:
     folder = tiny_target(tmp_path_factory.mktemp("models") / "tiny")
     config = LlamaConfig(
         vocab_size=folder.vocab_size,
@@ -59,10 +59,10 @@ async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -
     async with Stack("test-replay", brokers=brokers, target=folder.path, env=env) as running:
         async with httpx.AsyncClient(timeout=60) as http:
             answers = dict(await asyncio.gather(*(_ask(http, running, prompt) for prompt in PROMPTS)))
-        await asyncio.sleep(0.5)  # the last words of sessions that have ended
+        await asyncio.sleep(0.5)  # for the Ended messages of the sessions
         file = tmp_path_factory.mktemp("recordings") / "recording.jsonl.gz"
         await wisp(running, "journal", "export", str(file))
-        yield Recorded(running, file, answers)
+        yield RecordedSuite(running, file, answers)
     await journal.delete(brokers.amqp_url, running.namespace)
 
 
@@ -84,7 +84,7 @@ async def _ask(http: httpx.AsyncClient, stack: Stack, prompt: str) -> tuple[str,
 
 
 async def wisp(stack: Stack, *words: str, fails: bool = False) -> str:
-    """What a command prints."""
+    """Run a command; return its output."""
     env = {**os.environ, "WISP_AMQP_URL": stack.brokers.amqp_url, "WISP_NAMESPACE": stack.namespace, "COLUMNS": "160"}
     command = await asyncio.create_subprocess_exec(
         sys.executable,
@@ -94,17 +94,17 @@ async def wisp(stack: Stack, *words: str, fails: bool = False) -> str:
         stderr=asyncio.subprocess.PIPE,
         env=env,
     )
-    told, errors = await command.communicate()
+    output, errors = await command.communicate()
     assert (command.returncode != 0) == fails, errors.decode()
-    return told.decode() + (errors.decode() if fails else "")
+    return output.decode() + (errors.decode() if fails else "")
 
 
-def of(told: list[dict[str, Any]], session: str) -> dict[str, Any]:
-    [one] = [one for one in told if one["session"].partition(".")[0] == session]
+def timeline_of(timelines: list[dict[str, Any]], session: str) -> dict[str, Any]:
+    [one] = [one for one in timelines if one["session"].partition(".")[0] == session]
     return one
 
 
-async def test_the_timelines_tell_what_the_clients_got(recorded: Recorded) -> None:
+async def test_the_timelines_have_the_clients_tokens(recorded: RecordedSuite) -> None:
     target = str(recorded.stack.target)
     live = json.loads(await wisp(recorded.stack, "replay", "--all", "--json", "--target", target))
     filed = json.loads(
@@ -113,7 +113,7 @@ async def test_the_timelines_tell_what_the_clients_got(recorded: Recorded) -> No
     assert len(live) == len(PROMPTS)
     assert filed == live
     for (session, tokens), prompt in zip(recorded.answers.items(), PROMPTS, strict=True):
-        one = of(live, session)
+        one = timeline_of(live, session)
         assert one["prompt_text"] == prompt
         committed = [token["id"] for round_ in one["rounds"] for token in round_["tokens"]]
         assert committed[: len(tokens)] == tokens
@@ -127,7 +127,7 @@ async def test_the_timelines_tell_what_the_clients_got(recorded: Recorded) -> No
     assert any(round_["accepted"] for one in live for round_ in one["rounds"]), "some drafts were accepted"
 
 
-async def test_one_session_for_reading(recorded: Recorded) -> None:
+async def test_one_session_is_shown_in_the_terminal(recorded: RecordedSuite) -> None:
     session = next(iter(recorded.answers))
     text = await wisp(
         recorded.stack, "replay", session, "--file", str(recorded.file), "--target", str(recorded.stack.target)
@@ -141,7 +141,7 @@ async def test_one_session_for_reading(recorded: Recorded) -> None:
     assert "no session 'nobody' in the recording, which has 3" in wrong
 
 
-async def test_a_trace_of_the_real_thing(recorded: Recorded, tmp_path: Path) -> None:
+async def test_the_trace_has_a_process_for_each_service(recorded: RecordedSuite, tmp_path: Path) -> None:
     trace = tmp_path / "trace.json"
     await wisp(recorded.stack, "replay", "--file", str(recorded.file), "--trace", str(trace))
     events = json.loads(trace.read_text())["traceEvents"]
@@ -149,17 +149,19 @@ async def test_a_trace_of_the_real_thing(recorded: Recorded, tmp_path: Path) -> 
     assert {process.name for process in recorded.stack.processes()} - {"estimator-1"} == processes
 
 
-async def test_a_recording_for_a_bug_report_has_no_text(recorded: Recorded, tmp_path: Path, namespace: str) -> None:
+async def test_a_recording_without_text_keeps_its_timelines(
+    recorded: RecordedSuite, tmp_path: Path, namespace: str
+) -> None:
     bare = tmp_path / "bare.jsonl"
-    said = await wisp(recorded.stack, "journal", "export", str(bare), "--without-text")
-    assert "without text and tokens" in said
+    output = await wisp(recorded.stack, "journal", "export", str(bare), "--without-text")
+    assert "without text and tokens" in output
     session, tokens = next(iter(recorded.answers.items()))
     try:
         await wisp(recorded.stack, "journal", "import", str(bare), "--namespace", namespace)
-        told = json.loads(await wisp(recorded.stack, "replay", "--namespace", namespace, "--all", "--json"))
+        timelines = json.loads(await wisp(recorded.stack, "replay", "--namespace", namespace, "--all", "--json"))
     finally:
         await journal.delete(recorded.stack.brokers.amqp_url, namespace)
-    one = of(told, session)
+    one = timeline_of(timelines, session)
     assert one["prompt"] == [0] * len(PROMPTS[0])
     committed = [token for round_ in one["rounds"] for token in round_["tokens"]]
     assert len(committed) >= len(tokens)
@@ -167,13 +169,13 @@ async def test_a_recording_for_a_bug_report_has_no_text(recorded: Recorded, tmp_
     assert one["parts"]
 
 
-def verified(recorded: Recorded, file: Path) -> ReexecutionReport:
-    """The batches of a file computed again."""
+def verified(recorded: RecordedSuite, file: Path) -> ReexecutionReport:
+    """Compute the batches of a file again."""
     return reexecute(recorded_batches(files.read(file)), recorded.stack.target)
 
 
-def tampered(recorded: Recorded, to: Path, change: Callable[[dict[str, Any]], bool]) -> Path:
-    """The recording with the one message changed for which `change` says that it did."""
+def tampered(recorded: RecordedSuite, to: Path, change: Callable[[dict[str, Any]], bool]) -> Path:
+    """Write the recording with one result changed: the first for which `change` returns True."""
     done = False
     with gzip.open(recorded.file, "rt") as whole, to.open("w") as copy:
         for line in whole:
@@ -185,7 +187,7 @@ def tampered(recorded: Recorded, to: Path, change: Callable[[dict[str, Any]], bo
     return to
 
 
-async def test_a_fresh_engine_computes_the_recorded_batches_bit_for_bit(recorded: Recorded) -> None:
+async def test_a_fresh_engine_computes_the_same_bits(recorded: RecordedSuite) -> None:
     report = verified(recorded, recorded.file)
     assert report.differences == []
     assert report.invariant
@@ -194,7 +196,7 @@ async def test_a_fresh_engine_computes_the_recorded_batches_bit_for_bit(recorded
     assert not report.left_out
 
 
-async def test_one_tampered_token_is_named_and_no_other(recorded: Recorded, tmp_path: Path) -> None:
+async def test_a_changed_token_is_the_only_difference(recorded: RecordedSuite, tmp_path: Path) -> None:
     session = list(recorded.answers)[1]
     where: dict[str, Any] = {}
 
@@ -207,24 +209,28 @@ async def test_one_tampered_token_is_named_and_no_other(recorded: Recorded, tmp_
 
     file = tampered(recorded, tmp_path / "tampered.jsonl", change)
     target = str(recorded.stack.target)
-    told = await wisp(recorded.stack, "replay", "--verify", "--file", str(file), "--target", target, fails=True)
+    output = await wisp(recorded.stack, "replay", "--verify", "--file", str(file), "--target", target, fails=True)
     [found] = verified(recorded, file).differences
     assert (found.session, found.position, found.batch) == (where["session"], where["base_len"], where["batch"])
     wrong = (where["right"] + 1) % 259
     assert found.said.startswith(f"token {wrong} (")
     assert f"the model chooses {where['right']} (" in found.said
-    assert "DIFFERENT" in told
-    assert f"session {where['session']}, position {where['base_len']}, batch {where['batch']}: token {wrong} (" in told
+    assert "DIFFERENT" in output
+    assert (
+        f"session {where['session']}, position {where['base_len']}, batch {where['batch']}: token {wrong} (" in output
+    )
 
 
 @pytest.mark.parametrize(
-    ("changed", "said"),
+    ("changed", "message"),
     [
         ({"logits_digest": "0123456789abcdef"}, "the tokens are the same, but not the logits' bits: 0123456789abcdef"),
         ({"finish": "stop"}, "the end (stop) was recorded, the model gives"),
     ],
 )
-async def test_other_tampering_is_named(recorded: Recorded, tmp_path: Path, changed: dict[str, str], said: str) -> None:
+async def test_a_changed_digest_or_ending_is_a_difference(
+    recorded: RecordedSuite, tmp_path: Path, changed: dict[str, str], message: str
+) -> None:
     def change(result: dict[str, Any]) -> bool:
         if result.get("finish"):
             return False
@@ -232,10 +238,10 @@ async def test_other_tampering_is_named(recorded: Recorded, tmp_path: Path, chan
         return True
 
     [found] = verified(recorded, tampered(recorded, tmp_path / "tampered.jsonl", change)).differences
-    assert said in found.said
+    assert message in found.said
 
 
-async def test_a_token_put_at_the_end_is_found(recorded: Recorded, tmp_path: Path) -> None:
+async def test_a_token_added_at_the_end_is_a_difference(recorded: RecordedSuite, tmp_path: Path) -> None:
     def change(result: dict[str, Any]) -> bool:
         if result.get("finish"):
             result["tokens"].append(5)
@@ -246,40 +252,38 @@ async def test_a_token_put_at_the_end_is_found(recorded: Recorded, tmp_path: Pat
     assert "was recorded, the model gives" in found.said
 
 
-async def test_other_policies_serve_the_recorded_requests_in_virtual_time(recorded: Recorded) -> None:
+async def test_other_policies_serve_the_requests_in_virtual_time(recorded: RecordedSuite) -> None:
     file = ("--file", str(recorded.file))
-    told = json.loads(await wisp(recorded.stack, "replay", "--policy", "fcfs", "--policy", "sled", "--json", *file))
-    runs = told["runs"]
+    report = json.loads(await wisp(recorded.stack, "replay", "--policy", "fcfs", "--policy", "sled", "--json", *file))
+    runs = report["runs"]
     assert list(runs) == ["recorded", "wisp+ again", "fcfs", "sled"]
     for figures in runs.values():
         assert figures["complete"] == figures["requests"] == figures["promised"] == len(PROMPTS)
         assert figures["tokens"] == runs["recorded"]["tokens"]
-        assert figures["attained"] == len(PROMPTS), "minutes are enough under every policy"
+        assert figures["attained"] == len(PROMPTS), "an SLO of minutes holds under every policy"
     text = await wisp(recorded.stack, "replay", "--draft-length", "0", *file)
     assert "wisp+, no drafts" in text
     wrong = await wisp(recorded.stack, "replay", "--policy", "best", *file, fails=True)
     assert "no policy 'best' can be replayed: sled, fcfs, edf, wisp, wisp+" in wrong
 
 
-async def test_what_cannot_be_verified_says_why(recorded: Recorded, tmp_path: Path) -> None:
+async def test_a_recording_that_cannot_be_verified_is_refused(recorded: RecordedSuite, tmp_path: Path) -> None:
     bare = tmp_path / "bare.jsonl"
     files.write(bare, files.read(recorded.file), without_text=True)
-    told = await wisp(recorded.stack, "replay", "--verify", "--file", str(bare), fails=True)
-    assert "without text and tokens, so it cannot be used to verify" in told
+    output = await wisp(recorded.stack, "replay", "--verify", "--file", str(bare), fails=True)
+    assert "without text and tokens, so it cannot be used to verify" in output
     other = tiny_target(tmp_path / "other")
     with pytest.raises(RecordingError, match=r"the recording is of model .* name the model's folder with --target"):
         reexecute(recorded_batches(files.read(recorded.file)), other.path)
-    said = await wisp(
+    output = await wisp(
         recorded.stack,
         *("replay", next(iter(recorded.answers)), "--verify", "--json"),
         *("--file", str(recorded.file), "--target", str(recorded.stack.target)),
     )
-    assert json.loads(said)["same"]
+    assert json.loads(output)["same"]
 
 
-async def test_requests_asked_again_in_another_virtual_host_get_the_same_texts(
-    recorded: Recorded, brokers: Brokers, namespace: str
-) -> None:
+async def test_injected_requests_get_the_same_texts(recorded: RecordedSuite, brokers: Brokers, namespace: str) -> None:
     inject = ("replay", "--inject", "--file", str(recorded.file), "--redis-url", brokers.redis_url)
     own = ("--into", namespace)
     assert "so it is the live one" in await wisp(recorded.stack, *inject, "--vhost", "/", *own, fails=True)
@@ -291,10 +295,10 @@ async def test_requests_asked_again_in_another_virtual_host_get_the_same_texts(
         assert "no drafter takes generate.pool" in alone
         env = {**recorded.stack.env, "WISP_AMQP_URL": url, "WISP_JOURNAL": "false", "WISP_POLICY": "fcfs"}
         async with Stack("test-inject", brokers=brokers, target=recorded.stack.target, env=env, namespace=namespace):
-            told = json.loads(await wisp(recorded.stack, *inject, *there, "--speed", "3", "--json"))
-    assert told["same"]
-    assert told["requests"] == len(PROMPTS)
-    assert set(told["ended"]) <= {"stop", "length"}
-    assert told["compared"] >= sum(map(len, recorded.answers.values()))
+            report = json.loads(await wisp(recorded.stack, *inject, *there, "--speed", "3", "--json"))
+    assert report["same"]
+    assert report["requests"] == len(PROMPTS)
+    assert set(report["ended"]) <= {"stop", "length"}
+    assert report["compared"] >= sum(map(len, recorded.answers.values()))
     live = await journal.read(brokers.amqp_url, recorded.stack.namespace)
-    assert not any(b"inject-" in one.body for one in live.packed), "the live suite saw nothing of it"
+    assert not any(b"inject-" in one.body for one in live.packed), "the live suite received none of it"

@@ -253,8 +253,8 @@ def _template(entry: Mapping[str, Any], kind: str | None) -> Template:
     held_out = bool(entry.get("held_out", False))
     if "text" in entry and kind == RAW_KIND:
         return Template(name, kind, None, entry["text"], held_out)
-    said = entry.get("turns") or [{"role": "user", "content": entry["text"]}]
-    turns = [Turn(turn["role"], turn["content"]) for turn in said]
+    entries = entry.get("turns") or [{"role": "user", "content": entry["text"]}]
+    turns = [Turn(turn["role"], turn["content"]) for turn in entries]
     if "system" in entry:
         turns.insert(0, Turn("system", entry["system"]))
     if unknown := {turn.role for turn in turns} - set(ROLES):
