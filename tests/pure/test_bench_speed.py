@@ -13,9 +13,9 @@ from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.core.speed import Case, TimedRequest
 from services.tools.bench.support.report import table
-from services.tools.training.prompts import Prompt, Turn
+from services.tools.training.prompts import CorpusPrompt, Turn
 
-PROMPT = Prompt("t", "chat", (Turn("user", "Hello"),), None, held_out=True)
+PROMPT = CorpusPrompt("t", "chat", (Turn("user", "Hello"),), None, held_out=True)
 
 
 def case(kind: str = "chat", number: int = 0, temperature: float = 0.0) -> Case:
@@ -134,5 +134,5 @@ def test_a_question_is_a_chat_or_a_raw_completion() -> None:
     chat = question(case(temperature=0.7), 9)
     assert chat.messages == ({"role": "user", "content": "Hello"},)
     assert (chat.max_tokens, chat.options) == (9, {"temperature": 0.7, "seed": 0})
-    raw = question(replace(case("completion"), prompt=Prompt("t", "completion", None, "Once", held_out=True)), 9)
+    raw = question(replace(case("completion"), prompt=CorpusPrompt("t", "completion", None, "Once", held_out=True)), 9)
     assert (raw.prompt, raw.messages) == ("Once", ())

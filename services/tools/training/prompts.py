@@ -67,7 +67,7 @@ class Turn:
 
 
 @dataclass(frozen=True)
-class Prompt:
+class CorpusPrompt:
     """A prompt for the target model: either a conversation that ends with the user, or raw text to continue."""
 
     template: str
@@ -119,24 +119,24 @@ class Corpus:
         kept = len(fillers) - ceil(len(fillers) * HELD_OUT_SHARE)
         return fillers[kept:] if held_out else fillers[:kept]
 
-    def render(self, template: Template, rng: random.Random) -> Prompt:
+    def render(self, template: Template, rng: random.Random) -> CorpusPrompt:
         """Fill the template's slots, and now and then add a system message or a wish about the answer's style."""
         filling = _Filling(self, template.held_out, rng)
         if template.turns is None:
-            return Prompt(template.id, template.kind, None, filling.fill(template.text or ""), template.held_out)
+            return CorpusPrompt(template.id, template.kind, None, filling.fill(template.text or ""), template.held_out)
         turns = [Turn(turn.role, filling.fill(turn.content)) for turn in template.turns]
         if template.kind in TYPED_IN_HASTE and len(turns) == 1 and rng.random() < LOWER_CASE_SHARE:
             turns = [Turn("user", turns[0].content.lower().rstrip(".?!"))]
-            return Prompt(template.id, template.kind, tuple(turns), None, template.held_out)
+            return CorpusPrompt(template.id, template.kind, tuple(turns), None, template.held_out)
         suffixes = f"suffix_{template.kind}"
         if len(turns) == 1 and suffixes in self._lists and rng.random() < SUFFIX_SHARE:
             gap = "\n\n" if "\n" in turns[0].content else " "
             turns[0] = Turn("user", turns[0].content + gap + filling.fill(f"{{{suffixes}}}"))
         if turns[0].role != "system" and "system" in self._lists and rng.random() < SYSTEM_SHARE:
             turns.insert(0, Turn("system", filling.fill("{system}")))
-        return Prompt(template.id, template.kind, tuple(turns), None, template.held_out)
+        return CorpusPrompt(template.id, template.kind, tuple(turns), None, template.held_out)
 
-    def sample(self, seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[Prompt]:
+    def sample(self, seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[CorpusPrompt]:
         """Draw distinct prompts from each template in turn. The same arguments give the same prompts.
 
         Raises ValueError if there are no such templates or they make fewer different prompts.
@@ -149,7 +149,7 @@ class Corpus:
         ]
         rng.shuffle(chosen)
         rota = deque(chosen)
-        prompts: dict[object, Prompt] = {}
+        prompts: dict[object, CorpusPrompt] = {}
         while len(prompts) < count:
             if not rota:
                 raise ValueError(
@@ -222,7 +222,7 @@ def corpus() -> Corpus:
     return Corpus([files[name] for name in sorted(files)], lists)
 
 
-def sample(seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[Prompt]:
+def sample(seed: int, count: int, held_out: bool, kinds: Sequence[str] | None = None) -> list[CorpusPrompt]:
     """Draw distinct prompts of the packaged corpus; see `Corpus.sample`."""
     return corpus().sample(seed, count, held_out, kinds)
 

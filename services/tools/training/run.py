@@ -229,7 +229,7 @@ def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQu
     counts.put(0)
 
 
-def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.Prompt]:
+def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.CorpusPrompt]:
     """Draw prompts of the corpus. Raises SettingsError if it makes fewer."""
     try:
         return corpus.sample(seed, count, held_out)
@@ -237,7 +237,7 @@ def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.Prompt]:
         raise SettingsError(f"prompts.{'held_out' if held_out else 'count'}: {error}") from error
 
 
-def _encoded(prompt: corpus.Prompt, tokenizer: Tokenizer, longest: int) -> list[int]:
+def _encoded(prompt: corpus.CorpusPrompt, tokenizer: Tokenizer, longest: int) -> list[int]:
     """Return the last `longest` of the prompt's tokens."""
     if prompt.turns is None:
         ids = tokenizer.encode(prompt.text or "")

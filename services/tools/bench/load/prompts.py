@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from services.tools.training.prompts import Prompt, Turn, sample
+from services.tools.training.prompts import CorpusPrompt, Turn, sample
 
 CHARACTERS_PER_TOKEN = 4.2
 """Of the corpus with the default target's tokenizer: 3.4 (mathematics) to 4.8."""
@@ -38,7 +38,7 @@ def conversation(seed: int, tokens: float, kinds: Sequence[str], held_out: bool)
     return [{"role": turn.role, "content": turn.content} for turn in turns]
 
 
-def _length(prompt: Prompt) -> int:
+def _length(prompt: CorpusPrompt) -> int:
     return sum(len(turn.content) for turn in prompt.turns or ())
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from services.tools.bench.stream.core.speed import Case
 from services.tools.cli.ask import Question
-from services.tools.training.prompts import Prompt, corpus, sample
+from services.tools.training.prompts import CorpusPrompt, corpus, sample
 from shared.models.text import Tokenizer
 
 
@@ -39,7 +39,7 @@ def question(case: Case, max_tokens: int) -> Question:
     )
 
 
-def _ids(prompt: Prompt, tokenizer: Tokenizer) -> tuple[int, ...]:
+def _ids(prompt: CorpusPrompt, tokenizer: Tokenizer) -> tuple[int, ...]:
     if prompt.turns is None:
         return tuple(tokenizer.encode(prompt.text or ""))
     return tuple(tokenizer.render_chat([{"role": turn.role, "content": turn.content} for turn in prompt.turns]))

@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from services.tools.training.prompts import Prompt
+    from services.tools.training.prompts import CorpusPrompt
 
 PLAIN = "none"
 """The suite without drafts: the base of all ratios."""
@@ -32,7 +32,7 @@ class Case:
     """Number of the prompt among those of its kind."""
     temperature: float
     seed: int
-    prompt: Prompt
+    prompt: CorpusPrompt
     prompt_ids: tuple[int, ...]
     """Prompt tokens, as the gateway tokenizes them."""
 
