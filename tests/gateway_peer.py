@@ -1,4 +1,4 @@
-"""The other side of the gateway, for its tests: a tiny tokenizer folder, and a peer that answers by a script.
+"""The services behind a gateway, for its tests: a tiny tokenizer folder, and a peer that answers by a script.
 
 The peer speaks the real protocol: it takes Generate messages, commits to the store and publishes Results, but knows
 the text in advance instead of computing it.
@@ -32,7 +32,7 @@ CONTEXT = 512
 
 
 def tiny_target(path: Path) -> ModelFolder:
-    """A model folder whose tokens are single bytes (id = byte's place in GPT-2's alphabet + 3)."""
+    """Make a model folder whose tokens are single bytes (id = the byte's position in GPT-2's alphabet + 3)."""
     vocab_size = byte_tokenizer(path)
     config = {
         "model_type": "llama",
@@ -48,26 +48,26 @@ def tiny_target(path: Path) -> ModelFolder:
 
 @dataclass
 class Script:
-    """What the peer answers with."""
+    """The peer's answer."""
 
     text: str = "Hello there, world."
     round_len: int = 4
     """Committed tokens per round; all but the last are accepted drafts."""
     rejected: int = 1
-    """Draft tokens of each round that are verified and not accepted."""
+    """Rejected draft tokens per round."""
     trimmed: int = 1
-    """Draft tokens of each round that the scheduler did not let through."""
+    """Draft tokens per round that the scheduler trimmed."""
     pause_s: float = 0.0
     ends: bool = True
-    """Whether the text ends by itself; else it falls silent."""
+    """Whether the completion ends; otherwise the peer falls silent."""
     failure: Failure | None = None
     """Reported before the first token."""
     reorder: Callable[[list[Result]], list[Result]] = list
-    """What the gateway gets of the results, and in which order."""
+    """Selects and orders the results that the gateway receives."""
 
 
 def results_of(generate: Generate, script: Script, tokenizer: Tokenizer) -> list[Result]:
-    """The results of a session's rounds, in order."""
+    """Return the results of a session's rounds, in order."""
 
     def result(number: int, base_len: int, status: Status, **fields: object) -> Result:
         fields = {"status": status, "verifier": "peer", "batch": f"b{number}"} | fields
@@ -104,7 +104,7 @@ def results_of(generate: Generate, script: Script, tokenizer: Tokenizer) -> list
 
 @dataclass
 class Peer:
-    """Drafter, scheduler and verifier in one, over real brokers."""
+    """Drafter, scheduler and verifier in one, over RabbitMQ and Redis."""
 
     broker: Broker
     store: Store
@@ -114,18 +114,18 @@ class Peer:
     script: Script = field(default_factory=Script)
     generated: list[Generate] = field(default_factory=list)
     cancelled: list[str] = field(default_factory=list)
-    """Sessions of which a Cancel message came."""
+    """Sessions with a Cancel message."""
     ended: list[Ended] = field(default_factory=list)
     refused: list[str] = field(default_factory=list)
-    """Sessions that Redis takes no more tokens for."""
+    """Sessions for which Redis accepts no more tokens."""
     held: asyncio.Event | None = None
-    """Answers wait for it."""
+    """Holds answers back until it is set."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
     @asynccontextmanager
     async def run(cls, amqp_url: str, redis_url: str, namespace: str, target: ModelFolder) -> AsyncIterator[Peer]:
-        """A peer with its consumers and a heartbeat."""
+        """Run a peer with its consumers and a heartbeat."""
         names = Topology(namespace)
         broker = await Broker.connect(amqp_url, names, "peer")
         store = Store.connect(redis_url, namespace, 60)
@@ -133,7 +133,7 @@ class Peer:
         beat = builders.heartbeat("peer", fingerprint=target.fingerprint("bfloat16"), **room)
         peer = cls(broker, store, Tokenizer(target), beat, beat.fingerprint)
         await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
-        await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL, topology.ENDED)), peer._hear)
+        await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL, topology.ENDED)), peer._receive)
         beating = asyncio.create_task(peer._beat())
         await store.registry.beat(beat)
         try:
@@ -147,7 +147,7 @@ class Peer:
             await store.close()
 
     async def reset(self) -> None:
-        """Forget what was, and be a verifier of the right model."""
+        """Clear all records and serve the right model again."""
         self.script = Script()
         self.generated.clear()
         self.cancelled.clear()
@@ -161,7 +161,7 @@ class Peer:
             await self.store.registry.beat(self.heartbeat)
             await asyncio.sleep(0.5)
 
-    async def _hear(self, message: Message) -> None:
+    async def _receive(self, message: Message) -> None:
         if isinstance(message, Ended):
             self.ended.append(message)
         else:
@@ -210,12 +210,12 @@ class Peer:
 
 
 def settings(target: Path, **fields: object) -> GatewaySettings:
-    """Settings without the environment's or the command line's."""
+    """Return settings that ignore the environment and the command line."""
     return GatewaySettings.model_validate({"target": target, "instance": "gateway-test", "port": 0} | fields)
 
 
 async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    """Wait until the condition holds; fail when it does not in time."""
+    """Wait until the condition holds; fail after `within_s`."""
     async with asyncio.timeout(within_s):
         while not condition():  # noqa: ASYNC110 conditions are plain attributes of a test's records
             await asyncio.sleep(0.01)

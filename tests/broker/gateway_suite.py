@@ -1,4 +1,4 @@
-"""A gateway served in this process beside its peer, and clients of it."""
+"""A gateway in this process, its peer, and clients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ MODEL = "tiny"
 
 @dataclass
 class Suite:
-    """A gateway that serves, its peer, and clients of it."""
+    """A running gateway, its peer, and clients."""
 
     url: str
     peer: Peer
@@ -42,7 +42,7 @@ class Suite:
         return host, int(port)
 
     def chat(self, text: str = "Hi", **options: Any) -> Any:
-        """A chat request with one message."""
+        """Send a chat request with one message."""
         messages = [{"role": "user", "content": text}]
         return self.client.chat.completions.create(model=MODEL, messages=messages, **options)  # type: ignore[call-overload]
 
@@ -56,7 +56,7 @@ def _value(metrics: str, name: str) -> float:
 
 
 Start = Callable[..., AbstractAsyncContextManager[Suite]]
-"""Serves a gateway of its own with these settings."""
+"""Runs a gateway with these settings."""
 
 
 @asynccontextmanager
@@ -71,8 +71,7 @@ async def started(
     peer: Peer | None = None,
     **fields: Any,
 ) -> AsyncIterator[Suite]:
-    """A gateway with these settings that answers, until the end of the context, beside a `peer` that is there already
-    or one of its own."""
+    """Run a gateway with these settings during the context, beside the given `peer` or one of its own."""
     port = free_port()
     given = settings(target.path, namespace=namespace, amqp_url=amqp_url, redis_url=redis_url, port=port, **fields)
     url = f"http://127.0.0.1:{port}"
@@ -97,7 +96,7 @@ async def started(
 
 
 def free_port() -> int:
-    """A port that nobody listens on."""
+    """Return a free port."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port: int = free.getsockname()[1]
         return port
@@ -116,17 +115,17 @@ async def answers(http: httpx.AsyncClient, path: str = "/health", within_s: floa
 
 
 async def chunks_of(stream: Any) -> list[Any]:
-    """All chunks of a stream."""
+    """Return all chunks of a stream."""
     return [chunk async for chunk in stream]
 
 
 def text_of(chunks: list[Any], index: int = 0) -> str:
-    """The text of one choice of a chat's chunks."""
+    """Return the text of one choice of a chat's chunks."""
     return "".join(c.choices[0].delta.content or "" for c in chunks if c.choices and c.choices[0].index == index)
 
 
 async def events_of(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any]:
-    """The events of a stream as they went over the wire; the last one was [DONE]."""
+    """Return the fields of a stream's events, checked for their form on the wire."""
     async with http.stream("POST", path, json={"model": MODEL, "stream": True} | body) as response:
         assert response.status_code == 200
         assert response.headers["content-type"].startswith("text/event-stream")
@@ -137,7 +136,7 @@ async def events_of(http: httpx.AsyncClient, path: str, **body: Any) -> list[Any
     found = [re.fullmatch(r"(id: \S+\n)?data: (.+)", event) for event in events]
     fields = [(event[1], json.loads(event[2])) for event in found if event]
     assert len(fields) == len(events)
-    assert all(("error" in one) is (place is None) for place, one in fields), (
-        "each says how far the client has its stream"
+    assert all(("error" in one) is (cursor is None) for cursor, one in fields), (
+        "every event except an error has a stream cursor as its id"
     )
     return [one for _, one in fields]

@@ -1,4 +1,4 @@
-"""A gateway that asks for keys, used through the official client: who is served, how much, and what it is told."""
+"""A gateway with API keys, through the official client: access, limits and rate-limit headers."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MESSAGES: Any = [{"role": "user", "content": "Hi"}]
 
 
 class Holder:
-    """Somebody with a key."""
+    """A person with a key."""
 
     def __init__(self, name: str, **limits: int) -> None:
         self.text, self.key = new_key(name, datetime.now(UTC), KeyLimits(**limits))
@@ -50,20 +50,20 @@ def write(file: Path, text: str) -> None:
     file.write_text(text)
 
 
-async def admit(suite: Suite, file: Path, *holders: Holder) -> None:
-    """Make these the holders of keys, and wait until the gateway knows."""
+async def write_keys(suite: Suite, file: Path, *holders: Holder) -> None:
+    """Write the keys of these holders, and wait until the gateway has read them."""
     write(file, render([holder.key for holder in holders]))
     for holder in holders:
         await becomes(suite, holder, True)
 
 
-async def known(suite: Suite, holder: Holder) -> bool:
+async def accepted(suite: Suite, holder: Holder) -> bool:
     return (await suite.http.get("/v1/models", headers=bearer(holder))).status_code == 200
 
 
 async def becomes(suite: Suite, holder: Holder, wanted: bool) -> None:
     async with asyncio.timeout(10):
-        while await known(suite, holder) != wanted:  # noqa: ASYNC110 - the gateway tells nobody when it has read a file
+        while await accepted(suite, holder) != wanted:  # noqa: ASYNC110 - the gateway gives no signal
             await asyncio.sleep(0.05)
 
 
@@ -78,21 +78,21 @@ async def test_keys_come_and_go_while_the_gateway_runs(suite: Suite, file: Path)
         await ann.chat(suite)
     assert refused.value.code == "invalid_api_key"
     assert refused.value.type == "invalid_request_error"
-    await admit(suite, file, ann)
+    await write_keys(suite, file, ann)
     suite.peer.script = Script(pause_s=0.4)
     stream = await ann.client(suite).chat.completions.create(model=MODEL, messages=MESSAGES, stream=True)
-    # As Kubernetes does it: the name is a link, and comes to name another file.
+    # As in Kubernetes: the name is a link, which is replaced.
     other = file.with_name("other.json")
     write(other, render([bob.key]))
     link = file.with_name("link")
     link.symlink_to(other)
     link.replace(file)
     await becomes(suite, bob, True)
-    assert not await known(suite, ann)
+    assert not await accepted(suite, ann)
     assert chunks_of_text(await chunks_of(stream)) == suite.peer.script.text
     write(other, "rubbish")
     await asyncio.sleep(2.5)
-    assert await known(suite, bob), "a broken file leaves the keys of before"
+    assert await accepted(suite, bob), "a broken file keeps the previous keys"
     write(other, "[]")
     await becomes(suite, bob, False)
 
@@ -101,9 +101,9 @@ def chunks_of_text(chunks: list[Any]) -> str:
     return "".join(chunk.choices[0].delta.content or "" for chunk in chunks if chunk.choices)
 
 
-async def test_what_is_left_is_told_as_openai_does_and_the_end_of_it_is_a_429(suite: Suite, file: Path) -> None:
+async def test_rate_limit_headers_count_down_to_a_429(suite: Suite, file: Path) -> None:
     ann, bob = Holder("ann", requests_per_minute=2, tokens_per_minute=5000), Holder("bob")
-    await admit(suite, file, ann, bob)
+    await write_keys(suite, file, ann, bob)
     first = await ann.chat(suite, max_tokens=100)
     usage = first.parse().usage
     assert first.headers["x-ratelimit-limit-requests"] == "2"
@@ -113,7 +113,7 @@ async def test_what_is_left_is_told_as_openai_does_and_the_end_of_it_is_a_429(su
     assert first.headers["x-ratelimit-reset-requests"] == "30s"
     second = await ann.chat(suite, max_tokens=100)
     left = int(second.headers["x-ratelimit-remaining-tokens"])
-    # The first request was charged for what it used at last, and not for what it had asked for.
+    # The first request was charged for the tokens used, not for those requested.
     assert 0 <= left - (5000 - usage.total_tokens - usage.prompt_tokens - 100) < 500
     with pytest.raises(openai.RateLimitError) as refused:
         await ann.chat(suite)
@@ -127,9 +127,9 @@ async def test_what_is_left_is_told_as_openai_does_and_the_end_of_it_is_a_429(su
     assert 'wisp_requests_limited_total{limit="requests"} 1.0' in text
 
 
-async def test_a_request_too_large_for_a_minute_is_not_tried_again(suite: Suite, file: Path) -> None:
+async def test_a_request_too_large_for_a_minute_is_not_retried(suite: Suite, file: Path) -> None:
     ann = Holder("ann", tokens_per_minute=60)
-    await admit(suite, file, ann)
+    await write_keys(suite, file, ann)
     async with openai.AsyncOpenAI(base_url=f"{suite.url}/v1", api_key=ann.text, max_retries=3) as client:
         with pytest.raises(openai.RateLimitError, match="Request too large") as refused:
             await client.chat.completions.create(model=MODEL, messages=MESSAGES, max_tokens=400)
@@ -137,9 +137,9 @@ async def test_a_request_too_large_for_a_minute_is_not_tried_again(suite: Suite,
     assert suite.peer.generated == []
 
 
-async def test_a_stream_is_gone_on_with_by_its_holder_alone_and_charged_once(suite: Suite, file: Path) -> None:
+async def test_only_its_holder_resumes_a_stream_and_is_charged_once(suite: Suite, file: Path) -> None:
     ann, bob = Holder("ann", requests_per_minute=2, tokens_per_minute=10_000, max_sessions=1), Holder("bob")
-    await admit(suite, file, ann, bob)
+    await write_keys(suite, file, ann, bob)
     suite.peer.script = Script(text="word " * 40, round_len=2, pause_s=0.05)
     asked = {"model": MODEL, "prompt": "x", "max_tokens": 500, "stream": True, "wisp": {"resumable": True}}
     asked |= {"stream_options": {"include_usage": True}}
@@ -151,7 +151,7 @@ async def test_a_stream_is_gone_on_with_by_its_holder_alone_and_charged_once(sui
                 break
     last_id = [line for line in lines if line.startswith("id: ")][-1].removeprefix("id: ")
     again = {"last-event-id": last_id}
-    await asyncio.sleep(0.5)  # it goes on while nobody has it
+    await asyncio.sleep(0.5)  # it runs on without a client
     stranger = await suite.http.post("/v1/completions", json=asked, headers=bearer(bob) | again)
     assert (stranger.status_code, stranger.json()["error"]["code"]) == (404, "stream_gone")
     rest = await suite.http.post("/v1/completions", json=asked, headers=bearer(ann) | again)
@@ -160,17 +160,17 @@ async def test_a_stream_is_gone_on_with_by_its_holder_alone_and_charged_once(sui
     usage = [json.loads(line[6:]) for line in rest.text.split("\n") if line.startswith("data: {")][-1]["usage"]
     before = int(rest.headers["x-ratelimit-remaining-tokens"])
     assert 10_000 - usage["total_tokens"] < before
-    await asyncio.sleep(0.3)  # what was used is settled beside the answer
+    await asyncio.sleep(0.3)  # settling happens beside the answer
     last = await ann.chat(suite, max_tokens=100)
     left = int(last.headers["x-ratelimit-remaining-tokens"])
     spent = 10_000 - (left + last.parse().usage.prompt_tokens + 100)
-    # Tokens come back while this is going on, some 167 a second.
+    # Meanwhile the allowance grows by about 167 tokens a second.
     assert usage["total_tokens"] - 600 < spent <= usage["total_tokens"]
 
 
-async def test_a_keys_texts_at_once_are_limited_and_free_again_at_their_end(suite: Suite, file: Path) -> None:
+async def test_concurrent_completions_of_a_key_are_limited(suite: Suite, file: Path) -> None:
     ann, bob = Holder("ann", max_sessions=2), Holder("bob")
-    await admit(suite, file, ann, bob)
+    await write_keys(suite, file, ann, bob)
     suite.peer.script = Script(ends=False)
     client = ann.client(suite)
     streams = [

@@ -1,4 +1,4 @@
-"""A device's own API in front of a gateway that asks for keys: as the gateway's, with the device's key."""
+"""A device's API in front of a gateway with API keys: the gateway's API with the device's key."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ async def suite(start: Start, tmp_path: Path) -> AsyncIterator[tuple[Suite, str]
 
 @asynccontextmanager
 async def relayed(url: str, key: str) -> AsyncIterator[str]:
-    """A relay to this gateway; yields its URL."""
+    """Run a relay to this gateway; yields its URL."""
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
     async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=20) as gateway:
         serving = asyncio.create_task(serve_http(Relay(gateway), listener, stop))
@@ -41,7 +41,7 @@ async def relayed(url: str, key: str) -> AsyncIterator[str]:
             await serving
 
 
-async def test_a_client_without_a_key_is_served_as_by_the_gateway(suite: tuple[Suite, str]) -> None:
+async def test_a_client_without_a_key_is_served_like_by_the_gateway(suite: tuple[Suite, str]) -> None:
     running, key = suite
     async with (
         relayed(running.url, key) as url,
@@ -73,9 +73,7 @@ async def test_a_client_without_a_key_is_served_as_by_the_gateway(suite: tuple[S
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_takes_its_request_back_in_the_cluster(
-    suite: tuple[Suite, str], stream: bool
-) -> None:
+async def test_a_client_that_goes_away_cancels_its_session(suite: tuple[Suite, str], stream: bool) -> None:
     running, key = suite
     running.peer.script = Script(ends=False)
     asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}], "stream": stream}
@@ -86,7 +84,7 @@ async def test_a_client_that_goes_away_takes_its_request_back_in_the_cluster(
         await eventually(lambda: bool(running.peer.cancelled))
 
 
-async def test_a_gateway_that_is_away_or_refuses_the_key_is_said_so(suite: tuple[Suite, str]) -> None:
+async def test_a_missing_gateway_and_a_refused_key_are_reported(suite: tuple[Suite, str]) -> None:
     running, _ = suite
     async with relayed(running.url, "wrong") as url, httpx.AsyncClient(base_url=url) as http:
         assert (await http.get("/v1/models")).json()["error"]["code"] == "invalid_api_key"

@@ -18,12 +18,12 @@ from shared.messages import Failure, Result, Slo
 
 @pytest.fixture
 async def suite(shared: Suite) -> Suite:
-    """The gateway that the tests of this module share, with a peer that remembers nothing."""
+    """The gateway that the tests of this module share, with a reset peer."""
     await shared.peer.reset()
     return shared
 
 
-async def test_a_chat_is_answered_whole(suite: Suite) -> None:
+async def test_a_chat_is_answered(suite: Suite) -> None:
     answer = await suite.chat(seed=7)
     assert answer.choices[0].message.content == suite.peer.script.text
     assert answer.choices[0].message.role == "assistant"
@@ -51,7 +51,7 @@ async def test_a_chat_is_streamed_in_chat_shaped_chunks(suite: Suite) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks] == [None] * (len(chunks) - 1) + ["stop"]
 
 
-async def test_usage_comes_in_one_extra_chunk_and_is_null_in_the_others(suite: Suite) -> None:
+async def test_usage_is_in_one_extra_chunk_and_null_in_the_others(suite: Suite) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     options = {"include_usage": True, "continuous_usage_stats": True}
     events = await events_of(suite.http, "/v1/chat/completions", messages=messages, stream_options=options)
@@ -68,7 +68,7 @@ async def test_usage_comes_in_one_extra_chunk_and_is_null_in_the_others(suite: S
     assert not any("usage" in event for event in plain)
 
 
-async def test_completions_are_completion_shaped_streamed_or_not(suite: Suite) -> None:
+async def test_completions_have_their_own_shape_streamed_or_not(suite: Suite) -> None:
     whole = await suite.client.completions.create(model=MODEL, prompt="Once", max_tokens=5, seed=1)
     assert whole.object == "text_completion"
     assert whole.choices[0].text == suite.peer.script.text[:5]
@@ -81,7 +81,7 @@ async def test_completions_are_completion_shaped_streamed_or_not(suite: Suite) -
     assert events[-1]["choices"][0]["finish_reason"] == "length"
 
 
-async def test_completions_take_lists_of_texts_and_tokens_and_echo_them(suite: Suite) -> None:
+async def test_prompts_are_lists_of_texts_or_tokens_and_are_echoed(suite: Suite) -> None:
     many = await suite.client.completions.create(model=MODEL, prompt=["ab", "c"], n=2, echo=True, max_tokens=1)
     first = suite.peer.script.text[:1]
     assert [choice.text for choice in many.choices] == ["ab" + first, "ab" + first, "c" + first, "c" + first]
@@ -94,7 +94,7 @@ async def test_completions_take_lists_of_texts_and_tokens_and_echo_them(suite: S
     assert suite.peer.generated[-1].prompt == ids
 
 
-async def test_several_texts_have_indices_and_seeds_of_their_own(suite: Suite) -> None:
+async def test_each_completion_has_its_index_and_seed(suite: Suite) -> None:
     chunks = await chunks_of(await suite.chat(stream=True, n=3, seed=5))
     assert [text_of(chunks, index) for index in range(3)] == [suite.peer.script.text] * 3
     seeds = [generate.sampling.seed for generate in suite.peer.generated]
@@ -126,7 +126,7 @@ async def test_a_stop_string_cuts_the_text_and_cancels_the_session(suite: Suite)
     assert text_of(streamed) == "one two "
 
 
-async def test_the_trace_tells_drafts_from_the_targets_own_tokens(suite: Suite) -> None:
+async def test_the_trace_marks_accepted_draft_tokens(suite: Suite) -> None:
     events = await events_of(
         suite.http,
         "/v1/chat/completions",
@@ -155,7 +155,7 @@ async def test_the_trace_tells_drafts_from_the_targets_own_tokens(suite: Suite) 
     assert 0 < summary["ttft_ms"] <= summary["total_ms"]
 
 
-async def test_the_trace_is_in_the_last_chunk_and_in_whole_answers_too(suite: Suite) -> None:
+async def test_the_last_chunk_and_whole_answers_have_a_trace_too(suite: Suite) -> None:
     messages = [{"role": "user", "content": "Hi"}]
     events = await events_of(suite.http, "/v1/chat/completions", messages=messages, wisp={"trace": True})
     assert events[-1]["choices"][0]["finish_reason"] == "stop"
@@ -206,7 +206,7 @@ async def test_lost_repeated_and_reordered_results_do_not_change_the_text(start:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_client_that_goes_away_cancels_its_session_within_a_second(suite: Suite, stream: bool) -> None:
+async def test_a_client_that_goes_away_cancels_its_session_at_once(suite: Suite, stream: bool) -> None:
     suite.peer.script = Script(text="x" * 400, pause_s=0.05)
     reader, writer = await asyncio.open_connection(*suite.address)
     body = json.dumps({"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": "Hi"}]})
@@ -221,7 +221,7 @@ async def test_a_client_that_goes_away_cancels_its_session_within_a_second(suite
     assert await suite.metric("wisp_num_requests_running") == 0
 
 
-async def test_a_client_that_reads_slowly_holds_up_nobody_and_gets_everything(suite: Suite) -> None:
+async def test_a_slow_reader_delays_nobody_and_gets_everything(suite: Suite) -> None:
     suite.peer.script = Script(text="x" * 400, round_len=1)
     connection = socket.socket()
     connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 2048)
@@ -264,7 +264,7 @@ async def test_a_failure_in_the_middle_of_a_stream_is_an_error_event(start: Star
         await eventually(lambda: len(suite.peer.cancelled) == 3)
 
 
-async def test_a_session_that_somebody_else_cancelled_ends_in_an_error(start: Start) -> None:
+async def test_a_session_cancelled_by_others_ends_in_an_error(start: Start) -> None:
     async with start(idle_check_s=0.1) as suite:
         suite.peer.script = Script(text="", ends=False)
         asking = asyncio.create_task(suite.chat())
@@ -274,7 +274,7 @@ async def test_a_session_that_somebody_else_cancelled_ends_in_an_error(start: St
             await asking
 
 
-async def test_many_requests_at_once_keep_their_texts_and_numbers_apart(suite: Suite) -> None:
+async def test_concurrent_requests_keep_their_texts_and_counts_apart(suite: Suite) -> None:
     async def ask(length: int) -> None:
         answer = await suite.client.completions.create(
             model=MODEL, prompt="x" * length, max_tokens=length, extra_body={"wisp": {"trace": True}}
@@ -288,7 +288,7 @@ async def test_many_requests_at_once_keep_their_texts_and_numbers_apart(suite: S
     assert await suite.metric("wisp_num_requests_running") == 0
 
 
-async def test_ready_means_brokers_proven_and_a_verifier_of_our_model(suite: Suite) -> None:
+async def test_readiness_needs_the_brokers_and_a_verifier_of_the_model(suite: Suite) -> None:
     ready = await suite.http.get("/ready")
     assert ready.status_code == 200
     assert ready.json()["parts"] == {"rabbitmq": "ok", "redis": "ok", "verifier": "ok", "gateway": "ok"}
@@ -311,7 +311,7 @@ async def test_without_any_drafter_a_request_is_refused_at_once(start: Start, am
             await suite.chat()
 
 
-async def test_requests_run_to_their_end_when_the_gateway_is_stopped(start: Start) -> None:
+async def test_running_requests_end_when_the_gateway_stops(start: Start) -> None:
     async with start() as suite:
         suite.peer.script = Script(text="to the very end", pause_s=0.1)
         asking = asyncio.create_task(suite.chat())
@@ -321,7 +321,7 @@ async def test_requests_run_to_their_end_when_the_gateway_is_stopped(start: Star
         await asyncio.wait_for(suite.serving, 5)
 
 
-async def test_requests_that_outlast_the_grace_end_in_an_error(start: Start) -> None:
+async def test_requests_longer_than_the_drain_end_in_an_error(start: Start) -> None:
     async with start(drain_s=0.2) as suite:
         suite.peer.script = Script(text="x" * 400, pause_s=0.1)
         whole = asyncio.create_task(suite.chat())
@@ -335,10 +335,10 @@ async def test_requests_that_outlast_the_grace_end_in_an_error(start: Start) -> 
         await asyncio.wait_for(suite.serving, 5)
         assert len(suite.peer.generated) == 2
         assert len(suite.peer.cancelled) == 1
-        assert name not in suite.peer.cancelled, "the stream is left to another gateway"
+        assert name not in suite.peer.cancelled, "another gateway can collect the stream"
 
 
-async def test_a_poison_message_is_dead_lettered_and_the_gateway_goes_on(suite: Suite) -> None:
+async def test_a_poison_message_is_dead_lettered(suite: Suite) -> None:
     namespace = suite.peer.broker.topology.namespace
     channel = await suite.peer.broker._connection.channel()
     exchange = await channel.get_exchange(namespace)
@@ -359,7 +359,7 @@ async def test_a_poison_message_is_dead_lettered_and_the_gateway_goes_on(suite: 
         b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\nconnection: close\r\n\r\n[]",
     ],
 )
-async def test_what_is_no_request_gets_the_error_body_as_well(suite: Suite, request_bytes: bytes) -> None:
+async def test_bytes_that_are_not_http_get_the_error_body(suite: Suite, request_bytes: bytes) -> None:
     reader, writer = await asyncio.open_connection(*suite.address)
     writer.write(request_bytes)
     async with asyncio.timeout(5):
@@ -370,7 +370,7 @@ async def test_what_is_no_request_gets_the_error_body_as_well(suite: Suite, requ
     assert set(json.loads(body)["error"]) == {"message", "type", "param", "code"}
 
 
-async def test_a_huge_body_is_refused_and_the_connection_goes_on(suite: Suite) -> None:
+async def test_a_huge_body_is_refused_and_the_connection_stays_open(suite: Suite) -> None:
     async def parts() -> AsyncIterator[bytes]:
         for _ in range(100):
             yield b"x" * 100_000

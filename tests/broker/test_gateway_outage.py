@@ -1,4 +1,4 @@
-"""The gateway while RabbitMQ or Redis are away and come back, and as a process of its own."""
+"""The gateway during outages of RabbitMQ and Redis, and as a process."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
     return tiny_target(tmp_path_factory.mktemp("models") / MODEL)
 
 
-async def test_the_gateway_outlives_an_outage_of_rabbitmq(
+async def test_the_gateway_survives_an_outage_of_rabbitmq(
     amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
 ) -> None:
     async with (
@@ -49,7 +49,7 @@ async def test_the_gateway_outlives_an_outage_of_rabbitmq(
         assert (await suite.chat()).choices[0].message.content == "as good as new"
 
 
-async def test_the_gateway_outlives_an_outage_of_redis(
+async def test_the_gateway_survives_an_outage_of_redis(
     amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
 ) -> None:
     async with (
@@ -79,7 +79,7 @@ async def test_lost_state_ends_a_session_in_a_clear_error(
             await asking
 
 
-async def test_as_a_process_it_is_small_and_ends_in_order_on_sigterm(
+async def test_the_process_is_small_and_drains_on_sigterm(
     amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
 ) -> None:
     port = free_port()

@@ -1,4 +1,4 @@
-"""A gateway under more than it was made for: a thousand streams at once, and all clients gone at once."""
+"""A gateway under overload: a thousand streams at once, and many clients leaving at once."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from shared.models.folder import ModelFolder
 
 STREAMS = 1000
 MOST_BYTES = 300e6
-"""Memory of the gateway with all of them: 80 MB without any."""
+"""Limit of the gateway's memory with all streams; without streams it uses 80 MB."""
 
 
 @dataclass
 class Gateway:
-    """A gateway's process beside its peer, and raw streams of it, for which no client library gets in the way."""
+    """A gateway's process beside its peer, with raw streams instead of a client library."""
 
     process: psutil.Process
     port: int
@@ -37,7 +37,7 @@ class Gateway:
         return reader, writer
 
     async def answer(self, prompt: str) -> tuple[int, str]:
-        """Status and text of a stream."""
+        """Return the status and text of a stream."""
         reader, writer = await self.open(prompt)
         received = (await reader.read()).decode()
         writer.close()
@@ -58,7 +58,7 @@ async def gateway(amqp_url: str, redis_url: str, namespace: str, target: ModelFo
         try:
             one = Gateway(psutil.Process(child.pid), port, peer)
             async with asyncio.timeout(30):
-                while not await _listens(port):  # noqa: ASYNC110 - it says nothing when it does
+                while not await _listens(port):  # noqa: ASYNC110 - the process gives no signal
                     await asyncio.sleep(0.05)
             yield one
         finally:
@@ -75,7 +75,7 @@ async def _listens(port: int) -> bool:
     return True
 
 
-async def test_a_thousand_streams_at_once_are_all_right_in_bounded_memory_and_more_are_refused(
+async def test_a_thousand_streams_fit_in_bounded_memory_and_more_are_refused(
     gateway: Gateway,
 ) -> None:
     gateway.peer.script = Script(text="all of it", round_len=3)
@@ -94,7 +94,7 @@ async def test_a_thousand_streams_at_once_are_all_right_in_bounded_memory_and_mo
     assert gateway.process.memory_info().rss < MOST_BYTES
 
 
-async def test_a_storm_of_cancels_harms_nobody_who_stays(gateway: Gateway) -> None:
+async def test_a_storm_of_cancels_leaves_other_streams_intact(gateway: Gateway) -> None:
     gateway.peer.script = Script(text="x" * 60, round_len=1, pause_s=0.2)
     stays = asyncio.create_task(gateway.answer("stays"))
     await eventually(lambda: len(gateway.peer.generated) == 1)

@@ -1,4 +1,4 @@
-"""Refusals, service classes and pools over real RabbitMQ and Redis, seen by the official client."""
+"""Refusals, service classes and pools over RabbitMQ and Redis, through the official client."""
 
 from __future__ import annotations
 
@@ -18,25 +18,25 @@ from shared.state.store import SessionStatus
 
 @pytest.fixture
 async def suite(shared: Suite) -> AsyncIterator[Suite]:
-    """The gateway that the tests of this module share; no load is left of a test before."""
+    """The gateway that the tests of this module share, without the load of an earlier test."""
     await shared.peer.reset()
     yield shared
-    await tell(shared, utilization=0.0)
+    await send_load(shared, utilization=0.0)
 
 
-async def tell(suite: Suite, **fields: Any) -> None:
-    """Be the scheduler of a fleet of one verifier, and see to it that the gateway has heard it."""
+async def send_load(suite: Suite, **fields: Any) -> None:
+    """Send the Load of a fleet of one verifier, and wait until the gateway has received it."""
     told = {"scheduler": "s", "price_ms": 0.0, "queue_ms": 0.0, "pending": 0, "draft_cap": 8, "verifiers": 1}
     others = {"service_class": DEFAULT_CLASS, "sessions": 9, "waiting": 0, "queue_ms": 0.0}
     message = Load.model_validate(told | {"round_ms": 1.0, "classes": [others]} | fields)
     await suite.peer.broker.publish(message, topology.LOAD, confirmed=True)
-    # The probe of /ready goes through the gateway's own queue, behind the Load.
+    # The probe of /ready passes through the gateway's own queue, behind the Load.
     assert (await suite.http.get("/ready")).status_code == 200
 
 
-async def test_classes_are_refused_one_after_the_other_with_reason_and_time(suite: Suite) -> None:
+async def test_classes_are_refused_in_order_with_reason_and_retry_time(suite: Suite) -> None:
     for utilization, takes in ((0.7, 3), (0.85, 2), (0.95, 1), (1.05, 0)):
-        await tell(suite, utilization=utilization)
+        await send_load(suite, utilization=utilization)
         taken = []
         for tier in ("flex", "default", "priority"):
             (outcome,) = await asyncio.gather(suite.chat(service_tier=tier), return_exceptions=True)
@@ -52,7 +52,7 @@ async def test_classes_are_refused_one_after_the_other_with_reason_and_time(suit
     assert await suite.metric("wisp_requests_refused_total") == 6
 
 
-async def test_a_tier_and_headers_together_reach_the_drafter_and_whoever_observes(suite: Suite) -> None:
+async def test_tier_and_slo_headers_reach_drafter_and_observers(suite: Suite) -> None:
     headers = {"x-llm-d-slo-ttft-ms": "30000", "x-llm-d-slo-tpot-ms": "700"}
     answer = await suite.chat(service_tier="priority", extra_headers=headers, extra_body={"wisp": {"trace": True}})
     generate = suite.peer.generated[0]
@@ -60,7 +60,7 @@ async def test_a_tier_and_headers_together_reach_the_drafter_and_whoever_observe
     assert answer.wisp["summary"]["attained"] is True
     await suite.chat()
     assert suite.peer.generated[1].service_class == DEFAULT_CLASS
-    await tell(suite, utilization=0.99)
+    await send_load(suite, utilization=0.99)
     with pytest.raises(openai.RateLimitError):
         await suite.chat(service_tier="flex", n=2)
     await eventually(lambda: len(suite.peer.ended) == 4)
@@ -70,7 +70,7 @@ async def test_a_tier_and_headers_together_reach_the_drafter_and_whoever_observe
     assert [(one.reason, one.attained) for one in suite.peer.ended[2:]] == [("refused", False)] * 2
 
 
-async def test_the_official_client_comes_again_when_it_is_told_to(start: Start) -> None:
+async def test_the_official_client_retries_when_asked(start: Start) -> None:
     async with start(max_sessions=1) as suite:
         await suite.chat()
         suite.peer.script = Script(text="x" * 40, pause_s=0.05)
@@ -84,22 +84,22 @@ async def test_the_official_client_comes_again_when_it_is_told_to(start: Start) 
         assert len(suite.peer.generated) == 3
 
 
-async def test_bursts_between_two_loads_are_not_all_taken(suite: Suite) -> None:
+async def test_a_burst_between_two_loads_is_limited(suite: Suite) -> None:
     suite.peer.script = Script(text="", ends=False)
-    await tell(suite, utilization=0.5, round_ms=20.0)
+    await send_load(suite, utilization=0.5, round_ms=20.0)
     asking = [asyncio.create_task(suite.chat(extra_headers={"x-slo-ttft-ms": "60000"})) for _ in range(12)]
     await eventually(lambda: sum(one.done() for one in asking) == 8)
     for one in asking:
         one.cancel()
     results = await asyncio.gather(*asking, return_exceptions=True)
-    assert sum(isinstance(one, openai.RateLimitError) for one in results) == 8  # 0.5 + 4 x 20 / 200 is all there is
+    assert sum(isinstance(one, openai.RateLimitError) for one in results) == 8  # 0.5 + 4 x 20 / 200 is the whole share
     await eventually(lambda: len(suite.peer.cancelled) == 4)
-    await tell(suite, utilization=0.5, round_ms=20.0)
+    await send_load(suite, utilization=0.5, round_ms=20.0)
     suite.peer.script = Script()
     assert (await suite.chat()).choices[0].message.content == suite.peer.script.text
 
 
-async def test_a_pool_is_served_by_its_own_drafters_only(suite: Suite) -> None:
+async def test_a_pool_is_served_only_by_its_drafters(suite: Suite) -> None:
     with pytest.raises(openai.InternalServerError, match="pool 'phones'") as caught:
         await suite.chat(extra_body={"wisp": {"pool": "phones"}})
     assert (caught.value.status_code, caught.value.code) == (503, "no_drafter")
@@ -116,9 +116,7 @@ async def test_a_pool_is_served_by_its_own_drafters_only(suite: Suite) -> None:
     assert seen == [suite.peer.generated[0].session]
 
 
-async def test_a_pool_that_its_drafters_have_left_ends_a_request_in_a_timeout_and_leaves_nothing_to_do(
-    start: Start, namespace: str
-) -> None:
+async def test_a_pool_without_drafters_times_out_and_leaves_no_work(start: Start, namespace: str) -> None:
     async with start(stall_timeout_s=0.5) as suite:
         queue = suite.peer.broker.topology.generate_queue("phones")
         channel = await suite.peer.broker._connection.channel()

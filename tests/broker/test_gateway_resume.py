@@ -1,4 +1,4 @@
-"""Streams that break and are gone on with, at another gateway or the same one, on real brokers."""
+"""Resuming of broken streams at another gateway or the same one, over RabbitMQ and Redis."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ TEXT = "It goes on: naïve 🙂🙃 日本語, word after word, to the very end.
 
 
 @dataclass
-class Part:
-    """What came over one connection: each event's id and fields."""
+class ConnectionEvents:
+    """The events of one connection, with id and fields."""
 
     events: list[tuple[str, dict[str, Any]]] = field(default_factory=list)
     done: bool = False
@@ -52,7 +52,7 @@ class Broken(Exception):
 
 
 async def events(response: httpx.Response) -> AsyncIterator[str]:
-    """The events of a stream, as text."""
+    """Yield the events of a stream as text."""
     rest = ""
     async for text in response.aiter_text():
         *whole, rest = (rest + text).split("\n\n")
@@ -60,8 +60,8 @@ async def events(response: httpx.Response) -> AsyncIterator[str]:
             yield event
 
 
-async def read(stream: AsyncIterator[str], part: Part, until: int | None = None) -> None:
-    """Take events in, up to their end or the `until`th. Raises Broken, or httpx.TransportError."""
+async def read(stream: AsyncIterator[str], part: ConnectionEvents, until: int | None = None) -> None:
+    """Read events up to the end or to the `until`th. Raises Broken or httpx.TransportError."""
     async for event in stream:
         if event == "data: [DONE]":
             part.done = True
@@ -82,16 +82,16 @@ def body(**more: Any) -> dict[str, Any]:
     return {"model": MODEL, **asked, **options, **more}
 
 
-async def whole(suite: Suite, path: str = "/v1/completions", **more: Any) -> Part:
-    part = Part()
+async def whole(suite: Suite, path: str = "/v1/completions", **more: Any) -> ConnectionEvents:
+    part = ConnectionEvents()
     async with suite.http.stream("POST", path, json=body(**more)) as response:
         await read(events(response), part)
     assert part.done
     return part
 
 
-async def resumed(http: httpx.AsyncClient, last_id: str, path: str = "/v1/completions") -> Part:
-    part = Part()
+async def resumed(http: httpx.AsyncClient, last_id: str, path: str = "/v1/completions") -> ConnectionEvents:
+    part = ConnectionEvents()
     async with http.stream("POST", path, json=body(), headers={"last-event-id": last_id}) as response:
         assert response.status_code == 200, await response.aread()
         await read(events(response), part)
@@ -108,7 +108,7 @@ async def suite(shared: Suite) -> Suite:
 
 @asynccontextmanager
 async def process(suite: Suite, namespace: str, target: ModelFolder, urls: tuple[str, str]) -> AsyncIterator[Any]:
-    """A gateway of its own beside the suite's: its process, and a client of it."""
+    """A gateway's process beside the suite's gateway, and a client of it."""
     port = free_port()
     environment = os.environ | {"WISP_AMQP_URL": urls[0], "WISP_REDIS_URL": urls[1], "WISP_NAMESPACE": namespace}
     environment |= {"WISP_TARGET": str(target.path), "WISP_INSTANCE": "gateway-other", "WISP_RESUME_S": "1"}
@@ -125,12 +125,12 @@ async def process(suite: Suite, namespace: str, target: ModelFolder, urls: tuple
         await child.wait()
 
 
-async def test_a_stream_of_a_killed_gateway_goes_on_at_another(
+async def test_another_gateway_resumes_a_stream_of_a_killed_one(
     start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
 ) -> None:
     async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
         suite.peer.script = Script(text=TEXT, round_len=2, pause_s=0.05)
-        first = Part()
+        first = ConnectionEvents()
         asked = body(wisp={"trace": True})
         async with other.stream("POST", "/v1/completions", json=asked) as response:
             stream = events(response)
@@ -148,7 +148,7 @@ async def test_a_stream_of_a_killed_gateway_goes_on_at_another(
         assert {fields["id"] for _, fields in first.events} == {fields["id"] for _, fields in rest.events}
 
 
-async def test_a_session_whose_gateway_died_and_that_nobody_collects_is_cancelled(
+async def test_an_uncollected_session_of_a_dead_gateway_is_cancelled(
     start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
 ) -> None:
     async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
@@ -161,7 +161,7 @@ async def test_a_session_whose_gateway_died_and_that_nobody_collects_is_cancelle
         await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session], within_s=15)
 
 
-async def test_one_that_nobody_works_on_either_is_ended_by_another_gateway(
+async def test_another_gateway_reaps_a_session_that_nobody_works_on(
     start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
 ) -> None:
     async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
@@ -186,11 +186,11 @@ async def test_one_that_nobody_works_on_either_is_ended_by_another_gateway(
         ("/v1/chat/completions", {"messages": [{"role": "user", "content": "Hi"}]}),
     ],
 )
-async def test_from_any_event_on_exactly_the_rest_comes(suite: Suite, path: str, options: dict[str, Any]) -> None:
+async def test_resuming_from_any_event_gives_exactly_the_rest(suite: Suite, path: str, options: dict[str, Any]) -> None:
     full = await whole(suite, path, **options)
     count = options.get("n", 1)
     for place, (last_id, _) in enumerate(full.events):
-        had = Part(full.events[: place + 1])
+        had = ConnectionEvents(full.events[: place + 1])
         rest = await resumed(suite.http, last_id, path)
         for index in range(count):
             assert had.text(index) + rest.text(index) == full.text(index), last_id
@@ -200,9 +200,9 @@ async def test_from_any_event_on_exactly_the_rest_comes(suite: Suite, path: str,
         assert usages == [full.events[-1][1]["usage"]]
 
 
-async def test_a_client_that_said_so_may_go_away_and_come_back(suite: Suite) -> None:
+async def test_the_client_of_a_resumable_stream_may_come_back(suite: Suite) -> None:
     suite.peer.script = Script(text=TEXT, round_len=2, pause_s=0.05)
-    first = Part()
+    first = ConnectionEvents()
     async with suite.http.stream("POST", "/v1/completions", json=body(wisp={"resumable": True})) as response:
         await read(events(response), first, until=3)
     rest = await resumed(suite.http, first.last_id)
@@ -210,25 +210,25 @@ async def test_a_client_that_said_so_may_go_away_and_come_back(suite: Suite) -> 
     assert suite.peer.cancelled == []
 
 
-async def test_one_that_does_not_come_back_is_cancelled_after_a_while(start: Start) -> None:
+async def test_a_resumable_stream_without_a_client_is_cancelled(start: Start) -> None:
     async with start(resume_s=1) as suite:
         suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
-        part = Part()
+        part = ConnectionEvents()
         asked = body(max_tokens=400, wisp={"resumable": True})
         async with suite.http.stream("POST", "/v1/completions", json=asked) as response:
             await read(events(response), part, until=3)
         await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session], within_s=10)
 
 
-async def test_one_that_stalls_is_given_up_however_often_its_client_comes_back(start: Start) -> None:
+async def test_resuming_does_not_prolong_the_stall_timeout(start: Start) -> None:
     async with start(stall_timeout_s=2) as suite:
         suite.peer.script = Script(text="and then silence", ends=False)
         asked = body(wisp={"resumable": True})
-        part = Part()
+        part = ConnectionEvents()
         async with suite.http.stream("POST", "/v1/completions", json=asked) as response:
             await read(events(response), part, until=1)
         codes = []
-        for _ in range(8):  # each time it has the patience of a moment
+        for _ in range(8):  # each connection lasts less than the timeout
             try:
                 async with asyncio.timeout(0.8):
                     await resumed(suite.http, part.last_id)
@@ -240,9 +240,9 @@ async def test_one_that_stalls_is_given_up_however_often_its_client_comes_back(s
         assert codes == ["timeout"]
 
 
-async def test_one_that_said_nothing_is_cancelled_at_once_and_cannot_go_on(suite: Suite) -> None:
+async def test_other_streams_are_cancelled_with_their_connection(suite: Suite) -> None:
     suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
-    part = Part()
+    part = ConnectionEvents()
     async with suite.http.stream("POST", "/v1/completions", json=body(max_tokens=400)) as response:
         await read(events(response), part, until=3)
     await eventually(lambda: suite.peer.refused == [suite.peer.generated[0].session])
@@ -250,23 +250,23 @@ async def test_one_that_said_nothing_is_cancelled_at_once_and_cannot_go_on(suite
         await resumed(suite.http, part.last_id)
 
 
-async def test_a_stream_that_is_asked_for_twice_goes_to_the_last_who_asked(suite: Suite) -> None:
+async def test_the_last_connection_gets_the_stream(suite: Suite) -> None:
     suite.peer.script = Script(text=TEXT, round_len=1, pause_s=0.05)
-    first = Part()
+    first = ConnectionEvents()
     async with suite.http.stream("POST", "/v1/completions", json=body()) as response:
         stream = events(response)
         await read(stream, first, until=3)
         again = asyncio.create_task(resumed(suite.http, first.events[0][0]))
         with pytest.raises(Broken, match="resumed"):
-            await read(stream, Part())
+            await read(stream, ConnectionEvents())
     second = await again
-    assert Part(first.events[:1]).text() + second.text() == TEXT
+    assert ConnectionEvents(first.events[:1]).text() + second.text() == TEXT
 
 
-async def test_the_rest_can_be_had_by_the_streams_address_alone(suite: Suite) -> None:
+async def test_a_stream_can_be_read_by_its_path(suite: Suite) -> None:
     full = await whole(suite)
     name = full.events[0][1]["id"]
-    part = Part()
+    part = ConnectionEvents()
     async with suite.http.stream("GET", f"/v1/streams/{name}") as response:
         await read(events(response), part)
     assert part.text() == TEXT
@@ -275,7 +275,7 @@ async def test_the_rest_can_be_had_by_the_streams_address_alone(suite: Suite) ->
 
 
 @pytest.mark.parametrize(("last_id", "status", "code"), [("?", 400, "invalid_event_id"), ("x/", 404, "stream_gone")])
-async def test_an_id_that_leads_nowhere_is_refused(suite: Suite, last_id: str, status: int, code: str) -> None:
+async def test_an_unknown_or_invalid_event_id_is_refused(suite: Suite, last_id: str, status: int, code: str) -> None:
     answer = await suite.http.post("/v1/chat/completions", json={}, headers={"last-event-id": last_id})
     assert (answer.status_code, answer.json()["error"]["code"]) == (status, code)
 
@@ -287,7 +287,7 @@ async def test_a_stream_survives_the_drain_of_its_gateway(
         urls = (amqp_url, redis_url)
         async with started(*urls, namespace, target, peer=suite.peer, instance="gateway-b", drain_s=0.2) as leaving:
             suite.peer.script = Script(text=TEXT, round_len=1, pause_s=0.05)
-            first = Part()
+            first = ConnectionEvents()
             async with leaving.http.stream("POST", "/v1/completions", json=body()) as response:
                 stream = events(response)
                 await read(stream, first, until=3)
@@ -298,7 +298,7 @@ async def test_a_stream_survives_the_drain_of_its_gateway(
     assert first.text() + rest.text() == TEXT
 
 
-async def test_the_gateway_that_a_stream_was_taken_from_does_not_cancel_it(
+async def test_the_previous_gateway_does_not_cancel_a_resumed_stream(
     start: Start, amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
 ) -> None:
     async with (
@@ -306,7 +306,7 @@ async def test_the_gateway_that_a_stream_was_taken_from_does_not_cancel_it(
         started(amqp_url, redis_url, namespace, target, peer=suite.peer, instance="gateway-b") as other,
     ):
         suite.peer.script = Script(text=TEXT, round_len=2, pause_s=0.05)
-        first = Part()
+        first = ConnectionEvents()
         async with other.http.stream("POST", "/v1/completions", json=body()) as response:
             stream = events(response)
             await read(stream, first, until=3)

@@ -1,4 +1,4 @@
-"""API keys: their file, who is recognised, what their holders are told, and the command that makes them."""
+"""API keys: their file, the check of a key, rate-limit headers, and the `wisp keys` command."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_a_key_is_recognised_by_its_hash_alone() -> None:
     assert text.split("-", 2)[2] not in render([key])
     ring = KeyRing([read])
     assert ring.match(text) == key
-    # The right id with another's secret, another's key, and shapes of no key.
+    # The right id with another secret, another key, and texts that are no keys.
     for wrong in (f"wisp-{key.id}-{other[18:]}", other, "", "wisp-", text + " ", "\udce9" * 61):
         assert ring.match(wrong) is None
 
@@ -41,19 +41,19 @@ def test_a_key_is_recognised_by_its_hash_alone() -> None:
         ("[1]", "[0]"),
     ],
 )
-def test_a_file_that_holds_no_keys_says_where(text: str, said: str) -> None:
+def test_an_invalid_file_is_refused_with_the_position(text: str, said: str) -> None:
     with pytest.raises(SettingsError, match=r"keys\.json") as caught:
         parse(text, "keys.json")
     assert said.lower() in str(caught.value).lower()
 
 
-def test_no_two_keys_share_a_name() -> None:
+def test_keys_with_the_same_name_are_refused() -> None:
     keys = [new_key("ann", NOW)[1], new_key("ann", NOW)[1]]
     with pytest.raises(SettingsError, match="two keys have the name 'ann'"):
         parse(render(keys), "keys.json")
 
 
-def test_a_file_with_a_secret_in_it_is_not_repeated_in_the_error() -> None:
+def test_an_error_does_not_repeat_a_secret_of_the_file() -> None:
     text, key = new_key("ann", NOW)
     fields = json.loads(render([key]))
     fields[0]["sha256"] = text
@@ -79,12 +79,12 @@ def test_beyond_loopback_a_gateway_needs_keys(host: str, loopback: bool, tmp_pat
     GatewaySettings.model_validate(given | {"unsafe_serve_everybody": True})
 
 
-def test_a_missing_file_of_keys_ends_the_start(tmp_path: Path) -> None:
+def test_a_missing_file_stops_the_start(tmp_path: Path) -> None:
     with pytest.raises(SettingsError, match="wisp keys new"):
         KeyFile(tmp_path / "keys.json")
 
 
-def test_a_file_that_is_closed_to_the_gateway_ends_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreadable_file_stops_the_start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def closed(self: Path, encoding: str) -> str:
         raise PermissionError(13, "Permission denied", str(self))
 
@@ -97,7 +97,7 @@ def test_a_file_that_is_closed_to_the_gateway_ends_the_start(tmp_path: Path, mon
     ("ms", "text"),
     [(0, "0s"), (1, "1ms"), (999, "999ms"), (1000, "1s"), (1500, "1.5s"), (60_000, "1m0s"), (90_001, "1m31s")],
 )
-def test_durations_are_written_as_openai_does(ms: int, text: str) -> None:
+def test_durations_have_openais_format(ms: int, text: str) -> None:
     assert duration(ms) == text
 
 
@@ -140,7 +140,7 @@ def test_who_could_read_the_file_hears_of_a_revoked_key(tmp_path: Path) -> None:
     assert len(KeyFile(file).ring) == 0
 
 
-def test_bad_words_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_arguments_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WISP_API_KEYS_FILE", raising=False)
     assert "--file FILE" in wisp("keys", "list")
     assert "letters, digits" in wisp("keys", "new", "a b", "--file", tmp_path / "keys.json")

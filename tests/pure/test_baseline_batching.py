@@ -168,7 +168,7 @@ def test_a_removed_session_frees_its_blocks_and_delays_no_other(
             engine.step()
         leaving = data.draw(st.sampled_from(engine.came))
         engine.batcher.remove(leaving)
-        assert engine.cache.cached(leaving.session) == 0
+        assert engine.cache.cached(leaving.session_id) == 0
         assert leaving not in [*engine.batcher.running, *engine.batcher.waiting]
     engine.run(20_000)
     assert engine.cache.free_tokens == blocks * BLOCK

@@ -1,4 +1,4 @@
-"""A device's settings: what would show its key, its text or its API to others is refused."""
+"""A device's settings: values that would expose its key, its text or its API to others are refused."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ GOOD = {
 }
 
 
-def test_a_device_by_tls_is_good() -> None:
+def test_a_device_with_tls_is_accepted() -> None:
     settings = DeviceSettings.model_validate(GOOD)
     assert settings.host == "127.0.0.1"
     near = {"gateway_url": "http://127.0.0.1:8000/v1", "amqp_url": "amqp://u:hidden@localhost/"}
@@ -27,7 +27,7 @@ def test_a_device_by_tls_is_good() -> None:
 @pytest.mark.parametrize(
     ("changed", "said"),
     [
-        ({"host": "0.0.0.0"}, "it is for this device alone"),
+        ({"host": "0.0.0.0"}, "is for this device alone"),
         ({"gateway_url": "http://wisp.example/v1"}, "use https://"),
         ({"gateway_url": "https://wisp.example"}, "https://host:port/v1"),
         ({"gateway_url": "wisp"}, "https://host:port/v1"),
@@ -37,7 +37,7 @@ def test_a_device_by_tls_is_good() -> None:
         ({"device_name": None}, "WISP_DEVICE_NAME"),
     ],
 )
-def test_a_device_that_would_tell_too_much_does_not_start(changed: dict[str, object], said: str) -> None:
+def test_a_device_that_would_expose_itself_does_not_start(changed: dict[str, object], said: str) -> None:
     with pytest.raises(ValidationError) as refused:
         DeviceSettings.model_validate(GOOD | changed)
     text = "\n".join(problems_of(refused.value))
@@ -45,6 +45,6 @@ def test_a_device_that_would_tell_too_much_does_not_start(changed: dict[str, obj
     assert "hidden" not in text
 
 
-def test_a_scheduler_takes_no_devices_without_keys_of_sessions() -> None:
+def test_a_scheduler_accepts_no_devices_without_session_keys() -> None:
     with pytest.raises(ValidationError, match="WISP_SESSION_SECRET"):
         SchedulerSettings.model_validate({"devices_file": "devices.json"})

@@ -1,4 +1,4 @@
-"""Committed tokens in, text out, whatever happens to the results on their way."""
+"""Completions: committed tokens in, text out, also when results are lost, late or repeated."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ TEXTS = st.text(st.sampled_from("ab \n.é€🙂"), min_size=1, max_size=30)
 
 
 @given(text=TEXTS, round_len=st.integers(1, 9), stops=st.lists(st.text("ab .é🙂", min_size=1, max_size=3), max_size=3))
-def test_the_text_is_all_that_is_before_the_first_stop_string(
+def test_the_text_ends_before_the_first_stop_string(
     tokenizer: Tokenizer, text: str, round_len: int, stops: list[str]
 ) -> None:
     completion, pieces = whole(tokenizer, Script(text=text, round_len=round_len), stops)
@@ -65,7 +65,7 @@ def test_the_text_is_all_that_is_before_the_first_stop_string(
 
 
 @given(text=TEXTS, round_len=st.integers(1, 9), stops=st.lists(st.text("ab .é🙂", min_size=1, max_size=3), max_size=3))
-def test_each_piece_is_the_text_of_its_tokens_and_tokens_come_in_order(
+def test_each_piece_is_the_text_of_its_tokens_in_order(
     tokenizer: Tokenizer, text: str, round_len: int, stops: list[str]
 ) -> None:
     completion, pieces = whole(tokenizer, Script(text=text, round_len=round_len), stops)
@@ -87,7 +87,7 @@ def test_lost_late_repeated_and_reordered_results_change_no_text(
     luck.shuffle(arriving)
     completion = new_completion(tokenizer)
     pieces = feed(completion, arriving)
-    # What Redis would answer, asked from where the completion stands.
+    # The rest, as Redis would return it.
     completion.committed(completion.length, committed[completion.length - PROMPT_LEN :], Finish.STOP)
     pieces += completion.take()
     assert text_of(pieces) == text
@@ -95,7 +95,7 @@ def test_lost_late_repeated_and_reordered_results_change_no_text(
     assert completion.tally.tokens == len(committed) - 1
 
 
-def test_a_result_beyond_what_is_known_leaves_a_gap_that_the_truth_fills(tokenizer: Tokenizer) -> None:
+def test_a_result_beyond_the_known_tokens_leaves_a_gap_to_fill(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abcdefgh", round_len=4), tokenizer)
     completion = new_completion(tokenizer)
     assert feed(completion, [results[0], results[2]]) == []
@@ -106,23 +106,21 @@ def test_a_result_beyond_what_is_known_leaves_a_gap_that_the_truth_fills(tokeniz
 
 
 @given(text=TEXTS, round_len=st.integers(1, 9))
-def test_rounds_tell_where_their_tokens_are_and_add_up_to_the_tally(
-    tokenizer: Tokenizer, text: str, round_len: int
-) -> None:
+def test_rounds_have_their_positions_and_add_up_to_the_tally(tokenizer: Tokenizer, text: str, round_len: int) -> None:
     completion, pieces = whole(tokenizer, Script(text=text, round_len=round_len))
     rounds = [round_ for piece in pieces for round_ in piece.rounds] + completion.take_rounds()
     assert [round_.start for round_ in rounds] == list(range(0, len(tokenizer.encode(text)) + 1, round_len))
     assert sum(round_.tokens for round_ in rounds) == completion.tally.tokens + 1
     for name in ("drafted", "verified", "accepted", "draft_ms", "queue_ms", "verify_ms"):
         assert sum(getattr(round_, name) for round_ in rounds) == getattr(completion.tally, name)
-    assert rounds[0].verify_ms == 2.0 + 0.75, "the prompt's chunk belongs to the first round"
+    assert rounds[0].verify_ms == 2.0 + 0.75, "the prefill chunk belongs to the first round"
     assert completion.take_rounds() == []
 
 
-def test_a_prompt_in_chunks_waits_and_drafts_only_once(tokenizer: Tokenizer) -> None:
+def test_queueing_and_drafting_count_once_for_a_chunked_prompt(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abc", round_len=4), tokenizer)
     first = next(result for result in results if result.status is Status.COMMITTED)
-    # Both chunks and the round are of one Verify: its draft took 3 ms, and it came 20 and 32 ms before the last two.
+    # Both chunks and the round belong to one Verify, drafted in 3 ms and sent 20 and 32 ms before the last two.
     chunks = [
         first.model_copy(
             update={
@@ -141,7 +139,7 @@ def test_a_prompt_in_chunks_waits_and_drafts_only_once(tokenizer: Tokenizer) -> 
     assert (completion.tally.draft_ms, completion.tally.queue_ms, completion.tally.verify_ms) == (3.0, 12.0, 25.0)
 
 
-def test_accepted_draft_tokens_can_be_told_from_the_targets_own(tokenizer: Tokenizer) -> None:
+def test_accepted_draft_tokens_are_marked(tokenizer: Tokenizer) -> None:
     _, pieces = whole(tokenizer, Script(text="abcdefg", round_len=3))
     assert [(t.text, t.draft) for piece in pieces for t in piece.tokens] == [
         ("a", True),
@@ -155,7 +153,7 @@ def test_accepted_draft_tokens_can_be_told_from_the_targets_own(tokenizer: Token
     assert [piece.round for piece in pieces] == [0, 1, 2]
 
 
-def test_rounds_and_drafts_are_counted_once_and_bonus_tokens_are_no_accepted_drafts(tokenizer: Tokenizer) -> None:
+def test_rounds_count_once_and_bonus_tokens_are_not_accepted_ones(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abcdefgh", round_len=3), tokenizer)
     completion = new_completion(tokenizer)
     feed(completion, [*results[:-1], *results[:-1], results[-1]])
@@ -165,7 +163,7 @@ def test_rounds_and_drafts_are_counted_once_and_bonus_tokens_are_no_accepted_dra
     assert tally.verify_ms == pytest.approx(2.0 + 3 * 0.75)
 
 
-def test_a_late_result_is_counted_though_its_tokens_are_known_from_redis(tokenizer: Tokenizer) -> None:
+def test_a_late_result_counts_although_its_tokens_are_known(tokenizer: Tokenizer) -> None:
     results = results_of(generate(), Script(text="abcdefgh", round_len=3), tokenizer)
     completion = new_completion(tokenizer)
     completion.committed(PROMPT_LEN, results[1].tokens, None)
@@ -173,7 +171,7 @@ def test_a_late_result_is_counted_though_its_tokens_are_known_from_redis(tokeniz
     assert (completion.tally.rounds, completion.tally.accepted) == (3, 6)
 
 
-def test_a_conflict_brings_tokens_but_no_round(tokenizer: Tokenizer) -> None:
+def test_a_conflict_adds_tokens_but_no_round(tokenizer: Tokenizer) -> None:
     ids = tokenizer.encode("abc")
     conflict = builders.result("s", 4, PROMPT_LEN, ids, status=Status.CONFLICT)
     completion = new_completion(tokenizer)
@@ -182,14 +180,14 @@ def test_a_conflict_brings_tokens_but_no_round(tokenizer: Tokenizer) -> None:
     assert completion.tally.tokens == 3
 
 
-def test_the_end_of_text_token_is_neither_shown_nor_counted(tokenizer: Tokenizer) -> None:
+def test_the_end_of_text_token_is_neither_sent_nor_counted(tokenizer: Tokenizer) -> None:
     completion, pieces = whole(tokenizer, Script(text="ab"))
     assert text_of(pieces) == "ab"
     assert completion.tally.tokens == 2
     assert completion.length == PROMPT_LEN + 3
 
 
-def test_a_text_may_be_empty(tokenizer: Tokenizer) -> None:
+def test_a_completion_may_be_empty(tokenizer: Tokenizer) -> None:
     completion, pieces = whole(tokenizer, Script(text=""))
     assert (text_of(pieces), completion.finish) == ("", Finish.STOP)
 
@@ -212,14 +210,14 @@ def test_a_character_cut_off_by_the_length_is_replaced(tokenizer: Tokenizer) -> 
     assert completion.tally.tokens == 3
 
 
-def test_the_replacement_of_a_cut_off_character_can_complete_a_stop_string(tokenizer: Tokenizer) -> None:
+def test_a_replacement_character_can_complete_a_stop_string(tokenizer: Tokenizer) -> None:
     completion = new_completion(tokenizer, ["b\ufffd"])
     pieces = feed(completion, results_of(generate(max_tokens=4), Script(text="ab🙂", round_len=1), tokenizer))
     assert text_of(pieces) == "a"
     assert completion.finish is Finish.STOP
 
 
-def test_text_that_could_become_a_stop_string_is_withheld_and_not_lost(tokenizer: Tokenizer) -> None:
+def test_text_that_could_become_a_stop_string_is_withheld(tokenizer: Tokenizer) -> None:
     completion = new_completion(tokenizer, ["END"])
     results = results_of(generate(), Script(text="xEN", round_len=1), tokenizer)
     assert text_of(feed(completion, results[:-1])) == "x"
@@ -227,7 +225,7 @@ def test_text_that_could_become_a_stop_string_is_withheld_and_not_lost(tokenizer
     assert not completion.stopped_early
 
 
-def test_a_stop_string_ends_the_text_before_the_completion_ends(tokenizer: Tokenizer) -> None:
+def test_a_stop_string_ends_the_completion_before_its_session(tokenizer: Tokenizer) -> None:
     completion = new_completion(tokenizer, ["END"])
     results = results_of(generate(), Script(text="text before END and after", round_len=4), tokenizer)
     pieces = feed(completion, results[:5])

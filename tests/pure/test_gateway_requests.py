@@ -57,23 +57,23 @@ def test_openai_defaults_hold_where_an_option_is_missing_or_null() -> None:
     assert completion().limit == 16
 
 
-def test_options_nobody_knows_are_ignored() -> None:
+def test_unknown_options_are_ignored() -> None:
     chat(user="u", metadata={"a": 1}, store=True, prediction={}, reasoning_effort="low", no_such_option=[[]])
     assert chat(stream_options={"include_usage": True, "continuous_usage_stats": True}).stream_options.include_usage
 
 
-def test_both_token_limits_may_come_and_the_newer_one_counts() -> None:
+def test_the_newer_of_two_token_limits_counts() -> None:
     assert chat(max_tokens=5, max_completion_tokens=7).limit == 7
     assert chat(max_tokens=5).limit == 5
     assert chat(max_tokens=5, max_completion_tokens=None).limit == 5
 
 
-def test_a_stop_string_may_stand_alone() -> None:
+def test_a_single_stop_string_needs_no_list() -> None:
     assert chat(stop="x").stop == ["x"]
     assert chat(stop=["x", "yy"]).stop == ["x", "yy"]
 
 
-def test_message_content_may_be_text_parts_and_developers_speak_as_the_system() -> None:
+def test_content_may_be_parts_and_developer_means_system() -> None:
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     request = chat(messages=[{"role": "developer", "content": parts, "name": "x"}])
     assert request.messages[0].rendered() == {"role": "system", "content": parts}
@@ -83,7 +83,7 @@ def test_message_content_may_be_text_parts_and_developers_speak_as_the_system() 
     ("given_prompt", "prompts"),
     [("a", ["a"]), (["a", "b"], ["a", "b"]), ([1, 2], [[1, 2]]), ([[1, 2], [3]], [[1, 2], [3]]), ("", [""])],
 )
-def test_a_prompt_may_be_text_or_tokens_one_or_many(given_prompt: Any, prompts: list[Any]) -> None:
+def test_prompts_may_be_text_or_tokens_one_or_many(given_prompt: Any, prompts: list[Any]) -> None:
     assert completion(prompt=given_prompt).prompt == prompts
 
 
@@ -159,7 +159,7 @@ def test_wrong_values_are_refused_by_name(options: dict[str, Any], param: str) -
         {"best_of": True},
     ],
 )
-def test_options_that_would_change_the_text_and_are_not_built_are_refused(options: dict[str, Any]) -> None:
+def test_unsupported_options_are_refused(options: dict[str, Any]) -> None:
     error = refusal(ChatRequest, json.dumps(CHAT | options).encode())
     assert error.code == "unsupported_parameter"
     assert error.param in options
@@ -175,7 +175,7 @@ def test_options_that_would_change_the_text_and_are_not_built_are_refused(option
         {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "best_of": 1},
     ],
 )
-def test_the_same_options_are_fine_with_the_value_that_changes_nothing(options: dict[str, Any]) -> None:
+def test_unsupported_options_may_have_the_neutral_value(options: dict[str, Any]) -> None:
     assert chat(**options) == chat()
 
 
@@ -199,7 +199,7 @@ def test_the_same_options_are_fine_with_the_value_that_changes_nothing(options: 
         "{'model': 'm'}".encode("utf-16"),
     ],
 )
-def test_what_is_no_json_object_is_refused(body: bytes) -> None:
+def test_bodies_other_than_json_objects_are_refused(body: bytes) -> None:
     assert refusal(ChatRequest, body).code == "invalid_json"
 
 
@@ -221,7 +221,7 @@ JSON = st.recursive(
     kind=st.sampled_from([ChatRequest, CompletionRequest]),
 )
 @example(name="seed", value=-(2**63), kind=ChatRequest)
-def test_any_value_of_any_option_is_taken_or_refused(name: str, value: Any, kind: Any) -> None:
+def test_any_value_of_any_option_is_accepted_or_refused(name: str, value: Any, kind: Any) -> None:
     body = json.dumps({**CHAT, **COMPLETION, name: value}).encode()
     refused: ApiError | None = None
     try:
@@ -233,7 +233,7 @@ def test_any_value_of_any_option_is_taken_or_refused(name: str, value: Any, kind
 
 
 @given(st.binary(max_size=60))
-def test_any_bytes_are_taken_or_refused(body: bytes) -> None:
+def test_any_bytes_are_refused(body: bytes) -> None:
     refusal(ChatRequest, body)
 
 
@@ -247,7 +247,7 @@ def test_tiny_temperatures_are_greedy_and_top_p_zero_keeps_one_token() -> None:
 def sessions(
     request: ChatRequest | CompletionRequest, prompts: list[list[int]], headers: dict[str, str] | None = None
 ) -> list[Generate]:
-    """The sessions of a request, in a context of 20 tokens with the seed 11."""
+    """Return the sessions of a request with the seed 11, in a context of 20 tokens."""
     model = SimpleNamespace(name="m", folder=SimpleNamespace(eos_ids=[2]), fingerprint="f", vocab_fingerprint="v")
     gateway = SimpleNamespace(settings=GatewaySettings.model_validate({}), model=model, instance="g")
     request = request.model_copy(update={"seed": 11})
@@ -268,11 +268,11 @@ def test_every_completion_is_a_session_with_a_seed_of_its_own() -> None:
 
 
 @given(st.integers(-(2**63), 2**63 - 1), st.integers(0, 127))
-def test_every_derived_seed_is_a_seed(seed: int, copy: int) -> None:
+def test_every_derived_seed_is_valid(seed: int, copy: int) -> None:
     assert -(2**63) <= derive_seed(seed, copy) < 2**63
 
 
-def test_output_is_limited_by_what_the_context_leaves() -> None:
+def test_the_context_limits_the_output() -> None:
     assert sessions(chat(), [[5] * 8])[0].max_tokens == 12
     assert sessions(chat(max_tokens=3), [[5] * 8])[0].max_tokens == 3
     assert sessions(chat(max_tokens=10**30), [[5] * 8])[0].max_tokens == 12
@@ -285,7 +285,7 @@ def test_the_draft_source_comes_from_the_option_then_from_the_header() -> None:
     assert sessions(chat(wisp={"draft": "none"}), [[5]], header)[0].draft == "none"
 
 
-def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers() -> None:
+def test_a_prompt_that_fills_the_context_is_refused() -> None:
     limits = Limits(20, 100)
     with pytest.raises(ApiError, match=r"20 tokens.*has 25") as caught:
         check_prompt([5] * 25, limits, "prompt")
@@ -297,7 +297,7 @@ def test_a_prompt_that_leaves_no_room_is_refused_with_the_numbers() -> None:
 
 
 @pytest.mark.parametrize("token", [-1, 100, 10**30])
-def test_ids_that_are_no_tokens_are_refused(token: int) -> None:
+def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
     with pytest.raises(ApiError, match="outside the vocabulary"):
         check_prompt([5, token], Limits(20, 100), "prompt")
 
@@ -307,7 +307,7 @@ def test_end_of_text_can_be_ignored() -> None:
     assert sessions(chat(ignore_eos=True), [[5]])[0].stop_ids == []
 
 
-def test_the_slo_comes_from_headers_then_from_the_tiers_class() -> None:
+def test_headers_override_the_slo_of_the_class() -> None:
     default, priority = CLASSES["default"].slo, CLASSES["priority"].slo
     assert slo_of({}, None, CLASSES) == default
     assert slo_of({}, "auto", CLASSES) == default
@@ -323,13 +323,13 @@ def test_the_slo_comes_from_headers_then_from_the_tiers_class() -> None:
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-5", "nan", "inf", "1e999", "1_0", "5;6", "٣ms"])
-def test_slo_headers_that_are_no_positive_number_are_refused(text: str) -> None:
+def test_slo_headers_must_be_positive_numbers(text: str) -> None:
     with pytest.raises(ApiError) as caught:
         slo_of({"x-slo-ttft-ms": text}, None, CLASSES)
     assert (caught.value.status, caught.value.param) == (400, "x-slo-ttft-ms")
 
 
-def test_a_header_changes_the_promise_and_not_the_class() -> None:
+def test_unknown_tiers_mean_the_default_class() -> None:
     for tier, name in ((None, "default"), ("auto", "default"), ("gold", "default"), ("flex", "flex")):
         assert class_of(tier, CLASSES) == name
 
@@ -337,7 +337,7 @@ def test_a_header_changes_the_promise_and_not_the_class() -> None:
 PROMISE = {"ttft_ms": 100, "tpot_ms": 10}
 
 
-def test_settings_name_classes_with_or_without_a_promise_and_how_far_they_are_taken() -> None:
+def test_settings_define_classes_with_slo_and_admission_limit() -> None:
     given_classes = {
         "default": PROMISE,
         "priority": PROMISE,
@@ -374,7 +374,7 @@ def test_settings_name_classes_with_or_without_a_promise_and_how_far_they_are_ta
         ([], "slo_classes"),
     ],
 )
-def test_settings_of_classes_that_make_no_sense_are_refused(classes: Any, reason: str) -> None:
+def test_invalid_classes_are_refused(classes: Any, reason: str) -> None:
     with pytest.raises(ValidationError, match=reason):
         GatewaySettings.model_validate({"slo_classes": classes})
 
@@ -397,7 +397,7 @@ SLO = Slo(ttft_ms=100, tpot_ms=10)
         (None, False, 3, 50, 90, SloOutcome(50, 20, False)),
     ],
 )
-def test_a_text_attains_when_it_is_complete_and_both_times_are_kept(
+def test_a_complete_completion_within_both_times_attains_its_slo(
     slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float, outcome: SloOutcome
 ) -> None:
     assert judge(slo, complete, tokens, first_ms, total_ms) == outcome
@@ -407,7 +407,7 @@ def heartbeat(**fields: Any) -> Heartbeat:
     return builders.heartbeat(**({"max_len": 100, "free_tokens": 1, "total_tokens": 1} | fields))
 
 
-def test_the_longest_session_is_that_of_the_largest_verifier_that_stays() -> None:
+def test_the_largest_staying_verifier_gives_the_longest_session() -> None:
     beats = [heartbeat(), heartbeat(max_len=300), heartbeat(max_len=900, draining=True)]
     assert longest_session([*beats, heartbeat(max_len=500, fingerprint="other")], "f") == 300
 
@@ -420,7 +420,7 @@ def test_the_longest_session_is_that_of_the_largest_verifier_that_stays() -> Non
         ([heartbeat(draining=True)], "shutting down"),
     ],
 )
-def test_without_a_verifier_of_ours_there_is_a_503_that_says_why(beats: list[Heartbeat], reason: str) -> None:
+def test_without_a_verifier_of_the_model_there_is_a_503(beats: list[Heartbeat], reason: str) -> None:
     with pytest.raises(ApiError, match=reason) as caught:
         longest_session(beats, "f")
     assert caught.value.status == 503
@@ -434,7 +434,7 @@ def test_a_sessions_failure_has_its_http_status(code: str, status: int) -> None:
 
 
 def chunks(**fields: Any) -> Chunks:
-    """The chunks of an answer of this form."""
+    """Return the chunks of an answer with this form."""
     plain = {
         "created": 1,
         "model": "m",
@@ -447,7 +447,7 @@ def chunks(**fields: Any) -> Chunks:
     return Chunks("id", "f" * 64, AnswerForm.model_validate(plain | {"prompt_tokens": 3} | fields))
 
 
-def test_chat_chunks_are_chat_shaped_and_completion_chunks_are_not() -> None:
+def test_chats_and_completions_have_chunks_of_different_shape() -> None:
     chat_chunks, text_chunks = chunks(chat=True), chunks(chat=False)
     opening = chat_chunks.opening(0)
     assert opening is not None
@@ -471,7 +471,7 @@ def test_chat_chunks_are_chat_shaped_and_completion_chunks_are_not() -> None:
     assert text_chunks.whole([Choice("x", "length")], Usage(3, 4))["choices"][0]["text"] == "x"
 
 
-def test_usage_is_null_in_all_chunks_but_the_extra_one() -> None:
+def test_usage_is_null_except_in_the_extra_chunk() -> None:
     with_usage = chunks(chat=True, include_usage=True)
     assert with_usage.delta(0, "x")["usage"] is None
     assert with_usage.closing(0, "stop")["usage"] is None
@@ -490,7 +490,7 @@ def test_an_event_is_one_line_of_json(text: str) -> None:
     assert json.loads(sent[6:]) == {"text": text}
 
 
-def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None:
+def test_the_trace_has_token_origins_and_costs() -> None:
     settled = CompletionRound(
         3, 7, 2, drafted=4, verified=3, accepted=1, draft_ms=0.12345, queue_ms=2.0, verify_ms=30.0
     )
@@ -534,7 +534,7 @@ def test_the_trace_tells_what_each_token_was_and_what_the_request_cost() -> None
     }
 
 
-def test_a_request_of_several_texts_attains_if_all_do_and_is_as_fast_as_its_slowest() -> None:
+def test_a_request_attains_its_slo_if_all_its_completions_do() -> None:
     tallies = [CompletionTally(tokens=3), CompletionTally(tokens=1), CompletionTally(tokens=9)]
     outcomes = [SloOutcome(5.0, 2.0, True), SloOutcome(9.0, None, True), SloOutcome(7.0, 4.0, False)]
     made = stream.summary(tallies, outcomes, 5.0, 20.0, service_class="flex", slo=None)
@@ -550,7 +550,7 @@ def test_messaging_time_is_never_negative(work_ms: float, total_ms: float) -> No
     assert math.isfinite(made["messaging_ms"])
 
 
-async def test_requests_at_once_share_one_look_at_the_verifiers_and_its_failure() -> None:
+async def test_concurrent_requests_share_one_read_of_the_heartbeats() -> None:
     looks = 0
 
     async def away() -> list[Heartbeat]:
@@ -569,11 +569,11 @@ async def test_requests_at_once_share_one_look_at_the_verifiers_and_its_failure(
     assert looks == 2
 
 
-async def test_who_asks_in_the_moment_of_an_answer_gets_that_answer() -> None:
+async def test_a_request_at_the_moment_of_a_read_gets_its_result() -> None:
     late: list[asyncio.Task[int]] = []
 
     async def beats() -> list[Heartbeat]:
-        # Runs after this has returned, and before those who wait for it go on.
+        # Runs after this returns and before the waiting requests continue.
         asyncio.get_running_loop().call_soon(lambda: late.append(asyncio.create_task(fleet.longest_session())))
         return [heartbeat(max_len=100)]
 
