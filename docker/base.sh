@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes an image that can be the BASE of the others, on a Debian machine that reaches Debian's packages and no registry of
-# images: `docker/base.sh NAME`. Needs root, debootstrap and podman.
+# Makes a BASE image from Debian's packages, for machines without an image registry: `docker/base.sh NAME`.
+# Needs Debian, root, debootstrap and podman.
 set -euo pipefail
 
 name=${1:?usage: docker/base.sh NAME}

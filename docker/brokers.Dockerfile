@@ -1,5 +1,5 @@
-# RabbitMQ and Redis from Debian's packages, for `make images-test` where the official images cannot be fetched. It takes
-# the same commands and variables as those, as far as the manifests and the compose file use them.
+# RabbitMQ and Redis from Debian's packages, for `make images-test` without an image registry. The commands and
+# variables that the manifests and the compose file use work as in the official images.
 ARG BASE=docker.io/library/debian:12.12-slim
 
 FROM ${BASE} AS brokers
@@ -13,7 +13,7 @@ RUN apt-get update \
     && chmod 755 /usr/local/bin/rabbitmq* \
     && install -d -o 999 -g 999 /data /etc/rabbitmq/conf.d \
     && chown -R 999:999 /var/lib/rabbitmq /var/log/rabbitmq
-# Debian's own commands change the user, which needs root; these are the ones below them.
+# Debian's wrappers switch the user, which needs root; these are the commands that they wrap.
 ENV HOME=/var/lib/rabbitmq \
     RABBITMQ_CONF_ENV_FILE=/dev/null \
     RABBITMQ_LOGS=- \

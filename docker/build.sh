@@ -1,12 +1,11 @@
 #!/usr/bin/env bash
-# Builds the images with docker, podman or buildah, whichever answers: `docker/build.sh [services] [cpu] [cuda]`
-# (without words: services and cpu).
+# Builds images with docker, podman or buildah: `docker/build.sh [services] [cpu] [cuda]` (default: services and cpu).
 #
-# From the environment:
-#   ENGINE           docker, podman or buildah; without it the first that answers
-#   PREFIX           what goes before the images' names [localhost/wisp-]
-#   BASE, PIP_INDEX_URL, TORCH_CPU_INDEX, TORCH_CUDA_INDEX, MODEL    the Dockerfile's arguments, where they are set
-#   BUILD_OPTIONS    more words for the engine, as --network=host
+# Environment:
+#   ENGINE           docker, podman or buildah; default: the first that answers
+#   PREFIX           prefix of the images' names [localhost/wisp-]
+#   BASE, PIP_INDEX_URL, TORCH_CPU_INDEX, TORCH_CUDA_INDEX, MODEL    the Dockerfile's arguments
+#   BUILD_OPTIONS    further options for the engine, such as --network=host
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 
@@ -14,7 +13,7 @@ targets=("$@")
 ((${#targets[@]})) || targets=(services cpu)
 for target in "${targets[@]}"; do
     if [[ ! $target =~ ^(services|cpu|cuda)$ ]]; then
-        echo "there is no image $target; there are services, cpu and cuda" >&2
+        echo "there is no image $target; the images are services, cpu and cuda" >&2
         exit 2
     fi
 done
@@ -32,11 +31,11 @@ if [[ -z ${ENGINE:-} ]]; then
         answers "$ENGINE" && break
     done
     if [[ $ENGINE == none ]]; then
-        echo "No docker, podman or buildah answers here. On Debian: apt-get install buildah" >&2
+        echo "Neither docker, podman nor buildah answers. On Debian: apt-get install buildah" >&2
         exit 1
     fi
 elif ! answers "$ENGINE"; then
-    echo "$ENGINE does not answer; leave ENGINE empty to take what does" >&2
+    echo "$ENGINE does not answer; leave ENGINE empty to use the first that does" >&2
     exit 1
 fi
 
@@ -46,7 +45,7 @@ arguments=(--build-arg "VERSION=$version" --build-arg "REVISION=$revision")
 for name in BASE PIP_INDEX_URL TORCH_CPU_INDEX TORCH_CUDA_INDEX MODEL; do
     [[ -v $name ]] && arguments+=(--build-arg "$name=${!name}")
 done
-# OCI images have no health checks, docker's have.
+# Docker's format, because OCI images have no health checks.
 case $ENGINE in
     docker) command=(docker build) ;;
     podman) command=(podman build --format docker --layers) ;;

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# `docker compose` or `podman-compose`, whichever answers, on docker/compose.yaml with drawn passwords; they are kept in
+# Runs `docker compose` or `podman-compose` on docker/compose.yaml. It draws passwords once and keeps them in
 # docker/.env, which git ignores.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -16,7 +16,7 @@ elif docker version >/dev/null 2>&1 && docker compose version >/dev/null 2>&1; t
 elif podman info >/dev/null 2>&1 && command -v podman-compose >/dev/null; then
     command=(podman-compose)
 else
-    echo "Neither docker compose nor podman-compose answers here; COMPOSE=... names another" >&2
+    echo "Neither docker compose nor podman-compose answers; name another command with COMPOSE=..." >&2
     exit 1
 fi
 exec "${command[@]}" --file compose.yaml --env-file .env "$@"

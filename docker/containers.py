@@ -1,4 +1,4 @@
-"""podman with a storage and settings of its own, and the images under test, for `images_test.py`."""
+"""Podman with private storage and settings, and the images under test, for `images_test.py`."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ runroot = "{state}/run"
 
 
 def install() -> None:
-    """Install podman and what it needs, where it is missing."""
+    """Install podman and its dependencies where they are missing."""
     if os.geteuid() or not shutil.which("apt-get"):
         pytest.exit("make images-test needs root, and apt-get", 2)
     if all(shutil.which(name) for name in ("podman", "buildah", "runc", "debootstrap", "catatonit", "iptables")):
@@ -50,7 +50,7 @@ def install() -> None:
 
 
 def environment() -> dict[str, str]:
-    """What podman and what calls it needs in the environment."""
+    """Return the environment for podman and for commands that call it."""
     STATE.mkdir(parents=True, exist_ok=True)
     (STATE / "containers.conf").write_text(CONTAINERS_CONF)
     (STATE / "storage.conf").write_text(STORAGE_CONF.format(state=STATE))
@@ -65,13 +65,13 @@ def environment() -> dict[str, str]:
 
 
 class Podman:
-    """The podman of this test."""
+    """Podman with the settings of the tests."""
 
     def __init__(self) -> None:
         self.env = environment()
 
     def __call__(self, *arguments: str, input: str | None = None, check: bool = True) -> str:
-        """Its standard output. Raises RuntimeError with what it said when it fails."""
+        """Run podman and return its standard output. Raises RuntimeError with its output if it fails."""
         return self.run(["podman", *arguments], input=input, check=check)
 
     def run(
@@ -86,11 +86,11 @@ class Podman:
         return done.stdout.strip()
 
     def has_image(self, name: str) -> bool:
-        """Whether an image is here."""
+        """Return whether an image exists."""
         return subprocess.run(["podman", "image", "exists", name], env=self.env, check=False).returncode == 0
 
     def logs(self, container: str) -> str:
-        """What a container has said last."""
+        """Return the last lines of a container's log."""
         command = ["podman", "logs", "--tail", "30", container]
         done = subprocess.run(
             command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
@@ -98,12 +98,12 @@ class Podman:
         return done.stdout
 
     def healthy(self, container: str) -> bool:
-        """Ask a container's health check now; no timer does where there is no systemd."""
+        """Run a container's health check now, because without systemd no timer does."""
         command = ["podman", "healthcheck", "run", container]
         return subprocess.run(command, env=self.env, capture_output=True, check=False).returncode == 0
 
     def until_healthy(self, *containers: str, within_s: float = 180) -> None:
-        """Wait until their health checks say yes."""
+        """Wait until their health checks succeed."""
         end = time.monotonic() + within_s
         for container in containers:
             while not self.healthy(container):
@@ -112,12 +112,12 @@ class Podman:
                 time.sleep(0.5)
 
     def inspect(self, template: str, *what: str) -> str:
-        """A field of a container or image."""
+        """Return a field of a container or image."""
         return self("inspect", "--format", template, *what)
 
 
 def pip_options() -> list[str]:
-    """Let pip in a build know what this machine's pip is configured with, and see the files and folders named there."""
+    """Return build options that give pip in a build this machine's pip settings and the folders that they name."""
     lines = subprocess.run(
         [sys.executable, "-m", "pip", "config", "list"], capture_output=True, text=True, check=True
     ).stdout.splitlines()
@@ -131,21 +131,21 @@ def pip_options() -> list[str]:
     for word in " ".join(settings.values()).split():
         path = Path(word.removeprefix("file://"))
         if path.is_absolute() and path.exists():
-            # A repository's folder of files lies beside its index.
+            # A repository's files are in a folder beside its index.
             shown = path.parent if path.name == "simple" else path
             options.append(f"--volume={shown}:{shown}:ro")
     return options
 
 
 def build(podman: Podman) -> dict[str, str]:
-    """Build all images; returns their names. What has not changed comes from podman's layers."""
+    """Build all images and return their names. Unchanged layers come from podman's cache."""
     base = os.environ.get("BASE") or BASE
     if base == BASE and not podman.has_image(BASE):
         podman.run(["docker/base.sh", BASE])
     options = ["--network=host", *pip_options()]
     settings = {"BASE": base, "BUILD_OPTIONS": " ".join(options)}
     if "TORCH_CPU_INDEX" not in os.environ:
-        # A machine that reaches no other index may have the wheel beside it.
+        # A machine without access to torch's index may have the wheel in pip's index.
         settings["TORCH_CPU_INDEX"] = PyPI.simple_url
     podman.run(["docker/build.sh", "services", "cpu"], env=settings)
     podman.run(
@@ -158,7 +158,7 @@ def build(podman: Podman) -> dict[str, str]:
 
 
 def version() -> str:
-    """The project's."""
+    """Return the project's version."""
     import tomllib
 
     project: dict[str, Any] = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -1,6 +1,6 @@
-"""Prints what the project and some of its extras need, one requirement a line: `python3 requirements.py gateway`.
+"""Prints the requirements of the project and some extras, one per line: `python3 requirements.py gateway`.
 
-An image then has its dependencies in a layer of their own, which stays when only the sources change.
+Images install them in a layer of its own, which survives changes of the sources.
 """
 
 import sys
@@ -10,7 +10,7 @@ from pathlib import Path
 project = tomllib.loads(Path("pyproject.toml").read_text())["project"]
 for extra in sys.argv[1:]:
     if extra not in project["optional-dependencies"]:
-        sys.exit(f"pyproject.toml has no extra {extra!r}; there are {', '.join(project['optional-dependencies'])}")
+        sys.exit(f"pyproject.toml has no extra {extra!r}; the extras are {', '.join(project['optional-dependencies'])}")
 wanted = [
     *project["dependencies"],
     *(line for extra in sys.argv[1:] for line in project["optional-dependencies"][extra]),
