@@ -1,4 +1,4 @@
-"""Draws the passwords of the overlay `local` into `secrets/`, which git ignores; what is there stays as it is."""
+"""Draws the passwords of the overlay `local` into `secrets/`, which git ignores. Existing files are kept."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ USER = "wisp"
 
 
 def files() -> dict[str, str]:
-    """Name and text of every file, with fresh passwords."""
+    """Return name and text of every file, with new passwords."""
     rabbitmq, redis = token_urlsafe(24), token_urlsafe(24)
     urls = f"WISP_AMQP_URL=amqp://{USER}:{rabbitmq}@rabbitmq:5672/\nWISP_REDIS_URL=redis://:{redis}@redis:6379/0\n"
     return {
@@ -22,7 +22,7 @@ def files() -> dict[str, str]:
 
 
 def draw(folder: Path) -> bool:
-    """Write them unless they are there; returns whether they were written."""
+    """Write the files unless they exist; return whether they were written."""
     drawn = files()
     if all((folder / name).is_file() for name in drawn):
         return False
