@@ -9,6 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import aio_pika
+import builders
 import pytest
 import recorded
 from link import link_to
@@ -122,7 +123,7 @@ async def test_reading_ends_while_the_suite_goes_on_sending(
     async def keep_sending() -> None:
         nonlocal sent
         while True:
-            await broker.publish(recorded.load(float(sent)), topology.LOAD)
+            await broker.publish(builders.load(float(sent)), topology.LOAD)
             sent += 1
             await asyncio.sleep(pause_s)
 
@@ -142,14 +143,14 @@ async def test_reading_from_a_time_on_leaves_out_earlier_messages(
     connect: Connect, amqp_url: str, namespace: str
 ) -> None:
     broker = await connect("all")
-    await broker.publish(recorded.load(1.0), topology.LOAD)
+    await broker.publish(builders.load(1.0), topology.LOAD)
     await recorded_now(amqp_url, namespace, 1)
     await asyncio.sleep(0.05)
     since_ms = time.time() * 1000
-    await broker.publish(recorded.load(2.0), topology.LOAD)
+    await broker.publish(builders.load(2.0), topology.LOAD)
     await recorded_now(amqp_url, namespace, 2)
     found = await journal.read(amqp_url, namespace, since_ms)
-    assert [entry.message for entry in found.entries()] == [recorded.load(2.0)]
+    assert [entry.message for entry in found.entries()] == [builders.load(2.0)]
     later = await journal.read(amqp_url, namespace, since_ms + 3_600_000)
     assert later.packed == []
 
@@ -160,7 +161,7 @@ async def test_a_full_journal_drops_its_oldest_part(
     # Small portions: messages that arrive together may share a file, and the broker never drops the last file.
     monkeypatch.setattr(journal, "PUBLISH_AT_ONCE", 10)
     limits = JournalLimits(3_000_000, 3600)
-    load = encode(recorded.load(1.0))
+    load = encode(builders.load(1.0))
     big = [PackedMessage(number, "load", load + b"\0" * 20_000) for number in range(500)]  # 10 MB in all
     await journal.fill(amqp_url, namespace, Recording(RecordingSource(namespace), big), limits)
     try:
@@ -183,10 +184,10 @@ async def test_the_limits_are_arguments_of_the_queue(namespace: str) -> None:
 async def test_other_limits_do_not_change_an_existing_journal(connect: Connect, amqp_url: str, namespace: str) -> None:
     await connect("first")
     other = await Broker.connect(amqp_url, Topology(namespace), "second", JournalLimits(90_000_000, 60))
-    await other.publish(recorded.load(3.0), topology.LOAD)
+    await other.publish(builders.load(3.0), topology.LOAD)
     found = await recorded_now(amqp_url, namespace, 1)
     await other.close()
-    assert [entry.message for entry in found.entries()] == [recorded.load(3.0)]
+    assert [entry.message for entry in found.entries()] == [builders.load(3.0)]
 
 
 async def test_services_go_on_when_the_journal_is_deleted(connect: Connect, amqp_url: str, namespace: str) -> None:
@@ -243,9 +244,9 @@ async def test_unknown_messages_in_the_journal_are_counted_apart(
     async with await aio_pika.connect(amqp_url) as connection:
         exchange = await (await connection.channel()).get_exchange(namespace)
         await exchange.publish(aio_pika.Message(b"garbage"), topology.LOAD)
-    await broker.publish(recorded.load(1.0), topology.LOAD)
+    await broker.publish(builders.load(1.0), topology.LOAD)
     found = await recorded_now(amqp_url, namespace, 2)
-    assert [entry.message for entry in found.entries()] == [recorded.load(1.0)]
+    assert [entry.message for entry in found.entries()] == [builders.load(1.0)]
     assert sum(found.skipped.values()) == 1
 
 
@@ -258,7 +259,7 @@ async def test_a_reconnected_service_creates_a_missing_journal_again(amqp_url: s
         try:
             async with asyncio.timeout(20):
                 while True:
-                    await broker.publish(recorded.load(4.0), topology.LOAD)
+                    await broker.publish(builders.load(4.0), topology.LOAD)
                     with suppress(RecordingError):
                         if (found := await journal.read(amqp_url, namespace)).packed:
                             break
@@ -266,4 +267,4 @@ async def test_a_reconnected_service_creates_a_missing_journal_again(amqp_url: s
         finally:
             await broker.close()
             await journal.delete(amqp_url, namespace)
-    assert next(found.entries()).message == recorded.load(4.0)
+    assert next(found.entries()).message == builders.load(4.0)
