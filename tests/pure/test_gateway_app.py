@@ -1,4 +1,4 @@
-"""The HTTP application over stand-ins for broker and store: what it refuses, and that it always answers."""
+"""The HTTP application over a transport in memory: refusals, errors and metrics."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
 
 class NoCounters:
-    """Counters for keys without limits, which are never asked."""
+    """Counters that are never used, because no key has limits."""
 
     async def take(self, *_: object) -> NoReturn:
         raise AssertionError
@@ -65,7 +65,7 @@ class Upstream:
 
 
 class App:
-    """The application over services in memory, which answer by a script, and a client."""
+    """The application, a client, and services in memory that answer by a script."""
 
     def __init__(self, folder: ModelFolder, **fields: Any) -> None:
         self.settings = settings(folder.path, **fields)
@@ -73,7 +73,7 @@ class App:
         self.tokenizer = model.tokenizer
         self.script = Script()
         self.silent = False
-        """Whether results get lost; committed tokens do not."""
+        """Whether results are lost; committed tokens are not."""
         self.upstream = Upstream()
         self.services = MemoryServices(draft=self.work)
         self.transport = MemoryTransport(self.services, "g")
@@ -100,7 +100,7 @@ class App:
         self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=10)
 
     async def work(self, message: Message) -> None:
-        """Generate a session's tokens, as drafter and verifier do."""
+        """Generate a session's tokens, like drafter and verifier."""
         assert isinstance(message, Generate)
         results = results_of(message, self.script, self.tokenizer)
         for result in results:
@@ -119,13 +119,13 @@ class App:
 
 
 def samples() -> dict[str, float]:
-    """Every exported sample of ours, by name and labels."""
+    """Return the exported samples of our metrics, by name and labels."""
     lines = generate_latest().decode().splitlines()
     return {line.rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines if line.startswith("wisp_")}
 
 
 def grown(before: dict[str, float]) -> dict[str, float]:
-    """The growth of every sample."""
+    """Return the growth of every sample."""
     return {name: value - before.get(name, 0.0) for name, value in samples().items()}
 
 
@@ -144,7 +144,7 @@ async def app(folder: ModelFolder) -> AsyncIterator[App]:
 
 
 def error_of(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error body, checked for OpenAI's shape."""
+    """Return the error of a response, checked for OpenAI's shape."""
     assert response.status_code == status
     assert response.headers["content-type"].startswith("application/json")
     assert response.headers["x-request-id"]
@@ -239,7 +239,7 @@ async def test_a_crash_in_the_middle_of_a_stream_is_an_error_event(app: App, mon
 
 
 @pytest.mark.parametrize("text", ["word " * 100_000, "x" * 40_000])
-async def test_a_far_too_long_prompt_is_refused_before_all_of_it_is_tokenized(
+async def test_a_far_too_long_prompt_is_refused_without_tokenizing_it(
     app: App, text: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     lengths: list[int] = []
@@ -263,7 +263,7 @@ async def test_a_far_too_long_prompt_is_refused_before_all_of_it_is_tokenized(
 
 
 @pytest.mark.parametrize("echo", [True, False])
-async def test_ids_that_are_no_tokens_are_refused(app: App, echo: bool) -> None:
+async def test_token_ids_outside_the_vocabulary_are_refused(app: App, echo: bool) -> None:
     for token in (-1, 259, 2**31, 2**63, 2**70):
         body = {"model": MODEL, "prompt": [5, token], "echo": echo}
         assert error_of(await app.http.post("/v1/completions", json=body), 400)["param"] == "prompt"
@@ -271,12 +271,12 @@ async def test_ids_that_are_no_tokens_are_refused(app: App, echo: bool) -> None:
     assert error_of(await app.http.post("/v1/completions", json=body), 400)["param"] == "prompt[1]"
 
 
-async def test_an_empty_prompt_begins_with_the_models_first_token(app: App) -> None:
+async def test_an_empty_prompt_becomes_the_beginning_of_text_token(app: App) -> None:
     response = await app.http.post("/v1/completions", json={"model": MODEL, "prompt": ""})
     assert response.json()["usage"]["prompt_tokens"] == 1
 
 
-async def test_a_client_that_goes_away_while_sending_is_no_crash(app: App) -> None:
+async def test_a_client_that_goes_away_while_sending_gets_a_499(app: App) -> None:
     events = [{"type": "http.request", "body": b"{", "more_body": True}, {"type": "http.disconnect"}]
     sent: list[Any] = []
 
@@ -319,7 +319,7 @@ async def test_a_client_that_goes_away_during_the_start_ends_its_session(app: Ap
     assert sent == ["body"]
 
 
-async def test_too_many_texts_are_refused(app: App) -> None:
+async def test_too_many_completions_are_refused(app: App) -> None:
     assert error_of(await app.chat(n=100), 400)["param"] == "n"
     response = await app.http.post("/v1/completions", json={"model": MODEL, "prompt": ["x"] * 100})
     assert error_of(response, 400)["param"] == "n"
@@ -336,7 +336,7 @@ async def test_bad_headers_are_refused(app: App) -> None:
         assert error_of(response, 400)["param"] == header
 
 
-async def test_a_body_announced_as_too_long_is_refused_unread(folder: ModelFolder) -> None:
+async def test_a_body_with_too_large_a_content_length_is_not_read(folder: ModelFolder) -> None:
     app = App(folder, max_body_bytes=1024)
     read = 0
 
@@ -350,7 +350,7 @@ async def test_a_body_announced_as_too_long_is_refused_unread(folder: ModelFolde
     assert read == 0
 
 
-async def test_a_body_that_becomes_too_long_is_refused_before_it_is_read_to_its_end(folder: ModelFolder) -> None:
+async def test_a_body_that_grows_too_long_is_not_read_to_its_end(folder: ModelFolder) -> None:
     app = App(folder, max_body_bytes=1024)
     read = 0
 
@@ -374,7 +374,7 @@ async def test_a_body_that_never_comes_times_out(folder: ModelFolder) -> None:
     assert error_of(await app.http.post("/v1/completions", content=parts()), 408)["code"] == "request_timeout"
 
 
-async def test_without_a_verifier_requests_are_refused_for_now(app: App) -> None:
+async def test_without_a_verifier_requests_get_a_503(app: App) -> None:
     app.upstream.verifiers = False
     response = await app.chat()
     error_of(response, 503)
@@ -385,7 +385,7 @@ async def test_without_a_verifier_requests_are_refused_for_now(app: App) -> None
     ("error", "code"), [(Unroutable("no queue"), "no_drafter"), (BrokersError("down"), "brokers_unavailable")]
 )
 @pytest.mark.parametrize("stream", [True, False])
-async def test_without_a_drafter_or_broker_requests_are_refused_for_now(
+async def test_without_a_drafter_or_broker_requests_get_a_503(
     app: App, error: Exception, code: str, stream: bool
 ) -> None:
     app.services.error = error
@@ -395,7 +395,7 @@ async def test_without_a_drafter_or_broker_requests_are_refused_for_now(
     assert app.sessions.running == 0
 
 
-async def test_more_sessions_than_allowed_are_refused_and_leave_no_trace(folder: ModelFolder) -> None:
+async def test_too_many_sessions_are_refused_and_leave_nothing_behind(folder: ModelFolder) -> None:
     app = App(folder, max_sessions=2)
     response = await app.chat(n=3)
     assert error_of(response, 429)["type"] == "rate_limit_error"
@@ -406,13 +406,13 @@ async def test_more_sessions_than_allowed_are_refused_and_leave_no_trace(folder:
 
 
 def full(**fields: Any) -> Load:
-    """What the scheduler says when the verifiers' time is promised to a part."""
-    told = {"scheduler": "s", "price_ms": 0.0, "queue_ms": 0.0, "pending": 0, "draft_cap": 8, "verifiers": 1}
+    """Return the Load of a scheduler whose verifiers are promised to 85%."""
+    plain = {"scheduler": "s", "price_ms": 0.0, "queue_ms": 0.0, "pending": 0, "draft_cap": 8, "verifiers": 1}
     others = {"service_class": "default", "sessions": 9, "waiting": 0, "queue_ms": 0.0}
-    return Load.model_validate(told | {"utilization": 0.85, "round_ms": 1.0, "classes": [others]} | fields)
+    return Load.model_validate(plain | {"utilization": 0.85, "round_ms": 1.0, "classes": [others]} | fields)
 
 
-async def test_a_full_fleet_refuses_with_a_reason_and_a_time_to_come_again(app: App) -> None:
+async def test_a_full_fleet_refuses_with_a_reason_and_a_retry_time(app: App) -> None:
     await app.sessions.receive(full())
     for stream in (True, False):
         response = await app.chat(service_tier="flex", n=2, stream=stream)
@@ -429,7 +429,7 @@ async def test_a_full_fleet_refuses_with_a_reason_and_a_time_to_come_again(app: 
     assert len(app.generated) == 2
 
 
-async def test_a_header_changes_the_promise_within_the_class(app: App) -> None:
+async def test_an_slo_header_does_not_change_the_class(app: App) -> None:
     headers = {"x-llm-d-slo-ttft-ms": "60000", "x-llm-d-slo-tpot-ms": "500"}
     response = await app.http.post(
         "/v1/chat/completions", json=HELLO | {"service_tier": "flex", "wisp": {"trace": True}}, headers=headers
@@ -444,7 +444,7 @@ async def test_a_header_changes_the_promise_within_the_class(app: App) -> None:
     assert (await app.http.post("/v1/chat/completions", json=HELLO, headers=headers)).status_code == 200
 
 
-async def test_the_answer_tells_the_tier_that_was_used_where_one_was_asked_for(app: App) -> None:
+async def test_the_answer_names_the_tier_used_if_the_request_names_one(app: App) -> None:
     for asked, used in (("priority", "priority"), ("auto", "default"), ("gold", "default"), (None, None)):
         assert (await app.chat(service_tier=asked)).json().get("service_tier") == used
         streamed = await app.chat(service_tier=asked, stream=True)
@@ -452,7 +452,7 @@ async def test_the_answer_tells_the_tier_that_was_used_where_one_was_asked_for(a
         assert {chunk.get("service_tier") for chunk in chunks} == {used}
 
 
-async def test_a_request_goes_to_the_pool_that_it_names(app: App) -> None:
+async def test_a_request_goes_to_its_pool(app: App) -> None:
     app.services.pools |= {"phones", "cars"}
     await app.chat()
     await app.chat(wisp={"pool": "phones"})
@@ -466,7 +466,7 @@ async def test_a_request_goes_to_the_pool_that_it_names(app: App) -> None:
     assert "pool 'phones'" in error_of(response, 503)["message"]
 
 
-async def test_every_text_is_told_and_counted_once_whatever_became_of_it(folder: ModelFolder) -> None:
+async def test_every_completion_is_reported_and_counted_once(folder: ModelFolder) -> None:
     app = App(folder, max_sessions=3, stall_timeout_s=0.2)
     before = samples()
     watching = asyncio.create_task(app.sessions.watch())
@@ -507,7 +507,7 @@ async def test_every_text_is_told_and_counted_once_whatever_became_of_it(folder:
     assert of_slo == of_success == 4
 
 
-async def test_a_silent_session_is_given_up_with_a_timeout_and_cancelled(folder: ModelFolder) -> None:
+async def test_a_stalled_session_times_out_and_is_cancelled(folder: ModelFolder) -> None:
     app = App(folder, stall_timeout_s=0.3)
     app.silent = True
     app.script = Script(text="")
@@ -518,7 +518,7 @@ async def test_a_silent_session_is_given_up_with_a_timeout_and_cancelled(folder:
     watching.cancel()
 
 
-async def test_a_session_whose_results_are_all_lost_is_answered_from_the_store(folder: ModelFolder) -> None:
+async def test_a_session_without_results_is_answered_from_its_state(folder: ModelFolder) -> None:
     app = App(folder, idle_check_s=0.1)
     app.silent = True
     watching = asyncio.create_task(app.sessions.watch())
@@ -578,7 +578,7 @@ NAMES = ["model", "messages", "prompt", "stream", "n", "stop", "seed", "max_toke
 @hypothesis_settings(
     max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
-async def test_any_body_is_answered_or_refused_but_never_fails(app: App, fields: dict[str, Any], path: str) -> None:
+async def test_any_body_is_answered_or_refused(app: App, fields: dict[str, Any], path: str) -> None:
     body = json.dumps(HELLO | {"prompt": "x"} | fields).encode()
     response = await app.http.post(path, content=body)
     if response.status_code != 200:
@@ -599,7 +599,7 @@ def test_the_peers_folder_has_one_token_per_byte(folder: ModelFolder) -> None:
 
 @pytest.fixture
 async def guarded(folder: ModelFolder, tmp_path: Path) -> AsyncIterator[tuple[App, str]]:
-    """An application that asks for keys, and a good key."""
+    """An application with API keys, and a valid key."""
     text, key = new_key("tests", datetime.now(UTC))
     (tmp_path / "keys.json").write_text(render([key]))
     app = App(folder, api_keys_file=tmp_path / "keys.json")
@@ -609,7 +609,7 @@ async def guarded(folder: ModelFolder, tmp_path: Path) -> AsyncIterator[tuple[Ap
 
 @pytest.mark.parametrize("path", ["/v1/models", "/v1/chat/completions", "/v1/completions", "/metrics", "/nowhere"])
 @pytest.mark.parametrize("header", [None, "Bearer wisp-nonsense", "Basic d2lzcA==", "Bearer ", "bearer \xe9", "Bearer"])
-async def test_without_a_good_key_nothing_is_told(guarded: tuple[App, str], path: str, header: str | None) -> None:
+async def test_without_a_valid_key_nothing_is_served(guarded: tuple[App, str], path: str, header: str | None) -> None:
     app, _ = guarded
     headers = {} if header is None else {"authorization": header.encode("latin-1")}
     response = await app.http.post(path, json=HELLO, headers=headers)  # type: ignore[arg-type]
@@ -619,7 +619,7 @@ async def test_without_a_good_key_nothing_is_told(guarded: tuple[App, str], path
     assert app.generated == []
 
 
-async def test_a_good_key_is_served_and_a_changed_one_is_not(guarded: tuple[App, str]) -> None:
+async def test_only_the_exact_key_is_accepted(guarded: tuple[App, str]) -> None:
     app, key = guarded
     good = {"authorization": f"Bearer {key}"}
     assert (await app.http.post("/v1/chat/completions", json=HELLO, headers=good)).status_code == 200
@@ -629,7 +629,7 @@ async def test_a_good_key_is_served_and_a_changed_one_is_not(guarded: tuple[App,
         assert wrong not in answer.text
 
 
-async def test_probes_need_no_key_and_learn_no_addresses(guarded: tuple[App, str]) -> None:
+async def test_probes_need_no_key_and_get_no_addresses(guarded: tuple[App, str]) -> None:
     app, key = guarded
     app.upstream.problems = {"redis": "10.1.2.3 does not answer"}
     assert (await app.http.get("/health")).status_code == 200
@@ -640,7 +640,7 @@ async def test_probes_need_no_key_and_learn_no_addresses(guarded: tuple[App, str
     assert holder.json()["parts"] == {"redis": "10.1.2.3 does not answer", "gateway": "ok"}
 
 
-async def test_prompts_and_outputs_over_the_gateways_limits_are_refused(folder: ModelFolder) -> None:
+async def test_the_gateways_limits_on_prompt_and_output_hold(folder: ModelFolder) -> None:
     app = App(folder, max_prompt_tokens=40, max_output_tokens=5)
     short = {"model": MODEL, "prompt": "Hi"}
     long = await app.http.post("/v1/completions", json=short | {"prompt": "x" * 41, "max_tokens": 5})

@@ -1,4 +1,4 @@
-"""A device outside the cluster, by TLS, under its own user; and what a hostile one gets, which is nothing."""
+"""A device outside the cluster, over TLS and under its own user, and the limits of a hostile device."""
 
 from __future__ import annotations
 
@@ -60,17 +60,17 @@ ROUNDS_PER_S = 100
 
 @dataclass
 class Cluster:
-    """A stack without drafters of its own that two devices may join."""
+    """A stack without drafters, and two devices that may join it."""
 
     servers: Secured
     stack: Stack
     keys: dict[str, str]
     folder: Path
     certificate: tuple[Path, Path]
-    """What devices show to RabbitMQ."""
+    """The devices' client certificate and its key."""
 
     def url(self, user: str) -> str:
-        """RabbitMQ by TLS for a user."""
+        """Return the URL of RabbitMQ over TLS for a user."""
         return f"amqps://{user}:{PASSWORDS[user]}@{self.servers.amqps_url.rpartition('@')[2]}"
 
     @property
@@ -84,7 +84,7 @@ class Cluster:
 
     @asynccontextmanager
     async def device(self, name: str, **env: str) -> AsyncIterator[Device]:
-        """`wisp device` on this machine."""
+        """Run `wisp device` on this machine."""
         own = {
             "WISP_NAMESPACE": NAMES.namespace,
             "WISP_DEVICE_NAME": name,
@@ -93,7 +93,7 @@ class Cluster:
             "WISP_API_KEY": self.keys[name],
             "WISP_PORT": "0",
             "WISP_TARGET": str(self.stack.target),
-            # Nobody answers there: a device has no business with Redis.
+            # No server: a device does not use Redis.
             "WISP_REDIS_URL": "redis://127.0.0.1:1/0",
             **self.tls,
             **env,
@@ -117,7 +117,7 @@ class Cluster:
 
     @asynccontextmanager
     async def intruder(self, name: str) -> AsyncIterator[AbstractConnection]:
-        """A connection with a device's user, in the hands of somebody who does not run our code."""
+        """Connect as a device's user, without our code."""
         context = ssl.create_default_context(cafile=self.servers.authority.file)
         context.load_cert_chain(*self.certificate)
         url = self.url(user_of(NAMES, device_name(name)))
@@ -125,7 +125,7 @@ class Cluster:
             yield connection
 
     async def purge(self) -> None:
-        """Forget requests that nobody took up."""
+        """Purge requests that no device took."""
         async with await aio_pika.connect(self.servers.amqp_url) as connection:
             channel = await connection.channel()
             for device in ("ann", "bob"):
@@ -196,11 +196,11 @@ async def test_a_device_drafts_for_itself_and_gets_the_targets_text(cluster: Clu
         answers = await asyncio.gather(*(cluster.ask(device.url, case) for case in cases[:5]))
         assert [tokens(answer) for answer in answers] == [case.tokens for case in cases[:5]]
         summaries = [answer.json()["wisp"]["summary"] for answer in answers]
-        assert sum(summary["accepted"] for summary in summaries) > 0, "drafts of the device were accepted"
+        assert sum(summary["accepted"] for summary in summaries) > 0, "the target accepted drafts of the device"
         ready = logs.find(device.process.log, {"ready"})
         assert ready is not None
-        assert ready["default"] == "combined", "hidden states reach the device"
-        # Another device's key, and a key of no device, do not reach this one.
+        assert ready["default"] == "combined", "the device receives hidden states"
+        # Requests with another device's key, or with a key of no device, do not reach this device.
         others = (cluster.ask(cluster.stack.url, cases[0], cluster.keys[name]) for name in ("bob", "eve"))
         for refused in await asyncio.gather(*others):
             assert (refused.status_code, refused.json()["error"]["code"]) == (504, "timeout")
@@ -210,14 +210,14 @@ async def test_a_device_drafts_for_itself_and_gets_the_targets_text(cluster: Clu
         assert aimed.status_code == 400
 
 
-async def test_a_device_that_dies_goes_on_from_what_is_committed(cluster: Cluster, cases: list[Case]) -> None:
+async def test_a_restarted_device_continues_from_the_committed_tokens(cluster: Cluster, cases: list[Case]) -> None:
     case = cases[0]
     slow = {"WISP_DRAFT_SOURCE": "lookup", "WISP_DEVICE_PROFILE": "raspberry-pi-5"}
-    async with spying(cluster) as heard, cluster.device("ann", **slow) as first:
-        # Asked at the gateway itself, so that the client outlives the device.
+    async with collecting(cluster) as collected, cluster.device("ann", **slow) as first:
+        # Sent to the gateway directly, so that the client outlives the device.
         asking = asyncio.create_task(cluster.ask(cluster.stack.url, case, cluster.keys["ann"]))
         async with asyncio.timeout(20):
-            while sum(bool(result.tokens) for result in heard) < 2:  # noqa: ASYNC110 - the spy has no event for a count
+            while sum(bool(result.tokens) for result in collected) < 2:  # noqa: ASYNC110 - the listener gives no signal
                 await asyncio.sleep(0.01)
         os.kill(first.process.pid, signal.SIGKILL)
         await first.process.wait()
@@ -255,13 +255,13 @@ def reading(queue: str) -> Act:
 
 
 async def _tap(channel: AbstractChannel) -> None:
-    """Lead the exchange's messages into one that the device may write to."""
+    """Bind the exchange to one that the device may write to."""
     own = await channel.get_exchange(NAMES.rounds_exchange("ann"))
     await own.bind(NAMES.exchange, "#")
 
 
 async def _dead_letter(channel: AbstractChannel) -> None:
-    """Let the broker itself send on, what expires, to where the device may not write."""
+    """Let the broker dead-letter expired messages to an exchange that the device may not write to."""
     await channel.declare_queue(
         f"{N}.device.ann", exclusive=True, arguments={"x-dead-letter-exchange": N, "x-message-ttl": 1}
     )
@@ -307,7 +307,7 @@ async def _purge(channel: AbstractChannel, queue: str) -> None:
 
 
 @pytest.mark.parametrize(("what", "act"), FORBIDDEN, ids=[what for what, _ in FORBIDDEN])
-async def test_the_broker_refuses_a_device_what_is_not_its_own(cluster: Cluster, what: str, act: Act) -> None:
+async def test_the_broker_refuses_a_device_everything_but_its_own(cluster: Cluster, what: str, act: Act) -> None:
     async with cluster.intruder("ann") as connection:
         channel = await connection.channel()
         async with asyncio.timeout(10):
@@ -315,7 +315,7 @@ async def test_the_broker_refuses_a_device_what_is_not_its_own(cluster: Cluster,
                 await act(channel)
 
 
-async def test_a_device_cannot_open_connections_without_end(cluster: Cluster) -> None:
+async def test_the_connections_of_a_device_are_limited(cluster: Cluster) -> None:
     async with AsyncExitStack() as opened:
         for _ in range(DEVICE_LIMITS["max-connections"]):
             await opened.enter_async_context(cluster.intruder("ann"))
@@ -324,25 +324,25 @@ async def test_a_device_cannot_open_connections_without_end(cluster: Cluster) ->
 
 
 @asynccontextmanager
-async def spying(cluster: Cluster) -> AsyncIterator[list[Result]]:
-    """The results that the schedulers are told of, seen by somebody who may."""
-    heard: list[Result] = []
+async def collecting(cluster: Cluster) -> AsyncIterator[list[Result]]:
+    """Collect the results that schedulers receive, as a user who may read them."""
+    collected: list[Result] = []
 
-    async def hear(message: Message) -> None:
+    async def receive(message: Message) -> None:
         if isinstance(message, Result):
-            heard.append(message)
+            collected.append(message)
 
     broker = await Broker.connect(cluster.servers.amqp_url, NAMES, "spy")
-    await broker.consume(NAMES.own_queue("spy", "1", (topology.RESULT_SCHEDULER,)), hear)
-    yield heard
+    await broker.consume(NAMES.own_queue("spy", "1", (topology.RESULT_SCHEDULER,)), receive)
+    yield collected
     await broker.close()
 
 
 async def _given(channel: AbstractChannel, device: str) -> Generate:
-    """The next request of the device's own queue."""
+    """Return the next request from the device's queue."""
     queue = await channel.get_queue(NAMES.generate_queue(device_name(device)).name)
     async with asyncio.timeout(20):
-        while (incoming := await queue.get(fail=False)) is None:  # noqa: ASYNC110 - as an intruder may
+        while (incoming := await queue.get(fail=False)) is None:  # noqa: ASYNC110 - polls like an intruder
             await asyncio.sleep(0.02)
     await incoming.ack()
     message = decode(incoming.body)
@@ -367,10 +367,14 @@ def first_round(generate: Generate, **fields: Any) -> Verify:
     return Verify.model_validate(base | fields)
 
 
-async def test_another_devices_session_is_neither_read_nor_touched(cluster: Cluster, cases: list[Case]) -> None:
-    """Even by one that knows everything of that session but its key."""
+async def test_a_device_cannot_read_or_change_another_devices_session(cluster: Cluster, cases: list[Case]) -> None:
+    """This holds even for a device that has everything of that session except its key."""
     await cluster.purge()
-    async with cluster.intruder("ann") as connection, cluster.intruder("bob") as victim, spying(cluster) as heard:
+    async with (
+        cluster.intruder("ann") as connection,
+        cluster.intruder("bob") as victim,
+        collecting(cluster) as collected,
+    ):
         channel, his = await connection.channel(), await victim.channel()
         mine = await channel.declare_queue(f"{N}.device.ann", exclusive=True)
         await mine.bind(NAMES.exchange, topology.result(device_name("ann")))
@@ -383,13 +387,13 @@ async def test_another_devices_session_is_neither_read_nor_touched(cluster: Clus
             first_round(others, session_key="0" * 32),
             first_round(others, session_key=own.session_key),
             first_round(others, session_key=own.session_key, drafter=device_name("bob")),
-            # The key of an own session, for what the gateway did not give it.
+            # The key of the device's own session, for a session that the gateway did not give it.
             first_round(own, service_class="priority"),
             first_round(own, tpot_ms=0.001, slack_ms=-1e9),
             first_round(own, gateway="device.ann"),
             first_round(own, drafter=device_name("bob")),
             first_round(own, drafter=others.gateway),
-            # What others would do.
+            # Messages of other services.
             Cancel(session=others.session, reason="hostile"),
             _result(others),
             builders.batch("b1", _job(others)),
@@ -412,19 +416,19 @@ async def test_another_devices_session_is_neither_read_nor_touched(cluster: Clus
         for body in (b"", b"rubbish", b"\x80" * 70_000, b"\xdd\xff\xff\xff\xff"):
             await out.publish(aio_pika.Message(body, headers={"CC": [topology.CANCEL]}), topology.CANCEL)
         await asyncio.sleep(1.5)
-        assert heard == [], "none of it became a batch"
-        assert await mine.get(fail=False) is None, "nothing was told"
-        # Both go on as if nothing had been: the hostile one as well, once it behaves, though its drafts are rubbish.
+        assert collected == [], "no round became a batch"
+        assert await mine.get(fail=False) is None, "no answer arrived"
+        # Both sessions go on unharmed, also that of the hostile device once it behaves.
         await _serve(channel, mine, own, "ann", draft=[5, 5, 5])
         assert tokens(await asking_ann) == cases[1].tokens
-        # The other one was never started: its own drafter takes it up.
+        # The other session was never started: its own drafter takes it.
         his_queue = await his.declare_queue(f"{N}.device.bob", exclusive=True)
         await his_queue.bind(NAMES.exchange, topology.result(device_name("bob")))
         await _serve(his, his_queue, others, "bob", draft=[])
         assert tokens(await asking_bob) == cases[0].tokens
-        assert {result.session for result in heard} == {own.session, others.session}
+        assert {result.session for result in collected} == {own.session, others.session}
     dead = await rabbitmqctl(cluster.servers.rabbitmq, "list_queues", "--silent", "name", "messages")
-    assert f"{NAMES.dead}\t0" in dead, "the dead letters are not for strangers to fill"
+    assert f"{NAMES.dead}\t0" in dead, "a device cannot fill the dead-letter queue"
 
 
 _SHAPE = {"jobs": 1, "new_tokens": 1, "new_context": 1, "context": 1}
@@ -446,7 +450,7 @@ def _result(generate: Generate) -> Result:
 
 
 async def _serve(channel: AbstractChannel, inbox: Any, generate: Generate, device: str, draft: list[int]) -> None:
-    """Bring a session to its end by hand, with the same draft in every round."""
+    """Serve a session to its end by hand, with the same draft in every round."""
     out = await channel.get_exchange(NAMES.rounds_exchange(device))
     length, number = len(generate.prompt), 0
     while True:
@@ -468,9 +472,9 @@ async def _serve(channel: AbstractChannel, inbox: Any, generate: Generate, devic
             return
 
 
-async def test_a_flood_drowns_nobody_else(cluster: Cluster, cases: list[Case]) -> None:
+async def test_a_flood_of_rounds_harms_no_other_session(cluster: Cluster, cases: list[Case]) -> None:
     await cluster.purge()
-    async with cluster.intruder("ann") as connection, spying(cluster) as heard:
+    async with cluster.intruder("ann") as connection, collecting(cluster) as collected:
         channel = await connection.channel(publisher_confirms=False)
         asking_ann = asyncio.create_task(cluster.ask(cluster.stack.url, cases[1], cluster.keys["ann"], stream=False))
         own = await _given(channel, "ann")
@@ -500,23 +504,23 @@ async def test_a_flood_drowns_nobody_else(cluster: Cluster, cases: list[Case]) -
             flooding = False
             await attack
         lengths = dict(line.split("\t") for line in waiting.splitlines())
-        assert sent > 2000, "it was a flood"
-        # The queue's limit does not count what is on its way to the scheduler.
+        assert sent > 2000, "the device flooded its queue"
+        # The queue's limit excludes messages on their way to the scheduler.
         assert int(lengths[NAMES.rounds_queue("ann").name]) <= ROUNDS_KEPT + PREFETCH
         assert int(lengths[NAMES.dead]) == 0
-        taken = sum(result.session == own.session for result in heard)
-        assert 0 < taken <= ROUNDS_PER_S * (time.monotonic() - started + 2), "what is too much is not verified"
+        taken = sum(result.session == own.session for result in collected)
+        assert 0 < taken <= ROUNDS_PER_S * (time.monotonic() - started + 2), "rounds above the limit are dropped"
         asking_ann.cancel()
 
 
-async def test_a_device_that_is_taken_from_the_list_is_not_heard_any_more(cluster: Cluster, cases: list[Case]) -> None:
+async def test_a_device_removed_from_the_list_is_ignored(cluster: Cluster, cases: list[Case]) -> None:
     devices = cluster.folder / "devices.json"
     scheduler = cluster.stack.processes("scheduler")[0].log
     devices.write_text("rubbish")
     await asyncio.sleep(1.5)
     devices.write_text('["ann"]')
     async with asyncio.timeout(10):
-        while not logs.find(scheduler, {"device left"}):  # noqa: ASYNC110 - it happens in another process
+        while not logs.find(scheduler, {"device left"}):  # noqa: ASYNC110 - another process gives no signal
             await asyncio.sleep(0.05)
     assert logs.find(scheduler, {"devices file not read, keeping the last devices"})
     async with cluster.device("ann", WISP_DRAFT_SOURCE="lookup") as ann:
