@@ -57,10 +57,10 @@ def images(podman: Podman) -> dict[str, str]:
 
 
 class Compose:
-    """The compose file's stack, called by a name of its own."""
+    """The compose file's stack under a name of its own."""
 
     def __init__(self, podman: Podman, brokers: str, *more: str, **env: str) -> None:
-        """more: words before the command. env: more of the environment."""
+        """more: options before the command. env: additions to the environment."""
         self.podman = podman
         self.more = more
         self.name = f"wisp-test-{token_hex(3)}"
@@ -80,19 +80,19 @@ class Compose:
         return f"http://127.0.0.1:{self.port}/v1"
 
     def containers(self, service: str | None = None) -> list[str]:
-        """Names of the running containers."""
+        """Return the names of the running containers."""
         label = f"label=io.podman.compose.project={self.name}"
         chosen = ["--filter", f"label=com.docker.compose.service={service}"] if service else []
         return self.podman("ps", "--filter", label, *chosen, "--format", "{{.Names}}").split()
 
     def remove(self) -> None:
-        """Stop and remove everything. podman-compose by itself leaves instances that were added later."""
+        """Stop and remove everything, including instances added later, which podman-compose leaves."""
         every = self.podman("ps", "-aq", "--filter", f"label=io.podman.compose.project={self.name}").split()
         self.podman("rm", "--force", "--time", "5", "--depend", *every, check=False)
         self("down", "--volumes")
 
     def until_ready(self, verifiers: int) -> None:
-        """Wait until everything is healthy."""
+        """Wait until all containers are healthy."""
         end = time.monotonic() + 120
         while len(self.containers("verifier")) != verifiers and time.monotonic() < end:
             time.sleep(0.5)
@@ -118,7 +118,7 @@ async def client(compose: Compose) -> AsyncIterator[AsyncOpenAI]:
 
 
 async def answer(client: AsyncOpenAI, number: int, draft: str | None = None) -> tuple[str, float]:
-    """A streamed text, which depends on its number alone, and its longest gap in seconds."""
+    """Stream a completion that depends on its number alone; return it with its longest gap in seconds."""
     model = (await client.models.list()).data[0].id
     stream = await client.chat.completions.create(
         model=model,
@@ -138,7 +138,7 @@ async def answer(client: AsyncOpenAI, number: int, draft: str | None = None) -> 
 
 
 async def answers(client: AsyncOpenAI, numbers: range) -> list[tuple[str, float]]:
-    """Several at once."""
+    """Stream several completions at once."""
     return list(await asyncio.gather(*(answer(client, number) for number in numbers)))
 
 
@@ -148,7 +148,7 @@ def known() -> dict[int, str]:
 
 
 async def expected(client: AsyncOpenAI, known: dict[int, str], numbers: range) -> list[str]:
-    """The texts by plain decoding, one after the other, while nothing disturbs."""
+    """The completions by plain decoding, one after another, in an undisturbed stack."""
     for number in numbers:
         if number not in known:
             known[number] = (await answer(client, number, draft="none"))[0]
@@ -186,7 +186,7 @@ print(json.dumps({
 
 @pytest.mark.parametrize("name", ["services", "cpu"])
 def test_an_image_holds_this_checkouts_sources(podman: Podman, images: dict[str, str], name: str) -> None:
-    """And not those of an earlier build, whose layers were taken for the same."""
+    """The sources are not those of an earlier build with reused layers."""
     code = """
 import hashlib, json, pathlib, shared
 root = pathlib.Path(shared.__file__).parents[1]
@@ -230,7 +230,7 @@ def test_a_service_without_brokers_says_so_and_is_not_healthy(podman: Podman, im
         podman("rm", "-f", name)
 
 
-def test_the_containers_are_as_the_compose_file_says(compose: Compose) -> None:
+def test_the_containers_match_the_compose_file(compose: Compose) -> None:
     services = yaml.safe_load((ROOT / "docker/compose.yaml").read_text())["services"]
     for name, service in services.items():
         if "profiles" in service:
@@ -349,7 +349,7 @@ async def test_scaling_to_three_and_back_under_load_changes_no_text(
 
 
 def stopped(podman: Podman, container: str, grace_s: int = 35) -> str:
-    """Stop a container as Kubernetes does, and tell its exit status: 0 if it drained within its grace period."""
+    """Stop a container as Kubernetes does; return its exit status, 0 if it drained within its grace period."""
     podman("stop", "--time", str(grace_s), container)
     return podman.inspect("{{.State.ExitCode}}", container)
 
@@ -365,12 +365,12 @@ class Played:
     rendered: Rendered
 
     def containers(self, deployment: str) -> list[str]:
-        """Its containers, one for each replica."""
+        """Return its containers, one per replica."""
         replicas = self.rendered.of("Deployment")[deployment]["spec"]["replicas"]
         return [f"{deployment}-pod-{number}-wisp" for number in range(replicas)]
 
     def address(self, container: str, port: str | int) -> str:
-        """Where a port of a pod is reached, given by its name in the manifest or by its number."""
+        """Return the address of a pod's port, given by its name in the manifest or by its number."""
         pod = container.removesuffix("-wisp")
         deployment = pod.rpartition("-pod-")[0]
         (named,) = self.rendered.of("Deployment")[deployment]["spec"]["template"]["spec"]["containers"]
@@ -380,7 +380,7 @@ class Played:
         return f"http://{ip}:{numbers.get(str(port), port)}"
 
     def answers(self, container: str, probe: dict[str, Any]) -> bool:
-        """Ask as the kubelet does."""
+        """Send a probe as the kubelet does."""
         address = self.address(container, probe["httpGet"]["port"]) + probe["httpGet"]["path"]
         try:
             return httpx.get(address, timeout=probe["timeoutSeconds"]).is_success
@@ -389,7 +389,7 @@ class Played:
 
 
 def playable(rendered: Rendered) -> str:
-    """The overlay's ConfigMaps and Deployments, without what this podman takes otherwise than Kubernetes does."""
+    """Return the overlay's ConfigMaps and Deployments without fields that podman handles unlike Kubernetes."""
     deployments = copy.deepcopy(rendered.of("Deployment"))
     maps = copy.deepcopy(rendered.of("ConfigMap"))
     for manifest in deployments.values():
@@ -410,8 +410,10 @@ def playable(rendered: Rendered) -> str:
 
 @pytest.fixture
 def played(podman: Podman, images: dict[str, str], tmp_path: Path) -> Iterator[Played]:
-    """The overlay `local`, its Deployments as pods of podman. RabbitMQ and Redis, StatefulSets, which podman does not
-    play, are containers with the manifests' own files, commands and secrets."""
+    """The overlay `local` with its Deployments as pods of podman.
+
+    podman does not play StatefulSets, so RabbitMQ and Redis are containers with the manifests' files, commands and
+    secrets."""
     rendered = render(copied(tmp_path / "k8s"), "local")
     name = f"wisp-kube-{token_hex(3)}"
     file = tmp_path / "local.yaml"
@@ -437,7 +439,7 @@ def played(podman: Podman, images: dict[str, str], tmp_path: Path) -> Iterator[P
 
 
 def start_stateful(podman: Podman, rendered: Rendered, name: str, network: str, image: str, folder: Path) -> None:
-    """What a StatefulSet's pod would be, as a container."""
+    """Run a StatefulSet's pod as a container."""
     pod = rendered.of("StatefulSet")[name]["spec"]["template"]["spec"]
     (container,) = pod["containers"]
     options = ["--read-only", "--cap-drop=ALL", "--security-opt=no-new-privileges", "--user=999:999"]

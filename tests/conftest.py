@@ -1,4 +1,4 @@
-"""What tests share: private brokers, once for a whole run, and a namespace for each test."""
+"""Fixtures for all tests: private brokers for the whole run, and a namespace per test."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ hypothesis.settings.register_profile("wisp", deadline=None)
 hypothesis.settings.load_profile("wisp")
 
 WITH_BROKERS = ("broker", "stack")
-"""Folders of tests that take turns: they share brokers, and time what takes as long as two cores let it."""
+"""Folders of tests that run one after another: they share brokers and measure times on few cores."""
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -40,7 +40,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.fixture(scope="session")
 async def brokers() -> AsyncIterator[Brokers]:
-    """RabbitMQ and Redis of this run (or those that WISP_AMQP_URL and WISP_REDIS_URL name)."""
+    """RabbitMQ and Redis of this run; given ones if WISP_AMQP_URL and WISP_REDIS_URL are set."""
     with RunFolder("test") as folder:
         async with Brokers(folder.path) as running:
             yield running
@@ -60,5 +60,5 @@ def redis_url(brokers: Brokers) -> str:
 
 @pytest.fixture
 def namespace() -> str:
-    """A prefix of its own for a test's exchange, queues and keys, so that tests cannot meet."""
+    """A prefix for one test's exchange, queues and keys."""
     return f"test-{token_hex(4)}"

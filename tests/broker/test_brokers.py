@@ -1,4 +1,4 @@
-"""Private brokers: they start beside others, answer, and leave nothing behind."""
+"""Private brokers start beside others, answer, and leave nothing behind."""
 
 from __future__ import annotations
 
@@ -45,9 +45,7 @@ async def test_brokers_of_the_run_answer(brokers: Brokers) -> None:
     assert await check_redis(brokers.redis_url) == brokers.redis_version
 
 
-async def test_a_second_instance_runs_beside_the_first_and_stops_without_a_trace(
-    brokers: Brokers, tmp_path: Path
-) -> None:
+async def test_a_second_instance_runs_beside_the_first_and_leaves_nothing(brokers: Brokers, tmp_path: Path) -> None:
     before = descendants(os.getpid())
     async with Brokers(tmp_path, addresses=PRIVATE) as second:
         assert second.amqp_url != brokers.amqp_url
@@ -92,9 +90,7 @@ async def test_a_given_redis_goes_with_a_private_rabbitmq(brokers: Brokers, tmp_
         assert len(mixed.servers) == 1
 
 
-async def test_a_given_address_that_does_not_answer_is_named_without_its_password(
-    brokers: Brokers, tmp_path: Path
-) -> None:
+async def test_an_unreachable_given_address_is_named_without_its_password(brokers: Brokers, tmp_path: Path) -> None:
     (port,) = free_ports(1)
     given = BrokerAddresses(amqp_url=f"amqp://me:secret@127.0.0.1:{port}/", redis_url=brokers.redis_url)
     with pytest.raises(BrokersError, match="WISP_AMQP_URL") as caught:
@@ -142,7 +138,7 @@ async def test_a_port_taken_meanwhile_is_replaced(
         await server.stop()
 
 
-async def test_a_server_that_cannot_start_shows_its_own_words(tmp_path: Path) -> None:
+async def test_a_server_that_cannot_start_shows_its_own_output(tmp_path: Path) -> None:
     broken = tmp_path / "redis-server"
     broken.write_text("#!/bin/sh\necho no such luck\nexit 3\n")
     broken.chmod(0o755)

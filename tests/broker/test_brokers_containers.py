@@ -1,4 +1,4 @@
-"""Brokers in containers, with an engine that runs the container's command on this machine instead of in an image."""
+"""Brokers in containers, with a fake engine that runs the container's command on this machine."""
 
 from __future__ import annotations
 

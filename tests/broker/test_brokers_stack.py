@@ -1,4 +1,4 @@
-"""The services as processes: they start, are watched, and go, also when their owner cannot stop them any more."""
+"""Services as processes: they start, are watched, and end even if their owner is killed."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ except (KeyboardInterrupt, asyncio.CancelledError):
 
 
 def light(brokers: Brokers) -> Stack:
-    """A stack without a model: it starts in a second."""
+    """A stack without a model, which starts in a second."""
     return Stack("test-light", brokers=brokers, verifiers=0, gateways=0, drafters=0)
 
 
@@ -65,7 +65,7 @@ async def test_a_service_that_dies_is_reported_with_the_end_of_its_log(brokers: 
         assert not stack.complete
 
 
-async def test_one_that_is_stopped_on_purpose_is_not_a_failure(brokers: Brokers) -> None:
+async def test_a_deliberate_stop_is_no_failure(brokers: Brokers) -> None:
     async with light(brokers) as stack:
         assert await stack.stop(stack.processes("estimator")[0], signal.SIGKILL) == -signal.SIGKILL
         assert await stack.watch(asyncio.sleep(0.1, "done")) == "done"
@@ -80,7 +80,7 @@ async def test_bad_settings_of_a_service_are_shown(brokers: Brokers, whose: str)
         await stack.__aenter__()
 
 
-async def test_servers_that_live_on_keep_nothing_of_a_run(brokers: Brokers, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_given_brokers_keep_nothing_of_a_run(brokers: Brokers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_AMQP_URL", brokers.amqp_url)
     monkeypatch.setenv("WISP_REDIS_URL", brokers.redis_url)
     async with Stack("test-guest", verifiers=0, gateways=0, drafters=0) as stack:
@@ -89,7 +89,7 @@ async def test_servers_that_live_on_keep_nothing_of_a_run(brokers: Brokers, monk
     assert not await _exists(brokers, queue)
 
 
-def test_a_stack_runs_beside_a_thread_that_waits(brokers: Brokers) -> None:
+def test_a_stack_runs_in_the_background_of_a_thread(brokers: Brokers) -> None:
     with Background(light(brokers)) as background:
         victim = background.stack.processes("estimator")[0]
         os.kill(victim.pid, signal.SIGKILL)

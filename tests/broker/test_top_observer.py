@@ -1,4 +1,4 @@
-"""`wisp top` at a real broker: real messages, a scheduler that is not disturbed, a link that breaks."""
+"""`wisp top` at a real broker: it shows real messages, disturbs no scheduler and survives a broken link."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ async def until(condition: Callable[[], object]) -> None:
 
 @pytest.fixture
 async def suite(amqp_url: str, namespace: str) -> AsyncIterator[Broker]:
-    """Speaks as the services do; a verifier's own queue takes its batches, as always."""
+    """Publishes the services' messages. A verifier's own queue takes its batches, as in service."""
     broker = await Broker.connect(amqp_url, Topology(namespace), "suite")
     yield broker
     await broker.close()
@@ -96,13 +96,13 @@ async def test_a_mistyped_name_is_refused_and_leaves_nothing_behind(
                 await (await connection.channel()).declare_exchange(exchange, passive=True)
 
 
-async def test_an_empty_suite_says_so(suite: Broker, amqp_url: str, namespace: str) -> None:
+async def test_a_missing_suite_is_reported(suite: Broker, amqp_url: str, namespace: str) -> None:
     console = Console(file=StringIO(), width=80)
     await once_seen(SuiteAddress(amqp_url, namespace), console, 1)
     assert "no scheduler and no verifier speaks" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
-async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, namespace: str) -> None:
+async def test_a_broken_link_is_reported_and_survived(suite: Broker, amqp_url: str, namespace: str) -> None:
     async with link_to(amqp_url) as link:
         observer = SuiteObserver(SuiteAddress(link.url, namespace))
         listening = asyncio.create_task(observer.keep_listening())
@@ -123,7 +123,7 @@ async def test_a_broken_link_is_told_and_survived(suite: Broker, amqp_url: str, 
             await asyncio.gather(listening, talk, return_exceptions=True)
 
 
-async def test_no_broker_is_an_error_where_a_script_asks(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_missing_broker_is_an_error_for_a_script(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shared.broker.client.CONNECT_TIMEOUT_S", 1)
     with pytest.raises(BrokersError, match="cannot be used"):
         await once_seen(SuiteAddress("amqp://nobody:secret@127.0.0.1:1/", namespace), Console(file=StringIO()), 1)

@@ -1,4 +1,4 @@
-"""The rendered manifests, once for all tests."""
+"""The rendered manifests, shared by all tests."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Renders the manifests of `k8s/`, with freshly drawn passwords where an overlay needs some."""
+"""Renders the manifests of `k8s/`, with newly drawn passwords for overlays that need them."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ COMBINED = {
     "local-model-volume": ("local", ["model-volume"]),
     "production-operators": ("production", ["operators"]),
 }
-"""Overlays as users make them: one of ours with components."""
+"""Overlays with components, as users combine them."""
 VARIANTS = (*OVERLAYS, *COMBINED)
 
 Manifest = dict[str, Any]
 
 
 def tool(name: str) -> str:
-    """A checker's path; fails the test when it is not installed."""
+    """Return a checker's path; fail the test if it is not installed."""
     if not (TOOLS / name).exists():
         pytest.fail(f"{name} is not installed; `make tools` does it, and `make test` before the tests")
     return str(TOOLS / name)
@@ -39,22 +39,22 @@ def tool(name: str) -> str:
 
 @dataclass(frozen=True)
 class Rendered:
-    """What `kubectl apply -k` would send."""
+    """The manifests that `kubectl apply -k` would send."""
 
     name: str
     text: str
 
     @cached_property
     def manifests(self) -> list[Manifest]:
-        """All of them."""
+        """All manifests."""
         return list(yaml.safe_load_all(self.text))
 
     def of(self, kind: str) -> dict[str, Manifest]:
-        """Those of a kind, by name."""
+        """Return the manifests of a kind, by name."""
         return {m["metadata"]["name"]: m for m in self.manifests if m["kind"] == kind}
 
     def pods(self) -> Iterator[tuple[str, Manifest]]:
-        """Name and pod template of everything that makes pods."""
+        """Yield name and pod template of everything that creates pods."""
         for manifest in self.manifests:
             if manifest["kind"] in ("Deployment", "StatefulSet", "Job", "DaemonSet"):
                 yield manifest["metadata"]["name"], manifest["spec"]["template"]
@@ -66,7 +66,7 @@ class Rendered:
         }
 
     def environment(self, service: str) -> dict[str, str | None]:
-        """What a service's process finds in its environment; None for what a secret outside the manifests brings."""
+        """Return the environment of a service's process; None for values of secrets outside the manifests."""
         (container,) = self.services()[service]["containers"]
         found: dict[str, str | None] = {}
         for source in container.get("envFrom", []):
@@ -80,7 +80,7 @@ class Rendered:
 
 
 def copied(to: Path) -> Path:
-    """A copy of `k8s/` with drawn passwords."""
+    """Return a copy of `k8s/` with drawn passwords."""
     shutil.copytree(ROOT / "k8s", to, ignore=shutil.ignore_patterns("secrets", "__pycache__"))
     spec = importlib.util.spec_from_file_location("draw_secrets", to / "overlays/local/draw_secrets.py")
     assert spec is not None
@@ -103,7 +103,7 @@ def copied(to: Path) -> Path:
 
 
 def render(folder: Path, name: str) -> Rendered:
-    """An overlay's manifests. Needs neither a cluster nor a network."""
+    """Render an overlay's manifests, without a cluster or network."""
     done = subprocess.run(
         [tool("kubectl"), "kustomize", str(folder / "overlays" / name)],
         capture_output=True,

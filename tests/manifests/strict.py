@@ -17,7 +17,7 @@ from cloudcoil.models.prometheus_operator import v1 as monitoring
 from pydantic import ValidationError
 
 KUBERNETES = ("1.31", "1.34", "1.37")
-"""The oldest that the manifests are for, one between, and the newest that there are schemas of."""
+"""The oldest supported version, one between, and the newest with schemas."""
 MODELS = {
     "keda.sh/v1alpha1": keda,
     "monitoring.coreos.com/v1": monitoring,
@@ -68,7 +68,7 @@ SCHEMAS = {
 
 
 def problems(document: dict[str, Any]) -> Iterator[str]:
-    """What is wrong with one manifest."""
+    """Return the problems of one manifest."""
     version = document["apiVersion"]
     if version in MODELS:
         kind = getattr(MODELS[version], document["kind"], None)
@@ -97,7 +97,7 @@ def problems(document: dict[str, Any]) -> Iterator[str]:
 
 
 def lost(given: Any, kept: Any, path: str = "") -> Iterator[str]:
-    """Where something is in `given` that is not in `kept`."""
+    """Return the paths that are in `given` but not in `kept`."""
     if isinstance(given, dict):
         for key, value in given.items():
             if not isinstance(kept, dict) or key not in kept:

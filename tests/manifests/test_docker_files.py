@@ -1,4 +1,4 @@
-"""What `docker/` holds, as far as it can be checked without building it; `make images-test` builds and runs it."""
+"""The files of `docker/` without a build; `make images-test` builds and runs the images."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_a_compose_file_passes_its_schema(file: Any) -> None:
     assert done.returncode == 0, done.stdout
 
 
-def test_the_compose_file_names_settings_that_there_are_and_pinned_images() -> None:
+def test_the_compose_file_uses_existing_settings_and_pinned_images() -> None:
     services = compose()["services"]
     for name in SERVICES:
         known = {variable(field) for field in settings_of(name).model_fields}

@@ -1,4 +1,4 @@
-"""The manifests of `k8s/`: what Kubernetes takes, what the services read, and what must never be in them."""
+"""The manifests of `k8s/` are valid, give the services exactly their settings, and contain no secrets."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ LEAST_MARGIN_S = 5
 
 
 def strictly(text: str) -> list[str]:
-    """Problems that strict validation finds."""
+    """Return the problems that strict validation reports."""
     tool("kubectl")
     done = subprocess.run(
         [TOOLS / "python", Path(__file__).with_name("strict.py")],
@@ -176,7 +176,7 @@ def test_a_pod_is_given_the_time_that_its_service_takes_to_end(rendered: Rendere
 
 
 def selects(selector: Manifest, labels: dict[str, str]) -> bool:
-    """Whether a label selector takes what has these labels."""
+    """Return whether a label selector matches these labels."""
     for key, value in selector.get("matchLabels", {}).items():
         if labels.get(key) != value:
             return False
@@ -187,12 +187,12 @@ def selects(selector: Manifest, labels: dict[str, str]) -> bool:
     return True
 
 
-def test_traffic_is_allowed_along_the_arrows_and_nowhere_else(rendered: Rendered) -> None:
+def test_only_the_architectures_connections_are_allowed(rendered: Rendered) -> None:
     labels = {name: template["metadata"]["labels"] for name, template in rendered.pods()}
     policies = rendered.of("NetworkPolicy").values()
 
     def peers(name: str, direction: str, way: str) -> list[tuple[str, Any]]:
-        """(to whom, port) that a pod's policies allow; a pod without policies fails."""
+        """Return (receiver, port) pairs that a pod's policies allow; fail for a pod without policies."""
         own = [p["spec"] for p in policies if selects(p["spec"]["podSelector"], labels[name])]
         assert any(direction in spec["policyTypes"] for spec in own), f"{name}: {direction} is open"
         allowed = []
@@ -259,7 +259,7 @@ def test_what_scales_itself_has_no_fixed_number(all_rendered: dict[str, Rendered
 
 
 def expressions(rendered: Rendered) -> list[str]:
-    """Every query to Prometheus."""
+    """Return every Prometheus query."""
     rules = [
         rule for m in rendered.of("PrometheusRule").values() for group in m["spec"]["groups"] for rule in group["rules"]
     ]
@@ -267,7 +267,7 @@ def expressions(rendered: Rendered) -> list[str]:
     return [rule["expr"] for rule in rules] + [trigger["metadata"]["query"] for trigger in triggers]
 
 
-def test_queries_ask_for_metrics_that_there_are(all_rendered: dict[str, Rendered]) -> None:
+def test_queries_use_existing_metrics(all_rendered: dict[str, Rendered]) -> None:
     from services.drafter import metrics as _drafter  # noqa: F401
     from services.estimator import metrics as _estimator  # noqa: F401
     from services.gateway import metrics as _gateway  # noqa: F401

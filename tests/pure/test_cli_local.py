@@ -1,4 +1,4 @@
-"""What the command decides without starting anything: environments, folders, logs, findings, messages."""
+"""The local stack without processes: environments, run folders, logs, findings, messages."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_services_get_the_stacks_brokers_names_and_model() -> None:
     assert environment["PATH"] == "/bin"
 
 
-def test_the_users_settings_reach_the_services_unless_several_processes_would_collide() -> None:
+def test_services_inherit_the_users_settings_except_those_of_one_process() -> None:
     environment = LAUNCH.environment("scheduler", "scheduler-1", {})
     assert environment["WISP_POLICY"] == "fcfs"
     assert "WISP_METRICS_PORT" not in environment
@@ -73,7 +73,7 @@ def test_verifiers_share_the_cores_and_the_rest_take_one_thread() -> None:
     assert (gateway["OMP_NUM_THREADS"], gateway["OMP_WAIT_POLICY"]) == ("1", "passive")
 
 
-def test_a_run_folder_is_private_removed_at_a_good_end_and_kept_after_an_error(tmp_path: Path) -> None:
+def test_a_run_folder_is_private_and_kept_only_after_an_error(tmp_path: Path) -> None:
     with RunFolder("good", tmp_path) as good:
         assert good.path.stat().st_mode & 0o777 == 0o700
     assert not good.path.exists()
@@ -120,12 +120,12 @@ def test_logs_are_found_by_event_and_read_by_people(tmp_path: Path) -> None:
     )
 
 
-async def test_a_gateway_that_is_not_there_does_not_answer() -> None:
+async def test_a_port_without_a_server_does_not_answer() -> None:
     (port,) = free_ports(1)
     assert not await logs.answers(f"http://127.0.0.1:{port}/ready")
 
 
-async def test_doctor_tells_for_each_broker_what_to_do() -> None:
+async def test_doctor_gives_advice_for_each_broker() -> None:
     none = BrokerAddresses(amqp_url=None, redis_url=None)
     rabbitmq, redis = await doctor._brokers(none, replace(BARE, container="podman"))
     assert (rabbitmq.state, redis.state) == ("ok", "ok")
@@ -162,7 +162,7 @@ def test_a_draft_model_has_to_be_named() -> None:
     assert "--draft-model FOLDER" in result.stderr
 
 
-def test_chat_says_when_nobody_answers_at_the_url() -> None:
+def test_chat_reports_a_url_without_a_gateway() -> None:
     (port,) = free_ports(1)
     result = CliRunner().invoke(app, ["chat", "--url", f"http://127.0.0.1:{port}/v1"])
     assert result.exit_code == 1

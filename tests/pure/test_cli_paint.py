@@ -1,4 +1,4 @@
-"""How an answer is shown: drafts told apart in every kind of terminal, and numbers that add up."""
+"""Answers on every kind of terminal: draft tokens are set apart, and the numbers of the summary add up."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_a_chunk_is_split_by_origin() -> None:
     assert text_parts("abc", trace) == [TextPart("ab", True), TextPart("c", False)]
 
 
-def test_text_that_the_trace_does_not_explain_is_shown_as_the_targets() -> None:
+def test_text_outside_the_trace_counts_as_the_targets() -> None:
     assert text_parts("abc", {"tokens": [{"id": 1, "text": "ab", "draft": True}]}) == [TextPart("abc", False)]
     assert text_parts("abc", None) == [TextPart("abc", False)]
     assert text_parts("", {}) == []

@@ -1,4 +1,4 @@
-"""The picture of an answer's rounds: times to scale, tokens by origin, and nothing lost between chunks."""
+"""The picture of an answer's rounds: times to scale, tokens by origin, no time lost between chunks."""
 
 from __future__ import annotations
 

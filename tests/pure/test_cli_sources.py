@@ -1,4 +1,4 @@
-"""Where brokers come from: the order of preference, and what is said when there is nothing."""
+"""Sources of brokers: the order of preference, and the error without any."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_installed_programs_are_used_even_by_root() -> None:
 
 
 @pytest.mark.parametrize("distribution", ["debian", "ubuntu debian", "linuxmint ubuntu debian"])
-def test_root_on_debian_and_its_relatives_installs_what_is_missing(distribution: str) -> None:
+def test_root_on_debian_installs_what_is_missing(distribution: str) -> None:
     host = replace(INSTALLED, epmd=None, root=True, distribution=distribution, container="docker")
     assert choose_sources(NONE, host) == BrokerSources(BrokerSource.APT, BrokerSource.INSTALLED)
 
@@ -120,7 +120,7 @@ def test_apt_status_lines_are_shown_as_percentages() -> None:
     assert progress_line("pmstatus:x:not a number:y") is None
 
 
-def test_a_container_listens_on_loopback_and_keeps_its_password_off_the_command_line() -> None:
+def test_a_container_listens_on_loopback_and_hides_its_password() -> None:
     command = run_command(
         "podman", RABBITMQ_IMAGE, "127.0.0.1:4000:5672", ["rabbitmq-server"], ["RABBITMQ_DEFAULT_PASS"]
     )
@@ -130,9 +130,7 @@ def test_a_container_listens_on_loopback_and_keeps_its_password_off_the_command_
     assert command[-1] == "rabbitmq-server"
 
 
-def test_packages_are_kept_from_starting_services_only_while_the_installer_lives(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_packages_start_no_services_while_the_installer_lives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tmp_path / "policy-rc.d"
     monkeypatch.setattr(apt, "POLICY", policy)
 
@@ -151,7 +149,7 @@ def test_packages_are_kept_from_starting_services_only_while_the_installer_lives
     assert not policy.exists()
 
 
-def test_a_policy_of_the_machine_s_own_is_left_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_machines_own_policy_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     policy = tmp_path / "policy-rc.d"
     policy.write_text("own")
     monkeypatch.setattr(apt, "POLICY", policy)

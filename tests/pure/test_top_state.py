@@ -1,4 +1,4 @@
-"""`wisp top`: what it makes of the messages that pass, what it shows of that, and which suite it observes."""
+"""`wisp top`: the state it derives from messages, its screen, and its choice of a suite."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def test_batches_are_held_against_their_prediction() -> None:
     assert verifier.jobs_per_s == pytest.approx(6 / 4), "six jobs in the four seconds that were seen"
 
 
-def test_tokens_per_second_count_each_round_once_and_only_what_was_committed() -> None:
+def test_tokens_per_second_count_each_committed_round_once() -> None:
     watch = watched(
         (0, result(round_=0)),
         (100, result(round_=0)),
@@ -117,7 +117,7 @@ def test_tokens_per_second_count_each_round_once_and_only_what_was_committed() -
     assert watch.snapshot(70_000).throughput.long == 4 / 60, "forgotten rounds are not remembered for ever"
 
 
-def test_goodput_and_attainment_are_of_texts_that_came_to_their_own_end() -> None:
+def test_goodput_and_attainment_count_finished_sessions() -> None:
     slo = Slo(ttft_ms=100, tpot_ms=50)
     watch = watched(
         (1000, ended(service_class="fast", slo=slo)),
@@ -177,7 +177,7 @@ def test_the_screen_fits_its_width(width: int) -> None:
         assert word in shown
 
 
-def test_an_empty_suite_a_silent_scheduler_and_one_not_active_are_told_apart() -> None:
+def test_no_suite_a_silent_scheduler_and_an_inactive_one_differ() -> None:
     watch = watched((0, Verify.model_validate({**VERIFY})))
     assert watch.snapshot(5000).empty, "rounds alone are no suite"
     assert "No message from a scheduler or verifier in namespace ns for 5 s" in text(watch.snapshot(5000))
@@ -219,7 +219,7 @@ def test_short_names_keep_what_tells_texts_of_a_request_apart() -> None:
     assert short("plain") == "plain"
 
 
-def test_what_is_given_counts_and_the_latest_suite_that_fits_says_the_rest() -> None:
+def test_given_values_win_and_the_latest_matching_suite_adds_the_rest() -> None:
     new, old = RunningSuite("up-new", "amqp://new/"), RunningSuite("up-old", "amqp://old/")
     assert choose_suite(None, None, [new]) == SuiteAddress("amqp://new/", "up-new")
     both = choose_suite(None, None, [new, old])

@@ -1,4 +1,4 @@
-"""Requests of the stack tests: the questions, the texts that the target gives, the client that asks."""
+"""Requests for stack tests: questions, the target's own completions, a client, and the observed traffic."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ SAMPLINGS = [Sampling(), Sampling(temperature=1.0, seed=1234), Sampling(temperat
 
 @dataclass(frozen=True)
 class Case:
-    """A request, and the tokens that are shown of what the target gives for it on its own."""
+    """A request and the tokens of the target's own completion, without the token that ends it."""
 
     prompt: list[int]
     sampling: Sampling
@@ -42,7 +42,7 @@ class Case:
 
 @dataclass
 class Traffic:
-    """Rounds and results that passed, as a standby scheduler would see them."""
+    """Observed rounds and results, as a standby scheduler receives them."""
 
     results: list[Result] = field(default_factory=list)
     rounds: list[Verify] = field(default_factory=list)
@@ -58,7 +58,7 @@ class Traffic:
 
     @property
     def schedulers(self) -> set[str]:
-        """Schedulers that have made batches with results."""
+        """Schedulers whose batches have results."""
         return {result.batch.rpartition("-")[0] for result in self.results}
 
     @property
@@ -68,14 +68,14 @@ class Traffic:
 
 
 class Client:
-    """Requests in token ids, and the committed tokens of the answers."""
+    """A client that sends token ids and returns the committed tokens."""
 
     def __init__(self, http: httpx.AsyncClient, stack: Stack) -> None:
         self.http = http
         self._stack = stack
 
     async def ask(self, case: Case, draft: str = "auto", headers: dict[str, str] | None = None) -> list[int]:
-        """The answer's tokens."""
+        """Send a request; return the answer's tokens."""
         answer = await self.http.post(
             f"{self._stack.url}/completions", json=self.body(case, draft), headers=headers or {}
         )
@@ -92,14 +92,14 @@ class Client:
         }
 
     async def ask_all(self, cases: Sequence[Case], draft: str = "auto") -> list[list[int]]:
-        """All at once."""
+        """Send all requests at once."""
         return await asyncio.gather(*(self.ask(case, draft) for case in cases))
 
 
 def decode(
     engine: Engine, prompt: Sequence[int], sampling: Sampling, eos: set[int], *, length: int = TOKENS
 ) -> list[int]:
-    """The target's own answer, one token at a time, without the token that ends it."""
+    """Decode the target's own completion token by token, without the token that ends it."""
     tokens = list(prompt)
     engine.attach("reference", tokens)
     while len(tokens) < len(prompt) + length and (len(tokens) == len(prompt) or tokens[-1] not in eos):
@@ -111,7 +111,7 @@ def decode(
 
 @asynccontextmanager
 async def watching(stack: Stack) -> AsyncIterator[Traffic]:
-    """What passes between a stack's services from now on, seen by the brokers' own address."""
+    """Record the traffic between a stack's services, over the brokers' own address."""
     broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), "spy")
     seen = Traffic()
 
@@ -129,7 +129,7 @@ async def watching(stack: Stack) -> AsyncIterator[Traffic]:
 
 
 async def progressed(traffic: Traffic, results: int) -> None:
-    """Wait until this many results have passed."""
+    """Wait until this many results were observed."""
     async with asyncio.timeout(60):
         while len(traffic.results) < results:  # noqa: ASYNC110 - the spy has no event for a count
             await asyncio.sleep(0.02)

@@ -1,4 +1,4 @@
-"""The whole suite with the real model, once for all tests here, and the text that it has to give."""
+"""The suite with the real model, shared by all tests here, and the completions that it must give."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from shared.models.text import Tokenizer
 
 @pytest.fixture(scope="session")
 def target_folder() -> Path:
-    """The packaged model, prepared."""
+    """The prepared default target."""
     return prepare("smollm2-135m-instruct", Path(".wisp/models"))
 
 
 @pytest.fixture(scope="session")
 def cases(target_folder: Path) -> list[Case]:
-    """Every question with every way of sampling, answered by the bare engine one token at a time."""
+    """Every question with every sampling, decoded by the bare engine token by token."""
     tokenizer = Tokenizer(ModelFolder(target_folder))
     eos = set(ModelFolder(target_folder).eos_ids)
     engine = Engine(target_folder, budget_tokens=4096)
@@ -38,8 +38,7 @@ def cases(target_folder: Path) -> list[Case]:
 
 @pytest.fixture(scope="session")
 async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
-    """Two drafters and two verifiers behind one gateway, which takes on more than it can promise; drafts are verified
-    whole, however bad they are."""
+    """Two drafters and two verifiers behind one gateway without admission control; drafts are verified untrimmed."""
     env = {"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false"}
     whole = {"scheduler": {"WISP_WITHOUT": '["trimming"]'}}
     async with Stack(
@@ -50,13 +49,13 @@ async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
 
 @pytest.fixture(scope="session")
 async def traffic(stack: Stack) -> AsyncIterator[Traffic]:
-    """What passes between the services from now on."""
+    """The recorded traffic between the services."""
     async with watching(stack) as seen:
         yield seen
 
 
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[Client]:
-    """Asks the gateway."""
+    """A client of the gateway."""
     async with httpx.AsyncClient(timeout=120) as http:
         yield Client(http, stack)

@@ -1,4 +1,4 @@
-"""What a person sees of the whole suite: the demonstration and the chat."""
+"""The demo and the chat with the whole suite."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def shown(console: Console) -> str:
 
 @pytest.fixture
 def short(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The demonstration's own questions with shorter answers."""
+    """The demo's questions with shorter answers."""
     monkeypatch.setattr(demo, "QUESTIONS", tuple(replace(question, max_tokens=24) for question in demo.QUESTIONS))
 
 
@@ -78,7 +78,7 @@ async def test_a_chat_remembers_until_it_is_told_to_forget(
     assert next(lines) == "never"
 
 
-async def test_a_conversation_that_has_become_too_long_says_so(stack: Stack, console: Console) -> None:
+async def test_a_conversation_that_is_too_long_is_reported(stack: Stack, console: Console) -> None:
     lines = iter(["word " * 9000, "/quit"])
 
     def talk() -> None:

@@ -1,4 +1,4 @@
-"""The whole suite with each service under its own user at a real RabbitMQ, and what these users may not do."""
+"""The whole suite with one RabbitMQ user per service, and the operations that these users are refused."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ PASSWORDS = {user_of(NAMES, service): f"{service}-password" for service in ROLES
 
 @dataclass
 class Set:
-    """A RabbitMQ with the definitions, and the services' addresses."""
+    """A RabbitMQ with the imported definitions, and the services' addresses."""
 
     server: BrokerServer
     urls: dict[str, str]
@@ -183,7 +183,7 @@ FORBIDDEN: list[tuple[str, Act]] = [
 
 
 @pytest.mark.parametrize(("service", "act"), FORBIDDEN, ids=range(len(FORBIDDEN)))
-async def test_what_a_service_has_no_business_with_is_refused(broker: Set, service: str, act: Act) -> None:
+async def test_operations_outside_a_services_role_are_refused(broker: Set, service: str, act: Act) -> None:
     async with await aio_pika.connect(broker.urls[service]) as connection:
         channel = await connection.channel()
         async with asyncio.timeout(10):
@@ -191,7 +191,7 @@ async def test_what_a_service_has_no_business_with_is_refused(broker: Set, servi
                 await act(channel)
 
 
-async def test_a_broker_without_the_definitions_says_what_is_missing(broker: Set) -> None:
+async def test_a_broker_without_the_definitions_is_reported(broker: Set) -> None:
     with pytest.raises(BrokersError, match="import what `wisp broker definitions` prints"):
         await Broker.connect(broker.urls["drafter"], Topology("elsewhere"), "x")
     drafter = await Broker.connect(broker.urls["drafter"], NAMES, "x")

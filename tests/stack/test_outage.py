@@ -1,4 +1,4 @@
-"""The whole suite while its link to RabbitMQ, or to Redis, is cut and comes back: late, but the same text."""
+"""The whole suite while its link to RabbitMQ or Redis is cut and restored: the tokens are late but the same."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def links(brokers: Brokers) -> AsyncIterator[dict[str, Link]]:
 
 @pytest.fixture(scope="module")
 async def linked(brokers: Brokers, links: dict[str, Link], target_folder: Path) -> AsyncIterator[Stack]:
-    """A suite whose services reach the brokers over the links only."""
+    """A suite whose services reach the brokers over interruptible links only."""
     env = {
         "WISP_AMQP_URL": links["rabbitmq"].url,
         "WISP_REDIS_URL": links["redis"].url,

@@ -37,7 +37,7 @@ SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
 
 @dataclass
 class Stream:
-    """One answer as its client saw it; times are seconds of the performance counter."""
+    """One answer as its client received it; times are seconds of the performance counter."""
 
     case: int
     url: str
@@ -45,7 +45,7 @@ class Stream:
     tokens: list[int] = field(default_factory=list)
     at_s: list[float] = field(default_factory=list)
     ended: str = ""
-    """Its finish reason, or what went wrong."""
+    """The finish reason, or the error."""
 
     @property
     def longest_gap_s(self) -> float:
@@ -55,7 +55,7 @@ class Stream:
 
 @dataclass
 class Load:
-    """Clients that ask stream after stream of the gateway that takes new ones."""
+    """Clients that send one streamed request after another to the gateway that accepts them."""
 
     http: httpx.AsyncClient
     stack: Stack
@@ -99,11 +99,11 @@ class Load:
             stream.ended = repr(error)
 
     def open(self) -> list[Stream]:
-        """Streams that have begun to speak and have not ended."""
+        """Streams with a first token that have not ended."""
         return [stream for stream in self.streams if stream.tokens and not stream.ended]
 
     async def until_open(self, since_s: float = 0.0) -> None:
-        """Wait until each client has a stream that speaks, and that it asked for after a moment."""
+        """Wait until each client has a stream with tokens that it requested after a given time."""
         async with asyncio.timeout(120):
             while len([s for s in self.open() if s.began_s > since_s]) < len(self.prompts):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
@@ -111,7 +111,7 @@ class Load:
 
 @dataclass
 class Suite:
-    """The stack, the requests, and the texts that the target gives on its own."""
+    """The stack, the requests, and the target's own completions."""
 
     stack: Stack
     prompts: list[list[int]]
@@ -180,7 +180,7 @@ async def _started(stack: Stack, service: str) -> Process:
 
 
 async def _refuses(http: httpx.AsyncClient, url: str) -> int:
-    """A gateway that leaves takes no new requests; returns 0 then."""
+    """A draining gateway accepts no new requests; return 0 then."""
     await asyncio.sleep(0.5)
     try:
         return (await http.get(f"{url.removesuffix('/v1')}/ready")).status_code - httpx.codes.SERVICE_UNAVAILABLE

@@ -1,4 +1,4 @@
-"""What users and operators see of the whole suite, beside the text itself."""
+"""The whole suite: API, deadlines, prefill in chunks, dead letters, refusals, and KV that is released."""
 
 from __future__ import annotations
 

@@ -1,5 +1,6 @@
-"""A scheduler that freezes, and a drafter whose network drops everything: another one takes over, and whoever comes
-back does no harm. With a tiny model."""
+"""Another process takes over from a frozen scheduler or a drafter without a network, and its return does no harm.
+
+With a tiny model."""
 
 from __future__ import annotations
 
@@ -29,12 +30,12 @@ from services.tools.local.stack import Stack
 
 TOKENS = 120
 HEARTBEAT_S = 1
-"""RabbitMQ gives up who is silent for two of these."""
+"""RabbitMQ drops a connection without traffic for two of these."""
 
 
 @dataclass
 class Suite:
-    """A stack, what passes in it, and somebody who asks."""
+    """A stack, its traffic, and a client."""
 
     stack: Stack
     seen: Traffic
@@ -42,7 +43,7 @@ class Suite:
     requests: list[ChaosRequest]
 
     def ask(self, draft: str = "auto") -> asyncio.Task[set[RequestVerdict]]:
-        """Every request at once; what became of them."""
+        """Send every request at once; return the completions."""
 
         async def all_of_them() -> set[RequestVerdict]:
             asked = [replace(request, draft=draft) for request in self.requests]
@@ -104,7 +105,7 @@ def tc(*words: str) -> None:
 
 @dataclass
 class Network:
-    """A namespace and its cable to this one."""
+    """A network namespace and its link to this one."""
 
     name: str
     cable: str
@@ -113,7 +114,7 @@ class Network:
 
     @property
     def under(self) -> Sequence[str]:
-        """Runs a command in there."""
+        """Return a command line that runs a command in the namespace."""
         return "ip", "netns", "exec", self.name
 
     def cut(self) -> None:
@@ -124,7 +125,7 @@ class Network:
 
     @contextmanager
     def slow(self) -> Iterator[None]:
-        """What comes in travels at the speed of an old telephone line."""
+        """Limit incoming traffic to the speed of an old telephone line."""
         tc("add", "dev", self.cable, "root", "tbf", *["rate", "256kbit", "burst", "8kb", "latency", "400ms"])
         yield
         tc("del", "dev", self.cable, "root")
@@ -151,7 +152,7 @@ def network() -> Iterator[Network]:
 
 @asynccontextmanager
 async def reachable(network: Network, brokers: Brokers) -> AsyncIterator[dict[str, str]]:
-    """The brokers' addresses as a process in the network has them."""
+    """Return the brokers' addresses for a process in the namespace."""
     found = {}
     async with AsyncExitStack() as relays:
         for name, url in (("WISP_AMQP_URL", brokers.amqp_url), ("WISP_REDIS_URL", brokers.redis_url)):
@@ -165,7 +166,7 @@ async def reachable(network: Network, brokers: Brokers) -> AsyncIterator[dict[st
         yield found
 
 
-async def test_a_drafter_behind_a_network_that_is_slow_and_then_drops_everything(
+async def test_a_drafter_behind_a_slow_network_that_then_drops_everything(
     suite: Suite, brokers: Brokers, network: Network
 ) -> None:
     stack = suite.stack

@@ -1,4 +1,4 @@
-"""`wisp top` finds a running suite by itself, and sees its work."""
+"""`wisp top` finds a running suite and shows its work."""
 
 from __future__ import annotations
 
