@@ -89,7 +89,7 @@ def test_the_servers_promise_counts_where_none_was_asked_for() -> None:
     ("events", "options", "ending", "reason"),
     [
         ([chunk("x", 1), event({"error": {"message": "gone", "code": "session_gone"}})], {}, Ending.ERROR, "gone"),
-        ([chunk("x", 1)], {}, Ending.ERROR, "the stream ended before its text did"),
+        ([chunk("x", 1)], {}, Ending.ERROR, "the stream ended without a finish reason"),
         ([chunk("x", 1)], {"reason": "ReadError: x"}, Ending.ERROR, "ReadError: x"),
         ([chunk("x", 1)], {"cut": True}, Ending.CUT, ""),
     ],

@@ -1,1 +1,1 @@
-"""The load benchmark: sessions that ask over HTTP, and how many of them a way of serving can keep its promises to."""
+"""`wisp bench load`: SLO attainment and goodput under load, and the sessions that each way of serving can hold."""

@@ -1,20 +1,22 @@
-"""How many sessions each way of serving can keep its promises to: `wisp bench load`.
+"""`wisp bench load`: sessions over HTTP, and how many of them each way of serving can hold.
 
-Sessions ask over HTTP as any client does (`workload`, `drive`); each arm (`arms`) is asked the same requests at the
-same numbers of sessions, on a stack of its own. All arms have one thread for the target, the same cache, and the same
-devices; admission control is off unless asked for, so that a policy shows by itself what it does under load.
+Sessions send requests as any client does (`workload`, `drive`). Each arm (`arms`) gets the same requests at the same
+numbers of sessions, on a stack of its own. All arms have one thread for the target, the same cache and the same
+hardware profiles. Admission control is off by default, so that a policy shows its own behaviour under load.
 
-The suite's arms emulate devices that draft. Without drafters a device only asks: its request takes its uplink's time
-once (`client`). Of the way back to it neither kind of arm has the last part: text counts when it leaves the gateway.
+The suite's drafters emulate hardware. An arm without drafters only delays each request by the uplink of its hardware
+profile (`client`). No arm includes the last part of the way back: text counts when it leaves the gateway.
 """
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from rich.console import Console
 
 from services.tools.bench.load.arms import NAMES, arms_of
 from services.tools.bench.load.campaign import ArmSettings, Campaign, CapacitySearch, LoadPlan
@@ -22,11 +24,16 @@ from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.requests import MOST_SESSIONS, RequestSource, from_lines, to_lines
 from services.tools.bench.load.report import conclude, replot
 from services.tools.bench.load.workload import default_text, workload_of
+from services.tools.bench.support.options import (
+    DtypeOption,
+    TargetOption,
+    let_idle_threads_sleep,
+    target_folder,
+    whole_numbers,
+)
 from services.tools.bench.support.report import machine, terminal
 from services.tools.cli.terminal import INTERRUPTED, errors_shown, run
 from services.tools.local.progress import ConsoleProgress
-from services.tools.local.settings import LocalSettings
-from services.tools.local.target import prepare_target
 from shared.errors import SettingsError
 
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
@@ -35,38 +42,40 @@ SESSIONS = "2,4,8,16"
 
 def main(
     arms: Annotated[
-        str, typer.Option(help=f"some of {', '.join(NAMES)}; wisp+/trimming,price goes without these")
+        str, typer.Option(help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.")
     ] = ARMS,
     sessions: Annotated[
-        str | None, typer.Option(help=f"numbers of sessions to measure [default: {SESSIONS}; with --search none]")
+        str | None, typer.Option(help=f"Numbers of sessions to measure. \\[default: {SESSIONS}; with --search: none]")
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="search for the most sessions that hold")] = False,
-    first: Annotated[int, typer.Option(min=1, help="sessions that a search begins with")] = 4,
-    most: Annotated[int, typer.Option(min=1, max=MOST_SESSIONS - 1, help="sessions that a search ends with")] = 64,
+    search: Annotated[bool, typer.Option("--search", help="Search for the most sessions that hold.")] = False,
+    first: Annotated[int, typer.Option(min=1, help="Sessions at which a search starts.")] = 4,
+    most: Annotated[int, typer.Option(min=1, max=MOST_SESSIONS - 1, help="Most sessions of a search.")] = 64,
     tolerance: Annotated[
-        float, typer.Option(min=0, max=1, help="share of the capacity that a search leaves open")
+        float, typer.Option(min=0, max=1, help="Resolution of a search, as a share of the capacity.")
     ] = 0.1,
-    repeat: Annotated[int, typer.Option(min=1, help="times that each number of sessions is measured")] = 1,
-    warm_up: Annotated[float, typer.Option(min=0, help="seconds of load before those that count")] = 10.0,
-    measured: Annotated[float, typer.Option("--measure", min=1, help="seconds in which requests count")] = 60.0,
-    drain: Annotated[float, typer.Option(min=0, help="seconds that they may need after that")] = 30.0,
-    workload: Annotated[Path | None, typer.Option(help="TOML file of the workload")] = None,
-    print_workload: Annotated[bool, typer.Option("--print-workload", help="show the packaged one and end")] = False,
-    seed: Annotated[int | None, typer.Option(min=0, help="of everything; before the workload's own")] = None,
-    requests: Annotated[Path | None, typer.Option(help="take requests from this JSON-lines file")] = None,
-    write_requests: Annotated[Path | None, typer.Option(help="write what was asked to a JSON-lines file")] = None,
+    repeat: Annotated[int, typer.Option(min=1, help="Measurements of each number of sessions.")] = 1,
+    warm_up: Annotated[float, typer.Option(min=0, help="Seconds of load before the window.")] = 10.0,
+    measured: Annotated[float, typer.Option("--measure", min=1, help="Seconds in which requests count.")] = 60.0,
+    drain: Annotated[float, typer.Option(min=0, help="Longest wait for these requests, in seconds.")] = 30.0,
+    workload: Annotated[Path | None, typer.Option(help="TOML file of the workload.")] = None,
+    print_workload: Annotated[bool, typer.Option("--print-workload", help="Print the packaged one and exit.")] = False,
+    seed: Annotated[int | None, typer.Option(min=0, help="Seed of the requests; overrides the workload's.")] = None,
+    requests: Annotated[Path | None, typer.Option(help="Take the requests from this JSON-lines file.")] = None,
+    write_requests: Annotated[Path | None, typer.Option(help="Write the sent requests to a JSON-lines file.")] = None,
     url: Annotated[
-        str | None, typer.Option(help="measure this server, whose URL ends in /v1; no stack is started")
+        str | None, typer.Option(help="Measure this server instead of a stack; the URL ends in /v1.")
     ] = None,
-    pools: Annotated[bool, typer.Option("--pools", help="with --url: name each device's pool in its requests")] = False,
-    admission: Annotated[bool, typer.Option("--admission", help="let the suite's gateway refuse requests")] = False,
-    target: Annotated[str | None, typer.Option(help="packaged model or a Hugging Face folder")] = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32")] = "bfloat16",
-    cache_tokens: Annotated[int, typer.Option(min=1024, help="K/V budget of the target, in tokens")] = 32768,
-    name: Annotated[str, typer.Option(help="of the files in .wisp/results")] = "load",
-    again: Annotated[bool, typer.Option("--replot", help="draw the picture of an earlier run again and end")] = False,
+    pools: Annotated[
+        bool, typer.Option("--pools", help="With --url: name the drafter pool of its hardware in each request.")
+    ] = False,
+    admission: Annotated[bool, typer.Option("--admission", help="Let the suite's gateway refuse requests.")] = False,
+    target: TargetOption = None,
+    dtype: DtypeOption = "bfloat16",
+    cache_tokens: Annotated[int, typer.Option(min=1024, help="KV budget of the target, in tokens.")] = 32768,
+    name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = "load",
+    again: Annotated[bool, typer.Option("--replot", help="Draw the picture of an earlier run again and exit.")] = False,
 ) -> None:
-    """Measure promises kept under load; Ctrl-C ends it and keeps what was measured."""
+    """Measure SLO attainment under load. Ctrl-C ends the run and keeps its results."""
     with errors_shown():
         if print_workload:
             print(default_text(), end="")
@@ -75,13 +84,12 @@ def main(
         if again:
             replot(name, console)
             return
-        # Before any service starts: waiting threads must not spin while others work.
-        os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+        let_idle_threads_sleep()
         spec = workload_of(_read(workload) if workload else "", seed)
         source: RequestSource = from_lines(_read(requests)) if requests else spec
         plan = LoadPlan(
             arms=[] if url else arms_of(arms),
-            sessions=_sessions(sessions or ("" if search else SESSIONS)),
+            sessions=whole_numbers("--sessions", sessions or ("" if search else SESSIONS), 1, MOST_SESSIONS - 1),
             search=CapacitySearch(first, most, tolerance) if search else None,
             repeats=repeat,
             window=Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain),
@@ -91,29 +99,49 @@ def main(
         campaign = Campaign(plan, ConsoleProgress(console))
         about = "about" if plan.search is None else "up to about"
         console.print(f"this takes {about} {plan.about_s / 60:.0f} minutes", highlight=False)
-        facts: dict[str, Any] = machine() | {"dtype": dtype, "cache_tokens": cache_tokens, "admission": admission}
+        settings = partial(_settings, target, dtype, cache_tokens, admission, console)
+        facts = {"dtype": dtype, "cache_tokens": cache_tokens, "admission": admission}
+        _run(campaign, url, pools, settings, machine() | facts, name, write_requests, console)
 
-        async def work() -> None:
-            try:
-                if url:
-                    await campaign.run_server(url, pools=pools)
-                else:
-                    folder = prepare_target(target or LocalSettings().target, ConsoleProgress(console))
-                    facts["model"] = folder.name
-                    await campaign.run_arms(ArmSettings(folder, dtype, cache_tokens, admission))
-            finally:
-                if campaign.results.points:
-                    conclude(campaign, facts, name, console)
-                if write_requests and campaign.asked:
-                    write_requests.write_text(to_lines(list(campaign.asked.values())))
 
+def _settings(target: str | None, dtype: str, cache_tokens: int, admission: bool, console: Console) -> ArmSettings:
+    return ArmSettings(target_folder(target, ConsoleProgress(console)), dtype, cache_tokens, admission)
+
+
+def _run(
+    campaign: Campaign,
+    url: str | None,
+    pools: bool,
+    settings: Callable[[], ArmSettings],
+    facts: dict[str, Any],
+    name: str,
+    write_requests: Path | None,
+    console: Console,
+) -> None:
+    """Measure a server or all arms. However it ends, report the points until then."""
+
+    async def work() -> None:
         try:
-            run(work)
-        except KeyboardInterrupt:
-            if not campaign.results.points:
-                raise
-            console.print("interrupted; what was measured until then is above")
-            raise typer.Exit(INTERRUPTED) from None
+            if url:
+                await campaign.run_server(url, pools=pools)
+            else:
+                of_arms = settings()
+                facts["model"] = of_arms.target.name
+                await campaign.run_arms(of_arms)
+        finally:
+            if campaign.results.points:
+                conclude(campaign, facts, name, console)
+
+    try:
+        run(work)
+    except KeyboardInterrupt:
+        if not campaign.results.points:
+            raise
+        console.print("interrupted; the points measured until then are above")
+        raise typer.Exit(INTERRUPTED) from None
+    finally:
+        if write_requests and campaign.asked:
+            write_requests.write_text(to_lines(list(campaign.asked.values())))
 
 
 def _read(path: Path) -> str:
@@ -121,13 +149,6 @@ def _read(path: Path) -> str:
         return path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"{path} cannot be read: {error}") from error
-
-
-def _sessions(text: str) -> list[int]:
-    words = [word.strip() for word in text.split(",") if word.strip()]
-    if not all(word.isdecimal() and 0 < int(word) < MOST_SESSIONS for word in words):
-        raise SettingsError(f"--sessions takes numbers from 1 to {MOST_SESSIONS - 1}, as {SESSIONS} (given: {text!r})")
-    return list(dict.fromkeys(int(word) for word in words))
 
 
 if __name__ == "__main__":

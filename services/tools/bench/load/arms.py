@@ -1,4 +1,4 @@
-"""The ways of serving that are compared, and what each needs to be started. Decides only; `campaign` starts."""
+"""The ways of serving to compare, and the settings of each. `campaign` starts them."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ BASELINES: tuple[Baseline, ...] = get_args(Baseline)
 NAMES = (*BASELINES, *POLICIES)
 PARTS: tuple[str, ...] = get_args(PolicyPart)
 THIS_MACHINE = "none"
-"""The device that is not emulated."""
+"""Hardware profile that emulates nothing."""
 SLED_DRAFT = 4
-"""Tokens of each of SLED's drafts."""
+"""Tokens of every draft of SLED."""
 
 Environment = dict[str, str]
 
@@ -28,40 +28,39 @@ class Arm:
     """One way of serving."""
 
     name: str
-    """As it is written: a baseline, or a policy of the suite's scheduler and after a slash the parts that it goes
-    without."""
+    """A baseline, or a policy of the suite's scheduler, with the parts to leave out after a slash."""
 
     @property
     def serving(self) -> Serving:
-        """Who serves."""
+        """The suite or a baseline."""
         return next((baseline for baseline in BASELINES if baseline == self.name), "wisp")
 
     @property
     def base(self) -> str:
-        """The policy."""
+        """The policy, without the parts to leave out."""
         return self.name.partition("/")[0]
 
     @property
     def without(self) -> list[str]:
-        """Parts of the policy that are left out."""
+        """Parts of the policy to leave out."""
         return [part for part in self.name.partition("/")[2].split(",") if part]
 
     def scheduler(self) -> Environment:
-        """Settings of the scheduler."""
+        """Return the scheduler's settings."""
         return {"WISP_POLICY": self.base, "WISP_WITHOUT": json.dumps(self.without)}
 
-    def drafter(self, device: EmulatedHardware) -> Environment:
-        """Settings of the drafter of a kind of devices."""
-        env = {"WISP_POOL": device.name}
-        if device.name != THIS_MACHINE:
-            env["WISP_DEVICE_PROFILE"] = device.name
+    def drafter(self, hardware: EmulatedHardware) -> Environment:
+        """Return the settings of a drafter with this hardware."""
+        env = {"WISP_POOL": hardware.name}
+        if hardware.name != THIS_MACHINE:
+            env["WISP_DEVICE_PROFILE"] = hardware.name
         if self.base == "sled":
             env |= {"WISP_STOP_RULE": "fixed", "WISP_DRAFT_LENGTH": str(SLED_DRAFT)}
         return env
 
 
 def arms_of(text: str) -> list[Arm]:
-    """Arms with commas between them; the parts that an arm goes without follow it, as in `sled,wisp+/trimming,price`.
+    """Parse a comma-separated list of arms. Parts to leave out follow their arm, as in `sled,wisp+/trimming,price`.
 
     Raises SettingsError.
     """

@@ -1,4 +1,4 @@
-"""Runs the arms one after the other, each over its points on one running stack, and keeps what was measured."""
+"""A campaign: one arm after the other, each measured at its points on one running stack."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack
 
 START_S = 45.0
-"""About what a stack takes to start and stop, for the estimate of the whole."""
+"""Approximate time to start and stop a stack, for the estimate of the duration."""
 DRAIN_SHARE = 0.5
-"""About how much of the longest drain is needed, for the same."""
+"""Approximate share of the longest drain that is needed, for the same estimate."""
 SETTLE_S = 2.0
-"""Between two points: cancelled requests leave the services."""
+"""Pause between two points, in which cancelled requests leave the services."""
 GIVEN = "server"
-"""The arm's name where a running server is measured."""
+"""Name of the arm when a running server is measured."""
 
 
 @dataclass(frozen=True)
 class CapacitySearch:
-    """How capacities are searched for."""
+    """The range and the resolution of a search for capacities."""
 
     first: int
     most: int
@@ -47,20 +47,20 @@ class CapacitySearch:
 
 @dataclass(frozen=True)
 class LoadPlan:
-    """What is measured."""
+    """The arms, points and requests to measure."""
 
     arms: Sequence[Arm]
     sessions: Sequence[int]
     search: CapacitySearch | None
     repeats: int
-    """Times that each number of sessions is measured."""
+    """Measurements of each number of sessions."""
     window: Window
     workload: Workload
     requests: RequestSource
 
     @property
     def points(self) -> int:
-        """Points of an arm; with a search, about as many at most."""
+        """Points of an arm; with a search, about the most."""
         found = len(self.sessions)
         if self.search is not None:
             found += most_points(self.search.first, self.search.most, self.search.tolerance)
@@ -68,14 +68,14 @@ class LoadPlan:
 
     @property
     def about_s(self) -> float:
-        """About how long all of it takes."""
+        """Approximate duration of the campaign."""
         point_s = self.window.end_s + DRAIN_SHARE * self.window.drain_s + SETTLE_S
         return max(1, len(self.arms)) * (START_S * bool(self.arms) + self.points * point_s)
 
 
 @dataclass(frozen=True)
 class ArmSettings:
-    """What every arm runs on."""
+    """Settings that all arms share."""
 
     target: Path
     dtype: str
@@ -84,7 +84,7 @@ class ArmSettings:
 
     @property
     def env(self) -> Environment:
-        """Settings of every service."""
+        """The settings as environment variables of every service."""
         return {
             "WISP_DTYPE": self.dtype,
             "WISP_THREADS": "1",
@@ -95,22 +95,22 @@ class ArmSettings:
 
 @dataclass
 class Campaign:
-    """A run, as far as it has come."""
+    """A campaign, and its results so far."""
 
     plan: LoadPlan
     progress: Progress
     results: LoadResults = field(init=False)
     records: list[tuple[str, int, int, RequestRecord]] = field(default_factory=list)
-    """With arm, sessions and repeat."""
+    """Every request, with its arm, sessions and repeat."""
     asked: dict[tuple[int, int], LoadRequest] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.results = LoadResults(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
 
-    async def run_arms(self, machine: ArmSettings) -> None:
-        """Start each arm's stack and measure it."""
+    async def run_arms(self, settings: ArmSettings) -> None:
+        """Start a stack for each arm, and measure it."""
         for arm in self.plan.arms:
-            async with self._started(arm, machine) as stack:
+            async with self._started(arm, settings) as stack:
                 if arm.serving == "wisp":
                     async with observing(stack.brokers.amqp_url, stack.namespace, stack.brokers.tls) as observer:
                         await stack.watch(self._measure_all(arm.name, stack.url, observer, pools=True))
@@ -118,20 +118,20 @@ class Campaign:
                     await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks()))
 
     async def run_server(self, url: str, *, pools: bool) -> None:
-        """Measure a server that runs."""
+        """Measure a running server."""
         await self._measure_all(GIVEN, url, None, pools=pools)
 
     @asynccontextmanager
-    async def _started(self, arm: Arm, machine: ArmSettings) -> AsyncIterator[Stack]:
-        """An arm's stack, the suite's with a drafter for each kind of device.
+    async def _started(self, arm: Arm, settings: ArmSettings) -> AsyncIterator[Stack]:
+        """Start an arm's stack; the suite gets a drafter for each hardware profile.
 
-        Each has brokers of its own, so that none run beside a baseline.
+        Each stack has its own brokers, so that no brokers run beside a baseline.
         """
         options: dict[str, Any] = {
             "serving": arm.serving,
-            "target": machine.target,
+            "target": settings.target,
             "namespace": f"bench-{token_hex(4)}",
-            "env": machine.env,
+            "env": settings.env,
             "progress": self.progress,
         }
         devices = self.plan.workload.devices if arm.serving == "wisp" else []
@@ -149,7 +149,7 @@ class Campaign:
             yield stack
 
     def _uplinks(self) -> dict[str, LinkProfile]:
-        """The way of each kind of device to the server. Raises SettingsError."""
+        """Return the uplink of each hardware profile to the server. Raises SettingsError."""
         names = [device.name for device in self.plan.workload.devices if device.name != THIS_MACHINE]
         return {name: profile.uplink for name in names if (profile := load_profile(name)) is not None}
 

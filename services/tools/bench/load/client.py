@@ -1,7 +1,8 @@
-"""Sends one request and watches its stream. Talks only; `record` makes sense of what came.
+"""The HTTP client of the load generator: it sends a request and takes the time of each event of its stream.
 
-httpx rather than the `openai` client: 170 instead of 270 microseconds of CPU time for each chunk, and the generator
-shares the cores with what it measures. Events are only stamped while they come, and read when the stream has ended.
+It uses httpx instead of the `openai` client: 170 instead of 270 microseconds of CPU time for each chunk, and the
+generator shares the cores with the server that it measures. Events are parsed after the end of the stream, in
+`core.record`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from shared.errors import WispError
 
 CONNECT_S = 10.0
 SILENCE_S = 120.0
-"""A stream that sends nothing for so long has failed."""
+"""A stream that is silent for this long has failed."""
 
 
 class ServerUnusable(WispError):
@@ -36,15 +37,15 @@ class LoadClient:
     http: httpx.AsyncClient
     model: str
     pools: bool
-    """Whether each request goes to the drafters of its device."""
+    """Whether each request names the drafter pool of its hardware."""
     uplinks: Mapping[str, LinkProfile] = field(default_factory=dict)
-    """Ways of devices to the server: a request of one travels so long before it is sent."""
+    """Uplink by hardware profile: a request waits for its travel time before it is sent."""
 
     @classmethod
     async def connect(
         cls, http: httpx.AsyncClient, *, pools: bool, uplinks: Mapping[str, LinkProfile] | None = None
     ) -> LoadClient:
-        """Ask the server for its model. Raises ServerUnusable."""
+        """Return a client for the server's model. Raises ServerUnusable."""
         try:
             answer = await http.get("models")
             return cls(http, str(answer.raise_for_status().json()["data"][0]["id"]), pools, uplinks or {})
@@ -55,9 +56,9 @@ class LoadClient:
             ) from error
 
     async def ask(self, request: LoadRequest, began_s: float, due_s: float) -> RequestRecord:
-        """Send a request that was due at `due_s` in a point that began at `began_s`; returns when it has ended.
+        """Send a request that was due at `due_s` in a point that began at `began_s`; return its record at the end.
 
-        One that is cancelled is recorded as cut: its record is the task's result all the same.
+        Cancellation does not raise: it ends the stream, and the record says that the request was cut.
         """
         sent_s = time.perf_counter()
         timed = {"start_s": due_s - began_s, "lag_ms": (sent_s - due_s) * 1000}
@@ -105,8 +106,10 @@ class LoadClient:
 
 
 def http_client(url: str) -> httpx.AsyncClient:
-    """Connections to a server, as many as there are requests under way, which show it the key of WISP_API_KEY or
-    OPENAI_API_KEY. Use as a context manager."""
+    """Return an HTTP client without a limit on connections, with the key in WISP_API_KEY or OPENAI_API_KEY.
+
+    Use it as a context manager.
+    """
     return httpx.AsyncClient(
         base_url=url.rstrip("/") + "/",
         headers={"authorization": f"Bearer {LocalSettings().api_key.get_secret_value()}"},

@@ -1,4 +1,4 @@
-"""Puts the load of one point on a server: sessions in closed loop, or arrivals that wait for nobody."""
+"""The load of one point: sessions in a closed loop, or an open process of arrivals."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from services.tools.bench.load.core.requests import LoadRequest, RequestSource
 from services.tools.bench.load.workload import Workload
 
 TICK_S = 0.02
-"""Period of the timer whose lateness is the event loop's lag."""
+"""Period of the timer that measures the lag of the event loop."""
 FAILED_WAIT_S = 1.0
-"""A session's shortest wait after an error."""
-TOLD_S = 1.0
-DRAIN_LOOK_S = 0.1
+"""Shortest pause of a session after an error."""
+PROGRESS_S = 1.0
+DRAIN_POLL_S = 0.1
 
 
 @dataclass
 class PointRun:
-    """One measured point: so many sessions for so long. `run` it once."""
+    """One measured point: a number of sessions during a window. Call `run` once."""
 
     client: LoadClient
     workload: Workload
@@ -34,27 +34,27 @@ class PointRun:
     first: int
     """Number of each session's first request."""
     window: Window
-    told: Callable[[str], None] = lambda text: None
-    """Gets what goes on, now and then."""
+    show: Callable[[str], None] = lambda text: None
+    """Called with the progress, every second."""
     records: list[RequestRecord] = field(default_factory=list)
     asked: list[LoadRequest] = field(default_factory=list)
     _running: dict[asyncio.Task[RequestRecord], float] = field(default_factory=dict)
-    """Requests under way, with when they were due."""
+    """Running requests, with the time at which they were due."""
     _began_s: float = 0.0
     _late_ms: list[float] = field(default_factory=list)
 
     async def run(self) -> GeneratorLag:
-        """Ask until the window's requests have ended, and no longer than its limit; returns the generator's own lag.
+        """Send requests until those of the window have ended or its drain is over; return the generator's own lag.
 
-        The load stays on until then: requests at the end of the window must not have it easier than the others.
+        The load continues until then, so that requests at the end of the window meet the same load as the others.
         """
         self._began_s, used_s = time.perf_counter(), time.process_time()
-        workers = [asyncio.create_task(work) for work in (*self._load(), self._measure_lag(), self._tell())]
+        workers = [asyncio.create_task(work) for work in (*self._load(), self._measure_lag(), self._show_progress())]
         end_s = self._began_s + self.window.end_s
         try:
             await self._watch(workers, end_s + TICK_S)
             while self._counted_running() and time.perf_counter() < end_s + self.window.drain_s:
-                await self._watch(workers, time.perf_counter() + DRAIN_LOOK_S)
+                await self._watch(workers, time.perf_counter() + DRAIN_POLL_S)
         finally:
             await _cancelled(workers)
             await _cancelled(list(self._running))
@@ -64,7 +64,7 @@ class PointRun:
 
     @staticmethod
     async def _watch(workers: Collection[asyncio.Task[None]], until_s: float) -> None:
-        """Wait; what goes wrong in a worker is raised at once."""
+        """Wait until a time. Raises the error of a worker at once."""
         done, _ = await asyncio.wait(
             workers, timeout=until_s - time.perf_counter(), return_when=asyncio.FIRST_EXCEPTION
         )
@@ -84,7 +84,7 @@ class PointRun:
             request = self.requests.request(session, number)
             await _until(due_s)
             task = self._start(request, due_s)
-            # Not awaited itself: who is cancelled then would cancel it and go on with its record.
+            # `await task` would pass a cancellation of this session on to the request, and then go on with its record.
             await asyncio.wait({task})
             record = task.result()
             number += 1
@@ -98,7 +98,7 @@ class PointRun:
             request = self.requests.request(session, number)
             await _until(self._began_s + at_s)
             self._start(request, self._began_s + at_s)
-        raise AssertionError("arrivals have no end")
+        raise AssertionError("arrivals never end")
 
     def _start(self, request: LoadRequest, due_s: float) -> asyncio.Task[RequestRecord]:
         task = asyncio.create_task(self._ask(request, due_s))
@@ -121,7 +121,7 @@ class PointRun:
             await asyncio.sleep(TICK_S)
             self._late_ms.append(max(0.0, time.perf_counter() - due_s) * 1000)
 
-    async def _tell(self) -> None:
+    async def _show_progress(self) -> None:
         while True:
             gone_s = time.perf_counter() - self._began_s
             if gone_s < self.window.warm_up_s:
@@ -129,9 +129,9 @@ class PointRun:
             elif gone_s < self.window.end_s:
                 doing = f"{gone_s - self.window.warm_up_s:.0f} of {self.window.measure_s:.0f} s"
             else:
-                doing = f"{len(self._counted_running())} requests to come"
-            self.told(f"{doing}, {len(self.records)} answered")
-            await asyncio.sleep(TOLD_S)
+                doing = f"{len(self._counted_running())} requests to go"
+            self.show(f"{doing}, {len(self.records)} answered")
+            await asyncio.sleep(PROGRESS_S)
 
 
 async def _until(due_s: float) -> None:
@@ -140,7 +140,7 @@ async def _until(due_s: float) -> None:
 
 
 async def _cancelled(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel tasks and see them end."""
+    """Cancel tasks and wait until they have ended."""
     for task in tasks:
         task.cancel()
     for task in tasks:

@@ -1,7 +1,7 @@
-"""Listens to what verifiers and estimator say about batches and their costs, while a point is measured.
+"""An observer of the verifiers' batches and cost models while a point is measured.
 
-Only samples and cost models, which come a few times a second: to listen to every result would take the cores from the
-services. What one round cost is in the request's own trace.
+It consumes only samples and cost models, which are published a few times a second. Consuming every result would take
+cores from the services; the cost of a single round is in the trace of its request.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from shared.runtime.tls import Tls
 
 
 class BatchObserver:
-    """The last cost model of each verifier, and the batches measured since they were last taken."""
+    """The latest cost model of each verifier, and the batches measured since the last `take`."""
 
     def __init__(self) -> None:
         self._costs: dict[str, CostModel] = {}
         self._batches: list[Measurement] = []
 
     async def see(self, message: Message) -> None:
-        """Take in a message."""
+        """Consume a message."""
         if isinstance(message, CostModel):
             self._costs[message.verifier] = message
         elif isinstance(message, Sample) and not message.profile:
@@ -33,18 +33,18 @@ class BatchObserver:
 
     @property
     def costs(self) -> list[CostModel]:
-        """The verifiers' cost models, as far as one was published."""
+        """The published cost models."""
         return list(self._costs.values())
 
     def take(self) -> list[Measurement]:
-        """The batches since the last call."""
+        """Return the batches since the last call."""
         batches, self._batches = self._batches, []
         return batches
 
 
 @asynccontextmanager
 async def observing(amqp_url: str, namespace: str, tls: Tls | None = None) -> AsyncIterator[BatchObserver]:
-    """An observer of the suite in a namespace. Raises BrokersError."""
+    """Yield an observer of the suite in a namespace. Raises BrokersError."""
     name = f"bench-{token_hex(3)}"
     broker = await Broker.connect(amqp_url, Topology(namespace), name, tls=tls)
     observer = BatchObserver()

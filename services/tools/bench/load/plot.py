@@ -1,4 +1,4 @@
-"""Attainment and goodput over the number of sessions, a line per arm, readable on light and on dark ground."""
+"""Plot of attainment and goodput over the number of sessions, a line per arm, for light and dark backgrounds."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ from typing import Any
 from services.tools.bench.load.core.results import LoadResults
 
 GREY = "#7d7d7d"
-"""As legible on white as on a dark page: contrasts of about 4."""
+"""Legible on white and on a dark page, with a contrast of about 4 on both."""
 COLOURS = ("#3b82d6", "#d9730d", "#2f9e6e", "#b65fc4", "#c9504a", "#9a8420", "#5f8f9e", "#8a6fd1")
 MARKERS = "osD^vPX*"
 LABEL_GAP = 0.055
-"""Between two labels, in heights of the axes."""
+"""Distance of two labels, as a share of the height of the axes."""
 
 
 def plot(results: LoadResults, path: Path) -> None:
-    """Write the picture; the ending of the name chooses its format."""
+    """Write the picture. The suffix of the name chooses its format."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -56,8 +56,10 @@ def plot(results: LoadResults, path: Path) -> None:
 
 
 def spread(wanted: Sequence[float], gap: float, floor: float) -> list[float]:
-    """Positions in the order of the wanted ones, at least `gap` apart and none below `floor`, with the least sum of
-    squared distances from them: an isotonic regression of what is wanted less the gaps below (pool adjacent violators).
+    """Return positions at least `gap` apart and not below `floor`, in the order of the wanted ones and close to them.
+
+    The sum of squared distances is the least: an isotonic regression (pool adjacent violators) of the wanted positions
+    minus the gaps below them.
     """
     order = sorted(range(len(wanted)), key=lambda i: wanted[i])
     blocks: list[list[float]] = []
@@ -86,7 +88,7 @@ def _lines(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def _label(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
-    """Each line's name at its right end."""
+    """Write each line's name at its right end."""
     bottom, top = axes.get_ylim()
     right = max(points[-1][0] for points in lines.values())
     ends = [points[-1][1] for points in lines.values()]
@@ -106,7 +108,7 @@ def _label(axes: Any, lines: dict[str, list[tuple[int, float]]]) -> None:
 
 
 def _sessions(axes: Any, sessions: Sequence[int]) -> None:
-    """A logarithmic axis with the measured numbers on it, as far as they have room."""
+    """Make the axis logarithmic, with as many of the measured numbers as fit."""
     axes.set_xscale("log", base=2)
     axes.minorticks_off()
     shown: list[int] = []

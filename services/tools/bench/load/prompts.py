@@ -1,4 +1,4 @@
-"""Prompts of about a wanted length, made of the packaged corpus. Pure."""
+"""Prompts of about a given length, from the packaged corpus."""
 
 from __future__ import annotations
 
@@ -7,24 +7,24 @@ from collections.abc import Sequence
 from services.tools.training.prompts import CorpusPrompt, Turn, sample
 
 CHARACTERS_PER_TOKEN = 4.2
-"""Of the corpus with the default target's tokenizer: 3.4 (mathematics) to 4.8."""
+"""Mean of the corpus with the default target's tokenizer; by kind from 3.4 (mathematics) to 4.8."""
 CANDIDATES = 12
 NOTES_KIND = "summary"
-"""Its prompts hold passages."""
+"""Kind of text whose prompts contain passages."""
 CHARACTERS_PER_NOTE = 300
-"""The shortest ones."""
+"""Length of the shortest passages."""
 NEAR = 0.75
-"""A prompt of this share of the wanted length is long enough; one that is longer by as much fits."""
+"""A prompt is long enough from this share of the wanted length on, and fits up to the inverse of it."""
 NUMBERS = 1_000_000
 
 Messages = list[dict[str, str]]
 
 
 def conversation(seed: int, tokens: float, kinds: Sequence[str], held_out: bool) -> Messages:
-    """A conversation of about so many tokens, the same for the same arguments.
+    """Return a conversation of about `tokens` tokens, the same for the same arguments.
 
-    Of some prompts the longest that fits; what it lacks is made up by notes before its last question. It begins
-    with a number of its own, so that no prefix cache knows it: short prompts of the corpus come again now and then.
+    It is the longest fitting prompt among some candidates. If that is too short, notes before its last question fill
+    it up. It begins with a number of its own, so that no prefix cache holds it: short prompts of the corpus repeat.
     """
     wanted = tokens * CHARACTERS_PER_TOKEN
     candidates = sample(seed, CANDIDATES, held_out, kinds)
@@ -43,7 +43,7 @@ def _length(prompt: CorpusPrompt) -> int:
 
 
 def _notes(seed: int, characters: int, held_out: bool) -> str:
-    """Passages, up to a word's end at `characters`."""
+    """Return passages of up to `characters` characters, cut at the end of a word."""
     passages = sample(seed + 1, 1 + characters // CHARACTERS_PER_NOTE, held_out, [NOTES_KIND])
     text = "\n\n".join(turn.content for prompt in passages for turn in prompt.turns or () if turn.role == "user")
     return text[:characters].rpartition(" ")[0]

@@ -1,4 +1,4 @@
-"""Tells what a run found: tables, a file of results, a file of every request, a picture."""
+"""The report of a campaign: tables, a file of results, a file of every request, a picture."""
 
 from __future__ import annotations
 
@@ -22,21 +22,23 @@ from services.tools.bench.load.core.results import (
     promise_table,
     speed_table,
 )
-from services.tools.bench.support.report import keep, table
+from services.tools.bench.support.report import conclude as conclude_record
+from services.tools.bench.support.report import table, written
 from services.tools.local.folder import state_folder
 from shared.errors import SettingsError
 
 BIG = 4 << 20
-"""Bytes of records from which on they are compressed."""
+"""Bytes of records above which the file is compressed."""
 BASELINES = (
-    "centralized and colocated have no devices that draft: a request takes its device's uplink once, colocated drafts "
-    "on the server's own thread, and admission predicts nothing; in every arm text counts when it leaves the server"
+    "centralized and colocated have no drafters: a request takes the uplink of its hardware profile once, colocated "
+    "drafts on the server's own thread, and admission predicts nothing; in every arm, text counts when it leaves the "
+    "server"
 )
-"""What a reader of their figures has to know."""
+"""A note on the figures of the baselines."""
 
 
 def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: Console) -> None:
-    """Print everything and write it down."""
+    """Print all tables and write all files."""
     plan, results = campaign.plan, campaign.results
     console.print()
     console.print(table("promises kept", *promise_table(results.points)))
@@ -47,32 +49,25 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
     console.print(table("highest goodput, at any n", *goodput_table(results)))
     if results.aims:
         console.print(table("capacity", *capacity_table(results)))
-    told = notes(results, plan.search.tolerance if plan.search else None)
+    explained = notes(results, plan.search.tolerance if plan.search else None)
     if any(arm.serving != "wisp" for arm in plan.arms):
-        told.append(BASELINES)
-    for note in told:
-        console.print(note, highlight=False, soft_wrap=True)
-    console.print(", ".join(f"{key} {value}" for key, value in facts.items()), style="dim", highlight=False)
-    path = keep(
-        name,
-        {
-            "facts": dict(facts),
-            "notes": told,
-            "workload": plan.workload.model_dump(mode="json"),
-            "capacities": {
-                arm: [one.model_dump() for one in capacities] for arm, capacities in results.capacities().items()
-            },
-            "ratios": results.ratios(),
-            "results": results.model_dump(mode="json"),
+        explained.append(BASELINES)
+    record = {
+        "facts": dict(facts),
+        "notes": explained,
+        "workload": plan.workload.model_dump(mode="json"),
+        "capacities": {
+            arm: [one.model_dump() for one in capacities] for arm, capacities in results.capacities().items()
         },
-    )
-    written = [path, _keep_records(path, campaign.records)]
-    written.append(_plot(results, path))
-    console.print(f"written to {', '.join(str(one) for one in written)}", style="dim", highlight=False)
+        "ratios": results.ratios(),
+        "results": results.model_dump(mode="json"),
+    }
+    path = conclude_record(console, name, record)
+    written(console, _keep_records(path, campaign.records), _plot(results, path))
 
 
 def replot(name: str, console: Console) -> None:
-    """Draw the picture of an earlier run again. Raises SettingsError where there is none."""
+    """Draw the picture of an earlier run again. Raises SettingsError if there is none."""
     path = state_folder() / "results" / f"{name}.json"
     try:
         results = LoadResults.model_validate(json.loads(path.read_text("utf-8"))["results"])
@@ -82,7 +77,7 @@ def replot(name: str, console: Console) -> None:
         ) from error
     if not results.points:
         raise SettingsError(f"{path} holds no points; run `wisp bench load` again")
-    console.print(f"written to {_plot(results, path)}", style="dim", highlight=False)
+    written(console, _plot(results, path))
 
 
 def _plot(results: LoadResults, path: Path) -> Path:
@@ -94,7 +89,7 @@ def _plot(results: LoadResults, path: Path) -> Path:
 
 
 def _keep_records(path: Path, records: Sequence[tuple[str, int, int, RequestRecord]]) -> Path:
-    """One JSON object per request, beside the results."""
+    """Write one JSON object per request beside the results; return the file."""
     data = "".join(
         json.dumps({"arm": arm, "sessions": sessions, "repeat": repeat, **record.model_dump(mode="json")}) + "\n"
         for arm, sessions, repeat, record in records

@@ -1,8 +1,8 @@
-"""Who asks what, and when: a workload, and the requests that it comes to. Pure.
+"""A workload: distributions of requests and arrivals, and the requests drawn from them.
 
-Session i's request number k is a function of (seed, i, k) and of the workload alone: every arm is asked the same. A
-measured point asks from a number of its own on (`first_number`), so that no prompt of an earlier point is found in a
-prefix cache.
+Request k of session i depends only on (seed, i, k) and on the workload, so every arm gets the same requests. The
+numbers k of a measured point start at its own `first_number`, so that no prefix cache holds a prompt of an earlier
+point.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ class _WeightedPart(_WorkloadPart):
 
 
 class Constant(_WeightedPart):
-    """Always the same."""
+    """Always the same value."""
 
     distribution: Literal["constant"]
     value: Amount
 
     def draw(self, rng: random.Random) -> float:
-        """One value."""
+        """Draw a value."""
         return self.value
 
 
@@ -60,12 +60,12 @@ class Uniform(_WeightedPart):
         return self
 
     def draw(self, rng: random.Random) -> float:
-        """One value."""
+        """Draw a value."""
         return rng.uniform(self.low, self.high)
 
 
 class Lognormal(_WeightedPart):
-    """exp of a normal distribution around log(median), cut off at `low` and `high`."""
+    """exp of a normal distribution around log(median), clamped to `low` and `high`."""
 
     distribution: Literal["lognormal"]
     median: Positive
@@ -80,18 +80,18 @@ class Lognormal(_WeightedPart):
         return self
 
     def draw(self, rng: random.Random) -> float:
-        """One value."""
+        """Draw a value."""
         return min(self.high, max(self.low, self.median * rng.lognormvariate(0.0, self.sigma)))
 
 
 class Discrete(_WeightedPart):
-    """One of some values, each as likely."""
+    """One of some equally likely values."""
 
     distribution: Literal["choice"]
     values: Annotated[list[Amount], Field(min_length=1)]
 
     def draw(self, rng: random.Random) -> float:
-        """One value."""
+        """Draw a value."""
         return rng.choice(self.values)
 
 
@@ -100,36 +100,36 @@ Mixture = Annotated[list[Distribution], Field(min_length=1)]
 
 
 class ArrivalProcess(_WorkloadPart):
-    """When requests come."""
+    """The process by which requests arrive."""
 
     process: Literal["closed", "poisson", "gamma"] = "closed"
     rate: Positive = 0.3
-    """Requests per second and session, of the open processes."""
+    """Requests per second and session; used by the open processes."""
     burstiness: Positive = 4.0
-    """Square of the coefficient of variation of the gaps, of `gamma`."""
+    """Square of the coefficient of variation of the gaps; used by `gamma`."""
 
 
 class SloClass(_WeightedPart, Promise):
-    """Requests with one promise; without one it is left to the server."""
+    """A class of requests with the same SLO. Without an SLO, the server chooses it by the tier."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     tier: str | None = None
 
 
 class EmulatedHardware(_WeightedPart):
-    """A kind of device: a pool of drafters, and the profile that they emulate."""
+    """A hardware profile, and the pool of drafters that emulate it; both have the same name."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
 class Temperature(_WeightedPart):
-    """Of sampling."""
+    """A sampling temperature."""
 
     value: Annotated[float, Field(ge=0, le=2)]
 
 
 class Workload(_WorkloadPart):
-    """Distributions of everything, and the seed. `default.toml` explains each field."""
+    """The distributions and the seed. `default.toml` explains each field."""
 
     seed: Annotated[int, Field(ge=0)]
     kinds: Annotated[list[str], Field(min_length=1)]
@@ -154,7 +154,7 @@ class Workload(_WorkloadPart):
         return self
 
     def request(self, session: int, number: int) -> LoadRequest:
-        """The request of this number of this session."""
+        """Return request `number` of a session."""
         rng = self._rng(session, number)
         of_class = _one_of(self.classes, rng)
         return LoadRequest(
@@ -173,7 +173,7 @@ class Workload(_WorkloadPart):
         )
 
     def device(self, session: int) -> str:
-        """A session's device: dealt out, so that any number of sessions has the mixture as nearly as can be."""
+        """Return a session's hardware, dealt out so that any number of sessions is close to the mixture."""
         while len(self._dealt) <= session:
             total = len(self._dealt) + 1
             share = sum(device.weight for device in self.devices)
@@ -186,11 +186,11 @@ class Workload(_WorkloadPart):
         return []
 
     def starts_s(self, sessions: int, within_s: float) -> list[float]:
-        """When each session of a closed loop asks for the first time, so that they do not all ask at once."""
+        """Return the time of each session's first request in a closed loop, spread over `within_s`."""
         return [self._rng(session, "start").uniform(0.0, within_s) for session in range(sessions)]
 
     def arrivals_s(self, sessions: int, first: int) -> Iterator[tuple[float, int, int]]:
-        """Time, session and number of each arrival of an open process, without end; sessions take turns."""
+        """Yield time, session and number of each arrival of an open process, without end. Sessions take turns."""
         rng, at_s, count = self._rng(sessions, f"arrivals/{first}"), 0.0, 0
         shape = 1.0 if self.arrivals.process == "poisson" else 1.0 / self.arrivals.burstiness
         mean_s = 1.0 / (self.arrivals.rate * sessions)
@@ -216,12 +216,12 @@ def _one_of(parts: Sequence[W], rng: random.Random) -> W:
 
 
 def default_text() -> str:
-    """The packaged workload file."""
+    """Return the text of the packaged workload file."""
     return (resources.files(__package__) / "default.toml").read_text("utf-8")
 
 
 def workload_of(text: str, seed: int | None = None) -> Workload:
-    """The workload in a TOML file's text, completed by the packaged one. Raises SettingsError."""
+    """Parse the text of a TOML file; the packaged workload supplies missing fields. Raises SettingsError."""
     try:
         given = tomllib.loads(text)
     except tomllib.TOMLDecodeError as error:

@@ -1,16 +1,16 @@
-"""What a point's requests come to. Pure.
+"""The measures of a point, from the records of its requests.
 
-Counted are the requests that were due in the window, whenever they ended. Tokens per second count what arrived in the
-window, of whatever request: both are unbiased, as the load stays the same before, during and after the window.
+Requests count that were due in the window, whenever they ended. Tokens per second count the tokens that arrived in the
+window, of any request. Both are unbiased, as the load stays the same before, during and after the window.
 
 - **attainment**: share of the counted requests that attained their SLO; refused, failed and cut ones did not.
 - **goodput**, **throughput**: output tokens per second, of requests that attained and of all.
 - **acceptance**: accepted / verified draft tokens. **trimmed**: drafted and not verified.
-- **WDT share**: drafting time past the first rejection / drafting time. A round that was rejected after a of its d
-  drafted tokens wasted (d - a - 1) / d of its drafting time.
-- **interference**: time of a round's batch minus the time that the round would have taken alone, by the verifier's cost
-  model at the end of the point. Of rounds after a session's first, which computes the prompt. Not cut off at 0, so that
-  the machine's noise averages out.
+- **WDT share**: drafting time past the first rejection / drafting time. A round with a accepted of d drafted tokens
+  wasted (d - a - 1) / d of its drafting time.
+- **interference**: time of a round's batch minus the time of the round alone, by the verifier's cost model at the end
+  of the point. The first round of a session, which computes the prompt, does not count. Values below 0 are kept, so
+  that noise averages out.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from shared.cost.model import predict_ms, shape_of
 from shared.messages import CostModel, Measurement
 
 LAG_LIMIT_MS = 50.0
-"""A generator whose 99th percentile is later than this was the bottleneck."""
+"""A generator whose 99th percentile of lag is above this was the bottleneck."""
 
 
 class _Measure(BaseModel):
@@ -34,25 +34,25 @@ class _Measure(BaseModel):
 
 
 class Window(_Measure):
-    """The times of a point, in seconds."""
+    """The phases of a point, in seconds."""
 
     warm_up_s: float
     measure_s: float
     drain_s: float
-    """How long requests of the window are waited for after it."""
+    """Longest wait for requests of the window after its end."""
 
     @property
     def end_s(self) -> float:
-        """Its end, since the point began."""
+        """End of the window, since the start of the point."""
         return self.warm_up_s + self.measure_s
 
     def counts(self, start_s: float) -> bool:
-        """Whether a request that was due then counts."""
+        """Return whether a request counts that was due at `start_s`."""
         return self.warm_up_s <= start_s < self.end_s
 
 
 class GeneratorLag(_Measure):
-    """How late the generator itself was, in milliseconds, and the CPU time that it used of a second."""
+    """The lag of the generator itself in milliseconds, and its CPU time per second."""
 
     send_p50_ms: float
     send_p99_ms: float
@@ -63,17 +63,17 @@ class GeneratorLag(_Measure):
 
     @property
     def worst_ms(self) -> float:
-        """The later of the two."""
+        """The larger of the two 99th percentiles."""
         return max(self.send_p99_ms, self.loop_p99_ms)
 
     @property
     def bottleneck(self) -> bool:
-        """Whether the generator was too slow for its figures to be the server's."""
+        """Whether the generator was too slow to measure the server."""
         return self.worst_ms > LAG_LIMIT_MS
 
 
 class Quantiles(_Measure):
-    """Of a time, in milliseconds."""
+    """Quantiles of a time, in milliseconds."""
 
     p50: float
     p90: float
@@ -91,12 +91,12 @@ class ClassMeasures(_Measure):
 
     @property
     def attainment(self) -> float | None:
-        """Share that attained."""
+        """Share of the requests that attained their SLO."""
         return self.attained / self.requests if self.requests else None
 
 
 class DraftMeasures(_Measure):
-    """What drafts were made of and came to, in the counted requests."""
+    """Drafts of the counted requests."""
 
     rounds: int
     tokens_per_round: float
@@ -110,7 +110,7 @@ class DraftMeasures(_Measure):
 
 
 class BatchMeasures(_Measure):
-    """The batches that the verifiers measured during the window and its drain; means and 90th percentile."""
+    """Batches that the verifiers measured during the point: means, and the 90th percentile."""
 
     count: int
     jobs: float
@@ -120,7 +120,7 @@ class BatchMeasures(_Measure):
 
 
 class InterferenceMeasures(_Measure):
-    """Of rounds, in milliseconds."""
+    """Interference of rounds, in milliseconds."""
 
     rounds: int
     mean_ms: float
@@ -128,7 +128,7 @@ class InterferenceMeasures(_Measure):
 
 
 class Measures(_Measure):
-    """One point."""
+    """The measures of one point."""
 
     requests: int
     complete: int
@@ -148,11 +148,11 @@ class Measures(_Measure):
     """None without a cost model."""
     batches: BatchMeasures | None
     reasons: dict[str, int]
-    """Why requests were refused or failed, and how many."""
+    """Number of refused and failed requests by reason."""
 
     @property
     def attainment(self) -> float | None:
-        """Share of the counted requests that attained."""
+        """Share of the counted requests that attained their SLO."""
         return self.attained / self.requests if self.requests else None
 
 
@@ -162,7 +162,10 @@ def measure(
     costs: Sequence[CostModel] = (),
     batches: Sequence[Measurement] = (),
 ) -> Measures:
-    """The measures of a point's records; `costs` are the verifiers' cost models, `batches` what they measured."""
+    """Return the measures of a point.
+
+    costs: the verifiers' cost models; batches: the batches that they measured.
+    """
     counted = [record for record in records if window.counts(record.start_s)]
     attained = [record for record in records if record.attained]
     return Measures(
@@ -189,7 +192,7 @@ def measure(
 
 
 def quantile(values: Sequence[float], share: float) -> float:
-    """The quantile of some values, linear between two of them (Hyndman and Fan's type 7)."""
+    """Return a quantile, linear between two values (Hyndman and Fan's type 7)."""
     ordered = sorted(values)
     at = share * (len(ordered) - 1)
     below = math.floor(at)
@@ -198,7 +201,7 @@ def quantile(values: Sequence[float], share: float) -> float:
 
 
 def quantiles(values: Iterable[float | None]) -> Quantiles | None:
-    """Median, 90th and 99th percentile of those that are known."""
+    """Return median, 90th and 99th percentile of the values that are not None; None without any."""
     known = [value for value in values if value is not None]
     if not known:
         return None
@@ -206,7 +209,7 @@ def quantiles(values: Iterable[float | None]) -> Quantiles | None:
 
 
 def lag_of(sent_ms: Sequence[float], loop_ms: Sequence[float], cpu_share: float) -> GeneratorLag:
-    """The generator's lag, from that of each request and of a timer in its event loop."""
+    """Return the generator's lag, from the lags of its requests and of a timer in its event loop."""
     sent, loop = sent_ms or [0.0], loop_ms or [0.0]
     return GeneratorLag(
         send_p50_ms=quantile(sent, 0.5),
@@ -219,7 +222,7 @@ def lag_of(sent_ms: Sequence[float], loop_ms: Sequence[float], cpu_share: float)
 
 
 def wasted(drafted: int, verified: int, accepted: int) -> int:
-    """Draft tokens of a round past the first rejected one; 0 if none of those verified was rejected."""
+    """Return a round's draft tokens past the first rejected one; 0 if no verified token was rejected."""
     return max(0, drafted - accepted - 1) if accepted < verified else 0
 
 
@@ -280,8 +283,10 @@ def _interference(records: Sequence[RequestRecord], costs: Sequence[CostModel]) 
 
 
 def _alone_ms(costs: Sequence[CostModel], length: int, verified: int) -> float:
-    """Time of a round of its own that builds on so many tokens, of which the last is not cached yet. A record does not
-    say at which verifier it was, so it is the mean of all."""
+    """Return the time of a round alone, with `length` tokens before it of which the last is not cached.
+
+    It is the mean over all verifiers, since a record does not name the verifier of a round.
+    """
     shape = shape_of([(1 + verified, length + verified, 1 + verified)])
     return fmean(predict_ms(model, shape) for model in costs)
 

@@ -1,4 +1,4 @@
-"""What became of one request, as its client saw it. Pure."""
+"""The record of one request, as its client saw it."""
 
 from __future__ import annotations
 
@@ -16,19 +16,18 @@ EVENT_END = b"\n\n"
 
 
 class Ending(StrEnum):
-    """How a request ended."""
+    """The ending of a request."""
 
     COMPLETE = "complete"
     REFUSED = "refused"
-    """With status 429."""
+    """By status 429."""
     ERROR = "error"
     CUT = "cut"
-    """By the benchmark, which had waited long enough."""
+    """By the benchmark, at the end of the drain."""
 
 
 class RequestRecord(BaseModel):
-    """One request. Milliseconds count from the moment at which it was meant to be sent, so a generator that is late
-    makes results worse and never better."""
+    """One request. Milliseconds count from the time at which it was due, so a late generator never improves results."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -37,42 +36,42 @@ class RequestRecord(BaseModel):
     service_class: str
     device: str
     slo: Slo | None
-    """The promise that was asked for; otherwise the one that the server says it made."""
+    """The requested SLO; without one, the SLO that the server reports."""
     start_s: float
-    """When it was meant to be sent, since the point began."""
+    """Time at which it was due, since the start of the point."""
     lag_ms: float
-    """How much later it was sent."""
+    """Time from then until it was sent."""
     ending: Ending
     total_ms: float
     prompt_tokens: int = 0
     tokens: int = 0
     arrivals: list[tuple[float, int]] = []
-    """Time and number of the tokens that came together."""
+    """Time and number of tokens of each event with tokens."""
     finish: str = ""
     reason: str = ""
-    """Why it was refused or failed."""
+    """Reason of a refusal or failure."""
     retry_after_s: float | None = None
     summary: dict[str, Any] = {}
     rounds: list[dict[str, Any]] = []
-    """As the gateway's trace tells of them."""
+    """Rounds of the gateway's trace."""
 
     @property
     def ttft_ms(self) -> float | None:
-        """Time to the first token; to the end of a complete text without one."""
+        """Time to the first token, or to the end of a complete answer without tokens."""
         if self.arrivals:
             return self.arrivals[0][0]
         return self.total_ms if self.ending is Ending.COMPLETE else None
 
     @property
     def tpot_ms(self) -> float | None:
-        """Mean time per token after the first; None for a text of fewer than two."""
+        """Mean time per token after the first; None with fewer than two tokens."""
         if self.tokens < 2 or not self.arrivals:
             return None
         return (self.arrivals[-1][0] - self.arrivals[0][0]) / (self.tokens - 1)
 
     @property
     def attained(self) -> bool:
-        """Whether the text came to its own end within its promise; true for every complete text without one."""
+        """Whether the answer is complete and met its SLO; true for every complete answer without an SLO."""
         if self.ending is not Ending.COMPLETE or self.ttft_ms is None:
             return False
         if self.slo is None:
@@ -80,7 +79,7 @@ class RequestRecord(BaseModel):
         return self.ttft_ms <= self.slo.ttft_ms and (self.tpot_ms is None or self.tpot_ms <= self.slo.tpot_ms)
 
     def tokens_between(self, start_s: float, end_s: float) -> int:
-        """Tokens that arrived in a time since the point began."""
+        """Return the number of tokens that arrived from `start_s` to `end_s`, since the start of the point."""
         return sum(count for ms, count in self.arrivals if start_s <= self.start_s + ms / 1000 < end_s)
 
 
@@ -94,43 +93,46 @@ def record_of(
     cut: bool = False,
     reason: str = "",
 ) -> RequestRecord:
-    """The record of a stream: its events, each with the milliseconds at which it came.
+    """Return the record of a stream, from its events with their arrival times in milliseconds.
 
-    A server without our trace sends a token per chunk, or says in `usage` how many there were. `reason` is why the
-    stream broke off.
+    Without our trace, a chunk counts as one token, and `usage` overrides the sum. reason: why the stream broke off.
     """
-    told: dict[str, Any] = {"summary": {}, "rounds": [], "arrivals": [], "reason": reason}
+    parsed: dict[str, Any] = {"summary": {}, "rounds": [], "arrivals": [], "finish": "", "reason": reason}
     usage: Mapping[str, Any] = {}
     for ms, event in events:
         fields = _fields(event)
-        if error := fields.get("error"):
-            told["reason"] = str(error.get("message") or error)
-            continue
-        trace = fields.get("wisp") or {}
-        told["summary"] |= trace.get("summary") or {}
-        told["rounds"] += trace.get("rounds") or []
         usage = fields.get("usage") or usage
-        for choice in fields.get("choices") or []:
-            told["finish"] = choice.get("finish_reason") or told.get("finish", "")
-            text = (choice.get("delta") or {}).get("content")
-            if count := len(trace["tokens"]) if "tokens" in trace else int(bool(text)):
-                told["arrivals"].append((round(ms, 3), count))
+        _add_event(parsed, ms, fields)
     if cut:
         ending = Ending.CUT
-    elif told["reason"] or not told.get("finish"):
+    elif parsed["reason"] or not parsed["finish"]:
         ending = Ending.ERROR
-        told["reason"] = told["reason"] or "the stream ended before its text did"
+        parsed["reason"] = parsed["reason"] or "the stream ended without a finish reason"
     else:
         ending = Ending.COMPLETE
-    promised = told["summary"].get("slo")
+    slo = parsed["summary"].get("slo")
     return RequestRecord(
         **_of(request, start_s, lag_ms, total_ms),
-        slo=request.slo or (Slo.model_validate(promised) if promised else None),
+        slo=request.slo or (Slo.model_validate(slo) if slo else None),
         ending=ending,
         prompt_tokens=usage.get("prompt_tokens") or 0,
-        tokens=usage.get("completion_tokens") or sum(count for _, count in told["arrivals"]),
-        **told,
+        tokens=usage.get("completion_tokens") or sum(count for _, count in parsed["arrivals"]),
+        **parsed,
     )
+
+
+def _add_event(parsed: dict[str, Any], ms: float, fields: Mapping[str, Any]) -> None:
+    if error := fields.get("error"):
+        parsed["reason"] = str(error.get("message") or error)
+        return
+    trace = fields.get("wisp") or {}
+    parsed["summary"] |= trace.get("summary") or {}
+    parsed["rounds"] += trace.get("rounds") or []
+    for choice in fields.get("choices") or []:
+        parsed["finish"] = choice.get("finish_reason") or parsed["finish"]
+        text = (choice.get("delta") or {}).get("content")
+        if count := len(trace["tokens"]) if "tokens" in trace else int(bool(text)):
+            parsed["arrivals"].append((round(ms, 3), count))
 
 
 def refusal_of(
@@ -143,7 +145,7 @@ def refusal_of(
     lag_ms: float,
     total_ms: float,
 ) -> RequestRecord:
-    """The record of a request that was answered with an error status."""
+    """Return the record of a request with an error status."""
     try:
         error = json.loads(body)["error"]
         reason = f"{status} {error.get('code') or ''}: {error.get('message') or ''}"
@@ -172,7 +174,7 @@ def _of(request: LoadRequest, start_s: float, lag_ms: float, total_ms: float) ->
 
 
 def _fields(event: bytes) -> dict[str, Any]:
-    """The object of a server-sent event; empty for comments and for the last event."""
+    """Return the object of a server-sent event; empty for comments and for the last event."""
     data = b"".join(line[5:].strip() for line in event.splitlines() if line.startswith(b"data:"))
     if not data.startswith(b"{"):
         return {}

@@ -1,4 +1,4 @@
-"""The requests of a session, one by one: what each is, their numbers, and a file of them. Pure."""
+"""The requests of sessions, their numbers, and files of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.errors import SettingsError
 from shared.messages import Slo
 
 NUMBERS_PER_POINT = 1 << 12
-"""Requests of a session in one point, at most."""
+"""Most requests of a session in one point."""
 MOST_SESSIONS = 1 << 12
 
 
@@ -34,29 +34,29 @@ class LoadRequest(BaseModel):
     slo: Slo | None = None
     device: str = ""
     think_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """What the session waits before it, in closed loop."""
+    """Pause of the session before the request, in a closed loop."""
 
 
 class RequestSource(Protocol):
-    """Where a session's next request comes from."""
+    """A source of requests."""
 
     def request(self, session: int, number: int) -> LoadRequest:
-        """A session's request of a number."""
+        """Return request `number` of a session."""
         ...
 
 
 def first_number(sessions: int, repeat: int) -> int:
-    """The number from which a point's sessions ask: no other point has the same numbers."""
+    """Return the number of each session's first request in a point. No two points share a number."""
     return (repeat * MOST_SESSIONS + sessions) * NUMBERS_PER_POINT
 
 
 @dataclass(frozen=True)
 class RecordedRequests:
-    """Requests from a file instead of a distribution.
+    """Requests from a file instead of a workload.
 
-    A session takes its requests by their number; a number that the file lacks takes the session's list in turn, a
-    session that it lacks the list of another one. So a file that was written by a run repeats it, and any other list of
-    requests works as well.
+    A session takes its requests by number. For a number that the file lacks, it takes the requests of its list in
+    turn; for a session that the file lacks, those of another session. So a file written by a run repeats that run, and
+    any other list of requests works too.
     """
 
     requests: Sequence[LoadRequest]
@@ -73,7 +73,7 @@ class RecordedRequests:
         return {(request.session, request.number): request for request in self.requests}
 
     def request(self, session: int, number: int) -> LoadRequest:
-        """The request of this number, or the one whose turn it is."""
+        """Return request `number` of a session, or the one whose turn it is."""
         if (session, number) in self._by_number:
             return self._by_number[session, number]
         lists = list(self._lists.values())
@@ -83,13 +83,13 @@ class RecordedRequests:
 
 
 def to_lines(requests: Sequence[LoadRequest]) -> str:
-    """Requests as JSON lines, by session and number."""
+    """Return requests as JSON lines, by session and number."""
     ordered = sorted(requests, key=lambda one: (one.session, one.number))
     return "".join(one.model_dump_json(exclude_none=True) + "\n" for one in ordered)
 
 
 def from_lines(text: str) -> RecordedRequests:
-    """Requests of JSON lines. Raises SettingsError that names the line."""
+    """Parse requests from JSON lines. Raises SettingsError, which names the line."""
     found = []
     for number, line in enumerate(text.splitlines(), start=1):
         if not line.strip():

@@ -1,4 +1,4 @@
-"""What a run found, as it is kept; capacities and tables made of it. Pure."""
+"""The results of a campaign, as written to the result file, and the capacities and tables made of them."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from shared.messages import CostModel
 
 Row = list[Any]
 RIVALS = ("centralized", "sled")
-"""What capacities and goodput are compared with: the arms that the WISP paper compares with."""
+"""Arms that capacities and goodput are compared with, as in the WISP paper."""
 
 
 class MeasuredPoint(BaseModel):
@@ -27,24 +27,24 @@ class MeasuredPoint(BaseModel):
     measures: Measures
     lag: GeneratorLag
     costs: list[CostModel] = []
-    """The verifiers' cost models at its end."""
+    """The verifiers' cost models at the end of the point."""
 
 
 class LoadResults(BaseModel):
-    """Everything that was measured so far."""
+    """All points so far."""
 
     window: Window
     points: list[MeasuredPoint] = []
     aims: list[float] = []
-    """Shares for which capacities were searched."""
+    """Shares of requests for which capacities were searched."""
 
     @property
     def arms(self) -> list[str]:
-        """Arms in the order in which they were measured."""
+        """Arms in the order of their measurement."""
         return list(dict.fromkeys(point.arm for point in self.points))
 
     def tried(self, arm: str) -> list[PooledPoint]:
-        """An arm's points, repeats taken together, fewest sessions first."""
+        """Return an arm's points with repeats pooled, fewest sessions first."""
         return pooled(
             (point.sessions, point.measures.requests, point.measures.attained)
             for point in self.points
@@ -52,7 +52,7 @@ class LoadResults(BaseModel):
         )
 
     def goodput(self, arm: str) -> list[tuple[int, float]]:
-        """Sessions and tokens per second of requests that attained, the mean of repeats."""
+        """Return sessions and goodput of an arm, the mean of repeats, fewest sessions first."""
         found: dict[int, list[float]] = {}
         for point in self.points:
             if point.arm == arm:
@@ -60,13 +60,13 @@ class LoadResults(BaseModel):
         return [(sessions, sum(values) / len(values)) for sessions, values in sorted(found.items())]
 
     def most_goodput(self, arm: str) -> tuple[int, float]:
-        """The number of sessions at which an arm's goodput was highest, and that goodput."""
+        """Return the number of sessions with the highest goodput of an arm, and that goodput."""
         return max(self.goodput(arm), key=lambda one: one[1])
 
     def ratios(self) -> dict[str, dict[str, dict[str, float | None]]]:
-        """Each arm against its rivals, by what is compared: `goodput`, its highest, and the capacity of each aim.
+        """Return the ratios of each arm to its rivals: of the highest goodput, and of the capacity for each aim.
 
-        None where the rival has none.
+        A ratio to 0 is None.
         """
         capacities = self.capacities()
         found: dict[str, dict[str, dict[str, float | None]]] = {}
@@ -79,12 +79,12 @@ class LoadResults(BaseModel):
         return found
 
     def capacities(self) -> dict[str, list[Capacity]]:
-        """What is known of each aim, by arm."""
+        """Return the capacity for each aim, by arm."""
         return {arm: [capacity(self.tried(arm), aim) for aim in self.aims] for arm in self.arms}
 
 
 def promise_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
-    """Promises kept, and tokens per second, of each point."""
+    """Return columns and rows: attainment and tokens per second of each point."""
     classes = list(dict.fromkeys(name for point in points for name in point.measures.classes))
     columns = ["arm", "n", "requests", "attained %", *(f"{name} %" for name in classes)]
     columns += ["refused", "failed", "goodput", "tok/s", "late ms"]
@@ -110,7 +110,7 @@ def promise_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]
 
 
 def speed_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
-    """TTFT and TPOT of each point, by class."""
+    """Return columns and rows: TTFT and TPOT of each point, by class."""
     columns = ["arm", "n", "class", "requests"]
     columns += [f"{name} {share}" for name in ("TTFT", "TPOT") for share in ("p50", "p90", "p99")]
     rows = [
@@ -122,7 +122,7 @@ def speed_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
 
 
 def draft_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
-    """Drafts and the batches that they were verified in, of each point that has them."""
+    """Return columns and rows: drafts and batches of each point that has them."""
     columns = ["arm", "n", "tok/ round", "drafted", "trimmed", "accept", "WDT", "interf. ms", "p90"]
     columns += ["jobs/ batch", "tok/ batch", "batch ms"]
     rows: list[Row] = []
@@ -150,7 +150,7 @@ def draft_table(points: Sequence[MeasuredPoint]) -> tuple[list[str], list[Row]]:
 
 
 def capacity_table(results: LoadResults) -> tuple[list[str], list[Row]]:
-    """The capacity of each arm, and its ratio to those that it is compared with."""
+    """Return columns and rows: the capacity of each arm, and its ratio to that of each rival."""
     found, ratios = results.capacities(), results.ratios()
     rivals = [arm for arm in RIVALS if arm in found]
     columns = ["arm", "attain %", "sessions", "fails at", "attained %", "95 % interval"]
@@ -166,7 +166,7 @@ def capacity_table(results: LoadResults) -> tuple[list[str], list[Row]]:
 
 
 def goodput_table(results: LoadResults) -> tuple[list[str], list[Row]]:
-    """The highest goodput of each arm, and its ratio to those that it is compared with."""
+    """Return columns and rows: the highest goodput of each arm, and its ratio to that of each rival."""
     ratios = results.ratios()
     rivals = [arm for arm in RIVALS if arm in ratios]
     rows: list[Row] = []
@@ -177,34 +177,34 @@ def goodput_table(results: LoadResults) -> tuple[list[str], list[Row]]:
 
 
 def notes(results: LoadResults, tolerance: float | None = None) -> list[str]:
-    """What a reader of the tables has to know."""
+    """Return sentences that explain the tables, and name late generators and failed requests."""
     window = results.window
-    told = [
-        f"counted are requests that were due in {window.measure_s:g} s after {window.warm_up_s:g} s of warming up; "
-        "n are the sessions; goodput is tokens/s of requests that attained; TTFT and TPOT are in ms; accept is the "
-        "share of verified draft tokens, WDT that of drafting time past the first rejection; interf. is a round's time "
-        "in its batch beyond its time alone, mean and p90; late is the generator itself (p99)"
+    sentences = [
+        f"requests count that were due in the {window.measure_s:g} s after {window.warm_up_s:g} s of warm-up; "
+        "n is the number of sessions; goodput is tokens/s of requests that attained; TTFT and TPOT are in ms; accept "
+        "is the accepted share of verified draft tokens, WDT the share of drafting time past the first rejection; interf. "
+        "is a round's time in its batch minus its time alone, mean and p90; late is the lag of the generator (p99)"
     ]
     if results.aims:
-        told.append(
-            "capacity is the most sessions at which the share of requests attained, below the fewest at which it did "
+        sentences.append(
+            "capacity is the most sessions at which that share of requests attained, below the fewest at which it did "
             f"not{f'; resolution {tolerance:.0%} of it, or 1 session' if tolerance else ''}; the interval (Wilson) is "
-            "of the attainment measured there"
+            "that of the attainment at the capacity"
         )
-    told += [
+    sentences += [
         f"THE GENERATOR WAS LATE: {point.arm} at {point.sessions} sessions, requests by "
         f"{point.lag.send_p99_ms:.0f} ms and its event loop by {point.lag.loop_p99_ms:.0f} ms (p99); these figures "
-        "are worse than the server was"
+        "are worse than the server"
         for point in results.points
         if point.lag.bottleneck
     ]
-    told += [
+    sentences += [
         f"{point.arm} at {point.sessions} sessions: "
         + ", ".join(f"{count} x {reason}" for reason, count in point.measures.reasons.items())
         for point in results.points
         if point.measures.reasons
     ]
-    return told
+    return sentences
 
 
 def _ratio(ours: float, theirs: float) -> float | None:

@@ -1,7 +1,7 @@
-"""The most sessions that a share of requests attains with: which number to measure next, and what is known. Pure.
+"""The search for a capacity: the most sessions at which a share of requests attains its SLO.
 
-Attainment is taken to fall with the number of sessions. Where the measured ones do not fall, the smallest number that
-fails is what counts: capacity is the largest number below it that held.
+The search assumes that attainment falls with the number of sessions. Where it does not, the smallest number that fails
+decides: the capacity is the largest number below it that holds.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from pydantic import BaseModel, ConfigDict
 
 AIMS = (0.95, 0.9, 0.99)
-"""Shares of requests, in the order in which they are searched for."""
+"""Shares of requests, in the order of the searches."""
 Z = 1.96
-"""Of a 95 % interval."""
+"""Quantile of the normal distribution for a 95 % interval."""
 
 
 class PooledPoint(BaseModel):
-    """All that was measured at one number of sessions."""
+    """All measurements at one number of sessions."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -28,29 +28,29 @@ class PooledPoint(BaseModel):
 
     @property
     def attainment(self) -> float:
-        """Share that attained; 0 where nothing came to an end, as nothing was served then."""
+        """Share that attained; 0 without requests, as nothing was served then."""
         return self.attained / self.requests if self.requests else 0.0
 
 
 class Capacity(BaseModel):
-    """What is known of one aim."""
+    """The capacity for one aim."""
 
     model_config = ConfigDict(frozen=True)
 
     aim: float
     sessions: int
-    """The most that held; 0 if none did."""
+    """The most that hold; 0 if none do."""
     failing: int | None
-    """The fewest that failed, None if none did: the capacity is below it."""
+    """The fewest that fail, above the capacity; None if none do."""
     requests: int = 0
     attainment: float | None = None
     low: float | None = None
-    """Ends of the 95 % interval (Wilson's) of the attainment at `sessions`."""
+    """Lower end of Wilson's 95 % interval of the attainment at `sessions`; `high` is the upper one."""
     high: float | None = None
 
 
 def pooled(points: Iterable[tuple[int, int, int]]) -> list[PooledPoint]:
-    """Points (sessions, requests, attained) with those of one number of sessions taken together, fewest first."""
+    """Pool points (sessions, requests, attained) by number of sessions, fewest first."""
     found: dict[int, tuple[int, int]] = {}
     for sessions, requests, attained in points:
         before = found.get(sessions, (0, 0))
@@ -59,9 +59,10 @@ def pooled(points: Iterable[tuple[int, int, int]]) -> list[PooledPoint]:
 
 
 def next_sessions(tried: Sequence[PooledPoint], aim: float, *, first: int, most: int, tolerance: float) -> int | None:
-    """How many sessions to measure next; None when the capacity is known.
+    """Return the number of sessions to measure next; None when the capacity is known.
 
-    Doubles from `first` until a number fails, then halves the gap until it is at most `tolerance` of what holds, or 1.
+    It doubles from `first` until a number fails, then halves the gap until that is at most 1 session or `tolerance` of
+    the number that holds.
     """
     if not tried:
         return min(first, most)
@@ -74,7 +75,7 @@ def next_sessions(tried: Sequence[PooledPoint], aim: float, *, first: int, most:
 
 
 def capacity(tried: Sequence[PooledPoint], aim: float) -> Capacity:
-    """What the measured points say."""
+    """Return the capacity from the measured points."""
     holds, fails = _bracket(tried, aim)
     at = next((one for one in tried if one.sessions == holds), None)
     if at is None:
@@ -86,24 +87,24 @@ def capacity(tried: Sequence[PooledPoint], aim: float) -> Capacity:
 
 
 def interval(hits: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share, of `hits` in `count`."""
+    """Return Wilson's 95 % interval of the share of `hits` in `count`."""
     if not count:
         return 0.0, 1.0
     share, z2 = hits / count, Z * Z
     middle = (share + z2 / (2 * count)) / (1 + z2 / count)
     half = Z / (1 + z2 / count) * math.sqrt(share * (1 - share) / count + z2 / (4 * count * count))
-    # At 0 and 1 an end of it is the share itself, up to rounding.
+    # At 0 and 1, one end equals the share, up to rounding.
     return max(0.0, min(share, middle - half)), min(1.0, max(share, middle + half))
 
 
 def most_points(first: int, most: int, tolerance: float) -> int:
-    """About how many points a search for the first aim takes if its capacity is `most`."""
+    """Return about how many points a search for the first aim takes if the capacity is `most`."""
     doubling = math.ceil(math.log2(max(1.0, most / first))) + 1
     return doubling + math.ceil(math.log2(max(1.0, 0.5 / tolerance)))
 
 
 def _bracket(tried: Sequence[PooledPoint], aim: float) -> tuple[int, int | None]:
-    """The most sessions that hold below the fewest that fail."""
+    """Return the most sessions that hold, and the fewest that fail."""
     fails = min((one.sessions for one in tried if one.attainment < aim), default=None)
     holds = [one.sessions for one in tried if one.attainment >= aim and (fails is None or one.sessions < fails)]
     return max(holds, default=0), fails
