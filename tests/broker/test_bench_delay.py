@@ -1,4 +1,4 @@
-"""The emulated distance: every byte late, none lost, none out of order, ends passed on."""
+"""The delaying relay: every byte arrives late, none is lost or out of order, and ends are passed on."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.broker.topology import Topology
 
 ONE_WAY_S = 0.04
 SLACK_S = 0.5
-"""How much later than due a byte may be on a busy machine."""
+"""Longest extra delay of a byte on a busy machine."""
 
 Server = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
 
@@ -54,7 +54,7 @@ async def test_each_direction_is_late_by_half_the_delay() -> None:
             assert ONE_WAY_S <= back - there + 0.001 < ONE_WAY_S + SLACK_S
 
 
-async def test_many_bytes_are_under_way_at_once_and_keep_their_order() -> None:
+async def test_many_bytes_are_in_transit_at_once_and_keep_their_order() -> None:
     async with behind_relay(echo) as (reader, writer):
         sent = b"".join(number.to_bytes(4) for number in range(500_000))
         started = time.monotonic()
@@ -66,10 +66,10 @@ async def test_many_bytes_are_under_way_at_once_and_keep_their_order() -> None:
 
         _, received = await asyncio.gather(send(), reader.readexactly(len(sent)))
         assert received == sent
-        assert time.monotonic() - started < 50 * ONE_WAY_S, "200 parts wait side by side, not one after the other"
+        assert time.monotonic() - started < 50 * ONE_WAY_S, "200 parts travel at the same time, not one after the other"
 
 
-async def test_an_end_arrives_after_the_last_byte_and_the_other_direction_goes_on() -> None:
+async def test_an_end_arrives_after_the_last_byte_of_its_direction() -> None:
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(b"all of " + await reader.read())
         writer.close()
@@ -80,7 +80,7 @@ async def test_an_end_arrives_after_the_last_byte_and_the_other_direction_goes_o
         assert await reader.read() == b"all of it"
 
 
-async def test_a_client_that_breaks_off_is_gone_for_the_server() -> None:
+async def test_a_client_that_aborts_closes_the_servers_connection() -> None:
     gone = asyncio.Event()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -96,7 +96,7 @@ async def test_a_client_that_breaks_off_is_gone_for_the_server() -> None:
         await asyncio.wait_for(gone.wait(), 5)
 
 
-async def test_a_server_that_is_not_there_or_leaves_ends_the_connection() -> None:
+async def test_a_missing_or_closing_server_ends_the_connection() -> None:
     async def leave(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.close()
 
@@ -112,7 +112,7 @@ async def test_no_delay_needs_no_relay() -> None:
         assert urls == {"a": "amqp://user:word@host:1/", "b": "redis://host/0"}
 
 
-async def test_rabbitmq_is_as_far_away_as_asked(brokers: Brokers, namespace: str) -> None:
+async def test_rabbitmq_behind_relays_has_the_delay(brokers: Brokers, namespace: str) -> None:
     async with delayed({"url": brokers.amqp_url}, 2 * ONE_WAY_S) as urls:
         started = time.monotonic()
         broker = await Broker.connect(urls["url"], Topology(namespace), "far")

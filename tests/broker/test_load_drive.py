@@ -1,4 +1,4 @@
-"""The load generator against a server that answers as told, and its observer at a real broker."""
+"""The load generator against a scripted server, and its observer at a real broker."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ OPEN = workload_of("[arrivals]\nprocess = 'poisson'\nrate = 20")
 
 @dataclass
 class Server:
-    """An OpenAI server as small as can be: two tokens, the second after a while."""
+    """A minimal OpenAI server: an answer has two tokens, the second after `second_s`."""
 
     second_s: float = 0.0
     refuses: int = 0
-    """Requests that get a 429 first."""
+    """Number of first requests that get status 429."""
     url: str = ""
     bodies: list[dict[str, Any]] = field(default_factory=list)
     headers: list[str] = field(default_factory=list)
@@ -79,7 +79,7 @@ class Server:
     @staticmethod
     def _event(writer: asyncio.StreamWriter, fields: dict[str, Any]) -> None:
         data = b"data: " + json.dumps(fields).encode() + b"\r\n\r\n"
-        # In two parts: an event need not come in one.
+        # In two parts, since an event need not arrive in one.
         for part in (data[:9], data[9:]):
             writer.write(b"%x\r\n%s\r\n" % (len(part), part))
 
@@ -116,7 +116,7 @@ async def measured(
     return point
 
 
-async def test_sessions_ask_one_after_the_other_and_send_what_the_workload_says() -> None:
+async def test_a_session_sends_the_workloads_requests_one_by_one() -> None:
     async with serving(Server()) as server:
         point = await measured(server, CLOSED, 3, Window(warm_up_s=0.1, measure_s=0.3, drain_s=5), pools=True)
     assert server.most_running <= 3
@@ -135,13 +135,13 @@ async def test_sessions_ask_one_after_the_other_and_send_what_the_workload_says(
     assert len(whole) >= 6
 
 
-async def test_open_arrivals_wait_for_nobody() -> None:
+async def test_open_arrivals_do_not_wait_for_answers() -> None:
     async with serving(Server(second_s=0.5)) as server:
         point = await measured(server, OPEN, 2, Window(warm_up_s=0.0, measure_s=0.5, drain_s=5))
     assert server.most_running > 2
     due = [at_s for at_s, _, _ in until(OPEN.arrivals_s(2, 7), 0.5)]
     counted = sorted(one.start_s for one in point.records if point.window.counts(one.start_s))
-    assert counted == pytest.approx(due, abs=1e-3), "each is recorded from when it was due"
+    assert counted == pytest.approx(due, abs=1e-3), "times count from when a request was due"
 
 
 def until(arrivals: Any, end_s: float) -> list[tuple[float, int, int]]:
@@ -153,49 +153,49 @@ def until(arrivals: Any, end_s: float) -> list[tuple[float, int, int]]:
     return found
 
 
-async def test_a_counted_request_may_end_after_the_window_under_the_same_load() -> None:
+async def test_the_load_continues_until_counted_requests_end() -> None:
     async with serving(Server(second_s=0.4)) as server:
         point = await measured(server, OPEN, 2, Window(warm_up_s=0.0, measure_s=0.5, drain_s=5))
     counted = [one for one in point.records if point.window.counts(one.start_s)]
     assert {one.ending for one in counted} == {Ending.COMPLETE}
     assert max(one.start_s + one.total_ms / 1000 for one in counted) > 0.5
-    assert any(one.start_s >= 0.5 for one in point.records), "others come meanwhile"
+    assert any(one.start_s >= 0.5 for one in point.records), "others arrive meanwhile"
 
 
-async def test_a_request_that_takes_longer_than_the_limit_is_cut() -> None:
+async def test_a_request_past_the_drain_is_cut() -> None:
     async with serving(Server(second_s=60)) as server:
         point = await measured(server, CLOSED, 2, Window(warm_up_s=0.0, measure_s=0.2, drain_s=0.2))
     assert [one.ending for one in point.records] == [Ending.CUT, Ending.CUT]
     assert all(one.arrivals and not one.attained for one in point.records)
 
 
-async def test_a_device_s_request_is_as_long_under_way_as_its_uplink_says() -> None:
+async def test_a_request_takes_the_time_of_its_uplink() -> None:
     far, near = CLOSED.device(0), CLOSED.device(1)
     async with serving(Server()) as server:
         window = Window(warm_up_s=0.0, measure_s=0.8, drain_s=5)
         point = await measured(server, CLOSED, 2, window, uplinks={far: LinkProfile(delay_ms=200, jitter_ms=1)})
     complete = [one for one in point.records if one.ending is Ending.COMPLETE]
     ttfts = {device: [one.ttft_ms or 0 for one in complete if one.device == device] for device in (far, near)}
-    assert min(ttfts[far]) >= 200, "the way counts in the time to the first token"
+    assert min(ttfts[far]) >= 200, "the uplink counts in the TTFT"
     assert min(ttfts[near]) < 200
     ways = [one for one in complete if one.device == far]
-    assert all(one.lag_ms < one.total_ms - 199 for one in ways), "and is no lag of the generator"
-    assert all(one.arrivals[-1][0] - one.arrivals[0][0] < 150 for one in ways), "nor does each token take it"
+    assert all(one.lag_ms < one.total_ms - 199 for one in ways), "it is no lag of the generator"
+    assert all(one.arrivals[-1][0] - one.arrivals[0][0] < 150 for one in ways), "it delays no single token"
 
 
-async def test_a_refused_session_comes_back_when_it_was_told_to() -> None:
+async def test_a_refused_session_waits_for_the_retry_time() -> None:
     async with serving(Server(refuses=1)) as server:
         point = await measured(server, CLOSED, 1, Window(warm_up_s=0.0, measure_s=0.3, drain_s=0.1))
     assert [(one.ending, one.retry_after_s) for one in point.records] == [(Ending.REFUSED, 60.0)]
 
 
-async def test_a_server_that_is_none_is_named() -> None:
+async def test_a_missing_server_is_named() -> None:
     async with http_client("http://127.0.0.1:9/v1") as http:
         with pytest.raises(ServerUnusable, match=r"127\.0\.0\.1:9/v1/models does not list a model"):
             await LoadClient.connect(http, pools=False)
 
 
-async def test_the_observer_hears_of_batches_and_costs(amqp_url: str, namespace: str) -> None:
+async def test_the_observer_gets_batches_and_cost_models(amqp_url: str, namespace: str) -> None:
     broker = await Broker.connect(amqp_url, Topology(namespace), "suite")
     batch = Measurement(shape=shape_of([(3, 30, 3)]), measured_ms=40.0)
     try:
@@ -210,7 +210,7 @@ async def test_the_observer_hears_of_batches_and_costs(amqp_url: str, namespace:
             async with asyncio.timeout(10):
                 while [model.version for model in observer.costs] != [2]:  # noqa: ASYNC110 - it has no event
                     await asyncio.sleep(0.01)
-            assert observer.take() == [batch], "a verifier's measurement of itself at its start is no load"
+            assert observer.take() == [batch], "a start-up profile is no load"
             assert observer.take() == []
     finally:
         await broker.close()

@@ -1,9 +1,10 @@
-"""What the stream benchmark makes of its times."""
+"""The stream benchmark: speeds, ratios, tables and differences, and the machine facts of all benchmarks."""
 
 from __future__ import annotations
 
 import json
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 from hypothesis import given
@@ -12,8 +13,10 @@ from hypothesis import strategies as st
 from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.core.speed import Case, TimedRequest
-from services.tools.bench.support.report import table
+from services.tools.bench.support import options, report
+from services.tools.bench.support.report import instruction_set, machine, table
 from services.tools.training.prompts import CorpusPrompt, Turn
+from shared.errors import SettingsError
 
 PROMPT = CorpusPrompt("t", "chat", (Turn("user", "Hello"),), None, held_out=True)
 
@@ -46,7 +49,7 @@ RUN = [
 ]
 
 
-def test_speed_counts_the_whole_request_and_the_token_that_ended_it() -> None:
+def test_speed_counts_the_whole_request_and_the_stop_token() -> None:
     one = timed(FAST, "none", 2.5, finish="stop")
     assert one.speed == 2.0
     assert one.later_speed == 2.0
@@ -76,17 +79,17 @@ def test_a_slow_spell_of_the_machine_changes_no_ratio(totals: list[float], spell
     assert list(ratios.values()) == pytest.approx([1.3] * len(totals))
 
 
-def test_the_verdict_says_what_was_missed() -> None:
-    said = speed.verdict(RUN, "auto", ["generate"])
-    assert "1.00 times as fast as without drafts at the median of 3 requests (aim: 1.3, missed)" in said
-    assert "best kind list 1.50, worst kind story 0.80 (aim: at least 0.95, missed)" in said
-    assert said.endswith("0.35 times generate")
+def test_the_verdict_names_missed_aims() -> None:
+    verdict = speed.verdict(RUN, "auto", ["generate"])
+    assert "1.00 times as fast as without drafts at the median of 3 requests (aim: 1.3, missed)" in verdict
+    assert "best kind list 1.50, worst kind story 0.80 (aim: at least 0.95, missed)" in verdict
+    assert verdict.endswith("0.35 times generate")
     good = [replace(one, total_s=1.0) if one.arm == "auto" else one for one in RUN]
     assert "missed" not in speed.verdict(good, "auto", [])
     assert "transformers" not in speed.verdict(good, "auto", [])
 
 
-def test_a_different_token_or_end_is_a_difference() -> None:
+def test_another_token_or_finish_reason_is_a_difference() -> None:
     assert speed.differences(RUN[:2]) == []
     other = replace(RUN[1], tokens=[5, 6, 9, 8])
     (line,) = speed.differences([RUN[0], other])
@@ -96,19 +99,19 @@ def test_a_different_token_or_end_is_a_difference() -> None:
     assert len(speed.differences([RUN[0], RUN[0], replace(RUN[0], delay_ms=20.0, tokens=[5])])) == 1
 
 
-def test_the_common_beginning_of_two_texts() -> None:
+def test_agreement_is_the_length_of_the_common_prefix() -> None:
     assert speed.agreement([1, 2, 3], [1, 2, 4]) == 2
     assert speed.agreement([1, 2], [1, 2, 4]) == 2
     assert speed.agreement([], [1]) == 0
 
 
-def test_how_far_transformers_agrees_is_told_and_fails_nothing() -> None:
+def test_agreement_with_transformers_is_reported_and_fails_nothing() -> None:
     (line,) = speed.agreements(RUN)
     assert line == "generate: the suite's greedy completion in 1 of 2 answers; the others differ after 3 to 3 tokens"
     assert speed.agreements(RUN[:2]) == []
 
 
-def test_tables_have_a_value_for_each_column_and_print() -> None:
+def test_tables_have_a_value_for_each_column() -> None:
     for columns, rows in (speed.arms_table(RUN, [0.0, 1.0]), speed.kinds_table(RUN, "auto", [0.0, 1.0])):
         assert all(len(row) == len(columns) for row in rows)
         assert table("title", columns, rows).row_count == len(rows)
@@ -123,7 +126,7 @@ def test_tables_have_a_value_for_each_column_and_print() -> None:
     assert generate["x none, T=1"] is None
 
 
-def test_every_request_can_be_written_down() -> None:
+def test_every_request_is_written_as_json() -> None:
     for one in RUN:
         written = json.loads(json.dumps(one.record()))
         assert written["tokens_per_s"] == pytest.approx(one.speed, abs=1e-3)
@@ -136,3 +139,44 @@ def test_a_question_is_a_chat_or_a_raw_completion() -> None:
     assert (chat.max_tokens, chat.options) == (9, {"temperature": 0.7, "seed": 0})
     raw = question(replace(case("completion"), prompt=CorpusPrompt("t", "completion", None, "Once", held_out=True)), 9)
     assert (raw.prompt, raw.messages) == ("Once", ())
+
+
+@pytest.mark.parametrize(
+    ("flags", "name"),
+    [
+        ({"avx2", "avx512f", "avx512_bf16"}, "AVX-512 with bfloat16"),
+        ({"avx2", "avx512f", "amx_bf16"}, "AVX-512 with bfloat16"),
+        ({"avx2", "avx512f"}, "AVX-512 without bfloat16"),
+        ({"sse4_2", "avx2"}, "AVX2 only"),
+        ({"asimd", "bf16"}, "NEON with bfloat16"),
+        ({"asimd"}, "NEON without bfloat16"),
+        (set(), "unknown"),
+    ],
+)
+def test_the_kind_of_cpu_is_named_by_its_flags(flags: set[str], name: str) -> None:
+    assert instruction_set(flags) == name
+
+
+def test_facts_of_the_machine_are_read_from_its_cpu_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu_info = tmp_path / "cpuinfo"
+    cpu_info.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f avx512_bf16\n")
+    monkeypatch.setattr(report, "CPU_INFO", cpu_info)
+    facts = machine()
+    assert (facts["processor"], facts["instructions"]) == ("Some CPU", "AVX-512 with bfloat16")
+
+
+def test_lists_in_options_are_parsed_or_refused_with_the_option() -> None:
+    assert options.numbers("--delays", "0, 20,20,1.5", 100) == [0.0, 20.0, 1.5]
+    assert options.whole_numbers("--sessions", "4,2", 1, 8) == [4, 2]
+    assert options.whole_numbers("--sessions", "", 1, 8) == []
+    assert options.some_of("--kinds", "code,chat", ["chat", "code"]) == ["code", "chat"]
+    for refused in (
+        lambda: options.numbers("--delays", "-1", 100),
+        lambda: options.numbers("--delays", "101", 100),
+        lambda: options.numbers("--delays", "", 100),
+        lambda: options.whole_numbers("--delays", "9", 1, 8),
+        lambda: options.whole_numbers("--delays", "1.5", 1),
+        lambda: options.some_of("--delays", "poem", ["chat"]),
+    ):
+        with pytest.raises(SettingsError, match="--delays takes"):
+            refused()

@@ -1,4 +1,4 @@
-"""What the load benchmark makes of streams, records and points."""
+"""The load benchmark: records of streams, and the measures of points."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def record(**fields: Any) -> RequestRecord:
     return RequestRecord(**known | fields)
 
 
-def test_a_stream_is_read_into_tokens_times_rounds_and_summary() -> None:
+def test_a_stream_becomes_tokens_times_rounds_and_a_summary() -> None:
     rounds = [one_round(0, 2, 2, 1), one_round(2, 3, 3, 0)]
     usage = {"prompt_tokens": 7, "completion_tokens": 3}
     events = [
@@ -71,14 +71,14 @@ def test_a_stream_is_read_into_tokens_times_rounds_and_summary() -> None:
     assert RequestRecord.model_validate_json(found.model_dump_json()) == found
 
 
-def test_a_server_without_trace_is_understood() -> None:
+def test_a_server_without_trace_sends_a_token_per_chunk() -> None:
     plain = event({"choices": [{"index": 0, "delta": {"content": "x"}, "finish_reason": None}]})
     last = event({"choices": [{"index": 0, "delta": {}, "finish_reason": "length"}]})
     found = record_of(ASKED, [(50.0, plain), (60.0, plain), (60.0, last)], **TIMES)
     assert (found.tokens, found.tpot_ms, found.attained) == (2, 10.0, True)
 
 
-def test_the_servers_promise_counts_where_none_was_asked_for() -> None:
+def test_without_a_requested_slo_the_servers_slo_counts() -> None:
     end = event({"choices": [], "wisp": {"summary": {"slo": {"ttft_ms": 40.0, "tpot_ms": 5.0}}}})
     events = [(50.0, chunk("x", 1, finish="stop")), (50.0, end)]
     assert record_of(ASKED.model_copy(update={"slo": None}), events, **TIMES).slo == Slo(ttft_ms=40, tpot_ms=5)
@@ -94,7 +94,7 @@ def test_the_servers_promise_counts_where_none_was_asked_for() -> None:
         ([chunk("x", 1)], {"cut": True}, Ending.CUT, ""),
     ],
 )
-def test_a_stream_that_breaks_off_has_not_attained(
+def test_a_broken_stream_does_not_attain(
     events: list[bytes], options: dict[str, Any], ending: Ending, reason: str
 ) -> None:
     found = record_of(ASKED, [(10.0, one) for one in events], **options, **TIMES)
@@ -102,7 +102,7 @@ def test_a_stream_that_breaks_off_has_not_attained(
     assert found.ttft_ms == 10.0
 
 
-def test_a_refusal_keeps_its_reason_and_when_to_come_again() -> None:
+def test_a_refusal_keeps_its_reason_and_retry_time() -> None:
     body = json.dumps({"error": {"message": "too busy", "code": "overloaded"}}).encode()
     refused = refusal_of(ASKED, 429, {"retry-after": "3"}, body, **TIMES)
     assert (refused.ending, refused.reason, refused.retry_after_s) == (Ending.REFUSED, "429 overloaded: too busy", 3.0)
@@ -120,7 +120,7 @@ def test_attainment_needs_both_times() -> None:
     assert not record(tokens=0, arrivals=[], total_ms=101.0).attained
 
 
-def test_counted_is_who_was_due_in_the_window_however_it_ended() -> None:
+def test_requests_due_in_the_window_count_however_they_end() -> None:
     found = measure(
         [
             record(start_s=9.9),
@@ -140,7 +140,7 @@ def test_counted_is_who_was_due_in_the_window_however_it_ended() -> None:
     assert (found.drafting, found.interference, found.batches) == (None, None, None)
 
 
-def test_tokens_per_second_are_those_that_arrived_in_the_window() -> None:
+def test_tokens_per_second_count_arrivals_in_the_window() -> None:
     found = measure(
         [
             record(start_s=9.95, arrivals=[(40.0, 1), (60.0, 2)]),
@@ -154,14 +154,14 @@ def test_tokens_per_second_are_those_that_arrived_in_the_window() -> None:
 
 
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
-def test_what_follows_the_first_rejected_token_is_wasted(a: int, b: int, c: int) -> None:
+def test_tokens_after_the_first_rejected_one_are_wasted(a: int, b: int, c: int) -> None:
     accepted, verified, drafted = sorted((a, b, c))
     lost = wasted(drafted, verified, accepted)
     assert lost == (0 if accepted == verified else drafted - accepted - 1)
     assert 0 <= lost <= drafted
 
 
-def test_drafts_are_accounted_for() -> None:
+def test_drafts_are_summed_over_counted_requests() -> None:
     rounds = [
         one_round(0, 4, 4, 1, draft_ms=40.0),
         one_round(2, 4, 2, 2, draft_ms=20.0),
@@ -176,7 +176,7 @@ def test_drafts_are_accounted_for() -> None:
     assert found.wdt_share == pytest.approx(40.0 * 2 / 4 / 80.0)
 
 
-def test_interference_is_what_a_round_took_beyond_its_time_alone() -> None:
+def test_interference_is_time_in_the_batch_minus_time_alone() -> None:
     alone = predict_ms(FALLBACK, shape_of([(4, 7 + 2 + 3, 4)]))
     rounds = [
         one_round(0, 0, 0, 0, verify_ms=900.0),
@@ -217,6 +217,6 @@ def test_quantiles_are_linear_between_values() -> None:
 
 
 @pytest.mark.parametrize(("sent", "loop", "late"), [(1.0, 1.0, False), (60.0, 1.0, True), (1.0, 60.0, True)])
-def test_a_late_generator_says_so(sent: float, loop: float, late: bool) -> None:
+def test_a_late_generator_is_a_bottleneck(sent: float, loop: float, late: bool) -> None:
     assert lag_of([sent] * 10, [loop] * 10, 0.1).bottleneck is late
     assert not lag_of([], [], 0.0).bottleneck

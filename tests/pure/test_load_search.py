@@ -1,4 +1,4 @@
-"""The search for capacities, the arms, and what is shown of a run."""
+"""The load benchmark: search for capacities, arms, tables, notes and the picture."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def test_the_fewest_that_fail_bound_the_capacity() -> None:
     noisy = pooled([(4, 100, 100), (8, 100, 90), (16, 100, 99)])
     found = capacity(noisy, 0.95)
     assert (found.sessions, found.failing, found.requests, found.attainment) == (4, 8, 100, 1.0)
-    assert capacity(pooled([(1, 0, 0)]), 0.95).sessions == 0, "where nothing is served nothing holds"
+    assert capacity(pooled([(1, 0, 0)]), 0.95).sessions == 0, "no requests, no capacity"
 
 
 def test_repeats_count_together() -> None:
@@ -84,10 +84,10 @@ def test_the_interval_holds_the_share(count: int, share: float) -> None:
     low, high = interval(hits, count)
     assert 0 <= low <= hits / count <= high <= 1
     more = interval(4 * hits, 4 * count)
-    assert more[1] - more[0] < high - low, "more requests say more"
+    assert more[1] - more[0] < high - low, "more requests narrow the interval"
 
 
-def test_arms_are_named_with_the_parts_that_they_lack() -> None:
+def test_arms_are_named_with_the_parts_they_leave_out() -> None:
     arms = arms_of("sled, wisp+/trimming,price,fcfs,wisp/estimator,sled,colocated")
     assert [arm.name for arm in arms] == ["sled", "wisp+/trimming,price", "fcfs", "wisp/estimator", "colocated"]
     assert [arm.serving for arm in arms] == ["wisp"] * 4 + ["colocated"]
@@ -95,7 +95,7 @@ def test_arms_are_named_with_the_parts_that_they_lack() -> None:
     assert arms[0].scheduler() == {"WISP_POLICY": "sled", "WISP_WITHOUT": "[]"}
 
 
-def test_a_drafter_serves_its_devices_pool_and_sled_drafts_as_it_does() -> None:
+def test_a_drafter_serves_the_pool_of_its_hardware_profile() -> None:
     pi = EmulatedHardware(name="raspberry-pi-5")
     assert Arm("wisp").drafter(pi) == {"WISP_POOL": "raspberry-pi-5", "WISP_DEVICE_PROFILE": "raspberry-pi-5"}
     assert Arm("edf").drafter(EmulatedHardware(name="none")) == {"WISP_POOL": "none"}
@@ -120,7 +120,7 @@ def test_an_unknown_arm_is_refused(text: str, problem: str) -> None:
 
 
 def results() -> LoadResults:
-    """Three arms, measured without a single request but with as many as the search needs."""
+    """Three arms with made-up counts of requests."""
     empty, lag = measure([], WINDOW), lag_of([], [], 0.0)
     points = []
     for arm, holds in (("sled", 4), ("wisp+", 12), ("centralized", 8)):
@@ -151,7 +151,7 @@ def test_capacity_and_goodput_are_compared_with_centralized_and_sled() -> None:
     assert ratios["sled"]["capacity 95%"] == {"centralized": 0.5, "sled": 1.0}
 
 
-def test_a_rival_that_was_not_measured_or_served_nothing_is_not_compared_with() -> None:
+def test_a_rival_without_results_has_no_ratio() -> None:
     found = results()
     without = [point for point in found.points if point.arm == "wisp+"]
     assert goodput_table(found.model_copy(update={"points": without}))[0] == ["arm", "goodput", "n"]
@@ -168,7 +168,7 @@ def test_a_rival_that_was_not_measured_or_served_nothing_is_not_compared_with() 
     }
 
 
-def test_tables_have_a_value_for_each_column_and_what_is_unknown_stays_empty() -> None:
+def test_tables_have_a_value_for_each_column() -> None:
     found = results()
     for columns, rows in (promise_table(found.points), speed_table(found.points), draft_table(found.points)):
         assert all(len(row) == len(columns) for row in rows)
@@ -176,7 +176,7 @@ def test_tables_have_a_value_for_each_column_and_what_is_unknown_stays_empty() -
     assert draft_table(found.points)[1] == []
 
 
-def test_notes_tell_of_a_late_generator_and_of_refusals() -> None:
+def test_notes_name_a_late_generator_and_refusals() -> None:
     found = results()
     late = found.points[0].model_copy(
         update={
@@ -184,14 +184,14 @@ def test_notes_tell_of_a_late_generator_and_of_refusals() -> None:
             "measures": found.points[0].measures.model_copy(update={"reasons": {"429 overloaded": 3}}),
         }
     )
-    told = "\n".join(notes(found.model_copy(update={"points": [late]}), 0.1))
-    assert "GENERATOR WAS LATE: sled at 4 sessions, requests by 80 ms" in told
-    assert "sled at 4 sessions: 3 x 429 overloaded" in told
-    assert "resolution 10%" in told
+    text = "\n".join(notes(found.model_copy(update={"points": [late]}), 0.1))
+    assert "GENERATOR WAS LATE: sled at 4 sessions, requests by 80 ms" in text
+    assert "sled at 4 sessions: 3 x 429 overloaded" in text
+    assert "resolution 10%" in text
     assert "LATE" not in "\n".join(notes(found))
 
 
-def test_results_come_back_from_their_file() -> None:
+def test_results_survive_their_file() -> None:
     found = results()
     assert LoadResults.model_validate_json(found.model_dump_json()) == found
 

@@ -1,4 +1,4 @@
-"""The load benchmark's requests: the same from their seed or their file, and mixed as the workload says."""
+"""The load benchmark's requests: reproducible from a seed or a file, and distributed as in the workload."""
 
 from __future__ import annotations
 
@@ -30,14 +30,14 @@ def test_a_request_depends_on_seed_session_and_number_only() -> None:
     assert len({request.model_dump_json() for request in backwards}) == 4
 
 
-def test_prompts_of_two_points_do_not_meet() -> None:
+def test_two_points_share_no_prompt() -> None:
     asked = [(n, r, k) for n in (1, 2, 3, 64) for r in range(3) for k in (0, NUMBERS_PER_POINT - 1)]
     assert len({first_number(n, r) + k for n, r, k in asked}) == len(asked)
     beginnings = {DEFAULT.request(i, first_number(n, 0)).messages[0]["content"][:12] for n in (2, 4) for i in range(50)}
-    assert len(beginnings) == 100, "no prefix cache knows them"
+    assert len(beginnings) == 100, "no prefix cache holds them"
 
 
-def test_requests_are_mixed_as_the_workload_says() -> None:
+def test_requests_follow_the_distributions_of_the_workload() -> None:
     asked = [DEFAULT.request(i, k) for i in range(20) for k in range(50)]
     assert fmean(one.service_class == "interactive" for one in asked) == pytest.approx(0.5, abs=0.06)
     assert fmean(one.temperature == 0.7 for one in asked) == pytest.approx(1 / 3, abs=0.06)
@@ -49,11 +49,11 @@ def test_requests_are_mixed_as_the_workload_says() -> None:
 
 
 @given(st.integers(1, 40))
-def test_any_number_of_sessions_has_nearly_the_mixture_of_devices(sessions: int) -> None:
+def test_any_number_of_sessions_is_close_to_the_mixture_of_hardware(sessions: int) -> None:
     mixed = workload_of('[[devices]]\nname = "a"\nweight = 3\n[[devices]]\nname = "b"\nweight = 1')
     dealt = [mixed.device(i) for i in range(sessions)]
     assert abs(dealt.count("a") - 0.75 * sessions) <= 1
-    assert mixed.request(sessions - 1, 5).device == dealt[-1], "a session has one device"
+    assert mixed.request(sessions - 1, 5).device == dealt[-1], "a session keeps its hardware"
 
 
 @given(st.integers(0, 1000), st.floats(20, 900))
@@ -91,14 +91,14 @@ def test_open_arrivals_have_their_rate_and_burstiness(process: str, burstiness: 
     assert list(islice(workload.arrivals_s(4, 100), 9)) == arrivals[:9]
 
 
-def test_a_file_gives_back_what_was_written() -> None:
+def test_a_written_file_gives_the_same_requests() -> None:
     asked = [DEFAULT.request(i, first_number(2, 0) + k) for k in range(3) for i in range(2)]
     read = from_lines(to_lines(asked))
     assert [read.request(one.session, one.number) for one in asked] == asked
     beyond = read.request(1, first_number(2, 0) + 3)
-    assert beyond == asked[1].model_copy(update={"number": beyond.number}), "a list that ends begins again"
+    assert beyond == asked[1].model_copy(update={"number": beyond.number}), "after its end, a list repeats"
     other = read.request(5, 0)
-    assert (other.session, other.messages) == (5, asked[1].messages), "a session that is not there asks as another one"
+    assert (other.session, other.messages) == (5, asked[1].messages), "an unknown session takes the list of another one"
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_a_file_gives_back_what_was_written() -> None:
         ('[[devices]]\nname = "a"\n[[devices]]\nname = "a"', "each device needs a name of its own"),
     ],
 )
-def test_a_bad_workload_is_refused_with_what_is_wrong(text: str, problem: str) -> None:
+def test_a_bad_workload_is_refused_with_the_reason(text: str, problem: str) -> None:
     with pytest.raises(SettingsError, match=problem):
         workload_of(text)
 

@@ -1,4 +1,4 @@
-"""The stream benchmark's way of asking, on a real suite."""
+"""The stream benchmark on a real suite."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from shared.models.text import Tokenizer
 TOKENS = 12
 
 
-async def test_a_request_is_timed_and_gives_the_same_text_with_and_without_drafts(stack: Stack) -> None:
+async def test_requests_are_timed_and_equal_with_and_without_drafts(stack: Stack) -> None:
     asked = cases(["summary", "completion"], 1, [0.7], 0, Tokenizer(ModelFolder(stack.target)))
     assert len(asked[0].prompt_ids) > BLOCK
     plan = StreamPlan(stack.target, "bfloat16", 1, ["none", "lookup"], [0.0], [0.7], TOKENS, asked)
@@ -32,4 +32,4 @@ async def test_a_request_is_timed_and_gives_the_same_text_with_and_without_draft
     assert speed.differences(timed) == []
     assert [one.made for one in timed if one.arm == "none"] == [
         one.summary["rounds"] for one in timed if one.arm == "none"
-    ], "each round of plain decoding brings one token"
+    ], "a round of plain decoding gives one token"
