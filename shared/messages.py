@@ -1,9 +1,9 @@
-"""The messages between the services: small typed records, msgpack maps on the wire.
+"""Messages between the services: small typed records, msgpack maps on the wire.
 
-A map carries its type name (`t`) and the schema version (`v`) beside the record's own fields. Fields that the reader
-does not know are ignored, so that services of neighbouring versions work side by side during a rolling update; a
-missing or ill-typed field is a `MessageError`. Durations are milliseconds that are left or have passed, never a point
-on another process's clock.
+A map carries its type name (`t`) and the schema version (`v`) beside the record's own fields. Unknown fields
+are ignored, so that services of neighbouring versions work side by side during a rolling update; a missing or ill-typed
+field is a `MessageError`. Times are durations in milliseconds, left or elapsed, never a point on another process's
+clock.
 
 Token positions count from the first token of the prompt. `base_len` is always the number of committed tokens (prompt
 included) that a round builds on.
@@ -22,21 +22,21 @@ from shared.errors import MessageError
 SCHEMA_VERSION = 1
 
 SILENT_MS = 2000
-"""A verifier that has said nothing for so long is gone: its lease ends, and its rounds go to others. It is four times
-the usual time between heartbeats."""
+"""A verifier without a heartbeat for this long counts as gone: its lease expires and its rounds go to others. It is four
+times the usual interval between heartbeats."""
 
 DEFAULT_CLASS = "default"
-"""The service class of requests that name none."""
+"""Service class of requests without one."""
 
 LONGEST_DRAFT = 1024
-"""What is longer comes from no drafter of ours."""
+"""Longest draft of a round, in tokens: above what any drafter sends."""
 
 MOST = 2**53
-"""Of anything that is counted. With it and the limits of times, nothing computed from a message is ever infinite."""
+"""Largest count. Together with the limits of times it keeps every number computed from a message finite."""
 SHORTEST_MS, LONGEST_MS = 1e-9, 1e9
-"""Times that can be promised: up to eleven days."""
+"""Limits of SLO times: up to eleven days."""
 FARTHEST_MS = 1e20
-"""How far from now a deadline may be: that of the last of 2**31 tokens is nearer."""
+"""Largest distance of a deadline from now: beyond that of the last of 2**31 tokens."""
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Length = Annotated[int, Field(ge=1, le=MOST)]
@@ -53,13 +53,13 @@ TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
 
 class Record(BaseModel):
-    """A part of a message: strictly typed, immutable, tolerant of fields it does not know."""
+    """A part of a message: strictly typed and immutable; unknown fields are ignored."""
 
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
 
 
 class Message(Record):
-    """A record that travels by itself."""
+    """A record that is sent by itself."""
 
     type_name: ClassVar[str]
 
@@ -69,7 +69,7 @@ class Message(Record):
 
 
 class Sampling(Record):
-    """How the target's choice is drawn. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
+    """Sampling parameters of the target. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
 
     temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
@@ -78,18 +78,18 @@ class Sampling(Record):
 
 
 class Slo(Record):
-    """A promise of speed: time to first token, and mean time per output token after it, in milliseconds."""
+    """A promised speed: time to first token, and mean time per output token after it, in milliseconds."""
 
     ttft_ms: Promised
     tpot_ms: Promised
 
 
 class HiddenFormat(StrEnum):
-    """How hidden states travel; see `shared.models.hidden_states`."""
+    """Format of hidden states in messages; see `shared.models.hidden_states`."""
 
     BFLOAT16 = "bfloat16"
     INT8 = "int8"
-    """One float32 scale per row beside it."""
+    """With one float32 scale per row."""
 
     @property
     def width(self) -> int:
@@ -98,27 +98,27 @@ class HiddenFormat(StrEnum):
 
 
 class Finish(StrEnum):
-    """Why a session's text ended, decided with the commit."""
+    """The reason why a completion ended, decided with the commit."""
 
     STOP = "stop"
     LENGTH = "length"
 
 
 class Status(StrEnum):
-    """What became of one job."""
+    """Outcome of one job."""
 
     COMMITTED = "committed"
-    """The round's tokens are committed, now or by an earlier copy of the same round."""
+    """The round's tokens are committed, now or by an earlier copy of the round."""
     CONFLICT = "conflict"
-    """The round did not build on the committed length; `tokens` are what is committed from `base_len` on."""
+    """The round did not build on the committed length; `tokens` are the committed ones from `base_len` on."""
     PREFILLED = "prefilled"
-    """A chunk of the prompt is in the verifier's cache; nothing was sampled."""
+    """A chunk of the prompt is in the verifier's KV cache; nothing was sampled."""
     FAILED = "failed"
-    """The round cannot be verified, now or later; `error` says why."""
+    """The round cannot be verified, now or later; `error` gives the reason."""
 
 
 class Generate(Message):
-    """gateway → drafter: bring this session to its end."""
+    """gateway → drafter: draft for this session until it ends."""
 
     session: Name
     gateway: Name
@@ -208,7 +208,7 @@ class Job(RoundFields):
 
 
 class LeftOut(Record):
-    """A round that waits on while a batch goes out, and why."""
+    """A pending round that a batch leaves out, and the reason."""
 
     session: Name
     reason: str
@@ -220,32 +220,32 @@ class Batch(Message):
     batch: Name
     scheduler: Name
     lease: Count = 0
-    """The verifier's lease as the scheduler knows it. Under another one the verifier neither commits nor replies; 0 is
-    from a scheduler that knows of no leases."""
+    """The verifier's lease from its last heartbeat. Under another lease the verifier neither commits nor replies; 0
+    comes from a scheduler of a version without leases."""
     jobs: Annotated[list[Job], Field(min_length=1)]
     predicted_ms: Milliseconds
     policy: str
     waiting: Count = 0
-    """Rounds for this verifier that are not in the batch."""
+    """Pending rounds for this verifier that are not in the batch."""
     left_out: list[LeftOut] = Field(default_factory=list)
-    """The first of them, in the order in which the policy would have taken them."""
+    """The first of these rounds, in the policy's order."""
 
 
 class Release(Message):
-    """scheduler → one verifier: these sessions have moved to another verifier, so their K/V are not needed here."""
+    """scheduler → one verifier: these sessions have moved to another verifier, so drop their KV."""
 
     sessions: Annotated[list[Name], Field(min_length=1)]
 
 
 class Failure(Record):
-    """Why a session cannot go on, in the words of the HTTP API's error body."""
+    """The error that ends a session, as in the HTTP API's error body."""
 
     code: str
     message: str
 
 
 class Result(Message):
-    """verifier → drafter, gateway, scheduler, journal: what became of one job."""
+    """verifier → drafter, gateway, scheduler, journal: the outcome of one job."""
 
     session: Name
     round: Count
@@ -254,23 +254,23 @@ class Result(Message):
     verifier: Name
     batch: Name
     accepted: Count = 0
-    """Accepted draft tokens; the tokens after them are the target's own."""
+    """Accepted draft tokens. The bonus token follows them."""
     tokens: list[TokenId] = Field(default_factory=list)
-    """Committed tokens from `base_len` on: the accepted drafts and the bonus token."""
+    """Committed tokens from `base_len` on: the accepted draft tokens and the bonus token."""
     drafted: Count = 0
     trimmed_to: Count = 0
-    """How many draft tokens were verified."""
+    """Number of verified draft tokens."""
     finish: Annotated[Finish | None, Field(strict=False)] = None
     cached: Count = 0
-    """Tokens of the session whose K/V this verifier holds now."""
+    """Tokens of the session whose KV this verifier now holds."""
     new_tokens: Count = 0
-    """Tokens that were computed for this job."""
+    """Tokens computed for this job."""
     draft_ms: Milliseconds = 0.0
     queue_ms: Milliseconds = 0.0
     verify_ms: Milliseconds = 0.0
     error: Failure | None = None
     logits_digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
-    """Of the bits of the logits from which this verifier chose, row after row; None unless the journal is on."""
+    """Digest of the bits of the logits behind the choices, row after row; None unless the journal is on."""
 
 
 class HiddenStates(Message):
@@ -290,15 +290,15 @@ class HiddenStates(Message):
     rows: bytes
     """(count, size) elements, little-endian, row after row."""
     scales: Annotated[bytes, Field(validate_default=True)] = b""
-    """(count) little-endian float32 for int8: an element counts this much. Otherwise empty."""
+    """(count) little-endian float32 for int8: the value of an element of 1 in each row. Otherwise empty."""
 
     @field_validator("rows", "scales")
     @classmethod
     def _complete(cls, value: bytes, info: ValidationInfo) -> bytes:
-        told = info.data
-        if not {"count", "size", "format"} <= told.keys():
-            return value  # one of them is wrong, and says so itself
-        count, size, form = told["count"], told["size"], told["format"]
+        others = info.data
+        if not {"count", "size", "format"} <= others.keys():
+            return value  # one of these is invalid and reported by itself
+        count, size, form = others["count"], others["size"], others["format"]
         if info.field_name == "rows":
             expected = count * size * form.width
         else:
@@ -309,7 +309,7 @@ class HiddenStates(Message):
 
 
 class BatchShape(Record):
-    """What a batch's time depends on: the cost model's features."""
+    """Size of a batch: the inputs of the cost model."""
 
     jobs: Count
     new_tokens: Count
@@ -318,11 +318,11 @@ class BatchShape(Record):
     context: Count
     """Σ over jobs of the session's length after the batch."""
     rows: Count = 0
-    """Positions whose logits were computed: a draft and one more for a round, none for a chunk of prefill."""
+    """Positions with computed logits: the draft and one more for a round, none for a chunk of prefill."""
 
 
 class Measurement(Record):
-    """What one batch took in the model."""
+    """Measured time of one batch in the model."""
 
     shape: BatchShape
     measured_ms: Annotated[Milliseconds, Field(le=LONGEST_MS)]
@@ -331,22 +331,22 @@ class Measurement(Record):
 class Sample(Message):
     """verifier → estimator: the batches measured since the last sample.
 
-    Sent with the heartbeats and not after each batch: at that moment every core is needed by the next round.
+    Sent with the heartbeats and not after each batch, when the next round needs every core.
     """
 
     verifier: Name
     batches: Annotated[list[Measurement], Field(min_length=1)]
     profile: bool = False
-    """True for the batches that a verifier runs at its start to measure itself."""
+    """True for the batches that a verifier runs at its start to profile itself."""
 
 
 class CostModel(Message):
-    """estimator → scheduler, gateway: the verification time model of one verifier. See `shared.cost.model`."""
+    """estimator → scheduler, gateway: the cost model of one verifier. See `shared.cost.model`."""
 
     verifier: Name
     coefficients: Annotated[list[Annotated[float, Field(ge=0, le=FARTHEST_MS)]], Field(min_length=5, max_length=7)]
     """Milliseconds per batch, job, later new token, million new × context, million context, row of logits, first new
-    token. A model of the first five only prices all new tokens alike, and no rows."""
+    token. With five coefficients all new tokens cost the same, and rows cost nothing."""
     ratio_p50: Ratio
     """Median, 90th and 99th percentile of measured / predicted time."""
     ratio_p90: Ratio
@@ -363,28 +363,28 @@ class CostModel(Message):
 
 
 class ClassLoad(Record):
-    """The rounds and sessions of one service class, as the scheduler sees them."""
+    """Rounds and sessions of one service class, as the scheduler sees them."""
 
     service_class: Name
     sessions: Count
-    """Sessions that are under way."""
+    """Running sessions."""
     waiting: Count
-    """Rounds that wait for a batch."""
+    """Pending rounds."""
     queue_ms: Milliseconds
     """Recent time from a round's arrival to its batch."""
     slack_ms: SignedMilliseconds | None = None
-    """Least slack among those that wait; None where none has an SLO."""
+    """Least slack of the pending rounds; None without SLOs."""
 
 
 class Load(Message):
-    """scheduler → drafters, gateway: how busy the verifiers are.
+    """scheduler → drafters, gateway: load of the verifiers.
 
     Times are predictions of the cost model, averaged over the usable verifiers.
     """
 
     scheduler: Name
     price_ms: Milliseconds
-    """What verifying one more token costs the others, in milliseconds of batch time; 0 when there is room."""
+    """Cost of verifying one more token for the other rounds, in milliseconds of batch time; 0 when there is room."""
     queue_ms: Milliseconds
     """Recent time from a round's arrival to its batch."""
     pending: Count
@@ -396,39 +396,39 @@ class Load(Message):
     verifiers: Count = 0
     """Usable verifiers."""
     utilization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
-    """Share of the verifiers' time that the promises to the present sessions need: 1 is all of it.
+    """Share of the verifiers' time that the SLOs of the running sessions need; 1 is all of it.
 
     For each verifier: `fixed_ms` / the shortest time between batches that its sessions need, plus, for each session,
     its round's own time / the time between its rounds; a session needs a round every `tpot_ms` x tokens per round, and
     `shared.slo.batch_period_ms` says which time between batches lets it have one.
     """
     fixed_ms: Milliseconds = 0.0
-    """Time of a batch beside its rounds' own."""
+    """Time of a batch apart from its rounds' own time."""
     period_ms: Milliseconds | None = None
-    """The shortest time between batches that a present session needs; None without promises."""
+    """The shortest time between batches that a running session needs; None without SLOs."""
     away_ms: Milliseconds = 0.0
-    """Part of a round in which it neither waits nor is verified: drafting and messages."""
+    """Part of a round's time outside queue and batch: drafting and messages."""
     round_ms: Milliseconds = 0.0
-    """A round's own time in a batch: what one more session adds to each."""
+    """A round's own time in a batch: the time that one more session adds to each batch."""
     tokens_per_round: Annotated[float, Field(ge=1, allow_inf_nan=False)] = 1.0
-    """What a new session's rounds can be counted on to bring: the mean of all rounds, less the mean deviation of
-    sessions' own means from it."""
+    """Cautious estimate for a new session: the mean of all rounds, less the mean deviation of the sessions' own means
+    from it."""
     prefill_ms: Milliseconds = 0.0
     """Time per token of a prompt."""
     backlog_ms: Milliseconds = 0.0
-    """Time to work off what waits and what is being verified: the wait of a round that came now, behind all others."""
+    """Time to finish all pending and running rounds: the wait of a round that arrives now, behind all others."""
     classes: list[ClassLoad] = Field(default_factory=list)
 
 
 class Cancel(Message):
-    """gateway → all: nobody waits for this session any more. Redis holds the same fact durably."""
+    """gateway → all: drop this session. Redis holds the cancellation durably."""
 
     session: Name
     reason: str
 
 
 class Ended(Message):
-    """gateway → who observes: a request's text has ended, or the request was refused. Nothing depends on it."""
+    """gateway → observers: a completion has ended, or a request was refused. No service depends on it."""
 
     session: Name
     service_class: Name = DEFAULT_CLASS
@@ -436,34 +436,34 @@ class Ended(Message):
     reason: str
     """As in the gateway's metrics (`stop`, `length`, `abort`, `error`), or `refused`."""
     code: str = ""
-    """Why it was refused, as in the answer's `x-wisp-refused`."""
+    """Reason of the refusal, as in the response header `x-wisp-refused`."""
     prompt_tokens: Count = 0
     tokens: Count = 0
     ttft_ms: Milliseconds | None = None
     tpot_ms: Milliseconds | None = None
-    """Mean time per output token after the first; None for a text of one token."""
+    """Mean time per output token after the first; None for a completion of one token."""
     attained: bool = False
-    """Whether the text came to its own end within its SLO; true for every complete text without one."""
+    """Whether the completion ended by itself within its SLO; true for every complete one without an SLO."""
 
 
 class Residency(Record):
-    """Tokens of one session whose K/V a verifier holds."""
+    """Tokens of one session whose KV a verifier holds."""
 
     session: Name
     cached: Count
 
 
 class Heartbeat(Message):
-    """verifier → scheduler: I am here."""
+    """verifier → scheduler: sign of life, with the state of the KV cache."""
 
     verifier: Name
     fingerprint: str
     max_len: Count
-    """The model's context, or the whole cache budget where that is smaller, in tokens."""
+    """The model's context, or the whole KV budget if that is smaller, in tokens."""
     free_tokens: Count
     total_tokens: Count
     lease: Count = 0
-    """See `shared.state.store`; 0 before the first one."""
+    """See `shared.state.registry`; 0 before the first lease."""
     draining: bool = False
     residency: list[Residency] = Field(default_factory=list)
 
@@ -488,7 +488,7 @@ MESSAGES: dict[str, type[Message]] = {
 
 
 def encode(message: Message) -> bytes:
-    """The message as it goes over the wire."""
+    """Return the message as bytes for the wire."""
     fields = message.model_dump(exclude_defaults=True)
     fields["t"] = message.type_name
     fields["v"] = SCHEMA_VERSION
@@ -496,9 +496,9 @@ def encode(message: Message) -> bytes:
 
 
 def decode(body: bytes) -> Message:
-    """The message in these bytes.
+    """Return the message in these bytes.
 
-    Raises MessageError when they are not msgpack, not one of our messages, or a field is missing or ill-typed.
+    Raises MessageError when they are not msgpack, no known message, or a field is missing or ill-typed.
     """
     try:
         fields = msgpack.unpackb(body)

@@ -1,14 +1,14 @@
-"""Who may do what at RabbitMQ: definitions of users, permissions, queues and policies, made from the topology. Pure.
+"""RabbitMQ definitions of users, permissions, queues and policies, derived from the topology.
 
-Each service has a user of its own, who may
+Each service has a user with these permissions:
 
-    configure   its instances' own queues, and nothing else: exchanges and shared queues are part of the definitions
-    write       the exchange, with the keys that the role publishes alone; dead letters; its own queues (to bind them)
-    read        the exchange, to bind keys that the role listens to alone; its own queues; the shared ones it serves
+    configure   its instances' own queues only: exchanges and shared queues are part of the definitions
+    write       the exchange, with the keys that its role publishes; dead letters; its own queues (to bind them)
+    read        the exchange, to bind the keys that its role listens to; its own queues; the shared queues it serves
 
-Permissions on names hold for queues and exchanges alike, and topic permissions for the keys of the one topic exchange.
-RabbitMQ before 3.13 looks at a message's own key only and not at those in `CC`: with it, a service that was broken into
-could reach any queue of the exchange. Who is not trusted is therefore not let near the exchange at all.
+Permissions on names apply to queues and exchanges alike, and topic permissions to the keys of the topic exchange.
+RabbitMQ before 3.13 checks a message's own key only, not the keys in `CC`: a compromised service could reach any queue
+of the exchange. An untrusted device therefore has no access to the exchange at all.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from shared.broker.topology import DEFAULT_POOL, ROLES, JournalLimits, Queue, Ro
 Definitions = dict[str, Any]
 
 OWN_QUEUE_BYTES = 256 << 20
-"""What may wait for an instance that does not read. The oldest go first, and count as lost on the way."""
+"""Size of the queue of an instance that does not read. The oldest messages are dropped, and count as lost."""
 WAITING_ROUNDS = 100_000
-"""Rounds that may wait for a scheduler. The oldest go first: their drafters send them again."""
+"""Most pending rounds. The oldest are dropped, and their drafters send them again."""
 DEVICE_QUEUE_BYTES = 16 << 20
-"""What may wait for a device that does not read."""
+"""Size of the queue of a device that does not read."""
 DEVICE_LIMITS = {"max-connections": 3, "max-channels": 16}
-"""Of a device's user. More than one connection: the broker may not have noticed yet that the last one is gone."""
+"""Limits of a device's user. More than one connection, because RabbitMQ may notice the end of the last one late."""
 NOTHING = "^$"
 
 
 def user_of(topology: Topology, service: str) -> str:
-    """The name of a service's user at the broker."""
+    """Return the name of a service's RabbitMQ user."""
     return f"{topology.namespace}-{service}"
 
 
@@ -47,10 +47,10 @@ def definitions(
     pools: Iterable[str] = (DEFAULT_POOL,),
     journal: JournalLimits | None = None,
 ) -> Definitions:
-    """What `rabbitmqctl import_definitions` takes: everything of one namespace.
+    """Return the definitions of one namespace, for `rabbitmqctl import_definitions`.
 
-    passwords: of each service's user, by the user's name. pools: the pools of drafters. journal: what it
-    keeps, where it is on; none of these users may read it.
+    passwords: of each service's user, by the user's name. pools: the pools of drafters. journal: limits of the journal,
+    None without one; none of these users may read it.
     """
     made: Definitions = {"vhosts": [{"name": vhost}], "users": [], "permissions": [], "topic_permissions": []}
     for service, role in ROLES.items():
@@ -103,10 +103,10 @@ def definitions(
 
 
 def device_definitions(topology: Topology, device: str, password: str, *, vhost: str = "/") -> Definitions:
-    """What a device outside the cluster needs, beside the above, and nothing else: it is not trusted.
+    """Return the additional definitions for an untrusted device outside the cluster.
 
-    It may write to one exchange, which leads to one bounded queue; read its requests and its results; bind its results
-    and the Load; and it can open a few connections.
+    The device may write to one exchange, which leads to one bounded queue; read its requests and results; bind its
+    results and Load; and open a few connections.
     """
     name = user_of(topology, device_name(device))
     own = Topology(topology.namespace, device).drafter_queue(device_name(device))
@@ -141,7 +141,7 @@ def device_definitions(topology: Topology, device: str, password: str, *, vhost:
 
 
 def joined(*parts: Definitions) -> Definitions:
-    """Several definitions as one."""
+    """Return several definitions merged into one."""
     made: Definitions = {}
     for part in parts:
         for kind, entries in part.items():
@@ -170,9 +170,9 @@ def _topic_permissions(topology: Topology, service: str, role: Role) -> dict[str
 
 
 def user(name: str, password: str, limits: Mapping[str, int] | None = None) -> Definitions:
-    """A user without rights of administration. The hash is RabbitMQ's: four bytes of salt, then SHA-256 of both.
+    """Return a user without administrative rights. The hash is RabbitMQ's: four bytes of salt, then SHA-256 of both.
 
-    The salt follows from the user and the password, which are long and random: the same input gives the same file.
+    The salt is derived from user and password, which are long and random, so the same input gives the same file.
     """
     salt = sha256(f"{name}\n{password}".encode()).digest()[:4]
     hashed = b64encode(salt + sha256(salt + password.encode()).digest()).decode()
@@ -186,7 +186,7 @@ def user(name: str, password: str, limits: Mapping[str, int] | None = None) -> D
 
 
 def exchange(name: str, kind: str, vhost: str) -> Definitions:
-    """A durable exchange, as the services declare it."""
+    """Return a durable exchange, as the services declare it."""
     return {
         "name": name,
         "vhost": vhost,
@@ -199,7 +199,7 @@ def exchange(name: str, kind: str, vhost: str) -> Definitions:
 
 
 def queue_definition(queue: Queue, vhost: str) -> Definitions:
-    """A shared queue, as the services declare it."""
+    """Return a shared queue, as the services declare it."""
     return {
         "name": queue.name,
         "vhost": vhost,
@@ -210,7 +210,7 @@ def queue_definition(queue: Queue, vhost: str) -> Definitions:
 
 
 def binding(source: str, queue: str, key: str, vhost: str) -> Definitions:
-    """A queue's binding to an exchange."""
+    """Return a binding of a queue to an exchange."""
     return {
         "source": source,
         "vhost": vhost,
@@ -222,7 +222,7 @@ def binding(source: str, queue: str, key: str, vhost: str) -> Definitions:
 
 
 def policy(name: str, pattern: str, definition: Definitions, vhost: str) -> Definitions:
-    """A policy for the queues of these names."""
+    """Return a policy for queues whose names match `pattern`."""
     return {
         "vhost": vhost,
         "name": name,
@@ -238,7 +238,7 @@ def _own(topology: Topology, service: str) -> str:
 
 
 def _pattern(text: str) -> str:
-    """A regular expression for a name in which `*` stands for one."""
+    """Return a regular expression for a name in which `*` stands for any name."""
     return ".+".join(_literal(part) for part in text.split("*"))
 
 

@@ -1,10 +1,10 @@
-"""The names of everything at the broker: one topic exchange, its routing keys, and the queues bound to it.
+"""Names at RabbitMQ: one topic exchange, its routing keys, and the queues bound to it.
 
     routing key             from → to                             queue
     generate.<pool>         gateway → one drafter of the pool     <ns>.generate.<pool>      durable, quorum
     verify                  drafter → the active scheduler        <ns>.verify               durable, one active consumer
     batch.<verifier>        scheduler → that verifier             <ns>.verifier.<name>      exclusive
-                            Release: K/V that this verifier need not keep
+                            Release: sessions whose KV the verifier drops
     result.<instance>       verifier → drafter, gateway (by CC)   <ns>.drafter.<name> ...   exclusive
                             verifier → drafter: HiddenStates, just before the Result of their round
     result.scheduler        verifier → every scheduler (by CC)    <ns>.scheduler.<name>     exclusive
@@ -13,21 +13,22 @@
     load                    scheduler → drafters, gateways
     heartbeat.<verifier>    verifier → schedulers
     cancel                  gateway → drafters, schedulers, verifiers
-    ended                   gateway → who observes (`wisp top`)
+    ended                   gateway → observers (`wisp top`)
     generate.device.<name>  gateway → that device                 <ns>.generate.device.<name>
     result.device.<name>    verifier → that device                <ns>.device.<name>        exclusive, bounded
-    probe.<queue>           an instance → itself: shows that its consumer lives
+    probe.<queue>           an instance → itself: checks that its consumer is alive
 
-`ROLES` says who publishes and receives what; users at the broker are given just that (`shared.broker.access`).
+`ROLES` lists which keys each service publishes and receives; its RabbitMQ user has exactly these permissions
+(`shared.broker.access`).
 
 A device outside the cluster sends its rounds through a fanout exchange of its own, `<ns>.uplink.<name>`, to the queue
-`<ns>.rounds.<name>`, which the scheduler reads: by that it knows whose they are.
+`<ns>.rounds.<name>`, which the scheduler consumes: the queue identifies the device.
 
-What cannot be decoded goes to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
+Messages that cannot be decoded go to the fanout exchange `<ns>.dead` and its queue of the same name, with the reason.
 
 With the journal on, the stream queue `<ns>.journal` takes a copy of everything but samples and hidden states. It is
-bound beside the work queues, except for messages whose sender has to know that their receiver is there (Generate,
-Batch): a binding of the journal's would count as a receiver. Their copies go to the topic exchange `<ns>.journal`.
+bound beside the work queues, except for messages whose sender must learn that the receiver is missing (Generate,
+Batch): a binding of the journal would count as a receiver. Their copies go to the topic exchange `<ns>.journal`.
 """
 
 from __future__ import annotations
@@ -45,70 +46,70 @@ RESULT_SCHEDULER = "result.scheduler"
 DEFAULT_POOL = "pool"
 
 GENERATE_DELIVERY_LIMIT = 20
-"""A Generate that has brought down this many drafters is dead-lettered instead of being tried again."""
+"""A Generate delivered this often without an acknowledgement, as when it crashes drafters, is dead-lettered."""
 DEAD_LETTERS_KEPT = 10_000
 SAMPLES_KEPT = 10_000
 ROUNDS_KEPT = 256
-"""Rounds of one device that may wait. The oldest go first: the device sends them again."""
+"""Most pending rounds of one device. The oldest are dropped, and the device sends them again."""
 ROUND_BYTES = 65_536
 """Longest message of a device."""
 JOURNAL_SEGMENTS = 20
-"""Files that a full journal consists of: the broker only ever drops a whole one."""
+"""Files of a full journal. RabbitMQ drops whole files only."""
 SMALLEST_SEGMENT = 1_000_000
 """Bytes."""
 
 
 def generate(pool: str = DEFAULT_POOL) -> str:
-    """Routing key of a request for a drafter pool, or for one named device."""
+    """Return the routing key of requests for a drafter pool or a device."""
     return f"generate.{pool}"
 
 
 def batch(verifier: str) -> str:
-    """Routing key of a batch."""
+    """Return the routing key of batches for a verifier."""
     return f"batch.{verifier}"
 
 
 def result(instance: str) -> str:
-    """Routing key of a result for a drafter or a gateway."""
+    """Return the routing key of results for a drafter or a gateway."""
     return f"result.{instance}"
 
 
 def costmodel(verifier: str) -> str:
-    """Routing key of a verifier's cost model."""
+    """Return the routing key of a verifier's cost model."""
     return f"costmodel.{verifier}"
 
 
 def heartbeat(verifier: str) -> str:
-    """Routing key of a verifier's heartbeat."""
+    """Return the routing key of a verifier's heartbeats."""
     return f"heartbeat.{verifier}"
 
 
 def probe_key(queue: str) -> str:
-    """Routing key of a probe of an own queue's consumer."""
+    """Return the routing key of probes of an own queue's consumer."""
     return f"probe.{queue}"
 
 
 def device_name(device: str) -> str:
-    """A device's name as a drafter and as a pool. It has a dot, so that no pool and no service can be called that."""
+    """Return a device's name as a drafter and as a pool. Its dot keeps it apart from names of pools and services."""
     return f"device.{device}"
 
 
 def rounds(device: str) -> str:
-    """What a device's rounds are called in roles; they travel by an exchange of the device's own."""
+    """Return the name of a device's rounds in roles. They go through an exchange of the device's own."""
     return f"rounds.{device}"
 
 
 @dataclass(frozen=True)
 class Role:
-    """What a service does at the broker. Keys are patterns: `*` stands for a name."""
+    """Routing keys of a service. Keys are patterns: `*` stands for a name."""
 
     publishes: tuple[str, ...] = ()
     listens: tuple[str, ...] = ()
-    """What is bound to the instances' own queues."""
+    """Keys bound to the instances' own queues."""
     serves: tuple[str, ...] = ()
-    """Keys whose shared queues it consumes."""
+    """Keys whose shared queues the service consumes."""
     records: bool = False
-    """Whether it makes copies for the journal: of what it publishes for one receiver."""
+    """Whether the service publishes copies of its confirmed messages to the journal."""
 
 
 ROLES = {
@@ -128,7 +129,7 @@ ROLES = {
 
 @dataclass(frozen=True)
 class JournalLimits:
-    """How much of the past the journal keeps at most."""
+    """Largest size and age of the journal."""
 
     max_bytes: int
     max_age_s: int
@@ -136,7 +137,7 @@ class JournalLimits:
 
 @dataclass(frozen=True)
 class Queue:
-    """How a queue is declared, and what is bound to it."""
+    """Declaration of a queue, and its bindings."""
 
     name: str
     bindings: tuple[str, ...]
@@ -147,27 +148,27 @@ class Queue:
 
 @dataclass(frozen=True)
 class Topology:
-    """Every name within one namespace, as seen by a service or, if one is named, by a device."""
+    """Names within one namespace, as seen by a service or, if `device` is set, by that device."""
 
     namespace: str = "wisp"
     device: str = ""
 
     @property
     def exchange(self) -> str:
-        """The topic exchange that carries every message."""
+        """The topic exchange for all messages."""
         return self.namespace
 
     @property
     def dead(self) -> str:
-        """The fanout exchange and the queue of messages that could not be handled."""
+        """The fanout exchange and the queue of dead letters."""
         return f"{self.namespace}.dead"
 
     def dead_queue(self) -> Queue:
-        """Where dead letters are kept: the latest ones, up to a limit."""
+        """Return the queue of dead letters, which keeps the latest ones up to a limit."""
         return Queue(self.dead, (), durable=True, arguments={"x-max-length": DEAD_LETTERS_KEPT})
 
     def generate_queue(self, pool: str = DEFAULT_POOL) -> Queue:
-        """Requests for a pool of drafters; each is acknowledged when its session has ended."""
+        """Return the queue of requests for a pool of drafters. Each is acknowledged when its session has ended."""
         return Queue(
             f"{self.namespace}.generate.{pool}",
             (generate(pool),),
@@ -180,7 +181,7 @@ class Topology:
         )
 
     def shared_queue(self, key: str) -> Queue:
-        """The shared queue of a key that a role serves."""
+        """Return the shared queue of a key in `Role.serves`."""
         if key == VERIFY:
             return self.verify_queue()
         if key == SAMPLE:
@@ -190,14 +191,15 @@ class Topology:
         return self.generate_queue(key.removeprefix(generate("")))
 
     def rounds_exchange(self, device: str) -> str:
-        """The fanout exchange that a device's rounds go through, and nothing else.
+        """Return the fanout exchange for the rounds of a device, and nothing else.
 
-        Not called like the queue behind it: RabbitMQ's permissions do not tell exchanges and queues apart.
+        It has another name than the queue behind it, because RabbitMQ's permissions do not distinguish exchanges from
+        queues.
         """
         return f"{self.namespace}.uplink.{device}"
 
     def rounds_queue(self, device: str) -> Queue:
-        """A device's rounds for the scheduler: bounded, so that a flood drowns nobody but the device itself."""
+        """Return the queue of a device's rounds. It is bounded, so that a flood harms only the device itself."""
         return Queue(
             f"{self.namespace}.rounds.{device}",
             (),
@@ -211,18 +213,18 @@ class Topology:
         )
 
     def drafter_queue(self, instance: str) -> Queue:
-        """What a drafter receives beside its requests. A device is not told which sessions of others are cancelled."""
+        """Return a drafter's queue for everything but requests. A device gets no Cancel of others' sessions."""
         if self.device:
             name = f"{self.namespace}.{device_name(self.device)}"
             return Queue(name, (result(instance), LOAD), exclusive=True)
         return self.own_queue("drafter", instance, (result(instance), CANCEL, LOAD))
 
     def verify_queue(self) -> Queue:
-        """Rounds for the scheduler. One scheduler consumes at a time; the broker hands over to a standby."""
+        """Return the queue of rounds. One scheduler consumes at a time; RabbitMQ switches to a standby."""
         return Queue(f"{self.namespace}.verify", (VERIFY,), durable=True, arguments={"x-single-active-consumer": True})
 
     def sample_queue(self) -> Queue:
-        """Measured batches for the estimator; the oldest are dropped when nobody reads them."""
+        """Return the queue of measured batches for the estimator. When full, it drops the oldest."""
         return Queue(
             f"{self.namespace}.sample",
             (SAMPLE,),
@@ -232,11 +234,11 @@ class Topology:
 
     @property
     def journal(self) -> str:
-        """The stream queue that records, and the topic exchange of the copies that senders make for it."""
+        """The stream queue of recorded messages, and the topic exchange of the copies that senders publish."""
         return f"{self.namespace}.journal"
 
     def journal_queue(self, limits: JournalLimits) -> Queue:
-        """The journal, bound to the work exchange. Messages that nobody but their receiver sees are not in it."""
+        """Return the journal's queue with its bindings to the topic exchange."""
         return Queue(
             self.journal,
             (VERIFY, RESULT_SCHEDULER, costmodel("#"), LOAD, heartbeat("#"), CANCEL, ENDED),
@@ -250,9 +252,9 @@ class Topology:
         )
 
     def own_queue(self, service: str, instance: str, bindings: tuple[str, ...]) -> Queue:
-        """An instance's own queue: it lives as long as the instance's connection.
+        """Return an instance's own queue, which lives as long as the instance's connection.
 
-        Raises ValueError for a binding that is not in the service's role: its user could not make it.
+        Raises ValueError for a binding outside the service's role, which its user could not make.
         """
         role = ROLES.get(service)
         if role is not None and (

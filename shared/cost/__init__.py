@@ -1,4 +1,4 @@
-"""The verification time model: evaluated here, fitted in `fit`. Pure: no I/O, no clock."""
+"""Cost model of verification batches, and its fit. Pure: no I/O, no clock."""
 
 from shared.cost.model import (
     EMPTY,

@@ -1,10 +1,10 @@
-"""Fitting the verification time model of `shared.cost.model`, from a start-up profile and then online. Pure.
+"""Fit of the cost model (`shared.cost.model`), from a start-up profile and then online.
 
 Weighted least squares on the relative error, with non-negative coefficients: every sample is divided by its measured
 time, so that short and long batches count alike. Only the sums X'X and X'y are kept. Live samples fade by a constant
-factor; the start-up profile fades down to a floor, so that shapes which live traffic never shows keep their meaning.
-A sample far from the prediction counts less (Huber's weight), so that a stalled machine moves the model little. When
-the median of the last few batches is off, the speed has changed for good: everything learnt so far is rescaled.
+factor; the start-up profile fades down to a floor, so that shapes absent from live traffic stay calibrated. A sample
+far from the prediction counts less (Huber's weight), so that a stalled machine moves the model little. When the median
+of the last few batches is off, the speed has changed for good, and everything learnt so far is rescaled.
 """
 
 from __future__ import annotations
@@ -23,28 +23,28 @@ Array = NDArray[np.float64]
 
 FORGETTING = 0.99
 HUBER = 0.15
-"""Relative errors beyond this count in proportion to 1 / error."""
+"""Samples with a larger relative error count in proportion to 1 / error."""
 PASSES = 4
-"""Solutions of a profile, each with the weights that follow from the one before."""
+"""Number of solutions of a profile, each with the weights from the one before."""
 PROFILE_WEIGHT = 0.1
 PROFILE_FULL_UNTIL = 20
-"""Live batches after which the profile's weight is down at its floor."""
+"""Live batches after which the profile's weight is at its floor."""
 STORED_WEIGHT = 0.01
-"""Weight of a stored model's coefficients, relative to what has been measured since."""
+"""Weight of a stored model's coefficients, relative to samples measured since."""
 RECENT = 200
 FEWEST = 20
-"""Ratios that quantiles are taken from at least."""
+"""Fewest ratios for quantiles."""
 SHIFT_WINDOW = 15
 SHIFT = 1.25
-"""A median of measured / predicted beyond this factor, either way, over the window is a change of speed."""
+"""A median of measured / predicted over the window beyond this factor, either way, is a change of speed."""
 TINY = 1e-9
 
 
 class VerifierFit:
-    """The model of one verifier, updated sample by sample."""
+    """The fit of one verifier's cost model, updated sample by sample."""
 
     def __init__(self, verifier: str, forgetting: float = FORGETTING, start: CostModel | None = None) -> None:
-        """forgetting: weight of a batch relative to the one after it. start: a stored model to go on from."""
+        """forgetting: weight of a batch relative to the one after it. start: a stored model to continue from."""
         known = start or cost.FALLBACK
         self._verifier = verifier
         self._forgetting = forgetting
@@ -61,7 +61,7 @@ class VerifierFit:
         self._stale = False
 
     def start_from(self, profile: Sequence[Measurement]) -> None:
-        """Forget everything and learn from a start-up profile: the verifier is new, or another one of the same name."""
+        """Discard everything and fit a start-up profile: the verifier is new, or another one of the same name."""
         self.__init__(self._verifier, self._forgetting)  # type: ignore[misc]
         measured = [one for one in profile if _usable(one)]
         if not measured:
@@ -81,7 +81,7 @@ class VerifierFit:
         self._stale = True
 
     def add(self, sample: Measurement) -> None:
-        """Learn from one live batch; one without work or time is ignored."""
+        """Add one live batch. A batch without jobs or time is ignored."""
         if not _usable(sample):
             return
         row = _row(sample)
@@ -98,22 +98,22 @@ class VerifierFit:
         self._stale = True
 
     def _settle(self, row: Array) -> None:
-        """Move a sample into the sums. Until then its weight may still change, and so may its speed."""
+        """Add a sample to the sums, which fixes its weight and its speed."""
         self._live.fade(self._forgetting)
         self._live.add(row, float(self._weights(row)) if self._version > 0 else 1.0)
 
     def _weights(self, rows: Array) -> Array:
-        """Huber's weight of samples of shape (..., coefficients)."""
+        """Return Huber's weights of samples of shape (..., coefficients)."""
         return HUBER / np.maximum(HUBER, np.abs(rows @ self._coefficients - 1))
 
     def _follow(self) -> None:
-        """Rescale everything from before if the last batches agree that the speed is another one now."""
+        """Rescale everything learnt before if the last batches show another speed."""
         if len(self._window) < SHIFT_WINDOW or len(self._ratios) < SHIFT_WINDOW:
             return
         latest = [self._ratios.pop() for _ in range(SHIFT_WINDOW)][::-1]
         speed = float(np.median(latest))
         if not 1 / SHIFT < speed < SHIFT:
-            # Which side of the change a batch is on: what its own ratio is nearer to.
+            # A batch belongs to the speed that its own ratio is nearer to.
             new = [abs(log(ratio)) > abs(log(ratio / speed)) for ratio in latest]
             self._window = deque(row if is_new else row / speed for row, is_new in zip(self._window, new, strict=True))
             latest = [ratio / speed if is_new else ratio for ratio, is_new in zip(latest, new, strict=True)]
@@ -125,9 +125,9 @@ class VerifierFit:
         self._ratios.extend(latest)
 
     def model(self) -> CostModel:
-        """The model as it stands, with the quantiles of measured / predicted over the recent batches.
+        """Return the current model, with the quantiles of measured / predicted over the recent batches.
 
-        Solved here and not with every sample: that would cost time on the cores that verify.
+        The coefficients are solved for here and not with every sample, to save time on the cores that verify.
         """
         if self._stale:
             self._solve()
@@ -154,7 +154,7 @@ class VerifierFit:
             gram = gram + weighted.T @ rows
             target = target + weighted.sum(0)
         if self._stored is not None:
-            # A restarted estimator leans on the stored model where it has seen nothing yet.
+            # After a restart, the stored model decides where nothing has been measured yet.
             prior = STORED_WEIGHT * np.diag(np.maximum(np.diag(gram), TINY))
             gram = gram + prior
             target = target + prior @ self._stored
@@ -162,7 +162,7 @@ class VerifierFit:
 
 
 class _Sums:
-    """X'X and X'y of samples whose measured value is 1 after scaling."""
+    """Sums X'X and X'y over samples whose measured value is 1 after scaling."""
 
     def __init__(self) -> None:
         self.gram: Array = np.zeros((cost.SIZE, cost.SIZE))
@@ -173,7 +173,7 @@ class _Sums:
         self.target *= factor
 
     def rescale(self, speed: float) -> None:
-        """As if every sample had taken `speed` times as long."""
+        """Rescale as if every sample had taken `speed` times as long."""
         self.gram /= speed**2
         self.target /= speed
 
@@ -205,7 +205,7 @@ def non_negative(gram: Array, target: Array) -> Array:
             if not below.any():
                 c = solved
                 break
-            # As far towards the solution as the first coefficient that reaches 0, which is then held there.
+            # Step towards the solution until the first coefficient reaches 0, and keep that one at 0.
             ways = np.where(below, c / np.maximum(c - solved, TINY**2), np.inf)
             c = np.maximum(0.0, c + ways.min() * (solved - c))
             free[ways.argmin()] = False

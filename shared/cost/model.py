@@ -1,12 +1,12 @@
-"""The verification time model, evaluated by the scheduler thousands of times a second.
+"""Cost model: the predicted time of a verification batch. The scheduler evaluates it thousands of times a second.
 
     time = c0 + c1·jobs + c2·later tokens + c3·Σ new × context / 10⁶ + c4·Σ context / 10⁶ + c5·rows + c6·first tokens
 
-in milliseconds, with non-negative coefficients. The weights' products are linear in the new tokens, of which the first
-`KNEE` have a price of their own: there the weights' way from memory still hides part of the arithmetic. Attention's
-score and value products are linear in new × context, reading the cache in the context, and the logits' product in the
-rows of logits; the constant is the price of touching the weights at all. `shared.cost.fit` fits the coefficients; here
-they are only used.
+in milliseconds, with non-negative coefficients. The weight products are linear in the new tokens. The first `KNEE` of
+them have a coefficient of their own, because there loading the weights from memory hides part of the arithmetic. The
+score and value products of attention are linear in new × context, reading the KV cache in the context, and the logits
+product in the rows of logits. The constant is the cost of loading the weights once. `shared.cost.fit` fits the
+coefficients.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from shared.messages import BatchShape, CostModel
 
 MILLION = 1e6
 KNEE = 8
-"""New tokens of a batch that have a price of their own."""
+"""Number of first new tokens with a coefficient of their own."""
 SIZE = 7
-"""Coefficients."""
+"""Number of coefficients."""
 TYPICAL_LENGTH = 256
-"""Tokens of a session."""
+"""Typical length of a session, in tokens."""
 
 FALLBACK = CostModel(
     verifier="any",
@@ -33,11 +33,11 @@ FALLBACK = CostModel(
     samples=0,
     version=0,
 )
-"""Used for a verifier that has not been profiled yet: a 135M-parameter model on one CPU core, roughly."""
+"""For a verifier that has not been profiled yet: roughly a 135M-parameter model on one CPU core."""
 
 
 class Shape(Protocol):
-    """What a batch's time depends on; `BatchShape` is the one that travels."""
+    """Size of a batch; `BatchShape` is its form in messages."""
 
     @property
     def jobs(self) -> int:
@@ -61,7 +61,7 @@ class Shape(Protocol):
 
 
 def features(shape: Shape) -> tuple[float, ...]:
-    """The `SIZE` numbers that the coefficients multiply."""
+    """Return the `SIZE` numbers that the coefficients multiply."""
     first = min(shape.new_tokens, KNEE)
     return (
         1.0,
@@ -75,10 +75,10 @@ def features(shape: Shape) -> tuple[float, ...]:
 
 
 def predict_ms(model: CostModel, shape: Shape) -> float:
-    """Expected time of a batch of this shape, in milliseconds; 0 for an empty one. Never less for a larger shape."""
+    """Return the expected time of a batch, in milliseconds: 0 for an empty one, never less for a larger shape."""
     if not shape.jobs:
         return 0.0
-    # Written out: a product over `features` would take three times as long.
+    # Written out, because a product over `features` takes three times as long.
     batch, job, later, pair, held, row, first = model.coefficients
     new = shape.new_tokens
     tokens = first * new if new <= KNEE else first * KNEE + later * (new - KNEE)
@@ -87,19 +87,21 @@ def predict_ms(model: CostModel, shape: Shape) -> float:
 
 
 def fixed_ms(model: CostModel) -> float:
-    """Time of a batch beside its jobs' own: reading the weights once."""
+    """Return the time of a batch apart from its jobs: loading the weights once."""
     return model.coefficients[0]
 
 
 def token_ms(model: CostModel) -> float:
-    """What one more verified token adds to a batch, its logits and its attention to a session of typical length
-    included."""
+    """Return the time that one more verified token adds to a batch.
+
+    It includes the token's logits and its attention to a session of typical length.
+    """
     _, _, later, pair, _, row, _ = model.coefficients
     return later + row + pair * TYPICAL_LENGTH / MILLION
 
 
 def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:
-    """Shape of a batch of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
+    """Return the shape of a batch of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
     shape = EMPTY
     for new, length, rows in jobs:
         shape = grow(shape, new, length, rows)
@@ -107,7 +109,7 @@ def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:
 
 
 def grow(shape: BatchShape, new: int, length: int, rows: int) -> BatchShape:
-    """The shape with one more job."""
+    """Return the shape with one more job."""
     # Built without validation: the scheduler does this thousands of times a second.
     return BatchShape.model_construct(
         jobs=shape.jobs + 1,
@@ -119,4 +121,4 @@ def grow(shape: BatchShape, new: int, length: int, rows: int) -> BatchShape:
 
 
 EMPTY = BatchShape(jobs=0, new_tokens=0, new_context=0, context=0)
-"""The shape of nothing."""
+"""Shape of an empty batch."""

@@ -1,4 +1,4 @@
-"""The engine: one causal language model, its K/V cache, and many sessions computed together."""
+"""The engine: one causal language model, its KV cache, and many sessions computed together."""
 
 from shared.engine.engine import Engine, Step
 

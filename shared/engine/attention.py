@@ -1,8 +1,8 @@
-"""Our attention function, as transformers calls it, and the two ways to keep keys and values behind it.
+"""The attention function that transformers calls, and its two KV caches.
 
-`BlockCache` is for the CPU: attention straight over the blocks (`kernel`). `GatherCache` is for every other device, and
-plain torch: it gathers a session's keys and values for each step and calls torch's attention, so it copies, and bits
-may depend on the batch there.
+`BlockCache` is for the CPU and attends over the blocks in place (`kernel`). `GatherCache` is for every other torch
+device: it copies a session's keys and values for each step and calls torch's attention, so bits may depend on the
+batch.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """The sessions of one packed row, in order: block tables, tokens already held, new tokens."""
+    """The sessions of one packed row, in order: block tables, counts of held tokens, counts of new tokens."""
 
     tables: Sequence[Sequence[int]]
     starts: Sequence[int]
@@ -49,15 +49,15 @@ class Cache(Protocol):
     and padding after them; what `attend` returns has q's shape, padding rows finite."""
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
-        """Where a block's keys and values lie, all layers: to be read, or written as a whole."""
+        """Return views of a block's keys and values in all layers, for reading or writing whole blocks."""
 
     def begin(self, batch: Batch) -> None:
-        """The following `attend` calls, one per layer, are for this batch."""
+        """Start a batch: the following `attend` calls, one per layer, are for it."""
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
     ) -> torch.Tensor:
-        """Keep the new keys and values, then causal attention of each session over its own; window 0 is no window."""
+        """Store the new keys and values, then attend causally within each session; window 0 is no window."""
 
 
 class BlockCache:
@@ -93,7 +93,7 @@ class BlockCache:
                 (i, row + done, start + done, min(self._span, count - done)) for done in range(0, count, self._span)
             )
             row += count
-        spans.sort(key=lambda span: -(span[2] + span[3]) * span[3])  # long ones first, so that threads end together
+        spans.sort(key=lambda span: -(span[2] + span[3]) * span[3])  # long spans first, so that threads end together
         self._spans = np.array(spans, np.int64)
         self._job[kernel.SPANS] = self._spans.ctypes.data
         self._job[kernel.TABLES : kernel.HEADS] = self._tables.ctypes.data, self._tables.shape[1]
@@ -117,8 +117,7 @@ class BlockCache:
 
 
 def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Zeros whose memory the system gives only on first use, so that an empty cache costs none. `torch.zeros` writes
-    them."""
+    """Return zeros whose memory is allocated on first use, so that an empty cache costs none, unlike `torch.zeros`."""
     return torch.from_numpy(np.zeros(shape, np.dtype(f"i{dtype.itemsize}"))).view(dtype)
 
 
@@ -169,7 +168,7 @@ class GatherCache:
 
 
 class Probe:
-    """Stands in for the cache in a model's very first pass, to learn the shape of its keys and values."""
+    """A stand-in for the cache in a model's first pass that records the shape of its keys and values."""
 
     def __init__(self) -> None:
         self._seen: dict[int, tuple[int, int, int]] = {}
@@ -186,7 +185,7 @@ class Probe:
         return torch.zeros_like(q)
 
     def shape(self) -> Shape:
-        """What was seen; ModelError if layers differ or some did not call our attention."""
+        """Return the recorded shape. Raises ModelError if layers differ or some did not call our attention."""
         if len(set(self._seen.values())) != 1 or sorted(self._seen) != list(range(len(self._seen))):
             raise ModelError(
                 "the model's layers do not all use one kind of attention through transformers' AttentionInterface "
@@ -207,13 +206,13 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """What transformers calls in each layer: query (1, heads, tokens, size), key and value (1, kv heads, tokens, size).
+    """Attend, as transformers calls it in each layer: query (1, heads, tokens, size), key and value (1, kv heads, tokens, size).
 
-    Returns (1, tokens, heads, size). `cache` is what `Engine.forward` handed to the model. Causality and who attends to
-    whom come from the cache's batch: there is no mask.
+    Returns (1, tokens, heads, size). `cache` comes from `Engine.forward`. Causality and the bounds of sessions come
+    from the cache's batch: there is no mask.
     """
     if cache is None:
-        raise ModelError(f"{type(module).__name__} does not hand keyword arguments on to its attention: unsupported")
+        raise ModelError(f"{type(module).__name__} does not pass keyword arguments on to its attention: unsupported")
     unsupported = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
     if unsupported or attention_mask is not None or not getattr(module, "is_causal", True):
         raise ModelError(f"{type(module).__name__} needs {', '.join(unsupported) or 'a mask of its own'}: unsupported")
@@ -226,5 +225,5 @@ def attention(
     return out[None], None
 
 
-# No mask function goes with it: for an attention without one, transformers makes no mask at all.
+# Without a mask function: transformers then makes no mask at all.
 AttentionInterface.register(NAME, attention)

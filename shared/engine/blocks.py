@@ -1,4 +1,4 @@
-"""Which token's keys and values lie in which block: the accounting of the K/V cache, without the tensors.
+"""Accounting of the KV cache: the assignment of tokens to blocks, without the tensors.
 
 A block holds `BLOCK` consecutive tokens of one session. Three rules make sharing, rollback and eviction simple:
 
@@ -21,14 +21,12 @@ from dataclasses import dataclass, field
 from shared.errors import CacheFull, NotAttached, TooLong
 
 BLOCK = 64
-"""Tokens per block; also the number of keys that the attention kernel takes at once, which fixes its order of
-summation."""
+"""Tokens per block, and keys per step of the attention kernel, which fixes its order of summation."""
 
 
 @dataclass(slots=True)
-class Session:
-    """What the cache holds of one session: K/V of `tokens`, in `blocks`; `hashes` of those leading blocks that are
-    indexed."""
+class CachedSession:
+    """A session in the cache: KV of `tokens`, in `blocks`; `hashes` of the leading blocks that are indexed."""
 
     tokens: list[int] = field(default_factory=list)
     blocks: list[int] = field(default_factory=list)
@@ -37,21 +35,19 @@ class Session:
 
 @dataclass(frozen=True, slots=True)
 class Growth:
-    """Room made for one call: blocks to copy `(source, target)` before anything is written, and the former block
-    tables."""
+    """Room made for one call: blocks to copy `(source, target)` before the first write, and the former block tables."""
 
     copies: tuple[tuple[int, int], ...]
     former: dict[str, list[int]]
 
 
 def chained_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
-    """Identity of a block: 16 bytes over the identity of the block before it (`b""` for the first) and its own
-    tokens."""
+    """Return a block's identity: 16 bytes over that of the block before it (`b""` for the first) and its own tokens."""
     return hashlib.blake2b(parent + array("q", tokens).tobytes(), digest_size=16).digest()
 
 
 def block_names(tokens: Sequence[int]) -> list[bytes]:
-    """Identities of the full blocks of a session with these tokens, as `chained_hash` gives them."""
+    """Return the identities (`chained_hash`) of the full blocks of a session with these tokens."""
     names: list[bytes] = []
     for end in range(BLOCK, len(tokens) + 1, BLOCK):
         names.append(chained_hash(names[-1] if names else b"", tokens[end - BLOCK : end]))
@@ -59,7 +55,7 @@ def block_names(tokens: Sequence[int]) -> list[bytes]:
 
 
 def agreement(a: Sequence[int], b: Sequence[int]) -> int:
-    """Length of the common prefix."""
+    """Return the length of the common prefix."""
     n = min(len(a), len(b))
     if a[:n] == b[:n]:
         return n
@@ -80,11 +76,11 @@ class BlockPool:
         self._hash_of: dict[int, bytes] = {}
         self._block_of: dict[bytes, int] = {}
         self._reclaimable: OrderedDict[int, None] = OrderedDict()
-        self._sessions: OrderedDict[str, Session] = OrderedDict()  # least recently used first
+        self._sessions: OrderedDict[str, CachedSession] = OrderedDict()  # least recently used first
 
     @property
     def available(self) -> int:
-        """Blocks that can be had without evicting a session: free and reclaimable ones."""
+        """Blocks available without evicting a session: free and reclaimable ones."""
         return len(self._free) + len(self._reclaimable)
 
     @property
@@ -93,18 +89,18 @@ class BlockPool:
         return list(self._sessions)
 
     def length(self, session: str) -> int:
-        """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
+        """Return the number of the session's tokens whose KV is held; 0 if it is unknown or was evicted."""
         known = self._sessions.get(session)
         return len(known.tokens) if known else 0
 
     def table(self, session: str) -> list[int]:
-        """The session's blocks in order of position; not to be changed by the caller."""
+        """Return the session's blocks in order of position. The caller must not change the list."""
         return self._require(session).blocks
 
     def attach(self, session: str, tokens: Sequence[int]) -> int:
-        """Make a session known by its committed tokens; returns how many of them are held (see `Engine.attach`)."""
+        """Attach a session with its committed tokens; return how many of them are held (see `Engine.attach`)."""
         committed = list(tokens)
-        known = self._sessions.setdefault(session, Session())
+        known = self._sessions.setdefault(session, CachedSession())
         self._sessions.move_to_end(session)
         self._shorten(known, agreement(known.tokens, committed))
         self._index(known)
@@ -113,10 +109,10 @@ class BlockPool:
         return len(known.tokens)
 
     def grow(self, wanted: dict[str, int]) -> Growth:
-        """Make room for `wanted[session]` more tokens in each session, evicting idle sessions if that is what it takes.
+        """Make room for `wanted[session]` more tokens in each session, evicting idle sessions if necessary.
 
-        Raises NotAttached, TooLong (a session alone exceeds the whole pool), CacheFull (those of this call together
-        do).
+        Raises NotAttached, TooLong (one session exceeds the whole pool) or CacheFull (the sessions of this call
+        together do).
         """
         copies: list[tuple[str, int]] = []
         new = 0
@@ -127,7 +123,7 @@ class BlockPool:
             total = blocks_for(have + count)
             if total > self.capacity:
                 raise TooLong(
-                    f"session {name} needs {have + count} tokens of K/V cache, the whole cache holds "
+                    f"session {name} needs {have + count} tokens of KV cache, the whole cache holds "
                     f"{self.capacity * BLOCK}; shorten the prompt or raise the cache budget"
                 )
             new += total - len(known.blocks)
@@ -149,11 +145,11 @@ class BlockPool:
         return Growth(self._extend(wanted, dict(copies)), former)
 
     def append(self, session: str, tokens: Sequence[int]) -> None:
-        """The K/V of these tokens are now held, in room made by `grow`."""
+        """Record that the KV of these tokens is now held, in the room made by `grow`."""
         self._require(session).tokens.extend(tokens)
 
     def undo(self, growth: Growth) -> None:
-        """Give back the room that `grow` made, if what was to be written there was not."""
+        """Return the room that `grow` made, when nothing was written there."""
         for name, blocks in growth.former.items():
             known = self._sessions[name]
             for block in reversed(known.blocks[len(blocks) :]):
@@ -161,12 +157,14 @@ class BlockPool:
             del known.blocks[len(blocks) :]
 
     def indexed(self, name: bytes) -> int | None:
-        """The block with this identity; None if it is not here."""
+        """Return the block with this identity, or None."""
         return self._block_of.get(name)
 
     def adopt(self, name: bytes) -> int | None:
-        """A block for content that was computed elsewhere, reclaimable under this identity. None if one is here
-        already, or there is no room without evicting a session."""
+        """Return a reclaimable block for content of this identity that was computed elsewhere.
+
+        None if the identity is held already, or there is no room without evicting a session.
+        """
         if name in self._block_of or not self.available:
             return None
         block = self._take()
@@ -177,20 +175,19 @@ class BlockPool:
         return block
 
     def truncate(self, session: str, length: int) -> None:
-        """Forget all tokens from `length` on. No more than `length` held, or an unknown session: nothing to do."""
+        """Drop all tokens from `length` on, if the session is known and holds more."""
         if known := self._sessions.get(session):
             self._shorten(known, max(length, 0))
 
     def release(self, session: str) -> None:
-        """Forget a session; its full blocks stay reclaimable under their hash."""
+        """Drop a session. Its full blocks stay reclaimable under their hashes."""
         if known := self._sessions.pop(session, None):
             self._index(known)
             for block in reversed(known.blocks):
                 self._drop(block)
 
     def integrity(self) -> None:
-        """Check that every block is accounted for exactly once and every count is right; AssertionError says what is
-        not."""
+        """Check that every block is accounted for exactly once and every count is right. Raises AssertionError."""
         users = [0] * self.capacity
         for name, known in self._sessions.items():
             if len(known.blocks) != blocks_for(len(known.tokens)):
@@ -217,13 +214,13 @@ class BlockPool:
         ):
             raise AssertionError("a free block is indexed, or a reclaimable one is not")
 
-    def _require(self, session: str) -> Session:
+    def _require(self, session: str) -> CachedSession:
         known = self._sessions.get(session)
         if known is None:
             raise NotAttached(session)
         return known
 
-    def _index(self, known: Session) -> None:
+    def _index(self, known: CachedSession) -> None:
         """Index the full blocks of a session whose tokens are all committed. Of two equal blocks one is kept."""
         for i in range(len(known.hashes), len(known.tokens) // BLOCK):
             parent = known.hashes[-1] if known.hashes else b""
@@ -238,9 +235,8 @@ class BlockPool:
                 self._drop(block)
             known.hashes.append(digest)
 
-    def _share(self, known: Session, committed: list[int]) -> None:
-        """Go on with stored blocks, whole ones only, and never the last committed token (its logits are still
-        wanted)."""
+    def _share(self, known: CachedSession, committed: list[int]) -> None:
+        """Append stored whole blocks, but never the last committed token, whose logits are still needed."""
         while True:
             i = len(known.hashes)
             end = (i + 1) * BLOCK
@@ -251,7 +247,7 @@ class BlockPool:
             if stored is None:
                 return
             self._use(stored)
-            for block in known.blocks[i:]:  # a part of the same block that the session computed itself
+            for block in known.blocks[i:]:  # a part of the same block, computed by the session itself
                 self._drop(block)
             known.blocks[i:] = [stored]
             known.tokens[i * BLOCK :] = committed[i * BLOCK : end]
@@ -273,7 +269,7 @@ class BlockPool:
                 known.blocks.append(self._take())
         return tuple(copies)
 
-    def _shorten(self, known: Session, length: int) -> None:
+    def _shorten(self, known: CachedSession, length: int) -> None:
         if length >= len(known.tokens):
             return
         del known.tokens[length:]
@@ -311,5 +307,5 @@ class BlockPool:
 
 
 def blocks_for(tokens: int) -> int:
-    """Blocks that hold this many tokens."""
+    """Return the number of blocks for this many tokens."""
     return -(-tokens // BLOCK)

@@ -1,4 +1,4 @@
-"""Many sessions of one causal language model, computed together in packed steps."""
+"""The engine: computes many sessions of one causal language model together, in packed steps."""
 
 from __future__ import annotations
 
@@ -23,8 +23,7 @@ DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One session's part of a forward pass: new tokens after the cached ones; logits wanted at the last `rows` of
-    them."""
+    """One session's part of a forward pass: new tokens after the cached ones, with logits for the last `rows`."""
 
     session: str
     tokens: Sequence[int]
@@ -39,16 +38,16 @@ class Output:
     offsets: Sequence[int] = field(repr=False)
 
     def rows(self, step: int) -> slice:
-        """Where the rows of the i-th step are: `output.logits[output.rows(i)]`."""
+        """Return the rows of the i-th step: `output.logits[output.rows(i)]`."""
         return slice(self.offsets[step], self.offsets[step + 1])
 
 
 class Engine:
-    """A model and its K/V cache.
+    """A model and its KV cache.
 
-    The bits of a position's logits depend on the model, the dtype and the tokens up to it; not on what is computed in
-    the same pass, how the tokens were cut into steps, what was cached, shared, rolled back or evicted, nor on the
-    number of threads. Tested on the CPU in bfloat16 and float32; not claimed for other devices.
+    The bits of a position's logits depend on the model, the dtype and the tokens up to it. They do not depend on the
+    other sessions of a pass, on how tokens were split into steps, on caching, sharing, rollback or eviction, nor on
+    the number of threads. Tested on the CPU in bfloat16 and float32; not claimed for other devices.
 
     Not thread-safe: one thread at a time. `threads` is torch's setting for the whole process.
     """
@@ -63,9 +62,9 @@ class Engine:
         budget_tokens: int = 16384,
         keep_hidden: bool = False,
     ) -> None:
-        """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: K/V room, rounded down to
-        blocks of 64 tokens. keep_hidden: keep final hidden states beside K/V, see `hidden`. Raises ModelError (the
-        folder or the architecture cannot be used), EngineError (a setting makes no sense, or not here).
+        """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: KV budget, rounded down
+        to blocks of 64 tokens. keep_hidden: keep final hidden states beside the KV, see `hidden`. Raises ModelError
+        (folder or architecture unusable) and EngineError (a setting is invalid, or unusable on this machine).
         """
         if dtype not in DTYPES or budget_tokens < BLOCK or threads < 1:
             raise EngineError(
@@ -99,7 +98,7 @@ class Engine:
 
     @property
     def free_tokens(self) -> int:
-        """Room that can be had without evicting a session: free blocks, and prefix blocks that no session uses."""
+        """Room available without evicting a session: free blocks, and prefix blocks that no session uses."""
         return self._pool.available * BLOCK
 
     @property
@@ -109,28 +108,27 @@ class Engine:
 
     @property
     def keeps_hidden(self) -> bool:
-        """Whether `hidden` can be asked."""
+        """Whether `hidden` is available."""
         return self._hidden is not None
 
     def cached(self, session: str) -> int:
-        """Tokens of this session whose K/V are held; 0 if it is unknown or was evicted."""
+        """Return the number of the session's tokens whose KV is held; 0 if it is unknown or was evicted."""
         return self._pool.length(session)
 
     def attach(self, session: str, tokens: Sequence[int]) -> int:
-        """Make a session known by its committed tokens; returns `cached(session)`.
+        """Attach a session with its committed tokens; return `cached(session)`.
 
-        Keeps what is held where it agrees with `tokens` and drops the rest. Prefix blocks that other sessions left or
-        use are shared, whole blocks only. At most `len(tokens) - 1` tokens are left cached, so that there always is a
-        token to feed, whose logits choose the next one.
+        KV that agrees with `tokens` is kept, the rest is dropped. Whole prefix blocks of other sessions, running or
+        ended, are shared. At most `len(tokens) - 1` tokens stay cached, so that one token is left to compute, whose
+        logits choose the next one.
         """
         return self._pool.attach(session, tokens)
 
     def hidden(self, session: str, start: int, stop: int) -> torch.Tensor:
-        """Final hidden states (after the model's last norm) at positions `start` to `stop` of a session, as far as they
-        are held: (rows, hidden size), a copy. The row at position t is what the logits of token t + 1 come from.
+        """Return the held final hidden states (after the model's last norm) at positions `start` to `stop`.
 
-        They lie in the blocks beside K/V, so they are there whoever computed a shared prefix. Raises EngineError if the
-        engine was not told to keep them.
+        The result is a copy, (rows, hidden size). The logits of token t + 1 come from the row at position t. The states
+        lie in the blocks beside the KV, so a shared prefix has them too. Raises EngineError without `keep_hidden`.
         """
         if self._hidden is None:
             raise EngineError("this engine keeps no hidden states; make it with keep_hidden=True")
@@ -139,30 +137,30 @@ class Engine:
 
     @property
     def layout(self) -> str:
-        """How the bytes of a block are to be read: only engines of one model, dtype and layout can exchange blocks."""
+        """Layout of a block's bytes. Only engines of one model, dtype and layout can exchange blocks."""
         shapes = ["x".join(map(str, view.shape)) for view in self._views(0)]
         return f"{type(self._cache).__name__}-{'-'.join(shapes)}"
 
     @property
     def block_bytes(self) -> int:
-        """Size of a block's content: keys, values and, where they are kept, hidden states of `BLOCK` tokens."""
+        """Size of a block in bytes: keys, values and, if kept, hidden states of `BLOCK` tokens."""
         return sum(view.numel() * view.element_size() for view in self._views(0))
 
     def has_block(self, name: bytes) -> bool:
-        """Whether the block with this identity (`blocks.block_names`) is held."""
+        """Return whether the block with this identity (`blocks.block_names`) is held."""
         return self._pool.indexed(name) is not None
 
     def block(self, name: bytes) -> bytes | None:
-        """Content of the block with this identity; None if it is not held."""
+        """Return the content of the block with this identity; None if it is not held."""
         if (block := self._pool.indexed(name)) is None:
             return None
         return b"".join(view.contiguous().view(torch.uint8).numpy(force=True).tobytes() for view in self._views(block))
 
     @torch.inference_mode()
     def adopt(self, name: bytes, content: bytes) -> bool:
-        """Hold a block that another engine computed: sessions with its tokens will find it when they are attached.
+        """Add a block that another engine computed, for sessions with its tokens that are attached later.
 
-        False if it is held already, or there is no room without evicting a session. Raises EngineError when the
+        Returns False if it is held already, or has no room without evicting a session. Raises EngineError when the
         content is not `block_bytes` long.
         """
         if len(content) != self.block_bytes:
@@ -176,14 +174,14 @@ class Engine:
         return True
 
     def _views(self, block: int) -> list[torch.Tensor]:
-        """Where everything of a block lies."""
+        """Return views of all tensors of a block."""
         views = list(self._cache.views(block))
         if self._hidden is not None:
             views.append(self._hidden[block * BLOCK : (block + 1) * BLOCK])
         return views
 
     def _slots(self, spans: Sequence[tuple[str, int, int]]) -> torch.Tensor:
-        """Where in the blocks these positions lie: (session, first position, count) each."""
+        """Return the slots of positions in the blocks; each span is (session, first position, count)."""
         slots = []
         for session, start, count in spans:
             positions = np.arange(start, start + count)
@@ -191,11 +189,11 @@ class Engine:
         return torch.from_numpy(np.concatenate(slots)).to(self._device)
 
     def truncate(self, session: str, length: int) -> None:
-        """Roll a session back to its first `length` tokens, in constant time. Nothing happens if no more are held."""
+        """Roll a session back to its first `length` tokens, in constant time, if more are held."""
         self._pool.truncate(session, length)
 
     def release(self, session: str) -> None:
-        """The session ended. Its full blocks stay for sessions with the same beginning until the room is needed."""
+        """Drop a session. Its full blocks stay for sessions with the same prefix until the room is needed."""
         self._pool.release(session)
 
     def reset(self) -> None:
@@ -208,7 +206,7 @@ class Engine:
 
     @torch.inference_mode()
     def forward(self, steps: Sequence[Step]) -> Output:
-        """Compute all steps in one pass and keep their K/V; idle sessions are evicted if their room is needed.
+        """Compute all steps in one pass and keep their KV. Idle sessions are evicted if their room is needed.
 
         Raises NotAttached, TooLong, CacheFull or BadStep; then no session has changed.
         """
@@ -228,7 +226,7 @@ class Engine:
 
     def _check(self, steps: Sequence[Step]) -> None:
         if not steps or len({step.session for step in steps}) < len(steps):
-            raise BadStep(f"{len(steps)} steps: give at least one, and one only per session")
+            raise BadStep(f"{len(steps)} steps: give at least one, and only one per session")
         for step in steps:
             count = len(step.tokens)
             if not 0 <= step.rows <= count or not count:
@@ -267,7 +265,7 @@ class Engine:
     def _run(
         self, cache: Cache | Probe, tokens: list[int], positions: list[int], wanted: list[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """The packed row through the model; logits of the wanted rows, final hidden states of all."""
+        """Run the packed row through the model; return logits of the wanted rows and final hidden states of all."""
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor([tokens], device=self._device),
             "position_ids": torch.tensor([positions], device=self._device),
@@ -294,7 +292,7 @@ class Engine:
 
 
 def usable(device: str) -> torch.device:
-    """The device of that name. Raises EngineError when torch cannot compute on it here."""
+    """Return the torch device of that name. Raises EngineError when torch cannot compute on it."""
     try:
         torch.empty(1, device=device)
         return torch.device(device)
@@ -306,7 +304,7 @@ def usable(device: str) -> torch.device:
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
-    """The model in a folder, ready to compute with our attention. Raises ModelError."""
+    """Return the model in a folder, with our attention function. Raises ModelError."""
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]

@@ -11,12 +11,12 @@ import time
 
 import structlog
 
-# Without local variables: they would put passwords and users' text into the logs.
+# Without local variables, which would put passwords and users' text into the logs.
 _TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 
 
 def configure(service: str, instance: str, level: str, log_format: str) -> None:
-    """Set up structlog, and the standard library's loggers of our dependencies, for this process."""
+    """Configure structlog, and the standard library's logging of our dependencies, for this process."""
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
@@ -46,19 +46,19 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
     )
     root = logging.getLogger()
     root.handlers[:] = [handler]
-    # Our dependencies' own chatter (reconnects, access lines) matters only when it warns.
+    # Below warnings, our dependencies log only reconnects and access lines.
     root.setLevel(max(number, logging.WARNING))
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service, instance=instance)
 
 
 def _add_monotonic(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
-    """On one machine this clock is the same for all processes: debug logs of a round can be laid side by side."""
+    """Add a clock that all processes of a machine share, so that debug logs of a round can be compared."""
     event["monotonic_ms"] = round(time.monotonic() * 1000, 3)
     return event
 
 
 def get() -> structlog.typing.FilteringBoundLogger:
-    """The process's logger."""
+    """Return the process's logger."""
     logger: structlog.typing.FilteringBoundLogger = structlog.get_logger()
     return logger

@@ -1,4 +1,4 @@
-"""TLS: from the files that settings name to what the libraries take. Every certificate is checked, and its name."""
+"""TLS contexts and options from certificate files. Certificates and host names are always checked."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from shared.errors import SettingsError
 
 @dataclass(frozen=True)
 class Tls:
-    """How a client of RabbitMQ and Redis knows the servers, and shows who it is."""
+    """TLS files of a client of RabbitMQ and Redis."""
 
     ca_file: Path | None = None
-    """Authorities that the servers' certificates are checked against; None for the system's."""
+    """Authorities that server certificates are checked against; None for the system's."""
     cert_file: Path | None = None
-    """The client's own certificate, with those between it and its authority; None shows none."""
+    """Client certificate, with its intermediate certificates; None shows none."""
     key_file: Path | None = None
 
     def context(self) -> ssl.SSLContext:
-        """What connections are made with. Raises SettingsError when a file cannot be used."""
+        """Return the context for connections. Raises SettingsError when a file cannot be used."""
         context: ssl.SSLContext = _using(
             "tls_ca_file", self.ca_file, lambda: ssl.create_default_context(cafile=self.ca_file)
         )
@@ -31,7 +31,7 @@ class Tls:
         return context
 
     def redis_options(self, url: str) -> dict[str, Any]:
-        """What `Redis.from_url` takes beside this URL."""
+        """Return the TLS arguments of `Redis.from_url` for this URL."""
         if not url.startswith("rediss:"):
             return {}
         files = {"ssl_ca_certs": self.ca_file, "ssl_certfile": self.cert_file, "ssl_keyfile": self.key_file}
@@ -39,17 +39,17 @@ class Tls:
 
 
 def server_context(cert_file: Path, key_file: Path | None, prefix: str) -> ssl.SSLContext:
-    """What a server with this certificate serves with, TLS 1.2 at least. Raises SettingsError."""
+    """Return the context of a server with this certificate, for TLS 1.2 or later. Raises SettingsError."""
     context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
     load_chain(context, cert_file, key_file, prefix)
     return context
 
 
 def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None, prefix: str) -> None:
-    """Take a certificate and its key, from now on. Raises SettingsError that names `<prefix>_cert_file`."""
+    """Load a certificate and its key into a context. Raises a SettingsError that names `<prefix>_cert_file`."""
 
     def no_passphrase() -> str:
-        raise SettingsError(f"{prefix}_key_file {key_file or cert_file}: the key has a passphrase; give one without")
+        raise SettingsError(f"{prefix}_key_file {key_file or cert_file}: the key has a passphrase; use one without")
 
     _using(
         f"{prefix}_cert_file and {prefix}_key_file",
@@ -59,7 +59,7 @@ def load_chain(context: ssl.SSLContext, cert_file: Path, key_file: Path | None, 
 
 
 def bad_certificate(error: BaseException) -> str | None:
-    """What is wrong with a server's certificate, if that is behind this error."""
+    """Return the problem of a server's certificate if it caused this error, else None."""
     seen: BaseException | None = error
     while seen is not None:
         if isinstance(seen, ssl.SSLCertVerificationError):
@@ -73,6 +73,6 @@ def _using(name: str, file: Path | None, work: Callable[[], Any]) -> Any:
         return work()
     except ssl.SSLError as error:
         reason = (error.reason or str(error)).replace("_", " ").lower()
-        raise SettingsError(f"{name} {file}: no PEM file with what is needed, or not of one pair ({reason})") from None
+        raise SettingsError(f"{name} {file}: no PEM file, or certificate and key do not match ({reason})") from None
     except OSError as error:
         raise SettingsError(f"{name} {file}: {error.strerror or error}") from None

@@ -1,3 +1,3 @@
-"""Shared-noise sampling: the target's choice at each position, a function of seed, position and logits."""
+"""Shared-noise sampling: each choice of a token is a function of seed, position and logits."""
 
 __all__ = ["sampler"]

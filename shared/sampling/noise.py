@@ -1,7 +1,7 @@
 """The noise of shared-noise sampling: Gumbel variables from a counter-based hash of (seed, position, token).
 
-`gumbel` is the definition, in integers and float64. `leading_bits` and `leading_bits_on_device` give, for whole
-vocabularies, the part of it that `shared.sampling.sampler` screens with; they are integers and the same on every
+`gumbel` is the definition, in integers and float64. `leading_bits` and `leading_bits_on_device` return, for whole
+vocabularies, the part of it with which `shared.sampling.sampler` screens tokens; they are integers, equal on every
 device.
 """
 
@@ -25,17 +25,17 @@ _GOLDEN_64 = 0x9E3779B97F4A7C15
 
 
 def gumbel(seed: int, position: int, token: int) -> float:
-    """The noise g = -log(-log u) of a token, which scores logit / temperature + g."""
+    """Return the noise g = -log(-log u) of a token, which scores logit / temperature + g."""
     return -math.log(exponential(noise_key(seed, position), token))
 
 
 def noise_key(seed: int, position: int) -> int:
-    """64 bits for a position of a session; any 64-bit seed, signed or not."""
+    """Return 64 bits for a position of a session, from any 64-bit seed, signed or not."""
     return _mix_64((_mix_64(seed & _MASK_64) + position * _GOLDEN_64) & _MASK_64)
 
 
 def exponential(key: int, token: int) -> float:
-    """-log u of a token, from 63 hashed bits of w = 1 - u: the leading 31, and 32 more for the tail."""
+    """Return -log u of a token, from 63 hashed bits of w = 1 - u: the leading 31, and 32 more for the tail."""
     hashed = _hash(key, token)
     bits = (hashed & _LEADING) << 32 | _mix_64(key ^ hashed) & _MASK_32
     return -math.log1p(-min((bits + 0.5) * 2.0**-63, 1 - 2.0**-53))
@@ -47,7 +47,7 @@ def _hash(key: int, token: int) -> int:
 
 
 def leading_bits(key: int, mixed: Words) -> NDArray[np.int32]:
-    """The leading 31 bits of w for tokens given as `mixed_ids`."""
+    """Return the leading 31 bits of w for tokens given as `mixed_ids`."""
     hashes = np.bitwise_xor(mixed, np.uint32(key & _MASK_32))
     hashes *= np.uint32(key >> 32 | 1)
     _mix_32_all(hashes)
@@ -56,18 +56,18 @@ def leading_bits(key: int, mixed: Words) -> NDArray[np.int32]:
 
 
 def mixed_ids(ids: NDArray[np.int64]) -> Words:
-    """The part of a token's hash that does not depend on the key."""
+    """Return the part of the tokens' hashes that does not depend on the key."""
     return _mix_32_all(ids.astype(np.uint32))
 
 
 @lru_cache(maxsize=8)
 def mixed_vocabulary(size: int) -> Words:
-    """`mixed_ids` of all ids below `size`. Not to be written to."""
+    """Return `mixed_ids` of all ids below `size`. The caller must not change the array."""
     return mixed_ids(np.arange(size))
 
 
 def leading_bits_on_device(keys: Sequence[int], size: int, device: torch.device) -> Tensor:
-    """The leading 31 bits of w for each key and each id below `size`: int32 (keys, size)."""
+    """Return the leading 31 bits of w for each key and each id below `size`: int32 (keys, size)."""
 
     def column(words: Iterable[int]) -> Tensor:
         signed = [[word - (word >> 31 << 32)] for word in words]
@@ -105,7 +105,7 @@ def _mix_32_all(x: Words) -> Words:
 
 
 def _mix_32_on_device(x: Tensor) -> Tensor:
-    """`_mix_32` of int32: products wrap around, and `>>` copies the sign, which is masked away."""
+    """`_mix_32` of int32: products wrap around, and `>>` copies the sign bit, which is masked."""
     x = (x ^ x >> 16 & 0xFFFF) * 0x21F0AAAD
     x = (x ^ x >> 15 & 0x1FFFF) * 0x735A2D97
     return x ^ x >> 15 & 0x1FFFF

@@ -8,8 +8,8 @@ which is an exact sample of softmax(logits / temperature) (the Gumbel-max trick)
 and target use the same noise, so that they often choose the same token, and verification needs no probabilities.
 A position is the index in the session, prompt included, of the token that is chosen.
 
-How the choice comes out the same on every device and in every batch, though float32 logarithms do not: the noise is
-defined in float64 on the CPU (`shared.sampling.noise.gumbel`), but computed only for the few tokens that can win. With
+The choice is the same on every device and in every batch, although float32 logarithms are not: the noise is defined in
+float64 on the CPU (`shared.sampling.noise.gumbel`), but computed only for the few tokens that can win. With
 w = 1 - u, d the distance of a logit below the row's largest, and E = -log u, the winner has the least
 x = E * exp(d / temperature). As E >= w >= n / 2^31, where n are the leading 31 bits of w,
 

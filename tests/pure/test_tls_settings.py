@@ -57,7 +57,7 @@ def test_an_unusable_file_is_named(authority: Authority, tmp_path: Path) -> None
     assert "tls_key_file is set without its certificate" in problem(ServiceSettings, **SECURE, tls_key_file=key)
     wrong_pair = problem(ServiceSettings, **SECURE, tls_cert_file=cert, tls_key_file=other)
     assert "tls_cert_file and tls_key_file" in wrong_pair
-    assert "not of one pair" in wrong_pair
+    assert "certificate and key do not match" in wrong_pair
     assert str(absent) in problem(ServiceSettings, **SECURE, tls_cert_file=cert, tls_key_file=absent)
     assert str(absent) in problem(ServiceSettings, **SECURE, tls_cert_file=absent, tls_key_file=key)
     good = ServiceSettings(**SECURE, tls_ca_file=authority.file, tls_cert_file=cert, tls_key_file=key)  # type: ignore[arg-type]
