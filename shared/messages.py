@@ -22,8 +22,8 @@ from shared.errors import MessageError
 SCHEMA_VERSION = 1
 
 SILENT_MS = 2000
-"""A verifier without a heartbeat for this long counts as gone: its lease expires and its rounds go to others. It is four
-times the usual interval between heartbeats."""
+"""A verifier without a heartbeat for this long counts as gone: its lease expires and its rounds go to others. It is
+four times the usual interval between heartbeats."""
 
 DEFAULT_CLASS = "default"
 """Service class of requests without one."""

@@ -101,7 +101,7 @@ def token_ms(model: CostModel) -> float:
 
 
 def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:
-    """Return the shape of a batch of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
+    """Return the shape of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
     shape = EMPTY
     for new, length, rows in jobs:
         shape = grow(shape, new, length, rows)

@@ -206,9 +206,10 @@ def attention(
     sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend, as transformers calls it in each layer: query (1, heads, tokens, size), key and value (1, kv heads, tokens, size).
+    """Attend in one layer of a transformers model.
 
-    Returns (1, tokens, heads, size). `cache` comes from `Engine.forward`. Causality and the bounds of sessions come
+    Takes query (1, heads, tokens, size), key and value (1, kv heads, tokens, size); returns (1, tokens, heads, size).
+    `cache` comes from `Engine.forward`. Causality and the bounds of sessions come
     from the cache's batch: there is no mask.
     """
     if cache is None:
