@@ -31,7 +31,7 @@ class DraftSlot:
 
 
 @dataclass
-class _Session:
+class _DraftedSession:
     generate: Generate
     choice: SourceChoice
     control: SessionControl
@@ -46,7 +46,7 @@ class InProcessDrafts:
         self._drafting = drafting
         self._engine = engine
         self._times = drafting.controller.times
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, _DraftedSession] = {}
 
     @property
     def longest(self) -> int:
@@ -57,7 +57,7 @@ class InProcessDrafts:
         """Add a session."""
         choice = self._drafting.choose(generate)
         control = self._drafting.controller.session(*choice.token_sources)
-        self._sessions[generate.session] = _Session(generate, choice, control)
+        self._sessions[generate.session] = _DraftedSession(generate, choice, control)
 
     def close(self, session_id: str) -> None:
         """Remove a session; nothing happens if it is unknown."""

@@ -21,7 +21,7 @@ from shared.messages import Failure, Generate, Result, Status
 
 
 @dataclass
-class _Session:
+class _EngineSession:
     """A session from its arrival to its end."""
 
     generate: Generate
@@ -50,7 +50,7 @@ class EngineLoop:
             max_running=max_running,
             draft_length=0 if self._drafts is None else self._drafts.longest,
         )
-        self._sessions: dict[str, _Session] = {}
+        self._sessions: dict[str, _EngineSession] = {}
         self._steps = 0
 
     @property
@@ -70,7 +70,7 @@ class EngineLoop:
             text = f"the session may grow to {limit} tokens, and at most {self.longest_session} fit here"
             return self._failed(generate.session, 0, limit, Failure(code="context_length_exceeded", message=text))
         sequence = SequenceState(generate.session, list(generate.prompt), limit)
-        self._sessions[generate.session] = _Session(
+        self._sessions[generate.session] = _EngineSession(
             generate, sequence, frozenset(generate.stop_ids), time.perf_counter()
         )
         self._batcher.add(sequence)

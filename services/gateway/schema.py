@@ -120,7 +120,7 @@ class WispOptions(_Body):
     """Keep generating for a while after the client goes away, so that it can resume the stream."""
 
 
-class Part(_Body):
+class ContentPart(_Body):
     """One part of a message's content."""
 
     type: Literal["text"]
@@ -131,7 +131,7 @@ class ChatMessage(_Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[ContentPart]
 
     def rendered(self) -> dict[str, Any]:
         """Return the message in the form that chat templates take."""

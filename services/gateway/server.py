@@ -53,10 +53,10 @@ async def serve_http(
     `loops` run beside it, as in `shared.runtime.service.running`. Requests may take `drain_s` seconds to end, and
     CLOSING_S more. `log_fields` are added to the log line with the URL.
     """
-    server = _Server(
+    server = _UvicornServer(
         uvicorn.Config(
             app,
-            http=_Protocol,
+            http=_HttpProtocol,
             ws="none",
             lifespan="off",
             log_config=None,
@@ -85,7 +85,7 @@ async def serve_http(
         await closed.wait()
 
 
-class _Server(uvicorn.Server):
+class _UvicornServer(uvicorn.Server):
     """uvicorn without its signal handlers, because `shared.runtime.service` has its own."""
 
     @contextmanager
@@ -94,7 +94,7 @@ class _Server(uvicorn.Server):
         yield
 
 
-class _Protocol(HttpToolsProtocol):
+class _HttpProtocol(HttpToolsProtocol):
     """Answers bytes that are not HTTP with the API's error body."""
 
     def send_400_response(self, msg: str) -> None:

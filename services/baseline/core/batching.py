@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 
-class Cache(Protocol):
+class SequenceCache(Protocol):
     """The part of `shared.engine.Engine` that batching needs."""
 
     @property
@@ -63,7 +63,7 @@ class Batcher:
     """The sessions of one engine, in order of arrival."""
 
     def __init__(
-        self, cache: Cache, *, block_tokens: int, prefill_tokens: int, max_running: int, draft_length: int = 0
+        self, cache: SequenceCache, *, block_tokens: int, prefill_tokens: int, max_running: int, draft_length: int = 0
     ) -> None:
         """`block_tokens` is the cache's block size, `draft_length` the longest draft of a session in one step."""
         self._cache = cache
