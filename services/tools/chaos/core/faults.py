@@ -57,7 +57,7 @@ class FaultKind(StrEnum):
 
     @property
     def loses_data(self) -> bool:
-        """Whether accepted requests may end with an error, since their state is lost."""
+        """True if accepted requests may end with an error, since their state is lost."""
         return self in (FaultKind.LOSE_RABBITMQ, FaultKind.LOSE_REDIS)
 
 

@@ -52,11 +52,11 @@ class RequestOutcome:
 
     @property
     def troubled(self) -> bool:
-        """Whether the client had to retry or to resume."""
+        """True if the client had to retry or to resume."""
         return self.refused > 0 or self.resumed > 0
 
     def overlaps(self, began_s: float, ended_s: float) -> bool:
-        """Whether the request was in progress at some time from `began_s` to `ended_s`."""
+        """Return whether the request was in progress at some time from `began_s` to `ended_s`."""
         return self.started_s <= ended_s and began_s <= self.ended_s
 
 
@@ -90,7 +90,7 @@ class ChaosResult:
     """Folder of the services' logs, kept when there are problems."""
 
     def excused(self, outcome: RequestOutcome) -> bool:
-        """Whether an error is acceptable: a server lost the request's data meanwhile."""
+        """Return whether an error is acceptable: a server lost the request's data meanwhile."""
         return outcome.code in LOST_CODES and any(
             outcome.overlaps(one.began_s, one.ended_s + RECOVERY_S) for one in self.faults if one.fault.kind.loses_data
         )

@@ -68,7 +68,7 @@ class GeneratorLag(_Measure):
 
     @property
     def bottleneck(self) -> bool:
-        """Whether the generator was too slow to measure the server."""
+        """True if the generator was too slow to measure the server."""
         return self.worst_ms > LAG_LIMIT_MS
 
 

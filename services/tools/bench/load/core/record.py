@@ -71,7 +71,7 @@ class RequestRecord(BaseModel):
 
     @property
     def attained(self) -> bool:
-        """Whether the answer is complete and met its SLO; true for every complete answer without an SLO."""
+        """True if the answer is complete and met its SLO, if it has one."""
         if self.ending is not Ending.COMPLETE or self.ttft_ms is None:
             return False
         if self.slo is None:
