@@ -209,8 +209,8 @@ def attention(
     """Attend in one layer of a transformers model.
 
     Takes query (1, heads, tokens, size), key and value (1, kv heads, tokens, size); returns (1, tokens, heads, size).
-    `cache` comes from `Engine.forward`. Causality and the bounds of sessions come
-    from the cache's batch: there is no mask.
+    `cache` comes from `Engine.forward`. Causality and the bounds of sessions come from the cache's batch: there is no
+    mask.
     """
     if cache is None:
         raise ModelError(f"{type(module).__name__} does not pass keyword arguments on to its attention: unsupported")

@@ -1,10 +1,11 @@
 """Attention over a cache of blocks on the CPU: one call per layer for the whole batch, compiled by numba.
 
-Why a kernel of our own. Blocks lie anywhere, so that sessions can share them; torch's attention wants each session's
-keys contiguous, which means a copy per step. And a position's output must have the same bits whatever else is computed
-beside it. Here that holds by construction: a row (one query of one head) meets the blocks of its session in order, each
-block in the same instructions, with online softmax (Milakov and Gimelshein, arXiv 1805.02867) from block to block; rows
-share nothing but the keys they read; a block in which a row sees nothing leaves its state as it is.
+There are two reasons for a kernel of our own. Blocks lie anywhere, so that sessions can share them, but torch's
+attention needs each session's keys contiguous, which means a copy per step. And a position's output must have the same
+bits whatever else is in the batch. Here that holds by construction: a row (one query of one head) meets the blocks of
+its session in order, each block in the same instructions, with online softmax (Milakov and Gimelshein, arXiv
+1805.02867) from block to block; rows share only the keys they read; a block in which a row sees nothing leaves the
+row's state unchanged.
 
 Layouts, `BLOCK` = 64 tokens, per layer, both zero at first:
     keys    (block, kv head, depth, token)           depth is the head size rounded up to 4
@@ -19,7 +20,7 @@ compilation. Measured on a CPU with AVX2: a process that had compiled the kernel
 kernel from numba's cache gave different bits, because a call was bound to another copy of the function it names.
 
 Work is divided into (span, kv head) tickets that threads draw from a counter. The threads are those of torch's own
-OpenMP runtime (a second pool would fight it for the cores).
+OpenMP runtime (a second pool would compete with it for the cores).
 """
 
 # numba's annotations describe neither its intrinsics nor what compiled code does with types.
@@ -59,7 +60,7 @@ NOTHING: Final = np.float32(-3e38)
 
 
 def scratch_floats(rows: int, depth: int, slabs: int) -> int:
-    """Size of one thread's scratch room for spans of that many rows, as `attend_span` divides it up."""
+    """Return the size of a thread's scratch buffer for spans of `rows` rows, as `attend_span` divides it."""
     return rows * (depth + slabs * 64 + 2) + ROWS * BLOCK + BLOCK // 2
 
 
@@ -352,7 +353,7 @@ class Entry:
     address: int
     call: Callable[[int], None]
     owner: Any
-    """What keeps the machine code alive."""
+    """Reference that keeps the machine code alive."""
 
 
 @cache
@@ -392,7 +393,7 @@ def parallel_region() -> Callable[[int, int, int, int], None] | None:
 
 
 def run(entry: Entry, job: np.ndarray[Any, Any], tickets: int, threads: int) -> None:
-    """Work a job off with that many threads (fewer if there are fewer tickets). The GIL is released."""
+    """Run a job with at most this many threads, and no more than tickets. The GIL is released."""
     job[TICKET] = job[SEAT] = 0
     job[TICKETS] = tickets
     region = parallel_region()

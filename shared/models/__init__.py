@@ -1,3 +1,3 @@
-"""What services need to know of a model without loading it: its folder, its tokenizer, its chat template."""
+"""Models on disk: folder, tokenizer, chat template and conversion, without torch where the weights are not needed."""
 
 __all__ = ["folder", "hidden_states", "prepare", "stop", "text"]

@@ -44,7 +44,7 @@ class ChatTemplate:
         }
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """The conversation as text. Raises ChatTemplateError if it is empty or the template refuses it."""
+        """Return the conversation as text. Raises ChatTemplateError if it is empty or the template refuses it."""
         if not messages:
             raise ChatTemplateError("messages is empty: send at least one message.")
         conversation = [
@@ -67,7 +67,7 @@ class ChatTemplate:
 
 
 def _text(content: Any, index: int) -> Any:
-    """Content given as text parts, as one string with a line for each."""
+    """Return the content as one string, with a line for each text part."""
     if not isinstance(content, list):
         return content
     for part in content:
@@ -80,7 +80,7 @@ def _text(content: Any, index: int) -> Any:
 
 
 class _Generation(Extension):
-    """The block `{% generation %}`, which marks answers for training and says nothing here."""
+    """The block `{% generation %}`, which marks answers for training and has no effect here."""
 
     tags = {"generation"}  # noqa: RUF012 Jinja's own declaration
 
@@ -96,7 +96,7 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own filter escapes HTML."""
+    """Return JSON without the HTML escapes of Jinja's own filter."""
     return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 

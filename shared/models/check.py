@@ -1,4 +1,4 @@
-"""Checks of a converted model: does what was written load, and do the weights make sense?"""
+"""Checks of a converted model: it loads, and its weights answer a question."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from shared.models.text import Tokenizer
 
 
 def check_conversion(folder: ModelFolder, question: str, answer: str) -> None:
-    """Loads `folder` with transformers and asks it `question`, whose greedy answer must contain `answer`.
+    """Load `folder` with transformers and check that the greedy answer to `question` contains `answer`.
 
     Needs torch and transformers; raises ModelError on the first check that fails.
     """
@@ -19,11 +19,11 @@ def check_conversion(folder: ModelFolder, question: str, answer: str) -> None:
     model = _load(folder)
     prompt = tokenizer.render_chat([{"role": "user", "content": question}])
     text = tokenizer.decode(_greedy(model, prompt, max_tokens=16))
-    _expect(answer in text, folder, f"asked {question!r}, it said {text!r} and not {answer!r}")
+    _expect(answer in text, folder, f"the answer to {question!r} is {text!r}, without {answer!r}")
 
 
 def _check_tokenizer(folder: ModelFolder, tokenizer: Tokenizer) -> None:
-    # The merges alone keep digits apart from each other, but not from how the spaces before them are merged.
+    # The merges separate digits from each other, but not from the spaces before them.
     apart = [token for part in ("  ", "3", "1", "4") for token in tokenizer.encode(part)]
     _expect(tokenizer.encode("  314") == apart, folder, "digits are not tokenized one by one")
     for text in ("Hello, world!", "naïve Ελληνικά 漢字 🙂", "  a\n\n\tb "):

@@ -1,4 +1,4 @@
-"""Llama models in GGUF, turned into dense bfloat16 safetensors and Hugging Face's configuration files.
+"""Conversion of Llama models in GGUF to dense bfloat16 safetensors and Hugging Face's configuration files.
 
 Reads GGUF with the `gguf` package; torch is not needed.
 """
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.errors import ModelError
 
 Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done, 0 to 1."""
+"""Called with a name of the current activity and its completed share, 0 to 1."""
 
 # GGUF names -> names of transformers' LlamaForCausalLM.
 _TOP_LEVEL = {
@@ -49,7 +49,7 @@ _CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 
 
 def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
-    """Writes weights, configuration and tokenizer of the GGUF file `source` into the existing `folder`.
+    """Write weights, configuration and tokenizer of the GGUF file `source` into the existing `folder`.
 
     Raises ModelError if the file is no Llama model with a byte-level BPE tokenizer that is known here.
     """
@@ -107,7 +107,7 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
 
 
 def _shortest(value: float) -> float:
-    """The shortest decimal that is the same float32: 9.999999747378752e-06 was written as 1e-05."""
+    """Return the shortest decimal with the same float32: 1e-05 for 9.999999747378752e-06."""
     return float(str(np.float32(value)))
 
 
@@ -193,7 +193,7 @@ def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progr
 
 
 def write_bfloat16(path: Path, tensors: dict[str, NDArray[np.uint16]]) -> None:
-    """Writes bfloat16 tensors, given as their bits, as safetensors: header length, JSON header, data.
+    """Write bfloat16 tensors, given as their bits, as safetensors: header length, JSON header, data.
 
     NumPy has no bfloat16, so `safetensors.numpy` can't write it.
     """
@@ -211,7 +211,7 @@ def write_bfloat16(path: Path, tensors: dict[str, NDArray[np.uint16]]) -> None:
 
 
 def _dense(tensors: list[Any], fields: dict[str, Any]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Each tensor under transformers' name, as float32."""
+    """Yield each tensor with its name in transformers, as float32."""
     import gguf
 
     heads = {"attn_q": fields["llama.attention.head_count"]}
@@ -234,7 +234,7 @@ def _dense(tensors: list[Any], fields: dict[str, Any]) -> Iterator[tuple[str, ND
 
 
 def _unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Rows of a q or k projection (heads * head_dim, hidden) in transformers' order.
+    """Return the rows of a q or k projection (heads * head_dim, hidden) in transformers' order.
 
     llama.cpp rotates neighbouring rows of a head, transformers rotates the two halves of it, so llama.cpp's
     conversion interleaves the halves (`permute` in its convert_hf_to_gguf.py); this undoes it.
@@ -244,7 +244,7 @@ def _unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
 
 
 def _bfloat16(name: str, weight: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """The bits of the nearest bfloat16 (ties to even) of each value."""
+    """Return the bits of the nearest bfloat16 (ties to even) of each value."""
     if not np.isfinite(weight).all():
         raise ModelError(f"The tensor {name} holds values that are not finite. Install the package again.")
     bits = np.ascontiguousarray(weight).view(np.uint32)

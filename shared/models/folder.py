@@ -1,4 +1,4 @@
-"""A model's folder on disk and the facts that services need from it, without torch."""
+"""Model folders on disk: configuration, digests and fingerprints, without torch."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _DESCRIPTION = (
     "tokenizer_config.json",
     "chat_template.jinja",
 )
-# A file written to again within a clock tick of its digest keeps its mtime; only older digests are trusted.
+# A file rewritten within a clock tick of its digest keeps its mtime, so only digests of older files are stored.
 _SETTLED_S = 2.0
 
 
 class ModelFolder:
     """A Hugging Face causal LM in a local folder: config.json, safetensors, tokenizer.json.
 
-    A description of such a folder (`describe`) has the digest of the weights in their place: enough for a gateway.
+    A description of a folder (`describe`) has the digest of the weights in their place, which is enough for a gateway.
     Raises ModelError if a file is missing or unreadable.
     """
 
@@ -48,7 +48,7 @@ class ModelFolder:
         self.weights = self._find_weights()
 
     def describe(self, to: Path) -> None:
-        """Write everything but the weights into the folder `to`, which is made."""
+        """Write everything but the weights into the folder `to`, creating it."""
         digest = self.weights_digest
         to.mkdir(parents=True, exist_ok=True)
         for name in _DESCRIPTION:
@@ -57,11 +57,11 @@ class ModelFolder:
         (to / _DESCRIBED).write_text(f"{digest}\n")
 
     def require_weights(self) -> None:
-        """Raise ModelError where only a description is here."""
+        """Raise ModelError if this is only a description."""
         if not self.weights:
             raise ModelError(
-                f"{self.path} describes a model and holds no weights: that is enough for a gateway only. Give the path "
-                "of the whole folder."
+                f"{self.path} describes a model without its weights, which only a gateway can use. Give the path of "
+                "the whole folder."
             )
 
     def __repr__(self) -> str:
@@ -69,12 +69,12 @@ class ModelFolder:
 
     @property
     def name(self) -> str:
-        """The folder's own name, which is the model's name in the API."""
+        """Name of the folder, which is the model's name in the API."""
         return self.path.resolve().name
 
     @property
     def vocab_size(self) -> int:
-        """Columns of the logits; it may exceed the tokenizer's vocabulary (padding)."""
+        """Columns of the logits. With padding there are more than tokens in the vocabulary."""
         return self._config_int("vocab_size")
 
     @property
@@ -129,8 +129,8 @@ class ModelFolder:
     def weights_digest(self) -> str:
         """SHA-256 over all weights.
 
-        Kept in the folder and used again while size and modification time of every file are what they were; computed
-        (0.2 to 0.7 s for 270 MB) where they are not or the folder can't be written to.
+        Stored in the folder and reused while size and modification time of every file are unchanged. Otherwise, or in
+        a read-only folder, it is computed (0.2 to 0.7 s for 270 MB).
         """
         if not self.weights:
             return (self.path / _DESCRIBED).read_text().strip()
@@ -185,7 +185,7 @@ class ModelFolder:
         return content
 
     def _config_int(self, key: str) -> int:
-        # Multimodal models keep the language model's facts one level down.
+        # Multimodal models have the language model's configuration one level down.
         value = self.config.get(key, self.config.get("text_config", {}).get(key))
         if not isinstance(value, int):
             raise ModelError(

@@ -1,8 +1,8 @@
-"""The target's hidden states on their way to a drafter: packing and unpacking, without torch.
+"""Packing of the target's hidden states for messages to a drafter, without torch.
 
-Inside a process a row is the bits of its bfloat16 elements, uint16 (rows, hidden size). Over the wire it is those bits
-(`bfloat16`: exact), or int8 elements with one float32 scale per row, the row's largest magnitude being 127 (`int8`:
-each element within half a scale of its bfloat16 value, in half the bytes).
+In a process a row is the bits of its bfloat16 elements, uint16 (rows, hidden size). In a message it is those bits
+(`bfloat16`, exact), or int8 elements with one float32 scale per row, such that the row's largest magnitude is 127
+(`int8`: each element within half a scale of its bfloat16 value, in half the bytes).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from shared.messages import HiddenFormat, HiddenStates
 
 PART_BYTES = 1_000_000
-"""A longer run is split, so that a prompt's rows do not hold up every other message on the connection."""
+"""Largest part. A longer run is split, so that a prompt's rows do not delay other messages on the connection."""
 
 Bits = NDArray[np.uint16]
 Floats = NDArray[np.float32]
@@ -35,7 +35,7 @@ class Part:
 
 
 def parts(bits: Bits, start: int, form: HiddenFormat) -> Iterator[Part]:
-    """Rows (rows, hidden size), the first at position `start`, as packed parts of at most `PART_BYTES`, in order."""
+    """Yield rows (rows, hidden size) from position `start` on as packed parts of at most `PART_BYTES`, in order."""
     total, size = bits.shape
     step = max(1, PART_BYTES // (size * form.width))
     for first in range(0, total, step):
@@ -45,11 +45,11 @@ def parts(bits: Bits, start: int, form: HiddenFormat) -> Iterator[Part]:
 
 
 def pack(bits: Bits, form: HiddenFormat) -> tuple[bytes, bytes]:
-    """Rows (rows, hidden size) as the bytes of the elements and of the scales, which are none for bfloat16."""
+    """Return rows (rows, hidden size) as the bytes of elements and scales; bfloat16 has no scales."""
     if form is HiddenFormat.BFLOAT16:
         return bits.astype("<u2", copy=False).tobytes(), b""
     values = to_floats(bits)
-    with np.errstate(invalid="ignore"):  # a row with NaN or infinities gets a scale that says so
+    with np.errstate(invalid="ignore"):  # a row with NaN or infinities gets such a scale
         scales = np.abs(values).max(axis=1, initial=0) / np.float32(127)
         values /= np.where(scales > 0, scales, 1)[:, None]
         # Clipped because a scale near the end of float32's range has lost its precision.
@@ -58,7 +58,7 @@ def pack(bits: Bits, form: HiddenFormat) -> tuple[bytes, bytes]:
 
 
 def unpack(message: HiddenStates) -> Floats:
-    """The rows of a message: (count, hidden size)."""
+    """Return the rows of a message: (count, hidden size)."""
     shape = message.count, message.size
     if message.format is HiddenFormat.BFLOAT16:
         return to_floats(np.frombuffer(message.rows, "<u2").reshape(shape))
@@ -68,5 +68,5 @@ def unpack(message: HiddenStates) -> Floats:
 
 
 def to_floats(bits: NDArray[np.unsignedinteger]) -> Floats:
-    """The values of bfloat16 bits: they are the upper half of a float32."""
+    """Return the values of bfloat16 bits, which are the upper half of a float32."""
     return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -1,4 +1,4 @@
-"""Makes a model ready to be served: a packaged model is converted into a folder once, a folder is validated."""
+"""Preparation of models for serving: a packaged model is converted into a folder once, a folder is validated."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from shared.models.convert import Progress, convert_gguf
 from shared.models.folder import ModelFolder
 
 _MARKER = "wisp-model.json"
-# Raised when the conversion changes what it writes, so that folders made before are made again.
+# Increase it when the output of the conversion changes, so that older folders are converted again.
 _FORMAT = 1
 
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model that comes as a GGUF file inside a Python package, with a question that it answers well."""
+    """A model in a GGUF file of a Python package, with a question and its expected answer."""
 
     package: str
     distribution: str
@@ -32,7 +32,7 @@ class PackagedModel:
     answer: str
 
     def locate(self) -> Path:
-        """Path of the GGUF file. The package is not imported: its own dependencies need not be installed."""
+        """Return the path of the GGUF file, without importing the package, whose dependencies may be missing."""
         spec = importlib.util.find_spec(self.package)
         for folder in (spec.submodule_search_locations or ()) if spec else ():
             if (Path(folder) / self.file).is_file():
@@ -59,12 +59,11 @@ def _silent(_doing: str, _share: float) -> None:
 
 
 def prepare(source: str | Path, models_dir: Path, progress: Progress = _silent) -> Path:
-    """Folder of the model `source`, complete and checked.
+    """Return the folder of the model `source`, complete and checked.
 
-    A name of PACKAGED becomes `models_dir/<name>`: converted to dense bfloat16 in some seconds the first time, found
-    again later. The folder appears under its name only once it passed its checks; of several processes that prepare
-    at once one converts and the others wait. Anything else is the path of a Hugging Face folder, which stays where
-    it is and is only validated.
+    A name of PACKAGED becomes `models_dir/<name>`: the first call converts it to dense bfloat16 in some seconds, later
+    calls reuse it. The folder gets its name only after its checks; of several concurrent processes one converts and the
+    others wait. Any other source is the path of a Hugging Face folder, which stays in place and is only validated.
 
     Converting needs torch and transformers for the checks (extra `model`). Raises ModelError.
     """
@@ -88,7 +87,7 @@ def prepare(source: str | Path, models_dir: Path, progress: Progress = _silent) 
 
 
 def validate(folder: ModelFolder) -> None:
-    """Reads the facts that serving needs; raises ModelError on the first that is missing."""
+    """Check that the folder has what serving needs. Raises ModelError for the first problem."""
     from shared.models.text import Tokenizer
 
     vocab_size = folder.vocab_size
@@ -122,7 +121,7 @@ def _convert(name: str, folder: Path, progress: Progress) -> None:
 
     packaged = PACKAGED[name]
     gguf = packaged.locate()
-    for abandoned in folder.parent.glob(f".{name}.partial-*"):  # by a process that was killed: we hold the lock
+    for abandoned in folder.parent.glob(f".{name}.partial-*"):  # of killed processes: we hold the lock
         shutil.rmtree(abandoned, ignore_errors=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=folder.parent))
     try:
@@ -153,7 +152,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 @contextlib.contextmanager
 def _lock(path: Path, progress: Progress) -> Iterator[None]:
-    """Held by one process at a time; the system releases it when that process ends, however it ends."""
+    """Hold a lock that one process has at a time; the system releases it when that process ends."""
     with path.open("w") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -1,4 +1,4 @@
-"""Stop strings, found in a text that arrives in pieces."""
+"""Stop strings in a text that arrives in pieces."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Finds the first completed stop string and withholds no more text than could still become one.
+    """Finds the first completed stop string, and withholds only text that could still become one.
 
-    The outcome depends on the text alone and not on how it was cut into pieces: the stop string that ends first
+    The outcome does not depend on how the text is split into pieces: the stop string that ends first
     wins, and the longest of those that end at the same character. Each character costs amortised O(1) per stop
     string (Knuth-Morris-Pratt).
     """
@@ -19,12 +19,12 @@ class StopStrings:
         self._stops = [_Prefix(stop) for stop in stops]
         self._held = ""
         self.hit: str | None = None
-        """The stop string that was found."""
+        """The stop string found, if any."""
 
     def feed(self, text: str) -> tuple[str, str | None]:
-        """Takes the next piece of text; returns what may be shown, and the stop string that ended the text or None.
+        """Add a piece of text; return the text that may be shown, and the stop string found or None.
 
-        After a stop string was found further text is dropped.
+        Text after a stop string is dropped.
         """
         if self.hit is not None:
             return "", self.hit
@@ -40,13 +40,13 @@ class StopStrings:
         return pending[:shown], None
 
     def flush(self) -> str:
-        """The withheld text, to be shown when the text has ended without a stop string."""
+        """Return the withheld text, to be shown when the text ends without a stop string."""
         held, self._held = self._held, ""
         return held
 
 
 class _Prefix:
-    """How much of one stop string the text so far ends with."""
+    """Length of a stop string's prefix at the end of the text so far."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -60,7 +60,7 @@ class _Prefix:
             self._borders.append(border + (text[border] == character))
 
     def extend(self, character: str) -> bool:
-        """Takes the text's next character; true if the text now ends with the whole stop string."""
+        """Add the next character; return whether the text now ends with the whole stop string."""
         while self.length and self.text[self.length] != character:
             self.length = self._borders[self.length - 1]
         self.length += self.text[self.length] == character

@@ -1,4 +1,4 @@
-"""From text to token ids and back, incrementally, and the stop strings in between. No torch."""
+"""Tokenizer and incremental detokenizer, without torch."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Tokenizer:
         self._backend = self._load()
         added = self._backend.get_added_tokens_decoder()
         self.special_tokens: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
-        """The control tokens by their text."""
+        """Ids of the control tokens by their text."""
         self._special_ids = frozenset(self.special_tokens.values())
         self._special_text = re.compile(
             "|".join(re.escape(token) for token in sorted(self.special_tokens, key=len, reverse=True)) or r"(?!)"
@@ -34,34 +34,34 @@ class Tokenizer:
 
     @property
     def largest_id(self) -> int:
-        """The largest token id that the tokenizer knows."""
+        """Largest token id of the tokenizer."""
         vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
         return max(vocab.values())
 
     @property
     def strips_spaces(self) -> int:
-        """How many leading spaces decoding removes from a text: 1 in SentencePiece models, else 0."""
+        """Number of leading spaces that decoding removes from a text: 1 in SentencePiece models, else 0."""
         return self._bytes_of.strips_spaces
 
     def encode(self, text: str) -> list[int]:
-        """Ids of a raw prompt, as transformers' tokenizer gives them.
+        """Return the ids of a raw prompt, equal to those of transformers' tokenizer.
 
-        Control tokens written out in the text are control tokens; those that the model puts around every text (its
-        beginning-of-text token, if it has one) are added. For what a user says in a conversation use `render_chat`.
+        Control tokens written out in the text become control tokens. Those that the model puts around every text (such
+        as a beginning-of-text token) are added. For a user's words in a conversation use `render_chat`.
         """
         return _ids(self._backend, _unicode(text), special=True)
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of these tokens, without control tokens; bytes that are no UTF-8 become U+FFFD."""
+        """Return the text of these tokens, without control tokens. Invalid UTF-8 becomes U+FFFD."""
         stream = Detokenizer(self)
         return stream.feed(ids) + stream.flush()
 
     def token_bytes(self, token: int) -> bytes:
-        """What the token contributes to a text: nothing for control tokens and unknown ids."""
+        """Return the token's bytes in a text: none for control tokens and unknown ids."""
         return b"" if token in self._special_ids else self._bytes_of[token]
 
     def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
-        """Ids of a conversation in the model's chat template.
+        """Return the ids of a conversation in the model's chat template.
 
         `messages` are OpenAI's: a role and content, a string or a list of text parts. Ids are those of transformers'
         `apply_chat_template`, except that control tokens written out in a message stay plain text: only the template
@@ -78,7 +78,7 @@ class Tokenizer:
         rendered = self._template.render(quoting.quoted, add_generation_prompt)
         own = [self.special_tokens[token] for token in self._special_text.findall(rendered)]
         ids = _ids(self._backend, rendered, special=False)
-        # A normalizer can make control tokens of look-alikes, hence the second condition.
+        # The second condition is for normalizers that turn look-alikes into control tokens.
         if not quoting.replaced and [token for token in ids if token in self._special_ids] == own:
             return ids
         return self._encode_own_control_tokens(rendered, quoting)
@@ -97,7 +97,7 @@ class Tokenizer:
 
     @cached_property
     def _plain_backend(self) -> tokenizers.Tokenizer:
-        """Made when a message holds a control token's text, as it takes as much memory as the first."""
+        """A second backend, made only when a message contains a control token's text, to save its memory."""
         backend = self._load()
         backend.encode_special_tokens = True  # sic: encodes their text as if it had no meaning
         return backend
@@ -107,14 +107,14 @@ class Tokenizer:
             backend = tokenizers.Tokenizer.from_file(str(self._path))
         except Exception as error:  # tokenizers raises bare Exception
             raise ModelError(f"{self._path} can't be read ({error}). Download the model again.") from error
-        # Some models store the limits of their training; a prompt is measured by the gateway, never cut.
+        # Some models store a truncation from training. The gateway limits prompts; they are never truncated.
         backend.no_truncation()
         backend.no_padding()
         return backend
 
 
 class Detokenizer:
-    """The text of one growing sequence of tokens; the texts returned join to `Tokenizer.decode` of all tokens."""
+    """Decodes a growing sequence of tokens. The returned texts join to `Tokenizer.decode` of all tokens."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
@@ -122,7 +122,7 @@ class Detokenizer:
         self._spaces_to_strip = tokenizer.strips_spaces
 
     def feed(self, ids: Iterable[int]) -> str:
-        """Text that these tokens complete. The bytes of an unfinished character wait for the next call."""
+        """Add tokens; return the text that they complete. An incomplete character is kept for the next call."""
         text = self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
         while text and self._spaces_to_strip:
             text = text.removeprefix(" ")
@@ -130,7 +130,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What is left at the end: U+FFFD for an unfinished character, else nothing."""
+        """End the sequence; return U+FFFD for an incomplete character, else nothing."""
         return self._utf8.decode(b"", final=True)
 
 
@@ -171,7 +171,7 @@ class _Quoting:
 class _TokenBytes(dict[int, bytes]):
     """Bytes of each token as the tokenizer's decoder makes them, computed on first use.
 
-    Knows the two kinds of decoders of causal language models: byte-level BPE, and SentencePiece with `▁` for a space
+    Supports the two kinds of decoders of causal language models: byte-level BPE, and SentencePiece with `▁` for a space
     and `<0x0A>` for a byte.
     """
 
@@ -211,7 +211,7 @@ class _TokenBytes(dict[int, bytes]):
 
 
 def _ids(backend: tokenizers.Tokenizer, text: str, *, special: bool) -> list[int]:
-    # The batch call lets other threads run meanwhile; `encode` holds the GIL, over a second for a long text.
+    # The batch call releases the GIL; `encode` holds it, for over a second on a long text.
     return backend.encode_batch_fast([text], add_special_tokens=special)[0].ids
 
 
@@ -223,7 +223,7 @@ def _decoder_steps(backend: tokenizers.Tokenizer) -> list[dict[str, Any]]:
 
 
 def _bytes_of_characters() -> dict[str, int]:
-    """GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 and up, in order."""
+    """Return GPT-2's alphabet: printable Latin-1 bytes stand for themselves, the others for U+0100 and up, in order."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
     return {chr(byte): byte for byte in printable} | {chr(0x100 + n): byte for n, byte in enumerate(others)}
@@ -233,5 +233,5 @@ _BYTE_OF = _bytes_of_characters()
 
 
 def _unicode(text: str) -> str:
-    """The text with lone surrogates, which JSON can carry and UTF-8 can't, as question marks."""
+    """Return the text with question marks for lone surrogates, which are valid in JSON but not in UTF-8."""
     return text if text.isascii() else text.encode("utf-8", "replace").decode("utf-8")

@@ -1,3 +1,3 @@
-"""What every service process has: settings, logs, health, tasks, TLS."""
+"""Frame of every service process: settings, logs, health, tasks, TLS."""
 
 __all__ = ["health", "logging", "service", "settings", "tls"]

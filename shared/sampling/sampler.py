@@ -62,26 +62,26 @@ Ids = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Columns:
-    """Which tokens the columns of some logits are: ids, ascending. The other tokens are not allowed."""
+    """Token ids of the columns of some logits, ascending. All other tokens are not allowed."""
 
     ids: Ids
     mixed: Words
 
     @classmethod
     def of(cls, ids: Ids) -> Columns:
-        """For logits of these tokens."""
+        """Return the columns for logits of these tokens."""
         return cls(ids, mixed_ids(ids))
 
 
 def choose(
     logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], columns: Columns | None = None
 ) -> list[int]:
-    """The token of each row of `logits` (rows, vocabulary), a row being a position of some session.
+    """Choose the token of each row of `logits` (rows, vocabulary). A row is a position of a session.
 
     `params[i]` are the parameters of row i's session and `positions[i]` the absolute index of the token to choose. The
     allowed tokens are the `top_k` largest logits (ties: lowest ids), and of these the fewest most probable ones whose
     share reaches `top_p`. Equal scores: lowest id. A row's token depends on nothing but its logits, parameters and
-    position. On the CPU this takes one thread. With `columns`, the logits are those of some tokens alone.
+    position. On the CPU this takes one thread. With `columns`, the logits are those of these tokens only.
 
     Raises BadLogits if a row contains NaN or +inf, or nothing but -inf; ValueError if the lengths differ.
     """
@@ -114,7 +114,7 @@ def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int, co
 
 
 def _sample(logits: Floats, mixed: Words, ids: Ids | None, key: int, temperature: float) -> int:
-    """Index of the winner among `logits`, which are those of the tokens `ids`, or of the vocabulary."""
+    """Return the index of the winner among `logits`, those of the tokens `ids` or of the whole vocabulary."""
     top = int(logits.argmax())
     largest = float(logits[top])
 
@@ -123,7 +123,7 @@ def _sample(logits: Floats, mixed: Words, ids: Ids | None, key: int, temperature
         pairs = zip(tokens.tolist(), logits[indices].tolist(), strict=True)
         return [_score(key, token, largest - logit, temperature) for token, logit in pairs]
 
-    with np.errstate(over="ignore"):  # as far away as infinity
+    with np.errstate(over="ignore"):  # an overflow counts as infinitely far
         screened = np.subtract(logits[top], logits)
         screened *= _inverse(temperature)
     np.minimum(screened, _farthest(len(logits)), out=screened)

@@ -1,13 +1,14 @@
--- The commit: decides, for every job of a batch, whether its tokens become part of the session.
+-- Commit: appends the tokens of each job of a batch to its session, if the job still fits.
 --
 -- KEYS: deadlines, the verifier's lease, then per job: session hash, tokens string
 -- ARGV: verifier, session TTL in seconds, prefix of gateways' keys, lease,
 --       then per job: session id, round, base_len, accepted, finish, cached, tokens
--- Tokens are packed little-endian int32. Returns nothing if the verifier does not hold this lease (0: not asked), else
+-- Tokens are packed little-endian int32. Returns nil if the verifier does not hold this lease (0 skips the check), else
 -- per job: {outcome, committed length, base, accepted, finish, tokens from base}
 --
--- A round is committed only if it builds on exactly what is committed. The same round again gets what was committed
--- then. Everything else is a conflict and gets the truth from where it can use it. No tokens ask for the truth alone.
+-- A round is committed only if it builds on the committed length. A repeated round gets the tokens committed the first
+-- time. Every other round is a conflict and gets the committed tokens from its base on. A job without tokens commits
+-- nothing and only reads.
 local WIDTH = 4
 local FIRST = 5  -- of the jobs' arguments
 local verifier, ttl, gateways, lease = ARGV[1], tonumber(ARGV[2]), ARGV[3], ARGV[4]
@@ -18,7 +19,7 @@ local now = redis.call('TIME')
 local now_ms = now[1] * 1000 + math.floor(now[2] / 1000)
 local out = {}
 
--- Whether a session has been collected by no living gateway for longer than its patience.
+-- Return whether no live gateway has collected the session for longer than its patience.
 local function abandoned(session)
   local state = redis.call('HMGET', session, 'gateway', 'patience_ms', 'alone_ms')
   local gateway, patience, alone = state[1], tonumber(state[2]), tonumber(state[3])
@@ -61,7 +62,7 @@ for job = 0, (#ARGV - FIRST + 1) / 7 - 1 do
       redis.call('HSET', session, 'status', 'finished')
       redis.call('ZREM', KEYS[1], id)
     elseif state[9] then
-      -- As in shared.slo: tokens are due a token's time apart, from the first one on.
+      -- As in shared.slo: tokens are due tpot_ms apart, counted from the first one.
       redis.call('ZADD', KEYS[1], first_ms + state[9] * (length - state[7]), id)
     end
     redis.call('EXPIRE', session, ttl)

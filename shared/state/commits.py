@@ -1,4 +1,4 @@
-"""Records of the commit: what a verifier asks for, and what the commit script decides."""
+"""Records of the commit: the verifier's request, and the script's decision."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class CommitOutcome(StrEnum):
 
 @dataclass(frozen=True)
 class Commit:
-    """One job's verdict, to be made part of its session."""
+    """Tokens of one job to append to its session."""
 
     session: str
     round: int

@@ -1,12 +1,12 @@
--- What the holder of a key may use: two buckets that fill up within a minute, and leases of running sessions.
+-- Usage of an API key: two buckets that refill within a minute, and leases of running sessions.
 --
 -- KEYS: bucket hash, sorted set of sessions by the time at which their lease ends
 -- ARGV: requests per minute, tokens per minute, most sessions (0 each: no limit), tokens, lease in ms, 'take', 'join' or
 --       'settle', session names
--- take: all of it or nothing; tokens are taken in advance. Returns {'' or what refuses it, requests left, tokens left,
+-- take: all or nothing; tokens are taken in advance. Returns {'' or the limit that refuses, requests left, tokens left,
 --       ms until it would be granted, ms until requests are full again, ms until tokens are}
--- join: as take, of a request that was taken before: only its sessions may be too many.
--- settle: gives tokens back (a negative number takes more, down to a debt) and ends the sessions' leases.
+-- join: as take, for a request that was counted before: only the limit of sessions applies.
+-- settle: returns tokens (a negative number takes more, into debt) and ends the sessions' leases.
 local MINUTE = 60000
 local per_request, per_token, most = tonumber(ARGV[1]), tonumber(ARGV[2]), tonumber(ARGV[3])
 local tokens, lease, act = tonumber(ARGV[4]), tonumber(ARGV[5]), ARGV[6]
@@ -27,7 +27,7 @@ local requests_left, tokens_left = level(state[1], per_request), level(state[2],
 
 local function keep()
   local longest = math.max(full_in(requests_left, per_request), full_in(tokens_left, per_token))
-  -- What has no limit now may have one later, and is then full.
+  -- A bucket without a limit now may get one later, and is then full.
   redis.call('HSET', KEYS[1], 'requests', per_request > 0 and requests_left or '',
              'tokens', per_token > 0 and tokens_left or '', 'at', now)
   redis.call('PEXPIRE', KEYS[1], longest + 1000)

@@ -52,7 +52,7 @@ def test_a_description_tells_the_same_without_the_weights(folder: Path, tmp_path
     assert told.fingerprint("bfloat16") == model.fingerprint("bfloat16")
     assert (told.name, told.max_len, told.vocab_fingerprint) == (model.name, model.max_len, model.vocab_fingerprint)
     model.require_weights()
-    with pytest.raises(ModelError, match="holds no weights: that is enough for a gateway only"):
+    with pytest.raises(ModelError, match="without its weights, which only a gateway can use"):
         told.require_weights()
     # Weights that are there count, not what was once said of them.
     (told.path / "model.safetensors").write_bytes(b"other")
