@@ -1,4 +1,4 @@
-"""Blocks of K/V that go from one engine to another: the bits are the same, and nothing is taken that does not fit."""
+"""Blocks of KV that go from one engine to another: the bits are the same, and nothing is taken that does not fit."""
 
 from __future__ import annotations
 

@@ -180,7 +180,7 @@ def test_the_check_finds_weights_that_make_no_sense(
             permuted[name] = weights[name].view(9, 2, 32, 576).transpose(1, 2).reshape(576, 576).contiguous()
     bits = {name: weight.view(torch.uint16).numpy() for name, weight in permuted.items()}
     write_bfloat16(path / "model.safetensors", bits)
-    with pytest.raises(ModelError, match="asked 'What is the capital of France"):
+    with pytest.raises(ModelError, match="the answer to 'What is the capital of France"):
         check_conversion(ModelFolder(path), QUESTION, ANSWER)
 
 

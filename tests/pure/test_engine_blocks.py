@@ -1,4 +1,4 @@
-"""The accounting of K/V blocks: sharing, rollback, eviction, and that nothing is ever lost or written under another's
+"""The accounting of KV blocks: sharing, rollback, eviction, and that nothing is ever lost or written under another's
 feet."""
 
 from __future__ import annotations
@@ -131,7 +131,7 @@ class Operations(RuleBasedStateMachine):
         super().__init__()
         self.pool = BlockPool(7)
         self.content: dict[tuple[int, int], int] = {}
-        """Token whose K/V lie at (block, offset), as the engine would have written them."""
+        """Token whose KV lie at (block, offset), as the engine would have written them."""
 
     names = st.sampled_from("abcd")
     runs = st.lists(st.tuples(st.integers(0, 1), st.integers(1, 80)), max_size=4).map(
