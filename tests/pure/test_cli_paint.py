@@ -111,8 +111,16 @@ def test_a_summary_without_drafts_or_a_second_token_is_possible() -> None:
     assert tokens_per_second(alone) == 0.0
 
 
-def test_answers_are_the_same_only_token_for_token() -> None:
+def test_the_first_difference_of_two_answers_is_named() -> None:
     answer = ClientAnswer(text="ab", tokens=[1, 2], finish="stop")
-    assert answer.same_text(ClientAnswer(text="ab", tokens=[1, 2], finish="stop", summary={"rounds": 1.0}))
-    assert not answer.same_text(ClientAnswer(text="ab", tokens=[3], finish="stop"))
-    assert not answer.same_text(ClientAnswer(text="ab", tokens=[1, 2], finish="length"))
+    assert answer.difference(ClientAnswer(text="ab", tokens=[1, 2], finish="stop", summary={"rounds": 1.0})) == ""
+    assert (
+        answer.difference(ClientAnswer(text="ac", tokens=[1, 3, 4], finish="stop"))
+        == "output token 2 is 2 and 3, of 2 and 3 tokens"
+    )
+    assert (
+        answer.difference(ClientAnswer(text="a", tokens=[1], finish="length"))
+        == "output token 2 is 2 and None, of 2 and 1 tokens"
+    )
+    assert "the text is 'ab' and 'a'" in answer.difference(ClientAnswer(text="a", tokens=[1, 2], finish="stop"))
+    assert "'stop' and 'length'" in answer.difference(ClientAnswer(text="ab", tokens=[1, 2], finish="length"))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import io
 from dataclasses import replace
+from typing import Any
 
 import pytest
+from openai import AsyncOpenAI
 from rich.console import Console
 
 from services.tools.cli import demo
@@ -41,15 +43,19 @@ async def test_the_demonstration_marks_drafts_sums_up_and_compares(stack: Stack,
     assert text.rstrip().endswith("identical to plain decoding: yes")
 
 
-async def test_the_demonstration_tells_when_the_texts_differ(
-    stack: Stack, console: Console, short: None, monkeypatch: pytest.MonkeyPatch
+async def test_the_demonstration_names_the_difference(
+    stack: Stack, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def other(self: ClientAnswer, _: ClientAnswer) -> bool:
-        return False
+    async def ask(client: AsyncOpenAI, model: str, question: Question, draft: str, show: Any = None) -> ClientAnswer:
+        """Plain decoding gives one token less."""
+        return await original(client, model, replace(question, max_tokens=4 - (draft == "none")), draft, show)
 
-    monkeypatch.setattr(ClientAnswer, "same_text", other)
+    original = demo.ask
+    monkeypatch.setattr(demo, "ask", ask)
     assert not await demo.demo(stack.url, console)
-    assert shown(console).rstrip().endswith("identical to plain decoding: no")
+    text = shown(console)
+    assert text.count("and None, of 4 and 3 tokens") == len(demo.QUESTIONS)
+    assert text.rstrip().endswith("identical to plain decoding: no")
 
 
 async def test_a_chat_remembers_until_it_is_told_to_forget(

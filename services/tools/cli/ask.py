@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
+from itertools import zip_longest
 from typing import TYPE_CHECKING, Any
 
 from services.tools.cli.core.answer_rounds import AnswerRound, Arrival, rounds_of
@@ -51,9 +52,17 @@ class ClientAnswer:
         """The rounds that produced the text."""
         return rounds_of(self.arrivals)
 
-    def same_text(self, other: ClientAnswer) -> bool:
-        """Return whether tokens, text and finish reason are the same."""
-        return (self.tokens, self.text, self.finish) == (other.tokens, other.text, other.finish)
+    def difference(self, other: ClientAnswer) -> str:
+        """Name the first difference in tokens, text or finish reason; empty if all are the same."""
+        if self.tokens != other.tokens:
+            pairs = enumerate(zip_longest(self.tokens, other.tokens), start=1)
+            number, (one, another) = next((number, pair) for number, pair in pairs if pair[0] != pair[1])
+            return f"output token {number} is {one} and {another}, of {len(self.tokens)} and {len(other.tokens)} tokens"
+        if self.text != other.text:
+            return f"the tokens are the same, the text is {self.text!r} and {other.text!r}"
+        if self.finish != other.finish:
+            return f"the tokens are the same, the finish reason is {self.finish!r} and {other.finish!r}"
+        return ""
 
 
 async def ask(

@@ -66,7 +66,9 @@ async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
     for question, with_drafts, without in zip(QUESTIONS, drafted, plain, strict=True):
         fast, slow = tokens_per_second(with_drafts.summary), tokens_per_second(without.summary)
         console.print(f"  {question.title}: {slow:.1f} tokens per second; with drafts {fast:.1f}", soft_wrap=True)
-    identical = all(one.same_text(other) for one, other in zip(drafted, plain, strict=True))
+        if difference := with_drafts.difference(without):
+            console.print(f"  {question.title}, with drafts and without: {difference}", style="red", soft_wrap=True)
+    identical = not any(one.difference(other) for one, other in zip(drafted, plain, strict=True))
     console.print(
         Text.assemble("identical to plain decoding: ", ("yes", "bold green") if identical else ("no", "bold red"))
     )
