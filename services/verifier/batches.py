@@ -236,8 +236,10 @@ class BatchLoop:
             for states in reply.hidden:
                 metrics.HIDDEN_BYTES.inc(len(states.rows) + len(states.scales))
                 await self._broker.publish(states, topology.result(job.drafter))
-            if reply.for_scheduler_only:
-                await self._broker.publish(result, topology.RESULT_SCHEDULER)
+            others = (topology.result(job.gateway),) if reply.for_gateway else ()
+            if reply.for_drafter:
+                await self._broker.publish(
+                    result, topology.result(job.drafter), cc=(*others, topology.RESULT_SCHEDULER)
+                )
             else:
-                others = (topology.result(job.gateway), topology.RESULT_SCHEDULER)
-                await self._broker.publish(result, topology.result(job.drafter), cc=others)
+                await self._broker.publish(result, topology.RESULT_SCHEDULER, cc=others)

@@ -273,11 +273,18 @@ async def test_a_draft_ends_before_the_first_id_outside_the_vocabulary(peer: Pee
     assert (result.status, result.tokens) == (Status.COMMITTED, text[2:3])
 
 
-async def test_only_the_scheduler_gets_the_result_of_a_prefill_chunk(peer: Peer, text: list[int]) -> None:
+async def test_the_result_of_a_prefill_chunk_goes_to_gateway_and_scheduler(peer: Peer, text: list[int]) -> None:
+    chunks: asyncio.Queue[Message] = asyncio.Queue()
+    for service, key in (("gateway", topology.result("g")), ("scheduler", topology.RESULT_SCHEDULER)):
+        await peer.broker.consume(peer.broker.topology.own_queue(service, "y", (key,)), chunks.put)
     await peer.open("s")
     await peer.send(peer.job("s", 4, [], prefill_to=2))
+    for _ in range(2):
+        chunk = await asyncio.wait_for(chunks.get(), 10)
+        assert isinstance(chunk, Result)
+        assert (chunk.status, chunk.cached) == (Status.PREFILLED, 2)
     (result,) = await peer.verify(peer.job("s", 4, text[:1]))
-    assert result.status is Status.COMMITTED
+    assert result.status is Status.COMMITTED, "the drafter gets no result of the chunk"
     assert result.new_tokens == 3, "two of the prompt's four tokens were cached already"
 
 

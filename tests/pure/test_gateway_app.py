@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from time import monotonic
 from typing import Any, NoReturn
 
 import httpx
@@ -21,6 +22,7 @@ from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from prometheus_client import generate_latest
 
+from services.gateway import sessions
 from services.gateway.app import create_app
 from services.gateway.core.admission import Admission
 from services.gateway.errors import unavailable
@@ -516,6 +518,32 @@ async def test_a_stalled_session_times_out_and_is_cancelled(folder: ModelFolder)
         assert error_of(await app.chat(stream=stream), 504)["code"] == "timeout"
     await eventually(lambda: len(app.services.cancelled) == 2)
     watching.cancel()
+
+
+async def test_a_long_prompt_in_prefill_chunks_is_not_given_up(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    skipped_s = 0.0
+    monkeypatch.setattr(sessions, "monotonic", lambda: monotonic() + skipped_s)
+    app = App(folder, stall_timeout_s=60)
+
+    async def work(message: Message) -> None:
+        nonlocal skipped_s
+        assert isinstance(message, Generate)
+        chunk, *rounds = results_of(message, app.script, app.tokenizer)
+        for number in range(3):
+            skipped_s += 50
+            await asyncio.sleep(2 * sessions.WATCH_INTERVAL_S)
+            await app.services.publish("g", chunk.model_copy(update={"batch": f"chunk{number}"}))
+        for result in rounds:
+            await app.services.commit(message.session, result.tokens, result.finish)
+            await app.services.publish("g", result)
+
+    app.services.draft = work
+    watching = asyncio.create_task(app.sessions.watch())
+    response = await app.chat()
+    watching.cancel()
+    assert response.json()["choices"][0]["message"]["content"] == app.script.text
 
 
 async def test_a_session_without_results_is_answered_from_its_state(folder: ModelFolder) -> None:

@@ -52,7 +52,7 @@ def test_a_verdict_is_committed_and_becomes_the_result() -> None:
     assert (result.status, result.tokens, result.accepted, result.trimmed_to) == (Status.COMMITTED, [8, 9], 1, 2)
     assert (result.verifier, result.batch, result.round, result.drafted) == ("v1", "b1", 4, 2)
     assert (result.queue_ms, result.verify_ms, result.logits_digest) == (2.0, 30.0, "0" * 16)
-    assert not reply.for_scheduler_only
+    assert (reply.for_drafter, reply.for_gateway) == (True, True)
 
 
 def test_a_stale_job_commits_nothing_and_gets_the_committed_tokens() -> None:
@@ -75,12 +75,13 @@ def test_a_session_that_takes_no_more_tokens_fails(kind: CommitOutcome, failure:
     assert answer(kind).ended
 
 
-def test_a_chunk_of_prefill_is_answered_to_the_scheduler_only() -> None:
+def test_a_chunk_of_prefill_is_not_answered_to_the_drafter() -> None:
     made = batch()
     made.verified(job(), task(), outcome(verdict=None))
     assert made.open == []
     (reply,) = made.settle([])
-    assert (reply.result.status, reply.result.cached, reply.for_scheduler_only) == (Status.PREFILLED, 4, True)
+    assert (reply.result.status, reply.result.cached) == (Status.PREFILLED, 4)
+    assert (reply.for_drafter, reply.for_gateway) == (False, True)
 
 
 def test_a_job_that_the_engine_refuses_fails_with_the_reason() -> None:
@@ -99,7 +100,8 @@ def test_a_forged_job_is_answered_to_the_scheduler_only() -> None:
     made.fail(job("forged"), replies.FORBIDDEN)
     made.fail(job("other"), replies.wrong_model(job("other"), "served"))
     forged, other = made.settle([])
-    assert (forged.for_scheduler_only, other.for_scheduler_only) == (True, False)
+    assert (forged.for_drafter, forged.for_gateway) == (False, False)
+    assert (other.for_drafter, other.for_gateway) == (True, True)
 
 
 def test_hidden_states_come_last_and_only_for_committed_choices() -> None:

@@ -28,9 +28,14 @@ class JobReply:
     hidden: Sequence[HiddenStates] = ()
 
     @property
-    def for_scheduler_only(self) -> bool:
-        """Whether only the scheduler gets the result: of a chunk of prefill, and of a job that is possibly forged."""
-        return self.result.status is Status.PREFILLED or self.result.error == FORBIDDEN
+    def for_drafter(self) -> bool:
+        """Whether the drafter gets the result. A chunk of prefill settles no round."""
+        return self.for_gateway and self.result.status is not Status.PREFILLED
+
+    @property
+    def for_gateway(self) -> bool:
+        """Whether the gateway gets the result. A job that is possibly forged is answered to the scheduler only."""
+        return self.result.error != FORBIDDEN
 
     @property
     def hidden_rows(self) -> int:
