@@ -99,7 +99,7 @@ async def test_a_mistyped_name_is_refused_and_leaves_nothing_behind(
 async def test_a_missing_suite_is_reported(suite: Broker, amqp_url: str, namespace: str) -> None:
     console = Console(file=StringIO(), width=80)
     await once_seen(SuiteAddress(amqp_url, namespace), console, 1)
-    assert "no scheduler and no verifier speaks" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
+    assert "No message from a scheduler or verifier" in " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
 
 
 async def test_a_broken_link_is_reported_and_survived(suite: Broker, amqp_url: str, namespace: str) -> None:
