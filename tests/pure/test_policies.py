@@ -8,7 +8,7 @@ from typing import get_args
 
 import builders
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
 from services.scheduler.core.batching import MOST_LEFT_OUT, BatchLimits, BatchPlan
@@ -148,8 +148,13 @@ def test_the_order_of_messages_does_not_matter(
     assert plan(policy, rounds, state, limits) == plan(policy, shuffled, state, limits)
 
 
+RESERVED = [pending("due", arrived=0.0, due=NOW + 55, base=1), pending("prompt", arrived=0.0, base=71)]
+"""The block reserved for the prompt makes the other round late, and then the whole prompt fits."""
+
+
 @settings(max_examples=300)
 @given(situations(), st.sampled_from(OURS))
+@example((RESERVED, verifier({"due": 1}, room=4096), BatchLimits(319.0, 137, 1455.0)), "wisp+")
 def test_a_round_that_is_added_on_time_stays_on_time(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
@@ -158,13 +163,17 @@ def test_a_round_that_is_added_on_time_stays_on_time(
     made = plan(policy, rounds, state, limits)
     caution = state.model.ratio_p90
     before = MutableShape()
-    for chosen in (c for c in made.chosen if c.prefill_to is not None):
-        # Room for a block of the first prompt may have been reserved before all other rounds.
-        before.add((chosen.queued.next_block or 0) - chosen.queued.held, chosen.queued.next_block or 0, 0)
-        break
+    # wisp+ may reserve room for a block of the first prompt before it adds any round.
+    prompt = next((c for c in made.chosen if c.queued.next_block is not None), None) if policy == "wisp+" else None
+    block = (prompt.queued.next_block or 0) if prompt else 0
+    reserved = (block - prompt.queued.held, block, 0) if prompt else (0, 0, 0)
+    if prompt:
+        before.add(*reserved)
     for chosen in made.chosen:
         if chosen.prefill_to is not None:
             continue
+        if chosen is prompt:
+            before.remove(*reserved)
         base_len = chosen.pending.verify.base_len
         certain = chosen.draft if policy == "wisp" else 0
         before.add(chosen.queued.base + certain, base_len + certain, certain + 1)
