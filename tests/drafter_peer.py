@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 
 import builders
 import numpy as np
+from patience import HANG_S
 
 from services.drafter.service import serve
 from services.drafter.settings import DrafterSettings
@@ -81,14 +82,14 @@ class Peer:
 
     async def publish(self, generate: Generate) -> None:
         """Publish a request to the pool, as soon as a drafter has declared the pool's queue."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while True:
                 try:
                     return await self.broker.publish(generate, topology.generate(), persistent=True)
                 except Unroutable:
                     await asyncio.sleep(0.05)
 
-    async def round(self, timeout_s: float = 10) -> Verify:
+    async def round(self, timeout_s: float = HANG_S) -> Verify:
         """Return the next round that a drafter sends."""
         message = await asyncio.wait_for(self.rounds.get(), timeout_s)
         assert isinstance(message, Verify)
@@ -164,4 +165,4 @@ async def drafting(settings: DrafterSettings, name: str) -> AsyncIterator[None]:
         yield
     finally:
         stop.set()
-        await asyncio.wait_for(serving, 10)
+        await asyncio.wait_for(serving, HANG_S)

@@ -14,6 +14,7 @@ from typing import Any
 import httpx
 import openai
 from gateway_peer import Peer, settings
+from patience import HANG_S
 from prometheus_client import generate_latest
 
 from services.gateway.service import serve
@@ -84,15 +85,15 @@ async def started(
         metrics_before = generate_latest().decode()
         serving = asyncio.create_task(serve(given, given.instance, stop))
         client = await stack.enter_async_context(
-            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20)
+            openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
         )
-        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=20))
+        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=HANG_S))
         await answers(http)
         try:
             yield Suite(url, peer, client, http, stop, serving, metrics_before)
         finally:
             stop.set()
-            await asyncio.wait_for(serving, 20)
+            await asyncio.wait_for(serving, HANG_S)
 
 
 def free_port() -> int:

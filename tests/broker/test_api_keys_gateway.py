@@ -13,6 +13,7 @@ import openai
 import pytest
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of
+from patience import HANG_S
 
 from services.gateway.keys import KeyLimits, new_key, render
 
@@ -26,7 +27,7 @@ class Holder:
         self.text, self.key = new_key(name, datetime.now(UTC), KeyLimits(**limits))
 
     def client(self, suite: Suite) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{suite.url}/v1", api_key=self.text, max_retries=0, timeout=20)
+        return openai.AsyncOpenAI(base_url=f"{suite.url}/v1", api_key=self.text, max_retries=0, timeout=HANG_S)
 
     async def chat(self, suite: Suite, **options: Any) -> Any:
         async with self.client(suite) as client:
@@ -62,7 +63,7 @@ async def accepted(suite: Suite, holder: Holder) -> bool:
 
 
 async def becomes(suite: Suite, holder: Holder, wanted: bool) -> None:
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         while await accepted(suite, holder) != wanted:  # noqa: ASYNC110 - the gateway gives no signal
             await asyncio.sleep(0.05)
 
@@ -183,7 +184,7 @@ async def test_concurrent_completions_of_a_key_are_limited(suite: Suite, file: P
     assert (await bob.chat(suite)).status_code == 200
     await streams[0].close()
     await eventually(lambda: bool(suite.peer.cancelled))
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         while True:
             try:
                 await ann.chat(suite)

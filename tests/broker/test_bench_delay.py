@@ -7,6 +7,8 @@ import time
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
+from patience import HANG_S
+
 from services.tools.bench.support.relay import DelayRelay, delayed
 from services.tools.local.brokers import Brokers
 from shared.broker.client import Broker
@@ -29,7 +31,7 @@ async def echo(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> No
 async def behind_relay(server: Server) -> AsyncIterator[tuple[asyncio.StreamReader, asyncio.StreamWriter]]:
     async with await asyncio.start_server(server, "127.0.0.1", 0) as listening:
         port = listening.sockets[0].getsockname()[1]
-        async with DelayRelay("127.0.0.1", port, ONE_WAY_S) as relay, asyncio.timeout(20):
+        async with DelayRelay("127.0.0.1", port, ONE_WAY_S) as relay, asyncio.timeout(HANG_S):
             reader, writer = await asyncio.open_connection("127.0.0.1", relay.port)
             yield reader, writer
             writer.close()
@@ -93,7 +95,7 @@ async def test_a_client_that_aborts_closes_the_servers_connection() -> None:
         writer.write(b"ping")
         await asyncio.sleep(3 * ONE_WAY_S)
         writer.transport.abort()
-        await asyncio.wait_for(gone.wait(), 5)
+        await asyncio.wait_for(gone.wait(), HANG_S)
 
 
 async def test_a_missing_or_closing_server_ends_the_connection() -> None:
@@ -104,7 +106,7 @@ async def test_a_missing_or_closing_server_ends_the_connection() -> None:
         assert await reader.read() == b""
     async with DelayRelay("127.0.0.1", 1, ONE_WAY_S) as relay:
         reader, _ = await asyncio.open_connection("127.0.0.1", relay.port)
-        assert await asyncio.wait_for(reader.read(), 5) == b""
+        assert await asyncio.wait_for(reader.read(), HANG_S) == b""
 
 
 async def test_no_delay_needs_no_relay() -> None:

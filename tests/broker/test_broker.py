@@ -10,6 +10,7 @@ import aio_pika
 import builders
 import pytest
 from builders import generate, result, verify
+from patience import HANG_S
 
 from shared.broker import topology
 from shared.broker.client import PROBE_HEADER, Broker
@@ -43,7 +44,7 @@ class Inbox:
         await self.messages.put(message)
 
     async def next(self) -> Message:
-        return await asyncio.wait_for(self.messages.get(), 5)
+        return await asyncio.wait_for(self.messages.get(), HANG_S)
 
     async def nothing_more(self) -> bool:
         await asyncio.sleep(0.2)
@@ -102,7 +103,7 @@ async def test_a_request_whose_drafter_dies_goes_to_another(connect: Connect) ->
 
     await first.consume(first.topology.generate_queue(), never_ends, prefetch=4)
     await sender.publish(generate(), topology.generate(), persistent=True)
-    await asyncio.wait_for(started.wait(), 5)
+    await asyncio.wait_for(started.wait(), HANG_S)
     other = Inbox()
     await second.consume(second.topology.generate_queue(), other, prefetch=4)
     assert await other.nothing_more()

@@ -20,6 +20,8 @@ from services.tools.local.stack import ServiceFailed, Stack
 from shared.broker.topology import Topology
 
 OWNER = """
+import signal
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 import asyncio, sys
 from services.tools.local.stack import Stack
 from services.tools.cli.terminal import run

@@ -13,6 +13,7 @@ import openai
 import pytest
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of, free_port, text_of
+from patience import HANG_S
 
 from services.device.relay import Relay
 from services.gateway.keys import new_key, render
@@ -32,7 +33,7 @@ async def suite(start: Start, tmp_path: Path) -> AsyncIterator[tuple[Suite, str]
 async def relayed(url: str, key: str) -> AsyncIterator[str]:
     """Run a relay to this gateway; yields its URL."""
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
-    async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=20) as gateway:
+    async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=HANG_S) as gateway:
         serving = asyncio.create_task(serve_http(Relay(gateway), listener, stop))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
@@ -45,7 +46,7 @@ async def test_a_client_without_a_key_is_served_like_by_the_gateway(suite: tuple
     running, key = suite
     async with (
         relayed(running.url, key) as url,
-        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=20) as client,
+        openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANG_S) as client,
     ):
         assert [model.id for model in (await client.models.list()).data] == [MODEL]
         script = running.peer.script = Script(pause_s=0.02)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 from drafter_peer import Peer, drafting
+from patience import HANG_S
 
 from services.drafter import service
 from services.drafter.control import Controller, DraftToken
@@ -131,7 +132,7 @@ async def test_cancelling_a_session_ends_its_wait(base: Setup, tmp_path: Path, s
         assert peer.rounds.empty()
         await peer.store.cancel("slow")
         await peer.broker.publish(Cancel(session="slow", reason="client left"), topology.CANCEL)
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while await pending_requests(peer) > 0:  # noqa: ASYNC110 - the broker has no event for it
                 await asyncio.sleep(0.05)
 

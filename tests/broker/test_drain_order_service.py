@@ -12,6 +12,7 @@ from threading import Thread
 
 import builders
 import pytest
+from patience import HANG_S
 
 from services.drain_order.service import ANNOTATION, KubernetesError, Pods, serve
 from services.drain_order.settings import DrainOrderSettings
@@ -99,12 +100,12 @@ async def serving(settings: DrainOrderSettings) -> AsyncIterator[None]:
     task = asyncio.create_task(serve(settings, "drainorder-1", stop))
     yield
     stop.set()
-    await asyncio.wait_for(task, 10)
+    await asyncio.wait_for(task, HANG_S)
 
 
 async def until(api: FakeKubernetes, costs: dict[str, str | None]) -> None:
     with suppress(TimeoutError):
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while api.costs != costs:  # noqa: ASYNC110 - another thread writes them
                 await asyncio.sleep(0.02)
     assert api.costs == costs

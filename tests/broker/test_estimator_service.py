@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from patience import HANG_S
 
 from services.estimator.service import serve
 from services.estimator.settings import EstimatorSettings
@@ -36,13 +37,13 @@ async def test_models_are_published_stored_and_continued_after_a_restart(
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(settings, "estimator", stop))
         await broker.publish(Sample(verifier="v1", batches=batches, profile=profile), topology.SAMPLE)
-        model = await asyncio.wait_for(models.get(), 10)
+        model = await asyncio.wait_for(models.get(), HANG_S)
         for _ in range(200):
             if model in await store.registry.cost_models():
                 break
             await asyncio.sleep(0.02)
         stop.set()
-        await asyncio.wait_for(serving, 10)
+        await asyncio.wait_for(serving, HANG_S)
         assert isinstance(model, CostModel)
         return model
 
@@ -52,7 +53,7 @@ async def test_models_are_published_stored_and_continued_after_a_restart(
     first_serving = asyncio.create_task(serve(settings, "estimator", stop))
     await asyncio.sleep(0.5)
     stop.set()
-    await asyncio.wait_for(first_serving, 10)
+    await asyncio.wait_for(first_serving, HANG_S)
 
     first = await learn(samples(1.0), profile=True)
     assert cost.predict_ms(first, shape) == pytest.approx(82.0, rel=0.05)

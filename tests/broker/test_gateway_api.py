@@ -12,6 +12,7 @@ import openai
 import pytest
 from gateway_peer import EOS, Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of, events_of, text_of
+from patience import HANG_S
 
 from shared.messages import Failure, Result, Slo
 
@@ -318,7 +319,7 @@ async def test_running_requests_end_when_the_gateway_stops(start: Start) -> None
         await eventually(lambda: bool(suite.peer.generated))
         suite.stop.set()
         assert (await asking).choices[0].message.content == "to the very end"
-        await asyncio.wait_for(suite.serving, 5)
+        await asyncio.wait_for(suite.serving, HANG_S)
 
 
 async def test_requests_longer_than_the_drain_end_in_an_error(start: Start) -> None:
@@ -332,7 +333,7 @@ async def test_requests_longer_than_the_drain_end_in_an_error(start: Start) -> N
             await chunks_of(streamed)
         with pytest.raises(openai.InternalServerError, match="shutting down"):
             await whole
-        await asyncio.wait_for(suite.serving, 5)
+        await asyncio.wait_for(suite.serving, HANG_S)
         assert len(suite.peer.generated) == 2
         assert len(suite.peer.cancelled) == 1
         assert name not in suite.peer.cancelled, "another gateway can collect the stream"
@@ -344,7 +345,7 @@ async def test_a_poison_message_is_dead_lettered(suite: Suite) -> None:
     exchange = await channel.get_exchange(namespace)
     await exchange.publish(aio_pika.Message(b"\xc1poison"), "result.gateway-test")
     dead = await channel.get_queue(f"{namespace}.dead")
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         while (letter := await dead.get(no_ack=True, fail=False)) is None:  # noqa: ASYNC110
             await asyncio.sleep(0.02)
     assert "not msgpack" in str(letter.headers["x-wisp-reason"])
@@ -362,7 +363,7 @@ async def test_a_poison_message_is_dead_lettered(suite: Suite) -> None:
 async def test_bytes_that_are_not_http_get_the_error_body(suite: Suite, request_bytes: bytes) -> None:
     reader, writer = await asyncio.open_connection(*suite.address)
     writer.write(request_bytes)
-    async with asyncio.timeout(5):
+    async with asyncio.timeout(HANG_S):
         answer = await reader.read()
     writer.close()
     head, body = answer.split(b"\r\n\r\n")

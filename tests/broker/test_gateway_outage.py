@@ -14,6 +14,7 @@ import pytest
 from gateway_peer import Peer, Script, eventually, tiny_target
 from gateway_suite import MODEL, answers, free_port, started
 from link import link_to
+from patience import HANG_S
 
 from shared.models.folder import ModelFolder
 
@@ -108,7 +109,7 @@ async def test_the_process_is_small_and_drains_on_sigterm(
                 assert psutil.Process(process.pid).memory_info().rss < 150e6
                 process.send_signal(signal.SIGTERM)
                 assert (await asking).choices[0].text == "to the very end"
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(HANG_S):
                 _, log = await process.communicate()
         finally:
             if process.returncode is None:
@@ -127,7 +128,7 @@ async def test_a_taken_port_ends_the_process_with_a_clear_message(
             *("--amqp-url", amqp_url, "--redis-url", redis_url, "--namespace", namespace),
             stderr=asyncio.subprocess.PIPE,
         )
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             _, log = await process.communicate()
     assert process.returncode == 1
     assert b"WISP_PORT" in log

@@ -13,6 +13,7 @@ import psutil
 import pytest
 from gateway_peer import Peer, Script, eventually
 from gateway_suite import MODEL, free_port
+from patience import HANG_S
 
 from shared.models.folder import ModelFolder
 
@@ -57,7 +58,7 @@ async def gateway(amqp_url: str, redis_url: str, namespace: str, target: ModelFo
         )
         try:
             one = Gateway(psutil.Process(child.pid), port, peer)
-            async with asyncio.timeout(30):
+            async with asyncio.timeout(HANG_S):
                 while not await _listens(port):  # noqa: ASYNC110 - the process gives no signal
                     await asyncio.sleep(0.05)
             yield one
@@ -81,14 +82,14 @@ async def test_a_thousand_streams_fit_in_bounded_memory_and_more_are_refused(
     gateway.peer.script = Script(text="all of it", round_len=3)
     held = gateway.peer.held = asyncio.Event()
     asked = [asyncio.create_task(gateway.answer(f"prompt {number}")) for number in range(STREAMS)]
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(HANG_S):
         while len(gateway.peer.generated) < STREAMS:
             assert not [task.result() for task in asked if task.done()]
             await asyncio.sleep(0.05)
     assert (await gateway.answer("one too many"))[0] == 429
     assert gateway.process.memory_info().rss < MOST_BYTES
     held.set()
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(HANG_S):
         assert set(await asyncio.gather(*asked)) == {(200, "all of it")}
     assert (await gateway.answer("again"))[0] == 200
     assert gateway.process.memory_info().rss < MOST_BYTES

@@ -16,6 +16,7 @@ import httpx
 import pytest
 from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, answers, free_port, started
+from patience import HANG_S
 
 from shared.models.folder import ModelFolder
 from shared.state.store import SessionStatus
@@ -116,7 +117,7 @@ async def process(suite: Suite, namespace: str, target: ModelFolder, urls: tuple
         sys.executable, "-m", "services.gateway", "--port", str(port), env=environment
     )
     try:
-        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=20) as http:
+        async with httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}", timeout=HANG_S) as http:
             await answers(http, "/ready")
             yield child, http
     finally:
@@ -172,7 +173,7 @@ async def test_another_gateway_reaps_a_session_that_nobody_works_on(
         with pytest.raises(httpx.TransportError):
             await asking
         name = suite.peer.generated[0].session
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while (await suite.peer.store.progress(name, 1)).status is not SessionStatus.CANCELLED:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)
         assert await suite.peer.store._redis.zcard(suite.peer.store._deadlines) == 0

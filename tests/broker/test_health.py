@@ -14,6 +14,7 @@ from pathlib import Path
 import aio_pika
 import httpx
 import pytest
+from patience import HANG_S
 
 from services.tools.local import machine, servers
 from shared.broker.client import Broker
@@ -37,7 +38,7 @@ class Served:
     port: int
 
     async def asked(self, path: str) -> tuple[int, str]:
-        async with httpx.AsyncClient(timeout=20) as client:
+        async with httpx.AsyncClient(timeout=HANG_S) as client:
             answer = await client.get(f"http://127.0.0.1:{self.port}{path}")
         return answer.status_code, answer.text
 
@@ -155,7 +156,7 @@ async def test_an_event_loop_that_hangs_is_noticed(served: Served, monkeypatch: 
     monkeypatch.setattr(health, "ASK_S", 0.3)
     await consuming(served)
     loop = asyncio.get_running_loop()
-    asking = loop.run_in_executor(None, lambda: httpx.get(f"http://127.0.0.1:{served.port}/live", timeout=20))
+    asking = loop.run_in_executor(None, lambda: httpx.get(f"http://127.0.0.1:{served.port}/live", timeout=HANG_S))
     time.sleep(1.5)  # noqa: ASYNC251 - the hang: the thread asks meanwhile
     answer = await asking
     assert (answer.status_code, answer.text) == (503, "process: its event loop does not answer in 0.3 s\n")

@@ -13,6 +13,7 @@ import builders
 import pytest
 import recorded
 from link import link_to
+from patience import HANG_S
 from recorded import A
 
 from services.tools.replayer import files, journal
@@ -45,7 +46,7 @@ async def connect(amqp_url: str, namespace: str) -> AsyncIterator[Connect]:
 
 async def recorded_now(amqp_url: str, namespace: str, count: int) -> Recording:
     """Return the journal as soon as it has this many messages."""
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while True:
             found = await journal.read(amqp_url, namespace)
             if len(found.packed) >= count:
@@ -165,7 +166,7 @@ async def test_a_full_journal_drops_its_oldest_part(
     big = [PackedMessage(number, "load", load + b"\0" * 20_000) for number in range(500)]  # 10 MB in all
     await journal.fill(amqp_url, namespace, Recording(RecordingSource(namespace), big), limits)
     try:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(HANG_S):
             kept = list(range(500))
             while len(kept) > 250:
                 kept = [one.at_us or 0 for one in (await journal.read(amqp_url, namespace)).packed]
@@ -201,7 +202,7 @@ async def test_services_go_on_when_the_journal_is_deleted(connect: Connect, amqp
 
     await broker.consume(broker.topology.generate_queue(), take)
     await broker.publish(recorded.generate(), topology.generate(), persistent=True)
-    await asyncio.wait_for(received.wait(), 5)
+    await asyncio.wait_for(received.wait(), HANG_S)
 
 
 async def test_a_file_is_imported_as_a_journal(amqp_url: str, namespace: str, tmp_path: Path) -> None:
@@ -257,7 +258,7 @@ async def test_a_reconnected_service_creates_a_missing_journal_again(amqp_url: s
         await journal.delete(amqp_url, namespace)
         await link.mend()
         try:
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(HANG_S):
                 while True:
                     await broker.publish(builders.load(4.0), topology.LOAD)
                     with suppress(RecordingError):

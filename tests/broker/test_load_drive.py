@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import pytest
+from patience import HANG_S
 
 from services.drafter.core.profile import LinkProfile
 from services.tools.bench.load.client import LoadClient, ServerUnusable, http_client
@@ -207,7 +208,7 @@ async def test_the_observer_gets_batches_and_cost_models(amqp_url: str, namespac
             for version in (1, 2):
                 model = FALLBACK.model_copy(update={"verifier": "v", "version": version})
                 await broker.publish(model, topology.costmodel("v"), confirmed=True)
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(HANG_S):
                 while [model.version for model in observer.costs] != [2]:  # noqa: ASYNC110 - it has no event
                     await asyncio.sleep(0.01)
             assert observer.take() == [batch], "a start-up profile is no load"

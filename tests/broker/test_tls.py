@@ -12,6 +12,7 @@ import openai
 import pytest
 from gateway_peer import Peer, settings
 from gateway_suite import MODEL, answers, free_port
+from patience import HANG_S
 from secured import Authority, Secured, secured
 
 from services.gateway import server
@@ -48,7 +49,7 @@ async def test_messages_and_state_go_by_tls(servers: Secured, known: Tls, namesp
     heard: asyncio.Queue[Message] = asyncio.Queue()
     await broker.consume(broker.topology.own_queue("test", "x", (topology.CANCEL,)), heard.put)
     await broker.publish(Cancel(session="s", reason="r"), topology.CANCEL)
-    assert (await asyncio.wait_for(heard.get(), 5)) == Cancel(session="s", reason="r")
+    assert (await asyncio.wait_for(heard.get(), HANG_S)) == Cancel(session="s", reason="r")
     await broker.close()
     store = Store.connect(servers.rediss_url, namespace, 60, known)
     await store.ping()
@@ -116,7 +117,7 @@ async def test_a_gateway_by_https_in_front_of_brokers_by_tls(
     # The peer stands for the other services and comes by the servers' plain doors.
     async with Peer.run(servers.amqp_url, servers.redis_url, namespace, target) as peer:
         serving = asyncio.create_task(serve(given, given.instance, stop))
-        async with httpx.AsyncClient(base_url=url, timeout=20, verify=trusting) as http:
+        async with httpx.AsyncClient(base_url=url, timeout=HANG_S, verify=trusting) as http:
             await answers(http)
             assert (await http.get("/ready")).json() == {"ready": True, "parts": dict.fromkeys(READY, "ok")}
             asked = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
@@ -140,7 +141,7 @@ async def test_a_gateway_by_https_in_front_of_brokers_by_tls(
         assert await answers_to(url, ssl.create_default_context(cafile=other.file))
         assert not await answers_to(url, trusting)
         stop.set()
-        await asyncio.wait_for(serving, 20)
+        await asyncio.wait_for(serving, HANG_S)
 
 
 READY = ("rabbitmq", "redis", "verifier", "gateway")

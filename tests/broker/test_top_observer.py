@@ -13,6 +13,7 @@ import builders
 import pytest
 from aiormq.exceptions import ChannelNotFoundEntity
 from link import link_to
+from patience import HANG_S
 from rich.console import Console
 
 from services.tools.cli.core.suite_watch import SuiteWatch
@@ -38,7 +39,7 @@ PASSING: list[tuple[Message, str]] = [
 
 
 async def until(condition: Callable[[], object]) -> None:
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while not condition():  # noqa: ASYNC110 - what is waited for has no event
             await asyncio.sleep(0.05)
 

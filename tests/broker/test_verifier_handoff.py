@@ -12,6 +12,7 @@ from typing import Any
 import builders
 import pytest
 from gateway_peer import eventually
+from patience import HANG_S
 from redis.asyncio import Redis
 
 from services.tools.bench.support.tiny import tiny_model
@@ -74,7 +75,7 @@ class Peer:
             yield
         finally:
             stop.set()
-            await asyncio.wait_for(serving, 30)
+            await asyncio.wait_for(serving, HANG_S)
 
     async def verify(self, verifier: str, length: int, draft: list[int]) -> Result:
         """Send the session's next round and return its result."""
@@ -83,7 +84,7 @@ class Peer:
         self.rounds += 1
         batch = builders.batch(f"b{self.rounds}", job)
         await self.broker.publish(batch, topology.batch(verifier), confirmed=True)
-        return await asyncio.wait_for(self.results.get(), 10)
+        return await asyncio.wait_for(self.results.get(), HANG_S)
 
 
 @pytest.fixture
@@ -138,7 +139,7 @@ async def test_write_through_hands_kv_over_while_its_verifier_lives(
             return len([key async for key in redis.scan_iter(f"{namespace}:kv:*")])
 
     async def until(blocks: int) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while await kept() < blocks:  # noqa: ASYNC110 - Redis has no event for it
                 await asyncio.sleep(0.02)
 

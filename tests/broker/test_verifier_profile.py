@@ -6,6 +6,7 @@ import asyncio
 from pathlib import Path
 
 import pytest
+from patience import HANG_S
 from random_draft import random_draft
 
 from services.verifier.service import serve
@@ -40,7 +41,7 @@ async def test_the_profile_becomes_the_cost_model_and_replaces_a_stored_one(
     )
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
-    published = await asyncio.wait_for(models.get(), 60)
+    published = await asyncio.wait_for(models.get(), HANG_S)
     assert isinstance(published, CostModel)
     assert 0 < published.samples < 900
     assert 0 < cost.predict_ms(published, cost.shape_of([(5, 105, 5)])) < 9e9
@@ -50,6 +51,6 @@ async def test_the_profile_becomes_the_cost_model_and_replaces_a_stored_one(
         await asyncio.sleep(0.02)
     assert await store.registry.cost_models() == [published]
     stop.set()
-    await asyncio.wait_for(serving, 30)
+    await asyncio.wait_for(serving, HANG_S)
     await broker.close()
     await store.close()

@@ -13,6 +13,7 @@ import builders
 import numpy as np
 import pytest
 import torch
+from patience import HANG_S
 from pydantic import SecretStr
 from random_draft import random_draft
 
@@ -115,14 +116,14 @@ class Peer:
         return stored.tokens
 
     async def result(self) -> Result:
-        message = await asyncio.wait_for(self.results.get(), 10)
+        message = await asyncio.wait_for(self.results.get(), HANG_S)
         assert isinstance(message, Result)
         return message
 
     async def result_and_states(self) -> tuple[Result, list[HiddenStates]]:
         """Wait for the next result; return it with the hidden states that came before it."""
         found = []
-        while isinstance(message := await asyncio.wait_for(self.results.get(), 10), HiddenStates):
+        while isinstance(message := await asyncio.wait_for(self.results.get(), HANG_S), HiddenStates):
             found.append(message)
         assert isinstance(message, Result)
         return message, found
@@ -168,10 +169,10 @@ async def playing(
     )
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
-    await asyncio.wait_for(alive.wait(), 30)
+    await asyncio.wait_for(alive.wait(), HANG_S)
     yield Peer(broker, store, results, samples, ModelFolder(model).fingerprint("bfloat16"))
     stop.set()
-    await asyncio.wait_for(serving, 30)
+    await asyncio.wait_for(serving, HANG_S)
     await broker.close()
     await store.close()
 
@@ -194,7 +195,7 @@ async def test_a_job_with_a_wrong_session_key_fails_for_the_scheduler_only(
             peer.job("mine", 4, text[:2], session_key=key, tpot_ms=1.0),
         )
         for _ in range(3):
-            refused = await asyncio.wait_for(for_scheduler.get(), 10)
+            refused = await asyncio.wait_for(for_scheduler.get(), HANG_S)
             assert isinstance(refused, Result)
             assert refused.error is not None
             assert (refused.status, refused.error.code, refused.tokens) == (Status.FAILED, "forbidden", [])
@@ -210,7 +211,7 @@ async def test_the_accepted_draft_is_committed_with_the_bonus_token(peer: Peer, 
     assert (result.status, result.accepted, result.tokens) == (Status.COMMITTED, 2, text[:3])
     assert (result.trimmed_to, result.cached, result.verifier) == (3, 6, "v1")
     assert await peer.committed("s") == PROMPT + text[:3]
-    measured = await asyncio.wait_for(peer.samples.get(), 5)
+    measured = await asyncio.wait_for(peer.samples.get(), HANG_S)
     assert isinstance(measured, Sample)
     assert measured.batches[0].shape.new_tokens == 7
 
@@ -280,7 +281,7 @@ async def test_the_result_of_a_prefill_chunk_goes_to_gateway_and_scheduler(peer:
     await peer.open("s")
     await peer.send(peer.job("s", 4, [], prefill_to=2))
     for _ in range(2):
-        chunk = await asyncio.wait_for(chunks.get(), 10)
+        chunk = await asyncio.wait_for(chunks.get(), HANG_S)
         assert isinstance(chunk, Result)
         assert (chunk.status, chunk.cached) == (Status.PREFILLED, 2)
     (result,) = await peer.verify(peer.job("s", 4, text[:1]))
@@ -294,7 +295,7 @@ async def test_released_sessions_free_their_kv_and_can_come_back(peer: Peer, tex
         return {one.session for one in beat.residency}
 
     async def until(session: str, cached: bool) -> None:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while (session in await held()) is not cached:  # noqa: ASYNC110 - the store has no event for heartbeats
                 await asyncio.sleep(0.05)
 
@@ -403,7 +404,7 @@ async def test_an_idle_verifier_checks_its_kv_cache_and_drops_a_wrong_one(
     monkeypatch.setattr(Engine, "integrity", corrupted)
     await peer.open("s")
     (first,) = await peer.verify(peer.job("s", 4, text[:2]))
-    await asyncio.wait_for(checked.wait(), 10)
+    await asyncio.wait_for(checked.wait(), HANG_S)
     monkeypatch.setattr(Engine, "integrity", whole)
     (second,) = await peer.verify(peer.job("s", 7, text[3:5], 1))
     assert first.tokens + second.tokens == text[:6]

@@ -13,6 +13,7 @@ from pathlib import Path
 import builders
 import pytest
 from gateway_peer import eventually
+from patience import HANG_S
 
 from services.tools.bench.support.tiny import tiny_model
 from shared.broker import topology
@@ -79,7 +80,7 @@ class Zombie:
 
     async def gone(self) -> None:
         """Wait until its lease has ended."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while await self.store.registry.heartbeats():  # noqa: ASYNC110 - Redis has no event for it
                 await asyncio.sleep(0.05)
 

@@ -15,6 +15,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from patience import HANG_S
 from safetensors.torch import load_file
 from tokenizers.pre_tokenizers import ByteLevel
 
@@ -61,7 +62,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def outputs(models: Path) -> list[str]:
     """What two processes printed that prepared the model at the same time, after the killed one."""
     both = [preparing(models), preparing(models)]
-    outputs = [process.communicate(timeout=150) for process in both]
+    outputs = [process.communicate(timeout=HANG_S) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs
     assert [errors for _, errors in outputs] == ["", ""]
     return [output for output, _ in outputs]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
+from patience import HANG_S
 
 from services.tools.local.stack import Stack
 from shared.broker import topology
@@ -130,6 +131,6 @@ async def watching(stack: Stack) -> AsyncIterator[Traffic]:
 
 async def progressed(traffic: Traffic, results: int) -> None:
     """Wait until this many results were observed."""
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(HANG_S):
         while len(traffic.results) < results:  # noqa: ASYNC110 - the spy has no event for a count
             await asyncio.sleep(0.02)

@@ -8,6 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 from asking import QUESTIONS, SAMPLINGS, Case, Client, Traffic, decode, watching
+from patience import HANG_S
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
@@ -57,5 +58,5 @@ async def traffic(stack: Stack) -> AsyncIterator[Traffic]:
 @pytest.fixture
 async def client(stack: Stack) -> AsyncIterator[Client]:
     """A client of the gateway."""
-    async with httpx.AsyncClient(timeout=120) as http:
+    async with httpx.AsyncClient(timeout=HANG_S) as http:
         yield Client(http, stack)

@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from asking import Case, Client
+from patience import HANG_S
 
 from services.tools.local.ports import free_ports
 from services.tools.local.stack import Stack
@@ -27,7 +28,7 @@ async def baseline(request: pytest.FixtureRequest, target_folder: Path) -> Async
 
 @pytest.fixture
 async def asking(baseline: Stack) -> AsyncIterator[Client]:
-    async with httpx.AsyncClient(timeout=120) as http:
+    async with httpx.AsyncClient(timeout=HANG_S) as http:
         yield Client(http, baseline)
 
 
@@ -56,7 +57,7 @@ async def test_an_abandoned_session_frees_its_memory(baseline: Stack, asking: Cl
         # Each could fill the whole cache and would run for minutes.
         async with asking.http.stream("POST", f"{baseline.url}/completions", json=body) as stream:
             await anext(stream.aiter_lines())
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(HANG_S):
         assert await asking.ask(cases[1]) == cases[1].tokens
 
 

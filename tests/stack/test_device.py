@@ -22,6 +22,7 @@ import pytest
 from aio_pika.abc import AbstractChannel, AbstractConnection
 from aiormq.exceptions import AMQPError, ChannelAccessRefused
 from asking import Case, Client
+from patience import HANG_S
 from rabbitmqctl import import_definitions, rabbitmqctl
 from secured import Secured, secured
 
@@ -107,7 +108,7 @@ class Cluster:
             folder=checkout(),
         )
         try:
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(HANG_S):
                 while not ((said := logs.find(log, {"serving"})) and logs.find(log, {"ready"})):
                     assert process.alive, process.tail()
                     await asyncio.sleep(0.05)
@@ -133,7 +134,7 @@ class Cluster:
 
     async def ask(self, url: str, case: Case, key: str = "none", **fields: Any) -> httpx.Response:
         body = Client(httpx.AsyncClient(), self.stack).body(case, "auto") | fields
-        async with httpx.AsyncClient(timeout=60, headers={"authorization": f"Bearer {key}"}) as http:
+        async with httpx.AsyncClient(timeout=HANG_S, headers={"authorization": f"Bearer {key}"}) as http:
             return await http.post(f"{url}/completions", json=body)
 
 
@@ -216,7 +217,7 @@ async def test_a_restarted_device_continues_from_the_committed_tokens(cluster: C
     async with collecting(cluster) as collected, cluster.device("ann", **slow) as first:
         # Sent to the gateway directly, so that the client outlives the device.
         asking = asyncio.create_task(cluster.ask(cluster.stack.url, case, cluster.keys["ann"]))
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while sum(bool(result.tokens) for result in collected) < 2:  # noqa: ASYNC110 - the listener gives no signal
                 await asyncio.sleep(0.01)
         os.kill(first.process.pid, signal.SIGKILL)
@@ -310,7 +311,7 @@ async def _purge(channel: AbstractChannel, queue: str) -> None:
 async def test_the_broker_refuses_a_device_everything_but_its_own(cluster: Cluster, what: str, act: Act) -> None:
     async with cluster.intruder("ann") as connection:
         channel = await connection.channel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             with pytest.raises(ChannelAccessRefused):
                 await act(channel)
 
@@ -341,7 +342,7 @@ async def collecting(cluster: Cluster) -> AsyncIterator[list[Result]]:
 async def _given(channel: AbstractChannel, device: str) -> Generate:
     """Return the next request from the device's queue."""
     queue = await channel.get_queue(NAMES.generate_queue(device_name(device)).name)
-    async with asyncio.timeout(20):
+    async with asyncio.timeout(HANG_S):
         while (incoming := await queue.get(fail=False)) is None:  # noqa: ASYNC110 - polls like an intruder
             await asyncio.sleep(0.02)
     await incoming.ack()
@@ -457,7 +458,7 @@ async def _serve(channel: AbstractChannel, inbox: Any, generate: Generate, devic
         sent = first_round(generate, round=number, base_len=length, draft=draft, acceptance=[0.9] * len(draft))
         sent = sent.model_copy(update={"drafter": device_name(device)})
         await out.publish(aio_pika.Message(encode(sent)), "")
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             while True:
                 incoming = await inbox.get(fail=False, no_ack=True)
                 if incoming is None:
@@ -519,7 +520,7 @@ async def test_a_device_removed_from_the_list_is_ignored(cluster: Cluster, cases
     devices.write_text("rubbish")
     await asyncio.sleep(1.5)
     devices.write_text('["ann"]')
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         while not logs.find(scheduler, {"device left"}):  # noqa: ASYNC110 - another process gives no signal
             await asyncio.sleep(0.05)
     assert logs.find(scheduler, {"devices file not read, keeping the last devices"})

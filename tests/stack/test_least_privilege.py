@@ -14,6 +14,7 @@ import pytest
 from aio_pika.abc import AbstractChannel
 from aiormq.exceptions import ChannelAccessRefused
 from asking import Case, Client
+from patience import HANG_S
 from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
 
 from services.tools.cli.suite_address import SuiteAddress
@@ -72,7 +73,7 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
             env={"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false", "WISP_JOURNAL": "true"},
             env_of={service: {"WISP_AMQP_URL": url} for service, url in broker.urls.items()},
         ) as stack,
-        httpx.AsyncClient(timeout=120) as http,
+        httpx.AsyncClient(timeout=HANG_S) as http,
     ):
         client = Client(http, stack)
         for draft in ("hidden", "lookup", "none"):
@@ -186,7 +187,7 @@ FORBIDDEN: list[tuple[str, Act]] = [
 async def test_operations_outside_a_services_role_are_refused(broker: Set, service: str, act: Act) -> None:
     async with await aio_pika.connect(broker.urls[service]) as connection:
         channel = await connection.channel()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             with pytest.raises(ChannelAccessRefused):
                 await act(channel)
 

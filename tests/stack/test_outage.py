@@ -10,6 +10,7 @@ import httpx
 import pytest
 from asking import Case, Client, progressed, watching
 from link import Link, link_to
+from patience import HANG_S
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
@@ -38,7 +39,7 @@ async def linked(brokers: Brokers, links: dict[str, Link], target_folder: Path) 
 
 @pytest.mark.parametrize("server", ["rabbitmq", "redis"])
 async def test_streams_outlive_an_outage(linked: Stack, links: dict[str, Link], cases: list[Case], server: str) -> None:
-    async with httpx.AsyncClient(timeout=120) as http, watching(linked) as seen:
+    async with httpx.AsyncClient(timeout=HANG_S) as http, watching(linked) as seen:
         client = Client(http, linked)
         streams = asyncio.create_task(client.ask_all(cases[:8], "lookup"))
         await progressed(seen, 12)

@@ -16,6 +16,7 @@ import httpx
 import pytest
 import tiny
 from gateway_peer import CONTEXT, tiny_target
+from patience import HANG_S
 from transformers import LlamaConfig
 from vhosts import vhost
 
@@ -57,7 +58,7 @@ async def recorded(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -
     tiny.make(folder.path, config)
     env = {"WISP_JOURNAL": "true", "WISP_DRAFT_SOURCE": "lookup", "WISP_DTYPE": "float32", "WISP_ADMISSION": "false"}
     async with Stack("test-replay", brokers=brokers, target=folder.path, env=env) as running:
-        async with httpx.AsyncClient(timeout=60) as http:
+        async with httpx.AsyncClient(timeout=HANG_S) as http:
             answers = dict(await asyncio.gather(*(_ask(http, running, prompt) for prompt in PROMPTS)))
         await asyncio.sleep(0.5)  # for the Ended messages of the sessions
         file = tmp_path_factory.mktemp("recordings") / "recording.jsonl.gz"

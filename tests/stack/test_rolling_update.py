@@ -16,6 +16,7 @@ from itertools import pairwise
 import httpx
 import pytest
 from asking import decode, watching
+from patience import HANG_S
 
 from services.tools.bench.support.tiny import tiny_model
 from services.tools.local.brokers import Brokers
@@ -104,7 +105,7 @@ class Load:
 
     async def until_open(self, since_s: float = 0.0) -> None:
         """Wait until each client has a stream with tokens that it requested after a given time."""
-        async with asyncio.timeout(120):
+        async with asyncio.timeout(HANG_S):
             while len([s for s in self.open() if s.began_s > since_s]) < len(self.prompts):  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
 
@@ -189,6 +190,6 @@ async def _refuses(http: httpx.AsyncClient, url: str) -> int:
 
 
 async def _ended(load: Load) -> None:
-    async with asyncio.timeout(120):
+    async with asyncio.timeout(HANG_S):
         while any(not stream.ended for stream in load.streams):  # noqa: ASYNC110 - a client has no event for it
             await asyncio.sleep(0.02)

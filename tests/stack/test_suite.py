@@ -11,6 +11,7 @@ import builders
 import openai
 import pytest
 from asking import TOKENS, Case, Client, Traffic
+from patience import HANG_S
 from redis.asyncio import Redis
 
 from services.tools.local.stack import Stack
@@ -52,7 +53,7 @@ async def test_a_stop_string_cuts_the_text_and_ends_the_session(stack: Stack, cl
     choice = answer["choices"][0]
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["content"] == text[: text.index(stop)]
-    async with Redis.from_url(stack.brokers.redis_url) as redis, asyncio.timeout(5):
+    async with Redis.from_url(stack.brokers.redis_url) as redis, asyncio.timeout(HANG_S):
         (key,) = [key async for key in redis.scan_iter(match=f"{stack.namespace}:session:{answer['id']}*")]
         while await redis.hget(key, "status") != b"cancelled":  # noqa: ASYNC110 - Redis does not call back
             await asyncio.sleep(0.05)
@@ -108,7 +109,7 @@ async def test_rubbish_on_every_queue_is_dead_lettered_and_service_goes_on(
         for key in keys:
             await exchange.publish(aio_pika.Message(b"rubbish for " + key.encode()), key)
         found: dict[str, str] = {}
-        async with asyncio.timeout(10), dead.iterator(no_ack=True) as letters:
+        async with asyncio.timeout(HANG_S), dead.iterator(no_ack=True) as letters:
             async for letter in letters:
                 found[letter.body.decode().removeprefix("rubbish for ")] = str(letter.headers["x-wisp-reason"])
                 if len(found) == len(keys):
@@ -125,7 +126,7 @@ async def test_a_verifier_refuses_a_session_of_another_model(stack: Stack) -> No
     job = builders.job(drafter="stranger", gateway="stranger", fingerprint="another model")
     verifier = stack.processes("verifier")[0].name
     await broker.publish(builders.batch("b1", job), topology.batch(verifier))
-    answer = await asyncio.wait_for(answers.get(), 10)
+    answer = await asyncio.wait_for(answers.get(), HANG_S)
     await broker.close()
     assert isinstance(answer, Result)
     assert answer.status is Status.FAILED
@@ -147,7 +148,7 @@ async def test_ended_sessions_leave_no_kv_behind(stack: Stack, client: Client, c
     await client.ask_all(cases[:8])
     store = Store.connect(stack.brokers.redis_url, stack.namespace, 60)
     try:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while True:
                 beats = await store.registry.heartbeats()
                 if beats and all(not beat.residency and beat.free_tokens == beat.total_tokens for beat in beats):
