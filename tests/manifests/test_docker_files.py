@@ -69,7 +69,7 @@ def test_build_says_what_there_is() -> None:
         env={"PATH": "/usr/bin:/bin"},
     )
     assert done.returncode == 2
-    assert "there are services, cpu and cuda" in done.stderr
+    assert "the images are services, cpu and cuda" in done.stderr
 
 
 @pytest.mark.parametrize("file", sorted((ROOT / "docker").glob("compose*.yaml")), ids=lambda file: file.name)
