@@ -6,16 +6,18 @@ import sys
 from pathlib import Path
 from secrets import token_urlsafe
 
-SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier", "drainorder")
+SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
 USER = "wisp"
 
 
 def files() -> dict[str, str]:
     """Return name and text of every file, with new passwords."""
     rabbitmq, redis = token_urlsafe(24), token_urlsafe(24)
-    urls = f"WISP_AMQP_URL=amqp://{USER}:{rabbitmq}@rabbitmq:5672/\nWISP_REDIS_URL=redis://:{redis}@redis:6379/0\n"
+    amqp_url = f"WISP_AMQP_URL=amqp://{USER}:{rabbitmq}@rabbitmq:5672/\n"
+    redis_url = f"WISP_REDIS_URL=redis://:{redis}@redis:6379/0\n"
     return {
-        **{f"{service}.env": urls for service in SERVICES},
+        **{f"{service}.env": amqp_url + redis_url for service in SERVICES},
+        "drainorder.env": redis_url,
         "rabbitmq.env": f"RABBITMQ_DEFAULT_USER={USER}\nRABBITMQ_DEFAULT_PASS={rabbitmq}\n",
         "redis.env": f"REDIS_PASSWORD={redis}\n",
     }
