@@ -56,7 +56,7 @@ images-test: setup tools ## build the images and test them in containers; needs 
 	@$(BIN)/python -m pytest docker/images_test.py $(ARGS)
 
 test-fast: setup ## run the tests that need no brokers and no default model, in two minutes
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not big_model" tests/pure tests/model \
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not big_model and not slow" tests/pure tests/model \
 		$(if $(wildcard .wisp/tools/installed),tests/manifests) $(ARGS)
 
 test: setup tools ## run all tests on private brokers; one after another with ARGS="-n 0"

@@ -13,6 +13,8 @@ from numba import cfunc, types
 
 from shared.engine import kernel
 
+pytestmark = pytest.mark.slow
+
 RELAXED = re.compile(r"^\s*%\S+ = .*?\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b.*", re.MULTILINE)
 """An instruction by which the compiler may change bits, in LLVM's notation."""
 

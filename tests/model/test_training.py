@@ -120,7 +120,7 @@ def test_a_target_without_these_layers_is_refused_before_generation(run: Trainin
     with pytest.raises(SettingsError, match="bottom_layers is 3"):
         train_draft(TrainingRun(deeper, run.target, tmp_path / "deeper"), tmp_path / "draft")
     other = made_folders.write_folder(tmp_path / "other", made_folders.byte_level(), model_type="gpt2")
-    with pytest.raises(ModelError, match="no plain Llama"):
+    with pytest.raises(ModelError, match="is not a plain Llama model"):
         train_draft(TrainingRun(run.config, ModelFolder(other), tmp_path / "run"), tmp_path / "draft")
     assert list((tmp_path / "run").iterdir()) == list((tmp_path / "deeper").iterdir()) == []
 
