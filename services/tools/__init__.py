@@ -1,1 +1,1 @@
-"""What people run by hand: the command line, the local stack, benchmarks, chaos, replay, training."""
+"""Tools that people run by hand: the command line, the local stack, benchmarks, chaos, replay, training."""

@@ -17,14 +17,14 @@ def painter(**options: object) -> Painter:
 
 
 def made(
-    number: int = 1, total_ms: float = 32.0, draft_ms: float = 4.0, verify_ms: float = 20.0, **told: object
+    number: int = 1, total_ms: float = 32.0, draft_ms: float = 4.0, verify_ms: float = 20.0, **costs: object
 ) -> AnswerRound:
     fields = {
         "queue_ms": 1.0,
         "verified": 2,
         "accepted": 1,
         "tokens": (TextPart(" sky", True), TextPart(" is", False)),
-    } | told
+    } | costs
     return AnswerRound(number, total_ms, draft_ms, verify_ms=verify_ms, **fields)  # type: ignore[arg-type]
 
 

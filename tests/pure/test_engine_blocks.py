@@ -94,7 +94,7 @@ def test_at_least_one_token_is_left_to_feed() -> None:
     assert pool.attach("b", prompt) == BLOCK
 
 
-def test_idle_sessions_are_evicted_least_recently_used_first_and_the_beginning_of_their_prompts_last() -> None:
+def test_eviction_takes_the_least_recently_used_session_and_its_end_first() -> None:
     pool = BlockPool(4)
     for name, base in (("old", 0), ("new", 5000)):
         pool.attach(name, [])

@@ -20,7 +20,7 @@ SLO = Slo(ttft_ms=1000, tpot_ms=100)
 
 def load(**fields: Any) -> Load:
     """A busy fleet of one verifier. A session of `SLO` needs a round every 200 ms, like the others, and adds 0.05."""
-    told: dict[str, Any] = {
+    reported: dict[str, Any] = {
         "scheduler": "s",
         "price_ms": 0.0,
         "queue_ms": 0.0,
@@ -37,13 +37,13 @@ def load(**fields: Any) -> Load:
         "backlog_ms": 0.0,
         "classes": [ClassLoad(service_class="default", sessions=20, waiting=0, queue_ms=0.0)],
     }
-    return Load.model_validate(told | fields)
+    return Load.model_validate(reported | fields)
 
 
-def admission(told: Load | None = None, **limits: Any) -> Admission:
+def admission(reported: Load | None = None, **limits: Any) -> Admission:
     made = Admission(**({"classes": CLASSES, "max_sessions": 1000, "max_backlog_ms": 30_000.0} | limits))
-    if told is not None:
-        made.update(told, 0.0)
+    if reported is not None:
+        made.update(reported, 0.0)
     return made
 
 
@@ -64,25 +64,25 @@ def take_all(made: Admission, asked: Demand, most: int, now_ms: float = 0.0) -> 
 
 
 def test_a_session_adds_its_rounds_and_a_shorter_period() -> None:
-    told = load(verifiers=2)
-    assert promised(told, [], []) == 0.5
-    assert promised(told, [None], []) == 0.5
+    reported = load(verifiers=2)
+    assert promised(reported, [], []) == 0.5
+    assert promised(reported, [None], []) == 0.5
     # Its period is the present one, so only its rounds add: 10 / 200 of two verifiers.
-    assert promised(told, [100.0], []) == pytest.approx(0.5 + 0.05 / 2)
+    assert promised(reported, [100.0], []) == pytest.approx(0.5 + 0.05 / 2)
     # It needs a round every 100 ms: 10 / 100, and twice as many batches with a fixed time of 40 ms.
-    assert promised(told, [50.0], []) == pytest.approx(0.5 + (0.1 + 1.5 * (0.4 - 0.2)) / 2)
-    assert promised(told, [50.0, 50.0], []) == pytest.approx(0.5 + (0.2 + 1.5 * (0.4 - 0.2)) / 2)
-    assert promised(told, [], [100.0, None]) == pytest.approx(0.5 - 0.05 / 2)
+    assert promised(reported, [50.0], []) == pytest.approx(0.5 + (0.1 + 1.5 * (0.4 - 0.2)) / 2)
+    assert promised(reported, [50.0, 50.0], []) == pytest.approx(0.5 + (0.2 + 1.5 * (0.4 - 0.2)) / 2)
+    assert promised(reported, [], [100.0, None]) == pytest.approx(0.5 - 0.05 / 2)
     assert promised(load(period_ms=None, utilization=0.0), [100.0], []) == pytest.approx(0.05 + 1.5 * 0.2)
 
 
 def test_drafting_and_messages_leave_less_time_for_batches() -> None:
-    told = load(period_ms=None, utilization=0.0)
-    away = told.model_copy(update={"away_ms": 100.0})
-    assert promised(told, [100.0], []) == pytest.approx(10 / 200 + 40 / (200 / 1.5))
+    reported = load(period_ms=None, utilization=0.0)
+    away = reported.model_copy(update={"away_ms": 100.0})
+    assert promised(reported, [100.0], []) == pytest.approx(10 / 200 + 40 / (200 / 1.5))
     assert promised(away, [100.0], []) == pytest.approx(10 / 200 + 40 / (100 / 1.5))
     # With less time than one batch takes, another session would break the SLO, however idle the verifier is.
-    gone = told.model_copy(
+    gone = reported.model_copy(
         update={
             "away_ms": 190.0,
             "utilization": 0.2,
@@ -177,8 +177,8 @@ def test_under_deadlines_only_the_classes_ahead_add_queueing_time() -> None:
 
 def test_best_effort_is_refused_by_a_full_fleet_or_a_long_backlog() -> None:
     assert admission(load(utilization=0.79, backlog_ms=20_000)).ask(demand("flex", None), 0) is None
-    for told in (load(utilization=0.81), load(backlog_ms=24_001.0)):
-        refusal = admission(told).ask(demand("flex", None), 0)
+    for reported in (load(utilization=0.81), load(backlog_ms=24_001.0)):
+        refusal = admission(reported).ask(demand("flex", None), 0)
         assert refusal is not None
         assert refusal.code == "overloaded"
 
@@ -273,7 +273,7 @@ class_loads = st.lists(
         queue_ms=times,
     ),
     max_size=4,
-    unique_by=lambda told: told.service_class,
+    unique_by=lambda reported: reported.service_class,
 )
 loads = st.builds(
     load,
@@ -292,14 +292,14 @@ prompts = st.lists(st.integers(1, 4000), min_size=1, max_size=5).map(tuple)
 started = st.lists(st.tuples(st.sampled_from(sorted(CLASSES)), slos, st.integers(1, 4000), st.booleans()), max_size=6)
 
 
-def busy(told: Load, sessions: list[tuple[str, Slo | None, int, bool]]) -> Admission:
+def busy(reported: Load, sessions: list[tuple[str, Slo | None, int, bool]]) -> Admission:
     """Admission with some sessions; the last Load has the answered ones."""
     made = admission(max_sessions=8)
     for number, (service_class, slo, prompt, answered) in enumerate(sessions):
         made.start(f"s{number}", service_class, slo, prompt, 0)
         if answered:
             made.answered(f"s{number}")
-    made.update(told, 10)
+    made.update(reported, 10)
     for number, (*_, answered) in enumerate(sessions[:2]):
         if answered:
             made.end(f"s{number}", 20)
@@ -308,9 +308,9 @@ def busy(told: Load, sessions: list[tuple[str, Slo | None, int, bool]]) -> Admis
 
 @given(loads, started, slos, prompts, times)
 def test_priority_requests_are_refused_last(
-    told: Load, sessions: list[Any], slo: Slo | None, asked: tuple[int, ...], elapsed_ms: float
+    reported: Load, sessions: list[Any], slo: Slo | None, asked: tuple[int, ...], elapsed_ms: float
 ) -> None:
-    made = busy(told, sessions)
+    made = busy(reported, sessions)
     flex, default, priority = (
         made.ask(demand(name, slo, asked, elapsed_ms), 30) for name in ("flex", "default", "priority")
     )
@@ -320,15 +320,15 @@ def test_priority_requests_are_refused_last(
 
 @given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts, times)
 def test_an_idle_fleet_accepts_everything(
-    told: Load, slo: Slo | None, name: str, asked: tuple[int, ...], elapsed_ms: float
+    reported: Load, slo: Slo | None, name: str, asked: tuple[int, ...], elapsed_ms: float
 ) -> None:
-    idle = told.model_copy(update={"classes": [], "backlog_ms": 0.0})
+    idle = reported.model_copy(update={"classes": [], "backlog_ms": 0.0})
     assert admission(idle).ask(demand(name, slo, asked, elapsed_ms), 0) is None
 
 
 @given(loads, started, slos, st.sampled_from(sorted(CLASSES)), prompts, st.floats(0, 2), times)
 def test_a_refused_request_is_refused_under_more_load(
-    told: Load,
+    reported: Load,
     sessions: list[Any],
     slo: Slo | None,
     name: str,
@@ -336,30 +336,32 @@ def test_a_refused_request_is_refused_under_more_load(
     more: float,
     more_ms: float,
 ) -> None:
-    heavier = told.model_copy(update={"utilization": told.utilization + more, "backlog_ms": told.backlog_ms + more_ms})
-    if busy(told, sessions).ask(demand(name, slo, asked), 30) is not None:
+    heavier = reported.model_copy(
+        update={"utilization": reported.utilization + more, "backlog_ms": reported.backlog_ms + more_ms}
+    )
+    if busy(reported, sessions).ask(demand(name, slo, asked), 30) is not None:
         assert busy(heavier, sessions).ask(demand(name, slo, asked), 30) is not None
 
 
 @given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts)
 def test_between_two_loads_no_class_exceeds_its_share(
-    told: Load, slo: Slo | None, name: str, asked: tuple[int, ...]
+    reported: Load, slo: Slo | None, name: str, asked: tuple[int, ...]
 ) -> None:
-    made = admission(told)
+    made = admission(reported)
     taken = take_all(made, demand(name, slo, asked), 40)
     all_of_them = [slo.tpot_ms if slo else None] * (taken * len(asked))
-    if not any(shown.sessions for shown in told.classes):
+    if not any(shown.sessions for shown in reported.classes):
         # The share used by ended sessions is free, and the first request may fill it by itself.
-        told = told.model_copy(update={"utilization": 0.0, "period_ms": None})
-    if taken > 1 and told.verifiers and promised(told, [slo.tpot_ms if slo else None], []) > 0:
-        assert promised(told, all_of_them, []) <= CLASSES[name].admit_to
+        reported = reported.model_copy(update={"utilization": 0.0, "period_ms": None})
+    if taken > 1 and reported.verifiers and promised(reported, [slo.tpot_ms if slo else None], []) > 0:
+        assert promised(reported, all_of_them, []) <= CLASSES[name].admit_to
 
 
 @given(loads, started, slos, st.sampled_from(sorted(CLASSES)), prompts, st.floats(0, 1e9))
 def test_the_retry_time_is_whole_seconds_within_bounds(
-    told: Load, sessions: list[Any], slo: Slo | None, name: str, asked: tuple[int, ...], ended_ms: float
+    reported: Load, sessions: list[Any], slo: Slo | None, name: str, asked: tuple[int, ...], ended_ms: float
 ) -> None:
-    made = busy(told, sessions)
+    made = busy(reported, sessions)
     made.start("long", "default", None, 1, 0)
     made.answered("long")
     made.end("long", ended_ms)

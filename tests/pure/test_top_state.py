@@ -209,9 +209,9 @@ def test_what_others_write_cannot_take_over_the_terminal() -> None:
 
 def test_a_snapshot_is_json() -> None:
     watch = watched((0, load()), (0, heartbeat()), (0, batch()), (10, result()), (20, ended()))
-    told = json.loads(json.dumps(asdict(watch.snapshot(1000))))
-    assert told["verifiers"][0]["measured_ms"] == 50
-    assert told["batches"][0]["jobs"][0]["reason"] == "due in 40 ms"
+    plain = json.loads(json.dumps(asdict(watch.snapshot(1000))))
+    assert plain["verifiers"][0]["measured_ms"] == 50
+    assert plain["batches"][0]["jobs"][0]["reason"] == "due in 40 ms"
 
 
 def test_short_names_keep_what_tells_texts_of_a_request_apart() -> None:

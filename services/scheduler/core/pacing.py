@@ -1,4 +1,4 @@
-"""When to send the next batch to a verifier.
+"""Pacing: the time at which the next batch goes to a verifier.
 
 A batch has a fixed cost, whatever is in it: the weights are read once. Sessions that were verified together come back
 together, a draft and a few hops later. A batch sent the moment a verifier falls idle would split them into groups that
