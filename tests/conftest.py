@@ -25,6 +25,7 @@ WITH_BROKERS = ("broker", "stack")
 """Folders of tests that run one after another: they share brokers and measure times on few cores."""
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by what they use.
 
