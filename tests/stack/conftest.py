@@ -41,7 +41,7 @@ def cases(target_folder: Path) -> list[Case]:
 async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
     """Two drafters and two verifiers behind one gateway without admission control; drafts are verified untrimmed."""
     env = {"WISP_CACHE_TOKENS": "4096", "WISP_ADMISSION": "false"}
-    whole = {"scheduler": {"WISP_WITHOUT": '["trimming"]'}}
+    whole = {"scheduler": {"WISP_WITHOUT": '["trimming"]', "WISP_MAX_BATCH_MS": "5000"}}
     async with Stack(
         "test-stack", brokers=brokers, target=target_folder, drafters=2, verifiers=2, env=env, env_of=whole
     ) as running:
