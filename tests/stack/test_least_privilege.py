@@ -193,10 +193,10 @@ async def test_operations_outside_a_services_role_are_refused(broker: Set, servi
 
 
 async def test_a_broker_without_the_definitions_is_reported(broker: Set) -> None:
-    with pytest.raises(BrokersError, match="import what `wisp broker definitions` prints"):
+    with pytest.raises(BrokersError, match="`wisp broker definitions`"):
         await Broker.connect(broker.urls["drafter"], Topology("elsewhere"), "x")
     drafter = await Broker.connect(broker.urls["drafter"], NAMES, "x")
-    with pytest.raises(BrokersError, match="import what `wisp broker definitions` prints"):
+    with pytest.raises(BrokersError, match="`wisp broker definitions`"):
         await drafter.consume(NAMES.generate_queue("unknown"), _nothing, prefetch=1)
     await drafter.close()
 
