@@ -192,6 +192,8 @@ class BlockPool:
         for name, known in self._sessions.items():
             if len(known.blocks) != blocks_for(len(known.tokens)):
                 raise AssertionError(f"session {name}: {len(known.tokens)} tokens in {len(known.blocks)} blocks")
+            if not all(0 <= block < self.capacity for block in known.blocks):
+                raise AssertionError(f"session {name}: blocks {known.blocks} of a pool of {self.capacity}")
             parent = b""
             for i, digest in enumerate(known.hashes):
                 parent = chained_hash(parent, known.tokens[i * BLOCK : (i + 1) * BLOCK])

@@ -57,7 +57,11 @@ def lose_a_block(pool: Any) -> None:
     pool._sessions["a"].blocks.pop()
 
 
-@pytest.mark.parametrize("corrupt", [forget_a_user, free_a_used_block, lose_a_block])
+def hold_a_block_outside_the_pool(pool: Any) -> None:
+    pool._sessions["a"].blocks[-1] = pool.capacity
+
+
+@pytest.mark.parametrize("corrupt", [forget_a_user, free_a_used_block, lose_a_block, hold_a_block_outside_the_pool])
 async def test_a_cache_with_wrong_accounting_is_dropped(engine: Engine, sessions: SessionTable, corrupt: Any) -> None:
     before = errors()
     first, _ = decode(engine, "a", PROMPT)
