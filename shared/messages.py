@@ -15,7 +15,7 @@ from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
 import msgpack
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
 from shared.errors import MessageError
 
@@ -418,6 +418,14 @@ class Load(Message):
     backlog_ms: Milliseconds = 0.0
     """Time to finish all pending and running rounds: the wait of a round that arrives now, behind all others."""
     classes: list[ClassLoad] = Field(default_factory=list)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_an_earlier_scheduler(cls, fields: Any) -> Any:
+        """Derive `first_come` as readers did before schedulers sent it, for the time of a rolling update."""
+        if isinstance(fields, dict) and "first_come" not in fields:
+            return {**fields, "first_come": fields.get("policy") in ("sled", "fcfs")}
+        return fields
 
 
 class Cancel(Message):

@@ -10,6 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import builders
 import msgpack
 import pytest
 from test_messages import EXAMPLES
@@ -42,3 +43,12 @@ def test_earlier_services_get_every_field_that_they_require(version: str) -> Non
             assert set(required) <= msgpack.unpackb(encode(example)).keys(), example.type_name
     for name, required in EARLIER[version]["required"].items():
         assert set(required) <= getattr(messages, name).model_fields.keys(), name
+
+
+@pytest.mark.parametrize(("policy", "first_come"), [("fcfs", True), ("sled", True), ("edf", False), ("wisp+", False)])
+def test_the_order_of_an_earlier_schedulers_policy_is_known(policy: str, first_come: bool) -> None:
+    sent = msgpack.unpackb(encode(builders.load(policy=policy)))
+    del sent["first_come"]
+    read = decode(msgpack.packb(sent))
+    assert isinstance(read, messages.Load)
+    assert read.first_come is first_come
