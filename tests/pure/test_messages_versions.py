@@ -48,7 +48,7 @@ def test_earlier_services_get_every_field_that_they_require(version: str) -> Non
 @pytest.mark.parametrize(("policy", "first_come"), [("fcfs", True), ("sled", True), ("edf", False), ("wisp+", False)])
 def test_the_order_of_an_earlier_schedulers_policy_is_known(policy: str, first_come: bool) -> None:
     sent = msgpack.unpackb(encode(builders.load(policy=policy)))
-    del sent["first_come"]
+    sent.pop("first_come", None)
     read = decode(msgpack.packb(sent))
     assert isinstance(read, messages.Load)
     assert read.first_come is first_come
