@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from shared.broker.topology import DEFAULT_POOL
 from shared.errors import Unroutable
 from shared.messages import Cancel, Ended, Finish, Generate, Message, Result
-from shared.state.store import Progress, Request, Session, SessionStatus
+from shared.state.store import Request, Session, SessionProgress, SessionStatus
 
 Receive = Callable[[Message], Awaitable[None]]
 
@@ -133,11 +133,11 @@ class MemoryTransport:
             for origin in origins:
                 services.bindings[origin].remove(self._instance)
 
-    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+    async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         session = self._services.sessions.get(session_id)
         if session is None:
             return None
-        return Progress(session.status, len(session.tokens), session.tokens[from_len:], session.finish)
+        return SessionProgress(session.status, len(session.tokens), session.tokens[from_len:], session.finish)
 
     async def report(self, ended: Ended) -> None:
         self._services.send(ended)

@@ -18,7 +18,7 @@ from services.gateway.errors import unavailable
 from services.gateway.gateway import Gateway
 from shared.errors import BrokersError, EngineError
 from shared.messages import Cancel, Ended, Generate, Heartbeat, Message
-from shared.state.store import Progress, Session, SessionStatus
+from shared.state.store import Session, SessionProgress, SessionStatus
 
 RECEIVED = 1 << 16
 END_S = 10.0
@@ -86,9 +86,9 @@ class EngineClient:
         """Give None for each session: there are no other gateways."""
         yield [None for _ in session_ids]
 
-    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+    async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """Report no progress: the link loses no results."""
-        return Progress(SessionStatus.ACTIVE, from_len, [], None)
+        return SessionProgress(SessionStatus.ACTIVE, from_len, [], None)
 
     async def report(self, ended: Ended) -> None:
         """Do nothing: the engine knows the end of its sessions."""

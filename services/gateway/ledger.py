@@ -20,7 +20,7 @@ from services.gateway.metrics import LIMITED
 from services.gateway.settings import KeyLimits
 from shared.errors import BrokersError
 from shared.runtime import logging
-from shared.state.quota import LEASE_MS, Allowance, Limited, Verdict
+from shared.state.quota import LEASE_MS, Allowance, Limited, QuotaVerdict
 
 RENEW_S = LEASE_MS / 1000 / 3
 SESSIONS_RETRY_S = 1
@@ -29,10 +29,10 @@ SESSIONS_RETRY_S = 1
 class Counters(Protocol):
     """The part of `shared.state.quota.Quota` that a ledger needs. Every method raises BrokersError."""
 
-    async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
+    async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> QuotaVerdict:
         """Charge a request's tokens and sessions, or report the limit that it exceeds."""
 
-    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> Verdict:
+    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> QuotaVerdict:
         """Charge the sessions of a resumed request."""
 
     async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
@@ -137,7 +137,7 @@ class Ledger:
         task.add_done_callback(self._tasks.discard)
 
 
-def headers_of(allowance: Allowance, verdict: Verdict) -> dict[str, str]:
+def headers_of(allowance: Allowance, verdict: QuotaVerdict) -> dict[str, str]:
     """Return OpenAI's x-ratelimit headers for the limits of the allowance."""
     headers = {}
     for kind, limit, left, reset_ms in (
@@ -160,7 +160,7 @@ def duration(ms: int) -> str:
 
 
 def refusal(
-    key: ApiKey, allowance: Allowance, verdict: Verdict, limited: Limited, tokens: int, headers: dict[str, str]
+    key: ApiKey, allowance: Allowance, verdict: QuotaVerdict, limited: Limited, tokens: int, headers: dict[str, str]
 ) -> ApiError:
     """Return the 429 of a request that exceeds a limit of its key."""
     whose = f"Rate limit reached for key {key.name!r}"

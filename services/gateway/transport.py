@@ -21,7 +21,7 @@ from shared.broker.topology import Queue
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Generate
 from shared.runtime import logging
-from shared.state.store import Progress, Request, Session, Store
+from shared.state.store import Request, Session, SessionProgress, Store
 
 STORE_TRIES, STORE_RETRY_S = 60, 1.0
 """Retries while Redis is away. `Store.reap` ends the sessions of a gateway that stops before Redis is back."""
@@ -58,7 +58,7 @@ class Transport(Protocol):
         Gives the stored sessions, with None in place of one that is gone.
         """
 
-    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+    async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """Return the state of a session and its committed tokens from `from_len` on; None if it is gone."""
 
     async def report(self, ended: Ended) -> None:
@@ -157,7 +157,7 @@ class BrokerTransport:
                 if not self._origins[origin]:
                     self._spawn(self._unbind(origin))
 
-    async def progress(self, session_id: str, from_len: int) -> Progress | None:
+    async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """See `Transport`."""
         return await self._store.progress(session_id, from_len)
 

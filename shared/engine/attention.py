@@ -26,7 +26,7 @@ NAME = "wisp"
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class KvShape:
     """Keys and values of one model: layers, kv heads, query heads, size of a head (all layers alike)."""
 
     layers: int
@@ -36,7 +36,7 @@ class Shape:
 
 
 @dataclass(frozen=True, slots=True)
-class Batch:
+class PackedBatch:
     """The sessions of one packed row, in order: block tables, counts of held tokens, counts of new tokens."""
 
     tables: Sequence[Sequence[int]]
@@ -51,7 +51,7 @@ class Cache(Protocol):
     def views(self, block: int) -> Sequence[torch.Tensor]:
         """Return views of a block's keys and values in all layers, for reading or writing whole blocks."""
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: PackedBatch) -> None:
         """Start a batch: the following `attend` calls, one per layer, are for it."""
 
     def attend(
@@ -63,7 +63,7 @@ class Cache(Protocol):
 class BlockCache:
     """Blocks on the CPU, attended in place."""
 
-    def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, threads: int) -> None:
+    def __init__(self, shape: KvShape, blocks: int, dtype: torch.dtype, threads: int) -> None:
         self._shape, self._threads = shape, threads
         self._store, self._attend = kernel.compiled(dtype)
         depth = -(-shape.head_size // 4) * 4
@@ -83,7 +83,7 @@ class BlockCache:
     def views(self, block: int) -> Sequence[torch.Tensor]:
         return self._keys[:, block], self._values[:, block]
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: PackedBatch) -> None:
         self._tables = np.zeros((len(batch.tables), max(map(len, batch.tables))), np.int32)
         spans: list[tuple[int, int, int, int]] = []
         row = 0
@@ -124,7 +124,7 @@ def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor
 class GatherCache:
     """Blocks on any torch device; each step gathers the keys and values it reads."""
 
-    def __init__(self, shape: Shape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KvShape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
         self._group = shape.heads // shape.kv_heads
         rows = (shape.layers, blocks * BLOCK, shape.kv_heads, shape.head_size)
         self._keys = torch.zeros(rows, dtype=dtype, device=device)
@@ -135,7 +135,7 @@ class GatherCache:
     def views(self, block: int) -> Sequence[torch.Tensor]:
         return [rows[:, block * BLOCK : (block + 1) * BLOCK] for rows in (self._keys, self._values)]
 
-    def begin(self, batch: Batch) -> None:
+    def begin(self, batch: PackedBatch) -> None:
         device = self._keys.device
         self._counts = list(batch.counts)
         self._slots = []
@@ -184,14 +184,14 @@ class Probe:
         self._seen[layer] = k.shape[1], q.shape[1], q.shape[2]
         return torch.zeros_like(q)
 
-    def shape(self) -> Shape:
+    def shape(self) -> KvShape:
         """Return the recorded shape. Raises ModelError if layers differ or some did not call our attention."""
         if len(set(self._seen.values())) != 1 or sorted(self._seen) != list(range(len(self._seen))):
             raise ModelError(
                 "the model's layers do not all use one kind of attention through transformers' AttentionInterface "
                 f"(saw {self._seen}); choose a model with plain attention in every layer"
             )
-        return Shape(len(self._seen), *next(iter(self._seen.values())))
+        return KvShape(len(self._seen), *next(iter(self._seen.values())))
 
 
 def attention(

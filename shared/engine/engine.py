@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
-from shared.engine.attention import NAME, Batch, BlockCache, Cache, GatherCache, Probe
+from shared.engine.attention import NAME, BlockCache, Cache, GatherCache, PackedBatch, Probe
 from shared.engine.blocks import BLOCK, BlockPool
 from shared.engine.invariance import CANDIDATES, row_multiple
 from shared.errors import BadStep, EngineError, ModelError, TooLong
@@ -255,7 +255,7 @@ class Engine:
             wanted.extend(range(len(tokens) - step.rows, len(tokens)))
             offsets.append(len(wanted))
         padding = -len(tokens) % self._row_multiple
-        self._cache.begin(Batch([self._pool.table(step.session) for step in steps], starts, counts))
+        self._cache.begin(PackedBatch([self._pool.table(step.session) for step in steps], starts, counts))
         logits, states = self._run(self._cache, tokens + [0] * padding, positions + [0] * padding, wanted)
         if self._hidden is not None:
             spans = [(step.session, start, count) for step, start, count in zip(steps, starts, counts, strict=True)]

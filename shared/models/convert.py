@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from shared.errors import ModelError
 
-Progress = Callable[[str, float], None]
+OnProgress = Callable[[str, float], None]
 """Called with a name of the current activity and its completed share, 0 to 1."""
 
 # GGUF names -> names of transformers' LlamaForCausalLM.
@@ -48,7 +48,7 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
 _CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 
 
-def convert_gguf(source: Path, folder: Path, progress: Progress) -> None:
+def convert_gguf(source: Path, folder: Path, progress: OnProgress) -> None:
     """Write weights, configuration and tokenizer of the GGUF file `source` into the existing `folder`.
 
     Raises ModelError if the file is no Llama model with a byte-level BPE tokenizer that is known here.
@@ -183,7 +183,7 @@ def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progress: Progress) -> None:
+def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progress: OnProgress) -> None:
     dense: dict[str, NDArray[np.uint16]] = {}
     for done, (name, weight) in enumerate(_dense(tensors, fields)):
         progress("converting weights", done / len(tensors))

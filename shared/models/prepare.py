@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from shared.errors import ModelError
-from shared.models.convert import Progress, convert_gguf
+from shared.models.convert import OnProgress, convert_gguf
 from shared.models.folder import ModelFolder
 
 _MARKER = "wisp-model.json"
@@ -58,7 +58,7 @@ def _silent(_doing: str, _share: float) -> None:
     pass
 
 
-def prepare(source: str | Path, models_dir: Path, progress: Progress = _silent) -> Path:
+def prepare(source: str | Path, models_dir: Path, progress: OnProgress = _silent) -> Path:
     """Return the folder of the model `source`, complete and checked.
 
     A name of PACKAGED becomes `models_dir/<name>`: the first call converts it to dense bfloat16 in some seconds, later
@@ -116,7 +116,7 @@ def _is_current(folder: Path, name: str) -> bool:
     return bool(marker == expected)
 
 
-def _convert(name: str, folder: Path, progress: Progress) -> None:
+def _convert(name: str, folder: Path, progress: OnProgress) -> None:
     from shared.models.check import check_conversion
 
     packaged = PACKAGED[name]
@@ -151,7 +151,7 @@ def _replace(folder: Path, new: Path) -> None:
 
 
 @contextlib.contextmanager
-def _lock(path: Path, progress: Progress) -> Iterator[None]:
+def _lock(path: Path, progress: OnProgress) -> Iterator[None]:
     """Hold a lock that one process has at a time; the system releases it when that process ends."""
     with path.open("w") as file:
         try:

@@ -45,7 +45,7 @@ class Allowance:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class QuotaVerdict:
     """Decision about a request and what is left. `wait_ms` is the time until it would be granted, where known."""
 
     refused: Limited | None
@@ -64,11 +64,11 @@ class Quota:
         self._redis = connection.redis
         self._script = self._redis.register_script(files("shared.state").joinpath("quota.lua").read_text())
 
-    async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> Verdict:
+    async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> QuotaVerdict:
         """Take one request, `tokens` and a lease for each session, all or nothing."""
         return await self._ask(key, allowance, tokens, "take", sessions)
 
-    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> Verdict:
+    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> QuotaVerdict:
         """Take a lease for each session of a request that was counted before, all or none."""
         return await self._ask(key, allowance, 0, "join", sessions)
 
@@ -85,9 +85,11 @@ class Quota:
                 pipe.pexpire(self._streams(key), LEASE_MS)
             await self._connection.call(pipe.execute())
 
-    async def _ask(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> Verdict:
+    async def _ask(
+        self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]
+    ) -> QuotaVerdict:
         refused, *counts = await self._run(key, allowance, tokens, act, sessions)
-        return Verdict(Limited(refused.decode()) if refused else None, *counts)
+        return QuotaVerdict(Limited(refused.decode()) if refused else None, *counts)
 
     async def _run(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> list[Any]:
         limits = (allowance.requests_per_minute, allowance.tokens_per_minute, allowance.max_sessions)

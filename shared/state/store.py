@@ -93,7 +93,7 @@ class Session:
 
 
 @dataclass(frozen=True)
-class Progress:
+class SessionProgress:
     """Status and committed length of a session, and its tokens from the requested position on."""
 
     status: SessionStatus
@@ -181,7 +181,7 @@ class Store:
         now_ms = seconds * 1000 + microseconds / 1000
         return [_session(answers[i], answers[i + 1], now_ms) for i in range(0, len(answers), 2)]
 
-    async def progress(self, session: str, from_len: int) -> Progress | None:
+    async def progress(self, session: str, from_len: int) -> SessionProgress | None:
         """Return a session's progress with its tokens from position `from_len` on; None if it does not exist."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hmget(self._session(session), "status", "length", "finish")
@@ -189,7 +189,7 @@ class Store:
             (status, length, finish), tokens = await self._call(pipe.execute())
         if status is None or length is None:
             return None
-        return Progress(SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish))
+        return SessionProgress(SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish))
 
     async def commit(self, verifier: str, commits: Sequence[Commit], *, lease: int = 0) -> list[Committed]:
         """Commit the rounds of a batch in one round trip, each atomically. `commit.lua` has the rules.

@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from shared.engine import Engine, Step
-from shared.engine.attention import Batch, BlockCache, GatherCache, Shape
+from shared.engine.attention import BlockCache, GatherCache, KvShape, PackedBatch
 from shared.errors import BadStep, CacheFull, EngineError, ModelError, NotAttached, TooLong
 
 
@@ -204,7 +204,7 @@ def test_rolling_back_takes_as_long_at_any_length(folder: Path) -> None:
 
 @pytest.mark.parametrize("window", [0, 50])
 def test_both_caches_compute_the_same_attention(window: int) -> None:
-    shape = Shape(layers=2, kv_heads=2, heads=6, head_size=80)
+    shape = KvShape(layers=2, kv_heads=2, heads=6, head_size=80)
     caches = [
         BlockCache(shape, 12, torch.float32, threads=2),
         GatherCache(shape, 12, torch.float32, torch.device("cpu")),
@@ -216,7 +216,7 @@ def test_both_caches_compute_the_same_attention(window: int) -> None:
         q, k, v = (torch.randn(sum(counts), heads, 80, generator=generator) for heads in (6, 2, 2))
         results = []
         for cache in caches:
-            cache.begin(Batch(tables, starts, counts))
+            cache.begin(PackedBatch(tables, starts, counts))
             results.append(cache.attend(1, q, k, v, 80**-0.5, window))
         torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
         starts = [start + count for start, count in zip(starts, counts, strict=True)]

@@ -21,16 +21,16 @@ RELAXED = re.compile(r"^\s*%\S+ = .*?\b(fast|contract|reassoc|arcp|afn|nnan|ninf
 DIGEST = """
 import hashlib
 import torch
-from shared.engine.attention import Batch, BlockCache, Shape
+from shared.engine.attention import BlockCache, PackedBatch, KvShape
 
 random = torch.Generator().manual_seed(1)
 digest = hashlib.sha256()
 for dtype in (torch.bfloat16, torch.float32):
-    cache = BlockCache(Shape(layers=1, kv_heads=3, heads=9, head_size=64), 8, dtype, threads=1)
+    cache = BlockCache(KvShape(layers=1, kv_heads=3, heads=9, head_size=64), 8, dtype, threads=1)
     start = 0
     for count in (130, 1, 9, 1, 40):
         q, k, v = (torch.randn(count, heads, 64, generator=random).to(dtype) for heads in (9, 3, 3))
-        cache.begin(Batch([list(range(8))], [start], [count]))
+        cache.begin(PackedBatch([list(range(8))], [start], [count]))
         digest.update(cache.attend(0, q, k, v, 0.125, 0).view(torch.uint8).numpy().tobytes())
         start += count
 print(digest.hexdigest())

@@ -13,7 +13,7 @@ from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.model import run_layers
 from services.drafter.hidden.target import target_parts
-from shared.engine.attention import Batch, BlockCache, Cache, GatherCache, Shape
+from shared.engine.attention import BlockCache, Cache, GatherCache, KvShape, PackedBatch
 from shared.engine.blocks import BLOCK, BlockPool
 from shared.engine.engine import DTYPES, usable
 from shared.errors import EngineError, ModelError
@@ -66,7 +66,7 @@ class DraftEngine:
         layer = config.layer
         self.hidden_size, self._scale = layer.hidden_size, layer.head_size**-0.5
         self._pool = BlockPool(max(1, budget_tokens // BLOCK))
-        shape = Shape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
+        shape = KvShape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
         self._cache: Cache = (
             BlockCache(shape, self._pool.capacity, DTYPES[dtype], threads)
             if self._torch_device.type == "cpu"
@@ -117,7 +117,7 @@ class DraftEngine:
         positions = torch.cat(ranges).to(self._torch_device)
         before = torch.cat([step.before for step in steps]).to(self._torch_device)
         embedded = self._embedding[tokens].to(self._torch_device)
-        self._cache.begin(Batch([self._pool.table(step.session_id) for step in steps], starts, counts))
+        self._cache.begin(PackedBatch([self._pool.table(step.session_id) for step in steps], starts, counts))
         bottom = None
         if self._bottom:
             bottom = run_layers(list(self._bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
