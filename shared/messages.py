@@ -392,7 +392,7 @@ class Load(Message):
     """Longest draft worth sending now."""
     policy: str = ""
     first_come: bool = False
-    """Whether the policy takes rounds in order of arrival, so that a round waits for all that came before it."""
+    """True if the policy takes rounds in order of arrival, so that a round waits for all that came before it."""
     verifiers: Count = 0
     """Usable verifiers."""
     utilization: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
@@ -400,7 +400,7 @@ class Load(Message):
 
     For each verifier: `fixed_ms` / the shortest time between batches that its sessions need, plus, for each session,
     its round's own time / the time between its rounds; a session needs a round every `tpot_ms` x tokens per round, and
-    `shared.slo.batch_period_ms` says which time between batches lets it have one.
+    `shared.slo.batch_period_ms` gives the time between batches that allows it.
     """
     fixed_ms: Milliseconds = 0.0
     """Time of a batch apart from its rounds' own time."""
@@ -451,7 +451,7 @@ class Ended(Message):
     tpot_ms: Milliseconds | None = None
     """Mean time per output token after the first; None for a completion of one token."""
     attained: bool = False
-    """Whether the completion ended by itself within its SLO; true for every complete one without an SLO."""
+    """True if the completion ended by itself within its SLO; true for every complete one without an SLO."""
 
 
 class Residency(Record):

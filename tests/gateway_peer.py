@@ -59,7 +59,7 @@ class Script:
     """Draft tokens per round that the scheduler trimmed."""
     pause_s: float = 0.0
     ends: bool = True
-    """Whether the completion ends; otherwise the peer falls silent."""
+    """True if the completion ends; otherwise the peer falls silent."""
     failure: Failure | None = None
     """Reported before the first token."""
     reorder: Callable[[list[Result]], list[Result]] = list

@@ -1,4 +1,4 @@
-"""Which processes are still there."""
+"""The processes that still run."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ def descendants(pid: int) -> list[psutil.Process]:
 
 
 def running(process: psutil.Process) -> bool:
-    """Whether it has not ended; one that only waits to be reaped has."""
+    """True if it has not ended; one that only waits to be reaped has."""
     try:
         return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
     except psutil.NoSuchProcess:

@@ -36,7 +36,7 @@ class Command:
 
     words: tuple[str, ...]
     whole: bool
-    """Whether it is complete, as in a block of code. Inline code may leave arguments out."""
+    """True if it is complete, as in a block of code. Inline code may leave arguments out."""
 
     def __str__(self) -> str:
         return shlex.join(self.words)
@@ -88,7 +88,7 @@ class Page:
 
     @cached_property
     def anchors(self) -> set[str]:
-        """What `#…` can point to: GitHub's names of headings, and explicit anchors."""
+        """The targets of `#…`: GitHub's names of headings, and explicit anchors."""
         found = set(_ANCHOR.findall(self._without_blocks))
         for match in _HEADING.finditer(self._without_blocks):
             title = re.sub(r"!?\[([^\]]*)\]\([^)]*\)", r"\1", match[1])

@@ -90,7 +90,7 @@ def hidden_draft(
     head_ids: Sequence[int] = range(VOCAB),
     seed: int = 0,
 ) -> HiddenDraftFolder:
-    """A draft with random weights, which is sure of what it says and knows nothing."""
+    """A draft with random weights, confident and untrained."""
     config = HiddenDraftConfig(
         layer=layer_config(target), layers=layers, bottom_layers=bottom_layers, vocab_size=target.vocab_size
     )

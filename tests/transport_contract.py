@@ -177,7 +177,7 @@ class TransportContract:
 
     @staticmethod
     async def _received_after(services: Services) -> bool:
-        """Whether gateway `b` still receives the results of `a` a while after its collection has ended."""
+        """True if gateway `b` still receives the results of `a` a while after its collection has ended."""
         for attempt in range(100, 120):
             await services.publish("a", result("s", round=attempt))
             await services.publish("b", result("s", round=attempt + 1000))

@@ -55,7 +55,7 @@ class EngineLoop:
 
     @property
     def busy(self) -> bool:
-        """Whether there is something to compute."""
+        """True if there is something to compute."""
         return bool(self._sessions)
 
     @property

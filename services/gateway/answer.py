@@ -33,7 +33,7 @@ class AnswerForm(Record):
     service_class: str
     trace: bool = False
     keep: bool = False
-    """Whether the sessions keep running for a while after the client goes away, so that it can resume the stream."""
+    """True if the sessions keep running for a while after the client goes away, so that it can resume the stream."""
     pool: str
     seed: int
     stops: list[str]
@@ -81,7 +81,7 @@ class Answer:
     reserved_tokens: int = 0
     """Tokens to charge before the start."""
     resumed: bool = False
-    """Whether the sessions were started for an earlier connection, perhaps by another gateway."""
+    """True if the sessions were started for an earlier connection, perhaps by another gateway."""
     cursor: StreamCursor = field(init=False)
     """How much of the stream the client has."""
     sessions: list[Generate] = field(default_factory=list)
@@ -163,9 +163,9 @@ class RunningSession:
     outcome: SloOutcome | None = None
     """Set at the end."""
     checking: bool = False
-    """Whether a read of the state is in progress."""
+    """True if a read of the state is in progress."""
     check_again: bool = False
-    """Whether a gap appeared during the read, so that another one is needed."""
+    """True if a gap appeared during the read, so that another one is needed."""
 
     @property
     def session_id(self) -> str:

@@ -39,7 +39,7 @@ NOT_STARTED = SloOutcome(ttft_ms=None, tpot_ms=None, attained=False)
 
 
 class Unfinished(StrEnum):
-    """What happens to an unfinished session when this gateway stops serving it."""
+    """The treatment of an unfinished session when this gateway stops serving it."""
 
     CANCEL = "cancel"
     LEAVE = "leave"

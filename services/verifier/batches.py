@@ -81,12 +81,12 @@ class BatchLoop:
         self._replies: set[asyncio.Task[None]] = set()
         self._busy = False
         self._unchecked = False
-        """Whether a batch has run since the last check of the KV cache."""
+        """True if a batch has run since the last check of the KV cache."""
         self._log = logging.get()
 
     @property
     def idle(self) -> bool:
-        """Whether every accepted batch is replied to."""
+        """True if every accepted batch is replied to."""
         return self._batches.empty() and not self._busy and not self._replies
 
     def put(self, batch: Batch) -> None:

@@ -294,7 +294,7 @@ class Broker:
 
     @property
     def connected(self) -> bool:
-        """Whether the connection is up. While it is down, aio-pika reconnects."""
+        """True if the connection is up. While it is down, aio-pika reconnects."""
         return self._connection.connected.is_set()
 
     async def takes_messages(self) -> bool:

@@ -41,7 +41,7 @@ class Exchanges:
     dead_letters: AbstractExchange | None
     """None on a device, which may send no dead letters."""
     predeclared: bool
-    """Whether the exchanges come from imported definitions, because this user may not declare them."""
+    """True if the exchanges come from imported definitions, because this user may not declare them."""
 
 
 async def declare_exchanges(connection: AbstractRobustConnection, topology: Topology) -> Exchanges:

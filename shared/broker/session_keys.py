@@ -23,7 +23,7 @@ class SessionKeys:
 
     @property
     def required(self) -> bool:
-        """Whether rounds have to show a key."""
+        """True if rounds have to show a key."""
         return self._secret is not None
 
     def key(self, session: str, gateway: str, service_class: str, tpot_ms: float | None) -> str:

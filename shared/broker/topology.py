@@ -109,7 +109,7 @@ class Role:
     serves: tuple[str, ...] = ()
     """Keys whose shared queues the service consumes."""
     records: bool = False
-    """Whether the service publishes copies of its confirmed messages to the journal."""
+    """True if the service publishes copies of its confirmed messages to the journal."""
 
 
 ROLES = {

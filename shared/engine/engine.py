@@ -83,7 +83,7 @@ class Engine:
         self.budget_tokens = self._pool.capacity * BLOCK
         multiple = row_multiple(self._model) if self._device.type == "cpu" else None
         self.batch_invariant = multiple is not None
-        """Whether the bits of logits are independent of the batch: found out at the start, see `invariance`."""
+        """True if the bits of logits are independent of the batch: found out at the start, see `invariance`."""
         self._row_multiple = multiple or max(CANDIDATES)
         # The hook holds the list, not the engine: a cycle would keep a dropped engine's weights in memory.
         self._states: list[torch.Tensor] = []
@@ -108,7 +108,7 @@ class Engine:
 
     @property
     def keeps_hidden(self) -> bool:
-        """Whether `hidden` is available."""
+        """True if `hidden` is available."""
         return self._hidden is not None
 
     def cached(self, session: str) -> int:
@@ -201,7 +201,7 @@ class Engine:
         self._pool = BlockPool(self._pool.capacity)
 
     def integrity(self) -> None:
-        """Check the accounting of the cache (cheap enough while idle); AssertionError says what is wrong."""
+        """Check the accounting of the cache (cheap enough while idle). Raises AssertionError, which names the fault."""
         self._pool.integrity()
 
     @torch.inference_mode()

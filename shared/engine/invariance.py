@@ -1,9 +1,9 @@
-"""Finds out to which row count a model's matrix products must be padded for their bits not to depend on that count.
+"""The row count to which matrix products are padded, so that their bits do not depend on the number of rows.
 
 Libraries choose among kernels by shape, and different kernels sum in different orders. Measured with torch 2.13 on a
 CPU with AVX-512 and bfloat16 instructions: in bfloat16 only a single row may differ from many (so 2), in float32 one to
-three rows do, and with two threads other odd counts (so 4 or 8). Other machines may differ, and the smaller the padding
-the faster a decode step, so every engine asks its own machine at the start; that takes a fraction of a second.
+three rows do, and with two threads other odd counts (so 4 or 8). Other machines may differ, and smaller padding makes
+decode steps faster, so every engine measures its own machine at the start. That takes a fraction of a second.
 """
 
 from __future__ import annotations
@@ -21,8 +21,10 @@ _COUNTS = (*range(1, 10), 12, 16, 17, 24, 33, 64)
 
 @torch.inference_mode()
 def row_multiple(model: torch.nn.Module) -> int | None:
-    """The smallest of CANDIDATES to whose multiples all row counts must be padded; None if none makes the bits
-    constant."""
+    """Return the smallest of CANDIDATES that keeps all bits constant when row counts are padded to its multiples.
+
+    Returns None if no candidate does.
+    """
     multiples = list(CANDIDATES)
     for product, size in _products(model):
         rows = _cancelling(max(_COUNTS) + max(CANDIDATES), size, next(product.parameters()))[None]
@@ -40,10 +42,10 @@ def row_multiple(model: torch.nn.Module) -> int | None:
 
 
 def _products(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, int]]:
-    """A stand-in for each shape of matrix product in the model, and its number of inputs.
+    """Yield a stand-in for each shape of matrix product in the model, with its number of inputs.
 
-    Its weights make every sum cancel: what is left of it is rounding, so any other order of summation shows. With the
-    real weights the rounding of the result to bfloat16 would hide nearly all differences from so few rows.
+    Its weights make every sum cancel. Only rounding errors remain, so any other order of summation shows. With the real
+    weights, rounding the result to bfloat16 would hide nearly all differences in this small number of rows.
     """
     seen = set()
     for module in model.modules():
@@ -65,8 +67,7 @@ def _products(model: torch.nn.Module) -> Iterator[tuple[torch.nn.Module, int]]:
 
 
 def _cancelling(rows: int, size: int, like: torch.Tensor, *, antisymmetric: bool = False) -> torch.Tensor:
-    """Random rows that read the same backwards, with the sign turned if antisymmetric: products of the two kinds are
-    0."""
+    """Return random palindromic rows, or antisymmetric ones. The product of a row of each kind is 0."""
     half = torch.randn(rows, size // 2, generator=torch.Generator().manual_seed(size)).to(like)
     middle = torch.zeros(rows, size % 2).to(like)
     return torch.cat([half, middle, -half.flip(1) if antisymmetric else half.flip(1)], 1)

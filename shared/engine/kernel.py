@@ -2,28 +2,28 @@
 
 There are two reasons for a kernel of our own. Blocks lie anywhere, so that sessions can share them, but torch's
 attention needs each session's keys contiguous, which means a copy per step. And a position's output must have the same
-bits whatever else is in the batch. Here that holds by construction: a row (one query of one head) meets the blocks of
-its session in order, each block in the same instructions, with online softmax (Milakov and Gimelshein, arXiv
-1805.02867) from block to block; rows share only the keys they read; a block in which a row sees nothing leaves the
+bits whatever else is in the batch. Here that holds by construction. A row (one query of one head) processes the blocks
+of its session in order, each with the same instructions, and online softmax (Milakov and Gimelshein, arXiv 1805.02867)
+carries its state from block to block. Rows share only the keys they read. A block that is masked for a row leaves the
 row's state unchanged.
 
 Layouts, `BLOCK` = 64 tokens, per layer, both zero at first:
     keys    (block, kv head, depth, token)           depth is the head size rounded up to 4
     values  (block, kv head, slab, token, 64)        a slab is 64 of the head's columns
-Keys lie transposed, so that scores and weighted values are the same product `C[4, 64] += A[4, depth] @ B[depth, 64]`
-whose inner loop runs over 64 neighbours. Its trip counts are constants, which is what makes the compiler vectorise it;
-it widens bfloat16 on the way from memory, accumulates in float32, and reads each key once for four rows.
+Keys are stored transposed, so that scores and weighted values are the same product `C[4, 64] += A[4, depth] @
+B[depth, 64]`, whose inner loop runs over 64 neighbours. The compiler vectorises it because its trip counts are
+constants. It widens bfloat16 while loading, accumulates in float32, and reads each key once for four rows.
 
 The source alone fixes every bit: each multiplication that is fused with an addition is written as `fma`, each sum names
 its order, and no function has a fast-math flag. With such flags (`contract`, `reassoc`) the compiler may choose per
 compilation. Measured on a CPU with AVX2: a process that had compiled the kernel and one that had loaded the same
-kernel from numba's cache gave different bits, because a call was bound to another copy of the function it names.
+kernel from numba's cache gave different bits, because a call was bound to another copy of the function of that name.
 
 Work is divided into (span, kv head) tickets that threads draw from a counter. The threads are those of torch's own
 OpenMP runtime (a second pool would compete with it for the cores).
 """
 
-# numba's annotations describe neither its intrinsics nor what compiled code does with types.
+# numba's annotations cover neither its intrinsics nor the types in compiled code.
 # mypy: disable-error-code="arg-type, call-arg, var-annotated, attr-defined, no-untyped-call"
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ def scratch_floats(rows: int, depth: int, slabs: int) -> int:
 
 @intrinsic
 def widen(typingctx: Any, x: Any) -> Any:
-    """float32 of a stored value: bfloat16 bits (uint16), float32 bits (int32), or float32 itself."""
+    """Return the float32 of a stored value: bfloat16 bits (uint16), float32 bits (int32), or float32 itself."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         value = args[0]
@@ -79,7 +79,7 @@ def widen(typingctx: Any, x: Any) -> Any:
 
 @intrinsic
 def narrow(typingctx: Any, x: Any, like: Any) -> Any:
-    """A float32 in the type of `like`: rounded to nearest even if that is bfloat16 (uint16), unchanged if float32."""
+    """Return a float32 in the type of `like`: rounded to nearest even for bfloat16 (uint16), unchanged for float32."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         if like == types.float32:
@@ -95,7 +95,7 @@ def narrow(typingctx: Any, x: Any, like: Any) -> Any:
 
 @intrinsic
 def pointer(typingctx: Any, address: Any) -> Any:
-    """An address held in an integer, as a pointer."""
+    """Return the pointer to an integer address."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.inttoptr(args[0], ir.IntType(8).as_pointer())
@@ -105,7 +105,7 @@ def pointer(typingctx: Any, address: Any) -> Any:
 
 @intrinsic
 def draw(typingctx: Any, job: Any, word: Any) -> Any:
-    """Atomically take the next number from a counter in the job."""
+    """Return a counter of the job and increment it, atomically."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.atomic_rmw("add", builder.gep(args[0], [args[1]]), ir.Constant(ir.IntType(64), 1), "monotonic")
@@ -115,7 +115,7 @@ def draw(typingctx: Any, job: Any, word: Any) -> Any:
 
 @intrinsic
 def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
-    """x * y + z with one rounding, in float32."""
+    """Return x * y + z with one rounding, in float32."""
 
     def emit(context: Any, builder: Any, signature: Any, args: Any) -> Any:
         return builder.fma(*args)
@@ -125,13 +125,13 @@ def fma(typingctx: Any, x: Any, y: Any, z: Any) -> Any:
 
 @njit(inline="always")
 def larger(x: Any, y: Any) -> Any:
-    """The larger of two floats; `y` if one is NaN. A single vector instruction, unlike Python's `max`."""
+    """Return the larger of two floats; `y` if one is NaN. A single vector instruction, unlike Python's `max`."""
     return x if x > y else y
 
 
 @njit(inline="always")
 def exp2(x: Any) -> Any:
-    """2^x for x <= 0, relative error below 2e-7; x below -126 counts as -126. Cephes' polynomial for exp2f."""
+    """Return 2^x for x <= 0, relative error below 2e-7; x below -126 counts as -126. Cephes' polynomial of exp2f."""
     x = larger(x, np.float32(-126.0))
     whole = np.floor(x + np.float32(0.5))
     part = x - whole
@@ -145,8 +145,8 @@ def exp2(x: Any) -> Any:
     return y * widen(np.int32((np.int32(whole) + np.int32(127)) << np.int32(23)))
 
 
-# Arrays are handed over as slices that begin where the work does: an index that the compiler cannot prove to be
-# positive gets Python's wrap-around for negative ones, and a loop with that is not vectorised.
+# Arrays are passed as slices that begin where the work does: the compiler adds Python's wrap-around of negative indices
+# to any index that it cannot prove to be positive, and does not vectorise such a loop.
 @njit
 def multiply_add(c: Any, a: Any, b: Any, depth: int) -> None:
     """C[4, 64] += A[4, depth] @ B[depth, 64], flat and row-major; depth is a multiple of 4."""
@@ -164,11 +164,11 @@ def multiply_add(c: Any, a: Any, b: Any, depth: int) -> None:
             c[192 + n] = fma(a33, x3, fma(a32, x2, fma(a31, x1, fma(a30, x0, c[192 + n]))))
 
 
-# The two reductions fold the upper half onto the lower until one value is left: an order that needs no licence to
-# reassociate and still fills the vector lanes. `fold` is room for 32 floats.
+# The two reductions fold the upper half onto the lower until one value is left. This order fills the vector lanes
+# without permission to reassociate. `fold` is a buffer of 32 floats.
 @njit
 def highest(scores: Any, fold: Any) -> Any:
-    """Maximum of 64 scores."""
+    """Return the maximum of 64 scores."""
     for t in range(32):
         fold[t] = larger(scores[t], scores[32 + t])
     for t in range(16):
@@ -182,7 +182,7 @@ def highest(scores: Any, fold: Any) -> Any:
 
 @njit
 def weigh(scores: Any, top: Any, fold: Any) -> Any:
-    """Replace 64 scores by 2^(score - top), 0 where masked; returns their sum."""
+    """Replace 64 scores by 2^(score - top), 0 where masked, and return their sum."""
     for t in range(64):
         score = scores[t]
         weight = exp2(score - top)
@@ -202,9 +202,9 @@ def weigh(scores: Any, top: Any, fold: Any) -> Any:
 def attend_span(
     q: Any, out: Any, keys: Any, values: Any, table: Any, span: Any, head: int, job: Any, scratch: Any
 ) -> None:
-    """Attention of one kv head's group of query heads, for the tokens of one span.
+    """Attend with the query heads of one kv head, for the tokens of one span.
 
-    q, out: (token, kv head, group, head size), flat. scratch: this thread's float32 room.
+    q, out: (token, kv head, group, head size), flat. scratch: this thread's float32 buffer.
     """
     heads, group, depth, size, slabs, window = (
         job[HEADS],
@@ -307,7 +307,7 @@ def store_span(k: Any, v: Any, keys: Any, values: Any, table: Any, span: Any, jo
 
 @njit(inline="always")
 def draw_spans(address: Any, element: Any, storing: bool) -> None:
-    """One thread's part of a job: take tickets until there are none left."""
+    """Do one thread's part of a job: draw tickets until none is left."""
     job = carray(address, JOB_WORDS)
     q = carray(pointer(job[QUERY]), 1 << 40, element)
     k = carray(pointer(job[KEY]), 1 << 40, element)
@@ -348,7 +348,7 @@ def attend_float32(address: Any) -> None:
 
 @dataclass(frozen=True)
 class Entry:
-    """A compiled entry point: its address, and a way to call it on this thread alone."""
+    """A compiled entry point: its address, and a function that calls it on this thread alone."""
 
     address: int
     call: Callable[[int], None]
@@ -358,9 +358,9 @@ class Entry:
 
 @cache
 def compiled(dtype: torch.dtype) -> tuple[Entry, Entry]:
-    """The store and attend entry points for this element type.
+    """Return the entry points for storing and attending with this element type.
 
-    Takes some seconds the first time on a machine, then they come from numba's cache.
+    Compiling takes some seconds the first time on a machine. Later calls load numba's cache.
     """
     sources = {
         torch.bfloat16: (store_bfloat16, attend_bfloat16),
@@ -381,8 +381,7 @@ def _compile(source: Callable[[Any], None]) -> Entry:
 
 @cache
 def parallel_region() -> Callable[[int, int, int, int], None] | None:
-    """`GOMP_parallel(function, argument, threads, flags)` of the OpenMP runtime that torch runs on; None if it has
-    none."""
+    """Return `GOMP_parallel(function, argument, threads, flags)` of torch's OpenMP runtime; None without one."""
     try:
         region = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / "libtorch_cpu.so")).GOMP_parallel
     except (OSError, AttributeError):

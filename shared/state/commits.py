@@ -47,5 +47,5 @@ class Committed:
 
     @property
     def ended(self) -> bool:
-        """Whether the session takes no more tokens."""
+        """True if the session takes no more tokens."""
         return self.finish is not None or self.outcome in (CommitOutcome.CANCELLED, CommitOutcome.GONE)

@@ -40,7 +40,7 @@ class Allowance:
 
     @property
     def limited(self) -> bool:
-        """Whether any limit is set."""
+        """True if any limit is set."""
         return any((self.requests_per_minute, self.tokens_per_minute, self.max_sessions))
 
 

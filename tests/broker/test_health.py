@@ -1,4 +1,4 @@
-"""A process's word on its own health: it says no when a consumer is gone, not only when the process is."""
+"""The health check of a process fails when a consumer is gone, not only when the process has ended."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What keys may use, counted by the script in a real Redis."""
+"""The usage of keys, counted by the script in a real Redis."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ async def servers(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Sec
 
 @pytest.fixture(scope="module")
 def known(servers: Secured) -> Tls:
-    """Somebody whom the servers know."""
+    """A client that the servers accept."""
     return Tls(servers.authority.file, *servers.authority.issue("client"))
 
 
@@ -60,7 +60,7 @@ async def test_a_server_that_another_authority_vouches_for_is_not_trusted(
     servers: Secured, known: Tls, namespace: str, tmp_path: Path
 ) -> None:
     misled = Tls(Authority(tmp_path).file, known.cert_file, known.key_file)
-    async with asyncio.timeout(10):  # it is said at once, and not tried for half a minute
+    async with asyncio.timeout(10):  # the error comes at once, without half a minute of retries
         with pytest.raises(BrokersError, match=r"cannot be trusted.*WISP_TLS_CA_FILE") as refused:
             await Broker.connect(servers.amqps_url, Topology(namespace), "x", tls=misled)
     assert servers.amqps_url.split("@")[0].split(":")[-1] not in str(refused.value)
@@ -148,7 +148,7 @@ READY = ("rabbitmq", "redis", "verifier", "gateway")
 
 
 async def answers_to(url: str, trusting: ssl.SSLContext) -> bool:
-    """Whether somebody who trusts these authorities gets an answer on a new connection."""
+    """True if somebody who trusts these authorities gets an answer on a new connection."""
     async with httpx.AsyncClient(base_url=url, verify=trusting) as http:
         try:
             return (await http.get("/health")).status_code == 200

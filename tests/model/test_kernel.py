@@ -38,7 +38,7 @@ print(digest.hexdigest())
 
 
 def digest(numba_cache: Path) -> str:
-    """What a new process computes that keeps its compiled code there."""
+    """Return the result of a new process that keeps its compiled code in this folder."""
     environment = os.environ | {"NUMBA_CACHE_DIR": str(numba_cache)}
     done = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.strip()

@@ -1,4 +1,4 @@
-"""The packaged model, converted for real: what is written, what is checked, and who waits for whom."""
+"""Conversion of the packaged model: the files written, the checks, and processes that wait for each other."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def outputs(models: Path) -> list[str]:
-    """What two processes printed that prepared the model at the same time, after the killed one."""
+    """The output of two processes that prepared the model at the same time, after a third was killed."""
     both = [preparing(models), preparing(models)]
     outputs = [process.communicate(timeout=HANG_S) for process in both]
     assert [process.returncode for process in both] == [0, 0], outputs

@@ -75,7 +75,7 @@ class App:
         self.tokenizer = model.tokenizer
         self.script = Script()
         self.silent = False
-        """Whether results are lost; committed tokens are not."""
+        """True if results are lost; committed tokens are not."""
         self.upstream = Upstream()
         self.services = MemoryServices(draft=self.work)
         self.transport = MemoryTransport(self.services, "g")

@@ -22,7 +22,7 @@ IMPURE_CALLS = {"open", "print", "input", "breakpoint", "exec", "eval"}
 
 
 def pure_packages() -> list[str]:
-    """The outermost packages whose docstring says that they are pure."""
+    """The outermost packages whose docstring contains `Pure:`."""
     saying = [name for name in modules() if is_package(name) and "Pure:" in (ast.get_docstring(tree(name)) or "")]
     return [name for name in saying if not any(name.startswith(f"{other}.") for other in saying)]
 

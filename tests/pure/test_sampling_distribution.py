@@ -84,7 +84,7 @@ def test_a_large_vocabulary_is_drawn_from_evenly_across_its_ids() -> None:
 
 @pytest.fixture(scope="module")
 def choices() -> np.ndarray:
-    """What 201 neighbouring seeds choose among 8 tokens, by seed and position."""
+    """The choices of 201 neighbouring seeds among 8 tokens, by seed and position."""
     tokens = drawn(torch.linspace(0, 1.5, 8), Sampling(temperature=1.0), range(201), range(116))
     return tokens.reshape(201, 116)
 

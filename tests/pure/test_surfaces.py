@@ -25,7 +25,7 @@ def public(package: str) -> set[str]:
 
 
 def taken(importer: str) -> set[tuple[str, str]]:
-    """What a module imports from other houses, one step at a time: (package, the name below it)."""
+    """The imports of a module from other houses, one step at a time: (package, the name below it)."""
     steps = set()
     for found in imports(importer):
         home = house(found.module)

@@ -143,7 +143,7 @@ class SessionControl:
 
 @dataclass
 class _SourceProbe:
-    """When to draft by a source although the rule finds that it does not pay."""
+    """Timing of the probes: rounds drafted by a source although the rule finds that it does not pay."""
 
     idle: int = 0
     """Rounds without the source."""

@@ -76,9 +76,9 @@ class _Running:
     prompt: int
     started_ms: float
     answered: bool = False
-    """Whether a verifier has worked on it, so that the scheduler has it."""
+    """True if a verifier has worked on it, so that the scheduler has it."""
     shown: bool = False
-    """Whether a Load arrived after that."""
+    """True if a Load arrived after that."""
     prompt_shown: bool = False
 
 

@@ -117,7 +117,7 @@ class Completion:
 
     @property
     def done(self) -> bool:
-        """Whether the completion has ended."""
+        """True if the completion has ended."""
         return self.finish is not None or self.failure is not None
 
     def result(self, result: Result) -> None:

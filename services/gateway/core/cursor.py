@@ -17,7 +17,7 @@ _FORM = re.compile(
 
 @dataclass(frozen=True)
 class Delivered:
-    """How much of a completion the client has.
+    """The part of a completion that the client has.
 
     Characters and tokens are counted apart: a token cut off by a stop string has no characters, and the characters of
     an echoed prompt have no tokens.

@@ -76,7 +76,7 @@ class SloOutcome:
     tpot_ms: float | None
     """Mean time per output token after the first; None with fewer than two tokens."""
     attained: bool
-    """Whether the completion is complete and within its SLO; true for every complete one without an SLO."""
+    """True if the completion is complete and within its SLO; true for every complete one without an SLO."""
 
 
 def judge(slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float) -> SloOutcome:

@@ -58,7 +58,7 @@ class BatchPlan:
     chosen: list[ChosenRound]
     predicted_ms: float
     full: bool
-    """Whether a round, not counting prompts, did not fit."""
+    """True if a round, not counting prompts, did not fit."""
     waiting: int = 0
     """Pending rounds that are not in it."""
     left_out: list[LeftOut] = field(default_factory=list)
@@ -84,9 +84,9 @@ class BatchBuilder:
         self.predicted_ms = 0.0
         """Predicted time of the batch as it is."""
         self.full = False
-        """Whether a round, not counting prompts, did not fit."""
+        """True if a round, not counting prompts, did not fit."""
         self.has_late = False
-        """Whether a round in it has an SLO and will be late."""
+        """True if a round in it has an SLO and will be late."""
         self.limit_ms = limits.max_batch_ms
         """Longest predicted time that the batch may reach."""
         self._most_tokens = limits.max_batch_tokens

@@ -185,7 +185,7 @@ class Dispatcher:
 
     @property
     def active(self) -> bool:
-        """Whether rounds have arrived here; a standby gets none."""
+        """True if rounds have arrived here; a standby gets none."""
         return self._batches > 0 or self.fleet.pending_count > 0
 
     def load(self, now_ms: float) -> Load:

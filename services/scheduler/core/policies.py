@@ -72,9 +72,9 @@ class BatchPolicy(ABC):
     name: ClassVar[str]
     """Name in settings, messages and metrics."""
     first_come: ClassVar[bool] = False
-    """Whether a round waits for all that came before it, whatever their SLOs."""
+    """True if a round waits for all that came before it, whatever their SLOs."""
     static: ClassVar[bool] = False
-    """Whether batches are static: none is prepared behind another, and none waits for returning sessions."""
+    """True if batches are static: none is prepared behind another, and none waits for returning sessions."""
     parts: ClassVar[frozenset[PolicyPart]] = frozenset()
     """Parts of the policy that `PolicyOptions.without` may leave out."""
 

@@ -157,7 +157,7 @@ class VerifierState:
 
     @property
     def usable(self) -> bool:
-        """Whether new batches may be sent to it."""
+        """True if new batches may be sent to it."""
         return not self.heartbeat.draining
 
     def remaining_ms(self, now_ms: float) -> float:

@@ -55,7 +55,7 @@ class QueuedRound:
 
     @property
     def is_prompt(self) -> bool:
-        """Whether it needs more tokens than fit one block, so that it may be computed in chunks."""
+        """True if it needs more tokens than fit one block, so that it may be computed in chunks."""
         return self.base > BLOCK and self.next_block is not None
 
     @property

@@ -45,7 +45,7 @@ BEGUN = 8
 """Events after which a stream counts as begun."""
 TIMEOUT_S = 300.0
 COLUMNS = (
-    "K/V handed over",
+    "KV handed over",
     "ended by",
     "streams moved",
     "longest gap ms (median)",

@@ -90,7 +90,7 @@ def _report(name: str, plan: ChaosPlan, handoff: str, result: ChaosResult) -> No
         "model": plan.target.name,
         "clients": plan.clients,
         "faults at once": plan.lanes,
-        "K/V handed over": handoff,
+        "KV handed over": handoff,
         "clocks differ": run_to_end(clocks_differ),
     }
     report(name, "Faults, and the requests during them", COLUMNS, rows(result), facts=facts, notes=notes(result))

@@ -53,7 +53,7 @@ class Brokers:
 
     @property
     def given(self) -> bool:
-        """Whether at least one broker was given, so that it outlives this run."""
+        """True if at least one broker was given, so that it outlives this run."""
         return bool(self.addresses.amqp_url or self.addresses.redis_url)
 
     @property

@@ -41,12 +41,12 @@ class Machine:
 
     @property
     def debian(self) -> bool:
-        """Whether this is Debian, Ubuntu or a derivative."""
+        """True if this is Debian, Ubuntu or a derivative."""
         return not {"debian", "ubuntu"}.isdisjoint(self.distribution.split())
 
     @property
     def rabbitmq_installed(self) -> bool:
-        """Whether RabbitMQ can be started; it needs Erlang's port mapper as well."""
+        """True if RabbitMQ can be started; it needs Erlang's port mapper as well."""
         return self.rabbitmq is not None and self.epmd is not None
 
 

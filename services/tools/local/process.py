@@ -67,7 +67,7 @@ class Process:
 
     @property
     def alive(self) -> bool:
-        """Whether the process is running."""
+        """True if the process is running."""
         return self._child.returncode is None
 
     async def wait(self) -> int:

@@ -205,7 +205,7 @@ class Stack:
 
     @property
     def complete(self) -> bool:
-        """Whether each service that the stack was started with, and each private broker, is running."""
+        """True if each service that the stack was started with, and each private broker, is running."""
         brokers = [process for server in self.brokers.servers for process in server.processes]
         return all(self.processes(service) for service, count in self.counts.items() if count) and all(
             process.alive for process in brokers

@@ -60,7 +60,7 @@ async def inject(amqp_url: str, redis_url: str, namespace: str, recording: Recor
     """Send the recorded requests, `speed` times as fast as they came, and wait for their ends.
 
     amqp_url: with the other virtual host. namespace, redis_url: of the suite that runs there. Raises RecordingError if
-    the recording has no request or the virtual host is the live one, BrokersError if no drafter is there.
+    the recording has no request or the virtual host is the live one, BrokersError if no drafter is running.
     """
     recording.refuse_redacted("inject")
     requests = injectable_requests(recording)

@@ -34,7 +34,7 @@ class ReexecutionReport:
     left_out: Counter[str] = field(default_factory=Counter)
     """Jobs that cannot be computed again, by reason."""
     invariant: bool = True
-    """Whether the engine promises the same bits in any batch on this device."""
+    """True if the engine promises the same bits in any batch on this device."""
 
 
 def matching_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:

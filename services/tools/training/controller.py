@@ -42,7 +42,7 @@ class Trial:
     log_loss: float
     """Mean, in nats per token."""
     kept: bool | None = None
-    """Whether the addition helped; None for a set that is only a comparison."""
+    """True if the addition helped; None for a set that is only a comparison."""
 
 
 @dataclass(frozen=True)

@@ -42,7 +42,7 @@ class Drafted:
     wasted: int
     """Steps for tokens after the first wrong one."""
     ahead: bool
-    """Whether the draft was made while the previous round was in flight."""
+    """True if the draft was made while the previous round was in flight."""
     record: RoundRecord
     acceptance: tuple[float, ...]
     """Acceptance that the controller predicted for each kept token."""

@@ -29,12 +29,12 @@ class JobReply:
 
     @property
     def for_drafter(self) -> bool:
-        """Whether the drafter gets the result. A chunk of prefill settles no round."""
+        """True if the drafter gets the result. A chunk of prefill settles no round."""
         return self.for_gateway and self.result.status is not Status.PREFILLED
 
     @property
     def for_gateway(self) -> bool:
-        """Whether the gateway gets the result. A job that is possibly forged is answered to the scheduler only."""
+        """True if the gateway gets the result. A job that is possibly forged is answered to the scheduler only."""
         return self.result.error != FORBIDDEN
 
     @property

@@ -37,7 +37,7 @@ class LoadClient:
     http: httpx.AsyncClient
     model: str
     pools: bool
-    """Whether each request names the drafter pool of its hardware."""
+    """True if each request names the drafter pool of its hardware."""
     uplinks: Mapping[str, LinkProfile] = field(default_factory=dict)
     """Uplink by hardware profile: a request waits for its travel time before it is sent."""
 

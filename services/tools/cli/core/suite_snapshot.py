@@ -146,5 +146,5 @@ class SuiteSnapshot:
 
     @property
     def empty(self) -> bool:
-        """Whether no message of a suite was observed."""
+        """True if no message of a suite was observed."""
         return self.scheduler is None and not self.verifiers

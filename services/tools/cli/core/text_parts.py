@@ -23,7 +23,7 @@ class TextPart:
 
     text: str
     draft: bool
-    """Whether it consists of accepted draft tokens."""
+    """True if it consists of accepted draft tokens."""
 
 
 @dataclass(frozen=True)

@@ -92,7 +92,7 @@ class InjectedRequest:
 
 @dataclass(frozen=True)
 class InjectionReport:
-    """How the injected requests ended. The fields are the keys of `wisp replay --inject --json`."""
+    """Outcome of the injected requests. The fields are the keys of `wisp replay --inject --json`."""
 
     requests: int
     ended: dict[str, int]

@@ -11,7 +11,7 @@ from shared.messages import Slo, Status
 
 @dataclass
 class ServedRequest:
-    """How one request was served. Times in milliseconds since 1970."""
+    """Service of one request. Times in milliseconds since 1970."""
 
     session_id: str
     slo: Slo | None
@@ -57,7 +57,7 @@ class ServedRequest:
 
     @property
     def attained(self) -> bool:
-        """Whether the request is complete and kept its SLO, if it has one."""
+        """True if the request is complete and kept its SLO, if it has one."""
         if not self.complete or self.slo is None:
             return self.complete
         return (self.ttft_ms or 0.0) <= self.slo.ttft_ms and (self.tpot_ms or 0.0) <= self.slo.tpot_ms
@@ -76,7 +76,7 @@ class Performance:
     attained_by_class: dict[str, tuple[int, int]]
     """(attained, promised) of each service class."""
     sessions: dict[str, bool]
-    """Whether each request with an SLO attained it."""
+    """True if each request with an SLO attained it."""
     tokens: int
     span_ms: float
     """From the first request to the last token."""

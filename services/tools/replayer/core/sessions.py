@@ -113,7 +113,7 @@ class RecordedSession:
 
     @property
     def complete(self) -> bool:
-        """Whether the text ended by a stop token or at its length limit."""
+        """True if the text ended by a stop token or at its length limit."""
         return self.finish is not None or (self.ended is not None and self.ended.reason in (Finish.STOP, Finish.LENGTH))
 
     @property

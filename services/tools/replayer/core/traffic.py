@@ -47,7 +47,7 @@ class RecordedRequest:
     drafts: list[RecordedDraft]
     """In order of `base_len`."""
     complete: bool = True
-    """Whether the text came to its end; if not, the client left at this length."""
+    """True if the text came to its end; if not, the client left at this length."""
 
     def draft_at(self, base_len: int) -> RecordedDraft:
         """Return the recorded draft at this position, or the last one before it."""
