@@ -17,12 +17,13 @@ from secrets import token_hex
 from typing import Annotated, Literal, NoReturn, TypeVar
 
 from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict, SettingsError
+from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic_settings import SettingsError as SourceError
 from yarl import URL
 
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import JournalLimits
-from shared.errors import SettingsError as BadSettings
+from shared.errors import SettingsError
 from shared.runtime.tls import Tls
 from shared.state.commits import SESSION_TTL_S
 
@@ -118,7 +119,7 @@ class TlsSettings(WispSettings):
             )
         try:
             self.tls.context()
-        except BadSettings as error:
+        except SettingsError as error:
             raise ValueError(str(error)) from None
         return self
 
@@ -234,10 +235,10 @@ def read_devices(path: Path) -> list[str]:
     try:
         return list(dict.fromkeys(_DEVICES_FILE.validate_json(path.read_bytes())))
     except OSError as error:
-        raise BadSettings(f"devices {path}: {error.strerror or error}") from error
+        raise SettingsError(f"devices {path}: {error.strerror or error}") from error
     except ValidationError as error:
         problem = error.errors(include_url=False)[0]["msg"]
-        raise BadSettings(
+        raise SettingsError(
             f'devices {path}: {problem}; expected a JSON list of names, such as ["kitchen", "car-7"]'
         ) from error
 
@@ -251,7 +252,7 @@ def load(kind: type[S], program: str) -> S:
         return kind(_cli_parse_args=True, _cli_prog_name=program)  # type: ignore[call-arg]
     except ValidationError as error:
         _refuse(program, [f"  {problem}" for problem in problems_of(error)])
-    except SettingsError as error:
+    except SourceError as error:
         _refuse(program, [f"  {error}"])
 
 
