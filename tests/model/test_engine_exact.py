@@ -12,6 +12,7 @@ import torch
 from tokenizers import Tokenizer
 
 from shared.engine import Engine, Step
+from shared.engine.blocks import BLOCK
 
 TEXTS = [
     "The harbour of the old town was built in three stages. First came a wooden pier, where fishermen sold herring "
@@ -158,9 +159,10 @@ def test_on_shared_prefixes_and_after_eviction(case: Case) -> None:
     assert case.feed({"2-second": (60, 60)}) == 60
     engine.truncate("2-first", 190)
     assert case.feed({"2-first": (10, 10)}) == 10
-    for i in range(5):  # all of the budget
-        engine.attach(f"0-filler-{i}", [7, i])
-        engine.forward([Step(f"0-filler-{i}", [7, i] * 120, 0)])
+    fillers = [f"0-filler-{i}" for i in range(engine.budget_tokens // BLOCK)]  # a block each: all of the budget
+    for filler in fillers:
+        engine.attach(filler, [])
+    engine.forward([Step(filler, [7], 0) for filler in fillers])
     assert engine.cached("2-first") == 0
     engine.attach("2-first", case.texts[2])
     while (left := LENGTH - engine.cached("2-first")) > 0:

@@ -100,13 +100,15 @@ class Client:
 def decode(
     engine: Engine, prompt: Sequence[int], sampling: Sampling, eos: set[int], *, length: int = TOKENS
 ) -> list[int]:
-    """Decode the target's own completion token by token, without the token that ends it."""
+    """Decode the target's own completion token by token, without the token that ends it.
+
+    The engine keeps the session, so that the next completion of the same prompt does not compute it again.
+    """
     tokens = list(prompt)
     engine.attach("reference", tokens)
     while len(tokens) < len(prompt) + length and (len(tokens) == len(prompt) or tokens[-1] not in eos):
         step = Step("reference", tokens[engine.cached("reference") :], rows=1)
         tokens += choose(engine.forward([step]).logits, [sampling], [len(tokens)])
-    engine.release("reference")
     return [token for token in tokens[len(prompt) :] if token not in eos]
 
 

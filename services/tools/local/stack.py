@@ -25,7 +25,8 @@ from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_O
 from services.tools.local.settings import DEFAULT_TARGET, LocalSettings
 from shared.errors import WispError
 
-START_S = 180.0
+START_S = 600.0
+"""Ends a hang; a process that dies ends the wait at once. Two busy cores took over three minutes to load all models."""
 STOP_GRACE_S = 25.0
 POLL_S = 0.05
 READY_EVENTS = frozenset({"ready", "serving"})
