@@ -68,10 +68,12 @@ async def drafters(stack: Stack, draft_model: Path) -> AsyncIterator[None]:
     new = await stack.start("drafter", 1, env=env)
     for process in before:
         await stack.stop(process)
-    yield
-    await stack.start("drafter", 2)
-    for process in new:
-        await stack.stop(process)
+    try:
+        yield
+    finally:
+        await stack.start("drafter", 2)
+        for process in new:
+            await stack.stop(process)
 
 
 async def test_with_a_draft_model_of_random_weights(

@@ -47,10 +47,12 @@ async def scheduling(stack: Stack, policy: str) -> AsyncIterator[None]:
     new = await stack.start("scheduler", env=env)
     for process in before:
         await stack.stop(process)
-    yield
-    await stack.start("scheduler")
-    for process in new:
-        await stack.stop(process)
+    try:
+        yield
+    finally:
+        await stack.start("scheduler")
+        for process in new:
+            await stack.stop(process)
 
 
 @pytest.mark.parametrize("policy", POLICIES)
