@@ -48,6 +48,8 @@ Probability = Annotated[float, Field(ge=0, le=1)]
 Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
 SessionKey = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]*$")]
 """HMAC proving that the sender was given this session (`shared.broker.session_keys`); empty where none is required."""
+Arithmetic = Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Name of the arithmetic behind a verifier's logits (`shared.arithmetic`); empty if unknown."""
 Ratio = Annotated[float, Field(gt=0, le=MOST)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31)]
 
@@ -168,6 +170,8 @@ class Verify(RoundFields, Message):
     slack_ms: Slack | None = None
     """See `RoundFields`; bounded, because a deadline is computed from it."""
     attempt: Count = 0
+    committed_in: list[Arithmetic] = Field(default_factory=list)
+    """Arithmetics in which the session's tokens were committed, as far as the drafter has learned them from results."""
 
 
 class Job(RoundFields):
@@ -271,6 +275,11 @@ class Result(Message):
     error: Failure | None = None
     logits_digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     """Digest of the bits of the logits behind the choices, row after row; None unless the journal is on."""
+    arithmetic: Arithmetic = ""
+    """Arithmetic of the verifier."""
+    committed_in: list[Arithmetic] = Field(default_factory=list)
+    """Arithmetics in which the session's tokens were committed so far, whichever verifiers did it, in the order of
+    their first commit."""
 
 
 class HiddenStates(Message):
@@ -473,6 +482,7 @@ class Heartbeat(Message):
     lease: Count = 0
     """See `shared.state.registry`; 0 before the first lease."""
     draining: bool = False
+    arithmetic: Arithmetic = ""
     residency: list[Residency] = Field(default_factory=list)
 
 

@@ -90,7 +90,13 @@ class ServedSession:
     def restore(self, stored: Session) -> None:
         """Continue from the committed tokens of a stored session."""
         generate = self._state.generate
-        self._state = DraftSession(generate, stored.tokens, round=stored.round + 1, first_ms=stored.first_ms)
+        self._state = DraftSession(
+            generate,
+            stored.tokens,
+            round=stored.round + 1,
+            first_ms=stored.first_ms,
+            committed_in=stored.committed_in,
+        )
         self._prior_ms = max(stored.elapsed_ms, generate.elapsed_ms)
 
     async def receive(self, message: Result | HiddenStates | Cancel) -> None:

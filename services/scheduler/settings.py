@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import Field, model_validator
 
@@ -31,6 +32,11 @@ class SchedulerSettings(ServiceSettings, SessionSecretSettings):
         50.0, ge=0, description="longest time that the policy sled waits for a batch to fill, in milliseconds"
     )
     max_draft: int = Field(16, ge=0, description="longest draft that drafters may send")
+    mixed_arithmetic: Literal["refuse", "allow"] = Field(
+        "refuse",
+        description="sessions whose arithmetic no verifier has any more: wait for one until they time out, or continue "
+        "in another and report it with the answer",
+    )
     devices_file: Path | None = Field(
         None, description="JSON list of the names of accepted devices, read again when it changes"
     )
@@ -51,4 +57,4 @@ class SchedulerSettings(ServiceSettings, SessionSecretSettings):
         """Configuration of the dispatcher."""
         limits = BatchLimits(self.max_batch_ms, self.max_batch_tokens, self.max_wait_ms)
         options = PolicyOptions(self.sled_batch, self.sled_fill_ms, frozenset(self.without))
-        return SchedulingRules(self.policy, limits, self.max_draft, options)
+        return SchedulingRules(self.policy, limits, self.max_draft, options, mix=self.mixed_arithmetic == "allow")

@@ -187,7 +187,9 @@ class BatchLoop:
             self._membership.record(Measurement(shape=work.shapes[0], measured_ms=work.verify_ms))
 
     def _collect(self, work: BatchWork) -> BatchReplies:
-        answering = BatchReplies(self._membership.verifier_id, work.batch.batch, work.verify_ms)
+        answering = BatchReplies(
+            self._membership.verifier_id, work.batch.batch, work.verify_ms, self._membership.arithmetic
+        )
         for job, failure in work.failed:
             answering.fail(job, failure)
         for job in work.stale:
@@ -202,7 +204,10 @@ class BatchLoop:
         """Return the commit script's answers; None if Redis is unreachable or the lease has ended."""
         try:
             answers = await self._store.commit(
-                self._membership.verifier_id, [one.commit for one in commits], lease=batch.lease
+                self._membership.verifier_id,
+                [one.commit for one in commits],
+                lease=batch.lease,
+                arithmetic=self._membership.arithmetic,
             )
         except (BrokersError, Fenced) as error:
             # An unreachable Redis may have committed or not. The drafters send the rounds again, and the script

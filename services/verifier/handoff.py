@@ -1,9 +1,9 @@
 """Handoff of KV to other verifiers, through Redis.
 
 Full blocks of committed tokens are handed over. Each has a name made of all tokens up to its end, and is stored under
-the model's fingerprint and the engine's layout. A block with the right name therefore has the right content, whichever
-verifier and session it comes from. The rest of a session, less than a block, is computed by the verifier that takes the
-session over. Blocks expire, and all of them together take no more than a limit.
+the model's fingerprint, the engine's arithmetic and its layout. A block with the right name therefore has the right
+content, bit for bit, whichever verifier and session it comes from. The rest of a session, less than a block, is
+computed by the verifier that takes the session over. Blocks expire, and all of them together take no more than a limit.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class Handoff:
         self._engine = engine_thread.engine
         self._mode = mode
         self._ttl_s = ttl_s
-        self._kind = f"{VERSION}-{fingerprint}-{self._engine.layout}"
+        self._kind = f"{VERSION}-{fingerprint}-{self._engine.arithmetic}-{self._engine.layout}"
         self._most_blocks = limit_bytes // self._engine.block_bytes
         self._unsaved: dict[str, list[int]] = {}
         self._has_unsaved = asyncio.Event()

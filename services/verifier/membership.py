@@ -31,6 +31,7 @@ class Membership:
     ) -> None:
         self.verifier_id = verifier_id
         self.fingerprint = fingerprint
+        self.arithmetic = engine.arithmetic
         self._engine = engine
         self._sessions = sessions
         self._broker = broker
@@ -82,6 +83,7 @@ class Membership:
             total_tokens=self._engine.budget_tokens,
             lease=self._lease,
             draining=self._draining,
+            arithmetic=self.arithmetic,
             residency=[Residency(session=s, cached=cached) for s, cached in self._sessions.cached.items()],
         )
         metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)

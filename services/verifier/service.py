@@ -130,7 +130,12 @@ class Verifier:
             self._handoff.transfer_cost.model = fit.model()
             await membership.announce_cost(fit.model(), measured)
         HEALTH.watch(self._broker, self._store)
-        self._log.info("ready", fingerprint=membership.fingerprint, profiled=len(measured))
+        self._log.info(
+            "ready",
+            fingerprint=membership.fingerprint,
+            arithmetic=membership.arithmetic,
+            profiled=len(measured),
+        )
         async with running(
             stop,
             self._loop.run(),

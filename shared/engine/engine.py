@@ -10,6 +10,7 @@ from typing import Any, Final
 
 import numpy as np
 import torch
+import transformers
 from transformers import AutoModelForCausalLM
 from transformers.utils import logging as transformers_logging
 
@@ -95,6 +96,11 @@ class Engine:
             if keep_hidden
             else None
         )
+
+    @property
+    def arithmetic(self) -> str:
+        """Name of all that the bits of logits depend on beside model and dtype: see `shared.arithmetic`."""
+        return module_arithmetic(self._device, self._model.dtype)
 
     @property
     def free_tokens(self) -> int:
@@ -301,6 +307,24 @@ def usable(device: str) -> torch.device:
         raise EngineError(
             f"device {device!r} cannot be used here ({reason}); WISP_DEVICE=cpu works everywhere"
         ) from error
+
+
+def module_arithmetic(device: torch.device, dtype: torch.dtype) -> str:
+    """Name the arithmetic of transformers' module code: the libraries and the kind of device.
+
+    On the CPU, torch and its libraries choose kernels by instruction set and by the maker of the CPU. The number of
+    threads changes no bits.
+    """
+    if device.type == "cpu":
+        found = torch.cpu.get_capabilities()
+        kind = [torch.backends.cpu.get_cpu_capability()]
+        if dtype is torch.bfloat16:
+            kind += sorted(name for name, present in found.items() if name.endswith("bf16") and present)
+        kind += str(found.get("cpu_name", "")).split()[:1]
+    else:
+        kind = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
+    return f"{libraries}, {' '.join((device.type, *kind))}"
 
 
 def load(folder: Path, dtype: torch.dtype) -> Any:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from shared.messages import Finish
@@ -44,6 +44,8 @@ class Committed:
     accepted: int
     finish: Finish | None
     tokens: list[int]
+    committed_in: list[str] = field(default_factory=list)
+    """Arithmetics of the session's commits so far, in the order of their first."""
 
     @property
     def ended(self) -> bool:

@@ -3,7 +3,7 @@
     <ns>:kv:{kind}:{hex}    KV of a full block of tokens, by the identity of these tokens and all before them, expiring
     <ns>:kvs:{kind}         sorted set of their names, by the time (Redis's clock, ms) at which they expire
 
-`kind` identifies the verifiers that can read the blocks: model, dtype and layout.
+`kind` identifies the verifiers that can read the blocks: model, dtype, arithmetic and layout.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """Sessions in Redis: their requests and committed tokens. Only this package touches Redis.
 
     <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, the verifier that holds its
-                          KV, the gateway that collects it (none: ""), the gateway's resume record
+                          KV, the arithmetics of its commits (lines), the gateway that collects it (none:
+                          ""), the gateway's resume record
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
     <ns>:deadlines        sorted set of the active sessions by the time (Redis's clock, ms) at which their next token is
                           due; inf without an SLO
@@ -17,7 +18,7 @@ from __future__ import annotations
 import math
 from array import array
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from importlib.resources import files
 from typing import Any
@@ -43,7 +44,18 @@ from shared.state.registry import Registry
 REAPED_AT_ONCE = 200
 """Sessions per step of `reap`. A larger step would delay other calls to Redis."""
 
-FIELDS = ("request", "status", "length", "round", "finish", "start_ms", "first_ms", "last_ms", "left_at")
+FIELDS = (
+    "request",
+    "status",
+    "length",
+    "round",
+    "finish",
+    "start_ms",
+    "first_ms",
+    "last_ms",
+    "left_at",
+    "committed_in",
+)
 """Fields that `read` gets of a session, in this order."""
 
 
@@ -90,6 +102,8 @@ class Session:
     """Time since the last commit, or since the request arrived."""
     left_at: int | None = None
     """Committed length when a gateway last released the session; None if none has."""
+    committed_in: list[str] = field(default_factory=list)
+    """Arithmetics of its commits, in the order of their first."""
 
 
 @dataclass(frozen=True)
@@ -100,6 +114,8 @@ class SessionProgress:
     length: int
     tokens: list[int]
     finish: Finish | None
+    committed_in: list[str] = field(default_factory=list)
+    """Arithmetics of its commits, in the order of their first."""
 
 
 class Store:
@@ -184,22 +200,33 @@ class Store:
     async def progress(self, session: str, from_len: int) -> SessionProgress | None:
         """Return a session's progress with its tokens from position `from_len` on; None if it does not exist."""
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(self._session(session), "status", "length", "finish")
+            pipe.hmget(self._session(session), "status", "length", "finish", "committed_in")
             pipe.getrange(self._tokens(session), from_len * 4, -1)
-            (status, length, finish), tokens = await self._call(pipe.execute())
+            (status, length, finish, committed_in), tokens = await self._call(pipe.execute())
         if status is None or length is None:
             return None
-        return SessionProgress(SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish))
+        return SessionProgress(
+            SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish), _lines(committed_in)
+        )
 
-    async def commit(self, verifier: str, commits: Sequence[Commit], *, lease: int = 0) -> list[Committed]:
+    async def commit(
+        self, verifier: str, commits: Sequence[Commit], *, lease: int = 0, arithmetic: str = ""
+    ) -> list[Committed]:
         """Commit the rounds of a batch in one round trip, each atomically. `commit.lua` has the rules.
 
+        `arithmetic` is the one in which the verifier has computed the tokens; empty if unknown.
         Raises Fenced, and commits nothing, if the verifier no longer holds `lease`; 0 skips this check.
         """
         if not commits and not lease:
             return []
         keys = [self._deadlines, self._connection.key("lease", verifier)]
-        arguments: list[str | int | bytes] = [verifier, self._ttl_s, self._connection.key("gateway", ""), lease]
+        arguments: list[str | int | bytes] = [
+            verifier,
+            self._ttl_s,
+            self._connection.key("gateway", ""),
+            lease,
+            arithmetic,
+        ]
         for c in commits:
             keys += [self._session(c.session), self._tokens(c.session)]
             arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, _pack(c.tokens)]
@@ -207,8 +234,16 @@ class Store:
         if answers is None:
             raise Fenced(f"{verifier} was away for too long: its lease {lease} has expired")
         return [
-            Committed(CommitOutcome(outcome.decode()), length, base, accepted, _finish(finish), unpack(tokens))
-            for outcome, length, base, accepted, finish, tokens in answers
+            Committed(
+                CommitOutcome(outcome.decode()),
+                length,
+                base,
+                accepted,
+                _finish(finish),
+                unpack(tokens),
+                _lines(committed_in),
+            )
+            for outcome, length, base, accepted, finish, tokens, committed_in in answers
         ]
 
     async def ended(self, sessions: Sequence[str]) -> list[str]:
@@ -326,8 +361,12 @@ def _finish(value: bytes | None) -> Finish | None:
     return Finish(value.decode()) if value else None
 
 
+def _lines(value: bytes | None) -> list[str]:
+    return value.decode().split("\n") if value else []
+
+
 def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) -> Session | None:
-    request, status, length, round_, finish, start_ms, first_ms, last_ms, left_at = fields
+    request, status, length, round_, finish, start_ms, first_ms, last_ms, left_at, committed_in = fields
     if request is None or status is None or length is None or round_ is None or start_ms is None or tokens is None:
         return None
     committed = unpack(tokens)
@@ -349,4 +388,5 @@ def _session(fields: list[bytes | None], tokens: bytes | None, now_ms: float) ->
         first_after_ms,
         max(0.0, now_ms - float(last_ms or start_ms)),
         None if left_at is None else int(left_at),
+        _lines(committed_in),
     )

@@ -62,6 +62,33 @@ async def test_the_same_round_again_gets_what_was_committed_then(store: Store) -
     assert (await whole(store)).tokens == [5, 6, 7, 8, 9]
 
 
+async def test_a_session_records_the_arithmetics_of_its_commits(store: Store) -> None:
+    await store.create(request(), PROMPT)
+    (unknown,) = await store.commit("v", [commit(0, 3, [8])])
+    assert unknown.committed_in == (await whole(store)).committed_in == []
+    for round_, arithmetic, known in (
+        (1, "torch 2.13, cpu AVX2", ["torch 2.13, cpu AVX2"]),
+        (2, "torch 2.1", ["torch 2.13, cpu AVX2", "torch 2.1"]),
+        (3, "torch 2.13, cpu AVX2", ["torch 2.13, cpu AVX2", "torch 2.1"]),
+        (4, "", ["torch 2.13, cpu AVX2", "torch 2.1"]),
+    ):
+        (answer,) = await store.commit("v", [commit(round_, 3 + round_, [8])], arithmetic=arithmetic)
+        assert (answer.outcome, answer.committed_in) == (CommitOutcome.COMMITTED, known)
+    progress = await store.progress("s", 3)
+    assert progress is not None
+    assert progress.committed_in == (await whole(store)).committed_in == known
+
+
+@pytest.mark.parametrize(("round_", "base", "tokens"), [(0, 3, [9]), (1, 3, [9]), (1, 4, [])])
+async def test_a_verifier_whose_tokens_are_not_committed_leaves_no_arithmetic(
+    store: Store, round_: int, base: int, tokens: list[int]
+) -> None:
+    await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [8])], arithmetic="wisp-1")
+    (answer,) = await store.commit("w", [commit(round_, base, tokens)], arithmetic="other")
+    assert answer.committed_in == (await whole(store)).committed_in == ["wisp-1"]
+
+
 async def test_a_repeated_last_round_still_says_how_the_text_ended(store: Store) -> None:
     await store.create(request(), PROMPT)
     await store.commit("v", [commit(0, 3, [8, 2], finish=Finish.STOP, accepted=1)])

@@ -55,13 +55,14 @@ class Peer:
     broker: Broker
     store: Store
     settings: VerifierSettings
-    alive: set[str] = field(default_factory=set)
+    arithmetics: dict[str, str] = field(default_factory=dict)
+    """Of the verifiers that have sent a heartbeat."""
     results: asyncio.Queue[Result] = field(default_factory=asyncio.Queue)
     rounds: int = 0
 
     async def receive(self, message: Message) -> None:
         if isinstance(message, Heartbeat):
-            self.alive.add(message.verifier)
+            self.arithmetics[message.verifier] = message.arithmetic
         elif isinstance(message, Result):
             self.results.put_nowait(message)
 
@@ -71,7 +72,7 @@ class Peer:
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(self.settings.model_copy(update=fields), name, stop))
         try:
-            await eventually(lambda: name in self.alive, within_s=30)
+            await eventually(lambda: name in self.arithmetics, within_s=30)
             yield
         finally:
             stop.set()
@@ -129,6 +130,19 @@ async def test_without_handoff_the_whole_session_is_computed_again(peer: Peer, t
         second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
         assert second.tokens == text[4:8]
         assert second.new_tokens == len(PROMPT) + 4 + 3
+
+
+async def test_kv_of_another_arithmetic_is_not_adopted(
+    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with peer.verifier("v1"):
+        first = await peer.verify("v1", len(PROMPT), text[:3])
+    monkeypatch.setattr(Engine, "arithmetic", "another")
+    async with peer.verifier("v2"):
+        second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
+    assert second.new_tokens == len(PROMPT) + 4 + 3
+    assert (second.arithmetic, second.committed_in) == ("another", [first.arithmetic, "another"])
+    assert peer.arithmetics == {"v1": first.arithmetic, "v2": "another"}
 
 
 async def test_write_through_hands_kv_over_while_its_verifier_lives(

@@ -62,6 +62,14 @@ def test_a_finish_or_a_failure_ends_the_session() -> None:
     assert not failed.apply(result(0, 3, [7]))
 
 
+def test_rounds_carry_the_arithmetic_of_the_committed_tokens() -> None:
+    s = session()
+    assert s.verify([], [], "d", 0.0, 0.0).committed_in == []
+    s.apply(result(0, 3, [7], committed_in=["wisp-1"]))
+    s.apply(result(1, 4, [8]))  # by a verifier of an earlier version
+    assert s.verify([], [], "d", 0.0, 0.0).committed_in == ["wisp-1"]
+
+
 def test_drafts_leave_room_for_the_bonus_token() -> None:
     s = session(max_tokens=4)
     assert s.draft_room(8) == 3

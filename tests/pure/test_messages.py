@@ -170,6 +170,8 @@ def test_unknown_fields_are_ignored_and_missing_or_ill_typed_ones_rejected(messa
         ("session", ""),
         ("session", "a b"),
         ("session", "x" * 200),
+        ("committed_in", ["two\nlines"]),
+        ("committed_in", ["x" * 300]),
     ],
 )
 def test_values_out_of_range_are_rejected(field: str, value: object) -> None:

@@ -36,11 +36,11 @@ def outcome(verdict: Verdict | None = VERDICT, hidden: Sequence[Part] = ()) -> V
 
 
 def answer(kind: CommitOutcome = CommitOutcome.COMMITTED, tokens: Sequence[int] = (8, 9)) -> Committed:
-    return Committed(kind, 3 + len(tokens), 3, 1, None, list(tokens))
+    return Committed(kind, 3 + len(tokens), 3, 1, None, list(tokens), ["other", "wisp-1"])
 
 
 def batch() -> BatchReplies:
-    return BatchReplies("v1", "b1", 30.0)
+    return BatchReplies("v1", "b1", 30.0, "wisp-1")
 
 
 def test_a_verdict_is_committed_and_becomes_the_result() -> None:
@@ -52,6 +52,7 @@ def test_a_verdict_is_committed_and_becomes_the_result() -> None:
     assert (result.status, result.tokens, result.accepted, result.trimmed_to) == (Status.COMMITTED, [8, 9], 1, 2)
     assert (result.verifier, result.batch, result.round, result.drafted) == ("v1", "b1", 4, 2)
     assert (result.queue_ms, result.verify_ms, result.logits_digest) == (2.0, 30.0, "0" * 16)
+    assert (result.arithmetic, result.committed_in) == ("wisp-1", ["other", "wisp-1"])
     assert (reply.for_drafter, reply.for_gateway) == (True, True)
 
 
@@ -62,6 +63,7 @@ def test_a_stale_job_commits_nothing_and_gets_the_committed_tokens() -> None:
     assert (one.commit.tokens, one.commit.finish, one.commit.cached) == ((), None, 0)
     (reply,) = made.settle([answer(CommitOutcome.CONFLICT, [4])])
     assert (reply.result.status, reply.result.tokens, reply.result.trimmed_to) == (Status.CONFLICT, [4], 0)
+    assert reply.result.committed_in == ["other", "wisp-1"]
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from shared import slo
 from shared.messages import Failure, Finish, Generate, HiddenFormat, Result, Status, Verify
@@ -31,6 +31,8 @@ class DraftSession:
     """Time of the first output token, counted like `elapsed_ms`."""
     finish: Finish | None = None
     failure: Failure | None = None
+    committed_in: list[str] = field(default_factory=list)
+    """Arithmetics in which its tokens were committed."""
 
     @property
     def session_id(self) -> str:
@@ -80,6 +82,7 @@ class DraftSession:
             session_key=self.generate.session_key,
             hidden_from=hidden_from,
             hidden_format=hidden_format,
+            committed_in=self.committed_in,
         )
 
     def apply(self, result: Result) -> bool:
@@ -97,6 +100,7 @@ class DraftSession:
             return False
         self.tokens[result.base_len :] = result.tokens
         self.finish = result.finish
+        self.committed_in = result.committed_in or self.committed_in
         self.round += 1
         return True
 

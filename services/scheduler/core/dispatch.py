@@ -39,6 +39,8 @@ class SchedulingRules:
     max_draft: int = 16
     """Most draft tokens of a round that are verified."""
     options: PolicyOptions = field(default_factory=PolicyOptions)
+    mix: bool = False
+    """A session may continue in another arithmetic if no verifier has its own."""
 
 
 class Dispatcher:
@@ -48,7 +50,7 @@ class Dispatcher:
         self.scheduler_id = scheduler_id
         self.rules = rules
         self._policy = POLICIES[rules.policy](rules.options)
-        self.fleet = VerifierFleet(rules.limits.max_wait_ms, migrate=self._policy.plays("migration"))
+        self.fleet = VerifierFleet(rules.limits.max_wait_ms, migrate=self._policy.plays("migration"), mix=rules.mix)
         self._averages = LoadAverages()
         self._batches = 0
         self._return_ms: dict[str, float] = {}

@@ -17,17 +17,19 @@ CHANGED = 1.25
 class VerifierFleet:
     """All verifiers and pending rounds.
 
-    Every pending round is in exactly one place: in the queue of a verifier, or unplaced while no verifier is usable.
+    Every pending round is in exactly one place: in the queue of a verifier, or unplaced while no verifier may take it.
     """
 
-    def __init__(self, max_wait_ms: float, *, migrate: bool) -> None:
-        """max_wait_ms: see `PendingRound.deadline_ms`. migrate: sessions may leave the verifier that holds their KV."""
+    def __init__(self, max_wait_ms: float, *, migrate: bool, mix: bool) -> None:
+        """max_wait_ms: see `PendingRound.deadline_ms`. migrate: sessions may leave the verifier that holds their KV.
+        mix: a session may continue in another arithmetic if no verifier has its own."""
         self.verifiers: dict[str, VerifierState] = {}
         self.queues: dict[str, RoundQueue] = {}
         self.unplaced: dict[str, PendingRound] = {}
         self.sessions: dict[str, ActiveSession] = {}
         self._max_wait_ms = max_wait_ms
         self._migrate = migrate
+        self._mix = mix
         self._models: dict[str, CostModel] = {}
         self._sorted_by: dict[str, CostModel] = {}
 
@@ -54,7 +56,9 @@ class VerifierFleet:
 
     def add(self, pending: PendingRound, now_ms: float) -> None:
         """Queue a round at the verifier that suits it best."""
-        state = placement.place(pending, self.verifiers.values(), self.queues, now_ms, self._migrate)
+        state = placement.place(
+            pending, self.verifiers.values(), self.queues, now_ms, migrate=self._migrate, mix=self._mix
+        )
         self._assign(pending.session_id, state)
         if state is None:
             self.unplaced[pending.session_id] = pending
@@ -75,8 +79,9 @@ class VerifierFleet:
         """Update a verifier. Its residency replaces what was assumed about its cache."""
         verifier_id = heartbeat.verifier
         state = self.verifiers.get(verifier_id)
-        joins = not heartbeat.draining and (state is None or not state.usable)
-        leaves = heartbeat.draining and state is not None and state.usable
+        changed = state is not None and state.heartbeat.arithmetic != heartbeat.arithmetic
+        joins = not heartbeat.draining and (state is None or not state.usable or changed)
+        leaves = state is not None and state.usable and (heartbeat.draining or changed)
         if state is None:
             model = self._models.get(verifier_id, cost.FALLBACK)
             state = VerifierState(heartbeat, now_ms, model, idle_since_ms=now_ms)

@@ -8,12 +8,13 @@ still have, that is the price of moving it.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, added_ms
 from shared import cost
+from shared.arithmetic import fits
 
 ROUNDS_AHEAD = 16
 """Rounds over which the time of computing a session's KV again is spread: a guess at how many are still to come."""
@@ -34,19 +35,19 @@ def place(
     verifiers: Iterable[VerifierState],
     queues: Mapping[str, RoundQueue],
     now_ms: float,
+    *,
     migrate: bool,
+    mix: bool,
 ) -> VerifierState | None:
-    """Return the verifier for a round; None while no verifier is usable.
+    """Return the verifier for a round; None while there is none for it.
 
     A session stays with its KV, unless it may `migrate` and another verifier would serve its rounds so much faster that
-    computing the KV there again pays. If no verifier serves the session's model, any verifier gets the round and
-    refuses it.
+    computing the KV there again pays.
     """
-    usable = [v for v in verifiers if v.usable]
-    at_home = home(pending, usable)
-    if at_home is not None and (not migrate or len(usable) == 1):
+    fitting = _fitting(pending, [v for v in verifiers if v.usable], mix)
+    at_home = home(pending, fitting)
+    if at_home is not None and (not migrate or len(fitting) == 1):
         return at_home
-    fitting = [v for v in usable if v.heartbeat.fingerprint == pending.verify.fingerprint] or usable
     roomy = [v for v in fitting if v is at_home or v.heartbeat.free_tokens >= pending.length_after] or fitting
     times = {v.verifier_id: _time_ms(pending, v, queues[v.verifier_id], now_ms) for v in roomy}
     best = min(roomy, key=lambda v: (times[v.verifier_id], v.verifier_id), default=None)
@@ -57,6 +58,19 @@ def place(
     ):
         return at_home
     return best
+
+
+def _fitting(pending: PendingRound, usable: Sequence[VerifierState], mix: bool) -> Sequence[VerifierState]:
+    """Return the verifiers that may verify a round.
+
+    They serve the session's model in the arithmetic of its committed tokens. If none of its model has this arithmetic,
+    a session that may `mix` continues in another. If no verifier serves the model, any verifier may refuse the round.
+    """
+    of_model = [v for v in usable if v.heartbeat.fingerprint == pending.verify.fingerprint]
+    if not of_model:
+        return usable
+    same = [v for v in of_model if fits(v.heartbeat.arithmetic, pending.verify.committed_in)]
+    return same or (of_model if mix else [])
 
 
 def _time_ms(pending: PendingRound, verifier: VerifierState, queue: RoundQueue, now_ms: float) -> float:

@@ -55,10 +55,11 @@ class OpenCommit:
 class BatchReplies:
     """Collects the replies to one batch."""
 
-    def __init__(self, verifier_id: str, batch_id: str, verify_ms: float) -> None:
+    def __init__(self, verifier_id: str, batch_id: str, verify_ms: float, arithmetic: str) -> None:
         self._verifier_id = verifier_id
         self._batch_id = batch_id
         self._verify_ms = verify_ms
+        self._arithmetic = arithmetic
         self._replies: list[JobReply] = []
         self.open: list[OpenCommit] = []
         """Commits without an answer so far."""
@@ -123,6 +124,7 @@ class BatchReplies:
             new_tokens=outcome.new_tokens if outcome else 0,
             verify_ms=self._verify_ms,
             logits_digest=outcome.logits_digest if outcome else None,
+            committed_in=answer.committed_in,
         )
 
     def _failed(self, job: Job, failure: Failure) -> Result:
@@ -136,6 +138,7 @@ class BatchReplies:
             "drafted": job.drafted,
             "draft_ms": job.draft_ms,
             "queue_ms": job.queue_ms,
+            "arithmetic": self._arithmetic,
         }
         return Result(status=status, verifier=self._verifier_id, batch=self._batch_id, **{**from_job, **fields})
 

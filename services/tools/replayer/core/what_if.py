@@ -25,6 +25,7 @@ from services.tools.replayer.core.performance import Performance, ServedRequest,
 from services.tools.replayer.core.traffic import RecordedDraft, RecordedRequest, RecordedTraffic
 from services.verifier.core.acceptance import accept
 from shared import cost
+from shared.arithmetic import distinct
 from shared.messages import SILENT_MS, Batch, CostModel, Finish, Heartbeat, Job, Result, Status, Verify
 
 HEARTBEAT_MS = 500.0
@@ -310,4 +311,5 @@ class _VirtualRun:
             new_tokens=new,
             queue_ms=job.queue_ms,
             verify_ms=took_ms,
+            committed_in=distinct([*session.state.committed_in, verifier.heartbeat.arithmetic]),
         )
