@@ -11,12 +11,13 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.core.batching import MOST_LEFT_OUT, BatchLimits, BatchPlan
+from services.scheduler.core import policies
+from services.scheduler.core.batching import MOST_LEFT_OUT, BatchBuilder, BatchLimits, BatchPlan, ChosenRound
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.policies import POLICIES, PolicyOptions, PolicyPart, Situation
 from services.scheduler.core.pool import BLOCK, PendingRound, VerifierState
-from services.scheduler.core.round_queue import RoundQueue, queued_round
+from services.scheduler.core.round_queue import Kind, QueuedRound, RoundQueue, queued_round
 from services.scheduler.settings import SchedulerSettings
 from shared import cost
 from shared.messages import CostModel
@@ -69,10 +70,10 @@ def names(made: BatchPlan) -> list[str]:
     return [chosen.session_id for chosen in made.chosen]
 
 
-def planned_shape(made: BatchPlan) -> MutableShape:
-    """Shape of the planned batch, from its rounds."""
+def shape_of(rounds: list[ChosenRound]) -> MutableShape:
+    """Shape of a batch of these rounds."""
     shape = MutableShape()
-    for chosen in made.chosen:
+    for chosen in rounds:
         if chosen.prefill_to is None:
             base_len = chosen.pending.verify.base_len
             shape.add(chosen.queued.base + chosen.draft, base_len + chosen.draft, chosen.draft + 1)
@@ -102,14 +103,24 @@ def situations(draw: st.DrawFn) -> tuple[list[PendingRound], VerifierState, Batc
     return rounds, verifier(cached, room=draw(st.integers(4096, 40_000))), draw(limits_)
 
 
+FULL_CACHE = (
+    [*(pending(f"s{i}", base=1000, due=NOW + 400) for i in range(4)), pending("prompt", base=3000, due=NOW - 400)],
+    verifier({f"s{i}": 999 for i in range(4)}, room=4096),
+    BatchLimits(400.0, 2048, 5000.0),
+)
+"""The short rounds alone fill the cache, but a block is reserved for the prompt."""
+
+
 @settings(max_examples=300)
 @given(situations(), st.sampled_from(sorted(POLICIES)))
+@example(FULL_CACHE, "wisp")
+@example(FULL_CACHE, "wisp+")
 def test_a_batch_stays_within_its_budgets_of_tokens_memory_and_time(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
     rounds, state, limits = situation
     made = plan(policy, rounds, state, limits)
-    shape = planned_shape(made)
+    shape = shape_of(made.chosen)
     assert made.predicted_ms == pytest.approx(cost.predict_ms(state.model, shape))
     assert made.chosen
     assert len(set(names(made))) == len(made.chosen)
@@ -148,38 +159,91 @@ def test_the_order_of_messages_does_not_matter(
     assert plan(policy, rounds, state, limits) == plan(policy, shuffled, state, limits)
 
 
-RESERVED = [pending("due", arrived=0.0, due=NOW + 55, base=1), pending("prompt", arrived=0.0, base=71)]
+class WatchedBatch(BatchBuilder):
+    """Records the predicted time of the batch at the addition of each round, computed anew from what is in it."""
+
+    def __init__(self, verifier: VerifierState, limits: BatchLimits, start_ms: float) -> None:
+        super().__init__(verifier, limits, start_ms)
+        self.model = verifier.model
+        self.blocks_of: list[str] = []
+        """Sessions that a block of their prompts was ever reserved for."""
+        self.reserved: QueuedRound | None = None
+        self.added: list[tuple[ChosenRound, float, int]] = []
+        """The whole rounds, each with the predicted time and the draft tokens in the batch when it was added."""
+
+    def reserve_block(self, queued: QueuedRound) -> None:
+        super().reserve_block(queued)
+        self.blocks_of.append(queued.session_id)
+        self.reserved = queued
+
+    def release_reserved(self) -> None:
+        super().release_reserved()
+        self.reserved = None
+
+    def take_round(
+        self, queued: QueuedRound, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False
+    ) -> bool:
+        if not super().take_round(queued, draft, reason, limit_ms=limit_ms, forced=forced):
+            return False
+        shape = shape_of(self.chosen)
+        if (other := self.reserved) is not None and other is not queued:
+            assert other.next_block is not None
+            shape.add(other.next_block - other.held, other.next_block, 0)
+        drafts = sum(chosen.draft for chosen in self.chosen[:-1])
+        self.added.append((self.chosen[-1], cost.predict_ms(self.model, shape), drafts))
+        return True
+
+
+def may_reserve(policy: str, queue: RoundQueue, limits: BatchLimits) -> list[str]:
+    """Sessions one of which a block may be reserved for: the policy's first round, or its first urgent prompt."""
+    kind: Kind = "prompts" if policy == "wisp+" else "all"
+    urgent = [q.session_id for q in queue.by("latest start", kind) if q.latest_ms < NOW + limits.max_batch_ms]
+    if urgent or policy == "wisp+":
+        return urgent[:1]
+    return [next(queue.by("density")).session_id, next(queue.by("arrival")).session_id]
+
+
+BLOCK_FIRST = [pending("due", arrived=0.0, due=NOW + 55, base=1), pending("prompt", arrived=0.0, base=71)]
 """The block reserved for the prompt makes the other round late, and then the whole prompt fits."""
+BLOCK_OF_ANOTHER = [pending("due", arrived=0.0, due=NOW + 88, base=65), pending("prompt", arrived=0.0, base=65)]
+"""The round that is due has a block to compute as well, but the block that makes it late is reserved for the other."""
+WHOLE_PROMPT = [pending("due", arrived=0.0, due=NOW + 230, base=71), pending("prompt", arrived=0.0, base=100)]
+"""The prompt that the block is reserved for fits as a whole and is on time; a block of the other makes it late."""
 
 
 @settings(max_examples=300)
 @given(situations(), st.sampled_from(OURS))
-@example((RESERVED, verifier({"due": 1}, room=4096), BatchLimits(319.0, 137, 1455.0)), "wisp+")
+@example((BLOCK_FIRST, verifier({"due": 1}, room=4096), BatchLimits(319.0, 137, 1455.0)), "wisp+")
+@example((BLOCK_OF_ANOTHER, verifier({"due": 49}, room=4096), BatchLimits(203.0, 128, 100.0)), "wisp+")
+@example((WHOLE_PROMPT, verifier(room=4096), BatchLimits(450.0, 2048, 1400.0)), "wisp+")
 def test_a_round_that_is_added_on_time_stays_on_time(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str
 ) -> None:
-    """A round is late only if it and the rounds before it already take too long."""
+    """A round is late only if it is too late for what is in the batch when the round is added.
+
+    That is the rounds and draft tokens added before it, and the block reserved for another round's prompt, so that
+    prompts are computed however many rounds are late: in wisp for the first round if it does not fit whole, in wisp+
+    for the first urgent prompt. In wisp+, no draft token is added before an urgent round.
+    """
     rounds, state, limits = situation
-    made = plan(policy, rounds, state, limits)
+    built: list[WatchedBatch] = []
+
+    def build(verifier: VerifierState, limits: BatchLimits, start_ms: float) -> WatchedBatch:
+        built.append(WatchedBatch(verifier, limits, start_ms))
+        return built[-1]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(policies, "BatchBuilder", build)
+        made = plan(policy, rounds, state, limits)
+    batch = next(batch for batch in built if batch.chosen[0] is made.chosen[0])
     caution = state.model.ratio_p90
-    before = MutableShape()
-    # wisp+ may reserve room for a block of the first prompt before it adds any round.
-    prompt = next((c for c in made.chosen if c.queued.next_block is not None), None) if policy == "wisp+" else None
-    block = (prompt.queued.next_block or 0) if prompt else 0
-    reserved = (block - prompt.queued.held, block, 0) if prompt else (0, 0, 0)
-    if prompt:
-        before.add(*reserved)
-    for chosen in made.chosen:
-        if chosen.prefill_to is not None:
-            continue
-        if chosen is prompt:
-            before.remove(*reserved)
-        base_len = chosen.pending.verify.base_len
-        certain = chosen.draft if policy == "wisp" else 0
-        before.add(chosen.queued.base + certain, base_len + certain, certain + 1)
+    for chosen, then_ms, drafts in batch.added:
         due_ms = chosen.pending.due_ms
-        if due_ms is not None and cost.predict_ms(state.model, before) * caution <= due_ms - NOW:
+        if due_ms is not None and then_ms * caution <= due_ms - NOW:
             assert made.predicted_ms * caution <= due_ms - NOW + 1e-6
+        if policy == "wisp+" and not chosen.queued.is_prompt and chosen.queued.latest_ms < NOW + limits.max_batch_ms:
+            assert not drafts
+    assert set(batch.blocks_of) <= {*names(made)} & {*may_reserve(policy, queue_of(rounds, state, limits), limits)}
 
 
 @settings(max_examples=300)

@@ -117,16 +117,20 @@ class BatchBuilder:
     ) -> bool:
         """Add a whole round with the first `draft` tokens of its draft if it fits; return whether it was added.
 
-        If the round is on time, its due time limits what is added later. limit_ms: a tighter time limit for this round.
-        forced: add it whatever the limits are.
+        If the round is on time, its due time limits what is added later. The room reserved for it is released with it.
+        limit_ms: a tighter time limit for this round. forced: add it whatever the limits are.
         """
         job = (queued.base + draft, queued.pending.verify.base_len + draft, draft + 1)
-        if not forced and not self._has_room(queued, job[0], queued.pending.length_after):
-            return False
+        reserved = self._reserved is not None and self._reserved[0] is queued
+        if reserved:
+            self.release_reserved()
         grown_ms = self._grown_ms(job)
         limit_ms = self.limit_ms if limit_ms is None else min(limit_ms, self.limit_ms)
-        if not forced and grown_ms > limit_ms:
-            self._miss(queued, f"the batch would take {grown_ms:.0f} ms, the limit is {limit_ms:.0f}")
+        if not forced and not (
+            self._has_room(queued, job[0], queued.pending.length_after) and self._has_time(queued, grown_ms, limit_ms)
+        ):
+            if reserved:
+                self.reserve_block(queued)
             return False
         self._add(job, grown_ms, ChosenRound(queued, reason, draft), queued.pending.length_after)
         due_ms = queued.pending.due_ms
@@ -194,17 +198,20 @@ class BatchBuilder:
         return True
 
     def reserve_block(self, queued: QueuedRound) -> None:
-        """Reserve room for the next block of this round's prompt, unless there is a reservation already."""
+        """Reserve time and memory for the next block of this round's prompt, unless there is a reservation already."""
         if self._reserved is None and (block := queued.next_block) is not None:
             job = (block - queued.held, block, 0)
             self._reserved = queued, job
             self._shape.add(*job)
+            self._used_tokens += block
             self.predicted_ms = cost.predict_ms(self._model, self._shape)
 
     def release_reserved(self) -> None:
         """Release the reserved room."""
         if self._reserved is not None:
-            self._shape.remove(*self._reserved[1])
+            _, (new, block, rows) = self._reserved
+            self._shape.remove(new, block, rows)
+            self._used_tokens -= block
             self._reserved = None
             self.predicted_ms = cost.predict_ms(self._model, self._shape)
 
@@ -237,6 +244,12 @@ class BatchBuilder:
             self._miss(
                 queued, f"the sessions of the batch would need more than the {self._cache_tokens} tokens of the cache"
             )
+            return False
+        return True
+
+    def _has_time(self, queued: QueuedRound, grown_ms: float, limit_ms: float) -> bool:
+        if grown_ms > limit_ms:
+            self._miss(queued, f"the batch would take {grown_ms:.0f} ms, the limit is {limit_ms:.0f}")
             return False
         return True
 

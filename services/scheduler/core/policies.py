@@ -181,6 +181,9 @@ class WispPlus(BatchPolicy):
     3. Prompts in the time that is left, in chunks: urgent ones up to the other rounds' slack, the rest up to a share
        of it (`chunking`). Without chunking, prompts compete like rounds, and one that does not fit takes all the time
        that is left.
+
+    The next block of the first urgent prompt has its time and memory reserved before anything is added, so that late
+    rounds never keep prompts waiting. Rounds that are on time with this block in the batch stay on time.
     """
 
     name = "wisp+"
