@@ -2,4 +2,4 @@
 
 from shared.engine.engine import Engine, Step
 
-__all__ = ["Engine", "Step", "attention", "blocks", "engine"]
+__all__ = ["Engine", "Step", "attention", "blocks", "description", "engine", "families", "rope"]

@@ -11,10 +11,15 @@ layers of attention and gated MLP, a last norm, and a head. For one row x of one
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+
+class NotDescribed(Exception):
+    """A model cannot be expressed as a description; the message gives the reason."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,3 +127,15 @@ class ModelDescription:
     logit_multiplier: float = 1.0
     logit_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap) after the multiplier; 0 for none."""
+
+
+def weight_names(part: object) -> Iterator[WeightName]:
+    """Yield every weight that a description, or a part of one, names."""
+    if isinstance(part, WeightName):
+        yield part
+    elif isinstance(part, tuple):
+        for each in part:
+            yield from weight_names(each)
+    elif is_dataclass(part):
+        for each in fields(part):
+            yield from weight_names(getattr(part, each.name))

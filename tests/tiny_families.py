@@ -1,0 +1,217 @@
+"""Tiny random models of every decoder family that has a description, and of every option of it."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tiny import VOCAB
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    GraniteConfig,
+    LlamaConfig,
+    MistralConfig,
+    Olmo2Config,
+    Olmo3Config,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen2Config,
+    Qwen3Config,
+    SmolLM3Config,
+)
+
+WINDOW = 8
+"""Sliding window of the models that have one."""
+
+SIZES = {
+    "vocab_size": VOCAB,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 1024,
+    "bos_token_id": None,
+    "eos_token_id": 1,
+    "pad_token_id": None,
+}
+TYPES = ["full_attention", "sliding_attention", "sliding_attention", "full_attention"]
+YARN = {"rope_type": "yarn", "rope_theta": 10_000.0, "factor": 4.0, "original_max_position_embeddings": 256}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 256,
+}
+LONGROPE = {
+    "rope_type": "longrope",
+    "short_factor": [1.0, 1.1, 1.25, 1.5, 1.75, 2.0],
+    "long_factor": [1.0, 1.5, 2.5, 4.0, 8.0, 16.0],
+}
+
+
+def _make(folder: Path, *, kind: type[PreTrainedConfig], old: dict[str, Any] | None, options: dict[str, Any]) -> Path:
+    """Save a model with random float32 weights, norms and biases included. old: what an older version of transformers
+    saved instead of `rope_parameters`."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(kind(**copy.deepcopy({**SIZES, **options}))).float()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("bias") or weight.dim() > 1:
+                    weight.normal_(0, 0.2)
+                else:
+                    weight.add_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(folder)
+    if old is not None:
+        path = folder / "config.json"
+        saved = json.loads(path.read_text())
+        del saved["rope_parameters"]
+        path.write_text(json.dumps(saved | old))
+    return folder
+
+
+def _family(kind: type[PreTrainedConfig], old: dict[str, Any] | None = None, **options: Any) -> Callable[[Path], Path]:
+    return partial(_make, kind=kind, old=old, options=options)
+
+
+FAMILIES: dict[str, Callable[[Path], Path]] = {
+    "llama": _family(LlamaConfig),
+    "llama-biases": _family(LlamaConfig, attention_bias=True, mlp_bias=True, head_dim=20, tie_word_embeddings=True),
+    "llama-gelu": _family(LlamaConfig, hidden_act="gelu"),
+    "llama-old": _family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": None}),
+    "llama-linear": _family(LlamaConfig, rope_parameters={"rope_type": "linear", "rope_theta": 500.0, "factor": 4.0}),
+    "llama-linear-old": _family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": {"type": "linear", "factor": 4.0}}),
+    "llama-dynamic": _family(LlamaConfig, rope_parameters={"rope_type": "dynamic", "factor": 4.0}),
+    "llama-yarn": _family(LlamaConfig, rope_parameters=YARN),
+    "llama-yarn-options": _family(
+        LlamaConfig, rope_parameters={**YARN, "truncate": False, "mscale": 1.0, "mscale_all_dim": 0.5, "beta_fast": 16}
+    ),
+    "llama-yarn-old": _family(LlamaConfig, {"rope_scaling": {"type": "yarn", "factor": 8.0}}),
+    "llama-llama3": _family(LlamaConfig, rope_parameters={**LLAMA3, "rope_theta": 500.0}, head_dim=16),
+    "llama-llama3-old": _family(LlamaConfig, {"rope_theta": 500.0, "rope_scaling": LLAMA3}, head_dim=16),
+    "mistral": _family(MistralConfig, sliding_window=WINDOW, head_dim=24),
+    "mistral-full": _family(MistralConfig, sliding_window=None),
+    "qwen2": _family(Qwen2Config, tie_word_embeddings=True),
+    "qwen2-windows": _family(
+        Qwen2Config, num_hidden_layers=3, use_sliding_window=True, sliding_window=WINDOW, max_window_layers=1
+    ),
+    "qwen3": _family(Qwen3Config, head_dim=32, attention_bias=True),
+    "qwen3-windows": _family(
+        Qwen3Config,
+        num_hidden_layers=4,
+        head_dim=16,
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+        layer_types=TYPES,
+    ),
+    "smollm3": _family(SmolLM3Config, num_hidden_layers=4, attention_bias=True, mlp_bias=True),
+    "smollm3-windows": _family(
+        SmolLM3Config,
+        num_hidden_layers=4,
+        no_rope_layers=[1, 0, 0, 1],
+        use_sliding_window=True,
+        sliding_window=WINDOW,
+    ),
+    "gemma": _family(GemmaConfig, head_dim=16),
+    "gemma-old": _family(
+        GemmaConfig,
+        {"rope_theta": 500.0, "hidden_act": "gelu", "hidden_activation": None},
+        head_dim=16,
+        attention_bias=True,
+    ),
+    "gemma2": _family(
+        Gemma2Config,
+        num_hidden_layers=3,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        attn_logit_softcapping=2.0,
+        final_logit_softcapping=5.0,
+    ),
+    "gemma2-no-caps": _family(
+        Gemma2Config,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        attn_logit_softcapping=None,
+        final_logit_softcapping=None,
+        tie_word_embeddings=False,
+    ),
+    "gemma3": _family(
+        Gemma3TextConfig,
+        num_hidden_layers=4,
+        head_dim=16,
+        query_pre_attn_scalar=24,
+        sliding_window=WINDOW,
+        layer_types=TYPES,
+        final_logit_softcapping=5.0,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1_000.0},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 100.0},
+        },
+    ),
+    "gemma3-old": _family(
+        Gemma3TextConfig,
+        {
+            "rope_theta": 1_000.0,
+            "rope_local_base_freq": 100.0,
+            "rope_scaling": {"rope_type": "linear", "factor": 8.0},
+            "layer_types": None,
+            "sliding_window_pattern": 2,
+        },
+        num_hidden_layers=4,
+        head_dim=16,
+        sliding_window=WINDOW,
+        layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "granite": _family(
+        GraniteConfig,
+        embedding_multiplier=3.0,
+        residual_multiplier=0.5,
+        logits_scaling=3.0,
+        attention_multiplier=0.1,
+        tie_word_embeddings=True,
+    ),
+    "granite-biases": _family(GraniteConfig, attention_bias=True, mlp_bias=True, attention_multiplier=0.1),
+    "olmo2": _family(Olmo2Config, attention_bias=True),
+    "olmo3": _family(
+        Olmo3Config,
+        num_hidden_layers=4,
+        sliding_window=WINDOW,
+        rope_parameters={"full_attention": YARN, "sliding_attention": {"rope_type": "default", "rope_theta": 500.0}},
+    ),
+    "olmo3-old": _family(
+        Olmo3Config,
+        {"rope_theta": 500_000.0, "rope_scaling": {**YARN, "rope_theta": 500_000.0}},
+        num_hidden_layers=4,
+        sliding_window=WINDOW,
+    ),
+    "phi3": _family(Phi3Config),
+    "phi3-partial": _family(
+        Phi3Config,
+        num_key_value_heads=1,
+        sliding_window=WINDOW,
+        rope_parameters={"rope_type": "default", "rope_theta": 500.0, "partial_rotary_factor": 0.5},
+    ),
+    "phi3-long": _family(Phi3Config, original_max_position_embeddings=16, rope_parameters={**LONGROPE}),
+    "phi3-short": _family(Phi3Config, original_max_position_embeddings=1024, rope_parameters={**LONGROPE}),
+    "phi3-long-old": _family(
+        Phi3Config,
+        {
+            "rope_theta": 500.0,
+            "partial_rotary_factor": 0.5,
+            "original_max_position_embeddings": 16,
+            "rope_scaling": {"type": "longrope", "short_factor": [1.0, 2.0, 3.0], "long_factor": [1.0, 4.0, 16.0]},
+        },
+    ),
+}
+"""By name, functions that save the model in a folder and return the folder."""
