@@ -424,6 +424,9 @@ class Load(Message):
     from it."""
     prefill_ms: Milliseconds = 0.0
     """Time per token of a prompt."""
+    verify_ms: list[Milliseconds] = Field(default_factory=list)
+    """Time of a batch in which a round verifies 0, 1, 2, … draft tokens beside the usual number of other rounds; empty
+    from a scheduler of a version without it, or without usable verifiers."""
     backlog_ms: Milliseconds = 0.0
     """Time to finish all pending and running rounds: the wait of a round that arrives now, behind all others."""
     classes: list[ClassLoad] = Field(default_factory=list)

@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from services.drafter.control import DraftRound, SessionControl
-from services.drafter.core.session import verified_counts
+from services.drafter.core.session import bonus_matches, verified_counts
 from services.drafter.drafting import Drafting, SourceChoice
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from shared.engine import Engine
@@ -36,6 +36,7 @@ class _DraftedSession:
     choice: SourceChoice
     control: SessionControl
     round: DraftRound | None = None
+    draft: Draft = field(default_factory=Draft)
 
 
 class InProcessDrafts:
@@ -91,6 +92,7 @@ class InProcessDrafts:
         for slot, draft in zip(slots, drafts, strict=True):
             if (round_ := self._sessions[slot.session_id].round) is not None:
                 round_.cut(len(draft.tokens))
+            self._sessions[slot.session_id].draft = draft
         for name in {name for draft in drafts for name in draft.steps}:
             steps = max(draft.steps.get(name, 0) for draft in drafts)
             self._times.learn_draft(name, steps, took_ms, max(draft.computed for draft in drafts))
@@ -111,13 +113,16 @@ class InProcessDrafts:
         """Learn from a session's result."""
         session = self._sessions.get(result.session)
         if session is not None and session.round is not None:
-            session.control.settle(session.round, *verified_counts(result))
-            session.round = None
+            session.control.settle(session.round, *verified_counts(result), bonus_matches(session.draft, result))
+            session.round, session.draft = None, Draft()
 
     def learn_step(self, sessions: int, drafted: int, verify_ms: float) -> None:
         """Learn from a step without prompts in which `sessions` sessions verified `drafted` draft tokens in all."""
-        token_ms = self._times.token_ms - self._times.price_ms
-        others_ms = token_ms * drafted * (sessions - 1) / sessions
+        others_ms = self._verified_ms(drafted) * (sessions - 1) / sessions
         # For a session, the time of other sessions' drafts is queueing time.
         self._times.learn_round(drafted, verify_ms + others_ms, verify_ms, others_ms, drafted + 1)
-        self._times.price_ms = (self._times.token_ms - self._times.price_ms) * (sessions - 1)
+        self._times.price_ms = self._verified_ms(1) * (sessions - 1)
+
+    def _verified_ms(self, count: int) -> float:
+        """Return the time that verifying `count` draft tokens adds to a step."""
+        return self._times.added_ms(count) - self._times.price_ms * count

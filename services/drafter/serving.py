@@ -13,7 +13,7 @@ from services.drafter import metrics
 from services.drafter.control import DraftRound, SessionControl
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
-from services.drafter.core.session import DraftSession, RoundTimers, verified_counts
+from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
 from services.drafter.settings import DraftServingSettings
 from services.drafter.worker import SourceWorker
@@ -247,7 +247,7 @@ class ServedSession:
         if committed and not resent:
             control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result) if committed else (0, 0)
-        control.settle(round_, verified, accepted)
+        control.settle(round_, verified, accepted, bonus_matches(made.draft, result) if committed else None)
         metrics.count(round_, verified, accepted, made.draft)
 
     def _draft_ahead(self, made: _MadeDraft) -> _PendingAhead | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 import timeit
@@ -24,7 +23,7 @@ from services.drafter.control import (
     SessionControl,
 )
 from services.drafter.control.calibration import Platt, SessionOffset
-from services.drafter.control.controller import FIRST_WAIT, LONGEST_WAIT
+from services.drafter.control.controller import FIRST_WAIT, LONGEST_WAIT, PROBE_SHARE
 from services.drafter.control.features import NAMES, RoundContext, features, logit, sigmoid
 from services.drafter.control.records import RoundRecord
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor
@@ -101,10 +100,10 @@ def run_rounds(
     for _ in range(rounds):
         round_ = session.begin(100, 0.0)
         draft(round_, [token(confidence()) for _ in range(round_.longest)])
-        accepted = 0
-        while accepted < round_.kept and rng.random() < truth(round_.kept_tokens[accepted].confidence):
-            accepted += 1
-        session.settle(round_, round_.kept, accepted)
+        correct = [rng.random() < truth(drafted.token.confidence) for drafted in round_.drafted]
+        accepted = next((i for i in range(round_.kept) if not correct[i]), round_.kept)
+        dropped = accepted == round_.kept < len(correct)
+        session.settle(round_, round_.kept, accepted, correct[accepted] if dropped else None)
         seen.append((round_, accepted))
     return seen
 
@@ -314,15 +313,13 @@ def test_calibration_stays_monotone_and_finite(tokens: list[tuple[float, bool]])
 # Plain decoding and probes
 
 
-def test_a_session_without_acceptance_decodes_plainly_and_probes_less() -> None:
+def test_a_session_without_acceptance_decodes_plainly_and_sends_no_probe() -> None:
     session = controller().session("model")
-    run_rounds(session, 40, lambda: 0.6, lambda _: 0.0)
+    run_rounds(session, 200, lambda: 0.6, lambda _: 0.0)
     seen = [round_ for round_, _ in run_rounds(session, 400, lambda: 0.6, lambda _: 0.0)]
-    probes = [i for i, round_ in enumerate(seen) if round_.longest]
-    gaps = [b - a for a, b in itertools.pairwise(probes)]
-    assert all(seen[i].probing and seen[i].kept == 1 for i in probes)
-    assert gaps == sorted(gaps)
-    assert gaps[-1] == LONGEST_WAIT + 1
+    assert [round_.kept for round_ in seen] == [0] * 400
+    assert sum(len(round_.drafted) for round_ in seen) * STEP_MS > 0.005 * 400 * BASE_MS
+    assert sum(len(round_.drafted) for round_ in seen) * STEP_MS < PROBE_SHARE * 400 * BASE_MS
 
 
 def test_a_session_that_becomes_predictable_drafts_again() -> None:
@@ -333,10 +330,48 @@ def test_a_session_that_becomes_predictable_drafts_again() -> None:
     assert min(round_.kept for round_, _ in seen[-20:]) >= 4
 
 
-def test_after_an_accepted_probe_the_next_comes_soon() -> None:
-    session = controller(price_ms=500.0).session("model")
+def test_a_probe_of_a_source_that_costs_nothing_comes_soon() -> None:
+    session = Controller("marginal", 4).session("lookup")
+    session.times.price_ms = 500.0
     seen = [round_ for round_, _ in run_rounds(session, 60, lambda: 0.9, lambda _: 1.0)]
-    assert [i for i, round_ in enumerate(seen) if round_.longest] == list(range(FIRST_WAIT, 60, FIRST_WAIT + 1))
+    assert [i for i, round_ in enumerate(seen) if round_.probing] == list(range(FIRST_WAIT, 60, FIRST_WAIT + 1))
+
+
+def test_a_probe_is_sent_if_its_token_turns_out_to_be_worth_it() -> None:
+    session = controller().session("model")
+    run_rounds(session, 60, lambda: 0.6, lambda _: 0.0)
+    probe = next(round_ for _ in range(LONGEST_WAIT) if (round_ := session.begin(8, 0.0)).probing)
+    assert draft(probe, [token(0.999)]) == [DraftDecision.LAST]
+
+
+def test_a_deferred_probe_leaves_its_round_plain_and_learns_from_the_bonus_token() -> None:
+    session = controller(price_ms=500.0).session("model")
+    round_ = next(round_ for _ in range(LONGEST_WAIT) if (round_ := session.begin(8, 0.0)).probing)
+    probe = round_.deferred_probes()
+    assert probe is not None
+    assert (round_.longest, round_.wants("model"), round_.deferred_probes()) == (0, False, None)
+    assert (probe.wants("model"), draft(probe, [token(0.999)])) == (True, [DraftDecision.DROP])
+    before = session.acceptance("model", 1.0)
+    session.settle(probe, 0, 0, bonus_matches=False)
+    assert session.acceptance("model", 1.0) < before
+
+
+def test_an_unready_source_drafts_nothing_and_does_not_rest() -> None:
+    session = controller().session("model")
+    round_ = session.begin(8, 0.0, unready={"model"})
+    assert (round_.longest, round_.wants("model"), session.rests("model")) == (0, False, False)
+    assert session.begin(8, 0.0).wants("model")
+
+
+def test_a_dropped_token_teaches_by_the_targets_own_choice() -> None:
+    estimates = []
+    for matches in (False, None, True):
+        session = controller("predictor").session("model")
+        round_ = session.begin(8, 0.0)
+        assert draft(round_, [token(0.9), token(0.3)]) == [DraftDecision.MORE, DraftDecision.DROP]
+        session.settle(round_, 1, 1, matches)
+        estimates.append(session.acceptance("model", 0.0))
+    assert estimates == sorted(set(estimates))
 
 
 def test_a_high_price_makes_sessions_decode_plainly_until_it_falls() -> None:
@@ -360,8 +395,70 @@ def test_a_draft_cap_of_0_allows_no_probe() -> None:
 def test_times_learn_the_line_and_the_steps() -> None:
     times = measured(price_ms=3.0)
     assert times.base_ms == pytest.approx(BASE_MS, rel=0.02)
-    assert times.token_ms == pytest.approx(TOKEN_MS + 3, rel=0.05)
+    assert times.added_ms(4) == pytest.approx(4 * (TOKEN_MS + 3), rel=0.05)
     assert times.step_ms("model") == pytest.approx(STEP_MS)
+
+
+COMPILED_MS = [20.0, 21.0, 22.0, 23.0, 24.0, 27.0, 30.0, 32.5, 35.0]
+
+
+def predicted(curve: Sequence[float]) -> RoundTimes:
+    times = RoundTimes()
+    times.apply_load(builders.load(verify_ms=curve, queue_ms=0.0))
+    return times
+
+
+def test_times_follow_the_predicted_curve_before_anything_is_measured() -> None:
+    times = predicted(COMPILED_MS)
+    assert [times.added_ms(k) for k in (0, 1, 4, 8)] == pytest.approx([0, 1, 4, 15])
+    assert times.added_ms(16) == pytest.approx(30), "beyond its end as steep as on average"
+
+
+def test_measured_times_correct_the_predicted_curve() -> None:
+    times = predicted(COMPILED_MS)
+    for k in [0, 4, 8, 2] * 25:
+        ms = 40 + 3 * (COMPILED_MS[k] - 20)
+        times.learn_round(k, ms + 5, ms, 0.0, k + 1)
+    assert times.base_ms == pytest.approx(45, rel=0.05)
+    assert times.added_ms(8) == pytest.approx(45, rel=0.1)
+
+
+def test_a_new_prediction_keeps_what_was_learned() -> None:
+    times = predicted(COMPILED_MS)
+    for k in [0, 4, 8, 2] * 25:
+        times.learn_round(k, 2 * COMPILED_MS[k] + 5, 2 * COMPILED_MS[k], 0.0, k + 1)
+    times.apply_load(builders.load(verify_ms=[2 * ms for ms in COMPILED_MS], queue_ms=0.0))
+    assert times.base_ms == pytest.approx(85, rel=0.05)
+
+
+@pytest.mark.parametrize("curve", [[], [20.0], [0.0, 1.0], [20.0, 1e12]])
+def test_a_curve_that_predicts_nothing_is_ignored(curve: list[float]) -> None:
+    assert predicted(curve).added_ms(8) == RoundTimes().added_ms(8)
+
+
+@given(st.lists(st.floats(0.1, 1e6), min_size=2, max_size=20))
+def test_more_tokens_never_take_less_time(curve: list[float]) -> None:
+    times = predicted(curve)
+    added = [times.added_ms(k) for k in range(30)]
+    assert added[0] == 0
+    assert added == sorted(added)
+
+
+def test_the_first_draft_steps_count_as_the_shortest_of_them() -> None:
+    times = RoundTimes()
+    for ms in (90.0, 4.0, 30.0):
+        times.learn_draft("model", 1, ms)
+    assert times.step_ms("model") == pytest.approx(4.0)
+
+
+def test_a_probe_beside_the_verifier_only_shortens_the_step() -> None:
+    times = RoundTimes()
+    for _ in range(10):
+        times.learn_draft("model", 1, 4.0)
+    times.learn_probe("model", 1, 40.0)
+    assert times.step_ms("model") == pytest.approx(4.0)
+    times.learn_probe("model", 1, 2.0)
+    assert times.step_ms("model") < 4.0
 
 
 def test_times_ignore_an_outlier_and_follow_a_lasting_change() -> None:
@@ -388,8 +485,8 @@ def test_with_drafts_of_one_length_the_slope_leans_on_its_prior() -> None:
     times = RoundTimes()
     for _ in range(100):
         times.learn_round(4, 30.0, 25.0, 0.0, 5)
-    assert 0 < times.token_ms < 1.5
-    assert times.base_ms + 4 * times.token_ms == pytest.approx(30.0, rel=0.01)
+    assert 0 < times.added_ms(1) < 1.5
+    assert times.base_ms + times.added_ms(4) == pytest.approx(30.0, rel=0.01)
 
 
 @given(st.lists(st.tuples(st.integers(0, 16), st.floats(), st.floats(), st.floats(), st.integers(0, 30))))
@@ -400,7 +497,7 @@ def test_no_measurement_breaks_the_times(rounds: list[tuple[int, float, float, f
         times.learn_draft("model", length, round_ms)
     assert math.isfinite(times.base_ms)
     assert times.base_ms > 0
-    assert times.token_ms >= 0
+    assert times.added_ms(4) >= 0
 
 
 # Files of weights and recorded rounds
@@ -473,19 +570,20 @@ def test_an_invalid_record_is_reported_with_file_and_line(tmp_path: Path) -> Non
 
 def test_a_source_measured_as_slow_is_probed_beside_one_that_pays() -> None:
     times = RoundTimes()
-    times.learn_draft("hidden", 1, 90.0)
+    for _ in range(4):
+        times.learn_draft("hidden", 1, 90.0)
     session = Controller("marginal", 4, times=times).session("hidden", "lookup")
     probed = []
-    for number in range(60):
+    for number in range(400):
         round_ = session.begin(4, 0.0)
         assert round_.wants("lookup")
         if round_.wants("hidden"):
             probed.append(number)
             round_.add(DraftToken("hidden", confidence=0.6))
-            times.learn_draft("hidden", 1, 3.0)
+            times.learn_probe("hidden", 1, 3.0)
             session.settle(round_, round_.kept, round_.kept)
-    assert probed[0] == FIRST_WAIT  # against the rule
-    assert set(range(40, 60)) <= set(probed)  # and later by the rule itself
+    assert probed[0] * PROBE_SHARE * times.base_ms == pytest.approx(90, rel=0.05)  # against the rule
+    assert set(range(380, 400)) <= set(probed)  # and later by the rule itself
 
 
 def test_drafts_that_compute_a_prompt_are_not_learned() -> None:

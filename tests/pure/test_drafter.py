@@ -11,8 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.drafter.control import Controller, DraftRound
-from services.drafter.core.session import LONGEST_MS, UNKNOWN_MS, DraftSession, RoundTimer
-from services.drafter.sources import DraftRequest, LookupDrafts, NoDrafts
+from services.drafter.core.session import LONGEST_MS, UNKNOWN_MS, DraftSession, RoundTimer, bonus_matches
+from services.drafter.sources import Draft, DraftRequest, LookupDrafts, NoDrafts
 from shared.messages import Failure, Finish, Result, Sampling, Slo, Status
 
 PROMPT = [1, 2, 3]
@@ -84,6 +84,24 @@ def test_slack_is_the_time_left_until_the_next_token_is_due() -> None:
     verify = s.verify([1], [0.5], "d", elapsed_ms=1150.0, draft_ms=3.0)
     assert verify.slack_ms == pytest.approx(50.0)
     assert session().verify([], [], "d", elapsed_ms=5.0, draft_ms=0.0).slack_ms is None
+
+
+@pytest.mark.parametrize(
+    ("draft", "tokens", "trimmed_to", "accepted", "matches"),
+    [
+        (Draft([7], dropped=8), [7, 8], 1, 1, True),
+        (Draft([7], dropped=8), [7, 9], 1, 1, False),
+        (Draft([7], dropped=8), [6], 1, 0, None),
+        (Draft([7], dropped=8), [7], 1, 1, None),  # the text ended with the accepted token
+        (Draft([7]), [7, 8], 1, 1, None),
+        (Draft([7, 8]), [7, 8], 1, 1, True),  # trimmed to one token
+        (Draft(dropped=7), [7], 0, 0, True),
+    ],
+)
+def test_the_bonus_token_shows_if_an_unverified_token_was_right(
+    draft: Draft, tokens: list[int], trimmed_to: int, accepted: int, matches: bool | None
+) -> None:
+    assert bonus_matches(draft, result(0, 3, tokens, trimmed_to=trimmed_to, accepted=accepted)) is matches
 
 
 def test_the_timer_follows_the_measured_round_time_and_backs_off() -> None:

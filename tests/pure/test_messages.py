@@ -117,6 +117,7 @@ EXAMPLES: list[Message] = [
         draft_cap=8,
         policy="wisp",
         utilization=1.2,
+        verify_ms=[20.0, 21.5, 23.0],
         classes=[ClassLoad(service_class="priority", sessions=3, waiting=1, queue_ms=2.0, slack_ms=-4.0)],
     ),
     Release(sessions=["s", "t"]),

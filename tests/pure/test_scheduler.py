@@ -22,6 +22,7 @@ from shared.messages import (
     Heartbeat,
     HiddenFormat,
     Job,
+    Load,
     Result,
     RoundFields,
     Status,
@@ -496,21 +497,37 @@ def test_prompts_count_as_load_for_a_while() -> None:
 
 
 def test_the_price_of_a_token_grows_with_the_rounds_of_the_batch() -> None:
-    def price(sessions_: int, policy: str = "wisp+") -> float:
-        d = dispatcher(policy)
-        for round_ in range(30):
-            now = 100.0 * round_
-            d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
-            for i in range(sessions_):
-                d.on_verify(verify(f"s{i}", round_=round_, base=20 + round_), now)
-            for _, batch in sent(d, now):
-                for job in batch.jobs:
-                    d.on_result(result(batch, job), now + 50.0)
-        return d.load(3000.0).price_ms
+    assert load_with(1).price_ms == 0.0
+    assert load_with(12).price_ms > 2 * load_with(4).price_ms > 0
+    assert load_with(12, "wisp").price_ms == 0.0
 
-    assert price(1) == 0.0
-    assert price(12) > 2 * price(4) > 0
-    assert price(12, "wisp") == 0.0
+
+def load_with(sessions: int, policy: str = "wisp+") -> Load:
+    """The load after some batches of this many sessions."""
+    d = dispatcher(policy)
+    for round_ in range(30):
+        now = 100.0 * round_
+        d.on_heartbeat(heartbeat(held=d.fleet.verifiers["v1"].cached), now)
+        for i in range(sessions):
+            d.on_verify(verify(f"s{i}", round_=round_, base=20 + round_), now)
+        for _, batch in sent(d, now):
+            for job in batch.jobs:
+                d.on_result(result(batch, job), now + 50.0)
+    return d.load(3000.0)
+
+
+def test_the_load_has_the_predicted_times_of_every_draft_length() -> None:
+    alone, shared = load_with(1).verify_ms, load_with(12).verify_ms
+    assert len(alone) == len(shared) == dispatcher().rules.max_draft + 1
+    assert alone == sorted(alone)
+    model = dispatcher().fleet.verifiers["v1"].model
+    assert alone[4] == pytest.approx(cost.predict_ms(model, cost.shape_of([(5, 60, 5)])), rel=0.2)
+    assert shared[0] > alone[0]
+    assert shared[4] - shared[0] == pytest.approx(4 * cost.token_ms(model), rel=0.05), "past the knee of the batch"
+
+
+def test_without_a_verifier_the_load_predicts_no_times() -> None:
+    assert Dispatcher("s", SchedulingRules("wisp+", LIMITS)).load(0.0).verify_ms == []
 
 
 def test_a_batch_carries_slack_class_and_left_out_rounds() -> None:

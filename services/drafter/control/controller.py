@@ -2,28 +2,33 @@
 
 One `Controller` per drafter, one `SessionControl` per session, one `DraftRound` per round: `begin` starts the round,
 `add` takes each token that a source drafts, `settle` learns from the result. Where drafting does not pay, a session
-decodes plainly; a source that does not pay is probed now and then, since times and texts change.
+decodes plainly; a source that does not pay is probed now and then, since times and texts change. A probe drafts one
+token and compares it with the target's choice, which every round brings: it costs a draft step and no verification.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from services.drafter.control.calibration import REMEMBERED, Calibration, RecentLogits, SessionOffset
+from services.drafter.control.calibration import DEEPEST, REMEMBERED, Calibration, RecentLogits, SessionOffset
 from services.drafter.control.features import DraftToken, RecentAcceptance, RoundContext, features, sigmoid
 from services.drafter.control.records import RoundRecord
-from services.drafter.control.rules import RULES, RoundForecast, RuleName, ScoredToken, StopRule
+from services.drafter.control.rules import RULES, NextTokens, RoundForecast, RuleName, ScoredToken, StopRule
 from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
 
 UNKNOWN_LOGIT = 0.0
 """Log odds expected of a source that has drafted nothing yet."""
+PROBE_SHARE = 0.01
+"""Probes of a source take at most this share of the time of plain decoding."""
 FIRST_WAIT = 4
-LONGEST_WAIT = 64
-"""Rounds without a source before it is probed: at first, and at most after fruitless probes doubled it."""
-PROBE_LENGTH = 1
+LONGEST_WAIT = 256
+"""Fewest and most rounds between two probes."""
+LOOKAHEAD = 8
+"""The rule looks this many tokens ahead."""
 
 
 class DraftDecision(Enum):
@@ -72,39 +77,65 @@ class SessionControl:
         self._recent_acceptance = RecentAcceptance()
         self._offsets: dict[str, SessionOffset] = {}
         self._recent_logits = RecentLogits()
-        self._probes = {source: _SourceProbe() for source in sources}
+        self._idle = dict.fromkeys(sources, 0)
+        """Rounds since each source was last wanted or probed."""
 
-    def begin(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
+    def begin(
+        self,
+        room: int,
+        temperature: float,
+        target_entropy: float | None = None,
+        unready: Collection[str] = (),
+    ) -> DraftRound:
         """Start a round.
 
         room: most draft tokens that the session can use. target_entropy: of the target's distribution that the last
-        token was chosen from; known for recorded texts, not in service.
+        token was chosen from; known for recorded texts, not in service. unready: sources that cannot draft yet.
         """
         round_ = self.ahead(room, temperature, target_entropy)
         if round_.longest == 0:
             return round_
-        wanted = [source for source in self.sources if round_.wants(source)]
-        round_.probed = frozenset(source for source, probe in self._probes.items() if probe.due(source in wanted))
-        if not wanted:
-            round_.longest = min(round_.longest, PROBE_LENGTH) if round_.probed else 0
-            round_.probing = bool(round_.probed)
+        wanted = {source for source in self.sources if round_.wants(source)}
+        probed = set()
+        for source in self._idle:
+            if source in wanted:
+                self._idle[source] = 0
+            elif source not in unready and self._idle[source] >= self._probe_wait(source):
+                self._idle[source] = 0
+                probed.add(source)
+            else:
+                self._idle[source] += 1
+        round_.probed = frozenset(probed)
+        round_.unready = frozenset(unready)
+        if not wanted - round_.unready:
+            round_.longest, round_.probing = min(1, len(probed)), bool(probed)
         return round_
+
+    def _probe_wait(self, source: str) -> int:
+        """Return the number of rounds between two probes of a source that does not pay."""
+        share = self.times.step_ms(source) / (PROBE_SHARE * self.times.base_ms)
+        return min(LONGEST_WAIT, max(FIRST_WAIT, math.ceil(share)))
 
     def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
         """Return a round that may follow the one in flight. It changes nothing until it is settled."""
         longest = max(0, min(room, self._draft_length, self.times.draft_cap))
         return DraftRound(self, longest, RoundContext(temperature, target_entropy, self._recent_acceptance.value))
 
+    def rests(self, source: str) -> bool:
+        """Return whether a source is expected to draft neither in this round nor in the next."""
+        return self.times.draft_cap == 0 or 0 < self._idle[source] < self._probe_wait(source)
+
     @property
     def decodes_plainly(self) -> bool:
-        """True if the session drafts neither in this round nor in the next."""
-        return self.times.draft_cap == 0 or all(0 < probe.idle < probe.wait for probe in self._probes.values())
+        """True if all sources rest."""
+        return all(self.rests(source) for source in self.sources)
 
-    def settle(self, round_: DraftRound, verified: int, accepted: int) -> None:
+    def settle(self, round_: DraftRound, verified: int, accepted: int, bonus_matches: bool | None = None) -> None:
         """Learn from a round's result.
 
         verified: how many of the kept tokens were verified: fewer than all where the draft was trimmed, or the text
-        ended in an accepted token. accepted: how many of these were accepted.
+        ended in an accepted token. accepted: how many of these were accepted. bonus_matches: if all were, whether the
+        drafted token after them, trimmed or dropped, is the target's own choice; None if that is unknown.
         """
         verified = max(0, min(verified, round_.kept))
         accepted = max(0, min(accepted, verified))
@@ -115,17 +146,14 @@ class SessionControl:
             logit = self.calibration.logit(source, drafted.model_logit)
             self._recent_logits.add(source, i, logit)
             self.calibration.recent.add(source, i, logit)
+            correct = i < accepted if i < verified else bonus_matches
+            if correct is not None:
+                self._offsets.setdefault(source, SessionOffset()).learn(logit, correct)
+                self.calibration.learn(source, drafted.model_logit, correct)
             if i < verified:
                 self._recent_acceptance.learn(i < accepted)
-                self._offsets.setdefault(source, SessionOffset()).learn(logit, i < accepted)
-                self.calibration.learn(source, drafted.model_logit, i < accepted)
-        if round_.drafted:
+        if round_.drafted and not round_.silent:
             self.rule.learn(verified, accepted)
-        successful = {token.source for token in round_.kept_tokens[:accepted]}
-        # Trimmed tokens were kept and not verified: they show nothing about their source.
-        judged = {d.token.source for i, d in enumerate(round_.drafted) if i < verified or i >= round_.kept}
-        for source in round_.probed & judged:
-            self._probes[source].learn(source in successful)
 
     def acceptance(self, source: str, model_logit: float) -> float:
         """Return the calibrated acceptance of a token, given that its predecessors are accepted."""
@@ -139,30 +167,6 @@ class SessionControl:
 
     def _offset(self, source: str) -> float:
         return self._offsets[source].value if source in self._offsets else 0.0
-
-
-@dataclass
-class _SourceProbe:
-    """Timing of the probes: rounds drafted by a source although the rule finds that it does not pay."""
-
-    idle: int = 0
-    """Rounds without the source."""
-    wait: int = FIRST_WAIT
-
-    def due(self, wanted: bool) -> bool:
-        """Return whether a round probes the source; called once per round. wanted: by the rule."""
-        if wanted:
-            self.idle, self.wait = 0, FIRST_WAIT
-        elif self.idle >= self.wait:
-            self.idle = 0
-            return True
-        else:
-            self.idle += 1
-        return False
-
-    def learn(self, successful: bool) -> None:
-        """Set the wait for the next probe. successful: whether this one brought an accepted token."""
-        self.wait = FIRST_WAIT if successful else min(2 * self.wait, LONGEST_WAIT)
 
 
 @dataclass(frozen=True)
@@ -180,16 +184,21 @@ class DraftRound:
         self.longest = longest
         """Most tokens to draft; 0 is plain decoding."""
         self.probed: frozenset[str] = frozenset()
-        """Sources that may draft the first token as a probe, against the rule."""
+        """Sources that draft the first token as a probe, although the rule does not want them."""
         self.probing = False
         """True if the draft is a probe and nothing else."""
+        self.unready: frozenset[str] = frozenset()
+        """Sources that cannot draft in this round."""
+        self.silent = False
+        """True if no token is kept."""
         self.acceptance: list[float] = []
         """Calibrated acceptance of each kept token, given that its predecessors are accepted."""
         self.drafted: list[DraftedToken] = []
         """All tokens drafted: the kept ones, and at most one dropped after them."""
         self.context = context
         self._session = session
-        self._forecast = RoundForecast(session.times.base_ms)
+        self._forecast = RoundForecast(session.times.base_ms, session.times.added_ms)
+        self._expected: dict[tuple[str, int], list[float]] = {}
         self._open = True
 
     @property
@@ -202,15 +211,39 @@ class DraftRound:
         """The kept tokens."""
         return [drafted.token for drafted in self.drafted[: self.kept]]
 
+    def deferred_probes(self) -> DraftRound | None:
+        """Return the probes as a silent round of its own, which this one then lacks; None if there are none.
+
+        It may be drafted while this round is in flight, and is settled with this round's result.
+        """
+        if not self.probed:
+            return None
+        probes = DraftRound(self._session, 1, self.context)
+        probes.probed, probes.silent = self.probed, True
+        self.probed = frozenset()
+        if self.probing:
+            self.longest = 0
+        return probes
+
     def wants(self, source: str) -> bool:
         """Return whether another token by this source is worth its time."""
-        if not self._open or self.kept >= self.longest:
+        if not self._open or self.kept >= self.longest or source in self.unready:
             return False
-        session, times = self._session, self._session.times
-        probe = source in self.probed and not self.drafted
-        return probe or session.rule.goes_on(
-            self._forecast, session.expected_acceptances(source, self.kept), times.step_ms(source), times.token_ms
-        )
+        if source in self.probed and not self.drafted:
+            return True
+        return not self.silent and self._session.rule.goes_on(self._forecast, self._following(source, self.kept))
+
+    def _following(self, source: str, position: int) -> NextTokens:
+        """Return the tokens that a source may draft from `position` on."""
+        end = min(self.longest, position + LOOKAHEAD)
+        means = [math.fsum(self._expect(source, i)) / len(self._expect(source, i)) for i in range(position + 1, end)]
+        return NextTokens(self._session.times.step_ms(source), self._expect(source, position), means)
+
+    def _expect(self, source: str, position: int) -> list[float]:
+        key = source, min(position, DEEPEST)
+        if key not in self._expected:
+            self._expected[key] = self._session.expected_acceptances(*key)
+        return self._expected[key]
 
     def estimate(self, token: DraftToken) -> float:
         """Return the calibrated acceptance that a token would have as the next one of this draft."""
@@ -231,11 +264,12 @@ class DraftRound:
         self.drafted.append(DraftedToken(token, model_logit))
         self._forecast.ms += times.step_ms(token.source)
         scored = ScoredToken(token, known, acceptance)
-        if not self.probing and not session.rule.keeps(self._forecast, scored, times.token_ms):
+        following = self._following(token.source, self.kept + 1)
+        if self.silent or not session.rule.keeps(self._forecast, scored, following):
             self._open = False
             return DraftDecision.DROP
         self.acceptance.append(acceptance)
-        self._forecast.keep(acceptance, times.token_ms)
+        self._forecast.keep(acceptance)
         if any(self.wants(source) for source in {token.source, *session.sources}):
             return DraftDecision.MORE
         self._open = False

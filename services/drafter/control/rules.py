@@ -7,8 +7,9 @@ and add it to `RULES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from services.drafter.control.features import DraftToken, Features
@@ -22,16 +23,24 @@ class RoundForecast:
 
     ms: float
     """Time of the round, the drafting done so far included."""
+    added_ms: Callable[[int], float]
+    """Returns the time that verifying this many draft tokens adds to a round, their price included."""
     tokens: float = 1.0
     """Expected tokens: the bonus token, and each kept draft token times its survival."""
     survival: float = 1.0
     """Probability that all kept tokens are accepted."""
+    kept: int = 0
 
-    def keep(self, acceptance: float, token_ms: float) -> None:
+    def keep(self, acceptance: float) -> None:
         """Add a token with the given acceptance after its predecessors, and the time to verify it."""
+        self.ms += self.more_ms(1)
+        self.kept += 1
         self.survival *= acceptance
         self.tokens += self.survival
-        self.ms += token_ms
+
+    def more_ms(self, count: int) -> float:
+        """Return the time that verifying `count` more tokens adds."""
+        return self.added_ms(self.kept + count) - self.added_ms(self.kept)
 
 
 @dataclass(frozen=True)
@@ -41,6 +50,18 @@ class ScoredToken:
     token: DraftToken
     features: Features
     acceptance: float
+
+
+@dataclass(frozen=True)
+class NextTokens:
+    """The tokens that a source may draft next."""
+
+    step_ms: float
+    """Time to draft one of them."""
+    acceptances: Sequence[float]
+    """Possible acceptances of the first one, equally likely."""
+    later: Sequence[float] = ()
+    """Expected acceptance of each one after it, given that its predecessors are accepted."""
 
 
 class StopRule:
@@ -56,15 +77,12 @@ class StopRule:
         """Make the rule of a new session. Raises SettingsError when `weights` lack something that it needs."""
         return cls()
 
-    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
-        """Return whether a drafted token is worth verifying. token_ms: the cost of that, its price included."""
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, following: NextTokens) -> bool:
+        """Return whether a drafted token is worth verifying. following: the tokens that may be drafted after it."""
         raise NotImplementedError
 
-    def goes_on(self, forecast: RoundForecast, acceptances: Sequence[float], step_ms: float, token_ms: float) -> bool:
-        """Return whether to draft another token.
-
-        acceptances: possible acceptances of that token, equally likely. step_ms: the cost of drafting it.
-        """
+    def goes_on(self, forecast: RoundForecast, following: NextTokens) -> bool:
+        """Return whether to draft another token, the first of `following`."""
         return True
 
     def learn(self, verified: int, accepted: int) -> None:
@@ -74,28 +92,56 @@ class StopRule:
 class Fixed(StopRule):
     """Always draft to the longest length."""
 
-    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, following: NextTokens) -> bool:
         return True
 
 
 class Marginal(StopRule):
-    """Draft while another token raises the expected tokens per time, E / T of the round.
+    """Draft while more tokens raise the expected tokens per time, E / T of the round.
 
     The time of a drafted token is spent; the token is kept if its survival S is worth its verification:
-    S > (E / T) token_ms. A token not drafted yet costs its step in any case, and its verification only if it is kept:
-    mean(max(0, S a - (E / T) token_ms)) > (E / T) step_ms, over its possible acceptances `a`.
+    S > (E / T) added_ms. A token not drafted yet costs its step in any case, and its verification only if it is kept:
+    mean(max(0, S a - (E / T) added_ms)) > (E / T) step_ms, over its possible acceptances `a`. Where one token is not
+    worth it, several together may be, since the first verified token can cost more than those after it.
 
     E / T is the round's own. In simulated sessions of independent tokens, the best constant rate in its place, found by
     trying, brought at most 2 % more, so a session's long-run rate is not worth learning.
     """
 
-    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
-        return forecast.survival * token.acceptance * forecast.ms > forecast.tokens * token_ms
-
-    def goes_on(self, forecast: RoundForecast, acceptances: Sequence[float], step_ms: float, token_ms: float) -> bool:
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, following: NextTokens) -> bool:
         rate = forecast.tokens / forecast.ms
+        survival = forecast.survival * token.acceptance
+        if survival > rate * forecast.more_ms(1):
+            return True
+        mean = fmean(following.acceptances)
+        return _pays(forecast, survival, survival, 1, (mean, *following.later), following.step_ms)
+
+    def goes_on(self, forecast: RoundForecast, following: NextTokens) -> bool:
+        rate = forecast.tokens / forecast.ms
+        token_ms = forecast.more_ms(1)
+        acceptances = following.acceptances
         gain = sum(max(0.0, forecast.survival * a - rate * token_ms) for a in acceptances)
-        return gain > len(acceptances) * rate * step_ms
+        if gain > len(acceptances) * rate * following.step_ms:
+            return True
+        later = (fmean(acceptances), *following.later)
+        return _pays(forecast, 0.0, forecast.survival, 0, later, following.step_ms)
+
+
+def _pays(
+    forecast: RoundForecast, gain: float, survival: float, drafted: int, later: Iterable[float], step_ms: float
+) -> bool:
+    """Return whether the `drafted` tokens not kept yet, and some number of those after them, raise E / T.
+
+    gain, survival: expected tokens of the former, and the probability that all are accepted. later: acceptances of the
+    others. step_ms: the time to draft one of these.
+    """
+    rate = forecast.tokens / forecast.ms
+    for steps, acceptance in enumerate(later, 1):
+        survival *= acceptance
+        gain += survival
+        if gain > rate * (forecast.more_ms(drafted + steps) + steps * step_ms):
+            return True
+    return False
 
 
 class Entropy(StopRule):
@@ -115,7 +161,7 @@ class Entropy(StopRule):
         self.threshold = 0.4
         self._share = self.TARGET
 
-    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, following: NextTokens) -> bool:
         if token.token.support:
             return True
         return 1 - math.sqrt(self.FACTOR * max(0.0, token.token.entropy)) >= self.threshold
@@ -151,7 +197,7 @@ class Predicted(StopRule):
             )
         return cls(weights.predictor)
 
-    def keeps(self, forecast: RoundForecast, token: ScoredToken, token_ms: float) -> bool:
+    def keeps(self, forecast: RoundForecast, token: ScoredToken, following: NextTokens) -> bool:
         if token.token.support:
             return 1 - token.acceptance <= self._predictor.threshold
         return self._predictor.rejection(token.features) <= self._predictor.threshold

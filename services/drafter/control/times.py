@@ -1,10 +1,11 @@
 """Times of rounds and draft steps, as one drafter measures them.
 
-A round takes, besides drafting, `hops + queue + verify(k)` for k verified draft tokens, with verify(k) = b + s k.
-Results report the queue time of their round, and the scheduler the queue time of all. The line is fitted to the
-verifier's times with fading memory. These are times of whole batches, in which other sessions' tokens are noise;
-therefore the slope leans on a prior share of b (one session, SmolLM2-135M on two cores: 54 ms, and 2.2 ms per token),
-and is never negative.
+A round takes, besides drafting, `hops + queue + verify(k)` for k verified draft tokens. Results report the queue time
+of their round, and the scheduler the queue time of all. The scheduler's `Load` has the verifiers' cost models evaluated
+as a curve over k; without it (an earlier scheduler) the curve is a line. The curve is corrected by the verifier's
+measured times, with fading memory: verify(k) = curve(0) (b + s x(k)), where x(k) is the curve's growth from 0 to k as a
+share of curve(0). The times are those of whole batches, in which other sessions' tokens are noise; therefore s leans on
+b, at which the measured times grow like the curve, and is never negative.
 
 Every measurement is first limited to twice the expected value: a stalled machine changes little, and a lasting change
 is still followed within some tens of rounds. Short measurements are not limited, since nothing makes a measurement too
@@ -13,7 +14,9 @@ short.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from shared.messages import Load
 
@@ -22,10 +25,19 @@ PRIOR_HOPS_MS = 5.0
 PRIOR_STEP_MS = 0.0
 """Of a source without measurements, so that it gets tried. Copied tokens are never measured and keep this value."""
 PRIOR_SLOPE = 0.04
-"""Time per verified token, as a share of the time of a round without any."""
+"""Time per verified token, as a share of the time of a round without any (SmolLM2-135M on two cores)."""
 PRIOR_WEIGHT = 20.0
-"""In units of Σ (k - mean k)²: the weight of five rounds of lengths 0 and 4."""
+CURVE_WEIGHT = 100.0
+"""Weights of the growth of a prior line and of a cost model's curve, in units of Σ (k - mean k)²: 20 is the weight of
+five rounds of lengths 0 and 4."""
+LEAST_GROWTH = 0.002
+"""A curve grows by at least this share per token, so that a growth that it lacks can be learned."""
+FIRST_STEPS = 3
+"""Of this many first measurements of a draft step, the shortest counts: the first calls of a model are slow."""
+TYPICAL_DRAFT = 4
 RATE = 0.1
+PROBE_RATE = 0.5
+"""Weight of a probe that was faster than expected."""
 FORGETTING = 0.97
 OUTLIER = 2.0
 SLACK_MS = 1.0
@@ -48,7 +60,7 @@ class RoundTimes:
         self.draft_cap = 2**31
         self._queue = _MovingMean(0.0)
         self._hops = _MovingMean(PRIOR_HOPS_MS)
-        self._verify = _LineFit()
+        self._verify = _VerifyFit()
         self._steps: dict[str, _MovingMean] = {}
 
     @property
@@ -61,20 +73,20 @@ class RoundTimes:
         """Time of a message to the scheduler: half of the time that a round spends on the way."""
         return self._hops.value / 2
 
-    @property
-    def token_ms(self) -> float:
-        """Time that one more verified token adds to a round, its price included."""
-        return self._verify.slope_ms + self.price_ms
+    def added_ms(self, count: int) -> float:
+        """Return the time that verifying `count` draft tokens adds to a round, their price included."""
+        return self._verify.added_ms(count) + count * self.price_ms
 
     def step_ms(self, source: str) -> float:
         """Return the time in which this source drafts one token."""
         return self._steps[source].value if source in self._steps else PRIOR_STEP_MS
 
     def apply_load(self, load: Load) -> None:
-        """Take over the scheduler's price, draft cap and queue delay."""
+        """Take over the scheduler's price, draft cap, queue delay and predicted verification times."""
         self.price_ms = load.price_ms
         self.draft_cap = load.draft_cap
         self._queue.learn(load.queue_ms)
+        self._verify.follow(load.verify_ms)
 
     def learn_draft(self, source: str, steps: int, ms: float, computed: int = 0) -> None:
         """Learn from `steps` draft steps for one session in `ms`, which includes other sessions in the same calls.
@@ -82,7 +94,18 @@ class RoundTimes:
         computed: committed tokens that were computed first; a draft that computed a prompt is left out.
         """
         if steps > 0 and computed <= SPARE_COMPUTED:
-            self._steps.setdefault(source, _MovingMean(PRIOR_STEP_MS)).learn(ms / steps)
+            self._steps.setdefault(source, _MovingMean(PRIOR_STEP_MS, shortest_of=FIRST_STEPS)).learn(ms / steps)
+
+    def learn_probe(self, source: str, steps: int, ms: float, computed: int = 0) -> None:
+        """Learn from a draft that was made while a round was in flight, if it was faster than expected.
+
+        The verifier may have computed on the same cores, so a slow one shows nothing. Since probes are rare, a fast one
+        counts much.
+        """
+        if source not in self._steps:
+            self.learn_draft(source, steps, ms, computed)
+        elif steps > 0 and computed <= SPARE_COMPUTED and 0 <= ms / steps < (step := self._steps[source]).value:
+            step.value += PROBE_RATE * (ms / steps - step.value)
 
     def learn_round(
         self, draft_length: int, round_ms: float, verify_ms: float, queue_ms: float, new_tokens: int
@@ -109,40 +132,74 @@ class _MovingMean:
 
     value: float
     count: int = 0
+    shortest_of: int = 0
+    """Of this many first measurements the shortest counts."""
 
     def learn(self, measured_ms: float) -> None:
         if not 0 <= measured_ms <= LONGEST_MS:
             return
         if self.count:
             measured_ms = _limited(measured_ms, self.value)
+        if 0 < self.count < self.shortest_of:
+            measured_ms = self.value = min(measured_ms, self.value)
         self.count += 1
         self.value += max(RATE, 1 / self.count) * (measured_ms - self.value)
 
 
-@dataclass
-class _LineFit:
-    """y = base + slope k by least squares with fading sums, the slope shrunk to its prior."""
+class _VerifyFit:
+    """verify(k) = curve(0) (b + s x(k)), b and s by least squares with fading sums, s shrunk to b."""
 
-    base_ms: float = PRIOR_VERIFY_MS
-    slope_ms: float = PRIOR_VERIFY_MS * PRIOR_SLOPE
-    n: float = 0.0
-    k: float = 0.0
-    kk: float = 0.0
-    y: float = 0.0
-    ky: float = 0.0
+    def __init__(self) -> None:
+        self._curve: Sequence[float] = (PRIOR_VERIFY_MS, PRIOR_VERIFY_MS * (1 + PRIOR_SLOPE))
+        self._weight = PRIOR_WEIGHT
+        self._restart()
 
-    def learn(self, k: int, y: float) -> None:
-        if k < 0 or not 0 <= y <= LONGEST_MS:
+    def _restart(self) -> None:
+        self._base, self._growth = 1.0, 1.0
+        self._n = self._x = self._xx = self._y = self._xy = 0.0
+
+    @property
+    def base_ms(self) -> float:
+        """Time without draft tokens."""
+        return self._curve[0] * self._base
+
+    def added_ms(self, count: int) -> float:
+        """Return the time that `count` draft tokens add."""
+        return self._curve[0] * self._growth * self._share(count)
+
+    def _share(self, count: int) -> float:
+        """Return x: the curve's growth to `count` tokens, beyond its end as steep as on average."""
+        curve = self._curve
+        last = len(curve) - 1
+        share = max(0.0, curve[min(count, last)] / curve[0] - 1)
+        if count > last:
+            share *= count / last
+        return max(share, LEAST_GROWTH * count)
+
+    def follow(self, curve: Sequence[float]) -> None:
+        """Take a cost model's curve: predicted times for 0, 1, 2, … draft tokens. An empty one changes nothing."""
+        if len(curve) < 2 or not curve[0] >= LEAST_MS or not max(curve) <= LONGEST_MS:
             return
-        if self.n:
-            y = _limited(y, self.base_ms + self.slope_ms * k)
-        self.n = FORGETTING * self.n + 1
-        self.k = FORGETTING * self.k + k
-        self.kk = FORGETTING * self.kk + k * k
-        self.y = FORGETTING * self.y + y
-        self.ky = FORGETTING * self.ky + k * y
-        mean_k, mean_y = self.k / self.n, self.y / self.n
-        prior = PRIOR_SLOPE * mean_y / (1 + PRIOR_SLOPE * mean_k)
-        variance, covariance = self.kk - self.k * mean_k, self.ky - self.k * mean_y
-        self.slope_ms = max(0.0, (covariance + PRIOR_WEIGHT * prior) / (variance + PRIOR_WEIGHT))
-        self.base_ms = max(0.0, mean_y - self.slope_ms * mean_k)
+        if self._weight != CURVE_WEIGHT:
+            self._weight = CURVE_WEIGHT
+            self._restart()
+        self._curve = list(accumulate(curve, max))
+
+    def learn(self, count: int, ms: float) -> None:
+        """Learn from a measured time."""
+        if count < 0 or not 0 <= ms <= LONGEST_MS:
+            return
+        if self._n:
+            ms = _limited(ms, self.base_ms + self.added_ms(count))
+        x, y = self._share(count), ms / self._curve[0]
+        self._n = FORGETTING * self._n + 1
+        self._x = FORGETTING * self._x + x
+        self._xx = FORGETTING * self._xx + x * x
+        self._y = FORGETTING * self._y + y
+        self._xy = FORGETTING * self._xy + x * y
+        mean_x, mean_y = self._x / self._n, self._y / self._n
+        weight = self._weight * (self._share(TYPICAL_DRAFT) / TYPICAL_DRAFT) ** 2
+        variance, covariance = max(0.0, self._xx - self._x * mean_x), self._xy - self._x * mean_y
+        prior = mean_y / (1 + mean_x)
+        self._growth = max(0.0, (covariance + weight * prior) / (variance + weight))
+        self._base = max(0.0, mean_y - self._growth * mean_x)

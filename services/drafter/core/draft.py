@@ -48,6 +48,8 @@ class Draft:
     """Draft steps of each source, those for dropped tokens included."""
     computed: int = 0
     """Committed tokens that had to be computed first."""
+    dropped: int | None = None
+    """The token that was drafted after these and not kept; None if there is none."""
 
 
 @dataclass(frozen=True)

@@ -37,9 +37,10 @@ class LookupDrafts(WithoutStates):
         kept: list[int] = []
         for token in tokens:
             decision = request.round.add(DraftToken(LOOKUP, support=support))
-            if decision is not DraftDecision.DROP:
-                kept.append(token)
-            if decision is not DraftDecision.MORE:
+            if decision is DraftDecision.DROP:
+                return Draft(kept, dropped=token)
+            kept.append(token)
+            if decision is DraftDecision.LAST:
                 break
         return Draft(kept)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from services.drafter.core.draft import Draft
 from shared import slo
 from shared.messages import Failure, Finish, Generate, HiddenFormat, Result, Status, Verify
 
@@ -112,6 +113,19 @@ def verified_counts(result: Result) -> tuple[int, int]:
     ended = len(result.tokens) <= result.accepted
     verified = min(result.trimmed_to, result.accepted) if ended else result.trimmed_to
     return verified, min(result.accepted, verified)
+
+
+def bonus_matches(draft: Draft, result: Result) -> bool | None:
+    """Return whether the drafted token after the verified ones is the one that the target chose there.
+
+    None if a token before it was rejected, the text ended before it, or no such token was drafted.
+    """
+    verified, accepted = verified_counts(result)
+    drafted = [*draft.tokens, draft.dropped]
+    if accepted < verified or len(result.tokens) <= accepted or verified >= len(drafted):
+        return None
+    token = drafted[verified]
+    return None if token is None else token == result.tokens[accepted]
 
 
 @dataclass

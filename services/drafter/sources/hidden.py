@@ -39,6 +39,7 @@ class _DraftInProgress:
     request: DraftRequest
     session: _HiddenSession
     tokens: list[int] = field(default_factory=list)
+    dropped: int | None = None
     steps: int = 0
     computed: int = 0
 
@@ -65,7 +66,16 @@ class _DraftInProgress:
         return DraftStep(self.request.session_id, [token], self.session.latest.float()[None])
 
     def finished(self) -> Draft:
-        return Draft(self.tokens, {HIDDEN: self.steps} if self.steps else {}, self.computed)
+        return Draft(self.tokens, {HIDDEN: self.steps} if self.steps else {}, self.computed, self.dropped)
+
+    def add(self, token_id: int, token: DraftToken) -> DraftDecision:
+        """Add a token to the round, and to the draft unless the round drops it."""
+        decision = self.request.round.add(token)
+        if decision is DraftDecision.DROP:
+            self.dropped = token_id
+        else:
+            self.tokens.append(token_id)
+        return decision
 
 
 class HiddenDrafts:
@@ -187,10 +197,7 @@ class HiddenDrafts:
                 added = _compared(draft, token_id, token)
                 if added is None:
                     continue
-                decision = draft.request.round.add(added)
-                if decision is not DraftDecision.DROP:
-                    draft.tokens.append(token_id)
-                if decision is DraftDecision.MORE:
+                if draft.add(token_id, added) is DraftDecision.MORE and draft.request.round.wants(HIDDEN):
                     steps[i] = draft.step(token_id)
             going = self._forward(drafts, steps)
 
@@ -229,8 +236,5 @@ def _copy(draft: _DraftInProgress, *, agreed: bool, contested: bool = False) -> 
     proposed, support = draft.session.index.continuation(draft.request.tokens, room, draft.tokens)
     for i, token_id in enumerate(proposed):
         copied = DraftToken(LOOKUP, support=support, agreed=agreed, contested=contested and i == 0)
-        decision = round_.add(copied)
-        if decision is not DraftDecision.DROP:
-            draft.tokens.append(token_id)
-        if decision is not DraftDecision.MORE:
+        if draft.add(token_id, copied) is not DraftDecision.MORE:
             break

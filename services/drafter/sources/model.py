@@ -7,6 +7,7 @@ that both often choose the same token at any temperature (`shared.sampling.sampl
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -61,7 +62,9 @@ class ModelDrafts(WithoutStates):
             for i, token_id, token in zip(steps, chosen, tokens, strict=True):
                 drafts[i].steps[MODEL] = drafts[i].steps.get(MODEL, 0) + 1
                 decision = requests[i].round.add(token)
-                if decision is not DraftDecision.DROP:
+                if decision is DraftDecision.DROP:
+                    drafts[i] = replace(drafts[i], dropped=token_id)
+                else:
                     drafts[i].tokens.append(token_id)
                 if decision is DraftDecision.MORE:
                     following[i] = Step(requests[i].session_id, [token_id], rows=1)

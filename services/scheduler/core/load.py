@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 from services.scheduler.core.fleet import VerifierFleet
@@ -16,6 +16,8 @@ from shared.slo import batch_period_ms
 SMOOTHING = 0.1
 WINDOW_MS = 10_000.0
 """Window over which the share of time that prompts take is measured."""
+LONGEST_CURVE = 64
+"""Most draft tokens for which the time of verification is reported."""
 PREFILL_TOKENS = 256
 """Length of the chunk from which the time per prompt token is predicted."""
 
@@ -114,7 +116,28 @@ def load_message(
         away_ms=averages.away_ms or 0.0,
         classes=_classes(fleet, averages, now_ms),
     )
-    return message.model_copy(update=_verifier_figures(usable, fleet, averages, now_ms)) if usable else message
+    if not usable:
+        return message
+    figures = {
+        **_verifier_figures(usable, fleet, averages, now_ms),
+        "verify_ms": verify_curve([v.model for v in usable], averages, draft_cap),
+    }
+    return message.model_copy(update=figures)
+
+
+def verify_curve(models: Sequence[CostModel], averages: LoadAverages, draft_cap: int) -> list[float]:
+    """Return the predicted times of batches in which one round verifies 0, 1, 2, … draft tokens.
+
+    The batch holds the usual number of other rounds, each with the usual number of tokens.
+    """
+    length, others = round(averages.length), max(0, round(averages.jobs) - 1)
+    other = max(1, round(averages.round_tokens))
+    beside = cost.shape_of([(other, length, other)] * others)
+    curve = []
+    for draft in range(min(draft_cap, LONGEST_CURVE) + 1):
+        shape = cost.grow(beside, draft + 1, length + draft, draft + 1)
+        curve.append(sum(cost.predict_ms(model, shape) for model in models) / len(models))
+    return curve
 
 
 def _verifier_figures(

@@ -123,7 +123,9 @@ def rounds(
                 judged = _judge(text, began, draft, ahead)
                 if text.length > text.text.prompt_len:
                     yield judged
-                text.control.settle(began, judged.kept, judged.accepted)
+                dropped = draft.dropped if judged.accepted == judged.kept else None
+                bonus = text.tokens[text.length + judged.accepted]
+                text.control.settle(began, judged.kept, judged.accepted, None if dropped is None else dropped == bonus)
                 text.length += judged.accepted + 1
             for text in active:
                 if text.length >= len(text.tokens):

@@ -61,10 +61,9 @@ class FixedTimes(RoundTimes):
         """Time of a round without draft tokens."""
         return self._measured.costs.round_ms + self._extra_ms
 
-    @property
-    def token_ms(self) -> float:
-        """Time to verify one more token."""
-        return self._measured.token_ms
+    def added_ms(self, count: int) -> float:
+        """Return the time to verify `count` more tokens."""
+        return count * self._measured.token_ms
 
     def step_ms(self, source: str) -> float:
         """Return the time to draft one token."""

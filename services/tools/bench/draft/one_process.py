@@ -49,7 +49,9 @@ def tokens_per_second(
         verify_ms = (done - drafted) * 1000
         if not first:
             control.times.learn_round(len(draft.tokens), verify_ms, verify_ms, 0.0, len(draft.tokens) + 1)
-        control.settle(round_, len(draft.tokens), outcome.verdict.accepted)
+        accepted, kept = outcome.verdict.accepted, len(draft.tokens)
+        known = accepted == kept < len(outcome.verdict.tokens) and draft.dropped is not None
+        control.settle(round_, kept, accepted, draft.dropped == outcome.verdict.tokens[-1] if known else None)
         tokens = [*tokens, *outcome.verdict.tokens]
         if first:
             began = time.perf_counter()

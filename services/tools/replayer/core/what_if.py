@@ -17,7 +17,7 @@ from functools import partial
 from itertools import count
 from typing import Literal
 
-from services.drafter.control.rules import Marginal, RoundForecast
+from services.drafter.control.rules import Marginal, NextTokens, RoundForecast
 from services.drafter.control.times import RoundTimes
 from services.drafter.core.session import DraftSession
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
@@ -224,13 +224,13 @@ class _VirtualRun:
         times = self._times.setdefault(draft.drafter_id, RoundTimes())
         longest = min(longest, times.draft_cap)
         step_ms = draft.draft_ms / len(draft.acceptance) if draft.acceptance else 0.0
-        forecast = RoundForecast(times.base_ms)
+        forecast = RoundForecast(times.base_ms, times.added_ms)
         length = 0
         for acceptance in draft.acceptance[:longest]:
-            if not self._marginal.goes_on(forecast, [acceptance], step_ms, times.token_ms):
+            if not self._marginal.goes_on(forecast, NextTokens(step_ms, [acceptance])):
                 break
             forecast.ms += step_ms
-            forecast.keep(acceptance, times.token_ms)
+            forecast.keep(acceptance)
             length += 1
         return length
 
