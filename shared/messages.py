@@ -399,6 +399,8 @@ class Load(Message):
     pending: Count
     draft_cap: Count
     """Longest draft worth sending now."""
+    mixed_arithmetic: bool = False
+    """True if a session may continue in another arithmetic when no verifier has its own."""
     policy: str = ""
     first_come: bool = False
     """True if the policy takes rounds in order of arrival, so that a round waits for all that came before it."""

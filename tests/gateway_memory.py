@@ -47,12 +47,23 @@ class MemoryServices:
         if isinstance(message, Ended):
             self.ended.append(message)
 
-    async def commit(self, session_id: str, tokens: Sequence[int], finish: Finish | None = None) -> None:
+    async def commit(
+        self,
+        session_id: str,
+        tokens: Sequence[int],
+        finish: Finish | None = None,
+        committed_in: Sequence[str] = (),
+    ) -> None:
         """Add committed tokens to a session."""
         session = self.sessions[session_id]
         status = session.status if finish is None else SessionStatus.FINISHED
         self.sessions[session_id] = replace(
-            session, tokens=[*session.tokens, *tokens], finish=finish, status=status, first_ms=session.first_ms or 0.0
+            session,
+            tokens=[*session.tokens, *tokens],
+            finish=finish,
+            status=status,
+            first_ms=session.first_ms or 0.0,
+            committed_in=list(committed_in),
         )
 
     async def publish(self, gateway: str, result: Result) -> None:
@@ -137,7 +148,9 @@ class MemoryTransport:
         session = self._services.sessions.get(session_id)
         if session is None:
             return None
-        return SessionProgress(session.status, len(session.tokens), session.tokens[from_len:], session.finish)
+        return SessionProgress(
+            session.status, len(session.tokens), session.tokens[from_len:], session.finish, session.committed_in
+        )
 
     async def report(self, ended: Ended) -> None:
         self._services.send(ended)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +19,7 @@ from safetensors.numpy import save_file
 
 from services.gateway.settings import GatewaySettings
 from services.tools.bench.support.tiny import EOS, byte_tokenizer
+from shared.arithmetic import distinct
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
@@ -60,6 +61,8 @@ class Script:
     pause_s: float = 0.0
     ends: bool = True
     """True if the completion ends; otherwise the peer falls silent."""
+    arithmetics: Sequence[str] = ()
+    """Arithmetic of each round; that of the last one also holds for all later rounds."""
     failure: Failure | None = None
     """Reported before the first token."""
     reorder: Callable[[list[Result]], list[Result]] = list
@@ -97,6 +100,7 @@ def results_of(generate: Generate, script: Script, tokenizer: Tokenizer) -> list
                 draft_ms=0.25,
                 queue_ms=0.5,
                 verify_ms=0.75,
+                committed_in=distinct(script.arithmetics[: number + 1]),
             )
         )
     return results

@@ -14,6 +14,7 @@ from services.gateway.core.cursor import StreamCursor
 from services.gateway.core.slo import SloOutcome
 from services.gateway.errors import from_failure
 from services.gateway.keys import ApiKey
+from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 
 
@@ -105,6 +106,11 @@ class Answer:
     def usage(self) -> Usage:
         """Token counts so far."""
         return Usage(self.form.prompt_tokens, sum(session.completion.tally.tokens for session in self.running))
+
+    @property
+    def committed_in(self) -> list[str]:
+        """Arithmetics in which the tokens were committed: several if sessions were moved between them."""
+        return distinct(arithmetic for session in self.running for arithmetic in session.completion.committed_in)
 
     @property
     def ttft_ms(self) -> float:

@@ -19,6 +19,7 @@ RATE_LIMITED = "rate_limit_exceeded"
 _TYPES = {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 
 _STATUS_OF_FAILURE = {
+    "arithmetic_unavailable": 503,
     "context_length_exceeded": 400,
     "cancelled": 503,
     "session_gone": 503,

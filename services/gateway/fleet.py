@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
 from time import monotonic
 
+from services.gateway import metrics
 from services.gateway.errors import ApiError, unavailable
+from shared.arithmetic import distinct
 from shared.errors import BrokersError
 from shared.messages import Heartbeat
+from shared.runtime import logging
 
+FOLLOW_S = 5.0
+"""Time between two reads of the heartbeats without requests."""
 FRESH_S = 1.0
 """How long read heartbeats are used."""
 READ_TIMEOUT_S = 3.0
@@ -52,6 +59,8 @@ class Fleet:
         self._fingerprint = fingerprint
         self._probes: dict[str, Probe] = {**(probes or {}), "verifier": self.longest_session}
         self._limit = 0
+        self.arithmetics: frozenset[str] = frozenset()
+        """Arithmetics of the usable verifiers of the model, at the last read; "" for an unknown one."""
         self._read_s = -FRESH_S
         self._reading: asyncio.Task[None] | None = None
 
@@ -62,6 +71,13 @@ class Fleet:
                 self._reading = asyncio.create_task(self._read())
             await asyncio.shield(self._reading)
         return self._limit
+
+    async def follow(self) -> None:
+        """Read the heartbeats regularly, for ever, so that `arithmetics` is up to date without requests."""
+        while True:
+            with suppress(ApiError):  # requests report it
+                await self._read()
+            await asyncio.sleep(FOLLOW_S)
 
     async def missing(self) -> dict[str, str | None]:
         """Return each required service with its problem, or None."""
@@ -77,8 +93,22 @@ class Fleet:
         except TimeoutError as error:
             text = f"Redis did not answer in {READ_TIMEOUT_S:g} s"
             raise unavailable(text, "redis_unavailable", retry_after_s=2) from error
+        self._note_arithmetics([beat for beat in beats if beat.fingerprint == self._fingerprint and not beat.draining])
         # Failures are not kept, so that a request sees a new verifier at once.
         self._limit, self._read_s = longest_session(beats, self._fingerprint), monotonic()
+
+    def _note_arithmetics(self, usable: Sequence[Heartbeat]) -> None:
+        """Export the verifiers by arithmetic, and log when the fleet becomes mixed or uniform again."""
+        counts = Counter(beat.arithmetic for beat in usable)
+        metrics.VERIFIERS.clear()
+        for arithmetic, count in counts.items():
+            metrics.VERIFIERS.labels(arithmetic or "unknown").set(count)
+        before, self.arithmetics = distinct(sorted(self.arithmetics)), frozenset(counts)
+        now = distinct(sorted(self.arithmetics))
+        if now != before and len(now) > 1:
+            logging.get().warning("verifiers differ in arithmetic: sessions stay within their own", arithmetics=now)
+        elif now != before and len(before) > 1:
+            logging.get().info("verifiers no longer differ in arithmetic", arithmetics=now)
 
 
 async def _problem(check: Awaitable[object]) -> str | None:

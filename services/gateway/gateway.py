@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -52,10 +53,12 @@ class Gateway:
         keys: KeyFile | None = None,
         admission: Admission | None = None,
         idle_check_s: float = math.inf,
+        arithmetics: Callable[[], Collection[str]] = tuple,
     ) -> Gateway:
         """Put a gateway together that serves a model over a transport.
 
-        By default nothing is charged, only the limits on running completions refuse requests, and no results are lost.
+        By default nothing is charged, only the limits on running completions refuse requests, no results are lost, and
+        the verifiers' arithmetics are unknown.
         """
         sessions = Sessions(
             transport,
@@ -64,5 +67,6 @@ class Gateway:
             ModelMetrics(model.name),
             stall_timeout_s=settings.stall_timeout_s,
             idle_check_s=idle_check_s,
+            arithmetics=arithmetics,
         )
         return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys)

@@ -42,6 +42,11 @@ SLO_REQUESTS = Counter(
 GOODPUT_TOKENS = Counter("wisp_goodput_tokens", "Output tokens of completions that attained their SLO", _CLASS)
 REFUSED = Counter("wisp_requests_refused", "Completions refused with a 429", [*_CLASS, "reason"])
 LIMITED = Counter("wisp_requests_limited", "Requests refused by a limit of their API key", ["limit"])
+VERIFIERS = Gauge(
+    "wisp_gateway_verifiers",
+    "Usable verifiers of the model, by arithmetic; several arithmetics are a mixed fleet",
+    ["arithmetic"],
+)
 UNAUTHORIZED = Counter("wisp_requests_unauthorized", "Requests without a valid API key")
 
 

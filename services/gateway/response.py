@@ -87,9 +87,11 @@ class AnswerResponse(Response):
                 else:
                     finishes[index] = item.value
         fields = chunks.whole([Choice(*pair) for pair in zip(texts, finishes, strict=True)], answer.usage)
+        about = _about(answer)
         if answer.form.trace:
-            made = [token for of_one in tokens for token in of_one]
-            fields["wisp"] = {"tokens": stream.tokens(made), "summary": _summary(answer)}
+            about["tokens"] = stream.tokens([token for of_one in tokens for token in of_one])
+        if about:
+            fields["wisp"] = about
         body = encode(fields)
         headers = {"content-type": "application/json", "content-length": str(len(body)), **self._extra_headers}
         await _start(send, headers)
@@ -159,20 +161,26 @@ class Events:
         if is_last and answer.form.include_usage and not cursor.usage:
             chunks.append(self._chunks.usage(answer.usage))
             cursor.usage = True
-        if is_last and answer.form.trace and chunks:
-            chunks[-1].setdefault("wisp", {})["summary"] = _summary(answer)
+        if is_last and chunks and (about := _about(answer)):
+            chunks[-1].setdefault("wisp", {}).update(about)
         return b"".join(stream.event(fields, closing_id if fields["choices"] else cursor) for fields in chunks)
 
 
-def _summary(answer: Answer) -> Fields:
-    return stream.summary(
-        [session.completion.tally for session in answer.running],
-        [session.outcome for session in answer.running if session.outcome is not None],
-        answer.ttft_ms,
-        answer.total_ms,
-        service_class=answer.form.service_class,
-        slo=answer.sessions[0].slo,
-    )
+def _about(answer: Answer) -> Fields:
+    """Return the `wisp` fields about a complete answer: those of a trace, and its arithmetics if they are mixed."""
+    fields: Fields = {}
+    if answer.form.trace:
+        fields["summary"] = stream.summary(
+            [session.completion.tally for session in answer.running],
+            [session.outcome for session in answer.running if session.outcome is not None],
+            answer.ttft_ms,
+            answer.total_ms,
+            service_class=answer.form.service_class,
+            slo=answer.sessions[0].slo,
+        )
+    if answer.form.trace or len(answer.committed_in) > 1:
+        fields["arithmetic"] = answer.committed_in
+    return fields
 
 
 async def _stop(task: asyncio.Future[None]) -> None:

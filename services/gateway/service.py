@@ -58,11 +58,13 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
             settings.slo_classes, settings.max_sessions, settings.max_backlog_ms, predict=settings.admission
         ),
         idle_check_s=settings.idle_check_s,
+        arithmetics=lambda: fleet.arithmetics,
     )
     await broker.consume(queue, gateway.sessions.receive)
     HEALTH.watch(broker, store)
     try:
-        await serve_api(gateway, listener, stop, gateway.ledger.renew(), _attend(store, instance), _reap(store))
+        loops = (gateway.ledger.renew(), _attend(store, instance), _reap(store), fleet.follow())
+        await serve_api(gateway, listener, stop, *loops)
     finally:
         await broker.close()
         await store.close()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from time import monotonic
@@ -18,6 +18,7 @@ from services.gateway.errors import ApiError, stream_gone, unavailable
 from services.gateway.metrics import ModelMetrics
 from services.gateway.model import ServedModel
 from services.gateway.transport import Transport
+from shared.arithmetic import fits
 from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Ended, Failure, Generate, Load, Message, Result, Status
@@ -60,14 +61,19 @@ class Sessions:
         *,
         stall_timeout_s: float,
         idle_check_s: float = math.inf,
+        arithmetics: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """`idle_check_s`: time without results after which a session's state is read, where results can be lost."""
+        """`idle_check_s`: time without results after which a session's state is read, where results can be lost.
+        `arithmetics`: returns those of the usable verifiers."""
         self._transport = transport
         self._model = model
         self._admission = admission
         self._metrics = metrics
         self._stall_timeout_s = stall_timeout_s
         self._idle_check_s = idle_check_s
+        self._arithmetics = arithmetics
+        self._mixes = False
+        """True if schedulers let sessions continue in another arithmetic."""
         self._running: dict[str, RunningSession] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
@@ -147,7 +153,9 @@ class Sessions:
                 running.first_s = started_s + session.first_ms / 1000
                 running.token_s = monotonic()
             prompt_len = session.request.prompt_len
-            running.completion.committed(prompt_len, session.tokens[prompt_len:], session.finish)
+            running.completion.committed(
+                prompt_len, session.tokens[prompt_len:], session.finish, committed_in=session.committed_in
+            )
             if running.completion.done:
                 self._end(running, str(running.completion.finish))
             elif session.status is SessionStatus.CANCELLED:
@@ -210,6 +218,7 @@ class Sessions:
         """Handle a message for this gateway. Results of sessions that do not run here are ignored."""
         if isinstance(message, Load):
             self._admission.update(message, monotonic() * 1000)
+            self._mixes = message.mixed_arithmetic
         elif isinstance(message, Result) and (session := self._running.get(message.session)) is not None:
             self._log.debug("result received", round=message.round, status=message.status)
             self._admission.answered(message.session)
@@ -247,13 +256,26 @@ class Sessions:
             now = monotonic()
             for session in tuple(self._running.values()):
                 if now - session.progress_s >= self._stall_timeout_s:
-                    reason = self._transport.stall_reason.format(pool=session.answer.form.pool)
-                    text = f"no token came for {self._stall_timeout_s:g} s: {reason}; try again later"
-                    self._fail(session, Failure(code="timeout", message=text))
+                    self._fail(session, self._stalled(session))
                 elif now >= session.check_s:
                     session.pause_s = min(2 * session.pause_s, LONGEST_PAUSE_S)
                     session.check_s = now + session.pause_s
                     self._check(session)
+
+    def _stalled(self, session: RunningSession) -> Failure:
+        """Return the failure of a session that made no progress for too long, with the reason."""
+        committed_in, running = session.completion.committed_in, self._arithmetics()
+        if running and not self._mixes and not any(fits(arithmetic, committed_in) for arithmetic in running):
+            code = "arithmetic_unavailable"
+            reason = (
+                f"its tokens were computed in the arithmetic {' and '.join(committed_in)}, and the running verifiers "
+                f"have another ({'; '.join(sorted(running))}); send the request again, or let schedulers move sessions "
+                "to another arithmetic (WISP_MIXED_ARITHMETIC=allow)"
+            )
+        else:
+            code = "timeout"
+            reason = f"{self._transport.stall_reason.format(pool=session.answer.form.pool)}; try again later"
+        return Failure(code=code, message=f"no token came for {self._stall_timeout_s:g} s: {reason}")
 
     def _check(self, session: RunningSession) -> None:
         session.check_again = session.checking
@@ -278,7 +300,7 @@ class Sessions:
             self._fail(session, GONE)
             return
         tokens, length = completion.tally.tokens, completion.length
-        completion.committed(from_len, progress.tokens, progress.finish)
+        completion.committed(from_len, progress.tokens, progress.finish, committed_in=progress.committed_in)
         if progress.status is SessionStatus.CANCELLED and not completion.done:
             self._fail(session, CANCELLED)
             return

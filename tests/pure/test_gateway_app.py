@@ -13,6 +13,7 @@ from pathlib import Path
 from time import monotonic
 from typing import Any, NoReturn
 
+import builders
 import httpx
 import pytest
 from gateway_memory import MemoryServices, MemoryTransport
@@ -76,6 +77,8 @@ class App:
         self.script = Script()
         self.silent = False
         """True if results are lost; committed tokens are not."""
+        self.running_in: set[str] = set()
+        """Arithmetics of the usable verifiers."""
         self.upstream = Upstream()
         self.services = MemoryServices(draft=self.work)
         self.transport = MemoryTransport(self.services, "g")
@@ -94,6 +97,7 @@ class App:
                 self.settings.admission,
             ),
             idle_check_s=self.settings.idle_check_s,
+            arithmetics=lambda: self.running_in,
         )
         self.sessions = self.gateway.sessions
         self.transport.deliver_to(self.sessions.receive)
@@ -107,7 +111,7 @@ class App:
         results = results_of(message, self.script, self.tokenizer)
         for result in results:
             if result.tokens:
-                await self.services.commit(message.session, result.tokens, result.finish)
+                await self.services.commit(message.session, result.tokens, result.finish, result.committed_in)
         for result in [] if self.silent else self.script.reorder(results):
             await self.services.publish("g", result)
 
@@ -517,6 +521,60 @@ async def test_a_stalled_session_times_out_and_is_cancelled(folder: ModelFolder)
     for stream in (True, False):
         assert error_of(await app.chat(stream=stream), 504)["code"] == "timeout"
     await eventually(lambda: len(app.services.cancelled) == 2)
+    watching.cancel()
+
+
+def chunks_of(response: httpx.Response) -> list[dict[str, Any]]:
+    return [json.loads(event.partition("data: ")[2]) for event in response.text.split("\n\n")[:-2]]
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_an_answer_of_mixed_arithmetic_says_so(folder: ModelFolder, silent: bool) -> None:
+    app = App(folder, idle_check_s=0.1)
+    app.silent = silent
+    app.script = Script(arithmetics=("wisp-1", "other"))
+    watching = asyncio.create_task(app.sessions.watch())
+    assert (await app.chat()).json()["wisp"] == {"arithmetic": ["wisp-1", "other"]}
+    *before, last = chunks_of(await app.chat(stream=True))
+    assert last["wisp"] == {"arithmetic": ["wisp-1", "other"]}
+    assert not any("wisp" in chunk for chunk in before)
+    watching.cancel()
+
+
+async def test_an_answer_of_one_arithmetic_names_it_only_in_a_trace(app: App) -> None:
+    app.script = Script(arithmetics=("wisp-1",))
+    assert "wisp" not in (await app.chat()).json()
+    assert not any("wisp" in chunk for chunk in chunks_of(await app.chat(stream=True)))
+    assert (await app.chat(wisp={"trace": True})).json()["wisp"]["arithmetic"] == ["wisp-1"]
+    assert chunks_of(await app.chat(stream=True, wisp={"trace": True}))[-1]["wisp"]["arithmetic"] == ["wisp-1"]
+
+
+@pytest.mark.parametrize(
+    ("running_in", "mixes", "code"),
+    [
+        ({"other", "a third"}, False, "arithmetic_unavailable"),
+        ({"other", "wisp-1"}, False, "timeout"),
+        ({"other", ""}, False, "timeout"),
+        ({"other"}, True, "timeout"),
+        (set(), False, "timeout"),
+    ],
+)
+async def test_a_session_that_waits_for_its_arithmetic_ends_with_that_reason(
+    folder: ModelFolder, running_in: set[str], mixes: bool, code: str
+) -> None:
+    app = App(folder, stall_timeout_s=0.3)
+    app.script = Script(text="Hello there", ends=False, arithmetics=("wisp-1",))
+    app.running_in = running_in
+    await app.sessions.receive(builders.load(mixed_arithmetic=mixes))
+    watching = asyncio.create_task(app.sessions.watch())
+    error = error_of(await app.chat(), 503 if code == "arithmetic_unavailable" else 504)
+    assert error["code"] == code
+    if code == "arithmetic_unavailable":
+        assert (
+            "computed in the arithmetic wisp-1, and the running verifiers have another (a third; other)"
+            in error["message"]
+        )
+    await eventually(lambda: len(app.services.cancelled) == 1)
     watching.cancel()
 
 

@@ -10,11 +10,13 @@ from typing import Any, cast
 
 import builders
 import pytest
+import structlog
+from gateway_peer import eventually
 from hypothesis import example, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
-from services.gateway import stream
+from services.gateway import metrics, stream
 from services.gateway.answer import AnswerForm, Usage
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
 from services.gateway.core.slo import SloOutcome, class_of, judge, slo_of
@@ -567,6 +569,48 @@ async def test_concurrent_requests_share_one_read_of_the_heartbeats() -> None:
     assert await asyncio.gather(*(fleet.longest_session() for _ in range(5))) == [100] * 5
     assert await fleet.longest_session() == 100
     assert looks == 2
+
+
+async def test_the_fleet_is_exported_by_arithmetic_and_a_mixture_logged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.fleet.FRESH_S", 0.0)
+    beats = [heartbeat(arithmetic="wisp-1"), heartbeat(arithmetic="wisp-1"), heartbeat()]
+    others = [heartbeat(arithmetic="other", draining=True), heartbeat(arithmetic="other", fingerprint="another")]
+
+    async def read() -> list[Heartbeat]:
+        return [*beats, *others]
+
+    def exported() -> dict[str, float]:
+        (metric,) = metrics.VERIFIERS.collect()
+        return {sample.labels["arithmetic"]: sample.value for sample in metric.samples}
+
+    fleet = Fleet(read, "f")
+    with structlog.testing.capture_logs() as logs:
+        await fleet.longest_session()
+        assert (fleet.arithmetics, exported()) == ({"wisp-1", ""}, {"wisp-1": 2, "unknown": 1})
+        assert not logs
+        beats[0] = heartbeat(arithmetic="other")
+        for _ in range(2):
+            await fleet.longest_session()
+        assert exported() == {"other": 1, "wisp-1": 1, "unknown": 1}
+        assert [(line["log_level"], line["arithmetics"]) for line in logs] == [("warning", ["other", "wisp-1"])]
+        beats.clear()
+        with pytest.raises(ApiError):
+            await fleet.longest_session()
+        assert (fleet.arithmetics, exported()) == (set(), {})
+        assert [line["log_level"] for line in logs] == ["warning", "info"]
+
+
+async def test_the_fleet_is_followed_without_requests(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.fleet.FOLLOW_S", 0.0)
+    found: list[list[Heartbeat]] = [[], [heartbeat(arithmetic="wisp-1")]]
+
+    async def read() -> list[Heartbeat]:
+        return found.pop(0) if len(found) > 1 else found[0]
+
+    fleet = Fleet(read, "f")
+    following = asyncio.create_task(fleet.follow())
+    await eventually(lambda: fleet.arithmetics == {"wisp-1"})
+    following.cancel()
 
 
 async def test_a_request_at_the_moment_of_a_read_gets_its_result() -> None:

@@ -64,6 +64,7 @@ def test_without_a_verifier_of_its_arithmetic_a_session_waits_for_one() -> None:
     d = dispatcher(builders.heartbeat("v1", arithmetic=OTHER))
     d.on_verify(round_in(OURS), 0.0)
     assert (placed(d), d.fleet.pending_count) == ([], 1)
+    assert not d.load(1.0).mixed_arithmetic
     d.on_heartbeat(builders.heartbeat("v2", arithmetic=OTHER), 2.0)
     assert placed(d, 3.0) == []
     d.on_heartbeat(builders.heartbeat("v3", arithmetic=OURS), 4.0)
@@ -106,6 +107,7 @@ def test_if_mixing_is_allowed_a_session_leaves_its_arithmetic_only_when_it_is_go
     )
     d.on_verify(round_in(OURS), 0.0)
     assert placed(d, 0.0) == ["v2"]
+    assert d.load(0.0).mixed_arithmetic
     d.on_returned("v2", 1.0)
     assert placed(d, 1.0) == ["v1"]
 

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from shared.arithmetic import distinct
 from shared.messages import Failure, Finish, Result, Status
 from shared.models.stop import StopStrings
 
@@ -102,6 +103,8 @@ class Completion:
     failure: Failure | None = None
     stopped_early: bool = False
     tally: CompletionTally = field(default_factory=CompletionTally)
+    committed_in: list[str] = field(default_factory=list)
+    """Arithmetics in which the session's tokens were committed."""
     _ready: deque[Piece] = field(default_factory=deque)
     _held: deque[Token] = field(default_factory=deque)
     """Tokens whose text is incomplete or could still become part of a stop string."""
@@ -132,15 +135,24 @@ class Completion:
             return
         self.round = max(self.round, result.round)
         accepted = result.accepted if result.status is Status.COMMITTED else 0
-        self.committed(result.base_len, result.tokens, result.finish, accepted)
+        self.committed(result.base_len, result.tokens, result.finish, accepted, result.committed_in)
 
-    def committed(self, base_len: int, tokens: Sequence[int], finish: Finish | None, accepted: int = 0) -> None:
+    def committed(
+        self,
+        base_len: int,
+        tokens: Sequence[int],
+        finish: Finish | None,
+        accepted: int = 0,
+        committed_in: Sequence[str] = (),
+    ) -> None:
         """Add committed tokens from position `base_len` on; the first `accepted` of them are accepted draft tokens.
 
-        `finish` is the reason why the session ended with the last token.
+        `finish` is the reason why the session ended with the last token. `committed_in` has all arithmetics of the
+        session up to then, in order.
         """
         if self.done:
             return
+        self.committed_in = distinct([*self.committed_in, *committed_in])
         if base_len > self.length:
             self.gap = True
             return

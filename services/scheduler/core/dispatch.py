@@ -205,6 +205,7 @@ class Dispatcher:
             first_come=self._policy.first_come,
             price=load.price_ms(usable, self._averages) if self._policy.plays("price") else 0.0,
             draft_cap=self.rules.max_draft,
+            mix=self.rules.mix,
         )
 
     def _next(self, state: VerifierState, now_ms: float) -> tuple[BatchPlan | None, float]:

@@ -99,6 +99,7 @@ def load_message(
     first_come: bool,
     price: float,
     draft_cap: int,
+    mix: bool,
 ) -> Load:
     """Return the message to drafters and gateways. `Load` defines its figures."""
     usable = [v for v in fleet.verifiers.values() if v.usable]
@@ -111,6 +112,7 @@ def load_message(
         queue_ms=averages.queue_ms,
         pending=fleet.pending_count,
         draft_cap=draft_cap,
+        mixed_arithmetic=mix,
         verifiers=len(usable),
         tokens_per_round=max(1.0, averages.tokens_per_round - averages.tokens_spread),
         away_ms=averages.away_ms or 0.0,
