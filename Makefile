@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup tools lock-tools demo serve test-fast test lint k8s-settings k8s-secrets bench-engine bench-rounds bench-scheduler bench-estimator bench-draft bench-stream bench-load bench-scaling bench-handoff chaos images images-test compose clean
+.PHONY: help setup tools lock-tools demo serve test-fast test lint k8s-settings k8s-secrets bench-engine bench-rounds bench-scheduler bench-estimator bench-formats bench-draft bench-stream bench-load bench-scaling bench-handoff chaos images images-test compose clean
 
 help: ## show this list
 	@echo "Usage: make TARGET"
@@ -67,7 +67,7 @@ lint: setup ## run the linter, formatter and type checker
 	for check in "ruff check" "ruff format --check" mypy; do $(BIN)/$$check || status=1; done; \
 	exit $$status
 
-bench-engine: setup ## time the engine and transformers; writes .wisp/results/engine.json
+bench-engine: setup ## time the engine, transformers and llama.cpp; writes .wisp/results/engine.json
 	@$(BIN)/wisp bench engine $(ARGS)
 
 bench-rounds: setup ## time the parts of a round outside the model; writes .wisp/results/rounds.json
@@ -78,6 +78,9 @@ bench-scheduler: setup ## time the scheduler's decisions and its service; writes
 
 bench-estimator: setup ## measure the error of predicted batch times; writes .wisp/results/estimator.json
 	@$(BIN)/wisp bench estimator $(ARGS)
+
+bench-formats: setup ## measure quality, memory and speed by format of weights; writes .wisp/results/formats.json
+	@$(BIN)/wisp bench formats $(ARGS)
 
 bench-draft: setup ## measure acceptance and cost of drafts on held-out prompts; writes .wisp/results/draft.json
 	@$(BIN)/wisp bench draft $(ARGS)

@@ -14,7 +14,7 @@ from services.tools.bench.stream.cases import question
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.core.speed import Case, TimedRequest
 from services.tools.bench.support import options, report
-from services.tools.bench.support.report import instruction_set, machine, table
+from services.tools.bench.support.report import cpu_kind, instruction_set, machine, table
 from services.tools.training.prompts import CorpusPrompt, Turn
 from shared.errors import SettingsError
 
@@ -159,10 +159,14 @@ def test_the_kind_of_cpu_is_named_by_its_flags(flags: set[str], name: str) -> No
 
 def test_facts_of_the_machine_are_read_from_its_cpu_info(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cpu_info = tmp_path / "cpuinfo"
-    cpu_info.write_text("processor\t: 0\nmodel name\t: Some CPU\nflags\t\t: fpu avx2 avx512f avx512_bf16\n")
+    cpu_info.write_text(
+        "processor\t: 0\ncpu family\t: 25\nmodel\t\t: 1\nmodel name\t: Some CPU\n"
+        "flags\t\t: fpu avx2 avx512f avx512_bf16\n"
+    )
     monkeypatch.setattr(report, "CPU_INFO", cpu_info)
     facts = machine()
-    assert (facts["processor"], facts["instructions"]) == ("Some CPU", "AVX-512 with bfloat16")
+    assert (facts["processor"], facts["instructions"]) == ("Some CPU (family 25, model 1)", "AVX-512 with bfloat16")
+    assert cpu_kind() == "Some CPU (family 25, model 1), AVX-512 with bfloat16"
 
 
 def test_lists_in_options_are_parsed_or_refused_with_the_option() -> None:

@@ -90,7 +90,7 @@ def main(
         measured, memory = run(lambda: _measure(rounds, folder))
         if not measured:
             raise SettingsError("no complete round was logged: the answer may have ended at once; try another --target")
-        _report(measured, memory)
+        _report(measured, memory, folder.name)
 
 
 async def _measure(rounds: int, target: Path) -> tuple[list[Times], list[tuple[str, float]]]:
@@ -122,7 +122,7 @@ def _log_lines(folder: Path) -> Iterable[dict[str, object]]:
                     yield line
 
 
-def _report(measured: list[Times], memory: list[tuple[str, float]]) -> None:
+def _report(measured: list[Times], memory: list[tuple[str, float]], model: str) -> None:
     rows: list[tuple[object, ...]] = []
     for (before, _), (after, name) in itertools.pairwise(HOPS):
         rows.append((name, *_quantiles([times[after] - times[before] for times in measured])))
@@ -135,7 +135,7 @@ def _report(measured: list[Times], memory: list[tuple[str, float]]) -> None:
         f"One verification round by hop, {len(measured)} rounds of one stream, idle suite",
         ["hop", "median ms", "p90 ms", "p99 ms"],
         rows,
-        facts={"rounds": len(measured)},
+        facts={"model": model, "rounds": len(measured)},
         notes=["aim: at most 5 ms outside the model at the median"],
     )
     report(
@@ -143,6 +143,7 @@ def _report(measured: list[Times], memory: list[tuple[str, float]]) -> None:
         "Memory of each process after one stream (unique set size)",
         ["process", "MB"],
         memory,
+        facts={"model": model},
         notes=[
             "aim: gateway and scheduler at most 150 MB, a verifier of the default model in bfloat16 at most 1200 MB"
         ],

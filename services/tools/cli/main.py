@@ -62,6 +62,7 @@ class Benchmark(StrEnum):
     DRAFT = "draft"
     ENGINE = "engine"
     ESTIMATOR = "estimator"
+    FORMATS = "formats"
     HANDOFF = "handoff"
     LOAD = "load"
     ROUNDS = "rounds"

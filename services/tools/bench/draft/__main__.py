@@ -44,6 +44,7 @@ RULES: tuple[tuple[RuleName, int], ...] = (
     ("marginal", 8),
 )
 REAL_TOKENS = 64
+DTYPE = "bfloat16"
 
 Row = dict[str, Any]
 
@@ -79,7 +80,8 @@ class DraftBench:
         self.stop_ids = frozenset(run.target.eos_ids)
         self.weights: ControlWeights | None = load_weights(folder.controller) if folder.controller else None
         self.draft = DraftEngine(folder, run.target, threads=1, budget_tokens=1 << 16)
-        self.engine = Engine(run.target.path, threads=1, budget_tokens=4096, keep_hidden=True)
+        self.model = run.target.name
+        self.engine = Engine(run.target.path, dtype=DTYPE, threads=1, budget_tokens=4096, keep_hidden=True)
         self.measured = measure(self.engine, self.draft, self.texts[0])
 
     def source(self, name: str) -> DraftSource:
@@ -151,7 +153,7 @@ def _measure(bench: DraftBench, folder: HiddenDraftFolder, real_texts: int, cons
     title = f"Real speed in one process, {REAL_TOKENS} tokens each: tokens per second, and ratio to plain decoding"
     _print(console, title, real := _real(bench, real_texts))
     return {
-        "facts": machine(),
+        "facts": {**machine(), "model": bench.model, "dtype": DTYPE, "threads": bench.engine.threads},
         "draft": str(folder.path),
         "texts": len(bench.texts),
         "costs": costs,

@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from services.tools.bench.load.arms import NAMES, arms_of
-from services.tools.bench.load.campaign import ArmSettings, Campaign, CapacitySearch, LoadPlan
+from services.tools.bench.load.campaign import THREADS, ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.requests import MOST_SESSIONS, RequestSource, from_lines, to_lines
 from services.tools.bench.load.report import conclude, replot
@@ -100,7 +100,7 @@ def main(
         about = "about" if plan.search is None else "up to about"
         console.print(f"this takes {about} {plan.about_s / 60:.0f} minutes", highlight=False)
         settings = partial(_settings, target, dtype, cache_tokens, admission, console)
-        facts = {"dtype": dtype, "cache_tokens": cache_tokens, "admission": admission}
+        facts = {"dtype": dtype, "threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
         _run(campaign, url, pools, settings, machine() | facts, name, write_requests, console)
 
 

@@ -32,6 +32,8 @@ DRAIN_SHARE = 0.5
 """Approximate share of the longest drain that is needed, for the same estimate."""
 SETTLE_S = 2.0
 """Pause between two points, in which cancelled requests leave the services."""
+THREADS = 1
+"""CPU threads of the target, in every arm."""
 GIVEN = "server"
 """Name of the arm when a running server is measured."""
 
@@ -87,7 +89,7 @@ class ArmSettings:
         """The settings as environment variables of every service."""
         return {
             "WISP_DTYPE": self.dtype,
-            "WISP_THREADS": "1",
+            "WISP_THREADS": str(THREADS),
             "WISP_CACHE_TOKENS": str(self.cache_tokens),
             "WISP_ADMISSION": str(self.admission).lower(),
         }

@@ -21,19 +21,25 @@ CPU_INFO = Path("/proc/cpuinfo")
 def machine() -> dict[str, Any]:
     """Return the facts about this machine that every figure has to name.
 
-    `instructions` is the kind of CPU (`instruction_set`), on which the speed of a model in bfloat16 depends most;
-    `memory_gb` is in GB; `load_average` is the load of the last minute, from before the run.
+    `instructions` are those that the speed of a model depends on most (`instruction_set`); `memory_gb` is in GB;
+    `load_average` is the load of the last minute, from before the run.
     """
-    cpu_info = CPU_INFO.read_text() if CPU_INFO.is_file() else ""
+    cpu_info = _cpu_info()
     return {
-        "processor": _field(cpu_info, "model name") or platform.processor() or platform.machine(),
-        "instructions": instruction_set((_field(cpu_info, "flags") or _field(cpu_info, "Features")).split()),
+        "processor": _processor(cpu_info),
+        "instructions": _instructions(cpu_info),
         "cores": psutil.cpu_count(logical=False) or psutil.cpu_count(),
         "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         "system": platform.platform(),
         "python": platform.python_version(),
         "load_average": round(psutil.getloadavg()[0], 2),
     }
+
+
+def cpu_kind() -> str:
+    """Name the kind of CPU for a table's title: "AMD EPYC (family 25, model 1), AVX2 only"."""
+    cpu_info = _cpu_info()
+    return f"{_processor(cpu_info)}, {_instructions(cpu_info)}"
 
 
 def instruction_set(flags: Collection[str]) -> str:
@@ -126,6 +132,21 @@ def _shown(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:.0f}" if abs(value) >= 1000 else f"{value:.3g}" if abs(value) < 100 else f"{value:.0f}"
     return str(value)
+
+
+def _cpu_info() -> str:
+    return CPU_INFO.read_text() if CPU_INFO.is_file() else ""
+
+
+def _processor(cpu_info: str) -> str:
+    """Return the processor's name. Virtual machines hide the exact one; family and model tell its generation."""
+    name = _field(cpu_info, "model name") or platform.processor() or platform.machine()
+    family, model = _field(cpu_info, "cpu family"), _field(cpu_info, "model")
+    return f"{name} (family {family}, model {model})" if family and model else name
+
+
+def _instructions(cpu_info: str) -> str:
+    return instruction_set((_field(cpu_info, "flags") or _field(cpu_info, "Features")).split())
 
 
 def _field(cpu_info: str, name: str) -> str:

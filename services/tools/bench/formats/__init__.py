@@ -1,0 +1,1 @@
+"""`wisp bench formats`: quality, memory and speed of the target in each format of weights."""
