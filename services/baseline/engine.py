@@ -55,8 +55,7 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
         keep_hidden=drafting is not None and drafting.hidden_size > 0,
     )
     # Like a verifier's first batches, these compile kernels and touch memory for the first time.
-    for _ in profile(engine, budget_s=0.0):
-        pass
+    profile(engine)
     loop = EngineLoop(
         engine, instance, drafting, prefill_tokens=settings.prefill_tokens, max_running=settings.max_running
     )

@@ -47,9 +47,9 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
             device=settings.device,
         )
     emulated = EmulatedCost(settings.emulated_cost) if settings.emulated_cost else None
-    measured: list[Measurement] = []
+    measured: Sequence[Measurement] = ()
     if settings.profile:
-        measured = await loop.run_in_executor(executor, lambda: list(profile(engine)))
+        measured = await loop.run_in_executor(executor, profile, engine)
     if emulated is not None:
         log.warning("batches are slowed down to the emulated cost")
         measured = [emulated.slowed(one) for one in measured]

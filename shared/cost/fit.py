@@ -26,6 +26,9 @@ HUBER = 0.15
 """Samples with a larger relative error count in proportion to 1 / error."""
 PASSES = 4
 """Number of solutions of a profile, each with the weights from the one before."""
+PROFILE_PRIOR = 0.001
+"""Weight in a profile's fit of the coefficients of `cost.FALLBACK` at the profile's speed, relative to the samples: a
+short profile leaves some coefficients open."""
 PROFILE_WEIGHT = 0.1
 PROFILE_FULL_UNTIL = 20
 """Live batches after which the profile's weight is at its floor."""
@@ -68,10 +71,13 @@ class VerifierFit:
             return
         rows = np.array([_row(one) for one in measured])
         weights: Array = np.ones(len(rows))
+        assumed = np.array(cost.FALLBACK.coefficients)
+        assumed /= np.median(rows @ assumed)
         for _ in range(PASSES):
             self._profile = _Sums()
             for row, weight in zip(rows, weights, strict=True):
                 self._profile.add(row, weight)
+            self._profile.assume(assumed, PROFILE_PRIOR)
             self._coefficients = non_negative(self._profile.gram, self._profile.target)
             predicted = rows @ self._coefficients
             weights = self._weights(rows)
@@ -176,6 +182,12 @@ class _Sums:
         """Rescale as if every sample had taken `speed` times as long."""
         self.gram /= speed**2
         self.target /= speed
+
+    def assume(self, coefficients: Array, share: float) -> None:
+        """Draw each coefficient to a value, with a share of the samples' weight."""
+        prior = share * np.diag(np.maximum(np.diag(self.gram), TINY))
+        self.gram += prior
+        self.target += prior @ coefficients
 
     def add(self, row: Array, weight: float) -> None:
         self.gram += weight * np.outer(row, row)

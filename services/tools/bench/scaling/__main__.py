@@ -69,7 +69,7 @@ def cost_on_one_core(target: Path) -> list[float]:
     """Return the coefficients of the target's cost model, from a start-up profile on one thread."""
     engine = Engine(target, threads=1, budget_tokens=CACHE_TOKENS)
     fit = VerifierFit("bench")
-    fit.start_from(list(profile(engine)))
+    fit.start_from(profile(engine))
     return [round(c, 4) for c in fit.model().coefficients]
 
 
