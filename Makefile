@@ -15,14 +15,14 @@ BIN := .venv/bin
 
 .PHONY: help setup demo serve test-fast test lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff chaos images compose images-test k8s-secrets
 
+## Use
+
 help: ## show this list
 	@awk 'BEGIN {print "Usage: make TARGET [ARGS=\"options of the command\"]"} \
 		/^## / {print "\n" substr($$0, 4)} \
 		/^[a-z0-9-]+:.*## / {name = text = $$0; sub(/:.*/, "", name); sub(/.*## /, "", text); \
-			if (name != "help") printf "  %-16s %s\n", name, text} \
+			printf "  %-16s %s\n", name, text} \
 		END {print "\nVariables: PORT=8000, PYTHON=python3.12, TORCH_INDEX=URL (index of torch)"}' $(MAKEFILE_LIST)
-
-## Use
 
 setup: ## make environment and default model; others do this first
 	@$(PYTHON) services/tools/local/bootstrap.py --torch-index "$(TORCH_INDEX)"

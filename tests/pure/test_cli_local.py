@@ -148,6 +148,15 @@ def test_doctor_as_json_names_every_part() -> None:
     assert {"Python", "torch", "RabbitMQ", "Redis", "port", "memory", "disk", "model smollm2-135m-instruct"} <= parts
 
 
+def test_doctor_shortens_paths(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    assert doctor.short(tmp_path / "a" / "b") == "a/b"
+    monkeypatch.chdir("/")
+    assert doctor.short(tmp_path / "home" / "b") == "~/b"
+    assert doctor.short(tmp_path / "c") == str(tmp_path / "c")
+
+
 def test_a_busy_port_is_refused_before_anything_starts() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = busy.getsockname()[1]

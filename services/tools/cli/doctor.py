@@ -71,7 +71,15 @@ async def check_machine() -> list[Finding]:
 
 def _python() -> Finding:
     # Older versions cannot import this module.
-    return Finding("Python", "ok", f"{platform.python_version()} ({sys.executable})")
+    return Finding("Python", "ok", f"{platform.python_version()} in {short(Path(sys.prefix))}")
+
+
+def short(path: Path) -> str:
+    """Return a path relative to the working folder or to `~`, if it lies below one of them."""
+    for base, prefix in ((Path.cwd(), ""), (Path.home(), "~/")):
+        if base != Path(base.anchor) and path != base and path.is_relative_to(base):
+            return f"{prefix}{path.relative_to(base)}"
+    return str(path)
 
 
 def _extras() -> Iterator[Finding]:
@@ -147,7 +155,7 @@ async def _broker(name: str, source: BrokerSource, host: Machine, url: str | Non
             binary = host.rabbitmq if name == "RabbitMQ" else host.redis
             assert binary is not None
             version = _rabbitmq_version(binary) if name == "RabbitMQ" else _redis_version(binary)
-            return Finding(name, "ok", f"{version} installed ({binary}); each run starts a private server")
+            return Finding(name, "ok", f"{version} installed; each run starts a private server")
         case BrokerSource.APT:
             return Finding(name, "note", "not installed", f"the first run installs it with apt; or type: {commands}")
         case BrokerSource.CONTAINER:
@@ -180,7 +188,9 @@ def _models() -> Iterator[Finding]:
             if folder.is_dir():
                 model = ModelFolder(folder)
                 validate(model)
-                yield Finding(f"model {name}", "ok", f"{folder} (fingerprint {model.fingerprint('bfloat16')[:12]})")
+                yield Finding(
+                    f"model {name}", "ok", f"{short(folder)} (fingerprint {model.fingerprint('bfloat16')[:12]})"
+                )
                 continue
             packaged.locate()
         except ModelError as error:
@@ -212,7 +222,7 @@ def _drafts() -> Iterator[Finding]:
             "draft", "note", f"none for {target.name}: drafts come from lookup", "`wisp draft train` makes one"
         )
     else:
-        yield Finding("draft", "ok", f"for {found.card.target}: {found.path}")
+        yield Finding("draft", "ok", f"{short(found.path)} for {found.card.target}")
 
 
 def _port() -> Finding:
@@ -238,6 +248,6 @@ def _resources() -> Iterator[Finding]:
     yield Finding(
         "disk",
         "ok" if disk >= DISK_NEEDED else "note",
-        f"{disk:.1f} GiB free at {state.parent}",
+        f"{disk:.1f} GiB free at {short(state.parent)}",
         "" if disk >= DISK_NEEDED else f"the model and the logs need {DISK_NEEDED:.0f} GiB: free some space",
     )

@@ -226,7 +226,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
             table = Table(box=None, show_header=False, padding=(0, 1))
             marks = {"ok": ("✓", "green"), "note": ("!", "yellow"), "missing": ("✗", "red")}
             table.add_column()
-            table.add_column(no_wrap=True)
+            table.add_column(overflow="fold", max_width=22)
             table.add_column(overflow="fold")
             for finding in findings:
                 text = Text(finding.found)
