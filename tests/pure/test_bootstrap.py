@@ -14,7 +14,7 @@ from services.tools.local.bootstrap import PipOutput, Step, StepFailed, duration
 @pytest.fixture
 def pip(tmp_path: Path) -> PipOutput:
     (tmp_path / "downloads").mkdir()
-    return PipOutput(tmp_path / "downloads", tmp_path / "venv")
+    return PipOutput(tmp_path / "downloads", tmp_path / "venv", pins=98)
 
 
 def a_step(*, live: bool = False) -> Step:
@@ -32,30 +32,33 @@ def test_packages_are_counted_as_pip_finds_them(pip: PipOutput) -> None:
         "Collecting Aio-Pika",
     ):
         pip.read(line + "\n")
-    assert pip.describe() == "2 found"
+    assert pip.describe() == "2 of 98, looking for the next"
 
 
 def test_a_download_shows_the_bytes_that_have_arrived(pip: PipOutput, tmp_path: Path) -> None:
     wheel = "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
     pip.read("Collecting torch==2.13.0\n")
     pip.read(f"  Downloading https://index.example/a/{wheel} (190.1 MB)\n")
-    assert pip.describe() == "1 found, downloading torch-2.13.0: 0 MB of 190.1 MB"
+    assert pip.describe() == "1 of 98, downloading torch-2.13.0: 0 MB of 190.1 MB"
     folder = tmp_path / "downloads" / "pip-unpack-x1"
     folder.mkdir()
     (folder / wheel).write_bytes(bytes(3_000_000))
-    assert pip.describe() == "1 found, downloading torch-2.13.0: 3 MB of 190.1 MB"
+    assert pip.describe() == "1 of 98, downloading torch-2.13.0: 3 MB of 190.1 MB"
+    pip.read("Collecting idna\n")
+    pip.read("  Downloading idna-3.10-py3-none-any.whl (70 kB)\n")
+    assert pip.describe() == "2 of 98, downloading idna-3.10: 70 kB"
 
 
 def test_installed_packages_are_counted(pip: PipOutput, tmp_path: Path) -> None:
     packages = tmp_path / "venv/lib/python3.11/site-packages"
     packages.mkdir(parents=True)
     pip.read("Installing collected packages: a, b, c\n")
-    assert pip.describe() == "installing 1 of 3"
+    assert pip.describe() == "1 of 3, installing a"
     (packages / "a-1.dist-info").mkdir()
     (packages / "b-1.dist-info").mkdir()
-    assert pip.describe() == "installing 3 of 3"
+    assert pip.describe() == "3 of 3, installing c"
     (packages / "c-1.dist-info").mkdir()
-    assert pip.describe() == "installing 3 of 3"
+    assert pip.describe() == "3 of 3, installing c"
 
 
 def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:

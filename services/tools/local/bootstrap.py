@@ -134,7 +134,7 @@ def install(torch_index: str) -> None:
 def install_packages(command: Sequence[str], shown: "Step") -> None:
     """Run pip and show its progress."""
     with downloads() as folder:
-        output = PipOutput(folder, VENV)
+        output = PipOutput(folder, VENV, len((ROOT / "constraints.txt").read_text().splitlines()))
         run(command, shown, {"TMPDIR": str(folder)}, output.read, output.describe)
 
 
@@ -158,9 +158,11 @@ def installed() -> tuple[int, int]:
 class PipOutput:
     """Progress of a `pip install`, from its output, its temporary files and the environment."""
 
-    def __init__(self, downloads: Path, environment: Path) -> None:
+    def __init__(self, downloads: Path, environment: Path, pins: int) -> None:
+        """pins: packages that it will look for, about: those with a pinned version."""
         self._downloads = downloads
         self._environment = environment
+        self._pins = pins
         self._found: set[str] = set()
         self._file = ""
         self._size = ""
@@ -186,12 +188,15 @@ class PipOutput:
     def describe(self) -> str:
         """Return the current activity, in a few words with numbers that grow."""
         if self._installing:
-            return f"installing {min(self._arrived() + 1, len(self._installing))} of {len(self._installing)}"
-        found = f"{len(self._found)} found"
-        if self._file:
-            name = "-".join(self._file.split("-")[:2])
-            return f"{found}, downloading {name}: {self._fetched() / MEGABYTE:.0f} MB of {self._size}"
-        return f"{found}, {self._other}" if self._other else found if self._found else ""
+            current = min(self._arrived(), len(self._installing) - 1)
+            return f"{current + 1} of {len(self._installing)}, installing {self._installing[current]}"
+        if not self._found:
+            return self._other
+        found = f"{len(self._found)} of {max(self._pins, len(self._found))}"
+        if not self._file:
+            return f"{found}, {self._other or 'looking for the next'}"
+        arrived = f"{self._fetched() / MEGABYTE:.0f} MB of {self._size}" if "kB" not in self._size else self._size
+        return f"{found}, downloading {'-'.join(self._file.split('-')[:2])}: {arrived}"
 
     def _fetched(self) -> int:
         """Return the bytes of the current download that have arrived."""
