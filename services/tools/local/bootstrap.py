@@ -94,7 +94,7 @@ def set_up(torch_index: str) -> None:
     for one in to_prepare:
         with step(one.name) as shown:
             last = run([str(VENV / one.command[0]), *one.command[1:]], shown)
-            shown.outcome = re.sub(r" \([\d.]+ s\)$", "", last) or "ready"
+            shown.outcome = re.sub(r" \([\d.]+ s\)$", "", last).removeprefix(f"{one.name} ") or "ready"
     STAMP.write_text(expected)
     print(f"Set up in {duration(time.monotonic() - started)}.", flush=True)
 

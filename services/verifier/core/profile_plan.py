@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from math import inf, log1p
 
 import numpy as np
+from numpy.typing import NDArray
 
 from shared import cost
 from shared.cost.fit import VerifierFit
@@ -116,11 +117,12 @@ class ProfilePlan:
         return best
 
 
-def _design(measured: Sequence[Measurement], model: CostModel) -> np.ndarray:
+def _design(measured: Sequence[Measurement], model: CostModel) -> NDArray[np.float64]:
     """Return the sums X'X of the relative errors' rows, with a prior that gives each coefficient a finite variance."""
     rows = np.array([np.array(cost.features(one.shape)) / one.measured_ms for one in measured])
     shares = np.maximum(np.abs(model.coefficients), 1e-6)
-    return rows.T @ rows + PRIOR * np.diag(1 / shares**2)
+    design: NDArray[np.float64] = rows.T @ rows + PRIOR * np.diag(1 / shares**2)
+    return design
 
 
 def longest_ms(shape: BatchShape, measured: Sequence[Measurement], model: CostModel) -> float:
