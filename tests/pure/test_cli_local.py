@@ -10,23 +10,28 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import get_args
+from typing import NoReturn, get_args
 
+import builders
 import pytest
 from typer.testing import CliRunner
 
 from services.baseline.settings import Baseline
 from services.drafter.sources.registry import SOURCES
-from services.tools.cli import doctor
+from services.tools.cli import doctor, suite_observer
+from services.tools.cli.core.suite_snapshot import SuiteSnapshot
+from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.main import app
 from services.tools.cli.stack_options import ServingChoice, draft_sources
+from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.up import curl
 from services.tools.local import logs
-from services.tools.local.folder import RUNS_KEPT, RunFolder
+from services.tools.local.folder import RUNS_KEPT, RunFolder, RunningSuite
 from services.tools.local.machine import Machine
 from services.tools.local.ports import free_ports, is_free
 from services.tools.local.service_commands import ServiceCommands, cores
 from services.tools.local.settings import BrokerAddresses
+from shared.errors import BrokersError, SettingsError
 
 LAUNCH = ServiceCommands(
     namespace="mine",
@@ -140,6 +145,34 @@ async def test_doctor_reports_a_given_server_that_does_not_answer() -> None:
     findings = await doctor._brokers(given, BARE)
     assert [finding.state for finding in findings] == ["missing", "missing"]
     assert "secret" not in str(findings)
+
+
+@pytest.mark.parametrize("other", ["wisp-1", "torch 2.13, cpu AVX2"])
+async def test_doctor_reports_a_mixed_fleet_and_no_uniform_one(monkeypatch: pytest.MonkeyPatch, other: str) -> None:
+    async def observed(suite: SuiteAddress, seconds: float) -> SuiteSnapshot:
+        assert (suite.namespace, suite.amqp_url, seconds) == ("mine", "amqp://here/", doctor.HEARTBEATS_S)
+        watch = SuiteWatch(0.0)
+        for name, arithmetic in (("v1", "wisp-1"), ("v2", other)):
+            watch.feed(builders.heartbeat(name, arithmetic=arithmetic), 0.0)
+        return watch.snapshot(1.0)
+
+    monkeypatch.setattr(suite_observer, "observed", observed)
+    monkeypatch.setattr(doctor, "running_suites", lambda: [RunningSuite("mine", "amqp://here/")])
+    found = [(one.state, one.found) for one in await doctor._fleet(BrokerAddresses(amqp_url=None))]
+    mixed = [("note", f"of different arithmetic in mine: v1: wisp-1; v2: {other}")]
+    assert found == ([] if other == "wisp-1" else mixed)
+
+
+@pytest.mark.parametrize("error", [BrokersError("away"), SettingsError("there is no suite")])
+async def test_doctor_says_nothing_of_a_suite_that_it_cannot_observe(
+    monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    async def observed(*_: object) -> NoReturn:
+        raise error
+
+    monkeypatch.setattr(suite_observer, "observed", observed)
+    monkeypatch.setattr(doctor, "running_suites", list)
+    assert await doctor._fleet(BrokerAddresses(amqp_url="amqp://here/")) == []
 
 
 def test_doctor_as_json_names_every_part() -> None:

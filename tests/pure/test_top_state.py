@@ -83,6 +83,23 @@ def test_a_verifier_is_alive_silent_and_forgotten() -> None:
     assert watch.snapshot(61_001).verifiers == []
 
 
+def test_a_mixed_fleet_is_shown_by_arithmetic() -> None:
+    beats = [heartbeat("v1", arithmetic="wisp-1"), heartbeat("v2"), heartbeat("v3", arithmetic="wisp-1")]
+    watch = watched(*((0, beat) for beat in beats))
+    assert [one.arithmetic for one in watch.snapshot(1).verifiers] == ["wisp-1", "", "wisp-1"]
+    assert watch.snapshot(1).mixture == {}
+    assert "mixed" not in text(watch.snapshot(1))
+    watch.feed(heartbeat("v4", arithmetic="torch 2.13, cpu AVX2"), 1)
+    assert watch.snapshot(1).mixture == {"wisp-1": ["v1", "v3"], "torch 2.13, cpu AVX2": ["v4"]}
+    screen = text(watch.snapshot(1))
+    assert "mixed fleet: sessions stay with verifiers of one arithmetic" in screen
+    assert "  v1, v3: wisp-1" in screen
+    assert "  v4: torch 2.13, cpu AVX2" in screen
+    for at_ms in (1000, 2500):
+        watch.feed(heartbeat("v4", arithmetic="torch 2.13, cpu AVX2"), at_ms)
+    assert watch.snapshot(2600).mixture == {}, "the others are silent"
+
+
 def test_batches_are_held_against_their_prediction() -> None:
     watch = watched((0, heartbeat()))
     for i, took in enumerate((50.0, 20.0, 60.0)):

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -19,13 +19,13 @@ import psutil
 from services.tools.local import broker_sources
 from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
 from services.tools.local.broker_sources import BrokerSource
-from services.tools.local.folder import state_folder
+from services.tools.local.folder import running_suites, state_folder
 from services.tools.local.machine import Machine, container_engine, inspect_machine, version_in
 from services.tools.local.ports import LOOPBACK, is_free
 from services.tools.local.service_commands import cores
-from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses
+from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
 from services.tools.local.target import models_folder
-from shared.errors import ModelError
+from shared.errors import BrokersError, ModelError, SettingsError
 from shared.runtime.tls import Tls
 
 EXTRAS = {
@@ -38,6 +38,8 @@ EXTRAS = {
 }
 """The packages that show that an extra is installed."""
 API_PORT = 8000
+HEARTBEATS_S = 1.2
+"""Time in which every live verifier sends a heartbeat."""
 MEMORY_NEEDED = 2.0
 DISK_NEEDED = 1.0
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -57,11 +59,13 @@ class Finding:
 
 async def check_machine() -> list[Finding]:
     """Check every part."""
+    addresses = BrokerAddresses()
     return [
         _python(),
         *_extras(),
         *_torch(),
-        *await _brokers(BrokerAddresses(), inspect_machine()),
+        *(brokers := await _brokers(addresses, inspect_machine())),
+        *(await _fleet(addresses) if all(broker.state == "ok" for broker in brokers) else []),
         *_models(),
         *_drafts(),
         _port(),
@@ -162,6 +166,32 @@ async def _broker(name: str, source: BrokerSource, host: Machine, url: str | Non
             return Finding(name, "ok", f"not installed; each run starts a {host.container} container")
         case BrokerSource.MISSING:
             return Finding(name, "missing", "not installed, and neither docker nor podman answers", commands)
+
+
+async def _fleet(addresses: BrokerAddresses) -> list[Finding]:
+    """Check whether the verifiers of the suite in use, if there is one, have one arithmetic."""
+    from services.tools.cli.suite_address import choose_suite
+    from services.tools.cli.suite_observer import observed
+
+    running = running_suites()
+    if addresses.amqp_url is None and not running:
+        return []
+    try:
+        suite = choose_suite(addresses.amqp_url, LocalSettings().namespace, running)
+        mixture = (await observed(replace(suite, tls=addresses.tls), HEARTBEATS_S)).mixture
+    except (BrokersError, SettingsError):
+        return []  # no suite, or one at brokers whose address is not known here
+    if not mixture:
+        return []
+    parts = "; ".join(f"{', '.join(names)}: {arithmetic}" for arithmetic, names in mixture.items())
+    return [
+        Finding(
+            "verifiers",
+            "note",
+            f"of different arithmetic in {suite.namespace}: {parts}",
+            "a session stays with those of one arithmetic, unless WISP_MIXED_ARITHMETIC=allow",
+        )
+    ]
 
 
 def _rabbitmq_version(script: Path) -> str:

@@ -17,6 +17,7 @@ from aiormq.exceptions import ChannelNotFoundEntity
 from rich.console import Console
 from rich.live import Live
 
+from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.cli.core.suite_view import suite_view
 from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.suite_address import SuiteAddress
@@ -123,7 +124,17 @@ async def live(suite: SuiteAddress, console: Console) -> None:
 
 
 async def once_seen(suite: SuiteAddress, console: Console, seconds: float, *, as_json: bool = False) -> None:
-    """Observe for `seconds` and print the result.
+    """Observe for `seconds` and print the result. Raises the errors of `observed`."""
+    snapshot = await observed(suite, seconds)
+    if as_json:
+        fields = {"namespace": suite.namespace, "empty": snapshot.empty, **asdict(snapshot)}
+        console.print_json(json.dumps(fields), indent=1)
+    else:
+        console.print(suite_view(snapshot, suite.namespace, suite.note))
+
+
+async def observed(suite: SuiteAddress, seconds: float) -> SuiteSnapshot:
+    """Return the state of a suite after `seconds` of observation.
 
     Raises BrokersError if the broker cannot be reached, and SettingsError if it has no such suite.
     """
@@ -134,12 +145,7 @@ async def once_seen(suite: SuiteAddress, console: Console, seconds: float, *, as
         await asyncio.sleep(seconds)
 
     await _until_first(observer.listen(), observe())
-    snapshot = observer.watch.snapshot(now_ms())
-    if as_json:
-        fields = {"namespace": suite.namespace, "empty": snapshot.empty, **asdict(snapshot)}
-        console.print_json(json.dumps(fields), indent=1)
-    else:
-        console.print(suite_view(snapshot, suite.namespace, suite.note))
+    return observer.watch.snapshot(now_ms())
 
 
 async def _until_first(*work: Coroutine[Any, Any, None]) -> None:

@@ -11,6 +11,7 @@ from services.tools.replayer.core.batches import ComputedJob, Difference, Record
 from services.tools.replayer.core.recording import RecordingError
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
+from shared.arithmetic import distinct
 from shared.engine import Engine
 from shared.messages import Finish, Status
 from shared.models.folder import ModelFolder
@@ -31,6 +32,13 @@ class ReexecutionReport:
     """Digests of logits that were compared."""
     differences: list[Difference] = field(default_factory=list)
     """The first of each session, on which its later rounds build."""
+    unproven: list[Difference] = field(default_factory=list)
+    """The first of each session in tokens that were computed in another arithmetic than here, where close calls may go
+    the other way."""
+    arithmetic: str = ""
+    """The arithmetic of this machine."""
+    recorded_in: list[str] = field(default_factory=list)
+    """Arithmetics of the recorded results that were compared, as far as known."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Jobs that cannot be computed again, by reason."""
     invariant: bool = True
@@ -78,7 +86,7 @@ def reexecute(
     dtype = matching_dtype(ModelFolder(target), fingerprints)
     budget = max(recorded.cache_tokens, SMALLEST_CACHE)
     engine = Engine(target, dtype=dtype, device=device, threads=threads, budget_tokens=budget)
-    report = ReexecutionReport(invariant=engine.batch_invariant)
+    report = ReexecutionReport(invariant=engine.batch_invariant, arithmetic=engine.arithmetic)
     if recorded.contradiction is not None and (only is None or recorded.contradiction.session in only):
         report.differences.append(recorded.contradiction)
     differing = {difference.session for difference in report.differences}
@@ -90,9 +98,14 @@ def reexecute(
         report.batches += 1
         report.jobs += len(compared)
         for job, outcome in zip(compared, outcomes, strict=True):
-            if (difference := _compare(batch_id, job, outcome, report, words)) is not None:
+            here = job.result.arithmetic in ("", engine.arithmetic)
+            report.recorded_in = distinct([*report.recorded_in, job.result.arithmetic])
+            difference = _compare(batch_id, job, outcome, report, words, bits=here)
+            if difference is not None and here:
                 report.differences.append(difference)
                 differing.add(difference.session)
+            elif difference is not None and difference.session not in {one.session for one in report.unproven}:
+                report.unproven.append(difference)
             if job.result.finish is not None:
                 engine.release(job.job.session)
         report_progress(report.batches)
@@ -114,9 +127,15 @@ def _task(computed: ComputedJob) -> VerifyTask:
 
 
 def _compare(
-    batch_id: str, computed: ComputedJob, outcome: VerifyOutcome, report: ReexecutionReport, words: Callable[[int], str]
+    batch_id: str,
+    computed: ComputedJob,
+    outcome: VerifyOutcome,
+    report: ReexecutionReport,
+    words: Callable[[int], str],
+    *,
+    bits: bool,
 ) -> Difference | None:
-    """Return the first difference between a job's recorded result and its new outcome."""
+    """Return the first difference between a job's recorded result and its new outcome. bits: also in the logits."""
     job, result = computed.job, computed.result
 
     def difference(position: int, said: str) -> Difference:
@@ -141,7 +160,7 @@ def _compare(
         now = len(verdict.tokens), verdict.accepted, verdict.finish
         if then != now:
             return difference(job.base_len, f"{_counts(*then)} was recorded, the model gives {_counts(*now)}")
-    if result.logits_digest is not None:
+    if bits and result.logits_digest is not None:
         report.digests += 1
         if result.logits_digest != outcome.logits_digest:
             return difference(

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from shared.arithmetic import distinct
+
 
 @dataclass(frozen=True)
 class Rates:
@@ -42,6 +44,8 @@ class VerifierView:
     silent_ms: float
     """Time since its last heartbeat."""
     draining: bool
+    arithmetic: str
+    """Of its logits: see `shared.arithmetic`; empty if unknown."""
     cache_used: float
     """Share of the KV budget."""
     cache_tokens: int
@@ -143,6 +147,15 @@ class SuiteSnapshot:
     ends: list[EndView]
     batches: list[BatchView]
     """The latest batch first."""
+
+    @property
+    def mixture(self) -> dict[str, list[str]]:
+        """Names of the live verifiers by arithmetic if there are several; else empty."""
+        live = [one for one in self.verifiers if one.alive]
+        known = distinct(one.arithmetic for one in live)
+        if len(known) < 2:
+            return {}
+        return {arithmetic: [one.name for one in live if one.arithmetic == arithmetic] for arithmetic in known}
 
     @property
     def empty(self) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -39,6 +39,7 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
         ),
         Text(),
         _verifiers(snapshot.verifiers),
+        *_mixture(snapshot.mixture),
         Text(),
         _classes(snapshot),
     ]
@@ -103,6 +104,13 @@ def _verifiers(verifiers: Iterable[VerifierView]) -> Table:
             _number(one.ratio_p50, 2),
         )
     return table
+
+
+def _mixture(mixture: Mapping[str, Sequence[str]]) -> Iterator[Text]:
+    if mixture:
+        yield _line("mixed fleet: sessions stay with verifiers of one arithmetic", "yellow")
+    for arithmetic, names in mixture.items():
+        yield _line(f"  {', '.join(map(_clipped, names))}: {arithmetic}")
 
 
 def _classes(snapshot: SuiteSnapshot) -> Table:

@@ -173,6 +173,7 @@ class SuiteWatch:
             alive=now_ms - known.at_ms <= SILENT_MS,
             silent_ms=now_ms - known.at_ms,
             draining=heartbeat.draining,
+            arithmetic=heartbeat.arithmetic,
             cache_used=(total - heartbeat.free_tokens) / total if total else 0.0,
             cache_tokens=total,
             sessions=len(heartbeat.residency),

@@ -35,7 +35,9 @@ def replay(
     verify: Annotated[
         bool,
         typer.Option(
-            "--verify", help="Compute the batches again and compare bit for bit; exit status 1 if they differ."
+            "--verify",
+            help="Compute the batches again and compare bit for bit; exit status 1 if they differ, 3 if they do so "
+            "only where the recording is of another arithmetic.",
         ),
     ] = False,
     policy: Annotated[
@@ -83,8 +85,8 @@ def replay(
             require("model")
             from services.tools.cli.replay.verify import verify_recording
 
-            if not verify_recording(recording, session, target, as_json=as_json):
-                raise typer.Exit(1)
+            if status := verify_recording(recording, session, target, as_json=as_json):
+                raise typer.Exit(status)
         elif inject:
             from services.tools.cli.replay.inject import inject_requests
 

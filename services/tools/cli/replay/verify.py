@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
+from enum import IntEnum
 
 from rich.text import Text
 
@@ -13,7 +15,7 @@ from services.tools.local.progress import ConsoleProgress
 from services.tools.local.service_commands import cores
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
-from services.tools.replayer.core.batches import recorded_batches
+from services.tools.replayer.core.batches import Difference, recorded_batches
 from services.tools.replayer.core.recording import Recording
 from services.tools.replayer.core.selection import find_session
 from services.tools.replayer.reexecute import ReexecutionReport, reexecute
@@ -21,8 +23,25 @@ from services.tools.replayer.reexecute import ReexecutionReport, reexecute
 SHOWN = 5
 
 
-def verify_recording(recording: Recording, session: str | None, target: str | None, *, as_json: bool) -> bool:
-    """Print and return whether the model computes the recorded tokens and logits again. Raises RecordingError."""
+class VerifyStatus(IntEnum):
+    """Exit status of `wisp replay --verify`."""
+
+    SAME = 0
+    DIFFERENT = 1
+    """In the arithmetic of the recording, or nothing could be compared."""
+    UNPROVEN = 3
+    """Different only where the recording is of another arithmetic: no fault is proven, nor its absence."""
+
+    @classmethod
+    def of(cls, report: ReexecutionReport) -> VerifyStatus:
+        """Return the status for this report."""
+        if report.differences or not report.tokens:
+            return cls.DIFFERENT
+        return cls.UNPROVEN if report.unproven else cls.SAME
+
+
+def verify_recording(recording: Recording, session: str | None, target: str | None, *, as_json: bool) -> VerifyStatus:
+    """Compute a recording's batches again and print the comparison. Raises RecordingError."""
     recording.refuse_redacted("verify")
     progress = ConsoleProgress(err)
     folder = prepare_target(target or LocalSettings().target, progress)
@@ -40,15 +59,16 @@ def verify_recording(recording: Recording, session: str | None, target: str | No
             report_progress=lambda done: step.detail(f"{done} batches done"),
         )
         step.done(f"{report.batches} batches computed again")
-    same = not report.differences and report.tokens > 0
+    status = VerifyStatus.of(report)
     if as_json:
-        out.print_json(json.dumps({"same": same, **asdict(report)}), indent=1)
+        out.print_json(json.dumps({"same": status is VerifyStatus.SAME, **asdict(report)}), indent=1)
     else:
-        _print(report)
-    return same
+        print_report(report)
+    return status
 
 
-def _print(report: ReexecutionReport) -> None:
+def print_report(report: ReexecutionReport) -> None:
+    """Print a report for people."""
     out.print(
         f"{report.batches} batches, {report.jobs} jobs: {report.tokens} committed tokens and {report.digests} digests "
         "of logits compared",
@@ -58,15 +78,33 @@ def _print(report: ReexecutionReport) -> None:
         out.print(Text(f"  {count} jobs left out: {reason}", "dim"), soft_wrap=True)
     if not report.invariant:
         out.print(Text("  on this machine the bits depend on the batch: digests may differ without an error", "yellow"))
+    elsewhere = [arithmetic for arithmetic in report.recorded_in if arithmetic != report.arithmetic]
+    if elsewhere:
+        note = (
+            f"  recorded in the arithmetic {' and '.join(elsewhere)}, computed here in {report.arithmetic}: the logits "
+            "have other bits and are not compared there, and another token in a close call proves no fault"
+        )
+        out.print(Text(note, "yellow"), soft_wrap=True)
     if report.differences:
         out.print(Text("DIFFERENT", "bold red"))
-        for one in report.differences[:SHOWN]:
-            said = f"  session {one.session}, position {one.position}, batch {one.batch}: {one.said}"
-            out.print(Text(said), soft_wrap=True)
-        if (more := len(report.differences) - SHOWN) > 0:
-            out.print(f"  and {more} more sessions")
-    elif not report.tokens:
+        _print_differences(report.differences)
+    if report.unproven:
+        out.print(Text("different in another arithmetic, which proves nothing", "bold yellow"))
+        _print_differences(report.unproven)
+    if report.differences or report.unproven:
+        return
+    if not report.tokens:
         out.print(Text("nothing could be compared", "bold yellow"))
+    elif elsewhere:
+        out.print(Text("the same tokens", "bold green"))
     else:
         digests = "" if report.digests else " (no digests: recorded by verifiers without WISP_JOURNAL)"
         out.print(Text(f"identical, bit for bit{digests}", "bold green"), soft_wrap=True)
+
+
+def _print_differences(differences: Sequence[Difference]) -> None:
+    for one in differences[:SHOWN]:
+        said = f"  session {one.session}, position {one.position}, batch {one.batch}: {one.said}"
+        out.print(Text(said), soft_wrap=True)
+    if (more := len(differences) - SHOWN) > 0:
+        out.print(f"  and {more} more sessions")
