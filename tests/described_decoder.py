@@ -10,8 +10,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.nn import functional
 
-from shared.engine.description import AttentionDescription, Linear, ModelDescription, Norm, WeightName
-from shared.engine.rope import rotation_table
+from shared.models.description import AttentionDescription, Linear, ModelDescription, Norm, WeightName
+from shared.models.rope import rotation_table
 
 ACTIVATIONS = {
     "silu": functional.silu,

@@ -7,9 +7,7 @@ batch.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
@@ -17,31 +15,14 @@ import torch
 from torch.nn.functional import scaled_dot_product_attention
 from transformers import AttentionInterface
 
-from shared.engine import kernel
-from shared.engine.blocks import BLOCK
+from shared.engine.views import block_views
 from shared.errors import ModelError
+from shared.kernels import native, team
+from shared.kernels.cache import BLOCK, BlockMemory, KvShape, PackedBatch, Scores
+from shared.kernels.layout import FUNCTIONS, PASS_WORDS, AttentionWord, JobWord, PassWord
 
 NAME = "wisp"
 """Name under which transformers finds the attention function."""
-
-
-@dataclass(frozen=True, slots=True)
-class KvShape:
-    """Keys and values of one model: layers, kv heads, query heads, size of a head (all layers alike)."""
-
-    layers: int
-    kv_heads: int
-    heads: int
-    head_size: int
-
-
-@dataclass(frozen=True, slots=True)
-class PackedBatch:
-    """The sessions of one packed row, in order: block tables, counts of held tokens, counts of new tokens."""
-
-    tables: Sequence[Sequence[int]]
-    starts: Sequence[int]
-    counts: Sequence[int]
 
 
 class Cache(Protocol):
@@ -61,64 +42,44 @@ class Cache(Protocol):
 
 
 class BlockCache:
-    """Blocks on the CPU, attended in place."""
+    """Blocks on the CPU, attended in place by the compiled kernel."""
 
     def __init__(self, shape: KvShape, blocks: int, dtype: torch.dtype, threads: int) -> None:
-        self._shape, self._threads = shape, threads
-        self._store, self._attend = kernel.compiled(dtype)
-        depth = -(-shape.head_size // 4) * 4
-        slabs = -(-shape.head_size // 64)
-        self._keys = _untouched_zeros((shape.layers, blocks, shape.kv_heads, depth, BLOCK), dtype)
-        self._values = _untouched_zeros((shape.layers, blocks, shape.kv_heads, slabs, BLOCK, 64), dtype)
-        group = shape.heads // shape.kv_heads
-        self._span = max(256 // group, 1)
-        most = -(-self._span * group // kernel.ROWS) * kernel.ROWS
-        self._scratch = np.zeros((threads, kernel.scratch_floats(most, depth, slabs)), np.float32)
-        self._job = np.zeros(kernel.JOB_WORDS, np.int64)
-        self._job[kernel.HEADS : kernel.SCALE] = shape.kv_heads, group, depth, shape.head_size, slabs
-        self._job[kernel.SCRATCH :] = self._scratch.ctypes.data, self._scratch.shape[1], most
-        self._tables = np.zeros((0, 0), np.int32)
-        self._spans = np.zeros((0, kernel.SPAN_WORDS), np.int64)
+        form = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
+        self._memory = BlockMemory(shape, [Scores(1.0)] * shape.layers, blocks, form)
+        self._threads = threads
+        self._function = native.load()
+        self._scratch = np.zeros((threads, self._memory.scratch_floats), np.float32)
+        self._job, self._counters = team.job_words(PASS_WORDS, phases=2)
+        self._job[JobWord.FUNCTION] = FUNCTIONS.index(f"attend_{form}")
+        self._job[PassWord.SCRATCH], self._job[PassWord.SCRATCH_BYTES] = (
+            self._scratch.ctypes.data,
+            self._scratch.strides[0],
+        )
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
-        return self._keys[:, block], self._values[:, block]
+        return block_views(self._memory, block)
 
     def begin(self, batch: PackedBatch) -> None:
-        self._tables = np.zeros((len(batch.tables), max(map(len, batch.tables))), np.int32)
-        spans: list[tuple[int, int, int, int]] = []
-        row = 0
-        for i, (table, start, count) in enumerate(zip(batch.tables, batch.starts, batch.counts, strict=True)):
-            self._tables[i, : len(table)] = table
-            spans.extend(
-                (i, row + done, start + done, min(self._span, count - done)) for done in range(0, count, self._span)
-            )
-            row += count
-        spans.sort(key=lambda span: -(span[2] + span[3]) * span[3])  # long spans first, so that threads end together
-        self._spans = np.array(spans, np.int64)
-        self._job[kernel.SPANS] = self._spans.ctypes.data
-        self._job[kernel.TABLES : kernel.HEADS] = self._tables.ctypes.data, self._tables.shape[1]
+        self._memory.begin(batch)
 
     def attend(
         self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
     ) -> torch.Tensor:
-        q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-        out = torch.zeros_like(q)
-        job, spans = self._job, len(self._spans)
-        job[kernel.QUERY : kernel.SPANS] = (
-            *(tensor.data_ptr() for tensor in (q, k, v, out)),
-            self._keys[layer].data_ptr(),
-            self._values[layer].data_ptr(),
-        )
-        job[kernel.SCALE] = int(np.float32(scale * math.log2(math.e)).view(np.int32))
-        job[kernel.WINDOW] = window
-        kernel.run(self._store, job, spans, self._threads)
-        kernel.run(self._attend, job, spans * self._shape.kv_heads, self._threads)
-        return out
-
-
-def _untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-    """Return zeros whose memory is allocated on first use, so that an empty cache costs none, unlike `torch.zeros`."""
-    return torch.from_numpy(np.zeros(shape, np.dtype(f"i{dtype.itemsize}"))).view(dtype)
+        rows = [tensor.float().contiguous() for tensor in (q, k, v)]
+        out = torch.zeros_like(rows[0])
+        self._memory.set_scores(layer, Scores(scale, window))
+        job = self._memory.jobs[layer]
+        for tensor, word, stride in (
+            (rows[0], AttentionWord.QUERY, AttentionWord.QUERY_STRIDE),
+            (rows[1], AttentionWord.KEY, AttentionWord.KEY_STRIDE),
+            (rows[2], AttentionWord.VALUE, AttentionWord.VALUE_STRIDE),
+            (out, AttentionWord.OUT, AttentionWord.OUT_STRIDE),
+        ):
+            job[word], job[stride] = tensor.data_ptr(), tensor[0].numel()
+        self._job[PassWord.ATTENDED], self._job[PassWord.SPANS] = job.ctypes.data, self._memory.spans
+        team.run(self._function, self._job, self._counters, self._threads)
+        return out.to(q.dtype)
 
 
 class GatherCache:

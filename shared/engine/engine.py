@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import numpy as np
 import torch
-import transformers
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
-from shared.engine.attention import NAME, BlockCache, Cache, GatherCache, PackedBatch, Probe
 from shared.engine.blocks import BLOCK, BlockPool
-from shared.engine.invariance import CANDIDATES, row_multiple
+from shared.engine.forward import ForwardPass, is_model_folder, usable
 from shared.errors import BadStep, EngineError, ModelError, TooLong
+from shared.kernels.cache import PackedBatch
+from shared.models.description import NotDescribed
 
-DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16}
+"""Formats of weights, and the type of the hidden states that are kept."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,32 +73,22 @@ class Engine:
         torch.set_num_threads(threads)
         self.threads = threads
         self._device = usable(device)
-        self._model = load(folder, DTYPES[dtype]).to(self._device)
-        config = self._model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.hidden_size: int = config.hidden_size
-        self.max_len: int = config.max_position_embeddings
         self._pool = BlockPool(budget_tokens // BLOCK)
         self.budget_tokens = self._pool.capacity * BLOCK
-        multiple = row_multiple(self._model) if self._device.type == "cpu" else None
-        self.batch_invariant = multiple is not None
-        """True if the bits of logits are independent of the batch: found out at the start, see `invariance`."""
-        self._row_multiple = multiple or max(CANDIDATES)
-        # The hook holds the list, not the engine: a cycle would keep a dropped engine's weights in memory.
-        self._states: list[torch.Tensor] = []
-        keep = self._states.append
-        self._model.base_model.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
-        self._cache = self._make_cache(DTYPES[dtype])
+        self._pass, self.module_code_reason = _forward_pass(folder, dtype, self._device, threads, self._pool.capacity)
+        """Why transformers' slower module code computes this model; empty for the compiled pass."""
+        self.vocab_size = self._pass.vocab_size
+        self.hidden_size = self._pass.hidden_size
+        self.max_len = self._pass.max_len
+        self.batch_invariant = self._pass.batch_invariant
+        """True if the bits of logits are independent of the batch."""
+        self.arithmetic = self._pass.arithmetic
+        """Identity of the arithmetic. Engines with the same one give the same bits for the same weights."""
         self._hidden = (
             torch.zeros(self._pool.capacity * BLOCK, self.hidden_size, dtype=DTYPES[dtype], device=device)
             if keep_hidden
             else None
         )
-
-    @property
-    def arithmetic(self) -> str:
-        """Name of all that the bits of logits depend on beside model and dtype: see `shared.arithmetic`."""
-        return module_arithmetic(self._device, self._model.dtype)
 
     @property
     def free_tokens(self) -> int:
@@ -145,7 +133,7 @@ class Engine:
     def layout(self) -> str:
         """Layout of a block's bytes. Only engines of one model, dtype and layout can exchange blocks."""
         shapes = ["x".join(map(str, view.shape)) for view in self._views(0)]
-        return f"{type(self._cache).__name__}-{'-'.join(shapes)}"
+        return f"{type(self._pass).__name__}-{'-'.join(shapes)}"
 
     @property
     def block_bytes(self) -> int:
@@ -181,7 +169,7 @@ class Engine:
 
     def _views(self, block: int) -> list[torch.Tensor]:
         """Return views of all tensors of a block."""
-        views = list(self._cache.views(block))
+        views = list(self._pass.views(block))
         if self._hidden is not None:
             views.append(self._hidden[block * BLOCK : (block + 1) * BLOCK])
         return views
@@ -252,94 +240,34 @@ class Engine:
         starts = [self.cached(step.session) for step in steps]
         counts = [len(step.tokens) for step in steps]
         tokens: list[int] = []
-        positions: list[int] = []
         wanted: list[int] = []
         offsets = [0]
-        for step, start, count in zip(steps, starts, counts, strict=True):
+        for step in steps:
             tokens.extend(step.tokens)
-            positions.extend(range(start, start + count))
             wanted.extend(range(len(tokens) - step.rows, len(tokens)))
             offsets.append(len(wanted))
-        padding = -len(tokens) % self._row_multiple
-        self._cache.begin(PackedBatch([self._pool.table(step.session) for step in steps], starts, counts))
-        logits, states = self._run(self._cache, tokens + [0] * padding, positions + [0] * padding, wanted)
+        batch = PackedBatch([self._pool.table(step.session) for step in steps], starts, counts)
+        logits, states = self._pass.run(tokens, batch, wanted)
         if self._hidden is not None:
             spans = [(step.session, start, count) for step, start, count in zip(steps, starts, counts, strict=True)]
-            self._hidden[self._slots(spans)] = states[: len(tokens)]
+            self._hidden[self._slots(spans)] = states.to(self._hidden.dtype)
         return Output(logits, offsets)
 
-    def _run(
-        self, cache: Cache | Probe, tokens: list[int], positions: list[int], wanted: list[int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Run the packed row through the model; return logits of the wanted rows and final hidden states of all."""
-        inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([tokens], device=self._device),
-            "position_ids": torch.tensor([positions], device=self._device),
-            "use_cache": False,
-            "cache": cache,
-        }
-        if wanted:
-            rows = torch.tensor(wanted + [0] * (-len(wanted) % self._row_multiple), device=self._device)
-            logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
-        else:
-            self._model.base_model(**inputs)
-            logits = torch.empty(0, self.vocab_size, dtype=self._model.dtype, device=self._device)
-        states = self._states[-1][0]
-        self._states.clear()
-        return logits, states
 
-    @torch.inference_mode()
-    def _make_cache(self, dtype: torch.dtype) -> Cache:
-        probe = Probe()
-        self._run(probe, [0] * self._row_multiple, [0] * self._row_multiple, [0])
-        if self._device.type == "cpu":
-            return BlockCache(probe.shape(), self._pool.capacity, dtype, self.threads)
-        return GatherCache(probe.shape(), self._pool.capacity, dtype, self._device)
-
-
-def usable(device: str) -> torch.device:
-    """Return the torch device of that name. Raises EngineError when torch cannot compute on it."""
-    try:
-        torch.empty(1, device=device)
-        return torch.device(device)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).partition("\n")[0]
-        raise EngineError(
-            f"device {device!r} cannot be used here ({reason}); WISP_DEVICE=cpu works everywhere"
-        ) from error
-
-
-def module_arithmetic(device: torch.device, dtype: torch.dtype) -> str:
-    """Name the arithmetic of transformers' module code: the libraries and the kind of device.
-
-    On the CPU, torch and its libraries choose kernels by instruction set and by the maker of the CPU. The number of
-    threads changes no bits.
-    """
-    if device.type == "cpu":
-        found = torch.cpu.get_capabilities()
-        kind = [torch.backends.cpu.get_cpu_capability()]
-        if dtype is torch.bfloat16:
-            kind += sorted(name for name, present in found.items() if name.endswith("bf16") and present)
-        kind += str(found.get("cpu_name", "")).split()[:1]
-    else:
-        kind = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
-    libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{libraries}, {' '.join((device.type, *kind))}"
-
-
-def load(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model in a folder, with our attention function. Raises ModelError."""
-    if not (Path(folder) / "config.json").is_file():
+def _forward_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> tuple[ForwardPass, str]:
+    """Return the compiled pass if it covers model and device, else transformers' module code and the reason for it."""
+    if not is_model_folder(folder):
         raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=NAME, local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise ModelError(
-            f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported"
-        )
-    return model.eval()  # type: ignore[no-untyped-call]
+    reason = f"compiled code runs on the CPU, not on {device}"
+    if device.type == "cpu":
+        from shared.engine.compiled_pass import CompiledPass
+
+        try:
+            return CompiledPass(Path(folder), form=dtype, threads=threads, blocks=blocks), ""
+        except NotDescribed as error:
+            reason = str(error)
+    if dtype not in ("bfloat16", "float32"):
+        raise EngineError(f"{dtype} weights need the compiled pass, which cannot take {folder}: {reason}; use bfloat16")
+    from shared.engine.module_pass import ModulePass
+
+    return ModulePass(folder, dtype=DTYPES[dtype], device=device, threads=threads, blocks=blocks), reason

@@ -1,3 +1,5 @@
-"""Models on disk: folder, tokenizer, chat template and conversion, without torch where the weights are not needed."""
+"""Models on disk: folder, description, tokenizer, chat template and conversion.
 
-__all__ = ["folder", "hidden_states", "prepare", "stop", "text"]
+Only conversion and its checks need torch."""
+
+__all__ = ["description", "families", "folder", "hidden_states", "prepare", "rope", "stop", "text"]

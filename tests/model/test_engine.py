@@ -13,9 +13,12 @@ import tiny
 import torch
 from transformers import AutoModelForCausalLM, Gemma2Config
 
-from shared.engine import Engine, Step
-from shared.engine.attention import BlockCache, GatherCache, KvShape, PackedBatch
+from shared.engine import Engine, Step, compiled_pass
+from shared.engine.attention import BlockCache, GatherCache
+from shared.engine.compiled_pass import CompiledPass
 from shared.errors import BadStep, CacheFull, EngineError, ModelError, NotAttached, TooLong
+from shared.kernels.cache import KvShape, PackedBatch
+from shared.models.description import NotDescribed
 
 
 @pytest.fixture(scope="module")
@@ -157,20 +160,19 @@ def test_a_call_that_does_not_fit_changes_nothing(engine: Engine) -> None:
         engine.integrity()
 
 
-def test_a_pass_that_fails_half_way_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_pass_that_fails_changes_nothing(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     engine.attach("a", [])
     expected = engine.forward([Step("a", tokens(100), 1)]).logits
     engine.truncate("a", 90)
     before = state(engine)
-    attend = BlockCache.attend
+    run = CompiledPass.run
 
-    def fail_in_the_second_layer(self: BlockCache, layer: int, *args: object) -> torch.Tensor:
-        if layer == 1:
-            raise RuntimeError("out of memory")
-        return attend(self, layer, *args)  # type: ignore[arg-type]
+    def fail_at_the_end(self: CompiledPass, *args: object) -> None:
+        run(self, *args)  # type: ignore[arg-type]
+        raise RuntimeError("out of memory")
 
     with monkeypatch.context() as patch:
-        patch.setattr(BlockCache, "attend", fail_in_the_second_layer)
+        patch.setattr(CompiledPass, "run", fail_at_the_end)
         with pytest.raises(RuntimeError, match="out of memory"):
             engine.forward([Step("a", tokens(200, seed=5))])
     assert state(engine) == before
@@ -234,7 +236,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
         Engine(tmp_path)
 
 
-def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
+def test_attention_that_module_code_cannot_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     config = Gemma2Config(
         vocab_size=tiny.VOCAB,
         hidden_size=64,
@@ -244,8 +246,14 @@ def test_attention_of_another_kind_is_refused(tmp_path: Path) -> None:
         num_key_value_heads=2,
         head_dim=16,
     )
+    monkeypatch.setattr(compiled_pass, "describe", refuse)
     with pytest.raises(ModelError, match="softcap"):
         Engine(tiny.make(tmp_path, config))
+
+
+def refuse(*args: object) -> None:
+    """Describe no model, so that module code computes it."""
+    raise NotDescribed("for a test")
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])

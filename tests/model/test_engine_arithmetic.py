@@ -6,7 +6,7 @@ import pytest
 import torch
 import transformers
 
-from shared.engine.engine import module_arithmetic
+from shared.engine.module_pass import module_arithmetic
 from shared.messages import Heartbeat
 
 CPU = torch.device("cpu")

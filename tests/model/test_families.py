@@ -19,14 +19,14 @@ from tiny import VOCAB
 from tiny_families import FAMILIES, WINDOW
 from transformers import AutoModelForCausalLM
 
-from shared.engine.description import (
+from shared.models.description import (
     Activation,
     AttentionDescription,
     LayerDescription,
     ModelDescription,
     NotDescribed,
 )
-from shared.engine.families import describe
+from shared.models.families import describe
 
 Saved = Callable[[str], tuple[dict[str, Any], set[str]]]
 
@@ -212,17 +212,17 @@ def test_frequencies_saved_by_old_versions_are_no_weights(
 
 
 def test_a_description_needs_no_torch() -> None:
-    """No module behind it imports torch or transformers. (The package's own `__init__` loads the engine.)"""
-    modules = [f"shared.engine.{name}" for name in ("description", "families", "rope")]
-    loaded = {found for module in modules for found in engine_modules(module)}
+    """No module behind it imports torch or transformers. (The package's own `__init__` loads nothing.)"""
+    modules = [f"shared.models.{name}" for name in ("description", "families", "rope")]
+    loaded = {found for module in modules for found in model_modules(module)}
     imported = {found.module.split(".")[0] for module in loaded for found in imports(module)}
     assert imported <= {"shared", "numpy", *sys.stdlib_module_names}
 
 
-def engine_modules(module: str) -> set[str]:
-    """The module and the modules of the engine that it imports, directly or not."""
+def model_modules(module: str) -> set[str]:
+    """The module and the modules beside it that it imports, directly or not."""
     found = {module}
     for each in imports(module):
-        if each.module.startswith("shared.engine."):
-            found |= engine_modules(each.module)
+        if each.module.startswith("shared.models."):
+            found |= model_modules(each.module)
     return found

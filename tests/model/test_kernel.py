@@ -1,7 +1,8 @@
-"""The source of the attention kernel fixes its bits: no compilation of it may choose others."""
+"""The source of the kernels fixes their bits: no compilation, level of CPU or number of threads may choose others."""
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
@@ -9,52 +10,79 @@ import sys
 from pathlib import Path
 
 import pytest
-from numba import cfunc, types
+from tiny_families import FAMILIES
 
-from shared.engine import kernel
+from shared.kernels import native
 
 pytestmark = pytest.mark.slow
 
 RELAXED = re.compile(r"^\s*%\S+ = .*?\b(fast|contract|reassoc|arcp|afn|nnan|ninf|nsz)\b.*", re.MULTILINE)
 """An instruction by which the compiler may change bits, in LLVM's notation."""
 
-DIGEST = """
-import hashlib
-import torch
-from shared.engine.attention import BlockCache, PackedBatch, KvShape
+EMIT = """
+import sys
+from shared.kernels.source.__main__ import run_function
+(compiled,) = run_function.overloads.values()
+sys.stdout.write(compiled.library.get_llvm_str())
+"""
 
-random = torch.Generator().manual_seed(1)
-digest = hashlib.sha256()
-for dtype in (torch.bfloat16, torch.float32):
-    cache = BlockCache(KvShape(layers=1, kv_heads=3, heads=9, head_size=64), 8, dtype, threads=1)
-    start = 0
-    for count in (130, 1, 9, 1, 40):
-        q, k, v = (torch.randn(count, heads, 64, generator=random).to(dtype) for heads in (9, 3, 3))
-        cache.begin(PackedBatch([list(range(8))], [start], [count]))
-        digest.update(cache.attend(0, q, k, v, 0.125, 0).view(torch.uint8).numpy().tobytes())
-        start += count
-print(digest.hexdigest())
+DIGESTS = """
+import hashlib, json, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[2])
+import torch
+from shared.engine import Engine, Step
+from shared.kernels import native
+native.level = lambda: sys.argv[1]
+found = {}
+for name, folder in json.loads(sys.argv[3]).items():
+    for form in ("float32", "bfloat16", "int8"):
+        engine = Engine(Path(folder), dtype=form, budget_tokens=512)
+        digest = hashlib.sha256()
+        engine.attach("s", [])
+        for count in (90, 1, 5, 9, 1, 30):
+            logits = engine.forward([Step("s", [7 * i % 500 for i in range(count)], count)]).logits
+            digest.update(logits.contiguous().view(torch.uint8).numpy().tobytes())
+        found[f"{name}-{form}"] = digest.hexdigest()[:16]
+print(json.dumps(found))
 """
 
 
-def digest(numba_cache: Path) -> str:
-    """Return the result of a new process that keeps its compiled code in this folder."""
-    environment = os.environ | {"NUMBA_CACHE_DIR": str(numba_cache)}
-    done = subprocess.run([sys.executable, "-c", DIGEST], env=environment, capture_output=True, text=True, check=True)
-    return done.stdout.strip()
-
-
-def test_a_process_that_compiled_it_computes_what_one_computes_that_loaded_it(tmp_path: Path) -> None:
-    compiled = digest(tmp_path)
-    kept = list(tmp_path.rglob("*.nbc"))
-    loaded = digest(tmp_path)
-    assert kept
-    assert list(tmp_path.rglob("*.nbc")) == kept, "the second process compiled nothing"
-    assert compiled == loaded
-
-
-@pytest.mark.parametrize("source", [kernel.attend_bfloat16, kernel.attend_float32])
-def test_no_instruction_lets_the_compiler_choose_the_bits(source: object) -> None:
-    code = cfunc(types.void(types.CPointer(types.int64)))(source).inspect_llvm()
+def test_no_instruction_lets_the_compiler_choose_the_bits() -> None:
+    environment = os.environ | {"NUMBA_CPU_NAME": "x86-64-v3", "NUMBA_CPU_FEATURES": ""}
+    code = subprocess.run(
+        [sys.executable, "-c", EMIT], env=environment, capture_output=True, text=True, check=True
+    ).stdout
     assert [found.group() for found in RELAXED.finditer(code)] == []
-    assert "@llvm.fma.v" in code, "it is vectorised"
+    assert "@llvm.fma.v8f32" in code, "products are computed in vectors"
+
+
+def digests(level: str, folders: dict[str, Path]) -> dict[str, str]:
+    """Return digests of logits by model and format, from a process that runs the code of this level."""
+    named = json.dumps({name: str(folder) for name, folder in folders.items()})
+    done = subprocess.run(
+        [sys.executable, "-c", DIGESTS, level, str(Path(__file__).parents[2]), named],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, str] = json.loads(done.stdout)
+    return found
+
+
+def test_every_level_of_cpu_computes_the_same_bits(tmp_path: Path) -> None:
+    folders = {name: FAMILIES[name](tmp_path / name) for name in ("llama-biases", "gemma2", "olmo2", "phi3-partial")}
+    best, *others = list(native.levels())[list(native.levels()).index(native.level()) :]
+    expected = digests(best, folders)
+    assert len(set(expected.values())) == len(expected) == 12
+    for level in others:
+        assert digests(level, folders) == expected, level
+
+
+@pytest.mark.big_model
+def test_this_machine_computes_the_bits_that_others_did(target_folder: Path) -> None:
+    assert digests(native.level(), {"smollm2": target_folder}) == {
+        "smollm2-float32": "d1d32915780a0571",
+        "smollm2-bfloat16": "c6328e6388e2ec39",
+        "smollm2-int8": "d601315883b484c0",
+    }

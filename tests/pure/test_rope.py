@@ -12,8 +12,8 @@ import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from shared.engine.description import NotDescribed, Rope
-from shared.engine.rope import rope_of, rotation_table
+from shared.models.description import NotDescribed, Rope
+from shared.models.rope import rope_of, rotation_table
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
 MAX_LEN = 131_072

@@ -13,10 +13,12 @@ from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.model import run_layers
 from services.drafter.hidden.target import target_parts
-from shared.engine.attention import BlockCache, Cache, GatherCache, KvShape, PackedBatch
+from shared.engine.attention import BlockCache, Cache, GatherCache
 from shared.engine.blocks import BLOCK, BlockPool
-from shared.engine.engine import DTYPES, usable
+from shared.engine.engine import DTYPES
+from shared.engine.forward import usable
 from shared.errors import EngineError, ModelError
+from shared.kernels.cache import KvShape, PackedBatch
 from shared.models.folder import ModelFolder
 
 

@@ -25,8 +25,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.engine.configuration import Configuration
-from shared.engine.description import NotDescribed, Rope
+from shared.models.configuration import Configuration
+from shared.models.description import NotDescribed, Rope
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]

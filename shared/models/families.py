@@ -11,8 +11,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from shared.engine.configuration import Configuration
-from shared.engine.description import (
+from shared.models.configuration import Configuration
+from shared.models.description import (
     Activation,
     AttentionDescription,
     LayerDescription,
@@ -25,8 +25,8 @@ from shared.engine.description import (
     WeightName,
     weight_names,
 )
-from shared.engine.family_options import FAMILIES, FULL, SLIDING, Family, RopeByType, Sizes, roped
-from shared.engine.rope import rope_of
+from shared.models.family_options import FAMILIES, FULL, SLIDING, Family, RopeByType, Sizes, roped
+from shared.models.rope import rope_of
 
 ACTIVATIONS: dict[str, Activation] = {
     "silu": "silu",

@@ -8,8 +8,8 @@ from dataclasses import dataclass, field, replace
 from types import EllipsisType
 from typing import Any, Literal
 
-from shared.engine.configuration import Configuration
-from shared.engine.description import NotDescribed
+from shared.models.configuration import Configuration
+from shared.models.description import NotDescribed
 
 FULL, SLIDING = "full_attention", "sliding_attention"
 """Types of layers: those that attend to all tokens, and those with a window."""

@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from types import EllipsisType
 from typing import Any
 
-from shared.engine.description import NotDescribed
+from shared.models.description import NotDescribed
 
 
 class Configuration:

@@ -1,0 +1,51 @@
+"""The forward pass of a model over packed sessions: one contract, computed by compiled code or by transformers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from shared.errors import EngineError
+from shared.kernels.cache import PackedBatch
+
+
+class ForwardPass(Protocol):
+    """A loaded model with its KV cache."""
+
+    vocab_size: int
+    hidden_size: int
+    max_len: int
+    """Most tokens of a session."""
+    arithmetic: str
+    """Identity of the arithmetic. Two machines with the same one give the same bits for the same weights."""
+    batch_invariant: bool
+    """True if the bits of a session's logits do not depend on the other sessions of a pass."""
+
+    def views(self, block: int) -> Sequence[torch.Tensor]:
+        """Return views of a block's keys and values in all layers, for reading or writing whole blocks."""
+
+    def run(
+        self, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute a packed batch and keep its KV. Returns logits (wanted, vocabulary), which the caller owns, and final
+        hidden states (tokens, hidden size), which the next call may overwrite."""
+
+
+def usable(device: str) -> torch.device:
+    """Return the torch device of that name. Raises EngineError when torch cannot compute on it."""
+    try:
+        torch.empty(1, device=device)
+        return torch.device(device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise EngineError(
+            f"device {device!r} cannot be used here ({reason}); WISP_DEVICE=cpu works everywhere"
+        ) from error
+
+
+def is_model_folder(folder: Path) -> bool:
+    """Return whether the folder has a configuration."""
+    return (Path(folder) / "config.json").is_file()

@@ -1,0 +1,371 @@
+"""A decoder whose whole forward pass is one call of compiled code."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.kernels import native, team
+from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, Scores, float_bits, positions_of
+from shared.kernels.formats import BLOCK, FORMATS, PANEL, Blocks, Packed, pack, padded
+from shared.kernels.layout import (
+    FUNCTIONS,
+    LAYER_WORDS,
+    PASS_WORDS,
+    PHASES,
+    PHASES_PER_LAYER,
+    AttentionWord,
+    JobWord,
+    LayerWord,
+    PassWord,
+    ProductWord,
+)
+from shared.models.description import Activation, LayerDescription, Linear, ModelDescription, Norm, Rope, WeightName
+from shared.models.rope import rotation_table
+
+Floats = NDArray[np.float32]
+Matrix = NDArray[Any] | Blocks
+"""A weight as it is read: float32, bits of bfloat16 (uint16), or blocks of integers."""
+ReadWeight = Callable[[WeightName], Matrix]
+
+ACTIVATIONS: Final[dict[Activation, int]] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
+
+
+class Product:
+    """A packed matrix with its bias."""
+
+    def __init__(self, packed: Packed, bias: Floats | None = None) -> None:
+        self.packed = packed
+        self.bias = None if bias is None else _padded_to(bias, packed.padded_outputs)
+
+    def words(self) -> list[int]:
+        """Return the words of `ProductWord`."""
+        packed = self.packed
+        return [
+            FORMATS[packed.format].number,
+            packed.data.ctypes.data,
+            packed.panel_bytes,
+            packed.padded_inputs,
+            packed.padded_outputs // (2 * PANEL),
+            0 if self.bias is None else self.bias.ctypes.data,
+        ]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the weights."""
+        return self.packed.data.nbytes
+
+
+def read_product(read: ReadWeight, parts: Sequence[Linear], form: str) -> Product:
+    """Return the product whose outputs are those of several ones, in order."""
+    weights = [read(part.weight) for part in parts]
+    biases = None
+    if any(part.bias for part in parts):
+        biases = np.concatenate(
+            [
+                floats(read(p.bias)) if p.bias else np.zeros(_outputs(w), np.float32)
+                for p, w in zip(parts, weights, strict=True)
+            ]
+        )
+    return Product(_packed(_joined(weights), form), biases)
+
+
+def read_gated_product(read: ReadWeight, gate: Linear, up: Linear, form: str) -> Product:
+    """Return gate and up as one product, a panel of each in turn."""
+    parts = [_in_panels(read(part.weight)) for part in (gate, up)]
+    order = np.arange(2 * _outputs(parts[0])).reshape(2, -1, PANEL).swapaxes(0, 1).reshape(-1)
+    bias = None
+    if gate.bias or up.bias:
+        sides = [floats(read(p.bias)) if p.bias else np.zeros(0, np.float32) for p in (gate, up)]
+        bias = np.concatenate([_padded_to(side, _outputs(parts[0])) for side in sides])[order]
+    return Product(_packed(_rows(_joined(parts), order), form), bias)
+
+
+def floats(values: Matrix) -> Floats:
+    """Return float32 values, of bits of bfloat16 too."""
+    assert not isinstance(values, Blocks)
+    if values.dtype == np.uint16:
+        return (values.astype(np.uint32) << 16).view(np.float32)
+    return values.astype(np.float32, copy=False)
+
+
+def _packed(weight: Matrix, form: str) -> Packed:
+    if isinstance(weight, Blocks):
+        return pack(weight, "int8" if weight.minima is None else "int4")
+    return pack(weight, form)
+
+
+def _outputs(weight: Matrix) -> int:
+    return len(weight.quanta) if isinstance(weight, Blocks) else len(weight)
+
+
+def _joined(parts: Sequence[Matrix]) -> Matrix:
+    if len(parts) == 1:
+        return parts[0]
+    blocks = [part for part in parts if isinstance(part, Blocks)]
+    if len(blocks) == len(parts) and len({part.minima is None for part in blocks}) == 1:
+        minima = [part.minima for part in blocks if part.minima is not None]
+        return Blocks(
+            np.concatenate([part.quanta for part in blocks]),
+            np.concatenate([part.scales for part in blocks]),
+            np.concatenate(minima) if minima else None,
+        )
+    if blocks or len({part.dtype for part in parts if not isinstance(part, Blocks)}) > 1:
+        return np.concatenate([dense(part) for part in parts])
+    return np.concatenate([part for part in parts if not isinstance(part, Blocks)])
+
+
+def dense(weight: Matrix) -> Floats:
+    """Return a matrix as float32."""
+    if not isinstance(weight, Blocks):
+        return floats(weight)
+    scales = np.repeat(weight.scales.astype(np.float32), BLOCK, axis=1)
+    values = weight.quanta.astype(np.float32) * scales
+    if weight.minima is not None:
+        values += np.repeat(weight.minima.astype(np.float32), BLOCK, axis=1)
+    return values
+
+
+def _rows(weight: Matrix, order: NDArray[np.int64]) -> Matrix:
+    if not isinstance(weight, Blocks):
+        return weight[order]
+    minima = None if weight.minima is None else weight.minima[order]
+    return Blocks(weight.quanta[order], weight.scales[order], minima)
+
+
+def _in_panels(weight: Matrix) -> Matrix:
+    """Return the matrix with outputs added, all zero, up to whole panels."""
+    missing = -_outputs(weight) % PANEL
+    if not missing:
+        return weight
+
+    def more(part: NDArray[Any]) -> NDArray[Any]:
+        return np.concatenate([part, np.zeros((missing, *part.shape[1:]), part.dtype)])
+
+    if not isinstance(weight, Blocks):
+        return more(weight)
+    return Blocks(more(weight.quanta), more(weight.scales), None if weight.minima is None else more(weight.minima))
+
+
+def _padded_to(values: Floats, count: int) -> Floats:
+    whole = np.zeros(count, np.float32)
+    whole[: len(values)] = values
+    return whole
+
+
+class Decoder:
+    """Layers with an optional embedding before, and an optional norm and head after them.
+
+    The bits of a row's states and logits depend on the weights and on the row's session alone. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        layers: Sequence[LayerDescription],
+        read: ReadWeight,
+        *,
+        hidden_size: int,
+        form: str,
+        kv_form: str,
+        blocks: int,
+        threads: int,
+        norm: Norm | None = None,
+        embedding: Product | None = None,
+        embedding_multiplier: float = 1.0,
+        head: Product | None = None,
+        logit_multiplier: float = 1.0,
+        logit_softcap: float = 0.0,
+    ) -> None:
+        """form: the format of weights that are not in blocks already (`formats.FORMATS`). kv_form: of keys and values,
+        "float32" or "bfloat16". blocks: capacity of the cache. threads: at most this many."""
+        self.hidden_size, self.threads = hidden_size, threads
+        self._function = native.load()
+        self._kept: list[object] = [embedding, head]
+        first = layers[0].attention
+        shape = KvShape(len(layers), first.kv_heads, first.heads, first.head_size)
+        scores = [Scores(layer.attention.scale, layer.attention.window, layer.attention.softcap) for layer in layers]
+        self.memory = BlockMemory(shape, scores, blocks, kv_form)
+        self._layers = np.zeros((len(layers), LAYER_WORDS), np.int64)
+        self._ropes = _RotationTables([layer.attention.rope for layer in layers])
+        self.weight_bytes = sum(product.nbytes for product in {id(p): p for p in (embedding, head) if p}.values())
+        widths = [padded(hidden_size, 2 * PANEL)]
+        for number, layer in enumerate(layers):
+            widths += self._fill_layer(number, layer, read, form)
+        phases = PHASES + PHASES_PER_LAYER * len(layers)
+        self._job, self._counters = team.job_words(PASS_WORDS, phases)
+        self._job[JobWord.FUNCTION] = FUNCTIONS.index(f"decode_{kv_form}")
+        self._scratch = np.zeros((threads, self.memory.scratch_floats), np.float32)
+        self._strides = {
+            PassWord.X: padded(hidden_size, BLOCK),
+            PassWord.NORMED: padded(hidden_size, BLOCK),
+            PassWord.QKV: padded((shape.heads + 2 * shape.kv_heads) * shape.head_size, 2 * PANEL),
+            PassWord.ATTENDED: padded(shape.heads * shape.head_size, BLOCK),
+            PassWord.PRODUCT: max(widths),
+            PassWord.GATED: max(widths) // 2,
+        }
+        self._buffers: dict[PassWord, Floats] = {}
+        self._set(
+            {
+                PassWord.HIDDEN_SIZE: hidden_size,
+                PassWord.HIDDEN_STRIDE: self._strides[PassWord.X],
+                PassWord.QKV_STRIDE: self._strides[PassWord.QKV],
+                PassWord.ATTENDED_STRIDE: self._strides[PassWord.ATTENDED],
+                PassWord.PRODUCT_STRIDE: self._strides[PassWord.PRODUCT],
+                PassWord.GATED_STRIDE: self._strides[PassWord.GATED],
+                PassWord.LAYERS: self._layers.ctypes.data,
+                PassWord.LAYER_COUNT: len(layers),
+                PassWord.EMBEDDING_MULTIPLIER: float_bits(embedding_multiplier),
+                PassWord.LOGIT_MULTIPLIER: float_bits(logit_multiplier),
+                PassWord.LOGIT_SOFTCAP: float_bits(logit_softcap),
+                PassWord.SCRATCH: self._scratch.ctypes.data,
+                PassWord.SCRATCH_BYTES: self._scratch.strides[0],
+            }
+        )
+        self._set_norm(self._job, PassWord.NORM, norm, read)
+        self._head = head
+        if embedding:
+            self._set_product(self._job, PassWord.EMBEDDING, embedding)
+        if head:
+            self._set_product(self._job, PassWord.HEAD, head)
+
+    @classmethod
+    def of(cls, model: ModelDescription, read: ReadWeight, **options: Any) -> Decoder:
+        """Return the decoder of a whole model; options as in the constructor."""
+        embedding = read_product(read, [Linear(model.embedding)], options["form"])
+        tied = model.head.weight == model.embedding and model.head.bias is None
+        return cls(
+            model.layers,
+            read,
+            hidden_size=model.hidden_size,
+            norm=model.norm,
+            embedding=embedding,
+            embedding_multiplier=model.embedding_multiplier,
+            head=embedding if tied else read_product(read, [model.head], options["form"]),
+            logit_multiplier=model.logit_multiplier,
+            logit_softcap=model.logit_softcap,
+            **options,
+        )
+
+    def forward(
+        self,
+        batch: PackedBatch,
+        *,
+        tokens: Sequence[int] | None = None,
+        rows: Floats | None = None,
+        wanted: Sequence[int] = (),
+    ) -> tuple[Floats, Floats]:
+        """Compute a packed batch: its tokens, or rows (tokens, hidden size) that take the place of their embeddings.
+
+        Returns the last norm's output (tokens, hidden size), a view that the next call overwrites, and logits of the
+        wanted rows, new (wanted, outputs of the head).
+        """
+        positions = positions_of(batch)
+        count = len(positions)
+        self._grow(count)
+        self._ropes.cover(int(positions.max()) + 1, self._layers)
+        ids = np.asarray(tokens if tokens is not None else (), np.int64)
+        if rows is not None:
+            self._buffers[PassWord.X][:count, : self.hidden_size] = rows
+        self.memory.begin(batch)
+        chosen = np.asarray(wanted, np.int64)
+        columns = self._head.packed.padded_outputs if self._head else 0
+        logits = np.empty((len(chosen), columns), np.float32)
+        self._set(
+            {
+                PassWord.TOKENS: ids.ctypes.data if tokens is not None else 0,
+                PassWord.ROWS: count,
+                PassWord.POSITIONS: positions.ctypes.data,
+                PassWord.SPANS: self.memory.spans,
+                PassWord.WANTED: chosen.ctypes.data,
+                PassWord.WANTED_COUNT: len(chosen),
+                PassWord.LOGITS: logits.ctypes.data,
+                PassWord.LOGITS_STRIDE: columns,
+            }
+        )
+        team.run(self._function, self._job, self._counters, self.threads)
+        states = self._buffers[PassWord.NORMED][:count, : self.hidden_size]
+        return states, logits[:, : self._head.packed.outputs] if self._head else logits
+
+    def _fill_layer(self, number: int, layer: LayerDescription, read: ReadWeight, form: str) -> list[int]:
+        """Write a layer's words; return the widths of its products' outputs."""
+        words, attention, mlp = self._layers[number], layer.attention, layer.mlp
+        words[LayerWord.ATTENTION] = self.memory.jobs[number].ctypes.data
+        for word, norm in (
+            (LayerWord.ATTENTION_NORM, layer.attention_norm),
+            (LayerWord.ATTENTION_POST_NORM, layer.attention_post_norm),
+            (LayerWord.MLP_NORM, layer.mlp_norm),
+            (LayerWord.MLP_POST_NORM, layer.mlp_post_norm),
+            (LayerWord.Q_NORM, attention.q_norm),
+            (LayerWord.K_NORM, attention.k_norm),
+        ):
+            self._set_norm(words, word, norm, read)
+        words[LayerWord.NORMS_WHOLE_ROW] = attention.norms_whole_row
+        words[LayerWord.ACTIVATION] = ACTIVATIONS[mlp.activation]
+        words[LayerWord.RESIDUAL_MULTIPLIER] = float_bits(layer.residual_multiplier)
+        products = {
+            LayerWord.QKV: read_product(read, [attention.q, attention.k, attention.v], form),
+            LayerWord.OUT: read_product(read, [attention.out], form),
+            LayerWord.GATE_UP: read_gated_product(read, mlp.gate, mlp.up, form),
+            LayerWord.DOWN: read_product(read, [mlp.down], form),
+        }
+        for word, product in products.items():
+            self._set_product(words, word, product)
+            self.weight_bytes += product.nbytes
+        return [product.packed.padded_outputs for product in products.values()]
+
+    def _set_norm(self, words: NDArray[np.int64], word: int, norm: Norm | None, read: ReadWeight) -> None:
+        if norm is None:
+            return
+        gain = np.ascontiguousarray(floats(read(norm.gain)) + np.float32(norm.offset))
+        self._kept.append(gain)
+        words[word : word + 2] = gain.ctypes.data, float_bits(norm.eps)
+
+    def _set_product(self, words: NDArray[np.int64], word: int, product: Product) -> None:
+        self._kept.append(product)
+        words[word : word + len(ProductWord)] = product.words()
+
+    def _set(self, values: dict[PassWord, int]) -> None:
+        for word, value in values.items():
+            self._job[word] = value
+
+    def _grow(self, rows: int) -> None:
+        """Make room for this many rows. Padding columns are zero and stay so."""
+        if self._buffers and rows <= len(self._buffers[PassWord.X]):
+            return
+        capacity = padded(rows, 16) if self._buffers else max(rows, 16)
+        for word, stride in {**self._strides, PassWord.CHOSEN: self._strides[PassWord.X]}.items():
+            self._buffers[word] = np.zeros((capacity, stride), np.float32)
+            self._job[word] = self._buffers[word].ctypes.data
+        qkv, shape, jobs = self._buffers[PassWord.QKV], self.memory.shape, self.memory.jobs
+        key = shape.heads * shape.head_size
+        value = key + shape.kv_heads * shape.head_size
+        for input_, column in ((AttentionWord.QUERY, 0), (AttentionWord.KEY, key), (AttentionWord.VALUE, value)):
+            jobs[:, input_] = qkv.ctypes.data + 4 * column
+        for stride_word in (AttentionWord.QUERY_STRIDE, AttentionWord.KEY_STRIDE, AttentionWord.VALUE_STRIDE):
+            jobs[:, stride_word] = qkv.shape[1]
+        jobs[:, AttentionWord.OUT] = self._buffers[PassWord.ATTENDED].ctypes.data
+        jobs[:, AttentionWord.OUT_STRIDE] = self._strides[PassWord.ATTENDED]
+
+
+class _RotationTables:
+    """Tables of cosines and sines, one pair per rope, as long as the longest session needs."""
+
+    def __init__(self, ropes: Sequence[Rope | None]) -> None:
+        self._ropes = ropes
+        self._length = 0
+        self._tables: dict[Rope, tuple[Floats, Floats]] = {}
+
+    def cover(self, length: int, layers: NDArray[np.int64]) -> None:
+        """Have positions up to `length`, and set the layers' words."""
+        if length <= self._length:
+            return
+        self._length = max(1024, 1 << (length - 1).bit_length())
+        self._tables = {rope: rotation_table(rope, self._length) for rope in {rope for rope in self._ropes if rope}}
+        for words, rope in zip(layers, self._ropes, strict=True):
+            if rope:
+                cosines, sines = self._tables[rope]
+                words[LayerWord.COSINES], words[LayerWord.SINES] = cosines.ctypes.data, sines.ctypes.data
+                words[LayerWord.PAIRS] = len(rope.inverse_frequencies)

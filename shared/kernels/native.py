@@ -1,0 +1,150 @@
+"""Machine code of the kernels: compiled once per level of CPU, kept in a file, and loaded without numba.
+
+`python -m shared.kernels.native [LEVEL ...]` compiles; `load` does it too where nothing was compiled yet. A level is a
+set of instructions that many CPUs share, so that an image made on one machine serves on others. The bits of results are
+the same on every level.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import hashlib
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+from typing import Final
+
+SYMBOL: Final = "wisp_kernels"
+LEVELS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
+    "x86_64": {
+        "x86-64-v4": ("avx512f", "avx512bw", "avx512cd", "avx512dq", "avx512vl"),
+        "x86-64-v3": ("avx2", "fma", "f16c", "bmi", "bmi2", "lzcnt", "movbe"),
+        "x86-64-v2": (),
+    },
+    "aarch64": {"generic": ()},
+    "arm64": {"generic": ()},
+}
+"""Levels by machine, best first, with the features that a CPU needs for each. Their names are LLVM's."""
+_MODE: Final = "-prefer-256-bit"
+
+
+def levels() -> dict[str, tuple[str, ...]]:
+    """Return the levels of this kind of machine; one without a name for kinds not listed."""
+    return LEVELS.get(platform.machine(), {"generic": ()})
+
+
+@cache
+def level() -> str:
+    """Return the best level that this CPU has."""
+    from llvmlite import binding
+
+    features = binding.get_host_cpu_features()
+    return next(name for name, needed in levels().items() if all(features.get(feature) for feature in needed))
+
+
+def vector_lanes() -> int:
+    """Return the width of the registers in float32 values, for the CPU that numba compiles for."""
+    return 16 if os.environ.get("NUMBA_CPU_NAME") == "x86-64-v4" else 8
+
+
+@cache
+def load() -> Callable[[int], None]:
+    """Return the kernels: a function of the address of a job (`passes`). Releases the GIL while it runs.
+
+    The first call on a machine compiles them, which takes some ten seconds, unless `make setup` has done so.
+    """
+    from llvmlite import binding
+
+    binding.initialize_native_target()
+    binding.initialize_native_asmprinter()
+    module = binding.parse_assembly("")
+    module.triple = binding.get_process_triple()
+    engine = binding.create_mcjit_compiler(module, binding.Target.from_default_triple().create_target_machine())
+    engine.add_object_file(binding.ObjectFileRef.from_data(_object(level())))
+    engine.finalize_object()
+    _alive.append(engine)
+    return ctypes.CFUNCTYPE(None, ctypes.c_int64)(engine.get_function_address(SYMBOL))
+
+
+_alive: list[object] = []
+"""Engines that hold the machine code."""
+
+
+def _object(name: str) -> bytes:
+    """Return the object file of a level, compiled if it is not there yet."""
+    file = f"{name}-{_digest()}.o"
+    for folder in folders():
+        if (folder / file).is_file():
+            return (folder / file).read_bytes()
+    for folder in folders():
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with _lock(folder / ".lock"):
+                if not (folder / file).is_file():  # another process may have been quicker
+                    content = _compiled(name)
+                    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
+                        partial.write(content)
+                    os.chmod(partial.name, 0o644)
+                    os.replace(partial.name, folder / file)
+                return (folder / file).read_bytes()
+        except OSError:  # a read-only file system, or another user's folder
+            continue
+    return _compiled(name)
+
+
+def folders() -> list[Path]:
+    """Return where object files are looked for: beside the environment, then in the user's cache."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    return [Path(sys.prefix) / "share" / "wisp-kernels", home / "wisp" / "kernels"]
+
+
+@cache
+def _digest() -> str:
+    """Return the identity of the kernels' source and of their compiler."""
+    digest = hashlib.sha256(f"{version('numba')} {version('llvmlite')}".encode())
+    for path in sorted(Path(__file__).parent.rglob("*.py")):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compiled(name: str) -> bytes:
+    """Compile the kernels for a level in a process of its own, as numba compiles for one CPU per process."""
+    environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": _MODE if name == "x86-64-v4" else ""}
+    # Without what a debugger of numba may have set: it would change the code.
+    environment = {key: value for key, value in environment.items() if key not in ("NUMBA_OPT", "NUMBA_DEBUG")}
+    command = [sys.executable, "-m", "shared.kernels.source"]
+    environment["PYTHONPATH"] = os.pathsep.join([str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+    if done.returncode:
+        raise RuntimeError(
+            f"the kernels could not be compiled for {name} (exit status {done.returncode}, the reason is above): "
+            "install numba and llvmlite as pinned in constraints.txt"
+        )
+    return done.stdout
+
+
+def main() -> None:
+    """Compile the levels named on the command line, or this machine's."""
+    for name in sys.argv[1:] or [level()]:
+        if name not in levels():
+            sys.exit(f"{name!r} is no level of {platform.machine()}: choose from {', '.join(levels())}")
+        _object(name)
+
+
+if __name__ == "__main__":
+    main()
