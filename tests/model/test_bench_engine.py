@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import tiny
 
-from services.tools.bench.engine.arms import Arm, ArmFailed, ArmProcess, ArmSizes
+from services.tools.bench.engine.arms import ArmFailed, ArmProcess, ArmSizes, EngineArm
 from services.tools.bench.engine.core.cases import cases
 from services.tools.bench.engine.llama_package import in_q8_0, weights_format
 from services.tools.bench.engine.measure import measure, started
@@ -28,7 +28,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def processes(folder: Path) -> Iterator[list[ArmProcess]]:
-    arms = [Arm("wisp", "float32", folder), Arm("transformers", "float32", folder)]
+    arms = [EngineArm("wisp", "float32", folder), EngineArm("transformers", "float32", folder)]
     notes: list[str] = []
     with started(arms, SIZES, Progress(), notes, measure_memory=True) as loaded:
         assert notes == []
@@ -59,7 +59,7 @@ def test_the_engine_reports_the_memory_of_its_weights(processes: list[ArmProcess
 
 def test_an_arm_that_cannot_be_loaded_is_left_out_with_the_reason(folder: Path) -> None:
     notes: list[str] = []
-    arms = [Arm("wisp", "bfloat17", folder), Arm("transformers", "float32", folder)]
+    arms = [EngineArm("wisp", "bfloat17", folder), EngineArm("transformers", "float32", folder)]
     with started(arms, SIZES, Progress(), notes) as loaded:
         assert [process.arm.name for process in loaded] == ["transformers float32"]
     assert len(notes) == 1
@@ -68,7 +68,7 @@ def test_an_arm_that_cannot_be_loaded_is_left_out_with_the_reason(folder: Path) 
 
 
 def test_an_arm_whose_process_ends_is_named_in_the_error(folder: Path, tmp_path: Path) -> None:
-    with ArmProcess(Arm("transformers", "float32", folder), SIZES, tmp_path / "log") as process:
+    with ArmProcess(EngineArm("transformers", "float32", folder), SIZES, tmp_path / "log") as process:
         too_large = 10**6
         with pytest.raises(ArmFailed, match="transformers float32 ended with status 1"):
             process.score([too_large])

@@ -9,13 +9,13 @@ import numpy as np
 import pytest
 
 from services.tools.bench.engine import llama_package
-from services.tools.bench.engine.arms import Arm
-from services.tools.bench.engine.core.cases import Case, cases
+from services.tools.bench.engine.arms import EngineArm
+from services.tools.bench.engine.core.cases import EngineCase, cases
 from services.tools.bench.engine.core.results import EngineTimes, findings, speed_up_table, times_table
 from services.tools.bench.engine.scores import scores
 from services.tools.bench.formats import __main__ as formats
 
-DECODE, VERIFY, PREFILL = Case("decode", 1, 256), Case("verify 5", 1, 256), Case("prefill", 1, 0)
+DECODE, VERIFY, PREFILL = EngineCase("decode", 1, 256), EngineCase("verify 5", 1, 256), EngineCase("prefill", 1, 0)
 
 
 def times(visits: dict[str, list[list[float]]]) -> EngineTimes:
@@ -41,7 +41,7 @@ def test_one_session_runs_every_operation_and_more_of_them_decode_and_verify() -
 
 
 def test_a_case_survives_its_record() -> None:
-    assert Case(**VERIFY.record()) == VERIFY
+    assert EngineCase(**VERIFY.record()) == VERIFY
 
 
 def test_a_table_has_medians_a_rate_for_prompts_and_verifying_in_decode_steps() -> None:
@@ -125,4 +125,4 @@ def test_only_the_required_version_of_llama_cpp_is_used(tmp_path: Path, monkeypa
 
 
 def test_an_arm_is_named_for_its_program_and_format() -> None:
-    assert Arm("llama.cpp", "Q4_1", Path("model.gguf")).name == "llama.cpp Q4_1"
+    assert EngineArm("llama.cpp", "Q4_1", Path("model.gguf")).name == "llama.cpp Q4_1"

@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from services.tools.bench.engine import llama_package
-from services.tools.bench.engine.arms import Arm, ArmSizes
+from services.tools.bench.engine.arms import ArmSizes, EngineArm
 from services.tools.bench.engine.core.cases import cases
 from services.tools.bench.engine.core.results import EngineTimes, findings, speed_up_table, threads_of, times_table
 from services.tools.bench.engine.measure import measure, started
@@ -81,10 +81,10 @@ def main(
         conclude(console, "engine", _record(facts, measured, notes))
 
 
-def all_arms(model: str, folder: Path, notes: list[str]) -> list[Arm]:
+def all_arms(model: str, folder: Path, notes: list[str]) -> list[EngineArm]:
     """Return all arms that this model and machine have. `notes` gets the reason why llama.cpp is missing."""
-    arms = [Arm("wisp", dtype, folder) for dtype in DTYPES]
-    arms += [Arm("transformers", dtype, folder) for dtype in TRANSFORMERS_DTYPES]
+    arms = [EngineArm("wisp", dtype, folder) for dtype in DTYPES]
+    arms += [EngineArm("transformers", dtype, folder) for dtype in TRANSFORMERS_DTYPES]
     return arms + llama_package.arms(model, notes)
 
 

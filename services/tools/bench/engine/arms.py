@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Literal
 
-from services.tools.bench.engine.core.cases import Case
+from services.tools.bench.engine.core.cases import EngineCase
 from shared.errors import WispError
 
 Program = Literal["wisp", "transformers", "llama.cpp"]
@@ -23,7 +23,7 @@ class ArmFailed(WispError):
 
 
 @dataclass(frozen=True)
-class Arm:
+class EngineArm:
     """A program with a model in one format of weights."""
 
     program: Program
@@ -55,7 +55,7 @@ class ArmProcess:
     apart.
     """
 
-    def __init__(self, arm: Arm, sizes: ArmSizes, log: Path, *, measure_memory: bool = False) -> None:
+    def __init__(self, arm: EngineArm, sizes: ArmSizes, log: Path, *, measure_memory: bool = False) -> None:
         """log: file for what the process writes to stderr. Raises ArmFailed."""
         self.arm = arm
         self._log_path = log
@@ -93,7 +93,7 @@ class ArmProcess:
             if pipe is not None:
                 pipe.close()
 
-    def visit(self, case: Case) -> float:
+    def visit(self, case: EngineCase) -> float:
         """Return the median milliseconds of the case's timed passes."""
         return float(self._ask({"case": case.record()})["ms"])
 

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from services.tools.bench.engine.arms import ArmFailed, ArmSizes
-from services.tools.bench.engine.core.cases import NEW_TOKENS, Case
+from services.tools.bench.engine.core.cases import NEW_TOKENS, EngineCase
 from services.tools.bench.engine.llama_package import package_folder
 from services.tools.bench.engine.scores import Scores, scores
 
@@ -74,7 +74,7 @@ class LlamaModel:
     def _most_tokens(self, sizes: ArmSizes) -> int:
         return max(NEW_TOKENS["prefill"], sizes.sessions * NEW_TOKENS["verify 9"])
 
-    def once(self, case: Case) -> float:
+    def once(self, case: EngineCase) -> float:
         """Return the milliseconds of one pass."""
         first = self._prompt_sequence if case.operation == "prefill" else 0
         parts = []

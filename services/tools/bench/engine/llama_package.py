@@ -13,7 +13,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from services.tools.bench.engine.arms import Arm
+from services.tools.bench.engine.arms import EngineArm
 from services.tools.local.folder import checkout, state_folder
 from services.tools.local.progress import Progress
 from shared.errors import SettingsError
@@ -69,7 +69,7 @@ def install(progress: Progress) -> None:
         step.done(f"{REQUIREMENTS[0]} compiled into {package_folder()}")
 
 
-def arms(model: str, notes: list[str]) -> list[Arm]:
+def arms(model: str, notes: list[str]) -> list[EngineArm]:
     """Return llama.cpp's arms for a packaged model: its GGUF file as it is, and the same weights in Q8_0.
 
     `notes` gets the reason if there are none.
@@ -82,7 +82,7 @@ def arms(model: str, notes: list[str]) -> list[Arm]:
         return []
     file = PACKAGED[model].locate()
     in_8_bits = in_q8_0(file, state_folder() / "llama-models")
-    return [Arm("llama.cpp", weights_format(file), file), Arm("llama.cpp", "Q8_0", in_8_bits)]
+    return [EngineArm("llama.cpp", weights_format(file), file), EngineArm("llama.cpp", "Q8_0", in_8_bits)]
 
 
 def weights_format(file: Path) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
-from services.tools.bench.engine.arms import Arm, ArmFailed, ArmProcess, ArmSizes
-from services.tools.bench.engine.core.cases import Case
+from services.tools.bench.engine.arms import ArmFailed, ArmProcess, ArmSizes, EngineArm
+from services.tools.bench.engine.core.cases import EngineCase
 from services.tools.bench.engine.core.results import EngineTimes, threads_of
 from services.tools.local.folder import RunFolder
 from services.tools.local.progress import Progress
@@ -14,7 +14,7 @@ from services.tools.local.progress import Progress
 
 @contextmanager
 def started(
-    arms: Sequence[Arm], sizes: ArmSizes, progress: Progress, notes: list[str], *, measure_memory: bool = False
+    arms: Sequence[EngineArm], sizes: ArmSizes, progress: Progress, notes: list[str], *, measure_memory: bool = False
 ) -> Iterator[list[ArmProcess]]:
     """Load all arms, one after the other. One that cannot be loaded is left out, and `notes` gets the reason."""
     with RunFolder("bench-engine") as folder, ExitStack() as stack:
@@ -34,7 +34,7 @@ def started(
 
 
 def measure(
-    processes: Sequence[ArmProcess], sizes: ArmSizes, wanted: Sequence[Case], repetitions: int, progress: Progress
+    processes: Sequence[ArmProcess], sizes: ArmSizes, wanted: Sequence[EngineCase], repetitions: int, progress: Progress
 ) -> EngineTimes:
     """Time all cases. Arms alternate within each case, in another order in each repetition."""
     times = EngineTimes(sizes.threads, sizes.cached, list(wanted), [process.arm.name for process in processes])

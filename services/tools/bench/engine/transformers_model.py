@@ -16,7 +16,7 @@ import transformers
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from services.tools.bench.engine.arms import ArmSizes
-from services.tools.bench.engine.core.cases import Case
+from services.tools.bench.engine.core.cases import EngineCase
 from services.tools.bench.engine.scores import Scores, scores
 
 
@@ -31,7 +31,7 @@ class TransformersModel:
         self.facts: dict[str, Any] = {"torch": torch.__version__, "transformers": transformers.__version__}
 
     @torch.inference_mode()
-    def once(self, case: Case) -> float:
+    def once(self, case: EngineCase) -> float:
         """Return the milliseconds of one pass."""
         cache = self._cache(case.sessions, case.cached)
         tokens = torch.randint(0, self._model.config.vocab_size, (case.sessions, case.new))

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from services.tools.bench.engine.arms import ArmSizes
-from services.tools.bench.engine.core.cases import NEW_TOKENS, Case
+from services.tools.bench.engine.core.cases import NEW_TOKENS, EngineCase
 from services.tools.bench.engine.scores import Scores, scores
 from shared.engine import Engine, Step
 from shared.engine.blocks import BLOCK, block_names
@@ -45,7 +45,7 @@ class WispModel:
         if held < length:
             engine.forward([Step(session, tokens[held:length], rows=0)])
 
-    def once(self, case: Case) -> float:
+    def once(self, case: EngineCase) -> float:
         """Return the milliseconds of one pass."""
         steps = []
         if case.operation == "prefill":

@@ -15,7 +15,7 @@ from statistics import median
 from typing import IO, Any, Protocol
 
 from services.tools.bench.engine.arms import ArmSizes
-from services.tools.bench.engine.core.cases import Case
+from services.tools.bench.engine.core.cases import EngineCase
 from services.tools.bench.engine.scores import Scores
 from services.tools.bench.support.options import let_idle_threads_sleep
 
@@ -25,7 +25,7 @@ class ArmModel(Protocol):
 
     facts: dict[str, Any]
 
-    def once(self, case: Case) -> float:
+    def once(self, case: EngineCase) -> float:
         """Return the milliseconds of one pass. Sessions have as many cached tokens before each pass."""
         ...
 
@@ -77,7 +77,7 @@ def answer(model: ArmModel, request: dict[str, Any]) -> dict[str, Any]:
     if "score" in request:
         losses, choices = model.score(request["score"])
         return {"losses": losses, "choices": choices}
-    case = Case(**request["case"])
+    case = EngineCase(**request["case"])
     for _ in range(case.warm_passes):
         model.once(case)
     return {"ms": median(model.once(case) for _ in range(case.timed_passes))}

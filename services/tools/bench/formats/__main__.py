@@ -18,8 +18,8 @@ from typing import Annotated, Any
 import typer
 
 from services.tools.bench.engine import llama_package
-from services.tools.bench.engine.arms import Arm, ArmProcess, ArmSizes
-from services.tools.bench.engine.core.cases import Case
+from services.tools.bench.engine.arms import ArmProcess, ArmSizes, EngineArm
+from services.tools.bench.engine.core.cases import EngineCase
 from services.tools.bench.engine.core.results import EngineTimes, threads_of
 from services.tools.bench.engine.measure import measure, started
 from services.tools.bench.support.options import ModelOption, target_folder
@@ -34,7 +34,7 @@ from shared.models.text import Tokenizer
 
 PASSAGES = Path(__file__).with_name("passages.txt")
 CACHED = 256
-DECODE, VERIFY = Case("decode", 1, CACHED), Case("verify 5", 1, CACHED)
+DECODE, VERIFY = EngineCase("decode", 1, CACHED), EngineCase("verify 5", 1, CACHED)
 REFERENCE = "wisp float32"
 COLUMNS = [
     "arm",
@@ -109,7 +109,7 @@ def main(
         tokenizer = Tokenizer(ModelFolder(folder))
         texts = [tokenizer.encode(passage) for passage in passages(PASSAGES.read_text("utf-8")).values()]
         notes: list[str] = []
-        arms = [Arm("wisp", dtype, folder) for dtype in DTYPES] + llama_package.arms(model, notes)
+        arms = [EngineArm("wisp", dtype, folder) for dtype in DTYPES] + llama_package.arms(model, notes)
         sizes = ArmSizes(threads, CACHED, sessions=1)
         with started(arms, sizes, progress, notes, measure_memory=True) as processes:
             if not processes:

@@ -13,7 +13,7 @@ NEW_TOKENS: dict[Operation, int] = {"decode": 1, "verify 5": 5, "verify 9": 9, "
 
 
 @dataclass(frozen=True)
-class Case:
+class EngineCase:
     """One operation on `sessions` sessions at once, each with `cached` cached tokens."""
 
     operation: Operation
@@ -45,12 +45,12 @@ class Case:
         return asdict(self)
 
 
-def cases(sessions: Sequence[int], cached: int) -> list[Case]:
+def cases(sessions: Sequence[int], cached: int) -> list[EngineCase]:
     """Return all cases: one session decodes, verifies and prefills; more of them decode and verify 5 tokens each."""
     alone: list[Operation] = ["decode", "verify 5", "verify 9"]
     together: list[Operation] = ["decode", "verify 5"]
     return [
-        *(Case(operation, 1, cached) for operation in alone),
-        Case("prefill", 1, 0),
-        *(Case(operation, count, cached) for count in sessions if count > 1 for operation in together),
+        *(EngineCase(operation, 1, cached) for operation in alone),
+        EngineCase("prefill", 1, 0),
+        *(EngineCase(operation, count, cached) for count in sessions if count > 1 for operation in together),
     ]

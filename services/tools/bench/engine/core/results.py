@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from statistics import median
 from typing import Any
 
-from services.tools.bench.engine.core.cases import Case
+from services.tools.bench.engine.core.cases import EngineCase
 
 OURS = "wisp"
 """First word of the names of the engine's own arms."""
@@ -22,27 +22,27 @@ class EngineTimes:
 
     threads: int
     cached: int
-    cases: list[Case]
+    cases: list[EngineCase]
     arms: list[str]
-    visits: dict[tuple[str, Case], list[float]] = field(default_factory=dict)
+    visits: dict[tuple[str, EngineCase], list[float]] = field(default_factory=dict)
     """By arm and case, in the order of the repetitions."""
 
-    def add(self, arm: str, case: Case, ms: float) -> None:
+    def add(self, arm: str, case: EngineCase, ms: float) -> None:
         """Add a visit."""
         self.visits.setdefault((arm, case), []).append(ms)
 
-    def median_ms(self, arm: str, case: Case) -> float:
+    def median_ms(self, arm: str, case: EngineCase) -> float:
         """Return the median time of a case."""
         return median(self.visits[arm, case])
 
-    def speed_up(self, arm: str, against: str, case: Case) -> float:
+    def speed_up(self, arm: str, against: str, case: EngineCase) -> float:
         """Return how many times as fast `arm` is as `against`."""
         pairs = zip(self.visits[arm, case], self.visits[against, case], strict=True)
         return median(other / own for own, other in pairs)
 
-    def steps(self, arm: str, case: Case) -> float:
+    def steps(self, arm: str, case: EngineCase) -> float:
         """Return the time of a case in decode steps of as many sessions with as many cached tokens."""
-        decode = Case("decode", case.sessions, case.cached)
+        decode = EngineCase("decode", case.sessions, case.cached)
         pairs = zip(self.visits[arm, case], self.visits[arm, decode], strict=True)
         return median(own / step for own, step in pairs)
 
@@ -54,7 +54,7 @@ class EngineTimes:
         ]
 
 
-def label(case: Case) -> str:
+def label(case: EngineCase) -> str:
     """Return a short name of a case."""
     sessions = f"{case.sessions} x " if case.sessions > 1 else ""
     return f"{sessions}{case.operation}{f' {case.new}' if case.operation == 'prefill' else ''}"
@@ -71,7 +71,7 @@ def times_table(times: EngineTimes) -> tuple[list[str], list[list[Any]]]:
     return ["arm", *units, *(f"{label(case)} / decode" for case in verified)], rows
 
 
-def _figure(times: EngineTimes, arm: str, case: Case) -> float:
+def _figure(times: EngineTimes, arm: str, case: EngineCase) -> float:
     ms = times.median_ms(arm, case)
     return case.new * 1000 / ms if case.operation == "prefill" else ms
 
