@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from services.tools.local import bootstrap
-from services.tools.local.bootstrap import PipOutput, Step, StepFailed, duration, run, step
+from services.tools.local.bootstrap import PipOutput, SetupStep, StepFailed, duration, run, step
 
 
 @pytest.fixture
@@ -17,8 +17,8 @@ def pip(tmp_path: Path) -> PipOutput:
     return PipOutput(tmp_path / "downloads", tmp_path / "venv", pins=98)
 
 
-def a_step(*, live: bool = False) -> Step:
-    return Step("packages", live=live, coloured=False, symbols=False)
+def a_step(*, live: bool = False) -> SetupStep:
+    return SetupStep("packages", live=live, coloured=False, symbols=False)
 
 
 def test_packages_are_counted_as_pip_finds_them(pip: PipOutput) -> None:

@@ -131,7 +131,7 @@ def install(torch_index: str) -> None:
         shown.outcome = f"{packages} packages, {size / MEGABYTE:,.0f} MB"
 
 
-def install_packages(command: Sequence[str], shown: "Step") -> None:
+def install_packages(command: Sequence[str], shown: "SetupStep") -> None:
     """Run pip and show its progress."""
     with downloads() as folder:
         output = PipOutput(folder, VENV, len((ROOT / "constraints.txt").read_text().splitlines()))
@@ -235,7 +235,7 @@ def usable(python: Path) -> bool:
     return answer.stdout.strip() == str(sys.version_info[:2])
 
 
-def require_venv(shown: "Step") -> None:
+def require_venv(shown: "SetupStep") -> None:
     """Make sure that Python can create environments. Debian has a separate package for this."""
     if importlib.util.find_spec("ensurepip") is not None:
         return
@@ -263,7 +263,7 @@ class StepFailed(Exception):
 
 
 @dataclass
-class Step:
+class SetupStep:
     """A step and what is shown of it: one line that is redrawn in a terminal, a line now and then elsewhere."""
 
     name: str
@@ -310,11 +310,11 @@ class Step:
 
 
 @contextmanager
-def step(name: str) -> Iterator[Step]:
+def step(name: str) -> Iterator[SetupStep]:
     """Show a step while the body runs. Ends this program if it raises StepFailed."""
     live = sys.stdout.isatty() and os.environ.get("TERM") != "dumb"
     symbols = (sys.stdout.encoding or "").lower().replace("-", "") == "utf8"
-    shown = Step(name, live, live and not os.environ.get("NO_COLOR"), symbols)
+    shown = SetupStep(name, live, live and not os.environ.get("NO_COLOR"), symbols)
     try:
         if live:
             shown.show()
@@ -337,7 +337,7 @@ def duration(seconds: float) -> str:
 
 def run(
     command: Sequence[str],
-    shown: Step,
+    shown: SetupStep,
     environment: dict[str, str] | None = None,
     read: Callable[[str], None] | None = None,
     describe: Callable[[], str] | None = None,
