@@ -19,7 +19,8 @@
     ├── KubernetesError            (services.drain_order) the Kubernetes API refuses a call or is unreachable
     ├── ServiceFailed              (services.tools.local) a service of a private stack failed to start
     ├── RecordingError             (services.tools.replayer) a recording cannot be read or written
-    └── ServerUnusable             (services.tools.bench) the measured server does not answer as needed
+    ├── ServerUnusable             (services.tools.bench) the measured server does not answer as needed
+    └── ArmFailed                  (services.tools.bench) a compared program cannot be loaded, or its process has ended
 
 Each message gives the problem, with the value, and the next step.
 """
