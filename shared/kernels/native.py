@@ -1,6 +1,7 @@
 """Machine code of the kernels: compiled once per level of CPU, kept in a file, and loaded without numba.
 
-`python -m shared.kernels.native [LEVEL ...]` compiles; `load` does it too where nothing was compiled yet. A level is a
+`python -m shared.kernels.native` compiles for this CPU, with `all` for every level of this kind of machine. `load`
+compiles too where nothing was compiled yet. A level is a
 set of instructions that many CPUs share, so that an image made on one machine serves on others. The bits of results are
 the same on every level.
 """
@@ -16,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import cache
 from importlib.metadata import version
 from pathlib import Path
@@ -80,7 +81,7 @@ _alive: list[object] = []
 
 def _object(name: str) -> bytes:
     """Return the object file of a level, compiled if it is not there yet."""
-    file = f"{name}-{_digest()}.o"
+    file = _file(name)
     for folder in folders():
         if (folder / file).is_file():
             return (folder / file).read_bytes()
@@ -98,6 +99,10 @@ def _object(name: str) -> bytes:
         except OSError:  # a read-only file system, or another user's folder
             continue
     return _compiled(name)
+
+
+def _file(name: str) -> str:
+    return f"{name}-{_digest()}.o"
 
 
 def folders() -> list[Path]:
@@ -139,11 +144,16 @@ def _compiled(name: str) -> bytes:
 
 
 def main() -> None:
-    """Compile the levels named on the command line, or this machine's."""
-    for name in sys.argv[1:] or [level()]:
-        if name not in levels():
-            sys.exit(f"{name!r} is no level of {platform.machine()}: choose from {', '.join(levels())}")
+    """Compile the levels named on the command line, or this machine's, and print their names."""
+    names = list(levels()) if sys.argv[1:] == ["all"] else sys.argv[1:] or [level()]
+    if unknown := [name for name in names if name not in levels()]:
+        sys.exit(f"{unknown[0]!r} is no level of {platform.machine()}: choose from all, {', '.join(levels())}")
+    for name in names:
         _object(name)
+        for folder in folders():  # the set-up compares its time with that of the source
+            with suppress(OSError):
+                os.utime(folder / _file(name))
+    print(f"for {', '.join(names)}")
 
 
 if __name__ == "__main__":

@@ -52,13 +52,20 @@ class Preparation:
 
 
 PREPARATIONS = (
-    # Compiled kernels belong here, before the model, whose check runs them.
+    Preparation("kernels", ("bin/python", "-m", "shared.kernels.native"), lambda: kernels_are_current()),
     Preparation(
         "model",
         ("bin/wisp", "models", "prepare", "--quiet"),
         lambda: any((STATE / "models").glob("[!.]*/wisp-model.json")),
     ),
 )
+
+
+def kernels_are_current() -> bool:
+    """Return whether kernels were compiled since the last change of their source."""
+    compiled = [file.stat().st_mtime for file in (VENV / "share" / "wisp-kernels").glob("*.o")]
+    sources = [file.stat().st_mtime for file in (ROOT / "shared" / "kernels").rglob("*.py")]
+    return bool(compiled) and max(compiled) >= max(sources)
 
 
 def main() -> None:
