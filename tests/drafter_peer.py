@@ -63,17 +63,21 @@ class Peer:
         await broker.close()
         await store.close()
 
-    async def ask(self, session: str, max_tokens: int = 40, draft: str = "auto") -> None:
+    async def ask(
+        self, session: str, max_tokens: int = 40, draft: str = "auto", prompt: Sequence[int] = PROMPT
+    ) -> None:
         """Start a session as a gateway does."""
-        request = builders.stored_request(session, prompt_len=len(PROMPT), stop_ids=[], max_tokens=max_tokens)
-        await self.store.create(request, PROMPT)
-        await self.publish(self.generate(session, max_tokens, draft))
+        request = builders.stored_request(session, prompt_len=len(prompt), stop_ids=[], max_tokens=max_tokens)
+        await self.store.create(request, list(prompt))
+        await self.publish(self.generate(session, max_tokens, draft, prompt))
 
-    def generate(self, session: str, max_tokens: int = 40, draft: str = "auto") -> Generate:
+    def generate(
+        self, session: str, max_tokens: int = 40, draft: str = "auto", prompt: Sequence[int] = PROMPT
+    ) -> Generate:
         """Return the message that starts a session."""
         return builders.generate(
             session,
-            prompt=PROMPT,
+            prompt=list(prompt),
             stop_ids=[],
             max_tokens=max_tokens,
             vocab_fingerprint=self.vocabulary,

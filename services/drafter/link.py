@@ -57,6 +57,9 @@ class Link(Protocol):
     def learn_draft(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
         """Teach `times` how long the draft's steps take. call_ms: measured duration of the source's call."""
 
+    def learn_probe(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
+        """Teach `times` by a draft that was made while a round was in flight."""
+
     def draft_ms(self, draft: Draft, measured_ms: float) -> float:
         """Return the time that the draft takes on the session's hardware."""
 
@@ -93,6 +96,10 @@ class DirectLink:
         for source, steps in draft.steps.items():
             times.learn_draft(source, steps, call_ms, draft.computed)
 
+    def learn_probe(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
+        for source, steps in draft.steps.items():
+            times.learn_probe(source, steps, call_ms, draft.computed)
+
     def draft_ms(self, draft: Draft, measured_ms: float) -> float:
         return measured_ms
 
@@ -127,6 +134,9 @@ class EmulatedLink:
     def learn_draft(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
         for source, steps in draft.steps.items():
             times.learn_draft(source, steps, self._profile.steps_ms(steps))
+
+    def learn_probe(self, times: RoundTimes, draft: Draft, call_ms: float) -> None:
+        self.learn_draft(times, draft, call_ms)
 
     def draft_ms(self, draft: Draft, measured_ms: float) -> float:
         return self._profile.draft_ms(draft)

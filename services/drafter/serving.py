@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from services.drafter import metrics
 from services.drafter.control import DraftRound, SessionControl
+from services.drafter.control.times import SPARE_COMPUTED
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
 from services.drafter.settings import DraftServingSettings
+from services.drafter.sources.registry import HIDDEN
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
 from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Result, Status
@@ -31,6 +33,8 @@ class _MadeDraft:
     draft: Draft
     draft_ms: float
     """Time that the draft took on the session's hardware."""
+    probes: list[DraftRound] = field(default_factory=list)
+    """Probes to draft while the round is in flight."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +55,19 @@ class _PendingAhead:
     round: DraftRound
     answer: asyncio.Future[tuple[DraftAhead | None, float]]
     started_s: float
+
+
+@dataclass
+class _RunningProbe:
+    """A probe, drafted while rounds are in flight."""
+
+    round: DraftRound
+    position: int
+    """Position of the token that it drafts."""
+    answer: asyncio.Task[tuple[Draft, float]]
+    started_s: float
+    chosen: int | None = None
+    """The target's token at that position; None until it is committed."""
 
 
 class ServedSession:
@@ -85,6 +102,8 @@ class ServedSession:
         self._link = open_link(self._deliver)
         self._inbox: asyncio.Queue[Result | Cancel] = asyncio.Queue()
         self._ahead: _AssumedDraft | None = None
+        self._probes: dict[str, _RunningProbe] = {}
+        """Running probes by source."""
         self._log = logging.get()
 
     def restore(self, stored: Session) -> None:
@@ -128,6 +147,8 @@ class ServedSession:
                     if state.first_ms is None and state.output_tokens:
                         state.first_ms = self._elapsed_ms()
         finally:
+            for probe in self._probes.values():
+                probe.answer.cancel()
             self._worker.close(state.session_id)
         if state.failure is not None:
             self._log.warning("session failed", code=state.failure.code, error=state.failure.message)
@@ -156,7 +177,8 @@ class ServedSession:
         while True:
             sent = time.monotonic()
             await self._send(made, attempt, hidden_from)
-            if ahead is None:
+            if attempt == 0:
+                self._start_probes(made)
                 ahead = self._draft_ahead(made)
             result = await self._result(timer.timeout_ms(attempt) / 1000)
             if result is not None:
@@ -170,6 +192,7 @@ class ServedSession:
         if attempt == 0:
             timer.learn(round_ms)
         self._learn(made, result, round_ms, resent=attempt > 0)
+        self._note_choice(result)
         if self._hidden_rows is not None and len(self._state.tokens) < base_len:
             self._hidden_rows.truncate(len(self._state.tokens))
         self._ahead = None if ahead is None else self._finished(ahead)
@@ -184,30 +207,79 @@ class ServedSession:
             kept = bool(ahead.draft.tokens) and ahead.tokens == state.tokens
             metrics.AHEAD.labels("kept" if kept else "dropped").inc()
             if kept:
-                return _MadeDraft(self._request(ahead.round), ahead.draft, 0.0)
+                return _MadeDraft(self._request(ahead.round, self._sources), ahead.draft, 0.0)
+        self._settle_probes()
         room = state.draft_room(self._settings.draft_length)
-        round_ = control.begin(room, state.generate.sampling.temperature)
-        request = self._request(round_)
+        unready, behind = set(self._probes), set()
+        if self._hidden_rows is not None:
+            missing_states, missing_tokens = self._missing(self._hidden_rows)
+            if missing_states:
+                unready.add(HIDDEN)
+            elif missing_tokens > SPARE_COMPUTED:
+                behind.add(HIDDEN)
+        round_ = control.begin(room, state.generate.sampling.temperature, unready=unready, behind=behind - unready)
+        probes = round_.deferred_probes()
+        request = self._request(round_, self._sources)
+        if round_.longest == 0:
+            return _MadeDraft(request, Draft(), self._link.draft_ms(Draft(), _ms_since(started)), probes)
         draft, call_ms = await self._worker.draft(request)
         round_.cut(len(draft.tokens))
         self._link.learn_draft(control.times, draft, call_ms)
-        return _MadeDraft(request, draft, self._link.draft_ms(draft, _ms_since(started)))
+        return _MadeDraft(request, draft, self._link.draft_ms(draft, _ms_since(started)), probes)
 
-    def _request(self, round_: DraftRound) -> DraftRequest:
-        """Return the request to the source, with the hidden states that it has not read yet."""
+    def _missing(self, hidden_rows: HiddenRows) -> tuple[bool, int]:
+        """Return whether states are missing that the draft model needs now, and how many tokens it has to compute."""
+        state = self._state
+        # The last token is always computed again, and each token with the state before it.
+        seen = min(self._worker.source.seen(state.session_id), len(state.tokens) - 1)
+        hidden_rows.need_from(max(0, seen - 1))
+        start, rows = hidden_rows.run(len(state.tokens))
+        return not len(rows) or start > max(0, seen - 1), len(state.tokens) - seen
+
+    def _request(self, round_: DraftRound, sources: tuple[str, ...]) -> DraftRequest:
+        """Return the request to the source, with the hidden states that it has not read yet if it wants them."""
         state, states = self._state, None
-        if self._hidden_rows is not None:
-            # The last token is always computed again, and each token with the state before it.
-            seen = min(self._worker.source.seen(state.session_id), len(state.tokens) - 1)
-            self._hidden_rows.need_from(max(0, seen - 1))
+        if self._hidden_rows is not None and round_.wants(HIDDEN):
             start, rows = self._hidden_rows.run(len(state.tokens))
             states = States(start, rows.copy()) if len(rows) else None
-        sampling = state.generate.sampling
-        return DraftRequest(state.session_id, state.tokens, sampling, round_, self._sources, states)
+        return DraftRequest(state.session_id, state.tokens, state.generate.sampling, round_, sources, states)
+
+    def _start_probes(self, made: _MadeDraft) -> None:
+        """Start the probes of a round that has been sent."""
+        for round_ in made.probes:
+            (source,) = round_.probed
+            request = self._request(round_, (source,))
+            # A copy of the tokens: the result may extend them while the source still drafts in its thread.
+            request = replace(request, tokens=list(request.tokens))
+            answer = asyncio.create_task(self._worker.draft(request))
+            self._probes[source] = _RunningProbe(round_, len(request.tokens), answer, time.monotonic())
+
+    def _note_choice(self, result: Result) -> None:
+        """Keep the target's token for the probes that drafted one at its position."""
+        if result.status is Status.COMMITTED and result.tokens:
+            for probe in self._probes.values():
+                if result.base_len == probe.position:
+                    probe.chosen = result.tokens[0]
+
+    def _settle_probes(self) -> None:
+        """Learn from the probes that the session's hardware has made by now."""
+        control = self._control
+        for source, probe in list(self._probes.items()):
+            if not probe.answer.done():
+                continue
+            draft, call_ms = probe.answer.result()
+            elapsed_ms = _ms_since(probe.started_s)
+            if elapsed_ms < self._link.draft_ms(draft, min(call_ms, elapsed_ms)):
+                continue
+            del self._probes[source]
+            self._link.learn_probe(control.times, draft, call_ms)
+            known = draft.dropped is not None and probe.chosen is not None
+            control.settle(probe.round, 0, 0, draft.dropped == probe.chosen if known else None)
+            metrics.STEPS.inc(sum(draft.steps.values()))
 
     def _hidden_from(self) -> int | None:
         """Return the first position whose hidden state the round requests; None requests none."""
-        if self._hidden_rows is None or self._control.decodes_plainly:
+        if self._hidden_rows is None or self._control.rests(HIDDEN):
             return None
         return self._hidden_rows.wanted(len(self._state.tokens))
 
@@ -253,7 +325,7 @@ class ServedSession:
     def _draft_ahead(self, made: _MadeDraft) -> _PendingAhead | None:
         """Start drafting for the round after this one, assuming that all of this draft is accepted."""
         state, control, draft = self._state, self._control, made.draft
-        if not self._settings.optimistic or control.decodes_plainly:
+        if not self._settings.optimistic or self._probes or control.decodes_plainly:
             return None
         room = state.draft_room(self._settings.draft_length, assumed=len(draft.tokens) + 1)
         round_ = control.ahead(room, state.generate.sampling.temperature)

@@ -63,9 +63,13 @@ class SourceWorker:
         self._aheads: _PendingCalls[tuple[DraftRequest, Draft], DraftAhead | None] = _PendingCalls(source.ahead, None)
 
     async def draft(self, request: DraftRequest) -> tuple[Draft, float]:
-        """Return the session's draft, and the milliseconds of the call that made it (0 if it does not block)."""
-        if self._thread is None:
-            return self.source.propose([request])[0], 0.0
+        """Return the session's draft, and the milliseconds of the call that made it (0 if it needs no model)."""
+        if self._thread is None or not self.source.computes(request):
+            try:
+                return self.source.propose([request])[0], 0.0
+            except Exception:
+                logging.get().exception("draft source failed")
+                return Draft(), 0.0
         answer = self._drafts.put(request)
         self._arrived.set()
         return await answer

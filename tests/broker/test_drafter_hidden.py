@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 
 import numpy as np
 import pytest
 import tiny
 from drafter_peer import PROMPT, Peer, drafting, made_up_states
+from patience import HANG_S
 from prometheus_client import REGISTRY
 
 from services.drafter.control import Controller, RoundTimes
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.settings import DrafterSettings
-from services.drafter.sources import DraftRequest, States
+from services.drafter.sources import Draft, DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
 from shared.messages import Finish, HiddenFormat, HiddenStates, Sampling, Status, Verify
 from shared.models.folder import ModelFolder
@@ -75,6 +76,10 @@ def received(bits: Bits, form: HiddenFormat) -> np.ndarray:
     return unpack(
         HiddenStates(session="s", round=0, start=0, count=count, size=size, format=form, rows=rows, scales=scales)
     )
+
+
+def counted(metric: str, **labels: str) -> float:
+    return REGISTRY.get_sample_value(metric, labels) or 0.0
 
 
 def other(token: int) -> int:
@@ -249,6 +254,28 @@ async def test_a_session_of_another_vocabulary_gets_drafts_by_lookup(peer: Peer)
         assert (first.draft, first.hidden_from) == ([3, 1, 2], None)
 
 
+@pytest.fixture
+def drafts_made(monkeypatch: pytest.MonkeyPatch) -> Callable[[int], Awaitable[None]]:
+    """Return a function that waits until the model has made this many drafts."""
+    made: list[Draft] = []
+    original = HiddenDrafts.propose
+
+    def propose(source: HiddenDrafts, requests: Sequence[DraftRequest]) -> list[Draft]:
+        found = original(source, requests)
+        made.extend(draft for draft in found if draft.steps)
+        return found
+
+    monkeypatch.setattr(HiddenDrafts, "propose", propose)
+
+    async def wait(count: int) -> None:
+        async with asyncio.timeout(HANG_S):
+            while len(made) < count:  # noqa: ASYNC110 - drafts are made in a thread
+                await asyncio.sleep(0.02)
+        await asyncio.sleep(0.1)  # until the drafter has its answer
+
+    return wait
+
+
 # Price and draft cap of the scheduler.
 
 
@@ -269,7 +296,7 @@ async def test_under_a_draft_cap_of_zero_rounds_are_plain(peer: Peer, drafted: C
 
 
 async def test_a_price_shortens_drafts_and_a_high_one_ends_drafting(
-    peer: Peer, monkeypatch: pytest.MonkeyPatch
+    peer: Peer, monkeypatch: pytest.MonkeyPatch, drafts_made: Callable[[int], Awaitable[None]]
 ) -> None:
     # Draft steps then cost nothing: on a busy machine their measured time alone could end drafting.
     monkeypatch.setattr(RoundTimes, "learn_draft", lambda *_: None)
@@ -286,12 +313,32 @@ async def test_a_price_shortens_drafts_and_a_high_one_ends_drafting(
         assert 0 < lengths[1] < lengths[0]
         await peer.load(price_ms=1e6)
         await peer.ask("plain")
+        steps = counted("wisp_draft_steps_total")
         rounds: list[Verify] = []
-        for token in range(10, 15):
+        for token in range(10, 16):
             rounds.append(await peer.round())
+            if rounds[-1].hidden_from == 8:
+                await drafts_made(3)
             await peer.answer(rounds[-1], [token], states=rounds[-1].hidden_from is not None)
-        assert [verify.hidden_from for verify in rounds] == [None, None, None, 0, 8]
-        assert [len(verify.draft) for verify in rounds] == [0, 0, 0, 0, 1], "now and then a round probes one token"
+        assert [verify.hidden_from for verify in rounds] == [None, None, None, 0, 8, None]
+        assert [verify.draft for verify in rounds] == [[]] * 6, "a probe is drafted beside a round and not sent"
+        assert counted("wisp_draft_steps_total") == steps + 1
+
+
+async def test_a_long_prompt_is_computed_while_a_plain_round_is_in_flight(
+    peer: Peer, drafted: Callable[..., list[int]], drafts_made: Callable[[int], Awaitable[None]]
+) -> None:
+    prompt = list(range(1, 41))
+    async with drafting(peer.settings, "d1"):
+        await peer.ask("s", prompt=prompt)
+        await peer.answer(await peer.round(), [7], states=True)
+        second = await peer.round()
+        assert (second.draft, second.hidden_from) == ([], 40)
+        steps = counted("wisp_draft_steps_total")
+        await drafts_made(1)
+        await peer.answer(second, [8], states=True)
+        assert (await peer.round()).draft == drafted([*prompt, 7, 8])
+        assert counted("wisp_draft_steps_total") > steps
 
 
 # Ahead of the result.
@@ -313,15 +360,15 @@ def made_ahead(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return happened
 
 
-def counted(outcome: str) -> float:
-    return REGISTRY.get_sample_value("wisp_drafts_ahead_total", {"outcome": outcome}) or 0.0
+def made_for_rounds(outcome: str) -> float:
+    return counted("wisp_drafts_ahead_total", outcome=outcome)
 
 
 @pytest.mark.parametrize("bonus", ["as assumed", "another"])
 async def test_a_draft_made_ahead_is_sent_if_its_assumption_holds(
     peer: Peer, drafted: Callable[..., list[int]], made_ahead: threading.Event, bonus: str
 ) -> None:
-    before = {outcome: counted(outcome) for outcome in ("kept", "dropped")}
+    before = {outcome: made_for_rounds(outcome) for outcome in ("kept", "dropped")}
     async with drafting(peer.settings.model_copy(update={"optimistic": True}), "d1"):
         await peer.ask("s")
         await peer.answer(await peer.round(), [7], states=True)
@@ -342,7 +389,7 @@ async def test_a_draft_made_ahead_is_sent_if_its_assumption_holds(
             await peer.answer(second, committed, states=True)
             third = await peer.round()
             assert (third.base_len, third.draft) == (10, drafted([*PROMPT, 7, *committed]))
-    made = {outcome: counted(outcome) - count for outcome, count in before.items()}
+    made = {outcome: made_for_rounds(outcome) - count for outcome, count in before.items()}
     assert made == ({"kept": 1, "dropped": 0} if bonus == "as assumed" else {"kept": 0, "dropped": 1})
 
 

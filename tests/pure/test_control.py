@@ -347,9 +347,8 @@ def test_a_probe_is_sent_if_its_token_turns_out_to_be_worth_it() -> None:
 def test_a_deferred_probe_leaves_its_round_plain_and_learns_from_the_bonus_token() -> None:
     session = controller(price_ms=500.0).session("model")
     round_ = next(round_ for _ in range(LONGEST_WAIT) if (round_ := session.begin(8, 0.0)).probing)
-    probe = round_.deferred_probes()
-    assert probe is not None
-    assert (round_.longest, round_.wants("model"), round_.deferred_probes()) == (0, False, None)
+    (probe,) = round_.deferred_probes()
+    assert (round_.longest, round_.wants("model"), round_.deferred_probes()) == (0, False, [])
     assert (probe.wants("model"), draft(probe, [token(0.999)])) == (True, [DraftDecision.DROP])
     before = session.acceptance("model", 1.0)
     session.settle(probe, 0, 0, bonus_matches=False)

@@ -41,6 +41,9 @@ class Scripted:
         self.calls.append([f"after {request.session_id}" for request, _ in requests])
         return [DraftAhead(8, Draft([9])) for _ in requests]
 
+    def computes(self, request: DraftRequest) -> bool:
+        return request.session_id != "copies"
+
     def seen(self, session_id: str) -> int:
         return 0
 
@@ -55,6 +58,29 @@ async def working(source: Scripted) -> AsyncIterator[SourceWorker]:
     yield worker
     source.go.set()
     task.cancel()
+
+
+async def test_a_request_that_needs_no_model_waits_for_no_call() -> None:
+    class Copying(Scripted):
+        def propose(self, requests: Sequence[DraftRequest]) -> list[Draft]:
+            return [Draft([5])] if requests[0].session_id == "copies" else super().propose(requests)
+
+    source = Copying()
+    async with working(source) as worker:
+        running = asyncio.create_task(worker.draft(request("x")))
+        await asyncio.to_thread(source.called.wait, 10)
+        assert await worker.draft(request("copies")) == (Draft([5]), 0.0)
+        assert not running.done()
+        source.go.set()
+        assert (await running)[0] == Draft([7], {"model": 1})
+
+
+async def test_a_failure_without_a_model_leaves_the_draft_empty() -> None:
+    source = Scripted()
+    source.go.set()
+    source.fails = True
+    async with working(source) as worker:
+        assert await worker.draft(request("copies")) == (Draft(), 0.0)
 
 
 def request(session_id: str) -> DraftRequest:

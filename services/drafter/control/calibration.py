@@ -91,10 +91,13 @@ class RecentLogits:
     """
 
     def __init__(self) -> None:
+        self.added = 0
+        """Number of tokens so far."""
         self._logits: dict[tuple[str, int], deque[float]] = {}
 
     def add(self, source: str, position: int, logit: float) -> None:
         """Remember a token whose predecessors were accepted."""
+        self.added += 1
         self._logits.setdefault((source, min(position, DEEPEST)), deque(maxlen=REMEMBERED)).append(logit)
 
     def latest(self, source: str, position: int) -> list[float]:

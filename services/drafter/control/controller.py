@@ -77,6 +77,9 @@ class SessionControl:
         self._recent_acceptance = RecentAcceptance()
         self._offsets: dict[str, SessionOffset] = {}
         self._recent_logits = RecentLogits()
+        self._expected: dict[tuple[str, int], tuple[list[float], float]] = {}
+        """Expected acceptances by source and position, of the time when the calibration had `_expected_at` tokens."""
+        self._expected_at = 0
         self._idle = dict.fromkeys(sources, 0)
         """Rounds since each source was last wanted or probed."""
 
@@ -86,11 +89,13 @@ class SessionControl:
         temperature: float,
         target_entropy: float | None = None,
         unready: Collection[str] = (),
+        behind: Collection[str] = (),
     ) -> DraftRound:
         """Start a round.
 
         room: most draft tokens that the session can use. target_entropy: of the target's distribution that the last
-        token was chosen from; known for recorded texts, not in service. unready: sources that cannot draft yet.
+        token was chosen from; known for recorded texts, not in service. unready: sources that cannot draft now.
+        behind: sources that have many tokens to compute before they can draft; they do so as a probe.
         """
         round_ = self.ahead(room, temperature, target_entropy)
         if round_.longest == 0:
@@ -100,13 +105,15 @@ class SessionControl:
         for source in self._idle:
             if source in wanted:
                 self._idle[source] = 0
+                if source in behind:
+                    probed.add(source)
             elif source not in unready and self._idle[source] >= self._probe_wait(source):
                 self._idle[source] = 0
                 probed.add(source)
             else:
                 self._idle[source] += 1
         round_.probed = frozenset(probed)
-        round_.unready = frozenset(unready)
+        round_.unready = frozenset({*unready, *behind})
         if not wanted - round_.unready:
             round_.longest, round_.probing = min(1, len(probed)), bool(probed)
         return round_
@@ -159,11 +166,21 @@ class SessionControl:
         """Return the calibrated acceptance of a token, given that its predecessors are accepted."""
         return sigmoid(self.calibration.logit(source, model_logit) + self._offset(source))
 
-    def expected_acceptances(self, source: str, position: int) -> list[float]:
-        """Return acceptances that the next token of a source may have: recent ones, this session's before others'."""
-        recent = self.calibration.recent.latest(source, position) + self._recent_logits.latest(source, position)
-        offset = self._offset(source)
-        return [sigmoid(logit + offset) for logit in recent[-REMEMBERED:] or [UNKNOWN_LOGIT]]
+    def expected_acceptances(self, source: str, position: int) -> tuple[Sequence[float], float]:
+        """Return acceptances that the next token of a source may have, and their mean.
+
+        They are recent ones, this session's before others'.
+        """
+        if self._expected_at != self.calibration.recent.added:
+            self._expected_at = self.calibration.recent.added
+            self._expected.clear()
+        key = source, min(position, DEEPEST)
+        if key not in self._expected:
+            recent = self.calibration.recent.latest(*key) + self._recent_logits.latest(*key)
+            offset = self._offset(source)
+            acceptances = [sigmoid(logit + offset) for logit in recent[-REMEMBERED:] or [UNKNOWN_LOGIT]]
+            self._expected[key] = acceptances, math.fsum(acceptances) / len(acceptances)
+        return self._expected[key]
 
     def _offset(self, source: str) -> float:
         return self._offsets[source].value if source in self._offsets else 0.0
@@ -197,8 +214,8 @@ class DraftRound:
         """All tokens drafted: the kept ones, and at most one dropped after them."""
         self.context = context
         self._session = session
-        self._forecast = RoundForecast(session.times.base_ms, session.times.added_ms)
-        self._expected: dict[tuple[str, int], list[float]] = {}
+        times = session.times
+        self._forecast = RoundForecast(times.base_ms, [times.added_ms(count) for count in range(longest + 1)])
         self._open = True
 
     @property
@@ -211,15 +228,16 @@ class DraftRound:
         """The kept tokens."""
         return [drafted.token for drafted in self.drafted[: self.kept]]
 
-    def deferred_probes(self) -> DraftRound | None:
-        """Return the probes as a silent round of its own, which this one then lacks; None if there are none.
+    def deferred_probes(self) -> list[DraftRound]:
+        """Return each probe as a silent round of its own, which this one then lacks.
 
-        It may be drafted while this round is in flight, and is settled with this round's result.
+        It may be drafted while this round is in flight, and is settled once the target's first token is known.
         """
-        if not self.probed:
-            return None
-        probes = DraftRound(self._session, 1, self.context)
-        probes.probed, probes.silent = self.probed, True
+        probes = []
+        for source in sorted(self.probed):
+            probe = DraftRound(self._session, 1, self.context)
+            probe.probed, probe.silent = frozenset({source}), True
+            probes.append(probe)
         self.probed = frozenset()
         if self.probing:
             self.longest = 0
@@ -235,15 +253,10 @@ class DraftRound:
 
     def _following(self, source: str, position: int) -> NextTokens:
         """Return the tokens that a source may draft from `position` on."""
-        end = min(self.longest, position + LOOKAHEAD)
-        means = [math.fsum(self._expect(source, i)) / len(self._expect(source, i)) for i in range(position + 1, end)]
-        return NextTokens(self._session.times.step_ms(source), self._expect(source, position), means)
-
-    def _expect(self, source: str, position: int) -> list[float]:
-        key = source, min(position, DEEPEST)
-        if key not in self._expected:
-            self._expected[key] = self._session.expected_acceptances(*key)
-        return self._expected[key]
+        session, end = self._session, min(self.longest, position + LOOKAHEAD)
+        acceptances, mean = session.expected_acceptances(source, position)
+        later = [session.expected_acceptances(source, i)[1] for i in range(position + 1, end)]
+        return NextTokens(session.times.step_ms(source), acceptances, mean, later)
 
     def estimate(self, token: DraftToken) -> float:
         """Return the calibrated acceptance that a token would have as the next one of this draft."""

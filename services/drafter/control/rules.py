@@ -7,9 +7,9 @@ and add it to `RULES`.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import fmean
+from itertools import islice
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from services.drafter.control.features import DraftToken, Features
@@ -23,8 +23,8 @@ class RoundForecast:
 
     ms: float
     """Time of the round, the drafting done so far included."""
-    added_ms: Callable[[int], float]
-    """Returns the time that verifying this many draft tokens adds to a round, their price included."""
+    added_ms: Sequence[float]
+    """Time that verifying 0, 1, 2, … tokens adds to a round, their price included; ends with the longest draft."""
     tokens: float = 1.0
     """Expected tokens: the bonus token, and each kept draft token times its survival."""
     survival: float = 1.0
@@ -40,7 +40,7 @@ class RoundForecast:
 
     def more_ms(self, count: int) -> float:
         """Return the time that verifying `count` more tokens adds."""
-        return self.added_ms(self.kept + count) - self.added_ms(self.kept)
+        return self.added_ms[self.kept + count] - self.added_ms[self.kept]
 
 
 @dataclass(frozen=True)
@@ -60,6 +60,8 @@ class NextTokens:
     """Time to draft one of them."""
     acceptances: Sequence[float]
     """Possible acceptances of the first one, equally likely."""
+    mean: float
+    """Their mean."""
     later: Sequence[float] = ()
     """Expected acceptance of each one after it, given that its predecessors are accepted."""
 
@@ -113,8 +115,7 @@ class Marginal(StopRule):
         survival = forecast.survival * token.acceptance
         if survival > rate * forecast.more_ms(1):
             return True
-        mean = fmean(following.acceptances)
-        return _pays(forecast, survival, survival, 1, (mean, *following.later), following.step_ms)
+        return _pays(forecast, survival, survival, 1, (following.mean, *following.later), following.step_ms)
 
     def goes_on(self, forecast: RoundForecast, following: NextTokens) -> bool:
         rate = forecast.tokens / forecast.ms
@@ -123,8 +124,7 @@ class Marginal(StopRule):
         gain = sum(max(0.0, forecast.survival * a - rate * token_ms) for a in acceptances)
         if gain > len(acceptances) * rate * following.step_ms:
             return True
-        later = (fmean(acceptances), *following.later)
-        return _pays(forecast, 0.0, forecast.survival, 0, later, following.step_ms)
+        return _pays(forecast, 0.0, forecast.survival, 0, (following.mean, *following.later), following.step_ms)
 
 
 def _pays(
@@ -136,7 +136,8 @@ def _pays(
     others. step_ms: the time to draft one of these.
     """
     rate = forecast.tokens / forecast.ms
-    for steps, acceptance in enumerate(later, 1):
+    room = len(forecast.added_ms) - 1 - forecast.kept - drafted
+    for steps, acceptance in enumerate(islice(later, room), 1):
         survival *= acceptance
         gain += survival
         if gain > rate * (forecast.more_ms(drafted + steps) + steps * step_ms):

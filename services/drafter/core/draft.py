@@ -78,6 +78,9 @@ class DraftSource(Protocol):
         None where a draft cannot be continued.
         """
 
+    def computes(self, request: DraftRequest) -> bool:
+        """Return whether `propose` runs a model for this request; if not, it may be called in any thread."""
+
     def seen(self, session_id: str) -> int:
         """Return how many of the session's tokens are computed: states are needed from the one before on.
 
@@ -91,9 +94,15 @@ class DraftSource(Protocol):
 class WithoutStates:
     """Base of sources that read no hidden states and never draft ahead."""
 
+    blocking: bool
+
     def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
         """Return no drafts."""
         return [None for _ in requests]
+
+    def computes(self, request: DraftRequest) -> bool:
+        """Return whether the source blocks."""
+        return self.blocking
 
     def seen(self, session_id: str) -> int:
         """Return 0: the source reads no states."""

@@ -88,6 +88,10 @@ class HiddenDrafts:
         self._columns = Columns.of(engine.head_ids.numpy())
         self._sessions: dict[str, _HiddenSession] = {}
 
+    def computes(self, request: DraftRequest) -> bool:
+        """Return whether the round wants the model's tokens; copies alone need no model."""
+        return request.round.wants(HIDDEN)
+
     def seen(self, session_id: str) -> int:
         """Return the number of tokens computed from the target's own states and still held."""
         known = self._sessions.get(session_id)

@@ -224,10 +224,10 @@ class _VirtualRun:
         times = self._times.setdefault(draft.drafter_id, RoundTimes())
         longest = min(longest, times.draft_cap)
         step_ms = draft.draft_ms / len(draft.acceptance) if draft.acceptance else 0.0
-        forecast = RoundForecast(times.base_ms, times.added_ms)
+        forecast = RoundForecast(times.base_ms, [times.added_ms(count) for count in range(longest + 1)])
         length = 0
         for acceptance in draft.acceptance[:longest]:
-            if not self._marginal.goes_on(forecast, NextTokens(step_ms, [acceptance])):
+            if not self._marginal.goes_on(forecast, NextTokens(step_ms, [acceptance], acceptance)):
                 break
             forecast.ms += step_ms
             forecast.keep(acceptance)
