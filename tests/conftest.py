@@ -9,6 +9,7 @@ from secrets import token_hex
 
 import hypothesis
 import pytest
+import structlog
 
 # Set before torch or numpy is loaded: their waiting threads must not take the cores from what is under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -20,6 +21,15 @@ from services.tools.local.folder import RunFolder
 # A busy machine takes longer over the same example: no test of properties is about time.
 hypothesis.settings.register_profile("wisp", deadline=None)
 hypothesis.settings.load_profile("wisp")
+
+# structlog's default prints a traceback with the local variables of each frame, which takes seconds. The services set
+# plain ones, as here (`shared.runtime.logging`).
+structlog.configure(
+    processors=[
+        *structlog.get_config()["processors"][:-1],
+        structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback),
+    ]
+)
 
 WITH_BROKERS = ("broker", "stack")
 """Folders of tests that run one after another: they share brokers and measure times on few cores."""

@@ -94,12 +94,12 @@ def test_no_kind_of_message_keeps_a_token() -> None:
 
 
 def _filled(fields: object, name: str = "") -> object:
-    """The fields with every list of numbers, except the acceptance, filled with the secret token."""
+    """The fields with every list of token ids filled with the secret token."""
     if isinstance(fields, dict):
         return {key: _filled(value, key) for key, value in fields.items()}
     if isinstance(fields, list) and fields and isinstance(fields[0], dict):
         return [_filled(one) for one in fields]
-    if isinstance(fields, list) and name not in ("acceptance", "left_out"):
+    if isinstance(fields, list) and name not in ("acceptance", "left_out", "committed_in"):
         return [SECRET] * max(2, len(fields))
     return fields
 

@@ -31,7 +31,8 @@ def softmax(logits: torch.Tensor, params: Sampling) -> np.ndarray:
 
 
 def drawn(logits: torch.Tensor, params: Sampling, seeds: range, positions: range) -> np.ndarray:
-    sampled = [params.model_copy(update={"seed": seed}) for seed in seeds for _ in positions]
+    with_seed = [params.model_copy(update={"seed": seed}) for seed in seeds]
+    sampled = [one for one in with_seed for _ in positions]
     where = [position for _ in seeds for position in positions]
     return np.array(choose(logits.expand(len(where), -1), sampled, where))
 
