@@ -12,12 +12,13 @@ from __future__ import annotations
 import ast
 import calendar
 import gzip
+import os
 import random
 import re
 import sysconfig
 import tomllib
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata, resources
@@ -283,8 +284,8 @@ def _sources() -> list[list[tuple[Path, bool]]]:
     ]
     stdlib = [
         path
-        for path in _files(Path(sysconfig.get_paths()["stdlib"]))
-        if path.suffix == ".py" and not {"site-packages", "dist-packages", "test", "tests"} & set(path.parts)
+        for path in _files(Path(sysconfig.get_paths()["stdlib"]), {"site-packages", "dist-packages", "test", "tests"})
+        if path.suffix == ".py"
     ]
     about = sorted(
         Path(str(file.locate()))
@@ -296,8 +297,13 @@ def _sources() -> list[list[tuple[Path, bool]]]:
     return [[(path, False) for path in files] for files in plain] + [[(path, True) for path in stdlib]]
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.rglob("*") if path.is_file()) if folder.is_dir() else []
+def _files(folder: Path, without: Collection[str] = ()) -> list[Path]:
+    """Return the files below a folder in order. without: names of folders to leave out."""
+    found: list[Path] = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name not in without]
+        found += [path for name in names if (path := Path(parent, name)).is_file()]
+    return sorted(found)
 
 
 def _read(path: Path, docstrings: bool) -> str:
