@@ -102,10 +102,16 @@ def token_ms(model: CostModel) -> float:
 
 def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:
     """Return the shape of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
-    shape = EMPTY
+    count = new_tokens = new_context = context = all_rows = 0
     for new, length, rows in jobs:
-        shape = grow(shape, new, length, rows)
-    return shape
+        count += 1
+        new_tokens += new
+        new_context += new * length
+        context += length
+        all_rows += rows
+    return BatchShape.model_construct(
+        jobs=count, new_tokens=new_tokens, new_context=new_context, context=context, rows=all_rows
+    )
 
 
 def grow(shape: BatchShape, new: int, length: int, rows: int) -> BatchShape:
