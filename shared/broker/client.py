@@ -38,6 +38,8 @@ from shared.runtime.tls import Tls, bad_certificate
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
 RECONNECT_INTERVAL_S = 1
+FIRST_CONNECT_INTERVAL_S = 0.2
+"""Time between attempts at the start, when RabbitMQ often starts as well."""
 HEARTBEAT_S = 10
 """After two missed heartbeats RabbitMQ drops a process and gives its messages to others: a frozen scheduler keeps its
 standby waiting for that long. `?heartbeat=` in the URL sets another time."""
@@ -118,7 +120,7 @@ class Broker:
                         raise BrokersError(
                             f"RabbitMQ at {without_password(url)} cannot be trusted: {bad}; see WISP_TLS_CA_FILE"
                         ) from error
-                    await asyncio.sleep(RECONNECT_INTERVAL_S)
+                    await asyncio.sleep(FIRST_CONNECT_INTERVAL_S)
 
         try:
             return await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)

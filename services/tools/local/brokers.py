@@ -50,6 +50,7 @@ class Brokers:
         self._look = look
         self._progress = progress or Progress()
         self._persistent = persistent
+        self._addressed = asyncio.Event()
 
     @property
     def given(self) -> bool:
@@ -69,6 +70,13 @@ class Brokers:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.stop()
+
+    async def until_addressed(self) -> None:
+        """Wait until the URLs of both are known. Private servers do not answer yet then.
+
+        A server whose port was taken meanwhile gets another URL before `start` returns.
+        """
+        await self._addressed.wait()
 
     async def start(self) -> None:
         """Find or start both concurrently, and check that they answer."""
@@ -116,24 +124,38 @@ class Brokers:
 
     async def _start_rabbitmq(self, source: BrokerSource, host: Machine, step: ProgressStep) -> None:
         if source is BrokerSource.GIVEN:
-            self.amqp_url = self.addresses.amqp_url or ""
+            self._rabbitmq_at(self.addresses.amqp_url or "")
         elif source is BrokerSource.CONTAINER:
-            self.amqp_url = self._keep(await containers.start_rabbitmq(host.container or "", self.folder, step))
+            self._rabbitmq_at(self._keep(await containers.start_rabbitmq(host.container or "", self.folder, step)))
         else:
             assert host.rabbitmq is not None
             assert host.epmd is not None
-            self.amqp_url = self._keep(await servers.start_rabbitmq(host.rabbitmq, host.epmd, self.folder))
+            self._keep(await servers.start_rabbitmq(host.rabbitmq, host.epmd, self.folder, launched=self._rabbitmq_at))
         self.rabbitmq_version = await _checked("RabbitMQ", "WISP_AMQP_URL", check_rabbitmq, self.amqp_url, self.tls)
 
     async def _start_redis(self, source: BrokerSource, host: Machine, step: ProgressStep) -> None:
         if source is BrokerSource.GIVEN:
-            self.redis_url = self.addresses.redis_url or ""
+            self._redis_at(self.addresses.redis_url or "")
         elif source is BrokerSource.CONTAINER:
-            self.redis_url = self._keep(await containers.start_redis(host.container or "", self.folder, step))
+            self._redis_at(self._keep(await containers.start_redis(host.container or "", self.folder, step)))
         else:
             assert host.redis is not None
-            self.redis_url = self._keep(await servers.start_redis(host.redis, self.folder, persistent=self._persistent))
+            self._keep(
+                await servers.start_redis(host.redis, self.folder, persistent=self._persistent, launched=self._redis_at)
+            )
         self.redis_version = await _checked("Redis", "WISP_REDIS_URL", check_redis, self.redis_url, self.tls)
+
+    def _rabbitmq_at(self, url: str) -> None:
+        self.amqp_url = url
+        self._note_addresses()
+
+    def _redis_at(self, url: str) -> None:
+        self.redis_url = url
+        self._note_addresses()
+
+    def _note_addresses(self) -> None:
+        if self.amqp_url and self.redis_url:
+            self._addressed.set()
 
     def _keep(self, server: BrokerServer) -> str:
         self.servers.append(server)

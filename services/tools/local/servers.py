@@ -82,21 +82,39 @@ class BrokerServer:
         self.processes = (await self.start_again(), *self.processes[1:])
 
 
-async def start_rabbitmq(script: Path, epmd: Path, folder: Path, conf: str = "") -> BrokerServer:
+def _ignore(_url: str) -> None:
+    pass
+
+
+async def start_rabbitmq(
+    script: Path, epmd: Path, folder: Path, conf: str = "", *, launched: Callable[[str], None] = _ignore
+) -> BrokerServer:
     """Start RabbitMQ with all its files under `folder`; return when a client can log in.
 
-    conf: further lines of configuration. Raises BrokersError with the end of its log if it does not start.
+    conf: further lines of configuration. launched: gets the URL, at which the server will answer, of each attempt.
+    Raises BrokersError with the end of its log if it does not start.
     """
-    return await with_fresh_ports(lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf))
+    return await with_fresh_ports(
+        lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf, launched)
+    )
 
 
-async def start_redis(binary: Path, folder: Path, conf: str = "", *, persistent: bool = False) -> BrokerServer:
+async def start_redis(
+    binary: Path,
+    folder: Path,
+    conf: str = "",
+    *,
+    persistent: bool = False,
+    launched: Callable[[str], None] = _ignore,
+) -> BrokerServer:
     """Start Redis with all its files under `folder`; return when it answers.
 
     conf: further lines of configuration. persistent: acknowledged writes are on disk; otherwise all data is lost at its
-    end. Raises BrokersError.
+    end. launched: as for RabbitMQ. Raises BrokersError.
     """
-    return await with_fresh_ports(lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent))
+    return await with_fresh_ports(
+        lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent, launched)
+    )
 
 
 async def with_fresh_ports(start: Callable[[int], Awaitable[BrokerServer]]) -> BrokerServer:
@@ -113,7 +131,7 @@ class EndedEarly(BrokersError):
     """A server ended before it was ready."""
 
 
-async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> BrokerServer:
+async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str, launched: Callable[[str], None]) -> BrokerServer:
     port, distribution_port, epmd_port = free_ports(3)
     password = token_urlsafe(12)
     own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
@@ -158,6 +176,7 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Broker
         broker = await Process.start(
             "rabbitmq", [str(script), "-noinput"], log=folder / "console.log", environment=environment, folder=folder
         )
+        launched(url)
         return await _ready(broker, lambda: check_rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
 
     try:
@@ -168,7 +187,9 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str) -> Broker
     return BrokerServer(url, (broker, mapper), folder / "data", start, environment)
 
 
-async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> BrokerServer:
+async def _redis(
+    binary: Path, folder: Path, more: str, persistent: bool, launched: Callable[[str], None]
+) -> BrokerServer:
     (port,) = free_ports(1)
     password = token_urlsafe(12)
     fields = {"host": LOOPBACK, "port": port, "password": password, "folder": folder}
@@ -180,6 +201,7 @@ async def _redis(binary: Path, folder: Path, more: str, persistent: bool) -> Bro
         server = await Process.start(
             "redis", [str(binary), str(conf)], log=folder / "redis.log", environment={"LANG": "C.UTF-8"}, folder=folder
         )
+        launched(url)
         return await _ready(server, lambda: check_redis(url), server.log, REDIS_START_S)
 
     return BrokerServer(url, (await start(),), folder / "appendonlydir", start)

@@ -101,23 +101,14 @@ class Stack:
             self.brokers = self._given_brokers or Brokers(self.folder, progress=self._progress)
             has_own = self._given_brokers is None and self.serving == "wisp"
             if has_own:
-                await resources.enter_async_context(self.brokers)
+                resources.push_async_callback(self.brokers.stop)
+                await self._start_brokers()
             self._failed = asyncio.get_running_loop().create_future()
             if has_own:
                 for server in self.brokers.servers:
                     for process in server.processes:
                         self._observe(process)
-            self._commands = ServiceCommands(
-                namespace=self._namespace or LocalSettings().namespace or self.folder.name,
-                amqp_url=self.brokers.amqp_url,
-                redis_url=self.brokers.redis_url,
-                target=self.target,
-                host=self.host,
-                port=self.port,
-                verifiers=self.counts.get("verifier", 1),
-                serving=self.serving,
-                env=self.env,
-            )
+            self._commands = self._make_commands()
             if self.serving == "wisp":
                 amqp_url = None if self.brokers.given else self.brokers.amqp_url
                 note_suite(self.folder, RunningSuite(self.namespace, amqp_url))
@@ -127,6 +118,55 @@ class Stack:
             await self._start_all()
             self._resources = resources.pop_all()
         return self
+
+    def _make_commands(self) -> ServiceCommands:
+        return ServiceCommands(
+            namespace=self._namespace or LocalSettings().namespace or self.folder.name,
+            amqp_url=self.brokers.amqp_url,
+            redis_url=self.brokers.redis_url,
+            target=self.target,
+            host=self.host,
+            port=self.port,
+            verifiers=self.counts.get("verifier", 1),
+            serving=self.serving,
+            env=self.env,
+        )
+
+    async def _start_brokers(self) -> None:
+        """Start the brokers and, as soon as their addresses are known, the services, which load meanwhile.
+
+        None of the services is left if one has ended, because the brokers took longer than it waits, or if an address
+        has changed since.
+        """
+        starting = asyncio.ensure_future(self.brokers.start())
+        addressed = asyncio.ensure_future(self.brokers.until_addressed())
+        given: tuple[str, str] | None = None
+        try:
+            await asyncio.wait({starting, addressed}, return_when=asyncio.FIRST_COMPLETED)
+            if not starting.done():
+                self._commands = self._make_commands()
+                given = self._commands.amqp_url, self._commands.redis_url
+                for service in self._wanted():
+                    await self._launch(service, {})
+            await starting
+        except BaseException:
+            starting.cancel()
+            await asyncio.gather(starting, return_exceptions=True)
+            await self._discard_all()
+            raise
+        finally:
+            addressed.cancel()
+        ended = not all(process.alive for _, process in self._processes)
+        if ended or given != (self.brokers.amqp_url, self.brokers.redis_url):
+            await self._discard_all()
+
+    async def _discard_all(self) -> None:
+        """Kill the services, which are to be started again under the same names."""
+        await asyncio.gather(*(process.stop(signal.SIGKILL) for _, process in self._processes))
+        for _, process in self._processes:
+            process.log.unlink(missing_ok=True)
+        self._processes.clear()
+        self._started.clear()
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -212,14 +252,19 @@ class Stack:
             process.alive for process in brokers
         )
 
+    def _wanted(self) -> list[str]:
+        """Return the service of each process that the stack starts with."""
+        return [service for service, count in self.counts.items() for _ in range(count)]
+
     async def _start_all(self) -> None:
+        """Start the services, unless they run already; return when all are ready."""
         wanted = {service: count for service, count in self.counts.items() if count}
         if not wanted:
             return
         with self._progress.step("starting the services") as step:
-            processes = [
-                (service, await self._start(service, {})) for service, count in wanted.items() for _ in range(count)
-            ]
+            for _, process in self._processes:
+                self._observe(process)
+            processes = self._processes[:] or [(service, await self._start(service, {})) for service in self._wanted()]
             waiting = {process.name for _, process in processes}
 
             async def ready(service: str, process: Process) -> None:
@@ -232,6 +277,11 @@ class Stack:
             step.done(", ".join(service if count == 1 else f"{count} {service}s" for service, count in wanted.items()))
 
     async def _start(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
+        process = await self._launch(service, env, under)
+        self._observe(process)
+        return process
+
+    async def _launch(self, service: str, env: Mapping[str, str], under: Sequence[str] = ()) -> Process:
         if service not in SERVICES:
             raise ValueError(f"there is no service {service!r}; the services are {', '.join(SERVICES)}")
         # Count before the first await: several processes may be started concurrently.
@@ -245,7 +295,6 @@ class Stack:
             folder=checkout(),
         )
         self._processes.append((service, process))
-        self._observe(process)
         return process
 
     def _observe(self, process: Process) -> None:
