@@ -8,10 +8,8 @@ import signal
 import subprocess
 import sys
 import time
-from typing import ClassVar
 
 import aio_pika
-import psutil
 import pytest
 from aiormq.exceptions import ChannelNotFoundEntity
 from leftovers import descendants, leftovers
@@ -20,7 +18,6 @@ from services.tools.local.background import Background
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import ServiceFailed, Stack
 from shared.broker.topology import Topology
-from shared.errors import BrokersError
 
 OWNER = """
 import signal
@@ -85,56 +82,6 @@ async def test_bad_settings_of_a_service_are_shown(brokers: Brokers, whose: str)
         await stack.__aenter__()
 
 
-class AnnouncedBrokers(Brokers):
-    """The test run's servers in the place of private ones: they announce an address, and answer when it is let."""
-
-    real: Brokers
-    first_amqp_url: str
-    error: BrokersError | None = None
-    seen: list[int]
-
-    async def start(self) -> None:
-        self._rabbitmq_at(self.first_amqp_url)
-        self._redis_at(self.real.redis_url)
-        while len(self.seen) < 2:
-            self.seen[:] = [process.pid for process in psutil.Process().children() if "services." in _command(process)]
-            await asyncio.sleep(0.01)
-        if self.error is not None:
-            raise self.error
-        self._rabbitmq_at(self.real.amqp_url)
-
-
-@pytest.fixture
-def announced(brokers: Brokers, monkeypatch: pytest.MonkeyPatch) -> type[AnnouncedBrokers]:
-    class Announced(AnnouncedBrokers):
-        real = brokers
-        first_amqp_url = brokers.amqp_url
-        seen: ClassVar[list[int]] = []
-
-    monkeypatch.setattr("services.tools.local.stack.Brokers", Announced)
-    return Announced
-
-
-async def test_services_load_while_the_brokers_start(announced: type[AnnouncedBrokers]) -> None:
-    async with Stack("test-early", verifiers=0, gateways=0, drafters=0) as stack:
-        assert sorted(process.pid for process in stack.processes()) == sorted(announced.seen)
-        assert [process.name for process in stack.processes()] == ["scheduler-1", "estimator-1"]
-
-
-async def test_services_with_an_old_address_are_started_again(announced: type[AnnouncedBrokers]) -> None:
-    announced.first_amqp_url = "amqp://wisp:none@127.0.0.1:1/"
-    async with Stack("test-early", verifiers=0, gateways=0, drafters=0) as stack:
-        assert not any(psutil.pid_exists(pid) for pid in announced.seen)
-        assert [process.name for process in stack.processes()] == ["scheduler-1", "estimator-1"]
-
-
-async def test_no_service_is_left_if_the_brokers_fail(announced: type[AnnouncedBrokers]) -> None:
-    announced.error = BrokersError("no room on the disk")
-    with pytest.raises(BrokersError, match="no room"):
-        await Stack("test-early", verifiers=0, gateways=0, drafters=0).__aenter__()
-    assert not any(psutil.pid_exists(pid) for pid in announced.seen)
-
-
 async def test_given_brokers_keep_nothing_of_a_run(brokers: Brokers, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WISP_AMQP_URL", brokers.amqp_url)
     monkeypatch.setenv("WISP_REDIS_URL", brokers.redis_url)
@@ -165,13 +112,6 @@ def test_no_process_is_left_however_the_owner_ends(number: signal.Signals, statu
     assert owner.wait() == status
     owner.stdout.close()
     assert leftovers(started) == []
-
-
-def _command(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
 
 
 async def _exists(brokers: Brokers, queue: str) -> bool:

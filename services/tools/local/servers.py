@@ -94,9 +94,33 @@ async def start_rabbitmq(
     conf: further lines of configuration. launched: gets the URL, at which the server will answer, of each attempt.
     Raises BrokersError with the end of its log if it does not start.
     """
-    return await with_fresh_ports(
-        lambda attempt: _rabbitmq(script, epmd, folder / f"rabbitmq-{attempt}", conf, launched)
-    )
+    plugins = few_plugins(script, folder / "plugins")
+
+    def attempt(number: int) -> Awaitable[BrokerServer]:
+        # A version that cannot do without its plugins ends early once.
+        shown = plugins if number == 1 else None
+        return _rabbitmq(script, epmd, folder / f"rabbitmq-{number}", conf, shown, launched)
+
+    return await with_fresh_ports(attempt)
+
+
+def few_plugins(script: Path, folder: Path) -> Path | None:
+    """Make a folder with links to RabbitMQ itself but to none of its plugins, and return it.
+
+    At its start RabbitMQ compiles the configuration schemas of all plugins that it sees, enabled or not: a quarter of
+    the time until it answers. Returns None for an installation with another layout.
+    """
+    found = [
+        path for name in ("rabbit", "rabbit_common") for path in script.resolve().parents[1].glob(f"plugins/{name}-*")
+    ]
+    if len(found) != 2 or not all(path.is_dir() for path in found):
+        return None
+    folder.mkdir(parents=True, exist_ok=True)
+    for path in found:
+        link = folder / path.name
+        if not link.is_symlink():
+            link.symlink_to(path)
+    return folder
 
 
 async def start_redis(
@@ -131,7 +155,9 @@ class EndedEarly(BrokersError):
     """A server ended before it was ready."""
 
 
-async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str, launched: Callable[[str], None]) -> BrokerServer:
+async def _rabbitmq(
+    script: Path, epmd: Path, folder: Path, conf: str, plugins: Path | None, launched: Callable[[str], None]
+) -> BrokerServer:
     port, distribution_port, epmd_port = free_ports(3)
     password = token_urlsafe(12)
     own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
@@ -163,6 +189,8 @@ async def _rabbitmq(script: Path, epmd: Path, folder: Path, conf: str, launched:
         "RABBITMQ_SERVER_ADDITIONAL_ERL_ARGS": f"+S {schedulers}:{schedulers} "
         "-kernel inet_dist_use_interface {127,0,0,1}",
     }
+    if plugins is not None:
+        environment["RABBITMQ_PLUGINS_DIR"] = str(plugins)
     # A private port mapper: one that RabbitMQ starts would outlive it.
     mapper = await Process.start(
         "epmd",
