@@ -27,6 +27,7 @@ import structlog
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage, AbstractQueue, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from aiormq.exceptions import AMQPChannelError
+from yarl import URL
 
 from shared.broker.declarations import Exchanges, declare_exchanges, declare_journal, declare_queue
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
@@ -121,6 +122,7 @@ class Broker:
                             f"RabbitMQ at {without_password(url)} cannot be trusted: {bad}; see WISP_TLS_CA_FILE"
                         ) from error
                     await asyncio.sleep(FIRST_CONNECT_INTERVAL_S)
+                    await until_listening(url)
 
         try:
             return await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)
@@ -343,6 +345,21 @@ class Broker:
     async def close(self) -> None:
         """Close the connection. RabbitMQ delivers unacknowledged messages to other consumers."""
         await self._connection.close()
+
+
+async def until_listening(url: str) -> None:
+    """Wait until something listens at the address. Unlike an attempt to log in, this logs nothing meanwhile."""
+    address = URL(url)
+    while True:
+        try:
+            _, writer = await asyncio.open_connection(
+                address.host, address.port or (5671 if address.scheme == "amqps" else 5672)
+            )
+        except OSError:
+            await asyncio.sleep(FIRST_CONNECT_INTERVAL_S)
+        else:
+            writer.close()
+            return
 
 
 def without_password(url: str) -> str:

@@ -16,7 +16,8 @@ from shared.cost.fit import VerifierFit
 from shared.messages import BatchShape, CostModel
 
 BUDGET_MS = 3000.0
-LIMIT_MS = 5000.0
+LIMIT_MS = 4500.0
+LONGEST_MS = 5000.0
 BATCHES = profile_batches(room=5120, max_len=2048, block=64)
 FAST = (26.0, 0.1, 0.6, 600.0, 1500.0, 0.4, 0.2)
 SLOW = (25.0, 0.5, 5.4, 300.0, 1500.0, 0.5, 5.0)
@@ -36,7 +37,7 @@ class ProfiledMachine:
     ran: list[ProfileBatch] = field(default_factory=list)
 
     def profile(self, budget_ms: float = BUDGET_MS) -> ProfilePlan:
-        plan = ProfilePlan(BATCHES, budget_ms)
+        plan = ProfilePlan(BATCHES, budget_ms, LIMIT_MS)
         while (batch := plan.next(self.spent_ms)) is not None:
             took_ms = self.disturbed(batch, true_ms(self.coefficients, batch.shape))
             self.spent_ms += took_ms
@@ -73,7 +74,7 @@ def typical_error(model: CostModel, coefficients: tuple[float, ...]) -> float:
 def test_a_profile_keeps_to_its_budget(coefficients: tuple[float, ...]) -> None:
     machine = ProfiledMachine(coefficients)
     machine.profile()
-    assert machine.spent_ms <= BUDGET_MS
+    assert machine.spent_ms - true_ms(coefficients, BATCHES[0].shape) <= BUDGET_MS
 
 
 @settings(max_examples=25, deadline=None)
@@ -88,7 +89,7 @@ def test_no_machine_takes_more_than_five_seconds(coefficients: tuple[float, ...]
     rng = random.Random(seed)
     machine = ProfiledMachine(coefficients, lambda _, ms: ms * rng.uniform(1.0, 1.5))
     machine.profile()
-    assert machine.spent_ms <= LIMIT_MS
+    assert machine.spent_ms <= LONGEST_MS
 
 
 @pytest.mark.parametrize(("coefficients", "within"), [(FAST, 0.02), (SLOW, 0.05), (GPU, 0.1), (VERY_SLOW, 0.5)])
@@ -129,9 +130,19 @@ def test_the_first_time_counts_only_if_no_other_follows() -> None:
     plan = machine.profile()
     assert machine.ran[0] == machine.ran[1] == BATCHES[0]
     assert plan.measured[0].measured_ms == pytest.approx(true_ms(FAST, BATCHES[0].shape))
-    stalled = ProfiledMachine((2500.0, *FAST[1:]))
+    stalled = ProfiledMachine((3500.0, *FAST[1:]))
     assert len(stalled.profile().measured) == 1
     assert stalled.ran == [BATCHES[0]]
+
+
+def test_a_slow_first_time_leaves_time_for_others() -> None:
+    """The first batch reads the weights from the disk, for two seconds: the rest has its budget up to the limit."""
+    first = [2000.0]
+    machine = ProfiledMachine(SLOW, lambda _, ms: first.pop() if first else ms)
+    plan = machine.profile()
+    assert machine.spent_ms <= LIMIT_MS
+    assert len(plan.measured) > 15
+    assert typical_error(fitted(plan), SLOW) < 0.05
 
 
 def test_a_single_measurement_gives_a_model_in_which_larger_batches_take_longer() -> None:
@@ -161,4 +172,4 @@ def test_batches_fit_the_cache_and_the_context() -> None:
             assert batch.jobs * (batch.context + batch.new) <= room
     assert len(profile_batches(10**6, 10**6, 64)) == 3 * len(KINDS)
     assert profile_batches(64, 2048, 64) == []
-    assert ProfilePlan([], BUDGET_MS).next(0.0) is None
+    assert ProfilePlan([], BUDGET_MS, LIMIT_MS).next(0.0) is None

@@ -71,10 +71,12 @@ class ProfilePlan:
     first, and again: its first time includes loading and touching memory, and is used only if no other follows.
     """
 
-    def __init__(self, batches: Sequence[ProfileBatch], budget_ms: float) -> None:
-        """batches: the choice, the smallest first. budget_ms: time for all of them."""
+    def __init__(self, batches: Sequence[ProfileBatch], budget_ms: float, limit_ms: float) -> None:
+        """batches: the choice, the smallest first. budget_ms: time for those after the first. limit_ms: for all."""
         self._batches = batches
         self._budget_ms = budget_ms
+        self._limit_ms = limit_ms
+        self._begun_ms = 0.0
         self._measured: list[Measurement] = []
         self._cold = True
 
@@ -94,9 +96,11 @@ class ProfilePlan:
         """Return the batch to measure after `spent_ms`; None at the end."""
         if not self._measured:
             return self._batches[0] if self._batches else None
-        left_ms = self._budget_ms - spent_ms
         if self._cold:
-            fits = CAUTION * self._measured[0].measured_ms <= left_ms
+            self._begun_ms = spent_ms
+        left_ms = min(self._limit_ms, self._begun_ms + self._budget_ms) - spent_ms
+        if self._cold:
+            fits = self._measured[0].measured_ms <= left_ms
             return self._batches[0] if fits else None
         fit = VerifierFit("profile")
         fit.start_from(self._measured)
