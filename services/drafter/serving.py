@@ -211,13 +211,13 @@ class ServedSession:
         self._settle_probes()
         room = state.draft_room(self._settings.draft_length)
         unready, behind = set(self._probes), set()
-        if self._hidden_rows is not None:
+        if self._hidden_rows is not None and HIDDEN not in self._probes:
             missing_states, missing_tokens = self._missing(self._hidden_rows)
             if missing_states:
                 unready.add(HIDDEN)
             elif missing_tokens > SPARE_COMPUTED:
                 behind.add(HIDDEN)
-        round_ = control.begin(room, state.generate.sampling.temperature, unready=unready, behind=behind - unready)
+        round_ = control.begin(room, state.generate.sampling.temperature, unready=unready, behind=behind)
         probes = round_.deferred_probes()
         request = self._request(round_, self._sources)
         if round_.longest == 0:
