@@ -138,7 +138,7 @@ class Peer:
             await self.send_states(verify, tokens)
         accepted = agreement(verify.draft, tokens)
         commit = Commit(verify.session, verify.round, verify.base_len, accepted, tokens, finish, verify.base_len)
-        (done,) = await self.store.commit("v", [commit])
+        (done,) = await self.store.commit("v", [commit], arithmetic="wisp-1")
         await self.send(verify, done.base_len, Status(done.outcome.value), done.tokens, done.finish)
 
     async def send(

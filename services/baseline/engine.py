@@ -69,6 +69,7 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
                 max_len=loop.longest_session,
                 free_tokens=engine.free_tokens,
                 total_tokens=engine.budget_tokens,
+                arithmetic=engine.arithmetic,
             )
         )
     )

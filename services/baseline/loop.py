@@ -157,6 +157,8 @@ class EngineLoop:
             draft_ms=draft_ms if part.draft else 0.0,
             queue_ms=session.queue_ms or 0.0,
             verify_ms=verify_ms,
+            arithmetic=self._engine.arithmetic,
+            committed_in=[self._engine.arithmetic],
         )
         session.queue_ms = 0.0
         session.round += 1

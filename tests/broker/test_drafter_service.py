@@ -67,6 +67,7 @@ async def test_another_drafter_continues_from_the_committed_tokens(peer: Peer) -
     async with drafting(peer.settings, "d2"):
         taken = await peer.round()
         assert (taken.drafter, taken.round, taken.base_len) == ("d2", 1, 7)
+        assert taken.committed_in == ["wisp-1"]
         await peer.answer(second, [5, 6])
         await peer.answer(taken, [5, 6])
         following = await peer.round()

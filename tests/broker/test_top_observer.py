@@ -16,9 +16,11 @@ from link import link_to
 from patience import HANG_S
 from rich.console import Console
 
+from services.tools.cli import doctor
 from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.suite_observer import SuiteObserver, live, now_ms, once_seen
+from services.tools.local.settings import BrokerAddresses
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
@@ -57,6 +59,36 @@ async def speaking(broker: Broker) -> None:
         for message, key in PASSING:
             await broker.publish(message, key)
         await asyncio.sleep(0.2)
+
+
+@pytest.mark.parametrize("others", ["wisp-1", "torch 2.13, cpu AVX2"])
+async def test_doctor_reports_a_mixed_fleet_and_nothing_else(
+    suite: Broker, amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch, others: str
+) -> None:
+    monkeypatch.setenv("WISP_NAMESPACE", namespace)
+    beats = [builders.heartbeat("v1", arithmetic="wisp-1"), builders.heartbeat("v2", arithmetic=others)]
+
+    async def speak() -> None:
+        while True:
+            for beat in beats:
+                await suite.publish(beat, topology.heartbeat(beat.verifier))
+            await asyncio.sleep(0.2)
+
+    talk = asyncio.create_task(speak())
+    try:
+        found = await doctor._fleet(BrokerAddresses(amqp_url=amqp_url))
+    finally:
+        talk.cancel()
+    said = [(one.state, one.found) for one in found]
+    mixed = f"of different arithmetic in {namespace}: v1: wisp-1; v2: {others}"
+    assert said == ([] if others == "wisp-1" else [("note", mixed)])
+
+
+async def test_doctor_asks_no_suite_where_none_runs(amqp_url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WISP_NAMESPACE", "nowhere")
+    monkeypatch.setattr(doctor, "running_suites", list)
+    assert await doctor._fleet(BrokerAddresses(amqp_url=amqp_url)) == []
+    assert await doctor._fleet(BrokerAddresses()) == []
 
 
 async def test_a_snapshot_of_what_passes_and_nothing_is_taken_from_the_services(
