@@ -40,6 +40,7 @@ from shared.kernels.source.vectors import (
     load,
     loop,
     multiply_add,
+    prefetch,
     put_float,
     repeated,
     store,
@@ -49,6 +50,8 @@ TILE_ROWS: Final = 6
 UNPACK_ROWS: Final = 2 * TILE_ROWS
 """More rows than this are multiplied with unpacked panels."""
 HALF: Final = PANEL // 2
+LINE: Final = 64
+"""Bytes of a line of the cache."""
 
 # Registers are as wide as the CPU that the code is compiled for has them. The bits are the same with every width.
 WIDTH: Final = vector_lanes()
@@ -105,10 +108,20 @@ class _Operand:
 
 
 def _over_inputs(
-    b: Any, form: str, depth: Any, operands: Sequence[tuple[Any, _Operand]], carried: list[Any], step: Any
+    b: Any,
+    form: str,
+    depth: Any,
+    operands: Sequence[tuple[Any, _Operand]],
+    carried: list[Any],
+    step: Any,
+    ahead: tuple[Any, int, int] | None = None,
 ) -> list[Any]:
     """Emit a loop over all inputs. operands: pairs of a panel's address and what to read of it. `step(input, weights,
-    carried)` gets the input's number and all operands' weights, and returns the carried values' next ones."""
+    carried)` gets the input's number and all operands' weights, and returns the carried values' next ones.
+
+    ahead: address of the panel that is read next, the number of this pass over the weights and the number of passes.
+    Each pass loads its share of that panel into the cache, so that memory and arithmetic work at the same time.
+    """
     size = FORMATS[form]
     inner = 4  # inputs per turn: a multiple of it divides BLOCK
 
@@ -130,6 +143,11 @@ def _over_inputs(
         def turns(k: Any, values: list[Any]) -> list[Any]:
             offset = b.mul(k, constant(I64, inner * size.input_bytes))
             first = b.add(b.mul(number, constant(I64, BLOCK)), b.mul(k, constant(I64, inner)))
+            if ahead is not None:
+                panel, mine, passes = ahead
+                there = b.add(b.add(panel, start), b.add(offset, constant(I64, size.scale_bytes)))
+                for line in range(mine * LINE, max(inner * size.input_bytes, passes * LINE), passes * LINE):
+                    prefetch(b, b.add(there, constant(I64, min(line, inner * size.input_bytes - 1))))
             return turn(first, [b.add(bottom, offset) for bottom in bottoms], scales, values)
 
         return loop(b, constant(I64, BLOCK // inner), values, turns)
@@ -179,7 +197,9 @@ def _tile(form: str, rows: int, panels: int) -> Any:
                         following += [multiply_add(b, x, w, s) for w, s in zip(flat, mine, strict=True)]
                     return following
 
-                sums = _over_inputs(b, form, depth, operands, [load(b, place, floats) for place in places], step)
+                following_panel = b.add(weights, b.mul(panel_bytes, constant(I64, panels)))
+                ahead = (following_panel, begin // at_once, len(groups) // at_once)
+                sums = _over_inputs(b, form, depth, operands, [load(b, p, floats) for p in places], step, ahead)
                 for value, place in zip(sums, places, strict=True):
                     store(b, value, place)
             return context.get_dummy_value()
@@ -218,21 +238,21 @@ def _tiles(form: str) -> Callable[..., None]:
     two, three, four, five, six = (_tile(form, rows, 1) for rows in range(2, TILE_ROWS + 1))
 
     @kernel
-    def tiles(rows: int, a: int, a_stride: int, panel: int, depth: int, out: int, stride: int) -> None:
+    def tiles(rows: int, a: int, a_stride: int, panel: int, ahead: int, depth: int, out: int, stride: int) -> None:
         count = (rows + TILE_ROWS - 1) // TILE_ROWS
         for i in range(count):
             # As even as possible, so that no tile is small.
             some = (rows + count - i - 1) // (count - i)
             if some == 2:
-                two(a, a_stride, panel, 0, depth, out, stride)
+                two(a, a_stride, panel, ahead, depth, out, stride)
             elif some == 3:
-                three(a, a_stride, panel, 0, depth, out, stride)
+                three(a, a_stride, panel, ahead, depth, out, stride)
             elif some == 4:
-                four(a, a_stride, panel, 0, depth, out, stride)
+                four(a, a_stride, panel, ahead, depth, out, stride)
             elif some == 5:
-                five(a, a_stride, panel, 0, depth, out, stride)
+                five(a, a_stride, panel, ahead, depth, out, stride)
             else:
-                six(a, a_stride, panel, 0, depth, out, stride)
+                six(a, a_stride, panel, ahead, depth, out, stride)
             rows -= some
             a += some * a_stride
             out += some * stride
@@ -283,7 +303,7 @@ def add_product(
                 part = min(PART, depth - first)
                 source = panel + first // BLOCK * block_bytes
                 if form == _FLOAT32:
-                    _float32_tiles(rows, a + first * 4, a_stride, source, part, target, stride)
+                    _float32_tiles(rows, a + first * 4, a_stride, source, panel_bytes, part, target, stride)
                     continue
                 if form == _BFLOAT16:
                     _unpack_bfloat16(source, unpacked, part)
@@ -291,13 +311,13 @@ def add_product(
                     _unpack_int8(source, unpacked, part)
                 else:
                     _unpack_int4(source, unpacked, part)
-                _float32_tiles(rows, a + first * 4, a_stride, unpacked, part, target, stride)
+                _float32_tiles(rows, a + first * 4, a_stride, unpacked, 0, part, target, stride)
         elif form == _BFLOAT16:
-            _bfloat16_tiles(rows, a, a_stride, panel, depth, target, stride)
+            _bfloat16_tiles(rows, a, a_stride, panel, panel_bytes, depth, target, stride)
         elif form == _INT8:
-            _int8_tiles(rows, a, a_stride, panel, depth, target, stride)
+            _int8_tiles(rows, a, a_stride, panel, panel_bytes, depth, target, stride)
         else:
-            _int4_tiles(rows, a, a_stride, panel, depth, target, stride)
+            _int4_tiles(rows, a, a_stride, panel, panel_bytes, depth, target, stride)
 
 
 @kernel

@@ -68,6 +68,13 @@ def multiply_add(b: Any, x: Any, y: Any, z: Any) -> Any:
     return b.call(cgutils.get_or_insert_function(b.module, ir.FunctionType(kind, [kind] * 3), name), [x, y, z])
 
 
+def prefetch(b: Any, address: Any) -> None:
+    """Load the line of the cache at an address, valid or not, into the second level."""
+    kind = ir.FunctionType(ir.VoidType(), [I8.as_pointer(), I32, I32, I32])
+    function = cgutils.get_or_insert_function(b.module, kind, "llvm.prefetch.p0")
+    b.call(function, [b.inttoptr(address, I8.as_pointer()), *(constant(I32, flag) for flag in (0, 2, 1))])
+
+
 def loop(b: Any, count: Any, carried: list[Any], body: Any) -> list[Any]:
     """Emit `for i in range(count)`, count at least 1. `body(i, values)` returns the carried values' next ones."""
     before, head, after = b.block, b.append_basic_block(), b.append_basic_block()
