@@ -54,6 +54,10 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
         budget_tokens=settings.cache_tokens,
         keep_hidden=drafting is not None and drafting.hidden_size > 0,
     )
+    if engine.module_code_reason:
+        log.warning(
+            "the model is computed by transformers' module code, which is slower", reason=engine.module_code_reason
+        )
     # Like a verifier's first batches, these compile kernels and touch memory for the first time.
     profile(engine)
     loop = EngineLoop(

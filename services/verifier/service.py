@@ -41,6 +41,10 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     log.info("loading the target model", folder=str(settings.target), dtype=settings.dtype, device=settings.device)
     loop = asyncio.get_running_loop()
     engine = await loop.run_in_executor(executor, _load_engine, settings)
+    if engine.module_code_reason:
+        log.warning(
+            "the model is computed by transformers' module code, which is slower", reason=engine.module_code_reason
+        )
     if not engine.batch_invariant:
         log.warning(
             "bits of logits depend on the batch on this torch device: completions may differ in rare close calls",
