@@ -16,6 +16,7 @@ from patience import HANG_S
 from redis.asyncio import Redis
 
 from services.tools.bench.support.tiny import tiny_model
+from services.verifier import service
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
 from shared.broker import topology
@@ -137,7 +138,14 @@ async def test_kv_of_another_arithmetic_is_not_adopted(
 ) -> None:
     async with peer.verifier("v1"):
         first = await peer.verify("v1", len(PROMPT), text[:3])
-    monkeypatch.setattr(Engine, "arithmetic", "another")
+    load = service._load_engine
+
+    def load_another(settings: VerifierSettings) -> Engine:
+        engine = load(settings)
+        engine.arithmetic = "another"
+        return engine
+
+    monkeypatch.setattr(service, "_load_engine", load_another)
     async with peer.verifier("v2"):
         second = await peer.verify("v2", len(PROMPT) + 4, text[4:7])
     assert second.new_tokens == len(PROMPT) + 4 + 3
