@@ -74,9 +74,9 @@ def make(folder: Path, config: PreTrainedConfig = LLAMA, *, seed: int = 0, noise
     return folder
 
 
-def target(folder: Path, *, seed: int = 0) -> ModelFolder:
-    """A tiny Llama with a vocabulary, as a drafter needs it."""
-    make(folder, seed=seed)
+def target(folder: Path, config: PreTrainedConfig = LLAMA, *, seed: int = 0) -> ModelFolder:
+    """A tiny model with a vocabulary, as a drafter needs it."""
+    make(folder, config, seed=seed)
     (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {f"t{i}": i for i in range(VOCAB)}}}))
     return ModelFolder(folder)
 

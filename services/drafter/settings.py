@@ -24,7 +24,9 @@ class DraftSettings(TargetSettings):
         None, description="folder of a hidden-state draft (wisp draft train); default: the one shipped for the target"
     )
     draft_model: Path | None = Field(None, description="folder of a draft model with the target's vocabulary")
-    draft_dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the draft model")
+    draft_dtype: Literal["bfloat16", "float32", "int8"] = Field(
+        "bfloat16", description="format of the draft model's weights; int8 on the CPU only"
+    )
     device: str = Field("cpu", description="torch device of the draft model")
     threads: int = Field(1, ge=1, le=256, description="CPU threads for the draft model")
     cache_tokens: int = Field(32768, ge=64, description="KV budget of the draft model, in tokens")

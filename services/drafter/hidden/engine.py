@@ -7,18 +7,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
-from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
-from services.drafter.hidden.model import run_layers
-from services.drafter.hidden.target import target_parts
-from shared.engine.attention import BlockCache, Cache, GatherCache
+from services.drafter.hidden.forward import draft_pass
 from shared.engine.blocks import BLOCK, BlockPool
-from shared.engine.engine import DTYPES
-from shared.engine.forward import usable
 from shared.errors import EngineError, ModelError
-from shared.kernels.cache import KvShape, PackedBatch
+from shared.kernels.cache import PackedBatch
 from shared.models.folder import ModelFolder
 
 
@@ -48,32 +42,20 @@ class DraftEngine:
         threads: int = 1,
         budget_tokens: int = 16384,
     ) -> None:
-        """budget_tokens: KV budget, rounded down to whole blocks. Raises ModelError if draft and target do not fit."""
+        """dtype: format of the weights ("bfloat16", "float32", "int8"). budget_tokens: KV budget, rounded down to whole
+        blocks. Raises ModelError if draft and target do not fit."""
         if not draft.fits(target):
             raise ModelError(
                 f"the draft in {draft.path} was trained for {draft.card.target}, whose vocabulary or hidden size is not"
                 f" that of {target.path}; train one with `wisp draft train`, or choose draft source lookup"
             )
         torch.set_num_threads(threads)
-        config = draft.card.model
-        self._torch_device = usable(torch_device)
-        self._parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
-        model, head_ids = weights.load(draft, DTYPES[dtype])
-        self._model = model.to(torch_device)
-        self._bottom = self._parts.bottom.to(torch_device)
-        # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
-        self._embedding = self._parts.embedding
-        self.head_ids = head_ids
-        self._head = self._parts.head[head_ids].contiguous().to(torch_device)
-        layer = config.layer
-        self.hidden_size, self._scale = layer.hidden_size, layer.head_size**-0.5
+        self.hidden_size = draft.card.model.layer.hidden_size
         self._pool = BlockPool(max(1, budget_tokens // BLOCK))
-        shape = KvShape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
-        self._cache: Cache = (
-            BlockCache(shape, self._pool.capacity, DTYPES[dtype], threads)
-            if self._torch_device.type == "cpu"
-            else GatherCache(shape, self._pool.capacity, DTYPES[dtype], self._torch_device)
+        self._pass = draft_pass(
+            draft, target, dtype=dtype, torch_device=torch_device, threads=threads, blocks=self._pool.capacity
         )
+        self.head_ids = self._pass.head_ids
 
     def open(self, session_id: str) -> None:
         """Begin a session; does nothing if it exists."""
@@ -114,25 +96,12 @@ class DraftEngine:
         return estimates
 
     def _compute(self, steps: Sequence[DraftStep], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
-        tokens = torch.tensor([token for step in steps for token in step.tokens])
-        ranges = [torch.arange(start, start + count) for start, count in zip(starts, counts, strict=True)]
-        positions = torch.cat(ranges).to(self._torch_device)
-        before = torch.cat([step.before for step in steps]).to(self._torch_device)
-        embedded = self._embedding[tokens].to(self._torch_device)
-        self._cache.begin(PackedBatch([self._pool.table(step.session_id) for step in steps], starts, counts))
-        bottom = None
-        if self._bottom:
-            bottom = run_layers(list(self._bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
-        u = self._model.inputs(self._model.known(embedded, bottom), before)
-        layers = list(self._model.layers)
-        g = run_layers(layers, u, positions, self._attend, len(self._bottom))  # type: ignore[arg-type]
-        last = torch.tensor(counts).cumsum(0) - 1
-        return self._model.norm(g[last.to(self._torch_device)])  # type: ignore[no-any-return]
-
-    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._cache.attend(layer, q, k, v, self._scale, 0)
+        tokens = [token for step in steps for token in step.tokens]
+        before = steps[0].before if len(steps) == 1 else torch.cat([step.before for step in steps])
+        batch = PackedBatch([self._pool.table(step.session_id) for step in steps], starts, counts)
+        return self._pass.forward(tokens, before, batch)
 
     @torch.inference_mode()
     def logits(self, estimates: Tensor) -> Tensor:
         """Return the logits of the tokens `head_ids`: (rows, tokens), float32."""
-        return functional.linear(estimates, self._head).float()
+        return self._pass.logits(estimates)

@@ -15,6 +15,8 @@ from services.drafter.hidden.model import Layer
 from shared.errors import ModelError
 from shared.models.folder import ModelFolder
 
+EMBEDDING = "model.embed_tokens.weight"
+
 
 @dataclass(frozen=True)
 class TargetParts:
@@ -65,18 +67,23 @@ def layer_config(folder: ModelFolder) -> LayerConfig:
 def target_parts(folder: ModelFolder, bottom_layers: int, dtype: torch.dtype) -> TargetParts:
     """Read the parts. Raises ModelError if a weight is missing or the target has too few layers."""
     config = layer_config(folder)
-    tensors = _FolderTensors(folder, dtype)
-    tied = json.loads((folder.path / "config.json").read_text()).get("tie_word_embeddings", False)
-    embedding = tensors["model.embed_tokens.weight"]
+    tensors = FolderTensors(folder, dtype)
+    embedding = tensors[EMBEDDING]
     layers = nn.ModuleList(Layer(config).to(dtype) for _ in range(bottom_layers))
     for number, layer in enumerate(layers):
         _fill(layer, tensors, f"model.layers.{number}")
     layers.requires_grad_(requires_grad=False)
-    head = embedding if tied else tensors["lm_head.weight"]
+    head = embedding if head_name(folder) == EMBEDDING else tensors["lm_head.weight"]
     return TargetParts(embedding, head, layers, tensors["model.norm.weight"])
 
 
-def _fill(layer: nn.Module, weights: _FolderTensors, prefix: str) -> None:
+def head_name(folder: ModelFolder) -> str:
+    """Return the name of the head's weight; the embedding's if they are tied."""
+    tied = json.loads((folder.path / "config.json").read_text()).get("tie_word_embeddings", False)
+    return EMBEDDING if tied else "lm_head.weight"
+
+
+def _fill(layer: nn.Module, weights: FolderTensors, prefix: str) -> None:
     def joined(*names: str) -> Tensor:
         return torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
 
@@ -93,10 +100,14 @@ def _fill(layer: nn.Module, weights: _FolderTensors, prefix: str) -> None:
     )
 
 
-class _FolderTensors:
-    """Tensors of a model folder by name, read one at a time."""
+class FolderTensors:
+    """Tensors of a model folder by name, each mapped into memory on its own.
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype) -> None:
+    Pages of the file that were read leave memory with the tensor.
+    """
+
+    def __init__(self, folder: ModelFolder, dtype: torch.dtype | None = None) -> None:
+        """dtype: type of the tensors; None for that of the file."""
         self._folder, self._dtype = folder, dtype
 
     def __getitem__(self, name: str) -> Tensor:
@@ -104,5 +115,5 @@ class _FolderTensors:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     tensor: Tensor = file.get_tensor(name)
-                    return tensor.to(self._dtype)
+                    return tensor.to(self._dtype or tensor.dtype)
         raise ModelError(f"{self._folder.path} has no weight {name}; a hidden-state draft needs a Llama-like target")

@@ -19,17 +19,30 @@ from shared.models.folder import ModelFolder
 def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Tensor]:
     """Return the model, and the ascending ids of the tokens that it can propose. Raises ModelError."""
     model = HiddenDraft(folder.card.model)
-    try:
-        tensors = load_file(folder.path / WEIGHTS)
-        head_ids = tensors.pop("head_ids").long()
-        model.load_state_dict(tensors)
-    except (OSError, RuntimeError, KeyError, SafetensorError) as error:
-        raise ModelError(f"{folder.path / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    found = tensors(folder)
+    head_ids = found.pop("head_ids").long()
+    model.load_state_dict(found)
     # States are divided by `spread` before they are rounded, so it stays in float32.
     spread = model.spread.clone()
     model = model.to(dtype).eval()
     model.spread = spread
     return model, head_ids
+
+
+def tensors(folder: HiddenDraftFolder) -> dict[str, Tensor]:
+    """Return the weights and `head_ids` by name, as they are in the file. Raises ModelError if one has no place in the
+    model of `config.json`, or is missing."""
+    with torch.device("meta"):
+        expected = {name: tensor.shape for name, tensor in HiddenDraft(folder.card.model).state_dict().items()}
+    try:
+        found = load_file(folder.path / WEIGHTS)
+        shapes = {name: tensor.shape for name, tensor in found.items() if name != "head_ids"}
+        wrong = sorted({name for name, _ in shapes.items() ^ expected.items()})
+        if wrong or "head_ids" not in found:
+            raise ValueError(f"unexpected, missing or of another shape: {', '.join(wrong) or 'head_ids'}")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise ModelError(f"{folder.path / WEIGHTS} does not fit its {CONFIG}: {error}") from error
+    return found
 
 
 def save(path: Path, model: HiddenDraft, head_ids: Tensor, target: ModelFolder) -> None:

@@ -1,0 +1,222 @@
+"""The draft model's forward pass by compiled code, on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from services.drafter.hidden import weights
+from services.drafter.hidden.card import HiddenDraftFolder, LayerConfig
+from services.drafter.hidden.target import EMBEDDING, FolderTensors, head_name, layer_config
+from shared.engine.compiled_pass import KV_FORMATS, as_matrix
+from shared.kernels.cache import PackedBatch
+from shared.kernels.decoder import Decoder, Matrix, Product, ReadWeight, read_product
+from shared.kernels.row_product import RowProduct
+from shared.models.description import (
+    AttentionDescription,
+    LayerDescription,
+    Linear,
+    MlpDescription,
+    Norm,
+    WeightName,
+)
+from shared.models.folder import ModelFolder
+from shared.models.rope import rope_of
+
+Floats = NDArray[np.float32]
+ONES = WeightName("ones")
+"""The gain of a norm that has none."""
+MAX_ROWS = 128
+"""Tokens computed at once. Buffers have this many rows, and a weight is read once for all of them."""
+
+
+class CompiledDraft:
+    """The draft in float32 activations, whatever the format of its weights.
+
+    An estimate's bits depend on the weights and on its session alone, and not on the other sessions of a batch.
+    """
+
+    def __init__(self, draft: HiddenDraftFolder, target: ModelFolder, *, form: str, threads: int, blocks: int) -> None:
+        """form: format of the weights. Raises ModelError."""
+        config = draft.card.model
+        self._size, self._eps = config.layer.hidden_size, config.layer.norm_eps
+        own = weights.tensors(draft)
+        self.head_ids = own["head_ids"].long()
+        self._spread = own["spread"].float().numpy()
+        options: dict[str, Any] = {
+            "hidden_size": self._size,
+            "form": form,
+            "kv_form": KV_FORMATS[form],
+            "blocks": blocks,
+            "threads": threads,
+        }
+        read_own = _reader(own.__getitem__, self._size)
+        self._layers = Decoder(
+            [own_layer(config.layer, number) for number in range(config.layers)],
+            read_own,
+            norm=Norm(WeightName("norm.weight"), self._eps),
+            **options,
+        )
+        self._fc = RowProduct(read_product(read_own, [Linear(WeightName("fc.weight"))], form), threads)
+        tensors = FolderTensors(target)
+        self._bottom = None
+        shape = layer_config(target)
+        if config.bottom_layers:
+            self._bottom = Decoder(
+                [target_layer(shape, number) for number in range(config.bottom_layers)],
+                _reader(tensors.__getitem__, self._size),
+                norm=Norm(ONES, self._eps),
+                **options,
+            )
+        self._head = RowProduct(_rows(tensors[head_name(target)], self.head_ids, form), threads)
+        # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
+        self._embedding = tensors[EMBEDDING]
+
+    def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
+        states = before.float().numpy()
+        if len(tokens) <= MAX_ROWS:
+            return torch.from_numpy(self._last_estimates(tokens, states, batch))
+        estimates = np.empty((len(batch.counts), self._size), np.float32)
+        first = 0
+        for sessions, part in _parts(batch):
+            stop = first + sum(part.counts)
+            # A session's later part overwrites the estimate of an earlier one.
+            estimates[sessions] = self._last_estimates(tokens[first:stop], states[first:stop], part)
+            first = stop
+        return torch.from_numpy(estimates)
+
+    def _last_estimates(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
+        """Compute a batch; return the estimate at each session's last token."""
+        size, count = self._size, len(tokens)
+        embedded = self._embedding[torch.tensor(tokens)].float().numpy()
+        inputs = self._fc.inputs(count)
+        inputs[:, :size] = _normed(embedded, self._eps)
+        if self._bottom:
+            inputs[:, size : 2 * size] = self._bottom.forward(batch, rows=embedded)[0]
+        np.divide(before, self._spread, out=inputs[:, -size:])
+        states, _ = self._layers.forward(batch, rows=self._fc.multiply(count))
+        return states[np.cumsum(batch.counts) - 1]
+
+    def logits(self, estimates: Tensor) -> Tensor:
+        count = len(estimates)
+        self._head.inputs(count)[:] = estimates.float().numpy()
+        return torch.from_numpy(self._head.multiply(count))
+
+
+def _parts(batch: PackedBatch) -> Iterator[tuple[list[int], PackedBatch]]:
+    """Yield the batch in parts of at most `MAX_ROWS` tokens, in order: indices of a part's sessions, and the part."""
+    room = MAX_ROWS
+    sessions: list[int] = []
+    starts: list[int] = []
+    counts: list[int] = []
+    for i, (first, total) in enumerate(zip(batch.starts, batch.counts, strict=True)):
+        start, end = first, first + total
+        while start < end:
+            count = min(room, end - start)
+            sessions.append(i)
+            starts.append(start)
+            counts.append(count)
+            start, room = start + count, room - count
+            if not room:
+                yield sessions, PackedBatch([batch.tables[s] for s in sessions], starts, counts)
+                sessions, starts, counts, room = [], [], [], MAX_ROWS
+    if sessions:
+        yield sessions, PackedBatch([batch.tables[s] for s in sessions], starts, counts)
+
+
+def _normed(x: Floats, eps: float) -> Floats:
+    """Return each row divided by its root mean square."""
+    # NumPy adds up a contiguous row in an order that the number of rows does not change.
+    squares: Floats = np.add.reduce(x * x, axis=-1, keepdims=True)
+    normed: Floats = x / np.sqrt(squares / np.float32(x.shape[-1]) + np.float32(eps))
+    return normed
+
+
+def _reader(get: Callable[[str], Tensor], size: int) -> ReadWeight:
+    def read(weight: WeightName) -> Matrix:
+        if weight == ONES:
+            return np.ones(size, np.float32)
+        tensor = get(weight.name)
+        if weight.rows is not None:
+            tensor = tensor[weight.first_row : weight.first_row + weight.rows]
+        return as_matrix(tensor)
+
+    return read
+
+
+def _rows(weight: Tensor, ids: Tensor, form: str) -> Product:
+    """Return the product with some rows of a matrix."""
+    chosen = as_matrix(weight[ids])
+    return read_product(lambda _: chosen, [Linear(WeightName("head"))], form)
+
+
+def target_layer(config: LayerConfig, number: int) -> LayerDescription:
+    """Describe one of a plain Llama's layers, with the names of transformers."""
+
+    def linear(name: str) -> Linear:
+        return Linear(WeightName(f"model.layers.{number}.{name}_proj.weight"))
+
+    def norm(name: str) -> Norm:
+        return Norm(WeightName(f"model.layers.{number}.{name}.weight"), config.norm_eps)
+
+    return _layer(
+        config,
+        qkv=(linear("self_attn.q"), linear("self_attn.k"), linear("self_attn.v")),
+        out=linear("self_attn.o"),
+        mlp=(linear("mlp.gate"), linear("mlp.up"), linear("mlp.down")),
+        norms=(norm("input_layernorm"), norm("post_attention_layernorm")),
+    )
+
+
+def own_layer(config: LayerConfig, number: int) -> LayerDescription:
+    """Describe one of the draft's own layers, whose file joins q, k and v, and gate and up (`model.Layer`)."""
+    inner, kv, wide = config.heads * config.head_size, config.kv_heads * config.head_size, config.intermediate_size
+
+    def part(name: str, first_row: int = 0, rows: int | None = None) -> Linear:
+        return Linear(WeightName(f"layers.{number}.{name}.weight", first_row, rows))
+
+    def norm(name: str) -> Norm:
+        return Norm(WeightName(f"layers.{number}.{name}.weight"), config.norm_eps)
+
+    return _layer(
+        config,
+        qkv=(part("qkv", 0, inner), part("qkv", inner, kv), part("qkv", inner + kv, kv)),
+        out=part("out"),
+        mlp=(part("gate_up", 0, wide), part("gate_up", wide, wide), part("down")),
+        norms=(norm("attention_norm"), norm("mlp_norm")),
+    )
+
+
+def _layer(
+    config: LayerConfig,
+    *,
+    qkv: tuple[Linear, Linear, Linear],
+    out: Linear,
+    mlp: tuple[Linear, Linear, Linear],
+    norms: tuple[Norm, Norm],
+) -> LayerDescription:
+    q, k, v = qkv
+    gate, up, down = mlp
+    attention_norm, mlp_norm = norms
+    parameters = {"rope_type": "default", "rope_theta": config.rope_theta}
+    return LayerDescription(
+        attention=AttentionDescription(
+            heads=config.heads,
+            kv_heads=config.kv_heads,
+            head_size=config.head_size,
+            q=q,
+            k=k,
+            v=v,
+            out=out,
+            scale=config.head_size**-0.5,
+            rope=rope_of(parameters, rotary_size=config.head_size, max_len=0),
+        ),
+        mlp=MlpDescription(gate=gate, up=up, down=down, activation="silu"),
+        attention_norm=attention_norm,
+        mlp_norm=mlp_norm,
+    )

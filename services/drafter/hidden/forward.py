@@ -1,0 +1,44 @@
+"""The draft model's forward pass over packed sessions: one contract, for compiled code and for torch's modules."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from torch import Tensor
+
+from services.drafter.hidden.card import HiddenDraftFolder
+from shared.errors import EngineError
+from shared.kernels.cache import PackedBatch
+from shared.models.folder import ModelFolder
+
+
+class DraftPass(Protocol):
+    """A loaded draft model, the parts of the target that it uses, and their KV cache."""
+
+    head_ids: Tensor
+    """Ascending ids of the tokens that it can propose."""
+
+    def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
+        """Compute a packed batch and keep its KV.
+
+        before: the target's state before each token, (tokens, hidden size). Returns estimates of its state at the last
+        token of each session, (sessions, hidden size), which the caller owns.
+        """
+
+    def logits(self, estimates: Tensor) -> Tensor:
+        """Return the logits of the tokens `head_ids`, (rows, tokens), float32."""
+
+
+def draft_pass(
+    draft: HiddenDraftFolder, target: ModelFolder, *, dtype: str, torch_device: str, threads: int, blocks: int
+) -> DraftPass:
+    """Load the draft for a torch device: compiled code computes it on the CPU. Raises ModelError and EngineError."""
+    if torch_device == "cpu":
+        from services.drafter.hidden.compiled_pass import CompiledDraft
+
+        return CompiledDraft(draft, target, form=dtype, threads=threads, blocks=blocks)
+    if dtype == "int8":
+        raise EngineError(f"int8 weights of a draft model are computed on the CPU only, not on {torch_device}")
+    from services.drafter.hidden.module_pass import ModuleDraft
+
+    return ModuleDraft(draft, target, dtype=dtype, torch_device=torch_device, blocks=blocks)

@@ -1,0 +1,58 @@
+"""The draft model's forward pass by torch's modules: for devices that the compiled pass does not cover."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from services.drafter.hidden import weights
+from services.drafter.hidden.card import HiddenDraftFolder
+from services.drafter.hidden.model import run_layers
+from services.drafter.hidden.target import target_parts
+from shared.engine.attention import GatherCache
+from shared.engine.engine import DTYPES
+from shared.engine.forward import usable
+from shared.kernels.cache import KvShape, PackedBatch, positions_of
+from shared.models.folder import ModelFolder
+
+
+class ModuleDraft:
+    """The modules that training computes with, and a KV cache."""
+
+    def __init__(
+        self, draft: HiddenDraftFolder, target: ModelFolder, *, dtype: str, torch_device: str, blocks: int
+    ) -> None:
+        """Raises ModelError and EngineError."""
+        config = draft.card.model
+        self._torch_device = usable(torch_device)
+        parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
+        model, self.head_ids = weights.load(draft, DTYPES[dtype])
+        self._model = model.to(torch_device)
+        self._bottom = parts.bottom.to(torch_device)
+        # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
+        self._embedding = parts.embedding
+        self._head = parts.head[self.head_ids].contiguous().to(torch_device)
+        layer = config.layer
+        self._scale = layer.head_size**-0.5
+        shape = KvShape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
+        self._cache = GatherCache(shape, blocks, DTYPES[dtype], self._torch_device)
+
+    def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
+        positions = torch.from_numpy(positions_of(batch)).to(self._torch_device)
+        embedded = self._embedding[torch.tensor(tokens)].to(self._torch_device)
+        self._cache.begin(batch)
+        bottom = None
+        if self._bottom:
+            bottom = run_layers(list(self._bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
+        u = self._model.inputs(self._model.known(embedded, bottom), before.to(self._torch_device))
+        layers = list(self._model.layers)
+        g = run_layers(layers, u, positions, self._attend, len(self._bottom))  # type: ignore[arg-type]
+        last = torch.tensor(batch.counts).cumsum(0) - 1
+        return self._model.norm(g[last.to(self._torch_device)])  # type: ignore[no-any-return]
+
+    def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._cache.attend(layer, q, k, v, self._scale, 0)
+
+    def logits(self, estimates: Tensor) -> Tensor:
+        return functional.linear(estimates, self._head).float()

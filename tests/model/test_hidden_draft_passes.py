@@ -1,0 +1,147 @@
+"""The draft's compiled pass computes what torch's modules compute, with bits that no other session changes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from torch import Tensor
+from transformers import LlamaConfig
+
+from services.drafter.hidden.card import HiddenDraftFolder
+from services.drafter.hidden.compiled_pass import MAX_ROWS, CompiledDraft
+from services.drafter.hidden.engine import DraftEngine
+from services.drafter.hidden.forward import DraftPass, draft_pass
+from services.drafter.hidden.module_pass import ModuleDraft
+from shared.errors import EngineError, ModelError
+from shared.kernels.cache import BLOCK, PackedBatch
+from shared.models.folder import ModelFolder
+
+ODD = LlamaConfig(
+    vocab_size=tiny.VOCAB,
+    hidden_size=72,
+    intermediate_size=100,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=20,
+    rope_theta=500.0,
+    rms_norm_eps=1e-3,
+    tie_word_embeddings=True,
+)
+"""Sizes that are no multiples of a panel, a small base of the rotation, and a tied head."""
+HEAD_IDS = [3, 500, 7, 64, *range(100, 180)]
+
+
+def pair(
+    folder: Path, config: LlamaConfig, *, layers: int, bottom_layers: int
+) -> tuple[HiddenDraftFolder, ModelFolder]:
+    target = tiny.target(folder / "target", config=config)
+    made = tiny.hidden_draft(folder, target, layers=layers, bottom_layers=bottom_layers, head_ids=HEAD_IDS)
+    return made, target
+
+
+def batches(seed: int, size: int) -> list[tuple[list[int], Tensor, PackedBatch]]:
+    """Return packed batches of three sessions: prompts, one of them longer than a part, then short steps."""
+    generator = torch.Generator().manual_seed(seed)
+    held, made = [0, 0, 0], []
+    blocks = 1 + 2 * MAX_ROWS // BLOCK
+    tables = [list(range(i * blocks, (i + 1) * blocks)) for i in range(3)]
+    for counts in ([9, MAX_ROWS + 70, 66], [1, 1, 1], [3, 1, 2]):
+        tokens = torch.randint(tiny.VOCAB, (sum(counts),), generator=generator).tolist()
+        before = torch.randn(sum(counts), size, generator=generator)
+        made.append((tokens, before, PackedBatch(tables, list(held), counts)))
+        held = [h + c for h, c in zip(held, counts, strict=True)]
+    return made
+
+
+def results(computed: DraftPass, work: Sequence[tuple[list[int], Tensor, PackedBatch]]) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode():
+        estimates = [computed.forward(*batch).float() for batch in work]
+        return torch.cat(estimates), torch.cat([computed.logits(rows) for rows in estimates])
+
+
+@pytest.mark.parametrize("config", [tiny.LLAMA, ODD], ids=["llama", "odd"])
+@pytest.mark.parametrize(("bottom_layers", "layers"), [(0, 1), (1, 1), (2, 2)])
+def test_the_compiled_pass_computes_what_torch_computes(
+    tmp_path: Path, config: LlamaConfig, bottom_layers: int, layers: int
+) -> None:
+    draft, target = pair(tmp_path, config, layers=layers, bottom_layers=bottom_layers)
+    blocks = 3 * (1 + 2 * MAX_ROWS // BLOCK)
+    reference = ModuleDraft(draft, target, dtype="float32", torch_device="cpu", blocks=blocks)
+    compiled = CompiledDraft(draft, target, form="float32", threads=1, blocks=blocks)
+    assert compiled.head_ids.tolist() == reference.head_ids.tolist() == sorted(HEAD_IDS)
+    work = batches(5, config.hidden_size)
+    (estimates, logits), (expected, expected_logits) = results(compiled, work), results(reference, work)
+    assert estimates.std() > 0.1
+    torch.testing.assert_close(estimates, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits, expected_logits, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize(("form", "most"), [("bfloat16", 0.02), ("int8", 0.05)])
+def test_smaller_weights_change_the_estimates_little(tmp_path: Path, form: str, most: float) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=2)
+    work = batches(6, 64)
+    exact, rounded = (
+        results(CompiledDraft(draft, target, form=f, threads=1, blocks=15), work)[0] for f in ("float32", form)
+    )
+    error = (rounded - exact).norm() / exact.norm()
+    assert 0 < error < most
+
+
+@pytest.mark.parametrize("form", ["float32", "bfloat16", "int8"])
+def test_an_estimates_bits_depend_on_its_session_alone(tmp_path: Path, form: str) -> None:
+    draft, target = pair(tmp_path, ODD, layers=1, bottom_layers=1)
+    work = batches(7, 72)
+    together, _ = results(CompiledDraft(draft, target, form=form, threads=2, blocks=15), work)
+    for session in range(3):
+        alone = []
+        for tokens, before, batch in work:
+            first = sum(batch.counts[:session])
+            rows = slice(first, first + batch.counts[session])
+            part = PackedBatch([batch.tables[session]], [batch.starts[session]], [batch.counts[session]])
+            alone.append((tokens[rows], before[rows], part))
+        found, _ = results(CompiledDraft(draft, target, form=form, threads=1, blocks=15), alone)
+        assert torch.equal(found, together[session::3])
+
+
+def test_int8_weights_are_refused_on_other_devices(tmp_path: Path) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    with pytest.raises(EngineError, match="on the CPU only"):
+        draft_pass(draft, target, dtype="int8", torch_device="meta", threads=1, blocks=1)
+
+
+def test_other_torch_devices_are_computed_by_modules(tmp_path: Path) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    with torch.inference_mode():
+        made = draft_pass(draft, target, dtype="float32", torch_device="meta", threads=1, blocks=1)
+        assert isinstance(made, ModuleDraft)
+        assert made.logits(torch.zeros(2, 64, device="meta")).shape == (2, len(HEAD_IDS))
+
+
+def test_a_target_that_is_no_plain_llama_is_refused(tmp_path: Path) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    config = target.path / "config.json"
+    config.write_text(config.read_text().replace('"silu"', '"gelu"'))
+    with pytest.raises(ModelError, match="not a plain Llama"):
+        DraftEngine(draft, ModelFolder(target.path))
+
+
+def test_a_drafter_on_the_cpu_imports_neither_transformers_nor_numba(tmp_path: Path) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    CompiledDraft(draft, target, form="bfloat16", threads=1, blocks=1)  # compiles the kernels where that is due
+    program = f"""
+import sys
+import services.drafter.service
+from services.drafter.settings import DrafterSettings
+from services.drafter.sources.registry import load_sources
+load_sources(DrafterSettings(target={str(target.path)!r}, hidden_draft={str(draft.path)!r}))["hidden"]
+print([name for name in ("transformers", "numba", "torch._dynamo") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]"
