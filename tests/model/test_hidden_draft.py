@@ -18,6 +18,7 @@ from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.sources import Draft, DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
+from services.drafter.sources.model import _statistics, _statistics_on_device
 from services.verifier.core.tasks import VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine, Step
@@ -397,6 +398,15 @@ def test_draft_tokens_carry_the_models_statistics(
     )
     for name in ("confidence", "entropy", "margin", "spread"):
         assert getattr(token, name) == pytest.approx(getattr(expected, name), rel=1e-4)
+
+
+@pytest.mark.parametrize("rows", [1, 5])
+def test_statistics_are_the_same_on_an_accelerator(rows: int) -> None:
+    generator = torch.Generator().manual_seed(rows)
+    logits = torch.randn(rows, 700, generator=generator) * 4 - 9
+    columns = torch.randint(700, (rows,), generator=generator)
+    found, expected = (torch.tensor(f(logits, columns)) for f in (_statistics, _statistics_on_device))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
 # Ahead of the result.

@@ -30,7 +30,7 @@ ODD = LlamaConfig(
     num_attention_heads=6,
     num_key_value_heads=2,
     head_dim=20,
-    rope_theta=500.0,
+    rope_parameters={"rope_type": "default", "rope_theta": 500.0},
     rms_norm_eps=1e-3,
     tie_word_embeddings=True,
 )

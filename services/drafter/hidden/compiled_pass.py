@@ -100,7 +100,8 @@ class CompiledDraft:
             inputs[:, size : 2 * size] = self._bottom.forward(batch, rows=embedded)[0]
         np.divide(before, self._spread, out=inputs[:, -size:])
         states, _ = self._layers.forward(batch, rows=self._fc.multiply(count))
-        return states[np.cumsum(batch.counts) - 1]
+        last: Floats = states[np.cumsum(batch.counts) - 1]
+        return last
 
     def logits(self, estimates: Tensor) -> Tensor:
         count = len(estimates)

@@ -7,6 +7,7 @@ the likelier one by the controller's estimate is taken.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
@@ -185,7 +186,8 @@ class HiddenDrafts:
             items = list(steps.items())
             half = len(items) // 2
             return self._forward(drafts, dict(items[:half])) + self._forward(drafts, dict(items[half:]))
-        sound = [i for i, finite in zip(steps, estimates.isfinite().all(-1).tolist(), strict=True) if finite]
+        # A sum is finite only if all of its values are.
+        sound = [i for i, total in zip(steps, estimates.float().sum(-1).tolist(), strict=True) if math.isfinite(total)]
         for i, estimate in zip(steps, estimates, strict=True):
             drafts[i].session.latest = estimate
         return sound

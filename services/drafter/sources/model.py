@@ -9,7 +9,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from services.drafter.control import DraftDecision, DraftToken
@@ -18,6 +20,8 @@ from services.drafter.sources.registry import MODEL
 from shared.engine import Engine, Step
 from shared.errors import EngineError
 from shared.sampling.sampler import choose
+
+_Row = tuple[float, float, float, float]
 
 
 class ModelDrafts(WithoutStates):
@@ -80,13 +84,33 @@ def draft_tokens(source: str, logits: Tensor, columns: Tensor) -> list[DraftToke
 
     logits: (rows, tokens). columns: (rows,), the column of the token chosen in each row.
     """
-    logits = logits.float()
+    statistics = _statistics if logits.device.type == "cpu" else _statistics_on_device
+    return [DraftToken(source, *row) for row in statistics(logits.float(), columns)]
+
+
+def _statistics(logits: Tensor, columns: Tensor) -> list[_Row]:
+    """Return confidence, entropy, margin and spread of each row. NumPy takes less time than torch here."""
+    x: NDArray[np.float32] = logits.numpy()
+    rows = np.arange(len(x))
+    largest = x.max(-1, keepdims=True)
+    shifted = x - largest
+    weights = np.exp(shifted)
+    total = weights.sum(-1)
+    # With shares p = weights / total, log total - sum p x is the entropy without a logarithm of every share.
+    entropy = np.log(total) - np.einsum("ij,ij->i", weights, shifted) / total
+    confidence = weights[rows, columns.numpy()] / total
+    weights[rows, x.argmax(-1)] = 0
+    margin = (1 - weights.max(-1)) / total if x.shape[1] > 1 else np.zeros(len(x), np.float32)
+    centred = x - x.mean(-1, keepdims=True)
+    spread = np.sqrt(np.einsum("ij,ij->i", centred, centred) / np.float32(max(x.shape[1] - 1, 1)))
+    return list(zip(*(part.tolist() for part in (confidence, entropy, margin, spread)), strict=True))
+
+
+def _statistics_on_device(logits: Tensor, columns: Tensor) -> list[_Row]:
+    """`_statistics` for logits on an accelerator, which stay there."""
     shares = torch.softmax(logits, -1)
     confidence = shares.gather(1, columns[:, None].to(shares.device))[:, 0]
-    # log Z - sum p x is the entropy without a logarithm of every share.
     entropy = torch.logsumexp(logits, -1) - (shares * logits).sum(-1)
     best = shares.topk(min(2, shares.shape[1]), -1).values
-    margin = best[:, 0] - best[:, -1]
-    spread = logits.std(-1)
-    rows = zip(confidence.tolist(), entropy.tolist(), margin.tolist(), spread.tolist(), strict=True)
-    return [DraftToken(source, *row) for row in rows]
+    parts = (confidence, entropy, best[:, 0] - best[:, -1], logits.std(-1))
+    return list(zip(*(part.tolist() for part in parts), strict=True))
