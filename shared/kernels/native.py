@@ -83,7 +83,7 @@ def _object(name: str) -> bytes:
     """Return the object file of a level, compiled if it is not there yet."""
     file = _file(name)
     for folder in folders():
-        if (folder / file).is_file():
+        with suppress(OSError):  # not there, or another user's folder
             return (folder / file).read_bytes()
     for folder in folders():
         try:
@@ -91,10 +91,7 @@ def _object(name: str) -> bytes:
             with _lock(folder / ".lock"):
                 if not (folder / file).is_file():  # another process may have been quicker
                     content = _compiled(name)
-                    with tempfile.NamedTemporaryFile(dir=folder, delete=False) as partial:
-                        partial.write(content)
-                    os.chmod(partial.name, 0o644)
-                    os.replace(partial.name, folder / file)
+                    _write(folder / file, content)
                 return (folder / file).read_bytes()
         except OSError:  # a read-only file system, or another user's folder
             continue
@@ -105,10 +102,27 @@ def _file(name: str) -> str:
     return f"{name}-{_digest()}.o"
 
 
+def _write(path: Path, content: bytes) -> None:
+    """Write a file that others see whole or not at all."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
+        try:
+            partial.write(content)
+            partial.flush()
+            os.chmod(partial.name, 0o644)
+            os.replace(partial.name, path)
+        except BaseException:
+            os.unlink(partial.name)
+            raise
+
+
 def folders() -> list[Path]:
     """Return where object files are looked for: beside the environment, then in the user's cache."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return [Path(sys.prefix) / "share" / "wisp-kernels", home / "wisp" / "kernels"]
+    # Without a home, as for a container's user who has no name, expanduser returns its argument.
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"))
+    return [
+        Path(sys.prefix) / "share" / "wisp-kernels",
+        *([home / "wisp" / "kernels"] if home.is_absolute() else []),
+    ]
 
 
 @cache
