@@ -6,6 +6,7 @@ that both often choose the same token at any temperature (`shared.sampling.sampl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -90,20 +91,22 @@ def draft_tokens(source: str, logits: Tensor, columns: Tensor) -> list[DraftToke
 
 def _statistics(logits: Tensor, columns: Tensor) -> list[_Row]:
     """Return confidence, entropy, margin and spread of each row. NumPy takes less time than torch here."""
-    x: NDArray[np.float32] = logits.numpy()
-    rows = np.arange(len(x))
-    largest = x.max(-1, keepdims=True)
-    shifted = x - largest
+    return [_row_statistics(x, column) for x, column in zip(logits.numpy(), columns.tolist(), strict=True)]
+
+
+def _row_statistics(x: NDArray[np.float32], column: int) -> _Row:
+    top, count = int(x.argmax()), len(x)
+    shifted = x - x[top]
     weights = np.exp(shifted)
-    total = weights.sum(-1)
+    total = float(weights.sum())
     # With shares p = weights / total, log total - sum p x is the entropy without a logarithm of every share.
-    entropy = np.log(total) - np.einsum("ij,ij->i", weights, shifted) / total
-    confidence = weights[rows, columns.numpy()] / total
-    weights[rows, x.argmax(-1)] = 0
-    margin = (1 - weights.max(-1)) / total if x.shape[1] > 1 else np.zeros(len(x), np.float32)
-    centred = x - x.mean(-1, keepdims=True)
-    spread = np.sqrt(np.einsum("ij,ij->i", centred, centred) / np.float32(max(x.shape[1] - 1, 1)))
-    return list(zip(*(part.tolist() for part in (confidence, entropy, margin, spread)), strict=True))
+    entropy = math.log(total) - float(weights @ shifted) / total
+    confidence = float(weights[column]) / total
+    weights[top] = 0
+    margin = (1 - float(weights.max())) / total if count > 1 else 0.0
+    centred = x - x.sum() / np.float32(count)
+    spread = math.sqrt(float(centred @ centred) / max(count - 1, 1))
+    return confidence, entropy, margin, spread
 
 
 def _statistics_on_device(logits: Tensor, columns: Tensor) -> list[_Row]:
