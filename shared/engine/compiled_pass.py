@@ -4,25 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
-import numpy as np
 import torch
-from safetensors import SafetensorError, safe_open
 
 from shared.engine.views import block_views
+from shared.engine.weights import as_matrix, opened
 from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch
-from shared.kernels.decoder import Decoder, Matrix
-from shared.models.description import ModelDescription, NotDescribed, WeightName
+from shared.kernels.decoder import Decoder
+from shared.models.description import ModelDescription, NotDescribed, weight_names
 from shared.models.families import describe
+from shared.models.shapes import check_shapes
 
 ARITHMETIC = "wisp-1"
 """Identity of the compiled arithmetic: the same bits on every CPU. It changes with the bits of any result."""
-KV_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16"}
-"""Format of keys and values by format of the weights."""
+DENSE_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "int8", "gguf": "bfloat16"}
+"""Format of the weights that are not in blocks, by the engine's dtype."""
+KV_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16", "gguf": "bfloat16"}
+"""Format of keys and values, by the engine's dtype."""
 
 
 class CompiledPass:
@@ -56,30 +56,19 @@ class CompiledPass:
 
 
 def _load(folder: Path, form: str, threads: int, blocks: int) -> tuple[ModelDescription, Decoder]:
-    paths = sorted(folder.glob("*.safetensors"))
-    with ExitStack() as stack:
+    try:
+        config = json.loads((folder / "config.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
+    with opened(folder, form) as weights:
+        model = describe(config, weights.names)
+        weights.check({weight.name for weight in weight_names(model)})
         try:
-            config = json.loads((folder / "config.json").read_bytes())
-            files = [stack.enter_context(safe_open(path, framework="pt")) for path in paths]
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
-        where = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - a file is no mapping
-        model = describe(config, where)
-
-        def read(weight: WeightName) -> Matrix:
-            tensor = where[weight.name].get_tensor(weight.name)
-            if weight.rows is not None:
-                tensor = tensor[weight.first_row : weight.first_row + weight.rows]
-            return as_matrix(tensor)
-
-        return model, Decoder.of(model, read, form=form, kv_form=KV_FORMATS[form], blocks=blocks, threads=threads)
-
-
-def as_matrix(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Return a tensor's bits of bfloat16 (uint16), or its values as float32."""
-    if tensor.dtype == torch.bfloat16:
-        return tensor.contiguous().view(torch.uint16).numpy()
-    return tensor.float().contiguous().numpy()
+            check_shapes(model, weights.shape)
+        except ModelError as error:
+            raise ModelError(f"{folder}: {error}") from error
+        options = {"form": DENSE_FORMATS[form], "kv_form": KV_FORMATS[form], "blocks": blocks, "threads": threads}
+        return model, Decoder.of(model, weights.read, **options)
 
 
 __all__ = ["ARITHMETIC", "CompiledPass", "NotDescribed", "as_matrix"]

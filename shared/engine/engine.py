@@ -16,8 +16,8 @@ from shared.errors import BadStep, EngineError, ModelError, TooLong
 from shared.kernels.cache import PackedBatch
 from shared.models.description import NotDescribed
 
-DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16}
-"""Formats of weights, and the type of the hidden states that are kept."""
+DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16, "gguf": torch.bfloat16}
+"""Formats of weights (`folder.DTYPES`), and the type of the hidden states that are kept."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ from transformers.utils import logging as transformers_logging
 
 from shared.engine.attention import NAME, BlockCache, Cache, GatherCache, Probe
 from shared.engine.invariance import CANDIDATES, row_multiple
+from shared.engine.weights import SafetensorsWeights
 from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch, positions_of
 
@@ -102,6 +105,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     """Return the model in a folder, with our attention function. Raises ModelError."""
     if not (Path(folder) / "config.json").is_file():
         raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
+    _refuse_quantized(Path(folder))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
         model = AutoModelForCausalLM.from_pretrained(
@@ -114,3 +118,14 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported"
         )
     return model.eval()  # type: ignore[no-untyped-call]
+
+
+def _refuse_quantized(folder: Path) -> None:
+    """Raise ModelError for quantized weights that transformers would take for plain ones."""
+    try:
+        declared = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
+    except (OSError, ValueError, AttributeError) as error:
+        raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
+    if declared is None:
+        with ExitStack() as stack:
+            SafetensorsWeights(folder, stack).refuse_quantized()

@@ -1,12 +1,14 @@
-"""Conversion of Llama models in GGUF to dense bfloat16 safetensors and Hugging Face's configuration files.
-
-Reads GGUF with the `gguf` package; torch is not needed.
+"""Conversion of Llama models in GGUF to a model folder: Hugging Face's configuration files, dense bfloat16 safetensors,
+and the GGUF file itself, whose blocks can be computed with as they are. torch is not needed.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+import os
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -14,27 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ModelError
+from shared.models.folder import GGUF
+from shared.models.gguf_file import GgufFile
+from shared.models.gguf_llama import ARCHITECTURE, LlamaTensor, llama_tensors
 
 OnProgress = Callable[[str, float], None]
 """Called with a name of the current activity and its completed share, 0 to 1."""
 
-# GGUF names -> names of transformers' LlamaForCausalLM.
-_TOP_LEVEL = {
-    "token_embd": "model.embed_tokens",
-    "output_norm": "model.norm",
-    "output": "lm_head",
-}
-_BLOCK = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
 # GGUF keeps the name of a pre-tokenizer, not its definition.
 _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
     "smollm": {
@@ -45,6 +33,8 @@ _PRE_TOKENIZERS: dict[str, dict[str, Any]] = {
         ],
     },
 }
+_SPECIAL = {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}
+"""GGUF's names of special tokens, by Hugging Face's."""
 _CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
 
 
@@ -53,39 +43,53 @@ def convert_gguf(source: Path, folder: Path, progress: OnProgress) -> None:
 
     Raises ModelError if the file is no Llama model with a byte-level BPE tokenizer that is known here.
     """
-    import gguf
-
     progress(f"reading {source.name}", 0.0)
-    try:
-        reader = gguf.GGUFReader(source)
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{source} can't be read as GGUF ({error}). Install the package again.") from error
-    fields = {name: field.contents() for name, field in reader.fields.items()}
-    if fields.get("general.architecture") != "llama" or fields.get("tokenizer.ggml.model") != "gpt2":
+    file = GgufFile(source)
+    fields = file.fields
+    if fields.get("general.architecture") != ARCHITECTURE or fields.get("tokenizer.ggml.model") != "gpt2":
         raise ModelError(
             f"{source} holds a {fields.get('general.architecture')} model with a {fields.get('tokenizer.ggml.model')} "
             "tokenizer; only llama with gpt2 can be converted. Give the model's Hugging Face folder instead."
         )
-    tied = "output.weight" not in {tensor.name for tensor in reader.tensors}
+    if fields.get("split.count", 0) > 1:
+        raise ModelError(f"{source} is one of {fields['split.count']} parts; join them with llama.cpp's gguf-split")
+    try:
+        _convert(file, folder, progress)
+    except KeyError as error:
+        raise ModelError(f"{source} has no metadata {error}, which a Llama model needs") from error
+
+
+def _convert(file: GgufFile, folder: Path, progress: OnProgress) -> None:
+    fields = file.fields
+    tensors = llama_tensors(file)
+    tied = "lm_head.weight" not in tensors
     _write_json(folder / "config.json", _config(fields, tied))
-    _write_json(folder / "generation_config.json", _generation_config(fields))
+    _write_json(folder / "generation_config.json", _special_ids(fields))
     _write_json(folder / "tokenizer.json", _tokenizer(fields))
     _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
-    _write_weights(folder / "model.safetensors", reader.tensors, fields, progress)
+    _write_weights(folder / "model.safetensors", tensors, progress)
+    _link_or_copy(file.path, folder / GGUF)
 
 
 def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
     heads = fields["llama.attention.head_count"]
     hidden = fields["llama.embedding_length"]
+    head = fields.get("llama.rope.dimension_count", hidden // heads)
+    if (
+        fields.get("llama.rope.scaling.type", "none") != "none"
+        or fields.get("llama.attention.key_length", head) != head
+    ):
+        raise ModelError(
+            "Its position embedding is scaled or covers a part of each head, which is not converted. "
+            "Give the model's Hugging Face folder instead."
+        )
     return {
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-        "head_dim": fields.get("llama.rope.dimension_count", hidden // heads),
+        **_special_ids(fields),
+        "head_dim": head,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
@@ -98,11 +102,11 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         "pretraining_tp": 1,
         "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
         "rope_scaling": None,
-        "rope_theta": _shortest(fields["llama.rope.freq_base"]),
+        "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10_000.0)),
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "vocab_size": fields["llama.vocab_size"],
+        "vocab_size": fields.get("llama.vocab_size", len(fields["tokenizer.ggml.tokens"])),
     }
 
 
@@ -111,12 +115,10 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _generation_config(fields: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
-        "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
-        "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
-    }
+def _special_ids(fields: dict[str, Any]) -> dict[str, int]:
+    """Return the ids of the special tokens that the file names, with Hugging Face's keys."""
+    ids = {name: fields.get(f"tokenizer.ggml.{_SPECIAL[name]}_token_id") for name in ("bos", "eos", "pad")}
+    return {f"{name}_token_id": token for name, token in ids.items() if token is not None}
 
 
 def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
@@ -165,82 +167,61 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
     tokens = fields["tokenizer.ggml.tokens"]
+    ids = {name: fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _SPECIAL.items()}
+    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
+    template = fields.get("tokenizer.chat_template")
     return {
         # Takes tokenizer.json as it is; GPT2Tokenizer would rebuild the pre-tokenizer without its digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_prefix_space": fields.get("tokenizer.ggml.add_space_prefix", False),
-        "bos_token": tokens[fields["tokenizer.ggml.bos_token_id"]],
-        "eos_token": tokens[fields["tokenizer.ggml.eos_token_id"]],
-        "pad_token": tokens[fields["tokenizer.ggml.padding_token_id"]],
-        "unk_token": tokens[fields["tokenizer.ggml.unknown_token_id"]],
-        "additional_special_tokens": [
-            tokens[fields["tokenizer.ggml.bos_token_id"]],
-            tokens[fields["tokenizer.ggml.eos_token_id"]],
-        ],
-        "chat_template": fields["tokenizer.chat_template"],
+        **special,
+        "additional_special_tokens": [special[name] for name in ("bos_token", "eos_token") if name in special],
+        **({} if template is None else {"chat_template": template}),
         "clean_up_tokenization_spaces": False,
         "model_max_length": fields["llama.context_length"],
     }
 
 
-def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progress: OnProgress) -> None:
-    dense: dict[str, NDArray[np.uint16]] = {}
-    for done, (name, weight) in enumerate(_dense(tensors, fields)):
-        progress("converting weights", done / len(tensors))
-        dense[name] = _bfloat16(name, weight)
-    write_bfloat16(path, dense)
+def _write_weights(path: Path, tensors: Mapping[str, LlamaTensor], progress: OnProgress) -> None:
+    def converted() -> Iterator[NDArray[np.uint16]]:
+        for done, (name, tensor) in enumerate(tensors.items()):
+            progress("converting weights", done / len(tensors))
+            yield _bfloat16(name, tensor.values())
+
+    _write_safetensors(path, {name: tensor.tensor.shape for name, tensor in tensors.items()}, converted())
     progress("converting weights", 1.0)
 
 
-def write_bfloat16(path: Path, tensors: dict[str, NDArray[np.uint16]]) -> None:
-    """Write bfloat16 tensors, given as their bits, as safetensors: header length, JSON header, data.
+def write_bfloat16(path: Path, tensors: Mapping[str, NDArray[np.uint16]]) -> None:
+    """Write bfloat16 tensors, given as their bits, as safetensors."""
+    _write_safetensors(path, {name: bits.shape for name, bits in tensors.items()}, iter(tensors.values()))
+
+
+def _write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], bits: Iterator[NDArray[np.uint16]]) -> None:
+    """Write bfloat16 tensors one after the other: header length, JSON header, data.
 
     NumPy has no bfloat16, so `safetensors.numpy` can't write it.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
-    for name, bits in tensors.items():
-        header[name] = {"dtype": "BF16", "shape": list(bits.shape), "data_offsets": [offset, offset + bits.nbytes]}
-        offset += bits.nbytes
+    for name, shape in shapes.items():
+        end = offset + 2 * prod(shape)
+        header[name] = {"dtype": "BF16", "shape": list(shape), "data_offsets": [offset, end]}
+        offset = end
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with path.open("wb") as file:
         file.write(len(encoded).to_bytes(8, "little") + encoded)
-        for bits in tensors.values():
-            file.write(np.ascontiguousarray(bits, dtype="<u2").tobytes())
+        for each in bits:
+            file.write(np.ascontiguousarray(each, dtype="<u2").tobytes())
 
 
-def _dense(tensors: list[Any], fields: dict[str, Any]) -> Iterator[tuple[str, NDArray[np.float32]]]:
-    """Yield each tensor with its name in transformers, as float32."""
-    import gguf
-
-    heads = {"attn_q": fields["llama.attention.head_count"]}
-    heads["attn_k"] = fields.get("llama.attention.head_count_kv", heads["attn_q"])
-    for tensor in tensors:
-        weight = gguf.dequantize(tensor.data, tensor.tensor_type).astype(np.float32, copy=False)
-        stem, _, suffix = tensor.name.rpartition(".")
-        block, _, part = stem.removeprefix("blk.").partition(".")
-        if stem in _TOP_LEVEL:
-            yield f"{_TOP_LEVEL[stem]}.{suffix}", weight
-        elif stem.startswith("blk.") and part in _BLOCK:
-            if part in heads:
-                weight = _unpermute(weight, heads[part])
-            yield f"model.layers.{block}.{_BLOCK[part]}.{suffix}", weight
-        else:
-            raise ModelError(
-                f"The GGUF tensor {tensor.name!r} has no place in a Llama model. "
-                "Give the model's Hugging Face folder instead."
-            )
-
-
-def _unpermute(weight: NDArray[np.float32], heads: int) -> NDArray[np.float32]:
-    """Return the rows of a q or k projection (heads * head_dim, hidden) in transformers' order.
-
-    llama.cpp rotates neighbouring rows of a head, transformers rotates the two halves of it, so llama.cpp's
-    conversion interleaves the halves (`permute` in its convert_hf_to_gguf.py); this undoes it.
-    """
-    rows, columns = weight.shape
-    return weight.reshape(heads, rows // heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+def _link_or_copy(source: Path, target: Path) -> None:
+    """Give the file a second name; copy it where that is impossible, as on another file system."""
+    try:
+        os.link(source.resolve(), target)
+    except OSError:
+        shutil.copyfile(source, target)
 
 
 def _bfloat16(name: str, weight: NDArray[np.float32]) -> NDArray[np.uint16]:

@@ -8,14 +8,19 @@ import json
 import os
 import shutil
 import time
+from collections.abc import Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from shared.errors import ModelError
 
-_WEIGHTS_DIGEST = ".weights-digest.json"
-_DESCRIBED = "weights.sha256"
+DTYPES: Final = ("bfloat16", "float32", "int8", "gguf")
+"""Formats of the weights in memory. `gguf` keeps the 4- and 8-bit blocks of a GGUF file as they are."""
+GGUF: Final = "model.gguf"
+"""The file from which a folder was converted."""
+_WEIGHTS_DIGEST, _GGUF_DIGEST = ".weights-digest.json", ".gguf-digest.json"
+_DESCRIBED, _GGUF_DESCRIBED = "weights.sha256", "gguf.sha256"
 _DESCRIPTION = (
     "config.json",
     "generation_config.json",
@@ -49,12 +54,15 @@ class ModelFolder:
 
     def describe(self, to: Path) -> None:
         """Write everything but the weights into the folder `to`, creating it."""
-        digest = self.weights_digest
+        digests = {_DESCRIBED: self.weights_digest}
+        if "gguf" in self.dtypes:
+            digests[_GGUF_DESCRIBED] = self.gguf_digest
         to.mkdir(parents=True, exist_ok=True)
         for name in _DESCRIPTION:
             if (self.path / name).is_file():
                 shutil.copyfile(self.path / name, to / name)
-        (to / _DESCRIBED).write_text(f"{digest}\n")
+        for name, digest in digests.items():
+            (to / name).write_text(f"{digest}\n")
 
     def require_weights(self) -> None:
         """Raise ModelError if this is only a description."""
@@ -105,10 +113,20 @@ class ModelFolder:
             return {entry["name"]: entry["template"] for entry in template}.get("default")
         return template
 
+    @property
+    def dtypes(self) -> tuple[str, ...]:
+        """Formats in which the weights can be computed with."""
+        has_gguf = any((self.path / file).is_file() for file in (GGUF, _GGUF_DESCRIBED))
+        return tuple(dtype for dtype in DTYPES if dtype != "gguf" or has_gguf)
+
     def fingerprint(self, dtype: str) -> str:
-        """Identity of what the model computes in `dtype` (such as "bfloat16"): configuration, tokenizer, weights."""
+        """Identity of what the model computes in `dtype` (of DTYPES): configuration, tokenizer, weights.
+
+        Raises ModelError for `gguf` if the folder has no GGUF file.
+        """
+        weights = self.gguf_digest if dtype == "gguf" else self.weights_digest
         digest = hashlib.sha256()
-        for part in (self._file_digest("config.json"), self._file_digest("tokenizer.json"), self.weights_digest, dtype):
+        for part in (self._file_digest("config.json"), self._file_digest("tokenizer.json"), weights, dtype):
             digest.update(part.encode() + b"\0")
         return digest.hexdigest()[:32]
 
@@ -134,24 +152,39 @@ class ModelFolder:
         """
         if not self.weights:
             return (self.path / _DESCRIBED).read_text().strip()
-        state = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in self.weights}
-        kept = self._read_json(_WEIGHTS_DIGEST, optional=True)
+        return self._digest(self.weights, _WEIGHTS_DIGEST)
+
+    @cached_property
+    def gguf_digest(self) -> str:
+        """SHA-256 of the GGUF file, stored like that of the weights. Raises ModelError without such a file."""
+        if (self.path / GGUF).is_file():
+            return self._digest((self.path / GGUF,), _GGUF_DIGEST)
+        if (self.path / _GGUF_DESCRIBED).is_file():
+            return (self.path / _GGUF_DESCRIBED).read_text().strip()
+        raise ModelError(
+            f"{self.path} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the target, "
+            "or another dtype: bfloat16, float32 or int8."
+        )
+
+    def _digest(self, files: Sequence[Path], kept_in: str) -> str:
+        state = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
+        kept = self._read_json(kept_in, optional=True)
         if kept.get("files") == state:
             return str(kept["sha256"])
         digest = hashlib.sha256()
-        for file in self.weights:
+        for file in files:
             with file.open("rb") as stream:
                 digest.update(f"{file.name}\0{hashlib.file_digest(stream, 'sha256').hexdigest()}\0".encode())
         newest_s = max(mtime_ns for _size, mtime_ns in state.values()) / 1e9
         if time.time() - newest_s > _SETTLED_S:
-            self._keep({"files": state, "sha256": digest.hexdigest()})
+            self._keep(kept_in, {"files": state, "sha256": digest.hexdigest()})
         return digest.hexdigest()
 
-    def _keep(self, digest: dict[str, Any]) -> None:
-        partial = self.path / f"{_WEIGHTS_DIGEST}.{os.getpid()}"
+    def _keep(self, name: str, digest: dict[str, Any]) -> None:
+        partial = self.path / f"{name}.{os.getpid()}"
         with contextlib.suppress(OSError):  # a read-only folder: the digest is computed again next time
             partial.write_text(json.dumps(digest))
-            partial.replace(self.path / _WEIGHTS_DIGEST)
+            partial.replace(self.path / name)
 
     def _file_digest(self, name: str) -> str:
         return hashlib.sha256((self.path / name).read_bytes()).hexdigest()

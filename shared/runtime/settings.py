@@ -224,7 +224,11 @@ class TargetSettings(WispSettings):
     target: Path = Field(
         Path(".wisp/models/smollm2-135m-instruct"), description="folder of the target model (Hugging Face layout)"
     )
-    dtype: Literal["bfloat16", "float32"] = Field("bfloat16", description="number format of the target's weights")
+    dtype: Literal["bfloat16", "float32", "int8", "gguf"] = Field(
+        "bfloat16",
+        description="format of the target's weights; int8 quantizes them at the start, gguf keeps the blocks of a GGUF "
+        "file",
+    )
 
 
 _DEVICES_FILE = TypeAdapter(list[Annotated[str, Field(pattern=NAME_PATTERN)]])

@@ -17,10 +17,12 @@ if TYPE_CHECKING:
 
 
 class Dtype(StrEnum):
-    """Number formats of the target."""
+    """Formats of the target's weights."""
 
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
+    INT8 = "int8"
+    GGUF = "gguf"
 
 
 class ServingChoice(StrEnum):
@@ -56,10 +58,15 @@ class StackCommand(TyperCommand):
 
 
 TargetOption = Annotated[
-    str | None, typer.Option("--target", help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")
+    str | None,
+    typer.Option("--target", help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]"),
 ]
 DtypeOption = Annotated[
-    Dtype | None, typer.Option("--dtype", help="Number format of the target. \\[default: bfloat16]")
+    Dtype | None,
+    typer.Option(
+        "--dtype",
+        help="Format of the target's weights; gguf keeps the blocks of a GGUF file. \\[default: bfloat16]",
+    ),
 ]
 DraftersOption = Annotated[int, typer.Option("--drafters", min=1, help="Drafter processes.")]
 VerifiersOption = Annotated[int, typer.Option("--verifiers", min=1, help="Verifier processes; they share the cores.")]

