@@ -110,9 +110,17 @@ def test_a_file_that_is_no_gguf_leaves_nothing_behind(tmp_path: Path, monkeypatc
     broken = tmp_path / "broken.gguf"
     broken.write_bytes(b"no model")
     monkeypatch.setattr(PackagedModel, "locate", lambda self: broken)
-    with pytest.raises(ModelError, match=r"broken\.gguf can't be read as GGUF.*Install the package again"):
+    with pytest.raises(ModelError, match=r"broken\.gguf can't be read as GGUF.*install its package, again"):
         prepare(NAME, tmp_path / "models")
     assert [path for path in (tmp_path / "models").iterdir() if path.is_dir()] == []
+
+
+def test_the_folder_keeps_the_packaged_file_without_a_copy(folder: ModelFolder) -> None:
+    packaged = PACKAGED[NAME].locate()
+    kept = folder.path / "model.gguf"
+    assert kept.read_bytes() == packaged.read_bytes()
+    if packaged.stat().st_dev == kept.stat().st_dev:
+        assert kept.samefile(packaged)
 
 
 def test_the_folder_has_the_models_facts(folder: ModelFolder) -> None:

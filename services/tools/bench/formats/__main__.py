@@ -27,7 +27,6 @@ from services.tools.bench.support.report import cpu_kind, report, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import DEFAULT_TARGET
-from shared.engine.engine import DTYPES
 from shared.errors import SettingsError
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
@@ -106,10 +105,11 @@ def main(
     with errors_shown():
         progress = ConsoleProgress(terminal())
         folder = target_folder(model, progress)
-        tokenizer = Tokenizer(ModelFolder(folder))
+        model_folder = ModelFolder(folder)
+        tokenizer = Tokenizer(model_folder)
         texts = [tokenizer.encode(passage) for passage in passages(PASSAGES.read_text("utf-8")).values()]
         notes: list[str] = []
-        arms = [EngineArm("wisp", dtype, folder) for dtype in DTYPES] + llama_package.arms(model, notes)
+        arms = [EngineArm("wisp", dtype, folder) for dtype in model_folder.dtypes] + llama_package.arms(model, notes)
         sizes = ArmSizes(threads, CACHED, sessions=1)
         with started(arms, sizes, progress, notes, measure_memory=True) as processes:
             if not processes:
