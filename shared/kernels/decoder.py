@@ -70,7 +70,7 @@ def read_product(read: ReadWeight, parts: Sequence[Linear], form: str) -> Produc
                 for p, w in zip(parts, weights, strict=True)
             ]
         )
-    return Product(_packed(_joined(weights), form), biases)
+    return Product(_packed(weights, _joined(weights), form), biases)
 
 
 def read_gated_product(read: ReadWeight, gate: Linear, up: Linear, form: str) -> Product:
@@ -81,7 +81,7 @@ def read_gated_product(read: ReadWeight, gate: Linear, up: Linear, form: str) ->
     if gate.bias or up.bias:
         sides = [floats(read(p.bias)) if p.bias else np.zeros(0, np.float32) for p in (gate, up)]
         bias = np.concatenate([_padded_to(side, _outputs(parts[0])) for side in sides])[order]
-    return Product(_packed(_rows(_joined(parts), order), form), bias)
+    return Product(_packed(parts, _rows(_joined(parts), order), form), bias)
 
 
 def floats(values: Matrix) -> Floats:
@@ -92,10 +92,11 @@ def floats(values: Matrix) -> Floats:
     return values.astype(np.float32, copy=False)
 
 
-def _packed(weight: Matrix, form: str) -> Packed:
-    if isinstance(weight, Blocks):
-        return pack(weight, "int8" if weight.minima is None else "int4")
-    return pack(weight, form)
+def _packed(parts: Sequence[Matrix], whole: Matrix, form: str) -> Packed:
+    """Pack the parts, joined into a whole. Blocks of several kinds become float32, which keeps every value."""
+    if isinstance(whole, Blocks):
+        return pack(whole, "int8" if whole.minima is None else "int4")
+    return pack(whole, "float32" if any(isinstance(part, Blocks) for part in parts) else form)
 
 
 def _outputs(weight: Matrix) -> int:

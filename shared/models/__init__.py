@@ -2,4 +2,16 @@
 
 Only conversion and its checks need torch."""
 
-__all__ = ["description", "families", "folder", "hidden_states", "prepare", "rope", "stop", "text"]
+__all__ = [
+    "description",
+    "families",
+    "folder",
+    "gguf_file",
+    "gguf_llama",
+    "hidden_states",
+    "prepare",
+    "rope",
+    "shapes",
+    "stop",
+    "text",
+]
