@@ -1,7 +1,11 @@
-"""A position's logits have the same bits however its session came there, on the real model."""
+"""A position's logits have the same bits however its session came there, on the real model.
+
+Compiled code computes all of it, and module code, which is slow on many CPUs, its first layers.
+"""
 
 from __future__ import annotations
 
+import json
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -9,10 +13,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
-from shared.engine import Engine, Step
-from shared.engine.blocks import BLOCK
+from shared.engine import Engine, Step, compiled_pass
+from shared.engine.blocks import BLOCK, block_names
+from shared.models.description import NotDescribed
 
 TEXTS = [
     "The harbour of the old town was built in three stages. First came a wooden pier, where fishermen sold herring "
@@ -23,8 +30,39 @@ TEXTS = [
     "Liste der Zutaten: 250 g Mehl, 3 Eier, 1/2 l Milch, 1 Prise Salz, etwas Öl. Alles verrühren, 20 Minuten ruhen "
     "lassen, dann dünn ausbacken. 材料を混ぜて、薄く焼く。 " * 12,
 ]
-LENGTH = 200
+LENGTH = 150
 CHUNKS = (1, 1, 2, 3, 5, 9, 9, 17, 40)
+
+
+LAYERS = 3
+"""Layers that module code computes."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What computes: a format of weights, and compiled or module code."""
+
+    dtype: str
+    code: str
+
+    def engine(self, folder: Path, *, budget_tokens: int, threads: int = 1) -> Engine:
+        with pytest.MonkeyPatch.context() as patch:
+            if self.code == "module":
+                patch.setattr(compiled_pass, "describe", refuse)
+            engine = Engine(folder, dtype=self.dtype, threads=threads, budget_tokens=budget_tokens)
+        assert bool(engine.module_code_reason) == (self.code == "module")
+        return engine
+
+
+def refuse(*args: object) -> None:
+    """Describe no model, so that module code computes it."""
+    raise NotDescribed("for a test")
+
+
+SETUPS = [
+    *(Setup(dtype, "compiled") for dtype in ("bfloat16", "float32", "int8")),
+    *(Setup(dtype, "module") for dtype in ("bfloat16", "float32")),
+]
 
 
 @dataclass
@@ -51,26 +89,53 @@ class Case:
         return sum(len(bits) for bits in wanted)
 
 
-@pytest.fixture(scope="module", params=["bfloat16", "float32"])
-def expected(request: pytest.FixtureRequest, target_folder: Path) -> tuple[str, list[list[int]], list[torch.Tensor]]:
+@dataclass(frozen=True)
+class Expected:
+    """The logits of all positions of some texts, each computed in one pass by one thread."""
+
+    setup: Setup
+    folder: Path
+    texts: list[list[int]]
+    logits: list[torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def first_layers(target_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The default model without its later layers."""
+    folder = tmp_path_factory.mktemp("first-layers")
+    with safe_open(target_folder / "model.safetensors", framework="pt") as file:
+        names = [name for name in file.keys() if not _is_later(name)]  # noqa: SIM118 - a file is no mapping
+        save_file({name: file.get_tensor(name) for name in names}, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((target_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "num_hidden_layers": LAYERS}))
+    return folder
+
+
+def _is_later(name: str) -> bool:
+    parts = name.split(".")
+    return parts[1] == "layers" and int(parts[2]) >= LAYERS
+
+
+@pytest.fixture(scope="module", params=SETUPS, ids=lambda setup: f"{setup.code}-{setup.dtype}")
+def expected(request: pytest.FixtureRequest, target_folder: Path, first_layers: Path) -> Expected:
+    setup: Setup = request.param
+    folder = target_folder if setup.code == "compiled" else first_layers
     tokenizer = Tokenizer.from_file(str(target_folder / "tokenizer.json"))
     texts = [tokenizer.encode(text).ids[:LENGTH] for text in TEXTS]
     assert all(len(tokens) == LENGTH for tokens in texts)
-    engine = Engine(target_folder, dtype=request.param, budget_tokens=1024)
+    engine = setup.engine(folder, budget_tokens=1024)
     logits = []
     for tokens in texts:
         engine.attach("whole", [])
         logits.append(engine.forward([Step("whole", tokens, LENGTH)]).logits)
         engine.release("whole")
-    return request.param, texts, logits
+    return Expected(setup, folder, texts, logits)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-thread", "2-threads"])
-def case(
-    request: pytest.FixtureRequest, expected: tuple[str, list[list[int]], list[torch.Tensor]], target_folder: Path
-) -> Iterator[Case]:
-    dtype, texts, logits = expected
-    yield Case(Engine(target_folder, dtype=dtype, threads=request.param, budget_tokens=1280), texts, logits)
+def case(request: pytest.FixtureRequest, expected: Expected) -> Iterator[Case]:
+    engine = expected.setup.engine(expected.folder, threads=request.param, budget_tokens=1280)
+    yield Case(engine, expected.texts, expected.logits)
     torch.set_num_threads(1)
 
 
@@ -89,7 +154,7 @@ def test_the_machine_can_be_exact(case: Case) -> None:
 def test_one_token_at_a_time(case: Case) -> None:
     engine = case.engine
     compared = 0
-    for start in (0, 120, 190):  # a beginning, a block boundary, an end
+    for start in (0, 120, LENGTH - 10):  # a beginning, a block boundary, an end
         engine.attach("0-decode", case.texts[0])
         engine.truncate("0-decode", start)
         if engine.cached("0-decode") < start:
@@ -139,8 +204,8 @@ def test_after_rejected_drafts(case: Case) -> None:
     choose = random.Random(3)
     compared = 0
     case.engine.attach("1-drafts", [])
-    case.feed({"1-drafts": (100, 1)})
-    while (held := case.engine.cached("1-drafts")) < 190:
+    case.feed({"1-drafts": (50, 1)})
+    while (held := case.engine.cached("1-drafts")) < LENGTH - 10:
         rejected = [choose.randrange(case.engine.vocab_size) for _ in range(choose.choice([1, 4, 8]))]
         case.engine.forward([Step("1-drafts", rejected)])
         case.engine.truncate("1-drafts", held)
@@ -157,7 +222,7 @@ def test_on_shared_prefixes_and_after_eviction(case: Case) -> None:
     assert case.feed({"2-second": (4, 4)}) == 4
     engine.truncate("2-second", 90)  # into a block that the first still uses
     assert case.feed({"2-second": (60, 60)}) == 60
-    engine.truncate("2-first", 190)
+    engine.truncate("2-first", LENGTH - 10)
     assert case.feed({"2-first": (10, 10)}) == 10
     fillers = [f"0-filler-{i}" for i in range(engine.budget_tokens // BLOCK)]  # a block each: all of the budget
     for filler in fillers:
@@ -167,3 +232,32 @@ def test_on_shared_prefixes_and_after_eviction(case: Case) -> None:
     engine.attach("2-first", case.texts[2])
     while (left := LENGTH - engine.cached("2-first")) > 0:
         case.feed({"2-first": (min(left, 100), 100)})
+
+
+def test_after_rollback_to_every_part_of_a_block(case: Case) -> None:
+    engine, compared = case.engine, 0
+    engine.attach("0-rollback", [])
+    case.feed({"0-rollback": (LENGTH - 10, 0)})
+    for length in (131, 128, 127, 65, 64, 63, 1, 0):
+        engine.truncate("0-rollback", length)
+        compared += case.feed({"0-rollback": (2, 2)})
+    assert compared == 16
+
+
+def test_on_blocks_of_another_engine(case: Case) -> None:
+    engine, text = case.engine, case.texts[1]
+    engine.attach("1-giver", [])
+    case.feed({"1-giver": (100, 0)})
+    case.feed({"1-giver": (LENGTH - 100, 0)})
+    engine.attach("1-giver", text)
+    blocks = {name: engine.block(name) for name in block_names(text)}
+    assert len(blocks) == LENGTH // BLOCK
+    engine.reset()  # from here on like another engine, which has computed nothing
+    assert engine.cached("1-giver") == 0
+    for name, content in blocks.items():
+        assert content is not None
+        assert engine.adopt(name, content)
+    held = LENGTH // BLOCK * BLOCK
+    assert engine.attach("1-taker", text) == held
+    assert case.feed({"1-taker": (1, 1)}) == 1
+    assert case.feed({"1-taker": (LENGTH - held - 1, LENGTH - held - 1)}) > 1
