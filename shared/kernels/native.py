@@ -34,7 +34,10 @@ LEVELS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "arm64": {"generic": ()},
 }
 """Levels by machine, best first, with the features that a CPU needs for each. Their names are LLVM's."""
-_MODE: Final = "-prefer-256-bit"
+_WHOLE_REGISTERS: Final = "-prefer-256-bit"
+"""LLVM would else use half of the registers of 512 bits."""
+_USED: Final = ("formats", "layout", "native")
+"""Modules beside the source that decide what it compiles to."""
 
 
 def levels() -> dict[str, tuple[str, ...]]:
@@ -60,7 +63,7 @@ def vector_lanes() -> int:
 def load() -> Callable[[int], None]:
     """Return the kernels: a function of the address of a job (`passes`). Releases the GIL while it runs.
 
-    The first call on a machine compiles them, which takes some ten seconds, unless `make setup` has done so.
+    The first call on a machine compiles them, which takes half a minute, unless `make setup` has done so.
     """
     from llvmlite import binding
 
@@ -129,7 +132,8 @@ def folders() -> list[Path]:
 def _digest() -> str:
     """Return the identity of the kernels' source and of their compiler."""
     digest = hashlib.sha256(f"{version('numba')} {version('llvmlite')}".encode())
-    for path in sorted(Path(__file__).parent.rglob("*.py")):
+    here = Path(__file__)
+    for path in [*sorted(here.with_name("source").glob("*.py")), *(here.with_name(f"{name}.py") for name in _USED)]:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:16]
 
@@ -143,7 +147,11 @@ def _lock(path: Path) -> Iterator[None]:
 
 def _compiled(name: str) -> bytes:
     """Compile the kernels for a level in a process of its own, as numba compiles for one CPU per process."""
-    environment = {**os.environ, "NUMBA_CPU_NAME": name, "NUMBA_CPU_FEATURES": _MODE if name == "x86-64-v4" else ""}
+    environment = {
+        **os.environ,
+        "NUMBA_CPU_NAME": name,
+        "NUMBA_CPU_FEATURES": _WHOLE_REGISTERS if name == "x86-64-v4" else "",
+    }
     # Without what a debugger of numba may have set: it would change the code.
     environment = {key: value for key, value in environment.items() if key not in ("NUMBA_OPT", "NUMBA_DEBUG")}
     command = [sys.executable, "-m", "shared.kernels.source"]
