@@ -36,6 +36,7 @@ def strictly(text: str) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.slow
 def test_every_manifest_passes_strict_validation(rendered: Rendered) -> None:
     assert strictly(rendered.text) == []
 
