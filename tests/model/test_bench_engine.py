@@ -17,6 +17,8 @@ from services.tools.bench.engine.llama_package import in_q8_0, weights_format
 from services.tools.bench.engine.measure import measure, started
 from services.tools.local.progress import Progress
 
+pytestmark = pytest.mark.slow
+
 SIZES = ArmSizes(threads=1, cached=70, sessions=3)
 """More cached tokens than a block, so that a session has copied and computed ones."""
 
