@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Final
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,7 @@ from shared.kernels import native, team
 from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, Scores, float_bits, positions_of
 from shared.kernels.formats import BLOCK, FORMATS, PANEL, Blocks, Packed, pack, padded
 from shared.kernels.layout import (
+    ACTIVATIONS,
     FUNCTIONS,
     LAYER_WORDS,
     PASS_WORDS,
@@ -23,15 +24,14 @@ from shared.kernels.layout import (
     PassWord,
     ProductWord,
 )
-from shared.models.description import Activation, LayerDescription, Linear, ModelDescription, Norm, Rope, WeightName
+from shared.models.bfloat16 import to_floats
+from shared.models.description import LayerDescription, Linear, ModelDescription, Norm, Rope, WeightName
 from shared.models.rope import rotation_table
 
 Floats = NDArray[np.float32]
 Matrix = NDArray[Any] | Blocks
 """A weight as it is read: float32, bits of bfloat16 (uint16), or blocks of integers."""
 ReadWeight = Callable[[WeightName], Matrix]
-
-ACTIVATIONS: Final[dict[Activation, int]] = {"silu": 0, "gelu": 1, "gelu_tanh": 2}
 
 
 class Product:
@@ -88,7 +88,7 @@ def floats(values: Matrix) -> Floats:
     """Return float32 values, of bits of bfloat16 too."""
     assert not isinstance(values, Blocks)
     if values.dtype == np.uint16:
-        return (values.astype(np.uint32) << 16).view(np.float32)
+        return to_floats(values)
     return values.astype(np.float32, copy=False)
 
 
@@ -304,7 +304,7 @@ class Decoder:
         ):
             self._set_norm(words, word, norm, read)
         words[LayerWord.NORMS_WHOLE_ROW] = attention.norms_whole_row
-        words[LayerWord.ACTIVATION] = ACTIVATIONS[mlp.activation]
+        words[LayerWord.ACTIVATION] = ACTIVATIONS.index(mlp.activation)
         words[LayerWord.RESIDUAL_MULTIPLIER] = float_bits(layer.residual_multiplier)
         products = {
             LayerWord.QKV: read_product(read, [attention.q, attention.k, attention.v], form),

@@ -1,8 +1,10 @@
 """Models on disk: folder, description, tokenizer, chat template and conversion.
 
-Only conversion and its checks need torch."""
+Only the checks of a packaged model's conversion need torch.
+"""
 
 __all__ = [
+    "bfloat16",
     "description",
     "families",
     "folder",

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ModelError
+from shared.models.bfloat16 import nearest_bits
 from shared.models.folder import GGUF
 from shared.models.gguf_file import GgufFile
 from shared.models.gguf_llama import ARCHITECTURE, LlamaTensor, llama_tensors
@@ -56,7 +57,9 @@ def convert_gguf(source: Path, folder: Path, progress: OnProgress) -> None:
     try:
         _convert(file, folder, progress)
     except KeyError as error:
-        raise ModelError(f"{source} has no metadata {error}, which a Llama model needs") from error
+        raise ModelError(
+            f"{source} has no metadata {error}, which a Llama model needs; download the file again"
+        ) from error
 
 
 def _convert(file: GgufFile, folder: Path, progress: OnProgress) -> None:
@@ -80,7 +83,7 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         or fields.get("llama.attention.key_length", head) != head
     ):
         raise ModelError(
-            "Its position embedding is scaled or covers a part of each head, which is not converted. "
+            "The model's position embedding is scaled or covers a part of each head, which is not converted. "
             "Give the model's Hugging Face folder instead."
         )
     return {
@@ -225,11 +228,10 @@ def _link_or_copy(source: Path, target: Path) -> None:
 
 
 def _bfloat16(name: str, weight: NDArray[np.float32]) -> NDArray[np.uint16]:
-    """Return the bits of the nearest bfloat16 (ties to even) of each value."""
+    """Return a tensor's values as bits of bfloat16. Raises ModelError for values that are not finite."""
     if not np.isfinite(weight).all():
         raise ModelError(f"The tensor {name} holds values that are not finite. Install the package again.")
-    bits = np.ascontiguousarray(weight).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)
+    return nearest_bits(weight)
 
 
 def _write_json(path: Path, content: dict[str, Any]) -> None:

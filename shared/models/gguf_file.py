@@ -1,6 +1,7 @@
 """GGUF files: metadata, and tensors as they lie in the file, memory-mapped.
 
-Only a tensor type without an entry in `TYPES` needs the `gguf` package, whose reader takes seconds for a vocabulary.
+The `gguf` package expands blocks and has the sizes of types that `TYPES` lacks. Its reader is not used: it takes
+seconds for a vocabulary.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.errors import ModelError
+from shared.models.bfloat16 import to_floats
 
 MAGIC: Final = b"GGUF"
 _VERSIONS = (2, 3)
@@ -63,7 +65,7 @@ class GgufTensor:
         if self.type.name == "F16":
             return self.data.view("<f2").astype(np.float32)
         if self.type.name == "BF16":
-            return (self.data.view("<u2").astype(np.uint32) << 16).view(np.float32)
+            return to_floats(self.data.view("<u2"))
         import gguf
 
         values: NDArray[np.float32] = gguf.dequantize(self.data, gguf.GGMLQuantizationType[self.type.name])

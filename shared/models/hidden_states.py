@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.messages import HiddenFormat, HiddenStates
+from shared.models.bfloat16 import to_floats
 
 PART_BYTES = 1_000_000
 """Largest part. A longer run is split, so that a prompt's rows do not delay other messages on the connection."""
@@ -65,8 +66,3 @@ def unpack(message: HiddenStates) -> Floats:
     values = np.frombuffer(message.rows, np.int8).reshape(shape).astype(np.float32)
     values *= np.frombuffer(message.scales, "<f4")[:, None]
     return values
-
-
-def to_floats(bits: NDArray[np.unsignedinteger]) -> Floats:
-    """Return the values of bfloat16 bits, which are the upper half of a float32."""
-    return (bits.astype(np.uint32) << 16).view(np.float32)

@@ -20,8 +20,9 @@ from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Draft, DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
 from shared.messages import Finish, HiddenFormat, HiddenStates, Sampling, Status, Verify
+from shared.models.bfloat16 import to_floats
 from shared.models.folder import ModelFolder
-from shared.models.hidden_states import Bits, pack, parts, to_floats, unpack
+from shared.models.hidden_states import Bits, pack, parts, unpack
 
 
 @pytest.fixture(scope="module")

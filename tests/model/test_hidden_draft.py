@@ -23,8 +23,8 @@ from services.verifier.core.tasks import VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine, Step
 from shared.messages import Sampling
+from shared.models.bfloat16 import to_floats
 from shared.models.folder import ModelFolder
-from shared.models.hidden_states import to_floats
 from shared.sampling.sampler import choose
 
 GREEDY = Sampling()

@@ -15,7 +15,8 @@ from services.drafter.core.hidden_rows import HiddenRows
 from shared.errors import MessageError
 from shared.messages import MOST, HiddenFormat, HiddenStates, decode, encode
 from shared.models import hidden_states as hidden
-from shared.models.hidden_states import Bits, Floats, pack, parts, to_floats, unpack
+from shared.models.bfloat16 import to_floats
+from shared.models.hidden_states import Bits, Floats, pack, parts, unpack
 
 SIZE = 3
 
