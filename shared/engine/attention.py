@@ -1,7 +1,7 @@
 """The attention function that transformers calls, and its two KV caches.
 
-`BlockCache` is for the CPU and attends over the blocks in place (`kernel`). `GatherCache` is for every other torch
-device: it copies a session's keys and values for each step and calls torch's attention, so bits may depend on the
+`BlockCache` is for the CPU and attends over the blocks in place (`shared.kernels`). `GatherCache` is for every other
+torch device: it copies a session's keys and values for each step and calls torch's attention, so bits may depend on the
 batch.
 """
 
@@ -18,8 +18,8 @@ from transformers import AttentionInterface
 from shared.engine.views import block_views
 from shared.errors import ModelError
 from shared.kernels import native, team
-from shared.kernels.cache import BLOCK, BlockMemory, KvShape, PackedBatch, Scores
-from shared.kernels.layout import FUNCTIONS, PASS_WORDS, AttentionWord, JobWord, PassWord
+from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, Scores
+from shared.kernels.layout import BLOCK, FUNCTIONS, PASS_WORDS, AttentionWord, JobWord, PassWord
 
 NAME = "wisp"
 """Name under which transformers finds the attention function."""
@@ -170,7 +170,7 @@ def attention(
     """Attend in one layer of a transformers model.
 
     Takes query (1, heads, tokens, size), key and value (1, kv heads, tokens, size); returns (1, tokens, heads, size).
-    `cache` comes from `Engine.forward`. Causality and the bounds of sessions come from the cache's batch: there is no
+    `cache` comes from `ModulePass.run`. Causality and the bounds of sessions come from the cache's batch: there is no
     mask.
     """
     if cache is None:

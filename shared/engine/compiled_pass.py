@@ -9,11 +9,11 @@ from pathlib import Path
 import torch
 
 from shared.engine.views import block_views
-from shared.engine.weights import as_matrix, opened
+from shared.engine.weights import opened
 from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch
 from shared.kernels.decoder import Decoder
-from shared.models.description import ModelDescription, NotDescribed, weight_names
+from shared.models.description import ModelDescription, weight_names
 from shared.models.families import describe
 from shared.models.shapes import check_shapes
 
@@ -69,6 +69,3 @@ def _load(folder: Path, form: str, threads: int, blocks: int) -> tuple[ModelDesc
             raise ModelError(f"{folder}: {error}") from error
         options = {"form": DENSE_FORMATS[form], "kv_form": KV_FORMATS[form], "blocks": blocks, "threads": threads}
         return model, Decoder.of(model, weights.read, **options)
-
-
-__all__ = ["ARITHMETIC", "CompiledPass", "NotDescribed", "as_matrix"]

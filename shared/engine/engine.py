@@ -11,13 +11,13 @@ import numpy as np
 import torch
 
 from shared.engine.blocks import BLOCK, BlockPool
-from shared.engine.forward import ForwardPass, is_model_folder, usable
-from shared.errors import BadStep, EngineError, ModelError, TooLong
+from shared.engine.forward import ForwardPass, require_model_folder, usable
+from shared.errors import BadStep, EngineError, TooLong
 from shared.kernels.cache import PackedBatch
 from shared.models.description import NotDescribed
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16, "gguf": torch.bfloat16}
-"""Formats of weights (`folder.DTYPES`), and the type of the hidden states that are kept."""
+"""Type of kept hidden states, and of the weights in module code, by format of weights (`folder.DTYPES`)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +31,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Output:
-    """Logits (rows of all steps, vocabulary) in the model's dtype."""
+    """Logits (rows of all steps, vocabulary): float32 from the compiled pass, in the model's dtype from module code."""
 
     logits: torch.Tensor
     offsets: Sequence[int] = field(repr=False)
@@ -46,7 +46,7 @@ class Engine:
 
     The bits of a position's logits depend on the model, the dtype and the tokens up to it. They do not depend on the
     other sessions of a pass, on how tokens were split into steps, on caching, sharing, rollback or eviction, nor on
-    the number of threads. Tested on the CPU in bfloat16 and float32; not claimed for other devices.
+    the number of threads. Tested on the CPU in bfloat16, float32 and int8; not claimed for other devices.
 
     Not thread-safe: one thread at a time. `threads` is torch's setting for the whole process.
     """
@@ -76,7 +76,7 @@ class Engine:
         self._pool = BlockPool(budget_tokens // BLOCK)
         self.budget_tokens = self._pool.capacity * BLOCK
         self._pass, self.module_code_reason = _forward_pass(folder, dtype, self._device, threads, self._pool.capacity)
-        """Why transformers' slower module code computes this model; empty for the compiled pass."""
+        """Reason for taking transformers' slower module code; empty for the compiled pass."""
         self.vocab_size = self._pass.vocab_size
         self.hidden_size = self._pass.hidden_size
         self.max_len = self._pass.max_len
@@ -256,8 +256,7 @@ class Engine:
 
 def _forward_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> tuple[ForwardPass, str]:
     """Return the compiled pass if it covers model and device, else transformers' module code and the reason for it."""
-    if not is_model_folder(folder):
-        raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
+    require_model_folder(folder)
     reason = f"compiled code runs on the CPU, not on {device}"
     if device.type == "cpu":
         from shared.engine.compiled_pass import CompiledPass

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import torch
 
-from shared.errors import EngineError
+from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
 
 
@@ -46,6 +46,7 @@ def usable(device: str) -> torch.device:
         ) from error
 
 
-def is_model_folder(folder: Path) -> bool:
-    """Return whether the folder has a configuration."""
-    return (Path(folder) / "config.json").is_file()
+def require_model_folder(folder: Path) -> None:
+    """Raise ModelError for a folder without a configuration."""
+    if not (Path(folder) / "config.json").is_file():
+        raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")

@@ -103,8 +103,6 @@ def module_arithmetic(device: torch.device, dtype: torch.dtype) -> str:
 
 def load(folder: Path, dtype: torch.dtype) -> Any:
     """Return the model in a folder, with our attention function. Raises ModelError."""
-    if not (Path(folder) / "config.json").is_file():
-        raise ModelError(f"{folder} is not a model folder (it has no config.json); `wisp models prepare` makes one")
     _refuse_quantized(Path(folder))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:

@@ -9,8 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.kernels.formats import padded
-from shared.kernels.layout import BLOCK, AttentionWord, SpanWord, key_bytes, scratch_floats, value_bytes
+from shared.kernels.layout import AttentionWord, SpanWord, key_bytes, scratch_floats, value_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,16 +100,8 @@ def float_bits(value: float) -> int:
     return int(np.float32(value).view(np.int32))
 
 
-def row_stride(columns: int, multiple: int) -> int:
-    """Return the stride of a buffer's rows: room for padding, which stays zero."""
-    return padded(columns, multiple)
-
-
 def positions_of(batch: PackedBatch) -> NDArray[np.int64]:
     """Return the positions of a batch's tokens."""
     return np.concatenate(
         [np.arange(start, start + count) for start, count in zip(batch.starts, batch.counts, strict=True)]
     )
-
-
-__all__ = ["BLOCK", "BlockMemory", "KvShape", "PackedBatch", "Scores", "float_bits", "positions_of", "row_stride"]

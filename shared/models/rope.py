@@ -47,7 +47,7 @@ def rope_of(parameters: Mapping[str, Any], *, rotary_size: int, max_len: int) ->
     if rotary_size < 2 or rotary_size % 2:
         raise NotDescribed(f"{rotary_size} rotated elements of a head are not pairs")
     inverse, scale = VARIANTS[kind](values, _frequencies(values.number("rope_theta"), rotary_size), max_len)
-    values.refuse_unread((), {})
+    values.refuse_unread()
     return Rope(inverse_frequencies=tuple(inverse.tolist()), scale=scale)
 
 

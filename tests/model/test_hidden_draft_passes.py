@@ -19,7 +19,8 @@ from services.drafter.hidden.engine import DraftEngine
 from services.drafter.hidden.forward import DraftPass, draft_pass
 from services.drafter.hidden.module_pass import ModuleDraft
 from shared.errors import EngineError, ModelError
-from shared.kernels.cache import BLOCK, PackedBatch
+from shared.kernels.cache import PackedBatch
+from shared.kernels.layout import BLOCK
 from shared.models.folder import ModelFolder
 
 ODD = LlamaConfig(

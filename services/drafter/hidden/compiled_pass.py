@@ -13,7 +13,8 @@ from torch import Tensor
 from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder, LayerConfig
 from services.drafter.hidden.target import EMBEDDING, FolderTensors, head_name, layer_config
-from shared.engine.compiled_pass import KV_FORMATS, as_matrix
+from shared.engine.compiled_pass import KV_FORMATS
+from shared.engine.weights import as_matrix
 from shared.kernels.cache import PackedBatch
 from shared.kernels.decoder import Decoder, Matrix, Product, ReadWeight, read_product
 from shared.kernels.row_product import RowProduct
