@@ -1,9 +1,11 @@
-"""The row count to which matrix products are padded, so that their bits do not depend on the number of rows.
+"""The row count to which torch's matrix products are padded, so that their bits do not depend on the number of rows.
+
+Only module code needs it: the compiled pass sums in one order for any number of rows.
 
 Libraries choose among kernels by shape, and different kernels sum in different orders. Measured with torch 2.13 on a
 CPU with AVX-512 and bfloat16 instructions: in bfloat16 only a single row may differ from many (so 2), in float32 one to
 three rows do, and with two threads other odd counts (so 4 or 8). Other machines may differ, and smaller padding makes
-decode steps faster, so every engine measures its own machine at the start. That takes a fraction of a second.
+decode steps faster, so every `ModulePass` measures its own machine at the start, in a fraction of a second.
 """
 
 from __future__ import annotations

@@ -74,7 +74,10 @@ def llama_tensors(file: GgufFile) -> dict[str, LlamaTensor]:
         elif stem.startswith("blk.") and part in _BLOCK:
             split = heads.get(part, 0)
             if split and tensor.shape[0] % (2 * split):
-                raise ModelError(f"{file.path}: the tensor {name} of shape {tensor.shape} has no {split} heads")
+                raise ModelError(
+                    f"{file.path}: the tensor {name} of shape {tensor.shape} has no {split} heads. "
+                    "Download the file again."
+                )
             found[f"model.layers.{block}.{_BLOCK[part]}.{suffix}"] = LlamaTensor(tensor, split)
         else:
             raise ModelError(

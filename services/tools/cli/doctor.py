@@ -116,7 +116,7 @@ def _torch() -> Iterator[Finding]:
             "bfloat16",
             "note",
             "this CPU has no instructions for it",
-            "if verifying is slow, try float32 (--dtype float32 or WISP_DTYPE=float32)",
+            "models that run as compiled code need none; if another verifies slowly, try float32 (WISP_DTYPE=float32)",
         )
 
 
