@@ -118,6 +118,14 @@ def _torch() -> Iterator[Finding]:
             "this CPU has no instructions for it",
             "models that run as compiled code need none; if another verifies slowly, try float32 (WISP_DTYPE=float32)",
         )
+    missing = {"avx2", "fma"} - _cpu_flags() if platform.machine() == "x86_64" else set()
+    if missing:
+        yield Finding(
+            "kernels",
+            "note",
+            f"this CPU lacks {', '.join(sorted(missing))}: compiled code is right, but many times slower",
+            "run verifiers and drafters on a CPU with AVX2",
+        )
 
 
 def _cpu_flags() -> set[str]:
