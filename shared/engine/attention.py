@@ -18,7 +18,7 @@ from transformers import AttentionInterface
 from shared.engine.views import block_views
 from shared.errors import ModelError
 from shared.kernels import native, team
-from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, Scores
+from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, ScoreOptions
 from shared.kernels.layout import BLOCK, FUNCTIONS, PASS_WORDS, AttentionWord, JobWord, PassWord
 
 NAME = "wisp"
@@ -46,7 +46,7 @@ class BlockCache:
 
     def __init__(self, shape: KvShape, blocks: int, dtype: torch.dtype, threads: int) -> None:
         form = {torch.bfloat16: "bfloat16", torch.float32: "float32"}[dtype]
-        self._memory = BlockMemory(shape, [Scores(1.0)] * shape.layers, blocks, form)
+        self._memory = BlockMemory(shape, [ScoreOptions(1.0)] * shape.layers, blocks, form)
         self._threads = threads
         self._function = native.load()
         self._scratch = np.zeros((threads, self._memory.scratch_floats), np.float32)
@@ -68,7 +68,7 @@ class BlockCache:
     ) -> torch.Tensor:
         rows = [tensor.float().contiguous() for tensor in (q, k, v)]
         out = torch.zeros_like(rows[0])
-        self._memory.set_scores(layer, Scores(scale, window))
+        self._memory.set_scores(layer, ScoreOptions(scale, window))
         job = self._memory.jobs[layer]
         for tensor, word, stride in (
             (rows[0], AttentionWord.QUERY, AttentionWord.QUERY_STRIDE),

@@ -40,11 +40,6 @@ class CompiledPass:
             self.model.max_len,
         )
 
-    @property
-    def weight_bytes(self) -> int:
-        """Memory of the weights."""
-        return self._decoder.weight_bytes
-
     def views(self, block: int) -> Sequence[torch.Tensor]:
         return block_views(self._decoder.memory, block)
 

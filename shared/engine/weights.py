@@ -15,7 +15,7 @@ from shared.errors import ModelError
 from shared.kernels.decoder import Matrix
 from shared.kernels.gguf_blocks import BLOCK_BYTES, blocks_of
 from shared.models.description import WeightName
-from shared.models.folder import GGUF
+from shared.models.folder import GGUF, no_gguf_file
 from shared.models.gguf_file import GgufFile
 from shared.models.gguf_llama import LlamaTensor, llama_tensors
 
@@ -98,10 +98,7 @@ class GgufWeights:
 
     def __init__(self, folder: Path) -> None:
         if not (folder / GGUF).is_file():
-            raise ModelError(
-                f"{folder} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the "
-                "target, or another dtype: bfloat16, float32 or int8."
-            )
+            raise no_gguf_file(folder)
         file = GgufFile(folder / GGUF)
         self._tensors = llama_tensors(file)
         if not any(tensor.tensor.type.name in BLOCK_BYTES for tensor in self._tensors.values()):
@@ -124,7 +121,9 @@ class GgufWeights:
     def read(self, weight: WeightName) -> Matrix:
         matrix = _matrix(self._tensors[weight.name])
         if weight.rows is not None:
-            raise ModelError(f"{weight.name} is a part of a tensor, which a Llama model in GGUF does not have")
+            raise ModelError(
+                f"{weight.name} is a part of a tensor, which a Llama model in GGUF does not have; use bfloat16"
+            )
         return matrix
 
 

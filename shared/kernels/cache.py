@@ -32,8 +32,8 @@ class PackedBatch:
 
 
 @dataclass(frozen=True, slots=True)
-class Scores:
-    """How a layer computes scores: their factor, the window (0 for none) and the softcap (0 for none)."""
+class ScoreOptions:
+    """Options of a layer's scores: their factor, the window (0 for none) and the softcap (0 for none)."""
 
     scale: float
     window: int = 0
@@ -43,7 +43,7 @@ class Scores:
 class BlockMemory:
     """Keys and values of all blocks and layers, in "float32" or "bfloat16", and a job of attention per layer."""
 
-    def __init__(self, shape: KvShape, layers: Sequence[Scores], blocks: int, form: str) -> None:
+    def __init__(self, shape: KvShape, layers: Sequence[ScoreOptions], blocks: int, form: str) -> None:
         self.shape, self.form = shape, form
         heads = blocks * shape.kv_heads
         # Untouched zeros: their memory is allocated on first use.
@@ -70,8 +70,8 @@ class BlockMemory:
         """Number of spans of the current batch."""
         return len(self._spans)
 
-    def set_scores(self, layer: int, scores: Scores) -> None:
-        """Set how a layer computes its scores."""
+    def set_scores(self, layer: int, scores: ScoreOptions) -> None:
+        """Set the options of a layer's scores."""
         job = self.jobs[layer]
         job[AttentionWord.SCALE] = float_bits(scores.scale * math.log2(math.e))
         job[AttentionWord.SOFTCAP] = float_bits(scores.softcap)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.kernels import native, team
-from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, Scores, float_bits, positions_of
+from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, ScoreOptions, float_bits, positions_of
 from shared.kernels.formats import BLOCK, FORMATS, PANEL, Blocks, Packed, pack, padded
 from shared.kernels.layout import (
     ACTIVATIONS,
@@ -52,11 +52,6 @@ class Product:
             packed.padded_outputs // (2 * PANEL),
             0 if self.bias is None else self.bias.ctypes.data,
         ]
-
-    @property
-    def nbytes(self) -> int:
-        """Size of the weights."""
-        return self.packed.data.nbytes
 
 
 def read_product(read: ReadWeight, parts: Sequence[Linear], form: str) -> Product:
@@ -184,14 +179,15 @@ class Decoder:
         "float32" or "bfloat16". blocks: capacity of the cache. threads: at most this many."""
         self.hidden_size, self.threads = hidden_size, threads
         self._function = native.load()
-        self._kept: list[object] = [embedding, head]
+        self._kept: list[object] = []
         first = layers[0].attention
         shape = KvShape(len(layers), first.kv_heads, first.heads, first.head_size)
-        scores = [Scores(layer.attention.scale, layer.attention.window, layer.attention.softcap) for layer in layers]
+        scores = [
+            ScoreOptions(layer.attention.scale, layer.attention.window, layer.attention.softcap) for layer in layers
+        ]
         self.memory = BlockMemory(shape, scores, blocks, kv_form)
         self._layers = np.zeros((len(layers), LAYER_WORDS), np.int64)
         self._ropes = _RotationTables([layer.attention.rope for layer in layers])
-        self.weight_bytes = sum(product.nbytes for product in {id(p): p for p in (embedding, head) if p}.values())
         widths = [padded(hidden_size, 2 * PANEL)]
         for number, layer in enumerate(layers):
             widths += self._fill_layer(number, layer, read, form)
@@ -314,7 +310,6 @@ class Decoder:
         }
         for word, product in products.items():
             self._set_product(words, word, product)
-            self.weight_bytes += product.nbytes
         return [product.packed.padded_outputs for product in products.values()]
 
     def _set_norm(self, words: NDArray[np.int64], word: int, norm: Norm | None, read: ReadWeight) -> None:

@@ -32,6 +32,14 @@ _DESCRIPTION = (
 _SETTLED_S = 2.0
 
 
+def no_gguf_file(folder: Path) -> ModelError:
+    """Return the error for the dtype gguf and a folder without a GGUF file."""
+    return ModelError(
+        f"{folder} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the target, or "
+        "another dtype: bfloat16, float32 or int8."
+    )
+
+
 class ModelFolder:
     """A Hugging Face causal LM in a local folder: config.json, safetensors, tokenizer.json.
 
@@ -161,10 +169,7 @@ class ModelFolder:
             return self._digest((self.path / GGUF,), _GGUF_DIGEST)
         if (self.path / _GGUF_DESCRIBED).is_file():
             return (self.path / _GGUF_DESCRIBED).read_text().strip()
-        raise ModelError(
-            f"{self.path} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the target, "
-            "or another dtype: bfloat16, float32 or int8."
-        )
+        raise no_gguf_file(self.path)
 
     def _digest(self, files: Sequence[Path], kept_in: str) -> str:
         state = {file.name: [file.stat().st_size, file.stat().st_mtime_ns] for file in files}
