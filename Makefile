@@ -67,7 +67,7 @@ k8s-settings: setup ## write default settings to k8s/, after a change of setting
 
 ## Measure, each into .wisp/results
 
-bench-engine: setup ## engine and transformers
+bench-engine: setup ## engine, transformers, llama.cpp
 	@$(BIN)/wisp bench engine $(ARGS)
 
 bench-formats: setup ## quality, memory and speed by weight format

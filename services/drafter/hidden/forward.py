@@ -38,7 +38,10 @@ def draft_pass(
 
         return CompiledDraft(draft, target, form=dtype, threads=threads, blocks=blocks)
     if dtype == "int8":
-        raise EngineError(f"int8 weights of a draft model are computed on the CPU only, not on {torch_device}")
+        raise EngineError(
+            f"int8 weights of a draft model are computed on the CPU only, not on {torch_device}; set "
+            "WISP_DRAFT_DTYPE=bfloat16"
+        )
     from services.drafter.hidden.module_pass import ModuleDraft
 
     return ModuleDraft(draft, target, dtype=dtype, torch_device=torch_device, blocks=blocks)

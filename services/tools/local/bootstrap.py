@@ -1,6 +1,7 @@
 """Sets the checkout up: `python3 services/tools/local/bootstrap.py`, which `make setup` runs.
 
-It uses the standard library only. Later runs find its stamp and do nothing; concurrent runs wait for each other.
+It uses the standard library only. Later runs do nothing while its stamp, the kernels and the model are current;
+concurrent runs wait for each other.
 """
 
 import sys
@@ -166,7 +167,7 @@ class PipOutput:
     """Progress of a `pip install`, from its output, its temporary files and the environment."""
 
     def __init__(self, downloads: Path, environment: Path, pins: int) -> None:
-        """pins: packages that it will look for, about: those with a pinned version."""
+        """pins: number of packages with a pinned version, about as many as pip looks for."""
         self._downloads = downloads
         self._environment = environment
         self._pins = pins

@@ -33,7 +33,7 @@ CAUTION = 1.5
 ENOUGH = 0.25
 """The plan ends when no batch has a greater variance of its prediction, relative to that of one measurement."""
 PRIOR = 1e-3
-"""Weight of the assumption that a coefficient is about its prior's, which keeps the design solvable."""
+"""Weight of a prior on each coefficient, which keeps the design matrix invertible."""
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,7 @@ def profile_batches(room: int, max_len: int, block: int) -> list[ProfileBatch]:
 class ProfilePlan:
     """Chooses one batch after the other, from the times of those before.
 
-    The next batch is the one that tells most about the coefficients per millisecond: it has the greatest gain of the
+    The next batch is the one that determines the coefficients best per millisecond: it has the greatest gain of the
     determinant of the design (Fedorov, Theory of Optimal Experiments, 1972). A batch that may not end within the
     budget is never started, so a slow machine measures fewer and smaller batches. The smallest batch is measured
     first, and again: its first time includes loading and touching memory, and is used only if no other follows.
