@@ -38,7 +38,7 @@ SPLITS = [
     [(1, 70), (81, 1), (1, 0)],
     [(8, 0), (7, 0), (9, 62), (59, 9)],
 ]
-"""Ways to feed two prompts: in each pass, so many tokens of the first session and of the second one."""
+"""Ways to feed two prompts: numbers of tokens of the first and of the second session in each pass."""
 
 
 def random_texts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:

@@ -42,7 +42,7 @@ VOCABULARY = 12288
 
 @dataclass(frozen=True)
 class Setup:
-    """What computes: a format of weights, and compiled or module code."""
+    """A format of weights, and compiled or module code."""
 
     dtype: str
     code: str

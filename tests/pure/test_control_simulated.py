@@ -118,7 +118,7 @@ class Session:
 
 
 def controller(machine: Machine) -> Controller:
-    """A controller that has heard of the machine's cost model and measured nothing."""
+    """A controller that has the machine's cost model and no measurements."""
     times = RoundTimes()
     curve = [float(ms) for ms in machine.predicted or machine.verify_ms]
     times.apply_load(builders.load(draft_cap=16, queue_ms=0.0, verify_ms=curve))

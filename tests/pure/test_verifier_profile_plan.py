@@ -1,4 +1,4 @@
-"""The start-up profile chooses batches that tell much and fit its time, on slow and fast machines."""
+"""The start-up profile chooses informative batches that fit its time, on slow and fast machines."""
 
 from __future__ import annotations
 

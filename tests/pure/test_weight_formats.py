@@ -26,7 +26,7 @@ def blocks_of_four_bits(outputs: int, inputs: int) -> Blocks:
 
 
 def unpacked(packed: Packed) -> Floats:
-    """Read the panels as the documentation of the formats says; padding included."""
+    """Read the panels as the documentation of the formats describes them, padding included."""
     panels, depth = packed.padded_outputs // PANEL, packed.padded_inputs
     data = packed.data.reshape(panels, packed.panel_bytes)
     if packed.format == "float32":

@@ -2,8 +2,8 @@
 
 One `Controller` per drafter, one `SessionControl` per session, one `DraftRound` per round: `begin` starts the round,
 `add` takes each token that a source drafts, `settle` learns from the result. Where drafting does not pay, a session
-decodes plainly; a source that does not pay is probed now and then, since times and texts change. A probe drafts one
-token and compares it with the target's choice, which every round brings: it costs a draft step and no verification.
+decodes plainly; a source that does not pay is probed now and then, since times and acceptance change. A probe drafts
+one token and compares it with the target's choice, which every round brings: it costs a draft step and no verification.
 """
 
 from __future__ import annotations

@@ -39,7 +39,7 @@ class EngineArm:
 
 @dataclass(frozen=True)
 class ArmSizes:
-    """What an arm has to be prepared for."""
+    """Sizes that an arm is prepared for."""
 
     threads: int
     cached: int
@@ -109,7 +109,7 @@ class ArmProcess:
             pipe.write(json.dumps(request) + "\n")
             pipe.flush()
         except OSError:
-            pass  # the process has ended; the missing answer says why
+            pass  # the process has ended; the missing answer shows why
         return self._answer()
 
     def _answer(self) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""How well a model predicts a text."""
+"""Losses and most probable tokens of a model over a text."""
 
 from __future__ import annotations
 
