@@ -22,6 +22,8 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.models.bfloat16 import nearest_bits, to_floats
+
 PANEL: Final = 32
 BLOCK: Final = 32
 """Inputs that share a scale."""
@@ -103,7 +105,7 @@ def pack(weight: NDArray[np.float32] | NDArray[np.uint16] | Blocks, form: str) -
     if form == "int8":
         return replace(_pack_blocks(quantized(_floats(weight)), form), inputs=inputs)
     if form == "bfloat16":
-        bits = weight if weight.dtype == np.uint16 else _bfloat16(weight)
+        bits = weight if weight.dtype == np.uint16 else nearest_bits(_floats(weight))
         panels = _panels(bits, np.uint16)  # (panels, inputs, 32)
         data = np.stack([panels[..., :16], panels[..., 16:]], axis=-1)
     elif form == "float32":
@@ -157,11 +159,5 @@ def _bytes(data: NDArray[Any]) -> NDArray[np.uint8]:
 
 def _floats(weight: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.float32]:
     if weight.dtype == np.uint16:
-        return (weight.astype(np.uint32) << 16).view(np.float32)
+        return to_floats(weight.view(np.uint16))
     return weight.astype(np.float32, copy=False)
-
-
-def _bfloat16(weight: NDArray[np.float32] | NDArray[np.uint16]) -> NDArray[np.uint16]:
-    """Return the bits of the nearest bfloat16, ties to even."""
-    bits = np.ascontiguousarray(weight).view(np.uint32)
-    return ((bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)).astype(np.uint16)

@@ -1,9 +1,8 @@
 """Machine code of the kernels: compiled once per level of CPU, kept in a file, and loaded without numba.
 
 `python -m shared.kernels.native` compiles for this CPU, with `all` for every level of this kind of machine. `load`
-compiles too where nothing was compiled yet. A level is a
-set of instructions that many CPUs share, so that an image made on one machine serves on others. The bits of results are
-the same on every level.
+compiles too where nothing was compiled yet. A level is a set of instructions that many CPUs share, so that an image
+made on one machine serves on others. The bits of results are the same on every level.
 """
 
 from __future__ import annotations

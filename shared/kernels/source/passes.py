@@ -1,8 +1,8 @@
 """The forward pass of a decoder as one compiled function, from token ids to logits.
 
-The caller (`decoder`) lays out what follows as arrays of 64-bit words: a pass, its layers, and their products. All
-activations are float32. Sums have the order that the source gives them, so that the bits of a row depend on nothing but
-the row's session.
+`shared.kernels.decoder` describes a pass, its layers and their products in arrays of 64-bit words (`layout`). All
+activations are float32. Sums have the order that the source gives them, so the bits of a row depend on the row's
+session alone.
 """
 
 # numba's annotations cover neither its intrinsics nor the types in compiled code.

@@ -1,8 +1,8 @@
 """Matrix products of float32 rows with packed weights (`formats`), in float32.
 
 Every output is one chain of `fma` over the inputs in ascending order. So its bits depend neither on the number of rows
-nor on how work is divided, and rows need no padding. What may vary is only how many outputs share a pass over the
-weights: a *tile* of up to six rows keeps its sums in registers while it reads a panel once.
+nor on how work is divided, and rows need no padding. Only the number of rows that share a pass over the weights
+varies: a *tile* of up to six rows keeps its sums in registers while it reads a panel.
 
 For more rows than two tiles a panel is first unpacked to float32 (the same values), part by part, so that the part
 stays in the cache while all tiles read it.
