@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import ast
-from collections import defaultdict
+from collections import Counter, defaultdict
+from pathlib import Path
 
 from import_graph import modules, tree, users
 
@@ -29,3 +30,11 @@ def test_names_of_tests_are_short() -> None:
     }
     assert "test_names_of_tests_are_short" in names
     assert {name: place for name, place in names.items() if len(name) > LONGEST_TEST_NAME} == {}
+
+
+def test_no_two_test_files_have_the_same_name() -> None:
+    """pytest imports test files by name alone, and would refuse the second."""
+    folder = Path(__file__).parents[1]
+    names = Counter(path.name for path in folder.rglob("*.py") if path.name not in ("__init__.py", "conftest.py"))
+    assert names["test_names.py"] == 1
+    assert [name for name, count in names.items() if count > 1] == []
