@@ -53,8 +53,10 @@ class CompiledPass:
 def _load(folder: Path, form: str, threads: int, blocks: int) -> tuple[ModelDescription, Decoder]:
     try:
         config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
+    if not isinstance(config, dict):
+        raise ModelError(f"{folder / 'config.json'} holds no JSON object; download the model again")
     with opened(folder, form) as weights:
         model = describe(config, weights.names)
         weights.check({weight.name for weight in weight_names(model)})

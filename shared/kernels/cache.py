@@ -75,7 +75,7 @@ class BlockMemory:
         job = self.jobs[layer]
         job[AttentionWord.SCALE] = float_bits(scores.scale * math.log2(math.e))
         job[AttentionWord.SOFTCAP] = float_bits(scores.softcap)
-        job[AttentionWord.WINDOW] = scores.window
+        job[AttentionWord.WINDOW] = min(scores.window, 1 << 31)  # longer than any session
 
     def begin(self, batch: PackedBatch) -> None:
         """Start a batch: the following jobs are for it."""

@@ -93,7 +93,12 @@ def describe(config: Mapping[str, Any], tensors: Collection[str]) -> ModelDescri
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotDescribed(f"model type {kind!r} has no description")
     family, values = FAMILIES[kind], Configuration(config)
-    description = _model(family, values, tensors)
+    if (layers := values.whole("num_hidden_layers")) > len(tensors):
+        raise NotDescribed(f"config.json has {layers} layers, the folder only {len(tensors)} tensors")
+    try:
+        description = _model(family, values, tensors)
+    except ArithmeticError as error:  # a number beyond all sense
+        raise NotDescribed(f"a number of config.json is out of range ({error})") from error
     values.refuse_unread(IGNORED, {**NEUTRAL, **family.neutral})
     _check_tensors(description, tensors)
     return description

@@ -226,3 +226,12 @@ def model_modules(module: str) -> set[str]:
         if each.module.startswith("shared.models."):
             found |= model_modules(each.module)
     return found
+
+
+@pytest.mark.parametrize(
+    "change", [{"num_hidden_layers": 10**8}, {"rms_norm_eps": 10**400}, {"rope_parameters": {"rope_theta": 1e-320}}]
+)
+def test_numbers_beyond_all_sense_are_refused(saved: Saved, change: dict[str, object]) -> None:
+    config, tensors = saved("llama")
+    with pytest.raises(NotDescribed):
+        describe({**config, **change}, tensors)
