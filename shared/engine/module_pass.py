@@ -106,16 +106,23 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     _refuse_quantized(Path(folder))
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=NAME, local_files_only=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, attn_implementation=NAME, local_files_only=True, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
+    model, report = loaded
+    # transformers would give these random values.
+    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
+        raise ModelError(
+            f"{folder} lacks {len(missing)} of the weights that its config.json needs, or has them in another shape "
+            f"({', '.join(missing[:3])}): download the model again"
+        )
     if "logits_to_keep" not in inspect.signature(model.forward).parameters:
         raise ModelError(
             f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported"
         )
-    return model.eval()  # type: ignore[no-untyped-call]
+    return model.eval()
 
 
 def _refuse_quantized(folder: Path) -> None:

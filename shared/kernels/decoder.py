@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Final
 
 import numpy as np
 from numpy.typing import NDArray
 
+from shared.errors import ModelError
 from shared.kernels import native, team
 from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, ScoreOptions, float_bits, positions_of
 from shared.kernels.formats import BLOCK, FORMATS, PANEL, Blocks, Packed, pack, padded
@@ -31,6 +32,7 @@ from shared.models.rope import rotation_table
 Floats = NDArray[np.float32]
 Matrix = NDArray[Any] | Blocks
 """A weight as it is read: float32, bits of bfloat16 (uint16), or blocks of integers."""
+ANOTHER_MODEL: Final = "the files are not of one model; download it again"
 ReadWeight = Callable[[WeightName], Matrix]
 
 
@@ -77,6 +79,16 @@ def read_gated_product(read: ReadWeight, gate: Linear, up: Linear, form: str) ->
         sides = [floats(read(p.bias)) if p.bias else np.zeros(0, np.float32) for p in (gate, up)]
         bias = np.concatenate([_padded_to(side, _outputs(parts[0])) for side in sides])[order]
     return Product(_packed(parts, _rows(_joined(parts), order), form), bias)
+
+
+def require_size(product: Product, linear: Linear, outputs: int, inputs: int) -> None:
+    """Raise ModelError, which names the (first) weight, if a product has other outputs or inputs."""
+    found = product.packed.outputs, product.packed.inputs
+    if found != (outputs, inputs):
+        raise ModelError(
+            f"the product of {linear.weight.name} is {found[0]} x {found[1]}, and must be {outputs} x {inputs}: "
+            f"{ANOTHER_MODEL}"
+        )
 
 
 def floats(values: Matrix) -> Floats:
@@ -221,7 +233,7 @@ class Decoder:
                 PassWord.SCRATCH_BYTES: self._scratch.strides[0],
             }
         )
-        self._set_norm(self._job, PassWord.NORM, norm, read)
+        self._set_norm(self._job, PassWord.NORM, norm, hidden_size, read)
         self._head = head
         if embedding:
             self._set_product(self._job, PassWord.EMBEDDING, embedding)
@@ -290,15 +302,18 @@ class Decoder:
         """Write a layer's words; return the widths of its products' outputs."""
         words, attention, mlp = self._layers[number], layer.attention, layer.mlp
         words[LayerWord.ATTENTION] = self.memory.jobs[number].ctypes.data
-        for word, norm in (
-            (LayerWord.ATTENTION_NORM, layer.attention_norm),
-            (LayerWord.ATTENTION_POST_NORM, layer.attention_post_norm),
-            (LayerWord.MLP_NORM, layer.mlp_norm),
-            (LayerWord.MLP_POST_NORM, layer.mlp_post_norm),
-            (LayerWord.Q_NORM, attention.q_norm),
-            (LayerWord.K_NORM, attention.k_norm),
+        hidden = self.hidden_size
+        q, kv = attention.heads * attention.head_size, attention.kv_heads * attention.head_size
+        whole = attention.norms_whole_row
+        for word, norm, size in (
+            (LayerWord.ATTENTION_NORM, layer.attention_norm, hidden),
+            (LayerWord.ATTENTION_POST_NORM, layer.attention_post_norm, hidden),
+            (LayerWord.MLP_NORM, layer.mlp_norm, hidden),
+            (LayerWord.MLP_POST_NORM, layer.mlp_post_norm, hidden),
+            (LayerWord.Q_NORM, attention.q_norm, q if whole else attention.head_size),
+            (LayerWord.K_NORM, attention.k_norm, kv if whole else attention.head_size),
         ):
-            self._set_norm(words, word, norm, read)
+            self._set_norm(words, word, norm, size, read)
         words[LayerWord.NORMS_WHOLE_ROW] = attention.norms_whole_row
         words[LayerWord.ACTIVATION] = ACTIVATIONS.index(mlp.activation)
         words[LayerWord.RESIDUAL_MULTIPLIER] = float_bits(layer.residual_multiplier)
@@ -308,14 +323,23 @@ class Decoder:
             LayerWord.GATE_UP: read_gated_product(read, mlp.gate, mlp.up, form),
             LayerWord.DOWN: read_product(read, [mlp.down], form),
         }
+        # Compiled code trusts these sizes.
+        require_size(products[LayerWord.QKV], attention.q, q + 2 * kv, hidden)
+        require_size(products[LayerWord.OUT], attention.out, hidden, q)
+        gated = products[LayerWord.GATE_UP].packed.outputs // 2
+        require_size(products[LayerWord.GATE_UP], mlp.gate, 2 * gated, hidden)
+        inner = products[LayerWord.DOWN].packed.inputs
+        require_size(products[LayerWord.DOWN], mlp.down, hidden, inner if padded(inner, PANEL) == gated else gated)
         for word, product in products.items():
             self._set_product(words, word, product)
         return [product.packed.padded_outputs for product in products.values()]
 
-    def _set_norm(self, words: NDArray[np.int64], word: int, norm: Norm | None, read: ReadWeight) -> None:
+    def _set_norm(self, words: NDArray[np.int64], word: int, norm: Norm | None, size: int, read: ReadWeight) -> None:
         if norm is None:
             return
         gain = np.ascontiguousarray(floats(read(norm.gain)) + np.float32(norm.offset))
+        if gain.shape != (size,):
+            raise ModelError(f"the norm {norm.gain.name} has {gain.size} gains, and must have {size}: {ANOTHER_MODEL}")
         self._kept.append(gain)
         words[word : word + 2] = gain.ctypes.data, float_bits(norm.eps)
 
@@ -332,9 +356,11 @@ class Decoder:
         if self._buffers and rows <= len(self._buffers[PassWord.X]):
             return
         capacity = padded(rows, 16) if self._buffers else max(rows, 16)
-        for word, stride in {**self._strides, PassWord.CHOSEN: self._strides[PassWord.X]}.items():
-            self._buffers[word] = np.zeros((capacity, stride), np.float32)
-            self._job[word] = self._buffers[word].ctypes.data
+        strides = {**self._strides, PassWord.CHOSEN: self._strides[PassWord.X]}
+        # All or none: without memory for one of them, the earlier ones stay.
+        self._buffers = {word: np.zeros((capacity, stride), np.float32) for word, stride in strides.items()}
+        for word, buffer in self._buffers.items():
+            self._job[word] = buffer.ctypes.data
         qkv, shape, jobs = self._buffers[PassWord.QKV], self.memory.shape, self.memory.jobs
         key = shape.heads * shape.head_size
         value = key + shape.kv_heads * shape.head_size
@@ -358,8 +384,9 @@ class _RotationTables:
         """Have positions up to `length`, and set the layers' words."""
         if length <= self._length:
             return
-        self._length = max(1024, 1 << (length - 1).bit_length())
-        self._tables = {rope: rotation_table(rope, self._length) for rope in {rope for rope in self._ropes if rope}}
+        longer = max(1024, 1 << (length - 1).bit_length())
+        self._tables = {rope: rotation_table(rope, longer) for rope in {rope for rope in self._ropes if rope}}
+        self._length = longer
         for words, rope in zip(layers, self._ropes, strict=True):
             if rope:
                 cosines, sines = self._tables[rope]

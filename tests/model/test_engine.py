@@ -8,15 +8,18 @@ import time
 from pathlib import Path
 from statistics import median
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Gemma2Config
 
 from shared.engine import Engine, Step, compiled_pass
 from shared.engine.attention import BlockCache, GatherCache
 from shared.engine.compiled_pass import CompiledPass
 from shared.errors import BadStep, CacheFull, EngineError, ModelError, NotAttached, TooLong
+from shared.kernels import decoder
 from shared.kernels.cache import KvShape, PackedBatch
 from shared.models.description import NotDescribed
 
@@ -266,3 +269,52 @@ def test_senseless_settings_are_refused(folder: Path) -> None:
     for wrong in ({"dtype": "int3"}, {"budget_tokens": 10}, {"threads": 0}):
         with pytest.raises(EngineError, match="at least"):
             Engine(folder, **wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "int8"])
+def test_a_missing_weight_is_never_made_up(folder: Path, tmp_path: Path, dtype: str) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    del tensors["model.layers.1.mlp.down_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_bytes((folder / "config.json").read_bytes())
+    with pytest.raises((ModelError, EngineError), match="down_proj"):
+        Engine(tmp_path, dtype=dtype)
+
+
+@pytest.mark.parametrize("length", [1, 1100])
+def test_a_pass_without_memory_leaves_the_next_one_right(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, length: int
+) -> None:
+    """length: with 1,100 tokens the table of rotations grows as well; then it is that which finds no memory."""
+    long = tokens(length + 60)
+    expected = Engine(folder, dtype="float32", budget_tokens=2048)
+    monkeypatch.setattr(expected, "max_len", 2000)
+    expected.attach("s", [])
+    wanted = expected.forward([Step("s", long, 5)]).logits
+    engine = Engine(folder, dtype="float32", budget_tokens=2048)
+    monkeypatch.setattr(engine, "max_len", 2000)
+    engine.attach("s", [])
+    engine.forward([Step("s", [1, 2, 3])])
+    engine.attach("s", [])
+    made = 0
+
+    def some_memory(*args: object) -> object:
+        nonlocal made
+        made += 1
+        if made == 3:
+            raise MemoryError
+        return zeros(*args)  # type: ignore[arg-type]
+
+    zeros = np.zeros
+    with monkeypatch.context() as patch:
+        if length == 1:
+            patch.setattr(decoder.np, "zeros", some_memory)
+        else:
+            patch.setattr(decoder, "rotation_table", no_memory)
+        with pytest.raises(MemoryError):
+            engine.forward([Step("s", long, 5)])
+    assert torch.equal(engine.forward([Step("s", long, 5)]).logits, wanted)
+
+
+def no_memory(*args: object) -> None:
+    raise MemoryError

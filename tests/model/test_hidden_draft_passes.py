@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -10,6 +11,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -146,3 +148,20 @@ print([name for name in ("transformers", "numba", "torch._dynamo") if name in sy
 """
     done = subprocess.run([sys.executable, "-c", program], stdout=subprocess.PIPE, check=True, text=True)
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("model.embed_tokens.weight", (tiny.VOCAB, 1)),
+        ("model.layers.0.input_layernorm.weight", (1,)),
+        ("model.layers.0.self_attn.q_proj.weight", (4096, tiny.LLAMA.hidden_size)),
+        ("model.layers.0.mlp.down_proj.weight", (tiny.LLAMA.hidden_size, 2000)),
+    ],
+)
+def test_a_target_whose_tensors_do_not_fit_is_refused(tmp_path: Path, name: str, shape: tuple[int, ...]) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    file = target.path / "model.safetensors"
+    save_file({**load_file(file), name: torch.zeros(shape)}, file)
+    with pytest.raises(ModelError, match=re.escape(name.removesuffix("q_proj.weight"))):
+        CompiledDraft(draft, target, form="float32", threads=1, blocks=4)

@@ -15,8 +15,9 @@ from services.drafter.hidden.card import HiddenDraftFolder, LayerConfig
 from services.drafter.hidden.target import EMBEDDING, FolderTensors, head_name, layer_config
 from shared.engine.compiled_pass import KV_FORMATS
 from shared.engine.weights import as_matrix
+from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch
-from shared.kernels.decoder import Decoder, Matrix, Product, ReadWeight, read_product
+from shared.kernels.decoder import ANOTHER_MODEL, Decoder, Matrix, Product, ReadWeight, read_product
 from shared.kernels.row_product import RowProduct
 from shared.models.description import (
     AttentionDescription,
@@ -74,9 +75,9 @@ class CompiledDraft:
                 norm=Norm(ONES, self._eps),
                 **options,
             )
-        self._head = RowProduct(_rows(tensors[head_name(target)], self.head_ids, form), threads)
+        self._head = RowProduct(_rows(_table(tensors, head_name(target), target), self.head_ids, form), threads)
         # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
-        self._embedding = tensors[EMBEDDING]
+        self._embedding = _table(tensors, EMBEDDING, target)
 
     def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
         states = before.float().numpy()
@@ -149,6 +150,16 @@ def _reader(get: Callable[[str], Tensor], size: int) -> ReadWeight:
         return as_matrix(tensor)
 
     return read
+
+
+def _table(tensors: FolderTensors, name: str, target: ModelFolder) -> Tensor:
+    """Return the embedding or the head. Raises ModelError unless it has a row of the hidden size for each token."""
+    tensor, shape = tensors[name], (target.vocab_size, layer_config(target).hidden_size)
+    if tuple(tensor.shape) != shape:
+        raise ModelError(
+            f"{target.path}: {name} has shape {tuple(tensor.shape)}, and must have {shape}: {ANOTHER_MODEL}"
+        )
+    return tensor
 
 
 def _rows(weight: Tensor, ids: Tensor, form: str) -> Product:
