@@ -77,9 +77,9 @@ def check_prompt(tokens: Sequence[int], limits: Limits, param: str) -> None:
     if not tokens:
         raise invalid("the prompt has no tokens; send some text", param)
     if limits.prompt is not None and len(tokens) > limits.prompt:
-        raise _too_long(limits, f"has {len(tokens)} of them", param)
+        raise _too_long(limits, f"{len(tokens)} tokens", param)
     if len(tokens) >= limits.context:
-        raise _too_long(limits, f"has {len(tokens)} of them, which leaves no room for an answer", param)
+        raise _too_long(limits, f"{len(tokens)} tokens, which leaves no room for an answer", param)
     if strays := [token for token in tokens if not 0 <= token < limits.vocab_size]:
         raise invalid(f"token id {strays[0]} is outside the vocabulary of {limits.vocab_size} tokens", param)
 
@@ -95,7 +95,7 @@ async def _tokenize(
         # Tokenizing takes about 200 bytes of memory per token: a body of 4 MB took 490 MB.
         most = 2 * min(limits.context, limits.prompt or limits.context)
         if _has_more_tokens(tokenizer, texts, most):
-            raise _too_long(limits, f"has more than {most}", param)
+            raise _too_long(limits, f"more than {most} tokens", param)
         return tokenize()
 
     return await asyncio.to_thread(measured)
@@ -112,7 +112,10 @@ def _has_more_tokens(tokenizer: Tokenizer, texts: Sequence[str], limit: int) -> 
     return False
 
 
-def _too_long(limits: Limits, problem: str, param: str) -> ApiError:
-    most = min(limits.context, limits.prompt or limits.context)
-    text = f"at most {most} tokens fit here, and the prompt {problem}; shorten it"
+def _too_long(limits: Limits, count: str, param: str) -> ApiError:
+    """Return the error of a too long prompt, in OpenAI's words: clients know it by them."""
+    context = f"This model's maximum context length is {limits.context} tokens"
+    if limits.prompt is not None and limits.prompt < limits.context:
+        context += f", and prompts here may have {limits.prompt} of them"
+    text = f"{context}. However, your prompt has {count}. Please shorten it."
     return invalid(text, param, "context_length_exceeded")

@@ -1,13 +1,12 @@
 """Requests: OpenAI's bodies with our own options and headers, checked.
 
-Unknown options are ignored, because clients of every age send some. Known options that would change the text but are
-not supported are refused, unless they have the value that changes nothing.
+Unknown options are ignored, because clients of every age send some. Options of OpenAI and of other servers that would
+change the text but are not supported (`services.gateway.core.options`) are refused.
 """
 
 from __future__ import annotations
 
 import re
-from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
@@ -15,6 +14,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from pydantic_core import PydanticCustomError, from_json
 
 from services.drafter.sources.registry import AUTO, CHOICES, SourceChoiceName
+from services.gateway.core.options import CHAT_OPTIONS, COMPLETION_OPTIONS, MESSAGE_OPTIONS, unsupported
 from services.gateway.errors import ApiError, invalid
 from shared.broker.topology import DEFAULT_POOL
 from shared.messages import Sampling
@@ -29,42 +29,6 @@ GREEDY_BELOW = 1e-5
 SMALLEST_TOP_P = 1e-6
 """Replaces 0, which OpenAI allows. Both keep only the most probable token."""
 
-_NO_OP: dict[str, tuple[Any, ...]] = {
-    "audio": (),
-    "best_of": (1,),
-    "chat_template": (),
-    "continue_final_message": (False,),
-    "add_generation_prompt": (True,),
-    "frequency_penalty": (0,),
-    "function_call": ("none", "auto"),
-    "functions": ([],),
-    "guided_choice": ([],),
-    "guided_grammar": (),
-    "guided_json": (),
-    "guided_regex": (),
-    "include_stop_str_in_output": (False,),
-    "length_penalty": (1,),
-    "logit_bias": ({},),
-    "logprobs": (False,),
-    "min_p": (0,),
-    "min_tokens": (0,),
-    "modalities": (["text"], []),
-    "presence_penalty": (0,),
-    "prompt_logprobs": (),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
-    "skip_special_tokens": (True,),
-    "stop_token_ids": ([],),
-    "structured_outputs": (),
-    "suffix": ("",),
-    "tool_choice": ("none", "auto"),
-    "tools": ([],),
-    "top_logprobs": (0,),
-    "use_beam_search": (False,),
-    "web_search_options": (),
-}
-"""Known unsupported options, with the values (besides null) that change nothing."""
-
 
 def _stops(value: Any) -> list[str]:
     stops = [] if value is None else [value] if isinstance(value, str) else value
@@ -77,15 +41,28 @@ def _stops(value: Any) -> list[str]:
     return stops
 
 
-def _is_tokens(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+def _whole(value: Any) -> Any:
+    """Return a number without fraction as an integer: JSON has one kind of number, and some clients send 4.0."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def _tokens(value: Any) -> list[int] | None:
+    """Return a non-empty list of token ids; None for anything else."""
+    tokens = [_whole(token) for token in value] if isinstance(value, list) else []
+    return tokens if tokens and all(type(token) is int for token in tokens) else None
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
-    if isinstance(value, str) or _is_tokens(value):
+    if isinstance(value, str):
         return [value]
-    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(map(_is_tokens, value))):
-        return value
+    if tokens := _tokens(value):
+        return [tokens]
+    if isinstance(value, list) and value:
+        if all(isinstance(prompt, str) for prompt in value):
+            return value
+        lists = [tokens for prompt in value if (tokens := _tokens(prompt))]
+        if len(lists) == len(value):
+            return list(lists)
     raise PydanticCustomError(
         "prompt_type",
         "must be a string, a non-empty list of strings, a non-empty list of token ids, or a list of these",
@@ -95,6 +72,16 @@ def _prompts(value: Any) -> list[str | list[int]]:
 def _or(default: Any) -> BeforeValidator:
     """Treat null as the default, as OpenAI's API does."""
     return BeforeValidator(lambda value: default if value is None else value)
+
+
+def _most(value: Any) -> Any:
+    """Return a token limit; None for -1, which means no limit for llama.cpp's clients."""
+    whole = _whole(value)
+    return None if whole == -1 and type(whole) is int else whole
+
+
+_Whole = BeforeValidator(_whole)
+_Most = BeforeValidator(_most)
 
 
 class _Body(BaseModel):
@@ -150,21 +137,24 @@ class GenerationRequest(_Body):
     model: str
     stream: Annotated[bool, _or(False)] = False
     stream_options: Annotated[StreamOptions, _or(StreamOptions())] = StreamOptions()
-    n: Annotated[int, Field(ge=1, le=128), _or(1)] = 1
+    n: Annotated[int, Field(ge=1, le=128), _Whole, _or(1)] = 1
     temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), _or(1.0)] = 1.0
     top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _or(1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31), _or(0)] = 0
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    top_k: Annotated[int, Field(ge=-1, lt=2**31), _Whole, _or(0)] = 0
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), _Whole] = None
     stop: Annotated[list[str], PlainValidator(_stops)] = []
+    max_tokens: Annotated[int | None, Field(ge=1), _Most] = None
+    max_completion_tokens: Annotated[int | None, Field(ge=1), _Most] = None
+    """Text completions take it too, although OpenAI has it for chats only: clients send it to both."""
     ignore_eos: Annotated[bool, _or(False)] = False
     """Generate up to the token limit, past the end-of-text token. For measurements; vLLM has the same option."""
     service_tier: str | None = None
     wisp: Annotated[WispOptions, _or(WispOptions())] = WispOptions()
 
     @property
-    @abstractmethod
     def limit(self) -> int | None:
-        """Most output tokens per completion; None for as many as fit."""
+        """Most output tokens per completion; None for as many as fit. The newer option overrides the older one."""
+        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
     def draft(self, headers: Mapping[str, str]) -> str:
         """Return the requested draft source; the option overrides the header. Raises ApiError."""
@@ -196,26 +186,15 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    max_tokens: Annotated[int | None, Field(ge=1)] = None
-    max_completion_tokens: Annotated[int | None, Field(ge=1)] = None
-
-    @property
-    def limit(self) -> int | None:
-        """The newer option overrides the older one."""
-        return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
 
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
     prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
-    max_tokens: Annotated[int, Field(ge=1), _or(16)] = 16
+    max_tokens: Annotated[int | None, Field(ge=1), _Most, _or(16)] = 16
+    """OpenAI's default is 16."""
     echo: Annotated[bool, _or(False)] = False
-
-    @property
-    def limit(self) -> int | None:
-        """OpenAI's default is 16."""
-        return self.max_tokens
 
 
 R = TypeVar("R", bound=GenerationRequest)
@@ -229,25 +208,24 @@ def parse(kind: type[R], body: bytes) -> R:
         raise invalid(f"the request's body is not JSON: {error}", code="invalid_json") from error
     if not isinstance(fields, dict):
         raise invalid(f"the request's body must be a JSON object, not {_kind(fields)}", code="invalid_json")
-    _refuse_unsupported(fields)
+    _refuse_unsupported(kind, fields)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         raise _explain(error) from error
 
 
-def _refuse_unsupported(fields: Mapping[str, Any]) -> None:
-    for name in fields.keys() & _NO_OP.keys():
-        value = fields[name]
-        if value is None or any(_same(value, harmless) for harmless in _NO_OP[name]):
-            continue
-        allowed = ", ".join(["null", *(repr(harmless) for harmless in _NO_OP[name])])
-        raise invalid(f"{name} is not supported here; leave it out (or send {allowed})", name, "unsupported_parameter")
-
-
-def _same(value: Any, harmless: Any) -> bool:
-    # In Python 0 equals False and 1 equals True; in JSON they have different types.
-    return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
+def _refuse_unsupported(kind: type[GenerationRequest], fields: Mapping[str, Any]) -> None:
+    """Raise ApiError for the first unsupported option of the body, or of one of its messages."""
+    options = COMPLETION_OPTIONS if kind is CompletionRequest else CHAT_OPTIONS
+    if (refusal := unsupported(fields, options)) is not None:
+        name, advice = refusal
+        raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
+    messages = fields.get("messages")
+    for number, message in enumerate(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict) and (refusal := unsupported(message, MESSAGE_OPTIONS)) is not None:
+            name, advice = f"messages[{number}].{refusal[0]}", refusal[1]
+            raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
 
 
 def _explain(error: ValidationError) -> ApiError:

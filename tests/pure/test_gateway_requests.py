@@ -60,7 +60,7 @@ def test_openai_defaults_hold_where_an_option_is_missing_or_null() -> None:
 
 
 def test_unknown_options_are_ignored() -> None:
-    chat(user="u", metadata={"a": 1}, store=True, prediction={}, reasoning_effort="low", no_such_option=[[]])
+    chat(user="u", metadata={"a": 1}, store=True, prediction={}, parallel_tool_calls=True, no_such_option=[[]])
     assert chat(stream_options={"include_usage": True, "continuous_usage_stats": True}).stream_options.include_usage
 
 
@@ -116,9 +116,12 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ({"top_k": 2**40}, "top_k"),
         ({"max_tokens": 0}, "max_tokens"),
         ({"max_tokens": -5}, "max_tokens"),
+        ({"max_tokens": -1.5}, "max_tokens"),
+        ({"max_tokens": True}, "max_tokens"),
         ({"max_tokens": 1.5}, "max_tokens"),
         ({"max_tokens": "5"}, "max_tokens"),
         ({"max_completion_tokens": 0}, "max_completion_tokens"),
+        ({"max_completion_tokens": -2}, "max_completion_tokens"),
         ({"n": 0}, "n"),
         ({"n": 10**9}, "n"),
         ({"seed": 2**63}, "seed"),
@@ -144,27 +147,100 @@ def test_wrong_values_are_refused_by_name(options: dict[str, Any], param: str) -
     assert param in error.message
 
 
+UNSUPPORTED: list[dict[str, Any]] = [
+    {"tools": [{"type": "function"}]},
+    {"tool_choice": "required"},
+    {"response_format": {"type": "json_schema", "json_schema": {}}},
+    {"response_format": {"type": "json_object"}},
+    {"logprobs": True},
+    {"logprobs": 0},
+    {"logprobs": 5},
+    {"top_logprobs": 2},
+    {"logit_bias": {"5": 100}},
+    {"frequency_penalty": 0.5},
+    {"presence_penalty": -1},
+    {"best_of": 3},
+    {"best_of": True},
+    {"reasoning_effort": "low"},
+    {"verbosity": "low"},
+    # vLLM
+    {"allowed_token_ids": [28]},
+    {"bad_words": ["sky"]},
+    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"documents": [{"title": "a", "text": "b"}]},
+    {"guided_json": {}},
+    {"min_p": 0.1},
+    {"min_tokens": 5},
+    {"repetition_penalty": 1.1},
+    {"spaces_between_special_tokens": False},
+    {"stop_token_ids": [5]},
+    {"structured_outputs": {"choice": ["a"]}},
+    {"truncate_prompt_tokens": 100},
+    # SGLang
+    {"ebnf": "root ::= x"},
+    {"regex": "[ab]+"},
+    {"stop_regex": ["a+"]},
+    # llama.cpp and Ollama
+    {"dry_multiplier": 0.8},
+    {"format": "json"},
+    {"grammar": "root ::= x"},
+    {"json_schema": {}},
+    {"mirostat": 2},
+    {"n_predict": 5},
+    {"options": {"temperature": 0}},
+    {"repeat_penalty": 1.1},
+    {"samplers": ["top_k"]},
+    {"think": False},
+    {"typical_p": 0.9},
+    {"xtc_probability": 0.5},
+    # text-generation-inference and transformers
+    {"do_sample": False},
+    {"max_new_tokens": 5},
+    {"no_repeat_ngram_size": 2},
+    {"parameters": {"max_new_tokens": 5}},
+    # a mistake of those who use no OpenAI client
+    {"extra_body": {"wisp": {"trace": True}}},
+]
+
+
+@pytest.mark.parametrize("options", UNSUPPORTED, ids=lambda options: next(iter(options)))
+def test_unsupported_options_are_refused(options: dict[str, Any]) -> None:
+    for kind, fields in ((ChatRequest, CHAT), (CompletionRequest, COMPLETION)):
+        error = refusal(kind, json.dumps(fields | options).encode())
+        assert error.code == "unsupported_parameter"
+        assert error.param in options
+        assert str(error.param) in error.message
+
+
+def test_unsupported_fields_of_messages_are_refused() -> None:
+    for field in ({"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}, {"prefix": True}):
+        messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", **field}]
+        error = refusal(ChatRequest, json.dumps(CHAT | {"messages": messages}).encode())
+        assert (error.code, error.param) == ("unsupported_parameter", f"messages[1].{next(iter(field))}")
+    messages = [{"role": "assistant", "content": "", "tool_calls": [], "prefix": False, "refusal": None}]
+    assert chat(messages=messages).messages[0].role == "assistant"
+
+
+@given(st.permutations(UNSUPPORTED))
+def test_the_first_unsupported_option_of_the_body_is_named(order: list[dict[str, Any]]) -> None:
+    options = {name: value for one in order[:5] for name, value in one.items()}
+    assert refusal(ChatRequest, json.dumps(CHAT | options).encode()).param == next(iter(options))
+
+
 @pytest.mark.parametrize(
-    "options",
+    ("kind", "options", "advice"),
     [
-        {"tools": [{"type": "function"}]},
-        {"tool_choice": "required"},
-        {"response_format": {"type": "json_schema", "json_schema": {}}},
-        {"response_format": {"type": "json_object"}},
-        {"logprobs": True},
-        {"logprobs": 0},
-        {"top_logprobs": 2},
-        {"logit_bias": {"5": 100}},
-        {"frequency_penalty": 0.5},
-        {"presence_penalty": -1},
-        {"best_of": 3},
-        {"best_of": True},
+        (ChatRequest, {"logprobs": 5}, "leave it out or send null or false (in a chat it is true or false"),
+        (CompletionRequest, {"logprobs": 5}, "(in a text completion it is a number of tokens"),
+        (ChatRequest, {"response_format": {"type": "json_object"}}, 'leave it out or send null or {"type": "text"}'),
+        (ChatRequest, {"repeat_penalty": 1.1}, "leave it out or send null or 1"),
+        (ChatRequest, {"guided_json": {}}, "leave it out or send null"),
+        (ChatRequest, {"n_predict": 5}, "`max_tokens`"),
     ],
 )
-def test_unsupported_options_are_refused(options: dict[str, Any]) -> None:
-    error = refusal(ChatRequest, json.dumps(CHAT | options).encode())
-    assert error.code == "unsupported_parameter"
-    assert error.param in options
+def test_a_refusal_says_what_to_send(kind: Any, options: dict[str, Any], advice: str) -> None:
+    fields = CHAT if kind is ChatRequest else COMPLETION
+    assert advice in refusal(kind, json.dumps(fields | options).encode()).message
 
 
 @pytest.mark.parametrize(
@@ -175,10 +251,28 @@ def test_unsupported_options_are_refused(options: dict[str, Any]) -> None:
         {"response_format": {"type": "text"}},
         {"logprobs": False, "top_logprobs": 0},
         {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "best_of": 1},
+        {"repeat_penalty": 1.0, "min_p": 0, "mirostat": 0, "typical_p": 1, "dry_multiplier": 0, "samplers": []},
+        {"n_predict": -1, "chat_template_kwargs": {}, "bad_words": [], "grammar": "", "extra_body": {}},
     ],
 )
 def test_unsupported_options_may_have_the_neutral_value(options: dict[str, Any]) -> None:
     assert chat(**options) == chat()
+
+
+def test_whole_numbers_may_have_a_fraction_of_zero() -> None:
+    assert [request.limit for request in (chat(max_tokens=4.0), completion(max_tokens=4.0))] == [4, 4]
+    assert chat(max_completion_tokens=4.0).limit == 4
+    request = chat(n=2.0, top_k=5.0, seed=7.0)
+    assert (request.n, request.top_k, request.seed) == (2, 5, 7)
+    assert completion(prompt=[1.0, 2]).prompt == [[1, 2]]
+    assert completion(prompt=[[1.0], [2]]).prompt == [[1], [2]]
+
+
+def test_a_token_limit_of_minus_one_is_none() -> None:
+    for value in (-1, -1.0):
+        assert chat(max_tokens=value).limit is None
+        assert chat(max_completion_tokens=value).limit is None
+        assert completion(max_tokens=value).limit is None
 
 
 @pytest.mark.parametrize(

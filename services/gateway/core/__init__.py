@@ -1,3 +1,3 @@
-"""Admission, service classes, completions and stream cursors. Pure: no I/O, no clock."""
+"""Admission, service classes, options, completions and stream cursors. Pure: no I/O, no clock."""
 
 __all__: list[str] = []

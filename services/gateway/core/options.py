@@ -1,0 +1,249 @@
+"""Request options that would change the text and are not supported, and the advice that a refusal gives.
+
+The names are those of OpenAI's API and of servers whose clients speak it too: vLLM, SGLang, llama.cpp, Ollama,
+text-generation-inference, and hosted ones. Options without an effect on the text, and those that have one only beside
+another option of the table (such as `xtc_threshold`), are not listed.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class UnsupportedOption:
+    """An option that is refused, unless it is null or has a value that changes nothing."""
+
+    harmless: tuple[Any, ...] = ()
+    advice: str = ""
+    """Added to the advice to leave the option out."""
+
+
+def _harmless(*values: Any) -> UnsupportedOption:
+    return UnsupportedOption(values)
+
+
+def _instead(text: str, *values: Any) -> UnsupportedOption:
+    return UnsupportedOption(values, text)
+
+
+_OFF = _harmless(False)
+_NEVER = _harmless()
+_ZERO = _harmless(0)
+_ONE = _harmless(1)
+_NO_LIST = _harmless([])
+_NO_OBJECT = _harmless({})
+_NO_TEXT = _harmless("")
+_LENGTH = _instead("the most tokens are `max_tokens`", -1)
+_SEED = _instead("the seed is `seed`")
+_MESSAGE = _instead("send it as a message", "")
+
+_OUTPUT_FORM: dict[str, UnsupportedOption] = {
+    "ebnf": _NO_TEXT,
+    "format": _NO_TEXT,
+    "grammar": _NO_TEXT,
+    "guided_choice": _NO_LIST,
+    "guided_grammar": _NO_TEXT,
+    "guided_json": _NEVER,
+    "guided_regex": _NO_TEXT,
+    "json_schema": _NEVER,
+    "regex": _NO_TEXT,
+    "response_format": _harmless({"type": "text"}),
+    "structural_tag": _NEVER,
+    "structured_outputs": _NEVER,
+}
+_TOOLS: dict[str, UnsupportedOption] = {
+    "data_sources": _NO_LIST,
+    "function_call": _harmless("none", "auto"),
+    "functions": _NO_LIST,
+    "plugins": _NO_LIST,
+    "search_parameters": _NEVER,
+    "tool_choice": _harmless("none", "auto"),
+    "tools": _NO_LIST,
+    "web_search_options": _NEVER,
+}
+_REASONING: dict[str, UnsupportedOption] = {
+    "enable_thinking": _NEVER,
+    "reasoning": _NEVER,
+    "reasoning_budget": _NEVER,
+    "reasoning_effort": _NEVER,
+    "think": _NEVER,
+    "thinking": _NEVER,
+    "thinking_budget": _NEVER,
+    "thinking_budget_tokens": _NEVER,
+    "thinking_token_budget": _NEVER,
+    "verbosity": _harmless("medium"),
+}
+_PROMPT: dict[str, UnsupportedOption] = {
+    "adapter_id": _NO_TEXT,
+    "audio": _NEVER,
+    "chat_template": _NEVER,
+    "chat_template_kwargs": _NO_OBJECT,
+    "context_length_exceeded_behavior": _harmless("error"),
+    "continue_final_message": _OFF,
+    "add_generation_prompt": _harmless(True),
+    "documents": _NO_LIST,
+    "image_data": _NO_LIST,
+    "images": _NO_LIST,
+    "input_prefix": _NO_TEXT,
+    "input_suffix": _NO_TEXT,
+    "instruction_template": _NO_TEXT,
+    "lora": _NO_LIST,
+    "lora_path": _NO_TEXT,
+    "lora_request": _NEVER,
+    "modalities": _harmless(["text"], []),
+    "negative_prompt": _NO_TEXT,
+    "prompt_embeds": _NEVER,
+    "prompt_mode": _NEVER,
+    "prompt_truncate_len": _NEVER,
+    "safe_prompt": _OFF,
+    "suffix": _NO_TEXT,
+    "system": _MESSAGE,
+    "system_prompt": _MESSAGE,
+    "template": _NO_TEXT,
+    "transforms": _NO_LIST,
+    "truncate": _NEVER,
+    "truncate_prompt_tokens": _NEVER,
+}
+_LENGTH_AND_STOP: dict[str, UnsupportedOption] = {
+    "eos_token_id": _instead("`stop` takes texts"),
+    "include_stop_str_in_output": _OFF,
+    "max_length": _LENGTH,
+    "max_new_tokens": _LENGTH,
+    "max_output_tokens": _LENGTH,
+    "max_time": _NEVER,
+    "min_length": _ZERO,
+    "min_new_tokens": _ZERO,
+    "min_tokens": _ZERO,
+    "n_indent": _ZERO,
+    "n_predict": _LENGTH,
+    "no_stop_trim": _OFF,
+    "num_predict": _LENGTH,
+    "return_full_text": _OFF,
+    "stop_regex": _NO_LIST,
+    "stop_sequences": _instead("stop texts are `stop`", []),
+    "stop_token_ids": _instead("`stop` takes texts", []),
+    "t_max_predict_ms": _ZERO,
+}
+_TOKENS: dict[str, UnsupportedOption] = {
+    "allowed_token_ids": _NEVER,
+    "bad_words": _NO_LIST,
+    "bad_words_ids": _NO_LIST,
+    "ban_eos_token": _OFF,
+    "custom_token_bans": _NO_TEXT,
+    "custom_logit_processor": _NO_TEXT,
+    "custom_params": _NO_OBJECT,
+    "force_words_ids": _NO_LIST,
+    "forced_eos_token_id": _NEVER,
+    "logit_bias": _harmless({}, []),
+    "logits_processors": _NO_LIST,
+    "sequence_bias": _harmless({}, []),
+    "skip_special_tokens": _harmless(True),
+    "spaces_between_special_tokens": _harmless(True),
+    "suppress_tokens": _NO_LIST,
+    "vllm_xargs": _NO_OBJECT,
+    "watermark": _OFF,
+}
+_SAMPLERS: dict[str, UnsupportedOption] = {
+    "adaptive_target": _harmless(-1),
+    "best_of": _ONE,
+    "cfg_scale": _ONE,
+    "diversity_penalty": _ZERO,
+    "do_sample": _instead("a `temperature` of 0 takes the most probable token"),
+    "dry_multiplier": _ZERO,
+    "dynamic_temperature": _OFF,
+    "dynatemp_range": _ZERO,
+    "early_stopping": _OFF,
+    "encoder_repetition_penalty": _ONE,
+    "epsilon_cutoff": _ZERO,
+    "eta_cutoff": _ZERO,
+    "frequency_penalty": _ZERO,
+    "guidance_scale": _ONE,
+    "length_penalty": _ONE,
+    "min_p": _ZERO,
+    "mirostat": _ZERO,
+    "mirostat_mode": _ZERO,
+    "mirostat_target": _NEVER,
+    "no_repeat_ngram_size": _ZERO,
+    "nsigma": _harmless(0, -1),
+    "num_beams": _ONE,
+    "penalty_alpha": _ZERO,
+    "presence_penalty": _ZERO,
+    "random_seed": _SEED,
+    "repeat_penalty": _ONE,
+    "repetition_detection": _NEVER,
+    "repetition_penalty": _ONE,
+    "samplers": _NO_LIST,
+    "sampler_seq": _NO_TEXT,
+    "smoothing_factor": _ZERO,
+    "temperature_last": _OFF,
+    "tfs": _ONE,
+    "tfs_z": _ONE,
+    "top_a": _ZERO,
+    "top_n_sigma": _harmless(0, -1),
+    "typical": _ONE,
+    "typical_p": _ONE,
+    "use_beam_search": _OFF,
+    "xtc_probability": _ZERO,
+}
+_PROBABILITIES: dict[str, UnsupportedOption] = {
+    "n_probs": _ZERO,
+    "prompt_logprobs": _NEVER,
+    "return_logprob": _OFF,
+    "top_logprobs": _ZERO,
+    "top_n_tokens": _ZERO,
+}
+_CONTAINERS: dict[str, UnsupportedOption] = {
+    "extra_body": _instead("it is an argument of OpenAI's Python client; send its fields beside `model`", {}),
+    "generation_config": _instead("send its fields beside `model`", {}),
+    "nvext": _NO_OBJECT,
+    "options": _instead("send its fields beside `model`", {}),
+    "parameters": _instead("send its fields beside `model`", {}),
+    "sampling_params": _instead("send its fields beside `model`", {}),
+}
+"""Objects that hold options."""
+
+_BOTH = (
+    _OUTPUT_FORM | _TOOLS | _REASONING | _PROMPT | _LENGTH_AND_STOP | _TOKENS | _SAMPLERS | _PROBABILITIES | _CONTAINERS
+)
+
+CHAT_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
+    "add_special_tokens": _OFF,
+    "echo": _OFF,
+    "logprobs": _instead("in a chat it is true or false, and only false is supported", False),
+}
+"""Unsupported options of chats."""
+
+COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
+    "add_special_tokens": _harmless(True),
+    "logprobs": _instead("in a text completion it is a number of tokens, and 0 asks for probabilities too", False),
+}
+"""Unsupported options of text completions."""
+
+MESSAGE_OPTIONS: Mapping[str, UnsupportedOption] = {
+    "audio": _NEVER,
+    "function_call": _NEVER,
+    "prefix": _OFF,
+    "tool_calls": _NO_LIST,
+}
+"""Unsupported fields of a chat's messages."""
+
+
+def unsupported(fields: Mapping[str, Any], options: Mapping[str, UnsupportedOption]) -> tuple[str, str] | None:
+    """Return the first field that is an unsupported option, and what to do about it; None if there is none."""
+    for name, value in fields.items():
+        option = options.get(name)
+        if option is None or value is None or any(_same(value, harmless) for harmless in option.harmless):
+            continue
+        allowed = " or ".join(json.dumps(harmless) for harmless in (None, *option.harmless))
+        advice = f"leave it out or send {allowed}"
+        return name, f"{advice} ({option.advice})" if option.advice else advice
+    return None
+
+
+def _same(value: Any, harmless: Any) -> bool:
+    # In Python 0 equals False and 1 equals True; in JSON they have different types.
+    return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
