@@ -5,16 +5,19 @@ from __future__ import annotations
 import asyncio
 import socket
 import ssl
+import sys
 from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import h11
 import uvicorn
-from starlette.types import ASGIApp
-from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Receive, Scope, Send
+from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from services.gateway.errors import encode, invalid
+from services.gateway.errors import ApiError, encode, invalid
 from shared.errors import SettingsError
 from shared.runtime import logging
 from shared.runtime.service import running
@@ -24,6 +27,18 @@ CLOSING_S = 5
 """Time for connections to close after the last session has ended."""
 CERTIFICATE_CHECK_S = 5.0
 """Time between two checks of the certificate's files."""
+HEAD_BYTES = 64 << 10
+"""Longest head of a request: its request line and headers."""
+MOST_TINY_PARTS, TINY_BYTES = 10_000, 64
+"""A body in more parts, which are shorter on average, is refused: each part costs some 10 µs, however short it is."""
+LINGER_S = 5.0
+"""Time in which the rest of a request that is not read is discarded, so that its client gets the answer.
+
+Closing a connection with unread data resets it, and the client may lose the answer.
+"""
+KEEP_ALIVE_S = 75
+"""Longer than proxies and clients keep idle connections (60 s or less), so that they close first."""
+HEAD_TIMEOUT_S = 30.0
 HTTPS_PREFIX = "https"
 
 
@@ -45,17 +60,22 @@ async def serve_http(
     *loops: Coroutine[Any, Any, None],
     drain: Callable[[], Awaitable[None]] | None = None,
     drain_s: float = 0.0,
+    keep_alive_s: int = KEEP_ALIVE_S,
+    head_timeout_s: float = HEAD_TIMEOUT_S,
     certificate: Certificate | None = None,
     **log_fields: str,
 ) -> None:
     """Serve an application until `stop` is set, then call `drain` and let the running requests end.
 
     `loops` run beside it, as in `shared.runtime.service.running`. Requests may take `drain_s` seconds to end, and
-    CLOSING_S more. `log_fields` are added to the log line with the URL.
+    CLOSING_S more. A connection stays open for `keep_alive_s` without a request, and a client has `head_timeout_s`
+    to send a request's head. `log_fields` are added to the log line with the URL.
     """
     server = _UvicornServer(
-        uvicorn.Config(
-            app,
+        _HttpConfig(
+            _HeadLimit(app),
+            head_timeout_s=head_timeout_s,
+            timeout_keep_alive=keep_alive_s,
             http=_HttpProtocol,
             ws="none",
             lifespan="off",
@@ -94,18 +114,163 @@ class _UvicornServer(uvicorn.Server):
         yield
 
 
-class _HttpProtocol(HttpToolsProtocol):
-    """Answers bytes that are not HTTP with the API's error body."""
+class _HttpConfig(uvicorn.Config):
+    """uvicorn's configuration with a time limit for heads, which uvicorn lacks."""
+
+    def __init__(self, app: ASGIApp, *, head_timeout_s: float, **options: Any) -> None:
+        super().__init__(app, **options)
+        self.head_timeout_s = head_timeout_s
+
+
+class _Connection(h11.Connection):
+    """h11's connection, which also refuses bodies in very many tiny parts."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self._parts = self._body_bytes = 0
+
+    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+        """Return the next event. Raises RemoteProtocolError."""
+        event = super().next_event()
+        if isinstance(event, h11.Data):
+            self._parts += 1
+            self._body_bytes += len(event.data)
+            if self._parts > MOST_TINY_PARTS and self._body_bytes < self._parts * TINY_BYTES:
+                raise h11.RemoteProtocolError("too many tiny parts")
+        elif isinstance(event, h11.Request):
+            self._parts = self._body_bytes = 0
+        return event
+
+
+class _HttpProtocol(H11Protocol):
+    """uvicorn's protocol on h11, with bounds on the time and work that a client can cost before it has an answer.
+
+    h11 (instead of the faster httptools) bounds the size of a head in linear time, serves requests that offer another
+    protocol (`Upgrade: h2c`), and answers HTTP/1.0 without chunks.
+    """
+
+    config: _HttpConfig
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.conn = _Connection(h11.SERVER, HEAD_BYTES)
+        self._refused = False
+        self._overdue: asyncio.TimerHandle | None = None
+        """Closes the connection unless the client completes what it has begun to send."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Wait for the first request as long as for a later one."""
+        super().connection_made(transport)  # type: ignore[arg-type]
+        self._keep_alive()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        """Stop the timers."""
+        super().connection_lost(exc)
+        self._unset_keepalive_if_required()
+        self._unset_overdue()
+
+    def data_received(self, data: bytes) -> None:
+        """Parse what the client sent, unless it is the rest of a refused request."""
+        if not self._refused:
+            super().data_received(data)
+            self._watch()
+
+    def on_response_complete(self) -> None:
+        """Wait for the rest of the request, or for the next one."""
+        super().on_response_complete()
+        self._watch()
 
     def send_400_response(self, msg: str) -> None:
-        """Refuse the request and close the connection."""
-        body = encode(invalid("this is not an HTTP/1.1 request", code="invalid_http").body())
-        head = (
-            "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\n"
-            f"content-length: {len(body)}\r\nconnection: close\r\n\r\n"
-        )
-        self.transport.write(head.encode() + body)
-        self.transport.close()
+        """Refuse bytes that are not HTTP, or a head that is too long, and close the connection."""
+        error = sys.exception()
+        if isinstance(error, h11.RemoteProtocolError) and error.error_status_hint == 431:
+            self._refuse(_head_too_long())
+        else:
+            self._refuse(invalid("this is not an HTTP/1.1 request", code="invalid_http"))
+
+    def _should_upgrade(self) -> bool:
+        """Serve requests that offer another protocol as HTTP/1.1."""
+        return False
+
+    def _watch(self) -> None:
+        """Limit the time in which a client completes the head, or the unread body, of a request."""
+        if self._refused or self.transport.is_closing():
+            return
+        if self.cycle is not None and not self.cycle.response_complete:
+            self._unset_overdue()
+        elif self.conn.their_state is h11.IDLE and not self.conn.trailing_data[0]:
+            self._unset_overdue()
+            self._keep_alive()
+        elif self._overdue is None:
+            self._overdue = self.loop.call_later(self.config.head_timeout_s, self._head_overdue)
+
+    def _keep_alive(self) -> None:
+        if self.timeout_keep_alive_task is None:
+            self.timeout_keep_alive_task = self.loop.call_later(
+                self.timeout_keep_alive, self.timeout_keep_alive_handler
+            )
+
+    def _unset_overdue(self) -> None:
+        if self._overdue is not None:
+            self._overdue.cancel()
+            self._overdue = None
+
+    def _head_overdue(self) -> None:
+        text = f"the request's head did not arrive in {self.config.head_timeout_s:g} s"
+        self._refuse(ApiError(408, text, code="request_timeout"), linger_s=0)
+
+    def _refuse(self, error: ApiError, linger_s: float = LINGER_S) -> None:
+        """Answer in place of the application, discard the rest of the request and close the connection."""
+        self._refused = True
+        self._unset_overdue()
+        self._unset_keepalive_if_required()
+        if self.cycle is not None and not self.cycle.response_complete:
+            self.cycle.disconnected = True
+            self.cycle.message_event.set()
+        if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
+            self.transport.close()
+            return
+        body = encode(error.body())
+        headers = [
+            (b"content-type", b"application/json"),
+            (b"content-length", str(len(body)).encode()),
+            (b"connection", b"close"),
+        ]
+        for event in (
+            h11.Response(status_code=error.status, headers=headers),
+            h11.Data(data=body),
+            h11.EndOfMessage(),
+        ):
+            self.transport.write(self.conn.send(event) or b"")
+        if self.transport.can_write_eof():
+            self.transport.write_eof()
+        self.flow.resume_reading()
+        self._overdue = self.loop.call_later(linger_s, self.transport.close)
+
+
+class _HeadLimit:
+    """ASGI middleware that refuses heads longer than HEAD_BYTES.
+
+    h11 refuses incomplete ones; one that arrives at once may be complete and longer.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        size = len(scope["raw_path"]) + len(scope["query_string"])
+        size += sum(len(name) + len(value) + len(": \r\n") for name, value in scope["headers"])
+        if size <= HEAD_BYTES:
+            await self._app(scope, receive, send)
+            return
+        error = _head_too_long()
+        await JSONResponse(error.body(), error.status)(scope, receive, send)
+
+
+def _head_too_long() -> ApiError:
+    text = f"the request's line and headers are longer than {HEAD_BYTES >> 10} KB"
+    return ApiError(431, text, code="headers_too_large")
 
 
 class Certificate:

@@ -29,7 +29,7 @@ from shared.errors import BrokersError, ModelError, SettingsError
 from shared.runtime.tls import Tls
 
 EXTRAS = {
-    "gateway": ("fastapi", "uvicorn", "httptools", "jinja2", "tokenizers"),
+    "gateway": ("fastapi", "uvicorn", "h11", "jinja2", "tokenizers"),
     "model": ("torch", "transformers", "safetensors", "gguf"),
     "client": ("openai",),
     "device": ("httpx",),
