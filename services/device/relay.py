@@ -3,21 +3,31 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from contextlib import suppress
 
 import httpx
-from starlette.types import Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway.browsers import BrowserGuard
 from services.gateway.errors import ApiError, encode, unavailable
 from shared.runtime import logging
 
 PATHS = ("/v1/", "/ready")
-FORWARDED = ("accept", "content-type", "x-request-id")
+FORWARDED = ("accept", "content-encoding", "content-type", "x-request-id")
 FORWARDED_PREFIXES = ("x-slo-", "x-llm-d-", "x-wisp-")
 """Request headers that the gateway reads, besides the key."""
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
 LONGEST_BODY = 32 << 20
 """Longest request body in bytes. Each gateway has its own limit, which is usually lower."""
+
+
+def device_api(gateway: httpx.AsyncClient, hosts: Collection[str] = ()) -> ASGIApp:
+    """Return the device's API as an ASGI application. Programs on the device need no key; pages in browsers get none.
+
+    `gateway` is a client as `Relay` takes it. `hosts` are names of the device besides loopback ones.
+    """
+    return BrowserGuard(Relay(gateway), hosts)
 
 
 class Relay:

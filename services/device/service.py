@@ -7,7 +7,7 @@ from contextlib import AsyncExitStack
 
 import httpx
 
-from services.device.relay import Relay
+from services.device.relay import device_api
 from services.device.settings import DeviceSettings
 from services.drafter.drafting import load_drafting
 from services.drafter.link import load_profile
@@ -42,4 +42,6 @@ async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -
             )
         )
         drafter = Drafter(name, name, settings, drafting, broker, None, profile)
-        await serve_http(Relay(gateway), listener, stop, drafter.run(asyncio.Event()), device=name)
+        await serve_http(
+            device_api(gateway, settings.allowed_host_names), listener, stop, drafter.run(asyncio.Event()), device=name
+        )

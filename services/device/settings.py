@@ -8,13 +8,13 @@ from pydantic import Field, SecretStr, model_validator
 from yarl import URL
 
 from services.drafter.settings import DraftServingSettings
-from services.gateway.settings import is_loopback
+from services.gateway.settings import AllowedHostsSettings, is_loopback
 from shared.errors import SettingsError
 from shared.runtime.settings import NAME_PATTERN
 from shared.runtime.tls import Tls
 
 
-class DeviceSettings(DraftServingSettings):
+class DeviceSettings(DraftServingSettings, AllowedHostsSettings):
     """Settings of a device: the cluster's addresses, and the drafter."""
 
     device_name: str = Field(pattern=NAME_PATTERN, description="this device's name, as in the schedulers' devices_file")

@@ -77,6 +77,8 @@ class Answer:
     started_s: float
     """Arrival of the request, on this process's monotonic clock."""
     stream: bool = True
+    event_ids: bool = True
+    """True if the events of a stream carry its cursor as their id."""
     key: ApiKey | None = None
     """The API key to charge."""
     reserved_tokens: int = 0

@@ -19,6 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway.browsers import BrowserGuard, with_cors
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.gateway import Gateway
@@ -30,6 +31,9 @@ from services.gateway.resume import LAST_EVENT_ID, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, parse
 from services.gateway.server import Certificate, serve_http
 from shared.runtime import logging
+
+READ = ["GET", "HEAD"]
+"""Methods of the routes that describe something."""
 
 
 async def serve_api(
@@ -58,6 +62,8 @@ async def serve_api(
         *loops,
         drain=drain,
         drain_s=settings.drain_s,
+        keep_alive_s=settings.keep_alive_s,
+        head_timeout_s=settings.head_timeout_s,
         certificate=certificate,
         model=gateway.model.name,
     )
@@ -73,7 +79,13 @@ def create_app(gateway: Gateway) -> ASGIApp:
     _add_models(app, gateway)
     _add_generation(app, gateway)
     _add_operations(app, gateway)
-    return RequestScope(app if gateway.keys is None else Guard(app, gateway.keys))
+    settings = gateway.settings
+    if gateway.keys is not None:
+        guarded: ASGIApp = Guard(app, gateway.keys)
+    else:
+        guarded = BrowserGuard(app, (settings.host, *settings.allowed_host_names))
+    origins = settings.allowed_origins
+    return RequestScope(with_cors(guarded, origins) if origins else guarded)
 
 
 def _add_generation(app: FastAPI, gateway: Gateway) -> None:
@@ -127,11 +139,11 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
         "max_model_len": gateway.model.folder.max_len,
     }
 
-    @app.get("/v1/models")
+    @app.api_route("/v1/models", methods=READ)
     async def models() -> JSONResponse:
         return JSONResponse({"object": "list", "data": [model]})
 
-    @app.get("/v1/models/{name:path}")
+    @app.api_route("/v1/models/{name:path}", methods=READ)
     async def one_model(name: str) -> JSONResponse:
         check_model(gateway, name)
         return JSONResponse(model)
@@ -140,11 +152,11 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes for probes and Prometheus."""
 
-    @app.get("/health")
+    @app.api_route("/health", methods=READ)
     async def health() -> JSONResponse:
         return JSONResponse({"status": "ok"})
 
-    @app.get("/ready")
+    @app.api_route("/ready", methods=READ)
     async def ready(request: Request) -> JSONResponse:
         missing = await gateway.upstream.missing()
         missing["gateway"] = "shutting down" if gateway.sessions.draining else None
@@ -154,14 +166,18 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         parts = {part: (problem if detailed else "not ok") if problem else "ok" for part, problem in missing.items()}
         return JSONResponse({"ready": is_ready, "parts": parts}, 200 if is_ready else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _body(gateway: Gateway, request: Request) -> bytes:
-    """Read the request's body. It is refused as soon as it is known to be too long."""
+    """Read the request's body. It is refused as soon as it is known to be too long or compressed."""
     limit, timeout_s = gateway.settings.max_body_bytes, gateway.settings.body_timeout_s
+    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("identity", ""):
+        text = f"the request's body has the encoding {encoding[:60]!r}; send it without compression"
+        refused = {"accept-encoding": "identity"}
+        raise ApiError(415, text, code="unsupported_content_encoding", extra=refused)
 
     def too_large() -> ApiError:
         return ApiError(413, f"the request's body is longer than {limit} bytes", code="request_too_large")

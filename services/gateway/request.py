@@ -35,7 +35,8 @@ def new_answer(
     limit = output_limit(request, limits)
     form = _form(gateway, request, headers, prompts, key)
     answer_id = f"{'chatcmpl' if form.chat else 'cmpl'}-{token_hex(12)}"
-    answer = Answer(answer_id, form, started_s, request.stream, key)
+    event_ids = form.keep or takes_event_ids(headers)
+    answer = Answer(answer_id, form, started_s, request.stream, event_ids, key)
     slo = slo_of(headers, request.service_tier, gateway.settings.slo_classes)
     for prompt in prompts:
         room = min(limits.context - len(prompt.tokens), limits.output or limits.context)
@@ -108,6 +109,16 @@ def output_limit(request: GenerationRequest, limits: Limits) -> int | None:
         text = f"max_tokens is too large: {request.limit}; this gateway allows at most {limits.output} output tokens"
         raise invalid(text, "max_tokens")
     return request.limit
+
+
+def takes_event_ids(headers: Mapping[str, str]) -> bool:
+    """Return whether the client may use the ids of events.
+
+    OpenAI's clients say that they take JSON only. They have no use for the ids, and the one for Python fails on the
+    comments that proxies send to keep a stream alive, once an event had an id.
+    """
+    accepted = [part.partition(";")[0].strip().lower() for part in headers.get("accept", "*/*").split(",")]
+    return any(media_type in ("text/event-stream", "text/*", "*/*") for media_type in accepted)
 
 
 def pool_of(request: GenerationRequest, headers: Mapping[str, str], key: ApiKey | None) -> str:

@@ -134,7 +134,7 @@ class Events:
         if index not in self._cursor.delivered:
             self._cursor.delivered[index] = NOTHING
             if opening := self._chunks.opening(index):
-                events = stream.event(opening, self._cursor)
+                events = self._event(opening)
         return events + (self._piece(index, item) if isinstance(item, Piece) else self._end(index, item))
 
     def _piece(self, index: int, piece: Piece) -> bytes:
@@ -146,7 +146,7 @@ class Events:
         delta = self._chunks.delta(index, rest.text)
         if self._answer.form.trace:
             delta["wisp"] = stream.trace(rest)
-        return stream.event(delta, self._cursor)
+        return self._event(delta)
 
     def _end(self, index: int, finish: Finish) -> bytes:
         answer, cursor = self._answer, self._cursor
@@ -163,7 +163,11 @@ class Events:
             cursor.usage = True
         if is_last and chunks and (about := _about(answer)):
             chunks[-1].setdefault("wisp", {}).update(about)
-        return b"".join(stream.event(fields, closing_id if fields["choices"] else cursor) for fields in chunks)
+        return b"".join(self._event(fields, closing_id if fields["choices"] else None) for fields in chunks)
+
+    def _event(self, fields: Fields, event_id: str | None = None) -> bytes:
+        """Encode an event, by default with the cursor as its id, if the client takes ids."""
+        return stream.event(fields, (event_id or self._cursor) if self._answer.event_ids else None)
 
 
 def _about(answer: Answer) -> Fields:

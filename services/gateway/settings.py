@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,13 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator, model_valida
 from services.gateway.core.slo import ServiceClass
 from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
-from shared.runtime.settings import ServiceSettings, SessionSecretSettings, SessionTtlSettings, TargetSettings
+from shared.runtime.settings import (
+    ServiceSettings,
+    SessionSecretSettings,
+    SessionTtlSettings,
+    TargetSettings,
+    WispSettings,
+)
 from shared.runtime.tls import server_context
 
 ADMIT_TO = {"priority": 1.0, "flex": 0.8}
@@ -24,6 +31,9 @@ STANDARD_CLASSES: Any = {
 }
 """In the form of the setting's JSON."""
 
+
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://[^/?#@\s,]+")
+_HOST_NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
 Limit = Annotated[int, Field(ge=1)]
 
@@ -40,7 +50,30 @@ class KeyLimits(BaseModel):
     """Running completions."""
 
 
-class ApiSettings(TargetSettings):
+class AllowedHostsSettings(WispSettings):
+    """The names by which an API without keys may be reached."""
+
+    allowed_hosts: str = Field(
+        "",
+        description="host names, separated by commas, that requests without API keys may name in their Host header "
+        "besides loopback names and IP addresses (* for any), against pages in browsers (DNS rebinding)",
+    )
+
+    @property
+    def allowed_host_names(self) -> list[str]:
+        """The names of `allowed_hosts`."""
+        return _listed(self.allowed_hosts)
+
+    @field_validator("allowed_hosts")
+    @classmethod
+    def _are_host_names(cls, text: str) -> str:
+        for name in _listed(text):
+            if name != "*" and not _HOST_NAME.fullmatch(name):
+                raise ValueError(f"{name!r} is no host name; a host name looks like wisp.example.org, without a port")
+        return text
+
+
+class ApiSettings(TargetSettings, AllowedHostsSettings):
     """Settings of the HTTP API, which the gateway and the baselines serve."""
 
     host: str = Field("127.0.0.1", description="address of the HTTP API")
@@ -56,6 +89,11 @@ class ApiSettings(TargetSettings):
         description="file of the valid API keys (wisp keys new), read again when it changes; none: no keys are "
         "required, and the API is on loopback only",
     )
+    cors_origins: str = Field(
+        "",
+        description="origins, separated by commas, whose pages may use the API from a browser, such as "
+        "https://chat.example.org (* for all); none: no CORS",
+    )
     unsafe_serve_everybody: bool = Field(
         False, description="listen beyond loopback without API keys, so that everybody who can reach the API can use it"
     )
@@ -67,6 +105,12 @@ class ApiSettings(TargetSettings):
         None, ge=1, description="most output tokens of a completion; default: what fits"
     )
     max_body_bytes: int = Field(2 << 20, ge=1024, description="longest request body, in bytes")
+    head_timeout_s: float = Field(
+        30, gt=0, le=60, description="seconds that a client may take to send the head of a request it has begun"
+    )
+    keep_alive_s: int = Field(
+        75, ge=1, description="seconds that a connection without a request stays open; more than a proxy before it has"
+    )
     body_timeout_s: float = Field(60, gt=0, description="seconds that a client may take to send its request's body")
     stall_timeout_s: float = Field(60, gt=0, description="seconds without progress after which a session is given up")
     drain_s: float = Field(20, ge=0, description="seconds that running requests may take to end after SIGTERM")
@@ -76,6 +120,19 @@ class ApiSettings(TargetSettings):
         "verifiers' time up to which its requests are admitted (admit_to), and its own limit of running completions "
         "(max_sessions), as JSON; `default` is for all other tiers",
     )
+
+    @property
+    def allowed_origins(self) -> list[str]:
+        """The origins of `cors_origins`."""
+        return _listed(self.cors_origins)
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _are_origins(cls, text: str) -> str:
+        for origin in _listed(text):
+            if origin != "*" and not _ORIGIN.fullmatch(origin):
+                raise ValueError(f"{origin!r} is no origin; an origin looks like https://chat.example.org or *")
+        return text
 
     @model_validator(mode="after")
     def _is_not_open(self) -> ApiSettings:
@@ -157,6 +214,10 @@ class GatewaySettings(ServiceSettings, ApiSettings, SessionTtlSettings, SessionS
             tokens_per_minute=self.key_tokens_per_minute,
             max_sessions=self.key_max_sessions,
         )
+
+
+def _listed(text: str) -> list[str]:
+    return [item.strip() for item in text.split(",") if item.strip()]
 
 
 def refuse_open(host: str, api_keys_file: Path | None, unsafe: bool = False) -> None:

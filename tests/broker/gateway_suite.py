@@ -21,6 +21,8 @@ from services.gateway.service import serve
 from shared.models.folder import ModelFolder
 
 MODEL = "tiny"
+HEADERS = "host: localhost\r\ncontent-type: application/json\r\n"
+"""Headers of raw requests."""
 
 
 @dataclass
@@ -87,7 +89,9 @@ async def started(
         client = await stack.enter_async_context(
             openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANG_S)
         )
-        http = await stack.enter_async_context(httpx.AsyncClient(base_url=url, timeout=HANG_S))
+        http = await stack.enter_async_context(
+            httpx.AsyncClient(base_url=url, headers={"content-type": "application/json"}, timeout=HANG_S)
+        )
         await answers(http)
         try:
             yield Suite(url, peer, client, http, stop, serving, metrics_before)

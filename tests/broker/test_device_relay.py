@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
@@ -15,7 +16,7 @@ from gateway_peer import Script, eventually
 from gateway_suite import MODEL, Start, Suite, chunks_of, free_port, text_of
 from patience import HANG_S
 
-from services.device.relay import Relay
+from services.device.relay import device_api
 from services.gateway.keys import new_key, render
 from services.gateway.server import listen, serve_http
 
@@ -34,7 +35,7 @@ async def relayed(url: str, key: str) -> AsyncIterator[str]:
     """Run a relay to this gateway; yields its URL."""
     listener, stop = listen("127.0.0.1", 0), asyncio.Event()
     async with httpx.AsyncClient(base_url=url, headers={"authorization": f"Bearer {key}"}, timeout=HANG_S) as gateway:
-        serving = asyncio.create_task(serve_http(Relay(gateway), listener, stop))
+        serving = asyncio.create_task(serve_http(device_api(gateway), listener, stop))
         try:
             yield f"http://127.0.0.1:{listener.getsockname()[1]}"
         finally:
@@ -63,7 +64,7 @@ async def test_a_client_without_a_key_is_served_like_by_the_gateway(suite: tuple
         assert slo is not None
         assert slo.tpot_ms == 900
         with pytest.raises(openai.BadRequestError) as wrong:
-            await client.chat.completions.create(model=MODEL, messages=[], max_tokens=-1)
+            await client.chat.completions.create(model=MODEL, messages=[], max_tokens=0)
         assert wrong.value.type == "invalid_request_error"
         with pytest.raises(openai.NotFoundError):
             await client.chat.completions.create(model="other", messages=[{"role": "user", "content": "Hi"}])
@@ -71,6 +72,21 @@ async def test_a_client_without_a_key_is_served_like_by_the_gateway(suite: tuple
             assert (await http.get("/health")).json() == {"status": "ok"}
             assert (await http.get("/ready")).json()["parts"]["redis"] == "ok"
             assert (await http.get("/metrics")).status_code == 404
+
+
+async def test_pages_in_browsers_are_not_served(suite: tuple[Suite, str]) -> None:
+    running, key = suite
+    body = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}).encode()
+    async with relayed(running.url, key) as url, httpx.AsyncClient(base_url=url) as http:
+        for headers, status in (
+            ({"content-type": "text/plain"}, 415),
+            ({}, 415),
+            ({"content-type": "application/json", "host": "evil.example"}, 403),
+            ({"content-type": "application/json", "content-encoding": "gzip"}, 415),
+        ):
+            answer = await http.post("/v1/chat/completions", content=body, headers=headers)
+            assert answer.status_code == status
+    assert running.peer.generated == []
 
 
 @pytest.mark.parametrize("stream", [True, False])

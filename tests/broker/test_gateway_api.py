@@ -11,7 +11,7 @@ import aio_pika
 import openai
 import pytest
 from gateway_peer import EOS, Script, eventually
-from gateway_suite import MODEL, Start, Suite, chunks_of, events_of, text_of
+from gateway_suite import HEADERS, MODEL, Start, Suite, chunks_of, events_of, text_of
 from patience import HANG_S
 
 from shared.messages import Failure, Result, Slo
@@ -211,7 +211,7 @@ async def test_a_client_that_goes_away_cancels_its_session_at_once(suite: Suite,
     suite.peer.script = Script(text="x" * 400, pause_s=0.05)
     reader, writer = await asyncio.open_connection(*suite.address)
     body = json.dumps({"model": MODEL, "stream": stream, "messages": [{"role": "user", "content": "Hi"}]})
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{HEADERS}content-length: {len(body)}\r\n\r\n"
     writer.write((head + body).encode())
     if stream:
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
@@ -231,7 +231,7 @@ async def test_a_slow_reader_delays_nobody_and_gets_everything(suite: Suite) -> 
     body = json.dumps(
         {"model": MODEL, "stream": True, "wisp": {"trace": True}, "messages": [{"role": "user", "content": "Hi"}]}
     )
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\n{HEADERS}connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
     writer.write((head + body).encode())
     await eventually(lambda: bool(suite.peer.generated))
     suite.peer.script = Script()
@@ -357,7 +357,7 @@ async def test_a_poison_message_is_dead_lettered(suite: Suite) -> None:
     [
         b"\x00\x01\r\n\r\n",
         b"POST /v1/completions HTTP/1.1\r\ncontent-length: -5\r\n\r\n",
-        b"POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-length: 2\r\nconnection: close\r\n\r\n[]",
+        f"POST /v1/completions HTTP/1.1\r\n{HEADERS}content-length: 2\r\nconnection: close\r\n\r\n[]".encode(),
     ],
 )
 async def test_bytes_that_are_not_http_get_the_error_body(suite: Suite, request_bytes: bytes) -> None:

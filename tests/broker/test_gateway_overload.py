@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import psutil
 import pytest
 from gateway_peer import Peer, Script, eventually
-from gateway_suite import MODEL, free_port
+from gateway_suite import HEADERS, MODEL, free_port
 from patience import HANG_S
 
 from shared.models.folder import ModelFolder
@@ -35,7 +35,7 @@ class Gateway:
     async def open(self, prompt: str) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
         body = json.dumps({"model": MODEL, "prompt": prompt, "max_tokens": 64, "stream": True})
-        head = f"POST /v1/completions HTTP/1.1\r\nhost: x\r\nconnection: close\r\ncontent-length: {len(body)}\r\n\r\n"
+        head = f"POST /v1/completions HTTP/1.1\r\n{HEADERS}connection: close\r\ncontent-length: {len(body)}\r\n\r\n"
         writer.write((head + body).encode())
         return reader, writer
 

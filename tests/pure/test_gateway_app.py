@@ -15,6 +15,7 @@ from typing import Any, NoReturn
 
 import builders
 import httpx
+import openai
 import pytest
 from gateway_memory import MemoryServices, MemoryTransport
 from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny_target
@@ -39,6 +40,7 @@ from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
 MODEL = "tiny"
+JSON_TYPE = [(b"content-type", b"application/json")]
 HELLO = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
 
 
@@ -103,7 +105,12 @@ class App:
         self.transport.deliver_to(self.sessions.receive)
         self.asgi = create_app(self.gateway)
         transport = httpx.ASGITransport(self.asgi, raise_app_exceptions=False)
-        self.http = httpx.AsyncClient(transport=transport, base_url="http://gateway", timeout=10)
+        self.http = httpx.AsyncClient(
+            transport=transport,
+            base_url="http://127.0.0.1:8000",
+            headers={"content-type": "application/json"},
+            timeout=10,
+        )
 
     async def work(self, message: Message) -> None:
         """Generate a session's tokens, like drafter and verifier."""
@@ -202,11 +209,169 @@ async def test_models_are_listed(app: App) -> None:
     assert listed["data"][0]["max_model_len"] == CONTEXT
 
 
-async def test_the_content_type_does_not_matter(app: App) -> None:
-    for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", ""):
+FOREIGN_TYPES = (
+    "text/plain",
+    "text/plain; application/json",
+    "application/x-www-form-urlencoded",
+    "multipart/form-data; boundary=x",
+    "text/json",
+    "",
+)
+"""The first, third and fourth are those that a page in a browser may send without being asked."""
+
+
+@pytest.mark.parametrize("content_type", FOREIGN_TYPES)
+async def test_without_keys_only_json_types_are_taken(app: App, content_type: str) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        body = json.dumps(HELLO | {"prompt": "x"}).encode()
+        response = await app.http.post(path, content=body, headers={"content-type": content_type})
+        assert error_of(response, 415)["code"] == "unsupported_content_type"
+    assert app.generated == []
+    for kind in ("application/json", "Application/JSON; charset=utf-8", "application/vnd.api+json"):
         body = json.dumps(HELLO).encode()
-        response = await app.http.post("/v1/chat/completions", content=body, headers={"content-type": kind})
-        assert response.status_code == 200
+        assert (
+            await app.http.post("/v1/chat/completions", content=body, headers={"content-type": kind})
+        ).status_code == 200
+
+
+@pytest.mark.parametrize("content_type", FOREIGN_TYPES)
+async def test_with_a_key_the_content_type_does_not_matter(guarded: tuple[App, str], content_type: str) -> None:
+    app, key = guarded
+    headers = {"content-type": content_type, "authorization": f"Bearer {key}", "host": "evil.example"}
+    response = await app.http.post("/v1/chat/completions", content=json.dumps(HELLO).encode(), headers=headers)
+    assert response.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "host", ["evil.example", "evil.example:8000", "localhost.evil.example", "notlocalhost", "", "["]
+)
+async def test_without_keys_foreign_host_names_are_refused(app: App, host: str) -> None:
+    for method, path in (("POST", "/v1/chat/completions"), ("GET", "/v1/models"), ("GET", "/ready"), ("GET", "/")):
+        response = await app.http.request(method, path, json=HELLO, headers={"host": host})
+        assert error_of(response, 403)["code"] == "host_not_allowed"
+        assert "WISP_ALLOWED_HOSTS" in response.text
+    assert app.generated == []
+
+
+@pytest.mark.parametrize(
+    "host",
+    [
+        *("localhost", "LOCALHOST:8000", "localhost.", "wisp.localhost"),
+        *("127.0.0.1:8000", "[::1]:8000", "10.0.0.7:8000", "[fe80::1]"),
+    ],
+)
+async def test_without_keys_loopback_names_and_addresses_are_served(app: App, host: str) -> None:
+    """A page cannot make an address its name, so addresses are harmless."""
+    assert (await app.http.get("/v1/models", headers={"host": host})).status_code == 200
+
+
+async def test_a_setting_allows_more_host_names(folder: ModelFolder) -> None:
+    app = App(folder, allowed_hosts="gateway, wisp.example.org")
+    for host, status in (("gateway:8000", 200), ("WISP.example.org", 200), ("localhost", 200), ("other", 403)):
+        assert (await app.http.get("/v1/models", headers={"host": host})).status_code == status
+    app = App(folder, allowed_hosts="*")
+    assert (await app.http.get("/v1/models", headers={"host": "anything.example"})).status_code == 200
+
+
+ASKS = {"origin": "https://chat.example.org", "access-control-request-method": "POST"}
+
+
+async def test_cors_is_off_by_default(app: App) -> None:
+    response = await app.http.options("/v1/chat/completions", headers=ASKS)
+    assert error_of(response, 405)["code"] == "method_not_allowed"
+    answered = await app.http.post("/v1/chat/completions", json=HELLO, headers={"origin": ASKS["origin"]})
+    for headers in (response.headers, answered.headers):
+        assert not any(name.startswith("access-control-") for name in headers)
+
+
+@pytest.mark.parametrize("origins", ["https://chat.example.org", "http://localhost:3000,https://chat.example.org", "*"])
+async def test_pages_of_allowed_origins_may_use_the_api(folder: ModelFolder, tmp_path: Path, origins: str) -> None:
+    text, key = new_key("tests", datetime.now(UTC))
+    (tmp_path / "keys.json").write_text(render([key]))
+    for fields, more in (({}, {}), ({"api_keys_file": tmp_path / "keys.json"}, {"authorization": f"Bearer {text}"})):
+        app = App(folder, cors_origins=origins, **fields)
+        wanted = ASKS | {"access-control-request-headers": "authorization, content-type, x-stainless-lang"}
+        asked = await app.http.options("/v1/chat/completions", headers=wanted)
+        assert asked.status_code == 200
+        assert asked.headers["access-control-allow-origin"] in (ASKS["origin"], "*")
+        assert "POST" in asked.headers["access-control-allow-methods"]
+        assert "authorization" in asked.headers["access-control-allow-headers"]
+        origin = {"origin": ASKS["origin"]}
+        for stream in (False, True):
+            answer = await app.http.post("/v1/chat/completions", json=HELLO | {"stream": stream}, headers=origin | more)
+            assert answer.status_code == 200
+            assert answer.headers["access-control-allow-origin"] in (ASKS["origin"], "*")
+            assert "x-wisp-seed" in answer.headers["access-control-expose-headers"]
+        refused = await app.http.post("/v1/chat/completions", content=b"{", headers=origin | more)
+        assert refused.status_code == 400
+        assert "access-control-allow-origin" in refused.headers
+
+
+async def test_pages_of_other_origins_may_not(folder: ModelFolder) -> None:
+    app = App(folder, cors_origins="https://chat.example.org")
+    asked = await app.http.options("/v1/chat/completions", headers=ASKS | {"origin": "https://evil.example"})
+    assert asked.status_code == 400
+    assert "access-control-allow-origin" not in asked.headers
+
+
+async def test_what_can_be_read_has_a_head(app: App) -> None:
+    for path in ("/health", "/ready", "/v1/models", f"/v1/models/{MODEL}", "/metrics"):
+        assert (await app.http.head(path)).status_code == 200
+    app.upstream.problems = {"verifier": "none"}
+    assert (await app.http.head("/ready")).status_code == 503
+
+
+@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "deflate, gzip"])
+async def test_compressed_bodies_are_refused(app: App, encoding: str) -> None:
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        response = await app.http.post(path, content=b"\x1f\x8b", headers={"content-encoding": encoding})
+        assert error_of(response, 415)["code"] == "unsupported_content_encoding"
+        assert response.headers["accept-encoding"] == "identity"
+    plain = await app.http.post("/v1/chat/completions", json=HELLO, headers={"content-encoding": "identity"})
+    assert plain.status_code == 200
+
+
+class Pinging(httpx.AsyncBaseTransport):
+    """A proxy that keeps streams alive with comments, between events and before the first one."""
+
+    def __init__(self, gateway: httpx.AsyncBaseTransport) -> None:
+        self._gateway = gateway
+
+    async def handle_async_request(self, request: httpx.Request) -> httpx.Response:
+        response = await self._gateway.handle_async_request(request)
+        body = await response.aread()
+        pinged = b": ping\n\n" + body.replace(b"\n\n", b"\n\n: ping\n\n")
+        return httpx.Response(response.status_code, headers=response.headers, content=pinged)
+
+
+async def test_comments_of_a_proxy_do_not_break_the_official_client(app: App) -> None:
+    proxy = httpx.AsyncClient(transport=Pinging(httpx.ASGITransport(app.asgi)))
+    client = openai.AsyncOpenAI(base_url="http://127.0.0.1:8000/v1", api_key="none", max_retries=0, http_client=proxy)
+    text = ""
+    async for chunk in await client.chat.completions.create(model=MODEL, messages=HELLO["messages"], stream=True):
+        text += chunk.choices[0].delta.content or ""
+    assert text == app.script.text
+    await client.close()
+
+
+@pytest.mark.parametrize(
+    ("accept", "resumable", "has_ids"),
+    [
+        ("*/*", False, True),
+        ("text/event-stream", False, True),
+        ("application/json, text/event-stream;q=0.9", False, True),
+        ("application/json", False, False),
+        ("application/json", True, True),
+    ],
+)
+async def test_events_have_ids_for_clients_that_may_use_them(
+    app: App, accept: str, resumable: bool, has_ids: bool
+) -> None:
+    body = HELLO | {"stream": True, "wisp": {"resumable": resumable}}
+    response = await app.http.post("/v1/chat/completions", json=body, headers={"accept": accept})
+    *events, done = response.text.split("\n\n")[:-1]
+    assert done == "data: [DONE]"
+    assert {event.startswith("id: ") for event in events} == {has_ids}
 
 
 async def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(app: App) -> None:
@@ -293,7 +458,7 @@ async def test_a_client_that_goes_away_while_sending_gets_a_499(app: App) -> Non
     async def send(message: Any) -> None:
         sent.append(message)
 
-    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": [], "query_string": b""}
+    scope = {"type": "http", "method": "POST", "path": "/v1/completions", "headers": JSON_TYPE, "query_string": b""}
     await app.asgi(scope, receive, send)
     assert sent[0]["status"] == 499
 
@@ -318,7 +483,13 @@ async def test_a_client_that_goes_away_during_the_start_ends_its_session(app: Ap
 
     sent: list[str] = []
     app.services.draft = deaf
-    scope = {"type": "http", "method": "POST", "path": "/v1/chat/completions", "headers": [], "query_string": b""}
+    scope = {
+        "type": "http",
+        "method": "POST",
+        "path": "/v1/chat/completions",
+        "headers": JSON_TYPE,
+        "query_string": b"",
+    }
     request = asyncio.create_task(app.asgi(scope, receive, send))
     await eventually(request.done)
     assert app.sessions.running == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import re
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -452,6 +453,30 @@ def test_settings_define_classes_with_slo_and_admission_limit() -> None:
         "gold": 1.2,
     }
     assert (classes["batch"].max_sessions, classes["flex"].max_sessions) == (3, None)
+
+
+@pytest.mark.parametrize(
+    ("fields", "reason"),
+    [
+        ({"cors_origins": "chat.example.org"}, "looks like https://chat.example.org"),
+        ({"cors_origins": "https://chat.example.org/"}, "looks like https://chat.example.org"),
+        ({"cors_origins": "https://a.example https://b.example"}, "looks like https://chat.example.org"),
+        ({"allowed_hosts": "http://gateway"}, "looks like wisp.example.org, without a port"),
+        ({"allowed_hosts": "gateway:8000"}, "looks like wisp.example.org, without a port"),
+        ({"head_timeout_s": 61}, "less than or equal to 60"),
+        ({"keep_alive_s": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_invalid_settings_of_connections_and_browsers_are_refused(fields: dict[str, Any], reason: str) -> None:
+    with pytest.raises(ValidationError, match=re.escape(reason)):
+        GatewaySettings.model_validate(fields)
+
+
+def test_settings_of_connections_and_browsers_have_safe_defaults() -> None:
+    settings = GatewaySettings.model_validate({})
+    assert (settings.allowed_origins, settings.allowed_host_names) == ([], [])
+    assert settings.keep_alive_s == 75
+    assert settings.head_timeout_s <= 60
 
 
 @pytest.mark.parametrize(
