@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import shutil
 import time
 from collections.abc import Sequence
@@ -13,7 +12,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
-from shared.errors import ModelError
+from shared.errors import ModelError, SettingsError
+from shared.runtime.files import replacing
 
 DTYPES: Final = ("bfloat16", "float32", "int8", "gguf")
 """Formats of the weights in memory. `gguf` keeps the 4- and 8-bit blocks of a GGUF file as they are."""
@@ -186,10 +186,9 @@ class ModelFolder:
         return digest.hexdigest()
 
     def _keep(self, name: str, digest: dict[str, Any]) -> None:
-        partial = self.path / f"{name}.{os.getpid()}"
-        with contextlib.suppress(OSError):  # a read-only folder: the digest is computed again next time
+        # In a read-only folder, or one of another user, the digest is computed again next time.
+        with contextlib.suppress(OSError, SettingsError), replacing(self.path / name) as partial:
             partial.write_text(json.dumps(digest))
-            partial.replace(self.path / name)
 
     def _file_digest(self, name: str) -> str:
         return hashlib.sha256((self.path / name).read_bytes()).hexdigest()

@@ -18,6 +18,7 @@ from shared.errors import ModelError
 from shared.models.convert import OnProgress, convert_gguf
 from shared.models.folder import GGUF, ModelFolder
 from shared.models.gguf_file import is_gguf
+from shared.runtime.files import behind_links
 
 _MARKER = "wisp-model.json"
 # Increase it when the output of the conversion changes, so that older folders are converted again.
@@ -165,6 +166,7 @@ def _marker(folder: ModelFolder, origin: PackagedModel | GgufSource) -> dict[str
 
 def _convert(origin: PackagedModel | GgufSource, folder: Path, progress: OnProgress) -> None:
     source = origin.locate()
+    folder = behind_links(folder)
     # Folders of killed processes: the lock is ours.
     for abandoned in folder.parent.glob(f".{glob.escape(folder.name)}.partial-*"):
         shutil.rmtree(abandoned, ignore_errors=True)

@@ -1,3 +1,3 @@
-"""Frame of every service process: settings, logs, health, tasks, TLS."""
+"""Frame of every process: settings, logs, health, tasks, TLS, files written by replacement."""
 
-__all__ = ["health", "logging", "service", "settings", "tls"]
+__all__ = ["files", "health", "logging", "service", "settings", "tls"]

@@ -140,6 +140,14 @@ def test_who_could_read_the_file_hears_of_a_revoked_key(tmp_path: Path) -> None:
     assert len(KeyFile(file).ring) == 0
 
 
+def test_a_missing_file_has_no_keys_to_list_or_revoke(tmp_path: Path) -> None:
+    for words in (["list"], ["revoke", "ann"]):
+        result = CliRunner().invoke(app, ["keys", *words, "--file", str(tmp_path / "none.json")])
+        assert result.exit_code == 1
+        assert "there is no file" in result.stderr
+        assert not result.stdout
+
+
 def test_wrong_arguments_are_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("WISP_API_KEYS_FILE", raising=False)
     assert "--file FILE" in wisp("keys", "list")

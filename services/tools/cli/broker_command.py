@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 from pathlib import Path
 from secrets import token_urlsafe
@@ -15,6 +14,7 @@ from services.tools.cli.terminal import err, errors_shown
 from shared.broker.access import definitions, device_definitions, joined, user_of
 from shared.broker.topology import DEFAULT_POOL, ROLES, Topology, device_name
 from shared.errors import SettingsError
+from shared.runtime.files import replacing
 
 app = typer.Typer(help="Set up a RabbitMQ of your own.", no_args_is_help=True)
 
@@ -87,11 +87,8 @@ def filled(path: Path, users: list[str]) -> dict[str, str]:
     if lacking:
         known |= {user: token_urlsafe(32) for user in lacking}
         try:
-            draft = path.with_name(f".{path.name}.new")
-            draft.unlink(missing_ok=True)
-            with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-                file.write(json.dumps(known, indent=2) + "\n")
-            draft.replace(path)
+            with replacing(path, 0o600) as draft:
+                draft.write_text(json.dumps(known, indent=2) + "\n", "utf-8")
         except OSError as error:
             raise SettingsError(f"passwords {path}: {error}") from error
         err.print(f"drew {len(lacking)} passwords; they are in {path}, readable by this user only", style="dim")

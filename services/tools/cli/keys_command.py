@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import fcntl
 import os
-import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from services.tools.cli.terminal import err, errors_shown, out
 from shared.errors import SettingsError
+from shared.runtime.files import behind_links, replacing
 
 if TYPE_CHECKING:
     from services.gateway.keys import ApiKey
@@ -70,7 +70,7 @@ def list_keys(file: File = None) -> None:
         table = Table(box=None)
         for column in ("id", "name", "created", "requests/min", "tokens/min", "sessions", "device"):
             table.add_column(column, overflow="fold")
-        for key in _read(_path(file)):
+        for key in _read(_existing(file)):
             limits = (key.requests_per_minute, key.tokens_per_minute, key.max_sessions)
             shown = ("-" if limit is None else f"{limit:,}" for limit in limits)
             table.add_row(key.id, key.name, f"{key.created:%Y-%m-%d %H:%M}", *shown, key.device or "-")
@@ -80,12 +80,17 @@ def list_keys(file: File = None) -> None:
 @app.command("revoke")
 def revoke(who: Annotated[str, typer.Argument(help="Id or name of the key.")], file: File = None) -> None:
     """Remove a key from the file. Running gateways refuse it within two seconds; its running sessions continue."""
-    with errors_shown(), _editing(_path(file)) as keys:
-        found = [key for key in keys if who in (key.id, key.name)]
-        if not found:
-            raise SettingsError(f"no key has the id or name {who!r}; `wisp keys list` shows them")
-        keys.remove(found[0])
-        out.print(f"revoked {found[0].name} ({found[0].id})")
+    with errors_shown():
+        with _editing(_existing(file)) as keys:
+            key = _found(who, keys)
+            keys.remove(key)
+        out.print(f"revoked {key.name} ({key.id})")
+
+
+def _found(who: str, keys: list[ApiKey]) -> ApiKey:
+    if (key := next((key for key in keys if who in (key.id, key.name)), None)) is None:
+        raise SettingsError(f"no key has the id or name {who!r}; `wisp keys list` shows them")
+    return key
 
 
 def _path(given: Path | None) -> Path:
@@ -96,6 +101,14 @@ def _path(given: Path | None) -> Path:
         raise SettingsError(
             "no file of API keys is given: use --file FILE, or set WISP_API_KEYS_FILE as for the gateway"
         )
+    return path
+
+
+def _existing(given: Path | None) -> Path:
+    """Return the path of the file, which must exist. Raises SettingsError."""
+    path = _path(given)
+    if not path.exists():
+        raise SettingsError(f"there is no file {path}; `wisp keys new NAME --file {path}` makes it with a first key")
     return path
 
 
@@ -116,34 +129,16 @@ def _editing(path: Path) -> Iterator[list[ApiKey]]:
     from services.gateway.keys import render
 
     try:
-        folder = os.open(path.parent, os.O_RDONLY | os.O_CLOEXEC)
+        folder = os.open(behind_links(path).parent, os.O_RDONLY | os.O_CLOEXEC)
     except OSError as error:
         raise SettingsError(f"the API keys cannot be written: {error}") from error
     try:
         fcntl.flock(folder, fcntl.LOCK_EX)
         keys = _read(path)
         yield keys
-        draft = path.with_name(f".{path.name}.new")
-        draft.unlink(missing_ok=True)
-        with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w", encoding="utf-8") as file:
-            file.write(render(keys))
-            _copy_permissions(path, file.fileno())
-        draft.replace(path)
+        with replacing(path, 0o600) as draft:
+            draft.write_text(render(keys), "utf-8")
     except OSError as error:
         raise SettingsError(f"the API keys cannot be written: {error}") from error
     finally:
         os.close(folder)
-
-
-def _copy_permissions(path: Path, written: int) -> None:
-    """Give the new file the owner and mode of the old one, so that a gateway under another user can still read it."""
-    try:
-        before = path.stat()
-    except FileNotFoundError:
-        return
-    if (before.st_uid, before.st_gid) != (os.geteuid(), os.getegid()):
-        try:
-            os.fchown(written, before.st_uid, before.st_gid)
-        except PermissionError as error:
-            raise SettingsError(f"{path} belongs to another user: make this change as that user, or as root") from error
-    os.fchmod(written, stat.S_IMODE(before.st_mode))

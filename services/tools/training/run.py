@@ -37,6 +37,7 @@ from shared.engine.engine import DTYPES
 from shared.errors import EngineError, SettingsError
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
+from shared.runtime.files import behind_links, replacing
 
 EVALUATED = (0.0, 0.7, 1.0)
 """Temperatures of the texts for evaluation."""
@@ -138,6 +139,7 @@ class TrainingRun:
         """Answer prompts kept out of training, each at every temperature of EVALUATED, unless `folder` has them."""
         if shards.files(folder):
             return
+        folder = behind_links(folder)
         unfinished = folder.with_name(f"{folder.name}.part")
         done = shards.origins(unfinished)
         settings = self.config.generation
@@ -247,11 +249,9 @@ def _encoded(prompt: corpus.CorpusPrompt, tokenizer: Tokenizer, longest: int) ->
 
 
 def _write_lines(path: Path, assignments: Iterator[Assignment]) -> None:
-    unfinished = path.with_suffix(".part")
-    with unfinished.open("w") as file:
+    with replacing(path) as unfinished, unfinished.open("w") as file:
         for assignment in assignments:
             file.write(json.dumps(asdict(assignment)) + "\n")
-    unfinished.replace(path)
 
 
 def _read_lines(path: Path) -> list[Assignment]:

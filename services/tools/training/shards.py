@@ -15,7 +15,6 @@ and `kinds` in its metadata, the kind of each text.
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -23,6 +22,8 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+
+from shared.runtime.files import replacing
 
 
 @dataclass(frozen=True)
@@ -50,9 +51,8 @@ def save(path: Path, texts: Sequence[GeneratedText]) -> None:
         "origin": torch.tensor([text.origin for text in texts]),
         "temperature": torch.tensor([text.temperature for text in texts]),
     }
-    unfinished = path.with_suffix(".part")
-    save_file(tensors, unfinished, metadata={"kinds": json.dumps([text.kind for text in texts])})
-    os.replace(unfinished, path)
+    with replacing(path) as unfinished:
+        save_file(tensors, unfinished, metadata={"kinds": json.dumps([text.kind for text in texts])})
 
 
 def load(path: Path) -> list[GeneratedText]:
@@ -92,9 +92,8 @@ def with_bottom(path: Path, folder: Path, compute: Callable[[torch.Tensor], torc
     if not kept.is_file():
         folder.mkdir(parents=True, exist_ok=True)
         computed = torch.cat([compute(text.tokens.long()).cpu() for text in texts])
-        unfinished = kept.with_suffix(".part")
-        save_file({"bottom": computed.to(torch.bfloat16)}, unfinished)
-        os.replace(unfinished, kept)
+        with replacing(kept) as unfinished:
+            save_file({"bottom": computed.to(torch.bfloat16)}, unfinished)
     with safe_open(kept, framework="pt") as file:
         rows = file.get_tensor("bottom").split([len(text.tokens) for text in texts])
     return [replace(text, bottom=part) for text, part in zip(texts, rows, strict=True)]

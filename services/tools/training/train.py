@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import random
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -20,6 +19,7 @@ from services.tools.training.config import Training
 from services.tools.training.loss import HeadRows, Losses, losses, unrolled
 from services.tools.training.shards import GeneratedText
 from shared.errors import SettingsError
+from shared.runtime.files import replacing
 
 CHECKPOINT_S = 120.0
 REPORT_S = 10.0
@@ -253,10 +253,9 @@ class _Trainer:
         return loss
 
     def _save(self, stage: int) -> None:
-        unfinished = self._checkpoint.with_suffix(".part")
         state: dict[str, Any] = {"model": self._model.state_dict(), "optimiser": self._optimiser.state_dict()}
-        torch.save({**state, "stage": stage, "done": self._done}, unfinished)
-        os.replace(unfinished, self._checkpoint)
+        with replacing(self._checkpoint) as unfinished:
+            torch.save({**state, "stage": stage, "done": self._done}, unfinished)
 
 
 def _progress(
