@@ -4,20 +4,25 @@ A service's settings class inherits the bases of what the service uses: `Process
 `JournalSettings`, `RedisSettings`, `SessionTtlSettings`, `SessionSecretSettings`, `TargetSettings`.
 
 A value comes from the command line (`--help` lists the options), else from the environment (`WISP_` and the upper-case
-name), else from the default here. Nothing else in the product reads the environment.
+name; an empty variable counts as unset), else from the default here. Nothing else in the product reads the environment.
 """
 
 from __future__ import annotations
 
+import json
+import os
 import re
 import socket
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from secrets import token_hex
-from typing import Annotated, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
 
 from pydantic import Field, SecretStr, TypeAdapter, ValidationError, model_validator
-from pydantic_settings import BaseSettings, SettingsConfigDict
+from pydantic.fields import FieldInfo
+from pydantic_core import to_jsonable_python
+from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSettingsSource, SettingsConfigDict
 from pydantic_settings import SettingsError as SourceError
 from yarl import URL
 
@@ -36,9 +41,26 @@ HOST_LENGTH = 46
 
 AMQP_SCHEMES = ("amqp", "amqps")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
+AMQP_EXAMPLE = "amqp://user:password@127.0.0.1:5672/"
+REDIS_EXAMPLE = "redis://:password@127.0.0.1:6379/0"
 TLS_SCHEMES = ("amqps", "rediss")
 TLS_IN_URL = ("cafile", "capath", "cadata", "certfile", "keyfile", "no_verify_ssl")
 """URL options that have a setting of their own. The `ssl_…` options of Redis URLs count too."""
+
+
+class _Environment(EnvSettingsSource):
+    """The variables of an environment. Empty ones count as unset."""
+
+    def __init__(self, kind: type[BaseSettings], environment: Mapping[str, str]) -> None:
+        super().__init__(kind)
+        self.env_vars = {name.lower(): value for name, value in environment.items() if value.strip()}
+
+    def decode_complex_value(self, field_name: str, field: FieldInfo, value: Any) -> Any:
+        """Decode JSON. Other text stays as it is: the check of the field then refuses it by its variable's name."""
+        try:
+            return super().decode_complex_value(field_name, field, value)
+        except ValueError:
+            return value
 
 
 class WispSettings(BaseSettings):
@@ -52,6 +74,15 @@ class WispSettings(BaseSettings):
         cli_hide_none_type=True,
         cli_avoid_json=True,
     )
+    environment: ClassVar[Mapping[str, str]] = os.environ
+    """The variables that values come from."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls, settings_cls: type[BaseSettings], init_settings: PydanticBaseSettingsSource, *_: Any, **__: Any
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Take values from arguments, then from the environment."""
+        return init_settings, _Environment(settings_cls, cls.environment)
 
 
 class ProcessSettings(WispSettings):
@@ -112,7 +143,7 @@ class TlsSettings(WispSettings):
         if self.tls == Tls():
             return self
         if schemes and not set(schemes.values()) & set(TLS_SCHEMES):
-            plain = " and ".join(f"{name} begins with {scheme}://" for name, scheme in schemes.items())
+            plain = " and ".join(f"{variable(name)} begins with {scheme}://" for name, scheme in schemes.items())
             raise ValueError(
                 f"TLS files are set (WISP_TLS_...), but nothing uses TLS: {plain}; use amqps:// or rediss://, or "
                 "remove the files"
@@ -127,25 +158,43 @@ class TlsSettings(WispSettings):
 def check_url(name: str, text: str) -> str:
     """Return the scheme of a RabbitMQ or Redis URL.
 
-    Raises ValueError, without the URL's password, when the URL is malformed.
+    name: the setting's. Raises ValueError, without the URL's password, when the URL is malformed.
     """
     allowed = AMQP_SCHEMES if name == "amqp_url" else REDIS_SCHEMES
-    scheme = text.partition("://")[0]
+    example = AMQP_EXAMPLE if name == "amqp_url" else REDIS_EXAMPLE
+    called = variable(name)
+    scheme, _, rest = text.partition("://")
     if scheme not in allowed:
-        raise ValueError(f"{name} must begin with {' or '.join(f'{each}://' for each in allowed)}")
+        expected = " or ".join(f"{each}://" for each in allowed)
+        raise ValueError(f"{called} must begin with {expected}, for example {example}")
+    if scheme != "unix" and (reserved := _reserved_in_login(rest)):
+        raise ValueError(
+            f"{called}: the URL contains {reserved!r}; in a user's name or password write %{ord(reserved):02X} instead"
+        )
     try:
         url = URL(text)
         named = url.host or scheme == "unix"
         _ = url.port
     except ValueError as error:
-        raise ValueError(f"{name}: {str(error).replace(text, '...')}") from None
+        raise ValueError(f"{called}: {str(error).replace(text, '...')}; expected the form {example}") from None
     if not named:
-        raise ValueError(f"{name} names no host; expected {allowed[0]}://user:password@host:port/")
+        raise ValueError(f"{called} names no host; expected the form {example}")
     if option := next((key for key in url.query if key in TLS_IN_URL or key.startswith("ssl_")), None):
         raise ValueError(
-            f"{name} has the option {option!r}; use WISP_TLS_CA_FILE, WISP_TLS_CERT_FILE and WISP_TLS_KEY_FILE instead"
+            f"{called} has the option {option!r}; use WISP_TLS_CA_FILE, WISP_TLS_CERT_FILE and WISP_TLS_KEY_FILE "
+            "instead"
         )
     return scheme
+
+
+def _reserved_in_login(rest: str) -> str | None:
+    """Return a character that cuts a URL's user or password short; None if there is none. rest: all after `://`."""
+    if "#" in rest:
+        return "#"
+    authority = re.split("[/?]", rest, maxsplit=1)[0]
+    remainder = rest[len(authority) :]
+    is_address = re.fullmatch(r"(\[.*\]|[^:]*)(:\d*)?", authority)
+    return remainder[0] if "@" in remainder and "@" not in authority and not is_address else None
 
 
 class NamespaceSettings(WispSettings):
@@ -247,6 +296,9 @@ def read_devices(path: Path) -> list[str]:
         ) from error
 
 
+JSON_FORMS = {"list_type": "Input should be a list, as JSON", "dict_type": "Input should be an object, as JSON"}
+"""Descriptions of these errors of pydantic that say how to write the value in a variable."""
+
 S = TypeVar("S", bound=WispSettings)
 
 
@@ -257,20 +309,88 @@ def load(kind: type[S], program: str) -> S:
     except ValidationError as error:
         _refuse(program, [f"  {problem}" for problem in problems_of(error)])
     except SourceError as error:
-        _refuse(program, [f"  {error}"])
+        _refuse(program, [f"  {_unread(kind, error)}"])
 
 
-def problems_of(error: ValidationError) -> list[str]:
-    """Describe each problem of invalid settings in a line for people."""
+def from_environment(kind: type[S], environment: Mapping[str, str]) -> S:
+    """Return the settings of a process with this environment and no options. Raises ValidationError."""
+    # A subclass, because the environment belongs to the class; with its name, by which `problems_of` finds fields.
+    namespace = {"environment": environment, "__module__": kind.__module__}
+    given: S = type(kind.__name__, (kind,), namespace)()
+    return given
+
+
+def problems_of(error: ValidationError, *, options: bool = True) -> list[str]:
+    """Describe each problem of invalid settings in a line for people: variable, form, given value, example.
+
+    options: name the services' options too.
+    """
     problems = []
+    kind = next((kind for kind in _kinds(WispSettings) if kind.__name__ == error.title), None)
     for item in error.errors():
-        name = "_".join(str(part) for part in item["loc"])
-        given = "" if item["type"] == "missing" or name in SECRET else f" (given: {item['input']!r})"
-        if name:
-            problems.append(f"WISP_{name.upper()} or --{name.replace('_', '-')}: {item['msg']}{given}")
-        else:  # a rule over several settings
+        if not item["loc"]:  # a rule over several settings
             problems.append(item["msg"].removeprefix("Value error, "))
+            continue
+        name, *inside = (str(part) for part in item["loc"])
+        at = f" at {'.'.join(inside)}" if inside else ""
+        given = "" if item["type"] == "missing" or name in SECRET else f" (given: {item['input']!r})"
+        message = JSON_FORMS.get(item["type"], item["msg"].removeprefix("Value error, "))
+        instead = _for_example(kind, name) if kind is not None and name in kind.model_fields else ""
+        called = f"{variable(name)} or --{name.replace('_', '-')}" if options else variable(name)
+        problems.append(f"{called}{at}: {message}{given}{instead}")
     return problems
+
+
+def _unread(kind: type[WispSettings], error: SourceError) -> str:
+    """Describe an option that cannot be parsed."""
+    name = next((name for name in kind.model_fields if re.search(rf"\b{name}\b", str(error))), None)
+    if name is None:
+        return str(error)
+    return f"--{name.replace('_', '-')} cannot be read{_for_example(kind, name)}"
+
+
+def variable(name: str) -> str:
+    """Return the environment variable of a setting."""
+    return f"{WispSettings.model_config['env_prefix']}{name.upper()}"
+
+
+def as_variable(value: Any) -> str:
+    """Return the text of an environment variable that has this value."""
+    plain = to_jsonable_python(value)
+    return plain if isinstance(plain, str) else json.dumps(plain)
+
+
+def _kinds(base: type[WispSettings]) -> Iterator[type[WispSettings]]:
+    for kind in base.__subclasses__():
+        yield kind
+        yield from _kinds(kind)
+
+
+def _for_example(kind: type[WispSettings], name: str) -> str:
+    example = _example(kind, name)
+    return f"; for example {variable(name)}={example}" if example else ""
+
+
+def _example(kind: type[WispSettings], name: str) -> str | None:
+    """Return a valid value of a setting as a variable's text: its default, else one that fits its type."""
+    field = kind.model_fields[name]
+    default = None if field.is_required() else field.get_default(call_default_factory=True)
+    if default not in (None, "", [], {}):
+        return as_variable(default)
+    schema = kind.model_json_schema(by_alias=False)["properties"].get(name, {})
+    form = next((one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"), {})
+    match form:
+        case {"enum": [first, *_]}:
+            return str(first)
+        case {"type": "integer" | "number"}:
+            return str(form.get("minimum", 1))
+        case {"type": "string", "pattern": _}:
+            return f"{name.replace('_', '-')}-1"
+        case {"type": "array", "items": {"enum": [first, *_]}}:
+            return as_variable([first])
+        case {"type": "array", "items": {"type": "number"}}:
+            return as_variable([0.5, 2.0])
+    return None
 
 
 def _refuse(program: str, problems: list[str]) -> NoReturn:

@@ -11,7 +11,8 @@ import pytest
 import yaml
 from kustomized import ROOT, tool
 
-from services.tools.cli.environment import settings_of, variable
+from services.tools.cli.environment import settings_of
+from shared.runtime.settings import variable
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 DOCKERFILES = sorted((ROOT / "docker").glob("*Dockerfile"))

@@ -15,7 +15,8 @@ from kustomized import ROOT, TOOLS, Manifest, Rendered, tool
 from secured import Authority
 
 from services.gateway.server import CLOSING_S
-from services.tools.cli.environment import OWN, SECRET, environment, settings_of, variable
+from services.tools.cli.environment import DEPLOYED, SECRET, environment, settings_of
+from shared.runtime.settings import variable
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
@@ -100,7 +101,7 @@ def test_each_service_takes_its_environment(
         assert settings.metrics_host == "0.0.0.0"
 
 
-@pytest.mark.parametrize("service", OWN)
+@pytest.mark.parametrize("service", DEPLOYED)
 def test_the_configuration_is_made_from_the_settings(service: str) -> None:
     path = "drain-order/settings.env" if service == "drainorder" else f"base/settings/{service}.env"
     assert (ROOT / "k8s" / path).read_text() == environment(settings_of(service)), "run `make k8s-settings`"

@@ -29,7 +29,8 @@ from services.tools.local import logs
 from services.tools.local.folder import RUNS_KEPT, RunFolder, RunningSuite
 from services.tools.local.machine import Machine
 from services.tools.local.ports import free_ports, is_free
-from services.tools.local.service_commands import ServiceCommands, cores
+from services.tools.local.service_commands import STOP_ORDER, ServiceCommands, cores
+from services.tools.local.service_settings import refuse_bad_settings
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError, SettingsError
 
@@ -196,6 +197,43 @@ def test_a_busy_port_is_refused_before_anything_starts() -> None:
         result = CliRunner().invoke(app, ["up", "--port", str(port)])
     assert result.exit_code == 1
     assert f"port {port} on 127.0.0.1 is in use" in " ".join(result.stderr.split())
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "said"),
+    [
+        ("WISP_POLICY", "foo", "WISP_POLICY: Input should be 'sled', 'fcfs', 'edf', 'wisp' or 'wisp+' (given: 'foo')"),
+        ("WISP_WITHOUT", "trimming", 'for example WISP_WITHOUT=["estimator"]'),
+        ("WISP_KV_HANDOFF_MB", "much", "for example WISP_KV_HANDOFF_MB=512"),
+        ("WISP_DEVICE_PROFILE", "toaster", "no device profile toaster"),
+        ("WISP_HIDDEN_DRAFT", "/nosuch", "WISP_HIDDEN_DRAFT: there is no /nosuch"),
+        ("WISP_AMQP_URL", "amqp://ann:hid#den@rabbit/", "WISP_AMQP_URL: the URL contains '#'"),
+        ("WISP_REDIS_URL", "localhost", "WISP_REDIS_URL must begin with redis://"),
+        ("WISP_NAMESPACE", "a b", "for example WISP_NAMESPACE=namespace-1"),
+    ],
+)
+@pytest.mark.parametrize("command", ["up", "demo", "chat"])
+def test_bad_settings_are_refused_before_anything_starts(
+    command: str, name: str, value: str, said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("started")
+
+    monkeypatch.setattr("services.tools.local.target.prepare_target", started)
+    monkeypatch.setattr("services.tools.local.brokers.Brokers.start", started)
+    result = CliRunner().invoke(app, [command], env={name: value}, catch_exceptions=False)
+    assert result.exit_code == 1
+    assert f"error: {name}" in result.stderr or "error: no device profile" in result.stderr
+    assert said in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+
+
+def test_every_problem_of_all_services_is_named_once() -> None:
+    commands = replace(LAUNCH, inherited={"WISP_POLICY": "foo", "WISP_LOG_LEVEL": "loud", "WISP_DTYPE": ""})
+    with pytest.raises(SettingsError) as refused:
+        refuse_bad_settings(commands, {service: {} for service in STOP_ORDER if service != "baseline"})
+    lines = sorted(str(refused.value).splitlines())
+    assert [line.partition(":")[0] for line in lines] == ["WISP_LOG_LEVEL", "WISP_POLICY"]
 
 
 def test_a_draft_model_has_to_be_named() -> None:

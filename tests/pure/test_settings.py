@@ -6,12 +6,16 @@ import sys
 
 import pytest
 
+from services.baseline.settings import BaselineSettings
 from services.device.settings import DeviceSettings
 from services.drafter.settings import DrafterSettings
 from services.drain_order.settings import DrainOrderSettings
 from services.estimator.settings import EstimatorSettings
+from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
-from shared.runtime.settings import WispSettings, load
+from services.tools.local.settings import BrokerAddresses, LocalSettings
+from services.verifier.settings import VerifierSettings
+from shared.runtime.settings import WispSettings, load, variable
 
 
 @pytest.mark.parametrize(
@@ -26,6 +30,19 @@ from shared.runtime.settings import WispSettings, load
         (SchedulerSettings, {"WISP_NAMESPACE": "a b"}, "WISP_NAMESPACE"),
         (DrafterSettings, {"WISP_DRAFT_SOURCE": "model"}, "  draft_source is 'model', so draft_model must name"),
         (DrafterSettings, {"WISP_STOP_RULE": "never"}, "Input should be 'fixed', 'entropy', 'predictor' or 'marginal'"),
+        (SchedulerSettings, {"WISP_WITHOUT": "trimming"}, "as JSON (given: 'trimming'); for example WISP_WITHOUT=[\""),
+        (
+            VerifierSettings,
+            {"WISP_EMULATED_COST": "3"},
+            "(given: 3); for example WISP_EMULATED_COST=[0.5, 2.0]",
+        ),
+        (GatewaySettings, {"WISP_SLO_CLASSES": "x"}, 'for example WISP_SLO_CLASSES={"priority": {"ttft_ms": 500,'),
+        (
+            GatewaySettings,
+            {"WISP_SLO_CLASSES": '{"default": {"ttft_ms": "x", "tpot_ms": 1}}'},
+            "WISP_SLO_CLASSES or --slo-classes at default.ttft_ms: ",
+        ),
+        (GatewaySettings, {"WISP_KEY_MAX_SESSIONS": "many"}, "for example WISP_KEY_MAX_SESSIONS=1"),
         (DrafterSettings, {"WISP_HIDDEN_FORMAT": "int4"}, "Input should be 'bfloat16' or 'int8'"),
     ],
 )
@@ -45,6 +62,35 @@ def test_an_invalid_setting_is_named(
     shown = capsys.readouterr().err
     assert message in shown
     assert "See `service --help`." in shown
+
+
+SERVICES: list[type[WispSettings]] = [
+    GatewaySettings,
+    DrafterSettings,
+    SchedulerSettings,
+    EstimatorSettings,
+    VerifierSettings,
+    DrainOrderSettings,
+    BaselineSettings,
+]
+
+
+@pytest.mark.parametrize("kind", [*SERVICES, BrokerAddresses, LocalSettings])
+@pytest.mark.parametrize("empty", ["", " "])
+def test_an_empty_variable_is_unset(kind: type[WispSettings], empty: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    usual = kind()
+    for name in (*map(variable, kind.model_fields), "OPENAI_API_KEY"):
+        monkeypatch.setenv(name, empty)
+    assert kind() == usual
+
+
+def test_an_option_that_cannot_be_parsed_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["service", "--slo-classes", "x"])
+    with pytest.raises(SystemExit):
+        load(GatewaySettings, "service")
+    assert "--slo-classes cannot be read; for example WISP_SLO_CLASSES={" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

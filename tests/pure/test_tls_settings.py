@@ -30,14 +30,34 @@ def authority(tmp_path: Path) -> Authority:
 
 
 def test_a_malformed_url_is_refused_without_its_password() -> None:
-    assert "amqp_url must begin with amqp:// or amqps://" in problem(
+    assert "WISP_AMQP_URL must begin with amqp:// or amqps://" in problem(
         ServiceSettings, amqp_url="http://ann:hidden@rabbit/"
     )
-    assert "redis_url must begin with redis://" in problem(ServiceSettings, redis_url="ann:hidden@redis")
+    assert "WISP_REDIS_URL must begin with redis://" in problem(ServiceSettings, redis_url="ann:hidden@redis")
     assert "names no host" in problem(ServiceSettings, amqp_url="amqps://")
-    assert "amqp_url: " in problem(ServiceSettings, amqp_url="amqp://ann:hidden@rabbit:port/")
+    assert "WISP_AMQP_URL: " in problem(ServiceSettings, amqp_url="amqp://ann:hidden@rabbit:port/")
     assert ServiceSettings(redis_url="unix:///run/redis.sock").redis_url == "unix:///run/redis.sock"
     assert "must begin with" in problem(BrokerAddresses, amqp_url="rabbit:5672")
+
+
+@pytest.mark.parametrize(
+    ("url", "instead"),
+    [
+        ("amqp://ann:hid#den@rabbit:5672/", "%23"),
+        ("amqp://ann:1#hidden@rabbit/", "%23"),
+        ("amqp://ann:hidden/1@rabbit/", "%2F"),
+        ("amqp://ann:hidden?1@rabbit/", "%3F"),
+    ],
+)
+def test_a_reserved_character_in_a_password_is_named(url: str, instead: str) -> None:
+    said = problem(ServiceSettings, amqp_url=url)
+    assert "WISP_AMQP_URL: the URL contains" in said
+    assert f"write {instead} instead" in said
+
+
+@pytest.mark.parametrize("url", ["amqp://rabbit:5672/at@host", "amqp://ann:hidden@[::1]:5672/", "amqp://a:%23@b/c@d"])
+def test_other_places_of_reserved_characters_are_fine(url: str) -> None:
+    assert ServiceSettings(amqp_url=url).amqp_url == url
 
 
 @pytest.mark.parametrize("option", ["no_verify_ssl=1", "cafile=/x", "ssl_cert_reqs=none"])
@@ -68,8 +88,8 @@ def test_an_unusable_file_is_named(authority: Authority, tmp_path: Path) -> None
 def test_certificates_without_a_tls_url_are_refused(authority: Authority) -> None:
     both = problem(ServiceSettings, tls_ca_file=authority.file)
     assert "nothing uses TLS: " in both
-    assert "redis_url begins with redis://" in both
-    assert "amqp_url begins with amqp://" in both
+    assert "WISP_REDIS_URL begins with redis://" in both
+    assert "WISP_AMQP_URL begins with amqp://" in both
     assert "amqp_url" not in problem(RedisSettings, tls_ca_file=authority.file)
     only_one = {"amqp_url": SECURE["amqp_url"], "tls_ca_file": authority.file}
     assert ServiceSettings.model_validate(only_one).tls.ca_file == authority.file

@@ -2,25 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import textwrap
-from importlib import import_module
-from typing import Any
 
-from pydantic_core import to_jsonable_python
-
+from services.tools.local.service_settings import settings_class
 from shared.errors import WispError
-from shared.runtime.settings import WispSettings
+from shared.runtime.settings import WispSettings, as_variable, variable
 
-OWN = {
-    "gateway": ("services.gateway.settings", "GatewaySettings"),
-    "drafter": ("services.drafter.settings", "DrafterSettings"),
-    "scheduler": ("services.scheduler.settings", "SchedulerSettings"),
-    "estimator": ("services.estimator.settings", "EstimatorSettings"),
-    "verifier": ("services.verifier.settings", "VerifierSettings"),
-    "drainorder": ("services.drain_order.settings", "DrainOrderSettings"),
-}
-"""Module and name of the settings class of each deployed service."""
+DEPLOYED = ("gateway", "drafter", "scheduler", "estimator", "verifier", "drainorder")
+"""The services that containers run."""
 SECRET = frozenset({"amqp_url", "redis_url", "session_secret"})
 """Settings that come from a secret and are never written to a file."""
 WIDTH = 118
@@ -28,16 +17,9 @@ WIDTH = 118
 
 def settings_of(service: str) -> type[WispSettings]:
     """Return a service's settings class. Raises WispError for an unknown service."""
-    if service not in OWN:
-        raise WispError(f"there is no service {service!r}; the services are {', '.join(OWN)}")
-    module, name = OWN[service]
-    kind: type[WispSettings] = getattr(import_module(module), name)
-    return kind
-
-
-def variable(name: str) -> str:
-    """Return the environment variable of a setting."""
-    return f"{WispSettings.model_config['env_prefix']}{name.upper()}"
+    if service not in DEPLOYED:
+        raise WispError(f"there is no service {service!r}; the services are {', '.join(DEPLOYED)}")
+    return settings_class(service)
 
 
 def environment(kind: type[WispSettings]) -> str:
@@ -53,10 +35,5 @@ def environment(kind: type[WispSettings]) -> str:
         elif default in (None, ""):
             parts.append(f"{description}\n# {variable(name)} is not set")
         else:
-            parts.append(f"{description}\n{variable(name)}={_text(default)}")
+            parts.append(f"{description}\n{variable(name)}={as_variable(default)}")
     return "\n".join(parts) + "\n"
-
-
-def _text(value: Any) -> str:
-    plain = to_jsonable_python(value)
-    return plain if isinstance(plain, str) else json.dumps(plain)

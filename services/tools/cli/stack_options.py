@@ -140,14 +140,16 @@ def stack_for(
         "WISP_THREADS": str(threads) if threads else None,
         "WISP_API_KEYS_FILE": str(api_keys) if api_keys else None,
     }
-    return Stack(
+    stack = Stack(
         purpose,
         drafters=drafters,
         verifiers=verifiers,
         serving=serving.value,
-        target=prepare_target(target or LocalSettings().target, progress),
         env={key: value for key, value in env.items() if value is not None},
         host=host,
         port=port,
         progress=progress,
     )
+    stack.refuse_bad_settings()
+    stack.target = prepare_target(target or LocalSettings().target, progress).absolute()
+    return stack

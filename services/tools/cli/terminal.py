@@ -39,7 +39,7 @@ def errors_shown() -> Iterator[None]:
 
         if not isinstance(error, ValidationError):
             raise
-        for problem in problems_of(error):
+        for problem in problems_of(error, options=False):
             err.print(Text.assemble(("error: ", "bold red"), problem), soft_wrap=True)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:

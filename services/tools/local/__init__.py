@@ -13,6 +13,7 @@ __all__ = [
     "progress",
     "servers",
     "service_commands",
+    "service_settings",
     "settings",
     "stack",
     "target",

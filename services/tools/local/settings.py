@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from pydantic import AliasChoices, Field, SecretStr
-from pydantic_settings import BaseSettings, SettingsConfigDict
 
-from shared.runtime.settings import NAME_PATTERN, TlsSettings
+from shared.runtime.settings import NAME_PATTERN, TlsSettings, WispSettings
 
 DEFAULT_TARGET = "smollm2-135m-instruct"
 
@@ -15,16 +14,12 @@ DEFAULT_TARGET = "smollm2-135m-instruct"
 class BrokerAddresses(TlsSettings):
     """Addresses of given brokers. A missing address stands for a private broker."""
 
-    model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
-
     amqp_url: str | None = None
     redis_url: str | None = None
 
 
-class LocalSettings(BaseSettings):
+class LocalSettings(WispSettings):
     """Defaults of a command's options."""
-
-    model_config = SettingsConfigDict(env_prefix="WISP_", extra="ignore", frozen=True)
 
     target: str = DEFAULT_TARGET
     """A packaged model's name, or a model's folder."""

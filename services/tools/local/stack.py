@@ -22,8 +22,10 @@ from services.tools.local.ports import LOOPBACK
 from services.tools.local.process import Process
 from services.tools.local.progress import Progress
 from services.tools.local.service_commands import API_SERVICES, SERVICES, STOP_ORDER, ServiceCommands, Serving
-from services.tools.local.settings import DEFAULT_TARGET, LocalSettings
+from services.tools.local.service_settings import refuse_bad_settings
+from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
 from shared.errors import WispError
+from shared.runtime.settings import AMQP_EXAMPLE, REDIS_EXAMPLE
 
 START_S = 600.0
 """Ends a hang; a process that dies ends the wait at once. Two busy cores took over three minutes to load all models."""
@@ -95,6 +97,7 @@ class Stack:
         self._watchers: set[asyncio.Task[None]] = set()
 
     async def __aenter__(self) -> Stack:
+        self.refuse_bad_settings()
         async with AsyncExitStack() as resources:
             self._run = resources.enter_context(RunFolder(self.purpose))
             self.folder = self._run.path
@@ -118,6 +121,24 @@ class Stack:
             await self._start_all()
             self._resources = resources.pop_all()
         return self
+
+    def refuse_bad_settings(self) -> None:
+        """Raise SettingsError if a service would refuse its settings. The start does so before anything else."""
+        addresses = self._given_brokers.addresses if self._given_brokers else BrokerAddresses()
+        commands = ServiceCommands(
+            namespace=self._namespace or LocalSettings().namespace or "new",
+            amqp_url=addresses.amqp_url or AMQP_EXAMPLE,
+            redis_url=addresses.redis_url or REDIS_EXAMPLE,
+            target=self.target,
+            host=self.host,
+            port=self.port,
+            verifiers=1,
+            serving=self.serving,
+            env=self.env,
+        )
+        refuse_bad_settings(
+            commands, {service: self.env_of.get(service, {}) for service, count in self.counts.items() if count}
+        )
 
     def _make_commands(self) -> ServiceCommands:
         return ServiceCommands(

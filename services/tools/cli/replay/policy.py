@@ -25,6 +25,7 @@ from services.tools.replayer.core.sessions import read_sessions
 from services.tools.replayer.core.traffic import RecordedTraffic, recorded_traffic
 from services.tools.replayer.core.what_if import DraftPlan, ReplayedRule, what_if
 from shared.errors import SettingsError
+from shared.runtime.settings import problems_of
 
 RECORDED = "recorded"
 CHANGED = 8
@@ -97,9 +98,7 @@ def _rules(policy: str) -> SchedulingRules:
     try:
         return SchedulerSettings(policy=policy).rules  # type: ignore[call-arg]
     except ValidationError as error:
-        first = error.errors()[0]
-        name = "_".join(str(part) for part in first["loc"]).upper()
-        raise SettingsError(f"WISP_{name}: {first['msg']} (given: {first['input']!r})") from None
+        raise SettingsError("\n".join(problems_of(error, options=False))) from None
 
 
 def _reasons(found: RecordedTraffic) -> str:

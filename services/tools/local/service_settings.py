@@ -1,0 +1,65 @@
+"""The services' settings classes, and the check of all settings before anything of a stack starts."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib import import_module
+from pathlib import Path
+
+from pydantic import ValidationError
+
+from services.tools.local.folder import checkout
+from services.tools.local.service_commands import ServiceCommands
+from shared.errors import SettingsError
+from shared.runtime.settings import WispSettings, from_environment, problems_of, variable
+
+CLASSES = {
+    "gateway": ("services.gateway.settings", "GatewaySettings"),
+    "drafter": ("services.drafter.settings", "DrafterSettings"),
+    "scheduler": ("services.scheduler.settings", "SchedulerSettings"),
+    "estimator": ("services.estimator.settings", "EstimatorSettings"),
+    "verifier": ("services.verifier.settings", "VerifierSettings"),
+    "drainorder": ("services.drain_order.settings", "DrainOrderSettings"),
+    "baseline": ("services.baseline.settings", "BaselineSettings"),
+}
+"""Module and name of each service's settings class. A module is loaded only when its service is used."""
+
+
+def settings_class(service: str) -> type[WispSettings]:
+    """Return the settings class of a service in CLASSES."""
+    module, name = CLASSES[service]
+    kind: type[WispSettings] = getattr(import_module(module), name)
+    return kind
+
+
+def refuse_bad_settings(commands: ServiceCommands, env_of: Mapping[str, Mapping[str, str]]) -> None:
+    """Raise a SettingsError with every problem that the services would have with their settings.
+
+    env_of: the services to check, each with variables of its own, as for `ServiceCommands.environment`.
+    """
+    problems: dict[str, None] = {}
+    for service, own in env_of.items():
+        environment = commands.environment(service, f"{service}-1", own)
+        problems |= dict.fromkeys(_problems(settings_class(service), environment))
+    if problems:
+        raise SettingsError("\n".join(problems))
+
+
+def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Iterator[str]:
+    try:
+        settings = from_environment(kind, environment)
+    except ValidationError as error:
+        yield from problems_of(error, options=False)
+        return
+    for name, field in kind.model_fields.items():
+        value = getattr(settings, name)
+        # The services run in the checkout.
+        if isinstance(value, Path) and value != field.default and not (checkout() / value).exists():
+            yield f"{variable(name)}: there is no {value}"
+    if profile := getattr(settings, "device_profile", ""):
+        from services.drafter.link import load_profile
+
+        try:
+            load_profile(profile)
+        except SettingsError as error:
+            yield str(error)
