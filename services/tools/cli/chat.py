@@ -4,13 +4,22 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
-from contextlib import suppress
 
 from rich.console import Console
 from rich.text import Text
 
-from services.tools.cli.ask import ClientAnswer, Question, ask, client_at, tokens_per_second
+from services.tools.cli.ask import (
+    ClientAnswer,
+    Question,
+    ask,
+    client_at,
+    first_model,
+    reason_of,
+    tokens_per_second,
+    unreachable,
+)
 from services.tools.cli.core.text_parts import TextPart
+from services.tools.cli.keyboard import read_message
 from services.tools.cli.paint import Painter
 from shared.errors import WispError
 
@@ -36,34 +45,31 @@ class Chat:
         self._messages = list(self._opening)
         self._painter = Painter(console)
 
-    def talk(self, read: Callable[[str], str] = input, check: Callable[[], None] = lambda: None) -> None:
-        """Answer lines from `read` until EOFError or /quit. After a failure, `check` may raise the cause."""
-        with suppress(ImportError):
-            import readline  # noqa: F401 - gives `input` line editing and history
-
+    def talk(self, read: Callable[[str], str] = read_message, check: Callable[[], None] = lambda: None) -> None:
+        """Answer messages from `read` until EOFError or /quit. After a failure, `check` may raise the cause."""
         self.console.print(
             Text.assemble(f"Chat with {self.model}: ", self._painter.style.legend, ". /help lists commands.")
         )
         while True:
             try:
-                line = read("\n> ").strip()
+                message = read("\n> ").strip()
             except (EOFError, KeyboardInterrupt):
                 self.console.print()
                 return
-            if line == "/quit":
+            if message == "/quit":
                 return
-            if line == "/reset":
+            if message == "/reset":
                 self._messages = list(self._opening)
                 self.console.print(Text("  new conversation", "dim"))
-            elif line.startswith("/"):
-                self.console.print(Text(HELP if line == "/help" else f"  no command {line}\n{HELP}", "dim"))
-            elif line:
-                self._answer(line, check)
+            elif message.startswith("/") and "\n" not in message:
+                self.console.print(Text(HELP if message == "/help" else f"  no command {message}\n{HELP}", "dim"))
+            elif message:
+                self._answer(message, check)
 
-    def _answer(self, line: str, check: Callable[[], None]) -> None:
+    def _answer(self, message: str, check: Callable[[], None]) -> None:
         from openai import APIConnectionError, APIError
 
-        messages = [*self._messages, {"role": "user", "content": line}]
+        messages = [*self._messages, {"role": "user", "content": message}]
         sampling = {"temperature": self.temperature, "top_p": TOP_P}
         question = Question("", messages=tuple(messages), max_tokens=MAX_TOKENS, options=sampling)
         shown: list[str] = []
@@ -77,14 +83,18 @@ class Chat:
         except KeyboardInterrupt:
             self._painter.end()
             self.console.print(Text("  stopped", "dim"))
-        except APIConnectionError:
+        except APIConnectionError as error:
             check()
-            raise unreachable(self.url) from None
+            raise unreachable(self.url, error) from None
         except APIError as error:
             check()
             self._painter.end()
-            self.console.print(Text.assemble(("  error: ", "red"), str(error.message)), soft_wrap=True)
+            self.console.print(Text.assemble(("  error: ", "red"), reason_of(error)), soft_wrap=True)
             return
+        except WispError:
+            self._painter.end()
+            check()
+            raise
         else:
             self._painter.end()
             self.console.print(Text(f"  {_brief(answer)}", "dim"), soft_wrap=True)
@@ -96,28 +106,8 @@ class Chat:
             return await ask(client, self.model, question, self.draft, show)
 
     async def _first_model(self) -> str:
-        from openai import APIError, AuthenticationError
-
         async with client_at(self.url) as client:
-            try:
-                return (await client.models.list()).data[0].id
-            except AuthenticationError as error:
-                raise refused(self.url, error.message) from None
-            except (APIError, IndexError):
-                raise unreachable(self.url) from None
-
-
-def unreachable(url: str) -> WispError:
-    """The error for a URL at which no gateway answers."""
-    return WispError(
-        f"no gateway answers at {url}. Start one with `wisp up` or `make serve` and give its URL, which ends in /v1. "
-        "Without --url, `wisp chat` starts a stack of its own."
-    )
-
-
-def refused(url: str, why: str) -> WispError:
-    """The error for a gateway that refuses the API key."""
-    return WispError(f"the gateway at {url} refuses the API key in WISP_API_KEY or OPENAI_API_KEY: {why}")
+            return await first_model(client)
 
 
 def _brief(answer: ClientAnswer) -> str:

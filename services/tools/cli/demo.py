@@ -2,12 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from rich.console import Console
 from rich.text import Text
 
-from services.tools.cli.ask import ClientAnswer, Question, ask, client_at, summary_lines, tokens_per_second
+from services.tools.cli.ask import (
+    ClientAnswer,
+    Question,
+    address_of,
+    ask,
+    client_at,
+    first_model,
+    reason_of,
+    summary_lines,
+    tokens_per_second,
+    unreachable,
+)
+from services.tools.cli.core.text_parts import TextPart
 from services.tools.cli.paint import Painter
 from shared.errors import WispError
 
@@ -46,28 +59,32 @@ async def demo(url: str, console: Console, rounds: bool = False, key: str | None
     rounds: draw the first rounds of each drafted answer. key: API key, by default the environment's. Raises WispError
     if the gateway does not answer.
     """
-    from openai import APIError
+    from openai import APIConnectionError, APIError
 
     try:
         # A loaded gateway answers with a Retry-After header, which the client obeys.
         return await _demo(client_at(url, key).with_options(max_retries=MAX_RETRIES), console, rounds)
+    except APIConnectionError as error:
+        raise unreachable(url, error) from error
     except APIError as error:
-        raise WispError(f"{url}: {error}. The gateway's /ready reports what is missing.") from error
+        raise WispError(f"{url}: {reason_of(error)}. The gateway's /ready reports what is missing.") from error
 
 
 async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
     async with opened as client:
-        model = (await client.models.list()).data[0].id
+        model = await first_model(client)
         painter = Painter(console)
         console.print(Text.assemble(f"\n{model} answers: ", painter.style.legend))
         drafted = [await _show(client, model, question, console, painter, rounds) for question in QUESTIONS]
         console.print(Text("\nThe same questions by plain decoding, without drafts", "bold"))
-        plain = [await ask(client, model, question, "none") for question in QUESTIONS]
+        plain = [await _traced(client, model, question, "none") for question in QUESTIONS]
     for question, with_drafts, without in zip(QUESTIONS, drafted, plain, strict=True):
         fast, slow = tokens_per_second(with_drafts.summary), tokens_per_second(without.summary)
-        console.print(f"  {question.title}: {slow:.1f} tokens per second; with drafts {fast:.1f}", soft_wrap=True)
+        speeds = f"  {question.title}: {slow:.1f} tokens per second; with drafts {fast:.1f}"
+        console.print(Text(speeds), soft_wrap=True)
         if difference := with_drafts.difference(without):
-            console.print(f"  {question.title}, with drafts and without: {difference}", style="red", soft_wrap=True)
+            problem = f"  {question.title}, with drafts and without: {difference}"
+            console.print(Text(problem, "red"), soft_wrap=True)
     identical = not any(one.difference(other) for one, other in zip(drafted, plain, strict=True))
     console.print(
         Text.assemble("identical to plain decoding: ", ("yes", "bold green") if identical else ("no", "bold red"))
@@ -82,10 +99,26 @@ async def _show(
     console.print(
         Text(question.messages[-1]["content"] if question.messages else question.prompt, "dim"), soft_wrap=True
     )
-    answer = await ask(client, model, question, "auto", painter.write)
-    painter.end()
+    try:
+        answer = await _traced(client, model, question, "auto", painter.write)
+    finally:
+        painter.end()
     for line in summary_lines(answer.summary):
         console.print(Text(f"  {line}", "cyan"), soft_wrap=True)
     if rounds:
         painter.draw_rounds(answer.rounds)
+    return answer
+
+
+async def _traced(
+    client: AsyncOpenAI,
+    model: str,
+    question: Question,
+    draft: str,
+    show: Callable[[list[TextPart]], None] | None = None,
+) -> ClientAnswer:
+    """Return the answer to a question. Raises WispError if it comes without the gateway's measurements."""
+    answer = await ask(client, model, question, draft, show)
+    if not answer.summary:
+        raise WispError(f"{address_of(client)} answers without measurements, as no gateway of WISP does")
     return answer

@@ -37,7 +37,7 @@ from services.tools.cli.stack_options import (
     VerifiersOption,
     stack_for,
 )
-from services.tools.cli.terminal import errors_shown, out, require, run
+from services.tools.cli.terminal import errors_shown, out, print_fields, require, run
 
 app = typer.Typer(
     name="wisp",
@@ -198,7 +198,7 @@ def chat(
         from services.tools.cli.chat import Chat
 
         source = draft or "auto"
-        if url:
+        if url is not None:
             Chat(url, out, draft=source, system=system, temperature=temperature).talk()
             return
         require("gateway", "model")
@@ -221,7 +221,7 @@ def doctor(as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] 
 
         findings = run(check_machine)
         if as_json:
-            out.print_json(data=[asdict(finding) for finding in findings])
+            print_fields(out, [asdict(finding) for finding in findings])
         else:
             table = Table(box=None, show_header=False, padding=(0, 1))
             marks = {"ok": ("✓", "green"), "note": ("!", "yellow"), "missing": ("✗", "red")}
@@ -246,7 +246,7 @@ def settings(
     with errors_shown():
         from services.tools.cli.environment import environment, settings_of
 
-        sys.stdout.write(environment(settings_of(service)))
+        print(environment(settings_of(service)), end="")
 
 
 @app.command(context_settings=PASSED_ON)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import time
 from collections.abc import Coroutine
 from contextlib import suppress
@@ -21,6 +20,7 @@ from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.cli.core.suite_view import suite_view
 from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.suite_address import SuiteAddress
+from services.tools.cli.terminal import print_fields
 from shared.broker import topology
 from shared.broker.client import Broker, without_password
 from shared.broker.topology import Topology
@@ -128,7 +128,7 @@ async def once_seen(suite: SuiteAddress, console: Console, seconds: float, *, as
     snapshot = await observed(suite, seconds)
     if as_json:
         fields = {"namespace": suite.namespace, "empty": snapshot.empty, **asdict(snapshot)}
-        console.print_json(json.dumps(fields), indent=1)
+        print_fields(console, fields)
     else:
         console.print(suite_view(snapshot, suite.namespace, suite.note))
 

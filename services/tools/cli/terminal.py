@@ -4,15 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import importlib.util
+import json
 import signal
-from collections.abc import Callable, Coroutine, Iterator
+import sys
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, RenderableType
+from rich.highlighter import JSONHighlighter
+from rich.segment import Segment
 from rich.text import Text
 
+from services.tools.cli.core.text_parts import escaped, printable
 from shared.errors import WispError
 
 INTERRUPTED = 130
@@ -20,17 +25,45 @@ TERMINATED = 143
 
 T = TypeVar("T")
 
-out = Console(highlight=False)
-err = Console(stderr=True, highlight=False)
+
+class SafeConsole(Console):
+    """A console that no printed text can take over.
+
+    Names, texts and errors come from servers that anybody may run. Only the console's own styles reach the terminal as
+    control characters.
+    """
+
+    def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
+        """Render as a console does, without the control characters in texts."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(printable(segment.text), segment.style)
+
+
+out = SafeConsole(highlight=False)
+err = SafeConsole(stderr=True, highlight=False)
+
+
+def print_fields(console: Console, fields: Any) -> None:
+    """Print JSON. Control characters in texts are escaped, so that programs read them as they are."""
+    console.print(
+        JSONHighlighter()(escaped(json.dumps(fields, indent=1, ensure_ascii=False, allow_nan=False))), soft_wrap=True
+    )
 
 
 @contextmanager
 def errors_shown() -> Iterator[None]:
-    """Turn WISP's errors and Ctrl-C into a message and an exit status."""
+    """Turn WISP's errors, the system's errors and Ctrl-C into a message and an exit status."""
     try:
         yield
+        if sys.stdout is not None:
+            sys.stdout.flush()  # an error then, not when the interpreter ends
     except WispError as error:
-        err.print(Text.assemble(("error: ", "bold red"), str(error)), soft_wrap=True)
+        _print_error(str(error))
+        raise typer.Exit(1) from None
+    except BrokenPipeError:
+        raise  # nobody reads the output: typer ends quietly with status 1
+    except OSError as error:
+        _print_error(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
         raise typer.Exit(1) from None
     except ValueError as error:
         from pydantic import ValidationError
@@ -40,13 +73,17 @@ def errors_shown() -> Iterator[None]:
         if not isinstance(error, ValidationError):
             raise
         for problem in problems_of(error, options=False):
-            err.print(Text.assemble(("error: ", "bold red"), problem), soft_wrap=True)
+            _print_error(problem)
         raise typer.Exit(1) from None
     except KeyboardInterrupt:
         err.print("interrupted")
         raise typer.Exit(INTERRUPTED) from None
     except asyncio.CancelledError:
         raise typer.Exit(TERMINATED) from None
+
+
+def _print_error(text: str) -> None:
+    err.print(Text.assemble(("error: ", "bold red"), text), soft_wrap=True)
 
 
 def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:

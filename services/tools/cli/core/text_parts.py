@@ -15,6 +15,8 @@ OPEN, CLOSE = "‹", "›"
 _COLOUR = Style(color="green")
 _UNDERLINE = Style(underline=True)
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+_UNSAFE = re.compile(f"{_CONTROL.pattern}|{_SURROGATE.pattern}")
 
 
 @dataclass(frozen=True)
@@ -72,5 +74,10 @@ def text_parts(delta: str, trace: Mapping[str, Any] | None) -> list[TextPart]:
 
 
 def printable(text: str) -> str:
-    """Remove the control characters with which a text could take over the terminal."""
-    return _CONTROL.sub("", text)
+    """Remove the control characters with which a text could take over the terminal, and what no terminal can show."""
+    return _SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
+
+
+def escaped(json_text: str) -> str:
+    """Write characters that `printable` changes as JSON does, so that a reader of the JSON gets them all."""
+    return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)

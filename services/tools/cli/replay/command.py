@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -10,7 +9,7 @@ import typer
 from rich.text import Text
 
 from services.tools.cli.replay.options import AmqpUrl, Namespace, Since, Until
-from services.tools.cli.terminal import err, errors_shown, out, require
+from services.tools.cli.terminal import err, errors_shown, out, print_fields, require
 from shared.errors import SettingsError
 
 if TYPE_CHECKING:
@@ -120,7 +119,7 @@ def _show_sessions(
     timelines = [timeline(one) for one in sessions]
     words = token_texts(target, {one.generate.vocab_fingerprint for one in sessions if one.generate}, recording)
     if as_json:
-        out.print_json(json.dumps([timeline_fields(one, words) for one in timelines], allow_nan=False), indent=1)
+        print_fields(out, [timeline_fields(one, words) for one in timelines])
     elif session is not None or every:
         style = Painter(out).style
         for one in timelines:

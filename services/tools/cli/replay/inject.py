@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import asdict
 
 from rich.text import Text
 
 from services.tools.cli.replay.recordings import print_notes
 from services.tools.cli.replay.timeline_view import counted
-from services.tools.cli.terminal import out, run
+from services.tools.cli.terminal import out, print_fields, run
 from services.tools.local.settings import BrokerAddresses
 from services.tools.replayer.core.injection import InjectionReport
 from services.tools.replayer.core.recording import Recording
@@ -53,7 +52,7 @@ def inject_requests(
     report = run(lambda: inject(target_url, redis_url, space, recording, speed))
     same = not report.differing and set(report.ended) <= {"stop", "length", "cancelled"}
     if as_json:
-        out.print_json(json.dumps({"same": same, **asdict(report)}), indent=1)
+        print_fields(out, {"same": same, **asdict(report)})
     else:
         _print(report)
     return same

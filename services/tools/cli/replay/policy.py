@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import asdict
 from functools import partial
@@ -18,7 +17,7 @@ from services.scheduler.settings import SchedulerSettings
 from services.tools.cli.core.suite_view import short
 from services.tools.cli.replay.recordings import print_notes
 from services.tools.cli.replay.timeline_view import counted
-from services.tools.cli.terminal import err, out
+from services.tools.cli.terminal import err, out, print_fields
 from services.tools.replayer.core.performance import Performance, recorded_performance
 from services.tools.replayer.core.recording import Recording, RecordingError
 from services.tools.replayer.core.sessions import read_sessions
@@ -58,7 +57,7 @@ def compare_policies(
         columns[name] = what_if(found, _rules(policy), drafts)
     if as_json:
         runs_by_name = {name: asdict(figures) for name, figures in columns.items()}
-        out.print_json(json.dumps({"left_out": found.left_out, "runs": runs_by_name}, allow_nan=False), indent=1)
+        print_fields(out, {"left_out": found.left_out, "runs": runs_by_name})
         return
     out.print(_table(columns))
     for line in _changes(columns, f"{live} again"):

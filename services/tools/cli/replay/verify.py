@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import IntEnum
@@ -10,7 +9,7 @@ from enum import IntEnum
 from rich.text import Text
 
 from services.tools.cli.replay.recordings import print_notes, token_texts
-from services.tools.cli.terminal import err, out
+from services.tools.cli.terminal import err, out, print_fields
 from services.tools.local.progress import ConsoleProgress
 from services.tools.local.service_commands import cores
 from services.tools.local.settings import LocalSettings
@@ -61,7 +60,7 @@ def verify_recording(recording: Recording, session: str | None, target: str | No
         step.done(f"{report.batches} batches computed again")
     status = VerifyStatus.of(report)
     if as_json:
-        out.print_json(json.dumps({"same": status is VerifyStatus.SAME, **asdict(report)}), indent=1)
+        print_fields(out, {"same": status is VerifyStatus.SAME, **asdict(report)})
     else:
         print_report(report)
     return status

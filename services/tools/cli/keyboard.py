@@ -1,0 +1,62 @@
+"""Reads the messages of a conversation from the terminal or from a file."""
+
+from __future__ import annotations
+
+import select
+import sys
+
+from shared.errors import WispError
+
+PASTED_S = 0.05
+"""Lines that arrive this soon after another were pasted with it. For terminals without bracketed paste."""
+
+
+def read_message(prompt: str) -> str:
+    """Return the next message: what is typed up to the Enter key, several lines if they are pasted at once.
+
+    From a file or a pipe, each line is a message. Raises EOFError at the end, and WispError for a file that is not
+    UTF-8.
+    """
+    bracketed = _edit_lines()
+    while True:
+        try:
+            message = input(prompt)
+            if not bracketed and _is_terminal():
+                message = "\n".join([message, *_pasted_lines()])
+            message.encode()  # in the locale C, Python reads other bytes as surrogates
+        except UnicodeError:
+            if not _is_terminal():
+                raise WispError("the input is not UTF-8 text") from None
+            print("  what was typed is not UTF-8 text", file=sys.stderr)
+        except RuntimeError:  # standard input is closed
+            raise EOFError from None
+        else:
+            return message
+
+
+def _edit_lines() -> bool:
+    """Give `input` line editing and history. Return whether a paste of several lines arrives as one."""
+    try:
+        import readline
+    except ImportError:
+        return False
+    if "libedit" in (readline.__doc__ or ""):
+        return False
+    # Python switches it off for its own prompt, which takes one line at a time.
+    readline.parse_and_bind("set enable-bracketed-paste on")
+    return True
+
+
+def _pasted_lines() -> list[str]:
+    """Return the lines that have arrived together with the last one."""
+    lines = []
+    while select.select([sys.stdin], [], [], PASTED_S)[0]:
+        try:
+            lines.append(input())
+        except EOFError:
+            break
+    return lines
+
+
+def _is_terminal() -> bool:
+    return sys.stdin is not None and sys.stdin.isatty()

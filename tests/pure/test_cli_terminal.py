@@ -1,0 +1,260 @@
+"""Commands against hostile servers and odd terminals: one line of error, no control characters, no traceback."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from rich.text import Text
+from typer.testing import CliRunner, Result
+
+from services.tools.cli.main import app
+from services.tools.cli.terminal import SafeConsole, print_fields
+
+ROOT = Path(__file__).parents[2]
+HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\x00y"
+"""Sets the title of a terminal, clears it and makes it red."""
+SHOWN = "x]0;owned[2J31my"
+MODELS = {"object": "list", "data": [{"id": "model", "object": "model", "created": 1, "owned_by": "x"}]}
+TYPES = {"html": "text/html; charset=utf-8", "json": "application/json", "sse": "text/event-stream"}
+
+
+def chunk(**fields: object) -> bytes:
+    body = {"id": "1", "object": "chat.completion.chunk", "created": 1, "model": "m", **fields}
+    return b"data: " + json.dumps(body).encode() + b"\n\n"
+
+
+def said(text: object) -> bytes:
+    return chunk(choices=[{"index": 0, "delta": {"content": text}, "finish_reason": "stop"}])
+
+
+Reply = tuple[int, str, bytes]
+
+
+HELLO: Reply = 200, "sse", said("hello") + b"data: [DONE]\n\n"
+
+
+@contextmanager
+def server(models: Reply, answer: Reply = HELLO) -> Iterator[str]:
+    """A server with these answers to GET and POST; yields its URL."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.reply(models)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["content-length"]))
+            self.reply(answer)
+
+        def reply(self, reply: Reply) -> None:
+            status, kind, body = reply
+            self.send_response(status)
+            self.send_header("content-type", TYPES[kind])
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *_: object) -> None:
+            pass
+
+    running = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    threading.Thread(target=running.serve_forever, args=[0.01], daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{running.server_port}/v1"
+    finally:
+        running.shutdown()
+        running.server_close()
+
+
+def wisp(*words: str, given: str = "hi\n", **environment: str) -> Result:
+    result = CliRunner().invoke(app, list(words), input=given, env=environment)
+    assert result.exception is None or isinstance(result.exception, SystemExit), result.exc_info
+    assert not {"\x1b", "\x07", "\x9b", "\x00"} & set(result.output)
+    return result
+
+
+def as_json(fields: object) -> Reply:
+    return 200, "json", json.dumps(fields).encode()
+
+
+def refused(result: Result) -> str:
+    """The only line of error."""
+    assert result.exit_code == 1, result.output
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+@pytest.mark.parametrize("command", ["chat", "demo"])
+@pytest.mark.parametrize(
+    "models",
+    [
+        (200, "html", b"<!doctype html><title>Welcome to nginx</title>"),
+        (404, "html", b"<html>\n<body>not here</body>\n</html>"),
+        (500, "json", json.dumps({"error": {"message": HOSTILE + "\nmore"}}).encode()),
+        (200, "json", b"{"),
+        as_json({}),
+        as_json([1]),
+        as_json({"data": []}),
+        as_json({"data": ["model"]}),
+        as_json({"data": [{"id": None}]}),
+        as_json({"data": [{"id": ""}]}),
+        (200, "json", b'{"data": [{"id": "\xff"}]}'),
+    ],
+)
+def test_a_server_that_is_no_gateway_is_one_line_of_error(command: str, models: Reply) -> None:
+    with server(models) as url:
+        line = refused(wisp(command, "--url", url))
+    assert url in line
+    assert "answers, but" in line
+
+
+@pytest.mark.parametrize("command", ["chat", "demo"])
+@pytest.mark.parametrize(
+    "answer",
+    [
+        (200, "html", b"<!doctype html>"),
+        (200, "sse", b"data: {\n\n"),
+        (200, "sse", b'data: "text"\n\n'),
+        (200, "sse", said({"not": "text"})),
+        (200, "sse", chunk(choices=7)),
+        (200, "sse", chunk(choices=[], wisp={"tokens": [{"id": "a"}]})),
+        (200, "sse", chunk(choices=[], wisp={"summary": {"rounds": "many"}})),
+        (200, "sse", chunk(choices=[], wisp={"summary": {"rounds": 1}})),
+        (200, "sse", b"data: \xff\xfe\n\n"),
+    ],
+)
+def test_an_answer_that_is_no_completion_is_one_line_of_error(command: str, answer: Reply) -> None:
+    with server(as_json(MODELS), answer) as url:
+        assert "OpenAI API" in refused(wisp(command, "--url", url))
+
+
+def test_a_demonstration_needs_the_measurements_of_a_gateway() -> None:
+    with server(as_json(MODELS)) as url:
+        assert "answers without measurements" in refused(wisp("demo", "--url", url))
+
+
+def test_control_characters_of_a_server_never_reach_the_terminal() -> None:
+    models = as_json({"object": "list", "data": [{"id": HOSTILE, "object": "model"}]})
+    with server(models, (200, "sse", said(HOSTILE) + b"data: [DONE]\n\n")) as url:
+        shown = wisp("chat", "--url", url).stdout
+    assert shown.count(SHOWN) == 2
+    failure = (400, "json", json.dumps({"error": {"message": HOSTILE}}).encode())
+    with server(models, failure) as url:
+        assert SHOWN in wisp("chat", "--url", url).stdout.partition("error: ")[2]
+    with server(failure) as url:
+        assert SHOWN in refused(wisp("demo", "--url", url))
+
+
+def test_the_console_writes_only_its_own_styles() -> None:
+    console = SafeConsole(file=io.StringIO(), force_terminal=True, color_system="standard", width=60)
+    console.print(Text(HOSTILE, "red"))
+    console.print_json(json.dumps({"name": HOSTILE}))
+    console.print("a surrogate: \udc80")
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert not {"\x07", "\x9b", "\x00", "\udc80"} & set(written)
+    assert f"\x1b[31m{SHOWN}\x1b[0m" in written
+    assert "\x1b]" not in written
+    assert "\x1b[2J" not in written
+
+
+def test_json_says_the_same_to_a_program_without_control_characters() -> None:
+    console = SafeConsole(file=io.StringIO(), force_terminal=False)
+    print_fields(console, {"name": HOSTILE, "more": "caf\u00e9 \x7f \x85 \udc80"})
+    written = console.file.getvalue()  # type: ignore[attr-defined]
+    assert "caf\u00e9" in written
+    assert not {"\x1b", "\x9b", "\x7f", "\x85"} & set(written)
+    assert json.loads(written) == {"name": HOSTILE, "more": "caf\u00e9 \x7f \x85 \udc80"}
+
+
+@pytest.mark.parametrize("name", ["WISP_API_KEY", "OPENAI_API_KEY"])
+def test_an_empty_key_is_no_key_and_a_broken_one_is_named(name: str) -> None:
+    with server(as_json(MODELS)) as url:
+        assert "hello" in wisp("chat", "--url", url, **{name: ""}).stdout
+        for broken in ("two\nlines", "caf\u00e9", "a b"):
+            assert "the API key" in refused(wisp("chat", "--url", url, **{name: broken}))
+
+
+@pytest.mark.parametrize("url", ["", "nonsense", "ftp://host/v1", "http://", "http://[", "http://ho st/v1"])
+@pytest.mark.parametrize("command", ["chat", "demo"])
+def test_a_url_that_is_none_is_one_line_of_error(command: str, url: str) -> None:
+    refused(wisp(command, "--url", url))
+
+
+def test_a_proxy_that_is_none_is_one_line_of_error() -> None:
+    assert "proxy" in refused(wisp("chat", "--url", "http://127.0.0.1:1/v1", HTTP_PROXY="nonsense://x")).lower()
+
+
+def test_text_that_is_not_utf8_is_one_line_of_error() -> None:
+    with server(as_json(MODELS)) as url:
+        ended = command("chat", "--url", url, given=b"hello\n\xff\n")
+    assert ended.returncode == 1
+    assert b"hello" in ended.stdout
+    assert ended.stderr.startswith(b"error: the input is not UTF-8 text")
+    assert len(ended.stderr.splitlines()) == 1
+
+
+def command(*words: str, given: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
+    return subprocess.run(
+        [sys.executable, "-c", "from services.tools.cli.main import app; app()", *words],
+        input=given,
+        capture_output=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=60,
+        check=False,
+    )
+
+
+READ = """
+from services.tools.cli.keyboard import read_message
+while True:
+    try:
+        print("got", repr(read_message("> ")), flush=True)
+    except EOFError:
+        break
+"""
+
+
+def typed(keys: bytes, script: str = READ) -> str:
+    """The output of a script in a terminal in which these keys are pressed, and then Ctrl-D."""
+    child, terminal = pty.fork()
+    if not child:
+        os.execve(sys.executable, [sys.executable, "-c", script], {**os.environ, "TERM": "xterm"})
+    shown = b""
+    while b"> " not in shown:
+        shown += os.read(terminal, 1024)
+    os.write(terminal, keys)
+    time.sleep(0.5)
+    os.write(terminal, b"\x04")
+    try:
+        while more := os.read(terminal, 1024):
+            shown += more
+    except OSError:  # the end of a terminal on Linux
+        pass
+    os.close(terminal)
+    assert os.waitpid(child, 0)[1] == 0
+    return shown.decode()
+
+
+def test_pasted_lines_are_one_message() -> None:
+    shown = typed(b"\x1b[200~one\rtwo\r\rthree\x1b[201~\rfour\r")
+    assert [line.strip() for line in shown.splitlines() if line.startswith("got")] == [
+        r"got 'one\ntwo\n\nthree'",
+        "got 'four'",
+    ]
+
+
+def test_pasted_lines_are_one_message_without_bracketed_paste() -> None:
+    shown = typed(b"one\ntwo\nthree\n", "import sys; sys.modules['readline'] = None" + READ)
+    assert [line.strip() for line in shown.splitlines() if line.startswith("got")] == [r"got 'one\ntwo\nthree'"]
