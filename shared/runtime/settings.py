@@ -378,7 +378,7 @@ def _example(kind: type[WispSettings], name: str) -> str | None:
     if default not in (None, "", [], {}):
         return as_variable(default)
     schema = kind.model_json_schema(by_alias=False)["properties"].get(name, {})
-    form = next((one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"), {})
+    form: dict[str, Any] = next((one for one in schema.get("anyOf", [schema]) if one.get("type") != "null"), {})
     match form:
         case {"enum": [first, *_]}:
             return str(first)
