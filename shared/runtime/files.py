@@ -5,7 +5,6 @@ from __future__ import annotations
 import glob
 import os
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,7 +33,6 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
     error, the old file stays as it is. Raises OSError, and SettingsError where the old owner cannot be kept.
     """
     real = behind_links(path)
-    _remove_abandoned(real)
     draft = real.with_name(f".{real.name}.{token_hex(4)}.new")
     try:
         old = real.stat()
@@ -43,6 +41,7 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
     # A file with secrets is private from its first moment on.
     os.close(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o666 if mode is None else mode))
     try:
+        _remove_abandoned(real, draft.stat().st_mtime)
         if old is not None:
             draft.chmod(0o600)
         yield draft
@@ -56,11 +55,11 @@ def replacing(path: Path, mode: int | None = None) -> Iterator[Path]:
         raise
 
 
-def _remove_abandoned(real: Path) -> None:
-    """Remove the new files of processes that were killed while they wrote."""
+def _remove_abandoned(real: Path, now_s: float) -> None:
+    """Remove the new files of processes that were killed while they wrote. now_s: by the file system's clock."""
     for draft in real.parent.glob(f".{glob.escape(real.name)}.*.new"):
         with suppress(OSError):
-            if time.time() - draft.stat().st_mtime > ABANDONED_S:
+            if now_s - draft.stat().st_mtime > ABANDONED_S:
                 draft.unlink()
 
 
