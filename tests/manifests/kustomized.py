@@ -47,7 +47,7 @@ class Rendered:
     @cached_property
     def manifests(self) -> list[Manifest]:
         """All manifests."""
-        return list(yaml.safe_load_all(self.text))
+        return list(yaml.load_all(self.text, getattr(yaml, "CSafeLoader", yaml.SafeLoader)))
 
     def of(self, kind: str) -> dict[str, Manifest]:
         """Return the manifests of a kind, by name."""

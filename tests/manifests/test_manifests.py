@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
 import subprocess
 import tomllib
@@ -10,7 +12,6 @@ from typing import Any
 
 import prometheus_client
 import pytest
-import yaml
 from kustomized import ROOT, TOOLS, Manifest, Rendered, tool
 from secured import Authority
 
@@ -22,52 +23,64 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
 LEAST_MARGIN_S = 5
 
+pytestmark = pytest.mark.xdist_group("manifests")  # one worker renders them
 
-def strictly(text: str) -> list[str]:
-    """Return the problems that strict validation reports."""
+
+SLIPS: list[tuple[str, tuple[Any, ...], object]] = [
+    ("Deployment", ("spec", "template", "spec", "containers", 0, "livenessProb"), {}),
+    ("Deployment", ("spec", "replicas"), "two"),
+    ("NetworkPolicy", ("spec", "podSelectors"), {}),
+    ("ScaledObject", ("spec", "triggers", 0, "thresholds"), "1"),
+    ("ScaledObject", ("spec", "minReplicaCount"), "two"),
+    ("ServiceMonitor", ("spec", "endpoint"), []),
+    ("PrometheusRule", ("spec", "groups", 0, "rules", 1, "foor"), "1m"),
+    ("RabbitmqCluster", ("spec", "replica"), 3),
+    ("Redis", ("spec", "TLS", "secretName"), "redis-tls"),
+]
+"""Mistakes that strict validation has to notice: kind of a manifest, path in it, and value to put there."""
+
+
+def with_slip(rendered: Rendered, kind: str, path: tuple[Any, ...], value: object) -> Manifest:
+    """Return a copy of the first manifest of a kind with a mistake."""
+    manifest = copy.deepcopy(next(iter(rendered.of(kind).values())))
+    place: Any = manifest
+    for step in path[:-1]:
+        place = place[step]
+    place[path[-1]] = value
+    return manifest
+
+
+@pytest.fixture(scope="module")
+def problems(all_rendered: dict[str, Rendered]) -> dict[str, list[str]]:
+    """Problems that strict validation reports, by manifest in JSON: all rendered ones, and those with a slip."""
     tool("kubectl")
+    manifests = [manifest for rendered in all_rendered.values() for manifest in rendered.manifests]
+    manifests += [with_slip(all_rendered["production-operators"], *slip) for slip in SLIPS]
+    lines = list(dict.fromkeys(map(json.dumps, manifests)))
     done = subprocess.run(
         [TOOLS / "python", Path(__file__).with_name("strict.py")],
-        input=text,
+        input="\n".join(lines),
         capture_output=True,
         text=True,
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    return dict(zip(lines, map(json.loads, done.stdout.splitlines()), strict=True))
 
 
-@pytest.mark.slow
-def test_every_manifest_passes_strict_validation(rendered: Rendered) -> None:
-    assert strictly(rendered.text) == []
+def test_every_manifest_passes_strict_validation(rendered: Rendered, problems: dict[str, list[str]]) -> None:
+    assert [problem for manifest in rendered.manifests for problem in problems[json.dumps(manifest)]] == []
 
 
-@pytest.mark.parametrize(
-    ("kind", "path", "value"),
-    [
-        ("Deployment", ("spec", "template", "spec", "containers", 0, "livenessProb"), {}),
-        ("Deployment", ("spec", "replicas"), "two"),
-        ("NetworkPolicy", ("spec", "podSelectors"), {}),
-        ("ScaledObject", ("spec", "triggers", 0, "thresholds"), "1"),
-        ("ScaledObject", ("spec", "minReplicaCount"), "two"),
-        ("ServiceMonitor", ("spec", "endpoint"), []),
-        ("PrometheusRule", ("spec", "groups", 0, "rules", 1, "foor"), "1m"),
-        ("RabbitmqCluster", ("spec", "replica"), 3),
-        ("Redis", ("spec", "TLS", "secretName"), "redis-tls"),
-    ],
-)
+@pytest.mark.parametrize(("kind", "path", "value"), SLIPS)
 def test_a_slip_in_a_manifest_is_noticed(
-    all_rendered: dict[str, Rendered], kind: str, path: tuple[Any, ...], value: object
+    all_rendered: dict[str, Rendered],
+    problems: dict[str, list[str]],
+    kind: str,
+    path: tuple[Any, ...],
+    value: object,
 ) -> None:
-    for manifest in yaml.safe_load_all(all_rendered["production-operators"].text):
-        if manifest["kind"] == kind:
-            place = manifest
-            for step in path[:-1]:
-                place = place[step]
-            place[path[-1]] = value
-            assert strictly(yaml.dump(manifest)) != []
-            return
-    raise AssertionError(f"there is no {kind}")
+    assert problems[json.dumps(with_slip(all_rendered["production-operators"], kind, path, value))] != []
 
 
 def test_each_service_finds_exactly_its_settings(rendered: Rendered) -> None:
