@@ -60,31 +60,39 @@ def is_package(module: str) -> bool:
 @cache
 def imports(module: str) -> tuple[Import, ...]:
     """Everything that the module imports when it runs, inside functions too, but not for type checking alone."""
-    found = list(_imports(tree(module)))
+    found: list[Import] = []
+    attributes: list[tuple[str, str]] = []
+    for node in _nodes(tree(module)):
+        match node:
+            case ast.Import(names=names):
+                found.extend(Import(alias.name) for alias in names)
+            case ast.ImportFrom(module=source, names=names, level=level):
+                assert level == 0, "imports are absolute"
+                found.extend(Import(source or "", alias.name) for alias in names)
+            case ast.Constant(value=str(name)) if name in modules():
+                found.append(Import(name))  # loaded by name, or run as `python -m`
+            case ast.Attribute(value=ast.Name(id=name), attr=attribute):
+                attributes.append((name, attribute))
     packages = {other.name: other.target for other in found if other.target != other.module}
     # `from shared import cost`, and then `cost.predict_ms`.
-    found.extend(
-        Import(packages[node.value.id], node.attr)
-        for node in ast.walk(tree(module))
-        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in packages
-    )
+    found.extend(Import(packages[name], attribute) for name, attribute in attributes if name in packages)
     return tuple(found)
 
 
-def _imports(node: ast.AST) -> Iterator[Import]:
-    if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
-        for other in node.orelse:
-            yield from _imports(other)
-    elif isinstance(node, ast.Import):
-        yield from (Import(alias.name) for alias in node.names)
-    elif isinstance(node, ast.ImportFrom):
-        assert node.level == 0, "imports are absolute"
-        yield from (Import(node.module or "", alias.name) for alias in node.names)
-    elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in modules():
-        yield Import(node.value)  # loaded by name, or run as `python -m`
-    else:
-        for child in ast.iter_child_nodes(node):
-            yield from _imports(child)
+def _nodes(root: ast.AST) -> Iterator[ast.AST]:
+    """Every node but those for type checking alone."""
+    pending = [root]
+    while pending:
+        node = pending.pop()
+        yield node
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            pending.extend(node.orelse)
+            continue
+        for value in vars(node).values():
+            if isinstance(value, ast.AST):
+                pending.append(value)
+            elif isinstance(value, list):
+                pending.extend(one for one in value if isinstance(one, ast.AST))
 
 
 def loaded_by(module: str) -> set[str]:

@@ -6,7 +6,10 @@ import ast
 from collections import Counter, defaultdict
 from pathlib import Path
 
+import pytest
 from import_graph import modules, tree, users
+
+pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
 
 LONGEST_TEST_NAME = 90
 
