@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 from secrets import token_hex
 
@@ -33,6 +34,21 @@ structlog.configure(
 
 WITH_BROKERS = ("broker", "stack")
 """Folders of tests that run one after another: they share brokers and measure times on few cores."""
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Collect without garbage collection, and leave what collection loaded out of it during the tests.
+
+    Torch and transformers alone create a million objects that live until the end; to search them for garbage again and
+    again takes seconds.
+    """
+    gc.disable()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
