@@ -35,10 +35,14 @@ def noise_key(seed: int, position: int) -> int:
 
 
 def exponential(key: int, token: int) -> float:
-    """Return -log u of a token, from 63 hashed bits of w = 1 - u: the leading 31, and 32 more for the tail."""
+    """Return -log u of a token."""
+    return -math.log1p(-min((hashed_bits(key, token) + 0.5) * 2.0**-63, 1 - 2.0**-53))
+
+
+def hashed_bits(key: int, token: int) -> int:
+    """Return 63 bits of w = 1 - u of a token: the leading 31, and 32 more for the tail."""
     hashed = _hash(key, token)
-    bits = (hashed & _LEADING) << 32 | _mix_64(key ^ hashed) & _MASK_32
-    return -math.log1p(-min((bits + 0.5) * 2.0**-63, 1 - 2.0**-53))
+    return (hashed & _LEADING) << 32 | _mix_64(key ^ hashed) & _MASK_32
 
 
 def _hash(key: int, token: int) -> int:
