@@ -82,24 +82,25 @@ def shape_of(rounds: list[ChosenRound]) -> MutableShape:
     return shape
 
 
-chances = st.lists(st.floats(0, 1), max_size=8).map(tuple)
+# Bytes are one choice of Hypothesis, and a list of floats two for each element.
+chances = st.binary(max_size=8).map(lambda drawn: tuple(byte / 255 for byte in drawn))
 late_or_not = st.none() | st.floats(NOW - 3000, NOW + 6000)
+held_share = st.none() | st.floats(0, 1)
 rounds_ = st.lists(
-    st.tuples(st.floats(NOW - 6000, NOW), late_or_not, st.integers(1, 3000), chances), min_size=1, max_size=30
-).map(
-    lambda drawn: [
-        pending(f"s{i}", arrived=arrived, due=due, base=base, acceptance=acceptance)
-        for i, (arrived, due, base, acceptance) in enumerate(drawn)
-    ]
+    st.tuples(st.floats(NOW - 6000, NOW), late_or_not, st.integers(1, 3000), chances, held_share),
+    min_size=1,
+    max_size=30,
 )
 limits_ = st.builds(BatchLimits, st.floats(45, 1500), st.integers(128, 4096), st.floats(100, 8000))
 
 
 @st.composite
 def situations(draw: st.DrawFn) -> tuple[list[PendingRound], VerifierState, BatchLimits]:
-    rounds = draw(rounds_)
-    share = st.floats(0, 1)
-    cached = {p.session_id: round(draw(share) * p.verify.base_len) for p in rounds if draw(st.booleans())}
+    rounds, cached = [], {}
+    for arrived, due, base, acceptance, share in draw(rounds_):
+        rounds.append(pending(f"s{len(rounds)}", arrived=arrived, due=due, base=base, acceptance=acceptance))
+        if share is not None:
+            cached[rounds[-1].session_id] = round(share * base)
     return rounds, verifier(cached, room=draw(st.integers(4096, 40_000))), draw(limits_)
 
 
