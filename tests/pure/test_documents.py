@@ -179,7 +179,7 @@ def check_make(arguments: list[str]) -> None:
 
 def check_wisp(arguments: list[str], whole: bool) -> None:
     """Parse a command's arguments as `wisp` does, without running the command."""
-    command: Any = typer.main.get_command(app)
+    command = wisp()
     path = ["wisp"]
     while hasattr(command, "commands"):
         if not arguments or arguments == ["--help"]:
@@ -195,6 +195,12 @@ def check_wisp(arguments: list[str], whole: bool) -> None:
             command.invoke(context)
         _, (_, _, module, *rest) = launch.call_args.args
         check_program(module, rest, whole)
+
+
+@cache
+def wisp() -> Any:
+    """The commands of `wisp`, whose signatures take a tenth of a second to read."""
+    return typer.main.get_command(app)
 
 
 def check_program(module: str, arguments: list[str], whole: bool) -> None:
