@@ -61,7 +61,7 @@ async def consuming(served: Served) -> None:
     served.health.watch(served.broker, served.store)
 
 
-async def test_a_process_is_ready_when_it_consumes_and_not_before_nor_while_it_ends(served: Served) -> None:
+async def test_a_process_is_ready_only_while_it_consumes(served: Served) -> None:
     assert await served.asked("/ready") == (503, "process: starting\n")
     assert await served.asked("/live") == (200, "ok\n")
     await consuming(served)
@@ -93,7 +93,7 @@ async def test_a_consumer_that_the_broker_has_cancelled_is_noticed(served: Serve
     assert (await served.asked("/live"))[0] == 503, "starting it again declares the queue again"
 
 
-async def test_without_rabbitmq_a_process_is_not_ready_but_need_not_be_started_again(served: Served) -> None:
+async def test_without_rabbitmq_a_process_is_not_ready_but_needs_no_restart(served: Served) -> None:
     await consuming(served)
     await served.broker.close()
     status, text = await served.asked("/ready")

@@ -49,7 +49,7 @@ async def test_a_refusal_says_when_to_come_again(counters: Quota) -> None:
     assert (await counters.take("k", allowance, 200, ["b"])).refused is None
 
 
-async def test_what_was_not_used_is_given_back_and_what_was_used_beyond_has_to_be_worked_off(counters: Quota) -> None:
+async def test_unused_tokens_are_given_back_and_excess_is_worked_off(counters: Quota) -> None:
     allowance = Allowance(tokens_per_minute=6000)
     await counters.take("k", allowance, 5000, ["a"])
     await counters.settle("k", allowance, 4000, ["a"])

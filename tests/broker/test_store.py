@@ -239,7 +239,7 @@ async def test_one_verifiers_lease_is_no_others(store: Store) -> None:
         await store.commit("w", [commit(0, 3, [8])], lease=lease)
 
 
-async def test_a_session_that_no_living_gateway_collects_is_cancelled_when_its_patience_ends(store: Store) -> None:
+async def test_a_session_that_no_gateway_collects_is_cancelled_in_the_end(store: Store) -> None:
     await store.create(request("alone"), PROMPT, patience_ms=50)
     await store.create(request("left"), PROMPT, patience_ms=50)
     await store.create(request("collected"), PROMPT, patience_ms=50)

@@ -80,7 +80,7 @@ def test_types_without_blocks_are_expanded(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 0.05 * expected.std()
 
 
-def test_the_folder_is_named_after_the_file_and_has_its_weights_in_bfloat16(folder: Path) -> None:
+def test_the_folder_is_named_after_the_file_and_holds_bfloat16_weights(folder: Path) -> None:
     assert folder.name == "some-model.Q4"
     tensors = load_file(folder / "model.safetensors")
     file = GgufFile(folder / "model.gguf")

@@ -101,7 +101,7 @@ def test_other_templates_are_rendered_as_transformers_does(
 
 @settings(max_examples=200, deadline=None)
 @given(text=st.text(max_size=60) | st.text("0123456789 .,-xY\n\t'é漢🙂", max_size=60))
-def test_raw_prompts_are_encoded_as_transformers_does_and_decode_to_themselves(
+def test_raw_prompts_are_encoded_as_by_transformers_and_decode_back(
     tokenizer: Tokenizer, reference: Any, text: str
 ) -> None:
     ids = tokenizer.encode(text)

@@ -65,7 +65,7 @@ def test_every_shared_queue_is_there_as_the_services_declare_it() -> None:
     assert bound == {(queue.name, key) for queue in expected for key in queue.bindings}
 
 
-def test_the_journal_is_written_by_those_who_make_copies_and_read_by_nobody() -> None:
+def test_the_journal_is_written_by_those_who_copy_and_read_by_nobody() -> None:
     record = NAMES.journal_queue(JournalLimits(10**9, 3600))
     made = definitions(NAMES, PASSWORDS, journal=JournalLimits(10**9, 3600))
     assert {"name": record.name, "arguments": record.arguments} in [

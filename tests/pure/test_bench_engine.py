@@ -28,7 +28,7 @@ def times(visits: dict[str, list[list[float]]]) -> EngineTimes:
     return made
 
 
-def test_one_session_runs_every_operation_and_more_of_them_decode_and_verify() -> None:
+def test_one_session_runs_every_operation_and_several_decode_and_verify() -> None:
     found = [(case.operation, case.sessions, case.cached, case.new, case.rows) for case in cases([1, 8], 64)]
     assert found == [
         ("decode", 1, 64, 1, 1),
@@ -44,7 +44,7 @@ def test_a_case_survives_its_record() -> None:
     assert EngineCase(**VERIFY.record()) == VERIFY
 
 
-def test_a_table_has_medians_a_rate_for_prompts_and_verifying_in_decode_steps() -> None:
+def test_a_table_has_medians_a_prompt_rate_and_verifying_in_decode_steps() -> None:
     measured = times({"wisp int8": [[10, 30, 20], [15, 60, 20], [512, 256, 1024]]})
     columns, rows = times_table(measured)
     assert columns == ["arm", "decode, ms", "verify 5, ms", "prefill 512, tokens/s", "verify 5 / decode"]

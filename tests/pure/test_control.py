@@ -344,7 +344,7 @@ def test_a_probe_is_sent_if_its_token_turns_out_to_be_worth_it() -> None:
     assert draft(probe, [token(0.999)]) == [DraftDecision.LAST]
 
 
-def test_a_deferred_probe_leaves_its_round_plain_and_learns_from_the_bonus_token() -> None:
+def test_a_deferred_probe_sends_no_draft_and_learns_from_the_bonus_token() -> None:
     session = controller(price_ms=500.0).session("model")
     round_ = next(round_ for _ in range(LONGEST_WAIT) if (round_ := session.begin(8, 0.0)).probing)
     (probe,) = round_.deferred_probes()

@@ -68,7 +68,7 @@ def test_a_rejected_draft_is_not_offered_to_others() -> None:
     assert pool.attach("b", [*prompt, *[1000] * 8]) == 0
 
 
-def test_an_indexed_block_is_copied_before_a_session_that_rolled_back_into_it_writes() -> None:
+def test_an_indexed_block_is_copied_before_a_rolled_back_session_writes() -> None:
     pool = BlockPool(8)
     prompt = list(range(2 * BLOCK))
     pool.attach("a", [])

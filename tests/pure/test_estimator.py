@@ -186,7 +186,7 @@ def test_a_stalled_machine_does_not_poison_it(seed: int) -> None:
     assert worst_error(model, rng) < 0.1
 
 
-def test_a_restarted_estimator_goes_on_from_the_stored_model_even_at_another_speed() -> None:
+def test_a_restarted_estimator_continues_from_the_stored_model() -> None:
     rng = random.Random(5)
     fit = VerifierFit("v", start=model_of(*TRUE))
     assert fit.model().coefficients == list(TRUE)

@@ -11,7 +11,7 @@ from import_graph import modules, tree, users
 
 pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
 
-LONGEST_TEST_NAME = 90
+LONGEST_TEST_NAME = 70
 
 
 def test_no_class_name_is_defined_twice() -> None:

@@ -93,7 +93,7 @@ def test_the_choice_is_the_best_allowed_token_by_definition(
     ),
     position=st.integers(0, 2**20),
 )
-def test_with_the_logits_of_some_tokens_the_choice_is_as_if_the_others_were_minus_infinity(
+def test_tokens_without_logits_are_as_if_they_had_minus_infinity(
     numbers: list[float | None], params: Sampling, position: int
 ) -> None:
     numbers = [*numbers, 0.0]
@@ -113,7 +113,7 @@ def test_some_tokens_of_a_large_vocabulary_in_one_batch() -> None:
 
 
 @pytest.mark.parametrize("scale", [0.0, 0.1, 3.0, 50.0])
-def test_the_choice_from_a_large_vocabulary_is_the_best_token_by_definition(scale: float) -> None:
+def test_the_choice_from_a_large_vocabulary_is_that_of_the_definition(scale: float) -> None:
     logits = logits_of(1, len(VARIED), 20_001, scale)
     expected = [by_definition(row, p, 7 + i) for i, (row, p) in enumerate(zip(logits.tolist(), VARIED, strict=True))]
     assert choose(logits, VARIED, range(7, 7 + len(VARIED))) == expected
@@ -140,7 +140,7 @@ def test_a_leading_token_with_the_least_noise_can_lose() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_rows_choice_is_the_same_alone_in_any_batch_and_with_any_number_of_threads(dtype: torch.dtype) -> None:
+def test_a_rows_choice_is_the_same_in_any_batch_and_with_any_threads(dtype: torch.dtype) -> None:
     rows = 4 * len(VARIED)
     logits, params = logits_of(2, rows, 49_152).to(dtype), VARIED * 4
     positions = [1000 + 3 * row for row in range(rows)]

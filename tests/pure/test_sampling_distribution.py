@@ -159,7 +159,7 @@ def test_every_bit_of_the_noise_is_even() -> None:
         assert abs(share - 0.5) < 5 * 0.5 / np.sqrt(words.size)
 
 
-def test_a_similar_distribution_with_the_same_noise_mostly_chooses_the_same_token() -> None:
+def test_similar_distributions_with_the_same_noise_mostly_choose_alike() -> None:
     generator = torch.Generator().manual_seed(8)
     target = torch.randn(2000, 1000, generator=generator) * 3
     draft = target + 0.3 * torch.randn(2000, 1000, generator=generator)

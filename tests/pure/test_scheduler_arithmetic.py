@@ -101,7 +101,7 @@ def test_a_chunk_of_the_prompt_binds_a_session_to_nothing() -> None:
     assert placed(d, 3.0) == ["v2"]
 
 
-def test_if_mixing_is_allowed_a_session_leaves_its_arithmetic_only_when_it_is_gone() -> None:
+def test_if_mixing_is_allowed_only_gone_arithmetic_is_left() -> None:
     d = dispatcher(
         builders.heartbeat("v1", {"s": 19}, arithmetic=OTHER), builders.heartbeat("v2", arithmetic=OURS), mix=True
     )

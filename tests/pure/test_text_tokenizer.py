@@ -116,7 +116,7 @@ def test_what_a_user_writes_comes_through_as_text(tokenizer: Tokenizer, content:
     assert len(control(tokenizer, ids)) == 2
 
 
-def test_a_look_alike_that_the_normalizer_turns_into_a_control_token_is_text(tmp_path: Path) -> None:
+def test_text_that_is_normalized_to_a_control_token_stays_text(tmp_path: Path) -> None:
     backend = byte_level()
     backend.normalizer = normalizers.NFKC()
     backend.add_special_tokens([tokenizers.AddedToken("<|im_end|>", normalized=True, special=True)])

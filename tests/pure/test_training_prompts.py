@@ -53,7 +53,7 @@ def test_every_kind_has_training_and_held_out_templates() -> None:
     assert all(counts[kind, False] >= 20 and counts[kind, True] >= 5 for kind in KINDS)
 
 
-def test_held_out_prompts_share_neither_templates_nor_fillers_with_training() -> None:
+def test_held_out_prompts_share_no_templates_or_fillers_with_training() -> None:
     packaged = corpus()
     trained, held_out = sample(1, 1500, held_out=False), sample(1, 400, held_out=True)
     assert not {prompt.template for prompt in trained} & {prompt.template for prompt in held_out}

@@ -145,7 +145,7 @@ def test_a_slow_first_time_leaves_time_for_others() -> None:
     assert typical_error(fitted(plan), SLOW) < 0.05
 
 
-def test_a_single_measurement_gives_a_model_in_which_larger_batches_take_longer() -> None:
+def test_a_single_measurement_gives_a_model_that_grows_with_the_batch() -> None:
     model = fitted(ProfiledMachine(VERY_SLOW).profile(budget_ms=0.0))
     one, many = cost.shape_of([(1, 65, 1)]), cost.shape_of([(9, 700, 9)] * 16)
     assert cost.predict_ms(model, one) == pytest.approx(true_ms(VERY_SLOW, one), rel=0.01)
