@@ -174,6 +174,8 @@ class RunningSession:
     """True if a read of the state is in progress."""
     check_again: bool = False
     """True if a gap appeared during the read, so that another one is needed."""
+    stored: bool = False
+    """True if the session's state exists. Before that nothing can be missing, so the session is not watched."""
 
     @property
     def session_id(self) -> str:

@@ -101,8 +101,8 @@ class Sessions:
         try:
             for generate in answer.sessions:
                 self._register(answer, generate, answer.started_s)
-            for index, generate in enumerate(answer.sessions):
-                await self._start(answer, generate, answer.form.pack() if answer.stream and not index else b"")
+            for index, session in enumerate(answer.running):
+                await self._start(session, answer.form.pack() if answer.stream and not index else b"")
             reason = "abort"
             yield
         finally:
@@ -149,6 +149,7 @@ class Sessions:
             running = self._register(answer, generate, started_s)
             # Returning does not prolong the stall timeout, however often a client does it.
             running.progress_s = monotonic() - session.idle_ms / 1000
+            running.stored = True
             if session.first_ms is not None:
                 running.first_s = started_s + session.first_ms / 1000
                 running.token_s = monotonic()
@@ -198,13 +199,12 @@ class Sessions:
         self._metrics.prompt_tokens.inc(len(generate.prompt))
         return session
 
-    async def _start(self, answer: Answer, generate: Generate, resume_record: bytes) -> None:
-        pool = answer.form.pool
-        elapsed_ms = (monotonic() - answer.started_s) * 1000
+    async def _start(self, session: RunningSession, resume_record: bytes) -> None:
+        pool = session.answer.form.pool
+        elapsed_ms = (monotonic() - session.started_s) * 1000
+        generate = session.generate.model_copy(update={"elapsed_ms": elapsed_ms})
         try:
-            await self._transport.start(
-                generate.model_copy(update={"elapsed_ms": elapsed_ms}), pool, resume_record=resume_record
-            )
+            await self._transport.start(generate, pool, resume_record=resume_record)
         except Unroutable as error:
             if pool.startswith(device_name("")):
                 text = f"{pool!r} has no queue: import the definitions that contain its name"
@@ -213,6 +213,13 @@ class Sessions:
             raise unavailable(f"no drafter is running{where}; try again when one has started", "no_drafter") from error
         except BrokersError as error:
             raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
+        if self._running.get(session.session_id) is not session:
+            # It was ended meanwhile, perhaps before there was anything to cancel.
+            self._spawn(self._transport.cancel(session.session_id, "ended while it was started"))
+            return
+        session.stored = True
+        session.progress_s = now = monotonic()
+        session.check_s = now + session.pause_s
 
     async def receive(self, message: Message) -> None:
         """Handle a message for this gateway. Results of sessions that do not run here are ignored."""
@@ -254,7 +261,7 @@ class Sessions:
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
             now = monotonic()
-            for session in tuple(self._running.values()):
+            for session in [session for session in self._running.values() if session.stored]:
                 if now - session.progress_s >= self._stall_timeout_s:
                     self._fail(session, self._stalled(session))
                 elif now >= session.check_s:

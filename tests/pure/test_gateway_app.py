@@ -36,6 +36,7 @@ from shared.errors import BrokersError, Unroutable
 from shared.messages import Generate, Load, Message, Result, Slo
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
+from shared.state.store import SessionStatus
 
 MODEL = "tiny"
 JSON_TYPE = [(b"content-type", b"application/json")]
@@ -781,6 +782,42 @@ async def test_a_session_without_results_is_answered_from_its_state(folder: Mode
     response = await app.chat()
     watching.cancel()
     assert response.json()["choices"][0]["message"]["content"] == app.script.text
+
+
+def delay_start(app: App, monkeypatch: pytest.MonkeyPatch, delay_s: float) -> None:
+    """Let every session take this long to be stored."""
+    start = app.transport.start
+
+    async def slow(generate: Generate, pool: str, resume_record: bytes = b"") -> None:
+        await asyncio.sleep(delay_s)
+        await start(generate, pool, resume_record)
+
+    monkeypatch.setattr(app.transport, "start", slow)
+
+
+async def test_sessions_that_are_stored_late_are_not_lost(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    app = App(folder, idle_check_s=0.1, stall_timeout_s=1.5)
+    delay_start(app, monkeypatch, 0.6)
+    watching = asyncio.create_task(app.sessions.watch())
+    response = await app.chat(n=3)
+    watching.cancel()
+    assert [choice["message"]["content"] for choice in response.json()["choices"]] == [app.script.text] * 3
+
+
+async def test_a_session_that_ends_while_it_is_stored_is_cancelled(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app = App(folder)
+    app.services.draft = None
+    delay_start(app, monkeypatch, 0.2)
+    asking = asyncio.create_task(app.chat())
+    await eventually(lambda: app.sessions.running == 1)
+    await app.sessions.drain(0)
+    error_of(await asking, 503)
+    await eventually(lambda: bool(app.services.sessions))
+    await eventually(
+        lambda: {one.status for one in app.services.sessions.values()} == {SessionStatus.CANCELLED}, within_s=2
+    )
 
 
 async def test_a_crash_is_a_500_with_openais_error_body(app: App) -> None:
