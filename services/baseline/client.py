@@ -28,7 +28,7 @@ END_S = 10.0
 class EngineClient:
     """The engine's process as the gateway's `Transport` and `Upstream`."""
 
-    stall_reason = "the engine is overloaded"
+    stall_reason = "the engine does not work on this session"
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter, ready: Heartbeat) -> None:
         self._reader = reader

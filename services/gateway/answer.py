@@ -12,6 +12,7 @@ import msgpack
 from services.gateway.core.completion import Completion, Piece
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.core.slo import SloOutcome
+from services.gateway.core.turns import Wait
 from services.gateway.errors import from_failure
 from services.gateway.keys import ApiKey
 from shared.arithmetic import distinct
@@ -158,8 +159,8 @@ class RunningSession:
     answer: Answer
     started_s: float
     """Arrival of the request, also where another gateway received it."""
-    progress_s: float
-    """Time of the last progress."""
+    wait: Wait
+    """Its wait for its next turn."""
     pause_s: float
     """Wait between two reads of the state of a silent session."""
     check_s: float

@@ -22,12 +22,15 @@ _STATUS_OF_FAILURE = {
     "arithmetic_unavailable": 503,
     "context_length_exceeded": 400,
     "cancelled": 503,
+    "queue_timeout": 503,
     "session_gone": 503,
     "shutting_down": 503,
     "timeout": 504,
     "wrong_model": 503,
 }
 """HTTP status by the code of a session's failure; 500 for other codes."""
+_RETRY_AFTER_S = {"queue_timeout": 10}
+"""Seconds after which to try again, by the code of a failure with status 503; 1 for other codes."""
 _STREAM_GONE = (
     "there is no such stream to resume: it is unknown, ended long ago, was not streamed, or its state was lost; "
     "send the request again"
@@ -99,7 +102,12 @@ def internal_error() -> ApiError:
 def from_failure(failure: Failure) -> ApiError:
     """Return the error of a session that failed."""
     status = _STATUS_OF_FAILURE.get(failure.code, 500)
-    return ApiError(status, failure.message, code=failure.code, retry_after_s=1 if status == 503 else None)
+    return ApiError(
+        status,
+        failure.message,
+        code=failure.code,
+        retry_after_s=_RETRY_AFTER_S.get(failure.code, 1) if status == 503 else None,
+    )
 
 
 def encode(fields: Mapping[str, Any]) -> bytes:

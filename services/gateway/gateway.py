@@ -66,6 +66,7 @@ class Gateway:
             admission or Admission(settings.slo_classes, settings.max_sessions),
             ModelMetrics(model.name),
             stall_timeout_s=settings.stall_timeout_s,
+            queue_timeout_s=settings.queue_timeout_s,
             idle_check_s=idle_check_s,
             arithmetics=arithmetics,
         )

@@ -14,6 +14,7 @@ from services.gateway.answer import Answer, RunningSession
 from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
 from services.gateway.core.slo import SloOutcome, judge
+from services.gateway.core.turns import TurnOrder, Wait
 from services.gateway.errors import ApiError, stream_gone, unavailable
 from services.gateway.metrics import ModelMetrics
 from services.gateway.model import ServedModel
@@ -31,11 +32,22 @@ from shared.state.store import SessionStatus
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0
 """Longest time between two reads of a silent session's state."""
+PAUSE_S = 1.0
+"""A longer delay of the watch is a pause: the machine or this process stood still, and the sessions lost no time."""
+BACKLOG_S = 2.0
+"""The backlog in a Load that arrives within this time after a wait began goes before the session."""
 CLOSE_S = 5.0
 """Time for background work at the end."""
-CANCELLED = Failure(code="cancelled", message="this session was cancelled; send the request again")
+CANCELLED = Failure(
+    code="cancelled",
+    message="this session was cancelled: its gateway gave no sign of life for longer than WISP_RESUME_S, or another "
+    "one ended it; send the request again",
+)
 RESUMED = Failure(code="resumed", message="the client resumed this stream over another connection")
-GONE = Failure(code="session_gone", message="the state of this session was lost; send the request again")
+GONE = Failure(
+    code="session_gone",
+    message="the state of this session was lost: Redis does not have it any more; send the request again",
+)
 NOT_STARTED = SloOutcome(ttft_ms=None, tpot_ms=None, attained=False)
 
 
@@ -60,21 +72,25 @@ class Sessions:
         metrics: ModelMetrics,
         *,
         stall_timeout_s: float,
+        queue_timeout_s: float,
         idle_check_s: float = math.inf,
         arithmetics: Callable[[], Collection[str]] = tuple,
     ) -> None:
-        """`idle_check_s`: time without results after which a session's state is read, where results can be lost.
+        """`stall_timeout_s`: longest time in which nobody works on a session. `queue_timeout_s`: longest wait of one.
+        `idle_check_s`: time without results after which a session's state is read, where results can be lost.
         `arithmetics`: returns those of the usable verifiers."""
         self._transport = transport
         self._model = model
         self._admission = admission
         self._metrics = metrics
         self._stall_timeout_s = stall_timeout_s
+        self._queue_timeout_s = queue_timeout_s
         self._idle_check_s = idle_check_s
         self._arithmetics = arithmetics
         self._mixes = False
         """True if schedulers let sessions continue in another arithmetic."""
         self._running: dict[str, RunningSession] = {}
+        self._turns = TurnOrder()
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._log = logging.get()
@@ -148,7 +164,8 @@ class Sessions:
             started_s = answer.started_s - session.elapsed_ms / 1000
             running = self._register(answer, generate, started_s)
             # Returning does not prolong the stall timeout, however often a client does it.
-            running.progress_s = monotonic() - session.idle_ms / 1000
+            running.wait.since_s = monotonic() - session.idle_ms / 1000
+            running.wait.had_turn = session.first_ms is not None
             running.stored = True
             if session.first_ms is not None:
                 running.first_s = started_s + session.first_ms / 1000
@@ -188,8 +205,9 @@ class Sessions:
             stops=StopStrings(answer.form.stops),
             echo=answer.form.echoes[len(answer.running)],
         )
+        wait = Wait(answer.form.pool, started_s, now)
         check_s = now + self._idle_check_s
-        session = RunningSession(generate, completion, answer, started_s, now, self._idle_check_s, check_s)
+        session = RunningSession(generate, completion, answer, started_s, wait, self._idle_check_s, check_s)
         answer.running.append(session)
         self._running[session.session_id] = session
         self._admission.start(
@@ -218,14 +236,13 @@ class Sessions:
             self._spawn(self._transport.cancel(session.session_id, "ended while it was started"))
             return
         session.stored = True
-        session.progress_s = now = monotonic()
+        session.wait.since_s = now = monotonic()
         session.check_s = now + session.pause_s
 
     async def receive(self, message: Message) -> None:
         """Handle a message for this gateway. Results of sessions that do not run here are ignored."""
         if isinstance(message, Load):
-            self._admission.update(message, monotonic() * 1000)
-            self._mixes = message.mixed_arithmetic
+            self._note_load(message)
         elif isinstance(message, Result) and (session := self._running.get(message.session)) is not None:
             self._log.debug("result received", round=message.round, status=message.status)
             self._admission.answered(message.session)
@@ -237,10 +254,18 @@ class Sessions:
             if completion.gap:
                 self._check(session)
 
+    def _note_load(self, load: Load) -> None:
+        now = monotonic()
+        self._admission.update(load, now * 1000)
+        self._mixes = load.mixed_arithmetic
+        for session in self._running.values():
+            if now - session.wait.since_s <= BACKLOG_S:
+                session.wait.backlog_s = max(session.wait.backlog_s, load.backlog_ms / 1000)
+
     def _fed(self, session: RunningSession, new_tokens: int, progressed: bool) -> None:
         now = monotonic()
         if progressed:
-            session.progress_s = now
+            self._turns.record(session.wait, now)
             session.pause_s = self._idle_check_s
         session.check_s = now + session.pause_s
         self._metrics.generation_tokens.inc(new_tokens)
@@ -257,20 +282,26 @@ class Sessions:
         session.answer.wake.set()
 
     async def watch(self) -> None:
-        """Watch silent sessions for ever: read their state, and give them up after a long stall."""
+        """Watch silent sessions for ever: read their state, and give them up after a long stall or wait."""
+        before = monotonic()
         while True:
             await asyncio.sleep(WATCH_INTERVAL_S)
-            now = monotonic()
+            before, paused_s = (now := monotonic()), now - before - WATCH_INTERVAL_S
+            self._turns.forget(now - 2 * self._stall_timeout_s - max(0.0, paused_s))
             for session in [session for session in self._running.values() if session.stored]:
-                if now - session.progress_s >= self._stall_timeout_s:
-                    self._fail(session, self._stalled(session))
+                if paused_s > PAUSE_S:
+                    session.wait.paused_s += paused_s
+                if self._turns.idle_s(session.wait, now) >= self._stall_timeout_s:
+                    self._fail(session, self._stalled(session, now))
+                elif now - session.wait.since_s >= self._queue_timeout_s:
+                    self._fail(session, self._waited_too_long(session, now))
                 elif now >= session.check_s:
                     session.pause_s = min(2 * session.pause_s, LONGEST_PAUSE_S)
                     session.check_s = now + session.pause_s
                     self._check(session)
 
-    def _stalled(self, session: RunningSession) -> Failure:
-        """Return the failure of a session that made no progress for too long, with the reason."""
+    def _stalled(self, session: RunningSession, now: float) -> Failure:
+        """Return the failure of a session on which nobody works, with the reason."""
         committed_in, running = session.completion.committed_in, self._arithmetics()
         if running and not self._mixes and not any(fits(arithmetic, committed_in) for arithmetic in running):
             code = "arithmetic_unavailable"
@@ -282,7 +313,15 @@ class Sessions:
         else:
             code = "timeout"
             reason = f"{self._transport.stall_reason.format(pool=session.answer.form.pool)}; try again later"
-        return Failure(code=code, message=f"no token came for {self._stall_timeout_s:g} s: {reason}")
+        return Failure(code=code, message=f"no token came for {now - session.wait.since_s:.3g} s: {reason}")
+
+    def _waited_too_long(self, session: RunningSession, now: float) -> Failure:
+        """Return the failure of a session whose turn did not come in time, because others were served before it."""
+        text = (
+            f"this request waited {now - session.wait.since_s:.3g} s for its turn while others were served before it; "
+            f"the limit is {self._queue_timeout_s:g} s (WISP_QUEUE_TIMEOUT_S); try again later"
+        )
+        return Failure(code="queue_timeout", message=text)
 
     def _check(self, session: RunningSession) -> None:
         session.check_again = session.checking

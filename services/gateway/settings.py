@@ -112,13 +112,21 @@ class ApiSettings(TargetSettings, AllowedHostsSettings):
         75, ge=1, description="seconds that a connection without a request stays open; more than a proxy before it has"
     )
     body_timeout_s: float = Field(60, gt=0, description="seconds that a client may take to send its request's body")
-    stall_timeout_s: float = Field(60, gt=0, description="seconds without progress after which a session is given up")
+    stall_timeout_s: float = Field(
+        60, gt=0, description="seconds in which nobody works on a session after which it ends with a 504"
+    )
+    queue_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="seconds that a session may wait for its turn, while others are served before it, before it ends "
+        "with a 503",
+    )
     drain_s: float = Field(20, ge=0, description="seconds that running requests may take to end after SIGTERM")
     slo_classes: dict[Name, ServiceClass] = Field(
         STANDARD_CLASSES,
         description="SLO of each service_tier (ttft_ms, tpot_ms; null promises nothing), the promised share of the "
-        "verifiers' time up to which its requests are admitted (admit_to), and its own limit of running completions "
-        "(max_sessions), as JSON; `default` is for all other tiers",
+        "verifiers' time up to which it is promised to more requests (admit_to), and its own limit of running "
+        "completions (max_sessions), as JSON; requests of other tiers or none count as `default`, without its SLO",
     )
 
     @property
@@ -196,11 +204,11 @@ class GatewaySettings(ServiceSettings, ApiSettings, SessionTtlSettings, SessionS
     )
     admission: bool = Field(
         True,
-        description="refuse requests whose SLO, or the SLO of others, the present load would break; false: only the "
-        "limits of sessions and backlog refuse",
+        description="refuse requests that ask for an SLO if the present load would break it, or they that of others; "
+        "false: only the limits of sessions and backlog refuse",
     )
     max_backlog_ms: float = Field(
-        30000,
+        300000,
         gt=0,
         description="milliseconds of pending work for the verifiers above which requests get a 429; each class is "
         "limited to its admit_to of it",

@@ -68,7 +68,7 @@ class Transport(Protocol):
 class BrokerTransport:
     """Sessions over RabbitMQ, with their state in Redis."""
 
-    stall_reason = "no drafter of pool {pool!r} or no verifier works on this session, or they are overloaded"
+    stall_reason = "no drafter of pool {pool!r} or no verifier works on this session"
 
     def __init__(
         self,

@@ -175,12 +175,14 @@ def test_under_deadlines_only_the_classes_ahead_add_queueing_time() -> None:
         assert [name for name in ("priority", "default", "flex") if made.ask(demand(name, slo), 0)] == refused
 
 
-def test_best_effort_is_refused_by_a_full_fleet_or_a_long_backlog() -> None:
-    assert admission(load(utilization=0.79, backlog_ms=20_000)).ask(demand("flex", None), 0) is None
-    for reported in (load(utilization=0.81), load(backlog_ms=24_001.0)):
-        refusal = admission(reported).ask(demand("flex", None), 0)
-        assert refusal is not None
-        assert refusal.code == "overloaded"
+def test_best_effort_is_refused_by_a_long_backlog_and_not_by_promises() -> None:
+    made = admission(load(utilization=5.0, backlog_ms=20_000))
+    for name in sorted(CLASSES):
+        assert take_all(made, demand(name, None, prompts=(10, 10)), 50) == 50
+        assert refused(made, demand(name)).code == "slo_unattainable_now"
+    refusal = admission(load(backlog_ms=24_001.0)).ask(demand("flex", None), 0)
+    assert refusal is not None
+    assert refusal.code == "overloaded"
 
 
 def test_the_backlog_limit_holds_for_every_class_and_unpredicted() -> None:
@@ -263,7 +265,8 @@ def test_the_retry_time_follows_the_backlog() -> None:
 
 
 times = st.floats(0, 1e5)
-slos = st.none() | st.builds(Slo, ttft_ms=st.floats(1, 1e5), tpot_ms=st.floats(0.1, 1e4))
+promises = st.builds(Slo, ttft_ms=st.floats(1, 1e5), tpot_ms=st.floats(0.1, 1e4))
+slos = st.none() | promises
 class_loads = st.lists(
     st.builds(
         ClassLoad,
@@ -318,6 +321,19 @@ def test_priority_requests_are_refused_last(
     assert default is None or flex is not None
 
 
+@given(loads, started, st.sampled_from(sorted(CLASSES)), prompts)
+def test_only_counts_and_backlog_refuse_best_effort(
+    reported: Load, sessions: list[Any], name: str, asked: tuple[int, ...]
+) -> None:
+    made = busy(reported, sessions)
+    refusal = made.ask(demand(name, None, asked), 30)
+    if refusal is not None:
+        assert refusal.code in {"overloaded", "too_many_sessions"}
+        unpredicted = Admission(CLASSES, 8, 30_000.0, predict=False)
+        unpredicted.__dict__.update({key: value for key, value in made.__dict__.items() if key != "_predict"})
+        assert unpredicted.ask(demand(name, None, asked), 30) == refusal
+
+
 @given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts, times)
 def test_an_idle_fleet_accepts_everything(
     reported: Load, slo: Slo | None, name: str, asked: tuple[int, ...], elapsed_ms: float
@@ -343,17 +359,17 @@ def test_a_refused_request_is_refused_under_more_load(
         assert busy(heavier, sessions).ask(demand(name, slo, asked), 30) is not None
 
 
-@given(loads, slos, st.sampled_from(sorted(CLASSES)), prompts)
+@given(loads, promises, st.sampled_from(sorted(CLASSES)), prompts)
 def test_between_two_loads_no_class_exceeds_its_share(
-    reported: Load, slo: Slo | None, name: str, asked: tuple[int, ...]
+    reported: Load, slo: Slo, name: str, asked: tuple[int, ...]
 ) -> None:
     made = admission(reported)
     taken = take_all(made, demand(name, slo, asked), 40)
-    all_of_them = [slo.tpot_ms if slo else None] * (taken * len(asked))
+    all_of_them = [slo.tpot_ms] * (taken * len(asked))
     if not any(shown.sessions for shown in reported.classes):
         # The share used by ended sessions is free, and the first request may fill it by itself.
         reported = reported.model_copy(update={"utilization": 0.0, "period_ms": None})
-    if taken > 1 and reported.verifiers and promised(reported, [slo.tpot_ms if slo else None], []) > 0:
+    if taken > 1 and reported.verifiers and promised(reported, [slo.tpot_ms], []) > 0:
         assert promised(reported, all_of_them, []) <= CLASSES[name].admit_to
 
 

@@ -589,21 +589,27 @@ def full(**fields: Any) -> Load:
     return Load.model_validate(plain | {"utilization": 0.85, "round_ms": 1.0, "classes": [others]} | fields)
 
 
-async def test_a_full_fleet_refuses_with_a_reason_and_a_retry_time(app: App) -> None:
-    await app.sessions.receive(full())
+async def test_a_full_fleet_refuses_promises_with_a_reason_and_a_retry_time(app: App) -> None:
+    await app.sessions.receive(full(utilization=0.95))
     for stream in (True, False):
-        response = await app.chat(service_tier="flex", n=2, stream=stream)
+        response = await app.chat(service_tier="default", n=2, stream=stream)
         error = error_of(response, 429)
-        assert (error["type"], error["code"]) == ("rate_limit_error", "overloaded")
-        assert "'flex' are accepted up to 80%" in error["message"]
-        assert response.headers["x-wisp-refused"] == "overloaded"
+        assert (error["type"], error["code"]) == ("rate_limit_error", "slo_unattainable_now")
+        assert "'default' are promised up to 90%" in error["message"]
+        assert response.headers["x-wisp-refused"] == "slo_unattainable_now"
         assert response.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
         assert 1 <= int(response.headers["retry-after"]) <= 60
-    assert (await app.chat(service_tier="default")).status_code == 200
-    await app.sessions.receive(full(utilization=0.95))
-    assert error_of(await app.chat(), 429)["code"] == "slo_unattainable_now"
     assert (await app.chat(service_tier="priority")).status_code == 200
-    assert len(app.generated) == 2
+    assert len(app.generated) == 1
+
+
+async def test_a_full_fleet_serves_clients_that_ask_for_no_promise(app: App) -> None:
+    await app.sessions.receive(full(utilization=9.0, backlog_ms=60_000.0))
+    for options in ({}, {"service_tier": "auto"}, {"service_tier": "flex"}, {"stream": True}):
+        assert (await app.chat(**options)).status_code == 200
+    assert [generate.slo for generate in app.generated] == [None] * 4
+    await app.sessions.receive(full(backlog_ms=1e6))
+    assert error_of(await app.chat(), 429)["code"] == "overloaded"
 
 
 async def test_an_slo_header_does_not_change_the_class(app: App) -> None:
@@ -647,7 +653,7 @@ async def test_every_completion_is_reported_and_counted_once(folder: ModelFolder
     app = App(folder, max_sessions=3, stall_timeout_s=0.2)
     before = samples()
     watching = asyncio.create_task(app.sessions.watch())
-    await app.chat(n=2)
+    await app.chat(n=2, service_tier="default")
     slow = {"x-slo-ttft-ms": "1e-9", "x-slo-tpot-ms": "1"}
     await app.http.post("/v1/chat/completions", json=HELLO | {"service_tier": "priority"}, headers=slow)
     error_of(await app.chat(n=5, service_tier="flex"), 429)
@@ -773,6 +779,109 @@ async def test_a_long_prompt_in_prefill_chunks_is_not_given_up(
     response = await app.chat()
     watching.cancel()
     assert response.json()["choices"][0]["message"]["content"] == app.script.text
+
+
+class Clock:
+    """The clock of the sessions, which a test can set forward."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self._skipped_s = 0.0
+        monkeypatch.setattr(sessions, "monotonic", lambda: monotonic() + self._skipped_s)
+
+    async def skip(self, seconds: float) -> None:
+        """Let time pass in steps that are no pause, and the watch look at each."""
+        for _ in range(round(seconds / 0.9)):
+            self._skipped_s += 0.9
+            await asyncio.sleep(1.2 * sessions.WATCH_INTERVAL_S)
+
+    def pause(self, seconds: float) -> None:
+        """Let the whole process stand still for so long."""
+        self._skipped_s += seconds
+
+
+async def serve_in_turn(app: App, clock: Clock, count: int, each_s: float) -> list[httpx.Response]:
+    """Send requests at once, of which one is served after the other."""
+    app.services.draft = None
+    asking = [asyncio.create_task(app.chat()) for _ in range(count)]
+    await eventually(lambda: len(app.generated) == count)
+    for generate in app.generated:
+        await clock.skip(each_s)
+        await app.work(generate)
+    return await asyncio.gather(*asking)
+
+
+async def test_waiting_behind_others_is_no_stall(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, clock = App(folder, stall_timeout_s=5), Clock(monkeypatch)
+    watching = asyncio.create_task(app.sessions.watch())
+    responses = await serve_in_turn(app, clock, 10, 3.6)
+    watching.cancel()
+    assert [response.status_code for response in responses] == [200] * 10
+
+
+async def test_waiting_behind_others_has_a_limit_of_its_own(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, clock = App(folder, stall_timeout_s=5, queue_timeout_s=10), Clock(monkeypatch)
+    watching = asyncio.create_task(app.sessions.watch())
+    responses = await serve_in_turn(app, clock, 4, 3.6)
+    watching.cancel()
+    assert [response.status_code for response in responses] == [200, 200, 503, 503]
+    error = error_of(responses[2], 503)
+    assert error["code"] == "queue_timeout"
+    assert "WISP_QUEUE_TIMEOUT_S" in error["message"]
+    assert responses[2].headers["retry-after"] == "10"
+    await eventually(lambda: len(app.services.cancelled) == 2)
+
+
+async def test_a_session_on_which_nobody_works_stalls_beside_others(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, clock = App(folder, stall_timeout_s=5), Clock(monkeypatch)
+    watching = asyncio.create_task(app.sessions.watch())
+    app.script = Script(text="", ends=False)
+    stuck = asyncio.create_task(app.chat())
+    await eventually(lambda: len(app.generated) == 1)
+    app.script = Script()
+    for _ in range(14):
+        await clock.skip(0.9)
+        assert (await app.chat()).status_code == 200
+    watching.cancel()
+    assert stuck.done()
+    assert error_of(await stuck, 504)["code"] == "timeout"
+
+
+async def test_a_pause_of_the_process_is_no_stall(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    app, clock = App(folder, stall_timeout_s=5), Clock(monkeypatch)
+    app.services.draft = None
+    watching = asyncio.create_task(app.sessions.watch())
+    asking = asyncio.create_task(app.chat())
+    await eventually(lambda: len(app.generated) == 1)
+    for _ in range(3):
+        clock.pause(40)
+        await asyncio.sleep(3 * sessions.WATCH_INTERVAL_S)
+    await app.work(app.generated[0])
+    assert (await asking).status_code == 200
+    stuck = asyncio.create_task(app.chat())
+    await eventually(lambda: len(app.generated) == 2)
+    await clock.skip(6)
+    watching.cancel()
+    assert error_of(await stuck, 504)["code"] == "timeout"
+
+
+async def test_the_backlog_of_other_gateways_is_waited_for(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, clock = App(folder, stall_timeout_s=5), Clock(monkeypatch)
+    app.services.draft = None
+    watching = asyncio.create_task(app.sessions.watch())
+    asking = asyncio.create_task(app.chat())
+    await eventually(lambda: len(app.generated) == 1)
+    await app.sessions.receive(builders.load(backlog_ms=4000.0, verifiers=1))
+    await clock.skip(11)
+    assert not asking.done()
+    await clock.skip(4)
+    watching.cancel()
+    assert error_of(await asking, 504)["code"] == "timeout"
 
 
 async def test_a_session_without_results_is_answered_from_its_state(folder: ModelFolder) -> None:

@@ -406,8 +406,7 @@ def test_end_of_text_can_be_ignored() -> None:
 
 def test_headers_override_the_slo_of_the_class() -> None:
     default, priority = CLASSES["default"].slo, CLASSES["priority"].slo
-    assert slo_of({}, None, CLASSES) == default
-    assert slo_of({}, "auto", CLASSES) == default
+    assert slo_of({}, "default", CLASSES) == default
     assert slo_of({}, "priority", CLASSES) == priority
     assert slo_of({}, "flex", CLASSES) is None
     both = {"x-llm-d-slo-ttft-ms": "300", "x-slo-tpot-ms": "40.5"}
@@ -417,6 +416,11 @@ def test_headers_override_the_slo_of_the_class() -> None:
     assert slo_of({"x-slo-ttft-ms": "1"}, None, CLASSES) == Slo(ttft_ms=1, tpot_ms=default.tpot_ms)
     assert slo_of({"x-slo-tpot-ms": "1"}, "priority", CLASSES) == Slo(ttft_ms=priority.ttft_ms, tpot_ms=1)
     assert slo_of({"x-slo-tpot-ms": "1"}, "flex", CLASSES) == Slo(ttft_ms=default.ttft_ms, tpot_ms=1)
+
+
+@pytest.mark.parametrize("tier", [None, "auto", "gold", "flex"])
+def test_a_request_that_asks_for_no_promise_gets_best_effort(tier: str | None) -> None:
+    assert slo_of({}, tier, CLASSES) is None
 
 
 @pytest.mark.parametrize("text", ["", "fast", "0", "-5", "nan", "inf", "1e999", "1_0", "5;6", "٣ms"])

@@ -32,6 +32,8 @@ from shared.messages import (
     Verify,
 )
 
+SLO = Slo(ttft_ms=100, tpot_ms=50)
+
 
 def heartbeat(verifier: str = "v1", **changed: Any) -> Heartbeat:
     return builders.heartbeat(verifier, {"a": 5}, **({"free_tokens": 750, "total_tokens": 1000} | changed))
@@ -135,31 +137,31 @@ def test_tokens_per_second_count_each_committed_round_once() -> None:
 
 
 def test_goodput_and_attainment_count_finished_sessions() -> None:
-    slo = Slo(ttft_ms=100, tpot_ms=50)
     watch = watched(
-        (1000, ended(service_class="fast", slo=slo)),
-        (1000, ended("length", attained=False, service_class="fast", slo=slo)),
+        (1000, ended(service_class="fast", slo=SLO)),
+        (1000, ended("length", attained=False, service_class="fast", slo=SLO)),
         (1000, ended("abort", attained=False, tokens=9, service_class="fast")),
         (1000, ended("refused", code="overloaded", attained=False, tokens=0, service_class="fast")),
         (1000, ended("refused", attained=False, tokens=0, service_class="slow")),
+        (1000, ended(service_class="fast", tokens=0)),
+        (1000, ended(service_class="free", tokens=0)),
         (1000, load(classes=[ClassLoad(service_class="idle", sessions=2, waiting=1, queue_ms=5.0, slack_ms=-3.0)])),
     )
     seen = watch.snapshot(10_000)
     assert seen.goodput.short == 100 / 10
     views = {one.service_class: one for one in seen.classes}
-    assert (views["fast"].ended, views["fast"].attained, views["fast"].attainment, views["fast"].refused) == (
-        2,
-        1,
-        0.5,
-        1,
-    )
+    fast = views["fast"]
+    assert (fast.ended, fast.promised, fast.attained, fast.attainment, fast.refused) == (3, 2, 1, 0.5, 1)
+    free = views["free"]
+    assert (free.ended, free.promised, free.attained, free.attainment) == (1, 0, 0, None), "best effort has no SLO"
     assert (views["slow"].ended, views["slow"].attainment, views["slow"].refused) == (0, None, 1)
     assert (views["idle"].sessions, views["idle"].waiting, views["idle"].slack_ms) == (2, 1, -3)
     assert [(e.service_class, e.reason, e.count) for e in seen.ends] == [
         ("fast", "abort", 1),
         ("fast", "length", 1),
         ("fast", "refused overloaded", 1),
-        ("fast", "stop", 1),
+        ("fast", "stop", 2),
+        ("free", "stop", 1),
         ("slow", "refused", 1),
     ]
     assert watch.snapshot(62_000).ends == []
@@ -184,7 +186,7 @@ def test_the_latest_batches_say_why() -> None:
 @pytest.mark.parametrize("width", [80, 200])
 def test_the_screen_fits_its_width(width: int) -> None:
     verifier = "x" * 60 + "-v1"
-    watch = watched((0, load(policy="wisp+")), (0, heartbeat(verifier)), (0, ended("stop" * 20)))
+    watch = watched((0, load(policy="wisp+")), (0, heartbeat(verifier)), (0, ended("stop" * 20, slo=SLO)))
     watch.feed(batch("b", [job("s" * 128, reason="r" * 300)] * 9, left_out=[LeftOut(session="s", reason="w" * 300)]), 0)
     watch.feed(result("b", verifier=verifier), 50)
     lines = text(watch.snapshot(100), "note", width).splitlines()

@@ -1,7 +1,9 @@
 """Admission: whether a request is accepted, before anything of it is started.
 
-A request is refused when the present load would break its SLO, or when it would break the SLO of others. The load is
-the scheduler's last `Load`, together with the sessions that this gateway has started and ended since.
+A request without an SLO is best effort: it waits for its turn, and only the limits on running completions and on the
+backlog refuse it. A request that asks for an SLO is also refused when the present load would break its SLO, or when it
+would break the SLO of others. The load is the scheduler's last `Load`, together with the sessions that this gateway has
+started and ended since.
 
 A session with an SLO of one token every `tpot_ms` needs a round every `need = tpot_ms x tokens_per_round`, and
 therefore a batch every `period = shared.slo.batch_period_ms(need, ...)`. It adds to the promised share of the
@@ -9,9 +11,9 @@ verifiers' time
 
     (round_ms / need  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
 
-A class is admitted while the sum is at most its `admit_to`. The predicted time to the first token is the elapsed time,
-the queueing time, the prompt (tokens x prefill_ms) and one round. The queueing time is the backlog; with a policy by
-deadlines, only the backlog of the request's own class and of classes with the same or a higher `admit_to`.
+SLOs of a class are promised while the sum is at most its `admit_to`. The predicted time to the first token is the
+elapsed time, the queueing time, the prompt (tokens x prefill_ms) and one round. The queueing time is the backlog; with
+a policy by deadlines, only the backlog of the request's own class and of classes with the same or a higher `admit_to`.
 
 Only load refuses requests: a fleet without sessions accepts every request, and an SLO that a lone verifier could not
 keep counts as none. When the scheduler has been silent for `STALE_MS`, nothing is predicted and only the limits on
@@ -92,7 +94,7 @@ class Admission:
         max_backlog_ms: float = math.inf,
         predict: bool = True,
     ) -> None:
-        """Without `predict`, only the limits on sessions and backlog refuse requests."""
+        """Without `predict`, only the limits on sessions and backlog refuse requests, with and without an SLO."""
         self._classes = classes
         self._max_sessions = max_sessions
         self._max_backlog_ms = max_backlog_ms
@@ -137,9 +139,9 @@ class Admission:
         load = self._load
         if load is not None and load.verifiers and now_ms - self._updated_ms <= STALE_MS:
             reasons += self._too_long_a_backlog(demand, load)
-            if self._predict:
-                reasons += self._too_much_promised(demand, load)
-                reasons += self._too_late(demand, load)
+            if self._predict and demand.slo is not None:
+                reasons += self._too_much_promised(demand, demand.slo, load)
+                reasons += self._too_late(demand, demand.slo, load)
         return max(reasons, key=lambda refusal: refusal.retry_after_s, default=None)
 
     def _too_many(self, demand: Demand) -> Iterator[Refusal]:
@@ -163,7 +165,7 @@ class Admission:
             )
             yield _refusal("overloaded", text, backlog_ms - limit_ms)
 
-    def _too_much_promised(self, demand: Demand, load: Load) -> Iterator[Refusal]:
+    def _too_much_promised(self, demand: Demand, slo: Slo, load: Load) -> Iterator[Refusal]:
         limit = self._classes[demand.service_class].admit_to
         unseen = [running.tpot_ms for running in self._running.values() if not running.shown]
         gone = self._gone
@@ -171,28 +173,22 @@ class Admission:
         if shown <= 0:
             # The promised share of the Load belonged to sessions that have ended, or to past prompts.
             load, gone = load.model_copy(update={"utilization": 0.0, "period_ms": None}), []
-        own = [demand.slo.tpot_ms if demand.slo else None] * len(demand.prompts)
+        own = [slo.tpot_ms] * len(demand.prompts)
         before = promised(load, unseen, gone)
         after = promised(load, unseen + own, gone)
         if before > 0 and after > limit:
             text = (
                 f"{before:.0%} of the verifiers' time is promised and it would be {after:.0%} with this request; "
-                f"requests of class {demand.service_class!r} are accepted up to {limit:.0%}"
+                f"SLOs of class {demand.service_class!r} are promised up to {limit:.0%}"
             )
-            code = "slo_unattainable_now" if demand.slo else "overloaded"
-            yield _refusal(code, text, self._until_freed_ms(after - limit, before))
+            yield _refusal("slo_unattainable_now", text, self._until_freed_ms(after - limit, before))
 
-    def _too_late(self, demand: Demand, load: Load) -> Iterator[Refusal]:
-        if demand.slo is None:
-            return
+    def _too_late(self, demand: Demand, slo: Slo, load: Load) -> Iterator[Refusal]:
         tokens = max(*demand.prompts, sum(demand.prompts) / load.verifiers)
         alone_ms = demand.elapsed_ms + tokens * load.prefill_ms + load.fixed_ms + load.round_ms
-        late_ms = alone_ms + self._wait_ms(demand.service_class, load) - demand.slo.ttft_ms
-        if alone_ms <= demand.slo.ttft_ms and late_ms > 0:
-            text = (
-                f"the first token would come after {late_ms + demand.slo.ttft_ms:,.0f} ms, and "
-                f"the SLO is {demand.slo.ttft_ms:,.0f} ms"
-            )
+        late_ms = alone_ms + self._wait_ms(demand.service_class, load) - slo.ttft_ms
+        if alone_ms <= slo.ttft_ms and late_ms > 0:
+            text = f"the first token would come after {late_ms + slo.ttft_ms:,.0f} ms, and the SLO is {slo.ttft_ms:,.0f} ms"
             yield _refusal("slo_unattainable_now", text, late_ms)
 
     def _wait_ms(self, service_class: str, load: Load) -> float:

@@ -35,12 +35,13 @@ def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:
 
 
 def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, ServiceClass]) -> Slo | None:
-    """Return the request's SLO; None where its class promises nothing.
+    """Return the SLO that the request asks for; None for best effort.
 
-    A header overrides the class. With only one of the two headers, the class completes the SLO; a class without a
-    promise is completed from the default class. Raises ApiError.
+    A request asks for one by naming a class that has one, or by a header, which overrides the class. With only one of
+    the two headers, the class completes the SLO; a class without a promise is completed from the default class. Raises
+    ApiError.
     """
-    own = classes[class_of(tier, classes)].slo
+    own = classes[tier].slo if tier is not None and tier in classes else None
     ttft_ms = _milliseconds(headers, TTFT_HEADERS)
     tpot_ms = _milliseconds(headers, TPOT_HEADERS)
     if ttft_ms is None and tpot_ms is None:

@@ -76,9 +76,12 @@ class ClassView:
     """Least slack of the pending rounds; None if none has an SLO."""
     ended: int
     """Ended sessions, without refused ones and those aborted by their clients."""
+    promised: int
+    """Those of them that had an SLO; the others were best effort."""
     attained: int
-    """Ended sessions that finished within their SLO."""
+    """Sessions that finished within their SLO."""
     attainment: float | None
+    """Share of the sessions with an SLO that attained it; None if there was none."""
     refused: int
 
 

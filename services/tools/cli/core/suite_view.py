@@ -124,7 +124,7 @@ def _classes(snapshot: SuiteSnapshot) -> Table:
         ("refused", True),
     )
     for one in snapshot.classes:
-        attained = "-" if one.attainment is None else f"{one.attained}/{one.ended} {one.attainment:.0%}"
+        attained = "-" if one.attainment is None else f"{one.attained}/{one.promised} {one.attainment:.0%}"
         table.add_row(
             _clipped(one.service_class),
             str(one.sessions),

@@ -193,7 +193,8 @@ class SuiteWatch:
             load = loads.get(name)
             ended = [one for _, one in self._ended if one.service_class == name]
             own = [one for one in ended if one.reason not in (REFUSED, ABORTED)]
-            attained = sum(one.attained for one in own)
+            promised = [one for one in own if one.slo is not None]
+            attained = sum(one.attained for one in promised)
             views.append(
                 ClassView(
                     service_class=name,
@@ -202,8 +203,9 @@ class SuiteWatch:
                     queue_ms=load.queue_ms if load else None,
                     slack_ms=load.slack_ms if load else None,
                     ended=len(own),
+                    promised=len(promised),
                     attained=attained,
-                    attainment=attained / len(own) if own else None,
+                    attainment=attained / len(promised) if promised else None,
                     refused=sum(one.reason == REFUSED for one in ended),
                 )
             )
