@@ -186,10 +186,10 @@ class Admission:
     def _too_late(self, demand: Demand, slo: Slo, load: Load) -> Iterator[Refusal]:
         tokens = max(*demand.prompts, sum(demand.prompts) / load.verifiers)
         alone_ms = demand.elapsed_ms + tokens * load.prefill_ms + load.fixed_ms + load.round_ms
-        late_ms = alone_ms + self._wait_ms(demand.service_class, load) - slo.ttft_ms
-        if alone_ms <= slo.ttft_ms and late_ms > 0:
-            text = f"the first token would come after {late_ms + slo.ttft_ms:,.0f} ms, and the SLO is {slo.ttft_ms:,.0f} ms"
-            yield _refusal("slo_unattainable_now", text, late_ms)
+        first_ms = alone_ms + self._wait_ms(demand.service_class, load)
+        if alone_ms <= slo.ttft_ms < first_ms:
+            text = f"the first token would come after {first_ms:,.0f} ms, and the SLO is {slo.ttft_ms:,.0f} ms"
+            yield _refusal("slo_unattainable_now", text, first_ms - slo.ttft_ms)
 
     def _wait_ms(self, service_class: str, load: Load) -> float:
         """Return the queueing time of a request of this class."""
