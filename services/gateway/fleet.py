@@ -19,19 +19,26 @@ FOLLOW_S = 5.0
 """Time between two reads of the heartbeats without requests."""
 FRESH_S = 1.0
 """How long read heartbeats are used."""
+RETRY_S = 0.25
+"""Time between two reads for a request that waits."""
 READ_TIMEOUT_S = 3.0
 PROBE_TIMEOUT_S = 2.0
+
+PASSING = ("no_verifier", "redis_unavailable")
+"""Codes of problems that a pause of the machine causes too, for a moment: heartbeats expire while it stands still."""
 
 Probe = Callable[[], Awaitable[object]]
 
 
-def longest_session(heartbeats: Sequence[Heartbeat], fingerprint: str) -> int:
+def longest_session(heartbeats: Sequence[Heartbeat], fingerprint: str, silent_s: float = 0.0) -> int:
     """Return the most tokens of a session that some verifier takes now.
 
-    Raises ApiError with status 503 and the reason when there is no such verifier.
+    Raises ApiError with status 503 and the reason when there is no such verifier. `silent_s` is the time since the
+    heartbeats of the last one were missed; 0 if unknown.
     """
     if not heartbeats:
-        raise unavailable("no verifier is running; try again when one has started", "no_verifier")
+        silent = f": none has sent a heartbeat for at least {silent_s:.0f} s" if silent_s >= 1 else ""
+        raise unavailable(f"no verifier is running{silent}; try again when one has started", "no_verifier")
     ours = [beat for beat in heartbeats if beat.fingerprint == fingerprint]
     if not ours:
         raise unavailable(
@@ -53,11 +60,21 @@ class Fleet:
         heartbeats: Callable[[], Awaitable[list[Heartbeat]]],
         fingerprint: str,
         probes: Mapping[str, Probe] | None = None,
+        *,
+        wait_s: float = 0.0,
     ) -> None:
-        """`probes` check the other required services, by name; they raise BrokersError."""
+        """`probes` check the other required services, by name; they raise BrokersError.
+
+        `wait_s`: time after the last good read within which requests wait for the next one.
+        """
         self._heartbeats = heartbeats
         self._fingerprint = fingerprint
-        self._probes: dict[str, Probe] = {**(probes or {}), "verifier": self.longest_session}
+        self._wait_s = wait_s
+        self._probes: dict[str, Probe] = {**(probes or {}), "verifier": self._longest_session}
+        self._good = False
+        """True if a read has found a usable verifier."""
+        self._bad_since_s: float | None = None
+        """Time of the first read without one after that; None if there was none."""
         self._limit = 0
         self.arithmetics: frozenset[str] = frozenset()
         """Arithmetics of the usable verifiers of the model, at the last read; "" for an unknown one."""
@@ -65,7 +82,21 @@ class Fleet:
         self._reading: asyncio.Task[None] | None = None
 
     async def longest_session(self) -> int:
-        """Return the most tokens of a session. Raises ApiError with status 503, also when Redis is away."""
+        """Return the most tokens of a session.
+
+        Heartbeats that end may be those of a machine that stands still for a moment, so they are waited for a while.
+        Raises ApiError with status 503, also when Redis is away.
+        """
+        while True:
+            try:
+                return await self._longest_session()
+            except ApiError as error:
+                since_s = self._bad_since_s
+                if error.code not in PASSING or since_s is None or monotonic() - since_s >= self._wait_s:
+                    raise
+            await asyncio.sleep(RETRY_S)
+
+    async def _longest_session(self) -> int:
         if monotonic() - self._read_s >= FRESH_S:
             if self._reading is None or self._reading.done():
                 self._reading = asyncio.create_task(self._read())
@@ -86,16 +117,26 @@ class Fleet:
 
     async def _read(self) -> None:
         try:
+            beats = await self._read_heartbeats()
+            self._note_arithmetics([one for one in beats if one.fingerprint == self._fingerprint and not one.draining])
+            silent_s = 0.0 if self._bad_since_s is None else monotonic() - self._bad_since_s
+            # Failures are not kept, so that a request sees a new verifier at once.
+            self._limit, self._read_s = longest_session(beats, self._fingerprint, silent_s), monotonic()
+        except ApiError:
+            if self._good and self._bad_since_s is None:
+                self._bad_since_s = monotonic()
+            raise
+        self._good, self._bad_since_s = True, None
+
+    async def _read_heartbeats(self) -> list[Heartbeat]:
+        try:
             async with asyncio.timeout(READ_TIMEOUT_S):
-                beats = await self._heartbeats()
+                return await self._heartbeats()
         except BrokersError as error:
             raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
         except TimeoutError as error:
             text = f"Redis did not answer in {READ_TIMEOUT_S:g} s"
             raise unavailable(text, "redis_unavailable", retry_after_s=2) from error
-        self._note_arithmetics([beat for beat in beats if beat.fingerprint == self._fingerprint and not beat.draining])
-        # Failures are not kept, so that a request sees a new verifier at once.
-        self._limit, self._read_s = longest_session(beats, self._fingerprint), monotonic()
 
     def _note_arithmetics(self, usable: Sequence[Heartbeat]) -> None:
         """Export the verifiers by arithmetic, and log when the fleet becomes mixed or uniform again."""

@@ -39,13 +39,20 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
     patience_ms = int(settings.resume_s * 1000)
     transport = BrokerTransport(
-        broker, store, instance, queue, patience_ms=patience_ms, session_keys=settings.session_keys
+        broker,
+        store,
+        instance,
+        queue,
+        patience_ms=patience_ms,
+        outage_wait_s=settings.outage_wait_s,
+        session_keys=settings.session_keys,
     )
 
     async def rabbitmq() -> None:
         await broker.prove(queue, PROBE_TIMEOUT_S)
 
-    fleet = Fleet(store.registry.heartbeats, model.fingerprint, {"rabbitmq": rabbitmq, "redis": store.ping})
+    probes = {"rabbitmq": rabbitmq, "redis": store.ping}
+    fleet = Fleet(store.registry.heartbeats, model.fingerprint, probes, wait_s=settings.outage_wait_s)
     gateway = Gateway.assemble(
         settings,
         instance,

@@ -196,6 +196,12 @@ class GatewaySettings(ServiceSettings, ApiSettings, SessionTtlSettings, SessionS
     idle_check_s: float = Field(
         2, gt=0, description="seconds without results of a session after which its state is read from Redis"
     )
+    outage_wait_s: float = Field(
+        10,
+        ge=0,
+        description="seconds that a new request waits for verifiers or Redis when they fall silent, as in a pause of "
+        "the machine, before it gets a 503",
+    )
     resume_s: float = Field(
         30,
         ge=1,

@@ -23,6 +23,9 @@ from shared.messages import Cancel, Ended, Generate
 from shared.runtime import logging
 from shared.state.store import Request, Session, SessionProgress, Store
 
+CREATE_RETRY_S = 0.25
+LONGEST_TRY_S = 3.0
+"""A try to store a new session counts as at most this long: the rest was a pause of this process."""
 STORE_TRIES, STORE_RETRY_S = 60, 1.0
 """Retries while Redis is away. `Store.reap` ends the sessions of a gateway that stops before Redis is back."""
 
@@ -78,17 +81,20 @@ class BrokerTransport:
         queue: Queue,
         *,
         patience_ms: int,
+        outage_wait_s: float = 0.0,
         session_keys: SessionKeys | None = None,
     ) -> None:
         """Results for this gateway arrive in `queue`.
 
-        A session that no gateway collects for `patience_ms` is cancelled.
+        A session that no gateway collects for `patience_ms` is cancelled. A new session waits up to `outage_wait_s` for
+        Redis.
         """
         self._broker = broker
         self._store = store
         self._instance = instance
         self._queue = queue
         self._patience_ms = patience_ms
+        self._outage_wait_s = outage_wait_s
         self._session_keys = session_keys or SessionKeys(None)
         self._origins: Counter[str] = Counter()
         """Collected sessions by the gateway that started them. The results of these gateways come here as well."""
@@ -108,11 +114,28 @@ class BrokerTransport:
             fingerprint=generate.fingerprint,
             slo=generate.slo,
         )
-        await self._store.create(
-            request, generate.prompt, generate.elapsed_ms, patience_ms=self._patience_ms, kept=resume_record
-        )
+        await self._create(request, generate.prompt, received_s, resume_record)
         generate = generate.model_copy(update={"elapsed_ms": (monotonic() - received_s) * 1000})
         await self._broker.publish(self._session_keys.add_to(generate), topology.generate(pool), persistent=True)
+
+    async def _create(self, request: Request, prompt: Sequence[int], received_s: float, resume_record: bytes) -> None:
+        """Store a new session. If Redis does not answer, try again for a while: it may be a pause of the machine.
+
+        No service has the session yet, so storing it twice does no harm.
+        """
+        spent_s = 0.0
+        while True:
+            tried_s = monotonic()
+            elapsed_ms = (tried_s - received_s) * 1000
+            try:
+                await self._store.create(request, prompt, elapsed_ms, patience_ms=self._patience_ms, kept=resume_record)
+                return
+            except BrokersError as error:
+                spent_s += min(monotonic() - tried_s, LONGEST_TRY_S) + CREATE_RETRY_S
+                if spent_s > self._outage_wait_s:
+                    raise
+                self._log.warning("session not stored yet", session=request.session, error=str(error))
+            await asyncio.sleep(CREATE_RETRY_S)
 
     async def cancel(self, session_id: str, reason: str) -> None:
         """See `Transport`."""

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast
 
@@ -692,6 +693,49 @@ async def test_concurrent_requests_share_one_read_of_the_heartbeats() -> None:
     assert await asyncio.gather(*(fleet.longest_session() for _ in range(5))) == [100] * 5
     assert await fleet.longest_session() == 100
     assert looks == 2
+
+
+async def test_requests_wait_for_verifiers_that_fall_silent_for_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.fleet.FRESH_S", 0.0)
+    monkeypatch.setattr("services.gateway.fleet.RETRY_S", 0.01)
+    answers: list[list[Heartbeat] | Exception] = []
+
+    async def read() -> list[Heartbeat]:
+        answer = answers.pop(0) if len(answers) > 1 else answers[0]
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    fleet = Fleet(read, "f", wait_s=0.5)
+    answers[:] = [[]]
+    with pytest.raises(ApiError, match="no verifier is running; try again"):
+        await asyncio.wait_for(fleet.longest_session(), 0.3)  # none was ever there
+    answers[:] = [[heartbeat()]]
+    assert await fleet.longest_session() == 100
+    answers[:] = [[], BrokersError("Redis is away"), TimeoutError(), [], [heartbeat()]]
+    assert await asyncio.gather(*(fleet.longest_session() for _ in range(5))) == [100] * 5
+    answers[:] = [[heartbeat(fingerprint="other")]]
+    with pytest.raises(ApiError, match="another model"):
+        await asyncio.wait_for(fleet.longest_session(), 0.3)
+
+
+async def test_requests_wait_for_silent_verifiers_no_longer_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.fleet.FRESH_S", 0.0)
+    beats = [heartbeat()]
+
+    async def read() -> list[Heartbeat]:
+        return beats
+
+    fleet = Fleet(read, "f", wait_s=1.2)
+    await fleet.longest_session()
+    beats.clear()
+    started = monotonic()
+    with pytest.raises(ApiError, match=r"no verifier is running: none has sent a heartbeat for at least 1 s"):
+        await fleet.longest_session()
+    assert 1.2 <= monotonic() - started < 5
+    with pytest.raises(ApiError):
+        await asyncio.wait_for(fleet.longest_session(), 0.3)  # they are gone, so nobody waits for them any more
+    assert (await asyncio.wait_for(fleet.missing(), 0.3))["verifier"] is not None
 
 
 async def test_the_fleet_is_exported_by_arithmetic_and_a_mixture_logged(monkeypatch: pytest.MonkeyPatch) -> None:
