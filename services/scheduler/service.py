@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import time
 from collections.abc import Coroutine
 from typing import Any
@@ -24,6 +25,8 @@ from shared.state.registry import Registry
 
 IDLE_S = 0.25
 """Longest time between two decisions, so that silent verifiers and lost batches are noticed."""
+PAUSE_MS = 1000.0
+"""A longer time between two decisions is a pause: the machine or this process stood still."""
 
 
 def now_ms() -> float:
@@ -65,6 +68,7 @@ class Scheduler:
         self._broker = broker
         self._session_keys = session_keys
         self._timer: asyncio.TimerHandle | None = None
+        self._decided_ms = math.inf
         self._sending: set[asyncio.Task[None]] = set()
         self._log = logging.get()
 
@@ -153,6 +157,10 @@ class Scheduler:
 
     def _decide(self) -> None:
         """Send the batches that are due, and set the timer for the next decision."""
+        if (paused_ms := now_ms() - self._decided_ms) > PAUSE_MS:
+            self._log.warning("this scheduler stood still", ms=round(paused_ms))
+            self._dispatcher.on_pause(paused_ms)
+        self._decided_ms = now_ms()
         with metrics.DECISION_TIME.time():
             sends, wake_ms = self._dispatcher.dispatch(now_ms())
         wait_s = IDLE_S if wake_ms is None else min(IDLE_S, max(0.0, (wake_ms - now_ms()) / 1000))

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
+from time import monotonic
 
 from services.verifier import metrics
+from services.verifier.heartbeat_thread import HeartbeatThread
 from services.verifier.sessions import SessionTable
 from shared.broker import topology
 from shared.broker.client import Broker
@@ -16,9 +18,15 @@ from shared.messages import Batch, CostModel, Heartbeat, Measurement, Residency,
 from shared.runtime import logging
 from shared.state.store import Store
 
+HANGING_S = 20.0
+"""The heartbeats of a verifier whose event loop has not run for this long end: it replies to no batch either."""
+
 
 class Membership:
-    """Announces one verifier to schedulers, gateways and estimators."""
+    """Announces one verifier to schedulers, gateways and estimators.
+
+    Heartbeats are sent, and the lease is renewed, in a thread of their own; everything else happens in the main thread.
+    """
 
     def __init__(
         self,
@@ -28,6 +36,7 @@ class Membership:
         sessions: SessionTable,
         broker: Broker,
         store: Store,
+        thread: HeartbeatThread,
     ) -> None:
         self.verifier_id = verifier_id
         self.fingerprint = fingerprint
@@ -36,6 +45,9 @@ class Membership:
         self._sessions = sessions
         self._broker = broker
         self._store = store
+        self._thread = thread
+        self._ran_s = monotonic()
+        """When the main thread's event loop last ran."""
         self._lease = 0
         self._draining = False
         self._measured: list[Measurement] = []
@@ -65,16 +77,33 @@ class Membership:
         self._measured.append(measurement)
 
     async def beat(self, every_s: float) -> None:
-        """Publish heartbeats, and the measurements since the last one, for ever."""
+        """Let the thread send heartbeats, and publish the measurements since the last sample, for ever."""
+        self._ran_s = monotonic()
+        beating = asyncio.ensure_future(self._thread.run(self._beat(every_s)))
+        try:
+            while True:
+                self._ran_s = monotonic()
+                if self._measured:
+                    batches, self._measured = self._measured, []
+                    await self._broker.publish(Sample(verifier=self.verifier_id, batches=batches), topology.SAMPLE)
+                await asyncio.wait([beating], timeout=every_s)
+                if beating.done():
+                    beating.result()  # raises its error
+        finally:
+            beating.cancel()
+
+    async def _beat(self, every_s: float) -> None:
+        """Publish heartbeats for ever. Runs in the thread."""
         while True:
-            await self.publish_heartbeat()
-            if self._measured:
-                batches, self._measured = self._measured, []
-                await self._broker.publish(Sample(verifier=self.verifier_id, batches=batches), topology.SAMPLE)
+            if monotonic() - self._ran_s < HANGING_S:
+                await self._publish_heartbeat()
             await asyncio.sleep(every_s)
 
-    async def publish_heartbeat(self) -> None:
-        """Publish a heartbeat and renew the lease. A new lease is announced by another heartbeat at once."""
+    async def _publish_heartbeat(self) -> None:
+        """Publish a heartbeat and renew the lease. A new lease is announced by another heartbeat at once.
+
+        Runs in the thread.
+        """
         heartbeat = Heartbeat(
             verifier=self.verifier_id,
             fingerprint=self.fingerprint,
@@ -87,10 +116,10 @@ class Membership:
             residency=[Residency(session=s, cached=cached) for s, cached in self._sessions.cached.items()],
         )
         metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)
-        await self._broker.publish(heartbeat, topology.heartbeat(self.verifier_id))
+        await self._thread.broker.publish(heartbeat, topology.heartbeat(self.verifier_id))
         try:
-            lease = await self._store.registry.renew(self.verifier_id, self._lease)
-            await self._store.registry.beat(heartbeat.model_copy(update={"lease": lease}))
+            lease = await self._thread.registry.renew(self.verifier_id, self._lease)
+            await self._thread.registry.beat(heartbeat.model_copy(update={"lease": lease}))
         except BrokersError as error:
             self._log.warning("heartbeat not stored", error=str(error))
             return
@@ -98,12 +127,12 @@ class Membership:
             if self._lease:
                 self._log.warning("lease has ended, batches sent under it are dropped", lease=lease)
             self._lease = lease
-            await self.publish_heartbeat()
+            await self._publish_heartbeat()
 
     async def start_draining(self) -> None:
         """Announce that this verifier takes no new batches."""
         self._draining = True
-        await self.publish_heartbeat()
+        await self._thread.run(self._publish_heartbeat())
 
     async def leave(self) -> None:
         """Remove this verifier's heartbeat and lease from the store."""

@@ -11,6 +11,7 @@ from services.verifier.batches import BatchLoop
 from services.verifier.core.emulation import EmulatedCost
 from services.verifier.engine_thread import EngineThread
 from services.verifier.handoff import Handoff
+from services.verifier.heartbeat_thread import HeartbeatThread
 from services.verifier.membership import Membership
 from services.verifier.profile import profile
 from services.verifier.sessions import SessionTable
@@ -25,6 +26,7 @@ from shared.models.folder import ModelFolder
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
+from shared.state.registry import Registry
 from shared.state.store import Store
 
 QUIET_S = 0.3
@@ -62,8 +64,22 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     )
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     thread = EngineThread(engine, executor)
+    heartbeats = HeartbeatThread()
+
+    async def connect() -> tuple[Broker, Registry]:
+        own = await Broker.connect(
+            settings.amqp_url, Topology(settings.namespace), f"{instance} heartbeats", tls=settings.tls
+        )
+        return own, Registry.connect(settings.redis_url, settings.namespace, settings.tls)
+
     try:
-        await Verifier(instance, fingerprint, thread, broker, store, settings, emulated).run(measured, stop)
+        await heartbeats.start(connect)
+        try:
+            await Verifier(instance, fingerprint, thread, broker, store, heartbeats, settings, emulated).run(
+                measured, stop
+            )
+        finally:
+            await heartbeats.close()
     finally:
         await broker.close()
         await store.close()
@@ -91,6 +107,7 @@ class Verifier:
         engine_thread: EngineThread,
         broker: Broker,
         store: Store,
+        heartbeats: HeartbeatThread,
         settings: VerifierSettings,
         emulated: EmulatedCost | None,
     ) -> None:
@@ -106,7 +123,9 @@ class Verifier:
             ttl_s=settings.kv_handoff_s,
             limit_bytes=settings.kv_handoff_mb * 10**6,
         )
-        self._membership = Membership(verifier_id, fingerprint, engine_thread.engine, self._sessions, broker, store)
+        self._membership = Membership(
+            verifier_id, fingerprint, engine_thread.engine, self._sessions, broker, store, heartbeats
+        )
         self._loop = BatchLoop(
             self._membership,
             self._sessions,

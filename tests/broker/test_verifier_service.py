@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -12,12 +13,13 @@ from typing import Any
 import builders
 import numpy as np
 import pytest
+import redis
 import torch
 from patience import HANG_S
 from pydantic import SecretStr
 from random_draft import random_draft
 
-from services.verifier import batches, metrics
+from services.verifier import batches, membership, metrics
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
 from shared.broker import topology
@@ -27,6 +29,7 @@ from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.messages import (
     MOST,
+    SILENT_MS,
     Finish,
     Heartbeat,
     HiddenFormat,
@@ -45,6 +48,7 @@ from shared.models.hidden_states import Floats, unpack
 from shared.models.prepare import prepare
 from shared.sampling.sampler import choose
 from shared.state.commits import Commit
+from shared.state.registry import HEARTBEAT_TTL_MS
 from shared.state.store import Store
 
 PROMPT = [5, 6, 7, 8]
@@ -175,6 +179,41 @@ async def playing(
     await asyncio.wait_for(serving, HANG_S)
     await broker.close()
     await store.close()
+
+
+def kept_alive(redis_url: str, namespace: str, seconds: float) -> list[tuple[bytes | None, bool]]:
+    """Block the event loop; return the verifier's lease, and whether it has a heartbeat, at many times meanwhile."""
+    seen = []
+    with redis.Redis.from_url(redis_url) as client:
+        end_s = time.monotonic() + seconds
+        while time.monotonic() < end_s:
+            lease, heartbeat = client.mget(f"{namespace}:lease:v1", f"{namespace}:verifier:v1")
+            seen.append((lease, heartbeat is not None))
+            time.sleep(0.05)
+    return seen
+
+
+async def test_a_busy_event_loop_holds_up_no_heartbeat(
+    peer: Peer, redis_url: str, namespace: str, text: list[int]
+) -> None:
+    seen = kept_alive(redis_url, namespace, 2 * SILENT_MS / 1000)  # the verifier runs in this event loop
+    assert {heartbeat for _, heartbeat in seen} == {True}
+    assert len({lease for lease, _ in seen}) == 1
+    await peer.open("s")
+    (result,) = await peer.verify(peer.job("s", 4, text[:2]))
+    assert result.status is Status.COMMITTED
+
+
+async def test_a_verifier_whose_event_loop_hangs_for_long_sends_no_heartbeats(
+    peer: Peer, redis_url: str, namespace: str, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(membership, "HANGING_S", 1.0)
+    seen = kept_alive(redis_url, namespace, 1.0 + HEARTBEAT_TTL_MS / 1000 + 2)
+    assert seen[0][1]
+    assert not seen[-1][1]
+    await peer.open("s")
+    (result,) = await peer.verify(peer.job("s", 4, text[:2]))
+    assert result.status is Status.COMMITTED
 
 
 async def test_a_job_with_a_wrong_session_key_fails_for_the_scheduler_only(

@@ -606,3 +606,40 @@ def test_a_batch_carries_the_lease_of_its_verifier() -> None:
     d.on_verify(verify("s"), 0)
     ((_, batch),) = sent(d, 0)
     assert batch.lease == 7
+
+
+def test_rounds_of_an_ended_lease_are_sent_again_under_the_new_one() -> None:
+    d = dispatcher("fcfs", heartbeat(lease=7))
+    for session in ("s", "t"):
+        d.on_verify(verify(session), 0.0)
+    before = only(d, 0.0)
+    d.on_heartbeat(heartbeat(lease=7), 100.0)
+    assert not sent(d, 100.0)
+    d.on_heartbeat(heartbeat(lease=8), 200.0)
+    after = only(d, 200.0)
+    assert (before.lease, after.lease) == (7, 8)
+    assert sessions(after) == sessions(before)
+    for job in after.jobs:
+        d.on_result(result(after, job), 300.0)
+    assert not d.fleet.pending_count
+
+
+def test_a_first_lease_ends_none() -> None:
+    d = dispatcher("fcfs", heartbeat())
+    d.on_verify(verify("s"), 0.0)
+    only(d, 0.0)
+    d.on_heartbeat(heartbeat(lease=8), 100.0)
+    assert not sent(d, 100.0)
+
+
+def test_verifiers_and_batches_are_not_lost_in_a_pause_of_the_scheduler() -> None:
+    d = dispatcher("fcfs", heartbeat("v1"), heartbeat("v2"))
+    d.on_verify(verify("s"), 0.0)
+    name, batch = sent(d, 0.0)[0]
+    d.on_pause(40_000.0)
+    assert not sent(d, 40_000.0)
+    assert set(d.fleet.verifiers) == {"v1", "v2"}
+    d.on_result(result(batch, batch.jobs[0], verifier=name), 40_010.0)
+    assert not d.fleet.pending_count
+    assert not sent(d, 40_000.0 + SILENT_MS + 1)
+    assert not d.fleet.verifiers, "silence after the pause counts"

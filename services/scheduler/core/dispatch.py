@@ -145,8 +145,25 @@ class Dispatcher:
                 self._releases.setdefault(other.verifier_id, []).append(result.session)
 
     def on_heartbeat(self, heartbeat: Heartbeat, now_ms: float) -> None:
-        """Update a verifier. Its residency replaces what was assumed about its cache."""
+        """Update a verifier. Its residency replaces what was assumed about its cache.
+
+        A verifier with a new lease drops the batches that were sent under the old one, so their rounds are pending
+        again.
+        """
+        state = self.fleet.verifiers.get(heartbeat.verifier)
+        before = 0 if state is None else state.heartbeat.lease
         self.fleet.on_heartbeat(heartbeat, now_ms)
+        if state is not None and before not in (0, heartbeat.lease):
+            dropped, state.in_flight, state.idle_since_ms = state.in_flight, [], now_ms
+            for flight in dropped:
+                self._requeue(flight.jobs.values(), now_ms)
+
+    def on_pause(self, paused_ms: float) -> None:
+        """Note that this scheduler has not run for so long: nothing that was expected meanwhile is late."""
+        for state in self.fleet.verifiers.values():
+            state.seen_ms += paused_ms
+            for flight in state.in_flight:
+                flight.sent_ms += paused_ms
 
     def on_cost_model(self, model: CostModel, now_ms: float) -> None:
         """Predict a verifier's times by this model from now on."""
