@@ -124,6 +124,8 @@ class Peer:
     """Sessions for which Redis accepts no more tokens."""
     held: asyncio.Event | None = None
     """Holds answers back until it is set."""
+    beats: bool = True
+    """True if it sends heartbeats."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
@@ -162,7 +164,8 @@ class Peer:
 
     async def _beat(self) -> None:
         while True:
-            await self.store.registry.beat(self.heartbeat)
+            if self.beats:
+                await self.store.registry.beat(self.heartbeat)
             await asyncio.sleep(0.5)
 
     async def _receive(self, message: Message) -> None:

@@ -1,4 +1,4 @@
-"""A link to a server that a test can cut."""
+"""A link to a server that a test can cut or hold up."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from services.tools.local.ports import free_ports
 
 
 class Link:
-    """A TCP connection to a server that can be cut and mended, as if the server were restarted."""
+    """A TCP connection to a server that can be cut and mended, as if the server were restarted, and held up, as if it
+    stood still while `flowing` is not set."""
 
     def __init__(self, url: str) -> None:
         self._parts = urlsplit(url)
         (self._port,) = free_ports(1)
         self._writers: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
+        self.flowing = asyncio.Event()
+        self.flowing.set()
         user, at, _ = self._parts.netloc.rpartition("@")
         self.url = urlunsplit(self._parts._replace(netloc=f"{user}{at}127.0.0.1:{self._port}"))
 
@@ -36,19 +39,19 @@ class Link:
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there_reader, there_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
         self._writers |= {writer, there_writer}
-        await asyncio.gather(_pump(reader, there_writer), _pump(there_reader, writer))
+        await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer))
         self._writers -= {writer, there_writer}
 
-
-async def _pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    try:
-        while part := await reader.read(65536):
-            writer.write(part)
-            await writer.drain()
-    except OSError:
-        pass
-    finally:
-        writer.close()
+    async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while part := await reader.read(65536):
+                await self.flowing.wait()
+                writer.write(part)
+                await writer.drain()
+        except OSError:
+            pass
+        finally:
+            writer.close()
 
 
 @asynccontextmanager

@@ -16,6 +16,7 @@ from gateway_suite import MODEL, answers, free_port, started
 from link import link_to
 from patience import HANG_S
 
+from services.gateway.fleet import FRESH_S
 from shared.models.folder import ModelFolder
 
 
@@ -55,7 +56,7 @@ async def test_the_gateway_survives_an_outage_of_redis(
 ) -> None:
     async with (
         link_to(redis_url) as link,
-        started(amqp_url, link.url, namespace, target, peer_redis_url=redis_url) as suite,
+        started(amqp_url, link.url, namespace, target, peer_redis_url=redis_url, outage_wait_s=1) as suite,
     ):
         await link.cut()
         assert (await suite.http.get("/ready")).json()["parts"]["redis"] != "ok"
@@ -66,6 +67,43 @@ async def test_the_gateway_survives_an_outage_of_redis(
         await link.mend()
         await answers(suite.http, "/ready")
         assert (await suite.chat()).choices[0].message.content == suite.peer.script.text
+
+
+async def test_requests_wait_out_a_pause_of_redis(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with (
+        link_to(redis_url) as link,
+        started(amqp_url, link.url, namespace, target, peer_redis_url=redis_url, idle_check_s=0.2) as suite,
+    ):
+        suite.peer.script = Script(text="the whole text, come what may", round_len=2, pause_s=0.1)
+        running = asyncio.create_task(suite.chat())
+        await eventually(lambda: bool(suite.peer.generated))
+        link.flowing.clear()
+        new = [asyncio.create_task(suite.chat(n=2)) for _ in range(3)]
+        # Longer than a session without results is left alone, and than Redis may take to answer a call.
+        await asyncio.sleep(7)
+        assert not any(one.done() for one in new)
+        link.flowing.set()
+        answers = await asyncio.gather(running, *new)
+        texts = {choice.message.content for answer in answers for choice in answer.choices}
+        assert texts == {suite.peer.script.text}
+
+
+async def test_requests_wait_for_heartbeats_that_expired(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+) -> None:
+    async with started(amqp_url, redis_url, namespace, target, outage_wait_s=5) as suite:
+        assert (await suite.chat()).choices[0].message.content == suite.peer.script.text
+        suite.peer.beats = False
+        await suite.peer.store.registry.remove(suite.peer.heartbeat.verifier)
+        await asyncio.sleep(FRESH_S)
+        asking = asyncio.create_task(suite.chat())
+        await asyncio.sleep(2)
+        assert not asking.done()
+        assert (await suite.http.get("/ready")).json()["parts"]["verifier"] != "ok"
+        suite.peer.beats = True
+        assert (await asking).choices[0].message.content == suite.peer.script.text
 
 
 async def test_lost_state_ends_a_session_in_a_clear_error(

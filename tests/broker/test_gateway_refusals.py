@@ -39,12 +39,13 @@ async def test_classes_are_refused_in_order_with_reason_and_retry_time(suite: Su
         await send_load(suite, utilization=utilization)
         taken = []
         for tier in ("flex", "default", "priority"):
-            (outcome,) = await asyncio.gather(suite.chat(service_tier=tier), return_exceptions=True)
+            asking = suite.chat(service_tier=tier, extra_headers={"x-slo-ttft-ms": "60000"})
+            (outcome,) = await asyncio.gather(asking, return_exceptions=True)
             if not isinstance(outcome, openai.RateLimitError):
                 taken.append(outcome.service_tier)
                 continue
             assert outcome.type == "rate_limit_error"
-            assert outcome.code in ("overloaded", "slo_unattainable_now")
+            assert outcome.code == "slo_unattainable_now"
             assert outcome.response.headers["x-wisp-refused"] == outcome.code
             assert outcome.response.headers["x-llm-d-request-dropped-reason"] == "rejected-saturated"
             assert 1 <= int(outcome.response.headers["retry-after"]) <= 60
@@ -62,12 +63,21 @@ async def test_tier_and_slo_headers_reach_drafter_and_observers(suite: Suite) ->
     assert suite.peer.generated[1].service_class == DEFAULT_CLASS
     await send_load(suite, utilization=0.99)
     with pytest.raises(openai.RateLimitError):
-        await suite.chat(service_tier="flex", n=2)
+        await suite.chat(service_tier="flex", n=2, extra_headers=headers)
     await eventually(lambda: len(suite.peer.ended) == 4)
     first = suite.peer.ended[0]
     assert (first.session, first.service_class, first.slo) == (generate.session, "priority", generate.slo)
     assert (first.reason, first.tokens, first.attained) == ("stop", len(suite.peer.script.text), True)
     assert [(one.reason, one.attained) for one in suite.peer.ended[2:]] == [("refused", False)] * 2
+
+
+async def test_a_burst_of_clients_that_ask_for_nothing_is_served(suite: Suite) -> None:
+    refused = await suite.metric("wisp_requests_refused_total")
+    await send_load(suite, utilization=3.0, backlog_ms=60_000.0, prefill_ms=50.0, round_ms=900.0)
+    answers = await asyncio.gather(*(suite.chat(max_tokens=8) for _ in range(50)))
+    assert {answer.choices[0].message.content for answer in answers} == {suite.peer.script.text[:8]}
+    assert {generate.slo for generate in suite.peer.generated} == {None}
+    assert await suite.metric("wisp_requests_refused_total") == refused
 
 
 async def test_the_official_client_retries_when_asked(start: Start) -> None:

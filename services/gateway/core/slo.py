@@ -18,13 +18,14 @@ TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
 
 class ServiceClass(Promise):
-    """The SLO of a class's requests, and the load up to which they are admitted."""
+    """The SLO that a class's requests ask for, and the load up to which they are admitted."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     admit_to: Annotated[float, Field(gt=0, le=10)] = 0.9
-    """Promised share of the verifiers' time up to which requests of the class are admitted. Above 1, more is promised
-    than can be kept."""
+    """Promised share of the verifiers' time up to which the SLO is promised to more requests; above 1, more is promised
+    than can be kept. It is also the share of the gateway's longest backlog at which any request of the class is
+    refused."""
     max_sessions: Annotated[int, Field(ge=1)] | None = None
     """Most running completions of the class; None for no limit of its own."""
 
