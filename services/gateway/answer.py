@@ -171,12 +171,12 @@ class RunningSession:
     """Time of the last token."""
     outcome: SloOutcome | None = None
     """Set at the end."""
+    starting: bool = False
+    """True until the session is created and handed to the drafters: until then its state is not missed."""
     checking: bool = False
     """True if a read of the state is in progress."""
     check_again: bool = False
     """True if a gap appeared during the read, so that another one is needed."""
-    stored: bool = False
-    """True if the session's state exists. Before that nothing can be missing, so the session is not watched."""
 
     @property
     def session_id(self) -> str:

@@ -166,7 +166,6 @@ class Sessions:
             # Returning does not prolong the stall timeout, however often a client does it.
             running.wait.since_s = monotonic() - session.idle_ms / 1000
             running.wait.had_turn = session.first_ms is not None
-            running.stored = True
             if session.first_ms is not None:
                 running.first_s = started_s + session.first_ms / 1000
                 running.token_s = monotonic()
@@ -208,6 +207,7 @@ class Sessions:
         wait = Wait(answer.form.pool, started_s, now)
         check_s = now + self._idle_check_s
         session = RunningSession(generate, completion, answer, started_s, wait, self._idle_check_s, check_s)
+        session.starting = not answer.resumed
         answer.running.append(session)
         self._running[session.session_id] = session
         self._admission.start(
@@ -235,7 +235,7 @@ class Sessions:
             # It was ended meanwhile, perhaps before there was anything to cancel.
             self._spawn(self._transport.cancel(session.session_id, "ended while it was started"))
             return
-        session.stored = True
+        session.starting = False
         session.wait.since_s = now = monotonic()
         session.check_s = now + session.pause_s
 
@@ -288,14 +288,14 @@ class Sessions:
             await asyncio.sleep(WATCH_INTERVAL_S)
             before, paused_s = (now := monotonic()), now - before - WATCH_INTERVAL_S
             self._turns.forget(now - 2 * self._stall_timeout_s - max(0.0, paused_s))
-            for session in [session for session in self._running.values() if session.stored]:
+            for session in tuple(self._running.values()):
                 if paused_s > PAUSE_S:
                     session.wait.paused_s += paused_s
                 if self._turns.idle_s(session.wait, now) >= self._stall_timeout_s:
                     self._fail(session, self._stalled(session, now))
                 elif now - session.wait.since_s >= self._queue_timeout_s:
                     self._fail(session, self._waited_too_long(session, now))
-                elif now >= session.check_s:
+                elif now >= session.check_s and not session.starting:
                     session.pause_s = min(2 * session.pause_s, LONGEST_PAUSE_S)
                     session.check_s = now + session.pause_s
                     self._check(session)

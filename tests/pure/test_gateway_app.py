@@ -905,7 +905,7 @@ def delay_start(app: App, monkeypatch: pytest.MonkeyPatch, delay_s: float) -> No
 
 
 async def test_sessions_that_are_stored_late_are_not_lost(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
-    app = App(folder, idle_check_s=0.1, stall_timeout_s=1.5)
+    app = App(folder, idle_check_s=0.1)
     delay_start(app, monkeypatch, 0.6)
     watching = asyncio.create_task(app.sessions.watch())
     response = await app.chat(n=3)

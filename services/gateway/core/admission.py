@@ -173,7 +173,7 @@ class Admission:
         if shown <= 0:
             # The promised share of the Load belonged to sessions that have ended, or to past prompts.
             load, gone = load.model_copy(update={"utilization": 0.0, "period_ms": None}), []
-        own = [slo.tpot_ms] * len(demand.prompts)
+        own: list[float | None] = [slo.tpot_ms] * len(demand.prompts)
         before = promised(load, unseen, gone)
         after = promised(load, unseen + own, gone)
         if before > 0 and after > limit:
