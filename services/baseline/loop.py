@@ -16,7 +16,7 @@ from services.verifier.core import replies
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine
-from shared.engine.blocks import BLOCK
+from shared.kernels.layout import BLOCK
 from shared.messages import Failure, Generate, Result, Status
 
 

@@ -18,8 +18,9 @@ from services.verifier import metrics
 from services.verifier.core.transfer_cost import TransferCost
 from services.verifier.engine_thread import EngineThread
 from services.verifier.settings import KvHandoff
-from shared.engine.blocks import BLOCK, block_names
+from shared.engine.blocks import block_names
 from shared.errors import BrokersError, EngineError
+from shared.kernels.layout import BLOCK
 from shared.runtime import logging
 from shared.state.kv import KvBlocks
 

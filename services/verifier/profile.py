@@ -7,7 +7,8 @@ from collections.abc import Sequence
 
 from services.verifier.core.profile_plan import ProfileBatch, ProfilePlan, profile_batches
 from shared.engine import Engine, Step
-from shared.engine.blocks import BLOCK, block_names
+from shared.engine.blocks import block_names
+from shared.kernels.layout import BLOCK
 from shared.messages import Measurement
 
 BUDGET_S = 3.0

@@ -19,9 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from shared.errors import CacheFull, NotAttached, TooLong
-
-BLOCK = 64
-"""Tokens per block, and keys per step of the attention kernel, which fixes its order of summation."""
+from shared.kernels.layout import BLOCK
 
 
 @dataclass(slots=True)

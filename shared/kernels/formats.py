@@ -11,7 +11,7 @@ holds both, and one byte of 4-bit weights.
                output i in its lower and output i + 16 in its upper four bits; w = d q + m. GGUF's Q4_1, and Q4_0 with
                m = -8 d
 
-Inputs are padded to a multiple of `BLOCK`, outputs to a multiple of two panels, with zeros.
+Inputs are padded to a multiple of `SCALE_BLOCK`, outputs to a multiple of two panels, with zeros.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from shared.models.bfloat16 import nearest_bits, to_floats
 
 PANEL: Final = 32
-BLOCK: Final = 32
+SCALE_BLOCK: Final = 32
 """Inputs that share a scale."""
 
 
@@ -42,7 +42,7 @@ class WeightFormat:
 
     def panel_bytes(self, inputs: int) -> int:
         """Return the size of a panel with this many (padded) inputs."""
-        return inputs * self.input_bytes + inputs // BLOCK * self.scale_bytes
+        return inputs * self.input_bytes + inputs // SCALE_BLOCK * self.scale_bytes
 
 
 FORMATS: Final = {
@@ -80,7 +80,7 @@ class Packed:
     @property
     def padded_inputs(self) -> int:
         """Number of inputs that the panels hold."""
-        return padded(self.inputs, BLOCK)
+        return padded(self.inputs, SCALE_BLOCK)
 
     @property
     def panel_bytes(self) -> int:
@@ -119,9 +119,9 @@ def quantized(weight: NDArray[np.float32]) -> Blocks:
     """Return the matrix in int8 blocks, its inputs padded to whole blocks, as GGUF's Q8_0: symmetric, the largest
     magnitude of a block is 127."""
     outputs, inputs = weight.shape
-    whole = np.zeros((outputs, padded(inputs, BLOCK)), np.float32)
+    whole = np.zeros((outputs, padded(inputs, SCALE_BLOCK)), np.float32)
     whole[:, :inputs] = weight
-    blocks = whole.reshape(outputs, -1, BLOCK)
+    blocks = whole.reshape(outputs, -1, SCALE_BLOCK)
     scales = np.abs(blocks).max(axis=-1) / np.float32(127)
     with np.errstate(divide="ignore"):
         inverse = np.where(scales > 0, np.float32(1) / scales, np.float32(0))
@@ -134,11 +134,13 @@ def _pack_blocks(weight: Blocks, form: str) -> Packed:
     if form != expected:
         raise ValueError(f"blocks of {expected} can't be packed as {form}")
     outputs, inputs = weight.quanta.shape
-    if inputs % BLOCK:
-        raise ValueError(f"{inputs} inputs are no whole blocks of {BLOCK}")
-    quanta = _panels(weight.quanta.view(np.uint8), np.uint8).reshape(-1, inputs // BLOCK, BLOCK, PANEL)
+    if inputs % SCALE_BLOCK:
+        raise ValueError(f"{inputs} inputs are no whole blocks of {SCALE_BLOCK}")
+    quanta = _panels(weight.quanta.view(np.uint8), np.uint8).reshape(-1, inputs // SCALE_BLOCK, SCALE_BLOCK, PANEL)
     scales = [weight.scales] if weight.minima is None else [weight.scales, weight.minima]
-    heads = [_panels(part.view(np.uint16), np.uint16, BLOCK).view(np.uint8) for part in scales]  # (panels, blocks, 64)
+    heads = [
+        _panels(part.view(np.uint16), np.uint16, SCALE_BLOCK).view(np.uint8) for part in scales
+    ]  # (panels, blocks, 64)
     if weight.minima is not None:
         quanta = quanta[..., :16] | quanta[..., 16:] << 4
     rows = quanta.reshape(*quanta.shape[:2], -1)
@@ -148,7 +150,7 @@ def _pack_blocks(weight: Blocks, form: str) -> Packed:
 def _panels(weight: NDArray[Any], dtype: type, unit: int = 1) -> NDArray[Any]:
     """Return (outputs, inputs) as zero-padded panels: (panels, inputs, 32). unit: inputs that a column stands for."""
     outputs, inputs = weight.shape
-    whole: NDArray[Any] = np.zeros((padded(outputs, 2 * PANEL), padded(inputs, BLOCK // unit)), dtype)
+    whole: NDArray[Any] = np.zeros((padded(outputs, 2 * PANEL), padded(inputs, SCALE_BLOCK // unit)), dtype)
     whole[:outputs, :inputs] = weight
     return np.ascontiguousarray(whole.reshape(-1, PANEL, whole.shape[1]).swapaxes(1, 2))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.kernels.formats import BLOCK, Blocks
+from shared.kernels.formats import SCALE_BLOCK, Blocks
 
 BLOCK_BYTES = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}
 """Size of a block, by type."""
@@ -25,7 +25,7 @@ def blocks_of(kind: str, data: NDArray[np.uint8]) -> Blocks:
     scales = _halves(blocks, 0)
     if kind == "Q8_0":
         return Blocks(np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8).reshape(outputs, -1), scales)
-    packed = blocks[:, :, -BLOCK // 2 :]
+    packed = blocks[:, :, -SCALE_BLOCK // 2 :]
     quanta = np.concatenate([packed & 15, packed >> 4], axis=-1).view(np.int8).reshape(outputs, -1)
     # 8 is a power of two, so -8 d is exact.
     return Blocks(quanta, scales, _halves(blocks, 2) if kind == "Q4_1" else scales * np.float16(-8))

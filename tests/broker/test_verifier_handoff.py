@@ -23,7 +23,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
-from shared.engine.blocks import BLOCK
+from shared.kernels.layout import BLOCK
 from shared.messages import Heartbeat, Message, Result, Sampling
 from shared.models.folder import ModelFolder
 from shared.sampling.sampler import choose

@@ -18,7 +18,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from shared.engine import Engine, Step, compiled_pass
-from shared.engine.blocks import BLOCK, block_names
+from shared.engine.blocks import block_names
+from shared.kernels.layout import BLOCK
 from shared.models.description import NotDescribed
 
 TEXTS = [

@@ -9,8 +9,9 @@ import tiny
 import torch
 
 from shared.engine import Engine, Step
-from shared.engine.blocks import BLOCK, block_names
+from shared.engine.blocks import block_names
 from shared.errors import EngineError
+from shared.kernels.layout import BLOCK
 
 TOKENS = [(7 * i + 3) % tiny.VOCAB for i in range(3 * BLOCK + 20)]
 

@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 
 from services.baseline.core.batching import Batcher, SequenceState, StepPart
 from services.baseline.link import Frames, frame
-from shared.engine.blocks import BLOCK, BlockPool
+from shared.engine.blocks import BlockPool
+from shared.kernels.layout import BLOCK
 from shared.messages import Cancel
 
 

@@ -8,8 +8,9 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from shared.engine.blocks import BLOCK, BlockPool, blocks_for
+from shared.engine.blocks import BlockPool, blocks_for
 from shared.errors import CacheFull, EngineError, NotAttached, TooLong
+from shared.kernels.layout import BLOCK
 
 
 def feed(pool: BlockPool, session: str, tokens: list[int]) -> None:

@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from shared.kernels import native, team
 from shared.kernels.cache import float_bits
 from shared.kernels.decoder import Product, dense
-from shared.kernels.formats import BLOCK, FORMATS, Blocks, Packed, pack, quantized
+from shared.kernels.formats import FORMATS, SCALE_BLOCK, Blocks, Packed, pack, quantized
 from shared.kernels.layout import FUNCTIONS, PART, PASS_WORDS, UNPACKED_FLOATS, JobWord, PassWord, ProductWord
 
 Floats = NDArray[np.float32]
@@ -24,14 +24,14 @@ def packed(form: str) -> tuple[Packed, Floats]:
     """Return a random matrix in a format, and its weights. The scales of some blocks are subnormal in float16."""
     random = np.random.default_rng(7)
     if form == "int4":
-        blocks = INPUTS // BLOCK
-        quanta = random.integers(0, 16, (OUTPUTS, blocks * BLOCK)).astype(np.int8)
+        blocks = INPUTS // SCALE_BLOCK
+        quanta = random.integers(0, 16, (OUTPUTS, blocks * SCALE_BLOCK)).astype(np.int8)
         scales, minima = (random.standard_normal((2, OUTPUTS, blocks)) * 0.2).astype(np.float16)
         scales[:, 1] = np.float16(1e-6)
-        factor, minimum = (np.repeat(part.astype(np.float64), BLOCK, axis=1) for part in (scales, minima))
+        factor, minimum = (np.repeat(part.astype(np.float64), SCALE_BLOCK, axis=1) for part in (scales, minima))
         return pack(Blocks(quanta, scales, minima), form), (quanta * factor + minimum).astype(np.float32)
     weight = random.standard_normal((OUTPUTS, INPUTS)).astype(np.float32)
-    weight[:, BLOCK : 2 * BLOCK] *= np.float32(1e-5)
+    weight[:, SCALE_BLOCK : 2 * SCALE_BLOCK] *= np.float32(1e-5)
     expected = {
         "float32": lambda: weight,
         "bfloat16": lambda: torch.from_numpy(weight).bfloat16().float().numpy(),

@@ -16,10 +16,11 @@ from services.scheduler.core.batching import MOST_LEFT_OUT, BatchBuilder, BatchL
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.policies import POLICIES, PolicyOptions, PolicyPart, Situation
-from services.scheduler.core.pool import BLOCK, PendingRound, VerifierState
+from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import Kind, QueuedRound, RoundQueue, queued_round
 from services.scheduler.settings import SchedulerSettings
 from shared import cost
+from shared.kernels.layout import BLOCK
 from shared.messages import CostModel
 
 OURS: list[str] = ["wisp", "wisp+"]

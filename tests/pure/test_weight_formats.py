@@ -8,7 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.kernels.decoder import dense
-from shared.kernels.formats import BLOCK, PANEL, Blocks, Packed, pack, quantized
+from shared.kernels.formats import PANEL, SCALE_BLOCK, Blocks, Packed, pack, quantized
 
 SHAPES = [(1, 1), (64, 32), (65, 33), (100, 1100)]
 
@@ -21,7 +21,7 @@ def matrix(outputs: int, inputs: int) -> Floats:
 
 def blocks_of_four_bits(outputs: int, inputs: int) -> Blocks:
     random = np.random.default_rng(inputs)
-    scales, minima = random.standard_normal((2, outputs, inputs // BLOCK)).astype(np.float16)
+    scales, minima = random.standard_normal((2, outputs, inputs // SCALE_BLOCK)).astype(np.float16)
     return Blocks(random.integers(0, 16, (outputs, inputs)).astype(np.int8), scales, minima)
 
 
@@ -35,10 +35,10 @@ def unpacked(packed: Packed) -> Floats:
         words = data.view(np.uint32).reshape(panels, depth, PANEL // 2)
         values = np.concatenate([words << 16, words & np.uint32(0xFFFF0000)], axis=-1).view(np.float32)
     else:
-        blocks = data.reshape(panels, depth // BLOCK, -1)
+        blocks = data.reshape(panels, depth // SCALE_BLOCK, -1)
         heads = 1 if packed.format == "int8" else 2
         factors = blocks[..., : 64 * heads].copy().view(np.float16).astype(np.float32)  # (panels, blocks, heads * 32)
-        rows = blocks[..., 64 * heads :].reshape(panels, depth // BLOCK, BLOCK, -1)
+        rows = blocks[..., 64 * heads :].reshape(panels, depth // SCALE_BLOCK, SCALE_BLOCK, -1)
         quanta = rows.view(np.int8) if heads == 1 else np.concatenate([rows & 15, rows >> 4], axis=-1)
         values = quanta.astype(np.float32) * factors[:, :, None, :PANEL]
         if heads == 2:
@@ -72,7 +72,7 @@ def test_bfloat16_is_rounded_to_nearest_and_ties_to_even() -> None:
     weight = np.array([bits], np.uint32).view(np.float32)
     expected = torch.from_numpy(weight.copy()).bfloat16().view(torch.uint16).numpy()
     words = pack(weight, "bfloat16").data.view(np.uint16)
-    assert np.array_equal(words.reshape(2, BLOCK, PANEL)[0, : len(bits), 0], expected[0])
+    assert np.array_equal(words.reshape(2, SCALE_BLOCK, PANEL)[0, : len(bits), 0], expected[0])
     assert expected[0, 1] == 0x3F80, "the even neighbour is below"
     assert expected[0, 3] == 0x3F82, "the even neighbour is above"
 

@@ -6,9 +6,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from services.scheduler.core.mutable_shape import MutableShape
-from services.scheduler.core.pool import BLOCK, PendingRound, VerifierState
+from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import QueuedRound
 from shared import cost
+from shared.kernels.layout import BLOCK
 from shared.messages import LeftOut
 
 PROMPTS_MISSED = 4

@@ -10,8 +10,6 @@ from operator import mul
 from shared import cost
 from shared.messages import CostModel, Heartbeat, Verify
 
-BLOCK = 64
-"""Prompts are split at multiples of this many tokens, the engine's block size."""
 DEFAULT_ACCEPTANCE = 0.5
 """Acceptance probability of a draft token whose drafter predicts none."""
 SMOOTHING = 0.2

@@ -14,8 +14,9 @@ from itertools import takewhile
 from typing import Literal
 
 from services.scheduler.core.mutable_shape import MutableShape
-from services.scheduler.core.pool import BLOCK, PendingRound
+from services.scheduler.core.pool import PendingRound
 from shared import cost
+from shared.kernels.layout import BLOCK
 from shared.messages import CostModel
 
 TYPICAL_JOBS = 8

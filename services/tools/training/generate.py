@@ -16,7 +16,7 @@ import torch
 
 from services.tools.training import shards
 from shared.engine import Engine, Step
-from shared.engine.blocks import BLOCK
+from shared.kernels.layout import BLOCK
 from shared.messages import Sampling
 from shared.sampling.sampler import choose
 

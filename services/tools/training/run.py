@@ -32,9 +32,9 @@ from services.tools.training.generate import Assignment, generate, write_shards
 from services.tools.training.loss import bottom_outputs
 from services.tools.training.train import TrainingProgress, frequent_tokens, initialise, train
 from shared.engine import Engine
-from shared.engine.blocks import BLOCK
 from shared.engine.engine import DTYPES
 from shared.errors import EngineError, SettingsError
+from shared.kernels.layout import BLOCK
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.runtime.files import behind_links, replacing

@@ -21,7 +21,7 @@ from llvmlite import ir
 from numba import types
 from numba.extending import intrinsic
 
-from shared.kernels.formats import BLOCK, FORMATS, PANEL
+from shared.kernels.formats import FORMATS, PANEL, SCALE_BLOCK
 from shared.kernels.layout import PART
 from shared.kernels.native import vector_lanes
 from shared.kernels.source.vectors import (
@@ -123,7 +123,7 @@ def _over_inputs(
     Each pass loads its share of that panel into the cache, so that memory and arithmetic work at the same time.
     """
     size = FORMATS[form]
-    inner = 4  # inputs per turn: a multiple of it divides BLOCK
+    inner = 4  # inputs per turn: a multiple of it divides SCALE_BLOCK
 
     def turn(first: Any, rows: Sequence[Any], scales: Sequence[Any], values: list[Any]) -> list[Any]:
         for i in range(inner):
@@ -135,14 +135,14 @@ def _over_inputs(
         return values
 
     def blocks(number: Any, values: list[Any]) -> list[Any]:
-        start = b.mul(number, constant(I64, size.panel_bytes(BLOCK)))
+        start = b.mul(number, constant(I64, size.panel_bytes(SCALE_BLOCK)))
         tops = [b.add(panel, start) for panel, _ in operands]
         scales = [operand.scales(b, top) for top, (_, operand) in zip(tops, operands, strict=True)]
         bottoms = [b.add(top, constant(I64, size.scale_bytes)) for top in tops]
 
         def turns(k: Any, values: list[Any]) -> list[Any]:
             offset = b.mul(k, constant(I64, inner * size.input_bytes))
-            first = b.add(b.mul(number, constant(I64, BLOCK)), b.mul(k, constant(I64, inner)))
+            first = b.add(b.mul(number, constant(I64, SCALE_BLOCK)), b.mul(k, constant(I64, inner)))
             if ahead is not None:
                 panel, mine, passes = ahead
                 there = b.add(b.add(panel, start), b.add(offset, constant(I64, size.scale_bytes)))
@@ -150,16 +150,16 @@ def _over_inputs(
                     prefetch(b, b.add(there, constant(I64, min(line, inner * size.input_bytes - 1))))
             return turn(first, [b.add(bottom, offset) for bottom in bottoms], scales, values)
 
-        return loop(b, constant(I64, BLOCK // inner), values, turns)
+        return loop(b, constant(I64, SCALE_BLOCK // inner), values, turns)
 
-    return loop(b, b.sdiv(depth, constant(I64, BLOCK)), carried, blocks)
+    return loop(b, b.sdiv(depth, constant(I64, SCALE_BLOCK)), carried, blocks)
 
 
 def _tile(form: str, rows: int, panels: int) -> Any:
     """Return an intrinsic for `out += a @ weights`.
 
     Its arguments: addresses of a (rows, depth) float32, of the panels, and of out (rows, panels * 32) float32; strides
-    of a and out in bytes; the size of a panel; the depth, a multiple of `BLOCK`.
+    of a and out in bytes; the size of a panel; the depth, a multiple of `SCALE_BLOCK`.
     """
     groups = [(panel, first) for panel in range(panels) for first in range(0, HALF, WIDTH)]
     # All sums of a pass must fit the registers.
@@ -298,10 +298,10 @@ def add_product(
         panel = weights + n * panel_bytes
         target = out + n * PANEL * 4
         if rows > UNPACK_ROWS or form == _FLOAT32:
-            block_bytes = panel_bytes // (depth // BLOCK)
+            block_bytes = panel_bytes // (depth // SCALE_BLOCK)
             for first in range(0, depth, PART):
                 part = min(PART, depth - first)
-                source = panel + first // BLOCK * block_bytes
+                source = panel + first // SCALE_BLOCK * block_bytes
                 if form == _FLOAT32:
                     _float32_tiles(rows, a + first * 4, a_stride, source, panel_bytes, part, target, stride)
                     continue
@@ -343,12 +343,12 @@ def weight(form: int, weights: int, panel_bytes: int, output: int, input: int) -
         return get_float(panel, input * PANEL + lane)
     if form == _BFLOAT16:
         return from_bits(np.int32(get_uint16(panel, (input * HALF + byte) * 2 + half)) << np.int32(16))
-    block, row = input // BLOCK, input % BLOCK
+    block, row = input // SCALE_BLOCK, input % SCALE_BLOCK
     if form == _INT8:
-        at = panel + block * (2 * PANEL + BLOCK * PANEL)
+        at = panel + block * (2 * PANEL + SCALE_BLOCK * PANEL)
         quantum = np.int32(get_uint8(at, 2 * PANEL + row * PANEL + lane))
         quantum = quantum - 256 if quantum > 127 else quantum
         return np.float32(quantum) * _half_float(get_uint16(at, lane))
-    at = panel + block * (4 * PANEL + BLOCK * HALF)
+    at = panel + block * (4 * PANEL + SCALE_BLOCK * HALF)
     quantum = np.int32(get_uint8(at, 4 * PANEL + row * HALF + byte)) >> np.int32(4 * half) & np.int32(15)
     return fma(np.float32(quantum), _half_float(get_uint16(at, lane)), _half_float(get_uint16(at, PANEL + lane)))

@@ -11,7 +11,8 @@ from services.tools.bench.engine.arms import ArmSizes
 from services.tools.bench.engine.core.cases import NEW_TOKENS, EngineCase
 from services.tools.bench.engine.scores import Scores, scores
 from shared.engine import Engine, Step
-from shared.engine.blocks import BLOCK, block_names
+from shared.engine.blocks import block_names
+from shared.kernels.layout import BLOCK
 
 PROMPT = "prompt"
 """The session that is prefilled."""

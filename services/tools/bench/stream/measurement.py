@@ -22,12 +22,11 @@ from services.tools.local.folder import RunFolder
 from services.tools.local.namespace import delete_namespace
 from services.tools.local.progress import Progress, ProgressStep
 from services.tools.local.stack import Stack
+from shared.kernels.layout import BLOCK
 
 if TYPE_CHECKING:
     from services.tools.bench.stream.transformers_arms import TransformersArms
 
-BLOCK = 64
-"""Tokens of a block of the verifier's cache, the unit in which prefixes are shared."""
 SMALLEST_CACHE = 1024
 """Tokens that the verifier's start-up profile needs."""
 WARM_UP_TOKENS = 16
