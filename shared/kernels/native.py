@@ -15,6 +15,7 @@ import platform
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache
@@ -22,6 +23,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
+_LOCK: Final = ".lock"
 SYMBOL: Final = "wisp_kernels"
 LEVELS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
     "x86_64": {
@@ -35,6 +37,11 @@ LEVELS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 """Levels by machine, best first, with the features that a CPU needs for each. Their names are LLVM's."""
 _WHOLE_REGISTERS: Final = "-prefer-256-bit"
 """LLVM would else use half of the registers of 512 bits."""
+_UNUSED_S: Final = 14 * 24 * 3600.0
+"""An object file that no process has loaded for this long is removed when another is written beside it. Others stay:
+several versions may share an environment, and a process may be about to load one."""
+_TOUCHED_S: Final = 24 * 3600.0
+"""Loading marks an object file as used, at most this often."""
 _USED: Final = ("formats", "layout", "native")
 """Modules beside the source that decide what it compiles to."""
 
@@ -86,14 +93,17 @@ def _object(name: str) -> bytes:
     file = _file(name)
     for folder in folders():
         with suppress(OSError):  # not there, or another user's folder
-            return (folder / file).read_bytes()
+            content = (folder / file).read_bytes()
+            _mark_used(folder / file)
+            return content
     for folder in folders():
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            with _lock(folder / ".lock"):
+            with _lock(folder / _LOCK):
                 if not (folder / file).is_file():  # another process may have been quicker
                     content = _compiled(name)
                     _write(folder / file, content)
+                    _remove_unused(folder)
                 return (folder / file).read_bytes()
         except OSError:  # a read-only file system, or another user's folder
             continue
@@ -102,6 +112,23 @@ def _object(name: str) -> bytes:
 
 def _file(name: str) -> str:
     return f"{name}-{_digest()}.o"
+
+
+def _mark_used(path: Path) -> None:
+    """Set the file's time of access to now, if it is a day old; systems often do not keep it."""
+    with suppress(OSError):  # a read-only file system, or another user's file
+        status = path.stat()
+        if time.time() - status.st_atime > _TOUCHED_S:
+            os.utime(path, (time.time(), status.st_mtime))
+
+
+def _remove_unused(folder: Path) -> None:
+    """Remove object files of older sources, and parts of files that killed processes left."""
+    for path in folder.iterdir():
+        with suppress(OSError):  # another process was quicker
+            used = max(path.stat().st_atime, path.stat().st_mtime)
+            if path.name != _LOCK and path.is_file() and time.time() - used > _UNUSED_S:
+                path.unlink()
 
 
 def _write(path: Path, content: bytes) -> None:

@@ -3,11 +3,15 @@
 A job is an array of 64-bit words that begins with `JobWord`'s. All threads run the same compiled function on it.
 In each phase they draw tickets from the phase's counter until none is left, and wait for each other at its end. The
 threads are those of torch's own OpenMP runtime: a second pool would compete with it for the cores.
+
+A process forked after a job has none of its parent's threads, and the runtime would wait for them for ever. So it runs
+jobs on one thread, with the same results.
 """
 
 from __future__ import annotations
 
 import ctypes
+import os
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -17,6 +21,18 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.kernels.layout import JobWord
+
+_forked = False
+"""True in a process that was forked from one with this module."""
+
+
+def _note_fork() -> None:
+    global _forked
+    _forked = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
 
 
 def job_words(words: int, phases: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
@@ -31,7 +47,7 @@ def run(function: Callable[[int], None], job: NDArray[np.int64], counters: NDArr
     """Run a job with at most this many threads. The GIL is released."""
     counters[:] = 0
     job[JobWord.SEATS] = job[JobWord.ARRIVALS] = 0
-    openmp = _openmp() if threads > 1 else None
+    openmp = _openmp() if threads > 1 and not _forked else None
     if openmp is None:
         job[JobWord.TEAM_SIZE] = 0
         function(job.ctypes.data)

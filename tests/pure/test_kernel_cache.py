@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -178,6 +179,35 @@ def test_code_of_another_source_or_compiler_is_compiled_anew(
         monkeypatch.setattr(native, "_digest", lambda each=each: each)
         native._object(LEVEL)
     assert compilations.levels == [LEVEL] * 5
+
+
+def test_code_that_nothing_has_used_for_weeks_makes_room(compilations: Compilations) -> None:
+    native._object(LEVEL)
+    (kept,) = compilations.environment.rglob("*.o")
+    now = time.time()
+    for name, age_days, change_days in (
+        ("x86-64-v2-old.o", 20, 20),
+        ("tmpabcd", 20, 20),  # of a process that was killed while it wrote
+        ("x86-64-v2-other.o", 3, 3),
+        ("x86-64-v2-used.o", 3, 60),
+        (".lock", 60, 60),
+    ):
+        path = kept.with_name(name)
+        path.touch()
+        os.utime(path, (now - age_days * 86400, now - change_days * 86400))
+    native._object("x86-64-v4")
+    names = {path.name for path in kept.parent.iterdir()}
+    assert names == {kept.name, f"x86-64-v4-{native._digest()}.o", "x86-64-v2-other.o", "x86-64-v2-used.o", ".lock"}
+
+
+def test_loading_marks_code_as_used_and_not_as_compiled(compilations: Compilations) -> None:
+    native._object(LEVEL)
+    (file,) = compilations.environment.rglob("*.o")
+    before = time.time() - 3 * 86400
+    os.utime(file, (before, before))
+    assert native._object(LEVEL) == CODE
+    status = file.stat()
+    assert (status.st_mtime, status.st_atime > before + 86400) == (before, True)
 
 
 def test_the_command_line_compiles_the_levels_that_it_names(
