@@ -30,7 +30,7 @@ from shared.runtime.tls import Tls
 
 EXTRAS = {
     "gateway": ("fastapi", "uvicorn", "h11", "jinja2", "tokenizers"),
-    "model": ("torch", "transformers", "safetensors", "gguf"),
+    "model": ("torch", "transformers", "safetensors", "gguf", "numba", "llvmlite"),
     "client": ("openai",),
     "device": ("httpx",),
     "training": ("scipy",),
