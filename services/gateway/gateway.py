@@ -12,9 +12,11 @@ from services.gateway.keys import KeyFile
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import ModelMetrics
 from services.gateway.model import ServedModel
+from services.gateway.schema import NO_DEFAULTS
 from services.gateway.sessions import Sessions
 from services.gateway.settings import ApiSettings
 from services.gateway.transport import Transport
+from shared.models.folder import SamplingDefaults
 
 
 class Upstream(Protocol):
@@ -39,6 +41,8 @@ class Gateway:
     ledger: Ledger
     keys: KeyFile | None = None
     """The valid API keys; None serves everybody."""
+    sampling_defaults: SamplingDefaults = NO_DEFAULTS
+    """Sampling of requests that name none."""
 
     @classmethod
     def assemble(
@@ -70,4 +74,5 @@ class Gateway:
             idle_check_s=idle_check_s,
             arithmetics=arithmetics,
         )
-        return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys)
+        defaults = model.folder.sampling if settings.generation_config == "auto" else NO_DEFAULTS
+        return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys, defaults)

@@ -45,7 +45,7 @@ def new_answer(
                 session=session_id(answer_id, len(answer.sessions)),
                 gateway=gateway.instance,
                 prompt=prompt.tokens,
-                sampling=request.sampling(derive_seed(form.seed, copy)),
+                sampling=request.sampling(derive_seed(form.seed, copy), gateway.sampling_defaults),
                 stop_ids=[] if request.ignore_eos else list(gateway.model.folder.eos_ids),
                 max_tokens=room if limit is None else min(limit, room),
                 fingerprint=gateway.model.fingerprint,

@@ -18,6 +18,7 @@ from services.gateway.core.options import CHAT_OPTIONS, COMPLETION_OPTIONS, MESS
 from services.gateway.errors import ApiError, invalid
 from shared.broker.topology import DEFAULT_POOL
 from shared.messages import Sampling
+from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
 DRAFT_HEADER = "x-wisp-draft"
@@ -26,6 +27,7 @@ MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
+NO_DEFAULTS = SamplingDefaults()
 SMALLEST_TOP_P = 1e-6
 """Replaces 0, which OpenAI allows. Both keep only the most probable token."""
 
@@ -67,6 +69,13 @@ def _prompts(value: Any) -> list[str | list[int]]:
         "prompt_type",
         "must be a string, a non-empty list of strings, a non-empty list of token ids, or a list of these",
     )
+
+
+Number = TypeVar("Number", int, float)
+
+
+def _first(asked: Number | None, default: Number | None, otherwise: Number) -> Number:
+    return asked if asked is not None else default if default is not None else otherwise
 
 
 def _or(default: Any) -> BeforeValidator:
@@ -138,9 +147,9 @@ class GenerationRequest(_Body):
     stream: Annotated[bool, _or(False)] = False
     stream_options: Annotated[StreamOptions, _or(StreamOptions())] = StreamOptions()
     n: Annotated[int, Field(ge=1, le=128), _Whole, _or(1)] = 1
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False), _or(1.0)] = 1.0
-    top_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _or(1.0)] = 1.0
-    top_k: Annotated[int, Field(ge=-1, lt=2**31), _Whole, _or(0)] = 0
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    top_k: Annotated[int | None, Field(ge=-1, lt=2**31), _Whole] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), _Whole] = None
     stop: Annotated[list[str], PlainValidator(_stops)] = []
     max_tokens: Annotated[int | None, Field(ge=1), _Most] = None
@@ -172,12 +181,13 @@ class GenerationRequest(_Body):
             raise invalid(f"header {POOL_HEADER} must be {allowed}, not {text[:60]!r}", POOL_HEADER)
         return text
 
-    def sampling(self, seed: int) -> Sampling:
-        """Return the sampling parameters with this seed."""
+    def sampling(self, seed: int, defaults: SamplingDefaults = NO_DEFAULTS) -> Sampling:
+        """Return the sampling parameters with this seed. defaults: for those that the request does not name."""
+        temperature = _first(self.temperature, defaults.temperature, 1.0)
         return Sampling(
-            temperature=0.0 if self.temperature < GREEDY_BELOW else self.temperature,
-            top_p=max(self.top_p, SMALLEST_TOP_P),
-            top_k=max(self.top_k, 0),
+            temperature=0.0 if temperature < GREEDY_BELOW else temperature,
+            top_p=max(_first(self.top_p, defaults.top_p, 1.0), SMALLEST_TOP_P),
+            top_k=max(_first(self.top_k, defaults.top_k, 0), 0),
             seed=seed,
         )
 

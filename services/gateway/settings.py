@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
@@ -98,6 +98,11 @@ class ApiSettings(TargetSettings, AllowedHostsSettings):
         False, description="listen beyond loopback without API keys, so that everybody who can reach the API can use it"
     )
     model_name: str = Field("", description="the model's name in the API; default: the name of the target's folder")
+    generation_config: Literal["auto", "ignore"] = Field(
+        "auto",
+        description="temperature, top_p and top_k of requests that name none: auto: those of the model's "
+        "generation_config.json, if it has them; ignore: 1, 1 and off, as in OpenAI's API",
+    )
     max_sessions: int = Field(256, ge=1, description="most running completions; requests beyond them get a 429")
     max_choices: int = Field(16, ge=1, le=128, description="most completions of one request: prompts times n")
     max_prompt_tokens: int | None = Field(None, ge=1, description="longest prompt; default: what fits the model")

@@ -37,11 +37,7 @@ class ChatTemplate:
                 f"{folder.path}: the chat template can't be compiled ({error}). Correct chat_template.jinja or "
                 "chat_template in tokenizer_config.json."
             ) from error
-        self._tokens = {
-            name: token["content"] if isinstance(token, dict) else token
-            for name in _NAMED_TOKENS
-            if (token := folder.tokenizer_config.get(name)) is not None
-        }
+        self._tokens = {name: token for name in _NAMED_TOKENS if (token := folder.special_token(name)) is not None}
 
     def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
         """Return the conversation as text. Raises ChatTemplateError if it is empty or the template refuses it."""

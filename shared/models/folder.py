@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import shutil
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Final
 
 from shared.errors import ModelError, SettingsError
+from shared.models.weight_files import refuse_pointer, require_weight_file, weight_files
 from shared.runtime.files import replacing
 
 DTYPES: Final = ("bfloat16", "float32", "int8", "gguf")
@@ -26,8 +29,23 @@ _DESCRIPTION = (
     "generation_config.json",
     "tokenizer.json",
     "tokenizer_config.json",
+    "special_tokens_map.json",
     "chat_template.jinja",
+    "chat_template.json",
 )
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length", "seq_length", "n_ctx")
+"""Names of the most tokens of a session, by preference; some models have two."""
+_DEFAULTS: Final[dict[str, dict[str, int]]] = {
+    "gemma3": {"vocab_size": 262208, "max_position_embeddings": 131072},
+    "gemma3_text": {"vocab_size": 262208, "max_position_embeddings": 131072},
+    "gpt2": {"vocab_size": 50257, "n_positions": 1024},
+    "llama": {"vocab_size": 32000, "max_position_embeddings": 2048},
+    "mistral": {"vocab_size": 32000, "max_position_embeddings": 131072},
+    "mistral3": {"vocab_size": 131072, "max_position_embeddings": 131072},
+    "qwen2": {"vocab_size": 151936, "max_position_embeddings": 32768},
+    "qwen3": {"vocab_size": 151936, "max_position_embeddings": 32768},
+}
+"""transformers' defaults by model_type, for what multimodal folders leave out of their text_config."""
 # A file rewritten within a clock tick of its digest keeps its mtime, so only digests of older files are stored.
 _SETTLED_S = 2.0
 
@@ -38,6 +56,15 @@ def no_gguf_file(folder: Path) -> ModelError:
         f"{folder} has no GGUF file, whose blocks the dtype gguf computes with. Name a GGUF file as the target, or "
         "another dtype: bfloat16, float32 or int8."
     )
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingDefaults:
+    """Sampling options of requests that name none; None for no default."""
+
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
 
 
 class ModelFolder:
@@ -57,6 +84,7 @@ class ModelFolder:
         self.config = self._read_json("config.json")
         self._generation = self._read_json("generation_config.json", optional=True)
         self.tokenizer_config = self._read_json("tokenizer_config.json", optional=True)
+        self._special_tokens = self._read_json("special_tokens_map.json", optional=True)
         self._require("tokenizer.json")
         self.weights = self._find_weights()
 
@@ -96,13 +124,36 @@ class ModelFolder:
     @property
     def max_len(self) -> int:
         """Most tokens of a session, prompt included."""
-        return self._config_int("max_position_embeddings")
+        return self._config_int(*_LENGTHS)
+
+    @cached_property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text: of generation_config.json or else config.json, and the tokenizer's own; empty if there
+        is none."""
+        value = self._special_id("eos_token_id")
+        ids = list(value) if isinstance(value, list) else [] if value is None else [value]
+        if (own := self._token_id("eos_token")) is not None and own not in ids:
+            ids.append(own)
+        return tuple(ids)
+
+    def special_token(self, name: str) -> str | None:
+        """Return the text of a named token, such as `eos_token`, if the tokenizer has it."""
+        for source in (self.tokenizer_config, self._special_tokens):
+            token = source.get(name)
+            text = token.get("content") if isinstance(token, dict) else token
+            if isinstance(text, str):
+                return text
+        return None
 
     @property
-    def eos_ids(self) -> tuple[int, ...]:
-        """Ids that end a text, from generation_config.json or else config.json; empty if neither names one."""
-        value = self._special_id("eos_token_id")
-        return tuple(value) if isinstance(value, list) else () if value is None else (value,)
+    def sampling(self) -> SamplingDefaults:
+        """The sampling that generation_config.json proposes. Raises ModelError for a value out of range."""
+        temperature = self._sampling_number("temperature", 0, math.inf)
+        top_p = self._sampling_number("top_p", 0, 1)
+        top_k = self._sampling_number("top_k", -1, 2**31 - 1)
+        if top_k != int(top_k or 0) and top_k is not None:
+            raise self._no_sampling("top_k", "an integer")
+        return SamplingDefaults(temperature, top_p, None if top_k is None else int(top_k))
 
     @property
     def bos_id(self) -> int | None:
@@ -110,15 +161,39 @@ class ModelFolder:
         value = self._special_id("bos_token_id")
         return value if isinstance(value, int) else None
 
+    def _sampling_number(self, key: str, least: float, most: float) -> float | None:
+        value = self._generation.get(key)
+        if value is None:
+            return None
+        is_number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not is_number or not math.isfinite(value) or not least <= value <= most:
+            raise self._no_sampling(key, f"a number from {least} to {most}")
+        return float(value)
+
+    def _no_sampling(self, key: str, expected: str) -> ModelError:
+        value = repr(self._generation[key])[:60]
+        return ModelError(
+            f"{self.path / 'generation_config.json'} has {key} {value}, not {expected}. Correct it, or set "
+            "WISP_GENERATION_CONFIG=ignore."
+        )
+
     @property
     def chat_template(self) -> str | None:
-        """The Jinja template of a conversation, from chat_template.jinja or tokenizer_config.json."""
+        """The Jinja template of a conversation: chat_template.jinja, or in chat_template.json or
+        tokenizer_config.json. Raises ModelError if it is no text."""
         file = self.path / "chat_template.jinja"
-        if file.is_file():
-            return file.read_text(encoding="utf-8")
-        template = self.tokenizer_config.get("chat_template")
+        try:
+            if file.is_file():
+                return file.read_text(encoding="utf-8")
+        except (OSError, ValueError) as error:
+            raise ModelError(f"{file} can't be read ({error}). Download the model again.") from error
+        template = self._read_json("chat_template.json", optional=True).get("chat_template")
+        if template is None:
+            template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):
-            return {entry["name"]: entry["template"] for entry in template}.get("default")
+            template = next((each["template"] for each in template if each.get("name") == "default"), None)
+        if template is not None and not isinstance(template, str):
+            raise ModelError(f"{self.path}: the chat_template is no text. Download the model again.")
         return template
 
     @property
@@ -141,14 +216,7 @@ class ModelFolder:
     @cached_property
     def vocab_fingerprint(self) -> str:
         """Identity of the mapping from ids to tokens, which a draft and its target must share."""
-        tokenizer = self._read_json("tokenizer.json")
-        vocab = tokenizer["model"]["vocab"]
-        tokens = (
-            {index: token for token, index in vocab.items()}
-            if isinstance(vocab, dict)
-            else {index: token for index, (token, _score) in enumerate(vocab)}  # Unigram
-        )
-        tokens |= {added["id"]: added["content"] for added in tokenizer.get("added_tokens", ())}
+        tokens = self._vocabulary()
         return hashlib.sha256(json.dumps(sorted(tokens.items())).encode()).hexdigest()[:32]
 
     @cached_property
@@ -194,13 +262,12 @@ class ModelFolder:
         return hashlib.sha256((self.path / name).read_bytes()).hexdigest()
 
     def _find_weights(self) -> tuple[Path, ...]:
-        index = self._read_json("model.safetensors.index.json", optional=True)
-        names = sorted(set(index.get("weight_map", {}).values())) or ["model.safetensors"]
-        if (self.path / _DESCRIBED).is_file() and not any((self.path / name).exists() for name in names):
+        files = weight_files(self.path)
+        if (self.path / _DESCRIBED).is_file() and not any(file.exists() for file in files):
             return ()
-        for name in names:
-            self._require(name)
-        return tuple(self.path / name for name in names)
+        for file in files:
+            require_weight_file(file)
+        return files
 
     def _require(self, name: str) -> None:
         if not (self.path / name).is_file():
@@ -214,23 +281,67 @@ class ModelFolder:
             return {}
         self._require(name)
         try:
-            content = json.loads((self.path / name).read_bytes())
-        except (OSError, ValueError) as error:
+            read = (self.path / name).read_bytes()
+            refuse_pointer(self.path / name, read)
+            content = json.loads(read)
+        except (OSError, ValueError, RecursionError) as error:
             raise ModelError(f"{self.path / name} can't be read ({error}). Download the model again.") from error
         if not isinstance(content, dict):
             raise ModelError(f"{self.path / name} holds no JSON object. Download the model again.")
         return content
 
-    def _config_int(self, key: str) -> int:
-        # Multimodal models have the language model's configuration one level down.
-        value = self.config.get(key, self.config.get("text_config", {}).get(key))
-        if not isinstance(value, int):
-            raise ModelError(
-                f"{self.path / 'config.json'} has no number {key}: only causal language models can be served. "
-                "Name another model's folder."
+    def _vocabulary(self) -> dict[int, str]:
+        """Return the tokens by id."""
+        try:
+            tokenizer = self._read_json("tokenizer.json")
+            vocab = tokenizer["model"]["vocab"]
+            tokens = (
+                {index: token for token, index in vocab.items()}
+                if isinstance(vocab, dict)
+                else {index: token for index, (token, _score) in enumerate(vocab)}  # Unigram
             )
-        return value
+            return tokens | {added["id"]: added["content"] for added in tokenizer.get("added_tokens", ())}
+        except (KeyError, TypeError, ValueError) as error:
+            raise ModelError(
+                f"{self.path / 'tokenizer.json'} has no vocabulary ({error!r}). Download the model again."
+            ) from error
+
+    def _token_id(self, name: str) -> int | None:
+        """Return the id of a named token, if the tokenizer has it."""
+        if (text := self.special_token(name)) is None:
+            return None
+        return next((index for index, token in self._vocabulary().items() if token == text), None)
+
+    @property
+    def _text_config(self) -> dict[str, Any]:
+        """The language model's configuration, which multimodal models have one level down."""
+        inner = self.config.get("text_config")
+        return inner if isinstance(inner, dict) else {}
+
+    def _config_int(self, *keys: str) -> int:
+        """Return the first of these numbers that the configuration has, or that its model_type has by default."""
+        kinds = (self._text_config.get("model_type"), self.config.get("model_type"))
+        defaults = [_DEFAULTS.get(kind, {}) for kind in kinds if isinstance(kind, str)]
+        for source in (self.config, self._text_config, *defaults):
+            for key in keys:
+                value = source.get(key)
+                if isinstance(value, int) and not isinstance(value, bool):
+                    return value
+        raise ModelError(
+            f"{self.path / 'config.json'} has no number {keys[0]} (model_type {self.config.get('model_type')}): only "
+            "causal language models can be served. Name another model's folder."
+        )
 
     def _special_id(self, key: str) -> int | list[int] | None:
-        value: int | list[int] | None = self._generation.get(key, self.config.get(key))
-        return value
+        """Return a token's id, or several ids, from the first file that names one; null names none."""
+        for source in (self._generation, self.config, self._text_config):
+            value = source.get(key)
+            if value is None:
+                continue
+            if not all(isinstance(each, int) for each in (value if isinstance(value, list) else [value])):
+                raise ModelError(
+                    f"{self.path}: {key} is {value!r}, not a token id or a list of them. Correct it in "
+                    "generation_config.json or config.json."
+                )
+            return value  # type: ignore[no-any-return]
+        return None

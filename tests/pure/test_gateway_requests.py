@@ -27,11 +27,12 @@ from services.gateway.fleet import Fleet, longest_session
 from services.gateway.gateway import Gateway
 from services.gateway.prompt import Limits, Prompt, check_prompt
 from services.gateway.request import derive_seed, new_answer
-from services.gateway.schema import ChatRequest, CompletionRequest, parse
+from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest, parse
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
 from shared.messages import Failure, Generate, Heartbeat, Slo
+from shared.models.folder import SamplingDefaults
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}
@@ -56,7 +57,8 @@ def refusal(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> A
 def test_openai_defaults_hold_where_an_option_is_missing_or_null() -> None:
     for options in ({}, {"temperature": None, "top_p": None, "n": None, "stop": None, "stream": None, "wisp": None}):
         request = chat(**options)
-        assert (request.temperature, request.top_p, request.n, request.stop) == (1.0, 1.0, 1, [])
+        sampling = request.sampling(0)
+        assert (sampling.temperature, sampling.top_p, sampling.top_k, request.n, request.stop) == (1.0, 1.0, 0, 1, [])
         assert (request.stream, request.limit, request.seed) == (False, None, None)
     assert completion().limit == 16
 
@@ -342,12 +344,25 @@ def test_tiny_temperatures_are_greedy_and_top_p_zero_keeps_one_token() -> None:
     assert (sampling.top_k, sampling.seed) == (0, 3)
 
 
+def test_the_models_own_sampling_is_the_default_of_what_a_request_does_not_name() -> None:
+    defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20)
+    for options in ({}, {"temperature": None, "top_p": None, "top_k": None}):
+        sampling = chat(**options).sampling(3, defaults)
+        assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.9, 20)
+    sampling = chat(temperature=0, top_p=1, top_k=0).sampling(3, defaults)
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0, 1, 0)
+    sampling = chat(top_k=5).sampling(3, SamplingDefaults(temperature=0.0))
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0, 1, 5)
+
+
 def sessions(
     request: ChatRequest | CompletionRequest, prompts: list[list[int]], headers: dict[str, str] | None = None
 ) -> list[Generate]:
     """Return the sessions of a request with the seed 11, in a context of 20 tokens."""
     model = SimpleNamespace(name="m", folder=SimpleNamespace(eos_ids=[2]), fingerprint="f", vocab_fingerprint="v")
-    gateway = SimpleNamespace(settings=GatewaySettings.model_validate({}), model=model, instance="g")
+    gateway = SimpleNamespace(
+        settings=GatewaySettings.model_validate({}), model=model, instance="g", sampling_defaults=NO_DEFAULTS
+    )
     request = request.model_copy(update={"seed": 11})
     limits = Limits(20, 100)
     given = [Prompt(prompt) for prompt in prompts]
