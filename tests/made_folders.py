@@ -6,9 +6,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tokenizers
 from tokenizers import decoders, normalizers, pre_tokenizers
 from tokenizers.models import BPE, Unigram
+
+from shared.models.convert import write_bfloat16
 
 CHATML = (
     "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
@@ -39,6 +42,36 @@ def sentence_piece() -> tokenizers.Tokenizer:
     )
     backend.add_special_tokens(SPECIAL[:2])
     return backend
+
+
+LLAMA: dict[str, Any] = {
+    "model_type": "llama",
+    "hidden_size": 8,
+    "intermediate_size": 8,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "num_key_value_heads": 1,
+    "tie_word_embeddings": True,
+}
+"""A configuration that the compiled pass covers, for `write_llama`."""
+
+
+def write_llama(path: Path, backend: tokenizers.Tokenizer, **config: Any) -> Path:
+    """Write a folder with the weights, all zero, of a tiny Llama."""
+    write_folder(path, backend, **{**LLAMA, **config})
+    layer, hidden = "model.layers.0", LLAMA["hidden_size"]
+    shapes = {
+        "model.embed_tokens.weight": (backend.get_vocab_size(), hidden),
+        "model.norm.weight": (hidden,),
+        f"{layer}.input_layernorm.weight": (hidden,),
+        f"{layer}.post_attention_layernorm.weight": (hidden,),
+        f"{layer}.self_attn.k_proj.weight": (hidden // 2, hidden),
+        f"{layer}.self_attn.v_proj.weight": (hidden // 2, hidden),
+        **{f"{layer}.self_attn.{name}_proj.weight": (hidden, hidden) for name in "qo"},
+        **{f"{layer}.mlp.{name}_proj.weight": (hidden, hidden) for name in ("gate", "up", "down")},
+    }
+    write_bfloat16(path / "model.safetensors", {name: np.zeros(shape, np.uint16) for name, shape in shapes.items()})
+    return path
 
 
 def write_folder(path: Path, backend: tokenizers.Tokenizer, template: str | None = CHATML, **config: Any) -> Path:

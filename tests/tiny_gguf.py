@@ -55,9 +55,11 @@ def write(
     kind: Callable[[str], Kind] = mixed,
     *,
     architecture: str = "llama",
+    changes: Mapping[str, Any] | None = None,
     **fields: Any,
 ) -> Path:
-    """Write a model. kind: returns the type of a tensor. fields: settings of the architecture, by name."""
+    """Write a model. kind: returns the type of a tensor. fields: settings of the architecture, by name. changes: other
+    values of metadata by their whole key, None for none."""
     writer: Any = gguf.GGUFWriter(path, architecture)
     writer.add_context_length(256)
     writer.add_embedding_length(HIDDEN)
@@ -78,6 +80,10 @@ def write(
     writer.add_eos_token_id(1)
     for name, value in fields.items():
         writer.add_string(f"{architecture}.{name}", value)
+    for key, value in (changes or {}).items():
+        del writer.kv_data[0][key]
+        if value is not None:
+            writer.add_key_value(key, value, gguf.GGUFValueType.get_type(value))
     for name, weight in (tensors() if weights is None else weights).items():
         writer.add_tensor(name, gguf.quantize(weight, kind(name)), raw_dtype=kind(name))
     writer.write_header_to_file()

@@ -2,4 +2,15 @@
 
 from shared.engine.engine import Engine, Step
 
-__all__ = ["Engine", "Step", "attention", "blocks", "compiled_pass", "engine", "forward", "module_pass", "weights"]
+__all__ = [
+    "Engine",
+    "Step",
+    "attention",
+    "blocks",
+    "compiled_pass",
+    "engine",
+    "forward",
+    "module_pass",
+    "trial",
+    "weights",
+]

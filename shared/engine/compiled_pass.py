@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,12 +9,12 @@ import torch
 
 from shared.engine.views import block_views
 from shared.engine.weights import opened
-from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch
 from shared.kernels.decoder import Decoder
 from shared.models.description import ModelDescription, weight_names
 from shared.models.families import describe
-from shared.models.shapes import check_shapes
+from shared.models.shapes import check_shapes, refusals
+from shared.models.weight_files import read_config
 
 ARITHMETIC = "wisp-1"
 """Identity of the compiled arithmetic: the same bits on every CPU. It changes with the bits of any result."""
@@ -51,18 +50,12 @@ class CompiledPass:
 
 
 def _load(folder: Path, form: str, threads: int, blocks: int) -> tuple[ModelDescription, Decoder]:
-    try:
-        config = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError, RecursionError) as error:
-        raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
-    if not isinstance(config, dict):
-        raise ModelError(f"{folder / 'config.json'} holds no JSON object; download the model again")
+    config = read_config(folder)
+    options = {"form": DENSE_FORMATS[form], "kv_form": KV_FORMATS[form], "blocks": blocks, "threads": threads}
     with opened(folder, form) as weights:
-        model = describe(config, weights.names)
-        weights.check({weight.name for weight in weight_names(model)})
-        try:
+        weights.refuse_quantized(config)
+        with refusals(folder):
+            model = describe(config, weights.names)
+            weights.check({weight.name for weight in weight_names(model)})
             check_shapes(model, weights.shape)
-        except ModelError as error:
-            raise ModelError(f"{folder}: {error}") from error
-        options = {"form": DENSE_FORMATS[form], "kv_form": KV_FORMATS[form], "blocks": blocks, "threads": threads}
-        return model, Decoder.of(model, weights.read, **options)
+            return model, Decoder.of(model, weights.read, **options)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Final
 import numpy as np
 import torch
 
-from shared.engine.blocks import BLOCK, BlockPool
+from shared.engine.blocks import BlockPool, Growth
 from shared.engine.forward import ForwardPass, require_model_folder, usable
-from shared.errors import BadStep, EngineError, TooLong
+from shared.errors import BadStep, EngineError, ModelError, TooLong
 from shared.kernels.cache import PackedBatch
-from shared.models.description import NotDescribed
+from shared.kernels.layout import BLOCK
+from shared.models.description import Inconsistent, NotDescribed
+from shared.models.weight_files import read_config
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16, "gguf": torch.bfloat16}
 """Type of kept hidden states, and of the weights in module code, by format of weights (`folder.DTYPES`)."""
@@ -75,6 +78,9 @@ class Engine:
         self._device = usable(device)
         self._pool = BlockPool(budget_tokens // BLOCK)
         self.budget_tokens = self._pool.capacity * BLOCK
+        self._tainted: set[int] = set()
+        """Blocks whose KV may hold values that are not finite, as finite weights can overflow. The rest of a block is
+        multiplied by zero in the attention of its next session, and zero times NaN is NaN: they are cleared before."""
         self._pass, self.module_code_reason = _forward_pass(folder, dtype, self._device, threads, self._pool.capacity)
         """Reason for taking transformers' slower module code; empty for the compiled pass."""
         self.vocab_size = self._pass.vocab_size
@@ -207,9 +213,12 @@ class Engine:
         self._check(steps)
         growth = self._pool.grow({step.session: len(step.tokens) for step in steps})
         try:
+            self._clear_fresh(growth)
             for source, target in growth.copies:
                 for there, here in zip(self._views(source), self._views(target), strict=True):
                     here.copy_(there)
+                if source in self._tainted:
+                    self._tainted.add(target)
             output = self._compute(steps)
         except BaseException:
             self._pool.undo(growth)
@@ -218,15 +227,27 @@ class Engine:
             self._pool.append(step.session, step.tokens)
         return output
 
+    def _clear_fresh(self, growth: Growth) -> None:
+        """Clear tainted blocks that a session has newly got."""
+        for session, former in growth.former.items():
+            for block in self._tainted.intersection(self._pool.table(session)).difference(former):
+                for view in self._views(block):
+                    view.zero_()
+                self._tainted.discard(block)
+
     def _check(self, steps: Sequence[Step]) -> None:
         if not steps or len({step.session for step in steps}) < len(steps):
             raise BadStep(f"{len(steps)} steps: give at least one, and only one per session")
         for step in steps:
             count = len(step.tokens)
-            if not 0 <= step.rows <= count or not count:
+            if not isinstance(step.rows, int) or not 0 <= step.rows <= count or not count:
                 raise BadStep(
                     f"session {step.session}: {step.rows} logit rows of {count} new tokens; feed at least one"
                 )
+            try:
+                array("q", step.tokens)
+            except (TypeError, OverflowError) as error:
+                raise BadStep(f"session {step.session}: token ids must be integers ({error})") from error
             if min(step.tokens) < 0 or max(step.tokens) >= self.vocab_size:
                 raise BadStep(f"session {step.session}: token ids must be from 0 to {self.vocab_size - 1}")
             length = self.cached(step.session) + count
@@ -248,6 +269,8 @@ class Engine:
             offsets.append(len(wanted))
         batch = PackedBatch([self._pool.table(step.session) for step in steps], starts, counts)
         logits, states = self._pass.run(tokens, batch, wanted)
+        if not torch.isfinite(states.sum()):
+            self._tainted.update(block for table in batch.tables for block in table)
         if self._hidden is not None:
             spans = [(step.session, start, count) for step, start, count in zip(steps, starts, counts, strict=True)]
             self._hidden[self._slots(spans)] = states.to(self._hidden.dtype)
@@ -257,16 +280,34 @@ class Engine:
 def _forward_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> tuple[ForwardPass, str]:
     """Return the compiled pass if it covers model and device, else transformers' module code and the reason for it."""
     require_model_folder(folder)
-    reason = f"compiled code runs on the CPU, not on {device}"
+    reason, doubt = f"compiled code runs on the CPU, not on {device}", None
     if device.type == "cpu":
         from shared.engine.compiled_pass import CompiledPass
 
         try:
             return CompiledPass(Path(folder), form=dtype, threads=threads, blocks=blocks), ""
         except NotDescribed as error:
-            reason = str(error)
+            reason, doubt = str(error), error
     if dtype not in ("bfloat16", "float32"):
-        raise EngineError(f"{dtype} weights need the compiled pass, which cannot take {folder}: {reason}; use bfloat16")
+        if isinstance(doubt, Inconsistent):
+            raise ModelError(f"{folder}: {reason}. Correct config.json, or download the model again.")
+        raise EngineError(
+            f"{dtype} weights need the compiled pass, which cannot take {folder}: {reason}. With "
+            "WISP_DTYPE=bfloat16 or float32, transformers' module code may compute it; `wisp models check` tries"
+        )
     from shared.engine.module_pass import ModulePass
 
-    return ModulePass(folder, dtype=DTYPES[dtype], device=device, threads=threads, blocks=blocks), reason
+    try:
+        return ModulePass(folder, dtype=DTYPES[dtype], device=device, threads=threads, blocks=blocks), reason
+    except ModelError as error:
+        if isinstance(doubt, Inconsistent):
+            raise ModelError(f"{error} (The compiled pass does not take it either: {reason}.)") from error
+        raise
+    except EngineError:
+        raise
+    except Exception as error:  # a model's code can raise anything
+        kind = read_config(folder).get("model_type")
+        raise ModelError(
+            f"{folder}: the engine cannot compute a model of model_type {kind} ({type(error).__name__}: {error}). Name "
+            "another model's folder; `wisp models check FOLDER` tries one."
+        ) from error

@@ -2,22 +2,16 @@
 
 from __future__ import annotations
 
-import inspect
-import json
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from transformers import AutoModelForCausalLM
-from transformers.utils import logging as transformers_logging
 
-from shared.engine.attention import NAME, BlockCache, Cache, GatherCache, Probe
+from shared.engine.attention import BlockCache, Cache, GatherCache, Probe
 from shared.engine.invariance import CANDIDATES, row_multiple
-from shared.engine.weights import SafetensorsWeights
-from shared.errors import ModelError
+from shared.engine.loading import load
 from shared.kernels.cache import PackedBatch, positions_of
 
 
@@ -99,38 +93,3 @@ def module_arithmetic(device: torch.device, dtype: torch.dtype) -> str:
         kind = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
     return f"{libraries}, {' '.join((device.type, *kind))}"
-
-
-def load(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model in a folder, with our attention function. Raises ModelError."""
-    _refuse_quantized(Path(folder))
-    transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
-    try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, attn_implementation=NAME, local_files_only=True, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise ModelError(f"{folder} cannot be loaded as a causal language model: {error}") from error
-    model, report = loaded
-    # transformers would give these random values.
-    if missing := sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]])):
-        raise ModelError(
-            f"{folder} lacks {len(missing)} of the weights that its config.json needs, or has them in another shape "
-            f"({', '.join(missing[:3])}): download the model again"
-        )
-    if "logits_to_keep" not in inspect.signature(model.forward).parameters:
-        raise ModelError(
-            f"{type(model).__name__} cannot restrict its logits to some rows (logits_to_keep): unsupported"
-        )
-    return model.eval()
-
-
-def _refuse_quantized(folder: Path) -> None:
-    """Raise ModelError for quantized weights that transformers would take for plain ones."""
-    try:
-        declared = json.loads((folder / "config.json").read_bytes()).get("quantization_config")
-    except (OSError, ValueError, AttributeError) as error:
-        raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
-    if declared is None:
-        with ExitStack() as stack:
-            SafetensorsWeights(folder, stack).refuse_quantized()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,11 +18,7 @@ from shared.models.description import WeightName
 from shared.models.folder import GGUF, no_gguf_file
 from shared.models.gguf_file import GgufFile
 from shared.models.gguf_llama import LlamaTensor, llama_tensors
-
-FLOATS = ("BF16", "F16", "F32")
-"""Types of safetensors that hold weights as they are."""
-SCALES = ("weight_scale", "weight_scale_inv", "weight_packed", "qweight", "qzeros", "scales", "SCB", "absmax")
-"""Last parts of names that only quantized weights have beside them."""
+from shared.models.weight_files import FLOATS, UNQUANTIZED, refuse_quantized, stored_tensors
 
 
 class Weights(Protocol):
@@ -34,6 +30,9 @@ class Weights(Protocol):
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Return the shape of a tensor."""
+
+    def refuse_quantized(self, config: Mapping[str, Any]) -> None:
+        """Raise ModelError if the tensors are those of a quantized model, or of an adapter, in safetensors."""
 
     def check(self, names: Collection[str]) -> None:
         """Raise ModelError if one of these tensors has a type that does not hold weights."""
@@ -58,39 +57,35 @@ class SafetensorsWeights:
     def __init__(self, folder: Path, stack: ExitStack) -> None:
         """stack: closes the files."""
         self._folder = folder
+        self.tensors = stored_tensors(folder)
         try:
-            files = [
-                stack.enter_context(safe_open(path, framework="pt")) for path in sorted(folder.glob("*.safetensors"))
-            ]
+            self._files = {
+                path: stack.enter_context(safe_open(path, framework="pt"))
+                for path in {tensor.file for tensor in self.tensors.values()}
+            }
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{folder} cannot be read ({error}); download the model again") from error
-        self._files = {name: file for file in files for name in file.keys()}  # noqa: SIM118 - a file is no mapping
 
     @property
     def names(self) -> Collection[str]:
-        return self._files.keys()
+        return self.tensors.keys()
 
     def shape(self, name: str) -> tuple[int, ...]:
-        return tuple(self._files[name].get_slice(name).get_shape())
+        return self.tensors[name].shape
+
+    def refuse_quantized(self, config: Mapping[str, Any]) -> None:
+        refuse_quantized(self._folder, config, self.tensors)
 
     def check(self, names: Collection[str]) -> None:
         for name in names:
-            if (kind := self._files[name].get_slice(name).get_dtype()) not in FLOATS:
-                raise ModelError(_quantized(self._folder, name, kind))
+            if (kind := self.tensors[name].type) not in FLOATS:
+                raise ModelError(f"the tensor {name} is of {kind}, which holds no plain weights. {UNQUANTIZED}")
 
     def read(self, weight: WeightName) -> Matrix:
-        tensor = self._files[weight.name].get_tensor(weight.name)
+        tensor = self._files[self.tensors[weight.name].file].get_tensor(weight.name)
         if weight.rows is not None:
             tensor = tensor[weight.first_row : weight.first_row + weight.rows]
         return as_matrix(tensor)
-
-    def refuse_quantized(self) -> None:
-        """Raise ModelError if the folder holds quantized weights, which its configuration does not mention."""
-        for name, file in self._files.items():
-            kind = file.get_slice(name).get_dtype()
-            is_scale = name.rpartition(".")[2] in SCALES
-            if is_scale or (name.endswith("weight") and kind not in (*FLOATS, "F64")):
-                raise ModelError(_quantized(self._folder, name, kind))
 
 
 class GgufWeights:
@@ -115,6 +110,9 @@ class GgufWeights:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].tensor.shape
 
+    def refuse_quantized(self, config: Mapping[str, Any]) -> None:
+        """Its blocks are what the format is for."""
+
     def check(self, names: Collection[str]) -> None:
         """Every type of GGUF holds weights."""
 
@@ -129,7 +127,7 @@ class GgufWeights:
 
 def _matrix(tensor: LlamaTensor) -> Matrix:
     kind = tensor.tensor.type.name
-    if kind in BLOCK_BYTES:
+    if kind in BLOCK_BYTES and len(tensor.tensor.shape) == 2:
         return blocks_of(kind, tensor.data())
     if kind == "BF16":
         return tensor.data().view("<u2")
@@ -141,10 +139,3 @@ def as_matrix(tensor: torch.Tensor) -> np.ndarray[Any, Any]:
     if tensor.dtype == torch.bfloat16:
         return tensor.contiguous().view(torch.uint16).numpy()
     return tensor.float().contiguous().numpy()
-
-
-def _quantized(folder: Path, name: str, kind: str) -> str:
-    return (
-        f"{folder}: the tensor {name} ({kind}) is of quantized weights, and config.json has no quantization_config. "
-        "Take the model in bfloat16, float16 or float32; WISP_DTYPE=int8 quantizes it when it is loaded."
-    )

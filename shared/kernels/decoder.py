@@ -11,7 +11,8 @@ from numpy.typing import NDArray
 from shared.errors import ModelError
 from shared.kernels import native, team
 from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, ScoreOptions, float_bits, positions_of
-from shared.kernels.formats import BLOCK, FORMATS, PANEL, Blocks, Packed, pack, padded
+from shared.kernels.finite import require_finite, require_in_range
+from shared.kernels.formats import FORMATS, PANEL, SCALE_BLOCK, Blocks, Packed, pack, padded
 from shared.kernels.layout import (
     ACTIVATIONS,
     FUNCTIONS,
@@ -58,12 +59,12 @@ class Product:
 
 def read_product(read: ReadWeight, parts: Sequence[Linear], form: str) -> Product:
     """Return the product whose outputs are those of several ones, in order."""
-    weights = [read(part.weight) for part in parts]
+    weights = [_read(read, part.weight, form) for part in parts]
     biases = None
     if any(part.bias for part in parts):
         biases = np.concatenate(
             [
-                floats(read(p.bias)) if p.bias else np.zeros(_outputs(w), np.float32)
+                floats(_read(read, p.bias)) if p.bias else np.zeros(_outputs(w), np.float32)
                 for p, w in zip(parts, weights, strict=True)
             ]
         )
@@ -72,13 +73,25 @@ def read_product(read: ReadWeight, parts: Sequence[Linear], form: str) -> Produc
 
 def read_gated_product(read: ReadWeight, gate: Linear, up: Linear, form: str) -> Product:
     """Return gate and up as one product, a panel of each in turn."""
-    parts = [_in_panels(read(part.weight)) for part in (gate, up)]
+    parts = [_in_panels(_read(read, part.weight, form)) for part in (gate, up)]
     order = np.arange(2 * _outputs(parts[0])).reshape(2, -1, PANEL).swapaxes(0, 1).reshape(-1)
     bias = None
     if gate.bias or up.bias:
-        sides = [floats(read(p.bias)) if p.bias else np.zeros(0, np.float32) for p in (gate, up)]
+        sides = [floats(_read(read, p.bias)) if p.bias else np.zeros(0, np.float32) for p in (gate, up)]
         bias = np.concatenate([_padded_to(side, _outputs(parts[0])) for side in sides])[order]
     return Product(_packed(parts, _rows(_joined(parts), order), form), bias)
+
+
+def _read(read: ReadWeight, weight: WeightName, form: str = "float32") -> Matrix:
+    """Read a weight whose values are finite, and stay so in this format. Raises ModelError."""
+    matrix = read(weight)
+    require_finite(weight.name, matrix)
+    if not isinstance(matrix, Blocks):
+        if matrix.dtype == np.float32:
+            require_in_range(weight.name, matrix, form)
+        elif form == "int8":
+            require_in_range(weight.name, floats(matrix), form)
+    return matrix
 
 
 def require_size(product: Product, linear: Linear, outputs: int, inputs: int) -> None:
@@ -130,10 +143,10 @@ def dense(weight: Matrix) -> Floats:
     """Return a matrix as float32."""
     if not isinstance(weight, Blocks):
         return floats(weight)
-    scales = np.repeat(weight.scales.astype(np.float32), BLOCK, axis=1)
+    scales = np.repeat(weight.scales.astype(np.float32), SCALE_BLOCK, axis=1)
     values = weight.quanta.astype(np.float32) * scales
     if weight.minima is not None:
-        values += np.repeat(weight.minima.astype(np.float32), BLOCK, axis=1)
+        values += np.repeat(weight.minima.astype(np.float32), SCALE_BLOCK, axis=1)
     return values
 
 
@@ -208,10 +221,10 @@ class Decoder:
         self._job[JobWord.FUNCTION] = FUNCTIONS.index(f"decode_{kv_form}")
         self._scratch = np.zeros((threads, self.memory.scratch_floats), np.float32)
         self._strides = {
-            PassWord.X: padded(hidden_size, BLOCK),
-            PassWord.NORMED: padded(hidden_size, BLOCK),
+            PassWord.X: padded(hidden_size, SCALE_BLOCK),
+            PassWord.NORMED: padded(hidden_size, SCALE_BLOCK),
             PassWord.QKV: padded((shape.heads + 2 * shape.kv_heads) * shape.head_size, 2 * PANEL),
-            PassWord.ATTENDED: padded(shape.heads * shape.head_size, BLOCK),
+            PassWord.ATTENDED: padded(shape.heads * shape.head_size, SCALE_BLOCK),
             PassWord.PRODUCT: max(widths),
             PassWord.GATED: max(widths) // 2,
         }
@@ -337,7 +350,7 @@ class Decoder:
     def _set_norm(self, words: NDArray[np.int64], word: int, norm: Norm | None, size: int, read: ReadWeight) -> None:
         if norm is None:
             return
-        gain = np.ascontiguousarray(floats(read(norm.gain)) + np.float32(norm.offset))
+        gain = np.ascontiguousarray(floats(_read(read, norm.gain)) + np.float32(norm.offset))
         if gain.shape != (size,):
             raise ModelError(f"the norm {norm.gain.name} has {gain.size} gains, and must have {size}: {ANOTHER_MODEL}")
         self._kept.append(gain)

@@ -16,4 +16,5 @@ __all__ = [
     "shapes",
     "stop",
     "text",
+    "weight_files",
 ]

@@ -7,14 +7,14 @@ from collections.abc import Collection, Mapping
 from types import EllipsisType
 from typing import Any
 
-from shared.models.description import NotDescribed
+from shared.models.description import Inconsistent, NotDescribed
 
 
 class Configuration:
     """The values of a JSON object. Each getter checks a value's type and records that its key was read, and
     `refuse_unread` ends the reading. A default applies to a key that is absent; without one the key is required.
 
-    Every getter raises NotDescribed for a value of another type, for a number that is not finite and positive, and
+    Every getter raises Inconsistent for a value of another type, for a number that is not finite and positive, and
     for null, except where the getter's name says `optional`."""
 
     def __init__(self, values: Mapping[str, Any], source: str = "config.json") -> None:
@@ -30,7 +30,7 @@ class Configuration:
         self._read.add(key)
         value = self._values.get(key, default)
         if value is ...:
-            raise NotDescribed(f"{self._source} has no {key}")
+            raise Inconsistent(f"{self._source} has no {key}")
         return value
 
     def optional_whole(self, key: str, default: int | EllipsisType | None = ..., *, least: int = 1) -> int | None:
@@ -110,9 +110,9 @@ class Configuration:
             elif value is not None:
                 raise NotDescribed(f"{self._source} has the unknown key {key}")
 
-    def unusable(self, key: str, expected: str) -> NotDescribed:
+    def unusable(self, key: str, expected: str) -> Inconsistent:
         """Return the error for a value that is not what is expected."""
-        return NotDescribed(f"{self._source} has {key} {_shown(self._values.get(key))}, not {expected}")
+        return Inconsistent(f"{self._source} has {key} {_shown(self._values.get(key))}, not {expected}")
 
 
 def _is_whole(value: Any) -> bool:

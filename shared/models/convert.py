@@ -52,36 +52,23 @@ def convert_gguf(source: Path, folder: Path, progress: OnProgress) -> None:
             f"{source} holds a {fields.get('general.architecture')} model with a {fields.get('tokenizer.ggml.model')} "
             "tokenizer; only llama with gpt2 can be converted. Give the model's Hugging Face folder instead."
         )
-    if fields.get("split.count", 0) > 1:
-        raise ModelError(f"{source} is one of {fields['split.count']} parts; join them with llama.cpp's gguf-split")
-    try:
-        _convert(file, folder, progress)
-    except KeyError as error:
-        raise ModelError(
-            f"{source} has no metadata {error}, which a Llama model needs; download the file again"
-        ) from error
-
-
-def _convert(file: GgufFile, folder: Path, progress: OnProgress) -> None:
-    fields = file.fields
+    if (parts := file.whole("split.count", 0, least=0)) > 1:
+        raise ModelError(f"{source} is one of {parts} parts; join them with llama.cpp's gguf-split")
     tensors = llama_tensors(file)
     tied = "lm_head.weight" not in tensors
-    _write_json(folder / "config.json", _config(fields, tied))
-    _write_json(folder / "generation_config.json", _special_ids(fields))
-    _write_json(folder / "tokenizer.json", _tokenizer(fields))
-    _write_json(folder / "tokenizer_config.json", _tokenizer_config(fields))
+    _write_json(folder / "config.json", _config(file, tied))
+    _write_json(folder / "generation_config.json", _special_ids(file))
+    _write_json(folder / "tokenizer.json", _tokenizer(file))
+    _write_json(folder / "tokenizer_config.json", _tokenizer_config(file))
     _write_weights(folder / "model.safetensors", tensors, progress)
     _link_or_copy(file.path, folder / GGUF)
 
 
-def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
-    heads = fields["llama.attention.head_count"]
-    hidden = fields["llama.embedding_length"]
-    head = fields.get("llama.rope.dimension_count", hidden // heads)
-    if (
-        fields.get("llama.rope.scaling.type", "none") != "none"
-        or fields.get("llama.attention.key_length", head) != head
-    ):
+def _config(file: GgufFile, tied: bool) -> dict[str, Any]:
+    heads = file.whole("llama.attention.head_count")
+    hidden = file.whole("llama.embedding_length")
+    head = file.whole("llama.rope.dimension_count", hidden // heads or None)
+    if file.text("llama.rope.scaling.type", "none") != "none" or file.whole("llama.attention.key_length", head) != head:
         raise ModelError(
             "The model's position embedding is scaled or covers a part of each head, which is not converted. "
             "Give the model's Hugging Face folder instead."
@@ -91,25 +78,25 @@ def _config(fields: dict[str, Any], tied: bool) -> dict[str, Any]:
         "model_type": "llama",
         "attention_bias": False,
         "attention_dropout": 0.0,
-        **_special_ids(fields),
+        **_special_ids(file),
         "head_dim": head,
         "hidden_act": "silu",
         "hidden_size": hidden,
         "initializer_range": 0.02,
-        "intermediate_size": fields["llama.feed_forward_length"],
-        "max_position_embeddings": fields["llama.context_length"],
+        "intermediate_size": file.whole("llama.feed_forward_length"),
+        "max_position_embeddings": file.whole("llama.context_length"),
         "mlp_bias": False,
         "num_attention_heads": heads,
-        "num_hidden_layers": fields["llama.block_count"],
-        "num_key_value_heads": fields.get("llama.attention.head_count_kv", heads),
+        "num_hidden_layers": file.whole("llama.block_count"),
+        "num_key_value_heads": file.whole("llama.attention.head_count_kv", heads),
         "pretraining_tp": 1,
-        "rms_norm_eps": _shortest(fields["llama.attention.layer_norm_rms_epsilon"]),
+        "rms_norm_eps": _shortest(file.number("llama.attention.layer_norm_rms_epsilon")),
         "rope_scaling": None,
-        "rope_theta": _shortest(fields.get("llama.rope.freq_base", 10_000.0)),
+        "rope_theta": _shortest(file.number("llama.rope.freq_base", 10_000.0)),
         "tie_word_embeddings": tied,
         "torch_dtype": "bfloat16",
         "use_cache": True,
-        "vocab_size": fields.get("llama.vocab_size", len(fields["tokenizer.ggml.tokens"])),
+        "vocab_size": file.whole("llama.vocab_size", len(file.texts("tokenizer.ggml.tokens"))),
     }
 
 
@@ -118,20 +105,38 @@ def _shortest(value: float) -> float:
     return float(str(np.float32(value)))
 
 
-def _special_ids(fields: dict[str, Any]) -> dict[str, int]:
+def _special_ids(file: GgufFile) -> dict[str, int]:
     """Return the ids of the special tokens that the file names, with Hugging Face's keys."""
-    ids = {name: fields.get(f"tokenizer.ggml.{_SPECIAL[name]}_token_id") for name in ("bos", "eos", "pad")}
-    return {f"{name}_token_id": token for name, token in ids.items() if token is not None}
+    return {f"{name}_token_id": token for name, token in _special_tokens(file).items() if name in ("bos", "eos", "pad")}
 
 
-def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
-    pre = fields.get("tokenizer.ggml.pre")
+def _special_tokens(file: GgufFile) -> dict[str, int]:
+    """Return the ids of the special tokens that the file names. Raises ModelError for one outside the vocabulary."""
+    count, found = len(file.texts("tokenizer.ggml.tokens")), {}
+    for name, theirs in _SPECIAL.items():
+        if (key := f"tokenizer.ggml.{theirs}_token_id") in file.fields:
+            found[name] = file.whole(key, least=0)
+            if found[name] >= count:
+                raise ModelError(
+                    f"{file.path}: the metadata {key} is {found[name]}, and the vocabulary has {count} tokens. "
+                    "Download the file again."
+                )
+    return found
+
+
+def _tokenizer(file: GgufFile) -> dict[str, Any]:
+    pre = file.text("tokenizer.ggml.pre", "")
     if pre not in _PRE_TOKENIZERS:
         raise ModelError(
             f"The pre-tokenizer {pre!r} is not known here ({', '.join(_PRE_TOKENIZERS)} is). "
             "Give the model's Hugging Face folder instead."
         )
-    tokens = fields["tokenizer.ggml.tokens"]
+    tokens, kinds = file.texts("tokenizer.ggml.tokens"), file.wholes("tokenizer.ggml.token_type")
+    if len(tokens) != len(kinds):
+        raise ModelError(
+            f"{file.path} has {len(tokens)} tokens, and types for {len(kinds)} (tokenizer.ggml.token_type). "
+            "Download the file again."
+        )
     return {
         "version": "1.0",
         "truncation": None,
@@ -146,7 +151,7 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
                 "normalized": False,
                 "special": True,
             }
-            for index, (token, kind) in enumerate(zip(tokens, fields["tokenizer.ggml.token_type"], strict=True))
+            for index, (token, kind) in enumerate(zip(tokens, kinds, strict=True))
             if kind == _CONTROL_TOKEN
         ],
         "normalizer": None,
@@ -163,25 +168,24 @@ def _tokenizer(fields: dict[str, Any]) -> dict[str, Any]:
             "byte_fallback": False,
             "ignore_merges": False,
             "vocab": {token: index for index, token in enumerate(tokens)},
-            "merges": fields["tokenizer.ggml.merges"],
+            "merges": file.texts("tokenizer.ggml.merges"),
         },
     }
 
 
-def _tokenizer_config(fields: dict[str, Any]) -> dict[str, Any]:
-    tokens = fields["tokenizer.ggml.tokens"]
-    ids = {name: fields.get(f"tokenizer.ggml.{theirs}_token_id") for name, theirs in _SPECIAL.items()}
-    special = {f"{name}_token": tokens[index] for name, index in ids.items() if index is not None}
-    template = fields.get("tokenizer.chat_template")
+def _tokenizer_config(file: GgufFile) -> dict[str, Any]:
+    tokens = file.texts("tokenizer.ggml.tokens")
+    special = {f"{name}_token": tokens[index] for name, index in _special_tokens(file).items()}
+    template = file.text("tokenizer.chat_template") if "tokenizer.chat_template" in file.fields else None
     return {
         # Takes tokenizer.json as it is; GPT2Tokenizer would rebuild the pre-tokenizer without its digits.
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_prefix_space": fields.get("tokenizer.ggml.add_space_prefix", False),
+        "add_prefix_space": file.flag("tokenizer.ggml.add_space_prefix", False),
         **special,
         "additional_special_tokens": [special[name] for name in ("bos_token", "eos_token") if name in special],
         **({} if template is None else {"chat_template": template}),
         "clean_up_tokenization_spaces": False,
-        "model_max_length": fields["llama.context_length"],
+        "model_max_length": file.whole("llama.context_length"),
     }
 
 

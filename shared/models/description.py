@@ -22,6 +22,16 @@ class NotDescribed(Exception):
     """A model cannot be expressed as a description; the message gives the reason."""
 
 
+class Inconsistent(NotDescribed):
+    """The configuration lacks a value or has one of another type, or does not fit the tensors: the files may be broken.
+
+    transformers may still have a meaning for it."""
+
+
+class OutOfRange(NotDescribed):
+    """A number of the configuration is beyond all use, however the model is computed."""
+
+
 @dataclass(frozen=True, slots=True)
 class WeightName:
     """A tensor of the model folder, or some rows of one, as where Phi-3 keeps q, k and v in one tensor."""

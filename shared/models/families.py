@@ -15,12 +15,14 @@ from shared.models.configuration import Configuration
 from shared.models.description import (
     Activation,
     AttentionDescription,
+    Inconsistent,
     LayerDescription,
     Linear,
     MlpDescription,
     ModelDescription,
     Norm,
     NotDescribed,
+    OutOfRange,
     Rope,
     WeightName,
     weight_names,
@@ -94,11 +96,11 @@ def describe(config: Mapping[str, Any], tensors: Collection[str]) -> ModelDescri
         raise NotDescribed(f"model type {kind!r} has no description")
     family, values = FAMILIES[kind], Configuration(config)
     if (layers := values.whole("num_hidden_layers")) > len(tensors):
-        raise NotDescribed(f"config.json has {layers} layers, the folder only {len(tensors)} tensors")
+        raise OutOfRange(f"config.json has {layers} layers, the folder only {len(tensors)} tensors")
     try:
         description = _model(family, values, tensors)
     except ArithmeticError as error:  # a number beyond all sense
-        raise NotDescribed(f"a number of config.json is out of range ({error})") from error
+        raise OutOfRange(f"a number of config.json is out of range ({error})") from error
     values.refuse_unread(IGNORED, {**NEUTRAL, **family.neutral})
     _check_tensors(description, tensors)
     return description
@@ -129,9 +131,9 @@ def _sizes(family: Family, config: Configuration) -> Sizes:
     kv_heads = config.optional_whole("num_key_value_heads", ... if family.kv_heads_required else None) or heads
     head = config.optional_whole("head_dim", family.head_size)
     if head is None and hidden % heads:
-        raise NotDescribed(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
+        raise Inconsistent(f"hidden_size {hidden} is no multiple of num_attention_heads {heads}")
     if heads % kv_heads:
-        raise NotDescribed(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
+        raise Inconsistent(f"num_attention_heads {heads} is no multiple of num_key_value_heads {kv_heads}")
     return Sizes(
         hidden=hidden,
         intermediate=config.whole("intermediate_size"),
@@ -159,7 +161,7 @@ def _layers(
 ) -> tuple[LayerDescription, ...]:
     types = family.layer_types(config, sizes.layers)
     if len(types) != sizes.layers:
-        raise NotDescribed(f"layer_types has {len(types)} entries for {sizes.layers} layers")
+        raise Inconsistent(f"layer_types has {len(types)} entries for {sizes.layers} layers")
     for unknown in set(types) - {FULL, SLIDING}:
         raise NotDescribed(f"layer type {unknown!r} is unknown")
     window = None if family.window is ... else config.optional_whole("sliding_window", family.window)
@@ -333,7 +335,7 @@ def _check_tensors(description: ModelDescription, tensors: Collection[str]) -> N
     """Raise NotDescribed unless the folder has the description's tensors and no others."""
     named = {weight.name for weight in weight_names(description)}
     if missing := sorted(named - set(tensors)):
-        raise NotDescribed(f"the folder has no tensor {missing[0]} ({len(missing)} are missing)")
+        raise Inconsistent(f"the folder has no tensor {missing[0]} ({len(missing)} are missing)")
     known = named | {name for name in tensors if name.endswith(".rotary_emb.inv_freq")}
     if unexpected := sorted(set(tensors) - known):
-        raise NotDescribed(f"the folder has the unknown tensor {unexpected[0]} ({len(unexpected)} are unknown)")
+        raise Inconsistent(f"the folder has the unknown tensor {unexpected[0]} ({len(unexpected)} are unknown)")

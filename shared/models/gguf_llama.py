@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -64,7 +62,9 @@ class LlamaTensor:
 
 def llama_tensors(file: GgufFile) -> dict[str, LlamaTensor]:
     """Return the tensors by transformers' name. Raises ModelError for one that has no place in a Llama model."""
-    heads = _heads(file.fields)
+    heads = file.whole("llama.attention.head_count")
+    kv_heads = file.whole("llama.attention.head_count_kv", heads)
+    split_into = {"attn_q": heads, "attn_k": kv_heads}
     found = {}
     for name, tensor in file.tensors.items():
         stem, _, suffix = name.rpartition(".")
@@ -72,7 +72,7 @@ def llama_tensors(file: GgufFile) -> dict[str, LlamaTensor]:
         if stem in _TOP_LEVEL:
             found[f"{_TOP_LEVEL[stem]}.{suffix}"] = LlamaTensor(tensor)
         elif stem.startswith("blk.") and part in _BLOCK:
-            split = heads.get(part, 0)
+            split = split_into.get(part, 0)
             if split and tensor.shape[0] % (2 * split):
                 raise ModelError(
                     f"{file.path}: the tensor {name} of shape {tensor.shape} has no {split} heads. "
@@ -85,8 +85,3 @@ def llama_tensors(file: GgufFile) -> dict[str, LlamaTensor]:
                 "Give the model's Hugging Face folder instead."
             )
     return found
-
-
-def _heads(fields: Mapping[str, Any]) -> dict[str, int]:
-    heads = fields["llama.attention.head_count"]
-    return {"attn_q": heads, "attn_k": fields.get("llama.attention.head_count_kv", heads)}

@@ -7,20 +7,31 @@ import fcntl
 import glob
 import importlib.util
 import json
+import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from shared.errors import ModelError
 from shared.models.convert import OnProgress, convert_gguf
+from shared.models.description import NotDescribed
+from shared.models.families import describe
 from shared.models.folder import GGUF, ModelFolder
 from shared.models.gguf_file import is_gguf
+from shared.models.shapes import check_shapes, refusals
+from shared.models.weight_files import refuse_quantized, stored_tensors
 from shared.runtime.files import behind_links
 
 _MARKER = "wisp-model.json"
+_TRIED = ".wisp-tried"
+"""What the engine has computed from the folder: its fingerprint, and the versions of libraries."""
+_ROOT = str(Path(__file__).parents[2])
 # Increase it when the output of the conversion changes, so that older folders are converted again.
 _FORMAT = 1
 
@@ -101,7 +112,9 @@ def prepare(source: str | Path, models_dir: Path, progress: OnProgress = _silent
         origin = GgufSource(Path(source).resolve())
         _check_free(models_dir / name, origin)
     elif Path(source).is_dir():
-        validate(ModelFolder(source))
+        given = ModelFolder(source)
+        validate(given)
+        _require_computable(given, progress)
         return Path(source)
     else:
         raise ModelError(
@@ -119,7 +132,7 @@ def prepare(source: str | Path, models_dir: Path, progress: OnProgress = _silent
 
 
 def validate(folder: ModelFolder) -> None:
-    """Check that the folder has what serving needs. Raises ModelError for the first problem."""
+    """Check that the folder has what serving needs; reads no weights. Raises ModelError for the first problem."""
     from shared.models.text import Tokenizer
 
     vocab_size = folder.vocab_size
@@ -136,6 +149,73 @@ def validate(folder: ModelFolder) -> None:
             f"{folder.path}: the tokenizer has id {largest}, the model only {vocab_size} logits. "
             "Tokenizer and weights are of different models: download the model again."
         )
+    if folder.weights:
+        tensors = stored_tensors(folder.path)
+        refuse_quantized(folder.path, folder.config, tensors)
+        not_described(folder)
+
+
+def not_described(folder: ModelFolder) -> str:
+    """Return the reason for which the compiled pass does not cover the folder's model; empty if it does.
+
+    Raises ModelError if nothing can compute it.
+    """
+    tensors = stored_tensors(folder.path)
+    try:
+        with refusals(folder.path):
+            check_shapes(describe(folder.config, tensors), lambda name: tensors[name].shape)
+    except NotDescribed as error:
+        return str(error)
+    return ""
+
+
+@dataclass(frozen=True, slots=True)
+class ModelTrial:
+    """How the engine computes a model."""
+
+    reason: str
+    """Reason for taking transformers' module code; empty for the compiled pass."""
+    exact: bool
+    """True if the bits of a session's logits are independent of the other sessions."""
+
+
+def try_model(folder: ModelFolder, dtype: str = "bfloat16") -> ModelTrial:
+    """Load the model in a process of its own and compute a few tokens. Raises ModelError if the engine refuses it."""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([_ROOT, os.environ.get("PYTHONPATH", "")])}
+    command = [sys.executable, "-m", "shared.engine.trial", str(folder.path), dtype]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    try:
+        outcome = json.loads(done.stdout.splitlines()[-1])
+    except (IndexError, ValueError):
+        last = (done.stderr.strip() or "no output").splitlines()[-1]
+        raise ModelError(
+            f"{folder.path}: a trial of the model ended with status {done.returncode} ({last}). It may need more "
+            "memory than this machine has."
+        ) from None
+    if "refusal" in outcome:
+        raise ModelError(outcome["refusal"])
+    return ModelTrial(outcome["reason"], outcome["exact"])
+
+
+def _require_computable(folder: ModelFolder, progress: OnProgress) -> None:
+    """Raise ModelError unless the engine computes a model that the compiled pass does not cover.
+
+    That is tried once and recorded in the folder. Does nothing without torch and transformers, which only those who
+    compute a model need.
+    """
+    needed = ("torch", "transformers")
+    if not folder.weights or not not_described(folder) or not all(map(importlib.util.find_spec, needed)):
+        return
+    versions = " ".join(f"{name} {version(name)}" for name in needed)
+    tried, kept = f"{folder.fingerprint('float32')} {versions}", folder.path / _TRIED
+    with contextlib.suppress(OSError):
+        if kept.read_text() == tried:
+            return
+    progress("trying the model once", 0.0)
+    try_model(folder)
+    progress("trying the model once", 1.0)
+    with contextlib.suppress(OSError):  # a read-only folder: it is tried again next time
+        kept.write_text(tried)
 
 
 def _check_free(folder: Path, origin: GgufSource) -> None:

@@ -26,11 +26,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared.models.configuration import Configuration
-from shared.models.description import NotDescribed, Rope
+from shared.models.description import NotDescribed, OutOfRange, Rope
 
 Floats = NDArray[np.float32]
 Doubles = NDArray[np.float64]
 
+MOST_ELEMENTS = 1 << 14
+"""Most rotated elements of a head."""
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+LARGEST_ANGLE = 2.0**30
+"""Its quarter turns are still an int32, and float32 no longer tells angles apart long before."""
 CHUNK = 1 << 14
 """Angles computed at a time, so that the intermediate values stay in a core's cache."""
 
@@ -39,15 +44,23 @@ def rope_of(parameters: Mapping[str, Any], *, rotary_size: int, max_len: int) ->
     """Return the rope of one set of parameters in transformers' current form (`rope_type`, `rope_theta`, ...).
 
     rotary_size: number of elements of a head that are rotated. max_len: `max_position_embeddings`.
-    Raises NotDescribed if the type or one of its parameters is unknown."""
+    Raises NotDescribed if the type or one of its parameters is unknown, or a number gives no usable angles."""
     values = Configuration(parameters, "the rope parameters")
     kind = values.text("rope_type", "default")
     if kind not in VARIANTS:
         raise NotDescribed(f"rope type {kind!r} is unknown")
     if rotary_size < 2 or rotary_size % 2:
         raise NotDescribed(f"{rotary_size} rotated elements of a head are not pairs")
-    inverse, scale = VARIANTS[kind](values, _frequencies(values.number("rope_theta"), rotary_size), max_len)
+    if rotary_size > MOST_ELEMENTS:
+        raise OutOfRange(f"{rotary_size} rotated elements of a head are more than {MOST_ELEMENTS}")
+    with np.errstate(all="ignore"):  # the outcome is checked
+        inverse, scale = VARIANTS[kind](values, _frequencies(values.number("rope_theta"), rotary_size), max_len)
     values.refuse_unread()
+    largest = float(inverse.max()) * max(max_len, 1)
+    if not (np.isfinite(inverse).all() and inverse.min() >= 0 and largest <= LARGEST_ANGLE):
+        raise OutOfRange(f"the rope parameters give angles from {inverse.min() * 1.0} to {largest}, out of range")
+    if not (math.isfinite(scale) and 0 < scale < _FLOAT32_MAX):
+        raise OutOfRange(f"the rope parameters scale cosines and sines by {scale}, which is out of range")
     return Rope(inverse_frequencies=tuple(inverse.tolist()), scale=scale)
 
 

@@ -3,11 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from shared.errors import ModelError
-from shared.models.description import LayerDescription, Linear, ModelDescription, Norm, WeightName
+from shared.models.description import LayerDescription, Linear, ModelDescription, Norm, OutOfRange, WeightName
 
 Shape = tuple[int, ...]
+
+
+@contextmanager
+def refusals(folder: Path) -> Iterator[None]:
+    """Raise ModelError, with the folder, for a model that no pass can compute; let NotDescribed through."""
+    try:
+        yield
+    except OutOfRange as error:
+        raise ModelError(f"{folder}: {error}. Correct config.json, or download the model again.") from error
+    except ModelError as error:
+        raise ModelError(f"{folder}: {error}") from error
 
 
 def check_shapes(model: ModelDescription, shape_of: Callable[[str], Shape]) -> None:
@@ -20,6 +33,8 @@ def check_shapes(model: ModelDescription, shape_of: Callable[[str], Shape]) -> N
         before, *_ = expected.get(weight.name, (0,))
         expected[weight.name] = max(before, weight.first_row + rows), *columns
     for name, shape in expected.items():
+        if 0 in shape:
+            raise ModelError(f"the tensor {name} is {_words(shape)}, which leaves nothing to compute with")
         if (found := shape_of(name)) != shape:
             raise ModelError(
                 f"the tensor {name} is {_words(found)}, and must be {_words(shape)} by config.json and the other "

@@ -168,7 +168,7 @@ def test_a_model_without_description_is_computed_by_module_code(undescribed: Pat
 
 
 def test_int8_weights_of_a_model_without_description_are_refused(undescribed: Path) -> None:
-    with pytest.raises(EngineError, match=r"int8 weights need the compiled pass, .*'gpt_neox'.*; use bfloat16"):
+    with pytest.raises(EngineError, match=r"int8 weights need the compiled pass, .*'gpt_neox'.*WISP_DTYPE=bfloat16"):
         Engine(undescribed, dtype="int8", budget_tokens=256)
 
 

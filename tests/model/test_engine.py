@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import random
+import subprocess
+import sys
 import time
 from pathlib import Path
 from statistics import median
@@ -235,7 +237,7 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="wisp models prepare"):
         Engine(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
-    with pytest.raises(ModelError, match="cannot be loaded"):
+    with pytest.raises(ModelError, match=r"lacks model\.safetensors"):
         Engine(tmp_path)
 
 
@@ -257,6 +259,43 @@ def test_attention_that_module_code_cannot_have_is_refused(tmp_path: Path, monke
 def refuse(*args: object) -> None:
     """Describe no model, so that module code computes it."""
     raise NotDescribed("for a test")
+
+
+@pytest.mark.parametrize("token", [1.5, None, "1", 2**70, [1], float("nan")])
+def test_tokens_that_are_no_integers_are_refused(engine: Engine, token: object) -> None:
+    engine.attach("s", [])
+    before = state(engine)
+    with pytest.raises(BadStep, match="token ids must be integers"):
+        engine.forward([Step("s", [1, token])])  # type: ignore[list-item]
+    with pytest.raises(BadStep, match="logit rows"):
+        engine.forward([Step("s", [1, 2], 1.5)])  # type: ignore[arg-type]
+    assert state(engine) == before
+    engine.forward([Step("s", np.array([1, 2]).tolist())])
+
+
+FORKED = """
+import os, signal, sys
+from shared.engine import Engine, Step
+
+def computed():
+    engine.attach(str(os.getpid()), [])
+    return engine.forward([Step(str(os.getpid()), list(range(40)), 40)]).logits.numpy().tobytes()
+
+engine = Engine(sys.argv[1], threads=2, budget_tokens=512)
+expected = computed()
+child = os.fork()
+if not child:
+    signal.alarm(60)  # ends a process that hangs
+    os._exit(0 if computed() == expected else 1)
+_, status = os.waitpid(child, 0)
+assert computed() == expected
+sys.exit(os.waitstatus_to_exitcode(status))
+"""
+
+
+def test_a_forked_process_computes_the_same_and_does_not_hang(folder: Path) -> None:
+    done = subprocess.run([sys.executable, "-c", FORKED, str(folder)], check=False)
+    assert done.returncode == 0
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "abacus"])

@@ -80,6 +80,13 @@ def test_types_without_blocks_are_expanded(tmp_path: Path) -> None:
     assert np.abs(found - expected).max() < 0.05 * expected.std()
 
 
+def test_a_vector_in_blocks_is_expanded(tmp_path: Path) -> None:
+    path = tiny_gguf.write(tmp_path / "norms.gguf", kind=lambda name: Kind.Q8_0)
+    folder = prepare(path, tmp_path / "models")
+    found, expected = logits(folder, "gguf").numpy(), of_float32(folder)
+    assert np.abs(found - expected).max() < 1e-3 * expected.std()
+
+
 def test_the_folder_is_named_after_the_file_and_holds_bfloat16_weights(folder: Path) -> None:
     assert folder.name == "some-model.Q4"
     tensors = load_file(folder / "model.safetensors")
@@ -177,7 +184,7 @@ def test_weights_of_another_shape_are_refused_at_load(folder: Path, tmp_path: Pa
 def test_quantized_weights_are_not_taken_for_plain_ones(folder: Path, tmp_path: Path, dtype: torch.dtype) -> None:
     name = "model.layers.0.mlp.down_proj.weight"
     path = _changed(folder, tmp_path, name, torch.ones(64, 96).to(dtype))
-    with pytest.raises(ModelError, match=f"the tensor {name} .* is of quantized weights"):
+    with pytest.raises(ModelError, match=rf"the tensor {name} .* is of quantized weights"):
         Engine(path)
 
 

@@ -165,3 +165,54 @@ def test_a_target_whose_tensors_do_not_fit_is_refused(tmp_path: Path, name: str,
     save_file({**load_file(file), name: torch.zeros(shape)}, file)
     with pytest.raises(ModelError, match=re.escape(name.removesuffix("q_proj.weight"))):
         CompiledDraft(draft, target, form="float32", threads=1, blocks=4)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "reason"),
+    [
+        ("head_ids", torch.tensor([3, tiny.VOCAB]), f"not ascending ids of a vocabulary of {tiny.VOCAB}"),
+        ("head_ids", torch.tensor([-1, 3]), "not ascending ids"),
+        ("head_ids", torch.tensor([7, 3]), "not ascending ids"),
+        ("head_ids", torch.tensor([3, 3]), "not ascending ids"),
+        ("head_ids", torch.tensor([], dtype=torch.int32), "not a list of integers"),
+        ("head_ids", torch.tensor([1.0, 2.0]), "not a list of integers"),
+        ("head_ids", torch.tensor([[1, 2]]), "not a list of integers"),
+        ("head_ids", None, "missing.*head_ids"),
+        ("spread", torch.zeros(tiny.LLAMA.hidden_size), "spread, by which states are divided"),
+        ("spread", torch.full((tiny.LLAMA.hidden_size,), float("nan")), "spread has values that are not finite"),
+        ("norm.weight", torch.full((tiny.LLAMA.hidden_size,), float("inf")), r"norm\.weight has values that are not"),
+        ("norm.weight", torch.ones(tiny.LLAMA.hidden_size, dtype=torch.int32), r"norm\.weight is of torch\.int32"),
+        ("norm.weight", None, r"missing.*norm\.weight"),
+        ("other", torch.ones(1), "unexpected.*other"),
+    ],
+)
+@pytest.mark.parametrize("torch_device", ["cpu", "meta"])
+def test_a_broken_draft_is_refused(
+    tmp_path: Path, name: str, value: Tensor | None, reason: str, torch_device: str
+) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    file = draft.path / "model.safetensors"
+    tensors = {**load_file(file), name: value}
+    save_file({key: each for key, each in tensors.items() if each is not None}, file)
+    with pytest.raises(ModelError, match=rf"does not fit its config\.json: .*{reason}.*wisp draft train"):
+        draft_pass(draft, target, dtype="float32", torch_device=torch_device, threads=1, blocks=4)
+
+
+@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"])
+def test_a_target_whose_weights_are_not_finite_is_refused(tmp_path: Path, name: str) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
+    file = target.path / "model.safetensors"
+    tensors = load_file(file)
+    tensors[name].view(-1)[5] = float("nan")
+    save_file(tensors, file)
+    for torch_device in ("cpu", "meta"):
+        with pytest.raises(ModelError, match=rf"{name} has values that are not finite"):
+            draft_pass(draft, target, dtype="float32", torch_device=torch_device, threads=1, blocks=4)
+
+
+def test_a_draft_for_a_larger_vocabulary_is_refused(tmp_path: Path) -> None:
+    draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=0)
+    config = draft.path / "config.json"
+    config.write_text(config.read_text().replace(f'"vocab_size": {tiny.VOCAB}', f'"vocab_size": {10 * tiny.VOCAB}'))
+    with pytest.raises(ModelError, match="has a vocabulary of 5120 tokens"):
+        DraftEngine(HiddenDraftFolder.open(draft.path), target)

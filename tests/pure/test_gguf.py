@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import struct
 from pathlib import Path
+from typing import Any
 
 import gguf
 import numpy as np
@@ -11,16 +13,17 @@ import tiny_gguf
 from tiny_gguf import Kind
 
 from shared.errors import ModelError
-from shared.kernels.formats import BLOCK, Blocks
+from shared.kernels.formats import SCALE_BLOCK, Blocks
 from shared.kernels.gguf_blocks import blocks_of
+from shared.models.convert import convert_gguf
 from shared.models.gguf_file import GgufFile, is_gguf
 
 
 def values(blocks: Blocks) -> np.ndarray:
     """The matrix, as the formats' description has it."""
-    floats = blocks.quanta.astype(np.float32) * np.repeat(blocks.scales.astype(np.float32), BLOCK, axis=1)
+    floats = blocks.quanta.astype(np.float32) * np.repeat(blocks.scales.astype(np.float32), SCALE_BLOCK, axis=1)
     if blocks.minima is not None:
-        floats += np.repeat(blocks.minima.astype(np.float32), BLOCK, axis=1)
+        floats += np.repeat(blocks.minima.astype(np.float32), SCALE_BLOCK, axis=1)
     return floats
 
 
@@ -96,3 +99,80 @@ def test_a_gguf_file_is_recognized_by_its_name_or_its_beginning(tmp_path: Path) 
         False,
         False,
     ]
+
+
+def string(text: str) -> bytes:
+    return struct.pack("<Q", len(text)) + text.encode()
+
+
+def alignment(kind: int, value: bytes) -> bytes:
+    return string("general.alignment") + struct.pack("<I", kind) + value
+
+
+NESTED = string("deep") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000
+TENSOR = string("t") + struct.pack("<I", 1)
+
+
+@pytest.mark.parametrize(
+    ("fields", "tensors", "reason"),
+    [
+        ([alignment(4, struct.pack("<I", 0))], [], "its general.alignment is 0, not a power of two"),
+        ([alignment(4, struct.pack("<I", 24))], [], "its general.alignment is 24"),
+        ([alignment(6, struct.pack("<f", 32.0))], [], "its general.alignment is 32.0"),
+        ([alignment(7, b"\1")], [], "its general.alignment is True"),
+        ([alignment(8, string("32"))], [], "its general.alignment is '32'"),
+        ([NESTED], [], "the metadata deep has more than 8 arrays within each other"),
+        ([string("odd") + struct.pack("<I", 77)], [], "the metadata odd has the unknown type 77"),
+        ([], [TENSOR + struct.pack("<QIQ", 8, 99, 0)], "the tensor t has the unknown type 99"),
+        ([], [TENSOR + struct.pack("<QIQ", 0, 0, 0)], "the tensor t of F32 has the shape"),
+        ([], [TENSOR + struct.pack("<QIQ", 33, 8, 0)], "the tensor t of Q8_0 has the shape"),
+        ([], [TENSOR + struct.pack("<QIQ", 8, 0, 0)] * 2, "two tensors have the same name"),
+        ([], [string("t") + struct.pack("<I5QIQ", 5, 1, 1, 1, 1, 1, 0, 0)], "the tensor t has 5 sizes"),
+        ([], [TENSOR + struct.pack("<QIQ", 1 << 62, 0, 0)], "the file ends before the tensor t does"),
+    ],
+)
+def test_a_header_that_makes_no_sense_is_refused(
+    tmp_path: Path, fields: list[bytes], tensors: list[bytes], reason: str
+) -> None:
+    header = b"GGUF" + struct.pack("<IQQ", 3, len(tensors), len(fields)) + b"".join(fields + tensors)
+    (tmp_path / "odd.gguf").write_bytes(header + bytes(4096))
+    with pytest.raises(ModelError, match=rf"odd\.gguf can't be read as GGUF \({reason}"):
+        GgufFile(tmp_path / "odd.gguf")
+
+
+def test_a_pointer_of_git_lfs_is_called_so(tmp_path: Path) -> None:
+    (tmp_path / "model.gguf").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n")
+    with pytest.raises(ModelError, match="is a pointer of git-lfs"):
+        GgufFile(tmp_path / "model.gguf")
+
+
+HEADS = "llama.attention.head_count"
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "reason"),
+    [
+        (HEADS, None, f"has no metadata {HEADS}, which"),
+        (HEADS, 0, f"the metadata {HEADS} is 0, not an integer from 1"),
+        (HEADS, -4, f"the metadata {HEADS} is -4, not an integer from 1"),
+        (HEADS, 4.0, f"the metadata {HEADS} is 4.0, not an integer"),
+        (HEADS, "4", f"the metadata {HEADS} is '4', not an integer"),
+        (HEADS, True, f"the metadata {HEADS} is True, not an integer"),
+        (HEADS, 5, r"the tensor blk\.0\.attn_q\.weight of shape \(64, 64\) has no 5 heads"),
+        (f"{HEADS}_kv", "2", f"the metadata {HEADS}_kv is '2', not an integer"),
+        ("llama.embedding_length", None, "has no metadata llama.embedding_length"),
+        ("llama.context_length", "long", "llama.context_length is 'long', not an integer"),
+        ("llama.attention.layer_norm_rms_epsilon", 0.0, "layer_norm_rms_epsilon is 0.0, not a positive number"),
+        ("llama.rope.freq_base", float("nan"), "llama.rope.freq_base is nan, not a positive number"),
+        ("tokenizer.ggml.tokens", None, "has no metadata tokenizer.ggml.tokens"),
+        ("tokenizer.ggml.tokens", 7, "tokenizer.ggml.tokens is 7, not an array of strings"),
+        ("tokenizer.ggml.token_type", "none", "tokenizer.ggml.token_type is 'none', not an array of integers"),
+        ("tokenizer.ggml.merges", 1, "tokenizer.ggml.merges is 1, not an array of strings"),
+        ("tokenizer.ggml.eos_token_id", 10**6, "eos_token_id is 1000000, and the vocabulary has 320 tokens"),
+        ("tokenizer.ggml.pre", 3, "tokenizer.ggml.pre is 3, not a string"),
+    ],
+)
+def test_metadata_that_a_llama_needs_is_checked(tmp_path: Path, key: str, value: Any, reason: str) -> None:
+    path = tiny_gguf.write(tmp_path / "model.gguf", changes={key: value})
+    with pytest.raises(ModelError, match=rf"model\.gguf.*{reason}"):
+        convert_gguf(path, tmp_path, lambda doing, share: None)

@@ -66,6 +66,12 @@ def test_shapes_that_fit_are_taken() -> None:
     check(FUSED, FUSED_SHAPES)
 
 
+def test_a_gate_without_rows_is_refused() -> None:
+    none = {f"{LAYER}.mlp.{name}_proj.weight": (0, 64) for name in ("gate", "up")}
+    with pytest.raises(ModelError, match=r"gate_proj\.weight is 0 x 64, which leaves nothing"):
+        check(CONFIG, {**SHAPES, **none, f"{LAYER}.mlp.down_proj.weight": (64, 0)})
+
+
 @pytest.mark.parametrize("name", SHAPES)
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_tensor_of_another_shape_is_refused(name: str, axis: int) -> None:

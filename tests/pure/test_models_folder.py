@@ -13,11 +13,12 @@ from typing import Any
 
 import pytest
 import tokenizers
-from made_folders import byte_level, write_folder
+from made_folders import byte_level, write_folder, write_llama
 
 from shared.errors import ModelError
-from shared.models.folder import ModelFolder
+from shared.models.folder import ModelFolder, SamplingDefaults
 from shared.models.prepare import prepare
+from shared.models.text import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -36,6 +37,87 @@ def test_the_facts_of_a_folder_come_from_its_configuration(folder: Path) -> None
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 2], "bos_token_id": 0}')
     model = ModelFolder(folder)
     assert (model.eos_ids, model.bos_id) == ((1, 2), 0)
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": None}, {}, (1,)),
+        ({"eos_token_id": None, "bos_token_id": None}, {"eos_token_id": [2, 3]}, (2, 3, 1)),
+        ({"eos_token_id": 7}, {"eos_token_id": 3}, (7, 1)),
+        ({}, {"eos_token_id": None, "text_config": {"eos_token_id": 5}}, (5, 1)),
+        ({}, {"eos_token_id": None}, (1,)),
+    ],
+)
+def test_ids_that_end_a_text_come_from_every_file(
+    folder: Path, generation: dict[str, Any], config: dict[str, Any], expected: tuple[int, ...]
+) -> None:
+    """The last is the tokenizer's own, whose id is 1."""
+    (folder / "generation_config.json").write_text(json.dumps(generation))
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**values, **config}))
+    assert ModelFolder(folder).eos_ids == expected
+
+
+def test_special_tokens_have_a_file_of_their_own(folder: Path) -> None:
+    (folder / "tokenizer_config.json").write_text("{}")
+    (folder / "config.json").write_text(json.dumps({"vocab_size": 999, "max_position_embeddings": 64}))
+    assert ModelFolder(folder).eos_ids == ()
+    (folder / "special_tokens_map.json").write_text(json.dumps({"eos_token": {"content": "<|im_end|>"}}))
+    model = ModelFolder(folder)
+    assert (model.eos_ids, model.special_token("eos_token")) == ((1,), "<|im_end|>")
+    (folder / "chat_template.json").write_text(
+        json.dumps({"chat_template": "{{ messages[0].content }}{{ eos_token }}"})
+    )
+    assert Tokenizer(ModelFolder(folder)).render_chat([{"role": "user", "content": "b"}])[-1] == 1
+
+
+def test_the_template_in_a_file_of_its_own_comes_first(folder: Path) -> None:
+    templates = {"chat_template.jinja": "a", "chat_template.json": json.dumps({"chat_template": "b"})}
+    (folder / "tokenizer_config.json").write_text(json.dumps({"chat_template": [{"name": "default", "template": "c"}]}))
+    assert ModelFolder(folder).chat_template == "c"
+    for name, expected in (("chat_template.json", "b"), ("chat_template.jinja", "a")):
+        (folder / name).write_text(templates[name])
+        assert ModelFolder(folder).chat_template == expected
+
+
+@pytest.mark.parametrize("eos", ["</s>", [1, "2"], 1.5, {"id": 1}])
+def test_an_id_that_is_no_integer_is_refused(folder: Path, eos: Any) -> None:
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": eos}))
+    with pytest.raises(ModelError, match=r"eos_token_id is .*, not a token id or a list of them"):
+        _ = ModelFolder(folder).eos_ids
+
+
+def test_generation_config_proposes_a_sampling(folder: Path) -> None:
+    assert ModelFolder(folder).sampling == SamplingDefaults()
+    proposed = {"temperature": 0.6, "top_p": 0.95, "top_k": 20, "do_sample": True}
+    (folder / "generation_config.json").write_text(json.dumps(proposed))
+    assert ModelFolder(folder).sampling == SamplingDefaults(0.6, 0.95, 20)
+
+
+@pytest.mark.parametrize(
+    "proposed", [{"temperature": "hot"}, {"temperature": -1}, {"top_p": 1.5}, {"top_k": 2.5}, {"top_k": True}]
+)
+def test_a_sampling_out_of_range_is_refused(folder: Path, proposed: dict[str, Any]) -> None:
+    (folder / "generation_config.json").write_text(json.dumps(proposed))
+    with pytest.raises(ModelError, match=rf"has {next(iter(proposed))} .*WISP_GENERATION_CONFIG=ignore"):
+        _ = ModelFolder(folder).sampling
+
+
+@pytest.mark.parametrize(
+    ("config", "facts"),
+    [
+        ({"model_type": "gpt2", "n_positions": 128, "n_ctx": 64, "vocab_size": 999}, (999, 128)),
+        ({"model_type": "mpt", "max_seq_len": 96, "vocab_size": 999}, (999, 96)),
+        ({"model_type": "gemma3", "text_config": {"model_type": "gemma3_text"}}, (262208, 131072)),
+        ({"model_type": "llava", "text_config": {"vocab_size": 7, "max_position_embeddings": 8}}, (7, 8)),
+    ],
+)
+def test_facts_have_other_names_places_and_defaults(
+    folder: Path, config: dict[str, Any], facts: tuple[int, int]
+) -> None:
+    (folder / "config.json").write_text(json.dumps(config))
+    assert (ModelFolder(folder).vocab_size, ModelFolder(folder).max_len) == facts
 
 
 @pytest.mark.parametrize("missing", ["config.json", "tokenizer.json", "model.safetensors"])
@@ -74,7 +156,8 @@ def test_a_broken_configuration_is_refused(folder: Path, content: str) -> None:
         ModelFolder(folder)
 
 
-def test_a_folder_is_prepared_by_leaving_it_where_it_is(folder: Path, tmp_path: Path) -> None:
+def test_a_folder_is_prepared_by_leaving_it_where_it_is(tmp_path: Path, backend: tokenizers.Tokenizer) -> None:
+    folder = write_llama(tmp_path / "model", backend)
     assert prepare(folder, tmp_path / "models") == folder
     assert not (tmp_path / "models").exists()
 
@@ -92,6 +175,30 @@ def test_a_folder_that_contradicts_itself_is_refused(
 ) -> None:
     with pytest.raises(ModelError, match=problem):
         prepare(write_folder(tmp_path, backend, **config), tmp_path / "models")
+
+
+@pytest.mark.parametrize(
+    ("config", "problem"),
+    [
+        ({"quantization_config": {"quant_method": "awq"}}, "quantized by awq"),
+        ({"head_dim": 10**8}, "100000000 rotated elements of a head"),
+        ({"num_hidden_layers": 2000}, "has 2000 layers, the folder only 11 tensors"),
+        ({"intermediate_size": 8, "num_key_value_heads": 2}, r"k_proj\.weight is 4 x 8, and must be 8 x 8"),
+    ],
+)
+def test_a_folder_that_nothing_can_compute_is_refused(
+    tmp_path: Path, backend: tokenizers.Tokenizer, config: dict[str, Any], problem: str
+) -> None:
+    with pytest.raises(ModelError, match=problem):
+        prepare(write_llama(tmp_path, backend, **config), tmp_path / "models")
+
+
+def test_a_folder_cut_short_is_refused_before_it_is_served(tmp_path: Path, backend: tokenizers.Tokenizer) -> None:
+    folder = write_llama(tmp_path, backend)
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-2])
+    with pytest.raises(ModelError, match="incomplete"):
+        prepare(folder, tmp_path / "models")
 
 
 def test_a_name_that_is_no_folder_is_refused_with_the_next_step(tmp_path: Path) -> None:

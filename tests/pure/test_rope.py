@@ -12,7 +12,7 @@ import torch
 from transformers import LlamaConfig, Phi3Config, PreTrainedConfig
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from shared.models.description import NotDescribed, Rope
+from shared.models.description import NotDescribed, OutOfRange, Rope
 from shared.models.rope import rope_of, rotation_table
 
 HEAD_SIZES = (64, 80, 96, 128, 256)
@@ -128,6 +128,26 @@ def test_longrope_takes_the_factors_of_the_maximum_length(options: dict[str, flo
 def test_parameters_that_are_not_understood_are_refused(changes: dict[str, Any], reason: str) -> None:
     with pytest.raises(NotDescribed, match=reason.replace("[", r"\[")):
         rope_of({"rope_type": "default", "rope_theta": 10_000.0, **changes}, rotary_size=64, max_len=MAX_LEN)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"rope_type": "linear", "factor": 1e-320},
+        {"rope_type": "linear", "factor": 1e-30},
+        {"rope_type": "longrope", "short_factor": [1e-40] * 32, "long_factor": [1e-40] * 32},
+        {"rope_type": "yarn", "factor": 4.0, "attention_factor": 1e300},
+        {"rope_theta": 1e-40},
+    ],
+)
+def test_numbers_that_give_no_usable_angles_are_refused(changes: dict[str, Any]) -> None:
+    with pytest.raises(OutOfRange, match="the rope parameters"):
+        rope_of({"rope_type": "default", "rope_theta": 10_000.0, **changes}, rotary_size=64, max_len=MAX_LEN)
+
+
+def test_a_head_beyond_all_sense_is_refused_at_once() -> None:
+    with pytest.raises(OutOfRange, match="100000000 rotated elements"):
+        rope_of({"rope_type": "default", "rope_theta": 10_000.0}, rotary_size=10**8, max_len=MAX_LEN)
 
 
 @pytest.mark.parametrize("rotary_size", [0, 33])

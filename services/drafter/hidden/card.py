@@ -27,7 +27,7 @@ class LayerConfig(BaseModel):
     hidden_size: int = Field(gt=0)
     heads: int = Field(gt=0)
     kv_heads: int = Field(gt=0)
-    head_size: int = Field(gt=0, multiple_of=2)
+    head_size: int = Field(gt=0, le=1 << 14, multiple_of=2)
     intermediate_size: int = Field(gt=0)
     rope_theta: float = Field(gt=0)
     norm_eps: float = Field(gt=0)

@@ -48,7 +48,7 @@ class CompiledDraft:
         config = draft.card.model
         self._size, self._eps = config.layer.hidden_size, config.layer.norm_eps
         own = weights.tensors(draft)
-        self.head_ids = own["head_ids"].long()
+        self.head_ids = own["head_ids"]
         self._spread = own["spread"].float().numpy()
         options: dict[str, Any] = {
             "hidden_size": self._size,

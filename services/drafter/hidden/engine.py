@@ -10,9 +10,10 @@ from torch import Tensor
 
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.forward import draft_pass
-from shared.engine.blocks import BLOCK, BlockPool
+from shared.engine.blocks import BlockPool
 from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
+from shared.kernels.layout import BLOCK
 from shared.models.folder import ModelFolder
 
 
@@ -48,6 +49,11 @@ class DraftEngine:
             raise ModelError(
                 f"the draft in {draft.path} was trained for {draft.card.target}, whose vocabulary or hidden size is not"
                 f" that of {target.path}; train one with `wisp draft train`, or choose draft source lookup"
+            )
+        if draft.card.model.vocab_size > target.vocab_size:
+            raise ModelError(
+                f"the draft in {draft.path} has a vocabulary of {draft.card.model.vocab_size} tokens, and "
+                f"{target.path} of {target.vocab_size}; train one with `wisp draft train`"
             )
         torch.set_num_threads(threads)
         self.hidden_size = draft.card.model.layer.hidden_size

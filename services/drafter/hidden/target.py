@@ -12,7 +12,9 @@ from torch import Tensor, nn
 
 from services.drafter.hidden.card import LayerConfig
 from services.drafter.hidden.model import Layer
+from shared.engine.weights import as_matrix
 from shared.errors import ModelError
+from shared.kernels.finite import require_finite
 from shared.models.folder import ModelFolder
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -115,5 +117,9 @@ class FolderTensors:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
                     tensor: Tensor = file.get_tensor(name)
+                    try:
+                        require_finite(name, as_matrix(tensor))
+                    except ModelError as error:
+                        raise ModelError(f"{self._folder.path}: {error}") from error
                     return tensor.to(self._dtype or tensor.dtype)
         raise ModelError(f"{self._folder.path} has no weight {name}; a hidden-state draft needs a Llama-like target")

@@ -9,8 +9,9 @@ import typer
 from rich.table import Table
 
 from services.tools.cli.terminal import errors_shown, out
+from shared.models.folder import DTYPES
 
-app = typer.Typer(help="Prepare and list the models on this machine.", no_args_is_help=True)
+app = typer.Typer(help="Prepare, check and list the models on this machine.", no_args_is_help=True)
 
 
 @app.command("prepare")
@@ -29,6 +30,38 @@ def prepare(
         folder = prepare_target(model or LocalSettings().target, ConsoleProgress(out))
         if not quiet:
             out.print(str(folder), soft_wrap=True)
+
+
+@app.command("check")
+def check(
+    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join(DTYPES)}.")] = "bfloat16",
+) -> None:
+    """Load a model, compute a few tokens, and say how it runs: exactly, without that promise, or not at all."""
+    with errors_shown():
+        from shared.models.folder import ModelFolder
+        from shared.models.prepare import try_model, validate
+
+        folder = ModelFolder(model)
+        folder.require_weights()
+        validate(folder)
+        trial = try_model(folder, dtype)
+        kind = folder.config.get("model_type")
+        out.print(f"{folder.name} (model_type {kind}) runs in {dtype}.", soft_wrap=True, highlight=False)
+        out.print(
+            "Computed by: compiled code."
+            if not trial.reason
+            else f"Computed by: transformers' module code, which is slower ({trial.reason}).",
+            soft_wrap=True,
+            highlight=False,
+        )
+        out.print(
+            "Exact: a session's logits have the same bits whatever else is computed with it."
+            if trial.exact
+            else "Not exact: other sessions may change the last bits of a session's logits, and so its text.",
+            soft_wrap=True,
+            highlight=False,
+        )
 
 
 @app.command("describe")
