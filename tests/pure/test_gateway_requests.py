@@ -344,7 +344,7 @@ def test_tiny_temperatures_are_greedy_and_top_p_zero_keeps_one_token() -> None:
     assert (sampling.top_k, sampling.seed) == (0, 3)
 
 
-def test_the_models_own_sampling_is_the_default_of_what_a_request_does_not_name() -> None:
+def test_the_models_own_sampling_is_the_default_of_requests() -> None:
     defaults = SamplingDefaults(temperature=0.6, top_p=0.9, top_k=20)
     for options in ({}, {"temperature": None, "top_p": None, "top_k": None}):
         sampling = chat(**options).sampling(3, defaults)
