@@ -14,8 +14,9 @@ import psutil
 import pytest
 from leftovers import descendants, leftovers
 
+from services.tools.cli import doctor
 from services.tools.local import servers
-from services.tools.local.broker_check import check_rabbitmq, check_redis
+from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis
 from services.tools.local.brokers import Brokers
 from services.tools.local.machine import Machine, inspect_machine
 from services.tools.local.ports import free_ports
@@ -43,6 +44,28 @@ asyncio.run(main())
 async def test_brokers_of_the_run_answer(brokers: Brokers) -> None:
     assert await check_rabbitmq(brokers.amqp_url) == brokers.rabbitmq_version
     assert await check_redis(brokers.redis_url) == brokers.redis_version
+
+
+async def test_a_redis_cluster_is_refused(tmp_path: Path) -> None:
+    redis = inspect_machine().redis
+    assert redis is not None
+    (port,) = free_ports(1)
+    command = [str(redis), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--save", ""]
+    cluster = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    url = f"redis://127.0.0.1:{port}/0"
+    try:
+        for _ in range(100):
+            with pytest.raises(NotReady) as refused:
+                await check_redis(url)
+            if "it is a Redis Cluster" in str(refused.value):
+                break
+            await asyncio.sleep(0.1)
+        (_, finding) = await doctor._brokers(BrokerAddresses(amqp_url=None, redis_url=url), NOTHING)
+        assert finding.state == "missing"
+        assert "it is a Redis Cluster" in finding.found
+    finally:
+        cluster.kill()
+        cluster.wait()
 
 
 async def test_a_second_instance_runs_beside_the_first_and_leaves_nothing(brokers: Brokers, tmp_path: Path) -> None:

@@ -129,6 +129,11 @@ async def test_a_mistyped_name_is_refused_and_leaves_nothing_behind(
                 await (await connection.channel()).declare_exchange(exchange, passive=True)
 
 
+async def test_a_missing_virtual_host_is_an_error(amqp_url: str, namespace: str) -> None:
+    with pytest.raises(BrokersError, match="cannot be used"):
+        await once_seen(SuiteAddress(f"{amqp_url.rpartition('/')[0]}/nosuch", namespace), Console(file=StringIO()), 1)
+
+
 async def test_a_missing_suite_is_reported(suite: Broker, amqp_url: str, namespace: str) -> None:
     console = Console(file=StringIO(), width=80)
     await once_seen(SuiteAddress(amqp_url, namespace), console, 1)
@@ -156,7 +161,6 @@ async def test_a_broken_link_is_reported_and_survived(suite: Broker, amqp_url: s
             await asyncio.gather(listening, talk, return_exceptions=True)
 
 
-async def test_a_missing_broker_is_an_error_for_a_script(namespace: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("shared.broker.client.CONNECT_TIMEOUT_S", 1)
+async def test_a_missing_broker_is_an_error_at_once_for_a_script(namespace: str) -> None:
     with pytest.raises(BrokersError, match="cannot be used"):
         await once_seen(SuiteAddress("amqp://nobody:secret@127.0.0.1:1/", namespace), Console(file=StringIO()), 1)

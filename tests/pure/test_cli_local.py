@@ -140,6 +140,49 @@ async def test_doctor_gives_advice_for_each_broker() -> None:
     assert "apt-get install" in rabbitmq.advice
 
 
+@pytest.mark.parametrize(
+    ("server", "tested"),
+    [
+        ("RabbitMQ 3.9.27", False),
+        ("RabbitMQ 3.10.0", True),
+        ("RabbitMQ 4.3.6", True),
+        ("RabbitMQ 4.4.0", False),
+        ("Redis 6.2.14", False),
+        ("Redis 7.0.15", True),
+        ("Redis 8.6.1", True),
+        ("Redis 9.0.0", False),
+        ("Valkey 7.2.5", False),
+        ("Valkey 8.0.1", True),
+        ("Valkey 9.1.2", True),
+        ("Valkey 10.0.0", False),
+        ("Redis of unknown version", False),
+    ],
+)
+async def test_doctor_reports_whether_a_version_was_tested(
+    server: str, tested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(*_: object) -> str:
+        return server
+
+    monkeypatch.setattr(doctor, "check_rabbitmq", check)
+    monkeypatch.setattr(doctor, "check_redis", check)
+    for finding in await doctor._brokers(BrokerAddresses(amqp_url="amqp://here/", redis_url="redis://here/"), BARE):
+        assert finding.state == ("ok" if tested else "note")
+        assert finding.found.startswith(f"{server} ({'tested' if tested else 'not tested'})")
+        assert tested or "WISP was tested with" in finding.advice
+
+
+def test_doctor_names_the_installed_server(tmp_path: Path) -> None:
+    for answer, name in (
+        ("Redis server v=7.0.15 sha=00000000:0 malloc=jemalloc-5.2.1 bits=64", "Redis 7.0.15"),
+        ("Valkey server v=8.1.1 sha=00000000:0 malloc=jemalloc-5.3.0 bits=64", "Valkey 8.1.1"),
+    ):
+        program = tmp_path / "server"
+        program.write_text(f"#!/bin/sh\necho '{answer}'\n")
+        program.chmod(0o755)
+        assert doctor._redis_version(program) == name
+
+
 async def test_doctor_reports_a_given_server_that_does_not_answer() -> None:
     (port,) = free_ports(1)
     given = BrokerAddresses(amqp_url=f"amqp://me:secret@127.0.0.1:{port}/", redis_url=f"redis://127.0.0.1:{port}/0")

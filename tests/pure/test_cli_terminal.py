@@ -21,6 +21,7 @@ from typer.testing import CliRunner, Result
 
 from services.tools.cli.main import app
 from services.tools.cli.terminal import SafeConsole, print_fields
+from services.tools.local.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\x00y"
@@ -214,6 +215,21 @@ def command(*words: str, given: bytes = b"", **environment: str) -> subprocess.C
         timeout=60,
         check=False,
     )
+
+
+@pytest.mark.parametrize(
+    "words",
+    [["top", "--once"], ["top", "--json"], ["replay"], ["journal", "export", "/dev/null"], ["journal", "delete"]],
+)
+def test_a_missing_broker_is_one_line_of_error_at_once(words: list[str]) -> None:
+    (port,) = free_ports(1)
+    started = time.monotonic()
+    ended = command(*words, "--namespace", "nosuch", "--amqp-url", f"amqp://ann:hidden@127.0.0.1:{port}/")
+    assert time.monotonic() - started < 15
+    assert ended.returncode == 1
+    assert ended.stdout == b""
+    (line,) = ended.stderr.decode().splitlines()
+    assert line.startswith(f"error: RabbitMQ cannot be used at amqp://127.0.0.1:{port}/")
 
 
 READ = """

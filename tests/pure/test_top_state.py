@@ -246,7 +246,11 @@ def test_given_values_win_and_the_latest_matching_suite_adds_the_rest() -> None:
     assert choose_suite(None, "up-old", [new, old]) == SuiteAddress("amqp://old/", "up-old")
     assert choose_suite("amqp://else/", "prod", [new, old]) == SuiteAddress("amqp://else/", "prod")
     assert choose_suite("amqp://else/", None, [RunningSuite("up-x", None), new]) == SuiteAddress("amqp://else/", "up-x")
-    assert choose_suite(None, None, []) == SuiteAddress("amqp://guest:guest@127.0.0.1:5672/", "wisp")
+    default = "amqp://guest:guest@127.0.0.1:5672/"
+    nothing = SuiteAddress(default, "wisp", absent="no suite runs on this machine")
+    assert choose_suite(None, None, []) == nothing
+    absent = "no suite nosuch runs on this machine, but up-new, up-old"
+    assert choose_suite(None, "nosuch", [new, old]) == SuiteAddress(default, "nosuch", absent=absent)
     with pytest.raises(SettingsError, match="WISP_AMQP_URL"):
         choose_suite(None, None, [RunningSuite("up-x", None)])
     with pytest.raises(SettingsError, match="amqps"):

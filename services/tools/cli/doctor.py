@@ -17,7 +17,7 @@ from typing import Literal
 import psutil
 
 from services.tools.local import broker_sources
-from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, without_password
+from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, tested_versions, without_password
 from services.tools.local.broker_sources import BrokerSource
 from services.tools.local.folder import running_suites, state_folder
 from services.tools.local.machine import Machine, container_engine, inspect_machine, version_in
@@ -160,20 +160,29 @@ async def _broker(name: str, source: BrokerSource, host: Machine, url: str | Non
                     name,
                     "missing",
                     f"{shown}: {error}",
-                    "start it, or unset WISP_AMQP_URL or WISP_REDIS_URL for a private server",
+                    "start it or correct the address, or unset WISP_AMQP_URL or WISP_REDIS_URL for a private server",
                 )
-            return Finding(name, "ok", f"{version} answers at {shown}")
+            return _versioned(name, version, f"answers at {shown}")
         case BrokerSource.INSTALLED:
             binary = host.rabbitmq if name == "RabbitMQ" else host.redis
             assert binary is not None
             version = _rabbitmq_version(binary) if name == "RabbitMQ" else _redis_version(binary)
-            return Finding(name, "ok", f"{version} installed; each run starts a private server")
+            return _versioned(name, version, "installed; each run starts a private server")
         case BrokerSource.APT:
             return Finding(name, "note", "not installed", f"the first run installs it with apt; or type: {commands}")
         case BrokerSource.CONTAINER:
             return Finding(name, "ok", f"not installed; each run starts a {host.container} container")
         case BrokerSource.MISSING:
             return Finding(name, "missing", "not installed, and neither docker nor podman answers", commands)
+
+
+def _versioned(part: str, version: str, state: str) -> Finding:
+    """Return the finding about a server, with a note if WISP was not tested with its version."""
+    if (tested := tested_versions(version)) is None:
+        return Finding(part, "ok", f"{version} (tested) {state}")
+    return Finding(
+        part, "note", f"{version} (not tested) {state}", f"WISP was tested with {version.split()[0]} {tested}"
+    )
 
 
 async def _fleet(addresses: BrokerAddresses) -> list[Finding]:
@@ -203,15 +212,20 @@ async def _fleet(addresses: BrokerAddresses) -> list[Finding]:
 
 
 def _rabbitmq_version(script: Path) -> str:
-    return ".".join(str(part) for part in version_in(str(script.resolve()))) or "unknown version"
+    return f"RabbitMQ {_dotted(version_in(str(script.resolve())))}"
 
 
 def _redis_version(binary: Path) -> str:
     try:
         answer = subprocess.run([binary, "--version"], capture_output=True, text=True, check=False, timeout=10).stdout
     except (OSError, subprocess.TimeoutExpired):
-        return "unknown version"
-    return ".".join(str(part) for part in version_in(answer)) or "unknown version"
+        answer = ""
+    name = "Valkey" if "valkey" in answer.lower() else "Redis"
+    return f"{name} {_dotted(version_in(answer))}"
+
+
+def _dotted(version: tuple[int, ...]) -> str:
+    return ".".join(map(str, version)) or "of unknown version"
 
 
 def _models() -> Iterator[Finding]:

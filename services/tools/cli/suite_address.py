@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from services.tools.local.folder import RunningSuite
 from shared.errors import SettingsError
-from shared.runtime.settings import NAME_PATTERN, ServiceSettings
+from shared.runtime.settings import NAME_PATTERN, ServiceSettings, check_url
 from shared.runtime.tls import Tls
 
 
@@ -20,6 +20,8 @@ class SuiteAddress:
     namespace: str
     note: str | None = None
     """A note for the user about the choice."""
+    absent: str | None = None
+    """A note for the user if no suite of this machine was chosen and the address is a default."""
     tls: Tls = field(default_factory=Tls)
     """Settings for the broker's certificate."""
 
@@ -32,8 +34,11 @@ def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[
     """
     if namespace is not None and not re.fullmatch(NAME_PATTERN, namespace):
         raise SettingsError(f"namespace {namespace!r}: use up to 64 letters, digits, _ and -")
-    if amqp_url is not None and not re.match("amqps?://.", amqp_url):
-        raise SettingsError("the address of RabbitMQ (--amqp-url, WISP_AMQP_URL) must begin with amqp:// or amqps://")
+    if amqp_url is not None:
+        try:
+            check_url("amqp_url", amqp_url)
+        except ValueError as error:
+            raise SettingsError(f"the address of RabbitMQ (--amqp-url): {error}") from None
     defaults = {name: field.default for name, field in ServiceSettings.model_fields.items()}
     fitting = [
         suite
@@ -41,7 +46,12 @@ def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[
         if namespace in (None, suite.namespace) and (amqp_url is None or suite.amqp_url in (None, amqp_url))
     ]
     if not fitting:
-        return SuiteAddress(amqp_url or defaults["amqp_url"], namespace or defaults["namespace"])
+        absent = None
+        if amqp_url is None:
+            absent = f"no suite {namespace} runs on this machine" if namespace else "no suite runs on this machine"
+            if running:
+                absent += f", but {', '.join(suite.namespace for suite in running)}"
+        return SuiteAddress(amqp_url or defaults["amqp_url"], namespace or defaults["namespace"], absent=absent)
     suite, others = fitting[0], fitting[1:]
     url = amqp_url or suite.amqp_url
     if url is None:

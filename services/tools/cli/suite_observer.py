@@ -12,7 +12,7 @@ from typing import Any
 
 import aio_pika
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
-from aiormq.exceptions import ChannelNotFoundEntity
+from aiormq.exceptions import AMQPError, ChannelNotFoundEntity
 from rich.console import Console
 from rich.live import Live
 
@@ -29,6 +29,7 @@ from shared.messages import Message
 
 REFRESH_S = 0.5
 PROVE_S = 2.0
+CONNECT_S = 5.0
 KEPT = 10_000
 """Length of the observer's queue. Older messages are dropped, so that a stopped observer cannot fill the broker."""
 
@@ -55,6 +56,7 @@ class SuiteObserver:
                 await self.listen()
             except BrokersError as error:
                 self.problem = f"{error}; trying again"
+                await asyncio.sleep(PROVE_S)
 
     async def listen(self) -> None:
         """Receive messages until cancelled, across lost connections.
@@ -90,23 +92,30 @@ class SuiteObserver:
 
 
 async def _require_suite(suite: SuiteAddress) -> None:
-    """Raise SettingsError unless the broker has the suite's exchange.
+    """Raise SettingsError unless the broker has the suite's exchange, and BrokersError if the broker cannot be used.
 
     Connecting would declare the exchange, and an observer of a mistyped name would leave it behind.
     """
     context = suite.tls.context() if suite.amqp_url.startswith("amqps:") else None
     try:
-        async with asyncio.timeout(PROVE_S), await aio_pika.connect(suite.amqp_url, ssl_context=context) as connection:
-            channel = await connection.channel()
-            await channel.declare_exchange(Topology(suite.namespace).exchange, passive=True)
+        async with asyncio.timeout(CONNECT_S):
+            connection = await aio_pika.connect(suite.amqp_url, ssl_context=context)
+            async with connection:
+                channel = await connection.channel()
+                await channel.declare_exchange(Topology(suite.namespace).exchange, passive=True)
     except ChannelNotFoundEntity as error:
         raise SettingsError(
             f"there is no suite {suite.namespace!r} at RabbitMQ at {without_password(suite.amqp_url)}; name another "
             "suite with --namespace or WISP_NAMESPACE (by default, the one running on this machine), or its RabbitMQ "
             "with --amqp-url"
         ) from error
-    except (*CONNECTION_EXCEPTIONS, TimeoutError):
-        return  # the lasting connection reports the problem and is retried
+    except (*CONNECTION_EXCEPTIONS, AMQPError, TimeoutError) as error:
+        reason = str(error) or type(error).__name__
+        others = f"; {suite.absent}" if suite.absent else ""
+        raise BrokersError(
+            f"RabbitMQ cannot be used at {without_password(suite.amqp_url)} ({reason}){others}; name the suite's "
+            "RabbitMQ with --amqp-url or WISP_AMQP_URL"
+        ) from error
 
 
 async def live(suite: SuiteAddress, console: Console) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import importlib.util
 import json
+import logging
 import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Iterator
@@ -97,6 +98,12 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
         return await work()
 
     return asyncio.run(main())
+
+
+def quiet_broker_client() -> None:
+    """Keep the broker's client from logging connection errors, which the command reports itself."""
+    for name in ("aio_pika", "aiormq"):
+        logging.getLogger(name).setLevel(logging.CRITICAL)
 
 
 def require(*extras: str) -> None:

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from services.tools.cli.terminal import errors_shown, out, run
+from services.tools.cli.terminal import errors_shown, out, quiet_broker_client, run
 
 
 def top(
@@ -35,6 +35,7 @@ def top(
         suite = replace(suite, tls=given.tls)
         # Warnings of dependencies would run across the screen; `top` shows problems itself.
         logging.configure("top", "top", "error", "console")
+        quiet_broker_client()
         if once or as_json or not out.is_terminal:
             run(lambda: once_seen(suite, out, seconds, as_json=as_json))
             return

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 import aio_pika
 import redis.asyncio
@@ -12,6 +13,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from yarl import URL
 
+from services.tools.local.machine import version_in
 from shared.runtime.tls import Tls
 
 TIMEOUT_S = 5.0
@@ -52,9 +54,49 @@ async def check_redis(url: str, tls: Tls | None = None) -> str:
         raise NotReady(_reason(error)) from None
     finally:
         await client.aclose()
+    if "cluster" in (about.get("redis_mode"), about.get("server_mode")):
+        raise NotReady(
+            "it is a Redis Cluster, and WISP's scripts need all keys of a namespace on one server; use a Redis without "
+            "cluster mode"
+        )
     if "valkey_version" in about:
         return f"Valkey {about['valkey_version']}"
     return f"Redis {about['redis_version']}"
+
+
+@dataclass(frozen=True)
+class TestedVersions:
+    """The versions of a server that WISP was tested with, from the first to the last."""
+
+    __test__ = False  # no class of tests, whatever its name
+
+    first: tuple[int, ...]
+    last: tuple[int, ...]
+
+    def __str__(self) -> str:
+        return " to ".join(".".join(map(str, version)) for version in (self.first, self.last))
+
+    def include(self, version: tuple[int, ...]) -> bool:
+        """Return whether a version is one of them. Further numbers do not matter."""
+        return self.first <= version[: len(self.first)] and version[: len(self.last)] <= self.last
+
+
+TESTED = {
+    "RabbitMQ": TestedVersions((3, 10), (4, 3)),
+    "Redis": TestedVersions((7,), (8,)),
+    "Valkey": TestedVersions((8,), (9,)),
+}
+"""By the server's name."""
+
+
+def tested_versions(server: str) -> TestedVersions | None:
+    """Return the tested versions of a server that is named with a version outside of them, else None.
+
+    server: name and version, as `check_rabbitmq` and `check_redis` return them.
+    """
+    name, _, version = server.partition(" ")
+    known = TESTED.get(name)
+    return None if known is None or known.include(version_in(version)) else known
 
 
 async def _reach(host: str, port: int) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from rich.text import Text
 
 from services.tools.cli.suite_address import SuiteAddress, choose_suite
-from services.tools.cli.terminal import err, run
+from services.tools.cli.terminal import err, quiet_broker_client, run
 from services.tools.local.folder import running_suites
 from services.tools.local.progress import Progress
 from services.tools.local.settings import BrokerAddresses, LocalSettings
@@ -23,6 +23,7 @@ from shared.runtime import logging
 
 def suite_address(namespace: str | None, amqp_url: str | None) -> SuiteAddress:
     """Return the suite that the options, the environment or this machine's runs name. Raises SettingsError."""
+    quiet_broker_client()
     return choose_suite(
         amqp_url or BrokerAddresses().amqp_url, namespace or LocalSettings().namespace, running_suites()
     )
