@@ -50,8 +50,8 @@ async def test_a_redis_cluster_is_refused(tmp_path: Path) -> None:
     redis = inspect_machine().redis
     assert redis is not None
     (port,) = free_ports(1)
-    command = [str(redis), "--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--save", ""]
-    cluster = subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.DEVNULL)
+    options = ["--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--save", ""]
+    cluster = await asyncio.create_subprocess_exec(redis, *options, cwd=tmp_path, stdout=subprocess.DEVNULL)
     url = f"redis://127.0.0.1:{port}/0"
     try:
         for _ in range(100):
@@ -65,7 +65,7 @@ async def test_a_redis_cluster_is_refused(tmp_path: Path) -> None:
         assert "it is a Redis Cluster" in finding.found
     finally:
         cluster.kill()
-        cluster.wait()
+        await cluster.wait()
 
 
 async def test_a_second_instance_runs_beside_the_first_and_leaves_nothing(brokers: Brokers, tmp_path: Path) -> None:
