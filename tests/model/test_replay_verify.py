@@ -103,3 +103,57 @@ def test_logits_of_another_arithmetic_are_not_compared(model: Path, capsys: pyte
 
 def _other_bits(message: Any) -> Any:
     return message.model_copy(update={"logits_digest": "0" * 16}) if hasattr(message, "logits_digest") else message
+
+
+def several(model: Path, count: int, wrong: int | None = None) -> list[Sent]:
+    """The messages of as many equal sessions. wrong: the session whose second token is another than the model's."""
+    sent: list[Sent] = []
+    for i in range(count):
+        for at, key, message in session(model, *[None] * ROUNDS, wrong=1 if i == wrong else None):
+            text = message.model_dump_json().replace(A, f"{A[:-2]}{i:02}").replace('"s1-', f'"s{i}-')
+            sent.append((at, key, type(message).model_validate_json(text)))
+    return sorted(sent, key=lambda one: one[0] or 0)
+
+
+def test_sessions_are_computed_at_once_and_compared_one_by_one(model: Path) -> None:
+    progress: list[tuple[int, int]] = []
+    found = recorded_batches(recorded.recording(several(model, 5, wrong=3)))
+    report = reexecute(found, model, report_progress=lambda *done: progress.append(done))
+    assert [(one.session[-2:], one.position) for one in report.differences] == [("03", 4)]
+    assert (report.batches, report.sessions, report.sessions_left_out) == (5 * ROUNDS - 1, 5, 0)
+    assert report.tokens == 4 * ROUNDS + 2
+    assert progress == [(5, 15), (10, 15), (15, 15)]
+
+
+def test_without_bits_of_their_own_batches_are_computed_as_recorded(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    progress: list[tuple[int, int]] = []
+    created = Engine.__init__
+
+    def variant(self: Engine, *values: Any, **options: Any) -> None:
+        created(self, *values, **options)
+        self.batch_invariant = False
+
+    monkeypatch.setattr(Engine, "__init__", variant)
+    found = recorded_batches(recorded.recording(several(model, 2)))
+    report = reexecute(found, model, report_progress=lambda *done: progress.append(done))
+    assert (report.differences, report.sessions, report.tokens) == ([], 2, 2 * ROUNDS)
+    assert progress == [(done, 6) for done in range(1, 7)]
+
+
+@pytest.mark.parametrize("wrong", [0, 4])
+def test_only_the_latest_sessions_are_compared(model: Path, wrong: int, capsys: pytest.CaptureFixture[str]) -> None:
+    found = recorded_batches(recorded.recording(several(model, 5, wrong=wrong)))
+    report = reexecute(found, model, most_sessions=2)
+    assert (report.sessions, report.sessions_left_out) == (2, 3)
+    assert len(report.differences) == (wrong == 4)
+    print_report(report)
+    assert "3 of 5 sessions were not compared" in capsys.readouterr().out
+
+
+def test_a_time_limit_ends_the_comparison(model: Path) -> None:
+    found = recorded_batches(recorded.recording(several(model, 2)))
+    report = reexecute(found, model, time_limit_s=0.0)
+    assert (report.sessions, report.sessions_left_out, report.tokens) == (0, 2, 0)
+    assert VerifyStatus.of(report) is VerifyStatus.DIFFERENT, "nothing was compared"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+import time
 from collections import Counter
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from services.tools.replayer.core.batches import ComputedJob, Difference, RecordedBatches
+from services.tools.replayer.core.batches import BatchJob, ComputedJob, Difference, RecordedBatches, packed
 from services.tools.replayer.core.recording import RecordingError
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
@@ -17,6 +19,10 @@ from shared.messages import Finish, Status
 from shared.models.folder import ModelFolder
 
 SMALLEST_CACHE = 4096
+AT_ONCE = 16
+"""Sessions that are computed at once."""
+PASS_TOKENS = 1024
+"""Most tokens of a batch of several sessions."""
 
 
 @dataclass
@@ -42,6 +48,10 @@ class ReexecutionReport:
     """Jobs that cannot be computed again, by reason."""
     invariant: bool = True
     """True if the engine promises the same bits in any batch on this device."""
+    sessions: int = 0
+    """Sessions of which all jobs were computed that can be."""
+    sessions_left_out: int = 0
+    """Sessions beyond the limits of sessions and of time."""
 
 
 def matching_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
@@ -72,12 +82,18 @@ def reexecute(
     device: str = "cpu",
     threads: int = 1,
     words: Callable[[int], str] = str,
-    report_progress: Callable[[int], None] = lambda done: None,
+    report_progress: Callable[[int, int], None] = lambda done, jobs: None,
+    most_sessions: int | None = None,
+    time_limit_s: float = math.inf,
 ) -> ReexecutionReport:
     """Compute the recorded batches again.
 
-    only: the batches with one of these sessions. words: returns a token's text. report_progress: gets the number of
-    batches computed so far. Raises RecordingError if the model folder is not the recording's model.
+    Where the engine's bits do not depend on the batch, jobs of many sessions are computed at once, else the recorded
+    batches one after the other.
+
+    only: these sessions. words: returns a token's text. report_progress: gets the number of jobs computed so far, and
+    of all. most_sessions: the latest ones. time_limit_s: no batch begins later. Raises RecordingError if the model
+    folder is not the recording's model.
     """
     fingerprints = recorded.fingerprints
     if only is not None:
@@ -88,28 +104,74 @@ def reexecute(
     report = ReexecutionReport(invariant=engine.batch_invariant, arithmetic=engine.arithmetic)
     if recorded.contradiction is not None and (only is None or recorded.contradiction.session in only):
         report.differences.append(recorded.contradiction)
-    differing = {difference.session for difference in report.differences}
-    for batch_id, jobs in recorded.computed(only):
-        compared = [job for job in jobs if job.job.session not in differing]
-        if not compared:
-            continue
-        outcomes, _ = verify(engine, [_task(job) for job in compared], digests=True)
-        report.batches += 1
+    lanes = recorded.lanes(only)
+    report.left_out = Counter(recorded.left_out)
+    if most_sessions is not None and len(lanes) > most_sessions:
+        report.sessions_left_out = len(lanes) - most_sessions
+        lanes = dict(list(lanes.items())[-most_sessions:])
+    if engine.batch_invariant:
+        batches = packed(lanes.values(), AT_ONCE, budget, PASS_TOKENS)
+    else:
+        batches = ([(batch_id, job) for job in jobs] for batch_id, jobs in recorded.computed(lanes))
+    _Reexecution(engine, report, lanes, words, report_progress).run(batches, time.monotonic() + time_limit_s)
+    return report
+
+
+class _Reexecution:
+    """One re-execution: what is still to be computed, and the report so far."""
+
+    def __init__(
+        self,
+        engine: Engine,
+        report: ReexecutionReport,
+        lanes: Mapping[str, Sequence[BatchJob]],
+        words: Callable[[int], str],
+        report_progress: Callable[[int, int], None],
+    ) -> None:
+        self._engine = engine
+        self._report = report
+        self._words = words
+        self._report_progress = report_progress
+        self._remaining = {session_id: len(lane) for session_id, lane in lanes.items()}
+        self._jobs = sum(self._remaining.values())
+        self._done = 0
+        self._batch_ids: set[str] = set()
+        self._differing = {difference.session for difference in report.differences}
+
+    def run(self, batches: Iterator[list[BatchJob]], until_s: float) -> None:
+        """Compute batches until the end, or until a time by the monotonic clock."""
+        for batch in batches:
+            if time.monotonic() >= until_s:
+                unfinished = sum(1 for count in self._remaining.values() if count)
+                self._report.sessions_left_out += unfinished
+                break
+            self._compute(batch)
+        self._report.batches = len(self._batch_ids)
+        self._report.sessions = sum(1 for count in self._remaining.values() if not count)
+
+    def _compute(self, batch: Sequence[BatchJob]) -> None:
+        report = self._report
+        compared = [(batch_id, job) for batch_id, job in batch if job.job.session not in self._differing]
+        outcomes, _ = verify(self._engine, [_task(job) for _, job in compared], digests=True)
         report.jobs += len(compared)
-        for job, outcome in zip(compared, outcomes, strict=True):
-            here = job.result.arithmetic in ("", engine.arithmetic)
+        for (batch_id, job), outcome in zip(compared, outcomes, strict=True):
+            self._batch_ids.add(batch_id)
+            here = job.result.arithmetic in ("", self._engine.arithmetic)
             report.recorded_in = distinct([*report.recorded_in, job.result.arithmetic])
-            difference = _compare(batch_id, job, outcome, report, words, bits=here)
+            difference = _compare(batch_id, job, outcome, report, self._words, bits=here)
             if difference is not None and here:
                 report.differences.append(difference)
-                differing.add(difference.session)
+                self._differing.add(difference.session)
             elif difference is not None and difference.session not in {one.session for one in report.unproven}:
                 report.unproven.append(difference)
-            if job.result.finish is not None:
-                engine.release(job.job.session)
-        report_progress(report.batches)
-    report.left_out = Counter(recorded.left_out)
-    return report
+        for _, job in batch:
+            session_id = job.job.session
+            if session_id in self._remaining:  # of a recorded batch, the others are computed but not counted
+                self._done += 1
+                self._remaining[session_id] -= 1
+            if self._remaining.get(session_id) == 0 or job.result.finish is not None:
+                self._engine.release(session_id)
+        self._report_progress(self._done, self._jobs)
 
 
 def _task(computed: ComputedJob) -> VerifyTask:

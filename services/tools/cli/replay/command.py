@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from services.tools.replayer.core.recording import Recording
     from services.tools.replayer.core.sessions import RecordedSession
 
+VERIFY_LIMIT_S = 600.0
+"""Default limit on the time of --verify."""
+
 File = Annotated[Path | None, typer.Option(help="A file by `wisp journal export` in place of the live journal.")]
 
 
@@ -39,6 +42,12 @@ def replay(
             "only where the recording is of another arithmetic.",
         ),
     ] = False,
+    sessions: Annotated[
+        int | None, typer.Option(min=1, help="For --verify: only so many sessions, the latest. \\[default: all]")
+    ] = None,
+    time_limit: Annotated[
+        float | None, typer.Option(min=0, help="For --verify: seconds of computing; 0 has no limit. \\[default: 600]")
+    ] = None,
     policy: Annotated[
         list[str] | None,
         typer.Option(help="Replay the same requests in virtual time under this batch policy; may be repeated."),
@@ -79,12 +88,22 @@ def replay(
             )
         if not inject and (vhost, into, redis_url, speed) != (None, None, None, 1.0):
             raise SettingsError("--vhost, --into, --redis-url and --speed belong to --inject")
+        if not verify and (sessions, time_limit) != (None, None):
+            raise SettingsError("--sessions and --time-limit belong to --verify")
         recording = load_recording(file, since, until, namespace, amqp_url)
         if verify:
             require("model")
             from services.tools.cli.replay.verify import verify_recording
 
-            if status := verify_recording(recording, session, target, as_json=as_json):
+            status = verify_recording(
+                recording,
+                session,
+                target,
+                most_sessions=sessions,
+                time_limit_s=VERIFY_LIMIT_S if time_limit is None else time_limit,
+                as_json=as_json,
+            )
+            if status:
                 raise typer.Exit(status)
         elif inject:
             from services.tools.cli.replay.inject import inject_requests

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from enum import IntEnum
@@ -39,8 +40,19 @@ class VerifyStatus(IntEnum):
         return cls.UNPROVEN if report.unproven else cls.SAME
 
 
-def verify_recording(recording: Recording, session: str | None, target: str | None, *, as_json: bool) -> VerifyStatus:
-    """Compute a recording's batches again and print the comparison. Raises RecordingError."""
+def verify_recording(
+    recording: Recording,
+    session: str | None,
+    target: str | None,
+    *,
+    most_sessions: int | None,
+    time_limit_s: float,
+    as_json: bool,
+) -> VerifyStatus:
+    """Compute a recording's batches again and print the comparison. Raises RecordingError.
+
+    most_sessions: the latest ones; None for all. time_limit_s: how long to compute; 0 for no limit.
+    """
     recording.refuse_redacted("verify")
     progress = ConsoleProgress(err)
     folder = prepare_target(target or LocalSettings().target, progress)
@@ -55,9 +67,11 @@ def verify_recording(recording: Recording, session: str | None, target: str | No
             only=only,
             threads=cores(),
             words=words,
-            report_progress=lambda done: step.detail(f"{done} batches done"),
+            report_progress=lambda done, jobs: step.detail(f"{done:,} of {jobs:,} jobs, {done / jobs:.0%}"),
+            most_sessions=most_sessions,
+            time_limit_s=time_limit_s or math.inf,
         )
-        step.done(f"{report.batches} batches computed again")
+        step.done(f"{report.batches:,} batches of {report.sessions:,} sessions computed again")
     status = VerifyStatus.of(report)
     if as_json:
         print_fields(out, {"same": status is VerifyStatus.SAME, **asdict(report)})
@@ -75,6 +89,13 @@ def print_report(report: ReexecutionReport) -> None:
     )
     for reason, count in report.left_out.most_common():
         out.print(Text(f"  {count} jobs left out: {reason}", "dim"), soft_wrap=True)
+    if report.sessions_left_out:
+        known = report.sessions + report.sessions_left_out
+        note = (
+            f"  {report.sessions_left_out:,} of {known:,} sessions were not compared, or not wholly: --sessions and "
+            "--time-limit set the limits"
+        )
+        out.print(Text(note, "yellow"), soft_wrap=True)
     if not report.invariant:
         out.print(Text("  on this machine the bits depend on the batch: digests may differ without an error", "yellow"))
     elsewhere = [arithmetic for arithmetic in report.recorded_in if arithmetic != report.arithmetic]
