@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import made_folders
 import pytest
@@ -16,16 +18,17 @@ from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.draft_stages import train_draft
-from services.tools.training import prompts, shards
+from services.tools.training import prompts, shards, train
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
+from services.tools.training.loss import Losses, losses
 from services.tools.training.run import TrainingRun
 from services.tools.training.train import TrainingProgress
 from shared.engine import Engine, Step
 from shared.errors import ModelError, SettingsError
 from shared.models.folder import ModelFolder
 
-SETTINGS = {
+SETTINGS: dict[str, Any] = {
     "seed": 3,
     "target_dtype": "float32",
     "prompts": {"count": 40, "free_texts": 4, "held_out": 11},
@@ -156,6 +159,27 @@ def test_the_draft_learns_the_targets_choices(
     summary = Summary.of(draft_for(run, folder), Costs(50, 1, 5), 3)
     assert summary.by_position[0] > 0.6
     assert summary.tokens_per_round > 1.8
+
+
+@pytest.mark.parametrize(("supported", "dtype"), [(False, torch.float32), (True, torch.bfloat16)])
+def test_only_a_device_with_bfloat16_instructions_trains_in_it(
+    run: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, supported: bool, dtype: torch.dtype
+) -> None:
+    """The target's weights are bfloat16 in both cases."""
+    computed: set[torch.dtype] = set()
+
+    def watched(estimates: Sequence[torch.Tensor], *others: Any, **options: Any) -> Losses:
+        computed.update(estimate.dtype for estimate in estimates)
+        return losses(estimates, *others, **options)
+
+    monkeypatch.setattr(train, "computes_bfloat16", lambda _: supported)
+    monkeypatch.setattr(train, "losses", watched)
+    stages = {"stages": [{"steps": 2, "tokens": 1, "learning_rate": 1e-3}]}
+    short = SETTINGS | {"target_dtype": "bfloat16", "training": SETTINGS["training"] | stages}
+    made = TrainingRun(Config.model_validate(short), run.target, tmp_path)
+    shutil.copytree(run.texts, made.texts, dirs_exist_ok=True)
+    made.train(lambda _: None)
+    assert computed == {dtype}
 
 
 def test_a_stopped_training_resumes_from_its_checkpoint(

@@ -130,7 +130,8 @@ def losses(
     """
     exact = hidden[learned]
     with torch.no_grad():
-        wanted = torch.softmax(functional.linear(exact, rows.weight).float() + rows.correction, -1)
+        logits = functional.linear(exact.to(rows.weight.dtype), rows.weight).float() + rows.correction
+        wanted = torch.softmax(logits, -1)
         best = wanted.argmax(-1)
     total = torch.zeros((), device=hidden.device)
     agreement, cross_entropies = [], []
