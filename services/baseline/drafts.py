@@ -104,7 +104,7 @@ class InProcessDrafts:
         names = session.choice.token_sources
         states = None
         if session.choice.reads_hidden_states and session.round.wants("hidden"):
-            start = max(0, min(source.seen(slot.session_id), len(slot.tokens) - 1) - 1)
+            start = max(0, source.starts_at(slot.session_id, len(slot.tokens)) - 1)
             rows = self._engine.hidden(slot.session_id, start, len(slot.tokens) - 1)
             states = States(start, rows.float().numpy(force=True))
         return DraftRequest(slot.session_id, slot.tokens, session.generate.sampling, session.round, names, states)

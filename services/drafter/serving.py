@@ -230,11 +230,11 @@ class ServedSession:
     def _missing(self, hidden_rows: HiddenRows) -> tuple[bool, int]:
         """Return whether states are missing that the draft model needs now, and how many tokens it has to compute."""
         state = self._state
-        # The last token is always computed again, and each token with the state before it.
-        seen = min(self._worker.source.seen(state.session_id), len(state.tokens) - 1)
-        hidden_rows.need_from(max(0, seen - 1))
+        first = self._worker.source.starts_at(state.session_id, len(state.tokens))
+        needed = max(0, first - 1)  # each token is computed with the state before it
+        hidden_rows.need_from(needed)
         start, rows = hidden_rows.run(len(state.tokens))
-        return not len(rows) or start > max(0, seen - 1), len(state.tokens) - seen
+        return not len(rows) or start > needed, len(state.tokens) - first
 
     def _request(self, round_: DraftRound, sources: tuple[str, ...]) -> DraftRequest:
         """Return the request to the source, with the hidden states that it has not read yet if it wants them."""

@@ -57,8 +57,8 @@ class Hidden:
     def computes(self, request: DraftRequest) -> bool:
         return request.round.wants("hidden")
 
-    def seen(self, session_id: str) -> int:
-        return self.computed
+    def starts_at(self, session_id: str, count: int) -> int:
+        return min(self.computed, count - 1)
 
     def close(self, session_id: str) -> None:
         pass

@@ -44,7 +44,7 @@ class Scripted:
     def computes(self, request: DraftRequest) -> bool:
         return request.session_id != "copies"
 
-    def seen(self, session_id: str) -> int:
+    def starts_at(self, session_id: str, count: int) -> int:
         return 0
 
     def close(self, session_id: str) -> None:

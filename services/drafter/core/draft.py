@@ -81,10 +81,10 @@ class DraftSource(Protocol):
     def computes(self, request: DraftRequest) -> bool:
         """Return whether `propose` runs a model for this request; if not, it may be called in any thread."""
 
-    def seen(self, session_id: str) -> int:
-        """Return how many of the session's tokens are computed: states are needed from the one before on.
+    def starts_at(self, session_id: str, count: int) -> int:
+        """Return the position of the first token to compute for a draft after `count` committed tokens.
 
-        0 if the source reads no states, or has lost the session.
+        States are needed from the one before it on. Without states: 0.
         """
 
     def close(self, session_id: str) -> None:
@@ -104,7 +104,7 @@ class WithoutStates:
         """Return whether the source blocks."""
         return self.blocking
 
-    def seen(self, session_id: str) -> int:
+    def starts_at(self, session_id: str, count: int) -> int:
         """Return 0: the source reads no states."""
         return 0
 

@@ -23,13 +23,19 @@ from services.drafter.sources.registry import HIDDEN
 from shared.errors import EngineError
 from shared.sampling.sampler import Columns, choose
 
+WINDOW = 64
+"""Most committed tokens that are computed for a session at once."""
+
 
 @dataclass
 class _HiddenSession:
     """A session's state between calls."""
 
+    first: int = 0
+    """Position of the first token that the engine holds, which counts it as position 0."""
     seen: int = 0
-    """Tokens computed from the target's own states; those that the engine holds beyond them rest on estimates."""
+    """Position after the last token computed from the target's own states; tokens that the engine holds beyond it rest
+    on estimates."""
     latest: Tensor | None = None
     """The model's estimate at the last token that the engine holds: (hidden size,)."""
     index: NgramIndex = field(default_factory=NgramIndex)
@@ -84,8 +90,10 @@ class HiddenDrafts:
 
     blocking = True
 
-    def __init__(self, engine: DraftEngine) -> None:
+    def __init__(self, engine: DraftEngine, window: int = WINDOW) -> None:
+        """window: most committed tokens that are computed for a session at once."""
         self._engine = engine
+        self._window = window
         self._columns = Columns.of(engine.head_ids.numpy())
         self._sessions: dict[str, _HiddenSession] = {}
 
@@ -93,10 +101,20 @@ class HiddenDrafts:
         """Return whether the round wants the model's tokens; copies alone need no model."""
         return request.round.wants(HIDDEN)
 
-    def seen(self, session_id: str) -> int:
-        """Return the number of tokens computed from the target's own states and still held."""
+    def starts_at(self, session_id: str, count: int) -> int:
+        """Return the position of the first token to compute: that after the tokens computed from the target's own
+        states and still held, or `window` tokens before the end if these end earlier."""
         known = self._sessions.get(session_id)
-        return 0 if known is None else min(known.seen, self._engine.length(session_id))
+        # The last token is always computed again: the session may have been drafted for with another one there.
+        seen = 0 if known is None else min(self._seen(session_id, known), count - 1)
+        if known is not None and seen <= known.first:
+            seen = 0
+        return max(0, seen, count - self._window)
+
+    def _seen(self, session_id: str, known: _HiddenSession) -> int:
+        """Return the position after the last token computed from the target's own states and still held."""
+        held = self._engine.length(session_id)
+        return min(known.seen, known.first + held) if held else 0
 
     def close(self, session_id: str) -> None:
         """Free the session's cache."""
@@ -138,7 +156,11 @@ class HiddenDrafts:
             )
             for request, made in requests
         ]
-        alive = {i for i, (request, _) in enumerate(requests) if self.seen(request.session_id) == len(request.tokens)}
+        alive = {
+            i
+            for i, (draft, (request, _)) in enumerate(zip(drafts, requests, strict=True))
+            if self._seen(request.session_id, draft.session) == len(request.tokens)
+        }
         while behind := {i: step for i in alive if (step := self._behind(drafts[i])) is not None}:
             alive -= behind.keys() - self._forward(drafts, behind)
         bonus = dict(zip(sorted(alive), self._choose([drafts[i] for i in sorted(alive)])[0], strict=True))
@@ -149,25 +171,29 @@ class HiddenDrafts:
         return [DraftAhead(bonus[i], draft.finished()) if i in bonus else None for i, draft in enumerate(drafts)]
 
     def _catch_up(self, draft: _DraftInProgress) -> DraftStep | None:
-        """Return the step that computes all committed tokens not computed yet; None if a state is missing."""
-        request = draft.request
+        """Return the step that computes the committed tokens not computed yet; None if a state is missing."""
+        request, session = draft.request, draft.session
         count = len(request.tokens)
         self._engine.open(request.session_id)
-        seen = min(self.seen(request.session_id), count - 1)
-        draft.session.seen = seen
-        self._engine.truncate(request.session_id, seen)
+        start = self.starts_at(request.session_id, count)
+        seen = self._seen(request.session_id, session)
         states = request.states
-        needed = max(0, seen - 1)
+        needed = max(0, start - 1)
         if states is None or states.start > needed or states.start + len(states.rows) != count - 1:
             return None
+        if start > seen or start <= session.first:
+            # Too many tokens are missing, or all that were held are gone: begin anew.
+            session.first = start
+        self._engine.truncate(request.session_id, start - session.first)
+        session.seen = start
         before = torch.from_numpy(states.rows[needed - states.start :])
-        if seen == 0:  # the first token has no state before it
+        if start == 0:  # the first token has no state before it
             before = torch.cat([before.new_zeros(1, self._engine.hidden_size), before])
-        return DraftStep(request.session_id, request.tokens[seen:], before)
+        return DraftStep(request.session_id, request.tokens[start:], before)
 
     def _behind(self, draft: _DraftInProgress) -> DraftStep | None:
         """Return the step for the first token that the engine does not hold."""
-        held = self._engine.length(draft.request.session_id)
+        held = draft.session.first + self._engine.length(draft.request.session_id)
         return draft.step(draft.request.tokens[held]) if held < len(draft.request.tokens) else None
 
     def _forward(self, drafts: Sequence[_DraftInProgress], steps: dict[int, DraftStep]) -> list[int]:

@@ -82,11 +82,12 @@ class _EvaluatedText:
         """Length of the longest useful draft."""
         return len(self.tokens) - self.length - 1
 
-    def states(self, seen: int, form: HiddenFormat) -> States | None:
-        """Return the states that a verifier would have sent by now, for a drafter that has computed `seen` tokens."""
+    def states(self, first: int, form: HiddenFormat) -> States | None:
+        """Return the states that a verifier would have sent by now, for a drafter that computes the tokens from `first`
+        on."""
         if self.length == self.text.prompt_len:
             return None
-        start = max(0, seen - 1)
+        start = max(0, first - 1)
         rows = self.text.hidden[start : self.length - 1]
         if form is HiddenFormat.BFLOAT16:
             return States(start, rows.float().numpy())
@@ -154,7 +155,7 @@ def _drafts(
         target_entropy = entropy[text.index][text.length - 2] if entropy is not None else None
         began = text.control.begin(text.room, text.text.temperature, target_entropy)
         parameters = sampling(text.text.origin, text.text.temperature)
-        states = text.states(source.seen(text.name), form)
+        states = text.states(source.starts_at(text.name, text.length), form)
         asked.append((text, DraftRequest(text.name, committed, parameters, began, names, states)))
     proposed = list(zip(asked, source.propose([request for _, request in asked]), strict=True))
     if optimistic:

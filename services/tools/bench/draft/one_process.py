@@ -36,8 +36,8 @@ def tokens_per_second(
         first = len(tokens) == text.prompt_len
         room = len(recorded) - len(tokens)
         round_ = control.begin(0 if first else room - 1, text.temperature)
-        seen = source.seen(session)
-        states = None if first else _states(engine, session, seen, len(tokens))
+        needed = max(0, source.starts_at(session, len(tokens)) - 1)
+        states = None if first else _states(engine, session, needed, len(tokens))
         started = time.perf_counter()
         draft = source.propose([DraftRequest(session, tokens, parameters, round_, names, states)])[0]
         drafted = time.perf_counter()
@@ -62,8 +62,7 @@ def tokens_per_second(
     return (len(recorded) - text.prompt_len - 1) / elapsed_s
 
 
-def _states(engine: Engine, session: str, seen: int, length: int) -> States:
-    start = max(0, seen - 1)
+def _states(engine: Engine, session: str, start: int, length: int) -> States:
     return States(start, engine.hidden(session, start, length - 1).float().numpy())
 
 
