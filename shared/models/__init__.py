@@ -13,6 +13,7 @@ __all__ = [
     "hidden_states",
     "prepare",
     "rope",
+    "safetensors_file",
     "shapes",
     "stop",
     "text",

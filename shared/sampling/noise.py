@@ -10,11 +10,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
 
 Words = NDArray[np.uint32]
 
@@ -72,6 +75,7 @@ def mixed_vocabulary(size: int) -> Words:
 
 def leading_bits_on_device(keys: Sequence[int], size: int, device: torch.device) -> Tensor:
     """Return the leading 31 bits of w for each key and each id below `size`: int32 (keys, size)."""
+    import torch
 
     def column(words: Iterable[int]) -> Tensor:
         signed = [[word - (word >> 31 << 32)] for word in words]

@@ -31,11 +31,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from shared.errors import BadLogits
 from shared.messages import Sampling
@@ -48,6 +47,9 @@ from shared.sampling.noise import (
     mixed_vocabulary,
     noise_key,
 )
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 MARGIN = 1e-4
 
@@ -73,28 +75,38 @@ class Columns:
         return cls(ids, mixed_ids(ids))
 
 
-def choose(
-    logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], columns: Columns | None = None
-) -> list[int]:
+def choose(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
     """Choose the token of each row of `logits` (rows, vocabulary). A row is a position of a session.
 
     `params[i]` are the parameters of row i's session and `positions[i]` the absolute index of the token to choose. The
     allowed tokens are the `top_k` largest logits (ties: lowest ids), and of these the fewest most probable ones whose
     share reaches `top_p`. Equal scores: lowest id. A row's token depends on nothing but its logits, parameters and
-    position. On the CPU this takes one thread. With `columns`, the logits are those of these tokens only.
+    position. On the CPU this takes one thread.
 
     Raises BadLogits if a row contains NaN or +inf, or nothing but -inf; ValueError if the lengths differ.
     """
-    if logits.ndim != 2 or not logits.shape[0] == len(params) == len(positions):
-        raise ValueError(
-            f"logits are {tuple(logits.shape)}, params {len(params)}, positions {len(positions)}: need one row each"
-        )
-    if columns is None and logits.device.type != "cpu":
-        return _choose_on_device(logits, params, positions)
+    if logits.device.type == "cpu":
+        return choose_in_rows(_array(logits), params, positions)
+    _require_row_each(logits.shape, params, positions)
+    return _choose_on_device(logits, params, positions)
+
+
+def choose_in_rows(
+    logits: Floats, params: Sequence[Sampling], positions: Sequence[int], columns: Columns | None = None
+) -> list[int]:
+    """`choose` for an array. With `columns`, the logits are those of these tokens only."""
+    _require_row_each(logits.shape, params, positions)
     return [
-        _choose_in_row(_array(values), p, position, row, columns)
-        for row, (values, p, position) in enumerate(zip(logits.cpu(), params, positions, strict=True))
+        _choose_in_row(values, p, position, row, columns)
+        for row, (values, p, position) in enumerate(zip(logits, params, positions, strict=True))
     ]
+
+
+def _require_row_each(shape: Sequence[int], params: Sequence[Sampling], positions: Sequence[int]) -> None:
+    if len(shape) != 2 or not shape[0] == len(params) == len(positions):
+        raise ValueError(
+            f"logits are {tuple(shape)}, params {len(params)}, positions {len(positions)}: need one row each"
+        )
 
 
 def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int, columns: Columns | None = None) -> int:
@@ -174,6 +186,7 @@ def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Seq
 
     Rows with top_k or top_p come to the CPU.
     """
+
     tokens: list[int] = logits.argmax(dim=-1).tolist()
     open_rows = []
     for row, (p, largest) in enumerate(zip(params, logits.amax(dim=-1).tolist(), strict=True)):
@@ -195,6 +208,8 @@ def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Seq
 
 def _sample_on_device(values: Tensor, keys: Sequence[int], temperatures: Sequence[float]) -> list[int]:
     """Winner in each row of `values` (rows, vocabulary), found as `_sample` does."""
+    import torch
+
     largest, top = values.max(dim=-1, keepdim=True)
     inverse = torch.tensor([[_inverse(t)] for t in temperatures], dtype=torch.float32, device=values.device)
     screened = (largest - values).mul_(inverse).clamp_(max=_FARTHEST).exp_()

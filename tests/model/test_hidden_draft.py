@@ -11,14 +11,15 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from torch import Tensor
 
 from services.drafter.control import Controller, DraftRound, DraftToken
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
+from services.drafter.hidden.forward import Floats
 from services.drafter.sources import Draft, DraftRequest, States
 from services.drafter.sources.hidden import HiddenDrafts
-from services.drafter.sources.model import _statistics, _statistics_on_device
+from services.drafter.sources.model import _statistics_on_device
+from services.drafter.sources.statistics import row_statistics
 from services.verifier.core.tasks import VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine, Step
@@ -52,8 +53,8 @@ def folder(target: ModelFolder, tmp_path_factory: pytest.TempPathFactory) -> Hid
 def fresh(folder: HiddenDraftFolder, target: ModelFolder) -> Callable[..., HiddenDrafts]:
     """Makes independent sources."""
 
-    def make(budget_tokens: int = 2048) -> HiddenDrafts:
-        return HiddenDrafts(DraftEngine(folder, target, dtype="float32", budget_tokens=budget_tokens))
+    def make(budget_tokens: int = 2048, window: int = 1000) -> HiddenDrafts:
+        return HiddenDrafts(DraftEngine(folder, target, dtype="float32", budget_tokens=budget_tokens), window)
 
     return make
 
@@ -87,6 +88,12 @@ def request(
     return DraftRequest(name, tokens, sampling, round_of(length, names), names, states)
 
 
+def seen(source: HiddenDrafts, name: str) -> int:
+    """Return how many of a session's tokens are computed and held."""
+    session = source._sessions.get(name)
+    return 0 if session is None else source._seen(name, session)
+
+
 def one(source: HiddenDrafts, request_: DraftRequest) -> list[int]:
     return source.propose([request_])[0].tokens
 
@@ -94,8 +101,8 @@ def one(source: HiddenDrafts, request_: DraftRequest) -> list[int]:
 def force(source: HiddenDrafts, monkeypatch: pytest.MonkeyPatch, token: int | None) -> None:
     """Make the model certain of a token, or uncertain of all."""
 
-    def logits(estimates: Tensor) -> Tensor:
-        found = torch.zeros(len(estimates), tiny.VOCAB)
+    def logits(estimates: Floats) -> Floats:
+        found = np.zeros((len(estimates), tiny.VOCAB), np.float32)
         if token is not None:
             found[:, token] = 50.0
         return found
@@ -127,7 +134,7 @@ def test_after_a_rejection_the_next_draft_equals_that_of_a_new_source(fresh: Cal
     for committed in ([], [3], [9, 9, 9, 9, 9, 9, 9], [1, 2]):
         known, tokens = len(tokens) if committed else 0, [*tokens, *committed]
         assert one(source, request("a", tokens, known=known)) == one(fresh(), request("a", tokens))
-        assert source.seen("a") == len(tokens)
+        assert seen(source, "a") == len(tokens)
 
 
 def test_a_session_that_lost_tokens_is_drafted_for_from_the_rest(fresh: Callable[..., HiddenDrafts]) -> None:
@@ -150,7 +157,7 @@ def test_a_session_with_missing_states_gets_no_draft_and_keeps_its_cache(
         missing, other = source.propose([asked, others])
         assert (missing.tokens, missing.steps) == ([], {})
         assert len(other.tokens) == 4
-        assert source.seen("a") == 30
+        assert seen(source, "a") == 30
         source.close("b")
     assert one(source, request("a", later, known=30)) == one(fresh(), request("a", later))
 
@@ -166,12 +173,43 @@ def test_an_evicted_session_recovers_with_all_its_states(fresh: Callable[..., Hi
     source = fresh(budget_tokens=128)
     a, b = tokens_of("a", 50), tokens_of("b", 90)
     first = one(source, request("a", a))
-    assert source.seen("a") == 50
+    assert seen(source, "a") == 50
     one(source, request("b", b))
-    assert (source.seen("a"), source.seen("b")) == (0, 90)
+    assert (seen(source, "a"), seen(source, "b")) == (0, 90)
     assert one(source, request("a", [*a, 3], known=50)) == []
-    assert source.seen("a") == 0
+    assert seen(source, "a") == 0
     assert one(source, request("a", a)) == first
+
+
+def test_of_a_long_text_only_the_end_is_computed(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh(window=16)
+    tokens = tokens_of("a", 60)
+    assert source.starts_at("a", 60) == 44
+    (draft,) = source.propose([request("a", tokens, known=44)])
+    assert (len(draft.tokens), draft.computed, source._engine.length("a")) == (4, 16, 16 + 3)
+    longer = [*tokens, 1, 2, 3]
+    assert source.starts_at("a", 63) == 60, "what was computed is kept"
+    assert source.propose([request("a", longer, known=60)])[0].computed == 3
+    assert source.starts_at("a", 63 + 16) == 63, "so many tokens are missing that all held are dropped"
+    much_longer = [*longer, *tokens_of("more", 30)]
+    asked = request("a", much_longer, known=93 - 16)
+    assert one(source, asked) == one(fresh(window=16), request("a", much_longer, known=93 - 16))
+    assert (source.starts_at("a", 40), source.starts_at("a", 90)) == (24, 89), "also after a loss of tokens"
+
+
+def test_a_window_that_holds_the_text_changes_nothing(fresh: Callable[..., HiddenDrafts]) -> None:
+    tokens = tokens_of("a", 30)
+    assert one(fresh(window=30), request("a", tokens)) == one(fresh(), request("a", tokens))
+
+
+def test_a_draft_ahead_continues_one_whose_beginning_was_left_out(fresh: Callable[..., HiddenDrafts]) -> None:
+    source = fresh(window=16)
+    tokens = tokens_of("a", 60)
+    made = source.propose([request("a", tokens, 3, known=44)])[0]
+    (ahead,) = source.ahead([(DraftRequest("a", tokens, GREEDY, round_of(2), ALONE), made)])
+    assert ahead is not None
+    longer = one(fresh(window=16), request("a", tokens, 6, known=44))
+    assert [*made.tokens, ahead.bonus, *ahead.draft.tokens] == longer
 
 
 def test_requests_that_do_not_fit_together_are_drafted_in_parts(fresh: Callable[..., HiddenDrafts]) -> None:
@@ -190,7 +228,7 @@ def test_broken_states_of_a_session_leave_other_drafts_intact(fresh: Callable[..
     broken = replace(request("broken", tokens), states=States(0, np.full((19, 64), np.nan, np.float32)))
     drafts = source.propose([broken, request("sound", tokens)])
     assert [draft.tokens for draft in drafts] == [[], expected]
-    assert (source.seen("broken"), source.seen("sound")) == (0, 20)
+    assert (seen(source, "broken"), seen(source, "sound")) == (0, 20)
     assert one(source, request("broken", tokens)) == one(fresh(), request("broken", tokens))
 
 
@@ -199,7 +237,7 @@ def test_closing_a_session_frees_its_cache(fresh: Callable[..., HiddenDrafts]) -
     one(source, request("a", tokens_of("a", 30)))
     source.close("a")
     source.close("unknown")
-    assert (source.seen("a"), source._engine.length("a")) == (0, 0)
+    assert (seen(source, "a"), source._engine.length("a")) == (0, 0)
 
 
 def test_nothing_is_computed_for_a_round_without_draft_tokens(
@@ -219,18 +257,18 @@ def test_tokens_of_the_head_are_chosen_with_the_sessions_noise(
 ) -> None:
     head_ids = sorted(set(tokens_of("head", 60)))
     engine = DraftEngine(tiny.hidden_draft(tmp_path, target, head_ids=head_ids), target, dtype="float32")
-    source = HiddenDrafts(engine)
+    source = HiddenDrafts(engine, window=1000)
     asked = request("a", tokens_of("a", 30), 8, sampling=sampling)
     found = one(source, asked)
     assert len(found) == 8
     assert set(found) <= set(head_ids)
     engine.truncate("a", 0)
     assert asked.states is not None
-    before = torch.cat([torch.zeros(1, 64), torch.from_numpy(asked.states.rows)])
+    before = np.concatenate([np.zeros((1, 64), np.float32), asked.states.rows])
     estimate = engine.forward([DraftStep("a", asked.tokens, before)])
     for position, token in enumerate(found, 30):
         logits = torch.full((1, tiny.VOCAB), -math.inf)
-        logits[:, head_ids] = engine.logits(estimate)
+        logits[:, head_ids] = torch.from_numpy(engine.logits(estimate))
         assert choose(logits, [sampling], [position]) == [token]
         estimate = engine.forward([DraftStep("a", [token], estimate)])
 
@@ -262,7 +300,7 @@ def test_with_exact_states_every_draft_and_every_bonus_token_is_right(
     compute = engine.forward
     texts: dict[str, list[int]] = {}
 
-    def true_states(steps: Sequence[DraftStep]) -> Tensor:
+    def true_states(steps: Sequence[DraftStep]) -> Floats:
         found = []
         for step in steps:
             texts[step.session_id] = [*texts.get(step.session_id, [])[: engine.length(step.session_id)], *step.tokens]
@@ -270,12 +308,12 @@ def test_with_exact_states_every_draft_and_every_bonus_token_is_right(
             held = min(oracle.attach(step.session_id, text), len(text) - 1)
             oracle.truncate(step.session_id, held)
             oracle.forward([Step(step.session_id, text[held:], rows=1)])
-            found.append(oracle.hidden(step.session_id, len(text) - 1, len(text))[0])
+            found.append(oracle.hidden(step.session_id, len(text) - 1, len(text))[0].float().numpy())
         compute(steps)
-        return torch.stack(found)
+        return np.stack(found)
 
     monkeypatch.setattr(engine, "forward", true_states)
-    source = HiddenDrafts(engine)
+    source = HiddenDrafts(engine, window=1000)
     sessions = [Session(f"s{i}", sampling, tokens_of(f"s{i}", 20 + 30 * i)) for i, sampling in enumerate(SAMPLINGS)]
     ahead: list[list[int]] | None = None
     for round_ in range(5):
@@ -295,7 +333,7 @@ def test_with_exact_states_every_draft_and_every_bonus_token_is_right(
         for session, draft, outcome, prepared in zip(sessions, drafts, outcomes, made, strict=True):
             assert outcome.verdict is not None
             assert outcome.verdict.accepted == len(draft.tokens)
-            session.known = source.seen(session.name)
+            session.known = seen(source, session.name)
             session.tokens += outcome.verdict.tokens
             for part in outcome.hidden:
                 session.rows += list(to_floats(np.frombuffer(part.rows, np.uint16).reshape(part.count, part.size)))
@@ -354,8 +392,8 @@ def test_copies_continue_a_draft_of_the_model(
     source = fresh()
     chosen = iter([300, 5, 6])
 
-    def logits(estimates: Tensor) -> Tensor:
-        found = torch.zeros(len(estimates), tiny.VOCAB)
+    def logits(estimates: Floats) -> Floats:
+        found = np.zeros((len(estimates), tiny.VOCAB), np.float32)
         found[:, next(chosen)] = 50.0
         return found
 
@@ -384,7 +422,7 @@ def test_draft_tokens_carry_the_models_statistics(
 ) -> None:
     source = fresh()
     logits = torch.linspace(0, 9, tiny.VOCAB)
-    monkeypatch.setattr(source._engine, "logits", lambda estimates: logits.expand(len(estimates), -1))
+    monkeypatch.setattr(source._engine, "logits", lambda estimates: logits.expand(len(estimates), -1).numpy())
     asked = request("a", tokens_of("a", 9), 1)
     assert one(source, asked) == [tiny.VOCAB - 1]
     (token,) = asked.round.kept_tokens
@@ -405,7 +443,8 @@ def test_statistics_are_the_same_on_an_accelerator(rows: int) -> None:
     generator = torch.Generator().manual_seed(rows)
     logits = torch.randn(rows, 700, generator=generator) * 4 - 9
     columns = torch.randint(700, (rows,), generator=generator)
-    found, expected = (torch.tensor(f(logits, columns)) for f in (_statistics, _statistics_on_device))
+    found = torch.tensor([row_statistics(*one) for one in zip(logits.numpy(), columns.tolist(), strict=True)])
+    expected = torch.tensor(_statistics_on_device(logits, columns))
     torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-6)
 
 
@@ -428,7 +467,7 @@ def test_a_draft_made_ahead_continues_like_a_longer_draft(
     if names == ALONE:
         assert [*made.tokens, ahead.bonus, *ahead.draft.tokens] == longer
     assert len(ahead.draft.tokens) == 2
-    assert source.seen("a") == len(tokens), "tokens computed from estimates do not count as seen"
+    assert seen(source, "a") == len(tokens), "tokens computed from estimates do not count as seen"
     after = [*tokens, 1, 2]
     assert one(source, request("a", after, known=len(tokens))) == one(fresh(), request("a", after))
 
@@ -445,7 +484,7 @@ def test_drafting_ahead_first_computes_copied_tokens(
     assert ahead is not None
     states = states_of("a", 0, len(REPEATING) - 1)
     assert states is not None
-    before = torch.cat([torch.zeros(1, 64), torch.from_numpy(states.rows)])
+    before = np.concatenate([np.zeros((1, 64), np.float32), states.rows])
     other._engine.open("a")
     estimate = other._engine.forward([DraftStep("a", REPEATING, before)])
     for token in (8, 9, 5, ahead.bonus, *ahead.draft.tokens[:1]):
@@ -473,4 +512,4 @@ def test_drafting_ahead_survives_evictions(fresh: Callable[..., HiddenDrafts]) -
     assert all(len(draft.tokens) == 2 for draft in made)
     following = [request(name, tokens_of(name, 62), 3) for name in ("a", "b")]
     assert len(source.ahead(list(zip(following, made, strict=True)))) == 2
-    assert sorted((source.seen("a"), source.seen("b"))) in ([0, 62], [62, 62])
+    assert sorted((seen(source, "a"), seen(source, "b"))) in ([0, 62], [62, 62])

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import math
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pytest
 import tiny
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
-from services.drafter.hidden.target import target_parts
+from services.drafter.hidden.forward import Floats
+from services.drafter.hidden.target_parts import target_parts
 from services.tools.training.loss import bottom_outputs, unrolled
 from shared.errors import CacheFull, EngineError, ModelError, NotAttached, TooLong
 from shared.models.folder import ModelFolder
@@ -45,9 +49,9 @@ class Text:
     states: Tensor
     estimates: list[Tensor]
 
-    def before(self, start: int, stop: int) -> Tensor:
+    def before(self, start: int, stop: int) -> Floats:
         """Return the states before the tokens from `start` to `stop`."""
-        return torch.cat([torch.zeros(1, self.states.shape[1]), self.states])[start:stop]
+        return torch.cat([torch.zeros(1, self.states.shape[1]), self.states])[start:stop].numpy()
 
     def step(self, name: str, start: int, stop: int) -> DraftStep:
         return DraftStep(name, self.tokens[start:stop], self.before(start, stop))
@@ -79,8 +83,8 @@ def engine(draft: Path, target: ModelFolder, texts: dict[str, Text]) -> DraftEng
     return made
 
 
-def same(found: Tensor, expected: Tensor) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+def same(found: Floats, expected: Floats | Tensor) -> None:
+    torch.testing.assert_close(torch.from_numpy(found), torch.as_tensor(expected), rtol=1e-3, atol=1e-3)
 
 
 def test_chunks_draft_steps_and_truncations_match_the_dense_form(engine: DraftEngine, texts: dict[str, Text]) -> None:
@@ -118,15 +122,15 @@ def test_logits_are_those_of_the_head_tokens(target: ModelFolder, tmp_path: Path
     head_ids = [3, 500, 7, 64]
     made = DraftEngine(tiny.hidden_draft(tmp_path, target, head_ids=head_ids), target, dtype="float32")
     assert made.head_ids.tolist() == sorted(head_ids)
-    estimates = torch.randn(2, 64)
+    estimates = np.random.default_rng(0).standard_normal((2, 64), np.float32)
     head = target_parts(target, 0, torch.float32).head
-    same(made.logits(estimates), (estimates @ head.T)[:, sorted(head_ids)])
+    same(made.logits(estimates), (torch.from_numpy(estimates) @ head.T)[:, sorted(head_ids)])
 
 
 def filled(engine: DraftEngine, lengths: Sequence[int]) -> list[DraftStep]:
     for i in range(len(lengths)):
         engine.open(f"s{i}")
-    return [DraftStep(f"s{i}", [5] * length, torch.zeros(length, 64)) for i, length in enumerate(lengths)]
+    return [DraftStep(f"s{i}", [5] * length, np.zeros((length, 64), np.float32)) for i, length in enumerate(lengths)]
 
 
 def test_idle_sessions_are_evicted_and_a_failed_step_changes_nothing(draft: Path, target: ModelFolder) -> None:
@@ -145,7 +149,11 @@ def test_idle_sessions_are_evicted_and_a_failed_step_changes_nothing(draft: Path
 
 
 def test_a_step_without_a_state_for_each_token_is_refused(engine: DraftEngine) -> None:
-    for steps in ([], [DraftStep("a", [], torch.zeros(0, 64))], [DraftStep("a", [1, 2], torch.zeros(1, 64))]):
+    for steps in (
+        [],
+        [DraftStep("a", [], np.zeros((0, 64), np.float32))],
+        [DraftStep("a", [1, 2], np.zeros((1, 64), np.float32))],
+    ):
         with pytest.raises(EngineError, match="one state for each"):
             engine.forward(steps)
 
@@ -183,3 +191,27 @@ def test_a_damaged_draft_is_refused(draft: Path, target: ModelFolder, tmp_path: 
     (tmp_path / "model.safetensors").unlink()
     with pytest.raises(ModelError, match="does not fit"):
         weights.load(made, torch.float32)
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("head_ids", torch.tensor([3, 2]), "not ascending ids"),
+        ("head_ids", torch.tensor([0, tiny.VOCAB]), "not ascending ids"),
+        ("head_ids", torch.tensor([-1, 2]), "not ascending ids"),
+        ("head_ids", torch.tensor([0.0, 1.0]), "not a list of integers"),
+        ("norm.weight", torch.full((64,), math.nan), "norm.weight has values that are not finite"),
+        ("norm.weight", torch.zeros(64, dtype=torch.int32), "not of floating-point numbers"),
+        ("norm.weight", torch.zeros(65), "norm.weight"),
+        ("spread", torch.zeros(64), "spread"),
+        ("other", torch.zeros(1), "other"),
+    ],
+)
+def test_a_draft_with_unusable_tensors_is_refused(
+    target: ModelFolder, tmp_path: Path, name: str, value: Tensor, message: str
+) -> None:
+    made = tiny.hidden_draft(tmp_path, target)
+    file = made.path / "model.safetensors"
+    save_file({**load_file(file), name: value}, file)
+    with pytest.raises(ModelError, match=message):
+        DraftEngine(made, target)

@@ -1,4 +1,4 @@
-"""The draft model's forward pass by compiled code, on the CPU."""
+"""The draft model's forward pass by compiled code, on the CPU. Loads torch only for more than one thread."""
 
 from __future__ import annotations
 
@@ -6,18 +6,14 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
-from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder, LayerConfig
 from services.drafter.hidden.target import EMBEDDING, FolderTensors, head_name, layer_config
-from shared.engine.compiled_pass import KV_FORMATS
-from shared.engine.weights import as_matrix
+from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors, matrix
 from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch
-from shared.kernels.decoder import ANOTHER_MODEL, Decoder, Matrix, Product, ReadWeight, read_product
+from shared.kernels.decoder import ANOTHER_MODEL, Decoder, Matrix, Product, ReadWeight, floats, read_product
 from shared.kernels.row_product import RowProduct
 from shared.models.description import (
     AttentionDescription,
@@ -45,15 +41,17 @@ class CompiledDraft:
 
     def __init__(self, draft: HiddenDraftFolder, target: ModelFolder, *, form: str, threads: int, blocks: int) -> None:
         """form: format of the weights. Raises ModelError."""
+        if threads > 1:
+            import torch  # noqa: F401 - the threads are those of its OpenMP runtime
         config = draft.card.model
         self._size, self._eps = config.layer.hidden_size, config.layer.norm_eps
-        own = weights.tensors(draft)
-        self.head_ids = own["head_ids"]
-        self._spread = own["spread"].float().numpy()
+        own = draft_tensors(draft)
+        self.head_ids = own[HEAD_IDS]
+        self._spread = floats(own["spread"])
         options: dict[str, Any] = {
             "hidden_size": self._size,
             "form": form,
-            "kv_form": KV_FORMATS[form],
+            "kv_form": "float32" if form == "float32" else "bfloat16",
             "blocks": blocks,
             "threads": threads,
         }
@@ -79,23 +77,22 @@ class CompiledDraft:
         # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
         self._embedding = _table(tensors, EMBEDDING, target)
 
-    def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
-        states = before.float().numpy()
+    def forward(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         if len(tokens) <= MAX_ROWS:
-            return torch.from_numpy(self._last_estimates(tokens, states, batch))
+            return self._last_estimates(tokens, before, batch)
         estimates = np.empty((len(batch.counts), self._size), np.float32)
         first = 0
         for sessions, part in _parts(batch):
             stop = first + sum(part.counts)
             # A session's later part overwrites the estimate of an earlier one.
-            estimates[sessions] = self._last_estimates(tokens[first:stop], states[first:stop], part)
+            estimates[sessions] = self._last_estimates(tokens[first:stop], before[first:stop], part)
             first = stop
-        return torch.from_numpy(estimates)
+        return estimates
 
     def _last_estimates(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         """Compute a batch; return the estimate at each session's last token."""
         size, count = self._size, len(tokens)
-        embedded = self._embedding[torch.tensor(tokens)].float().numpy()
+        embedded = floats(self._embedding[tokens])
         inputs = self._fc.inputs(count)
         inputs[:, :size] = _normed(embedded, self._eps)
         if self._bottom:
@@ -105,10 +102,10 @@ class CompiledDraft:
         last: Floats = states[np.cumsum(batch.counts) - 1]
         return last
 
-    def logits(self, estimates: Tensor) -> Tensor:
+    def logits(self, estimates: Floats) -> Floats:
         count = len(estimates)
-        self._head.inputs(count)[:] = estimates.float().numpy()
-        return torch.from_numpy(self._head.multiply(count))
+        self._head.inputs(count)[:] = estimates
+        return self._head.multiply(count)
 
 
 def _parts(batch: PackedBatch) -> Iterator[tuple[list[int], PackedBatch]]:
@@ -140,19 +137,19 @@ def _normed(x: Floats, eps: float) -> Floats:
     return normed
 
 
-def _reader(get: Callable[[str], Tensor], size: int) -> ReadWeight:
+def _reader(get: Callable[[str], NDArray[Any]], size: int) -> ReadWeight:
     def read(weight: WeightName) -> Matrix:
         if weight == ONES:
             return np.ones(size, np.float32)
         tensor = get(weight.name)
         if weight.rows is not None:
             tensor = tensor[weight.first_row : weight.first_row + weight.rows]
-        return as_matrix(tensor)
+        return matrix(tensor)
 
     return read
 
 
-def _table(tensors: FolderTensors, name: str, target: ModelFolder) -> Tensor:
+def _table(tensors: FolderTensors, name: str, target: ModelFolder) -> NDArray[Any]:
     """Return the embedding or the head. Raises ModelError unless it has a row of the hidden size for each token."""
     tensor, shape = tensors[name], (target.vocab_size, layer_config(target).hidden_size)
     if tuple(tensor.shape) != shape:
@@ -162,9 +159,9 @@ def _table(tensors: FolderTensors, name: str, target: ModelFolder) -> Tensor:
     return tensor
 
 
-def _rows(weight: Tensor, ids: Tensor, form: str) -> Product:
+def _rows(weight: NDArray[Any], ids: NDArray[np.int64], form: str) -> Product:
     """Return the product with some rows of a matrix."""
-    chosen = as_matrix(weight[ids])
+    chosen = matrix(weight[ids])
     return read_product(lambda _: chosen, [Linear(WeightName("head"))], form)
 
 

@@ -1,15 +1,18 @@
-"""Computes many sessions of one hidden-state draft in packed steps, with a cache like that of the target's engine."""
+"""Computes many sessions of one hidden-state draft in packed steps, with a cache like that of the target's engine.
+
+Loads torch only for accelerators, and for more than one thread.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from services.drafter.hidden.card import HiddenDraftFolder
-from services.drafter.hidden.forward import draft_pass
+from services.drafter.hidden.forward import Floats, draft_pass
 from shared.engine.blocks import BlockPool
 from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
@@ -23,7 +26,7 @@ class DraftStep:
 
     session_id: str
     tokens: Sequence[int]
-    before: Tensor
+    before: Floats
     """(tokens, hidden size); zeros before a session's first token."""
 
 
@@ -55,13 +58,12 @@ class DraftEngine:
                 f"the draft in {draft.path} has a vocabulary of {draft.card.model.vocab_size} tokens, and "
                 f"{target.path} of {target.vocab_size}; train one with `wisp draft train`"
             )
-        torch.set_num_threads(threads)
         self.hidden_size = draft.card.model.layer.hidden_size
         self._pool = BlockPool(max(1, budget_tokens // BLOCK))
         self._pass = draft_pass(
             draft, target, dtype=dtype, torch_device=torch_device, threads=threads, blocks=self._pool.capacity
         )
-        self.head_ids = self._pass.head_ids
+        self.head_ids: NDArray[np.int64] = self._pass.head_ids
 
     def open(self, session_id: str) -> None:
         """Begin a session; does nothing if it exists."""
@@ -80,8 +82,7 @@ class DraftEngine:
         """End a session and free its KV."""
         self._pool.release(session_id)
 
-    @torch.inference_mode()
-    def forward(self, steps: Sequence[DraftStep]) -> Tensor:
+    def forward(self, steps: Sequence[DraftStep]) -> Floats:
         """Return estimates of the target's state at the last token of each step: (steps, hidden size).
 
         Evicts idle sessions if their room is needed. Raises TooLong, CacheFull or EngineError; then no session
@@ -101,13 +102,12 @@ class DraftEngine:
             self._pool.append(step.session_id, step.tokens)
         return estimates
 
-    def _compute(self, steps: Sequence[DraftStep], starts: Sequence[int], counts: Sequence[int]) -> Tensor:
+    def _compute(self, steps: Sequence[DraftStep], starts: Sequence[int], counts: Sequence[int]) -> Floats:
         tokens = [token for step in steps for token in step.tokens]
-        before = steps[0].before if len(steps) == 1 else torch.cat([step.before for step in steps])
+        before = steps[0].before if len(steps) == 1 else np.concatenate([step.before for step in steps])
         batch = PackedBatch([self._pool.table(step.session_id) for step in steps], starts, counts)
         return self._pass.forward(tokens, before, batch)
 
-    @torch.inference_mode()
-    def logits(self, estimates: Tensor) -> Tensor:
-        """Return the logits of the tokens `head_ids`: (rows, tokens), float32."""
+    def logits(self, estimates: Floats) -> Floats:
+        """Return the logits of the tokens `head_ids`: (rows, tokens)."""
         return self._pass.logits(estimates)

@@ -4,29 +4,32 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from torch import Tensor
+import numpy as np
+from numpy.typing import NDArray
 
 from services.drafter.hidden.card import HiddenDraftFolder
 from shared.errors import EngineError
 from shared.kernels.cache import PackedBatch
 from shared.models.folder import ModelFolder
 
+Floats = NDArray[np.float32]
+
 
 class DraftPass(Protocol):
     """A loaded draft model, the parts of the target that it uses, and their KV cache."""
 
-    head_ids: Tensor
+    head_ids: NDArray[np.int64]
     """Ascending ids of the tokens that it can propose."""
 
-    def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
+    def forward(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         """Compute a packed batch and keep its KV.
 
         before: the target's state before each token, (tokens, hidden size). Returns estimates of its state at the last
         token of each session, (sessions, hidden size), which the caller owns.
         """
 
-    def logits(self, estimates: Tensor) -> Tensor:
-        """Return the logits of the tokens `head_ids`, (rows, tokens), float32."""
+    def logits(self, estimates: Floats) -> Floats:
+        """Return the logits of the tokens `head_ids`, (rows, tokens)."""
 
 
 def draft_pass(
@@ -42,6 +45,9 @@ def draft_pass(
             f"int8 weights of a draft model are computed on the CPU only, not on {torch_device}; set "
             "WISP_DRAFT_DTYPE=bfloat16"
         )
+    import torch
+
     from services.drafter.hidden.module_pass import ModuleDraft
 
+    torch.set_num_threads(threads)
     return ModuleDraft(draft, target, dtype=dtype, torch_device=torch_device, blocks=blocks)

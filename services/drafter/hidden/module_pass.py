@@ -8,8 +8,9 @@ from torch.nn import functional
 
 from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
+from services.drafter.hidden.forward import Floats
 from services.drafter.hidden.model import run_layers
-from services.drafter.hidden.target import target_parts
+from services.drafter.hidden.target_parts import target_parts
 from shared.engine.attention import GatherCache
 from shared.engine.engine import DTYPES
 from shared.engine.forward import usable
@@ -27,32 +28,41 @@ class ModuleDraft:
         config = draft.card.model
         self._torch_device = usable(torch_device)
         parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
-        model, self.head_ids = weights.load(draft, DTYPES[dtype])
+        model, head_ids = weights.load(draft, DTYPES[dtype])
+        self.head_ids = head_ids.numpy()
         self._model = model.to(torch_device)
         self._bottom = parts.bottom.to(torch_device)
         # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
         self._embedding = parts.embedding
-        self._head = parts.head[self.head_ids].contiguous().to(torch_device)
+        self._head = parts.head[head_ids].contiguous().to(torch_device)
         layer = config.layer
         self._scale = layer.head_size**-0.5
         shape = KvShape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
         self._cache = GatherCache(shape, blocks, DTYPES[dtype], self._torch_device)
 
-    def forward(self, tokens: list[int], before: Tensor, batch: PackedBatch) -> Tensor:
+    @torch.inference_mode()
+    def forward(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         positions = torch.from_numpy(positions_of(batch)).to(self._torch_device)
         embedded = self._embedding[torch.tensor(tokens)].to(self._torch_device)
         self._cache.begin(batch)
         bottom = None
         if self._bottom:
             bottom = run_layers(list(self._bottom), embedded, positions, self._attend)  # type: ignore[arg-type]
-        u = self._model.inputs(self._model.known(embedded, bottom), before.to(self._torch_device))
+        u = self._model.inputs(self._model.known(embedded, bottom), torch.from_numpy(before).to(self._torch_device))
         layers = list(self._model.layers)
         g = run_layers(layers, u, positions, self._attend, len(self._bottom))  # type: ignore[arg-type]
         last = torch.tensor(batch.counts).cumsum(0) - 1
-        return self._model.norm(g[last.to(self._torch_device)])  # type: ignore[no-any-return]
+        return _array(self._model.norm(g[last.to(self._torch_device)]))
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return self._cache.attend(layer, q, k, v, self._scale, 0)
 
-    def logits(self, estimates: Tensor) -> Tensor:
-        return functional.linear(estimates, self._head).float()
+    @torch.inference_mode()
+    def logits(self, estimates: Floats) -> Floats:
+        states = torch.from_numpy(estimates).to(self._torch_device, self._head.dtype)
+        return _array(functional.linear(states, self._head))
+
+
+def _array(tensor: Tensor) -> Floats:
+    values: Floats = tensor.float().cpu().numpy()
+    return values

@@ -1,43 +1,20 @@
-"""The target's parts that a draft model uses, read from the target's files without loading its other weights."""
+"""The target's parts that a draft model uses, in the target's files. Loads no torch."""
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from typing import Any
 
-import torch
+from numpy.typing import NDArray
 from pydantic import ValidationError
-from safetensors import safe_open
-from torch import Tensor, nn
 
 from services.drafter.hidden.card import LayerConfig
-from services.drafter.hidden.model import Layer
-from shared.engine.weights import as_matrix
 from shared.errors import ModelError
 from shared.kernels.finite import require_finite
 from shared.models.folder import ModelFolder
+from shared.models.safetensors_file import SafetensorsFile
 
 EMBEDDING = "model.embed_tokens.weight"
-
-
-@dataclass(frozen=True)
-class TargetParts:
-    """The target's embedding, head, first layers and last norm.
-
-    Embedding and head are (vocabulary, hidden size) each, and one tensor if they are tied.
-    """
-
-    embedding: Tensor
-    head: Tensor
-    bottom: nn.ModuleList
-    norm: Tensor
-    """Gain of the last norm: (hidden size,)."""
-
-    def to(self, torch_device: str) -> TargetParts:
-        """Return the parts on a torch device; a tied head stays tied."""
-        embedding = self.embedding.to(torch_device)
-        head = embedding if self.head is self.embedding else self.head.to(torch_device)
-        return TargetParts(embedding, head, self.bottom.to(torch_device), self.norm.to(torch_device))
 
 
 def layer_config(folder: ModelFolder) -> LayerConfig:
@@ -66,60 +43,28 @@ def layer_config(folder: ModelFolder) -> LayerConfig:
         raise ModelError(f"{folder.path}/config.json does not describe Llama layers: {error}") from error
 
 
-def target_parts(folder: ModelFolder, bottom_layers: int, dtype: torch.dtype) -> TargetParts:
-    """Read the parts. Raises ModelError if a weight is missing or the target has too few layers."""
-    config = layer_config(folder)
-    tensors = FolderTensors(folder, dtype)
-    embedding = tensors[EMBEDDING]
-    layers = nn.ModuleList(Layer(config).to(dtype) for _ in range(bottom_layers))
-    for number, layer in enumerate(layers):
-        _fill(layer, tensors, f"model.layers.{number}")
-    layers.requires_grad_(requires_grad=False)
-    head = embedding if head_name(folder) == EMBEDDING else tensors["lm_head.weight"]
-    return TargetParts(embedding, head, layers, tensors["model.norm.weight"])
-
-
 def head_name(folder: ModelFolder) -> str:
     """Return the name of the head's weight; the embedding's if they are tied."""
     tied = json.loads((folder.path / "config.json").read_text()).get("tie_word_embeddings", False)
     return EMBEDDING if tied else "lm_head.weight"
 
 
-def _fill(layer: nn.Module, weights: FolderTensors, prefix: str) -> None:
-    def joined(*names: str) -> Tensor:
-        return torch.cat([weights[f"{prefix}.{name}.weight"] for name in names])
-
-    attention, mlp = "self_attn.", "mlp."
-    layer.load_state_dict(
-        {
-            "attention_norm.weight": joined("input_layernorm"),
-            "qkv.weight": joined(*(f"{attention}{name}_proj" for name in "qkv")),
-            "out.weight": joined(f"{attention}o_proj"),
-            "mlp_norm.weight": joined("post_attention_layernorm"),
-            "gate_up.weight": joined(f"{mlp}gate_proj", f"{mlp}up_proj"),
-            "down.weight": joined(f"{mlp}down_proj"),
-        }
-    )
-
-
 class FolderTensors:
-    """Tensors of a model folder by name, each mapped into memory on its own.
+    """Tensors of a model folder by name, each mapped into memory on its own."""
 
-    Pages of the file that were read leave memory with the tensor.
-    """
+    def __init__(self, folder: ModelFolder) -> None:
+        """Raises ModelError if a file is missing or broken."""
+        self._folder = folder
+        self._files = [SafetensorsFile(path) for path in folder.weights]
 
-    def __init__(self, folder: ModelFolder, dtype: torch.dtype | None = None) -> None:
-        """dtype: type of the tensors; None for that of the file."""
-        self._folder, self._dtype = folder, dtype
-
-    def __getitem__(self, name: str) -> Tensor:
-        for path in self._folder.weights:
-            with safe_open(path, framework="pt") as file:
-                if name in file.keys():  # noqa: SIM118 - a safetensors file is no mapping
-                    tensor: Tensor = file.get_tensor(name)
-                    try:
-                        require_finite(name, as_matrix(tensor))
-                    except ModelError as error:
-                        raise ModelError(f"{self._folder.path}: {error}") from error
-                    return tensor.to(self._dtype or tensor.dtype)
+    def __getitem__(self, name: str) -> NDArray[Any]:
+        """Return a tensor; bits of bfloat16 as uint16. Raises ModelError if it is missing or not finite."""
+        for file in self._files:
+            if name in file.names:
+                try:
+                    # The check reads every page, so it has a mapping of its own, which is dropped.
+                    require_finite(name, file.read(name))
+                except ModelError as error:
+                    raise ModelError(f"{self._folder.path}: {error}") from error
+                return file.read(name)
         raise ModelError(f"{self._folder.path} has no weight {name}; a hidden-state draft needs a Llama-like target")

@@ -14,4 +14,5 @@ __all__ = [
     "hidden",
     "model",
     "registry",
+    "statistics",
 ]

@@ -11,17 +11,17 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest
 from services.drafter.core.lookup import LOOKUP, NgramIndex
 from services.drafter.hidden.engine import DraftEngine, DraftStep
-from services.drafter.sources.model import draft_tokens
+from services.drafter.hidden.forward import Floats
 from services.drafter.sources.registry import HIDDEN
+from services.drafter.sources.statistics import draft_tokens
 from shared.errors import EngineError
-from shared.sampling.sampler import Columns, choose
+from shared.sampling.sampler import Columns, choose_in_rows
 
 WINDOW = 64
 """Most committed tokens that are computed for a session at once."""
@@ -36,7 +36,7 @@ class _HiddenSession:
     seen: int = 0
     """Position after the last token computed from the target's own states; tokens that the engine holds beyond it rest
     on estimates."""
-    latest: Tensor | None = None
+    latest: Floats | None = None
     """The model's estimate at the last token that the engine holds: (hidden size,)."""
     index: NgramIndex = field(default_factory=NgramIndex)
 
@@ -70,7 +70,7 @@ class _DraftInProgress:
     def step(self, token: int) -> DraftStep:
         """Return the step that computes `token` after everything that the engine holds."""
         assert self.session.latest is not None
-        return DraftStep(self.request.session_id, [token], self.session.latest.float()[None])
+        return DraftStep(self.request.session_id, [token], self.session.latest[None])
 
     def finished(self) -> Draft:
         return Draft(self.tokens, {HIDDEN: self.steps} if self.steps else {}, self.computed, self.dropped)
@@ -94,7 +94,7 @@ class HiddenDrafts:
         """window: most committed tokens that are computed for a session at once."""
         self._engine = engine
         self._window = window
-        self._columns = Columns.of(engine.head_ids.numpy())
+        self._columns = Columns.of(engine.head_ids)
         self._sessions: dict[str, _HiddenSession] = {}
 
     def computes(self, request: DraftRequest) -> bool:
@@ -186,9 +186,9 @@ class HiddenDrafts:
             session.first = start
         self._engine.truncate(request.session_id, start - session.first)
         session.seen = start
-        before = torch.from_numpy(states.rows[needed - states.start :])
+        before = states.rows[needed - states.start :]
         if start == 0:  # the first token has no state before it
-            before = torch.cat([before.new_zeros(1, self._engine.hidden_size), before])
+            before = np.concatenate([np.zeros((1, self._engine.hidden_size), np.float32), before])
         return DraftStep(request.session_id, request.tokens[start:], before)
 
     def _behind(self, draft: _DraftInProgress) -> DraftStep | None:
@@ -212,8 +212,10 @@ class HiddenDrafts:
             items = list(steps.items())
             half = len(items) // 2
             return self._forward(drafts, dict(items[:half])) + self._forward(drafts, dict(items[half:]))
+        with np.errstate(invalid="ignore", over="ignore"):
+            totals = estimates.sum(-1)
         # A sum is finite only if all of its values are.
-        sound = [i for i, total in zip(steps, estimates.float().sum(-1).tolist(), strict=True) if math.isfinite(total)]
+        sound = [i for i, total in zip(steps, totals.tolist(), strict=True) if math.isfinite(total)]
         for i, estimate in zip(steps, estimates, strict=True):
             drafts[i].session.latest = estimate
         return sound
@@ -237,9 +239,10 @@ class HiddenDrafts:
         """Return the id of the model's next token for each draft, and its statistics."""
         if not drafts:
             return [], []
-        logits = self._engine.logits(torch.stack([d.session.latest for d in drafts if d.session.latest is not None]))
-        chosen = choose(logits, [d.request.sampling for d in drafts], [d.position for d in drafts], self._columns)
-        return chosen, draft_tokens(HIDDEN, logits, torch.from_numpy(self._columns.ids.searchsorted(chosen)))
+        logits = self._engine.logits(np.stack([d.session.latest for d in drafts if d.session.latest is not None]))
+        samplings, positions = [d.request.sampling for d in drafts], [d.position for d in drafts]
+        chosen = choose_in_rows(logits, samplings, positions, self._columns)
+        return chosen, draft_tokens(HIDDEN, logits, self._columns.ids.searchsorted(chosen))
 
 
 def _compared(draft: _DraftInProgress, token_id: int, token: DraftToken) -> DraftToken | None:

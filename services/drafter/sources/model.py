@@ -6,23 +6,19 @@ that both often choose the same token at any temperature (`shared.sampling.sampl
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import replace
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 
 from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftRequest, WithoutStates
 from services.drafter.sources.registry import MODEL
+from services.drafter.sources.statistics import Statistics, draft_tokens
 from shared.engine import Engine, Step
 from shared.errors import EngineError
 from shared.sampling.sampler import choose
-
-_Row = tuple[float, float, float, float]
 
 
 class ModelDrafts(WithoutStates):
@@ -62,7 +58,7 @@ class ModelDrafts(WithoutStates):
                 [requests[i].sampling for i in steps],
                 [len(requests[i].tokens) + len(drafts[i].tokens) for i in steps],
             )
-            tokens = draft_tokens(MODEL, logits, torch.tensor(chosen))
+            tokens = _draft_tokens(logits, chosen)
             following: dict[int, Step] = {}
             for i, token_id, token in zip(steps, chosen, tokens, strict=True):
                 drafts[i].steps[MODEL] = drafts[i].steps.get(MODEL, 0) + 1
@@ -80,37 +76,15 @@ class ModelDrafts(WithoutStates):
         self._engine.release(session_id)
 
 
-def draft_tokens(source: str, logits: Tensor, columns: Tensor) -> list[DraftToken]:
-    """Return the statistics of chosen tokens.
-
-    logits: (rows, tokens). columns: (rows,), the column of the token chosen in each row.
-    """
-    statistics = _statistics if logits.device.type == "cpu" else _statistics_on_device
-    return [DraftToken(source, *row) for row in statistics(logits.float(), columns)]
+def _draft_tokens(logits: Tensor, chosen: list[int]) -> list[DraftToken]:
+    """Return the statistics of the tokens chosen from logits (rows, vocabulary), on the device where the logits are."""
+    if logits.device.type == "cpu":
+        return draft_tokens(MODEL, logits.float().numpy(), chosen)
+    return [DraftToken(MODEL, *row) for row in _statistics_on_device(logits.float(), torch.tensor(chosen))]
 
 
-def _statistics(logits: Tensor, columns: Tensor) -> list[_Row]:
-    """Return confidence, entropy, margin and spread of each row. NumPy takes less time than torch here."""
-    return [_row_statistics(x, column) for x, column in zip(logits.numpy(), columns.tolist(), strict=True)]
-
-
-def _row_statistics(x: NDArray[np.float32], column: int) -> _Row:
-    top, count = int(x.argmax()), len(x)
-    shifted = x - x[top]
-    weights = np.exp(shifted)
-    total = float(weights.sum())
-    # With shares p = weights / total, log total - sum p x is the entropy without a logarithm of every share.
-    entropy = math.log(total) - float(weights @ shifted) / total
-    confidence = float(weights[column]) / total
-    weights[top] = 0
-    margin = (1 - float(weights.max())) / total if count > 1 else 0.0
-    centred = x - x.sum() / np.float32(count)
-    spread = math.sqrt(float(centred @ centred) / max(count - 1, 1))
-    return confidence, entropy, margin, spread
-
-
-def _statistics_on_device(logits: Tensor, columns: Tensor) -> list[_Row]:
-    """`_statistics` for logits on an accelerator, which stay there."""
+def _statistics_on_device(logits: Tensor, columns: Tensor) -> list[Statistics]:
+    """`row_statistics` of each row of logits on an accelerator, which stay there. columns: (rows,)."""
     shares = torch.softmax(logits, -1)
     confidence = shares.gather(1, columns[:, None].to(shares.device))[:, 0]
     entropy = torch.logsumexp(logits, -1) - (shares * logits).sum(-1)

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.drafter.hidden.model import HiddenDraft, run_layers
-from services.drafter.hidden.target import TargetParts
+from services.drafter.hidden.target_parts import TargetParts
 
 
 def bottom_outputs(parts: TargetParts, tokens: Tensor) -> Tensor:

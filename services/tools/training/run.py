@@ -24,7 +24,8 @@ import torch
 from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftConfig
 from services.drafter.hidden.model import HiddenDraft
-from services.drafter.hidden.target import TargetParts, layer_config, target_parts
+from services.drafter.hidden.target import layer_config
+from services.drafter.hidden.target_parts import TargetParts, target_parts
 from services.tools.training import prompts as corpus
 from services.tools.training import shards
 from services.tools.training.config import Config, Generation

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from services.drafter.hidden.model import HiddenDraft
-from services.drafter.hidden.target import TargetParts
+from services.drafter.hidden.target_parts import TargetParts
 from services.tools.training.config import Training
 from services.tools.training.loss import HeadRows, Losses, losses, unrolled
 from services.tools.training.shards import GeneratedText

@@ -7,15 +7,16 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-import torch
+import numpy as np
 
 from services.drafter.hidden.engine import DraftEngine, DraftStep
-from services.drafter.sources.model import draft_tokens
+from services.drafter.hidden.forward import Floats
+from services.drafter.sources.statistics import draft_tokens
 from services.tools.training.evaluate import Costs
 from services.tools.training.shards import GeneratedText
 from shared.engine import Engine, Step
 from shared.messages import Sampling
-from shared.sampling.sampler import Columns, choose
+from shared.sampling.sampler import Columns, choose, choose_in_rows
 
 CONTEXT = 256
 REPETITIONS = 40
@@ -52,12 +53,12 @@ def measure(engine: Engine, draft: DraftEngine, text: GeneratedText) -> DraftCos
     engine.attach("cost", ids)
     engine.truncate("cost", 0)
     engine.forward([Step("cost", ids[:-1], rows=0)])
-    states = torch.randn(CONTEXT, draft.hidden_size)
+    states = np.random.default_rng(0).standard_normal((CONTEXT, draft.hidden_size), np.float32)
     names = [f"cost-{i}" for i in range(max(PACKED))]
     for name in names:
         draft.open(name)
         draft.forward([DraftStep(name, ids[:-1], states[:-1])])
-    columns = Columns.of(draft.head_ids.numpy())
+    columns = Columns.of(draft.head_ids)
     operations: dict[str, Callable[[], None]] = {
         "decode": lambda: _verify(engine, ids[-1:]),
         "verify": lambda: _verify(engine, ids[-5:]),
@@ -79,14 +80,14 @@ def _verify(engine: Engine, tokens: Sequence[int]) -> None:
 
 
 def _drafting(
-    draft: DraftEngine, names: Sequence[str], token: int, state: torch.Tensor, columns: Columns
+    draft: DraftEngine, names: Sequence[str], token: int, state: Floats, columns: Columns
 ) -> Callable[[], None]:
     def drafted() -> None:
         for _ in range(DRAFT_LENGTH):
             estimates = draft.forward([DraftStep(name, [token], state) for name in names])
             logits = draft.logits(estimates)
-            chosen = choose(logits, [Sampling()] * len(names), [CONTEXT] * len(names), columns)
-            draft_tokens("hidden", logits, torch.from_numpy(columns.ids.searchsorted(chosen)))
+            chosen = choose_in_rows(logits, [Sampling()] * len(names), [CONTEXT] * len(names), columns)
+            draft_tokens("hidden", logits, columns.ids.searchsorted(chosen))
         for name in names:
             draft.truncate(name, CONTEXT - 1)
 
