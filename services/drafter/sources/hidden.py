@@ -242,7 +242,7 @@ class HiddenDrafts:
         logits = self._engine.logits(np.stack([d.session.latest for d in drafts if d.session.latest is not None]))
         samplings, positions = [d.request.sampling for d in drafts], [d.position for d in drafts]
         chosen = choose_in_rows(logits, samplings, positions, self._columns)
-        return chosen, draft_tokens(HIDDEN, logits, self._columns.ids.searchsorted(chosen))
+        return chosen, draft_tokens(HIDDEN, logits, self._columns.ids.searchsorted(chosen).tolist())
 
 
 def _compared(draft: _DraftInProgress, token_id: int, token: DraftToken) -> DraftToken | None:

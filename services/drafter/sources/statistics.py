@@ -19,7 +19,7 @@ def draft_tokens(source: str, logits: NDArray[np.float32], columns: Sequence[int
 
     logits: (rows, tokens). columns: the column of the token chosen in each row.
     """
-    return [DraftToken(source, *row_statistics(row, int(column))) for row, column in zip(logits, columns, strict=True)]
+    return [DraftToken(source, *row_statistics(row, column)) for row, column in zip(logits, columns, strict=True)]
 
 
 def row_statistics(x: NDArray[np.float32], column: int) -> Statistics:

@@ -87,7 +87,7 @@ def _drafting(
             estimates = draft.forward([DraftStep(name, [token], state) for name in names])
             logits = draft.logits(estimates)
             chosen = choose_in_rows(logits, [Sampling()] * len(names), [CONTEXT] * len(names), columns)
-            draft_tokens("hidden", logits, columns.ids.searchsorted(chosen))
+            draft_tokens("hidden", logits, columns.ids.searchsorted(chosen).tolist())
         for name in names:
             draft.truncate(name, CONTEXT - 1)
 
