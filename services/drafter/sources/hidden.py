@@ -23,7 +23,7 @@ from services.drafter.sources.statistics import draft_tokens
 from shared.errors import EngineError
 from shared.sampling.sampler import Columns, choose_in_rows
 
-WINDOW = 64
+WINDOW = 32
 """Most committed tokens that are computed for a session at once."""
 
 
