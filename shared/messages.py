@@ -172,6 +172,15 @@ class Verify(RoundFields, Message):
     attempt: Count = 0
     committed_in: list[Arithmetic] = Field(default_factory=list)
     """Arithmetics in which the session's tokens were committed, as far as the drafter has learned them from results."""
+    run_tokens: Count = 0
+    """Tokens that the drafter leaves to the verifier after this round: it expects drafts not to pay for so long."""
+
+
+class RunGrant(Record):
+    """Permission to decode a session in a run: token by token, without further rounds, until either limit."""
+
+    tokens: Length
+    ms: Promised
 
 
 class Job(RoundFields):
@@ -185,6 +194,8 @@ class Job(RoundFields):
     """Time since the scheduler received the round."""
     reason: str = ""
     """Why the policy put this job into this batch."""
+    run: RunGrant | None = None
+    """Go on after this round in a run; None for a round only."""
 
     @classmethod
     def of(
@@ -196,6 +207,7 @@ class Job(RoundFields):
         queue_ms: float,
         slack_ms: float | None,
         reason: str,
+        run: RunGrant | None = None,
     ) -> Job:
         """Return the job for the first `draft` draft tokens of a round, or for a chunk of its prompt.
 
@@ -207,7 +219,13 @@ class Job(RoundFields):
             "slack_ms": slack_ms,
             "hidden_from": verify.hidden_from if prefill_to is None else None,
         }
-        own = {"drafted": len(verify.draft), "prefill_to": prefill_to, "queue_ms": queue_ms, "reason": reason}
+        own = {
+            "drafted": len(verify.draft),
+            "prefill_to": prefill_to,
+            "queue_ms": queue_ms,
+            "reason": reason,
+            "run": run,
+        }
         return cls(**{**passed_on, **changed, **own})
 
 
@@ -241,6 +259,12 @@ class Release(Message):
     sessions: Annotated[list[Name], Field(min_length=1)]
 
 
+class Halt(Message):
+    """scheduler → one verifier: end the runs of these sessions with the step in progress."""
+
+    sessions: Annotated[list[Name], Field(min_length=1)]
+
+
 class Failure(Record):
     """The error that ends a session, as in the HTTP API's error body."""
 
@@ -260,7 +284,11 @@ class Result(Message):
     accepted: Count = 0
     """Accepted draft tokens. The bonus token follows them."""
     tokens: list[TokenId] = Field(default_factory=list)
-    """Committed tokens from `base_len` on: the accepted draft tokens and the bonus token."""
+    """Committed tokens from `base_len` on: the accepted draft tokens and the bonus token, or the tokens of a run."""
+    run: bool = False
+    """True if the tokens were decoded in a run, each in a step of its own, since the session's last result."""
+    run_left: Count = 0
+    """Tokens that the verifier may still decode in the session's run; 0 if the next token needs a round."""
     drafted: Count = 0
     trimmed_to: Count = 0
     """Number of verified draft tokens."""
@@ -429,6 +457,8 @@ class Load(Message):
     verify_ms: list[Milliseconds] = Field(default_factory=list)
     """Time of a batch in which a round verifies 0, 1, 2, … draft tokens beside the usual number of other rounds; empty
     from a scheduler of a version without it, or without usable verifiers."""
+    run_ms: Milliseconds | None = None
+    """Time per token of a session that a verifier decodes in a run beside its other sessions; None without runs."""
     backlog_ms: Milliseconds = 0.0
     """Time to finish all pending and running rounds: the wait of a round that arrives now, behind all others."""
     classes: list[ClassLoad] = Field(default_factory=list)
@@ -498,6 +528,7 @@ MESSAGES: dict[str, type[Message]] = {
         Verify,
         Batch,
         Release,
+        Halt,
         Result,
         HiddenStates,
         Sample,

@@ -14,6 +14,7 @@ from services.drafter.control import DraftRound, SessionControl
 from services.drafter.control.times import SPARE_COMPUTED
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
+from services.drafter.core.lookup import LOOKUP
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
 from services.drafter.settings import DraftServingSettings
@@ -35,6 +36,8 @@ class _MadeDraft:
     """Time that the draft took on the session's hardware."""
     probes: list[DraftRound] = field(default_factory=list)
     """Probes to draft while the round is in flight."""
+    run_tokens: int = 0
+    """Tokens that are left to the verifier after the round."""
 
 
 @dataclass(frozen=True)
@@ -142,7 +145,7 @@ class ServedSession:
         try:
             while not state.done:
                 with structlog.contextvars.bound_contextvars(round=state.round):
-                    if not await self._round():
+                    if not await self._round() or not await self._follow_run():
                         return
                     if state.first_ms is None and state.output_tokens:
                         state.first_ms = self._elapsed_ms()
@@ -198,6 +201,45 @@ class ServedSession:
         self._ahead = None if ahead is None else self._finished(ahead)
         return True
 
+    async def _follow_run(self) -> bool:
+        """Take the tokens that the verifier decodes by itself, until that ends. Returns False if it was cancelled.
+
+        A run that is silent for too long, or of which a report is lost, ends here; the next round shows where it is. A
+        round in the middle of a run halts it.
+        """
+        state = self._state
+        halted = False
+        while state.run_left and not state.done:
+            if not halted and await self._is_tempted():
+                halted = True
+                await self._send(_MadeDraft(self._request(self._control.ahead(0, 0.0), ()), Draft(), 0.0), 0, None)
+            known = len(state.tokens)
+            result = await self._result(self._timers.of(state).timeout_ms(0) / 1000)
+            if isinstance(result, Cancel):
+                return False
+            if result is None:
+                self._log.info("run is late, asking for its tokens")
+                state.run_left = 0
+                return True
+            self._note_choice(result)
+            self._control.learn_run(len(state.tokens) - known)
+        return True
+
+    async def _is_tempted(self) -> bool:
+        """Return whether prompt lookup, which costs nothing, has a draft that pays."""
+        if LOOKUP not in self._sources:
+            return False
+        round_ = self._control.ahead(
+            self._state.draft_room(self._settings.draft_length), self._state.generate.sampling.temperature
+        )
+        round_.unready = frozenset(self._sources) - {LOOKUP}
+        request = self._request(round_, self._sources)
+        if not round_.wants(LOOKUP) or self._worker.source.computes(request):
+            return False
+        draft, _ = await self._worker.draft(request)
+        round_.cut(len(draft.tokens))
+        return bool(draft.tokens) and round_.pays
+
     async def _draft(self) -> _MadeDraft:
         """Return the round's draft: the one made ahead if its assumption holds, else a new one."""
         started = time.monotonic()
@@ -221,11 +263,16 @@ class ServedSession:
         probes = round_.deferred_probes()
         request = self._request(round_, self._sources)
         if round_.longest == 0:
-            return _MadeDraft(request, Draft(), self._link.draft_ms(Draft(), _ms_since(started)), probes)
+            draft_ms = self._link.draft_ms(Draft(), _ms_since(started))
+            return _MadeDraft(request, Draft(), draft_ms, probes, control.run_tokens(round_))
         draft, call_ms = await self._worker.draft(request)
         round_.cut(len(draft.tokens))
         self._link.learn_draft(control.times, draft, call_ms)
-        return _MadeDraft(request, draft, self._link.draft_ms(draft, _ms_since(started)), probes)
+        draft_ms = self._link.draft_ms(draft, _ms_since(started))
+        if draft.tokens and not round_.pays:
+            round_.cut(0)
+            draft = replace(draft, tokens=[], dropped=draft.tokens[0])
+        return _MadeDraft(request, draft, draft_ms, probes, control.run_tokens(round_))
 
     def _missing(self, hidden_rows: HiddenRows) -> tuple[bool, int]:
         """Return whether states are missing that the draft model needs now, and how many tokens it has to compute."""
@@ -258,8 +305,8 @@ class ServedSession:
         """Keep the target's token for the probes that drafted one at its position."""
         if result.status is Status.COMMITTED and result.tokens:
             for probe in self._probes.values():
-                if result.base_len == probe.position:
-                    probe.chosen = result.tokens[0]
+                if 0 <= (at := probe.position - result.base_len) < len(result.tokens):
+                    probe.chosen = result.tokens[at]
 
     def _settle_probes(self) -> None:
         """Learn from the probes that the session's hardware has made by now."""
@@ -294,6 +341,7 @@ class ServedSession:
             attempt,
             hidden_from,
             HiddenFormat(self._settings.hidden_format),
+            made.run_tokens,
         )
         self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
         await self._link.send(verify)
@@ -314,8 +362,9 @@ class ServedSession:
         self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
         metrics.ROUND_TIME.observe(round_ms / 1000)
         control, round_ = self._control, made.request.round
-        # A conflict or a failure shows neither whether the draft was right nor how long verifying takes.
-        committed = result.status is Status.COMMITTED
+        # A conflict, a failure or a run that went on unseen shows neither whether the draft was right nor how long
+        # verifying takes.
+        committed = result.status is Status.COMMITTED and not result.run
         if committed and not resent:
             control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result) if committed else (0, 0)

@@ -157,4 +157,4 @@ def summary(
     }
 
 
-_COUNTS = ("rounds", "tokens", "drafted", "verified", "accepted")
+_COUNTS = ("rounds", "tokens", "drafted", "verified", "accepted", "run_tokens")

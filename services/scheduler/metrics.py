@@ -3,6 +3,7 @@
 from prometheus_client import Counter, Gauge, Histogram
 
 WAITING = Gauge("wisp_num_requests_waiting", "Rounds that wait for a batch")
+RUNS = Gauge("wisp_scheduler_runs", "Sessions that verifiers decode without rounds")
 VERIFIERS = Gauge("wisp_scheduler_verifiers", "Verifiers that are alive")
 QUEUE_TIME = Histogram(
     "wisp_request_queue_time_seconds",

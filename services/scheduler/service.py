@@ -17,7 +17,7 @@ from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, MessageError
-from shared.messages import Batch, Cancel, CostModel, Heartbeat, Message, Release, Result, Status, Verify
+from shared.messages import Batch, Cancel, CostModel, Halt, Heartbeat, Message, Release, Result, Status, Verify
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
@@ -172,6 +172,9 @@ class Scheduler:
             _count(verifier_id, batch)
         for verifier_id, session_ids in self._dispatcher.releases().items():
             self._spawn(self._broker.publish(Release(sessions=session_ids), topology.batch(verifier_id)))
+        for verifier_id, session_ids in self._dispatcher.halts().items():
+            self._spawn(self._broker.publish(Halt(sessions=session_ids), topology.batch(verifier_id)))
+        metrics.RUNS.set(sum(len(state.runs) for state in self._dispatcher.fleet.verifiers.values()))
         metrics.WAITING.set(self._dispatcher.fleet.pending_count)
         metrics.VERIFIERS.set(len(self._dispatcher.fleet.verifiers))
 

@@ -1,4 +1,8 @@
-"""The verifier's loop: takes batches, runs them through the model one after the other, commits and replies."""
+"""The verifier's loop: step after step through the model, each with the next batch and a token of every run.
+
+A step without a batch serves the runs alone; without runs the loop waits for a batch. One step is committed and
+replied to while the next one computes.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +18,7 @@ from services.verifier import metrics
 from services.verifier.core import replies
 from services.verifier.core.emulation import EmulatedCost
 from services.verifier.core.replies import BatchReplies, JobReply, OpenCommit
+from services.verifier.core.runs import Run, RunReport, RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.handoff import Handoff
@@ -34,16 +39,20 @@ IDLE_S = 1.0
 
 
 @dataclass
-class BatchWork:
-    """A batch on its way through the verifier."""
+class StepWork:
+    """A step on its way through the verifier."""
 
-    batch: Batch
+    batch: Batch | None = None
     tasks: list[tuple[Job, VerifyTask]] = field(default_factory=list)
     """Jobs for the model."""
     failed: list[tuple[Job, Failure]] = field(default_factory=list)
     """Jobs that are refused before the model runs."""
     stale: list[Job] = field(default_factory=list)
     """Jobs of sessions that are gone, cancelled, ended or of another length: the commit script answers them."""
+    runs: list[Run] = field(default_factory=list)
+    """Runs that decode a token in this step."""
+    reports: list[RunReport] = field(default_factory=list)
+    """Tokens of runs to commit with this step."""
     outcomes: list[VerifyOutcome] = field(default_factory=list)
     """Outcome of each task."""
     shapes: list[BatchShape] = field(default_factory=list)
@@ -81,13 +90,15 @@ class BatchLoop:
         self._replies: set[asyncio.Task[None]] = set()
         self._busy = False
         self._unchecked = False
-        """True if a batch has run since the last check of the KV cache."""
+        """True if a step has run since the last check of the KV cache."""
+        self.runs = RunTable(digests=digests)
+        """The sessions that decode without rounds."""
         self._log = logging.get()
 
     @property
     def idle(self) -> bool:
-        """True if every accepted batch is replied to."""
-        return self._batches.empty() and not self._busy and not self._replies
+        """True if every accepted batch is replied to and no run goes on."""
+        return self._batches.empty() and not self._busy and not self._replies and not self.runs
 
     def put(self, batch: Batch) -> None:
         """Accept a batch."""
@@ -99,19 +110,21 @@ class BatchLoop:
         while True:
             batch = await self._next()
             self._busy = True
-            with structlog.contextvars.bound_contextvars(batch=batch.batch):
-                if self._membership.is_fenced(batch):
-                    self._log.warning("batch of an ended lease dropped", lease=batch.lease)
-                else:
-                    try:
-                        await self._verify(batch)
-                    except BrokersError as error:
-                        # Nothing was committed: the drafters' round timeouts send these rounds again.
-                        self._log.warning("batch dropped", error=str(error))
+            if batch is not None and self._membership.is_fenced(batch.lease):
+                self._log.warning("batch of an ended lease dropped", batch=batch.batch, lease=batch.lease)
+                batch = None
+            with structlog.contextvars.bound_contextvars(**({} if batch is None else {"batch": batch.batch})):
+                try:
+                    await self._step(batch)
+                except BrokersError as error:
+                    # Nothing was committed: the drafters' round timeouts send these rounds again.
+                    self._log.warning("batch dropped", error=str(error))
             self._busy = False
 
-    async def _next(self) -> Batch:
-        """Wait for the next batch. Once in each idle time, check the KV cache."""
+    async def _next(self) -> Batch | None:
+        """Return the next batch; None to go on with the runs alone. Once in each idle time, check the KV cache."""
+        if self.runs.decoding:
+            return None if self._batches.empty() else self._batches.get_nowait()
         if self._unchecked:
             with suppress(TimeoutError):
                 async with asyncio.timeout(IDLE_S):
@@ -120,10 +133,10 @@ class BatchLoop:
             self._unchecked = False
         return await self._batches.get()
 
-    async def _verify(self, batch: Batch) -> None:
-        self._sessions.touch(batch.jobs)
-        work = await self._prepare(batch)
-        if work.tasks:
+    async def _step(self, batch: Batch | None) -> None:
+        work = StepWork() if batch is None else await self._prepare(batch)
+        work.runs = self.runs.step(self._membership.lease, _now_ms())
+        if work.tasks or work.runs:
             self._unchecked = True
             self._log.debug("model started")
             started = time.perf_counter()
@@ -131,16 +144,36 @@ class BatchLoop:
             work.verify_ms = (time.perf_counter() - started) * 1000
             self._log.debug("model done")
             metrics.BATCHES.inc()
-            metrics.BATCH_JOBS.observe(len(work.tasks))
+            metrics.BATCH_JOBS.observe(len(work.outcomes))
             metrics.BATCH_TIME.observe(work.verify_ms / 1000)
             metrics.NEW_TOKENS.inc(sum(outcome.new_tokens for outcome in work.outcomes))
+            if len(work.shapes) == 1:
+                self._membership.record(Measurement(shape=work.shapes[0], measured_ms=work.verify_ms))
+        now_ms = _now_ms()
+        for run, outcome in zip(work.runs, work.outcomes[len(work.tasks) :], strict=True):
+            self.runs.record(run, outcome, work.verify_ms, now_ms)
+        if batch is not None:
+            for (job, task), outcome in zip(work.tasks, work.outcomes, strict=False):
+                self.runs.start(job, task, outcome, batch.lease, now_ms)
+        work.reports = self.runs.due(now_ms, between_steps=True)
+        self._reply_soon(work)
+
+    def _reply_soon(self, work: StepWork) -> None:
+        if work.batch is None and not work.reports:
+            return
         reply = asyncio.create_task(self._reply(work))
         self._replies.add(reply)
-        reply.add_done_callback(self._replies.discard)
+        reply.add_done_callback(self._replied)
 
-    async def _prepare(self, batch: Batch) -> BatchWork:
+    def _replied(self, reply: asyncio.Task[None]) -> None:
+        """Report the runs that ended while their last report was being committed."""
+        self._replies.discard(reply)
+        self._reply_soon(StepWork(reports=self.runs.due(_now_ms(), between_steps=False)))
+
+    async def _prepare(self, batch: Batch) -> StepWork:
         """Split a batch into jobs for the model, jobs that are refused, and jobs that the commit script answers."""
-        work = BatchWork(batch)
+        self._sessions.touch(batch.jobs)
+        work = StepWork(batch)
         valid = []
         for job in batch.jobs:
             if not self._session_keys.accepts(job):
@@ -148,6 +181,9 @@ class BatchLoop:
                 work.failed.append((job, replies.FORBIDDEN))
             elif job.fingerprint != self._membership.fingerprint:
                 work.failed.append((job, replies.wrong_model(job, self._membership.fingerprint)))
+            elif self.runs.join(job) is not None:
+                # Sent by someone who has missed the run or a report of it: answered with what is committed.
+                work.stale.append(job)
             else:
                 valid.append(job)
         await self._sessions.recall(valid)
@@ -161,62 +197,75 @@ class BatchLoop:
                 work.stale.append(job)
         return work
 
-    def _run_model(self, work: BatchWork) -> None:
-        """Verify the tasks. Runs in the engine's thread."""
+    def _run_model(self, work: StepWork) -> None:
+        """Verify the tasks and decode the runs. Runs in the engine's thread."""
         started = time.perf_counter()
-        tasks = [task for _, task in work.tasks]
+        tasks = [task for _, task in work.tasks] + [run.task for run in work.runs]
         work.outcomes, work.shapes = verify(self._thread.engine, tasks, digests=self._digests)
         if self._emulated is not None:
             time.sleep(self._emulated.rest_ms(work.shapes, (time.perf_counter() - started) * 1000) / 1000)
         self._sessions.update_cached(task.session_id for task in tasks)
 
-    async def _reply(self, work: BatchWork) -> None:
+    async def _reply(self, work: StepWork) -> None:
         """Commit, publish the results, and last release what has ended.
 
         If the lease has ended, nothing is committed or published.
         """
         answering = self._collect(work)
-        answers = await self._commit(work.batch, answering.open)
+        answers = await self._commit(work, answering.open)
         if answers is None:
             return
+        reported, answers = answers[: len(work.reports)], answers[len(work.reports) :]
         ended = self._apply(answering.open, answers)
-        await self._publish(answering.settle(answers))
-        self._log.debug("results sent", batch=work.batch.batch)
-        await self._sessions.release(ended)
-        if len(work.shapes) == 1:
-            self._membership.record(Measurement(shape=work.shapes[0], measured_ms=work.verify_ms))
+        results = []
+        for report, answer in zip(work.reports, reported, strict=True):
+            results.append(answering.reported(report, answer))
+            ended += self._apply_report(report, answer)
+        await self._publish([*results, *answering.settle(answers)])
+        self._log.debug("results sent")
+        await self.release(ended)
 
-    def _collect(self, work: BatchWork) -> BatchReplies:
+    def _collect(self, work: StepWork) -> BatchReplies:
         answering = BatchReplies(
-            self._membership.verifier_id, work.batch.batch, work.verify_ms, self._membership.arithmetic
+            self._membership.verifier_id,
+            replies.RUN_BATCH if work.batch is None else work.batch.batch,
+            work.verify_ms,
+            self._membership.arithmetic,
+            self.runs,
         )
         for job, failure in work.failed:
             answering.fail(job, failure)
         for job in work.stale:
             answering.ask(job)
-        for (job, task), outcome in zip(work.tasks, work.outcomes, strict=True):
+        for (job, task), outcome in zip(work.tasks, work.outcomes, strict=False):
             if outcome.error is not None:
                 self._log.warning("job refused", session=job.session, error=repr(outcome.error))
             answering.verified(job, task, outcome)
         return answering
 
-    async def _commit(self, batch: Batch, commits: Sequence[OpenCommit]) -> list[Committed] | None:
-        """Return the commit script's answers; None if Redis is unreachable or the lease has ended."""
+    async def _commit(self, work: StepWork, commits: Sequence[OpenCommit]) -> list[Committed] | None:
+        """Return the commit script's answers to the step's reports and commits.
+
+        None if Redis is unreachable or the lease has ended.
+        """
+        lease = self._membership.lease if work.batch is None else work.batch.lease
         try:
             answers = await self._store.commit(
                 self._membership.verifier_id,
-                [one.commit for one in commits],
-                lease=batch.lease,
+                [*(report.commit for report in work.reports), *(one.commit for one in commits)],
+                lease=lease,
                 arithmetic=self._membership.arithmetic,
             )
         except (BrokersError, Fenced) as error:
             # An unreachable Redis may have committed or not. The drafters send the rounds again, and the script
             # answers with what is committed.
-            self._log.warning("results dropped", batch=batch.batch, error=str(error))
-            for one in commits:
-                self._sessions.drop(one.job.session)
+            self._log.warning("results dropped", error=str(error))
+            lost = [one.job.session for one in commits] + [report.commit.session for report in work.reports]
+            self.runs.release(lost)
+            for session_id in lost:
+                self._sessions.drop(session_id)
             return None
-        self._log.debug("batch committed", batch=batch.batch)
+        self._log.debug("batch committed")
         return answers
 
     def _apply(self, commits: Sequence[OpenCommit], answers: Sequence[Committed]) -> list[str]:
@@ -224,18 +273,43 @@ class BatchLoop:
         ended = []
         for one, answer in zip(commits, answers, strict=True):
             session_id = one.job.session
+            run = self.runs.get(session_id)
             if answer.ended:
                 ended.append(session_id)
             elif self._sessions.apply(session_id, answer):
                 self._handoff.on_commit(session_id, self._sessions.tokens(session_id))
-            else:
+                if run is not None:
+                    run.confirmed = True
+            elif run is None or not run.confirmed:
+                self.runs.release([session_id])
                 self._sessions.drop(session_id)
         return ended
+
+    def _apply_report(self, report: RunReport, answer: Committed) -> list[str]:
+        """Update a run and its session from the answer to a report; return the session if it has ended."""
+        session_id = report.commit.session
+        if answer.ended:
+            self.runs.drop(report.run)
+            return [session_id]
+        if self._sessions.apply(session_id, answer):
+            self._handoff.on_commit(session_id, self._sessions.tokens(session_id))
+            self.runs.reported(report)
+        else:
+            # Somebody else has committed tokens of this session.
+            self.runs.drop(report.run)
+            self._sessions.drop(session_id)
+        return []
+
+    async def release(self, session_ids: Sequence[str]) -> None:
+        """Forget sessions that have ended or moved, with their runs, and release their KV."""
+        self.runs.release(session_ids)
+        await self._sessions.release(session_ids)
 
     async def _publish(self, answers: Sequence[JobReply]) -> None:
         """Publish each result once; the broker makes the copies for drafter, gateway and scheduler."""
         for reply in answers:
             job, result = reply.job, reply.result
+            metrics.count_tokens(result)
             if result.error is not None:
                 metrics.JOBS_REFUSED.labels(result.error.code).inc()
             for states in reply.hidden:
@@ -248,3 +322,7 @@ class BatchLoop:
                 )
             else:
                 await self._broker.publish(result, topology.RESULT_SCHEDULER, cc=others)
+
+
+def _now_ms() -> float:
+    return time.monotonic() * 1000

@@ -14,7 +14,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.engine import Engine
 from shared.errors import BrokersError
-from shared.messages import Batch, CostModel, Heartbeat, Measurement, Residency, Sample
+from shared.messages import CostModel, Heartbeat, Measurement, Residency, Sample
 from shared.runtime import logging
 from shared.state.store import Store
 
@@ -58,9 +58,14 @@ class Membership:
         with suppress(BrokersError):
             self._lease = await self._store.registry.renew(self.verifier_id, 0)
 
-    def is_fenced(self, batch: Batch) -> bool:
-        """Return whether a batch was sent under an ended lease: its scheduler has given this verifier up since."""
-        return batch.lease not in (0, self._lease)
+    @property
+    def lease(self) -> int:
+        """The present lease; 0 before the first one."""
+        return self._lease
+
+    def is_fenced(self, lease: int) -> bool:
+        """Return whether a batch's lease has ended: its scheduler has given this verifier up since."""
+        return lease not in (0, self._lease)
 
     async def announce_cost(self, model: CostModel, measured: Sequence[Measurement]) -> None:
         """Publish the cost model from the start-up profile, and the profile itself for the estimator."""

@@ -2,10 +2,14 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-BATCHES = Counter("wisp_verifier_batches", "Batches verified")
-BATCH_JOBS = Histogram("wisp_verifier_batch_jobs", "Jobs per batch", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
+from shared.messages import Result, Status
+
+BATCHES = Counter(
+    "wisp_verifier_batches", "Steps through the model: a batch, a token of each session in a run, or both"
+)
+BATCH_JOBS = Histogram("wisp_verifier_batch_jobs", "Sessions per step", buckets=(1, 2, 4, 8, 16, 32, 64, 128))
 BATCH_TIME = Histogram(
-    "wisp_verifier_batch_seconds", "Time of a batch in the model", buckets=(0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 2, 5)
+    "wisp_verifier_batch_seconds", "Time of a step in the model", buckets=(0.01, 0.03, 0.1, 0.2, 0.4, 0.8, 2, 5)
 )
 NEW_TOKENS = Counter("wisp_verifier_new_tokens", "Tokens computed: drafts, last tokens and prompts")
 HIDDEN_BYTES = Counter("wisp_verifier_hidden_bytes", "Hidden states sent to drafters, in bytes")
@@ -16,3 +20,18 @@ CACHE_USAGE = Gauge("wisp_kv_cache_usage_perc", "Share of the KV budget that ses
 INTEGRITY_ERRORS = Counter(
     "wisp_verifier_integrity_errors", "Checks that found the accounting of the KV cache wrong and dropped the cache"
 )
+TOKENS = Counter(
+    "wisp_verifier_tokens",
+    "Committed tokens by origin: accepted draft tokens (draft), the target's own token of a round (bonus), or decoded "
+    "without a drafter (run)",
+    ["origin"],
+)
+
+
+def count_tokens(result: Result) -> None:
+    """Count the tokens that a result commits."""
+    if result.status is Status.COMMITTED and result.run:
+        TOKENS.labels("run").inc(len(result.tokens))
+    elif result.status is Status.COMMITTED:
+        TOKENS.labels("draft").inc(result.accepted)
+        TOKENS.labels("bonus").inc(len(result.tokens) - result.accepted)

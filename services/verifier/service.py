@@ -21,7 +21,7 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.cost.fit import VerifierFit
 from shared.engine import Engine
-from shared.messages import Batch, Cancel, Measurement, Message, Release
+from shared.messages import Batch, Cancel, Halt, Measurement, Message, Release
 from shared.models.folder import ModelFolder
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
@@ -174,6 +174,7 @@ class Verifier:
 
     async def _drain(self) -> None:
         """Hand the KV over, announce the end, and wait until every accepted batch is replied to."""
+        self._loop.runs.close()
         # The KV first, so that it is in Redis when another verifier gets the sessions.
         await self._handoff.save_all(self._sessions.all_tokens())
         await self._membership.start_draining()
@@ -186,7 +187,9 @@ class Verifier:
         match message:
             case Batch():
                 self._loop.put(message)
+            case Halt():
+                self._loop.runs.halt(message.sessions)
             case Release():
-                await self._sessions.release(message.sessions)
+                await self._loop.release(message.sessions)
             case Cancel():
-                await self._sessions.release([message.session])
+                await self._loop.release([message.session])

@@ -81,7 +81,7 @@ def _verify_at_once(
                 engine.cached(task.session_id),
                 len(step.tokens),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
-                logits_digest=_digest(logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
+                logits_digest=_digest(task, logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
             ),
         )
     return outcomes, shape
@@ -109,10 +109,12 @@ def _step(engine: Engine, task: VerifyTask, draft: list[int]) -> Step:
     return Step(task.session_id, [*task.tokens[held:], *draft], rows=len(draft) + 1)
 
 
-def _digest(logits: Tensor) -> str:
+def _digest(task: VerifyTask, logits: Tensor) -> str:
     """Return a digest of the bits of these rows, from which the target's choices were made."""
     bits = logits.contiguous().view(torch.uint8).numpy(force=True)
-    return hashlib.sha256(bits.tobytes()).hexdigest()[:16]
+    digest = task.digest or hashlib.sha256()
+    digest.update(bits.tobytes())
+    return str(digest.hexdigest()[:16])
 
 
 def _hidden(engine: Engine, task: VerifyTask) -> list[Part]:

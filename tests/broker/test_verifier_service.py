@@ -30,7 +30,9 @@ from shared.engine import Engine, Step
 from shared.messages import (
     MOST,
     SILENT_MS,
+    Cancel,
     Finish,
+    Halt,
     Heartbeat,
     HiddenFormat,
     HiddenStates,
@@ -38,6 +40,7 @@ from shared.messages import (
     Message,
     Release,
     Result,
+    RunGrant,
     Sample,
     Sampling,
     Status,
@@ -47,7 +50,7 @@ from shared.models.folder import ModelFolder
 from shared.models.hidden_states import Floats, unpack
 from shared.models.prepare import prepare
 from shared.sampling.sampler import choose
-from shared.state.commits import Commit
+from shared.state.commits import Commit, CommitOutcome
 from shared.state.registry import HEARTBEAT_TTL_MS
 from shared.state.store import Store
 
@@ -91,6 +94,8 @@ class Peer:
     results: asyncio.Queue[Message]
     samples: asyncio.Queue[Message]
     fingerprint: str
+    leases: list[int]
+    """Lease in each heartbeat."""
     batches: int = 0
 
     async def open(
@@ -113,6 +118,20 @@ class Peer:
         self.batches += 1
         batch = builders.batch(f"b{self.batches}", *jobs)
         await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
+
+    async def begin_run(self, session: str, length: int, tokens: int = 64, **more: Any) -> None:
+        """Send a plain round of a session after which the verifier may decode so many tokens by itself."""
+        job = self.job(session, length, [], run=RunGrant(tokens=tokens, ms=HANG_S * 1000), **more)
+        await self.broker.publish(
+            builders.batch("begin", job, lease=self.leases[-1]), topology.batch("v1"), confirmed=True
+        )
+
+    async def rest_of_run(self) -> list[Result]:
+        """Wait for the results of a run up to the last one."""
+        found = [await self.result()]
+        while found[-1].run_left:
+            found.append(await self.result())
+        return found
 
     async def committed(self, session: str) -> list[int]:
         (stored,) = await self.store.read([session])
@@ -154,9 +173,11 @@ async def playing(
     results: asyncio.Queue[Message] = asyncio.Queue()
     samples: asyncio.Queue[Message] = asyncio.Queue()
     alive = asyncio.Event()
+    leases: list[int] = []
 
     async def receive(message: Message) -> None:
-        if isinstance(message, Heartbeat):
+        if isinstance(message, Heartbeat) and message.lease:
+            leases.append(message.lease)
             alive.set()
 
     await broker.consume(broker.topology.own_queue("drafter", "d", (topology.result("d"),)), results.put)
@@ -174,7 +195,7 @@ async def playing(
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
     await asyncio.wait_for(alive.wait(), HANG_S)
-    yield Peer(broker, store, results, samples, ModelFolder(model).fingerprint("bfloat16"))
+    yield Peer(broker, store, results, samples, ModelFolder(model).fingerprint("bfloat16"), leases)
     stop.set()
     await asyncio.wait_for(serving, HANG_S)
     await broker.close()
@@ -449,3 +470,112 @@ async def test_an_idle_verifier_checks_its_kv_cache_and_drops_a_wrong_one(
     assert first.tokens + second.tokens == text[:6]
     assert second.new_tokens == 7 + 2, "the session is prefilled again"
     assert metrics.INTEGRITY_ERRORS._value.get() == before + 1
+
+
+async def test_a_run_decodes_the_targets_own_text(peer: Peer, text: list[int]) -> None:
+    await peer.open("s", max_tokens=21)
+    await peer.begin_run("s", 4)
+    first, *reports = await peer.rest_of_run()
+    assert (first.tokens, first.run) == (text[:1], False)
+    assert all(report.run and report.accepted == report.drafted == 0 for report in reports)
+    tokens = [token for result in (first, *reports) for token in result.tokens]
+    assert tokens == text[:21]
+    assert [r.base_len for r in reports] == [
+        4 + sum(len(r.tokens) for r in (first, *reports[:i])) for i in range(len(reports))
+    ]
+    assert [r.round for r in reports] == list(range(1, len(reports) + 1))
+    assert reports[-1].finish is Finish.LENGTH
+    assert await peer.committed("s") == PROMPT + text[:21]
+
+
+async def test_a_run_ends_with_its_grant_and_the_next_round_goes_on(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    await peer.begin_run("s", 4, tokens=5)
+    results = await peer.rest_of_run()
+    assert sum(len(result.tokens) for result in results) == 6
+    (following,) = await peer.verify(peer.job("s", 10, text[6:9], round_=9))
+    assert (following.accepted, following.tokens, following.run_left) == (3, text[6:10], 0)
+
+
+async def test_a_run_beside_rounds_and_another_run(peer: Peer, text: list[int]) -> None:
+    for session in ("run", "other", "rounds"):
+        await peer.open(session, max_tokens=25)
+    await peer.begin_run("run", 4)
+    await peer.begin_run("other", 4)
+    found: dict[str, list[int]] = {"run": [], "other": [], "rounds": []}
+    await peer.send(peer.job("rounds", 4, text[:2]))
+    while min(map(len, found.values())) < 25:
+        result = await peer.result()
+        found[result.session] += result.tokens
+        if result.session == "rounds" and result.finish is None:
+            length = len(found["rounds"])
+            await peer.send(peer.job("rounds", 4 + length, text[length : length + 2], round_=length))
+    assert found == dict.fromkeys(found, text[:25])
+
+
+async def test_a_halted_run_ends_within_a_step(peer: Peer, text: list[int]) -> None:
+    await peer.open("s", max_tokens=900)
+    await peer.begin_run("s", 4, tokens=880)
+    await peer.result()
+    await peer.broker.publish(Halt(sessions=["s", "unknown"]), topology.batch("v1"))
+    results = await peer.rest_of_run()
+    assert results[-1].finish is None, "long before the end of its grant"
+    assert results[-1].base_len + len(results[-1].tokens) == len(await peer.committed("s"))
+
+
+async def test_the_run_of_a_cancelled_session_ends(peer: Peer) -> None:
+    await peer.open("s", max_tokens=900)
+    await peer.begin_run("s", 4, tokens=880)
+    await peer.result()
+    await peer.store.cancel("s")
+    await peer.broker.publish(Cancel(session="s", reason="test"), topology.CANCEL)
+    await asyncio.sleep(0.2)
+    length = len(await peer.committed("s"))
+    await asyncio.sleep(0.3)
+    assert len(await peer.committed("s")) == length
+
+
+async def test_a_run_whose_session_is_cancelled_in_redis_alone_ends(peer: Peer) -> None:
+    await peer.open("s", max_tokens=900)
+    await peer.begin_run("s", 4, tokens=880)
+    await peer.result()
+    await peer.store.cancel("s")
+    while (result := await peer.result()).error is None:
+        pass
+    assert result.error.code == "cancelled"
+
+
+async def test_a_job_in_the_middle_of_a_run_gets_its_tokens(peer: Peer, text: list[int]) -> None:
+    await peer.open("s", max_tokens=25)
+    await peer.begin_run("s", 4)
+    await peer.send(peer.job("s", 4, [1, 1], round_=0))
+    tokens: dict[int, int] = {}
+    while True:
+        result = await peer.result()
+        tokens |= dict(enumerate(result.tokens, result.base_len))
+        if result.finish is not None:
+            break
+    assert [tokens[position] for position in sorted(tokens)] == text[:25]
+    assert await peer.committed("s") == PROMPT + text[:25]
+
+
+async def test_a_run_that_another_verifier_overtakes_stops(peer: Peer, text: list[int]) -> None:
+    await peer.open("s", max_tokens=900)
+    await peer.begin_run("s", 4, tokens=880)
+    await peer.result()
+    while True:
+        length = len(await peer.committed("s"))
+        commit = Commit("s", 99, length, 0, (1,), None, length)
+        if (await peer.store.commit("v2", [commit]))[0].outcome is CommitOutcome.COMMITTED:
+            break
+    while (result := await peer.result()).status is Status.COMMITTED:
+        pass
+    assert (result.status, result.run_left, result.tokens[0]) == (Status.CONFLICT, 0, 1)
+    await asyncio.sleep(0.2)
+    assert len(await peer.committed("s")) == length + 1
+
+
+async def test_without_a_lease_no_run_starts(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    (result,) = await peer.verify(peer.job("s", 4, [], run=RunGrant(tokens=9, ms=1000.0)))
+    assert (result.tokens, result.run_left) == (text[:1], 0)

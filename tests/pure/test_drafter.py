@@ -52,6 +52,39 @@ def test_a_chunk_of_prefill_does_not_settle_a_round() -> None:
     assert s.round == 0
 
 
+def report(round_: int, base: int, tokens: list[int], left: int, **more: Any) -> Result:
+    return result(round_, base, tokens, run=True, run_left=left, **more)
+
+
+def test_tokens_of_a_run_follow_without_rounds() -> None:
+    s = session()
+    s.apply(result(0, 3, [7], run_left=4))
+    assert (s.run_left, s.round) == (4, 1)
+    assert s.apply(report(1, 4, [8, 9], 2))
+    assert s.apply(report(2, 6, [10, 11], 0))
+    assert (s.tokens, s.round, s.run_left) == ([1, 2, 3, 7, 8, 9, 10, 11], 3, 0)
+
+
+def test_a_report_that_is_known_or_follows_a_lost_one_changes_nothing() -> None:
+    s = session()
+    s.apply(result(0, 3, [7], run_left=9))
+    s.apply(report(1, 4, [8], 8))
+    assert not s.apply(report(1, 4, [8], 8))
+    assert not s.apply(report(3, 6, [10], 6)), "the token at 5 is unknown"
+    assert s.tokens == [1, 2, 3, 7, 8]
+    assert s.apply(result(2, 5, [9, 10, 11], Status.CONFLICT, run_left=5)), "the next round's answer has all of them"
+    assert (s.tokens, s.run_left) == ([1, 2, 3, 7, 8, 9, 10, 11], 5)
+    assert s.apply(report(6, 8, [12], 4)), "the run counts its own rounds"
+    assert s.round == 7
+
+
+def test_a_run_may_end_the_session() -> None:
+    s = session()
+    s.apply(result(0, 3, [7], run_left=9))
+    s.apply(report(1, 4, [2], 0, finish=Finish.STOP))
+    assert s.done
+
+
 def test_a_finish_or_a_failure_ends_the_session() -> None:
     ended, failed = session(), session()
     assert ended.apply(result(0, 3, [7], finish=Finish.STOP))

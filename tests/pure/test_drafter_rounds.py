@@ -8,15 +8,17 @@ from contextlib import asynccontextmanager
 
 import builders
 import numpy as np
+import pytest
 
 from services.drafter.control import Controller, DraftDecision, DraftToken
+from services.drafter.control.controller import MOST_RUN
 from services.drafter.core.draft import DraftSource, NoDrafts
 from services.drafter.core.hidden_rows import HiddenRows
-from services.drafter.core.session import RoundTimers
+from services.drafter.core.session import RoundTimer, RoundTimers
 from services.drafter.link import Deliver, DirectLink
 from services.drafter.serving import ServedSession
 from services.drafter.settings import DraftServingSettings
-from services.drafter.sources import Draft, DraftAhead, DraftRequest
+from services.drafter.sources import Draft, DraftAhead, DraftRequest, LookupDrafts
 from services.drafter.worker import SourceWorker
 from shared.messages import HiddenStates, Verify
 from shared.models.hidden_states import parts
@@ -84,7 +86,7 @@ async def serving(
         worker,
         names,
         controller.session(*names),
-        HiddenRows(SIZE, 1000) if names else None,
+        HiddenRows(SIZE, 1000) if "hidden" in names else None,
         open_link,
     )
     tasks = [asyncio.create_task(worker.work()), asyncio.create_task(session.run())]
@@ -115,6 +117,25 @@ class Verifier:
         result = builders.result(verify.session, verify.round, verify.base_len, [7], verify_ms=20.0)
         await self._session.receive(result.model_copy(update=_counts(verify)))
         return verify
+
+    async def begin_run(self, left: int) -> Verify:
+        """Answer the next round with a token, after which the verifier goes on by itself."""
+        verify = await asyncio.wait_for(self._sent.get(), 10)
+        await asyncio.sleep(0.02)  # the batch
+        result = builders.result(verify.session, verify.round, verify.base_len, [7], run_left=left, verify_ms=20.0)
+        await self._session.receive(result)
+        return verify
+
+    async def report(self, round_: int, base_len: int, tokens: int, left: int) -> None:
+        """Report tokens of the run."""
+        await self._session.receive(
+            builders.result("s", round_, base_len, [7] * tokens, run=True, run_left=left, new_tokens=tokens)
+        )
+
+    async def silent(self) -> bool:
+        """Return whether no round has been sent in the meantime."""
+        await asyncio.sleep(0.1)
+        return self._sent.empty()
 
 
 def _counts(verify: Verify) -> dict[str, object]:
@@ -166,3 +187,66 @@ async def test_states_are_asked_for_from_the_round_before_a_probe_on() -> None:
     async with serving(source, dear(Controller("marginal", 8)), ("hidden",), [1, 2, 3]) as verifier:
         rounds = [await verifier.round() for _ in range(6)]
     assert [verify.hidden_from for verify in rounds] == [None, None, None, 0, 6, None]
+
+
+def with_runs(controller: Controller, run_ms: float = 20.0) -> Controller:
+    """Let the verifiers decode by themselves at this time per token."""
+    controller.times.apply_load(builders.load(controller.times.price_ms, run_ms=run_ms))
+    return controller
+
+
+async def test_a_session_without_drafts_leaves_all_tokens_to_the_verifier() -> None:
+    async with serving(NoDrafts(), with_runs(Controller("marginal", 8)), (), [1, 2, 3]) as verifier:
+        assert (await verifier.begin_run(5)).run_tokens == MOST_RUN
+        await verifier.report(1, 4, 3, 2)
+        assert await verifier.silent(), "the verifier goes on"
+        await verifier.report(2, 7, 2, 0)
+        following = await verifier.round()
+    assert (following.round, following.base_len, following.run_tokens) == (3, 9, MOST_RUN)
+
+
+async def test_without_runs_every_token_takes_a_round() -> None:
+    async with serving(NoDrafts(), Controller("marginal", 8), (), [1, 2, 3]) as verifier:
+        assert [(await verifier.round()).run_tokens for _ in range(3)] == [0, 0, 0]
+
+
+async def test_a_run_that_falls_silent_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RoundTimer, "timeout_ms", lambda *_: 50.0)
+    async with serving(NoDrafts(), with_runs(Controller("marginal", 8)), (), [1, 2, 3]) as verifier:
+        await verifier.begin_run(60)
+        asking = await verifier.begin_run(0)
+    assert (asking.round, asking.base_len) == (1, 4)
+
+
+async def test_runs_of_a_session_whose_drafts_do_not_pay_grow() -> None:
+    source = Hidden()
+    async with serving(source, with_runs(dear(Controller("marginal", 8))), ("hidden",), [1, 2, 3]) as verifier:
+        granted, round_, base = [], 0, 3
+        for _ in range(60):
+            verify = await verifier.begin_run(0)
+            round_, base = verify.round + 1, verify.base_len + 1
+            if not verify.run_tokens:
+                continue
+            granted.append(verify.run_tokens)
+            # The round's result said that no run follows; the tokens come as one all the same.
+            await verifier.report(round_, base, verify.run_tokens, 0)
+            if sum(granted) > 150:
+                break
+    assert granted[0] <= 4
+    assert max(granted) > 16
+
+
+async def test_a_copy_of_the_text_halts_a_run() -> None:
+    controller = with_runs(Controller("marginal", 8), run_ms=54.0)
+    async with serving(LookupDrafts(), controller, ("lookup",), [1, 2, 3]) as verifier:
+        await verifier.begin_run(60)
+        assert await verifier.silent(), "nothing repeats itself yet"
+        await verifier.report(1, 4, 12, 48)
+        halting = await verifier.begin_run(1)
+        assert (halting.base_len, halting.draft, halting.run_tokens) == (16, [], 0)
+
+
+def test_a_session_that_only_waits_for_states_gets_no_run() -> None:
+    control = with_runs(Controller("marginal", 8), run_ms=54.0).session("hidden")
+    waiting = control.begin(8, 0.0, unready={"hidden"})
+    assert control.run_tokens(waiting) == 0

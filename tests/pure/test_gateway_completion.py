@@ -249,3 +249,19 @@ def test_a_failed_result_ends_the_completion_with_its_reason(tokenizer: Tokenize
     assert completion.failure == failure
     assert pieces == []
     assert completion.done
+
+
+def test_tokens_of_a_run_are_counted_apart_from_rounds(tokenizer: Tokenizer) -> None:
+    completion = new_completion(tokenizer)
+    first, second, third = tokenizer.encode("a b c")[:3]
+    feed(
+        completion,
+        [
+            builders.result("s", 0, PROMPT_LEN, [first], trimmed_to=2, drafted=2, run_left=3),
+            builders.result("s", 1, PROMPT_LEN + 1, [second, third], run=True, run_left=1),
+            builders.result("s", 2, PROMPT_LEN + 3, [EOS], run=True, finish=Finish.STOP),
+        ],
+    )
+    tally = completion.tally
+    assert (tally.rounds, tally.tokens, tally.run_tokens, tally.verified) == (1, 3, 2, 2), "the end is no token"
+    assert completion.finish is Finish.STOP

@@ -650,10 +650,13 @@ def test_the_trace_has_token_origins_and_costs() -> None:
                 "draft_ms": 0.123,
                 "queue_ms": 2.0,
                 "verify_ms": 30.0,
+                "run": False,
             }
         ],
     }
-    tally = CompletionTally(rounds=2, tokens=5, drafted=6, verified=4, accepted=3, draft_ms=1, queue_ms=2, verify_ms=4)
+    tally = CompletionTally(
+        rounds=2, tokens=5, drafted=6, verified=4, accepted=3, run_tokens=1, draft_ms=1, queue_ms=2, verify_ms=4
+    )
     outcomes = [SloOutcome(8.0, 0.5, True)]
     slo = Slo(ttft_ms=9, tpot_ms=1)
     assert stream.summary([tally], outcomes, 8.0, 10.0, service_class="priority", slo=slo) == {
@@ -666,6 +669,7 @@ def test_the_trace_has_token_origins_and_costs() -> None:
         "drafted": 6,
         "verified": 4,
         "accepted": 3,
+        "run_tokens": 1,
         "ttft_ms": 8.0,
         "total_ms": 10.0,
         "draft_ms": 1,

@@ -22,6 +22,7 @@ from shared.messages import (
     Failure,
     Finish,
     Generate,
+    Halt,
     Heartbeat,
     HiddenFormat,
     HiddenStates,
@@ -121,6 +122,7 @@ EXAMPLES: list[Message] = [
         classes=[ClassLoad(service_class="priority", sessions=3, waiting=1, queue_ms=2.0, slack_ms=-4.0)],
     ),
     Release(sessions=["s", "t"]),
+    Halt(sessions=["s"]),
     Ended(session="s", reason="stop", slo=Slo(ttft_ms=100.0, tpot_ms=20.0), tokens=3, ttft_ms=9.0, attained=True),
     Cancel(session="s", reason="client left"),
     Heartbeat(

@@ -10,6 +10,7 @@ import pytest
 from services.verifier.core import replies
 from services.verifier.core.acceptance import Verdict
 from services.verifier.core.replies import BatchReplies
+from services.verifier.core.runs import RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared.errors import TooLong
 from shared.messages import HiddenFormat, Job, Sampling, Status
@@ -40,7 +41,7 @@ def answer(kind: CommitOutcome = CommitOutcome.COMMITTED, tokens: Sequence[int] 
 
 
 def batch() -> BatchReplies:
-    return BatchReplies("v1", "b1", 30.0, "wisp-1")
+    return BatchReplies("v1", "b1", 30.0, "wisp-1", RunTable(digests=False))
 
 
 def test_a_verdict_is_committed_and_becomes_the_result() -> None:

@@ -60,7 +60,7 @@ class Traffic:
     @property
     def schedulers(self) -> set[str]:
         """Schedulers whose batches have results."""
-        return {result.batch.rpartition("-")[0] for result in self.results}
+        return {result.batch.rpartition("-")[0] for result in self.results if not result.run}
 
     @property
     def drafters(self) -> set[str]:

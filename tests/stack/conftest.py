@@ -39,7 +39,11 @@ def cases(target_folder: Path) -> list[Case]:
 
 @pytest.fixture(scope="session")
 async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
-    """Two drafters and two verifiers behind one gateway without admission control; drafts are verified untrimmed."""
+    """Two drafters and two verifiers behind one gateway without admission control.
+
+    Drafts are verified untrimmed, and sessions whose drafts do not pay go on with rounds: test_exactness_runs.py has
+    runs.
+    """
     env = {
         "WISP_CACHE_TOKENS": "4096",
         "WISP_ADMISSION": "false",
@@ -47,7 +51,7 @@ async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
         "WISP_STALL_TIMEOUT_S": str(HANG_S),
         "WISP_MAX_BACKLOG_MS": str(HANG_S * 1000),
     }
-    whole = {"scheduler": {"WISP_WITHOUT": '["trimming"]', "WISP_MAX_BATCH_MS": "5000"}}
+    whole = {"scheduler": {"WISP_WITHOUT": '["trimming", "runs"]', "WISP_MAX_BATCH_MS": "5000"}}
     async with Stack(
         "test-stack", brokers=brokers, target=target_folder, drafters=2, verifiers=2, env=env, env_of=whole
     ) as running:

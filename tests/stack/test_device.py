@@ -174,6 +174,8 @@ async def cluster(
         env_of["scheduler"] |= secret | {
             "WISP_DEVICES_FILE": str(devices),
             "WISP_DEVICE_ROUNDS_PER_S": str(ROUNDS_PER_S),
+            # Drafts of a tiny model never pay; here they are sent all the same.
+            "WISP_WITHOUT": '["runs"]',
         }
         env_of["verifier"] |= secret
         async with (

@@ -27,6 +27,9 @@ PROBE_SHARE = 0.01
 FIRST_WAIT = 4
 LONGEST_WAIT = 256
 """Fewest and most rounds between two probes."""
+MOST_RUN = 64
+FIRST_RUN = 4
+"""Most tokens that a session leaves to the verifier at once, and fewest after a round without a draft."""
 LOOKAHEAD = 8
 """The rule looks this many tokens ahead."""
 
@@ -82,6 +85,8 @@ class SessionControl:
         self._expected_at = 0
         self._idle = dict.fromkeys(sources, 0)
         """Rounds since each source was last wanted or probed."""
+        self._plain_tokens = 0
+        """Tokens since the last draft of which a token was accepted."""
 
     def begin(
         self,
@@ -119,8 +124,14 @@ class SessionControl:
         return round_
 
     def _probe_wait(self, source: str) -> int:
-        """Return the number of rounds between two probes of a source that does not pay."""
-        share = self.times.step_ms(source) / (PROBE_SHARE * self.times.base_ms)
+        """Return the number of rounds between two probes of a source that does not pay.
+
+        A probe takes a draft step. In a session that is otherwise decoded in runs it also takes two rounds: one that
+        brings the hidden states since the last round, and its own.
+        """
+        times = self.times
+        rounds_ms = 0.0 if times.run_ms is None else 2 * max(0.0, times.base_ms - times.run_ms)
+        share = (times.step_ms(source) + rounds_ms) / (PROBE_SHARE * times.base_ms)
         return min(LONGEST_WAIT, max(FIRST_WAIT, math.ceil(share)))
 
     def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
@@ -137,6 +148,27 @@ class SessionControl:
         """True if all sources rest."""
         return all(self.rests(source) for source in self.sources)
 
+    def run_tokens(self, round_: DraftRound) -> int:
+        """Return for how many tokens after this round the session is left to the verifier; 0 for none.
+
+        As many as it has decoded plainly so far, so that a session whose drafts pay again soon comes back soon, and no
+        more than until the next probe. A session that only waits for hidden states goes on with rounds.
+        """
+        if self.times.run_ms is None or round_.kept:
+            return 0
+        if not self.sources:
+            return MOST_RUN
+        if any(not self.rests(source) for source in round_.unready):
+            return 0
+        until_probe = [self._probe_wait(source) - self._idle[source] for source in self.sources if self.rests(source)]
+        return max(0, min(MOST_RUN, max(FIRST_RUN, self._plain_tokens), *until_probe))
+
+    def learn_run(self, tokens: int) -> None:
+        """Count tokens that the verifier decoded in a run: each is a round in which every source rested."""
+        self._plain_tokens += tokens
+        for source in self._idle:
+            self._idle[source] += tokens
+
     def settle(self, round_: DraftRound, verified: int, accepted: int, bonus_matches: bool | None = None) -> None:
         """Learn from a round's result.
 
@@ -146,6 +178,7 @@ class SessionControl:
         """
         verified = max(0, min(verified, round_.kept))
         accepted = max(0, min(accepted, verified))
+        self._plain_tokens = 0 if accepted else self._plain_tokens + 1
         for i, drafted in enumerate(round_.drafted):
             if i > accepted:
                 break
@@ -215,7 +248,11 @@ class DraftRound:
         self.context = context
         self._session = session
         times = session.times
-        self._forecast = RoundForecast(times.base_ms, [times.added_ms(count) for count in range(longest + 1)])
+        self._forecast = RoundForecast(
+            times.base_ms,
+            [times.added_ms(count) for count in range(longest + 1)],
+            plain_rate=0.0 if times.run_ms is None else 1 / times.run_ms,
+        )
         self._open = True
 
     @property
@@ -287,6 +324,11 @@ class DraftRound:
             return DraftDecision.MORE
         self._open = False
         return DraftDecision.LAST
+
+    @property
+    def pays(self) -> bool:
+        """True if the draft should be sent, rather than the session left to the verifier."""
+        return self._session.rule.pays(self._forecast)
 
     def cut(self, length: int) -> None:
         """Keep only the first `length` tokens: a source that failed has lost the others."""

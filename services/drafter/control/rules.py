@@ -25,11 +25,23 @@ class RoundForecast:
     """Time of the round, the drafting done so far included."""
     added_ms: Sequence[float]
     """Time that verifying 0, 1, 2, … tokens adds to a round, their price included; ends with the longest draft."""
+    plain_rate: float = 0.0
+    """Tokens per millisecond that the session gets without rounds, in a run; 0 if there are no runs."""
     tokens: float = 1.0
     """Expected tokens: the bonus token, and each kept draft token times its survival."""
     survival: float = 1.0
     """Probability that all kept tokens are accepted."""
     kept: int = 0
+
+    @property
+    def rate(self) -> float:
+        """Tokens per millisecond of the round as it is, or without rounds if that is more."""
+        return max(self.tokens / self.ms, self.plain_rate)
+
+    @property
+    def deficit(self) -> float:
+        """Tokens that the round as it is lacks against as much time without rounds."""
+        return max(0.0, self.plain_rate * self.ms - self.tokens)
 
     def keep(self, acceptance: float) -> None:
         """Add a token with the given acceptance after its predecessors, and the time to verify it."""
@@ -87,6 +99,10 @@ class StopRule:
         """Return whether to draft another token, the first of `following`."""
         return True
 
+    def pays(self, forecast: RoundForecast) -> bool:
+        """Return whether to send the finished draft, rather than to leave the session to the verifier."""
+        return True
+
     def learn(self, verified: int, accepted: int) -> None:
         """Learn from a verified round."""
 
@@ -106,41 +122,46 @@ class Marginal(StopRule):
     mean(max(0, S a - (E / T) added_ms)) > (E / T) step_ms, over its possible acceptances `a`. Where one token is not
     worth it, several together may be, since the first verified token can cost more than those after it.
 
+    Where the verifier can decode the session in a run, E / T is at least the run's, and the draft has to bring the
+    tokens that a round lacks against that: it pays for messages and queue, which a run does without.
+
     E / T is the round's own. In simulated sessions of independent tokens, the best constant rate in its place, found by
     trying, brought at most 2 % more, so a session's long-run rate is not worth learning.
     """
 
     def keeps(self, forecast: RoundForecast, token: ScoredToken, following: NextTokens) -> bool:
-        rate = forecast.tokens / forecast.ms
         survival = forecast.survival * token.acceptance
-        if survival > rate * forecast.more_ms(1):
+        if survival > forecast.deficit + forecast.rate * forecast.more_ms(1):
             return True
         return _pays(forecast, survival, survival, 1, (following.mean, *following.later), following.step_ms)
 
     def goes_on(self, forecast: RoundForecast, following: NextTokens) -> bool:
-        rate = forecast.tokens / forecast.ms
-        token_ms = forecast.more_ms(1)
+        rate, token_ms = forecast.rate, forecast.more_ms(1)
         acceptances = following.acceptances
         gain = sum(max(0.0, forecast.survival * a - rate * token_ms) for a in acceptances)
-        if gain > len(acceptances) * rate * following.step_ms:
+        if gain > len(acceptances) * (forecast.deficit + rate * following.step_ms):
             return True
         return _pays(forecast, 0.0, forecast.survival, 0, (following.mean, *following.later), following.step_ms)
+
+    def pays(self, forecast: RoundForecast) -> bool:
+        return forecast.deficit == 0.0
 
 
 def _pays(
     forecast: RoundForecast, gain: float, survival: float, drafted: int, later: Iterable[float], step_ms: float
 ) -> bool:
-    """Return whether the `drafted` tokens not kept yet, and some number of those after them, raise E / T.
+    """Return whether the `drafted` tokens not kept yet, and some number of those after them, raise E / T (or
+    bring it above a run's).
 
     gain, survival: expected tokens of the former, and the probability that all are accepted. later: acceptances of the
     others. step_ms: the time to draft one of these.
     """
-    rate = forecast.tokens / forecast.ms
+    rate, deficit = forecast.rate, forecast.deficit
     room = len(forecast.added_ms) - 1 - forecast.kept - drafted
     for steps, acceptance in enumerate(islice(later, room), 1):
         survival *= acceptance
         gain += survival
-        if gain > rate * (forecast.more_ms(drafted + steps) + steps * step_ms):
+        if gain > deficit + rate * (forecast.more_ms(drafted + steps) + steps * step_ms):
             return True
     return False
 

@@ -58,6 +58,7 @@ class RoundTimes:
         self.price_ms = 0.0
         """Cost to other sessions of verifying one more token, in milliseconds of batch time (`Load`)."""
         self.draft_cap = 2**31
+        self._run_ms: float | None = None
         self._queue = _MovingMean(0.0)
         self._hops = _MovingMean(PRIOR_HOPS_MS)
         self._verify = _VerifyFit()
@@ -67,6 +68,11 @@ class RoundTimes:
     def base_ms(self) -> float:
         """Time of a round without draft tokens."""
         return max(LEAST_MS, self._hops.value + self._queue.value + self._verify.base_ms)
+
+    @property
+    def run_ms(self) -> float | None:
+        """Time per token of a session that the verifier decodes in a run; None if it does not."""
+        return None if self._run_ms is None else max(LEAST_MS, self._run_ms * self._verify.correction)
 
     @property
     def one_way_ms(self) -> float:
@@ -85,6 +91,7 @@ class RoundTimes:
         """Take over the scheduler's price, draft cap, queue delay and predicted verification times."""
         self.price_ms = load.price_ms
         self.draft_cap = load.draft_cap
+        self._run_ms = load.run_ms
         self._queue.learn(load.queue_ms)
         self._verify.follow(load.verify_ms)
 
@@ -157,6 +164,11 @@ class _VerifyFit:
     def _restart(self) -> None:
         self._base, self._growth = 1.0, 1.0
         self._n = self._x = self._xx = self._y = self._xy = 0.0
+
+    @property
+    def correction(self) -> float:
+        """Measured time as a share of the curve's."""
+        return self._base
 
     @property
     def base_ms(self) -> float:

@@ -34,6 +34,8 @@ class DraftSession:
     failure: Failure | None = None
     committed_in: list[str] = field(default_factory=list)
     """Arithmetics in which its tokens were committed."""
+    run_left: int = 0
+    """Tokens that the verifier may still decode by itself; 0 if the next token needs a round."""
 
     @property
     def session_id(self) -> str:
@@ -64,6 +66,7 @@ class DraftSession:
         attempt: int = 0,
         hidden_from: int | None = None,
         hidden_format: HiddenFormat = HiddenFormat.BFLOAT16,
+        run_tokens: int = 0,
     ) -> Verify:
         """Return the round's message to the scheduler."""
         return Verify(
@@ -84,15 +87,20 @@ class DraftSession:
             hidden_from=hidden_from,
             hidden_format=hidden_format,
             committed_in=self.committed_in,
+            run_tokens=run_tokens,
         )
 
     def apply(self, result: Result) -> bool:
-        """Apply a result, and return whether it settles the round in flight.
+        """Apply a result, and return whether it settles the round in flight, or brings new tokens of a run.
 
         Results may arrive twice, late, or for a round of this session's previous drafter. When Redis has lost committed
         tokens, the session goes back to those that are left; the target chooses the same tokens again.
         """
-        if result.round != self.round or self.done:
+        if self.done:
+            return False
+        if result.run and result.status is Status.COMMITTED:
+            return self._apply_run(result)
+        if result.round != self.round:
             return False
         if result.status is Status.FAILED:
             self.failure = result.error
@@ -102,7 +110,20 @@ class DraftSession:
         self.tokens[result.base_len :] = result.tokens
         self.finish = result.finish
         self.committed_in = result.committed_in or self.committed_in
+        self.run_left = result.run_left
         self.round += 1
+        return True
+
+    def _apply_run(self, result: Result) -> bool:
+        """Apply tokens of a run. A report after a lost one changes nothing: the next round asks for all tokens."""
+        known = len(self.tokens)
+        if not result.base_len <= known < result.base_len + len(result.tokens):
+            return False
+        self.tokens[result.base_len :] = result.tokens
+        self.finish = result.finish
+        self.committed_in = result.committed_in or self.committed_in
+        self.run_left = result.run_left
+        self.round = max(self.round, result.round + 1)
         return True
 
 

@@ -38,7 +38,7 @@ class Token:
 
 @dataclass
 class CompletionRound:
-    """Tokens and costs of one round, including the prefill chunks before it."""
+    """Tokens and costs of one round, including the prefill chunks before it, or of one report of a run."""
 
     round: int
     start: int
@@ -51,6 +51,8 @@ class CompletionRound:
     draft_ms: float
     queue_ms: float
     verify_ms: float
+    run: bool = False
+    """True for tokens that the verifier decoded in a run."""
 
 
 @dataclass
@@ -76,6 +78,8 @@ class CompletionTally:
     verified: int = 0
     """Draft tokens that were verified: the drafted ones minus those that the scheduler trimmed."""
     accepted: int = 0
+    run_tokens: int = 0
+    """Tokens that verifiers decoded in runs, without rounds."""
     draft_ms: float = 0.0
     queue_ms: float = 0.0
     verify_ms: float = 0.0
@@ -135,7 +139,10 @@ class Completion:
             return
         self.round = max(self.round, result.round)
         accepted = result.accepted if result.status is Status.COMMITTED else 0
+        before = self.tally.tokens
         self.committed(result.base_len, result.tokens, result.finish, accepted, result.committed_in)
+        if result.run:
+            self.tally.run_tokens += self.tally.tokens - before
 
     def committed(
         self,
@@ -213,7 +220,7 @@ class Completion:
         tally.queue_ms += queue_ms
         tally.verify_ms += verify_ms
         if result.status is Status.COMMITTED:
-            tally.rounds += 1
+            tally.rounds += not result.run
             tally.drafts += result.trimmed_to > 0
             tally.drafted += result.drafted
             tally.verified += result.trimmed_to
@@ -229,6 +236,7 @@ class Completion:
                     draft_ms=result.draft_ms,
                     queue_ms=queue_ms,
                     verify_ms=verify_ms,
+                    run=result.run,
                 )
             )
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import QueuedRound
+from services.scheduler.core.verifier_runs import whole_blocks
 from shared import cost
 from shared.kernels.layout import BLOCK
 from shared.messages import LeftOut
@@ -82,8 +82,8 @@ class BatchBuilder:
         """start_ms: when the batch will start, on the scheduler's clock."""
         self.start_ms = start_ms
         self.chosen: list[ChosenRound] = []
-        self.predicted_ms = 0.0
-        """Predicted time of the batch as it is."""
+        self.predicted_ms = cost.predict_ms(verifier.model, verifier.runs.shape)
+        """Predicted time of the batch as it is, with a token of each of the verifier's runs."""
         self.full = False
         """True if a round, not counting prompts, did not fit."""
         self.has_late = False
@@ -94,11 +94,11 @@ class BatchBuilder:
         self._cache_tokens = verifier.heartbeat.total_tokens
         self._model = verifier.model
         self._caution = max(1.0, verifier.model.ratio_p90)
-        self._shape = MutableShape()
+        self._shape = verifier.runs.shape.copy()
         self._reserved: tuple[QueuedRound, tuple[int, int, int]] | None = None
         self._missed_prompts = 0
-        self._used_tokens = 0
-        """Tokens of the cache that the batch's sessions fill."""
+        self._used_tokens = verifier.runs.cache_tokens
+        """Tokens of the cache that the sessions of the batch and of the runs fill."""
         self._taken: set[str] = set()
         self._missed: dict[str, str] = {}
 
@@ -112,6 +112,11 @@ class BatchBuilder:
     def slack_ms(self, due_ms: float) -> float:
         """Return the longest predicted time of a batch that, with caution, ends before `due_ms`."""
         return (due_ms - self.start_ms) / self._caution
+
+    def keep_on_time(self, due_ms: float) -> None:
+        """Add nothing that makes the batch end after `due_ms`, if it does not do so already."""
+        if self.predicted_ms <= (slack_ms := self.slack_ms(due_ms)):
+            self.limit_ms = min(self.limit_ms, slack_ms)
 
     def take_round(
         self, queued: QueuedRound, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False
@@ -241,7 +246,7 @@ class BatchBuilder:
         if self._shape.new_tokens + new > self._most_tokens:
             self._miss(queued, f"the batch would have more than {self._most_tokens} tokens")
             return False
-        if self._used_tokens + _whole_blocks(length) > self._cache_tokens:
+        if self._used_tokens + whole_blocks(length) > self._cache_tokens:
             self._miss(
                 queued, f"the sessions of the batch would need more than the {self._cache_tokens} tokens of the cache"
             )
@@ -268,12 +273,8 @@ class BatchBuilder:
 
     def _add(self, job: tuple[int, int, int], grown_ms: float, chosen: ChosenRound, length: int) -> None:
         self._shape.add(*job)
-        self._used_tokens += _whole_blocks(length)
+        self._used_tokens += whole_blocks(length)
         self.predicted_ms = grown_ms
         self._taken.add(chosen.session_id)
         self._missed.pop(chosen.session_id, None)
         self.chosen.append(chosen)
-
-
-def _whole_blocks(length: int) -> int:
-    return -(-length // BLOCK) * BLOCK

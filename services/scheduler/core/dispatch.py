@@ -9,13 +9,15 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from services.scheduler.core import load, pacing
+from services.scheduler.core import load, pacing, runs
 from services.scheduler.core.batching import BatchLimits, BatchPlan, ChosenRound
 from services.scheduler.core.fleet import VerifierFleet
 from services.scheduler.core.load import LoadAverages
 from services.scheduler.core.policies import POLICIES, PolicyOptions, Situation
 from services.scheduler.core.pool import ActiveSession, InFlight, PendingRound, VerifierState
-from shared.messages import SILENT_MS, Batch, CostModel, Heartbeat, Job, Load, Result, Status, Verify
+from services.scheduler.core.verifier_runs import RunningRun
+from shared import cost
+from shared.messages import SILENT_MS, Batch, CostModel, Heartbeat, Job, Load, Result, RunGrant, Status, Verify
 
 LOST_FACTOR = 5.0
 LOST_SLACK_MS = 5000.0
@@ -56,6 +58,7 @@ class Dispatcher:
         self._return_ms: dict[str, float] = {}
         self._resulted_ms: dict[str, float] = {}
         self._releases: dict[str, list[str]] = {}
+        self._halts: dict[str, list[str]] = {}
 
     def on_verify(self, verify: Verify, now_ms: float) -> None:
         """Pool a round. A copy of a round that is pending or in flight is ignored.
@@ -63,8 +66,12 @@ class Dispatcher:
         The same round from another drafter is no copy: the first drafter is gone, and the second needs the result.
         """
         session_id = verify.session
+        if verify.attempt == 0 and self._is_forced(verify):
+            return
         for state in self.fleet.verifiers.values():
             state.returning.pop(session_id, None)
+            # A drafter that follows a run sends a round to halt it; otherwise the run is over, or lost.
+            state.runs.pop(session_id)
             for flight in state.in_flight:
                 if _is_copy(verify, flight.jobs.get(session_id)):
                     return
@@ -79,6 +86,7 @@ class Dispatcher:
         session.due_ms, session.seen_ms = due_ms, now_ms
         self.fleet.remove(session_id)
         self.fleet.add(PendingRound(verify, now_ms, due_ms, self.rules.max_draft), now_ms)
+        self._halt_for(session)
 
     def _learn_return(self, drafter_id: str, measured_ms: float) -> None:
         before_ms = self._return_ms.get(drafter_id, measured_ms)
@@ -102,11 +110,17 @@ class Dispatcher:
             return
         if result.cached:
             state.cached[result.session] = result.cached
-        if pending is None:
-            return
         session = self.fleet.sessions.get(result.session)
         if session is not None:
             session.seen_ms = now_ms
+        run = self._follow_run(state, result, pending, now_ms)
+        if result.run:
+            self._on_run_report(result, session, now_ms)
+        if run is not None and not result.run_left:
+            self._resulted_ms[result.session] = now_ms
+            state.returning[result.session] = now_ms + self.return_ms(run.drafter_id or "")
+        if pending is None:
+            return
         prompt = max(0, result.new_tokens - result.trimmed_to - 1)
         self._averages.on_result(result, prompt, load.prefill_ms(state.model), now_ms)
         if result.status is Status.PREFILLED:
@@ -119,8 +133,29 @@ class Dispatcher:
             if session.due_ms is not None and session.tpot_ms is not None:
                 from_ms = now_ms if pending.verify.round == 0 else session.due_ms
                 session.due_ms = from_ms + session.tpot_ms * len(result.tokens)
-        self._resulted_ms[result.session] = now_ms
-        state.returning[result.session] = now_ms + self.return_ms(pending.verify.drafter)
+        if not result.run_left:
+            self._resulted_ms[result.session] = now_ms
+            state.returning[result.session] = now_ms + self.return_ms(pending.verify.drafter)
+
+    @staticmethod
+    def _follow_run(
+        state: VerifierState, result: Result, pending: PendingRound | None, now_ms: float
+    ) -> RunningRun | None:
+        """Note whether the result's session is in a run; return the run as it was before this result."""
+        before = state.runs.pop(result.session)
+        if result.run_left:
+            drafter_id = pending.verify.drafter if pending is not None else before.drafter_id if before else None
+            length = result.base_len + len(result.tokens)
+            state.runs.set(result.session, RunningRun(length, drafter_id, now_ms))
+        return before
+
+    def _on_run_report(self, result: Result, session: ActiveSession | None, now_ms: float) -> None:
+        """Count tokens that were decoded in a run."""
+        self._averages.on_run(result)
+        if session is not None:
+            session.record_run(now_ms, len(result.tokens))
+            if session.due_ms is not None and session.tpot_ms is not None:
+                session.due_ms += session.tpot_ms * len(result.tokens)
 
     @staticmethod
     def _take_from_flight(state: VerifierState, result: Result, now_ms: float) -> PendingRound | None:
@@ -202,6 +237,11 @@ class Dispatcher:
         releases, self._releases = self._releases, {}
         return releases
 
+    def halts(self) -> dict[str, list[str]]:
+        """Return, by verifier, the sessions whose runs are to end with the step in progress. Each is returned once."""
+        halts, self._halts = self._halts, {}
+        return halts
+
     @property
     def active(self) -> bool:
         """True if rounds have arrived here; a standby gets none."""
@@ -223,6 +263,7 @@ class Dispatcher:
             price=load.price_ms(usable, self._averages) if self._policy.plays("price") else 0.0,
             draft_cap=self.rules.max_draft,
             mix=self.rules.mix,
+            runs=self._policy.plays("runs"),
         )
 
     def _next(self, state: VerifierState, now_ms: float) -> tuple[BatchPlan | None, float]:
@@ -237,8 +278,10 @@ class Dispatcher:
             return None, at_ms
         start_ms = now_ms + state.remaining_ms(now_ms)
         soonest = state.soonest_due_ms(self.fleet.sessions, start_ms + self.rules.limits.max_batch_ms)
-        plan = self._policy.plan(queue, Situation(state, self.rules.limits, start_ms, soonest))
-        if plan.full or static:
+        step_ends_ms = start_ms + cost.predict_ms(state.model, state.runs.shape)
+        runs_due = state.runs_due_ms(self.fleet.sessions, step_ends_ms)
+        plan = self._policy.plan(queue, Situation(state, self.rules.limits, start_ms, soonest, runs_due))
+        if plan.full or static or (state.runs and not state.in_flight):
             return plan, now_ms
         if state.in_flight:
             return plan, pacing.NEVER if pacing.coming_back(state, self.return_ms) else now_ms
@@ -251,7 +294,7 @@ class Dispatcher:
             batch=f"{self.scheduler_id}-{self._batches}",
             scheduler=self.scheduler_id,
             lease=state.heartbeat.lease,
-            jobs=[_job(chosen, now_ms) for chosen in plan.chosen],
+            jobs=[self._job(state, chosen, now_ms) for chosen in plan.chosen],
             predicted_ms=plan.predicted_ms,
             policy=self._policy.name,
             waiting=plan.waiting,
@@ -260,7 +303,7 @@ class Dispatcher:
         queue = self.fleet.queues[state.verifier_id]
         for chosen in plan.chosen:
             queue.remove(chosen.session_id)
-        idle_ms = 0.0 if state.in_flight else min(LONGEST_GAP_MS, now_ms - state.idle_since_ms)
+        idle_ms = 0.0 if state.in_flight or state.runs else min(LONGEST_GAP_MS, now_ms - state.idle_since_ms)
         state.gap_ms += SMOOTHING * (idle_ms - state.gap_ms)
         self._averages.on_batch(batch)
         jobs = {chosen.session_id: chosen.pending for chosen in plan.chosen}
@@ -268,9 +311,55 @@ class Dispatcher:
         state.returning = {s: at for s, at in state.returning.items() if at + pacing.LATE_MS > now_ms}
         return batch
 
+    def _job(self, state: VerifierState, chosen: ChosenRound, now_ms: float) -> Job:
+        pending = chosen.pending
+        return Job.of(
+            pending.verify,
+            draft=chosen.draft,
+            prefill_to=chosen.prefill_to,
+            queue_ms=max(0.0, now_ms - pending.arrived_ms),
+            slack_ms=None if pending.due_ms is None else pending.due_ms - now_ms,
+            reason=chosen.reason,
+            run=self._grant(state, chosen),
+        )
+
+    def _grant(self, state: VerifierState, chosen: ChosenRound) -> RunGrant | None:
+        """Return the run that follows a round; None where the session goes on with rounds."""
+        verify = chosen.pending.verify
+        session = self.fleet.sessions.get(verify.session)
+        if chosen.prefill_to is not None or session is None or not self._policy.plays("runs"):
+            return None
+        step_ms = runs.step_ms(state, verify.base_len)
+        if session.tpot_ms is None and step_ms > runs.tightest_ms(state.verifier_id, self.fleet.sessions.values()):
+            return None
+        tokens = min(verify.run_tokens, runs.MOST_TOKENS)
+        if not tokens:
+            trimmed = bool(verify.draft) and not chosen.draft
+            tokens = session.run_grant = runs.forced_tokens(session, trimmed=trimmed, step_ms=step_ms)
+        return RunGrant(tokens=tokens, ms=runs.LONGEST_MS) if tokens else None
+
+    def _is_forced(self, verify: Verify) -> bool:
+        """Return whether a round would halt a run that the drafter's slowness has brought."""
+        session = self.fleet.sessions.get(verify.session)
+        state = None if session is None else self.fleet.verifiers.get(session.verifier_id or "")
+        run = None if state is None else state.runs.get(verify.session)
+        return session is not None and run is not None and session.run_grant > 0 and run.drafter_id == verify.drafter
+
+    def _halt_for(self, session: ActiveSession) -> None:
+        """Halt the runs without an SLO of the session's verifier if their steps take longer than it was promised."""
+        state = self.fleet.verifiers.get(session.verifier_id or "")
+        if state is None or not state.runs or session.tpot_ms is None:
+            return
+        if cost.predict_ms(state.model, state.runs.shape) > session.tpot_ms:
+            active = self.fleet.sessions
+            unpromised = [s for s in state.runs if s in active and active[s].tpot_ms is None]
+            if unpromised:
+                self._halts.setdefault(state.verifier_id, []).extend(unpromised)
+
     def _drop_lost(self, now_ms: float) -> None:
-        """Remove silent verifiers and lost batches; their rounds are pending again."""
+        """Remove silent verifiers, lost batches and lost runs; the batches' rounds are pending again."""
         for verifier_id, state in list(self.fleet.verifiers.items()):
+            state.runs.drop_silent(now_ms - runs.LOST_MS)
             if now_ms - state.seen_ms > SILENT_MS:
                 self._drop(verifier_id, now_ms)
                 continue
@@ -294,15 +383,3 @@ class Dispatcher:
 
 def _is_copy(verify: Verify, pending: PendingRound | None) -> bool:
     return pending is not None and pending.verify.drafter == verify.drafter and pending.verify.round >= verify.round
-
-
-def _job(chosen: ChosenRound, now_ms: float) -> Job:
-    pending = chosen.pending
-    return Job.of(
-        pending.verify,
-        draft=chosen.draft,
-        prefill_to=chosen.prefill_to,
-        queue_ms=max(0.0, now_ms - pending.arrived_ms),
-        slack_ms=None if pending.due_ms is None else pending.due_ms - now_ms,
-        reason=chosen.reason,
-    )

@@ -127,6 +127,7 @@ class VerifierFleet:
         for state in self.verifiers.values():
             state.cached.pop(session_id, None)
             state.returning.pop(session_id, None)
+            state.runs.pop(session_id)
 
     def _assign(self, session_id: str, state: VerifierState | None) -> None:
         if (session := self.sessions.get(session_id)) is None:

@@ -66,6 +66,11 @@ class LoadAverages:
             ):
                 setattr(self, name, getattr(self, name) + SMOOTHING * (value - getattr(self, name)))
 
+    def on_run(self, result: Result) -> None:
+        """Update from tokens that were decoded in a run: rounds of one token."""
+        for name, value in (("tokens_per_round", 1.0), ("round_tokens", 1.0), ("length", result.base_len)):
+            setattr(self, name, getattr(self, name) + SMOOTHING * (value - getattr(self, name)))
+
     def on_end(self, session: ActiveSession) -> None:
         """Update `tokens_spread` from a session that has ended."""
         if session.rounds >= FIRST_ROUNDS:
@@ -84,9 +89,9 @@ class LoadAverages:
 
 
 def price_ms(verifiers: Iterable[VerifierState], averages: LoadAverages) -> float:
-    """Return what verifying one more token costs: every other round of the batch ends that much later."""
-    times = [cost.token_ms(v.model) for v in verifiers]
-    return max(0.0, averages.jobs - 1.0) * sum(times) / len(times) if times else 0.0
+    """Return what verifying one more token costs: the step's other rounds and runs end that much later."""
+    costs = [(max(0.0, averages.jobs - 1.0) + len(v.runs)) * cost.token_ms(v.model) for v in verifiers]
+    return sum(costs) / len(costs) if costs else 0.0
 
 
 def load_message(
@@ -100,6 +105,7 @@ def load_message(
     price: float,
     draft_cap: int,
     mix: bool,
+    runs: bool,
 ) -> Load:
     """Return the message to drafters and gateways. `Load` defines its figures."""
     usable = [v for v in fleet.verifiers.values() if v.usable]
@@ -120,25 +126,32 @@ def load_message(
     )
     if not usable:
         return message
+    curve = verify_curve(usable, averages, draft_cap)
     figures = {
         **_verifier_figures(usable, fleet, averages, now_ms),
-        "verify_ms": verify_curve([v.model for v in usable], averages, draft_cap),
+        "verify_ms": curve,
+        "run_ms": curve[0] if runs else None,
     }
     return message.model_copy(update=figures)
 
 
-def verify_curve(models: Sequence[CostModel], averages: LoadAverages, draft_cap: int) -> list[float]:
-    """Return the predicted times of batches in which one round verifies 0, 1, 2, … draft tokens.
+def verify_curve(verifiers: Sequence[VerifierState], averages: LoadAverages, draft_cap: int) -> list[float]:
+    """Return the predicted times of steps in which one round verifies 0, 1, 2, … draft tokens.
 
-    The batch holds the usual number of other rounds, each with the usual number of tokens.
+    The step holds the verifier's runs and the usual number of other rounds, each with the usual number of tokens.
     """
     length, others = round(averages.length), max(0, round(averages.jobs) - 1)
     other = max(1, round(averages.round_tokens))
-    beside = cost.shape_of([(other, length, other)] * others)
-    curve = []
-    for draft in range(min(draft_cap, LONGEST_CURVE) + 1):
-        shape = cost.grow(beside, draft + 1, length + draft, draft + 1)
-        curve.append(sum(cost.predict_ms(model, shape) for model in models) / len(models))
+    curve = [0.0] * (min(draft_cap, LONGEST_CURVE) + 1)
+    for verifier in verifiers:
+        shape = verifier.runs.shape.copy()
+        for _ in range(others):
+            shape.add(other, length, other)
+        for draft in range(len(curve)):
+            job = draft + 1, length + draft, draft + 1
+            shape.add(*job)
+            curve[draft] += cost.predict_ms(verifier.model, shape) / len(verifiers)
+            shape.remove(*job)
     return curve
 
 

@@ -21,6 +21,10 @@ class MutableShape:
         self.context = context
         self.rows = rows
 
+    def copy(self) -> MutableShape:
+        """Return a shape of its own with the same sums."""
+        return MutableShape(self.jobs, self.new_tokens, self.new_context, self.context, self.rows)
+
     def add(self, new: int, length: int, rows: int) -> None:
         """Add a job: tokens to compute, the session's length after them, rows of logits."""
         self.jobs += 1

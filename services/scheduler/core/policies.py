@@ -34,7 +34,7 @@ MOST_MISSED = 64
 CALM_SHARE = 0.5
 """Share of the other rounds' slack that a prompt may use unless it is urgent itself."""
 
-PolicyPart = Literal["estimator", "deadlines", "density", "trimming", "chunking", "price", "migration"]
+PolicyPart = Literal["estimator", "deadlines", "density", "trimming", "chunking", "price", "migration", "runs"]
 
 
 @dataclass(frozen=True)
@@ -59,6 +59,8 @@ class Situation:
     """When the batch will start, on the scheduler's clock."""
     expected_due_ms: float | None = None
     """Earliest due time of the sessions that will have come back before the batch ends."""
+    runs_due_ms: float | None = None
+    """Earliest due time of the sessions in runs that the next step can still keep."""
 
     @property
     def horizon_ms(self) -> float:
@@ -182,6 +184,9 @@ class WispPlus(BatchPolicy):
        of it (`chunking`). Without chunking, prompts compete like rounds, and one that does not fit takes all the time
        that is left.
 
+    Sessions whose drafts do not pay are decoded in runs (`runs`): each is a row of every step, and draft tokens compete
+    with these rows' certain tokens. A run that is on time is kept on time like a round in the batch.
+
     The next block of the first urgent prompt has its time and memory reserved before anything is added, so that late
     rounds never keep prompts waiting. Rounds that are on time with this block in the batch stay on time.
     """
@@ -191,6 +196,8 @@ class WispPlus(BatchPolicy):
 
     def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
         batch = BatchBuilder(now.verifier, now.limits, now.start_ms)
+        if now.runs_due_ms is not None:
+            batch.keep_on_time(now.runs_due_ms)
         if (prompt := next(_urgent(queue, now, "prompts"), None)) is not None:
             batch.reserve_block(prompt)
         self._take_rounds(batch, queue, now)
@@ -250,8 +257,8 @@ class _TokenFill:
         self._batch = batch
         self._now = now
         self._certain = certain
-        self._value = 0.0
-        """Tokens that the batch is expected to bring."""
+        self._value = float(len(now.verifier.runs))
+        """Tokens that the step is expected to bring: one of each run, and those of the batch."""
         self._drafts: list[tuple[float, str, ChosenRound]] = []
         """Heap of the rounds with draft tokens left, the likeliest next token first."""
         self.missed = 0

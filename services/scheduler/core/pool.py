@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import accumulate
 from operator import mul
 
+from services.scheduler.core.verifier_runs import VerifierRuns
 from shared import cost
 from shared.messages import CostModel, Heartbeat, Verify
 
@@ -99,6 +101,12 @@ class ActiveSession:
     rounds: int = 0
     tokens: int = 0
     """Tokens that its rounds have brought."""
+    round_ms: float | None = None
+    """Time from a result to the result of the next round: a moving average."""
+    round_tokens: float = 1.0
+    """Tokens that a round brings: a moving average."""
+    run_grant: int = 0
+    """Tokens of its last run, if the scheduler chose that; 0 once its drafts have paid again."""
 
     def tokens_per_round(self, usual: float) -> float:
         """Return the tokens that its next round is expected to bring.
@@ -115,16 +123,27 @@ class ActiveSession:
         before_ms, self.resulted_ms = self.resulted_ms, now_ms
         self.rounds += 1
         self.tokens += tokens
+        self.round_tokens += SMOOTHING * (tokens - self.round_tokens)
         if before_ms is None:
             return None
         away_ms = max(0.0, now_ms - before_ms - here_ms)
-        if self.away_ms is None:
-            self.away_ms = away_ms
-            return away_ms
+        usual_ms = self.away_ms
         # A stall counts for little, but it counts: the device may have become that slow.
-        usual_ms, most_ms = self.away_ms, STALL * max(self.away_ms, 1.0)
-        self.away_ms += SMOOTHING * (min(away_ms, most_ms) - usual_ms)
+        most_ms = math.inf if usual_ms is None else STALL * max(usual_ms, 1.0)
+        away_ms_limited = min(away_ms, most_ms)
+        self.away_ms = _averaged(usual_ms, away_ms_limited)
+        self.round_ms = _averaged(self.round_ms, away_ms_limited + here_ms)
         return away_ms if away_ms <= most_ms else None
+
+    def record_run(self, now_ms: float, tokens: int) -> None:
+        """Record tokens that were decoded in a run: each is a round of one token."""
+        self.resulted_ms = now_ms
+        self.rounds += tokens
+        self.tokens += tokens
+
+
+def _averaged(before: float | None, measured: float) -> float:
+    return measured if before is None else before + SMOOTHING * (measured - before)
 
 
 @dataclass
@@ -138,6 +157,8 @@ class VerifierState:
     """Tokens in its KV cache, by session."""
     in_flight: list[InFlight] = field(default_factory=list)
     """At most two batches: one that runs, one prepared behind it."""
+    runs: VerifierRuns = field(default_factory=VerifierRuns)
+    """Sessions that it decodes in runs: each is a row of every step."""
     idle_since_ms: float = 0.0
     returning: dict[str, float] = field(default_factory=dict)
     """Expected arrival of the next round, by session."""
@@ -159,7 +180,9 @@ class VerifierState:
         return not self.heartbeat.draining
 
     def remaining_ms(self, now_ms: float) -> float:
-        """Return the predicted time until all batches sent to it are done."""
+        """Return the predicted time until all batches sent to it are done, or the step of its runs in progress."""
+        if self.runs and not self.in_flight:
+            return cost.predict_ms(self.model, self.runs.shape) / 2
         left = 0.0
         for i, flight in enumerate(self.in_flight):
             elapsed = now_ms - flight.sent_ms if i == 0 else 0.0
@@ -172,5 +195,16 @@ class VerifierState:
             session.due_ms
             for session_id, at in self.returning.items()
             if at < until_ms and (session := sessions.get(session_id)) is not None and session.due_ms is not None
+        ]
+        return min(due, default=None)
+
+    def runs_due_ms(self, sessions: Mapping[str, ActiveSession], from_ms: float) -> float | None:
+        """Return the earliest due time, not before `from_ms`, of the sessions that it decodes in runs."""
+        due = [
+            session.due_ms
+            for session_id in self.runs
+            if (session := sessions.get(session_id)) is not None
+            and session.due_ms is not None
+            and session.due_ms >= from_ms
         ]
         return min(due, default=None)

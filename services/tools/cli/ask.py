@@ -216,15 +216,26 @@ def tokens_per_second(summary: dict[str, float]) -> float:
     return (summary["tokens"] - 1) / seconds if seconds > 0 else 0.0
 
 
+def tokens_per_round(summary: dict[str, float]) -> float:
+    """Return the mean tokens of a round; 0 without rounds."""
+    return (summary["tokens"] - summary.get("run_tokens", 0)) / max(1, summary["rounds"])
+
+
+def made_in(summary: dict[str, float]) -> str:
+    """Return how the tokens of an answer were made: in rounds, or by the verifier alone."""
+    runs = summary.get("run_tokens", 0)
+    alone = f" and {runs:.0f} by the verifier alone" if runs else ""
+    return f"{summary['tokens'] - runs:.0f} tokens in {summary['rounds']:.0f} rounds{alone}"
+
+
 def summary_lines(summary: dict[str, float]) -> list[str]:
     """Format the summary of an answer for people."""
-    rounds, verified = summary["rounds"], summary["verified"]
+    verified = summary["verified"]
     drafts = (
         f"{summary['accepted'] / verified:.0%} of {verified:,.0f} draft tokens accepted" if verified else "no drafts"
     )
     return [
-        f"{summary['tokens']:.0f} tokens in {rounds:.0f} rounds, "
-        f"{summary['tokens'] / max(1, rounds):.2f} tokens per round, {drafts}",
+        f"{made_in(summary)}, {tokens_per_round(summary):.2f} tokens per round, {drafts}",
         f"first token after {summary['ttft_ms']:,.0f} ms, then {tokens_per_second(summary):.1f} tokens per second",
         f"milliseconds: {summary['draft_ms']:,.0f} drafting, {summary['queue_ms']:,.0f} queueing, "
         f"{summary['verify_ms']:,.0f} verifying, {summary['messaging_ms']:,.0f} messaging",

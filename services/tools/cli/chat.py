@@ -14,6 +14,7 @@ from services.tools.cli.ask import (
     ask,
     client_at,
     first_model,
+    made_in,
     reason_of,
     tokens_per_second,
     unreachable,
@@ -116,7 +117,4 @@ def _brief(answer: ClientAnswer) -> str:
         return ""
     accepted = f", {summary['accepted'] / summary['verified']:.0%} of drafts accepted" if summary["verified"] else ""
     cut = ", cut at the limit" if answer.finish == "length" else ""
-    return (
-        f"{summary['tokens']:.0f} tokens in {summary['rounds']:.0f} rounds{accepted}, "
-        f"{tokens_per_second(summary):.1f} tokens per second{cut}"
-    )
+    return f"{made_in(summary)}{accepted}, {tokens_per_second(summary):.1f} tokens per second{cut}"

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.verifier.core.runs import RunReport, RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared.errors import TooLong
 from shared.messages import Failure, HiddenStates, Job, Result, Status
@@ -17,6 +18,8 @@ GONE = Failure(
 )
 FORBIDDEN = Failure(code="forbidden", message="the job's session key is wrong or missing")
 CANCELLED = Failure(code="cancelled", message="the session was cancelled")
+RUN_BATCH = "run"
+"""`Result.batch` of tokens that were decoded in a run: each in a step of its own."""
 
 
 @dataclass(frozen=True)
@@ -55,11 +58,13 @@ class OpenCommit:
 class BatchReplies:
     """Collects the replies to one batch."""
 
-    def __init__(self, verifier_id: str, batch_id: str, verify_ms: float, arithmetic: str) -> None:
+    def __init__(self, verifier_id: str, batch_id: str, verify_ms: float, arithmetic: str, runs: RunTable) -> None:
+        """runs: of the verifier; a result says how far its session's run may go."""
         self._verifier_id = verifier_id
         self._batch_id = batch_id
         self._verify_ms = verify_ms
         self._arithmetic = arithmetic
+        self._runs = runs
         self._replies: list[JobReply] = []
         self.open: list[OpenCommit] = []
         """Commits without an answer so far."""
@@ -100,6 +105,32 @@ class BatchReplies:
             self._replies.append(JobReply(one.job, result, hidden_states(one.job, one.outcome, answer)))
         return sorted(self._replies, key=lambda reply: reply.hidden_rows)
 
+    def reported(self, report: RunReport, answer: Committed) -> JobReply:
+        """Return the reply that reports tokens of a run, given the answer to their commit."""
+        job, commit = report.run.job, report.commit
+        if answer.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
+            return JobReply(job, self._failed(job, GONE if answer.outcome is CommitOutcome.GONE else CANCELLED))
+        committed = answer.outcome is CommitOutcome.COMMITTED
+        result = Result(
+            session=commit.session,
+            round=commit.round,
+            base_len=answer.base_len,
+            status=Status.COMMITTED if committed else Status.CONFLICT,
+            verifier=self._verifier_id,
+            batch=RUN_BATCH,
+            tokens=answer.tokens,
+            run=True,
+            run_left=report.left if committed else 0,
+            finish=answer.finish,
+            cached=commit.cached,
+            new_tokens=len(commit.tokens),
+            verify_ms=report.verify_ms,
+            logits_digest=report.logits_digest,
+            arithmetic=self._arithmetic,
+            committed_in=answer.committed_in,
+        )
+        return JobReply(job, result)
+
     def _prefilled(self, job: Job, outcome: VerifyOutcome) -> Result:
         return self._result(
             job,
@@ -125,6 +156,7 @@ class BatchReplies:
             verify_ms=self._verify_ms,
             logits_digest=outcome.logits_digest if outcome else None,
             committed_in=answer.committed_in,
+            run_left=0 if (run := self._runs.get(job.session)) is None else max(1, run.left),
         )
 
     def _failed(self, job: Job, failure: Failure) -> Result:

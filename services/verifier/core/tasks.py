@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from services.verifier.core.acceptance import Verdict
 from shared.messages import HiddenFormat, Sampling
@@ -27,6 +28,8 @@ class VerifyTask:
     hidden_from: int | None = None
     """Return the hidden states of committed tokens from this position on."""
     hidden_format: HiddenFormat = HiddenFormat.BFLOAT16
+    digest: Any = None
+    """A hash object that gets the bits of the logits, for a digest over several tasks; None for one of its own."""
 
 
 @dataclass(frozen=True)

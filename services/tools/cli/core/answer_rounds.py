@@ -39,6 +39,8 @@ class AnswerRound:
     verified: int
     accepted: int
     tokens: tuple[TextPart, ...]
+    run: bool = False
+    """True for tokens that the verifier decoded by itself."""
 
     @property
     def outside_ms(self) -> float:
@@ -69,6 +71,7 @@ def rounds_of(arrivals: Sequence[Arrival]) -> list[AnswerRound]:
                     verified=one["verified"],
                     accepted=one["accepted"],
                     tokens=tuple(TextPart(str(token["text"]), bool(token["draft"])) for token in own),
+                    run=bool(one.get("run")),
                 )
             )
         if reported:
@@ -77,7 +80,9 @@ def rounds_of(arrivals: Sequence[Arrival]) -> list[AnswerRound]:
 
 
 def picture(rounds: Sequence[AnswerRound], style: DraftStyle) -> list[Text]:
-    """Draw a legend and one line per round: number, milliseconds, a bar to scale, tokens, rejected drafts.
+    """Draw a legend and one line per round or report of a run.
+
+    A line has the round's number or `run`, milliseconds, a bar to scale, the tokens, and the rejected drafts.
 
     The scale fits the longest round except the first, which includes the prefill of the prompt. A longer bar is cut.
     """
@@ -87,9 +92,11 @@ def picture(rounds: Sequence[AnswerRound], style: DraftStyle) -> list[Text]:
     legend = Text("  rounds: ")
     for i, (name, glyph, colour) in enumerate(PHASES):
         legend.append(", " if i else "").append(glyph, _style(style, colour)).append(f" {name}")
-    lines = [legend.append(f"; one column is {column_ms:g} ms")]
+    alone = "; run: the verifier alone" if any(one.run for one in rounds) else ""
+    lines = [legend.append(f"{alone}; one column is {column_ms:g} ms")]
     for one in rounds:
-        line = Text.assemble(f"  {one.number:>3} {one.total_ms:>6,.0f} ms ", _bar(one, column_ms, style), " ")
+        label = "run" if one.run else str(one.number)
+        line = Text.assemble(f"  {label:>3} {one.total_ms:>6,.0f} ms ", _bar(one, column_ms, style), " ")
         line.append_text(style.text([TextPart(part.text.replace("\n", "⏎"), part.draft) for part in one.tokens]))
         if one.verified > one.accepted:
             line.append(f"  {one.verified - one.accepted} rejected", "dim")

@@ -14,7 +14,7 @@ from rich.text import Text
 from services.tools.cli.core.answer_rounds import AnswerRound, picture
 from services.tools.cli.core.suite_view import short
 from services.tools.cli.core.text_parts import DraftStyle, TextPart, printable
-from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, Timeline
+from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, RunTime, Timeline
 from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
 
@@ -69,10 +69,13 @@ def timeline_view(one: Timeline, words: Words, style: DraftStyle) -> RenderableT
     lines = picture([_drawn(round_, words) for round_ in one.rounds], style)
     if lines:
         parts.append(lines[0])
+    runs = {run.after: run for run in one.runs}
     for line, round_ in zip(lines[1:], one.rounds, strict=True):
         parts.append(line)
         details = [Text(printable(text), "dim") for text in _details(round_, words)]
         parts += [Padding(detail, (0, 0, 0, 8), expand=False) for detail in details]
+        if (run := runs.get(round_.round)) is not None:
+            parts.append(Text(printable(_run(run, words))))
     return Group(*parts)
 
 
@@ -92,6 +95,8 @@ def timeline_fields(one: Timeline, words: Words) -> dict[str, Any]:
         shown["tokens"] = [
             {"id": token, "text": words(token), "draft": i < round_.accepted} for i, token in enumerate(round_.tokens)
         ]
+    for run, shown in zip(one.runs, fields["runs"], strict=True):
+        shown["tokens"] = [{"id": token, "text": words(token)} for token in run.tokens]
     return fields
 
 
@@ -106,9 +111,7 @@ def _head(one: Timeline) -> list[Text]:
     limit = "" if one.max_tokens is None else f" of at most {one.max_tokens}"
     speed = "" if one.ttft_ms is None else f"; first token after {one.ttft_ms:.0f} ms"
     speed += "" if one.tpot_ms is None else f", then {one.tpot_ms:.1f} ms a token"
-    lines.append(
-        Text(printable(f"  {prompt}, {one.tokens} tokens{limit} in {len(one.rounds)} rounds; {one.ending}{speed}"))
-    )
+    lines.append(Text(printable(f"  {prompt}, {one.tokens} tokens{limit} in {_rounds(one)}; {one.ending}{speed}")))
     when = "" if one.started_ms is None else f", from {format_time(one.started_ms)}"
     pool = f"pool {one.pool}" if one.pool not in ("", DEFAULT_POOL) else ""
     way = " → ".join(name for name in (one.gateway, pool, *one.drafters) if name)
@@ -120,6 +123,10 @@ def _head(one: Timeline) -> list[Text]:
     ]
     lines += [Text(printable(f"  {note}"), "yellow") for note in (*notes, *one.notes)]
     return lines
+
+
+def _rounds(one: Timeline) -> str:
+    return counted(len(one.rounds), "round") + (f" and {counted(len(one.runs), 'run')}" if one.runs else "")
 
 
 def _spent(one: Timeline) -> list[Text]:
@@ -164,6 +171,15 @@ def _details(round_: RoundTime, words: Words) -> Iterable[str]:
         yield f"left out of batch {batch}: {reason}"
     for one in round_.batches:
         yield _batch(one)
+
+
+def _run(run: RunTime, words: Words) -> str:
+    """One line for a run."""
+    took = "" if run.total_ms is None else f" in {run.total_ms:,.0f} ms"
+    steps = f"{counted(len(run.tokens), 'step')} of {run.verify_ms / max(1, len(run.tokens)):.1f} ms"
+    end = f", {run.finish}" if run.finish else ""
+    text = repr("".join(map(words, run.tokens)))
+    return f"   run  on {run.verifier}{took}: {steps}, {counted(len(run.reports), 'report')}{end}: {text}"
 
 
 def _draft(round_: RoundTime, words: Words) -> list[str]:

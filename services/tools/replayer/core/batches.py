@@ -1,4 +1,7 @@
-"""Recorded batches with what a verifier needs to compute them again: each job's text, and its recorded result."""
+"""Recorded batches with what a verifier needs to compute them again: each job's text, and its recorded result.
+
+A report of a run counts as a batch of its own.
+"""
 
 from __future__ import annotations
 
@@ -163,6 +166,13 @@ def recorded_batches(recording: Recording) -> RecordedBatches:
                 texts[generate.session] = RecordedText(generate, list(generate.prompt))
             case Batch() as batch:
                 batches.append(batch)
+            case Result() as result if result.run and result.session in texts:
+                if result.status is Status.COMMITTED and result.tokens:
+                    report = _as_batch(texts[result.session].generate, result, len(batches))
+                    batches.append(report)
+                    accepted = len(result.tokens) - 1
+                    results[report.batch, result.session] = result.model_copy(update={"accepted": accepted})
+                with_tokens.setdefault(result.session, []).append(result)
             case Result() as result:
                 results.setdefault((result.batch, result.session), result)
                 if result.tokens:
@@ -181,6 +191,24 @@ def recorded_batches(recording: Recording) -> RecordedBatches:
     return RecordedBatches(
         texts, fingerprints, cache_tokens, contradiction, _batches=batches, _results=results, _sources=sources
     )
+
+
+def _as_batch(generate: Generate, report: Result, number: int) -> Batch:
+    """Return a batch that computes what a report of a run brought: its tokens but the last, as a draft.
+
+    A position's logits have the same bits whether its token was decoded in a step of its own or verified.
+    """
+    job = Job(
+        session=report.session,
+        round=report.round,
+        base_len=report.base_len,
+        draft=report.tokens[:-1],
+        drafted=len(report.tokens) - 1,
+        drafter=report.verifier,
+        gateway=generate.gateway,
+        fingerprint=generate.fingerprint,
+    )
+    return Batch(batch=f"run-{number}", scheduler=report.verifier, jobs=[job], predicted_ms=0.0, policy="run")
 
 
 def _append_results(tokens: list[int], results: Sequence[Result]) -> Difference | None:

@@ -163,5 +163,10 @@ def recorded_performance(sessions: Iterable[RecordedSession]) -> Performance:
                 last = round_.jobs[-1].job
                 request.add_round(last.queue_ms, last.drafted, result.trimmed_to, result.accepted)
             request.add_tokens(len(result.tokens), round_.result_ms)
+        for run in session.runs:
+            for report, at_ms in zip(run.reports, run.sent_ms, strict=True):
+                if at_ms is not None and report.status is Status.COMMITTED:
+                    request.add_tokens(len(report.tokens), at_ms)
+        request.arrivals.sort()
         served.append(request)
     return performance(served, list(batch_sizes.values()))

@@ -70,6 +70,20 @@ class RecordedRound:
 
 
 @dataclass
+class RecordedRun:
+    """A run: tokens that a verifier decoded by itself after a round."""
+
+    after: int
+    """Number of that round."""
+    begun_ms: float | None
+    """Send time of that round's result."""
+    reports: list[Result] = field(default_factory=list)
+    """Its results, in the order in which they were sent."""
+    sent_ms: list[float | None] = field(default_factory=list)
+    """Send time of each."""
+
+
+@dataclass
 class RecordedSession:
     """A session as far as it was recorded."""
 
@@ -78,6 +92,7 @@ class RecordedSession:
     generate_ms: float | None = None
     pool: str = ""
     rounds: dict[int, RecordedRound] = field(default_factory=dict)
+    runs: list[RecordedRun] = field(default_factory=list)
     ended: Ended | None = None
     ended_ms: float | None = None
     cancelled: Cancel | None = None
@@ -98,6 +113,8 @@ class RecordedSession:
         times = [self.ended_ms, self.cancelled_ms, self.generate_ms]
         for round_ in self.rounds.values():
             times += [*round_.sent_ms, round_.result_ms]
+        for run in self.runs:
+            times += run.sent_ms
         return max((at for at in times if at is not None), default=None)
 
     @property
@@ -107,9 +124,16 @@ class RecordedSession:
         return [round_ for round_ in rounds if round_.result is not None and round_.result.tokens]
 
     @property
+    def results(self) -> list[Result]:
+        """The results of rounds and runs that have tokens, in order of their tokens."""
+        found = [round_.result for round_ in self.settled if round_.result is not None]
+        found += [report for run in self.runs for report in run.reports if report.tokens]
+        return sorted(found, key=lambda result: result.base_len)
+
+    @property
     def finish(self) -> Finish | None:
         """Reason for the end of the text; None if it did not end."""
-        return next((r.result.finish for r in self.settled if r.result is not None and r.result.finish), None)
+        return next((result.finish for result in self.results if result.finish), None)
 
     @property
     def complete(self) -> bool:
@@ -133,9 +157,8 @@ class RecordedSession:
     def output(self) -> dict[int, int]:
         """Return the committed tokens by position, without the prompt."""
         tokens: dict[int, int] = {}
-        for round_ in self.settled:
-            assert round_.result is not None
-            tokens.update(enumerate(round_.result.tokens, round_.result.base_len))
+        for result in self.results:
+            tokens.update(enumerate(result.tokens, result.base_len))
         return tokens
 
 
@@ -220,6 +243,9 @@ class SessionReader:
                 pending.left_out.append((batch.batch, left.reason))
 
     def _result(self, result: Result, at_ms: float | None) -> None:
+        if result.run:
+            self._report(result, at_ms)
+            return
         round_ = self._session(result.session).rounds.get(result.round)
         if at_ms is not None:
             self._done_ms[result.batch] = max(at_ms, self._done_ms.get(result.batch, 0.0))
@@ -233,8 +259,18 @@ class SessionReader:
             self._pending[result.session] = round_
         elif round_.result is None:
             round_.result, round_.result_ms = result, at_ms
+            if result.run_left and result.status is Status.COMMITTED:
+                self._session(result.session).runs.append(RecordedRun(result.round, at_ms))
         else:
             round_.repeated += 1
+
+    def _report(self, result: Result, at_ms: float | None) -> None:
+        """Add a report to the session's last run."""
+        runs = self._session(result.session).runs
+        if not runs:
+            runs.append(RecordedRun(result.round - 1, None))  # its beginning is not in the recording
+        runs[-1].reports.append(result)
+        runs[-1].sent_ms.append(at_ms)
 
 
 def read_sessions(entries: Iterable[JournalEntry]) -> dict[str, RecordedSession]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from services.tools.replayer.core.sessions import RecordedJob, RecordedRound, RecordedSession
+from services.tools.replayer.core.sessions import RecordedJob, RecordedRound, RecordedRun, RecordedSession
 from shared.messages import Slo, Status
 
 CLOCK_TOLERANCE_MS = 0.05
@@ -27,6 +27,7 @@ class Phase(StrEnum):
     POOL = "waiting for a batch"
     BEHIND = "waiting behind the verifier's previous batch"
     MODEL = "in the model"
+    RUN = "decoding in runs"
     VERIFIER = "to the verifier, and the commit"
     CLIENT = "from the last result to the end at the gateway"
 
@@ -103,6 +104,25 @@ class RoundTime:
 
 
 @dataclass
+class RunTime:
+    """A run: tokens that the verifier decoded by itself. Times in milliseconds since the request."""
+
+    after: int
+    """Number of the round that it followed."""
+    base_len: int
+    start_ms: float | None
+    total_ms: float | None
+    """From the result of that round to the last report; None where times are missing."""
+    verifier: str
+    tokens: list[int]
+    verify_ms: float
+    """Time of its steps in the model."""
+    reports: list[int]
+    """Tokens of each report."""
+    finish: str | None
+
+
+@dataclass
 class Timeline:
     """A session's rounds and times. The fields are the keys of `wisp replay --json`."""
 
@@ -123,6 +143,7 @@ class Timeline:
     ttft_ms: float | None
     tpot_ms: float | None
     rounds: list[RoundTime]
+    runs: list[RunTime]
     parts: dict[str, float]
     """Time by phase."""
     inversions: list[ClockInversion]
@@ -174,6 +195,7 @@ def timeline(session: RecordedSession) -> Timeline:
         ttft_ms=ended.ttft_ms if ended else None,
         tpot_ms=ended.tpot_ms if ended else None,
         rounds=rounds,
+        runs=[_run(run, start_ms) for run in session.runs if run.reports],
         parts=parts,
         inversions=clocks.inversions(),
         notes=_notes(session),
@@ -189,6 +211,7 @@ def _rounds(
         totals[Phase.GATEWAY] = session.generate.elapsed_ms
     since_ms, sender = session.generate_ms, session.generate.gateway if session.generate else ""
     rounds = []
+    runs = {run.after: run for run in session.runs if run.reports}
     for number in sorted(session.rounds):
         recorded = session.rounds[number]
         round_ = _round(recorded, since_ms, sender, start_ms, clocks)
@@ -198,10 +221,30 @@ def _rounds(
         if recorded.result_ms is not None:
             since_ms = recorded.result_ms
             sender = recorded.result.verifier if recorded.result else ""
+        run = runs.get(number)
+        if run is not None and since_ms is not None and run.sent_ms[-1] is not None:
+            totals[Phase.RUN] += max(0.0, run.sent_ms[-1] - since_ms)
+            since_ms = run.sent_ms[-1]
     if session.ended_ms is not None and rounds:
         gateway = session.generate.gateway if session.generate else "the gateway"
         totals[Phase.CLIENT] = clocks.between(sender, since_ms, gateway, session.ended_ms)
     return rounds, {phase: ms for phase, ms in totals.items() if ms > 0}
+
+
+def _run(recorded: RecordedRun, start_ms: float | None) -> RunTime:
+    first, last, last_ms = recorded.reports[0], recorded.reports[-1], recorded.sent_ms[-1]
+    begun_ms = recorded.begun_ms
+    return RunTime(
+        after=recorded.after,
+        base_len=first.base_len,
+        start_ms=_since(begun_ms, start_ms),
+        total_ms=None if begun_ms is None or last_ms is None else max(0.0, last_ms - begun_ms),
+        verifier=first.verifier,
+        tokens=[token for report in recorded.reports for token in report.tokens],
+        verify_ms=sum(report.verify_ms for report in recorded.reports),
+        reports=[len(report.tokens) for report in recorded.reports],
+        finish=None if last.finish is None else str(last.finish),
+    )
 
 
 def _notes(session: RecordedSession) -> list[str]:

@@ -75,6 +75,16 @@ class _TraceBuilder:
         )
         for number in sorted(session.rounds):
             self._add_round(session.session_id, session.rounds[number])
+        for run in session.runs:
+            if run.reports and run.begun_ms is not None and (end_ms := run.sent_ms[-1]) is not None:
+                self._slice(
+                    f"run, {sum(len(report.tokens) for report in run.reports)} tokens",
+                    self._rows.of(run.reports[0].verifier, session.session_id),
+                    run.begun_ms,
+                    end_ms,
+                    reports=len(run.reports),
+                    verify_ms=sum(report.verify_ms for report in run.reports),
+                )
 
     def finish(self) -> list[Event]:
         """Add the batches of all sessions and return the events."""

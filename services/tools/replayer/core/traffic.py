@@ -33,6 +33,8 @@ class RecordedDraft:
     away_ms: float
     """Time from the previous result (in the first round: the request) to the scheduler, drafting included."""
     drafter_id: str
+    run_tokens: int = 0
+    """Tokens that its drafter left to the verifier after it."""
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,7 @@ def _request(session: RecordedSession, redacted: bool) -> RecordedRequest | str:
 def _drafts(session: RecordedSession, start_ms: float, text: list[int], redacted: bool) -> list[RecordedDraft]:
     drafts = []
     since_ms: float | None = start_ms
+    runs = {run.after: run for run in session.runs if run.reports}
     for number in sorted(session.rounds):
         round_ = session.rounds[number]
         arrived_ms = _arrived_ms(round_)
@@ -152,9 +155,11 @@ def _drafts(session: RecordedSession, start_ms: float, text: list[int], redacted
                     min(verify.draft_ms, away_ms),
                     away_ms,
                     verify.drafter,
+                    verify.run_tokens,
                 )
             )
-        since_ms = round_.result_ms
+        run = runs.get(number)
+        since_ms = round_.result_ms if run is None else run.sent_ms[-1]
     return sorted(drafts, key=lambda draft: draft.base_len)
 
 

@@ -63,6 +63,8 @@ class _VirtualVerifier:
         """The last recorded heartbeat, after which the verifier is gone; infinite if it stayed."""
         self.free_ms = 0.0
         self.cached: OrderedDict[str, int] = OrderedDict()
+        self.runs: dict[str, int] = {}
+        """Tokens that sessions in runs may still get."""
         self._model = model
         self._slowness = slowness
 
@@ -84,9 +86,12 @@ class _VirtualVerifier:
             self.cached.popitem(last=False)
 
     def compute(self, jobs: Sequence[Job]) -> tuple[list[int], float]:
-        """Take a batch into the cache; return the number of new tokens of each job, and the batch's time in ms."""
+        """Take a batch and a token of each run into the cache; return each job's new tokens, and the time in ms."""
         shape = cost.EMPTY
         new_tokens = []
+        for session_id in self.runs:
+            shape = cost.grow(shape, 1, self.holds(session_id) + 1, 1)
+            self.keep(session_id, self.holds(session_id) + 1)
         for job in jobs:
             held = min(self.holds(job.session), job.base_len - 1)
             chunk = job.prefill_to is not None
@@ -209,7 +214,9 @@ class _VirtualRun:
         def arrive(at_ms: float) -> None:
             elapsed_ms = at_ms - session.served.start_ms
             acceptance = draft.acceptance[:length]
-            session.sent = session.state.verify(tokens, acceptance, draft.drafter_id, elapsed_ms, draft_ms)
+            session.sent = session.state.verify(
+                tokens, acceptance, draft.drafter_id, elapsed_ms, draft_ms, run_tokens=0 if tokens else draft.run_tokens
+            )
             self._dispatcher.on_verify(session.sent, at_ms)
 
         self._at(now_ms + draft.away_ms - draft.draft_ms + draft_ms, arrive)
@@ -241,15 +248,20 @@ class _VirtualRun:
         for name, session_ids in self._dispatcher.releases().items():
             for session_id in session_ids:
                 self._verifiers[name].cached.pop(session_id, None)
+        for name, session_ids in self._dispatcher.halts().items():
+            runs = self._verifiers[name].runs
+            runs.update({session_id: 1 for session_id in session_ids if session_id in runs})
         if later_ms is not None:
             self._at(max(later_ms, self._now_ms), lambda _: None)
 
     def _verify(self, verifier: _VirtualVerifier, batch: Batch) -> None:
-        """Run a batch on its verifier; its results arrive when it is done."""
+        """Run a batch on its verifier, with a token of each run; its results arrive when it is done."""
         self._batch_sizes.append(len(batch.jobs))
+        in_runs = list(verifier.runs)
         new_tokens, took_ms = verifier.compute(batch.jobs)
         begun_ms = max(self._now_ms + self._traffic.hop_ms / 2, verifier.free_ms)
         verifier.free_ms = begun_ms + took_ms
+        self._at(verifier.free_ms, partial(self._decode, verifier, in_runs, took_ms))
 
         def done(now_ms: float) -> None:
             if now_ms <= verifier.until_ms:
@@ -257,6 +269,59 @@ class _VirtualRun:
                     self._finish(verifier, batch, job, new, took_ms, now_ms)
 
         self._at(verifier.free_ms + self._traffic.hop_ms / 2, done)
+
+    def _step(self, verifier: _VirtualVerifier, now_ms: float) -> None:
+        """Run a step of the runs alone, unless the verifier is busy; the end of what it does comes back here."""
+        if verifier.runs and now_ms >= verifier.free_ms and now_ms <= verifier.until_ms:
+            in_runs = list(verifier.runs)
+            _, took_ms = verifier.compute([])
+            verifier.free_ms = now_ms + took_ms
+            self._at(verifier.free_ms, partial(self._decode, verifier, in_runs, took_ms))
+
+    def _decode(self, verifier: _VirtualVerifier, in_runs: Sequence[str], took_ms: float, now_ms: float) -> None:
+        """Give each of these runs the token of the step that ends now, and begin the next step."""
+        for session_id in in_runs:
+            if now_ms > verifier.until_ms or session_id not in verifier.runs:
+                continue
+            session = self._sessions[session_id]
+            base_len, text = len(session.state.tokens), session.request.text
+            ended = base_len + 1 == len(text)
+            left = verifier.runs[session_id] = 0 if ended else verifier.runs[session_id] - 1
+            result = Result(
+                session=session_id,
+                round=session.state.round,
+                base_len=base_len,
+                status=Status.COMMITTED,
+                verifier=verifier.heartbeat.verifier,
+                batch="run",
+                tokens=[text[base_len]],
+                run=True,
+                run_left=left,
+                finish=Finish.STOP if ended else None,
+                cached=verifier.holds(session_id),
+                new_tokens=1,
+                verify_ms=took_ms,
+                committed_in=distinct([*session.state.committed_in, verifier.heartbeat.arithmetic]),
+            )
+            if not left:
+                del verifier.runs[session_id]
+            if ended:
+                verifier.cached.pop(session_id, None)
+            self._dispatcher.on_result(result, now_ms + self._traffic.hop_ms / 2)
+            session.state.apply(result)
+            self._arrived(session, result, now_ms + self._traffic.hop_ms / 2)
+        self._at(now_ms, partial(self._step, verifier))
+
+    def _arrived(self, session: _VirtualSession, result: Result, now_ms: float) -> None:
+        """Count a result's tokens; begin the session's next round unless its text has ended or a run goes on."""
+        session.served.add_tokens(len(result.tokens), now_ms)
+        if session.state.first_ms is None:
+            session.state.first_ms = now_ms - session.served.start_ms
+        if result.finish is not None:
+            session.served.complete = session.request.complete
+            self._open -= 1
+        elif not result.run_left:
+            self._draft(session, now_ms)
 
     def _finish(
         self, verifier: _VirtualVerifier, batch: Batch, job: Job, new: int, took_ms: float, now_ms: float
@@ -270,16 +335,12 @@ class _VirtualRun:
         self._dispatcher.on_result(result, now_ms)
         if not session.state.apply(result):
             return
-        session.served.add_tokens(len(result.tokens), now_ms)
-        if session.state.first_ms is None:
-            session.state.first_ms = now_ms - session.served.start_ms
         times = self._times.setdefault(sent.drafter, RoundTimes())
         times.learn_round(len(job.draft), job.queue_ms + took_ms + self._traffic.hop_ms, took_ms, job.queue_ms, new)
-        if result.finish is not None:
-            session.served.complete = session.request.complete
-            self._open -= 1
-        else:
-            self._draft(session, now_ms)
+        if result.run_left:
+            verifier.runs[job.session] = result.run_left
+            self._at(max(now_ms, verifier.free_ms), partial(self._step, verifier))
+        self._arrived(session, result, now_ms)
 
     def _judge(self, verifier: _VirtualVerifier, batch: Batch, job: Job, new: int, took_ms: float) -> Result:
         """Return a job's result: the accepted draft tokens and the text's next token, or a chunk of prefill."""
@@ -307,6 +368,7 @@ class _VirtualRun:
             drafted=job.drafted,
             trimmed_to=len(job.draft),
             finish=finish,
+            run_left=job.run.tokens if job.run is not None and finish is None else 0,
             cached=verifier.holds(job.session),
             new_tokens=new,
             queue_ms=job.queue_ms,

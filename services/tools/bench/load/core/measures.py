@@ -245,7 +245,7 @@ def _of_class(records: Sequence[RequestRecord]) -> ClassMeasures:
 
 
 def _drafting(records: Sequence[RequestRecord]) -> DraftMeasures | None:
-    rounds = [one for record in records for one in record.rounds]
+    rounds = [one for record in records for one in record.rounds if not one.get("run")]
     if not rounds:
         return None
     drafted, verified, accepted = (sum(one[name] for one in rounds) for name in ("drafted", "verified", "accepted"))
@@ -275,7 +275,7 @@ def _interference(records: Sequence[RequestRecord], costs: Sequence[CostModel]) 
         one["verify_ms"] - _alone_ms(costs, record.prompt_tokens + one["start"], one["verified"])
         for record in records
         for one in record.rounds
-        if one["start"] and one["verify_ms"]
+        if one["start"] and one["verify_ms"] and not one.get("run")
     ]
     if not found:
         return None

@@ -121,7 +121,8 @@ def by_kind(of_case: dict[Case, float]) -> dict[str, float]:
 def tokens_per_round(timed: Sequence[TimedRequest]) -> float | None:
     """Return the mean tokens of a round, over all requests with a summary."""
     rounds = sum(one.summary.get("rounds", 0) for one in timed)
-    return sum(one.made for one in timed if one.summary) / rounds if rounds else None
+    made = sum(one.made - one.summary.get("run_tokens", 0) for one in timed if one.summary)
+    return made / rounds if rounds else None
 
 
 def acceptance(timed: Sequence[TimedRequest]) -> float | None:

@@ -1,0 +1,58 @@
+"""Runs as the scheduler decides them: whether a verifier goes on with a session by itself after a round, and how far.
+
+A drafter leaves its session to the verifier for as many tokens as it expects drafts not to pay (`Verify.run_tokens`).
+The scheduler does the same unasked where a draft had no room in the batch, and where the session's rounds bring fewer
+tokens per time than a run would, because its device or its link is slow. The drafter gets its turn after each run; runs
+of this kind grow while it does not catch up.
+
+Sessions without an SLO are not decoded in runs, and their runs are halted, while these runs' steps take longer than a
+session of the verifier was promised for a token.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from services.scheduler.core.pool import ActiveSession, VerifierState
+from shared import cost
+
+MOST_TOKENS = 64
+LONGEST_MS = 2000.0
+"""Limits of a run, so that a session whose drafter or scheduler is gone is soon decided on anew."""
+FIRST_TOKENS = 4
+"""Tokens of a session's first run that its drafter has not asked for."""
+MEASURED_ROUNDS = 4
+"""Rounds of a session before its speed in rounds is judged."""
+GAIN = 1.15
+"""A run is forced only where it is faster than rounds by this factor."""
+LOST_MS = 5000.0
+"""A run without a report for this long is over, or its verifier stands still."""
+
+
+def step_ms(state: VerifierState, length: int) -> float:
+    """Return the predicted time of a step of the verifier's runs and one more session of this length."""
+    shape = state.runs.shape.copy()
+    shape.add(1, length + 1, 1)
+    return cost.predict_ms(state.model, shape)
+
+
+def tightest_ms(verifier_id: str, sessions: Iterable[ActiveSession]) -> float:
+    """Return the shortest time per token that a session of this verifier was promised; infinite without SLOs."""
+    promised = (s.tpot_ms for s in sessions if s.verifier_id == verifier_id and s.tpot_ms is not None)
+    return min(promised, default=math.inf)
+
+
+def forced_tokens(session: ActiveSession, *, trimmed: bool, step_ms: float) -> int:
+    """Return the length of the run that a session gets although its drafter drafts; 0 for none.
+
+    trimmed: True if none of its draft had room in the batch. step_ms: time per token of the run.
+    """
+    slow = (
+        session.rounds >= MEASURED_ROUNDS
+        and session.round_ms is not None
+        and session.round_tokens * step_ms * GAIN < session.round_ms
+    )
+    if not (trimmed or slow):
+        return 0
+    return min(MOST_TOKENS, max(FIRST_TOKENS, 2 * session.run_grant))

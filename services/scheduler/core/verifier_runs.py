@@ -1,0 +1,78 @@
+"""The sessions that one verifier decodes in runs, as their reports show them, and what they add to a step."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from services.scheduler.core.mutable_shape import MutableShape
+from shared.kernels.layout import BLOCK
+
+
+@dataclass(frozen=True)
+class RunningRun:
+    """A session in a run."""
+
+    length: int
+    """Committed length."""
+    drafter_id: str | None
+    """Drafter of the round that it began with; None if another scheduler had that round."""
+    reported_ms: float
+
+
+class VerifierRuns:
+    """The runs of one verifier. Their sums are kept, since every decision asks for them."""
+
+    def __init__(self) -> None:
+        self._runs: dict[str, RunningRun] = {}
+        self.shape = MutableShape()
+        """Shape of a step with these runs alone. Do not change it."""
+        self.cache_tokens = 0
+        """Tokens of the cache, in whole blocks, that their next step needs."""
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._runs)
+
+    def __contains__(self, session_id: str) -> bool:
+        return session_id in self._runs
+
+    def get(self, session_id: str) -> RunningRun | None:
+        """Return a session's run; None if it has none."""
+        return self._runs.get(session_id)
+
+    def set(self, session_id: str, run: RunningRun) -> None:
+        """Add a session's run, or replace what was known of it."""
+        self.pop(session_id)
+        self._runs[session_id] = run
+        self.shape.add(*_job(run))
+        self.cache_tokens += whole_blocks(run.length + 1)
+
+    def pop(self, session_id: str) -> RunningRun | None:
+        """Remove and return a session's run; None if it has none."""
+        run = self._runs.pop(session_id, None)
+        if run is not None:
+            self.shape.remove(*_job(run))
+            self.cache_tokens -= whole_blocks(run.length + 1)
+        return run
+
+    def drop_silent(self, before_ms: float) -> None:
+        """Remove the runs whose last report came before this time."""
+        # In order of their reports, because `set` moves a run to the end.
+        while self._runs:
+            session_id, run = next(iter(self._runs.items()))
+            if run.reported_ms >= before_ms:
+                return
+            self.pop(session_id)
+
+
+def _job(run: RunningRun) -> tuple[int, int, int]:
+    """Return what a run adds to a step: new tokens, the session's length after them, rows of logits."""
+    return 1, run.length + 1, 1
+
+
+def whole_blocks(length: int) -> int:
+    """Return the tokens of the cache that a session of this length takes."""
+    return -(-length // BLOCK) * BLOCK

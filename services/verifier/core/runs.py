@@ -1,0 +1,209 @@
+"""Runs: sessions that the verifier decodes by itself, one token in each step, under a grant of the scheduler.
+
+A run begins with a round's verdict and goes on while the round is still being committed. Its tokens are committed and
+reported several steps at a time. A report is committed like a round whose draft was all of its tokens but the last.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from shared.messages import Finish, Job
+from shared.state.commits import Commit
+
+REPORT_MS = 50.0
+"""Longest time for which a decoded token waits for others to be reported with: well under usual promises per token."""
+
+
+@dataclass
+class Run:
+    """One session in a run. Times are on the verifier's monotonic clock."""
+
+    job: Job
+    """The session's latest job: its results go to this job's drafter and gateway."""
+    lease: int
+    """The lease under which it was granted."""
+    task: VerifyTask
+    """Input of its next step. `tokens` grows with each step."""
+    left: int
+    """Tokens that it may still decode."""
+    until_ms: float
+    round: int
+    """Round number of its next report."""
+    reported: int
+    """Length of the session with the last report, or with the round before the first one."""
+    reported_ms: float
+    confirmed: bool = False
+    """True once the round that it began with is committed. Nothing is reported before."""
+    reporting: bool = False
+    """True while a report is being committed."""
+    over: bool = False
+    """True if it decodes no further token."""
+    finish: Finish | None = None
+    cached: int = 0
+    verify_ms: float = 0.0
+    """Time of the steps since the last report."""
+
+    @property
+    def length(self) -> int:
+        """Length of the session, unreported tokens included."""
+        return len(self.task.tokens)
+
+    @property
+    def unreported(self) -> list[int]:
+        """Tokens decoded since the last report."""
+        return self.task.tokens[self.reported :]
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """Tokens of a run on their way to the store and to the session's drafter and gateway."""
+
+    run: Run
+    commit: Commit
+    left: int
+    """Tokens that the run may still decode after these; 0 for the last report."""
+    verify_ms: float
+    logits_digest: str | None
+
+
+class RunTable:
+    """The runs of one verifier, by session."""
+
+    def __init__(self, *, digests: bool) -> None:
+        """digests: reports carry digests of the logits."""
+        self._runs: dict[str, Run] = {}
+        self._digests = digests
+        self._closed = False
+
+    def __len__(self) -> int:
+        return len(self._runs)
+
+    def __iter__(self) -> Iterator[Run]:
+        return iter(self._runs.values())
+
+    def get(self, session_id: str) -> Run | None:
+        """Return the session's run; None if it has none."""
+        return self._runs.get(session_id)
+
+    @property
+    def decoding(self) -> bool:
+        """True if a run wants another step."""
+        return any(not run.over for run in self._runs.values())
+
+    def start(self, job: Job, task: VerifyTask, outcome: VerifyOutcome, lease: int, now_ms: float) -> Run | None:
+        """Start the run that a job grants after its verdict; None if it grants none or the session has ended.
+
+        There are no runs without a lease: a verifier that was given up could commit their tokens at any time.
+        """
+        verdict = outcome.verdict
+        if job.run is None or verdict is None or verdict.finish is not None or self._closed or not lease:
+            return None
+        tokens = [*task.tokens, *verdict.tokens]
+        step = VerifyTask(
+            session_id=task.session_id,
+            tokens=tokens,
+            draft=[],
+            sampling=task.sampling,
+            stop_ids=task.stop_ids,
+            room=task.room - len(verdict.tokens),
+            digest=hashlib.sha256() if self._digests else None,
+        )
+        run = Run(
+            job=job,
+            lease=lease,
+            task=step,
+            left=job.run.tokens,
+            until_ms=now_ms + job.run.ms,
+            round=job.round + 1,
+            reported=len(tokens),
+            reported_ms=now_ms,
+        )
+        self._runs[task.session_id] = run
+        return run
+
+    def join(self, job: Job) -> Run | None:
+        """Return the live run of a job's session, whose results go to this job's drafter and gateway from now on.
+
+        A job that grants no run halts it.
+        """
+        run = self._runs.get(job.session)
+        if run is not None:
+            run.job = job
+            if job.run is None:
+                self.halt([job.session])
+        return run
+
+    def step(self, lease: int, now_ms: float) -> list[Run]:
+        """Return the runs that take part in the step that starts now. Runs of another lease are dropped."""
+        for run in [run for run in self._runs.values() if run.lease != lease]:
+            self.drop(run)
+        return [run for run in self._runs.values() if not run.over]
+
+    def record(self, run: Run, outcome: VerifyOutcome, step_ms: float, now_ms: float) -> None:
+        """Add the outcome of a run's step. A refused step drops the run: the session's next round gets the reason."""
+        verdict, task = outcome.verdict, run.task
+        if verdict is None:
+            self.drop(run)
+            return
+        task.tokens.extend(verdict.tokens)
+        run.task = replace(task, room=task.room - len(verdict.tokens))
+        run.left -= len(verdict.tokens)
+        run.finish, run.cached = verdict.finish, outcome.cached
+        run.verify_ms += step_ms
+        run.over = run.finish is not None or run.left <= 0 or now_ms >= run.until_ms
+
+    def due(self, now_ms: float, *, between_steps: bool) -> list[RunReport]:
+        """Return the reports that are due: of runs that are over, and of those whose last report is long ago.
+
+        between_steps: False while a step may be running, when only runs that are over can be reported.
+        """
+        reports = []
+        for run in self._runs.values():
+            if not run.confirmed or run.reporting or run.length == run.reported:
+                continue
+            if run.over or (between_steps and now_ms - run.reported_ms >= REPORT_MS):
+                reports.append(self._report(run, now_ms))
+        return reports
+
+    def _report(self, run: Run, now_ms: float) -> RunReport:
+        commit = Commit(run.job.session, run.round, run.reported, 0, tuple(run.unreported), run.finish, run.cached)
+        digest = None
+        if run.task.digest is not None:
+            digest = run.task.digest.hexdigest()[:16]
+            run.task = replace(run.task, digest=hashlib.sha256())
+        report = RunReport(run, commit, 0 if run.over else max(1, run.left), run.verify_ms, digest)
+        run.round += 1
+        run.reported, run.reported_ms, run.reporting = run.length, now_ms, True
+        run.verify_ms = 0.0
+        return report
+
+    def reported(self, report: RunReport) -> None:
+        """Note that a report is committed. After the last one the run is gone."""
+        report.run.reporting = False
+        if report.left == 0:
+            self.drop(report.run)
+
+    def drop(self, run: Run) -> None:
+        """Forget a run; what it has not reported is decoded again by whoever gets the session."""
+        if self._runs.get(run.job.session) is run:
+            del self._runs[run.job.session]
+
+    def release(self, session_ids: Iterable[str]) -> None:
+        """Forget the runs of sessions that have ended or moved."""
+        for session_id in session_ids:
+            self._runs.pop(session_id, None)
+
+    def halt(self, session_ids: Iterable[str]) -> None:
+        """End the runs of these sessions with their next step, which their last report brings."""
+        for session_id in session_ids:
+            if (run := self._runs.get(session_id)) is not None:
+                run.left = min(run.left, 1)
+
+    def close(self) -> None:
+        """Halt all runs and start no more: the verifier drains."""
+        self._closed = True
+        self.halt(list(self._runs))

@@ -1,0 +1,244 @@
+"""Runs as the scheduler decides them: who gets one, what a step with runs costs, and when they end."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import builders
+import pytest
+
+from services.scheduler.core import runs
+from services.scheduler.core.batching import BatchLimits
+from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
+from services.scheduler.core.policies import POLICIES, PolicyOptions
+from services.scheduler.core.pool import ActiveSession
+from shared import cost
+from shared.messages import Batch, Finish, Result, Verify
+
+MODEL = builders.cost_model()
+LIMITS = BatchLimits(max_batch_ms=400.0, max_batch_tokens=2048)
+TPOT_MS = 100.0
+
+
+def dispatcher(policy: str = "wisp+", **more: Any) -> Dispatcher:
+    d = Dispatcher("s1", SchedulingRules(policy, LIMITS, **more))
+    d.on_heartbeat(builders.heartbeat("v1", lease=1), 0.0)
+    d.on_cost_model(MODEL, 0.0)
+    return d
+
+
+def plain(session: str = "s", round_: int = 0, base: int = 20, **more: Any) -> Verify:
+    """A round whose drafter leaves the session to the verifier."""
+    return builders.verify(session, round_, base, **({"run_tokens": 32} | more))
+
+
+def only(d: Dispatcher, now_ms: float) -> Batch:
+    ((_, batch),) = d.dispatch(now_ms)[0]
+    return batch
+
+
+def settled(batch: Batch, tokens: int = 1, run_left: int = 0, index: int = 0, **more: Any) -> Result:
+    job = batch.jobs[index]
+    return builders.result(
+        job.session, job.round, job.base_len, [7] * tokens, batch=batch.batch, run_left=run_left, **more
+    )
+
+
+def report(session: str, base: int, tokens: int, left: int, round_: int = 1, **more: Any) -> Result:
+    fields = {"run": True, "run_left": left, "batch": "run", "verify_ms": 40.0 * tokens}
+    return builders.result(session, round_, base, [7] * tokens, **(fields | more))
+
+
+def in_run(d: Dispatcher, session: str = "s", now_ms: float = 0.0, **more: Any) -> None:
+    """Bring a session into a run."""
+    d.on_verify(plain(session, **more), now_ms)
+    batch = only(d, now_ms)
+    assert batch.jobs[0].run is not None
+    d.on_result(settled(batch, run_left=32), now_ms + 1.0)
+
+
+def test_a_session_left_to_the_verifier_gets_a_run() -> None:
+    d = dispatcher()
+    d.on_verify(plain(run_tokens=10_000), 0.0)
+    (job,) = only(d, 0.0).jobs
+    assert job.run is not None
+    assert (job.run.tokens, job.run.ms) == (runs.MOST_TOKENS, runs.LONGEST_MS)
+
+
+@pytest.mark.parametrize("policy", [name for name in POLICIES if name != "wisp+"])
+def test_the_other_policies_grant_no_runs(policy: str) -> None:
+    d = dispatcher(policy)
+    d.on_verify(plain(), 0.0)
+    assert only(d, 100.0).jobs[0].run is None
+    assert d.load(0.0).run_ms is None
+
+
+def test_runs_can_be_left_out() -> None:
+    d = dispatcher(options=PolicyOptions(without=frozenset({"runs"})))
+    d.on_verify(plain(), 0.0)
+    assert only(d, 0.0).jobs[0].run is None
+    assert d.load(0.0).run_ms is None
+
+
+def test_a_chunk_of_a_prompt_grants_no_run_and_the_last_one_does() -> None:
+    d = dispatcher()
+    d.on_verify(plain(base=1000), 0.0)
+    chunk = only(d, 0.0)
+    assert chunk.jobs[0].prefill_to is not None
+    assert chunk.jobs[0].run is None
+
+
+def test_a_session_in_a_run_is_a_row_of_every_batch() -> None:
+    d = dispatcher()
+    d.on_verify(plain("rounds", draft=[]), 0.0)
+    alone_ms = only(d, 0.0).predicted_ms
+    d = dispatcher()
+    in_run(d, "s", base=20)
+    d.on_verify(builders.verify("rounds", 0, 20), 1.0)
+    beside = only(d, 1.0)
+    assert [job.session for job in beside.jobs] == ["rounds"]
+    expected = cost.predict_ms(MODEL, cost.shape_of([(20, 20, 1), (1, 22, 1)]))
+    assert beside.predicted_ms == pytest.approx(expected)
+    assert beside.predicted_ms > alone_ms
+
+
+def test_a_round_beside_runs_waits_for_nobody() -> None:
+    d = dispatcher()
+    in_run(d)
+    state = d.fleet.verifiers["v1"]
+    state.returning["other"] = 5.0
+    d.on_verify(builders.verify("rounds", 1, 20), 2.0)
+    assert [job.session for job in only(d, 2.0).jobs] == ["rounds"]
+
+
+def test_reports_keep_a_run_up_to_its_last() -> None:
+    d = dispatcher()
+    in_run(d)
+    state = d.fleet.verifiers["v1"]
+    d.on_result(report("s", 21, 4, 28), 100.0)
+    assert "s" in state.runs
+    assert state.runs.shape.context == 26
+    d.on_result(report("s", 25, 2, 0), 200.0)
+    assert "s" not in state.runs
+    assert state.runs.shape.jobs == 0
+    assert "s" in state.returning, "its drafter has the turn"
+
+
+@pytest.mark.parametrize("end", ["finish", "cancel", "verify", "silence", "verifier"])
+def test_a_run_is_over_however_it_ends(end: str) -> None:
+    d = dispatcher()
+    in_run(d)
+    state = d.fleet.verifiers["v1"]
+    if end == "finish":
+        d.on_result(report("s", 21, 1, 0, finish=Finish.STOP), 10.0)
+    elif end == "cancel":
+        d.on_cancel("s")
+    elif end == "verify":
+        d.on_verify(plain(round_=1, base=21, attempt=1), 10.0)
+    elif end == "silence":
+        for beat in range(12):
+            d.on_heartbeat(builders.heartbeat("v1", lease=1), beat * 500.0)
+        d.dispatch(runs.LOST_MS + 2.0)
+    else:
+        d.dispatch(2500.0)
+        assert "v1" not in d.fleet.verifiers
+        d.on_heartbeat(builders.heartbeat("v1", lease=1), 2600.0)
+        state = d.fleet.verifiers["v1"]
+    assert len(state.runs) == 0
+    assert state.runs.shape.jobs == state.runs.cache_tokens == 0
+
+
+def test_tokens_of_a_run_move_the_sessions_deadline() -> None:
+    d = dispatcher()
+    in_run(d, tpot_ms=TPOT_MS, slack_ms=500.0)
+    due_ms = d.fleet.sessions["s"].due_ms
+    assert due_ms is not None
+    d.on_result(report("s", 21, 3, 20), 100.0)
+    assert d.fleet.sessions["s"].due_ms == pytest.approx(due_ms + 3 * TPOT_MS)
+
+
+def test_a_prompt_leaves_sessions_in_runs_their_deadlines() -> None:
+    d = dispatcher()
+    d.on_verify(builders.verify("prompt", 0, 2000), 0.0)
+    free_ms = only(d, 0.0).predicted_ms
+    d = dispatcher()
+    in_run(d, tpot_ms=250.0, slack_ms=50.0)
+    d.on_verify(builders.verify("prompt", 0, 2000), 1.0)
+    assert only(d, 1.0).predicted_ms < 250.0 < free_ms
+
+
+def test_a_session_with_slow_rounds_gets_runs_that_grow() -> None:
+    d = dispatcher()
+    granted = []
+    now, base, round_ = 0.0, 20, 0
+    for _ in range(12):
+        d.on_heartbeat(builders.heartbeat("v1", {"s": base - 1}, lease=1), now)
+        d.on_verify(builders.verify("s", round_, base, [1, 2]), now)
+        batch = only(d, now)
+        (job,) = batch.jobs
+        granted.append(0 if job.run is None else job.run.tokens)
+        now += batch.predicted_ms
+        left = granted[-1]
+        d.on_result(settled(batch, run_left=left, verify_ms=batch.predicted_ms), now)
+        base, round_ = base + 1, round_ + 1
+        if left:
+            now += left * 42.0
+            d.on_result(report("s", base, left, 0, round_), now)
+            base, round_ = base + left, round_ + 1
+        now += 500.0  # its device is slow
+    assert granted[: runs.MEASURED_ROUNDS] == [0] * runs.MEASURED_ROUNDS
+    assert granted[-1] == runs.MOST_TOKENS
+    assert [g for g in granted if g][:3] == [runs.FIRST_TOKENS, 2 * runs.FIRST_TOKENS, 4 * runs.FIRST_TOKENS]
+
+
+def test_a_fast_session_whose_drafts_bring_much_keeps_its_rounds() -> None:
+    session = ActiveSession("default", None)
+    now = 0.0
+    for _ in range(20):
+        now += 60.0
+        session.record_result(now, 50.0, 3)
+    assert runs.forced_tokens(session, trimmed=False, step_ms=45.0) == 0
+    assert runs.forced_tokens(session, trimmed=True, step_ms=45.0) == runs.FIRST_TOKENS
+
+
+def test_sessions_without_a_promise_make_room_for_those_with_one() -> None:
+    d = dispatcher()
+    for i in range(20):
+        in_run(d, f"free-{i}", now_ms=float(i))
+    state = d.fleet.verifiers["v1"]
+    assert cost.predict_ms(MODEL, state.runs.shape) > TPOT_MS
+    assert d.halts() == {}
+    d.on_verify(plain("promised", tpot_ms=TPOT_MS, slack_ms=1000.0), 50.0)
+    assert d.halts() == {"v1": [f"free-{i}" for i in range(20)]}
+    assert d.halts() == {}, "each once"
+    d.on_verify(plain("late", round_=3, base=40), 51.0)
+    grants = {job.session: job.run for _, batch in d.dispatch(51.0)[0] for job in batch.jobs}
+    assert grants["promised"] is not None
+    assert grants["late"] is None
+
+
+def test_the_price_of_a_token_counts_the_runs_beside_it() -> None:
+    d = dispatcher()
+    before = d.load(0.0)
+    for i in range(4):
+        in_run(d, f"s{i}", now_ms=float(i))
+    after = d.load(5.0)
+    assert after.price_ms == pytest.approx(before.price_ms + 4 * cost.token_ms(MODEL))
+    assert before.run_ms is not None
+    assert after.run_ms is not None
+    assert after.run_ms == after.verify_ms[0] > before.run_ms
+
+
+def test_a_drafter_halts_its_run_but_not_a_run_for_its_slowness() -> None:
+    d = dispatcher()
+    in_run(d)
+    d.on_verify(builders.verify("s", 1, 24), 10.0)
+    (job,) = only(d, 10.0).jobs
+    assert job.run is None
+    d = dispatcher()
+    in_run(d)
+    d.fleet.sessions["s"].run_grant = 4
+    d.on_verify(builders.verify("s", 2, 25), 12.0)
+    assert d.fleet.pending_round("s") is None
+    d.on_verify(builders.verify("s", 2, 25, attempt=1), 13.0)
+    assert d.fleet.pending_round("s") is not None
