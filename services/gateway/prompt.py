@@ -117,5 +117,5 @@ def _too_long(limits: Limits, count: str, param: str) -> ApiError:
     context = f"This model's maximum context length is {limits.context} tokens"
     if limits.prompt is not None and limits.prompt < limits.context:
         context += f", and prompts here may have {limits.prompt} of them"
-    text = f"{context}. However, your prompt has {count}. Please shorten it."
+    text = f"{context}. However, your {param} resulted in {count}. Please reduce the length of the {param}."
     return invalid(text, param, "context_length_exceeded")

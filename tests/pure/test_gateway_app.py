@@ -383,7 +383,7 @@ async def test_a_prompt_longer_than_the_context_is_refused_with_the_numbers(app:
         assert error["code"] == "context_length_exceeded"
         # litellm and LangChain know the error by these words.
         assert error["message"].startswith(f"This model's maximum context length is {CONTEXT} tokens. ")
-        assert f"your prompt has {tokens} tokens" in error["message"]
+        assert f"your {error['param']} resulted in {tokens} tokens" in error["message"]
 
 
 async def test_a_crash_in_the_middle_of_a_stream_is_an_error_event(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
