@@ -400,7 +400,7 @@ def test_the_draft_source_comes_from_the_option_then_from_the_header() -> None:
 
 def test_a_prompt_that_fills_the_context_is_refused() -> None:
     limits = Limits(20, 100)
-    with pytest.raises(ApiError, match=r"20 tokens.*has 25") as caught:
+    with pytest.raises(ApiError, match=r"20 tokens.*resulted in 25") as caught:
         check_prompt([5] * 25, limits, "prompt")
     assert (caught.value.status, caught.value.code) == (400, "context_length_exceeded")
     with pytest.raises(ApiError):
