@@ -10,14 +10,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file, save_file
 from tiny import VOCAB
 from transformers import (
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     Gemma2Config,
+    Gemma3Config,
     Gemma3TextConfig,
     GemmaConfig,
     GraniteConfig,
     LlamaConfig,
+    Mistral3Config,
     MistralConfig,
     Olmo2Config,
     Olmo3Config,
@@ -25,6 +29,7 @@ from transformers import (
     PreTrainedConfig,
     Qwen2Config,
     Qwen3Config,
+    Qwen3VLConfig,
     SmolLM3Config,
 )
 
@@ -62,16 +67,7 @@ LONGROPE = {
 def _make(folder: Path, *, kind: type[PreTrainedConfig], old: dict[str, Any] | None, options: dict[str, Any]) -> Path:
     """Save a model with random float32 weights, norms and biases included. old: what an older version of transformers
     saved instead of `rope_parameters`."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(kind(**copy.deepcopy({**SIZES, **options}))).float()
-        with torch.no_grad():
-            for name, weight in model.named_parameters():
-                if name.endswith("bias") or weight.dim() > 1:
-                    weight.normal_(0, 0.2)
-                else:
-                    weight.add_(torch.randn_like(weight) * 0.3)
-    model.save_pretrained(folder)
+    _save(folder, AutoModelForCausalLM, kind(**copy.deepcopy({**SIZES, **options})))
     if old is not None:
         path = folder / "config.json"
         saved = json.loads(path.read_text())
@@ -80,9 +76,54 @@ def _make(folder: Path, *, kind: type[PreTrainedConfig], old: dict[str, Any] | N
     return folder
 
 
+def _make_text_part(
+    folder: Path, *, kind: type[PreTrainedConfig], text: dict[str, Any], options: dict[str, Any], newer: bool
+) -> Path:
+    """Save a model of images and texts. newer: with the names that transformers' modules have, instead of those that
+    folders have had since before."""
+    config = kind(text_config={**SIZES, **text}, **copy.deepcopy(options))
+    _save(folder, AutoModelForImageTextToText, config)
+    if newer:
+        path = folder / "model.safetensors"
+        tensors = {}
+        for name, tensor in load_file(path).items():
+            plain = f"model.{name}".replace("model.language_model.model.", "model.language_model.")
+            tensors[plain.replace("model.language_model.lm_head.", "lm_head.")] = tensor
+        save_file(tensors, path, metadata={"format": "pt"})
+    return folder
+
+
+def _save(folder: Path, auto_class: Any, config: PreTrainedConfig) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = auto_class.from_config(config).float()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if name.endswith("bias") or weight.dim() > 1:
+                    weight.normal_(0, 0.2)
+                else:
+                    weight.add_(torch.randn_like(weight) * 0.3)
+    model.save_pretrained(folder)
+
+
+def _text_part(
+    kind: type[PreTrainedConfig], text: dict[str, Any], *, newer: bool = False, **options: Any
+) -> Callable[[Path], Path]:
+    return partial(_make_text_part, kind=kind, text=text, options=options, newer=newer)
+
+
 def _family(kind: type[PreTrainedConfig], old: dict[str, Any] | None = None, **options: Any) -> Callable[[Path], Path]:
     return partial(_make, kind=kind, old=old, options=options)
 
+
+VISION = {"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+GEMMA3_TEXT = {
+    "num_hidden_layers": 4,
+    "head_dim": 16,
+    "query_pre_attn_scalar": 24,
+    "sliding_window": WINDOW,
+    "layer_types": TYPES,
+}
 
 FAMILIES: dict[str, Callable[[Path], Path]] = {
     "llama": _family(LlamaConfig),
@@ -172,6 +213,40 @@ FAMILIES: dict[str, Callable[[Path], Path]] = {
         head_dim=16,
         sliding_window=WINDOW,
         layer_types=["sliding_attention", "full_attention"] * 2,
+    ),
+    "gemma3-text-part": _text_part(Gemma3Config, GEMMA3_TEXT, vision_config=VISION, image_token_index=3),
+    "gemma3-text-part-new": _text_part(
+        Gemma3Config, GEMMA3_TEXT, vision_config=VISION, image_token_index=3, newer=True
+    ),
+    "mistral3-text-part": _text_part(
+        Mistral3Config,
+        {"model_type": "mistral", "sliding_window": None},
+        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        image_token_index=3,
+    ),
+    "mistral3-text-part-new": _text_part(
+        Mistral3Config,
+        {"model_type": "mistral", "sliding_window": None},
+        vision_config={**VISION, "image_size": 28, "patch_size": 14},
+        image_token_index=3,
+        newer=True,
+    ),
+    "qwen3-vl-text-part": _text_part(
+        Qwen3VLConfig,
+        {
+            "head_dim": 16,
+            "rope_parameters": {
+                "rope_type": "default",
+                "rope_theta": 500.0,
+                "mrope_section": [4, 2, 2],
+                "mrope_interleaved": True,
+            },
+        },
+        vision_config={"hidden_size": 32, "intermediate_size": 32, "depth": 1, "num_heads": 2, "out_hidden_size": 48},
+        image_token_id=3,
+        video_token_id=4,
+        vision_start_token_id=5,
+        vision_end_token_id=6,
     ),
     "granite": _family(
         GraniteConfig,

@@ -1,33 +1,43 @@
-"""The attention function that transformers calls, and its two KV caches.
+"""The attention function that transformers calls, and its KV caches.
 
 `BlockCache` is for the CPU and attends over the blocks in place (`shared.kernels`). `GatherCache` is for every other
 torch device: it copies a session's keys and values for each step and calls torch's attention, so bits may depend on the
-batch.
+batch. `LayeredCache` has one of them for each shape of keys and values that a model's layers have.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 from transformers import AttentionInterface
 
+from shared.engine.masks import MASKS, NAME, MaskRule, UnknownMask
+from shared.engine.positions import QUERY_TUNING, QueryTuning
 from shared.engine.views import block_views
 from shared.errors import ModelError
 from shared.kernels import native, team
 from shared.kernels.cache import BlockMemory, KvShape, PackedBatch, ScoreOptions
 from shared.kernels.layout import BLOCK, FUNCTIONS, PASS_WORDS, AttentionWord, JobWord, PassWord
 
-NAME = "wisp"
-"""Name under which transformers finds the attention function."""
+IGNORED = frozenset({
+    "cache_position", "cu_seq_lens_k", "cu_seq_lens_q", "cu_seqlens", "deterministic", "dropout", "is_causal",
+    "logits_to_keep", "max_length_k", "max_length_q", "output_attentions", "output_hidden_states",
+    "output_router_logits", "position_embeddings", "position_ids", "return_dict", "use_cache",
+})  # fmt: skip
+"""Keywords of attention functions that change nothing here: positions are in q and k already, and a batch's bounds come
+from its `PackedBatch`."""
 
 
 class Cache(Protocol):
     """Keys and values of all blocks and layers. q, k and v are (tokens, heads, head size) with the batch's tokens first
-    and padding after them; what `attend` returns has q's shape, padding rows finite."""
+    and padding after them; what `attend` returns has a row per row of q, padding rows finite."""
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
         """Return views of a block's keys and values in all layers, for reading or writing whole blocks."""
@@ -36,9 +46,18 @@ class Cache(Protocol):
         """Start a batch: the following `attend` calls, one per layer, are for it."""
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: ScoreOptions,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Store the new keys and values, then attend causally within each session; window 0 is no window."""
+        """Store the new keys and values, then attend causally within each session.
+
+        sinks: the score of one more key per query head, whose value is zero.
+        """
 
 
 class BlockCache:
@@ -64,11 +83,19 @@ class BlockCache:
         self._memory.begin(batch)
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: ScoreOptions,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         rows = [tensor.float().contiguous() for tensor in (q, k, v)]
         out = torch.zeros_like(rows[0])
-        self._memory.set_scores(layer, ScoreOptions(scale, window))
+        scores_of_sinks = None if sinks is None else sinks.float().contiguous()
+        self._memory.set_scores(layer, scores)
+        self._memory.set_sinks(layer, 0 if scores_of_sinks is None else scores_of_sinks.data_ptr())
         job = self._memory.jobs[layer]
         for tensor, word, stride in (
             (rows[0], AttentionWord.QUERY, AttentionWord.QUERY_STRIDE),
@@ -105,7 +132,13 @@ class GatherCache:
             self._slots.append(slots.flatten()[: start + count])
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: ScoreOptions,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         total = sum(self._counts)
         new = torch.cat([slots[-count:] for slots, count in zip(self._slots, self._counts, strict=True)])
@@ -114,45 +147,157 @@ class GatherCache:
         out = torch.zeros_like(q)
         row = 0
         for slots, count in zip(self._slots, self._counts, strict=True):
-            position = torch.arange(len(slots), device=q.device)
-            ahead = position[None, :] - position[-count:, None]
-            seen = (ahead <= 0) & (ahead > -window) if window else ahead <= 0
+            key_position = torch.arange(len(slots), device=q.device)[None, :]
+            position = key_position[0, -count:, None]
+            seen = key_position <= position
+            if scores.window:
+                seen &= key_position > position - scores.window
+            if scores.chunk:
+                seen &= key_position // scores.chunk == position // scores.chunk
             query = q[row : row + count].transpose(0, 1)[None]
             key, value = (
                 rows[layer][slots].transpose(0, 1).repeat_interleave(self._group, 0)[None]
                 for rows in (self._keys, self._values)
             )
-            mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scale)
+            if scores.softcap or sinks is not None:
+                mixed = _attend_in_parts(query, key, value, seen, scores, sinks)
+            else:
+                mixed = scaled_dot_product_attention(query, key, value, attn_mask=seen, scale=scores.scale)
             out[row : row + count] = mixed[0].transpose(0, 1)
             row += count
         return out
 
 
-class Probe:
-    """A stand-in for the cache in a model's first pass that records the shape of its keys and values."""
+def _attend_in_parts(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    seen: torch.Tensor,
+    scores: ScoreOptions,
+    sinks: torch.Tensor | None,
+) -> torch.Tensor:
+    """Attend with a soft cap and sinks, which torch's attention does not have."""
+    result = (query @ key.transpose(-1, -2)).float() * scores.scale
+    if scores.softcap:
+        result = scores.softcap * torch.tanh(result / scores.softcap)
+    result = result.masked_fill(~seen, float("-inf"))
+    if sinks is not None:
+        result = torch.cat([result, sinks.float().view(1, -1, 1, 1).expand(*result.shape[:-1], 1)], -1)
+    return result.softmax(-1)[..., : key.shape[-2]].to(value.dtype) @ value
 
-    def __init__(self) -> None:
-        self._seen: dict[int, tuple[int, int, int]] = {}
+
+@dataclass(frozen=True, slots=True)
+class LayerShape:
+    """Shape of a layer's attention, as seen in a model's first pass."""
+
+    kv_heads: int
+    heads: int
+    key_size: int
+    value_size: int
+
+    @property
+    def head_size(self) -> int:
+        """Size of a head in the cache. The smaller of key and value is filled up with zeros, which change no bit."""
+        return max(self.key_size, self.value_size)
+
+
+class LayeredCache:
+    """A cache for layers of any shapes and masks: one of `make` for all layers with equal sizes."""
+
+    def __init__(
+        self, layers: Mapping[int, LayerShape], masks: Mapping[int, MaskRule], make: Callable[[KvShape], Cache]
+    ) -> None:
+        """layers: shape of each layer that attends, by number. masks: rules of those whose mask is known."""
+        self._layers, self._masks = layers, masks
+        groups: dict[tuple[int, int, int], list[int]] = {}
+        for layer, shape in sorted(layers.items()):
+            groups.setdefault((shape.kv_heads, shape.heads, shape.head_size), []).append(layer)
+        self._caches = [make(KvShape(len(members), *sizes)) for sizes, members in groups.items()]
+        self._place = {
+            layer: (cache, index)
+            for cache, members in zip(self._caches, groups.values(), strict=True)
+            for index, layer in enumerate(members)
+        }
+
+    def views(self, block: int) -> Sequence[torch.Tensor]:
+        return [view for cache in self._caches for view in cache.views(block)]
+
+    def begin(self, batch: PackedBatch) -> None:
+        for cache in self._caches:
+            cache.begin(batch)
 
     def attend(
-        self, layer: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: ScoreOptions,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        if k.shape != v.shape or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1]:
-            raise ModelError(
-                f"layer {layer} has queries of shape {tuple(q.shape[1:])}, keys {tuple(k.shape[1:])} and values "
-                f"{tuple(v.shape[1:])} (heads, size); only equal head sizes are supported: choose another model"
-            )
-        self._seen[layer] = k.shape[1], q.shape[1], q.shape[2]
-        return torch.zeros_like(q)
+        if (rule := self._masks.get(layer)) is not None:
+            scores = ScoreOptions(scores.scale, rule.window, scores.softcap, rule.chunk)
+        cache, index = self._place[layer]
+        size = self._layers[layer].head_size
+        q, k, v = (pad(each, (0, size - each.shape[2])) if each.shape[2] < size else each for each in (q, k, v))
+        return cache.attend(index, q, k, v, scores, sinks)[..., : self._layers[layer].value_size]
 
-    def shape(self) -> KvShape:
-        """Return the recorded shape. Raises ModelError if layers differ or some did not call our attention."""
-        if len(set(self._seen.values())) != 1 or sorted(self._seen) != list(range(len(self._seen))):
+
+class Recorder:
+    """A stand-in for the cache in a model's first pass that records shapes and masks of its layers.
+
+    Its sessions have one token each, so a row attends to itself."""
+
+    def __init__(self, limit: int) -> None:
+        """limit: most tokens of a session."""
+        self.layers: dict[int, LayerShape] = {}
+        self.masks: dict[int, MaskRule] = {}
+        self._limit = limit
+        self._rules: dict[int, tuple[torch.Tensor, MaskRule]] = {}  # by id of the mask, which is kept with it
+
+    def attend(
+        self,
+        layer: int,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        scores: ScoreOptions,
+        sinks: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        if layer in self.layers:
+            raise ModelError(f"layer {layer} attends twice, which has no place in the KV cache")
+        if k.shape[:2] != v.shape[:2] or q.shape[2] != k.shape[2] or q.shape[1] % k.shape[1] or len(q) != len(k):
             raise ModelError(
-                "the model's layers do not all use one kind of attention through transformers' AttentionInterface "
-                f"(saw {self._seen}); choose a model with plain attention in every layer"
+                f"layer {layer} has queries of shape {tuple(q.shape)}, keys {tuple(k.shape)} and values "
+                f"{tuple(v.shape)} (tokens, heads, size), which do not fit together"
             )
-        return KvShape(len(self._seen), *next(iter(self._seen.values())))
+        self.layers[layer] = LayerShape(k.shape[1], q.shape[1], k.shape[2], v.shape[2])
+        return v.repeat_interleave(q.shape[1] // k.shape[1], 1)
+
+    def see_mask(self, layer: int, mask: torch.Tensor) -> None:
+        """Record the mask that transformers gave to a layer. Raises ModelError for one that has no rule."""
+        try:
+            if id(mask) not in self._rules:
+                self._rules[id(mask)] = mask, MaskRule.of(mask, self._limit)
+            _, self.masks[layer] = self._rules[id(mask)]
+        except UnknownMask as error:
+            raise ModelError(f"layer {layer} has a mask of its own ({error})") from error
+
+
+_current: ContextVar[tuple[LayeredCache | Recorder, torch.Tensor] | None] = ContextVar("current", default=None)
+
+
+@contextmanager
+def attending(cache: LayeredCache | Recorder, positions: torch.Tensor) -> Iterator[None]:
+    """Let the attention of a model's pass use this cache, for rows at these positions. A context instead of keywords,
+    which not every model passes on to its layers."""
+    token = _current.set((cache, positions))
+    masks = MASKS.set(isinstance(cache, Recorder))
+    try:
+        yield
+    finally:
+        MASKS.reset(masks)
+        _current.reset(token)
 
 
 def attention(
@@ -162,30 +307,38 @@ def attention(
     value: torch.Tensor,
     attention_mask: torch.Tensor | None,
     *,
-    cache: Any = None,
     scaling: float | None = None,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: torch.Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attend in one layer of a transformers model.
 
     Takes query (1, heads, tokens, size), key and value (1, kv heads, tokens, size); returns (1, tokens, heads, size).
-    `cache` comes from `ModulePass.run`. Causality and the bounds of sessions come from the cache's batch: there is no
-    mask.
+    Causality and the bounds of sessions come from the cache's batch: outside of the first pass there is no mask.
     """
-    if cache is None:
-        raise ModelError(f"{type(module).__name__} does not pass keyword arguments on to its attention: unsupported")
-    unsupported = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
-    if unsupported or attention_mask is not None or not getattr(module, "is_causal", True):
-        raise ModelError(f"{type(module).__name__} needs {', '.join(unsupported) or 'a mask of its own'}: unsupported")
+    current, layer = _current.get(), getattr(module, "layer_idx", None)
+    if current is None or layer is None:
+        raise ModelError(f"{type(module).__name__} attends outside of the decoder's layers")
+    cache, positions = current
+    unknown = [name for name, value in kwargs.items() if name not in IGNORED and value is not None]
+    if unknown or not getattr(module, "is_causal", True):
+        raise ModelError(f"{type(module).__name__} needs {', '.join(unknown) or 'attention to later tokens'}")
+    if attention_mask is not None:
+        if not isinstance(cache, Recorder):
+            raise ModelError(f"{type(module).__name__} needs a mask of its own")
+        cache.see_mask(layer, attention_mask)
+    tuning: QueryTuning | None = getattr(module, QUERY_TUNING, None)
+    if tuning is not None:
+        query = (query * tuning.factors(positions)[:, None]).to(query.dtype)
     out = cache.attend(
-        module.layer_idx,
+        layer,
         *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
-        query.shape[-1] ** -0.5 if scaling is None else scaling,
-        sliding_window or 0,
+        ScoreOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0),
+        s_aux,
     )
     return out[None], None
 
 
-# Without a mask function: transformers then makes no mask at all.
 AttentionInterface.register(NAME, attention)

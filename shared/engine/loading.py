@@ -11,10 +11,11 @@ from typing import Any, Final
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from shared.engine.attention import NAME
+from shared.engine.masks import NAME
 from shared.engine.weights import as_matrix
 from shared.errors import ModelError
 from shared.kernels.finite import require_finite
@@ -28,8 +29,8 @@ ROOM: Final = 1.5
 """A model has at most this many times the values of its files, whose tied weights are stored once."""
 
 
-def load(folder: Path, dtype: torch.dtype) -> Any:
-    """Return the model in a folder, with our attention function. Raises ModelError.
+def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return the model in a folder for a device, with our attention function. Raises ModelError.
 
     Runs no code of the folder. Refuses weights that are missing, of another shape, unknown, quantized, or not finite.
     """
@@ -37,8 +38,10 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
     config, tensors = read_config(folder), stored_tensors(folder)
     refuse_quantized(folder, config, tensors)
     with _refusals(folder, config):
-        _require_sizes(folder, tensors)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        auto_class = _require_sizes(folder, tensors)
+        # Grouped products of experts sum in an order that depends on the groups.
+        experts = {"experts_implementation": "eager"} if device.type == "cpu" else {}
+        loaded: Any = auto_class.from_pretrained(
             folder,
             dtype=dtype,
             attn_implementation=NAME,
@@ -47,6 +50,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             trust_remote_code=False,
             use_safetensors=True,
             ignore_mismatched_sizes=True,  # they are in the report
+            **experts,
         )
     model, report = loaded
     _require_all(folder, config, report)
@@ -55,6 +59,7 @@ def load(folder: Path, dtype: torch.dtype) -> Any:
             f"{folder}: {type(model).__name__} (model_type {config.get('model_type')}) cannot restrict its logits to "
             "some rows (logits_to_keep), which serving needs. Name another model's folder."
         )
+    _drop_other_parts(model)
     try:
         for name, values in (*model.named_parameters(), *model.named_buffers()):
             if values.is_floating_point() and (values.requires_grad or name.endswith("inv_freq")):
@@ -94,8 +99,21 @@ def _refusals(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
             transformers_logging.enable_progress_bar()  # type: ignore[no-untyped-call]
 
 
-def _require_sizes(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
-    """Raise ModelError if config.json describes a much larger model than the files hold, before memory is taken."""
+def _drop_other_parts(model: Any) -> None:
+    """Free the weights that texts do not use, as those of images."""
+    base, decoder = model.base_model, model.get_decoder()
+    if decoder is None or decoder is base:
+        return
+    for name, part in list(base.named_children()):
+        if decoder not in part.modules() and any(True for _ in part.parameters()):
+            setattr(base, name, None)
+
+
+def _require_sizes(folder: Path, tensors: Mapping[str, StoredTensor]) -> Any:
+    """Return the class that loads a model: of texts, or of images and texts for its text part.
+
+    Raises ModelError if config.json describes a much larger model than the files hold, before memory is taken.
+    """
     config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     layers = getattr(config.get_text_config(), "num_hidden_layers", 0) or 0
     if layers > len(tensors):
@@ -103,8 +121,12 @@ def _require_sizes(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
             f"{folder}: config.json has {layers} layers, and the files only {len(tensors)} tensors. Download the model "
             "again."
         )
+    is_of_images = type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    auto_class: Any = AutoModelForCausalLM
+    if is_of_images and type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        auto_class = AutoModelForImageTextToText
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)  # type: ignore[no-untyped-call]
+        model = auto_class.from_config(config, trust_remote_code=False)
     described = sum(weight.numel() for weight in model.parameters())
     stored = sum(torch.Size(tensor.shape).numel() for tensor in tensors.values())
     if described > ROOM * stored:
@@ -112,6 +134,7 @@ def _require_sizes(folder: Path, tensors: Mapping[str, StoredTensor]) -> None:
             f"{folder}: config.json describes {described:,} weights, and the files hold {stored:,}. Download the model "
             "again."
         )
+    return auto_class
 
 
 def _require_all(folder: Path, config: Mapping[str, Any], report: Mapping[str, Any]) -> None:

@@ -2,40 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
 
-from shared.engine.attention import BlockCache, Cache, GatherCache, Probe
-from shared.engine.invariance import CANDIDATES, row_multiple
+from shared.engine.attention import BlockCache, Cache, GatherCache, LayeredCache, Recorder, attending
+from shared.engine.invariance import CANDIDATES, PaddedProducts, RecordedProducts, row_multiple
 from shared.engine.loading import load
-from shared.kernels.cache import PackedBatch, positions_of
+from shared.engine.positions import fix_positions
+from shared.engine.session_check import Padding, check_sessions, refuse_stateful
+from shared.errors import ModelError
+from shared.kernels.cache import KvShape, PackedBatch, positions_of
+
+RECORDED_ROWS = max(CANDIDATES)
+"""Rows of the first pass, which records what the model does."""
 
 
 class ModulePass:
     """A model of transformers. Rows are padded so that matrix products have the same bits for any number of rows, where
-    that is possible (`invariance`)."""
+    that is possible (`invariance`). A model whose sessions would change each other is refused (`session_check`)."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, threads: int, blocks: int) -> None:
         """Raises ModelError."""
-        self._device = device
-        self._model = load(folder, dtype).to(device)
+        self._device, self._dtype, self._threads = device, dtype, threads
+        self._model = load(folder, dtype, device).to(device)
         config = self._model.config.get_text_config()
-        self.vocab_size: int = config.vocab_size
-        self.hidden_size: int = config.hidden_size
-        self.max_len: int = config.max_position_embeddings
-        self.arithmetic = module_arithmetic(device, dtype)
-        multiple = row_multiple(self._model) if device.type == "cpu" else None
-        self.batch_invariant = multiple is not None
-        self._row_multiple = multiple or max(CANDIDATES)
-        # The hook holds the list, not this object: a cycle would keep a dropped model's weights in memory.
-        self._states: list[torch.Tensor] = []
-        keep = self._states.append
-        self._model.base_model.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
-        self._cache = self._make_cache(dtype, threads, blocks)
+        with refusals(self._model.config.model_type):
+            self.vocab_size: int = config.vocab_size
+            self.hidden_size: int = config.hidden_size
+            self.max_len = _max_len(config)
+            self.arithmetic = module_arithmetic(device, dtype)
+            # The hook holds the list, not this object: a cycle would keep a dropped model's weights in memory.
+            self._states: list[torch.Tensor] = []
+            keep = self._states.append
+            self._decoder = self._model.get_decoder() or self._model.base_model
+            self._decoder.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
+            self._row_multiple, self._pads_products = RECORDED_ROWS, False
+            self._prepare(blocks)
+
+    @torch.inference_mode()
+    def _prepare(self, blocks: int) -> None:
+        """Make the cache and check the model. Raises ModelError."""
+        refuse_stateful(self._decoder)
+        fix_positions(self._model, self.max_len)
+        vocabulary = _plain_tokens(self._model.config, self.vocab_size)
+        recorder, rows = Recorder(self.max_len), list(range(RECORDED_ROWS))
+        with RecordedProducts(self._model, RECORDED_ROWS) as recorded:
+            self._run(recorder, [vocabulary[7 * row % len(vocabulary)] for row in rows], rows, rows)
+        if not recorder.layers:
+            raise ModelError("its attention does not go through transformers' AttentionInterface")
+        multiple = row_multiple(recorded.products) if self._device.type == "cpu" else None
+        self._row_multiple, self._pads_products = multiple or RECORDED_ROWS, multiple is not None and recorded.uneven
+        exact = multiple is not None and not recorded.unknown
+
+        def check(tokens: Sequence[int], batch: PackedBatch, padding: Padding) -> torch.Tensor:
+            return self._packed(small, tokens, batch, range(len(tokens)), padding)[0]
+
+        small = self._make_cache(recorder, 2)
+        same_bits = check_sessions(self._model, check, self.max_len, self._device, vocabulary, exact=exact)
+        self.batch_invariant = exact and same_bits
+        self._states.clear()
+        self._cache = self._make_cache(recorder, blocks)
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
         return self._cache.views(block)
@@ -43,38 +74,77 @@ class ModulePass:
     def run(
         self, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        self._cache.begin(batch)
-        padding = [0] * (-len(tokens) % self._row_multiple)
-        logits, states = self._run(self._cache, [*tokens, *padding], [*positions_of(batch).tolist(), *padding], wanted)
+        return self._packed(self._cache, tokens, batch, wanted, Padding())
+
+    def _packed(
+        self, cache: LayeredCache, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int], fill: Padding
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        cache.begin(batch)
+        padding = fill.least + -(len(tokens) + fill.least) % self._row_multiple
+        positions = [*positions_of(batch).tolist(), *([fill.position] * padding)]
+        logits, states = self._run(cache, [*tokens, *([fill.token] * padding)], positions, wanted)
         return logits, states[: len(tokens)]
 
     def _run(
-        self, cache: Cache | Probe, tokens: list[int], positions: list[int], wanted: Sequence[int]
+        self, cache: LayeredCache | Recorder, tokens: list[int], positions: list[int], wanted: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the packed row through the model; return logits of the wanted rows and final hidden states of all."""
         inputs: dict[str, Any] = {
             "input_ids": torch.tensor([tokens], device=self._device),
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
-            "cache": cache,
         }
-        if wanted:
-            rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._row_multiple))], device=self._device)
-            logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
-        else:
-            self._model.base_model(**inputs)
-            logits = torch.empty(0, self.vocab_size, dtype=self._model.dtype, device=self._device)
+        padded = PaddedProducts(self._row_multiple) if self._pads_products else nullcontext()
+        with attending(cache, inputs["position_ids"][0]), padded:
+            if wanted:
+                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._row_multiple))], device=self._device)
+                logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
+            else:
+                self._decoder(**inputs)
+                logits = torch.empty(0, self.vocab_size, dtype=self._model.dtype, device=self._device)
         states = self._states[-1][0]
         self._states.clear()
         return logits, states
 
-    @torch.inference_mode()
-    def _make_cache(self, dtype: torch.dtype, threads: int, blocks: int) -> Cache:
-        probe = Probe()
-        self._run(probe, [0] * self._row_multiple, [0] * self._row_multiple, [0])
-        if self._device.type == "cpu":
-            return BlockCache(probe.shape(), blocks, dtype, threads)
-        return GatherCache(probe.shape(), blocks, dtype, self._device)
+    def _make_cache(self, recorder: Recorder, blocks: int) -> LayeredCache:
+        def make(shape: KvShape) -> Cache:
+            if self._device.type == "cpu":
+                return BlockCache(shape, blocks, self._dtype, self._threads)
+            return GatherCache(shape, blocks, self._dtype, self._device)
+
+        return LayeredCache(recorder.layers, recorder.masks, make)
+
+
+@contextmanager
+def refusals(model_type: str) -> Iterator[None]:
+    """Raise ModelError that names the model type for whatever goes wrong with a model's code."""
+    try:
+        yield
+    except (MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:  # a model's code: it can raise anything
+        reason = str(error) if isinstance(error, ModelError) else f"its code fails ({type(error).__name__}: {error})"
+        raise ModelError(
+            f"Models of type {model_type} cannot be served: {reason}. Choose a model of another type; "
+            "shared/engine/MODELS.md lists those that run."
+        ) from error
+
+
+def _max_len(config: Any) -> int:
+    """Return the most tokens of a session."""
+    if not isinstance(length := getattr(config, "max_position_embeddings", None), int):
+        raise ModelError("it has no max_position_embeddings, so that the length of its sessions is unknown")
+    return length
+
+
+def _plain_tokens(config: Any, vocab_size: int) -> Sequence[int]:
+    """Return the ids that stand for text. Others, such as the place of an image, need an input of their own."""
+    special: set[int] = set()
+    for part in (config, config.get_text_config()):
+        for name, value in part.to_dict().items():
+            if name.endswith(("token_id", "token_index")):
+                special.update(value if isinstance(value, list) else [value])
+    return [token for token in range(min(vocab_size, 4096)) if token not in special] or range(vocab_size)
 
 
 def module_arithmetic(device: torch.device, dtype: torch.dtype) -> str:

@@ -33,11 +33,13 @@ class PackedBatch:
 
 @dataclass(frozen=True, slots=True)
 class ScoreOptions:
-    """Options of a layer's scores: their factor, the window (0 for none) and the softcap (0 for none)."""
+    """Options of a layer's scores: their factor, the window (0 for none), the softcap (0 for none), and the size of the
+    chunks of tokens that do not attend to each other (0 for none)."""
 
     scale: float
     window: int = 0
     softcap: float = 0.0
+    chunk: int = 0
 
 
 class BlockMemory:
@@ -76,6 +78,11 @@ class BlockMemory:
         job[AttentionWord.SCALE] = float_bits(scores.scale * math.log2(math.e))
         job[AttentionWord.SOFTCAP] = float_bits(scores.softcap)
         job[AttentionWord.WINDOW] = min(scores.window, 1 << 31)  # longer than any session
+        job[AttentionWord.CHUNK] = min(scores.chunk, 1 << 31)
+
+    def set_sinks(self, layer: int, address: int) -> None:
+        """Set the address of a layer's sinks, float32 per query head, which the caller keeps; 0 for none."""
+        self.jobs[layer, AttentionWord.SINKS] = address
 
     def begin(self, batch: PackedBatch) -> None:
         """Start a batch: the following jobs are for it."""

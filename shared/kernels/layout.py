@@ -171,6 +171,10 @@ class AttentionWord(IntEnum):
     SCALE = auto()
     SOFTCAP = auto()
     WINDOW = auto()
+    CHUNK = auto()
+    """A token attends within its chunk of this many tokens; 0 for none."""
+    SINKS = auto()
+    """Address of a float32 per query head: the score of one more key, whose value is zero; 0 for none."""
     MAX_ROWS = auto()
     """Most rows of a span: its tokens times the group."""
 

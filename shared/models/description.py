@@ -11,9 +11,9 @@ layers of attention and gated MLP, a last norm, and a head. For one row x of one
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Literal
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any, Literal
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
@@ -149,3 +149,18 @@ def weight_names(part: object) -> Iterator[WeightName]:
     elif is_dataclass(part):
         for each in fields(part):
             yield from weight_names(getattr(part, each.name))
+
+
+def renamed(model: ModelDescription, names: Mapping[str, str]) -> ModelDescription:
+    """Return a description with other names of its tensors."""
+
+    def part(value: Any) -> Any:
+        if isinstance(value, WeightName):
+            return replace(value, name=names[value.name])
+        if isinstance(value, tuple):
+            return tuple(part(each) for each in value)
+        if is_dataclass(value) and not isinstance(value, Rope):
+            return replace(value, **{each.name: part(getattr(value, each.name)) for each in fields(value)})  # type: ignore[type-var]
+        return value
+
+    return part(model)  # type: ignore[no-any-return]

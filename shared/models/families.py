@@ -25,9 +25,10 @@ from shared.models.description import (
     OutOfRange,
     Rope,
     WeightName,
+    renamed,
     weight_names,
 )
-from shared.models.family_options import FAMILIES, FULL, SLIDING, Family, RopeByType, Sizes, roped
+from shared.models.family_options import FAMILIES, FULL, SLIDING, TEXT_PARTS, Family, RopeByType, Sizes, roped
 from shared.models.rope import rope_of
 
 ACTIVATIONS: dict[str, Activation] = {
@@ -84,17 +85,51 @@ NEUTRAL: dict[str, tuple[Any, ...]] = {
 """Values that change nothing, by key, in the families that do not read the key."""
 
 
+OTHER_PARTS = ("vision_tower.", "visual.", "multi_modal_projector.", "embed_vision.")
+"""Beginnings of the names of tensors, after `model.`, that texts do not use."""
+OF_OTHER_PARTS = frozenset({
+    "boi_token_index", "eoi_token_index", "image_token_id", "image_token_index", "mm_tokens_per_image",
+    "multimodal_projector_bias", "projector_hidden_act", "spatial_merge_size", "video_token_id", "vision_config",
+    "vision_end_token_id", "vision_feature_layer", "vision_start_token_id",
+})  # fmt: skip
+"""Keys beside `text_config` that change nothing of what texts compute."""
+
+
 def describe(config: Mapping[str, Any], tensors: Collection[str]) -> ModelDescription:
-    """Return the description of the model with this `config.json` and these tensors.
+    """Return the description of the model with this `config.json` and these tensors. Of a model of images and texts it
+    is that of the part for texts.
 
     Raises NotDescribed, with the reason, if the model has an option that a description cannot express or that is
     unknown here."""
     if config.get("quantization_config") is not None:
         raise NotDescribed("the weights are quantized (quantization_config)")
+    if config.get("model_type") not in TEXT_PARTS:
+        return _describe(config, tensors)
+    values = Configuration(config)
+    text = dict(values.optional_mapping("text_config") or {})
+    if text.get("model_type") not in TEXT_PARTS[values.text("model_type")]:
+        raise NotDescribed(f"text_config has model type {text.get('model_type')!r}")
+    if "tie_word_embeddings" in config:
+        text["tie_word_embeddings"] = values.flag("tie_word_embeddings")
+    values.refuse_unread(IGNORED | OF_OTHER_PARTS)
+    names = {plain: name for name in tensors if (plain := _name_in_text_part(name)) is not None}
+    return renamed(_describe(text, names.keys()), names)
+
+
+def _name_in_text_part(name: str) -> str | None:
+    """Return the name that a tensor has in a model of texts only; None for those that texts do not use."""
+    for prefix, plain in (("language_model.", ""), ("model.language_model.", "model.")):
+        if name.startswith(prefix):
+            return plain + name.removeprefix(prefix)
+    return None if name.removeprefix("model.").startswith(OTHER_PARTS) else name
+
+
+def _describe(config: Mapping[str, Any], tensors: Collection[str]) -> ModelDescription:
     kind = config.get("model_type")
     if not isinstance(kind, str) or kind not in FAMILIES:
         raise NotDescribed(f"model type {kind!r} has no description")
-    family, values = FAMILIES[kind], Configuration(config)
+    family = FAMILIES[kind]
+    values = Configuration({**family.defaults, **config})
     if (layers := values.whole("num_hidden_layers")) > len(tensors):
         raise OutOfRange(f"config.json has {layers} layers, the folder only {len(tensors)} tensors")
     try:
@@ -276,6 +311,8 @@ def _ropes(family: Family, config: Configuration, sizes: Sizes, types: list[str]
     if new and old:
         raise NotDescribed("config.json has both rope_parameters and rope_scaling")
     parameters = _renamed(family, new or old or {})
+    for key in family.neutral_rope:
+        parameters.pop(key, None)
     parameters.setdefault("rope_theta", config.number("rope_theta", family.theta))
     if "partial_rotary_factor" in config:
         parameters.setdefault("partial_rotary_factor", config.number("partial_rotary_factor"))

@@ -86,6 +86,10 @@ class Family:
     """True if embeddings are multiplied by the root of the hidden size."""
     neutral: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
     """Further values that change nothing, by key."""
+    neutral_rope: tuple[str, ...] = ()
+    """Keys of the rope parameters that change nothing."""
+    defaults: Mapping[str, int] = field(default_factory=dict)
+    """Sizes that folders of this family leave to transformers' defaults."""
 
 
 def _given_types(config: Configuration) -> list[str] | None:
@@ -165,17 +169,27 @@ GEMMA2 = replace(
 )
 OLMO2 = Family(layout="post", eps=1e-5, head_norms="whole row", attention_bias=True)
 
+QWEN3 = Family(
+    kv_heads_required=True,
+    head_size=128,
+    attention_bias=True,
+    head_norms="each",
+    layer_types=_qwen_types,
+    window=4096,
+)
+
 FAMILIES: dict[str, Family] = {
     "llama": Family(attention_bias=True, mlp_bias=True),
     "mistral": Family(kv_heads_required=True, layer_types=_same_types(4096), window=4096),
     "qwen2": Family(kv_heads_required=True, qkv_bias=True, layer_types=_qwen_types, window=4096),
-    "qwen3": Family(
-        kv_heads_required=True,
-        head_size=128,
-        attention_bias=True,
-        head_norms="each",
-        layer_types=_qwen_types,
-        window=4096,
+    "qwen3": QWEN3,
+    "qwen3_vl_text": replace(
+        QWEN3,
+        layer_types=lambda config, layers: [FULL] * layers,
+        window=...,
+        theta=500_000.0,
+        # The positions of a text's tokens are the same in all three directions.
+        neutral_rope=("mrope_interleaved", "mrope_section"),
     ),
     "smollm3": Family(
         kv_heads_required=True,
@@ -198,6 +212,15 @@ FAMILIES: dict[str, Family] = {
         rope_by_type=RopeByType("rope_local_base_freq", 10_000.0),
         softcaps={"final_logit_softcapping": None},
         neutral={**GEMMA2.neutral, "attn_logit_softcapping": (None,)},
+        defaults={
+            "vocab_size": 262_208,
+            "hidden_size": 2304,
+            "intermediate_size": 9216,
+            "num_hidden_layers": 26,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "max_position_embeddings": 131_072,
+        },
     ),
     "granite": Family(
         attention_bias=True,
@@ -224,3 +247,10 @@ FAMILIES: dict[str, Family] = {
     ),
 }
 """The families by `model_type`."""
+
+TEXT_PARTS: dict[str, tuple[str, ...]] = {
+    "gemma3": ("gemma3_text",),
+    "mistral3": ("mistral",),
+    "qwen3_vl": ("qwen3_vl_text",),
+}
+"""Model types of images and texts, with those that their part for texts may have."""

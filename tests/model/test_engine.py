@@ -15,15 +15,14 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, Gemma2Config
+from transformers import AutoModelForCausalLM
 
-from shared.engine import Engine, Step, compiled_pass
+from shared.engine import Engine, Step
 from shared.engine.attention import BlockCache, GatherCache
 from shared.engine.compiled_pass import CompiledPass
 from shared.errors import BadStep, CacheFull, EngineError, ModelError, NotAttached, TooLong
 from shared.kernels import decoder
-from shared.kernels.cache import KvShape, PackedBatch
-from shared.models.description import NotDescribed
+from shared.kernels.cache import KvShape, PackedBatch, ScoreOptions
 
 
 @pytest.fixture(scope="module")
@@ -209,14 +208,19 @@ def test_rolling_back_takes_as_long_at_any_length(folder: Path) -> None:
     assert median(took[1000]) < 5 * median(took[40])
 
 
-@pytest.mark.parametrize("window", [0, 50])
-def test_both_caches_compute_the_same_attention(window: int) -> None:
+@pytest.mark.parametrize(
+    "scores",
+    [ScoreOptions(0.1), ScoreOptions(0.1, window=50), ScoreOptions(0.1, softcap=2.0), ScoreOptions(0.1, chunk=48)],
+)
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_both_caches_compute_the_same_attention(scores: ScoreOptions, has_sinks: bool) -> None:
     shape = KvShape(layers=2, kv_heads=2, heads=6, head_size=80)
     caches = [
         BlockCache(shape, 12, torch.float32, threads=2),
         GatherCache(shape, 12, torch.float32, torch.device("cpu")),
     ]
     generator = torch.Generator().manual_seed(0)
+    sinks = 3 * torch.randn(6, generator=generator) if has_sinks else None
     tables = [[7, 2, 9], [4, 0, 11, 5]]
     starts = [0, 0]
     for counts in ([100, 70], [1, 9], [20, 1], [9, 150]):
@@ -224,7 +228,7 @@ def test_both_caches_compute_the_same_attention(window: int) -> None:
         results = []
         for cache in caches:
             cache.begin(PackedBatch(tables, starts, counts))
-            results.append(cache.attend(1, q, k, v, 80**-0.5, window))
+            results.append(cache.attend(1, q, k, v, scores, sinks))
         torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-5)
         starts = [start + count for start, count in zip(starts, counts, strict=True)]
         for cache in caches:  # a block moves
@@ -239,26 +243,6 @@ def test_a_folder_that_is_no_model_is_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": 64}))
     with pytest.raises(ModelError, match=r"lacks model\.safetensors"):
         Engine(tmp_path)
-
-
-def test_attention_that_module_code_cannot_have_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = Gemma2Config(
-        vocab_size=tiny.VOCAB,
-        hidden_size=64,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=16,
-    )
-    monkeypatch.setattr(compiled_pass, "describe", refuse)
-    with pytest.raises(ModelError, match="softcap"):
-        Engine(tiny.make(tmp_path, config))
-
-
-def refuse(*args: object) -> None:
-    """Describe no model, so that module code computes it."""
-    raise NotDescribed("for a test")
 
 
 @pytest.mark.parametrize("token", [1.5, None, "1", 2**70, [1], float("nan")])

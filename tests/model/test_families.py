@@ -17,7 +17,7 @@ from described_decoder import DescribedDecoder, load
 from import_graph import imports
 from tiny import VOCAB
 from tiny_families import FAMILIES, WINDOW
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, Gemma3TextConfig
 
 from shared.models.description import (
     Activation,
@@ -41,7 +41,8 @@ def described(folder: Path) -> ModelDescription:
 def test_a_description_gives_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
     folder = FAMILIES[name](tmp_path)
     decoder = DescribedDecoder(described(folder), load(folder))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    auto_class = AutoModelForImageTextToText if "text-part" in name else AutoModelForCausalLM
+    model = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     random = torch.Generator().manual_seed(0)
     for length in LENGTHS:
         tokens = torch.randint(VOCAB, (length,), generator=random)
@@ -185,6 +186,36 @@ def test_a_model_that_a_description_cannot_express_is_refused(
     changed = {key: value for key, value in {**config, **changes}.items() if value is not ...}
     with pytest.raises(NotDescribed, match=re.escape(reason)):
         describe(changed, tensors)
+
+
+def test_sizes_that_gemma_3_leaves_out_are_those_of_transformers() -> None:
+    given = {"model_type": "gemma3_text", "num_hidden_layers": 2, "hidden_size": 64, "intermediate_size": 80}
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(Gemma3TextConfig(**given))
+    tensors = set(model.state_dict()) - {"lm_head.weight"}
+    everything = json.loads(Gemma3TextConfig(**given).to_json_string())
+    assert everything["vocab_size"] == 262_208
+    assert describe(given, tensors) == describe(everything, tensors)
+    text_part = {"model_type": "gemma3", "text_config": given, "vision_config": {}, "image_token_index": 262_144}
+    of_images = {"vision_tower.vision_model.post_layernorm.weight", "multi_modal_projector.mm_soft_emb_norm.weight"}
+    names = {f"language_model.{name}" for name in tensors} | of_images
+    assert describe(text_part, names).max_len == 131_072
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"text_config": {"model_type": "gemma2"}}, "text_config has model type 'gemma2'"),
+        ({"text_config": None}, "text_config has model type None"),
+        ({"text_only_scale": 2}, "unknown key text_only_scale"),
+    ],
+)
+def test_a_text_part_that_a_description_cannot_express_is_refused(
+    changes: dict[str, Any], reason: str, saved: Saved
+) -> None:
+    config, tensors = saved("gemma3-text-part")
+    with pytest.raises(NotDescribed, match=reason):
+        describe({**config, **changes}, tensors)
 
 
 def test_tied_weights_are_one_tensor_of_either_name(

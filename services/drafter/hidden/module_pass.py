@@ -14,7 +14,7 @@ from services.drafter.hidden.target_parts import target_parts
 from shared.engine.attention import GatherCache
 from shared.engine.engine import DTYPES
 from shared.engine.forward import usable
-from shared.kernels.cache import KvShape, PackedBatch, positions_of
+from shared.kernels.cache import KvShape, PackedBatch, ScoreOptions, positions_of
 from shared.models.folder import ModelFolder
 
 
@@ -36,7 +36,7 @@ class ModuleDraft:
         self._embedding = parts.embedding
         self._head = parts.head[head_ids].contiguous().to(torch_device)
         layer = config.layer
-        self._scale = layer.head_size**-0.5
+        self._scores = ScoreOptions(layer.head_size**-0.5)
         shape = KvShape(config.bottom_layers + config.layers, layer.kv_heads, layer.heads, layer.head_size)
         self._cache = GatherCache(shape, blocks, DTYPES[dtype], self._torch_device)
 
@@ -55,7 +55,7 @@ class ModuleDraft:
         return _array(self._model.norm(g[last.to(self._torch_device)]))
 
     def _attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._cache.attend(layer, q, k, v, self._scale, 0)
+        return self._cache.attend(layer, q, k, v, self._scores)
 
     @torch.inference_mode()
     def logits(self, estimates: Floats) -> Floats:

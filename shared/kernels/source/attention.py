@@ -68,6 +68,8 @@ from shared.kernels.source.vectors import (
     _SCALE,
     _SOFTCAP,
     _WINDOW,
+    _CHUNK,
+    _SINKS,
     _MAX_ROWS,
 ) = map(int, AttentionWord)
 _TABLE, _ROW, _POSITION, _COUNT = map(int, SpanWord)
@@ -143,7 +145,8 @@ def _phases(form: str) -> tuple[Callable[..., None], Callable[..., None]]:
         heads, group, size = get_word(job, _HEADS), get_word(job, _GROUP), get_word(job, _HEAD_SIZE)
         depth, panels = (size + PANEL - 1) // PANEL * PANEL, (size + 2 * PANEL - 1) // (2 * PANEL) * 2
         width = panels * PANEL
-        window, most = get_word(job, _WINDOW), get_word(job, _MAX_ROWS)
+        window, chunk, most = get_word(job, _WINDOW), get_word(job, _CHUNK), get_word(job, _MAX_ROWS)
+        sinks = get_word(job, _SINKS)
         scale, softcap = from_bits(np.int32(get_word(job, _SCALE))), from_bits(np.int32(get_word(job, _SOFTCAP)))
         head = ticket % heads
         span = get_word(job, _SPANS) + ticket // heads * _SPAN_BYTES
@@ -156,8 +159,12 @@ def _phases(form: str) -> tuple[Callable[..., None], Callable[..., None]]:
         tops = scores + 4 * most * BLOCK
         totals = tops + 4 * most
         for r in range(rows):
-            put_float(tops, r, NOTHING)
-            put_float(totals, r, np.float32(0))
+            if sinks:
+                put_float(tops, r, get_float(sinks, head * group + r % group) * LOG2_E)
+                put_float(totals, r, np.float32(1))
+            else:
+                put_float(tops, r, NOTHING)
+                put_float(totals, r, np.float32(0))
             source = get_word(job, _QUERY)
             source += 4 * ((first + r // group) * get_word(job, _QUERY_STRIDE) + (head * group + r % group) * size)
             row = query + 4 * r * depth
@@ -169,6 +176,8 @@ def _phases(form: str) -> tuple[Callable[..., None], Callable[..., None]]:
             put_float(sums, i, np.float32(0))
 
         start = max(position - window + 1, 0) // BLOCK if window else 0
+        if chunk:
+            start = max(start, position // chunk * chunk // BLOCK)
         for b in range(start, (position + count - 1) // BLOCK + 1):
             place = np.int64(get_int32(table, b)) * heads + head
             begin = b * BLOCK
@@ -198,6 +207,9 @@ def _phases(form: str) -> tuple[Callable[..., None], Callable[..., None]]:
                     put_float(row, t, NOTHING)
                 if window:
                     for t in range(min(here - window + 1, BLOCK)):
+                        put_float(row, t, NOTHING)
+                if chunk:
+                    for t in range(min((begin + here) // chunk * chunk - begin, BLOCK)):
                         put_float(row, t, NOTHING)
                 old = get_float(tops, r)
                 top = larger(old, _highest(row))
