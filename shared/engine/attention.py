@@ -332,9 +332,12 @@ def attention(
     tuning: QueryTuning | None = getattr(module, QUERY_TUNING, None)
     if tuning is not None:
         query = (query * tuning.factors(positions)[:, None]).to(query.dtype)
+    q, k, v = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     out = cache.attend(
         layer,
-        *(tensor[0].transpose(0, 1) for tensor in (query, key, value)),
+        q,
+        k,
+        v,
         ScoreOptions(query.shape[-1] ** -0.5 if scaling is None else scaling, sliding_window or 0, softcap or 0.0),
         s_aux,
     )
