@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import made_folders
 import pytest
 import tiny
 import tiny_gguf
@@ -14,8 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_gguf import Kind
 from transformers import MixtralConfig, PreTrainedConfig
+from typer.testing import CliRunner
 
-from shared.engine import Engine, Step
+from services.tools.cli.main import app
+from shared.engine import Engine, Step, module_pass
 from shared.errors import EngineError, ModelError
 from shared.models.gguf_file import GgufFile
 from shared.models.prepare import prepare
@@ -218,3 +221,70 @@ def test_another_kind_of_model_is_refused_and_no_code_of_the_folder_runs(
         Engine(folder)
     assert "trust_remote_code" not in str(refused.value)
     assert not (tmp_path / "ran").exists()
+
+
+def served(folder: Path, to: Path, change: Callable[[Tensors], object] = lambda tensors: None, **config: Any) -> Path:
+    """Return a copy that has a tokenizer."""
+    to.mkdir()
+    backend = made_folders.byte_level(merges=10)
+    assert backend.get_vocab_size() <= tiny.VOCAB
+    backend.save(str(to / "tokenizer.json"))
+    return changed(folder, to, change, **config)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_folder_is_tried_once_before_it_is_served(originals: dict[str, Path], tmp_path: Path, name: str) -> None:
+    folder = served(originals[name], tmp_path / name)
+    doings: list[str] = []
+    for times in (1, 2):
+        assert prepare(folder, tmp_path / "models", lambda doing, share: doings.append(doing)) == folder
+        assert len(doings) == (0 if name == "llama" else 2), f"prepared {times} times"
+
+
+@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("change", "config", "reason"),
+    [
+        (lambda t: [t.pop(key) for key in sorted(t) if "layers.1." in key and "norm" in key], {}, "layernorm"),
+        (lambda t: t.update({"model.extra.weight": torch.ones(2)}), {}, r"have besides model\.extra\.weight"),
+        (lambda t: None, {"model_type": "brand_new"}, "is unknown to transformers"),
+    ],
+    ids=["missing", "unknown", "type"],
+)
+def test_a_folder_that_does_not_load_is_not_prepared(
+    originals: dict[str, Path],
+    tmp_path: Path,
+    name: str,
+    change: Callable[[Tensors], object],
+    config: dict[str, Any],
+    reason: str,
+) -> None:
+    folder = served(originals[name], tmp_path / name, change, **config)
+    with pytest.raises(ModelError, match=reason):
+        prepare(folder, tmp_path / "models")
+
+
+def test_the_command_line_says_how_a_folder_runs(originals: dict[str, Path], tmp_path: Path) -> None:
+    outputs = {}
+    for name, config in (("llama", {}), ("gpt-neox", {}), ("mixtral", {"model_type": "brand_new"})):
+        folder = served(originals[name], tmp_path / name, **config)
+        outputs[name] = CliRunner().invoke(app, ["models", "check", str(folder)])
+    assert "runs in bfloat16.\nComputed by: compiled code.\nExact: " in outputs["llama"].output
+    assert "transformers' module code, which is slower (model type 'gpt_neox' has no" in outputs["gpt-neox"].output
+    assert outputs["mixtral"].exit_code == 1
+    assert "model_type 'brand_new' is unknown to transformers" in outputs["mixtral"].output
+    refused = CliRunner().invoke(app, ["models", "check", str(tmp_path / "gpt-neox"), "--dtype", "int8"])
+    assert (refused.exit_code, "int8 weights need the compiled pass" in refused.output) == (1, True)
+
+
+def test_a_model_that_crashes_is_refused_by_its_type(
+    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*args: object, **options: object) -> None:
+        raise IndexError("tuple index out of range")
+
+    monkeypatch.setattr(module_pass.ModulePass, "__init__", crash)
+    with pytest.raises(
+        ModelError, match=r"model_type gpt_neox \(IndexError: tuple index .*Name another model"
+    ):
+        Engine(originals["gpt-neox"])

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shlex
 import socket
 import subprocess
 import sys
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import NoReturn, get_args
@@ -311,3 +313,11 @@ def test_help_needs_nothing_heavy() -> None:
 def test_the_choices_of_drafts_and_baselines_are_those_of_the_services() -> None:
     assert draft_sources() == sorted(SOURCES)
     assert [choice.value for choice in ServingChoice] == ["wisp", *get_args(Baseline)]
+
+
+def test_the_doctor_looks_for_what_the_extras_install() -> None:
+    """The packages that an extra names, and numba's own library, which the kernels use directly."""
+    declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
+    named = {re.split(r"[<>=]", package)[0] for package in declared["model"]}
+    assert named - {"tokenizers", "jinja2"} <= set(doctor.EXTRAS["model"]), "these two are the gateway's too"
+    assert "llvmlite" in doctor.EXTRAS["model"]

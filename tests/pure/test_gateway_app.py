@@ -1052,3 +1052,17 @@ async def test_the_gateways_limits_on_prompt_and_output_hold(folder: ModelFolder
     await app.chat(messages=[{"role": "user", "content": ""}])
     assert [generate.max_tokens for generate in app.generated] == [5, 5]
     await app.http.aclose()
+
+
+@pytest.mark.parametrize(("setting", "sampling"), [("auto", (0.6, 0.9, 20)), ("ignore", (1.0, 1.0, 0))])
+async def test_requests_take_the_models_sampling_unless_told_otherwise(
+    tmp_path: Path, setting: str, sampling: tuple[float, float, int]
+) -> None:
+    folder = tiny_target(tmp_path / MODEL)
+    (folder.path / "generation_config.json").write_text('{"temperature": 0.6, "top_p": 0.9, "top_k": 20}')
+    app = App(ModelFolder(folder.path), generation_config=setting)
+    assert (await app.chat(max_tokens=1)).status_code == 200
+    assert (await app.chat(max_tokens=1, temperature=0)).status_code == 200
+    named = [generate.sampling for generate in app.generated]
+    assert (named[0].temperature, named[0].top_p, named[0].top_k) == sampling
+    assert named[1].temperature == 0
