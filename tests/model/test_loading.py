@@ -284,7 +284,5 @@ def test_a_model_that_crashes_is_refused_by_its_type(
         raise IndexError("tuple index out of range")
 
     monkeypatch.setattr(module_pass.ModulePass, "__init__", crash)
-    with pytest.raises(
-        ModelError, match=r"model_type gpt_neox \(IndexError: tuple index .*Name another model"
-    ):
+    with pytest.raises(ModelError, match=r"model_type gpt_neox \(IndexError: tuple index .*Name another model"):
         Engine(originals["gpt-neox"])
