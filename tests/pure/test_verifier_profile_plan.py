@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from services.verifier.core.profile_plan import KINDS, ProfileBatch, ProfilePlan, profile_batches
 from shared import cost
 from shared.cost.fit import VerifierFit
+from shared.cost.model import KNEE
 from shared.messages import BatchShape, CostModel
 
 BUDGET_MS = 3000.0
@@ -77,13 +78,18 @@ def test_a_profile_keeps_to_its_budget(coefficients: tuple[float, ...]) -> None:
     assert machine.spent_ms - true_ms(coefficients, BATCHES[0].shape) <= BUDGET_MS
 
 
+@st.composite
+def machines(draw: st.DrawFn) -> tuple[float, ...]:
+    """Coefficients of any machine: loading the weights hides as much of the first tokens' arithmetic as it takes."""
+    fixed = draw(st.floats(1, 800))
+    jobs, first, rows = (draw(st.floats(0, 99)) for _ in range(3))
+    pairs, held = (draw(st.floats(0, 2e4)) for _ in range(2))
+    later = first + draw(st.floats(0, 1)) * fixed / KNEE
+    return fixed, jobs, later, pairs, held, rows, first
+
+
 @settings(max_examples=25, deadline=None)
-@given(
-    coefficients=st.tuples(
-        st.floats(1, 800), *[st.floats(0, 100)] * 2, *[st.floats(0, 2e4)] * 2, *[st.floats(0, 99)] * 2
-    ),
-    seed=st.integers(0, 2**32),
-)
+@given(coefficients=machines(), seed=st.integers(0, 2**32))
 def test_no_machine_takes_more_than_five_seconds(coefficients: tuple[float, ...], seed: int) -> None:
     """Whatever the machine, and with times that vary by half: the smallest batch takes at most two seconds here."""
     rng = random.Random(seed)

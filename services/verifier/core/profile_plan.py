@@ -133,7 +133,8 @@ def longest_ms(shape: BatchShape, measured: Sequence[Measurement], model: CostMo
     """Return the longest expected time of a batch.
 
     Its products take at most the time of a measured batch times the growth of jobs, tokens or rows, because part of
-    every batch's time is constant. The model predicts its attention.
+    every batch's time is constant, and hides no more of the first tokens' arithmetic than it takes itself. The model
+    predicts its attention.
     """
 
     def growth(one: BatchShape) -> float:
