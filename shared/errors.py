@@ -4,6 +4,8 @@
     ├── SettingsError              a setting is missing or out of range (found at start)
     ├── BrokersError               RabbitMQ or Redis cannot be found, started or reached
     │   ├── Unroutable             no queue is bound to a message's routing key
+    │   ├── QueueDown              a queue's RabbitMQ node does not run
+    │   ├── AccessRefused          RabbitMQ refuses an exchange to this user
     │   └── EndedEarly             (services.tools.local) a private broker exited before it was ready
     ├── Fenced                     a verifier's lease has expired: nothing is committed
     ├── MessageError               bytes on a queue are no known message (dead-lettered)
@@ -42,6 +44,14 @@ class BrokersError(WispError):
 
 class Unroutable(BrokersError):
     """No queue is bound to a message's routing key: its receiver is not running."""
+
+
+class QueueDown(BrokersError):
+    """A queue exists, but does not answer: the RabbitMQ node that holds it does not run."""
+
+
+class AccessRefused(BrokersError):
+    """RabbitMQ refuses an exchange to this user. Since version 4.3 it refuses a missing one too."""
 
 
 class Fenced(WispError):

@@ -18,6 +18,7 @@ class Link:
         self._parts = urlsplit(url)
         (self._port,) = free_ports(1)
         self._writers: set[asyncio.StreamWriter] = set()
+        self._there: set[asyncio.StreamWriter] = set()
         self._server: asyncio.Server | None = None
         self.flowing = asyncio.Event()
         self.flowing.set()
@@ -28,17 +29,18 @@ class Link:
         """Accept connections."""
         self._server = await asyncio.start_server(self._forward, "127.0.0.1", self._port)
 
-    async def cut(self) -> None:
-        """End every connection and refuse new ones."""
+    async def cut(self, *, unnoticed: bool = False) -> None:
+        """End every connection and refuse new ones. unnoticed: the server's ends stay open, as of a host that died."""
         if self._server is not None:
             self._server.close()
-        for writer in tuple(self._writers):
+        for writer in self._writers - (self._there if unnoticed else set()):
             writer.transport.abort()
         await asyncio.sleep(0.05)
 
     async def _forward(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         there_reader, there_writer = await asyncio.open_connection(self._parts.hostname, self._parts.port)
         self._writers |= {writer, there_writer}
+        self._there.add(there_writer)
         await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer))
         self._writers -= {writer, there_writer}
 
@@ -51,7 +53,8 @@ class Link:
         except OSError:
             pass
         finally:
-            writer.close()
+            if self._server is None or self._server.is_serving() or writer not in self._there:
+                writer.close()
 
 
 @asynccontextmanager

@@ -15,7 +15,6 @@ from services.drafter.settings import DrafterSettings, DraftServingSettings
 from services.drafter.worker import SourceWorker
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.topology import Topology
 from shared.errors import BrokersError
 from shared.messages import Cancel, Generate, HiddenStates, Load, Message, Result, Verify
 from shared.runtime import logging
@@ -30,9 +29,7 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     """Run a drafter until `stop` is set; the broker then gives its unfinished sessions to other drafters."""
     profile = load_profile(settings.device_profile)
     drafting = await asyncio.to_thread(load_drafting, settings)
-    broker = await Broker.connect(
-        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
-    )
+    broker = await Broker.connect(settings.amqp_url, settings.topology, instance, settings.journal_limits, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     drafter = Drafter(instance, settings.pool, settings, drafting, broker, store, profile)
     try:
@@ -76,6 +73,7 @@ class Drafter:
         await self._broker.consume(
             names.generate_queue(self._pool), self._generate, prefetch=self._settings.max_sessions
         )
+        self._broker.on_reconnect(self._send_again)
         HEALTH.watch(self._broker, self._store)
         self._log.info(
             "ready",
@@ -88,6 +86,11 @@ class Drafter:
         )
         async with running(stop, *(worker.work() for worker in self._workers.values())):
             pass
+
+    def _send_again(self) -> None:
+        """Send all rounds in flight again: they or their results may be lost with the connection."""
+        for session in self._sessions.values():
+            session.send_again()
 
     async def _receive(self, message: Message) -> None:
         """Take a message to this drafter, or to all drafters."""

@@ -103,7 +103,9 @@ class ServedSession:
         self._control = control
         self._hidden_rows = hidden_rows
         self._link = open_link(self._deliver)
-        self._inbox: asyncio.Queue[Result | Cancel] = asyncio.Queue()
+        self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
+        """Received messages; None asks to send the round in flight again."""
+        self._in_flight = False
         self._ahead: _AssumedDraft | None = None
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
@@ -128,6 +130,11 @@ class ServedSession:
             self._inbox.put_nowait(message)
         else:
             await self._link.receive(message)
+
+    def send_again(self) -> None:
+        """Send the round in flight again, because it or its result may be lost."""
+        if self._in_flight:
+            self._inbox.put_nowait(None)
 
     async def _deliver(self, message: Result | HiddenStates) -> None:
         """Take a message that has passed the session's link."""
@@ -347,15 +354,21 @@ class ServedSession:
         await self._link.send(verify)
 
     async def _result(self, timeout_s: float) -> Result | Cancel | None:
-        """Wait for the message that settles the round in flight, and apply it; None after the timeout."""
+        """Wait for the message that settles the round in flight, and apply it.
+
+        Returns None after the timeout, or earlier if the round is to be sent again.
+        """
+        self._in_flight = True
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
                     message = await self._inbox.get()
-                    if isinstance(message, Cancel) or self._state.apply(message):
+                    if message is None or isinstance(message, Cancel) or self._state.apply(message):
                         return message
         except TimeoutError:
             return None
+        finally:
+            self._in_flight = False
 
     def _learn(self, made: _MadeDraft, result: Result, round_ms: float, *, resent: bool) -> None:
         """Let the controller learn from a settled round, and count it."""

@@ -8,7 +8,6 @@ from services.estimator import metrics
 from services.estimator.settings import EstimatorSettings
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.topology import Topology
 from shared.cost.fit import VerifierFit
 from shared.errors import BrokersError
 from shared.messages import CostModel, Message, Sample
@@ -20,9 +19,7 @@ from shared.state.registry import Registry
 
 async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event) -> None:
     """Run an estimator until `stop` is set."""
-    broker = await Broker.connect(
-        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
-    )
+    broker = await Broker.connect(settings.amqp_url, settings.topology, instance, settings.journal_limits, settings.tls)
     registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     estimator = Estimator(settings, broker, registry)
     try:

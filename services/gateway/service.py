@@ -16,7 +16,7 @@ from services.gateway.server import listen
 from services.gateway.settings import GatewaySettings
 from services.gateway.transport import BrokerTransport
 from shared.broker.client import Broker
-from shared.broker.topology import LOAD, Topology, result
+from shared.broker.topology import LOAD, result
 from shared.errors import BrokersError
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
@@ -33,7 +33,7 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
     model = ServedModel.load(settings, settings.model_name)
     keys = KeyFile(settings.api_keys_file) if settings.api_keys_file else None
     listener = listen(settings.host, settings.port)
-    topology = Topology(settings.namespace)
+    topology = settings.topology
     broker = await Broker.connect(settings.amqp_url, topology, instance, settings.journal_limits, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     queue = topology.own_queue("gateway", instance, (result(instance), LOAD))
@@ -50,6 +50,7 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
 
     async def rabbitmq() -> None:
         await broker.prove(queue, PROBE_TIMEOUT_S)
+        await broker.check_queue(topology.verify_queue(), PROBE_TIMEOUT_S)
 
     probes = {"rabbitmq": rabbitmq, "redis": store.ping}
     fleet = Fleet(store.registry.heartbeats, model.fingerprint, probes, wait_s=settings.outage_wait_s)

@@ -41,7 +41,7 @@ class Transport(Protocol):
     """Why a session may make no progress, for its client. `{pool!r}` stands for the session's pool."""
 
     async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
-        """Create a session and hand it to the drafters of a pool.
+        """Create a session and hand it to the drafters of a pool. A session that was cancelled before stays cancelled.
 
         `resume_record` is stored with the session. Raises Unroutable when no drafter serves the pool.
         """
@@ -114,22 +114,26 @@ class BrokerTransport:
             fingerprint=generate.fingerprint,
             slo=generate.slo,
         )
-        await self._create(request, generate.prompt, received_s, resume_record)
+        if not await self._create(request, generate.prompt, received_s, resume_record):
+            self._log.info("session cancelled before it was created", session=generate.session)
+            return
         generate = generate.model_copy(update={"elapsed_ms": (monotonic() - received_s) * 1000})
         await self._broker.publish(self._session_keys.add_to(generate), topology.generate(pool), persistent=True)
 
-    async def _create(self, request: Request, prompt: Sequence[int], received_s: float, resume_record: bytes) -> None:
-        """Store a new session. If Redis does not answer, try again for a while: it may be a pause of the machine.
+    async def _create(self, request: Request, prompt: Sequence[int], received_s: float, resume_record: bytes) -> bool:
+        """Store a new session; return False if it was cancelled before.
 
-        No service has the session yet, so storing it twice does no harm.
+        If Redis does not answer, try again for a while: it may be a pause of the machine. Storing it twice does no
+        harm.
         """
         spent_s = 0.0
         while True:
             tried_s = monotonic()
             elapsed_ms = (tried_s - received_s) * 1000
             try:
-                await self._store.create(request, prompt, elapsed_ms, patience_ms=self._patience_ms, kept=resume_record)
-                return
+                return await self._store.create(
+                    request, prompt, elapsed_ms, patience_ms=self._patience_ms, kept=resume_record
+                )
             except BrokersError as error:
                 spent_s += min(monotonic() - tried_s, LONGEST_TRY_S) + CREATE_RETRY_S
                 if spent_s > self._outage_wait_s:

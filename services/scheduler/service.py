@@ -15,7 +15,6 @@ from services.scheduler.settings import SchedulerSettings
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
-from shared.broker.topology import Topology
 from shared.errors import BrokersError, MessageError
 from shared.messages import Batch, Cancel, CostModel, Halt, Heartbeat, Message, Release, Result, Status, Verify
 from shared.runtime import logging
@@ -36,9 +35,7 @@ def now_ms() -> float:
 
 async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event) -> None:
     """Run a scheduler until `stop` is set. The drafters send pending rounds again, to another scheduler."""
-    broker = await Broker.connect(
-        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
-    )
+    broker = await Broker.connect(settings.amqp_url, settings.topology, instance, settings.journal_limits, settings.tls)
     registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
     scheduler = Scheduler(dispatcher, broker, settings.session_keys)

@@ -18,7 +18,6 @@ from services.verifier.sessions import SessionTable
 from services.verifier.settings import VerifierSettings
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.topology import Topology
 from shared.cost.fit import VerifierFit
 from shared.engine import Engine
 from shared.messages import Batch, Cancel, Halt, Measurement, Message, Release
@@ -59,17 +58,13 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     if emulated is not None:
         log.warning("batches are slowed down to the emulated cost")
         measured = [emulated.slowed(one) for one in measured]
-    broker = await Broker.connect(
-        settings.amqp_url, Topology(settings.namespace), instance, settings.journal_limits, settings.tls
-    )
+    broker = await Broker.connect(settings.amqp_url, settings.topology, instance, settings.journal_limits, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, settings.session_ttl_s, settings.tls)
     thread = EngineThread(engine, executor)
     heartbeats = HeartbeatThread()
 
     async def connect() -> tuple[Broker, Registry]:
-        own = await Broker.connect(
-            settings.amqp_url, Topology(settings.namespace), f"{instance} heartbeats", tls=settings.tls
-        )
+        own = await Broker.connect(settings.amqp_url, settings.topology, f"{instance} heartbeats", tls=settings.tls)
         return own, Registry.connect(settings.redis_url, settings.namespace, settings.tls)
 
     try:

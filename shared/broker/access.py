@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any
 
+from shared.broker.connection import FRESH
 from shared.broker.topology import DEFAULT_POOL, ROLES, JournalLimits, Queue, Role, Topology, device_name, probe_key
 
 Definitions = dict[str, Any]
@@ -110,6 +111,7 @@ def device_definitions(topology: Topology, device: str, password: str, *, vhost:
     """
     name = user_of(topology, device_name(device))
     own = Topology(topology.namespace, device).drafter_queue(device_name(device))
+    own_names = f"{_literal(own.name)}({FRESH}.+)?"
     requests, rounds = topology.generate_queue(device_name(device)), topology.rounds_queue(device)
     through = topology.rounds_exchange(device)
     may = {"user": name, "vhost": vhost}
@@ -118,9 +120,9 @@ def device_definitions(topology: Topology, device: str, password: str, *, vhost:
         "permissions": [
             may
             | {
-                "configure": _exactly(_literal(own.name)),
-                "write": _exactly(_literal(own.name), _literal(through)),
-                "read": _exactly(_literal(own.name), _literal(requests.name), _literal(topology.exchange)),
+                "configure": _exactly(own_names),
+                "write": _exactly(own_names, _literal(through)),
+                "read": _exactly(own_names, _literal(requests.name), _literal(topology.exchange)),
             }
         ],
         "topic_permissions": [

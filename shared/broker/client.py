@@ -27,23 +27,33 @@ import structlog
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage, AbstractQueue, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from aiormq.exceptions import AMQPChannelError
-from yarl import URL
 
-from shared.broker.declarations import Exchanges, declare_exchanges, declare_journal, declare_queue
+from shared.broker.connection import (
+    LISTEN_RETRY_S,
+    RECONNECT_INTERVAL_S,
+    addresses,
+    connect_robustly,
+    in_words,
+    until_listening,
+    without_password,
+)
+from shared.broker.declarations import (
+    Exchanges,
+    check_queue,
+    declare_exchanges,
+    declare_journal,
+    declare_queue,
+)
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
-from shared.errors import BrokersError, MessageError, Unroutable
+from shared.errors import BrokersError, MessageError, QueueDown, Unroutable
 from shared.messages import Message, decode, encode
 from shared.runtime import logging
 from shared.runtime.tls import Tls, bad_certificate
 
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
-RECONNECT_INTERVAL_S = 1
-FIRST_CONNECT_INTERVAL_S = 0.2
-"""Time between attempts at the start, when RabbitMQ often starts as well."""
-HEARTBEAT_S = 10
-"""After two missed heartbeats RabbitMQ drops a process and gives its messages to others: a frozen scheduler keeps its
-standby waiting for that long. `?heartbeat=` in the URL sets another time."""
+"""Longest time for a message, and for the repetitions of a persistent one while the connection is restored."""
+PUBLISH_RETRY_S = 0.2
 CONSUME_RETRIES = 30
 PROBE_HEADER = "x-wisp-probe"
 SENT_HEADER = "x-wisp-sent-us"
@@ -88,24 +98,18 @@ class Broker:
     ) -> Broker:
         """Connect and declare the exchanges. `name` appears in RabbitMQ's list of connections.
 
-        With `journal`, messages are recorded. Raises BrokersError when nothing answers for 30 seconds, and at once for
-        an invalid server certificate.
+        `url` may be several, separated by commas: they are tried in turn. With `journal`, messages are recorded. Raises
+        BrokersError when nothing answers for 30 seconds, and at once for an invalid server certificate.
         """
-        context = (tls or Tls()).context() if url.startswith("amqps:") else None
+        context = (tls or Tls()).context() if "amqps:" in url else None
         last: Exception = TimeoutError("no answer")
-        options: dict[str, Any] = {} if "heartbeat=" in url else {"heartbeat": HEARTBEAT_S}
 
         async def attempt() -> Broker:
             nonlocal last
+            order = addresses(url)
             while True:
                 try:
-                    connection = await aio_pika.connect_robust(
-                        url,
-                        reconnect_interval=RECONNECT_INTERVAL_S,
-                        client_properties={"connection_name": name},
-                        **options,
-                        ssl_context=context,
-                    )
+                    connection = await connect_robustly(order, name, context)
                     try:
                         exchanges = await declare_exchanges(connection, topology)
                         record = await declare_journal(connection, topology, exchanges, journal) if journal else None
@@ -115,18 +119,21 @@ class Broker:
                         raise
                 except AMQPChannelError:
                     raise  # RabbitMQ refuses it, and would again
-                except CONNECTION_EXCEPTIONS as error:
+                except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
                     last = error
                     if (bad := bad_certificate(error)) is not None:
                         raise BrokersError(
                             f"RabbitMQ at {without_password(url)} cannot be trusted: {bad}; see WISP_TLS_CA_FILE"
                         ) from error
-                    await asyncio.sleep(FIRST_CONNECT_INTERVAL_S)
+                    order = [*order[1:], order[0]]
+                    await asyncio.sleep(LISTEN_RETRY_S)
                     await until_listening(url)
 
         try:
             return await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)
         except TimeoutError:
+            if isinstance(last, QueueDown):
+                raise last from None
             raise BrokersError(
                 f"RabbitMQ cannot be used at {without_password(url)} ({last or type(last).__name__}); "
                 "start it, or set WISP_AMQP_URL"
@@ -138,7 +145,8 @@ class Broker:
         """Publish once; RabbitMQ copies the message to every queue bound to `key` or to a key in `cc`.
 
         Without a connection, a transient message is dropped with a warning. A confirmed one (persistent ones always
-        are) raises Unroutable when no queue is bound to its key, and BrokersError when RabbitMQ does not confirm it.
+        are) raises Unroutable when no queue is bound to its key, and BrokersError when RabbitMQ does not confirm it. A
+        persistent one is repeated for `PUBLISH_TIMEOUT_S` before that, so it may arrive twice.
         """
         confirmed = confirmed or persistent
         headers: dict[str, Any] = {SENT_HEADER: time.time_ns() // 1000}
@@ -150,18 +158,31 @@ class Broker:
             content_type="application/msgpack",
             delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
         )
-        exchange = self._exchanges.confirmed if confirmed else self._exchanges.transient
-        if confirmed and self._journal is not None:
+        if not confirmed:
+            try:
+                await self._exchanges.transient.publish(envelope, key, mandatory=False, timeout=PUBLISH_TIMEOUT_S)
+            except CONNECTION_EXCEPTIONS as error:
+                self._log.warning("message dropped: no connection", key=key, error=in_words(error))
+            return
+        give_up_s = time.monotonic() + PUBLISH_TIMEOUT_S
+        if self._journal is not None:
             with suppress(*CONNECTION_EXCEPTIONS):
-                await self._journal.publish(envelope, key, mandatory=False)
-        try:
-            await exchange.publish(envelope, key, mandatory=confirmed, timeout=PUBLISH_TIMEOUT_S)
-        except PublishError as error:
-            raise Unroutable(f"no queue is bound to {key!r}: its receiver is not running") from error
-        except CONNECTION_EXCEPTIONS as error:
-            if confirmed:
-                raise BrokersError(f"RabbitMQ did not confirm a {message.type_name} message: {error!r}") from error
-            self._log.warning("message dropped: no connection", key=key, error=repr(error))
+                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                    await self._journal.publish(envelope, key, mandatory=False)
+        while True:
+            try:
+                async with asyncio.timeout(max(PUBLISH_RETRY_S, give_up_s - time.monotonic())):
+                    await self._exchanges.confirmed.publish(envelope, key, mandatory=True, timeout=PUBLISH_TIMEOUT_S)
+                return
+            except PublishError as error:
+                raise Unroutable(f"no queue is bound to {key!r}: its receiver is not running") from error
+            except CONNECTION_EXCEPTIONS as error:
+                if not persistent or time.monotonic() + PUBLISH_RETRY_S >= give_up_s:
+                    raise BrokersError(
+                        f"RabbitMQ did not confirm a {message.type_name} message: {in_words(error)}"
+                    ) from error
+                self._log.info("message not confirmed yet", key=key, error=in_words(error))
+            await asyncio.sleep(PUBLISH_RETRY_S)
 
     async def consume(
         self, queue: Queue, handler: Handler, *, prefetch: int = 0, sender: UntrustedSender | None = None
@@ -193,12 +214,12 @@ class Broker:
                 break
             except AMQPChannelError:
                 raise  # RabbitMQ refuses it, and would again
-            except CONNECTION_EXCEPTIONS as error:
-                self._log.warning("not consuming yet", queue=queue.name, attempt=attempt, error=repr(error))
+            except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
+                self._log.warning("not consuming yet", queue=queue.name, attempt=attempt, error=in_words(error))
                 last = error
                 await asyncio.sleep(RECONNECT_INTERVAL_S)
         else:
-            raise BrokersError(f"queue {queue.name} cannot be consumed: {last!r}") from last
+            raise BrokersError(f"queue {queue.name} cannot be consumed: {in_words(last)}") from last
         consumed = (queue, declared, tag)
         self._queues[queue.name] = declared
         self._consumed.append(consumed)
@@ -229,14 +250,14 @@ class Broker:
         try:
             await self._queues[queue.name].bind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
         except CONNECTION_EXCEPTIONS as error:
-            raise BrokersError(f"RabbitMQ did not bind queue {queue.name} to {key!r}: {error!r}") from error
+            raise BrokersError(f"RabbitMQ did not bind queue {queue.name} to {key!r}: {in_words(error)}") from error
 
     async def unbind(self, queue: Queue, key: str) -> None:
         """Undo `bind`. Raises BrokersError."""
         try:
             await self._queues[queue.name].unbind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
         except CONNECTION_EXCEPTIONS as error:
-            raise BrokersError(f"RabbitMQ did not unbind queue {queue.name} from {key!r}: {error!r}") from error
+            raise BrokersError(f"RabbitMQ did not unbind queue {queue.name} from {key!r}: {in_words(error)}") from error
 
     async def _handle(
         self, incoming: AbstractIncomingMessage, handler: Handler, sender: UntrustedSender | None
@@ -276,7 +297,7 @@ class Broker:
         try:
             await self._exchanges.dead_letters.publish(copy, "")
         except CONNECTION_EXCEPTIONS as error:
-            self._log.error("dead letter lost: no connection", reason=reason, error=repr(error))
+            self._log.error("dead letter lost: no connection", reason=reason, error=in_words(error))
 
     async def prove(self, queue: Queue, timeout_s: float = 5.0) -> None:
         """Check that this process's consumer of `queue` is alive, by a round trip through RabbitMQ.
@@ -292,7 +313,7 @@ class Broker:
                 )
                 await self._probes[probe]
         except CONNECTION_EXCEPTIONS as error:  # TimeoutError, for a late probe, is one of them
-            raise BrokersError(f"the consumer of queue {queue.name} does not answer: {error!r}") from error
+            raise BrokersError(f"the consumer of queue {queue.name} does not answer: {in_words(error)}") from error
         finally:
             self._probes.pop(probe, None)
 
@@ -317,52 +338,56 @@ class Broker:
         """Check that all consumers of this process are alive. Raises BrokersError for the first that is not.
 
         An own queue is checked by a round trip. A probe of a shared queue could reach another process, so there the
-        consumer must still be registered: RabbitMQ cancels it when the queue is deleted, for example.
+        queue must answer (else QueueDown is raised) and the consumer must still be registered: RabbitMQ cancels it when
+        the queue is deleted, for example.
         """
         if not self.connected:
             raise BrokersError("no connection to RabbitMQ")
-        for queue, declared, tag in tuple(self._consumed):
-            # A device may not publish to its own queue, so a round trip is impossible.
-            if queue.exclusive and not self.topology.device:
-                try:
+        for queue, declared, tag in sorted(self._consumed, key=lambda consumed: not consumed[0].exclusive):
+            try:
+                # A device may not publish to its own queue, so a round trip is impossible.
+                if queue.exclusive and not self.topology.device:
                     await self.prove(queue, timeout_s)
-                except BrokersError as error:
-                    if self.connected and not await self.takes_messages():
-                        raise BrokersError(
-                            "RabbitMQ accepts no messages now; see its memory and disk alarms"
-                        ) from error
-                    raise
-            else:
-                try:
-                    async with asyncio.timeout(timeout_s):
-                        channel = await declared.channel.get_underlay_channel()
-                except (TimeoutError, *CONNECTION_EXCEPTIONS) as error:
-                    raise BrokersError(f"the channel of queue {queue.name} is not open: {error!r}") from error
-                assert isinstance(channel, aiormq.Channel)
-                if tag not in channel.consumers:
-                    raise BrokersError(f"RabbitMQ has cancelled the consumer of queue {queue.name}")
+                else:
+                    await self._prove_registered(queue, declared, tag, timeout_s)
+            except BrokersError as error:
+                if self.connected and not await self.takes_messages():
+                    raise BrokersError("RabbitMQ accepts no messages now; see its memory and disk alarms") from error
+                raise
+
+    async def _prove_registered(self, queue: Queue, declared: AbstractQueue, tag: str, timeout_s: float) -> None:
+        try:
+            async with asyncio.timeout(timeout_s):
+                channel = await declared.channel.get_underlay_channel()
+        except CONNECTION_EXCEPTIONS as error:
+            raise BrokersError(f"the channel of queue {queue.name} is not open: {in_words(error)}") from error
+        if not queue.exclusive:
+            await self.check_queue(queue, timeout_s)
+        assert isinstance(channel, aiormq.Channel)
+        if tag not in channel.consumers:
+            raise BrokersError(f"RabbitMQ has cancelled the consumer of queue {queue.name}")
+
+    async def check_queue(self, queue: Queue, timeout_s: float = 5.0) -> None:
+        """Check that a shared queue answers. Raises QueueDown where it does not: its RabbitMQ node may be down.
+
+        Passes for a missing queue, and where this user may not ask.
+        """
+        try:
+            async with asyncio.timeout(timeout_s):
+                await check_queue(self._connection, queue)
+        except TimeoutError as error:
+            raise QueueDown(f"queue {queue.name} does not answer; see the nodes of RabbitMQ") from error
+        except CONNECTION_EXCEPTIONS as error:
+            raise BrokersError(f"queue {queue.name} cannot be checked: {in_words(error)}") from error
+
+    def on_reconnect(self, callback: Callable[[], None]) -> None:
+        """Call back each time the connection is restored, with its queues. Messages sent before may be lost."""
+
+        def restored(*_: object) -> None:
+            callback()
+
+        self._connection.reconnect_callbacks.add(restored)
 
     async def close(self) -> None:
         """Close the connection. RabbitMQ delivers unacknowledged messages to other consumers."""
         await self._connection.close()
-
-
-async def until_listening(url: str) -> None:
-    """Wait until something listens at the address. Unlike an attempt to log in, this logs nothing meanwhile."""
-    address = URL(url)
-    while True:
-        try:
-            _, writer = await asyncio.open_connection(
-                address.host, address.port or (5671 if address.scheme == "amqps" else 5672)
-            )
-        except OSError:
-            await asyncio.sleep(FIRST_CONNECT_INTERVAL_S)
-        else:
-            writer.close()
-            return
-
-
-def without_password(url: str) -> str:
-    """Return the URL without user and password."""
-    scheme, _, rest = url.partition("://")
-    return f"{scheme}://{rest.rpartition('@')[2]}"

@@ -7,8 +7,9 @@ A process declares what it uses. A user with least privilege may not: the defini
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
-from contextlib import suppress
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 
 import aio_pika
@@ -22,8 +23,9 @@ from aiormq.exceptions import (
     ChannelPreconditionFailed,
 )
 
+from shared.broker.connection import in_words
 from shared.broker.topology import JournalLimits, Queue, Topology
-from shared.errors import BrokersError
+from shared.errors import AccessRefused, BrokersError, QueueDown
 from shared.runtime import logging
 
 OWN_QUEUE_RETRIES = 20
@@ -50,64 +52,88 @@ async def declare_exchanges(connection: AbstractRobustConnection, topology: Topo
     confirming = await connection.channel(publisher_confirms=True, on_return_raises=True)
     topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
     device = topology.device
-    outgoing, kind = (topology.rounds_exchange(device), fanout) if device else (topology.exchange, topic)
-    predeclared = bool(device) or not await _may(
+    if device or not await _may(
         connection, lambda plain: plain.exchange_declare(topology.exchange, exchange_type="topic", durable=True)
-    )
-    letters = None
-    try:
-        transient = await channel.declare_exchange(outgoing, kind, durable=True, passive=predeclared)
-        confirmed = await confirming.declare_exchange(outgoing, kind, durable=True, passive=predeclared)
-        if not device:
-            letters = await channel.declare_exchange(topology.dead, fanout, durable=True, passive=predeclared)
-        if letters is not None and not predeclared:
-            dead = topology.dead_queue()
-            await (await channel.declare_queue(dead.name, durable=True, arguments=dead.arguments)).bind(letters)
-    except ChannelNotFoundEntity as error:
-        raise _missing(error) from error
-    return Exchanges(channel, transient, confirmed, letters, predeclared)
+    ):
+        outgoing = topology.rounds_exchange(device) if device else topology.exchange
+        for name in (outgoing,) if device else (outgoing, topology.dead):
+            await _check_exchange(connection, name)
+        return Exchanges(
+            channel,
+            await channel.get_exchange(outgoing, ensure=False),
+            await confirming.get_exchange(outgoing, ensure=False),
+            None if device else await channel.get_exchange(topology.dead, ensure=False),
+            predeclared=True,
+        )
+    transient = await channel.declare_exchange(topology.exchange, topic, durable=True)
+    confirmed = await confirming.declare_exchange(topology.exchange, topic, durable=True)
+    letters = await channel.declare_exchange(topology.dead, fanout, durable=True)
+
+    async def declare_dead_queue(plain: PlainChannel) -> None:
+        queue = topology.dead_queue()
+        await plain.queue_declare(queue.name, durable=True, arguments=queue.arguments)
+        await plain.queue_bind(queue.name, topology.dead, "")
+
+    await _now_and_after_reconnects(connection, topology.dead, declare_dead_queue)
+    return Exchanges(channel, transient, confirmed, letters, predeclared=False)
 
 
 async def declare_journal(
     connection: AbstractRobustConnection, topology: Topology, exchanges: Exchanges, limits: JournalLimits
-) -> AbstractExchange:
-    """Declare the journal, its exchange and their bindings, now and after each reconnect; return the exchange.
+) -> AbstractExchange | None:
+    """Declare the journal, its exchange and their bindings, now and after each reconnect.
 
-    Raises BrokersError when the journal is missing and this user may not declare it.
+    Returns the exchange, or None where this user may publish nothing to it, because its service sends no confirmed
+    messages. Raises BrokersError when the journal is missing and this user may not declare it.
     """
     queue = topology.journal_queue(limits)
-    log = logging.get()
-    try:
-        exchange = await exchanges.channel.declare_exchange(
-            queue.name, aio_pika.ExchangeType.TOPIC, durable=True, passive=exchanges.predeclared
-        )
-    except ChannelNotFoundEntity as error:
-        raise _missing(error) from error
     if exchanges.predeclared:
-        return exchange
-
-    async def declare(*_: object) -> None:
-        # On a channel that aio-pika does not restore: if the journal has changed meanwhile, the refusal must not keep
-        # this process from reconnecting.
-        channel = await connection.channel(publisher_confirms=False)
         try:
-            plain = await channel.get_underlay_channel()
-            await plain.queue_declare(queue.name, durable=True, arguments=queue.arguments)
-            for source, key in [(topology.exchange, key) for key in queue.bindings] + [(queue.name, "#")]:
-                await plain.queue_bind(queue.name, source, key)
-        except ChannelPreconditionFailed as error:
-            log.warning(
-                "the journal keeps its old limits; delete it to apply new ones (wisp journal delete)", error=str(error)
-            )
-        except CONNECTION_EXCEPTIONS as error:
-            log.warning("the journal could not be declared", error=repr(error))
-        finally:
-            with suppress(*CONNECTION_EXCEPTIONS):
-                await channel.close()
+            await _check_exchange(connection, queue.name)
+        except AccessRefused:
+            logging.get().debug("this process publishes nothing to the journal")
+            return None
+        return await exchanges.channel.get_exchange(queue.name, ensure=False)
+    exchange = await exchanges.channel.declare_exchange(queue.name, aio_pika.ExchangeType.TOPIC, durable=True)
 
-    await declare()
-    connection.reconnect_callbacks.add(declare)
+    async def declare(plain: PlainChannel) -> None:
+        await plain.queue_declare(queue.name, durable=True, arguments=queue.arguments)
+        for source, key in [(topology.exchange, key) for key in queue.bindings] + [(queue.name, "#")]:
+            await plain.queue_bind(queue.name, source, key)
+
+    await _now_and_after_reconnects(
+        connection,
+        queue.name,
+        declare,
+        "the journal keeps its old limits; delete it to apply new ones (wisp journal delete)",
+    )
     return exchange
+
+
+async def _now_and_after_reconnects(
+    connection: AbstractRobustConnection,
+    name: str,
+    declare: Callable[[PlainChannel], Awaitable[None]],
+    differs: str = "the queue keeps its earlier arguments",
+) -> None:
+    """Declare a queue that the connection does not depend on. What RabbitMQ refuses is logged.
+
+    differs: log message if the queue exists with other arguments.
+    """
+    log = logging.get()
+
+    async def attempt(*_: object) -> None:
+        # On a channel that aio-pika does not restore: a refusal must not keep this process from reconnecting.
+        try:
+            async with _passing_channel(connection) as plain:
+                await declare(plain)
+        except ChannelPreconditionFailed as error:
+            log.warning(differs, queue=name, error=in_words(error))
+        except CONNECTION_EXCEPTIONS as error:
+            log.warning("a queue could not be declared", queue=name, error=in_words(error))
+
+    await attempt()
+    connection.reconnect_callbacks.add(attempt)
 
 
 async def declare_queue(
@@ -115,15 +141,10 @@ async def declare_queue(
 ) -> tuple[AbstractQueue, bool]:
     """Declare a queue on a channel of its own; return it, and whether it comes from imported definitions.
 
-    Raises BrokersError when the queue is missing, or belongs to another running process.
+    A shared queue that exists with other arguments is used as it is. Raises QueueDown where its node does not run, and
+    BrokersError when the queue is missing or belongs to another running process.
     """
-    predeclared = not queue.exclusive and (
-        bool(topology.device)
-        or not await _may(
-            connection,
-            lambda plain: plain.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
-        )
-    )
+    exists = not queue.exclusive and (bool(topology.device) or not await _may_declare(connection, queue))
     for attempt in range(OWN_QUEUE_RETRIES):
         channel = await connection.channel(publisher_confirms=False)
         if prefetch:
@@ -134,13 +155,13 @@ async def declare_queue(
                 durable=queue.durable,
                 exclusive=queue.exclusive,
                 arguments=queue.arguments,
-                passive=predeclared,
+                passive=exists,
             )
-            return declared, predeclared
+            return declared, exists
         except ChannelNotFoundEntity as error:
             with suppress(*CONNECTION_EXCEPTIONS):
                 await channel.close()
-            raise _missing(error) from error
+            raise _absent(error) from error
         except ChannelLockedResource:
             # A killed predecessor of the same name still holds the queue until RabbitMQ notices its end.
             logging.get().warning("own queue still held by a predecessor", queue=queue.name, attempt=attempt)
@@ -150,21 +171,93 @@ async def declare_queue(
     )
 
 
+async def check_queue(connection: AbstractRobustConnection, queue: Queue) -> None:
+    """Raise QueueDown if a queue's node does not run. Passes for a missing queue, and where this user may not ask."""
+    try:
+        async with _passing_channel(connection) as plain:
+            await plain.queue_declare(queue.name, passive=True)
+    except ChannelNotFoundEntity as error:
+        if isinstance(absent := _absent(error), QueueDown):
+            raise absent from error
+    except ChannelAccessRefused:
+        pass
+
+
+async def _may_declare(connection: AbstractRobustConnection, queue: Queue) -> bool:
+    """Return whether this user may declare the queue with these arguments, by declaring it."""
+    try:
+        return await _may(
+            connection,
+            lambda plain: plain.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
+        )
+    except ChannelPreconditionFailed as error:
+        logging.get().warning(
+            "a queue exists with other arguments and is used as it is; to apply new ones, stop all services and delete "
+            "it",
+            queue=queue.name,
+            error=in_words(error),
+        )
+        return False
+    except ChannelNotFoundEntity as error:
+        raise _absent(error) from error
+
+
+async def _check_exchange(connection: AbstractRobustConnection, name: str) -> None:
+    """Raise BrokersError if an exchange is missing, and AccessRefused if this user may not publish to it.
+
+    Since version 4.3 RabbitMQ answers a passive declaration only to users with more rights than to publish. So where
+    that is refused, a message is published in a transaction that is rolled back.
+    """
+    try:
+        try:
+            async with _passing_channel(connection) as plain:
+                await plain.exchange_declare(name, passive=True)
+        except ChannelAccessRefused:
+            async with _passing_channel(connection) as plain:
+                await plain.tx_select()
+                await plain.basic_publish(b"", exchange=name)
+                await plain.tx_rollback()
+    except ChannelNotFoundEntity as error:
+        raise _absent(error) from error
+    except ChannelAccessRefused as error:
+        raise AccessRefused(
+            f"RabbitMQ lacks an exchange, or refuses it to this user ({in_words(error)}); import the output of "
+            "`wisp broker definitions`"
+        ) from error
+
+
 async def _may(connection: AbstractRobustConnection, declare: Callable[[PlainChannel], Awaitable[object]]) -> bool:
     """Return whether this user may make the declaration, by making it."""
-    assert connection.transport is not None
-    # On a channel of its own, because a refusal closes the channel; aio-pika does not restore this one.
-    channel = await connection.transport.connection.channel()
     try:
-        await declare(channel)
+        async with _passing_channel(connection) as plain:
+            await declare(plain)
     except ChannelAccessRefused:
         return False
-    await channel.close()
     return True
 
 
-def _missing(error: ChannelNotFoundEntity) -> BrokersError:
-    return BrokersError(
-        f"RabbitMQ lacks an exchange or queue that this user may not declare ({error}); import the output of "
-        "`wisp broker definitions`"
+@asynccontextmanager
+async def _passing_channel(connection: AbstractRobustConnection) -> AsyncIterator[PlainChannel]:
+    """A channel for one question, which aio-pika does not restore: a refusal closes the channel."""
+    if connection.transport is None:
+        raise ConnectionError("the connection was lost")
+    channel = await connection.transport.connection.channel(publisher_confirms=False)
+    try:
+        yield channel
+    finally:
+        if not channel.is_closed:
+            await channel.close()
+
+
+def _absent(error: ChannelNotFoundEntity) -> BrokersError:
+    """Return the error for a queue or exchange that RabbitMQ does not find."""
+    text = in_words(error)
+    if re.search(r"no (queue|exchange) ", text):
+        return BrokersError(
+            f"RabbitMQ lacks an exchange or queue that this user may not declare ({text}); import the output of "
+            "`wisp broker definitions`"
+        )
+    return QueueDown(
+        f"RabbitMQ holds a queue on a node that does not run ({text}); start that node again. Replicated queues "
+        "outlive it (WISP_REPLICATED_QUEUES)"
     )

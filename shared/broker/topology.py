@@ -152,6 +152,12 @@ class Topology:
 
     namespace: str = "wisp"
     device: str = ""
+    replicated: bool = False
+    """True if all shared queues are quorum queues, which outlive the loss of a node of the cluster."""
+
+    @property
+    def _kind(self) -> dict[str, Any]:
+        return {"x-queue-type": "quorum"} if self.replicated else {}
 
     @property
     def exchange(self) -> str:
@@ -165,7 +171,7 @@ class Topology:
 
     def dead_queue(self) -> Queue:
         """Return the queue of dead letters, which keeps the latest ones up to a limit."""
-        return Queue(self.dead, (), durable=True, arguments={"x-max-length": DEAD_LETTERS_KEPT})
+        return Queue(self.dead, (), durable=True, arguments=self._kind | {"x-max-length": DEAD_LETTERS_KEPT})
 
     def generate_queue(self, pool: str = DEFAULT_POOL) -> Queue:
         """Return the queue of requests for a pool of drafters. Each is acknowledged when its session has ended."""
@@ -204,7 +210,8 @@ class Topology:
             f"{self.namespace}.rounds.{device}",
             (),
             durable=True,
-            arguments={
+            arguments=self._kind
+            | {
                 "x-single-active-consumer": True,
                 "x-max-length": ROUNDS_KEPT,
                 "x-max-length-bytes": ROUND_BYTES * 4,
@@ -221,7 +228,8 @@ class Topology:
 
     def verify_queue(self) -> Queue:
         """Return the queue of rounds. One scheduler consumes at a time; RabbitMQ switches to a standby."""
-        return Queue(f"{self.namespace}.verify", (VERIFY,), durable=True, arguments={"x-single-active-consumer": True})
+        arguments = self._kind | {"x-single-active-consumer": True}
+        return Queue(f"{self.namespace}.verify", (VERIFY,), durable=True, arguments=arguments)
 
     def sample_queue(self) -> Queue:
         """Return the queue of measured batches for the estimator. When full, it drops the oldest."""
@@ -229,7 +237,7 @@ class Topology:
             f"{self.namespace}.sample",
             (SAMPLE,),
             durable=True,
-            arguments={"x-single-active-consumer": True, "x-max-length": SAMPLES_KEPT},
+            arguments=self._kind | {"x-single-active-consumer": True, "x-max-length": SAMPLES_KEPT},
         )
 
     @property

@@ -26,8 +26,9 @@ from pydantic_settings import BaseSettings, EnvSettingsSource, PydanticBaseSetti
 from pydantic_settings import SettingsError as SourceError
 from yarl import URL
 
+from shared.broker.connection import addresses
 from shared.broker.session_keys import SessionKeys
-from shared.broker.topology import JournalLimits
+from shared.broker.topology import JournalLimits, Topology
 from shared.errors import SettingsError
 from shared.runtime.tls import Tls
 from shared.state.commits import SESSION_TTL_S
@@ -137,7 +138,12 @@ class TlsSettings(WispSettings):
     @model_validator(mode="after")
     def _tls_is_usable(self) -> TlsSettings:
         urls = {name: getattr(self, name, None) for name in ("amqp_url", "redis_url")}
-        schemes = {name: check_url(name, url) for name, url in urls.items() if url is not None}
+        schemes = {
+            name: check_url(name, url)
+            for name, text in urls.items()
+            if text is not None
+            for url in (addresses(text) if name == "amqp_url" else [text])
+        }
         if self.tls_key_file is not None and self.tls_cert_file is None:
             raise ValueError("tls_key_file is set without its certificate; set WISP_TLS_CERT_FILE too")
         if self.tls == Tls():
@@ -208,7 +214,20 @@ class NamespaceSettings(WispSettings):
 class BrokerSettings(TlsSettings, NamespaceSettings):
     """Settings of processes that connect to RabbitMQ."""
 
-    amqp_url: str = Field("amqp://guest:guest@127.0.0.1:5672/", description="RabbitMQ, as an amqp:// or amqps:// URL")
+    amqp_url: str = Field(
+        "amqp://guest:guest@127.0.0.1:5672/",
+        description="RabbitMQ, as an amqp:// or amqps:// URL; several, separated by commas, are tried in turn",
+    )
+    replicated_queues: bool = Field(
+        False,
+        description="declare the shared queues as quorum queues, which outlive the loss of a node of a RabbitMQ "
+        "cluster; a round takes some milliseconds longer",
+    )
+
+    @property
+    def topology(self) -> Topology:
+        """The names at RabbitMQ."""
+        return Topology(self.namespace, replicated=self.replicated_queues)
 
 
 class JournalSettings(BrokerSettings):

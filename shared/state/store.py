@@ -41,6 +41,8 @@ from shared.state.kv import KvBlocks
 from shared.state.quota import Quota
 from shared.state.registry import Registry
 
+MARK_S = 300
+"""Seconds that the mark of a session that was cancelled before it existed stays: longer than any creation takes."""
 REAPED_AT_ONCE = 200
 """Sessions per step of `reap`. A larger step would delay other calls to Redis."""
 
@@ -127,7 +129,10 @@ class Store:
         self._redis = connection.redis
         self._call = connection.call
         self._ttl_s = ttl_s
-        self._commit = self._redis.register_script(files("shared.state").joinpath("commit.lua").read_text())
+        self._commit, self._create, self._cancel = (
+            self._redis.register_script(files("shared.state").joinpath(f"{name}.lua").read_text())
+            for name in ("commit", "create", "cancel")
+        )
         self.registry = Registry(connection)
         self.quota = Quota(connection)
         self.kv = KvBlocks(connection)
@@ -153,19 +158,16 @@ class Store:
         *,
         patience_ms: int = 0,
         kept: bytes = b"",
-    ) -> None:
-        """Write a new session and the deadline of its first token.
+    ) -> bool:
+        """Write a new session and the deadline of its first token. Returns False if it was cancelled before.
 
         `elapsed_ms` is the time since the request arrived; times are stored on Redis's clock. A session that no live
         gateway collects for `patience_ms` is cancelled by its next commit or by `reap`; 0 disables this. `kept` is the
         gateway's resume record, which the method `kept` returns.
         """
         slo = request.slo
-        start_ms = await self._connection.now_ms() - elapsed_ms
-        fields: dict[Any, Any] = {
+        fields: dict[str, str | int | float | bytes] = {
             "request": msgpack.packb(request.model_dump(mode="json")),
-            "status": SessionStatus.ACTIVE.value,
-            "start_ms": int(start_ms),
             "prompt_len": len(prompt),
             "length": len(prompt),
             "round": -1,
@@ -178,13 +180,17 @@ class Store:
         }
         if slo is not None:
             fields |= {"tpot_ms": slo.tpot_ms}
-        async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hset(self._session(request.session), mapping=fields)
-            pipe.set(self._tokens(request.session), _pack(prompt), ex=self._ttl_s)
-            pipe.expire(self._session(request.session), self._ttl_s)
-            due_ms = math.inf if slo is None else start_ms + slo.ttft_ms
-            pipe.zadd(self._deadlines, {request.session: due_ms})
-            await self._call(pipe.execute())
+        keys = [self._session(request.session), self._tokens(request.session), self._deadlines]
+        ttft_ms = "" if slo is None else slo.ttft_ms
+        arguments: list[str | int | float | bytes] = [
+            request.session,
+            self._ttl_s,
+            _pack(prompt),
+            elapsed_ms,
+            ttft_ms,
+        ]
+        arguments += [part for field in fields.items() for part in field]
+        return bool(await self._call(self._create(keys=keys, args=arguments)))
 
     async def read(self, sessions: Sequence[str]) -> list[Session | None]:
         """Return the sessions, in one round trip; None for one that does not exist."""
@@ -276,26 +282,13 @@ class Store:
         return reaped
 
     async def cancel(self, session: str, gateway: str = "") -> bool:
-        """Cancel a session, so that it accepts no more tokens. A finished session stays finished.
+        """Cancel a session, so that it accepts no more tokens, even if it is created only after this.
 
-        With a `gateway`, a session that another gateway collects now stays as it is. Returns whether the session was
-        this gateway's to cancel.
+        A finished session stays finished. With a `gateway`, a session that another gateway collects now stays as it
+        is. Returns whether the session was this gateway's to cancel.
         """
-        key = self._session(session)
-        mine = True
-
-        async def flip(pipe: Any) -> None:
-            nonlocal mine
-            status, collector = await pipe.hmget(key, "status", "gateway")
-            mine = not gateway or collector is None or collector.decode() == gateway
-            pipe.multi()
-            if mine and status == SessionStatus.ACTIVE.value.encode():
-                pipe.hset(key, "status", SessionStatus.CANCELLED.value)
-            if mine:
-                pipe.zrem(self._deadlines, session)
-
-        await self._call(self._redis.transaction(flip, key))
-        return mine
+        keys = [self._session(session), self._deadlines]
+        return bool(await self._call(self._cancel(keys=keys, args=[session, gateway, MARK_S])))
 
     async def collect(self, session: str, gateway: str) -> bool:
         """Make this gateway the one that collects and may cancel the session; return whether the session exists."""

@@ -10,6 +10,7 @@ import aio_pika
 import builders
 import pytest
 from builders import generate, result, verify
+from link import link_to
 from patience import HANG_S
 
 from shared.broker import topology
@@ -238,3 +239,110 @@ async def test_an_unreachable_broker_is_an_error_without_the_password(
     with pytest.raises(BrokersError, match=r"guest@127\.0\.0\.1|127\.0\.0\.1:1.*WISP_AMQP_URL") as caught:
         await Broker.connect("amqp://guest:secret@127.0.0.1:1/", Topology(namespace), "x")
     assert "secret" not in str(caught.value)
+
+
+async def reconnected(broker: Broker) -> None:
+    """Wait for the end of the next reconnect."""
+    done = asyncio.Event()
+    broker.on_reconnect(done.set)
+    await asyncio.wait_for(done.wait(), HANG_S)
+
+
+async def test_the_first_address_that_answers_is_used(amqp_url: str, namespace: str) -> None:
+    broker = await Broker.connect(f"amqp://guest:guest@127.0.0.1:1/,{amqp_url}", Topology(namespace), "x")
+    assert broker.connected
+    await broker.close()
+
+
+async def test_a_lost_connection_goes_on_at_the_next_address(amqp_url: str, namespace: str) -> None:
+    async with link_to(amqp_url) as first, link_to(amqp_url) as second:
+        broker = await Broker.connect(f"{first.url}, {second.url}", Topology(namespace), "x")
+        queue = broker.topology.own_queue("test", "x", ())
+        await broker.consume(queue, Inbox())
+        for gone, back in ((first, second), (second, first)):
+            returning = asyncio.create_task(reconnected(broker))
+            await gone.cut()
+            await returning
+            await broker.prove(queue)
+            await gone.mend()
+            assert back is not gone
+        await broker.close()
+
+
+async def test_an_own_queue_that_a_dead_connection_still_holds_gets_a_fresh_name(amqp_url: str, namespace: str) -> None:
+    async with link_to(amqp_url) as link:
+        broker = await Broker.connect(link.url, Topology(namespace), "x")
+        queue, inbox = broker.topology.own_queue("drafter", "d", (topology.result("d"),)), Inbox()
+        await broker.consume(queue, inbox)
+        returning = asyncio.create_task(reconnected(broker))
+        await link.cut(unnoticed=True)
+        await link.mend()
+        await asyncio.wait_for(returning, 5)  # RabbitMQ notices the dead connection after 20 s
+        await broker.prove(queue)
+        await broker.publish(result(), topology.result("d"))
+        assert (await inbox.next()) == result()
+        assert await inbox.nothing_more()
+        await broker.close()
+
+
+async def test_a_queue_keeps_its_name_when_only_its_channel_is_opened_again(connect: Connect) -> None:
+    broker = await connect("x")
+    queue, inbox = broker.topology.own_queue("test", "x", ()), Inbox()
+    await broker.consume(queue, inbox)
+    declared = broker._queues[queue.name]
+    channel = await declared.channel.get_underlay_channel()
+    with pytest.raises(aio_pika.exceptions.ChannelNotFoundEntity):
+        await channel.queue_declare(f"{queue.name}-missing", passive=True)
+    async with asyncio.timeout(HANG_S):
+        while True:
+            with suppress(BrokersError):
+                await broker.prove(queue, timeout_s=0.3)
+                break
+    assert declared.name == queue.name, "the queue of this connection would fill up, with nobody to read it"
+
+
+async def test_a_persistent_message_is_repeated_while_the_connection_is_restored(
+    connect: Connect, amqp_url: str, namespace: str
+) -> None:
+    drafter, inbox = await connect("drafter"), Inbox()
+    await drafter.consume(drafter.topology.generate_queue(), inbox, prefetch=1)
+    async with link_to(amqp_url) as link:
+        broker = await Broker.connect(link.url, Topology(namespace), "gateway")
+        await link.cut()
+        publishing = asyncio.create_task(broker.publish(generate("s"), topology.generate(), persistent=True))
+        await asyncio.sleep(0.5)
+        await link.mend()
+        await publishing
+        assert (await inbox.next()) == generate("s")
+        await broker.close()
+
+
+async def test_a_message_that_cannot_be_sent_is_an_error_in_words(
+    amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.broker.client.PUBLISH_TIMEOUT_S", 0.5)
+    async with link_to(amqp_url) as link:
+        broker = await Broker.connect(link.url, Topology(namespace), "gateway")
+        await link.cut()
+        with pytest.raises(BrokersError, match=r"RabbitMQ did not confirm a Generate message: [a-z ]+$"):
+            await broker.publish(generate("s"), topology.generate(), persistent=True)
+        await broker.close()
+
+
+@pytest.mark.parametrize("replicated_first", [False, True])
+async def test_a_shared_queue_of_another_type_is_used_as_it_is(
+    amqp_url: str, namespace: str, replicated_first: bool
+) -> None:
+    first, second = [
+        await Broker.connect(amqp_url, Topology(namespace, replicated=kind), "x")
+        for kind in (replicated_first, not replicated_first)
+    ]
+    active, standby = Inbox(), Inbox()
+    await first.consume(first.topology.verify_queue(), active)
+    await second.consume(second.topology.verify_queue(), standby)
+    await second.publish(verify(), topology.VERIFY)
+    assert (await active.next()) == verify()
+    await first.close()
+    await second.publish(verify("t"), topology.VERIFY)
+    assert (await standby.next()) == verify("t")
+    await second.close()

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 from drafter_peer import Peer, drafting
+from link import link_to
 
 from services.drafter.settings import DrafterSettings
 from shared.broker import topology
@@ -55,6 +56,18 @@ async def test_a_round_without_a_result_is_sent_again(peer: Peer) -> None:
         await peer.answer(lost, [7])
         following = await peer.round()
         assert (following.round, following.base_len) == (lost.round + 1, lost.base_len + 1)
+
+
+async def test_a_round_is_sent_again_when_the_connection_is_restored(peer: Peer) -> None:
+    async with link_to(peer.settings.amqp_url) as link:
+        settings = peer.settings.model_copy(update={"amqp_url": link.url, "min_timeout_ms": 60_000})
+        async with drafting(settings, "d1"):
+            await peer.ask("s")
+            lost = await peer.round()
+            await link.cut()
+            await link.mend()
+            again = await peer.round()
+            assert (again.session, again.round) == (lost.session, lost.round)
 
 
 async def test_another_drafter_continues_from_the_committed_tokens(peer: Peer) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import sys
+from typing import Any
 
 import httpx
 import openai
@@ -15,9 +16,11 @@ from gateway_peer import Peer, Script, eventually, tiny_target
 from gateway_suite import MODEL, answers, free_port, started
 from link import link_to
 from patience import HANG_S
+from redis.asyncio import Redis
 
 from services.gateway.fleet import FRESH_S
 from shared.models.folder import ModelFolder
+from shared.state.store import Request, Store
 
 
 @pytest.fixture(scope="module")
@@ -116,6 +119,46 @@ async def test_lost_state_ends_a_session_in_a_clear_error(
         await suite.peer.store._redis.delete(f"{namespace}:session:{suite.peer.generated[0].session}")
         with pytest.raises(openai.InternalServerError, match="was lost"):
             await asking
+
+
+async def test_a_session_whose_creation_takes_long_is_not_lost(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create = Store.create
+
+    async def slowly(store: Store, request: Request, *rest: Any, **fields: Any) -> bool:
+        await asyncio.sleep(1.0)
+        return await create(store, request, *rest, **fields)
+
+    monkeypatch.setattr(Store, "create", slowly)
+    async with started(amqp_url, redis_url, namespace, target, idle_check_s=0.1) as suite:
+        assert (await suite.chat()).choices[0].message.content == suite.peer.script.text
+
+
+async def test_nothing_runs_on_when_a_session_is_given_up_during_its_creation(
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    create, creations = Store.create, []
+
+    async def late(store: Store, request: Request, *rest: Any, **fields: Any) -> bool:
+        async def once_cancelled() -> bool:
+            async with Redis.from_url(redis_url) as redis, asyncio.timeout(HANG_S):
+                while not await redis.exists(f"{namespace}:session:{request.session}"):  # noqa: ASYNC110 - Redis's
+                    await asyncio.sleep(0.02)
+            return await create(store, request, *rest, **fields)
+
+        creations.append(asyncio.create_task(once_cancelled()))
+        return await asyncio.shield(creations[-1])
+
+    monkeypatch.setattr(Store, "create", late)
+    async with started(amqp_url, redis_url, namespace, target, stall_timeout_s=0.5) as suite:
+        with pytest.raises(openai.InternalServerError, match="no token came"):
+            await suite.chat()
+        assert [await creation for creation in creations] == [False]
+        assert suite.peer.generated == []
+        assert await suite.peer.store.reap() == []
+        async with Redis.from_url(redis_url) as redis:
+            assert await redis.zcard(f"{namespace}:deadlines") == 0
 
 
 async def test_the_process_is_small_and_drains_on_sigterm(

@@ -126,6 +126,32 @@ async def test_nothing_is_added_after_the_end_or_a_cancel(store: Store) -> None:
     assert left.outcome is CommitOutcome.CANCELLED
 
 
+async def test_a_session_cancelled_before_its_creation_never_becomes_active(
+    store: Store, redis_url: str, namespace: str
+) -> None:
+    assert await store.cancel("s", "g")
+    assert not await store.create(request(slo=Slo(ttft_ms=1000.0, tpot_ms=100.0)), PROMPT)
+    assert await store.ended(["s"]) == ["s"]
+    assert (await store.read(["s"]), await store.progress("s", 0), await store.kept("s")) == ([None], None, None)
+    assert not await store.collect("s", "h")
+    (answer,) = await store.commit("v", [commit(0, 3, [8])])
+    assert answer.outcome is CommitOutcome.GONE
+    assert await store.deadline_ms("s") is None
+    async with Redis.from_url(redis_url) as redis:
+        assert await redis.zcard(f"{namespace}:deadlines") == 0
+        assert 0 < await redis.ttl(f"{namespace}:session:s") <= 300
+
+
+async def test_a_creation_that_is_repeated_resets_nothing(store: Store) -> None:
+    assert await store.create(request(), PROMPT)
+    await store.commit("v", [commit(0, 3, [8, 9])])
+    assert await store.create(request(), PROMPT)
+    assert (await whole(store)).tokens == [*PROMPT, 8, 9]
+    await store.cancel("s")
+    assert not await store.create(request(), PROMPT)
+    assert (await whole(store)).status is SessionStatus.CANCELLED
+
+
 async def test_cancelling_a_finished_session_leaves_it_finished(store: Store) -> None:
     await store.create(request(), PROMPT)
     await store.commit("v", [commit(0, 3, [2], finish=Finish.STOP)])

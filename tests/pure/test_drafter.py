@@ -11,7 +11,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.drafter.control import Controller, DraftRound
-from services.drafter.core.session import LONGEST_MS, UNKNOWN_MS, DraftSession, RoundTimer, bonus_matches
+from services.drafter.core.session import (
+    LONGEST_BACKOFF_MS,
+    LONGEST_MS,
+    UNKNOWN_MS,
+    DraftSession,
+    RoundTimer,
+    bonus_matches,
+)
 from services.drafter.sources import Draft, DraftRequest, LookupDrafts, NoDrafts
 from shared.messages import Failure, Finish, Result, Sampling, Slo, Status
 
@@ -144,10 +151,17 @@ def test_the_timer_follows_the_measured_round_time_and_backs_off() -> None:
         timer.learn(500.0)
     assert 500.0 <= timer.timeout_ms(0) < 520.0
     assert timer.timeout_ms(1) == 2 * timer.timeout_ms(0)
-    assert timer.timeout_ms(30) == LONGEST_MS
+    assert timer.timeout_ms(30) == LONGEST_BACKOFF_MS <= 5000.0, "soon after an outage a round is sent again"
     for i in range(100):
         timer.learn(500.0 + 300.0 * (i % 2))
     assert timer.timeout_ms(0) > 1000.0, "a varying round time needs a longer timeout"
+
+
+def test_a_round_that_usually_takes_long_is_not_sent_again_before() -> None:
+    timer = RoundTimer(shortest_ms=100.0)
+    for _ in range(100):
+        timer.learn(20_000.0)
+    assert 20_000.0 <= timer.timeout_ms(0) == timer.timeout_ms(30) <= LONGEST_MS
 
 
 def test_the_timeout_is_never_shorter_than_its_setting() -> None:

@@ -102,40 +102,40 @@ class Verifier:
     """Answers rounds with the target's token 7, and with the hidden states that they ask for."""
 
     def __init__(self, session: ServedSession, sent: asyncio.Queue[Verify]) -> None:
-        self._session = session
-        self._sent = sent
+        self.session = session
+        self.sent = sent
 
     async def round(self) -> Verify:
         """Take the next round and answer it; return it."""
-        verify = await asyncio.wait_for(self._sent.get(), 10)
+        verify = await asyncio.wait_for(self.sent.get(), 10)
         await asyncio.sleep(0.02)  # the batch
         if verify.hidden_from is not None:
             bits = np.zeros((verify.base_len - verify.hidden_from, SIZE), np.uint16)
             for part in parts(bits, verify.hidden_from, verify.hidden_format):
                 states = HiddenStates(session=verify.session, round=verify.round, **vars(part))
-                await self._session.receive(states)
+                await self.session.receive(states)
         result = builders.result(verify.session, verify.round, verify.base_len, [7], verify_ms=20.0)
-        await self._session.receive(result.model_copy(update=_counts(verify)))
+        await self.session.receive(result.model_copy(update=_counts(verify)))
         return verify
 
     async def begin_run(self, left: int) -> Verify:
         """Answer the next round with a token, after which the verifier goes on by itself."""
-        verify = await asyncio.wait_for(self._sent.get(), 10)
+        verify = await asyncio.wait_for(self.sent.get(), 10)
         await asyncio.sleep(0.02)  # the batch
         result = builders.result(verify.session, verify.round, verify.base_len, [7], run_left=left, verify_ms=20.0)
-        await self._session.receive(result)
+        await self.session.receive(result)
         return verify
 
     async def report(self, round_: int, base_len: int, tokens: int, left: int) -> None:
         """Report tokens of the run."""
-        await self._session.receive(
+        await self.session.receive(
             builders.result("s", round_, base_len, [7] * tokens, run=True, run_left=left, new_tokens=tokens)
         )
 
     async def silent(self) -> bool:
         """Return whether no round has been sent in the meantime."""
         await asyncio.sleep(0.1)
-        return self._sent.empty()
+        return self.sent.empty()
 
 
 def _counts(verify: Verify) -> dict[str, object]:
@@ -250,3 +250,11 @@ def test_a_session_that_only_waits_for_states_gets_no_run() -> None:
     control = with_runs(Controller("marginal", 8), run_ms=54.0).session("hidden")
     waiting = control.begin(8, 0.0, unready={"hidden"})
     assert control.run_tokens(waiting) == 0
+
+
+async def test_a_round_in_flight_is_sent_again_on_request() -> None:
+    async with serving(NoDrafts(), Controller("marginal", 8), (), [1, 2, 3]) as verifier:
+        lost = await asyncio.wait_for(verifier.sent.get(), 10)
+        verifier.session.send_again()
+        again = await asyncio.wait_for(verifier.sent.get(), 10)
+        assert (again.round, again.attempt, lost.attempt) == (lost.round, 1, 0)

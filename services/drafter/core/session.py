@@ -17,6 +17,9 @@ BETA = 1 / 4
 UNKNOWN_MS = 5000.0
 """Timeout before the first measurement."""
 LONGEST_MS = 30_000.0
+LONGEST_BACKOFF_MS = 5000.0
+"""Doubling ends here, so that a round is sent again soon after an outage. A round that usually takes longer gets that
+time."""
 
 
 @dataclass
@@ -154,7 +157,7 @@ class RoundTimer:
     """Timeout after which a round without a result is sent again.
 
     The retransmission timer of TCP (RFC 6298, section 2): smoothed round time plus four times its mean deviation,
-    doubled with every attempt.
+    doubled with every attempt up to `LONGEST_BACKOFF_MS`.
     """
 
     shortest_ms: float
@@ -172,7 +175,8 @@ class RoundTimer:
     def timeout_ms(self, attempt: int) -> float:
         """Return the time to wait for the result of an attempt; the first is attempt 0."""
         base = UNKNOWN_MS if self.smoothed_ms is None else self.smoothed_ms + 4 * self.deviation_ms
-        return float(min(LONGEST_MS, max(self.shortest_ms, base) * 2**attempt))
+        first = min(LONGEST_MS, max(self.shortest_ms, base))
+        return float(max(first, min(LONGEST_BACKOFF_MS, first * 2**attempt)))
 
 
 class RoundTimers:

@@ -112,6 +112,8 @@ async def wrong_states(site: ChaosSite, references: Sequence[Reference]) -> tupl
     async with Redis.from_url(site.brokers.redis_url) as redis:
         async for key in redis.scan_iter(f"{namespace}:session:*"):
             fields = await redis.hgetall(key)
+            if b"request" not in fields:
+                continue  # the mark of a session that was cancelled before it was created
             name = key.decode().rpartition(":")[2]
             tokens = unpack(await _bytes(redis, f"{namespace}:tokens:{name}"))
             count += 1

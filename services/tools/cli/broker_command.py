@@ -35,6 +35,12 @@ def print_definitions(
             "--journal", help="Include the journal, with the limits WISP_JOURNAL_BYTES and WISP_JOURNAL_HOURS."
         ),
     ] = False,
+    replicated: Annotated[
+        bool,
+        typer.Option(
+            "--replicated", help="Make all shared queues quorum queues, which outlive the loss of a RabbitMQ node."
+        ),
+    ] = False,
     devices: Annotated[
         Path | None, typer.Option(help="Remote devices that join: the schedulers' WISP_DEVICES_FILE.")
     ] = None,
@@ -46,7 +52,7 @@ def print_definitions(
     with errors_shown():
         from shared.runtime.settings import ServiceSettings, read_devices
 
-        topology = Topology(namespace_of(namespace))
+        topology = Topology(namespace_of(namespace), replicated=replicated)
         pools = [checked("pool", name) for name in pool or [DEFAULT_POOL]]
         outside = read_devices(devices) if devices else []
         users = {device: user_of(topology, device_name(device)) for device in outside}

@@ -10,7 +10,6 @@ from dataclasses import asdict, replace
 from secrets import token_hex
 from typing import Any
 
-import aio_pika
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq.exceptions import AMQPError, ChannelNotFoundEntity
 from rich.console import Console
@@ -22,7 +21,8 @@ from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.terminal import print_fields
 from shared.broker import topology
-from shared.broker.client import Broker, without_password
+from shared.broker.client import Broker
+from shared.broker.connection import connect_once, without_password
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, SettingsError
 from shared.messages import Message
@@ -96,10 +96,10 @@ async def _require_suite(suite: SuiteAddress) -> None:
 
     Connecting would declare the exchange, and an observer of a mistyped name would leave it behind.
     """
-    context = suite.tls.context() if suite.amqp_url.startswith("amqps:") else None
+    context = suite.tls.context() if "amqps:" in suite.amqp_url else None
     try:
         async with asyncio.timeout(CONNECT_S):
-            connection = await aio_pika.connect(suite.amqp_url, ssl_context=context)
+            connection = await connect_once(suite.amqp_url, context)
             async with connection:
                 channel = await connection.channel()
                 await channel.declare_exchange(Topology(suite.namespace).exchange, passive=True)

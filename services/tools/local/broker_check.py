@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from dataclasses import dataclass
 
 import aio_pika
@@ -14,6 +15,7 @@ from redis.exceptions import RedisError
 from yarl import URL
 
 from services.tools.local.machine import version_in
+from shared.broker.connection import addresses
 from shared.runtime.tls import Tls
 
 TIMEOUT_S = 5.0
@@ -24,7 +26,18 @@ class NotReady(Exception):
 
 
 async def check_rabbitmq(url: str, tls: Tls | None = None) -> str:
-    """Log in and open a channel; return the server's name and version. Raises NotReady."""
+    """Log in and open a channel; return the server's name and version. Raises NotReady.
+
+    Of several addresses, separated by commas, the first that answers is used; the error is the last one's.
+    """
+    *others, last = addresses(url)
+    for other in others:
+        with suppress(NotReady):
+            return await _check_node(other, tls)
+    return await _check_node(last, tls)
+
+
+async def _check_node(url: str, tls: Tls | None) -> str:
     address = URL(url)
     await _reach(address.host or "", address.port or (5671 if address.scheme == "amqps" else 5672))
     try:
@@ -118,6 +131,6 @@ def _reason(error: BaseException) -> str:
 
 
 def without_password(url: str) -> str:
-    """Return the URL with its password hidden."""
-    address = URL(url)
-    return str(address.with_password("***")) if address.password else url
+    """Return the URL, or the URLs, with each password hidden."""
+    shown = [(URL(each), each) for each in addresses(url)]
+    return ",".join(str(address.with_password("***")) if address.password else each for address, each in shown)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import aio_pika
 import redis.asyncio
 
+from shared.broker.connection import connect_once
 from shared.broker.topology import Topology
 from shared.runtime.tls import Tls
 
@@ -18,8 +18,8 @@ async def delete_namespace(amqp_url: str, redis_url: str, namespace: str, tls: T
         topology.sample_queue(),
         topology.dead_queue(),
     )
-    context = tls.context() if amqp_url.startswith("amqps:") else None
-    async with await aio_pika.connect(amqp_url, ssl_context=context) as connection:
+    context = tls.context() if "amqps:" in amqp_url else None
+    async with await connect_once(amqp_url, context) as connection:
         channel = await connection.channel()
         for name in (*(queue.name for queue in shared_queues), topology.journal):
             await channel.queue_delete(name)

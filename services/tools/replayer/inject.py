@@ -20,6 +20,7 @@ from services.tools.replayer.core.recording import Recording, RecordingError, Re
 from services.tools.replayer.journal import connected, source_of, vhost_of
 from shared.broker import topology
 from shared.broker.client import Broker
+from shared.broker.connection import addresses
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Cancel, Message, Result
@@ -33,15 +34,15 @@ TTL_S = 900
 
 
 def in_vhost(amqp_url: str, vhost: str) -> str:
-    """Return the broker's URL with another virtual host. Raises RecordingError if it is the URL's own."""
-    parts = urlsplit(amqp_url)
+    """Return the broker's URLs with another virtual host. Raises RecordingError if it is the URL's own."""
+    parts = [urlsplit(url) for url in addresses(amqp_url)]
     own = vhost_of(amqp_url)
     if vhost == own:
         raise RecordingError(
-            f"the configured address of {parts.hostname} has virtual host {vhost!r}, so it is the live one; inject "
+            f"the configured address of {parts[0].hostname} has virtual host {vhost!r}, so it is the live one; inject "
             "into another (--vhost), in which a suite of its own runs"
         )
-    return urlunsplit(parts._replace(path="/" + quote(vhost, safe="")))
+    return ",".join(urlunsplit(part._replace(path="/" + quote(vhost, safe=""))) for part in parts)
 
 
 def refuse_live(recorded: RecordingSource, target: RecordingSource) -> None:

@@ -15,7 +15,8 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from aiormq.exceptions import ChannelNotFoundEntity, InvalidFrameError
 
 from services.tools.replayer.core.recording import PackedMessage, Recording, RecordingError, RecordingSource
-from shared.broker.client import SENT_HEADER, without_password
+from shared.broker.client import SENT_HEADER
+from shared.broker.connection import addresses, connect_once, without_password
 from shared.broker.topology import JournalLimits, Topology
 from shared.errors import BrokersError
 from shared.runtime.settings import TlsSettings
@@ -40,8 +41,8 @@ async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
     """Open a connection that does not reconnect. Raises BrokersError."""
     try:
         async with asyncio.timeout(CONNECT_S):
-            context = TlsSettings().tls.context() if amqp_url.startswith("amqps:") else None
-            connection = await aio_pika.connect(amqp_url, ssl_context=context)
+            context = TlsSettings().tls.context() if "amqps:" in amqp_url else None
+            connection = await connect_once(amqp_url, context)
     except InvalidFrameError as error:
         # The only error of aiormq when the broker refuses to open the virtual host.
         vhost = vhost_of(amqp_url)
@@ -59,13 +60,13 @@ async def connected(amqp_url: str) -> AsyncIterator[AbstractConnection]:
 
 
 def vhost_of(amqp_url: str) -> str:
-    """Return the virtual host in a broker's URL."""
-    return unquote(urlsplit(amqp_url).path[1:]) or "/"
+    """Return the virtual host in a broker's URL, or in the first of several."""
+    return unquote(urlsplit(addresses(amqp_url)[0]).path[1:]) or "/"
 
 
 def source_of(connection: AbstractConnection, amqp_url: str, namespace: str) -> RecordingSource:
     """Return the broker of a connection as the source of a recording."""
-    parts = urlsplit(amqp_url)
+    parts = urlsplit(addresses(amqp_url)[0])
     properties: Any = getattr(getattr(connection.transport, "connection", None), "server_properties", None) or {}
     return RecordingSource(
         namespace, vhost_of(amqp_url), f"{parts.hostname}:{parts.port or 5672}", str(properties.get("cluster_name", ""))

@@ -1,0 +1,176 @@
+"""Connections to RabbitMQ at one of several addresses, and what their errors mean.
+
+`WISP_AMQP_URL` holds one URL, or several separated by commas: the nodes of a cluster. They are tried in turn, at the
+start and after each lost connection.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Sequence
+from ssl import SSLContext
+from typing import Any, cast
+from urllib.parse import urlsplit
+from uuid import uuid4
+
+import aio_pika
+import aiormq
+from aio_pika import RobustChannel, RobustConnection
+from aio_pika.abc import AbstractConnection, TimeoutType
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelInvalidStateError, DeliveryError
+from aio_pika.robust_queue import RobustQueue
+from aiormq.exceptions import ChannelAccessRefused
+from yarl import URL
+
+ATTEMPT_S = 10.0
+"""Longest time until one address has answered and logged the client in."""
+RECONNECT_INTERVAL_S = 1
+HEARTBEAT_S = 10
+"""After two missed heartbeats RabbitMQ drops a process and gives its messages to others: a frozen scheduler keeps its
+standby waiting for that long. `?heartbeat=` in the URL sets another time."""
+FRESH = ":"
+"""Between the plain name of an own queue and what makes it new after a reconnect."""
+LISTEN_RETRY_S = 0.2
+"""Time between attempts at the start, when RabbitMQ often starts as well."""
+
+
+def addresses(urls: str) -> list[str]:
+    """Return the URLs in a comma-separated list. A comma within a URL must be written as %2C."""
+    return [url for part in urls.split(",") if (url := part.strip())]
+
+
+def without_password(urls: str) -> str:
+    """Return the URLs without users and passwords."""
+    shown = []
+    for url in addresses(urls):
+        scheme, _, rest = url.partition("://")
+        shown.append(f"{scheme}://{rest.rpartition('@')[2]}")
+    return ",".join(shown)
+
+
+def in_words(error: BaseException | None) -> str:
+    """Return an error of the connection in words for people, without any object of the client library."""
+    if isinstance(error, DeliveryError):
+        return "RabbitMQ could not store the message"
+    if isinstance(error, ChannelInvalidStateError):
+        return "the connection was lost and is not restored yet"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, OSError) and error.errno is not None:
+        # RabbitMQ's own codes begin at 200.
+        return os.strerror(error.errno) if error.errno < 200 else str(error.strerror)
+    text = " ".join(part for part in getattr(error, "args", ()) if isinstance(part, str))
+    if not text or re.search(r"<[^>]*>|\bobject at 0x", text):
+        return "the connection was lost"
+    return text
+
+
+class _RestoredQueue(RobustQueue):
+    """A queue that is declared again after a reconnect: an exclusive one under a fresh name.
+
+    RabbitMQ may still hold the old one: until it notices that the last connection is dead, and since version 4.2 as
+    long as a dead node of the cluster stays away.
+    """
+
+    _declared_on: object = None
+    """The transport on which it was declared last."""
+    _plain_only = False
+    """True if only the plain name is allowed: the definitions come from an earlier version."""
+
+    async def declare(self, timeout: TimeoutType = None) -> aiormq.spec.Queue.DeclareOk:  # noqa: ASYNC109
+        """Declare the queue, with a fresh name if the connection is another than before."""
+        connection = cast(RobustChannel, self.channel)._connection
+        transport = connection.transport
+        plain = str(self.name).partition(FRESH)[0]
+        if self.exclusive and self._declared_on not in (None, transport):
+            self.name = plain if self._plain_only else f"{plain}{FRESH}{uuid4().hex[:8]}"
+        try:
+            declared = await super().declare(timeout)
+        except ChannelAccessRefused:
+            self._plain_only = self.name != plain
+            raise
+        self._declared_on = transport
+        return declared
+
+
+class _Channel(RobustChannel):
+    QUEUE_CLASS = _RestoredQueue
+
+
+class SuiteConnection(RobustConnection):
+    """A connection that is restored at the next of its addresses."""
+
+    CHANNEL_CLASS = _Channel
+
+    _addresses: list[URL]
+    _next = 0
+
+    @property
+    def url(self) -> URL:
+        """The address of the next attempt. aio-pika reads it once for each."""
+        url = self._addresses[self._next % len(self._addresses)]
+        self._next += 1
+        return url
+
+    @url.setter
+    def url(self, url: URL) -> None:
+        self._addresses = [url]
+
+    def go_on_with(self, others: Sequence[URL]) -> None:
+        """Try these addresses, in turn, before the present one again."""
+        self._addresses = [*others, self._addresses[0]]
+        self._next = 0
+
+    def __str__(self) -> str:
+        return without_password(",".join(map(str, self._addresses)))
+
+
+async def connect_robustly(urls: Sequence[str], name: str, context: SSLContext | None) -> SuiteConnection:
+    """Connect to the first of these addresses. After a lost connection try the others in turn, then this one again."""
+    first, *others = (_with_heartbeat(url) for url in urls)
+    connection = await aio_pika.connect_robust(
+        first,
+        timeout=ATTEMPT_S,
+        reconnect_interval=RECONNECT_INTERVAL_S,
+        client_properties={"connection_name": name},
+        ssl_context=context,
+        connection_class=SuiteConnection,
+    )
+    connection.go_on_with(others)
+    return connection
+
+
+def _with_heartbeat(url: str) -> URL:
+    address = URL(url)
+    return address if "heartbeat" in address.query else address.update_query(heartbeat=HEARTBEAT_S)
+
+
+async def connect_once(urls: str, context: SSLContext | None = None, **options: Any) -> AbstractConnection:
+    """Connect to the first address that answers, without restoring the connection. Raises the last address's error."""
+    *others, last = addresses(urls)
+    for url in others:
+        try:
+            return cast(
+                AbstractConnection, await aio_pika.connect(url, timeout=ATTEMPT_S, ssl_context=context, **options)
+            )
+        except CONNECTION_EXCEPTIONS:
+            continue
+    return cast(AbstractConnection, await aio_pika.connect(last, ssl_context=context, **options))
+
+
+async def until_listening(urls: str) -> None:
+    """Wait until something listens at one of the addresses. Unlike an attempt to log in, this logs nothing."""
+    while True:
+        for url in addresses(urls):
+            address = urlsplit(url)
+            try:
+                _, writer = await asyncio.open_connection(
+                    address.hostname, address.port or (5671 if address.scheme == "amqps" else 5672)
+                )
+            except OSError:
+                continue
+            writer.close()
+            return
+        await asyncio.sleep(LISTEN_RETRY_S)
