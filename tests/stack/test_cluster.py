@@ -1,0 +1,143 @@
+"""The whole suite on a RabbitMQ cluster of three nodes, each of which is killed and stopped under six streams."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from time import monotonic
+
+import httpx
+import pytest
+from asking import Case, decode
+from patience import HANG_S
+from rabbitmq_cluster import rabbitmq_cluster
+
+from services.tools.bench.support.tiny import tiny_model
+from services.tools.local.brokers import Brokers
+from services.tools.local.servers import BrokerServer
+from services.tools.local.stack import Stack
+from shared.engine import Engine
+from shared.messages import Sampling
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+
+pytestmark = pytest.mark.slow
+
+STREAMS = 6
+TOKENS = 64
+LONGEST_GAP_S = 10.0
+BEFORE_S, AFTER_S = 2.0, 12.0
+"""Time of the streams before and after the loss of a node."""
+NODES = 3
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+def answers(tiny: Path) -> list[Case]:
+    folder = ModelFolder(tiny)
+    tokenizer, engine = Tokenizer(folder), Engine(tiny, budget_tokens=4096)
+    found = []
+    for number in range(STREAMS):
+        prompt = tokenizer.render_chat([{"role": "user", "content": f"Question {number}"}])
+        sampling = Sampling(temperature=1.0, seed=number)
+        found.append(Case(prompt, sampling, decode(engine, prompt, sampling, set(folder.eos_ids), length=TOKENS)))
+    return found
+
+
+@pytest.fixture(scope="module")
+async def nodes(tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[list[BrokerServer]]:
+    async with rabbitmq_cluster(tmp_path_factory.mktemp("cluster"), NODES) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+async def suite(brokers: Brokers, nodes: list[BrokerServer], tiny: Path) -> AsyncIterator[Stack]:
+    """Two processes of each service but the gateway; each service prefers another node."""
+    urls = [node.url for node in nodes]
+    services = ("gateway", "scheduler", "verifier", "drafter", "estimator")
+    env_of = {
+        service: {"WISP_AMQP_URL": ",".join([*urls[first % NODES :], *urls[: first % NODES]])}
+        for first, service in enumerate(services)
+    }
+    env_of["verifier"]["WISP_PROFILE"] = "false"
+    env = {
+        "WISP_REPLICATED_QUEUES": "true",
+        "WISP_THREADS": "1",
+        "WISP_CACHE_TOKENS": "4096",
+        "WISP_ADMISSION": "false",
+    }
+    async with Stack(
+        "test-cluster", brokers=brokers, target=tiny, drafters=2, schedulers=2, verifiers=2, env=env, env_of=env_of
+    ) as running:
+        yield running
+
+
+@dataclass
+class Streams:
+    """Clients that send one streamed request after the other, and record the longest silence."""
+
+    url: str
+    model: str
+    over: asyncio.Event = field(default_factory=asyncio.Event)
+    gaps_s: list[float] = field(default_factory=list)
+    wrong: list[str] = field(default_factory=list)
+
+    async def ask(self, http: httpx.AsyncClient, case: Case) -> None:
+        """Send a request again and again until the end."""
+        while not self.over.is_set():
+            tokens: list[int] = []
+            before_s = monotonic()
+            body = {
+                "model": self.model,
+                "prompt": case.prompt,
+                "max_tokens": TOKENS,
+                "stream": True,
+                **case.sampling.model_dump(),
+                "wisp": {"trace": True},
+            }
+            async with http.stream("POST", f"{self.url}/completions", json=body) as answer:
+                if answer.status_code != 200:
+                    self.wrong.append((await answer.aread()).decode())
+                    return
+                async for line in answer.aiter_lines():
+                    if not line.startswith("data: {"):
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        self.wrong.append(json.dumps(event["error"]))
+                        return
+                    self.gaps_s.append(monotonic() - before_s)
+                    before_s = monotonic()
+                    tokens += [token["id"] for token in event.get("wisp", {}).get("tokens", ())]
+            if tokens != case.tokens:
+                self.wrong.append(f"{tokens}, not {case.tokens}")
+
+
+@pytest.mark.parametrize("loss", ["kill", "stop"])
+@pytest.mark.parametrize("number", range(NODES))
+async def test_no_stream_notices_the_loss_of_a_node(
+    suite: Stack, nodes: list[BrokerServer], answers: list[Case], number: int, loss: str
+) -> None:
+    streams = Streams(suite.url, suite.target.name)
+    async with httpx.AsyncClient(timeout=HANG_S) as http, asyncio.TaskGroup() as tasks:
+        for case in answers:
+            tasks.create_task(streams.ask(http, case))
+        await asyncio.sleep(BEFORE_S)
+        if loss == "kill":
+            await nodes[number].kill()
+        else:
+            await nodes[number].processes[0].stop()
+        await asyncio.sleep(AFTER_S)
+        await nodes[number].restart()
+        await asyncio.sleep(BEFORE_S)
+        streams.over.set()
+    assert not streams.wrong
+    print(f"longest gap {max(streams.gaps_s):.1f} s, {len(streams.gaps_s)} events")
+    assert max(streams.gaps_s) <= LONGEST_GAP_S
