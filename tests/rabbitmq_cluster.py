@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -29,15 +29,18 @@ async def rabbitmq_cluster(folder: Path, nodes: int = 3) -> AsyncIterator[list[B
     running = [seed]
     try:
         for number in range(2, nodes + 1):
-            running.append(await _join(seed, host.rabbitmq, folder / f"node-{number}", number))
+            url, environment, start = _further_node(seed, host.rabbitmq, folder / f"node-{number}", number)
+            running += [BrokerServer(url, (await start(),), start_again=start, environment=environment)]
         yield running
     finally:
         await asyncio.gather(*(node.kill() for node in running))
         await seed.stop()
 
 
-async def _join(seed: BrokerServer, script: Path, folder: Path, number: int) -> BrokerServer:
-    """Start a further node with the seed's users, cookie and port mapper."""
+def _further_node(
+    seed: BrokerServer, script: Path, folder: Path, number: int
+) -> tuple[str, dict[str, str], Callable[[], Awaitable[Process]]]:
+    """Configure a node with the seed's users, cookie and port mapper; return its URL, environment and start."""
     port, distribution_port = free_ports(2)
     name = f"wisp{number}@localhost"
     folder.mkdir()
@@ -81,4 +84,4 @@ async def _join(seed: BrokerServer, script: Path, folder: Path, number: int) -> 
             raise
         return node
 
-    return BrokerServer(url, (await start(),), folder / "data", start, environment)
+    return url, environment, start
