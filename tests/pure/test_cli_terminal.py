@@ -6,6 +6,8 @@ import io
 import json
 import os
 import pty
+import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -24,6 +26,7 @@ from services.tools.cli.terminal import SafeConsole, print_fields
 from services.tools.local.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
+WISP = [sys.executable, "-c", "from services.tools.cli.main import app; app()"]
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\x00y"
 """Sets the title of a terminal, clears it and makes it red."""
 SHOWN = "x]0;owned[2J31my"
@@ -207,7 +210,7 @@ def test_text_that_is_not_utf8_is_one_line_of_error() -> None:
 
 def command(*words: str, given: bytes = b"", **environment: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
-        [sys.executable, "-c", "from services.tools.cli.main import app; app()", *words],
+        [*WISP, *words],
         input=given,
         capture_output=True,
         cwd=ROOT,
@@ -230,6 +233,39 @@ def test_a_missing_broker_is_one_line_of_error_at_once(words: list[str]) -> None
     assert ended.stdout == b""
     (line,) = ended.stderr.decode().splitlines()
     assert line.startswith(f"error: RabbitMQ cannot be used at amqp://127.0.0.1:{port}/")
+
+
+@pytest.mark.parametrize("words", [["--help"], ["settings", "gateway"], ["models", "list"]])
+def test_a_reader_that_has_left_ends_a_command_quietly(words: list[str]) -> None:
+    left, writing = os.pipe()
+    os.close(left)
+    with os.fdopen(writing, "wb") as nobody:
+        ended = subprocess.run(
+            [*WISP, *words], stdout=nobody, stderr=subprocess.PIPE, cwd=ROOT, timeout=60, check=False
+        )
+    assert (ended.returncode, ended.stderr) == (1, b"")
+
+
+def test_a_full_disk_is_one_line_of_error() -> None:
+    with Path("/dev/full").open("wb") as full:
+        ended = subprocess.run(
+            [*WISP, "models", "list"], stdout=full, stderr=subprocess.PIPE, cwd=ROOT, timeout=60, check=False
+        )
+    assert ended.returncode == 1
+    assert ended.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+def test_an_interrupt_ends_a_command_with_its_own_status() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}/v1"
+        asking = subprocess.Popen([*WISP, "chat", "--url", url], cwd=ROOT, stderr=subprocess.PIPE)
+        silent.settimeout(60)
+        connection, _ = silent.accept()
+        with connection:
+            assert connection.recv(1024).startswith(b"GET /v1/models")
+            asking.send_signal(signal.SIGINT)
+            _, shown = asking.communicate(timeout=60)
+    assert (asking.returncode, shown) == (130, b"interrupted\n")
 
 
 READ = """
