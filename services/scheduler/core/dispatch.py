@@ -182,13 +182,15 @@ class Dispatcher:
     def on_heartbeat(self, heartbeat: Heartbeat, now_ms: float) -> None:
         """Update a verifier. Its residency replaces what was assumed about its cache.
 
-        A verifier with a new lease drops the batches that were sent under the old one, so their rounds are pending
-        again.
+        A verifier with a new lease drops the batches that were sent under the old one, and ends the runs that began
+        under it, so the rounds of these batches are pending again.
         """
         state = self.fleet.verifiers.get(heartbeat.verifier)
         before = 0 if state is None else state.heartbeat.lease
         self.fleet.on_heartbeat(heartbeat, now_ms)
         if state is not None and before not in (0, heartbeat.lease):
+            for session_id in tuple(state.runs):
+                state.runs.pop(session_id)
             dropped, state.in_flight, state.idle_since_ms = state.in_flight, [], now_ms
             for flight in dropped:
                 self._requeue(flight.jobs.values(), now_ms)
