@@ -13,6 +13,7 @@ from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.scheduler.core.pool import ActiveSession
+from services.scheduler.core.verifier_runs import RunningRun
 from shared import cost
 from shared.messages import (
     SILENT_MS,
@@ -613,9 +614,13 @@ def test_rounds_of_an_ended_lease_are_sent_again_under_the_new_one() -> None:
     for session in ("s", "t"):
         d.on_verify(verify(session), 0.0)
     before = only(d, 0.0)
+    runs = d.fleet.verifiers["v1"].runs
+    runs.set("r", RunningRun(20, "d", 0.0))
     d.on_heartbeat(heartbeat(lease=7), 100.0)
     assert not sent(d, 100.0)
+    assert "r" in runs
     d.on_heartbeat(heartbeat(lease=8), 200.0)
+    assert not runs
     after = only(d, 200.0)
     assert (before.lease, after.lease) == (7, 8)
     assert sessions(after) == sessions(before)
