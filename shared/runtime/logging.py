@@ -6,11 +6,13 @@
 from __future__ import annotations
 
 import logging
+import re
 import sys
 import time
 
 import structlog
 
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Without local variables, which would put passwords and users' text into the logs.
 _TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 
@@ -28,7 +30,10 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
     renderer: list[structlog.typing.Processor] = (
         [structlog.processors.ExceptionRenderer(_TRACEBACKS), structlog.processors.JSONRenderer()]
         if log_format == "json"
-        else [structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback)]
+        else [
+            _escape_controls,
+            structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback),
+        ]
     )
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(
@@ -55,6 +60,14 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
 def _add_monotonic(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
     """Add a clock that all processes of a machine share, so that debug logs of a round can be compared."""
     event["monotonic_ms"] = round(time.monotonic() * 1000, 3)
+    return event
+
+
+def _escape_controls(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Escape control characters in texts of other programs, with which they could take over a terminal. JSON does."""
+    for name, value in event.items():
+        if isinstance(value, str):
+            event[name] = _CONTROL.sub(lambda found: f"\\x{ord(found[0]):02x}", value)
     return event
 
 

@@ -172,6 +172,23 @@ def test_the_console_writes_only_its_own_styles() -> None:
     assert "\x1b[2J" not in written
 
 
+@pytest.mark.parametrize("log_format", ["console", "json"])
+def test_logs_hold_no_control_characters_of_others(log_format: str) -> None:
+    script = f"""
+import logging as standard
+from shared.runtime import logging
+logging.configure("device", "kitchen", "info", {log_format!r})
+logging.get().error("refused", error={HOSTILE!r})
+standard.getLogger("library").error({HOSTILE!r})
+"""
+    logged = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, timeout=60, check=True)
+    text = logged.stderr.decode()
+    assert text.count("owned") == 2
+    assert not {"\x07", "\x9b", "\x00"} & set(text)
+    assert "\x1b]" not in text
+    assert "\x1b[2J" not in text
+
+
 def test_json_says_the_same_to_a_program_without_control_characters() -> None:
     console = SafeConsole(file=io.StringIO(), force_terminal=False)
     print_fields(console, {"name": HOSTILE, "more": "caf\u00e9 \x7f \x85 \udc80"})

@@ -13,6 +13,7 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from services.tools.cli.terminal import SafeConsole
 from services.tools.local.folder import state_folder
 
 CPU_INFO = Path("/proc/cpuinfo")
@@ -107,7 +108,7 @@ def written(console: Console, *paths: Path) -> None:
 
 def terminal() -> Console:
     """Return the console for tables: as wide as the terminal, or 120 columns in a file."""
-    return Console(width=None if Console().is_terminal else 120)
+    return SafeConsole(width=None if Console().is_terminal else 120)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> Table:
