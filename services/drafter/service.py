@@ -33,6 +33,7 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     drafter = Drafter(instance, settings.pool, settings, drafting, broker, store, profile)
     try:
+        await store.refuse_cluster()
         await drafter.run(stop)
     finally:
         await broker.close()

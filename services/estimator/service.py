@@ -23,6 +23,7 @@ async def serve(settings: EstimatorSettings, instance: str, stop: asyncio.Event)
     registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     estimator = Estimator(settings, broker, registry)
     try:
+        await registry.refuse_cluster()
         await broker.consume(broker.topology.sample_queue(), estimator.receive)
         HEALTH.watch(broker, registry)
         logging.get().info("ready")

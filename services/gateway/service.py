@@ -68,9 +68,10 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
         idle_check_s=settings.idle_check_s,
         arithmetics=lambda: fleet.arithmetics,
     )
-    await broker.consume(queue, gateway.sessions.receive)
-    HEALTH.watch(broker, store)
     try:
+        await store.refuse_cluster()
+        await broker.consume(queue, gateway.sessions.receive)
+        HEALTH.watch(broker, store)
         loops = (gateway.ledger.renew(), _attend(store, instance), _reap(store), fleet.follow())
         await serve_api(gateway, listener, stop, *loops)
     finally:

@@ -50,6 +50,7 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
             settings.device_rounds_per_s,
         )
     try:
+        await registry.refuse_cluster()
         await scheduler.recall(registry)
         await scheduler.run(registry, stop, settings.load_ms / 1000, devices)
     finally:

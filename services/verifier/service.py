@@ -68,6 +68,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
         return own, Registry.connect(settings.redis_url, settings.namespace, settings.tls)
 
     try:
+        await store.refuse_cluster()
         await heartbeats.start(connect)
         try:
             await Verifier(instance, fingerprint, thread, broker, store, heartbeats, settings, emulated).run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from typing import Any
 
 from redis.asyncio import BlockingConnectionPool, Redis
@@ -17,6 +18,8 @@ CONNECTIONS = 32
 """Size of the connection pool. More connections would not make Redis faster."""
 CONNECTION_WAIT_S = 30.0
 """Longest wait of a call for a free connection, during a burst."""
+
+CLUSTER_CHECK_S = 5.0
 
 # A restarting server is retried. A server that hangs is not, so that a call ends within seconds.
 _RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
@@ -62,6 +65,19 @@ class RedisConnection:
     async def ping(self) -> None:
         """Raise BrokersError unless Redis answers."""
         await self.call(self.redis.ping())
+
+    async def refuse_cluster(self) -> None:
+        """Raise BrokersError if the server belongs to a Redis Cluster. Passes while it does not answer."""
+        try:
+            async with asyncio.timeout(CLUSTER_CHECK_S):
+                about = await self.redis.info("server")
+        except (RedisError, OSError):
+            return
+        if "cluster" in (about.get("redis_mode"), about.get("server_mode")):
+            raise BrokersError(
+                "WISP_REDIS_URL is a Redis Cluster: the scripts that commit tokens need all keys of a namespace on one "
+                "server. Use a Redis without cluster mode; a larger fleet gets one Redis and namespace for each cell"
+            )
 
     async def close(self) -> None:
         """Close the connections."""

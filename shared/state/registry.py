@@ -52,6 +52,10 @@ class Registry:
         """Close the connections."""
         await self._connection.close()
 
+    async def refuse_cluster(self) -> None:
+        """Raise BrokersError if the server belongs to a Redis Cluster. Passes while it does not answer."""
+        await self._connection.refuse_cluster()
+
     async def ping(self) -> None:
         """Raise BrokersError unless Redis answers."""
         await self._connection.ping()

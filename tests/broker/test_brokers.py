@@ -22,6 +22,7 @@ from services.tools.local.machine import Machine, inspect_machine
 from services.tools.local.ports import free_ports
 from services.tools.local.settings import BrokerAddresses
 from shared.errors import BrokersError
+from shared.state.store import Store
 
 PRIVATE = BrokerAddresses(amqp_url=None, redis_url=None)
 NOTHING = Machine(rabbitmq=None, epmd=None, redis=None, distribution="debian", root=False, apt=True, container=None)
@@ -60,6 +61,10 @@ async def test_a_redis_cluster_is_refused(tmp_path: Path) -> None:
             if "it is a Redis Cluster" in str(refused.value):
                 break
             await asyncio.sleep(0.1)
+        store = Store.connect(url, "n")
+        with pytest.raises(BrokersError, match="WISP_REDIS_URL is a Redis Cluster"):
+            await store.refuse_cluster()
+        await store.close()
         (_, finding) = await doctor._brokers(BrokerAddresses(amqp_url=None, redis_url=url), NOTHING)
         assert finding.state == "missing"
         assert "it is a Redis Cluster" in finding.found

@@ -230,6 +230,13 @@ async def test_heartbeats_and_cost_models_are_kept(store: Store) -> None:
     assert await store.registry.heartbeats() == []
 
 
+async def test_a_single_redis_and_an_unreachable_one_are_not_refused(store: Store, namespace: str) -> None:
+    await store.refuse_cluster()
+    away = Store.connect("redis://127.0.0.1:1/0", namespace)
+    await away.refuse_cluster()
+    await away.close()
+
+
 async def test_an_unreachable_redis_is_a_clear_error(namespace: str) -> None:
     store = Store.connect("redis://127.0.0.1:1/0", namespace, ttl_s=60)
     with pytest.raises(BrokersError, match="WISP_REDIS_URL"):
