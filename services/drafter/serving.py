@@ -378,7 +378,8 @@ class ServedSession:
         # A conflict, a failure or a run that went on unseen shows neither whether the draft was right nor how long
         # verifying takes.
         committed = result.status is Status.COMMITTED and not result.run
-        if committed and not resent:
+        # Beside a probe a round may take longer, since both may compute on the same cores.
+        if committed and not resent and not self._probes:
             control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result) if committed else (0, 0)
         control.settle(round_, verified, accepted, bonus_matches(made.draft, result) if committed else None)

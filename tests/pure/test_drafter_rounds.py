@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 import builders
@@ -105,8 +105,8 @@ class Verifier:
         self.session = session
         self.sent = sent
 
-    async def round(self) -> Verify:
-        """Take the next round and answer it; return it."""
+    async def round(self, verify_ms: Callable[[], float] = lambda: 20.0) -> Verify:
+        """Take the next round and answer it; return it. verify_ms: asked when it has been computed."""
         verify = await asyncio.wait_for(self.sent.get(), 10)
         await asyncio.sleep(0.02)  # the batch
         if verify.hidden_from is not None:
@@ -114,7 +114,7 @@ class Verifier:
             for part in parts(bits, verify.hidden_from, verify.hidden_format):
                 states = HiddenStates(session=verify.session, round=verify.round, **vars(part))
                 await self.session.receive(states)
-        result = builders.result(verify.session, verify.round, verify.base_len, [7], verify_ms=20.0)
+        result = builders.result(verify.session, verify.round, verify.base_len, [7], verify_ms=verify_ms())
         await self.session.receive(result.model_copy(update=_counts(verify)))
         return verify
 
@@ -170,6 +170,16 @@ async def test_a_probe_teaches_that_the_source_is_wrong() -> None:
         for _ in range(12):
             await verifier.round()
     assert controller.calibration.logit("hidden", 1.0) < before
+
+
+async def test_a_round_beside_a_probe_does_not_teach_the_verifiers_time() -> None:
+    source, controller = Hidden(), dear(Controller("marginal", 8))
+    async with serving(source, controller, ("hidden",), [1, 2, 3]) as verifier:
+        for _ in range(30):
+            before = len(source.requests)
+            await verifier.round(lambda before=before: 20.0 if len(source.requests) == before else 60.0)  # type: ignore[misc]
+    assert source.requests
+    assert controller.times._verify.base_ms == pytest.approx(20, abs=0.5)
 
 
 async def test_a_long_prompt_is_computed_beside_a_plain_round() -> None:
