@@ -122,6 +122,12 @@ class ModelFolder:
         return self._config_int("vocab_size")
 
     @property
+    def hidden_size(self) -> int | None:
+        """Size of the hidden states, if config.json names it."""
+        value = self.config.get("hidden_size", self.text_config.get("hidden_size"))
+        return value if isinstance(value, int) else None
+
+    @property
     def max_len(self) -> int:
         """Most tokens of a session, prompt included."""
         return self._config_int(*_LENGTHS)
@@ -313,16 +319,16 @@ class ModelFolder:
         return next((index for index, token in self._vocabulary().items() if token == text), None)
 
     @property
-    def _text_config(self) -> dict[str, Any]:
+    def text_config(self) -> dict[str, Any]:
         """The language model's configuration, which multimodal models have one level down."""
         inner = self.config.get("text_config")
         return inner if isinstance(inner, dict) else {}
 
     def _config_int(self, *keys: str) -> int:
         """Return the first of these numbers that the configuration has, or that its model_type has by default."""
-        kinds = (self._text_config.get("model_type"), self.config.get("model_type"))
+        kinds = (self.text_config.get("model_type"), self.config.get("model_type"))
         defaults = [_DEFAULTS.get(kind, {}) for kind in kinds if isinstance(kind, str)]
-        for source in (self.config, self._text_config, *defaults):
+        for source in (self.config, self.text_config, *defaults):
             for key in keys:
                 value = source.get(key)
                 if isinstance(value, int) and not isinstance(value, bool):
@@ -334,7 +340,7 @@ class ModelFolder:
 
     def _special_id(self, key: str) -> int | list[int] | None:
         """Return a token's id, or several ids, from the first file that names one; null names none."""
-        for source in (self._generation, self.config, self._text_config):
+        for source in (self._generation, self.config, self.text_config):
             value = source.get(key)
             if value is None:
                 continue

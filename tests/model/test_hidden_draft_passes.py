@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import subprocess
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_families import FAMILIES
 from torch import Tensor
 from transformers import LlamaConfig
 
@@ -21,6 +24,8 @@ from services.drafter.hidden.compiled_pass import MAX_ROWS, CompiledDraft
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.hidden.forward import DraftPass, Floats, draft_pass
 from services.drafter.hidden.module_pass import ModuleDraft
+from services.drafter.hidden.target import not_plain
+from shared.engine import Engine, Step
 from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
@@ -127,11 +132,35 @@ def test_other_torch_devices_are_computed_by_modules(tmp_path: Path) -> None:
     assert made.head_ids.tolist() == sorted(HEAD_IDS)
 
 
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_target_of_every_family_can_have_a_draft(tmp_path: Path, name: str) -> None:
+    """Without the target's first layers. Its logits of the target's own states are the target's."""
+    folder = FAMILIES[name](tmp_path / "target")
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": {f"t{i}": i for i in range(tiny.VOCAB)}}}))
+    target = ModelFolder(folder)
+    draft = tiny.hidden_draft(tmp_path / "draft", target, bottom_layers=0, head_ids=HEAD_IDS)
+    engine = Engine(folder, dtype="float32", budget_tokens=64, keep_hidden=True)
+    engine.attach("s", [])
+    logits = engine.forward([Step("s", list(range(20)), 20)]).logits.numpy()
+    states = engine.hidden("s", 0, 20).numpy()
+    compiled = CompiledDraft(draft, target, form="float32", threads=1, blocks=4)
+    modules = ModuleDraft(draft, target, dtype="float32", torch_device="cpu", blocks=4)
+    for computed in (compiled, modules):
+        np.testing.assert_allclose(computed.logits(states), logits[:, sorted(HEAD_IDS)], rtol=1e-4, atol=1e-4)
+    batch = PackedBatch([[0]], [0], [20])
+    estimates = [each.forward(list(range(20)), states, batch) for each in (compiled, modules)]
+    np.testing.assert_allclose(*estimates, rtol=1e-4, atol=1e-4)
+    with pytest.raises(ModelError, match="no plain Llama layers") if not_plain(target) else nullcontext():
+        CompiledDraft(
+            tiny.hidden_draft(tmp_path / "other", target, bottom_layers=1), target, form="float32", threads=1, blocks=4
+        )
+
+
 def test_a_target_that_is_no_plain_llama_is_refused(tmp_path: Path) -> None:
     draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
     config = target.path / "config.json"
     config.write_text(config.read_text().replace('"silu"', '"gelu"'))
-    with pytest.raises(ModelError, match="not a plain Llama"):
+    with pytest.raises(ModelError, match=r"no plain Llama layers \(hidden_act 'gelu'\)"):
         DraftEngine(draft, ModelFolder(target.path))
 
 

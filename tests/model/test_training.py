@@ -11,7 +11,7 @@ import made_folders
 import pytest
 import tiny
 import torch
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen3Config
 
 from services.drafter.control import Controller
 from services.drafter.hidden.card import HiddenDraftFolder
@@ -122,10 +122,34 @@ def test_a_target_without_these_layers_is_refused_before_generation(run: Trainin
     deeper = Config.model_validate(SETTINGS | {"model": {"bottom_layers": 3}})
     with pytest.raises(SettingsError, match="bottom_layers is 3"):
         train_draft(TrainingRun(deeper, run.target, tmp_path / "deeper"), tmp_path / "draft")
-    other = made_folders.write_folder(tmp_path / "other", made_folders.byte_level(), model_type="gpt2")
-    with pytest.raises(ModelError, match="is not a plain Llama model"):
+    other = made_folders.write_llama(tmp_path / "other", made_folders.byte_level(), model_type="gpt2")
+    with pytest.raises(ModelError, match="is not a model that the compiled pass covers"):
         train_draft(TrainingRun(run.config, ModelFolder(other), tmp_path / "run"), tmp_path / "draft")
     assert list((tmp_path / "run").iterdir()) == list((tmp_path / "deeper").iterdir()) == []
+
+
+def test_a_target_of_another_family_gets_a_draft_without_its_layers(target: ModelFolder, tmp_path: Path) -> None:
+    folder = tmp_path / "qwen3"
+    made_folders.write_folder(folder, made_folders.byte_level())
+    kept = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    sizes = {name: getattr(tiny.LLAMA, name) for name in kept}
+    tiny.make(folder, Qwen3Config(**sizes, head_dim=16, vocab_size=target.vocab_size, max_position_embeddings=1024))
+    short = {key: value for key, value in SETTINGS.items() if key != "model"}
+    stage = {"steps": 1, "tokens": 3_000, "learning_rate": 2e-3}
+    config = Config.model_validate(short | {"training": SETTINGS["training"] | {"stages": [stage]}})
+    run = TrainingRun(config, ModelFolder(folder), tmp_path / "run")
+    run.write_prompts()
+    run.generate_all(lambda _: None)
+    reported: list[TrainingProgress] = []
+    run.save(run.train(reported.append), tmp_path / "draft")
+    made = HiddenDraftFolder.open(tmp_path / "draft")
+    assert made.fits(run.target)
+    assert made.card.model.bottom_layers == 0
+    assert reported[-1].agreement[0] > 0.2, "of 500 tokens"
+    DraftEngine(made, run.target, dtype="float32")
+    asked = Config.model_validate(SETTINGS)
+    with pytest.raises(SettingsError, match=r"bottom_layers is 2, .*\(model_type 'qwen3'\): set it to 0"):
+        TrainingRun(asked, ModelFolder(folder), tmp_path / "run").config_of_model()
 
 
 def test_an_unusable_folder_is_refused_before_generation(run: TrainingRun, tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ class HiddenDraftFolder:
         """Return whether the draft has the target's vocabulary and hidden size."""
         return (
             self.card.vocab_fingerprint == target.vocab_fingerprint
-            and self.card.model.layer.hidden_size == target.config.get("hidden_size")
+            and self.card.model.layer.hidden_size == target.hidden_size
         )
 
     @property

@@ -9,7 +9,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from services.drafter.hidden.card import HiddenDraftFolder, LayerConfig
-from services.drafter.hidden.target import EMBEDDING, FolderTensors, head_name, layer_config
+from services.drafter.hidden.target import (
+    FolderTensors,
+    LogitShape,
+    described_target,
+    layer_config,
+    require_first_layers,
+)
 from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors, matrix
 from shared.errors import ModelError
 from shared.kernels.cache import PackedBatch
@@ -65,17 +71,21 @@ class CompiledDraft:
         self._fc = RowProduct(read_product(read_own, [Linear(WeightName("fc.weight"))], form), threads)
         tensors = FolderTensors(target)
         self._bottom = None
-        shape = layer_config(target)
+        model = described_target(target)
+        require_first_layers(target, config.bottom_layers)
         if config.bottom_layers:
+            shape = layer_config(target)
             self._bottom = Decoder(
                 [target_layer(shape, number) for number in range(config.bottom_layers)],
                 _reader(tensors.__getitem__, self._size),
                 norm=Norm(ONES, self._eps),
                 **options,
             )
-        self._head = RowProduct(_rows(_table(tensors, head_name(target), target), self.head_ids, form), threads)
+        head = _table(tensors, model.head.weight.name, target, self._size)
+        self._head = RowProduct(_rows(head, self.head_ids, form), threads)
+        self._logits = LogitShape.of(model)
         # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
-        self._embedding = _table(tensors, EMBEDDING, target)
+        self._embedding = _table(tensors, model.embedding.name, target, self._size)
 
     def forward(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         if len(tokens) <= MAX_ROWS:
@@ -105,7 +115,7 @@ class CompiledDraft:
     def logits(self, estimates: Floats) -> Floats:
         count = len(estimates)
         self._head.inputs(count)[:] = estimates
-        return self._head.multiply(count)
+        return self._logits.applied(self._head.multiply(count))
 
 
 def _parts(batch: PackedBatch) -> Iterator[tuple[list[int], PackedBatch]]:
@@ -149,9 +159,9 @@ def _reader(get: Callable[[str], NDArray[Any]], size: int) -> ReadWeight:
     return read
 
 
-def _table(tensors: FolderTensors, name: str, target: ModelFolder) -> NDArray[Any]:
+def _table(tensors: FolderTensors, name: str, target: ModelFolder, size: int) -> NDArray[Any]:
     """Return the embedding or the head. Raises ModelError unless it has a row of the hidden size for each token."""
-    tensor, shape = tensors[name], (target.vocab_size, layer_config(target).hidden_size)
+    tensor, shape = tensors[name], (target.vocab_size, size)
     if tuple(tensor.shape) != shape:
         raise ModelError(
             f"{target.path}: {name} has shape {tuple(tensor.shape)}, and must have {shape}: {ANOTHER_MODEL}"

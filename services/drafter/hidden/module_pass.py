@@ -10,6 +10,7 @@ from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.forward import Floats
 from services.drafter.hidden.model import run_layers
+from services.drafter.hidden.target import require_first_layers
 from services.drafter.hidden.target_parts import target_parts
 from shared.engine.attention import GatherCache
 from shared.engine.engine import DTYPES
@@ -27,6 +28,7 @@ class ModuleDraft:
         """Raises ModelError and EngineError."""
         config = draft.card.model
         self._torch_device = usable(torch_device)
+        require_first_layers(target, config.bottom_layers)
         parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
         model, head_ids = weights.load(draft, DTYPES[dtype])
         self.head_ids = head_ids.numpy()
@@ -34,6 +36,7 @@ class ModuleDraft:
         self._bottom = parts.bottom.to(torch_device)
         # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
         self._embedding = parts.embedding
+        self._logits = parts.logits
         self._head = parts.head[head_ids].contiguous().to(torch_device)
         layer = config.layer
         self._scores = ScoreOptions(layer.head_size**-0.5)
@@ -60,7 +63,7 @@ class ModuleDraft:
     @torch.inference_mode()
     def logits(self, estimates: Floats) -> Floats:
         states = torch.from_numpy(estimates).to(self._torch_device, self._head.dtype)
-        return _array(functional.linear(states, self._head))
+        return self._logits.applied(_array(functional.linear(states, self._head)))
 
 
 def _array(tensor: Tensor) -> Floats:

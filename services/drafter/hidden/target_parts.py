@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from services.drafter.hidden.model import Layer
-from services.drafter.hidden.target import EMBEDDING, FolderTensors, head_name, layer_config
+from services.drafter.hidden.target import UNSHAPED, FolderTensors, LogitShape, described_target, layer_config
 from shared.models.folder import ModelFolder
 
 
@@ -28,29 +28,32 @@ class TargetParts:
     bottom: nn.ModuleList
     norm: Tensor
     """Gain of the last norm: (hidden size,)."""
+    logits: LogitShape = UNSHAPED
 
     def to(self, torch_device: str) -> TargetParts:
         """Return the parts on a torch device; a tied head stays tied."""
         embedding = self.embedding.to(torch_device)
         head = embedding if self.head is self.embedding else self.head.to(torch_device)
-        return TargetParts(embedding, head, self.bottom.to(torch_device), self.norm.to(torch_device))
+        bottom = self.bottom.to(torch_device)
+        return TargetParts(embedding, head, bottom, self.norm.to(torch_device), self.logits)
 
 
 def target_parts(folder: ModelFolder, bottom_layers: int, dtype: torch.dtype) -> TargetParts:
     """Read the parts. Raises ModelError if a weight is missing or the target has too few layers."""
-    config = layer_config(folder)
+    config, model = layer_config(folder), described_target(folder)
     tensors = FolderTensors(folder)
 
     def read(name: str) -> Tensor:
         return as_tensor(tensors[name]).to(dtype)
 
-    embedding = read(EMBEDDING)
+    embedding = read(model.embedding.name)
     layers = nn.ModuleList(Layer(config).to(dtype) for _ in range(bottom_layers))
     for number, layer in enumerate(layers):
         _fill(layer, read, f"model.layers.{number}")
     layers.requires_grad_(requires_grad=False)
-    head = embedding if head_name(folder) == EMBEDDING else read("lm_head.weight")
-    return TargetParts(embedding, head, layers, read("model.norm.weight"))
+    head = embedding if model.head.weight == model.embedding else read(model.head.weight.name)
+    norm = read(model.norm.gain.name) + model.norm.offset
+    return TargetParts(embedding, head, layers, norm, LogitShape.of(model))
 
 
 def _fill(layer: nn.Module, read: Callable[[str], Tensor], prefix: str) -> None:

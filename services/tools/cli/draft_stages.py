@@ -91,7 +91,7 @@ def _record(run: TrainingRun, folder: HiddenDraftFolder, to: Path) -> int:
     texts = list(shards.load_all(run.controller_texts))
     source = _source(run, folder)
     # In service the results carry entropies too; computing them needs the whole head.
-    known = entropies(texts, run.parts(0).head)
+    known = entropies(texts, run.parts(0))
     fixed = Controller("fixed", RECORDED_LENGTH)
     count = 0
     with to.open("w", encoding="utf-8") as file:

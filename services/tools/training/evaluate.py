@@ -16,8 +16,10 @@ from torch import Tensor
 
 from services.drafter.control import Controller, DraftRound, SessionControl
 from services.drafter.control.records import RoundRecord
+from services.drafter.hidden.target_parts import TargetParts
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
+from services.tools.training.loss import shaped
 from services.tools.training.shards import GeneratedText
 from shared.messages import HiddenFormat, HiddenStates
 from shared.models.hidden_states import parts, unpack
@@ -53,12 +55,13 @@ class Drafted:
         return len(self.sources)
 
 
-def entropies(texts: Sequence[GeneratedText], head: Tensor) -> list[list[float]]:
-    """Return the target's entropy in nats at every position of every text. head: (vocabulary, hidden size)."""
+def entropies(texts: Sequence[GeneratedText], target: TargetParts) -> list[list[float]]:
+    """Return the target's entropy in nats at every position of every text."""
     found = []
     with torch.inference_mode():
         for text in texts:
-            logits = torch.nn.functional.linear(text.hidden.to(head.dtype), head).float()
+            products = torch.nn.functional.linear(text.hidden.to(target.head.dtype), target.head).float()
+            logits = shaped(products, target.logits)
             shares = torch.softmax(logits, -1)
             found.append((torch.logsumexp(logits, -1) - (shares * logits).sum(-1)).tolist())
     return found

@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from services.drafter.hidden.model import HiddenDraft, run_layers
+from services.drafter.hidden.target import UNSHAPED, LogitShape
 from services.drafter.hidden.target_parts import TargetParts
 
 
@@ -89,9 +90,12 @@ class HeadRows:
     """(rows, hidden size)"""
     correction: Tensor
     """(rows,), added to logits: minus the log of the probability that the row is in the sample."""
+    shape: LogitShape = UNSHAPED
 
     @classmethod
-    def draw(cls, head: Tensor, certain: Tensor, extra: int, random: torch.Generator) -> HeadRows:
+    def draw(
+        cls, head: Tensor, certain: Tensor, extra: int, random: torch.Generator, shape: LogitShape = UNSHAPED
+    ) -> HeadRows:
         """Take the rows of the token ids `certain`, and `extra` others from the rest of the vocabulary."""
         chosen = torch.zeros(len(head), dtype=torch.bool)
         chosen[certain] = True
@@ -102,7 +106,18 @@ class HeadRows:
         correction = torch.zeros(len(ids))
         if extra:
             correction[-extra:] = torch.log(torch.tensor(len(rest) / extra))
-        return cls(head[ids], correction.to(head.device))
+        return cls(head[ids], correction.to(head.device), shape)
+
+    def logits(self, states: Tensor) -> Tensor:
+        """Return the corrected logits of the rows, (states, rows)."""
+        products = functional.linear(states.to(self.weight.dtype), self.weight).float()
+        return shaped(products, self.shape) + self.correction
+
+
+def shaped(products: Tensor, shape: LogitShape) -> Tensor:
+    """Return the logits of the head's products."""
+    logits = products * shape.multiplier if shape.multiplier != 1 else products
+    return torch.tanh(logits / shape.softcap) * shape.softcap if shape.softcap else logits
 
 
 @dataclass(frozen=True)
@@ -130,14 +145,14 @@ def losses(
     """
     exact = hidden[learned]
     with torch.no_grad():
-        logits = functional.linear(exact.to(rows.weight.dtype), rows.weight).float() + rows.correction
+        logits = rows.logits(exact)
         wanted = torch.softmax(logits, -1)
         best = wanted.argmax(-1)
     total = torch.zeros((), device=hidden.device)
     agreement, cross_entropies = [], []
     for step, g in enumerate(estimates):
         estimate = g[learned]
-        logits = functional.linear(estimate.to(rows.weight.dtype), rows.weight).float() + rows.correction
+        logits = rows.logits(estimate)
         cross_entropy = -(wanted * torch.log_softmax(logits, -1)).sum(-1).mean()
         distance = functional.smooth_l1_loss(estimate.float() / spread, exact.float() / spread)
         total = total + step_decay**step * (cross_entropy + regression * distance)

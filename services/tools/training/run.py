@@ -24,7 +24,7 @@ import torch
 from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftConfig
 from services.drafter.hidden.model import HiddenDraft
-from services.drafter.hidden.target import layer_config
+from services.drafter.hidden.target import layer_config, not_plain
 from services.drafter.hidden.target_parts import TargetParts, target_parts
 from services.tools.training import prompts as corpus
 from services.tools.training import shards
@@ -157,19 +157,29 @@ class TrainingRun:
         write_shards(texts, unfinished, "texts", settings.shard_tokens, report)
         unfinished.replace(folder)
 
+    @property
+    def bottom_layers(self) -> int:
+        """Number of the target's first layers that the draft runs: none if they are no plain Llama layers."""
+        return 0 if not_plain(self.target) else self.config.model.bottom_layers
+
     def config_of_model(self) -> HiddenDraftConfig:
         """Return the draft model's shape. Raises ModelError or SettingsError if the target lacks these layers."""
         shape = self.config.model
         layer = layer_config(self.target).model_copy(update={"rope_theta": shape.rope_theta})
         layers = self.target.config.get("num_hidden_layers", 0)
-        if shape.bottom_layers > layers:
+        if "bottom_layers" in shape.model_fields_set and shape.bottom_layers and (reason := not_plain(self.target)):
+            raise SettingsError(
+                f"model.bottom_layers is {shape.bottom_layers}, and a draft cannot run the first layers of "
+                f"{self.target.path} ({reason}): set it to 0, or leave it out"
+            )
+        if self.bottom_layers and shape.bottom_layers > layers:
             raise SettingsError(
                 f"model.bottom_layers is {shape.bottom_layers}, {self.target.path} has {layers} layers; set it lower"
             )
         return HiddenDraftConfig(
             layer=layer,
             layers=shape.layers,
-            bottom_layers=shape.bottom_layers,
+            bottom_layers=self.bottom_layers,
             vocab_size=self.target.vocab_size,
         )
 
@@ -190,7 +200,7 @@ class TrainingRun:
         settings = self.config.training
         torch.set_num_threads(settings.threads)
         torch.manual_seed(self.config.seed)
-        parts = self.parts(self.config.model.bottom_layers)
+        parts = self.parts(self.bottom_layers)
         model = HiddenDraft(self.config_of_model())
         checkpoint = self.folder / "checkpoint.pt"
         if not checkpoint.is_file():

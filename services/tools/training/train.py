@@ -180,6 +180,7 @@ class _Trainer:
         self._texts = texts
         self._parts = parts
         self._bfloat16 = computes_bfloat16(parts.head.device)
+        self._logits = parts.logits
         self._head = parts.head if self._bfloat16 else parts.head.float()
         self._settings = settings
         self._checkpoint = checkpoint
@@ -238,7 +239,7 @@ class _Trainer:
         model, parts, settings = self._model, self._parts, self._settings
         batch = drawn.to(self._head.device)
         certain = torch.cat([self._frequent, drawn.tokens[drawn.learned.roll(1, 1)]])
-        rows = HeadRows.draw(self._head, certain, settings.random_rows, rows_random)
+        rows = HeadRows.draw(self._head, certain, settings.random_rows, rows_random, self._logits)
         with torch.autocast(self._head.device.type, torch.bfloat16, enabled=self._bfloat16):
             known = model.known(parts.embedding[batch.tokens], batch.bottom)
             estimates = unrolled(model, known, batch.hidden, steps)
