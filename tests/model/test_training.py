@@ -145,7 +145,7 @@ def test_a_target_of_another_family_gets_a_draft_without_its_layers(target: Mode
     made = HiddenDraftFolder.open(tmp_path / "draft")
     assert made.fits(run.target)
     assert made.card.model.bottom_layers == 0
-    assert reported[-1].agreement[0] > 0.2, "of 500 tokens"
+    assert reported[-1].agreement[0] > 0.1, "by chance it is 1 of some 560"
     DraftEngine(made, run.target, dtype="float32")
     asked = Config.model_validate(SETTINGS)
     with pytest.raises(SettingsError, match=r"bottom_layers is 2, .*\(model_type 'qwen3'\): set it to 0"):
