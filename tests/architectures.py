@@ -44,8 +44,10 @@ SMALL: dict[str, Any] = {
         48,
     ),
     **dict.fromkeys(("n_group", "topk_group", "num_expert_group"), 1),
-    **dict.fromkeys(("bos_token_id", "pad_token_id"), None),
+    "bos_token_id": 2,
     "eos_token_id": 1,
+    "pad_token_id": 0,
+    "rotary_dim": 8,
     "q_lora_rank": 32,
     "kv_lora_rank": 24,
     "qk_nope_head_dim": 16,
@@ -88,11 +90,24 @@ SMALL_VISION: dict[str, Any] = {
 }
 """Small values for the part of a model that sees images, which is never used."""
 
-LATENT = ("deepseek_v2", "deepseek_v3", "deepseek_v32", "glm_moe_dsa", "glm4_moe_lite", "youtu", "axk1", "axk2")
+LATENT = (
+    "deepseek_v2",
+    "deepseek_v3",
+    "deepseek_v32",
+    "glm_moe_dsa",
+    "glm4_moe_lite",
+    "youtu",
+    "axk1",
+    "axk2",
+    "minicpm3",
+    "mistral4",
+    "mistral_large4",
+)
 """Types with as many heads of keys as of queries, made from a latent row."""
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"head_dim": 8, "num_key_value_heads": 4} for kind in LATENT},
+    "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 """Further fields by model type."""
 

@@ -8,7 +8,10 @@ three rows do, and with two threads other odd counts (so 4 or 8). Other machines
 decode steps faster, so every `ModulePass` measures its own machine at the start, in a fraction of a second.
 
 The packed row is padded to such a multiple. A mixture of experts multiplies other numbers of rows, as tokens choose
-their experts: `PaddedProducts` pads these one by one.
+their experts: `PaddedRows` pads these one by one.
+
+Functions such as exp have two versions, one for vectors and one for the elements that are left at the end of a thread's
+part. `PaddedRows` fills the elements up, so that none are left, where a row's width does not do so.
 """
 
 from __future__ import annotations
@@ -38,6 +41,18 @@ _OPERANDS: Mapping[Any, tuple[int, int]] = {
     torch.baddbmm: (1, 2),
 }
 """Functions that multiply rows by weights: the places of rows and weights among their arguments."""
+_POINTWISE: frozenset[Any] = frozenset({
+    function
+    for place in (torch, torch.Tensor, torch.nn.functional)
+    for name in (
+        "cos", "elu", "erf", "exp", "expm1", "gelu", "log", "log1p", "logsigmoid", "mish", "sigmoid", "silu", "sin",
+        "softplus", "tanh",
+    )
+    if (function := getattr(place, name, None)) is not None
+})  # fmt: skip
+"""Functions of single elements that have one version for vectors and one for what is left."""
+VECTOR = 32
+"""A multiple of the elements that any CPU computes at a time."""
 _UNKNOWN: frozenset[Any] = frozenset(
     {
         torch.einsum,
@@ -94,15 +109,16 @@ class WeightProduct:
 class RecordedProducts(TorchFunctionMode):
     """While active, records the matrix products of a model with its weights."""
 
-    def __init__(self, model: torch.nn.Module, rows: int) -> None:
+    def __init__(self, model: torch.nn.Module, rows: int, threads: int) -> None:
         """rows: number of rows of the packed batch, which every product has that needs no padding of its own."""
         super().__init__()
         self.products: set[WeightProduct] = set()
         self.unknown: set[str] = set()
         """Names of functions that multiply by weights in a way that is not checked."""
         self.uneven = False
-        """True if some product has another number of rows than the packed batch, as experts have."""
-        self._rows = rows
+        """True if `PaddedRows` is needed: some product has another number of rows than the packed batch, as experts
+        have, or a function of elements has rows that are no whole vectors for every thread."""
+        self._rows, self._unit = rows, VECTOR * threads
         self._storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
     def __torch_function__(
@@ -110,6 +126,8 @@ class RecordedProducts(TorchFunctionMode):
     ) -> Any:
         if function in _OPERANDS or function in _UNKNOWN:
             self._record(function, args, kwargs or {})
+        elif function in _POINTWISE:
+            self.uneven |= _leaves_elements(args, self._unit)
         return function(*args, **(kwargs or {}))
 
     def _record(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -133,12 +151,12 @@ class RecordedProducts(TorchFunctionMode):
         return isinstance(value, torch.Tensor) and value.untyped_storage().data_ptr() in self._storages
 
 
-class PaddedProducts(TorchFunctionMode):
-    """While active, pads the rows of every product to a multiple."""
+class PaddedRows(TorchFunctionMode):
+    """While active, pads the rows of every product to a multiple, and elements to whole vectors for every thread."""
 
-    def __init__(self, multiple: int) -> None:
+    def __init__(self, multiple: int, threads: int) -> None:
         super().__init__()
-        self._multiple = multiple
+        self._multiple, self._unit = multiple, VECTOR * threads
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -152,7 +170,16 @@ class PaddedProducts(TorchFunctionMode):
                 padded = torch.nn.functional.pad(rows, (0, 0, 0, -count % self._multiple))
                 result = function(*args[:rows_at], padded, *args[rows_at + 1 :], **(kwargs or {}))
                 return result[..., :count, :]
+        elif function in _POINTWISE and _leaves_elements(args, self._unit):
+            elements: torch.Tensor = args[0].flatten()
+            padded = torch.nn.functional.pad(elements, (0, -len(elements) % self._unit))
+            return function(padded, *args[1:], **(kwargs or {}))[: len(elements)].view(args[0].shape)
         return function(*args, **(kwargs or {}))
+
+
+def _leaves_elements(args: Sequence[Any], unit: int) -> bool:
+    """Return whether the rows of a function's argument are no multiple of the unit."""
+    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() > 1 and args[0].shape[-1] % unit != 0
 
 
 def _row_count(rows: torch.Tensor) -> int:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from shared.engine.attention import BlockCache, Cache, GatherCache, LayeredCache, Recorder, attending
-from shared.engine.invariance import CANDIDATES, PaddedProducts, RecordedProducts, row_multiple
+from shared.engine.invariance import CANDIDATES, PaddedRows, RecordedProducts, row_multiple
 from shared.engine.loading import load
 from shared.engine.positions import fix_positions
 from shared.engine.session_check import Padding, check_sessions, refuse_stateful
@@ -41,7 +41,7 @@ class ModulePass:
             keep = self._states.append
             self._decoder = self._model.get_decoder() or self._model.base_model
             self._decoder.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
-            self._row_multiple, self._pads_products = RECORDED_ROWS, False
+            self._row_multiple, self._pads_rows = RECORDED_ROWS, False
             self._prepare(blocks)
 
     @torch.inference_mode()
@@ -51,12 +51,12 @@ class ModulePass:
         fix_positions(self._model, self.max_len)
         vocabulary = _plain_tokens(self._model.config, self.vocab_size)
         recorder, rows = Recorder(self.max_len), list(range(RECORDED_ROWS))
-        with RecordedProducts(self._model, RECORDED_ROWS) as recorded:
+        with RecordedProducts(self._model, RECORDED_ROWS, self._threads) as recorded:
             self._run(recorder, [vocabulary[7 * row % len(vocabulary)] for row in rows], rows, rows)
         if not recorder.layers:
             raise ModelError("its attention does not go through transformers' AttentionInterface")
         multiple = row_multiple(recorded.products) if self._device.type == "cpu" else None
-        self._row_multiple, self._pads_products = multiple or RECORDED_ROWS, multiple is not None and recorded.uneven
+        self._row_multiple, self._pads_rows = multiple or RECORDED_ROWS, multiple is not None and recorded.uneven
         exact = multiple is not None and not recorded.unknown
 
         def check(tokens: Sequence[int], batch: PackedBatch, padding: Padding) -> torch.Tensor:
@@ -94,7 +94,7 @@ class ModulePass:
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
         }
-        padded = PaddedProducts(self._row_multiple) if self._pads_products else nullcontext()
+        padded = PaddedRows(self._row_multiple, self._threads) if self._pads_rows else nullcontext()
         with attending(cache, inputs["position_ids"][0]), padded:
             if wanted:
                 rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._row_multiple))], device=self._device)

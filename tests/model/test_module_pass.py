@@ -20,6 +20,7 @@ from transformers.masking_utils import (
 )
 
 from shared.engine import Engine, compiled_pass, module_pass
+from shared.engine.invariance import PaddedRows
 from shared.engine.masks import MASKS, MaskRule, UnknownMask, mask
 from shared.errors import ModelError
 from shared.models.description import NotDescribed
@@ -99,11 +100,30 @@ def test_module_code_gives_the_logits_of_transformers(model_type: str, options: 
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-@pytest.mark.parametrize("model_type", ["mixtral", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "gpt_oss"])
+@pytest.mark.parametrize(
+    "model_type", ["mixtral", "qwen3_moe", "olmoe", "glm4_moe", "granitemoe", "gpt_oss", "qwen2_moe"]
+)
 def test_experts_are_exact(model_type: str, dtype: str, tmp_path: Path) -> None:
     engine = Engine(save(tmp_path, model_type), dtype=dtype, budget_tokens=512)
     assert engine.batch_invariant
     assert_exact(engine)
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+@pytest.mark.parametrize("width", [1, 24, 1000])
+@pytest.mark.parametrize("function", [torch.sigmoid, torch.nn.functional.silu, torch.cos])
+def test_a_row_of_elements_has_the_same_bits_among_any_others(function: Any, width: int, threads: int) -> None:
+    rows = 4 * torch.randn(99, width, generator=torch.Generator().manual_seed(0))
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        with PaddedRows(1, threads):
+            together = function(rows)
+            assert torch.equal(function(rows[:1]), together[:1])
+            for count in range(2, 99):
+                assert torch.equal(function(rows[:count]), together[:count]), count
+    finally:
+        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("path", ["compiled", "module"])
