@@ -107,6 +107,7 @@ LATENT = (
 
 SPECIAL: dict[str, dict[str, Any]] = {
     **{kind: {"head_dim": 8, "num_key_value_heads": 4} for kind in LATENT},
+    "lfm2": {"layer_types": ["full_attention", "conv"] * 2},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]]},
 }
 """Further fields by model type."""

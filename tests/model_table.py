@@ -50,7 +50,8 @@ def tried(model_type: str) -> Row:
             try:
                 engine = Engine(Path(folder), dtype=dtype, budget_tokens=512)
             except ModelError as error:
-                reason = str(error).partition("cannot be served: ")[2].partition(". Choose")[0] or str(error)
+                reason = str(error).partition("cannot be served: ")[2] or str(error).replace(f"{folder}: ", "")
+                reason = reason.partition(". Choose")[0].partition(". Name")[0]
                 return Row(model_type, REFUSED, _first_line(reason))
             if dtype == "float32":
                 _compare(model_type, packed_logits(engine, TEXTS), expected)

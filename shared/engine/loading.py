@@ -89,6 +89,11 @@ def _refusals(folder: Path, config: Mapping[str, Any]) -> Iterator[None]:
                 "Name another model's folder."
             ) from error
         reason = " ".join(str(error).split()) or type(error).__name__
+        if isinstance(error, KeyError) and error.args == (NAME,):
+            raise ModelError(
+                f"{folder}: models of type {kind} cannot be served: their attention does not go through transformers' "
+                "AttentionInterface. Name another model's folder."
+            ) from error
         raise ModelError(
             f"{folder} cannot be loaded as a causal language model (model_type {kind}): {reason[:300]}. "
             "Download the model again, or name another model's folder."
