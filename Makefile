@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -41,6 +41,10 @@ test-fast: setup ## run the tests that need no brokers and no default model
 
 test: setup tools ## run all tests on private brokers (ARGS="-n 0": one by one)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+
+test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Debian
+	@.ci/brokers $(BIN)/python -m pytest -n 0 tests/broker tests/stack/test_cluster.py \
+		tests/stack/test_least_privilege.py $(ARGS)
 
 lint: setup ## run linter, formatter and type checker
 	@status=0; \
