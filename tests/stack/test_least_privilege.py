@@ -98,7 +98,9 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
     refused = [line for line in log.splitlines() if "refused for user" in line]
     # Each service tries once whether it may declare the exchange and the shared queues that it serves.
     assert refused
-    assert [line for line in refused if not re.search(r"operation (exchange|queue)\.declare", line)] == []
+    # Since 4.3 one without a part in the journal finds that out by a publication, which it would roll back.
+    asked = r"operation (exchange|queue)\.declare|operation basic\.publish .* exchange 'least\.journal'"
+    assert [line for line in refused if not re.search(asked, line)] == []
 
 
 def _silent() -> object:
