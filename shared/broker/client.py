@@ -1,4 +1,4 @@
-"""RabbitMQ client: one connection per process that publishes and consumes messages.
+"""RabbitMQ client: a connection that publishes and consumes messages. A process has one, a verifier two.
 
 *Persistent* messages (Generate) are confirmed by RabbitMQ before `publish` returns. All messages of a round are
 *transient*: they go to the socket without a confirmation, because the drafter's round timeout repairs a loss. For the
