@@ -18,7 +18,7 @@ from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import Draft, DraftRequest, States
-from services.drafter.sources.hidden import HiddenDrafts
+from services.drafter.sources.hidden import WINDOW, HiddenDrafts
 from shared.messages import Finish, HiddenFormat, HiddenStates, Sampling, Status, Verify
 from shared.models.bfloat16 import to_floats
 from shared.models.folder import ModelFolder
@@ -57,8 +57,10 @@ def drafted(folder: HiddenDraftFolder) -> Callable[..., list[int]]:
     """Return a function that gives the model's draft after some tokens, with all states."""
     engine = DraftEngine(folder, ModelFolder(folder.path.parent / "target"), dtype="float32")
 
-    def draft(tokens: Sequence[int], length: int = 3, form: HiddenFormat = HiddenFormat.BFLOAT16) -> list[int]:
-        source = HiddenDrafts(engine)
+    def draft(
+        tokens: Sequence[int], length: int = 3, form: HiddenFormat = HiddenFormat.BFLOAT16, window: int = 1000
+    ) -> list[int]:
+        source = HiddenDrafts(engine, window)
         round_ = Controller("fixed", length).session("hidden").ahead(length, temperature=0.0)
         states = States(0, received(made_up_states(len(tokens) - 1), form))
         found = source.propose([DraftRequest("s", tokens, Sampling(), round_, ("hidden",), states)])[0].tokens
@@ -326,20 +328,15 @@ async def test_a_price_shortens_drafts_and_a_high_one_ends_drafting(
         assert counted("wisp_draft_steps_total") == steps + 1
 
 
-async def test_a_long_prompt_is_computed_while_a_plain_round_is_in_flight(
-    peer: Peer, drafted: Callable[..., list[int]], drafts_made: Callable[[int], Awaitable[None]]
-) -> None:
+async def test_of_a_long_prompt_the_last_states_are_requested(peer: Peer, drafted: Callable[..., list[int]]) -> None:
     prompt = list(range(1, 41))
     async with drafting(peer.settings, "d1"):
         await peer.ask("s", prompt=prompt)
-        await peer.answer(await peer.round(), [7], states=True)
+        first = await peer.round()
+        assert (first.draft, first.hidden_from) == ([], 40 - WINDOW - 1)
+        await peer.answer(first, [7], states=True)
         second = await peer.round()
-        assert (second.draft, second.hidden_from) == ([], 40)
-        steps = counted("wisp_draft_steps_total")
-        await drafts_made(1)
-        await peer.answer(second, [8], states=True)
-        assert (await peer.round()).draft == drafted([*prompt, 7, 8])
-        assert counted("wisp_draft_steps_total") > steps
+        assert (second.draft, second.hidden_from) == (drafted([*prompt, 7], window=WINDOW), 40)
 
 
 # Ahead of the result.
