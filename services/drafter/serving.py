@@ -152,10 +152,12 @@ class ServedSession:
         try:
             while not state.done:
                 with structlog.contextvars.bound_contextvars(round=state.round):
-                    if not await self._round() or not await self._follow_run():
+                    if not await self._round():
                         return
                     if state.first_ms is None and state.output_tokens:
                         state.first_ms = self._elapsed_ms()
+                    if not await self._follow_run():
+                        return
         finally:
             for probe in self._probes.values():
                 probe.answer.cancel()

@@ -122,7 +122,11 @@ class Scheduler:
     async def _receive(self, message: Message) -> None:
         match message:
             case Result():
-                if message.status is Status.COMMITTED and message.session in self._dispatcher.fleet.sessions:
+                if (
+                    message.status is Status.COMMITTED
+                    and not message.run
+                    and message.session in self._dispatcher.fleet.sessions
+                ):
                     due_ms = self.due_ms(message.session)
                     metrics.ROUNDS.labels(metrics.deadline(due_ms, now_ms())).inc()
                 self._dispatcher.on_result(message, now_ms())

@@ -166,7 +166,7 @@ class BatchLoop:
         reply.add_done_callback(self._replied)
 
     def _replied(self, reply: asyncio.Task[None]) -> None:
-        """Report the runs that ended while their last report was being committed."""
+        """Report the runs that ended while a reply held them back."""
         self._replies.discard(reply)
         self._reply_soon(StepWork(reports=self.runs.due(_now_ms(), between_steps=False)))
 
@@ -219,8 +219,8 @@ class BatchLoop:
         ended = self._apply(answering.open, answers)
         results = []
         for report, answer in zip(work.reports, reported, strict=True):
-            results.append(answering.reported(report, answer))
             ended += self._apply_report(report, answer)
+            results.append(answering.reported(report, answer))
         await self._publish([*results, *answering.settle(answers)])
         self._log.debug("results sent")
         await self.release(ended)
@@ -248,7 +248,9 @@ class BatchLoop:
 
         None if Redis is unreachable or the lease has ended.
         """
-        lease = self._membership.lease if work.batch is None else work.batch.lease
+        # The lease of the grants and not the present one: this process may have been frozen since the step began.
+        granted = work.reports[0].run.lease if work.reports else 0
+        lease = granted if work.batch is None else work.batch.lease or granted
         try:
             answers = await self._store.commit(
                 self._membership.verifier_id,

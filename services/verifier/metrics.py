@@ -29,7 +29,9 @@ TOKENS = Counter(
 
 
 def count_tokens(result: Result) -> None:
-    """Count the tokens that a result commits."""
+    """Count the tokens that a result commits. A repeated answer, for which nothing was computed, commits none."""
+    if not result.new_tokens:
+        return
     if result.status is Status.COMMITTED and result.run:
         TOKENS.labels("run").inc(len(result.tokens))
     elif result.status is Status.COMMITTED:

@@ -548,7 +548,7 @@ async def test_a_run_whose_session_is_cancelled_in_redis_alone_ends(peer: Peer) 
 async def test_a_job_in_the_middle_of_a_run_gets_its_tokens(peer: Peer, text: list[int]) -> None:
     await peer.open("s", max_tokens=25)
     await peer.begin_run("s", 4)
-    await peer.send(peer.job("s", 4, [1, 1], round_=0))
+    await peer.send(peer.job("s", 4, [], round_=0, run=RunGrant(tokens=64, ms=HANG_S * 1000)))
     tokens: dict[int, int] = {}
     while True:
         result = await peer.result()
@@ -573,6 +573,21 @@ async def test_a_run_that_another_verifier_overtakes_stops(peer: Peer, text: lis
     assert (result.status, result.run_left, result.tokens[0]) == (Status.CONFLICT, 0, 1)
     await asyncio.sleep(0.2)
     assert len(await peer.committed("s")) == length + 1
+
+
+async def test_a_run_reports_nothing_after_its_lease(peer: Peer) -> None:
+    await peer.open("s", max_tokens=900)
+    await peer.begin_run("s", 4, tokens=880)
+    await peer.result()
+    # As after a pause of the process: the lease has expired, somebody else has the session, a new lease is taken.
+    before = peer.leases[-1]
+    await peer.store.registry.remove("v1")
+    length = len(await peer.committed("s"))
+    async with asyncio.timeout(HANG_S):
+        while peer.leases[-1] == before:  # noqa: ASYNC110 - heartbeats are a list
+            await asyncio.sleep(0.05)
+    await asyncio.sleep(0.3)
+    assert len(await peer.committed("s")) == length
 
 
 async def test_without_a_lease_no_run_starts(peer: Peer, text: list[int]) -> None:

@@ -78,7 +78,8 @@ def trained(run: TrainingRun) -> tuple[HiddenDraftFolder, list[TrainingProgress]
 
 
 def draft_for(run: TrainingRun, folder: HiddenDraftFolder) -> list[Drafted]:
-    source = HiddenDrafts(DraftEngine(folder, run.target, dtype="float32"))
+    # A target of random weights chooses by tokens farther back than the window of a served draft.
+    source = HiddenDrafts(DraftEngine(folder, run.target, dtype="float32"), window=1000)
     texts = list(shards.load_all(run.held_out))
     return list(rounds(source, ("hidden",), Controller("fixed", 3), texts))
 

@@ -20,7 +20,7 @@ from services.drafter.serving import ServedSession
 from services.drafter.settings import DraftServingSettings
 from services.drafter.sources import Draft, DraftAhead, DraftRequest, LookupDrafts
 from services.drafter.worker import SourceWorker
-from shared.messages import HiddenStates, Verify
+from shared.messages import HiddenStates, Slo, Verify
 from shared.models.hidden_states import parts
 
 SIZE = 4
@@ -68,7 +68,7 @@ class Hidden:
 
 @asynccontextmanager
 async def serving(
-    source: DraftSource, controller: Controller, names: tuple[str, ...], prompt: list[int]
+    source: DraftSource, controller: Controller, names: tuple[str, ...], prompt: list[int], slo: Slo | None = None
 ) -> AsyncIterator[Verifier]:
     """Run one session against a verifier that the test plays."""
     sent: asyncio.Queue[Verify] = asyncio.Queue()
@@ -79,7 +79,7 @@ async def serving(
         return DirectLink(sent.put, deliver)
 
     session = ServedSession(
-        builders.generate(prompt=prompt, stop_ids=[], max_tokens=400),
+        builders.generate(prompt=prompt, stop_ids=[], max_tokens=400, slo=slo),
         "d1",
         settings,
         RoundTimers(60_000),
@@ -213,6 +213,40 @@ async def test_a_session_without_drafts_leaves_all_tokens_to_the_verifier() -> N
         await verifier.report(2, 7, 2, 0)
         following = await verifier.round()
     assert (following.round, following.base_len, following.run_tokens) == (3, 9, MOST_RUN)
+
+
+def test_a_suite_that_takes_no_drafts_leaves_all_tokens_to_the_verifier() -> None:
+    controller = Controller("marginal", 8)
+    controller.times.apply_load(builders.load(0.0, draft_cap=0, run_ms=20.0))
+    control = controller.session("hidden")
+    for _ in range(300):
+        round_ = control.begin(8, 0.0)
+        assert control.run_tokens(round_) == MOST_RUN
+        control.settle(round_, 0, 0)
+
+
+def test_states_that_never_come_keep_no_session_from_runs() -> None:
+    control = with_runs(Controller("marginal", 8), run_ms=54.0).session("hidden")
+    granted = []
+    for _ in range(8):
+        round_ = control.begin(8, 0.0, unready={"hidden"})
+        granted.append(control.run_tokens(round_))
+        control.settle(round_, 0, 0)
+    assert granted[0] == 0
+    assert granted[-1] > 0
+
+
+async def test_the_first_token_counts_from_when_it_came_and_not_after_a_run() -> None:
+    slo = Slo(ttft_ms=10_000.0, tpot_ms=100.0)
+    controller = with_runs(Controller("marginal", 8))
+    async with serving(NoDrafts(), controller, (), [1, 2, 3], slo) as verifier:
+        await verifier.begin_run(5)
+        await asyncio.sleep(0.3)
+        await verifier.report(1, 4, 5, 0)
+        following = await verifier.round()
+    # Six tokens have come; the seventh is due 600 ms after the first, of which 300 have passed.
+    assert following.slack_ms is not None
+    assert 100.0 < following.slack_ms < 350.0
 
 
 async def test_without_runs_every_token_takes_a_round() -> None:

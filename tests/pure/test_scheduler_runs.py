@@ -197,8 +197,8 @@ def test_a_fast_session_whose_drafts_bring_much_keeps_its_rounds() -> None:
     for _ in range(20):
         now += 60.0
         session.record_result(now, 50.0, 3)
-    assert runs.forced_tokens(session, trimmed=False, step_ms=45.0) == 0
-    assert runs.forced_tokens(session, trimmed=True, step_ms=45.0) == runs.FIRST_TOKENS
+    assert runs.unasked_tokens(session, 0, trimmed=False, step_ms=45.0) == 0
+    assert runs.unasked_tokens(session, 0, trimmed=True, step_ms=45.0) == runs.FIRST_TOKENS
 
 
 def test_sessions_without_a_promise_make_room_for_those_with_one() -> None:
@@ -238,7 +238,25 @@ def test_a_drafter_halts_its_run_but_not_a_run_for_its_slowness() -> None:
     d = dispatcher()
     in_run(d)
     d.fleet.sessions["s"].run_grant = 4
-    d.on_verify(builders.verify("s", 2, 25), 12.0)
+    d.on_verify(builders.verify("s", 2, 21), 12.0)
     assert d.fleet.pending_round("s") is None
-    d.on_verify(builders.verify("s", 2, 25, attempt=1), 13.0)
+
+
+@pytest.mark.parametrize(("base", "attempt", "at_ms"), [(22, 0, 12.0), (21, 1, 12.0), (21, 0, 800.0)])
+def test_a_round_after_an_unasked_run_is_never_lost(base: int, attempt: int, at_ms: float) -> None:
+    """It builds on tokens whose report has not arrived here, was sent again, or the run fell silent."""
+    d = dispatcher()
+    in_run(d)
+    d.fleet.sessions["s"].run_grant = 4
+    d.on_verify(builders.verify("s", 2, base, attempt=attempt), at_ms)
     assert d.fleet.pending_round("s") is not None
+    assert "s" not in d.fleet.verifiers["v1"].runs
+
+
+def test_a_promise_that_no_verifier_can_keep_takes_nobodys_run() -> None:
+    d = dispatcher()
+    in_run(d, "free")
+    d.on_verify(plain("promised", tpot_ms=1.0, slack_ms=1000.0), 5.0)
+    assert d.halts() == {}
+    d.on_verify(plain("other"), 6.0)
+    assert all(job.run is not None for _, batch in d.dispatch(6.0)[0] for job in batch.jobs)

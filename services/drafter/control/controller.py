@@ -28,8 +28,11 @@ FIRST_WAIT = 4
 LONGEST_WAIT = 256
 """Fewest and most rounds between two probes."""
 MOST_RUN = 64
+"""Most tokens that a session leaves to the verifier at once."""
 FIRST_RUN = 4
-"""Most tokens that a session leaves to the verifier at once, and fewest after a round without a draft."""
+"""Tokens that it leaves to the verifier after a first round without a draft, unless a source is tried before."""
+LONGEST_UNREADY = 3
+"""A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8
 """The rule looks this many tokens ahead."""
 
@@ -87,6 +90,8 @@ class SessionControl:
         """Rounds since each source was last wanted or probed."""
         self._plain_tokens = 0
         """Tokens since the last draft of which a token was accepted."""
+        self._unready_rounds = 0
+        """Rounds in a row in which a source that does not rest had no hidden states."""
 
     def begin(
         self,
@@ -131,7 +136,8 @@ class SessionControl:
         """
         times = self.times
         rounds_ms = 0.0 if times.run_ms is None else 2 * max(0.0, times.base_ms - times.run_ms)
-        share = (times.step_ms(source) + rounds_ms) / (PROBE_SHARE * times.base_ms)
+        plain_ms = times.base_ms if times.run_ms is None else min(times.base_ms, times.run_ms)
+        share = (times.step_ms(source) + rounds_ms) / (PROBE_SHARE * plain_ms)
         return min(LONGEST_WAIT, max(FIRST_WAIT, math.ceil(share)))
 
     def ahead(self, room: int, temperature: float, target_entropy: float | None = None) -> DraftRound:
@@ -156,9 +162,11 @@ class SessionControl:
         """
         if self.times.run_ms is None or round_.kept:
             return 0
-        if not self.sources:
+        if not self.sources or self.times.draft_cap == 0:
             return MOST_RUN
-        if any(not self.rests(source) for source in round_.unready):
+        waits = any(not self.rests(source) for source in round_.unready)
+        self._unready_rounds = self._unready_rounds + 1 if waits else 0
+        if 0 < self._unready_rounds <= LONGEST_UNREADY:
             return 0
         until_probe = [self._probe_wait(source) - self._idle[source] for source in self.sources if self.rests(source)]
         return max(0, min(MOST_RUN, max(FIRST_RUN, self._plain_tokens), *until_probe))

@@ -150,8 +150,8 @@ class Marginal(StopRule):
 def _pays(
     forecast: RoundForecast, gain: float, survival: float, drafted: int, later: Iterable[float], step_ms: float
 ) -> bool:
-    """Return whether the `drafted` tokens not kept yet, and some number of those after them, raise E / T (or
-    bring it above a run's).
+    """Return whether the `drafted` tokens not kept yet, and some number of those after them, together raise E / T
+    above the round's and a run's.
 
     gain, survival: expected tokens of the former, and the probability that all are accepted. later: acceptances of the
     others. step_ms: the time to draft one of these.

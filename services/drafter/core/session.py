@@ -120,6 +120,10 @@ class DraftSession:
     def _apply_run(self, result: Result) -> bool:
         """Apply tokens of a run. A report after a lost one changes nothing: the next round asks for all tokens."""
         known = len(self.tokens)
+        if result.base_len + len(result.tokens) == known and not result.run_left and self.run_left:
+            self.run_left = 0  # its tokens came with another answer
+            self.finish = result.finish
+            return True
         if not result.base_len <= known < result.base_len + len(result.tokens):
             return False
         self.tokens[result.base_len :] = result.tokens

@@ -66,7 +66,7 @@ class Dispatcher:
         The same round from another drafter is no copy: the first drafter is gone, and the second needs the result.
         """
         session_id = verify.session
-        if verify.attempt == 0 and self._is_forced(verify):
+        if verify.attempt == 0 and self._halts_unasked(verify, now_ms):
             return
         for state in self.fleet.verifiers.values():
             state.returning.pop(session_id, None)
@@ -144,13 +144,17 @@ class Dispatcher:
         """Note whether the result's session is in a run; return the run as it was before this result."""
         before = state.runs.pop(result.session)
         if result.run_left:
-            drafter_id = pending.verify.drafter if pending is not None else before.drafter_id if before else None
+            drafter_id = None if before is None else before.drafter_id
+            if pending is not None:
+                drafter_id = pending.verify.drafter
             length = result.base_len + len(result.tokens)
             state.runs.set(result.session, RunningRun(length, drafter_id, now_ms))
         return before
 
     def _on_run_report(self, result: Result, session: ActiveSession | None, now_ms: float) -> None:
         """Count tokens that were decoded in a run."""
+        if result.status is not Status.COMMITTED:
+            return
         self._averages.on_run(result)
         if session is not None:
             session.record_run(now_ms, len(result.tokens))
@@ -292,11 +296,12 @@ class Dispatcher:
     def _commit(self, state: VerifierState, plan: BatchPlan, now_ms: float) -> Batch:
         """Turn a plan into a batch that is in flight."""
         self._batches += 1
+        tightest_ms = runs.tightest_ms(state, self.fleet.sessions.values())
         batch = Batch(
             batch=f"{self.scheduler_id}-{self._batches}",
             scheduler=self.scheduler_id,
             lease=state.heartbeat.lease,
-            jobs=[self._job(state, chosen, now_ms) for chosen in plan.chosen],
+            jobs=[self._job(state, chosen, now_ms, tightest_ms) for chosen in plan.chosen],
             predicted_ms=plan.predicted_ms,
             policy=self._policy.name,
             waiting=plan.waiting,
@@ -313,7 +318,7 @@ class Dispatcher:
         state.returning = {s: at for s, at in state.returning.items() if at + pacing.LATE_MS > now_ms}
         return batch
 
-    def _job(self, state: VerifierState, chosen: ChosenRound, now_ms: float) -> Job:
+    def _job(self, state: VerifierState, chosen: ChosenRound, now_ms: float, tightest_ms: float) -> Job:
         pending = chosen.pending
         return Job.of(
             pending.verify,
@@ -322,37 +327,50 @@ class Dispatcher:
             queue_ms=max(0.0, now_ms - pending.arrived_ms),
             slack_ms=None if pending.due_ms is None else pending.due_ms - now_ms,
             reason=chosen.reason,
-            run=self._grant(state, chosen),
+            run=self._grant(state, chosen, tightest_ms),
         )
 
-    def _grant(self, state: VerifierState, chosen: ChosenRound) -> RunGrant | None:
-        """Return the run that follows a round; None where the session goes on with rounds."""
+    def _grant(self, state: VerifierState, chosen: ChosenRound, tightest_ms: float) -> RunGrant | None:
+        """Return the run that follows a round; None where the session goes on with rounds.
+
+        tightest_ms: the shortest time per token that a session of the verifier was promised.
+        """
         verify = chosen.pending.verify
         session = self.fleet.sessions.get(verify.session)
         if chosen.prefill_to is not None or session is None or not self._policy.plays("runs"):
             return None
-        step_ms = runs.step_ms(state, verify.base_len)
-        if session.tpot_ms is None and step_ms > runs.tightest_ms(state.verifier_id, self.fleet.sessions.values()):
+        step_ms, grant_before = runs.step_ms(state, verify.base_len), session.run_grant
+        if session.tpot_ms is None and step_ms > tightest_ms:
+            session.run_grant = 0
             return None
         tokens = min(verify.run_tokens, runs.MOST_TOKENS)
+        session.run_grant = 0
         if not tokens:
             trimmed = bool(verify.draft) and not chosen.draft
-            tokens = session.run_grant = runs.forced_tokens(session, trimmed=trimmed, step_ms=step_ms)
+            tokens = session.run_grant = runs.unasked_tokens(session, grant_before, trimmed=trimmed, step_ms=step_ms)
         return RunGrant(tokens=tokens, ms=runs.LONGEST_MS) if tokens else None
 
-    def _is_forced(self, verify: Verify) -> bool:
-        """Return whether a round would halt a run that the drafter's slowness has brought."""
+    def _halts_unasked(self, verify: Verify, now_ms: float) -> bool:
+        """Return whether a round would halt a run that its drafter's slowness has brought.
+
+        A round that builds on more tokens than were reported here shows that the run is over; so does a late report.
+        """
         session = self.fleet.sessions.get(verify.session)
         state = None if session is None else self.fleet.verifiers.get(session.verifier_id or "")
         run = None if state is None else state.runs.get(verify.session)
-        return session is not None and run is not None and session.run_grant > 0 and run.drafter_id == verify.drafter
+        if session is None or state is None or run is None or not session.run_grant:
+            return False
+        late_ms = runs.LATE_MS + cost.predict_ms(state.model, state.runs.shape)
+        follows = verify.base_len <= run.length and now_ms - run.reported_ms <= late_ms
+        return follows and run.drafter_id == verify.drafter
 
     def _halt_for(self, session: ActiveSession) -> None:
         """Halt the runs without an SLO of the session's verifier if their steps take longer than it was promised."""
         state = self.fleet.verifiers.get(session.verifier_id or "")
         if state is None or not state.runs or session.tpot_ms is None:
             return
-        if cost.predict_ms(state.model, state.runs.shape) > session.tpot_ms:
+        tightest_ms = runs.tightest_ms(state, [session])
+        if cost.predict_ms(state.model, state.runs.shape) > tightest_ms:
             active = self.fleet.sessions
             unpromised = [s for s in state.runs if s in active and active[s].tpot_ms is None]
             if unpromised:

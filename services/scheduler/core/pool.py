@@ -105,8 +105,10 @@ class ActiveSession:
     """Time from a result to the result of the next round: a moving average."""
     round_tokens: float = 1.0
     """Tokens that a round brings: a moving average."""
+    timed_rounds: int = 0
+    """Rounds that `round_ms` is made of."""
     run_grant: int = 0
-    """Tokens of its last run, if the scheduler chose that; 0 once its drafts have paid again."""
+    """Tokens of its last run, if nobody asked for it; 0 if its last round got none or its drafter asked for it."""
 
     def tokens_per_round(self, usual: float) -> float:
         """Return the tokens that its next round is expected to bring.
@@ -133,6 +135,7 @@ class ActiveSession:
         away_ms_limited = min(away_ms, most_ms)
         self.away_ms = _averaged(usual_ms, away_ms_limited)
         self.round_ms = _averaged(self.round_ms, away_ms_limited + here_ms)
+        self.timed_rounds += 1
         return away_ms if away_ms <= most_ms else None
 
     def record_run(self, now_ms: float, tokens: int) -> None:
@@ -180,7 +183,7 @@ class VerifierState:
         return not self.heartbeat.draining
 
     def remaining_ms(self, now_ms: float) -> float:
-        """Return the predicted time until all batches sent to it are done, or the step of its runs in progress."""
+        """Return the predicted time until all batches sent to it are done, or half a step of its runs."""
         if self.runs and not self.in_flight:
             return cost.predict_ms(self.model, self.runs.shape) / 2
         left = 0.0

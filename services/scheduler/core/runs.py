@@ -14,8 +14,10 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import ActiveSession, VerifierState
 from shared import cost
+from shared.cost.model import TYPICAL_LENGTH
 
 MOST_TOKENS = 64
 LONGEST_MS = 2000.0
@@ -25,7 +27,9 @@ FIRST_TOKENS = 4
 MEASURED_ROUNDS = 4
 """Rounds of a session before its speed in rounds is judged."""
 GAIN = 1.15
-"""A run is forced only where it is faster than rounds by this factor."""
+"""An unasked run is granted only where it is faster than rounds by this factor."""
+LATE_MS = 250.0
+"""A run without a report for this long, and a step more, may be lost."""
 LOST_MS = 5000.0
 """A run without a report for this long is over, or its verifier stands still."""
 
@@ -37,22 +41,27 @@ def step_ms(state: VerifierState, length: int) -> float:
     return cost.predict_ms(state.model, shape)
 
 
-def tightest_ms(verifier_id: str, sessions: Iterable[ActiveSession]) -> float:
-    """Return the shortest time per token that a session of this verifier was promised; infinite without SLOs."""
-    promised = (s.tpot_ms for s in sessions if s.verifier_id == verifier_id and s.tpot_ms is not None)
-    return min(promised, default=math.inf)
+def tightest_ms(state: VerifierState, sessions: Iterable[ActiveSession]) -> float:
+    """Return the shortest time per token that a session of this verifier was promised; infinite without SLOs.
+
+    An SLO that the verifier could not keep even for this session alone counts as none.
+    """
+    alone_ms = cost.predict_ms(state.model, MutableShape(1, 1, TYPICAL_LENGTH, TYPICAL_LENGTH, 1))
+    promised = (s.tpot_ms for s in sessions if s.verifier_id == state.verifier_id and s.tpot_ms is not None)
+    return min((tpot_ms for tpot_ms in promised if tpot_ms >= alone_ms), default=math.inf)
 
 
-def forced_tokens(session: ActiveSession, *, trimmed: bool, step_ms: float) -> int:
+def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, step_ms: float) -> int:
     """Return the length of the run that a session gets although its drafter drafts; 0 for none.
 
-    trimmed: True if none of its draft had room in the batch. step_ms: time per token of the run.
+    before: tokens of its last such run; 0 if its last round brought none. trimmed: True if none of its draft had room
+    in the batch. step_ms: time per token of the run.
     """
     slow = (
-        session.rounds >= MEASURED_ROUNDS
+        session.timed_rounds >= MEASURED_ROUNDS
         and session.round_ms is not None
         and session.round_tokens * step_ms * GAIN < session.round_ms
     )
     if not (trimmed or slow):
         return 0
-    return min(MOST_TOKENS, max(FIRST_TOKENS, 2 * session.run_grant))
+    return min(MOST_TOKENS, max(FIRST_TOKENS, 2 * before))

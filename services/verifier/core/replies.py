@@ -109,7 +109,8 @@ class BatchReplies:
         """Return the reply that reports tokens of a run, given the answer to their commit."""
         job, commit = report.run.job, report.commit
         if answer.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
-            return JobReply(job, self._failed(job, GONE if answer.outcome is CommitOutcome.GONE else CANCELLED))
+            failure = GONE if answer.outcome is CommitOutcome.GONE else CANCELLED
+            return JobReply(job, self._failed(job, failure).model_copy(update={"round": commit.round}))
         committed = answer.outcome is CommitOutcome.COMMITTED
         result = Result(
             session=commit.session,
@@ -120,7 +121,7 @@ class BatchReplies:
             batch=RUN_BATCH,
             tokens=answer.tokens,
             run=True,
-            run_left=report.left if committed else 0,
+            run_left=report.left if self._runs.get(commit.session) is report.run else 0,
             finish=answer.finish,
             cached=commit.cached,
             new_tokens=len(commit.tokens),

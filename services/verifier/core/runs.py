@@ -1,13 +1,13 @@
 """Runs: sessions that the verifier decodes by itself, one token in each step, under a grant of the scheduler.
 
 A run begins with a round's verdict and goes on while the round is still being committed. Its tokens are committed and
-reported several steps at a time. A report is committed like a round whose draft was all of its tokens but the last.
+reported several steps at a time. A report is committed like a round: only onto the length that it builds on.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
@@ -15,7 +15,8 @@ from shared.messages import Finish, Job
 from shared.state.commits import Commit
 
 REPORT_MS = 50.0
-"""Longest time for which a decoded token waits for others to be reported with: well under usual promises per token."""
+"""A run is reported with the first step that ends this long after its last report: well under usual promises per
+token."""
 
 
 @dataclass
@@ -82,9 +83,6 @@ class RunTable:
     def __len__(self) -> int:
         return len(self._runs)
 
-    def __iter__(self) -> Iterator[Run]:
-        return iter(self._runs.values())
-
     def get(self, session_id: str) -> Run | None:
         """Return the session's run; None if it has none."""
         return self._runs.get(session_id)
@@ -144,10 +142,12 @@ class RunTable:
         return [run for run in self._runs.values() if not run.over]
 
     def record(self, run: Run, outcome: VerifyOutcome, step_ms: float, now_ms: float) -> None:
-        """Add the outcome of a run's step. A refused step drops the run: the session's next round gets the reason."""
+        """Add the outcome of a run's step. A refused step ends the run: the session's next round gets the reason."""
         verdict, task = outcome.verdict, run.task
         if verdict is None:
-            self.drop(run)
+            run.over = True
+            if run.length == run.reported and not run.reporting:
+                self.drop(run)
             return
         task.tokens.extend(verdict.tokens)
         run.task = replace(task, room=task.room - len(verdict.tokens))

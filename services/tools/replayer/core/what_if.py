@@ -231,7 +231,10 @@ class _VirtualRun:
         times = self._times.setdefault(draft.drafter_id, RoundTimes())
         longest = min(longest, times.draft_cap)
         step_ms = draft.draft_ms / len(draft.acceptance) if draft.acceptance else 0.0
-        forecast = RoundForecast(times.base_ms, [times.added_ms(count) for count in range(longest + 1)])
+        plain_rate = 0.0 if times.run_ms is None else 1 / times.run_ms
+        forecast = RoundForecast(
+            times.base_ms, [times.added_ms(count) for count in range(longest + 1)], plain_rate=plain_rate
+        )
         length = 0
         for acceptance in draft.acceptance[:longest]:
             if not self._marginal.goes_on(forecast, NextTokens(step_ms, [acceptance], acceptance)):
@@ -271,7 +274,14 @@ class _VirtualRun:
         self._at(verifier.free_ms + self._traffic.hop_ms / 2, done)
 
     def _step(self, verifier: _VirtualVerifier, now_ms: float) -> None:
-        """Run a step of the runs alone, unless the verifier is busy; the end of what it does comes back here."""
+        """Run a step of the runs alone, unless the verifier is busy; the end of what it does comes back here.
+
+        Sessions in runs of a verifier that is gone go on with a round.
+        """
+        if now_ms > verifier.until_ms:
+            for session_id in list(verifier.runs):
+                del verifier.runs[session_id]
+                self._draft(self._sessions[session_id], now_ms)
         if verifier.runs and now_ms >= verifier.free_ms and now_ms <= verifier.until_ms:
             in_runs = list(verifier.runs)
             _, took_ms = verifier.compute([])
