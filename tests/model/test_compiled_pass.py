@@ -15,7 +15,7 @@ import tiny
 import torch
 from described_decoder import DescribedDecoder, load
 from tiny_families import FAMILIES
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from services.baseline import engine as baseline_engine
 from services.baseline.settings import BaselineSettings
@@ -90,7 +90,8 @@ def test_every_family_gives_the_logits_and_texts_of_transformers(name: str, tmp_
         following = [[int(logits[-1].argmax())] for logits in fed.logits]
         fed.feed(*following)
         texts = [text + token for text, token in zip(texts, following, strict=True)]
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
+    auto_class = AutoModelForImageTextToText if "text-part" in name else AutoModelForCausalLM
+    model = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
     for text, prompt, logits in zip(texts, PROMPTS, fed.logits, strict=True):
         with torch.inference_mode():
             expected = model(torch.tensor([text])).logits[0]
