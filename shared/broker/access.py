@@ -19,8 +19,17 @@ from collections.abc import Iterable, Mapping
 from hashlib import sha256
 from typing import Any
 
-from shared.broker.connection import FRESH
-from shared.broker.topology import DEFAULT_POOL, ROLES, JournalLimits, Queue, Role, Topology, device_name, probe_key
+from shared.broker.topology import (
+    DEFAULT_POOL,
+    FRESH,
+    ROLES,
+    JournalLimits,
+    Queue,
+    Role,
+    Topology,
+    device_name,
+    probe_key,
+)
 
 Definitions = dict[str, Any]
 

@@ -24,14 +24,14 @@ from aio_pika.robust_queue import RobustQueue
 from aiormq.exceptions import ChannelAccessRefused
 from yarl import URL
 
+from shared.broker.topology import FRESH
+
 ATTEMPT_S = 10.0
 """Longest time until one address has answered and logged the client in."""
 RECONNECT_INTERVAL_S = 1
 HEARTBEAT_S = 10
 """After two missed heartbeats RabbitMQ drops a process and gives its messages to others: a frozen scheduler keeps its
 standby waiting for that long. `?heartbeat=` in the URL sets another time."""
-FRESH = ":"
-"""Between the plain name of an own queue and what makes it new after a reconnect."""
 LISTEN_RETRY_S = 0.2
 """Time between attempts at the start, when RabbitMQ often starts as well."""
 

@@ -43,6 +43,8 @@ LOAD = "load"
 CANCEL = "cancel"
 ENDED = "ended"
 RESULT_SCHEDULER = "result.scheduler"
+FRESH = ":"
+"""Between the plain name of an own queue and what makes it new after a reconnect."""
 DEFAULT_POOL = "pool"
 
 GENERATE_DELIVERY_LIMIT = 20

@@ -25,7 +25,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, SettingsError
-from shared.messages import Message
+from shared.messages import Message, Slo
 
 JOB = builders.job("s-1", draft=[1], reason="due in 9 ms")
 PASSING: list[tuple[Message, str]] = [
@@ -36,7 +36,7 @@ PASSING: list[tuple[Message, str]] = [
         builders.result("s-1", tokens=[1, 2], verifier="v", batch="b", accepted=1, trimmed_to=1, verify_ms=20),
         topology.RESULT_SCHEDULER,
     ),
-    (builders.ended("s-1", tokens=2), topology.ENDED),
+    (builders.ended("s-1", tokens=2, slo=Slo(ttft_ms=100.0, tpot_ms=50.0)), topology.ENDED),
 ]
 
 

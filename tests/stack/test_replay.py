@@ -134,7 +134,10 @@ async def test_the_timelines_have_the_clients_tokens(recorded: RecordedSuite) ->
         assert len(committed) - len(tokens) in (0, 1), "at most the token that ends the text"
         assert one["attained"]
         assert sum(one["parts"].values()) == pytest.approx(one["total_ms"], rel=0.05)
-        for round_ in one["rounds"]:
+        # A round that only halts a run may get no batch of its own.
+        in_batches = [round_ for round_ in one["rounds"] if round_["batches"]]
+        assert in_batches
+        for round_ in in_batches:
             assert round_["slack_ms"] > 0
             assert round_["batches"][0]["reason"]
             assert round_["batches"][0]["verify_ms"] > 0
