@@ -116,12 +116,14 @@ async def test_sessions_whose_verifier_is_killed_get_their_states_from_another(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic
 ) -> None:
     traffic.clear()
-    streams = asyncio.create_task(client.ask_all(cases, "hidden"))
-    await progressed(traffic, 30)
+    # Few sessions: where many share a verifier, drafts do not pay.
+    few = cases[:6]
+    streams = asyncio.create_task(client.ask_all(few, "hidden"))
+    await progressed(traffic, 10)
     killed = stack.processes("verifier")[0]
     await stack.stop(killed, signal.SIGKILL)
     try:
-        assert wrong(cases, await streams) == []
+        assert wrong(few, await streams) == []
     finally:
         await stack.start("verifier")
     moved = {result.session for result in traffic.results if result.verifier == killed.name}
