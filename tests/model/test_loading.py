@@ -23,6 +23,8 @@ from shared.errors import EngineError, ModelError
 from shared.models.gguf_file import GgufFile
 from shared.models.prepare import prepare
 
+pytestmark = pytest.mark.slow
+
 MIXTRAL = MixtralConfig(
     vocab_size=tiny.VOCAB,
     hidden_size=64,

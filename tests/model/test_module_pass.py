@@ -25,6 +25,8 @@ from shared.engine.masks import MASKS, MaskRule, UnknownMask, mask
 from shared.errors import ModelError
 from shared.models.description import NotDescribed
 
+pytestmark = pytest.mark.slow
+
 TEXTS = random_texts(3, 5 * WINDOW + 9)
 LONGROPE = {
     "rope_type": "longrope",
