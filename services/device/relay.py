@@ -14,7 +14,7 @@ from services.gateway.errors import ApiError, encode, unavailable
 from shared.runtime import logging
 
 PATHS = ("/v1/", "/ready")
-FORWARDED = ("accept", "content-encoding", "content-type", "x-request-id")
+FORWARDED = ("accept", "content-encoding", "content-type", "last-event-id", "x-request-id")
 FORWARDED_PREFIXES = ("x-slo-", "x-llm-d-", "x-wisp-")
 """Request headers that the gateway reads, besides the key."""
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import httpx
 import openai
@@ -72,6 +73,37 @@ async def test_a_client_without_a_key_is_served_like_by_the_gateway(suite: tuple
             assert (await http.get("/health")).json() == {"status": "ok"}
             assert (await http.get("/ready")).json()["parts"]["redis"] == "ok"
             assert (await http.get("/metrics")).status_code == 404
+
+
+@pytest.mark.parametrize("method", ["POST", "GET"])
+async def test_a_stream_is_resumed_after_the_last_event(suite: tuple[Suite, str], method: str) -> None:
+    running, key = suite
+    script = running.peer.script = Script(pause_s=0.02)
+    asked = {"model": MODEL, "prompt": "Hi", "max_tokens": 64, "stream": True, "wisp": {"resumable": True}}
+    async with relayed(running.url, key) as url, httpx.AsyncClient(base_url=url, timeout=HANG_S) as http:
+        async with http.stream("POST", "/v1/completions", json=asked) as answer:
+            last_id, first = await _first_event(answer)
+        path = "/v1/completions" if method == "POST" else f"/v1/streams/{first['id']}"
+        body = asked if method == "POST" else None
+        async with http.stream(method, path, json=body, headers={"last-event-id": last_id}) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            lines = [line async for line in answer.aiter_lines()]
+    rest = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    texts = [choice["text"] for event in (first, *rest) for choice in event["choices"]]
+    assert "".join(texts) == script.text
+    assert texts[0]
+    assert len(running.peer.generated) == 1
+
+
+async def _first_event(answer: httpx.Response) -> tuple[str, dict[str, Any]]:
+    """Return the id and the data of the first event of an answer that is left after it."""
+    last_id = ""
+    async for line in answer.aiter_lines():
+        if line.startswith("id: "):
+            last_id = line[4:]
+        elif line.startswith("data: {"):
+            return last_id, json.loads(line[6:])
+    raise AssertionError("no event came")
 
 
 async def test_pages_in_browsers_are_not_served(suite: tuple[Suite, str]) -> None:
