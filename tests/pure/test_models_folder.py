@@ -9,12 +9,14 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 import tokenizers
 from made_folders import byte_level, write_folder, write_llama
+from typer.testing import CliRunner
 
+from services.tools.cli.main import app
 from shared.errors import ModelError
 from shared.models.folder import ModelFolder, SamplingDefaults
 from shared.models.prepare import prepare
@@ -147,6 +149,25 @@ def test_a_missing_shard_is_refused_by_name(folder: Path) -> None:
     (folder / "model-1.safetensors").write_bytes(b"1")
     with pytest.raises(ModelError, match=r"lacks model-2\.safetensors"):
         ModelFolder(folder)
+
+
+@pytest.mark.parametrize("command", [["up", "--port", "0", "--target"], ["models", "prepare"], ["models", "check"]])
+def test_commands_refuse_a_sampling_out_of_range_before_anything_starts(
+    command: list[str], tmp_path: Path, backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> NoReturn:
+        raise AssertionError("started")
+
+    folder = write_llama(tmp_path / "model", backend)
+    (folder / "generation_config.json").write_text('{"temperature": "hot"}')
+    monkeypatch.setattr("services.tools.local.brokers.Brokers.start", started)
+    monkeypatch.setattr("shared.models.prepare.try_model", started)
+    result = CliRunner().invoke(app, [*command, str(folder)], catch_exceptions=False)
+    assert result.exit_code == 1
+    assert "generation_config.json has temperature 'hot', not a number" in result.stderr
+    assert "WISP_GENERATION_CONFIG=ignore" in result.stderr
+    ignored = {"WISP_GENERATION_CONFIG": "ignore"}
+    assert CliRunner().invoke(app, ["models", "prepare", str(folder)], env=ignored).exit_code == 0
 
 
 @pytest.mark.parametrize("content", ["{", "[]", "\xff"])

@@ -25,9 +25,10 @@ def prepare(
     with errors_shown():
         from services.tools.local.progress import ConsoleProgress
         from services.tools.local.settings import LocalSettings
-        from services.tools.local.target import prepare_target
+        from services.tools.local.target import prepare_target, refuse_bad_sampling
 
         folder = prepare_target(model or LocalSettings().target, ConsoleProgress(out))
+        refuse_bad_sampling(folder)
         if not quiet:
             out.print(str(folder), soft_wrap=True)
 
@@ -39,12 +40,14 @@ def check(
 ) -> None:
     """Load a model, compute a few tokens, and say how it runs: exactly, without that promise, or not at all."""
     with errors_shown():
+        from services.tools.local.target import refuse_bad_sampling
         from shared.models.folder import ModelFolder
         from shared.models.prepare import try_model, validate
 
         folder = ModelFolder(model)
         folder.require_weights()
         validate(folder)
+        refuse_bad_sampling(model)
         trial = try_model(folder, dtype)
         kind = folder.config.get("model_type")
         out.print(f"{folder.name} (model_type {kind}) runs in {dtype}.", soft_wrap=True, highlight=False)

@@ -123,7 +123,7 @@ def stack_for(
     from services.tools.local.progress import ConsoleProgress
     from services.tools.local.settings import LocalSettings
     from services.tools.local.stack import Stack
-    from services.tools.local.target import prepare_target
+    from services.tools.local.target import prepare_target, refuse_bad_sampling
 
     if draft == "model" and draft_model is None:
         raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
@@ -152,4 +152,5 @@ def stack_for(
     )
     stack.refuse_bad_settings()
     stack.target = prepare_target(target or LocalSettings().target, progress).absolute()
+    refuse_bad_sampling(stack.target)
     return stack

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Literal
 
 from pydantic import AliasChoices, Field, SecretStr
 
@@ -28,6 +29,8 @@ class LocalSettings(WispSettings):
     api_keys_file: Path | None = None
     """File of the gateway's API keys."""
     unsafe_serve_everybody: bool = False
+    """The gateway's setting of the same name."""
+    generation_config: Literal["auto", "ignore"] = "auto"
     """The gateway's setting of the same name."""
     api_key: SecretStr = Field(
         default=SecretStr("none"), validation_alias=AliasChoices("WISP_API_KEY", "OPENAI_API_KEY")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from services.tools.local.folder import state_folder
 from services.tools.local.progress import Progress, ProgressStep
+from services.tools.local.settings import LocalSettings
 
 
 def models_folder() -> Path:
@@ -32,6 +33,14 @@ def prepare_target(target: str, progress: Progress) -> Path:
             step.detail(f"{doing} {share:.0%}")
 
         return prepare(target, models_folder(), show).absolute()
+
+
+def refuse_bad_sampling(folder: Path) -> None:
+    """Raise ModelError if a gateway would refuse the sampling of the folder's generation_config.json."""
+    from shared.models.folder import ModelFolder
+
+    if LocalSettings().generation_config == "auto":
+        _ = ModelFolder(folder).sampling
 
 
 def model_rows() -> list[tuple[str, str, str]]:
