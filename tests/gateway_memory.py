@@ -6,11 +6,12 @@ from collections import defaultdict
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from time import monotonic
 
 from shared.broker.topology import DEFAULT_POOL
 from shared.errors import Unroutable
 from shared.messages import Cancel, Ended, Finish, Generate, Message, Result
-from shared.state.store import Request, Session, SessionProgress, SessionStatus
+from shared.state.store import Request, Session, SessionProgress, SessionStatus, SessionTurn
 
 Receive = Callable[[Message], Awaitable[None]]
 
@@ -31,6 +32,10 @@ class MemoryServices:
     records: dict[str, bytes] = field(default_factory=dict)
     collectors: dict[str, str] = field(default_factory=dict)
     """By session, the gateway that collects it; empty for none."""
+    started: dict[str, tuple[str, float]] = field(default_factory=dict)
+    """By session, its pool and the time at which its request arrived."""
+    turns_s: dict[str, tuple[str, float, float]] = field(default_factory=dict)
+    """By session with a commit: its pool, and the times at which its request arrived and of the commit."""
     receivers: dict[str, Receive] = field(default_factory=dict)
     """By gateway, its handler of results."""
     bindings: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
@@ -65,6 +70,8 @@ class MemoryServices:
             first_ms=session.first_ms or 0.0,
             committed_in=list(committed_in),
         )
+        pool, arrived_s = self.started[session_id]
+        self.turns_s[session_id] = (pool, arrived_s, monotonic())
 
     async def publish(self, gateway: str, result: Result) -> None:
         """Send a result to `gateway` and to every other gateway that receives its results."""
@@ -100,6 +107,7 @@ class MemoryTransport:
         services.sessions[generate.session] = Session(
             request, SessionStatus.ACTIVE, list(generate.prompt), -1, None, elapsed_ms=generate.elapsed_ms
         )
+        services.started[generate.session] = (pool, monotonic() - generate.elapsed_ms / 1000)
         services.records[generate.session] = resume_record
         services.collectors[generate.session] = self._instance
         services.send(generate)
@@ -151,6 +159,14 @@ class MemoryTransport:
         return SessionProgress(
             session.status, len(session.tokens), session.tokens[from_len:], session.finish, session.committed_in
         )
+
+    async def turns(self) -> list[SessionTurn]:
+        now = monotonic()
+        return [
+            SessionTurn(session_id, pool, (now - arrived_s) * 1000, (now - committed_s) * 1000)
+            for session_id, (pool, arrived_s, committed_s) in self._services.turns_s.items()
+            if self._services.sessions[session_id].status is SessionStatus.ACTIVE
+        ]
 
     async def report(self, ended: Ended) -> None:
         self._services.send(ended)

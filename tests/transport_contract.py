@@ -170,6 +170,22 @@ class TransportContract:
             await services.publish("a", result("s", round=5))
             await until(lambda: services.b.rounds == [5])
 
+    async def test_the_turns_of_all_gateways_sessions_are_read(self, services: Services) -> None:
+        for session_id, gateway in (("old", "a"), ("new", "b"), ("waiting", "a"), ("finished", "b")):
+            asked = generate(session_id, gateway=gateway, elapsed_ms=5000.0 if session_id == "old" else 0.0)
+            await getattr(services, gateway).transport.start(asked, DEFAULT_POOL)
+        await services.commit("old", [7])
+        await asyncio.sleep(0.2)
+        await services.commit("new", [7])
+        await services.commit("finished", [7], Finish.STOP)
+        turns = {turn.session_id: turn for turn in await services.a.transport.turns()}
+        assert {session_id: turn.pool for session_id, turn in turns.items()} == {
+            "old": DEFAULT_POOL,
+            "new": DEFAULT_POOL,
+        }
+        assert turns["old"].age_ms >= 5100 > turns["new"].age_ms >= turns["new"].idle_ms
+        assert 2000 > turns["old"].idle_ms >= 100 + turns["new"].idle_ms
+
     async def test_the_end_of_a_session_is_announced(self, services: Services) -> None:
         ended = Ended(session="s", service_class="default", slo=None, reason="stop", prompt_tokens=3, tokens=4)
         await services.a.transport.report(ended)

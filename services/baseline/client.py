@@ -18,7 +18,7 @@ from services.gateway.errors import unavailable
 from services.gateway.gateway import Gateway
 from shared.errors import BrokersError, EngineError
 from shared.messages import Cancel, Ended, Generate, Heartbeat, Message
-from shared.state.store import Session, SessionProgress, SessionStatus
+from shared.state.store import Session, SessionProgress, SessionStatus, SessionTurn
 
 RECEIVED = 1 << 16
 END_S = 10.0
@@ -89,6 +89,10 @@ class EngineClient:
     async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """Report no progress: the link loses no results."""
         return SessionProgress(SessionStatus.ACTIVE, from_len, [], None)
+
+    async def turns(self) -> list[SessionTurn]:
+        """Return no turns: there are no other gateways."""
+        return []
 
     async def report(self, ended: Ended) -> None:
         """Do nothing: the engine knows the end of its sessions."""

@@ -36,6 +36,8 @@ PAUSE_S = 1.0
 """A longer delay of the watch is a pause: the machine or this process stood still, and the sessions lost no time."""
 BACKLOG_S = 2.0
 """The backlog in a Load that arrives within this time after a wait began goes before the session."""
+READS_OF_TURNS = 4
+"""Reads of other gateways' turns within the stall timeout, while a session waits for its first turn."""
 CLOSE_S = 5.0
 """Time for background work at the end."""
 CANCELLED = Failure(
@@ -91,6 +93,8 @@ class Sessions:
         """True if schedulers let sessions continue in another arithmetic."""
         self._running: dict[str, RunningSession] = {}
         self._turns = TurnOrder()
+        self._turns_read_s = -math.inf
+        """When the turns of other gateways' sessions were read."""
         self._tasks: set[asyncio.Task[None]] = set()
         self._idle = asyncio.Event()
         self._log = logging.get()
@@ -291,7 +295,10 @@ class Sessions:
             for session in tuple(self._running.values()):
                 if paused_s > PAUSE_S:
                     session.wait.paused_s += paused_s
-                if self._turns.idle_s(session.wait, now) >= self._stall_timeout_s:
+                idle_s = self._turns.idle_s(session.wait, now)
+                if not session.wait.had_turn and idle_s >= self._stall_timeout_s / READS_OF_TURNS:
+                    self._read_turns(now)
+                if idle_s >= self._stall_timeout_s:
                     self._fail(session, self._stalled(session, now))
                 elif now - session.wait.since_s >= self._queue_timeout_s:
                     self._fail(session, self._waited_too_long(session, now))
@@ -299,6 +306,23 @@ class Sessions:
                     session.pause_s = min(2 * session.pause_s, LONGEST_PAUSE_S)
                     session.check_s = now + session.pause_s
                     self._check(session)
+
+    def _read_turns(self, now: float) -> None:
+        """Read the turns of other gateways' sessions, unless it was done a moment ago."""
+        if now - self._turns_read_s >= self._stall_timeout_s / READS_OF_TURNS:
+            self._turns_read_s = now
+            self._spawn(self._learn_turns())
+
+    async def _learn_turns(self) -> None:
+        try:
+            turns = await self._transport.turns()
+        except BrokersError as error:
+            self._log.warning("turns of other gateways' sessions not read", error=str(error))
+            return
+        now = monotonic()
+        for turn in turns:
+            if turn.session_id not in self._running:
+                self._turns.record_elsewhere(turn.pool, now - turn.age_ms / 1000, now - turn.idle_ms / 1000)
 
     def _stalled(self, session: RunningSession, now: float) -> Failure:
         """Return the failure of a session on which nobody works, with the reason."""

@@ -21,7 +21,7 @@ from shared.broker.topology import Queue
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Generate
 from shared.runtime import logging
-from shared.state.store import Request, Session, SessionProgress, Store
+from shared.state.store import Request, Session, SessionProgress, SessionTurn, Store
 
 CREATE_RETRY_S = 0.25
 LONGEST_TRY_S = 3.0
@@ -63,6 +63,9 @@ class Transport(Protocol):
 
     async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """Return the state of a session and its committed tokens from `from_len` on; None if it is gone."""
+
+    async def turns(self) -> list[SessionTurn]:
+        """Return the last turns of all gateways' active sessions."""
 
     async def report(self, ended: Ended) -> None:
         """Announce the end of a session."""
@@ -114,13 +117,15 @@ class BrokerTransport:
             fingerprint=generate.fingerprint,
             slo=generate.slo,
         )
-        if not await self._create(request, generate.prompt, received_s, resume_record):
+        if not await self._create(request, generate.prompt, received_s, pool, resume_record):
             self._log.info("session cancelled before it was created", session=generate.session)
             return
         generate = generate.model_copy(update={"elapsed_ms": (monotonic() - received_s) * 1000})
         await self._broker.publish(self._session_keys.add_to(generate), topology.generate(pool), persistent=True)
 
-    async def _create(self, request: Request, prompt: Sequence[int], received_s: float, resume_record: bytes) -> bool:
+    async def _create(
+        self, request: Request, prompt: Sequence[int], received_s: float, pool: str, resume_record: bytes
+    ) -> bool:
         """Store a new session; return False if it was cancelled before.
 
         If Redis does not answer, try again for a while: it may be a pause of the machine. Storing it twice does no
@@ -132,7 +137,7 @@ class BrokerTransport:
             elapsed_ms = (tried_s - received_s) * 1000
             try:
                 return await self._store.create(
-                    request, prompt, elapsed_ms, patience_ms=self._patience_ms, kept=resume_record
+                    request, prompt, elapsed_ms, pool=pool, patience_ms=self._patience_ms, kept=resume_record
                 )
             except BrokersError as error:
                 spent_s += min(monotonic() - tried_s, LONGEST_TRY_S) + CREATE_RETRY_S
@@ -187,6 +192,10 @@ class BrokerTransport:
     async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """See `Transport`."""
         return await self._store.progress(session_id, from_len)
+
+    async def turns(self) -> list[SessionTurn]:
+        """See `Transport`."""
+        return await self._store.turns()
 
     async def report(self, ended: Ended) -> None:
         """See `Transport`."""

@@ -2,7 +2,7 @@
 
     <ns>:session:{id}     hash: the request (msgpack), status, committed length, last round, the verifier that holds its
                           KV, the arithmetics of its commits (lines), the gateway that collects it (none:
-                          ""), the gateway's resume record
+                          ""), the gateway's resume record, its pool of drafters
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
     <ns>:deadlines        sorted set of the active sessions by the time (Redis's clock, ms) at which their next token is
                           due; inf without an SLO
@@ -43,8 +43,8 @@ from shared.state.registry import Registry
 
 MARK_S = 300
 """Seconds that the mark of a session that was cancelled before it existed stays: longer than any creation takes."""
-REAPED_AT_ONCE = 200
-"""Sessions per step of `reap`. A larger step would delay other calls to Redis."""
+SESSIONS_AT_ONCE = 200
+"""Sessions per step of `reap` and `turns`. A larger step would delay other calls to Redis."""
 
 FIELDS = (
     "request",
@@ -120,6 +120,19 @@ class SessionProgress:
     """Arithmetics of its commits, in the order of their first."""
 
 
+@dataclass(frozen=True)
+class SessionTurn:
+    """The last commit of an active session."""
+
+    session_id: str
+    pool: str
+    """Its pool of drafters."""
+    age_ms: float
+    """Time since the request arrived."""
+    idle_ms: float
+    """Time since the commit."""
+
+
 class Store:
     """Sessions of one namespace. Every method raises BrokersError when Redis cannot be reached."""
 
@@ -160,6 +173,7 @@ class Store:
         prompt: Sequence[int],
         elapsed_ms: float = 0.0,
         *,
+        pool: str = "",
         patience_ms: int = 0,
         kept: bytes = b"",
     ) -> bool:
@@ -167,7 +181,7 @@ class Store:
 
         `elapsed_ms` is the time since the request arrived; times are stored on Redis's clock. A session that no live
         gateway collects for `patience_ms` is cancelled by its next commit or by `reap`; 0 disables this. `kept` is the
-        gateway's resume record, which the method `kept` returns.
+        gateway's resume record, which the method `kept` returns. `pool` is its pool of drafters, for `turns`.
         """
         slo = request.slo
         fields: dict[str, str | int | float | bytes] = {
@@ -181,6 +195,7 @@ class Store:
             "gateway": request.gateway,
             "patience_ms": patience_ms,
             "kept": kept,
+            "pool": pool,
         }
         if slo is not None:
             fields |= {"tpot_ms": slo.tpot_ms}
@@ -274,7 +289,7 @@ class Store:
         reaped: list[str] = []
         cursor = -1
         while cursor:
-            cursor, found = await self._call(self._redis.zscan(self._deadlines, max(0, cursor), count=REAPED_AT_ONCE))
+            cursor, found = await self._call(self._redis.zscan(self._deadlines, max(0, cursor), count=SESSIONS_AT_ONCE))
             names = [name.decode() for name, _ in found]
             # With a length that no session has, so that nothing is committed and no tokens are returned.
             answers = await self.commit("", [Commit(name, 0, MOST, 0, (), None, 0) for name in names])
@@ -284,6 +299,28 @@ class Store:
                 await self._call(self._redis.zrem(self._deadlines, *ended))
             reaped += ended
         return reaped
+
+    async def turns(self) -> list[SessionTurn]:
+        """Return the last commit of each active session that has one and names its pool."""
+        found: list[SessionTurn] = []
+        cursor = -1
+        while cursor:
+            cursor, members = await self._call(
+                self._redis.zscan(self._deadlines, max(0, cursor), count=SESSIONS_AT_ONCE)
+            )
+            names = [name.decode() for name, _ in members]
+            async with self._redis.pipeline(transaction=False) as pipe:
+                pipe.time()
+                for name in names:
+                    pipe.hmget(self._session(name), "pool", "start_ms", "last_ms")
+                (seconds, microseconds), *answers = await self._call(pipe.execute())
+            now_ms = seconds * 1000 + microseconds / 1000
+            found += [
+                SessionTurn(name, pool.decode(), now_ms - float(start_ms), now_ms - float(last_ms))
+                for name, (pool, start_ms, last_ms) in zip(names, answers, strict=True)
+                if pool and start_ms and last_ms
+            ]
+        return found
 
     async def cancel(self, session: str, gateway: str = "") -> bool:
         """Cancel a session, so that it accepts no more tokens, even if it is created only after this.

@@ -12,6 +12,7 @@ from time import monotonic
 from typing import Any, NoReturn
 
 import builders
+import gateway_memory
 import httpx
 import openai
 import pytest
@@ -782,11 +783,12 @@ async def test_a_long_prompt_in_prefill_chunks_is_not_given_up(
 
 
 class Clock:
-    """The clock of the sessions, which a test can set forward."""
+    """The clock of the sessions and of the services behind them, which a test can set forward."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._skipped_s = 0.0
-        monkeypatch.setattr(sessions, "monotonic", lambda: monotonic() + self._skipped_s)
+        for module in (sessions, gateway_memory):
+            monkeypatch.setattr(module, "monotonic", lambda: monotonic() + self._skipped_s)
 
     async def skip(self, seconds: float) -> None:
         """Let time pass in steps that are no pause, and the watch look at each."""
@@ -880,6 +882,27 @@ async def test_the_backlog_of_other_gateways_is_waited_for(
     await clock.skip(11)
     assert not asking.done()
     await clock.skip(4)
+    watching.cancel()
+    assert error_of(await asking, 504)["code"] == "timeout"
+
+
+async def test_waiting_behind_another_gateways_sessions_is_no_stall(
+    folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    app, clock = App(folder, stall_timeout_s=5), Clock(monkeypatch)
+    app.services.draft = None
+    other = MemoryTransport(app.services, "other")
+    await other.start(builders.generate("older", gateway="other"), topology.DEFAULT_POOL)
+    watching = asyncio.create_task(app.sessions.watch())
+    asking = asyncio.create_task(app.chat())
+    await eventually(lambda: len(app.generated) == 2)
+    await other.start(builders.generate("younger", gateway="other"), topology.DEFAULT_POOL)
+    for session_id, passes_s in (("older", 13.5), ("younger", 1.8)):
+        for _ in range(round(passes_s / 0.9)):
+            await app.services.commit(session_id, [7])
+            await clock.skip(0.9)
+        assert not asking.done()
+    await clock.skip(4.5)
     watching.cancel()
     assert error_of(await asking, 504)["code"] == "timeout"
 

@@ -58,6 +58,31 @@ def test_the_backlog_of_other_gateways_and_pauses_are_no_idle_time() -> None:
     assert order.idle_s(wait, 110) == 10
 
 
+def test_an_older_session_of_another_gateway_goes_before_one_without_a_turn() -> None:
+    order, waiting = TurnOrder(), new(100)
+    order.record_elsewhere("pool", 90, 150)
+    order.record_elsewhere("pool", 110, 160)
+    order.record_elsewhere("phones", 90, 170)
+    assert order.idle_s(waiting, 200) == 50
+    order.record_elsewhere("pool", 80, 140)
+    assert order.idle_s(waiting, 200) == 50, "what is read later may be older"
+    assert order.idle_s(new(85), 200) == 60
+    order.record_elsewhere("pool", 80, 190)
+    assert order.idle_s(waiting, 200) == 10
+    order.record(waiting, 200)
+    order.record_elsewhere("pool", 80, 250)
+    assert order.idle_s(waiting, 260) == 60
+
+
+@given(st.lists(st.tuples(st.floats(0, 100), st.floats(0, 100)), max_size=30), st.floats(0, 100))
+def test_turns_are_read_in_any_order(turns: list[tuple[float, float]], started_s: float) -> None:
+    order = TurnOrder()
+    for key, time_s in turns:
+        order.record_elsewhere("pool", key, time_s)
+    exact_s = 200 - max([started_s, *(time_s for key, time_s in turns if key <= started_s)])
+    assert exact_s - 1e-9 <= order.idle_s(new(started_s), 200) <= exact_s + RESOLUTION_S + 1e-9
+
+
 def test_old_turns_are_forgotten_and_memory_is_bounded() -> None:
     order, running = TurnOrder(), new(0)
     for step in range(10_000):

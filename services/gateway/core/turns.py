@@ -8,8 +8,9 @@ about in order of arrival. So a session is waiting in a working queue while turn
 - that were started before it in the same pool of drafters, as long as it has had no turn: it may be in the queue of a
   drafter that serves as many sessions as it can.
 
-When turns come only to later ones, the session has been passed over, and nobody works on it. The sessions of other
-gateways are not seen here; the backlog that the scheduler reported when the wait began stands for them.
+When turns come only to later ones, the session has been passed over, and nobody works on it. Of the sessions of other
+gateways the starts and the last turns are read now and then, which is enough for a session that has had no turn. For
+one that has, the backlog that the scheduler reported when the wait began stands for them.
 
 Times are seconds on one monotonic clock.
 """
@@ -17,7 +18,7 @@ Times are seconds on one monotonic clock.
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from dataclasses import dataclass, field
 
 RESOLUTION_S = 0.1
@@ -47,21 +48,19 @@ class Wait:
 
 @dataclass
 class _Turns:
-    """The last turn of the sessions whose key is at most a given one. Later keys with earlier turns are dropped."""
+    """The last turn of the sessions whose key is at most a given one. Both lists ascend: a turn is dropped when a
+    session with a smaller key has a later one."""
 
     keys: list[float] = field(default_factory=list)
     times_s: list[float] = field(default_factory=list)
 
-    def add(self, key: float, now_s: float) -> None:
-        while self.keys and self.keys[-1] >= key:
-            self.keys.pop()
-            self.times_s.pop()
-        if len(self.keys) > 1 and now_s - self.times_s[-2] < RESOLUTION_S:
-            # Of three turns within that time, the one in the middle is hardly missed.
-            self.keys.pop()
-            self.times_s.pop()
-        self.keys.append(key)
-        self.times_s.append(now_s)
+    def add(self, key: float, time_s: float) -> None:
+        if time_s - self.last(key) < RESOLUTION_S:
+            return
+        place = bisect_left(self.keys, key)
+        end = max(place, bisect_right(self.times_s, time_s))
+        self.keys[place:end] = [key]
+        self.times_s[place:end] = [time_s]
 
     def last(self, key: float) -> float:
         """Return the time of the last turn of a session with at most this key; -inf if there was none."""
@@ -74,7 +73,7 @@ class _Turns:
 
 
 class TurnOrder:
-    """The recent turns of one gateway's sessions."""
+    """The recent turns of one gateway's sessions, and the last ones of others'."""
 
     def __init__(self) -> None:
         self._by_wait = _Turns()
@@ -85,6 +84,10 @@ class TurnOrder:
         self._by_wait.add(wait.since_s, now_s)
         self._by_start.setdefault(wait.pool, _Turns()).add(wait.started_s, now_s)
         wait.since_s, wait.had_turn, wait.paused_s, wait.backlog_s = now_s, True, 0.0, 0.0
+
+    def record_elsewhere(self, pool: str, started_s: float, turn_s: float) -> None:
+        """Record the last turn of another gateway's session."""
+        self._by_start.setdefault(pool, _Turns()).add(started_s, turn_s)
 
     def idle_s(self, wait: Wait, now_s: float) -> float:
         """Return how long neither the session nor one that goes before it has had a turn."""
