@@ -11,7 +11,7 @@ from link import link_to
 
 from services.drafter.settings import DrafterSettings
 from shared.broker import topology
-from shared.messages import Cancel, Finish, Status
+from shared.messages import Cancel, Finish, Status, Verify
 
 
 @pytest.fixture
@@ -45,17 +45,23 @@ async def test_a_session_goes_round_by_round_to_its_end(peer: Peer) -> None:
 async def test_a_round_without_a_result_is_sent_again(peer: Peer) -> None:
     async with drafting(peer.settings, "d1"):
         await peer.ask("s")
-        for _ in range(6):
-            verify = await peer.round()
-            await peer.answer(verify, [7])
-        lost = await peer.round()
+        for number in range(6):
+            await peer.answer(await _first_try(peer, number), [7])
+        lost = await _first_try(peer, 6)
         again = await peer.round()
         assert again.attempt == 1
         assert (again.round, again.base_len, again.draft) == (lost.round, lost.base_len, lost.draft)
         await peer.answer(again, [7])
         await peer.answer(lost, [7])
-        following = await peer.round()
-        assert (following.round, following.base_len) == (lost.round + 1, lost.base_len + 1)
+        following = await _first_try(peer, lost.round + 1)
+        assert following.base_len == lost.base_len + 1
+
+
+async def _first_try(peer: Peer, number: int) -> Verify:
+    """Return a round; earlier ones may have been sent again, because a busy machine answers late."""
+    while (verify := await peer.round()).round != number:
+        assert verify.round < number
+    return verify
 
 
 async def test_a_round_is_sent_again_when_the_connection_is_restored(peer: Peer) -> None:
