@@ -58,7 +58,7 @@ def test_the_backlog_of_other_gateways_and_pauses_are_no_idle_time() -> None:
     assert order.idle_s(wait, 110) == 10
 
 
-def test_an_older_session_of_another_gateway_goes_before_one_without_a_turn() -> None:
+def test_an_older_session_of_another_gateway_goes_first() -> None:
     order, waiting = TurnOrder(), new(100)
     order.record_elsewhere("pool", 90, 150)
     order.record_elsewhere("pool", 110, 160)

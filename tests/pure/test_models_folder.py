@@ -152,7 +152,7 @@ def test_a_missing_shard_is_refused_by_name(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("command", [["up", "--port", "0", "--target"], ["models", "prepare"], ["models", "check"]])
-def test_commands_refuse_a_sampling_out_of_range_before_anything_starts(
+def test_commands_refuse_a_bad_sampling_before_anything_starts(
     command: list[str], tmp_path: Path, backend: tokenizers.Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def started(*_: object, **__: object) -> NoReturn:
