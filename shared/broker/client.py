@@ -172,7 +172,7 @@ class Broker:
         while True:
             try:
                 async with asyncio.timeout(max(PUBLISH_RETRY_S, give_up_s - time.monotonic())):
-                    await self._exchanges.confirmed.publish(envelope, key, mandatory=True, timeout=PUBLISH_TIMEOUT_S)
+                    await self._exchanges.confirmed.publish(envelope, key, PUBLISH_TIMEOUT_S)
                 return
             except PublishError as error:
                 raise Unroutable(f"no queue is bound to {key!r}: its receiver is not running") from error

@@ -23,6 +23,7 @@ from aiormq.exceptions import (
     ChannelPreconditionFailed,
 )
 
+from shared.broker.confirmed import ConfirmedExchange
 from shared.broker.connection import in_words
 from shared.broker.topology import JournalLimits, Queue, Topology
 from shared.errors import AccessRefused, BrokersError, QueueDown
@@ -38,7 +39,7 @@ class Exchanges:
 
     channel: AbstractChannel
     transient: AbstractExchange
-    confirmed: AbstractExchange
+    confirmed: ConfirmedExchange
     """The same exchange on a channel with publisher confirms."""
     dead_letters: AbstractExchange | None
     """None on a device, which may send no dead letters."""
@@ -49,7 +50,6 @@ class Exchanges:
 async def declare_exchanges(connection: AbstractRobustConnection, topology: Topology) -> Exchanges:
     """Declare the exchanges, or check that they exist. Raises BrokersError when one is missing."""
     channel = await connection.channel(publisher_confirms=False)
-    confirming = await connection.channel(publisher_confirms=True, on_return_raises=True)
     topic, fanout = aio_pika.ExchangeType.TOPIC, aio_pika.ExchangeType.FANOUT
     device = topology.device
     if device or not await _may(
@@ -61,12 +61,12 @@ async def declare_exchanges(connection: AbstractRobustConnection, topology: Topo
         return Exchanges(
             channel,
             await channel.get_exchange(outgoing, ensure=False),
-            await confirming.get_exchange(outgoing, ensure=False),
+            await ConfirmedExchange.open(connection, outgoing),
             None if device else await channel.get_exchange(topology.dead, ensure=False),
             predeclared=True,
         )
     transient = await channel.declare_exchange(topology.exchange, topic, durable=True)
-    confirmed = await confirming.declare_exchange(topology.exchange, topic, durable=True)
+    confirmed = await ConfirmedExchange.open(connection, topology.exchange)
     letters = await channel.declare_exchange(topology.dead, fanout, durable=True)
 
     async def declare_dead_queue(plain: PlainChannel) -> None:

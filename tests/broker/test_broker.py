@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
+from typing import Any
 
 import aio_pika
 import builders
@@ -17,7 +18,7 @@ from shared.broker import topology
 from shared.broker.client import PROBE_HEADER, Broker
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Cancel, Message, encode
+from shared.messages import Cancel, Message, decode, encode
 
 Connect = Callable[[str], Awaitable[Broker]]
 
@@ -315,6 +316,51 @@ async def test_a_persistent_message_is_repeated_while_the_connection_is_restored
         await publishing
         assert (await inbox.next()) == generate("s")
         await broker.close()
+
+
+def open_channels(broker: Broker) -> int:
+    transport = broker._connection.transport
+    assert transport is not None
+    return sum(channel is not None for channel in transport.connection.channels.values())  # type: ignore[attr-defined]
+
+
+async def test_a_refused_message_is_repeated_on_a_new_channel(
+    connect: Connect, amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    broker = await connect("gateway")
+    used: list[int] = []
+    publish = aio_pika.Exchange.publish
+
+    async def record(exchange: aio_pika.Exchange, *args: Any, **kwargs: Any) -> Any:
+        used.append((await exchange.channel.get_underlay_channel()).number)
+        return await publish(exchange, *args, **kwargs)
+
+    monkeypatch.setattr(aio_pika.Exchange, "publish", record)
+    async with await aio_pika.connect(amqp_url) as connection:
+        channel = await connection.channel()
+        full = await channel.declare_queue(
+            f"{namespace}.full",
+            arguments={"x-max-length": 1, "x-overflow": "reject-publish"},
+            auto_delete=False,
+            exclusive=True,
+        )
+        await full.bind(broker.topology.exchange, topology.generate())
+        await broker.publish(generate("first"), topology.generate(), persistent=True)
+        before = open_channels(broker)
+        waiting = [
+            asyncio.create_task(broker.publish(generate(name), topology.generate(), persistent=True))
+            for name in ("second", "third")
+        ]
+        await asyncio.sleep(1.0)
+        assert not any(task.done() for task in waiting)
+        await full.purge()
+        await asyncio.wait(waiting, timeout=HANG_S, return_when=asyncio.FIRST_COMPLETED)
+        await full.purge()
+        await asyncio.wait_for(asyncio.gather(*waiting), HANG_S)
+        received = await full.get(no_ack=True, timeout=HANG_S)
+    assert len(set(used)) > 2, "a refused message went through the channel that RabbitMQ refuses"
+    assert decode(received.body) in (generate("second"), generate("third"))
+    assert open_channels(broker) == before, "replaced channels stay open"
 
 
 async def test_a_message_that_cannot_be_sent_is_an_error_in_words(

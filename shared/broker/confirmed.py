@@ -1,0 +1,76 @@
+"""Publishing with confirmations: the exchange for messages that RabbitMQ must store before the sender goes on."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from dataclasses import dataclass
+
+from aio_pika import Message
+from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustConnection
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
+
+
+@dataclass(eq=False)
+class _Confirming:
+    """An exchange on a channel with publisher confirms."""
+
+    channel: AbstractChannel
+    exchange: AbstractExchange
+    pending: int = 0
+    """Messages that wait for their confirmation."""
+
+    @classmethod
+    async def open(cls, connection: AbstractRobustConnection, name: str) -> _Confirming:
+        channel = await connection.channel(publisher_confirms=True, on_return_raises=True)
+        return cls(channel, await channel.get_exchange(name, ensure=False))
+
+
+class ConfirmedExchange:
+    """An exchange whose messages RabbitMQ confirms. A new channel replaces one whose message RabbitMQ refused.
+
+    A channel opened while a quorum queue elects a leader may be refused for as long as the old leader's node is down
+    (seen with RabbitMQ 3.10); a new channel is not.
+    """
+
+    def __init__(self, connection: AbstractRobustConnection, confirming: _Confirming) -> None:
+        self._connection = connection
+        self._current = confirming
+
+    @classmethod
+    async def open(cls, connection: AbstractRobustConnection, name: str) -> ConfirmedExchange:
+        """Open a channel for an exchange that exists."""
+        return cls(connection, await _Confirming.open(connection, name))
+
+    async def publish(self, envelope: Message, key: str, timeout_s: float) -> None:
+        """Publish, and wait for the confirmation.
+
+        Raises PublishError when no queue is bound to the key, and one of aio-pika's CONNECTION_EXCEPTIONS when
+        RabbitMQ refuses the message or the connection is lost.
+        """
+        used = self._current
+        used.pending += 1
+        try:
+            await used.exchange.publish(envelope, key, mandatory=True, timeout=timeout_s)
+        except PublishError:
+            raise
+        except DeliveryError:
+            await self._replace(used)
+            raise
+        finally:
+            used.pending -= 1
+            # The end of a channel cancels those who wait on it: the last of them closes it.
+            if used is not self._current and not used.pending:
+                await _close(used)
+
+    async def _replace(self, refused: _Confirming) -> None:
+        with suppress(*CONNECTION_EXCEPTIONS):
+            renewed = await _Confirming.open(self._connection, refused.exchange.name)
+            if self._current is refused:
+                self._current = renewed
+            else:  # another refused message was faster
+                await _close(renewed)
+
+
+async def _close(confirming: _Confirming) -> None:
+    with suppress(*CONNECTION_EXCEPTIONS):
+        await confirming.channel.close()
