@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
 from secrets import token_hex
@@ -18,6 +19,11 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder
+
+# Keep bytecode even where the environment forbids it: hundreds of processes start during the tests, and each would
+# compile all of the source again.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 
 # A busy machine takes longer over the same example: no test of properties is about time.
 hypothesis.settings.register_profile("wisp", deadline=None)
@@ -55,12 +61,15 @@ def pytest_collection() -> Generator[None, object, object]:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests by what they use.
 
-    One worker runs all tests with brokers, in their order, and the others the rest (`-n 2 --dist loadgroup`). Tests
-    that use the default target are marked `big_model`, and `make test-fast` leaves them out.
+    One worker runs all tests with brokers, in their order, and the others the rest, file by file, so that the models
+    and the trained drafts of a file are made once (`-n 2 --dist loadgroup`). Tests that use the default target are
+    marked `big_model`, and `make test-fast` leaves them out.
     """
     for item in items:
         if Path(item.path).parent.name in WITH_BROKERS:
             item.add_marker(pytest.mark.xdist_group("brokers"))
+        elif item.get_closest_marker("xdist_group") is None:
+            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if "target_folder" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.big_model)
 

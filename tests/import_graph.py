@@ -12,6 +12,13 @@ ROOT = Path(__file__).parents[1]
 TOPS = ("services", "shared")
 USERS = ("tests", "docker")
 """Folders of code that uses the product without being part of it."""
+_MARKS = frozenset(
+    {
+        kind
+        for base in (ast.expr_context, ast.operator, ast.unaryop, ast.cmpop, ast.boolop)
+        for kind in base.__subclasses__()
+    }
+)
 
 
 @dataclass(frozen=True)
@@ -52,6 +59,12 @@ def tree(module: str) -> ast.Module:
     return ast.parse(path.read_text())
 
 
+@cache
+def nodes(module: str) -> tuple[ast.AST, ...]:
+    """Every node of a module's source, without those that only mark how another one is used."""
+    return tuple(_walk(tree(module), with_type_checking=True))
+
+
 def is_package(module: str) -> bool:
     """Return whether the module is a package."""
     return modules()[module].name == "__init__.py"
@@ -62,7 +75,7 @@ def imports(module: str) -> tuple[Import, ...]:
     """Everything that the module imports when it runs, inside functions too, but not for type checking alone."""
     found: list[Import] = []
     attributes: list[tuple[str, str]] = []
-    for node in _nodes(tree(module)):
+    for node in _walk(tree(module), with_type_checking=False):
         match node:
             case ast.Import(names=names):
                 found.extend(Import(alias.name) for alias in names)
@@ -79,20 +92,20 @@ def imports(module: str) -> tuple[Import, ...]:
     return tuple(found)
 
 
-def _nodes(root: ast.AST) -> Iterator[ast.AST]:
-    """Every node but those for type checking alone."""
+def _walk(root: ast.AST, *, with_type_checking: bool) -> Iterator[ast.AST]:
+    """Yield nodes as `ast.walk` does, but no contexts and operators, which are half of all."""
     pending = [root]
     while pending:
         node = pending.pop()
         yield node
-        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+        if not with_type_checking and isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             pending.extend(node.orelse)
             continue
         for value in vars(node).values():
-            if isinstance(value, ast.AST):
+            if isinstance(value, list):
+                pending.extend(one for one in value if isinstance(one, ast.AST) and type(one) not in _MARKS)
+            elif isinstance(value, ast.AST) and type(value) not in _MARKS:
                 pending.append(value)
-            elif isinstance(value, list):
-                pending.extend(one for one in value if isinstance(one, ast.AST))
 
 
 def loaded_by(module: str) -> set[str]:

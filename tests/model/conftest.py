@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 import pytest
+from tiny_families import FAMILIES
 
 from services.tools.local.folder import state_folder
 from shared.models.prepare import prepare
@@ -14,3 +17,17 @@ from shared.models.prepare import prepare
 def target_folder() -> Path:
     """The default target model, converted once per checkout."""
     return prepare("smollm2-135m-instruct", state_folder() / "models")
+
+
+@pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """The folder of a family's tiny model, which is made once. Do not change it.
+
+    Files that use it belong to the xdist group `families`, so that one worker makes the models.
+    """
+
+    @cache
+    def made(name: str) -> Path:
+        return FAMILIES[name](tmp_path_factory.mktemp(name))
+
+    return made

@@ -6,7 +6,7 @@ import asyncio
 import json
 import random
 import socket
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -27,6 +27,8 @@ from shared.errors import EngineError
 from shared.kernels.decoder import dense
 from shared.kernels.formats import quantized
 from shared.models.families import describe
+
+pytestmark = pytest.mark.xdist_group("families")
 
 FORMS = ("float32", "bfloat16", "int8")
 PROMPTS = (83, 71)
@@ -79,8 +81,8 @@ def split(engine: Engine, texts: Sequence[Sequence[int]], counts: Sequence[tuple
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_family_gives_the_logits_and_texts_of_transformers(name: str, tmp_path: Path) -> None:
-    folder = FAMILIES[name](tmp_path)
+def test_every_family_gives_the_logits_and_texts_of_transformers(name: str, family: Callable[[str], Path]) -> None:
+    folder = family(name)
     engine = Engine(folder, dtype="float32", budget_tokens=512)
     assert engine.module_code_reason == ""
     assert engine.arithmetic == ARITHMETIC
@@ -103,14 +105,17 @@ def test_every_family_gives_the_logits_and_texts_of_transformers(name: str, tmp_
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", FAMILIES)
-def test_packed_and_split_passes_give_the_bits_of_whole_texts(name: str, form: str, tmp_path: Path) -> None:
-    folder = FAMILIES[name](tmp_path)
+def test_packed_and_split_passes_give_the_bits_of_whole_texts(
+    name: str, form: str, family: Callable[[str], Path]
+) -> None:
+    folder = family(name)
     texts = random_texts(PROMPTS, seed=1)
     whole = []
+    engine = Engine(folder, dtype=form, budget_tokens=256)
     for text in texts:
-        alone = Engine(folder, dtype=form, budget_tokens=256)
-        alone.attach("s", [])
-        whole.append(alone.forward([Step("s", text, len(text))]).logits)
+        engine.attach("alone", [])
+        whole.append(engine.forward([Step("alone", text, len(text))]).logits)
+        engine.release("alone")
     for threads, counts in zip((1, 2, 3), SPLITS, strict=True):
         engine = Engine(folder, dtype=form, budget_tokens=256, threads=threads)
         for logits, expected in zip(split(engine, texts, counts).logits, whole, strict=True):
@@ -120,9 +125,9 @@ def test_packed_and_split_passes_give_the_bits_of_whole_texts(name: str, form: s
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", ["llama-biases", "gemma2", "olmo2", "phi3-partial"])
-def test_weights_are_those_of_their_format(name: str, form: str, tmp_path: Path) -> None:
+def test_weights_are_those_of_their_format(name: str, form: str, family: Callable[[str], Path]) -> None:
     """The reference has the same rounded weights in float32; keys and values of bfloat16 explain the difference."""
-    folder = FAMILIES[name](tmp_path)
+    folder = family(name)
     text = random_texts([50])[0]
     engine = Engine(folder, dtype=form, budget_tokens=256)
     engine.attach("s", [])

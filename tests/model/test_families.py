@@ -28,6 +28,8 @@ from shared.models.description import (
 )
 from shared.models.families import describe
 
+pytestmark = pytest.mark.xdist_group("families")
+
 Saved = Callable[[str], tuple[dict[str, Any], set[str]]]
 
 LENGTHS = (5 * WINDOW + 3, 2 * WINDOW + 5)
@@ -38,8 +40,8 @@ def described(folder: Path) -> ModelDescription:
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_a_description_gives_the_logits_of_transformers(name: str, tmp_path: Path) -> None:
-    folder = FAMILIES[name](tmp_path)
+def test_a_description_gives_the_logits_of_transformers(name: str, family: Callable[[str], Path]) -> None:
+    folder = family(name)
     decoder = DescribedDecoder(described(folder), load(folder))
     auto_class = AutoModelForImageTextToText if "text-part" in name else AutoModelForCausalLM
     model = auto_class.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager").eval()
@@ -53,12 +55,12 @@ def test_a_description_gives_the_logits_of_transformers(name: str, tmp_path: Pat
 
 
 @pytest.fixture(scope="module")
-def saved(tmp_path_factory: pytest.TempPathFactory) -> Saved:
-    """The configuration and the names of the tensors of a family's model, which is saved once."""
+def saved(family: Callable[[str], Path]) -> Saved:
+    """The configuration and the names of the tensors of a family's model, which are read once."""
 
     @cache
     def read(name: str) -> tuple[dict[str, Any], set[str]]:
-        folder = FAMILIES[name](tmp_path_factory.mktemp(name))
+        folder = family(name)
         return json.loads((folder / "config.json").read_text()), set(load(folder))
 
     return read

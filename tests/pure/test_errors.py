@@ -6,7 +6,7 @@ import ast
 import re
 
 import pytest
-from import_graph import modules, tree
+from import_graph import modules, nodes
 
 from shared import errors
 
@@ -31,7 +31,7 @@ def defined() -> dict[str, str]:
     classes = {
         node.name: {ast.unparse(base).rpartition(".")[2] for base in node.bases}
         for module in modules()
-        for node in ast.walk(tree(module))
+        for node in nodes(module)
         if isinstance(node, ast.ClassDef)
     }
     found: dict[str, str] = {}
