@@ -36,8 +36,8 @@ serve: setup ## run the suite in the foreground; Ctrl-C stops it (PORT=8000)
 ## Develop
 
 test-fast: setup ## run the tests that need no brokers and no default model
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not big_model and not slow" tests/pure tests/model \
-		$(if $(wildcard .wisp/tools/installed),tests/manifests) $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not big_model and not slow" --hypothesis-profile fast \
+		tests/pure tests/model $(if $(wildcard .wisp/tools/installed),tests/manifests) $(ARGS)
 
 test: setup tools ## run all tests on private brokers (ARGS="-n 0": one by one)
 	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)

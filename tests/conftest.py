@@ -27,6 +27,7 @@ sys.dont_write_bytecode = False
 
 # A busy machine takes longer over the same example: no test of properties is about time.
 hypothesis.settings.register_profile("wisp", deadline=None)
+hypothesis.settings.register_profile("fast", deadline=None, max_examples=25)  # of `make test-fast`
 hypothesis.settings.load_profile("wisp")
 
 # structlog's default prints a traceback with the local variables of each frame, which takes seconds. The services set

@@ -99,7 +99,7 @@ def test_other_templates_are_rendered_as_transformers_does(
         assert tokenizer.render_chat(messages) == expected
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(text=st.text(max_size=60) | st.text("0123456789 .,-xY\n\t'é漢🙂", max_size=60))
 def test_raw_prompts_are_encoded_as_by_transformers_and_decode_back(
     tokenizer: Tokenizer, reference: Any, text: str
@@ -111,7 +111,7 @@ def test_raw_prompts_are_encoded_as_by_transformers_and_decode_back(
         assert tokenizer.decode(ids) == text
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=2 * settings.default.max_examples)
 @given(ids=st.lists(st.integers(0, 49_151), max_size=60), step=st.integers(1, 5))
 def test_any_tokens_decode_as_in_transformers_however_they_arrive(
     tokenizer: Tokenizer, reference: Any, ids: list[int], step: int

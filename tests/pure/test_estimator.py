@@ -114,7 +114,7 @@ def test_the_solver_finds_the_best_non_negative_coefficients(seed: int) -> None:
     assert np.allclose(found, best, atol=1e-5)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(seeds)
 def test_whatever_it_is_fed_the_model_is_sound(seed: int) -> None:
     rng = random.Random(seed)
@@ -125,7 +125,7 @@ def test_whatever_it_is_fed_the_model_is_sound(seed: int) -> None:
     assert 0 < model.ratio_p50 <= model.ratio_p90 <= model.ratio_p99
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(seeds)
 def test_it_learns_from_noisy_batches(seed: int) -> None:
     rng = random.Random(seed)
@@ -149,7 +149,7 @@ def test_quantiles_are_those_of_the_recent_batches() -> None:
     assert model.ratio_p90 == pytest.approx(1.1, abs=0.04)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(seeds)
 def test_the_start_up_profile_alone_predicts_well(seed: int) -> None:
     rng = random.Random(seed)
@@ -163,7 +163,7 @@ def test_the_start_up_profile_alone_predicts_well(seed: int) -> None:
     assert (model.samples, model.version) == (len(profile), 1)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(seeds, st.sampled_from([0.3, 0.6, 1.6, 3.0, 10.0]))
 def test_it_follows_a_change_of_speed_within_some_tens_of_batches(seed: int, speed: float) -> None:
     rng = random.Random(seed)
@@ -175,7 +175,7 @@ def test_it_follows_a_change_of_speed_within_some_tens_of_batches(seed: int, spe
     assert worst_error(model, rng, speed) < 0.12
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=settings.default.max_examples // 5)
 @given(seeds)
 def test_a_stalled_machine_does_not_poison_it(seed: int) -> None:
     rng = random.Random(seed)

@@ -1001,7 +1001,8 @@ NAMES = ["model", "messages", "prompt", "stream", "n", "stop", "seed", "max_toke
     path=st.sampled_from(["/v1/chat/completions", "/v1/completions"]),
 )
 @hypothesis_settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=3 * hypothesis_settings.default.max_examples // 2,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 async def test_any_body_is_answered_or_refused(app: App, fields: dict[str, Any], path: str) -> None:
     body = json.dumps(HELLO | {"prompt": "x"} | fields).encode()

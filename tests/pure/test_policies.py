@@ -113,7 +113,7 @@ FULL_CACHE = (
 """The short rounds alone fill the cache, but a block is reserved for the prompt."""
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(situations(), st.sampled_from(sorted(POLICIES)))
 @example(FULL_CACHE, "wisp")
 @example(FULL_CACHE, "wisp+")
@@ -213,7 +213,7 @@ WHOLE_PROMPT = [pending("due", arrived=0.0, due=NOW + 230, base=71), pending("pr
 """The prompt that the block is reserved for fits as a whole and is on time; a block of the other makes it late."""
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(situations(), st.sampled_from(OURS))
 @example((BLOCK_FIRST, verifier({"due": 1}, room=4096), BatchLimits(319.0, 137, 1455.0)), "wisp+")
 @example((BLOCK_OF_ANOTHER, verifier({"due": 49}, room=4096), BatchLimits(203.0, 128, 100.0)), "wisp+")
@@ -248,7 +248,7 @@ def test_a_round_that_is_added_on_time_stays_on_time(
     assert set(batch.blocks_of) <= {*names(made)} & {*may_reserve(policy, queue_of(rounds, state, limits), limits)}
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(situations(), st.sampled_from(OURS), st.data())
 def test_a_tighter_deadline_never_delays_a_round(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits], policy: str, data: st.DataObject
@@ -264,7 +264,7 @@ def test_a_tighter_deadline_never_delays_a_round(
     assert one.session_id in names(plan(policy, [*others, tighter], state, limits))
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(situations())
 def test_without_slos_wisp_plans_at_least_the_token_rate_of_fcfs(
     situation: tuple[list[PendingRound], VerifierState, BatchLimits],

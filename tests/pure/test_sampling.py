@@ -62,7 +62,7 @@ VARIED = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(
     numbers=st.lists(st.sampled_from([-math.inf, -30.0, -2.0, -1.0, 0.0, 0.5, 0.5, 1.0, 4.0]), min_size=1, max_size=40),
     temperature=st.sampled_from([0.0, 1e-3, 0.3, 1.0, 3.0, 100.0]),
@@ -79,7 +79,7 @@ def test_the_choice_is_the_best_allowed_token_by_definition(
     assert choose(torch.tensor([row]), [params], [position]) == [by_definition(row, params, position)]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(
     numbers=st.lists(
         st.sampled_from([None, None, -math.inf, -30.0, -1.0, 0.0, 0.5, 0.5, 4.0]), min_size=1, max_size=40

@@ -32,7 +32,7 @@ def fed(stops: list[str], texts: list[str]) -> tuple[str, str | None]:
     return shown + detector.flush(), None
 
 
-@settings(max_examples=1000)
+@settings(max_examples=10 * settings.default.max_examples)
 @given(stops=stop_lists, texts=pieces)
 @example(stops=["aab"], texts=["aa", "ab"])
 @example(stops=["abab", "ba"], texts=list("aababab"))
@@ -40,7 +40,7 @@ def test_the_outcome_is_that_of_searching_the_whole_text(stops: list[str], texts
     assert fed(stops, texts) == first_hit("".join(texts), stops)
 
 
-@settings(max_examples=500)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(stops=stop_lists, texts=pieces)
 def test_exactly_the_longest_beginning_of_a_stop_string_is_withheld(stops: list[str], texts: list[str]) -> None:
     detector = StopStrings(stops)

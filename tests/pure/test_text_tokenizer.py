@@ -46,7 +46,7 @@ def streamed(tokenizer: Tokenizer, ids: list[int], cuts: list[int]) -> list[str]
     return [stream.feed(ids[a:b]) for a, b in pairwise(edges)] + [stream.flush()]
 
 
-@settings(max_examples=500, deadline=None)
+@settings(max_examples=5 * settings.default.max_examples)
 @given(ids=st.lists(st.integers(0, 600), max_size=40), cuts=st.lists(st.integers(0, 40), max_size=10))
 def test_streamed_pieces_join_to_the_whole_text_for_any_tokens(
     tokenizer: Tokenizer, backend: tokenizers.Tokenizer, ids: list[int], cuts: list[int]
@@ -54,7 +54,7 @@ def test_streamed_pieces_join_to_the_whole_text_for_any_tokens(
     assert "".join(streamed(tokenizer, ids, cuts)) == backend.decode(ids, skip_special_tokens=True)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(text=st.text(max_size=30), cuts=st.lists(st.integers(0, 90), max_size=10))
 def test_a_character_is_never_split(tokenizer: Tokenizer, text: str, cuts: list[int]) -> None:
     text = text.replace("☃", "").replace("\ufffd", "")
@@ -74,7 +74,7 @@ def test_bytes_of_an_unfinished_character_wait_and_are_replaced_at_the_end(token
     assert stream.flush() == "\ufffd"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(text=st.text("a b the é漢🙂\n", max_size=30), cuts=st.lists(st.integers(0, 90), max_size=10))
 def test_sentence_piece_text_streams_with_its_spaces_and_bytes(
     spaced: tuple[Tokenizer, tokenizers.Tokenizer], text: str, cuts: list[int]
@@ -107,7 +107,7 @@ def test_only_the_template_makes_control_tokens(tokenizer: Tokenizer) -> None:
     assert said == f"user\n{attack}\nassistant\n"
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(content=st.lists(st.sampled_from([*SPECIAL, "<|im_", "end|>", "\ue000", "\ue001", " a", "\n"]), max_size=8))
 def test_what_a_user_writes_comes_through_as_text(tokenizer: Tokenizer, content: list[str]) -> None:
     text = "".join(content)

@@ -88,7 +88,7 @@ def machines(draw: st.DrawFn) -> tuple[float, ...]:
     return fixed, jobs, later, pairs, held, rows, first
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=settings.default.max_examples // 4)
 @given(coefficients=machines(), seed=st.integers(0, 2**32))
 def test_no_machine_takes_more_than_five_seconds(coefficients: tuple[float, ...], seed: int) -> None:
     """Whatever the machine, and with times that vary by half: the smallest batch takes at most two seconds here."""
