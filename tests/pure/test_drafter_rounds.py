@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from services.drafter.control import Controller, DraftDecision, DraftToken
-from services.drafter.control.controller import MOST_RUN
+from services.drafter.control.controller import FIRST_RUN, LONGEST_WAIT, MOST_RUN, RETURN_SHARE
 from services.drafter.core.draft import DraftSource, NoDrafts
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import RoundTimer, RoundTimers
@@ -262,22 +263,32 @@ async def test_a_run_that_falls_silent_is_asked_for(monkeypatch: pytest.MonkeyPa
     assert (asking.round, asking.base_len) == (1, 4)
 
 
-async def test_runs_of_a_session_whose_drafts_do_not_pay_grow() -> None:
-    source = Hidden()
-    async with serving(source, with_runs(dear(Controller("marginal", 8))), ("hidden",), [1, 2, 3]) as verifier:
-        granted, round_, base = [], 0, 3
-        for _ in range(60):
-            verify = await verifier.begin_run(0)
-            round_, base = verify.round + 1, verify.base_len + 1
-            if not verify.run_tokens:
-                continue
-            granted.append(verify.run_tokens)
-            # The round's result said that no run follows; the tokens come as one all the same.
-            await verifier.report(round_, base, verify.run_tokens, 0)
-            if sum(granted) > 150:
-                break
-    assert granted[0] <= 4
-    assert max(granted) > 16
+async def test_a_session_whose_sources_rest_is_in_a_run_until_the_next_trial() -> None:
+    controller = with_runs(dear(Controller("marginal", 8)))
+    async with serving(Hidden(), controller, ("hidden",), [1, 2, 3]) as verifier:
+        verify = await verifier.begin_run(MOST_RUN)
+        assert verify.run_tokens == MOST_RUN
+        while verify.hidden_from is None:
+            assert verify.run_tokens
+            await verifier.report(verify.round + 1, verify.base_len + 1, verify.run_tokens, 0)
+            verify = await verifier.begin_run(MOST_RUN)
+    assert verify.base_len <= 3 + LONGEST_WAIT + 3, "then it asks for the states that a trial needs"
+
+
+def test_runs_of_a_session_that_has_drafted_grow() -> None:
+    controller = dear(with_runs(Controller("marginal", 8), run_ms=50.0))
+    control = controller.session("hidden")
+    granted = []
+    for _ in range(40):
+        round_ = control.begin(8, 0.0)
+        if "hidden" in round_.probed:
+            round_.deferred_probes()
+            granted.append(control.run_tokens(round_))
+        control.settle(round_, 0, 0)
+        control.learn_run(control.run_tokens(round_))
+    assert granted[0] >= math.ceil((controller.times.base_ms - 50.0) / (RETURN_SHARE * 50.0))
+    assert granted == sorted(granted)
+    assert FIRST_RUN <= granted[0] < granted[-1] == MOST_RUN
 
 
 async def test_a_copy_of_the_text_halts_a_run() -> None:

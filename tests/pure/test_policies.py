@@ -17,7 +17,7 @@ from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.policies import POLICIES, PolicyOptions, PolicyPart, Situation
 from services.scheduler.core.pool import PendingRound, VerifierState
-from services.scheduler.core.round_queue import Kind, QueuedRound, RoundQueue, queued_round
+from services.scheduler.core.round_queue import QueuedRound, RoundQueue, queued_round
 from services.scheduler.settings import SchedulerSettings
 from shared import cost
 from shared.kernels.layout import BLOCK
@@ -197,10 +197,11 @@ class WatchedBatch(BatchBuilder):
 
 
 def may_reserve(policy: str, queue: RoundQueue, limits: BatchLimits) -> list[str]:
-    """Sessions one of which a block may be reserved for: the policy's first round, or its first urgent prompt."""
-    kind: Kind = "prompts" if policy == "wisp+" else "all"
-    urgent = [q.session_id for q in queue.by("latest start", kind) if q.latest_ms < NOW + limits.max_batch_ms]
-    if urgent or policy == "wisp+":
+    """Sessions one of which a block may be reserved for: the policy's first round, or its first prompt by deadline."""
+    if policy == "wisp+":
+        return [queued.session_id for queued in queue.by("deadline", "prompts")][:1]
+    urgent = [q.session_id for q in queue.by("latest start") if q.latest_ms < NOW + limits.max_batch_ms]
+    if urgent:
         return urgent[:1]
     return [next(queue.by("density")).session_id, next(queue.by("arrival")).session_id]
 

@@ -11,9 +11,9 @@ from services.scheduler.core import runs
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES, PolicyOptions
-from services.scheduler.core.pool import ActiveSession
+from services.scheduler.core.pool import RECOVERY_TOKENS, ActiveSession
 from shared import cost
-from shared.messages import Batch, Finish, Result, Verify
+from shared.messages import Batch, Finish, Result, Status, Verify
 
 MODEL = builders.cost_model()
 LIMITS = BatchLimits(max_batch_ms=400.0, max_batch_tokens=2048)
@@ -157,14 +157,74 @@ def test_tokens_of_a_run_move_the_sessions_deadline() -> None:
     assert d.fleet.sessions["s"].due_ms == pytest.approx(due_ms + 3 * TPOT_MS)
 
 
-def test_a_prompt_leaves_sessions_in_runs_their_deadlines() -> None:
+@pytest.mark.parametrize("reports_first", [True, False])
+def test_tokens_that_are_answered_twice_move_the_deadline_once(reports_first: bool) -> None:
+    """A round that halts a run is answered with the tokens that the run's reports bring as well."""
+    d = dispatcher()
+    in_run(d, tpot_ms=TPOT_MS, slack_ms=500.0)
+    session = d.fleet.sessions["s"]
+    d.on_verify(builders.verify("s", 1, 21, tpot_ms=TPOT_MS, slack_ms=500.0), 10.0)
+    due_ms = session.due_ms
+    assert due_ms is not None
+    halting = only(d, 10.0)
+    answers = [
+        report("s", 21, 3, 1),
+        settled(halting, tokens=3, status=Status.CONFLICT),
+    ]
+    for answer in answers if reports_first else reversed(answers):
+        d.on_result(answer, 100.0)
+    assert session.due_ms == pytest.approx(due_ms + 3 * TPOT_MS)
+    d.on_result(report("s", 24, 1, 0, round_=2), 110.0)
+    assert session.due_ms == pytest.approx(due_ms + 4 * TPOT_MS)
+    assert session.tokens == 1 + 3 + 1
+
+
+def test_a_prompt_takes_no_more_than_a_run_makes_up_for() -> None:
     d = dispatcher()
     d.on_verify(builders.verify("prompt", 0, 2000), 0.0)
     free_ms = only(d, 0.0).predicted_ms
     d = dispatcher()
-    in_run(d, tpot_ms=250.0, slack_ms=50.0)
+    in_run(d, tpot_ms=52.0, slack_ms=52.0)
+    step_ms = cost.predict_ms(MODEL, d.fleet.verifiers["v1"].runs.shape)
     d.on_verify(builders.verify("prompt", 0, 2000), 1.0)
-    assert only(d, 1.0).predicted_ms < 250.0 < free_ms
+    beside_ms = only(d, 1.0).predicted_ms
+    # The first token came in time, the step in progress brings the second one, this step the third.
+    latest_ms = 1.0 + 2 * 52.0 + RECOVERY_TOKENS * (52.0 - step_ms)
+    assert step_ms < beside_ms < free_ms
+    assert 1.0 + step_ms + beside_ms * MODEL.ratio_p90 <= latest_ms + 1.0
+
+
+def test_a_prompt_enters_the_next_step_beside_a_run_that_has_just_begun() -> None:
+    d = dispatcher()
+    in_run(d, tpot_ms=110.0, slack_ms=1500.0)
+    d.on_verify(builders.verify("rounds", 1, 20, tpot_ms=500.0, slack_ms=500.0), 1.0)
+    d.on_verify(builders.verify("prompt", 0, 100, tpot_ms=110.0, slack_ms=1500.0), 1.0)
+    jobs = {job.session: job for job in only(d, 1.0).jobs}
+    assert set(jobs) == {"rounds", "prompt"}
+    assert jobs["prompt"].prefill_to is None, "its first token comes from this step"
+
+
+def test_a_block_of_an_urgent_prompt_does_not_keep_rounds_out_beside_runs() -> None:
+    """A run that the block makes late limits nothing: the step is long in any case."""
+    d = dispatcher()
+    in_run(d, tpot_ms=45.0, slack_ms=50.0)
+    d.on_verify(builders.verify("prompt", 0, 900, tpot_ms=500.0, slack_ms=500.0), 1.0)
+    d.on_verify(plain("round", round_=3, base=1, tpot_ms=500.0, slack_ms=900.0), 1.0)
+    assert {job.session for job in only(d, 1.0).jobs} == {"prompt", "round"}
+
+
+def test_a_round_beside_runs_is_prepared_behind_the_batch_in_flight() -> None:
+    d = dispatcher()
+    in_run(d)
+    d.on_verify(builders.verify("a", 1, 20), 2.0)
+    first = only(d, 2.0)
+    d.on_verify(builders.verify("b", 1, 20), 3.0)
+    assert d.dispatch(3.0)[0] == [], "others may still come before the step"
+    _, later_ms = d.dispatch(3.0)
+    assert later_ms is not None
+    assert [job.session for job in only(d, later_ms).jobs] == ["b"]
+    step_ms = cost.predict_ms(MODEL, d.fleet.verifiers["v1"].runs.shape)
+    assert later_ms < 1.0 + step_ms + first.predicted_ms, "before the first batch ends"
 
 
 def test_a_session_with_slow_rounds_gets_runs_that_grow() -> None:
@@ -260,3 +320,40 @@ def test_a_promise_that_no_verifier_can_keep_takes_nobodys_run() -> None:
     assert d.halts() == {}
     d.on_verify(plain("other"), 6.0)
     assert all(job.run is not None for _, batch in d.dispatch(6.0)[0] for job in batch.jobs)
+
+
+def test_the_rest_of_a_prompt_is_prepared_behind_its_chunk() -> None:
+    d = dispatcher()
+    in_run(d, tpot_ms=200.0, slack_ms=200.0)
+    d.on_verify(plain("prompt", 0, 900), 1.0)
+    now, chunks = 1.0, []
+    in_flight: list[Batch] = []
+    while not chunks or chunks[-1] is not None:
+        sends, later_ms = d.dispatch(now)
+        for _, batch in sends:
+            in_flight.append(batch)
+            chunks.append(batch.jobs[0].prefill_to)
+        assert len(in_flight) <= 2
+        if len(in_flight) == 2 or later_ms is None:
+            batch = in_flight.pop(0)
+            to = batch.jobs[0].prefill_to
+            assert to is not None
+            d.on_result(settled(batch, tokens=0, status=Status.PREFILLED, cached=to, new_tokens=64), now)
+        else:
+            now = max(now, later_ms)
+    held = [to for to in chunks if to is not None]
+    assert held == sorted(set(held)), "each chunk begins where the one before it ends"
+    assert d.fleet.pending_round("prompt") is None, "the last job is in flight"
+    assert in_flight[-1].jobs[0].run is not None
+
+
+def test_a_prompt_whose_chunks_are_lost_is_computed_anew_once() -> None:
+    d = dispatcher()
+    in_run(d, tpot_ms=200.0, slack_ms=200.0)
+    d.on_verify(plain("prompt", 0, 900), 1.0)
+    assert only(d, 1.0).jobs[0].prefill_to is not None
+    d.dispatch(2500.0)
+    assert "v1" not in d.fleet.verifiers
+    assert d.fleet.pending_count == 1
+    d.on_heartbeat(builders.heartbeat("v2", lease=1), 2600.0)
+    assert only(d, 2600.0).jobs[0].session == "prompt"

@@ -27,10 +27,13 @@ PROBE_SHARE = 0.01
 FIRST_WAIT = 4
 LONGEST_WAIT = 256
 """Fewest and most rounds between two probes."""
-MOST_RUN = 64
+MOST_RUN = 128
 """Most tokens that a session leaves to the verifier at once."""
 FIRST_RUN = 4
-"""Tokens that it leaves to the verifier after a first round without a draft, unless a source is tried before."""
+"""Tokens that it leaves to the verifier after a first round whose draft does not pay, unless a source is tried before
+or `RETURN_SHARE` asks for more."""
+RETURN_SHARE = 0.1
+"""A round between two runs takes at most this share of the time of the run after it."""
 LONGEST_UNREADY = 3
 """A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8
@@ -157,10 +160,12 @@ class SessionControl:
     def run_tokens(self, round_: DraftRound) -> int:
         """Return for how many tokens after this round the session is left to the verifier; 0 for none.
 
-        As many as it has decoded plainly so far, so that a session whose drafts pay again soon comes back soon, and no
-        more than until the next probe. A session that only waits for hidden states goes on with rounds.
+        No more than until the next probe. A session that has drafted or probed may have a draft that pays soon: it
+        leaves as many as it has decoded plainly so far. A session that only waits for hidden states goes on with
+        rounds.
         """
-        if self.times.run_ms is None or round_.kept:
+        times = self.times
+        if times.run_ms is None or round_.kept:
             return 0
         if not self.sources or self.times.draft_cap == 0:
             return MOST_RUN
@@ -169,7 +174,11 @@ class SessionControl:
         if 0 < self._unready_rounds <= LONGEST_UNREADY:
             return 0
         until_probe = [self._probe_wait(source) - self._idle[source] for source in self.sources if self.rests(source)]
-        return max(0, min(MOST_RUN, max(FIRST_RUN, self._plain_tokens), *until_probe))
+        tokens = MOST_RUN
+        if round_.drafted or round_.deferred:
+            round_ms = max(0.0, times.base_ms - times.run_ms)
+            tokens = max(FIRST_RUN, self._plain_tokens, math.ceil(round_ms / (RETURN_SHARE * times.run_ms)))
+        return max(0, min(MOST_RUN, tokens, *until_probe))
 
     def learn_run(self, tokens: int) -> None:
         """Count tokens that the verifier decoded in a run: each is a round in which every source rested."""
@@ -247,6 +256,8 @@ class DraftRound:
         """True if the draft is a probe and nothing else."""
         self.unready: frozenset[str] = frozenset()
         """Sources that cannot draft in this round."""
+        self.deferred: frozenset[str] = frozenset()
+        """Sources whose probe is drafted while this round is in flight."""
         self.silent = False
         """True if no token is kept."""
         self.acceptance: list[float] = []
@@ -283,7 +294,7 @@ class DraftRound:
             probe = DraftRound(self._session, 1, self.context)
             probe.probed, probe.silent = frozenset({source}), True
             probes.append(probe)
-        self.probed = frozenset()
+        self.deferred, self.probed = self.probed, frozenset()
         if self.probing:
             self.longest = 0
         return probes

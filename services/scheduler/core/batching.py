@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import inf
 
 from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import QueuedRound
@@ -82,7 +83,7 @@ class BatchBuilder:
         """start_ms: when the batch will start, on the scheduler's clock."""
         self.start_ms = start_ms
         self.chosen: list[ChosenRound] = []
-        self.predicted_ms = cost.predict_ms(verifier.model, verifier.runs.shape)
+        self._runs_ms = self.predicted_ms = cost.predict_ms(verifier.model, verifier.runs.shape)
         """Predicted time of the batch as it is, with a token of each of the verifier's runs."""
         self.full = False
         """True if a round, not counting prompts, did not fit."""
@@ -113,10 +114,14 @@ class BatchBuilder:
         """Return the longest predicted time of a batch that, with caution, ends before `due_ms`."""
         return (due_ms - self.start_ms) / self._caution
 
-    def keep_on_time(self, due_ms: float) -> None:
-        """Add nothing that makes the batch end after `due_ms`, if it does not do so already."""
-        if self.predicted_ms <= (slack_ms := self.slack_ms(due_ms)):
-            self.limit_ms = min(self.limit_ms, slack_ms)
+    def keep_on_time(self, due_ms: Iterable[float], needed_ms: float) -> None:
+        """Add nothing that makes the batch end after one of these times.
+
+        Times that do not leave room for `needed_ms` beside the runs, or that the batch misses already, limit nothing.
+        """
+        least_ms = max(self.predicted_ms, self._runs_ms + needed_ms)
+        kept = (slack_ms for due in due_ms if (slack_ms := self.slack_ms(due)) >= least_ms)
+        self.limit_ms = min(self.limit_ms, min(kept, default=inf))
 
     def take_round(
         self, queued: QueuedRound, draft: int, reason: str, *, limit_ms: float | None = None, forced: bool = False

@@ -83,7 +83,7 @@ class Dispatcher:
         if verify.slack_ms is not None and "deadlines" not in self.rules.options.without:
             due_ms = now_ms + verify.slack_ms
         session = self.fleet.sessions.setdefault(session_id, ActiveSession(verify.service_class, verify.tpot_ms))
-        session.due_ms, session.seen_ms = due_ms, now_ms
+        session.due_ms, session.length, session.seen_ms = due_ms, verify.base_len, now_ms
         self.fleet.remove(session_id)
         self.fleet.add(PendingRound(verify, now_ms, due_ms, self.rules.max_draft), now_ms)
         self._halt_for(session)
@@ -124,15 +124,16 @@ class Dispatcher:
         prompt = max(0, result.new_tokens - result.trimmed_to - 1)
         self._averages.on_result(result, prompt, load.prefill_ms(state.model), now_ms)
         if result.status is Status.PREFILLED:
-            if self.fleet.pending_round(result.session) is None:
-                self.fleet.add(pending, now_ms)
+            if not any(result.session in flight.jobs for flight in state.in_flight):
+                self._requeue([pending], now_ms)
             return
         if session is not None:
-            away_ms = session.record_result(now_ms, result.queue_ms + result.verify_ms, len(result.tokens))
+            tokens = session.advance(result.base_len + len(result.tokens))
+            away_ms = session.record_result(now_ms, result.queue_ms + result.verify_ms, tokens)
             self._averages.on_return(away_ms)
-            if session.due_ms is not None and session.tpot_ms is not None:
+            if tokens and session.due_ms is not None and session.tpot_ms is not None:
                 from_ms = now_ms if pending.verify.round == 0 else session.due_ms
-                session.due_ms = from_ms + session.tpot_ms * len(result.tokens)
+                session.due_ms = from_ms + session.tpot_ms * tokens
         if not result.run_left:
             self._resulted_ms[result.session] = now_ms
             state.returning[result.session] = now_ms + self.return_ms(pending.verify.drafter)
@@ -157,9 +158,10 @@ class Dispatcher:
             return
         self._averages.on_run(result)
         if session is not None:
-            session.record_run(now_ms, len(result.tokens))
+            tokens = session.advance(result.base_len + len(result.tokens))
+            session.record_run(now_ms, tokens)
             if session.due_ms is not None and session.tpot_ms is not None:
-                session.due_ms += session.tpot_ms * len(result.tokens)
+                session.due_ms += session.tpot_ms * tokens
 
     @staticmethod
     def _take_from_flight(state: VerifierState, result: Result, now_ms: float) -> PendingRound | None:
@@ -284,10 +286,10 @@ class Dispatcher:
             return None, at_ms
         start_ms = now_ms + state.remaining_ms(now_ms)
         soonest = state.soonest_due_ms(self.fleet.sessions, start_ms + self.rules.limits.max_batch_ms)
-        step_ends_ms = start_ms + cost.predict_ms(state.model, state.runs.shape)
-        runs_due = state.runs_due_ms(self.fleet.sessions, step_ends_ms)
+        runs_due = state.runs_due_ms(self.fleet.sessions, start_ms)
         plan = self._policy.plan(queue, Situation(state, self.rules.limits, start_ms, soonest, runs_due))
-        if plan.full or static or (state.runs and not state.in_flight):
+        if plan.full or static or state.runs:
+            # The steps of runs follow each other without a pause: a round that is not sent misses the next one.
             return plan, now_ms
         if state.in_flight:
             return plan, pacing.NEVER if pacing.coming_back(state, self.return_ms) else now_ms
@@ -314,7 +316,12 @@ class Dispatcher:
         state.gap_ms += SMOOTHING * (idle_ms - state.gap_ms)
         self._averages.on_batch(batch)
         jobs = {chosen.session_id: chosen.pending for chosen in plan.chosen}
-        state.in_flight.append(InFlight(batch.batch, jobs, now_ms, plan.predicted_ms))
+        starts_ms = now_ms if state.in_flight else now_ms + state.remaining_ms(now_ms)
+        chunks = {chosen.session_id: chosen.prefill_to for chosen in plan.chosen if chosen.prefill_to is not None}
+        state.in_flight.append(InFlight(batch.batch, jobs, starts_ms, plan.predicted_ms, chunks))
+        if not self._policy.static:
+            # The rest of a prompt may be in the batch behind this one.
+            self._requeue([jobs[session_id] for session_id in chunks], now_ms)
         state.returning = {s: at for s, at in state.returning.items() if at + pacing.LATE_MS > now_ms}
         return batch
 

@@ -63,8 +63,8 @@ class VerifierFleet:
         if state is None:
             self.unplaced[pending.session_id] = pending
         else:
-            cached = state.cached.get(pending.session_id, 0)
-            self.queues[state.verifier_id].add(queued_round(state.model, pending, cached, self._max_wait_ms))
+            held = state.holds(pending.session_id)
+            self.queues[state.verifier_id].add(queued_round(state.model, pending, held, self._max_wait_ms))
 
     def remove(self, session_id: str) -> PendingRound | None:
         """Remove and return a session's pending round; None if it has none."""

@@ -24,6 +24,9 @@ LATE_MS = 2.0
 """A session that is this much later than expected is no longer waited for."""
 LEAD_MS = 8.0
 """A prepared batch is sent this long before the verifier is predicted to be free: a hop, and some error."""
+RUNS_LEAD_SHARE = 0.25
+"""Beside runs it is sent this share of the batch in flight before its end, if that is earlier: a batch that comes late
+misses a whole step."""
 
 
 def gather_until(verifier: VerifierState, now_ms: float) -> float | None:
@@ -40,7 +43,10 @@ def prepare_at(verifier: VerifierState, now_ms: float) -> float:
     """Return when to prepare a second batch behind the one in flight."""
     if len(verifier.in_flight) != 1:
         return NEVER
-    return now_ms + max(0.0, verifier.remaining_ms(now_ms) - LEAD_MS)
+    lead_ms = LEAD_MS
+    if verifier.runs:
+        lead_ms = max(LEAD_MS, RUNS_LEAD_SHARE * verifier.in_flight[0].predicted_ms)
+    return now_ms + max(0.0, verifier.remaining_ms(now_ms) - lead_ms)
 
 
 def coming_back(verifier: VerifierState, return_ms: Callable[[str], float]) -> bool:

@@ -26,8 +26,8 @@ ROUND_TOKENS = 3
 
 def home(pending: PendingRound, verifiers: Iterable[VerifierState]) -> VerifierState | None:
     """Return the usable verifier that holds most of the session's tokens."""
-    holders = [v for v in verifiers if v.usable and v.cached.get(pending.session_id)]
-    return max(holders, key=lambda v: (v.cached[pending.session_id], v.verifier_id), default=None)
+    holders = [v for v in verifiers if v.usable and v.holds(pending.session_id)]
+    return max(holders, key=lambda v: (v.holds(pending.session_id), v.verifier_id), default=None)
 
 
 def place(
@@ -76,7 +76,7 @@ def _fitting(pending: PendingRound, usable: Sequence[VerifierState], mix: bool) 
 def _time_ms(pending: PendingRound, verifier: VerifierState, queue: RoundQueue, now_ms: float) -> float:
     """Return the predicted time of a round of the session on this verifier, averaged over its next rounds."""
     model, length = verifier.model, pending.length_after
-    missing = pending.verify.base_len - pending.held(verifier.cached.get(pending.session_id, 0))
+    missing = pending.verify.base_len - pending.held(verifier.holds(pending.session_id))
     others = verifier.assigned + verifier.unknown_sessions - (pending.session_id in verifier.cached)
     period_ms = cost.fixed_ms(model) + (others + 1) * added_ms(model, ROUND_TOKENS, length, ROUND_TOKENS)
     once_ms = verifier.remaining_ms(now_ms) + queue.work_ms

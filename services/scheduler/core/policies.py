@@ -16,7 +16,7 @@ from there.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from heapq import heappop, heappush
 from itertools import chain, islice
@@ -26,8 +26,9 @@ from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 from services.scheduler.core import pacing
 from services.scheduler.core.batching import BatchBuilder, BatchLimits, BatchPlan, ChosenRound
 from services.scheduler.core.pool import VerifierState
-from services.scheduler.core.round_queue import Kind, Order, QueuedRound, RoundQueue
+from services.scheduler.core.round_queue import Kind, Order, QueuedRound, RoundQueue, added_ms
 from shared import cost
+from shared.kernels.layout import BLOCK
 
 MOST_MISSED = 64
 """No more rounds are tried after this many that did not fit."""
@@ -59,8 +60,8 @@ class Situation:
     """When the batch will start, on the scheduler's clock."""
     expected_due_ms: float | None = None
     """Earliest due time of the sessions that will have come back before the batch ends."""
-    runs_due_ms: float | None = None
-    """Earliest due time of the sessions in runs that the next step can still keep."""
+    runs_due_ms: Sequence[float] = ()
+    """Times by which the step should end for the sessions in runs."""
 
     @property
     def horizon_ms(self) -> float:
@@ -185,10 +186,12 @@ class WispPlus(BatchPolicy):
        that is left.
 
     Sessions whose drafts do not pay are decoded in runs (`runs`): each is a row of every step, and draft tokens compete
-    with these rows' certain tokens. A run that is on time is kept on time like a round in the batch.
+    with these rows' certain tokens. No step takes longer than a run can make up for (`VerifierState.runs_due_ms`),
+    unless prompts need the time to come in time themselves.
 
-    The next block of the first urgent prompt has its time and memory reserved before anything is added, so that late
-    rounds never keep prompts waiting. Rounds that are on time with this block in the batch stay on time.
+    Prompts are taken by deadline, and a prompt is urgent if those before it leave it no later start. The next block of
+    the first urgent one has its time and memory reserved before anything is added, so that late rounds never keep
+    prompts waiting. Rounds that are on time with this block in the batch stay on time.
     """
 
     name = "wisp+"
@@ -196,12 +199,12 @@ class WispPlus(BatchPolicy):
 
     def plan(self, queue: RoundQueue, now: Situation) -> BatchPlan:
         batch = BatchBuilder(now.verifier, now.limits, now.start_ms)
-        if now.runs_due_ms is not None:
-            batch.keep_on_time(now.runs_due_ms)
-        if (prompt := next(_urgent(queue, now, "prompts"), None)) is not None:
-            batch.reserve_block(prompt)
+        urgent = _urgent_prompts(queue, now, batch.predicted_ms)
+        if urgent.rounds:
+            batch.reserve_block(urgent.rounds[0])
+        batch.keep_on_time(now.runs_due_ms, urgent.needed_ms)
         self._take_rounds(batch, queue, now)
-        self._take_prompts(batch, queue, now)
+        self._take_prompts(batch, queue, now, {queued.session_id for queued in urgent.rounds})
         if not batch.chosen:
             # Not even the first round fits. It is sent all the same, or it would wait for ever.
             first = next(queue.by("latest start"))
@@ -228,17 +231,19 @@ class WispPlus(BatchPolicy):
             if chosen.draft < drafted:
                 chosen.reason += f"; {chosen.draft} of {drafted} draft tokens"
 
-    def _take_prompts(self, batch: BatchBuilder, queue: RoundQueue, now: Situation) -> None:
+    def _take_prompts(
+        self, batch: BatchBuilder, queue: RoundQueue, now: Situation, urgent_ids: Collection[str]
+    ) -> None:
         calm_ms = batch.limit_ms
         if self.plays("chunking"):
             if batch.limit_ms < now.limits.max_batch_ms:
                 calm_ms = CALM_SHARE * batch.limit_ms
             if now.expected_due_ms is not None:
                 calm_ms = min(calm_ms, CALM_SHARE * max(0.0, batch.slack_ms(now.expected_due_ms)))
-        for queued in queue.by("latest start", "prompts"):
+        for queued in queue.by("deadline", "prompts"):
             if queued in batch:
                 continue
-            urgent = queued.latest_ms < now.horizon_ms
+            urgent = queued.session_id in urgent_ids
             limit_ms = batch.limit_ms if urgent else calm_ms
             reason = _slo_reason(queued, now)
             if not (
@@ -350,6 +355,35 @@ def _urgent(
         if queued.latest_ms >= now.horizon_ms:
             break
         yield queued
+
+
+@dataclass(frozen=True)
+class _UrgentPrompts:
+    """Prompts that cannot wait for the batch after this one."""
+
+    rounds: list[QueuedRound]
+    """In order of their deadlines."""
+    needed_ms: float
+    """Time of a step for prompts with which all of them come in time, beside the runs."""
+
+
+def _urgent_prompts(queue: RoundQueue, now: Situation, runs_ms: float) -> _UrgentPrompts:
+    """Return the urgent prompts: a prompt starts only when those with earlier deadlines are computed.
+
+    runs_ms: time of a step with the runs alone, which each block of a prompt beside them takes as well.
+    """
+    block_ms = added_ms(now.verifier.model, BLOCK, BLOCK, 0)
+    prompts = list(islice(queue.by("deadline", "prompts"), MOST_MISSED))
+    work_ms, share, urgent = 0.0, 0.0, 0
+    for count, queued in enumerate(prompts, 1):
+        work_ms += queued.own_ms
+        if queued.deadline_ms - work_ms * (1.0 + runs_ms / block_ms) < now.horizon_ms:
+            urgent = count
+        if queued.pending.due_ms is not None:
+            left_ms = queued.deadline_ms - now.start_ms
+            share = max(share, work_ms / left_ms if left_ms > work_ms else 1.0)
+    needed_ms = runs_ms * share / (1.0 - share) if share < 1.0 else inf
+    return _UrgentPrompts(prompts[:urgent], needed_ms if urgent else 0.0)
 
 
 def _wait_reason(queued: QueuedRound, now: Situation) -> str:

@@ -21,6 +21,9 @@ stall does not predict the next rounds."""
 FIRST_ROUNDS = 4
 """Rounds after which a session's own average counts as much as the average of all sessions."""
 
+RECOVERY_TOKENS = 16
+"""Tokens within which a run makes up for a step that a prompt has lengthened: a guess at how many are still to come."""
+
 
 @dataclass
 class PendingRound:
@@ -81,6 +84,8 @@ class InFlight:
     """The rounds without a result, by session."""
     sent_ms: float
     predicted_ms: float
+    prefill_to: dict[str, int] = field(default_factory=dict)
+    """Lengths that chunks of prompts in it extend the cache to, by session."""
 
 
 @dataclass
@@ -91,6 +96,8 @@ class ActiveSession:
     tpot_ms: float | None
     due_ms: float | None = None
     """When its next token is due, as predicted from its rounds and results."""
+    length: int = 0
+    """Committed length that `due_ms` is for: the token after it is due then."""
     seen_ms: float = 0.0
     verifier_id: str | None = None
     """Verifier of its pending round, or of its last one."""
@@ -116,6 +123,12 @@ class ActiveSession:
         usual: average of all sessions, which counts as much as `FIRST_ROUNDS` rounds of this one.
         """
         return (self.tokens + FIRST_ROUNDS * usual) / (self.rounds + FIRST_ROUNDS)
+
+    def advance(self, length: int) -> int:
+        """Take the committed length of a result; return how many of its tokens no other result has brought."""
+        new = max(0, length - self.length)
+        self.length += new
+        return new
 
     def record_result(self, now_ms: float, here_ms: float, tokens: int) -> float | None:
         """Record the result of a round that was pending and in verification for `here_ms`.
@@ -182,10 +195,15 @@ class VerifierState:
         """True if new batches may be sent to it."""
         return not self.heartbeat.draining
 
+    def holds(self, session_id: str) -> int:
+        """Return the tokens of a session in its cache, those of chunks in flight included."""
+        held = self.cached.get(session_id, 0)
+        return max([held, *(flight.prefill_to.get(session_id, 0) for flight in self.in_flight)])
+
     def remaining_ms(self, now_ms: float) -> float:
-        """Return the predicted time until all batches sent to it are done, or half a step of its runs."""
+        """Return the predicted time until all batches sent to it are done, or the step of its runs in progress."""
         if self.runs and not self.in_flight:
-            return cost.predict_ms(self.model, self.runs.shape) / 2
+            return self.step_left_ms(now_ms)
         left = 0.0
         for i, flight in enumerate(self.in_flight):
             elapsed = now_ms - flight.sent_ms if i == 0 else 0.0
@@ -201,13 +219,25 @@ class VerifierState:
         ]
         return min(due, default=None)
 
-    def runs_due_ms(self, sessions: Mapping[str, ActiveSession], from_ms: float) -> float | None:
-        """Return the earliest due time, not before `from_ms`, of the sessions that it decodes in runs."""
-        due = [
-            session.due_ms
-            for session_id in self.runs
-            if (session := sessions.get(session_id)) is not None
-            and session.due_ms is not None
-            and session.due_ms >= from_ms
-        ]
-        return min(due, default=None)
+    def step_left_ms(self, now_ms: float) -> float:
+        """Return the predicted time until the present step of its runs ends. The last report came after a step."""
+        step_ms = cost.predict_ms(self.model, self.runs.shape)
+        since_ms = now_ms - self.runs.reported_ms
+        return step_ms - since_ms % step_ms if step_ms > 0 else 0.0
+
+    def runs_due_ms(self, sessions: Mapping[str, ActiveSession], start_ms: float) -> list[float]:
+        """Return until when a step that starts at `start_ms` may take, for each session with an SLO in a run.
+
+        The steps until then bring a token each. A run that is faster than was promised makes up for a long step within
+        the next `RECOVERY_TOKENS` tokens.
+        """
+        step_ms = max(1e-3, cost.predict_ms(self.model, self.runs.shape))
+        due = []
+        for session_id, run in self.runs.items():
+            session = sessions.get(session_id)
+            if session is None or session.due_ms is None or session.tpot_ms is None:
+                continue
+            before = max(0, round((start_ms - run.reported_ms) / step_ms))
+            spare_ms = RECOVERY_TOKENS * max(0.0, session.tpot_ms - step_ms)
+            due.append(session.due_ms + before * session.tpot_ms + spare_ms)
+        return due

@@ -19,9 +19,9 @@ from services.scheduler.core.pool import ActiveSession, VerifierState
 from shared import cost
 from shared.cost.model import TYPICAL_LENGTH
 
-MOST_TOKENS = 64
-LONGEST_MS = 2000.0
-"""Limits of a run, so that a session whose drafter or scheduler is gone is soon decided on anew."""
+MOST_TOKENS = 128
+LONGEST_MS = 10_000.0
+"""Limits of a run, so that a session whose drafter or scheduler is gone is decided on anew."""
 FIRST_TOKENS = 4
 """Tokens of a session's first run that its drafter has not asked for."""
 MEASURED_ROUNDS = 4

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from services.scheduler.core.mutable_shape import MutableShape
@@ -38,6 +38,16 @@ class VerifierRuns:
 
     def __contains__(self, session_id: str) -> bool:
         return session_id in self._runs
+
+    def items(self) -> Iterable[tuple[str, RunningRun]]:
+        """Return the sessions with their runs."""
+        return self._runs.items()
+
+    @property
+    def reported_ms(self) -> float:
+        """Time of the latest report; 0 without runs."""
+        # `set` moves a run to the end.
+        return next(reversed(self._runs.values())).reported_ms if self._runs else 0.0
 
     def get(self, session_id: str) -> RunningRun | None:
         """Return a session's run; None if it has none."""
