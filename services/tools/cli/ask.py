@@ -25,10 +25,7 @@ if TYPE_CHECKING:
 FIRST_ANSWER_S = 15.0
 """Longest wait for the list of models."""
 LONGEST_REASON = 500
-URL_ADVICE = (
-    "Start a gateway with `wisp up` or `make serve` and give its URL, which ends in /v1. Without --url, this command "
-    "starts a stack of its own."
-)
+URL_ADVICE = "Start a gateway with `wisp up` or `make serve` and give its URL, which ends in /v1, with --url."
 
 
 def client_at(url: str, key: str | None = None) -> AsyncOpenAI:
@@ -66,7 +63,7 @@ async def first_model(client: AsyncOpenAI) -> str:
             return ModelList.model_validate_json(response.content).data[0].id
     except AuthenticationError as error:
         raise WispError(
-            f"the gateway at {url} refuses the API key in WISP_API_KEY or OPENAI_API_KEY: {reason_of(error)}"
+            f"the gateway at {url} refuses the API key (--key, WISP_API_KEY or OPENAI_API_KEY): {reason_of(error)}"
         ) from None
     except APIConnectionError as error:
         raise unreachable(url, error) from None

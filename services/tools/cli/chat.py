@@ -22,6 +22,7 @@ from services.tools.cli.ask import (
 from services.tools.cli.core.text_parts import TextPart
 from services.tools.cli.keyboard import read_message
 from services.tools.cli.paint import Painter
+from services.tools.local.folder import running_apis
 from shared.errors import WispError
 
 HELP = """\
@@ -33,11 +34,30 @@ MAX_TOKENS = 1024
 TOP_P = 0.9
 
 
-class Chat:
-    """A conversation with the gateway at `url`, which ends in `/v1`."""
+def running_suite(console: Console) -> str | None:
+    """Return the URL of the latest suite of `wisp up` in this checkout, and print it; None if none runs."""
+    apis = running_apis()
+    if not apis:
+        return None
+    console.print(Text(f"Using the suite at {apis[0].url}", "dim"), soft_wrap=True)
+    return apis[0].url
 
-    def __init__(self, url: str, console: Console, *, draft: str, system: str | None, temperature: float) -> None:
+
+class Chat:
+    """A conversation with the gateway at `url`, which ends in `/v1`. key: as for `client_at`."""
+
+    def __init__(
+        self,
+        url: str,
+        console: Console,
+        *,
+        draft: str,
+        system: str | None,
+        temperature: float,
+        key: str | None = None,
+    ) -> None:
         self.url = url
+        self.key = key
         self.console = console
         self.draft = draft
         self.temperature = temperature
@@ -49,13 +69,15 @@ class Chat:
     def talk(self, read: Callable[[str], str] = read_message, check: Callable[[], None] = lambda: None) -> None:
         """Answer messages from `read` until EOFError or /quit. After a failure, `check` may raise the cause."""
         self.console.print(
-            Text.assemble(f"Chat with {self.model}: ", self._painter.style.legend, ". /help lists commands.")
+            Text.assemble(f"Chat with {self.model}: ", self._painter.style.legend, ". /help lists commands."),
+            soft_wrap=True,
         )
         while True:
             try:
                 message = read("\n> ").strip()
             except (EOFError, KeyboardInterrupt):
-                self.console.print()
+                if self.console.is_terminal:
+                    self.console.print()
                 return
             if message == "/quit":
                 return
@@ -63,7 +85,9 @@ class Chat:
                 self._messages = list(self._opening)
                 self.console.print(Text("  new conversation", "dim"))
             elif message.startswith("/") and "\n" not in message:
-                self.console.print(Text(HELP if message == "/help" else f"  no command {message}\n{HELP}", "dim"))
+                self.console.print(
+                    Text(HELP if message == "/help" else f"  no command {message}\n{HELP}", "dim"), soft_wrap=True
+                )
             elif message:
                 self._answer(message, check)
 
@@ -98,23 +122,22 @@ class Chat:
             raise
         else:
             self._painter.end()
-            self.console.print(Text(f"  {_brief(answer)}", "dim"), soft_wrap=True)
+            if answer.summary:
+                self.console.print(Text(f"  {_brief(answer)}", "dim"), soft_wrap=True)
         if shown:
             self._messages = [*messages, {"role": "assistant", "content": "".join(shown)}]
 
     async def _ask(self, question: Question, show: Callable[[list[TextPart]], None]) -> ClientAnswer:
-        async with client_at(self.url) as client:
+        async with client_at(self.url, self.key) as client:
             return await ask(client, self.model, question, self.draft, show)
 
     async def _first_model(self) -> str:
-        async with client_at(self.url) as client:
+        async with client_at(self.url, self.key) as client:
             return await first_model(client)
 
 
 def _brief(answer: ClientAnswer) -> str:
     summary = answer.summary
-    if not summary:
-        return ""
     accepted = f", {summary['accepted'] / summary['verified']:.0%} of drafts accepted" if summary["verified"] else ""
     cut = ", cut at the limit" if answer.finish == "length" else ""
     return f"{made_in(summary)}{accepted}, {tokens_per_second(summary):.1f} tokens per second{cut}"

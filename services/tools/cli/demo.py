@@ -74,7 +74,7 @@ async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
     async with opened as client:
         model = await first_model(client)
         painter = Painter(console)
-        console.print(Text.assemble(f"\n{model} answers: ", painter.style.legend))
+        console.print(Text.assemble(f"\n{model} answers: ", painter.style.legend), soft_wrap=True)
         drafted = [await _show(client, model, question, console, painter, rounds) for question in QUESTIONS]
         console.print(Text("\nThe same questions by plain decoding, without drafts", "bold"))
         plain = [await _traced(client, model, question, "none") for question in QUESTIONS]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import select
 import sys
 
+from services.tools.cli.core.text_parts import printable
 from shared.errors import WispError
 
 PASTED_S = 0.05
@@ -14,13 +15,15 @@ PASTED_S = 0.05
 def read_message(prompt: str) -> str:
     """Return the next message: what is typed up to the Enter key, several lines if they are pasted at once.
 
-    From a file or a pipe, each line is a message. Raises EOFError at the end, and WispError for a file that is not
-    UTF-8.
+    From a file or a pipe, each line is a message. Output that is no terminal, or has no keyboard beside it, gets the
+    message after its prompt, so that it holds the whole conversation. Raises EOFError at the end, and WispError for a
+    file that is not UTF-8.
     """
     bracketed = _edit_lines()
+    echoed = not (_is_terminal() and sys.stdout.isatty())
     while True:
         try:
-            message = input(prompt)
+            message = _unechoed(prompt) if echoed else input(prompt)
             if not bracketed and _is_terminal():
                 message = "\n".join([message, *_pasted_lines()])
             message.encode()  # in the locale C, Python reads other bytes as surrogates
@@ -31,7 +34,16 @@ def read_message(prompt: str) -> str:
         except RuntimeError:  # standard input is closed
             raise EOFError from None
         else:
+            if echoed and message:
+                print(printable(prompt + message))
             return message
+
+
+def _unechoed(prompt: str) -> str:
+    """Return the next line. A keyboard gets its prompt on standard error."""
+    if _is_terminal():
+        print(prompt, end="", file=sys.stderr, flush=True)
+    return input()
 
 
 def _edit_lines() -> bool:

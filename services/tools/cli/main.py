@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
@@ -37,7 +38,7 @@ from services.tools.cli.stack_options import (
     VerifiersOption,
     stack_for,
 )
-from services.tools.cli.terminal import errors_shown, out, print_fields, require, run
+from services.tools.cli.terminal import err, errors_shown, out, print_fields, require, run, stopped_by_signals
 
 app = typer.Typer(
     name="wisp",
@@ -85,6 +86,10 @@ PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
 
 UrlOption = Annotated[
     str | None, typer.Option("--url", help="URL of a running gateway, ending in /v1. \\[default: a stack of its own]")
+]
+KeyOption = Annotated[
+    str | None,
+    typer.Option("--key", help="API key, if the gateway needs one. \\[env: WISP_API_KEY, OPENAI_API_KEY]"),
 ]
 
 
@@ -134,18 +139,14 @@ def up(
             async with stack:
                 await up(stack, out)
 
-        try:
+        with suppress(KeyboardInterrupt):  # the ordinary end
             run(work)
-        except KeyboardInterrupt:
-            out.print("stopped")
 
 
 @app.command(cls=StackCommand)
 def demo(
     url: UrlOption = None,
-    key: Annotated[
-        str | None, typer.Option(help="API key, if the gateway needs one. \\[env: WISP_API_KEY, OPENAI_API_KEY]")
-    ] = None,
+    key: KeyOption = None,
     target: TargetOption = None,
     dtype: DtypeOption = None,
     drafters: DraftersOption = 1,
@@ -182,7 +183,14 @@ def demo(
 
 @app.command(cls=StackCommand)
 def chat(
-    url: UrlOption = None,
+    url: Annotated[
+        str | None,
+        typer.Option(
+            help="URL of a running gateway, ending in /v1. \\[default: of the suite that `wisp up` runs here, unless "
+            "options describe another; else a stack of its own]"
+        ),
+    ] = None,
+    key: KeyOption = None,
     target: TargetOption = None,
     dtype: DtypeOption = None,
     threads: ThreadsOption = None,
@@ -195,22 +203,29 @@ def chat(
     """Chat with the model in the terminal; accepted draft tokens are coloured."""
     with errors_shown():
         require("client")
-        from services.tools.cli.chat import Chat
+        from services.tools.cli.chat import Chat, running_suite
 
-        source = draft or "auto"
+        def chat_at(at: str) -> Chat:
+            return Chat(at, out, draft=draft or "auto", system=system, temperature=temperature, key=key)
+
+        if url is None and not any((target, dtype, draft_model, hidden_draft, threads)):
+            url = running_suite(out)
         if url is not None:
-            Chat(url, out, draft=source, system=system, temperature=temperature).talk()
+            chat_at(url).talk()
             return
         require("gateway", "model")
         from services.tools.local.background import Background
 
-        with Background(stack_for("chat", target, dtype, draft, draft_model, hidden_draft, threads)) as background:
+        # The output of a chat that is no terminal is the conversation only.
+        shown = out if out.is_terminal else err
+        stack = stack_for("chat", target, dtype, draft, draft_model, hidden_draft, threads, console=shown)
+        with stopped_by_signals(), Background(stack) as background:
 
             def check() -> None:
                 if background.failure is not None:
                     raise background.failure
 
-            Chat(background.stack.url, out, draft=source, system=system, temperature=temperature).talk(check=check)
+            chat_at(background.stack.url).talk(check=check)
 
 
 @app.command()

@@ -38,11 +38,17 @@ class Painter:
         self.console.print()
 
     def draw_rounds(self, rounds: Sequence[AnswerRound], limit: int = ROUNDS_SHOWN) -> None:
-        """Draw the first rounds of an answer."""
+        """Draw the first rounds of an answer, reports of runs included, and count the others."""
         for line in picture(rounds[:limit], self.style):
             self.console.print(line, no_wrap=True, overflow="ellipsis", crop=self.console.is_terminal)
+        runs = sum(one.run for one in rounds[limit:])
+        counts = (
+            (len(rounds[limit:]) - runs, "more round", "more rounds"),
+            (runs, "more report of a run", "more reports of runs"),
+        )
         if len(rounds) > limit:
-            self.console.print(Text(f"  and {len(rounds) - limit} more rounds", "dim"))
+            left = " and ".join(f"{count} {one if count == 1 else many}" for count, one, many in counts if count)
+            self.console.print(Text(f"  and {left}", "dim"))
 
     def _put(self, text: str, style: Style | None = None) -> None:
         self.console.print(Text(text, style or Style()), end="", soft_wrap=True)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from typer.core import TyperCommand
 
 from services.tools.cli.terminal import out
@@ -118,8 +119,12 @@ def stack_for(
     host: str = "127.0.0.1",
     port: int = 0,
     api_keys: Path | None = None,
+    console: Console = out,
 ) -> Stack:
-    """Prepare the models and return the stack that the options describe, not started. Raises WispError."""
+    """Prepare the models and return the stack that the options describe, not started. Raises WispError.
+
+    console: shows the progress.
+    """
     from services.tools.local.progress import ConsoleProgress
     from services.tools.local.settings import LocalSettings
     from services.tools.local.stack import Stack
@@ -131,7 +136,7 @@ def stack_for(
         raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
     if serving is ServingChoice.CENTRALIZED and (draft or draft_model or hidden_draft):
         raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
-    progress = ConsoleProgress(out)
+    progress = ConsoleProgress(console)
     env = {
         "WISP_DTYPE": dtype.value if dtype else None,
         "WISP_DRAFT_SOURCE": draft,

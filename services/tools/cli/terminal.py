@@ -100,6 +100,27 @@ def run(work: Callable[[], Coroutine[Any, Any, T]]) -> T:
     return asyncio.run(main())
 
 
+@contextmanager
+def stopped_by_signals() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP end the body with SystemExit, so that it cleans up. For work outside `run`.
+
+    A second signal does not interrupt the clean-up.
+    """
+    numbers = signal.SIGTERM, signal.SIGHUP
+
+    def stop(*_: object) -> None:
+        for number in numbers:
+            signal.signal(number, signal.SIG_IGN)
+        raise SystemExit(TERMINATED)
+
+    before = [signal.signal(number, stop) for number in numbers]
+    try:
+        yield
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
 def quiet_broker_client() -> None:
     """Keep the broker's client from logging connection errors, which the command reports itself."""
     for name in ("aio_pika", "aiormq"):

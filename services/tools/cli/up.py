@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from rich.text import Text
 
 from services.gateway.keys import KeyFile
 from services.gateway.settings import refuse_open
+from services.tools.local.folder import RunningApi, note_api, running_apis
 from services.tools.local.ports import is_free
 from services.tools.local.settings import LocalSettings
 from services.tools.local.stack import Stack
@@ -18,12 +20,18 @@ from shared.errors import WispError
 
 
 def require_port(host: str, port: int) -> None:
-    """Raise WispError if the port is taken."""
-    if port and not is_free(host, port):
-        raise WispError(
-            f"port {port} on {host} is in use by another program. Choose another port: `make serve PORT={port + 1}` or "
-            f"`wisp up --port {port + 1}` (0 takes a free one)."
-        )
+    """Raise WispError if the port is taken, and name the suite of this checkout that took it."""
+    if not port or is_free(host, port):
+        return
+    other = f"choose another port: `make serve PORT={port + 1}` or `wisp up --port {port + 1}` (0 takes a free one)."
+    for api in running_apis():
+        if api.port == port:
+            raise WispError(
+                f"port {port} on {host} is in use by the suite that `wisp up` started here (process {api.pid}). "
+                f"Use it: `wisp chat`, or any OpenAI client at {api.url}. Stop it: Ctrl-C in its terminal, or "
+                f"`kill {api.pid}`. To run another one beside it, {other}"
+            )
+    raise WispError(f"port {port} on {host} is in use by another program; {other}")
 
 
 def require_keys(host: str, given: Path | None) -> Path | None:
@@ -39,7 +47,11 @@ def require_keys(host: str, given: Path | None) -> Path | None:
 
 
 async def up(stack: Stack, console: Console) -> None:
-    """Print the stack's URL and report processes that die. Raises ServiceFailed when a service has none left."""
+    """Print the stack's URL and report processes that die. Raises ServiceFailed when a service has none left.
+
+    Meanwhile, other commands on this machine find the API by the run's folder.
+    """
+    note_api(stack.folder, RunningApi(stack.url, os.getpid()))
     console.print()
     what = f"model {stack.target.name}" + ("" if stack.serving == "wisp" else f", {stack.serving} serving")
     console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  ({what})"), soft_wrap=True)
@@ -54,10 +66,11 @@ async def up(stack: Stack, console: Console) -> None:
 
 
 def curl(url: str, model: str, keyed: bool = False) -> str:
-    """Return a command line that sends a request to this stack."""
+    """Return a command line that sends a request to this stack. It is greedy, so that its answer is always the same."""
     body = {
         "model": model,
         "stream": True,
+        "temperature": 0,
         "messages": [{"role": "user", "content": "What is the capital of France?"}],
     }
     key = '-H "Authorization: Bearer $WISP_API_KEY" ' if keyed else ""

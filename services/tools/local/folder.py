@@ -10,10 +10,12 @@ import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from secrets import token_hex
+from urllib.parse import urlsplit
 
 RUNS_KEPT = 10
 OWNER = "owner"
 SUITE = "suite.json"
+API = "api.json"
 
 
 def checkout() -> Path:
@@ -82,6 +84,38 @@ def running_suites(runs: Path | None = None) -> list[RunningSuite]:
             suite = RunningSuite(**json.loads(path.read_text()))
             if _owned(path.parent):
                 found.append(suite)
+    return found
+
+
+@dataclass(frozen=True)
+class RunningApi:
+    """The API that `wisp up` serves."""
+
+    url: str
+    """It ends in `/v1`."""
+    pid: int
+    """Process of the command."""
+
+    @property
+    def port(self) -> int | None:
+        """The port of the URL."""
+        return urlsplit(self.url).port
+
+
+def note_api(folder: Path, api: RunningApi) -> None:
+    """Write the API's address to its run's folder."""
+    (folder / API).write_text(json.dumps(asdict(api)))
+
+
+def running_apis(runs: Path | None = None) -> list[RunningApi]:
+    """Return the APIs of runs whose owners live, the latest first."""
+    runs = runs or state_folder() / "run"
+    found = []
+    for path in sorted(runs.glob(f"*/{API}"), key=_modified_s, reverse=True):
+        with contextlib.suppress(OSError, ValueError, TypeError):  # being written or removed
+            api = RunningApi(**json.loads(path.read_text()))
+            if _owned(path.parent):
+                found.append(api)
     return found
 
 

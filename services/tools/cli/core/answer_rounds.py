@@ -80,7 +80,7 @@ def rounds_of(arrivals: Sequence[Arrival]) -> list[AnswerRound]:
 
 
 def picture(rounds: Sequence[AnswerRound], style: DraftStyle) -> list[Text]:
-    """Draw a legend and one line per round or report of a run.
+    """Draw a legend, which fits 80 columns, and one line per round or report of a run.
 
     A line has the round's number or `run`, milliseconds, a bar to scale, the tokens, and the rejected drafts.
 
@@ -92,8 +92,9 @@ def picture(rounds: Sequence[AnswerRound], style: DraftStyle) -> list[Text]:
     legend = Text("  rounds: ")
     for i, (name, glyph, colour) in enumerate(PHASES):
         legend.append(", " if i else "").append(glyph, _style(style, colour)).append(f" {name}")
-    alone = "; run: the verifier alone" if any(one.run for one in rounds) else ""
-    lines = [legend.append(f"{alone}; one column is {column_ms:g} ms")]
+    lines = [legend.append(f"; one column is {column_ms:g} ms")]
+    if any(one.run for one in rounds):
+        lines.append(Text("  run: tokens that the verifier made alone, between two reports"))
     for one in rounds:
         label = "run" if one.run else str(one.number)
         line = Text.assemble(f"  {label:>3} {one.total_ms:>6,.0f} ms ", _bar(one, column_ms, style), " ")
