@@ -274,9 +274,7 @@ def test_running_apis_are_those_whose_owner_lives(state: Path) -> None:
     assert running_apis() == []
 
 
-def test_up_notes_its_api_and_says_nothing_more_when_interrupted(
-    state: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_up_notes_its_api_and_says_nothing_more_when_interrupted(state: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     noted: list[RunningApi] = []
 
     class ReadyStack:
