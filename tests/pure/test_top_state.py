@@ -147,8 +147,10 @@ def test_goodput_and_attainment_count_finished_sessions() -> None:
         (1000, ended(service_class="free", tokens=0)),
         (1000, load(classes=[ClassLoad(service_class="idle", sessions=2, waiting=1, queue_ms=5.0, slack_ms=-3.0)])),
     )
+    watch.feed(result(session="s", tokens=[1] * 40), 9000)
     seen = watch.snapshot(10_000)
-    assert seen.goodput.short == 100 / 10
+    assert seen.throughput.short == 40 / 10
+    assert seen.goodput.short == pytest.approx(40 / 10 * 100 / 209), "100 of the ended sessions' 209 tokens"
     views = {one.service_class: one for one in seen.classes}
     fast = views["fast"]
     assert (fast.ended, fast.promised, fast.attained, fast.attainment, fast.refused) == (3, 2, 1, 0.5, 1)
@@ -165,6 +167,57 @@ def test_goodput_and_attainment_count_finished_sessions() -> None:
         ("slow", "refused", 1),
     ]
     assert watch.snapshot(62_000).ends == []
+
+
+def test_goodput_is_never_above_throughput() -> None:
+    """A session that ends just after the observation began has most of its tokens from before."""
+    watch = watched((0, load()), (0, heartbeat()), (100, result(session="s", tokens=[1])), (200, ended(tokens=500)))
+    seen = watch.snapshot(5000)
+    assert (seen.throughput.short, seen.goodput.short) == (1 / 5, 1 / 5)
+    later = watch.snapshot(12_000)
+    assert later.goodput.short == 0
+    assert later.goodput.long == later.throughput.long > 0
+
+
+def test_a_short_observation_names_the_time_that_it_has_seen() -> None:
+    watch = watched((0, load()), (0, heartbeat()), (100, result()), (100, ended()))
+    screen = text(watch.snapshot(5000))
+    assert "tokens/s in 5 s: 0.6; goodput 0.6; " in screen
+    assert "ends in 5 s:" in screen
+    watch.feed(heartbeat(), 25_000)
+    watch.feed(load(), 25_000)
+    assert "tokens/s in 10 and 25 s: 0.0, 0.1; goodput 0.0, 0.1; " in text(watch.snapshot(25_000))
+    watch.feed(load(), 90_000)
+    assert "tokens/s in 10 and 60 s: " in text(watch.snapshot(90_000))
+
+
+def test_runs_are_counted_as_sessions_jobs_tokens_and_busy_time() -> None:
+    watch = watched((0, load()), (0, heartbeat()), (1000, batch("b", [job("a"), job("b")])))
+    for session in ("a", "b"):
+        watch.feed(result("b", session, 0, tokens=[1], verify_ms=100.0, run_left=32), 1200)
+    for step in range(5):
+        for session in ("a", "b"):
+            run = {"tokens": [1, 1], "run": True, "run_left": 30 - 2 * step, "accepted": 0, "trimmed_to": 0}
+            watch.feed(result("run", session, 1 + step, verify_ms=100.0, **run), 1300 + 100 * step)
+    watch.feed(batch("c", [job("c")]), 1700)
+    watch.feed(result("c", "c", 0, tokens=[1], verify_ms=150.0), 1850)
+    (verifier,) = watch.snapshot(2000).verifiers
+    assert verifier.runs == 2
+    assert verifier.jobs_per_s == pytest.approx((2 + 1 + 20) / 2)
+    assert verifier.batch_jobs == (2 + 0 + 1 + 2) / 2
+    assert verifier.busy == pytest.approx((1850 - 1100) / 2000), "steps that several results report count once"
+    seen = watch.snapshot(2000)
+    assert (seen.throughput.short, seen.run_tokens) == (23 / 2, 20)
+    screen = text(seen, width=120)
+    assert "batch of 1 beside 2 in runs on v1" in screen
+    assert " 38% " in screen
+    watch.feed(result("run", "a", 6, run=True, run_left=0), 2100)
+    watch.feed(builders.ended("b"), 2100)
+    assert watch.snapshot(2100).verifiers[0].runs == 0
+    watch.feed(result("c", "d", 0, run_left=9), 2200)
+    assert watch.snapshot(2200).verifiers[0].runs == 1
+    watch.feed(heartbeat(), 8000)
+    assert watch.snapshot(8000).verifiers[0].runs == 0, "it fell silent"
 
 
 def test_the_latest_batches_say_why() -> None:

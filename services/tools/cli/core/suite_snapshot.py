@@ -51,9 +51,14 @@ class VerifierView:
     cache_tokens: int
     sessions: int
     """Sessions whose KV it holds."""
+    runs: int
+    """Sessions that it decodes in runs."""
+    busy: float
+    """Share of its time in steps of which a result has come."""
     jobs_per_s: float
+    """Jobs of batches, and tokens of runs: each is a job of its step."""
     batch_jobs: float | None
-    """Mean number of jobs in a batch."""
+    """Mean number of jobs in a batch and of runs beside it."""
     predicted_ms: float | None
     """Predicted time of the latest batch with results."""
     measured_ms: float | None
@@ -124,6 +129,8 @@ class BatchView:
     policy: str
     predicted_ms: float
     measured_ms: float | None
+    runs: int
+    """Sessions in runs on that verifier when its first result came."""
     jobs: list[JobView]
     waiting: int
     """Rounds left in the queue."""
@@ -142,7 +149,10 @@ class SuiteSnapshot:
     throughput: Rates
     """Committed tokens."""
     goodput: Rates
-    """Tokens of sessions that attained their SLO, counted at their end."""
+    """The share of `throughput` that goes to sessions that attain their SLO, as far as sessions have ended: of their
+    tokens, those of the ones that attained it."""
+    run_tokens: int
+    """Tokens that were decoded in runs in the last minute."""
     verified: int
     """Draft tokens verified in the last minute."""
     accepted: int

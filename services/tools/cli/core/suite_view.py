@@ -8,7 +8,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from services.tools.cli.core.suite_snapshot import BatchView, JobView, SchedulerView, SuiteSnapshot, VerifierView
+from services.tools.cli.core.suite_snapshot import (
+    BatchView,
+    JobView,
+    Rates,
+    SchedulerView,
+    SuiteSnapshot,
+    VerifierView,
+)
+from services.tools.cli.core.suite_watch import LONG_MS, SHORT_MS
 from services.tools.cli.core.text_parts import printable
 
 JOBS_SHOWN = 6
@@ -33,8 +41,8 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
     parts += [
         _scheduler(snapshot.scheduler),
         _line(
-            f"tokens/s in 10 and 60 s: {_rate(snapshot.throughput.short)}, {_rate(snapshot.throughput.long)}; goodput "
-            f"{_rate(snapshot.goodput.short)}, {_rate(snapshot.goodput.long)}; drafts accepted "
+            f"tokens/s {_windows(snapshot)}: {_rates(snapshot, snapshot.throughput)}; goodput "
+            f"{_rates(snapshot, snapshot.goodput)}; drafts accepted "
             + ("-" if snapshot.acceptance is None else f"{snapshot.acceptance:.0%}")
         ),
         Text(),
@@ -45,10 +53,26 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
     ]
     if snapshot.ends:
         ends = ", ".join(f"{one.service_class} {one.reason} {one.count}" for one in snapshot.ends)
-        parts.append(Text(printable(f"ends in the last minute: {ends}")))
+        parts.append(Text(printable(f"ends in {_seconds(LONG_MS, snapshot)} s: {ends}")))
     parts.append(Text())
     parts += _batches(snapshot.batches)
     return Group(*parts)
+
+
+def _seconds(window_ms: float, snapshot: SuiteSnapshot) -> str:
+    """Return the seconds of a window that were observed."""
+    return f"{max(1.0, min(window_ms, snapshot.observed_ms)) / 1000:.0f}"
+
+
+def _windows(snapshot: SuiteSnapshot) -> str:
+    short, long = _seconds(SHORT_MS, snapshot), _seconds(LONG_MS, snapshot)
+    return f"in {short} s" if short == long else f"in {short} and {long} s"
+
+
+def _rates(snapshot: SuiteSnapshot, rates: Rates) -> str:
+    if _seconds(SHORT_MS, snapshot) == _seconds(LONG_MS, snapshot):
+        return _rate(rates.short)
+    return f"{_rate(rates.short)}, {_rate(rates.long)}"
 
 
 def _line(text: str, style: str = "") -> Text:
@@ -75,12 +99,16 @@ def _table(*columns: tuple[str, bool]) -> Table:
 
 
 def _verifiers(verifiers: Iterable[VerifierView]) -> Table:
-    """Columns: size: jobs per batch; ms/pred: time of the last batch and its prediction; ratio: median of time/pred."""
+    """Columns: runs: sessions in runs; busy: share of time in steps; size: jobs per batch, with the runs beside them;
+    ms/pred: time of the last batch and its prediction; ratio: median of time/pred.
+    """
     table = _table(
         ("verifier", False),
         ("state", False),
         ("cache", True),
         ("sess", True),
+        ("runs", True),
+        ("busy", True),
         ("jobs/s", True),
         ("size", True),
         ("ms/pred", True),
@@ -98,6 +126,8 @@ def _verifiers(verifiers: Iterable[VerifierView]) -> Table:
             state,
             f"{one.cache_used:.0%}",
             str(one.sessions),
+            str(one.runs),
+            f"{one.busy:.0%}",
             _rate(one.jobs_per_s),
             _number(one.batch_jobs, 1),
             last,
@@ -143,7 +173,7 @@ def _batches(batches: Iterable[BatchView]) -> list[RenderableType]:
         took = "under way" if batch.measured_ms is None else f"{batch.measured_ms:.0f} ms"
         lines.append(
             _line(
-                f"batch of {len(batch.jobs)} on {_clipped(batch.verifier or '?')}, "
+                f"batch of {len(batch.jobs)}{_beside(batch)} on {_clipped(batch.verifier or '?')}, "
                 f"{batch.age_ms / 1000:.1f} s ago: {took}, predicted {batch.predicted_ms:.0f}; "
                 f"{batch.waiting} left in the queue",
                 "bold",
@@ -156,6 +186,10 @@ def _batches(batches: Iterable[BatchView]) -> list[RenderableType]:
         if batch.left_out and (more := batch.waiting - min(len(batch.left_out), LEFT_SHOWN)) > 0:
             lines.append(_line(f"  and {more} more left out"))
     return lines or [Text("no batch in the last minute")]
+
+
+def _beside(batch: BatchView) -> str:
+    return f" beside {batch.runs} in runs" if batch.runs else ""
 
 
 def _job(job: JobView) -> str:

@@ -24,6 +24,8 @@ from shared.messages import SILENT_MS, Batch, CostModel, Ended, Heartbeat, Load,
 
 SHORT_MS = 10_000.0
 LONG_MS = 60_000.0
+LOST_RUN_MS = 5000.0
+"""A run without a report for this long is over."""
 BATCHES_SHOWN = 5
 REFUSED = "refused"
 ABORTED = "abort"
@@ -37,14 +39,18 @@ class _Sent:
     batch: Batch
     verifier: str | None = None
     measured_ms: float | None = None
+    runs: int = 0
+    """Sessions in runs beside it when its first result came."""
 
 
 @dataclass(frozen=True)
 class _Committed:
-    """A committed round."""
+    """A committed round, or a report of a run."""
 
     at_ms: float
     key: tuple[str, int]
+    verifier: str
+    run: bool
     tokens: int
     verified: int
     accepted: int
@@ -54,6 +60,37 @@ class _Committed:
 class _Verifier:
     at_ms: float
     heartbeat: Heartbeat
+
+
+@dataclass(frozen=True)
+class _WatchedRun:
+    """A session in a run, as its latest result shows it."""
+
+    at_ms: float
+    verifier: str
+
+
+class _BusyTimes:
+    """Times at which a verifier was in a step, without overlaps. Results of one step report the same time."""
+
+    def __init__(self) -> None:
+        self._spans: deque[tuple[float, float]] = deque()
+
+    def add(self, from_ms: float, to_ms: float) -> None:
+        """Add a step. Steps come nearly in order of their ends."""
+        while self._spans and self._spans[-1][1] >= from_ms:
+            before_ms, end_ms = self._spans.pop()
+            from_ms, to_ms = min(from_ms, before_ms), max(to_ms, end_ms)
+        self._spans.append((from_ms, to_ms))
+
+    def forget(self, oldest_ms: float) -> None:
+        """Forget steps that ended before this time."""
+        while self._spans and self._spans[0][1] < oldest_ms:
+            self._spans.popleft()
+
+    def since(self, from_ms: float) -> float:
+        """Return the time in steps after `from_ms`."""
+        return sum(max(0.0, to_ms - max(start_ms, from_ms)) for start_ms, to_ms in self._spans)
 
 
 @dataclass
@@ -70,6 +107,10 @@ class SuiteWatch:
     _counted: set[tuple[str, int]] = field(default_factory=set)
     """Session and round of each of `_rounds`, because a round that was sent twice has several results."""
     _ended: deque[tuple[float, Ended]] = field(default_factory=deque)
+    _runs: dict[str, _WatchedRun] = field(default_factory=dict)
+    """Sessions in runs."""
+    _busy: dict[str, _BusyTimes] = field(default_factory=dict)
+    """By verifier."""
 
     def feed(self, message: Message, now_ms: float) -> None:
         """Add a message; ignore kinds that the state does not depend on."""
@@ -87,14 +128,26 @@ class SuiteWatch:
                 self._result(message, now_ms)
             case Ended():
                 self._ended.append((now_ms, message))
+                self._runs.pop(message.session, None)
 
     def _result(self, result: Result, now_ms: float) -> None:
         if (sent := self._batches.get(result.batch)) is not None:
+            if sent.verifier is None:
+                sent.runs = sum(run.verifier == result.verifier for run in self._runs.values())
             sent.verifier, sent.measured_ms = result.verifier, result.verify_ms
+        self._busy.setdefault(result.verifier, _BusyTimes()).add(now_ms - result.verify_ms, now_ms)
+        if result.run_left:
+            self._runs[result.session] = _WatchedRun(now_ms, result.verifier)
+        else:
+            self._runs.pop(result.session, None)
         key = result.session, result.round
         if result.status is Status.COMMITTED and key not in self._counted:
             self._counted.add(key)
-            self._rounds.append(_Committed(now_ms, key, len(result.tokens), result.trimmed_to, result.accepted))
+            self._rounds.append(
+                _Committed(
+                    now_ms, key, result.verifier, result.run, len(result.tokens), result.trimmed_to, result.accepted
+                )
+            )
 
     def _forget(self, now_ms: float) -> None:
         oldest = now_ms - LONG_MS
@@ -106,6 +159,11 @@ class SuiteWatch:
             del self._batches[first[0]]
         for name in [name for name, known in self._verifiers.items() if known.at_ms < oldest]:
             del self._verifiers[name]
+            self._busy.pop(name, None)
+        for busy in self._busy.values():
+            busy.forget(oldest)
+        for session in [session for session, run in self._runs.items() if run.at_ms < now_ms - LOST_RUN_MS]:
+            del self._runs[session]
         if self._load is not None and self._load[0] < oldest:
             self._load = None
 
@@ -114,13 +172,15 @@ class SuiteWatch:
         self._forget(now_ms)
         verified = sum(one.verified for one in self._rounds)
         accepted = sum(one.accepted for one in self._rounds)
+        throughput = self._rates(((one.at_ms, one.tokens) for one in self._rounds), now_ms)
         return SuiteSnapshot(
             observed_ms=now_ms - self.started_ms,
             scheduler=self._scheduler(now_ms),
             verifiers=[self._verifier(name, now_ms) for name in sorted(self._verifiers)],
             classes=self._classes(),
-            throughput=self._rates(((one.at_ms, one.tokens) for one in self._rounds), now_ms),
-            goodput=self._rates(((at, one.tokens) for at, one in self._ended if one.attained), now_ms),
+            throughput=throughput,
+            goodput=self._goodput(throughput, now_ms),
+            run_tokens=sum(one.tokens for one in self._rounds if one.run),
             verified=verified,
             accepted=accepted,
             acceptance=accepted / verified if verified else None,
@@ -139,6 +199,14 @@ class SuiteWatch:
             short=recent / self._span_s(SHORT_MS, now_ms),
             long=sum(count for _, count in known) / self._span_s(LONG_MS, now_ms),
         )
+
+    def _goodput(self, throughput: Rates, now_ms: float) -> Rates:
+        """Return the good share of the throughput, by the sessions that have ended in each window."""
+        long = _good_share(ended for _, ended in self._ended)
+        short = _good_share(ended for at_ms, ended in self._ended if at_ms > now_ms - SHORT_MS)
+        if short is None:
+            short = long
+        return Rates(short=throughput.short * (short or 0.0), long=throughput.long * (long or 0.0))
 
     def _scheduler(self, now_ms: float) -> SchedulerView | None:
         if self._load is None:
@@ -168,6 +236,12 @@ class SuiteWatch:
             sent.measured_ms / sent.batch.predicted_ms for sent in done if sent.measured_ms and sent.batch.predicted_ms
         ]
         total = heartbeat.total_tokens
+        in_runs = sum(
+            one.tokens for one in self._rounds if one.run and one.verifier == name and one.at_ms > now_ms - SHORT_MS
+        )
+        jobs = sum(len(sent.batch.jobs) for sent in recent) + in_runs
+        span_s = self._span_s(SHORT_MS, now_ms)
+        busy = self._busy.get(name, _BusyTimes())
         return VerifierView(
             name=name,
             alive=now_ms - known.at_ms <= SILENT_MS,
@@ -177,8 +251,10 @@ class SuiteWatch:
             cache_used=(total - heartbeat.free_tokens) / total if total else 0.0,
             cache_tokens=total,
             sessions=len(heartbeat.residency),
-            jobs_per_s=sum(len(sent.batch.jobs) for sent in recent) / self._span_s(SHORT_MS, now_ms),
-            batch_jobs=sum(len(sent.batch.jobs) for sent in done) / len(done) if done else None,
+            runs=sum(run.verifier == name for run in self._runs.values()),
+            busy=min(1.0, busy.since(now_ms - 1000 * span_s) / (1000 * span_s)),
+            jobs_per_s=jobs / span_s,
+            batch_jobs=sum(len(sent.batch.jobs) + sent.runs for sent in done) / len(done) if done else None,
             predicted_ms=done[-1].batch.predicted_ms if done else None,
             measured_ms=done[-1].measured_ms if done else None,
             ratio_p50=median(ratios) if ratios else None,
@@ -219,6 +295,13 @@ class SuiteWatch:
         return [EndView(*key, count) for key, count in sorted(counts.items())]
 
 
+def _good_share(ended: Iterable[Ended]) -> float | None:
+    """Return the share of the sessions' tokens that belong to sessions that attained their SLO; None without tokens."""
+    known = list(ended)
+    tokens = sum(one.tokens for one in known)
+    return sum(one.tokens for one in known if one.attained) / tokens if tokens else None
+
+
 def _shown(sent: _Sent, now_ms: float) -> BatchView:
     batch = sent.batch
     return BatchView(
@@ -228,6 +311,7 @@ def _shown(sent: _Sent, now_ms: float) -> BatchView:
         policy=batch.policy,
         predicted_ms=batch.predicted_ms,
         measured_ms=sent.measured_ms,
+        runs=sent.runs,
         jobs=[
             JobView(
                 session=job.session,
