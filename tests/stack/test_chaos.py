@@ -52,4 +52,5 @@ async def test_nothing_is_lost_wrong_or_left_behind(tmp_path: Path) -> None:
     assert result.count(RequestVerdict.RIGHT) > 20
     assert result.sessions > 20
     assert result.results > 100
+    assert result.run_results > 10, "the faults meet runs"
     assert result.poisoned > 0

@@ -127,8 +127,10 @@ async def wrong_states(site: ChaosSite, references: Sequence[Reference]) -> tupl
     return count, wrong
 
 
-async def against_journal(site: ChaosSite) -> tuple[int, list[str]]:
-    """Compare the committed results in the journal with Redis; return their number, and those that Redis lacks.
+async def against_journal(site: ChaosSite) -> tuple[int, int, list[str]]:
+    """Compare the committed results in the journal with Redis.
+
+    Returns the number of results, how many of them report tokens of runs, and those that Redis lacks.
 
     Results of sessions that have expired in Redis are left out.
     """
@@ -136,7 +138,7 @@ async def against_journal(site: ChaosSite) -> tuple[int, list[str]]:
     recording = await read(site.brokers.amqp_url, namespace)
     results = [entry.message for entry in recording.entries() if isinstance(entry.message, Result)]
     wrong = []
-    count = 0
+    count = in_runs = 0
     async with Redis.from_url(site.brokers.redis_url) as redis:
         held = {
             name: unpack(await _bytes(redis, f"{namespace}:tokens:{name}")) for name in {one.session for one in results}
@@ -144,9 +146,10 @@ async def against_journal(site: ChaosSite) -> tuple[int, list[str]]:
     for one in results:
         if one.status is Status.COMMITTED and (tokens := held[one.session]):
             count += 1
+            in_runs += one.run
             if tokens[one.base_len : one.base_len + len(one.tokens)] != one.tokens:
                 wrong.append(f"{one.session}: a result of round {one.round} has {one.tokens} at {one.base_len}")
-    return count, wrong
+    return count, in_runs, wrong
 
 
 async def _bytes(redis: Redis, key: str) -> bytes:

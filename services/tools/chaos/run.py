@@ -112,7 +112,7 @@ async def _check(site: ChaosSite, references: References, result: ChaosResult) -
     result.problems += [f"left behind: {left}" for left in await invariants.settled(site, SETTLE_S)]
     result.sessions, wrong = await invariants.wrong_states(site, list(references.of.values()))
     result.problems += [f"wrong in Redis: {one}" for one in wrong]
-    result.results, wrong = await invariants.against_journal(site)
+    result.results, result.run_results, wrong = await invariants.against_journal(site)
     result.problems += [f"in the journal and not in Redis: {one}" for one in wrong]
     result.poisoned, others = await invariants.dead_letters(site)
     result.problems += [f"{count} dead letters: {reason}" for reason, count in others.items()]

@@ -61,7 +61,8 @@ def notes(result: ChaosResult) -> list[str]:
         f"{result.count(RequestVerdict.LEFT)} left by their clients, {result.count(RequestVerdict.ERROR)} ended with "
         f"an error; clients resumed streams {resumed} times and retried {refused} times",
         f"compared token for token: {result.sessions} sessions in Redis with the model, and {result.results} results "
-        f"in the journal with Redis; {result.poisoned} poison messages are among the dead letters",
+        f"({result.run_results} of runs) in the journal with Redis; {result.poisoned} poison messages are among "
+        "the dead letters",
         "recovered: right although the client had to retry or to resume, or waited longer than "
         f"{STALLED_S:g} s for new tokens; a request counts for every fault that it overlaps",
     ]

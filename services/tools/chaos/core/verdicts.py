@@ -81,6 +81,8 @@ class ChaosResult:
     """Sessions whose committed tokens were compared with the reference."""
     results: int = 0
     """Results in the journal that were compared with Redis."""
+    run_results: int = 0
+    """Those of them that report tokens of runs."""
     problems: list[str] = field(default_factory=list)
     """Everything that makes the run fail."""
     seconds: float = 0.0
