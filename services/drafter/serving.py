@@ -14,7 +14,7 @@ from services.drafter.control import DraftRound, SessionControl
 from services.drafter.control.times import SPARE_COMPUTED
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
-from services.drafter.core.lookup import LOOKUP
+from services.drafter.core.lookup import LOOKUP, UnsentCopies
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
 from services.drafter.settings import DraftServingSettings
@@ -107,6 +107,7 @@ class ServedSession:
         """Received messages; None asks to send the round in flight again."""
         self._in_flight = False
         self._ahead: _AssumedDraft | None = None
+        self._unsent_copies = UnsentCopies(settings.draft_length) if LOOKUP in sources else None
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
         self._log = logging.get()
@@ -232,10 +233,18 @@ class ServedSession:
                 return True
             self._note_choice(result)
             self._control.learn_run(len(state.tokens) - known)
+            self._observe_copies(known)
         return True
 
+    def _observe_copies(self, start: int) -> None:
+        """Learn what prompt lookup would have drafted for the tokens from `start` on."""
+        if self._unsent_copies is not None:
+            temperature = self._state.generate.sampling.temperature
+            for copy in self._unsent_copies.follow(self._state.tokens, start):
+                self._control.observe(copy.token, copy.position, temperature, copy.correct)
+
     async def _is_tempted(self) -> bool:
-        """Return whether prompt lookup, which costs nothing, has a draft that pays."""
+        """Return whether prompt lookup, which costs nothing, has a draft that pays for halting the run."""
         if LOOKUP not in self._sources:
             return False
         round_ = self._control.ahead(
@@ -247,7 +256,7 @@ class ServedSession:
             return False
         draft, _ = await self._worker.draft(request)
         round_.cut(len(draft.tokens))
-        return bool(draft.tokens) and round_.pays
+        return bool(draft.tokens) and round_.pays_to_halt
 
     async def _draft(self) -> _MadeDraft:
         """Return the round's draft: the one made ahead if its assumption holds, else a new one."""

@@ -8,6 +8,7 @@ Only tokens whose predecessors were accepted are learned from: whether a token a
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -74,6 +75,11 @@ class SessionOffset:
     value: float = 0.0
     precision: float = SESSION_PRECISION
 
+    @property
+    def deviation(self) -> float:
+        """Standard deviation of the estimate."""
+        return 1 / math.sqrt(self.precision)
+
     def learn(self, logit: float, accepted: bool) -> None:
         """Learn from one verified token. logit: its log odds without this offset."""
         faded = SESSION_MEMORY * self.precision
@@ -112,6 +118,8 @@ class Calibration:
         self._trained = trained
         self._platt: dict[str, Platt] = {}
         self.recent = RecentLogits()
+        self.observed: set[str] = set()
+        """Sources that are observed in runs, without drafts."""
 
     def model_logit(self, token: DraftToken, features: Features) -> float:
         """Return z: log odds by the trained model of the token's source, or by fixed weights where none was trained."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 
 from services.drafter.control.calibration import DEEPEST, REMEMBERED, Calibration, RecentLogits, SessionOffset
@@ -20,6 +20,7 @@ from services.drafter.control.rules import RULES, NextTokens, RoundForecast, Rul
 from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
 
+UNKNOWN_OFFSET = SessionOffset()
 UNKNOWN_LOGIT = 0.0
 """Log odds expected of a source that has drafted nothing yet."""
 PROBE_SHARE = 0.01
@@ -34,6 +35,9 @@ FIRST_RUN = 4
 or `RETURN_SHARE` asks for more."""
 RETURN_SHARE = 0.1
 """A round between two runs takes at most this share of the time of the run after it."""
+CAUTION = 0.3
+"""Copies are sent in place of a run if they pay even at an acceptance that is so many standard deviations lower. Runs
+show soon and at no cost how often copies are right; in simulated sessions 0.3 loses least and gains as much."""
 LONGEST_UNREADY = 3
 """A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8
@@ -199,18 +203,30 @@ class SessionControl:
         for i, drafted in enumerate(round_.drafted):
             if i > accepted:
                 break
-            source = drafted.token.source
-            logit = self.calibration.logit(source, drafted.model_logit)
-            self._recent_logits.add(source, i, logit)
-            self.calibration.recent.add(source, i, logit)
-            correct = i < accepted if i < verified else bonus_matches
-            if correct is not None:
-                self._offsets.setdefault(source, SessionOffset()).learn(logit, correct)
-                self.calibration.learn(source, drafted.model_logit, correct)
+            self._learn_token(drafted, i, i < accepted if i < verified else bonus_matches)
             if i < verified:
                 self._recent_acceptance.learn(i < accepted)
         if round_.drafted and not round_.silent:
             self.rule.learn(verified, accepted)
+
+    def observe(self, token: DraftToken, position: int, temperature: float, correct: bool) -> None:
+        """Learn from a token that a source would have drafted at `position` of a draft, which was not sent.
+
+        The tokens before it in that draft were correct.
+        """
+        self.calibration.observed.add(token.source)
+        known = features(token, position, RoundContext(temperature, None, self._recent_acceptance.value))
+        self._learn_token(DraftedToken(token, self.calibration.model_logit(token, known)), position, correct)
+
+    def _learn_token(self, drafted: DraftedToken, position: int, correct: bool | None) -> None:
+        """Remember a token whose predecessors were correct, and learn whether it was, unless that is unknown."""
+        source = drafted.token.source
+        logit = self.calibration.logit(source, drafted.model_logit)
+        self._recent_logits.add(source, position, logit)
+        self.calibration.recent.add(source, position, logit)
+        if correct is not None:
+            self._offsets.setdefault(source, SessionOffset()).learn(logit, correct)
+            self.calibration.learn(source, drafted.model_logit, correct)
 
     def acceptance(self, source: str, model_logit: float) -> float:
         """Return the calibrated acceptance of a token, given that its predecessors are accepted."""
@@ -233,7 +249,11 @@ class SessionControl:
         return self._expected[key]
 
     def _offset(self, source: str) -> float:
-        return self._offsets[source].value if source in self._offsets else 0.0
+        """Return the session's offset of a source, a cautious one if the source is observed in runs."""
+        offset = self._offsets.get(source, UNKNOWN_OFFSET)
+        if self.times.run_ms is None or source not in self.calibration.observed:
+            return offset.value
+        return offset.value - CAUTION * offset.deviation
 
 
 @dataclass(frozen=True)
@@ -348,6 +368,13 @@ class DraftRound:
     def pays(self) -> bool:
         """True if the draft should be sent, rather than the session left to the verifier."""
         return self._session.rule.pays(self._forecast)
+
+    @property
+    def pays_to_halt(self) -> bool:
+        """True if the draft should be sent in the middle of a run, to which a round without a draft leads back."""
+        times = self._session.times
+        back_ms = 0.0 if times.run_ms is None else max(0.0, times.base_ms - times.run_ms)
+        return self._session.rule.pays(replace(self._forecast, ms=self._forecast.ms + back_ms))
 
     def cut(self, length: int) -> None:
         """Keep only the first `length` tokens: a source that failed has lost the others."""

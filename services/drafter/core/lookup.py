@@ -7,6 +7,7 @@ code).
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftRequest, WithoutStates
@@ -82,3 +83,48 @@ class NgramIndex:
                 known = [*tokens[end:], *drafted]
                 return [known[i % period] for i in range(length)], n
         return [], 0
+
+
+@dataclass(frozen=True)
+class UnsentCopy:
+    """A token that lookup would have drafted, and what became of its position."""
+
+    token: DraftToken
+    position: int
+    """Its place in the draft. The tokens before it were correct."""
+    correct: bool
+
+
+class UnsentCopies:
+    """The drafts of one session that lookup would have made while none were sent.
+
+    They show at no cost how often lookup is right in this text.
+    """
+
+    def __init__(self, length: int) -> None:
+        """length: of the longest draft."""
+        self._length = length
+        self._index = NgramIndex()
+        self._copied: list[int] = []
+        """The rest of the current draft."""
+        self._support = self._position = self._next = 0
+
+    def follow(self, tokens: Sequence[int], start: int) -> list[UnsentCopy]:
+        """Return the copies at the positions from `start` on, which were committed since the last call."""
+        if start != self._next:
+            self._copied = []
+        found = []
+        for at in range(start, len(tokens)):
+            if not self._copied:
+                before = tokens[:at]
+                self._index.extend(before)
+                self._copied, self._support = self._index.continuation(before, self._length)
+                self._position = 0
+            if self._copied:
+                correct = self._copied.pop(0) == tokens[at]
+                found.append(UnsentCopy(DraftToken(LOOKUP, support=self._support), self._position, correct))
+                self._position += 1
+                if not correct:
+                    self._copied = []
+        self._next = len(tokens)
+        return found
