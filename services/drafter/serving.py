@@ -163,6 +163,7 @@ class ServedSession:
             for probe in self._probes.values():
                 probe.answer.cancel()
             self._worker.close(state.session_id)
+            self._control.close()
         if state.failure is not None:
             self._log.warning("session failed", code=state.failure.code, error=state.failure.message)
 

@@ -68,6 +68,8 @@ class Controller:
         self.draft_length = draft_length
         self.times = times or RoundTimes()
         self.calibration = Calibration(self.weights.acceptance)
+        self.idle: dict[str, int] = {}
+        """Tokens without a probe of each source that ended sessions have left to the next one."""
 
     def session(self, *sources: str) -> SessionControl:
         """Return the control of a new session that drafts from these sources."""
@@ -93,12 +95,19 @@ class SessionControl:
         self._expected: dict[tuple[str, int], tuple[list[float], float]] = {}
         """Expected acceptances by source and position, of the time when the calibration had `_expected_at` tokens."""
         self._expected_at = 0
-        self._idle = dict.fromkeys(sources, 0)
-        """Rounds since each source was last wanted or probed."""
+        self._left_idle = controller.idle
+        self._idle = {source: self._left_idle.pop(source, 0) for source in sources}
+        """Rounds since each source was last wanted or probed, those of the session before included: sources are probed
+        also where no session is long enough for a probe of its own."""
         self._plain_tokens = 0
         """Tokens since the last draft of which a token was accepted."""
         self._unready_rounds = 0
         """Rounds in a row in which a source that does not rest had no hidden states."""
+
+    def close(self) -> None:
+        """Leave the tokens since the last probes to the next session. Call it once, at the end."""
+        for source, rounds in self._idle.items():
+            self._left_idle[source] = min(LONGEST_WAIT, self._left_idle.get(source, 0) + rounds)
 
     def begin(
         self,
