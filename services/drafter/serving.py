@@ -245,12 +245,15 @@ class ServedSession:
                 self._control.observe(copy.token, copy.position, temperature, copy.correct)
 
     async def _is_tempted(self) -> bool:
-        """Return whether prompt lookup, which costs nothing, has a draft that pays for halting the run."""
-        if LOOKUP not in self._sources:
-            return False
+        """Return whether a draft pays for halting the run: one of a source whose probe has just shown that it is worth
+        drafting from, or one of prompt lookup, which costs nothing."""
         round_ = self._control.ahead(
             self._state.draft_room(self._settings.draft_length), self._state.generate.sampling.temperature
         )
+        if any(round_.wants(source) for source in self._settle_probes()):
+            return True
+        if LOOKUP not in self._sources:
+            return False
         round_.unready = frozenset(self._sources) - {LOOKUP}
         request = self._request(round_, self._sources)
         if not round_.wants(LOOKUP) or self._worker.source.computes(request):
@@ -327,9 +330,9 @@ class ServedSession:
                 if 0 <= (at := probe.position - result.base_len) < len(result.tokens):
                     probe.chosen = result.tokens[at]
 
-    def _settle_probes(self) -> None:
-        """Learn from the probes that the session's hardware has made by now."""
-        control = self._control
+    def _settle_probes(self) -> set[str]:
+        """Learn from the probes that the session's hardware has made by now; return their sources."""
+        control, settled = self._control, set()
         for source, probe in list(self._probes.items()):
             if not probe.answer.done():
                 continue
@@ -342,6 +345,8 @@ class ServedSession:
             known = draft.dropped is not None and probe.chosen is not None
             control.settle(probe.round, 0, 0, draft.dropped == probe.chosen if known else None)
             metrics.STEPS.inc(sum(draft.steps.values()))
+            settled.add(source)
+        return settled
 
     def _hidden_from(self) -> int | None:
         """Return the first position whose hidden state the round requests; None requests none."""

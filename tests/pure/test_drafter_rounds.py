@@ -282,7 +282,7 @@ def test_runs_of_a_session_that_has_drafted_grow() -> None:
     for _ in range(40):
         round_ = control.begin(8, 0.0)
         if "hidden" in round_.probed:
-            round_.deferred_probes()
+            round_.add(DraftToken("hidden", 0.5))
             granted.append(control.run_tokens(round_))
         control.settle(round_, 0, 0)
         control.learn_run(control.run_tokens(round_))
@@ -299,6 +299,40 @@ async def test_a_copy_of_the_text_halts_a_run() -> None:
         await verifier.report(1, 4, 12, 48)
         halting = await verifier.begin_run(1)
         assert (halting.base_len, halting.draft, halting.run_tokens) == (16, [], 0)
+
+
+async def test_a_run_shows_what_copies_would_have_brought() -> None:
+    async with serving(LookupDrafts(), with_runs(dear(Controller("marginal", 8))), ("lookup",), [1, 2, 3]) as verifier:
+        await verifier.begin_run(60)
+        control = verifier.session._control
+        before = control.expected_acceptances("lookup", 0)[1]
+        await verifier.report(1, 4, 12, 48)
+        assert await verifier.silent(), "no draft pays"
+        assert control.expected_acceptances("lookup", 0)[1] > before, "each 7 after the first two is a copy"
+
+
+@pytest.mark.parametrize("right", [True, False])
+async def test_a_run_is_halted_for_a_source_that_its_probe_shows_to_pay(right: bool) -> None:
+    source, controller = Hidden(), with_runs(Controller("marginal", 8), run_ms=54.0 if right else 1.0)
+    async with serving(source, controller, ("hidden",), [1, 2, 3]) as verifier:
+        await verifier.begin_run(60)
+        await verifier.report(1, 4, 4, 56)
+        assert await verifier.silent(), "nothing was probed"
+        verifier.session._settle_probes = lambda: {"hidden"}  # type: ignore[method-assign]
+        await verifier.report(1, 8, 4, 52)
+        assert await verifier.silent() is not right
+
+
+async def test_an_ended_session_leaves_its_wait_for_a_probe_to_the_next() -> None:
+    controller = with_runs(dear(Controller("marginal", 8)))
+    async with serving(Hidden(), controller, ("hidden",), [1, 2, 3]) as verifier:
+        await verifier.begin_run(60)
+        await verifier.report(1, 4, 20, 40)
+        assert await verifier.silent()
+        waited = verifier.session._control._idle["hidden"]
+    assert waited >= 20
+    assert controller.session("hidden")._idle == {"hidden": waited}
+    assert controller.session("hidden")._idle == {"hidden": 0}, "only one session takes it over"
 
 
 def test_a_session_that_only_waits_for_states_gets_no_run() -> None:

@@ -173,9 +173,9 @@ class SessionControl:
     def run_tokens(self, round_: DraftRound) -> int:
         """Return for how many tokens after this round the session is left to the verifier; 0 for none.
 
-        No more than until the next probe. A session that has drafted or probed may have a draft that pays soon: it
-        leaves as many as it has decoded plainly so far. A session that only waits for hidden states goes on with
-        rounds.
+        No more than until the next probe. A session that has drafted may have a draft that pays soon: it leaves as many
+        as it has decoded plainly so far. A probe is judged during the run. A session that only waits for hidden states
+        goes on with rounds.
         """
         times = self.times
         if times.run_ms is None or round_.kept:
@@ -188,7 +188,7 @@ class SessionControl:
             return 0
         until_probe = [self._probe_wait(source) - self._idle[source] for source in self.sources if self.rests(source)]
         tokens = MOST_RUN
-        if round_.drafted or round_.deferred:
+        if round_.drafted:
             round_ms = max(0.0, times.base_ms - times.run_ms)
             tokens = max(FIRST_RUN, self._plain_tokens, math.ceil(round_ms / (RETURN_SHARE * times.run_ms)))
         return max(0, min(MOST_RUN, tokens, *until_probe))
@@ -285,8 +285,6 @@ class DraftRound:
         """True if the draft is a probe and nothing else."""
         self.unready: frozenset[str] = frozenset()
         """Sources that cannot draft in this round."""
-        self.deferred: frozenset[str] = frozenset()
-        """Sources whose probe is drafted while this round is in flight."""
         self.silent = False
         """True if no token is kept."""
         self.acceptance: list[float] = []
@@ -323,7 +321,7 @@ class DraftRound:
             probe = DraftRound(self._session, 1, self.context)
             probe.probed, probe.silent = frozenset({source}), True
             probes.append(probe)
-        self.deferred, self.probed = self.probed, frozenset()
+        self.probed = frozenset()
         if self.probing:
             self.longest = 0
         return probes
