@@ -202,8 +202,7 @@ class WispPlus(BatchPolicy):
         urgent = _urgent_prompts(queue, now, batch.predicted_ms)
         if urgent.rounds:
             batch.reserve_block(urgent.rounds[0])
-        batch.keep_on_time(now.runs_due_ms, urgent.needed_ms)
-        self._take_rounds(batch, queue, now)
+        self._take_rounds(batch, queue, now, urgent.needed_ms)
         self._take_prompts(batch, queue, now, {queued.session_id for queued in urgent.rounds})
         if not batch.chosen:
             # Not even the first round fits. It is sent all the same, or it would wait for ever.
@@ -216,10 +215,16 @@ class WispPlus(BatchPolicy):
         """Return the draft tokens that are added together with a round."""
         return 0 if self.plays("trimming") else queued.pending.draft_length
 
-    def _take_rounds(self, batch: BatchBuilder, queue: RoundQueue, now: Situation) -> None:
+    def _take_rounds(self, batch: BatchBuilder, queue: RoundQueue, now: Situation, prompts_ms: float) -> None:
+        """Add rounds and draft tokens. prompts_ms: time that prompts need of this step."""
         kind: Kind = "rounds" if self.plays("chunking") else "all"
         fill_up = _TokenFill(batch, now, self._certain)
-        for queued in _urgent(queue, now, kind):
+        urgent = _urgent(queue, now, kind)
+        if (first := next(urgent, None)) is not None:
+            fill_up.take_round(first)
+        # Only now, or runs that are due with every step would keep the first urgent round waiting for ever.
+        batch.keep_on_time(now.runs_due_ms, prompts_ms)
+        for queued in urgent:
             fill_up.take_round(queued)
             if fill_up.missed == MOST_MISSED:
                 break
