@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import codecs
 import random
+from collections.abc import Sequence
 from pathlib import Path
 
 import builders
@@ -208,6 +210,41 @@ def test_a_character_cut_off_by_the_length_is_replaced(tokenizer: Tokenizer) -> 
     assert text_of(pieces) == "a�"
     assert completion.finish is Finish.LENGTH
     assert completion.tally.tokens == 3
+
+
+class ByteDecoder:
+    """Tokens of several bytes, some of which end in the middle of a character."""
+
+    def __init__(self) -> None:
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def feed(self, ids: Sequence[int]) -> str:
+        return self._utf8.decode(b"".join((b"a", b"b\xe2", b"\x80\xe2", b"\x82")[one - 10] for one in ids))
+
+    def flush(self) -> str:
+        return self._utf8.decode(b"", final=True)
+
+
+@pytest.mark.parametrize("tokens", [[11], [10, 11], [12], [11, 13], [10, 12, 12], [12, 13]])
+@pytest.mark.parametrize("stops", [[], ["\ufffd\ufffd"], ["b\ufffd"]])
+def test_an_unfinished_character_at_the_end_is_shown_however_tokens_come(tokens: list[int], stops: list[str]) -> None:
+    """The stop token may come alone, when all tokens before it are sent."""
+    shown = set()
+    everything = [*tokens, EOS]
+    for cuts in range(2 ** len(tokens)):
+        completion = Completion(PROMPT_LEN, frozenset([EOS]), ByteDecoder(), StopStrings(stops))
+        base_len, result, pieces = PROMPT_LEN, [], []
+        for i, token in enumerate(everything):
+            result.append(token)
+            if cuts >> i & 1 or token == EOS:
+                finish = Finish.STOP if token == EOS else None
+                pieces += feed(completion, [builders.result("s", i, base_len, result, finish=finish)])
+                base_len, result = base_len + len(result), []
+        assert completion.finish is Finish.STOP
+        shown.add(text_of(pieces))
+    decoder = ByteDecoder()
+    text = decoder.feed(tokens) + decoder.flush()
+    assert shown == {min((text.split(stop)[0] for stop in stops), default=text)}
 
 
 def test_a_replacement_character_can_complete_a_stop_string(tokenizer: Tokenizer) -> None:

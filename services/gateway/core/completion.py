@@ -254,24 +254,23 @@ class Completion:
         if tokens:
             self._emit(tokens)
 
-    def _emit(self, tokens: list[Token]) -> None:
-        text = self.echo + "".join(token.text for token in tokens)
+    def _emit(self, tokens: list[Token], rest: str = "") -> None:
+        """Make a piece ready. rest: text after that of the tokens."""
+        text = self.echo + "".join(token.text for token in tokens) + rest
         self._ready.append(Piece(text, tokens, self.round, self.take_rounds()))
         self.echo = ""
 
     def _end(self, finish: Finish, safe_text: str) -> None:
-        safe, hit = self.stops.feed(self._flush())
+        rest = self.detokenizer.flush()
+        safe, hit = self.stops.feed(rest)
+        if self._held:
+            self._held[-1].text += rest
+            rest = ""
         if hit is not None:
             self._cut(len(safe_text + safe))
-            finish = Finish.STOP
-        self._close(finish)
-
-    def _flush(self) -> str:
-        """Give the replacement of an unfinished character at the end to the last token."""
-        rest = self.detokenizer.flush()
-        if rest and self._held:
-            self._held[-1].text += rest
-        return rest
+            finish, rest = Finish.STOP, ""
+        # The last token, of an earlier result, may be sent already: then the unfinished character has none.
+        self._close(finish, rest)
 
     def _stop_early(self, safe_text: str) -> None:
         self._cut(len(safe_text))
@@ -285,8 +284,8 @@ class Completion:
             token.text = token.text[:left]
             left -= len(token.text)
 
-    def _close(self, finish: Finish) -> None:
-        if self._held or self.echo:
-            self._emit(list(self._held))
+    def _close(self, finish: Finish, rest: str = "") -> None:
+        if self._held or self.echo or rest:
+            self._emit(list(self._held), rest)
             self._held.clear()
         self.finish = finish

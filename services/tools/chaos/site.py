@@ -26,7 +26,7 @@ from shared.errors import BrokersError
 COUNTS = {"scheduler": 2, "estimator": 2, "verifier": 2, "drafter": 2, "gateway": 2}
 LINKED = ("drafter", "verifier")
 """Services whose processes each reach RabbitMQ through a relay of their own."""
-CONTROL_S = 30.0
+CONTROL_S = 120.0
 MOST_APART_S = 10**7
 """Largest offset of a process's monotonic clock: the clocks of two hosts differ by their uptimes."""
 
