@@ -5,7 +5,7 @@
     ├── BrokersError               RabbitMQ or Redis cannot be found, started or reached
     │   ├── Unroutable             no queue is bound to a message's routing key
     │   ├── QueueDown              a queue's RabbitMQ node does not run
-    │   ├── AccessRefused          RabbitMQ refuses an exchange to this user
+    │   ├── AccessRefused          RabbitMQ refuses an exchange or a queue to this user
     │   └── EndedEarly             (services.tools.local) a private broker exited before it was ready
     ├── Fenced                     a verifier's lease has expired: nothing is committed
     ├── MessageError               bytes on a queue are no known message (dead-lettered)
@@ -51,7 +51,7 @@ class QueueDown(BrokersError):
 
 
 class AccessRefused(BrokersError):
-    """RabbitMQ refuses an exchange to this user. Since version 4.3 it refuses a missing one too."""
+    """RabbitMQ refuses an exchange or a queue to this user. Since version 4.3 it refuses a missing one too."""
 
 
 class Fenced(WispError):

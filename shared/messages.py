@@ -25,6 +25,9 @@ SILENT_MS = 2000
 """A verifier without a heartbeat for this long counts as gone: its lease expires and its rounds go to others. It is
 four times the usual interval between heartbeats."""
 
+DRAFTER_BEAT_S = 1.0
+"""Time between two heartbeats of a drafter."""
+
 DEFAULT_CLASS = "default"
 """Service class of requests without one."""
 
@@ -462,6 +465,8 @@ class Load(Message):
     backlog_ms: Milliseconds = 0.0
     """Time to finish all pending and running rounds: the wait of a round that arrives now, behind all others."""
     classes: list[ClassLoad] = Field(default_factory=list)
+    without_drafters: list[Name] = Field(default_factory=list)
+    """Pools without a live drafter, whose requests schedulers serve by plain decoding."""
 
     @model_validator(mode="before")
     @classmethod
@@ -521,6 +526,19 @@ class Heartbeat(Message):
     residency: list[Residency] = Field(default_factory=list)
 
 
+class DrafterHeartbeat(Message):
+    """drafter → schedulers, observers: sign of life. A scheduler that serves a pool without drafters sends it too."""
+
+    drafter: Name
+    pool: Name
+    sessions: Count
+    """Sessions being served."""
+    max_sessions: Count
+    """Most sessions served at once."""
+    drafts: bool = True
+    """False if it never drafts: it stands in for drafters, and gives its sessions to one that has room."""
+
+
 MESSAGES: dict[str, type[Message]] = {
     kind.type_name: kind
     for kind in (
@@ -537,6 +555,7 @@ MESSAGES: dict[str, type[Message]] = {
         Cancel,
         Ended,
         Heartbeat,
+        DrafterHeartbeat,
     )
 }
 

@@ -12,6 +12,7 @@ from typing import Any
 from shared.messages import (
     Batch,
     CostModel,
+    DrafterHeartbeat,
     Ended,
     Generate,
     Heartbeat,
@@ -138,6 +139,12 @@ def heartbeat(verifier: str = "v1", cached: Mapping[str, int] | None = None, **f
         "residency": [Residency(session=session, cached=count) for session, count in (cached or {}).items()],
     }
     return Heartbeat.model_validate(plain | fields)
+
+
+def drafter_heartbeat(drafter: str = "d", pool: str = "pool", **fields: Any) -> DrafterHeartbeat:
+    """A drafter without sessions that has room for 64."""
+    plain = {"drafter": drafter, "pool": pool, "sessions": 0, "max_sessions": 64}
+    return DrafterHeartbeat.model_validate(plain | fields)
 
 
 def cost_model(

@@ -11,7 +11,7 @@ from services.device.relay import device_api
 from services.device.settings import DeviceSettings
 from services.drafter.drafting import load_drafting
 from services.drafter.link import load_profile
-from services.drafter.service import Drafter
+from services.drafter.service import Drafter, described
 from services.gateway.server import listen, serve_http
 from shared.broker.client import Broker
 from shared.broker.topology import Topology, device_name
@@ -41,7 +41,6 @@ async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -
                 trust_env=False,
             )
         )
-        drafter = Drafter(name, name, settings, drafting, broker, None, profile)
-        await serve_http(
-            device_api(gateway, settings.allowed_host_names), listener, stop, drafter.run(asyncio.Event()), device=name
-        )
+        drafter = Drafter(name, name, settings.options, drafting, broker, None, profile)
+        drafting_for_it = drafter.run(asyncio.Event(), described(settings))
+        await serve_http(device_api(gateway, settings.allowed_host_names), listener, stop, drafting_for_it, device=name)

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 from services.drafter.control import Controller, ControlWeights
 from services.drafter.control_files import load_weights
-from services.drafter.core.draft import DraftSource
+from services.drafter.core.draft import DraftSource, NoDrafts
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.settings import DraftSettings
-from services.drafter.sources.registry import AUTO, FALLBACK, PREFERRED, SOURCES, load_sources
+from services.drafter.sources.registry import AUTO, FALLBACK, NONE, PREFERRED, SOURCES, load_sources
 from shared.messages import Generate
 from shared.runtime import logging
 
@@ -46,7 +46,7 @@ class Drafting:
 
     def choose(self, generate: Generate) -> SourceChoice:
         """Return the source that the request asks for, or the nearest available one."""
-        wanted = self.default if generate.draft == AUTO else generate.draft
+        wanted = self.default if generate.draft == AUTO or set(self.sources) == {NONE} else generate.draft
         log = logging.get()
         if wanted not in self.sources:
             log.warning("no such draft source here; using the default", wanted=wanted, default=self.default)
@@ -80,3 +80,8 @@ def load_drafting(settings: DraftSettings) -> Drafting:
         max(source.hidden_size for source in loaded.values()),
         max(source.context for source in loaded.values()),
     )
+
+
+def no_drafting() -> Drafting:
+    """Return plain decoding for every request, whatever source it asks for. Loads nothing."""
+    return Drafting({NONE: NoDrafts()}, NONE, Controller("fixed", 0), {})

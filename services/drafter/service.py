@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
 from functools import partial
 
 from services.drafter import metrics
@@ -11,12 +12,22 @@ from services.drafter.core.session import RoundTimers
 from services.drafter.drafting import Drafting, load_drafting
 from services.drafter.link import Deliver, DirectLink, EmulatedLink, Link, load_profile
 from services.drafter.serving import ServedSession
-from services.drafter.settings import DrafterSettings, DraftServingSettings
+from services.drafter.settings import DrafterSettings, DraftServingSettings, ServingOptions
 from services.drafter.worker import SourceWorker
 from shared.broker import topology
-from shared.broker.client import Broker
+from shared.broker.client import Broker, GiveBack
 from shared.errors import BrokersError
-from shared.messages import Cancel, Generate, HiddenStates, Load, Message, Result, Verify
+from shared.messages import (
+    DRAFTER_BEAT_S,
+    Cancel,
+    DrafterHeartbeat,
+    Generate,
+    HiddenStates,
+    Load,
+    Message,
+    Result,
+    Verify,
+)
 from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
@@ -31,23 +42,28 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
     drafting = await asyncio.to_thread(load_drafting, settings)
     broker = await Broker.connect(settings.amqp_url, settings.topology, instance, settings.journal_limits, settings.tls)
     store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
-    drafter = Drafter(instance, settings.pool, settings, drafting, broker, store, profile)
+    drafter = Drafter(instance, settings.pool, settings.options, drafting, broker, store, profile)
     try:
         await store.refuse_cluster()
-        await drafter.run(stop)
+        await drafter.run(stop, described(settings))
     finally:
         await broker.close()
         await store.close()
 
 
+def described(settings: DraftServingSettings) -> dict[str, object]:
+    """Return what a drafter logs of its settings when it is ready."""
+    return {"stop_rule": settings.stop_rule, "device": settings.device_profile or None}
+
+
 class Drafter:
-    """Serves the sessions of its pool, each until its end."""
+    """Serves the sessions of its pool, each until its end, or until it is given back."""
 
     def __init__(
         self,
         instance: str,
         pool: str,
-        settings: DraftServingSettings,
+        options: ServingOptions,
         drafting: Drafting,
         broker: Broker,
         store: Store | None,
@@ -57,7 +73,7 @@ class Drafter:
         session's link and drafts emulate; None emulates none."""
         self.instance = instance
         self._pool = pool
-        self._settings = settings
+        self._options = options
         self._drafting = drafting
         self._workers = {id(source): SourceWorker(source) for source in drafting.sources.values()}
         self._broker = broker
@@ -65,35 +81,82 @@ class Drafter:
         self._profile = profile
         self._log = logging.get()
         self._sessions: dict[str, ServedSession] = {}
-        self._timers = RoundTimers(settings.min_timeout_ms)
+        self._timers = RoundTimers(options.min_timeout_ms)
 
-    async def run(self, stop: asyncio.Event) -> None:
-        """Serve until `stop` is set."""
-        names = self._broker.topology
-        await self._broker.consume(names.drafter_queue(self.instance), self._receive)
-        await self._broker.consume(
-            names.generate_queue(self._pool), self._generate, prefetch=self._settings.max_sessions
-        )
-        self._broker.on_reconnect(self._send_again)
+    async def run(self, stop: asyncio.Event, described: Mapping[str, object] | None = None) -> None:
+        """Serve until `stop` is set. described: further fields for the log."""
+        await self._broker.consume(self._broker.topology.drafter_queue(self.instance), self.receive)
+        await self.take_requests()
         HEALTH.watch(self._broker, self._store)
         self._log.info(
             "ready",
             pool=self._pool,
             sources=sorted(self._drafting.sources),
             default=self._drafting.default,
-            stop_rule=self._settings.stop_rule,
-            device=self._settings.device_profile or None,
             profile=self._profile.model_dump() if self._profile else None,
+            **(described or {}),
         )
-        async with running(stop, *(worker.work() for worker in self._workers.values())):
+        loops = [worker.work() for worker in self._workers.values()]
+        if await self.may_beat():
+            loops.append(self.beat())
+        async with running(stop, *loops):
             pass
+
+    async def take_requests(self, priority: int = 0) -> None:
+        """Serve requests from now on; other messages come by `receive`.
+
+        priority: below 0 for a drafter that takes only the requests for which no other one of the pool has room.
+        """
+        await self._broker.consume(
+            self._broker.topology.generate_queue(self._pool),
+            self._generate,
+            prefetch=self._options.max_sessions,
+            priority=priority,
+        )
+        self._broker.on_reconnect(self._send_again)
+
+    async def may_beat(self) -> bool:
+        """Return whether this process may publish heartbeats. A device may not."""
+        if self._broker.topology.device:
+            return False
+        allowed = await self._broker.may_publish(topology.drafter(self.instance))
+        if not allowed:
+            self._log.warning(
+                "RabbitMQ refuses this drafter's heartbeats, so schedulers do not give it their sessions; import the "
+                "output of `wisp broker definitions` of this version"
+            )
+        return allowed
+
+    async def beat(self, *, drafts: bool = True) -> None:
+        """Publish heartbeats for ever. drafts: False for a stand-in."""
+        while True:
+            heartbeat = DrafterHeartbeat(
+                drafter=self.instance,
+                pool=self._pool,
+                sessions=len(self._sessions),
+                max_sessions=self._options.max_sessions,
+                drafts=drafts,
+            )
+            await self._broker.publish(heartbeat, topology.drafter(self.instance))
+            await asyncio.sleep(DRAFTER_BEAT_S)
+
+    @property
+    def session_ids(self) -> list[str]:
+        """The sessions being served, those that may bring the most tokens first."""
+        kept = {name: session for name, session in self._sessions.items() if not session.given_back}
+        return sorted(kept, key=lambda name: -kept[name].tokens_left)
+
+    def give_back(self, session_id: str) -> None:
+        """Return a session's request to the queue of the pool, so that another drafter goes on with it."""
+        if (session := self._sessions.get(session_id)) is not None and not session.given_back:
+            session.give_back()
 
     def _send_again(self) -> None:
         """Send all rounds in flight again: they or their results may be lost with the connection."""
         for session in self._sessions.values():
             session.send_again()
 
-    async def _receive(self, message: Message) -> None:
+    async def receive(self, message: Message) -> None:
         """Take a message to this drafter, or to all drafters."""
         if isinstance(message, Load):
             self._drafting.controller.times.apply_load(message)
@@ -111,6 +174,7 @@ class Drafter:
             # Delivered again after a reconnect. Acknowledging this copy before the end would lose the request if this
             # process died meanwhile.
             await served.ended.wait()
+            self._return_given_back(served)
             return
         session = self._sessions[message.session] = self._new_session(message)
         try:
@@ -120,14 +184,21 @@ class Drafter:
         finally:
             del self._sessions[message.session]
             session.close()
+        self._return_given_back(session)
+
+    @staticmethod
+    def _return_given_back(session: ServedSession) -> None:
+        """Return the session's request to the queue, rather than acknowledge it, if it was given back."""
+        if session.given_back and not session.done:
+            raise GiveBack
 
     def _new_session(self, generate: Generate) -> ServedSession:
         choice = self._drafting.choose(generate)
-        reads_states = choice.reads_hidden_states and self._settings.draft_length > 0
+        reads_states = choice.reads_hidden_states and self._options.draft_length > 0
         return ServedSession(
             generate,
             self.instance,
-            self._settings,
+            self._options,
             self._timers,
             self._workers[id(choice.source)],
             choice.token_sources,

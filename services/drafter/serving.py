@@ -17,11 +17,11 @@ from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.lookup import LOOKUP, UnsentCopies
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
-from services.drafter.settings import DraftServingSettings
+from services.drafter.settings import ServingOptions
 from services.drafter.sources.registry import HIDDEN
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
-from shared.messages import Cancel, Generate, HiddenFormat, HiddenStates, Result, Status
+from shared.messages import Cancel, Generate, HiddenStates, Result, Status
 from shared.runtime import logging
 from shared.state.store import Session
 
@@ -80,7 +80,7 @@ class ServedSession:
         self,
         generate: Generate,
         drafter_id: str,
-        settings: DraftServingSettings,
+        options: ServingOptions,
         timers: RoundTimers,
         worker: SourceWorker,
         sources: tuple[str, ...],
@@ -91,12 +91,14 @@ class ServedSession:
         """sources: names of the sources that may propose tokens. hidden_rows: None if none of them reads hidden states.
         open_link: opens the session's link."""
         self.ended = asyncio.Event()
+        self.given_back = False
+        """True if another drafter goes on with the session."""
         self._started = time.monotonic()
         self._prior_ms = generate.elapsed_ms
         # Nothing is assumed to be committed. Where that is wrong, the first round's result corrects it.
         self._state = DraftSession(generate, list(generate.prompt))
         self._drafter_id = drafter_id
-        self._settings = settings
+        self._options = options
         self._timers = timers
         self._worker = worker
         self._sources = sources
@@ -107,7 +109,7 @@ class ServedSession:
         """Received messages; None asks to send the round in flight again."""
         self._in_flight = False
         self._ahead: _AssumedDraft | None = None
-        self._unsent_copies = UnsentCopies(settings.draft_length) if LOOKUP in sources else None
+        self._unsent_copies = UnsentCopies(options.draft_length) if LOOKUP in sources else None
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
         self._log = logging.get()
@@ -131,6 +133,22 @@ class ServedSession:
             self._inbox.put_nowait(message)
         else:
             await self._link.receive(message)
+
+    @property
+    def done(self) -> bool:
+        """True if the session has ended by itself."""
+        return self._state.done
+
+    @property
+    def tokens_left(self) -> int:
+        """Return the most tokens that the session may still bring."""
+        return self._state.generate.max_tokens - self._state.output_tokens
+
+    def give_back(self) -> None:
+        """End the session here, so that another drafter can go on with it."""
+        self.given_back = True
+        self._link.cancel()
+        self._inbox.put_nowait(Cancel(session=self._state.session_id, reason="given back"))
 
     def send_again(self) -> None:
         """Send the round in flight again, because it or its result may be lost."""
@@ -248,7 +266,7 @@ class ServedSession:
         """Return whether a draft pays for halting the run: one of a source whose probe has just shown that it is worth
         drafting from, or one of prompt lookup, which costs nothing."""
         round_ = self._control.ahead(
-            self._state.draft_room(self._settings.draft_length), self._state.generate.sampling.temperature
+            self._state.draft_room(self._options.draft_length), self._state.generate.sampling.temperature
         )
         if any(round_.wants(source) for source in self._settle_probes()):
             return True
@@ -273,7 +291,7 @@ class ServedSession:
             if kept:
                 return _MadeDraft(self._request(ahead.round, self._sources), ahead.draft, 0.0)
         self._settle_probes()
-        room = state.draft_room(self._settings.draft_length)
+        room = state.draft_room(self._options.draft_length)
         unready, behind = set(self._probes), set()
         if self._hidden_rows is not None and HIDDEN not in self._probes:
             missing_states, missing_tokens = self._missing(self._hidden_rows)
@@ -364,7 +382,7 @@ class ServedSession:
             made.draft_ms,
             attempt,
             hidden_from,
-            HiddenFormat(self._settings.hidden_format),
+            self._options.hidden_format,
             made.run_tokens,
         )
         self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
@@ -405,9 +423,9 @@ class ServedSession:
     def _draft_ahead(self, made: _MadeDraft) -> _PendingAhead | None:
         """Start drafting for the round after this one, assuming that all of this draft is accepted."""
         state, control, draft = self._state, self._control, made.draft
-        if not self._settings.optimistic or self._probes or control.decodes_plainly:
+        if not self._options.optimistic or self._probes or control.decodes_plainly:
             return None
-        room = state.draft_room(self._settings.draft_length, assumed=len(draft.tokens) + 1)
+        room = state.draft_room(self._options.draft_length, assumed=len(draft.tokens) + 1)
         round_ = control.ahead(room, state.generate.sampling.temperature)
         if round_.longest == 0:
             return None

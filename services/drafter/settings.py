@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -10,7 +11,23 @@ from pydantic import Field, model_validator
 from services.drafter.control.rules import RuleName
 from services.drafter.sources.registry import MODEL, SourceChoiceName
 from shared.broker.topology import DEFAULT_POOL
+from shared.messages import HiddenFormat
 from shared.runtime.settings import NAME_PATTERN, BrokerSettings, ProcessSettings, ServiceSettings, TargetSettings
+
+
+@dataclass(frozen=True)
+class ServingOptions:
+    """What serving a session depends on beside its draft source."""
+
+    max_sessions: int
+    """Sessions served at once."""
+    min_timeout_ms: float
+    """Shortest wait for a round's result."""
+    draft_length: int
+    """Longest draft per round."""
+    hidden_format: HiddenFormat = HiddenFormat.BFLOAT16
+    optimistic: bool = False
+    """Draft on while a round is being verified."""
 
 
 class DraftSettings(TargetSettings):
@@ -52,13 +69,26 @@ class DraftServingSettings(ProcessSettings, BrokerSettings, DraftSettings):
     optimistic: bool = Field(
         False, description="draft on while a round is being verified; pays only where a draft step is slow"
     )
-    max_sessions: int = Field(64, ge=1, le=10000, description="sessions served at once; others wait in the queue")
+    max_sessions: int = Field(
+        64, ge=1, le=10000, description="sessions served at once; others go without drafts, or wait"
+    )
     device_profile: str = Field(
         "",
         description="emulate this hardware: each session drafts and sends as slowly as a shipped profile "
         "(raspberry-pi-5, jetson-orin-nano, laptop, phone) or a TOML file",
     )
     min_timeout_ms: float = Field(250.0, gt=0, description="shortest wait for a round's result before it is sent again")
+
+    @property
+    def options(self) -> ServingOptions:
+        """Options of the sessions' serving."""
+        return ServingOptions(
+            self.max_sessions,
+            self.min_timeout_ms,
+            self.draft_length,
+            HiddenFormat(self.hidden_format),
+            self.optimistic,
+        )
 
 
 class DrafterSettings(DraftServingSettings, ServiceSettings):

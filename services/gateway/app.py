@@ -164,7 +164,10 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         # The text of a problem may contain addresses, so only holders of a key get it.
         detailed = gateway.keys is None or key_of(request.scope) is not None
         parts = {part: (problem if detailed else "not ok") if problem else "ok" for part, problem in missing.items()}
-        return JSONResponse({"ready": is_ready, "parts": parts}, 200 if is_ready else 503)
+        answer: dict[str, object] = {"ready": is_ready, "parts": parts}
+        if pools := gateway.sessions.without_drafters:
+            answer["without_drafters"] = pools
+        return JSONResponse(answer, 200 if is_ready else 503)
 
     @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:

@@ -100,6 +100,8 @@ class Sessions:
         self._log = logging.get()
         self.draining = False
         """Set to refuse new sessions."""
+        self.without_drafters: list[str] = []
+        """Pools that schedulers serve without drafters, by the latest Load."""
 
     @property
     def running(self) -> int:
@@ -232,7 +234,11 @@ class Sessions:
                 text = f"{pool!r} has no queue: import the definitions that contain its name"
                 raise unavailable(text, "no_drafter") from error
             where = "" if pool == DEFAULT_POOL else f" in pool {pool!r}"
-            raise unavailable(f"no drafter is running{where}; try again when one has started", "no_drafter") from error
+            raise unavailable(
+                f"no drafter is running{where}, and no scheduler stands in (WISP_STAND_IN_POOLS); try again when one "
+                "has started",
+                "no_drafter",
+            ) from error
         except BrokersError as error:
             raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
         if self._running.get(session.session_id) is not session:
@@ -262,6 +268,7 @@ class Sessions:
         now = monotonic()
         self._admission.update(load, now * 1000)
         self._mixes = load.mixed_arithmetic
+        self.without_drafters = load.without_drafters
         for session in self._running.values():
             if now - session.wait.since_s <= BACKLOG_S:
                 session.wait.backlog_s = max(session.wait.backlog_s, load.backlog_ms / 1000)

@@ -43,7 +43,8 @@ class Transport(Protocol):
     async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
         """Create a session and hand it to the drafters of a pool. A session that was cancelled before stays cancelled.
 
-        `resume_record` is stored with the session. Raises Unroutable when no drafter serves the pool.
+        `resume_record` is stored with the session. Raises Unroutable when the pool has no queue, because neither a
+        drafter nor a scheduler serves it.
         """
 
     async def cancel(self, session_id: str, reason: str) -> None:

@@ -4,6 +4,12 @@ from prometheus_client import Counter, Gauge, Histogram
 
 WAITING = Gauge("wisp_num_requests_waiting", "Rounds that wait for a batch")
 RUNS = Gauge("wisp_scheduler_runs", "Sessions that verifiers decode without rounds")
+STAND_IN_SESSIONS = Gauge(
+    "wisp_scheduler_stand_in_sessions", "Sessions served here without drafts, as no drafter has room for them", ["pool"]
+)
+GIVEN_TO_DRAFTERS = Counter(
+    "wisp_scheduler_given_to_drafters", "Sessions served here that were given to a drafter", ["pool"]
+)
 VERIFIERS = Gauge("wisp_scheduler_verifiers", "Verifiers that are alive")
 QUEUE_TIME = Histogram(
     "wisp_request_queue_time_seconds",

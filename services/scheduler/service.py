@@ -12,6 +12,7 @@ from services.scheduler import metrics
 from services.scheduler.core.dispatch import Dispatcher
 from services.scheduler.device_queues import DeviceQueues
 from services.scheduler.settings import SchedulerSettings
+from services.scheduler.stand_in import StandIn
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
@@ -21,6 +22,7 @@ from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
 from shared.state.registry import Registry
+from shared.state.store import Store
 
 IDLE_S = 0.25
 """Longest time between two decisions, so that silent verifiers and lost batches are noticed."""
@@ -38,7 +40,11 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     broker = await Broker.connect(settings.amqp_url, settings.topology, instance, settings.journal_limits, settings.tls)
     registry = Registry.connect(settings.redis_url, settings.namespace, tls=settings.tls)
     dispatcher = Dispatcher(instance, settings.rules)
-    scheduler = Scheduler(dispatcher, broker, settings.session_keys)
+    store = Store.connect(settings.redis_url, settings.namespace, tls=settings.tls)
+    stand_in = None
+    if settings.stand_in_pools:
+        stand_in = StandIn(instance, settings.stand_in_pools, settings.stand_in_sessions, broker, store)
+    scheduler = Scheduler(dispatcher, broker, settings.session_keys, stand_in)
     devices = None
     if settings.devices_file is not None:
         devices = DeviceQueues(
@@ -56,15 +62,19 @@ async def serve(settings: SchedulerSettings, instance: str, stop: asyncio.Event)
     finally:
         await broker.close()
         await registry.close()
+        await store.close()
 
 
 class Scheduler:
     """Connects the dispatcher with the broker."""
 
-    def __init__(self, dispatcher: Dispatcher, broker: Broker, session_keys: SessionKeys) -> None:
+    def __init__(
+        self, dispatcher: Dispatcher, broker: Broker, session_keys: SessionKeys, stand_in: StandIn | None = None
+    ) -> None:
         self._dispatcher = dispatcher
         self._broker = broker
         self._session_keys = session_keys
+        self._stand_in = stand_in
         self._timer: asyncio.TimerHandle | None = None
         self._decided_ms = math.inf
         self._sending: set[asyncio.Task[None]] = set()
@@ -88,12 +98,17 @@ class Scheduler:
         own = (topology.RESULT_SCHEDULER, topology.heartbeat("*"), topology.costmodel("*"), topology.CANCEL)
         await self._broker.consume(names.own_queue("scheduler", self._dispatcher.scheduler_id, own), self._receive)
         await self._broker.consume(names.verify_queue(), self._receive_round)
+        loops = [self._publish_load(load_s)]
         if devices is not None:
             await devices.follow()
+            loops.append(devices.watch())
+        if self._stand_in is not None:
+            loops += await self._stand_in.join()
+            HEALTH.notes = self._stand_in.notes
         HEALTH.watch(self._broker, registry)
         self._log.info("ready", policy=self._dispatcher.rules.policy)
         self._decide()
-        async with running(stop, self._publish_load(load_s), *([devices.watch()] if devices else [])):
+        async with running(stop, *loops):
             pass
         if self._timer is not None:
             self._timer.cancel()
@@ -136,6 +151,8 @@ class Scheduler:
                 self._dispatcher.on_cost_model(message, now_ms())
             case Cancel():
                 self._dispatcher.on_cancel(message.session)
+        if self._stand_in is not None and isinstance(message, Result | Cancel):
+            await self._stand_in.receive(message)
         self._decide_soon()
 
     async def _send(self, verifier_id: str, batch: Batch) -> None:
@@ -162,6 +179,8 @@ class Scheduler:
         if (paused_ms := now_ms() - self._decided_ms) > PAUSE_MS:
             self._log.warning("this scheduler stood still", ms=round(paused_ms))
             self._dispatcher.on_pause(paused_ms)
+            if self._stand_in is not None:
+                self._stand_in.on_pause(paused_ms)
         self._decided_ms = now_ms()
         with metrics.DECISION_TIME.time():
             sends, wake_ms = self._dispatcher.dispatch(now_ms())
@@ -186,6 +205,8 @@ class Scheduler:
             await asyncio.sleep(every_s)
             if self._dispatcher.active:
                 load = self._dispatcher.load(now_ms())
+                if self._stand_in is not None:
+                    load = load.model_copy(update={"without_drafters": self._stand_in.without_drafters()})
                 metrics.PRICE.set(load.price_ms)
                 metrics.UTILIZATION.set(load.utilization)
                 metrics.QUEUE_DELAY.set(load.backlog_ms / 1000)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import SchedulingRules
 from services.scheduler.core.policies import PolicyName, PolicyOptions, PolicyPart
-from shared.runtime.settings import ServiceSettings, SessionSecretSettings
+from shared.broker.topology import DEFAULT_POOL
+from shared.runtime.settings import NAME_PATTERN, ServiceSettings, SessionSecretSettings
 
 
 class SchedulerSettings(ServiceSettings, SessionSecretSettings):
@@ -41,6 +42,14 @@ class SchedulerSettings(ServiceSettings, SessionSecretSettings):
         None, description="JSON list of the names of accepted devices, read again when it changes"
     )
     device_rounds_per_s: float = Field(100.0, gt=0, description="most rounds of one device per second")
+    stand_in_pools: list[Annotated[str, Field(pattern=NAME_PATTERN)]] = Field(
+        [DEFAULT_POOL],
+        description="pools, as JSON, whose requests the scheduler serves without drafts while no drafter has room for "
+        "them; [] leaves them waiting",
+    )
+    stand_in_sessions: int = Field(
+        64, ge=1, le=10000, description="sessions of each of these pools that one scheduler serves at once"
+    )
     load_ms: int = Field(500, ge=50, description="time between Load messages to drafters and gateways, in milliseconds")
 
     @model_validator(mode="after")

@@ -26,7 +26,8 @@ import aiormq
 import structlog
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage, AbstractQueue, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
-from aiormq.exceptions import AMQPChannelError
+from aiormq.exceptions import AMQPChannelError, ChannelAccessRefused
+from pamqp.common import FieldTable
 
 from shared.broker.connection import (
     LISTEN_RETRY_S,
@@ -43,9 +44,10 @@ from shared.broker.declarations import (
     declare_exchanges,
     declare_journal,
     declare_queue,
+    may_publish,
 )
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
-from shared.errors import BrokersError, MessageError, QueueDown, Unroutable
+from shared.errors import AccessRefused, BrokersError, MessageError, QueueDown, Unroutable
 from shared.messages import Message, decode, encode
 from shared.runtime import logging
 from shared.runtime.tls import Tls, bad_certificate
@@ -61,6 +63,10 @@ SENT_HEADER = "x-wisp-sent-us"
 it."""
 
 Handler = Callable[[Message], Awaitable[None]]
+
+
+class GiveBack(Exception):
+    """Raised by a handler to return its message to the queue, from which RabbitMQ delivers it again."""
 
 
 @dataclass(frozen=True)
@@ -185,14 +191,23 @@ class Broker:
             await asyncio.sleep(PUBLISH_RETRY_S)
 
     async def consume(
-        self, queue: Queue, handler: Handler, *, prefetch: int = 0, sender: UntrustedSender | None = None
+        self,
+        queue: Queue,
+        handler: Handler,
+        *,
+        prefetch: int = 0,
+        priority: int = 0,
+        sender: UntrustedSender | None = None,
     ) -> Callable[[], Awaitable[None]]:
         """Declare `queue` and call `handler` with each of its messages until the returned function is called.
 
         Consuming goes on after reconnects. With `prefetch`, messages are acknowledged when their handler returns, at
         most `prefetch` at a time; without, RabbitMQ counts them as done on delivery. A message that cannot be decoded,
-        or whose handler fails, is dead-lettered with the reason and the original headers. With an untrusted `sender`,
-        a message that is too long or cannot be decoded is refused and dropped.
+        or whose handler fails, is dead-lettered with the reason and the original headers; one whose handler raises
+        `GiveBack` returns to the queue, if it is acknowledged at all. With an untrusted `sender`, a message that is too
+        long or cannot be decoded is refused and dropped.
+
+        A consumer gets messages only while those of a higher `priority` are away or have `prefetch` messages each.
         """
 
         async def receive(incoming: AbstractIncomingMessage) -> None:
@@ -202,7 +217,13 @@ class Broker:
                 if (waiting := self._probes.pop(probe, None)) and not waiting.done():
                     waiting.set_result(None)
             else:
-                await self._handle(incoming, handler, sender)
+                try:
+                    await self._handle(incoming, handler, sender)
+                except GiveBack:
+                    if prefetch:
+                        with suppress(*CONNECTION_EXCEPTIONS):
+                            await incoming.nack(requeue=True)
+                    return
             if prefetch:
                 with suppress(*CONNECTION_EXCEPTIONS):  # RabbitMQ delivers it again after the reconnect
                     await incoming.ack()
@@ -210,8 +231,13 @@ class Broker:
         last: Exception | None = None
         for attempt in range(CONSUME_RETRIES):
             try:
-                declared, tag = await self._consume(queue, receive, prefetch)
+                declared, tag = await self._consume(queue, receive, prefetch, priority)
                 break
+            except ChannelAccessRefused as error:
+                raise AccessRefused(
+                    f"RabbitMQ refuses queue {queue.name} to this user ({in_words(error)}); import the output of "
+                    "`wisp broker definitions`, again after each update"
+                ) from error
             except AMQPChannelError:
                 raise  # RabbitMQ refuses it, and would again
             except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
@@ -232,14 +258,15 @@ class Broker:
         return end
 
     async def _consume(
-        self, queue: Queue, receive: Callable[[AbstractIncomingMessage], Awaitable[None]], prefetch: int
+        self, queue: Queue, receive: Callable[[AbstractIncomingMessage], Awaitable[None]], prefetch: int, priority: int
     ) -> tuple[AbstractQueue, str]:
         """Declare, bind and consume the queue; return it with the consumer's tag."""
         declared, predeclared = await declare_queue(self._connection, self.topology, queue, prefetch)
         try:
             for key in () if predeclared else queue.bindings:
                 await declared.bind(self.topology.exchange, key)
-            return declared, await declared.consume(receive, no_ack=not prefetch)
+            arguments: FieldTable | None = {"x-priority": priority} if priority else None
+            return declared, await declared.consume(receive, no_ack=not prefetch, arguments=arguments)
         except BaseException:
             with suppress(*CONNECTION_EXCEPTIONS):
                 await declared.channel.close()
@@ -276,7 +303,7 @@ class Broker:
         with structlog.contextvars.bound_contextvars(**({"session": session} if session else {})):
             try:
                 await handler(message)
-            except asyncio.CancelledError:
+            except (asyncio.CancelledError, GiveBack):
                 raise
             except Exception as error:
                 self._log.exception("message failed", type=message.type_name)
@@ -298,6 +325,13 @@ class Broker:
             await self._exchanges.dead_letters.publish(copy, "")
         except CONNECTION_EXCEPTIONS as error:
             self._log.error("dead letter lost: no connection", reason=reason, error=in_words(error))
+
+    async def may_publish(self, key: str) -> bool:
+        """Return whether this user may publish to `key`; a refused publication would close the channel of all others.
+
+        Definitions that were imported for an earlier version may lack the key.
+        """
+        return await may_publish(self._connection, self.topology.exchange, key)
 
     async def prove(self, queue: Queue, timeout_s: float = 5.0) -> None:
         """Check that this process's consumer of `queue` is alive, by a round trip through RabbitMQ.

@@ -213,10 +213,7 @@ async def _check_exchange(connection: AbstractRobustConnection, name: str) -> No
             async with _passing_channel(connection) as plain:
                 await plain.exchange_declare(name, passive=True)
         except ChannelAccessRefused:
-            async with _passing_channel(connection) as plain:
-                await plain.tx_select()
-                await plain.basic_publish(b"", exchange=name)
-                await plain.tx_rollback()
+            await _publish_in_vain(connection, name)
     except ChannelNotFoundEntity as error:
         raise _absent(error) from error
     except ChannelAccessRefused as error:
@@ -224,6 +221,23 @@ async def _check_exchange(connection: AbstractRobustConnection, name: str) -> No
             f"RabbitMQ lacks an exchange, or refuses it to this user ({in_words(error)}); import the output of "
             "`wisp broker definitions`"
         ) from error
+
+
+async def may_publish(connection: AbstractRobustConnection, exchange: str, key: str) -> bool:
+    """Return whether this user may publish to the exchange with this key."""
+    try:
+        await _publish_in_vain(connection, exchange, key)
+    except ChannelAccessRefused:
+        return False
+    return True
+
+
+async def _publish_in_vain(connection: AbstractRobustConnection, exchange: str, key: str = "") -> None:
+    """Publish a message in a transaction that is rolled back. Raises the refusals of a publication."""
+    async with _passing_channel(connection) as plain:
+        await plain.tx_select()
+        await plain.basic_publish(b"", exchange=exchange, routing_key=key)
+        await plain.tx_rollback()
 
 
 async def _may(connection: AbstractRobustConnection, declare: Callable[[PlainChannel], Awaitable[object]]) -> bool:

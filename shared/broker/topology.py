@@ -2,6 +2,7 @@
 
     routing key             from → to                             queue
     generate.<pool>         gateway → one drafter of the pool     <ns>.generate.<pool>      durable, quorum
+                            Schedulers consume it too, with a lower priority: they serve a pool without drafters
     verify                  drafter → the active scheduler        <ns>.verify               durable, one active consumer
     batch.<verifier>        scheduler → that verifier             <ns>.verifier.<name>      exclusive
                             Release: sessions whose KV the verifier drops
@@ -12,6 +13,7 @@
     costmodel.<verifier>    estimator → schedulers, gateways
     load                    scheduler → drafters, gateways
     heartbeat.<verifier>    verifier → schedulers
+    drafter.<drafter>       drafter → schedulers, observers       not in the journal
     cancel                  gateway → drafters, schedulers, verifiers
     ended                   gateway → observers (`wisp top`)
     generate.device.<name>  gateway → that device                 <ns>.generate.device.<name>
@@ -86,6 +88,11 @@ def heartbeat(verifier: str) -> str:
     return f"heartbeat.{verifier}"
 
 
+def drafter(name: str) -> str:
+    """Return the routing key of a drafter's heartbeats."""
+    return f"drafter.{name}"
+
+
 def probe_key(queue: str) -> str:
     """Return the routing key of probes of an own queue's consumer."""
     return f"probe.{queue}"
@@ -116,16 +123,17 @@ class Role:
 
 ROLES = {
     "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD), records=True),
-    "drafter": Role(publishes=(VERIFY,), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
+    "drafter": Role(publishes=(VERIFY, drafter("*")), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
+    # A scheduler also does the drafters' work while a pool has none.
     "scheduler": Role(
-        publishes=(batch("*"), LOAD),
-        listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL),
-        serves=(VERIFY, rounds("*")),
+        publishes=(batch("*"), LOAD, VERIFY, drafter("*")),
+        listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL, LOAD, drafter("*")),
+        serves=(VERIFY, rounds("*"), generate("*")),
         records=True,
     ),
     "estimator": Role(publishes=(costmodel("*"),), serves=(SAMPLE,)),
     "verifier": Role(publishes=(result("*"), heartbeat("*"), SAMPLE, costmodel("*")), listens=(batch("*"), CANCEL)),
-    "top": Role(listens=(LOAD, heartbeat("*"), costmodel("*"), batch("*"), RESULT_SCHEDULER, ENDED)),
+    "top": Role(listens=(LOAD, heartbeat("*"), costmodel("*"), batch("*"), RESULT_SCHEDULER, ENDED, drafter("*"))),
 }
 
 

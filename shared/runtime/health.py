@@ -44,6 +44,8 @@ class Health:
         self._redis: Store | Registry | None = None
         self._parts: dict[str, Check] = {}
         self.stopping = False
+        self.notes: Callable[[], dict[str, str]] = dict
+        """Returns what `/ready` reports beside problems, by part."""
 
     def watch(self, broker: Broker | None, redis: Store | Registry | None, **parts: Check) -> None:
         """Require answers of these from now on. Call it when all queues are consumed.
@@ -112,14 +114,15 @@ def serve(health: Health, host: str, port: int, loop: asyncio.AbstractEventLoop)
     Raises SettingsError when the port is not available.
     """
 
-    def run_check(check: Callable[[], Any]) -> tuple[HTTPStatus, bytes]:
+    def run_check(check: Callable[[], Any], notes: Callable[[], dict[str, str]] = dict) -> tuple[HTTPStatus, bytes]:
         future = asyncio.run_coroutine_threadsafe(check(), loop)
         try:
             problems = future.result(ASK_S)
         except TimeoutError:
             future.cancel()
             problems = {"process": f"its event loop does not answer in {ASK_S:g} s"}
-        text = "".join(f"{part}: {problem}\n" for part, problem in problems.items()) or "ok\n"
+        reported = problems or {"ok": "", **notes()}
+        text = "".join(f"{part}: {problem}\n" if problem else f"{part}\n" for part, problem in reported.items())
         return HTTPStatus.SERVICE_UNAVAILABLE if problems else HTTPStatus.OK, text.encode()
 
     def application(environ: dict[str, Any], start_response: Callable[..., Any]) -> Iterable[bytes]:
@@ -130,7 +133,7 @@ def serve(health: Health, host: str, port: int, loop: asyncio.AbstractEventLoop)
             case "/live":
                 status, body = run_check(health.live)
             case "/ready":
-                status, body = run_check(health.ready)
+                status, body = run_check(health.ready, health.notes)
             case _:
                 status, body = HTTPStatus.NOT_FOUND, b"not found; try /live, /ready or /metrics\n"
         start_response(f"{status.value} {status.phrase}", [("Content-Type", kind), ("Content-Length", str(len(body)))])

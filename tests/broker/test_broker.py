@@ -11,11 +11,12 @@ import aio_pika
 import builders
 import pytest
 from builders import generate, result, verify
+from gateway_peer import eventually
 from link import link_to
 from patience import HANG_S
 
 from shared.broker import topology
-from shared.broker.client import PROBE_HEADER, Broker
+from shared.broker.client import PROBE_HEADER, Broker, GiveBack
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Cancel, Message, decode, encode
@@ -127,6 +128,53 @@ async def test_prefetch_bounds_what_one_drafter_takes(connect: Connect) -> None:
         await sender.publish(generate(f"s{i}"), topology.generate(), persistent=True)
     await asyncio.sleep(0.5)
     assert running == 3
+
+
+async def test_a_consumer_of_lower_priority_gets_what_others_lack_room_for(connect: Connect) -> None:
+    drafter, stand_in, sender = await connect("drafter"), await connect("stand-in"), await connect("sender")
+    names = sender.topology
+    taken: list[str] = []
+
+    def holding(name: str) -> Callable[[Message], Awaitable[None]]:
+        async def hold(message: Message) -> None:
+            taken.append(name)
+            await asyncio.Event().wait()
+
+        return hold
+
+    await stand_in.consume(names.generate_queue(), holding("stand-in"), prefetch=9, priority=-1)
+    await sender.publish(generate("alone"), topology.generate(), persistent=True)
+    await eventually(lambda: taken == ["stand-in"])
+    await drafter.consume(names.generate_queue(), holding("drafter"), prefetch=3)
+    for i in range(5):
+        await sender.publish(generate(f"s{i}"), topology.generate(), persistent=True)
+    await eventually(lambda: taken == ["stand-in", *3 * ["drafter"], *2 * ["stand-in"]])
+    await drafter.close()
+    await eventually(lambda: taken[6:] == 3 * ["stand-in"])
+
+
+async def test_a_message_given_back_goes_to_the_consumer_of_higher_priority(connect: Connect, amqp_url: str) -> None:
+    drafter, stand_in, sender = await connect("drafter"), await connect("stand-in"), await connect("sender")
+    names, release, given = sender.topology, asyncio.Event(), Inbox()
+
+    async def hold(message: Message) -> None:
+        await given(message)
+        await release.wait()
+        raise GiveBack
+
+    await stand_in.consume(names.generate_queue(), hold, prefetch=4, priority=-1)
+    for i in range(3):
+        await sender.publish(generate(f"s{i}"), topology.generate(), persistent=True)
+    held = [await given.next() for _ in range(3)]
+    inbox = Inbox()
+    await drafter.consume(names.generate_queue(), inbox, prefetch=4)
+    assert await inbox.nothing_more()
+    release.set()
+    assert sorted([await inbox.next() for _ in range(3)], key=str) == sorted(held, key=str)
+    assert await inbox.nothing_more()
+    assert await given.nothing_more()
+    with pytest.raises(AssertionError, match="0 dead letters"):
+        await dead_letters(amqp_url, names.namespace, 1)
 
 
 async def test_a_persistent_message_that_no_queue_takes_is_an_error(connect: Connect) -> None:

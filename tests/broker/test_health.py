@@ -67,6 +67,9 @@ async def test_a_process_is_ready_only_while_it_consumes(served: Served) -> None
     await consuming(served)
     assert await served.asked("/ready") == (200, "ok\n")
     assert await served.asked("/live") == (200, "ok\n")
+    served.health.notes = lambda: {"pool p": "no drafter"}
+    assert await served.asked("/ready") == (200, "ok\npool p: no drafter\n")
+    assert await served.asked("/live") == (200, "ok\n")
     served.health.stopping = True
     assert await served.asked("/ready") == (503, "process: shutting down\n")
     assert await served.asked("/live") == (200, "ok\n")

@@ -209,6 +209,22 @@ async def test_doctor_reports_a_mixed_fleet_and_no_uniform_one(monkeypatch: pyte
     assert found == ([] if other == "wisp-1" else mixed)
 
 
+async def test_doctor_reports_a_pool_without_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    watch = SuiteWatch(0.0)
+
+    async def observed(_suite: SuiteAddress, _seconds: float) -> SuiteSnapshot:
+        return watch.snapshot(1.0)
+
+    monkeypatch.setattr(suite_observer, "observed", observed)
+    monkeypatch.setattr(doctor, "running_suites", lambda: [RunningSuite("mine", "amqp://here/")])
+    watch.feed(builders.drafter_heartbeat("s1.pool", sessions=3, drafts=False), 0.0)
+    (found,) = await doctor._fleet(BrokerAddresses(amqp_url=None))
+    assert (found.state, found.part) == ("note", "drafters")
+    assert found.found == "none in pool pool of mine: schedulers decode its sessions without drafts"
+    watch.feed(builders.drafter_heartbeat("d1"), 0.0)
+    assert await doctor._fleet(BrokerAddresses(amqp_url=None)) == []
+
+
 @pytest.mark.parametrize("error", [BrokersError("away"), SettingsError("there is no suite")])
 async def test_doctor_says_nothing_of_a_suite_that_it_cannot_observe(
     monkeypatch: pytest.MonkeyPatch, error: Exception

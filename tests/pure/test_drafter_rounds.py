@@ -73,7 +73,7 @@ async def serving(
 ) -> AsyncIterator[Verifier]:
     """Run one session against a verifier that the test plays."""
     sent: asyncio.Queue[Verify] = asyncio.Queue()
-    settings = DraftServingSettings(draft_source="lookup", stop_rule="marginal", min_timeout_ms=60_000)
+    options = DraftServingSettings(draft_source="lookup", stop_rule="marginal", min_timeout_ms=60_000).options
     worker = SourceWorker(source)
 
     def open_link(deliver: Deliver) -> DirectLink:
@@ -82,7 +82,7 @@ async def serving(
     session = ServedSession(
         builders.generate(prompt=prompt, stop_ids=[], max_tokens=400, slo=slo),
         "d1",
-        settings,
+        options,
         RoundTimers(60_000),
         worker,
         names,

@@ -967,6 +967,14 @@ async def test_readiness_names_what_is_missing(app: App) -> None:
     assert (await app.http.get("/health")).status_code == 200
 
 
+async def test_readiness_names_pools_that_are_served_without_drafters(app: App) -> None:
+    await app.sessions.receive(builders.load(without_drafters=["pool"]))
+    answer = await app.http.get("/ready")
+    assert (answer.status_code, answer.json()["without_drafters"]) == (200, ["pool"])
+    await app.sessions.receive(builders.load())
+    assert "without_drafters" not in (await app.http.get("/ready")).json()
+
+
 async def test_counters_agree_with_the_answers(app: App) -> None:
     before = samples()
     app.script = Script(text="abcdefgh", round_len=3)

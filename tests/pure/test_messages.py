@@ -18,6 +18,7 @@ from shared.messages import (
     Cancel,
     ClassLoad,
     CostModel,
+    DrafterHeartbeat,
     Ended,
     Failure,
     Finish,
@@ -164,6 +165,7 @@ EXAMPLES: list[Message] = [
         total_tokens=100,
         residency=[Residency(session="s", cached=12)],
     ),
+    DrafterHeartbeat(drafter="d", pool="p", sessions=3, max_sessions=64, drafts=False),
 ]
 
 

@@ -102,6 +102,20 @@ def test_a_mixed_fleet_is_shown_by_arithmetic() -> None:
     assert watch.snapshot(2600).mixture == {}, "the others are silent"
 
 
+def test_a_pool_shows_its_drafters_and_the_sessions_without() -> None:
+    stand_in = builders.drafter_heartbeat("s1.pool", sessions=3, drafts=False)
+    watch = watched((0, heartbeat()), (0, stand_in), (0, builders.drafter_heartbeat("s2.pool", drafts=False)))
+    assert watch.snapshot(1).without_drafters == ["pool"]
+    assert "pool pool: no drafter; 3 sessions decoded without drafts" in text(watch.snapshot(1))
+    watch.feed(builders.drafter_heartbeat("d1", sessions=64), 1)
+    watch.feed(builders.drafter_heartbeat("d2", sessions=60), 1)
+    assert watch.snapshot(1).without_drafters == []
+    screen = text(watch.snapshot(1), width=120)
+    assert "pool pool: 2 drafters, 124 sessions; 3 more decoded without drafts until one has room" in screen
+    watch.feed(stand_in, 3500)
+    assert watch.snapshot(3500).without_drafters == ["pool"], "the drafters are silent"
+
+
 def test_batches_are_held_against_their_prediction() -> None:
     watch = watched((0, heartbeat()))
     for i, took in enumerate((50.0, 20.0, 60.0)):

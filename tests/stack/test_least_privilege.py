@@ -17,6 +17,7 @@ from asking import Case, Client
 from patience import HANG_S
 from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
 
+from services.scheduler.stand_in import StandIn
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.suite_observer import once_seen
 from services.tools.local.brokers import Brokers
@@ -29,6 +30,7 @@ from shared.broker.access import definitions, user_of
 from shared.broker.client import Broker
 from shared.broker.topology import ROLES, JournalLimits, Topology
 from shared.errors import BrokersError
+from shared.state.store import Store
 
 NAMES = Topology("least")
 JOURNAL = JournalLimits(20_000_000, 3600)
@@ -83,9 +85,12 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
         body = client.body(cases[0], "none") | {"stream": True, "max_tokens": 300, "ignore_eos": True}
         async with http.stream("POST", f"{stack.url}/completions", json=body) as stream:
             assert await anext(stream.aiter_lines())
+        users = await rabbitmqctl(broker.server, "list_connections", "user", "name")
+        for drafter in stack.processes("drafter"):
+            await stack.stop(drafter)
+        assert await client.ask(cases[0]) == cases[0].tokens, "by a scheduler, as no drafter is left"
         await once_seen(SuiteAddress(broker.urls["top"], NAMES.namespace), _silent(), 1.5, as_json=True)
         logs = "".join(path.read_text() for path in stack.folder.glob("*.log"))
-        users = await rabbitmqctl(broker.server, "list_connections", "user", "name")
     for trace in ("ACCESS_REFUSED", "access refused", "dead letter lost", "dead-lettered"):
         assert trace.lower() not in logs.lower()
     assert all(user in users for service, user in USERS.items() if service != "top")
@@ -200,6 +205,25 @@ async def test_a_broker_without_the_definitions_is_reported(broker: Set) -> None
     drafter = await Broker.connect(broker.urls["drafter"], NAMES, "x")
     with pytest.raises(BrokersError, match="`wisp broker definitions`"):
         await drafter.consume(NAMES.generate_queue("unknown"), _nothing, prefetch=1)
+    await drafter.close()
+
+
+async def test_a_scheduler_without_the_permissions_stands_in_for_nobody(broker: Set, redis_url: str) -> None:
+    """As after an update, until the new definitions are imported."""
+    connection = await Broker.connect(broker.urls["estimator"], NAMES, "s1")
+    store = Store.connect(redis_url, NAMES.namespace)
+    assert await StandIn("s1", ["pool"], 8, connection, store).join() == []
+    await connection.consume(NAMES.sample_queue(), _nothing)
+    await connection.prove_consumers()
+    await connection.close()
+    await store.close()
+
+
+async def test_a_service_may_ask_whether_it_may_publish(broker: Set) -> None:
+    drafter = await Broker.connect(broker.urls["drafter"], NAMES, "d1")
+    assert await drafter.may_publish(topology.drafter("d1"))
+    assert not await drafter.may_publish(topology.batch("v1"))
+    assert await drafter.may_publish(topology.VERIFY), "the connection is as before"
     await drafter.close()
 
 

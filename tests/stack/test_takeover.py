@@ -67,7 +67,11 @@ async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> A
             schedulers=2,
             env={"WISP_THREADS": "1", "WISP_ADMISSION": "false"},
             env_of={
-                "scheduler": {"WISP_AMQP_URL": f"{brokers.amqp_url}?heartbeat={HEARTBEAT_S}"},
+                # Drafters take over from each other here: test_no_drafter.py has schedulers that stand in for them.
+                "scheduler": {
+                    "WISP_AMQP_URL": f"{brokers.amqp_url}?heartbeat={HEARTBEAT_S}",
+                    "WISP_STAND_IN_POOLS": "[]",
+                },
                 "verifier": {"WISP_PROFILE": "false"},
             },
         ) as stack,

@@ -24,6 +24,8 @@ if TYPE_CHECKING:
 
 AUTO = "auto"
 """The choice that leaves the source to the drafter: the first of `PREFERRED` that is available."""
+NONE = "none"
+"""The source that never drafts."""
 FALLBACK = "lookup"
 """The source that needs no model and fits any vocabulary."""
 PREFERRED = ("combined", FALLBACK)
@@ -143,7 +145,7 @@ def _load_model(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> 
 
 
 SOURCES: Mapping[str, SourceKind] = {
-    "none": SourceKind((), lambda settings, loaded: LoadedSource(NoDrafts())),
+    NONE: SourceKind((), lambda settings, loaded: LoadedSource(NoDrafts())),
     "lookup": SourceKind((LOOKUP,), lambda settings, loaded: LoadedSource(LookupDrafts())),
     "model": SourceKind(
         (MODEL,), _load_model, required=lambda settings: settings.draft_model is not None, needs_torch=True

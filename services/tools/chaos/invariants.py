@@ -22,7 +22,7 @@ from shared.state.store import Store, unpack
 
 GAUGES = {
     "drafter": ("wisp_drafter_sessions",),
-    "scheduler": ("wisp_num_requests_waiting",),
+    "scheduler": ("wisp_num_requests_waiting", "wisp_drafter_sessions"),
     "gateway": ("wisp_num_requests_running",),
 }
 """Gauges that are 0 in an idle suite, by service."""

@@ -16,6 +16,7 @@ from typing import Literal
 
 import psutil
 
+from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.local import broker_sources
 from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, tested_versions, without_password
 from services.tools.local.broker_sources import BrokerSource
@@ -39,7 +40,7 @@ EXTRAS = {
 """The packages that show that an extra is installed."""
 API_PORT = 8000
 HEARTBEATS_S = 1.2
-"""Time in which every live verifier sends a heartbeat."""
+"""Time in which every live verifier and drafter sends a heartbeat."""
 MEMORY_NEEDED = 2.0
 DISK_NEEDED = 1.0
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
@@ -186,7 +187,7 @@ def _versioned(part: str, version: str, state: str) -> Finding:
 
 
 async def _fleet(addresses: BrokerAddresses) -> list[Finding]:
-    """Check whether the verifiers of the suite in use, if there is one, have one arithmetic."""
+    """Check drafters and arithmetic of the suite in use, if there is one."""
     from services.tools.cli.suite_address import choose_suite
     from services.tools.cli.suite_observer import observed
 
@@ -195,17 +196,31 @@ async def _fleet(addresses: BrokerAddresses) -> list[Finding]:
         return []
     try:
         suite = choose_suite(addresses.amqp_url, LocalSettings().namespace, running)
-        mixture = (await observed(replace(suite, tls=addresses.tls), HEARTBEATS_S)).mixture
+        seen = await observed(replace(suite, tls=addresses.tls), HEARTBEATS_S)
     except (BrokersError, SettingsError):
         return []  # no suite, or one at brokers whose address is not known here
-    if not mixture:
+    return [*_without_drafters(suite.namespace, seen), *_of_arithmetics(suite.namespace, seen)]
+
+
+def _without_drafters(namespace: str, seen: SuiteSnapshot) -> Iterator[Finding]:
+    for pool in seen.without_drafters:
+        yield Finding(
+            "drafters",
+            "note",
+            f"none in pool {pool} of {namespace}: schedulers decode its sessions without drafts",
+            "start a drafter; running sessions move to it",
+        )
+
+
+def _of_arithmetics(namespace: str, seen: SuiteSnapshot) -> list[Finding]:
+    if not (mixture := seen.mixture):
         return []
     parts = "; ".join(f"{', '.join(names)}: {arithmetic}" for arithmetic, names in mixture.items())
     return [
         Finding(
             "verifiers",
             "note",
-            f"of different arithmetic in {suite.namespace}: {parts}",
+            f"of different arithmetic in {namespace}: {parts}",
             "a session stays with those of one arithmetic, unless WISP_MIXED_ARITHMETIC=allow",
         )
     ]

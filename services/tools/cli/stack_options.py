@@ -70,6 +70,9 @@ DtypeOption = Annotated[
     ),
 ]
 DraftersOption = Annotated[int, typer.Option("--drafters", min=1, help="Drafter processes.")]
+ServedDraftersOption = Annotated[
+    int, typer.Option("--drafters", min=0, help="Drafter processes; with 0, sessions are decoded without drafts.")
+]
 VerifiersOption = Annotated[int, typer.Option("--verifiers", min=1, help="Verifier processes; they share the cores.")]
 ThreadsOption = Annotated[
     int | None,

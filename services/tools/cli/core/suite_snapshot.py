@@ -69,6 +69,18 @@ class VerifierView:
 
 
 @dataclass(frozen=True)
+class PoolView:
+    """A pool of drafters with a heartbeat in the last seconds."""
+
+    pool: str
+    drafters: int
+    sessions: int
+    """Sessions of its drafters."""
+    undrafted: int
+    """Sessions that schedulers decode without drafts, because no drafter has room for them."""
+
+
+@dataclass(frozen=True)
 class ClassView:
     """A service class: running sessions, and sessions that ended in the last minute."""
 
@@ -145,6 +157,7 @@ class SuiteSnapshot:
     observed_ms: float
     scheduler: SchedulerView | None
     verifiers: list[VerifierView]
+    pools: list[PoolView]
     classes: list[ClassView]
     throughput: Rates
     """Committed tokens."""
@@ -169,6 +182,11 @@ class SuiteSnapshot:
         if len(known) < 2:
             return {}
         return {arithmetic: [one.name for one in live if one.arithmetic == arithmetic] for arithmetic in known}
+
+    @property
+    def without_drafters(self) -> list[str]:
+        """Names of the pools that schedulers serve without drafters."""
+        return [one.pool for one in self.pools if not one.drafters]
 
     @property
     def empty(self) -> bool:

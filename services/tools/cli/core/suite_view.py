@@ -11,6 +11,7 @@ from rich.text import Text
 from services.tools.cli.core.suite_snapshot import (
     BatchView,
     JobView,
+    PoolView,
     Rates,
     SchedulerView,
     SuiteSnapshot,
@@ -48,6 +49,7 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
         Text(),
         _verifiers(snapshot.verifiers),
         *_mixture(snapshot.mixture),
+        *map(_pool, snapshot.pools),
         Text(),
         _classes(snapshot),
     ]
@@ -141,6 +143,15 @@ def _mixture(mixture: Mapping[str, Sequence[str]]) -> Iterator[Text]:
         yield _line("mixed fleet: sessions stay with verifiers of one arithmetic", "yellow")
     for arithmetic, names in mixture.items():
         yield _line(f"  {', '.join(map(_clipped, names))}: {arithmetic}")
+
+
+def _pool(one: PoolView) -> Text:
+    """Describe a pool's drafters, and the sessions that go without."""
+    if not one.drafters:
+        return _line(f"pool {one.pool}: no drafter; {one.undrafted} sessions decoded without drafts", "yellow")
+    drafters = "1 drafter" if one.drafters == 1 else f"{one.drafters} drafters"
+    undrafted = f"; {one.undrafted} more decoded without drafts until one has room" if one.undrafted else ""
+    return _line(f"pool {one.pool}: {drafters}, {one.sessions} sessions{undrafted}")
 
 
 def _classes(snapshot: SuiteSnapshot) -> Table:

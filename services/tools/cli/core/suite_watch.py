@@ -15,17 +15,31 @@ from services.tools.cli.core.suite_snapshot import (
     ClassView,
     EndView,
     JobView,
+    PoolView,
     Rates,
     SchedulerView,
     SuiteSnapshot,
     VerifierView,
 )
-from shared.messages import SILENT_MS, Batch, CostModel, Ended, Heartbeat, Load, Message, Result, Status
+from shared.messages import (
+    DRAFTER_BEAT_S,
+    SILENT_MS,
+    Batch,
+    CostModel,
+    DrafterHeartbeat,
+    Ended,
+    Heartbeat,
+    Load,
+    Message,
+    Result,
+    Status,
+)
 
 SHORT_MS = 10_000.0
 LONG_MS = 60_000.0
 LOST_RUN_MS = 5000.0
 """A run without a report for this long is over."""
+DRAFTER_SILENT_MS = 3000 * DRAFTER_BEAT_S
 BATCHES_SHOWN = 5
 REFUSED = "refused"
 ABORTED = "abort"
@@ -100,6 +114,7 @@ class SuiteWatch:
     started_ms: float
     _verifiers: dict[str, _Verifier] = field(default_factory=dict)
     _models: dict[str, CostModel] = field(default_factory=dict)
+    _drafters: dict[str, tuple[float, DrafterHeartbeat]] = field(default_factory=dict)
     _load: tuple[float, Load] | None = None
     _batches: dict[str, _Sent] = field(default_factory=dict)
     """By batch id, oldest first."""
@@ -118,6 +133,8 @@ class SuiteWatch:
         match message:
             case Heartbeat():
                 self._verifiers[message.verifier] = _Verifier(now_ms, message)
+            case DrafterHeartbeat():
+                self._drafters[message.drafter] = now_ms, message
             case CostModel():
                 self._models[message.verifier] = message
             case Load():
@@ -164,6 +181,8 @@ class SuiteWatch:
             busy.forget(oldest)
         for session in [session for session, run in self._runs.items() if run.at_ms < now_ms - LOST_RUN_MS]:
             del self._runs[session]
+        for name in [name for name, (at_ms, _) in self._drafters.items() if at_ms < oldest]:
+            del self._drafters[name]
         if self._load is not None and self._load[0] < oldest:
             self._load = None
 
@@ -177,6 +196,7 @@ class SuiteWatch:
             observed_ms=now_ms - self.started_ms,
             scheduler=self._scheduler(now_ms),
             verifiers=[self._verifier(name, now_ms) for name in sorted(self._verifiers)],
+            pools=self._pools(now_ms),
             classes=self._classes(),
             throughput=throughput,
             goodput=self._goodput(throughput, now_ms),
@@ -260,6 +280,18 @@ class SuiteWatch:
             ratio_p50=median(ratios) if ratios else None,
             samples=model.samples if model else None,
         )
+
+    def _pools(self, now_ms: float) -> list[PoolView]:
+        live = [beat for at_ms, beat in self._drafters.values() if now_ms - at_ms <= DRAFTER_SILENT_MS]
+        return [
+            PoolView(
+                pool=pool,
+                drafters=sum(beat.drafts for beat in live if beat.pool == pool),
+                sessions=sum(beat.sessions for beat in live if beat.pool == pool and beat.drafts),
+                undrafted=sum(beat.sessions for beat in live if beat.pool == pool and not beat.drafts),
+            )
+            for pool in sorted({beat.pool for beat in live})
+        ]
 
     def _classes(self) -> list[ClassView]:
         loads = {one.service_class: one for one in self._load[1].classes} if self._load else {}
