@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import made_folders
@@ -18,12 +23,12 @@ from transformers import MixtralConfig, PreTrainedConfig
 from typer.testing import CliRunner
 
 from services.tools.cli.main import app
-from shared.engine import Engine, Step, module_pass
+from shared.engine import Engine, Step, module_pass, trial
 from shared.errors import EngineError, ModelError
+from shared.models import prepare as preparing
+from shared.models.folder import ModelFolder
 from shared.models.gguf_file import GgufFile
-from shared.models.prepare import prepare
-
-pytestmark = pytest.mark.slow
+from shared.models.prepare import prepare, try_model
 
 MIXTRAL = MixtralConfig(
     vocab_size=tiny.VOCAB,
@@ -225,6 +230,33 @@ def test_another_kind_of_model_is_refused_and_no_code_of_the_folder_runs(
     assert not (tmp_path / "ran").exists()
 
 
+@pytest.fixture
+def trials_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Try models in this process: in one of its own, loading torch takes longer than all else."""
+
+    def run(command: list[str], **options: object) -> subprocess.CompletedProcess[str]:
+        python, *arguments = command
+        assert (python, *arguments[:2]) == (sys.executable, "-m", "shared.engine.trial")
+        output = io.StringIO()
+        with monkeypatch.context() as patch, redirect_stdout(output):
+            patch.setattr(sys, "argv", arguments[1:])
+            trial.main()
+        return subprocess.CompletedProcess(command, 0, output.getvalue(), "")
+
+    monkeypatch.setattr(preparing, "subprocess", SimpleNamespace(run=run))
+
+
+def test_a_trial_that_is_killed_is_an_error_with_its_status(
+    originals: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = ModelFolder(served(originals["gpt-neox"], tmp_path / "served"))
+    for errors, last in (("", "no output"), ("first\nlast\n", "last")):
+        ended = SimpleNamespace(returncode=-9, stdout="loading\n", stderr=errors)
+        monkeypatch.setattr(preparing, "subprocess", SimpleNamespace(run=lambda *_, ended=ended, **__: ended))
+        with pytest.raises(ModelError, match=rf"status -9 \({last}\)\. It may need more memory"):
+            try_model(folder)
+
+
 def served(folder: Path, to: Path, change: Callable[[Tensors], object] = lambda tensors: None, **config: Any) -> Path:
     """Return a copy that has a tokenizer."""
     to.mkdir()
@@ -234,6 +266,7 @@ def served(folder: Path, to: Path, change: Callable[[Tensors], object] = lambda 
     return changed(folder, to, change, **config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", MODELS)
 def test_a_folder_is_tried_once_before_it_is_served(originals: dict[str, Path], tmp_path: Path, name: str) -> None:
     folder = served(originals[name], tmp_path / name)
@@ -243,6 +276,7 @@ def test_a_folder_is_tried_once_before_it_is_served(originals: dict[str, Path], 
         assert len(doings) == (0 if name == "llama" else 2), f"prepared {times} times"
 
 
+@pytest.mark.usefixtures("trials_here")
 @pytest.mark.parametrize("name", MODELS)
 @pytest.mark.parametrize(
     ("change", "config", "reason"),
@@ -266,6 +300,7 @@ def test_a_folder_that_does_not_load_is_not_prepared(
         prepare(folder, tmp_path / "models")
 
 
+@pytest.mark.usefixtures("trials_here")
 def test_the_command_line_says_how_a_folder_runs(originals: dict[str, Path], tmp_path: Path) -> None:
     outputs = {}
     for name, config in (("llama", {}), ("gpt-neox", {}), ("mixtral", {"model_type": "brand_new"})):
