@@ -17,7 +17,7 @@ from shared.runtime.settings import NAME_PATTERN, BrokerSettings, ProcessSetting
 
 @dataclass(frozen=True)
 class ServingOptions:
-    """What serving a session depends on beside its draft source."""
+    """Settings of serving sessions, apart from their draft sources."""
 
     max_sessions: int
     """Sessions served at once."""

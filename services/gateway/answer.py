@@ -87,7 +87,7 @@ class Answer:
     resumed: bool = False
     """True if the sessions were started for an earlier connection, perhaps by another gateway."""
     cursor: StreamCursor = field(init=False)
-    """How much of the stream the client has."""
+    """The part of the stream that the client has."""
     sessions: list[Generate] = field(default_factory=list)
     """One per completion. A resumed answer gets them when its sessions are collected."""
     charged_tokens: int = 0

@@ -1,4 +1,4 @@
-"""What pages in a browser may do: everything, by CORS, from the origins of a setting; else nothing.
+"""CORS: pages in a browser from the origins of a setting may use the whole API, and all others none of it.
 
 A page can reach an API on loopback, or on a network behind a firewall, which its author cannot. Browsers let every
 page send simple requests without asking, and a page whose name is later pointed to the API's address (DNS rebinding)

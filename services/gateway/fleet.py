@@ -18,7 +18,7 @@ from shared.runtime import logging
 FOLLOW_S = 5.0
 """Time between two reads of the heartbeats without requests."""
 FRESH_S = 1.0
-"""How long read heartbeats are used."""
+"""Time for which read heartbeats are used."""
 RETRY_S = 0.25
 """Time between two reads for a request that waits."""
 READ_TIMEOUT_S = 3.0

@@ -30,7 +30,7 @@ from shared.runtime.files import behind_links
 
 _MARKER = "wisp-model.json"
 _TRIED = ".wisp-tried"
-"""What the engine has computed from the folder: its fingerprint, and the versions of libraries."""
+"""Record of a successful trial of the folder: its fingerprint, and the versions of libraries."""
 _ROOT = str(Path(__file__).parents[2])
 # Increase it when the output of the conversion changes, so that older folders are converted again.
 _FORMAT = 1
@@ -171,7 +171,7 @@ def not_described(folder: ModelFolder) -> str:
 
 @dataclass(frozen=True, slots=True)
 class ModelTrial:
-    """How the engine computes a model."""
+    """The engine's way of computing a model."""
 
     reason: str
     """Reason for taking transformers' module code; empty for the compiled pass."""

@@ -13,6 +13,7 @@ from import_graph import modules, nodes, users
 pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
 
 LONGEST_TEST_NAME = 70
+QUESTIONS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Why"}
 
 
 def test_no_class_name_is_defined_twice() -> None:
@@ -33,6 +34,17 @@ def test_names_of_tests_are_short() -> None:
     }
     assert "test_names_of_tests_are_short" in names
     assert {name: place for name, place in names.items() if len(name) > LONGEST_TEST_NAME} == {}
+
+
+def test_no_docstring_begins_with_a_question() -> None:
+    """It says what the thing does or is: "Return whether …", not "Whether …"."""
+    begins = {}
+    for module in modules():
+        for node in nodes(module):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                begins[f"{module}: {getattr(node, 'name', '')}"] = (ast.get_docstring(node) or "").split(" ")[0]
+    assert begins["shared.slo: batch_period_ms"] == "Return"
+    assert [place for place, word in begins.items() if word in QUESTIONS] == []
 
 
 def test_no_two_test_files_have_the_same_name() -> None:

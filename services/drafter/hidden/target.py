@@ -77,7 +77,7 @@ def require_first_layers(folder: ModelFolder, count: int) -> None:
 
 @dataclass(frozen=True)
 class LogitShape:
-    """What a model does with the products of its head."""
+    """A model's way from the products of its head to logits."""
 
     multiplier: float = 1.0
     softcap: float = 0.0

@@ -1,7 +1,7 @@
-"""Runs as the scheduler decides them: whether a verifier goes on with a session by itself after a round, and how far.
+"""The scheduler's rules of runs: after which rounds a verifier goes on with a session by itself, and how far.
 
 A drafter leaves its session to the verifier for as many tokens as it expects drafts not to pay (`Verify.run_tokens`).
-The scheduler does the same unasked where a draft had no room in the batch, and where the session's rounds bring fewer
+The scheduler grants a run unasked where a draft had no room in the batch, and where the session's rounds bring fewer
 tokens per time than a run would, because its device or its link is slow. The drafter gets its turn after each run; runs
 of this kind grow while it does not catch up.
 
@@ -21,7 +21,7 @@ from shared.cost.model import TYPICAL_LENGTH
 
 MOST_TOKENS = 128
 LONGEST_MS = 10_000.0
-"""Limits of a run, so that a session whose drafter or scheduler is gone is decided on anew."""
+"""Limits of a run, so that a session whose drafter or scheduler is gone is soon scheduled again."""
 FIRST_TOKENS = 4
 """Tokens of a session's first run that its drafter has not asked for."""
 MEASURED_ROUNDS = 4
@@ -31,7 +31,7 @@ GAIN = 1.15
 LATE_MS = 250.0
 """A run without a report for this long, and a step more, may be lost."""
 LOST_MS = 5000.0
-"""A run without a report for this long is over, or its verifier stands still."""
+"""A run without a report for this long has ended, or its verifier has stopped."""
 
 
 def step_ms(state: VerifierState, length: int) -> float:
@@ -52,7 +52,7 @@ def tightest_ms(state: VerifierState, sessions: Iterable[ActiveSession]) -> floa
 
 
 def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, step_ms: float) -> int:
-    """Return the length of the run that a session gets although its drafter drafts; 0 for none.
+    """Return the length of the run that a session gets unasked, although its drafter drafts; 0 for none.
 
     before: tokens of its last such run; 0 if its last round brought none. trimmed: True if none of its draft had room
     in the batch. step_ms: time per token of the run.

@@ -1,4 +1,4 @@
-"""The sessions that one verifier decodes in runs, as their reports show them, and what they add to a step."""
+"""The sessions that one verifier decodes in runs, according to their reports, and the work that they add to a step."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class VerifierRuns:
         return self._runs.get(session_id)
 
     def set(self, session_id: str, run: RunningRun) -> None:
-        """Add a session's run, or replace what was known of it."""
+        """Add a session's run, or replace it."""
         self.pop(session_id)
         self._runs[session_id] = run
         self.shape.add(*_job(run))

@@ -1,6 +1,6 @@
 """Runs: sessions that the verifier decodes by itself, one token in each step, under a grant of the scheduler.
 
-A run begins with a round's verdict and goes on while the round is still being committed. Its tokens are committed and
+A run begins after a round's verdict, while the round is still being committed. Its tokens are committed and
 reported several steps at a time. A report is committed like a round: only onto the length that it builds on.
 """
 
@@ -26,7 +26,7 @@ class Run:
     job: Job
     """The session's latest job: its results go to this job's drafter and gateway."""
     lease: int
-    """The lease under which it was granted."""
+    """Lease under which it was granted."""
     task: VerifyTask
     """Input of its next step. `tokens` grows with each step."""
     left: int
@@ -89,7 +89,7 @@ class RunTable:
 
     @property
     def decoding(self) -> bool:
-        """True if a run wants another step."""
+        """True if a run needs another step."""
         return any(not run.over for run in self._runs.values())
 
     def start(self, job: Job, task: VerifyTask, outcome: VerifyOutcome, lease: int, now_ms: float) -> Run | None:
@@ -124,7 +124,7 @@ class RunTable:
         return run
 
     def join(self, job: Job) -> Run | None:
-        """Return the live run of a job's session, whose results go to this job's drafter and gateway from now on.
+        """Return the run of a job's session, and send its results to this job's drafter and gateway from now on.
 
         A job that grants no run halts it.
         """
@@ -188,7 +188,7 @@ class RunTable:
             self.drop(report.run)
 
     def drop(self, run: Run) -> None:
-        """Forget a run; what it has not reported is decoded again by whoever gets the session."""
+        """Forget a run. Its unreported tokens are decoded again in the session's next round."""
         if self._runs.get(run.job.session) is run:
             del self._runs[run.job.session]
 
@@ -198,7 +198,7 @@ class RunTable:
             self._runs.pop(session_id, None)
 
     def halt(self, session_ids: Iterable[str]) -> None:
-        """End the runs of these sessions with their next step, which their last report brings."""
+        """End the runs of these sessions with their next step; its token comes with their last report."""
         for session_id in session_ids:
             if (run := self._runs.get(session_id)) is not None:
                 run.left = min(run.left, 1)

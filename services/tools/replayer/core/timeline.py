@@ -90,7 +90,7 @@ class RoundTime:
     tokens: list[int]
     """Committed tokens: accepted draft tokens, then the target's own."""
     own: int
-    """How many of these are the target's own."""
+    """Number of these that are the target's own."""
     status: str
     finish: str | None
     error: str | None
