@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -87,6 +88,11 @@ class BatchLoop:
         self._emulated = emulated
         self._digests = digests
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
+        self._arriving: deque[Batch] = deque()
+        """Batches whose sessions are being read while runs go on, the next one first."""
+        self._arrivals: asyncio.Task[None] | None = None
+        self._read: set[str] = set()
+        """Ids of batches in `_batches` whose sessions were read."""
         self._replies: set[asyncio.Task[None]] = set()
         self._busy = False
         self._unchecked = False
@@ -98,12 +104,44 @@ class BatchLoop:
     @property
     def idle(self) -> bool:
         """True if every accepted batch is replied to and no run goes on."""
-        return self._batches.empty() and not self._busy and not self._replies and not self.runs
+        return not (self._arriving or self._busy or self._replies or self.runs) and self._batches.empty()
 
     def put(self, batch: Batch) -> None:
         """Accept a batch."""
         self._log.debug("batch received", batch=batch.batch, jobs=[[job.session, job.round] for job in batch.jobs])
-        self._batches.put_nowait(batch)
+        if not (self._arriving or self.runs.decoding):
+            self._batches.put_nowait(batch)
+            return
+        self._arriving.append(batch)
+        if self._arrivals is None or self._arrivals.done():
+            self._arrivals = asyncio.create_task(self._read_arriving())
+
+    async def _read_arriving(self) -> None:
+        """Read the sessions of arriving batches from Redis beside the steps of runs, which do not wait for it."""
+        while self._arriving:
+            batch = self._arriving[0]
+            try:
+                await self._recall([job for job in batch.jobs if self._may_read(job)])
+                self._read.add(batch.batch)
+            except BrokersError as error:
+                self._log.warning("sessions not read, tried again with their batch", error=str(error))
+            finally:
+                self._batches.put_nowait(self._arriving.popleft())
+
+    def _may_read(self, job: Job) -> bool:
+        """Return whether a job's session is to be read: its sender knows its key, and no run decodes it here."""
+        return (
+            self._session_keys.accepts(job)
+            and job.fingerprint == self._membership.fingerprint
+            and self.runs.get(job.session) is None
+        )
+
+    async def _recall(self, jobs: Sequence[Job]) -> None:
+        """Read the jobs' sessions if this verifier does not remember them, and load KV that it lacks."""
+        await self._sessions.recall(jobs)
+        remembered = [job.session for job in jobs if self._sessions.remembers(job)]
+        uncached = [session_id for session_id in remembered if not self._sessions.cached.get(session_id)]
+        await self._handoff.load({session_id: self._sessions.tokens(session_id) for session_id in uncached})
 
     async def run(self) -> None:
         """Work for ever."""
@@ -186,10 +224,11 @@ class BatchLoop:
                 work.stale.append(job)
             else:
                 valid.append(job)
-        await self._sessions.recall(valid)
-        remembered = [job.session for job in valid if self._sessions.remembers(job)]
-        uncached = [session_id for session_id in remembered if not self._sessions.cached.get(session_id)]
-        await self._handoff.load({session_id: self._sessions.tokens(session_id) for session_id in uncached})
+        if batch.batch in self._read:
+            self._read.discard(batch.batch)
+            await self._sessions.recall(valid)  # what has changed since
+        else:
+            await self._recall(valid)
         for job in valid:
             if self._sessions.remembers(job):
                 work.tasks.append((job, self._sessions.task(job)))

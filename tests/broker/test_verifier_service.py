@@ -27,6 +27,7 @@ from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
+from shared.errors import BrokersError
 from shared.messages import (
     MOST,
     SILENT_MS,
@@ -511,6 +512,64 @@ async def test_a_run_beside_rounds_and_another_run(peer: Peer, text: list[int]) 
             length = len(found["rounds"])
             await peer.send(peer.job("rounds", 4 + length, text[length : length + 2], round_=length))
     assert found == dict.fromkeys(found, text[:25])
+
+
+async def test_a_run_does_not_wait_for_redis_with_the_batch_of_another_session(
+    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, answered = asyncio.Event(), asyncio.Event()
+    read = Store.read
+
+    async def slow_read(store: Store, sessions: Sequence[str]) -> Any:
+        if "new" in sessions:
+            asked.set()
+            await answered.wait()
+        return await read(store, sessions)
+
+    await peer.open("run", max_tokens=900)
+    await peer.open("new")
+    await peer.open("next")
+    await peer.begin_run("run", 4, tokens=880)
+    await peer.result()
+    monkeypatch.setattr(Store, "read", slow_read)
+    await peer.send(peer.job("new", 4, text[:2]))
+    await peer.send(peer.job("next", 4, text[:3]))
+    await asyncio.wait_for(asked.wait(), HANG_S)
+    meanwhile = [await peer.result() for _ in range(5)]
+    assert all(result.run for result in meanwhile)
+    assert len({result.base_len for result in meanwhile}) == 5
+    answered.set()
+    found: dict[str, Result] = {}
+    while len(found) < 2:
+        result = await peer.result()
+        if not result.run:
+            found[result.session] = result
+    assert list(found) == ["new", "next"], "in the order in which they came"
+    assert (found["new"].tokens, found["next"].tokens) == (text[:3], text[:4])
+    await peer.broker.publish(Halt(sessions=["run"]), topology.batch("v1"))
+
+
+async def test_a_batch_whose_session_could_not_be_read_beside_a_run_is_read_again(
+    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, failures = Store.read, [BrokersError("away")]
+
+    async def failing_read(store: Store, sessions: Sequence[str]) -> Any:
+        if "new" in sessions and failures:
+            raise failures.pop()
+        return await read(store, sessions)
+
+    await peer.open("run", max_tokens=900)
+    await peer.open("new")
+    await peer.begin_run("run", 4, tokens=880)
+    await peer.result()
+    monkeypatch.setattr(Store, "read", failing_read)
+    await peer.send(peer.job("new", 4, text[:2]))
+    while (result := await peer.result()).run:
+        pass
+    assert (result.session, result.tokens) == ("new", text[:3])
+    assert not failures
+    await peer.broker.publish(Halt(sessions=["run"]), topology.batch("v1"))
 
 
 async def test_a_halted_run_ends_within_a_step(peer: Peer, text: list[int]) -> None:
