@@ -549,7 +549,7 @@ async def test_a_run_does_not_wait_for_redis_with_the_batch_of_another_session(
     await peer.broker.publish(Halt(sessions=["run"]), topology.batch("v1"))
 
 
-async def test_a_batch_whose_session_could_not_be_read_beside_a_run_is_read_again(
+async def test_a_session_that_was_not_read_beside_a_run_is_read_again(
     peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read, failures = Store.read, [BrokersError("away")]
