@@ -35,12 +35,15 @@ serve: setup ## run the suite in the foreground; Ctrl-C stops it (PORT=8000)
 
 ## Develop
 
+# Two workers take the groups of tests (tests/conftest.py) in order: the longest come first.
+PARALLEL = -n 2 --dist loadgroup --no-loadscope-reorder
+
 test-fast: setup ## run the tests that need no brokers and no default model
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup -m "not big_model and not slow" --hypothesis-profile fast \
-		tests/pure tests/model $(if $(wildcard .wisp/tools/installed),tests/manifests) $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not big_model and not slow" --hypothesis-profile fast \
+		tests/model $(if $(wildcard .wisp/tools/installed),tests/manifests) tests/pure $(ARGS)
 
 test: setup tools ## run all tests on private brokers (ARGS="-n 0": one by one)
-	@$(BIN)/python -m pytest -n 2 --dist loadgroup $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Debian
 	@.ci/brokers $(BIN)/python -m pytest -n 0 tests/broker tests/stack/test_cluster.py \

@@ -6,7 +6,6 @@ import gc
 import os
 import sys
 from collections.abc import AsyncIterator, Generator
-from pathlib import Path
 from secrets import token_hex
 
 import hypothesis
@@ -39,8 +38,8 @@ structlog.configure(
     ]
 )
 
-WITH_BROKERS = ("broker", "stack")
-"""Folders of tests that run one after another: they share brokers and measure times on few cores."""
+LONG_FOLDERS = ("stack", "broker")
+"""Folders whose tests share brokers and take minutes. Each belongs to one worker, and they start first."""
 
 
 @pytest.hookimpl(wrapper=True)
@@ -59,25 +58,28 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 @pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests by what they use.
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Group the tests for `-n 2 --dist loadgroup`, and mark those that use the default target as `big_model`.
 
-    One worker runs all tests with brokers, in their order, and the others the rest, file by file, so that the models
-    and the trained drafts of a file are made once (`-n 2 --dist loadgroup`). Tests that use the default target are
-    marked `big_model`, and `make test-fast` leaves them out.
+    A worker takes the whole folder `stack` or `broker`, or else a file at a time, so that the brokers of a folder and
+    the models of a file are made once.
     """
     for item in items:
-        if Path(item.path).parent.name in WITH_BROKERS:
-            item.add_marker(pytest.mark.xdist_group("brokers"))
+        folder = item.path.parent.name
+        if folder in LONG_FOLDERS:
+            item.add_marker(pytest.mark.xdist_group(folder))
         elif item.get_closest_marker("xdist_group") is None:
             item.add_marker(pytest.mark.xdist_group(item.path.name))
         if "target_folder" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.big_model)
+    if hasattr(config, "workerinput"):
+        order = {folder: place for place, folder in enumerate(LONG_FOLDERS)}
+        items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
 
 
 @pytest.fixture(scope="session")
 async def brokers() -> AsyncIterator[Brokers]:
-    """RabbitMQ and Redis of this run; given ones if WISP_AMQP_URL and WISP_REDIS_URL are set."""
+    """RabbitMQ and Redis of this worker; given ones if WISP_AMQP_URL and WISP_REDIS_URL are set."""
     with RunFolder("test") as folder:
         async with Brokers(folder.path) as running:
             yield running
