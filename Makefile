@@ -27,7 +27,7 @@ help: ## show this list
 setup: ## make environment and default model; others do this first
 	@$(PYTHON) services/tools/local/bootstrap.py --torch-index "$(TORCH_INDEX)"
 
-demo: setup ## ask the suite two questions; compare with plain decoding
+demo: setup ## ask the suite three questions; compare with plain decoding
 	@$(BIN)/wisp demo $(ARGS)
 
 serve: setup ## run the suite in the foreground; Ctrl-C stops it (PORT=8000)

@@ -1,4 +1,4 @@
-"""`wisp demo`: two questions with drafts and again by plain decoding."""
+"""`wisp demo`: questions with drafts and again by plain decoding."""
 
 from __future__ import annotations
 
@@ -49,6 +49,19 @@ QUESTIONS = (
         "Country:",
         max_tokens=64,
         options={"temperature": 0.7, "seed": 7},
+    ),
+    Question(
+        "Chat, an edit of code, greedy",
+        messages=(
+            {
+                "role": "user",
+                "content": "Rename the function area to surface in this Python code. Answer with the whole code.\n\n"
+                "def area(width, height):\n    return width * height\n\n"
+                "def perimeter(width, height):\n    return 2 * (width + height)\n",
+            },
+        ),
+        max_tokens=96,
+        options={"temperature": 0},
     ),
 )
 

@@ -160,7 +160,7 @@ def demo(
         bool, typer.Option("--rounds", help="Draw the first rounds of each answer: times and tokens.")
     ] = False,
 ) -> None:
-    """Ask two questions and compare the answers with plain decoding; exit status 1 if they differ."""
+    """Ask three questions and compare the answers with plain decoding; exit status 1 if they differ."""
     with errors_shown():
         require("client")
         from services.tools.cli.demo import demo
