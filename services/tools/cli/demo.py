@@ -57,7 +57,8 @@ QUESTIONS = (
                 "role": "user",
                 "content": "Rename the function area to surface in this Python code. Answer with the whole code.\n\n"
                 "def area(width, height):\n    return width * height\n\n"
-                "def perimeter(width, height):\n    return 2 * (width + height)\n",
+                "def perimeter(width, height):\n    return 2 * (width + height)\n\n"
+                "def diagonal(width, height):\n    return (width ** 2 + height ** 2) ** 0.5\n",
             },
         ),
         max_tokens=96,
