@@ -33,6 +33,7 @@ async def test_a_suite_at_work(stack: Stack, client: Client, cases: list[Case]) 
         process.name for process in stack.processes("verifier")
     }
     assert seen["scheduler"]["alive"]
+    assert [(one["pool"], one["drafters"]) for one in seen["pools"]] == [("pool", 2)]
     assert seen["throughput"]["short"] > 0
     assert seen["verified"] > seen["accepted"] > 0
     batch = seen["batches"][0]
