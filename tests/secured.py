@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -76,6 +77,7 @@ async def secured(folder: Path, *, ask: bool, conf: str = "") -> AsyncIterator[S
     rabbitmq_conf = RABBITMQ_TLS.format(port=amqps_port, ask=str(ask).lower(), **files) + conf
     rabbitmq = await servers.start_rabbitmq(host.rabbitmq, host.epmd, folder, rabbitmq_conf)
     try:
+        await _listening(amqps_port)
         redis_conf = REDIS_TLS.format(port=rediss_port, ask="yes" if ask else "no", **files)
         redis = await servers.start_redis(host.redis, folder, redis_conf)
         try:
@@ -91,6 +93,19 @@ async def secured(folder: Path, *, ask: bool, conf: str = "") -> AsyncIterator[S
             await redis.stop()
     finally:
         await rabbitmq.stop()
+
+
+async def _listening(port: int) -> None:
+    """Wait for RabbitMQ's listener for TLS: it opens after the one that the start waits for."""
+    async with asyncio.timeout(servers.RABBITMQ_START_S):
+        while True:
+            try:
+                _, writer = await asyncio.open_connection("127.0.0.1", port)
+            except OSError:
+                await asyncio.sleep(0.1)
+            else:
+                writer.close()
+                return
 
 
 def _moved(url: str, scheme: str, port: int) -> str:

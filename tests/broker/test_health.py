@@ -14,6 +14,8 @@ from pathlib import Path
 import aio_pika
 import httpx
 import pytest
+from aio_pika.robust_queue import RobustQueue
+from aiormq.exceptions import AMQPError
 from patience import HANG_S
 
 from services.tools.local import machine, servers
@@ -79,21 +81,29 @@ async def test_a_process_is_ready_only_while_it_consumes(served: Served) -> None
     assert "python_info" in text
 
 
-async def test_a_consumer_that_the_broker_has_cancelled_is_noticed(served: Served, amqp_url: str) -> None:
+async def test_a_consumer_that_the_broker_has_cancelled_is_noticed(
+    served: Served, amqp_url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def refuse(*_: object) -> None:
+        raise AMQPError("the queue cannot be declared again")
+
     await consuming(served)
+    monkeypatch.setattr(RobustQueue, "_probe", refuse)
     async with await aio_pika.connect(amqp_url) as connection:
         queue = await (await connection.channel()).get_queue(served.broker.topology.verify_queue().name)
         await queue.delete(if_unused=False, if_empty=False)
-    for _ in range(50):
-        status, text = await served.asked("/ready")
-        if status == 503:
-            break
-        await asyncio.sleep(0.1)
-    assert (status, text) == (
-        503,
-        f"rabbitmq: RabbitMQ has cancelled the consumer of queue {served.broker.topology.verify_queue().name}\n",
-    )
+    name = served.broker.topology.verify_queue().name
+    await answered(served, 503, f"rabbitmq: RabbitMQ has cancelled the consumer of queue {name}\n")
     assert (await served.asked("/live"))[0] == 503, "starting it again declares the queue again"
+    monkeypatch.undo()
+    await answered(served, 200, "ok\n")
+
+
+async def answered(served: Served, status: int, text: str) -> None:
+    """Wait for this answer to /ready."""
+    async with asyncio.timeout(HANG_S):
+        while await served.asked("/ready") != (status, text):  # noqa: ASYNC110 another thread answers
+            await asyncio.sleep(0.1)
 
 
 async def test_without_rabbitmq_a_process_is_not_ready_but_needs_no_restart(served: Served) -> None:

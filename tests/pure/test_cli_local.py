@@ -16,6 +16,7 @@ from typing import NoReturn, get_args
 
 import builders
 import pytest
+from pages import ROOT
 from typer.testing import CliRunner
 
 from services.baseline.settings import Baseline
@@ -28,8 +29,9 @@ from services.tools.cli.stack_options import ServingChoice, draft_sources
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.up import curl, require_port
 from services.tools.local import folder, logs
+from services.tools.local.broker_check import TESTED
 from services.tools.local.folder import RUNS_KEPT, RunFolder, RunningApi, RunningSuite, note_api, running_apis
-from services.tools.local.machine import Machine
+from services.tools.local.machine import Machine, version_in
 from services.tools.local.ports import free_ports, is_free
 from services.tools.local.service_commands import STOP_ORDER, ServiceCommands, cores
 from services.tools.local.service_settings import refuse_bad_settings
@@ -172,6 +174,63 @@ async def test_doctor_reports_whether_a_version_was_tested(
         assert finding.state == ("ok" if tested else "note")
         assert finding.found.startswith(f"{server} ({'tested' if tested else 'not tested'})")
         assert tested or "WISP was tested with" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("server", "url", "advised"),
+    [
+        ("RabbitMQ 4.3.6", "amqp://a/,amqp://b/", True),
+        ("RabbitMQ 4.3.6", "amqp://a/", False),
+        ("RabbitMQ 4.0.5", "amqp://a/,amqp://b/", False),
+    ],
+)
+async def test_doctor_names_the_timeout_that_a_cluster_needs(
+    server: str, url: str, advised: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def check(*_: object) -> str:
+        return server
+
+    monkeypatch.setattr(doctor, "check_rabbitmq", check)
+    finding, _ = await doctor._brokers(BrokerAddresses(amqp_url=url, redis_url=None), BARE)
+    assert finding.state == ("note" if advised else "ok")
+    assert ("consumer_disconnected_timeout = 5000" in finding.advice) is advised
+
+
+def table_of_versions() -> dict[str, set[tuple[int, ...]]]:
+    """Return the versions of each server in the table of `services/FAILURES.md`."""
+    text = (ROOT / "services/FAILURES.md").read_text("utf-8").partition("## Versions of RabbitMQ and Redis")[2]
+    found: dict[str, set[tuple[int, ...]]] = {"RabbitMQ": set(), "Redis": set(), "Valkey": set()}
+    for rabbitmq, redis in re.findall(r"^\| ([\d.]+) \| [\d.]+ \| (\w+ [\d.]+) \|", text, re.MULTILINE):
+        name, _, version = redis.partition(" ")
+        found["RabbitMQ"].add(version_in(rabbitmq))
+        found[name].add(version_in(version))
+    return found
+
+
+def test_doctor_and_the_page_name_the_same_versions() -> None:
+    table = table_of_versions()
+    assert table.keys() == TESTED.keys()
+    for name, tested in TESTED.items():
+        assert min(table[name])[: len(tested.first)] == tested.first
+        assert max(table[name])[: len(tested.last)] == tested.last
+
+
+@pytest.mark.parametrize(
+    "file",
+    [
+        "docker/compose.yaml",
+        "k8s/overlays/local/rabbitmq.yaml",
+        "k8s/overlays/local/redis.yaml",
+        "k8s/components/operators/rabbitmq.yaml",
+        "k8s/components/operators/redis.yaml",
+    ],
+)
+def test_shipped_configuration_names_versions_of_the_page(file: str) -> None:
+    images = re.findall(r"/(rabbitmq|redis):v?([\d.]+)", (ROOT / file).read_text("utf-8"))
+    assert images
+    table = table_of_versions()
+    for name, version in images:
+        assert version_in(version) in table["RabbitMQ" if name == "rabbitmq" else "Redis"]
 
 
 def test_doctor_names_the_installed_server(tmp_path: Path) -> None:

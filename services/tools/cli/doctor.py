@@ -26,6 +26,7 @@ from services.tools.local.ports import LOOPBACK, is_free
 from services.tools.local.service_commands import cores
 from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
 from services.tools.local.target import models_folder
+from shared.broker.connection import addresses as amqp_addresses
 from shared.errors import BrokersError, ModelError, SettingsError
 from shared.runtime.tls import Tls
 
@@ -43,6 +44,8 @@ HEARTBEATS_S = 1.2
 """Time in which every live verifier and drafter sends a heartbeat."""
 MEMORY_NEEDED = 2.0
 DISK_NEEDED = 1.0
+CONSUMER_TIMEOUT_SINCE = (4, 3)
+"""RabbitMQ's first version with the setting consumer_disconnected_timeout."""
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 State = Literal["ok", "note", "missing"]
@@ -66,7 +69,7 @@ async def check_machine() -> list[Finding]:
         *_extras(),
         *_torch(),
         *(brokers := await _brokers(addresses, inspect_machine())),
-        *(await _fleet(addresses) if all(broker.state == "ok" for broker in brokers) else []),
+        *(await _fleet(addresses) if all(broker.state != "missing" for broker in brokers) else []),
         *_models(),
         *_drafts(),
         _port(),
@@ -163,7 +166,10 @@ async def _broker(name: str, source: BrokerSource, host: Machine, url: str | Non
                     f"{shown}: {error}",
                     "start it or correct the address, or unset WISP_AMQP_URL or WISP_REDIS_URL for a private server",
                 )
-            return _versioned(name, version, f"answers at {shown}")
+            finding = _versioned(name, version, f"answers at {shown}")
+            if name == "RabbitMQ" and finding.state == "ok" and len(amqp_addresses(url)) > 1:
+                return _with_advice_for_cluster(finding, version)
+            return finding
         case BrokerSource.INSTALLED:
             binary = host.rabbitmq if name == "RabbitMQ" else host.redis
             assert binary is not None
@@ -183,6 +189,18 @@ def _versioned(part: str, version: str, state: str) -> Finding:
         return Finding(part, "ok", f"{version} (tested) {state}")
     return Finding(
         part, "note", f"{version} (not tested) {state}", f"WISP was tested with {version.split()[0]} {tested}"
+    )
+
+
+def _with_advice_for_cluster(finding: Finding, version: str) -> Finding:
+    """Add what a cluster's nodes need in their configuration, which clients cannot read."""
+    if version_in(version) < CONSUMER_TIMEOUT_SINCE:
+        return finding
+    return replace(
+        finding,
+        state="note",
+        advice="set consumer_disconnected_timeout = 5000 in rabbitmq.conf of each node: by default a lost node's "
+        "drafters keep their requests for 60 s",
     )
 
 
