@@ -12,7 +12,7 @@ from import_graph import ROOT, imports, is_package, loaded_by, modules, nodes, t
 
 pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
 
-PURE_MODULES = ("shared.messages", "shared.slo", "shared.errors")
+PURE_MODULES = ("shared.slo", "shared.errors")
 """Pure modules outside the pure packages."""
 IMPURE = {
     "aio_pika", "aiormq", "asyncio", "concurrent", "datetime", "fastapi", "fcntl", "glob", "httpx", "io", "logging",

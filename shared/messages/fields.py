@@ -1,0 +1,98 @@
+"""Parts of messages: the types of their fields, and the records that several of them share."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from typing import Annotated, Any, ClassVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+DEFAULT_CLASS = "default"
+"""Service class of requests without one."""
+
+MOST = 2**53
+"""Largest count. Together with the limits of times it keeps every number computed from a message finite."""
+SHORTEST_MS, LONGEST_MS = 1e-9, 1e9
+"""Limits of SLO times: up to eleven days."""
+FARTHEST_MS = 1e20
+"""Largest distance of a deadline from now: beyond that of the last of 2**31 tokens."""
+
+Count = Annotated[int, Field(ge=0, le=MOST)]
+Length = Annotated[int, Field(ge=1, le=MOST)]
+Milliseconds = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Promised = Annotated[float, Field(ge=SHORTEST_MS, le=LONGEST_MS)]
+Slack = Annotated[float, Field(ge=-FARTHEST_MS, le=FARTHEST_MS)]
+SignedMilliseconds = Annotated[float, Field(allow_inf_nan=False)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Name = Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[A-Za-z0-9_.:-]+$")]
+SessionKey = Annotated[str, Field(max_length=64, pattern=r"^[0-9a-f]*$")]
+"""HMAC proving that the sender was given this session (`shared.broker.session_keys`); empty where none is required."""
+Arithmetic = Annotated[str, Field(max_length=256, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Name of the arithmetic behind a verifier's logits (`shared.arithmetic`); empty if unknown."""
+Ratio = Annotated[float, Field(gt=0, le=MOST)]
+TokenId = Annotated[int, Field(ge=0, lt=2**31)]
+
+
+class Record(BaseModel):
+    """A part of a message: strictly typed and immutable; unknown fields are ignored."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="ignore")
+
+
+class Message(Record):
+    """A record that is sent by itself."""
+
+    type_name: ClassVar[str]
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.type_name = cls.__name__
+
+
+class Sampling(Record):
+    """Sampling parameters of the target. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
+
+    temperature: Annotated[float, Field(ge=0, le=100)] = 0.0
+    top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
+    top_k: Count = 0
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+
+
+class Slo(Record):
+    """A promised speed: time to first token, and mean time per output token after it, in milliseconds."""
+
+    ttft_ms: Promised
+    tpot_ms: Promised
+
+
+class HiddenFormat(StrEnum):
+    """Format of hidden states in messages; see `shared.models.hidden_states`."""
+
+    BFLOAT16 = "bfloat16"
+    INT8 = "int8"
+    """With one float32 scale per row."""
+
+    @property
+    def width(self) -> int:
+        """Bytes per element."""
+        return 2 if self is HiddenFormat.BFLOAT16 else 1
+
+
+class Finish(StrEnum):
+    """The reason why a completion ended, decided with the commit."""
+
+    STOP = "stop"
+    LENGTH = "length"
+
+
+class Status(StrEnum):
+    """Outcome of one job."""
+
+    COMMITTED = "committed"
+    """The round's tokens are committed, now or by an earlier copy of the round."""
+    CONFLICT = "conflict"
+    """The round did not build on the committed length; `tokens` are the committed ones from `base_len` on."""
+    PREFILLED = "prefilled"
+    """A chunk of the prompt is in the verifier's KV cache; nothing was sampled."""
+    FAILED = "failed"
+    """The round cannot be verified, now or later; `error` gives the reason."""
