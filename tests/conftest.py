@@ -7,10 +7,12 @@ import os
 import sys
 from collections.abc import AsyncIterator, Generator
 from secrets import token_hex
+from typing import Any
 
 import hypothesis
 import pytest
 import structlog
+from groups import group_of, place_of
 
 # Set before torch or numpy is loaded: their waiting threads must not take the cores from what is under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
@@ -38,9 +40,6 @@ structlog.configure(
     ]
 )
 
-LONG_FOLDERS = ("stack", "broker")
-"""Folders whose tests share brokers and take minutes. Each belongs to one worker, and they start first."""
-
 
 @pytest.hookimpl(wrapper=True)
 def pytest_collection() -> Generator[None, object, object]:
@@ -57,24 +56,28 @@ def pytest_collection() -> Generator[None, object, object]:
         gc.enable()
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the groups
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Group the tests for `-n 2 --dist loadgroup`, and mark those that use the default target as `big_model`.
-
-    A worker takes the whole folder `stack` or `broker`, or else a file at a time, so that the brokers of a folder and
-    the models of a file are made once.
-    """
+    """Mark tests that use the default target as `big_model`; let workers begin with the longest groups."""
     for item in items:
-        folder = item.path.parent.name
-        if folder in LONG_FOLDERS:
-            item.add_marker(pytest.mark.xdist_group(folder))
-        elif item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.path.name))
         if "target_folder" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.big_model)
     if hasattr(config, "workerinput"):
-        order = {folder: place for place, folder in enumerate(LONG_FOLDERS)}
-        items.sort(key=lambda item: order.get(item.path.parent.name, len(order)))
+        items.sort(key=lambda item: place_of(item.nodeid))
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Spread the tests over the workers by their groups.
+
+    `--dist loadgroup` of pytest-xdist 3.8 puts groups into the ids of tests, which pytest 9.2 ignores.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class GroupScheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            return group_of(nodeid)
+
+    return GroupScheduling(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -23,8 +23,6 @@ VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["versi
 SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
 LEAST_MARGIN_S = 5
 
-pytestmark = pytest.mark.xdist_group("manifests")  # one worker renders them
-
 
 SLIPS: list[tuple[str, tuple[Any, ...], object]] = [
     ("Deployment", ("spec", "template", "spec", "containers", 0, "livenessProb"), {}),

@@ -28,8 +28,6 @@ from shared.kernels.decoder import dense
 from shared.kernels.formats import quantized
 from shared.models.families import describe
 
-pytestmark = pytest.mark.xdist_group("families")
-
 FORMS = ("float32", "bfloat16", "int8")
 PROMPTS = (83, 71)
 """Tokens of the prompts: more than a block of the KV cache. A pass of transformers has more than 16, so that a longrope

@@ -28,8 +28,6 @@ from shared.models.description import (
 )
 from shared.models.families import describe
 
-pytestmark = pytest.mark.xdist_group("families")
-
 Saved = Callable[[str], tuple[dict[str, Any], set[str]]]
 
 LENGTHS = (5 * WINDOW + 3, 2 * WINDOW + 5)

@@ -32,8 +32,6 @@ from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
 from shared.models.folder import ModelFolder
 
-pytestmark = pytest.mark.xdist_group("families")
-
 ODD = LlamaConfig(
     vocab_size=tiny.VOCAB,
     hidden_size=72,

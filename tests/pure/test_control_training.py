@@ -20,8 +20,6 @@ from services.tools.training import classifiers
 from services.tools.training.controller import ControllerReport, SourceReport, train
 from shared.errors import SettingsError
 
-pytestmark = pytest.mark.xdist_group("control training")  # one worker trains the shared fixture
-
 
 def confidence_for(x: float) -> float:
     return min(0.998, max(0.002, sigmoid(x)))

@@ -5,12 +5,9 @@ from __future__ import annotations
 import ast
 import re
 
-import pytest
 from import_graph import modules, nodes
 
 from shared import errors
-
-pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
 
 
 def drawn() -> dict[str, str]:

@@ -10,8 +10,6 @@ from functools import cache
 import pytest
 from import_graph import ROOT, imports, is_package, loaded_by, modules, nodes, tree
 
-pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
-
 PURE_MODULES = ("shared.slo", "shared.errors")
 """Pure modules outside the pure packages."""
 IMPURE = {

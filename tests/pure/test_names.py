@@ -7,10 +7,7 @@ import re
 from collections import Counter, defaultdict
 from pathlib import Path
 
-import pytest
 from import_graph import modules, nodes, users
-
-pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
 
 LONGEST_TEST_NAME = 70
 QUESTIONS = {"How", "What", "When", "Where", "Whether", "Which", "Who", "Why"}

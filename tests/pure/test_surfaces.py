@@ -9,8 +9,6 @@ from functools import cache
 import pytest
 from import_graph import imports, is_package, modules, tree, users
 
-pytestmark = pytest.mark.xdist_group("import graph")  # one worker parses the source
-
 
 def house(module: str) -> str | None:
     """The package whose inside a module belongs to: `services.<name>`, `services.tools.<name>` or `shared.<name>`."""
