@@ -65,6 +65,7 @@ class StandIn:
                 if await drafter.may_beat():
                     loops.append(drafter.beat(drafts=False))
         except AccessRefused as error:
+            self._pools = DrafterPools([], _now_ms())  # it gets no heartbeats and serves nobody
             self._log.warning(
                 "pools without drafters are not served: import the output of `wisp broker definitions` of this version",
                 error=str(error),

@@ -17,6 +17,7 @@ from asking import Case, Client
 from patience import HANG_S
 from rabbitmqctl import import_definitions, own_rabbitmq, rabbitmqctl, url_of
 
+from services.scheduler.core.drafter_pools import SILENT_MS
 from services.scheduler.stand_in import StandIn
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.suite_observer import once_seen
@@ -212,7 +213,10 @@ async def test_a_scheduler_without_the_permissions_stands_in_for_nobody(broker: 
     """As after an update, until the new definitions are imported."""
     connection = await Broker.connect(broker.urls["estimator"], NAMES, "s1")
     store = Store.connect(redis_url, NAMES.namespace)
-    assert await StandIn("s1", ["pool"], 8, connection, store).join() == []
+    stand_in = StandIn("s1", ["pool"], 8, connection, store)
+    assert await stand_in.join() == []
+    await asyncio.sleep(SILENT_MS / 1000 + 0.1)
+    assert stand_in.without_drafters() == [], "it cannot know"
     await connection.consume(NAMES.sample_queue(), _nothing)
     await connection.prove_consumers()
     await connection.close()
