@@ -1,3 +1,3 @@
 """The baselines: centralized and colocated serving, without messages between services. See `service`."""
 
-__all__ = ["settings"]
+__all__ = ["core", "settings"]

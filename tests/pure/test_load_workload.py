@@ -10,9 +10,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.tools.bench.load.core.distributions import Constant, Discrete, Lognormal, Uniform
 from services.tools.bench.load.core.requests import NUMBERS_PER_POINT, LoadRequest, first_number, from_lines, to_lines
 from services.tools.bench.load.prompts import CHARACTERS_PER_TOKEN, conversation
-from services.tools.bench.load.workload import Constant, Discrete, Lognormal, Uniform, workload_of
+from services.tools.bench.load.workload import workload_of
 from shared.errors import SettingsError
 
 DEFAULT = workload_of("")

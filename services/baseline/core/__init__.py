@@ -1,3 +1,3 @@
 """Continuous batching. Pure: no I/O, no clock."""
 
-__all__: list[str] = []
+__all__ = ["batching"]

@@ -3,4 +3,4 @@
 Each prints tables and writes `.wisp/results/<name>.json`.
 """
 
-__all__ = ["support"]
+__all__ = ["load", "support"]

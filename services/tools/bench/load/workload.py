@@ -9,13 +9,21 @@ from __future__ import annotations
 
 import random
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import cached_property
 from importlib import resources
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 
+from services.tools.bench.load.core.distributions import (
+    Mixture,
+    Positive,
+    WeightedPart,
+    WorkloadPart,
+    draw,
+    one_of,
+)
 from services.tools.bench.load.core.requests import LoadRequest
 from services.tools.bench.load.prompts import conversation
 from services.tools.training.prompts import RAW_KIND, corpus
@@ -23,83 +31,8 @@ from shared.errors import SettingsError
 from shared.runtime.settings import NAME_PATTERN
 from shared.slo import Promise
 
-Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 
-
-class _WorkloadPart(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class _WeightedPart(_WorkloadPart):
-    weight: Positive = 1.0
-
-
-class Constant(_WeightedPart):
-    """Always the same value."""
-
-    distribution: Literal["constant"]
-    value: Amount
-
-    def draw(self, rng: random.Random) -> float:
-        """Draw a value."""
-        return self.value
-
-
-class Uniform(_WeightedPart):
-    """Any value from `low` to `high`."""
-
-    distribution: Literal["uniform"]
-    low: Amount
-    high: Amount
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Uniform:
-        if self.low > self.high:
-            raise ValueError(f"low is {self.low:g}, above high, which is {self.high:g}")
-        return self
-
-    def draw(self, rng: random.Random) -> float:
-        """Draw a value."""
-        return rng.uniform(self.low, self.high)
-
-
-class Lognormal(_WeightedPart):
-    """exp of a normal distribution around log(median), clamped to `low` and `high`."""
-
-    distribution: Literal["lognormal"]
-    median: Positive
-    sigma: Amount
-    low: Amount = 0.0
-    high: Annotated[float, Field(gt=0)] = float("inf")
-
-    @model_validator(mode="after")
-    def _in_order(self) -> Lognormal:
-        if not self.low <= self.median <= self.high:
-            raise ValueError(f"the median {self.median:g} is not between low {self.low:g} and high {self.high:g}")
-        return self
-
-    def draw(self, rng: random.Random) -> float:
-        """Draw a value."""
-        return min(self.high, max(self.low, self.median * rng.lognormvariate(0.0, self.sigma)))
-
-
-class Discrete(_WeightedPart):
-    """One of some equally likely values."""
-
-    distribution: Literal["choice"]
-    values: Annotated[list[Amount], Field(min_length=1)]
-
-    def draw(self, rng: random.Random) -> float:
-        """Draw a value."""
-        return rng.choice(self.values)
-
-
-Distribution = Annotated[Constant | Uniform | Lognormal | Discrete, Field(discriminator="distribution")]
-Mixture = Annotated[list[Distribution], Field(min_length=1)]
-
-
-class ArrivalProcess(_WorkloadPart):
+class ArrivalProcess(WorkloadPart):
     """The process by which requests arrive."""
 
     process: Literal["closed", "poisson", "gamma"] = "closed"
@@ -109,26 +42,26 @@ class ArrivalProcess(_WorkloadPart):
     """Square of the coefficient of variation of the gaps; used by `gamma`."""
 
 
-class SloClass(_WeightedPart, Promise):
+class SloClass(WeightedPart, Promise):
     """A class of requests with the same SLO. Without an SLO, the server chooses it by the tier."""
 
     name: Annotated[str, Field(min_length=1, max_length=128)]
     tier: str | None = None
 
 
-class EmulatedHardware(_WeightedPart):
+class EmulatedHardware(WeightedPart):
     """A hardware profile, and the pool of drafters that emulate it; both have the same name."""
 
     name: Annotated[str, Field(pattern=NAME_PATTERN)]
 
 
-class Temperature(_WeightedPart):
+class Temperature(WeightedPart):
     """A sampling temperature."""
 
     value: Annotated[float, Field(ge=0, le=2)]
 
 
-class Workload(_WorkloadPart):
+class Workload(WorkloadPart):
     """The distributions and the seed. `default.toml` explains each field."""
 
     seed: Annotated[int, Field(ge=0)]
@@ -156,20 +89,20 @@ class Workload(_WorkloadPart):
     def request(self, session: int, number: int) -> LoadRequest:
         """Return request `number` of a session."""
         rng = self._rng(session, number)
-        of_class = _one_of(self.classes, rng)
+        of_class = one_of(self.classes, rng)
         return LoadRequest(
             session=session,
             number=number,
-            messages=conversation(rng.getrandbits(48), self._draw(self.prompt_tokens, rng), self.kinds, self.held_out),
-            max_tokens=max(1, round(self._draw(self.output_tokens, rng))),
-            temperature=_one_of(self.temperatures, rng).value,
+            messages=conversation(rng.getrandbits(48), draw(self.prompt_tokens, rng), self.kinds, self.held_out),
+            max_tokens=max(1, round(draw(self.output_tokens, rng))),
+            temperature=one_of(self.temperatures, rng).value,
             seed=rng.getrandbits(31),
             ignore_eos=self.ignore_eos,
             service_class=of_class.name,
             tier=of_class.tier,
             slo=of_class.slo,
             device=self.device(session),
-            think_s=self._draw(self.think_s, rng),
+            think_s=draw(self.think_s, rng),
         )
 
     def device(self, session: int) -> str:
@@ -201,18 +134,6 @@ class Workload(_WorkloadPart):
 
     def _rng(self, session: int, what: int | str) -> random.Random:
         return random.Random(f"{self.seed}/{session}/{what}")
-
-    @staticmethod
-    def _draw(mixture: Sequence[Any], rng: random.Random) -> float:
-        drawn: float = _one_of(mixture, rng).draw(rng)
-        return drawn
-
-
-W = TypeVar("W", bound=_WeightedPart)
-
-
-def _one_of(parts: Sequence[W], rng: random.Random) -> W:
-    return rng.choices(parts, [part.weight for part in parts])[0]
 
 
 def default_text() -> str:

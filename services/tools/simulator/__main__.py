@@ -1,0 +1,148 @@
+"""`wisp simulate`: a fleet in virtual time, with the suite's own decisions and a target known by its profile."""
+
+from __future__ import annotations
+
+import os
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+
+from services.tools.bench.load.arms import NAMES, arms_of
+from services.tools.bench.load.campaign import CapacitySearch
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.results import (
+    capacity_table,
+    draft_table,
+    goodput_table,
+    notes,
+    promise_table,
+    speed_table,
+)
+from services.tools.bench.load.plot import plot
+from services.tools.bench.support.options import whole_numbers
+from services.tools.bench.support.report import conclude, machine, table, terminal, written
+from services.tools.cli.terminal import errors_shown
+from services.tools.local.progress import ConsoleProgress
+from services.tools.simulator.arms import SCENARIOS, hardware_of, read, shipped
+from services.tools.simulator.campaign import SimulationCampaign, SimulationPlan
+from services.tools.simulator.core.scenario import parse_scenario
+from shared.errors import SettingsError
+
+ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
+SESSIONS = "8,16,32,64"
+MOST_SESSIONS = 4095
+
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+
+
+@app.command()
+def main(
+    scenario: Annotated[
+        str, typer.Argument(help=f"YAML file, or one of {', '.join(shipped(SCENARIOS, '.yaml'))}.")
+    ] = "paper-a100",
+    arms: Annotated[
+        str, typer.Option(help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.")
+    ] = ARMS,
+    sessions: Annotated[
+        str | None, typer.Option(help=f"Numbers of devices to simulate. \\[default: {SESSIONS}; with --search: none]")
+    ] = None,
+    search: Annotated[bool, typer.Option("--search", help="Search for the most devices that hold.")] = False,
+    first: Annotated[int, typer.Option(min=1, help="Devices at which a search starts.")] = 8,
+    most: Annotated[int, typer.Option(min=1, max=MOST_SESSIONS, help="Most devices of a search.")] = 512,
+    tolerance: Annotated[
+        float, typer.Option(min=0, max=1, help="Resolution of a search, as a share of the capacity.")
+    ] = 0.05,
+    repeat: Annotated[int, typer.Option(min=1, help="Runs of each point, each with a seed of its own.")] = 1,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first run of each point.")] = 1,
+    warm_up: Annotated[float, typer.Option(min=0, help="Virtual seconds of load before the window.")] = 20.0,
+    measured: Annotated[
+        float, typer.Option("--measure", min=1, help="Virtual seconds in which requests count.")
+    ] = 60.0,
+    drain: Annotated[float, typer.Option(min=0, help="Longest wait for these requests, in virtual seconds.")] = 30.0,
+    change: Annotated[
+        list[str] | None, typer.Option("--set", help="Replace a field: --set acceptance.mean=0.6. Repeatable.")
+    ] = None,
+    print_scenario: Annotated[bool, typer.Option("--print", help="Print the scenario's file and exit.")] = False,
+    processes: Annotated[int, typer.Option(min=0, help="Points at a time; 0 takes all cores.")] = 0,
+    name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = "simulation",
+) -> None:
+    """Simulate a fleet of devices and verifiers in virtual time, each arm with the same requests."""
+    with errors_shown():
+        text = read(scenario, SCENARIOS, ".yaml", "scenario")
+        if print_scenario:
+            print(text, end="")
+            return
+        changes = _changes(change or [])
+        spec = parse_scenario(text, scenario, changes)
+        target = hardware_of(spec).target
+        plan = SimulationPlan(
+            spec,
+            arms_of(arms),
+            whole_numbers("--sessions", sessions or ("" if search else SESSIONS), 1, MOST_SESSIONS),
+            CapacitySearch(first, most, tolerance) if search else None,
+            repeat,
+            seed,
+            Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain),
+        )
+        console = terminal()
+        console.print(
+            f"{spec.title}: room for the KV of {target.kv_tokens:,} tokens on each of {spec.verifiers} verifier(s)",
+            highlight=False,
+        )
+        campaign = SimulationCampaign(plan, processes or os.cpu_count() or 1, ConsoleProgress(console))
+        try:
+            campaign.run()
+        finally:
+            if campaign.results.points:
+                _conclude(campaign, scenario, changes, name, console)
+
+
+def _changes(texts: list[str]) -> dict[str, Any]:
+    """Parse `path=value` texts. Raises SettingsError."""
+    changes = {}
+    for text in texts:
+        path, equals, value = text.partition("=")
+        if not equals or not path.strip():
+            raise SettingsError(f"--set takes field=value, such as acceptance.mean=0.6 (given: {text!r})")
+        try:
+            changes[path.strip()] = yaml.safe_load(value)
+        except yaml.YAMLError as error:
+            raise SettingsError(f"--set {path}: the value {value!r} is not YAML") from error
+    return changes
+
+
+def _conclude(
+    campaign: SimulationCampaign, scenario: str, changes: dict[str, Any], name: str, console: Console
+) -> None:
+    """Print all tables and write the result file and the picture."""
+    plan, results = campaign.plan, campaign.results
+    console.print()
+    console.print(table("promises kept", *promise_table(results.points)))
+    console.print(table("speed by class", *speed_table(results.points)))
+    columns, rows = draft_table(results.points)
+    if rows:
+        console.print(table("drafts and batches", columns, rows))
+    console.print(table("highest goodput, at any n", *goodput_table(results)))
+    if results.aims:
+        console.print(table("capacity", *capacity_table(results)))
+    facts = {"scenario": scenario, "seed": plan.seed, "repeats": plan.repeats, **changes}
+    record = {
+        "title": plan.scenario.title,
+        "facts": {**facts, **machine()},
+        "notes": ["all times are virtual; nothing here depends on this machine's speed", *notes(results)],
+        "scenario": plan.scenario.model_dump(mode="json"),
+        "capacities": {arm: [one.model_dump() for one in found] for arm, found in results.capacities().items()},
+        "ratios": results.ratios(),
+        "results": results.model_dump(mode="json"),
+    }
+    path = conclude(console, name, record)
+    picture = path.with_suffix(".svg")
+    plot(results, picture)
+    written(console, picture)
+
+
+if __name__ == "__main__":
+    app()

@@ -1,0 +1,90 @@
+"""The arms of a simulation: one point of an arm, from a scenario to its measures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from services.drafter.link import load_profile
+from services.tools.bench.load.arms import Arm
+from services.tools.bench.load.core.measures import Window, lag_of, measure
+from services.tools.bench.load.core.record import RequestRecord
+from services.tools.bench.load.core.requests import first_number
+from services.tools.bench.load.core.results import MeasuredPoint
+from services.tools.simulator.core.central import CentralWorld
+from services.tools.simulator.core.scenario import Scenario
+from services.tools.simulator.core.suite import SuiteWorld
+from services.tools.simulator.core.target import TargetProfile, parse_target
+from services.tools.simulator.core.world import SimulatedHardware, World
+from shared.errors import SettingsError
+
+SCENARIOS = Path(__file__).parent / "scenarios"
+TARGETS = Path(__file__).parent / "targets"
+
+
+@dataclass(frozen=True)
+class SimulatedPoint:
+    """One point: an arm at a number of sessions, with a seed of its own for each repeat."""
+
+    arm: Arm
+    sessions: int
+    repeat: int
+    seed: int
+
+
+def shipped(folder: Path, suffix: str) -> list[str]:
+    """Return the names of the shipped files of a folder."""
+    return sorted(path.stem for path in folder.glob(f"*{suffix}"))
+
+
+def read(wanted: str, folder: Path, suffix: str, what: str) -> str:
+    """Return the text of a shipped file by name, or of a file by path. Raises SettingsError."""
+    path = folder / f"{wanted}{suffix}" if wanted in shipped(folder, suffix) else Path(wanted)
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise SettingsError(
+            f"{what} {wanted!r} cannot be read ({error}); give the path of a {suffix} file, or one of "
+            f"{', '.join(shipped(folder, suffix))}"
+        ) from error
+
+
+def target_of(scenario: Scenario) -> TargetProfile:
+    """Return the scenario's target. Raises SettingsError."""
+    return parse_target(read(scenario.target, TARGETS, ".toml", "target profile"), scenario.target)
+
+
+def hardware_of(scenario: Scenario) -> SimulatedHardware:
+    """Return the scenario's hardware. Raises SettingsError."""
+    devices = {}
+    for device in scenario.devices:
+        profile = load_profile(device.profile)
+        assert profile is not None  # only an empty name has none
+        devices[device.profile] = profile
+    return SimulatedHardware(target_of(scenario), devices)
+
+
+def world_of(arm: Arm, scenario: Scenario, hardware: SimulatedHardware, seed: int) -> World:
+    """Return the arm's fleet before its start."""
+    if arm.serving != "wisp":
+        return CentralWorld(scenario, hardware, seed, drafts=arm.serving == "colocated")
+    return SuiteWorld(scenario, hardware, seed, policy=arm.base, without=arm.without)
+
+
+def simulate(
+    point: SimulatedPoint, scenario: Scenario, window: Window, tick: Callable[[float], None] | None = None
+) -> tuple[MeasuredPoint, list[RequestRecord]]:
+    """Run a point; return its measures and the record of every request."""
+    world = world_of(point.arm, scenario, hardware_of(scenario), point.seed)
+    world.run(point.sessions, window, first_number(point.sessions, 0), tick)
+    costs = [world.target.cost_model("verifier")] if point.arm.serving == "wisp" else []
+    measured = MeasuredPoint(
+        arm=point.arm.name,
+        sessions=point.sessions,
+        repeat=point.repeat,
+        measures=measure(world.records, window, costs, world.batches),
+        lag=lag_of([], [], 0.0),
+        costs=costs,
+    )
+    return measured, world.records

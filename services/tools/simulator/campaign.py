@@ -1,0 +1,103 @@
+"""A simulated campaign: all points of all arms, each in a process of its own, on all cores."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass
+from multiprocessing import get_context
+
+from services.tools.bench.load.arms import Arm
+from services.tools.bench.load.campaign import CapacitySearch
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.record import RequestRecord
+from services.tools.bench.load.core.results import LoadResults, MeasuredPoint
+from services.tools.bench.load.core.search import next_sessions
+from services.tools.local.progress import Progress, ProgressStep
+from services.tools.simulator.arms import SimulatedPoint, simulate
+from services.tools.simulator.core.scenario import Scenario
+
+AIM = 0.95
+"""Share of requests that must attain their SLO at the capacity."""
+
+
+@dataclass(frozen=True)
+class SimulationPlan:
+    """The arms and points to simulate."""
+
+    scenario: Scenario
+    arms: Sequence[Arm]
+    sessions: Sequence[int]
+    search: CapacitySearch | None
+    repeats: int
+    seed: int
+    window: Window
+
+
+class SimulationCampaign:
+    """Simulates the points of a plan, and holds their results."""
+
+    def __init__(self, plan: SimulationPlan, processes: int, progress: Progress) -> None:
+        self.plan = plan
+        self.results = LoadResults(window=plan.window, aims=[AIM] if plan.search else [])
+        self.records: list[tuple[str, int, int, RequestRecord]] = []
+        """Every request, with its arm, sessions and repeat."""
+        self._processes = processes
+        self._progress = progress
+        self._pending: dict[Future[tuple[MeasuredPoint, list[RequestRecord]]], SimulatedPoint] = {}
+
+    def run(self) -> None:
+        """Simulate all points. An interrupt keeps the results until then."""
+        with (
+            ProcessPoolExecutor(self._processes, mp_context=get_context("spawn")) as pool,
+            self._progress.step("simulating") as step,
+        ):
+            try:
+                for arm in self.plan.arms:
+                    for sessions in self.plan.sessions:
+                        self._submit(pool, arm, sessions)
+                    if not self.plan.sessions:
+                        self._search_on(pool, arm)
+                while self._pending:
+                    done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
+                    for future in done:
+                        self._take(future, step)
+                        arm = self._arm_of(future)
+                        del self._pending[future]
+                        if not any(point.arm == arm for point in self._pending.values()):
+                            self._search_on(pool, arm)
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+            step.done(f"simulated {len(self.results.points)} points")
+        order = {arm.name: number for number, arm in enumerate(self.plan.arms)}
+        self.results.points.sort(key=lambda one: (order[one.arm], one.sessions, one.repeat))
+
+    def _arm_of(self, future: Future[tuple[MeasuredPoint, list[RequestRecord]]]) -> Arm:
+        return self._pending[future].arm
+
+    def _submit(self, pool: Executor, arm: Arm, sessions: int) -> None:
+        for repeat in range(self.plan.repeats):
+            point = SimulatedPoint(arm, sessions, repeat, self.plan.seed + repeat)
+            self._pending[pool.submit(simulate, point, self.plan.scenario, self.plan.window)] = point
+
+    def _search_on(self, pool: Executor, arm: Arm) -> None:
+        """Simulate the next number of sessions of an arm's search, if it needs one."""
+        search = self.plan.search
+        if search is None:
+            return
+        found = next_sessions(
+            self.results.tried(arm.name), AIM, first=search.first, most=search.most, tolerance=search.tolerance
+        )
+        if found is not None:
+            self._submit(pool, arm, found)
+
+    def _take(self, future: Future[tuple[MeasuredPoint, list[RequestRecord]]], step: ProgressStep) -> None:
+        measured, records = future.result()
+        self.results.points.append(measured)
+        self.records += [(measured.arm, measured.sessions, measured.repeat, record) for record in records]
+        measures = measured.measures
+        step.detail(
+            f"{measured.arm}, {measured.sessions} sessions: {measures.attained} of {measures.requests} requests "
+            f"attained, {measures.goodput:.0f} tokens/s of them; {len(self._pending) - 1} points to go"
+        )

@@ -1,0 +1,160 @@
+"""A scenario: target, verifiers, devices, acceptance, promises and requests of a simulated fleet."""
+
+from __future__ import annotations
+
+import random
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Annotated, Any
+
+import yaml
+from pydantic import Field, ValidationError, model_validator
+
+from services.drafter.core.profile import LinkProfile
+from services.tools.bench.load.core.distributions import Mixture, Positive, WeightedPart, WorkloadPart, draw, one_of
+from shared.errors import SettingsError
+from shared.slo import Promise
+
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Probability = Annotated[float, Field(gt=0, lt=1)]
+
+
+class RequestClass(WeightedPart, Promise):
+    """A class of requests: its SLO, and the lengths of its prompts and answers in tokens."""
+
+    name: Annotated[str, Field(min_length=1, max_length=128)]
+    prompt_tokens: Mixture
+    output_tokens: Mixture
+
+
+class DeviceShare(WeightedPart):
+    """A share of the devices, with a hardware profile."""
+
+    profile: Annotated[str, Field(min_length=1)]
+
+
+class DeviceLink(WorkloadPart):
+    """The link of every device, instead of that of its hardware profile."""
+
+    uplink: LinkProfile
+    downlink: LinkProfile
+
+
+class Acceptance(WorkloadPart):
+    """The chances of draft tokens to be accepted, and how well the draft model can tell.
+
+    A token's log odds of acceptance are normally distributed: around the session's, which are normally distributed
+    around those of all. The draft model's estimate of them has an error of its own.
+    """
+
+    mean: Probability = 0.75
+    """Mean chance of a draft token whose predecessors are accepted."""
+    session_spread: Amount = 0.5
+    """Standard deviation of a session's log odds."""
+    token_spread: Amount = 1.5
+    """Standard deviation of a token's log odds around its session's."""
+    estimate_error: Amount = 1.0
+    """Standard deviation of the error of the draft model's estimate, in log odds."""
+
+
+class Scenario(WorkloadPart):
+    """A scenario's file."""
+
+    title: str
+    target: Annotated[str, Field(min_length=1)]
+    """A shipped target profile, or the path of a TOML file."""
+    verifiers: Annotated[int, Field(ge=1, le=1000)] = 1
+    devices: Annotated[list[DeviceShare], Field(min_length=1)]
+    link: DeviceLink | None = None
+    hop_ms: Amount = 0.5
+    """Time of a message between two services, RabbitMQ included."""
+    acceptance: Acceptance = Acceptance()
+    draft_length: Annotated[int, Field(ge=1, le=64)] = 8
+    """Longest draft."""
+    server_draft_ms: Amount = 1.5
+    """One draft step for all sessions on the server's own accelerator: the colocated arm's."""
+    classes: Annotated[list[RequestClass], Field(min_length=1)]
+    think_s: Mixture
+    """Pause between an answer and the same device's next request."""
+    temperature: Annotated[float, Field(ge=0, le=2)] = 0.0
+    prefill_tokens: Annotated[int, Field(ge=1)] = 128
+    """Most prompt tokens in a step of the arms that serve centrally."""
+    max_batch_ms: Positive = 400.0
+    """Longest predicted time of a batch of the suite's scheduler."""
+
+    @model_validator(mode="after")
+    def _one_name_each(self) -> Scenario:
+        for what, names in (("class", [c.name for c in self.classes]), ("device", [d.profile for d in self.devices])):
+            if len(set(names)) < len(names):
+                raise ValueError(f"each {what} needs a name of its own (given: {', '.join(names)})")
+        return self
+
+    def request(self, seed: int, session: int, number: int) -> SimulatedRequest:
+        """Return request `number` of a session. It depends on these numbers and the scenario only."""
+        rng = random.Random(f"{seed}/{session}/{number}")
+        of_class = one_of(self.classes, rng)
+        return SimulatedRequest(
+            session=session,
+            number=number,
+            of_class=of_class,
+            prompt_tokens=max(1, round(draw(of_class.prompt_tokens, rng))),
+            output_tokens=max(1, round(draw(of_class.output_tokens, rng))),
+            think_s=draw(self.think_s, rng),
+            seed=rng.getrandbits(48),
+        )
+
+    def device(self, session: int) -> str:
+        """Return a session's hardware profile, dealt out so that any number of sessions is close to the shares."""
+        while len(self._dealt) <= session:
+            total = len(self._dealt) + 1
+            share = sum(device.weight for device in self.devices)
+            owed = [device.weight / share * total - self._dealt.count(device.profile) for device in self.devices]
+            self._dealt.append(self.devices[owed.index(max(owed))].profile)
+        return self._dealt[session]
+
+    @cached_property
+    def _dealt(self) -> list[str]:
+        return []
+
+
+@dataclass(frozen=True)
+class SimulatedRequest:
+    """One request of a device."""
+
+    session: int
+    number: int
+    of_class: RequestClass
+    prompt_tokens: int
+    output_tokens: int
+    think_s: float
+    seed: int
+    """Seed of what its draft tokens are worth: the same in every arm."""
+
+
+def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) -> Scenario:
+    """Parse a YAML file. Raises SettingsError.
+
+    name: of the file, for errors. changes: values that replace the file's, by dotted path.
+    """
+    try:
+        given = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise SettingsError(f"scenario {name} is not YAML: {error}") from error
+    if not isinstance(given, dict):
+        raise SettingsError(f"scenario {name} is no mapping of fields; see the shipped scenarios")
+    for path, value in (changes or {}).items():
+        _set(given, path.split("."), value, name)
+    try:
+        return Scenario.model_validate(given)
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise SettingsError(f"scenario {name}: {problems}") from error
+
+
+def _set(fields: dict[str, Any], path: list[str], value: Any, name: str) -> None:
+    *above, last = path
+    for step in above:
+        fields = fields.setdefault(step, {})
+        if not isinstance(fields, dict):
+            raise SettingsError(f"scenario {name} has no field {'.'.join(path)}")
+    fields[last] = value

@@ -1,0 +1,117 @@
+"""A target model on its hardware: the time of a step by the roofline, and the memory left for KV.
+
+A step reads all weights and the KV of its sessions once, and computes two operations per weight and token. The slower
+of the two decides (S. Williams and others, Roofline, CACM 52(4), 2009), plus a fixed time for starting the step.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import cached_property
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from shared import cost
+from shared.cost.fit import VerifierFit
+from shared.cost.model import Shape
+from shared.errors import SettingsError
+from shared.messages import BatchShape, CostModel, Measurement
+
+Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(gt=0, le=1)]
+GB = 1e9
+JOBS = (1, 2, 4, 8, 16, 32, 64)
+NEW = (1, 2, 5, 9, 65, 257)
+LENGTHS = (64, 512, 2048)
+
+
+class TargetProfile(BaseModel):
+    """A target and its accelerator. The shipped files, in `services/tools/simulator/targets`, name their sources."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    description: str = ""
+    weights: Positive
+    """Number of weights."""
+    weight_bytes: Positive
+    """Bytes of a weight."""
+    layers: Annotated[int, Field(gt=0)]
+    heads: Annotated[int, Field(gt=0)]
+    """Query heads."""
+    kv_heads: Annotated[int, Field(gt=0)]
+    head_size: Annotated[int, Field(gt=0)]
+    kv_bytes: Positive
+    """Bytes of a number in the KV cache."""
+    memory_gb: Positive
+    memory_share: Share
+    """Share of the memory that the engine uses."""
+    reserved_gb: Annotated[float, Field(ge=0)]
+    """Memory for activations and the runtime."""
+    tflops: Positive
+    """Peak of dense arithmetic in the weights' format, in 10^12 operations a second."""
+    arithmetic_efficiency: Share
+    bandwidth_gb: Positive
+    """Peak memory bandwidth in GB/s."""
+    bandwidth_efficiency: Share
+    step_ms: Annotated[float, Field(ge=0)]
+    """Fixed time of a step."""
+
+    @property
+    def kv_token_bytes(self) -> float:
+        """Bytes of KV per token: keys and values of each layer and KV head."""
+        return 2 * self.layers * self.kv_heads * self.head_size * self.kv_bytes
+
+    @cached_property
+    def kv_tokens(self) -> int:
+        """Tokens whose KV fits beside the weights. Raises SettingsError if the weights leave no room."""
+        free = (self.memory_gb * self.memory_share - self.reserved_gb) * GB - self.weights * self.weight_bytes
+        if free < self.kv_token_bytes:
+            raise SettingsError(
+                f"{self.weights / 1e9:g} billion weights of {self.weight_bytes:g} bytes leave no room for KV in "
+                f"{self.memory_share:.0%} of {self.memory_gb:g} GB; choose more memory or smaller weights"
+            )
+        return int(free / self.kv_token_bytes)
+
+    def time_ms(self, shape: Shape) -> float:
+        """Return the time of a step, in milliseconds; 0 for an empty one."""
+        if not shape.jobs:
+            return 0.0
+        read = self.weights * self.weight_bytes + shape.context * self.kv_token_bytes
+        memory_s = read / (self.bandwidth_gb * 1e9 * self.bandwidth_efficiency)
+        # Scores and values: two products over the head size for each query head.
+        attention = 2 * 2 * self.layers * self.heads * self.head_size * shape.new_context
+        operations = 2 * self.weights * shape.new_tokens + attention
+        arithmetic_s = operations / (self.tflops * 1e12 * self.arithmetic_efficiency)
+        return self.step_ms + 1000 * max(memory_s, arithmetic_s)
+
+    def cost_model(self, verifier_id: str) -> CostModel:
+        """Return what the estimator fits to steps of this target: the model by which the scheduler predicts."""
+        fit = VerifierFit(verifier_id)
+        fit.start_from(
+            [
+                Measurement(shape=shape, measured_ms=self.time_ms(shape))
+                for jobs in JOBS
+                for new in NEW
+                for length in LENGTHS
+                if jobs * length <= self.kv_tokens and jobs * new <= 2 * 2048 and new <= length
+                for shape in [_even(jobs, new, length)]
+            ]
+        )
+        return fit.model()
+
+
+def _even(jobs: int, new: int, length: int) -> BatchShape:
+    rows = new if new < 65 else 1
+    return cost.shape_of([(new, length, rows)] * jobs)
+
+
+def parse_target(text: str, name: str) -> TargetProfile:
+    """Parse a TOML file. name: of the file, for errors. Raises SettingsError."""
+    try:
+        return TargetProfile.model_validate(tomllib.loads(text))
+    except tomllib.TOMLDecodeError as error:
+        raise SettingsError(f"target profile {name} is not TOML: {error}") from error
+    except ValidationError as error:
+        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
+        raise SettingsError(f"target profile {name}: {problems}") from error

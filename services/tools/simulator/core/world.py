@@ -1,0 +1,185 @@
+"""The parts that every arm of a simulation has: virtual time, devices that send requests, and their records."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, field
+from random import Random
+from typing import Any
+
+import simpy
+
+from services.drafter.core.profile import HardwareProfile, LinkDelays
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.record import Ending, RequestRecord
+from services.tools.simulator.core.scenario import Scenario, SimulatedRequest
+from services.tools.simulator.core.target import TargetProfile
+from shared.messages import Finish, Generate, Measurement, Result, Sampling
+
+Process = Generator[simpy.Event, Any, None]
+
+RIGHT, WRONG = 7, 8
+"""Token ids: every text consists of one token, and a wrong draft token is another."""
+
+
+@dataclass(frozen=True)
+class SimulatedHardware:
+    """The hardware of a scenario."""
+
+    target: TargetProfile
+    devices: dict[str, HardwareProfile]
+
+
+@dataclass
+class SimulatedDevice:
+    """A device: its hardware and its link, of which a message never overtakes another."""
+
+    name: str
+    hardware: HardwareProfile
+    uplink: LinkDelays
+    downlink: LinkDelays
+
+
+@dataclass
+class ClientRequest:
+    """A request in service, and what its client has got."""
+
+    request: SimulatedRequest
+    generate: Generate
+    device: SimulatedDevice
+    start_ms: float
+    done: simpy.Event
+    tokens: int = 0
+    arrivals: list[tuple[float, int]] = field(default_factory=list)
+    rounds: list[dict[str, Any]] = field(default_factory=list)
+
+    def record(self, ending: Ending, now_ms: float) -> RequestRecord:
+        """Return the request's record, in the load generator's format."""
+        return RequestRecord(
+            session=self.request.session,
+            number=self.request.number,
+            service_class=self.request.of_class.name,
+            device=self.device.name,
+            slo=self.generate.slo,
+            start_s=self.start_ms / 1000,
+            lag_ms=0.0,
+            ending=ending,
+            total_ms=now_ms - self.start_ms,
+            prompt_tokens=self.request.prompt_tokens,
+            tokens=self.tokens,
+            arrivals=self.arrivals,
+            finish="length" if ending is Ending.COMPLETE else "",
+            rounds=self.rounds,
+        )
+
+
+class World(ABC):
+    """One arm under a number of sessions, in virtual time. Times are milliseconds."""
+
+    def __init__(self, scenario: Scenario, hardware: SimulatedHardware, seed: int) -> None:
+        self.scenario = scenario
+        self.target = hardware.target
+        self.env = simpy.Environment()
+        self.records: list[RequestRecord] = []
+        self.batches: list[Measurement] = []
+        """The steps of all verifiers, in the window."""
+        self._hardware = hardware
+        self._seed = seed
+        self._open: set[int] = set()
+        self._served: list[ClientRequest] = []
+
+    @property
+    def now_ms(self) -> float:
+        """The virtual time."""
+        return float(self.env.now)
+
+    @abstractmethod
+    def serve(self, served: ClientRequest) -> None:
+        """Take a request at the server. `deliver` sends its tokens."""
+
+    def run(self, sessions: int, window: Window, first: int, tick: Callable[[float], None] | None = None) -> None:
+        """Run a closed loop of sessions until the requests of the window have ended, or for the longest drain.
+
+        first: number of each session's first request. tick: called with the virtual seconds, about once in each.
+        """
+        end_ms = 1000 * (window.end_s + window.drain_s)
+        for session in range(sessions):
+            self.env.process(self._client(session, first, window))
+        while self.now_ms < end_ms:
+            if self.now_ms >= 1000 * window.end_s and not self._counted_open(window):
+                break
+            self.env.run(until=min(end_ms, self.now_ms + 1000))
+            if tick is not None:
+                tick(self.now_ms / 1000)
+        for served in self._served:
+            if not served.done.triggered:
+                self.records.append(served.record(Ending.CUT, self.now_ms))
+
+    def _counted_open(self, window: Window) -> bool:
+        self._served = [served for served in self._served if not served.done.triggered]
+        return any(window.counts(served.start_ms / 1000) for served in self._served)
+
+    def _client(self, session: int, first: int, window: Window) -> Process:
+        """Send one request after the other."""
+        profile = self.scenario.device(session)
+        hardware = self._hardware.devices[profile]
+        link = self.scenario.link or hardware
+        device = SimulatedDevice(
+            profile,
+            hardware,
+            LinkDelays(link.uplink, f"{self._seed}/{session}/up"),
+            LinkDelays(link.downlink, f"{self._seed}/{session}/down"),
+        )
+        spread = Random(f"{self._seed}/{session}/start").uniform(0.0, 1000 * window.warm_up_s)
+        yield self.env.timeout(spread)
+        number = first
+        while self.now_ms < 1000 * window.end_s:
+            request = self.scenario.request(self._seed, session, number)
+            served = ClientRequest(request, _generate(request), device, self.now_ms, self.env.event())
+            self._served.append(served)
+            arrival_ms = device.uplink.arrival_ms(self.now_ms) + self.scenario.hop_ms
+            self.at(arrival_ms, lambda served=served: self.serve(served))  # type: ignore[misc]
+            yield served.done
+            self.records.append(served.record(Ending.COMPLETE, self.now_ms))
+            number += 1
+            yield self.env.timeout(1000 * request.think_s)
+
+    def at(self, at_ms: float, happen: Callable[[], None]) -> None:
+        """Call `happen` at a time, or now if that has passed."""
+        event = self.env.timeout(max(0.0, at_ms - self.now_ms))
+        event.callbacks.append(lambda _: happen())
+
+    def deliver(self, served: ClientRequest, result: Result) -> None:
+        """Send a result's tokens to the request's client."""
+        count, last = len(result.tokens), result.finish is not None
+        if not count:
+            return
+
+        def arrive() -> None:
+            served.tokens += count
+            served.arrivals.append((self.now_ms - served.start_ms, count))
+            if last:
+                served.done.succeed()
+
+        self.at(served.device.downlink.arrival_ms(self.now_ms + self.scenario.hop_ms), arrive)
+
+
+def finish_of(generate: Generate, length: int) -> Finish | None:
+    """Return how a session of this length has ended; None if it goes on."""
+    return Finish.LENGTH if length >= len(generate.prompt) + generate.max_tokens else None
+
+
+def _generate(request: SimulatedRequest) -> Generate:
+    return Generate(
+        session=f"s{request.session}-{request.number}",
+        gateway="gateway",
+        prompt=[RIGHT] * request.prompt_tokens,
+        sampling=Sampling(),
+        stop_ids=[],
+        max_tokens=request.output_tokens,
+        fingerprint="simulated",
+        vocab_fingerprint="simulated",
+        slo=request.of_class.slo,
+        service_class=request.of_class.name,
+    )

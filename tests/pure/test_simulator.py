@@ -1,0 +1,188 @@
+"""Fleets in virtual time: the target's times, the draft tokens, and both ways of serving."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from statistics import fmean
+
+import pytest
+
+from services.tools.bench.load.arms import Arm
+from services.tools.bench.load.core.measures import Window
+from services.tools.bench.load.core.record import Ending, RequestRecord
+from services.tools.simulator.arms import (
+    SCENARIOS,
+    TARGETS,
+    SimulatedPoint,
+    hardware_of,
+    read,
+    shipped,
+    simulate,
+    target_of,
+    world_of,
+)
+from services.tools.simulator.core.drafts import DraftProcess
+from services.tools.simulator.core.scenario import Acceptance, Scenario, parse_scenario
+from services.tools.simulator.core.target import parse_target
+from shared import cost
+from shared.errors import SettingsError
+
+ARMS = ("centralized", "colocated", "sled", "wisp", "wisp+", "wisp+/runs")
+WINDOW = Window(warm_up_s=1.0, measure_s=6.0, drain_s=60.0)
+
+
+def scenario(**changes: object) -> Scenario:
+    text = read("paper-a100", SCENARIOS, ".yaml", "scenario")
+    return parse_scenario(text, "paper-a100", {"target": "h100-qwen3-8b", **changes})
+
+
+def records(arm: str, spec: Scenario, sessions: int, seed: int = 1) -> Sequence[RequestRecord]:
+    return simulate(SimulatedPoint(Arm(arm), sessions, 0, seed), spec, WINDOW)[1]
+
+
+@pytest.mark.parametrize("name", shipped(TARGETS, ".toml"))
+def test_a_shipped_target_has_room_for_sessions(name: str) -> None:
+    target = parse_target(read(name, TARGETS, ".toml", "target"), name)
+    assert target.kv_tokens > 10_000
+
+
+@pytest.mark.parametrize("name", shipped(SCENARIOS, ".yaml"))
+def test_a_shipped_scenario_is_valid(name: str) -> None:
+    spec = parse_scenario(read(name, SCENARIOS, ".yaml", "scenario"), name)
+    assert hardware_of(spec).devices.keys() == {device.profile for device in spec.devices}
+
+
+def test_a_step_takes_the_longer_of_reading_and_computing() -> None:
+    target = target_of(scenario(target="a100-qwen3-32b"))
+    one = target.time_ms(cost.shape_of([(1, 1, 1)]))
+    assert one == pytest.approx(2 + 65.6e9 / (2039e9 * 0.8) * 1000, rel=0.001)
+    assert target.time_ms(cost.shape_of([(64, 64, 1)])) < 1.01 * one
+    products = 2 * 32.8e9 * 1024 / (312e12 * 0.6) * 1000
+    assert target.time_ms(cost.shape_of([(1024, 1024, 1)])) == pytest.approx(2 + products, rel=0.05)
+    assert target.time_ms(cost.EMPTY) == 0.0
+
+
+def test_weights_that_leave_no_room_are_an_error() -> None:
+    text = read("a100-qwen3-32b", TARGETS, ".toml", "target").replace("memory_gb = 80", "memory_gb = 40")
+    with pytest.raises(SettingsError, match="leave no room for KV"):
+        _ = parse_target(text, "small").kv_tokens
+
+
+@pytest.mark.parametrize("mean", [0.5, 0.75, 0.9])
+def test_draft_tokens_are_right_as_often_as_the_scenario_says(mean: float) -> None:
+    acceptance = Acceptance(mean=mean)
+    tokens = [DraftProcess(acceptance, seed).token(position, 0) for seed in range(60) for position in range(60)]
+    assert fmean(token.right for token in tokens) == pytest.approx(mean, abs=0.03)
+    right, wrong = ([one.token.confidence for one in tokens if one.right is kind] for kind in (True, False))
+    assert fmean(right) > fmean(wrong) + 0.1, "the estimates say nothing"
+
+
+def test_a_request_has_the_same_draft_tokens_whenever_they_are_drafted() -> None:
+    first, second = DraftProcess(Acceptance(), 5), DraftProcess(Acceptance(), 5)
+    later = [second.token(position, 1) for position in (9, 3)]
+    assert [first.token(3, 1), first.token(9, 1)] == later[::-1]
+
+
+@pytest.mark.parametrize("arm", ARMS)
+def test_every_request_gets_its_tokens(arm: str) -> None:
+    spec = scenario()
+    found = records(arm, spec, 6)
+    complete = [record for record in found if record.ending is Ending.COMPLETE]
+    assert len(complete) >= 6
+    for record in complete:
+        request = spec.request(1, record.session, record.number)
+        assert record.tokens == request.output_tokens
+        assert record.prompt_tokens == request.prompt_tokens
+        times_ms = [ms for ms, _ in record.arrivals]
+        assert times_ms == sorted(times_ms)
+
+
+@pytest.mark.parametrize("arm", ["centralized", "wisp+"])
+def test_a_seed_gives_the_same_run_again_and_another_seed_another(arm: str) -> None:
+    spec = scenario()
+    assert records(arm, spec, 4) == records(arm, spec, 4)
+    assert records(arm, spec, 4) != records(arm, spec, 4, seed=2)
+
+
+def test_a_lone_session_of_centralized_serving_gets_a_token_per_step() -> None:
+    spec = scenario()
+    target = target_of(spec)
+    record = max(records("centralized", spec, 1), key=lambda one: one.tokens)
+    length = record.prompt_tokens + record.tokens // 2
+    assert record.tpot_ms == pytest.approx(target.time_ms(cost.shape_of([(1, length, 1)])), rel=0.02)
+
+
+def test_drafts_make_a_lone_session_faster_where_they_are_good() -> None:
+    bad, good = (
+        records("wisp+", scenario(target="a100-qwen3-32b", **{"acceptance.mean": mean}), 1) for mean in (0.05, 0.95)
+    )
+    assert fmean(one.tpot_ms or 0 for one in good) < 0.6 * fmean(one.tpot_ms or 0 for one in bad)
+
+
+def test_a_full_memory_holds_no_more_than_its_tokens(tmp_path: Path) -> None:
+    small = tmp_path / "small.toml"
+    text = read("a100-qwen3-32b", TARGETS, ".toml", "target")
+    small.write_text(text.replace("memory_gb = 80", "memory_gb = 72.5"))
+    spec = scenario(target=str(small))
+    world = world_of(Arm("centralized"), spec, hardware_of(spec), 1)
+    world.run(60, Window(warm_up_s=1.0, measure_s=8.0, drain_s=0.0), 0)
+    longest = max(batch.shape.context for batch in world.batches)
+    assert 0.8 * world.target.kv_tokens < longest <= world.target.kv_tokens
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"verifiers": 0}, "verifiers"),
+        ({"acceptance.mean": 1.5}, "acceptance.mean"),
+        ({"acceptance.means": 0.5}, "acceptance.means"),
+        ({"title.x": 1}, "no field title.x"),
+        ({"target": "nosuch"}, "nosuch.*a100-qwen3-32b"),
+    ],
+)
+def test_a_wrong_scenario_is_an_error_that_names_the_field(changes: dict[str, object], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        target_of(scenario(**changes))
+
+
+def test_text_that_is_no_scenario_is_an_error() -> None:
+    for text in ("- a list", "a: [", "title: x"):
+        with pytest.raises(SettingsError, match="scenario mine"):
+            parse_scenario(text, "mine")
+
+
+def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from services.tools.simulator.__main__ import app
+
+    monkeypatch.setattr("services.tools.bench.support.report.state_folder", lambda: tmp_path)
+    options = ["--arms", "centralized,wisp+", "--sessions", "2", "--set", "target=h100-qwen3-8b"]
+    times = ["--warm-up", "1", "--measure", "3", "--drain", "20", "--processes", "1"]
+    outcome = CliRunner().invoke(app, [*options, *times])
+    assert outcome.exit_code == 0, outcome.output
+    assert "promises kept" in outcome.output
+    (path,) = tmp_path.rglob("simulation.json")
+    found = json.loads(path.read_text())
+    assert [point["arm"] for point in found["results"]["points"]] == ["centralized", "wisp+"]
+    assert path.with_suffix(".svg").stat().st_size > 1000
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["nosuch.yaml"], "paper-a100"),
+        (["--set", "verifiers"], "field=value"),
+        (["--arms", "nosuch"], "is no arm"),
+    ],
+)
+def test_the_command_names_what_is_wrong(options: list[str], message: str) -> None:
+    from typer.testing import CliRunner
+
+    from services.tools.simulator.__main__ import app
+
+    outcome = CliRunner().invoke(app, options)
+    assert outcome.exit_code == 1
+    assert message in outcome.output.replace("\n", " ")
