@@ -53,8 +53,13 @@ def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Itera
         return
     for name, field in kind.model_fields.items():
         value = getattr(settings, name)
-        # The services run in the checkout.
-        if isinstance(value, Path) and value != field.default and not (checkout() / value).exists():
+        # The services run in the checkout. The target is prepared later.
+        if (
+            name != "target"
+            and isinstance(value, Path)
+            and value != field.default
+            and not (checkout() / value).exists()
+        ):
             yield f"{variable(name)}: there is no {value}"
     if profile := getattr(settings, "device_profile", ""):
         from services.drafter.link import load_profile
