@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from shared import cost
+from shared.cost.model import KNEES
 from shared.messages import CostModel, Measurement
 
 Array = NDArray[np.float64]
@@ -40,6 +41,10 @@ FEWEST = 20
 SHIFT_WINDOW = 15
 SHIFT = 1.25
 """A median of measured / predicted over the window beyond this factor, either way, is a change of speed."""
+KNEE_ERROR = 0.03
+KNEE_GAIN = 0.6
+"""A profile takes another knee than a CPU's if its mean relative error is above the former, and that leaves less than
+the latter share of it."""
 TINY = 1e-9
 
 
@@ -54,6 +59,7 @@ class VerifierFit:
         self._coefficients: Array = np.array(known.coefficients)
         self._stored: Array | None = self._coefficients if start else None
         self._quantiles = (known.ratio_p50, known.ratio_p90, known.ratio_p99)
+        self._knee = known.knee
         self._live = _Sums()
         self._profile = _Sums()
         self._ratios: deque[float] = deque(maxlen=RECENT)
@@ -69,7 +75,23 @@ class VerifierFit:
         measured = [one for one in profile if _usable(one)]
         if not measured:
             return
-        rows = np.array([_row(one) for one in measured])
+        error, predicted = self._fit_profile(measured, KNEES[0])
+        if error > KNEE_ERROR:
+            largest = max(one.shape.new_tokens for one in measured)
+            errors = {knee: self._fit_profile(measured, knee)[0] for knee in KNEES if knee < largest}
+            best = min(errors, key=errors.__getitem__, default=KNEES[0])
+            if errors.get(best, error) >= KNEE_GAIN * error:
+                best = KNEES[0]
+            _, predicted = self._fit_profile(measured, best)
+        if len(measured) >= FEWEST:
+            self._quantiles = _quantiles(1 / np.maximum(predicted, TINY))
+        self._samples = len(measured)
+        self._stale = True
+
+    def _fit_profile(self, measured: Sequence[Measurement], knee: int) -> tuple[float, Array]:
+        """Fit a profile with a knee; return the mean relative error, and the predicted shares of the measured times."""
+        self._knee = knee
+        rows = np.array([self._row(one) for one in measured])
         weights: Array = np.ones(len(rows))
         assumed = np.array(cost.FALLBACK.coefficients)
         assumed /= np.median(rows @ assumed)
@@ -81,16 +103,16 @@ class VerifierFit:
             self._coefficients = non_negative(self._profile.gram, self._profile.target)
             predicted = rows @ self._coefficients
             weights = self._weights(rows)
-        if len(measured) >= FEWEST:
-            self._quantiles = _quantiles(1 / np.maximum(predicted, TINY))
-        self._samples = len(measured)
-        self._stale = True
+        return float(np.abs(predicted - 1).mean()), predicted
+
+    def _row(self, sample: Measurement) -> Array:
+        return np.array(cost.features(sample.shape, self._knee)) / sample.measured_ms
 
     def add(self, sample: Measurement) -> None:
         """Add one live batch. A batch without jobs or time is ignored."""
         if not _usable(sample):
             return
-        row = _row(sample)
+        row = self._row(sample)
         if self._version > 0:
             if len(self._window) == SHIFT_WINDOW:
                 self._settle(self._window.popleft())
@@ -148,6 +170,7 @@ class VerifierFit:
             ratio_p99=p99,
             samples=self._samples,
             version=self._version,
+            knee=self._knee,
         )
 
     def _solve(self) -> None:
@@ -227,10 +250,6 @@ def non_negative(gram: Array, target: Array) -> Array:
 
 def _usable(sample: Measurement) -> bool:
     return sample.shape.jobs > 0 and sample.measured_ms > 0
-
-
-def _row(sample: Measurement) -> Array:
-    return np.array(cost.features(sample.shape)) / sample.measured_ms
 
 
 def _quantiles(ratios: Array | deque[float]) -> tuple[float, float, float]:

@@ -2,23 +2,24 @@
 
     time = c0 + c1·jobs + c2·later tokens + c3·Σ new × context / 10⁶ + c4·Σ context / 10⁶ + c5·rows + c6·first tokens
 
-in milliseconds, with non-negative coefficients. The weight products are linear in the new tokens. The first `KNEE` of
-them have a coefficient of their own, because there loading the weights from memory hides part of the arithmetic. The
-score and value products of attention are linear in new × context, reading the KV cache in the context, and the logits
-product in the rows of logits. The constant is the cost of loading the weights once. `shared.cost.fit` fits the
-coefficients.
+in milliseconds, with non-negative coefficients. The weight products are linear in the new tokens. The first of them,
+up to the model's knee, have a coefficient of their own, because there loading the weights from memory hides part or, on
+an accelerator, all of the arithmetic. The score and value products of attention are linear in new × context, reading
+the KV cache in the context, and the logits product in the rows of logits. The constant is the cost of loading the
+weights once. `shared.cost.fit` fits the coefficients and chooses the knee.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from typing import Protocol
 
 from shared.messages import BatchShape, CostModel
 
 MILLION = 1e6
-KNEE = 8
-"""Number of first new tokens with a coefficient of their own."""
+KNEES = (8, 32, 64, 96, 128, 192, 256, 384)
+"""Knees that a fit chooses from. The first is that of a CPU."""
 SIZE = 7
 """Number of coefficients."""
 TYPICAL_LENGTH = 256
@@ -60,9 +61,9 @@ class Shape(Protocol):
         """See `BatchShape`."""
 
 
-def features(shape: Shape) -> tuple[float, ...]:
+def features(shape: Shape, knee: int = KNEES[0]) -> tuple[float, ...]:
     """Return the `SIZE` numbers that the coefficients multiply."""
-    first = min(shape.new_tokens, KNEE)
+    first = min(shape.new_tokens, knee)
     return (
         1.0,
         shape.jobs,
@@ -80,8 +81,8 @@ def predict_ms(model: CostModel, shape: Shape) -> float:
         return 0.0
     # Written out, because a product over `features` takes three times as long.
     batch, job, later, pair, held, row, first = model.coefficients
-    new = shape.new_tokens
-    tokens = first * new if new <= KNEE else first * KNEE + later * (new - KNEE)
+    new, knee = shape.new_tokens, model.knee
+    tokens = first * new if new <= knee else first * knee + later * (new - knee)
     attention = (pair * shape.new_context + held * shape.context) / MILLION
     return batch + job * shape.jobs + tokens + attention + row * shape.rows
 
@@ -91,13 +92,13 @@ def fixed_ms(model: CostModel) -> float:
     return model.coefficients[0]
 
 
-def token_ms(model: CostModel) -> float:
-    """Return the time that one more verified token adds to a batch.
+def token_ms(model: CostModel, batch_tokens: float = math.inf) -> float:
+    """Return the time that one more verified token adds to a batch of so many new tokens, by default a large one.
 
     It includes the token's logits and its attention to a session of typical length.
     """
-    _, _, later, pair, _, row, _ = model.coefficients
-    return later + row + pair * TYPICAL_LENGTH / MILLION
+    _, _, later, pair, _, row, first = model.coefficients
+    return (first if batch_tokens < model.knee else later) + row + pair * TYPICAL_LENGTH / MILLION
 
 
 def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:

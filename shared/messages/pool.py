@@ -72,6 +72,8 @@ class CostModel(Message):
     ratio_p99: Ratio
     samples: Count
     version: Count
+    knee: Annotated[int, Field(ge=1)] = 8
+    """Number of first new tokens of a batch."""
 
     @field_validator("coefficients")
     @classmethod

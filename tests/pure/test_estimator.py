@@ -214,3 +214,28 @@ def test_samples_without_time_or_work_are_ignored(profile: list[Measurement]) ->
     fit.add(sample(cost.EMPTY, 5.0))
     model = fit.model()
     assert (model.coefficients, model.samples) == (cost.FALLBACK.coefficients, 0)
+
+
+def test_a_profile_of_an_accelerator_finds_the_knee_of_its_arithmetic() -> None:
+    def accelerator_ms(shape: BatchShape) -> float:
+        return 42.0 + 0.35 * max(0, shape.new_tokens - 120)
+
+    rng = random.Random(5)
+    shapes = [random_shape(rng) for _ in range(120)]
+    fit = VerifierFit("v")
+    fit.start_from([sample(shape, accelerator_ms(shape)) for shape in shapes])
+    model = fit.model()
+    assert model.knee in (96, 128)
+    for shape in shapes:
+        assert cost.predict_ms(model, shape) == pytest.approx(accelerator_ms(shape), rel=0.1)
+    assert cost.token_ms(model, 20) < 0.1 * cost.token_ms(model)
+
+
+def test_a_cpu_keeps_its_knee_and_live_batches_keep_a_stored_one() -> None:
+    rng = random.Random(6)
+    fit = VerifierFit("v")
+    fit.start_from(samples(rng, 60, noise=0.05))
+    assert fit.model().knee == 8
+    stored = VerifierFit("v", start=model_of(*TRUE).model_copy(update={"knee": 128}))
+    learn(stored, samples(rng, 20))
+    assert stored.model().knee == 128

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from services.verifier.core.profile_plan import KINDS, ProfileBatch, ProfilePlan, profile_batches
 from shared import cost
 from shared.cost.fit import VerifierFit
-from shared.cost.model import KNEE
+from shared.cost.model import KNEES
 from shared.messages import BatchShape, CostModel
 
 BUDGET_MS = 3000.0
@@ -84,7 +84,7 @@ def machines(draw: st.DrawFn) -> tuple[float, ...]:
     fixed = draw(st.floats(1, 800))
     jobs, first, rows = (draw(st.floats(0, 99)) for _ in range(3))
     pairs, held = (draw(st.floats(0, 2e4)) for _ in range(2))
-    later = first + draw(st.floats(0, 1)) * fixed / KNEE
+    later = first + draw(st.floats(0, 1)) * fixed / KNEES[0]
     return fixed, jobs, later, pairs, held, rows, first
 
 

@@ -90,7 +90,10 @@ class LoadAverages:
 
 def price_ms(verifiers: Iterable[VerifierState], averages: LoadAverages) -> float:
     """Return what verifying one more token costs: the step's other rounds and runs end that much later."""
-    costs = [(max(0.0, averages.jobs - 1.0) + len(v.runs)) * cost.token_ms(v.model) for v in verifiers]
+    new = averages.jobs * averages.round_tokens
+    costs = [
+        (max(0.0, averages.jobs - 1.0) + len(v.runs)) * cost.token_ms(v.model, new + len(v.runs)) for v in verifiers
+    ]
     return sum(costs) / len(costs) if costs else 0.0
 
 

@@ -69,6 +69,8 @@ class Scenario(WorkloadPart):
     hop_ms: Amount = 0.5
     """Time of a message between two services, RabbitMQ included."""
     acceptance: Acceptance = Acceptance()
+    experience_rounds: Annotated[int, Field(ge=0, le=10_000)] = 30
+    """Rounds that each device has drafted before the simulation begins."""
     draft_length: Annotated[int, Field(ge=1, le=64)] = 8
     """Longest draft."""
     server_draft_ms: Amount = 1.5

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from random import Random
 
 import simpy
 
@@ -127,7 +128,7 @@ class SuiteWorld(World):
     def _open_session(self, served: ClientRequest) -> None:
         client = served.request.session
         if client not in self._controllers:
-            self._controllers[client] = Controller(self._rule, self._longest, WEIGHTS, RoundTimes())
+            self._controllers[client] = self._experienced(client)
             if self._load is not None:
                 self._controllers[client].times.apply_load(self._load)
         session = _SimulatedSession(
@@ -140,6 +141,28 @@ class SuiteWorld(World):
         )
         self._sessions[served.generate.session] = session
         self.env.process(self._draft_and_verify(session))
+
+    def _experienced(self, client: int) -> Controller:
+        """Return a device's controller, which has learned from earlier rounds how often its drafts are right."""
+        controller = Controller(self._rule, self._longest, WEIGHTS, RoundTimes())
+        for number in range(self.scenario.experience_rounds):
+            drafts = DraftProcess(self.scenario.acceptance, self._rng_seed(client, number))
+            control = controller.session(SOURCE)
+            round_ = control.ahead(self._longest, self.scenario.temperature)
+            right = []
+            for ahead in range(self._longest):
+                drafted = drafts.token(0, ahead)
+                right.append(drafted.right)
+                if round_.add(drafted.token) is not DraftDecision.MORE:
+                    break
+            kept = right[: round_.kept]
+            accepted = next((i for i, correct in enumerate(kept) if not correct), len(kept))
+            known = accepted == len(kept) < len(right)
+            control.settle(round_, len(kept), accepted, right[accepted] if known else None)
+        return controller
+
+    def _rng_seed(self, client: int, number: int) -> int:
+        return Random(f"{self._seed}/{client}/earlier/{number}").getrandbits(48)
 
     def _draft_and_verify(self, session: _SimulatedSession) -> Process:
         """Draft round by round until the session ends, as `services.drafter.serving` does."""
@@ -180,6 +203,7 @@ class SuiteWorld(World):
                 result = yield session.inbox.get()
                 state.apply(result)
                 control.learn_run(len(state.tokens) - known)
+        control.close()
 
     def _draft(self, session: _SimulatedSession) -> tuple[_SimulatedDraft, list[_SimulatedDraft], int]:
         """Return the next round's draft, its probes, and the tokens that the session leaves to the verifier."""
