@@ -45,6 +45,8 @@ KNEE_ERROR = 0.03
 KNEE_GAIN = 0.6
 """A profile takes another knee than a CPU's if its mean relative error is above the former, and that leaves less than
 the latter share of it."""
+FARTHEST = 10.0
+"""Live samples count as at most so many times slower or faster than predicted."""
 TINY = 1e-9
 
 
@@ -114,6 +116,7 @@ class VerifierFit:
             return
         row = self._row(sample)
         if self._version > 0:
+            row = row * self._limited(1 / max(float(self._coefficients @ row), TINY))
             if len(self._window) == SHIFT_WINDOW:
                 self._settle(self._window.popleft())
             self._window.append(row)
@@ -124,6 +127,15 @@ class VerifierFit:
         self._live_samples += 1
         self._samples += 1
         self._stale = True
+
+    @staticmethod
+    def _limited(ratio: float) -> float:
+        """Return the factor on a sample's row that brings measured / predicted between 1 / `FARTHEST` and `FARTHEST`.
+
+        A step that found nothing to compute, or a machine that stood still, would otherwise change the coefficients
+        that few samples determine beyond all measure.
+        """
+        return ratio / min(FARTHEST, max(1 / FARTHEST, ratio))
 
     def _settle(self, row: Array) -> None:
         """Add a sample to the sums, which fixes its weight and its speed."""
