@@ -52,7 +52,7 @@ async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -
 
 
 def described(settings: DraftServingSettings) -> dict[str, object]:
-    """Return what a drafter logs of its settings when it is ready."""
+    """Return the settings that a drafter logs when it is ready."""
     return {"stop_rule": settings.stop_rule, "device": settings.device_profile or None}
 
 
@@ -84,7 +84,7 @@ class Drafter:
         self._timers = RoundTimers(options.min_timeout_ms)
 
     async def run(self, stop: asyncio.Event, described: Mapping[str, object] | None = None) -> None:
-        """Serve until `stop` is set. described: further fields for the log."""
+        """Serve until `stop` is set. described: further fields of the log entry `ready`."""
         await self._broker.consume(self._broker.topology.drafter_queue(self.instance), self.receive)
         await self.take_requests()
         HEALTH.watch(self._broker, self._store)
@@ -142,7 +142,7 @@ class Drafter:
 
     @property
     def session_ids(self) -> list[str]:
-        """The sessions being served, those that may bring the most tokens first."""
+        """Sessions being served, the one with the most tokens left first."""
         kept = {name: session for name, session in self._sessions.items() if not session.given_back}
         return sorted(kept, key=lambda name: -kept[name].tokens_left)
 

@@ -141,7 +141,7 @@ class ServedSession:
 
     @property
     def tokens_left(self) -> int:
-        """Return the most tokens that the session may still bring."""
+        """Most tokens that the session may still get."""
         return self._state.generate.max_tokens - self._state.output_tokens
 
     def give_back(self) -> None:
@@ -256,7 +256,7 @@ class ServedSession:
         return True
 
     def _observe_copies(self, start: int) -> None:
-        """Learn what prompt lookup would have drafted for the tokens from `start` on."""
+        """Learn from the drafts that prompt lookup would have made for the tokens from `start` on."""
         if self._unsent_copies is not None:
             temperature = self._state.generate.sampling.temperature
             for copy in self._unsent_copies.follow(self._state.tokens, start):

@@ -1,7 +1,7 @@
 """The stand-in for drafters: serves a pool's requests without drafts while no drafter has room for them.
 
 It is a drafter without a draft source, whose consumer has a lower priority than those of drafters: RabbitMQ gives it a
-request only while the pool's drafters are away or have as many sessions as they serve at once. The request stays
+request only while the pool's drafters are away or have no room. The request stays
 unacknowledged as with any drafter, so another process goes on with it if this one dies. When a drafter has room, the
 stand-in returns requests to the queue, and the drafter continues from the committed tokens.
 
@@ -65,7 +65,7 @@ class StandIn:
                 if await drafter.may_beat():
                     loops.append(drafter.beat(drafts=False))
         except AccessRefused as error:
-            self._pools = DrafterPools([], _now_ms())  # it gets no heartbeats and serves nobody
+            self._pools = DrafterPools([], _now_ms())  # without heartbeats and sessions, it reports no pool
             self._log.warning(
                 "pools without drafters are not served: import the output of `wisp broker definitions` of this version",
                 error=str(error),
@@ -77,7 +77,7 @@ class StandIn:
         return self._pools.without_drafters(_now_ms())
 
     def on_pause(self, paused_ms: float) -> None:
-        """Note that this process has not run for so long."""
+        """Note that this process has not run for this time."""
         self._pools.on_pause(paused_ms)
 
     def notes(self) -> dict[str, str]:

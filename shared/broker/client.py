@@ -327,7 +327,7 @@ class Broker:
             self._log.error("dead letter lost: no connection", reason=reason, error=in_words(error))
 
     async def may_publish(self, key: str) -> bool:
-        """Return whether this user may publish to `key`; a refused publication would close the channel of all others.
+        """Return whether this user may publish to `key`, tried on a channel that the refusal closes.
 
         Definitions that were imported for an earlier version may lack the key.
         """

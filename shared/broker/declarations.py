@@ -213,7 +213,7 @@ async def _check_exchange(connection: AbstractRobustConnection, name: str) -> No
             async with _passing_channel(connection) as plain:
                 await plain.exchange_declare(name, passive=True)
         except ChannelAccessRefused:
-            await _publish_in_vain(connection, name)
+            await _publish_and_roll_back(connection, name)
     except ChannelNotFoundEntity as error:
         raise _absent(error) from error
     except ChannelAccessRefused as error:
@@ -226,13 +226,13 @@ async def _check_exchange(connection: AbstractRobustConnection, name: str) -> No
 async def may_publish(connection: AbstractRobustConnection, exchange: str, key: str) -> bool:
     """Return whether this user may publish to the exchange with this key."""
     try:
-        await _publish_in_vain(connection, exchange, key)
+        await _publish_and_roll_back(connection, exchange, key)
     except ChannelAccessRefused:
         return False
     return True
 
 
-async def _publish_in_vain(connection: AbstractRobustConnection, exchange: str, key: str = "") -> None:
+async def _publish_and_roll_back(connection: AbstractRobustConnection, exchange: str, key: str = "") -> None:
     """Publish a message in a transaction that is rolled back. Raises the refusals of a publication."""
     async with _passing_channel(connection) as plain:
         await plain.tx_select()

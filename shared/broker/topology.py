@@ -2,7 +2,7 @@
 
     routing key             from → to                             queue
     generate.<pool>         gateway → one drafter of the pool     <ns>.generate.<pool>      durable, quorum
-                            Schedulers consume it too, with a lower priority: they serve a pool without drafters
+                            Schedulers consume it too, with a lower priority, for requests without a drafter
     verify                  drafter → the active scheduler        <ns>.verify               durable, one active consumer
     batch.<verifier>        scheduler → that verifier             <ns>.verifier.<name>      exclusive
                             Release: sessions whose KV the verifier drops
@@ -124,7 +124,7 @@ class Role:
 ROLES = {
     "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD), records=True),
     "drafter": Role(publishes=(VERIFY, drafter("*")), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
-    # A scheduler also does the drafters' work while a pool has none.
+    # A scheduler also serves requests for which no drafter has room.
     "scheduler": Role(
         publishes=(batch("*"), LOAD, VERIFY, drafter("*")),
         listens=(RESULT_SCHEDULER, heartbeat("*"), costmodel("*"), CANCEL, LOAD, drafter("*")),

@@ -23,7 +23,7 @@ def target_folder() -> Path:
 def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """The folder of a family's tiny model, which is made once. Do not change it.
 
-    Files that use it belong to the xdist group `families`, so that one worker makes the models.
+    Files that use it belong to the group `families` of `tests/groups.py`, so that one worker makes the models.
     """
 
     @cache

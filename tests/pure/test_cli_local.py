@@ -223,6 +223,7 @@ def test_doctor_and_the_page_name_the_same_versions() -> None:
         "k8s/overlays/local/redis.yaml",
         "k8s/components/operators/rabbitmq.yaml",
         "k8s/components/operators/redis.yaml",
+        "services/tools/local/containers.py",
     ],
 )
 def test_shipped_configuration_names_versions_of_the_page(file: str) -> None:

@@ -1,4 +1,4 @@
-"""The speculation controller beside runs, in simulated sessions: it never loses against a run, and gains from copies.
+"""The speculation controller beside runs, in simulated sessions: it loses little against a run, and gains from copies.
 
 The costs are measured: SmolLM2-135M in bfloat16 on two threads of a CPU with AVX2. A run takes the time of its steps; a
 round also that of its messages.
@@ -238,7 +238,7 @@ def test_a_draft_that_halts_a_run_has_to_pay_the_way_back() -> None:
 
 
 def model_session(shared: Controller, acceptance: float, tokens: int, rng: random.Random) -> tuple[float, int]:
-    """Return the speed of a session whose draft model is right so often, and the number of its probes."""
+    """Return the speed of a session whose draft model has this acceptance, and the number of its probes."""
     control, times, clock = shared.session("hidden"), shared.times, Clock(rng)
     made, probes_made = 0, 0
     pending: list[tuple[DraftRound, bool]] = []
@@ -299,7 +299,7 @@ def model_sessions(acceptance: float, tokens: int, sessions: int) -> Sequence[tu
 
 @pytest.mark.parametrize("tokens", [24, 64, 300])
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.7])
-def test_a_draft_model_that_does_not_pay_loses_nothing(acceptance: float, tokens: int) -> None:
+def test_a_draft_model_that_does_not_pay_loses_little(acceptance: float, tokens: int) -> None:
     assert fmean(speed for speed, _ in model_sessions(acceptance, tokens, 40)) >= 0.97
 
 

@@ -11,7 +11,7 @@ from services.scheduler.core.drafter_pools import MOST_AT_ONCE, MOST_MOVES, SILE
 SESSIONS = [f"s{i}" for i in range(20)]
 
 
-def test_a_pool_has_no_drafter_once_nobody_was_heard_of_for_long() -> None:
+def test_a_pool_whose_drafters_are_silent_is_without_drafters() -> None:
     pools = DrafterPools(["a", "b"], 0.0)
     assert pools.without_drafters(SILENT_MS - 1) == [], "their heartbeats may still come"
     assert pools.without_drafters(SILENT_MS) == ["a", "b"]

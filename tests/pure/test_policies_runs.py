@@ -48,7 +48,7 @@ def with_block(state: VerifierState, one: PendingRound) -> float:
     return cost.predict_ms(state.model, shape)
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(lengths, slacks, st.lists(st.tuples(arrivals, dues, st.integers(1, 2000)), min_size=1, max_size=20), limits_)
 def test_rounds_keep_runs_on_time(
     in_runs: list[int], slack: list[float], drawn: list[tuple[float, float | None, int]], limits: BatchLimits
@@ -64,7 +64,7 @@ def test_rounds_keep_runs_on_time(
             assert made.predicted_ms <= one / CAUTION + EPSILON or len(made.chosen) == 1
 
 
-@settings(max_examples=300)
+@settings(max_examples=3 * settings.default.max_examples)
 @given(lengths, slacks, st.lists(st.tuples(arrivals, st.integers(BLOCK + 2, 3000)), min_size=1, max_size=8), limits_)
 def test_prompts_without_an_slo_take_at_most_a_block_from_runs(
     in_runs: list[int], slack: list[float], drawn: list[tuple[float, int]], limits: BatchLimits
@@ -78,7 +78,7 @@ def test_prompts_without_an_slo_take_at_most_a_block_from_runs(
             assert made.predicted_ms <= one / CAUTION + EPSILON
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=3 * settings.default.max_examples // 2)
 @given(
     lengths,
     st.integers(0, 20),

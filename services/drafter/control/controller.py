@@ -36,8 +36,8 @@ or `RETURN_SHARE` asks for more."""
 RETURN_SHARE = 0.1
 """A round between two runs takes at most this share of the time of the run after it."""
 CAUTION = 0.3
-"""Copies are sent in place of a run if they pay even at an acceptance that is so many standard deviations lower. Runs
-show soon and at no cost how often copies are right; in simulated sessions 0.3 loses least and gains as much."""
+"""Copies are sent in place of a run if they pay at an acceptance that is lower by this number of standard deviations.
+Runs show soon and at no cost how often copies are right; in simulated sessions 0.3 loses least and gains as much."""
 LONGEST_UNREADY = 3
 """A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8
@@ -97,8 +97,8 @@ class SessionControl:
         self._expected_at = 0
         self._left_idle = controller.idle
         self._idle = {source: self._left_idle.pop(source, 0) for source in sources}
-        """Rounds since each source was last wanted or probed, those of the session before included: sources are probed
-        also where no session is long enough for a probe of its own."""
+        """Rounds since each source was last wanted or probed, including those of earlier sessions, so that sources are
+        probed also where no session is long enough for a probe of its own."""
         self._plain_tokens = 0
         """Tokens since the last draft of which a token was accepted."""
         self._unready_rounds = 0

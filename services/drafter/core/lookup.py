@@ -87,7 +87,7 @@ class NgramIndex:
 
 @dataclass(frozen=True)
 class UnsentCopy:
-    """A token that lookup would have drafted, and what became of its position."""
+    """A token that lookup would have drafted, and whether it equals the committed one."""
 
     token: DraftToken
     position: int
@@ -96,7 +96,7 @@ class UnsentCopy:
 
 
 class UnsentCopies:
-    """The drafts of one session that lookup would have made while none were sent.
+    """The drafts that lookup would have made in a session while none were sent.
 
     They show at no cost how often lookup is right in this text.
     """

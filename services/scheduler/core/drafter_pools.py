@@ -14,7 +14,7 @@ SILENT_MS = 3000 * DRAFTER_BEAT_S
 MOST_AT_ONCE = 8
 """Sessions given to a drafter after one of its heartbeats. It may ask the verifiers for the hidden states of each."""
 MOST_MOVES = 3
-"""Times that a stand-in gives a session away. RabbitMQ drops a request that comes back too often."""
+"""Most times that a stand-in gives a session away. RabbitMQ drops a request that is returned too often."""
 REMEMBERED = 10_000
 """Sessions whose moves are remembered."""
 
@@ -28,15 +28,15 @@ class DrafterPools:
         self._seen_ms: dict[str, dict[str, float]] = {}
         """Time of the last heartbeat by pool and drafter."""
         self._known_ms = now_ms + SILENT_MS
-        """From here on a drafter that was not heard of is not there."""
+        """From this time on, a drafter without a heartbeat counts as gone."""
 
     def on_heartbeat(self, heartbeat: DrafterHeartbeat, now_ms: float) -> None:
-        """Note a drafter's sign of life; a stand-in's counts for nothing."""
+        """Note a drafter's heartbeat; ignore a stand-in's."""
         if heartbeat.drafts:
             self._seen_ms.setdefault(heartbeat.pool, {})[heartbeat.drafter] = now_ms
 
     def on_pause(self, paused_ms: float) -> None:
-        """Note that this process has not run for so long, and may not have read heartbeats."""
+        """Note that this process has not run, nor read heartbeats, for this time."""
         for drafters in self._seen_ms.values():
             for drafter in drafters:
                 drafters[drafter] += paused_ms
@@ -59,7 +59,7 @@ class SessionMoves:
     def choose(self, heartbeat: DrafterHeartbeat, session_ids: Sequence[str]) -> list[str]:
         """Return the sessions to give away after a drafter's heartbeat, of those that the stand-in serves.
 
-        No more than the drafter has room for, and none that has come back several times.
+        They are no more than the drafter has room for, and none has come back `MOST_MOVES` times.
         """
         if not heartbeat.drafts:
             return []

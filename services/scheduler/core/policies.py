@@ -189,9 +189,10 @@ class WispPlus(BatchPolicy):
     with these rows' certain tokens. No step takes longer than a run can make up for (`VerifierState.runs_due_ms`),
     unless prompts need the time to come in time themselves.
 
-    Prompts are taken by deadline, and a prompt is urgent if those before it leave it no later start. The next block of
-    the first urgent one has its time and memory reserved before anything is added, so that late rounds never keep
-    prompts waiting. Rounds that are on time with this block in the batch stay on time.
+    Prompts are taken by deadline. A prompt is urgent if, behind those with earlier deadlines, it cannot wait for the
+    batch after this one. The next block of the first urgent one has its time and memory reserved before anything is
+    added, so that late rounds never keep prompts waiting. Rounds that are on time with this block in the batch stay on
+    time.
     """
 
     name = "wisp+"

@@ -22,7 +22,7 @@ FIRST_ROUNDS = 4
 """Rounds after which a session's own average counts as much as the average of all sessions."""
 
 RECOVERY_TOKENS = 16
-"""Tokens within which a run makes up for a step that a prompt has lengthened: a guess at how many are still to come."""
+"""Tokens within which a run makes up for a step that a prompt has lengthened: a guess at the tokens still to come."""
 
 
 @dataclass
@@ -97,7 +97,7 @@ class ActiveSession:
     due_ms: float | None = None
     """When its next token is due, as predicted from its rounds and results."""
     length: int = 0
-    """Committed length that `due_ms` is for: the token after it is due then."""
+    """Committed length to which `due_ms` applies: the token after it is due then."""
     seen_ms: float = 0.0
     verifier_id: str | None = None
     """Verifier of its pending round, or of its last one."""
@@ -125,7 +125,7 @@ class ActiveSession:
         return (self.tokens + FIRST_ROUNDS * usual) / (self.rounds + FIRST_ROUNDS)
 
     def advance(self, length: int) -> int:
-        """Take the committed length of a result; return how many of its tokens no other result has brought."""
+        """Take the committed length of a result; return the number of its tokens that no earlier result has brought."""
         new = max(0, length - self.length)
         self.length += new
         return new
@@ -220,16 +220,16 @@ class VerifierState:
         return min(due, default=None)
 
     def step_left_ms(self, now_ms: float) -> float:
-        """Return the predicted time until the present step of its runs ends. The last report came after a step."""
+        """Return the predicted time until the present step of its runs ends. Reports come at the ends of steps."""
         step_ms = cost.predict_ms(self.model, self.runs.shape)
         since_ms = now_ms - self.runs.reported_ms
         return step_ms - since_ms % step_ms if step_ms > 0 else 0.0
 
     def runs_due_ms(self, sessions: Mapping[str, ActiveSession], start_ms: float) -> list[float]:
-        """Return until when a step that starts at `start_ms` may take, for each session with an SLO in a run.
+        """Return the latest end of a step that starts at `start_ms`, for each session with an SLO in a run.
 
-        The steps until then bring a token each. A run that is faster than was promised makes up for a long step within
-        the next `RECOVERY_TOKENS` tokens.
+        Each step before it brings a token. A run that is faster than its SLO asks makes up for a long step within the
+        next `RECOVERY_TOKENS` tokens.
         """
         step_ms = max(1e-3, cost.predict_ms(self.model, self.runs.shape))
         due = []

@@ -201,7 +201,7 @@ class PipOutput:
             self._other = "building" if found[1] == "Building" else "preparing the build of wisp"
 
     def describe(self) -> str:
-        """Return the current activity, in a few words with numbers that grow. Each number names what it counts."""
+        """Return the current activity, in a few words with numbers that grow."""
         if self._installing:
             current = min(self._arrived(), len(self._installing) - 1)
             return f"installing package {current + 1} of {len(self._installing)}: {self._installing[current]}"

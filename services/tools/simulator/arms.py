@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -72,12 +71,10 @@ def world_of(arm: Arm, scenario: Scenario, hardware: SimulatedHardware, seed: in
     return SuiteWorld(scenario, hardware, seed, policy=arm.base, without=arm.without)
 
 
-def simulate(
-    point: SimulatedPoint, scenario: Scenario, window: Window, tick: Callable[[float], None] | None = None
-) -> tuple[MeasuredPoint, list[RequestRecord]]:
+def simulate(point: SimulatedPoint, scenario: Scenario, window: Window) -> tuple[MeasuredPoint, list[RequestRecord]]:
     """Run a point; return its measures and the record of every request."""
     world = world_of(point.arm, scenario, hardware_of(scenario), point.seed)
-    world.run(point.sessions, window, first_number(point.sessions, 0), tick)
+    world.run(point.sessions, window, first_number(point.sessions, 0))
     costs = [world.target.cost_model("verifier")] if point.arm.serving == "wisp" else []
     measured = MeasuredPoint(
         arm=point.arm.name,

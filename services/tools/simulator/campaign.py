@@ -1,4 +1,4 @@
-"""A simulated campaign: all points of all arms, each in a process of its own, on all cores."""
+"""A simulated campaign: all points of all arms, side by side in several processes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,6 @@ from multiprocessing import get_context
 from services.tools.bench.load.arms import Arm
 from services.tools.bench.load.campaign import CapacitySearch
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.load.core.record import RequestRecord
 from services.tools.bench.load.core.results import LoadResults, MeasuredPoint
 from services.tools.bench.load.core.search import next_sessions
 from services.tools.local.progress import Progress, ProgressStep
@@ -40,11 +39,9 @@ class SimulationCampaign:
     def __init__(self, plan: SimulationPlan, processes: int, progress: Progress) -> None:
         self.plan = plan
         self.results = LoadResults(window=plan.window, aims=[AIM] if plan.search else [])
-        self.records: list[tuple[str, int, int, RequestRecord]] = []
-        """Every request, with its arm, sessions and repeat."""
         self._processes = processes
         self._progress = progress
-        self._pending: dict[Future[tuple[MeasuredPoint, list[RequestRecord]]], SimulatedPoint] = {}
+        self._pending: dict[Future[MeasuredPoint], SimulatedPoint] = {}
 
     def run(self) -> None:
         """Simulate all points. An interrupt keeps the results until then."""
@@ -62,8 +59,7 @@ class SimulationCampaign:
                     done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
                     for future in done:
                         self._take(future, step)
-                        arm = self._arm_of(future)
-                        del self._pending[future]
+                        arm = self._pending.pop(future).arm
                         if not any(point.arm == arm for point in self._pending.values()):
                             self._search_on(pool, arm)
             except BaseException:
@@ -73,13 +69,10 @@ class SimulationCampaign:
         order = {arm.name: number for number, arm in enumerate(self.plan.arms)}
         self.results.points.sort(key=lambda one: (order[one.arm], one.sessions, one.repeat))
 
-    def _arm_of(self, future: Future[tuple[MeasuredPoint, list[RequestRecord]]]) -> Arm:
-        return self._pending[future].arm
-
     def _submit(self, pool: Executor, arm: Arm, sessions: int) -> None:
         for repeat in range(self.plan.repeats):
             point = SimulatedPoint(arm, sessions, repeat, self.plan.seed + repeat)
-            self._pending[pool.submit(simulate, point, self.plan.scenario, self.plan.window)] = point
+            self._pending[pool.submit(_measures, point, self.plan.scenario, self.plan.window)] = point
 
     def _search_on(self, pool: Executor, arm: Arm) -> None:
         """Simulate the next number of sessions of an arm's search, if it needs one."""
@@ -92,12 +85,16 @@ class SimulationCampaign:
         if found is not None:
             self._submit(pool, arm, found)
 
-    def _take(self, future: Future[tuple[MeasuredPoint, list[RequestRecord]]], step: ProgressStep) -> None:
-        measured, records = future.result()
+    def _take(self, future: Future[MeasuredPoint], step: ProgressStep) -> None:
+        measured = future.result()
         self.results.points.append(measured)
-        self.records += [(measured.arm, measured.sessions, measured.repeat, record) for record in records]
         measures = measured.measures
         step.detail(
             f"{measured.arm}, {measured.sessions} sessions: {measures.attained} of {measures.requests} requests "
             f"attained, {measures.goodput:.0f} tokens/s of them; {len(self._pending) - 1} points to go"
         )
+
+
+def _measures(point: SimulatedPoint, scenario: Scenario, window: Window) -> MeasuredPoint:
+    """Run a point; return its measures without the records, which would have to be copied between processes."""
+    return simulate(point, scenario, window)[0]

@@ -46,7 +46,7 @@ class SimulatedCache:
         return self._cached.get(session, 0)
 
     def attach(self, session: str, tokens: Sequence[int]) -> int:
-        """Attach a session; returns how many of its tokens are in the cache. No two texts share a prefix."""
+        """Attach a session; return the number of its tokens in the cache. No two texts share a prefix."""
         return self._cached.setdefault(session, 0)
 
     def release(self, session: str) -> None:

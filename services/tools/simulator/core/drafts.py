@@ -25,14 +25,14 @@ STEPS = 400
 
 @dataclass(frozen=True)
 class SimulatedToken:
-    """A draft token: what the controller sees of it, and whether it equals the target's own choice."""
+    """A draft token as the controller sees it, and whether it equals the target's own choice."""
 
     token: DraftToken
     right: bool
 
 
 class DraftProcess:
-    """The draft tokens of one request. The same seed gives the same tokens, whoever drafts them and when."""
+    """The draft tokens of one request. The same seed gives the same tokens in any order and arm."""
 
     def __init__(self, acceptance: Acceptance, seed: int) -> None:
         self._acceptance = acceptance

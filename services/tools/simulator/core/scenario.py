@@ -11,11 +11,18 @@ import yaml
 from pydantic import Field, ValidationError, model_validator
 
 from services.drafter.core.profile import LinkProfile
-from services.tools.bench.load.core.distributions import Mixture, Positive, WeightedPart, WorkloadPart, draw, one_of
+from services.tools.bench.load.core.distributions import (
+    Amount,
+    Mixture,
+    Positive,
+    WeightedPart,
+    WorkloadPart,
+    draw,
+    one_of,
+)
 from shared.errors import SettingsError
 from shared.slo import Promise
 
-Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -41,10 +48,10 @@ class DeviceLink(WorkloadPart):
 
 
 class Acceptance(WorkloadPart):
-    """The chances of draft tokens to be accepted, and how well the draft model can tell.
+    """The chances of draft tokens to be accepted, and the error of the draft model's estimates of them.
 
-    A token's log odds of acceptance are normally distributed: around the session's, which are normally distributed
-    around those of all. The draft model's estimate of them has an error of its own.
+    A token's log odds of acceptance are normally distributed around its session's, and the sessions' around a common
+    centre. `mean` decides that centre.
     """
 
     mean: Probability = 0.75
@@ -130,7 +137,7 @@ class SimulatedRequest:
     output_tokens: int
     think_s: float
     seed: int
-    """Seed of what its draft tokens are worth: the same in every arm."""
+    """Seed of its draft tokens, the same in every arm."""
 
 
 def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) -> Scenario:

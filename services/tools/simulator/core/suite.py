@@ -165,7 +165,7 @@ class SuiteWorld(World):
         return Random(f"{self._seed}/{client}/earlier/{number}").getrandbits(48)
 
     def _draft_and_verify(self, session: _SimulatedSession) -> Process:
-        """Draft round by round until the session ends, as `services.drafter.serving` does."""
+        """Draft round by round until the session ends, as `services.drafter.serving` does, but halt no run."""
         state, control, served = session.state, session.control, session.served
         while not state.done:
             made, probes, run_tokens = self._draft(session)
@@ -244,7 +244,7 @@ class SuiteWorld(World):
         self._decide()
 
     def _decide(self) -> None:
-        """Send the batches that are due, and come back when the dispatcher wants to."""
+        """Send the batches that are due, and decide again when the dispatcher asks for it."""
         sends, later_ms = self._dispatcher.dispatch(self.now_ms)
         hop_ms = self.scenario.hop_ms
         for verifier_id, batch in sends:
@@ -268,9 +268,9 @@ class SuiteWorld(World):
         self._dispatcher.on_heartbeat(heartbeat, self.now_ms)
         self._decide()
 
-    def session(self, session_id: str) -> _SimulatedSession:
-        """Return an open session."""
-        return self._sessions[session_id]
+    def session(self, session_id: str) -> _SimulatedSession | None:
+        """Return an open session; None if it has ended."""
+        return self._sessions.get(session_id)
 
     def publish(self, session: _SimulatedSession, result: Result) -> None:
         """Send a result to the scheduler, to the session's drafter and to its client."""
@@ -297,7 +297,7 @@ class SuiteWorld(World):
 
 
 class _SimulatedVerifier:
-    """A verifier: its KV, the batches before it, and the sessions that it decodes in runs."""
+    """A verifier: its KV, its pending batches, and the sessions that it decodes in runs."""
 
     def __init__(self, world: SuiteWorld, verifier_id: str) -> None:
         self.verifier_id = verifier_id
@@ -380,7 +380,7 @@ class _SimulatedVerifier:
     def _judge(self, job: Job, batch_id: str, new: int, took_ms: float) -> None:
         """Publish a job's result: the accepted draft tokens and the target's own next one, or a chunk of prefill."""
         world = self._world
-        session = world._sessions.get(job.session)
+        session = world.session(job.session)
         if session is None or (job.prefill_to is None and job.base_len != session.length):
             return
         accepted, tokens, finish, run_left = 0, [], None, 0

@@ -24,6 +24,7 @@ GB = 1e9
 JOBS = (1, 2, 4, 8, 16, 32, 64)
 NEW = (1, 2, 5, 9, 65, 257)
 LENGTHS = (64, 512, 2048)
+"""Jobs, new tokens of each and lengths of the steps that the cost model is fitted to."""
 
 
 class TargetProfile(BaseModel):
@@ -86,7 +87,7 @@ class TargetProfile(BaseModel):
         return self.step_ms + 1000 * max(memory_s, arithmetic_s)
 
     def cost_model(self, verifier_id: str) -> CostModel:
-        """Return what the estimator fits to steps of this target: the model by which the scheduler predicts."""
+        """Return the model by which the scheduler predicts: the estimator's fit to steps of this target."""
         fit = VerifierFit(verifier_id)
         fit.start_from(
             [

@@ -33,7 +33,7 @@ class SimulatedHardware:
 
 @dataclass
 class SimulatedDevice:
-    """A device: its hardware and its link, of which a message never overtakes another."""
+    """A device: its hardware and its link. No message overtakes another on the link."""
 
     name: str
     hardware: HardwareProfile
@@ -43,7 +43,7 @@ class SimulatedDevice:
 
 @dataclass
 class ClientRequest:
-    """A request in service, and what its client has got."""
+    """A request in service, and the tokens that its client has received."""
 
     request: SimulatedRequest
     generate: Generate
@@ -83,10 +83,9 @@ class World(ABC):
         self.env = simpy.Environment()
         self.records: list[RequestRecord] = []
         self.batches: list[Measurement] = []
-        """The steps of all verifiers, in the window."""
+        """Every step of all verifiers."""
         self._hardware = hardware
         self._seed = seed
-        self._open: set[int] = set()
         self._served: list[ClientRequest] = []
 
     @property
@@ -98,10 +97,10 @@ class World(ABC):
     def serve(self, served: ClientRequest) -> None:
         """Take a request at the server. `deliver` sends its tokens."""
 
-    def run(self, sessions: int, window: Window, first: int, tick: Callable[[float], None] | None = None) -> None:
+    def run(self, sessions: int, window: Window, first: int) -> None:
         """Run a closed loop of sessions until the requests of the window have ended, or for the longest drain.
 
-        first: number of each session's first request. tick: called with the virtual seconds, about once in each.
+        first: number of each session's first request.
         """
         end_ms = 1000 * (window.end_s + window.drain_s)
         for session in range(sessions):
@@ -110,8 +109,6 @@ class World(ABC):
             if self.now_ms >= 1000 * window.end_s and not self._counted_open(window):
                 break
             self.env.run(until=min(end_ms, self.now_ms + 1000))
-            if tick is not None:
-                tick(self.now_ms / 1000)
         for served in self._served:
             if not served.done.triggered:
                 self.records.append(served.record(Ending.CUT, self.now_ms))
