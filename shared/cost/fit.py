@@ -43,10 +43,10 @@ SHIFT = 1.25
 """A median of measured / predicted over the window beyond this factor, either way, is a change of speed."""
 KNEE_ERROR = 0.03
 KNEE_GAIN = 0.6
-"""A profile takes another knee than a CPU's if its mean relative error is above the former, and that leaves less than
-the latter share of it."""
+"""A profile takes another knee than a CPU's if the mean relative error with the CPU's is above `KNEE_ERROR`, and the
+other one leaves less than the share `KNEE_GAIN` of it."""
 FARTHEST = 10.0
-"""Live samples count as at most so many times slower or faster than predicted."""
+"""Live samples count as at most this many times slower or faster than predicted."""
 TINY = 1e-9
 
 
@@ -132,8 +132,8 @@ class VerifierFit:
     def _limited(ratio: float) -> float:
         """Return the factor on a sample's row that brings measured / predicted between 1 / `FARTHEST` and `FARTHEST`.
 
-        A step that found nothing to compute, or a machine that stood still, would otherwise change the coefficients
-        that few samples determine beyond all measure.
+        Otherwise a step without work, or one in which the machine stood still, would change a coefficient that few
+        samples determine without bound.
         """
         return ratio / min(FARTHEST, max(1 / FARTHEST, ratio))
 

@@ -93,7 +93,8 @@ def fixed_ms(model: CostModel) -> float:
 
 
 def token_ms(model: CostModel, batch_tokens: float = math.inf) -> float:
-    """Return the time that one more verified token adds to a batch of so many new tokens, by default a large one.
+    """Return the time that one more verified token adds to a batch of `batch_tokens` new tokens, by default to a large
+    one.
 
     It includes the token's logits and its attention to a session of typical length.
     """

@@ -11,6 +11,7 @@ from shared.messages.fields import (
     LONGEST_MS,
     Arithmetic,
     Count,
+    Length,
     Message,
     Milliseconds,
     Name,
@@ -72,8 +73,8 @@ class CostModel(Message):
     ratio_p99: Ratio
     samples: Count
     version: Count
-    knee: Annotated[int, Field(ge=1)] = 8
-    """Number of first new tokens of a batch."""
+    knee: Length = 8
+    """New tokens of a batch that count as its first."""
 
     @field_validator("coefficients")
     @classmethod
