@@ -37,7 +37,7 @@ EXTRAS = {
     "device": ("httpx",),
     "training": ("scipy",),
     "bench": ("matplotlib",),
-    "simulator": ("simpy", "PyYAML", "matplotlib"),
+    "simulator": ("simpy", "matplotlib"),
 }
 """The packages that show that an extra is installed."""
 API_PORT = 8000

@@ -113,7 +113,7 @@ class ProfilePlan:
             if CAUTION * longest_ms(shape, self._measured, model) > left_ms:
                 continue
             expected_ms = cost.predict_ms(model, shape)
-            row = np.array(cost.features(shape)) / expected_ms
+            row = np.array(cost.features(shape, model.knee)) / expected_ms
             variance = float(row @ np.linalg.solve(design, row))
             gain = log1p(variance) / expected_ms
             if variance > ENOUGH and gain > most:
@@ -123,7 +123,7 @@ class ProfilePlan:
 
 def _design(measured: Sequence[Measurement], model: CostModel) -> NDArray[np.float64]:
     """Return the sums X'X of the relative errors' rows, with a prior that gives each coefficient a finite variance."""
-    rows = np.array([np.array(cost.features(one.shape)) / one.measured_ms for one in measured])
+    rows = np.array([np.array(cost.features(one.shape, model.knee)) / one.measured_ms for one in measured])
     shares = np.maximum(np.abs(model.coefficients), 1e-6)
     design: NDArray[np.float64] = rows.T @ rows + PRIOR * np.diag(1 / shares**2)
     return design
