@@ -129,7 +129,7 @@ class BatchLoop:
                 self._batches.put_nowait(self._arriving.popleft())
 
     def _may_read(self, job: Job) -> bool:
-        """Return whether a job's session is to be read: its sender knows its key, and no run decodes it here."""
+        """Return whether a job's session may be read: the job has its key, and no run decodes it here."""
         return (
             self._session_keys.accepts(job)
             and job.fingerprint == self._membership.fingerprint

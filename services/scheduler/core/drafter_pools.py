@@ -23,7 +23,7 @@ class DrafterPools:
     """The live drafters of each pool."""
 
     def __init__(self, pools: Sequence[str], now_ms: float) -> None:
-        """pools: those that are served without drafters if they have none."""
+        """pools: served by a stand-in if they have no drafter."""
         self._pools = pools
         self._seen_ms: dict[str, dict[str, float]] = {}
         """Time of the last heartbeat by pool and drafter."""
