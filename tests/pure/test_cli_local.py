@@ -231,7 +231,8 @@ def test_shipped_configuration_names_versions_of_the_page(file: str) -> None:
     assert images
     table = table_of_versions()
     for name, version in images:
-        assert version_in(version) in table["RabbitMQ" if name == "rabbitmq" else "Redis"]
+        named = version_in(version)
+        assert named in {one[: len(named)] for one in table["RabbitMQ" if name == "rabbitmq" else "Redis"]}
 
 
 def test_doctor_names_the_installed_server(tmp_path: Path) -> None:

@@ -20,8 +20,8 @@ from services.tools.local.progress import ProgressStep
 from services.tools.local.servers import BrokerServer, kill, until_ready, with_fresh_ports
 from shared.errors import BrokersError
 
-RABBITMQ_IMAGE = "docker.io/library/rabbitmq:4.3.6"
-REDIS_IMAGE = "docker.io/library/redis:8.0.6"
+RABBITMQ_IMAGE = "docker.io/library/rabbitmq:4.3"
+REDIS_IMAGE = "docker.io/library/redis:8.0"
 START_S = 120.0
 USER = "wisp"
 
