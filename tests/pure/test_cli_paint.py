@@ -105,6 +105,14 @@ def test_the_summary_gives_every_figure() -> None:
         assert figure in text
 
 
+def test_a_summary_counts_one_token_in_the_singular() -> None:
+    one = SUMMARY | {"tokens": 9.0, "rounds": 1.0, "run_tokens": 8.0, "verified": 1.0, "accepted": 1.0}
+    line = summary_lines(one)[0]
+    assert (
+        line == "1 token in 1 round and 8 by the verifier alone, 1.00 tokens per round, 100% of 1 draft token accepted"
+    )
+
+
 def test_a_summary_without_drafts_or_a_second_token_is_possible() -> None:
     alone = SUMMARY | {"tokens": 1.0, "verified": 0.0, "accepted": 0.0, "total_ms": 100.0}
     assert "no drafts" in summary_lines(alone)[0]

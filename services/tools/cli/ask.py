@@ -15,7 +15,7 @@ from pydantic import ValidationError
 
 from services.tools.cli.core.answer_chunk import AnswerChunk, ModelList
 from services.tools.cli.core.answer_rounds import AnswerRound, Arrival, rounds_of
-from services.tools.cli.core.text_parts import TextPart, text_parts
+from services.tools.cli.core.text_parts import TextPart, counted, text_parts
 from services.tools.local.settings import LocalSettings
 from shared.errors import SettingsError, WispError
 
@@ -220,16 +220,18 @@ def tokens_per_round(summary: dict[str, float]) -> float:
 
 def made_in(summary: dict[str, float]) -> str:
     """Return how the tokens of an answer were made: in rounds, or by the verifier alone."""
-    runs = summary.get("run_tokens", 0)
-    alone = f" and {runs:.0f} by the verifier alone" if runs else ""
-    return f"{summary['tokens'] - runs:.0f} tokens in {summary['rounds']:.0f} rounds{alone}"
+    runs = round(summary.get("run_tokens", 0))
+    alone = f" and {runs} by the verifier alone" if runs else ""
+    return f"{counted(round(summary['tokens']) - runs, 'token')} in {counted(round(summary['rounds']), 'round')}{alone}"
 
 
 def summary_lines(summary: dict[str, float]) -> list[str]:
     """Format the summary of an answer for people."""
-    verified = summary["verified"]
+    verified = round(summary["verified"])
     drafts = (
-        f"{summary['accepted'] / verified:.0%} of {verified:,.0f} draft tokens accepted" if verified else "no drafts"
+        f"{summary['accepted'] / verified:.0%} of {counted(verified, 'draft token')} accepted"
+        if verified
+        else "no drafts"
     )
     return [
         f"{made_in(summary)}, {tokens_per_round(summary):.2f} tokens per round, {drafts}",

@@ -89,7 +89,7 @@ def main(
         )
         console = terminal()
         console.print(
-            f"{spec.title}: room for the KV of {target.kv_tokens:,} tokens on each of {spec.verifiers} verifier(s)",
+            f"{spec.title}; verifiers: {spec.verifiers}, each with room for the KV of {target.kv_tokens:,} tokens",
             highlight=False,
         )
         campaign = SimulationCampaign(plan, processes or os.cpu_count() or 1, ConsoleProgress(console))
@@ -145,4 +145,4 @@ def _conclude(
 
 
 if __name__ == "__main__":
-    app()
+    app(prog_name="wisp simulate")

@@ -43,8 +43,9 @@ def read(wanted: str, folder: Path, suffix: str, what: str) -> str:
     try:
         return path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise SettingsError(
-            f"{what} {wanted!r} cannot be read ({error}); give the path of a {suffix} file, or one of "
+            f"{what} {wanted!r} cannot be read ({reason}); give the path of a {suffix} file, or one of "
             f"{', '.join(shipped(folder, suffix))}"
         ) from error
 

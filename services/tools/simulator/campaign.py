@@ -91,7 +91,7 @@ class SimulationCampaign:
         measures = measured.measures
         step.detail(
             f"{measured.arm}, {measured.sessions} sessions: {measures.attained} of {measures.requests} requests "
-            f"attained, {measures.goodput:.0f} tokens/s of them; {len(self._pending) - 1} points to go"
+            f"attained, {measures.goodput:.0f} tokens/s of them; points to go: {len(self._pending) - 1}"
         )
 
 

@@ -81,3 +81,8 @@ def printable(text: str) -> str:
 def escaped(json_text: str) -> str:
     """Write characters that `printable` changes as JSON does, so that a reader of the JSON gets them all."""
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
+
+
+def counted(count: int, noun: str) -> str:
+    """Return a count with its noun: `1 token`, `2 tokens`."""
+    return f"{count:,} {noun}" if count == 1 else f"{count:,} {noun}s"

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from rich.text import Text
 
+from services.tools.cli.core.text_parts import counted
 from services.tools.cli.replay.recordings import print_notes
-from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import out, print_fields, run
 from services.tools.local.settings import BrokerAddresses
 from services.tools.replayer.core.injection import InjectionReport

@@ -15,8 +15,8 @@ from services.scheduler.core.dispatch import SchedulingRules
 from services.scheduler.core.policies import POLICIES
 from services.scheduler.settings import SchedulerSettings
 from services.tools.cli.core.suite_view import short
+from services.tools.cli.core.text_parts import counted
 from services.tools.cli.replay.recordings import print_notes
-from services.tools.cli.replay.timeline_view import counted
 from services.tools.cli.terminal import err, out, print_fields
 from services.tools.replayer.core.performance import Performance, recorded_performance
 from services.tools.replayer.core.recording import Recording, RecordingError

@@ -13,7 +13,7 @@ from rich.text import Text
 
 from services.tools.cli.core.answer_rounds import AnswerRound, picture
 from services.tools.cli.core.suite_view import short
-from services.tools.cli.core.text_parts import DraftStyle, TextPart, printable
+from services.tools.cli.core.text_parts import DraftStyle, TextPart, counted, printable
 from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, RunTime, Timeline
 from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
@@ -225,11 +225,6 @@ def _batch(one: BatchTime) -> str:
         f"batch {one.batch} on {one.verifier} {with_}: {what}{new}, {took} (predicted {one.predicted_ms:.1f}); "
         f"{one.policy}: {one.reason or 'no reason given'}{slack}; {left}{behind}"
     )
-
-
-def counted(count: int, noun: str) -> str:
-    """Return a count with its noun: `1 token`, `2 tokens`."""
-    return f"{count} {noun}" if count == 1 else f"{count} {noun}s"
 
 
 def _padded(values: Sequence[float], length: int) -> list[float | None]:

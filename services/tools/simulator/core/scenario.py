@@ -20,6 +20,7 @@ from services.tools.bench.load.core.distributions import (
     draw,
     one_of,
 )
+from services.tools.simulator.core.target import problems_in
 from shared.errors import SettingsError
 from shared.slo import Promise
 
@@ -156,8 +157,7 @@ def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) 
     try:
         return Scenario.model_validate(given)
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise SettingsError(f"scenario {name}: {problems}") from error
+        raise SettingsError(f"scenario {name}: {problems_in(error)}") from error
 
 
 def _set(fields: dict[str, Any], path: list[str], value: Any, name: str) -> None:

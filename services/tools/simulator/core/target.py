@@ -11,6 +11,7 @@ from functools import cached_property
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_core import ErrorDetails
 
 from shared import cost
 from shared.cost.fit import VerifierFit
@@ -114,5 +115,17 @@ def parse_target(text: str, name: str) -> TargetProfile:
     except tomllib.TOMLDecodeError as error:
         raise SettingsError(f"target profile {name} is not TOML: {error}") from error
     except ValidationError as error:
-        problems = "; ".join(f"{'.'.join(map(str, one['loc']))}: {one['msg']}" for one in error.errors())
-        raise SettingsError(f"target profile {name}: {problems}") from error
+        raise SettingsError(f"target profile {name}: {problems_in(error)}") from error
+
+
+def problems_in(error: ValidationError) -> str:
+    """Describe each problem of a file's fields: its place, what is wrong, and the given value."""
+    return "; ".join(_problem(one) for one in error.errors())
+
+
+def _problem(one: ErrorDetails) -> str:
+    place = f"{'.'.join(map(str, one['loc']))}: " if one["loc"] else ""
+    if one["type"] == "extra_forbidden":
+        return f"{place}there is no such field"
+    given = f" (given: {one['input']!r})" if isinstance(one["input"], str | int | float) else ""
+    return f"{place}{one['msg'].removeprefix('Value error, ')}{given}"
