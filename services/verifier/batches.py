@@ -150,6 +150,7 @@ class BatchLoop:
             self._busy = True
             if batch is not None and self._membership.is_fenced(batch.lease):
                 self._log.warning("batch of an ended lease dropped", batch=batch.batch, lease=batch.lease)
+                self._read.discard(batch.batch)
                 batch = None
             with structlog.contextvars.bound_contextvars(**({} if batch is None else {"batch": batch.batch})):
                 try:

@@ -89,8 +89,8 @@ def heartbeat(verifier: str) -> str:
 
 
 def drafter(name: str) -> str:
-    """Return the routing key of a drafter's heartbeats."""
-    return f"drafter.{name}"
+    """Return the routing key of a drafter's heartbeats: of two words, which `drafter.*` matches, whatever the name."""
+    return f"drafter.{name.replace('.', ':')}"
 
 
 def probe_key(queue: str) -> str:

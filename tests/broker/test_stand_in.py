@@ -13,11 +13,12 @@ from gateway_peer import eventually
 from patience import HANG_S
 
 from services.drafter.settings import DrafterSettings
+from services.scheduler import metrics
 from services.scheduler.core.drafter_pools import SILENT_MS
 from services.scheduler.stand_in import StandIn
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.messages import Finish
+from shared.messages import DrafterHeartbeat, Finish
 from shared.state.store import Store
 
 
@@ -103,6 +104,19 @@ async def test_sessions_move_to_a_drafter_that_joins(peer: Peer) -> None:
             await peer.answer(following, [4], Finish.STOP)
             await sent_by(peer, "d1", "new")
         await sent_by(peer, "s1.pool", "new")
+
+
+async def test_the_sessions_of_a_stand_in_are_counted(peer: Peer) -> None:
+    seen: asyncio.Queue[DrafterHeartbeat] = asyncio.Queue()
+    own = peer.broker.topology.own_queue("test", "observer", (topology.drafter("*"),))
+    await peer.broker.consume(own, seen.put)  # type: ignore[arg-type]
+    async with standing_in(peer):
+        await peer.ask("s")
+        await peer.round()
+        counted = metrics.STAND_IN_SESSIONS.labels("pool")
+        await eventually(lambda: counted._value.get() == 1, 60.0)
+        beat = await asyncio.wait_for(seen.get(), 60.0)
+        assert (beat.drafter, beat.pool, beat.drafts) == ("s1.pool", "pool", False)
 
 
 async def test_a_stand_in_holds_a_limited_number_of_sessions(peer: Peer) -> None:

@@ -140,6 +140,8 @@ def test_a_full_memory_holds_no_more_than_its_tokens(tmp_path: Path) -> None:
         ({"acceptance.means": 0.5}, "acceptance.means: there is no such field"),
         ({"title.x": 1}, "no field title.x"),
         ({"target": "nosuch"}, "nosuch.*a100-qwen3-32b"),
+        ({"devices": [{"profile": "phone", "weight": 1e300}]}, "weight"),
+        ({"think_s": [{"distribution": "lognormal", "median": 1, "sigma": 1e300}]}, "think_s.*sigma"),
     ],
 )
 def test_a_wrong_scenario_is_an_error_that_names_the_field(changes: dict[str, object], message: str) -> None:
@@ -148,9 +150,37 @@ def test_a_wrong_scenario_is_an_error_that_names_the_field(changes: dict[str, ob
 
 
 def test_text_that_is_no_scenario_is_an_error() -> None:
-    for text in ("- a list", "a: [", "title: x"):
+    for text in ("- a list", "a: [", "title: x", "title: 2020-99-99", "[" * 5000):
         with pytest.raises(SettingsError, match="scenario mine"):
             parse_scenario(text, "mine")
+
+
+@pytest.mark.parametrize("tokens", [1e8, 1e308])
+def test_a_length_beyond_what_a_simulation_takes_is_an_error(tokens: float) -> None:
+    length = [{"distribution": "constant", "value": tokens}]
+    wordy = {"name": "wordy", "prompt_tokens": length, "output_tokens": length}
+    with pytest.raises(SettingsError, match="class wordy: prompt_tokens of 1e"):
+        scenario(classes=[wordy]).request(1, 1, 1)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("memory_gb = 1e300", "check memory_gb"),
+        ("memory_gb = 1e308\nweights = 1e308", "no room for KV"),
+        ("kv_bytes = 1e-300", "kv_bytes"),
+        ("bandwidth_gb = 1e-300", "bandwidth_gb"),
+        ("step_ms = inf", "step_ms"),
+        ("reserved_gb = inf", "reserved_gb"),
+        ("layers = 2020-99-99", "not TOML"),
+    ],
+)
+def test_absurd_numbers_of_a_target_are_an_error(change: str, message: str) -> None:
+    replaced = {line.split(" =")[0] for line in change.splitlines()}
+    lines = read("a100-qwen3-8b", TARGETS, ".toml", "target").splitlines()
+    text = "\n".join([*(line for line in lines if line.split(" =")[0] not in replaced), change])
+    with pytest.raises(SettingsError, match=message):
+        parse_target(text, "mine").cost_model("verifier")
 
 
 def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,6 +209,7 @@ def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.Monk
         ),
         (["--set", "verifiers"], "field=value"),
         (["--arms", "nosuch"], "is no arm"),
+        (["--set", "title=2020-99-99"], "is not YAML"),
     ],
 )
 def test_the_command_names_what_is_wrong(options: list[str], message: str) -> None:

@@ -33,6 +33,8 @@ from shared.errors import SettingsError
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 SESSIONS = "8,16,32,64"
 MOST_SESSIONS = 4095
+MOST_S = 1e6
+"""Longest phase of a point, in virtual seconds."""
 
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
@@ -57,11 +59,15 @@ def main(
     ] = 0.05,
     repeat: Annotated[int, typer.Option(min=1, help="Runs of each point, each with a seed of its own.")] = 1,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first run of each point.")] = 1,
-    warm_up: Annotated[float, typer.Option(min=0, help="Virtual seconds of load before the window.")] = 20.0,
+    warm_up: Annotated[
+        float, typer.Option(min=0, max=MOST_S, help="Virtual seconds of load before the window.")
+    ] = 20.0,
     measured: Annotated[
-        float, typer.Option("--measure", min=1, help="Virtual seconds in which requests count.")
+        float, typer.Option("--measure", min=1, max=MOST_S, help="Virtual seconds in which requests count.")
     ] = 60.0,
-    drain: Annotated[float, typer.Option(min=0, help="Longest wait for these requests, in virtual seconds.")] = 30.0,
+    drain: Annotated[
+        float, typer.Option(min=0, max=MOST_S, help="Longest wait for these requests, in virtual seconds.")
+    ] = 30.0,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a field: --set acceptance.mean=0.6. Repeatable.")
     ] = None,
@@ -109,7 +115,7 @@ def _changes(texts: list[str]) -> dict[str, Any]:
             raise SettingsError(f"--set takes field=value, such as acceptance.mean=0.6 (given: {text!r})")
         try:
             changes[path.strip()] = yaml.safe_load(value)
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SettingsError(f"--set {path}: the value {value!r} is not YAML") from error
     return changes
 

@@ -24,6 +24,8 @@ from services.tools.simulator.core.target import problems_in
 from shared.errors import SettingsError
 from shared.slo import Promise
 
+MOST_TOKENS = 1 << 20
+"""Longest prompt, and longest answer, in tokens."""
 Probability = Annotated[float, Field(gt=0, lt=1)]
 
 
@@ -107,8 +109,8 @@ class Scenario(WorkloadPart):
             session=session,
             number=number,
             of_class=of_class,
-            prompt_tokens=max(1, round(draw(of_class.prompt_tokens, rng))),
-            output_tokens=max(1, round(draw(of_class.output_tokens, rng))),
+            prompt_tokens=_length(of_class.name, "prompt_tokens", draw(of_class.prompt_tokens, rng)),
+            output_tokens=_length(of_class.name, "output_tokens", draw(of_class.output_tokens, rng)),
             think_s=draw(self.think_s, rng),
             seed=rng.getrandbits(48),
         )
@@ -141,6 +143,16 @@ class SimulatedRequest:
     """Seed of its draft tokens, the same in every arm."""
 
 
+def _length(class_name: str, field: str, drawn: float) -> int:
+    """Return a length in tokens. Raises SettingsError if it is too long for a simulation."""
+    if drawn > MOST_TOKENS:
+        raise SettingsError(
+            f"class {class_name}: {field} of {drawn:.3g} was drawn, and a simulation takes {MOST_TOKENS:,} at most; "
+            "bound the distribution with high"
+        )
+    return max(1, round(drawn))
+
+
 def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) -> Scenario:
     """Parse a YAML file. Raises SettingsError.
 
@@ -148,7 +160,7 @@ def parse_scenario(text: str, name: str, changes: dict[str, Any] | None = None) 
     """
     try:
         given = yaml.safe_load(text)
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError, RecursionError) as error:  # ValueError: a date that does not exist
         raise SettingsError(f"scenario {name} is not YAML: {error}") from error
     if not isinstance(given, dict):
         raise SettingsError(f"scenario {name} is no mapping of fields; see the shipped scenarios")

@@ -20,8 +20,12 @@ from shared.errors import SettingsError
 from shared.messages import BatchShape, CostModel, Measurement
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 GB = 1e9
+MOST_KV_TOKENS = 1e12
+LONGEST_STEP_MS = 1e9
+"""Longest time of a step that the cost model takes."""
 JOBS = (1, 2, 4, 8, 16, 32, 64)
 NEW = (1, 2, 5, 9, 65, 257)
 LENGTHS = (64, 512, 2048)
@@ -48,7 +52,7 @@ class TargetProfile(BaseModel):
     memory_gb: Positive
     memory_share: Share
     """Share of the memory that the engine uses."""
-    reserved_gb: Annotated[float, Field(ge=0)]
+    reserved_gb: Amount
     """Memory for activations and the runtime."""
     tflops: Positive
     """Peak of dense arithmetic in the weights' format, in 10^12 operations a second."""
@@ -56,7 +60,7 @@ class TargetProfile(BaseModel):
     bandwidth_gb: Positive
     """Peak memory bandwidth in GB/s."""
     bandwidth_efficiency: Share
-    step_ms: Annotated[float, Field(ge=0)]
+    step_ms: Amount
     """Fixed time of a step."""
 
     @property
@@ -66,17 +70,22 @@ class TargetProfile(BaseModel):
 
     @cached_property
     def kv_tokens(self) -> int:
-        """Tokens whose KV fits beside the weights. Raises SettingsError if the weights leave no room."""
+        """Tokens whose KV fits beside the weights. Raises SettingsError if there is no room, or absurdly much."""
         free = (self.memory_gb * self.memory_share - self.reserved_gb) * GB - self.weights * self.weight_bytes
-        if free < self.kv_token_bytes:
+        if not free >= self.kv_token_bytes:  # nan included: both may be infinite
             raise SettingsError(
                 f"{self.weights / 1e9:g} billion weights of {self.weight_bytes:g} bytes leave no room for KV in "
                 f"{self.memory_share:.0%} of {self.memory_gb:g} GB; choose more memory or smaller weights"
             )
+        if free / self.kv_token_bytes > MOST_KV_TOKENS:
+            raise SettingsError(
+                f"{self.memory_gb:g} GB hold the KV of more than {MOST_KV_TOKENS:g} tokens; "
+                "check memory_gb and kv_bytes"
+            )
         return int(free / self.kv_token_bytes)
 
     def time_ms(self, shape: Shape) -> float:
-        """Return the time of a step, in milliseconds; 0 for an empty one."""
+        """Return the time of a step, in milliseconds; 0 for an empty one. Raises SettingsError for absurd times."""
         if not shape.jobs:
             return 0.0
         read = self.weights * self.weight_bytes + shape.context * self.kv_token_bytes
@@ -85,7 +94,12 @@ class TargetProfile(BaseModel):
         attention = 2 * 2 * self.layers * self.heads * self.head_size * shape.new_context
         operations = 2 * self.weights * shape.new_tokens + attention
         arithmetic_s = operations / (self.tflops * 1e12 * self.arithmetic_efficiency)
-        return self.step_ms + 1000 * max(memory_s, arithmetic_s)
+        took_ms = self.step_ms + 1000 * max(memory_s, arithmetic_s)
+        if not took_ms <= LONGEST_STEP_MS:
+            raise SettingsError(
+                f"a step of {shape.new_tokens:,} tokens takes {took_ms:g} ms; check bandwidth_gb, tflops and step_ms"
+            )
+        return took_ms
 
     def cost_model(self, verifier_id: str) -> CostModel:
         """Return the model by which the scheduler predicts: the estimator's fit to steps of this target."""
@@ -112,10 +126,10 @@ def parse_target(text: str, name: str) -> TargetProfile:
     """Parse a TOML file. name: of the file, for errors. Raises SettingsError."""
     try:
         return TargetProfile.model_validate(tomllib.loads(text))
-    except tomllib.TOMLDecodeError as error:
-        raise SettingsError(f"target profile {name} is not TOML: {error}") from error
     except ValidationError as error:
         raise SettingsError(f"target profile {name}: {problems_in(error)}") from error
+    except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and dates that do not exist
+        raise SettingsError(f"target profile {name} is not TOML: {error}") from error
 
 
 def problems_in(error: ValidationError) -> str:

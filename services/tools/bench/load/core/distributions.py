@@ -10,6 +10,10 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+Weight = Annotated[float, Field(gt=0, le=1e9)]
+"""Bounded, so that the sum of weights is finite."""
+Sigma = Annotated[float, Field(ge=0, le=20)]
+"""Bounded, so that exp of a normal distribution is finite."""
 
 
 class WorkloadPart(BaseModel):
@@ -21,7 +25,7 @@ class WorkloadPart(BaseModel):
 class WeightedPart(WorkloadPart):
     """A part that is chosen with a probability proportional to its weight."""
 
-    weight: Positive = 1.0
+    weight: Weight = 1.0
 
 
 class Constant(WeightedPart):
@@ -58,7 +62,7 @@ class Lognormal(WeightedPart):
 
     distribution: Literal["lognormal"]
     median: Positive
-    sigma: Amount
+    sigma: Sigma
     low: Amount = 0.0
     high: Annotated[float, Field(gt=0)] = float("inf")
 
