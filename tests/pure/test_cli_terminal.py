@@ -26,6 +26,8 @@ from services.tools.cli.terminal import SafeConsole, print_fields
 from services.tools.local import folder
 from services.tools.local.ports import free_ports
 
+pytestmark = pytest.mark.slow  # a process of each command
+
 ROOT = Path(__file__).parents[2]
 WISP = [sys.executable, "-c", "from services.tools.cli.main import app; app()"]
 HOSTILE = "x\x1b]0;owned\x07\x1b[2J\x9b31m\x00y"

@@ -18,6 +18,8 @@ from services.drafter.control.features import logit as log_odds
 from services.drafter.control.features import sigmoid
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic
 
+pytestmark = pytest.mark.slow  # thousands of simulated rounds
+
 EXACT = Logistic(inputs=Inputs(features=["confidence"], mean=[0.0], scale=[1.0]), weights=[1.0], bias=0.0)
 """Estimates the acceptance as the confidence."""
 HOPS_MS = 5.5

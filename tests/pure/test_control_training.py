@@ -20,6 +20,8 @@ from services.tools.training import classifiers
 from services.tools.training.controller import ControllerReport, SourceReport, train
 from shared.errors import SettingsError
 
+pytestmark = pytest.mark.slow  # trainings
+
 
 def confidence_for(x: float) -> float:
     return min(0.998, max(0.002, sigmoid(x)))

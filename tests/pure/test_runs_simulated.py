@@ -5,6 +5,8 @@ from __future__ import annotations
 import pytest
 from simulated_load import INTERACTIVE, Centralized, SimulatedLoad, Suite
 
+pytestmark = pytest.mark.slow  # minutes of virtual load
+
 
 @pytest.mark.parametrize("sessions", [1, 4, 8, 16])
 def test_runs_are_not_slower_than_centralized_serving(sessions: int) -> None:

@@ -183,6 +183,7 @@ def test_absurd_numbers_of_a_target_are_an_error(change: str, message: str) -> N
         parse_target(text, "mine").cost_model("verifier")
 
 
+@pytest.mark.slow
 def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
 
