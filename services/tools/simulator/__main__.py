@@ -12,17 +12,11 @@ from rich.console import Console
 from services.tools.bench.load.arms import NAMES, arms_of
 from services.tools.bench.load.campaign import CapacitySearch
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.load.core.results import (
-    capacity_table,
-    draft_table,
-    goodput_table,
-    notes,
-    promise_table,
-    speed_table,
-)
+from services.tools.bench.load.core.results import notes
 from services.tools.bench.load.plot import plot
+from services.tools.bench.load.report import print_tables
 from services.tools.bench.support.options import whole_numbers
-from services.tools.bench.support.report import conclude, machine, table, terminal, written
+from services.tools.bench.support.report import conclude, machine, terminal, written
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
 from services.tools.simulator.arms import SCENARIOS, hardware_of, read, shipped
@@ -125,15 +119,7 @@ def _conclude(
 ) -> None:
     """Print all tables and write the result file and the picture."""
     plan, results = campaign.plan, campaign.results
-    console.print()
-    console.print(table("promises kept", *promise_table(results.points)))
-    console.print(table("speed by class", *speed_table(results.points)))
-    columns, rows = draft_table(results.points)
-    if rows:
-        console.print(table("drafts and batches", columns, rows))
-    console.print(table("highest goodput, at any n", *goodput_table(results)))
-    if results.aims:
-        console.print(table("capacity", *capacity_table(results)))
+    print_tables(results, console)
     facts = {"scenario": scenario, "seed": plan.seed, "repeats": plan.repeats, **changes}
     record = {
         "title": plan.scenario.title,

@@ -37,9 +37,8 @@ BASELINES = (
 """A note on the figures of the baselines."""
 
 
-def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: Console) -> None:
-    """Print all tables and write all files."""
-    plan, results = campaign.plan, campaign.results
+def print_tables(results: LoadResults, console: Console) -> None:
+    """Print all tables of results."""
     console.print()
     console.print(table("promises kept", *promise_table(results.points)))
     console.print(table("speed by class", *speed_table(results.points)))
@@ -49,6 +48,12 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
     console.print(table("highest goodput, at any n", *goodput_table(results)))
     if results.aims:
         console.print(table("capacity", *capacity_table(results)))
+
+
+def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: Console) -> None:
+    """Print all tables and write all files."""
+    plan, results = campaign.plan, campaign.results
+    print_tables(results, console)
     explained = notes(results, plan.search.tolerance if plan.search else None)
     if any(arm.serving != "wisp" for arm in plan.arms):
         explained.append(BASELINES)
