@@ -15,6 +15,7 @@ from services.gateway.core.slo import SloOutcome
 from services.gateway.core.turns import Wait
 from services.gateway.errors import from_failure
 from services.gateway.keys import ApiKey
+from services.gateway.tools import ToolForm
 from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 
@@ -45,6 +46,8 @@ class AnswerForm(Record):
     """Each prompt counts once, however many completions it has."""
     holder: str | None = None
     """Id of the API key of the request. Nobody else can resume the stream."""
+    tools: ToolForm | None = None
+    """The form of tool calls; None if the model was offered no tools."""
 
     def pack(self) -> bytes:
         """Encode for Redis."""

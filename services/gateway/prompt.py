@@ -9,6 +9,7 @@ from functools import partial
 
 from services.gateway.errors import ApiError, invalid
 from services.gateway.schema import ChatRequest, CompletionRequest
+from services.gateway.tools import conversation, texts_of
 from shared.errors import ChatTemplateError
 from shared.models.text import Tokenizer
 
@@ -41,10 +42,12 @@ class Prompt:
 
 async def chat_prompts(tokenizer: Tokenizer, limits: Limits, request: ChatRequest) -> list[Prompt]:
     """Return the one prompt of a conversation. Raises ApiError."""
-    messages = [message.rendered() for message in request.messages]
-    texts = [text for message in request.messages for text in message.texts()]
+    messages, tools = conversation(request, tokenizer)
+    texts = texts_of(request)
     try:
-        tokens = await _tokenize(tokenizer, limits, texts, lambda: tokenizer.render_chat(messages), "messages")
+        tokens = await _tokenize(
+            tokenizer, limits, texts, lambda: tokenizer.render_chat(messages, tools=tools), "messages"
+        )
     except ChatTemplateError as error:
         raise invalid(str(error), "messages") from error
     check_prompt(tokens, limits, "messages")

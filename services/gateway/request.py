@@ -14,6 +14,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.keys import ApiKey
 from services.gateway.prompt import Limits, Prompt
 from services.gateway.schema import ChatRequest, GenerationRequest
+from services.gateway.tools import tool_form
 from shared.broker.topology import device_name
 from shared.messages import Generate
 
@@ -83,6 +84,7 @@ def _form(
         echoes=[prompt.echo for prompt in prompts for _ in range(request.n)],
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
         holder=None if key is None else key.id,
+        tools=tool_form(request, gateway.model) if isinstance(request, ChatRequest) else None,
     )
 
 

@@ -9,13 +9,14 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway import stream
-from services.gateway.answer import Answer
+from services.gateway.answer import Answer, AnswerForm
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.cursor import NOTHING, Delivered, rest_of
+from services.gateway.core.tool_calls import ContentDelta
 from services.gateway.errors import ApiError, encode, internal_error
 from services.gateway.ledger import Ledger
 from services.gateway.sessions import Sessions
-from services.gateway.stream import Choice, Chunks, Fields
+from services.gateway.stream import CalledTool, Choice, Chunks, Fields
 from shared.messages import Finish
 from shared.runtime import logging
 from shared.runtime.service import cancel
@@ -86,7 +87,8 @@ class AnswerResponse(Response):
                     tokens[index] += item.tokens
                 else:
                     finishes[index] = item.value
-        fields = chunks.whole([Choice(*pair) for pair in zip(texts, finishes, strict=True)], answer.usage)
+        choices = [choice_of(answer.form, *pair) for pair in zip(texts, finishes, strict=True)]
+        fields = chunks.whole(choices, answer.usage)
         about = _about(answer)
         if answer.form.trace:
             about["tokens"] = stream.tokens([token for of_one in tokens for token in of_one])
@@ -118,6 +120,28 @@ class AnswerResponse(Response):
         await send({"type": "http.response.body", "body": stream.DONE})
 
 
+def choice_of(form: AnswerForm, text: str, finish: str) -> Choice:
+    """Return a complete completion, with the tool calls that are in its text."""
+    if form.tools is None:
+        return Choice(text, finish)
+    parser = form.tools.parser()
+    content = ""
+    calls: list[CalledTool] = []
+    for delta in [*parser.feed(text), *parser.finish()]:
+        if isinstance(delta, ContentDelta):
+            content += delta.text
+            continue
+        if delta.name is not None:
+            calls.append(CalledTool(delta.name))
+        calls[delta.index].arguments += delta.arguments
+    return Choice(content, _finish(finish, len(calls)), calls)
+
+
+def _finish(finish: str, calls: int) -> str:
+    """Return the finish reason of a completion with this many tool calls."""
+    return "tool_calls" if calls and finish == Finish.STOP else finish
+
+
 class Events:
     """Makes a stream's events, without those that the client already has, and advances the answer's cursor."""
 
@@ -127,6 +151,8 @@ class Events:
         self._cursor = answer.cursor
         self._known = dict(answer.cursor.delivered)
         self._seen: dict[int, Delivered] = {}
+        tools = answer.form.tools
+        self._parsers = {} if tools is None else {i: tools.parser() for i in range(len(answer.form.echoes))}
 
     def of(self, index: int, item: Piece | Finish) -> bytes:
         """Return the events for a completion's next piece or its end."""
@@ -140,19 +166,33 @@ class Events:
     def _piece(self, index: int, piece: Piece) -> bytes:
         before = self._seen.get(index, NOTHING)
         self._seen[index] = before.after(piece)
-        if (rest := rest_of(piece, before, self._known.get(index, NOTHING))) is None:
+        rest = rest_of(piece, before, self._known.get(index, NOTHING))
+        parser = self._parsers.get(index)
+        if parser is not None:
+            # The client has what the parser makes of the text that it has.
+            parser.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
+        if rest is None:
             return b""
         self._cursor.delivered[index] = self._cursor.delivered[index].most(self._seen[index])
-        delta = self._chunks.delta(index, rest.text)
+        if parser is None:
+            chunk = self._chunks.delta(index, rest.text)
+        else:
+            deltas = parser.feed(rest.text)
+            if not deltas and not self._answer.form.trace:
+                return b""
+            chunk = self._chunks.tool_deltas(index, deltas)
         if self._answer.form.trace:
-            delta["wisp"] = stream.trace(rest)
-        return self._event(delta)
+            chunk["wisp"] = stream.trace(rest)
+        return self._event(chunk)
 
     def _end(self, index: int, finish: Finish) -> bytes:
         answer, cursor = self._answer, self._cursor
         chunks = []
         if index not in cursor.closed:
-            chunks.append(self._chunks.closing(index, finish.value))
+            parser = self._parsers.get(index)
+            rest = () if parser is None else parser.finish()
+            reason = finish.value if parser is None else _finish(finish.value, parser.calls)
+            chunks.append(self._chunks.closing(index, reason, rest))
             if answer.form.trace and (rounds := answer.running[index].completion.take_rounds()):
                 chunks[0]["wisp"] = {"rounds": stream.rounds(rounds)}
             cursor.closed.add(index)

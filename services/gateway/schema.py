@@ -7,10 +7,22 @@ change the text but are not supported (`services.gateway.core.options`) are refu
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    PlainValidator,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 from pydantic_core import PydanticCustomError, from_json
 
 from services.drafter.sources.registry import AUTO, CHOICES, SourceChoiceName
@@ -25,6 +37,7 @@ DRAFT_HEADER = "x-wisp-draft"
 POOL_HEADER = "x-wisp-pool"
 MAX_STOPS = 4
 MAX_STOP_CHARACTERS = 1024
+MAX_TOOLS = 128
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
 NO_DEFAULTS = SamplingDefaults()
@@ -123,21 +136,119 @@ class ContentPart(_Body):
     text: str
 
 
+class CalledFunction(_Body):
+    """The function of a tool call in the history."""
+
+    name: str
+    arguments: str | dict[str, Any]
+    """JSON, as OpenAI has it; some clients send the object itself."""
+
+
+class ToolCall(_Body):
+    """A tool call in the history."""
+
+    id: Annotated[str, _or("")] = ""
+    type: Literal["function"] = "function"
+    function: CalledFunction
+
+
+class ToolFunction(_Body):
+    """The function of a tool."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    """JSON schema of the arguments."""
+    strict: Annotated[bool, _or(False)] = False
+
+
+class Tool(_Body):
+    """A tool that the model may call."""
+
+    type: Literal["function"]
+    function: ToolFunction
+
+    def rendered(self) -> dict[str, Any]:
+        """Return the tool in the form that chat templates take."""
+        function = self.function
+        return {
+            "type": "function",
+            "function": {
+                "name": function.name,
+                "description": function.description or "",
+                "parameters": function.parameters or {"type": "object", "properties": {}},
+            },
+        }
+
+
+@dataclass(frozen=True)
+class ToolChoice:
+    """The tools that an answer has to call."""
+
+    mode: str = "auto"
+    """`auto`: any or none, `none`: none, `required`: at least one."""
+    name: str | None = None
+    """The only tool that may be called."""
+
+
+def _tool_choice(value: Any) -> ToolChoice:
+    if value is None or value in ("auto", "none", "required"):
+        return ToolChoice(value or "auto")
+    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
+    name = function.get("name") if isinstance(function, dict) else None
+    if not isinstance(name, str):
+        raise PydanticCustomError(
+            "tool_choice_value",
+            'must be "auto", "none", "required" or an object such as {example}',
+            {"example": '{"type": "function", "function": {"name": "…"}}'},
+        )
+    return ToolChoice("required", name)
+
+
 class ChatMessage(_Body):
     """One message of a conversation."""
 
-    role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[ContentPart]
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    tool_calls: Annotated[list[ToolCall], _or([])] = []
+    tool_call_id: str | None = None
+    """The call of which a tool's message is the result."""
+    name: str | None = None
+    content: Annotated[str | list[ContentPart] | None, Field(validate_default=True)] = None
+
+    @field_validator("content")
+    @classmethod
+    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and not info.data.get("tool_calls"):
+            raise PydanticCustomError("missing", "Field required")
+        return value
 
     def rendered(self) -> dict[str, Any]:
         """Return the message in the form that chat templates take."""
         role = "system" if self.role == "developer" else self.role
-        content = self.content if isinstance(self.content, str) else [part.model_dump() for part in self.content]
-        return {"role": role, "content": content}
+        content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
+        fields: dict[str, Any] = {"role": role, "content": content or ""}
+        if self.tool_calls and role == "assistant":
+            fields["tool_calls"] = [_rendered_call(call) for call in self.tool_calls]
+        if role == "tool":
+            fields |= {"name": self.name, "tool_call_id": self.tool_call_id or ""}
+        return fields
 
     def texts(self) -> list[str]:
-        """Return the texts of the message's parts."""
-        return [self.content] if isinstance(self.content, str) else [part.text for part in self.content]
+        """Return the texts of the message's parts, and of its calls."""
+        parts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
+        return [*parts, *(str(call.function.arguments) for call in self.tool_calls)]
+
+
+def _rendered_call(call: ToolCall) -> dict[str, Any]:
+    """Return a call with its arguments as an object, from which templates make JSON; other text stays as it is."""
+    arguments: Any = call.function.arguments
+    if isinstance(arguments, str):
+        try:
+            parsed = from_json(arguments or "{}", allow_inf_nan=False)
+        except ValueError:
+            parsed = None
+        arguments = parsed if isinstance(parsed, dict) else arguments
+    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class GenerationRequest(_Body):
@@ -196,6 +307,25 @@ class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), _or([])] = []
+    tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice()
+    parallel_tool_calls: Annotated[bool, _or(True)] = True
+
+    @property
+    def offered_tools(self) -> list[Tool]:
+        """The tools that the model may call."""
+        return [] if self.tool_choice.mode == "none" else self.tools
+
+    @model_validator(mode="after")
+    def _tools_fit(self) -> ChatRequest:
+        names = [tool.function.name for tool in self.tools]
+        if twice := [name for name, count in Counter(names).items() if count > 1]:
+            raise PydanticCustomError("tools_value", "tools: two tools have the name {name}", {"name": repr(twice[0])})
+        choice = self.tool_choice
+        if choice.mode == "required" and (not names or choice.name not in (None, *names)):
+            missing = "tools is empty" if choice.name is None else f"tools has no function {choice.name[:60]!r}"
+            raise PydanticCustomError("tool_choice_value", "tool_choice: {missing}", {"missing": missing})
+        return self
 
 
 class CompletionRequest(GenerationRequest):
@@ -251,6 +381,9 @@ def _explain(error: ValidationError) -> ApiError:
             path += f".{step}" if path else step
     if first["type"] == "missing":
         return invalid(f"{path} is missing", path, "missing_required_parameter")
+    if not path:  # an error of several options together begins with the name of one
+        path, _, text = first["msg"].partition(": ")
+        return invalid(f"{path}: {text}", path)
     value = first["input"]
     given = f" (given: {repr(value)[:60]})" if isinstance(value, str | int | float) else f" (given: {_kind(value)})"
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"

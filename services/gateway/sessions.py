@@ -203,10 +203,11 @@ class Sessions:
 
     def _register(self, answer: Answer, generate: Generate, started_s: float) -> RunningSession:
         now = monotonic()
+        tools = answer.form.tools
         completion = Completion(
             prompt_len=len(generate.prompt),
             stop_ids=frozenset(generate.stop_ids),
-            detokenizer=Detokenizer(self._model.tokenizer),
+            detokenizer=Detokenizer(self._model.tokenizer, () if tools is None else tools.calls.shown),
             stops=StopStrings(answer.form.stops),
             echo=answer.form.echoes[len(answer.running)],
         )

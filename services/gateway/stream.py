@@ -9,6 +9,7 @@ from typing import Any
 from services.gateway.answer import Answer, AnswerForm, Usage
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
 from services.gateway.core.slo import SloOutcome
+from services.gateway.core.tool_calls import ContentDelta, ToolDelta
 from services.gateway.errors import encode
 from shared.messages import Slo
 
@@ -23,6 +24,15 @@ class Choice:
 
     text: str
     finish: str
+    calls: Sequence[CalledTool] = ()
+
+
+@dataclass
+class CalledTool:
+    """One complete tool call."""
+
+    name: str
+    arguments: str = ""
 
 
 @dataclass(frozen=True)
@@ -48,9 +58,13 @@ class Chunks:
         """Return a chunk with more text."""
         return self._chunk([self._choice(index, {"content": text} if self.form.chat else text, None)])
 
-    def closing(self, index: int, finish: str) -> Fields:
-        """Return the last chunk of a completion."""
-        return self._chunk([self._choice(index, {} if self.form.chat else "", finish)])
+    def tool_deltas(self, index: int, deltas: Sequence[ToolDelta]) -> Fields:
+        """Return a chunk of a chat completion with more content, tool calls, or both; it may be empty."""
+        return self._chunk([self._choice(index, self._tool_fields(index, deltas), None)])
+
+    def closing(self, index: int, finish: str, deltas: Sequence[ToolDelta] = ()) -> Fields:
+        """Return the last chunk of a completion, with what is left of a chat's content and tool calls."""
+        return self._chunk([self._choice(index, self._tool_fields(index, deltas) if self.form.chat else "", finish)])
 
     def usage(self, usage: Usage) -> Fields:
         """Return the extra chunk at the end of a stream whose request asked for usage."""
@@ -60,13 +74,47 @@ class Chunks:
         """Return the response to a request that is not streamed."""
         made: list[Fields] = []
         for index, choice in enumerate(choices):
-            content: Fields = (
-                {"message": {"role": "assistant", "content": choice.text, "refusal": None}}
-                if self.form.chat
-                else {"text": choice.text}
-            )
+            content: Fields = {"message": self._message(index, choice)} if self.form.chat else {"text": choice.text}
             made.append({"index": index, **content, "logprobs": None, "finish_reason": choice.finish})
         return {**self._common("chat.completion"), "choices": made, "usage": usage_fields(usage)}
+
+    def _message(self, index: int, choice: Choice) -> Fields:
+        """Return a chat's message. Its content is null if it only calls tools."""
+        message: Fields = {"role": "assistant", "content": choice.text, "refusal": None}
+        if choice.calls:
+            message["content"] = choice.text or None
+            message["tool_calls"] = [
+                {
+                    "id": self._call_id(index, number),
+                    "type": "function",
+                    "function": {"name": call.name, "arguments": call.arguments},
+                }
+                for number, call in enumerate(choice.calls)
+            ]
+        return message
+
+    def _tool_fields(self, index: int, deltas: Sequence[ToolDelta]) -> Fields:
+        """Return the delta of a chat's choice. It is one, because a stream is resumed after a chunk only."""
+        content = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+        calls: dict[int, Fields] = {}
+        for delta in deltas:
+            if isinstance(delta, ContentDelta):
+                continue
+            if delta.name is not None:
+                calls[delta.index] = {
+                    "index": delta.index,
+                    "id": self._call_id(index, delta.index),
+                    "type": "function",
+                    "function": {"name": delta.name, "arguments": ""},
+                }
+            call = calls.setdefault(delta.index, {"index": delta.index, "function": {"arguments": ""}})
+            call["function"]["arguments"] += delta.arguments
+        fields: Fields = {"content": content} if content else {}
+        return {**fields, "tool_calls": list(calls.values())} if calls else fields
+
+    def _call_id(self, index: int, number: int) -> str:
+        assert self.form.tools is not None
+        return self.form.tools.calls.call_id(self.answer_id, index, number)
 
     def _choice(self, index: int, content: Fields | str, finish: str | None) -> Fields:
         return {

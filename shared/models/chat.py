@@ -8,6 +8,7 @@ from datetime import datetime
 from typing import Any, NoReturn
 
 import jinja2
+import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
@@ -30,17 +31,35 @@ class ChatTemplate:
         environment.filters["tojson"] = _to_json
         environment.globals["raise_exception"] = _refuse
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
-        try:
-            self._template = environment.from_string(folder.chat_template or "")
-        except jinja2.TemplateError as error:
-            raise ModelError(
-                f"{folder.path}: the chat template can't be compiled ({error}). Correct chat_template.jinja or "
-                "chat_template in tokenizer_config.json."
-            ) from error
+        self._path = folder.path
+        self._environment = environment
+        self.source = folder.tool_template or folder.chat_template or ""
+        """Text of the template for conversations with tools."""
+        self._template = self._compiled(folder.chat_template or "")
+        self._tool_template = self._compiled(self.source)
+        self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(self.source))
+        """True if the template shows a conversation's tools to the model."""
         self._tokens = {name: token for name in _NAMED_TOKENS if (token := folder.special_token(name)) is not None}
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
-        """Return the conversation as text. Raises ChatTemplateError if it is empty or the template refuses it."""
+    def _compiled(self, source: str) -> jinja2.Template:
+        try:
+            return self._environment.from_string(source)
+        except jinja2.TemplateError as error:
+            raise ModelError(
+                f"{self._path}: the chat template can't be compiled ({error}). Correct chat_template.jinja or "
+                "chat_template in tokenizer_config.json."
+            ) from error
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> str:
+        """Return the conversation as text. tools: OpenAI's descriptions of the tools that the model may call.
+
+        Raises ChatTemplateError if it is empty or the template refuses it.
+        """
         if not messages:
             raise ChatTemplateError("messages is empty: send at least one message.")
         conversation = [
@@ -48,9 +67,10 @@ class ChatTemplate:
             for index, message in enumerate(messages)
         ]
         try:
-            return self._template.render(
+            with_tools = tools or any(each.get("tool_calls") or each.get("role") == "tool" for each in messages)
+            return (self._tool_template if with_tools else self._template).render(
                 messages=conversation,
-                tools=None,
+                tools=list(tools) or None,
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,

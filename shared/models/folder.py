@@ -187,17 +187,28 @@ class ModelFolder:
     def chat_template(self) -> str | None:
         """The Jinja template of a conversation: chat_template.jinja, or in chat_template.json or
         tokenizer_config.json. Raises ModelError if it is no text."""
+        return self._chat_template("default")
+
+    @property
+    def tool_template(self) -> str | None:
+        """The template of a conversation with tools, where the model has one of its own. Raises ModelError."""
+        return self._chat_template("tool_use")
+
+    def _chat_template(self, name: str) -> str | None:
+        """Return the template of this name; a model with a single one calls it default."""
         file = self.path / "chat_template.jinja"
         try:
             if file.is_file():
-                return file.read_text(encoding="utf-8")
+                return file.read_text(encoding="utf-8") if name == "default" else None
         except (OSError, ValueError) as error:
             raise ModelError(f"{file} can't be read ({error}). Download the model again.") from error
         template = self._read_json("chat_template.json", optional=True).get("chat_template")
         if template is None:
             template = self.tokenizer_config.get("chat_template")
         if isinstance(template, list):
-            template = next((each["template"] for each in template if each.get("name") == "default"), None)
+            template = next((each["template"] for each in template if each.get("name") == name), None)
+        elif name != "default":
+            return None
         if template is not None and not isinstance(template, str):
             raise ModelError(f"{self.path}: the chat_template is no text. Download the model again.")
         return template

@@ -5,7 +5,7 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -60,12 +60,22 @@ class Tokenizer:
         """Return the token's bytes in a text: none for control tokens and unknown ids."""
         return b"" if token in self._special_ids else self._bytes_of[token]
 
-    def render_chat(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True) -> list[int]:
+    @property
+    def tool_template(self) -> str:
+        """The chat template for conversations with tools, if it shows them to the model; else an empty text."""
+        return self._template.source if self._template is not None and self._template.takes_tools else ""
+
+    def render_chat(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] = (),
+    ) -> list[int]:
         """Return the ids of a conversation in the model's chat template.
 
-        `messages` are OpenAI's: a role and content, a string or a list of text parts. Ids are those of transformers'
-        `apply_chat_template`, except that control tokens written out in a message stay plain text: only the template
-        makes control tokens.
+        `messages` are OpenAI's: a role and content, a string or a list of text parts; `tools` are OpenAI's too. Ids are
+        those of transformers' `apply_chat_template`, except that control tokens written out in a message or a tool stay
+        plain text: only the template makes control tokens.
 
         Raises ChatTemplateError if the model has no template or the template refuses the messages.
         """
@@ -74,8 +84,8 @@ class Tokenizer:
                 f"{self._path.parent} has no chat template, so it can only complete raw prompts: use /v1/completions, "
                 "or name an instruction-tuned model's folder."
             )
-        quoting = _Quoting(self._special_text, messages)
-        rendered = self._template.render(quoting.quoted, add_generation_prompt)
+        quoting = _Quoting(self._special_text, messages, tools)
+        rendered = self._template.render(quoting.messages, add_generation_prompt, quoting.tools)
         own = [self.special_tokens[token] for token in self._special_text.findall(rendered)]
         ids = _ids(self._backend, rendered, special=False)
         # The second condition is for normalizers that turn look-alikes into control tokens.
@@ -87,12 +97,13 @@ class Tokenizer:
         ids: list[int] = []
         end = 0
         for token in self._special_text.finditer(rendered):
-            ids += self._encode_plain(quoting.restore(rendered[end : token.start()]))
+            ids += self.encode_plain(quoting.restore(rendered[end : token.start()]))
             ids.append(self.special_tokens[token.group()])
             end = token.end()
-        return ids + self._encode_plain(quoting.restore(rendered[end:]))
+        return ids + self.encode_plain(quoting.restore(rendered[end:]))
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def encode_plain(self, text: str) -> list[int]:
+        """Return the ids of a text in which the text of control tokens has no meaning."""
         return _ids(self._plain_backend, text, special=False)
 
     @cached_property
@@ -116,14 +127,17 @@ class Tokenizer:
 class Detokenizer:
     """Decodes a growing sequence of tokens. The returned texts join to `Tokenizer.decode` of all tokens."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Collection[str] = ()) -> None:
+        """shown: control tokens that are part of the text; `Tokenizer.decode` leaves all of them out."""
         self._tokenizer = tokenizer
+        special = tokenizer.special_tokens
+        self._shown = {special[token]: token.encode() for token in shown if token in special}
         self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
         self._spaces_to_strip = tokenizer.strips_spaces
 
     def feed(self, ids: Iterable[int]) -> str:
         """Add tokens; return the text that they complete. An incomplete character is kept for the next call."""
-        text = self._utf8.decode(b"".join(map(self._tokenizer.token_bytes, ids)))
+        text = self._utf8.decode(b"".join(self._shown.get(each) or self._tokenizer.token_bytes(each) for each in ids))
         while text and self._spaces_to_strip:
             text = text.removeprefix(" ")
             self._spaces_to_strip = self._spaces_to_strip - 1 if text.startswith(" ") else 0
@@ -135,14 +149,20 @@ class Detokenizer:
 
 
 class _Quoting:
-    """Messages in which the text of control tokens is replaced by characters that occur nowhere in them."""
+    """Messages and tools in which the text of control tokens is replaced by characters that occur nowhere in them."""
 
-    def __init__(self, control_tokens: re.Pattern[str], messages: Sequence[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        control_tokens: re.Pattern[str],
+        messages: Sequence[Mapping[str, Any]],
+        tools: Sequence[Mapping[str, Any]],
+    ) -> None:
         self._control_tokens = control_tokens
-        self._used = set(json.dumps(messages, ensure_ascii=False, default=str))
+        self._used = set(json.dumps([*messages, *tools], ensure_ascii=False, default=str))
         self._unused = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in self._used)
         self._stand_ins: dict[str, str] = {}
-        self.quoted = [self._quote(message) for message in messages]
+        self.messages = [self._quote(message) for message in messages]
+        self.tools = [self._quote(tool) for tool in tools]
 
     @property
     def replaced(self) -> bool:
@@ -157,7 +177,7 @@ class _Quoting:
         if isinstance(value, str):
             return self._control_tokens.sub(self._stand_in, _unicode(value))
         if isinstance(value, Mapping):
-            return {key: self._quote(item) for key, item in value.items()}
+            return {self._quote(key): self._quote(item) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._quote(item) for item in value]
         return value

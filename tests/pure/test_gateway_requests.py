@@ -152,8 +152,8 @@ def test_wrong_values_are_refused_by_name(options: dict[str, Any], param: str) -
 
 
 UNSUPPORTED: list[dict[str, Any]] = [
-    {"tools": [{"type": "function"}]},
-    {"tool_choice": "required"},
+    {"functions": [{"name": "f"}]},
+    {"function_call": {"name": "f"}},
     {"response_format": {"type": "json_schema", "json_schema": {}}},
     {"response_format": {"type": "json_object"}},
     {"logprobs": True},
@@ -217,7 +217,7 @@ def test_unsupported_options_are_refused(options: dict[str, Any]) -> None:
 
 
 def test_unsupported_fields_of_messages_are_refused() -> None:
-    for field in ({"tool_calls": [{"id": "1"}]}, {"function_call": {"name": "f"}}, {"prefix": True}):
+    for field in ({"function_call": {"name": "f"}}, {"prefix": True}):
         messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "", **field}]
         error = refusal(ChatRequest, json.dumps(CHAT | {"messages": messages}).encode())
         assert (error.code, error.param) == ("unsupported_parameter", f"messages[1].{next(iter(field))}")

@@ -57,12 +57,10 @@ _OUTPUT_FORM: dict[str, UnsupportedOption] = {
 }
 _TOOLS: dict[str, UnsupportedOption] = {
     "data_sources": _NO_LIST,
-    "function_call": _harmless("none", "auto"),
-    "functions": _NO_LIST,
+    "function_call": _instead("the option is `tool_choice` now", "none", "auto"),
+    "functions": _instead("the option is `tools` now", []),
     "plugins": _NO_LIST,
     "search_parameters": _NEVER,
-    "tool_choice": _harmless("none", "auto"),
-    "tools": _NO_LIST,
     "web_search_options": _NEVER,
 }
 _REASONING: dict[str, UnsupportedOption] = {
@@ -220,6 +218,8 @@ CHAT_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
 COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
     "add_special_tokens": _harmless(True),
     "logprobs": _instead("in a text completion it is a number of tokens, and 0 asks for probabilities too", False),
+    "tool_choice": _harmless("none", "auto"),
+    "tools": _instead("chats have tools", []),
 }
 """Unsupported options of text completions."""
 
@@ -227,7 +227,6 @@ MESSAGE_OPTIONS: Mapping[str, UnsupportedOption] = {
     "audio": _NEVER,
     "function_call": _NEVER,
     "prefix": _OFF,
-    "tool_calls": _NO_LIST,
 }
 """Unsupported fields of a chat's messages."""
 

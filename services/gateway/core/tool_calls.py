@@ -1,0 +1,418 @@
+"""Tool calls in a model's text: an incremental parser for the formats in which models write them.
+
+A call is a JSON object with a name and arguments; formats differ in the marks around it. The joined deltas do not
+depend on how the text is split into pieces.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass
+from enum import Enum, auto
+from typing import Any
+
+_SPACE = " \t\n\r"
+_BETWEEN = _SPACE + "[],;"
+"""Characters around the calls of a list."""
+_NAME = re.compile(r"[\w.:-]+")
+_ARGUMENTS = ("arguments", "parameters")
+
+
+@dataclass(frozen=True)
+class ContentDelta:
+    """More text that belongs to no call."""
+
+    text: str
+
+
+@dataclass(frozen=True)
+class CallDelta:
+    """More of a tool call. The first delta of a call has its name."""
+
+    index: int
+    arguments: str = ""
+    name: str | None = None
+
+
+ToolDelta = ContentDelta | CallDelta
+
+
+@dataclass(frozen=True)
+class ToolMarks:
+    """The marks around the calls of a format. Without an opening mark, an answer that begins with a call is one."""
+
+    opening: str = ""
+    """Text before a call or a list of calls."""
+    closing: str = ""
+    """Text after a call; empty if there is none."""
+    bare: bool = False
+    """True if an answer may also begin with a call without the opening mark; it has to name an offered tool."""
+    after_name: str = ""
+    """Mark between name and arguments in the short form `name{…}`; empty without that form. Models may leave it out."""
+    ignored: tuple[str, ...] = ()
+    """Texts without meaning around calls, longer ones first."""
+
+
+class _State(Enum):
+    CONTENT = auto()
+    CALLS = auto()
+    """Before, between or after the calls of a list."""
+    CALL = auto()
+    """In a call's JSON object."""
+
+
+class ToolCallParser:
+    """Splits the text of one completion into content and tool calls.
+
+    What looks like a call but is none stays content. So does a call without an opening mark of a tool that was not
+    offered: it is an ordinary answer in JSON.
+    """
+
+    def __init__(self, marks: ToolMarks, offered: Collection[str], *, parallel: bool = True) -> None:
+        """offered: names of the tools. parallel: False drops all calls but the first."""
+        self._marks = marks
+        self._offered = frozenset(offered)
+        self._most = None if parallel else 1
+        self._state = _State.CALLS if marks.bare or not marks.opening else _State.CONTENT
+        self._marked = False
+        """True after an opening mark."""
+        self._pending = ""
+        """Text that is not read yet, because its meaning depends on what follows."""
+        self._read = ""
+        """Text that was read since the last delta: content, if no call follows."""
+        self._call = _CallText()
+        self._deltas: list[ToolDelta] = []
+        self.calls = 0
+        """Calls begun so far."""
+
+    def feed(self, text: str) -> list[ToolDelta]:
+        """Add text; return the deltas that it completes."""
+        self._pending += text
+        steps = {_State.CONTENT: self._content, _State.CALLS: self._between, _State.CALL: self._in_call}
+        while self._pending and steps[self._state]():
+            pass
+        return self._taken()
+
+    def finish(self) -> list[ToolDelta]:
+        """End the text; return the last deltas."""
+        rest = self._read + (self._call.raw if self._state is _State.CALL else "") + self._pending
+        if not self.calls or (self._state is not _State.CALL and not self._belongs_to_marks(rest.strip(_BETWEEN))):
+            self._emit_content(rest)
+        self._pending = self._read = ""
+        return self._taken()
+
+    def _taken(self) -> list[ToolDelta]:
+        deltas, self._deltas = self._deltas, []
+        return list(_joined(deltas))
+
+    def _belongs_to_marks(self, text: str) -> bool:
+        """Return whether a text after calls is empty or a beginning of a mark."""
+        marks = self._marks
+        return any(mark.startswith(text) for mark in (marks.opening, marks.closing, *marks.ignored))
+
+    def _content(self) -> bool:
+        """Pass on content up to an opening mark. White space before a mark belongs to the format."""
+        opening = self._marks.opening
+        found = self._pending.find(opening) if opening else -1
+        if found >= 0:
+            content = self._pending[:found]
+            kept = content.rstrip(_SPACE)
+            self._emit_content(kept)
+            self._read = content[len(kept) :]
+            self._pending = self._pending[found:]
+            self._state = _State.CALLS
+            return True
+        safe = len(self._pending) - _overlap(self._pending, opening)
+        if opening:
+            safe = len(self._pending[:safe].rstrip(_SPACE))
+        self._emit_content(self._pending[:safe])
+        self._pending = self._pending[safe:]
+        return False
+
+    def _between(self) -> bool:
+        """Read a mark or a separator, or begin a call. Returns False if more text is needed."""
+        marks, pending = self._marks, self._pending
+        if marks.opening and pending.startswith(marks.opening):
+            self._marked = True
+            return self._skip(len(marks.opening))
+        if marks.closing and pending.startswith(marks.closing):
+            self._marked = False
+            self._state = _State.CONTENT
+            self._skip(len(marks.closing))
+            self._read = "" if self.calls else self._read
+            return True
+        if any(mark != pending and mark.startswith(pending) for mark in (marks.opening, marks.closing, *marks.ignored)):
+            return False
+        for ignored in marks.ignored:
+            if pending.startswith(ignored):
+                return self._skip(len(ignored))
+        if pending[0] == "{":
+            self._state, self._call = _State.CALL, _CallText()
+            return True
+        if pending[0] in _BETWEEN:
+            return self._skip(1)
+        if self._marked and marks.after_name and (name := _NAME.match(pending)) is not None:
+            return self._short_form(name.group())
+        self._give_up()
+        return True
+
+    def _short_form(self, name: str) -> bool:
+        """Begin a call `name{…}`. Returns False if more text is needed."""
+        rest, mark = self._pending[len(name) :], self._marks.after_name
+        if mark.startswith(rest):
+            return False
+        rest = rest.removeprefix(mark).lstrip(_SPACE)
+        if not rest:
+            return False
+        if rest[0] != "{":
+            self._give_up()
+            return True
+        self._read += self._pending[: len(self._pending) - len(rest)]
+        self._pending = rest
+        self._state, self._call = _State.CALL, _CallText(name)
+        return True
+
+    def _skip(self, count: int) -> bool:
+        self._read += self._pending[:count]
+        self._pending = self._pending[count:]
+        return True
+
+    def _in_call(self) -> bool:
+        call = self._call
+        for at, character in enumerate(self._pending, start=1):
+            try:
+                call.feed(character)
+            except (ValueError, RecursionError):
+                self._pending = self._pending[at - 1 if call.begun else at :]
+                if call.begun and not call.has_arguments:
+                    self._emit_call("{}")
+                self._give_up("" if call.begun else call.raw)
+                return True
+            if call.name is not None and not call.begun:
+                if not self._marked and call.name not in self._offered:
+                    self._pending = self._pending[at:]
+                    self._give_up(call.raw)
+                    return True
+                self._begin(call)
+            if call.begun:
+                self._emit_call(call.take_arguments())
+            if call.complete:
+                self._pending = self._pending[at:]
+                self._end_call()
+                return True
+        self._pending = ""
+        return False
+
+    def _begin(self, call: _CallText) -> None:
+        call.begun = True
+        self._read = ""
+        self.calls += 1
+        if self._most is None or self.calls <= self._most:
+            self._deltas.append(CallDelta(self.calls - 1, name=call.name))
+
+    def _end_call(self) -> None:
+        call = self._call
+        if not call.begun:
+            self._give_up(call.raw)
+            return
+        if not call.has_arguments:
+            self._emit_call("{}")
+        self._state = _State.CALLS
+
+    def _emit_call(self, arguments: str) -> None:
+        if arguments and (self._most is None or self.calls <= self._most):
+            self._deltas.append(CallDelta(self.calls - 1, arguments))
+
+    def _give_up(self, raw: str = "") -> None:
+        """Pass on what was read, and `raw`, as content, and look for the next opening mark after it."""
+        text = self._read + raw
+        self._emit_content(text.lstrip(_BETWEEN) if self.calls else text)
+        self._read = ""
+        self._marked = False
+        self._state = _State.CONTENT
+
+    def _emit_content(self, text: str) -> None:
+        if text:
+            self._deltas.append(ContentDelta(text))
+
+
+class _Step(Enum):
+    OPEN = auto()
+    BEFORE_KEY = auto()
+    KEY = auto()
+    COLON = auto()
+    BEFORE_VALUE = auto()
+    VALUE = auto()
+
+
+class _CallText:
+    """The JSON object of one call, read character by character."""
+
+    def __init__(self, name: str | None = None) -> None:
+        """name: of a call whose object is its arguments."""
+        self.name = name
+        self.begun = False
+        """True once its name was passed on. Nothing of it can become content after that."""
+        self.complete = False
+        self.has_arguments = False
+        self.raw = ""
+        """Everything that was read, until the call has begun."""
+        self._short = name is not None
+        self._step = _Step.OPEN
+        self._key = ""
+        self._value: list[str] = []
+        self._kind = ""
+        """First character of the value."""
+        self._depth = 0
+        self._in_string = False
+        self._escaped = False
+        self._arguments = ""
+        """Arguments not taken yet."""
+
+    def feed(self, character: str) -> None:
+        """Read one character. Raises ValueError if this is no call."""
+        if not self.begun:
+            self.raw += character
+        if self._step is _Step.OPEN:
+            if self._short:
+                self._key = _ARGUMENTS[0]
+                self._begin_value(character)
+            else:
+                self._step = _Step.BEFORE_KEY
+        elif self._step is _Step.BEFORE_KEY:
+            self._before_key(character)
+        elif self._step is _Step.KEY:
+            self._value.append(character)
+            if not self._string_goes_on(character):
+                self._key = str(json.loads("".join(self._value)))
+                self._step = _Step.COLON
+        elif self._step is _Step.COLON:
+            if character == ":":
+                self._step = _Step.BEFORE_VALUE
+            elif character not in _SPACE:
+                raise ValueError(character)
+        elif self._step is _Step.BEFORE_VALUE:
+            if character not in _SPACE:
+                self._begin_value(character)
+        else:
+            self._in_value(character)
+
+    def take_arguments(self) -> str:
+        """Return the arguments read since the last call, as JSON."""
+        arguments, self._arguments = self._arguments, ""
+        return arguments
+
+    @property
+    def _streams(self) -> bool:
+        return self._key in _ARGUMENTS and self._kind in "{[" and not self.has_arguments
+
+    def _before_key(self, character: str) -> None:
+        if character == '"':
+            self._step, self._value = _Step.KEY, [character]
+            self._in_string, self._escaped = True, False
+        elif character == "}":
+            self.complete = True
+        elif character != "," and character not in _SPACE:
+            raise ValueError(character)
+
+    def _begin_value(self, character: str) -> None:
+        if character in ",:}]":
+            raise ValueError(character)
+        self._step, self._kind, self._value = _Step.VALUE, character, []
+        self._depth, self._in_string, self._escaped = 0, False, False
+        self._in_value(character)
+
+    def _in_value(self, character: str) -> None:
+        """Add a character to the value; a number, true, false or null ends with the character after it."""
+        if self._kind not in '"{[':
+            if character in ",}" or character in _SPACE:
+                self._end_value()
+                self._before_key(character)
+            else:
+                self._value.append(character)
+            return
+        if self._streams:
+            self._arguments += character
+        else:
+            self._value.append(character)
+        if self._in_string:
+            self._string_goes_on(character)
+        elif character == '"':
+            self._in_string = True
+        elif character in "{[":
+            self._depth += 1
+        elif character in "}]":
+            self._depth -= 1
+        if not self._in_string and not self._depth:
+            self._end_value()
+
+    def _string_goes_on(self, character: str) -> bool:
+        """Follow a string's escapes and end."""
+        if self._escaped:
+            self._escaped = False
+        elif character == "\\":
+            self._escaped = True
+        elif character == '"':
+            self._in_string = False
+        return self._in_string
+
+    def _end_value(self) -> None:
+        streamed = self._streams
+        self._step = _Step.BEFORE_KEY
+        if self._key in _ARGUMENTS:
+            if not self.has_arguments and not streamed:
+                self._arguments += _as_arguments("".join(self._value))
+            self.has_arguments = True
+            self.complete = self._short
+        elif self._key == "name" and self.name is None:
+            self._name(json.loads("".join(self._value)))
+        elif self._key == "function" and self.name is None and self._kind == "{":
+            # OpenAI's own form, which some models repeat.
+            function = json.loads("".join(self._value))
+            self._name(function.get("name"))
+            given: Any = next((function[key] for key in _ARGUMENTS if key in function), {})
+            self._arguments += given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
+            self.has_arguments = True
+
+    def _name(self, name: object) -> None:
+        if not isinstance(name, str) or not name:
+            raise ValueError(name)
+        self.name = name
+
+
+def _as_arguments(value: str) -> str:
+    """Return arguments that are no object: a string may hold the object's text, null stands for none."""
+    try:
+        decoded = json.loads(value)
+    except ValueError:
+        return value
+    return "{}" if decoded is None or decoded == "" else decoded if isinstance(decoded, str) else value
+
+
+def _overlap(text: str, mark: str) -> int:
+    """Return the length of the longest beginning of `mark` that `text` ends with; the whole mark does not count."""
+    longest = min(len(text), len(mark) - 1)
+    return next((length for length in range(longest, 0, -1) if text.endswith(mark[:length])), 0)
+
+
+def _joined(deltas: Iterable[ToolDelta]) -> Iterable[ToolDelta]:
+    """Join deltas of the same kind that follow each other."""
+    last: ToolDelta | None = None
+    for delta in deltas:
+        if isinstance(last, ContentDelta) and isinstance(delta, ContentDelta):
+            last = ContentDelta(last.text + delta.text)
+        elif (
+            isinstance(last, CallDelta)
+            and isinstance(delta, CallDelta)
+            and delta.name is None
+            and delta.index == last.index
+        ):
+            last = CallDelta(last.index, last.arguments + delta.arguments, last.name)
+        else:
+            if last is not None:
+                yield last
+            last = delta
+    if last is not None:
+        yield last

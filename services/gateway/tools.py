@@ -1,0 +1,78 @@
+"""The tools of a chat: the conversation with them as the model's template takes it, and the form of their calls."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+from services.gateway.core.tool_calls import ToolCallParser
+from services.gateway.core.tool_formats import JSON, TOOL_FORMATS, ToolFormat, format_of, plain_messages
+from services.gateway.errors import invalid
+from services.gateway.model import ServedModel
+from services.gateway.schema import ChatRequest
+from shared.messages import Record
+from shared.models.text import Tokenizer
+
+
+class ToolForm(Record):
+    """The form in which an answer may call tools. It is stored with the form of the answer."""
+
+    format: str
+    """A name in `TOOL_FORMATS`."""
+    names: list[str]
+    """The tools that may be called."""
+    parallel: bool = True
+    """True if one answer may have several calls."""
+
+    @property
+    def calls(self) -> ToolFormat:
+        """The format of the calls; the default one for a name of another version."""
+        return TOOL_FORMATS.get(self.format, JSON)
+
+    def parser(self) -> ToolCallParser:
+        """Return a parser for one completion."""
+        return ToolCallParser(self.calls.marks, self.names, parallel=self.parallel)
+
+
+def tool_form(request: ChatRequest, model: ServedModel) -> ToolForm | None:
+    """Return the form of a chat's tool calls; None without tools. Raises ApiError."""
+    if not request.offered_tools:
+        return None
+    if request.tool_choice.mode == "required":
+        raise invalid('tool_choice may be "auto" or "none" here', "tool_choice", "unsupported_parameter")
+    names = [tool.function.name for tool in request.offered_tools]
+    return ToolForm(format=tool_format(model.tokenizer).name, names=names, parallel=request.parallel_tool_calls)
+
+
+def tool_format(tokenizer: Tokenizer) -> ToolFormat:
+    """Return the format in which the served model calls tools."""
+    return format_of(tokenizer.tool_template)
+
+
+def conversation(request: ChatRequest, tokenizer: Tokenizer) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Return the messages and the tools to render with the model's template.
+
+    For a template without a part for tools, everything about tools is in the messages.
+    """
+    messages = [message.rendered() for message in request.messages]
+    tools = [tool.rendered() for tool in request.offered_tools]
+    calls = tool_format(tokenizer)
+    names: dict[str, str] = {}
+    for message in messages:
+        for call in message.get("tool_calls", ()):
+            names[call["id"]] = call["function"]["name"]
+            call["id"] = calls.given_id(call["id"])
+        if message["role"] == "tool":
+            # Templates differ in whether they name the tool or the call.
+            message["name"] = message["name"] or names.get(message["tool_call_id"])
+            message["tool_call_id"] = calls.given_id(message["tool_call_id"])
+    if not tokenizer.tool_template:
+        return plain_messages(messages, tools, parallel=request.parallel_tool_calls), []
+    return messages, tools
+
+
+def texts_of(request: ChatRequest) -> list[str]:
+    """Return the texts of a chat that become tokens, for a first estimate of their number."""
+    texts = [text for message in request.messages for text in message.texts()]
+    tools = request.offered_tools
+    return [*texts, json.dumps([tool.rendered() for tool in tools], ensure_ascii=False)] if tools else texts
