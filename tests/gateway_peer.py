@@ -15,6 +15,7 @@ from pathlib import Path
 
 import builders
 import numpy as np
+from patience import HANG_S
 from safetensors.numpy import save_file
 
 from services.gateway.settings import GatewaySettings
@@ -221,8 +222,8 @@ def settings(target: Path, **fields: object) -> GatewaySettings:
     return GatewaySettings.model_validate({"target": target, "instance": "gateway-test", "port": 0} | fields)
 
 
-async def eventually(condition: Callable[[], bool], within_s: float = 5.0) -> None:
-    """Wait until the condition holds; fail after `within_s`."""
-    async with asyncio.timeout(within_s):
+async def eventually(condition: Callable[[], bool]) -> None:
+    """Wait until the condition holds; fail only after `HANG_S`."""
+    async with asyncio.timeout(HANG_S):
         while not condition():  # noqa: ASYNC110 conditions are plain attributes of a test's records
             await asyncio.sleep(0.01)

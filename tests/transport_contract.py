@@ -56,7 +56,7 @@ class Services(Protocol):
 
 
 async def until(condition: Callable[[], bool]) -> None:
-    await eventually(condition, within_s=10)
+    await eventually(condition)
 
 
 class TransportContract:

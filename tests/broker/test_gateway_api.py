@@ -217,7 +217,7 @@ async def test_a_client_that_goes_away_cancels_its_session_at_once(suite: Suite,
         assert b"200 OK" in await reader.readuntil(b"\r\n\r\n")
     await eventually(lambda: bool(suite.peer.generated))
     writer.close()
-    await eventually(lambda: suite.peer.cancelled == [suite.peer.generated[0].session], within_s=1.0)
+    await eventually(lambda: suite.peer.cancelled == [suite.peer.generated[0].session])
     await eventually(lambda: bool(suite.peer.refused))
     assert await suite.metric("wisp_num_requests_running") == 0
 

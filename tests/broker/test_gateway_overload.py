@@ -109,10 +109,10 @@ async def test_a_storm_of_cancels_leaves_other_streams_intact(gateway: Gateway) 
     stays = asyncio.create_task(gateway.answer("stays"))
     await eventually(lambda: len(gateway.peer.generated) == 1)
     leaving = [await gateway.open(f"leaves {number}") for number in range(300)]
-    await eventually(lambda: len(gateway.peer.generated) == 301, within_s=30)
+    await eventually(lambda: len(gateway.peer.generated) == 301)
     for _, writer in leaving:
         writer.transport.abort()
-    await eventually(lambda: len(gateway.peer.refused) == 300, within_s=30)
+    await eventually(lambda: len(gateway.peer.refused) == 300)
     assert gateway.peer.generated[0].session not in gateway.peer.refused
-    await eventually(lambda: sorted(gateway.peer.cancelled) == sorted(gateway.peer.refused), within_s=30)
+    await eventually(lambda: sorted(gateway.peer.cancelled) == sorted(gateway.peer.refused))
     assert await stays == (200, "x" * 60)

@@ -73,7 +73,7 @@ class Peer:
         stop = asyncio.Event()
         serving = asyncio.create_task(serve(self.settings.model_copy(update=fields), name, stop))
         try:
-            await eventually(lambda: name in self.arithmetics, within_s=30)
+            await eventually(lambda: name in self.arithmetics)
             yield
         finally:
             stop.set()

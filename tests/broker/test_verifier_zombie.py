@@ -111,7 +111,7 @@ async def zombie(amqp_url: str, redis_url: str, namespace: str, model: Path) -> 
     await broker.consume(broker.topology.own_queue("test", "x", keys), it.receive)
     reading = asyncio.create_task(it.read_log())
     try:
-        await eventually(lambda: bool(it.leases), within_s=60)
+        await eventually(lambda: bool(it.leases))
         yield it
     finally:
         process.kill()
@@ -165,7 +165,7 @@ async def test_a_verifier_frozen_within_a_batch_commits_nothing_of_it(zombie: Zo
     assert b"model done" not in zombie.log, "the batch is too short to be frozen in the middle"
     await zombie.gone()
     await zombie.wake()
-    await eventually(lambda: b"results dropped" in zombie.log, within_s=20)
+    await eventually(lambda: b"results dropped" in zombie.log)
     assert zombie.results == []
     for session, tokens in prompts.items():
         assert await zombie.tokens(session) == tokens
@@ -180,4 +180,4 @@ async def test_kv_of_sessions_that_ended_meanwhile_is_freed(zombie: Zombie) -> N
     await zombie.gone()
     await zombie.store.cancel("ends")  # without a message: no scheduler sends it any more
     await zombie.wake()
-    await eventually(lambda: zombie.held[-1] == {"stays"}, within_s=15)
+    await eventually(lambda: zombie.held[-1] == {"stays"})

@@ -1,12 +1,16 @@
-"""The stream benchmark on a real suite."""
+"""The benchmarks of one stream and of its rounds, each on a real suite."""
 
 from __future__ import annotations
 
+from pathlib import Path
+
 from openai import AsyncOpenAI
 
+from services.tools.bench.rounds import WARM_UP_ROUNDS, measure, outside_model
 from services.tools.bench.stream.cases import cases
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.measurement import BLOCK, StreamPlan, TimedSuite
+from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
@@ -33,3 +37,11 @@ async def test_requests_are_timed_and_equal_with_and_without_drafts(stack: Stack
     assert [one.made for one in timed if one.arm == "none"] == [
         one.summary["rounds"] for one in timed if one.arm == "none"
     ], "a round of plain decoding gives one token"
+
+
+async def test_each_round_of_an_idle_suite_is_timed_by_hop(brokers: Brokers, target_folder: Path) -> None:
+    rounds, memory = await measure(10, target_folder, brokers)
+    assert len(rounds) == 10, f"{WARM_UP_ROUNDS} more are not counted"
+    assert all(0 < outside_model(times) < times["round settled"] - times["round sent"] for times in rounds)
+    assert {"gateway", "scheduler"} <= {name for name, _ in memory}
+    assert all(megabytes > 0 for _, megabytes in memory)

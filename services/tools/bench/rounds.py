@@ -22,6 +22,7 @@ from services.tools.bench.load.core.measures import quantile
 from services.tools.bench.support.options import TargetOption, target_folder
 from services.tools.bench.support.report import report, terminal
 from services.tools.cli.terminal import errors_shown, run
+from services.tools.local.brokers import Brokers
 from services.tools.local.progress import ConsoleProgress, Progress
 from services.tools.local.stack import Stack
 from shared.errors import SettingsError
@@ -87,16 +88,21 @@ def main(
     """Time the hops of a verification round, and measure the memory of each process."""
     with errors_shown():
         folder = target_folder(target, ConsoleProgress(terminal()))
-        measured, memory = run(lambda: _measure(rounds, folder))
+        measured, memory = run(lambda: measure(rounds, folder))
         if not measured:
             raise SettingsError("no complete round was logged: the answer may have ended at once; try another --target")
         _report(measured, memory, folder.name)
 
 
-async def _measure(rounds: int, target: Path) -> tuple[list[Times], list[tuple[str, float]]]:
-    """Return the times of each round, and the memory of each process in MB."""
-    env = {"WISP_LOG_LEVEL": "debug", "WISP_LOG_FORMAT": "json"}
-    async with Stack("bench-rounds", target=target, env=env, progress=Progress()) as stack:
+async def measure(
+    rounds: int, target: Path, brokers: Brokers | None = None
+) -> tuple[list[Times], list[tuple[str, float]]]:
+    """Return the times of each round, and the memory of each process in MB.
+
+    Runs are left out: without drafts, a session would decode in a run and make no rounds.
+    """
+    env = {"WISP_LOG_LEVEL": "debug", "WISP_LOG_FORMAT": "json", "WISP_WITHOUT": '["runs"]'}
+    async with Stack("bench-rounds", brokers=brokers, target=target, env=env, progress=Progress()) as stack:
         async with httpx.AsyncClient(timeout=REQUEST_TIMEOUT_S) as http:
             body = {
                 "model": stack.target.name,
