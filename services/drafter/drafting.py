@@ -9,6 +9,7 @@ from services.drafter.control import Controller, ControlWeights
 from services.drafter.control_files import load_weights
 from services.drafter.core.draft import DraftSource, NoDrafts
 from services.drafter.core.hidden_rows import HiddenRows
+from services.drafter.core.lookup import LOOKUP
 from services.drafter.settings import DraftSettings
 from services.drafter.sources.registry import AUTO, FALLBACK, NONE, PREFERRED, SOURCES, load_sources
 from shared.messages import Generate
@@ -23,6 +24,8 @@ class SourceChoice:
     token_sources: tuple[str, ...]
     """Values that `DraftToken.source` may have in its drafts."""
     reads_hidden_states: bool
+    run_copies: bool
+    """True if a verifier may use prompt lookup in the session's runs."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +63,13 @@ class Drafting:
             )
             wanted = FALLBACK
         kind = SOURCES[wanted]
-        return SourceChoice(self.sources[wanted], kind.token_sources, kind.reads_hidden_states)
+        copies = LOOKUP in kind.token_sources or (set(self.sources) == {NONE} and _may_copy(generate.draft))
+        return SourceChoice(self.sources[wanted], kind.token_sources, kind.reads_hidden_states, copies)
+
+
+def _may_copy(asked: str) -> bool:
+    """Return whether a request that asks for this draft source leaves prompt lookup to the suite."""
+    return asked == AUTO or (asked in SOURCES and LOOKUP in SOURCES[asked].token_sources)
 
 
 def load_drafting(settings: DraftSettings) -> Drafting:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from functools import partial
 
 from services.drafter import metrics
+from services.drafter.core.lookup import LOOKUP
 from services.drafter.core.profile import HardwareProfile
 from services.drafter.core.session import RoundTimers
 from services.drafter.drafting import Drafting, load_drafting
@@ -34,6 +35,8 @@ from shared.runtime.service import running
 from shared.state.store import Session, SessionStatus, Store
 
 STORE_RETRY_S = 1.0
+RUN_COPIES = 8
+"""Most draft tokens of a step by prompt lookup in a run."""
 
 
 async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -> None:
@@ -202,8 +205,9 @@ class Drafter:
             self._timers,
             self._workers[id(choice.source)],
             choice.token_sources,
-            self._drafting.controller.session(*choice.token_sources),
+            self._drafting.controller.session(*choice.token_sources, copying=(LOOKUP,)),
             self._drafting.hidden_rows() if reads_states else None,
+            RUN_COPIES if choice.run_copies else 0,
             partial(self._open_link, generate.session),
         )
 

@@ -14,7 +14,6 @@ from services.drafter.control import DraftRound, SessionControl
 from services.drafter.control.times import SPARE_COMPUTED
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
 from services.drafter.core.hidden_rows import HiddenRows
-from services.drafter.core.lookup import LOOKUP, UnsentCopies
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
 from services.drafter.settings import ServingOptions
@@ -86,9 +85,11 @@ class ServedSession:
         sources: tuple[str, ...],
         control: SessionControl,
         hidden_rows: HiddenRows | None,
+        run_copies: int,
         open_link: Callable[[Deliver], Link],
     ) -> None:
         """sources: names of the sources that may propose tokens. hidden_rows: None if none of them reads hidden states.
+        run_copies: most draft tokens of a step by prompt lookup in its runs.
         open_link: opens the session's link."""
         self.ended = asyncio.Event()
         self.given_back = False
@@ -104,12 +105,12 @@ class ServedSession:
         self._sources = sources
         self._control = control
         self._hidden_rows = hidden_rows
+        self._run_copies = run_copies
         self._link = open_link(self._deliver)
         self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
         """Received messages; None asks to send the round in flight again."""
         self._in_flight = False
         self._ahead: _AssumedDraft | None = None
-        self._unsent_copies = UnsentCopies(options.draft_length) if LOOKUP in sources else None
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
         self._log = logging.get()
@@ -239,7 +240,7 @@ class ServedSession:
         state = self._state
         halted = False
         while state.run_left and not state.done:
-            if not halted and await self._is_tempted():
+            if not halted and self._is_tempted():
                 halted = True
                 await self._send(_MadeDraft(self._request(self._control.ahead(0, 0.0), ()), Draft(), 0.0), 0, None)
             known = len(state.tokens)
@@ -251,34 +252,15 @@ class ServedSession:
                 state.run_left = 0
                 return True
             self._note_choice(result)
-            self._control.learn_run(len(state.tokens) - known)
-            self._observe_copies(known)
+            self._control.learn_run(len(state.tokens) - known, result.verify_ms)
         return True
 
-    def _observe_copies(self, start: int) -> None:
-        """Learn from the drafts that prompt lookup would have made for the tokens from `start` on."""
-        if self._unsent_copies is not None:
-            temperature = self._state.generate.sampling.temperature
-            for copy in self._unsent_copies.follow(self._state.tokens, start):
-                self._control.observe(copy.token, copy.position, temperature, copy.correct)
-
-    async def _is_tempted(self) -> bool:
-        """Return whether a draft pays for halting the run: one of a source whose probe has just shown that it is worth
-        drafting from, or one of prompt lookup, which costs nothing."""
+    def _is_tempted(self) -> bool:
+        """Return whether a probe has just shown that its source is worth halting the run."""
         round_ = self._control.ahead(
             self._state.draft_room(self._options.draft_length), self._state.generate.sampling.temperature
         )
-        if any(round_.wants(source) for source in self._settle_probes()):
-            return True
-        if LOOKUP not in self._sources:
-            return False
-        round_.unready = frozenset(self._sources) - {LOOKUP}
-        request = self._request(round_, self._sources)
-        if not round_.wants(LOOKUP) or self._worker.source.computes(request):
-            return False
-        draft, _ = await self._worker.draft(request)
-        round_.cut(len(draft.tokens))
-        return bool(draft.tokens) and round_.pays_to_halt
+        return any(round_.wants(source) for source in self._settle_probes())
 
     async def _draft(self) -> _MadeDraft:
         """Return the round's draft: the one made ahead if its assumption holds, else a new one."""
@@ -384,6 +366,7 @@ class ServedSession:
             hidden_from,
             self._options.hidden_format,
             made.run_tokens,
+            self._run_copies,
         )
         self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
         await self._link.send(verify)

@@ -205,4 +205,4 @@ def summary(
     }
 
 
-_COUNTS = ("rounds", "tokens", "drafted", "verified", "accepted", "run_tokens")
+_COUNTS = ("rounds", "tokens", "drafted", "verified", "accepted", "run_tokens", "copied")

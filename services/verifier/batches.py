@@ -1,4 +1,4 @@
-"""The verifier's loop: step after step through the model, each with the next batch and a token of every run.
+"""The verifier's loop: step after step through the model, each with the next batch and the next token of every run.
 
 A step without a batch serves the runs alone; without runs the loop waits for a batch. One step is committed and
 replied to while the next one computes.
@@ -11,12 +11,13 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import structlog
 
 from services.verifier import metrics
 from services.verifier.core import replies
+from services.verifier.core.copies import ProposedCopy, RunCopies
 from services.verifier.core.emulation import EmulatedCost
 from services.verifier.core.replies import BatchReplies, JobReply, OpenCommit
 from services.verifier.core.runs import Run, RunReport, RunTable
@@ -51,7 +52,9 @@ class StepWork:
     stale: list[Job] = field(default_factory=list)
     """Jobs of sessions that are gone, cancelled, ended or of another length: the commit script answers them."""
     runs: list[Run] = field(default_factory=list)
-    """Runs that decode a token in this step."""
+    """Runs that take part in this step."""
+    copies: list[ProposedCopy] = field(default_factory=list)
+    """What each run may copy in this step; empty beside a batch."""
     reports: list[RunReport] = field(default_factory=list)
     """Tokens of runs to commit with this step."""
     outcomes: list[VerifyOutcome] = field(default_factory=list)
@@ -99,6 +102,7 @@ class BatchLoop:
         """True if a step has run since the last check of the KV cache."""
         self.runs = RunTable(digests=digests)
         """The sessions that decode without rounds."""
+        self.copies = RunCopies()
         self._log = logging.get()
 
     @property
@@ -189,7 +193,10 @@ class BatchLoop:
             if len(work.shapes) == 1:
                 self._membership.record(Measurement(shape=work.shapes[0], measured_ms=work.verify_ms))
         now_ms = _now_ms()
-        for run, outcome in zip(work.runs, work.outcomes[len(work.tasks) :], strict=True):
+        of_runs = work.outcomes[len(work.tasks) :]
+        if work.copies:
+            self.copies.learn(work.runs, work.copies, of_runs)
+        for run, outcome in zip(work.runs, of_runs, strict=True):
             self.runs.record(run, outcome, work.verify_ms, now_ms)
         if batch is not None:
             for (job, task), outcome in zip(work.tasks, work.outcomes, strict=False):
@@ -240,11 +247,22 @@ class BatchLoop:
     def _run_model(self, work: StepWork) -> None:
         """Verify the tasks and decode the runs. Runs in the engine's thread."""
         started = time.perf_counter()
-        tasks = [task for _, task in work.tasks] + [run.task for run in work.runs]
+        tasks = [task for _, task in work.tasks] + self._run_tasks(work)
         work.outcomes, work.shapes = verify(self._thread.engine, tasks, digests=self._digests)
         if self._emulated is not None:
             time.sleep(self._emulated.rest_ms(work.shapes, (time.perf_counter() - started) * 1000) / 1000)
         self._sessions.update_cached(task.session_id for task in tasks)
+
+    def _run_tasks(self, work: StepWork) -> list[VerifyTask]:
+        """Return the tasks of the step's runs: with copies if it has no batch, which was planned without them."""
+        if work.batch is not None:
+            return [run.task for run in work.runs]
+        work.copies = self.copies.propose(work.runs, self._thread.engine.free_tokens)
+        lengths = self.copies.lengths(work.runs, work.copies)
+        return [
+            replace(run.task, draft=list(copy.tokens[:length])) if length else run.task
+            for run, copy, length in zip(work.runs, work.copies, lengths, strict=True)
+        ]
 
     async def _reply(self, work: StepWork) -> None:
         """Commit, publish the results, and last release what has ended.

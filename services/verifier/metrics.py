@@ -22,8 +22,8 @@ INTEGRITY_ERRORS = Counter(
 )
 TOKENS = Counter(
     "wisp_verifier_tokens",
-    "Committed tokens by origin: accepted draft tokens (draft), the target's own token of a round (bonus), or decoded "
-    "without a drafter (run)",
+    "Committed tokens by origin: accepted draft tokens (draft) and the target's own token of a round (bonus); accepted "
+    "copies (copy) and the target's own token of a step (run) in a run",
     ["origin"],
 )
 
@@ -33,7 +33,8 @@ def count_tokens(result: Result) -> None:
     if not result.new_tokens:
         return
     if result.status is Status.COMMITTED and result.run:
-        TOKENS.labels("run").inc(len(result.tokens))
+        TOKENS.labels("copy").inc(len(result.copied))
+        TOKENS.labels("run").inc(len(result.tokens) - len(result.copied))
     elif result.status is Status.COMMITTED:
         TOKENS.labels("draft").inc(result.accepted)
         TOKENS.labels("bonus").inc(len(result.tokens) - result.accepted)

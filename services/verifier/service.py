@@ -146,7 +146,7 @@ class Verifier:
         if measured:
             fit = VerifierFit(membership.verifier_id)
             fit.start_from(measured)
-            self._handoff.transfer_cost.model = fit.model()
+            self._handoff.transfer_cost.model = self._loop.copies.model = fit.model()
             await membership.announce_cost(fit.model(), measured)
         HEALTH.watch(self._broker, self._store)
         self._log.info(

@@ -144,6 +144,8 @@ class Load(Message):
     from a scheduler of a version without it, or without usable verifiers."""
     run_ms: Milliseconds | None = None
     """Time per token of a session that a verifier decodes in a run beside its other sessions; None without runs."""
+    runs_copy: bool = False
+    """True if runs use prompt lookup where a session asks for it."""
     backlog_ms: Milliseconds = 0.0
     """Time to finish all pending and running rounds: the wait of a round that arrives now, behind all others."""
     classes: list[ClassLoad] = Field(default_factory=list)

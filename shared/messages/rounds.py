@@ -87,13 +87,17 @@ class Verify(RoundFields, Message):
     """Arithmetics in which the session's tokens were committed, as far as the drafter has learned them from results."""
     run_tokens: Count = 0
     """Tokens that the drafter leaves to the verifier after this round: it expects drafts not to pay for so long."""
+    run_copies: Annotated[int, Field(ge=0, le=LONGEST_DRAFT)] = 0
+    """Most draft tokens of a step by prompt lookup in a run of this session; 0: none."""
 
 
 class RunGrant(Record):
-    """Permission to decode a session in a run: token by token, without further rounds, until either limit."""
+    """Permission to decode a session in a run, step by step without further rounds, until either limit."""
 
     tokens: Length
     ms: Promised
+    copies: Annotated[int, Field(ge=0, le=LONGEST_DRAFT)] = 0
+    """Most draft tokens of a step, which the verifier copies from the session's text; 0: each step gives one token."""
 
 
 class Job(RoundFields):
@@ -199,7 +203,9 @@ class Result(Message):
     tokens: list[TokenId] = Field(default_factory=list)
     """Committed tokens from `base_len` on: the accepted draft tokens and the bonus token, or the tokens of a run."""
     run: bool = False
-    """True if the tokens were decoded in a run, each in a step of its own, since the session's last result."""
+    """True if the tokens were decoded in a run since the session's last result."""
+    copied: list[Count] = Field(default_factory=list)
+    """Indices into `tokens` of a run's accepted copies; each other token took a step."""
     run_left: Count = 0
     """Tokens that the verifier may still decode in the session's run; 0 if the next token needs a round."""
     drafted: Count = 0

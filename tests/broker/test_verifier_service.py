@@ -28,6 +28,7 @@ from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.errors import BrokersError
+from shared.lookup import LookupText
 from shared.messages import (
     MOST,
     SILENT_MS,
@@ -120,9 +121,9 @@ class Peer:
         batch = builders.batch(f"b{self.batches}", *jobs)
         await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
 
-    async def begin_run(self, session: str, length: int, tokens: int = 64, **more: Any) -> None:
+    async def begin_run(self, session: str, length: int, tokens: int = 64, copies: int = 0, **more: Any) -> None:
         """Send a plain round of a session after which the verifier may decode so many tokens by itself."""
-        job = self.job(session, length, [], run=RunGrant(tokens=tokens, ms=HANG_S * 1000), **more)
+        job = self.job(session, length, [], run=RunGrant(tokens=tokens, ms=HANG_S * 1000, copies=copies), **more)
         await self.broker.publish(
             builders.batch("begin", job, lease=self.leases[-1]), topology.batch("v1"), confirmed=True
         )
@@ -196,6 +197,9 @@ async def playing(
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
     await asyncio.wait_for(alive.wait(), HANG_S)
+    async with asyncio.timeout(HANG_S):
+        while not await store.registry.heartbeats():  # noqa: ASYNC110 - a heartbeat is published before it is stored
+            await asyncio.sleep(0.01)
     yield Peer(broker, store, results, samples, ModelFolder(model).fingerprint("bfloat16"), leases)
     stop.set()
     await asyncio.wait_for(serving, HANG_S)
@@ -496,6 +500,27 @@ async def test_a_run_ends_with_its_grant_and_the_next_round_goes_on(peer: Peer, 
     assert sum(len(result.tokens) for result in results) == 6
     (following,) = await peer.verify(peer.job("s", 10, text[6:9], round_=9))
     assert (following.accepted, following.tokens, following.run_left) == (3, text[6:10], 0)
+
+
+async def test_copies_in_a_run_are_verified_and_reported(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
+    await peer.open("plain", max_tokens=150)
+    await peer.begin_run("plain", 4, tokens=149)
+    plain = [token for result in await peer.rest_of_run() for token in result.tokens]
+    assert len(plain) == 150
+
+    def often_right(text: LookupText, length: int, drafted: Sequence[int] = ()) -> tuple[list[int], int]:
+        made = len(text) - len(PROMPT)
+        return [plain[at] if at % 7 else plain[at] ^ 1 for at in range(made, min(150, made + length))], 32
+
+    monkeypatch.setattr(LookupText, "continuation", often_right)
+    await peer.open("copying", max_tokens=150)
+    await peer.begin_run("copying", 4, tokens=149, copies=8)
+    results = await peer.rest_of_run()
+    copied = [result.base_len - len(PROMPT) + index for result in results for index in result.copied]
+    assert await peer.committed("copying") == await peer.committed("plain") == PROMPT + plain
+    assert 30 < len(copied) == len({*copied}) < 130
+    assert all(at % 7 for at in copied), "a wrong copy is the step's own token"
+    assert results[-1].finish is Finish.LENGTH
 
 
 async def test_a_run_beside_rounds_and_another_run(peer: Peer, text: list[int]) -> None:

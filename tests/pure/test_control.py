@@ -22,13 +22,14 @@ from services.drafter.control import (
     RuleName,
     SessionControl,
 )
-from services.drafter.control.calibration import Platt, SessionOffset
+from services.drafter.control.calibration import Platt
 from services.drafter.control.controller import FIRST_WAIT, LONGEST_WAIT, PROBE_SHARE
-from services.drafter.control.features import NAMES, RoundContext, features, logit, sigmoid
+from services.drafter.control.features import NAMES, RoundContext, features, logit
 from services.drafter.control.records import RoundRecord
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor
 from services.drafter.control_files import load_weights, read_records, save_weights, write_record
 from shared.errors import ModelError, SettingsError
+from shared.log_odds import SessionOffset, sigmoid
 from shared.messages import Load
 
 BASE_MS, TOKEN_MS, STEP_MS = 54.0, 2.2, 4.3

@@ -1,4 +1,4 @@
-"""The speculation controller beside runs, in simulated sessions: it loses little against a run, and gains from copies.
+"""The speculation controller beside runs, in simulated sessions: it loses little against a run.
 
 The costs are measured: SmolLM2-135M in bfloat16 on two threads of a CPU with AVX2. A run takes the time of its steps; a
 round also that of its messages.
@@ -7,7 +7,7 @@ round also that of its messages.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from statistics import fmean
 
@@ -15,13 +15,10 @@ import builders
 import pytest
 
 from services.drafter.control import Controller, DraftDecision, DraftRound, DraftToken, RoundTimes, SessionControl
-from services.drafter.control.controller import LONGEST_WAIT
+from services.drafter.control.controller import LONGEST_WAIT, MOST_RUN
 from services.drafter.control.features import logit as log_odds
-from services.drafter.control.features import sigmoid
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic
-from services.drafter.control_files import load_weights
-from services.drafter.core.lookup import LOOKUP, NgramIndex, UnsentCopies
-from services.tools.local.folder import checkout
+from shared.log_odds import sigmoid
 
 VERIFY_MS = (13.3, 16.8, 19.5, 22.0, 24.6, 27.7, 30.8, 33.9, 37.0)
 """To verify 0, 1, 2, … draft tokens."""
@@ -30,17 +27,14 @@ STEP_MS = 2.3
 REPORT = 4
 """Tokens of each report of a run."""
 LONGEST = 8
-TOKENS = 96
 EXACT = Logistic(inputs=Inputs(features=["confidence"], mean=[0.0], scale=[1.0]), weights=[1.0], bias=0.0)
 
 
 def controller() -> Controller:
-    """A drafter's controller with the shipped weights, the machine's cost model and no measurements."""
+    """A drafter's controller with the machine's cost model and no measurements."""
     times = RoundTimes()
     times.apply_load(builders.load(draft_cap=16, queue_ms=0.0, verify_ms=list(VERIFY_MS), run_ms=VERIFY_MS[0]))
-    shipped = load_weights(checkout() / "services/drafter/drafts/smollm2-135m-instruct/controller.json")
-    weights = ControlWeights(acceptance={LOOKUP: shipped.acceptance[LOOKUP], "hidden": EXACT})
-    return Controller("marginal", LONGEST, weights, times)
+    return Controller("marginal", LONGEST, ControlWeights(acceptance={"hidden": EXACT}), times)
 
 
 @dataclass
@@ -60,181 +54,6 @@ class Clock:
     def speed(self, tokens: int) -> float:
         """The speed against a session without drafts: one round and a run."""
         return (HOPS_MS + tokens * VERIFY_MS[0]) / self.ms
-
-
-# Copies
-
-
-@dataclass
-class CopyingSession:
-    """A session that drafts by lookup. Its answer is given."""
-
-    control: SessionControl
-    prompt: list[int]
-    answer: list[int]
-    index: NgramIndex = field(default_factory=NgramIndex)
-
-    def draft(self, round_: DraftRound, made: int) -> tuple[list[int], int | None]:
-        """Draft after `made` tokens; return the kept tokens and a dropped one."""
-        tokens, kept = self.prompt + self.answer[:made], []
-        self.index.extend(tokens)
-        if not round_.wants(LOOKUP):
-            return [], None
-        copies, support = self.index.continuation(tokens, round_.longest)
-        for token in copies:
-            decision = round_.add(DraftToken(LOOKUP, support=support))
-            if decision is DraftDecision.DROP:
-                return kept, token
-            kept.append(token)
-            if decision is DraftDecision.LAST:
-                break
-        return kept, None
-
-    def room(self, made: int) -> int:
-        return min(LONGEST, len(self.answer) - made - 1)
-
-    def run(self, clock: Clock) -> float:
-        """Decode the answer; return the speed against a session without drafts."""
-        made, total, unsent = 0, len(self.answer), UnsentCopies(LONGEST)
-        while made < total:
-            round_ = self.control.begin(self.room(made), 0.0)
-            probes = round_.deferred_probes()
-            kept, dropped = self.draft(round_, made) if round_.longest else ([], None)
-            if kept and not round_.pays:
-                kept, dropped = [], kept[0]
-                round_.cut(0)
-            for probe in probes:
-                copies, other = self.draft(probe, made)
-                for copy in [*copies, *([] if other is None else [other])][:1]:
-                    self.control.settle(probe, 0, 0, copy == self.answer[made])
-            rest = self.answer[made:]
-            accepted = next((i for i, token in enumerate(kept) if token != rest[i]), len(kept))
-            matches = None if dropped is None or accepted < len(kept) else dropped == rest[accepted]
-            clock.round(self.control.times, len(kept), accepted)
-            left = self.control.run_tokens(round_)
-            self.control.settle(round_, len(kept), accepted, matches)
-            made = self.follow_run(made + accepted + 1, left, unsent, clock)
-        self.control.close()
-        return clock.speed(total)
-
-    def follow_run(self, made: int, left: int, unsent: UnsentCopies, clock: Clock) -> int:
-        left = min(left, len(self.answer) - made)
-        while left > 0:
-            step = min(REPORT, left)
-            made, left = made + step, left - step
-            clock.ms += step * VERIFY_MS[0]
-            self.control.learn_run(step)
-            for copy in unsent.follow(self.prompt + self.answer[:made], len(self.prompt) + made - step):
-                self.control.observe(copy.token, copy.position, 0.0, copy.correct)
-            tempted = self.control.ahead(self.room(made), 0.0)
-            if left and self.draft(tempted, made)[0] and tempted.pays_to_halt:
-                clock.ms += VERIFY_MS[0]  # the step that runs meanwhile
-                return made + 1
-        return made
-
-
-def words(rng: random.Random, count: int) -> list[int]:
-    """Tokens with the frequencies of words: n-grams of one token recur and mean nothing."""
-    return rng.choices(range(400), [1 / (rank + 1) for rank in range(400)], k=count)
-
-
-def phrases(rng: random.Random, count: int) -> list[int]:
-    """Words, and phrases of two to four tokens that recur."""
-    known = [[rng.randrange(1000) for _ in range(rng.choice((2, 3, 4)))] for _ in range(60)]
-    made: list[int] = []
-    while len(made) < count:
-        made += rng.choice(known) if rng.random() < 0.5 else words(rng, 2)
-    return made[:count]
-
-
-def source(rng: random.Random) -> list[int]:
-    return [rng.randrange(5000) for _ in range(TOKENS)]
-
-
-def copied(rng: random.Random) -> tuple[list[int], list[int]]:
-    text = source(rng)
-    return text, text
-
-
-def edited(rng: random.Random) -> tuple[list[int], list[int]]:
-    text = source(rng)
-    return text, [token if rng.random() > 0.08 else rng.randrange(5000) for token in text]
-
-
-def then_copied(rng: random.Random) -> tuple[list[int], list[int]]:
-    text = source(rng)
-    return text, [*words(rng, TOKENS // 2), *text[: TOKENS // 2]]
-
-
-TEXTS: dict[str, Callable[[random.Random], tuple[list[int], list[int]]]] = {
-    "novel": lambda rng: (words(rng, 120), words(rng, TOKENS)),
-    "phrases": lambda rng: (phrases(rng, 150), phrases(rng, TOKENS)),
-    "copied": copied,
-    "edited": edited,
-    "novel, then copied": then_copied,
-}
-
-
-def copying(shared: Controller, text: str, rng: random.Random) -> float:
-    prompt, answer = TEXTS[text](rng)
-    return CopyingSession(shared.session(LOOKUP), prompt, answer).run(Clock(rng))
-
-
-@pytest.mark.parametrize(("text", "least"), [("novel", 0.985), ("phrases", 0.98)])
-def test_copies_of_other_texts_teach_no_session_to_lose(text: str, least: float) -> None:
-    made = []
-    for seed in range(6):
-        shared, rng = controller(), random.Random(seed)
-        for _ in range(3):
-            for other in TEXTS:
-                speed = copying(shared, other, rng)
-                made += [speed] if other == text else []
-    assert fmean(made) >= least
-
-
-@pytest.mark.parametrize(
-    ("text", "least"), [("copied", 2.3), ("edited", 1.25), ("novel, then copied", 1.2), ("novel", 0.985)]
-)
-def test_a_drafters_first_session_gains_from_copies(text: str, least: float) -> None:
-    assert fmean(copying(controller(), text, random.Random(seed)) for seed in range(12)) >= least
-
-
-def test_unsent_copies_are_the_drafts_that_lookup_would_have_made() -> None:
-    unsent = UnsentCopies(2)
-    tokens = [1, 2, 3, 1, 2, 9, 1]
-    seen = [(copy.token.support, copy.position, copy.correct) for copy in unsent.follow(tokens, 4)]
-    # After 1: 2 and 3 were copied, and 9 came. After 9 nothing is known.
-    assert seen == [(1, 0, True), (1, 1, False)]
-    assert [(copy.token.support, copy.correct) for copy in unsent.follow([*tokens, 2, 9], 7)] == [(1, True), (1, True)]
-
-
-def test_a_gap_ends_an_unsent_draft() -> None:
-    unsent = UnsentCopies(4)
-    unsent.follow([1, 2, 3, 4, 1, 2], 5)
-    assert [copy.position for copy in unsent.follow([1, 2, 3, 4, 1, 2, 3, 4], 7)] == [0], "3 came with a round"
-
-
-def test_observed_tokens_teach_as_sent_ones_do() -> None:
-    right, wrong = controller().session(LOOKUP), controller().session(LOOKUP)
-    before = right.expected_acceptances(LOOKUP, 0)[1]
-    for control, correct in ((right, True), (wrong, False)):
-        for _ in range(12):
-            control.observe(DraftToken(LOOKUP, support=2), 0, 0.0, correct)
-    assert wrong.expected_acceptances(LOOKUP, 0)[1] < before < right.expected_acceptances(LOOKUP, 0)[1]
-
-
-def test_a_draft_that_halts_a_run_has_to_pay_the_way_back() -> None:
-    shared = controller()
-    shared.times.apply_load(builders.load(draft_cap=16, verify_ms=[13.0, 13.1], run_ms=13.0))
-    round_ = shared.session(LOOKUP).ahead(8, 0.0)
-    round_._forecast.tokens = 1.01 * round_._forecast.ms / 13.0
-    assert round_.pays
-    assert not round_.pays_to_halt
-    round_._forecast.tokens += HOPS_MS
-    assert round_.pays_to_halt
-
-
-# Drafts of a model
 
 
 def model_session(shared: Controller, acceptance: float, tokens: int, rng: random.Random) -> tuple[float, int]:
@@ -283,7 +102,7 @@ def model_session(shared: Controller, acceptance: float, tokens: int, rng: rando
             step = min(REPORT, left)
             made, left = made + step, left - step
             clock.ms += step * VERIFY_MS[0]
-            control.learn_run(step)
+            control.learn_run(step, step * VERIFY_MS[0])
             probed = bool(pending)
             settle()
             if probed and control.ahead(LONGEST, 0.0).wants("hidden"):
@@ -311,3 +130,55 @@ def test_a_draft_model_is_tried_in_sessions_too_short_for_a_probe() -> None:
 def test_a_draft_model_that_pays_is_used_in_short_sessions() -> None:
     made = model_sessions(0.95, 64, 40)
     assert fmean(speed for speed, _ in made[20:]) >= 1.3
+
+
+# Sources that runs use
+
+
+def copying(runs_copy: bool = True, run_ms: float | None = VERIFY_MS[0]) -> SessionControl:
+    """A session with prompt lookup and a draft model, beside verifiers that copy in runs."""
+    shared = controller()
+    shared.times.apply_load(builders.load(draft_cap=16, verify_ms=list(VERIFY_MS), run_ms=run_ms, runs_copy=runs_copy))
+    return shared.session("hidden", "lookup", copying=("lookup",))
+
+
+def test_a_source_that_runs_use_starts_no_round_and_no_probe() -> None:
+    control = copying()
+    for _ in range(2 * LONGEST_WAIT):
+        round_ = control.begin(LONGEST, 0.0)
+        assert not round_.wants("lookup")
+        assert "lookup" not in round_.probed
+    assert control.rests("lookup")
+
+
+@pytest.mark.parametrize("control", [copying(runs_copy=False, run_ms=54.0), copying(run_ms=None)])
+def test_a_source_starts_rounds_where_runs_do_not_use_it(control: SessionControl) -> None:
+    copies = [DraftToken("lookup", support=30 + i) for i in range(4)]
+    round_ = control.ahead(LONGEST, 0.0)
+    round_.unready = frozenset({"hidden"})
+    assert round_.wants("lookup")
+    assert [round_.add(copy) for copy in copies] == [DraftDecision.MORE] * 4
+
+
+def test_copies_may_follow_a_drafted_token_where_runs_copy_too() -> None:
+    round_ = copying().ahead(LONGEST, 0.0)
+    round_.add(DraftToken("hidden", 0.99))
+    assert round_.wants("lookup")
+
+
+def test_a_session_that_only_copies_is_left_to_the_verifier() -> None:
+    shared = controller()
+    shared.times.apply_load(builders.load(draft_cap=16, run_ms=13.0, runs_copy=True))
+    control = shared.session("lookup", copying=("lookup",))
+    assert control.run_tokens(control.begin(LONGEST, 0.0)) == MOST_RUN
+
+
+def test_drafts_have_to_beat_the_measured_speed_of_runs() -> None:
+    control = copying()
+    assert control.plain_rate == pytest.approx(1 / VERIFY_MS[0])
+    for _ in range(40):
+        control.learn_run(4, 2 * VERIFY_MS[0])
+    assert control.plain_rate == pytest.approx(2 / VERIFY_MS[0], rel=0.15)
+    control.learn_run(0, 50.0)
+    control.learn_run(4, 0.0)
+    assert control.plain_rate == pytest.approx(2 / VERIFY_MS[0], rel=0.15), "nothing was measured"

@@ -15,8 +15,8 @@ import pytest
 
 from services.drafter.control import Controller, DraftDecision, DraftToken, RoundTimes
 from services.drafter.control.features import logit as log_odds
-from services.drafter.control.features import sigmoid
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic
+from shared.log_odds import sigmoid
 
 pytestmark = pytest.mark.slow  # thousands of simulated rounds
 

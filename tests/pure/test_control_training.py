@@ -12,13 +12,14 @@ import pytest
 from typer.testing import CliRunner
 
 from services.drafter.control import Controller, DraftToken
-from services.drafter.control.features import NAMES, sigmoid
+from services.drafter.control.features import NAMES
 from services.drafter.control.records import RoundRecord
 from services.drafter.control_files import load_weights, write_record
 from services.tools.cli.controller_command import app
 from services.tools.training import classifiers
 from services.tools.training.controller import ControllerReport, SourceReport, train
 from shared.errors import SettingsError
+from shared.log_odds import sigmoid
 
 pytestmark = pytest.mark.slow  # trainings
 

@@ -19,7 +19,7 @@ from services.drafter.core.session import RoundTimer, RoundTimers
 from services.drafter.link import Deliver, DirectLink
 from services.drafter.serving import ServedSession
 from services.drafter.settings import DraftServingSettings
-from services.drafter.sources import Draft, DraftAhead, DraftRequest, LookupDrafts
+from services.drafter.sources import Draft, DraftAhead, DraftRequest
 from services.drafter.worker import SourceWorker
 from shared.messages import HiddenStates, Slo, Verify
 from shared.models.hidden_states import parts
@@ -86,8 +86,9 @@ async def serving(
         RoundTimers(60_000),
         worker,
         names,
-        controller.session(*names),
+        controller.session(*names, copying=("lookup",)),
         HiddenRows(SIZE, 1000) if "hidden" in names else None,
+        8 if "lookup" in names else 0,
         open_link,
     )
     tasks = [asyncio.create_task(worker.work()), asyncio.create_task(session.run())]
@@ -285,30 +286,16 @@ def test_runs_of_a_session_that_has_drafted_grow() -> None:
             round_.add(DraftToken("hidden", 0.5))
             granted.append(control.run_tokens(round_))
         control.settle(round_, 0, 0)
-        control.learn_run(control.run_tokens(round_))
+        control.learn_run(control.run_tokens(round_), 0.0)
     assert granted[0] >= math.ceil((controller.times.base_ms - 50.0) / (RETURN_SHARE * 50.0))
     assert granted == sorted(granted)
     assert FIRST_RUN <= granted[0] < granted[-1] == MOST_RUN
 
 
-async def test_a_copy_of_the_text_halts_a_run() -> None:
-    controller = with_runs(Controller("marginal", 8), run_ms=54.0)
-    async with serving(LookupDrafts(), controller, ("lookup",), [1, 2, 3]) as verifier:
-        await verifier.begin_run(60)
-        assert await verifier.silent(), "nothing repeats itself yet"
-        await verifier.report(1, 4, 12, 48)
-        halting = await verifier.begin_run(1)
-        assert (halting.base_len, halting.draft, halting.run_tokens) == (16, [], 0)
-
-
-async def test_a_run_shows_what_copies_would_have_brought() -> None:
-    async with serving(LookupDrafts(), with_runs(dear(Controller("marginal", 8))), ("lookup",), [1, 2, 3]) as verifier:
-        await verifier.begin_run(60)
-        control = verifier.session._control
-        before = control.expected_acceptances("lookup", 0)[1]
-        await verifier.report(1, 4, 12, 48)
-        assert await verifier.silent(), "no draft pays"
-        assert control.expected_acceptances("lookup", 0)[1] > before, "each 7 after the first two is a copy"
+@pytest.mark.parametrize(("names", "copies"), [(("lookup",), 8), ((), 0)])
+async def test_rounds_say_how_much_a_run_may_copy(names: tuple[str, ...], copies: int) -> None:
+    async with serving(NoDrafts(), with_runs(Controller("marginal", 8)), names, [1, 2, 3]) as verifier:
+        assert (await verifier.begin_run(5)).run_copies == copies
 
 
 @pytest.mark.parametrize("right", [True, False])

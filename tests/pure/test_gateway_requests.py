@@ -655,7 +655,16 @@ def test_the_trace_has_token_origins_and_costs() -> None:
         ],
     }
     tally = CompletionTally(
-        rounds=2, tokens=5, drafted=6, verified=4, accepted=3, run_tokens=1, draft_ms=1, queue_ms=2, verify_ms=4
+        rounds=2,
+        tokens=5,
+        drafted=6,
+        verified=4,
+        accepted=3,
+        run_tokens=2,
+        copied=1,
+        draft_ms=1,
+        queue_ms=2,
+        verify_ms=4,
     )
     outcomes = [SloOutcome(8.0, 0.5, True)]
     slo = Slo(ttft_ms=9, tpot_ms=1)
@@ -669,7 +678,8 @@ def test_the_trace_has_token_origins_and_costs() -> None:
         "drafted": 6,
         "verified": 4,
         "accepted": 3,
-        "run_tokens": 1,
+        "run_tokens": 2,
+        "copied": 1,
         "ttft_ms": 8.0,
         "total_ms": 10.0,
         "draft_ms": 1,

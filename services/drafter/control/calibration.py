@@ -1,26 +1,25 @@
 """Online calibration of acceptance estimates.
 
 An estimate is sigmoid(a z + b + s): z from the trained model of the token's source, a and b learned per source over all
-sessions (Platt scaling), s per session and source. Each is a Bayesian logistic regression with a Gaussian prior,
-updated token by token with one Newton step (an extended Kalman filter in information form), fading towards its prior.
+sessions (Platt scaling), s per session and source (`SessionOffset`). Each is a Bayesian logistic regression with a
+Gaussian prior, updated token by token with one Newton step (an extended Kalman filter in information form), fading
+towards its prior.
 Only tokens whose predecessors were accepted are learned from: whether a token after a rejection was right is unknown.
 """
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from services.drafter.control.features import DraftToken, Features, sigmoid
+from services.drafter.control.features import DraftToken, Features
 from services.drafter.control.weights import UNTRAINED_COPY, UNTRAINED_MODEL, Logistic
+from shared.log_odds import sigmoid
 
 SOURCE_MEMORY = 0.998
-SESSION_MEMORY = 0.97
 SLOPE_PRECISION = 10.0
 OFFSET_PRECISION = 1.0
-SESSION_PRECISION = 0.5
 """Precisions of the priors: 1 / variance, in log odds."""
 LEAST_SLOPE = 0.1
 """The slope stays positive, so that calibration keeps the order of the trained model's estimates."""
@@ -68,28 +67,6 @@ class Platt:
         return (self.bb * x - self.ab * y) / determinant, (self.aa * y - self.ab * x) / determinant
 
 
-@dataclass
-class SessionOffset:
-    """s of one session and source."""
-
-    value: float = 0.0
-    precision: float = SESSION_PRECISION
-
-    @property
-    def deviation(self) -> float:
-        """Standard deviation of the estimate."""
-        return 1 / math.sqrt(self.precision)
-
-    def learn(self, logit: float, accepted: bool) -> None:
-        """Learn from one verified token. logit: its log odds without this offset."""
-        faded = SESSION_MEMORY * self.precision
-        self.precision = faded + (1 - SESSION_MEMORY) * SESSION_PRECISION
-        self.value *= faded / self.precision
-        p = sigmoid(logit + self.value)
-        self.precision += p * (1 - p)
-        self.value += (accepted - p) / self.precision
-
-
 class RecentLogits:
     """The latest log odds of tokens by source and position, of tokens whose predecessors were accepted.
 
@@ -118,8 +95,6 @@ class Calibration:
         self._trained = trained
         self._platt: dict[str, Platt] = {}
         self.recent = RecentLogits()
-        self.observed: set[str] = set()
-        """Sources that are observed in runs, without drafts."""
 
     def model_logit(self, token: DraftToken, features: Features) -> float:
         """Return z: log odds by the trained model of the token's source, or by fixed weights where none was trained."""

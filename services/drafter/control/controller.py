@@ -13,12 +13,13 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
 
-from services.drafter.control.calibration import DEEPEST, REMEMBERED, Calibration, RecentLogits, SessionOffset
-from services.drafter.control.features import DraftToken, RecentAcceptance, RoundContext, features, sigmoid
+from services.drafter.control.calibration import DEEPEST, REMEMBERED, Calibration, RecentLogits
+from services.drafter.control.features import DraftToken, RecentAcceptance, RoundContext, features
 from services.drafter.control.records import RoundRecord
 from services.drafter.control.rules import RULES, NextTokens, RoundForecast, RuleName, ScoredToken, StopRule
 from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
+from shared.log_odds import SessionOffset, sigmoid
 
 UNKNOWN_OFFSET = SessionOffset()
 UNKNOWN_LOGIT = 0.0
@@ -35,9 +36,10 @@ FIRST_RUN = 4
 or `RETURN_SHARE` asks for more."""
 RETURN_SHARE = 0.1
 """A round between two runs takes at most this share of the time of the run after it."""
-CAUTION = 0.3
-"""Copies are sent in place of a run if they pay at an acceptance that is lower by this number of standard deviations.
-Runs show soon and at no cost how often copies are right; in simulated sessions 0.3 loses least and gains as much."""
+RUN_MEMORY = 64.0
+"""Tokens of runs that a session's speed in runs is averaged over."""
+RUN_PRIOR = 8.0
+"""Tokens at the price's speed that it is averaged with."""
 LONGEST_UNREADY = 3
 """A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8
@@ -71,9 +73,12 @@ class Controller:
         self.idle: dict[str, int] = {}
         """Tokens without a probe of each source that ended sessions have left to the next one."""
 
-    def session(self, *sources: str) -> SessionControl:
-        """Return the control of a new session that drafts from these sources."""
-        return SessionControl(self, sources)
+    def session(self, *sources: str, copying: Collection[str] = ()) -> SessionControl:
+        """Return the control of a new session that drafts from these sources.
+
+        copying: those that a verifier uses by itself in runs, where `RoundTimes.runs_copy`.
+        """
+        return SessionControl(self, sources, frozenset(copying))
 
     def rule(self) -> StopRule:
         """Return the stop rule of a new session."""
@@ -83,11 +88,12 @@ class Controller:
 class SessionControl:
     """Drafting control of one session."""
 
-    def __init__(self, controller: Controller, sources: Sequence[str]) -> None:
+    def __init__(self, controller: Controller, sources: Sequence[str], copying: frozenset[str]) -> None:
         self.times = controller.times
         self.calibration = controller.calibration
         self.rule = controller.rule()
         self.sources = sources
+        self._copying = copying
         self._draft_length = controller.draft_length
         self._recent_acceptance = RecentAcceptance()
         self._offsets: dict[str, SessionOffset] = {}
@@ -103,6 +109,20 @@ class SessionControl:
         """Tokens since the last draft of which a token was accepted."""
         self._unready_rounds = 0
         """Rounds in a row in which a source that does not rest had no hidden states."""
+        self._run_priced_ms = self._run_ms = 0.0
+        """Time of the session's tokens in runs, by the price and as measured, both fading."""
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens per millisecond that the session gets in a run, its copies included; 0 if there are no runs."""
+        if self.times.run_ms is None:
+            return 0.0
+        prior_ms = RUN_PRIOR * self.times.run_ms
+        return (self._run_priced_ms + prior_ms) / (self._run_ms + prior_ms) / self.times.run_ms
+
+    def runs_use(self, source: str) -> bool:
+        """Return whether the verifier uses a source by itself, at no cost for messages, so that no round is needed."""
+        return source in self._copying and self.times.run_ms is not None and self.times.runs_copy
 
     def close(self) -> None:
         """Leave the tokens since the last probes to the next session. Call it once, at the end."""
@@ -129,7 +149,7 @@ class SessionControl:
         wanted = {source for source in self.sources if round_.wants(source)}
         probed = set()
         for source in self._idle:
-            if source in wanted:
+            if source in wanted or self.runs_use(source):
                 self._idle[source] = 0
                 if source in behind:
                     probed.add(source)
@@ -163,7 +183,9 @@ class SessionControl:
 
     def rests(self, source: str) -> bool:
         """Return whether a source is expected to draft neither in this round nor in the next."""
-        return self.times.draft_cap == 0 or 0 < self._idle[source] < self._probe_wait(source)
+        if self.times.draft_cap == 0 or self.runs_use(source):
+            return True
+        return 0 < self._idle[source] < self._probe_wait(source)
 
     @property
     def decodes_plainly(self) -> bool:
@@ -174,28 +196,33 @@ class SessionControl:
         """Return for how many tokens after this round the session is left to the verifier; 0 for none.
 
         No more than until the next probe. A session that has drafted may have a draft that pays soon: it leaves as many
-        as it has decoded plainly so far. A probe is judged during the run. A session that only waits for hidden states
-        goes on with rounds.
+        as it has decoded plainly so far. A probe is judged during the run. Sources that runs use need no rounds. A
+        session that only waits for hidden states goes on with rounds.
         """
         times = self.times
         if times.run_ms is None or round_.kept:
             return 0
-        if not self.sources or self.times.draft_cap == 0:
+        drafting = [source for source in self.sources if not self.runs_use(source)]
+        if not drafting or self.times.draft_cap == 0:
             return MOST_RUN
         waits = any(not self.rests(source) for source in round_.unready)
         self._unready_rounds = self._unready_rounds + 1 if waits else 0
         if 0 < self._unready_rounds <= LONGEST_UNREADY:
             return 0
-        until_probe = [self._probe_wait(source) - self._idle[source] for source in self.sources if self.rests(source)]
+        until_probe = [self._probe_wait(source) - self._idle[source] for source in drafting if self.rests(source)]
         tokens = MOST_RUN
         if round_.drafted:
             round_ms = max(0.0, times.base_ms - times.run_ms)
             tokens = max(FIRST_RUN, self._plain_tokens, math.ceil(round_ms / (RETURN_SHARE * times.run_ms)))
         return max(0, min(MOST_RUN, tokens, *until_probe))
 
-    def learn_run(self, tokens: int) -> None:
-        """Count tokens that the verifier decoded in a run: each is a round in which every source rested."""
+    def learn_run(self, tokens: int, ms: float) -> None:
+        """Learn from tokens decoded in a run in `ms`: each counts as a round in which every source rested."""
         self._plain_tokens += tokens
+        if tokens and ms > 0 and self.times.run_ms is not None:
+            kept = max(0.0, 1 - tokens / RUN_MEMORY)
+            self._run_priced_ms = kept * self._run_priced_ms + tokens * self.times.run_ms
+            self._run_ms = kept * self._run_ms + ms
         for source in self._idle:
             self._idle[source] += tokens
 
@@ -217,15 +244,6 @@ class SessionControl:
                 self._recent_acceptance.learn(i < accepted)
         if round_.drafted and not round_.silent:
             self.rule.learn(verified, accepted)
-
-    def observe(self, token: DraftToken, position: int, temperature: float, correct: bool) -> None:
-        """Learn from a token that a source would have drafted at `position` of a draft, which was not sent.
-
-        The tokens before it in that draft were correct.
-        """
-        self.calibration.observed.add(token.source)
-        known = features(token, position, RoundContext(temperature, None, self._recent_acceptance.value))
-        self._learn_token(DraftedToken(token, self.calibration.model_logit(token, known)), position, correct)
 
     def _learn_token(self, drafted: DraftedToken, position: int, correct: bool | None) -> None:
         """Remember a token whose predecessors were correct, and learn whether it was, unless that is unknown."""
@@ -258,11 +276,7 @@ class SessionControl:
         return self._expected[key]
 
     def _offset(self, source: str) -> float:
-        """Return the session's offset of a source, a cautious one if the source is observed in runs."""
-        offset = self._offsets.get(source, UNKNOWN_OFFSET)
-        if self.times.run_ms is None or source not in self.calibration.observed:
-            return offset.value
-        return offset.value - CAUTION * offset.deviation
+        return self._offsets.get(source, UNKNOWN_OFFSET).value
 
 
 @dataclass(frozen=True)
@@ -297,7 +311,7 @@ class DraftRound:
         self._forecast = RoundForecast(
             times.base_ms,
             [times.added_ms(count) for count in range(longest + 1)],
-            plain_rate=0.0 if times.run_ms is None else 1 / times.run_ms,
+            plain_rate=session.plain_rate,
         )
         self._open = True
 
@@ -330,6 +344,8 @@ class DraftRound:
         """Return whether another token by this source is worth its time."""
         if not self._open or self.kept >= self.longest or source in self.unready:
             return False
+        if not self.drafted and self._session.runs_use(source):
+            return False
         if source in self.probed and not self.drafted:
             return True
         return not self.silent and self._session.rule.goes_on(self._forecast, self._following(source, self.kept))
@@ -337,13 +353,18 @@ class DraftRound:
     def _following(self, source: str, position: int) -> NextTokens:
         """Return the tokens that a source may draft from `position` on."""
         session, end = self._session, min(self.longest, position + LOOKAHEAD)
+        last = self.drafted[-1].token if self.drafted else None
+        if last and last.support and last.source == source:
+            copies = [replace(last, support=last.support + i, contested=False) for i in range(1, end - position + 1)]
+            first, *later = [self.estimate(token, position + i) for i, token in enumerate(copies)] or [0.0]
+            return NextTokens(session.times.step_ms(source), [first], first, later)
         acceptances, mean = session.expected_acceptances(source, position)
         later = [session.expected_acceptances(source, i)[1] for i in range(position + 1, end)]
         return NextTokens(session.times.step_ms(source), acceptances, mean, later)
 
-    def estimate(self, token: DraftToken) -> float:
-        """Return the calibrated acceptance that a token would have as the next one of this draft."""
-        known = features(token, self.kept, self.context)
+    def estimate(self, token: DraftToken, position: int | None = None) -> float:
+        """Return the calibrated acceptance that a token would have at `position`: by default the next of this draft."""
+        known = features(token, self.kept if position is None else position, self.context)
         return self._session.acceptance(token.source, self._session.calibration.model_logit(token, known))
 
     def add(self, token: DraftToken) -> DraftDecision:
@@ -375,13 +396,6 @@ class DraftRound:
     def pays(self) -> bool:
         """True if the draft should be sent, rather than the session left to the verifier."""
         return self._session.rule.pays(self._forecast)
-
-    @property
-    def pays_to_halt(self) -> bool:
-        """True if the draft should be sent in the middle of a run, to which a round without a draft leads back."""
-        times = self._session.times
-        back_ms = 0.0 if times.run_ms is None else max(0.0, times.base_ms - times.run_ms)
-        return self._session.rule.pays(replace(self._forecast, ms=self._forecast.ms + back_ms))
 
     def cut(self, length: int) -> None:
         """Keep only the first `length` tokens: a source that failed has lost the others."""

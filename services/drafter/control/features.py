@@ -47,7 +47,7 @@ class DraftToken:
     spread: float = 0.0
     """Standard deviation of the logits over the vocabulary."""
     support: int = 0
-    """Length in tokens of the n-gram whose continuation was copied; 0 for tokens of a model."""
+    """Number of tokens before a copied one that match, other copied ones included; 0 for tokens of a model."""
     agreed: bool = False
     """Another source proposes the same token at this position, or did at the first token of this copied run."""
     contested: bool = False
@@ -97,11 +97,6 @@ def logit(probability: float) -> float:
     """Return the log odds, finite also at 0 and 1."""
     p = min(max(probability, LOGIT_MARGIN), 1 - LOGIT_MARGIN)
     return math.log(p / (1 - p))
-
-
-def sigmoid(x: float) -> float:
-    """Return the probability with log odds x."""
-    return 1 / (1 + math.exp(-x)) if x > -700 else 0.0
 
 
 def _finite(value: float) -> float | None:

@@ -58,6 +58,8 @@ class RoundTimes:
         self.price_ms = 0.0
         """Cost to other sessions of verifying one more token, in milliseconds of batch time (`Load`)."""
         self.draft_cap = 2**31
+        self.runs_copy = False
+        """True if verifiers use prompt lookup in runs (`Load`)."""
         self._run_ms: float | None = None
         self._queue = _MovingMean(0.0)
         self._hops = _MovingMean(PRIOR_HOPS_MS)
@@ -91,7 +93,7 @@ class RoundTimes:
         """Take over the scheduler's price, draft cap, queue delay and predicted verification times."""
         self.price_ms = load.price_ms
         self.draft_cap = load.draft_cap
-        self._run_ms = load.run_ms
+        self._run_ms, self.runs_copy = load.run_ms, load.runs_copy
         self._queue.learn(load.queue_ms)
         self._verify.follow(load.verify_ms)
 

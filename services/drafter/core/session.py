@@ -70,6 +70,7 @@ class DraftSession:
         hidden_from: int | None = None,
         hidden_format: HiddenFormat = HiddenFormat.BFLOAT16,
         run_tokens: int = 0,
+        run_copies: int = 0,
     ) -> Verify:
         """Return the round's message to the scheduler."""
         return Verify(
@@ -91,6 +92,7 @@ class DraftSession:
             hidden_format=hidden_format,
             committed_in=self.committed_in,
             run_tokens=run_tokens,
+            run_copies=run_copies,
         )
 
     def apply(self, result: Result) -> bool:

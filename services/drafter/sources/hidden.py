@@ -15,12 +15,13 @@ import numpy as np
 
 from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest
-from services.drafter.core.lookup import LOOKUP, NgramIndex
+from services.drafter.core.lookup import LOOKUP
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.forward import Floats
 from services.drafter.sources.registry import HIDDEN
 from services.drafter.sources.statistics import draft_tokens
 from shared.errors import EngineError
+from shared.lookup import LookupText
 from shared.sampling.sampler import Columns, choose_in_rows
 
 WINDOW = 8
@@ -40,7 +41,7 @@ class _HiddenSession:
     on estimates."""
     latest: Floats | None = None
     """The model's estimate at the last token that the engine holds: (hidden size,)."""
-    index: NgramIndex = field(default_factory=NgramIndex)
+    text: LookupText = field(default_factory=LookupText)
 
 
 @dataclass
@@ -63,10 +64,10 @@ class _DraftInProgress:
         return LOOKUP in self.request.sources
 
     def copy(self) -> tuple[int, int] | None:
-        """Return the token that lookup would copy next, and the length of the n-gram before it."""
+        """Return the token that lookup would copy next, and how many tokens before it match."""
         if not self.copies:
             return None
-        proposed, support = self.session.index.continuation(self.request.tokens, 1, self.tokens)
+        proposed, support = self.session.text.continuation(1, self.tokens)
         return (proposed[0], support) if proposed else None
 
     def step(self, token: int) -> DraftStep:
@@ -136,7 +137,7 @@ class HiddenDrafts:
         for i, draft in enumerate(drafts):
             request = draft.request
             if draft.copies:
-                draft.session.index.extend(request.tokens)
+                draft.session.text.extend(request.tokens)
             if request.round.wants(HIDDEN) and (step := self._catch_up(draft)) is not None:
                 steps[i] = step
         computed = self._forward(drafts, steps)
@@ -270,8 +271,8 @@ def _copy(draft: _DraftInProgress, *, agreed: bool, contested: bool = False) -> 
     """Copy as far as the controller allows. agreed, contested: whether the model's token is the first of the copies."""
     round_ = draft.request.round
     room = round_.longest - len(draft.tokens)
-    proposed, support = draft.session.index.continuation(draft.request.tokens, room, draft.tokens)
+    proposed, support = draft.session.text.continuation(room, draft.tokens)
     for i, token_id in enumerate(proposed):
-        copied = DraftToken(LOOKUP, support=support, agreed=agreed, contested=contested and i == 0)
+        copied = DraftToken(LOOKUP, support=support + i, agreed=agreed, contested=contested and i == 0)
         if draft.add(token_id, copied) is not DraftDecision.MORE:
             break

@@ -7,7 +7,7 @@ A result that starts beyond the known tokens leaves a gap (`gap`); the missing t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -80,6 +80,8 @@ class CompletionTally:
     accepted: int = 0
     run_tokens: int = 0
     """Tokens that verifiers decoded in runs, without rounds."""
+    copied: int = 0
+    """Those of them that are accepted copies from earlier text."""
     draft_ms: float = 0.0
     queue_ms: float = 0.0
     verify_ms: float = 0.0
@@ -138,9 +140,11 @@ class Completion:
         if result.status is Status.PREFILLED:
             return
         self.round = max(self.round, result.round)
-        accepted = result.accepted if result.status is Status.COMMITTED else 0
+        drafted: Collection[int] = ()
+        if result.status is Status.COMMITTED:
+            drafted = result.copied if result.run else range(result.accepted)
         before = self.tally.tokens
-        self.committed(result.base_len, result.tokens, result.finish, accepted, result.committed_in)
+        self.committed(result.base_len, result.tokens, result.finish, drafted, result.committed_in)
         if result.run:
             self.tally.run_tokens += self.tally.tokens - before
 
@@ -149,10 +153,10 @@ class Completion:
         base_len: int,
         tokens: Sequence[int],
         finish: Finish | None,
-        accepted: int = 0,
+        drafted: Collection[int] = (),
         committed_in: Sequence[str] = (),
     ) -> None:
-        """Add committed tokens from position `base_len` on; the first `accepted` of them are accepted draft tokens.
+        """Add committed tokens from position `base_len` on; those at the indices `drafted` are accepted draft tokens.
 
         `finish` is the reason why the session ended with the last token. `committed_in` has all arithmetics of the
         session up to then, in order.
@@ -175,7 +179,7 @@ class Completion:
                 break
             text = self.detokenizer.feed([token])
             self.tally.tokens += 1
-            self._held.append(Token(token, text, position < accepted))
+            self._held.append(Token(token, text, position in drafted))
             safe, hit = self.stops.feed(text)
             safe_text += safe
             if hit is not None:
@@ -225,6 +229,7 @@ class Completion:
             tally.drafted += result.drafted
             tally.verified += result.trimmed_to
             tally.accepted += result.accepted
+            tally.copied += len(result.copied)
             self._rounds.append(
                 CompletionRound(
                     round=result.round,

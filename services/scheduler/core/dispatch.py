@@ -272,6 +272,7 @@ class Dispatcher:
             draft_cap=self.rules.max_draft,
             mix=self.rules.mix,
             runs=self._policy.plays("runs"),
+            copies=self._policy.plays("copies"),
         )
 
     def _next(self, state: VerifierState, now_ms: float) -> tuple[BatchPlan | None, float]:
@@ -355,7 +356,8 @@ class Dispatcher:
         if not tokens:
             trimmed = bool(verify.draft) and not chosen.draft
             tokens = session.run_grant = runs.unasked_tokens(session, grant_before, trimmed=trimmed, step_ms=step_ms)
-        return RunGrant(tokens=tokens, ms=runs.LONGEST_MS) if tokens else None
+        copies = verify.run_copies if self._policy.plays("copies") else 0
+        return RunGrant(tokens=tokens, ms=runs.LONGEST_MS, copies=copies) if tokens else None
 
     def _halts_unasked(self, verify: Verify, now_ms: float) -> bool:
         """Return whether a round would halt a run that its drafter's slowness has brought.

@@ -109,6 +109,7 @@ def load_message(
     draft_cap: int,
     mix: bool,
     runs: bool,
+    copies: bool,
 ) -> Load:
     """Return the message to drafters and gateways. `Load` defines its figures."""
     usable = [v for v in fleet.verifiers.values() if v.usable]
@@ -134,6 +135,7 @@ def load_message(
         **_verifier_figures(usable, fleet, averages, now_ms),
         "verify_ms": curve,
         "run_ms": curve[0] if runs else None,
+        "runs_copy": runs and copies,
     }
     return message.model_copy(update=figures)
 

@@ -35,7 +35,9 @@ MOST_MISSED = 64
 CALM_SHARE = 0.5
 """Share of the other rounds' slack that a prompt may use unless it is urgent itself."""
 
-PolicyPart = Literal["estimator", "deadlines", "density", "trimming", "chunking", "price", "migration", "runs"]
+PolicyPart = Literal[
+    "estimator", "deadlines", "density", "trimming", "chunking", "price", "migration", "runs", "copies"
+]
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class WispPlus(BatchPolicy):
        that is left.
 
     Sessions whose drafts do not pay are decoded in runs (`runs`): each is a row of every step, and draft tokens compete
-    with these rows' certain tokens. No step takes longer than a run can make up for (`VerifierState.runs_due_ms`),
+    with these rows' certain tokens. In steps without a batch the verifier drafts for them by prompt lookup (`copies`).
+    No step takes longer than a run can make up for (`VerifierState.runs_due_ms`),
     unless prompts need the time to come in time themselves.
 
     Prompts are taken by deadline. A prompt is urgent if, behind those with earlier deadlines, it cannot wait for the

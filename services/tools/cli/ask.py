@@ -220,8 +220,9 @@ def tokens_per_round(summary: dict[str, float]) -> float:
 
 def made_in(summary: dict[str, float]) -> str:
     """Return how the tokens of an answer were made: in rounds, or by the verifier alone."""
-    runs = round(summary.get("run_tokens", 0))
-    alone = f" and {runs} by the verifier alone" if runs else ""
+    runs, copied = (round(summary.get(name, 0)) for name in ("run_tokens", "copied"))
+    copies = f" ({copied} of them copied)" if copied else ""
+    alone = f" and {runs} by the verifier alone{copies}" if runs else ""
     return f"{counted(round(summary['tokens']) - runs, 'token')} in {counted(round(summary['rounds']), 'round')}{alone}"
 
 

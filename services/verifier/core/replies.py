@@ -19,7 +19,7 @@ GONE = Failure(
 FORBIDDEN = Failure(code="forbidden", message="the job's session key is wrong or missing")
 CANCELLED = Failure(code="cancelled", message="the session was cancelled")
 RUN_BATCH = "run"
-"""`Result.batch` of tokens that were decoded in a run: each in a step of its own."""
+"""`Result.batch` of tokens that were decoded in a run."""
 
 
 @dataclass(frozen=True)
@@ -121,6 +121,7 @@ class BatchReplies:
             batch=RUN_BATCH,
             tokens=answer.tokens,
             run=True,
+            copied=list(report.copied) if committed else [],
             run_left=report.left if self._runs.get(commit.session) is report.run else 0,
             finish=answer.finish,
             cached=commit.cached,

@@ -1,4 +1,6 @@
-"""Runs: sessions that the verifier decodes by itself, one token in each step, under a grant of the scheduler.
+"""Runs: sessions that the verifier decodes by itself, step after step, under a grant of the scheduler.
+
+A step gives each run one token, and its accepted copies (`services.verifier.core.copies`).
 
 A run begins after a round's verdict, while the round is still being committed. Its tokens are committed and
 reported several steps at a time. A report is committed like a round: only onto the length that it builds on.
@@ -7,10 +9,12 @@ reported several steps at a time. A report is committed like a round: only onto 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
 
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from shared.log_odds import SessionOffset
+from shared.lookup import LookupText
 from shared.messages import Finish, Job
 from shared.state.commits import Commit
 
@@ -37,6 +41,12 @@ class Run:
     reported: int
     """Length of the session with the last report, or with the round before the first one."""
     reported_ms: float
+    copies: int = 0
+    """Most tokens that a step may copy from its text."""
+    text: LookupText = field(default_factory=LookupText)
+    copy_offset: SessionOffset = field(default_factory=SessionOffset)
+    copied: list[int] = field(default_factory=list)
+    """Indices into `unreported` of accepted copies."""
     confirmed: bool = False
     """True once the round that it began with is committed. Nothing is reported before."""
     reporting: bool = False
@@ -67,6 +77,8 @@ class RunReport:
     commit: Commit
     left: int
     """Tokens that the run may still decode after these; 0 for the last report."""
+    copied: Sequence[int]
+    """Indices into the commit's tokens of accepted copies."""
     verify_ms: float
     logits_digest: str | None
 
@@ -119,6 +131,7 @@ class RunTable:
             round=job.round + 1,
             reported=len(tokens),
             reported_ms=now_ms,
+            copies=job.run.copies,
         )
         self._runs[task.session_id] = run
         return run
@@ -149,6 +162,8 @@ class RunTable:
             if run.length == run.reported and not run.reporting:
                 self.drop(run)
             return
+        before = len(run.unreported)
+        run.copied.extend(range(before, before + verdict.accepted))
         task.tokens.extend(verdict.tokens)
         run.task = replace(task, room=task.room - len(verdict.tokens))
         run.left -= len(verdict.tokens)
@@ -175,8 +190,9 @@ class RunTable:
         if run.task.digest is not None:
             digest = run.task.digest.hexdigest()[:16]
             run.task = replace(run.task, digest=hashlib.sha256())
-        report = RunReport(run, commit, 0 if run.over else max(1, run.left), run.verify_ms, digest)
+        report = RunReport(run, commit, 0 if run.over else max(1, run.left), run.copied, run.verify_ms, digest)
         run.round += 1
+        run.copied = []
         run.reported, run.reported_ms, run.reporting = run.length, now_ms, True
         run.verify_ms = 0.0
         return report
@@ -198,7 +214,7 @@ class RunTable:
             self._runs.pop(session_id, None)
 
     def halt(self, session_ids: Iterable[str]) -> None:
-        """End the runs of these sessions with their next step; its token comes with their last report."""
+        """End the runs of these sessions with their next step; its tokens come with their last report."""
         for session_id in session_ids:
             if (run := self._runs.get(session_id)) is not None:
                 run.left = min(run.left, 1)

@@ -24,7 +24,7 @@ def redacted(message: Message) -> Message:
         case Batch():
             return _with(message, jobs=[_with(job, draft=_zeros(job.draft), session_key="") for job in message.jobs])
         case Result():
-            return _with(message, tokens=_zeros(message.tokens), logits_digest=None)
+            return _with(message, tokens=_zeros(message.tokens), copied=_zeros(message.copied), logits_digest=None)
         case _:
             return message
 

@@ -8,9 +8,10 @@ from functools import cache
 from random import Random
 
 from services.drafter.control import ControlWeights, DraftToken
-from services.drafter.control.features import logit, sigmoid
+from services.drafter.control.features import logit
 from services.drafter.control.weights import Inputs, Logistic
 from services.tools.simulator.core.scenario import Acceptance
+from shared.log_odds import sigmoid
 
 SOURCE = "hidden"
 """Name of the draft source: a model on the device."""

@@ -202,7 +202,7 @@ class SuiteWorld(World):
                 known = len(state.tokens)
                 result = yield session.inbox.get()
                 state.apply(result)
-                control.learn_run(len(state.tokens) - known)
+                control.learn_run(len(state.tokens) - known, result.verify_ms)
         control.close()
 
     def _draft(self, session: _SimulatedSession) -> tuple[_SimulatedDraft, list[_SimulatedDraft], int]:
