@@ -12,6 +12,7 @@
     ├── ModelError                 a model folder is incomplete, or does not fit its partner
     │   └── ChatTemplateError      the messages cannot be rendered with the model's chat template
     ├── BadLogits                  the model computed no usable logits
+    ├── NoTokenAllowed             a request's options leave no token to choose
     ├── EngineError                the engine refuses a call; no session has changed
     │   ├── CacheFull              the KV budget cannot hold what the call needs
     │   ├── TooLong                more tokens than the model's context or the whole KV budget
@@ -82,6 +83,17 @@ class BadLogits(WispError):
             "damaged, or overflow in this number format. Prepare the model again, or serve it in float32."
         )
         self.row = row
+
+
+class NoTokenAllowed(WispError):
+    """The options of a session leave no token to choose."""
+
+    def __init__(self, position: int) -> None:
+        super().__init__(
+            f"the request's options allow no token at position {position}: allow more tokens (allowed_token_ids), or "
+            "forbid fewer (bad_words, min_tokens)"
+        )
+        self.position = position
 
 
 class EngineError(WispError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import multiprocessing
 import socket
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Collection, Sequence
 from contextlib import asynccontextmanager
 
 from services.baseline import engine as core
@@ -49,7 +49,7 @@ class EngineClient:
         await gateway.sessions.drain(0)
         raise EngineError("the engine's process has ended although nobody stopped it; its log has the reason")
 
-    async def longest_session(self) -> int:
+    async def longest_session(self, needs: Collection[str] = ()) -> int:
         """Return the most tokens of a session. Raises ApiError when the engine has ended."""
         if self._gone:
             raise unavailable("the engine has ended; try again when it has been restarted", "no_engine")

@@ -19,6 +19,9 @@ from services.gateway.tools import ToolForm
 from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 
+NEWER = ("include_stop", "min_tokens")
+"""Fields of `AnswerForm` that the first versions do not have."""
+
 
 class AnswerForm(Record):
     """The form in which an answer is sent.
@@ -40,6 +43,10 @@ class AnswerForm(Record):
     pool: str
     seed: int
     stops: list[str]
+    include_stop: bool = False
+    """True if texts include the stop string or stop token that ended them."""
+    min_tokens: int = 0
+    """Output tokens in which no stop string ends the text."""
     echoes: list[str]
     """One per completion: the text before the generated text."""
     prompt_tokens: int
@@ -50,13 +57,20 @@ class AnswerForm(Record):
     """The form of tool calls; None if the model was offered no tools."""
 
     def pack(self) -> bytes:
-        """Encode for Redis."""
-        return msgpack.packb(self.model_dump())  # type: ignore[no-any-return]
+        """Encode for Redis.
+
+        A gateway of a version without one of the `NEWER` fields cannot send this form, so it must not read it.
+        """
+        fields = self.model_dump()
+        if any(fields[name] for name in NEWER):
+            fields = {"newer": fields}
+        return msgpack.packb(fields)  # type: ignore[no-any-return]
 
     @classmethod
     def unpack(cls, body: bytes) -> AnswerForm:
         """Decode from Redis. Raises ValueError."""
-        return cls.model_validate(msgpack.unpackb(body))
+        fields = msgpack.unpackb(body)
+        return cls.model_validate(fields.get("newer", fields) if isinstance(fields, dict) else fields)
 
 
 @dataclass(frozen=True)

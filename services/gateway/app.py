@@ -28,7 +28,7 @@ from services.gateway.prompt import Limits, chat_prompts, completion_prompts
 from services.gateway.request import check_choices, check_model, new_answer
 from services.gateway.response import AnswerResponse
 from services.gateway.resume import LAST_EVENT_ID, resume
-from services.gateway.schema import ChatRequest, CompletionRequest, parse
+from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.server import Certificate, serve_http
 from shared.runtime import logging
 
@@ -100,7 +100,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
             return await resume(gateway, StreamCursor.parse(last_id), key_of(request.scope))
         chat = parse(ChatRequest, body)
         check_model(gateway, chat.model)
-        limits = await _limits(gateway)
+        limits = await _limits(gateway, chat)
         prompts = await chat_prompts(model.tokenizer, limits, chat)
         answer = new_answer(gateway, chat, request.headers, prompts, limits, key_of(request.scope), started_s)
         return AnswerResponse(gateway.sessions, gateway.ledger, answer)
@@ -114,7 +114,7 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         completion = parse(CompletionRequest, body)
         check_model(gateway, completion.model)
         check_choices(gateway, completion.n * len(completion.prompt))
-        limits = await _limits(gateway)
+        limits = await _limits(gateway, completion)
         prompts = await completion_prompts(model.tokenizer, limits, completion, model.folder.bos_id)
         answer = new_answer(gateway, completion, request.headers, prompts, limits, key_of(request.scope), started_s)
         return AnswerResponse(gateway.sessions, gateway.ledger, answer)
@@ -201,9 +201,9 @@ async def _body(gateway: Gateway, request: Request) -> bytes:
     return bytes(body)
 
 
-async def _limits(gateway: Gateway) -> Limits:
+async def _limits(gateway: Gateway, request: GenerationRequest) -> Limits:
     settings, folder = gateway.settings, gateway.model.folder
-    context = min(folder.max_len, await gateway.upstream.longest_session())
+    context = min(folder.max_len, await gateway.upstream.longest_session(request.needs))
     return Limits(context, folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
 
 

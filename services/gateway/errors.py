@@ -22,6 +22,7 @@ _STATUS_OF_FAILURE = {
     "arithmetic_unavailable": 503,
     "context_length_exceeded": 400,
     "cancelled": 503,
+    "no_token_allowed": 400,
     "queue_timeout": 503,
     "session_gone": 503,
     "shutting_down": 503,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from contextlib import suppress
 from time import monotonic
 
@@ -30,8 +30,10 @@ PASSING = ("no_verifier", "redis_unavailable")
 Probe = Callable[[], Awaitable[object]]
 
 
-def longest_session(heartbeats: Sequence[Heartbeat], fingerprint: str, silent_s: float = 0.0) -> int:
-    """Return the most tokens of a session that some verifier takes now.
+def longest_session(
+    heartbeats: Sequence[Heartbeat], fingerprint: str, silent_s: float = 0.0, needs: Collection[str] = ()
+) -> int:
+    """Return the most tokens of a session that some verifier takes now, with the features that the session `needs`.
 
     Raises ApiError with status 503 and the reason when there is no such verifier. `silent_s` is the time since the
     heartbeats of the last one were missed; 0 if unknown.
@@ -49,7 +51,14 @@ def longest_session(heartbeats: Sequence[Heartbeat], fingerprint: str, silent_s:
         )
     if all(beat.draining for beat in ours):
         raise unavailable("every verifier is shutting down; try again when another has started", "no_verifier")
-    return max(beat.max_len for beat in ours if not beat.draining)
+    able = [beat.max_len for beat in ours if not beat.draining and set(needs) <= set(beat.features)]
+    if not able:
+        raise unavailable(
+            f"an option of this request needs a newer version of the verifiers (feature {', '.join(sorted(needs))}); "
+            "leave the option out, or try again when they are updated",
+            "verifiers_too_old",
+        )
+    return max(able)
 
 
 class Fleet:
@@ -76,20 +85,22 @@ class Fleet:
         self._bad_since_s: float | None = None
         """Time of the first read without one after that; None if there was none."""
         self._limit = 0
+        self._beats: list[Heartbeat] = []
         self.arithmetics: frozenset[str] = frozenset()
         """Arithmetics of the usable verifiers of the model, at the last read; "" for an unknown one."""
         self._read_s = -FRESH_S
         self._reading: asyncio.Task[None] | None = None
 
-    async def longest_session(self) -> int:
-        """Return the most tokens of a session.
+    async def longest_session(self, needs: Collection[str] = ()) -> int:
+        """Return the most tokens of a session that needs these features.
 
         Heartbeats that end may be those of a machine that stands still for a moment, so they are waited for a while.
         Raises ApiError with status 503, also when Redis is away.
         """
         while True:
             try:
-                return await self._longest_session()
+                limit = await self._longest_session()
+                return longest_session(self._beats, self._fingerprint, needs=needs) if needs else limit
             except ApiError as error:
                 since_s = self._bad_since_s
                 if error.code not in PASSING or since_s is None or monotonic() - since_s >= self._wait_s:
@@ -122,6 +133,7 @@ class Fleet:
             silent_s = 0.0 if self._bad_since_s is None else monotonic() - self._bad_since_s
             # Failures are not kept, so that a request sees a new verifier at once.
             self._limit, self._read_s = longest_session(beats, self._fingerprint, silent_s), monotonic()
+            self._beats = beats
         except ApiError:
             if self._good and self._bad_since_s is None:
                 self._bad_since_s = monotonic()

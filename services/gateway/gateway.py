@@ -22,8 +22,11 @@ from shared.models.folder import SamplingDefaults
 class Upstream(Protocol):
     """The services behind the gateway."""
 
-    async def longest_session(self) -> int:
-        """Return the most tokens of a session that some verifier takes. Raises ApiError when there is none."""
+    async def longest_session(self, needs: Collection[str] = ()) -> int:
+        """Return the most tokens of a session that some verifier takes, with the features that the session needs.
+
+        Raises ApiError when there is none.
+        """
 
     async def missing(self) -> dict[str, str | None]:
         """Return each required service with its problem, or None."""

@@ -13,10 +13,11 @@ from services.gateway.errors import ApiError, invalid
 from services.gateway.gateway import Gateway
 from services.gateway.keys import ApiKey
 from services.gateway.prompt import Limits, Prompt
+from services.gateway.rules import check_token_ids, rules_of
 from services.gateway.schema import ChatRequest, GenerationRequest
 from services.gateway.tools import tool_form
 from shared.broker.topology import device_name
-from shared.messages import Generate
+from shared.messages import Generate, needing
 
 
 def new_answer(
@@ -33,23 +34,31 @@ def new_answer(
     The prompts have passed `check_prompt`. Raises ApiError when the request exceeds a limit.
     """
     check_choices(gateway, request.n * len(prompts))
+    check_token_ids(request, limits.vocab_size)
     limit = output_limit(request, limits)
     form = _form(gateway, request, headers, prompts, key)
     answer_id = f"{'chatcmpl' if form.chat else 'cmpl'}-{token_hex(12)}"
     event_ids = form.keep or takes_event_ids(headers)
     answer = Answer(answer_id, form, started_s, request.stream, event_ids, key)
     slo = slo_of(headers, request.service_tier, gateway.settings.slo_classes)
+    rules = rules_of(request, gateway.model)
+    ends = [] if request.ignore_eos else gateway.model.folder.eos_ids
+    stop_ids = list(dict.fromkeys([*ends, *request.stop_token_ids]))
     for prompt in prompts:
         room = min(limits.context - len(prompt.tokens), limits.output or limits.context)
+        if request.min_tokens > (most := room if limit is None else min(limit, room)):
+            raise invalid(f"min_tokens is {request.min_tokens}, and at most {most} tokens fit", "min_tokens")
+        own_rules = None if rules is None else rules.model_copy(update={"prompt_len": len(prompt.tokens)})
         for copy in range(request.n):
+            sampling = request.sampling(derive_seed(form.seed, copy), gateway.sampling_defaults)
             generate = Generate(
                 session=session_id(answer_id, len(answer.sessions)),
                 gateway=gateway.instance,
                 prompt=prompt.tokens,
-                sampling=request.sampling(derive_seed(form.seed, copy), gateway.sampling_defaults),
-                stop_ids=[] if request.ignore_eos else list(gateway.model.folder.eos_ids),
-                max_tokens=room if limit is None else min(limit, room),
-                fingerprint=gateway.model.fingerprint,
+                sampling=sampling.model_copy(update={"rules": own_rules}),
+                stop_ids=stop_ids,
+                max_tokens=most,
+                fingerprint=needing(gateway.model.fingerprint, request.needs),
                 vocab_fingerprint=gateway.model.vocab_fingerprint,
                 slo=slo,
                 service_class=form.service_class,
@@ -81,6 +90,8 @@ def _form(
         pool=pool_of(request, headers, key),
         seed=request.seed if request.seed is not None else randbits(63),
         stops=request.stop,
+        include_stop=request.include_stop_str_in_output,
+        min_tokens=request.min_tokens,
         echoes=[prompt.echo for prompt in prompts for _ in range(request.n)],
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
         holder=None if key is None else key.id,

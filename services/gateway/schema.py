@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -29,15 +30,17 @@ from services.drafter.sources.registry import AUTO, CHOICES, SourceChoiceName
 from services.gateway.core.options import CHAT_OPTIONS, COMPLETION_OPTIONS, MESSAGE_OPTIONS, unsupported
 from services.gateway.errors import ApiError, invalid
 from shared.broker.topology import DEFAULT_POOL
-from shared.messages import Sampling
+from shared.messages import RULES, Sampling
 from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
 DRAFT_HEADER = "x-wisp-draft"
 POOL_HEADER = "x-wisp-pool"
-MAX_STOPS = 4
+MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
+MAX_BAD_WORDS = 1024
+LARGEST_BIAS = 100.0
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
 NO_DEFAULTS = SamplingDefaults()
@@ -65,6 +68,47 @@ def _tokens(value: Any) -> list[int] | None:
     """Return a non-empty list of token ids; None for anything else."""
     tokens = [_whole(token) for token in value] if isinstance(value, list) else []
     return tokens if tokens and all(type(token) is int for token in tokens) else None
+
+
+def _token_ids(value: Any) -> list[int] | None:
+    """Return a list of token ids, perhaps an empty one; null stays null."""
+    if value is None or value == []:
+        return value  # type: ignore[no-any-return]
+    if (tokens := _tokens(value)) is None:
+        raise PydanticCustomError("token_ids_type", "must be a list of token ids")
+    return tokens
+
+
+def _biases(value: Any) -> dict[int, float]:
+    """Return biases by token id. JSON's keys are strings."""
+    if value is None or value == []:
+        return {}
+    if not isinstance(value, dict) or any(isinstance(bias, bool) for bias in value.values()):
+        raise PydanticCustomError("logit_bias_type", "must be an object with a number by token id")
+    if not all(re.fullmatch(r"\d{1,10}", token) for token in value):
+        raise PydanticCustomError("logit_bias_type", "must have token ids as keys")
+    if not all(isinstance(bias, int | float) and abs(bias) <= LARGEST_BIAS for bias in value.values()):
+        raise PydanticCustomError(
+            "logit_bias_value", f"must have numbers from -{LARGEST_BIAS:g} to {LARGEST_BIAS:g} as values"
+        )
+    return {int(token): float(bias) for token, bias in value.items()}
+
+
+def _words(value: Any) -> list[str]:
+    words = [] if value is None else value
+    if not isinstance(words, list) or not all(isinstance(word, str) for word in words):
+        raise PydanticCustomError("bad_words_type", "must be a list of strings")
+    if len(words) > MAX_BAD_WORDS or not all(word.strip() and len(word) <= MAX_STOP_CHARACTERS for word in words):
+        text = f"must be at most {MAX_BAD_WORDS} words of 1 to {MAX_STOP_CHARACTERS} characters"
+        raise PydanticCustomError("bad_words_value", text)
+    return words
+
+
+def _same_as_n(value: int | None, info: ValidationInfo) -> int | None:
+    """Refuse a `best_of` other than `n`: the completions that are made are those that are returned."""
+    if value is not None and value != info.data.get("n", value):
+        raise PydanticCustomError("best_of_value", "must be n: leave best_of out, or send the same number")
+    return value
 
 
 def _prompts(value: Any) -> list[str | list[int]]:
@@ -267,7 +311,18 @@ class GenerationRequest(_Body):
     max_completion_tokens: Annotated[int | None, Field(ge=1), _Most] = None
     """Text completions take it too, although OpenAI has it for chats only: clients send it to both."""
     ignore_eos: Annotated[bool, _or(False)] = False
-    """Generate up to the token limit, past the end-of-text token. For measurements; vLLM has the same option."""
+    """Generate up to the token limit, past the end-of-text token. vLLM's name, as those of the options below."""
+    stop_token_ids: Annotated[list[int], PlainValidator(_token_ids), _or([])] = []
+    include_stop_str_in_output: Annotated[bool, _or(False)] = False
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), _Whole, _or(0)] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), _or(0.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), _or(0.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False), _or(1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _or(0.0)] = 0.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = {}
+    bad_words: Annotated[list[str], PlainValidator(_words)] = []
+    allowed_token_ids: Annotated[list[int] | None, PlainValidator(_token_ids)] = None
+    best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), _Whole] = None
     service_tier: str | None = None
     wisp: Annotated[WispOptions, _or(WispOptions())] = WispOptions()
 
@@ -275,6 +330,25 @@ class GenerationRequest(_Body):
     def limit(self) -> int | None:
         """Most output tokens per completion; None for as many as fit. The newer option overrides the older one."""
         return self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+
+    @property
+    def has_rules(self) -> bool:
+        """True if an option changes the target's logits: the sessions then have `LogitRules`."""
+        return bool(
+            self.presence_penalty
+            or self.frequency_penalty
+            or self.repetition_penalty != 1
+            or self.logit_bias
+            or self.min_p
+            or self.min_tokens
+            or self.bad_words
+            or self.allowed_token_ids is not None
+        )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Features that the sessions need of their verifiers."""
+        return frozenset([RULES]) if self.has_rules else frozenset()
 
     def draft(self, headers: Mapping[str, str]) -> str:
         """Return the requested draft source; the option overrides the header. Raises ApiError."""

@@ -22,7 +22,7 @@ from services.gateway.transport import Transport
 from shared.arithmetic import fits
 from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Ended, Failure, Generate, Load, Message, Result, Status
+from shared.messages import Ended, Failure, Generate, Load, Message, Result, Status, model_of
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer
 from shared.runtime import logging
@@ -157,7 +157,7 @@ class Sessions:
         found = [session for session in stored if session is not None]
         if len(found) < len(stored):
             raise stream_gone()
-        if any(session.request.fingerprint != self._model.fingerprint for session in found):
+        if any(model_of(session.request.fingerprint) != self._model.fingerprint for session in found):
             raise unavailable("this gateway serves another model than the one of this stream", "wrong_model")
         for session in found:
             length = len(session.tokens) if session.left_at is None else session.left_at
@@ -210,6 +210,8 @@ class Sessions:
             detokenizer=Detokenizer(self._model.tokenizer, () if tools is None else tools.calls.shown),
             stops=StopStrings(answer.form.stops),
             echo=answer.form.echoes[len(answer.running)],
+            include_stop=answer.form.include_stop,
+            min_tokens=answer.form.min_tokens,
         )
         wait = Wait(answer.form.pool, started_s, now)
         check_s = now + self._idle_check_s

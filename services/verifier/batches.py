@@ -21,7 +21,7 @@ from services.verifier.core.copies import ProposedCopy, RunCopies
 from services.verifier.core.emulation import EmulatedCost
 from services.verifier.core.replies import BatchReplies, JobReply, OpenCommit
 from services.verifier.core.runs import Run, RunReport, RunTable
-from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from services.verifier.core.tasks import FEATURES, VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.handoff import Handoff
 from services.verifier.membership import Membership
@@ -31,7 +31,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.errors import BrokersError, Fenced
-from shared.messages import Batch, BatchShape, Failure, Job, Measurement
+from shared.messages import Batch, BatchShape, Failure, Job, Measurement, features_of, model_of
 from shared.runtime import logging
 from shared.state.commits import Committed
 from shared.state.store import Store
@@ -134,11 +134,12 @@ class BatchLoop:
 
     def _may_read(self, job: Job) -> bool:
         """Return whether a job's session may be read: the job has its key, and no run decodes it here."""
-        return (
-            self._session_keys.accepts(job)
-            and job.fingerprint == self._membership.fingerprint
-            and self.runs.get(job.session) is None
-        )
+        return self._session_keys.accepts(job) and self._serves(job) and self.runs.get(job.session) is None
+
+    def _serves(self, job: Job) -> bool:
+        """Return whether this verifier has the job's model and the features that its session needs."""
+        same_model = model_of(job.fingerprint) == self._membership.fingerprint
+        return same_model and features_of(job.fingerprint) <= set(FEATURES)
 
     async def _recall(self, jobs: Sequence[Job]) -> None:
         """Read the jobs' sessions if this verifier does not remember them, and load KV that it lacks."""
@@ -225,7 +226,7 @@ class BatchLoop:
             if not self._session_keys.accepts(job):
                 self._log.error("wrong session key in a job: is WISP_SESSION_SECRET the same?", session=job.session)
                 work.failed.append((job, replies.FORBIDDEN))
-            elif job.fingerprint != self._membership.fingerprint:
+            elif not self._serves(job):
                 work.failed.append((job, replies.wrong_model(job, self._membership.fingerprint)))
             elif self.runs.join(job) is not None:
                 # Sent by someone who has missed the run or a report of it: answered with what is committed.

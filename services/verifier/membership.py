@@ -8,6 +8,7 @@ from contextlib import suppress
 from time import monotonic
 
 from services.verifier import metrics
+from services.verifier.core.tasks import FEATURES
 from services.verifier.heartbeat_thread import HeartbeatThread
 from services.verifier.sessions import SessionTable
 from shared.broker import topology
@@ -118,6 +119,7 @@ class Membership:
             lease=self._lease,
             draining=self._draining,
             arithmetic=self.arithmetic,
+            features=FEATURES,
             residency=[Residency(session=s, cached=cached) for s, cached in self._sessions.cached.items()],
         )
         metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)

@@ -19,6 +19,7 @@ from shared.engine import Engine, Step
 from shared.errors import WispError
 from shared.messages import BatchShape
 from shared.models.hidden_states import Part, parts
+from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import choose
 
 
@@ -132,9 +133,12 @@ def _choices(
 ) -> dict[int, list[int]]:
     """Return the target's choices by task, position after position, up to the first that differs from the draft.
 
+    Each position has the rules of its own prefix: the session's tokens and the draft tokens before it.
+
     starts: first row of logits of each task.
     """
     choices: dict[int, list[int]] = {i: [] for i in starts}
+    ruled = {i: LogitsProcessor(tasks[i].sampling, tasks[i].tokens) for i in starts if tasks[i].sampling.rules}
     agreeing = list(starts)
     depth = 0
     while agreeing:
@@ -142,9 +146,19 @@ def _choices(
             logits[[starts[i] + depth for i in agreeing]],
             [tasks[i].sampling for i in agreeing],
             [len(tasks[i].tokens) + depth for i in agreeing],
+            [ruled.get(i) for i in agreeing] if ruled else (),
         )
         for i, token in zip(agreeing, chosen, strict=True):
             choices[i].append(token)
-        agreeing = [i for i in agreeing if depth < len(drafts[i]) and drafts[i][depth] == choices[i][depth]]
+            if i in ruled:
+                ruled[i].push(token)
+        agreeing = [
+            i
+            for i in agreeing
+            if depth < len(drafts[i])
+            and drafts[i][depth] == choices[i][depth]
+            # Behind the end of the text the rules may allow no token.
+            and not (i in ruled and choices[i][depth] in tasks[i].stop_ids)
+        ]
         depth += 1
     return choices

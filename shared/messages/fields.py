@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any, ClassVar
 
@@ -16,6 +17,9 @@ SHORTEST_MS, LONGEST_MS = 1e-9, 1e9
 """Limits of SLO times: up to eleven days."""
 FARTHEST_MS = 1e20
 """Largest distance of a deadline from now: beyond that of the last of 2**31 tokens."""
+
+RULES = "rules"
+"""Feature of a verifier that applies `Sampling.rules`."""
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Length = Annotated[int, Field(ge=1, le=MOST)]
@@ -49,6 +53,34 @@ class Message(Record):
         cls.type_name = cls.__name__
 
 
+class TokenBias(Record):
+    """A number that is added to the logits of one token."""
+
+    token: TokenId
+    bias: Annotated[float, Field(ge=-100, le=100)]
+
+
+class LogitRules(Record):
+    """Changes of the target's logits before a token is chosen, by position; see `shared.sampling.rules`.
+
+    The first `prompt_len` tokens of the session are its prompt, all others its output.
+    """
+
+    prompt_len: Count
+    presence_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2)] = 0.0
+    repetition_penalty: Annotated[float, Field(gt=0, le=100)] = 1.0
+    logit_bias: list[TokenBias] = Field(default_factory=list)
+    min_p: Probability = 0.0
+    min_tokens: Count = 0
+    withheld_ids: list[TokenId] = Field(default_factory=list)
+    """Tokens that are not allowed among the first `min_tokens` output tokens."""
+    bad_words: list[Annotated[list[TokenId], Field(min_length=1)]] = Field(default_factory=list)
+    """Sequences of tokens that the output must not contain."""
+    allowed_token_ids: list[TokenId] | None = None
+    """The only allowed tokens; None allows all."""
+
+
 class Sampling(Record):
     """Sampling parameters of the target. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
 
@@ -56,6 +88,8 @@ class Sampling(Record):
     top_p: Annotated[float, Field(gt=0, le=1)] = 1.0
     top_k: Count = 0
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
+    rules: LogitRules | None = None
+    """Changes of the logits before the choice; None for none. Needs the feature `RULES` of the verifier."""
 
 
 class Slo(Record):
@@ -96,3 +130,21 @@ class Status(StrEnum):
     """A chunk of the prompt is in the verifier's KV cache; nothing was sampled."""
     FAILED = "failed"
     """The round cannot be verified, now or later; `error` gives the reason."""
+
+
+def needing(fingerprint: str, features: Iterable[str]) -> str:
+    """Return the fingerprint of a session of this model that needs these features of its verifier.
+
+    A verifier or a scheduler of a version without features takes it for another model, and refuses the session.
+    """
+    return "+".join([fingerprint, *sorted(features)])
+
+
+def model_of(fingerprint: str) -> str:
+    """Return the fingerprint of the model, given that of a session."""
+    return fingerprint.partition("+")[0]
+
+
+def features_of(fingerprint: str) -> frozenset[str]:
+    """Return the features that a session with this fingerprint needs of its verifier."""
+    return frozenset(fingerprint.split("+")[1:])

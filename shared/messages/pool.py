@@ -181,6 +181,8 @@ class Heartbeat(Message):
     """See `shared.state.registry`; 0 before the first lease."""
     draining: bool = False
     arithmetic: Arithmetic = ""
+    features: list[Name] = Field(default_factory=list)
+    """Features that sessions may need; see `shared.messages.needing`."""
     residency: list[Residency] = Field(default_factory=list)
 
 

@@ -21,17 +21,17 @@ class StopStrings:
         self.hit: str | None = None
         """The stop string found, if any."""
 
-    def feed(self, text: str) -> tuple[str, str | None]:
+    def feed(self, text: str, *, ends: bool = True) -> tuple[str, str | None]:
         """Add a piece of text; return the text that may be shown, and the stop string found or None.
 
-        Text after a stop string is dropped.
+        Text after a stop string is dropped. ends: False if no stop string that ends in this piece counts.
         """
         if self.hit is not None:
             return "", self.hit
         pending = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             complete = [stop.text for stop in self._stops if stop.extend(character)]
-            if complete:
+            if complete and ends:
                 self.hit = max(complete, key=len)
                 self._held = ""
                 return pending[: end - len(self.hit)], self.hit
@@ -61,6 +61,8 @@ class _Prefix:
 
     def extend(self, character: str) -> bool:
         """Add the next character; return whether the text now ends with the whole stop string."""
+        if self.length == len(self.text):  # it did before, and did not count
+            self.length = self._borders[-1]
         while self.length and self.text[self.length] != character:
             self.length = self._borders[self.length - 1]
         self.length += self.text[self.length] == character

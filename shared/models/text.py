@@ -51,6 +51,18 @@ class Tokenizer:
         """
         return _ids(self._backend, _unicode(text), special=True)
 
+    def spellings(self, word: str) -> list[list[int]]:
+        """Return the ids of a word at the start of a text and after a space.
+
+        The second one is left out where it is the first one behind a token of its own for the space. The rule is
+        vLLM's, for `bad_words`.
+        """
+        bare = _ids(self._backend, _unicode(word), special=False)
+        spaced = _ids(self._backend, " " + _unicode(word).lstrip(), special=False)
+        if spaced and bare and spaced[0] != bare[0] and len(spaced) == len(bare):
+            return [bare, spaced]
+        return [bare] if bare else []
+
     def decode(self, ids: Iterable[int]) -> str:
         """Return the text of these tokens, without control tokens. Invalid UTF-8 becomes U+FFFD."""
         stream = Detokenizer(self)

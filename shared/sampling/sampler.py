@@ -36,7 +36,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import BadLogits
+from shared.errors import BadLogits, NoTokenAllowed
 from shared.messages import Sampling
 from shared.sampling.noise import (
     Words,
@@ -47,6 +47,7 @@ from shared.sampling.noise import (
     mixed_vocabulary,
     noise_key,
 )
+from shared.sampling.rules import Floats, Ids, LogitsProcessor
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -58,8 +59,8 @@ _FARTHEST = 60.0
 # Elements of one pass on an accelerator: a few buffers of this size must fit beside the model.
 _DEVICE_ELEMENTS = 1 << 24
 
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
+Processors = Sequence[LogitsProcessor | None]
+"""The rules of each row's session at the row's position, or None; an empty sequence stands for none in any row."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,9 @@ class Columns:
         return cls(ids, mixed_ids(ids))
 
 
-def choose(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+def choose(
+    logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], processors: Processors = ()
+) -> list[int]:
     """Choose the token of each row of `logits` (rows, vocabulary). A row is a position of a session.
 
     `params[i]` are the parameters of row i's session and `positions[i]` the absolute index of the token to choose. The
@@ -83,21 +86,31 @@ def choose(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int])
     share reaches `top_p`. Equal scores: lowest id. A row's token depends on nothing but its logits, parameters and
     position. On the CPU this takes one thread.
 
-    Raises BadLogits if a row contains NaN or +inf, or nothing but -inf; ValueError if the lengths differ.
+    The token is chosen from the logits that the row's processor returns, if it has one.
+
+    Raises BadLogits if a row contains NaN or +inf, or nothing but -inf; NoTokenAllowed if a processor leaves no token;
+    ValueError if the lengths differ.
     """
     if logits.device.type == "cpu":
-        return choose_in_rows(_array(logits), params, positions)
+        return choose_in_rows(_array(logits), params, positions, processors=processors)
     _require_row_each(logits.shape, params, positions)
-    return _choose_on_device(logits, params, positions)
+    return _choose_on_device(logits, params, positions, processors)
 
 
 def choose_in_rows(
-    logits: Floats, params: Sequence[Sampling], positions: Sequence[int], columns: Columns | None = None
+    logits: Floats,
+    params: Sequence[Sampling],
+    positions: Sequence[int],
+    columns: Columns | None = None,
+    processors: Processors = (),
 ) -> list[int]:
-    """`choose` for an array. With `columns`, the logits are those of these tokens only."""
+    """`choose` for an array. With `columns`, the logits are those of these tokens only.
+
+    A processor that allows none of the `columns` has no effect: another token may be allowed.
+    """
     _require_row_each(logits.shape, params, positions)
     return [
-        _choose_in_row(values, p, position, row, columns)
+        _choose_in_row(values, p, position, row, columns, processors[row] if processors else None)
         for row, (values, p, position) in enumerate(zip(logits, params, positions, strict=True))
     ]
 
@@ -109,10 +122,23 @@ def _require_row_each(shape: Sequence[int], params: Sequence[Sampling], position
         )
 
 
-def _choose_in_row(logits: Floats, params: Sampling, position: int, row: int, columns: Columns | None = None) -> int:
+def _choose_in_row(
+    logits: Floats,
+    params: Sampling,
+    position: int,
+    row: int,
+    columns: Columns | None = None,
+    processor: LogitsProcessor | None = None,
+) -> int:
     top = int(logits.argmax())  # of equal ones the first; NaN counts as the largest
     if not math.isfinite(logits[top]):
         raise BadLogits(row, position, float(logits[top]))
+    if processor is not None:
+        changed = processor.apply(logits, None if columns is None else columns.ids)
+        if math.isfinite(changed.max()):
+            logits, top = changed, int(changed.argmax())
+        elif columns is None:
+            raise NoTokenAllowed(position)
     if params.temperature == 0:
         return top if columns is None else int(columns.ids[top])
     key = noise_key(params.seed, position)
@@ -181,10 +207,12 @@ def _largest(values: NDArray[np.floating], least: np.floating, count: int) -> Id
     return np.sort(np.concatenate([above, tied[: count - len(above)]]))
 
 
-def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Sequence[int]) -> list[int]:
+def _choose_on_device(
+    logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], processors: Processors = ()
+) -> list[int]:
     """`choose` for logits on an accelerator: whole batches are screened there, candidates settled here.
 
-    Rows with top_k or top_p come to the CPU.
+    Rows with top_k, top_p or a processor come to the CPU.
     """
 
     tokens: list[int] = logits.argmax(dim=-1).tolist()
@@ -192,8 +220,9 @@ def _choose_on_device(logits: Tensor, params: Sequence[Sampling], positions: Seq
     for row, (p, largest) in enumerate(zip(params, logits.amax(dim=-1).tolist(), strict=True)):
         if not math.isfinite(largest):
             raise BadLogits(row, positions[row], largest)
-        if p.temperature > 0 and (p.top_k or p.top_p < 1):
-            tokens[row] = _choose_in_row(_array(logits[row].cpu()), p, positions[row], row)
+        processor = processors[row] if processors else None
+        if processor is not None or (p.temperature > 0 and (p.top_k or p.top_p < 1)):
+            tokens[row] = _choose_in_row(_array(logits[row].cpu()), p, positions[row], row, processor=processor)
         elif p.temperature > 0:
             open_rows.append(row)
     step = max(1, _DEVICE_ELEMENTS // logits.shape[1])

@@ -32,6 +32,11 @@ def test_a_stop_token_inside_the_draft_ends_the_completion() -> None:
     assert (verdict.accepted, verdict.tokens, verdict.finish) == (2, [1, 2], Finish.STOP)
 
 
+def test_choices_behind_a_stop_token_may_be_missing() -> None:
+    verdict = accept([1, 2, 3], [1, 2], room=10, stop_ids=frozenset([2]))
+    assert (verdict.accepted, verdict.tokens, verdict.finish) == (2, [1, 2], Finish.STOP)
+
+
 def test_a_stop_token_in_the_last_place_finishes_with_stop() -> None:
     assert accept([], [2], room=1, stop_ids=frozenset([2])).finish is Finish.STOP
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
@@ -60,7 +60,7 @@ class Upstream:
         self.verifiers = True
         self.problems: dict[str, str | None] = {"redis": None}
 
-    async def longest_session(self) -> int:
+    async def longest_session(self, needs: Collection[str] = ()) -> int:
         if not self.verifiers:
             raise unavailable("no verifier is running")
         return CONTEXT

@@ -302,3 +302,27 @@ def test_tokens_of_a_run_are_counted_apart_from_rounds(tokenizer: Tokenizer) -> 
     tally = completion.tally
     assert (tally.rounds, tally.tokens, tally.run_tokens, tally.verified) == (1, 3, 2, 2), "the end is no token"
     assert completion.finish is Finish.STOP
+
+
+def test_a_stop_string_or_token_may_be_part_of_the_text(tokenizer: Tokenizer) -> None:
+    completion = Completion(
+        PROMPT_LEN, frozenset([EOS]), Detokenizer(tokenizer), StopStrings(["lo t"]), include_stop=True
+    )
+    pieces = feed(completion, results_of(generate(), Script("Hello there", round_len=3), tokenizer))
+    assert text_of(pieces) == "Hello t"
+    assert (completion.finish, completion.stopped_early) == (Finish.STOP, True)
+    (letter,) = tokenizer.encode("w")
+    completion = Completion(PROMPT_LEN, frozenset([letter]), Detokenizer(tokenizer), StopStrings([]), include_stop=True)
+    ended = builders.result(base_len=PROMPT_LEN, tokens=[*tokenizer.encode("Now")], finish=Finish.STOP)
+    assert text_of(feed(completion, [ended])) == "Now"
+    assert (completion.finish, completion.tally.tokens) == (Finish.STOP, 3)
+
+
+@pytest.mark.parametrize(("min_tokens", "text"), [(0, ""), (2, ""), (3, "ab "), (7, "ab ab ")])
+def test_stop_strings_count_if_they_end_behind_the_fewest_tokens(
+    tokenizer: Tokenizer, min_tokens: int, text: str
+) -> None:
+    completion = Completion(
+        PROMPT_LEN, frozenset([EOS]), Detokenizer(tokenizer), StopStrings(["ab "]), min_tokens=min_tokens
+    )
+    assert text_of(feed(completion, results_of(generate(), Script("ab ab ab ab", round_len=2), tokenizer))) == text

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import builders
+import msgpack
 import pytest
 import structlog
 from gateway_peer import eventually
@@ -31,7 +32,7 @@ from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest,
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
-from shared.messages import Failure, Generate, Heartbeat, Slo
+from shared.messages import RULES, Failure, Generate, Heartbeat, Slo, features_of, model_of
 from shared.models.folder import SamplingDefaults
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -130,10 +131,26 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ({"n": 10**9}, "n"),
         ({"seed": 2**63}, "seed"),
         ({"seed": 0.5}, "seed"),
-        ({"stop": ["a"] * 5}, "stop"),
+        ({"stop": ["a"] * 17}, "stop"),
         ({"stop": [""]}, "stop"),
         ({"stop": 5}, "stop"),
         ({"stop": "x" * 5000}, "stop"),
+        ({"presence_penalty": 2.1}, "presence_penalty"),
+        ({"frequency_penalty": "x"}, "frequency_penalty"),
+        ({"repetition_penalty": 0}, "repetition_penalty"),
+        ({"min_p": 1.5}, "min_p"),
+        ({"min_tokens": -1}, "min_tokens"),
+        ({"logit_bias": {"a": 1}}, "logit_bias"),
+        ({"logit_bias": {"5": 101}}, "logit_bias"),
+        ({"logit_bias": {"5": True}}, "logit_bias"),
+        ({"logit_bias": [5]}, "logit_bias"),
+        ({"bad_words": [" "]}, "bad_words"),
+        ({"bad_words": ["a"] * 1025}, "bad_words"),
+        ({"allowed_token_ids": "5"}, "allowed_token_ids"),
+        ({"stop_token_ids": [1.5]}, "stop_token_ids"),
+        ({"best_of": 3}, "best_of"),
+        ({"best_of": True}, "best_of"),
+        ({"n": 2, "best_of": 1}, "best_of"),
         ({"stream": "yes"}, "stream"),
         ({"stream_options": []}, "stream_options"),
         ({"service_tier": 5}, "service_tier"),
@@ -160,24 +177,13 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"logprobs": 0},
     {"logprobs": 5},
     {"top_logprobs": 2},
-    {"logit_bias": {"5": 100}},
-    {"frequency_penalty": 0.5},
-    {"presence_penalty": -1},
-    {"best_of": 3},
-    {"best_of": True},
     {"reasoning_effort": "low"},
     {"verbosity": "low"},
     # vLLM
-    {"allowed_token_ids": [28]},
-    {"bad_words": ["sky"]},
     {"chat_template_kwargs": {"enable_thinking": False}},
     {"documents": [{"title": "a", "text": "b"}]},
     {"guided_json": {}},
-    {"min_p": 0.1},
-    {"min_tokens": 5},
-    {"repetition_penalty": 1.1},
     {"spaces_between_special_tokens": False},
-    {"stop_token_ids": [5]},
     {"structured_outputs": {"choice": ["a"]}},
     {"truncate_prompt_tokens": 100},
     # SGLang
@@ -237,7 +243,7 @@ def test_the_first_unsupported_option_of_the_body_is_named(order: list[dict[str,
         (ChatRequest, {"logprobs": 5}, "leave it out or send null or false (in a chat it is true or false"),
         (CompletionRequest, {"logprobs": 5}, "(in a text completion it is a number of tokens"),
         (ChatRequest, {"response_format": {"type": "json_object"}}, 'leave it out or send null or {"type": "text"}'),
-        (ChatRequest, {"repeat_penalty": 1.1}, "leave it out or send null or 1"),
+        (ChatRequest, {"repeat_penalty": 1.1}, "send null or 1 (the penalty is `repetition_penalty`)"),
         (ChatRequest, {"guided_json": {}}, "leave it out or send null"),
         (ChatRequest, {"n_predict": 5}, "`max_tokens`"),
     ],
@@ -254,7 +260,7 @@ def test_a_refusal_says_what_to_send(kind: Any, options: dict[str, Any], advice:
         {"tools": [], "tool_choice": "auto"},
         {"response_format": {"type": "text"}},
         {"logprobs": False, "top_logprobs": 0},
-        {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "best_of": 1},
+        {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "best_of": None},
         {"repeat_penalty": 1.0, "min_p": 0, "mirostat": 0, "typical_p": 1, "dry_multiplier": 0, "samplers": []},
         {"n_predict": -1, "chat_template_kwargs": {}, "bad_words": [], "grammar": "", "extra_body": {}},
     ],
@@ -359,7 +365,13 @@ def sessions(
     request: ChatRequest | CompletionRequest, prompts: list[list[int]], headers: dict[str, str] | None = None
 ) -> list[Generate]:
     """Return the sessions of a request with the seed 11, in a context of 20 tokens."""
-    model = SimpleNamespace(name="m", folder=SimpleNamespace(eos_ids=[2]), fingerprint="f", vocab_fingerprint="v")
+    model = SimpleNamespace(
+        name="m",
+        folder=SimpleNamespace(eos_ids=[2]),
+        tokenizer=SimpleNamespace(spellings=lambda word: [[1, 2], [3, 2]]),
+        fingerprint="f",
+        vocab_fingerprint="v",
+    )
     gateway = SimpleNamespace(
         settings=GatewaySettings.model_validate({}), model=model, instance="g", sampling_defaults=NO_DEFAULTS
     )
@@ -418,6 +430,73 @@ def test_ids_outside_the_vocabulary_are_refused(token: int) -> None:
 def test_end_of_text_can_be_ignored() -> None:
     assert sessions(chat(), [[5]])[0].stop_ids == [2]
     assert sessions(chat(ignore_eos=True), [[5]])[0].stop_ids == []
+
+
+def test_stop_token_ids_come_after_those_of_the_model() -> None:
+    assert sessions(chat(stop_token_ids=[7, 2, 7.0]), [[5]])[0].stop_ids == [2, 7]
+    assert sessions(chat(stop_token_ids=[7], ignore_eos=True), [[5]])[0].stop_ids == [7]
+
+
+@pytest.mark.parametrize(
+    ("options", "fields"),
+    [
+        ({"presence_penalty": -1}, {"presence_penalty": -1.0}),
+        ({"frequency_penalty": 0.5}, {"frequency_penalty": 0.5}),
+        ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
+        ({"logit_bias": {"5": -100, "9": 2}}, {"logit_bias": [{"token": 5, "bias": -100}, {"token": 9, "bias": 2}]}),
+        ({"min_p": 0.1}, {"min_p": 0.1}),
+        ({"min_tokens": 3, "stop_token_ids": [7]}, {"min_tokens": 3, "withheld_ids": [2, 7]}),
+        ({"min_tokens": 3, "ignore_eos": True}, {"min_tokens": 3, "withheld_ids": [2]}),
+        ({"allowed_token_ids": [28, 3]}, {"allowed_token_ids": [28, 3]}),
+        ({"bad_words": ["ab"]}, {"bad_words": [[1, 2], [3, 2]]}),
+    ],
+)
+def test_options_on_logits_are_rules_of_the_session(options: dict[str, Any], fields: dict[str, Any]) -> None:
+    (made,) = sessions(chat(**options), [[5, 6]])
+    rules = made.sampling.rules
+    assert rules is not None
+    assert rules.model_dump(exclude_defaults=True) == {"prompt_len": 2, **fields}
+
+
+def test_sessions_with_rules_have_a_fingerprint_of_their_own() -> None:
+    assert [s.fingerprint for s in sessions(chat(), [[5]])] == ["f"]
+    (made,) = sessions(chat(min_p=0.1), [[5]])
+    assert made.fingerprint == "f+rules"
+    assert (model_of(made.fingerprint), features_of(made.fingerprint)) == ("f", {RULES})
+    neutral = chat(presence_penalty=0, min_tokens=0, bad_words=[], logit_bias={}, repetition_penalty=1)
+    assert sessions(neutral, [[5]])[0].sampling.rules is None
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"allowed_token_ids": []}, "allowed_token_ids"),
+        ({"allowed_token_ids": [100]}, "allowed_token_ids"),
+        ({"stop_token_ids": [-1]}, "stop_token_ids"),
+        ({"logit_bias": {"100": 1}}, "logit_bias"),
+        ({"min_tokens": 4, "max_tokens": 3}, "min_tokens"),
+        ({"min_tokens": 20}, "min_tokens"),
+    ],
+)
+def test_options_that_do_not_fit_the_model_are_refused(options: dict[str, Any], param: str) -> None:
+    with pytest.raises(ApiError) as caught:
+        sessions(chat(**options), [[5]])
+    assert (caught.value.status, caught.value.param) == (400, param)
+
+
+def test_sixteen_stops_are_accepted() -> None:
+    assert len(chat(stop=[f"{i}" for i in range(16)]).stop) == 16
+
+
+def test_forms_that_earlier_gateways_cannot_send_are_unreadable_for_them() -> None:
+    plain: dict[str, Any] = {"created": 1, "model": "m", "chat": True, "service_class": "default", "pool": "pool"}
+    plain |= {"seed": 1, "stops": [], "echoes": [""], "prompt_tokens": 3}
+    form = AnswerForm.model_validate(plain)
+    assert AnswerForm.unpack(form.pack()) == form
+    assert "created" in msgpack.unpackb(form.pack())
+    newer = AnswerForm.model_validate(plain | {"include_stop": True})
+    assert AnswerForm.unpack(newer.pack()) == newer
+    assert "created" not in msgpack.unpackb(newer.pack())
 
 
 def test_headers_override_the_slo_of_the_class() -> None:
@@ -546,6 +625,14 @@ def test_a_complete_completion_within_both_times_attains_its_slo(
 
 def heartbeat(**fields: Any) -> Heartbeat:
     return builders.heartbeat(**({"max_len": 100, "free_tokens": 1, "total_tokens": 1} | fields))
+
+
+def test_a_session_that_needs_features_gets_a_verifier_with_them() -> None:
+    beats = [heartbeat(max_len=300), heartbeat(max_len=200, features=["rules"])]
+    assert longest_session(beats, "f", needs=["rules"]) == 200
+    with pytest.raises(ApiError, match="newer version") as caught:
+        longest_session(beats[:1], "f", needs=["rules"])
+    assert (caught.value.status, caught.value.code) == (503, "verifiers_too_old")
 
 
 def test_the_largest_staying_verifier_gives_the_longest_session() -> None:

@@ -131,3 +131,16 @@ def test_a_list_of_arithmetics_fits_what_is_distinct_in_it(found: list[str]) -> 
     assert known == sorted(set(found) - {""}, key=found.index)
     assert all(fits(arithmetic, known) for arithmetic in found)
     assert fits("a third", known) is (not known)
+
+
+def test_a_session_goes_to_a_verifier_with_the_features_that_it_needs() -> None:
+    beats = [builders.heartbeat("v1", {"s": 19}), builders.heartbeat("v2", features=["rules"], free_tokens=0)]
+    d = dispatcher(*beats)
+    d.on_verify(builders.verify("s", 1, 20, fingerprint="f+rules"), 0.0)
+    assert placed(d, 100.0) == ["v2"]
+
+
+def test_without_the_features_a_verifier_refuses_the_session() -> None:
+    d = dispatcher(builders.heartbeat("v1"))
+    d.on_verify(builders.verify("s", 1, 20, fingerprint="f+rules"), 0.0)
+    assert placed(d, 100.0) == ["v1"]

@@ -17,6 +17,7 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
 from shared.messages import Message, Result, Sampling, Verify
+from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import choose
 
 TOKENS = 16
@@ -39,6 +40,8 @@ class Case:
     prompt: list[int]
     sampling: Sampling
     tokens: list[int]
+    options: dict[str, Any] = field(default_factory=dict)
+    """Further options of the request: those that `sampling.rules` stands for."""
 
 
 @dataclass
@@ -88,7 +91,8 @@ class Client:
             "model": self._stack.target.name,
             "prompt": case.prompt,
             "max_tokens": TOKENS,
-            **case.sampling.model_dump(),
+            **case.sampling.model_dump(exclude={"rules"}),
+            **case.options,
             "wisp": {"trace": True, "draft": draft},
         }
 
@@ -108,7 +112,8 @@ def decode(
     engine.attach("reference", tokens)
     while len(tokens) < len(prompt) + length and (len(tokens) == len(prompt) or tokens[-1] not in eos):
         step = Step("reference", tokens[engine.cached("reference") :], rows=1)
-        tokens += choose(engine.forward([step]).logits, [sampling], [len(tokens)])
+        rules = LogitsProcessor.of(sampling, tokens)
+        tokens += choose(engine.forward([step]).logits, [sampling], [len(tokens)], [rules])
     return [token for token in tokens[len(prompt) :] if token not in eos]
 
 

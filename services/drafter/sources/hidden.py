@@ -22,6 +22,7 @@ from services.drafter.sources.registry import HIDDEN
 from services.drafter.sources.statistics import draft_tokens
 from shared.errors import EngineError
 from shared.lookup import LookupText
+from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import Columns, choose_in_rows
 
 WINDOW = 8
@@ -69,6 +70,11 @@ class _DraftInProgress:
             return None
         proposed, support = self.session.text.continuation(1, self.tokens)
         return (proposed[0], support) if proposed else None
+
+    def processor(self) -> LogitsProcessor | None:
+        """Return the rules of the token to be drafted next; None without rules."""
+        sampling = self.request.sampling
+        return None if sampling.rules is None else LogitsProcessor(sampling, [*self.request.tokens, *self.tokens])
 
     def step(self, token: int) -> DraftStep:
         """Return the step that computes `token` after everything that the engine holds."""
@@ -244,7 +250,8 @@ class HiddenDrafts:
             return [], []
         logits = self._engine.logits(np.stack([d.session.latest for d in drafts if d.session.latest is not None]))
         samplings, positions = [d.request.sampling for d in drafts], [d.position for d in drafts]
-        chosen = choose_in_rows(logits, samplings, positions, self._columns)
+        processors = [d.processor() for d in drafts]
+        chosen = choose_in_rows(logits, samplings, positions, self._columns, processors)
         return chosen, draft_tokens(HIDDEN, logits, self._columns.ids.searchsorted(chosen).tolist())
 
 

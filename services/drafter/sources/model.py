@@ -18,6 +18,7 @@ from services.drafter.sources.registry import MODEL
 from services.drafter.sources.statistics import Statistics, draft_tokens
 from shared.engine import Engine, Step
 from shared.errors import EngineError
+from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import choose
 
 
@@ -51,12 +52,14 @@ class ModelDrafts(WithoutStates):
                 held = min(self._engine.attach(request.session_id, request.tokens), len(request.tokens) - 1)
                 self._engine.truncate(request.session_id, held)
                 steps[i] = Step(request.session_id, request.tokens[held:], rows=1)
+        processors = {i: LogitsProcessor.of(requests[i].sampling, requests[i].tokens) for i in steps}
         while steps:
             logits = self._engine.forward(list(steps.values())).logits
             chosen = choose(
                 logits,
                 [requests[i].sampling for i in steps],
                 [len(requests[i].tokens) + len(drafts[i].tokens) for i in steps],
+                [processors[i] for i in steps],
             )
             tokens = _draft_tokens(logits, chosen)
             following: dict[int, Step] = {}
@@ -68,6 +71,8 @@ class ModelDrafts(WithoutStates):
                 else:
                     drafts[i].tokens.append(token_id)
                 if decision is DraftDecision.MORE:
+                    if (processor := processors[i]) is not None:
+                        processor.push(token_id)
                     following[i] = Step(requests[i].session_id, [token_id], rows=1)
             steps = following
 

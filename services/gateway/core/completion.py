@@ -101,6 +101,10 @@ class Completion:
     stops: StopStrings
     echo: str = ""
     """Text to send before the generated text, with the first piece."""
+    include_stop: bool = False
+    """True if the text includes the stop string or the stop token that ends it."""
+    min_tokens: int = 0
+    """Output tokens in which no stop string ends the text."""
     length: int = field(init=False)
     """Known committed tokens, prompt included."""
     round: int = 0
@@ -173,18 +177,21 @@ class Completion:
         ended = False
         for position, token in enumerate(tokens[known:], start=known):
             self.length += 1
-            if token in self.stop_ids:
+            ended = token in self.stop_ids
+            if ended:
                 finish = finish or Finish.STOP
-                ended = True
-                break
+                if not self.include_stop:
+                    break
             text = self.detokenizer.feed([token])
             self.tally.tokens += 1
             self._held.append(Token(token, text, position in drafted))
-            safe, hit = self.stops.feed(text)
+            safe, hit = self.stops.feed(text, ends=self.tally.tokens > self.min_tokens)
             safe_text += safe
             if hit is not None:
-                self._stop_early(safe_text)
+                self._stop_early(safe_text + hit if self.include_stop else safe_text)
                 return
+            if ended:
+                break
         if finish is not None and (ended or base_len + len(tokens) == self.length):
             self._end(finish, safe_text)
         else:
@@ -267,12 +274,12 @@ class Completion:
 
     def _end(self, finish: Finish, safe_text: str) -> None:
         rest = self.detokenizer.flush()
-        safe, hit = self.stops.feed(rest)
+        safe, hit = self.stops.feed(rest, ends=self.tally.tokens > self.min_tokens)
         if self._held:
             self._held[-1].text += rest
             rest = ""
         if hit is not None:
-            self._cut(len(safe_text + safe))
+            self._cut(len(safe_text + safe) + len(hit) * self.include_stop)
             finish, rest = Finish.STOP, ""
         # The last token, of an earlier result, may be sent already: then the unfinished character has none.
         self._close(finish, rest)

@@ -15,6 +15,7 @@ from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.round_queue import RoundQueue, added_ms
 from shared import cost
 from shared.arithmetic import fits
+from shared.messages import features_of, model_of
 
 ROUNDS_AHEAD = 16
 """Rounds over which the time of computing a session's KV again is spread: a guess at how many are still to come."""
@@ -63,10 +64,14 @@ def place(
 def _fitting(pending: PendingRound, usable: Sequence[VerifierState], mix: bool) -> Sequence[VerifierState]:
     """Return the verifiers that may verify a round.
 
-    They serve the session's model in the arithmetic of its committed tokens. If none of its model has this arithmetic,
-    a session that may `mix` continues in another. If no verifier serves the model, any verifier may refuse the round.
+    They serve the session's model, with the features that it needs, in the arithmetic of its committed tokens. If none
+    of these has this arithmetic, a session that may `mix` continues in another. If there is no such verifier, any
+    verifier may refuse the round.
     """
-    of_model = [v for v in usable if v.heartbeat.fingerprint == pending.verify.fingerprint]
+    fingerprint = pending.verify.fingerprint
+    of_model = [v for v in usable if v.heartbeat.fingerprint == model_of(fingerprint)]
+    if needed := features_of(fingerprint):
+        of_model = [v for v in of_model if needed <= set(v.heartbeat.features)]
     if not of_model:
         return usable
     same = [v for v in of_model if fits(v.heartbeat.arithmetic, pending.verify.committed_in)]

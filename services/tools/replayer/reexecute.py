@@ -15,7 +15,7 @@ from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
 from shared.arithmetic import distinct
 from shared.engine import Engine
-from shared.messages import Finish, Status
+from shared.messages import Finish, Status, model_of
 from shared.models.folder import ModelFolder
 
 SMALLEST_CACHE = 4096
@@ -97,7 +97,7 @@ def reexecute(
     """
     fingerprints = recorded.fingerprints
     if only is not None:
-        fingerprints = {text.generate.fingerprint for name, text in recorded.texts.items() if name in only}
+        fingerprints = {model_of(text.generate.fingerprint) for name, text in recorded.texts.items() if name in only}
     dtype = matching_dtype(ModelFolder(target), fingerprints)
     budget = max(recorded.cache_tokens, SMALLEST_CACHE)
     engine = Engine(target, dtype=dtype, device=device, threads=threads, budget_tokens=budget)

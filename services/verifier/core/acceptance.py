@@ -25,12 +25,12 @@ class Verdict:
 def accept(draft: Sequence[int], choices: Sequence[int], room: int, stop_ids: frozenset[int]) -> Verdict:
     """Compare a draft with the target's choices.
 
-    choices: the target's tokens at the positions of the draft and one more; those after the first difference may be
-    missing. room: tokens that the session may still get, at least 1. The completion ends with the first stop token,
-    which is committed but not shown, or when no room is left.
+    choices: the target's tokens at the positions of the draft and one more; those after the first difference, or after
+    a stop token, may be missing. room: tokens that the session may still get, at least 1. The completion ends with the
+    first stop token, which is committed but not shown, or when no room is left.
     """
     accepted = 0
-    while accepted < len(draft) and draft[accepted] == choices[accepted]:
+    while accepted < min(len(draft), len(choices)) and draft[accepted] == choices[accepted]:
         accepted += 1
     tokens = list(choices[: accepted + 1])[:room]
     for i, token in enumerate(tokens):

@@ -7,8 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.verifier.core.acceptance import Verdict
-from shared.messages import HiddenFormat, Sampling
+from shared.messages import RULES, HiddenFormat, Sampling
 from shared.models.hidden_states import Part
+
+FEATURES = [RULES]
+"""Features of `verify` that sessions may need."""
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from services.tools.replayer.core.recording import Recording
-from shared.messages import Batch, Generate, Heartbeat, Job, Result, Status
+from shared.messages import Batch, Generate, Heartbeat, Job, Result, Status, model_of
 
 BLOCK_ROOM = 128
 """Tokens by which a session's blocks in the cache may exceed its tokens."""
@@ -186,7 +186,7 @@ def recorded_batches(recording: Recording) -> RecordedBatches:
         if session_id in texts:
             found = _append_results(texts[session_id].tokens, session_results)
             contradiction = contradiction or found
-    fingerprints = {job.fingerprint for batch in batches for job in batch.jobs}
+    fingerprints = {model_of(job.fingerprint) for batch in batches for job in batch.jobs}
     sources = Counter((result.session, result.base_len) for known in with_tokens.values() for result in known)
     return RecordedBatches(
         texts, fingerprints, cache_tokens, contradiction, _batches=batches, _results=results, _sources=sources

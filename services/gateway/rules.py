@@ -1,0 +1,43 @@
+"""The rules of a request's sessions: its options on logits, checked against the model's vocabulary."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from services.gateway.errors import invalid
+from services.gateway.model import ServedModel
+from services.gateway.schema import GenerationRequest
+from shared.messages import LogitRules, TokenBias
+
+
+def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
+    """Raise ApiError for token ids outside the vocabulary, and for an empty list of allowed ones."""
+    if request.allowed_token_ids == []:
+        text = "allowed_token_ids is empty, so no token is allowed; leave it out to allow all"
+        raise invalid(text, "allowed_token_ids")
+    named: list[tuple[str, Sequence[int]]] = [
+        ("stop_token_ids", request.stop_token_ids),
+        ("logit_bias", list(request.logit_bias)),
+        ("allowed_token_ids", request.allowed_token_ids or []),
+    ]
+    for name, tokens in named:
+        if strays := [token for token in tokens if not 0 <= token < vocab_size]:
+            raise invalid(f"{name}: token id {strays[0]} is outside the vocabulary of {vocab_size} tokens", name)
+
+
+def rules_of(request: GenerationRequest, model: ServedModel) -> LogitRules | None:
+    """Return the rules of a request's sessions, without their prompts' length; None if no option changes logits."""
+    if not request.has_rules:
+        return None
+    return LogitRules(
+        prompt_len=0,
+        presence_penalty=request.presence_penalty,
+        frequency_penalty=request.frequency_penalty,
+        repetition_penalty=request.repetition_penalty,
+        logit_bias=[TokenBias(token=token, bias=bias) for token, bias in request.logit_bias.items()],
+        min_p=request.min_p,
+        min_tokens=request.min_tokens,
+        withheld_ids=[*model.folder.eos_ids, *request.stop_token_ids] if request.min_tokens else [],
+        bad_words=[tokens for word in request.bad_words for tokens in model.tokenizer.spellings(word)],
+        allowed_token_ids=request.allowed_token_ids,
+    )

@@ -1,0 +1,154 @@
+"""Changes of logits before a token is chosen: the request options that depend on more than one row of logits.
+
+Pure: no I/O, no clock. The changed row is a function of the row, the session's tokens before the position and the
+session's `Sampling`, so the text depends on no batch and on no draft. The steps and their order are vLLM's:
+
+    1. mask                       tokens that the caller's `TokenMask` forbids
+    2. allowed_token_ids          all other tokens
+    3. bad_words                  the last token of a sequence whose other tokens end the output
+    4. min_tokens                 `withheld_ids`, while the output is shorter
+    5. logit_bias                 logit + bias
+    6. repetition_penalty         logit / p if positive, else logit x p: tokens of prompt and output
+       frequency_penalty          logit - p x occurrences in the output
+       presence_penalty           logit - p: tokens of the output
+    7. min_p                      tokens less probable than min_p x the most probable one, at the temperature
+
+Steps 1 to 4 and 7 set logits to -inf. Greedy choices ignore step 7, which always keeps the largest logit.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Sequence
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from shared.messages import Sampling
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+
+class TokenMask(Protocol):
+    """The tokens that may come next in a session, given those before: the first step of the rules."""
+
+    def apply(self, logits: Floats, ids: Ids | None) -> None:
+        """Set the logits of tokens that may not come next to -inf.
+
+        ids: the tokens of the columns, ascending; None for the whole vocabulary.
+        """
+
+    def push(self, token: int) -> None:
+        """Go on to the position after `token`."""
+
+
+class LogitsProcessor:
+    """Applies a session's rules to its logits, position after position."""
+
+    def __init__(self, sampling: Sampling, tokens: Sequence[int], mask: TokenMask | None = None) -> None:
+        """tokens: all tokens of the session before the first position; they are copied."""
+        self._rules = sampling.rules
+        self._temperature = sampling.temperature
+        self._mask = mask
+        self._output: list[int] = []
+        self._seen: dict[int, None] = {}
+        self._counts: Counter[int] = Counter()
+        if (rules := sampling.rules) is None:
+            return
+        self._output = list(tokens[rules.prompt_len :])
+        self._withheld = _array(rules.withheld_ids)
+        self._allowed = None if rules.allowed_token_ids is None else _array(sorted(set(rules.allowed_token_ids)))
+        self._biased = _array([one.token for one in rules.logit_bias])
+        self._biases = np.array([one.bias for one in rules.logit_bias], dtype=np.float32)
+        if rules.repetition_penalty != 1:
+            self._seen = dict.fromkeys(tokens)
+        if rules.frequency_penalty or rules.presence_penalty:
+            self._counts = Counter(self._output)
+
+    @classmethod
+    def of(cls, sampling: Sampling, tokens: Sequence[int], mask: TokenMask | None = None) -> LogitsProcessor | None:
+        """Return the processor of a session; None if nothing changes its logits."""
+        return None if sampling.rules is None and mask is None else cls(sampling, tokens, mask)
+
+    def push(self, token: int) -> None:
+        """Go on to the position after `token`."""
+        if self._mask is not None:
+            self._mask.push(token)
+        if (rules := self._rules) is None:
+            return
+        self._output.append(token)
+        if rules.repetition_penalty != 1:
+            self._seen[token] = None
+        if rules.frequency_penalty or rules.presence_penalty:
+            self._counts[token] += 1
+
+    def apply(self, logits: Floats, ids: Ids | None = None) -> Floats:
+        """Return the changed logits of the position, as a new array. All of them may be -inf.
+
+        ids: the tokens of the columns, ascending; None if `logits` has the whole vocabulary.
+        """
+        changed = logits.astype(np.float32)
+        if self._mask is not None:
+            self._mask.apply(changed, ids)
+        if self._rules is not None:
+            self._restrict(changed, ids)
+            self._penalize(changed, ids)
+            self._keep_probable(changed)
+        return changed
+
+    def _restrict(self, logits: Floats, ids: Ids | None) -> None:
+        rules = self._rules
+        assert rules is not None
+        if self._allowed is not None:
+            columns, _ = _columns(self._allowed, len(logits), ids)
+            kept = logits[columns]
+            logits.fill(-np.inf)
+            logits[columns] = kept
+        banned = [word[-1] for word in rules.bad_words if self._ends_with(word[:-1])]
+        if banned:
+            logits[_columns(_array(banned), len(logits), ids)[0]] = -np.inf
+        if len(self._output) < rules.min_tokens:
+            logits[_columns(self._withheld, len(logits), ids)[0]] = -np.inf
+        if len(self._biased):
+            columns, known = _columns(self._biased, len(logits), ids)
+            np.add.at(logits, columns, self._biases[known])
+
+    def _ends_with(self, tokens: Sequence[int]) -> bool:
+        return not tokens or self._output[-len(tokens) :] == list(tokens)
+
+    def _penalize(self, logits: Floats, ids: Ids | None) -> None:
+        rules = self._rules
+        assert rules is not None
+        if self._seen:
+            columns, _ = _columns(_array(list(self._seen)), len(logits), ids)
+            values, penalty = logits[columns], np.float32(rules.repetition_penalty)
+            logits[columns] = np.where(values > 0, values / penalty, values * penalty)
+        if self._counts:
+            columns, known = _columns(_array(list(self._counts)), len(logits), ids)
+            counts = np.array(list(self._counts.values()), dtype=np.float32)[known]
+            logits[columns] -= np.float32(rules.frequency_penalty) * counts
+            logits[columns] -= np.float32(rules.presence_penalty)
+
+    def _keep_probable(self, logits: Floats) -> None:
+        rules = self._rules
+        assert rules is not None
+        if rules.min_p and self._temperature:
+            least = np.float32(float(logits.max()) + self._temperature * math.log(rules.min_p))
+            logits[logits < least] = -np.inf
+
+
+def _array(tokens: Sequence[int]) -> Ids:
+    return np.array(tokens, dtype=np.int64)
+
+
+def _columns(tokens: Ids, count: int, ids: Ids | None) -> tuple[Ids, NDArray[np.bool_]]:
+    """Return the columns of those of the tokens that have one, and which tokens these are."""
+    if ids is None:
+        known = tokens < count
+        return tokens[known], known
+    at = np.minimum(ids.searchsorted(tokens), count - 1)
+    known = ids[at] == tokens
+    return at[known], known
