@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -103,6 +103,12 @@ bench-scaling: setup ## throughput by number of verifiers, and start times
 
 bench-handoff: setup ## delay of streams when a verifier drains
 	@$(BIN)/wisp bench handoff $(ARGS)
+
+bench-twin: setup ## the suite with emulated models against the simulator
+	@$(BIN)/wisp bench twin $(ARGS)
+
+calibrate: setup ## times of a model here, as a target profile
+	@$(BIN)/wisp calibrate $(ARGS)
 
 chaos: setup ## 200 failures under load, every token checked
 	@$(BIN)/wisp chaos $(ARGS)

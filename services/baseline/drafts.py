@@ -10,14 +10,18 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from services.drafter.control import DraftRound, SessionControl
 from services.drafter.core.session import bonus_matches, verified_counts
 from services.drafter.drafting import Drafting, SourceChoice
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
-from shared.engine import Engine
 from shared.messages import Generate, Result
+from shared.models.bfloat16 import to_floats
 from shared.runtime import logging
+
+if TYPE_CHECKING:
+    from services.verifier.engine_thread import TargetEngine
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class _DraftedSession:
 class InProcessDrafts:
     """Drafting beside one engine. Not thread-safe."""
 
-    def __init__(self, drafting: Drafting, engine: Engine) -> None:
+    def __init__(self, drafting: Drafting, engine: TargetEngine) -> None:
         """`engine` is the target's; it keeps hidden states if a source reads them."""
         self._drafting = drafting
         self._engine = engine
@@ -105,9 +109,11 @@ class InProcessDrafts:
         states = None
         if session.choice.reads_hidden_states and session.round.wants("hidden"):
             start = max(0, source.starts_at(slot.session_id, len(slot.tokens)) - 1)
-            rows = self._engine.hidden(slot.session_id, start, len(slot.tokens) - 1)
-            states = States(start, rows.float().numpy(force=True))
-        return DraftRequest(slot.session_id, slot.tokens, session.generate.sampling, session.round, names, states)
+            bits = self._engine.hidden_bits(slot.session_id, start, len(slot.tokens) - 1)
+            states = States(start, to_floats(bits))
+        generate = session.generate
+        prompt_len = len(generate.prompt)
+        return DraftRequest(slot.session_id, slot.tokens, generate.sampling, session.round, names, states, prompt_len)
 
     def settle(self, result: Result) -> None:
         """Learn from a session's result."""

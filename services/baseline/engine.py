@@ -11,8 +11,8 @@ from services.baseline.link import Frames, frame
 from services.baseline.loop import EngineLoop
 from services.baseline.settings import BaselineSettings
 from services.drafter.drafting import load_drafting
+from services.verifier.engine_thread import load_engine
 from services.verifier.profile import profile
-from shared.engine import Engine
 from shared.errors import WispError
 from shared.messages import Cancel, Generate, Heartbeat
 from shared.models.folder import ModelFolder
@@ -46,14 +46,8 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
     log = logging.get()
     log.info("loading the models", folder=str(settings.target), dtype=settings.dtype, device=settings.device)
     drafting = load_drafting(settings) if settings.serving == "colocated" else None
-    engine = Engine(
-        settings.target,
-        dtype=settings.dtype,
-        device=settings.device,
-        threads=settings.threads,
-        budget_tokens=settings.cache_tokens,
-        keep_hidden=drafting is not None and drafting.hidden_size > 0,
-    )
+    keep_hidden = drafting is not None and drafting.hidden_size > 0
+    engine = load_engine(settings.target, settings, keep_hidden=keep_hidden)
     if engine.module_code_reason:
         log.warning(
             "the model is computed by transformers' module code, which is slower", reason=engine.module_code_reason

@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from services.baseline.core.batching import Batcher, SequenceState, StepPart
 from services.baseline.drafts import DraftSlot, InProcessDrafts
@@ -15,9 +16,11 @@ from services.drafter.drafting import Drafting
 from services.verifier.core import replies
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
-from shared.engine import Engine
 from shared.kernels.layout import BLOCK
 from shared.messages import Failure, Generate, Result, Status
+
+if TYPE_CHECKING:
+    from services.verifier.engine_thread import TargetEngine
 
 
 @dataclass
@@ -37,7 +40,7 @@ class EngineLoop:
     """An engine and its sessions. Not thread-safe."""
 
     def __init__(
-        self, engine: Engine, name: str, drafting: Drafting | None, *, prefill_tokens: int, max_running: int
+        self, engine: TargetEngine, name: str, drafting: Drafting | None, *, prefill_tokens: int, max_running: int
     ) -> None:
         """`name` stands for this engine in its results. Without `drafting`, sessions decode plainly."""
         self._engine = engine
@@ -127,6 +130,7 @@ class EngineLoop:
             sampling=session.generate.sampling,
             stop_ids=session.stop_ids,
             room=part.sequence.limit - len(part.sequence.tokens),
+            prompt_len=len(session.generate.prompt),
             prefill_to=part.prefill_to,
         )
 

@@ -19,8 +19,12 @@ from services.drafter.core.profile import HardwareProfile, LinkDelays, LinkProfi
 from shared.errors import SettingsError
 from shared.messages import HiddenStates, Result, Verify
 from shared.runtime import logging
+from shared.twin.lateness import LATENESS
 
 SHIPPED = Path(__file__).parent / "profiles"
+
+TIMER_MS = 0.15
+"""Mean time by which timers of the event loop, which count in milliseconds, are late. Waits are shorter by as much."""
 
 M = TypeVar("M")
 Send = Callable[[Verify], Awaitable[None]]
@@ -146,10 +150,15 @@ class EmulatedLink:
 
     async def wait_for_draft(self, draft_ms: float, measured_ms: float) -> bool:
         metrics.DEVICE_LATE.inc(max(0.0, measured_ms - draft_ms) / 1000)
+        end_s = time.monotonic() + (draft_ms - measured_ms) / 1000
         with suppress(TimeoutError):
-            async with asyncio.timeout(max(0.0, draft_ms - measured_ms) / 1000):
+            async with asyncio.timeout(max(0.0, draft_ms - measured_ms - TIMER_MS) / 1000):
                 await self._cancelled.wait()
-        return not self._cancelled.is_set()
+        if self._cancelled.is_set():
+            return False
+        if draft_ms:
+            LATENESS.add(draft_ms, (time.monotonic() - end_s) * 1000)
+        return True
 
     def cancel(self) -> None:
         self._cancelled.set()
@@ -165,16 +174,19 @@ class _DelayLine(Generic[M]):
     def __init__(self, link: LinkProfile, seed: str, deliver: Callable[[M], Awaitable[None]]) -> None:
         self._delays = LinkDelays(link, seed)
         self._deliver = deliver
-        self._under_way: asyncio.Queue[tuple[float, M]] = asyncio.Queue()
+        self._under_way: asyncio.Queue[tuple[float, float, M]] = asyncio.Queue()
+        """Times of sending and arrival, and the message."""
         self._task = asyncio.create_task(self._run())
 
     def put(self, message: M) -> None:
-        self._under_way.put_nowait((self._delays.arrival_ms(time.monotonic() * 1000), message))
+        now_ms = time.monotonic() * 1000
+        self._under_way.put_nowait((now_ms, self._delays.arrival_ms(now_ms), message))
 
     async def _run(self) -> None:
         while True:
-            arrival_ms, message = await self._under_way.get()
-            await asyncio.sleep(max(0.0, arrival_ms / 1000 - time.monotonic()))
+            sent_ms, arrival_ms, message = await self._under_way.get()
+            await asyncio.sleep(max(0.0, (arrival_ms - TIMER_MS) / 1000 - time.monotonic()))
+            LATENESS.add(arrival_ms - sent_ms, time.monotonic() * 1000 - arrival_ms)
             try:
                 await self._deliver(message)
             except Exception:

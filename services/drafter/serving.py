@@ -311,7 +311,10 @@ class ServedSession:
         if self._hidden_rows is not None and round_.wants(HIDDEN):
             start, rows = self._hidden_rows.run(len(state.tokens))
             states = States(start, rows.copy()) if len(rows) else None
-        return DraftRequest(state.session_id, state.tokens, state.generate.sampling, round_, sources, states)
+        generate = state.generate
+        return DraftRequest(
+            state.session_id, state.tokens, generate.sampling, round_, sources, states, len(generate.prompt)
+        )
 
     def _start_probes(self, made: _MadeDraft) -> None:
         """Start the probes of a round that has been sent."""

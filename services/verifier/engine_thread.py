@@ -1,21 +1,68 @@
-"""The thread in which the engine lives."""
+"""The target's engine, and the thread in which it lives. Loads torch only with a model."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
 
-from shared.engine import Engine
+from shared.twin.layout import is_twin
+
+if TYPE_CHECKING:
+    from shared.engine import Engine
+    from shared.engine.engine import Output
+    from shared.twin.engine import TwinEngine, TwinOutput
+
+    TargetEngine: TypeAlias = Engine | TwinEngine
+    TargetOutput: TypeAlias = Output | TwinOutput
 
 T = TypeVar("T")
+
+
+class EngineSettings(Protocol):
+    """The settings of an engine that computes a model."""
+
+    @property
+    def dtype(self) -> str:
+        """Format of the weights."""
+
+    @property
+    def device(self) -> str:
+        """torch device."""
+
+    @property
+    def threads(self) -> int:
+        """CPU threads."""
+
+    @property
+    def cache_tokens(self) -> int:
+        """KV budget."""
+
+
+def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) -> TargetEngine:
+    """Load the model in a folder, or its twin. Raises ModelError, EngineError and SettingsError."""
+    if is_twin(target):
+        from shared.twin.engine import TwinEngine
+
+        return TwinEngine(target)
+    from shared.engine import Engine
+
+    return Engine(
+        target,
+        dtype=settings.dtype,
+        device=settings.device,
+        threads=settings.threads,
+        budget_tokens=settings.cache_tokens,
+        keep_hidden=keep_hidden,
+    )
 
 
 class EngineThread:
     """An engine and its only thread. Reading the engine's sizes is allowed anywhere, everything else only here."""
 
-    def __init__(self, engine: Engine, executor: ThreadPoolExecutor) -> None:
+    def __init__(self, engine: TargetEngine, executor: ThreadPoolExecutor) -> None:
         """executor: has one worker, the thread in which `engine` was made."""
         self.engine = engine
         self._executor = executor

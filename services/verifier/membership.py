@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Sequence
 from contextlib import suppress
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from services.verifier import metrics
 from services.verifier.core.tasks import FEATURES
@@ -13,11 +14,13 @@ from services.verifier.heartbeat_thread import HeartbeatThread
 from services.verifier.sessions import SessionTable
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.engine import Engine
 from shared.errors import BrokersError
 from shared.messages import CostModel, Heartbeat, Measurement, Residency, Sample
 from shared.runtime import logging
 from shared.state.store import Store
+
+if TYPE_CHECKING:
+    from services.verifier.engine_thread import TargetEngine
 
 HANGING_S = 20.0
 """The heartbeats of a verifier whose event loop has not run for this long end: it replies to no batch either."""
@@ -33,7 +36,7 @@ class Membership:
         self,
         verifier_id: str,
         fingerprint: str,
-        engine: Engine,
+        engine: TargetEngine,
         sessions: SessionTable,
         broker: Broker,
         store: Store,

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 from services.verifier.core.profile_plan import ProfileBatch, ProfilePlan, profile_batches
-from shared.engine import Engine, Step
 from shared.engine.blocks import block_names
+from shared.engine.steps import Step
 from shared.kernels.layout import BLOCK
 from shared.messages import Measurement
+
+if TYPE_CHECKING:
+    from services.verifier.engine_thread import TargetEngine
 
 BUDGET_S = 3.0
 """Time of a profile after its first batch, which also loads and touches memory."""
@@ -17,7 +21,7 @@ LIMIT_S = 4.5
 """Time of the whole. A stalled machine may exceed it by what one batch takes longer than expected."""
 
 
-def profile(engine: Engine, budget_s: float = BUDGET_S) -> Sequence[Measurement]:
+def profile(engine: TargetEngine, budget_s: float = BUDGET_S) -> Sequence[Measurement]:
     """Measure batches of several shapes for about `budget_s`, at most `LIMIT_S`; return the measurements.
 
     One batch, the smallest, runs whatever the budget is. The engine must have no sessions; its cache is empty
@@ -28,15 +32,15 @@ def profile(engine: Engine, budget_s: float = BUDGET_S) -> Sequence[Measurement]
     plan = ProfilePlan(batches, budget_s * 1000, LIMIT_S * 1000)
     try:
         while (batch := plan.next((time.perf_counter() - started) * 1000)) is not None:
-            plan.add(batch, _measure(engine, batch))
+            plan.add(batch, measure_batch(engine, batch))
     finally:
         # Its blocks hold no real keys and values, so no session may share them.
         engine.reset()
     return plan.measured
 
 
-def _measure(engine: Engine, batch: ProfileBatch) -> float:
-    """Return the milliseconds of a batch."""
+def measure_batch(engine: TargetEngine, batch: ProfileBatch) -> float:
+    """Return the milliseconds of a batch. The engine has no sessions of its own."""
     steps = []
     for job in range(batch.jobs):
         session_id = f"profile-{job}"
@@ -45,14 +49,14 @@ def _measure(engine: Engine, batch: ProfileBatch) -> float:
         engine.attach(session_id, tokens[: batch.context + 1])
         steps.append(Step(session_id, tokens[batch.context :], batch.rows))
     started = time.perf_counter()
-    engine.forward(steps).logits.argmax(-1).tolist()
+    engine.forward(steps).wait()
     elapsed_ms = (time.perf_counter() - started) * 1000
     for step in steps:
         engine.release(step.session)
     return elapsed_ms
 
 
-def _fill(engine: Engine, tokens: Sequence[int]) -> None:
+def _fill(engine: TargetEngine, tokens: Sequence[int]) -> None:
     """Put blocks of zeros into the cache in place of the tokens' keys and values: computing them would take longer
     than the batches, and the time of attention does not depend on them."""
     for name in block_names(tokens):

@@ -6,10 +6,11 @@ import asyncio
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from typing import TYPE_CHECKING
 
 from services.verifier.batches import BatchLoop
 from services.verifier.core.emulation import EmulatedCost
-from services.verifier.engine_thread import EngineThread
+from services.verifier.engine_thread import EngineThread, load_engine
 from services.verifier.handoff import Handoff
 from services.verifier.heartbeat_thread import HeartbeatThread
 from services.verifier.membership import Membership
@@ -19,7 +20,6 @@ from services.verifier.settings import VerifierSettings
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.cost.fit import VerifierFit
-from shared.engine import Engine
 from shared.messages import Batch, Cancel, Halt, Measurement, Message, Release
 from shared.models.folder import ModelFolder
 from shared.runtime import logging
@@ -27,6 +27,10 @@ from shared.runtime.health import HEALTH
 from shared.runtime.service import running
 from shared.state.registry import Registry
 from shared.state.store import Store
+from shared.twin.layout import is_twin
+
+if TYPE_CHECKING:
+    from services.verifier.engine_thread import TargetEngine
 
 QUIET_S = 0.3
 """Time that a draining verifier waits for batches whose scheduler did not know of it yet."""
@@ -36,7 +40,8 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
     """Run a verifier until `stop` is set and its accepted batches are done."""
     log = logging.get()
     folder = ModelFolder(settings.target)
-    folder.require_weights()
+    if not is_twin(settings.target):
+        folder.require_weights()
     fingerprint = folder.fingerprint(settings.dtype)
     executor = ThreadPoolExecutor(1, thread_name_prefix="model")
     log.info("loading the target model", folder=str(settings.target), dtype=settings.dtype, device=settings.device)
@@ -82,15 +87,8 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
         executor.shutdown()
 
 
-def _load_engine(settings: VerifierSettings) -> Engine:
-    return Engine(
-        settings.target,
-        dtype=settings.dtype,
-        device=settings.device,
-        threads=settings.threads,
-        budget_tokens=settings.cache_tokens,
-        keep_hidden=settings.keep_hidden,
-    )
+def _load_engine(settings: VerifierSettings) -> TargetEngine:
+    return load_engine(settings.target, settings, keep_hidden=settings.keep_hidden)
 
 
 class Verifier:

@@ -89,6 +89,7 @@ class SessionTable:
             sampling=session.request.sampling,
             stop_ids=frozenset(session.request.stop_ids),
             room=session.request.max_length - len(session.tokens),
+            prompt_len=session.request.prompt_len,
             prefill_to=job.prefill_to,
             hidden_from=job.hidden_from,
             hidden_format=job.hidden_format,

@@ -1,6 +1,6 @@
 """One batch through the target model: forward pass, the target's choices, acceptance, rollback.
 
-Runs in the engine's thread.
+Runs in the engine's thread. Loads no torch: the engine may be a twin, which has no model.
 """
 
 from __future__ import annotations
@@ -8,23 +8,23 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from itertools import takewhile
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from services.verifier.core.acceptance import accept
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared import cost
-from shared.engine import Engine, Step
+from shared.engine.steps import ChoiceRow, Step
 from shared.errors import WispError
 from shared.messages import BatchShape
 from shared.models.hidden_states import Part, parts
 from shared.sampling.rules import LogitsProcessor
-from shared.sampling.sampler import choose
+
+if TYPE_CHECKING:
+    from services.verifier.engine_thread import TargetEngine, TargetOutput
 
 
 def verify(
-    engine: Engine, tasks: Sequence[VerifyTask], *, digests: bool = False
+    engine: TargetEngine, tasks: Sequence[VerifyTask], *, digests: bool = False
 ) -> tuple[list[VerifyOutcome], list[BatchShape]]:
     """Verify all tasks; return their outcomes and the shape of each forward pass that ran.
 
@@ -47,7 +47,7 @@ def verify(
 
 
 def _verify_at_once(
-    engine: Engine, tasks: Sequence[VerifyTask], digests: bool
+    engine: TargetEngine, tasks: Sequence[VerifyTask], digests: bool
 ) -> tuple[list[VerifyOutcome], BatchShape]:
     drafts = [_usable_draft(engine, task) for task in tasks]
     steps = [_step(engine, task, draft) for task, draft in zip(tasks, drafts, strict=True)]
@@ -56,7 +56,7 @@ def _verify_at_once(
         # All tasks are chunks of prefill that were cached already.
         done = [VerifyOutcome(None, 0, engine.cached(task.session_id), 0) for task in tasks]
         return done, cost.EMPTY
-    logits = engine.forward(computed).logits
+    output = engine.forward(computed)
     shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in computed)
 
     rounds = [i for i, step in enumerate(steps) if step.rows]
@@ -65,7 +65,7 @@ def _verify_at_once(
     for i in rounds:
         starts[i] = row
         row += steps[i].rows
-    choices = _choices(logits, tasks, drafts, starts)
+    choices = _choices(output, tasks, drafts, starts)
 
     outcomes = []
     for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
@@ -82,13 +82,15 @@ def _verify_at_once(
                 engine.cached(task.session_id),
                 len(step.tokens),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
-                logits_digest=_digest(task, logits[starts[i] : starts[i] + len(choices[i])]) if digests else None,
+                logits_digest=_digest(task, output.bits(slice(starts[i], starts[i] + len(choices[i]))))
+                if digests
+                else None,
             ),
         )
     return outcomes, shape
 
 
-def _usable_draft(engine: Engine, task: VerifyTask) -> list[int]:
+def _usable_draft(engine: TargetEngine, task: VerifyTask) -> list[int]:
     """Return the part of a draft that is verified.
 
     It holds no more tokens than may be committed beside the bonus token, and than the context has room for. It ends
@@ -100,7 +102,7 @@ def _usable_draft(engine: Engine, task: VerifyTask) -> list[int]:
     return list(takewhile(lambda token: token < engine.vocab_size, task.draft[:most]))
 
 
-def _step(engine: Engine, task: VerifyTask, draft: list[int]) -> Step:
+def _step(engine: TargetEngine, task: VerifyTask, draft: list[int]) -> Step:
     """Attach a task's session and return its part of the forward pass."""
     # The last token's logits are needed, so it is computed again even if its KV is cached.
     held = min(engine.attach(task.session_id, task.tokens), len(task.tokens) - 1)
@@ -110,26 +112,24 @@ def _step(engine: Engine, task: VerifyTask, draft: list[int]) -> Step:
     return Step(task.session_id, [*task.tokens[held:], *draft], rows=len(draft) + 1)
 
 
-def _digest(task: VerifyTask, logits: Tensor) -> str:
-    """Return a digest of the bits of these rows, from which the target's choices were made."""
-    bits = logits.contiguous().view(torch.uint8).numpy(force=True)
+def _digest(task: VerifyTask, bits: bytes) -> str:
+    """Return a digest of the bits of the rows from which the target's choices were made."""
     digest = task.digest or hashlib.sha256()
-    digest.update(bits.tobytes())
+    digest.update(bits)
     return str(digest.hexdigest()[:16])
 
 
-def _hidden(engine: Engine, task: VerifyTask) -> list[Part]:
+def _hidden(engine: TargetEngine, task: VerifyTask) -> list[Part]:
     """Return the packed hidden states that a task asks for, as far as the session is cached."""
     held = engine.cached(task.session_id)
     if task.hidden_from is None or task.hidden_from >= held or not engine.keeps_hidden:
         return []
-    rows = engine.hidden(task.session_id, task.hidden_from, held)
-    bits = rows.to(torch.bfloat16).view(torch.uint16).numpy(force=True)
+    bits = engine.hidden_bits(task.session_id, task.hidden_from, held)
     return list(parts(bits, task.hidden_from, task.hidden_format))
 
 
 def _choices(
-    logits: Tensor, tasks: Sequence[VerifyTask], drafts: Sequence[Sequence[int]], starts: dict[int, int]
+    output: TargetOutput, tasks: Sequence[VerifyTask], drafts: Sequence[Sequence[int]], starts: dict[int, int]
 ) -> dict[int, list[int]]:
     """Return the target's choices by task, position after position, up to the first that differs from the draft.
 
@@ -142,11 +142,17 @@ def _choices(
     agreeing = list(starts)
     depth = 0
     while agreeing:
-        chosen = choose(
-            logits[[starts[i] + depth for i in agreeing]],
-            [tasks[i].sampling for i in agreeing],
-            [len(tasks[i].tokens) + depth for i in agreeing],
-            [ruled.get(i) for i in agreeing] if ruled else (),
+        chosen = output.choose(
+            [
+                ChoiceRow(
+                    starts[i] + depth,
+                    tasks[i].sampling,
+                    len(tasks[i].tokens) + depth,
+                    tasks[i].prompt_len,
+                    ruled.get(i),
+                )
+                for i in agreeing
+            ]
         )
         for i, token in zip(agreeing, chosen, strict=True):
             choices[i].append(token)

@@ -8,9 +8,21 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from shared.engine.engine import Engine, Step
+    from shared.engine.engine import Engine
+    from shared.engine.steps import Step
 
-__all__ = ["Engine", "Step", "attention", "blocks", "compiled_pass", "engine", "forward", "module_pass", "trial"]
+__all__ = [
+    "Engine",
+    "Step",
+    "attention",
+    "blocks",
+    "compiled_pass",
+    "engine",
+    "forward",
+    "module_pass",
+    "steps",
+    "trial",
+]
 
 
 def __getattr__(name: str) -> Any:

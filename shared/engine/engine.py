@@ -10,26 +10,20 @@ from typing import Final
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from shared.engine.blocks import BlockPool, Growth
 from shared.engine.forward import ForwardPass, require_model_folder, usable
+from shared.engine.steps import ChoiceRow, Step
 from shared.errors import BadStep, EngineError, ModelError, TooLong
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
 from shared.models.description import Inconsistent, NotDescribed
 from shared.models.weight_files import read_config
+from shared.sampling.sampler import choose
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16, "gguf": torch.bfloat16}
 """Type of kept hidden states, and of the weights in module code, by format of weights (`folder.DTYPES`)."""
-
-
-@dataclass(frozen=True, slots=True)
-class Step:
-    """One session's part of a forward pass: new tokens after the cached ones, with logits for the last `rows`."""
-
-    session: str
-    tokens: Sequence[int]
-    rows: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +36,23 @@ class Output:
     def rows(self, step: int) -> slice:
         """Return the rows of the i-th step: `output.logits[output.rows(i)]`."""
         return slice(self.offsets[step], self.offsets[step + 1])
+
+    def choose(self, rows: Sequence[ChoiceRow]) -> list[int]:
+        """Return the model's token for each of these rows."""
+        return choose(
+            self.logits[[one.row for one in rows]],
+            [one.sampling for one in rows],
+            [one.position for one in rows],
+            [one.processor for one in rows] if any(one.processor for one in rows) else (),
+        )
+
+    def wait(self) -> None:
+        """Wait until the pass is computed, which an accelerator does in the background, and its logits are read."""
+        self.logits.argmax(-1).tolist()
+
+    def bits(self, rows: slice) -> bytes:
+        """Return the bits of rows of logits, from which tokens are chosen."""
+        return self.logits[rows].contiguous().view(torch.uint8).numpy(force=True).tobytes()
 
 
 class Engine:
@@ -134,6 +145,11 @@ class Engine:
             raise EngineError("this engine keeps no hidden states; make it with keep_hidden=True")
         stop = max(start, min(stop, self.cached(session)))
         return self._hidden[self._slots([(session, start, stop - start)])] if stop > start else self._hidden[:0].clone()
+
+    def hidden_bits(self, session: str, start: int, stop: int) -> NDArray[np.uint16]:
+        """Return the held hidden states at these positions as the bits of bfloat16; see `hidden`."""
+        rows = self.hidden(session, start, stop)
+        return rows.to(torch.bfloat16).view(torch.uint16).numpy(force=True)
 
     @property
     def layout(self) -> str:

@@ -12,7 +12,8 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.engine import Engine, Step
+from shared.engine.engine import Engine
+from shared.engine.steps import Step
 from shared.errors import EngineError, ModelError
 from shared.kernels.layout import BLOCK
 

@@ -9,12 +9,12 @@ from statistics import fmean
 
 import pytest
 
+from services.drafter.core.synthetic import DraftProcess
 from services.tools.bench.load.arms import Arm
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending, RequestRecord
 from services.tools.simulator.arms import (
     SCENARIOS,
-    TARGETS,
     SimulatedPoint,
     hardware_of,
     read,
@@ -23,11 +23,12 @@ from services.tools.simulator.arms import (
     target_of,
     world_of,
 )
-from services.tools.simulator.core.drafts import DraftProcess
-from services.tools.simulator.core.scenario import Acceptance, Scenario, parse_scenario
-from services.tools.simulator.core.target import parse_target
+from services.tools.simulator.core.scenario import Scenario, parse_scenario
 from shared import cost
 from shared.errors import SettingsError
+from shared.twin.files import load_target, shipped_targets, target_text
+from shared.twin.profile import parse_target
+from shared.twin.spec import Acceptance
 
 ARMS = ("centralized", "colocated", "sled", "wisp", "wisp+", "wisp+/runs")
 WINDOW = Window(warm_up_s=1.0, measure_s=6.0, drain_s=60.0)
@@ -42,10 +43,9 @@ def records(arm: str, spec: Scenario, sessions: int, seed: int = 1) -> Sequence[
     return simulate(SimulatedPoint(Arm(arm), sessions, 0, seed), spec, WINDOW)[1]
 
 
-@pytest.mark.parametrize("name", shipped(TARGETS, ".toml"))
+@pytest.mark.parametrize("name", shipped_targets())
 def test_a_shipped_target_has_room_for_sessions(name: str) -> None:
-    target = parse_target(read(name, TARGETS, ".toml", "target"), name)
-    assert target.kv_tokens > 10_000
+    assert load_target(name).kv_tokens > 10_000
 
 
 @pytest.mark.parametrize("name", shipped(SCENARIOS, ".yaml"))
@@ -65,7 +65,7 @@ def test_a_step_takes_the_longer_of_reading_and_computing() -> None:
 
 
 def test_weights_that_leave_no_room_are_an_error() -> None:
-    text = read("a100-qwen3-32b", TARGETS, ".toml", "target").replace("memory_gb = 80", "memory_gb = 40")
+    text = target_text("a100-qwen3-32b").replace("memory_gb = 80", "memory_gb = 40")
     with pytest.raises(SettingsError, match="leave no room for KV"):
         _ = parse_target(text, "small").kv_tokens
 
@@ -123,7 +123,7 @@ def test_drafts_make_a_lone_session_faster_where_they_are_good() -> None:
 
 def test_a_full_memory_holds_no_more_than_its_tokens(tmp_path: Path) -> None:
     small = tmp_path / "small.toml"
-    text = read("a100-qwen3-32b", TARGETS, ".toml", "target")
+    text = target_text("a100-qwen3-32b")
     small.write_text(text.replace("memory_gb = 80", "memory_gb = 72.5"))
     spec = scenario(target=str(small))
     world = world_of(Arm("centralized"), spec, hardware_of(spec), 1)
@@ -177,7 +177,7 @@ def test_a_length_beyond_what_a_simulation_takes_is_an_error(tokens: float) -> N
 )
 def test_absurd_numbers_of_a_target_are_an_error(change: str, message: str) -> None:
     replaced = {line.split(" =")[0] for line in change.splitlines()}
-    lines = read("a100-qwen3-8b", TARGETS, ".toml", "target").splitlines()
+    lines = target_text("a100-qwen3-8b").splitlines()
     text = "\n".join([*(line for line in lines if line.split(" =")[0] not in replaced), change])
     with pytest.raises(SettingsError, match=message):
         parse_target(text, "mine").cost_model("verifier")

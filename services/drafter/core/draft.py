@@ -37,6 +37,8 @@ class DraftRequest:
     """The sources that may propose tokens, as in `DraftToken.source`."""
     states: States | None = None
     """Hidden states that the source has not read yet, up to the one before the last token; None if any is missing."""
+    prompt_len: int = 0
+    """Tokens of the session's prompt, with which `tokens` begins."""
 
 
 @dataclass(frozen=True)

@@ -15,4 +15,5 @@ __all__ = [
     "model",
     "registry",
     "statistics",
+    "twin",
 ]

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -24,6 +25,9 @@ from shared.errors import EngineError
 from shared.lookup import LookupText
 from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import Columns, choose_in_rows
+
+if TYPE_CHECKING:
+    from services.drafter.sources.twin import TwinDraftEngine
 
 WINDOW = 8
 """Most committed tokens that are computed for a session at once: the states before them hold what came earlier.
@@ -46,7 +50,9 @@ class _HiddenSession:
 
 
 @dataclass
-class _DraftInProgress:
+class DraftInProgress:
+    """A draft that grows token by token."""
+
     request: DraftRequest
     session: _HiddenSession
     tokens: list[int] = field(default_factory=list)
@@ -82,6 +88,7 @@ class _DraftInProgress:
         return DraftStep(self.request.session_id, [token], self.session.latest[None])
 
     def finished(self) -> Draft:
+        """Return the draft."""
         return Draft(self.tokens, {HIDDEN: self.steps} if self.steps else {}, self.computed, self.dropped)
 
     def add(self, token_id: int, token: DraftToken) -> DraftDecision:
@@ -99,7 +106,7 @@ class HiddenDrafts:
 
     blocking = True
 
-    def __init__(self, engine: DraftEngine, window: int = WINDOW) -> None:
+    def __init__(self, engine: DraftEngine | TwinDraftEngine, window: int = WINDOW) -> None:
         """window: most committed tokens that are computed for a session at once."""
         self._engine = engine
         self._window = window
@@ -136,7 +143,7 @@ class HiddenDrafts:
         A session whose states or cache room are missing gets copies, if allowed, or an empty draft.
         """
         drafts = [
-            _DraftInProgress(request, self._sessions.setdefault(request.session_id, _HiddenSession()))
+            DraftInProgress(request, self._sessions.setdefault(request.session_id, _HiddenSession()))
             for request in requests
         ]
         steps: dict[int, DraftStep] = {}
@@ -159,7 +166,7 @@ class HiddenDrafts:
     def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
         """Continue each draft: the token that should follow it, and a draft after that token."""
         drafts = [
-            _DraftInProgress(
+            DraftInProgress(
                 replace(request, tokens=[*request.tokens, *made.tokens]),
                 self._sessions.get(request.session_id, _HiddenSession()),
             )
@@ -179,7 +186,7 @@ class HiddenDrafts:
         self._draft(drafts, self._forward(drafts, wanting))
         return [DraftAhead(bonus[i], draft.finished()) if i in bonus else None for i, draft in enumerate(drafts)]
 
-    def _catch_up(self, draft: _DraftInProgress) -> DraftStep | None:
+    def _catch_up(self, draft: DraftInProgress) -> DraftStep | None:
         """Return the step that computes the committed tokens not computed yet; None if a state is missing."""
         request, session = draft.request, draft.session
         count = len(request.tokens)
@@ -200,12 +207,12 @@ class HiddenDrafts:
             before = np.concatenate([np.zeros((1, self._engine.hidden_size), np.float32), before])
         return DraftStep(request.session_id, request.tokens[start:], before)
 
-    def _behind(self, draft: _DraftInProgress) -> DraftStep | None:
+    def _behind(self, draft: DraftInProgress) -> DraftStep | None:
         """Return the step for the first token that the engine does not hold."""
         held = draft.session.first + self._engine.length(draft.request.session_id)
         return draft.step(draft.request.tokens[held]) if held < len(draft.request.tokens) else None
 
-    def _forward(self, drafts: Sequence[_DraftInProgress], steps: dict[int, DraftStep]) -> list[int]:
+    def _forward(self, drafts: Sequence[DraftInProgress], steps: dict[int, DraftStep]) -> list[int]:
         """Compute steps, keyed by index into `drafts`, and return the indices of those that succeeded.
 
         A step whose estimate is not finite, since the target's states are broken, counts as failed.
@@ -229,7 +236,7 @@ class HiddenDrafts:
             drafts[i].session.latest = estimate
         return sound
 
-    def _draft(self, drafts: Sequence[_DraftInProgress], going: Sequence[int]) -> None:
+    def _draft(self, drafts: Sequence[DraftInProgress], going: Sequence[int]) -> None:
         """Draft token by token while the rounds want more. going: indices of drafts whose last token is computed."""
         while going := [i for i in going if drafts[i].request.round.wants(HIDDEN)]:
             chosen, tokens = self._choose([drafts[i] for i in going])
@@ -244,7 +251,7 @@ class HiddenDrafts:
                     steps[i] = draft.step(token_id)
             going = self._forward(drafts, steps)
 
-    def _choose(self, drafts: Sequence[_DraftInProgress]) -> tuple[list[int], list[DraftToken]]:
+    def _choose(self, drafts: Sequence[DraftInProgress]) -> tuple[list[int], list[DraftToken]]:
         """Return the id of the model's next token for each draft, and its statistics."""
         if not drafts:
             return [], []
@@ -255,7 +262,7 @@ class HiddenDrafts:
         return chosen, draft_tokens(HIDDEN, logits, self._columns.ids.searchsorted(chosen).tolist())
 
 
-def _compared(draft: _DraftInProgress, token_id: int, token: DraftToken) -> DraftToken | None:
+def _compared(draft: DraftInProgress, token_id: int, token: DraftToken) -> DraftToken | None:
     """Compare the model's token with the one that lookup would copy.
 
     Returns the token to add, or None if copies were added instead.
@@ -274,7 +281,7 @@ def _compared(draft: _DraftInProgress, token_id: int, token: DraftToken) -> Draf
     return None
 
 
-def _copy(draft: _DraftInProgress, *, agreed: bool, contested: bool = False) -> None:
+def _copy(draft: DraftInProgress, *, agreed: bool, contested: bool = False) -> None:
     """Copy as far as the controller allows. agreed, contested: whether the model's token is the first of the copies."""
     round_ = draft.request.round
     room = round_.longest - len(draft.tokens)

@@ -14,13 +14,15 @@ from typing import TYPE_CHECKING, Literal
 
 from services.drafter.core.draft import DraftSource, NoDrafts
 from services.drafter.core.lookup import LOOKUP, LookupDrafts
-from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
+from services.drafter.hidden.card import CONTROLLER, SHIPPED, HiddenDraftFolder, shipped_for
 from shared.errors import ModelError
 from shared.models.folder import ModelFolder
 from shared.runtime import logging
+from shared.twin.layout import TRACE, is_twin
 
 if TYPE_CHECKING:
     from services.drafter.settings import DraftSettings
+    from services.drafter.sources.hidden import HiddenDrafts
 
 AUTO = "auto"
 """The choice that leaves the source to the drafter: the first of `PREFERRED` that is available."""
@@ -28,8 +30,10 @@ NONE = "none"
 """The source that never drafts."""
 FALLBACK = "lookup"
 """The source that needs no model and fits any vocabulary."""
-PREFERRED = ("combined", FALLBACK)
+PREFERRED = ("combined", "hidden", FALLBACK)
 MODEL, HIDDEN = "model", "hidden"
+TWIN_CONTROLLER = SHIPPED / "twin" / "controller.json"
+"""Weights of the controller for the drafts of a twin: the estimate of the draft is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +73,7 @@ def load_sources(settings: DraftSettings) -> dict[str, LoadedSource]:
     torch_missing = importlib.util.find_spec("torch") is None
     loaded: dict[str, LoadedSource] = {}
     for name, kind in SOURCES.items():
-        if kind.needs_torch and torch_missing:
+        if kind.needs_torch and torch_missing and not is_twin(settings.target):
             if kind.required(settings):
                 raise ModelError(f"the draft source {name!r} needs torch: pip install 'wisp[model]'")
         elif (source := kind.load(settings, loaded)) is not None:
@@ -82,6 +86,8 @@ def _requires_hidden(settings: DraftSettings) -> bool:
 
 
 def _load_hidden(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> LoadedSource | None:
+    if is_twin(settings.target):
+        return _load_twin(settings)
     folder = _hidden_draft(settings)
     if folder is None:
         return None
@@ -104,6 +110,43 @@ def _load_hidden(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) ->
         context=target.max_len,
         controller=folder.controller,
     )
+
+
+def _load_twin(settings: DraftSettings) -> LoadedSource | None:
+    """Load the drafts of a twin. An emulated device takes the time of their steps."""
+    if settings.draft_source not in (AUTO, HIDDEN, "combined"):
+        return None
+    from services.drafter.sources.twin import TraceDrafts, TwinDraftEngine, TwinDrafts
+    from shared.twin.folder import TwinFolder
+    from shared.twin.text import SyntheticText
+
+    twin = TwinFolder.open(settings.target)
+    step_ms = 0.0 if getattr(settings, "device_profile", "") else twin.spec.draft_step_ms
+    engine = TwinDraftEngine(settings.cache_tokens, step_ms)
+    controller = TWIN_CONTROLLER
+    if twin.trace is not None:
+        source: HiddenDrafts = TraceDrafts(engine, twin.trace)
+        controller = SHIPPED / str(twin.trace.facts.get("draft")) / CONTROLLER
+    else:
+        source = TwinDrafts(engine, twin.spec.acceptance, SyntheticText(twin.spec))
+    return LoadedSource(
+        source,
+        hidden_size=engine.hidden_size,
+        context=ModelFolder(settings.target).max_len,
+        controller=controller if controller.is_file() else None,
+    )
+
+
+def _load_combined(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) -> LoadedSource | None:
+    """Return the source `hidden`, which copies too where a request allows both.
+
+    Raises ModelError for a twin that answers with random words.
+    """
+    if not is_twin(settings.target) or (settings.target / TRACE).is_file():
+        return loaded.get("hidden")
+    if settings.draft_source == "combined":
+        raise ModelError("random words repeat nothing that could be copied; choose draft source hidden or auto")
+    return None
 
 
 def _hidden_draft(settings: DraftSettings) -> HiddenDraftFolder | None:
@@ -153,10 +196,9 @@ SOURCES: Mapping[str, SourceKind] = {
     "hidden": SourceKind(
         (HIDDEN,), _load_hidden, required=_requires_hidden, needs_torch=True, reads_hidden_states=True
     ),
-    # The same source as `hidden`: it copies beside the model where a request allows both.
     "combined": SourceKind(
         (HIDDEN, LOOKUP),
-        lambda settings, loaded: loaded.get("hidden"),
+        _load_combined,
         needs_torch=True,
         reads_hidden_states=True,
     ),

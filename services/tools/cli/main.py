@@ -22,6 +22,7 @@ from services.tools.cli import (
     keys_command,
     models_command,
     top_command,
+    trace_command,
 )
 from services.tools.cli.replay import command as replay_command
 from services.tools.cli.stack_options import (
@@ -35,7 +36,9 @@ from services.tools.cli.stack_options import (
     ServingOption,
     StackCommand,
     TargetOption,
+    TargetProfileOption,
     ThreadsOption,
+    TraceOption,
     VerifiersOption,
     stack_for,
 )
@@ -54,6 +57,7 @@ app.add_typer(controller_command.app, name="controller")
 app.add_typer(keys_command.app, name="keys")
 app.add_typer(broker_command.app, name="broker")
 app.add_typer(journal_command.app, name="journal")
+app.add_typer(trace_command.app, name="trace")
 app.command()(top_command.top)
 app.command()(replay_command.replay)
 
@@ -71,6 +75,7 @@ class Benchmark(StrEnum):
     SCALING = "scaling"
     SCHEDULER = "scheduler"
     STREAM = "stream"
+    TWIN = "twin"
 
 
 BENCHMARK_EXTRAS = {
@@ -80,6 +85,7 @@ BENCHMARK_EXTRAS = {
     Benchmark.ROUNDS: ("gateway", "model", "client"),
     Benchmark.SCALING: ("gateway", "model", "client"),
     Benchmark.STREAM: ("gateway", "model", "client"),
+    Benchmark.TWIN: ("gateway", "model", "client", "bench", "simulator"),
 }
 """Extras that a benchmark needs; the others need `model`."""
 PASSED_ON = {"allow_extra_args": True, "ignore_unknown_options": True}
@@ -112,6 +118,8 @@ def up(
     draft_model: DraftModelOption = None,
     hidden_draft: HiddenDraftOption = None,
     serving: ServingOption = ServingChoice.WISP,
+    target_profile: TargetProfileOption = None,
+    trace: TraceOption = None,
 ) -> None:
     """Run the suite in the foreground, for any OpenAI client. Ctrl-C stops it."""
     with errors_shown():
@@ -134,6 +142,8 @@ def up(
             host=host,
             port=port,
             api_keys=key_file,
+            target_profile=target_profile,
+            trace=trace,
         )
 
         async def work() -> None:
@@ -287,6 +297,14 @@ def simulate(context: typer.Context) -> None:
     with errors_shown():
         require("simulator")
         _replace_by("services.tools.simulator", context)
+
+
+@app.command(context_settings=PASSED_ON, add_help_option=False)
+def calibrate(context: typer.Context) -> None:
+    """Measure the times of an architecture on this machine, for simulations and twins (`wisp calibrate --help`)."""
+    with errors_shown():
+        require("model")
+        _replace_by("services.tools.twin.calibrate", context)
 
 
 @app.command(context_settings={**PASSED_ON, "help_option_names": []})

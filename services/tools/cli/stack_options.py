@@ -97,6 +97,18 @@ HiddenDraftOption = Annotated[
         "--hidden-draft", help="Folder written by `wisp draft train`. \\[default: the draft shipped with WISP]"
     ),
 ]
+TargetProfileOption = Annotated[
+    str | None,
+    typer.Option(
+        "--target-profile",
+        help="Serve the twin of a target on hardware that is not here: a shipped profile, such as a100-qwen3-32b, or "
+        "a file of `wisp calibrate`. Answers are random words, or those of --trace.",
+    ),
+]
+TraceOption = Annotated[
+    str | None,
+    typer.Option("--trace", help="Trace of --target-profile: a shipped name, or a file of `wisp trace record`."),
+]
 ServingOption = Annotated[
     ServingChoice,
     typer.Option(
@@ -122,16 +134,19 @@ def stack_for(
     host: str = "127.0.0.1",
     port: int = 0,
     api_keys: Path | None = None,
+    target_profile: str | None = None,
+    trace: str | None = None,
     console: Console = out,
 ) -> Stack:
     """Prepare the models and return the stack that the options describe, not started. Raises WispError.
 
-    console: shows the progress.
+    target_profile: serve its twin, with the tokenizer of `target` and the texts of `trace`. console: shows the
+    progress.
     """
     from services.tools.local.progress import ConsoleProgress
     from services.tools.local.settings import LocalSettings
     from services.tools.local.stack import Stack
-    from services.tools.local.target import prepare_target, refuse_bad_sampling
+    from services.tools.local.target import prepare_target, prepare_twin, refuse_bad_sampling
 
     if draft == "model" and draft_model is None:
         raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
@@ -139,6 +154,8 @@ def stack_for(
         raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
     if serving is ServingChoice.CENTRALIZED and (draft or draft_model or hidden_draft):
         raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
+    if trace and not target_profile:
+        raise SettingsError("--trace needs the hardware whose time is taken: --target-profile NAME")
     progress = ConsoleProgress(console)
     env = {
         "WISP_DTYPE": dtype.value if dtype else None,
@@ -159,6 +176,10 @@ def stack_for(
         progress=progress,
     )
     stack.refuse_bad_settings()
-    stack.target = prepare_target(target or LocalSettings().target, progress).absolute()
+    wanted = target or LocalSettings().target
+    if target_profile:
+        stack.target = prepare_twin(target_profile, wanted, progress, trace=trace)
+    else:
+        stack.target = prepare_target(wanted, progress).absolute()
     refuse_bad_sampling(stack.target)
     return stack

@@ -21,7 +21,11 @@ def prepare_target(target: str, progress: Progress) -> Path:
     Shows progress only if there is work to do.
     """
     from shared.models.prepare import prepare
+    from shared.twin.folder import TwinFolder
+    from shared.twin.layout import is_twin
 
+    if is_twin(Path(target)):
+        return TwinFolder.open(Path(target)).path.absolute()
     with ExitStack() as shown:
         step: ProgressStep | None = None
 
@@ -33,6 +37,29 @@ def prepare_target(target: str, progress: Progress) -> Path:
             step.detail(f"{doing} {share:.0%}")
 
         return prepare(target, models_folder(), show).absolute()
+
+
+def prepare_twin(
+    profile: str,
+    tokenizer: str,
+    progress: Progress,
+    acceptance: float | None = None,
+    trace: str | None = None,
+    to: Path | None = None,
+) -> Path:
+    """Return the folder of a target profile's twin, made with the tokenizer of a packaged model or a model's folder.
+
+    acceptance: mean chance of its draft tokens. trace: name or file of a trace, which gives answers and drafts. to: its
+    folder, in the state folder by default. Raises WispError.
+    """
+    from shared.twin.files import trace_path
+    from shared.twin.folder import write_twin
+    from shared.twin.spec import Acceptance
+
+    given = Acceptance() if acceptance is None else Acceptance(mean=acceptance)
+    folder = to or state_folder() / "twins" / Path(profile).stem
+    file = trace_path(trace) if trace else None
+    return write_twin(profile, prepare_target(tokenizer, progress), folder, given, trace=file).path.absolute()
 
 
 def refuse_bad_sampling(folder: Path) -> None:

@@ -14,12 +14,12 @@ from services.tools.bench.load.core.results import MeasuredPoint
 from services.tools.simulator.core.central import CentralWorld
 from services.tools.simulator.core.scenario import Scenario
 from services.tools.simulator.core.suite import SuiteWorld
-from services.tools.simulator.core.target import TargetProfile, parse_target
 from services.tools.simulator.core.world import SimulatedHardware, World
 from shared.errors import SettingsError
+from shared.twin.files import load_target
+from shared.twin.profile import TargetProfile
 
 SCENARIOS = Path(__file__).parent / "scenarios"
-TARGETS = Path(__file__).parent / "targets"
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ def read(wanted: str, folder: Path, suffix: str, what: str) -> str:
 
 def target_of(scenario: Scenario) -> TargetProfile:
     """Return the scenario's target. Raises SettingsError."""
-    return parse_target(read(scenario.target, TARGETS, ".toml", "target profile"), scenario.target)
+    return load_target(scenario.target)
 
 
 def hardware_of(scenario: Scenario) -> SimulatedHardware:

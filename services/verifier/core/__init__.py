@@ -1,3 +1,3 @@
 """Pure: acceptance, replies to a batch, and the estimates around KV and emulation."""
 
-__all__ = ["acceptance", "replies", "runs", "tasks"]
+__all__ = ["acceptance", "profile_plan", "replies", "runs", "tasks"]

@@ -120,6 +120,7 @@ class RunTable:
             sampling=task.sampling,
             stop_ids=task.stop_ids,
             room=task.room - len(verdict.tokens),
+            prompt_len=task.prompt_len,
             digest=hashlib.sha256() if self._digests else None,
         )
         run = Run(

@@ -26,6 +26,8 @@ class VerifyTask:
     stop_ids: frozenset[int]
     room: int
     """Tokens that the session may still get, at least 1."""
+    prompt_len: int = 0
+    """Tokens of the prompt."""
     prefill_to: int | None = None
     """Only extend the cache to this length."""
     hidden_from: int | None = None

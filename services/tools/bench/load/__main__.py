@@ -34,6 +34,8 @@ from services.tools.bench.support.options import (
 from services.tools.bench.support.report import machine, terminal
 from services.tools.cli.terminal import INTERRUPTED, errors_shown, run
 from services.tools.local.progress import ConsoleProgress
+from services.tools.local.settings import LocalSettings
+from services.tools.local.target import prepare_twin
 from shared.errors import SettingsError
 
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
@@ -70,6 +72,16 @@ def main(
     ] = False,
     admission: Annotated[bool, typer.Option("--admission", help="Let the suite's gateway refuse requests.")] = False,
     target: TargetOption = None,
+    target_profile: Annotated[
+        str | None,
+        typer.Option(help="Measure the twin of this target profile (a name, or a file of `wisp calibrate`)."),
+    ] = None,
+    acceptance: Annotated[
+        float, typer.Option(min=0.01, max=0.99, help="Chance of the twin's draft tokens to be accepted.")
+    ] = 0.75,
+    trace: Annotated[
+        str | None, typer.Option(help="Trace of the twin, instead of an acceptance (a name, or a file).")
+    ] = None,
     dtype: DtypeOption = "bfloat16",
     cache_tokens: Annotated[int, typer.Option(min=1024, help="KV budget of the target, in tokens.")] = 32768,
     name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = "load",
@@ -99,13 +111,32 @@ def main(
         campaign = Campaign(plan, ConsoleProgress(console))
         about = "about" if plan.search is None else "up to about"
         console.print(f"this takes {about} {plan.about_s / 60:.0f} minutes", highlight=False)
-        settings = partial(_settings, target, dtype, cache_tokens, admission, console)
+        settings = partial(
+            _settings, target, target_profile, acceptance, trace, dtype, cache_tokens, admission, console
+        )
         facts = {"dtype": dtype, "threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
+        if target_profile:
+            drafts = {"trace": trace} if trace else {"acceptance": acceptance}
+            facts = {"target_profile": target_profile, **drafts, "admission": admission}
         _run(campaign, url, pools, settings, machine() | facts, name, write_requests, console)
 
 
-def _settings(target: str | None, dtype: str, cache_tokens: int, admission: bool, console: Console) -> ArmSettings:
-    return ArmSettings(target_folder(target, ConsoleProgress(console)), dtype, cache_tokens, admission)
+def _settings(
+    target: str | None,
+    target_profile: str | None,
+    acceptance: float,
+    trace: str | None,
+    dtype: str,
+    cache_tokens: int,
+    admission: bool,
+    console: Console,
+) -> ArmSettings:
+    progress = ConsoleProgress(console)
+    if target_profile:
+        folder = prepare_twin(target_profile, target or LocalSettings().target, progress, acceptance, trace)
+    else:
+        folder = target_folder(target, progress)
+    return ArmSettings(folder, dtype, cache_tokens, admission)
 
 
 def _run(

@@ -20,8 +20,9 @@ from services.tools.bench.load.core.requests import LoadRequest, RequestSource, 
 from services.tools.bench.load.core.results import LoadResults, MeasuredPoint
 from services.tools.bench.load.core.search import AIMS, most_points, next_sessions
 from services.tools.bench.load.drive import PointRun
+from services.tools.bench.load.lateness import EmulationLog
 from services.tools.bench.load.observe import BatchObserver, observing
-from services.tools.bench.load.workload import Workload
+from services.tools.bench.load.workload import EmulatedHardware, Workload
 from services.tools.local.namespace import delete_namespace
 from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack
@@ -83,6 +84,10 @@ class ArmSettings:
     dtype: str
     cache_tokens: int
     admission: bool
+    device_profiles: Mapping[str, Path] = field(default_factory=dict)
+    """Files of hardware profiles by name, for those that are not shipped."""
+    env_of: Mapping[str, Environment] = field(default_factory=dict)
+    """Further variables by service."""
 
     @property
     def env(self) -> Environment:
@@ -105,6 +110,8 @@ class Campaign:
     records: list[tuple[str, int, int, RequestRecord]] = field(default_factory=list)
     """Every request, with its arm, sessions and repeat."""
     asked: dict[tuple[int, int], LoadRequest] = field(default_factory=dict)
+    _emulation: EmulationLog | None = None
+    """Of the running stack; None for a server of others."""
 
     def __post_init__(self) -> None:
         self.results = LoadResults(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
@@ -113,11 +120,12 @@ class Campaign:
         """Start a stack for each arm, and measure it."""
         for arm in self.plan.arms:
             async with self._started(arm, settings) as stack:
+                self._emulation = EmulationLog(stack.folder)
                 if arm.serving == "wisp":
                     async with observing(stack.brokers.amqp_url, stack.namespace, stack.brokers.tls) as observer:
                         await stack.watch(self._measure_all(arm.name, stack.url, observer, pools=True))
                 else:
-                    await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks()))
+                    await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks(settings)))
 
     async def run_server(self, url: str, *, pools: bool) -> None:
         """Measure a running server."""
@@ -137,8 +145,11 @@ class Campaign:
             "progress": self.progress,
         }
         devices = self.plan.workload.devices if arm.serving == "wisp" else []
+        env_of = {service: dict(env) for service, env in settings.env_of.items()}
         if devices:
-            options["env_of"] = {"scheduler": arm.scheduler(), "drafter": arm.drafter(devices[0])}
+            env_of["scheduler"] = env_of.get("scheduler", {}) | arm.scheduler()
+            env_of["drafter"] = env_of.get("drafter", {}) | self._drafter(arm, devices[0], settings)
+        options["env_of"] = env_of
         async with AsyncExitStack() as ends:
             stack = await ends.enter_async_context(Stack("bench-load", **options))
             if devices and stack.brokers.given:
@@ -146,14 +157,23 @@ class Campaign:
                 ends.push_async_callback(delete_namespace, own.amqp_url, own.redis_url, stack.namespace, own.tls)
             for device in devices[1:]:
                 with self.progress.step(f"starting the drafter of {device.name}") as step:
-                    await stack.start("drafter", env=arm.drafter(device))
+                    await stack.start("drafter", env=self._drafter(arm, device, settings))
                     step.done(f"drafter of {device.name}")
             yield stack
 
-    def _uplinks(self) -> dict[str, LinkProfile]:
+    @staticmethod
+    def _drafter(arm: Arm, device: EmulatedHardware, settings: ArmSettings) -> Environment:
+        """Return the settings of an arm's drafter for a device."""
+        env = arm.drafter(device)
+        if (file := settings.device_profiles.get(device.name)) is not None:
+            env["WISP_DEVICE_PROFILE"] = str(file)
+        return env
+
+    def _uplinks(self, settings: ArmSettings) -> dict[str, LinkProfile]:
         """Return the uplink of each hardware profile to the server. Raises SettingsError."""
         names = [device.name for device in self.plan.workload.devices if device.name != THIS_MACHINE]
-        return {name: profile.uplink for name in names if (profile := load_profile(name)) is not None}
+        wanted = {name: str(settings.device_profiles.get(name, name)) for name in names}
+        return {name: profile.uplink for name, file in wanted.items() if (profile := load_profile(file)) is not None}
 
     async def _measure_all(
         self,
@@ -186,6 +206,8 @@ class Campaign:
         plan = self.plan
         if observer is not None:
             observer.take()
+        if self._emulation is not None:
+            self._emulation.take()
         with self.progress.step(f"{arm}, {sessions} sessions") as step:
             first = first_number(sessions, repeat)
             point = PointRun(client, plan.workload, plan.requests, sessions, first, plan.window, step.detail)
@@ -194,7 +216,10 @@ class Campaign:
             self.asked |= {(request.session, request.number): request for request in point.asked}
             costs, batches = (observer.costs, observer.take()) if observer else ([], [])
             measures = measure(point.records, plan.window, costs, batches)
-            measured = MeasuredPoint(arm=arm, sessions=sessions, repeat=repeat, measures=measures, lag=lag, costs=costs)
+            late = self._emulation.take() if self._emulation is not None else None
+            measured = MeasuredPoint(
+                arm=arm, sessions=sessions, repeat=repeat, measures=measures, lag=lag, costs=costs, late_share=late
+            )
             self.results.points.append(measured)
             step.done(
                 f"{arm}, {sessions} sessions: {measures.attained} of {measures.requests} requests attained, "

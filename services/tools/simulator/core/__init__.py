@@ -1,3 +1,3 @@
 """The simulated fleet and its parts. Pure: virtual time only, no I/O."""
 
-__all__: list[str] = []
+__all__ = ["scenario"]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import simpy
 
 from services.baseline.core.batching import Batcher, SequenceState, StepPart
-from services.tools.simulator.core.drafts import DraftProcess
+from services.drafter.core.synthetic import DraftProcess
 from services.tools.simulator.core.scenario import Scenario
 from services.tools.simulator.core.world import (
     RIGHT,

@@ -20,13 +20,13 @@ from services.tools.bench.load.core.distributions import (
     draw,
     one_of,
 )
-from services.tools.simulator.core.target import problems_in
 from shared.errors import SettingsError
 from shared.slo import Promise
+from shared.twin.profile import problems_in
+from shared.twin.spec import Acceptance
 
 MOST_TOKENS = 1 << 20
 """Longest prompt, and longest answer, in tokens."""
-Probability = Annotated[float, Field(gt=0, lt=1)]
 
 
 class RequestClass(WeightedPart, Promise):
@@ -48,23 +48,6 @@ class DeviceLink(WorkloadPart):
 
     uplink: LinkProfile
     downlink: LinkProfile
-
-
-class Acceptance(WorkloadPart):
-    """The chances of draft tokens to be accepted, and the error of the draft model's estimates of them.
-
-    A token's log odds of acceptance are normally distributed around its session's, and the sessions' around a common
-    centre. `mean` decides that centre.
-    """
-
-    mean: Probability = 0.75
-    """Mean chance of a draft token whose predecessors are accepted."""
-    session_spread: Amount = 0.5
-    """Standard deviation of a session's log odds."""
-    token_spread: Amount = 1.5
-    """Standard deviation of a token's log odds around its session's."""
-    estimate_error: Amount = 1.0
-    """Standard deviation of the error of the draft model's estimate, in log odds."""
 
 
 class Scenario(WorkloadPart):

@@ -15,10 +15,10 @@ import simpy
 
 from services.drafter.control import Controller, DraftDecision, DraftRound, RoundTimes, SessionControl
 from services.drafter.core.session import DraftSession, verified_counts
+from services.drafter.core.synthetic import SOURCE, WEIGHTS, DraftProcess
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import PolicyOptions
-from services.tools.simulator.core.drafts import SOURCE, WEIGHTS, DraftProcess
 from services.tools.simulator.core.scenario import Scenario
 from services.tools.simulator.core.world import (
     RIGHT,

@@ -14,8 +14,8 @@ from services.drafter.core.profile import HardwareProfile, LinkDelays
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending, RequestRecord
 from services.tools.simulator.core.scenario import Scenario, SimulatedRequest
-from services.tools.simulator.core.target import TargetProfile
 from shared.messages import Finish, Generate, Measurement, Result, Sampling
+from shared.twin.profile import TargetProfile
 
 Process = Generator[simpy.Event, Any, None]
 

@@ -14,6 +14,8 @@ from shared.messages import CostModel
 Row = list[Any]
 RIVALS = ("centralized", "sled")
 """Arms that capacities and goodput are compared with, as in the WISP paper."""
+MOST_LATE = 0.02
+"""A point with a greater share of late time does not show what the emulated hardware would do."""
 
 
 class MeasuredPoint(BaseModel):
@@ -28,6 +30,13 @@ class MeasuredPoint(BaseModel):
     lag: GeneratorLag
     costs: list[CostModel] = []
     """The verifiers' cost models at the end of the point."""
+    late_share: float | None = None
+    """Late time of emulated hardware / emulated time; None if nothing was emulated, or time was virtual."""
+
+    @property
+    def follows(self) -> bool:
+        """True if this machine could take the emulated times."""
+        return self.late_share is None or self.late_share <= MOST_LATE
 
 
 class LoadResults(BaseModel):
@@ -198,6 +207,14 @@ def notes(results: LoadResults, tolerance: float | None = None) -> list[str]:
         for point in results.points
         if point.lag.bottleneck
     ]
+    sentences += [
+        f"THE EMULATION WAS LATE: {point.arm} at {point.sessions} sessions, by {point.late_share:.1%} of its time "
+        f"(at most {MOST_LATE:.0%} would do); these figures are this machine's, not the emulated hardware's"
+        for point in results.points
+        if point.late_share is not None and not point.follows
+    ]
+    if shares := [point.late_share for point in results.points if point.late_share is not None and point.follows]:
+        sentences.append(f"in {len(shares)} points the emulation was late by at most {max(shares):.1%} of its time")
     sentences += [
         f"{point.arm} at {point.sessions} sessions: "
         + ", ".join(f"{count} x {reason}" for reason, count in point.measures.reasons.items())

@@ -10,22 +10,22 @@ from random import Random
 from services.drafter.control import ControlWeights, DraftToken
 from services.drafter.control.features import logit
 from services.drafter.control.weights import Inputs, Logistic
-from services.tools.simulator.core.scenario import Acceptance
 from shared.log_odds import sigmoid
+from shared.twin.spec import Acceptance
 
 SOURCE = "hidden"
-"""Name of the draft source: a model on the device."""
+"""Name of the draft source: a model beside the user."""
 WEIGHTS = ControlWeights(
     acceptance={
         SOURCE: Logistic(inputs=Inputs(features=["confidence"], mean=[0.0], scale=[1.0]), weights=[1.0], bias=0.0)
     }
 )
-"""The acceptance model of the simulated source: it estimates the acceptance as the token's confidence."""
+"""The acceptance model of synthetic drafts: it estimates the acceptance as the token's confidence."""
 STEPS = 400
 
 
 @dataclass(frozen=True)
-class SimulatedToken:
+class SyntheticToken:
     """A draft token as the controller sees it, and whether it equals the target's own choice."""
 
     token: DraftToken
@@ -41,12 +41,12 @@ class DraftProcess:
         centre = central_logit(acceptance.mean, math.hypot(acceptance.session_spread, acceptance.token_spread))
         self._session = Random(f"{seed}/session").gauss(centre, acceptance.session_spread)
 
-    def token(self, position: int, ahead: int) -> SimulatedToken:
+    def token(self, position: int, ahead: int) -> SyntheticToken:
         """Return the token drafted for an output position, `ahead` tokens after the last committed one."""
         rng = Random(f"{self._seed}/{position}/{ahead}")
         chance = sigmoid(rng.gauss(self._session, self._acceptance.token_spread))
         estimate = sigmoid(logit(chance) + rng.gauss(0.0, self._acceptance.estimate_error))
-        return SimulatedToken(DraftToken(SOURCE, estimate), rng.random() < chance)
+        return SyntheticToken(DraftToken(SOURCE, estimate), rng.random() < chance)
 
 
 @cache

@@ -1,14 +1,16 @@
-"""A target model on its hardware: the time of a step by the roofline, and the memory left for KV.
+"""The profile of a target model on its hardware: the time of a step, and the memory left for KV.
 
-A step reads all weights and the KV of its sessions once, and computes two operations per weight and token. The slower
-of the two decides (S. Williams and others, Roofline, CACM 52(4), 2009), plus a fixed time for starting the step.
+A roofline calculates the time from data sheets: a step reads all weights and the KV of its sessions once, and computes
+two operations per weight and token. The slower of the two decides (S. Williams and others, Roofline, CACM 52(4), 2009),
+plus a fixed time for starting the step. A measured profile has the coefficients of a cost model (`wisp calibrate`).
 """
 
 from __future__ import annotations
 
 import tomllib
+from abc import ABC, abstractmethod
 from functools import cached_property
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from pydantic_core import ErrorDetails
@@ -32,12 +34,41 @@ LENGTHS = (64, 512, 2048)
 """Jobs, new tokens of each and lengths of the steps that the cost model is fitted to."""
 
 
-class TargetProfile(BaseModel):
-    """A target and its accelerator. The shipped files, in `services/tools/simulator/targets`, name their sources."""
+class TargetProfile(BaseModel, ABC):
+    """A target and its accelerator. The shipped files, in `shared/twin/targets`, name the source of each figure."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     description: str = ""
+
+    @property
+    @abstractmethod
+    def kv_tokens(self) -> int:
+        """Tokens whose KV fits beside the weights. Raises SettingsError if there is no room, or absurdly much."""
+
+    @abstractmethod
+    def time_ms(self, shape: Shape) -> float:
+        """Return the time of a step, in milliseconds; 0 for an empty one. Raises SettingsError for absurd times."""
+
+    def cost_model(self, verifier_id: str) -> CostModel:
+        """Return the model by which the scheduler predicts: the estimator's fit to steps of this target."""
+        fit = VerifierFit(verifier_id)
+        fit.start_from(
+            [
+                Measurement(shape=shape, measured_ms=self.time_ms(shape))
+                for jobs in JOBS
+                for new in NEW
+                for length in LENGTHS
+                if jobs * length <= self.kv_tokens and jobs * new <= 2 * 2048 and new <= length
+                for shape in [_even(jobs, new, length)]
+            ]
+        )
+        return fit.model()
+
+
+class RooflineProfile(TargetProfile):
+    """A profile that calculates its times from data sheets."""
+
     weights: Positive
     """Number of weights."""
     weight_bytes: Positive
@@ -101,20 +132,38 @@ class TargetProfile(BaseModel):
             )
         return took_ms
 
-    def cost_model(self, verifier_id: str) -> CostModel:
-        """Return the model by which the scheduler predicts: the estimator's fit to steps of this target."""
-        fit = VerifierFit(verifier_id)
-        fit.start_from(
-            [
-                Measurement(shape=shape, measured_ms=self.time_ms(shape))
-                for jobs in JOBS
-                for new in NEW
-                for length in LENGTHS
-                if jobs * length <= self.kv_tokens and jobs * new <= 2 * 2048 and new <= length
-                for shape in [_even(jobs, new, length)]
-            ]
-        )
-        return fit.model()
+
+class MeasuredProfile(TargetProfile):
+    """A profile that `wisp calibrate` measured."""
+
+    kind: Literal["measured"]
+    facts: dict[str, Any] = {}
+    """The model, the machine, the format of the weights, the threads, the versions of libraries and the date."""
+    cache_tokens: Annotated[int, Field(gt=0, le=MOST_KV_TOKENS)]
+    """Tokens in the KV cache."""
+    coefficients: Annotated[list[Amount], Field(min_length=cost.SIZE, max_length=cost.SIZE)]
+    """See `shared.cost.model`."""
+    knee: Annotated[int, Field(gt=0)]
+    error_p50: Amount = 0.0
+    """Median of the error of the coefficients' prediction, as a share of the measured time."""
+    error_p90: Amount = 0.0
+    batches: list[dict[str, float]] = []
+    """The measured batches: jobs, new tokens and rows of each, cached tokens, and the median time in milliseconds."""
+
+    @property
+    def kv_tokens(self) -> int:
+        return self.cache_tokens
+
+    def time_ms(self, shape: Shape) -> float:
+        took_ms = cost.predict_ms(self._model, shape)
+        if not took_ms <= LONGEST_STEP_MS:
+            raise SettingsError(f"a step of {shape.new_tokens:,} tokens takes {took_ms:g} ms; check coefficients")
+        return took_ms
+
+    @cached_property
+    def _model(self) -> CostModel:
+        changes = {"coefficients": self.coefficients, "knee": self.knee}
+        return cost.FALLBACK.model_copy(update=changes)
 
 
 def _even(jobs: int, new: int, length: int) -> BatchShape:
@@ -123,9 +172,11 @@ def _even(jobs: int, new: int, length: int) -> BatchShape:
 
 
 def parse_target(text: str, name: str) -> TargetProfile:
-    """Parse a TOML file. name: of the file, for errors. Raises SettingsError."""
+    """Parse a roofline in TOML or a measured profile in JSON. name: of the file, for errors. Raises SettingsError."""
     try:
-        return TargetProfile.model_validate(tomllib.loads(text))
+        if text.lstrip().startswith("{"):
+            return MeasuredProfile.model_validate_json(text)
+        return RooflineProfile.model_validate(tomllib.loads(text))
     except ValidationError as error:
         raise SettingsError(f"target profile {name}: {problems_in(error)}") from error
     except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and dates that do not exist

@@ -1,0 +1,1 @@
+"""`wisp bench twin`: the real suite on a twin, and the simulator, under the same load."""

@@ -1,0 +1,1 @@
+"""Pure: the comparison of two measurements of the same load."""

@@ -1,0 +1,261 @@
+"""`wisp calibrate`: measure the cost model of an architecture with our engine on this machine.
+
+A model with random weights is made from a config.json. Batches of decoding, verification and prompts are computed over
+numbers of jobs, new tokens and cached tokens, again and again until the time is up. The profile has the fitted
+coefficients and the median time of each batch; `wisp simulate --set target=FILE` and `wisp up --target-profile FILE`
+read it.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from statistics import median
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from services.tools.bench.support.options import EngineThreadsOption, let_idle_threads_sleep, target_folder
+from services.tools.bench.support.report import machine, table, terminal, written
+from services.tools.cli.terminal import errors_shown
+from services.tools.local.folder import state_folder
+from services.tools.local.progress import ConsoleProgress, Progress, ProgressStep
+from services.tools.twin.random_model import random_model
+from services.verifier.core.profile_plan import ProfileBatch, longest_ms
+from shared import cost
+from shared.cost.fit import VerifierFit
+from shared.errors import EngineError, SettingsError
+from shared.kernels.layout import BLOCK
+from shared.messages import Measurement
+from shared.models.folder import DTYPES
+from shared.twin.profile import MeasuredProfile, parse_target
+
+if TYPE_CHECKING:
+    from shared.engine import Engine
+
+MOST_SECONDS = 220.0
+"""Longest time of the measurement; making the model comes on top."""
+CAUTION = 1.3
+"""A batch is started only if this multiple of its longest expected time is left."""
+REPEATS = 15
+"""Most measurements of a batch."""
+JOBS = (1, 2, 4, 8, 16, 32, 64)
+ROWS = (1, 5, 9)
+CHUNKS = (32, 64, 128, 256, 512)
+"""New tokens of a job: decoding, verification of drafts of 4 and 8 tokens, and chunks of a prompt."""
+CONTEXTS = (64, 512, 2048, 8192)
+CACHE_TOKENS = 32768
+"""KV budget on a CPU, as in `wisp bench load`."""
+MEMORY_SHARE, RESERVED_GB = 0.95, 2.0
+"""Share of an accelerator's memory for weights and KV, less a reserve for activations: as in the shipped profiles."""
+
+
+def batches_for(room: int, max_len: int) -> list[ProfileBatch]:
+    """Return the batches that fit `room` tokens of KV and the model's context, those with the least work first."""
+    found = []
+    for context in CONTEXTS:
+        kinds = [(jobs, rows, rows) for jobs in JOBS for rows in ROWS] + [(1, chunk, 0) for chunk in CHUNKS]
+        for jobs, new, rows in kinds:
+            blocks = -(-(context + new) // BLOCK)
+            if context + new <= max_len and jobs * blocks * BLOCK <= room:
+                found.append(ProfileBatch(jobs, new, rows, context))
+    return sorted(found, key=lambda batch: (batch.jobs * batch.new, batch.jobs * batch.context))
+
+
+class CostCalibration:
+    """Measures batches in turn, each several times, and fits the cost model to their medians."""
+
+    def __init__(self, batches: Sequence[ProfileBatch], seconds: float) -> None:
+        self._batches = batches
+        self._seconds = seconds
+        self.times: dict[ProfileBatch, list[float]] = {}
+
+    def run(self, engine: Engine, step: ProgressStep) -> None:
+        """Measure until the time is up or every batch has `REPEATS` measurements. Raises SettingsError if none fits."""
+        from services.verifier.profile import measure_batch
+
+        if not self._batches:
+            raise SettingsError("no batch fits the KV cache; raise --cache-tokens")
+        started = time.perf_counter()
+        measure_batch(engine, self._batches[0])  # loads and touches memory
+        for repeat in range(REPEATS):
+            for number, batch in enumerate(self._batches):
+                elapsed_s = time.perf_counter() - started
+                if elapsed_s + self._expected_s(batch) > self._seconds and self.times:
+                    continue
+                step.detail(
+                    f"pass {repeat + 1}, batch {number + 1} of {len(self._batches)}: {batch.jobs} jobs of {batch.new} "
+                    f"new tokens after {batch.context}; {elapsed_s:.0f} of at most {self._seconds:.0f} s"
+                )
+                self.times.setdefault(batch, []).append(measure_batch(engine, batch))
+            if time.perf_counter() - started > 0.95 * self._seconds:
+                break
+
+    def _expected_s(self, batch: ProfileBatch) -> float:
+        """Return the longest expected time of a batch, with the time to fill its context."""
+        if batch in self.times:
+            return CAUTION * max(self.times[batch]) / 1000
+        measured = self.measurements
+        if not measured:
+            return 0.0
+        shape = batch.shape
+        model = self._fit().model()
+        return CAUTION * longest_ms(shape, measured, model) / 1000
+
+    @property
+    def measurements(self) -> list[Measurement]:
+        """The median of each batch."""
+        return [Measurement(shape=batch.shape, measured_ms=median(times)) for batch, times in self.times.items()]
+
+    def _fit(self) -> VerifierFit:
+        fit = VerifierFit("calibration")
+        fit.start_from(self.measurements)
+        return fit
+
+    def profile(self, description: str, facts: dict[str, Any], cache_tokens: int) -> MeasuredProfile:
+        """Return the profile of the measurements so far."""
+        model = self._fit().model()
+        errors = sorted(abs(cost.predict_ms(model, one.shape) / one.measured_ms - 1) for one in self.measurements)
+        return MeasuredProfile(
+            description=description,
+            kind="measured",
+            facts=facts,
+            cache_tokens=cache_tokens,
+            coefficients=[float(f"{one:.6g}") for one in model.coefficients],
+            knee=model.knee,
+            error_p50=round(errors[len(errors) // 2], 4),
+            error_p90=round(errors[9 * len(errors) // 10], 4),
+            batches=[
+                {
+                    "jobs": batch.jobs, "new": batch.new, "rows": batch.rows, "context": batch.context,
+                    "ms": round(median(times), 3), "times": len(times),
+                }
+                for batch, times in self.times.items()
+            ],
+        )  # fmt: skip
+
+
+def kv_tokens_of(torch_device: str, weights: int, weight_bytes: float, config: dict[str, Any]) -> int:
+    """Return the KV budget of an accelerator: what its memory holds beside the weights. Raises EngineError."""
+    import torch
+
+    total = torch.cuda.get_device_properties(torch_device).total_memory
+    heads = config.get("num_key_value_heads") or config.get("num_attention_heads")
+    size = config.get("head_dim") or config.get("hidden_size", 0) // max(1, config.get("num_attention_heads", 1))
+    layers = config.get("num_hidden_layers")
+    if not (heads and size and layers):
+        raise EngineError("config.json does not say how large a token's KV is; give --cache-tokens")
+    free = total * MEMORY_SHARE - RESERVED_GB * 1e9 - weights * weight_bytes
+    if free <= 0:
+        raise EngineError(f"{weights / 1e9:.1f} billion weights leave no room for KV on {torch_device}")
+    return int(free / (2 * layers * heads * size * 2))
+
+
+def main(
+    model: Annotated[
+        str | None,
+        typer.Argument(help="A config.json, a folder with one, or a packaged model. \\[default: the default target]"),
+    ] = None,
+    dtype: Annotated[str, typer.Option(help=f"Format of the weights: {', '.join(DTYPES[:3])}.")] = "bfloat16",
+    torch_device: Annotated[str, typer.Option("--device", help="torch device: cpu, cuda, cuda:1.")] = "cpu",
+    threads: EngineThreadsOption = 1,
+    cache_tokens: Annotated[
+        int, typer.Option(min=0, help=f"KV budget in tokens; 0: {CACHE_TOKENS} on a CPU, else what the memory holds.")
+    ] = 0,
+    seconds: Annotated[float, typer.Option(min=1, max=MOST_SECONDS, help="Longest measurement.")] = 180.0,
+    to: Annotated[
+        Path | None, typer.Option("--out", help="File to write. \\[default: .wisp/profiles/MODEL-DEVICE.json]")
+    ] = None,
+) -> None:
+    """Measure the times of an architecture on this machine, with random weights, and write a target profile."""
+    with errors_shown():
+        if dtype not in DTYPES[:3]:
+            raise SettingsError(f"--dtype {dtype}: random weights are made in {', '.join(DTYPES[:3])}")
+        let_idle_threads_sleep()
+        console = terminal()
+        progress = ConsoleProgress(console)
+        config, name = config_of(model, progress)
+        profile = calibrate(config, name, dtype, torch_device, threads, cache_tokens, seconds, progress)
+        console.print(table(profile.description, *rows_of(profile)))
+        path = to or state_folder() / "profiles" / f"{name}-{torch_device.replace(':', '-')}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(profile.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        parse_target(path.read_text(encoding="utf-8"), str(path))
+        written(console, path)
+
+
+def config_of(model: str | None, progress: Progress) -> tuple[Path, str]:
+    """Return the config.json that the command names, and the model's name. Raises SettingsError."""
+    given = Path(model) if model else None
+    if given is not None and given.is_file() and given.suffix == ".json":
+        return given, given.resolve().parent.name
+    if given is not None and (given / "config.json").is_file():
+        return given / "config.json", given.resolve().name
+    folder = target_folder(model, progress)
+    return folder / "config.json", folder.name
+
+
+def calibrate(
+    config: Path,
+    name: str,
+    dtype: str,
+    torch_device: str,
+    threads: int,
+    cache_tokens: int,
+    seconds: float,
+    progress: Progress,
+) -> MeasuredProfile:
+    """Measure an architecture, and return its profile. Raises WispError."""
+    from shared.engine import Engine
+
+    facts = machine()
+    used = threads or facts["cores"]
+    with TemporaryDirectory(prefix="wisp-calibrate-") as made:
+        with progress.step(f"making {name} with random weights") as step:
+            weights = random_model(config, Path(made))
+            step.done(f"{name} with {weights / 1e6:,.0f} million random weights")
+        given = json.loads(config.read_text(encoding="utf-8"))
+        on_cpu = torch_device == "cpu"
+        bytes_each = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}[dtype]
+        room = cache_tokens or (CACHE_TOKENS if on_cpu else kv_tokens_of(torch_device, weights, bytes_each, given))
+        with progress.step("loading it"):
+            engine = Engine(Path(made), dtype=dtype, device=torch_device, threads=used, budget_tokens=room)
+    calibration = CostCalibration(batches_for(engine.free_tokens, engine.max_len), seconds)
+    with progress.step("measuring") as step:
+        calibration.run(engine, step)
+        step.done(
+            f"measured {len(calibration.times)} batches, {sum(map(len, calibration.times.values()))} times in all"
+        )
+    where = facts["processor"] if on_cpu else device_name(torch_device)
+    facts |= {
+        "model": name, "model_type": given.get("model_type"), "weights": weights, "dtype": dtype,
+        "torch_device": torch_device, "device": where, "threads": used, "arithmetic": engine.arithmetic,
+        "module_code": engine.module_code_reason, "date": datetime.now(UTC).date().isoformat(),
+    }  # fmt: skip
+    described = f"{name} in {dtype} on {where}" + (f", {used} thread{'s' * (used > 1)}" if on_cpu else "")
+    return calibration.profile(described, facts, engine.budget_tokens)
+
+
+def device_name(torch_device: str) -> str:
+    """Return the name of an accelerator."""
+    import torch
+
+    return str(torch.cuda.get_device_name(torch_device)) if torch_device.startswith("cuda") else torch_device
+
+
+def rows_of(profile: MeasuredProfile) -> tuple[list[str], list[list[Any]]]:
+    """Return columns and rows of a table: measured against predicted times."""
+    columns = ["jobs", "new tokens", "cached", "measured ms", "predicted ms", "times"]
+    rows = []
+    for one in profile.batches:
+        batch = ProfileBatch(int(one["jobs"]), int(one["new"]), int(one["rows"]), int(one["context"]))
+        rows.append([batch.jobs, batch.new, batch.context, one["ms"], profile.time_ms(batch.shape), int(one["times"])])
+    return columns, rows
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,40 @@
+"""Lateness of emulated times: how much longer waits take than they should, in the log of each process.
+
+`wisp bench` adds the processes' figures up and marks a run whose emulation could not keep up.
+"""
+
+from __future__ import annotations
+
+import time
+from threading import Lock
+
+from shared.runtime import logging
+
+EVENT = "emulated time"
+"""Log event with the totals of a process so far: `emulated_ms` and `late_ms`."""
+LOG_S = 0.5
+
+
+class Lateness:
+    """The emulated time of a process, and by how much its waits ended too late."""
+
+    def __init__(self) -> None:
+        self.emulated_ms = 0.0
+        self.late_ms = 0.0
+        self._logged_s = float("-inf")
+        self._lock = Lock()
+
+    def add(self, emulated_ms: float, late_ms: float) -> None:
+        """Add a wait. late_ms: negative if it ended too early, as timers do by fractions of a millisecond."""
+        with self._lock:
+            self.emulated_ms += emulated_ms
+            self.late_ms += late_ms
+            now_s = time.monotonic()
+            if now_s - self._logged_s < LOG_S:
+                return
+            self._logged_s = now_s
+            logging.get().info(EVENT, emulated_ms=round(self.emulated_ms, 1), late_ms=round(self.late_ms, 1))
+
+
+LATENESS = Lateness()
+"""Of this process."""
