@@ -370,6 +370,7 @@ class ServedSession:
             self._options.hidden_format,
             made.run_tokens,
             self._run_copies,
+            [token.source for token in made.request.round.kept_tokens],
         )
         self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
         await self._link.send(verify)

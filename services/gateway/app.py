@@ -23,7 +23,8 @@ from services.gateway.browsers import BrowserGuard, with_cors
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.gateway import Gateway
-from services.gateway.keys import Guard, key_of
+from services.gateway.keys import Guard, is_open, key_of
+from services.gateway.page.routes import add_page
 from services.gateway.prompt import Limits, chat_prompts, completion_prompts
 from services.gateway.request import check_choices, check_model, new_answer
 from services.gateway.response import AnswerResponse
@@ -50,6 +51,8 @@ async def serve_api(
 
     async def drain() -> None:
         logging.get().info("draining", sessions=sessions.running)
+        if gateway.feed is not None:
+            gateway.feed.closed = True
         await sessions.drain(settings.drain_s)
 
     watches = [sessions.watch()] + ([gateway.keys.watch()] if gateway.keys else [])
@@ -79,6 +82,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     _add_models(app, gateway)
     _add_generation(app, gateway)
     _add_operations(app, gateway)
+    add_page(app, gateway.feed)
     settings = gateway.settings
     if gateway.keys is not None:
         guarded: ASGIApp = Guard(app, gateway.keys)
@@ -261,7 +265,7 @@ class RequestScope:
                 if not status:
                     raise
             finally:
-                quiet = scope["path"] in ("/health", "/ready", "/metrics")
+                quiet = is_open(scope["path"]) or scope["path"] == "/metrics"
                 (log.debug if quiet else log.info)(
                     "request",
                     method=scope["method"],

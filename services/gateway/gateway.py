@@ -12,6 +12,7 @@ from services.gateway.keys import KeyFile
 from services.gateway.ledger import Ledger
 from services.gateway.metrics import ModelMetrics
 from services.gateway.model import ServedModel
+from services.gateway.page.feed import FleetFeed
 from services.gateway.schema import NO_DEFAULTS
 from services.gateway.sessions import Sessions
 from services.gateway.settings import ApiSettings
@@ -44,6 +45,8 @@ class Gateway:
     ledger: Ledger
     keys: KeyFile | None = None
     """The valid API keys; None serves everybody."""
+    feed: FleetFeed | None = None
+    """The feed of the fleet view; None where there is no fleet."""
     sampling_defaults: SamplingDefaults = NO_DEFAULTS
     """Sampling of requests that name none."""
 
@@ -58,6 +61,7 @@ class Gateway:
         *,
         ledger: Ledger | None = None,
         keys: KeyFile | None = None,
+        feed: FleetFeed | None = None,
         admission: Admission | None = None,
         idle_check_s: float = math.inf,
         arithmetics: Callable[[], Collection[str]] = tuple,
@@ -78,4 +82,4 @@ class Gateway:
             arithmetics=arithmetics,
         )
         defaults = model.folder.sampling if settings.generation_config == "auto" else NO_DEFAULTS
-        return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys, defaults)
+        return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys, feed, defaults)

@@ -36,8 +36,10 @@ from shared.runtime.settings import NAME_PATTERN
 
 WATCH_INTERVAL_S = 1.0
 """Time between two checks of the file."""
-OPEN_PATHS = ("/health", "/ready")
-"""Paths that need no key, for probes."""
+OPEN_PATHS = ("/health", "/ready", "/", "/docs", "/version")
+"""Paths that need no key: for probes, and the page, which asks for the key and sends it with its requests."""
+OPEN_FOLDERS = ("/page/", "/docs/")
+"""Beginnings of further such paths: files that are the same at every gateway of a version."""
 SCOPE = "wisp.key"
 SHAPE = re.compile(r"wisp-([0-9a-f]{12})-[A-Za-z0-9_-]{43}")
 NOBODY = sha256(b"").hexdigest()
@@ -171,13 +173,18 @@ class Guard:
         shown = bearer(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
         key = self._keys.ring.match(shown) if shown else None
         scope[SCOPE] = key
-        if key is None and scope["path"] not in OPEN_PATHS:
+        if key is None and not is_open(scope["path"]):
             UNAUTHORIZED.inc()
             error = refusal(shown)
             await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
             return
         with structlog.contextvars.bound_contextvars(**({"key": key.id} if key else {})):
             await self._app(scope, receive, send)
+
+
+def is_open(path: str) -> bool:
+    """Return whether a path needs no key."""
+    return path in OPEN_PATHS or path.startswith(OPEN_FOLDERS)
 
 
 def key_of(scope: Scope) -> ApiKey | None:

@@ -63,6 +63,7 @@ def new_answer(
                 slo=slo,
                 service_class=form.service_class,
                 draft=request.draft(headers),
+                trace=form.trace,
             )
             answer.sessions.append(generate)
     output_tokens = 0 if limit is None else sum(session.max_tokens for session in answer.sessions)

@@ -291,6 +291,7 @@ class BatchLoop:
             work.verify_ms,
             self._membership.arithmetic,
             self.runs,
+            0.0 if work.batch is None else work.batch.predicted_ms,
         )
         for job, failure in work.failed:
             answering.fail(job, failure)

@@ -15,7 +15,7 @@
     heartbeat.<verifier>    verifier → schedulers
     drafter.<drafter>       drafter → schedulers, observers       not in the journal
     cancel                  gateway → drafters, schedulers, verifiers
-    ended                   gateway → observers (`wisp top`)
+    ended                   gateway → observers (`wisp top`, the fleet view of gateways)
     generate.device.<name>  gateway → that device                 <ns>.generate.device.<name>
     result.device.<name>    verifier → that device                <ns>.device.<name>        exclusive, bounded
     probe.<queue>           an instance → itself: checks that its consumer is alive
@@ -121,8 +121,12 @@ class Role:
     """True if the service publishes copies of its confirmed messages to the journal."""
 
 
+FLEET = (LOAD, heartbeat("*"), costmodel("*"), RESULT_SCHEDULER, ENDED, drafter("*"))
+"""Keys of the gateway's fleet view, bound while somebody looks. Batches are not among them: their senders must learn
+that a receiver is missing."""
+
 ROLES = {
-    "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), LOAD), records=True),
+    "gateway": Role(publishes=(generate("*"), CANCEL, ENDED), listens=(result("*"), *FLEET), records=True),
     "drafter": Role(publishes=(VERIFY, drafter("*")), listens=(result("*"), CANCEL, LOAD), serves=(generate("*"),)),
     # A scheduler also serves requests for which no drafter has room.
     "scheduler": Role(

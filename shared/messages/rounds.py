@@ -50,6 +50,8 @@ class Generate(Message):
     elapsed_ms: Milliseconds = 0.0
     """Time since the request reached the gateway."""
     session_key: SessionKey = ""
+    trace: bool = False
+    """True if the request asked for a trace: its rounds name the sources of their drafts."""
 
 
 class RoundFields(Record):
@@ -72,6 +74,8 @@ class RoundFields(Record):
     hidden_from: Count | None = None
     """First position of the committed tokens whose final hidden states the drafter wants; None for none."""
     hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
+    sources: Annotated[list[Name], Field(max_length=LONGEST_DRAFT)] = Field(default_factory=list)
+    """Source of each draft token; empty unless the request asked for a trace."""
 
 
 class Verify(RoundFields, Message):
@@ -135,6 +139,7 @@ class Job(RoundFields):
             "draft": verify.draft[:draft],
             "slack_ms": slack_ms,
             "hidden_from": verify.hidden_from if prefill_to is None else None,
+            "sources": verify.sources[:draft],
         }
         own = {
             "drafted": len(verify.draft),
@@ -219,6 +224,8 @@ class Result(Message):
     draft_ms: Milliseconds = 0.0
     queue_ms: Milliseconds = 0.0
     verify_ms: Milliseconds = 0.0
+    predicted_ms: Milliseconds = 0.0
+    """Time that the scheduler predicted for the batch; 0 for a run, and from a verifier of a version without it."""
     error: Failure | None = None
     logits_digest: Annotated[str, Field(pattern="^[0-9a-f]{16}$")] | None = None
     """Digest of the bits of the logits behind the choices, row after row; None unless the journal is on."""
@@ -227,6 +234,8 @@ class Result(Message):
     committed_in: list[Arithmetic] = Field(default_factory=list)
     """Arithmetics in which the session's tokens were committed so far, whichever verifiers did it, in the order of
     their first commit."""
+    sources: list[Name] = Field(default_factory=list)
+    """Source of each draft token of the round; empty unless the request asked for a trace."""
 
 
 class HiddenStates(Message):

@@ -110,6 +110,12 @@ def test_rounds_carry_the_arithmetic_of_the_committed_tokens() -> None:
     assert s.verify([], [], "d", 0.0, 0.0).committed_in == ["wisp-1"]
 
 
+@pytest.mark.parametrize(("trace", "sources"), [(True, ["lookup", "hidden"]), (False, [])])
+def test_rounds_name_the_sources_of_their_drafts_for_a_trace(trace: bool, sources: list[str]) -> None:
+    s = DraftSession(builders.generate(trace=trace), [5, 6, 7])
+    assert s.verify([1, 2], [0.5, 0.5], "d", 0.0, 0.0, sources=["lookup", "hidden"]).sources == sources
+
+
 def test_drafts_leave_room_for_the_bonus_token() -> None:
     s = session(max_tokens=4)
     assert s.draft_room(8) == 3

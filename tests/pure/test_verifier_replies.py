@@ -21,7 +21,7 @@ VERDICT = Verdict(1, [8, 9], None)
 
 
 def job(session: str = "s") -> Job:
-    return builders.job(session, 4, 3, [8, 1], queue_ms=2.0)
+    return builders.job(session, 4, 3, [8, 1], queue_ms=2.0, sources=["lookup", "hidden"])
 
 
 def task(session: str = "s") -> VerifyTask:
@@ -41,7 +41,7 @@ def answer(kind: CommitOutcome = CommitOutcome.COMMITTED, tokens: Sequence[int] 
 
 
 def batch() -> BatchReplies:
-    return BatchReplies("v1", "b1", 30.0, "wisp-1", RunTable(digests=False))
+    return BatchReplies("v1", "b1", 30.0, "wisp-1", RunTable(digests=False), predicted_ms=28.0)
 
 
 def test_a_verdict_is_committed_and_becomes_the_result() -> None:
@@ -54,6 +54,7 @@ def test_a_verdict_is_committed_and_becomes_the_result() -> None:
     assert (result.verifier, result.batch, result.round, result.drafted) == ("v1", "b1", 4, 2)
     assert (result.queue_ms, result.verify_ms, result.logits_digest) == (2.0, 30.0, "0" * 16)
     assert (result.arithmetic, result.committed_in) == ("wisp-1", ["other", "wisp-1"])
+    assert (result.predicted_ms, result.sources) == (28.0, ["lookup", "hidden"])
     assert (reply.for_drafter, reply.for_gateway) == (True, True)
 
 

@@ -82,6 +82,15 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
         for draft in ("hidden", "lookup", "none"):
             answers = await client.ask_all(cases[:4], draft)
             assert answers == [case.tokens for case in cases[:4]]
+        # The gateway's fleet view: its user may listen to the suite.
+        async with http.stream("GET", f"{stack.url.removesuffix('/v1')}/fleet/events") as feed:
+            asking = asyncio.create_task(_again_and_again(client, cases[0]))
+            async with asyncio.timeout(HANG_S):
+                async for line in feed.aiter_lines():
+                    if '"kind":"batch"' in line:
+                        break
+            asking.cancel()
+            await asyncio.gather(asking, return_exceptions=True)
         # A client that goes away: its Cancel reaches everybody.
         body = client.body(cases[0], "none") | {"stream": True, "max_tokens": 300, "ignore_eos": True}
         async with http.stream("POST", f"{stack.url}/completions", json=body) as stream:
@@ -107,6 +116,11 @@ async def test_the_whole_suite_works_with_each_service_under_its_own_user(
     # Since 4.3 one without a part in the journal finds that out by a publication, which it would roll back.
     asked = r"operation (exchange|queue)\.declare|operation basic\.publish .* exchange 'least\.journal'"
     assert [line for line in refused if not re.search(asked, line)] == []
+
+
+async def _again_and_again(client: Client, case: Case) -> None:
+    while True:
+        await client.ask(case)
 
 
 def _silent() -> object:

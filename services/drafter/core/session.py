@@ -6,6 +6,7 @@ there.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from services.drafter.core.draft import Draft
@@ -71,8 +72,9 @@ class DraftSession:
         hidden_format: HiddenFormat = HiddenFormat.BFLOAT16,
         run_tokens: int = 0,
         run_copies: int = 0,
+        sources: Sequence[str] = (),
     ) -> Verify:
-        """Return the round's message to the scheduler."""
+        """Return the round's message to the scheduler. sources: of the draft tokens; sent with a trace only."""
         return Verify(
             session=self.session_id,
             round=self.round,
@@ -93,6 +95,7 @@ class DraftSession:
             committed_in=self.committed_in,
             run_tokens=run_tokens,
             run_copies=run_copies,
+            sources=list(sources) if self.generate.trace else [],
         )
 
     def apply(self, result: Result) -> bool:

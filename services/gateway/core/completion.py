@@ -53,6 +53,11 @@ class CompletionRound:
     verify_ms: float
     run: bool = False
     """True for tokens that the verifier decoded in a run."""
+    verifier: str = ""
+    batch: str = ""
+    """The verifier's batch; `run` for a report of a run."""
+    sources: list[str] = field(default_factory=list)
+    """Source of each verified draft token; empty if unknown."""
 
 
 @dataclass
@@ -249,6 +254,9 @@ class Completion:
                     queue_ms=queue_ms,
                     verify_ms=verify_ms,
                     run=result.run,
+                    verifier=result.verifier,
+                    batch=result.batch,
+                    sources=result.sources,
                 )
             )
 

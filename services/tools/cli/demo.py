@@ -22,6 +22,7 @@ from services.tools.cli.ask import (
 )
 from services.tools.cli.core.text_parts import TextPart
 from services.tools.cli.paint import Painter
+from services.tools.local.folder import page_of
 from shared.errors import WispError
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ async def _demo(opened: AsyncOpenAI, console: Console, rounds: bool) -> bool:
     async with opened as client:
         model = await first_model(client)
         painter = Painter(console)
+        console.print(Text.assemble("Playground: ", (page_of(address_of(client)), "cyan")), soft_wrap=True)
         console.print(Text.assemble(f"\n{model} answers: ", painter.style.legend), soft_wrap=True)
         drafted = [await _show(client, model, question, console, painter, rounds) for question in QUESTIONS]
         console.print(Text("\nThe same questions by plain decoding, without drafts", "bold"))

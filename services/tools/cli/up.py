@@ -12,7 +12,7 @@ from rich.text import Text
 
 from services.gateway.keys import KeyFile
 from services.gateway.settings import refuse_open
-from services.tools.local.folder import RunningApi, note_api, running_apis
+from services.tools.local.folder import RunningApi, note_api, page_of, running_apis
 from services.tools.local.ports import is_free
 from services.tools.local.settings import LocalSettings
 from services.tools.local.stack import Stack
@@ -55,6 +55,7 @@ async def up(stack: Stack, console: Console) -> None:
     console.print()
     what = f"model {stack.target.name}" + ("" if stack.serving == "wisp" else f", {stack.serving} serving")
     console.print(Text.assemble("Ready: ", (stack.url, "bold cyan"), f"  ({what})"), soft_wrap=True)
+    console.print(Text.assemble("Playground: ", (page_of(stack.url), "cyan")), soft_wrap=True)
     keyed = "WISP_API_KEYS_FILE" in stack.env
     console.print(Text(f"  {curl(stack.url, stack.target.name, keyed)}", "dim"), soft_wrap=True)
     console.print(Text(f"Logs: {stack.folder}. Ctrl-C stops everything.", "dim"), soft_wrap=True)

@@ -102,6 +102,11 @@ class RunningApi:
         return urlsplit(self.url).port
 
 
+def page_of(url: str) -> str:
+    """Return the address of a gateway's page, given the URL of its API."""
+    return f"{url.rstrip('/').removesuffix('/v1')}/"
+
+
 def note_api(folder: Path, api: RunningApi) -> None:
     """Write the API's address to its run's folder."""
     (folder / API).write_text(json.dumps(asdict(api)))

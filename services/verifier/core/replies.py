@@ -58,11 +58,20 @@ class OpenCommit:
 class BatchReplies:
     """Collects the replies to one batch."""
 
-    def __init__(self, verifier_id: str, batch_id: str, verify_ms: float, arithmetic: str, runs: RunTable) -> None:
-        """runs: of the verifier; a result says how far its session's run may go."""
+    def __init__(
+        self,
+        verifier_id: str,
+        batch_id: str,
+        verify_ms: float,
+        arithmetic: str,
+        runs: RunTable,
+        predicted_ms: float = 0.0,
+    ) -> None:
+        """runs: of the verifier; a result says how far its session's run may go. predicted_ms: by the scheduler."""
         self._verifier_id = verifier_id
         self._batch_id = batch_id
         self._verify_ms = verify_ms
+        self._predicted_ms = predicted_ms
         self._arithmetic = arithmetic
         self._runs = runs
         self._replies: list[JobReply] = []
@@ -173,6 +182,8 @@ class BatchReplies:
             "draft_ms": job.draft_ms,
             "queue_ms": job.queue_ms,
             "arithmetic": self._arithmetic,
+            "sources": job.sources,
+            "predicted_ms": self._predicted_ms,
         }
         return Result(status=status, verifier=self._verifier_id, batch=self._batch_id, **{**from_job, **fields})
 

@@ -1,0 +1,168 @@
+"""The pages of the repository as HTML: those that are installed with the packages, and the README of the project."""
+
+from __future__ import annotations
+
+import posixpath
+import re
+from collections.abc import Iterator, Mapping
+from html import escape
+from importlib.metadata import PackageNotFoundError, metadata
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
+
+ROOT = Path(__file__).resolve().parents[3]
+"""The checkout, or the folder into which the packages are installed."""
+FOLDERS = ("services", "shared", "docker", "k8s")
+"""Folders with pages. The last two exist in a checkout only."""
+INDEX = "README.md"
+PREFIX = "/docs/"
+PROJECT = "wisp"
+_PICTURE = re.compile(r"!\[[^\]]*\]\(([^()\s]+)\)")
+_EXTERNAL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
+
+
+class Documents:
+    """The pages by path. Each is rendered when it is first asked for."""
+
+    def __init__(self, sources: Mapping[str, str] | None = None) -> None:
+        """sources: the pages' Markdown by path; by default the repository's."""
+        self._sources = sources if sources is not None else dict(_sources())
+        self._made: dict[str, bytes] = {}
+        self._pictures = {
+            _beside(name, page) for page, text in self._sources.items() for name in _PICTURE.findall(text)
+        }
+        self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+
+    @property
+    def paths(self) -> list[str]:
+        """Paths of the pages, the README of the project first."""
+        return sorted(self._sources, key=lambda path: (path != INDEX, path))
+
+    def picture(self, path: str) -> bytes | None:
+        """Return a picture that a page shows; None if none shows it, or its file is missing."""
+        if path not in self._pictures:
+            return None
+        try:
+            return (ROOT / path).read_bytes()
+        except OSError:
+            return None
+
+    def html(self, path: str) -> bytes | None:
+        """Return a page as HTML; None if there is none of this path."""
+        if path not in self._sources:
+            return None
+        if path not in self._made:
+            self._made[path] = self._page(path).encode()
+        return self._made[path]
+
+    def _page(self, path: str) -> str:
+        tokens = self._markdown.parse(self._sources[path])
+        title = _title(self._sources[path]) or path
+        _name_headings(tokens)
+        _lead_links(tokens, path, self._sources)
+        body = self._markdown.renderer.render(tokens, self._markdown.options, {})
+        listed = "\n".join(
+            f'<li><a href="{PREFIX}{other}"{" aria-current=page" if other == path else ""}>'
+            f"{escape(_title(self._sources[other]) or other)}</a></li>"
+            for other in self.paths
+        )
+        return _FRAME.format(title=escape(title), listed=listed, body=body)
+
+
+def _sources() -> Iterator[tuple[str, str]]:
+    if (readme := ROOT / INDEX).is_file() and (ROOT / "pyproject.toml").is_file():
+        yield INDEX, readme.read_text("utf-8")
+    else:
+        try:
+            description = metadata(PROJECT).json.get("description")
+        except PackageNotFoundError:
+            description = None
+        if isinstance(description, str) and description:
+            yield INDEX, description
+    for folder in FOLDERS:
+        for path in sorted((ROOT / folder).rglob("*.md")):
+            yield path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
+
+
+def _title(text: str) -> str:
+    """Return the first heading of a page, without marks."""
+    found = re.search(r"^# +(.+)$", text, re.MULTILINE)
+    return re.sub(r"[`*_]", "", found[1]).strip() if found else ""
+
+
+def _name_headings(tokens: list[Token]) -> None:
+    """Give each heading the id that links name it by, as GitHub does."""
+    used: set[str] = set()
+    for opening, inline in pairwise(tokens):
+        if opening.type != "heading_open":
+            continue
+        text = "".join(part.content for part in inline.children or () if part.type in ("text", "code_inline"))
+        slug = re.sub(r"[^\w\- ]", "", text.lower()).replace(" ", "-")
+        name, times = slug, 0
+        while name in used:
+            times += 1
+            name = f"{slug}-{times}"
+        used.add(name)
+        opening.attrSet("id", name)
+
+
+def _lead_links(tokens: list[Token], path: str, known: Mapping[str, Any]) -> None:
+    """Lead links between pages to their served paths, and take the links to files that are not served away."""
+    for inline in tokens:
+        closing: list[str] = []
+        for part in inline.children or ():
+            if part.type == "link_open":
+                target = _served(str(part.attrGet("href") or ""), path, known)
+                part.tag = "a" if target else "span"
+                part.attrs = {"href": target} if target else {}
+                closing.append(part.tag)
+            elif part.type == "link_close" and closing:
+                part.tag = closing.pop()
+            elif part.type == "image":
+                part.attrSet("src", PREFIX + _beside(str(part.attrGet("src") or ""), path))
+
+
+def _served(href: str, path: str, known: Mapping[str, Any]) -> str:
+    """Return where a link leads; empty if its file is not served."""
+    if _EXTERNAL.match(href) or href.startswith(("#", "/")):
+        return href
+    file, _, anchor = href.partition("#")
+    target = _beside(file, path)
+    if target not in known:
+        target = f"{target}/{INDEX}"
+    return (PREFIX + target + (f"#{anchor}" if anchor else "")) if target in known else ""
+
+
+def _beside(file: str, path: str) -> str:
+    """Return the path of a file that a page names."""
+    return posixpath.normpath(posixpath.join(posixpath.dirname(path), file))
+
+
+_FRAME = """<!doctype html>
+<html lang="en">
+<head>
+<meta charset="utf-8">
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<meta name="color-scheme" content="light dark">
+<title>{title} · WISP</title>
+<link rel="icon" href="/page/icon.svg">
+<link rel="stylesheet" href="/page/page.css">
+</head>
+<body class="documents">
+<a class="skip" href="#text">Skip to the text</a>
+<header class="top"><a class="brand" href="/"><img src="/page/icon.svg" alt="" width="22" height="22">WISP</a>
+<nav aria-label="Main"><a href="/">Playground</a><a href="/docs" aria-current="true">Docs</a></nav></header>
+<div class="shelf">
+<nav class="pages" aria-label="Pages"><ul>
+{listed}
+</ul></nav>
+<main id="text" class="text" tabindex="-1">
+{body}</main>
+</div>
+</body>
+</html>
+"""

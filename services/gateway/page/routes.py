@@ -1,0 +1,82 @@
+"""Routes of the page: `/`, its files, the documentation, the version and the feed of the fleet view."""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import PurePosixPath
+
+from fastapi import FastAPI, Request
+from fastapi.responses import JSONResponse, RedirectResponse, Response
+from starlette.types import Receive, Scope, Send
+
+from services.gateway.errors import ApiError
+from services.gateway.page.documents import INDEX, PREFIX, PROJECT, Documents
+from services.gateway.page.feed import FeedResponse, FleetFeed
+from services.gateway.page.files import MEDIA_TYPES, ServedFile, static_files
+
+READ = ["GET", "HEAD"]
+FEED_PATH = "/fleet/events"
+
+
+class _Streamed(Response):
+    """A response that another ASGI application sends."""
+
+    def __init__(self, app: FeedResponse) -> None:
+        super().__init__()
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Send it."""
+        await self._app(scope, receive, send)
+
+
+def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
+    """Add the routes of the page. Without a feed, the fleet view says so."""
+    files = static_files()
+
+    @app.api_route("/", methods=READ)
+    async def index(request: Request) -> Response:
+        return files["index.html"].response(request)
+
+    @app.api_route("/page/{name}", methods=READ)
+    async def file(name: str, request: Request) -> Response:
+        if name not in files:
+            raise ApiError(404, f"the page has no file {name[:200]!r}", code="unknown_url")
+        return files[name].response(request)
+
+    @app.api_route("/version", methods=READ)
+    async def wisp_version() -> JSONResponse:
+        return JSONResponse({"version": _version()})
+
+    @app.get(FEED_PATH)
+    async def events() -> Response:
+        if feed is None:
+            raise ApiError(404, "this server has no fleet: it serves a baseline", code="no_fleet")
+        return _Streamed(FeedResponse(feed))
+
+    _add_documents(app)
+
+
+def _add_documents(app: FastAPI) -> None:
+    documents = cache(Documents)
+
+    @app.api_route("/docs", methods=READ)
+    async def first() -> Response:
+        return RedirectResponse(PREFIX + INDEX, 307)
+
+    @app.api_route("/docs/{path:path}", methods=READ)
+    async def document(path: str, request: Request) -> Response:
+        if (html := documents().html(path)) is not None:
+            return ServedFile(html, MEDIA_TYPES[".html"]).response(request)
+        media_type = MEDIA_TYPES.get(PurePosixPath(path).suffix)
+        if media_type is not None and (picture := documents().picture(path)) is not None:
+            return ServedFile(picture, media_type).response(request)
+        raise ApiError(404, f"there is no page {path[:200]!r}", code="unknown_url")
+
+
+def _version() -> str:
+    try:
+        return version(PROJECT)
+    except PackageNotFoundError:
+        return "unknown"

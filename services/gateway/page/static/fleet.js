@@ -1,0 +1,313 @@
+// The fleet view: the state of the suite, the timeline of its batches, and the rounds of a session.
+
+import { Problem, events, request } from "./api.js";
+import { by, drawCounters, el, perFrame, setText } from "./dom.js";
+import { ms } from "./origin.js";
+import { Timeline } from "./timeline.js";
+
+const LATEST = 8;
+const KEPT = 3000;
+const RETRY_MS = 2000;
+const BEHIND_MS = 350;
+const reduced = matchMedia("(prefers-reduced-motion: reduce)");
+
+let timeline = null;
+let wanted = false;
+let stream = null;
+let paused = false;
+let history = [];
+let state = null;
+let clock = null;
+let frozenMs = 0;
+let chosenBatch = null;
+let chosenSession = null;
+let drawnAt = 0;
+let stale = false;
+
+/** Frame times of the timeline, for measurements: the last 600 in milliseconds. */
+export const frames = [];
+window.wispFrames = frames;
+
+/** The server's clock now, as far as its events tell it. */
+function serverNow() {
+  return clock === null ? 0 : performance.now() - clock;
+}
+
+function shownNow() {
+  return paused ? frozenMs : serverNow() - BEHIND_MS;
+}
+
+function note(text, bad = false) {
+  const place = by("fleet-note");
+  setText(place, text);
+  place.className = bad ? "note problem" : "note";
+  place.hidden = !text;
+}
+
+async function look() {
+  const own = new AbortController();
+  stream = own;
+  while (wanted && stream === own) {
+    try {
+      const response = await request("/fleet/events", { signal: own.signal });
+      history = [];
+      clock = null;
+      timeline.batches = [];
+      timeline.runs = [];
+      for await (const event of events(response)) {
+        if (stream !== own) return;
+        take(event);
+      }
+      throw new Problem("The feed ended; the gateway may be shutting down.", { code: "feed_ended" });
+    } catch (error) {
+      if (error.name === "AbortError" || stream !== own) return;
+      note(error.text || `The page failed: ${error.message}`, true);
+      if (error.status === 404) return;
+      await new Promise((done) => setTimeout(done, RETRY_MS));
+    }
+  }
+}
+
+function take(event) {
+  // The event that travelled fastest tells the server's clock best.
+  const offset = performance.now() - event.now_ms;
+  clock = clock === null ? offset : Math.min(clock + 0.05, offset);
+  for (const item of event.news || []) {
+    history.push(item);
+    timeline.add(item);
+  }
+  if (history.length > KEPT) history.splice(0, history.length - KEPT);
+  if (event.state) {
+    state = event.state;
+    stale = true;
+    if (event.problem) note(event.problem, true);
+    else if (!state.verifiers.length) note("No verifier has sent a heartbeat yet.");
+    else if (!timeline.batches.length && !timeline.runs.length) note("Nothing is being verified. Ask something in the chat to see it here.");
+    else note("");
+  }
+  if (reduced.matches) drawSoon();
+}
+
+const drawSoon = perFrame(() => frame(performance.now()));
+
+function frame(at) {
+  if (!wanted || document.hidden) return;
+  if (drawnAt) {
+    frames.push(at - drawnAt);
+    if (frames.length > 600) frames.shift();
+  }
+  drawnAt = at;
+  timeline.forget(shownNow());
+  timeline.draw();
+  if (stale && !paused) {
+    stale = false;
+    drawState();
+  }
+}
+
+function loop(at) {
+  if (!wanted) return;
+  if (!reduced.matches) frame(at);
+  requestAnimationFrame(loop);
+}
+
+/** Open the feed while the view is seen, and close it otherwise. */
+export function showFleet(on) {
+  const now = on && !document.hidden;
+  if (now === wanted) return;
+  wanted = now;
+  if (wanted) {
+    note("Connecting …");
+    drawnAt = 0;
+    look();
+    requestAnimationFrame(loop);
+  } else if (stream) {
+    stream.abort();
+    stream = null;
+  }
+}
+
+function percent(value) {
+  return `${Math.round(100 * value)} %`;
+}
+
+function meter(value, text) {
+  const bar = el("span", { className: "meter", "aria-hidden": "true" }, el("span"));
+  bar.firstChild.style.width = `${Math.min(100, Math.round(100 * value))}%`;
+  return [bar, text];
+}
+
+/** Draw the rows of a table, keeping those that have not changed. */
+function drawRows(id, rows) {
+  const body = by(id).tBodies[0];
+  rows.forEach((cells, i) => {
+    let row = body.rows[i];
+    if (!row) body.append((row = el("tr")));
+    cells.forEach((cell, column) => {
+      let place = row.cells[column];
+      if (!place) row.append((place = column ? el("td") : el("th", { scope: "row" })));
+      const { parts, key, className = "" } = cell instanceof Object ? cell : { parts: [cell], key: cell };
+      if (place.dataset.key === String(key)) return;
+      place.dataset.key = String(key);
+      place.className = className;
+      place.replaceChildren(...(typeof parts === "function" ? parts() : parts));
+    });
+    row.className = rows[i].mark || "";
+  });
+  while (body.rows.length > rows.length) body.lastElementChild.remove();
+}
+
+const right = (text) => ({ parts: [text], key: text, className: "number" });
+const gauge = (value, text) => ({ parts: () => meter(value, text), key: text, className: "gauge" });
+
+function drawState() {
+  const acceptance = state.verified ? percent(state.accepted / state.verified) : "–";
+  const scheduler = state.scheduler;
+  drawCounters(by("fleet-counters"), [
+    ["Tokens per second", state.tokens_per_s.toFixed(1), state.run_tokens_per_s ? `${state.run_tokens_per_s.toFixed(1)} in runs` : ""],
+    ["Batches per second", state.batches_per_s.toFixed(1)],
+    ["Drafts accepted", acceptance, state.verified ? `${state.accepted} of ${state.verified}` : ""],
+    ["Pending rounds", scheduler ? String(scheduler.pending) : "–", scheduler ? `queue ${ms(scheduler.queue_ms)}` : ""],
+    ["Promised share", scheduler ? percent(scheduler.utilization) : "–", scheduler ? `policy ${scheduler.policy || "–"}` : "no scheduler yet"],
+  ]);
+  drawRows("verifiers", state.verifiers.map((one) => [
+    one.name,
+    standing(one.alive ? (one.draining ? "draining" : "alive") : "silent"),
+    gauge(one.busy, percent(one.busy)),
+    gauge(one.cache_used, `${percent(one.cache_used)} of ${one.cache_tokens.toLocaleString("en")}`),
+    right(String(one.sessions)),
+    right(one.ratio_p50 === null ? "–" : one.ratio_p50.toFixed(2)),
+  ]));
+  drawRows("drafters", state.drafters.map((one) => [
+    one.name, one.pool,
+    standing(one.alive ? (one.drafts ? "alive" : "stands in") : "silent"),
+    gauge(one.max_sessions ? one.sessions / one.max_sessions : 0, `${one.sessions} of ${one.max_sessions}`),
+  ]));
+  drawRows("classes", state.classes.map((one) => [
+    one.name,
+    right(String(one.sessions)),
+    gauge(one.waiting / 20, String(one.waiting)),
+    right(one.queue_ms === null ? "–" : ms(one.queue_ms)),
+    { ...right(one.slack_ms === null ? "–" : `${one.slack_ms < 0 ? "−" : ""}${ms(Math.abs(one.slack_ms))}`), className: one.slack_ms < 0 ? "number bad" : "number" },
+    right(one.promised ? `${one.attained} of ${one.promised}` : "–"),
+    right(String(one.refused)),
+  ]));
+  timeline.setLanes(state.verifiers.map((one) => one.name));
+  const finished = history.filter((item) => item.kind === "batch").slice(-LATEST).reverse();
+  // Rows move on; those that a keyboard has reached stay until it leaves them.
+  if (!by("batches").querySelector(":focus-visible")) drawRows("batches", finished.map((one) => Object.assign([
+    { parts: () => [pick(shortId(one.id), `Batch ${one.id}`, () => chooseBatch(one))], key: one.id },
+    one.verifier,
+    right(String(one.jobs.length)),
+    right(one.predicted_ms === null ? "–" : ms(one.predicted_ms)),
+    right(ms(one.measured_ms)),
+  ], { mark: chosenBatch && one.id === chosenBatch.id ? "chosen" : "" })));
+  by("timeline").setAttribute("aria-label", `Timeline of ${timeline.batches.length} batches on ${timeline.lanes.length} verifiers in the last ten seconds; the table below lists the latest`);
+  if (chosenSession) drawSession();
+}
+
+function standing(word) {
+  return { parts: () => [el("span", { className: `dot ${word.replace(" ", "-")}`, "aria-hidden": "true" }), word], key: word };
+}
+
+function shortId(id) {
+  return id.length > 14 ? `…${id.slice(-12)}` : id;
+}
+
+function pick(text, label, act) {
+  return el("button", { className: "pick", type: "button", "aria-label": label, onclick: act }, text);
+}
+
+function chooseBatch(batch) {
+  chosenBatch = batch;
+  chosenSession = null;
+  timeline.chosen = batch.id;
+  timeline.session = null;
+  setText(by("detail-title"), `Batch ${shortId(batch.id)}`);
+  const error = batch.predicted_ms ? `, ${percent(batch.measured_ms / batch.predicted_ms)} of the predicted ${ms(batch.predicted_ms)}` : "";
+  const rows = batch.jobs.map((job) =>
+    el("tr", {},
+      el("th", { scope: "row" }, pick(job.session, `Session ${job.session}, its rounds`, () => chooseSession(job.session))),
+      el("td", { className: "number" }, String(job.round)),
+      el("td", {}, work(job)),
+      el("td", { className: "number" }, ms(job.draft_ms)),
+      el("td", { className: "number" }, ms(job.queue_ms))),
+  );
+  by("detail-body").replaceChildren(
+    el("p", { className: "dim" }, `${batch.jobs.length} ${batch.jobs.length === 1 ? "session" : "sessions"} on ${batch.verifier}, ${ms(batch.measured_ms)}${error}`),
+    table(["Session", "Round", "Work", "Drafting", "Queue"], rows),
+  );
+  if (state) drawState();
+  by("detail").scrollIntoView({ block: "nearest" });
+}
+
+function tokens(count) {
+  return count === 1 ? "1 token" : `${count} tokens`;
+}
+
+function work(job) {
+  if (job.status === "prefilled") return `prompt, ${tokens(job.computed)}`;
+  if (job.status !== "committed") return job.status;
+  if (!job.verified) return `${tokens(job.tokens)}, no draft`;
+  const trimmed = job.drafted > job.verified ? `, ${job.drafted - job.verified} trimmed` : "";
+  return `${job.accepted} of ${job.verified} accepted${trimmed}`;
+}
+
+function table(heads, rows) {
+  const made = el("table", {}, el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))), el("tbody", {}, ...rows));
+  made.className = "detail";
+  return made;
+}
+
+function chooseSession(session) {
+  chosenSession = session;
+  timeline.session = session;
+  timeline.chosen = null;
+  by("detail-body").replaceChildren();
+  drawSession();
+  by("detail").scrollIntoView({ block: "nearest" });
+}
+
+function drawSession() {
+  const found = [];
+  for (const item of history) {
+    if (item.kind === "run" && item.session === chosenSession) found.push({ ...item, run: true });
+    for (const job of item.jobs || []) if (job.session === chosenSession) found.push({ ...job, batch: item });
+  }
+  setText(by("detail-title"), `Session ${chosenSession}`);
+  const body = by("detail-body");
+  if (body.dataset.key === `${chosenSession} ${found.length}` && body.children.length) return;
+  body.dataset.key = `${chosenSession} ${found.length}`;
+  const rows = found.slice(-200).reverse().map((one) =>
+    el("tr", {},
+      el("th", { scope: "row" }, one.run ? "run" : String(one.round)),
+      el("td", {}, one.run ? `${tokens(one.tokens)} in a run` : work(one)),
+      el("td", {}, one.run ? one.verifier : pick(shortId(one.batch.id), `Batch ${one.batch.id}`, () => chooseBatch(one.batch))),
+      el("td", { className: "number" }, one.run ? "–" : ms(one.draft_ms)),
+      el("td", { className: "number" }, one.run ? "–" : ms(one.queue_ms)),
+      el("td", { className: "number" }, ms(one.run ? one.verify_ms : one.batch.measured_ms))),
+  );
+  const total = found.reduce((sum, one) => sum + one.tokens, 0);
+  const end = found.find((one) => one.finish);
+  body.replaceChildren(
+    el("p", { className: "dim" }, `${found.length} rounds and reports, ${tokens(total)} since this view was opened${end ? `; it ended (${end.finish})` : ""}`),
+    table(["Round", "Work", "Batch", "Drafting", "Queue", "Verifying"], rows),
+  );
+}
+
+export function startFleet() {
+  timeline = new Timeline(by("timeline"));
+  timeline.nowMs = shownNow;
+  by("pause").addEventListener("click", () => {
+    frozenMs = shownNow();
+    paused = !paused;
+    by("pause").setAttribute("aria-pressed", String(paused));
+    setText(by("pause"), paused ? "Go on" : "Pause");
+    stale = true;
+  });
+  by("timeline").addEventListener("click", (event) => {
+    const batch = timeline.at(event.offsetX, event.offsetY);
+    if (batch) chooseBatch(batch);
+  });
+  document.addEventListener("visibilitychange", () => showFleet(!by("view-fleet").hidden));
+}
