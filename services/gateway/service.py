@@ -12,7 +12,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.keys import KeyFile
 from services.gateway.ledger import Ledger
 from services.gateway.model import ServedModel
-from services.gateway.page.feed import BrokerSource, FleetFeed
+from services.gateway.page.feed import BrokerMessages, FleetFeed
 from services.gateway.server import listen
 from services.gateway.settings import GatewaySettings
 from services.gateway.transport import BrokerTransport
@@ -63,7 +63,7 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
         fleet,
         ledger=Ledger(store.quota, settings.key_limits),
         keys=keys,
-        feed=FleetFeed(BrokerSource(settings.amqp_url, topology, instance, settings.tls)),
+        feed=FleetFeed(BrokerMessages(settings.amqp_url, topology, instance, settings.tls)),
         admission=Admission(
             settings.slo_classes, settings.max_sessions, settings.max_backlog_ms, predict=settings.admission
         ),

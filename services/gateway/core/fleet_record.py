@@ -70,7 +70,7 @@ class _SeenBatch:
 
 
 @dataclass
-class _Step:
+class _FleetCounts:
     """Counts of one step of time."""
 
     from_ms: float
@@ -103,7 +103,7 @@ class FleetRecord:
     _drafters: dict[str, tuple[float, DrafterHeartbeat]] = field(default_factory=dict)
     _models: dict[str, CostModel] = field(default_factory=dict)
     _load: tuple[float, Load] | None = None
-    _steps: deque[_Step] = field(default_factory=deque)
+    _steps: deque[_FleetCounts] = field(default_factory=deque)
     _busy_until_ms: dict[str, float] = field(default_factory=dict)
 
     def add(self, message: Message, now_ms: float) -> None:
@@ -142,7 +142,7 @@ class FleetRecord:
         if len(results := self._open[key].results) < JOBS_KEPT:
             results[result.session] = result
 
-    def _count_busy(self, step: _Step, result: Result, now_ms: float) -> None:
+    def _count_busy(self, step: _FleetCounts, result: Result, now_ms: float) -> None:
         """Count the time of the verifier's step once, although each of its sessions reports it."""
         until = self._busy_until_ms.get(result.verifier, 0.0)
         busy_ms = max(0.0, now_ms - max(until, now_ms - result.verify_ms))
@@ -159,9 +159,9 @@ class FleetRecord:
             step.promised[name] += ended.slo is not None
             step.attained[name] += ended.slo is not None and ended.attained
 
-    def _step(self, now_ms: float) -> _Step:
+    def _step(self, now_ms: float) -> _FleetCounts:
         if not self._steps or now_ms - self._steps[-1].from_ms >= STEP_MS:
-            self._steps.append(_Step(now_ms))
+            self._steps.append(_FleetCounts(now_ms))
             while self._steps[0].from_ms < now_ms - WINDOW_MS:
                 self._steps.popleft()
         return self._steps[-1]

@@ -41,7 +41,7 @@ HEADERS = [
 ]
 
 
-class Source(Protocol):
+class MessageSource(Protocol):
     """Delivers the suite's messages."""
 
     async def listen(self, receive: Handler, listening: Callable[[], None]) -> None:
@@ -49,7 +49,7 @@ class Source(Protocol):
 
 
 @dataclass(frozen=True)
-class BrokerSource:
+class BrokerMessages:
     """The suite's messages from RabbitMQ, over a connection of its own."""
 
     amqp_url: str
@@ -58,7 +58,7 @@ class BrokerSource:
     tls: Tls
 
     async def listen(self, receive: Handler, listening: Callable[[], None]) -> None:
-        """See `Source`."""
+        """See `MessageSource`."""
         name = f"{self.instance}.fleet"
         broker = await Broker.connect(self.amqp_url, self.topology, name, tls=self.tls)
         try:
@@ -74,7 +74,7 @@ class BrokerSource:
 class FleetFeed:
     """The viewers of one gateway, and the record that they share."""
 
-    def __init__(self, source: Source) -> None:
+    def __init__(self, source: MessageSource) -> None:
         self._source = source
         self._viewers = 0
         self._work: asyncio.Task[None] | None = None
