@@ -400,8 +400,9 @@ class ServedSession:
         # A conflict, a failure or a run that went on unseen shows neither whether the draft was right nor how long
         # verifying takes.
         committed = result.status is Status.COMMITTED and not result.run
-        # Beside a probe a round may take longer, since both may compute on the same cores.
-        if committed and not resent and not self._probes:
+        # A first round waits for its prompt. Beside a probe a round may take longer, since both may compute on the same
+        # cores.
+        if committed and not resent and not self._probes and result.round > 0:
             control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result) if committed else (0, 0)
         control.settle(round_, verified, accepted, bonus_matches(made.draft, result) if committed else None)

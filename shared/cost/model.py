@@ -18,7 +18,7 @@ from typing import Protocol
 from shared.messages import BatchShape, CostModel
 
 MILLION = 1e6
-KNEES = (8, 32, 64, 96, 128, 192, 256, 384)
+KNEES = (8, 32, 64, 80, 96, 112, 128, 160, 192, 224, 256, 320, 384)
 """Knees that a fit chooses from. The first is that of a CPU."""
 SIZE = 7
 """Number of coefficients."""

@@ -29,6 +29,8 @@ class Acceptance(BaseModel):
     """Standard deviation of a token's log odds around its session's."""
     estimate_error: Amount = 1.0
     """Standard deviation of the error of the draft model's estimate, in log odds."""
+    known: bool = False
+    """The draft model knows which of its tokens are right: an oracle, to compare with."""
 
 
 class TwinSpec(BaseModel):

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from services.scheduler.core import policies
+from services.scheduler.core import policies, wisp_plus
 from services.scheduler.core.batching import MOST_LEFT_OUT, BatchBuilder, BatchLimits, BatchPlan, ChosenRound
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.mutable_shape import MutableShape
@@ -237,6 +237,7 @@ def test_a_round_that_is_added_on_time_stays_on_time(
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(policies, "BatchBuilder", build)
+        patch.setattr(wisp_plus, "BatchBuilder", build)
         made = plan(policy, rounds, state, limits)
     batch = next(batch for batch in built if batch.chosen[0] is made.chosen[0])
     caution = state.model.ratio_p90

@@ -357,3 +357,19 @@ def test_a_prompt_whose_chunks_are_lost_is_computed_anew_once() -> None:
     assert d.fleet.pending_count == 1
     d.on_heartbeat(builders.heartbeat("v2", lease=1), 2600.0)
     assert only(d, 2600.0).jobs[0].session == "prompt"
+
+
+def test_a_few_unlucky_rounds_are_no_reason_for_a_run() -> None:
+    session = ActiveSession("default", None)
+    for number in range(1, runs.TRUSTED_ROUNDS + 2):
+        session.record_expected(3.0)
+        session.record_result(100.0 * number, 50.0, 1)
+        granted = runs.unasked_tokens(session, 0, trimmed=False, step_ms=45.0)
+        assert bool(granted) == (session.timed_rounds >= runs.TRUSTED_ROUNDS), "then the drafter has been wrong"
+
+
+def test_the_tokens_of_first_rounds_count_in_full() -> None:
+    session = ActiveSession("default", None)
+    for number in range(1 + runs.MEASURED_ROUNDS):
+        session.record_result(100.0 * number, 50.0, 3)
+    assert session.round_tokens == 3.0

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
+import psutil
 import pytest
 
 from services.drafter.core.synthetic import DraftProcess
 from services.tools.bench.load.arms import Arm
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending, RequestRecord
+from services.tools.bench.load.core.results import LoadResults, MeasuredPoint
 from services.tools.simulator.arms import (
     SCENARIOS,
     SimulatedPoint,
@@ -23,7 +29,10 @@ from services.tools.simulator.arms import (
     target_of,
     world_of,
 )
+from services.tools.simulator.core.bounds import scenario_bounds
 from services.tools.simulator.core.scenario import Scenario, parse_scenario
+from services.tools.simulator.output import advice
+from services.tools.simulator.sweep import SweepCell, sweep_table, swept_fields
 from shared import cost
 from shared.errors import SettingsError
 from shared.twin.files import load_target, shipped_targets, target_text
@@ -183,6 +192,125 @@ def test_absurd_numbers_of_a_target_are_an_error(change: str, message: str) -> N
         parse_target(text, "mine").cost_model("verifier")
 
 
+def constant(value: float) -> list[dict[str, object]]:
+    return [{"distribution": "constant", "value": value}]
+
+
+def one_class(prompt: int, output: int, ttft_ms: float = 2000.0, tpot_ms: float = 50.0) -> list[dict[str, object]]:
+    lengths = {"prompt_tokens": constant(prompt), "output_tokens": constant(output)}
+    return [{"name": "only", "ttft_ms": ttft_ms, "tpot_ms": tpot_ms, **lengths}]
+
+
+def test_bounds_are_the_promised_time_over_the_work_of_a_request() -> None:
+    spec = scenario(target="a100-qwen3-32b", classes=one_class(400, 101), think_s=constant(1.0))
+    target = target_of(spec)
+    found = scenario_bounds(spec, target, 1)
+    assert found is not None
+    cycle_ms = 2000.0 + 100 * 50.0 + 1000.0
+    token_ms = 2 * 32.8e9 / (312e12 * 0.6) * 1000
+    assert found.cycle_s == pytest.approx(cycle_ms / 1000)
+    assert found.arithmetic == pytest.approx(cycle_ms / (501 * token_ms), rel=0.02)
+    assert found.memory == pytest.approx(target.kv_tokens / 450.5 * cycle_ms / 5000.0, rel=0.01)
+    assert found.hidden_tokens == 114
+    # A step may take 50 ms: that many tokens' arithmetic, of which four in five are prompts.
+    assert found.chunked <= (50.0 - target.step_ms) / token_ms / 5 * cycle_ms / 5000.0
+
+
+def test_a_scenario_without_promises_has_no_bounds() -> None:
+    spec = scenario(classes=[{**one_class(8, 8)[0], "ttft_ms": None, "tpot_ms": None}])
+    assert scenario_bounds(spec, target_of(spec), 1) is None
+
+
+def test_factors_change_slos_prompts_links_drafting_and_efficiency() -> None:
+    plain = scenario()
+    changed = scenario(
+        **{f"factors.{name}": by for name, by in (("slo", 0.5), ("prompts", 2.0), ("delay", 3.0), ("drafting", 4.0))},
+        **{"factors.efficiency": 2.0},
+    )
+    before, after = plain.request(1, 2, 3), changed.request(1, 2, 3)
+    assert after.of_class.tpot_ms == 0.5 * (before.of_class.tpot_ms or 0)
+    assert after.prompt_tokens == pytest.approx(2 * before.prompt_tokens, abs=1)
+    assert (after.output_tokens, after.think_s) == (before.output_tokens, before.think_s)
+    phones = [hardware_of(spec).devices["phone"] for spec in (plain, changed)]
+    assert phones[1].draft.step_ms == phones[0].draft.step_ms / 4
+    links = [spec.link_of(phones[0]).uplink for spec in (plain, changed)]
+    assert (links[1].delay_ms, links[1].jitter_ms) == (3 * links[0].delay_ms, 3 * links[0].jitter_ms)
+    targets = [target_of(spec) for spec in (plain, changed)]
+    assert targets[1].bandwidth_efficiency == 1.0
+    assert targets[1].arithmetic_efficiency == min(1.0, 2 * targets[0].arithmetic_efficiency)
+
+
+def test_an_oracle_knows_which_of_its_tokens_are_right() -> None:
+    blind, oracle = (DraftProcess(Acceptance(known=known), 5) for known in (False, True))
+    for position in range(50):
+        token = oracle.token(position, 0)
+        assert token.right == blind.token(position, 0).right, "it has the same tokens"
+        assert token.token.confidence == float(token.right)
+
+
+def test_a_sweeps_gain_is_the_capacity_against_the_best_central_arm() -> None:
+    def point(arm: str, sessions: int, attained: int) -> MeasuredPoint:
+        measured = simulate(SimulatedPoint(Arm("centralized"), 1, 0, 1), scenario(), WINDOW)[0]
+        counts = measured.measures.model_copy(update={"requests": 100, "attained": attained})
+        return measured.model_copy(update={"arm": arm, "sessions": sessions, "measures": counts})
+
+    points = [point("centralized", 4, 99), point("colocated", 2, 99), point("wisp+", 6, 97), point("wisp+", 8, 50)]
+    cell = SweepCell({"acceptance.mean": 0.5}, LoadResults(window=WINDOW, aims=[0.95], points=points))
+    assert (cell.capacity("wisp+"), cell.gain) == (6, 1.5)
+    columns, rows = sweep_table([cell], ["centralized", "wisp+"])
+    assert dict(zip(columns, rows[0], strict=True))["gain"] == 1.5
+    assert advice(cell.results, 2).startswith("choose wisp+: 3 sessions per verifier (centralized 4, colocated 2)")
+
+
+@pytest.mark.parametrize(
+    ("texts", "message"),
+    [(["acceptance.mean"], "field=value"), (["x=a,b"], "takes numbers"), (["a=1", "b=1", "c=1"], "or two for a map")],
+)
+def test_a_wrong_sweep_is_an_error(texts: list[str], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        swept_fields(texts)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fields", [1, 2])
+def test_a_sweep_writes_its_table_and_picture(fields: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from typer.testing import CliRunner
+
+    from services.tools.simulator.__main__ import app
+
+    monkeypatch.setattr("services.tools.bench.support.report.state_folder", lambda: tmp_path)
+    options = ["--arms", "centralized,wisp+", "--set", "target=h100-qwen3-8b", "--most", "1", "--processes", "1"]
+    times = ["--warm-up", "1", "--measure", "20", "--drain", "10", "--name", "swept"]
+    swept = [("acceptance.mean", "0.6,0.9"), ("factors.slo", "1,2")][:fields]
+    asked = [word for path, values in swept for word in ("--sweep", f"{path}={values}")]
+    outcome = CliRunner().invoke(app, [*options, *times, *asked])
+    assert outcome.exit_code == 0, outcome.output
+    (path,) = tmp_path.rglob("swept.json")
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["acceptance.mean"] for row in rows] == ([0.6, 0.9] if fields == 1 else [0.6, 0.6, 0.9, 0.9])
+    assert all(row["centralized holds"] == 1 for row in rows)
+    assert path.with_suffix(".svg").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_an_interrupt_ends_the_command_in_the_middle_of_a_point() -> None:
+    command = [sys.executable, "-m", "services.tools.simulator", "--arms", "wisp+", "--sessions", "64,65"]
+    times = ["--measure", "100000", "--processes", "2"]
+    with subprocess.Popen([*command, *times], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as running:
+        children: list[psutil.Process] = []
+        patience = time.monotonic() + 60
+        while sum("spawn_main" in " ".join(child.cmdline()) for child in children) < 2:
+            assert time.monotonic() < patience, "no workers"
+            time.sleep(0.2)
+            children = [one for one in psutil.Process(running.pid).children(recursive=True) if one.is_running()]
+        time.sleep(2.0)
+        started = time.monotonic()
+        running.send_signal(signal.SIGINT)
+        running.communicate(timeout=30)
+        assert time.monotonic() - started < 10
+    assert not psutil.wait_procs(children, timeout=5)[1]
+
+
 @pytest.mark.slow
 def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from typer.testing import CliRunner
@@ -206,11 +334,13 @@ def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (
             ["nosuch.yaml"],
-            "cannot be read (No such file or directory); give the path of a .yaml file, or one of paper-a100",
+            "cannot be read (No such file or directory); give the path of a .yaml file, or one of h100-32b,",
         ),
         (["--set", "verifiers"], "field=value"),
         (["--arms", "nosuch"], "is no arm"),
         (["--set", "title=2020-99-99"], "is not YAML"),
+        (["--name", "../elsewhere"], "--name takes a file's name without folders"),
+        (["--sweep", "acceptance.mean=2"], "acceptance.mean"),
     ],
 )
 def test_the_command_names_what_is_wrong(options: list[str], message: str) -> None:

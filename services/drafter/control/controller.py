@@ -307,6 +307,8 @@ class DraftRound:
         """All tokens drafted: the kept ones, and at most one dropped after them."""
         self.context = context
         self._session = session
+        self._expected: dict[tuple[str, int], NextTokens] = {}
+        """Expected tokens by source and position."""
         times = session.times
         self._forecast = RoundForecast(
             times.base_ms,
@@ -351,16 +353,20 @@ class DraftRound:
         return not self.silent and self._session.rule.goes_on(self._forecast, self._following(source, self.kept))
 
     def _following(self, source: str, position: int) -> NextTokens:
-        """Return the tokens that a source may draft from `position` on."""
+        """Return the tokens that a source may draft from `position` on, as expected when the round first asked."""
         session, end = self._session, min(self.longest, position + LOOKAHEAD)
         last = self.drafted[-1].token if self.drafted else None
         if last and last.support and last.source == source:
             copies = [replace(last, support=last.support + i, contested=False) for i in range(1, end - position + 1)]
             first, *later = [self.estimate(token, position + i) for i, token in enumerate(copies)] or [0.0]
             return NextTokens(session.times.step_ms(source), [first], first, later)
+        if (known := self._expected.get((source, position))) is not None:
+            return known
         acceptances, mean = session.expected_acceptances(source, position)
         later = [session.expected_acceptances(source, i)[1] for i in range(position + 1, end)]
-        return NextTokens(session.times.step_ms(source), acceptances, mean, later)
+        following = NextTokens(session.times.step_ms(source), acceptances, mean, later)
+        self._expected[source, position] = following
+        return following
 
     def estimate(self, token: DraftToken, position: int | None = None) -> float:
         """Return the calibrated acceptance that a token would have at `position`: by default the next of this draft."""
@@ -380,6 +386,8 @@ class DraftRound:
         acceptance = session.acceptance(token.source, model_logit)
         self.drafted.append(DraftedToken(token, model_logit))
         self._forecast.ms += times.step_ms(token.source)
+        if not token.support and not self.silent:
+            self._forecast.plain_rate = 0.0
         scored = ScoredToken(token, known, acceptance)
         following = self._following(token.source, self.kept + 1)
         if self.silent or not session.rule.keeps(self._forecast, scored, following):

@@ -137,9 +137,9 @@ class Marginal(StopRule):
 
     def goes_on(self, forecast: RoundForecast, following: NextTokens) -> bool:
         rate, token_ms = forecast.rate, forecast.more_ms(1)
-        acceptances = following.acceptances
-        gain = sum(max(0.0, forecast.survival * a - rate * token_ms) for a in acceptances)
-        if gain > len(acceptances) * (forecast.deficit + rate * following.step_ms):
+        acceptances, least = following.acceptances, rate * token_ms
+        worth = [tokens for a in acceptances if (tokens := forecast.survival * a) > least]
+        if sum(worth) - least * len(worth) > len(acceptances) * (forecast.deficit + rate * following.step_ms):
             return True
         return _pays(forecast, 0.0, forecast.survival, 0, (following.mean, *following.later), following.step_ms)
 

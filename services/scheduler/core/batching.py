@@ -11,12 +11,20 @@ from services.scheduler.core.round_queue import QueuedRound
 from services.scheduler.core.verifier_runs import whole_blocks
 from shared import cost
 from shared.kernels.layout import BLOCK
-from shared.messages import LeftOut
+from shared.messages import CostModel, LeftOut
 
 PROMPTS_MISSED = 4
 """No more prompts are tried after this many that did not fit: there may be thousands, and all are long."""
 MOST_LEFT_OUT = 8
 """Most left-out rounds that a batch names."""
+HIDDEN_SHARE = 0.5
+"""Where a token below the model's knee costs less than this share of one above it, loading the weights hides its
+arithmetic, as on an accelerator."""
+
+
+def hidden_tokens(model: CostModel) -> int:
+    """Return how many tokens of a step are computed in the time in which the weights are loaded anyway."""
+    return model.knee if cost.token_ms(model, 0.0) < HIDDEN_SHARE * cost.token_ms(model) else 0
 
 
 @dataclass(frozen=True)
@@ -91,9 +99,15 @@ class BatchBuilder:
         """True if a round in it has an SLO and will be late."""
         self.limit_ms = limits.max_batch_ms
         """Longest predicted time that the batch may reach."""
+        self.token_price_ms = 0.0
+        """Least cost of a draft token: that of the prompt token whose place it takes, where prompts are pending."""
+        self.hidden_tokens = hidden_tokens(verifier.model)
+        """See `hidden_tokens`."""
+        self.hidden_ms = cost.fixed_ms(verifier.model) + cost.token_ms(verifier.model, 0.0) * self.hidden_tokens
+        """Time of a step of as many tokens."""
         self._most_tokens = limits.max_batch_tokens
         self._cache_tokens = verifier.heartbeat.total_tokens
-        self._model = verifier.model
+        self.model = verifier.model
         self._caution = max(1.0, verifier.model.ratio_p90)
         self._shape = verifier.runs.shape.copy()
         self._reserved: tuple[QueuedRound, tuple[int, int, int]] | None = None
@@ -109,6 +123,16 @@ class BatchBuilder:
     def tries_prompts(self) -> bool:
         """Return whether to try more prompts: not after several that did not fit."""
         return self._missed_prompts < PROMPTS_MISSED
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the step: those of the batch, of the reservation and of the runs."""
+        return self._shape.new_tokens
+
+    @property
+    def reserved_tokens(self) -> int:
+        """Tokens of the reservation."""
+        return 0 if self._reserved is None else self._reserved[1][0]
 
     def slack_ms(self, due_ms: float) -> float:
         """Return the longest predicted time of a batch that, with caution, ends before `due_ms`."""
@@ -132,8 +156,9 @@ class BatchBuilder:
         limit_ms: a tighter time limit for this round. forced: add it whatever the limits are.
         """
         job = (queued.base + draft, queued.pending.verify.base_len + draft, draft + 1)
-        reserved = self._reserved is not None and self._reserved[0] is queued
-        if reserved:
+        reserved = 0
+        if self._reserved is not None and self._reserved[0] is queued:
+            reserved = self._reserved[1][0]
             self.release_reserved()
         grown_ms = self._grown_ms(job)
         limit_ms = self.limit_ms if limit_ms is None else min(limit_ms, self.limit_ms)
@@ -141,7 +166,7 @@ class BatchBuilder:
             self._has_room(queued, job[0], queued.pending.length_after) and self._has_time(queued, grown_ms, limit_ms)
         ):
             if reserved:
-                self.reserve_block(queued)
+                self.reserve(queued, reserved)
             return False
         self._add(job, grown_ms, ChosenRound(queued, reason, draft), queued.pending.length_after)
         due_ms = queued.pending.due_ms
@@ -165,8 +190,8 @@ class BatchBuilder:
             return False
         shape.remove(new, length, draft + 1)
         shape.add(new + 1, length + 1, draft + 2)
-        grown_ms = cost.predict_ms(self._model, shape)
-        added_ms = grown_ms - self.predicted_ms
+        grown_ms = cost.predict_ms(self.model, shape)
+        added_ms = max(grown_ms - self.predicted_ms, self.token_price_ms)
         pays = queued.pending.survival[draft] * (self.predicted_ms + idle_ms) >= value * added_ms
         if not pays or grown_ms > self.limit_ms:
             shape.remove(new + 1, length + 1, draft + 2)
@@ -204,27 +229,59 @@ class BatchBuilder:
                 low = middle
             else:
                 high = middle - 1
-        job = (low * BLOCK - queued.held, low * BLOCK, 0)
-        self._add(job, self._grown_ms(job), ChosenRound(queued, reason, 0, low * BLOCK), low * BLOCK)
+        self._add_chunk(queued, reason, low * BLOCK)
         return True
+
+    def take_tokens(self, queued: QueuedRound, reason: str, most: int) -> bool:
+        """Add up to `most` tokens of a round's prompt if they fit; return whether any was added.
+
+        What room was reserved for is always added.
+        """
+        least = 0
+        if self._reserved is not None and self._reserved[0] is queued:
+            least = self._reserved[1][0]
+            self.release_reserved()
+        high = min(most, queued.base - 1)
+        low = min(least, high)
+        while low < high:
+            middle = (low + high + 1) // 2
+            if self._chunk_fits(queued, queued.held + middle, self.limit_ms):
+                low = middle
+            else:
+                high = middle - 1
+        if low < 1:
+            self._miss(queued, f"no token of its prompt fits in {self.limit_ms:.0f} ms")
+            return False
+        self._add_chunk(queued, reason, queued.held + low)
+        return True
+
+    def _add_chunk(self, queued: QueuedRound, reason: str, prefill_to: int) -> None:
+        job = (prefill_to - queued.held, prefill_to, 0)
+        self._add(job, self._grown_ms(job), ChosenRound(queued, reason, 0, prefill_to), prefill_to)
 
     def reserve_block(self, queued: QueuedRound) -> None:
         """Reserve time and memory for the next block of this round's prompt, unless there is a reservation already."""
-        if self._reserved is None and (block := queued.next_block) is not None:
-            job = (block - queued.held, block, 0)
+        if (block := queued.next_block) is not None:
+            self.reserve(queued, block - queued.held)
+
+    def reserve(self, queued: QueuedRound, tokens: int) -> None:
+        """Reserve time and memory for so many tokens of this round's prompt, unless there is a reservation already."""
+        if self._reserved is None:
+            to = queued.held + max(1, min(tokens, queued.base - 1))
+            job = (to - queued.held, to, 0)
             self._reserved = queued, job
             self._shape.add(*job)
-            self._used_tokens += block
-            self.predicted_ms = cost.predict_ms(self._model, self._shape)
+            self._used_tokens += whole_blocks(to)
+            self.predicted_ms = cost.predict_ms(self.model, self._shape)
 
     def release_reserved(self) -> None:
         """Release the reserved room."""
         if self._reserved is not None:
-            _, (new, block, rows) = self._reserved
-            self._shape.remove(new, block, rows)
-            self._used_tokens -= block
+            _, (new, to, rows) = self._reserved
+            self._shape.remove(new, to, rows)
+            self._used_tokens -= whole_blocks(to)
             self._reserved = None
-            self.predicted_ms = cost.predict_ms(self._model, self._shape)
+            self.predicted_ms = cost.predict_ms(self.model, self._shape)
 
     def plan(self, pending: int, rest: Iterable[QueuedRound]) -> BatchPlan:
         """Return the batch as it is.
@@ -267,12 +324,12 @@ class BatchBuilder:
     def _chunk_fits(self, queued: QueuedRound, prefill_to: int, limit_ms: float) -> bool:
         new = prefill_to - queued.held
         tokens_fit = self._shape.new_tokens + new <= self._most_tokens
-        cache_fits = self._used_tokens + prefill_to <= self._cache_tokens
+        cache_fits = self._used_tokens + whole_blocks(prefill_to) <= self._cache_tokens
         return tokens_fit and cache_fits and self._grown_ms((new, prefill_to, 0)) <= limit_ms
 
     def _grown_ms(self, job: tuple[int, int, int]) -> float:
         self._shape.add(*job)
-        grown_ms = cost.predict_ms(self._model, self._shape)
+        grown_ms = cost.predict_ms(self.model, self._shape)
         self._shape.remove(*job)
         return grown_ms
 

@@ -84,8 +84,11 @@ class Dispatcher:
             due_ms = now_ms + verify.slack_ms
         session = self.fleet.sessions.setdefault(session_id, ActiveSession(verify.service_class, verify.tpot_ms))
         session.due_ms, session.length, session.seen_ms = due_ms, verify.base_len, now_ms
+        pending = PendingRound(verify, now_ms, due_ms, self.rules.max_draft)
+        if verify.round > 0 and verify.attempt == 0:
+            session.record_expected(1.0 + sum(pending.survival))
         self.fleet.remove(session_id)
-        self.fleet.add(PendingRound(verify, now_ms, due_ms, self.rules.max_draft), now_ms)
+        self.fleet.add(pending, now_ms)
         self._halt_for(session)
 
     def _learn_return(self, drafter_id: str, measured_ms: float) -> None:
@@ -288,7 +291,9 @@ class Dispatcher:
         start_ms = now_ms + state.remaining_ms(now_ms)
         soonest = state.soonest_due_ms(self.fleet.sessions, start_ms + self.rules.limits.max_batch_ms)
         runs_due = state.runs_due_ms(self.fleet.sessions, start_ms)
-        plan = self._policy.plan(queue, Situation(state, self.rules.limits, start_ms, soonest, runs_due))
+        promised_ms = runs.tightest_ms(state, self.fleet.sessions.values())
+        situation = Situation(state, self.rules.limits, start_ms, soonest, runs_due, promised_ms)
+        plan = self._policy.plan(queue, situation)
         if plan.full or static or state.runs:
             # The steps of runs follow each other without a pause: a round that is not sent misses the next one.
             return plan, now_ms

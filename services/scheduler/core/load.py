@@ -38,9 +38,9 @@ class LoadAverages:
     away_ms: float | None = None
     """Time between a session's rounds."""
     queue_ms: float = 0.0
-    """Time from a round's arrival to its batch."""
+    """Time from a round's arrival to its batch, of rounds after a session's first."""
     queue_of: dict[str, float] = field(default_factory=dict)
-    """The same for each service class."""
+    """Time from the arrival of any round to its batch, for each service class."""
     prompt_ms: float = 0.0
     """Predicted time of the prompts of the last `WINDOW_MS`, decaying exponentially."""
     _decayed_ms: float = 0.0
@@ -50,7 +50,9 @@ class LoadAverages:
         rounds = [job for job in batch.jobs if job.prefill_to is None]
         self.jobs += SMOOTHING * (max(1, len(rounds)) - self.jobs)
         for job in batch.jobs:
-            self.queue_ms += SMOOTHING * (job.queue_ms - self.queue_ms)
+            # The first round of a session waits for its prompt, and says nothing of the rounds after it.
+            if job.prefill_to is None and job.round > 0:
+                self.queue_ms += SMOOTHING * (job.queue_ms - self.queue_ms)
             before = self.queue_of.setdefault(job.service_class, job.queue_ms)
             self.queue_of[job.service_class] = before + SMOOTHING * (job.queue_ms - before)
 

@@ -111,7 +111,11 @@ class ActiveSession:
     round_ms: float | None = None
     """Time from a result to the result of the next round: a moving average."""
     round_tokens: float = 1.0
-    """Tokens that a round brings: a moving average."""
+    """Tokens that a round after the first brings: a moving average."""
+    expected_tokens: float = 1.0
+    """Tokens that its drafter expects of a round: a moving average."""
+    expected_rounds: int = 0
+    """Rounds that `expected_tokens` is made of."""
     timed_rounds: int = 0
     """Rounds that `round_ms` is made of."""
     run_grant: int = 0
@@ -138,9 +142,9 @@ class ActiveSession:
         before_ms, self.resulted_ms = self.resulted_ms, now_ms
         self.rounds += 1
         self.tokens += tokens
-        self.round_tokens += SMOOTHING * (tokens - self.round_tokens)
         if before_ms is None:
             return None
+        self.round_tokens += max(SMOOTHING, 1 / (self.timed_rounds + 1)) * (tokens - self.round_tokens)
         away_ms = max(0.0, now_ms - before_ms - here_ms)
         usual_ms = self.away_ms
         # A stall counts for little, but it counts: the device may have become that slow.
@@ -150,6 +154,11 @@ class ActiveSession:
         self.round_ms = _averaged(self.round_ms, away_ms_limited + here_ms)
         self.timed_rounds += 1
         return away_ms if away_ms <= most_ms else None
+
+    def record_expected(self, tokens: float) -> None:
+        """Record the tokens that the drafter expects of a round after the first."""
+        self.expected_rounds += 1
+        self.expected_tokens += max(SMOOTHING, 1 / self.expected_rounds) * (tokens - self.expected_tokens)
 
     def record_run(self, now_ms: float, tokens: int) -> None:
         """Record tokens that were decoded in a run: each is a round of one token."""

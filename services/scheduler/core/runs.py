@@ -26,6 +26,9 @@ FIRST_TOKENS = 4
 """Tokens of a session's first run that its drafter has not asked for."""
 MEASURED_ROUNDS = 4
 """Rounds of a session before its speed in rounds is judged."""
+TRUSTED_ROUNDS = 16
+"""Rounds after which the tokens that they brought count alone. Until then a session's drafter may know better: a few
+unlucky rounds mean little."""
 GAIN = 1.15
 """An unasked run is granted only where it is faster than rounds by this factor."""
 LATE_MS = 250.0
@@ -57,10 +60,13 @@ def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, step_m
     before: tokens of its last such run; 0 if its last round brought none. trimmed: True if none of its draft had room
     in the batch. step_ms: time per token of the run.
     """
+    tokens = session.round_tokens
+    if session.timed_rounds < TRUSTED_ROUNDS:
+        tokens = max(tokens, session.expected_tokens)
     slow = (
         session.timed_rounds >= MEASURED_ROUNDS
         and session.round_ms is not None
-        and session.round_tokens * step_ms * GAIN < session.round_ms
+        and tokens * step_ms * GAIN < session.round_ms
     )
     if not (trimmed or slow):
         return 0

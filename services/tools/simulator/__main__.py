@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -12,19 +13,21 @@ from rich.console import Console
 from services.tools.bench.load.arms import NAMES, arms_of
 from services.tools.bench.load.campaign import CapacitySearch
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.load.core.results import notes
-from services.tools.bench.load.plot import plot
-from services.tools.bench.load.report import print_tables
 from services.tools.bench.support.options import whole_numbers
-from services.tools.bench.support.report import conclude, machine, terminal, written
+from services.tools.bench.support.report import terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
 from services.tools.simulator.arms import SCENARIOS, hardware_of, read, shipped
-from services.tools.simulator.campaign import SimulationCampaign, SimulationPlan
+from services.tools.simulator.campaign import SimulationCampaign, SimulationPlan, worker_processes
+from services.tools.simulator.core.bounds import scenario_bounds
 from services.tools.simulator.core.scenario import parse_scenario
+from services.tools.simulator.output import SimulationOutput, advice
+from services.tools.simulator.sweep import SweepCell, sweep, swept_fields
 from shared.errors import SettingsError
 
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
+ADVISED = "centralized,colocated,wisp+"
+"""Arms of `--advise`."""
 SESSIONS = "8,16,32,64"
 MOST_SESSIONS = 4095
 MOST_S = 1e6
@@ -62,6 +65,11 @@ def main(
     drain: Annotated[
         float, typer.Option(min=0, max=MOST_S, help="Longest wait for these requests, in virtual seconds.")
     ] = 30.0,
+    swept: Annotated[
+        list[str] | None,
+        typer.Option("--sweep", help="Search at each value: --sweep acceptance.mean=0.5,0.9. Twice makes a map."),
+    ] = None,
+    advise: Annotated[bool, typer.Option("--advise", help="Search, and say which way of serving to choose.")] = False,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a field: --set acceptance.mean=0.6. Repeatable.")
     ] = None,
@@ -77,27 +85,51 @@ def main(
             return
         changes = _changes(change or [])
         spec = parse_scenario(text, scenario, changes)
-        target = hardware_of(spec).target
+        if Path(name).name != name:
+            raise SettingsError(f"--name takes a file's name without folders (given: {name!r})")
+        fields = swept_fields(swept or [])
+        searched = search or advise or bool(fields)
         plan = SimulationPlan(
             spec,
-            arms_of(arms),
-            whole_numbers("--sessions", sessions or ("" if search else SESSIONS), 1, MOST_SESSIONS),
-            CapacitySearch(first, most, tolerance) if search else None,
+            arms_of(ADVISED if advise and arms == ARMS else arms),
+            whole_numbers("--sessions", sessions or ("" if searched else SESSIONS), 1, MOST_SESSIONS),
+            CapacitySearch(first, most, tolerance) if searched else None,
             repeat,
             seed,
             Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain),
         )
         console = terminal()
-        console.print(
-            f"{spec.title}; verifiers: {spec.verifiers}, each with room for the KV of {target.kv_tokens:,} tokens",
-            highlight=False,
-        )
-        campaign = SimulationCampaign(plan, processes or os.cpu_count() or 1, ConsoleProgress(console))
-        try:
-            campaign.run()
-        finally:
-            if campaign.results.points:
-                _conclude(campaign, scenario, changes, name, console)
+        _introduce(plan, console)
+        output = SimulationOutput(plan, scenario, changes, name, console)
+        with worker_processes(processes or os.cpu_count() or 1) as pool:
+            progress = ConsoleProgress(console)
+            if fields:
+                cells: list[SweepCell] = []
+                try:
+                    cells.extend(sweep(fields, plan, text, scenario, changes, pool, progress))
+                finally:
+                    output.sweep(fields, cells)
+                return
+            campaign = SimulationCampaign(plan, progress)
+            try:
+                campaign.run(pool)
+            finally:
+                output.campaign(campaign.results)
+        if advise:
+            console.print(advice(campaign.results, spec.verifiers), highlight=False, soft_wrap=True)
+
+
+def _introduce(plan: SimulationPlan, console: Console) -> None:
+    """Print what is simulated, and what no policy can exceed."""
+    spec = plan.scenario
+    target = hardware_of(spec).target
+    console.print(
+        f"{spec.title}; verifiers: {spec.verifiers}, each with room for the KV of {target.kv_tokens:,} tokens",
+        highlight=False,
+    )
+    if (bounds := scenario_bounds(spec, target, plan.seed)) is not None:
+        for sentence in bounds.sentences():
+            console.print(sentence, highlight=False, soft_wrap=True)
 
 
 def _changes(texts: list[str]) -> dict[str, Any]:
@@ -112,28 +144,6 @@ def _changes(texts: list[str]) -> dict[str, Any]:
         except (yaml.YAMLError, ValueError, RecursionError) as error:
             raise SettingsError(f"--set {path}: the value {value!r} is not YAML") from error
     return changes
-
-
-def _conclude(
-    campaign: SimulationCampaign, scenario: str, changes: dict[str, Any], name: str, console: Console
-) -> None:
-    """Print all tables and write the result file and the picture."""
-    plan, results = campaign.plan, campaign.results
-    print_tables(results, console)
-    facts = {"scenario": scenario, "seed": plan.seed, "repeats": plan.repeats, **changes}
-    record = {
-        "title": plan.scenario.title,
-        "facts": {**facts, **machine()},
-        "notes": ["all times are virtual; nothing here depends on this machine's speed", *notes(results)],
-        "scenario": plan.scenario.model_dump(mode="json"),
-        "capacities": {arm: [one.model_dump() for one in found] for arm, found in results.capacities().items()},
-        "ratios": results.ratios(),
-        "results": results.model_dump(mode="json"),
-    }
-    path = conclude(console, name, record)
-    picture = path.with_suffix(".svg")
-    plot(results, picture)
-    written(console, picture)
 
 
 if __name__ == "__main__":

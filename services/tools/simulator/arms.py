@@ -17,7 +17,7 @@ from services.tools.simulator.core.suite import SuiteWorld
 from services.tools.simulator.core.world import SimulatedHardware, World
 from shared.errors import SettingsError
 from shared.twin.files import load_target
-from shared.twin.profile import TargetProfile
+from shared.twin.profile import RooflineProfile, TargetProfile
 
 SCENARIOS = Path(__file__).parent / "scenarios"
 
@@ -52,7 +52,14 @@ def read(wanted: str, folder: Path, suffix: str, what: str) -> str:
 
 def target_of(scenario: Scenario) -> TargetProfile:
     """Return the scenario's target. Raises SettingsError."""
-    return load_target(scenario.target)
+    target = load_target(scenario.target)
+    if scenario.factors.efficiency == 1:
+        return target
+    if not isinstance(target, RooflineProfile):
+        raise SettingsError(f"target {scenario.target} was measured; factors.efficiency is for a roofline")
+    fields = ("arithmetic_efficiency", "bandwidth_efficiency")
+    scaled = {field: min(1.0, scenario.factors.efficiency * getattr(target, field)) for field in fields}
+    return target.model_copy(update=scaled)
 
 
 def hardware_of(scenario: Scenario) -> SimulatedHardware:
@@ -61,7 +68,9 @@ def hardware_of(scenario: Scenario) -> SimulatedHardware:
     for device in scenario.devices:
         profile = load_profile(device.profile)
         assert profile is not None  # only an empty name has none
-        devices[device.profile] = profile
+        draft = profile.draft
+        faster = draft.model_copy(update={"step_ms": draft.step_ms / scenario.factors.drafting})
+        devices[device.profile] = profile.model_copy(update={"draft": faster})
     return SimulatedHardware(target_of(scenario), devices)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
+from contextlib import contextmanager
 from dataclasses import dataclass
-from multiprocessing import get_context
+from multiprocessing import active_children, get_context
 
 from services.tools.bench.load.arms import Arm
 from services.tools.bench.load.campaign import CapacitySearch
@@ -33,28 +34,40 @@ class SimulationPlan:
     window: Window
 
 
+@contextmanager
+def worker_processes(count: int) -> Iterator[Executor]:
+    """Start processes that simulate points. After an error or an interrupt, points in progress are given up."""
+    others = {child.pid for child in active_children()}
+    pool = ProcessPoolExecutor(count, mp_context=get_context("spawn"))
+    try:
+        yield pool
+    except BaseException:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for child in active_children():
+            if child.pid not in others:
+                child.terminate()
+        raise
+    pool.shutdown()
+
+
 class SimulationCampaign:
     """Simulates the points of a plan, and holds their results."""
 
-    def __init__(self, plan: SimulationPlan, processes: int, progress: Progress) -> None:
+    def __init__(self, plan: SimulationPlan, progress: Progress) -> None:
         self.plan = plan
         self.results = LoadResults(window=plan.window, aims=[AIM] if plan.search else [])
-        self._processes = processes
         self._progress = progress
         self._pending: dict[Future[MeasuredPoint], SimulatedPoint] = {}
 
-    def run(self) -> None:
+    def run(self, pool: Executor) -> None:
         """Simulate all points. An interrupt keeps the results until then."""
-        with (
-            ProcessPoolExecutor(self._processes, mp_context=get_context("spawn")) as pool,
-            self._progress.step("simulating") as step,
-        ):
+        with self._progress.step("simulating") as step:
+            for arm in self.plan.arms:
+                for sessions in self.plan.sessions:
+                    self._submit(pool, arm, sessions)
+                if not self.plan.sessions:
+                    self._search_on(pool, arm)
             try:
-                for arm in self.plan.arms:
-                    for sessions in self.plan.sessions:
-                        self._submit(pool, arm, sessions)
-                    if not self.plan.sessions:
-                        self._search_on(pool, arm)
                 while self._pending:
                     done, _ = wait(self._pending, return_when=FIRST_COMPLETED)
                     for future in done:
@@ -62,12 +75,10 @@ class SimulationCampaign:
                         arm = self._pending.pop(future).arm
                         if not any(point.arm == arm for point in self._pending.values()):
                             self._search_on(pool, arm)
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+            finally:
+                order = {arm.name: number for number, arm in enumerate(self.plan.arms)}
+                self.results.points.sort(key=lambda one: (order[one.arm], one.sessions, one.repeat))
             step.done(f"simulated {len(self.results.points)} points")
-        order = {arm.name: number for number, arm in enumerate(self.plan.arms)}
-        self.results.points.sort(key=lambda one: (order[one.arm], one.sessions, one.repeat))
 
     def _submit(self, pool: Executor, arm: Arm, sessions: int) -> None:
         for repeat in range(self.plan.repeats):

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, model_validator
 
-from services.drafter.core.profile import LinkProfile
+from services.drafter.core.profile import HardwareProfile, LinkProfile
 from services.tools.bench.load.core.distributions import (
     Amount,
     Mixture,
@@ -50,6 +50,21 @@ class DeviceLink(WorkloadPart):
     downlink: LinkProfile
 
 
+class Factors(WorkloadPart):
+    """Factors on the figures of a scenario and its files, for sweeps; 1 leaves them as they are."""
+
+    slo: Positive = 1.0
+    """On TTFT and TPOT of all classes."""
+    prompts: Positive = 1.0
+    """On the lengths of prompts."""
+    delay: Amount = 1.0
+    """On delay and jitter of the links."""
+    drafting: Positive = 1.0
+    """On the speed of the devices' draft models."""
+    efficiency: Positive = 1.0
+    """On the efficiencies of the target's arithmetic and bandwidth, which stay at most 1."""
+
+
 class Scenario(WorkloadPart):
     """A scenario's file."""
 
@@ -76,6 +91,7 @@ class Scenario(WorkloadPart):
     """Most prompt tokens in a step of the arms that serve centrally."""
     max_batch_ms: Positive = 400.0
     """Longest predicted time of a batch of the suite's scheduler."""
+    factors: Factors = Factors()
 
     @model_validator(mode="after")
     def _one_name_each(self) -> Scenario:
@@ -87,16 +103,34 @@ class Scenario(WorkloadPart):
     def request(self, seed: int, session: int, number: int) -> SimulatedRequest:
         """Return request `number` of a session. It depends on these numbers and the scenario only."""
         rng = random.Random(f"{seed}/{session}/{number}")
-        of_class = one_of(self.classes, rng)
+        of_class = one_of(self._scaled_classes, rng)
         return SimulatedRequest(
             session=session,
             number=number,
             of_class=of_class,
-            prompt_tokens=_length(of_class.name, "prompt_tokens", draw(of_class.prompt_tokens, rng)),
+            prompt_tokens=_length(
+                of_class.name, "prompt_tokens", self.factors.prompts * draw(of_class.prompt_tokens, rng)
+            ),
             output_tokens=_length(of_class.name, "output_tokens", draw(of_class.output_tokens, rng)),
             think_s=draw(self.think_s, rng),
             seed=rng.getrandbits(48),
         )
+
+    @cached_property
+    def _scaled_classes(self) -> list[RequestClass]:
+        by = self.factors.slo
+        return [
+            one
+            if one.slo is None
+            else one.model_copy(update={"ttft_ms": one.slo.ttft_ms * by, "tpot_ms": one.slo.tpot_ms * by})
+            for one in self.classes
+        ]
+
+    def link_of(self, hardware: HardwareProfile) -> DeviceLink:
+        """Return the link of a device with this hardware."""
+        of = self.link or hardware
+        by = self.factors.delay
+        return DeviceLink(uplink=_slower(of.uplink, by), downlink=_slower(of.downlink, by))
 
     def device(self, session: int) -> str:
         """Return a session's hardware profile, dealt out so that any number of sessions is close to the shares."""
@@ -124,6 +158,10 @@ class SimulatedRequest:
     think_s: float
     seed: int
     """Seed of its draft tokens, the same in every arm."""
+
+
+def _slower(link: LinkProfile, by: float) -> LinkProfile:
+    return LinkProfile(delay_ms=link.delay_ms * by, jitter_ms=link.jitter_ms * by)
 
 
 def _length(class_name: str, field: str, drawn: float) -> int:

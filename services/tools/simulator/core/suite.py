@@ -6,20 +6,20 @@ rest of a service is its waiting: for a step of the target, for a draft on the d
 
 from __future__ import annotations
 
-from collections import OrderedDict, deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
 
 import simpy
 
-from services.drafter.control import Controller, DraftDecision, DraftRound, RoundTimes, SessionControl
+from services.drafter.control import Controller, DraftDecision, DraftRound, RoundTimes
 from services.drafter.core.session import DraftSession, verified_counts
 from services.drafter.core.synthetic import SOURCE, WEIGHTS, DraftProcess
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import PolicyOptions
 from services.tools.simulator.core.scenario import Scenario
+from services.tools.simulator.core.verifier import SimulatedSession, SimulatedVerifier
 from services.tools.simulator.core.world import (
     RIGHT,
     WRONG,
@@ -27,57 +27,13 @@ from services.tools.simulator.core.world import (
     Process,
     SimulatedHardware,
     World,
-    finish_of,
 )
-from services.verifier.core.acceptance import accept
-from services.verifier.core.runs import REPORT_MS
-from shared import cost
-from shared.messages import Batch, Heartbeat, Job, Load, Measurement, Residency, Result, Status
+from shared.messages import Heartbeat, Load, Result, Status
 
-HEARTBEAT_MS = 500.0
 LOAD_MS = 500.0
 MOST_BATCH_TOKENS = 2048
 SLED_DRAFT = 4
 """Tokens of every draft of SLED."""
-
-
-@dataclass
-class _SimulatedRun:
-    """A session that its verifier decodes by itself."""
-
-    session: _SimulatedSession
-    round: int
-    """Round number of the next report."""
-    base_len: int
-    """Length of the session with the last report."""
-    left: int
-    until_ms: float
-    reported_ms: float
-    tokens: int = 0
-    """Tokens since the last report."""
-    verify_ms: float = 0.0
-
-
-@dataclass
-class _SimulatedSession:
-    """A session: its drafter's state, and the results on their way to it."""
-
-    served: ClientRequest
-    state: DraftSession
-    control: SessionControl
-    drafts: DraftProcess
-    inbox: simpy.Store
-    length: int
-    """Committed tokens."""
-
-    @property
-    def position(self) -> int:
-        """Output tokens that the drafter has seen."""
-        return self.state.output_tokens
-
-    def take(self, result: Result) -> None:
-        """Take a result that has reached the device."""
-        self.inbox.put(result)
 
 
 @dataclass
@@ -108,10 +64,10 @@ class SuiteWorld(World):
         self._controllers: dict[int, Controller] = {}
         """By client: each device has a drafter of its own."""
         self._load: Load | None = None
-        self._sessions: dict[str, _SimulatedSession] = {}
+        self._sessions: dict[str, SimulatedSession] = {}
         self._woken_ms: float | None = None
         self._verifiers = {
-            f"verifier-{number}": _SimulatedVerifier(self, f"verifier-{number}")
+            f"verifier-{number}": SimulatedVerifier(self, f"verifier-{number}")
             for number in range(1, scenario.verifiers + 1)
         }
         for verifier in self._verifiers.values():
@@ -131,7 +87,7 @@ class SuiteWorld(World):
             self._controllers[client] = self._experienced(client)
             if self._load is not None:
                 self._controllers[client].times.apply_load(self._load)
-        session = _SimulatedSession(
+        session = SimulatedSession(
             served,
             DraftSession(served.generate, list(served.generate.prompt)),
             self._controllers[client].session(SOURCE),
@@ -164,7 +120,7 @@ class SuiteWorld(World):
     def _rng_seed(self, client: int, number: int) -> int:
         return Random(f"{self._seed}/{client}/earlier/{number}").getrandbits(48)
 
-    def _draft_and_verify(self, session: _SimulatedSession) -> Process:
+    def _draft_and_verify(self, session: SimulatedSession) -> Process:
         """Draft round by round until the session ends, as `services.drafter.serving` does, but halt no run."""
         state, control, served = session.state, session.control, session.served
         while not state.done:
@@ -205,7 +161,7 @@ class SuiteWorld(World):
                 control.learn_run(len(state.tokens) - known, result.verify_ms)
         control.close()
 
-    def _draft(self, session: _SimulatedSession) -> tuple[_SimulatedDraft, list[_SimulatedDraft], int]:
+    def _draft(self, session: SimulatedSession) -> tuple[_SimulatedDraft, list[_SimulatedDraft], int]:
         """Return the next round's draft, its probes, and the tokens that the session leaves to the verifier."""
         control, served = session.control, session.served
         room = session.state.draft_room(self._longest)
@@ -222,7 +178,7 @@ class SuiteWorld(World):
         return made, probes, control.run_tokens(round_)
 
     @staticmethod
-    def _tokens(session: _SimulatedSession, round_: DraftRound) -> _SimulatedDraft:
+    def _tokens(session: SimulatedSession, round_: DraftRound) -> _SimulatedDraft:
         made = _SimulatedDraft(round_)
         while round_.longest and round_.wants(SOURCE):
             drafted = session.drafts.token(session.position, len(made.right))
@@ -232,9 +188,10 @@ class SuiteWorld(World):
         return made
 
     @staticmethod
-    def _learn(session: _SimulatedSession, made: _SimulatedDraft, result: Result, round_ms: float) -> None:
+    def _learn(session: SimulatedSession, made: _SimulatedDraft, result: Result, round_ms: float) -> None:
         control = session.control
-        control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
+        if result.round > 0:
+            control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result)
         known = accepted == verified and len(result.tokens) > accepted and len(made.right) > verified
         control.settle(made.round, verified, accepted, made.right[verified] if known else None)
@@ -268,11 +225,11 @@ class SuiteWorld(World):
         self._dispatcher.on_heartbeat(heartbeat, self.now_ms)
         self._decide()
 
-    def session(self, session_id: str) -> _SimulatedSession | None:
+    def session(self, session_id: str) -> SimulatedSession | None:
         """Return an open session; None if it has ended."""
         return self._sessions.get(session_id)
 
-    def publish(self, session: _SimulatedSession, result: Result) -> None:
+    def publish(self, session: SimulatedSession, result: Result) -> None:
         """Send a result to the scheduler, to the session's drafter and to its client."""
         hop_ms = self.scenario.hop_ms
 
@@ -294,175 +251,3 @@ class SuiteWorld(World):
             self._load = self._dispatcher.load(self.now_ms)
             for controller in self._controllers.values():
                 controller.times.apply_load(self._load)
-
-
-class _SimulatedVerifier:
-    """A verifier: its KV, its pending batches, and the sessions that it decodes in runs."""
-
-    def __init__(self, world: SuiteWorld, verifier_id: str) -> None:
-        self.verifier_id = verifier_id
-        self._world = world
-        self._batches: deque[Batch] = deque()
-        self._runs: dict[str, _SimulatedRun] = {}
-        self._cached: OrderedDict[str, int] = OrderedDict()
-        self._held = 0
-        self._wake = world.env.event()
-
-    def put(self, batch: Batch) -> None:
-        """Take a batch."""
-        self._batches.append(batch)
-        if not self._wake.triggered:
-            self._wake.succeed()
-
-    def halt(self, session_ids: Sequence[str]) -> None:
-        """End these sessions' runs with their next step."""
-        for session_id in session_ids:
-            if (run := self._runs.get(session_id)) is not None:
-                run.left = 1
-
-    def release(self, session_id: str) -> None:
-        """Free a session's KV."""
-        self._held -= self._cached.pop(session_id, 0)
-
-    def beat(self) -> Process:
-        """Send heartbeats for ever."""
-        while True:
-            self._world.on_heartbeat(
-                Heartbeat(
-                    verifier=self.verifier_id,
-                    fingerprint="simulated",
-                    max_len=min(1 << 20, self._world.target.kv_tokens),
-                    free_tokens=max(0, self._world.target.kv_tokens - self._held),
-                    total_tokens=self._world.target.kv_tokens,
-                    lease=1,
-                    residency=[Residency(session=name, cached=count) for name, count in self._cached.items()],
-                )
-            )
-            yield self._world.env.timeout(HEARTBEAT_MS)
-
-    def work(self) -> Process:
-        """Run steps for ever: the next batch, if there is one, and a token of each run."""
-        world = self._world
-        while True:
-            if not self._batches and not self._runs:
-                self._wake = world.env.event()
-                yield self._wake
-                continue
-            jobs = self._batches[0].jobs if self._batches else []
-            batch_id = self._batches.popleft().batch if self._batches else "run"
-            for job in jobs:
-                # A round for a session in a run halts it: its last tokens come first.
-                if (run := self._runs.pop(job.session, None)) is not None and run.tokens:
-                    self._report(run, left=0)
-            stepping = list(self._runs.values())
-            shape, new_tokens = cost.EMPTY, []
-            for run in stepping:
-                length = run.base_len + run.tokens + 1
-                held = min(self._cached.get(run.session.state.session_id, 0), length - 1)
-                shape = cost.grow(shape, length - held, length, 1)
-                self._keep(run.session.state.session_id, length)
-            for job in jobs:
-                length = job.prefill_to if job.prefill_to is not None else job.base_len + len(job.draft)
-                held = min(self._cached.get(job.session, 0), job.base_len - 1)
-                new_tokens.append(max(0, length - held))
-                shape = cost.grow(
-                    shape, new_tokens[-1], length, 0 if job.prefill_to is not None else len(job.draft) + 1
-                )
-                self._keep(job.session, max(held, length))
-            took_ms = world.target.time_ms(shape)
-            yield world.env.timeout(took_ms)
-            world.batches.append(Measurement(shape=shape, measured_ms=took_ms))
-            for job, new in zip(jobs, new_tokens, strict=True):
-                self._judge(job, batch_id, new, took_ms)
-            for run in stepping:
-                self._advance(run, took_ms)
-
-    def _judge(self, job: Job, batch_id: str, new: int, took_ms: float) -> None:
-        """Publish a job's result: the accepted draft tokens and the target's own next one, or a chunk of prefill."""
-        world = self._world
-        session = world.session(job.session)
-        if session is None or (job.prefill_to is None and job.base_len != session.length):
-            return
-        accepted, tokens, finish, run_left = 0, [], None, 0
-        if job.prefill_to is None:
-            generate = session.served.generate
-            room = len(generate.prompt) + generate.max_tokens - job.base_len
-            verdict = accept(job.draft, [RIGHT] * (len(job.draft) + 1), room, frozenset())
-            accepted, tokens = verdict.accepted, verdict.tokens
-            session.length = job.base_len + len(tokens)
-            finish = finish_of(generate, session.length)
-            self._keep(job.session, job.base_len + accepted)
-            if job.run is not None and finish is None:
-                run_left = job.run.tokens
-                self._runs[job.session] = _SimulatedRun(
-                    session, job.round + 1, session.length, run_left, world.now_ms + job.run.ms, world.now_ms
-                )
-        result = Result(
-            session=job.session,
-            round=job.round,
-            base_len=job.base_len,
-            status=Status.COMMITTED if job.prefill_to is None else Status.PREFILLED,
-            verifier=self.verifier_id,
-            batch=batch_id,
-            accepted=accepted,
-            tokens=tokens,
-            run_left=run_left,
-            drafted=job.drafted,
-            trimmed_to=len(job.draft),
-            finish=finish,
-            cached=0 if finish is not None else self._cached.get(job.session, 0),
-            new_tokens=new,
-            queue_ms=job.queue_ms,
-            verify_ms=took_ms,
-        )
-        if finish is not None:
-            self.release(job.session)
-        world.publish(session, result)
-
-    def _advance(self, run: _SimulatedRun, took_ms: float) -> None:
-        """Add the token of a step to a run; report it when that is due."""
-        now_ms = self._world.now_ms
-        run.tokens += 1
-        run.left -= 1
-        run.verify_ms += took_ms
-        ended = finish_of(run.session.served.generate, run.base_len + run.tokens) is not None
-        if ended or run.left <= 0 or now_ms >= run.until_ms:
-            self._runs.pop(run.session.state.session_id, None)
-            self._report(run, left=0)
-        elif now_ms - run.reported_ms >= REPORT_MS:
-            self._report(run, left=run.left)
-
-    def _report(self, run: _SimulatedRun, left: int) -> None:
-        session = run.session
-        session_id = session.state.session_id
-        session.length = run.base_len + run.tokens
-        finish = finish_of(session.served.generate, session.length)
-        result = Result(
-            session=session_id,
-            round=run.round,
-            base_len=run.base_len,
-            status=Status.COMMITTED,
-            verifier=self.verifier_id,
-            batch="run",
-            tokens=[RIGHT] * run.tokens,
-            run=True,
-            run_left=left,
-            finish=finish,
-            cached=0 if finish is not None else self._cached.get(session_id, 0),
-            new_tokens=run.tokens,
-            verify_ms=run.verify_ms,
-        )
-        run.round, run.base_len = run.round + 1, session.length
-        run.tokens, run.verify_ms, run.reported_ms = 0, 0.0, self._world.now_ms
-        if finish is not None:
-            self.release(session_id)
-        self._world.publish(session, result)
-
-    def _keep(self, session_id: str, tokens: int) -> None:
-        """Hold a session's KV; evict the least recently used sessions when the memory is full."""
-        self._held += tokens - self._cached.get(session_id, 0)
-        self._cached[session_id] = tokens
-        self._cached.move_to_end(session_id)
-        while len(self._cached) > 1 and self._held > self._world.target.kv_tokens:
-            _, dropped = self._cached.popitem(last=False)
-            self._held -= dropped

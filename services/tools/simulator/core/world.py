@@ -121,7 +121,7 @@ class World(ABC):
         """Send one request after the other."""
         profile = self.scenario.device(session)
         hardware = self._hardware.devices[profile]
-        link = self.scenario.link or hardware
+        link = self.scenario.link_of(hardware)
         device = SimulatedDevice(
             profile,
             hardware,

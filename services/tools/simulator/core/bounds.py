@@ -1,0 +1,127 @@
+"""Closed-form bounds on the devices that a scenario's verifiers can hold, whatever decides, and what is behind each.
+
+A request's devices come back after its longest promised time: TTFT, TPOT for each further token, and the pause. In this
+time the verifier has to compute its prompt and its tokens, and to hold its KV. No policy computes less than one row of
+a step per token, so these bounds hold for all; drafts that are rejected come on top.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import inf
+
+from services.tools.simulator.core.scenario import Scenario
+from shared import cost
+from shared.twin.profile import RooflineProfile, TargetProfile
+
+SAMPLES = 2000
+"""Requests that the means are taken over."""
+
+
+@dataclass(frozen=True)
+class ScenarioBounds:
+    """Bounds on the number of devices, and the figures that they are made of."""
+
+    memory: float
+    """Devices whose KV fits the verifiers' memory, if every request takes its longest promised time."""
+    arithmetic: float
+    """Devices whose prompts and tokens the verifiers can compute in that time."""
+    chunked: float
+    """Devices of centralized serving, which computes `prefill_tokens` of prompts beside its tokens in one step, if the
+    mean step has to keep the shortest promised time per token; 0 if a step of one token does not."""
+    cycle_s: float
+    """Longest promised time from a request to the same device's next one, pause included: the mean."""
+    prompt_ms: float
+    """Arithmetic of a request's prompt: the mean."""
+    answer_ms: float
+    """Arithmetic of its answer, one row per token."""
+    alone_ms: float
+    """Step of one token: reading the weights."""
+    hidden_tokens: int
+    """Tokens of a step whose arithmetic takes no longer than reading the weights."""
+
+    shortest_tpot_ms: float
+    """Shortest promised time per token."""
+
+    @property
+    def tokens_per_round(self) -> float:
+        """Tokens that a round has to bring where it misses every other step, for the shortest promised TPOT."""
+        return 2 * self.alone_ms / self.shortest_tpot_ms
+
+    def sentences(self) -> list[str]:
+        """Return the bounds in words."""
+        return [
+            f"no policy can hold more than {min(self.memory, self.arithmetic):.0f} devices here: if every request took "
+            f"its longest promised time ({self.cycle_s:.1f} s with the pause), the KV of {self.memory:.0f} would fit, "
+            f"and the arithmetic of {self.arithmetic:.0f} ({self.prompt_ms:.0f} ms for a prompt and "
+            f"{self.answer_ms:.0f} for an answer, on average)",
+            f"a step of one token takes {self.alone_ms:.1f} ms and hides the arithmetic of {self.hidden_tokens} "
+            f"tokens; with steps of centralized serving as long as the shortest promise ({self.shortest_tpot_ms:g} ms) "
+            f"on average, {self.chunked:.0f} devices hold; a round that misses every other step has to bring "
+            f"{self.tokens_per_round:.1f} tokens",
+        ]
+
+
+def scenario_bounds(scenario: Scenario, target: TargetProfile, seed: int) -> ScenarioBounds | None:
+    """Return the bounds of a scenario, with means over sampled requests; None if a class has no SLO.
+
+    A measured target has none either: its times do not tell arithmetic from reading the weights.
+    """
+    if not isinstance(target, RooflineProfile):
+        return None
+    shortest = inf
+    token_ms = 1000 * 2 * target.weights / (target.tflops * 1e12 * target.arithmetic_efficiency)
+    cycle_ms = kv_ms = prompt_ms = answer_ms = busy_ms = tokens = prompts = 0.0
+    for session in range(SAMPLES):
+        request = scenario.request(seed, session, 0)
+        if (slo := request.of_class.slo) is None:
+            return None
+        shortest = min(shortest, slo.tpot_ms)
+        decoding_ms = slo.tpot_ms * (request.output_tokens - 1)
+        cycle_ms += (slo.ttft_ms + decoding_ms + 1000 * request.think_s) / SAMPLES
+        kv_ms += decoding_ms * (request.prompt_tokens + request.output_tokens / 2) / SAMPLES
+        prompt_ms += _arithmetic_ms(target, request.prompt_tokens) / SAMPLES
+        answer_ms += token_ms * request.output_tokens / SAMPLES
+        busy_ms += decoding_ms / SAMPLES
+        tokens += request.output_tokens / SAMPLES
+        prompts += request.prompt_tokens / SAMPLES
+    alone_ms = target.time_ms(cost.shape_of([(1, 1, 1)]))
+    hidden = int((alone_ms - target.step_ms) / token_ms)
+    return ScenarioBounds(
+        memory=scenario.verifiers * target.kv_tokens * cycle_ms / kv_ms,
+        arithmetic=scenario.verifiers * cycle_ms / (prompt_ms + answer_ms),
+        chunked=scenario.verifiers
+        * _chunked(target, scenario.prefill_tokens, prompts / tokens, shortest)
+        * (tokens * shortest + cycle_ms - busy_ms)
+        / (tokens * shortest),
+        cycle_s=cycle_ms / 1000,
+        prompt_ms=prompt_ms,
+        answer_ms=answer_ms,
+        alone_ms=alone_ms,
+        hidden_tokens=hidden,
+        shortest_tpot_ms=shortest,
+    )
+
+
+def _arithmetic_ms(target: RooflineProfile, prompt_tokens: int) -> float:
+    """Return the time to compute a prompt, without reading weights and KV."""
+    attention = 2 * 2 * target.layers * target.heads * target.head_size * prompt_tokens * prompt_tokens / 2
+    operations = 2 * target.weights * prompt_tokens + attention
+    return 1000 * operations / (target.tflops * 1e12 * target.arithmetic_efficiency)
+
+
+def _chunked(target: RooflineProfile, chunk: int, prompt_share: float, tpot_ms: float) -> float:
+    """Return the most decoding sessions whose mean step, with full chunks in some, takes no longer than `tpot_ms`.
+
+    prompt_share: prompt tokens per output token.
+    """
+    sessions = 0
+    while sessions < 10_000:
+        more = sessions + 1
+        plain_ms = target.time_ms(cost.shape_of([(1, 1, 1)] * more))
+        full_ms = target.time_ms(cost.shape_of([(1, 1, 1)] * more + [(chunk, chunk, 0)]))
+        share = more * prompt_share / chunk
+        if share > 1 or plain_ms + share * (full_ms - plain_ms) > tpot_ms:
+            return sessions
+        sessions = more
+    return sessions

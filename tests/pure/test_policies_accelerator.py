@@ -1,0 +1,128 @@
+"""Batches of wisp+ where loading the weights hides the arithmetic of a step's first tokens, as on an accelerator."""
+
+from __future__ import annotations
+
+import builders
+import pytest
+from test_policies import NOW, pending, queue_of, verifier
+
+from services.scheduler.core.batching import BatchLimits, BatchPlan, hidden_tokens
+from services.scheduler.core.policies import POLICIES, PolicyOptions, Situation
+from services.scheduler.core.pool import PendingRound, VerifierState
+from services.scheduler.core.prompts import PROMISE_SHARE
+from services.scheduler.core.wisp_plus import AHEAD_STEPS
+from shared import cost
+
+ACCELERATOR = builders.cost_model("v", (41.8, 0.0, 0.356, 9.9, 100.0, 0.0, 0.024), knee=128, ratio_p90=1.02)
+"""Qwen3-32B on an A100, as the estimator fits it."""
+HIDDEN = 128
+LIMITS = BatchLimits(400.0, 2048, 3000.0)
+TPOT_MS = 50.0
+STEP_MS = 45.0
+"""A step of `HIDDEN` tokens."""
+
+
+def planned(rounds: list[PendingRound], promised_ms: float = 50.0, now: float = NOW) -> BatchPlan:
+    state = held(rounds)
+    situation = Situation(state, LIMITS, now, promised_ms=promised_ms)
+    return POLICIES["wisp+"](PolicyOptions()).plan(queue_of(rounds, state, LIMITS), situation)
+
+
+def held(rounds: list[PendingRound]) -> VerifierState:
+    """A verifier with the KV of all rounds but the prompts'."""
+    cached = {one.session_id: one.verify.base_len - 1 for one in rounds if not one.session_id.startswith("prompt-")}
+    return verifier(cached, model=ACCELERATOR)
+
+
+def prompt(name: str, tokens: int, left_ms: float, waited_ms: float = 100.0) -> PendingRound:
+    return pending(f"prompt-{name}", arrived=NOW - waited_ms, due=NOW + left_ms, base=tokens)
+
+
+def drafted(name: str, slack_ms: float) -> PendingRound:
+    verify = builders.verify(name, 3, 200, [1] * 8, acceptance=[0.9] * 8, tpot_ms=TPOT_MS)
+    return PendingRound(verify, NOW, NOW + slack_ms)
+
+
+def prompt_tokens(made: BatchPlan) -> dict[str, int]:
+    """Tokens of each prompt in a batch."""
+    return {
+        one.session_id: one.queued.base if one.prefill_to is None else one.prefill_to - one.queued.held
+        for one in made.chosen
+        if one.session_id.startswith("prompt-")
+    }
+
+
+def test_only_an_accelerator_hides_tokens() -> None:
+    assert hidden_tokens(ACCELERATOR) == HIDDEN
+    assert hidden_tokens(cost.FALLBACK) == 0
+    assert hidden_tokens(builders.cost_model()) == 0
+
+
+@pytest.mark.parametrize("slack_ms", [60.0, 80.0, 2000.0])
+def test_a_prompt_uses_the_hidden_tokens_that_rounds_leave(slack_ms: float) -> None:
+    made = planned([drafted("a", slack_ms), prompt("p", 600, left_ms=1900.0)])
+    assert {one.session_id for one in made.chosen} == {"a", "prompt-p"}
+    assert HIDDEN - 16 <= sum(prompt_tokens(made).values()) + 1 + made.chosen[0].draft <= HIDDEN
+    assert made.predicted_ms <= STEP_MS + 1
+
+
+def test_drafts_of_rounds_with_time_to_spare_wait_for_prompts() -> None:
+    rounds = [drafted(f"s{i}", 1000.0) for i in range(12)]
+    alone = planned(rounds)
+    beside = planned([*rounds, prompt("p", 2000, left_ms=1900.0)])
+    assert all(one.draft == 8 for one in alone.chosen)
+    assert all(one.draft == 0 for one in beside.chosen if one.prefill_to is None)
+    assert len(beside.chosen) == 13
+
+
+@pytest.mark.parametrize("slack_ms", [-50.0, 20.0, 60.0, 110.0])
+def test_the_draft_tokens_that_a_round_needs_go_before_prompts(slack_ms: float) -> None:
+    made = planned([drafted("a", slack_ms), prompt("p", 2000, left_ms=1900.0)])
+    (one,) = [chosen for chosen in made.chosen if chosen.session_id == "a"]
+    needed = 1.0 + (AHEAD_STEPS * 44.9 - slack_ms) / TPOT_MS
+    assert needed <= one.value < needed + 1.0
+
+
+def test_as_many_prompts_as_possible_come_in_time() -> None:
+    """The long one is due first, and would make both others late."""
+    long, *short = prompt("long", 3000, 1300.0), prompt("b", 1300, 1400.0), prompt("c", 1300, 1500.0)
+    assert list(prompt_tokens(planned([long, *short]))) == ["prompt-b"]
+    assert list(prompt_tokens(planned([long, short[0]]))) == ["prompt-b"]
+    assert list(prompt_tokens(planned([prompt("long", 3000, 1300.0)]))) == ["prompt-long"]
+
+
+def test_prompts_that_would_be_late_lengthen_the_step_up_to_the_promise() -> None:
+    calm, hopeless, urgent = (
+        planned([drafted("a", 500.0), prompt("p", 1600, left_ms=left)]) for left in (1900.0, 200.0, 580.0)
+    )
+    for made in (calm, hopeless):
+        assert made.predicted_ms <= STEP_MS + 0.2
+    assert STEP_MS + 1 < urgent.predicted_ms <= PROMISE_SHARE * TPOT_MS + 0.5
+    assert prompt_tokens(urgent)["prompt-p"] > HIDDEN
+
+
+def test_a_prompt_that_is_late_anyway_lets_the_others_pass() -> None:
+    made = planned([prompt("late", 600, left_ms=40.0), prompt("timely", 600, left_ms=700.0)])
+    assert list(prompt_tokens(made)) == ["prompt-timely"]
+
+
+def test_a_late_prompt_goes_first_once_it_has_waited_for_the_longest_time() -> None:
+    late = prompt("late", 600, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)
+    made = planned([late, prompt("timely", 600, left_ms=700.0)])
+    assert next(iter(prompt_tokens(made))) == "prompt-late"
+
+
+def test_late_rounds_do_not_keep_others_from_hidden_tokens() -> None:
+    rounds = [pending("late", due=NOW - 100.0), *(pending(f"s{i}", due=NOW + 3000.0) for i in range(20))]
+    assert len(planned(rounds).chosen) == 21
+
+
+def test_late_rounds_that_need_every_token_do_not_starve_a_prompt() -> None:
+    rounds = [pending(f"s{i}", due=NOW - 100.0, base=200, acceptance=(0.95,) * 8) for i in range(40)]
+    made = planned([*rounds, prompt("late", 600, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)])
+    assert prompt_tokens(made)["prompt-late"] >= 64
+
+
+def test_chunks_fill_the_hidden_tokens_to_the_last_one() -> None:
+    made = planned([pending("a", due=NOW + 500.0), prompt("p", 600, left_ms=1900.0)])
+    assert prompt_tokens(made) == {"prompt-p": HIDDEN - 1}
