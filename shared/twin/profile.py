@@ -133,6 +133,22 @@ class RooflineProfile(TargetProfile):
         return took_ms
 
 
+class MeasuredBatch(BaseModel):
+    """A measured batch of equal jobs."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    jobs: Annotated[int, Field(gt=0)]
+    new: Annotated[int, Field(gt=0)]
+    """New tokens of each job."""
+    rows: Annotated[int, Field(ge=0)]
+    """Rows of logits of each job."""
+    context: Annotated[int, Field(ge=0)]
+    """Cached tokens of each job."""
+    times_ms: Annotated[list[Positive], Field(min_length=1)]
+    """All measured times."""
+
+
 class MeasuredProfile(TargetProfile):
     """A profile that `wisp calibrate` measured."""
 
@@ -147,8 +163,7 @@ class MeasuredProfile(TargetProfile):
     error_p50: Amount = 0.0
     """Median of the error of the coefficients' prediction, as a share of the measured time."""
     error_p90: Amount = 0.0
-    batches: list[dict[str, float]] = []
-    """The measured batches: jobs, new tokens and rows of each, cached tokens, and the median time in milliseconds."""
+    batches: list[MeasuredBatch] = []
 
     @property
     def kv_tokens(self) -> int:

@@ -63,11 +63,14 @@ def test_a_calibration_becomes_a_profile(config: Path, tmp_path: Path) -> None:
     assert len(profile.batches) > 20
     one, many = (profile.time_ms(cost.shape_of([(1, 65, 1)] * jobs)) for jobs in (1, 32))
     assert 0 < one < many
-    for batch in profile.batches:
-        assert batch["ms"] > 0
+    assert all(min(batch.times_ms) > 0 for batch in profile.batches)
     path = tmp_path / "mine.json"
     path.write_text(profile.model_dump_json())
     assert load_target(str(path)) == profile
+    more = calibrate(config, "tiny", "bfloat16", "cpu", 1, 4096, 1.0, Progress(), profile)
+    first, again = profile.batches[0].times_ms, more.batches[0].times_ms
+    assert again[: len(first)] == first
+    assert len(again) > len(first)
 
 
 @pytest.mark.slow

@@ -46,7 +46,7 @@ async def test_all_ways_of_serving_give_a_twin_s_answers(serving: Serving, broke
         brokers=brokers,
         target=twin.path,
         serving=serving,
-        env={"WISP_ADMISSION": "false"},
+        env={"WISP_ADMISSION": "false", "WISP_STOP_RULE": "fixed", "WISP_DRAFT_LENGTH": "4"},
         env_of={"drafter": {"WISP_DEVICE_PROFILE": "laptop"}},
     )
     async with stack, httpx.AsyncClient(timeout=HANG_S) as http:

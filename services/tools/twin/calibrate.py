@@ -32,7 +32,8 @@ from shared.errors import EngineError, SettingsError
 from shared.kernels.layout import BLOCK
 from shared.messages import Measurement
 from shared.models.folder import DTYPES
-from shared.twin.profile import MeasuredProfile, parse_target
+from shared.twin.files import load_target
+from shared.twin.profile import MeasuredBatch, MeasuredProfile, parse_target
 
 if TYPE_CHECKING:
     from shared.engine import Engine
@@ -69,10 +70,11 @@ def batches_for(room: int, max_len: int) -> list[ProfileBatch]:
 class CostCalibration:
     """Measures batches in turn, each several times, and fits the cost model to their medians."""
 
-    def __init__(self, batches: Sequence[ProfileBatch], seconds: float) -> None:
+    def __init__(self, batches: Sequence[ProfileBatch], seconds: float, earlier: Sequence[MeasuredBatch] = ()) -> None:
+        """earlier: measurements of an earlier run, to which the new ones are added."""
         self._batches = batches
         self._seconds = seconds
-        self.times: dict[ProfileBatch, list[float]] = {}
+        self.times = {batch_of(one): list(one.times_ms) for one in earlier}
 
     def run(self, engine: Engine, step: ProgressStep) -> None:
         """Measure until the time is up or every batch has `REPEATS` measurements. Raises SettingsError if none fits."""
@@ -130,13 +132,16 @@ class CostCalibration:
             error_p50=round(errors[len(errors) // 2], 4),
             error_p90=round(errors[9 * len(errors) // 10], 4),
             batches=[
-                {
-                    "jobs": batch.jobs, "new": batch.new, "rows": batch.rows, "context": batch.context,
-                    "ms": round(median(times), 3), "times": len(times),
-                }
+                MeasuredBatch(
+                    jobs=batch.jobs,
+                    new=batch.new,
+                    rows=batch.rows,
+                    context=batch.context,
+                    times_ms=[round(ms, 3) for ms in times],
+                )
                 for batch, times in self.times.items()
             ],
-        )  # fmt: skip
+        )
 
 
 def kv_tokens_of(torch_device: str, weights: int, weight_bytes: float, config: dict[str, Any]) -> int:
@@ -170,6 +175,9 @@ def main(
     to: Annotated[
         Path | None, typer.Option("--out", help="File to write. \\[default: .wisp/profiles/MODEL-DEVICE.json]")
     ] = None,
+    add: Annotated[
+        Path | None, typer.Option("--add", help="Profile of an earlier run of the same, whose times count too.")
+    ] = None,
 ) -> None:
     """Measure the times of an architecture on this machine, with random weights, and write a target profile."""
     with errors_shown():
@@ -179,7 +187,10 @@ def main(
         console = terminal()
         progress = ConsoleProgress(console)
         config, name = config_of(model, progress)
-        profile = calibrate(config, name, dtype, torch_device, threads, cache_tokens, seconds, progress)
+        earlier = None if add is None else load_target(str(add))
+        if earlier is not None and not isinstance(earlier, MeasuredProfile):
+            raise SettingsError(f"{add} was not measured by this command")
+        profile = calibrate(config, name, dtype, torch_device, threads, cache_tokens, seconds, progress, earlier)
         console.print(table(profile.description, *rows_of(profile)))
         path = to or state_folder() / "profiles" / f"{name}-{torch_device.replace(':', '-')}.json"
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -208,8 +219,12 @@ def calibrate(
     cache_tokens: int,
     seconds: float,
     progress: Progress,
+    earlier: MeasuredProfile | None = None,
 ) -> MeasuredProfile:
-    """Measure an architecture, and return its profile. Raises WispError."""
+    """Measure an architecture, and return its profile. Raises WispError.
+
+    earlier: a profile of the same model on the same machine, whose measurements count too.
+    """
     from shared.engine import Engine
 
     facts = machine()
@@ -224,7 +239,8 @@ def calibrate(
         room = cache_tokens or (CACHE_TOKENS if on_cpu else kv_tokens_of(torch_device, weights, bytes_each, given))
         with progress.step("loading it"):
             engine = Engine(Path(made), dtype=dtype, device=torch_device, threads=used, budget_tokens=room)
-    calibration = CostCalibration(batches_for(engine.free_tokens, engine.max_len), seconds)
+    known = earlier.batches if earlier else []
+    calibration = CostCalibration(batches_for(engine.free_tokens, engine.max_len), seconds, known)
     with progress.step("measuring") as step:
         calibration.run(engine, step)
         step.done(
@@ -240,6 +256,11 @@ def calibrate(
     return calibration.profile(described, facts, engine.budget_tokens)
 
 
+def batch_of(one: MeasuredBatch) -> ProfileBatch:
+    """Return the batch that was measured."""
+    return ProfileBatch(one.jobs, one.new, one.rows, one.context)
+
+
 def device_name(torch_device: str) -> str:
     """Return the name of an accelerator."""
     import torch
@@ -250,10 +271,10 @@ def device_name(torch_device: str) -> str:
 def rows_of(profile: MeasuredProfile) -> tuple[list[str], list[list[Any]]]:
     """Return columns and rows of a table: measured against predicted times."""
     columns = ["jobs", "new tokens", "cached", "measured ms", "predicted ms", "times"]
-    rows = []
+    rows: list[list[Any]] = []
     for one in profile.batches:
-        batch = ProfileBatch(int(one["jobs"]), int(one["new"]), int(one["rows"]), int(one["context"]))
-        rows.append([batch.jobs, batch.new, batch.context, one["ms"], profile.time_ms(batch.shape), int(one["times"])])
+        predicted_ms = profile.time_ms(batch_of(one).shape)
+        rows.append([one.jobs, one.new, one.context, median(one.times_ms), predicted_ms, len(one.times_ms)])
     return columns, rows
 
 
