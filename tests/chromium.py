@@ -117,7 +117,9 @@ class BrowserPage:
                             return value
                     await asyncio.sleep(0.05)
         except TimeoutError:
-            raise PageFailed(f"never came true: {condition}\n{await self.run('document.body.innerText')}") from None
+            raise PageFailed(
+                f"never came true: {condition}\n{await self.run('document.body.innerText.slice(0, 1000)')}"
+            ) from None
 
     async def text(self, selector: str) -> str:
         """Return the visible text of an element; empty where it is not seen."""

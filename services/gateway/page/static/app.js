@@ -1,7 +1,7 @@
 // The page: its views, the served model, the API key and the theme.
 
 import { request, setKey } from "./api.js";
-import { setModel, startChat } from "./chat.js";
+import { offerLogprobs, setModel, startChat } from "./chat.js";
 import { setCompareModel, startCompare } from "./compare.js";
 import { by, setText, tabs } from "./dom.js";
 import { showFleet, startFleet } from "./fleet.js";
@@ -24,6 +24,7 @@ async function findModel() {
     setModel(name);
     setCompareModel(name);
     place.hidden = true;
+    findOptions();
     return true;
   } catch (error) {
     if (error.status === 401) {
@@ -35,6 +36,16 @@ async function findModel() {
       setTimeout(findModel, 3000);
     }
     return false;
+  }
+}
+
+/** Offer what only some versions of the API have, as far as it describes itself. */
+async function findOptions() {
+  try {
+    const described = await (await request("/openapi.json")).text();
+    if (described.includes('"top_logprobs"')) offerLogprobs();
+  } catch {
+    // Without a description, the page keeps to what every version has.
   }
 }
 

@@ -45,6 +45,7 @@ function body(shown) {
     max_completion_tokens: number("max-tokens"),
     seed: number("seed"),
     service_tier: ["", "own"].includes(by("tier").value) ? undefined : by("tier").value,
+    logprobs: by("logprobs").checked ? true : undefined,
     wisp: { trace: true, draft: by("draft").value },
   };
   return JSON.parse(JSON.stringify(found));
@@ -173,6 +174,11 @@ export function stopChat() {
 export function setModel(name) {
   model = name;
   drawSnippet();
+}
+
+/** Offer log-probabilities. */
+export function offerLogprobs() {
+  by("logprobs-row").hidden = false;
 }
 
 export function startChat() {

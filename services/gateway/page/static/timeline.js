@@ -170,7 +170,7 @@ export class Timeline {
   at(x, y) {
     const name = this.lanes[Math.floor(y / LANE)];
     let best = null;
-    let distance = 6;
+    let distance = 12;
     for (const batch of this.batches) {
       if (batch.verifier !== name) continue;
       const from = this.x(batch.done_ms - batch.measured_ms);
