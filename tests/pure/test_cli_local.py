@@ -30,7 +30,15 @@ from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.up import curl, require_port
 from services.tools.local import folder, logs
 from services.tools.local.broker_check import TESTED
-from services.tools.local.folder import RUNS_KEPT, RunFolder, RunningApi, RunningSuite, note_api, running_apis
+from services.tools.local.folder import (
+    RUNS_KEPT,
+    RunFolder,
+    RunningApi,
+    RunningSuite,
+    note_api,
+    page_of,
+    running_apis,
+)
 from services.tools.local.machine import Machine, version_in
 from services.tools.local.ports import free_ports, is_free
 from services.tools.local.service_commands import STOP_ORDER, ServiceCommands, cores
@@ -339,6 +347,11 @@ def test_a_port_that_a_suite_of_this_checkout_uses_is_explained(state: Path) -> 
             require_port("127.0.0.1", port)
     for advice in ("`wisp chat`", f"http://127.0.0.1:{port}/v1", "`kill 4711`", f"PORT={port + 1}"):
         assert advice in str(refused.value)
+
+
+def test_the_page_is_beside_the_api() -> None:
+    assert page_of("http://127.0.0.1:8000/v1") == page_of("http://127.0.0.1:8000/v1/") == "http://127.0.0.1:8000/"
+    assert page_of("https://wisp.example.org/llm/v1") == "https://wisp.example.org/llm/"
 
 
 def test_running_apis_are_those_whose_owner_lives(state: Path) -> None:

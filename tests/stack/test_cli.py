@@ -37,6 +37,7 @@ def short(monkeypatch: pytest.MonkeyPatch) -> None:
 async def test_the_demonstration_marks_drafts_sums_up_and_compares(stack: Stack, console: Console, short: None) -> None:
     assert await demo.demo(stack.url, console, rounds=True)
     text = shown(console)
+    assert text.startswith(f"Playground: {stack.url.removesuffix('v1')}\n")
     assert text.count("one column is") == len(demo.QUESTIONS)
     assert text.count(OPEN) > 1  # the legend has one
     assert text.count("tokens per round") == text.count("verifying") == len(demo.QUESTIONS)
