@@ -40,6 +40,8 @@ class MemoryServices:
     """By gateway, its handler of results."""
     bindings: defaultdict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
     """By the gateway that results are addressed to, the other gateways that receive them, one entry per collection."""
+    logprobs: dict[str, bytes] = field(default_factory=lambda: defaultdict(bytes))
+    """By session, the records of its log-probabilities."""
     error: Exception | None = None
     """Raised by every call that sends a message."""
 
@@ -58,8 +60,10 @@ class MemoryServices:
         tokens: Sequence[int],
         finish: Finish | None = None,
         committed_in: Sequence[str] = (),
+        logprobs: bytes = b"",
     ) -> None:
         """Add committed tokens to a session."""
+        self.logprobs[session_id] += logprobs
         session = self.sessions[session_id]
         status = session.status if finish is None else SessionStatus.FINISHED
         self.sessions[session_id] = replace(
@@ -157,7 +161,12 @@ class MemoryTransport:
         if session is None:
             return None
         return SessionProgress(
-            session.status, len(session.tokens), session.tokens[from_len:], session.finish, session.committed_in
+            session.status,
+            len(session.tokens),
+            session.tokens[from_len:],
+            session.finish,
+            session.committed_in,
+            self._services.logprobs[session_id],
         )
 
     async def turns(self) -> list[SessionTurn]:

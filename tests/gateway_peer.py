@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import builders
 import numpy as np
@@ -25,6 +26,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.messages import Cancel, Ended, Failure, Finish, Generate, Heartbeat, Message, Result, Status
+from shared.messages.logprobs import TokenLogprob, as_text, pack_logprobs
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.state.commits import Commit, CommitOutcome
@@ -66,6 +68,8 @@ class Script:
     """Arithmetic of each round; that of the last one also holds for all later rounds."""
     failure: Failure | None = None
     """Reported before the first token."""
+    failure_after: int | None = None
+    """Rounds after which the session fails; None if it does not."""
     reorder: Callable[[list[Result]], list[Result]] = list
     """Selects and orders the results that the gateway receives."""
 
@@ -102,9 +106,29 @@ def results_of(generate: Generate, script: Script, tokenizer: Tokenizer) -> list
                 queue_ms=0.5,
                 verify_ms=0.75,
                 committed_in=distinct(script.arithmetics[: number + 1]),
+                **logprobs_of(generate, base_len + start, tokens),
             )
         )
+    if script.failure_after is not None:
+        failure = Failure(code="verification_failed", message="broken")
+        end = result(script.failure_after, base_len, Status.FAILED, error=failure)
+        return [*results[: script.failure_after + 1], end]
     return results
+
+
+def logprobs_of(generate: Generate, base_len: int, tokens: Sequence[int]) -> dict[str, Any]:
+    """Return the fields of a result with log-probabilities: a token at position p has -p / 8, and rank p."""
+    wanted = generate.sampling.logprobs
+    if wanted is None:
+        return {}
+    begins = wanted.prompt_len == base_len
+    text = [*generate.prompt, *tokens] if begins else tokens
+    start = 1 if begins else base_len
+    records = [
+        TokenLogprob(-at / 8, at, tuple((text[at - (0 if begins else base_len)], -at / 8) for _ in range(wanted.top)))
+        for at in range(start, base_len + len(tokens))
+    ]
+    return {"logprobs": as_text(pack_logprobs(records)), "logprobs_from": start}
 
 
 @dataclass

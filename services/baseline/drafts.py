@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from services.drafter.control import DraftRound, SessionControl
 from services.drafter.core.session import bonus_matches, verified_counts
 from services.drafter.drafting import Drafting, SourceChoice
-from services.drafter.sources import Draft, DraftRequest, DraftSource, States
+from services.drafter.sources import Draft, DraftRequest, DraftSource, Prediction, States
 from shared.messages import Generate, Result
 from shared.models.bfloat16 import to_floats
 from shared.runtime import logging
@@ -113,7 +113,10 @@ class InProcessDrafts:
             states = States(start, to_floats(bits))
         generate = session.generate
         prompt_len = len(generate.prompt)
-        return DraftRequest(slot.session_id, slot.tokens, generate.sampling, session.round, names, states, prompt_len)
+        prediction = Prediction(prompt_len, generate.prediction) if generate.prediction else None
+        return DraftRequest(
+            slot.session_id, slot.tokens, generate.sampling, session.round, names, states, prompt_len, prediction
+        )
 
     def settle(self, result: Result) -> None:
         """Learn from a session's result."""

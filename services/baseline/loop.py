@@ -18,6 +18,7 @@ from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
 from shared.kernels.layout import BLOCK
 from shared.messages import Failure, Generate, Result, Status
+from shared.messages.logprobs import as_text
 
 if TYPE_CHECKING:
     from services.verifier.engine_thread import TargetEngine
@@ -163,6 +164,8 @@ class EngineLoop:
             verify_ms=verify_ms,
             arithmetic=self._engine.arithmetic,
             committed_in=[self._engine.arithmetic],
+            logprobs=as_text(outcome.logprobs),
+            logprobs_from=outcome.logprobs_from,
         )
         session.queue_ms = 0.0
         session.round += 1

@@ -12,7 +12,7 @@ import structlog
 from services.drafter import metrics
 from services.drafter.control import DraftRound, SessionControl
 from services.drafter.control.times import SPARE_COMPUTED
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, States
+from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, Prediction, States
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
@@ -312,8 +312,10 @@ class ServedSession:
             start, rows = self._hidden_rows.run(len(state.tokens))
             states = States(start, rows.copy()) if len(rows) else None
         generate = state.generate
+        prompt_len = len(generate.prompt)
+        prediction = Prediction(prompt_len, generate.prediction) if generate.prediction else None
         return DraftRequest(
-            state.session_id, state.tokens, generate.sampling, round_, sources, states, len(generate.prompt)
+            state.session_id, state.tokens, generate.sampling, round_, sources, states, prompt_len, prediction
         )
 
     def _start_probes(self, made: _MadeDraft) -> None:

@@ -18,8 +18,9 @@ from services.gateway.keys import ApiKey
 from services.gateway.tools import ToolForm
 from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
+from shared.prediction import PredictedText
 
-NEWER = ("include_stop", "min_tokens")
+NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks")
 """Fields of `AnswerForm` that the first versions do not have."""
 
 
@@ -47,6 +48,24 @@ class AnswerForm(Record):
     """True if texts include the stop string or stop token that ended them."""
     min_tokens: int = 0
     """Output tokens in which no stop string ends the text."""
+    logprobs: int | None = None
+    """Number of most probable tokens to send with each token's log-probability; None for no log-probabilities."""
+    token_ids: bool = False
+    """True if the names of tokens in log-probabilities are their ids."""
+    prompt_logprobs: int | None = None
+    """As `logprobs`, for the prompt's tokens, in vLLM's form."""
+    echo: bool = False
+    """True if the text, and its log-probabilities, begin with the prompt."""
+    prompt_only: bool = False
+    """True if no output is sent."""
+    thinks: bool | None = None
+    """True if the texts begin within the model's reasoning, False if not; None if no reasoning is marked in them."""
+    metrics: bool = False
+    """True if the answer has vLLM's metrics of speculative decoding."""
+    copies: int = 1
+    """Completions of each prompt."""
+    predicted: list[int] | None = None
+    """Tokens of the output that the client expects; None if it expects nothing."""
     echoes: list[str]
     """One per completion: the text before the generated text."""
     prompt_tokens: int
@@ -62,7 +81,7 @@ class AnswerForm(Record):
         A gateway of a version without one of the `NEWER` fields cannot send this form, so it must not read it.
         """
         fields = self.model_dump()
-        if any(fields[name] for name in NEWER):
+        if any(fields[name] != type(self).model_fields[name].default for name in NEWER):
             fields = {"newer": fields}
         return msgpack.packb(fields)  # type: ignore[no-any-return]
 
@@ -79,6 +98,12 @@ class Usage:
 
     prompt_tokens: int
     completion_tokens: int
+    cached_tokens: int = 0
+    """Prompt tokens whose KV was cached."""
+    accepted_predicted: int | None = None
+    """Tokens of the completions that are as predicted; None without a prediction."""
+    rejected_predicted: int | None = None
+    """Tokens of the prediction that are not in the completions, for each completion."""
 
     @property
     def total(self) -> int:
@@ -116,6 +141,8 @@ class Answer:
 
     def __post_init__(self) -> None:
         self.cursor = StreamCursor(self.answer_id)
+        self.predicted = None if self.form.predicted is None else PredictedText(self.form.predicted)
+        """The text that the client expects, for all completions."""
 
     @property
     def session_ids(self) -> list[str]:
@@ -125,7 +152,14 @@ class Answer:
     @property
     def usage(self) -> Usage:
         """Token counts so far."""
-        return Usage(self.form.prompt_tokens, sum(session.completion.tally.tokens for session in self.running))
+        completions = [session.completion for session in self.running]
+        tokens = sum(completion.tally.tokens for completion in completions)
+        cached = sum(completion.cached_prompt for completion in completions[:: self.form.copies])
+        if self.form.predicted is None:
+            return Usage(self.form.prompt_tokens, tokens, cached)
+        accepted = [one.predicted.accepted for one in completions if one.predicted is not None]
+        rejected = [max(0, len(self.form.predicted) - count) for count in accepted]
+        return Usage(self.form.prompt_tokens, tokens, cached, sum(accepted), sum(rejected))
 
     @property
     def committed_in(self) -> list[str]:

@@ -5,7 +5,10 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
+import zlib
 from collections.abc import Coroutine
+from functools import partial
+from importlib.metadata import PackageNotFoundError, version
 from secrets import token_hex
 from time import monotonic, time
 from typing import Any
@@ -24,15 +27,22 @@ from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.gateway import Gateway
 from services.gateway.keys import Guard, is_open, key_of
+from services.gateway.messages_api import add_messages
+from services.gateway.openapi import document
 from services.gateway.page.routes import add_page
-from services.gateway.prompt import Limits, chat_prompts, completion_prompts
+from services.gateway.prompt import Limits, chat_prompts, completion_prompts, predicted_tokens
 from services.gateway.request import check_choices, check_model, new_answer
 from services.gateway.response import AnswerResponse
 from services.gateway.resume import LAST_EVENT_ID, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.server import Certificate, serve_http
+from services.gateway.tokens import add_tokens
 from shared.runtime import logging
 
+ENCODINGS = {"identity": False, "": False, "gzip": True, "x-gzip": True}
+"""Encodings of bodies, and whether they are gzip."""
+GZIP = 31
+"""zlib's number for gzip."""
 READ = ["GET", "HEAD"]
 """Methods of the routes that describe something."""
 
@@ -83,11 +93,14 @@ def create_app(gateway: Gateway) -> ASGIApp:
     _add_generation(app, gateway)
     _add_operations(app, gateway)
     add_page(app, gateway.feed)
+    add_tokens(app, gateway, partial(_body, gateway))
+    add_messages(app, gateway, partial(_body, gateway), partial(_limits, gateway))
     settings = gateway.settings
+    routes = WithoutTrailingSlash(app)
     if gateway.keys is not None:
-        guarded: ASGIApp = Guard(app, gateway.keys)
+        guarded: ASGIApp = Guard(routes, gateway.keys)
     else:
-        guarded = BrowserGuard(app, (settings.host, *settings.allowed_host_names))
+        guarded = BrowserGuard(routes, (settings.host, *settings.allowed_host_names))
     origins = settings.allowed_origins
     return RequestScope(with_cors(guarded, origins) if origins else guarded)
 
@@ -106,7 +119,9 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         check_model(gateway, chat.model)
         limits = await _limits(gateway, chat)
         prompts = await chat_prompts(model.tokenizer, limits, chat)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key_of(request.scope), started_s)
+        predicted = await predicted_tokens(model.tokenizer, limits, chat)
+        key = key_of(request.scope)
+        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, predicted)
         return AnswerResponse(gateway.sessions, gateway.ledger, answer)
 
     @app.post("/v1/completions")
@@ -120,7 +135,9 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         check_choices(gateway, completion.n * len(completion.prompt))
         limits = await _limits(gateway, completion)
         prompts = await completion_prompts(model.tokenizer, limits, completion, model.folder.bos_id)
-        answer = new_answer(gateway, completion, request.headers, prompts, limits, key_of(request.scope), started_s)
+        predicted = await predicted_tokens(model.tokenizer, limits, completion)
+        key = key_of(request.scope)
+        answer = new_answer(gateway, completion, request.headers, prompts, limits, key, started_s, predicted)
         return AnswerResponse(gateway.sessions, gateway.ledger, answer)
 
     @app.get("/v1/streams/{answer_id}")
@@ -141,6 +158,14 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
         "root": gateway.model.name,
         "parent": None,
         "max_model_len": gateway.model.folder.max_len,
+        "context_window": gateway.model.folder.max_len,
+        "capabilities": {
+            "chat": gateway.model.folder.chat_template is not None,
+            "completions": True,
+            "logprobs": True,
+            "prediction": True,
+            "reasoning": gateway.model.tokenizer.thinks,
+        },
     }
 
     @app.api_route("/v1/models", methods=READ)
@@ -154,7 +179,12 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 
 
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:
-    """Add the routes for probes and Prometheus."""
+    """Add the routes for probes and Prometheus, and the API's document."""
+    described = document(_version(), keys=gateway.keys is not None)
+
+    @app.api_route("/openapi.json", methods=READ)
+    async def openapi() -> JSONResponse:
+        return JSONResponse(described)
 
     @app.api_route("/health", methods=READ)
     async def health() -> JSONResponse:
@@ -178,13 +208,21 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
+def _version() -> str:
+    try:
+        return version("wisp")
+    except PackageNotFoundError:
+        return "unknown"  # run from a checkout that is not installed
+
+
 async def _body(gateway: Gateway, request: Request) -> bytes:
-    """Read the request's body. It is refused as soon as it is known to be too long or compressed."""
+    """Read the request's body, and decompress it. It is refused as soon as it is known to be too long."""
     limit, timeout_s = gateway.settings.max_body_bytes, gateway.settings.body_timeout_s
-    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ("identity", ""):
-        text = f"the request's body has the encoding {encoding[:60]!r}; send it without compression"
-        refused = {"accept-encoding": "identity"}
+    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ENCODINGS:
+        text = f"the request's body has the encoding {encoding[:60]!r}; send it as gzip, or without compression"
+        refused = {"accept-encoding": "gzip, identity"}
         raise ApiError(415, text, code="unsupported_content_encoding", extra=refused)
+    unpack = zlib.decompressobj(GZIP) if ENCODINGS[encoding] else None
 
     def too_large() -> ApiError:
         return ApiError(413, f"the request's body is longer than {limit} bytes", code="request_too_large")
@@ -195,13 +233,18 @@ async def _body(gateway: Gateway, request: Request) -> bytes:
     try:
         async with asyncio.timeout(timeout_s):
             async for part in request.stream():
-                body += part
+                # At most one byte more than is allowed, however far the rest would unpack.
+                body += part if unpack is None else unpack.decompress(part, limit + 1 - len(body))
                 if len(body) > limit:
                     raise too_large()
     except TimeoutError:
         raise ApiError(408, f"the request's body did not arrive in {timeout_s:g} s", code="request_timeout") from None
+    except zlib.error:
+        raise invalid("the request's body cannot be unpacked as gzip", code="invalid_encoding") from None
     except ClientDisconnect:
         raise ApiError(499, "the client went away before it had sent its request") from None
+    if unpack is not None and not unpack.eof:
+        raise invalid("the request's body ends within its gzip data", code="invalid_encoding")
     return bytes(body)
 
 
@@ -211,14 +254,16 @@ async def _limits(gateway: Gateway, request: GenerationRequest) -> Limits:
     return Limits(context, folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
 
 
-async def _api_error(_request: Request, error: Exception) -> JSONResponse:
+async def _api_error(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, ApiError)
-    return JSONResponse(error.body(), error.status, error.headers)
+    return JSONResponse(error.body_at(request.url.path), error.status, error.headers)
 
 
-async def _http_error(request: Request, error: Exception) -> JSONResponse:
-    """Answer a request that the framework refuses: unknown paths and methods."""
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer a request that the framework refuses: unknown paths and methods. OPTIONS gets the path's methods."""
     assert isinstance(error, HTTPException)
+    if request.method == "OPTIONS" and error.status_code == 405:
+        return Response(status_code=204, headers={"allow": f"{(error.headers or {}).get('Allow', '')}, OPTIONS"})
     where = f"{request.method} {request.url.path[:200]}"
     if error.status_code == 404:
         answer = ApiError(404, f"unknown request: {where}", code="unknown_url")
@@ -226,11 +271,24 @@ async def _http_error(request: Request, error: Exception) -> JSONResponse:
         answer = ApiError(405, f"this path does not take that method: {where}", code="method_not_allowed")
     else:
         answer = ApiError(error.status_code, str(error.detail))
-    return JSONResponse(answer.body(), answer.status, error.headers)
+    return JSONResponse(answer.body_at(request.url.path), answer.status, error.headers)
 
 
-async def _crash(_request: Request, _error: Exception) -> JSONResponse:
-    return JSONResponse(internal_error().body(), 500)
+async def _crash(request: Request, _error: Exception) -> JSONResponse:
+    return JSONResponse(internal_error().body_at(request.url.path), 500)
+
+
+class WithoutTrailingSlash:
+    """ASGI middleware that serves a path with a slash at its end as the path without it."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handle one request."""
+        if scope["type"] == "http" and len(scope["path"]) > 1 and scope["path"].endswith("/"):
+            scope = {**scope, "path": scope["path"].rstrip("/") or "/"}
+        await self._app(scope, receive, send)
 
 
 class RequestScope:

@@ -60,7 +60,7 @@ class BrowserGuard:
         if error is None:
             await self._app(scope, receive, send)
         else:
-            await JSONResponse(error.body(), error.status)(scope, receive, send)
+            await JSONResponse(error.body_at(scope["path"]), error.status)(scope, receive, send)
 
     def _refusal(self, scope: Scope) -> ApiError | None:
         headers = Headers(scope=scope)

@@ -18,6 +18,19 @@ RATE_LIMITED = "rate_limit_exceeded"
 
 _TYPES = {429: "rate_limit_error", 503: "overloaded_error", 504: "timeout_error"}
 
+MESSAGES_PATH = "/v1/messages"
+"""Path of Anthropic's API."""
+_MESSAGES_TYPES = {
+    400: "invalid_request_error",
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+    504: "timeout_error",
+}
+
 _STATUS_OF_FAILURE = {
     "arithmetic_unavailable": 503,
     "context_length_exceeded": 400,
@@ -68,6 +81,13 @@ class ApiError(WispError):
             self.kind or _TYPES.get(self.status) or ("server_error" if self.status >= 500 else "invalid_request_error")
         )
         return {"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}}
+
+    def body_at(self, path: str) -> dict[str, Any]:
+        """Return the error body of the API that has this path: Anthropic's or OpenAI's."""
+        if not path.startswith(MESSAGES_PATH):
+            return self.body()
+        kind = _MESSAGES_TYPES.get(self.status, "api_error" if self.status >= 500 else "invalid_request_error")
+        return {"type": "error", "error": {"type": kind, "message": self.message}}
 
     @property
     def headers(self) -> dict[str, str]:

@@ -170,13 +170,16 @@ class Guard:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        shown = bearer(dict(scope["headers"]).get(b"authorization", b"").decode("latin-1"))
+        headers = dict(scope["headers"])
+        # Anthropic's clients send the key in a header of its own.
+        shown = bearer(headers.get(b"authorization", b"").decode("latin-1"))
+        shown = shown or headers.get(b"x-api-key", b"").decode("latin-1").strip()
         key = self._keys.ring.match(shown) if shown else None
         scope[SCOPE] = key
         if key is None and not is_open(scope["path"]):
             UNAUTHORIZED.inc()
             error = refusal(shown)
-            await JSONResponse(error.body(), error.status, error.headers)(scope, receive, send)
+            await JSONResponse(error.body_at(scope["path"]), error.status, error.headers)(scope, receive, send)
             return
         with structlog.contextvars.bound_contextvars(**({"key": key.id} if key else {})):
             await self._app(scope, receive, send)

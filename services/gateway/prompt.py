@@ -7,8 +7,9 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 
+from services.gateway.core.reasoning import CLOSE, OPEN
 from services.gateway.errors import ApiError, invalid
-from services.gateway.schema import ChatRequest, CompletionRequest
+from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
 from services.gateway.tools import conversation, texts_of
 from shared.errors import ChatTemplateError
 from shared.models.text import Tokenizer
@@ -16,6 +17,8 @@ from shared.models.text import Tokenizer
 INLINE_CHARACTERS = 20_000
 """Longer prompts are tokenized in a thread; one of this length takes about 10 ms."""
 SLICE_CHARACTERS = 16_000
+TAG_TOKENS = 64
+"""Tokens at the end of a prompt in which an opened tag of reasoning is looked for."""
 
 
 @dataclass(frozen=True)
@@ -38,20 +41,53 @@ class Prompt:
     tokens: list[int]
     echo: str = ""
     """Text to send before the generated text."""
+    thinks: bool | None = None
+    """True if the prompt ends within the model's reasoning, False if not; None if the model marks no reasoning."""
 
 
 async def chat_prompts(tokenizer: Tokenizer, limits: Limits, request: ChatRequest) -> list[Prompt]:
     """Return the one prompt of a conversation. Raises ApiError."""
-    messages, tools = conversation(request, tokenizer)
-    texts = texts_of(request)
+    tokens = await chat_tokens(tokenizer, limits, request)
+    check_prompt(tokens, limits, "messages")
+    return [Prompt(tokens, thinks=_is_thinking(tokenizer, tokens) if tokenizer.thinks else None)]
+
+
+async def chat_tokens(tokenizer: Tokenizer, limits: Limits, request: ChatRequest) -> list[int]:
+    """Return the tokens of a conversation. Raises ApiError."""
+    for name in request.template_variables:
+        if name not in tokenizer.template_variables:
+            param = "chat_template_kwargs" if name in request.chat_template_kwargs else name
+            known = ", ".join(sorted(tokenizer.template_variables)) or "none of its own"
+            text = f"{param}: the model's chat template has no variable {name[:60]!r}; it has {known}"
+            raise invalid(text, param, "unsupported_parameter")
     try:
-        tokens = await _tokenize(
-            tokenizer, limits, texts, lambda: tokenizer.render_chat(messages, tools=tools), "messages"
-        )
+        return await _tokenize(tokenizer, limits, texts_of(request), partial(render, tokenizer, request), "messages")
     except ChatTemplateError as error:
         raise invalid(str(error), "messages") from error
-    check_prompt(tokens, limits, "messages")
-    return [Prompt(tokens)]
+
+
+async def prompt_tokens(tokenizer: Tokenizer, limits: Limits, text: str, *, special: bool = True) -> list[int]:
+    """Return the tokens of a text. special: with the control tokens around every text. Raises ApiError."""
+    encode = tokenizer.encode if special else tokenizer.encode_part
+    return await _tokenize(tokenizer, limits, [text], partial(encode, text), "prompt")
+
+
+def render(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
+    """Return the ids of a conversation as the request's options ask for. Raises ChatTemplateError."""
+    messages, tools = conversation(request, tokenizer)
+    return tokenizer.render_chat(
+        messages,
+        request.add_generation_prompt is not False,
+        tools,
+        continues=request.continue_final_message,
+        variables=request.template_variables,
+    )
+
+
+def _is_thinking(tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
+    """Return whether a prompt ends within the reasoning: the template has opened it."""
+    end = tokenizer.decode(tokens[-TAG_TOKENS:])
+    return end.rfind(OPEN) > end.rfind(CLOSE)
 
 
 async def completion_prompts(
@@ -73,6 +109,16 @@ async def completion_prompts(
         echo = "" if not request.echo else given if isinstance(given, str) else tokenizer.decode(given)
         prompts.append(Prompt(tokens, echo))
     return prompts
+
+
+async def predicted_tokens(tokenizer: Tokenizer, limits: Limits, request: GenerationRequest) -> list[int]:
+    """Return the tokens of the output that the request expects; none if it expects nothing. Raises ApiError."""
+    if request.prediction is None or not (text := request.prediction.text):
+        return []
+    tokens = await _tokenize(tokenizer, limits, [text], partial(tokenizer.encode_part, text), "prediction")
+    if len(tokens) > limits.context:
+        raise _too_long(limits, f"{len(tokens)} tokens", "prediction")
+    return tokens
 
 
 def check_prompt(tokens: Sequence[int], limits: Limits, param: str) -> None:

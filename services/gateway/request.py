@@ -28,15 +28,17 @@ def new_answer(
     limits: Limits,
     key: ApiKey | None,
     started_s: float,
+    predicted: Sequence[int] = (),
 ) -> Answer:
     """Return the answer to a request, with one session for each prompt and each of its `n` completions.
 
-    The prompts have passed `check_prompt`. Raises ApiError when the request exceeds a limit.
+    The prompts have passed `check_prompt`; `predicted` are the tokens of the request's `prediction`. Raises ApiError
+    when the request exceeds a limit.
     """
     check_choices(gateway, request.n * len(prompts))
     check_token_ids(request, limits.vocab_size)
     limit = output_limit(request, limits)
-    form = _form(gateway, request, headers, prompts, key)
+    form = _form(gateway, request, headers, prompts, key, predicted)
     answer_id = f"{'chatcmpl' if form.chat else 'cmpl'}-{token_hex(12)}"
     event_ids = form.keep or takes_event_ids(headers)
     answer = Answer(answer_id, form, started_s, request.stream, event_ids, key)
@@ -48,6 +50,7 @@ def new_answer(
         room = min(limits.context - len(prompt.tokens), limits.output or limits.context)
         if request.min_tokens > (most := room if limit is None else min(limit, room)):
             raise invalid(f"min_tokens is {request.min_tokens}, and at most {most} tokens fit", "min_tokens")
+        logprobs = request.logprobs_of(len(prompt.tokens))
         own_rules = None if rules is None else rules.model_copy(update={"prompt_len": len(prompt.tokens)})
         for copy in range(request.n):
             sampling = request.sampling(derive_seed(form.seed, copy), gateway.sampling_defaults)
@@ -55,15 +58,16 @@ def new_answer(
                 session=session_id(answer_id, len(answer.sessions)),
                 gateway=gateway.instance,
                 prompt=prompt.tokens,
-                sampling=sampling.model_copy(update={"rules": own_rules}),
+                sampling=sampling.model_copy(update={"rules": own_rules, "logprobs": logprobs}),
                 stop_ids=stop_ids,
-                max_tokens=most,
+                max_tokens=max(1, most),
                 fingerprint=needing(gateway.model.fingerprint, request.needs),
                 vocab_fingerprint=gateway.model.vocab_fingerprint,
                 slo=slo,
                 service_class=form.service_class,
                 draft=request.draft(headers),
                 trace=form.trace,
+                prediction=list(predicted),
             )
             answer.sessions.append(generate)
     output_tokens = 0 if limit is None else sum(session.max_tokens for session in answer.sessions)
@@ -77,6 +81,7 @@ def _form(
     headers: Mapping[str, str],
     prompts: Sequence[Prompt],
     key: ApiKey | None,
+    predicted: Sequence[int],
 ) -> AnswerForm:
     service_class = class_of(request.service_tier, gateway.settings.slo_classes)
     return AnswerForm(
@@ -93,6 +98,15 @@ def _form(
         stops=request.stop,
         include_stop=request.include_stop_str_in_output,
         min_tokens=request.min_tokens,
+        logprobs=request.top,
+        token_ids=request.return_tokens_as_token_ids,
+        prompt_logprobs=request.prompt_logprobs,
+        echo=request.echoes,
+        prompt_only=request.limit == 0,
+        thinks=prompts[0].thinks,
+        metrics=request.wisp.metrics,
+        copies=request.n,
+        predicted=None if request.prediction is None else list(predicted),
         echoes=[prompt.echo for prompt in prompts for _ in range(request.n)],
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
         holder=None if key is None else key.id,

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
+from typing import Protocol
 
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
@@ -12,9 +15,11 @@ from services.gateway import stream
 from services.gateway.answer import Answer, AnswerForm
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.cursor import NOTHING, Delivered, rest_of
+from services.gateway.core.reasoning import ReasoningSplitter, SplitText
 from services.gateway.core.tool_calls import ContentDelta
 from services.gateway.errors import ApiError, encode, internal_error
 from services.gateway.ledger import Ledger
+from services.gateway.logprobs import LogprobFields
 from services.gateway.sessions import Sessions
 from services.gateway.stream import CalledTool, Choice, Chunks, Fields
 from shared.messages import Finish
@@ -43,6 +48,7 @@ class AnswerResponse(Response):
         self._sessions = sessions
         self._ledger = ledger
         self._answer = answer
+        self._logprobs = LogprobFields(answer.form, sessions.tokenizer)
         self._extra_headers = {SEED_HEADER: str(answer.form.seed)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -87,21 +93,34 @@ class AnswerResponse(Response):
                     tokens[index] += item.tokens
                 else:
                     finishes[index] = item.value
-        choices = [choice_of(answer.form, *pair) for pair in zip(texts, finishes, strict=True)]
-        fields = chunks.whole(choices, answer.usage)
-        about = _about(answer)
-        if answer.form.trace:
-            about["tokens"] = stream.tokens([token for of_one in tokens for token in of_one])
-        if about:
-            fields["wisp"] = about
-        body = encode(fields)
+        choices = []
+        for session, text, finish, made in zip(answer.running, texts, finishes, tokens, strict=True):
+            completion, prompt = session.completion, session.generate.prompt
+            shown = [*self._logprobs.prompt(completion, prompt), *made]
+            logprobs, of_prompt = self._logprobs.of(shown, 0), self._logprobs.of_prompt(completion, prompt)
+            choices.append(replace(choice_of(answer.form, text, finish), logprobs=logprobs, prompt_logprobs=of_prompt))
+        body = encode(self._object(chunks, choices, [token for of_one in tokens for token in of_one]))
         headers = {"content-type": "application/json", "content-length": str(len(body)), **self._extra_headers}
         await _start(send, headers)
         await send({"type": "http.response.body", "body": body})
 
+    def _object(self, chunks: Chunks, choices: Sequence[Choice], tokens: Sequence[Token]) -> Fields:
+        """Return the body of an answer that is not streamed."""
+        fields = chunks.whole(choices, self._answer.usage) | _metrics(self._answer)
+        about = _about(self._answer)
+        if self._answer.form.trace:
+            about["tokens"] = stream.tokens(tokens)
+        if about:
+            fields["wisp"] = about
+        return fields
+
+    def _events(self, chunks: Chunks) -> EventMaker:
+        """Return the maker of the events of a streamed answer."""
+        return Events(self._answer, chunks, self._logprobs)
+
     async def _stream(self, chunks: Chunks, send: Send) -> None:
         begun = False
-        events = Events(self._answer, chunks)
+        events = self._events(chunks)
         try:
             async for batch in self._answer.batches():
                 body = b"".join(events.of(index, item) for index, item in batch)
@@ -116,25 +135,39 @@ class AnswerResponse(Response):
             if not isinstance(error, ApiError):
                 logging.get().exception("stream crashed", session=self._answer.answer_id)
                 error = internal_error()
-            await send({"type": "http.response.body", "body": stream.event(error.body()), "more_body": True})
-        await send({"type": "http.response.body", "body": stream.DONE})
+            await send({"type": "http.response.body", "body": events.failed(error), "more_body": True})
+        await send({"type": "http.response.body", "body": events.end})
+
+
+class EventMaker(Protocol):
+    """Makes the events of a streamed answer."""
+
+    end: bytes
+    """Sent last, also after an error."""
+
+    def of(self, index: int, item: Piece | Finish) -> bytes:
+        """Return the events for a completion's next piece or its end."""
+
+    def failed(self, error: ApiError) -> bytes:
+        """Return the event of an error, which is the last one."""
 
 
 def choice_of(form: AnswerForm, text: str, finish: str) -> Choice:
-    """Return a complete completion, with the tool calls that are in its text."""
+    """Return a complete completion, with the reasoning and the tool calls that are in its text."""
+    split = splitter_of(form).feed(text)
     if form.tools is None:
-        return Choice(text, finish)
+        return Choice(split, finish)
     parser = form.tools.parser()
     content = ""
     calls: list[CalledTool] = []
-    for delta in [*parser.feed(text), *parser.finish()]:
+    for delta in [*parser.feed(split.content), *parser.finish()]:
         if isinstance(delta, ContentDelta):
             content += delta.text
             continue
         if delta.name is not None:
             calls.append(CalledTool(delta.name))
         calls[delta.index].arguments += delta.arguments
-    return Choice(content, _finish(finish, len(calls)), calls)
+    return Choice(SplitText(split.reasoning, content), _finish(finish, len(calls)), calls)
 
 
 def _finish(finish: str, calls: int) -> str:
@@ -145,14 +178,18 @@ def _finish(finish: str, calls: int) -> str:
 class Events:
     """Makes a stream's events, without those that the client already has, and advances the answer's cursor."""
 
-    def __init__(self, answer: Answer, chunks: Chunks) -> None:
+    end = stream.DONE
+
+    def __init__(self, answer: Answer, chunks: Chunks, logprobs: LogprobFields) -> None:
         self._answer = answer
+        self._logprobs = logprobs
         self._chunks = chunks
         self._cursor = answer.cursor
         self._known = dict(answer.cursor.delivered)
         self._seen: dict[int, Delivered] = {}
         tools = answer.form.tools
         self._parsers = {} if tools is None else {i: tools.parser() for i in range(len(answer.form.echoes))}
+        self._splitters: dict[int, ReasoningSplitter] = {}
 
     def of(self, index: int, item: Piece | Finish) -> bytes:
         """Return the events for a completion's next piece or its end."""
@@ -163,27 +200,43 @@ class Events:
                 events = self._event(opening)
         return events + (self._piece(index, item) if isinstance(item, Piece) else self._end(index, item))
 
+    def failed(self, error: ApiError) -> bytes:
+        """See `EventMaker`."""
+        return stream.event(error.body())
+
     def _piece(self, index: int, piece: Piece) -> bytes:
-        before = self._seen.get(index, NOTHING)
+        before, known = self._seen.get(index, NOTHING), self._known.get(index, NOTHING)
         self._seen[index] = before.after(piece)
-        rest = rest_of(piece, before, self._known.get(index, NOTHING))
-        parser = self._parsers.get(index)
+        if index not in self._splitters:
+            self._splitters[index] = splitter_of(self._answer.form)
+        splitter, parser = self._splitters[index], self._parsers.get(index)
+        rest = rest_of(piece, before, known)
+        # The client has what splitter and parser make of the text that it has, which ends with a piece.
+        had = splitter.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
         if parser is not None:
-            # The client has what the parser makes of the text that it has.
-            parser.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
+            parser.feed(had.content)
         if rest is None:
             return b""
         self._cursor.delivered[index] = self._cursor.delivered[index].most(self._seen[index])
+        text, logprobs = splitter.feed(rest.text), self._logprobs_of(index, rest, before)
         if parser is None:
-            chunk = self._chunks.delta(index, rest.text)
+            chunk = self._chunks.delta(index, text, logprobs)
         else:
-            deltas = parser.feed(rest.text)
-            if not deltas and not self._answer.form.trace:
+            deltas = parser.feed(text.content)
+            if not (deltas or text.reasoning or logprobs or self._answer.form.trace):
                 return b""
-            chunk = self._chunks.tool_deltas(index, deltas)
+            chunk = self._chunks.tool_deltas(index, deltas, text.reasoning, logprobs)
         if self._answer.form.trace:
             chunk["wisp"] = stream.trace(rest)
         return self._event(chunk)
+
+    def _logprobs_of(self, index: int, rest: Piece, before: Delivered) -> Fields | None:
+        """Return the log-probabilities of a piece, the first one's with those of an echoed prompt."""
+        session, known = self._answer.running[index], self._known.get(index, NOTHING)
+        tokens, start = rest.tokens, max(before.characters, known.characters)
+        if start == 0:
+            tokens = [*self._logprobs.prompt(session.completion, session.generate.prompt), *tokens]
+        return self._logprobs.of(tokens, start)
 
     def _end(self, index: int, finish: Finish) -> bytes:
         answer, cursor = self._answer, self._cursor
@@ -198,8 +251,10 @@ class Events:
             cursor.closed.add(index)
         is_last = len(cursor.closed) == len(answer.running)
         closing_id = str(cursor)
+        if is_last and chunks and not answer.form.include_usage:
+            chunks[-1] |= _metrics(answer)
         if is_last and answer.form.include_usage and not cursor.usage:
-            chunks.append(self._chunks.usage(answer.usage))
+            chunks.append(self._chunks.usage(answer.usage) | _metrics(answer))
             cursor.usage = True
         if is_last and chunks and (about := _about(answer)):
             chunks[-1].setdefault("wisp", {}).update(about)
@@ -208,6 +263,21 @@ class Events:
     def _event(self, fields: Fields, event_id: str | None = None) -> bytes:
         """Encode an event, by default with the cursor as its id, if the client takes ids."""
         return stream.event(fields, (event_id or self._cursor) if self._answer.event_ids else None)
+
+
+def splitter_of(form: AnswerForm) -> ReasoningSplitter:
+    """Return the splitter of one text of an answer; without marked reasoning, all of the text is content."""
+    return ReasoningSplitter(is_open=bool(form.thinks), marked=form.thinks is not None)
+
+
+def _metrics(answer: Answer) -> Fields:
+    """Return vLLM's metrics if the request asks for them; like vLLM's they are null for several completions."""
+    if not answer.form.metrics:
+        return {}
+    only = len(answer.running) == 1
+    return {
+        "metrics": {"speculative_decoding": stream.speculation(answer.running[0].completion.tally)} if only else None
+    }
 
 
 def _about(answer: Answer) -> Fields:

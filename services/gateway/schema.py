@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -27,10 +27,16 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from services.drafter.sources.registry import AUTO, CHOICES, SourceChoiceName
-from services.gateway.core.options import CHAT_OPTIONS, COMPLETION_OPTIONS, MESSAGE_OPTIONS, unsupported
+from services.gateway.core.options import (
+    CHAT_OPTIONS,
+    COMPLETION_OPTIONS,
+    MESSAGE_OPTIONS,
+    UnsupportedOption,
+    unsupported,
+)
 from services.gateway.errors import ApiError, invalid
 from shared.broker.topology import DEFAULT_POOL
-from shared.messages import RULES, Sampling
+from shared.messages import LOGPROBS, MOST_LOGPROBS, RULES, Logprobs, Sampling
 from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
@@ -70,7 +76,7 @@ def _tokens(value: Any) -> list[int] | None:
     return tokens if tokens and all(type(token) is int for token in tokens) else None
 
 
-def _token_ids(value: Any) -> list[int] | None:
+def token_ids(value: Any) -> list[int] | None:
     """Return a list of token ids, perhaps an empty one; null stays null."""
     if value is None or value == []:
         return value  # type: ignore[no-any-return]
@@ -111,6 +117,29 @@ def _same_as_n(value: int | None, info: ValidationInfo) -> int | None:
     return value
 
 
+def _no_generation_prompt(value: bool, info: ValidationInfo) -> bool:
+    if value and info.data.get("add_generation_prompt"):
+        raise PydanticCustomError("continue_value", "excludes add_generation_prompt: leave one of them out")
+    return value
+
+
+def _not_streamed(value: int | None, info: ValidationInfo) -> int | None:
+    if value is not None and info.data.get("stream"):
+        raise PydanticCustomError("prompt_logprobs_value", "is not available in a stream; leave out stream")
+    return value
+
+
+def _top_logprobs(value: int | None, info: ValidationInfo) -> int | None:
+    if value and not info.data.get("logprobs"):
+        raise PydanticCustomError("top_logprobs_value", "needs logprobs: true")
+    return value
+
+
+def _no_boolean(value: Any) -> Any:
+    """Return a number of log-probabilities; None for false, which some clients send for none."""
+    return None if value is False else _whole(value)
+
+
 def _prompts(value: Any) -> list[str | list[int]]:
     if isinstance(value, str):
         return [value]
@@ -135,7 +164,7 @@ def _first(asked: Number | None, default: Number | None, otherwise: Number) -> N
     return asked if asked is not None else default if default is not None else otherwise
 
 
-def _or(default: Any) -> BeforeValidator:
+def or_default(default: Any) -> BeforeValidator:
     """Treat null as the default, as OpenAI's API does."""
     return BeforeValidator(lambda value: default if value is None else value)
 
@@ -146,41 +175,62 @@ def _most(value: Any) -> Any:
     return None if whole == -1 and type(whole) is int else whole
 
 
+_TokenIds = PlainValidator(token_ids, json_schema_input_type=list[int])
+_Prompts = PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
 _Whole = BeforeValidator(_whole)
 _Most = BeforeValidator(_most)
 
 
-class _Body(BaseModel):
+class Body(BaseModel):
+    """A body of a request or a part of one: strict; unknown fields are ignored."""
+
+    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = {}
+    """Options that are refused by name."""
+
     model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
-class StreamOptions(_Body):
+class StreamOptions(Body):
     """OpenAI's `stream_options`."""
 
-    include_usage: Annotated[bool, _or(False)] = False
+    include_usage: Annotated[bool, or_default(False)] = False
 
 
-class WispOptions(_Body):
+class WispOptions(Body):
     """Our own options, under the key `wisp`."""
 
-    trace: Annotated[bool, _or(False)] = False
+    trace: Annotated[bool, or_default(False)] = False
     """Add to each chunk the origin of its tokens and the costs of its rounds."""
     draft: SourceChoiceName | None = None
     """The draft source."""
     pool: Annotated[str | None, Field(pattern=NAME_PATTERN)] = None
     """The pool of drafters."""
-    resumable: Annotated[bool, _or(False)] = False
+    metrics: Annotated[bool, or_default(False)] = False
+    """Add vLLM's `metrics.speculative_decoding` to the answer."""
+    resumable: Annotated[bool, or_default(False)] = False
     """Keep generating for a while after the client goes away, so that it can resume the stream."""
 
 
-class ContentPart(_Body):
+class ContentPart(Body):
     """One part of a message's content."""
 
     type: Literal["text"]
     text: str
 
 
-class CalledFunction(_Body):
+class PredictionOption(Body):
+    """OpenAI's `prediction`: the text that the client expects."""
+
+    type: Literal["content"]
+    content: str | list[ContentPart]
+
+    @property
+    def text(self) -> str:
+        """The text of all parts."""
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class CalledFunction(Body):
     """The function of a tool call in the history."""
 
     name: str
@@ -188,25 +238,25 @@ class CalledFunction(_Body):
     """JSON, as OpenAI has it; some clients send the object itself."""
 
 
-class ToolCall(_Body):
+class ToolCall(Body):
     """A tool call in the history."""
 
-    id: Annotated[str, _or("")] = ""
+    id: Annotated[str, or_default("")] = ""
     type: Literal["function"] = "function"
     function: CalledFunction
 
 
-class ToolFunction(_Body):
+class ToolFunction(Body):
     """The function of a tool."""
 
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """JSON schema of the arguments."""
-    strict: Annotated[bool, _or(False)] = False
+    strict: Annotated[bool, or_default(False)] = False
 
 
-class Tool(_Body):
+class Tool(Body):
     """A tool that the model may call."""
 
     type: Literal["function"]
@@ -249,11 +299,11 @@ def _tool_choice(value: Any) -> ToolChoice:
     return ToolChoice("required", name)
 
 
-class ChatMessage(_Body):
+class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall], _or([])] = []
+    tool_calls: Annotated[list[ToolCall], or_default([])] = []
     tool_call_id: str | None = None
     """The call of which a tool's message is the result."""
     name: str | None = None
@@ -295,36 +345,39 @@ def _rendered_call(call: ToolCall) -> dict[str, Any]:
     return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
-class GenerationRequest(_Body):
+class GenerationRequest(Body):
     """Options of both endpoints."""
 
     model: str
-    stream: Annotated[bool, _or(False)] = False
-    stream_options: Annotated[StreamOptions, _or(StreamOptions())] = StreamOptions()
-    n: Annotated[int, Field(ge=1, le=128), _Whole, _or(1)] = 1
+    stream: Annotated[bool, or_default(False)] = False
+    stream_options: Annotated[StreamOptions, or_default(StreamOptions())] = StreamOptions()
+    n: Annotated[int, Field(ge=1, le=128), _Whole, or_default(1)] = 1
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
     top_k: Annotated[int | None, Field(ge=-1, lt=2**31), _Whole] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), _Whole] = None
-    stop: Annotated[list[str], PlainValidator(_stops)] = []
+    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = []
     max_tokens: Annotated[int | None, Field(ge=1), _Most] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1), _Most] = None
     """Text completions take it too, although OpenAI has it for chats only: clients send it to both."""
-    ignore_eos: Annotated[bool, _or(False)] = False
+    ignore_eos: Annotated[bool, or_default(False)] = False
     """Generate up to the token limit, past the end-of-text token. vLLM's name, as those of the options below."""
-    stop_token_ids: Annotated[list[int], PlainValidator(_token_ids), _or([])] = []
-    include_stop_str_in_output: Annotated[bool, _or(False)] = False
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31), _Whole, _or(0)] = 0
-    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), _or(0.0)] = 0.0
-    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), _or(0.0)] = 0.0
-    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False), _or(1.0)] = 1.0
-    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), _or(0.0)] = 0.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_biases)] = {}
-    bad_words: Annotated[list[str], PlainValidator(_words)] = []
-    allowed_token_ids: Annotated[list[int] | None, PlainValidator(_token_ids)] = None
+    stop_token_ids: Annotated[list[int], _TokenIds, or_default([])] = []
+    include_stop_str_in_output: Annotated[bool, or_default(False)] = False
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), _Whole, or_default(0)] = 0
+    presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), or_default(0.0)] = 0.0
+    frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), or_default(0.0)] = 0.0
+    repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False), or_default(1.0)] = 1.0
+    min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), or_default(0.0)] = 0.0
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])] = {}
+    bad_words: Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str])] = []
+    allowed_token_ids: Annotated[list[int] | None, _TokenIds] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_not_streamed), _Whole] = None
+    return_tokens_as_token_ids: Annotated[bool, or_default(False)] = False
     best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), _Whole] = None
+    prediction: PredictionOption | None = None
     service_tier: str | None = None
-    wisp: Annotated[WispOptions, _or(WispOptions())] = WispOptions()
+    wisp: Annotated[WispOptions, or_default(WispOptions())] = WispOptions()
 
     @property
     def limit(self) -> int | None:
@@ -346,9 +399,28 @@ class GenerationRequest(_Body):
         )
 
     @property
+    def top(self) -> int | None:
+        """Number of most probable tokens to return with each token's log-probability; None for no log-probabilities."""
+        return None
+
+    @property
+    def echoes(self) -> bool:
+        """True if the text begins with the prompt."""
+        return False
+
+    def logprobs_of(self, prompt_len: int) -> Logprobs | None:
+        """Return the log-probabilities that a session with this prompt asks for."""
+        asked = [count for count in (self.top, self.prompt_logprobs) if count is not None]
+        if not asked:
+            return None
+        of_prompt = self.prompt_logprobs is not None or self.echoes
+        return Logprobs(top=max(asked), prompt_len=prompt_len if of_prompt else None)
+
+    @property
     def needs(self) -> frozenset[str]:
         """Features that the sessions need of their verifiers."""
-        return frozenset([RULES]) if self.has_rules else frozenset()
+        rules = [RULES] if self.has_rules else []
+        return frozenset(rules if self.logprobs_of(1) is None else [*rules, LOGPROBS])
 
     def draft(self, headers: Mapping[str, str]) -> str:
         """Return the requested draft source; the option overrides the header. Raises ApiError."""
@@ -380,10 +452,19 @@ class GenerationRequest(_Body):
 class ChatRequest(GenerationRequest):
     """POST /v1/chat/completions."""
 
+    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = CHAT_OPTIONS
+
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), _or([])] = []
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), or_default([])] = []
     tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice()
-    parallel_tool_calls: Annotated[bool, _or(True)] = True
+    parallel_tool_calls: Annotated[bool, or_default(True)] = True
+
+    add_generation_prompt: bool | None = None
+    continue_final_message: Annotated[bool, AfterValidator(_no_generation_prompt), or_default(False)] = False
+    chat_template_kwargs: Annotated[dict[str, Any], or_default({})] = {}
+    reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    logprobs: Annotated[bool, or_default(False)] = False
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), _Whole] = None
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -401,17 +482,44 @@ class ChatRequest(GenerationRequest):
             raise PydanticCustomError("tool_choice_value", "tool_choice: {missing}", {"missing": missing})
         return self
 
+    @property
+    def top(self) -> int | None:
+        """See `GenerationRequest.top`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    @property
+    def template_variables(self) -> dict[str, Any]:
+        """Values for the chat template's own variables."""
+        effort = {} if self.reasoning_effort is None else {"reasoning_effort": self.reasoning_effort}
+        return {**effort, **self.chat_template_kwargs}
+
 
 class CompletionRequest(GenerationRequest):
     """POST /v1/completions."""
 
-    prompt: Annotated[list[str | list[int]], PlainValidator(_prompts)]
-    max_tokens: Annotated[int | None, Field(ge=1), _Most, _or(16)] = 16
-    """OpenAI's default is 16."""
-    echo: Annotated[bool, _or(False)] = False
+    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = COMPLETION_OPTIONS
+
+    prompt: Annotated[
+        list[str | list[int]],
+        _Prompts,
+    ]
+    max_tokens: Annotated[int | None, Field(ge=0), _Most, or_default(16)] = 16
+    """OpenAI's default is 16; 0 is for the prompt's tokens alone."""
+    echo: Annotated[bool, or_default(False)] = False
+    logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), BeforeValidator(_no_boolean)] = None
+
+    @property
+    def top(self) -> int | None:
+        """See `GenerationRequest.top`."""
+        return self.logprobs
+
+    @property
+    def echoes(self) -> bool:
+        """See `GenerationRequest.echoes`."""
+        return self.echo
 
 
-R = TypeVar("R", bound=GenerationRequest)
+R = TypeVar("R", bound=Body)
 
 
 def parse(kind: type[R], body: bytes) -> R:
@@ -429,13 +537,12 @@ def parse(kind: type[R], body: bytes) -> R:
         raise _explain(error) from error
 
 
-def _refuse_unsupported(kind: type[GenerationRequest], fields: Mapping[str, Any]) -> None:
+def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:
     """Raise ApiError for the first unsupported option of the body, or of one of its messages."""
-    options = COMPLETION_OPTIONS if kind is CompletionRequest else CHAT_OPTIONS
-    if (refusal := unsupported(fields, options)) is not None:
+    if (refusal := unsupported(fields, kind.unsupported)) is not None:
         name, advice = refusal
         raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
-    messages = fields.get("messages")
+    messages = fields.get("messages") if issubclass(kind, ChatRequest) else None
     for number, message in enumerate(messages if isinstance(messages, list) else []):
         if isinstance(message, dict) and (refusal := unsupported(message, MESSAGE_OPTIONS)) is not None:
             name, advice = f"messages[{number}].{refusal[0]}", refusal[1]

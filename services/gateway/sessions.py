@@ -13,6 +13,7 @@ from typing import Any
 from services.gateway.answer import Answer, RunningSession
 from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
+from services.gateway.core.reasoning import TAGS
 from services.gateway.core.slo import SloOutcome, judge
 from services.gateway.core.turns import TurnOrder, Wait
 from services.gateway.errors import ApiError, stream_gone, unavailable
@@ -24,7 +25,8 @@ from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Ended, Failure, Generate, Load, Message, Result, Status, model_of
 from shared.models.stop import StopStrings
-from shared.models.text import Detokenizer
+from shared.models.text import Detokenizer, Tokenizer
+from shared.prediction import PredictionFollower
 from shared.runtime import logging
 from shared.state.store import Session as StoredSession
 from shared.state.store import SessionStatus
@@ -102,6 +104,11 @@ class Sessions:
         """Set to refuse new sessions."""
         self.without_drafters: list[str] = []
         """Pools that schedulers serve without drafters, by the latest Load."""
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """The served model's tokenizer."""
+        return self._model.tokenizer
 
     @property
     def running(self) -> int:
@@ -183,6 +190,8 @@ class Sessions:
                 self._end(running, str(running.completion.finish))
             elif session.status is SessionStatus.CANCELLED:
                 self._fail(running, CANCELLED)
+            elif running.completion.gap:
+                self._check(running)  # for the log-probabilities
 
     def _refuse_if_draining(self) -> None:
         if self.draining:
@@ -212,6 +221,10 @@ class Sessions:
             echo=answer.form.echoes[len(answer.running)],
             include_stop=answer.form.include_stop,
             min_tokens=answer.form.min_tokens,
+            logprobs=generate.sampling.logprobs,
+            prompt_only=answer.form.prompt_only,
+            tags=None if answer.form.thinks is None else StopStrings(TAGS),
+            predicted=None if answer.predicted is None else PredictionFollower(answer.predicted),
         )
         wait = Wait(answer.form.pool, started_s, now)
         check_s = now + self._idle_check_s
@@ -380,7 +393,13 @@ class Sessions:
             self._fail(session, GONE)
             return
         tokens, length = completion.tally.tokens, completion.length
-        completion.committed(from_len, progress.tokens, progress.finish, committed_in=progress.committed_in)
+        completion.committed(
+            from_len,
+            progress.tokens,
+            progress.finish,
+            committed_in=progress.committed_in,
+            logprobs=(progress.logprobs, completion.first_logprob),
+        )
         if progress.status is SessionStatus.CANCELLED and not completion.done:
             self._fail(session, CANCELLED)
             return

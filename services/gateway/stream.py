@@ -8,6 +8,7 @@ from typing import Any
 
 from services.gateway.answer import Answer, AnswerForm, Usage
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
+from services.gateway.core.reasoning import SplitText
 from services.gateway.core.slo import SloOutcome
 from services.gateway.core.tool_calls import ContentDelta, ToolDelta
 from services.gateway.errors import encode
@@ -22,9 +23,12 @@ Fields = dict[str, Any]
 class Choice:
     """One complete completion of an answer."""
 
-    text: str
+    text: SplitText
     finish: str
     calls: Sequence[CalledTool] = ()
+    logprobs: Fields | None = None
+    prompt_logprobs: list[Fields | None] | None = None
+    """vLLM's, for requests that ask for them."""
 
 
 @dataclass
@@ -54,13 +58,21 @@ class Chunks:
             return None
         return self._chunk([self._choice(index, {"role": "assistant", "content": ""}, None)])
 
-    def delta(self, index: int, text: str) -> Fields:
-        """Return a chunk with more text."""
-        return self._chunk([self._choice(index, {"content": text} if self.form.chat else text, None)])
+    def delta(self, index: int, text: SplitText, logprobs: Fields | None = None) -> Fields:
+        """Return a chunk with more text, and the log-probabilities of its tokens if they are asked for."""
+        if not self.form.chat:
+            return self._chunk([self._choice(index, text.content, None, logprobs)])
+        delta = {"reasoning_content": text.reasoning} if text.reasoning else {}
+        if text.content or not delta:
+            delta["content"] = text.content
+        return self._chunk([self._choice(index, delta, None, logprobs)])
 
-    def tool_deltas(self, index: int, deltas: Sequence[ToolDelta]) -> Fields:
-        """Return a chunk of a chat completion with more content, tool calls, or both; it may be empty."""
-        return self._chunk([self._choice(index, self._tool_fields(index, deltas), None)])
+    def tool_deltas(
+        self, index: int, deltas: Sequence[ToolDelta], reasoning: str = "", logprobs: Fields | None = None
+    ) -> Fields:
+        """Return a chunk of a chat completion with more reasoning, content, tool calls, or all; it may be empty."""
+        delta = {"reasoning_content": reasoning} if reasoning else {}
+        return self._chunk([self._choice(index, delta | self._tool_fields(index, deltas), None, logprobs)])
 
     def closing(self, index: int, finish: str, deltas: Sequence[ToolDelta] = ()) -> Fields:
         """Return the last chunk of a completion, with what is left of a chat's content and tool calls."""
@@ -74,15 +86,23 @@ class Chunks:
         """Return the response to a request that is not streamed."""
         made: list[Fields] = []
         for index, choice in enumerate(choices):
-            content: Fields = {"message": self._message(index, choice)} if self.form.chat else {"text": choice.text}
-            made.append({"index": index, **content, "logprobs": None, "finish_reason": choice.finish})
-        return {**self._common("chat.completion"), "choices": made, "usage": usage_fields(usage)}
+            text = choice.text.content
+            content: Fields = {"message": self._message(index, choice)} if self.form.chat else {"text": text}
+            made.append({"index": index, **content, "logprobs": choice.logprobs, "finish_reason": choice.finish})
+            if choice.prompt_logprobs is not None and not self.form.chat:
+                made[-1]["prompt_logprobs"] = choice.prompt_logprobs
+        fields = {**self._common("chat.completion"), "choices": made, "usage": usage_fields(usage)}
+        if self.form.chat and choices[0].prompt_logprobs is not None:
+            fields["prompt_logprobs"] = choices[0].prompt_logprobs
+        return fields
 
     def _message(self, index: int, choice: Choice) -> Fields:
         """Return a chat's message. Its content is null if it only calls tools."""
-        message: Fields = {"role": "assistant", "content": choice.text, "refusal": None}
+        message: Fields = {"role": "assistant", "content": choice.text.content, "refusal": None}
+        if self.form.thinks is not None:
+            message["reasoning_content"] = choice.text.reasoning or None
         if choice.calls:
-            message["content"] = choice.text or None
+            message["content"] = choice.text.content or None
             message["tool_calls"] = [
                 {
                     "id": self._call_id(index, number),
@@ -116,11 +136,11 @@ class Chunks:
         assert self.form.tools is not None
         return self.form.tools.calls.call_id(self.answer_id, index, number)
 
-    def _choice(self, index: int, content: Fields | str, finish: str | None) -> Fields:
+    def _choice(self, index: int, content: Fields | str, finish: str | None, logprobs: Fields | None = None) -> Fields:
         return {
             "index": index,
             "delta" if self.form.chat else "text": content,
-            "logprobs": None,
+            "logprobs": logprobs,
             "finish_reason": finish,
         }
 
@@ -145,10 +165,34 @@ class Chunks:
 
 def usage_fields(usage: Usage) -> Fields:
     """Return OpenAI's usage object."""
-    return {
+    fields: Fields = {
         "prompt_tokens": usage.prompt_tokens,
         "completion_tokens": usage.completion_tokens,
         "total_tokens": usage.total,
+    }
+    fields["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    if usage.accepted_predicted is not None:
+        fields["completion_tokens_details"] = {
+            "accepted_prediction_tokens": usage.accepted_predicted,
+            "rejected_prediction_tokens": usage.rejected_predicted,
+        }
+    return fields
+
+
+def speculation(tally: CompletionTally) -> Fields:
+    """Return vLLM's `metrics.speculative_decoding` of a completion.
+
+    Its steps are the rounds with a verified draft, and its length of drafts, which vary here, is that of the longest.
+    """
+    steps, longest = tally.drafts, tally.longest_draft
+    return {
+        "mean_acceptance_length": 1 + tally.accepted / steps if steps else None,
+        "draft_acceptance_rate": tally.accepted / tally.verified if tally.verified else None,
+        "acceptance_histogram": [tally.accepted_in_round[count] for count in range(longest + 1)],
+        "num_spec_steps": steps,
+        "num_accepted_draft_tokens": tally.accepted,
+        "num_draft_tokens": tally.verified,
+        "num_spec_tokens": longest,
     }
 
 

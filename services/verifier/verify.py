@@ -16,11 +16,15 @@ from shared import cost
 from shared.engine.steps import ChoiceRow, Step
 from shared.errors import WispError
 from shared.messages import BatchShape
+from shared.messages.logprobs import TokenLogprob, pack_logprobs
 from shared.models.hidden_states import Part, parts
 from shared.sampling.rules import LogitsProcessor
 
 if TYPE_CHECKING:
     from services.verifier.engine_thread import TargetEngine, TargetOutput
+
+PROMPT_ROWS = 64
+"""Rows of logits in one pass over a prompt with log-probabilities: a row of a large vocabulary takes 0.6 MB."""
 
 
 def verify(
@@ -34,7 +38,7 @@ def verify(
     if not tasks:
         return [], []
     try:
-        outcomes, shape = _verify_at_once(engine, tasks, digests)
+        outcomes, shapes = _verify_at_once(engine, tasks, digests)
     except (WispError, ValueError, RuntimeError) as error:
         if len(tasks) == 1:
             engine.release(tasks[0].session_id)
@@ -43,19 +47,20 @@ def verify(
         first, first_shapes = verify(engine, tasks[:half], digests=digests)
         second, second_shapes = verify(engine, tasks[half:], digests=digests)
         return first + second, first_shapes + second_shapes
-    return outcomes, [shape]
+    return outcomes, shapes
 
 
 def _verify_at_once(
     engine: TargetEngine, tasks: Sequence[VerifyTask], digests: bool
-) -> tuple[list[VerifyOutcome], BatchShape]:
+) -> tuple[list[VerifyOutcome], list[BatchShape]]:
+    prompts = {i: _prompt_logprobs(engine, task) for i, task in enumerate(tasks) if _wants_prompt(task)}
     drafts = [_usable_draft(engine, task) for task in tasks]
     steps = [_step(engine, task, draft) for task, draft in zip(tasks, drafts, strict=True)]
     computed = [step for step in steps if step.tokens]
     if not computed:
         # All tasks are chunks of prefill that were cached already.
         done = [VerifyOutcome(None, 0, engine.cached(task.session_id), 0) for task in tasks]
-        return done, cost.EMPTY
+        return done, [cost.EMPTY]
     output = engine.forward(computed)
     shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in computed)
 
@@ -73,6 +78,8 @@ def _verify_at_once(
             outcomes.append(VerifyOutcome(None, 0, engine.cached(task.session_id), len(step.tokens)))
             continue
         verdict = accept(drafts[i], choices[i], task.room, task.stop_ids)
+        rows = slice(starts[i], starts[i] + len(choices[i]))
+        prompt, shapes = prompts.get(i, ([], []))
         # The KV of accepted draft tokens is right; the bonus token has none yet.
         engine.truncate(task.session_id, len(task.tokens) + verdict.accepted)
         outcomes.append(
@@ -80,14 +87,14 @@ def _verify_at_once(
                 verdict,
                 len(drafts[i]),
                 engine.cached(task.session_id),
-                len(step.tokens),
+                len(step.tokens) + sum(one.new_tokens for one in shapes),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
-                logits_digest=_digest(task, output.bits(slice(starts[i], starts[i] + len(choices[i]))))
-                if digests
-                else None,
+                logits_digest=_digest(task, output.bits(rows)) if digests else None,
+                logprobs=pack_logprobs([*prompt, *_logprobs(task, output, starts[i], verdict.tokens)]),
+                logprobs_from=len(task.tokens) - len(prompt),
             ),
         )
-    return outcomes, shape
+    return outcomes, [*(one for _, extra in prompts.values() for one in extra), shape]
 
 
 def _usable_draft(engine: TargetEngine, task: VerifyTask) -> list[int]:
@@ -117,6 +124,35 @@ def _digest(task: VerifyTask, bits: bytes) -> str:
     digest = task.digest or hashlib.sha256()
     digest.update(bits)
     return str(digest.hexdigest()[:16])
+
+
+def _wants_prompt(task: VerifyTask) -> bool:
+    """Return whether the log-probabilities of the prompt come with this task: with the session's first verdict."""
+    wanted = task.sampling.logprobs
+    return wanted is not None and wanted.prompt_len == len(task.tokens) and task.prefill_to is None
+
+
+def _prompt_logprobs(engine: TargetEngine, task: VerifyTask) -> tuple[list[TokenLogprob], list[BatchShape]]:
+    """Compute a prompt again, also where its KV is cached, and return the log-probabilities of all but its first token.
+
+    Returns the shapes of the passes too. Few rows of logits are held at once.
+    """
+    tokens, found, shapes = task.tokens, list[TokenLogprob](), list[BatchShape]()
+    engine.attach(task.session_id, tokens)
+    engine.truncate(task.session_id, 0)
+    for start in range(0, len(tokens) - 1, PROMPT_ROWS):
+        piece = tokens[start : min(start + PROMPT_ROWS, len(tokens) - 1)]
+        output = engine.forward([Step(task.session_id, piece, rows=len(piece))])
+        shapes.append(cost.shape_of([(len(piece), engine.cached(task.session_id), len(piece))]))
+        found += _logprobs(task, output, 0, tokens[start + 1 : start + 1 + len(piece)])
+    return found, shapes
+
+
+def _logprobs(task: VerifyTask, output: TargetOutput, start: int, tokens: Sequence[int]) -> list[TokenLogprob]:
+    """Return the log-probabilities that a task asks for: of these tokens, by the rows of logits from `start` on."""
+    if (wanted := task.sampling.logprobs) is None:
+        return []
+    return output.logprobs(slice(start, start + len(tokens)), tokens, wanted.top)
 
 
 def _hidden(engine: TargetEngine, task: VerifyTask) -> list[Part]:

@@ -18,8 +18,10 @@ from shared.engine.steps import ChoiceRow, Step
 from shared.errors import BadStep, EngineError, ModelError, TooLong
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
+from shared.messages.logprobs import TokenLogprob
 from shared.models.description import Inconsistent, NotDescribed
 from shared.models.weight_files import read_config
+from shared.sampling.logprobs import logprobs_of
 from shared.sampling.sampler import choose
 
 DTYPES: Final = {"bfloat16": torch.bfloat16, "float32": torch.float32, "int8": torch.bfloat16, "gguf": torch.bfloat16}
@@ -49,6 +51,10 @@ class Output:
     def wait(self) -> None:
         """Wait until the pass is computed, which an accelerator does in the background, and its logits are read."""
         self.logits.argmax(-1).tolist()
+
+    def logprobs(self, rows: slice, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Return the log-probability of a token in each of these rows, and the `top` most probable ones."""
+        return logprobs_of(self.logits[rows].float().numpy(force=True), tokens, top)
 
     def bits(self, rows: slice) -> bytes:
         """Return the bits of rows of logits, from which tokens are chosen."""

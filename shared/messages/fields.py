@@ -20,6 +20,9 @@ FARTHEST_MS = 1e20
 
 RULES = "rules"
 """Feature of a verifier that applies `Sampling.rules`."""
+LOGPROBS = "logprobs"
+"""Feature of a verifier that returns what `Sampling.logprobs` asks for."""
+MOST_LOGPROBS = 20
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Length = Annotated[int, Field(ge=1, le=MOST)]
@@ -81,6 +84,15 @@ class LogitRules(Record):
     """The only allowed tokens; None allows all."""
 
 
+class Logprobs(Record):
+    """A request for log-probabilities: the target's own, before temperature, rules and all other sampling options."""
+
+    top: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] = 0
+    """Number of most probable tokens that are returned for each position, beside the position's own token."""
+    prompt_len: Count | None = None
+    """Length of the prompt, if log-probabilities of its tokens are asked for too; None if not."""
+
+
 class Sampling(Record):
     """Sampling parameters of the target. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
 
@@ -90,6 +102,8 @@ class Sampling(Record):
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] = 0
     rules: LogitRules | None = None
     """Changes of the logits before the choice; None for none. Needs the feature `RULES` of the verifier."""
+    logprobs: Logprobs | None = None
+    """Log-probabilities to return; None for none. Needs the feature `LOGPROBS` of the verifier."""
 
 
 class Slo(Record):

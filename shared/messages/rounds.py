@@ -47,6 +47,8 @@ class Generate(Message):
     service_class: Name = DEFAULT_CLASS
     draft: Name = "auto"
     """The requested draft source, by its name in the drafter's registry; `auto` leaves the choice to the drafter."""
+    prediction: list[TokenId] = Field(default_factory=list)
+    """The output that the client expects, from which drafts may copy; empty if it expects nothing."""
     elapsed_ms: Milliseconds = 0.0
     """Time since the request reached the gateway."""
     session_key: SessionKey = ""
@@ -236,6 +238,11 @@ class Result(Message):
     their first commit."""
     sources: list[Name] = Field(default_factory=list)
     """Source of each draft token of the round; empty unless the request asked for a trace."""
+    logprobs: str = ""
+    """Records of the log-probabilities that the session asks for, in base64; see `shared.messages.logprobs`. Empty also
+    where the tokens were committed by another result."""
+    logprobs_from: Count = 0
+    """Position of the first record's token."""
 
 
 class HiddenStates(Message):

@@ -17,6 +17,25 @@ from shared.models.folder import ModelFolder
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
+RESERVED = frozenset(
+    {
+        *_NAMED_TOKENS,
+        "messages",
+        "tools",
+        "documents",
+        "add_generation_prompt",
+        "raise_exception",
+        "strftime_now",
+        "namespace",
+        "range",
+        "dict",
+        "lipsum",
+        "cycler",
+        "joiner",
+    }
+)
+"""Names that templates get from here or from Jinja."""
+
 
 class ChatTemplate:
     """Renders conversations with the Jinja template of a model folder, in a sandbox.
@@ -33,10 +52,17 @@ class ChatTemplate:
         environment.globals["strftime_now"] = lambda form: datetime.now().strftime(form)
         self._path = folder.path
         self._environment = environment
-        self.source = folder.tool_template or folder.chat_template or ""
+        chat = folder.chat_template or ""
+        self.source = folder.tool_template or chat
         """Text of the template for conversations with tools."""
-        self._template = self._compiled(folder.chat_template or "")
+        self._template = self._compiled(chat)
         self._tool_template = self._compiled(self.source)
+        self.thinks = any(tag in text for tag in ("<think>", "</think>") for text in (self.source, chat))
+        """True if the template has the tags of reasoning, so that the model's answers may have them too."""
+        variables = jinja2.meta.find_undeclared_variables
+        self.variables = frozenset(variables(environment.parse(chat)) | variables(environment.parse(self.source)))
+        self.variables -= RESERVED
+        """Names of the template's own variables, beside those that every template gets."""
         self.takes_tools = "tools" in jinja2.meta.find_undeclared_variables(environment.parse(self.source))
         """True if the template shows a conversation's tools to the model."""
         self._tokens = {name: token for name in _NAMED_TOKENS if (token := folder.special_token(name)) is not None}
@@ -55,13 +81,18 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool,
         tools: Sequence[Mapping[str, Any]] = (),
+        variables: Mapping[str, Any] | None = None,
     ) -> str:
         """Return the conversation as text. tools: OpenAI's descriptions of the tools that the model may call.
+        variables: values of the template's own variables.
 
-        Raises ChatTemplateError if it is empty or the template refuses it.
+        Raises ChatTemplateError if it is empty, the template refuses it, or it has no such variable.
         """
         if not messages:
             raise ChatTemplateError("messages is empty: send at least one message.")
+        if unknown := sorted((variables or {}).keys() - self.variables):
+            known = f"it has {', '.join(sorted(self.variables))}" if self.variables else "it has none of its own"
+            raise ChatTemplateError(f"the model's chat template has no variable {unknown[0]!r}; {known}.")
         conversation = [
             {**message, "content": _text(message["content"], index)} if "content" in message else message
             for index, message in enumerate(messages)
@@ -74,6 +105,7 @@ class ChatTemplate:
                 documents=None,
                 add_generation_prompt=add_generation_prompt,
                 **self._tokens,
+                **(variables or {}),
             )
         except Exception as error:  # the template is the model's code: it can raise anything
             raise ChatTemplateError(

@@ -51,14 +51,17 @@ class Tokenizer:
         """
         return _ids(self._backend, _unicode(text), special=True)
 
+    def encode_part(self, text: str) -> list[int]:
+        """Return the ids of a part of a text, without the control tokens that the model puts around every text."""
+        return _ids(self._backend, _unicode(text), special=False)
+
     def spellings(self, word: str) -> list[list[int]]:
         """Return the ids of a word at the start of a text and after a space.
 
         The second one is left out where it is the first one behind a token of its own for the space. The rule is
         vLLM's, for `bad_words`.
         """
-        bare = _ids(self._backend, _unicode(word), special=False)
-        spaced = _ids(self._backend, " " + _unicode(word).lstrip(), special=False)
+        bare, spaced = self.encode_part(word), self.encode_part(" " + word.lstrip())
         if spaced and bare and spaced[0] != bare[0] and len(spaced) == len(bare):
             return [bare, spaced]
         return [bare] if bare else []
@@ -67,6 +70,12 @@ class Tokenizer:
         """Return the text of these tokens, without control tokens. Invalid UTF-8 becomes U+FFFD."""
         stream = Detokenizer(self)
         return stream.feed(ids) + stream.flush()
+
+    def token_text(self, token: int) -> str:
+        """Return the text of a token by itself, control tokens included. Bytes of a part of a character are U+FFFD."""
+        if token in self._special_ids:
+            return str(self._backend.id_to_token(token))
+        return self._bytes_of[token].decode("utf-8", "replace")
 
     def token_bytes(self, token: int) -> bytes:
         """Return the token's bytes in a text: none for control tokens and unknown ids."""
@@ -77,13 +86,29 @@ class Tokenizer:
         """The chat template for conversations with tools, if it shows them to the model; else an empty text."""
         return self._template.source if self._template is not None and self._template.takes_tools else ""
 
+    @property
+    def thinks(self) -> bool:
+        """True if the model's answers may contain its reasoning between `<think>` tags."""
+        return self._template is not None and self._template.thinks
+
+    @property
+    def template_variables(self) -> frozenset[str]:
+        """Names of the chat template's own variables."""
+        return frozenset() if self._template is None else self._template.variables
+
     def render_chat(
         self,
         messages: Sequence[Mapping[str, Any]],
         add_generation_prompt: bool = True,
         tools: Sequence[Mapping[str, Any]] = (),
+        *,
+        continues: bool = False,
+        variables: Mapping[str, Any] | None = None,
     ) -> list[int]:
         """Return the ids of a conversation in the model's chat template.
+
+        continues: end with the last message's content, for an answer that continues it; no generation prompt is added.
+        variables: values of the template's own variables.
 
         `messages` are OpenAI's: a role and content, a string or a list of text parts; `tools` are OpenAI's too. Ids are
         those of transformers' `apply_chat_template`, except that control tokens written out in a message or a tool stay
@@ -96,14 +121,38 @@ class Tokenizer:
                 f"{self._path.parent} has no chat template, so it can only complete raw prompts: use /v1/completions, "
                 "or name an instruction-tuned model's folder."
             )
-        quoting = _Quoting(self._special_text, messages, tools)
-        rendered = self._template.render(quoting.messages, add_generation_prompt, quoting.tools)
+        quoting = _Quoting(self._special_text, messages, tools, variables or {})
+        if continues:
+            rendered = self._render_open(quoting)
+        else:
+            rendered = self._template.render(quoting.messages, add_generation_prompt, quoting.tools, quoting.variables)
         own = [self.special_tokens[token] for token in self._special_text.findall(rendered)]
         ids = _ids(self._backend, rendered, special=False)
         # The second condition is for normalizers that turn look-alikes into control tokens.
         if not quoting.replaced and [token for token in ids if token in self._special_ids] == own:
             return ids
         return self._encode_own_control_tokens(rendered, quoting)
+
+    def _render_open(self, quoting: _Quoting) -> str:
+        """Return the text of a conversation up to the end of its last message's content."""
+        assert self._template is not None
+        if not quoting.messages:
+            raise ChatTemplateError("messages is empty: send at least one message.")
+        *others, last = quoting.messages
+        content, mark = last.get("content"), quoting.unused()
+        if isinstance(content, list) and content and isinstance(content[-1], dict) and "text" in content[-1]:
+            marked: Any = [*content[:-1], {**content[-1], "text": content[-1]["text"] + mark}]
+        elif isinstance(content, str):
+            marked = content + mark
+        else:
+            raise ChatTemplateError("the last message has no text that could be continued.")
+        messages = [*others, {**last, "content": marked}]
+        rendered, found, _ = self._template.render(messages, False, quoting.tools, quoting.variables).rpartition(mark)
+        if not found:
+            raise ChatTemplateError(
+                "the model's chat template does not show the last message, so it can't be continued."
+            )
+        return rendered
 
     def _encode_own_control_tokens(self, rendered: str, quoting: _Quoting) -> list[int]:
         ids: list[int] = []
@@ -168,17 +217,23 @@ class _Quoting:
         control_tokens: re.Pattern[str],
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]],
+        variables: Mapping[str, Any],
     ) -> None:
         self._control_tokens = control_tokens
-        self._used = set(json.dumps([*messages, *tools], ensure_ascii=False, default=str))
+        self._used = set(json.dumps([*messages, *tools, variables], ensure_ascii=False, default=str))
         self._unused = (chr(code) for code in range(0xE000, 0x110000) if chr(code) not in self._used)
         self._stand_ins: dict[str, str] = {}
         self.messages = [self._quote(message) for message in messages]
         self.tools = [self._quote(tool) for tool in tools]
+        self.variables: dict[str, Any] = self._quote(variables)
 
     @property
     def replaced(self) -> bool:
         return bool(self._stand_ins)
+
+    def unused(self) -> str:
+        """Return a character that occurs nowhere in the messages."""
+        return next(self._unused)
 
     def restore(self, text: str) -> str:
         for token, stand_in in self._stand_ins.items():

@@ -181,11 +181,17 @@ def _limit(score: float) -> np.float32:
     return np.float32(math.exp(-score) * 2.0**31 * (1 + MARGIN))
 
 
+def largest(values: NDArray[np.floating], least: np.floating, count: int) -> Ids:
+    """Indices, ascending, of the `count` largest values, the smallest of which is `least`; ties: lowest indices."""
+    above, tied = np.flatnonzero(values > least), np.flatnonzero(values == least)
+    return np.sort(np.concatenate([above, tied[: count - len(above)]]))
+
+
 def _allowed(logits: Floats, params: Sampling) -> Ids:
     """Ids, ascending, that top_k and top_p leave of one row; computed from that row alone."""
     ids = np.flatnonzero(logits > -np.inf)
     if 0 < params.top_k < len(ids):
-        ids = _largest(logits, np.partition(logits, -params.top_k)[-params.top_k], params.top_k)
+        ids = largest(logits, np.partition(logits, -params.top_k)[-params.top_k], params.top_k)
     if params.top_p == 1:
         return ids
     with np.errstate(over="ignore"):
@@ -198,13 +204,7 @@ def _allowed(logits: Floats, params: Sampling) -> Ids:
         if mass[-1] >= needed:
             break
     last = min(int(mass.searchsorted(needed)), len(mass) - 1)
-    return ids[_largest(weights, descending[last], last + 1)]
-
-
-def _largest(values: NDArray[np.floating], least: np.floating, count: int) -> Ids:
-    """Indices, ascending, of the `count` largest values, the smallest of which is `least`; ties: lowest indices."""
-    above, tied = np.flatnonzero(values > least), np.flatnonzero(values == least)
-    return np.sort(np.concatenate([above, tied[: count - len(above)]]))
+    return ids[largest(weights, descending[last], last + 1)]
 
 
 def _choose_on_device(

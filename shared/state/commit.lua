@@ -1,8 +1,8 @@
 -- Commit: appends the tokens of each job of a batch to its session, if the job still fits.
 --
--- KEYS: deadlines, the verifier's lease, then per job: session hash, tokens string
+-- KEYS: deadlines, the verifier's lease, then per job: session hash, tokens string, log-probabilities string
 -- ARGV: verifier, session TTL in seconds, prefix of gateways' keys, lease, arithmetic ('' if unknown),
---       then per job: session id, round, base_len, accepted, finish, cached, tokens
+--       then per job: session id, round, base_len, accepted, finish, cached, tokens, log-probabilities
 -- Tokens are packed little-endian int32. Returns nil if the verifier does not hold this lease (0 skips the check), else
 -- per job: {outcome, committed length, base, accepted, finish, tokens from base, arithmetics of all commits (lines)}
 --
@@ -42,9 +42,9 @@ local function abandoned(session)
   return alone and now_ms - alone >= patience
 end
 
-for job = 0, (#ARGV - FIRST + 1) / 7 - 1 do
-  local session, tokens = KEYS[3 + job * 2], KEYS[4 + job * 2]
-  local id, round, base, accepted, finish, cached, new = unpack(ARGV, FIRST + job * 7, FIRST + 6 + job * 7)
+for job = 0, (#ARGV - FIRST + 1) / 8 - 1 do
+  local session, tokens, logprobs = KEYS[3 + job * 3], KEYS[4 + job * 3], KEYS[5 + job * 3]
+  local id, round, base, accepted, finish, cached, new, records = unpack(ARGV, FIRST + job * 8, FIRST + 7 + job * 8)
   base = tonumber(base)
   local state = redis.call('HMGET', session, 'status', 'length', 'round', 'base', 'accepted', 'finish',
                            'prompt_len', 'first_ms', 'tpot_ms', 'committed_in')
@@ -77,6 +77,10 @@ for job = 0, (#ARGV - FIRST + 1) / 7 - 1 do
     end
     redis.call('EXPIRE', session, ttl)
     redis.call('EXPIRE', tokens, ttl)
+    if #records > 0 then
+      redis.call('APPEND', logprobs, records)
+      redis.call('EXPIRE', logprobs, ttl)
+    end
     out[job + 1] = {'committed', length, base, tonumber(accepted), finish, new, committed_in}
   elseif status == 'cancelled' then
     out[job + 1] = {'cancelled', length, base, 0, '', '', ''}

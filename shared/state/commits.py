@@ -32,6 +32,8 @@ class Commit:
     tokens: Sequence[int]
     finish: Finish | None
     cached: int
+    logprobs: bytes = b""
+    """Records of the log-probabilities to keep for the session; see `shared.messages.logprobs`."""
 
 
 @dataclass(frozen=True)

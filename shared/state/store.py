@@ -4,6 +4,8 @@
                           KV, the arithmetics of its commits (lines), the gateway that collects it (none:
                           ""), the gateway's resume record, its pool of drafters
     <ns>:tokens:{id}      string: committed token ids, prompt first, little-endian int32
+    <ns>:logprobs:{id}    string: records of log-probabilities, where the session asks for them: of all committed tokens
+                          but the first, or of the output only
     <ns>:deadlines        sorted set of the active sessions by the time (Redis's clock, ms) at which their next token is
                           due; inf without an SLO
     <ns>:verifier:{id}, <ns>:lease:{id}, <ns>:costmodel:{id}, <ns>:gateway:{id}     see `shared.state.registry`
@@ -118,6 +120,8 @@ class SessionProgress:
     finish: Finish | None
     committed_in: list[str] = field(default_factory=list)
     """Arithmetics of its commits, in the order of their first."""
+    logprobs: bytes = b""
+    """Records of log-probabilities of the whole session; empty unless it asks for them."""
 
 
 @dataclass(frozen=True)
@@ -227,11 +231,17 @@ class Store:
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.hmget(self._session(session), "status", "length", "finish", "committed_in")
             pipe.getrange(self._tokens(session), from_len * 4, -1)
-            (status, length, finish, committed_in), tokens = await self._call(pipe.execute())
+            pipe.get(self._logprobs(session))
+            (status, length, finish, committed_in), tokens, logprobs = await self._call(pipe.execute())
         if status is None or length is None:
             return None
         return SessionProgress(
-            SessionStatus(status.decode()), int(length), unpack(tokens), _finish(finish), _lines(committed_in)
+            SessionStatus(status.decode()),
+            int(length),
+            unpack(tokens),
+            _finish(finish),
+            _lines(committed_in),
+            logprobs or b"",
         )
 
     async def commit(
@@ -253,8 +263,9 @@ class Store:
             arithmetic,
         ]
         for c in commits:
-            keys += [self._session(c.session), self._tokens(c.session)]
-            arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, _pack(c.tokens)]
+            keys += [self._session(c.session), self._tokens(c.session), self._logprobs(c.session)]
+            tokens = _pack(c.tokens)
+            arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, tokens, c.logprobs]
         answers = await self._call(self._commit(keys=keys, args=arguments))
         if answers is None:
             raise Fenced(f"{verifier} was away for too long: its lease {lease} has expired")
@@ -378,6 +389,9 @@ class Store:
 
     def _tokens(self, session: str) -> str:
         return self._connection.key("tokens", session)
+
+    def _logprobs(self, session: str) -> str:
+        return self._connection.key("logprobs", session)
 
 
 def _pack(tokens: Sequence[int]) -> bytes:

@@ -15,6 +15,7 @@ from shared.engine.blocks import BlockPool
 from shared.engine.steps import ChoiceRow, Step
 from shared.errors import BadStep, EngineError, TooLong
 from shared.kernels.layout import BLOCK
+from shared.messages.logprobs import TokenLogprob
 from shared.models.folder import ModelFolder
 from shared.twin.folder import TwinFolder
 from shared.twin.lateness import LATENESS
@@ -37,6 +38,10 @@ class TwinOutput:
 
     def wait(self) -> None:
         """Do nothing: the step has taken its time."""
+
+    def logprobs(self, rows: slice, tokens: Sequence[int], top: int) -> list[TokenLogprob]:
+        """Raise EngineError: there are no logits."""
+        raise EngineError("a twin has no log-probabilities: it computes no model; leave logprobs out")
 
     def bits(self, rows: slice) -> bytes:
         """Return nothing: there are no logits."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
+from dataclasses import replace
 
 import builders
 import pytest
@@ -77,6 +78,22 @@ async def test_a_session_records_the_arithmetics_of_its_commits(store: Store) ->
     progress = await store.progress("s", 3)
     assert progress is not None
     assert progress.committed_in == (await whole(store)).committed_in == known
+
+
+async def test_log_probabilities_are_kept_with_their_tokens_only(store: Store, redis_url: str, namespace: str) -> None:
+    await store.create(request(), PROMPT)
+    rounds = [replace(commit(0, 3, [8, 9]), logprobs=b"abcd"), replace(commit(1, 5, [4]), logprobs=b"ef")]
+    for one in (rounds[0], rounds[0], replace(commit(5, 3, [7]), logprobs=b"lost"), rounds[1]):
+        await store.commit("v", [one])
+    progress = await store.progress("s", 4)
+    assert progress is not None
+    assert (progress.tokens, progress.logprobs) == ([9, 4], b"abcdef")
+    redis: Redis = Redis.from_url(redis_url)
+    assert 0 < await redis.ttl(f"{namespace}:logprobs:s") <= 60
+    await store.create(request("plain"), PROMPT)
+    await store.commit("v", [commit(0, 3, [8], session="plain")])
+    assert await redis.exists(f"{namespace}:logprobs:plain") == 0
+    await redis.aclose()
 
 
 @pytest.mark.parametrize(("round_", "base", "tokens"), [(0, 3, [9]), (1, 3, [9]), (1, 4, [])])

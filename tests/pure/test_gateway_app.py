@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 from collections.abc import AsyncIterator, Collection
 from contextlib import suppress
@@ -35,6 +36,7 @@ from services.gateway.stream import Chunks
 from shared.broker import topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Generate, Load, Message, Result, Slo
+from shared.messages.logprobs import from_text
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.state.store import SessionStatus
@@ -118,7 +120,8 @@ class App:
         results = results_of(message, self.script, self.tokenizer)
         for result in results:
             if result.tokens:
-                await self.services.commit(message.session, result.tokens, result.finish, result.committed_in)
+                records = from_text(result.logprobs)
+                await self.services.commit(message.session, result.tokens, result.finish, result.committed_in, records)
         for result in [] if self.silent else self.script.reorder(results):
             await self.services.publish("g", result)
 
@@ -183,16 +186,27 @@ async def test_requests_without_a_seed_get_different_ones(app: App) -> None:
     assert len({(await app.chat()).headers["x-wisp-seed"] for _ in range(5)}) == 5
 
 
-@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH", "OPTIONS"])
+@pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
 async def test_other_methods_are_refused(app: App, method: str) -> None:
     response = await app.http.request(method, "/v1/chat/completions")
     assert error_of(response, 405)["code"] == "method_not_allowed"
     assert response.headers["allow"] == "POST"
 
 
-@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/embeddings", "/v1/chat/completions/", "/docs2", "/%ff"])
+@pytest.mark.parametrize("path", ["/nothing", "/v1", "/v1/embeddings", "/v1/chat/completions/x", "/docs2", "/%ff"])
 async def test_unknown_paths_are_refused(app: App, path: str) -> None:
     assert error_of(await app.http.post(path, json=HELLO), 404)["code"] == "unknown_url"
+
+
+async def test_a_slash_at_the_end_of_a_path_changes_nothing(app: App) -> None:
+    assert (await app.http.post("/v1/chat/completions/", json=HELLO)).status_code == 200
+    assert (await app.http.get("/v1/models//")).status_code == 200
+
+
+async def test_options_lists_the_methods_of_a_path(app: App) -> None:
+    answer = await app.http.options("/v1/chat/completions")
+    assert (answer.status_code, answer.headers["allow"], answer.content) == (204, "POST, OPTIONS", b"")
+    assert error_of(await app.http.options("/nowhere"), 404)["code"] == "unknown_url"
 
 
 async def test_an_unknown_model_is_refused(app: App) -> None:
@@ -206,7 +220,8 @@ async def test_models_are_listed(app: App) -> None:
     listed = (await app.http.get("/v1/models")).json()
     assert [model["id"] for model in listed["data"]] == [MODEL]
     assert (await app.http.get(f"/v1/models/{MODEL}")).json() == listed["data"][0]
-    assert listed["data"][0]["max_model_len"] == CONTEXT
+    assert listed["data"][0]["max_model_len"] == listed["data"][0]["context_window"] == CONTEXT
+    assert listed["data"][0]["capabilities"]["logprobs"] is True
 
 
 FOREIGN_TYPES = (
@@ -278,7 +293,7 @@ ASKS = {"origin": "https://chat.example.org", "access-control-request-method": "
 
 async def test_cors_is_off_by_default(app: App) -> None:
     response = await app.http.options("/v1/chat/completions", headers=ASKS)
-    assert error_of(response, 405)["code"] == "method_not_allowed"
+    assert response.headers["allow"] == "POST, OPTIONS"
     answered = await app.http.post("/v1/chat/completions", json=HELLO, headers={"origin": ASKS["origin"]})
     for headers in (response.headers, answered.headers):
         assert not any(name.startswith("access-control-") for name in headers)
@@ -321,14 +336,32 @@ async def test_what_can_be_read_has_a_head(app: App) -> None:
     assert (await app.http.head("/ready")).status_code == 503
 
 
-@pytest.mark.parametrize("encoding", ["gzip", "br", "zstd", "deflate, gzip"])
-async def test_compressed_bodies_are_refused(app: App, encoding: str) -> None:
+@pytest.mark.parametrize("encoding", ["br", "zstd", "deflate, gzip", "gzip, gzip"])
+async def test_other_compressions_are_refused(app: App, encoding: str) -> None:
     for path in ("/v1/chat/completions", "/v1/completions"):
         response = await app.http.post(path, content=b"\x1f\x8b", headers={"content-encoding": encoding})
         assert error_of(response, 415)["code"] == "unsupported_content_encoding"
-        assert response.headers["accept-encoding"] == "identity"
+        assert response.headers["accept-encoding"] == "gzip, identity"
     plain = await app.http.post("/v1/chat/completions", json=HELLO, headers={"content-encoding": "identity"})
     assert plain.status_code == 200
+
+
+async def test_gzip_bodies_are_unpacked_up_to_the_limit(folder: ModelFolder) -> None:
+    app = App(folder, max_body_bytes=5000)
+    body = gzip.compress(json.dumps(HELLO).encode())
+    for encoding in ("gzip", "GZIP", "x-gzip"):
+        answer = await app.http.post("/v1/chat/completions", content=body, headers={"content-encoding": encoding})
+        assert answer.status_code == 200
+    bomb = gzip.compress(b" " * 50_000_000)
+    assert len(bomb) > 5000
+    assert error_of(await gzipped(app, bomb), 413)["code"] == "request_too_large"
+    assert error_of(await gzipped(app, gzip.compress(b" " * 5001)), 413)["code"] == "request_too_large"
+    assert error_of(await gzipped(app, b"no gzip"), 400)["code"] == "invalid_encoding"
+    assert error_of(await gzipped(app, body[:-9]), 400)["code"] == "invalid_encoding"
+
+
+async def gzipped(app: App, body: bytes) -> httpx.Response:
+    return await app.http.post("/v1/chat/completions", content=body, headers={"content-encoding": "gzip"})
 
 
 class Pinging(httpx.AsyncBaseTransport):
@@ -1096,3 +1129,181 @@ async def test_requests_take_the_models_sampling_unless_told_otherwise(
     named = [generate.sampling for generate in app.generated]
     assert (named[0].temperature, named[0].top_p, named[0].top_k) == sampling
     assert named[1].temperature == 0
+
+
+async def test_the_tokens_of_a_chat_have_log_probabilities(app: App) -> None:
+    app.script = Script("Hello", round_len=2)
+    client = openai.AsyncOpenAI(api_key="none", base_url="http://127.0.0.1:8000/v1", http_client=app.http)
+    messages: Any = HELLO["messages"]
+    answer = await client.chat.completions.create(model=MODEL, messages=messages, logprobs=True, top_logprobs=2)
+    (choice,) = answer.choices
+    start = len(app.generated[-1].prompt)
+    assert choice.logprobs is not None
+    content = choice.logprobs.content or []
+    assert [one.token for one in content] == list("Hello")
+    assert [one.logprob for one in content] == [-(start + i) / 8 for i in range(5)]
+    assert all(len(one.top_logprobs) == 2 for one in content)
+    streamed = await client.chat.completions.create(model=MODEL, messages=messages, logprobs=True, stream=True)
+    parts = [chunk.choices[0] async for chunk in streamed if chunk.choices]
+    assert [one.token for part in parts if part.logprobs for one in part.logprobs.content or []] == list("Hello")
+    assert "".join(part.delta.content or "" for part in parts) == "Hello"
+
+
+@pytest.mark.parametrize("silent", [False, True])
+async def test_an_echo_has_those_of_the_prompt(folder: ModelFolder, silent: bool) -> None:
+    """lm-eval's requests. Records of lost results come from Redis, as their tokens do."""
+    app = App(folder, idle_check_s=0.05)
+    app.silent = silent
+    app.script = Script("yes", ends=False)
+    watching = asyncio.create_task(app.sessions.watch())
+    body = {"model": MODEL, "prompt": "abc", "echo": True, "logprobs": 1}
+    for max_tokens, text in ((0, "abc"), (1, "abcy")):
+        answer = await app.http.post("/v1/completions", json=body | {"max_tokens": max_tokens})
+        (choice,) = answer.json()["choices"]
+        assert (choice["text"], choice["finish_reason"]) == (text, "length")
+        logprobs = choice["logprobs"]
+        assert logprobs["tokens"] == list(text)
+        assert logprobs["token_logprobs"] == [None, *(-at / 8 for at in range(1, len(text)))]
+        assert logprobs["text_offset"] == list(range(len(text)))
+        assert logprobs["top_logprobs"][0] is None
+        assert answer.json()["usage"]["completion_tokens"] == max_tokens
+    watching.cancel()
+
+
+async def test_an_echo_in_a_stream_has_them_with_its_text(app: App) -> None:
+    app.script = Script("yes", round_len=1)
+    body = {"model": MODEL, "prompt": "abc", "echo": True, "logprobs": 0, "stream": True}
+    lines = (await app.http.post("/v1/completions", json=body)).text.splitlines()
+    chunks = [json.loads(line[6:]) for line in lines if line.startswith("data: {")]
+    tokens, offsets = [], []
+    for chunk in chunks:
+        if (logprobs := chunk["choices"][0]["logprobs"]) is not None:
+            tokens += logprobs["tokens"]
+            offsets += logprobs["text_offset"]
+    assert (tokens, offsets) == (list("abcyes"), list(range(6)))
+
+
+async def test_prompt_logprobs_are_those_of_vllm(app: App) -> None:
+    app.script = Script("y")
+    body = {"model": MODEL, "prompt": "abc", "prompt_logprobs": 1}
+    (choice,) = (await app.http.post("/v1/completions", json=body)).json()["choices"]
+    first, *others = choice["prompt_logprobs"]
+    assert first is None
+    assert [[one["decoded_token"] for one in position.values()] for position in others] == [["b"], ["c"]]
+    answer = (await app.chat(prompt_logprobs=0)).json()
+    assert len(answer["prompt_logprobs"]) == answer["usage"]["prompt_tokens"]
+
+
+async def test_a_resumed_stream_has_the_log_probabilities_of_its_rest(app: App) -> None:
+    app.script = Script("Hello", round_len=1)
+    body = HELLO | {"logprobs": True, "stream": True, "wisp": {"resumable": True}}
+    first = (await app.http.post("/v1/chat/completions", json=body)).text
+    events = [event for event in first.split("\n\n") if event.startswith("id: ")]
+    last_id = events[2].splitlines()[0].removeprefix("id: ")
+    rest = await app.http.get(f"/v1/streams/{last_id.split('/')[0]}", headers={"last-event-id": last_id})
+    for text in (first, rest.text):
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        choices = [choice for chunk in chunks for choice in chunk["choices"]]
+        shown = "".join(choice["delta"].get("content", "") for choice in choices)
+        contents = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
+        assert "".join(one["token"] for content in contents for one in content) == shown
+    assert shown == "llo"
+
+
+async def test_texts_and_conversations_are_tokenized(app: App) -> None:
+    made = (await app.http.post("/tokenize", json={"prompt": "ab", "return_token_strs": True})).json()
+    ids = app.tokenizer.encode("ab")
+    assert made == {"count": 2, "max_model_len": CONTEXT, "tokens": ids, "token_strs": ["a", "b"]}
+    chat = (await app.http.post("/tokenize", json=HELLO)).json()
+    assert chat["tokens"] == app.tokenizer.render_chat(HELLO["messages"])
+    open_ = (await app.http.post("/tokenize", json=HELLO | {"add_generation_prompt": False})).json()
+    assert chat["tokens"][: open_["count"]] == open_["tokens"] != chat["tokens"]
+    assert (await app.http.post("/detokenize", json={"tokens": ids})).json() == {"prompt": "ab"}
+    for path, body, status in (
+        ("/detokenize", {"tokens": [10**6]}, 400),
+        ("/detokenize", {"tokens": "x"}, 400),
+        ("/detokenize", {"tokens": None}, 400),
+        ("/tokenize", {}, 400),
+        ("/tokenize", {"prompt": "a", "model": "gpt-9"}, 404),
+    ):
+        error_of(await app.http.post(path, json=body), status)
+
+
+async def test_an_answer_may_continue_the_last_message(app: App) -> None:
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Well, "}]
+    answer = await app.chat(messages=messages, continue_final_message=True, add_generation_prompt=False)
+    assert answer.status_code == 200
+    assert app.tokenizer.decode(app.generated[-1].prompt).endswith("Well, ")
+    with_prompt = await app.chat(messages=messages)
+    assert with_prompt.json()["usage"]["prompt_tokens"] > answer.json()["usage"]["prompt_tokens"]
+
+
+async def test_variables_that_the_template_lacks_are_refused(app: App) -> None:
+    for options, param in (
+        ({"reasoning_effort": "low"}, "reasoning_effort"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "chat_template_kwargs"),
+        ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    ):
+        error = error_of(await app.chat(**options), 400)
+        assert (error["code"], error["param"]) == ("unsupported_parameter", param)
+
+
+THINKING = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is defined and not enable_thinking %}"
+    "<think></think>{% elif reasoning_effort %}({{ reasoning_effort }})<think>{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+async def thinker(tmp_path: Path) -> App:
+    """A model whose template knows reasoning."""
+    folder = tiny_target(tmp_path / MODEL)
+    (folder.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": THINKING}))
+    return App(ModelFolder(folder.path))
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("options", "text", "reasoning", "content"),
+    [
+        ({}, "<think>why</think>so", "why", "so"),
+        ({"reasoning_effort": "low"}, "why</think>so", "why", "so"),
+        ({"chat_template_kwargs": {"enable_thinking": False}}, "so</think>", "", "so</think>"),
+        ({}, "<think>why", "why", ""),
+    ],
+)
+async def test_reasoning_is_apart_from_the_content(
+    thinker: App, stream: bool, options: dict[str, Any], text: str, reasoning: str, content: str
+) -> None:
+    thinker.script = Script(text, round_len=2)
+    answer = await thinker.chat(stream=stream, **options)
+    if not stream:
+        message = answer.json()["choices"][0]["message"]
+        assert (message["reasoning_content"], message["content"]) == (reasoning or None, content)
+        return
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
+    assert "".join(delta.get("reasoning_content", "") for delta in deltas) == reasoning
+    assert "".join(delta.get("content", "") for delta in deltas) == content
+
+
+async def test_metrics_of_speculation_come_where_asked_for(app: App) -> None:
+    assert "metrics" not in (await app.chat()).json()
+    metrics = (await app.chat(wisp={"metrics": True})).json()["metrics"]["speculative_decoding"]
+    assert metrics["num_accepted_draft_tokens"] == sum(i * n for i, n in enumerate(metrics["acceptance_histogram"]))
+    assert metrics["num_spec_steps"] == sum(metrics["acceptance_histogram"]) > 0
+    assert (await app.chat(wisp={"metrics": True}, n=2)).json()["metrics"] is None
+    for options in ({}, {"stream_options": {"include_usage": True}}):
+        text = (await app.chat(wisp={"metrics": True}, stream=True, **options)).text
+        chunks = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
+        assert [chunk["metrics"]["speculative_decoding"] for chunk in chunks if "metrics" in chunk] == [metrics]
+
+
+async def test_usage_counts_what_was_predicted(app: App) -> None:
+    app.script = Script("Hello there")
+    prediction = {"type": "content", "content": "Hello where"}
+    usage = (await app.chat(prediction=prediction)).json()["usage"]
+    assert usage["completion_tokens_details"] == {"accepted_prediction_tokens": 10, "rejected_prediction_tokens": 1}
+    assert app.generated[-1].prediction == app.tokenizer.encode("Hello where")
+    assert "completion_tokens_details" not in (await app.chat()).json()["usage"]

@@ -6,6 +6,7 @@ import asyncio
 import json
 import math
 import re
+from collections import Counter
 from time import monotonic
 from types import SimpleNamespace
 from typing import Any, cast
@@ -22,6 +23,7 @@ from pydantic import ValidationError
 from services.gateway import metrics, stream
 from services.gateway.answer import AnswerForm, Usage
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
+from services.gateway.core.reasoning import SplitText
 from services.gateway.core.slo import SloOutcome, class_of, judge, slo_of
 from services.gateway.errors import ApiError, from_failure
 from services.gateway.fleet import Fleet, longest_session
@@ -32,7 +34,7 @@ from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest,
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
-from shared.messages import RULES, Failure, Generate, Heartbeat, Slo, features_of, model_of
+from shared.messages import RULES, Failure, Generate, Heartbeat, Logprobs, Slo, features_of, model_of
 from shared.models.folder import SamplingDefaults
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
@@ -65,7 +67,7 @@ def test_openai_defaults_hold_where_an_option_is_missing_or_null() -> None:
 
 
 def test_unknown_options_are_ignored() -> None:
-    chat(user="u", metadata={"a": 1}, store=True, prediction={}, parallel_tool_calls=True, no_such_option=[[]])
+    chat(user="u", metadata={"a": 1}, store=True, parallel_tool_calls=True, no_such_option=[[]])
     assert chat(stream_options={"include_usage": True, "continuous_usage_stats": True}).stream_options.include_usage
 
 
@@ -148,6 +150,18 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ({"bad_words": ["a"] * 1025}, "bad_words"),
         ({"allowed_token_ids": "5"}, "allowed_token_ids"),
         ({"stop_token_ids": [1.5]}, "stop_token_ids"),
+        ({"logprobs": 5}, "logprobs"),
+        ({"logprobs": True, "top_logprobs": 21}, "top_logprobs"),
+        ({"top_logprobs": 2}, "top_logprobs"),
+        ({"prompt_logprobs": -1}, "prompt_logprobs"),
+        ({"prompt_logprobs": 1, "stream": True}, "prompt_logprobs"),
+        ({"prediction": "text"}, "prediction"),
+        ({"prediction": {"type": "other", "content": "x"}}, "prediction.type"),
+        ({"prediction": {"type": "content"}}, "prediction.content"),
+        ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
+        ({"chat_template_kwargs": []}, "chat_template_kwargs"),
+        ({"reasoning_effort": "some"}, "reasoning_effort"),
+        ({"wisp": {"metrics": 1}}, "wisp.metrics"),
         ({"best_of": 3}, "best_of"),
         ({"best_of": True}, "best_of"),
         ({"n": 2, "best_of": 1}, "best_of"),
@@ -173,14 +187,9 @@ UNSUPPORTED: list[dict[str, Any]] = [
     {"function_call": {"name": "f"}},
     {"response_format": {"type": "json_schema", "json_schema": {}}},
     {"response_format": {"type": "json_object"}},
-    {"logprobs": True},
-    {"logprobs": 0},
-    {"logprobs": 5},
-    {"top_logprobs": 2},
-    {"reasoning_effort": "low"},
     {"verbosity": "low"},
     # vLLM
-    {"chat_template_kwargs": {"enable_thinking": False}},
+    {"enable_thinking": False},
     {"documents": [{"title": "a", "text": "b"}]},
     {"guided_json": {}},
     {"spaces_between_special_tokens": False},
@@ -240,8 +249,8 @@ def test_the_first_unsupported_option_of_the_body_is_named(order: list[dict[str,
 @pytest.mark.parametrize(
     ("kind", "options", "advice"),
     [
-        (ChatRequest, {"logprobs": 5}, "leave it out or send null or false (in a chat it is true or false"),
-        (CompletionRequest, {"logprobs": 5}, "(in a text completion it is a number of tokens"),
+        (CompletionRequest, {"top_logprobs": 5}, "(in a text completion the number is `logprobs`)"),
+        (ChatRequest, {"n_probs": 5}, "(log-probabilities are `logprobs`)"),
         (ChatRequest, {"response_format": {"type": "json_object"}}, 'leave it out or send null or {"type": "text"}'),
         (ChatRequest, {"repeat_penalty": 1.1}, "send null or 1 (the penalty is `repetition_penalty`)"),
         (ChatRequest, {"guided_json": {}}, "leave it out or send null"),
@@ -259,7 +268,7 @@ def test_a_refusal_says_what_to_send(kind: Any, options: dict[str, Any], advice:
         {"tools": None},
         {"tools": [], "tool_choice": "auto"},
         {"response_format": {"type": "text"}},
-        {"logprobs": False, "top_logprobs": 0},
+        {"logprobs": False, "top_logprobs": None, "prompt_logprobs": None},
         {"logit_bias": {}, "frequency_penalty": 0, "presence_penalty": 0.0, "best_of": None},
         {"repeat_penalty": 1.0, "min_p": 0, "mirostat": 0, "typical_p": 1, "dry_multiplier": 0, "samplers": []},
         {"n_predict": -1, "chat_template_kwargs": {}, "bad_words": [], "grammar": "", "extra_body": {}},
@@ -484,6 +493,42 @@ def test_options_that_do_not_fit_the_model_are_refused(options: dict[str, Any], 
     assert (caught.value.status, caught.value.param) == (400, param)
 
 
+@pytest.mark.parametrize(
+    ("request_", "wanted"),
+    [
+        (chat(), None),
+        (chat(logprobs=False, top_logprobs=0), None),
+        (chat(logprobs=True), Logprobs(top=0)),
+        (chat(logprobs=True, top_logprobs=3), Logprobs(top=3)),
+        (chat(prompt_logprobs=2), Logprobs(top=2, prompt_len=2)),
+        (completion(logprobs=False, echo=True), None),
+        (completion(logprobs=0), Logprobs(top=0)),
+        (completion(logprobs=5, prompt_logprobs=7), Logprobs(top=7, prompt_len=2)),
+        (completion(logprobs=1, echo=True, max_tokens=0), Logprobs(top=1, prompt_len=2)),
+    ],
+)
+def test_log_probabilities_are_asked_for_by_the_session(
+    request_: ChatRequest | CompletionRequest, wanted: Logprobs | None
+) -> None:
+    (made,) = sessions(request_, [[5, 6]])
+    assert made.sampling.logprobs == wanted
+    assert made.fingerprint == ("f" if wanted is None else "f+logprobs")
+    assert made.max_tokens >= 1
+
+
+@pytest.mark.parametrize("options", [{"logprobs": -1}, {"logprobs": 21}, {"logprobs": True}, {"logprobs": "1"}])
+def test_text_completions_take_a_number_of_log_probabilities(options: dict[str, Any]) -> None:
+    assert refusal(CompletionRequest, json.dumps(COMPLETION | options).encode()).param == "logprobs"
+
+
+def test_a_prediction_is_text_or_parts() -> None:
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    for content in ("ab", parts):
+        request = chat(prediction={"type": "content", "content": content})
+        assert request.prediction is not None
+        assert request.prediction.text == "ab"
+
+
 def test_sixteen_stops_are_accepted() -> None:
     assert len(chat(stop=[f"{i}" for i in range(16)]).stop) == 16
 
@@ -494,9 +539,10 @@ def test_forms_that_earlier_gateways_cannot_send_are_unreadable_for_them() -> No
     form = AnswerForm.model_validate(plain)
     assert AnswerForm.unpack(form.pack()) == form
     assert "created" in msgpack.unpackb(form.pack())
-    newer = AnswerForm.model_validate(plain | {"include_stop": True})
-    assert AnswerForm.unpack(newer.pack()) == newer
-    assert "created" not in msgpack.unpackb(newer.pack())
+    for field in ({"include_stop": True}, {"logprobs": 0}):
+        newer = AnswerForm.model_validate(plain | field)
+        assert AnswerForm.unpack(newer.pack()) == newer
+        assert "created" not in msgpack.unpackb(newer.pack())
 
 
 def test_headers_override_the_slo_of_the_class() -> None:
@@ -680,7 +726,7 @@ def test_chats_and_completions_have_chunks_of_different_shape() -> None:
     opening = chat_chunks.opening(0)
     assert opening is not None
     assert opening["choices"][0]["delta"] == {"role": "assistant", "content": ""}
-    delta = chat_chunks.delta(1, "x")
+    delta = chat_chunks.delta(1, SplitText("", "x"))
     assert delta["object"] == "chat.completion.chunk"
     assert delta["choices"] == [{"index": 1, "delta": {"content": "x"}, "logprobs": None, "finish_reason": None}]
     assert chat_chunks.closing(0, "stop")["choices"][0] == {
@@ -690,23 +736,55 @@ def test_chats_and_completions_have_chunks_of_different_shape() -> None:
         "finish_reason": "stop",
     }
     assert text_chunks.opening(0) is None
-    delta = text_chunks.delta(0, "x")
+    delta = text_chunks.delta(0, SplitText("", "x"))
     assert delta["object"] == "text_completion"
     assert delta["choices"] == [{"index": 0, "text": "x", "logprobs": None, "finish_reason": None}]
-    whole = chat_chunks.whole([Choice("x", "length")], Usage(3, 4))
+    whole = chat_chunks.whole([Choice(SplitText("", "x"), "length")], Usage(3, 4))
     assert whole["object"] == "chat.completion"
-    assert whole["usage"] == {"prompt_tokens": 3, "completion_tokens": 4, "total_tokens": 7}
-    assert text_chunks.whole([Choice("x", "length")], Usage(3, 4))["choices"][0]["text"] == "x"
+    assert whole["usage"] == {
+        "prompt_tokens": 3,
+        "completion_tokens": 4,
+        "total_tokens": 7,
+        "prompt_tokens_details": {"cached_tokens": 0},
+    }
+    assert "reasoning_content" not in whole["choices"][0]["message"]
+    assert text_chunks.whole([Choice(SplitText("", "x"), "length")], Usage(3, 4))["choices"][0]["text"] == "x"
+
+
+def test_reasoning_has_a_field_of_its_own() -> None:
+    thinking = chunks(chat=True, thinks=False)
+    delta = thinking.delta(0, SplitText("a", "b"))["choices"][0]["delta"]
+    assert delta == {"reasoning_content": "a", "content": "b"}
+    assert thinking.delta(0, SplitText("a", ""))["choices"][0]["delta"] == {"reasoning_content": "a"}
+    message = thinking.whole([Choice(SplitText("", "b"), "stop")], Usage(1, 2))["choices"][0]["message"]
+    assert (message["content"], message["reasoning_content"]) == ("b", None)
+
+
+def test_speculation_has_vllms_fields() -> None:
+    tally = CompletionTally(
+        drafts=43, verified=129, accepted=10, accepted_in_round=Counter({0: 39, 1: 1, 3: 3}), longest_draft=3
+    )
+    assert stream.speculation(tally) == {
+        "mean_acceptance_length": pytest.approx(1.2325581395348837),
+        "draft_acceptance_rate": pytest.approx(0.07751937984496124),
+        "acceptance_histogram": [39, 1, 0, 3],
+        "num_spec_steps": 43,
+        "num_accepted_draft_tokens": 10,
+        "num_draft_tokens": 129,
+        "num_spec_tokens": 3,
+    }
+    none = stream.speculation(CompletionTally(rounds=3, tokens=3))
+    assert (none["mean_acceptance_length"], none["acceptance_histogram"]) == (None, [0])
 
 
 def test_usage_is_null_except_in_the_extra_chunk() -> None:
     with_usage = chunks(chat=True, include_usage=True)
-    assert with_usage.delta(0, "x")["usage"] is None
+    assert with_usage.delta(0, SplitText("", "x"))["usage"] is None
     assert with_usage.closing(0, "stop")["usage"] is None
     extra = with_usage.usage(Usage(1, 2))
     assert extra["choices"] == []
     assert extra["usage"]["total_tokens"] == 3
-    assert "usage" not in chunks(chat=True).delta(0, "x")
+    assert "usage" not in chunks(chat=True).delta(0, SplitText("", "x"))
 
 
 @given(st.text())

@@ -23,6 +23,14 @@ class States:
 
 
 @dataclass(frozen=True)
+class Prediction:
+    """The output that a session's client expects. The output begins at position `start` of the session."""
+
+    start: int
+    tokens: Sequence[int]
+
+
+@dataclass(frozen=True)
 class DraftRequest:
     """A request to draft after a session's committed `tokens`.
 
@@ -39,6 +47,8 @@ class DraftRequest:
     """Hidden states that the source has not read yet, up to the one before the last token; None if any is missing."""
     prompt_len: int = 0
     """Tokens of the session's prompt, with which `tokens` begins."""
+    prediction: Prediction | None = None
+    """The same in each of a session's requests; None if its client expects nothing."""
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Draft sources: `registry` lists them by name; this package holds those that compute with a model."""
 
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, DraftSource, NoDrafts, States
+from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, DraftSource, NoDrafts, Prediction, States
 from services.drafter.core.lookup import LookupDrafts
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "DraftSource",
     "LookupDrafts",
     "NoDrafts",
+    "Prediction",
     "States",
     "hidden",
     "model",

@@ -16,13 +16,12 @@ import numpy as np
 
 from services.drafter.control import DraftDecision, DraftToken
 from services.drafter.core.draft import Draft, DraftAhead, DraftRequest
-from services.drafter.core.lookup import LOOKUP
+from services.drafter.core.lookup import LOOKUP, CopyText
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.forward import Floats
 from services.drafter.sources.registry import HIDDEN
 from services.drafter.sources.statistics import draft_tokens
 from shared.errors import EngineError
-from shared.lookup import LookupText
 from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import Columns, choose_in_rows
 
@@ -46,7 +45,7 @@ class _HiddenSession:
     on estimates."""
     latest: Floats | None = None
     """The model's estimate at the last token that the engine holds: (hidden size,)."""
-    text: LookupText = field(default_factory=LookupText)
+    text: CopyText = field(default_factory=CopyText)
 
 
 @dataclass
@@ -143,7 +142,7 @@ class HiddenDrafts:
         A session whose states or cache room are missing gets copies, if allowed, or an empty draft.
         """
         drafts = [
-            DraftInProgress(request, self._sessions.setdefault(request.session_id, _HiddenSession()))
+            DraftInProgress(request, self._sessions.get(request.session_id) or self._begin(request))
             for request in requests
         ]
         steps: dict[int, DraftStep] = {}
@@ -162,6 +161,10 @@ class HiddenDrafts:
                 _copy(draft, agreed=False)
         self._draft(drafts, computed)
         return [draft.finished() for draft in drafts]
+
+    def _begin(self, request: DraftRequest) -> _HiddenSession:
+        session = self._sessions[request.session_id] = _HiddenSession(text=CopyText(request.prediction))
+        return session
 
     def ahead(self, requests: Sequence[tuple[DraftRequest, Draft]]) -> list[DraftAhead | None]:
         """Continue each draft: the token that should follow it, and a draft after that token."""

@@ -6,14 +6,16 @@ A result that starts beyond the known tokens leaves a gap (`gap`); the missing t
 
 from __future__ import annotations
 
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from shared.arithmetic import distinct
-from shared.messages import Failure, Finish, Result, Status
+from shared.messages import Failure, Finish, Logprobs, Result, Status
+from shared.messages.logprobs import TokenLogprob, from_text, unpack_logprobs
 from shared.models.stop import StopStrings
+from shared.prediction import PredictionFollower
 
 
 class TokenDecoder(Protocol):
@@ -34,6 +36,8 @@ class Token:
     text: str
     draft: bool
     """True for an accepted draft token, False for the target's own."""
+    logprob: TokenLogprob | None = None
+    """Its log-probability, if the session asks for it."""
 
 
 @dataclass
@@ -90,6 +94,10 @@ class CompletionTally:
     draft_ms: float = 0.0
     queue_ms: float = 0.0
     verify_ms: float = 0.0
+    accepted_in_round: Counter[int] = field(default_factory=Counter)
+    """Rounds with a verified draft, by the number of its accepted tokens."""
+    longest_draft: int = 0
+    """Most verified draft tokens of a round."""
 
 
 @dataclass
@@ -110,6 +118,16 @@ class Completion:
     """True if the text includes the stop string or the stop token that ends it."""
     min_tokens: int = 0
     """Output tokens in which no stop string ends the text."""
+    logprobs: Logprobs | None = None
+    """The log-probabilities that the session asks for. Tokens without them are taken for lost ones."""
+    prompt_only: bool = False
+    """True if the one output token of the session is not shown: the request wants its prompt's tokens only."""
+    tags: StopStrings | None = None
+    """Finds texts that no piece may cut; None if there are none."""
+    predicted: PredictionFollower | None = None
+    """The output's place in the text that the client expects; None if it expects nothing."""
+    prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
+    """Log-probabilities of the prompt's tokens but the first, if the session asks for them."""
     length: int = field(init=False)
     """Known committed tokens, prompt included."""
     round: int = 0
@@ -129,6 +147,12 @@ class Completion:
     _rounds: list[CompletionRound] = field(default_factory=list)
     _chunks_ms: float = 0.0
     """Time of the prefill chunks since the last settled round."""
+    _chunk_tokens: int = 0
+    """Prompt tokens computed in prefill chunks."""
+    _settled: bool = False
+    """True once a round is committed."""
+    cached_prompt: int = 0
+    """Tokens of the prompt that were not computed, because their KV was cached; 0 if unknown."""
 
     def __post_init__(self) -> None:
         self.length = self.prompt_len
@@ -153,7 +177,8 @@ class Completion:
         if result.status is Status.COMMITTED:
             drafted = result.copied if result.run else range(result.accepted)
         before = self.tally.tokens
-        self.committed(result.base_len, result.tokens, result.finish, drafted, result.committed_in)
+        logprobs = from_text(result.logprobs), result.logprobs_from
+        self.committed(result.base_len, result.tokens, result.finish, drafted, result.committed_in, logprobs)
         if result.run:
             self.tally.run_tokens += self.tally.tokens - before
 
@@ -164,20 +189,29 @@ class Completion:
         finish: Finish | None,
         drafted: Collection[int] = (),
         committed_in: Sequence[str] = (),
+        logprobs: tuple[bytes, int] = (b"", 0),
     ) -> None:
         """Add committed tokens from position `base_len` on; those at the indices `drafted` are accepted draft tokens.
 
         `finish` is the reason why the session ended with the last token. `committed_in` has all arithmetics of the
-        session up to then, in order.
+        session up to then, in order. `logprobs` are the records of the log-probabilities that are known, and the
+        position of the first one.
         """
         if self.done:
             return
         self.committed_in = distinct([*self.committed_in, *committed_in])
-        if base_len > self.length:
+        known = self.length - base_len
+        found = self._records(*logprobs) if tokens[max(known, 0) :] else None
+        if known < 0 or (found is not None and not self._covers(found, base_len + len(tokens))):
             self.gap = True
             return
         self.gap = False
-        known = self.length - base_len
+        if found is not None and self.length == self.prompt_len:
+            self.prompt_logprobs = [found[at] for at in range(self.first_logprob, self.prompt_len)]
+        if self.prompt_only and tokens[known:]:
+            self.length += 1
+            self._end(Finish.LENGTH, "")
+            return
         safe_text = ""
         ended = False
         for position, token in enumerate(tokens[known:], start=known):
@@ -189,10 +223,14 @@ class Completion:
                     break
             text = self.detokenizer.feed([token])
             self.tally.tokens += 1
-            self._held.append(Token(token, text, position in drafted))
+            if self.predicted is not None:
+                self.predicted.push(token)
+            logprob = None if found is None else found[base_len + position]
+            self._held.append(Token(token, text, position in drafted, logprob))
             safe, hit = self.stops.feed(text, ends=self.tally.tokens > self.min_tokens)
-            safe_text += safe
+            safe_text += safe if self.tags is None else self.tags.feed(safe, ends=False)[0]
             if hit is not None:
+                safe_text += "" if self.tags is None else self.tags.flush()
                 self._stop_early(safe_text + hit if self.include_stop else safe_text)
                 return
             if ended:
@@ -201,6 +239,22 @@ class Completion:
             self._end(finish, safe_text)
         else:
             self._release(len(safe_text))
+
+    @property
+    def first_logprob(self) -> int:
+        """Position of the session's first token with a log-probability: the first token of all has none."""
+        return self.prompt_len if self.logprobs is None or self.logprobs.prompt_len is None else 1
+
+    def _records(self, body: bytes, start: int) -> dict[int, TokenLogprob] | None:
+        """Return log-probabilities by position; None if the session asks for none."""
+        if self.logprobs is None:
+            return None
+        return dict(enumerate(unpack_logprobs(body, self.logprobs.top), start))
+
+    def _covers(self, found: dict[int, TokenLogprob], end: int) -> bool:
+        """Return whether no position up to `end` lacks its log-probability."""
+        first = self.first_logprob if self.length == self.prompt_len else self.length
+        return all(at in found for at in range(first, end))
 
     def fail(self, failure: Failure) -> None:
         """End the completion with an error."""
@@ -227,6 +281,7 @@ class Completion:
         tally = self.tally
         if result.status is Status.PREFILLED:
             self._chunks_ms += result.verify_ms
+            self._chunk_tokens += result.new_tokens
             return
         # A round's queue time starts at its arrival, so it includes the time of its prefill chunks.
         verify_ms = result.verify_ms + self._chunks_ms
@@ -242,6 +297,13 @@ class Completion:
             tally.verified += result.trimmed_to
             tally.accepted += result.accepted
             tally.copied += len(result.copied)
+            if result.trimmed_to:
+                tally.accepted_in_round[result.accepted] += 1
+                tally.longest_draft = max(tally.longest_draft, result.trimmed_to)
+            if not self._settled:
+                self._settled = True
+                computed = self._chunk_tokens + result.new_tokens - result.trimmed_to
+                self.cached_prompt = max(0, self.prompt_len - max(computed, 1)) if result.new_tokens else 0
             self._rounds.append(
                 CompletionRound(
                     round=result.round,
@@ -287,6 +349,7 @@ class Completion:
             self._held[-1].text += rest
             rest = ""
         if hit is not None:
+            safe = safe if self.tags is None else self.tags.flush() + safe
             self._cut(len(safe_text + safe) + len(hit) * self.include_stop)
             finish, rest = Finish.STOP, ""
         # The last token, of an earlier result, may be sent already: then the unfinished character has none.

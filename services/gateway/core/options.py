@@ -64,10 +64,9 @@ _TOOLS: dict[str, UnsupportedOption] = {
     "web_search_options": _NEVER,
 }
 _REASONING: dict[str, UnsupportedOption] = {
-    "enable_thinking": _NEVER,
+    "enable_thinking": _instead("variables of the chat template go into `chat_template_kwargs`"),
     "reasoning": _NEVER,
     "reasoning_budget": _NEVER,
-    "reasoning_effort": _NEVER,
     "think": _NEVER,
     "thinking": _NEVER,
     "thinking_budget": _NEVER,
@@ -79,10 +78,7 @@ _PROMPT: dict[str, UnsupportedOption] = {
     "adapter_id": _NO_TEXT,
     "audio": _NEVER,
     "chat_template": _NEVER,
-    "chat_template_kwargs": _NO_OBJECT,
     "context_length_exceeded_behavior": _harmless("error"),
-    "continue_final_message": _OFF,
-    "add_generation_prompt": _harmless(True),
     "documents": _NO_LIST,
     "image_data": _NO_LIST,
     "images": _NO_LIST,
@@ -177,10 +173,8 @@ _SAMPLERS: dict[str, UnsupportedOption] = {
     "xtc_probability": _ZERO,
 }
 _PROBABILITIES: dict[str, UnsupportedOption] = {
-    "n_probs": _ZERO,
-    "prompt_logprobs": _NEVER,
-    "return_logprob": _OFF,
-    "top_logprobs": _ZERO,
+    "n_probs": _instead("log-probabilities are `logprobs`", 0),
+    "return_logprob": _instead("log-probabilities are `logprobs`", False),
     "top_n_tokens": _ZERO,
 }
 _CONTAINERS: dict[str, UnsupportedOption] = {
@@ -200,17 +194,32 @@ _BOTH = (
 CHAT_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
     "add_special_tokens": _OFF,
     "echo": _OFF,
-    "logprobs": _instead("in a chat it is true or false, and only false is supported", False),
 }
 """Unsupported options of chats."""
 
 COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
+    "add_generation_prompt": _harmless(True),
+    "chat_template_kwargs": _NO_OBJECT,
+    "continue_final_message": _OFF,
+    "reasoning_effort": _NEVER,
     "add_special_tokens": _harmless(True),
-    "logprobs": _instead("in a text completion it is a number of tokens, and 0 asks for probabilities too", False),
+    "top_logprobs": _instead("in a text completion the number is `logprobs`", 0),
     "tool_choice": _harmless("none", "auto"),
     "tools": _instead("chats have tools", []),
 }
 """Unsupported options of text completions."""
+
+MESSAGES_OPTIONS: Mapping[str, UnsupportedOption] = {
+    "container": _NEVER,
+    "context_management": _NEVER,
+    "mcp_servers": _NO_LIST,
+    "output_config": _NEVER,
+    "output_format": _NEVER,
+    "thinking": _harmless({"type": "disabled"}),
+    "tool_choice": _harmless({"type": "auto"}, {"type": "none"}),
+    "tools": _NO_LIST,
+}
+"""Unsupported options of Anthropic's messages."""
 
 MESSAGE_OPTIONS: Mapping[str, UnsupportedOption] = {
     "audio": _NEVER,

@@ -16,6 +16,7 @@ from services.verifier.verify import verify
 from shared.arithmetic import distinct
 from shared.engine import Engine
 from shared.messages import Finish, Status, model_of
+from shared.messages.logprobs import as_text
 from shared.models.folder import ModelFolder
 
 SMALLEST_CACHE = 4096
@@ -221,6 +222,8 @@ def _compare(
         now = len(verdict.tokens), verdict.accepted, verdict.finish
         if then != now:
             return difference(job.base_len, f"{_counts(*then)} was recorded, the model gives {_counts(*now)}")
+    if bits and result.logprobs and result.logprobs != as_text(outcome.logprobs):
+        return difference(job.base_len, "the tokens are the same, but not the recorded log-probabilities")
     if bits and result.logits_digest is not None:
         report.digests += 1
         if result.logits_digest != outcome.logits_digest:

@@ -10,6 +10,7 @@ from services.verifier.core.runs import RunReport, RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared.errors import NoTokenAllowed, TooLong
 from shared.messages import Failure, HiddenStates, Job, Result, Status
+from shared.messages.logprobs import as_text
 from shared.state.commits import Commit, CommitOutcome, Committed
 
 GONE = Failure(
@@ -101,6 +102,7 @@ class BatchReplies:
                 verdict.tokens,
                 verdict.finish,
                 outcome.cached,
+                logprobs=outcome.logprobs,
             )
             self.open.append(OpenCommit(job, outcome, commit))
 
@@ -137,6 +139,8 @@ class BatchReplies:
             new_tokens=len(commit.tokens),
             verify_ms=report.verify_ms,
             logits_digest=report.logits_digest,
+            logprobs=as_text(commit.logprobs) if committed and answer.tokens == list(commit.tokens) else "",
+            logprobs_from=commit.base_len,
             arithmetic=self._arithmetic,
             committed_in=answer.committed_in,
         )
@@ -154,6 +158,7 @@ class BatchReplies:
     def _settled(self, job: Job, outcome: VerifyOutcome | None, answer: Committed) -> Result:
         if answer.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
             return self._failed(job, GONE if answer.outcome is CommitOutcome.GONE else CANCELLED)
+        own = outcome if has_committed(outcome, answer) else None
         return self._result(
             job,
             Status.COMMITTED if answer.outcome is CommitOutcome.COMMITTED else Status.CONFLICT,
@@ -167,6 +172,8 @@ class BatchReplies:
             verify_ms=self._verify_ms,
             logits_digest=outcome.logits_digest if outcome else None,
             committed_in=answer.committed_in,
+            logprobs=as_text(own.logprobs) if own else "",
+            logprobs_from=own.logprobs_from if own else 0,
             run_left=0 if (run := self._runs.get(job.session)) is None else max(1, run.left),
         )
 
@@ -206,14 +213,19 @@ def refused(error: Exception) -> Failure:
     return Failure(code="verification_failed", message=f"{type(error).__name__}: {error}")
 
 
+def has_committed(outcome: VerifyOutcome | None, answer: Committed) -> bool:
+    """Return whether the committed tokens are those that this verifier chose, now or for an earlier copy."""
+    if outcome is None or outcome.verdict is None:
+        return False
+    return answer.outcome is CommitOutcome.COMMITTED and answer.tokens == outcome.verdict.tokens
+
+
 def hidden_states(job: Job, outcome: VerifyOutcome | None, answer: Committed) -> list[HiddenStates]:
     """Return the hidden states that the drafter asked for, of committed tokens only.
 
     There are none if the committed tokens are not those that this verifier chose, now or for an earlier copy.
     """
-    if outcome is None or outcome.verdict is None:
-        return []
-    if answer.outcome is not CommitOutcome.COMMITTED or answer.tokens != outcome.verdict.tokens:
+    if outcome is None or not has_committed(outcome, answer):
         return []
     return [
         HiddenStates(

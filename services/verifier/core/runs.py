@@ -57,6 +57,8 @@ class Run:
     cached: int = 0
     verify_ms: float = 0.0
     """Time of the steps since the last report."""
+    logprobs: bytes = b""
+    """Records of the log-probabilities of the unreported tokens, if the session asks for them."""
 
     @property
     def length(self) -> int:
@@ -170,6 +172,7 @@ class RunTable:
         run.left -= len(verdict.tokens)
         run.finish, run.cached = verdict.finish, outcome.cached
         run.verify_ms += step_ms
+        run.logprobs += outcome.logprobs
         run.over = run.finish is not None or run.left <= 0 or now_ms >= run.until_ms
 
     def due(self, now_ms: float, *, between_steps: bool) -> list[RunReport]:
@@ -186,7 +189,16 @@ class RunTable:
         return reports
 
     def _report(self, run: Run, now_ms: float) -> RunReport:
-        commit = Commit(run.job.session, run.round, run.reported, 0, tuple(run.unreported), run.finish, run.cached)
+        commit = Commit(
+            run.job.session,
+            run.round,
+            run.reported,
+            0,
+            tuple(run.unreported),
+            run.finish,
+            run.cached,
+            logprobs=run.logprobs,
+        )
         digest = None
         if run.task.digest is not None:
             digest = run.task.digest.hexdigest()[:16]
@@ -195,7 +207,7 @@ class RunTable:
         run.round += 1
         run.copied = []
         run.reported, run.reported_ms, run.reporting = run.length, now_ms, True
-        run.verify_ms = 0.0
+        run.verify_ms, run.logprobs = 0.0, b""
         return report
 
     def reported(self, report: RunReport) -> None:

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.verifier.core.acceptance import Verdict
-from shared.messages import RULES, HiddenFormat, Sampling
+from shared.messages import LOGPROBS, RULES, HiddenFormat, Sampling
 from shared.models.hidden_states import Part
 
-FEATURES = [RULES]
+FEATURES = [RULES, LOGPROBS]
 """Features of `verify` that sessions may need."""
 
 
@@ -54,3 +54,8 @@ class VerifyOutcome:
     the session ended."""
     logits_digest: str | None = None
     """See `Result.logits_digest`; None unless digests were asked for."""
+    logprobs: bytes = b""
+    """Records of the log-probabilities that the session asks for: of the verdict's tokens, and before them of the
+    prompt's if this is the first verdict."""
+    logprobs_from: int = 0
+    """Position of the first record's token."""

@@ -18,13 +18,15 @@ def redacted(message: Message) -> Message:
         case Generate():
             sampling = message.sampling.model_copy(update={"seed": 0, "rules": None})
             blank = {"prompt": _zeros(message.prompt), "stop_ids": _zeros(message.stop_ids)}
+            blank["prediction"] = _zeros(message.prediction)
             return _with(message, **blank, sampling=sampling, session_key="")
         case Verify():
             return _with(message, draft=_zeros(message.draft), session_key="")
         case Batch():
             return _with(message, jobs=[_with(job, draft=_zeros(job.draft), session_key="") for job in message.jobs])
         case Result():
-            return _with(message, tokens=_zeros(message.tokens), copied=_zeros(message.copied), logits_digest=None)
+            blanked = {"tokens": _zeros(message.tokens), "copied": _zeros(message.copied)}
+            return _with(message, **blanked, logits_digest=None, logprobs="")
         case _:
             return message
 

@@ -1,0 +1,170 @@
+"""The OpenAPI document: every route, every option and every error that the gateway has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from test_gateway_app import HELLO, MODEL, App, app, folder  # noqa: F401 fixtures
+
+from services.gateway.openapi import document
+from services.gateway.schema import ChatRequest, CompletionRequest
+
+DOCUMENT = document("1", keys=False)
+SCHEMAS: dict[str, Any] = DOCUMENT["components"]["schemas"]
+
+
+def problems(value: Any, schema: dict[str, Any], where: str = "$") -> Iterator[str]:
+    """Yield where a value is not what its schema says: the keywords that the document uses."""
+    if "$ref" in schema:
+        yield from problems(value, SCHEMAS[schema["$ref"].rpartition("/")[2]], where)
+        return
+    if "anyOf" in schema:
+        if all(list(problems(value, one, where)) for one in schema["anyOf"]):
+            yield f"{where}: none of anyOf"
+        return
+    if "const" in schema and value != schema["const"]:
+        yield f"{where}: {value!r} is not {schema['const']!r}"
+    if "enum" in schema and value not in schema["enum"]:
+        yield f"{where}: {value!r} is none of {schema['enum']}"
+    kinds: dict[str, Any] = {
+        "object": dict,
+        "array": list,
+        "string": str,
+        "boolean": bool,
+        "null": type(None),
+        "integer": int,
+        "number": (int, float),
+    }
+    kind = schema.get("type")
+    if kind and (not isinstance(value, kinds[kind]) or (isinstance(value, bool) and kind in ("integer", "number"))):
+        yield f"{where}: {value!r} is no {kind}"
+        return
+    if kind == "object":
+        for name in schema.get("required", []):
+            if name not in value:
+                yield f"{where}.{name} is missing"
+        for name, one in schema.get("properties", {}).items():
+            if name in value:
+                yield from problems(value[name], one, f"{where}.{name}")
+    if kind == "array":
+        for number, one in enumerate(value):
+            yield from problems(one, schema.get("items", {}), f"{where}[{number}]")
+    if "minimum" in schema and value < schema["minimum"]:
+        yield f"{where}: {value} is below {schema['minimum']}"
+
+
+def refs(value: Any) -> Iterator[str]:
+    if isinstance(value, dict):
+        for key, one in value.items():
+            if key == "$ref":
+                yield one
+            else:
+                yield from refs(one)
+    elif isinstance(value, list):
+        for one in value:
+            yield from refs(one)
+
+
+def operation(method: str, path: str) -> dict[str, Any]:
+    for template, methods in DOCUMENT["paths"].items():
+        if re.fullmatch(re.sub(r"\{\w+\}", "[^/]+", template), path) and method.lower() in methods:
+            found: dict[str, Any] = methods[method.lower()]
+            return found
+    raise AssertionError(f"{method} {path} is not in the document")
+
+
+def test_every_reference_leads_to_a_schema() -> None:
+    assert {ref.rpartition("/")[2] for ref in refs(DOCUMENT)} <= SCHEMAS.keys()
+    assert json.loads(json.dumps(DOCUMENT)) == DOCUMENT
+
+
+def test_every_option_is_described() -> None:
+    for model in (ChatRequest, CompletionRequest):
+        assert SCHEMAS[model.__name__]["properties"].keys() == model.model_fields.keys()
+        assert all(one != {} for one in SCHEMAS[model.__name__]["properties"].values())
+
+
+def test_keys_are_required_where_the_gateway_requires_them() -> None:
+    assert "security" not in DOCUMENT
+    assert document("1", keys=True)["security"] == [{"key": []}]
+
+
+async def test_every_route_is_in_the_document(app: App) -> None:  # noqa: F811
+    served = (await app.http.get("/openapi.json")).json()
+    assert served["paths"] == DOCUMENT["paths"]
+    for path, methods in served["paths"].items():
+        real = path.replace("{name}", MODEL).replace("{answer_id}", "x")
+        allowed = (await app.http.options(real)).headers["allow"].split(", ")
+        assert {method.upper() for method in methods} == set(allowed) - {"OPTIONS"}, path
+
+
+REQUESTS: list[tuple[str, str, Any]] = [
+    ("GET", "/v1/models", None),
+    ("GET", f"/v1/models/{MODEL}", None),
+    ("GET", "/v1/models/other", None),
+    ("GET", "/v1/streams/none", None),
+    ("GET", "/health", None),
+    ("GET", "/ready", None),
+    ("GET", "/metrics", None),
+    ("POST", "/v1/chat/completions", HELLO),
+    ("POST", "/v1/chat/completions", HELLO | {"logprobs": True, "top_logprobs": 2, "wisp": {"metrics": True}}),
+    ("POST", "/v1/chat/completions", HELLO | {"stream": True}),
+    ("POST", "/v1/chat/completions", HELLO | {"prediction": {"type": "content", "content": "x"}}),
+    ("POST", "/v1/chat/completions", {}),
+    ("POST", "/v1/completions", {"model": MODEL, "prompt": "a", "echo": True, "logprobs": 1, "prompt_logprobs": 1}),
+    ("POST", "/v1/completions", {"model": "other", "prompt": "a"}),
+    ("POST", "/v1/messages", HELLO | {"max_tokens": 5}),
+    ("POST", "/v1/messages", HELLO | {"max_tokens": 5, "stream": True}),
+    ("POST", "/v1/messages", HELLO),
+    ("POST", "/v1/messages/count_tokens", HELLO),
+    ("POST", "/tokenize", {"prompt": "a"}),
+    ("POST", "/tokenize", HELLO),
+    ("POST", "/detokenize", {"tokens": [5]}),
+    ("POST", "/detokenize", {"tokens": [-5]}),
+]
+
+
+@pytest.mark.parametrize(("method", "path", "body"), REQUESTS)
+async def test_answers_are_those_of_the_document(app: App, method: str, path: str, body: Any) -> None:  # noqa: F811
+    response = await app.http.request(method, path, json=body) if body is not None else await app.http.get(path)
+    described = operation(method, path)
+    assert str(response.status_code) in described["responses"]
+    if body is not None and response.status_code == 200:
+        name = described["requestBody"]["content"]["application/json"]["schema"]
+        assert list(problems(body, name)) == []
+    media_type = response.headers["content-type"].partition(";")[0]
+    content = described["responses"][str(response.status_code)]["content"]
+    assert media_type in content
+    if media_type == "application/json":
+        assert list(problems(response.json(), content[media_type]["schema"])) == []
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers(-5, 600) | st.floats(-2, 2) | st.text(max_size=4),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "5", "draft"]), inner),
+    max_leaves=4,
+)
+OPTIONS = st.sampled_from(sorted(ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()))
+
+
+@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(
+    fields=st.dictionaries(OPTIONS, VALUES, max_size=4),
+    path=st.sampled_from(["/v1/chat/completions", "/v1/completions", "/v1/messages", "/tokenize", "/detokenize"]),
+)
+async def test_any_body_has_a_documented_answer(app: App, fields: dict[str, Any], path: str) -> None:  # noqa: F811
+    response = await app.http.post(path, json=HELLO | {"prompt": "x"} | fields)
+    assert response.status_code < 500, response.text
+    answers = operation("POST", path)["responses"]
+    assert str(response.status_code) in answers
+    content = answers[str(response.status_code)]["content"]
+    media_type = response.headers["content-type"].partition(";")[0]
+    if media_type == "application/json":
+        assert list(problems(response.json(), content[media_type]["schema"])) == []

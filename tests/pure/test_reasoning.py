@@ -1,0 +1,88 @@
+"""Reasoning in answers: split from the content at its tags, however the text arrives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import builders
+import pytest
+from gateway_peer import EOS, Script, results_of, tiny_target
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.gateway.core.completion import Completion
+from services.gateway.core.reasoning import TAGS, ReasoningSplitter, SplitText
+from shared.models.stop import StopStrings
+from shared.models.text import Detokenizer, Tokenizer
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Tokenizer:
+    return Tokenizer(tiny_target(Path(tmp_path_factory.mktemp("tiny"))))
+
+
+def split(text: str, *, is_open: bool = False) -> SplitText:
+    return ReasoningSplitter(is_open=is_open).feed(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "is_open", "reasoning", "content"),
+    [
+        ("<think>a</think>b", False, "a", "b"),
+        ("\n <think>a</think>\n\nb", False, "a", "\n\nb"),
+        ("a</think>b", True, "a", "b"),
+        ("a", True, "a", ""),
+        ("<think>a", False, "a", ""),
+        ("plain", False, "", "plain"),
+        ("so <think>a</think>", False, "", "so <think>a</think>"),
+        ("<think>a</think>b</think>", False, "a", "b</think>"),
+        ("<think></think>", False, "", ""),
+        ("", False, "", ""),
+    ],
+)
+def test_the_reasoning_ends_with_the_first_closing_tag(text: str, is_open: bool, reasoning: str, content: str) -> None:
+    assert split(text, is_open=is_open) == SplitText(reasoning, content)
+
+
+def test_without_marks_all_is_content() -> None:
+    splitter = ReasoningSplitter(is_open=False, marked=False)
+    assert splitter.feed("<think>a</think>") == SplitText("", "<think>a</think>")
+
+
+TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</", "th", "ink>", "a", "b "]), max_size=8).map("".join)
+
+
+@given(TEXTS, st.integers(1, 5), st.booleans())
+def test_pieces_cut_no_tag_and_join_to_the_whole(
+    tokenizer: Tokenizer, text: str, round_len: int, is_open: bool
+) -> None:
+    completion = Completion(5, frozenset([EOS]), Detokenizer(tokenizer), StopStrings([]), tags=StopStrings(TAGS))
+    splitter, parts = ReasoningSplitter(is_open=is_open), []
+    pieces = []
+    asked = builders.generate(prompt=[9] * 5, stop_ids=[EOS], max_tokens=400)
+    for result in results_of(asked, Script(text, round_len=round_len), tokenizer):
+        completion.result(result)
+        pieces += completion.take()
+    parts = [splitter.feed(piece.text) for piece in pieces]
+    assert "".join(piece.text for piece in pieces) == text
+    found = SplitText("".join(one.reasoning for one in parts), "".join(one.content for one in parts))
+    assert found == split(text, is_open=is_open)
+
+
+def test_a_stop_string_behind_a_withheld_tag_ends_the_text(tokenizer: Tokenizer) -> None:
+    completion = Completion(5, frozenset([EOS]), Detokenizer(tokenizer), StopStrings(["!"]), tags=StopStrings(TAGS))
+    asked = builders.generate(prompt=[9] * 5, stop_ids=[EOS], max_tokens=400)
+    pieces = []
+    for result in results_of(asked, Script("ab</thi!cd", round_len=3), tokenizer):
+        completion.result(result)
+        pieces += completion.take()
+    assert "".join(piece.text for piece in pieces) == "ab</thi"
+    assert completion.stopped_early
+
+
+def test_the_cached_part_of_a_prompt_is_counted(tokenizer: Tokenizer) -> None:
+    completion = Completion(10, frozenset([EOS]), Detokenizer(tokenizer), StopStrings([]))
+    completion.result(builders.result(base_len=10, status="prefilled", new_tokens=3, batch="a"))
+    completion.result(builders.result(base_len=10, tokens=[5, 6], new_tokens=4, trimmed_to=2, accepted=1))
+    completion.result(builders.result(base_len=12, tokens=[7], new_tokens=1, round_=1))
+    assert completion.cached_prompt == 10 - 3 - 2
