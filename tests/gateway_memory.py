@@ -42,6 +42,7 @@ class MemoryServices:
     """By the gateway that results are addressed to, the other gateways that receive them, one entry per collection."""
     logprobs: dict[str, bytes] = field(default_factory=lambda: defaultdict(bytes))
     """By session, the records of its log-probabilities."""
+    responses: dict[str, bytes] = field(default_factory=dict)
     error: Exception | None = None
     """Raised by every call that sends a message."""
 
@@ -138,6 +139,12 @@ class MemoryTransport:
 
     async def resume_record(self, answer_id: str) -> bytes | None:
         return self._services.records.get(answer_id) or None
+
+    async def keep_response(self, response_id: str, body: bytes) -> None:
+        self._services.responses[response_id] = body
+
+    async def kept_response(self, response_id: str) -> bytes | None:
+        return self._services.responses.get(response_id)
 
     @asynccontextmanager
     async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:

@@ -21,6 +21,8 @@ from shared.messages import Cancel, Ended, Generate, Heartbeat, Message
 from shared.state.store import Session, SessionProgress, SessionStatus, SessionTurn
 
 RECEIVED = 1 << 16
+MOST_RESPONSES = 1000
+"""Most responses that are kept for later requests."""
 END_S = 10.0
 """Time for the engine's process to end: its present step and the interpreter's shutdown."""
 
@@ -35,6 +37,7 @@ class EngineClient:
         self._writer = writer
         self._ready = ready
         self._gone = False
+        self._responses: dict[str, bytes] = {}
 
     async def deliver(self, gateway: Gateway) -> None:
         """Deliver results for ever.
@@ -80,6 +83,16 @@ class EngineClient:
     async def resume_record(self, answer_id: str) -> bytes | None:
         """Return None: streams cannot be resumed."""
         return None
+
+    async def keep_response(self, response_id: str, body: bytes) -> None:
+        """Keep the latest responses in memory."""
+        self._responses[response_id] = body
+        while len(self._responses) > MOST_RESPONSES:
+            del self._responses[next(iter(self._responses))]
+
+    async def kept_response(self, response_id: str) -> bytes | None:
+        """Return what was kept for a response; None if there is nothing."""
+        return self._responses.get(response_id)
 
     @asynccontextmanager
     async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:

@@ -33,6 +33,7 @@ from services.gateway.page.routes import add_page
 from services.gateway.prompt import Limits, chat_prompts, completion_prompts, predicted_tokens
 from services.gateway.request import check_choices, check_model, new_answer
 from services.gateway.response import AnswerResponse
+from services.gateway.responses_api import add_responses
 from services.gateway.resume import LAST_EVENT_ID, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.server import Certificate, serve_http
@@ -94,6 +95,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     _add_operations(app, gateway)
     add_page(app, gateway.feed)
     add_tokens(app, gateway, partial(_body, gateway))
+    add_responses(app, gateway, partial(_body, gateway), partial(_limits, gateway))
     add_messages(app, gateway, partial(_body, gateway), partial(_limits, gateway))
     settings = gateway.settings
     routes = WithoutTrailingSlash(app)

@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from services.gateway.messages_api import CountRequest, MessagesRequest
+from services.gateway.responses_api import ResponsesRequest
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.tokens import Detokenize, TokenizeChat, TokenizeText
 
@@ -36,6 +37,7 @@ BODIES: tuple[type[BaseModel], ...] = (
     Detokenize,
     CountRequest,
     MessagesRequest,
+    ResponsesRequest,
 )
 READ = (401, 403, 405, 500)
 """Errors of what is read."""
@@ -94,6 +96,14 @@ def _paths() -> Schema:
         },
         "/v1/models": _read("List the served model", {"application/json": "ModelList"}, READ),
         "/v1/models/{name}": _read("Describe the served model", {"application/json": "Model"}, (404, *READ), [name]),
+        "/v1/responses": {
+            "post": _operation(
+                "Answer an input, as OpenAI's Responses API does",
+                {"application/json": "Response", "text/event-stream": None},
+                generation,
+                body="ResponsesRequest",
+            )
+        },
         "/v1/messages": {
             "post": _operation(
                 "Answer a conversation, as Anthropic's API does",
@@ -260,6 +270,17 @@ def _schemas() -> Schema:
                 "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence"]},
                 "stop_sequence": nothing_or_text,
                 "usage": _object({"input_tokens": _COUNT, "output_tokens": _COUNT}),
+            }
+        ),
+        "Response": _object(
+            {
+                "id": _TEXT,
+                "object": {"const": "response"},
+                "created_at": _COUNT,
+                "status": {"enum": ["completed", "incomplete"]},
+                "model": _TEXT,
+                "output": _list(_object({"id": _TEXT, "type": {"enum": ["message", "reasoning", "function_call"]}})),
+                "usage": _object({"input_tokens": _COUNT, "output_tokens": _COUNT, "total_tokens": _COUNT}),
             }
         ),
         "MessageTokens": _object({"input_tokens": _COUNT}),

@@ -99,7 +99,9 @@ class AnswerResponse(Response):
             shown = [*self._logprobs.prompt(completion, prompt), *made]
             logprobs, of_prompt = self._logprobs.of(shown, 0), self._logprobs.of_prompt(completion, prompt)
             choices.append(replace(choice_of(answer.form, text, finish), logprobs=logprobs, prompt_logprobs=of_prompt))
-        body = encode(self._object(chunks, choices, [token for of_one in tokens for token in of_one]))
+        fields = self._object(chunks, choices, [token for of_one in tokens for token in of_one])
+        await self._before_end(fields, None)
+        body = encode(fields)
         headers = {"content-type": "application/json", "content-length": str(len(body)), **self._extra_headers}
         await _start(send, headers)
         await send({"type": "http.response.body", "body": body})
@@ -114,6 +116,9 @@ class AnswerResponse(Response):
             fields["wisp"] = about
         return fields
 
+    async def _before_end(self, fields: Fields | None, events: EventMaker | None) -> None:
+        """Do what has to be done before the end of an answer is sent: called with its body, or before each event."""
+
     def _events(self, chunks: Chunks) -> EventMaker:
         """Return the maker of the events of a streamed answer."""
         return Events(self._answer, chunks, self._logprobs)
@@ -124,6 +129,7 @@ class AnswerResponse(Response):
         try:
             async for batch in self._answer.batches():
                 body = b"".join(events.of(index, item) for index, item in batch)
+                await self._before_end(None, events)
                 if not begun:
                     begun = True
                     await _start(send, STREAM_HEADERS | self._extra_headers)

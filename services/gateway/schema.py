@@ -534,7 +534,7 @@ def parse(kind: type[R], body: bytes) -> R:
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
-        raise _explain(error) from error
+        raise explain(error) from error
 
 
 def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:
@@ -549,7 +549,8 @@ def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:
             raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
 
 
-def _explain(error: ValidationError) -> ApiError:
+def explain(error: ValidationError) -> ApiError:
+    """Return the error of a body that its model refuses, with the option that is wrong."""
     # A union reports an error per branch; the one that got furthest is the one that the client meant.
     first = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
     path = ""

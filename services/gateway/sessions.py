@@ -119,6 +119,14 @@ class Sessions:
         """Return the resume record of an answer; None if there is none. Raises BrokersError."""
         return await self._transport.resume_record(answer_id)
 
+    async def keep_response(self, response_id: str, body: bytes) -> None:
+        """Store the conversation up to a response. Raises BrokersError."""
+        await self._transport.keep_response(response_id, body)
+
+    async def kept_response(self, response_id: str) -> bytes | None:
+        """Return what was stored for a response; None if there is nothing. Raises BrokersError."""
+        return await self._transport.kept_response(response_id)
+
     @asynccontextmanager
     async def run(self, answer: Answer) -> AsyncIterator[None]:
         """Start an answer's sessions. Sessions still running at the end of the context are cancelled.

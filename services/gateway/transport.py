@@ -56,6 +56,12 @@ class Transport(Protocol):
     async def resume_record(self, answer_id: str) -> bytes | None:
         """Return the resume record of an answer; None if there is none."""
 
+    async def keep_response(self, response_id: str, body: bytes) -> None:
+        """Store what a later request needs of a response, for as long as the state of a session."""
+
+    async def kept_response(self, response_id: str) -> bytes | None:
+        """Return what was stored for a response; None if there is nothing, or no longer."""
+
     def collect(self, session_ids: Sequence[str]) -> AbstractAsyncContextManager[list[Session | None]]:
         """Take over sessions from the gateways that collect them, and receive their results during the context.
 
@@ -169,6 +175,14 @@ class BrokerTransport:
     async def resume_record(self, answer_id: str) -> bytes | None:
         """See `Transport`."""
         return await self._store.kept(answer_id)
+
+    async def keep_response(self, response_id: str, body: bytes) -> None:
+        """See `Transport`."""
+        await self._store.keep_response(response_id, body)
+
+    async def kept_response(self, response_id: str) -> bytes | None:
+        """See `Transport`."""
+        return await self._store.kept_response(response_id)
 
     @asynccontextmanager
     async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:

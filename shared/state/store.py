@@ -8,6 +8,7 @@
                           but the first, or of the output only
     <ns>:deadlines        sorted set of the active sessions by the time (Redis's clock, ms) at which their next token is
                           due; inf without an SLO
+    <ns>:response:{id}    string: what the gateway keeps of a response, for requests that continue it
     <ns>:verifier:{id}, <ns>:lease:{id}, <ns>:costmodel:{id}, <ns>:gateway:{id}     see `shared.state.registry`
     <ns>:kv:{kind}:{hex}, <ns>:kvs:{kind}   KV blocks that verifiers hand over: see `shared.state.kv`
     <ns>:quota:{key}, <ns>:streams:{key}    usage of an API key: see `shared.state.quota`
@@ -374,6 +375,15 @@ class Store:
         """Return the resume record given to `create`; None if it was empty or the session does not exist."""
         found: bytes | None = await self._call(self._redis.hget(self._session(session), "kept"))
         return found or None
+
+    async def keep_response(self, response_id: str, body: bytes) -> None:
+        """Store what a gateway needs to continue a response, for `ttl_s`."""
+        await self._call(self._redis.set(self._connection.key("response", response_id), body, ex=self._ttl_s))
+
+    async def kept_response(self, response_id: str) -> bytes | None:
+        """Return what was stored for a response; None if there is nothing, or no longer."""
+        found: bytes | None = await self._call(self._redis.get(self._connection.key("response", response_id)))
+        return found
 
     async def deadline_ms(self, session: str) -> float | None:
         """Return the deadline of the session's next token, in milliseconds on Redis's clock; None without an SLO."""

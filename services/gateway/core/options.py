@@ -209,6 +209,22 @@ COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
 }
 """Unsupported options of text completions."""
 
+RESPONSES_OPTIONS: Mapping[str, UnsupportedOption] = {
+    **{name: option for name, option in _BOTH.items() if name not in ("max_output_tokens", "reasoning")},
+    "background": _OFF,
+    "conversation": _NEVER,
+    "include": _NO_LIST,
+    "logprobs": _NEVER,
+    "max_tool_calls": _NEVER,
+    "n": _ONE,
+    "prompt": _NEVER,
+    "stop": _NO_LIST,
+    "text": _harmless({}, {"format": {"type": "text"}}),
+    "top_logprobs": _ZERO,
+    "truncation": _harmless("disabled"),
+}
+"""Unsupported options of the Responses API."""
+
 MESSAGES_OPTIONS: Mapping[str, UnsupportedOption] = {
     "container": _NEVER,
     "context_management": _NEVER,

@@ -1,0 +1,431 @@
+"""OpenAI's Responses API: `/v1/responses`, whole or streamed, with function tools and stored conversations."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from time import monotonic
+from typing import Annotated, Any, ClassVar, Literal
+
+import msgpack
+from fastapi import FastAPI, Request
+from fastapi.responses import Response
+from pydantic import Field, ValidationError
+
+from services.gateway.answer import Answer
+from services.gateway.core.completion import Piece, Token
+from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
+from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
+from services.gateway.errors import ApiError, encode, invalid, unavailable
+from services.gateway.gateway import Gateway
+from services.gateway.keys import ApiKey, key_of
+from services.gateway.prompt import Limits, chat_prompts
+from services.gateway.request import check_model, new_answer
+from services.gateway.response import AnswerResponse, EventMaker, splitter_of
+from services.gateway.schema import Body, ChatRequest, explain, or_default, parse
+from services.gateway.stream import Choice, Chunks, Fields
+from shared.errors import BrokersError
+from shared.messages import Finish
+
+ReadBody = Callable[[Request], Awaitable[bytes]]
+FindLimits = Callable[[ChatRequest], Awaitable[Limits]]
+Messages = list[dict[str, Any]]
+TEXT_TYPES = ("input_text", "output_text", "text")
+
+
+class Reasoning(Body):
+    """The `reasoning` option."""
+
+    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+
+
+class ResponsesRequest(Body):
+    """POST /v1/responses."""
+
+    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = RESPONSES_OPTIONS
+
+    model: str
+    input: str | list[dict[str, Any]]
+    instructions: str | None = None
+    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
+    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
+    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
+    stream: Annotated[bool, or_default(False)] = False
+    store: Annotated[bool, or_default(True)] = True
+    previous_response_id: str | None = None
+    reasoning: Annotated[Reasoning, or_default(Reasoning())] = Reasoning()
+    metadata: Annotated[dict[str, str], or_default({})] = Field(default_factory=dict)
+    tools: Annotated[list[dict[str, Any]], or_default([])] = Field(default_factory=list)
+    tool_choice: str | dict[str, Any] | None = None
+    parallel_tool_calls: Annotated[bool, or_default(True)] = True
+
+    def messages(self) -> Messages:
+        """Return the input as a chat's messages. Raises ApiError."""
+        if isinstance(self.input, str):
+            return [{"role": "user", "content": self.input}]
+        messages: Messages = []
+        for number, item in enumerate(self.input):
+            _add_item(messages, item, f"input[{number}]")
+        return messages
+
+    def chat(self, messages: Messages) -> ChatRequest:
+        """Return the same request as a chat with these messages. Raises ApiError."""
+        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
+        fields = {
+            "model": self.model,
+            "messages": [*system, *messages],
+            "max_completion_tokens": self.max_output_tokens,
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "seed": self.seed,
+            "stream": self.stream,
+            "reasoning_effort": self.reasoning.effort,
+            "tools": [_chat_tool(tool, f"tools[{number}]") for number, tool in enumerate(self.tools)],
+            "tool_choice": _chat_choice(self.tool_choice),
+            "parallel_tool_calls": self.parallel_tool_calls,
+        }
+        try:
+            return ChatRequest.model_validate(fields)
+        except ValidationError as error:
+            raise explain(error) from error
+
+
+def _add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
+    kind = item.get("type", "message")
+    if kind == "message":
+        messages.append({"role": item.get("role"), "content": _content(item.get("content"), f"{where}.content")})
+    elif kind == "function_call":
+        call = {
+            "id": str(item.get("call_id", "")),
+            "function": {"name": item.get("name"), "arguments": item.get("arguments")},
+        }
+        if messages and messages[-1].get("tool_calls"):
+            messages[-1]["tool_calls"].append(call)
+        else:
+            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
+    elif kind == "function_call_output":
+        output = _content(item.get("output"), f"{where}.output")
+        messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
+    elif kind != "reasoning":  # the reasoning of earlier answers is not shown again
+        raise invalid(f"{where}.type: {kind!r} is not supported here", f"{where}.type", "unsupported_parameter")
+
+
+def _content(value: Any, where: str) -> Any:
+    if not isinstance(value, list):
+        return value
+    for number, part in enumerate(value):
+        kind = part.get("type") if isinstance(part, dict) else part
+        if kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
+            name = f"{where}[{number}].type"
+            raise invalid(f"{name}: {kind!r} is not supported here; send text", name, "unsupported_parameter")
+    return "\n".join(part["text"] for part in value)
+
+
+def _chat_tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
+    if tool.get("type") != "function":
+        text = f"{where}.type: {tool.get('type')!r} is not supported here; send functions"
+        raise invalid(text, f"{where}.type", "unsupported_parameter")
+    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
+
+
+def _chat_choice(choice: str | dict[str, Any] | None) -> Any:
+    if isinstance(choice, dict) and choice.get("type") == "function":
+        return {"type": "function", "function": {"name": choice.get("name")}}
+    return choice
+
+
+def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of: FindLimits) -> None:
+    """Add the route of the Responses API."""
+    tokenizer = gateway.model.tokenizer
+
+    @app.post("/v1/responses")
+    async def responses(request: Request) -> Response:
+        started_s = monotonic()
+        asked = parse(ResponsesRequest, await read_body(request))
+        check_model(gateway, asked.model)
+        key = key_of(request.scope)
+        messages = [*await _earlier(gateway, asked.previous_response_id, key), *asked.messages()]
+        chat = asked.chat(messages)
+        limits = await limits_of(chat)
+        prompts = await chat_prompts(tokenizer, limits, chat)
+        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s)
+
+        async def keep(output: Sequence[Fields]) -> None:
+            if asked.store:
+                record = {"holder": answer.form.holder, "messages": [*messages, *_as_messages(output)]}
+                await gateway.sessions.keep_response(_response_id(answer), msgpack.packb(record))
+
+        return ResponsesResponse(gateway, answer, asked, keep)
+
+
+async def _earlier(gateway: Gateway, response_id: str | None, key: ApiKey | None) -> Messages:
+    """Return the conversation up to a stored response. Raises ApiError."""
+    if response_id is None:
+        return []
+    try:
+        stored = await gateway.sessions.kept_response(response_id[:128])
+    except BrokersError as error:
+        raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
+    record = None if stored is None else msgpack.unpackb(stored)
+    if record is None or record["holder"] != (None if key is None else key.id):
+        text = f"the response {response_id[:100]!r} is not stored, or no longer"
+        raise ApiError(404, text, code="previous_response_not_found", param="previous_response_id")
+    messages: Messages = record["messages"]
+    return messages
+
+
+def _as_messages(output: Sequence[Fields]) -> Messages:
+    """Return the items of an answer as messages of the conversation."""
+    messages: Messages = []
+    for number, item in enumerate(output):
+        _add_item(messages, item, f"output[{number}]")
+    return messages
+
+
+class ResponsesResponse(AnswerResponse):
+    """The response to a request of the Responses API."""
+
+    def __init__(
+        self,
+        gateway: Gateway,
+        answer: Answer,
+        asked: ResponsesRequest,
+        keep: Callable[[Sequence[Fields]], Awaitable[None]],
+    ) -> None:
+        """keep: stores the conversation with the answer's items; it is called when they are complete."""
+        super().__init__(gateway.sessions, gateway.ledger, answer)
+        self._asked = asked
+        self._keep = keep
+        self._kept = False
+        self._tokens_of = gateway.model.tokenizer.encode_part
+
+    def _object(self, chunks: Chunks, choices: Sequence[Choice], tokens: Sequence[Token]) -> Fields:
+        (choice,) = choices
+        output: list[Fields] = []
+        if choice.text.reasoning:
+            output.append(_reasoning_item(self._answer, choice.text.reasoning))
+        if choice.text.content or not (output or choice.calls):
+            output.append(_message_item(self._answer, choice.text.content))
+        for number, call in enumerate(choice.calls):
+            output.append(_call_item(self._answer, number, call.name, call.arguments))
+        return self._finished(output, choice.finish)
+
+    async def _before_end(self, fields: Fields | None, events: EventMaker | None) -> None:
+        if isinstance(events, ResponseEvents):
+            output = events.output if events.complete else None
+        else:
+            output = None if fields is None else fields["output"]
+        if output is None or self._kept:
+            return
+        self._kept = True
+        try:
+            await self._keep(output)
+        except BrokersError as error:
+            raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
+
+    def _finished(self, output: list[Fields], finish: str) -> Fields:
+        status = "incomplete" if finish == Finish.LENGTH else "completed"
+        return self._fields(status, output, thought=_reasoning_of(output))
+
+    def _fields(self, status: str, output: list[Fields], *, thought: str | None = None) -> Fields:
+        """Return the response object. thought: the reasoning of a complete one, which has usage."""
+        asked, answer = self._asked, self._answer
+        fields: Fields = {
+            "id": _response_id(answer),
+            "object": "response",
+            "created_at": answer.form.created,
+            "status": status,
+            "background": False,
+            "error": None,
+            "incomplete_details": {"reason": "max_output_tokens"} if status == "incomplete" else None,
+            "instructions": asked.instructions,
+            "max_output_tokens": asked.max_output_tokens,
+            "metadata": asked.metadata,
+            "model": answer.form.model,
+            "output": output,
+            "parallel_tool_calls": asked.parallel_tool_calls,
+            "previous_response_id": asked.previous_response_id,
+            "reasoning": {"effort": asked.reasoning.effort, "summary": None},
+            "store": asked.store,
+            "temperature": asked.temperature,
+            "text": {"format": {"type": "text"}},
+            "tool_choice": asked.tool_choice or "auto",
+            "tools": asked.tools,
+            "top_p": asked.top_p,
+            "truncation": "disabled",
+            "usage": None,
+        }
+        if thought is not None:
+            usage = answer.usage
+            fields["usage"] = {
+                "input_tokens": usage.prompt_tokens,
+                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+                "output_tokens": usage.completion_tokens,
+                "output_tokens_details": {"reasoning_tokens": len(self._tokens_of(thought)) if thought else 0},
+                "total_tokens": usage.total,
+            }
+        return fields
+
+    def _events(self, chunks: Chunks) -> EventMaker:
+        return ResponseEvents(self._answer, self._fields, self._finished)
+
+
+class ResponseEvents:
+    """Makes the events of a streamed response: its items, one after the other, each from its first text to its end."""
+
+    end = b""
+
+    def __init__(
+        self, answer: Answer, fields: Callable[..., Fields], finished: Callable[[list[Fields], str], Fields]
+    ) -> None:
+        self._answer = answer
+        self._fields = fields
+        self._finished = finished
+        self._splitter = splitter_of(answer.form)
+        self._parser = None if answer.form.tools is None else answer.form.tools.parser()
+        self._number = 0
+        self.output: list[Fields] = []
+        """Items that are complete."""
+        self._item: Fields | None = None
+        """The item that is open."""
+        self.complete = False
+        """True if the last item is complete."""
+
+    def of(self, index: int, item: Piece | Finish) -> bytes:
+        """See `EventMaker`."""
+        events = b""
+        if self._number == 0:
+            for kind in ("response.created", "response.in_progress"):
+                events += self._event(kind, response=self._fields("in_progress", []))
+        if isinstance(item, Piece):
+            text = self._splitter.feed(item.text)
+            if text.reasoning:
+                events += self._add("reasoning", text.reasoning)
+            if text.content:
+                deltas = [ContentDelta(text.content)] if self._parser is None else self._parser.feed(text.content)
+                events += self._deltas(deltas)
+            return events
+        if self._parser is not None:
+            events += self._deltas(self._parser.finish())
+        if self._item is None and not self.output:
+            events += self._add("message", "")
+        events += self._close()
+        self.complete = True
+        response = self._finished(self.output, item.value)
+        return events + self._event(f"response.{response['status']}", response=response)
+
+    def failed(self, error: ApiError) -> bytes:
+        """See `EventMaker`."""
+        body = error.body()["error"]
+        return self._event("error", code=body["code"], message=body["message"], param=body["param"])
+
+    def _deltas(self, deltas: Sequence[ToolDelta]) -> bytes:
+        events = b""
+        for delta in deltas:
+            if isinstance(delta, ContentDelta):
+                events += self._add("message", delta.text) if delta.text else b""
+            else:
+                events += self._call(delta)
+        return events
+
+    def _call(self, delta: CallDelta) -> bytes:
+        events = b""
+        if delta.name is not None:
+            events += self._open(_call_item(self._answer, delta.index, delta.name, ""))
+        assert self._item is not None
+        if delta.arguments:
+            self._item["arguments"] += delta.arguments
+            events += self._part("response.function_call_arguments.delta", delta=delta.arguments)
+        return events
+
+    def _add(self, kind: str, text: str) -> bytes:
+        """Add text to the open item of a kind, or open one."""
+        events = b""
+        if self._item is None or self._item["type"] != kind:
+            make = _message_item if kind == "message" else _reasoning_item
+            events += self._open(make(self._answer, ""))
+        assert self._item is not None
+        if kind == "message":
+            if not self._item["content"][0]["text"]:
+                part = {"type": "output_text", "text": "", "annotations": []}
+                events += self._part("response.content_part.added", content_index=0, part=part)
+            if text:
+                events += self._part("response.output_text.delta", content_index=0, delta=text, logprobs=[])
+        elif text:
+            events += self._part("response.reasoning_text.delta", content_index=0, delta=text)
+        self._item["content"][0]["text"] += text
+        return events
+
+    def _open(self, item: Fields) -> bytes:
+        events = self._close()
+        self._item = item
+        shown = {**item, "status": "in_progress"} | ({"content": []} if "content" in item else {})
+        return events + self._event("response.output_item.added", output_index=len(self.output), item=shown)
+
+    def _close(self) -> bytes:
+        """End the open item."""
+        if (item := self._item) is None:
+            return b""
+        events = b""
+        if item["type"] == "message":
+            text = item["content"][0]["text"]
+            events += self._part("response.output_text.done", content_index=0, text=text, logprobs=[])
+            events += self._part("response.content_part.done", content_index=0, part=item["content"][0])
+        elif item["type"] == "reasoning":
+            events += self._part("response.reasoning_text.done", content_index=0, text=item["content"][0]["text"])
+        else:
+            fields = {"name": item["name"], "arguments": item["arguments"]}
+            events += self._part("response.function_call_arguments.done", **fields)
+        events += self._event("response.output_item.done", output_index=len(self.output), item=item)
+        self.output.append(item)
+        self._item = None
+        return events
+
+    def _part(self, kind: str, **fields: Any) -> bytes:
+        assert self._item is not None
+        return self._event(kind, item_id=self._item["id"], output_index=len(self.output), **fields)
+
+    def _event(self, kind: str, **fields: Any) -> bytes:
+        self._number += 1
+        body = {"type": kind, "sequence_number": self._number - 1, **fields}
+        return b"event: " + kind.encode() + b"\ndata: " + encode(body) + b"\n\n"
+
+
+def _response_id(answer: Answer) -> str:
+    return f"resp_{answer.answer_id.partition('-')[2]}"
+
+
+def _message_item(answer: Answer, text: str) -> Fields:
+    return {
+        "id": f"msg_{answer.answer_id.partition('-')[2]}",
+        "type": "message",
+        "status": "completed",
+        "role": "assistant",
+        "content": [{"type": "output_text", "text": text, "annotations": []}],
+    }
+
+
+def _reasoning_item(answer: Answer, text: str) -> Fields:
+    return {
+        "id": f"rs_{answer.answer_id.partition('-')[2]}",
+        "type": "reasoning",
+        "status": "completed",
+        "summary": [],
+        "content": [{"type": "reasoning_text", "text": text}],
+    }
+
+
+def _call_item(answer: Answer, number: int, name: str, arguments: str) -> Fields:
+    assert answer.form.tools is not None
+    return {
+        "id": f"fc_{answer.answer_id.partition('-')[2]}_{number}",
+        "type": "function_call",
+        "status": "completed",
+        "call_id": answer.form.tools.calls.call_id(answer.answer_id, 0, number),
+        "name": name,
+        "arguments": arguments,
+    }
+
+
+def _reasoning_of(output: Sequence[Fields]) -> str:
+    return "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")

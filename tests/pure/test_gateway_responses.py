@@ -1,0 +1,179 @@
+"""OpenAI's Responses API: items, events and stored conversations, read by OpenAI's own client."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from gateway_peer import Script, tiny_target
+from test_gateway_app import MODEL, THINKING, App, app, error_of, folder, guarded  # noqa: F401 fixtures
+
+from shared.errors import BrokersError
+from shared.models.folder import ModelFolder
+
+BODY: dict[str, Any] = {"model": MODEL, "input": "Hi"}
+TOOL: dict[str, Any] = {"type": "function", "name": "add", "parameters": {"type": "object"}, "strict": False}
+CALL = '{"name": "add", "arguments": {"a": 1}}'
+
+
+def client_of(app: App) -> openai.AsyncOpenAI:  # noqa: F811
+    return openai.AsyncOpenAI(api_key="none", base_url="http://127.0.0.1:8000/v1", http_client=app.http, max_retries=0)
+
+
+async def post(app: App, **options: Any) -> httpx.Response:  # noqa: F811
+    return await app.http.post("/v1/responses", json=BODY | options)
+
+
+async def test_the_official_client_reads_an_answer(app: App) -> None:  # noqa: F811
+    answer = await client_of(app).responses.create(
+        model=MODEL, input="Hi", instructions="Be brief.", metadata={"a": "b"}
+    )
+    assert answer.output_text == app.script.text
+    assert (answer.status, answer.object, answer.metadata) == ("completed", "response", {"a": "b"})
+    assert answer.usage is not None
+    assert answer.usage.output_tokens == len(app.script.text)
+    assert answer.usage.total_tokens == answer.usage.input_tokens + answer.usage.output_tokens
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "Hi"}]
+    assert app.generated[-1].prompt == app.tokenizer.render_chat(messages)
+
+
+async def test_the_official_client_reads_a_stream(app: App) -> None:  # noqa: F811
+    stream = await client_of(app).responses.create(model=MODEL, input="Hi", stream=True)
+    events = [event async for event in stream]
+    kinds = [event.type for event in events]
+    deltas = kinds.count("response.output_text.delta")
+    assert deltas > 1
+    assert kinds == [
+        "response.created",
+        "response.in_progress",
+        "response.output_item.added",
+        "response.content_part.added",
+        *["response.output_text.delta"] * deltas,
+        "response.output_text.done",
+        "response.content_part.done",
+        "response.output_item.done",
+        "response.completed",
+    ]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == app.script.text
+    last = events[-1]
+    assert last.type == "response.completed"
+    assert last.response.output_text == app.script.text
+    whole = await client_of(app).responses.create(model=MODEL, input="Hi")
+    assert [item.type for item in last.response.output] == [item.type for item in whole.output]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_cut_answer_is_incomplete(app: App, stream: bool) -> None:  # noqa: F811
+    response = await post(app, max_output_tokens=3, stream=stream)
+    body = last_event(response)["response"] if stream else response.json()
+    assert (body["status"], body["incomplete_details"]) == ("incomplete", {"reason": "max_output_tokens"})
+    assert body["output"][0]["content"][0]["text"] == "Hel"
+
+
+def last_event(response: httpx.Response) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(response.text.strip().split("\n\n")[-1].split("\ndata: ")[1])
+    return found
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_conversation_goes_on_from_a_stored_response(app: App, stream: bool) -> None:  # noqa: F811
+    first = await post(app, stream=stream, instructions="Be brief.")
+    first_id = (last_event(first)["response"] if stream else first.json())["id"]
+    await post(app, input="And?", previous_response_id=first_id)
+    conversation = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": app.script.text},
+        {"role": "user", "content": "And?"},
+    ]
+    assert app.generated[-1].prompt == app.tokenizer.render_chat(conversation), "instructions are not carried over"
+
+
+async def test_only_stored_responses_go_on(app: App) -> None:  # noqa: F811
+    first = (await post(app, store=False)).json()
+    for unknown in (first["id"], "resp_none", "x" * 5000):
+        error = error_of(await post(app, previous_response_id=unknown), 404)
+        assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
+
+
+async def test_another_keys_response_is_not_found(guarded: tuple[App, str]) -> None:  # noqa: F811
+    app, key = guarded  # noqa: F811
+    headers = {"authorization": f"Bearer {key}"}
+    first = (await app.http.post("/v1/responses", json=BODY, headers=headers)).json()
+    body = BODY | {"previous_response_id": first["id"]}
+    assert (await app.http.post("/v1/responses", json=body, headers=headers)).status_code == 200
+    (response_id,) = [one for one in app.services.responses if one == first["id"]]
+    app.services.responses["resp_other"] = app.services.responses[response_id].replace(b"holder", b"holdex")
+    assert b"holder" in app.services.responses[response_id]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tools_are_called_and_answered(app: App, stream: bool) -> None:  # noqa: F811
+    app.script = Script(CALL, round_len=3)
+    response = await post(app, tools=[TOOL], stream=stream)
+    body = last_event(response)["response"] if stream else response.json()
+    (call,) = body["output"]
+    assert (call["type"], call["name"], json.loads(call["arguments"])) == ("function_call", "add", {"a": 1})
+    if stream:
+        events = [json.loads(one.split("\ndata: ")[1]) for one in response.text.strip().split("\n\n")]
+        deltas = [one["delta"] for one in events if one["type"] == "response.function_call_arguments.delta"]
+        assert "".join(deltas) == call["arguments"]
+    app.script = Script("2")
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "2"}
+    by_id = await post(app, previous_response_id=body["id"], input=[result], tools=[TOOL])
+    prompt = app.generated[-1].prompt
+    history = [{"type": "message", "role": "user", "content": [{"type": "input_text", "text": "Hi"}]}, call, result]
+    in_full = await post(app, input=history, tools=[TOOL])
+    assert app.generated[-1].prompt == prompt
+    assert by_id.json()["output"][0]["content"] == in_full.json()["output"][0]["content"]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
+    made = tiny_target(tmp_path / MODEL)
+    (made.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": THINKING}))
+    thinker = App(ModelFolder(made.path))
+    thinker.script = Script("why</think>so", round_len=3)
+    response = await post(thinker, reasoning={"effort": "low"}, stream=stream)
+    body = last_event(response)["response"] if stream else response.json()
+    assert [(item["type"], item["content"][0]["text"]) for item in body["output"]] == [
+        ("reasoning", "why"),
+        ("message", "so"),
+    ]
+    assert body["usage"]["output_tokens_details"] == {"reasoning_tokens": 3}
+
+
+@pytest.mark.parametrize(
+    ("options", "param"),
+    [
+        ({"background": True}, "background"),
+        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"include": ["message.output_text.logprobs"]}, "include"),
+        ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
+        ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"presence_penalty": 5, "prompt": {"id": "x"}}, "prompt"),
+        ({"input": 5}, "input"),
+        ({"max_output_tokens": 0}, "max_output_tokens"),
+        ({"reasoning": {"effort": "low"}}, "reasoning_effort"),
+        ({"input": [{"role": "wizard", "content": "x"}]}, "messages[0].role"),
+    ],
+)
+async def test_what_is_not_supported_is_refused(app: App, options: dict[str, Any], param: str) -> None:  # noqa: F811
+    assert error_of(await post(app, **options), 400)["param"] == param
+
+
+async def test_an_answer_that_cannot_be_stored_fails(app: App, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811
+    async def away(response_id: str, body: bytes) -> None:
+        raise BrokersError("Redis is away")
+
+    monkeypatch.setattr(app.transport, "keep_response", away)
+    assert error_of(await post(app), 503)["code"] == "redis_unavailable"
+    assert (await post(app, store=False)).status_code == 200
+    streamed = await post(app, stream=True)
+    assert "response.completed" not in streamed.text
+    assert error_of(streamed, 503)["code"] == "redis_unavailable"
