@@ -816,6 +816,9 @@ def test_the_trace_has_token_origins_and_costs() -> None:
                 "queue_ms": 2.0,
                 "verify_ms": 30.0,
                 "run": False,
+                "verifier": "",
+                "batch": "",
+                "sources": [],
             }
         ],
     }
