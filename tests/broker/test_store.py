@@ -96,6 +96,15 @@ async def test_log_probabilities_are_kept_with_their_tokens_only(store: Store, r
     await redis.aclose()
 
 
+async def test_a_response_is_kept_for_a_while(store: Store, redis_url: str, namespace: str) -> None:
+    await store.keep_response("resp_1", b"body")
+    assert await store.kept_response("resp_1") == b"body"
+    assert await store.kept_response("resp_2") is None
+    redis: Redis = Redis.from_url(redis_url)
+    assert 0 < await redis.ttl(f"{namespace}:response:resp_1") <= 60
+    await redis.aclose()
+
+
 @pytest.mark.parametrize(("round_", "base", "tokens"), [(0, 3, [9]), (1, 3, [9]), (1, 4, [])])
 async def test_a_verifier_whose_tokens_are_not_committed_leaves_no_arithmetic(
     store: Store, round_: int, base: int, tokens: list[int]
