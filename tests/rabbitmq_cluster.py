@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from services.tools.local import servers
-from services.tools.local.broker_check import check_rabbitmq
+from services.tools.local.broker_check import CLUSTER_ADVANCED, check_rabbitmq, cluster_settings
 from services.tools.local.machine import inspect_machine, version_in
 from services.tools.local.ports import free_ports
 from services.tools.local.process import Process
@@ -24,8 +24,8 @@ async def rabbitmq_cluster(folder: Path, nodes: int = 3) -> AsyncIterator[list[B
     host = inspect_machine()
     assert host.rabbitmq is not None
     assert host.epmd is not None
-    conf = "consumer_disconnected_timeout = 5000\n" if version_in(str(host.rabbitmq)) >= (4, 3) else ""
-    seed = await servers.start_rabbitmq(host.rabbitmq, host.epmd, folder / "node-1", conf)
+    conf = "".join(f"{line}\n" for line in cluster_settings(version_in(str(host.rabbitmq))))
+    seed = await servers.start_rabbitmq(host.rabbitmq, host.epmd, folder / "node-1", conf, advanced=CLUSTER_ADVANCED)
     running = [seed]
     try:
         for number in range(2, nodes + 1):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Mapping
 from functools import partial
 
@@ -37,6 +38,8 @@ from shared.state.store import Session, SessionStatus, Store
 STORE_RETRY_S = 1.0
 RUN_COPIES = 8
 """Most draft tokens of a step by prompt lookup in a run."""
+SCHEDULERS_SILENT_S = 2.0
+"""Schedulers at work publish their load more often than this."""
 
 
 async def serve(settings: DrafterSettings, instance: str, stop: asyncio.Event) -> None:
@@ -85,6 +88,8 @@ class Drafter:
         self._log = logging.get()
         self._sessions: dict[str, ServedSession] = {}
         self._timers = RoundTimers(options.min_timeout_ms)
+        self._load_s = time.monotonic()
+        """Time of the last Load."""
 
     async def run(self, stop: asyncio.Event, described: Mapping[str, object] | None = None) -> None:
         """Serve until `stop` is set. described: further fields of the log entry `ready`."""
@@ -154,15 +159,20 @@ class Drafter:
         if (session := self._sessions.get(session_id)) is not None and not session.given_back:
             session.give_back()
 
-    def _send_again(self) -> None:
-        """Send all rounds in flight again: they or their results may be lost with the connection."""
+    def _send_again(self, after_s: float = 0.0) -> None:
+        """Send all rounds in flight again that were sent `after_s` ago: they or their results may be lost."""
         for session in self._sessions.values():
-            session.send_again()
+            session.send_again(after_s)
 
     async def receive(self, message: Message) -> None:
         """Take a message to this drafter, or to all drafters."""
         if isinstance(message, Load):
             self._drafting.controller.times.apply_load(message)
+            now = time.monotonic()
+            if now - self._load_s > SCHEDULERS_SILENT_S:
+                # A scheduler has taken over, or is back. The rounds that were sent meanwhile may be lost.
+                self._send_again(SCHEDULERS_SILENT_S)
+            self._load_s = now
         elif (
             isinstance(message, Result | HiddenStates | Cancel)
             and (session := self._sessions.get(message.session)) is not None

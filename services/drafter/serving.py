@@ -109,7 +109,8 @@ class ServedSession:
         self._link = open_link(self._deliver)
         self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
         """Received messages; None asks to send the round in flight again."""
-        self._in_flight = False
+        self._waits_from_s: float | None = None
+        """When the round in flight was sent first; None if none is in flight."""
         self._ahead: _AssumedDraft | None = None
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
@@ -151,9 +152,9 @@ class ServedSession:
         self._link.cancel()
         self._inbox.put_nowait(Cancel(session=self._state.session_id, reason="given back"))
 
-    def send_again(self) -> None:
-        """Send the round in flight again, because it or its result may be lost."""
-        if self._in_flight:
+    def send_again(self, after_s: float = 0.0) -> None:
+        """Send the round in flight again if it was sent `after_s` ago: it or its result may be lost."""
+        if self._waits_from_s is not None and time.monotonic() - self._waits_from_s >= after_s:
             self._inbox.put_nowait(None)
 
     async def _deliver(self, message: Result | HiddenStates) -> None:
@@ -207,13 +208,14 @@ class ServedSession:
         attempt = 0
         ahead = None
         hidden_from = self._hidden_from()
+        first_sent = time.monotonic()
         while True:
             sent = time.monotonic()
             await self._send(made, attempt, hidden_from)
             if attempt == 0:
                 self._start_probes(made)
                 ahead = self._draft_ahead(made)
-            result = await self._result(timer.timeout_ms(attempt) / 1000)
+            result = await self._result(timer.timeout_ms(attempt) / 1000, first_sent)
             if result is not None:
                 break
             attempt += 1
@@ -244,7 +246,7 @@ class ServedSession:
                 halted = True
                 await self._send(_MadeDraft(self._request(self._control.ahead(0, 0.0), ()), Draft(), 0.0), 0, None)
             known = len(state.tokens)
-            result = await self._result(self._timers.of(state).timeout_ms(0) / 1000)
+            result = await self._result(self._timers.of(state).timeout_ms(0) / 1000, time.monotonic())
             if isinstance(result, Cancel):
                 return False
             if result is None:
@@ -377,12 +379,13 @@ class ServedSession:
         self._log.debug("round sent", draft=len(verify.draft), attempt=attempt)
         await self._link.send(verify)
 
-    async def _result(self, timeout_s: float) -> Result | Cancel | None:
+    async def _result(self, timeout_s: float, waits_from_s: float) -> Result | Cancel | None:
         """Wait for the message that settles the round in flight, and apply it.
 
-        Returns None after the timeout, or earlier if the round is to be sent again.
+        Returns None after the timeout, or earlier if the round is to be sent again. waits_from_s: when the round was
+        sent first.
         """
-        self._in_flight = True
+        self._waits_from_s = waits_from_s
         try:
             async with asyncio.timeout(timeout_s):
                 while True:
@@ -392,7 +395,7 @@ class ServedSession:
         except TimeoutError:
             return None
         finally:
-            self._in_flight = False
+            self._waits_from_s = None
 
     def _learn(self, made: _MadeDraft, result: Result, round_ms: float, *, resent: bool) -> None:
         """Let the controller learn from a settled round, and count it."""

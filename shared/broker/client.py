@@ -55,6 +55,8 @@ from shared.runtime.tls import Tls, bad_certificate
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
 """Longest time for a message, and for the repetitions of a persistent one while the connection is restored."""
+CONFIRM_S = 4.0
+"""Longest time for the confirmation of a persistent message before it is repeated."""
 PUBLISH_RETRY_S = 0.2
 CONSUME_RETRIES = 30
 PROBE_HEADER = "x-wisp-probe"
@@ -170,15 +172,15 @@ class Broker:
             except CONNECTION_EXCEPTIONS as error:
                 self._log.warning("message dropped: no connection", key=key, error=in_words(error))
             return
-        give_up_s = time.monotonic() + PUBLISH_TIMEOUT_S
         if self._journal is not None:
             with suppress(*CONNECTION_EXCEPTIONS):
-                async with asyncio.timeout(PUBLISH_TIMEOUT_S):
+                async with asyncio.timeout(CONFIRM_S):
                     await self._journal.publish(envelope, key, mandatory=False)
+        give_up_s = time.monotonic() + PUBLISH_TIMEOUT_S
         while True:
             try:
-                async with asyncio.timeout(max(PUBLISH_RETRY_S, give_up_s - time.monotonic())):
-                    await self._exchanges.confirmed.publish(envelope, key, PUBLISH_TIMEOUT_S)
+                left_s = max(PUBLISH_RETRY_S, give_up_s - time.monotonic())
+                await self._exchanges.confirmed.publish(envelope, key, min(CONFIRM_S, left_s) if persistent else left_s)
                 return
             except PublishError as error:
                 raise Unroutable(f"no queue is bound to {key!r}: its receiver is not running") from error

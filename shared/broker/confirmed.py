@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import asyncio
 from contextlib import suppress
 from dataclasses import dataclass
 
 from aio_pika import Message
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
+
+OPEN_S = 2.0
+"""Longest time to open or close a channel: during an alarm RabbitMQ reads nothing."""
 
 
 @dataclass(eq=False)
@@ -26,10 +30,11 @@ class _Confirming:
 
 
 class ConfirmedExchange:
-    """An exchange whose messages RabbitMQ confirms. A new channel replaces one whose message RabbitMQ refused.
+    """An exchange whose messages RabbitMQ confirms. A new channel replaces one whose message RabbitMQ refused, or did
+    not confirm in time.
 
-    A channel opened while a quorum queue elects a leader may be refused for as long as the old leader's node is down
-    (seen with RabbitMQ 3.10); a new channel is not.
+    A channel opened while a quorum queue elects a leader may be refused, or ignored, for as long as the old leader's
+    node is down (seen with RabbitMQ 3.10); a new channel is not.
     """
 
     def __init__(self, connection: AbstractRobustConnection, confirming: _Confirming) -> None:
@@ -45,15 +50,16 @@ class ConfirmedExchange:
         """Publish, and wait for the confirmation.
 
         Raises PublishError when no queue is bound to the key, and one of aio-pika's CONNECTION_EXCEPTIONS when
-        RabbitMQ refuses the message or the connection is lost.
+        RabbitMQ refuses the message or does not confirm it in time, or the connection is lost.
         """
         used = self._current
         used.pending += 1
         try:
-            await used.exchange.publish(envelope, key, mandatory=True, timeout=timeout_s)
+            async with asyncio.timeout(timeout_s):
+                await used.exchange.publish(envelope, key, mandatory=True)
         except PublishError:
             raise
-        except DeliveryError:
+        except (DeliveryError, TimeoutError):
             await self._replace(used)
             raise
         finally:
@@ -63,8 +69,11 @@ class ConfirmedExchange:
                 await _close(used)
 
     async def _replace(self, refused: _Confirming) -> None:
+        if self._current is not refused or not self._connection.connected.is_set():
+            return
         with suppress(*CONNECTION_EXCEPTIONS):
-            renewed = await _Confirming.open(self._connection, refused.exchange.name)
+            async with asyncio.timeout(OPEN_S):
+                renewed = await _Confirming.open(self._connection, refused.exchange.name)
             if self._current is refused:
                 self._current = renewed
             else:  # another refused message was faster
@@ -73,4 +82,5 @@ class ConfirmedExchange:
 
 async def _close(confirming: _Confirming) -> None:
     with suppress(*CONNECTION_EXCEPTIONS):
-        await confirming.channel.close()
+        async with asyncio.timeout(OPEN_S):
+            await confirming.channel.close()

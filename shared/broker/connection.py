@@ -26,10 +26,13 @@ from aio_pika.robust_queue import RobustQueue
 from aiormq.exceptions import ChannelAccessRefused
 from yarl import URL
 
+from shared.broker.silence import ImpatientTransports
 from shared.broker.topology import FRESH
 
 ATTEMPT_S = 10.0
 """Longest time until one address has answered and logged the client in."""
+ATTEMPT_OF_SEVERAL_S = 4.0
+"""The same where other addresses can be tried."""
 RECONNECT_INTERVAL_S = 1
 ELECTION_S = 2.0
 """Time that a cluster gets after a lost connection to elect the leaders that a dead node held, before channels are
@@ -38,6 +41,8 @@ if the channel was opened during the election (0.2 to 1.6 s on a test machine)."
 HEARTBEAT_S = 10
 """After two missed heartbeats RabbitMQ drops a process and gives its messages to others: a frozen scheduler keeps its
 standby waiting for that long. `?heartbeat=` in the URL sets another time."""
+HEARTBEAT_OF_SEVERAL_S = 3
+"""The same where other addresses can be tried. A silent one is given up after two seconds more."""
 LISTEN_RETRY_S = 0.2
 """Time between attempts at the start, when RabbitMQ often starts as well."""
 
@@ -114,6 +119,10 @@ class SuiteConnection(RobustConnection):
     _next = 0
     _lost_at_s = -math.inf
 
+    def end_when_silent(self) -> None:
+        """Give up an address that sends nothing for longer than a heartbeat."""
+        self.kwargs["transport_factory"] = ImpatientTransports()
+
     async def _on_connection_close(self, closing: asyncio.Future[Any]) -> None:
         self._lost_at_s = time.monotonic()
         await super()._on_connection_close(closing)
@@ -146,22 +155,24 @@ class SuiteConnection(RobustConnection):
 
 async def connect_robustly(urls: Sequence[str], name: str, context: SSLContext | None) -> SuiteConnection:
     """Connect to the first of these addresses. After a lost connection try the others in turn, then this one again."""
-    first, *others = (_with_heartbeat(url) for url in urls)
-    connection = await aio_pika.connect_robust(
+    several = len(urls) > 1
+    first, *others = (_with_heartbeat(url, HEARTBEAT_OF_SEVERAL_S if several else HEARTBEAT_S) for url in urls)
+    connection = SuiteConnection(
         first,
-        timeout=ATTEMPT_S,
         reconnect_interval=RECONNECT_INTERVAL_S,
         client_properties={"connection_name": name},
         ssl_context=context,
-        connection_class=SuiteConnection,
     )
+    if several:
+        connection.end_when_silent()
+    await connection.connect(ATTEMPT_OF_SEVERAL_S if several else ATTEMPT_S)
     connection.go_on_with(others)
     return connection
 
 
-def _with_heartbeat(url: str) -> URL:
+def _with_heartbeat(url: str, heartbeat_s: int) -> URL:
     address = URL(url)
-    return address if "heartbeat" in address.query else address.update_query(heartbeat=HEARTBEAT_S)
+    return address if "heartbeat" in address.query else address.update_query(heartbeat=heartbeat_s)
 
 
 async def connect_once(urls: str, context: SSLContext | None = None, **options: Any) -> AbstractConnection:
@@ -174,7 +185,7 @@ async def connect_once(urls: str, context: SSLContext | None = None, **options: 
             )
         except CONNECTION_EXCEPTIONS:
             continue
-    return cast(AbstractConnection, await aio_pika.connect(last, ssl_context=context, **options))
+    return cast(AbstractConnection, await aio_pika.connect(last, timeout=ATTEMPT_S, ssl_context=context, **options))
 
 
 async def until_listening(urls: str) -> None:

@@ -318,6 +318,28 @@ async def test_a_lost_connection_goes_on_at_the_next_address(amqp_url: str, name
         await broker.close()
 
 
+async def test_an_address_that_falls_silent_is_given_up_for_another(amqp_url: str, namespace: str) -> None:
+    async with link_to(amqp_url) as first, link_to(amqp_url) as second:
+        broker = await Broker.connect(f"{first.url}, {second.url}", Topology(namespace), "x")
+        queue = broker.topology.own_queue("test", "x", ())
+        await broker.consume(queue, Inbox())
+        first.flowing.clear()
+        await asyncio.wait_for(reconnected(broker), 10)
+        await broker.prove(queue)
+        await broker.close()
+
+
+async def test_an_idle_connection_to_one_of_several_addresses_stays(amqp_url: str, namespace: str) -> None:
+    async with link_to(amqp_url) as first, link_to(amqp_url) as second:
+        broker = await Broker.connect(f"{first.url}, {second.url}", Topology(namespace), "x")
+        lost = asyncio.create_task(reconnected(broker))
+        await asyncio.sleep(7)
+        assert broker.connected
+        assert not lost.done()
+        lost.cancel()
+        await broker.close()
+
+
 async def test_an_own_queue_that_a_dead_connection_still_holds_gets_a_fresh_name(amqp_url: str, namespace: str) -> None:
     async with link_to(amqp_url) as link:
         broker = await Broker.connect(link.url, Topology(namespace), "x")
@@ -409,6 +431,25 @@ async def test_a_refused_message_is_repeated_on_a_new_channel(
     assert len(set(used)) > 2, "a refused message went through the channel that RabbitMQ refuses"
     assert decode(received.body) in (generate("second"), generate("third"))
     assert open_channels(broker) == before, "replaced channels stay open"
+
+
+async def test_an_unconfirmed_message_is_repeated_on_a_new_channel(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("shared.broker.client.CONFIRM_S", 0.5)
+    drafter, broker, inbox = await connect("drafter"), await connect("gateway"), Inbox()
+    await drafter.consume(drafter.topology.generate_queue(), inbox, prefetch=1)
+    first = broker._exchanges.confirmed._current.exchange
+    publish = aio_pika.Exchange.publish
+
+    async def ignored(exchange: aio_pika.Exchange, *args: Any, **kwargs: Any) -> Any:
+        if exchange is first:
+            await asyncio.sleep(HANG_S)
+        return await publish(exchange, *args, **kwargs)
+
+    monkeypatch.setattr(aio_pika.Exchange, "publish", ignored)
+    await asyncio.wait_for(broker.publish(generate("s"), topology.generate(), persistent=True), 5)
+    assert (await inbox.next()) == generate("s")
 
 
 async def test_a_message_that_cannot_be_sent_is_an_error_in_words(

@@ -187,13 +187,17 @@ async def test_doctor_reports_whether_a_version_was_tested(
 @pytest.mark.parametrize(
     ("server", "url", "advised"),
     [
-        ("RabbitMQ 4.3.6", "amqp://a/,amqp://b/", True),
-        ("RabbitMQ 4.3.6", "amqp://a/", False),
-        ("RabbitMQ 4.0.5", "amqp://a/,amqp://b/", False),
+        (
+            "RabbitMQ 4.3.6",
+            "amqp://a/,amqp://b/",
+            ("net_ticktime = 5", "consumer_disconnected_timeout = 5000", "advanced.config"),
+        ),
+        ("RabbitMQ 4.3.6", "amqp://a/", ()),
+        ("RabbitMQ 4.0.5", "amqp://a/,amqp://b/", ("net_ticktime = 5", "cluster_partition_handling = pause_minority")),
     ],
 )
-async def test_doctor_names_the_timeout_that_a_cluster_needs(
-    server: str, url: str, advised: bool, monkeypatch: pytest.MonkeyPatch
+async def test_doctor_names_the_settings_that_a_cluster_needs(
+    server: str, url: str, advised: tuple[str, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def check(*_: object) -> str:
         return server
@@ -201,7 +205,8 @@ async def test_doctor_names_the_timeout_that_a_cluster_needs(
     monkeypatch.setattr(doctor, "check_rabbitmq", check)
     finding, _ = await doctor._brokers(BrokerAddresses(amqp_url=url, redis_url=None), BARE)
     assert finding.state == ("note" if advised else "ok")
-    assert ("consumer_disconnected_timeout = 5000" in finding.advice) is advised
+    assert all(line in finding.advice for line in advised)
+    assert bool(finding.advice) is bool(advised)
 
 
 def table_of_versions() -> dict[str, set[tuple[int, ...]]]:

@@ -334,3 +334,5 @@ async def test_a_round_in_flight_is_sent_again_on_request() -> None:
         verifier.session.send_again()
         again = await asyncio.wait_for(verifier.sent.get(), 10)
         assert (again.round, again.attempt, lost.attempt) == (lost.round, 1, 0)
+        verifier.session.send_again(60.0)
+        assert await verifier.silent(), "it was sent a moment ago"

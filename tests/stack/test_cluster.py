@@ -1,9 +1,10 @@
-"""The whole suite on a RabbitMQ cluster of three nodes, each of which is killed and stopped under six streams."""
+"""The whole suite on a RabbitMQ cluster of three nodes, which are killed, stopped and frozen under six streams."""
 
 from __future__ import annotations
 
 import asyncio
 import json
+import signal
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -32,6 +33,9 @@ LONGEST_GAP_S = 10.0
 BEFORE_S, AFTER_S = 2.0, 12.0
 """Time of the streams before and after the loss of a node."""
 NODES = 3
+FROZEN = 1
+"""The node that the schedulers and estimators prefer, so that it has the one consumer of the rounds."""
+FROZEN_S = 15.0
 
 
 @pytest.fixture(scope="module")
@@ -118,6 +122,25 @@ class Streams:
                     tokens += [token["id"] for token in event.get("wisp", {}).get("tokens", ())]
             if tokens != case.tokens:
                 self.wrong.append(f"{tokens}, not {case.tokens}")
+
+
+async def test_no_stream_notices_a_frozen_node(suite: Stack, nodes: list[BrokerServer], answers: list[Case]) -> None:
+    """A frozen node answers nothing and closes nothing. The first test, as later the connections are elsewhere."""
+    streams = Streams(suite.url, suite.target.name)
+    async with httpx.AsyncClient(timeout=HANG_S) as http, asyncio.TaskGroup() as tasks:
+        for case in answers:
+            tasks.create_task(streams.ask(http, case))
+        await asyncio.sleep(BEFORE_S)
+        nodes[FROZEN].processes[0].send(signal.SIGSTOP)
+        try:
+            await asyncio.sleep(FROZEN_S)
+        finally:
+            nodes[FROZEN].processes[0].send(signal.SIGCONT)
+        await asyncio.sleep(AFTER_S)
+        streams.over.set()
+    assert not streams.wrong
+    print(f"longest gap {max(streams.gaps_s):.1f} s, {len(streams.gaps_s)} events")
+    assert max(streams.gaps_s) <= LONGEST_GAP_S
 
 
 @pytest.mark.parametrize("loss", ["kill", "stop"])

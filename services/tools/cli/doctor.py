@@ -18,7 +18,15 @@ import psutil
 
 from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.local import broker_sources
-from services.tools.local.broker_check import NotReady, check_rabbitmq, check_redis, tested_versions, without_password
+from services.tools.local.broker_check import (
+    CLUSTER_ADVANCED,
+    NotReady,
+    check_rabbitmq,
+    check_redis,
+    cluster_settings,
+    tested_versions,
+    without_password,
+)
 from services.tools.local.broker_sources import BrokerSource
 from services.tools.local.folder import running_suites, state_folder
 from services.tools.local.machine import Machine, container_engine, inspect_machine, version_in
@@ -45,8 +53,6 @@ HEARTBEATS_S = 1.2
 """Time in which every live verifier and drafter sends a heartbeat."""
 MEMORY_NEEDED = 2.0
 DISK_NEEDED = 1.0
-CONSUMER_TIMEOUT_SINCE = (4, 3)
-"""RabbitMQ's first version with the setting consumer_disconnected_timeout."""
 INSTRUCTIONS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16", "sve")
 
 State = Literal["ok", "note", "missing"]
@@ -195,13 +201,12 @@ def _versioned(part: str, version: str, state: str) -> Finding:
 
 def _with_advice_for_cluster(finding: Finding, version: str) -> Finding:
     """Add what a cluster's nodes need in their configuration, which clients cannot read."""
-    if version_in(version) < CONSUMER_TIMEOUT_SINCE:
-        return finding
+    lines = " and ".join(cluster_settings(version_in(version)))
     return replace(
         finding,
         state="note",
-        advice="set consumer_disconnected_timeout = 5000 in rabbitmq.conf of each node: by default a lost node's "
-        "drafters keep their requests for 60 s",
+        advice=f"{lines} in rabbitmq.conf of each node, and {CLUSTER_ADVANCED} in its advanced.config: by default a "
+        "node that hangs stops requests for 60 s",
     )
 
 

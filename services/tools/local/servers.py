@@ -87,19 +87,25 @@ def _ignore(_url: str) -> None:
 
 
 async def start_rabbitmq(
-    script: Path, epmd: Path, folder: Path, conf: str = "", *, launched: Callable[[str], None] = _ignore
+    script: Path,
+    epmd: Path,
+    folder: Path,
+    conf: str = "",
+    *,
+    advanced: str = "",
+    launched: Callable[[str], None] = _ignore,
 ) -> BrokerServer:
     """Start RabbitMQ with all its files under `folder`; return when a client can log in.
 
-    conf: further lines of configuration. launched: gets the URL, at which the server will answer, of each attempt.
-    Raises BrokersError with the end of its log if it does not start.
+    conf: further lines of configuration. advanced: content of advanced.config. launched: gets the URL, at which the
+    server will answer, of each attempt. Raises BrokersError with the end of its log if it does not start.
     """
     plugins = few_plugins(script, folder / "plugins")
 
     def attempt(number: int) -> Awaitable[BrokerServer]:
         # A version that cannot do without its plugins ends early once.
         shown = plugins if number == 1 else None
-        return _rabbitmq(script, epmd, folder / f"rabbitmq-{number}", conf, shown, launched)
+        return _rabbitmq(script, epmd, folder / f"rabbitmq-{number}", conf, advanced, shown, launched)
 
     return await with_fresh_ports(attempt)
 
@@ -156,12 +162,20 @@ class EndedEarly(BrokersError):
 
 
 async def _rabbitmq(
-    script: Path, epmd: Path, folder: Path, conf: str, plugins: Path | None, launched: Callable[[str], None]
+    script: Path,
+    epmd: Path,
+    folder: Path,
+    conf: str,
+    advanced: str,
+    plugins: Path | None,
+    launched: Callable[[str], None],
 ) -> BrokerServer:
     port, distribution_port, epmd_port = free_ports(3)
     password = token_urlsafe(12)
     own = RABBITMQ_CONF.format(host=LOOPBACK, port=port, user=USER, password=password)
     _write(folder, "rabbitmq.conf", own + conf)
+    if advanced:
+        _write(folder, "advanced.config", advanced + "\n")
     _write(folder, "enabled_plugins", "[].\n")
     schedulers = min(2, os.cpu_count() or 1)
     environment = {
