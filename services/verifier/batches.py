@@ -129,6 +129,9 @@ class BatchLoop:
                 self._read.add(batch.batch)
             except BrokersError as error:
                 self._log.warning("sessions not read, tried again with their batch", error=str(error))
+            except Exception:
+                # The batch reports it. The batches behind this one must not wait for ever.
+                self._log.exception("sessions not read, tried again with their batch")
             finally:
                 self._batches.put_nowait(self._arriving.popleft())
 

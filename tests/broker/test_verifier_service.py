@@ -574,25 +574,36 @@ async def test_a_run_does_not_wait_for_redis_with_the_batch_of_another_session(
     await peer.broker.publish(Halt(sessions=["run"]), topology.batch("v1"))
 
 
+@pytest.mark.parametrize("error", [BrokersError("away"), RuntimeError("a defect")])
 async def test_a_session_that_was_not_read_beside_a_run_is_read_again(
-    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
+    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
-    read, failures = Store.read, [BrokersError("away")]
+    read, failures = Store.read, [error]
+    asked, answered = asyncio.Event(), asyncio.Event()
 
     async def failing_read(store: Store, sessions: Sequence[str]) -> Any:
         if "new" in sessions and failures:
+            asked.set()
+            await answered.wait()
             raise failures.pop()
         return await read(store, sessions)
 
     await peer.open("run", max_tokens=900)
     await peer.open("new")
+    await peer.open("next")
     await peer.begin_run("run", 4, tokens=880)
     await peer.result()
     monkeypatch.setattr(Store, "read", failing_read)
     await peer.send(peer.job("new", 4, text[:2]))
-    while (result := await peer.result()).run:
-        pass
-    assert (result.session, result.tokens) == ("new", text[:3])
+    await peer.send(peer.job("next", 4, text[:3]))
+    await asyncio.wait_for(asked.wait(), HANG_S)
+    answered.set()
+    found: dict[str, list[int]] = {}
+    while len(found) < 2:
+        result = await peer.result()
+        if not result.run:
+            found[result.session] = result.tokens
+    assert found == {"new": text[:3], "next": text[:4]}
     assert not failures
     await peer.broker.publish(Halt(sessions=["run"]), topology.batch("v1"))
 
