@@ -20,7 +20,13 @@ import torch
 import typer
 from rich.progress import Progress
 
-from services.tools.bench.support.options import DtypeOption, EngineThreadsOption, ModelOption, target_folder
+from services.tools.bench.support.options import (
+    DtypeOption,
+    EngineThreadsOption,
+    ModelOption,
+    run_program,
+    target_folder,
+)
 from services.tools.bench.support.report import report, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
@@ -221,4 +227,4 @@ def _compare(engine: Engine, live: int, held: int, rng: random.Random) -> CostMo
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench estimator")

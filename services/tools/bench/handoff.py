@@ -23,7 +23,7 @@ from typing import Annotated
 import httpx
 import typer
 
-from services.tools.bench.support.options import TargetOption, target_folder
+from services.tools.bench.support.options import TargetOption, run_program, target_folder
 from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.words import random_words
 from services.tools.cli.terminal import errors_shown, run
@@ -210,4 +210,4 @@ async def _ask(http: httpx.AsyncClient, stack: Stack, prompt: list[int], tokens:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench handoff")

@@ -19,7 +19,7 @@ import psutil
 import typer
 
 from services.tools.bench.load.core.measures import quantile
-from services.tools.bench.support.options import TargetOption, target_folder
+from services.tools.bench.support.options import TargetOption, run_program, target_folder
 from services.tools.bench.support.report import report, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
@@ -161,4 +161,4 @@ def _quantiles(values: list[float]) -> tuple[float, float, float]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench rounds")

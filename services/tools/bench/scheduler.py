@@ -20,7 +20,7 @@ import typer
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES
-from services.tools.bench.support.options import whole_numbers
+from services.tools.bench.support.options import run_program, whole_numbers
 from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
@@ -252,4 +252,4 @@ def _heartbeat(cached: dict[str, int]) -> Heartbeat:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench scheduler")

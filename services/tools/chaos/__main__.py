@@ -18,7 +18,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from services.tools.bench.support.options import TargetOption, let_idle_threads_sleep, target_folder, words
+from services.tools.bench.support.options import TargetOption, let_idle_threads_sleep, run_program, target_folder, words
 from services.tools.bench.support.report import report, terminal
 from services.tools.bench.support.tiny import tiny_model
 from services.tools.chaos.core.faults import FaultKind, schedule
@@ -111,4 +111,4 @@ def _kinds(only: str) -> tuple[FaultKind, ...]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp chaos")

@@ -22,6 +22,7 @@ from services.drafter.sources.registry import SOURCES
 from services.tools.bench.draft.calibration import figures, plot
 from services.tools.bench.draft.costs import DraftCosts, measure
 from services.tools.bench.draft.one_process import shortened, tokens_per_second
+from services.tools.bench.support.options import run_program
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
@@ -356,4 +357,4 @@ def _real(bench: DraftBench, most: int) -> list[Row]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench draft")

@@ -21,7 +21,7 @@ from services.tools.bench.engine.arms import ArmSizes, EngineArm
 from services.tools.bench.engine.core.cases import cases
 from services.tools.bench.engine.core.results import EngineTimes, findings, speed_up_table, threads_of, times_table
 from services.tools.bench.engine.measure import measure, started
-from services.tools.bench.support.options import ModelOption, some_of, target_folder, whole_numbers
+from services.tools.bench.support.options import ModelOption, run_program, some_of, target_folder, whole_numbers
 from services.tools.bench.support.report import conclude, cpu_kind, machine, records, table, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
@@ -119,4 +119,4 @@ def _record(facts: dict[str, Any], measured: Sequence[EngineTimes], notes: list[
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench engine")

@@ -22,7 +22,7 @@ from services.tools.bench.engine.arms import ArmProcess, ArmSizes, EngineArm
 from services.tools.bench.engine.core.cases import EngineCase
 from services.tools.bench.engine.core.results import EngineTimes, threads_of
 from services.tools.bench.engine.measure import measure, started
-from services.tools.bench.support.options import ModelOption, target_folder
+from services.tools.bench.support.options import ModelOption, run_program, target_folder
 from services.tools.bench.support.report import cpu_kind, report, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.progress import ConsoleProgress
@@ -132,4 +132,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench formats")

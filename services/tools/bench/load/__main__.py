@@ -28,6 +28,7 @@ from services.tools.bench.support.options import (
     DtypeOption,
     TargetOption,
     let_idle_threads_sleep,
+    run_program,
     target_folder,
     whole_numbers,
 )
@@ -183,4 +184,4 @@ def _read(path: Path) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench load")

@@ -30,7 +30,7 @@ from services.tools.bench.load.core.requests import first_number
 from services.tools.bench.load.drive import PointRun
 from services.tools.bench.load.workload import Workload, workload_of
 from services.tools.bench.scaling.load_step import load_step
-from services.tools.bench.support.options import TargetOption, target_folder, whole_numbers
+from services.tools.bench.support.options import TargetOption, run_program, target_folder, whole_numbers
 from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
@@ -207,4 +207,4 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench scaling")

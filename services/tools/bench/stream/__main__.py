@@ -27,6 +27,7 @@ from services.tools.bench.support.options import (
     TargetOption,
     let_idle_threads_sleep,
     numbers,
+    run_program,
     some_of,
     target_folder,
 )
@@ -188,4 +189,4 @@ def _measure(plan: StreamPlan, rivals: bool, console: Console) -> bool:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench stream")

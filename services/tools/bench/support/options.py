@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Annotated
 
@@ -20,6 +20,13 @@ TargetOption = Annotated[
 ModelOption = Annotated[str, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file.")]
 DtypeOption = Annotated[str, typer.Option(help="Format of the target's weights: bfloat16, float32, int8 or gguf.")]
 EngineThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
+
+
+def run_program(main: Callable[..., None], name: str) -> None:
+    """Run the program with the command line's arguments. name: as users type it, for the usage line."""
+    program = typer.Typer(add_completion=False)
+    program.command()(main)
+    program(prog_name=name)
 
 
 def target_folder(target: str | None, progress: Progress) -> Path:
