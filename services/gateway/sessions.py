@@ -36,6 +36,8 @@ LONGEST_PAUSE_S = 15.0
 """Longest time between two reads of a silent session's state."""
 PAUSE_S = 1.0
 """A longer delay of the watch is a pause: the machine or this process stood still, and the sessions lost no time."""
+LOAD_VALID_S = 10.0
+"""Time after which a Load no longer says what schedulers do now."""
 BACKLOG_S = 2.0
 """The backlog in a Load that arrives within this time after a wait began goes before the session."""
 READS_OF_TURNS = 4
@@ -102,8 +104,15 @@ class Sessions:
         self._log = logging.get()
         self.draining = False
         """Set to refuse new sessions."""
-        self.without_drafters: list[str] = []
-        """Pools that schedulers serve without drafters, by the latest Load."""
+        self._load: tuple[float, Load] | None = None
+        """The latest Load, and the time of its arrival."""
+
+    @property
+    def without_drafters(self) -> list[str]:
+        """Pools that schedulers serve without drafters, by the latest Load; none once schedulers are silent."""
+        if self._load is None or monotonic() - self._load[0] > LOAD_VALID_S:
+            return []
+        return self._load[1].without_drafters
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -292,7 +301,7 @@ class Sessions:
         now = monotonic()
         self._admission.update(load, now * 1000)
         self._mixes = load.mixed_arithmetic
-        self.without_drafters = load.without_drafters
+        self._load = now, load
         for session in self._running.values():
             if now - session.wait.since_s <= BACKLOG_S:
                 session.wait.backlog_s = max(session.wait.backlog_s, load.backlog_ms / 1000)

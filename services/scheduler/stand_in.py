@@ -83,7 +83,8 @@ class StandIn:
     def notes(self) -> dict[str, str]:
         """Return what `/ready` reports beside problems."""
         return {
-            f"pool {pool}": f"no drafter; {len(self._serving[pool].session_ids)} sessions decoded without drafts"
+            topology.pool_in_words(pool): "no drafter; sessions decoded without drafts: "
+            f"{len(self._serving[pool].session_ids)}"
             for pool in self.without_drafters()
         }
 

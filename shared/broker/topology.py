@@ -63,6 +63,11 @@ SMALLEST_SEGMENT = 1_000_000
 """Bytes."""
 
 
+def pool_in_words(pool: str) -> str:
+    """Return a drafter pool's name for people."""
+    return "default pool" if pool == DEFAULT_POOL else f"pool {pool}"
+
+
 def generate(pool: str = DEFAULT_POOL) -> str:
     """Return the routing key of requests for a drafter pool or a device."""
     return f"generate.{pool}"

@@ -73,10 +73,10 @@ async def test_a_request_without_a_drafter_is_decoded_in_runs(peer: Peer) -> Non
         assert (first.drafter, first.round, first.base_len, first.draft) == ("s1.pool", 0, 5, [])
         assert first.run_tokens >= 64
         await eventually(lambda: stand_in.without_drafters() == ["pool"])
-        assert stand_in.notes() == {"pool pool": "no drafter; 1 sessions decoded without drafts"}
+        assert stand_in.notes() == {"default pool": "no drafter; sessions decoded without drafts: 1"}
         await peer.answer(first, [3, 9], Finish.STOP)
         assert await peer.silent(0.3)
-        assert stand_in.notes() == {"pool pool": "no drafter; 0 sessions decoded without drafts"}
+        assert stand_in.notes() == {"default pool": "no drafter; sessions decoded without drafts: 0"}
 
 
 async def test_sessions_move_to_a_drafter_that_joins(peer: Peer) -> None:

@@ -21,6 +21,13 @@ def test_a_pool_whose_drafters_are_silent_is_without_drafters() -> None:
     assert pools.without_drafters(2 * SILENT_MS + 1) == ["a", "b"]
 
 
+def test_drafters_that_are_gone_are_forgotten_though_nobody_asks() -> None:
+    pools = DrafterPools(["a"], 0.0)
+    for number in range(100):
+        pools.on_heartbeat(drafter_heartbeat(f"d{number}", f"p{number}"), number * SILENT_MS)
+    assert pools.remembered == 2
+
+
 def test_a_stand_in_is_no_drafter_and_other_pools_are_not_listed() -> None:
     pools = DrafterPools(["a"], -SILENT_MS)
     pools.on_heartbeat(drafter_heartbeat("s1.a", "a", drafts=False), 0.0)

@@ -1006,6 +1006,13 @@ async def test_readiness_names_pools_that_are_served_without_drafters(app: App) 
     assert "without_drafters" not in (await app.http.get("/ready")).json()
 
 
+async def test_readiness_names_no_pool_once_schedulers_are_silent(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.sessions.LOAD_VALID_S", 0.05)
+    await app.sessions.receive(builders.load(without_drafters=["pool"]))
+    await asyncio.sleep(0.1)
+    assert "without_drafters" not in (await app.http.get("/ready")).json()
+
+
 async def test_counters_agree_with_the_answers(app: App) -> None:
     before = samples()
     app.script = Script(text="abcdefgh", round_len=3)

@@ -106,12 +106,12 @@ def test_a_pool_shows_its_drafters_and_the_sessions_without() -> None:
     stand_in = builders.drafter_heartbeat("s1.pool", sessions=3, drafts=False)
     watch = watched((0, heartbeat()), (0, stand_in), (0, builders.drafter_heartbeat("s2.pool", drafts=False)))
     assert watch.snapshot(1).without_drafters == ["pool"]
-    assert "pool pool: no drafter; 3 sessions decoded without drafts" in text(watch.snapshot(1))
+    assert "default pool: no drafter, a scheduler stands in for 3 sessions" in text(watch.snapshot(1))
     watch.feed(builders.drafter_heartbeat("d1", sessions=64), 1)
     watch.feed(builders.drafter_heartbeat("d2", sessions=60), 1)
     assert watch.snapshot(1).without_drafters == []
     screen = text(watch.snapshot(1), width=120)
-    assert "pool pool: 2 drafters, 124 sessions; 3 more decoded without drafts until one has room" in screen
+    assert "default pool: 2 drafters, 124 sessions; a scheduler stands in for 3 sessions until" in screen
     watch.feed(stand_in, 3500)
     assert watch.snapshot(3500).without_drafters == ["pool"], "the drafters are silent"
 

@@ -32,6 +32,7 @@ class DrafterPools:
 
     def on_heartbeat(self, heartbeat: DrafterHeartbeat, now_ms: float) -> None:
         """Note a drafter's heartbeat; ignore a stand-in's."""
+        self._forget_silent(now_ms)
         if heartbeat.drafts:
             self._seen_ms.setdefault(heartbeat.pool, {})[heartbeat.drafter] = now_ms
 
@@ -43,10 +44,20 @@ class DrafterPools:
 
     def without_drafters(self, now_ms: float) -> list[str]:
         """Return the pools that have no live drafter."""
-        for drafters in self._seen_ms.values():
-            for drafter in [name for name, at_ms in drafters.items() if now_ms - at_ms > SILENT_MS]:
-                del drafters[drafter]
-        return [pool for pool in self._pools if not self._seen_ms.get(pool)] if now_ms >= self._known_ms else []
+        self._forget_silent(now_ms)
+        return [pool for pool in self._pools if pool not in self._seen_ms] if now_ms >= self._known_ms else []
+
+    @property
+    def remembered(self) -> int:
+        """Number of drafters whose heartbeats are remembered."""
+        return sum(map(len, self._seen_ms.values()))
+
+    def _forget_silent(self, now_ms: float) -> None:
+        live = {
+            pool: {name: at_ms for name, at_ms in drafters.items() if now_ms - at_ms <= SILENT_MS}
+            for pool, drafters in self._seen_ms.items()
+        }
+        self._seen_ms = {pool: drafters for pool, drafters in live.items() if drafters}
 
 
 class SessionMoves:

@@ -19,6 +19,7 @@ from services.tools.cli.core.suite_snapshot import (
 )
 from services.tools.cli.core.suite_watch import LONG_MS, SHORT_MS
 from services.tools.cli.core.text_parts import printable
+from shared.broker.topology import pool_in_words
 
 JOBS_SHOWN = 6
 LEFT_SHOWN = 3
@@ -147,11 +148,16 @@ def _mixture(mixture: Mapping[str, Sequence[str]]) -> Iterator[Text]:
 
 def _pool(one: PoolView) -> Text:
     """Describe a pool's drafters, and the sessions that go without."""
+    pool, undrafted = pool_in_words(one.pool), _sessions(one.undrafted)
     if not one.drafters:
-        return _line(f"pool {one.pool}: no drafter; {one.undrafted} sessions decoded without drafts", "yellow")
+        return _line(f"{pool}: no drafter, a scheduler stands in for {undrafted}", "yellow")
     drafters = "1 drafter" if one.drafters == 1 else f"{one.drafters} drafters"
-    undrafted = f"; {one.undrafted} more decoded without drafts until one has room" if one.undrafted else ""
-    return _line(f"pool {one.pool}: {drafters}, {one.sessions} sessions{undrafted}")
+    more = f"; a scheduler stands in for {undrafted} until a drafter has room" if one.undrafted else ""
+    return _line(f"{pool}: {drafters}, {_sessions(one.sessions)}{more}")
+
+
+def _sessions(count: int) -> str:
+    return "1 session" if count == 1 else f"{count} sessions"
 
 
 def _classes(snapshot: SuiteSnapshot) -> Table:
