@@ -294,7 +294,7 @@ async def test_doctor_reports_a_pool_without_drafters(monkeypatch: pytest.Monkey
     watch.feed(builders.drafter_heartbeat("s1.pool", sessions=3, drafts=False), 0.0)
     (found,) = await doctor._fleet(BrokerAddresses(amqp_url=None))
     assert (found.state, found.part) == ("note", "drafters")
-    assert found.found == "none in pool pool of mine: schedulers decode its sessions without drafts"
+    assert found.found == "none in default pool of mine: schedulers decode its sessions without drafts"
     watch.feed(builders.drafter_heartbeat("d1"), 0.0)
     assert await doctor._fleet(BrokerAddresses(amqp_url=None)) == []
 

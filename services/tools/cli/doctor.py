@@ -35,6 +35,7 @@ from services.tools.local.service_commands import cores
 from services.tools.local.settings import DEFAULT_TARGET, BrokerAddresses, LocalSettings
 from services.tools.local.target import models_folder
 from shared.broker.connection import addresses as amqp_addresses
+from shared.broker.topology import pool_in_words
 from shared.errors import BrokersError, ModelError, SettingsError
 from shared.runtime.tls import Tls
 
@@ -231,7 +232,7 @@ def _without_drafters(namespace: str, seen: SuiteSnapshot) -> Iterator[Finding]:
         yield Finding(
             "drafters",
             "note",
-            f"none in pool {pool} of {namespace}: schedulers decode its sessions without drafts",
+            f"none in {pool_in_words(pool)} of {namespace}: schedulers decode its sessions without drafts",
             "start a drafter; running sessions move to it",
         )
 

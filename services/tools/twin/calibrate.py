@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from services.tools.bench.support.options import EngineThreadsOption, let_idle_threads_sleep, target_folder
+from services.tools.bench.support.options import EngineThreadsOption, let_idle_threads_sleep, run_program, target_folder
 from services.tools.bench.support.report import machine, table, terminal, written
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
@@ -279,4 +279,4 @@ def rows_of(profile: MeasuredProfile) -> tuple[list[str], list[list[Any]]]:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp calibrate")

@@ -18,7 +18,7 @@ from services.tools.bench.load.arms import arms_of
 from services.tools.bench.load.campaign import ArmSettings, Campaign, LoadPlan
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.results import MeasuredPoint, notes
-from services.tools.bench.support.options import TargetOption, whole_numbers
+from services.tools.bench.support.options import TargetOption, run_program, whole_numbers
 from services.tools.bench.support.report import conclude, machine, records, table, terminal
 from services.tools.bench.twin.core.comparison import AGREEMENT, COLUMNS, compared
 from services.tools.bench.twin.load import load_of, write_devices
@@ -133,4 +133,4 @@ class TwinPlan:
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    run_program(main, "wisp bench twin")
