@@ -43,5 +43,5 @@ async def test_each_round_of_an_idle_suite_is_timed_by_hop(brokers: Brokers, tar
     rounds, memory = await measure(10, target_folder, brokers)
     assert len(rounds) == 10, f"{WARM_UP_ROUNDS} more are not counted"
     assert all(0 < outside_model(times) < times["round settled"] - times["round sent"] for times in rounds)
-    assert {"gateway", "scheduler"} <= {name for name, _ in memory}
+    assert {"gateway-1", "scheduler-1"} <= {name for name, _ in memory}
     assert all(megabytes > 0 for _, megabytes in memory)

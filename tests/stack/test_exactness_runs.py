@@ -72,6 +72,7 @@ async def test_switched_to_and_from_at_random(
             runs, rounds = by_origin(traffic)
             assert runs > 20, draft
             assert rounds > 20, draft
+            assert any(result.copied for result in traffic.results) is (draft != "none"), draft
 
 
 @pytest.mark.parametrize("fault", ["verifier", "drafter", "scheduler", "freeze"])
