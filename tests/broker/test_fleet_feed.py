@@ -51,10 +51,12 @@ async def speak(suite: Suite) -> None:
         await asyncio.sleep(0.05)
 
 
-async def until(response: httpx.Response, shown: Callable[[dict[str, object]], object]) -> dict[str, object]:
+async def until(
+    feed: AsyncIterator[dict[str, object]], wanted: Callable[[dict[str, object]], object]
+) -> dict[str, object]:
     async with asyncio.timeout(HANG_S):
-        async for event in events(response):
-            if shown(event):
+        async for event in feed:
+            if wanted(event):
                 return event
     raise AssertionError("the feed ended")
 
@@ -70,11 +72,12 @@ async def test_the_feed_shows_the_suite_while_somebody_looks(start: Start, amqp_
         speaking = asyncio.create_task(speak(suite))
         assert not await queue_exists(amqp_url, queue)
         async with suite.http.stream("GET", "/fleet/events") as response:
-            event = await until(response, lambda event: event.get("news"))
+            feed = events(response)
+            event = await until(feed, lambda event: event.get("news"))
             assert isinstance(event["news"], list)
             (job,) = event["news"][0]["jobs"]
             assert (job["session"], job["accepted"]) == ("234567", 1)
-            await until(response, whole)
+            await until(feed, whole)
             assert await queue_exists(amqp_url, queue)
         async with asyncio.timeout(HANG_S):
             while await queue_exists(amqp_url, queue):  # noqa: ASYNC110 only the broker knows
