@@ -98,7 +98,7 @@ def test_lookup_copies_what_followed_before() -> None:
     text = GeneratedText(tokens, torch.zeros(len(tokens), 4, dtype=torch.bfloat16), PROMPT, 0, 0.0, "chat")
     chain = record_chain(LookupDrafts(), "lookup", [text], WEIGHTS)
     assert chain.tokens[8].tolist() == [11, 12, 13, 14, 11, 12, 13, 14]
-    assert chain.support[8, 0] == 3
+    assert chain.support[8, 0] >= 3
     assert not chain.statistics.any()
 
 

