@@ -16,12 +16,14 @@ from services.drafter.core.draft import DraftRequest, States, WithoutStates
 from services.drafter.drafting import load_drafting
 from services.drafter.settings import DraftSettings
 from services.drafter.sources import Draft, LookupDrafts
+from services.tools.training.prompts import corpus
 from services.tools.training.shards import GeneratedText
 from services.tools.twin.fitting import fitted, ranking
 from services.tools.twin.recording import record, record_chain
 from shared.errors import ModelError, SettingsError
 from shared.messages import Sampling
 from shared.models.folder import ModelFolder
+from shared.twin.files import shipped_traces, trace_path
 from shared.twin.folder import TwinFolder, write_twin
 from shared.twin.trace import DEPTH, PRESENT, Trace, TraceText, load_trace, save_trace
 
@@ -194,3 +196,13 @@ def test_a_trace_of_another_vocabulary_is_refused(trace: Trace, tmp_path: Path) 
     save_trace(trace, tmp_path / "a.npz")
     with pytest.raises(ModelError, match="another vocabulary"):
         write_twin(str(tmp_path / "profile.json"), tmp_path / "words", tmp_path / "b", trace=tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("name", shipped_traces())
+def test_a_shipped_trace_holds_texts_of_all_kinds(name: str) -> None:
+    trace = load_trace(trace_path(name))
+    kinds = {trace.facts["kinds"][index] for index in trace.kind}
+    assert kinds == {template.kind for template in corpus().templates.values() if template.held_out}
+    assert np.unique(trace.temperature).tolist() == pytest.approx([0.0, 0.7, 1.0])
+    assert 0.4 < trace.first_acceptance("hidden") < trace.first_acceptance("combined") < 0.7
+    assert trace.facts["command"]

@@ -48,7 +48,7 @@ def recorded(
         def count(more: int) -> None:
             nonlocal made
             made += more
-            step.detail(f"{made} of {len(EVALUATED) * prompts} texts")
+            step.detail(f"{made} tokens of {len(EVALUATED) * prompts} texts")
 
         texts.generate_held_out(texts.held_out, config.seed, count)
     answers = sorted(shards.load_all(texts.held_out), key=lambda text: text.origin)
