@@ -13,6 +13,7 @@
     │   └── ChatTemplateError      the messages cannot be rendered with the model's chat template
     ├── BadLogits                  the model computed no usable logits
     ├── NoTokenAllowed             a request's options leave no token to choose
+    ├── GrammarError               a grammar cannot be built, or a session cannot follow it
     ├── EngineError                the engine refuses a call; no session has changed
     │   ├── CacheFull              the KV budget cannot hold what the call needs
     │   ├── TooLong                more tokens than the model's context or the whole KV budget
@@ -72,6 +73,10 @@ class ChatTemplateError(ModelError):
 
     The caller's messages are at fault, not the model's files.
     """
+
+
+class GrammarError(WispError):
+    """A grammar cannot be built, or is too expensive at a position of a session."""
 
 
 class BadLogits(WispError):

@@ -16,6 +16,7 @@ from services.drafter.control import DraftRound, SessionControl
 from services.drafter.core.session import bonus_matches, verified_counts
 from services.drafter.drafting import Drafting, SourceChoice
 from services.drafter.sources import Draft, DraftRequest, DraftSource, Prediction, States
+from shared.grammar.masks import DraftGrammar
 from shared.messages import Generate, Result
 from shared.models.bfloat16 import to_floats
 from shared.runtime import logging
@@ -39,6 +40,7 @@ class _DraftedSession:
     generate: Generate
     choice: SourceChoice
     control: SessionControl
+    grammar: DraftGrammar | None
     round: DraftRound | None = None
     draft: Draft = field(default_factory=Draft)
 
@@ -62,7 +64,8 @@ class InProcessDrafts:
         """Add a session."""
         choice = self._drafting.choose(generate)
         control = self._drafting.controller.session(*choice.token_sources)
-        self._sessions[generate.session] = _DraftedSession(generate, choice, control)
+        grammar = self._drafting.grammar(generate)
+        self._sessions[generate.session] = _DraftedSession(generate, choice, control, grammar)
 
     def close(self, session_id: str) -> None:
         """Remove a session; nothing happens if it is unknown."""
@@ -74,7 +77,10 @@ class InProcessDrafts:
         by_source: dict[int, list[DraftSlot]] = {}
         for slot in slots:
             session = self._sessions[slot.session_id]
-            session.round = session.control.begin(slot.room, session.generate.sampling.temperature)
+            forced = session.grammar is not None and session.grammar.mask(slot.tokens).only is not None
+            # The verifier's code adds the tokens that the grammar forces.
+            room = 0 if forced else slot.room
+            session.round = session.control.begin(room, session.generate.sampling.temperature)
             by_source.setdefault(id(session.choice.source), []).append(slot)
         drafts: dict[str, list[int]] = {}
         for some in by_source.values():
@@ -115,7 +121,15 @@ class InProcessDrafts:
         prompt_len = len(generate.prompt)
         prediction = Prediction(prompt_len, generate.prediction) if generate.prediction else None
         return DraftRequest(
-            slot.session_id, slot.tokens, generate.sampling, session.round, names, states, prompt_len, prediction
+            slot.session_id,
+            slot.tokens,
+            generate.sampling,
+            session.round,
+            names,
+            states,
+            prompt_len,
+            prediction,
+            session.grammar,
         )
 
     def settle(self, result: Result) -> None:

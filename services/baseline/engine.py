@@ -14,9 +14,11 @@ from services.drafter.drafting import load_drafting
 from services.verifier.engine_thread import load_engine
 from services.verifier.profile import profile
 from shared.errors import WispError
+from shared.grammar.masks import Grammars
 from shared.messages import Cancel, Generate, Heartbeat
 from shared.models.folder import ModelFolder
 from shared.runtime import logging
+from shared.twin.layout import is_twin
 
 RECEIVED = 1 << 16
 
@@ -55,7 +57,12 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
     # Like a verifier's first batches, these compile kernels and touch memory for the first time.
     profile(engine)
     loop = EngineLoop(
-        engine, instance, drafting, prefill_tokens=settings.prefill_tokens, max_running=settings.max_running
+        engine,
+        instance,
+        drafting,
+        grammars=None if is_twin(settings.target) else Grammars.of(ModelFolder(settings.target)),
+        prefill_tokens=settings.prefill_tokens,
+        max_running=settings.max_running,
     )
     gc.collect()
     gc.freeze()

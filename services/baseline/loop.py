@@ -16,6 +16,7 @@ from services.drafter.drafting import Drafting
 from services.verifier.core import replies
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
+from shared.grammar.masks import Grammars
 from shared.kernels.layout import BLOCK
 from shared.messages import Failure, Generate, Result, Status
 from shared.messages.logprobs import as_text
@@ -41,11 +42,19 @@ class EngineLoop:
     """An engine and its sessions. Not thread-safe."""
 
     def __init__(
-        self, engine: TargetEngine, name: str, drafting: Drafting | None, *, prefill_tokens: int, max_running: int
+        self,
+        engine: TargetEngine,
+        name: str,
+        drafting: Drafting | None,
+        *,
+        grammars: Grammars | None,
+        prefill_tokens: int,
+        max_running: int,
     ) -> None:
         """`name` stands for this engine in its results. Without `drafting`, sessions decode plainly."""
         self._engine = engine
         self._name = name
+        self._grammars = grammars
         self._drafts = None if drafting is None else InProcessDrafts(drafting, engine)
         self._batcher = Batcher(
             engine,
@@ -103,7 +112,7 @@ class EngineLoop:
         drafts = self._propose(parts)
         drafted_s = time.perf_counter()
         tasks = [self._task(part, drafts.get(part.sequence.session_id, [])) for part in parts]
-        outcomes, shapes = verify(self._engine, tasks)
+        outcomes, shapes = verify(self._engine, tasks, grammars=self._grammars)
         verify_ms = (time.perf_counter() - drafted_s) * 1000
         self._steps += 1
         if self._drafts is not None and len(shapes) == 1 and all(part.tokens == 1 for part in parts):

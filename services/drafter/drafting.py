@@ -12,7 +12,10 @@ from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.lookup import LOOKUP
 from services.drafter.settings import DraftSettings
 from services.drafter.sources.registry import AUTO, FALLBACK, NONE, PREFERRED, SOURCES, load_sources
+from shared.errors import ModelError, WispError
+from shared.grammar.masks import DraftGrammar, Grammars
 from shared.messages import Generate
+from shared.models.folder import ModelFolder
 from shared.runtime import logging
 
 
@@ -42,6 +45,19 @@ class Drafting:
     """Size of the hidden states that a source reads; 0 if none reads any."""
     context: int = 0
     """The target's context in tokens, if a source reads hidden states."""
+    grammars: Grammars | None = None
+    """Grammars of the sessions; None if nothing is drafted."""
+
+    def grammar(self, generate: Generate) -> DraftGrammar | None:
+        """Return the grammar of a session; None if its text is free, or drafts cannot follow its grammar."""
+        grammar = generate.sampling.grammar
+        if grammar is None or self.grammars is None:
+            return None
+        try:
+            return DraftGrammar(self.grammars.session(generate.session, grammar), grammar.prompt_len)
+        except WispError as error:
+            logging.get().warning("drafts do not follow the grammar", error=str(error))
+            return None
 
     def hidden_rows(self) -> HiddenRows:
         """Return an empty store for the hidden states of a new session."""
@@ -88,7 +104,16 @@ def load_drafting(settings: DraftSettings) -> Drafting:
         {name: source.vocab_fingerprint for name, source in loaded.items() if source.vocab_fingerprint is not None},
         max(source.hidden_size for source in loaded.values()),
         max(source.context for source in loaded.values()),
+        _grammars(settings),
     )
+
+
+def _grammars(settings: DraftSettings) -> Grammars | None:
+    """Return the grammars for the target; None without its folder, which copies alone do not need."""
+    try:
+        return Grammars.of(ModelFolder(settings.target))
+    except ModelError:
+        return None
 
 
 def no_drafting() -> Drafting:

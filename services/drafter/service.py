@@ -219,6 +219,7 @@ class Drafter:
             self._drafting.hidden_rows() if reads_states else None,
             RUN_COPIES if choice.run_copies else 0,
             partial(self._open_link, generate.session),
+            self._drafting.grammar(generate),
         )
 
     def _open_link(self, session_id: str, deliver: Deliver) -> Link:

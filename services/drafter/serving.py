@@ -20,6 +20,7 @@ from services.drafter.settings import ServingOptions
 from services.drafter.sources.registry import HIDDEN
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
+from shared.grammar.masks import DraftGrammar
 from shared.messages import Cancel, Generate, HiddenStates, Result, Status
 from shared.runtime import logging
 from shared.state.store import Session
@@ -87,10 +88,11 @@ class ServedSession:
         hidden_rows: HiddenRows | None,
         run_copies: int,
         open_link: Callable[[Deliver], Link],
+        grammar: DraftGrammar | None = None,
     ) -> None:
         """sources: names of the sources that may propose tokens. hidden_rows: None if none of them reads hidden states.
         run_copies: most draft tokens of a step by prompt lookup in its runs.
-        open_link: opens the session's link."""
+        open_link: opens the session's link. grammar: that of its text; None if it is free."""
         self.ended = asyncio.Event()
         self.given_back = False
         """True if another drafter goes on with the session."""
@@ -107,6 +109,7 @@ class ServedSession:
         self._hidden_rows = hidden_rows
         self._run_copies = run_copies
         self._link = open_link(self._deliver)
+        self._grammar = grammar
         self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
         """Received messages; None asks to send the round in flight again."""
         self._waits_from_s: float | None = None
@@ -275,6 +278,9 @@ class ServedSession:
             if kept:
                 return _MadeDraft(self._request(ahead.round, self._sources), ahead.draft, 0.0)
         self._settle_probes()
+        if self._grammar is not None and self._grammar.mask(state.tokens).only is not None:
+            # The verifier adds the tokens that the grammar forces: they need no draft.
+            return _MadeDraft(self._request(control.ahead(0, 0.0), ()), Draft(), 0.0)
         room = state.draft_room(self._options.draft_length)
         unready, behind = set(self._probes), set()
         if self._hidden_rows is not None and HIDDEN not in self._probes:
@@ -317,7 +323,15 @@ class ServedSession:
         prompt_len = len(generate.prompt)
         prediction = Prediction(prompt_len, generate.prediction) if generate.prediction else None
         return DraftRequest(
-            state.session_id, state.tokens, generate.sampling, round_, sources, states, prompt_len, prediction
+            state.session_id,
+            state.tokens,
+            generate.sampling,
+            round_,
+            sources,
+            states,
+            prompt_len,
+            prediction,
+            self._grammar,
         )
 
     def _start_probes(self, made: _MadeDraft) -> None:

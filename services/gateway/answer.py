@@ -20,7 +20,7 @@ from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 from shared.prediction import PredictedText
 
-NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks")
+NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks", "tools")
 """Fields of `AnswerForm` that the first versions do not have."""
 
 

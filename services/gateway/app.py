@@ -26,6 +26,7 @@ from services.gateway.browsers import BrowserGuard, with_cors
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.gateway import Gateway
+from services.gateway.grammar import grammar_of
 from services.gateway.keys import Guard, is_open, key_of
 from services.gateway.messages_api import add_messages
 from services.gateway.openapi import document
@@ -122,8 +123,9 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         limits = await _limits(gateway, chat)
         prompts = await chat_prompts(model.tokenizer, limits, chat)
         predicted = await predicted_tokens(model.tokenizer, limits, chat)
+        grammar = await grammar_of(chat, model)
         key = key_of(request.scope)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, predicted)
+        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, predicted, grammar)
         return AnswerResponse(gateway.sessions, gateway.ledger, answer)
 
     @app.post("/v1/completions")
@@ -138,8 +140,9 @@ def _add_generation(app: FastAPI, gateway: Gateway) -> None:
         limits = await _limits(gateway, completion)
         prompts = await completion_prompts(model.tokenizer, limits, completion, model.folder.bos_id)
         predicted = await predicted_tokens(model.tokenizer, limits, completion)
+        grammar = await grammar_of(completion, model)
         key = key_of(request.scope)
-        answer = new_answer(gateway, completion, request.headers, prompts, limits, key, started_s, predicted)
+        answer = new_answer(gateway, completion, request.headers, prompts, limits, key, started_s, predicted, grammar)
         return AnswerResponse(gateway.sessions, gateway.ledger, answer)
 
     @app.get("/v1/streams/{answer_id}")

@@ -36,6 +36,7 @@ _STATUS_OF_FAILURE = {
     "context_length_exceeded": 400,
     "cancelled": 503,
     "no_token_allowed": 400,
+    "grammar_failed": 400,
     "queue_timeout": 503,
     "session_gone": 503,
     "shutting_down": 503,

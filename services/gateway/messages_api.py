@@ -16,6 +16,7 @@ from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
 from services.gateway.core.reasoning import SplitText
 from services.gateway.errors import MESSAGES_PATH, ApiError, encode
 from services.gateway.gateway import Gateway
+from services.gateway.grammar import grammar_of
 from services.gateway.keys import key_of
 from services.gateway.prompt import Limits, chat_prompts, chat_tokens
 from services.gateway.request import check_model, new_answer
@@ -107,7 +108,9 @@ def add_messages(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of:
         chat = asked.chat()
         limits = await limits_of(chat)
         prompts = await chat_prompts(tokenizer, limits, chat)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key_of(request.scope), started_s)
+        grammar = await grammar_of(chat, gateway.model)
+        key = key_of(request.scope)
+        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, grammar=grammar)
         return MessageResponse(gateway.sessions, gateway.ledger, answer)
 
     @app.post(f"{MESSAGES_PATH}/count_tokens")

@@ -17,7 +17,7 @@ from services.gateway.rules import check_token_ids, rules_of
 from services.gateway.schema import ChatRequest, GenerationRequest
 from services.gateway.tools import tool_form
 from shared.broker.topology import device_name
-from shared.messages import Generate, needing
+from shared.messages import Generate, Grammar, needing
 
 
 def new_answer(
@@ -29,11 +29,12 @@ def new_answer(
     key: ApiKey | None,
     started_s: float,
     predicted: Sequence[int] = (),
+    grammar: str | None = None,
 ) -> Answer:
     """Return the answer to a request, with one session for each prompt and each of its `n` completions.
 
-    The prompts have passed `check_prompt`; `predicted` are the tokens of the request's `prediction`. Raises ApiError
-    when the request exceeds a limit.
+    The prompts have passed `check_prompt`; `predicted` are the tokens of the request's `prediction`, and `grammar` is
+    the one of its answers. Raises ApiError when the request exceeds a limit.
     """
     check_choices(gateway, request.n * len(prompts))
     check_token_ids(request, limits.vocab_size)
@@ -52,13 +53,15 @@ def new_answer(
             raise invalid(f"min_tokens is {request.min_tokens}, and at most {most} tokens fit", "min_tokens")
         logprobs = request.logprobs_of(len(prompt.tokens))
         own_rules = None if rules is None else rules.model_copy(update={"prompt_len": len(prompt.tokens)})
+        own_grammar = None if grammar is None else Grammar(text=grammar, prompt_len=len(prompt.tokens))
         for copy in range(request.n):
             sampling = request.sampling(derive_seed(form.seed, copy), gateway.sampling_defaults)
+            changes = {"rules": own_rules, "logprobs": logprobs, "grammar": own_grammar}
             generate = Generate(
                 session=session_id(answer_id, len(answer.sessions)),
                 gateway=gateway.instance,
                 prompt=prompt.tokens,
-                sampling=sampling.model_copy(update={"rules": own_rules, "logprobs": logprobs}),
+                sampling=sampling.model_copy(update=changes),
                 stop_ids=stop_ids,
                 max_tokens=max(1, most),
                 fingerprint=needing(gateway.model.fingerprint, request.needs),

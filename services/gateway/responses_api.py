@@ -17,6 +17,7 @@ from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
 from services.gateway.errors import ApiError, encode, invalid, unavailable
 from services.gateway.gateway import Gateway
+from services.gateway.grammar import grammar_of
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import Limits, chat_prompts
 from services.gateway.request import check_model, new_answer
@@ -148,7 +149,8 @@ def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of
         chat = asked.chat(messages)
         limits = await limits_of(chat)
         prompts = await chat_prompts(tokenizer, limits, chat)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s)
+        grammar = await grammar_of(chat, gateway.model)
+        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, grammar=grammar)
 
         async def keep(output: Sequence[Fields]) -> None:
             if asked.store:

@@ -6,11 +6,12 @@ change the text but are not supported (`services.gateway.core.options`) are refu
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -31,12 +32,13 @@ from services.gateway.core.options import (
     CHAT_OPTIONS,
     COMPLETION_OPTIONS,
     MESSAGE_OPTIONS,
+    STRUCTURED_OPTIONS,
     UnsupportedOption,
     unsupported,
 )
 from services.gateway.errors import ApiError, invalid
 from shared.broker.topology import DEFAULT_POOL
-from shared.messages import LOGPROBS, MOST_LOGPROBS, RULES, Logprobs, Sampling
+from shared.messages import GRAMMAR, LOGPROBS, MOST_LOGPROBS, RULES, Logprobs, Sampling
 from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
@@ -47,6 +49,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
 MAX_BAD_WORDS = 1024
 LARGEST_BIAS = 100.0
+MAX_CHOICE_TEXTS = 4096
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
 NO_DEFAULTS = SamplingDefaults()
@@ -209,6 +212,80 @@ class WispOptions(Body):
     """Add vLLM's `metrics.speculative_decoding` to the answer."""
     resumable: Annotated[bool, or_default(False)] = False
     """Keep generating for a while after the client goes away, so that it can resume the stream."""
+
+
+@dataclass(frozen=True)
+class GrammarOption:
+    """An option that sets the grammar of the answers."""
+
+    kind: str
+    """`json_schema`, `json_object`, `regex`, `choice` or `grammar`."""
+    value: str
+    """The option's value, as JSON."""
+    param: str
+    """Its name in the body."""
+    strict: bool = True
+    """False ignores what cannot be enforced of a JSON schema."""
+
+
+def _json_schema(value: Any) -> dict[str, Any] | None:
+    """Return a JSON schema, given as an object or as its text."""
+    schema = value
+    if isinstance(value, str):
+        try:
+            schema = from_json(value, allow_inf_nan=False) if value else None
+        except ValueError as error:
+            raise PydanticCustomError("json_schema_value", "is no JSON: {error}", {"error": str(error)}) from error
+    if schema is not None and not isinstance(schema, dict):
+        raise PydanticCustomError("json_schema_type", "must be a JSON schema: an object, or its text")
+    return schema
+
+
+def _choices(value: Any) -> list[str]:
+    texts = [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise PydanticCustomError("choice_type", "must be a list of texts")
+    if len(texts) > MAX_CHOICE_TEXTS:
+        raise PydanticCustomError("choice_value", f"must have at most {MAX_CHOICE_TEXTS} texts")
+    return texts
+
+
+_Schema = Annotated[
+    dict[str, Any] | None, PlainValidator(_json_schema, json_schema_input_type=dict[str, Any] | str | None)
+]
+_Choices = Annotated[list[str], PlainValidator(_choices, json_schema_input_type=list[str])]
+_Text = Annotated[str, or_default("")]
+
+
+class SchemaFormat(Body):
+    """The JSON schema of a `response_format`."""
+
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Annotated[bool, or_default(False)] = False
+
+
+class ResponseFormat(Body):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: Annotated[SchemaFormat | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("type") == "json_schema":
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+
+class StructuredOutputs(Body):
+    """vLLM's `structured_outputs`."""
+
+    json_: Annotated[_Schema, Field(alias="json")] = None
+    json_object: Annotated[bool, or_default(False)] = False
+    regex: _Text = ""
+    choice: _Choices = []
+    grammar: _Text = ""
 
 
 class ContentPart(Body):
@@ -376,6 +453,12 @@ class GenerationRequest(Body):
     return_tokens_as_token_ids: Annotated[bool, or_default(False)] = False
     best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), _Whole] = None
     prediction: PredictionOption | None = None
+    response_format: Annotated[ResponseFormat, or_default(ResponseFormat())] = ResponseFormat()
+    guided_json: _Schema = None
+    guided_regex: _Text = ""
+    guided_choice: _Choices = []
+    guided_grammar: _Text = ""
+    structured_outputs: Annotated[StructuredOutputs, or_default(StructuredOutputs())] = StructuredOutputs()
     service_tier: str | None = None
     wisp: Annotated[WispOptions, or_default(WispOptions())] = WispOptions()
 
@@ -420,7 +503,50 @@ class GenerationRequest(Body):
     def needs(self) -> frozenset[str]:
         """Features that the sessions need of their verifiers."""
         rules = [RULES] if self.has_rules else []
-        return frozenset(rules if self.logprobs_of(1) is None else [*rules, LOGPROBS])
+        grammar = [GRAMMAR] if self.has_grammar else []
+        return frozenset([*rules, *grammar] if self.logprobs_of(1) is None else [*rules, *grammar, LOGPROBS])
+
+    @property
+    def has_grammar(self) -> bool:
+        """True if the answers follow a grammar."""
+        return self.grammar is not None
+
+    @property
+    def grammar(self) -> GrammarOption | None:
+        """The option that sets the grammar of the answers; None if they are free."""
+        return next(iter(self._grammars()), None)
+
+    def _grammars(self) -> list[GrammarOption]:
+        form, outputs = self.response_format, self.structured_outputs
+        schema = form.json_schema if form.type == "json_schema" else None
+        given = [
+            ("json_object", form.type == "json_object", "response_format"),
+            ("json_schema", self.guided_json, "guided_json"),
+            ("regex", self.guided_regex, "guided_regex"),
+            ("choice", self.guided_choice, "guided_choice"),
+            ("grammar", self.guided_grammar, "guided_grammar"),
+            ("json_schema", outputs.json_, "structured_outputs.json"),
+            ("json_object", outputs.json_object, "structured_outputs.json_object"),
+            ("regex", outputs.regex, "structured_outputs.regex"),
+            ("choice", outputs.choice, "structured_outputs.choice"),
+            ("grammar", outputs.grammar, "structured_outputs.grammar"),
+        ]
+        options = [
+            GrammarOption(kind, json.dumps(value), param)
+            for kind, value, param in given
+            if value or (isinstance(value, dict) and kind == "json_schema")
+        ]
+        if schema is not None:
+            param = "response_format.json_schema.schema"
+            options.append(GrammarOption("json_schema", json.dumps(schema.json_schema), param, schema.strict))
+        return options
+
+    @model_validator(mode="after")
+    def _has_one_grammar(self) -> Self:
+        if len(several := [option.param for option in self._grammars()]) > 1:
+            text = "{first}: an answer has one grammar, and {second} sets one too"
+            raise PydanticCustomError("grammar_value", text, {"first": several[0], "second": several[1]})
+        return self
 
     def draft(self, headers: Mapping[str, str]) -> str:
         """Return the requested draft source; the option overrides the header. Raises ApiError."""
@@ -465,6 +591,11 @@ class ChatRequest(GenerationRequest):
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     logprobs: Annotated[bool, or_default(False)] = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), _Whole] = None
+
+    @property
+    def has_grammar(self) -> bool:
+        """True if the answers follow a grammar: that of an option, or that of calls that must be made."""
+        return self.tool_choice.mode == "required" or self.grammar is not None
 
     @property
     def offered_tools(self) -> list[Tool]:
@@ -541,6 +672,10 @@ def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:
     """Raise ApiError for the first unsupported option of the body, or of one of its messages."""
     if (refusal := unsupported(fields, kind.unsupported)) is not None:
         name, advice = refusal
+        raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
+    structured = fields.get("structured_outputs")
+    if isinstance(structured, dict) and (refusal := unsupported(structured, STRUCTURED_OPTIONS)) is not None:
+        name, advice = f"structured_outputs.{refusal[0]}", refusal[1]
         raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
     messages = fields.get("messages") if issubclass(kind, ChatRequest) else None
     for number, message in enumerate(messages if isinstance(messages, list) else []):

@@ -7,7 +7,6 @@ from typing import Any
 
 from services.gateway.core.tool_calls import ToolCallParser
 from services.gateway.core.tool_formats import JSON, TOOL_FORMATS, ToolFormat, format_of, plain_messages
-from services.gateway.errors import invalid
 from services.gateway.model import ServedModel
 from services.gateway.schema import ChatRequest
 from shared.messages import Record
@@ -35,11 +34,9 @@ class ToolForm(Record):
 
 
 def tool_form(request: ChatRequest, model: ServedModel) -> ToolForm | None:
-    """Return the form of a chat's tool calls; None without tools. Raises ApiError."""
+    """Return the form of a chat's tool calls; None without tools."""
     if not request.offered_tools:
         return None
-    if request.tool_choice.mode == "required":
-        raise invalid('tool_choice may be "auto" or "none" here', "tool_choice", "unsupported_parameter")
     names = [tool.function.name for tool in request.offered_tools]
     return ToolForm(format=tool_format(model.tokenizer).name, names=names, parallel=request.parallel_tool_calls)
 

@@ -31,6 +31,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.errors import BrokersError, Fenced
+from shared.grammar.masks import Grammars
 from shared.messages import Batch, BatchShape, Failure, Job, Measurement, features_of, model_of
 from shared.runtime import logging
 from shared.state.commits import Committed
@@ -77,6 +78,7 @@ class BatchLoop:
         store: Store,
         session_keys: SessionKeys,
         *,
+        grammars: Grammars | None,
         emulated: EmulatedCost | None,
         digests: bool,
     ) -> None:
@@ -88,6 +90,7 @@ class BatchLoop:
         self._broker = broker
         self._store = store
         self._session_keys = session_keys
+        self._grammars = grammars
         self._emulated = emulated
         self._digests = digests
         self._batches: asyncio.Queue[Batch] = asyncio.Queue()
@@ -252,7 +255,7 @@ class BatchLoop:
         """Verify the tasks and decode the runs. Runs in the engine's thread."""
         started = time.perf_counter()
         tasks = [task for _, task in work.tasks] + self._run_tasks(work)
-        work.outcomes, work.shapes = verify(self._thread.engine, tasks, digests=self._digests)
+        work.outcomes, work.shapes = verify(self._thread.engine, tasks, digests=self._digests, grammars=self._grammars)
         if self._emulated is not None:
             time.sleep(self._emulated.rest_ms(work.shapes, (time.perf_counter() - started) * 1000) / 1000)
         self._sessions.update_cached(task.session_id for task in tasks)

@@ -20,6 +20,7 @@ from services.verifier.settings import VerifierSettings
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.cost.fit import VerifierFit
+from shared.grammar.masks import Grammars
 from shared.messages import Batch, Cancel, Halt, Measurement, Message, Release
 from shared.models.folder import ModelFolder
 from shared.runtime import logging
@@ -128,6 +129,7 @@ class Verifier:
             broker,
             store,
             settings.session_keys,
+            grammars=None if is_twin(settings.target) else Grammars.of(ModelFolder(settings.target)),
             emulated=emulated,
             digests=settings.journal,
         )

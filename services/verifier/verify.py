@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import takewhile
 from typing import TYPE_CHECKING
 
@@ -14,7 +16,8 @@ from services.verifier.core.acceptance import accept
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared import cost
 from shared.engine.steps import ChoiceRow, Step
-from shared.errors import WispError
+from shared.errors import GrammarError, WispError
+from shared.grammar.masks import ChainMask, Grammars, TokenChain
 from shared.messages import BatchShape
 from shared.messages.logprobs import TokenLogprob, pack_logprobs
 from shared.models.hidden_states import Part, parts
@@ -25,37 +28,49 @@ if TYPE_CHECKING:
 
 PROMPT_ROWS = 64
 """Rows of logits in one pass over a prompt with log-probabilities: a row of a large vocabulary takes 0.6 MB."""
+MOST_FORCED = 64
+"""Most tokens that a task gets in one pass because its grammar forces them."""
 
 
 def verify(
-    engine: TargetEngine, tasks: Sequence[VerifyTask], *, digests: bool = False
+    engine: TargetEngine,
+    tasks: Sequence[VerifyTask],
+    *,
+    digests: bool = False,
+    grammars: Grammars | None = None,
+    most_forced: int = MOST_FORCED,
 ) -> tuple[list[VerifyOutcome], list[BatchShape]]:
     """Verify all tasks; return their outcomes and the shape of each forward pass that ran.
 
     A batch that fails as a whole is verified in halves. So a batch that is too large for one pass is done in several,
-    and a bad task is refused alone. digests: outcomes carry digests of the logits.
+    and a bad task is refused alone. digests: outcomes carry digests of the logits. grammars: those of the sessions;
+    None if no task has one. most_forced: most tokens that a task may get because its grammar forces them.
     """
     if not tasks:
         return [], []
     try:
-        outcomes, shapes = _verify_at_once(engine, tasks, digests)
+        outcomes, shapes = _verify_at_once(engine, tasks, digests, grammars, most_forced)
     except (WispError, ValueError, RuntimeError) as error:
         if len(tasks) == 1:
+            if most_forced and tasks[0].sampling.grammar is not None:
+                # Forced tokens need room in the cache that nobody has reserved.
+                return verify(engine, tasks, digests=digests, grammars=grammars, most_forced=0)
             engine.release(tasks[0].session_id)
             return [VerifyOutcome(None, 0, 0, 0, error)], []
         half = len(tasks) // 2
-        first, first_shapes = verify(engine, tasks[:half], digests=digests)
-        second, second_shapes = verify(engine, tasks[half:], digests=digests)
+        verify_half = partial(verify, engine, digests=digests, grammars=grammars, most_forced=most_forced)
+        first, first_shapes = verify_half(tasks[:half])
+        second, second_shapes = verify_half(tasks[half:])
         return first + second, first_shapes + second_shapes
     return outcomes, shapes
 
 
 def _verify_at_once(
-    engine: TargetEngine, tasks: Sequence[VerifyTask], digests: bool
+    engine: TargetEngine, tasks: Sequence[VerifyTask], digests: bool, grammars: Grammars | None, most_forced: int
 ) -> tuple[list[VerifyOutcome], list[BatchShape]]:
     prompts = {i: _prompt_logprobs(engine, task) for i, task in enumerate(tasks) if _wants_prompt(task)}
-    drafts = [_usable_draft(engine, task) for task in tasks]
-    steps = [_step(engine, task, draft) for task, draft in zip(tasks, drafts, strict=True)]
+    chains = [_chain(engine, task, grammars, most_forced) for task in tasks]
+    steps = [_step(engine, task, chain) for task, chain in zip(tasks, chains, strict=True)]
     computed = [step for step in steps if step.tokens]
     if not computed:
         # All tasks are chunks of prefill that were cached already.
@@ -70,31 +85,48 @@ def _verify_at_once(
     for i in rounds:
         starts[i] = row
         row += steps[i].rows
-    choices = _choices(output, tasks, drafts, starts)
+    choices, decided = _choices(output, tasks, chains, starts)
 
     outcomes = []
-    for i, (task, step) in enumerate(zip(tasks, steps, strict=True)):
+    for i, (task, step, chain) in enumerate(zip(tasks, steps, chains, strict=True)):
         if i not in starts:
             outcomes.append(VerifyOutcome(None, 0, engine.cached(task.session_id), len(step.tokens)))
             continue
-        verdict = accept(drafts[i], choices[i], task.room, task.stop_ids)
-        rows = slice(starts[i], starts[i] + len(choices[i]))
+        verdict = accept(chain.tokens, choices[i], task.room, task.stop_ids)
         prompt, shapes = prompts.get(i, ([], []))
         # The KV of accepted draft tokens is right; the bonus token has none yet.
         engine.truncate(task.session_id, len(task.tokens) + verdict.accepted)
         outcomes.append(
             VerifyOutcome(
-                verdict,
-                len(drafts[i]),
+                # Forced tokens behind the draft are the target's own.
+                replace(verdict, accepted=min(verdict.accepted, chain.drafted)),
+                chain.drafted,
                 engine.cached(task.session_id),
                 len(step.tokens) + sum(one.new_tokens for one in shapes),
                 hidden=_hidden(engine, task) if verdict.finish is None else (),
-                logits_digest=_digest(task, output.bits(rows)) if digests else None,
+                logits_digest=_digest(task, output, decided[i]) if digests else None,
                 logprobs=pack_logprobs([*prompt, *_logprobs(task, output, starts[i], verdict.tokens)]),
                 logprobs_from=len(task.tokens) - len(prompt),
             ),
         )
     return outcomes, [*(one for _, extra in prompts.values() for one in extra), shape]
+
+
+def _chain(engine: TargetEngine, task: VerifyTask, grammars: Grammars | None, most_forced: int) -> TokenChain:
+    """Return the tokens to verify after a task's committed ones."""
+    draft = _usable_draft(engine, task)
+    if (grammar := task.sampling.grammar) is None or task.prefill_to is not None:
+        return TokenChain(draft, len(draft), [])
+    if grammars is None:
+        raise GrammarError("this verifier follows no grammars")
+    session = grammars.session(task.session_id, grammar)
+    room = _chain_room(engine, task)
+    return session.chain(task.tokens[grammar.prompt_len :], draft, room, min(most_forced, room), task.stop_ids)
+
+
+def _certain(task: VerifyTask, chain: TokenChain) -> int:
+    """Return the number of the chain's first tokens that need no logits: neither for a choice nor for an answer."""
+    return chain.certain if task.sampling.rules is None and task.sampling.logprobs is None else 0
 
 
 def _usable_draft(engine: TargetEngine, task: VerifyTask) -> list[int]:
@@ -105,24 +137,30 @@ def _usable_draft(engine: TargetEngine, task: VerifyTask) -> list[int]:
     """
     if task.prefill_to is not None:
         return []
-    most = max(0, min(task.room - 1, engine.max_len - len(task.tokens)))
+    most = _chain_room(engine, task)
     return list(takewhile(lambda token: token < engine.vocab_size, task.draft[:most]))
 
 
-def _step(engine: TargetEngine, task: VerifyTask, draft: list[int]) -> Step:
+def _chain_room(engine: TargetEngine, task: VerifyTask) -> int:
+    return max(0, min(task.room - 1, engine.max_len - len(task.tokens)))
+
+
+def _step(engine: TargetEngine, task: VerifyTask, chain: TokenChain) -> Step:
     """Attach a task's session and return its part of the forward pass."""
     # The last token's logits are needed, so it is computed again even if its KV is cached.
     held = min(engine.attach(task.session_id, task.tokens), len(task.tokens) - 1)
     if task.prefill_to is not None:
         return Step(task.session_id, task.tokens[held : max(held, task.prefill_to)], rows=0)
     engine.truncate(task.session_id, held)
-    return Step(task.session_id, [*task.tokens[held:], *draft], rows=len(draft) + 1)
+    rows = len(chain.tokens) + 1 - _certain(task, chain)
+    return Step(task.session_id, [*task.tokens[held:], *chain.tokens], rows=rows)
 
 
-def _digest(task: VerifyTask, bits: bytes) -> str:
+def _digest(task: VerifyTask, output: TargetOutput, rows: Sequence[int]) -> str:
     """Return a digest of the bits of the rows from which the target's choices were made."""
     digest = task.digest or hashlib.sha256()
-    digest.update(bits)
+    for row in rows:
+        digest.update(output.bits(slice(row, row + 1)))
     return str(digest.hexdigest()[:16])
 
 
@@ -165,42 +203,56 @@ def _hidden(engine: TargetEngine, task: VerifyTask) -> list[Part]:
 
 
 def _choices(
-    output: TargetOutput, tasks: Sequence[VerifyTask], drafts: Sequence[Sequence[int]], starts: dict[int, int]
-) -> dict[int, list[int]]:
-    """Return the target's choices by task, position after position, up to the first that differs from the draft.
+    output: TargetOutput, tasks: Sequence[VerifyTask], chains: Sequence[TokenChain], starts: dict[int, int]
+) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+    """Return the target's choices by task, position after position, up to the first that differs from the chain.
 
-    Each position has the rules of its own prefix: the session's tokens and the draft tokens before it.
+    Each position has the rules and the grammar of its own prefix: the session's tokens and the chain's before it.
 
-    starts: first row of logits of each task.
+    Also returns the rows of logits that decided choices; those of forced tokens do not.
+
+    starts: first row of logits of each task, that of the first token that is not certain.
     """
-    choices: dict[int, list[int]] = {i: [] for i in starts}
-    ruled = {i: LogitsProcessor(tasks[i].sampling, tasks[i].tokens) for i in starts if tasks[i].sampling.rules}
-    agreeing = list(starts)
-    depth = 0
-    while agreeing:
+    certain = {i: _certain(tasks[i], chains[i]) for i in starts}
+    choices: dict[int, list[int]] = {i: chains[i].tokens[: certain[i]] for i in starts}
+    processors: dict[int, LogitsProcessor] = {}
+    for i in starts:
+        mask = ChainMask(chains[i].allowed, certain[i]) if chains[i].allowed else None
+        if (processor := LogitsProcessor.of(tasks[i].sampling, tasks[i].tokens, mask)) is not None:
+            processors[i] = processor
+    decided: dict[int, list[int]] = {i: [] for i in starts}
+    open_tasks = [i for i in starts if not _ended(tasks[i], choices[i])]
+    while open_tasks:
+        rows = [starts[i] + len(choices[i]) - certain[i] for i in open_tasks]
+        for i, row in zip(open_tasks, rows, strict=True):
+            if i not in processors or processors[i].only is None:
+                decided[i].append(row)
         chosen = output.choose(
             [
                 ChoiceRow(
-                    starts[i] + depth,
+                    row,
                     tasks[i].sampling,
-                    len(tasks[i].tokens) + depth,
+                    len(tasks[i].tokens) + len(choices[i]),
                     tasks[i].prompt_len,
-                    ruled.get(i),
+                    processors.get(i),
                 )
-                for i in agreeing
+                for i, row in zip(open_tasks, rows, strict=True)
             ]
         )
-        for i, token in zip(agreeing, chosen, strict=True):
+        for i, token in zip(open_tasks, chosen, strict=True):
             choices[i].append(token)
-            if i in ruled:
-                ruled[i].push(token)
-        agreeing = [
+            if i in processors:
+                processors[i].push(token)
+        open_tasks = [
             i
-            for i in agreeing
-            if depth < len(drafts[i])
-            and drafts[i][depth] == choices[i][depth]
-            # Behind the end of the text the rules may allow no token.
-            and not (i in ruled and choices[i][depth] in tasks[i].stop_ids)
+            for i in open_tasks
+            if len(choices[i]) <= len(chains[i].tokens)
+            and chains[i].tokens[len(choices[i]) - 1] == choices[i][-1]
+            # Behind the end of the text, rules and grammar may allow no token.
+            and not (i in processors and _ended(tasks[i], choices[i]))
         ]
-        depth += 1
-    return choices
+    return choices, decided
+
+
+def _ended(task: VerifyTask, choices: Sequence[int]) -> bool:
+    return bool(choices) and choices[-1] in task.stop_ids

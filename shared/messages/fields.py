@@ -23,6 +23,10 @@ RULES = "rules"
 LOGPROBS = "logprobs"
 """Feature of a verifier that returns what `Sampling.logprobs` asks for."""
 MOST_LOGPROBS = 20
+GRAMMAR = "grammar"
+"""Feature of a verifier that follows `Sampling.grammar`."""
+LONGEST_GRAMMAR = 1 << 18
+"""Longest text of a grammar, in characters."""
 
 Count = Annotated[int, Field(ge=0, le=MOST)]
 Length = Annotated[int, Field(ge=1, le=MOST)]
@@ -93,6 +97,15 @@ class Logprobs(Record):
     """Length of the prompt, if log-probabilities of its tokens are asked for too; None if not."""
 
 
+class Grammar(Record):
+    """A grammar that the answer of a session follows; see `shared.grammar`."""
+
+    text: Annotated[str, Field(min_length=1, max_length=LONGEST_GRAMMAR)]
+    """In llguidance's syntax."""
+    prompt_len: Count
+    """Tokens of the session before its answer."""
+
+
 class Sampling(Record):
     """Sampling parameters of the target. Temperature 0 is greedy; `top_k` 0 and `top_p` 1 restrict nothing."""
 
@@ -104,6 +117,8 @@ class Sampling(Record):
     """Changes of the logits before the choice; None for none. Needs the feature `RULES` of the verifier."""
     logprobs: Logprobs | None = None
     """Log-probabilities to return; None for none. Needs the feature `LOGPROBS` of the verifier."""
+    grammar: Grammar | None = None
+    """The grammar of the answer; None for none. Needs the feature `GRAMMAR` of the verifier."""
 
 
 class Slo(Record):

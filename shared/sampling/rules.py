@@ -35,6 +35,13 @@ Ids = NDArray[np.int64]
 class TokenMask(Protocol):
     """The tokens that may come next in a session, given those before: the first step of the rules."""
 
+    @property
+    def only(self) -> int | None:
+        """The only token that may come next; None if there are several."""
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token may come next."""
+
     def apply(self, logits: Floats, ids: Ids | None) -> None:
         """Set the logits of tokens that may not come next to -inf.
 
@@ -72,6 +79,11 @@ class LogitsProcessor:
     def of(cls, sampling: Sampling, tokens: Sequence[int], mask: TokenMask | None = None) -> LogitsProcessor | None:
         """Return the processor of a session; None if nothing changes its logits."""
         return None if sampling.rules is None and mask is None else cls(sampling, tokens, mask)
+
+    @property
+    def only(self) -> int | None:
+        """The only token that may be chosen, whatever the logits; None if they decide."""
+        return self._mask.only if self._mask is not None and self._rules is None else None
 
     def push(self, token: int) -> None:
         """Go on to the position after `token`."""

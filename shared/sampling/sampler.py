@@ -134,6 +134,8 @@ def _choose_in_row(
     if not math.isfinite(logits[top]):
         raise BadLogits(row, position, float(logits[top]))
     if processor is not None:
+        if columns is None and (only := processor.only) is not None:
+            return only
         changed = processor.apply(logits, None if columns is None else columns.ids)
         if math.isfinite(changed.max()):
             logits, top = changed, int(changed.argmax())

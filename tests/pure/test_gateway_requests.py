@@ -185,15 +185,11 @@ def test_wrong_values_are_refused_by_name(options: dict[str, Any], param: str) -
 UNSUPPORTED: list[dict[str, Any]] = [
     {"functions": [{"name": "f"}]},
     {"function_call": {"name": "f"}},
-    {"response_format": {"type": "json_schema", "json_schema": {}}},
-    {"response_format": {"type": "json_object"}},
     {"verbosity": "low"},
     # vLLM
     {"enable_thinking": False},
     {"documents": [{"title": "a", "text": "b"}]},
-    {"guided_json": {}},
     {"spaces_between_special_tokens": False},
-    {"structured_outputs": {"choice": ["a"]}},
     {"truncate_prompt_tokens": 100},
     # SGLang
     {"ebnf": "root ::= x"},
@@ -251,9 +247,9 @@ def test_the_first_unsupported_option_of_the_body_is_named(order: list[dict[str,
     [
         (CompletionRequest, {"top_logprobs": 5}, "(in a text completion the number is `logprobs`)"),
         (ChatRequest, {"n_probs": 5}, "(log-probabilities are `logprobs`)"),
-        (ChatRequest, {"response_format": {"type": "json_object"}}, 'leave it out or send null or {"type": "text"}'),
+        (ChatRequest, {"grammar": "root ::= x"}, "the option is `guided_grammar`"),
         (ChatRequest, {"repeat_penalty": 1.1}, "send null or 1 (the penalty is `repetition_penalty`)"),
-        (ChatRequest, {"guided_json": {}}, "leave it out or send null"),
+        (ChatRequest, {"structural_tag": {}}, "leave it out or send null"),
         (ChatRequest, {"n_predict": 5}, "`max_tokens`"),
     ],
 )

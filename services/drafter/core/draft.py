@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     import numpy as np
     from numpy.typing import NDArray
 
+    from shared.sampling.rules import TokenMask
+
 
 @dataclass(frozen=True)
 class States:
@@ -20,6 +22,13 @@ class States:
 
     start: int
     rows: NDArray[np.float32]
+
+
+class Masks(Protocol):
+    """The tokens that a session's grammar allows."""
+
+    def mask(self, tokens: Sequence[int]) -> TokenMask:
+        """Return the masks from the position after these tokens of the session on."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +58,12 @@ class DraftRequest:
     """Tokens of the session's prompt, with which `tokens` begins."""
     prediction: Prediction | None = None
     """The same in each of a session's requests; None if its client expects nothing."""
+    grammar: Masks | None = None
+    """The grammar of the session; None if its text is free."""
+
+    def mask(self, drafted: Sequence[int] = ()) -> TokenMask | None:
+        """Return the masks from the position after these draft tokens on; None if all tokens are allowed."""
+        return None if self.grammar is None else self.grammar.mask([*self.tokens, *drafted])
 
 
 @dataclass(frozen=True)

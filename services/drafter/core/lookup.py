@@ -32,7 +32,12 @@ class LookupDrafts(WithoutStates):
         text.extend(request.tokens)
         tokens, matched = text.continuation(request.round.longest)
         kept: list[int] = []
+        mask = request.mask()
         for i, token in enumerate(tokens):
+            if mask is not None:
+                if not mask.allows(token):
+                    break
+                mask.push(token)
             decision = request.round.add(DraftToken(LOOKUP, support=matched + i))
             if decision is DraftDecision.DROP:
                 return Draft(kept, dropped=token)

@@ -74,12 +74,15 @@ class DraftInProgress:
         if not self.copies:
             return None
         proposed, support = self.session.text.continuation(1, self.tokens)
-        return (proposed[0], support) if proposed else None
+        mask = self.request.mask(self.tokens)
+        return (proposed[0], support) if proposed and (mask is None or mask.allows(proposed[0])) else None
 
     def processor(self) -> LogitsProcessor | None:
         """Return the rules of the token to be drafted next; None without rules."""
-        sampling = self.request.sampling
-        return None if sampling.rules is None else LogitsProcessor(sampling, [*self.request.tokens, *self.tokens])
+        request = self.request
+        if request.sampling.rules is None and request.grammar is None:
+            return None
+        return LogitsProcessor(request.sampling, [*request.tokens, *self.tokens], request.mask(self.tokens))
 
     def step(self, token: int) -> DraftStep:
         """Return the step that computes `token` after everything that the engine holds."""
@@ -289,7 +292,12 @@ def _copy(draft: DraftInProgress, *, agreed: bool, contested: bool = False) -> N
     round_ = draft.request.round
     room = round_.longest - len(draft.tokens)
     proposed, support = draft.session.text.continuation(room, draft.tokens)
+    mask = draft.request.mask(draft.tokens)
     for i, token_id in enumerate(proposed):
+        if mask is not None:
+            if not mask.allows(token_id):
+                break
+            mask.push(token_id)
         copied = DraftToken(LOOKUP, support=support + i, agreed=agreed, contested=contested and i == 0)
         if draft.add(token_id, copied) is not DraftDecision.MORE:
             break

@@ -52,7 +52,9 @@ class ModelDrafts(WithoutStates):
                 held = min(self._engine.attach(request.session_id, request.tokens), len(request.tokens) - 1)
                 self._engine.truncate(request.session_id, held)
                 steps[i] = Step(request.session_id, request.tokens[held:], rows=1)
-        processors = {i: LogitsProcessor.of(requests[i].sampling, requests[i].tokens) for i in steps}
+        processors = {
+            i: LogitsProcessor.of(requests[i].sampling, requests[i].tokens, requests[i].mask()) for i in steps
+        }
         while steps:
             logits = self._engine.forward(list(steps.values())).logits
             chosen = choose(

@@ -42,18 +42,14 @@ _SEED = _instead("the seed is `seed`")
 _MESSAGE = _instead("send it as a message", "")
 
 _OUTPUT_FORM: dict[str, UnsupportedOption] = {
-    "ebnf": _NO_TEXT,
-    "format": _NO_TEXT,
-    "grammar": _NO_TEXT,
-    "guided_choice": _NO_LIST,
-    "guided_grammar": _NO_TEXT,
-    "guided_json": _NEVER,
-    "guided_regex": _NO_TEXT,
-    "json_schema": _NEVER,
-    "regex": _NO_TEXT,
-    "response_format": _harmless({"type": "text"}),
+    "ebnf": _instead("the option is `guided_grammar`", ""),
+    "format": _instead("the option is `response_format`", ""),
+    "grammar": _instead("the option is `guided_grammar`", ""),
+    "guided_decoding_backend": _NEVER,
+    "guided_whitespace_pattern": _NO_TEXT,
+    "json_schema": _instead("send it as `response_format`"),
+    "regex": _instead("the option is `guided_regex`", ""),
     "structural_tag": _NEVER,
-    "structured_outputs": _NEVER,
 }
 _TOOLS: dict[str, UnsupportedOption] = {
     "data_sources": _NO_LIST,
@@ -243,6 +239,14 @@ MESSAGE_OPTIONS: Mapping[str, UnsupportedOption] = {
     "prefix": _OFF,
 }
 """Unsupported fields of a chat's messages."""
+
+
+STRUCTURED_OPTIONS: Mapping[str, UnsupportedOption] = {
+    "disable_additional_properties": _OFF,
+    "structural_tag": _NEVER,
+    "whitespace_pattern": _NO_TEXT,
+}
+"""Unsupported fields of `structured_outputs`."""
 
 
 def unsupported(fields: Mapping[str, Any], options: Mapping[str, UnsupportedOption]) -> tuple[str, str] | None:

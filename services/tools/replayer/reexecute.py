@@ -15,6 +15,7 @@ from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.verify import verify
 from shared.arithmetic import distinct
 from shared.engine import Engine
+from shared.grammar.masks import Grammars
 from shared.messages import Finish, Status, model_of
 from shared.messages.logprobs import as_text
 from shared.models.folder import ModelFolder
@@ -114,7 +115,8 @@ def reexecute(
         batches = packed(lanes.values(), AT_ONCE, budget, PASS_TOKENS)
     else:
         batches = ([(batch_id, job) for job in jobs] for batch_id, jobs in recorded.computed(lanes))
-    _Reexecution(engine, report, lanes, words, report_progress).run(batches, time.monotonic() + time_limit_s)
+    grammars = Grammars.of(ModelFolder(target))
+    _Reexecution(engine, grammars, report, lanes, words, report_progress).run(batches, time.monotonic() + time_limit_s)
     return report
 
 
@@ -124,12 +126,14 @@ class _Reexecution:
     def __init__(
         self,
         engine: Engine,
+        grammars: Grammars,
         report: ReexecutionReport,
         lanes: Mapping[str, Sequence[BatchJob]],
         words: Callable[[int], str],
         report_progress: Callable[[int, int], None],
     ) -> None:
         self._engine = engine
+        self._grammars = grammars
         self._report = report
         self._words = words
         self._report_progress = report_progress
@@ -153,7 +157,8 @@ class _Reexecution:
     def _compute(self, batch: Sequence[BatchJob]) -> None:
         report = self._report
         compared = [(batch_id, job) for batch_id, job in batch if job.job.session not in self._differing]
-        outcomes, _ = verify(self._engine, [_task(job) for _, job in compared], digests=True)
+        tasks = [_task(job) for _, job in compared]
+        outcomes, _ = verify(self._engine, tasks, digests=True, grammars=self._grammars)
         report.jobs += len(compared)
         for (batch_id, job), outcome in zip(compared, outcomes, strict=True):
             self._batch_ids.add(batch_id)

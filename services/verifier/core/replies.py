@@ -8,7 +8,7 @@ from typing import Any
 
 from services.verifier.core.runs import RunReport, RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
-from shared.errors import NoTokenAllowed, TooLong
+from shared.errors import GrammarError, NoTokenAllowed, TooLong
 from shared.messages import Failure, HiddenStates, Job, Result, Status
 from shared.messages.logprobs import as_text
 from shared.state.commits import Commit, CommitOutcome, Committed
@@ -208,6 +208,8 @@ def refused(error: Exception) -> Failure:
     """Return the failure of a job that the engine refused with this error."""
     if isinstance(error, TooLong):
         return Failure(code="context_length_exceeded", message=str(error))
+    if isinstance(error, GrammarError):
+        return Failure(code="grammar_failed", message=str(error))
     if isinstance(error, NoTokenAllowed):
         return Failure(code="no_token_allowed", message=str(error))
     return Failure(code="verification_failed", message=f"{type(error).__name__}: {error}")

@@ -16,7 +16,7 @@ def redacted(message: Message) -> Message:
     """Return the message without tokens, session key, and the seeds and digests that would confirm a guessed text."""
     match message:
         case Generate():
-            sampling = message.sampling.model_copy(update={"seed": 0, "rules": None})
+            sampling = message.sampling.model_copy(update={"seed": 0, "rules": None, "grammar": None})
             blank = {"prompt": _zeros(message.prompt), "stop_ids": _zeros(message.stop_ids)}
             blank["prediction"] = _zeros(message.prediction)
             return _with(message, **blank, sampling=sampling, session_key="")
