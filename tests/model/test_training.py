@@ -11,6 +11,7 @@ import made_folders
 import pytest
 import tiny
 import torch
+from tiny_families import FAMILIES
 from transformers import LlamaConfig, Qwen3Config
 
 from services.drafter.control import Controller
@@ -151,6 +152,41 @@ def test_a_target_of_another_family_gets_a_draft_without_its_layers(target: Mode
     asked = Config.model_validate(SETTINGS)
     with pytest.raises(SettingsError, match=r"bottom_layers is 2, .*\(model_type 'qwen3'\): set it to 0"):
         TrainingRun(asked, ModelFolder(folder), tmp_path / "run").config_of_model()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama-llama3",
+        "qwen3",
+        "gemma2",
+        "gemma3-text-part",
+        "mistral3-text-part",
+        "qwen3-vl-text-part",
+        "granite",
+        "olmo3",
+        "phi3-long",
+    ],
+)
+def test_targets_of_many_families_get_a_draft(name: str, tmp_path: Path) -> None:
+    folder = tmp_path / "target"
+    made_folders.write_folder(folder, made_folders.byte_level(merges=10))
+    FAMILIES[name](folder)
+    stage = {"steps": 1, "tokens": 500, "learning_rate": 1e-3}
+    config = Config.model_validate(
+        {
+            "target_dtype": "float32",
+            "prompts": {"count": 6, "free_texts": 2, "held_out": 11},
+            "generation": {"sessions": 4, "max_prompt": 32, "max_new": 16, "shard_tokens": 1000},
+            "training": SETTINGS["training"] | {"stages": [stage]},
+        }
+    )
+    run = TrainingRun(config, ModelFolder(folder), tmp_path / "run")
+    train_draft(run, tmp_path / "draft")
+    made = HiddenDraftFolder.open(tmp_path / "draft")
+    assert made.fits(run.target)
+    DraftEngine(made, run.target, dtype="float32")
 
 
 def test_an_unusable_folder_is_refused_before_generation(run: TrainingRun, tmp_path: Path) -> None:
