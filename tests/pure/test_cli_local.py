@@ -190,7 +190,7 @@ async def test_doctor_reports_whether_a_version_was_tested(
         (
             "RabbitMQ 4.3.6",
             "amqp://a/,amqp://b/",
-            ("net_ticktime = 5", "consumer_disconnected_timeout = 5000", "advanced.config"),
+            ("net_ticktime = 5", "consumer_disconnected_timeout = 1000", "advanced.config"),
         ),
         ("RabbitMQ 4.3.6", "amqp://a/", ()),
         ("RabbitMQ 4.0.5", "amqp://a/,amqp://b/", ("net_ticktime = 5", "cluster_partition_handling = pause_minority")),

@@ -112,7 +112,7 @@ def tested_versions(server: str) -> TestedVersions | None:
     return None if known is None or known.include(version_in(version)) else known
 
 
-CLUSTER_ADVANCED = "[{kernel, [{net_setuptime, 2}]}]."
+CLUSTER_ADVANCED = "[{kernel, [{net_setuptime, 1}]}]."
 """The `advanced.config` of each node of a RabbitMQ cluster. By default the other nodes try for 7 s to connect to a node
 that hangs before they give the rounds of its scheduler to another one."""
 
@@ -124,7 +124,7 @@ def cluster_settings(version: tuple[int, ...]) -> list[str]:
     consumer_disconnected_timeout: by default the drafters of a lost node keep their requests for 60 s.
     cluster_partition_handling: a node that hung for longer comes back by a restart. Version 4.3 needs no such setting.
     """
-    own = "consumer_disconnected_timeout = 5000" if version >= (4, 3) else "cluster_partition_handling = pause_minority"
+    own = "consumer_disconnected_timeout = 1000" if version >= (4, 3) else "cluster_partition_handling = pause_minority"
     return ["net_ticktime = 5", own]
 
 
