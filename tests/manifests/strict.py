@@ -48,7 +48,9 @@ SCHEMAS = {
             persistence=closed(storage=TEXT, storageClassName=TEXT),
             tls=closed(secretName=TEXT, caSecretName=TEXT, disableNonTLSListeners=FLAG),
             terminationGracePeriodSeconds=NUMBER,
-            rabbitmq=closed(additionalConfig=TEXT, additionalPlugins={"type": "array", "items": TEXT}),
+            rabbitmq=closed(
+                additionalConfig=TEXT, advancedConfig=TEXT, additionalPlugins={"type": "array", "items": TEXT}
+            ),
         )
     ),
     "redis.redis.opstreelabs.in/v1beta2": resource(
