@@ -36,8 +36,8 @@ from shared.runtime.settings import NAME_PATTERN
 
 WATCH_INTERVAL_S = 1.0
 """Time between two checks of the file."""
-OPEN_PATHS = ("/health", "/ready", "/", "/docs", "/version")
-"""Paths that need no key: for probes, and the page, which asks for the key and sends it with its requests."""
+OPEN_PATHS = ("/health", "/ready", "/", "/docs", "/openapi.json", "/version")
+"""Paths that need no key: probes, documents, and the page, which asks for the key and sends it with its requests."""
 OPEN_FOLDERS = ("/page/", "/docs/")
 """Beginnings of further such paths: files that are the same at every gateway of a version."""
 SCOPE = "wisp.key"

@@ -28,7 +28,7 @@ from shared.models.folder import ModelFolder
 
 FILES = sorted(STATIC.iterdir())
 HTML = (STATIC / "index.html").read_text()
-FRAME = ("/", "/docs", "/page/icon.svg", "/page/page.css")
+FRAME = ("/", "/docs", "/openapi.json", "/page/icon.svg", "/page/page.css")
 """Links of every page."""
 SCRIPTS = {path.name: path.read_text() for path in FILES if path.suffix == ".js"}
 
@@ -156,7 +156,7 @@ def test_every_control_has_a_name() -> None:
 async def test_the_page_needs_no_key_and_all_that_it_asks_for_does(guarded: tuple[PacedApp, str]) -> None:
     app, key = guarded
     async with await client(app) as http:
-        for path in ("/", "/page/app.js", "/docs", "/docs/README.md", "/version"):
+        for path in ("/", "/page/app.js", "/docs", "/docs/README.md", "/openapi.json", "/version"):
             assert (await http.get(path)).status_code in (200, 307), path
         for path in ("/v1/models", "/fleet/events", "/page", "/fleet", "/docs2"):
             refused = await http.get(path)

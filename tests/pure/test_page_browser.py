@@ -190,6 +190,17 @@ async def test_options_are_sent_and_shown_as_code(page: BrowserPage, app: PacedA
         assert "cut at the token limit" in await page.text(".made .status")
 
 
+async def test_log_probabilities_are_shown_where_they_are_asked_for(page: BrowserPage, app: PacedApp) -> None:
+    async with served(app) as url:
+        await page.open(f"{url}/")
+        await page.wait("document.querySelector('#logprobs').checkVisibility()")
+        await page.click("#logprobs")
+        await ask(page)
+        await answered(page)
+        await page.click(f"{ANSWER} .t:nth-child(2)")
+        assert "log-probability -2.750 (6.4 %)" in await page.text("#token-card")
+
+
 async def test_an_error_is_shown_and_the_question_kept(page: BrowserPage, app: PacedApp) -> None:
     async with served(app) as url:
         await page.open(f"{url}/")

@@ -155,7 +155,8 @@ _FRAME = """<!doctype html>
 <body class="documents">
 <a class="skip" href="#text">Skip to the text</a>
 <header class="top"><a class="brand" href="/"><img src="/page/icon.svg" alt="" width="22" height="22">WISP</a>
-<nav aria-label="Main"><a href="/">Playground</a><a href="/docs" aria-current="true">Docs</a></nav></header>
+<nav aria-label="Main"><a href="/">Playground</a><a href="/docs" aria-current="true">Docs</a>
+<a href="/openapi.json">OpenAPI</a></nav></header>
 <div class="shelf">
 <nav class="pages" aria-label="Pages"><ul>
 {listed}
