@@ -367,7 +367,7 @@ def test_where_model_and_lookup_agree_copying_continues(
     asked = combined(4)
     assert source.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
     assert [marks(token) for token in asked.round.kept_tokens] == [("lookup", True, False)] * 4
-    assert {token.support for token in asked.round.kept_tokens} == {3}
+    assert [token.support for token in asked.round.kept_tokens] == [3, 4, 5, 6], "each copy lengthens the match"
 
 
 def test_where_model_and_lookup_differ_the_likelier_token_is_taken(
@@ -377,7 +377,9 @@ def test_where_model_and_lookup_differ_the_likelier_token_is_taken(
     force(sure, monkeypatch, 9)
     asked = combined(4)
     assert one(sure, asked) == [9, 9, 9, 9], "5 follows 9 in the text, but the model is certain"
-    assert [marks(token) for token in asked.round.kept_tokens] == [("hidden", False, True)] * 4
+    first, *others = map(marks, asked.round.kept_tokens)
+    assert first == ("hidden", False, True)
+    assert others == [("hidden", False, True), ("lookup", True, False), ("lookup", True, False)], "9 follows 9 now"
     force(unsure, monkeypatch, None)
     asked = combined(4)
     assert unsure.propose([asked]) == [Draft([8, 9, 5, 6], {"hidden": 1}, computed=8)]
@@ -405,15 +407,17 @@ def test_copies_continue_a_draft_of_the_model(
     assert [token.contested for token in asked.round.kept_tokens] == [True] + [False] * 5
 
 
-@pytest.mark.parametrize("why", ["no states", "no room"])
-def test_a_session_that_the_model_cannot_draft_for_gets_copies(fresh: Callable[..., HiddenDrafts], why: str) -> None:
+@pytest.mark.parametrize(("why", "copies"), [("no states", [8, 9, 5]), ("no room", [5, 6, 7])])
+def test_a_session_that_the_model_cannot_draft_for_gets_copies(
+    fresh: Callable[..., HiddenDrafts], why: str, copies: list[int]
+) -> None:
     source = fresh(budget_tokens=64)
     if why == "no states":
         asked = combined(3, states=False)
     else:
         states = states_of("a", 0, 79)
         asked = DraftRequest("a", REPEATING * 10, GREEDY, round_of(3, COMBINED), COMBINED, states)
-    assert source.propose([asked]) == [Draft([8, 9, 5], {})]
+    assert source.propose([asked]) == [Draft(copies, {})], "the longest match is copied"
     assert [marks(token) for token in asked.round.kept_tokens] == [("lookup", False, False)] * 3
 
 
