@@ -35,7 +35,8 @@ BEFORE_S, AFTER_S = 2.0, 12.0
 NODES = 3
 FROZEN = 1
 """The node that the schedulers and estimators prefer, so that it has the one consumer of the rounds."""
-FROZEN_S = 15.0
+FROZEN_S, FROZEN_GAP_S = 20.0, 15.0
+"""The streams go on long before the node does. On a machine that is busy with other tests it takes up to 10 s."""
 
 
 @pytest.fixture(scope="module")
@@ -140,7 +141,7 @@ async def test_no_stream_notices_a_frozen_node(suite: Stack, nodes: list[BrokerS
         streams.over.set()
     assert not streams.wrong
     print(f"longest gap {max(streams.gaps_s):.1f} s, {len(streams.gaps_s)} events")
-    assert max(streams.gaps_s) <= LONGEST_GAP_S
+    assert max(streams.gaps_s) <= FROZEN_GAP_S
 
 
 @pytest.mark.parametrize("loss", ["kill", "stop"])
