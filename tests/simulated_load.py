@@ -254,8 +254,15 @@ class Suite(_Serving):
     """The scheduler, a verifier's continuous loop and drafters that draft nothing."""
 
     def __init__(
-        self, load: SimulatedLoad, model: CostModel = MODEL, *, policy: str = "wisp+", run_tokens: int = 64
+        self,
+        load: SimulatedLoad,
+        model: CostModel = MODEL,
+        *,
+        policy: str = "wisp+",
+        run_tokens: int = 64,
+        predicted: float = 1.0,
     ) -> None:
+        """predicted: what the scheduler predicts, as a multiple of the time that a step takes."""
         super().__init__(load, model)
         rules = SchedulingRules(policy, BatchLimits(400.0, 2048, 3000.0), options=PolicyOptions())
         self._scheduler = Dispatcher("s", rules)
@@ -265,7 +272,8 @@ class Suite(_Serving):
         self._run_tokens = run_tokens
         self._woken_ms = -1.0
         self._beat()
-        self._scheduler.on_cost_model(model, 0.0)
+        coefficients = [predicted * one for one in model.coefficients]
+        self._scheduler.on_cost_model(model.model_copy(update={"coefficients": coefficients}), 0.0)
 
     def _beat(self) -> None:
         held = {name: one.held for name, one in self._sessions.items() if one.held}

@@ -71,6 +71,7 @@ def new_answer(
                 draft=request.draft(headers),
                 trace=form.trace,
                 prediction=list(predicted),
+                grouped=True,
             )
             answer.sessions.append(generate)
     output_tokens = 0 if limit is None else sum(session.max_tokens for session in answer.sessions)

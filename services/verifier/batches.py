@@ -374,22 +374,20 @@ class BatchLoop:
         await self._sessions.release(session_ids)
 
     async def _publish(self, answers: Sequence[JobReply]) -> None:
-        """Publish each result once; the broker makes the copies for drafter, gateway and scheduler."""
-        for reply in answers:
-            job, result = reply.job, reply.result
-            metrics.count_tokens(result)
-            if result.error is not None:
-                metrics.JOBS_REFUSED.labels(result.error.code).inc()
-            for states in reply.hidden:
-                metrics.HIDDEN_BYTES.inc(len(states.rows) + len(states.scales))
-                await self._broker.publish(states, topology.result(job.drafter))
-            others = (topology.result(job.gateway),) if reply.for_gateway else ()
-            if reply.for_drafter:
-                await self._broker.publish(
-                    result, topology.result(job.drafter), cc=(*others, topology.RESULT_SCHEDULER)
-                )
-            else:
-                await self._broker.publish(result, topology.RESULT_SCHEDULER, cc=others)
+        """Publish each result once; the broker makes the copies for drafter, gateway and scheduler.
+
+        Results with the same receivers go together.
+        """
+        for group in replies.groups(answers):
+            for reply in group:
+                metrics.count_tokens(reply.result)
+                if reply.result.error is not None:
+                    metrics.JOBS_REFUSED.labels(reply.result.error.code).inc()
+                for states in reply.hidden:
+                    metrics.HIDDEN_BYTES.inc(len(states.rows) + len(states.scales))
+                    await self._broker.publish(states, topology.result(reply.job.drafter))
+            receivers = (*map(topology.result, group[0].receivers), topology.RESULT_SCHEDULER)
+            await self._broker.publish_group([reply.result for reply in group], receivers[0], cc=receivers[1:])
 
 
 def _now_ms() -> float:

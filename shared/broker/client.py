@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
@@ -29,6 +29,7 @@ from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from aiormq.exceptions import AMQPChannelError, ChannelAccessRefused
 from pamqp.common import FieldTable
 
+from shared.broker import metrics
 from shared.broker.connection import (
     LISTEN_RETRY_S,
     RECONNECT_INTERVAL_S,
@@ -48,7 +49,7 @@ from shared.broker.declarations import (
 )
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
 from shared.errors import AccessRefused, BrokersError, MessageError, QueueDown, Unroutable
-from shared.messages import Message, decode, encode
+from shared.messages import Message, decode_group, encode, encode_group
 from shared.runtime import logging
 from shared.runtime.tls import Tls, bad_certificate
 
@@ -156,21 +157,10 @@ class Broker:
         are) raises Unroutable when no queue is bound to its key, and BrokersError when RabbitMQ does not confirm it. A
         persistent one is repeated for `PUBLISH_TIMEOUT_S` before that, so it may arrive twice.
         """
-        confirmed = confirmed or persistent
-        headers: dict[str, Any] = {SENT_HEADER: time.time_ns() // 1000}
-        if cc:
-            headers["CC"] = list(cc)
-        envelope = aio_pika.Message(
-            encode(message),
-            headers=headers,
-            content_type="application/msgpack",
-            delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
-        )
-        if not confirmed:
-            try:
-                await self._exchanges.transient.publish(envelope, key, mandatory=False, timeout=PUBLISH_TIMEOUT_S)
-            except CONNECTION_EXCEPTIONS as error:
-                self._log.warning("message dropped: no connection", key=key, error=in_words(error))
+        envelope = _envelope(encode(message), cc, persistent=persistent)
+        metrics.PUBLISHED.labels(message.type_name).inc()
+        if not (confirmed or persistent):
+            await self._publish_transient(envelope, key)
             return
         if self._journal is not None:
             with suppress(*CONNECTION_EXCEPTIONS):
@@ -191,6 +181,17 @@ class Broker:
                     ) from error
                 self._log.info("message not confirmed yet", key=key, error=in_words(error))
             await asyncio.sleep(PUBLISH_RETRY_S)
+
+    async def publish_group(self, messages: Sequence[Message], key: str, *, cc: tuple[str, ...] = ()) -> None:
+        """Publish transient messages with the same receivers as one. All receivers must read groups."""
+        metrics.PUBLISHED.labels(messages[0].type_name).inc()
+        await self._publish_transient(_envelope(encode_group(messages), cc), key)
+
+    async def _publish_transient(self, envelope: aio_pika.Message, key: str) -> None:
+        try:
+            await self._exchanges.transient.publish(envelope, key, mandatory=False, timeout=PUBLISH_TIMEOUT_S)
+        except CONNECTION_EXCEPTIONS as error:
+            self._log.warning("message dropped: no connection", key=key, error=in_words(error))
 
     async def consume(
         self,
@@ -294,13 +295,18 @@ class Broker:
         try:
             if sender is not None and len(incoming.body) > sender.max_bytes:
                 raise MessageError(f"{len(incoming.body)} bytes; at most {sender.max_bytes} are accepted")
-            message = decode(incoming.body)
+            messages = decode_group(incoming.body)
         except MessageError as error:
             if sender is not None:
                 await sender.refused(str(error))
             else:
                 await self._dead_letter(incoming, str(error))
             return
+        metrics.RECEIVED.labels(messages[0].type_name).inc()
+        for message in messages:
+            await self._handle_message(message, incoming, handler)
+
+    async def _handle_message(self, message: Message, incoming: AbstractIncomingMessage, handler: Handler) -> None:
         session = getattr(message, "session", None)
         with structlog.contextvars.bound_contextvars(**({"session": session} if session else {})):
             try:
@@ -427,3 +433,15 @@ class Broker:
     async def close(self) -> None:
         """Close the connection. RabbitMQ delivers unacknowledged messages to other consumers."""
         await self._connection.close()
+
+
+def _envelope(body: bytes, cc: tuple[str, ...], *, persistent: bool = False) -> aio_pika.Message:
+    headers: dict[str, Any] = {SENT_HEADER: time.time_ns() // 1000}
+    if cc:
+        headers["CC"] = list(cc)
+    return aio_pika.Message(
+        body,
+        headers=headers,
+        content_type="application/msgpack",
+        delivery_mode=aio_pika.DeliveryMode.PERSISTENT if persistent else aio_pika.DeliveryMode.NOT_PERSISTENT,
+    )

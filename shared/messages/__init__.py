@@ -66,7 +66,7 @@ from shared.messages.rounds import (
     RunGrant,
     Verify,
 )
-from shared.messages.wire import MESSAGES, SCHEMA_VERSION, decode, encode
+from shared.messages.wire import MESSAGES, SCHEMA_VERSION, decode, decode_group, encode, encode_group, ungroup
 
 __all__ = [
     "DEFAULT_CLASS",
@@ -120,9 +120,12 @@ __all__ = [
     "TokenBias",
     "Verify",
     "decode",
+    "decode_group",
     "encode",
+    "encode_group",
     "features_of",
     "logprobs",
     "model_of",
     "needing",
+    "ungroup",
 ]

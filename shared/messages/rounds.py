@@ -54,6 +54,8 @@ class Generate(Message):
     session_key: SessionKey = ""
     trace: bool = False
     """True if the request asked for a trace: its rounds name the sources of their drafts."""
+    grouped: bool = False
+    """True if the gateway reads groups of results (`shared.messages.wire`)."""
 
 
 class RoundFields(Record):
@@ -78,6 +80,9 @@ class RoundFields(Record):
     hidden_format: Annotated[HiddenFormat, Field(strict=False)] = HiddenFormat.BFLOAT16
     sources: Annotated[list[Name], Field(max_length=LONGEST_DRAFT)] = Field(default_factory=list)
     """Source of each draft token; empty unless the request asked for a trace."""
+    grouped: bool = False
+    """True if gateway, drafter and scheduler read groups of results (`shared.messages.wire`). A service of a version
+    without groups drops it."""
 
 
 class Verify(RoundFields, Message):

@@ -14,12 +14,13 @@ from builders import generate, result, verify
 from gateway_peer import eventually
 from link import link_to
 from patience import HANG_S
+from prometheus_client import REGISTRY
 
 from shared.broker import topology
 from shared.broker.client import PROBE_HEADER, Broker, GiveBack
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Cancel, Message, decode, encode
+from shared.messages import Cancel, Message, Result, decode, encode
 
 Connect = Callable[[str], Awaitable[Broker]]
 
@@ -79,6 +80,44 @@ async def test_one_publish_reaches_drafter_gateway_and_scheduler_once_each(conne
     for inbox in inboxes.values():
         assert await inbox.next() == result()
         assert await inbox.nothing_more()
+
+
+def _received() -> float:
+    return REGISTRY.get_sample_value("wisp_messages_received_total", {"type": "Result"}) or 0.0
+
+
+async def test_a_group_is_one_message_and_reaches_each_handler_result_by_result(
+    connect: Connect, amqp_url: str, namespace: str
+) -> None:
+    verifier, drafter, gateway = await connect("v1"), await connect("d1"), await connect("g1")
+    at_drafter, at_gateway = Inbox(), Inbox()
+    await drafter.consume(drafter.topology.own_queue("drafter", "d1", (topology.result("d1"),)), at_drafter)
+    await gateway.consume(gateway.topology.own_queue("gateway", "g1", (topology.result("g1"),)), at_gateway)
+    results = [result(f"s{i}", 1, 3, [i]) for i in range(3)]
+    received = _received()
+    await verifier.publish_group(results, topology.result("d1"), cc=(topology.result("g1"),))
+    for inbox in (at_drafter, at_gateway):
+        assert [await inbox.next() for _ in results] == results
+    assert _received() == received + 2
+
+
+async def test_a_result_of_a_group_whose_handler_fails_does_not_keep_the_others(
+    connect: Connect, amqp_url: str, namespace: str
+) -> None:
+    handled: list[str] = []
+
+    async def handle(message: Message) -> None:
+        assert isinstance(message, Result)
+        if message.session == "s0":
+            raise RuntimeError("broken")
+        handled.append(message.session)
+
+    broker = await connect("d1")
+    await broker.consume(broker.topology.own_queue("drafter", "d1", (topology.result("d1"),)), handle)
+    await broker.publish_group([result(f"s{i}", 1, 3, [i]) for i in range(3)], topology.result("d1"))
+    await eventually(lambda: handled == ["s1", "s2"])
+    (letter,) = await dead_letters(amqp_url, namespace, 1)
+    assert "broken" in str(letter.headers["x-wisp-reason"])
 
 
 async def test_only_one_scheduler_gets_rounds_and_a_standby_takes_over(connect: Connect) -> None:

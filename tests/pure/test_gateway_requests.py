@@ -391,6 +391,7 @@ def test_every_completion_is_a_session_with_a_seed_of_its_own() -> None:
     answer_id = made[0].session
     assert [p.session for p in made[1:]] == [f"{answer_id}.{index}" for index in (1, 2, 3)]
     assert [p.prompt for p in made] == [[5], [5], [6], [6]]
+    assert all(p.grouped for p in made)
     first, second = derive_seed(11, 0), derive_seed(11, 1)
     assert first == 11
     assert first != second

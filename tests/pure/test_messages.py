@@ -41,7 +41,10 @@ from shared.messages import (
     Status,
     Verify,
     decode,
+    decode_group,
     encode,
+    encode_group,
+    ungroup,
 )
 
 JOB = Job(session="s", round=2, base_len=9, draft=[4], drafted=3, drafter="d", gateway="g", fingerprint="f", reason="r")
@@ -172,6 +175,34 @@ EXAMPLES: list[Message] = [
 @pytest.mark.parametrize("message", EXAMPLES, ids=lambda m: m.type_name)
 def test_every_message_comes_back_as_it_went(message: Message) -> None:
     assert decode(encode(message)) == message
+
+
+def test_a_group_comes_back_as_it_went() -> None:
+    results = [example for example in EXAMPLES if isinstance(example, Result)]
+    assert len(results) > 2
+    body = encode_group(results)
+    assert decode_group(body) == results
+    assert [decode(one) for one in ungroup(body)] == results
+
+
+def test_a_message_alone_is_no_group() -> None:
+    for message in EXAMPLES:
+        assert encode_group([message]) == encode(message)
+        assert decode_group(encode(message)) == [message]
+        assert ungroup(encode(message)) == [encode(message)]
+    assert ungroup(b"not msgpack") == [b"not msgpack"]
+
+
+def test_a_reader_of_the_version_before_takes_the_first_of_a_group() -> None:
+    first, *others = (example for example in EXAMPLES if isinstance(example, Result))
+    assert decode(encode_group([first, *others])) == first
+
+
+@pytest.mark.parametrize("more", [7, [7], {"t": "Result"}, [{"t": "Result"}], [{"t": "Nothing", "v": 1}]])
+def test_a_group_with_a_bad_message_is_rejected(more: object) -> None:
+    fields = msgpack.unpackb(encode(next(example for example in EXAMPLES if isinstance(example, Result))))
+    with pytest.raises(MessageError):
+        decode_group(msgpack.packb({**fields, "more": more}))
 
 
 def test_every_kind_of_message_has_an_example() -> None:

@@ -22,7 +22,7 @@ from services.scheduler.core.policies import PolicyOptions
 from services.verifier.core.acceptance import accept
 from services.verifier.core.runs import RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
-from shared.messages import Batch, Finish, Message, Result, Sampling, Status, Verify, decode, encode
+from shared.messages import Batch, Finish, Job, Message, Result, Sampling, Status, Verify, decode, encode
 
 PROMPT = [1, 2, 3]
 TEXT = [*PROMPT, *range(1000, 1060)]
@@ -194,6 +194,19 @@ def checked(suite: Suite) -> None:
 def unasked(monkeypatch: pytest.MonkeyPatch) -> None:
     """Every round is followed by a run, as that of a slow device."""
     monkeypatch.setattr(runs, "unasked_tokens", lambda *_, **__: 6)
+
+
+@pytest.mark.parametrize("before", ["", "gateway", "drafter", "scheduler"])
+def test_results_are_grouped_only_if_all_receivers_read_groups(before: str) -> None:
+    """A service of the version before drops the field."""
+    session = DraftSession(builders.generate(grouped=before != "gateway"), list(PROMPT))
+    verify = today(session.verify([], [], "d", 0.0, 0.0))
+    verify = verify.model_copy(update={"grouped": verify.grouped and before != "drafter"})
+    fields = {"draft": 0, "prefill_to": None, "queue_ms": 0.0, "slack_ms": None, "reason": ""}
+    job = Job.of(verify, **fields)  # type: ignore[arg-type]
+    if before == "scheduler":
+        job = Job.model_validate(job.model_dump(exclude={"grouped"}))
+    assert job.grouped is (before == "")
 
 
 def test_todays_services_play_runs() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import builders
 import pytest
 
 from services.verifier.core import replies
 from services.verifier.core.acceptance import Verdict
-from services.verifier.core.replies import BatchReplies
+from services.verifier.core.replies import BatchReplies, JobReply
 from services.verifier.core.runs import RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared.errors import TooLong
@@ -20,8 +21,8 @@ from shared.state.commits import CommitOutcome, Committed
 VERDICT = Verdict(1, [8, 9], None)
 
 
-def job(session: str = "s") -> Job:
-    return builders.job(session, 4, 3, [8, 1], queue_ms=2.0, sources=["lookup", "hidden"])
+def job(session: str = "s", **fields: Any) -> Job:
+    return builders.job(session, 4, 3, [8, 1], queue_ms=2.0, sources=["lookup", "hidden"], **fields)
 
 
 def task(session: str = "s") -> VerifyTask:
@@ -122,3 +123,48 @@ def test_hidden_states_come_last_and_only_for_committed_choices() -> None:
     ]
     (states,) = settled[-1].hidden
     assert (states.session, states.round, states.start, states.count) == ("prompt", 4, 0, 50)
+
+
+def settled(*jobs: Job, hidden: Sequence[str] = ()) -> list[JobReply]:
+    made = batch()
+    for one in jobs:
+        made.verified(one, task(one.session), outcome(hidden=[part(2)] if one.session in hidden else []))
+    return made.settle([answer() for _ in jobs])
+
+
+def grouped(*jobs: Job, hidden: Sequence[str] = ()) -> list[list[str]]:
+    return [[reply.job.session for reply in group] for group in replies.groups(settled(*jobs, hidden=hidden))]
+
+
+def test_results_with_the_same_receivers_go_together() -> None:
+    assert grouped(
+        job("a", grouped=True),
+        job("b", grouped=True, drafter="d2"),
+        job("c", grouped=True, gateway="g2"),
+        job("d", grouped=True),
+        job("e", grouped=True, drafter="d2"),
+    ) == [["a", "d"], ["b", "e"], ["c"]]
+
+
+def test_a_receiver_that_reads_no_groups_gets_each_result_alone() -> None:
+    assert grouped(job("a"), job("b", grouped=True), job("c"), job("d", grouped=True)) == [["a"], ["b", "d"], ["c"]]
+
+
+def test_a_result_with_hidden_states_goes_alone_behind_the_others() -> None:
+    jobs = [job(name, grouped=True) for name in "abc"]
+    assert grouped(*jobs, hidden=["a"]) == [["b", "c"], ["a"]]
+
+
+def test_a_forged_job_is_not_grouped_with_those_of_its_gateway() -> None:
+    made = batch()
+    made.verified(job("a", grouped=True), task("a"), outcome())
+    made.fail(job("forged", grouped=True), replies.FORBIDDEN)
+    assert [[reply.job.session for reply in group] for group in replies.groups(made.settle([answer()]))] == [
+        ["forged"],
+        ["a"],
+    ]
+
+
+def test_a_group_is_bounded() -> None:
+    jobs = [job(f"s{i}", grouped=True) for i in range(2 * replies.MOST_GROUPED + 1)]
+    assert [len(group) for group in grouped(*jobs)] == [replies.MOST_GROUPED, replies.MOST_GROUPED, 1]

@@ -45,6 +45,29 @@ def test_a_run_goes_on_from_the_round_before_it_is_committed() -> None:
     assert (report.left, report.verify_ms) == (6, 20.0)
 
 
+def test_runs_are_reported_together() -> None:
+    table = RunTable(digests=False)
+    started(table, "early")
+    step(table, 0.6 * REPORT_MS, 10)
+    late = started(table, "late")
+    late.reported_ms = 0.6 * REPORT_MS
+    step(table, REPORT_MS, 11)
+    reports = due(table, REPORT_MS)
+    assert [(report.run.job.session, report.commit.tokens) for report in reports] == [
+        ("early", (10, 11)),
+        ("late", (11,)),
+    ]
+    assert due(table, REPORT_MS) == []
+
+
+def test_a_run_that_ends_is_reported_without_the_others() -> None:
+    table = RunTable(digests=False)
+    started(table, "goes-on")
+    started(table, "ends", tokens=1)
+    step(table, 10.0, 10)
+    assert [(report.run.job.session, report.left) for report in due(table, 10.0)] == [("ends", 0)]
+
+
 def test_reports_wait_for_each_other_and_gather_tokens() -> None:
     table = RunTable(digests=False)
     started(table)

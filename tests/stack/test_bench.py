@@ -6,7 +6,7 @@ from pathlib import Path
 
 from openai import AsyncOpenAI
 
-from services.tools.bench.rounds import WARM_UP_ROUNDS, measure, outside_model
+from services.tools.bench.rounds.__main__ import WARM_UP_ROUNDS, measure, outside_model
 from services.tools.bench.stream.cases import cases
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.measurement import BLOCK, StreamPlan, TimedSuite

@@ -113,9 +113,16 @@ def timeline_of(timelines: list[dict[str, Any]], session: str) -> dict[str, Any]
 
 
 def _committed(timeline: dict[str, Any]) -> list[int]:
-    """Return the tokens of a timeline's rounds and runs."""
-    parts = sorted([*timeline["rounds"], *timeline["runs"]], key=lambda part: int(part["base_len"]))
-    return [token["id"] for part in parts for token in part["tokens"]]
+    """Return the tokens of a timeline's rounds and runs by position.
+
+    They may overlap: a round that halts a run is answered with tokens that the run reports too.
+    """
+    found: dict[int, int] = {}
+    for part in [*timeline["rounds"], *timeline["runs"]]:
+        for position, token in enumerate(part["tokens"], int(part["base_len"])):
+            assert found.setdefault(position, token["id"]) == token["id"]
+    assert sorted(found) == list(range(min(found), max(found) + 1))
+    return [found[position] for position in sorted(found)]
 
 
 async def test_the_timelines_have_the_clients_tokens(recorded: RecordedSuite) -> None:

@@ -96,6 +96,7 @@ class DraftSession:
             run_tokens=run_tokens,
             run_copies=run_copies,
             sources=list(sources) if self.generate.trace else [],
+            grouped=self.generate.grouped,
         )
 
     def apply(self, result: Result) -> bool:

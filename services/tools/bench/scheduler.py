@@ -1,7 +1,8 @@
 """`wisp bench scheduler`: time of the scheduler's decisions, and rounds a second that its service takes.
 
 The first table is the pure decision: rounds wait for one verifier, the dispatcher plans a batch, its results come back,
-and as many new rounds arrive. The second is a scheduler process behind RabbitMQ: rounds are published at a rate,
+and as many new rounds arrive. The second is the same beside sessions that the verifier decodes in runs: their reports
+arrive between the decisions. The third is a scheduler process behind RabbitMQ: rounds are published at a rate,
 received, put into batches and sent to a verifier that this benchmark plays.
 """
 
@@ -37,8 +38,13 @@ AIMS_MS = {1_000: 1.0, 10_000: 10.0}
 """Longest median decision, by number of pending rounds."""
 DECISION_COLUMNS = ["policy", "waiting", "median ms", "90 % ms", "99 % ms", "rounds in a batch", "arrival us"]
 SERVICE_COLUMNS = ["rounds/s sent", "rounds/s in batches", "median ms", "99 % ms", "processor", "left at the end"]
+RUN_COLUMNS = ["in runs", "rounds", "report us", "median ms", "90 % ms", "99 % ms", "load message ms"]
 DECISIONS = 60
 BASE_LEN = 300
+RUN_TOKENS = 100
+"""Tokens of each run: more than the decisions of a measurement, so that no run ends in it."""
+ROUNDS_BESIDE_RUNS = 32
+"""Pending rounds of other sessions at each decision."""
 SECONDS = 5.0
 """Duration of each rate."""
 HEARTBEAT_S = 0.5
@@ -58,6 +64,9 @@ FAST = CostModel(
 
 def main(
     pending: Annotated[str, typer.Option(help="Numbers of pending rounds, comma-separated.")] = "100,1000,10000",
+    runs: Annotated[
+        str, typer.Option(help="Numbers of sessions in runs, comma-separated; 0 leaves them out.")
+    ] = "100,1000,10000",
     rates: Annotated[
         str, typer.Option(help="Rounds a second for the service, comma-separated; 0 leaves the service out.")
     ] = "250,500,1000,2000",
@@ -72,6 +81,9 @@ def main(
             for policy in POLICIES
         ]
         console.print(table("One decision", DECISION_COLUMNS, rows))
+        in_runs = [[count, *beside_runs(count, seed)] for count in whole_numbers("--runs", runs, 0) if count]
+        if in_runs:
+            console.print(table("Decisions beside sessions in runs, policy wisp+", RUN_COLUMNS, in_runs))
         chosen = [rate for rate in whole_numbers("--rates", rates, 0) if rate]
         served = run(lambda: service(chosen, ConsoleProgress(console), seed)) if chosen else []
         if served:
@@ -81,6 +93,7 @@ def main(
             "facts": machine(),
             "notes": _aims(rows),
             "decisions": records(DECISION_COLUMNS, rows),
+            "runs": records(RUN_COLUMNS, in_runs),
             "service": records(SERVICE_COLUMNS, served),
         }
         conclude(console, "scheduler", record)
@@ -137,6 +150,58 @@ def decisions(policy: str, pending: int, seed: int) -> tuple[float, float, float
                     arrive(job.session)
     cuts = quantiles(took, n=100)
     return median(took), cuts[89], cuts[98], sum(sizes) / len(sizes), arrival_us
+
+
+def beside_runs(sessions: int, seed: int) -> tuple[int, float, float, float, float, float]:
+    """Measure decisions beside this many sessions in runs.
+
+    Returns the pending rounds at each decision, mean µs of a report, median, 90th and 99th percentile of a decision in
+    ms, and mean ms of a load message.
+    """
+    rng = random.Random(seed)
+    dispatcher = Dispatcher("bench", SchedulingRules("wisp+", BatchLimits(400.0, 10 * sessions + 2048)))
+    dispatcher.on_cost_model(FAST, 0.0)
+    names = [f"s{i}" for i in range(sessions)]
+    others = [f"r{i}" for i in range(ROUNDS_BESIDE_RUNS)]
+    dispatcher.on_heartbeat(_heartbeat(dict.fromkeys([*names, *others], BASE_LEN - 1)), 0.0)
+    for name in names:
+        dispatcher.on_verify(_round(name, 0, rng).model_copy(update={"run_tokens": RUN_TOKENS}), 0.0)
+    state = dispatcher.fleet.verifiers[VERIFIER]
+    now, length = 0.0, BASE_LEN
+    while len(state.runs) < sessions:
+        now += 1.0
+        for _, batch in dispatcher.dispatch(now)[0]:
+            for job in batch.jobs:
+                dispatcher.on_result(_result(batch, job.session, job.round, None, run_left=RUN_TOKENS), now)
+    length += 1
+    took: list[float] = []
+    reports_s = loads_s = 0.0
+    rounds = dict.fromkeys(others, 0)
+    for name in others:
+        dispatcher.on_verify(_round(name, 0, rng), now)
+    for step in range(DECISIONS):
+        now += 20.0
+        state.seen_ms = now
+        reports = [_report(name, step + 1, length, RUN_TOKENS - step) for name in names]
+        length += 1
+        started = time.perf_counter()
+        for report in reports:
+            dispatcher.on_result(report, now)
+        reports_s += time.perf_counter() - started
+        started = time.perf_counter()
+        sends, _ = dispatcher.dispatch(now)
+        took.append((time.perf_counter() - started) * 1000)
+        started = time.perf_counter()
+        dispatcher.load(now)
+        loads_s += time.perf_counter() - started
+        for _, batch in sends:
+            for job in batch.jobs:
+                dispatcher.on_result(_result(batch, job.session, job.round, job.prefill_to), now)
+                rounds[job.session] += 1
+                dispatcher.on_verify(_round(job.session, rounds[job.session], rng), now)
+    cuts = quantiles(took, n=100)
+    report_us = reports_s / (DECISIONS * sessions) * 1e6
+    return len(others), report_us, median(took), cuts[89], cuts[98], loads_s / DECISIONS * 1000
 
 
 async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> list[list[Any]]:
@@ -226,7 +291,23 @@ def _round(name: str, round_: int, rng: random.Random) -> Verify:
     )
 
 
-def _result(batch: Batch, session: str, round_: int, prefill_to: int | None) -> Result:
+def _report(name: str, round_: int, base_len: int, left: int) -> Result:
+    return Result(
+        session=name,
+        round=round_,
+        base_len=base_len,
+        status=Status.COMMITTED,
+        verifier=VERIFIER,
+        batch="run",
+        tokens=[7],
+        run=True,
+        run_left=left,
+        cached=base_len,
+        new_tokens=1,
+    )
+
+
+def _result(batch: Batch, session: str, round_: int, prefill_to: int | None, run_left: int = 0) -> Result:
     prefilled = prefill_to is not None
     return Result(
         session=session,
@@ -237,6 +318,7 @@ def _result(batch: Batch, session: str, round_: int, prefill_to: int | None) -> 
         batch=batch.batch,
         tokens=[] if prefilled else [7],
         cached=prefill_to or BASE_LEN + round_,
+        run_left=run_left,
     )
 
 

@@ -19,6 +19,7 @@ from shared.broker.client import SENT_HEADER
 from shared.broker.connection import addresses, connect_once, without_password
 from shared.broker.topology import JournalLimits, Topology
 from shared.errors import BrokersError
+from shared.messages import ungroup
 from shared.runtime.settings import TlsSettings
 
 REDACTED_HEADER = "x-wisp-redacted"
@@ -174,9 +175,10 @@ class _Reading:
             headers = message.headers
             at_us = headers.get(SENT_HEADER)
             self._recording.redacted = self._recording.redacted or bool(headers.get(REDACTED_HEADER))
-            self._recording.packed.append(
-                PackedMessage(at_us if isinstance(at_us, int) else None, message.routing_key or "", message.body)
-            )
+            self._recording.packed += [
+                PackedMessage(at_us if isinstance(at_us, int) else None, message.routing_key or "", body)
+                for body in ungroup(message.body)
+            ]
         if offset >= self._last:
             self._done.set()
         self._received.set()

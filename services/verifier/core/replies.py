@@ -19,6 +19,8 @@ GONE = Failure(
 )
 FORBIDDEN = Failure(code="forbidden", message="the job's session key is wrong or missing")
 CANCELLED = Failure(code="cancelled", message="the session was cancelled")
+MOST_GROUPED = 100
+"""Most results in one message."""
 RUN_BATCH = "run"
 """`Result.batch` of tokens that were decoded in a run."""
 
@@ -42,6 +44,13 @@ class JobReply:
         return self.result.error != FORBIDDEN
 
     @property
+    def receivers(self) -> tuple[str, ...]:
+        """Ids of the drafter and the gateway that get the result beside the schedulers."""
+        drafter = (self.job.drafter,) if self.for_drafter else ()
+        gateway = (self.job.gateway,) if self.for_gateway else ()
+        return drafter + gateway
+
+    @property
     def hidden_rows(self) -> int:
         """Rows of hidden states."""
         return sum(states.count for states in self.hidden)
@@ -54,6 +63,25 @@ class OpenCommit:
     job: Job
     outcome: VerifyOutcome | None
     commit: Commit
+
+
+def groups(answers: Sequence[JobReply]) -> list[list[JobReply]]:
+    """Return the replies in groups that travel as one message, each in order.
+
+    Replies of a group have the same receivers, who read groups. One with hidden states is alone: these go before it,
+    and its place at the end is kept.
+    """
+    made: list[list[JobReply]] = []
+    open_: dict[tuple[str, ...], list[JobReply]] = {}
+    for reply in answers:
+        group = open_.get(reply.receivers)
+        if group is not None and len(group) < MOST_GROUPED and reply.job.grouped and not reply.hidden:
+            group.append(reply)
+            continue
+        made.append([reply])
+        if reply.job.grouped and not reply.hidden:
+            open_[reply.receivers] = made[-1]
+    return made
 
 
 class BatchReplies:

@@ -19,8 +19,8 @@ from shared.messages import Finish, Job
 from shared.state.commits import Commit
 
 REPORT_MS = 50.0
-"""A run is reported with the first step that ends this long after its last report: well under usual promises per
-token."""
+"""All runs are reported with the first step that ends this long after the last report of one: well under usual promises
+per token."""
 
 
 @dataclass
@@ -176,17 +176,19 @@ class RunTable:
         run.over = run.finish is not None or run.left <= 0 or now_ms >= run.until_ms
 
     def due(self, now_ms: float, *, between_steps: bool) -> list[RunReport]:
-        """Return the reports that are due: of runs that are over, and of those whose last report is long ago.
+        """Return the reports that are due: of runs that are over, and of all once the last report of one is long ago.
 
-        between_steps: False while a step may be running, when only runs that are over can be reported.
+        Reports that come together are committed and sent together. between_steps: False while a step may be running,
+        when only runs that are over can be reported.
         """
-        reports = []
-        for run in self._runs.values():
-            if not run.confirmed or run.reporting or run.length == run.reported:
-                continue
-            if run.over or (between_steps and now_ms - run.reported_ms >= REPORT_MS):
-                reports.append(self._report(run, now_ms))
-        return reports
+        ready = [
+            run
+            for run in self._runs.values()
+            if run.confirmed and not run.reporting and run.length > run.reported and (run.over or between_steps)
+        ]
+        if not any(now_ms - run.reported_ms >= REPORT_MS for run in ready):
+            ready = [run for run in ready if run.over]
+        return [self._report(run, now_ms) for run in ready]
 
     def _report(self, run: Run, now_ms: float) -> RunReport:
         commit = Commit(

@@ -22,6 +22,9 @@ from services.tools.bench.load.arms import NAMES, arms_of
 from services.tools.bench.load.campaign import THREADS, ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.requests import MOST_SESSIONS, RequestSource, from_lines, to_lines
+from services.tools.bench.load.crossover import SESSIONS as CROSSOVER_SESSIONS
+from services.tools.bench.load.crossover import CrossoverBench
+from services.tools.bench.load.crossover import workload as crossover_workload
 from services.tools.bench.load.report import conclude, replot
 from services.tools.bench.load.workload import default_text, workload_of
 from services.tools.bench.support.options import (
@@ -41,6 +44,7 @@ from shared.errors import SettingsError
 
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 SESSIONS = "2,4,8,16"
+NAME = "load"
 
 
 def main(
@@ -85,7 +89,15 @@ def main(
     ] = None,
     dtype: DtypeOption = "bfloat16",
     cache_tokens: Annotated[int, typer.Option(min=1024, help="KV budget of the target, in tokens.")] = 32768,
-    name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = "load",
+    name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = NAME,
+    crossover: Annotated[
+        bool,
+        typer.Option(
+            "--crossover",
+            help="Measure the time per token by number of streams instead, with drafts allowed, none and forced.",
+        ),
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each stream of --crossover.")] = 48,
     again: Annotated[bool, typer.Option("--replot", help="Draw the picture of an earlier run again and exit.")] = False,
 ) -> None:
     """Measure SLO attainment under load. Ctrl-C ends the run and keeps its results."""
@@ -98,6 +110,17 @@ def main(
             replot(name, console)
             return
         let_idle_threads_sleep()
+        if crossover:
+            counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, MOST_SESSIONS - 1)
+            bench = CrossoverBench(
+                crossover_workload(tokens, seed),
+                counts,
+                ArmSettings(target_folder(target, ConsoleProgress(console)), dtype, cache_tokens, admission),
+                ConsoleProgress(console),
+            )
+            run(bench.run)
+            bench.report(machine(), "crossover" if name == NAME else name, console)
+            return
         spec = workload_of(_read(workload) if workload else "", seed)
         source: RequestSource = from_lines(_read(requests)) if requests else spec
         plan = LoadPlan(

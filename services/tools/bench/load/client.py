@@ -96,7 +96,11 @@ class LoadClient:
             "seed": request.seed,
             "stream": True,
             "stream_options": {"include_usage": True},
-            "wisp": {"trace": True, **({"pool": request.device} if self.pools and request.device else {})},
+            "wisp": {
+                "trace": True,
+                **({"pool": request.device} if self.pools and request.device else {}),
+                **({"draft": request.draft} if request.draft else {}),
+            },
         }
         if request.ignore_eos:
             body["ignore_eos"] = True

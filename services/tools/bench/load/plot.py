@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -19,6 +20,34 @@ LABEL_GAP = 0.055
 
 def plot(results: LoadResults, path: Path) -> None:
     """Write the picture. The suffix of the name chooses its format."""
+    attainments = {arm: [(one.sessions, 100 * one.attainment) for one in results.tried(arm)] for arm in results.arms}
+    goodputs = {arm: results.goodput(arm) for arm in results.arms}
+    with _figure(path, rows=2, height=8) as (above, below):
+        above.axhline(95, color=GREY, linewidth=0.8, linestyle=(0, (4, 4)))
+        above.set_ylim(0, 103)
+        above.set_ylabel("requests that attained their SLO, % (dashed: 95)")
+        below.set_ylabel("goodput, tokens/s of requests that attained")
+        below.set_xlabel("sessions")
+        _lines(above, attainments)
+        _lines(below, goodputs)
+        below.set_ylim(bottom=0)
+        _sessions(below, sorted({point.sessions for point in results.points}))
+        for axes in (above, below):
+            _label(axes, attainments if axes is above else goodputs)
+
+
+@contextmanager
+def axes_of(path: Path, x_label: str, y_label: str) -> Iterator[Any]:
+    """Yield the axes of a single picture, which is written at the end of the context."""
+    with _figure(path, rows=1, height=5) as (axes,):
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        yield axes
+
+
+@contextmanager
+def _figure(path: Path, *, rows: int, height: float) -> Iterator[Sequence[Any]]:
+    """Yield axes one above the other with a common x-axis; write them to the file at the end."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -35,21 +64,11 @@ def plot(results: LoadResults, path: Path) -> None:
         "axes.spines.top": False,
         "axes.spines.right": False,
     }
-    attainments = {arm: [(one.sessions, 100 * one.attainment) for one in results.tried(arm)] for arm in results.arms}
-    goodputs = {arm: results.goodput(arm) for arm in results.arms}
     with pyplot.rc_context(style):
-        figure, (above, below) = pyplot.subplots(2, 1, figsize=(7.5, 8), sharex=True, constrained_layout=True)
-        above.axhline(95, color=GREY, linewidth=0.8, linestyle=(0, (4, 4)))
-        above.set_ylim(0, 103)
-        above.set_ylabel("requests that attained their SLO, % (dashed: 95)")
-        below.set_ylabel("goodput, tokens/s of requests that attained")
-        below.set_xlabel("sessions")
-        _lines(above, attainments)
-        _lines(below, goodputs)
-        below.set_ylim(bottom=0)
-        _sessions(below, sorted({point.sessions for point in results.points}))
-        for axes in (above, below):
-            _label(axes, attainments if axes is above else goodputs)
+        figure, found = pyplot.subplots(
+            rows, 1, figsize=(7.5, height), sharex=True, squeeze=False, constrained_layout=True
+        )
+        yield list(found[:, 0])
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, transparent=True)
         pyplot.close(figure)

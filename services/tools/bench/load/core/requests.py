@@ -33,6 +33,8 @@ class LoadRequest(BaseModel):
     tier: str | None = None
     slo: Slo | None = None
     device: str = ""
+    draft: str = ""
+    """Name of the draft source; empty leaves the choice to the drafter."""
     think_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
     """Pause of the session before the request, in a closed loop."""
 

@@ -1,8 +1,10 @@
-"""`wisp bench rounds`: time of a verification round outside the model, hop by hop, in an idle suite with one stream.
+"""`wisp bench rounds`: time of a verification round outside the model, and the cost of a token.
 
-Every service logs each round that passes through it, at debug level and with the monotonic clock that all processes of
-the machine share. A hop is the difference between two of these lines. Writing a line takes some tens of microseconds,
-which are included.
+The first table has the hops of a round in an idle suite with one stream. Every service logs each round that passes
+through it, at debug level and with the monotonic clock that all processes of the machine share. A hop is the difference
+between two of these lines. Writing a line takes some tens of microseconds, which are included. The second table has the
+memory of each process, the third the messages, Redis calls and CPU time of a token in rounds, in runs and in
+centralized serving (`token_costs`).
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ import psutil
 import typer
 
 from services.tools.bench.load.core.measures import quantile
-from services.tools.bench.support.options import TargetOption, run_program, target_folder
+from services.tools.bench.rounds import token_costs
+from services.tools.bench.support.options import TargetOption, let_idle_threads_sleep, run_program, target_folder
 from services.tools.bench.support.report import report, terminal
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.brokers import Brokers
@@ -82,16 +85,26 @@ def outside_model(times: Times) -> float:
 
 
 def main(
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds to measure.")] = 200,
+    rounds: Annotated[int, typer.Option(min=0, help="Rounds to time; 0 leaves them out.")] = 200,
+    streams: Annotated[int, typer.Option(min=0, help="Streams for the cost of a token; 0 leaves it out.")] = 8,
+    tokens: Annotated[int, typer.Option(min=16, help="Tokens of each of these streams.")] = 96,
     target: TargetOption = None,
 ) -> None:
-    """Time the hops of a verification round, and measure the memory of each process."""
+    """Time the hops of a verification round, and measure the cost of a token and the memory of each process."""
     with errors_shown():
-        folder = target_folder(target, ConsoleProgress(terminal()))
-        measured, memory = run(lambda: measure(rounds, folder))
-        if not measured:
-            raise SettingsError("no complete round was logged: the answer may have ended at once; try another --target")
-        _report(measured, memory, folder.name)
+        let_idle_threads_sleep()
+        progress = ConsoleProgress(terminal())
+        folder = target_folder(target, progress)
+        if rounds:
+            measured, memory = run(lambda: measure(rounds, folder))
+            if not measured:
+                raise SettingsError(
+                    "no complete round was logged: the answer may have ended at once; try another --target"
+                )
+            _report(measured, memory, folder.name)
+        if streams:
+            costs = run(lambda: token_costs.measure(folder, token_costs.WAYS, streams, tokens, progress))
+            _report_costs(costs, streams, tokens, folder.name)
 
 
 async def measure(
@@ -152,6 +165,21 @@ def _report(measured: list[Times], memory: list[tuple[str, float]], model: str) 
         facts={"model": model},
         notes=[
             "aim: gateway and scheduler at most 150 MB, a verifier of the default model in bfloat16 at most 1200 MB"
+        ],
+    )
+
+
+def _report_costs(costs: list[token_costs.TokenCost], streams: int, tokens: int, model: str) -> None:
+    columns, rows = token_costs.columns_and_rows(costs)
+    report(
+        "token-costs",
+        f"Cost of a token, {streams} streams of {tokens} tokens without drafts",
+        columns,
+        rows,
+        facts={"model": model, "streams": streams, "tokens": tokens},
+        notes=[
+            "published, received: messages of all services; a group of results counts once",
+            "CPU time includes the prompts; what the idle suite needs is subtracted",
         ],
     )
 
