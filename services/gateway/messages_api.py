@@ -25,6 +25,7 @@ from services.gateway.schema import (
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
     Body,
+    ChatForm,
     ChatMessage,
     ChatRequest,
     ContentPart,
@@ -45,10 +46,12 @@ class MessageParam(Body):
     content: str | list[ContentPart]
 
 
-class CountRequest(Body):
+class CountRequest(ChatForm):
     """POST /v1/messages/count_tokens, and what both bodies have."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedOption]] = MESSAGES_OPTIONS
+    without_effect = frozenset({"max_tokens", "temperature", "top_p", "top_k", "stream"})
+    """Options of messages that do not change the number of tokens."""
 
     model: str
     messages: Annotated[list[MessageParam], Field(min_length=1)]

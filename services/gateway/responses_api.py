@@ -22,7 +22,7 @@ from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import Limits, chat_prompts
 from services.gateway.request import check_model, new_answer
 from services.gateway.response import AnswerResponse, EventMaker, splitter_of
-from services.gateway.schema import Body, ChatRequest, explain, or_default, parse
+from services.gateway.schema import Body, ChatForm, ChatRequest, explain, or_default, parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError
 from shared.messages import Finish
@@ -39,7 +39,7 @@ class Reasoning(Body):
     effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
 
 
-class ResponsesRequest(Body):
+class ResponsesRequest(ChatForm):
     """POST /v1/responses."""
 
     unsupported: ClassVar[Mapping[str, UnsupportedOption]] = RESPONSES_OPTIONS
@@ -116,7 +116,7 @@ def _content(value: Any, where: str) -> Any:
         return value
     for number, part in enumerate(value):
         kind = part.get("type") if isinstance(part, dict) else part
-        if kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
+        if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
             name = f"{where}[{number}].type"
             raise invalid(f"{name}: {kind!r} is not supported here; send text", name, "unsupported_parameter")
     return "\n".join(part["text"] for part in value)

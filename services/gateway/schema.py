@@ -34,6 +34,7 @@ from services.gateway.core.options import (
     MESSAGE_OPTIONS,
     STRUCTURED_OPTIONS,
     UnsupportedOption,
+    same,
     unsupported,
 )
 from services.gateway.errors import ApiError, invalid
@@ -650,6 +651,13 @@ class CompletionRequest(GenerationRequest):
         return self.echo
 
 
+class ChatForm(Body):
+    """A body that becomes a chat. Options of chats that it lacks are refused."""
+
+    without_effect: ClassVar[frozenset[str]] = frozenset()
+    """Options of chats that are ignored."""
+
+
 R = TypeVar("R", bound=Body)
 
 
@@ -673,6 +681,8 @@ def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:
     if (refusal := unsupported(fields, kind.unsupported)) is not None:
         name, advice = refusal
         raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
+    if issubclass(kind, ChatForm):
+        _refuse_options_of_chats(kind, fields)
     structured = fields.get("structured_outputs")
     if isinstance(structured, dict) and (refusal := unsupported(structured, STRUCTURED_OPTIONS)) is not None:
         name, advice = f"structured_outputs.{refusal[0]}", refusal[1]
@@ -682,6 +692,26 @@ def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:
         if isinstance(message, dict) and (refusal := unsupported(message, MESSAGE_OPTIONS)) is not None:
             name, advice = f"messages[{number}].{refusal[0]}", refusal[1]
             raise invalid(f"{name} is not supported here; {advice}", name, "unsupported_parameter")
+
+
+def _refuse_options_of_chats(kind: type[ChatForm], fields: Mapping[str, Any]) -> None:
+    """Raise ApiError for the first option that only chats have, unless its value is the default."""
+    checked = kind.model_fields.keys() | kind.unsupported.keys() | kind.without_effect
+    for name in fields:
+        if name in ChatRequest.model_fields and name not in checked and not _is_default(name, fields[name]):
+            text = f"{name} is not supported here; leave it out, or send the request to /v1/chat/completions"
+            raise invalid(text, name, "unsupported_parameter")
+
+
+def _is_default(name: str, value: Any) -> bool:
+    """Return whether a value of a chat's option is its default, or null."""
+    default = ChatRequest.model_fields[name].get_default(call_default_factory=True, validated_data={})
+    if not isinstance(default, BaseModel):
+        return value is None or same(value, default)
+    try:
+        return value is None or type(default).model_validate(value) == default
+    except ValidationError:
+        return False
 
 
 def explain(error: ValidationError) -> ApiError:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import httpx
+import msgpack
 import openai
 import pytest
 from gateway_peer import Script, tiny_target
@@ -106,9 +107,11 @@ async def test_another_keys_response_is_not_found(guarded: tuple[App, str]) -> N
     first = (await app.http.post("/v1/responses", json=BODY, headers=headers)).json()
     body = BODY | {"previous_response_id": first["id"]}
     assert (await app.http.post("/v1/responses", json=body, headers=headers)).status_code == 200
-    (response_id,) = [one for one in app.services.responses if one == first["id"]]
-    app.services.responses["resp_other"] = app.services.responses[response_id].replace(b"holder", b"holdex")
-    assert b"holder" in app.services.responses[response_id]
+    record = msgpack.unpackb(app.services.responses[first["id"]])
+    app.services.responses["resp_other"] = msgpack.packb(record | {"holder": "0123456789ab"})
+    other = BODY | {"previous_response_id": "resp_other"}
+    error = error_of(await app.http.post("/v1/responses", json=other, headers=headers), 404)
+    assert (error["code"], error["param"]) == ("previous_response_not_found", "previous_response_id")
 
 
 @pytest.mark.parametrize("stream", [False, True])
@@ -155,8 +158,14 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
+        *[
+            ({"input": [{"role": "user", "content": content}]}, "input[0].content[0].type")
+            for content in (["text"], ["input_text"], [5], [{"type": ["text"], "text": "x"}])
+        ],
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
-        ({"presence_penalty": 5, "prompt": {"id": "x"}}, "prompt"),
+        ({"prompt": {"id": "x"}}, "prompt"),
+        ({"max_tokens": 5}, "max_tokens"),
+        ({"response_format": {"type": "json_object"}}, "response_format"),
         ({"input": 5}, "input"),
         ({"max_output_tokens": 0}, "max_output_tokens"),
         ({"reasoning": {"effort": "low"}}, "reasoning_effort"),

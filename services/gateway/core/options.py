@@ -38,6 +38,7 @@ _NO_LIST = _harmless([])
 _NO_OBJECT = _harmless({})
 _NO_TEXT = _harmless("")
 _LENGTH = _instead("the most tokens are `max_tokens`", -1)
+_OUTPUT_LENGTH = _instead("the most tokens are `max_output_tokens`", -1)
 _SEED = _instead("the seed is `seed`")
 _MESSAGE = _instead("send it as a message", "")
 
@@ -206,32 +207,43 @@ COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
 """Unsupported options of text completions."""
 
 RESPONSES_OPTIONS: Mapping[str, UnsupportedOption] = {
-    **{name: option for name, option in _BOTH.items() if name not in ("max_output_tokens", "reasoning")},
+    **{
+        name: UnsupportedOption(option.harmless)
+        for name, option in (_BOTH | {"add_special_tokens": _OFF, "echo": _OFF}).items()
+        if name not in ("max_output_tokens", "reasoning")
+    },
     "background": _OFF,
     "conversation": _NEVER,
     "include": _NO_LIST,
-    "logprobs": _NEVER,
+    "logprobs": _OFF,
+    "max_completion_tokens": _OUTPUT_LENGTH,
+    "max_tokens": _OUTPUT_LENGTH,
     "max_tool_calls": _NEVER,
+    "messages": _instead("the conversation is `input`"),
     "n": _ONE,
     "prompt": _NEVER,
+    "service_tier": _harmless("auto"),
     "stop": _NO_LIST,
     "text": _harmless({}, {"format": {"type": "text"}}),
     "top_logprobs": _ZERO,
     "truncation": _harmless("disabled"),
 }
-"""Unsupported options of the Responses API."""
+"""Unsupported options of the Responses API, beside those of chats that its body lacks (`ChatForm`)."""
 
 MESSAGES_OPTIONS: Mapping[str, UnsupportedOption] = {
     "container": _NEVER,
     "context_management": _NEVER,
+    "max_completion_tokens": _LENGTH,
     "mcp_servers": _NO_LIST,
     "output_config": _NEVER,
     "output_format": _NEVER,
+    "service_tier": _harmless("auto", "standard_only"),
+    "stop": _instead("stop texts are `stop_sequences`", []),
     "thinking": _harmless({"type": "disabled"}),
     "tool_choice": _harmless({"type": "auto"}, {"type": "none"}),
     "tools": _NO_LIST,
 }
-"""Unsupported options of Anthropic's messages."""
+"""Unsupported options of Anthropic's messages, beside those of chats that their bodies lack (`ChatForm`)."""
 
 MESSAGE_OPTIONS: Mapping[str, UnsupportedOption] = {
     "audio": _NEVER,
@@ -253,7 +265,7 @@ def unsupported(fields: Mapping[str, Any], options: Mapping[str, UnsupportedOpti
     """Return the first field that is an unsupported option, and what to do about it; None if there is none."""
     for name, value in fields.items():
         option = options.get(name)
-        if option is None or value is None or any(_same(value, harmless) for harmless in option.harmless):
+        if option is None or value is None or any(same(value, harmless) for harmless in option.harmless):
             continue
         allowed = " or ".join(json.dumps(harmless) for harmless in (None, *option.harmless))
         advice = f"leave it out or send {allowed}"
@@ -261,6 +273,7 @@ def unsupported(fields: Mapping[str, Any], options: Mapping[str, UnsupportedOpti
     return None
 
 
-def _same(value: Any, harmless: Any) -> bool:
+def same(value: Any, harmless: Any) -> bool:
+    """Return whether a value of a body is one that changes nothing."""
     # In Python 0 equals False and 1 equals True; in JSON they have different types.
     return isinstance(value, bool) == isinstance(harmless, bool) and bool(value == harmless)
