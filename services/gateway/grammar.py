@@ -17,26 +17,22 @@ from shared.errors import GrammarError
 from shared.grammar import build
 from shared.messages import LONGEST_GRAMMAR
 
-INLINE_CHARACTERS = 1000
-"""Longer grammars are built in a thread; one of this length takes about 1 ms."""
-
 
 async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | None:
     """Return the grammar of a request's answers; None if they are free.
 
     Raises ApiError with status 400, and the place of the problem, if it cannot be built.
     """
+    asked = request.grammar
+    if asked is not None and isinstance(request, ChatRequest) and request.offered_tools:
+        text = f'{asked.param} cannot be combined with tools; send tool_choice "none" for the answer that is to have it'
+        raise invalid(text, asked.param)
     option = _option_of(request, model)
     if option is None:
         return None
     if request.ignore_eos:
         text = f"ignore_eos cannot be combined with {option.param}: an answer ends where its grammar does"
         raise invalid(text, "ignore_eos")
-    if isinstance(request, ChatRequest) and request.offered_tools and option.kind != "calls":
-        text = (
-            f'{option.param} cannot be combined with tools; send tool_choice "none" for the answer that is to have it'
-        )
-        raise invalid(text, option.param)
 
     def built() -> str:
         text = _built(option)
@@ -44,8 +40,7 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
         return text
 
     try:
-        if len(option.value) <= INLINE_CHARACTERS:
-            return built()
+        # In a thread whatever its length: the first grammar loads the vocabulary, and others may hold the lock.
         return await asyncio.to_thread(built)
     except GrammarError as error:
         raise invalid(f"{option.param}: {error}", option.param, "invalid_grammar") from error

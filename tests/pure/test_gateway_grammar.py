@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,20 @@ async def test_each_option_sets_the_grammar_of_its_sessions(
         assert not any(follows(app, generate, text) for text in bad)
 
 
+async def test_a_short_grammar_is_built_beside_the_event_loop(app: App, monkeypatch: pytest.MonkeyPatch) -> None:
+    threads = []
+    check = Grammars.check
+
+    def noted(self: Grammars, text: str) -> None:
+        threads.append(threading.current_thread())
+        check(self, text)
+
+    monkeypatch.setattr(Grammars, "check", noted)
+    assert (await app.chat(guided_choice=["yes"])).status_code == 200
+    assert len(threads) == 1
+    assert threads[0] is not threading.current_thread()
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -167,7 +182,14 @@ def test_wrong_options_are_refused_by_name(options: dict[str, Any], param: str) 
 async def test_what_does_not_go_together_is_refused(app: App) -> None:
     choice = {"guided_choice": ["yes"]}
     assert error_of(await app.chat(**choice, ignore_eos=True), 400)["param"] == "ignore_eos"
-    assert error_of(await app.chat(**choice, tools=[WEATHER]), 400)["param"] == "guided_choice"
+    named = {"type": "function", "function": {"name": "get_weather"}}
+    for tool_choice in ("auto", "required", named):
+        error = error_of(await app.chat(**choice, tools=[WEATHER], tool_choice=tool_choice), 400)
+        assert error["param"] == "guided_choice"
+    form = {"response_format": {"type": "json_object"}}
+    error = error_of(await app.chat(**form, tools=[WEATHER], tool_choice="required"), 400)
+    assert error["param"] == "response_format"
+    assert app.generated == []
     assert (await app.chat(**choice, tools=[WEATHER], tool_choice="none")).status_code == 200
 
 
