@@ -11,7 +11,12 @@ from import_graph import modules
 from prometheus_client import Counter, Gauge, Histogram
 
 PAGE = Path(__file__).parents[1] / "services/METRICS.md"
+ALL = "all services"
+"""Stands for a service in the section of the metrics that all have."""
+SHARED_MODULES = ("shared.broker.metrics", "shared.state.connection")
+"""Modules with metrics of every service."""
 KINDS = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
+_DEFINITION = re.compile(r"^\w+ = (?:Counter|Gauge|Histogram)\(", re.MULTILINE)
 _ROW = re.compile(r"^\| `(\w+)` \| (\w+) \| (.*?) \| (.*) \|$", re.MULTILINE)
 
 
@@ -31,10 +36,10 @@ class Metric:
 
 
 def metrics_of(service: str) -> list[Metric]:
-    """The metrics that a service defines, in the order of its source."""
-    module = importlib.import_module(f"services.{service}.metrics")
+    """The metrics that a service defines, or those that all have, in the order of their source."""
+    names = SHARED_MODULES if service == ALL else (f"services.{service}.metrics",)
     found = []
-    for value in vars(module).values():
+    for value in [value for name in names for value in vars(importlib.import_module(name)).values()]:
         if isinstance(value, Counter | Gauge | Histogram):
             kind = KINDS[type(value)]
             name = f"{value._name}_total" if kind == "counter" else value._name
@@ -44,8 +49,13 @@ def metrics_of(service: str) -> list[Metric]:
 
 
 def services_with_metrics() -> list[str]:
-    """The services that have metrics of their own."""
-    return [name.split(".")[1] for name in modules() if re.fullmatch(r"services\.\w+\.metrics", name)]
+    """The services that have metrics of their own, and the name for those that all have."""
+    return [ALL, *(name.split(".")[1] for name in modules() if re.fullmatch(r"services\.\w+\.metrics", name))]
+
+
+def modules_with_metrics() -> set[str]:
+    """Every module of the product that defines a metric, by its source."""
+    return {name for name, path in modules().items() if _DEFINITION.search(path.read_text())}
 
 
 def listed(service: str) -> list[Metric]:

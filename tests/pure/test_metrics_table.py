@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 import pytest
-from metrics_table import exported, listed, metrics_of, services_with_metrics
+from metrics_table import ALL, SHARED_MODULES, exported, listed, metrics_of, modules_with_metrics, services_with_metrics
 
 MONITORING = Path(__file__).parents[2] / "k8s/components/monitoring"
 DASHBOARD = json.loads((MONITORING / "dashboard.json").read_text())
@@ -23,6 +23,11 @@ VLLM = {
 @pytest.mark.parametrize("service", services_with_metrics())
 def test_the_page_lists_each_metric_with_kind_labels_and_meaning(service: str) -> None:
     assert [metric.row for metric in listed(service)] == [metric.row for metric in metrics_of(service)]
+
+
+def test_every_module_with_metrics_is_compared_with_the_page() -> None:
+    own = {f"services.{service}.metrics" for service in services_with_metrics() if service != ALL}
+    assert modules_with_metrics() == own | set(SHARED_MODULES)
 
 
 def test_metrics_of_vllm_have_their_names() -> None:
