@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from services.gateway.keys import is_open
 from services.gateway.messages_api import CountRequest, MessagesRequest
 from services.gateway.responses_api import ResponsesRequest
 from services.gateway.schema import ChatRequest, CompletionRequest
@@ -15,6 +16,10 @@ from services.gateway.tokens import Detokenize, TokenizeChat, TokenizeText
 Schema = dict[str, Any]
 
 TITLE = "WISP gateway"
+DESCRIPTION = (
+    "The API of the gateway. The page (`/`, `/page/`), its documentation (`/docs`) and its feed of the fleet view "
+    "(`/fleet/events`) are not described here: they are for browsers."
+)
 ERRORS = {
     400: "The request is wrong; sending it again unchanged does not help.",
     401: "The API key is missing or unknown.",
@@ -57,7 +62,7 @@ def document(version: str, *, keys: bool) -> Schema:
     """Return the document. keys: the API requires keys."""
     fields: Schema = {
         "openapi": "3.1.0",
-        "info": {"title": TITLE, "version": version},
+        "info": {"title": TITLE, "description": DESCRIPTION, "version": version},
         "paths": _paths(),
         "components": {"schemas": _schemas()},
     }
@@ -68,6 +73,16 @@ def document(version: str, *, keys: bool) -> Schema:
 
 
 def _paths() -> Schema:
+    paths = _operations()
+    for path, operations in paths.items():
+        for operation in operations.values() if is_open(path) else ():
+            operation["security"] = []
+            del operation["responses"]["401"]
+    return paths
+
+
+def _operations() -> Schema:
+    """Return the operations by path, as if each required a key."""
     generation = (*WRITE, *WORK)
     streamed = {"application/json": "ChatCompletion", "text/event-stream": None}
     stream_id = _parameter("answer_id", "path", {"type": "string"}, "The `id` of the streamed answer.")
@@ -133,6 +148,7 @@ def _paths() -> Schema:
         "/health": _read("Report that the process runs", {"application/json": "Health"}, READ),
         "/ready": _ready(),
         "/metrics": _read("Prometheus metrics", {"text/plain": None}, READ),
+        "/version": _read("Name the version", {"application/json": "Version"}, READ),
         "/openapi.json": _read("This document", {"application/json": "Anything"}, READ),
     }
 
@@ -224,14 +240,22 @@ def _schemas() -> Schema:
             ),
         },
     )
+    tool_call = _object(
+        {
+            "id": _TEXT,
+            "type": {"const": "function"},
+            "function": _object({"name": _TEXT, "arguments": _TEXT}),
+        }
+    )
     message = _object(
         {"role": {"const": "assistant"}, "content": nothing_or_text},
-        {"refusal": nothing_or_text, "reasoning_content": nothing_or_text},
+        {"refusal": nothing_or_text, "reasoning_content": nothing_or_text, "tool_calls": _list(tool_call)},
     )
     common = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "usage": usage}
     more = {"system_fingerprint": _TEXT, "service_tier": _TEXT, "wisp": _ANYTHING, "metrics": _or_null(_ANYTHING)}
     logprobs = {"logprobs": _or_null(_ANYTHING)}
     choice = {"index": _COUNT, "finish_reason": {"enum": ["stop", "length"]}, **logprobs}
+    of_chat = choice | {"finish_reason": {"enum": ["stop", "length", "tool_calls"]}, "message": message}
     model = _object(
         {"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT, "max_model_len": _COUNT},
         {"root": _TEXT, "parent": nothing_or_text, "context_window": _COUNT, "capabilities": _ANYTHING},
@@ -248,7 +272,7 @@ def _schemas() -> Schema:
             {
                 **common,
                 "object": {"const": "chat.completion"},
-                "choices": _list(_object({**choice, "message": message})),
+                "choices": _list(_object(of_chat)),
             },
             {**more, "prompt_logprobs": _list(_or_null(_ANYTHING))},
         ),
@@ -298,6 +322,7 @@ def _schemas() -> Schema:
         "Text": _object({"prompt": _TEXT}),
         "Health": _object({"status": {"const": "ok"}}),
         "Readiness": _object({"ready": _FLAG, "parts": _ANYTHING}, {"without_drafters": _list(_TEXT)}),
+        "Version": _object({"version": _TEXT}),
         "Anything": _ANYTHING,
     }
 

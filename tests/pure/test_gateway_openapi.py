@@ -5,13 +5,19 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
+from fastapi import FastAPI
+from fastapi.routing import APIRoute
+from gateway_peer import Script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from test_gateway_app import HELLO, MODEL, App, app, folder  # noqa: F401 fixtures
+from test_gateway_app import HELLO, MODEL, App, app, folder, guarded  # noqa: F401 fixtures
+from test_gateway_tools import WEATHER
+from test_gateway_tools import served as served_with_tools
 
 from services.gateway.openapi import document
 from services.gateway.schema import ChatRequest, CompletionRequest
@@ -96,6 +102,37 @@ def test_keys_are_required_where_the_gateway_requires_them() -> None:
     assert document("1", keys=True)["security"] == [{"key": []}]
 
 
+async def test_open_paths_need_no_key_and_all_others_do(guarded: tuple[App, str]) -> None:  # noqa: F811
+    app, _ = guarded  # noqa: F811
+    described = (await app.http.get("/openapi.json")).json()
+    for path, methods in described["paths"].items():
+        for method, one in methods.items():
+            refused = (await app.http.request(method, path)).status_code == 401
+            assert refused == ("401" in one["responses"]) == (one.get("security") != []), (method, path)
+
+
+def test_routes_without_a_description_are_those_of_the_page(app: App) -> None:  # noqa: F811
+    inner: Any = app.asgi
+    while not isinstance(inner, FastAPI):
+        inner = inner._app
+    served = {route.path.replace(":path", "") for route in inner.routes if isinstance(route, APIRoute)}
+    page = {"/", "/page/{name}", "/docs", "/docs/{path}", "/fleet/events"}
+    assert served - DOCUMENT["paths"].keys() == page
+    named = DOCUMENT["info"]["description"]
+    assert all(f"`{path.partition('{')[0]}`" in named for path in page - {"/docs/{path}"})
+
+
+async def test_calls_of_tools_are_those_of_the_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("test_gateway_app.CONTEXT", 4096)
+    async for one in served_with_tools(tmp_path):
+        one.script = Script('{"name": "get_weather", "arguments": {"city": "Bonn"}}')
+        answer = (await one.chat(tools=[WEATHER])).json()
+        assert answer["choices"][0]["finish_reason"] == "tool_calls"
+        assert list(problems(answer, {"$ref": "ChatCompletion"})) == []
+        answer["choices"][0]["message"]["tool_calls"][0]["function"]["arguments"] = {}
+        assert list(problems(answer, {"$ref": "ChatCompletion"}))
+
+
 async def test_every_route_is_in_the_document(app: App) -> None:  # noqa: F811
     served = (await app.http.get("/openapi.json")).json()
     assert served["paths"] == DOCUMENT["paths"]
@@ -113,6 +150,7 @@ REQUESTS: list[tuple[str, str, Any]] = [
     ("GET", "/health", None),
     ("GET", "/ready", None),
     ("GET", "/metrics", None),
+    ("GET", "/version", None),
     ("POST", "/v1/chat/completions", HELLO),
     ("POST", "/v1/chat/completions", HELLO | {"logprobs": True, "top_logprobs": 2, "wisp": {"metrics": True}}),
     ("POST", "/v1/chat/completions", HELLO | {"stream": True}),
