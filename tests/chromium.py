@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import base64
 import fcntl
 import json
 import os
@@ -168,11 +167,6 @@ class BrowserPage:
         features = [{"name": "prefers-color-scheme", "value": theme}]
         features.append({"name": "prefers-reduced-motion", "value": "reduce" if reduced_motion else "no-preference"})
         await self.call("Emulation.setEmulatedMedia", features=features)
-
-    async def picture(self, path: Path) -> None:
-        """Save a picture of the window as PNG."""
-        shot = await self.call("Page.captureScreenshot", format="png")
-        await asyncio.to_thread(path.write_bytes, base64.b64decode(shot["data"]))
 
     def problems(self) -> list[str]:
         """Return errors of scripts, messages to the console, and refusals of the policy for browsers."""

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from time import monotonic
 from typing import Protocol
 
+from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.core.fleet_record import Fields, FleetRecord
@@ -150,10 +151,11 @@ class FleetFeed:
             await asyncio.sleep(TICK_S)
 
 
-class FeedResponse:
-    """ASGI response that streams a viewer's events until the client goes away."""
+class FeedResponse(Response):
+    """Response that streams a viewer's events until the client goes away."""
 
     def __init__(self, feed: FleetFeed) -> None:
+        super().__init__()
         self._feed = feed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -8,7 +8,6 @@ from pathlib import PurePosixPath
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
-from starlette.types import Receive, Scope, Send
 
 from services.gateway.errors import ApiError
 from services.gateway.page.documents import INDEX, PREFIX, PROJECT, Documents
@@ -17,18 +16,6 @@ from services.gateway.page.files import MEDIA_TYPES, ServedFile, static_files
 
 READ = ["GET", "HEAD"]
 FEED_PATH = "/fleet/events"
-
-
-class _Streamed(Response):
-    """A response that another ASGI application sends."""
-
-    def __init__(self, app: FeedResponse) -> None:
-        super().__init__()
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Send it."""
-        await self._app(scope, receive, send)
 
 
 def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
@@ -53,7 +40,7 @@ def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
     async def events() -> Response:
         if feed is None:
             raise ApiError(404, "this server has no fleet: it serves a baseline", code="no_fleet")
-        return _Streamed(FeedResponse(feed))
+        return FeedResponse(feed)
 
     _add_documents(app)
 

@@ -77,16 +77,13 @@ def sweep(
     progress: Progress,
 ) -> Iterator[SweepCell]:
     """Run the plan for each combination of values. text, name: of the scenario's file. Raises SettingsError."""
-    cells = [dict(zip([field.path for field in fields], values, strict=True)) for values in _product(fields)]
+    combinations = product(*(field.values for field in fields))
+    cells = [dict(zip([field.path for field in fields], values, strict=True)) for values in combinations]
     specs = [parse_scenario(text, name, {**changes, **cell}) for cell in cells]
     for cell, spec in zip(cells, specs, strict=True):
         campaign = SimulationCampaign(replace(plan, scenario=spec), progress)
         campaign.run(pool)
         yield SweepCell(cell, campaign.results)
-
-
-def _product(fields: Sequence[SweptField]) -> Iterator[tuple[float, ...]]:
-    return product(*(field.values for field in fields))
 
 
 def sweep_table(cells: Sequence[SweepCell], arms: Sequence[str]) -> tuple[list[str], list[Row]]:

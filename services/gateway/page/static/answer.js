@@ -156,9 +156,3 @@ export function spoken(record) {
   const drafts = now.acceptance === null ? "no drafts" : `${Math.round(100 * now.acceptance)} percent of drafts accepted`;
   return `Answer complete: ${now.tokens} tokens, ${drafts}. ${record.text}`;
 }
-
-/** Show an error below an answer. */
-export function showProblem(place, problem) {
-  setText(place, problem.text || String(problem));
-  place.hidden = false;
-}

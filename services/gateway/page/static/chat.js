@@ -77,6 +77,8 @@ function scrollToEnd() {
 async function send(text) {
   if (running || !text.trim()) return;
   by("welcome").hidden = true;
+  const own = messages; // "Clear" begins another list
+  const tier = by("tier").value;
   const asked = { role: "user", content: text };
   const answer = el("div", { className: "answer" });
   const problem = el("p", { className: "problem", role: "alert", hidden: true });
@@ -86,7 +88,7 @@ async function send(text) {
     el("article", { className: "made" }, el("h3", { className: "unseen" }, "Answer"), answer, status, problem),
   );
   scrollToEnd();
-  const sent = body([...messages, asked]);
+  const sent = body([...own, asked]);
   const record = new AnswerRecord(performance.now());
   const view = new AnswerView(answer, record);
   const limits = slo();
@@ -107,13 +109,13 @@ async function send(text) {
       if (record.count) setText(status, "");
     });
     const seed = response.headers.get("x-wisp-seed");
-    if (record.summary && record.summary.slo) promised[by("tier").value] = record.summary.slo;
+    if (record.summary && record.summary.slo) promised[tier] = record.summary.slo;
     setText(status, [ended(record), seed ? `seed ${seed}` : ""].filter(Boolean).join(" · "));
     announce(spoken(record));
   } catch (error) {
     if (error.name === "AbortError") {
       setText(status, "stopped");
-      announce("Stopped.");
+      if (messages === own) announce("Stopped.");
     } else {
       setText(status, "");
       setText(problem, error.text || `The page failed: ${error.message}`);
@@ -123,10 +125,11 @@ async function send(text) {
     running = null;
     busy(false);
     view.changed(0);
-    if (!record.count) view.onDraw = resetCounters;
+    if (!record.count || messages !== own) view.onDraw = resetCounters;
   }
+  if (messages !== own) return;
   if (record.text) {
-    messages.push(asked, { role: "assistant", content: record.text });
+    own.push(asked, { role: "assistant", content: record.text });
   } else if (!by("message").value) {
     // Nothing was answered: the question goes back into the field, so that it can be sent again.
     by("message").value = text;
@@ -167,7 +170,7 @@ function resetCounters() {
   by("mix-legend").replaceChildren();
 }
 
-export function stopChat() {
+function stopChat() {
   if (running) running.abort();
 }
 

@@ -21,12 +21,7 @@ let clock = null;
 let frozenMs = 0;
 let chosenBatch = null;
 let chosenSession = null;
-let drawnAt = 0;
 let stale = false;
-
-/** Frame times of the timeline, for measurements: the last 600 in milliseconds. */
-export const frames = [];
-window.wispFrames = frames;
 
 /** The server's clock now, as far as its events tell it. */
 function serverNow() {
@@ -88,15 +83,10 @@ function take(event) {
   if (reduced.matches) drawSoon();
 }
 
-const drawSoon = perFrame(() => frame(performance.now()));
+const drawSoon = perFrame(frame);
 
-function frame(at) {
+function frame() {
   if (!wanted || document.hidden) return;
-  if (drawnAt) {
-    frames.push(at - drawnAt);
-    if (frames.length > 600) frames.shift();
-  }
-  drawnAt = at;
   timeline.forget(shownNow());
   timeline.draw();
   if (stale && !paused) {
@@ -105,9 +95,9 @@ function frame(at) {
   }
 }
 
-function loop(at) {
+function loop() {
   if (!wanted) return;
-  if (!reduced.matches) frame(at);
+  if (!reduced.matches) frame();
   requestAnimationFrame(loop);
 }
 
@@ -118,7 +108,6 @@ export function showFleet(on) {
   wanted = now;
   if (wanted) {
     note("Connecting …");
-    drawnAt = 0;
     look();
     requestAnimationFrame(loop);
   } else if (stream) {

@@ -29,10 +29,8 @@ export class AnswerRecord {
     this.text = "";
     this.finish = "";
     this.summary = null;
-    this.usage = null;
     this.firstMs = null;
     this.lastMs = null;
-    this.id = "";
     this.resolved = 0;
     this.openRound = 0;
   }
@@ -40,7 +38,6 @@ export class AnswerRecord {
   /** Add a chunk of the stream. Returns the index of the first token whose data changed. */
   add(chunk, nowMs) {
     const trace = chunk.wisp || {};
-    this.id = this.id || chunk.id || "";
     const from = Math.min(this.resolved, this.tokens.length);
     const choice = (chunk.choices || [])[0];
     const text = choice ? (choice.delta && choice.delta.content) || choice.text || "" : "";
@@ -73,7 +70,6 @@ export class AnswerRecord {
     this.resolve();
     if (choice && choice.finish_reason) this.finish = choice.finish_reason;
     if (trace.summary) this.summary = trace.summary;
-    if (chunk.usage) this.usage = chunk.usage;
     return from;
   }
 
@@ -121,7 +117,6 @@ export class AnswerRecord {
       tokensPerS: tpotMs ? 1000 / tpotMs : null,
       totalMs: summary ? summary.total_ms : nowMs - this.startedMs,
       slo: summary ? summary.slo : null,
-      attained: summary ? summary.attained : null,
     };
   }
 
