@@ -370,9 +370,10 @@ async def test_an_address_that_falls_silent_is_given_up_for_another(amqp_url: st
 
 async def test_an_idle_connection_to_one_of_several_addresses_stays(amqp_url: str, namespace: str) -> None:
     async with link_to(amqp_url) as first, link_to(amqp_url) as second:
-        broker = await Broker.connect(f"{first.url}, {second.url}", Topology(namespace), "x")
+        urls = ", ".join(f"{link.url}?heartbeat=1" for link in (first, second))
+        broker = await Broker.connect(urls, Topology(namespace), "x")
         lost = asyncio.create_task(reconnected(broker))
-        await asyncio.sleep(7)
+        await asyncio.sleep(3.5)  # longer than the silence after which an address is given up
         assert broker.connected
         assert not lost.done()
         lost.cancel()

@@ -81,7 +81,7 @@ async def test_without_heartbeats_silence_is_normal() -> None:
         assert await ended_after_s(reader, 2 * LONGEST_S) is None
 
 
-async def test_a_client_that_does_not_read_hears_no_silence() -> None:
+async def test_a_client_that_does_not_read_keeps_its_connection() -> None:
     async with connected(nothing) as reader:
         await asyncio.sleep(2 * LONGEST_S)
         assert await ended_after_s(reader, LONGEST_S / 2) is None

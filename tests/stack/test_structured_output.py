@@ -11,6 +11,7 @@ from typing import Any, Literal
 import openai
 import pydantic
 import pytest
+from asking import watching
 from patience import HANG_S
 
 from services.tools.bench.support.tiny import tiny_model
@@ -80,10 +81,15 @@ async def test_answers_parse_and_are_the_same_with_drafts_and_without(stack: Sta
 
 async def test_answers_are_the_same_after_a_verifiers_death(stack: Stack, client: openai.AsyncOpenAI) -> None:
     before = await asyncio.gather(*(parsed(client, "tiny", seed, "lookup") for seed in range(6)))
-    asked = [asyncio.create_task(parsed(client, "tiny", seed, "lookup")) for seed in range(6)]
-    await asyncio.sleep(0.05)
-    await stack.stop(stack.processes("verifier")[0], signal.SIGKILL)
-    assert await asyncio.gather(*asked) == before
+    victim = stack.processes("verifier")[0]
+    async with watching(stack) as seen:
+        asked = [asyncio.create_task(parsed(client, "tiny", seed, "lookup")) for seed in range(6)]
+        async with asyncio.timeout(HANG_S):
+            while victim.name not in seen.verifiers:  # noqa: ASYNC110 - the spy has no event for a verifier
+                await asyncio.sleep(0.002)
+        assert not all(task.done() for task in asked)
+        await stack.stop(victim, signal.SIGKILL)
+        assert await asyncio.gather(*asked) == before
 
 
 async def test_a_tool_that_must_be_called_makes_the_round_trip(stack: Stack, client: openai.AsyncOpenAI) -> None:
