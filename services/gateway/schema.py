@@ -220,7 +220,7 @@ class GrammarOption:
     """An option that sets the grammar of the answers."""
 
     kind: str
-    """`json_schema`, `json_object`, `regex`, `choice` or `grammar`."""
+    """`json_schema`, `json_object`, `regex`, `choice`, `grammar` or `calls`."""
     value: str
     """The option's value, as JSON."""
     param: str

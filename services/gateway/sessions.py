@@ -37,7 +37,7 @@ LONGEST_PAUSE_S = 15.0
 PAUSE_S = 1.0
 """A longer delay of the watch is a pause: the machine or this process stood still, and the sessions lost no time."""
 LOAD_VALID_S = 10.0
-"""Time after which a Load no longer says what schedulers do now."""
+"""Time after which a Load is out of date."""
 BACKLOG_S = 2.0
 """The backlog in a Load that arrives within this time after a wait began goes before the session."""
 READS_OF_TURNS = 4

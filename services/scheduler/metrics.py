@@ -2,7 +2,7 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
-WAITING = Gauge("wisp_num_requests_waiting", "Rounds that wait for a batch")
+WAITING = Gauge("wisp_num_requests_waiting", "Rounds pending for a batch")
 RUNS = Gauge("wisp_scheduler_runs", "Sessions that verifiers decode without rounds")
 STAND_IN_SESSIONS = Gauge(
     "wisp_scheduler_stand_in_sessions", "Sessions served here without drafts, as no drafter has room for them", ["pool"]

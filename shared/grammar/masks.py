@@ -131,7 +131,7 @@ class GrammarSession:
         self._tokens: list[int] = []
         """Tokens of the answer that the state stands behind."""
         self._ended_at: int | None = None
-        """Tokens before the first end-of-text token; the matcher is not told of those from there on."""
+        """Tokens before the first end-of-text token; the matcher has not consumed it or any later token."""
         self._forced: list[Sequence[int]] = [()]
         """Forced tokens from each position on, the current one last."""
         self._allowed: AllowedTokens | None = None

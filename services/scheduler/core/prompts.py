@@ -1,4 +1,4 @@
-"""Prompts that wait for a step: which of them cannot wait longer, and how many of their tokens the step should compute.
+"""Prompts pending for a step: which of them cannot wait longer, and how many of their tokens the step should compute.
 
 Where every token of a step takes its time (a CPU), a prompt that can wait leaves most of the other rounds' slack to
 them, and one that cannot has its next block reserved. Where loading the weights hides the arithmetic of a step's first
