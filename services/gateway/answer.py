@@ -145,6 +145,11 @@ class Answer:
         """The text that the client expects, for all completions."""
 
     @property
+    def id_suffix(self) -> str:
+        """The id without the prefix that tells chats and completions apart."""
+        return self.answer_id.partition("-")[2]
+
+    @property
     def session_ids(self) -> list[str]:
         """Ids of the sessions, one per completion."""
         return [session_id(self.answer_id, index) for index in range(len(self.form.echoes))]

@@ -8,7 +8,6 @@ import socket
 import zlib
 from collections.abc import Coroutine
 from functools import partial
-from importlib.metadata import PackageNotFoundError, version
 from secrets import token_hex
 from time import monotonic, time
 from typing import Any
@@ -30,7 +29,7 @@ from services.gateway.grammar import grammar_of
 from services.gateway.keys import Guard, is_open, key_of
 from services.gateway.messages_api import add_messages
 from services.gateway.openapi import document
-from services.gateway.page.routes import add_page
+from services.gateway.page.routes import READ, add_page, installed_version
 from services.gateway.prompt import Limits, chat_prompts, completion_prompts, predicted_tokens
 from services.gateway.request import check_choices, check_model, new_answer
 from services.gateway.response import AnswerResponse
@@ -45,8 +44,6 @@ ENCODINGS = {"identity": False, "": False, "gzip": True, "x-gzip": True}
 """Encodings of bodies, and whether they are gzip."""
 GZIP = 31
 """zlib's number for gzip."""
-READ = ["GET", "HEAD"]
-"""Methods of the routes that describe something."""
 
 
 async def serve_api(
@@ -185,7 +182,7 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes for probes and Prometheus, and the API's document."""
-    described = document(_version(), keys=gateway.keys is not None)
+    described = document(installed_version(), keys=gateway.keys is not None)
 
     @app.api_route("/openapi.json", methods=READ)
     async def openapi() -> JSONResponse:
@@ -211,13 +208,6 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     @app.api_route("/metrics", methods=READ)
     async def metrics() -> Response:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
-
-
-def _version() -> str:
-    try:
-        return version("wisp")
-    except PackageNotFoundError:
-        return "unknown"  # run from a checkout that is not installed
 
 
 async def _body(gateway: Gateway, request: Request) -> bytes:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from time import monotonic
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -19,7 +19,7 @@ from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of
 from services.gateway.keys import key_of
 from services.gateway.prompt import Limits, chat_prompts, chat_tokens
-from services.gateway.request import check_model, new_answer
+from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
 from services.gateway.response import AnswerResponse, EventMaker, splitter_of
 from services.gateway.schema import (
     MAX_STOP_CHARACTERS,
@@ -34,9 +34,6 @@ from services.gateway.schema import (
 )
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.messages import Finish
-
-ReadBody = Callable[[Request], Awaitable[bytes]]
-FindLimits = Callable[[ChatRequest], Awaitable[Limits]]
 
 
 class MessageParam(Body):
@@ -202,7 +199,7 @@ def _event(kind: str, **fields: Any) -> bytes:
 
 def _message(answer: Answer, blocks: list[Fields]) -> Fields:
     return {
-        "id": f"msg_{answer.answer_id.partition('-')[2]}",
+        "id": f"msg_{answer.id_suffix}",
         "type": "message",
         "role": "assistant",
         "model": answer.form.model,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from hashlib import blake2b
 from secrets import randbits, token_hex
 from time import time
+
+from fastapi import Request
 
 from services.gateway.answer import Answer, AnswerForm, session_id
 from services.gateway.core.slo import class_of, slo_of
@@ -18,6 +20,11 @@ from services.gateway.schema import ChatRequest, GenerationRequest
 from services.gateway.tools import tool_form
 from shared.broker.topology import device_name
 from shared.messages import Generate, Grammar, needing
+
+ReadBody = Callable[[Request], Awaitable[bytes]]
+"""Returns the body of a request. Raises ApiError."""
+FindLimits = Callable[[ChatRequest], Awaitable[Limits]]
+"""Returns the limits of a chat. Raises ApiError."""
 
 
 def new_answer(

@@ -19,16 +19,14 @@ from services.gateway.errors import ApiError, encode, invalid, unavailable
 from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of
 from services.gateway.keys import ApiKey, key_of
-from services.gateway.prompt import Limits, chat_prompts
-from services.gateway.request import check_model, new_answer
+from services.gateway.prompt import chat_prompts
+from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
 from services.gateway.response import AnswerResponse, EventMaker, splitter_of
 from services.gateway.schema import Body, ChatForm, ChatRequest, explain, or_default, parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError
 from shared.messages import Finish
 
-ReadBody = Callable[[Request], Awaitable[bytes]]
-FindLimits = Callable[[ChatRequest], Awaitable[Limits]]
 Messages = list[dict[str, Any]]
 TEXT_TYPES = ("input_text", "output_text", "text")
 
@@ -394,12 +392,12 @@ class ResponseEvents:
 
 
 def _response_id(answer: Answer) -> str:
-    return f"resp_{answer.answer_id.partition('-')[2]}"
+    return f"resp_{answer.id_suffix}"
 
 
 def _message_item(answer: Answer, text: str) -> Fields:
     return {
-        "id": f"msg_{answer.answer_id.partition('-')[2]}",
+        "id": f"msg_{answer.id_suffix}",
         "type": "message",
         "status": "completed",
         "role": "assistant",
@@ -409,7 +407,7 @@ def _message_item(answer: Answer, text: str) -> Fields:
 
 def _reasoning_item(answer: Answer, text: str) -> Fields:
     return {
-        "id": f"rs_{answer.answer_id.partition('-')[2]}",
+        "id": f"rs_{answer.id_suffix}",
         "type": "reasoning",
         "status": "completed",
         "summary": [],
@@ -420,7 +418,7 @@ def _reasoning_item(answer: Answer, text: str) -> Fields:
 def _call_item(answer: Answer, number: int, name: str, arguments: str) -> Fields:
     assert answer.form.tools is not None
     return {
-        "id": f"fc_{answer.answer_id.partition('-')[2]}_{number}",
+        "id": f"fc_{answer.id_suffix}_{number}",
         "type": "function_call",
         "status": "completed",
         "call_id": answer.form.tools.calls.call_id(answer.answer_id, 0, number),

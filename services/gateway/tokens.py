@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request
@@ -13,10 +12,8 @@ from pydantic_core import PydanticCustomError
 from services.gateway.errors import invalid
 from services.gateway.gateway import Gateway
 from services.gateway.prompt import Limits, chat_tokens, prompt_tokens
-from services.gateway.request import check_model
+from services.gateway.request import ReadBody, check_model
 from services.gateway.schema import Body, ChatRequest, or_default, parse, token_ids
-
-ReadBody = Callable[[Request], Awaitable[bytes]]
 
 
 class TokenizeText(Body):

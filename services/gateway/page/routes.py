@@ -15,6 +15,7 @@ from services.gateway.page.feed import FeedResponse, FleetFeed
 from services.gateway.page.files import MEDIA_TYPES, ServedFile, static_files
 
 READ = ["GET", "HEAD"]
+"""Methods of the routes that describe something."""
 FEED_PATH = "/fleet/events"
 
 
@@ -34,7 +35,7 @@ def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
 
     @app.api_route("/version", methods=READ)
     async def wisp_version() -> JSONResponse:
-        return JSONResponse({"version": _version()})
+        return JSONResponse({"version": installed_version()})
 
     @app.get(FEED_PATH)
     async def events() -> Response:
@@ -62,8 +63,9 @@ def _add_documents(app: FastAPI) -> None:
         raise ApiError(404, f"there is no page {path[:200]!r}", code="unknown_url")
 
 
-def _version() -> str:
+def installed_version() -> str:
+    """Return the version of the installed package."""
     try:
         return version(PROJECT)
     except PackageNotFoundError:
-        return "unknown"
+        return "unknown"  # run from a checkout that is not installed
