@@ -391,6 +391,14 @@ def test_wisp_plus_cuts_a_prompt_so_that_other_rounds_keep_slack() -> None:
     assert sooner.predicted_ms * MODEL.ratio_p90 <= 460.0 + 1e-6
 
 
+def test_wisp_plus_takes_prompts_by_deadline_where_no_block_fits() -> None:
+    long, soon = pending("long", base=1500, due=NOW + 4000), pending("soon", base=200, due=NOW + 3000)
+    limits = BatchLimits(50.0, 2048, 5000.0)
+    made = plan("wisp+", [long, soon], verifier(), limits)
+    assert made.predicted_ms > limits.max_batch_ms
+    assert [(chosen.session_id, chosen.prefill_to) for chosen in made.chosen] == [("soon", BLOCK)]
+
+
 def test_wisp_plus_leaves_time_for_returning_sessions() -> None:
     long = pending("long", base=1000, due=NOW + 9000)
     state = verifier()

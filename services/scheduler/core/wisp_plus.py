@@ -67,8 +67,9 @@ class WispPlus(BatchPolicy):
             if chosen.prefill_to is None and chosen.draft < drafted:
                 chosen.reason += f"; {chosen.draft} of {drafted} draft tokens"
         if not batch.chosen:
-            # Not even the first round fits. It is sent all the same, or it would wait for ever.
-            first = next(queue.by("latest start"))
+            # Not even a block of a prompt fits. The most pressing round is sent all the same, or it would wait for
+            # ever: not the one that should have begun first, which is the longest prompt.
+            first = next(queue.by("deadline"))
             if not batch.take_chunk(first, slo_reason(first, now), forced=True):
                 batch.take_round(first, self._certain(first), slo_reason(first, now), forced=True)
         return batch.plan(len(queue), queue.by("latest start"))
