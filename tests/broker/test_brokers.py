@@ -50,8 +50,9 @@ async def test_brokers_of_the_run_answer(brokers: Brokers) -> None:
 async def test_a_redis_cluster_is_refused(tmp_path: Path) -> None:
     redis = inspect_machine().redis
     assert redis is not None
-    (port,) = free_ports(1)
-    options = ["--port", str(port), "--bind", "127.0.0.1", "--cluster-enabled", "yes", "--save", ""]
+    port, bus_port = free_ports(2)
+    options = ["--port", str(port), "--cluster-port", str(bus_port), "--bind", "127.0.0.1"]
+    options += ["--cluster-enabled", "yes", "--save", ""]
     cluster = await asyncio.create_subprocess_exec(redis, *options, cwd=tmp_path, stdout=subprocess.DEVNULL)
     url = f"redis://127.0.0.1:{port}/0"
     try:
