@@ -16,13 +16,13 @@ from services.drafter.control import DraftRound, SessionControl
 from services.drafter.core.session import bonus_matches, verified_counts
 from services.drafter.drafting import Drafting, SourceChoice
 from services.drafter.sources import Draft, DraftRequest, DraftSource, Prediction, States
-from shared.grammar.masks import DraftGrammar
 from shared.messages import Generate, Result
 from shared.models.bfloat16 import to_floats
 from shared.runtime import logging
 
 if TYPE_CHECKING:
     from services.verifier.engine_thread import TargetEngine
+    from shared.grammar.masks import DraftGrammar
 
 
 @dataclass(frozen=True)
@@ -71,6 +71,7 @@ class InProcessDrafts:
         """Remove a session; nothing happens if it is unknown."""
         if (session := self._sessions.pop(session_id, None)) is not None:
             session.choice.source.close(session_id)
+            self._drafting.close(session_id)
 
     def propose(self, slots: Sequence[DraftSlot]) -> dict[str, list[int]]:
         """Return the draft of each session."""

@@ -96,6 +96,8 @@ class EngineLoop:
         if (session := self._sessions.pop(session_id, None)) is None:
             return
         self._batcher.remove(session.sequence)
+        if self._grammars is not None:
+            self._grammars.forget(session_id)
         if self._drafts is not None:
             self._drafts.close(session_id)
 

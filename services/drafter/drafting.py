@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from services.drafter.control import Controller, ControlWeights
 from services.drafter.control_files import load_weights
@@ -13,10 +14,12 @@ from services.drafter.core.lookup import LOOKUP
 from services.drafter.settings import DraftSettings
 from services.drafter.sources.registry import AUTO, FALLBACK, NONE, PREFERRED, SOURCES, load_sources
 from shared.errors import ModelError, WispError
-from shared.grammar.masks import DraftGrammar, Grammars
 from shared.messages import Generate
 from shared.models.folder import ModelFolder
 from shared.runtime import logging
+
+if TYPE_CHECKING:
+    from shared.grammar.masks import DraftGrammar, Grammars
 
 
 @dataclass(frozen=True)
@@ -53,11 +56,18 @@ class Drafting:
         grammar = generate.sampling.grammar
         if grammar is None or self.grammars is None:
             return None
+        from shared.grammar.masks import DraftGrammar
+
         try:
             return DraftGrammar(self.grammars.session(generate.session, grammar), grammar.prompt_len)
         except WispError as error:
             logging.get().warning("drafts do not follow the grammar", error=str(error))
             return None
+
+    def close(self, session_id: str) -> None:
+        """Drop the state of an ended session in its grammar."""
+        if self.grammars is not None:
+            self.grammars.forget(session_id)
 
     def hidden_rows(self) -> HiddenRows:
         """Return an empty store for the hidden states of a new session."""
@@ -109,11 +119,17 @@ def load_drafting(settings: DraftSettings) -> Drafting:
 
 
 def _grammars(settings: DraftSettings) -> Grammars | None:
-    """Return the grammars for the target; None without its folder, which copies alone do not need."""
+    """Return the grammars for the target; None without its folder or llguidance, which copies do not need."""
     try:
+        # Not imported above: a drafter of copies does without the packages of grammars.
+        from shared.grammar.masks import Grammars
+
         return Grammars.of(ModelFolder(settings.target))
+    except ModuleNotFoundError as error:
+        logging.get().info("drafts follow no grammars: a package is missing", package=error.name)
     except ModelError:
-        return None
+        pass
+    return None
 
 
 def no_drafting() -> Drafting:

@@ -197,6 +197,7 @@ class Drafter:
         finally:
             del self._sessions[message.session]
             session.close()
+            self._drafting.close(message.session)
         self._return_given_back(session)
 
     @staticmethod

@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import structlog
 
@@ -20,10 +21,12 @@ from services.drafter.settings import ServingOptions
 from services.drafter.sources.registry import HIDDEN
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
-from shared.grammar.masks import DraftGrammar
 from shared.messages import Cancel, Generate, HiddenStates, Result, Status
 from shared.runtime import logging
 from shared.state.store import Session
+
+if TYPE_CHECKING:
+    from shared.grammar.masks import DraftGrammar
 
 
 @dataclass(frozen=True)

@@ -109,7 +109,8 @@ class Verifier:
         self._broker = broker
         self._store = store
         self._settings = settings
-        self._sessions = SessionTable(store, engine_thread)
+        grammars = None if is_twin(settings.target) else Grammars.of(ModelFolder(settings.target))
+        self._sessions = SessionTable(store, engine_thread, grammars)
         self._handoff = Handoff(
             store.kv,
             engine_thread,
@@ -129,7 +130,7 @@ class Verifier:
             broker,
             store,
             settings.session_keys,
-            grammars=None if is_twin(settings.target) else Grammars.of(ModelFolder(settings.target)),
+            grammars=grammars,
             emulated=emulated,
             digests=settings.journal,
         )

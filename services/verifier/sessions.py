@@ -7,6 +7,7 @@ import time
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from services.verifier import metrics
 from services.verifier.core.tasks import VerifyTask
@@ -16,6 +17,9 @@ from shared.messages import Job
 from shared.runtime import logging
 from shared.state.commits import CommitOutcome, Committed
 from shared.state.store import Request, SessionStatus, Store
+
+if TYPE_CHECKING:
+    from shared.grammar.masks import Grammars
 
 SWEEP_S = 5.0
 """A cached session without a job for this long may have ended while this verifier was cut off."""
@@ -36,8 +40,10 @@ class CommittedSession:
 class SessionTable:
     """The sessions that this verifier remembers, and those with KV in its engine."""
 
-    def __init__(self, store: Store, engine_thread: EngineThread) -> None:
+    def __init__(self, store: Store, engine_thread: EngineThread, grammars: Grammars | None = None) -> None:
+        """grammars: those of the sessions; None if the verifier follows none."""
         self._store = store
+        self._grammars = grammars
         self._thread = engine_thread
         self._engine = engine_thread.engine
         self._remembered: dict[str, CommittedSession] = {}
@@ -113,7 +119,10 @@ class SessionTable:
         self._remembered.pop(session_id, None)
 
     async def release(self, session_ids: Sequence[str]) -> None:
-        """Forget sessions and release their KV."""
+        """Forget sessions, their states in their grammars too, and release their KV."""
+        if self._grammars is not None:
+            for session_id in session_ids:
+                self._grammars.forget(session_id)
         gone = [session_id for session_id in session_ids if session_id in self.cached or session_id in self._remembered]
         if not gone:
             return

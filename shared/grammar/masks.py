@@ -336,7 +336,8 @@ class Grammars:
         self._eos_ids = [token for token in eos_ids if token < vocab_size]
         self._lock = threading.Lock()
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
-        self._sessions: OrderedDict[tuple[str, str], GrammarSession] = OrderedDict()
+        self._sessions: OrderedDict[str, tuple[str, GrammarSession]] = OrderedDict()
+        """Each session's grammar and its state in it."""
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Grammars:
@@ -345,20 +346,21 @@ class Grammars:
 
     def session(self, session_id: str, grammar: Grammar) -> GrammarSession:
         """Return a session's state, a new one if it is not kept. Raises GrammarError."""
-        key = session_id, grammar.text
         with self._lock:
-            if (session := self._sessions.get(key)) is None:
+            text, session = self._sessions.get(session_id, (None, None))
+            if session is None or text != grammar.text:
                 matcher = self._matcher(grammar.text).deep_copy()
-                session = self._sessions[key] = GrammarSession(matcher, self._vocab_size, self._eos_ids)
+                session = GrammarSession(matcher, self._vocab_size, self._eos_ids)
+                self._sessions[session_id] = grammar.text, session
                 if len(self._sessions) > MOST_SESSIONS:
                     self._sessions.popitem(last=False)
-            self._sessions.move_to_end(key)
+            self._sessions.move_to_end(session_id)
             return session
 
-    def forget(self, session_id: str, grammar: Grammar) -> None:
-        """Drop the state of a session that has ended."""
+    def forget(self, session_id: str) -> None:
+        """Drop the state of a session that has ended or moved; nothing happens if it has none."""
         with self._lock:
-            self._sessions.pop((session_id, grammar.text), None)
+            self._sessions.pop(session_id, None)
 
     def check(self, text: str) -> None:
         """Raise GrammarError if sessions cannot follow this grammar."""

@@ -90,7 +90,7 @@ def plain(engine: Engine, folder: Path, prompt: Sequence[int], params: Sampling)
         logits = engine.forward([Step("plain", tokens[engine.cached("plain") :], rows=1)]).logits[0].float().numpy()
         logits = logits.copy()
         grammars.session("plain", params.grammar).after(tokens[len(prompt) :]).apply(logits, None)
-        grammars.forget("plain", params.grammar)
+        grammars.forget("plain")
         tokens += choose_in_rows(logits[None], [free], [len(tokens)])
     engine.release("plain")
     return tokens[len(prompt) :]

@@ -15,6 +15,7 @@ from services.verifier.engine_thread import EngineThread
 from services.verifier.sessions import SessionTable
 from services.verifier.verify import verify
 from shared.engine import Engine
+from shared.grammar.masks import Grammars
 from shared.messages import Sampling
 from shared.state.store import Store
 
@@ -35,6 +36,24 @@ def engine(tmp_path: Path) -> Engine:
 def sessions(engine: Engine) -> SessionTable:
     """A table that needs no store: nothing is recalled or swept."""
     return SessionTable(cast("Store", None), EngineThread(engine, ThreadPoolExecutor(1)))
+
+
+async def test_a_released_session_leaves_no_state_in_its_grammar(engine: Engine) -> None:
+    class Forgotten:
+        def __init__(self) -> None:
+            self.sessions: list[str] = []
+
+        def forget(self, session_id: str) -> None:
+            self.sessions.append(session_id)
+
+    forgotten = Forgotten()
+    sessions = SessionTable(
+        cast("Store", None), EngineThread(engine, ThreadPoolExecutor(1)), cast("Grammars", forgotten)
+    )
+    decode(engine, "a", PROMPT)
+    sessions.update_cached(["a"])
+    await sessions.release(["a", "unknown here"])
+    assert (forgotten.sessions, sessions.cached) == (["a", "unknown here"], {})
 
 
 def decode(engine: Engine, session_id: str, tokens: list[int]) -> tuple[list[int], int]:

@@ -7,7 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import cast, get_args
 
 import builders
 import pytest
@@ -15,11 +15,14 @@ import pytest
 from services.drafter.control import Controller, ControlWeights
 from services.drafter.control.rules import RULES
 from services.drafter.drafting import Drafting, load_drafting
+from services.drafter.service import Drafter
 from services.drafter.settings import DrafterSettings
 from services.drafter.sources import LookupDrafts, NoDrafts
 from services.drafter.sources.registry import AUTO, FALLBACK, PREFERRED, SOURCES
+from shared.broker.client import Broker
 from shared.errors import ModelError, SettingsError
-from shared.messages import Generate
+from shared.messages import Generate, Grammar, Sampling
+from shared.state.store import Store
 
 ROOT = Path(__file__).parents[2]
 
@@ -69,6 +72,31 @@ def test_a_drafter_without_torch_drafts_by_lookup(monkeypatch: pytest.MonkeyPatc
         load_drafting(DrafterSettings(draft_source="combined"))
     with pytest.raises(ModelError, match="needs torch"):
         load_drafting(DrafterSettings(hidden_draft=ROOT))
+
+
+def test_a_drafter_without_llguidance_drafts_without_grammars(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert load_drafting(DrafterSettings(draft_source="lookup")).grammars is not None
+    monkeypatch.setitem(sys.modules, "llguidance", None)
+    monkeypatch.delitem(sys.modules, "shared.grammar.masks")
+    drafting = load_drafting(DrafterSettings(draft_source="lookup"))
+    sampling = Sampling(grammar=Grammar(text="start: /a+/", prompt_len=1))
+    assert (drafting.grammars, drafting.grammar(builders.generate(sampling=sampling))) == (None, None)
+
+
+async def test_an_ended_session_leaves_no_state_in_its_grammar() -> None:
+    class NoSessions:
+        async def read(self, session_ids: list[str]) -> list[None]:
+            return [None] * len(session_ids)
+
+    settings = DrafterSettings(draft_source="lookup")
+    drafting = load_drafting(settings)
+    assert drafting.grammars is not None
+    broker, store = cast("Broker", None), cast("Store", NoSessions())
+    drafter = Drafter("d1", "p", settings.options, drafting, broker, store, None)
+    grammar = Grammar(text="start: /a+/", prompt_len=1)
+    session = drafting.grammars.session("s", grammar)
+    await drafter._generate(builders.generate(session="s", sampling=Sampling(grammar=grammar)))
+    assert drafting.grammars.session("s", grammar) is not session
 
 
 def test_a_drafter_without_the_targets_folder_drafts_by_lookup(tmp_path: Path) -> None:

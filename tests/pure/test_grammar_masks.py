@@ -138,7 +138,7 @@ def test_masks_depend_on_nothing_but_the_tokens(
     for length in (len(tokens), chance.randint(0, len(tokens))):
         fresh = grammars.session(f"fresh{seed}", grammar(name))
         mine, other = used.after(tokens[:length]), fresh.after(tokens[:length])
-        grammars.forget(f"fresh{seed}", grammar(name))
+        grammars.forget(f"fresh{seed}")
         assert mine.forced == other.forced
         assert ids_of(mine) == ids_of(other)
 
@@ -198,6 +198,16 @@ def test_states_that_are_not_kept_are_rebuilt(
             mine = few.session(name, grammar("schema")).after(tokens)
             other = grammars.session(name, grammar("schema")).after(tokens)
             assert ids_of(mine) == ids_of(other)
+
+
+def test_a_forgotten_session_begins_anew(grammars: Grammars) -> None:
+    session = grammars.session("forgotten", grammar("schema"))
+    assert grammars.session("forgotten", grammar("schema")) is session
+    grammars.forget("forgotten")
+    again = grammars.session("forgotten", grammar("schema"))
+    assert again is not session
+    assert ids_of(again.after([])) == ids_of(session.after([]))
+    assert grammars.session("forgotten", grammar("choice")) is not again, "a state is of one grammar"
 
 
 def test_a_draft_has_masks_until_it_leaves_the_grammar(grammars: Grammars) -> None:

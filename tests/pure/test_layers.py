@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
+import tomllib
 from functools import cache
 
 import pytest
@@ -45,6 +47,27 @@ for service in ("gateway", "scheduler", "estimator", "drafter"):
     importlib.import_module(f"services.{service}.service")
     if loaded := {"torch", "transformers"} & sys.modules.keys():
         sys.exit(f"{service} loads {loaded}")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize("service", ["scheduler", "drafter", "estimator", "drain_order"])
+def test_a_service_starts_with_the_packages_that_all_services_need(service: str) -> None:
+    """Packages of the extras need not be installed."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    extras = {re.split(r"[^\w-]", line)[0] for lines in project["optional-dependencies"].values() for line in lines}
+    needed = {re.split(r"[^\w-]", line)[0] for line in project["dependencies"]}
+    missing = {name.replace("-", "_").lower() for name in extras - needed}
+    assert {"llguidance", "tokenizers", "jinja2", "torch"} <= missing
+    code = f"""
+import importlib, sys
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {missing!r}:
+            raise ModuleNotFoundError(f"{service} loads {{name}}", name=name)
+sys.meta_path.insert(0, Missing())
+importlib.import_module("services.{service}.service")
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False)
     assert (done.returncode, done.stderr) == (0, "")
