@@ -10,8 +10,10 @@ from typing import Any
 
 from services.gateway.core.tool_formats import HERMES, JSON, MISTRAL, TOOL_FORMATS, ToolFormat
 from services.gateway.errors import invalid
+from services.gateway.grammar_options import GrammarOption
 from services.gateway.model import ServedModel
-from services.gateway.schema import ChatRequest, GenerationRequest, GrammarOption, Tool
+from services.gateway.schema import ChatRequest, GenerationRequest
+from services.gateway.tool_options import Tool
 from services.gateway.tools import tool_format
 from shared.errors import GrammarError
 from shared.grammar import build

@@ -11,6 +11,7 @@ from fastapi.responses import JSONResponse, Response
 from pydantic import Field
 
 from services.gateway.answer import Answer
+from services.gateway.body import Body, or_default
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
 from services.gateway.core.reasoning import SplitText
@@ -24,12 +25,10 @@ from services.gateway.response import AnswerResponse, EventMaker, splitter_of
 from services.gateway.schema import (
     MAX_STOP_CHARACTERS,
     MAX_STOPS,
-    Body,
     ChatForm,
     ChatMessage,
     ChatRequest,
     ContentPart,
-    or_default,
     parse,
 )
 from services.gateway.stream import Choice, Chunks, Fields

@@ -12,6 +12,7 @@ from fastapi.responses import Response
 from pydantic import Field, ValidationError
 
 from services.gateway.answer import Answer
+from services.gateway.body import Body, or_default
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
@@ -22,7 +23,7 @@ from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import chat_prompts
 from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
 from services.gateway.response import AnswerResponse, EventMaker, splitter_of
-from services.gateway.schema import Body, ChatForm, ChatRequest, explain, or_default, parse
+from services.gateway.schema import ChatForm, ChatRequest, explain, parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError
 from shared.messages import Finish

@@ -10,14 +10,12 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     BeforeValidator,
-    ConfigDict,
     Field,
     PlainValidator,
     ValidationError,
@@ -28,6 +26,7 @@ from pydantic import (
 from pydantic_core import PydanticCustomError, from_json
 
 from services.drafter.sources.registry import AUTO, CHOICES, SourceChoiceName
+from services.gateway.body import Body, or_default
 from services.gateway.core.options import (
     CHAT_OPTIONS,
     COMPLETION_OPTIONS,
@@ -38,6 +37,15 @@ from services.gateway.core.options import (
     unsupported,
 )
 from services.gateway.errors import ApiError, invalid
+from services.gateway.grammar_options import (
+    ChoiceTexts,
+    GrammarOption,
+    JsonSchema,
+    OptionalText,
+    ResponseFormat,
+    StructuredOutputs,
+)
+from services.gateway.tool_options import Tool, ToolCall, ToolChoice, parse_tool_choice
 from shared.broker.topology import DEFAULT_POOL
 from shared.messages import GRAMMAR, LOGPROBS, MOST_LOGPROBS, RULES, Logprobs, Sampling
 from shared.models.folder import SamplingDefaults
@@ -50,7 +58,6 @@ MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
 MAX_BAD_WORDS = 1024
 LARGEST_BIAS = 100.0
-MAX_CHOICE_TEXTS = 4096
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
 NO_DEFAULTS = SamplingDefaults()
@@ -168,11 +175,6 @@ def _first(asked: Number | None, default: Number | None, otherwise: Number) -> N
     return asked if asked is not None else default if default is not None else otherwise
 
 
-def or_default(default: Any) -> BeforeValidator:
-    """Treat null as the default, as OpenAI's API does."""
-    return BeforeValidator(lambda value: default if value is None else value)
-
-
 def _most(value: Any) -> Any:
     """Return a token limit; None for -1, which means no limit for llama.cpp's clients."""
     whole = _whole(value)
@@ -183,15 +185,6 @@ _TokenIds = PlainValidator(token_ids, json_schema_input_type=list[int])
 _Prompts = PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
 _Whole = BeforeValidator(_whole)
 _Most = BeforeValidator(_most)
-
-
-class Body(BaseModel):
-    """A body of a request or a part of one: strict; unknown fields are ignored."""
-
-    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = {}
-    """Options that are refused by name."""
-
-    model_config = ConfigDict(strict=True, frozen=True, extra="ignore", hide_input_in_errors=True)
 
 
 class StreamOptions(Body):
@@ -215,80 +208,6 @@ class WispOptions(Body):
     """Keep generating for a while after the client goes away, so that it can resume the stream."""
 
 
-@dataclass(frozen=True)
-class GrammarOption:
-    """An option that sets the grammar of the answers."""
-
-    kind: str
-    """`json_schema`, `json_object`, `regex`, `choice`, `grammar` or `calls`."""
-    value: str
-    """The option's value, as JSON."""
-    param: str
-    """Its name in the body."""
-    strict: bool = True
-    """False ignores what cannot be enforced of a JSON schema."""
-
-
-def _json_schema(value: Any) -> dict[str, Any] | None:
-    """Return a JSON schema, given as an object or as its text."""
-    schema = value
-    if isinstance(value, str):
-        try:
-            schema = from_json(value, allow_inf_nan=False) if value else None
-        except ValueError as error:
-            raise PydanticCustomError("json_schema_value", "is no JSON: {error}", {"error": str(error)}) from error
-    if schema is not None and not isinstance(schema, dict):
-        raise PydanticCustomError("json_schema_type", "must be a JSON schema: an object, or its text")
-    return schema
-
-
-def _choices(value: Any) -> list[str]:
-    texts = [] if value is None else value
-    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
-        raise PydanticCustomError("choice_type", "must be a list of texts")
-    if len(texts) > MAX_CHOICE_TEXTS:
-        raise PydanticCustomError("choice_value", f"must have at most {MAX_CHOICE_TEXTS} texts")
-    return texts
-
-
-_Schema = Annotated[
-    dict[str, Any] | None, PlainValidator(_json_schema, json_schema_input_type=dict[str, Any] | str | None)
-]
-_Choices = Annotated[list[str], PlainValidator(_choices, json_schema_input_type=list[str])]
-_Text = Annotated[str, or_default("")]
-
-
-class SchemaFormat(Body):
-    """The JSON schema of a `response_format`."""
-
-    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
-    strict: Annotated[bool, or_default(False)] = False
-
-
-class ResponseFormat(Body):
-    """OpenAI's `response_format`."""
-
-    type: Literal["text", "json_object", "json_schema"] = "text"
-    json_schema: Annotated[SchemaFormat | None, Field(validate_default=True)] = None
-
-    @field_validator("json_schema")
-    @classmethod
-    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None and info.data.get("type") == "json_schema":
-            raise PydanticCustomError("missing", "Field required")
-        return value
-
-
-class StructuredOutputs(Body):
-    """vLLM's `structured_outputs`."""
-
-    json_: Annotated[_Schema, Field(alias="json")] = None
-    json_object: Annotated[bool, or_default(False)] = False
-    regex: _Text = ""
-    choice: _Choices = []
-    grammar: _Text = ""
-
-
 class ContentPart(Body):
     """One part of a message's content."""
 
@@ -308,80 +227,11 @@ class PredictionOption(Body):
         return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
 
 
-class CalledFunction(Body):
-    """The function of a tool call in the history."""
-
-    name: str
-    arguments: str | dict[str, Any]
-    """JSON, as OpenAI has it; some clients send the object itself."""
-
-
-class ToolCall(Body):
-    """A tool call in the history."""
-
-    id: Annotated[str, or_default("")] = ""
-    type: Literal["function"] = "function"
-    function: CalledFunction
-
-
-class ToolFunction(Body):
-    """The function of a tool."""
-
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
-    description: str | None = None
-    parameters: dict[str, Any] | None = None
-    """JSON schema of the arguments."""
-    strict: Annotated[bool, or_default(False)] = False
-
-
-class Tool(Body):
-    """A tool that the model may call."""
-
-    type: Literal["function"]
-    function: ToolFunction
-
-    def rendered(self) -> dict[str, Any]:
-        """Return the tool in the form that chat templates take."""
-        function = self.function
-        return {
-            "type": "function",
-            "function": {
-                "name": function.name,
-                "description": function.description or "",
-                "parameters": function.parameters or {"type": "object", "properties": {}},
-            },
-        }
-
-
-@dataclass(frozen=True)
-class ToolChoice:
-    """The tools that an answer has to call."""
-
-    mode: str = "auto"
-    """`auto`: any or none, `none`: none, `required`: at least one."""
-    name: str | None = None
-    """The only tool that may be called."""
-
-
-def _tool_choice(value: Any) -> ToolChoice:
-    if value is None or value in ("auto", "none", "required"):
-        return ToolChoice(value or "auto")
-    function = value.get("function") if isinstance(value, dict) and value.get("type") == "function" else None
-    name = function.get("name") if isinstance(function, dict) else None
-    if not isinstance(name, str):
-        raise PydanticCustomError(
-            "tool_choice_value",
-            'must be "auto", "none", "required" or an object such as {example}',
-            {"example": '{"type": "function", "function": {"name": "…"}}'},
-        )
-    return ToolChoice("required", name)
-
-
 class ChatMessage(Body):
     """One message of a conversation."""
 
     role: Literal["system", "developer", "user", "assistant", "tool"]
-    tool_calls: Annotated[list[ToolCall], or_default([])] = []
+    tool_calls: Annotated[list[ToolCall], or_default([])] = Field(default=[])
     tool_call_id: str | None = None
     """The call of which a tool's message is the result."""
     name: str | None = None
@@ -400,7 +250,7 @@ class ChatMessage(Body):
         content = [part.model_dump() for part in self.content] if isinstance(self.content, list) else self.content
         fields: dict[str, Any] = {"role": role, "content": content or ""}
         if self.tool_calls and role == "assistant":
-            fields["tool_calls"] = [_rendered_call(call) for call in self.tool_calls]
+            fields["tool_calls"] = [call.rendered() for call in self.tool_calls]
         if role == "tool":
             fields |= {"name": self.name, "tool_call_id": self.tool_call_id or ""}
         return fields
@@ -409,18 +259,6 @@ class ChatMessage(Body):
         """Return the texts of the message's parts, and of its calls."""
         parts = [part.text for part in self.content] if isinstance(self.content, list) else [self.content or ""]
         return [*parts, *(str(call.function.arguments) for call in self.tool_calls)]
-
-
-def _rendered_call(call: ToolCall) -> dict[str, Any]:
-    """Return a call with its arguments as an object, from which templates make JSON; other text stays as it is."""
-    arguments: Any = call.function.arguments
-    if isinstance(arguments, str):
-        try:
-            parsed = from_json(arguments or "{}", allow_inf_nan=False)
-        except ValueError:
-            parsed = None
-        arguments = parsed if isinstance(parsed, dict) else arguments
-    return {"id": call.id, "type": "function", "function": {"name": call.function.name, "arguments": arguments}}
 
 
 class GenerationRequest(Body):
@@ -434,31 +272,33 @@ class GenerationRequest(Body):
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
     top_k: Annotated[int | None, Field(ge=-1, lt=2**31), _Whole] = None
     seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), _Whole] = None
-    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = []
+    stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = Field(default=[])
     max_tokens: Annotated[int | None, Field(ge=1), _Most] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1), _Most] = None
     """Text completions take it too, although OpenAI has it for chats only: clients send it to both."""
     ignore_eos: Annotated[bool, or_default(False)] = False
     """Generate up to the token limit, past the end-of-text token. vLLM's name, as those of the options below."""
-    stop_token_ids: Annotated[list[int], _TokenIds, or_default([])] = []
+    stop_token_ids: Annotated[list[int], _TokenIds, or_default([])] = Field(default=[])
     include_stop_str_in_output: Annotated[bool, or_default(False)] = False
     min_tokens: Annotated[int, Field(ge=0, lt=2**31), _Whole, or_default(0)] = 0
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), or_default(0.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), or_default(0.0)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False), or_default(1.0)] = 1.0
     min_p: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), or_default(0.0)] = 0.0
-    logit_bias: Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])] = {}
-    bad_words: Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str])] = []
+    logit_bias: Annotated[dict[int, float], PlainValidator(_biases, json_schema_input_type=dict[str, float])] = Field(
+        default={}
+    )
+    bad_words: Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str])] = Field(default=[])
     allowed_token_ids: Annotated[list[int] | None, _TokenIds] = None
     prompt_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_not_streamed), _Whole] = None
     return_tokens_as_token_ids: Annotated[bool, or_default(False)] = False
     best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), _Whole] = None
     prediction: PredictionOption | None = None
     response_format: Annotated[ResponseFormat, or_default(ResponseFormat())] = ResponseFormat()
-    guided_json: _Schema = None
-    guided_regex: _Text = ""
-    guided_choice: _Choices = []
-    guided_grammar: _Text = ""
+    guided_json: JsonSchema = None
+    guided_regex: OptionalText = ""
+    guided_choice: ChoiceTexts = Field(default=[])
+    guided_grammar: OptionalText = ""
     structured_outputs: Annotated[StructuredOutputs, or_default(StructuredOutputs())] = StructuredOutputs()
     service_tier: str | None = None
     wisp: Annotated[WispOptions, or_default(WispOptions())] = WispOptions()
@@ -582,13 +422,13 @@ class ChatRequest(GenerationRequest):
     unsupported: ClassVar[Mapping[str, UnsupportedOption]] = CHAT_OPTIONS
 
     messages: Annotated[list[ChatMessage], Field(min_length=1)]
-    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), or_default([])] = []
-    tool_choice: Annotated[ToolChoice, PlainValidator(_tool_choice)] = ToolChoice()
+    tools: Annotated[list[Tool], Field(max_length=MAX_TOOLS), or_default([])] = Field(default=[])
+    tool_choice: Annotated[ToolChoice, PlainValidator(parse_tool_choice)] = ToolChoice()
     parallel_tool_calls: Annotated[bool, or_default(True)] = True
 
     add_generation_prompt: bool | None = None
     continue_final_message: Annotated[bool, AfterValidator(_no_generation_prompt), or_default(False)] = False
-    chat_template_kwargs: Annotated[dict[str, Any], or_default({})] = {}
+    chat_template_kwargs: Annotated[dict[str, Any], or_default({})] = Field(default={})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     logprobs: Annotated[bool, or_default(False)] = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), _Whole] = None

@@ -9,11 +9,12 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
+from services.gateway.body import Body, or_default
 from services.gateway.errors import invalid
 from services.gateway.gateway import Gateway
 from services.gateway.prompt import Limits, chat_tokens, prompt_tokens
 from services.gateway.request import ReadBody, check_model
-from services.gateway.schema import Body, ChatRequest, or_default, parse, token_ids
+from services.gateway.schema import ChatRequest, parse, token_ids
 
 
 class TokenizeText(Body):

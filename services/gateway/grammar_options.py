@@ -1,0 +1,87 @@
+"""Options that set the grammar of the answers: `response_format`, `structured_outputs` and `guided_…`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, PlainValidator, ValidationInfo, field_validator
+from pydantic_core import PydanticCustomError, from_json
+
+from services.gateway.body import Body, or_default
+
+MAX_CHOICE_TEXTS = 4096
+
+
+@dataclass(frozen=True)
+class GrammarOption:
+    """An option that sets the grammar of the answers."""
+
+    kind: str
+    """`json_schema`, `json_object`, `regex`, `choice`, `grammar` or `calls`."""
+    value: str
+    """The option's value, as JSON."""
+    param: str
+    """Its name in the body."""
+    strict: bool = True
+    """False ignores what cannot be enforced of a JSON schema."""
+
+
+def _json_schema(value: Any) -> dict[str, Any] | None:
+    """Return a JSON schema, given as an object or as its text."""
+    schema = value
+    if isinstance(value, str):
+        try:
+            schema = from_json(value, allow_inf_nan=False) if value else None
+        except ValueError as error:
+            raise PydanticCustomError("json_schema_value", "is no JSON: {error}", {"error": str(error)}) from error
+    if schema is not None and not isinstance(schema, dict):
+        raise PydanticCustomError("json_schema_type", "must be a JSON schema: an object, or its text")
+    return schema
+
+
+def _choices(value: Any) -> list[str]:
+    texts = [] if value is None else value
+    if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
+        raise PydanticCustomError("choice_type", "must be a list of texts")
+    if len(texts) > MAX_CHOICE_TEXTS:
+        raise PydanticCustomError("choice_value", f"must have at most {MAX_CHOICE_TEXTS} texts")
+    return texts
+
+
+JsonSchema = Annotated[
+    dict[str, Any] | None, PlainValidator(_json_schema, json_schema_input_type=dict[str, Any] | str | None)
+]
+ChoiceTexts = Annotated[list[str], PlainValidator(_choices, json_schema_input_type=list[str])]
+OptionalText = Annotated[str, or_default("")]
+
+
+class SchemaFormat(Body):
+    """The JSON schema of a `response_format`."""
+
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: Annotated[bool, or_default(False)] = False
+
+
+class ResponseFormat(Body):
+    """OpenAI's `response_format`."""
+
+    type: Literal["text", "json_object", "json_schema"] = "text"
+    json_schema: Annotated[SchemaFormat | None, Field(validate_default=True)] = None
+
+    @field_validator("json_schema")
+    @classmethod
+    def _is_given(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None and info.data.get("type") == "json_schema":
+            raise PydanticCustomError("missing", "Field required")
+        return value
+
+
+class StructuredOutputs(Body):
+    """vLLM's `structured_outputs`."""
+
+    json_: Annotated[JsonSchema, Field(alias="json")] = None
+    json_object: Annotated[bool, or_default(False)] = False
+    regex: OptionalText = ""
+    choice: ChoiceTexts = Field(default=[])
+    grammar: OptionalText = ""
