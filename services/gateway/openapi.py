@@ -53,7 +53,6 @@ WORK = (429, 503, 504)
 
 _TEXT: Schema = {"type": "string"}
 _COUNT: Schema = {"type": "integer", "minimum": 0}
-_NUMBER: Schema = {"type": "number"}
 _FLAG: Schema = {"type": "boolean"}
 _ANYTHING: Schema = {"type": "object"}
 
