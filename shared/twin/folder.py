@@ -77,43 +77,85 @@ def write_twin(
     trace: gives answers and drafts; without one they are words with an `acceptance`. draft_step_ms: see `TwinSpec`.
     Raises SettingsError for a bad profile, and ModelError for a trace of another vocabulary.
     """
-    text = target_text(target)
-    profile = parse_target(text, target)
-    config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))
-    stop = config.get("eos_token_id")
-    if isinstance(stop, list):
-        stop = stop[0] if stop else None
-    words = None if trace else _words(tokenizer)
-    spec = TwinSpec(acceptance=acceptance or Acceptance(), draft_step_ms=draft_step_ms, words=words, stop_id=stop)
-    digests = [text, spec.model_dump_json()]
-    if trace is not None:
-        digests.append(hashlib.sha256(trace.read_bytes()).hexdigest())
-    to.mkdir(parents=True, exist_ok=True)
-    for name in _TOKENIZER:
-        if (tokenizer / name).is_file():
-            shutil.copyfile(tokenizer / name, to / name)
-    for name in (*PROFILES, TRACE):
-        (to / name).unlink(missing_ok=True)
-    if trace is not None:
-        shutil.copyfile(trace, to / TRACE)
-    (to / PROFILES[text.lstrip().startswith("{")]).write_text(text, encoding="utf-8")
-    (to / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "wisp-twin",
-                "vocab_size": config["vocab_size"],
-                "max_position_embeddings": min(CONTEXT, profile.kv_tokens),
-                "hidden_size": 1,
-                "eos_token_id": stop,
-            }
+    return _Twin(target, tokenizer, acceptance or Acceptance(), trace, draft_step_ms).write(to)
+
+
+def write_own_twin(
+    target: str, tokenizer: Path, under: Path, acceptance: Acceptance | None = None, *, trace: Path | None = None
+) -> TwinFolder:
+    """Return the twin in a folder of its own, `under`/DIGEST/NAME, which is written once.
+
+    Another acceptance, trace or tokenizer has another digest, so the twin of a running suite stays as it is. Raises
+    what `write_twin` raises.
+    """
+    twin = _Twin(target, tokenizer, acceptance or Acceptance(), trace, DRAFT_STEP_MS)
+    to = under / twin.folder_digest / Path(target).stem
+    try:
+        return TwinFolder.open(to)
+    except ModelError:  # not written yet, or not to its end
+        return twin.write(to)
+
+
+class _Twin:
+    """The contents of a twin's folder."""
+
+    def __init__(
+        self, target: str, tokenizer: Path, acceptance: Acceptance, trace: Path | None, draft_step_ms: float
+    ) -> None:
+        """Parameters and errors: see `write_twin`."""
+        self._tokenizer, self._trace = tokenizer, trace
+        self._text = target_text(target)
+        self._profile = parse_target(self._text, target)
+        self._config = json.loads((tokenizer / "config.json").read_text(encoding="utf-8"))
+        stop = self._config.get("eos_token_id")
+        if isinstance(stop, list):
+            stop = stop[0] if stop else None
+        words = None if trace else _words(tokenizer)
+        self._spec = TwinSpec(acceptance=acceptance, draft_step_ms=draft_step_ms, words=words, stop_id=stop)
+        digests = [self._text, self._spec.model_dump_json()]
+        if trace is not None:
+            digests.append(hashlib.sha256(trace.read_bytes()).hexdigest())
+        self._weights_digest = hashlib.sha256("\n".join(digests).encode()).hexdigest()
+
+    @property
+    def folder_digest(self) -> str:
+        """First characters of a digest of everything in the folder."""
+        digest = hashlib.sha256(self._weights_digest.encode() + str(self._config["vocab_size"]).encode())
+        for name in _TOKENIZER:
+            if (self._tokenizer / name).is_file():
+                digest.update(name.encode() + (self._tokenizer / name).read_bytes())
+        return digest.hexdigest()[:8]
+
+    def write(self, to: Path) -> TwinFolder:
+        """Write the folder. Until that is done it is no twin. Raises ModelError for a trace of another vocabulary."""
+        spec, trace = self._spec, self._trace
+        to.mkdir(parents=True, exist_ok=True)
+        for name in (SPEC, *PROFILES, TRACE):
+            (to / name).unlink(missing_ok=True)
+        for name in _TOKENIZER:
+            if (self._tokenizer / name).is_file():
+                shutil.copyfile(self._tokenizer / name, to / name)
+        if trace is not None:
+            shutil.copyfile(trace, to / TRACE)
+        profile_name = PROFILES[self._text.lstrip().startswith("{")]
+        (to / profile_name).write_text(self._text, encoding="utf-8")
+        (to / "config.json").write_text(
+            json.dumps(
+                {
+                    "model_type": "wisp-twin",
+                    "vocab_size": self._config["vocab_size"],
+                    "max_position_embeddings": min(CONTEXT, self._profile.kv_tokens),
+                    "hidden_size": 1,
+                    "eos_token_id": spec.stop_id,
+                }
+            )
         )
-    )
-    # The digest of the weights, as in a description of a model: all verifiers of one twin give the same answers.
-    (to / "weights.sha256").write_text(hashlib.sha256("\n".join(digests).encode()).hexdigest() + "\n")
-    if trace is not None:
-        _check_vocabulary(load_trace(trace), trace, to)
-    (to / SPEC).write_text(spec.model_dump_json(indent=1) + "\n", encoding="utf-8")
-    return TwinFolder(to, spec, profile)
+        # The digest of the weights, as in a description of a model: all verifiers of one twin give the same answers.
+        (to / "weights.sha256").write_text(self._weights_digest + "\n")
+        if trace is not None:
+            _check_vocabulary(load_trace(trace), trace, to)
+        (to / SPEC).write_text(spec.model_dump_json(indent=1) + "\n", encoding="utf-8")
+        return TwinFolder(to, spec, self._profile)
 
 
 def _check_vocabulary(trace: Trace, path: Path, folder: Path) -> None:

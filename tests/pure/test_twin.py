@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import time
@@ -19,6 +20,7 @@ from services.drafter.sources import DraftRequest, States
 from services.tools.bench.load.core.measures import Window, lag_of, measure
 from services.tools.bench.load.core.results import LoadResults, MeasuredPoint, notes
 from services.tools.bench.load.lateness import EmulationLog
+from services.tools.local import target
 from services.tools.local.progress import Progress
 from services.tools.local.target import prepare_target, prepare_twin
 from services.verifier.core.tasks import VerifyTask
@@ -34,10 +36,11 @@ from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.twin.engine import TwinEngine
 from shared.twin.files import load_target, shipped_targets
-from shared.twin.folder import TwinFolder
+from shared.twin.folder import TwinFolder, write_own_twin
 from shared.twin.lateness import EVENT, Lateness
 from shared.twin.layout import is_twin
 from shared.twin.profile import parse_target
+from shared.twin.spec import Acceptance
 from shared.twin.text import SyntheticText
 
 PROMPT = list(range(40, 60))
@@ -193,13 +196,42 @@ def test_another_profile_is_another_model(tmp_path: Path) -> None:
     assert prints[0] == prints[2] != prints[1]
 
 
-def test_a_twin_is_prepared_from_a_profile_and_used_as_a_target(twin: TwinFolder, tmp_path: Path) -> None:
+def test_a_twin_is_prepared_from_a_profile_and_used_as_a_target(
+    twin: TwinFolder, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert prepare_target(str(twin.path), Progress()) == twin.path.absolute()
-    made = prepare_twin("h100-qwen3-8b", str(twin.path), Progress(), 0.6, to=tmp_path / "made")
-    assert is_twin(made)
+    monkeypatch.setattr(target, "state_folder", lambda: tmp_path)
+    made = prepare_twin("h100-qwen3-8b", str(twin.path), Progress(), 0.6)
+    assert (is_twin(made), made.name) == (True, "h100-qwen3-8b")
     opened = TwinFolder.open(made)
     assert opened.spec.acceptance.mean == 0.6
     assert opened.profile == load_target("h100-qwen3-8b")
+
+
+def test_a_twin_of_other_settings_leaves_the_first_one_as_it_is(twin: TwinFolder, tmp_path: Path) -> None:
+    words, under = tmp_path / "words", tmp_path / "twins"
+
+    def own(mean: float) -> TwinFolder:
+        return write_own_twin("h100-qwen3-8b", words, under, Acceptance(mean=mean))
+
+    first, second = own(0.6), own(0.7)
+    assert first.path != second.path
+    assert TwinFolder.open(first.path).spec.acceptance.mean == 0.6
+    written = {file: file.stat().st_mtime_ns for file in first.path.iterdir()}
+    assert own(0.6).path == first.path
+    assert {file: file.stat().st_mtime_ns for file in first.path.iterdir()} == written, "a suite may be using it"
+    (words / "chat_template.jinja").write_text("{{ messages }}")
+    assert own(0.6).path not in (first.path, second.path), "another tokenizer"
+
+
+def test_a_folder_that_is_being_rewritten_is_no_twin(twin: TwinFolder, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(shutil, "copyfile", fail)
+    with pytest.raises(OSError, match="disk full"):
+        make_twin(twin.path.parent, acceptance=0.5)
+    assert not is_twin(twin.path)
 
 
 @pytest.mark.parametrize("name", ["nothing.toml", "qwen"])

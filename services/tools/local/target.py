@@ -45,21 +45,20 @@ def prepare_twin(
     progress: Progress,
     acceptance: float | None = None,
     trace: str | None = None,
-    to: Path | None = None,
 ) -> Path:
     """Return the folder of a target profile's twin, made with the tokenizer of a packaged model or a model's folder.
 
-    acceptance: mean chance of its draft tokens. trace: name or file of a trace, which gives answers and drafts. to: its
-    folder, in the state folder by default. Raises WispError.
+    acceptance: mean chance of its draft tokens. trace: name or file of a trace, which gives answers and drafts. Raises
+    WispError.
     """
     from shared.twin.files import trace_path
-    from shared.twin.folder import write_twin
+    from shared.twin.folder import write_own_twin
     from shared.twin.spec import Acceptance
 
     given = Acceptance() if acceptance is None else Acceptance(mean=acceptance)
-    folder = to or state_folder() / "twins" / Path(profile).stem
     file = trace_path(trace) if trace else None
-    return write_twin(profile, prepare_target(tokenizer, progress), folder, given, trace=file).path.absolute()
+    words = prepare_target(tokenizer, progress)
+    return write_own_twin(profile, words, state_folder() / "twins", given, trace=file).path.absolute()
 
 
 def refuse_bad_sampling(folder: Path) -> None:
