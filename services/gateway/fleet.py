@@ -54,8 +54,8 @@ def longest_session(
     able = [beat.max_len for beat in ours if not beat.draining and set(needs) <= set(beat.features)]
     if not able:
         raise unavailable(
-            f"an option of this request needs a newer version of the verifiers (feature {', '.join(sorted(needs))}); "
-            "leave the option out, or try again when they are updated",
+            f"no running verifier has the feature {', '.join(sorted(needs))}, which an option of this request needs: "
+            "twins have none, nor have verifiers of an earlier version; leave the option out",
             "verifiers_too_old",
         )
     return max(able)

@@ -21,7 +21,7 @@ from services.verifier.core.copies import ProposedCopy, RunCopies
 from services.verifier.core.emulation import EmulatedCost
 from services.verifier.core.replies import BatchReplies, JobReply, OpenCommit
 from services.verifier.core.runs import Run, RunReport, RunTable
-from services.verifier.core.tasks import FEATURES, VerifyOutcome, VerifyTask
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.handoff import Handoff
 from services.verifier.membership import Membership
@@ -145,7 +145,7 @@ class BatchLoop:
     def _serves(self, job: Job) -> bool:
         """Return whether this verifier has the job's model and the features that its session needs."""
         same_model = model_of(job.fingerprint) == self._membership.fingerprint
-        return same_model and features_of(job.fingerprint) <= set(FEATURES)
+        return same_model and features_of(job.fingerprint) <= set(self._membership.features)
 
     async def _recall(self, jobs: Sequence[Job]) -> None:
         """Read the jobs' sessions if this verifier does not remember them, and load KV that it lacks."""

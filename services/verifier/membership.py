@@ -45,6 +45,8 @@ class Membership:
         self.verifier_id = verifier_id
         self.fingerprint = fingerprint
         self.arithmetic = engine.arithmetic
+        self.features = FEATURES if engine.has_logits else []
+        """Features of sessions that this verifier serves."""
         self._engine = engine
         self._sessions = sessions
         self._broker = broker
@@ -122,7 +124,7 @@ class Membership:
             lease=self._lease,
             draining=self._draining,
             arithmetic=self.arithmetic,
-            features=FEATURES,
+            features=self.features,
             residency=[Residency(session=s, cached=cached) for s, cached in self._sessions.cached.items()],
         )
         metrics.CACHE_USAGE.set(1 - heartbeat.free_tokens / heartbeat.total_tokens)

@@ -71,6 +71,9 @@ class Engine:
     Not thread-safe: one thread at a time. `threads` is torch's setting for the whole process.
     """
 
+    has_logits = True
+    """False if the answers come without logits, as those of a twin."""
+
     def __init__(
         self,
         folder: Path,

@@ -18,12 +18,9 @@ from shared.kernels.layout import BLOCK
 from shared.messages.logprobs import TokenLogprob
 from shared.models.folder import ModelFolder
 from shared.twin.folder import TwinFolder
-from shared.twin.lateness import LATENESS
+from shared.twin.lateness import wait_for_step
 from shared.twin.text import SyntheticText
 from shared.twin.trace import TraceText
-
-TIMER_MS = 0.1
-"""Time by which `time.sleep` is late on an idle machine."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +54,7 @@ class TwinEngine:
 
     module_code_reason = ""
     batch_invariant = True
+    has_logits = False
     keeps_hidden = True
     hidden_size = 1
     arithmetic = "twin"
@@ -141,12 +139,5 @@ class TwinEngine:
         for step in steps:
             self._pool.append(step.session, step.tokens)
         shape = cost.shape_of((len(step.tokens), self.cached(step.session), step.rows) for step in steps)
-        self._wait_until(started_s, self.profile.time_ms(shape))
+        wait_for_step(started_s, self.profile.time_ms(shape))
         return TwinOutput(self._text)
-
-    @staticmethod
-    def _wait_until(started_s: float, took_ms: float) -> None:
-        """Wait until a step that began at a time has taken this long."""
-        end_s = started_s + took_ms / 1000
-        time.sleep(max(0.0, end_s - time.perf_counter() - TIMER_MS / 1000))
-        LATENESS.add(took_ms, (time.perf_counter() - end_s) * 1000)

@@ -13,6 +13,8 @@ from shared.runtime import logging
 EVENT = "emulated time"
 """Log event with the totals of a process so far: `emulated_ms` and `late_ms`."""
 LOG_S = 0.5
+TIMER_MS = 0.1
+"""Time by which `time.sleep` is late on an idle machine."""
 
 
 class Lateness:
@@ -38,3 +40,10 @@ class Lateness:
 
 LATENESS = Lateness()
 """Of this process."""
+
+
+def wait_for_step(started_s: float, took_ms: float) -> None:
+    """Wait until a step that began at a time (of `time.perf_counter`) has taken this long, and note the lateness."""
+    end_s = started_s + took_ms / 1000
+    time.sleep(max(0.0, end_s - time.perf_counter() - TIMER_MS / 1000))
+    LATENESS.add(took_ms, (time.perf_counter() - end_s) * 1000)

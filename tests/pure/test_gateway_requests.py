@@ -673,7 +673,7 @@ def heartbeat(**fields: Any) -> Heartbeat:
 def test_a_session_that_needs_features_gets_a_verifier_with_them() -> None:
     beats = [heartbeat(max_len=300), heartbeat(max_len=200, features=["rules"])]
     assert longest_session(beats, "f", needs=["rules"]) == 200
-    with pytest.raises(ApiError, match="newer version") as caught:
+    with pytest.raises(ApiError, match="the feature rules, which an option of this request needs") as caught:
         longest_session(beats[:1], "f", needs=["rules"])
     assert (caught.value.status, caught.value.code) == (503, "verifiers_too_old")
 

@@ -9,6 +9,8 @@ import sys
 import time
 from pathlib import Path
 from statistics import fmean
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from twins import STEP_MS, make_twin, profile_text
@@ -25,13 +27,14 @@ from services.tools.local.progress import Progress
 from services.tools.local.target import prepare_target, prepare_twin
 from services.verifier.core.tasks import VerifyTask
 from services.verifier.engine_thread import load_engine
+from services.verifier.membership import Membership
 from services.verifier.profile import profile
 from services.verifier.settings import VerifierSettings
 from services.verifier.verify import verify
 from shared import cost
 from shared.engine.steps import ChoiceRow, Step
 from shared.errors import ModelError, SettingsError
-from shared.messages import Sampling
+from shared.messages import Heartbeat, Sampling
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 from shared.twin.engine import TwinEngine
@@ -187,6 +190,33 @@ if loaded := {{"torch", "transformers"}} & sys.modules.keys():
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(("has_logits", "features"), [(False, []), (True, ["grammar", "rules", "logprobs"])])
+async def test_a_twin_announces_no_features_that_need_logits(
+    twin: TwinFolder, has_logits: bool, features: list[str]
+) -> None:
+    class Announced:
+        def __init__(self) -> None:
+            self.features: list[list[str]] = []
+
+        async def publish(self, heartbeat: Heartbeat, key: str) -> None:
+            self.features.append(heartbeat.features)
+
+        async def renew(self, verifier_id: str, lease: int) -> int:
+            return 0
+
+        async def beat(self, heartbeat: Heartbeat) -> None:
+            self.features.append(heartbeat.features)
+
+    engine, announced = TwinEngine(twin.path), Announced()
+    if has_logits:
+        engine.has_logits = True
+    sessions = SimpleNamespace(cached={})
+    thread = SimpleNamespace(broker=announced, registry=announced)
+    parts: list[Any] = [engine, sessions, None, None, thread]
+    await Membership("v", "f", *parts)._publish_heartbeat()
+    assert announced.features == [features, features]
 
 
 def test_another_profile_is_another_model(tmp_path: Path) -> None:

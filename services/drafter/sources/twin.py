@@ -18,7 +18,7 @@ from services.drafter.sources.registry import HIDDEN
 from shared.engine.blocks import BlockPool
 from shared.errors import EngineError
 from shared.kernels.layout import BLOCK
-from shared.twin.lateness import LATENESS
+from shared.twin.lateness import wait_for_step
 from shared.twin.spec import Acceptance
 from shared.twin.text import SyntheticText
 from shared.twin.trace import AGREED, CONTESTED, COPIED, DEPTH, PRESENT, DraftChain, Trace, TraceText
@@ -69,12 +69,10 @@ class TwinDraftEngine:
     def take_steps(self, count: int, started_s: float) -> None:
         """Wait until this many steps that began at a time are over."""
         if took_ms := count * self._step_ms:
-            end_s = started_s + took_ms / 1000
-            time.sleep(max(0.0, end_s - time.perf_counter()))
-            LATENESS.add(took_ms, (time.perf_counter() - end_s) * 1000)
+            wait_for_step(started_s, took_ms)
 
     def logits(self, estimates: Floats) -> Floats:
-        """Return no logits: the tokens of a twin come from its text."""
+        """Raise NotImplementedError: the tokens of a twin come from its text."""
         raise NotImplementedError
 
 

@@ -47,7 +47,14 @@ SESSIONS = "2,4,8,16"
 NAME = "load"
 
 
+IGNORED_BY_CROSSOVER = (
+    "arms", "first", "most", "tolerance", "repeat", "search", "warm_up", "measured", "drain", "workload", "requests",
+    "write_requests", "url", "pools", "target_profile", "acceptance", "trace",
+)  # fmt: skip
+
+
 def main(
+    context: typer.Context,
     arms: Annotated[
         str, typer.Option(help=f"Some of {', '.join(NAMES)}; wisp+/trimming,price leaves these parts out.")
     ] = ARMS,
@@ -109,6 +116,7 @@ def main(
         if again:
             replot(name, console)
             return
+        _refuse_ignored(context)
         let_idle_threads_sleep()
         if crossover:
             counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, MOST_SESSIONS - 1)
@@ -143,6 +151,20 @@ def main(
             drafts = {"trace": trace} if trace else {"acceptance": acceptance}
             facts = {"target_profile": target_profile, **drafts, "admission": admission}
         _run(campaign, url, pools, settings, machine() | facts, name, write_requests, console)
+
+
+def _refuse_ignored(context: typer.Context) -> None:
+    """Raise SettingsError for options that the others leave without effect."""
+    flags = {option.name or "": max(option.opts, key=len) for option in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in flags}
+    given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
+    if "crossover" in given and (ignored := [flags[name] for name in IGNORED_BY_CROSSOVER if name in given]):
+        raise SettingsError(f"--crossover measures its own load: leave {', '.join(ignored)} out")
+    of_twin = [flags[name] for name in ("acceptance", "trace") if name in given]
+    if of_twin and "target_profile" not in given:
+        raise SettingsError(f"{' and '.join(of_twin)} of a twin: name its --target-profile")
+    if len(of_twin) > 1:
+        raise SettingsError("a trace gives the drafts of a twin: leave --acceptance or --trace out")
 
 
 def _settings(
