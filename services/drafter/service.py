@@ -6,6 +6,7 @@ import asyncio
 import time
 from collections.abc import Mapping
 from functools import partial
+from typing import TYPE_CHECKING
 
 from services.drafter import metrics
 from services.drafter.core.lookup import LOOKUP
@@ -34,6 +35,9 @@ from shared.runtime import logging
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
 from shared.state.store import Session, SessionStatus, Store
+
+if TYPE_CHECKING:
+    from shared.grammar.masks import DraftGrammar
 
 STORE_RETRY_S = 1.0
 RUN_COPIES = 8
@@ -193,6 +197,7 @@ class Drafter:
         try:
             with metrics.SESSIONS.track_inprogress():
                 if await self._restore(session, message):
+                    session.follow(await self._grammar(message))
                     await session.run()
         finally:
             del self._sessions[message.session]
@@ -220,8 +225,13 @@ class Drafter:
             self._drafting.hidden_rows() if reads_states else None,
             RUN_COPIES if choice.run_copies else 0,
             partial(self._open_link, generate.session),
-            self._drafting.grammar(generate),
         )
+
+    async def _grammar(self, generate: Generate) -> DraftGrammar | None:
+        """Return the grammar of a session's drafts, built in a thread: the first one loads the vocabulary."""
+        if generate.sampling.grammar is None:
+            return None
+        return await asyncio.to_thread(self._drafting.grammar, generate)
 
     def _open_link(self, session_id: str, deliver: Deliver) -> Link:
         if self._profile is None:

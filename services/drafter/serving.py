@@ -91,11 +91,10 @@ class ServedSession:
         hidden_rows: HiddenRows | None,
         run_copies: int,
         open_link: Callable[[Deliver], Link],
-        grammar: DraftGrammar | None = None,
     ) -> None:
         """sources: names of the sources that may propose tokens. hidden_rows: None if none of them reads hidden states.
         run_copies: most draft tokens of a step by prompt lookup in its runs.
-        open_link: opens the session's link. grammar: that of its text; None if it is free."""
+        open_link: opens the session's link."""
         self.ended = asyncio.Event()
         self.given_back = False
         """True if another drafter goes on with the session."""
@@ -112,7 +111,7 @@ class ServedSession:
         self._hidden_rows = hidden_rows
         self._run_copies = run_copies
         self._link = open_link(self._deliver)
-        self._grammar = grammar
+        self._grammar: DraftGrammar | None = None
         self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
         """Received messages; None asks to send the round in flight again."""
         self._waits_from_s: float | None = None
@@ -121,6 +120,10 @@ class ServedSession:
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
         self._log = logging.get()
+
+    def follow(self, grammar: DraftGrammar | None) -> None:
+        """Draft by the grammar of the session's text from here on; None if the text is free."""
+        self._grammar = grammar
 
     def restore(self, stored: Session) -> None:
         """Continue from the committed tokens of a stored session."""
