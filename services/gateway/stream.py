@@ -249,4 +249,4 @@ def summary(
     }
 
 
-_COUNTS = ("rounds", "tokens", "drafted", "verified", "accepted", "run_tokens", "copied")
+_COUNTS = ("rounds", "tokens", "drafted", "verified", "accepted", "run_tokens", "copied", "copies_verified")

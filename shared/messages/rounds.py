@@ -222,7 +222,7 @@ class Result(Message):
     """Tokens that the verifier may still decode in the session's run; 0 if the next token needs a round."""
     drafted: Count = 0
     trimmed_to: Count = 0
-    """Number of verified draft tokens."""
+    """Number of verified draft tokens; those of a run are copies."""
     finish: Annotated[Finish | None, Field(strict=False)] = None
     cached: Count = 0
     """Tokens of the session whose KV this verifier now holds."""
@@ -248,6 +248,11 @@ class Result(Message):
     where the tokens were committed by another result."""
     logprobs_from: Count = 0
     """Position of the first record's token."""
+
+    @property
+    def accepted_drafts(self) -> int:
+        """Accepted draft tokens of a round, or accepted copies of a run."""
+        return len(self.copied) if self.run else self.accepted
 
 
 class HiddenStates(Message):

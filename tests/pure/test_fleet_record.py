@@ -80,12 +80,15 @@ def test_a_label_leaves_most_of_an_id_out() -> None:
 
 
 def test_runs_are_reported_in_order_with_the_batches() -> None:
-    made = record(verified(run=True, batch="run", tokens=[1, 2], finish=Finish.STOP), verified())
+    of_run = verified(run=True, batch="run", tokens=[1, 2], copied=[0], trimmed_to=3, finish=Finish.STOP)
+    made = record(of_run, verified(trimmed_to=0, accepted=0))
     made.settle(1000.0 + SETTLED_MS)
     run, batch = made.news(0)
     assert (run["kind"], run["session"], run["tokens"], run["finish"]) == ("run", "234567", 2, "stop")
     assert batch["kind"] == "batch"
-    assert made.state(1100.0)["run_tokens_per_s"] == round(2 / 1.1, 1)
+    state = made.state(1100.0)
+    assert state["run_tokens_per_s"] == round(2 / 1.1, 1)
+    assert (state["verified"], state["accepted"]) == (3, 1), "copies are drafts"
 
 
 def test_a_flood_leaves_the_record_small() -> None:

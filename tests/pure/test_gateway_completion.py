@@ -295,12 +295,13 @@ def test_tokens_of_a_run_are_counted_apart_from_rounds(tokenizer: Tokenizer) -> 
         completion,
         [
             builders.result("s", 0, PROMPT_LEN, [first], trimmed_to=2, drafted=2, run_left=3),
-            builders.result("s", 1, PROMPT_LEN + 1, [second, third], run=True, run_left=1),
+            builders.result("s", 1, PROMPT_LEN + 1, [second, third], run=True, run_left=1, copied=[1], trimmed_to=4),
             builders.result("s", 2, PROMPT_LEN + 3, [EOS], run=True, finish=Finish.STOP),
         ],
     )
     tally = completion.tally
     assert (tally.rounds, tally.tokens, tally.run_tokens, tally.verified) == (1, 3, 2, 2), "the end is no token"
+    assert (tally.copied, tally.copies_verified, tally.accepted, tally.drafts) == (1, 4, 0, 1)
     assert completion.finish is Finish.STOP
 
 

@@ -99,7 +99,7 @@ def _filled(fields: object, name: str = "") -> object:
         return {key: _filled(value, key) for key, value in fields.items()}
     if isinstance(fields, list) and fields and isinstance(fields[0], dict):
         return [_filled(one) for one in fields]
-    if isinstance(fields, list) and name not in ("acceptance", "left_out", "committed_in"):
+    if isinstance(fields, list) and name not in ("acceptance", "left_out", "committed_in", "sources"):
         return [SECRET] * max(2, len(fields))
     return fields
 

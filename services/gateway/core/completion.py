@@ -91,6 +91,8 @@ class CompletionTally:
     """Tokens that verifiers decoded in runs, without rounds."""
     copied: int = 0
     """Those of them that are accepted copies from earlier text."""
+    copies_verified: int = 0
+    """Copied tokens that were verified in runs."""
     draft_ms: float = 0.0
     queue_ms: float = 0.0
     verify_ms: float = 0.0
@@ -291,13 +293,16 @@ class Completion:
         tally.queue_ms += queue_ms
         tally.verify_ms += verify_ms
         if result.status is Status.COMMITTED:
-            tally.rounds += not result.run
-            tally.drafts += result.trimmed_to > 0
-            tally.drafted += result.drafted
-            tally.verified += result.trimmed_to
-            tally.accepted += result.accepted
-            tally.copied += len(result.copied)
-            if result.trimmed_to:
+            if result.run:
+                tally.copied += len(result.copied)
+                tally.copies_verified += result.trimmed_to
+            else:
+                tally.rounds += 1
+                tally.drafts += result.trimmed_to > 0
+                tally.drafted += result.drafted
+                tally.verified += result.trimmed_to
+                tally.accepted += result.accepted
+            if result.trimmed_to and not result.run:
                 tally.accepted_in_round[result.accepted] += 1
                 tally.longest_draft = max(tally.longest_draft, result.trimmed_to)
             if not self._settled:
@@ -311,7 +316,7 @@ class Completion:
                     tokens=len(result.tokens),
                     drafted=result.drafted,
                     verified=result.trimmed_to,
-                    accepted=result.accepted,
+                    accepted=result.accepted_drafts,
                     draft_ms=result.draft_ms,
                     queue_ms=queue_ms,
                     verify_ms=verify_ms,

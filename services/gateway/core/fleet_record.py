@@ -129,7 +129,7 @@ class FleetRecord:
             step.tokens += len(result.tokens)
             step.run_tokens += len(result.tokens) if result.run else 0
             step.verified += result.trimmed_to
-            step.accepted += result.accepted
+            step.accepted += result.accepted_drafts
         if result.run:
             self.number += 1
             self.runs.append((self.number, self._run_fields(result, now_ms)))
@@ -305,7 +305,7 @@ def _job_fields(result: Result) -> Fields:
         "status": result.status.value,
         "drafted": result.drafted,
         "verified": result.trimmed_to,
-        "accepted": result.accepted if committed else 0,
+        "accepted": result.accepted_drafts if committed else 0,
         "tokens": len(result.tokens) if committed else 0,
         "computed": result.new_tokens,
         "draft_ms": _ms(result.draft_ms),

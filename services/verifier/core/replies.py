@@ -161,6 +161,7 @@ class BatchReplies:
             tokens=answer.tokens,
             run=True,
             copied=list(report.copied) if committed else [],
+            trimmed_to=report.verified if committed else 0,
             run_left=report.left if self._runs.get(commit.session) is report.run else 0,
             finish=answer.finish,
             cached=commit.cached,

@@ -47,6 +47,8 @@ class Run:
     copy_offset: SessionOffset = field(default_factory=SessionOffset)
     copied: list[int] = field(default_factory=list)
     """Indices into `unreported` of accepted copies."""
+    verified: int = 0
+    """Copied tokens that were verified since the last report."""
     confirmed: bool = False
     """True once the round that it began with is committed. Nothing is reported before."""
     reporting: bool = False
@@ -81,6 +83,8 @@ class RunReport:
     """Tokens that the run may still decode after these; 0 for the last report."""
     copied: Sequence[int]
     """Indices into the commit's tokens of accepted copies."""
+    verified: int
+    """Copied tokens that were verified."""
     verify_ms: float
     logits_digest: str | None
 
@@ -167,6 +171,7 @@ class RunTable:
             return
         before = len(run.unreported)
         run.copied.extend(range(before, before + verdict.accepted))
+        run.verified += outcome.verified
         task.tokens.extend(verdict.tokens)
         run.task = replace(task, room=task.room - len(verdict.tokens))
         run.left -= len(verdict.tokens)
@@ -205,9 +210,10 @@ class RunTable:
         if run.task.digest is not None:
             digest = run.task.digest.hexdigest()[:16]
             run.task = replace(run.task, digest=hashlib.sha256())
-        report = RunReport(run, commit, 0 if run.over else max(1, run.left), run.copied, run.verify_ms, digest)
+        left = 0 if run.over else max(1, run.left)
+        report = RunReport(run, commit, left, run.copied, run.verified, run.verify_ms, digest)
         run.round += 1
-        run.copied = []
+        run.copied, run.verified = [], 0
         run.reported, run.reported_ms, run.reporting = run.length, now_ms, True
         run.verify_ms, run.logprobs = 0.0, b""
         return report

@@ -162,7 +162,13 @@ class SuiteWatch:
             self._counted.add(key)
             self._rounds.append(
                 _Committed(
-                    now_ms, key, result.verifier, result.run, len(result.tokens), result.trimmed_to, result.accepted
+                    now_ms,
+                    key,
+                    result.verifier,
+                    result.run,
+                    len(result.tokens),
+                    result.trimmed_to,
+                    result.accepted_drafts,
                 )
             )
 
