@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from services.drafter.control import Controller, ControlWeights
@@ -105,8 +106,9 @@ def load_drafting(settings: DraftSettings) -> Drafting:
     if default == AUTO:
         default = next(name for name in PREFERRED if name in loaded)
     shipped = next((source.controller for source in loaded.values() if source.controller is not None), None)
-    path = settings.controller or shipped
-    weights = ControlWeights() if path is None else load_weights(path)
+    weights = settings.controller or shipped or ControlWeights()
+    if isinstance(weights, Path):
+        weights = load_weights(weights)
     return Drafting(
         {name: source.source for name, source in loaded.items()},
         default,

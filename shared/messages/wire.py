@@ -1,8 +1,12 @@
 """Messages as bytes: msgpack maps with the type name and the schema version.
 
 Several results with the same receivers travel as one map: the first, with the others under `more`. A reader of the
-version before takes the first and ignores the rest, so a group goes only to receivers that have announced that they
-read groups (`RoundFields.grouped`).
+version before takes the first and ignores the rest, so only sessions whose gateway and drafter read groups have results
+in one (`RoundFields.grouped`).
+
+During an update, an older process may still read such a session's results: a gateway that collects a dead one's
+streams reads the tokens that it misses from Redis, and a scheduler that takes over gives batches without results up, so
+that their rounds are sent again. An older `wisp top` counts the first result of a group only.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ from pages import pages
 from test_gateway_app import App
 
 from services.gateway.keys import new_key, render
-from services.gateway.page import feed
+from services.gateway.page import documents, feed
 from services.gateway.page.documents import INDEX, ROOT, Documents
 from services.gateway.page.files import STATIC, static_files
 from shared.errors import BrokersError
@@ -179,6 +179,18 @@ async def test_every_page_of_the_repository_is_served(app: PacedApp) -> None:
     async with await client(app) as http:
         first = await http.get("/docs")
         assert (first.status_code, first.headers["location"]) == (307, "/docs/README.md")
+
+
+def test_an_installed_package_serves_no_pages_of_other_packages(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for folder in ("services", "shared", "docker", "k8s"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "README.md").write_text("# A page")
+    monkeypatch.setattr(documents, "ROOT", tmp_path)
+    assert set(Documents().paths) - {INDEX} == {"services/README.md", "shared/README.md"}
+    (tmp_path / "pyproject.toml").touch()
+    assert {"docker/README.md", "k8s/README.md"} <= set(Documents().paths)
 
 
 def test_links_between_the_served_pages_lead_somewhere() -> None:

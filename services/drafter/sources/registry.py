@@ -21,6 +21,7 @@ from shared.runtime import logging
 from shared.twin.layout import TRACE, is_twin
 
 if TYPE_CHECKING:
+    from services.drafter.control import ControlWeights
     from services.drafter.settings import DraftSettings
     from services.drafter.sources.hidden import HiddenDrafts
 
@@ -32,8 +33,6 @@ FALLBACK = "lookup"
 """The source that needs no model and fits any vocabulary."""
 PREFERRED = ("combined", "hidden", FALLBACK)
 MODEL, HIDDEN = "model", "hidden"
-TWIN_CONTROLLER = SHIPPED / "twin" / "controller.json"
-"""Weights of the controller for the drafts of a twin: the estimate of the draft is taken as it is."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +46,8 @@ class LoadedSource:
     """Size of the hidden states that it reads."""
     context: int = 0
     """The target's context in tokens, if it reads hidden states."""
-    controller: Path | None = None
-    """Weights of the speculation controller that ship with it."""
+    controller: Path | ControlWeights | None = None
+    """Weights of the speculation controller that ship with it, or their file."""
 
 
 Load = Callable[["DraftSettings", Mapping[str, LoadedSource]], LoadedSource | None]
@@ -116,6 +115,7 @@ def _load_twin(settings: DraftSettings) -> LoadedSource | None:
     """Load the drafts of a twin. An emulated device takes the time of their steps."""
     if settings.draft_source not in (AUTO, HIDDEN, "combined"):
         return None
+    from services.drafter.core.synthetic import WEIGHTS
     from services.drafter.sources.twin import TraceDrafts, TwinDraftEngine, TwinDrafts
     from shared.twin.folder import TwinFolder
     from shared.twin.text import SyntheticText
@@ -123,17 +123,18 @@ def _load_twin(settings: DraftSettings) -> LoadedSource | None:
     twin = TwinFolder.open(settings.target)
     step_ms = 0.0 if getattr(settings, "device_profile", "") else twin.spec.draft_step_ms
     engine = TwinDraftEngine(settings.cache_tokens, step_ms)
-    controller = TWIN_CONTROLLER
+    controller: Path | ControlWeights | None = WEIGHTS
     if twin.trace is not None:
         source: HiddenDrafts = TraceDrafts(engine, twin.trace)
-        controller = SHIPPED / str(twin.trace.facts.get("draft")) / CONTROLLER
+        shipped = SHIPPED / str(twin.trace.facts.get("draft")) / CONTROLLER
+        controller = shipped if shipped.is_file() else None
     else:
         source = TwinDrafts(engine, twin.spec.acceptance, SyntheticText(twin.spec))
     return LoadedSource(
         source,
         hidden_size=engine.hidden_size,
         context=ModelFolder(settings.target).max_len,
-        controller=controller if controller.is_file() else None,
+        controller=controller,
     )
 
 

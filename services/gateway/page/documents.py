@@ -16,8 +16,10 @@ from markdown_it.token import Token
 
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout, or the folder into which the packages are installed."""
-FOLDERS = ("services", "shared", "docker", "k8s")
-"""Folders with pages. The last two exist in a checkout only."""
+FOLDERS = ("services", "shared")
+"""Folders with pages."""
+CHECKOUT_FOLDERS = (*FOLDERS, "docker", "k8s")
+"""Folders with pages in a checkout. An installed package may have others' folders of these names beside it."""
 INDEX = "README.md"
 PREFIX = "/docs/"
 PROJECT = "wisp"
@@ -74,7 +76,8 @@ class Documents:
 
 
 def _sources() -> Iterator[tuple[str, str]]:
-    if (readme := ROOT / INDEX).is_file() and (ROOT / "pyproject.toml").is_file():
+    checkout = (ROOT / "pyproject.toml").is_file()
+    if checkout and (readme := ROOT / INDEX).is_file():
         yield INDEX, readme.read_text("utf-8")
     else:
         try:
@@ -83,7 +86,7 @@ def _sources() -> Iterator[tuple[str, str]]:
             description = None
         if isinstance(description, str) and description:
             yield INDEX, description
-    for folder in FOLDERS:
+    for folder in CHECKOUT_FOLDERS if checkout else FOLDERS:
         for path in sorted((ROOT / folder).rglob("*.md")):
             yield path.relative_to(ROOT).as_posix(), path.read_text("utf-8")
 
