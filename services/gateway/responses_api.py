@@ -95,9 +95,12 @@ def _add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
     if kind == "message":
         messages.append({"role": item.get("role"), "content": _content(item.get("content"), f"{where}.content")})
     elif kind == "function_call":
+        arguments = item.get("arguments")
+        if not isinstance(arguments, str):
+            raise invalid(f"{where}.arguments must be a string of JSON", f"{where}.arguments")
         call = {
             "id": str(item.get("call_id", "")),
-            "function": {"name": item.get("name"), "arguments": item.get("arguments")},
+            "function": {"name": item.get("name"), "arguments": arguments},
         }
         if messages and messages[-1].get("tool_calls"):
             messages[-1]["tool_calls"].append(call)

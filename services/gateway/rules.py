@@ -37,7 +37,7 @@ def rules_of(request: GenerationRequest, model: ServedModel) -> LogitRules | Non
         logit_bias=[TokenBias(token=token, bias=bias) for token, bias in request.logit_bias.items()],
         min_p=request.min_p,
         min_tokens=request.min_tokens,
-        withheld_ids=[*model.folder.eos_ids, *request.stop_token_ids] if request.min_tokens else [],
-        bad_words=[tokens for word in request.bad_words for tokens in model.tokenizer.spellings(word)],
-        allowed_token_ids=request.allowed_token_ids,
+        withheld_ids=sorted({*model.folder.eos_ids, *request.stop_token_ids}) if request.min_tokens else [],
+        bad_words=[tokens for word in dict.fromkeys(request.bad_words) for tokens in model.tokenizer.spellings(word)],
+        allowed_token_ids=None if request.allowed_token_ids is None else sorted({*request.allowed_token_ids}),
     )

@@ -16,8 +16,10 @@ from llguidance.gbnf_to_lark import any_to_lark
 
 from shared.errors import GrammarError
 
-LIMITS = LLParserLimits(max_lexer_states=50_000, max_grammar_size=100_000, verbose_errors=False)
-"""Limits of one grammar's memory and of the time of one mask, some 15 ms."""
+LIMITS = LLParserLimits(
+    max_lexer_states=50_000, max_grammar_size=100_000, initial_lexer_fuel=50_000, verbose_errors=False
+)
+"""Limits of one grammar's memory, of the time to build it, some 50 ms, and of the time of one mask, some 15 ms."""
 LONGEST_PLACE = 300
 
 _OPEN = frozenset(
@@ -96,7 +98,10 @@ def _problem(grammar: str) -> str | None:
 
 
 def _schema_text(schema: Mapping[str, Any], strict: bool) -> str:
-    return LLMatcher.grammar_from_json_schema(_with_options(schema, strict))
+    try:
+        return LLMatcher.grammar_from_json_schema(_with_options(schema, strict))
+    except ValueError as error:  # such as an integer of more than 64 bits
+        raise GrammarError(f"the schema cannot be read: {error}") from error
 
 
 def _with_options(schema: Mapping[str, Any], strict: bool) -> dict[str, Any]:

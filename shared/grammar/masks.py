@@ -33,6 +33,8 @@ Ids = NDArray[np.int64]
 MOST_SESSIONS = 512
 """Most sessions whose state is kept; those not used for longest are dropped first, and rebuilt when needed."""
 MOST_GRAMMARS = 64
+CHECKED = 8
+"""Most forced tokens at the beginning of a new grammar behind which masks are tried."""
 _MARK = b"\x02"
 """A character that begins no word."""
 FEW = 4096
@@ -363,9 +365,10 @@ class Grammars:
             self._sessions.pop(session_id, None)
 
     def check(self, text: str) -> None:
-        """Raise GrammarError if sessions cannot follow this grammar."""
+        """Raise GrammarError if sessions cannot follow this grammar, as far as its first masks show."""
         with self._lock:
-            GrammarSession(self._matcher(text).deep_copy(), self._vocab_size, self._eos_ids).after([])
+            session = GrammarSession(self._matcher(text).deep_copy(), self._vocab_size, self._eos_ids)
+        session.chain([], [], CHECKED, CHECKED)
 
     def _matcher(self, text: str) -> LLMatcher:
         """Return a matcher at the beginning of a grammar, to be copied."""

@@ -67,7 +67,7 @@ class LogitsProcessor:
             return
         self._output = list(tokens[rules.prompt_len :])
         self._withheld = _array(rules.withheld_ids)
-        self._allowed = None if rules.allowed_token_ids is None else _array(sorted(set(rules.allowed_token_ids)))
+        self._allowed = None if rules.allowed_token_ids is None else _array(rules.allowed_token_ids)
         self._biased = _array([one.token for one in rules.logit_bias])
         self._biases = np.array([one.bias for one in rules.logit_bias], dtype=np.float32)
         if rules.repetition_penalty != 1:
@@ -119,7 +119,7 @@ class LogitsProcessor:
             kept = logits[columns]
             logits.fill(-np.inf)
             logits[columns] = kept
-        banned = [word[-1] for word in rules.bad_words if self._ends_with(word[:-1])]
+        banned = [word[-1] for word in rules.bad_words if self._is_begun(word)]
         if banned:
             logits[_columns(_array(banned), len(logits), ids)[0]] = -np.inf
         if len(self._output) < rules.min_tokens:
@@ -128,8 +128,13 @@ class LogitsProcessor:
             columns, known = _columns(self._biased, len(logits), ids)
             np.add.at(logits, columns, self._biases[known])
 
-    def _ends_with(self, tokens: Sequence[int]) -> bool:
-        return not tokens or self._output[-len(tokens) :] == list(tokens)
+    def _is_begun(self, word: Sequence[int]) -> bool:
+        """Return whether the output ends with all tokens of a bad word but its last."""
+        before = len(word) - 1
+        if not before:
+            return True
+        # The last token first: there may be a thousand words, and few of them go on here.
+        return self._output[-1:] == [word[-2]] and self._output[-before:] == list(word[:-1])
 
     def _penalize(self, logits: Floats, ids: Ids | None) -> None:
         rules = self._rules

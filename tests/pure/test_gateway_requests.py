@@ -451,10 +451,10 @@ def test_stop_token_ids_come_after_those_of_the_model() -> None:
         ({"repetition_penalty": 1.1}, {"repetition_penalty": 1.1}),
         ({"logit_bias": {"5": -100, "9": 2}}, {"logit_bias": [{"token": 5, "bias": -100}, {"token": 9, "bias": 2}]}),
         ({"min_p": 0.1}, {"min_p": 0.1}),
-        ({"min_tokens": 3, "stop_token_ids": [7]}, {"min_tokens": 3, "withheld_ids": [2, 7]}),
+        ({"min_tokens": 3, "stop_token_ids": [7] * 9}, {"min_tokens": 3, "withheld_ids": [2, 7]}),
         ({"min_tokens": 3, "ignore_eos": True}, {"min_tokens": 3, "withheld_ids": [2]}),
-        ({"allowed_token_ids": [28, 3]}, {"allowed_token_ids": [28, 3]}),
-        ({"bad_words": ["ab"]}, {"bad_words": [[1, 2], [3, 2]]}),
+        ({"allowed_token_ids": [28, 3, 28]}, {"allowed_token_ids": [3, 28]}),
+        ({"bad_words": ["ab", "ab"]}, {"bad_words": [[1, 2], [3, 2]]}),
     ],
 )
 def test_options_on_logits_are_rules_of_the_session(options: dict[str, Any], fields: dict[str, Any]) -> None:

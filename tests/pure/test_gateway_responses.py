@@ -163,6 +163,13 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
             for content in (["text"], ["input_text"], [5], [{"type": ["text"], "text": "x"}])
         ],
         ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        *[
+            (
+                {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}]},
+                "input[0].arguments",
+            )
+            for arguments in ({"a": 10**30}, None)
+        ],
         ({"prompt": {"id": "x"}}, "prompt"),
         ({"max_tokens": 5}, "max_tokens"),
         ({"response_format": {"type": "json_object"}}, "response_format"),

@@ -231,6 +231,7 @@ def test_a_draft_has_masks_until_it_leaves_the_grammar(grammars: Grammars) -> No
             r"^items\.anyOf\[1\]: regex parse error",
         ),
         (lambda: build.json_schema({"type": "array", "uniqueItems": True}), "uniqueItems"),
+        (lambda: build.json_schema({"type": "integer", "minimum": 10**30}), "the schema cannot be read: .*"),
         (lambda: build.check(build.regex("a(?=b)")), "look-around"),
         (lambda: build.check(build.any_syntax('start: "a" b')), "unknown name"),
         (lambda: build.check(build.any_syntax("???")), "neither Lark nor GBNF.*line 1"),
@@ -239,6 +240,11 @@ def test_a_draft_has_masks_until_it_leaves_the_grammar(grammars: Grammars) -> No
 def test_a_grammar_that_cannot_be_built_says_where(made: Any, problem: str) -> None:
     with pytest.raises(GrammarError, match=problem):
         made()
+
+
+def test_a_grammar_that_needs_too_much_work_is_refused_at_its_check(grammars: Grammars) -> None:
+    with pytest.raises(GrammarError):
+        grammars.check(build.regex("(a{999}){1000}"))
 
 
 def test_what_cannot_be_enforced_may_be_left_out(grammars: Grammars) -> None:

@@ -196,6 +196,13 @@ class OnlyAfter:
     def __init__(self, last: int) -> None:
         self.last = last
 
+    @property
+    def only(self) -> int | None:
+        return self.last + 1
+
+    def allows(self, token: int) -> bool:
+        return token == self.last + 1
+
     def apply(self, logits: Floats, ids: Ids | None) -> None:
         tokens = np.arange(len(logits)) if ids is None else ids
         logits[tokens != self.last + 1] = -np.inf
