@@ -400,7 +400,11 @@ def test_up_notes_its_api_and_says_nothing_more_when_interrupted(state: Path, mo
 @pytest.mark.parametrize(
     ("name", "value", "said"),
     [
-        ("WISP_POLICY", "foo", "WISP_POLICY: Input should be 'sled', 'fcfs', 'edf', 'wisp' or 'wisp+' (given: 'foo')"),
+        (
+            "WISP_POLICY",
+            "foo",
+            "WISP_POLICY: Input should be 'sled', 'fcfs', 'edf', 'wisp', 'wisp+' or 'adaserve' (given: 'foo')",
+        ),
         ("WISP_WITHOUT", "trimming", 'for example WISP_WITHOUT=["estimator"]'),
         ("WISP_KV_HANDOFF_MB", "much", "for example WISP_KV_HANDOFF_MB=512"),
         ("WISP_DEVICE_PROFILE", "toaster", "no device profile toaster"),
@@ -475,5 +479,7 @@ def test_the_doctor_looks_for_what_the_extras_install() -> None:
     """The packages that an extra names, and numba's own library, which the kernels use directly."""
     declared = tomllib.loads(Path("pyproject.toml").read_text())["project"]["optional-dependencies"]
     named = {re.split(r"[<>=]", package)[0] for package in declared["model"]}
-    assert named - {"tokenizers", "jinja2"} <= set(doctor.EXTRAS["model"]), "these two are the gateway's too"
+    shared = {"tokenizers", "jinja2", "llguidance"}
+    assert shared <= set(doctor.EXTRAS["gateway"])
+    assert named - shared <= set(doctor.EXTRAS["model"])
     assert "llvmlite" in doctor.EXTRAS["model"]

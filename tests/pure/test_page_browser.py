@@ -168,6 +168,7 @@ async def test_options_are_sent_and_shown_as_code(page: BrowserPage, app: PacedA
     async with served(app) as url:
         await page.open(f"{url}/")
         await page.wait("document.querySelector('#model').innerText === 'tiny'")
+        await page.wait("document.querySelector('#logprobs').checkVisibility()")  # nothing moves any more
         await page.run(
             "for (const [id, value] of Object.entries({temperature: '0.5', seed: '42', 'max-tokens': '7', tier: 'own',"
             "'slo-ttft': '900', 'slo-tpot': '80', draft: 'none', system: \"it's\"})) {"

@@ -272,6 +272,7 @@ def test_a_batch_is_prepared_early_only_if_waiting_cannot_improve_it() -> None:
 
 def test_a_job_passes_on_the_fields_of_its_round() -> None:
     fields = {"tpot_ms": 70.0, "service_class": "priority", "draft_ms": 3.0, "session_key": "ab", "hidden_from": 2}
+    fields |= {"grouped": True}
     sent_round = verify("s", round_=5, slack=400.0).model_copy(
         update=fields | {"hidden_format": HiddenFormat.INT8, "drafter": "d7", "gateway": "g7"}
     )

@@ -24,7 +24,7 @@ from shared.runtime.settings import WispSettings, load, variable
         (
             SchedulerSettings,
             {"WISP_POLICY": "nope"},
-            "WISP_POLICY or --policy: Input should be 'sled', 'fcfs', 'edf', 'wisp' or 'wisp+'",
+            "WISP_POLICY or --policy: Input should be 'sled', 'fcfs', 'edf', 'wisp', 'wisp+' or 'adaserve'",
         ),
         (SchedulerSettings, {"WISP_MAX_BATCH_MS": "fast"}, "(given: 'fast')"),
         (SchedulerSettings, {"WISP_NAMESPACE": "a b"}, "WISP_NAMESPACE"),

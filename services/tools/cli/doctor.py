@@ -40,7 +40,7 @@ from shared.errors import BrokersError, ModelError, SettingsError
 from shared.runtime.tls import Tls
 
 EXTRAS = {
-    "gateway": ("fastapi", "uvicorn", "h11", "jinja2", "tokenizers"),
+    "gateway": ("fastapi", "uvicorn", "h11", "jinja2", "tokenizers", "llguidance"),
     "model": ("torch", "transformers", "safetensors", "gguf", "numba", "llvmlite"),
     "client": ("openai",),
     "device": ("httpx",),

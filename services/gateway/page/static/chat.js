@@ -110,6 +110,7 @@ async function send(text) {
     });
     const seed = response.headers.get("x-wisp-seed");
     if (record.summary && record.summary.slo) promised[tier] = record.summary.slo;
+    view.drawNow(); // the answer is whole when its status says so
     setText(status, [ended(record), seed ? `seed ${seed}` : ""].filter(Boolean).join(" · "));
     announce(spoken(record));
   } catch (error) {
