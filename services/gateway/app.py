@@ -166,6 +166,8 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
             "completions": True,
             "logprobs": True,
             "prediction": True,
+            "structured_output": True,
+            "tools": gateway.model.folder.chat_template is not None,
             "reasoning": gateway.model.tokenizer.thinks,
         },
     }
