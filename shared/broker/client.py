@@ -55,7 +55,10 @@ from shared.runtime.tls import Tls, bad_certificate
 
 CONNECT_TIMEOUT_S = 30
 PUBLISH_TIMEOUT_S = 10
-"""Longest time for a message, and for the repetitions of a persistent one while the connection is restored."""
+"""Longest time for a message that is sent once."""
+PERSISTENT_TIMEOUT_S = 20
+"""Longest time for a persistent message with its repetitions. A cluster goes on some 8 s after one of its nodes hangs,
+and a connection is restored at another node after 5 to 7 s."""
 CONFIRM_S = 4.0
 """Longest time for the confirmation of a persistent message before it is repeated."""
 PUBLISH_RETRY_S = 0.2
@@ -155,7 +158,7 @@ class Broker:
 
         Without a connection, a transient message is dropped with a warning. A confirmed one (persistent ones always
         are) raises Unroutable when no queue is bound to its key, and BrokersError when RabbitMQ does not confirm it. A
-        persistent one is repeated for `PUBLISH_TIMEOUT_S` before that, so it may arrive twice.
+        persistent one is repeated for `PERSISTENT_TIMEOUT_S` before that, so it may arrive twice.
         """
         envelope = _envelope(encode(message), cc, persistent=persistent)
         metrics.PUBLISHED.labels(message.type_name).inc()
@@ -166,7 +169,7 @@ class Broker:
             with suppress(*CONNECTION_EXCEPTIONS):
                 async with asyncio.timeout(CONFIRM_S):
                     await self._journal.publish(envelope, key, mandatory=False)
-        give_up_s = time.monotonic() + PUBLISH_TIMEOUT_S
+        give_up_s = time.monotonic() + (PERSISTENT_TIMEOUT_S if persistent else PUBLISH_TIMEOUT_S)
         while True:
             try:
                 left_s = max(PUBLISH_RETRY_S, give_up_s - time.monotonic())

@@ -40,6 +40,7 @@ class ConfirmedExchange:
     def __init__(self, connection: AbstractRobustConnection, confirming: _Confirming) -> None:
         self._connection = connection
         self._current = confirming
+        self._closings: set[asyncio.Task[None]] = set()
 
     @classmethod
     async def open(cls, connection: AbstractRobustConnection, name: str) -> ConfirmedExchange:
@@ -66,7 +67,7 @@ class ConfirmedExchange:
             used.pending -= 1
             # The end of a channel cancels those who wait on it: the last of them closes it.
             if used is not self._current and not used.pending:
-                await _close(used)
+                self._close(used)
 
     async def _replace(self, refused: _Confirming) -> None:
         if self._current is not refused or not self._connection.connected.is_set():
@@ -77,7 +78,13 @@ class ConfirmedExchange:
             if self._current is refused:
                 self._current = renewed
             else:  # another refused message was faster
-                await _close(renewed)
+                self._close(renewed)
+
+    def _close(self, confirming: _Confirming) -> None:
+        """Close a channel in the background: a channel that waits for a dead node answers late, or never."""
+        closing = asyncio.create_task(_close(confirming))
+        self._closings.add(closing)
+        closing.add_done_callback(self._closings.discard)
 
 
 async def _close(confirming: _Confirming) -> None:

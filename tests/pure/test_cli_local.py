@@ -193,7 +193,7 @@ async def test_doctor_reports_whether_a_version_was_tested(
             ("net_ticktime = 5", "consumer_disconnected_timeout = 1000", "advanced.config"),
         ),
         ("RabbitMQ 4.3.6", "amqp://a/", ()),
-        ("RabbitMQ 4.0.5", "amqp://a/,amqp://b/", ("net_ticktime = 5", "cluster_partition_handling = pause_minority")),
+        ("RabbitMQ 4.0.5", "amqp://a/,amqp://b/", ("net_ticktime = 5", "cluster_partition_handling = autoheal")),
     ],
 )
 async def test_doctor_names_the_settings_that_a_cluster_needs(
