@@ -52,7 +52,11 @@ class TargetProfile(BaseModel, ABC):
 
     def cost_model(self, verifier_id: str) -> CostModel:
         """Return the model by which the scheduler predicts: the estimator's fit to steps of this target."""
-        fit = VerifierFit(verifier_id)
+        return self._fitted.model_copy(update={"verifier": verifier_id})
+
+    @cached_property
+    def _fitted(self) -> CostModel:
+        fit = VerifierFit("any")
         fit.start_from(
             [
                 Measurement(shape=shape, measured_ms=self.time_ms(shape))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import signal
 import subprocess
@@ -31,6 +32,7 @@ from services.tools.simulator.arms import (
 )
 from services.tools.simulator.core.bounds import scenario_bounds
 from services.tools.simulator.core.scenario import Scenario, parse_scenario
+from services.tools.simulator.core.suite import SuiteWorld
 from services.tools.simulator.output import advice
 from services.tools.simulator.sweep import SweepCell, sweep_table, swept_fields
 from shared import cost
@@ -106,6 +108,47 @@ def test_every_request_gets_its_tokens(arm: str) -> None:
         assert record.prompt_tokens == request.prompt_tokens
         times_ms = [ms for ms, _ in record.arrivals]
         assert times_ms == sorted(times_ms)
+
+
+@pytest.mark.parametrize(
+    ("arm", "expected"),
+    [
+        ("centralized", "4c765ba0a07f37b4"),
+        ("wisp", "f2bca06c649df532"),
+        ("wisp+", "3073e015519996d8"),
+        ("wisp+/runs", "8a92a88dd59e6ce3"),
+    ],
+)
+def test_a_faster_simulation_gives_the_same_results(arm: str, expected: str) -> None:
+    """The digests change only with decisions or times, never with a change that is for speed alone."""
+    found = records(arm, scenario(target="a100-qwen3-32b"), 6)
+    outcome = [
+        (
+            record.session,
+            record.number,
+            record.ending.value,
+            [(round(ms, 1), tokens) for ms, tokens in record.arrivals],
+            [(one["start"], one["drafted"], one["verified"], one["accepted"]) for one in record.rounds],
+        )
+        for record in found
+    ]
+    assert hashlib.sha256(repr(outcome).encode()).hexdigest()[:16] == expected
+
+
+def test_a_device_begins_with_the_same_experience_at_each_point() -> None:
+    spec = scenario()
+    one, other = (world_of(Arm("wisp+"), spec, hardware_of(spec), 1) for _ in range(2))
+    assert isinstance(one, SuiteWorld)
+    assert isinstance(other, SuiteWorld)
+    first, second = one.new_controller(3), other.new_controller(3)
+    before = second.calibration.logit("hidden", 1.0)
+    assert first.calibration.logit("hidden", 1.0) == before
+    for _ in range(20):
+        first.calibration.learn("hidden", 1.0, accepted=False)
+    assert first.calibration.logit("hidden", 1.0) != before
+    assert second.calibration.logit("hidden", 1.0) == before
+    assert one.new_controller(3).calibration.logit("hidden", 1.0) == before
+    assert one.new_controller(4).calibration.logit("hidden", 1.0) != before
 
 
 @pytest.mark.parametrize("arm", ["centralized", "wisp+"])

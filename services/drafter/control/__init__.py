@@ -1,5 +1,6 @@
 """The speculation controller: how many tokens to draft, and how likely each is accepted. Pure: no I/O, no clock."""
 
+from services.drafter.control.calibration import Calibration
 from services.drafter.control.controller import Controller, DraftDecision, DraftRound, SessionControl
 from services.drafter.control.features import DraftToken
 from services.drafter.control.rules import RuleName
@@ -7,6 +8,7 @@ from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
 
 __all__ = [
+    "Calibration",
     "ControlWeights",
     "Controller",
     "DraftDecision",

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from services.drafter.control.features import DraftToken, Features
 from services.drafter.control.weights import UNTRAINED_COPY, UNTRAINED_MODEL, Logistic
@@ -83,6 +83,13 @@ class RecentLogits:
         self.added += 1
         self._logits.setdefault((source, min(position, DEEPEST)), deque(maxlen=REMEMBERED)).append(logit)
 
+    def copy(self) -> RecentLogits:
+        """Return an independent copy."""
+        copied = RecentLogits()
+        copied.added = self.added
+        copied._logits = {key: logits.copy() for key, logits in self._logits.items()}
+        return copied
+
     def latest(self, source: str, position: int) -> list[float]:
         """Return at most `REMEMBERED` log odds, the latest last."""
         return list(self._logits.get((source, min(position, DEEPEST)), ()))
@@ -95,6 +102,13 @@ class Calibration:
         self._trained = trained
         self._platt: dict[str, Platt] = {}
         self.recent = RecentLogits()
+
+    def copy(self) -> Calibration:
+        """Return an independent copy: what a drafter has learned, for another one."""
+        copied = Calibration(self._trained)
+        copied._platt = {source: replace(platt) for source, platt in self._platt.items()}
+        copied.recent = self.recent.copy()
+        return copied
 
     def model_logit(self, token: DraftToken, features: Features) -> float:
         """Return z: log odds by the trained model of the token's source, or by fixed weights where none was trained."""

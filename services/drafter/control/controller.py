@@ -10,8 +10,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from enum import Enum
+from typing import NamedTuple
 
 from services.drafter.control.calibration import DEEPEST, REMEMBERED, Calibration, RecentLogits
 from services.drafter.control.features import DraftToken, RecentAcceptance, RoundContext, features
@@ -19,7 +20,7 @@ from services.drafter.control.records import RoundRecord
 from services.drafter.control.rules import RULES, NextTokens, RoundForecast, RuleName, ScoredToken, StopRule
 from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
-from shared.log_odds import SessionOffset, sigmoid
+from shared.log_odds import SessionOffset, sigmoid, sigmoids
 
 UNKNOWN_OFFSET = SessionOffset()
 UNKNOWN_LOGIT = 0.0
@@ -270,8 +271,7 @@ class SessionControl:
         key = source, min(position, DEEPEST)
         if key not in self._expected:
             recent = self.calibration.recent.latest(*key) + self._recent_logits.latest(*key)
-            offset = self._offset(source)
-            acceptances = [sigmoid(logit + offset) for logit in recent[-REMEMBERED:] or [UNKNOWN_LOGIT]]
+            acceptances = sigmoids(recent[-REMEMBERED:] or [UNKNOWN_LOGIT], self._offset(source))
             self._expected[key] = acceptances, math.fsum(acceptances) / len(acceptances)
         return self._expected[key]
 
@@ -279,8 +279,7 @@ class SessionControl:
         return self._offsets.get(source, UNKNOWN_OFFSET).value
 
 
-@dataclass(frozen=True)
-class DraftedToken:
+class DraftedToken(NamedTuple):
     """A token that a source has drafted, with the trained model's log odds of its acceptance."""
 
     token: DraftToken
@@ -363,7 +362,9 @@ class DraftRound:
         if (known := self._expected.get((source, position))) is not None:
             return known
         acceptances, mean = session.expected_acceptances(source, position)
-        later = [session.expected_acceptances(source, i)[1] for i in range(position + 1, end)]
+        later = [session.expected_acceptances(source, i)[1] for i in range(position + 1, min(end, DEEPEST + 1))]
+        if (deep := end - max(position, DEEPEST) - 1) > 0:
+            later += [session.expected_acceptances(source, DEEPEST)[1]] * deep
         following = NextTokens(session.times.step_ms(source), acceptances, mean, later)
         self._expected[source, position] = following
         return following
@@ -395,7 +396,7 @@ class DraftRound:
             return DraftDecision.DROP
         self.acceptance.append(acceptance)
         self._forecast.keep(acceptance)
-        if any(self.wants(source) for source in {token.source, *session.sources}):
+        if self.wants(token.source) or any(self.wants(one) for one in session.sources if one != token.source):
             return DraftDecision.MORE
         self._open = False
         return DraftDecision.LAST

@@ -10,7 +10,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, ClassVar, Literal, NamedTuple
 
 from services.drafter.control.features import DraftToken, Features
 from services.drafter.control.weights import ControlWeights, Predictor
@@ -55,8 +55,7 @@ class RoundForecast:
         return self.added_ms[self.kept + count] - self.added_ms[self.kept]
 
 
-@dataclass(frozen=True)
-class ScoredToken:
+class ScoredToken(NamedTuple):
     """A drafted token with its features and its calibrated acceptance."""
 
     token: DraftToken
@@ -64,8 +63,7 @@ class ScoredToken:
     acceptance: float
 
 
-@dataclass(frozen=True)
-class NextTokens:
+class NextTokens(NamedTuple):
     """The tokens that a source may draft next."""
 
     step_ms: float
@@ -136,9 +134,9 @@ class Marginal(StopRule):
         return _pays(forecast, survival, survival, 1, (following.mean, *following.later), following.step_ms)
 
     def goes_on(self, forecast: RoundForecast, following: NextTokens) -> bool:
-        rate, token_ms = forecast.rate, forecast.more_ms(1)
-        acceptances, least = following.acceptances, rate * token_ms
-        worth = [tokens for a in acceptances if (tokens := forecast.survival * a) > least]
+        rate, survival = forecast.rate, forecast.survival
+        acceptances, least = following.acceptances, rate * forecast.more_ms(1)
+        worth = [tokens for a in acceptances if (tokens := survival * a) > least]
         if sum(worth) - least * len(worth) > len(acceptances) * (forecast.deficit + rate * following.step_ms):
             return True
         return _pays(forecast, 0.0, forecast.survival, 0, (following.mean, *following.later), following.step_ms)
@@ -157,11 +155,12 @@ def _pays(
     others. step_ms: the time to draft one of these.
     """
     rate, deficit = forecast.rate, forecast.deficit
-    room = len(forecast.added_ms) - 1 - forecast.kept - drafted
-    for steps, acceptance in enumerate(islice(later, room), 1):
+    added_ms, first = forecast.added_ms, forecast.kept + drafted
+    kept_ms = added_ms[forecast.kept]
+    for steps, acceptance in enumerate(islice(later, len(added_ms) - 1 - first), 1):
         survival *= acceptance
         gain += survival
-        if gain > deficit + rate * (forecast.more_ms(drafted + steps) + steps * step_ms):
+        if gain > deficit + rate * (added_ms[first + steps] - kept_ms + steps * step_ms):
             return True
     return False
 

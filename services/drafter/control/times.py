@@ -159,9 +159,15 @@ class _VerifyFit:
     """verify(k) = curve(0) (b + s x(k)), b and s by least squares with fading sums, s shrunk to b."""
 
     def __init__(self) -> None:
-        self._curve: Sequence[float] = (PRIOR_VERIFY_MS, PRIOR_VERIFY_MS * (1 + PRIOR_SLOPE))
+        self._take((PRIOR_VERIFY_MS, PRIOR_VERIFY_MS * (1 + PRIOR_SLOPE)))
         self._weight = PRIOR_WEIGHT
         self._restart()
+
+    def _take(self, curve: Sequence[float]) -> None:
+        self._curve = curve
+        growth = [max(0.0, ms / curve[0] - 1) for ms in curve]
+        self._last_growth = growth[-1]
+        self._shares = [max(share, LEAST_GROWTH * count) for count, share in enumerate(growth)]
 
     def _restart(self) -> None:
         self._base, self._growth = 1.0, 1.0
@@ -183,12 +189,10 @@ class _VerifyFit:
 
     def _share(self, count: int) -> float:
         """Return x: the curve's growth to `count` tokens, beyond its end as steep as on average."""
-        curve = self._curve
-        last = len(curve) - 1
-        share = max(0.0, curve[min(count, last)] / curve[0] - 1)
-        if count > last:
-            share *= count / last
-        return max(share, LEAST_GROWTH * count)
+        last = len(self._shares) - 1
+        if count <= last:
+            return self._shares[count]
+        return max(self._last_growth * (count / last), LEAST_GROWTH * count)
 
     def follow(self, curve: Sequence[float]) -> None:
         """Take a cost model's curve: predicted times for 0, 1, 2, … draft tokens. An empty one changes nothing."""
@@ -197,7 +201,7 @@ class _VerifyFit:
         if self._weight != CURVE_WEIGHT:
             self._weight = CURVE_WEIGHT
             self._restart()
-        self._curve = list(accumulate(curve, max))
+        self._take(list(accumulate(curve, max)))
 
     def learn(self, count: int, ms: float) -> None:
         """Learn from a measured time."""

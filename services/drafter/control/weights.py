@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from functools import cached_property
 from operator import mul
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, PrivateAttr, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from services.drafter.control.features import NAMES, Features
 from shared.log_odds import sigmoid
@@ -27,7 +28,6 @@ class Inputs(_WeightsPart):
     features: list[str]
     mean: list[Number]
     scale: list[Positive]
-    _columns: tuple[tuple[int, float, float], ...] = PrivateAttr()
 
     @model_validator(mode="after")
     def _fit(self) -> Inputs:
@@ -38,12 +38,10 @@ class Inputs(_WeightsPart):
             raise ValueError("features, mean and scale must be equally long")
         return self
 
-    def model_post_init(self, context: Any, /) -> None:
-        self._columns = tuple(
-            (NAMES.index(name), mean, scale)
-            for name, mean, scale in zip(self.features, self.mean, self.scale, strict=False)
-            if name in NAMES
-        )
+    @cached_property
+    def _columns(self) -> tuple[tuple[int, float, float], ...]:
+        columns = zip(self.features, self.mean, self.scale, strict=True)
+        return tuple((NAMES.index(name), mean, scale) for name, mean, scale in columns)
 
     def standardised(self, features: Features) -> list[float]:
         """Return the model's inputs; an unknown feature counts as its mean."""

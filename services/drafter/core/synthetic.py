@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 from functools import cache
 from random import Random
 from statistics import NormalDist
+from typing import NamedTuple
 
 from services.drafter.control import ControlWeights, DraftToken
 from services.drafter.control.features import logit
@@ -25,8 +25,7 @@ WEIGHTS = ControlWeights(
 STEPS = 400
 
 
-@dataclass(frozen=True)
-class SyntheticToken:
+class SyntheticToken(NamedTuple):
     """A draft token as the controller sees it, and whether it equals the target's own choice."""
 
     token: DraftToken

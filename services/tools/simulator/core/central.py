@@ -101,11 +101,12 @@ class CentralWorld(World):
                 server.wake = self.env.event()
                 yield server.wake
                 continue
-            shape = cost.EMPTY
+            jobs = []
             for part in parts:
                 length = part.prefill_to or len(part.sequence.tokens) + part.draft
                 rows = 0 if part.prefill_to is not None else part.draft + 1
-                shape = cost.grow(shape, part.tokens + part.draft, length, rows)
+                jobs.append((part.tokens + part.draft, length, rows))
+            shape = cost.shape_of(jobs)
             took_ms = self.target.time_ms(shape)
             drafted = max((part.draft for part in parts), default=0)
             yield self.env.timeout(took_ms + drafted * self.scenario.server_draft_ms)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from random import Random
 
 import simpy
 
-from services.drafter.control import Controller, DraftDecision, DraftRound, RoundTimes
+from services.drafter.control import Calibration, Controller, DraftDecision, DraftRound, RoundTimes
 from services.drafter.core.session import DraftSession, verified_counts
 from services.drafter.core.synthetic import SOURCE, WEIGHTS, DraftProcess
 from services.scheduler.core.batching import BatchLimits
@@ -29,11 +30,14 @@ from services.tools.simulator.core.world import (
     World,
 )
 from shared.messages import Heartbeat, Load, Result, Status
+from shared.twin.spec import Acceptance
 
 LOAD_MS = 500.0
 MOST_BATCH_TOKENS = 2048
 SLED_DRAFT = 4
 """Tokens of every draft of SLED."""
+MOST_EXPERIENCES = 4096
+"""Devices whose experience is kept for the next points."""
 
 
 @dataclass
@@ -84,7 +88,7 @@ class SuiteWorld(World):
     def _open_session(self, served: ClientRequest) -> None:
         client = served.request.session
         if client not in self._controllers:
-            self._controllers[client] = self._experienced(client)
+            self._controllers[client] = self.new_controller(client)
             if self._load is not None:
                 self._controllers[client].times.apply_load(self._load)
         session = SimulatedSession(
@@ -98,27 +102,15 @@ class SuiteWorld(World):
         self._sessions[served.generate.session] = session
         self.env.process(self._draft_and_verify(session))
 
-    def _experienced(self, client: int) -> Controller:
+    def new_controller(self, client: int) -> Controller:
         """Return a device's controller, which has learned from earlier rounds how often its drafts are right."""
+        scenario = self.scenario
         controller = Controller(self._rule, self._longest, WEIGHTS, RoundTimes())
-        for number in range(self.scenario.experience_rounds):
-            drafts = DraftProcess(self.scenario.acceptance, self._rng_seed(client, number))
-            control = controller.session(SOURCE)
-            round_ = control.ahead(self._longest, self.scenario.temperature)
-            right = []
-            for ahead in range(self._longest):
-                drafted = drafts.token(0, ahead)
-                right.append(drafted.right)
-                if round_.add(drafted.token) is not DraftDecision.MORE:
-                    break
-            kept = right[: round_.kept]
-            accepted = next((i for i, correct in enumerate(kept) if not correct), len(kept))
-            known = accepted == len(kept) < len(right)
-            control.settle(round_, len(kept), accepted, right[accepted] if known else None)
+        controller.calibration = _experience(
+            self._rule, self._longest, scenario.acceptance, scenario.temperature, scenario.experience_rounds,
+            f"{self._seed}/{client}",
+        ).copy()  # fmt: skip
         return controller
-
-    def _rng_seed(self, client: int, number: int) -> int:
-        return Random(f"{self._seed}/{client}/earlier/{number}").getrandbits(48)
 
     def _draft_and_verify(self, session: SimulatedSession) -> Process:
         """Draft round by round until the session ends, as `services.drafter.serving` does, but halt no run."""
@@ -180,11 +172,12 @@ class SuiteWorld(World):
     @staticmethod
     def _tokens(session: SimulatedSession, round_: DraftRound) -> _SimulatedDraft:
         made = _SimulatedDraft(round_)
-        while round_.longest and round_.wants(SOURCE):
-            drafted = session.drafts.token(session.position, len(made.right))
+        # After the first token `add` decides: there is one source.
+        goes_on, position = round_.longest > 0 and round_.wants(SOURCE), session.position
+        while goes_on:
+            drafted = session.drafts.token(position, len(made.right))
             made.right.append(drafted.right)
-            if round_.add(drafted.token) is not DraftDecision.MORE:
-                break
+            goes_on = round_.add(drafted.token) is DraftDecision.MORE
         return made
 
     @staticmethod
@@ -251,3 +244,26 @@ class SuiteWorld(World):
             self._load = self._dispatcher.load(self.now_ms)
             for controller in self._controllers.values():
                 controller.times.apply_load(self._load)
+
+
+@lru_cache(maxsize=MOST_EXPERIENCES)
+def _experience(
+    rule: str, longest: int, acceptance: Acceptance, temperature: float, rounds: int, seed: str
+) -> Calibration:
+    """Return what a drafter has learned of its drafts in earlier rounds: the same at each point of a campaign."""
+    controller = Controller(rule, longest, WEIGHTS, RoundTimes())
+    for number in range(rounds):
+        drafts = DraftProcess(acceptance, Random(f"{seed}/earlier/{number}").getrandbits(48))
+        control = controller.session(SOURCE)
+        round_ = control.ahead(longest, temperature)
+        right = []
+        for ahead in range(longest):
+            drafted = drafts.token(0, ahead)
+            right.append(drafted.right)
+            if round_.add(drafted.token) is not DraftDecision.MORE:
+                break
+        kept = right[: round_.kept]
+        accepted = next((i for i, correct in enumerate(kept) if not correct), len(kept))
+        known = accepted == len(kept) < len(right)
+        control.settle(round_, len(kept), accepted, right[accepted] if known else None)
+    return controller.calibration

@@ -141,24 +141,22 @@ class SimulatedVerifier:
                 if (run := self._runs.pop(job.session, None)) is not None and run.tokens:
                     self._report(run, left=0)
             stepping = list(self._runs.values())
-            shape, new_tokens = cost.EMPTY, []
+            parts: list[tuple[int, int, int]] = []
             for run in stepping:
                 length = run.base_len + run.tokens + 1
                 held = min(self._cached.get(run.session.state.session_id, 0), length - 1)
-                shape = cost.grow(shape, length - held, length, 1)
+                parts.append((length - held, length, 1))
                 self._keep(run.session.state.session_id, length)
             for job in jobs:
                 length = job.prefill_to if job.prefill_to is not None else job.base_len + len(job.draft)
                 held = min(self._cached.get(job.session, 0), job.base_len - 1)
-                new_tokens.append(max(0, length - held))
-                shape = cost.grow(
-                    shape, new_tokens[-1], length, 0 if job.prefill_to is not None else len(job.draft) + 1
-                )
+                parts.append((max(0, length - held), length, 0 if job.prefill_to is not None else len(job.draft) + 1))
                 self._keep(job.session, max(held, length))
+            shape = cost.shape_of(parts)
             took_ms = world.target.time_ms(shape)
             yield world.env.timeout(took_ms)
             world.batches.append(Measurement(shape=shape, measured_ms=took_ms))
-            for job, new in zip(jobs, new_tokens, strict=True):
+            for job, (new, _, _) in zip(jobs, parts[len(stepping) :], strict=True):
                 self._judge(job, batch_id, new, took_ms)
             for run in stepping:
                 self._advance(run, took_ms)
