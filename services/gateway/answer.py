@@ -104,6 +104,8 @@ class Usage:
     """Tokens of the completions that are as predicted; None without a prediction."""
     rejected_predicted: int | None = None
     """Tokens of the prediction that are not in the completions, for each completion."""
+    reasoning_tokens: int | None = None
+    """Tokens of a chat's completions that are reasoning, where the model marks it; None for text completions."""
 
     @property
     def total(self) -> int:
@@ -160,11 +162,13 @@ class Answer:
         completions = [session.completion for session in self.running]
         tokens = sum(completion.tally.tokens for completion in completions)
         cached = sum(completion.cached_prompt for completion in completions[:: self.form.copies])
+        counters = [completion.reasoning for completion in completions if completion.reasoning is not None]
+        thought = sum(counter.tokens for counter in counters) if self.form.chat else None
         if self.form.predicted is None:
-            return Usage(self.form.prompt_tokens, tokens, cached)
+            return Usage(self.form.prompt_tokens, tokens, cached, reasoning_tokens=thought)
         accepted = [one.predicted.accepted for one in completions if one.predicted is not None]
         rejected = [max(0, len(self.form.predicted) - count) for count in accepted]
-        return Usage(self.form.prompt_tokens, tokens, cached, sum(accepted), sum(rejected))
+        return Usage(self.form.prompt_tokens, tokens, cached, sum(accepted), sum(rejected), thought)
 
     @property
     def committed_in(self) -> list[str]:

@@ -2,97 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from time import monotonic
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
-from pydantic import Field
+from pydantic_core import from_json
 
 from services.gateway.answer import Answer
-from services.gateway.body import Body, or_default
 from services.gateway.core.completion import Piece, Token
-from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
-from services.gateway.core.reasoning import SplitText
+from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
 from services.gateway.errors import MESSAGES_PATH, ApiError, encode
 from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of
 from services.gateway.keys import key_of
+from services.gateway.messages_body import CountRequest, MessagesRequest
 from services.gateway.prompt import Limits, chat_prompts, chat_tokens
 from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
-from services.gateway.response import AnswerResponse, EventMaker, splitter_of
-from services.gateway.schema import (
-    MAX_STOP_CHARACTERS,
-    MAX_STOPS,
-    ChatForm,
-    ChatMessage,
-    ChatRequest,
-    ContentPart,
-    parse,
-)
+from services.gateway.response import AnswerResponse, CompletionText, EventMaker
+from services.gateway.schema import parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.messages import Finish
-
-
-class MessageParam(Body):
-    """One message of a conversation."""
-
-    role: Literal["user", "assistant"]
-    content: str | list[ContentPart]
-
-
-class CountRequest(ChatForm):
-    """POST /v1/messages/count_tokens, and what both bodies have."""
-
-    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = MESSAGES_OPTIONS
-    without_effect = frozenset({"max_tokens", "temperature", "top_p", "top_k", "stream"})
-    """Options of messages that do not change the number of tokens."""
-
-    model: str
-    messages: Annotated[list[MessageParam], Field(min_length=1)]
-    system: str | list[ContentPart] | None = None
-
-    def conversation(self) -> list[ChatMessage]:
-        """Return the conversation as a chat's messages."""
-        system = [ChatMessage(role="system", content=self.system)] if self.system else []
-        return system + [ChatMessage(role=one.role, content=one.content) for one in self.messages]
-
-    def options(self) -> dict[str, Any]:
-        """Return the chat options that both bodies have. An answer continues a last message of the assistant."""
-        continues = self.messages[-1].role == "assistant"
-        return {"model": self.model, "messages": self.conversation(), "continue_final_message": continues}
-
-    def chat(self) -> ChatRequest:
-        """Return the same request as a chat."""
-        return ChatRequest(**self.options())
-
-
-class MessagesRequest(CountRequest):
-    """POST /v1/messages."""
-
-    max_tokens: Annotated[int, Field(ge=1)]
-    temperature: Annotated[float, Field(ge=0, le=1, allow_inf_nan=False), or_default(1.0)] = 1.0
-    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
-    top_k: Annotated[int | None, Field(ge=0, lt=2**31)] = None
-    stop_sequences: Annotated[
-        list[Annotated[str, Field(min_length=1, max_length=MAX_STOP_CHARACTERS)]],
-        Field(max_length=MAX_STOPS),
-        or_default([]),
-    ] = Field(default_factory=list)
-    stream: Annotated[bool, or_default(False)] = False
-
-    def chat(self) -> ChatRequest:
-        """Return the same request as a chat."""
-        return ChatRequest(
-            **self.options(),
-            max_tokens=self.max_tokens,
-            temperature=self.temperature,
-            top_p=self.top_p,
-            top_k=self.top_k,
-            stop=self.stop_sequences,
-            stream=self.stream,
-        )
 
 
 def add_messages(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of: FindLimits) -> None:
@@ -104,7 +35,7 @@ def add_messages(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of:
         started_s = monotonic()
         asked = parse(MessagesRequest, await read_body(request))
         check_model(gateway, asked.model)
-        chat = asked.chat()
+        chat = asked.chat(tokenizer)
         limits = await limits_of(chat)
         prompts = await chat_prompts(tokenizer, limits, chat)
         grammar = await grammar_of(chat, gateway.model)
@@ -117,7 +48,7 @@ def add_messages(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of:
         asked = parse(CountRequest, await read_body(request))
         check_model(gateway, asked.model)
         folder = gateway.model.folder
-        tokens = await chat_tokens(tokenizer, Limits(folder.max_len, folder.vocab_size), asked.chat())
+        tokens = await chat_tokens(tokenizer, Limits(folder.max_len, folder.vocab_size), asked.chat(tokenizer))
         return JSONResponse({"input_tokens": len(tokens)})
 
 
@@ -129,8 +60,10 @@ class MessageResponse(AnswerResponse):
         blocks: list[Fields] = []
         if choice.text.reasoning:
             blocks.append({"type": "thinking", "thinking": choice.text.reasoning, "signature": ""})
-        if choice.text.content or not blocks:
+        if choice.text.content or not (blocks or choice.calls):
             blocks.append({"type": "text", "text": choice.text.content})
+        for number, call in enumerate(choice.calls):
+            blocks.append({**_tool_use(self._answer, number, call.name), "input": _input(call.arguments)})
         return {**_message(self._answer, blocks), **_stop(self._answer, choice.finish), "usage": _usage(self._answer)}
 
     def _events(self, chunks: Chunks) -> EventMaker:
@@ -144,7 +77,7 @@ class MessageEvents:
 
     def __init__(self, answer: Answer) -> None:
         self._answer = answer
-        self._splitter = splitter_of(answer.form)
+        self._text = CompletionText(answer.form)
         self._begun = False
         self._block = -1
         """Index of the block that is open, or was last."""
@@ -160,33 +93,51 @@ class MessageEvents:
             usage = {**_usage(self._answer), "output_tokens": 0}
             events += _event("message_start", message={**message, "usage": usage})
         if isinstance(item, Piece):
-            return events + self._text(self._splitter.feed(item.text))
+            reasoning, deltas = self._text.feed(item.text)
+            if reasoning:
+                events += self._add("thinking", reasoning)
+            return events + self._deltas(deltas)
+        events += self._deltas(self._text.finish())
         if not self._kind:
-            events += self._open("text")
+            events += self._open("text", {"text": ""})
         events += self._close()
         usage = {"output_tokens": self._answer.usage.completion_tokens}
-        events += _event("message_delta", delta=_stop(self._answer, item.value), usage=usage)
+        stop = _stop(self._answer, self._text.finish_reason(item.value))
+        events += _event("message_delta", delta=stop, usage=usage)
         return events + _event("message_stop")
 
     def failed(self, error: ApiError) -> bytes:
         """See `EventMaker`."""
         return b"event: error\ndata: " + encode(error.body_at(MESSAGES_PATH)) + b"\n\n"
 
-    def _text(self, text: SplitText) -> bytes:
+    def _deltas(self, deltas: Sequence[ToolDelta]) -> bytes:
+        return b"".join(
+            self._add("text", delta.text) if isinstance(delta, ContentDelta) else self._call(delta) for delta in deltas
+        )
+
+    def _call(self, delta: CallDelta) -> bytes:
         events = b""
-        for kind, delta, part in (("thinking", "thinking_delta", text.reasoning), ("text", "text_delta", text.content)):
-            if part:
-                events += self._open(kind)
-                events += _event("content_block_delta", index=self._block, delta={"type": delta, kind: part})
+        if delta.name is not None:
+            events += self._close()
+            events += self._open("tool_use", {**_tool_use(self._answer, delta.index, delta.name), "input": {}})
+        if delta.arguments:
+            events += self._delta({"type": "input_json_delta", "partial_json": delta.arguments})
         return events
 
-    def _open(self, kind: str) -> bytes:
-        if kind == self._kind:
-            return b""
-        events = self._close()
+    def _add(self, kind: str, text: str) -> bytes:
+        """Add text to the open block of a kind, or open one."""
+        events = b""
+        if kind != self._kind:
+            events += self._close()
+            events += self._open(kind, {kind: "", **({"signature": ""} if kind == "thinking" else {})})
+        return events + self._delta({"type": f"{kind}_delta", kind: text})
+
+    def _delta(self, delta: Fields) -> bytes:
+        return _event("content_block_delta", index=self._block, delta=delta)
+
+    def _open(self, kind: str, block: Fields) -> bytes:
         self._block, self._kind = self._block + 1, kind
-        block = {"type": kind, kind: "", **({"signature": ""} if kind == "thinking" else {})}
-        return events + _event("content_block_start", index=self._block, content_block=block)
+        return _event("content_block_start", index=self._block, content_block={"type": kind, **block})
 
     def _close(self) -> bytes:
         return _event("content_block_stop", index=self._block) if self._kind else b""
@@ -206,9 +157,25 @@ def _message(answer: Answer, blocks: list[Fields]) -> Fields:
     }
 
 
+def _tool_use(answer: Answer, number: int, name: str) -> Fields:
+    """Return a block for a call, without its input."""
+    assert answer.form.tools is not None
+    return {"type": "tool_use", "id": answer.form.tools.calls.call_id(answer.answer_id, 0, number), "name": name}
+
+
+def _input(arguments: str) -> Any:
+    """Return the arguments of a call. Of a call that was cut off, it is what Anthropic's clients make of a stream."""
+    try:
+        return from_json(arguments, allow_partial=True, allow_inf_nan=False)
+    except ValueError:
+        return {}
+
+
 def _stop(answer: Answer, finish: str) -> Fields:
     """Return the reason of the end, and the stop sequence that was found."""
     found = answer.running[0].completion.stops.hit
+    if finish == "tool_calls":
+        return {"stop_reason": "tool_use", "stop_sequence": None}
     reason = "max_tokens" if finish == Finish.LENGTH else "end_turn" if found is None else "stop_sequence"
     return {"stop_reason": reason, "stop_sequence": found}
 

@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from services.gateway.keys import is_open
-from services.gateway.messages_api import CountRequest, MessagesRequest
+from services.gateway.messages_body import CountRequest, MessagesRequest
 from services.gateway.responses_api import ResponsesRequest
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.tokens import Detokenize, TokenizeChat, TokenizeText
@@ -235,7 +235,12 @@ def _schemas() -> Schema:
         {
             "prompt_tokens_details": _object({"cached_tokens": _COUNT}),
             "completion_tokens_details": _object(
-                {"accepted_prediction_tokens": _COUNT, "rejected_prediction_tokens": _COUNT}
+                {},
+                {
+                    "reasoning_tokens": _COUNT,
+                    "accepted_prediction_tokens": _COUNT,
+                    "rejected_prediction_tokens": _COUNT,
+                },
             ),
         },
     )
@@ -250,6 +255,18 @@ def _schemas() -> Schema:
         {"role": {"const": "assistant"}, "content": nothing_or_text},
         {"refusal": nothing_or_text, "reasoning_content": nothing_or_text, "tool_calls": _list(tool_call)},
     )
+    of_message = [
+        _object({"type": {"const": "text"}, "text": _TEXT}),
+        _object({"type": {"const": "thinking"}, "thinking": _TEXT, "signature": _TEXT}),
+        _object({"type": {"const": "tool_use"}, "id": _TEXT, "name": _TEXT, "input": {}}),
+    ]
+    item = {"id": _TEXT, "status": {"const": "completed"}}
+    content = {"content": _list(_ANYTHING)}
+    of_output = [
+        _object({**item, "type": {"const": "message"}, "role": {"const": "assistant"}, **content}),
+        _object({**item, "type": {"const": "reasoning"}, "summary": _list(_ANYTHING), **content}),
+        _object({**item, "type": {"const": "function_call"}, "call_id": _TEXT, "name": _TEXT, "arguments": _TEXT}),
+    ]
     common = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "usage": usage}
     more = {"system_fingerprint": _TEXT, "service_tier": _TEXT, "wisp": _ANYTHING, "metrics": _or_null(_ANYTHING)}
     logprobs = {"logprobs": _or_null(_ANYTHING)}
@@ -289,10 +306,17 @@ def _schemas() -> Schema:
                 "type": {"const": "message"},
                 "role": {"const": "assistant"},
                 "model": _TEXT,
-                "content": _list(_object({"type": {"enum": ["text", "thinking"]}})),
-                "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence"]},
+                "content": _list({"anyOf": of_message}),
+                "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
                 "stop_sequence": nothing_or_text,
-                "usage": _object({"input_tokens": _COUNT, "output_tokens": _COUNT}),
+                "usage": _object(
+                    {
+                        "input_tokens": _COUNT,
+                        "cache_creation_input_tokens": _COUNT,
+                        "cache_read_input_tokens": _COUNT,
+                        "output_tokens": _COUNT,
+                    }
+                ),
             }
         ),
         "Response": _object(
@@ -302,8 +326,17 @@ def _schemas() -> Schema:
                 "created_at": _COUNT,
                 "status": {"enum": ["completed", "incomplete"]},
                 "model": _TEXT,
-                "output": _list(_object({"id": _TEXT, "type": {"enum": ["message", "reasoning", "function_call"]}})),
-                "usage": _object({"input_tokens": _COUNT, "output_tokens": _COUNT, "total_tokens": _COUNT}),
+                "output": _list({"anyOf": of_output}),
+                "text": _ANYTHING,
+                "usage": _object(
+                    {
+                        "input_tokens": _COUNT,
+                        "input_tokens_details": _object({"cached_tokens": _COUNT}),
+                        "output_tokens": _COUNT,
+                        "output_tokens_details": _object({"reasoning_tokens": _COUNT}),
+                        "total_tokens": _COUNT,
+                    }
+                ),
             }
         ),
         "MessageTokens": _object({"input_tokens": _COUNT}),

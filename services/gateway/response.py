@@ -16,7 +16,7 @@ from services.gateway.answer import Answer, AnswerForm
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.cursor import NOTHING, Delivered, rest_of
 from services.gateway.core.reasoning import ReasoningSplitter, SplitText
-from services.gateway.core.tool_calls import ContentDelta
+from services.gateway.core.tool_calls import ContentDelta, ToolDelta
 from services.gateway.errors import ApiError, encode, internal_error
 from services.gateway.ledger import Ledger
 from services.gateway.logprobs import LogprobFields
@@ -158,27 +158,45 @@ class EventMaker(Protocol):
         """Return the event of an error, which is the last one."""
 
 
+class CompletionText:
+    """Splits the text of one completion into reasoning, content and tool calls."""
+
+    def __init__(self, form: AnswerForm) -> None:
+        # Without marked reasoning, all of the text is content.
+        self._splitter = ReasoningSplitter(is_open=bool(form.thinks), marked=form.thinks is not None)
+        self._parser = None if form.tools is None else form.tools.parser()
+
+    def feed(self, text: str) -> tuple[str, list[ToolDelta]]:
+        """Add a piece of text; return the reasoning in it, and the content and calls that it completes."""
+        split = self._splitter.feed(text)
+        if self._parser is not None:
+            return split.reasoning, self._parser.feed(split.content)
+        return split.reasoning, [ContentDelta(split.content)] if split.content else []
+
+    def finish(self) -> list[ToolDelta]:
+        """End the text; return the last content and calls."""
+        return [] if self._parser is None else self._parser.finish()
+
+    def finish_reason(self, finish: str) -> str:
+        """Return the finish reason of the completion, which is `tool_calls` if it ended with some."""
+        called = self._parser is not None and self._parser.calls
+        return "tool_calls" if called and finish == Finish.STOP else finish
+
+
 def choice_of(form: AnswerForm, text: str, finish: str) -> Choice:
     """Return a complete completion, with the reasoning and the tool calls that are in its text."""
-    split = splitter_of(form).feed(text)
-    if form.tools is None:
-        return Choice(split, finish)
-    parser = form.tools.parser()
+    parts = CompletionText(form)
+    reasoning, deltas = parts.feed(text)
     content = ""
     calls: list[CalledTool] = []
-    for delta in [*parser.feed(split.content), *parser.finish()]:
+    for delta in [*deltas, *parts.finish()]:
         if isinstance(delta, ContentDelta):
             content += delta.text
             continue
         if delta.name is not None:
             calls.append(CalledTool(delta.name))
         calls[delta.index].arguments += delta.arguments
-    return Choice(SplitText(split.reasoning, content), _finish(finish, len(calls)), calls)
-
-
-def _finish(finish: str, calls: int) -> str:
-    """Return the finish reason of a completion with this many tool calls."""
-    return "tool_calls" if calls and finish == Finish.STOP else finish
+    return Choice(SplitText(reasoning, content), parts.finish_reason(finish), calls)
 
 
 class Events:
@@ -193,9 +211,7 @@ class Events:
         self._cursor = answer.cursor
         self._known = dict(answer.cursor.delivered)
         self._seen: dict[int, Delivered] = {}
-        tools = answer.form.tools
-        self._parsers = {} if tools is None else {i: tools.parser() for i in range(len(answer.form.echoes))}
-        self._splitters: dict[int, ReasoningSplitter] = {}
+        self._texts = [CompletionText(answer.form) for _ in answer.form.echoes]
 
     def of(self, index: int, item: Piece | Finish) -> bytes:
         """Return the events for a completion's next piece or its end."""
@@ -213,25 +229,22 @@ class Events:
     def _piece(self, index: int, piece: Piece) -> bytes:
         before, known = self._seen.get(index, NOTHING), self._known.get(index, NOTHING)
         self._seen[index] = before.after(piece)
-        if index not in self._splitters:
-            self._splitters[index] = splitter_of(self._answer.form)
-        splitter, parser = self._splitters[index], self._parsers.get(index)
+        text = self._texts[index]
         rest = rest_of(piece, before, known)
-        # The client has what splitter and parser make of the text that it has, which ends with a piece.
-        had = splitter.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
-        if parser is not None:
-            parser.feed(had.content)
+        # The client has what is made of the text that it has, which ends with a piece.
+        text.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
         if rest is None:
             return b""
         self._cursor.delivered[index] = self._cursor.delivered[index].most(self._seen[index])
-        text, logprobs = splitter.feed(rest.text), self._logprobs_of(index, rest, before)
-        if parser is None:
-            chunk = self._chunks.delta(index, text, logprobs)
+        reasoning, deltas = text.feed(rest.text)
+        logprobs = self._logprobs_of(index, rest, before)
+        if self._answer.form.tools is None:
+            content = "".join(delta.text for delta in deltas if isinstance(delta, ContentDelta))
+            chunk = self._chunks.delta(index, SplitText(reasoning, content), logprobs)
         else:
-            deltas = parser.feed(text.content)
-            if not (deltas or text.reasoning or logprobs or self._answer.form.trace):
+            if not (deltas or reasoning or logprobs or self._answer.form.trace):
                 return b""
-            chunk = self._chunks.tool_deltas(index, deltas, text.reasoning, logprobs)
+            chunk = self._chunks.tool_deltas(index, deltas, reasoning, logprobs)
         if self._answer.form.trace:
             chunk["wisp"] = stream.trace(rest)
         return self._event(chunk)
@@ -248,10 +261,9 @@ class Events:
         answer, cursor = self._answer, self._cursor
         chunks = []
         if index not in cursor.closed:
-            parser = self._parsers.get(index)
-            rest = () if parser is None else parser.finish()
-            reason = finish.value if parser is None else _finish(finish.value, parser.calls)
-            chunks.append(self._chunks.closing(index, reason, rest))
+            text = self._texts[index]
+            rest = text.finish()
+            chunks.append(self._chunks.closing(index, text.finish_reason(finish.value), rest))
             if answer.form.trace and (rounds := answer.running[index].completion.take_rounds()):
                 chunks[0]["wisp"] = {"rounds": stream.rounds(rounds)}
             cursor.closed.add(index)
@@ -269,11 +281,6 @@ class Events:
     def _event(self, fields: Fields, event_id: str | None = None) -> bytes:
         """Encode an event, by default with the cursor as its id, if the client takes ids."""
         return stream.event(fields, (event_id or self._cursor) if self._answer.event_ids else None)
-
-
-def splitter_of(form: AnswerForm) -> ReasoningSplitter:
-    """Return the splitter of one text of an answer; without marked reasoning, all of the text is content."""
-    return ReasoningSplitter(is_open=bool(form.thinks), marked=form.thinks is not None)
 
 
 def _metrics(answer: Answer) -> Fields:

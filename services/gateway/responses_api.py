@@ -9,9 +9,9 @@ from typing import Annotated, Any, ClassVar, Literal
 import msgpack
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import Field, ValidationError
+from pydantic import Field
 
-from services.gateway.answer import Answer
+from services.gateway.answer import Answer, Usage
 from services.gateway.body import Body, or_default
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
@@ -22,8 +22,8 @@ from services.gateway.grammar import grammar_of
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import chat_prompts
 from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
-from services.gateway.response import AnswerResponse, EventMaker, splitter_of
-from services.gateway.schema import ChatForm, ChatRequest, explain, parse
+from services.gateway.response import AnswerResponse, CompletionText, EventMaker
+from services.gateway.schema import ChatForm, ChatRequest, chat_of, parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError
 from shared.messages import Finish
@@ -84,10 +84,7 @@ class ResponsesRequest(ChatForm):
             "tool_choice": _chat_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
         }
-        try:
-            return ChatRequest.model_validate(fields)
-        except ValidationError as error:
-            raise explain(error) from error
+        return chat_of(fields)
 
 
 def _add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
@@ -201,7 +198,6 @@ class ResponsesResponse(AnswerResponse):
         self._asked = asked
         self._keep = keep
         self._kept = False
-        self._tokens_of = gateway.model.tokenizer.encode_part
 
     def _object(self, chunks: Chunks, choices: Sequence[Choice], tokens: Sequence[Token]) -> Fields:
         (choice,) = choices
@@ -229,12 +225,12 @@ class ResponsesResponse(AnswerResponse):
 
     def _finished(self, output: list[Fields], finish: str) -> Fields:
         status = "incomplete" if finish == Finish.LENGTH else "completed"
-        return self._fields(status, output, thought=_reasoning_of(output))
+        return {**self._fields(status, output), "usage": _usage(self._answer.usage)}
 
-    def _fields(self, status: str, output: list[Fields], *, thought: str | None = None) -> Fields:
-        """Return the response object. thought: the reasoning of a complete one, which has usage."""
+    def _fields(self, status: str, output: list[Fields]) -> Fields:
+        """Return the response object without usage, which only a complete one has."""
         asked, answer = self._asked, self._answer
-        fields: Fields = {
+        return {
             "id": _response_id(answer),
             "object": "response",
             "created_at": answer.form.created,
@@ -259,16 +255,6 @@ class ResponsesResponse(AnswerResponse):
             "truncation": "disabled",
             "usage": None,
         }
-        if thought is not None:
-            usage = answer.usage
-            fields["usage"] = {
-                "input_tokens": usage.prompt_tokens,
-                "input_tokens_details": {"cached_tokens": usage.cached_tokens},
-                "output_tokens": usage.completion_tokens,
-                "output_tokens_details": {"reasoning_tokens": len(self._tokens_of(thought)) if thought else 0},
-                "total_tokens": usage.total,
-            }
-        return fields
 
     def _events(self, chunks: Chunks) -> EventMaker:
         return ResponseEvents(self._answer, self._fields, self._finished)
@@ -285,8 +271,7 @@ class ResponseEvents:
         self._answer = answer
         self._fields = fields
         self._finished = finished
-        self._splitter = splitter_of(answer.form)
-        self._parser = None if answer.form.tools is None else answer.form.tools.parser()
+        self._text = CompletionText(answer.form)
         self._number = 0
         self.output: list[Fields] = []
         """Items that are complete."""
@@ -302,15 +287,11 @@ class ResponseEvents:
             for kind in ("response.created", "response.in_progress"):
                 events += self._event(kind, response=self._fields("in_progress", []))
         if isinstance(item, Piece):
-            text = self._splitter.feed(item.text)
-            if text.reasoning:
-                events += self._add("reasoning", text.reasoning)
-            if text.content:
-                deltas = [ContentDelta(text.content)] if self._parser is None else self._parser.feed(text.content)
-                events += self._deltas(deltas)
-            return events
-        if self._parser is not None:
-            events += self._deltas(self._parser.finish())
+            reasoning, deltas = self._text.feed(item.text)
+            if reasoning:
+                events += self._add("reasoning", reasoning)
+            return events + self._deltas(deltas)
+        events += self._deltas(self._text.finish())
         if self._item is None and not self.output:
             events += self._add("message", "")
         events += self._close()
@@ -431,5 +412,11 @@ def _call_item(answer: Answer, number: int, name: str, arguments: str) -> Fields
     }
 
 
-def _reasoning_of(output: Sequence[Fields]) -> str:
-    return "".join(item["content"][0]["text"] for item in output if item["type"] == "reasoning")
+def _usage(usage: Usage) -> Fields:
+    return {
+        "input_tokens": usage.prompt_tokens,
+        "input_tokens_details": {"cached_tokens": usage.cached_tokens},
+        "output_tokens": usage.completion_tokens,
+        "output_tokens_details": {"reasoning_tokens": usage.reasoning_tokens or 0},
+        "total_tokens": usage.total,
+    }

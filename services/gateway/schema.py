@@ -57,6 +57,8 @@ MAX_STOPS = 16
 MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
 MAX_BAD_WORDS = 1024
+BLOCK_TAG = "block "
+"""Begins the tags of unions of blocks, which are no part of a client's path in errors."""
 LARGEST_BIAS = 100.0
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
@@ -183,7 +185,7 @@ def _most(value: Any) -> Any:
 
 _TokenIds = PlainValidator(token_ids, json_schema_input_type=list[int])
 _Prompts = PlainValidator(_prompts, json_schema_input_type=str | list[str] | list[int] | list[list[int]])
-_Whole = BeforeValidator(_whole)
+Whole = BeforeValidator(_whole)
 _Most = BeforeValidator(_most)
 
 
@@ -267,11 +269,11 @@ class GenerationRequest(Body):
     model: str
     stream: Annotated[bool, or_default(False)] = False
     stream_options: Annotated[StreamOptions, or_default(StreamOptions())] = StreamOptions()
-    n: Annotated[int, Field(ge=1, le=128), _Whole, or_default(1)] = 1
+    n: Annotated[int, Field(ge=1, le=128), Whole, or_default(1)] = 1
     temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
     top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
-    top_k: Annotated[int | None, Field(ge=-1, lt=2**31), _Whole] = None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), _Whole] = None
+    top_k: Annotated[int | None, Field(ge=-1, lt=2**31), Whole] = None
+    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63), Whole] = None
     stop: Annotated[list[str], PlainValidator(_stops, json_schema_input_type=str | list[str])] = Field(default=[])
     max_tokens: Annotated[int | None, Field(ge=1), _Most] = None
     max_completion_tokens: Annotated[int | None, Field(ge=1), _Most] = None
@@ -280,7 +282,7 @@ class GenerationRequest(Body):
     """Generate up to the token limit, past the end-of-text token. vLLM's name, as those of the options below."""
     stop_token_ids: Annotated[list[int], _TokenIds, or_default([])] = Field(default=[])
     include_stop_str_in_output: Annotated[bool, or_default(False)] = False
-    min_tokens: Annotated[int, Field(ge=0, lt=2**31), _Whole, or_default(0)] = 0
+    min_tokens: Annotated[int, Field(ge=0, lt=2**31), Whole, or_default(0)] = 0
     presence_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), or_default(0.0)] = 0.0
     frequency_penalty: Annotated[float, Field(ge=-2, le=2, allow_inf_nan=False), or_default(0.0)] = 0.0
     repetition_penalty: Annotated[float, Field(ge=0.01, le=100, allow_inf_nan=False), or_default(1.0)] = 1.0
@@ -290,9 +292,9 @@ class GenerationRequest(Body):
     )
     bad_words: Annotated[list[str], PlainValidator(_words, json_schema_input_type=list[str])] = Field(default=[])
     allowed_token_ids: Annotated[list[int] | None, _TokenIds] = None
-    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_not_streamed), _Whole] = None
+    prompt_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_not_streamed), Whole] = None
     return_tokens_as_token_ids: Annotated[bool, or_default(False)] = False
-    best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), _Whole] = None
+    best_of: Annotated[int | None, Field(ge=1), AfterValidator(_same_as_n), Whole] = None
     prediction: PredictionOption | None = None
     response_format: Annotated[ResponseFormat, or_default(ResponseFormat())] = ResponseFormat()
     guided_json: JsonSchema = None
@@ -431,7 +433,7 @@ class ChatRequest(GenerationRequest):
     chat_template_kwargs: Annotated[dict[str, Any], or_default({})] = Field(default={})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
     logprobs: Annotated[bool, or_default(False)] = False
-    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), _Whole] = None
+    top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), Whole] = None
 
     @property
     def has_grammar(self) -> bool:
@@ -554,6 +556,14 @@ def _is_default(name: str, value: Any) -> bool:
         return False
 
 
+def chat_of(fields: Mapping[str, Any]) -> ChatRequest:
+    """Return the chat with these options, made of another body's. Raises ApiError as `parse` does."""
+    try:
+        return ChatRequest.model_validate(fields)
+    except ValidationError as error:
+        raise explain(error) from error
+
+
 def explain(error: ValidationError) -> ApiError:
     """Return the error of a body that its model refuses, with the option that is wrong."""
     # A union reports an error per branch; the one that got furthest is the one that the client meant.
@@ -562,10 +572,13 @@ def explain(error: ValidationError) -> ApiError:
     for step in first["loc"]:
         if isinstance(step, int):
             path += f"[{step}]"
-        elif step in ("str", "int") or step.startswith(("list[", "function-", "constrained-")):
+        elif step in ("str", "int") or step.startswith(("list[", "function-", "constrained-", BLOCK_TAG)):
             continue  # a branch of a union, which is no part of the client's path
         else:
             path += f".{step}" if path else step
+    if first["type"] == "block_type":
+        path += ".type"
+        first["input"] = first["input"].get("type") if isinstance(first["input"], dict) else first["input"]
     if first["type"] == "missing":
         return invalid(f"{path} is missing", path, "missing_required_parameter")
     if not path:  # an error of several options together begins with the name of one

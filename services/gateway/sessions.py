@@ -13,7 +13,7 @@ from typing import Any
 from services.gateway.answer import Answer, RunningSession
 from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
-from services.gateway.core.reasoning import TAGS
+from services.gateway.core.reasoning import TAGS, ReasoningCounter
 from services.gateway.core.slo import SloOutcome, judge
 from services.gateway.core.turns import TurnOrder, Wait
 from services.gateway.errors import ApiError, stream_gone, unavailable
@@ -241,6 +241,7 @@ class Sessions:
             logprobs=generate.sampling.logprobs,
             prompt_only=answer.form.prompt_only,
             tags=None if answer.form.thinks is None else StopStrings(TAGS),
+            reasoning=None if answer.form.thinks is None else ReasoningCounter(is_open=answer.form.thinks),
             predicted=None if answer.predicted is None else PredictionFollower(answer.predicted),
         )
         wait = Wait(answer.form.pool, started_s, now)

@@ -171,12 +171,13 @@ def usage_fields(usage: Usage) -> Fields:
         "total_tokens": usage.total,
     }
     fields["prompt_tokens_details"] = {"cached_tokens": usage.cached_tokens}
+    details: Fields = {}
+    if usage.reasoning_tokens is not None:
+        details["reasoning_tokens"] = usage.reasoning_tokens
     if usage.accepted_predicted is not None:
-        fields["completion_tokens_details"] = {
-            "accepted_prediction_tokens": usage.accepted_predicted,
-            "rejected_prediction_tokens": usage.rejected_predicted,
-        }
-    return fields
+        details["accepted_prediction_tokens"] = usage.accepted_predicted
+        details["rejected_prediction_tokens"] = usage.rejected_predicted
+    return {**fields, "completion_tokens_details": details} if details else fields
 
 
 def speculation(tally: CompletionTally) -> Fields:

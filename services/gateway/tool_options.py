@@ -10,6 +10,8 @@ from pydantic_core import PydanticCustomError, from_json
 
 from services.gateway.body import Body, or_default
 
+ToolName = Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+
 
 class CalledFunction(Body):
     """The function of a tool call in the history."""
@@ -41,7 +43,7 @@ class ToolCall(Body):
 class ToolFunction(Body):
     """The function of a tool."""
 
-    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9_.:-]{1,128}$")]
+    name: ToolName
     description: str | None = None
     parameters: dict[str, Any] | None = None
     """JSON schema of the arguments."""

@@ -1312,6 +1312,10 @@ async def test_usage_counts_what_was_predicted(app: App) -> None:
     app.script = Script("Hello there")
     prediction = {"type": "content", "content": "Hello where"}
     usage = (await app.chat(prediction=prediction)).json()["usage"]
-    assert usage["completion_tokens_details"] == {"accepted_prediction_tokens": 10, "rejected_prediction_tokens": 1}
+    assert usage["completion_tokens_details"] == {
+        "reasoning_tokens": 0,
+        "accepted_prediction_tokens": 10,
+        "rejected_prediction_tokens": 1,
+    }
     assert app.generated[-1].prediction == app.tokenizer.encode("Hello where")
-    assert "completion_tokens_details" not in (await app.chat()).json()["usage"]
+    assert (await app.chat()).json()["usage"]["completion_tokens_details"] == {"reasoning_tokens": 0}

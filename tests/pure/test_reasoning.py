@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.gateway.core.completion import Completion
-from services.gateway.core.reasoning import TAGS, ReasoningSplitter, SplitText
+from services.gateway.core.reasoning import CLOSE, OPEN, TAGS, ReasoningCounter, ReasoningSplitter, SplitText
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 
@@ -56,7 +56,10 @@ TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</", "th", "ink>"
 def test_pieces_cut_no_tag_and_join_to_the_whole(
     tokenizer: Tokenizer, text: str, round_len: int, is_open: bool
 ) -> None:
-    completion = Completion(5, frozenset([EOS]), Detokenizer(tokenizer), StopStrings([]), tags=StopStrings(TAGS))
+    counter = ReasoningCounter(is_open=is_open)
+    completion = Completion(
+        5, frozenset([EOS]), Detokenizer(tokenizer), StopStrings([]), tags=StopStrings(TAGS), reasoning=counter
+    )
     splitter, parts = ReasoningSplitter(is_open=is_open), []
     pieces = []
     asked = builders.generate(prompt=[9] * 5, stop_ids=[EOS], max_tokens=400)
@@ -67,6 +70,28 @@ def test_pieces_cut_no_tag_and_join_to_the_whole(
     assert "".join(piece.text for piece in pieces) == text
     found = SplitText("".join(one.reasoning for one in parts), "".join(one.content for one in parts))
     assert found == split(text, is_open=is_open)
+    assert counter.tokens == len(found.reasoning), "a token is a byte here"
+
+
+@pytest.mark.parametrize(
+    ("pieces", "is_open", "tokens"),
+    [
+        ([[OPEN, "so ", "it", CLOSE, "yes"]], False, 2),
+        ([[OPEN], ["so ", "it"], [CLOSE], ["yes"]], False, 2),
+        ([["so ", f"it{CLOSE}", "yes"]], True, 2),
+        ([[f"{OPEN}so", f" it{CLOSE}yes"]], False, 2),
+        ([[OPEN, "", "", "€", CLOSE]], False, 3),
+        ([["", "", "€"], [CLOSE, "yes"]], True, 3),
+        ([["<", "think", ">", "</", "think", ">"]], False, 0),
+        ([["yes ", OPEN, "no", CLOSE]], False, 0),
+        ([["so"], ["it"]], True, 2),
+    ],
+)
+def test_tokens_of_reasoning_are_counted(pieces: list[list[str]], is_open: bool, tokens: int) -> None:
+    counter = ReasoningCounter(is_open=is_open)
+    for piece in pieces:
+        counter.add(piece)
+    assert counter.tokens == tokens
 
 
 def test_a_stop_string_behind_a_withheld_tag_ends_the_text(tokenizer: Tokenizer) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+from services.gateway.core.reasoning import ReasoningCounter
 from shared.arithmetic import distinct
 from shared.messages import Failure, Finish, Logprobs, Result, Status
 from shared.messages.logprobs import TokenLogprob, from_text, unpack_logprobs
@@ -126,6 +127,8 @@ class Completion:
     """True if the one output token of the session is not shown: the request wants its prompt's tokens only."""
     tags: StopStrings | None = None
     """Finds texts that no piece may cut; None if there are none."""
+    reasoning: ReasoningCounter | None = None
+    """Counts the tokens of reasoning; None if no reasoning is marked."""
     predicted: PredictionFollower | None = None
     """The output's place in the text that the client expects; None if it expects nothing."""
     prompt_logprobs: list[TokenLogprob] = field(default_factory=list)
@@ -343,7 +346,10 @@ class Completion:
 
     def _emit(self, tokens: list[Token], rest: str = "") -> None:
         """Make a piece ready. rest: text after that of the tokens."""
-        text = self.echo + "".join(token.text for token in tokens) + rest
+        texts = [token.text for token in tokens]
+        text = self.echo + "".join(texts) + rest
+        if self.reasoning is not None:
+            self.reasoning.add(texts)
         self._ready.append(Piece(text, tokens, self.round, self.take_rounds()))
         self.echo = ""
 

@@ -194,6 +194,12 @@ CHAT_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
 }
 """Unsupported options of chats."""
 
+
+def _without_advice(*own: str) -> dict[str, UnsupportedOption]:
+    """Return the options of chats for a body of another API, which has other names for some and `own` itself."""
+    return {name: UnsupportedOption(option.harmless) for name, option in CHAT_OPTIONS.items() if name not in own}
+
+
 COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
     "add_generation_prompt": _harmless(True),
     "chat_template_kwargs": _NO_OBJECT,
@@ -207,11 +213,7 @@ COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
 """Unsupported options of text completions."""
 
 RESPONSES_OPTIONS: Mapping[str, UnsupportedOption] = {
-    **{
-        name: UnsupportedOption(option.harmless)
-        for name, option in (_BOTH | {"add_special_tokens": _OFF, "echo": _OFF}).items()
-        if name not in ("max_output_tokens", "reasoning")
-    },
+    **_without_advice("max_output_tokens", "reasoning"),
     "background": _OFF,
     "conversation": _NEVER,
     "include": _NO_LIST,
@@ -231,6 +233,7 @@ RESPONSES_OPTIONS: Mapping[str, UnsupportedOption] = {
 """Unsupported options of the Responses API, beside those of chats that its body lacks (`ChatForm`)."""
 
 MESSAGES_OPTIONS: Mapping[str, UnsupportedOption] = {
+    **_without_advice("stop_sequences", "system", "thinking"),
     "container": _NEVER,
     "context_management": _NEVER,
     "max_completion_tokens": _LENGTH,
@@ -239,9 +242,6 @@ MESSAGES_OPTIONS: Mapping[str, UnsupportedOption] = {
     "output_format": _NEVER,
     "service_tier": _harmless("auto", "standard_only"),
     "stop": _instead("stop texts are `stop_sequences`", []),
-    "thinking": _harmless({"type": "disabled"}),
-    "tool_choice": _harmless({"type": "auto"}, {"type": "none"}),
-    "tools": _NO_LIST,
 }
 """Unsupported options of Anthropic's messages, beside those of chats that their bodies lack (`ChatForm`)."""
 
