@@ -31,7 +31,7 @@ from shared.messages import (
     Result,
     Verify,
 )
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
 from shared.state.store import Session, SessionStatus, Store
@@ -196,8 +196,14 @@ class Drafter:
         session = self._sessions[message.session] = self._new_session(message)
         try:
             with metrics.SESSIONS.track_inprogress():
-                if await self._restore(session, message):
-                    session.follow(await self._grammar(message))
+                span = tracing.current().child("take session", kind="CONSUMER")
+                try:
+                    is_active = await self._restore(session, message)
+                    if is_active:
+                        session.follow(await self._grammar(message))
+                finally:
+                    span.end()
+                if is_active:
                     await session.run()
         finally:
             del self._sessions[message.session]
@@ -239,7 +245,8 @@ class Drafter:
         return EmulatedLink(self._profile, session_id, self._publish, deliver)
 
     async def _publish(self, verify: Verify) -> None:
-        await self._broker.publish(verify, topology.VERIFY)
+        session = self._sessions.get(verify.session)
+        await self._broker.publish(verify, topology.VERIFY, trace=session.trace_headers if session else None)
 
     async def _restore(self, session: ServedSession, generate: Generate) -> bool:
         """Continue from the stored session's committed tokens; return False if it is over or gone."""

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -22,7 +24,8 @@ from services.drafter.sources.registry import HIDDEN
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
 from shared.messages import Cancel, Generate, HiddenStates, Result, Status
-from shared.runtime import logging
+from shared.runtime import logging, tracing
+from shared.runtime.tracing import NO_SPAN
 from shared.state.store import Session
 
 if TYPE_CHECKING:
@@ -119,6 +122,9 @@ class ServedSession:
         self._ahead: _AssumedDraft | None = None
         self._probes: dict[str, _RunningProbe] = {}
         """Running probes by source."""
+        self._span = tracing.current()
+        """The completion's span, in its gateway."""
+        self._round_span = NO_SPAN
         self._log = logging.get()
 
     def follow(self, grammar: DraftGrammar | None) -> None:
@@ -151,6 +157,11 @@ class ServedSession:
         return self._state.done
 
     @property
+    def trace_headers(self) -> tracing.Headers:
+        """Headers of a message about the round in flight."""
+        return self._round_span.headers
+
+    @property
     def tokens_left(self) -> int:
         """Most tokens that the session may still get."""
         return self._state.generate.max_tokens - self._state.output_tokens
@@ -181,7 +192,7 @@ class ServedSession:
         state = self._state
         try:
             while not state.done:
-                with structlog.contextvars.bound_contextvars(round=state.round):
+                with structlog.contextvars.bound_contextvars(round=state.round), self._traced_round():
                     if not await self._round():
                         return
                     if state.first_ms is None and state.output_tokens:
@@ -201,6 +212,23 @@ class ServedSession:
         self._link.close()
         self.ended.set()
 
+    @contextmanager
+    def _traced_round(self) -> Iterator[None]:
+        """Give a round, and the run that follows it, a span."""
+        if not self._span:
+            yield
+            return
+        self._round_span = span = self._span.child(
+            "round", {"wisp.round": self._state.round, "wisp.base_len": len(self._state.tokens)}
+        )
+        try:
+            with tracing.active(span):
+                yield
+        finally:
+            if self._state.failure is not None:
+                span.fail(self._state.failure.code)
+            span.end()
+
     def _elapsed_ms(self) -> float:
         """Return the time since the request's arrival at the gateway."""
         return self._prior_ms + _ms_since(self._started)
@@ -208,9 +236,15 @@ class ServedSession:
     async def _round(self) -> bool:
         """Draft, have the draft verified, and apply the result. Returns False if the session was cancelled."""
         started = time.monotonic()
-        made = await self._draft()
-        if not await self._link.wait_for_draft(made.draft_ms, _ms_since(started)):
-            return False
+        span = self._round_span.child("draft")
+        try:
+            made = await self._draft()
+            if not await self._link.wait_for_draft(made.draft_ms, _ms_since(started)):
+                return False
+            if span:
+                span.set(_draft_attributes(made))
+        finally:
+            span.end()
         metrics.DRAFT_TIME.observe(made.draft_ms / 1000)
         base_len = len(self._state.tokens)
         timer = self._timers.of(self._state)
@@ -229,7 +263,10 @@ class ServedSession:
                 break
             attempt += 1
             metrics.ROUNDS_RESENT.inc()
+            self._round_span.event("sent again")
             self._log.info("round is late, sending it again", attempt=attempt)
+        if self._round_span:
+            self._round_span.set(_outcome_attributes(result, attempt))
         if isinstance(result, Cancel):
             return False
         round_ms = _ms_since(sent)
@@ -248,6 +285,18 @@ class ServedSession:
         A run that is silent for too long, or of which a report is lost, ends here; the next round shows where it is. A
         round in the middle of a run halts it.
         """
+        if not self._state.run_left or self._state.done:
+            return True
+        before = len(self._state.tokens)
+        span = self._round_span.child("run")
+        try:
+            return await self._take_run()
+        finally:
+            if span:
+                span.set({"wisp.tokens": len(self._state.tokens) - before})
+            span.end()
+
+    async def _take_run(self) -> bool:
         state = self._state
         halted = False
         while state.run_left and not state.done:
@@ -458,6 +507,31 @@ class ServedSession:
         if made is None or not self._link.has_made(made.draft, _ms_since(ahead.started_s)):
             return None
         return _AssumedDraft([*ahead.tokens, made.bonus], made.draft, ahead.round)
+
+
+def _draft_attributes(made: _MadeDraft) -> tracing.Attributes:
+    sources = Counter(token.source for token in made.request.round.kept_tokens)
+    return {
+        "wisp.drafted": len(made.draft.tokens),
+        "wisp.draft_ms": made.draft_ms,
+        "wisp.run_tokens": made.run_tokens,
+        **{f"wisp.drafted.{source}": count for source, count in sources.items()},
+    }
+
+
+def _outcome_attributes(result: Result | Cancel, attempt: int) -> tracing.Attributes:
+    if isinstance(result, Cancel):
+        return {"wisp.status": "cancelled", "wisp.attempts": attempt + 1}
+    return {
+        "wisp.status": result.status,
+        "wisp.attempts": attempt + 1,
+        "wisp.drafted": result.drafted,
+        "wisp.verified": result.trimmed_to,
+        "wisp.accepted": result.accepted,
+        "wisp.tokens": len(result.tokens),
+        "wisp.batch": result.batch,
+        "wisp.verifier": result.verifier,
+    }
 
 
 def _ms_since(started_s: float) -> float:

@@ -19,6 +19,7 @@ from services.gateway.tools import ToolForm
 from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 from shared.prediction import PredictedText
+from shared.runtime.tracing import NO_SPAN, Span
 
 NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks", "tools")
 """Fields of `AnswerForm` that the first versions do not have."""
@@ -231,6 +232,10 @@ class RunningSession:
     """Time of the last token."""
     outcome: SloOutcome | None = None
     """Set at the end."""
+    end_reason: str = ""
+    """As in the gateway's metrics; set at the end."""
+    span: Span = NO_SPAN
+    """Its span in the request's trace."""
     starting: bool = False
     """True until the session is created and handed to the drafters: until then its state is not missed."""
     checking: bool = False

@@ -21,6 +21,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.gateway import spans
 from services.gateway.browsers import BrowserGuard, with_cors
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
@@ -38,7 +39,7 @@ from services.gateway.resume import LAST_EVENT_ID, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.server import Certificate, serve_http
 from services.gateway.tokens import add_tokens
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 
 ENCODINGS = {"identity": False, "": False, "gzip": True, "x-gzip": True}
 """Encodings of bodies, and whether they are gzip."""
@@ -289,7 +290,10 @@ class WithoutTrailingSlash:
 
 
 class RequestScope:
-    """ASGI middleware that gives every request an id, by default the client's own, and a log line."""
+    """ASGI middleware that gives every request an id, by default the client's own, a span, and a log line.
+
+    Probes and the page's files have no span.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -303,6 +307,8 @@ class RequestScope:
         request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req_{token_hex(12)}"
         started_s = monotonic()
         status = 0
+        quiet = is_open(scope["path"]) or scope["path"] == "/metrics"
+        span = tracing.NO_SPAN if quiet else spans.begin_request(scope, request_id)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -311,7 +317,7 @@ class RequestScope:
                 MutableHeaders(scope=message)["x-request-id"] = request_id
             await send(message)
 
-        with structlog.contextvars.bound_contextvars(request_id=request_id):
+        with structlog.contextvars.bound_contextvars(request_id=request_id), tracing.active(span):
             log = logging.get()
             try:
                 await self._app(scope, receive, send_with_id)
@@ -320,7 +326,6 @@ class RequestScope:
                 if not status:
                     raise
             finally:
-                quiet = is_open(scope["path"]) or scope["path"] == "/metrics"
                 (log.debug if quiet else log.info)(
                     "request",
                     method=scope["method"],
@@ -328,3 +333,4 @@ class RequestScope:
                     status=status,
                     ms=round((monotonic() - started_s) * 1000, 1),
                 )
+                spans.end_request(span, scope, status)

@@ -10,6 +10,7 @@ from enum import StrEnum
 from time import monotonic
 from typing import Any
 
+from services.gateway import spans
 from services.gateway.answer import Answer, RunningSession
 from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
@@ -27,7 +28,7 @@ from shared.messages import Ended, Failure, Generate, Load, Message, Result, Sta
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 from shared.prediction import PredictionFollower
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.state.store import Session as StoredSession
 from shared.state.store import SessionStatus
 
@@ -142,18 +143,20 @@ class Sessions:
 
         Raises ApiError: 429 when admission refuses the request, 503 when a required service is away.
         """
-        self._admit(answer)
         reason = "error"
         try:
-            for generate in answer.sessions:
-                self._register(answer, generate, answer.started_s)
-            for index, session in enumerate(answer.running):
-                await self._start(session, answer.form.pack() if answer.stream and not index else b"")
+            with spans.admission(answer):
+                self._admit(answer)
+                for generate in answer.sessions:
+                    self._register(answer, generate, answer.started_s)
+                for index, session in enumerate(answer.running):
+                    await self._start(session, answer.form.pack() if answer.stream and not index else b"")
             reason = "abort"
             yield
         finally:
             for session in answer.running:
                 self._end(session, reason)
+            spans.conclude(answer)
 
     @asynccontextmanager
     async def resume(self, answer: Answer) -> AsyncIterator[None]:
@@ -175,6 +178,7 @@ class Sessions:
             finally:
                 for session in answer.running:
                     self._end(session, "abort")
+                spans.conclude(answer)
 
     def _take_over(self, answer: Answer, stored: list[StoredSession | None]) -> None:
         """Go on with collected sessions from their committed tokens."""
@@ -248,6 +252,7 @@ class Sessions:
         check_s = now + self._idle_check_s
         session = RunningSession(generate, completion, answer, started_s, wait, self._idle_check_s, check_s)
         session.starting = not answer.resumed
+        session.span = spans.begin_completion(generate)
         answer.running.append(session)
         self._running[session.session_id] = session
         self._admission.start(
@@ -262,7 +267,8 @@ class Sessions:
         elapsed_ms = (monotonic() - session.started_s) * 1000
         generate = session.generate.model_copy(update={"elapsed_ms": elapsed_ms})
         try:
-            await self._transport.start(generate, pool, resume_record=resume_record)
+            with tracing.active(session.span):
+                await self._transport.start(generate, pool, resume_record=resume_record)
         except Unroutable as error:
             if pool.startswith(device_name("")):
                 text = f"{pool!r} has no queue: import the definitions that contain its name"
@@ -316,6 +322,7 @@ class Sessions:
         self._metrics.generation_tokens.inc(new_tokens)
         if new_tokens and session.first_s is None:
             session.first_s = now
+            session.span.event("first token")
             self._metrics.ttft_s.observe(now - session.started_s)
         elif new_tokens:
             for _ in range(new_tokens):
@@ -441,6 +448,8 @@ class Sessions:
         if not self._running:
             self._idle.set()
         self._count_end(session, reason)
+        session.end_reason = reason
+        spans.end_completion(session, reason)
         if reason == "abort" and session.answer.form.keep:
             unfinished = Unfinished.LEAVE
         completion = session.completion

@@ -20,7 +20,7 @@ from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import Queue
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Generate
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.state.store import Request, Session, SessionProgress, SessionTurn, Store
 
 CREATE_RETRY_S = 0.25
@@ -128,7 +128,12 @@ class BrokerTransport:
             self._log.info("session cancelled before it was created", session=generate.session)
             return
         generate = generate.model_copy(update={"elapsed_ms": (monotonic() - received_s) * 1000})
-        await self._broker.publish(self._session_keys.add_to(generate), topology.generate(pool), persistent=True)
+        await self._broker.publish(
+            self._session_keys.add_to(generate),
+            topology.generate(pool),
+            persistent=True,
+            trace=tracing.current().headers,
+        )
 
     async def _create(
         self, request: Request, prompt: Sequence[int], received_s: float, pool: str, resume_record: bytes

@@ -11,6 +11,7 @@ from typing import Any
 from services.scheduler import metrics
 from services.scheduler.core.dispatch import Dispatcher
 from services.scheduler.device_queues import DeviceQueues
+from services.scheduler.queue_spans import QueueSpans
 from services.scheduler.settings import SchedulerSettings
 from services.scheduler.stand_in import StandIn
 from shared.broker import topology
@@ -18,7 +19,7 @@ from shared.broker.client import Broker
 from shared.broker.session_keys import SessionKeys
 from shared.errors import BrokersError, MessageError
 from shared.messages import Batch, Cancel, CostModel, Halt, Heartbeat, Message, Release, Result, Status, Verify
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
 from shared.state.registry import Registry
@@ -78,6 +79,7 @@ class Scheduler:
         self._timer: asyncio.TimerHandle | None = None
         self._decided_ms = math.inf
         self._sending: set[asyncio.Task[None]] = set()
+        self._spans = QueueSpans()
         self._log = logging.get()
 
     async def recall(self, registry: Registry) -> None:
@@ -131,6 +133,8 @@ class Scheduler:
     def take(self, message: Verify) -> None:
         """Pool a validated round."""
         self._log.debug("round received", round=message.round, slack_ms=message.slack_ms)
+        if tracing.is_on():
+            self._spans.arrived(message)
         self._dispatcher.on_verify(message, now_ms())
         self._decide_soon()
 
@@ -145,19 +149,22 @@ class Scheduler:
                     due_ms = self.due_ms(message.session)
                     metrics.ROUNDS.labels(metrics.deadline(due_ms, now_ms())).inc()
                 self._dispatcher.on_result(message, now_ms())
+                if self._spans and (message.finish is not None or message.status is Status.FAILED):
+                    self._spans.forget(message.session)
             case Heartbeat():
                 self._dispatcher.on_heartbeat(message, now_ms())
             case CostModel():
                 self._dispatcher.on_cost_model(message, now_ms())
             case Cancel():
                 self._dispatcher.on_cancel(message.session)
+                self._spans.forget(message.session)
         if self._stand_in is not None and isinstance(message, Result | Cancel):
             await self._stand_in.receive(message)
         self._decide_soon()
 
-    async def _send(self, verifier_id: str, batch: Batch) -> None:
+    async def _send(self, verifier_id: str, batch: Batch, trace: tracing.Headers | None) -> None:
         try:
-            await self._broker.publish(batch, topology.batch(verifier_id), confirmed=True)
+            await self._broker.publish(batch, topology.batch(verifier_id), confirmed=True, trace=trace)
         except BrokersError as error:
             self._log.warning("batch not taken, its jobs go to others", verifier=verifier_id, error=str(error))
             self._dispatcher.on_returned(verifier_id, now_ms())
@@ -189,7 +196,8 @@ class Scheduler:
         for verifier_id, batch in sends:
             self._log.debug("batch sent", batch=batch.batch, verifier=verifier_id, predicted_ms=batch.predicted_ms)
             # Not awaited: the broker's confirm takes a while, and the next decision does not depend on it.
-            self._spawn(self._send(verifier_id, batch))
+            trace = self._spans.sent(batch, verifier_id) if self._spans else None
+            self._spawn(self._send(verifier_id, batch, trace))
             _count(verifier_id, batch)
         for verifier_id, session_ids in self._dispatcher.releases().items():
             self._spawn(self._broker.publish(Release(sessions=session_ids), topology.batch(verifier_id)))

@@ -24,6 +24,7 @@ from services.verifier.core.runs import Run, RunReport, RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.handoff import Handoff
+from services.verifier.job_spans import BatchSpans, RunSpans
 from services.verifier.membership import Membership
 from services.verifier.sessions import SessionTable
 from services.verifier.verify import verify
@@ -33,7 +34,7 @@ from shared.broker.session_keys import SessionKeys
 from shared.errors import BrokersError, Fenced
 from shared.grammar.masks import Grammars
 from shared.messages import Batch, BatchShape, Failure, Job, Measurement, features_of, model_of
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.state.commits import Committed
 from shared.state.store import Store
 
@@ -63,6 +64,8 @@ class StepWork:
     shapes: list[BatchShape] = field(default_factory=list)
     """Shape of each forward pass."""
     verify_ms: float = 0.0
+    spans: BatchSpans | None = None
+    """Spans of the batch's traced jobs; None if it has none."""
 
 
 class BatchLoop:
@@ -99,6 +102,9 @@ class BatchLoop:
         self._arrivals: asyncio.Task[None] | None = None
         self._read: set[str] = set()
         """Ids of batches in `_batches` whose sessions were read."""
+        self._spans: dict[str, BatchSpans] = {}
+        """Spans of accepted batches with traced jobs, by the batch's id."""
+        self._run_spans = RunSpans()
         self._replies: set[asyncio.Task[None]] = set()
         self._busy = False
         self._unchecked = False
@@ -116,6 +122,8 @@ class BatchLoop:
     def put(self, batch: Batch) -> None:
         """Accept a batch."""
         self._log.debug("batch received", batch=batch.batch, jobs=[[job.session, job.round] for job in batch.jobs])
+        if tracing.is_on() and (spans := BatchSpans.begin(batch, self._membership.verifier_id)).jobs:
+            self._spans[batch.batch] = spans
         if not (self._arriving or self.runs.decoding):
             self._batches.put_nowait(batch)
             return
@@ -159,16 +167,21 @@ class BatchLoop:
         while True:
             batch = await self._next()
             self._busy = True
+            spans = None if batch is None else self._spans.pop(batch.batch, None)
             if batch is not None and self._membership.is_fenced(batch.lease):
                 self._log.warning("batch of an ended lease dropped", batch=batch.batch, lease=batch.lease)
                 self._read.discard(batch.batch)
                 batch = None
+                if spans is not None:
+                    spans.end()
             with structlog.contextvars.bound_contextvars(**({} if batch is None else {"batch": batch.batch})):
                 try:
-                    await self._step(batch)
+                    await self._step(batch, spans)
                 except BrokersError as error:
                     # Nothing was committed: the drafters' round timeouts send these rounds again.
                     self._log.warning("batch dropped", error=str(error))
+                    if spans is not None:
+                        spans.end()
             self._busy = False
 
     async def _next(self) -> Batch | None:
@@ -183,16 +196,21 @@ class BatchLoop:
             self._unchecked = False
         return await self._batches.get()
 
-    async def _step(self, batch: Batch | None) -> None:
+    async def _step(self, batch: Batch | None, spans: BatchSpans | None = None) -> None:
         work = StepWork() if batch is None else await self._prepare(batch)
+        work.spans = None if batch is None else spans
         work.runs = self.runs.step(self._membership.lease, _now_ms())
         if work.tasks or work.runs:
             self._unchecked = True
             self._log.debug("model started")
+            if work.spans is not None:
+                work.spans.event("model started")
             started = time.perf_counter()
             await self._thread.run(lambda: self._run_model(work))
             work.verify_ms = (time.perf_counter() - started) * 1000
             self._log.debug("model done")
+            if work.spans is not None:
+                work.spans.event("model done")
             metrics.BATCHES.inc()
             metrics.BATCH_JOBS.observe(len(work.outcomes))
             metrics.BATCH_TIME.observe(work.verify_ms / 1000)
@@ -207,7 +225,9 @@ class BatchLoop:
             self.runs.record(run, outcome, work.verify_ms, now_ms)
         if batch is not None:
             for (job, task), outcome in zip(work.tasks, work.outcomes, strict=False):
-                self.runs.start(job, task, outcome, batch.lease, now_ms)
+                started_run = self.runs.start(job, task, outcome, batch.lease, now_ms)
+                if started_run is not None and spans is not None and (round_span := spans.rounds.get(job.session)):
+                    self._run_spans.begin(job.session, round_span)
         work.reports = self.runs.due(now_ms, between_steps=True)
         self._reply_soon(work)
 
@@ -279,15 +299,24 @@ class BatchLoop:
         answering = self._collect(work)
         answers = await self._commit(work, answering.open)
         if answers is None:
+            if work.spans is not None:
+                work.spans.end()
             return
+        if work.spans is not None:
+            work.spans.event("committed")
         reported, answers = answers[: len(work.reports)], answers[len(work.reports) :]
         ended = self._apply(answering.open, answers)
         results = []
         for report, answer in zip(work.reports, reported, strict=True):
             ended += self._apply_report(report, answer)
             results.append(answering.reported(report, answer))
-        await self._publish([*results, *answering.settle(answers)])
+        settled = answering.settle(answers)
+        await self._publish([*results, *settled])
         self._log.debug("results sent")
+        if work.spans is not None:
+            work.spans.end(settled)
+        if self._run_spans:
+            self._run_spans.reported(results, self.runs)
         await self.release(ended)
 
     def _collect(self, work: StepWork) -> BatchReplies:

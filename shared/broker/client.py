@@ -50,7 +50,7 @@ from shared.broker.declarations import (
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
 from shared.errors import AccessRefused, BrokersError, MessageError, QueueDown, Unroutable
 from shared.messages import Message, decode_group, encode, encode_group
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.runtime.tls import Tls, bad_certificate
 
 CONNECT_TIMEOUT_S = 30
@@ -152,15 +152,24 @@ class Broker:
             ) from last
 
     async def publish(
-        self, message: Message, key: str, *, cc: tuple[str, ...] = (), persistent: bool = False, confirmed: bool = False
+        self,
+        message: Message,
+        key: str,
+        *,
+        cc: tuple[str, ...] = (),
+        persistent: bool = False,
+        confirmed: bool = False,
+        trace: tracing.Headers | None = None,
     ) -> None:
         """Publish once; RabbitMQ copies the message to every queue bound to `key` or to a key in `cc`.
+
+        trace: headers of the span that the message belongs to.
 
         Without a connection, a transient message is dropped with a warning. A confirmed one (persistent ones always
         are) raises Unroutable when no queue is bound to its key, and BrokersError when RabbitMQ does not confirm it. A
         persistent one is repeated for `PERSISTENT_TIMEOUT_S` before that, so it may arrive twice.
         """
-        envelope = _envelope(encode(message), cc, persistent=persistent)
+        envelope = _envelope(encode(message), cc, persistent=persistent, trace=trace)
         metrics.PUBLISHED.labels(message.type_name).inc()
         if not (confirmed or persistent):
             await self._publish_transient(envelope, key)
@@ -306,8 +315,9 @@ class Broker:
                 await self._dead_letter(incoming, str(error))
             return
         metrics.RECEIVED.labels(messages[0].type_name).inc()
-        for message in messages:
-            await self._handle_message(message, incoming, handler)
+        with tracing.received(incoming.headers):
+            for message in messages:
+                await self._handle_message(message, incoming, handler)
 
     async def _handle_message(self, message: Message, incoming: AbstractIncomingMessage, handler: Handler) -> None:
         session = getattr(message, "session", None)
@@ -438,8 +448,12 @@ class Broker:
         await self._connection.close()
 
 
-def _envelope(body: bytes, cc: tuple[str, ...], *, persistent: bool = False) -> aio_pika.Message:
+def _envelope(
+    body: bytes, cc: tuple[str, ...], *, persistent: bool = False, trace: tracing.Headers | None = None
+) -> aio_pika.Message:
     headers: dict[str, Any] = {SENT_HEADER: time.time_ns() // 1000}
+    if trace:
+        headers.update(trace)
     if cc:
         headers["CC"] = list(cc)
     return aio_pika.Message(

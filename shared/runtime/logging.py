@@ -1,6 +1,7 @@
 """Structured logs: one line per event on standard error, with service and instance bound once.
 
-`session` and `round` are bound where a message is handled (`structlog.contextvars.bound_contextvars`).
+`session` and `round` are bound where a message is handled (`structlog.contextvars.bound_contextvars`). With tracing on,
+`trace_id` and `span_id` are those of the span of the work at hand.
 """
 
 from __future__ import annotations
@@ -12,19 +13,26 @@ import time
 
 import structlog
 
+from shared.runtime import tracing
+
 _CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 # Without local variables, which would put passwords and users' text into the logs.
 _TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 
 
 def configure(service: str, instance: str, level: str, log_format: str) -> None:
-    """Configure structlog, and the standard library's logging of our dependencies, for this process."""
+    """Configure structlog, and the standard library's logging of our dependencies, for this process.
+
+    Call it after `tracing.configure`.
+    """
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.StackInfoRenderer(),
     ]
+    if tracing.is_on():
+        shared.insert(1, _add_trace)
     if level == "debug":
         shared.append(_add_monotonic)
     renderer: list[structlog.typing.Processor] = (
@@ -55,6 +63,12 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
     root.setLevel(max(number, logging.WARNING))
     structlog.contextvars.clear_contextvars()
     structlog.contextvars.bind_contextvars(service=service, instance=instance)
+
+
+def _add_trace(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:
+    """Add the ids of the current span, by which a log line is found from its trace."""
+    event.update(tracing.current().ids)
+    return event
 
 
 def _add_monotonic(_logger: object, _method: str, event: structlog.typing.EventDict) -> structlog.typing.EventDict:

@@ -1,4 +1,4 @@
-"""The frame of every service process: settings, logs, metrics, signals, tasks and exit code."""
+"""The frame of every service process: settings, traces, logs, metrics, signals, tasks and exit code."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from typing import Any, TypeVar
 
 import uvloop
 
-from shared.errors import WispError
-from shared.runtime import health, logging
-from shared.runtime.settings import ProcessSettings, load
+from shared.errors import SettingsError, WispError
+from shared.runtime import health, logging, tracing
+from shared.runtime.settings import ProcessSettings, load, refuse
 
 S = TypeVar("S", bound=ProcessSettings)
 CANCEL_AGAIN_S = 2.0
@@ -24,8 +24,13 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
 
     Exits with 2 for invalid settings, and with 1 for an error that the operator has to see.
     """
-    settings = load(kind, f"python -m services.{service}")
+    program = f"python -m services.{service}"
+    settings = load(kind, program)
     instance = settings.instance_name(service)
+    try:
+        tracing.configure(service, instance, getattr(settings, "namespace", ""))
+    except SettingsError as error:
+        refuse(program, [f"  {error}"])
     logging.configure(service, instance, settings.log_level, settings.log_format)
     log = logging.get()
 
@@ -51,6 +56,8 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
     except Exception:
         log.exception("crashed")
         raise SystemExit(1) from None
+    finally:
+        tracing.close()
     log.info("stopped")
 
 

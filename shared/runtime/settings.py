@@ -4,7 +4,8 @@ A service's settings class inherits the bases of what the service uses: `Process
 `JournalSettings`, `RedisSettings`, `SessionTtlSettings`, `SessionSecretSettings`, `TargetSettings`.
 
 A value comes from the command line (`--help` lists the options), else from the environment (`WISP_` and the upper-case
-name; an empty variable counts as unset), else from the default here. Nothing else in the product reads the environment.
+name; an empty variable counts as unset), else from the default here. Nothing else in the product reads the environment,
+except for OpenTelemetry's own variables (`shared.runtime.tracing`).
 """
 
 from __future__ import annotations
@@ -326,9 +327,9 @@ def load(kind: type[S], program: str) -> S:
     try:
         return kind(_cli_parse_args=True, _cli_prog_name=program)  # type: ignore[call-arg]
     except ValidationError as error:
-        _refuse(program, [f"  {problem}" for problem in problems_of(error)])
+        refuse(program, [f"  {problem}" for problem in problems_of(error)])
     except SourceError as error:
-        _refuse(program, [f"  {_unread(kind, error)}"])
+        refuse(program, [f"  {_unread(kind, error)}"])
 
 
 def from_environment(kind: type[S], environment: Mapping[str, str]) -> S:
@@ -412,6 +413,7 @@ def _example(kind: type[WispSettings], name: str) -> str | None:
     return None
 
 
-def _refuse(program: str, problems: list[str]) -> NoReturn:
+def refuse(program: str, problems: list[str]) -> NoReturn:
+    """Print what is wrong with the settings, and exit with 2."""
     print(f"{program}: bad settings\n" + "\n".join(problems) + f"\nSee `{program} --help`.", file=sys.stderr)
     raise SystemExit(2)
