@@ -1,4 +1,4 @@
-"""A receiver of OTLP over HTTP, as a collector is one, that keeps the spans."""
+"""Spans in tests: recorded in this process, or received over HTTP as a collector does."""
 
 from __future__ import annotations
 
@@ -15,6 +15,12 @@ from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import (
     ExportTraceServiceResponse,
 )
 from opentelemetry.proto.common.v1.common_pb2 import AnyValue
+from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from opentelemetry.sdk.trace.sampling import Sampler
+
+from shared.runtime import tracing
 
 
 @dataclass(frozen=True)
@@ -75,6 +81,34 @@ class Receiver:
                         span.status.code == span.status.STATUS_CODE_ERROR,
                     )
                 )
+
+
+class Recorded:
+    """The spans that this process has made."""
+
+    def __init__(self, exporter: InMemorySpanExporter) -> None:
+        self._exporter = exporter
+
+    @property
+    def ended(self) -> list[ReadableSpan]:
+        """The ended spans, in the order of their ends."""
+        return list(self._exporter.get_finished_spans())
+
+    def named(self, *names: str) -> list[ReadableSpan]:
+        return [span for span in self.ended if span.name in names]
+
+
+@contextmanager
+def recording(sampler: Sampler | None = None) -> Iterator[Recorded]:
+    """Switch tracing on in this process during the context."""
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    tracing.use(provider)
+    try:
+        yield Recorded(exporter)
+    finally:
+        tracing.use(None)
 
 
 def _fields(pairs: Any) -> dict[str, Any]:

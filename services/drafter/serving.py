@@ -219,7 +219,12 @@ class ServedSession:
             yield
             return
         self._round_span = span = self._span.child(
-            "round", {"wisp.round": self._state.round, "wisp.base_len": len(self._state.tokens)}
+            "round",
+            {
+                "wisp.session": self._state.session_id,
+                "wisp.round": self._state.round,
+                "wisp.base_len": len(self._state.tokens),
+            },
         )
         try:
             with tracing.active(span):

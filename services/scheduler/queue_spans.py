@@ -67,6 +67,7 @@ class QueueSpans:
 
 def _attributes(batch: Batch, job: Job, verifier_id: str) -> dict[str, Value]:
     attributes: dict[str, Value] = {
+        "wisp.session": job.session,
         "wisp.round": job.round,
         "wisp.batch": batch.batch,
         "wisp.batch.jobs": len(batch.jobs),

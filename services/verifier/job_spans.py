@@ -35,6 +35,7 @@ class BatchSpans:
             if (round_span := opened.rounds.get(job.session)) is None:
                 continue
             attributes: dict[str, Value] = {
+                "wisp.session": job.session,
                 "wisp.round": job.round,
                 "wisp.base_len": job.base_len,
                 "wisp.batch": batch.batch,

@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 import redis
 import torch
+from opentelemetry.sdk.trace import ReadableSpan
+from otlp import Recorded, recording
 from patience import HANG_S
 from pydantic import SecretStr
 from random_draft import random_draft
@@ -51,6 +53,7 @@ from shared.models import hidden_states as hidden
 from shared.models.folder import ModelFolder
 from shared.models.hidden_states import Floats, unpack
 from shared.models.prepare import prepare
+from shared.runtime import tracing
 from shared.sampling.sampler import choose
 from shared.state.commits import Commit, CommitOutcome
 from shared.state.registry import HEARTBEAT_TTL_MS
@@ -116,16 +119,24 @@ class Peer:
     def job(self, session: str, base: int, draft: list[int], round_: int = 0, **more: Any) -> Job:
         return builders.job(session, round_, base, draft, **({"fingerprint": self.fingerprint} | more))
 
-    async def send(self, *jobs: Job) -> None:
+    async def send(self, *jobs: Job, trace: tracing.Headers | None = None) -> None:
         self.batches += 1
         batch = builders.batch(f"b{self.batches}", *jobs)
-        await self.broker.publish(batch, topology.batch("v1"), confirmed=True)
+        await self.broker.publish(batch, topology.batch("v1"), confirmed=True, trace=trace)
 
-    async def begin_run(self, session: str, length: int, tokens: int = 64, copies: int = 0, **more: Any) -> None:
+    async def begin_run(
+        self,
+        session: str,
+        length: int,
+        tokens: int = 64,
+        copies: int = 0,
+        trace: tracing.Headers | None = None,
+        **more: Any,
+    ) -> None:
         """Send a plain round of a session after which the verifier may decode so many tokens by itself."""
         job = self.job(session, length, [], run=RunGrant(tokens=tokens, ms=HANG_S * 1000, copies=copies), **more)
         await self.broker.publish(
-            builders.batch("begin", job, lease=self.leases[-1]), topology.batch("v1"), confirmed=True
+            builders.batch("begin", job, lease=self.leases[-1]), topology.batch("v1"), confirmed=True, trace=trace
         )
 
     async def rest_of_run(self) -> list[Result]:
@@ -689,3 +700,68 @@ async def test_without_a_lease_no_run_starts(peer: Peer, text: list[int]) -> Non
     await peer.open("s")
     (result,) = await peer.verify(peer.job("s", 4, [], run=RunGrant(tokens=9, ms=1000.0)))
     assert (result.tokens, result.run_left) == (text[:1], 0)
+
+
+async def ended_spans(recorded: Recorded, count: int, *names: str) -> list[ReadableSpan]:
+    """Wait for this many ended spans of these names: they end after the results are sent."""
+    async with asyncio.timeout(HANG_S):
+        while len(found := recorded.named(*names)) < count:  # noqa: ASYNC110 - an exporter has no event
+            await asyncio.sleep(0.01)
+    return found
+
+
+async def test_a_batch_has_a_span_for_each_traced_job(peer: Peer, text: list[int]) -> None:
+    for session in ("a", "b", "untraced"):
+        await peer.open(session)
+    with recording() as recorded:
+        rounds = {session: tracing.begin("round", {}) for session in ("a", "b")}
+        jobs = [peer.job(session, 4, text[:2]) for session in ("a", "untraced", "b")]
+        await peer.send(*jobs, trace=tracing.headers_of(rounds))
+        for _ in jobs:
+            assert (await peer.result()).status is Status.COMMITTED
+        made = await ended_spans(recorded, 2, "prefill")
+        by_session = {span.attributes["wisp.session"]: span for span in made if span.attributes}
+        assert set(by_session) == {"a", "b"}
+        for session, span in by_session.items():
+            assert span.attributes is not None
+            assert span.parent is not None
+            assert f"{span.parent.span_id:016x}" == rounds[session].ids["span_id"]
+            assert span.attributes["wisp.batch.jobs"] == 3
+            assert span.attributes["wisp.accepted"] == 2
+            assert span.attributes["wisp.tokens"] == 3
+            assert span.attributes["wisp.prefilled"] == len(PROMPT) - 1
+            assert [event.name for event in span.events] == ["model started", "model done", "committed"]
+        first, second = by_session["a"], by_session["b"]
+        assert [f"{link.context.span_id:016x}" for link in first.links] == [rounds["b"].ids["span_id"]]
+        assert [link.context for link in second.links] == [first.context]
+        # The next round of a session without its context, as after an update: verified all the same, without a span.
+        (result,) = await peer.verify(peer.job("a", 7, text[3:5], 1))
+        assert result.status is Status.COMMITTED
+        assert len(recorded.named("prefill", "verify")) == 2
+
+
+async def test_a_dropped_batch_ends_its_spans(peer: Peer, text: list[int]) -> None:
+    await peer.open("s")
+    with recording() as recorded:
+        batch = builders.batch("fenced", peer.job("s", 4, text[:2]), lease=peer.leases[-1] + 1)
+        trace = tracing.headers_of({"s": tracing.begin("round", {})})
+        await peer.broker.publish(batch, topology.batch("v1"), confirmed=True, trace=trace)
+        (span,) = await ended_spans(recorded, 1, "verify")
+        assert span.attributes is not None
+        assert span.attributes["error.type"] == "dropped"
+
+
+async def test_a_traced_run_has_a_span_for_each_report(peer: Peer) -> None:
+    await peer.open("s", max_tokens=400)
+    with recording() as recorded:
+        round_span = tracing.begin("round", {})
+        await peer.begin_run("s", 4, tokens=300, trace=tracing.headers_of({"s": round_span}))
+        await peer.result()
+        reports = await peer.rest_of_run()
+        spans = await ended_spans(recorded, len(reports), "run steps")
+        counted = [span.attributes["wisp.tokens"] for span in spans if span.attributes]
+        assert counted == [len(report.tokens) for report in reports]
+        for before, span in zip([None, *spans], spans, strict=False):
+            assert span.parent is not None
+            assert f"{span.parent.span_id:016x}" == round_span.ids["span_id"]
+            assert before is None or before.end_time is None or (span.start_time or 0) >= before.end_time - 10_000_000

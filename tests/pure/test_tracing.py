@@ -9,10 +9,8 @@ from collections.abc import Iterator
 
 import builders
 import pytest
-from opentelemetry.sdk.trace import TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
-from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
-from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased, Sampler
+from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
+from otlp import Recorded, recording
 
 from services.scheduler.queue_spans import QueueSpans
 from shared.errors import SettingsError
@@ -24,18 +22,10 @@ CLIENT = f"00-{TRACE}-b7ad6b7169203331-01"
 NOT_SAMPLED = f"00-{TRACE}-b7ad6b7169203331-00"
 
 
-def recording(sampler: Sampler | None = None) -> InMemorySpanExporter:
-    exporter = InMemorySpanExporter()
-    provider = TracerProvider(sampler=sampler, shutdown_on_exit=False)
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
-    tracing.use(provider)
-    return exporter
-
-
 @pytest.fixture
-def spans() -> Iterator[InMemorySpanExporter]:
-    yield recording()
-    tracing.use(None)
+def spans() -> Iterator[Recorded]:
+    with recording() as recorded:
+        yield recorded
 
 
 @pytest.mark.parametrize(
@@ -128,14 +118,14 @@ service.run("estimator", settings.ProcessSettings, serve)
     assert span["resource"]["attributes"]["wisp.service"] == "estimator"
 
 
-def test_a_clients_trace_goes_on(spans: InMemorySpanExporter) -> None:
+def test_a_clients_trace_goes_on(spans: Recorded) -> None:
     span = tracing.begin("request", {"traceparent": CLIENT, "tracestate": "vendor=1"})
     assert span.headers["traceparent"].startswith(f"00-{TRACE}-")
     assert span.headers["tracestate"] == "vendor=1"
     with tracing.received({"traceparent": span.headers["traceparent"]}):
         tracing.current().child("round").end()
     span.end()
-    child, parent = spans.get_finished_spans()
+    child, parent = spans.ended
     assert parent.parent is not None
     assert child.parent is not None
     assert f"{parent.parent.span_id:016x}" == "b7ad6b7169203331"
@@ -144,25 +134,22 @@ def test_a_clients_trace_goes_on(spans: InMemorySpanExporter) -> None:
 
 
 @pytest.mark.parametrize("header", [None, "", "nonsense", 5, b"bytes", f"00-{'0' * 32}-{'0' * 16}-01"])
-def test_a_message_without_a_context_begins_no_trace(spans: InMemorySpanExporter, header: object) -> None:
+def test_a_message_without_a_context_begins_no_trace(spans: Recorded, header: object) -> None:
     with tracing.received({} if header is None else {"traceparent": header}):
         assert not tracing.current()
         tracing.current().child("round").end()
-    assert spans.get_finished_spans() == ()
+    assert spans.ended == []
 
 
 def test_a_request_that_is_not_sampled_sends_no_context() -> None:
     for sampler, headers in ((ALWAYS_OFF, {}), (None, {"traceparent": NOT_SAMPLED})):
-        exporter = recording(None if sampler is None else ParentBased(sampler))
-        try:
+        with recording(None if sampler is None else ParentBased(sampler)) as recorded:
             span = tracing.begin("request", headers)
             assert span is NO_SPAN
             assert not span.headers
-            assert tracing.headers_of({}) == {}
             span.end()
-            assert exporter.get_finished_spans() == ()
-        finally:
-            tracing.use(None)
+            assert recorded.ended == []
+    assert tracing.headers_of({}) == {}
 
 
 def test_without_traces_nothing_is_sent_or_read() -> None:
@@ -173,7 +160,7 @@ def test_without_traces_nothing_is_sent_or_read() -> None:
         assert tracing.session_spans() == {}
 
 
-def test_a_batch_carries_the_context_of_each_session(spans: InMemorySpanExporter) -> None:
+def test_a_batch_carries_the_context_of_each_session(spans: Recorded) -> None:
     queued = QueueSpans()
     rounds = {name: tracing.begin("round", {}) for name in ("a", "b")}
     for name, span in rounds.items():
@@ -186,7 +173,7 @@ def test_a_batch_carries_the_context_of_each_session(spans: InMemorySpanExporter
         assert {name: span.ids for name, span in tracing.session_spans().items()} == {
             name: span.ids for name, span in rounds.items()
         }
-    made = spans.get_finished_spans()
+    made = spans.ended
     assert [span.name for span in made] == ["queue", "queue"]
     assert {span.context.trace_id for span in made} == {int(span.ids["trace_id"], 16) for span in rounds.values()}
     assert {span.attributes["wisp.batch"] for span in made if span.attributes} == {"b1"}
@@ -195,7 +182,7 @@ def test_a_batch_carries_the_context_of_each_session(spans: InMemorySpanExporter
     assert not queued
 
 
-def test_a_round_sent_again_waits_from_its_first_arrival(spans: InMemorySpanExporter) -> None:
+def test_a_round_sent_again_waits_from_its_first_arrival(spans: Recorded) -> None:
     queued = QueueSpans()
     with tracing.received(tracing.begin("round", {}).headers):
         queued.arrived(builders.verify("s", 0, 4))
@@ -203,7 +190,7 @@ def test_a_round_sent_again_waits_from_its_first_arrival(spans: InMemorySpanExpo
     batch = builders.batch("b1", builders.job("s", 0, 4))
     queued.sent(batch, "v1")
     queued.sent(batch, "v2")
-    first, second = spans.get_finished_spans()
+    first, second = spans.ended
     assert first.end_time is not None
     assert second.start_time is not None
     assert second.start_time >= first.end_time - 10_000_000, "the second wait begins with the batch that was lost"
