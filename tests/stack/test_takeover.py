@@ -1,6 +1,6 @@
 """Another process takes over from a frozen scheduler or a drafter without a network, and its return does no harm.
 
-With a tiny model."""
+With a tiny model, and with traces, which go on where another process takes over."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ import random
 import shutil
 import signal
 import subprocess
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, replace
 from secrets import token_hex
 from urllib.parse import urlsplit, urlunsplit
 
+import httpx
 import pytest
 from asking import Traffic, progressed, watching
+from otlp import Receiver, SeenSpan, receiving
+from patience import HANG_S
 
 from services.tools.bench.support.relay import DelayRelay
 from services.tools.bench.support.tiny import tiny_model
@@ -41,6 +44,7 @@ class Suite:
     seen: Traffic
     client: ChaosClient
     requests: list[ChaosRequest]
+    collector: Receiver
 
     def ask(self, draft: str = "auto") -> asyncio.Task[set[RequestVerdict]]:
         """Send every request at once; return the completions."""
@@ -54,7 +58,15 @@ class Suite:
 
 
 @pytest.fixture(scope="module")
-async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[Suite]:
+def collector() -> Iterator[Receiver]:
+    with receiving() as found:
+        yield found
+
+
+@pytest.fixture(scope="module")
+async def suite(
+    brokers: Brokers, collector: Receiver, tmp_path_factory: pytest.TempPathFactory
+) -> AsyncIterator[Suite]:
     folder = tiny_model(tmp_path_factory.mktemp("takeover") / "tiny")
     asked = load(7, questions=6, longest=TOKENS)
     references = References(folder, asked.questions, TOKENS)
@@ -65,7 +77,12 @@ async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> A
             brokers=brokers,
             target=folder,
             schedulers=2,
-            env={"WISP_THREADS": "1", "WISP_ADMISSION": "false"},
+            env={
+                "WISP_THREADS": "1",
+                "WISP_ADMISSION": "false",
+                "OTEL_EXPORTER_OTLP_ENDPOINT": collector.url,
+                "OTEL_BSP_SCHEDULE_DELAY": "100",
+            },
             env_of={
                 # Drafters take over from each other here: test_no_drafter.py has schedulers that stand in for them.
                 "scheduler": {
@@ -79,7 +96,7 @@ async def suite(brokers: Brokers, tmp_path_factory: pytest.TempPathFactory) -> A
         ) as stack,
         watching(stack) as seen,
     ):
-        yield Suite(stack, seen, ChaosClient(folder.name, lambda: stack.urls, references), requests)
+        yield Suite(stack, seen, ChaosClient(folder.name, lambda: stack.urls, references), requests, collector)
 
 
 async def test_a_standby_takes_over_from_a_frozen_scheduler(suite: Suite) -> None:
@@ -98,7 +115,112 @@ async def test_a_standby_takes_over_from_a_frozen_scheduler(suite: Suite) -> Non
         frozen.send(signal.SIGCONT)
     assert await more == {RequestVerdict.RIGHT}
     assert frozen.alive
+    # The rounds that the frozen scheduler swallowed were sent again, and their traces went on with the other one.
+    again = {span.span_id for span in suite.collector.spans if "sent again" in span.events}
+    assert again
+    standby = {span.parent_id for span in suite.collector.spans if span.name == "queue" and span.instance != name}
+    assert again & standby
     assert await suite.ask() == {RequestVerdict.RIGHT}
+
+
+CLIENT_SPAN = "b7ad6b7169203331"
+
+
+async def ask_traced(suite: Suite, trace_id: str, tokens: int, **options: object) -> httpx.Response:
+    """Ask as a client that has a trace."""
+    body = {
+        "model": suite.stack.target.name,
+        "prompt": [5, 6, 7, 8, 9] * 10,
+        "max_tokens": tokens,
+        "ignore_eos": True,
+        "temperature": 0.0,
+        "wisp": {"trace": True, "draft": "lookup"},
+        **options,
+    }
+    async with httpx.AsyncClient(timeout=HANG_S) as http:
+        headers = {"traceparent": f"00-{trace_id}-{CLIENT_SPAN}-01"}
+        return await http.post(f"{suite.stack.url}/completions", json=body, headers=headers)
+
+
+async def until(holds: Callable[[], object]) -> None:
+    """Wait for the spans that processes export from time to time."""
+    async with asyncio.timeout(HANG_S):
+        while not holds():  # noqa: ASYNC110 - the receiver has no event
+            await asyncio.sleep(0.05)
+
+
+def children(spans: Sequence[SeenSpan], parent: SeenSpan) -> dict[str, str]:
+    """Return the names of a span's children, each with its service."""
+    return {span.name: span.service for span in spans if span.parent_id == parent.span_id}
+
+
+async def test_one_request_is_one_trace_with_a_span_for_each_round(suite: Suite) -> None:
+    trace_id, collector = token_hex(16), suite.collector
+    answer = await ask_traced(suite, trace_id, 24)
+    assert answer.status_code == 200, answer.text
+    about = answer.json()["wisp"]["summary"]
+    await until(lambda: sum(span.name in ("verify", "prefill") for span in collector.of(trace_id)) >= about["rounds"])
+    await until(lambda: any(span.parent_id == CLIENT_SPAN for span in collector.of(trace_id)))
+    await until(lambda: sum(span.name == "round" for span in collector.of(trace_id)) >= about["rounds"])
+    await until(lambda: sum(span.name == "queue" for span in collector.of(trace_id)) >= about["rounds"])
+    spans = collector.of(trace_id)
+    (request,) = [span for span in spans if span.parent_id == CLIENT_SPAN]
+    assert (request.name, request.service, request.kind) == ("POST /v1/completions", "gateway", 2)
+    ids = {span.span_id: span for span in spans}
+    for span in spans:
+        assert span is request or span.parent_id in ids, span
+        assert span.start_ns <= span.end_ns
+        assert not span.failed, span
+    expected = {
+        "http.request.method": "POST",
+        "http.route": "/v1/completions",
+        "http.response.status_code": 200,
+        "gen_ai.operation.name": "text_completion",
+        "gen_ai.request.model": suite.stack.target.name,
+        "gen_ai.request.max_tokens": 24,
+        "gen_ai.request.temperature": 0.0,
+        "gen_ai.response.id": answer.json()["id"],
+        "gen_ai.response.finish_reasons": ["length"],
+        "gen_ai.usage.input_tokens": 50,
+        "gen_ai.usage.output_tokens": 24,
+    }
+    assert {name: request.attributes.get(name) for name in expected} == expected
+    assert children(spans, request) == {"admission": "gateway", "completion": "gateway"}
+    (completion,) = [span for span in spans if span.name == "completion"]
+    assert completion.events == ["first token"]
+    assert children(spans, completion) == {"take session": "drafter", "round": "drafter"}
+    rounds = sorted((span for span in spans if span.name == "round"), key=lambda span: span.start_ns)
+    assert [span.attributes["wisp.round"] for span in rounds] == list(range(about["rounds"]))
+    assert sum(span.attributes["wisp.tokens"] for span in rounds) == 24
+    assert sum(span.attributes["wisp.accepted"] for span in rounds) == about["accepted"]
+    for number, span in enumerate(rounds):
+        verify = "verify" if number else "prefill"
+        assert children(spans, span) == {"draft": "drafter", "queue": "scheduler", verify: "verifier"}
+    texts = [value for span in spans for value in span.attributes.values() if isinstance(value, str)]
+    assert answer.json()["choices"][0]["text"] not in texts
+    assert {span.resource["service.name"] for span in spans} == {
+        f"wisp-{service}" for service in ("gateway", "drafter", "scheduler", "verifier")
+    }
+    assert collector.paths == {"/v1/traces"}
+
+
+async def test_the_trace_goes_on_when_the_drafter_is_killed(suite: Suite) -> None:
+    stack, trace_id, collector = suite.stack, token_hex(16), suite.collector
+    await stack.start("drafter")
+    asking = asyncio.create_task(ask_traced(suite, trace_id, 120))
+    await until(lambda: any(span.name == "round" for span in collector.of(trace_id)))
+    serving = next(span.instance for span in collector.of(trace_id) if span.name == "round")
+    (killed,) = [process for process in stack.processes("drafter") if process.name == serving]
+    assert not asking.done(), "it must be killed while there is work"
+    await stack.stop(killed, signal.SIGKILL)
+    answer = await asking
+    assert answer.json()["usage"]["completion_tokens"] == 120
+    await until(lambda: any(span.parent_id == CLIENT_SPAN for span in collector.of(trace_id)))
+    spans = collector.of(trace_id)
+    (completion,) = [span for span in spans if span.name == "completion"]
+    rounds = [span for span in spans if span.name == "round"]
+    assert len({span.instance for span in rounds}) == 2
+    assert {span.parent_id for span in rounds} == {completion.span_id}
 
 
 def ip(*words: str) -> None:
