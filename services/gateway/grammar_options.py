@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, PlainValidator, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError, from_json
@@ -65,6 +65,11 @@ class SchemaFormat(Body):
 
 class ResponseFormat(Body):
     """OpenAI's `response_format`."""
+
+    param: ClassVar[str] = "response_format"
+    """Name of the option in the body."""
+    schema_param: ClassVar[str] = "response_format.json_schema.schema"
+    """Name of its schema."""
 
     type: Literal["text", "json_object", "json_schema"] = "text"
     json_schema: Annotated[SchemaFormat | None, Field(validate_default=True)] = None

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from services.gateway.keys import is_open
 from services.gateway.messages_body import CountRequest, MessagesRequest
-from services.gateway.responses_api import ResponsesRequest
+from services.gateway.responses_body import ResponsesRequest
 from services.gateway.schema import ChatRequest, CompletionRequest
 from services.gateway.tokens import Detokenize, TokenizeChat, TokenizeText
 

@@ -2,136 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Any
 
 import msgpack
 from fastapi import FastAPI, Request
 from fastapi.responses import Response
-from pydantic import Field
 
 from services.gateway.answer import Answer, Usage
-from services.gateway.body import Body, or_default
 from services.gateway.core.completion import Piece, Token
-from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
-from services.gateway.errors import ApiError, encode, invalid, unavailable
+from services.gateway.errors import ApiError, encode, unavailable
 from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import chat_prompts
 from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
 from services.gateway.response import AnswerResponse, CompletionText, EventMaker
-from services.gateway.schema import ChatForm, ChatRequest, chat_of, parse
+from services.gateway.responses_body import Messages, ResponsesRequest, add_item
+from services.gateway.schema import parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError
 from shared.messages import Finish
-
-Messages = list[dict[str, Any]]
-TEXT_TYPES = ("input_text", "output_text", "text")
-
-
-class Reasoning(Body):
-    """The `reasoning` option."""
-
-    effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
-
-
-class ResponsesRequest(ChatForm):
-    """POST /v1/responses."""
-
-    unsupported: ClassVar[Mapping[str, UnsupportedOption]] = RESPONSES_OPTIONS
-
-    model: str
-    input: str | list[dict[str, Any]]
-    instructions: str | None = None
-    max_output_tokens: Annotated[int | None, Field(ge=1)] = None
-    temperature: Annotated[float | None, Field(ge=0, le=2, allow_inf_nan=False)] = None
-    top_p: Annotated[float | None, Field(ge=0, le=1, allow_inf_nan=False)] = None
-    seed: Annotated[int | None, Field(ge=-(2**63), lt=2**63)] = None
-    stream: Annotated[bool, or_default(False)] = False
-    store: Annotated[bool, or_default(True)] = True
-    previous_response_id: str | None = None
-    reasoning: Annotated[Reasoning, or_default(Reasoning())] = Reasoning()
-    metadata: Annotated[dict[str, str], or_default({})] = Field(default_factory=dict)
-    tools: Annotated[list[dict[str, Any]], or_default([])] = Field(default_factory=list)
-    tool_choice: str | dict[str, Any] | None = None
-    parallel_tool_calls: Annotated[bool, or_default(True)] = True
-
-    def messages(self) -> Messages:
-        """Return the input as a chat's messages. Raises ApiError."""
-        if isinstance(self.input, str):
-            return [{"role": "user", "content": self.input}]
-        messages: Messages = []
-        for number, item in enumerate(self.input):
-            _add_item(messages, item, f"input[{number}]")
-        return messages
-
-    def chat(self, messages: Messages) -> ChatRequest:
-        """Return the same request as a chat with these messages. Raises ApiError."""
-        system = [{"role": "system", "content": self.instructions}] if self.instructions else []
-        fields = {
-            "model": self.model,
-            "messages": [*system, *messages],
-            "max_completion_tokens": self.max_output_tokens,
-            "temperature": self.temperature,
-            "top_p": self.top_p,
-            "seed": self.seed,
-            "stream": self.stream,
-            "reasoning_effort": self.reasoning.effort,
-            "tools": [_chat_tool(tool, f"tools[{number}]") for number, tool in enumerate(self.tools)],
-            "tool_choice": _chat_choice(self.tool_choice),
-            "parallel_tool_calls": self.parallel_tool_calls,
-        }
-        return chat_of(fields)
-
-
-def _add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
-    kind = item.get("type", "message")
-    if kind == "message":
-        messages.append({"role": item.get("role"), "content": _content(item.get("content"), f"{where}.content")})
-    elif kind == "function_call":
-        arguments = item.get("arguments")
-        if not isinstance(arguments, str):
-            raise invalid(f"{where}.arguments must be a string of JSON", f"{where}.arguments")
-        call = {
-            "id": str(item.get("call_id", "")),
-            "function": {"name": item.get("name"), "arguments": arguments},
-        }
-        if messages and messages[-1].get("tool_calls"):
-            messages[-1]["tool_calls"].append(call)
-        else:
-            messages.append({"role": "assistant", "content": None, "tool_calls": [call]})
-    elif kind == "function_call_output":
-        output = _content(item.get("output"), f"{where}.output")
-        messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
-    elif kind != "reasoning":  # the reasoning of earlier answers is not shown again
-        raise invalid(f"{where}.type: {kind!r} is not supported here", f"{where}.type", "unsupported_parameter")
-
-
-def _content(value: Any, where: str) -> Any:
-    if not isinstance(value, list):
-        return value
-    for number, part in enumerate(value):
-        kind = part.get("type") if isinstance(part, dict) else part
-        if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
-            name = f"{where}[{number}].type"
-            raise invalid(f"{name}: {kind!r} is not supported here; send text", name, "unsupported_parameter")
-    return "\n".join(part["text"] for part in value)
-
-
-def _chat_tool(tool: Mapping[str, Any], where: str) -> dict[str, Any]:
-    if tool.get("type") != "function":
-        text = f"{where}.type: {tool.get('type')!r} is not supported here; send functions"
-        raise invalid(text, f"{where}.type", "unsupported_parameter")
-    return {"type": "function", "function": {name: value for name, value in tool.items() if name != "type"}}
-
-
-def _chat_choice(choice: str | dict[str, Any] | None) -> Any:
-    if isinstance(choice, dict) and choice.get("type") == "function":
-        return {"type": "function", "function": {"name": choice.get("name")}}
-    return choice
 
 
 def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of: FindLimits) -> None:
@@ -179,7 +72,7 @@ def _as_messages(output: Sequence[Fields]) -> Messages:
     """Return the items of an answer as messages of the conversation."""
     messages: Messages = []
     for number, item in enumerate(output):
-        _add_item(messages, item, f"output[{number}]")
+        add_item(messages, item, f"output[{number}]")
     return messages
 
 
@@ -248,9 +141,9 @@ class ResponsesResponse(AnswerResponse):
             "reasoning": {"effort": asked.reasoning.effort, "summary": None},
             "store": asked.store,
             "temperature": asked.temperature,
-            "text": {"format": {"type": "text"}},
+            "text": asked.text.shown(),
             "tool_choice": asked.tool_choice or "auto",
-            "tools": asked.tools,
+            "tools": [tool.model_dump() for tool in asked.tools],
             "top_p": asked.top_p,
             "truncation": "disabled",
             "usage": None,

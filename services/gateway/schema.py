@@ -363,7 +363,7 @@ class GenerationRequest(Body):
         form, outputs = self.response_format, self.structured_outputs
         schema = form.json_schema if form.type == "json_schema" else None
         given = [
-            ("json_object", form.type == "json_object", "response_format"),
+            ("json_object", form.type == "json_object", form.param),
             ("json_schema", self.guided_json, "guided_json"),
             ("regex", self.guided_regex, "guided_regex"),
             ("choice", self.guided_choice, "guided_choice"),
@@ -380,8 +380,8 @@ class GenerationRequest(Body):
             if value or (isinstance(value, dict) and kind == "json_schema")
         ]
         if schema is not None:
-            param = "response_format.json_schema.schema"
-            options.append(GrammarOption("json_schema", json.dumps(schema.json_schema), param, schema.strict))
+            value = json.dumps(schema.json_schema)
+            options.append(GrammarOption("json_schema", value, form.schema_param, schema.strict))
         return options
 
     @model_validator(mode="after")
@@ -567,7 +567,9 @@ def chat_of(fields: Mapping[str, Any]) -> ChatRequest:
 def explain(error: ValidationError) -> ApiError:
     """Return the error of a body that its model refuses, with the option that is wrong."""
     # A union reports an error per branch; the one that got furthest is the one that the client meant.
-    first = max(error.errors(include_url=False), key=lambda problem: len(problem["loc"]))
+    # Of several in one object, the wrong type is the reason for the others.
+    errors = error.errors(include_url=False)
+    first = max(errors, key=lambda problem: (len(problem["loc"]), problem["loc"][-1:] == ("type",)))
     path = ""
     for step in first["loc"]:
         if isinstance(step, int):

@@ -1285,12 +1285,14 @@ async def test_reasoning_is_apart_from_the_content(
     thinker: App, stream: bool, options: dict[str, Any], text: str, reasoning: str, content: str
 ) -> None:
     thinker.script = Script(text, round_len=2)
-    answer = await thinker.chat(stream=stream, **options)
+    answer = await thinker.chat(stream=stream, stream_options={"include_usage": True}, **options)
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    usage = (chunks[-1] if stream else answer.json())["usage"]
+    assert usage["completion_tokens_details"] == {"reasoning_tokens": len(reasoning)}
     if not stream:
         message = answer.json()["choices"][0]["message"]
         assert (message["reasoning_content"], message["content"]) == (reasoning or None, content)
         return
-    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
     deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == reasoning
     assert "".join(delta.get("content", "") for delta in deltas) == content

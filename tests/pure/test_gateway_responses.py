@@ -11,6 +11,7 @@ import msgpack
 import openai
 import pytest
 from gateway_peer import Script, tiny_target
+from pydantic import BaseModel
 from test_gateway_app import MODEL, THINKING, App, app, error_of, folder, guarded  # noqa: F401 fixtures
 
 from shared.errors import BrokersError
@@ -154,7 +155,14 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
     ("options", "param"),
     [
         ({"background": True}, "background"),
-        ({"text": {"format": {"type": "json_object"}}}, "text"),
+        ({"text": {"format": {"type": "xml"}}}, "text.format.type"),
+        ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
+        ({"text": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, "text.format.schema"),
+        ({"text": {"verbosity": "high"}}, "text.verbosity"),
+        ({"text": {"format": {"type": "json_object"}}, "tools": [TOOL]}, "text.format"),
+        ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
+        ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
+        ({"max_output_tokens": 5.5}, "max_output_tokens"),
         ({"include": ["message.output_text.logprobs"]}, "include"),
         ({"tools": [{"type": "web_search"}]}, "tools[0].type"),
         ({"input": [{"role": "user", "content": [{"type": "input_image"}]}]}, "input[0].content[0].type"),
@@ -181,6 +189,62 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
 )
 async def test_what_is_not_supported_is_refused(app: App, options: dict[str, Any], param: str) -> None:  # noqa: F811
     assert error_of(await post(app, **options), 400)["param"] == param
+
+
+class City(BaseModel):
+    name: str
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_official_client_parses_structured_output(app: App, stream: bool) -> None:  # noqa: F811
+    app.script = Script('{"name": "Bonn"}')
+    client = client_of(app)
+    if stream:
+        async with client.responses.stream(model=MODEL, input="Hi", text_format=City) as events:
+            async for _ in events:
+                pass
+            answer = await events.get_final_response()
+    else:
+        answer = await client.responses.parse(model=MODEL, input="Hi", text_format=City)
+    assert answer.output_parsed == City(name="Bonn")
+    shown = answer.model_dump(by_alias=True)["text"]["format"]
+    assert (shown["type"], shown["name"], shown["strict"]) == ("json_schema", "City", True)
+    grammar = app.generated[-1].sampling.grammar
+    response_format = {
+        "type": "json_schema",
+        "json_schema": {"name": "City", "schema": shown["schema"], "strict": True},
+    }
+    await app.chat(response_format=response_format)
+    assert grammar is not None
+    assert app.generated[-1].sampling.grammar is not None
+    assert app.generated[-1].sampling.grammar.text == grammar.text
+
+
+@pytest.mark.parametrize(("kind", "has_grammar"), [("text", False), ("json_object", True)])
+async def test_formats_without_a_schema(app: App, kind: str, has_grammar: bool) -> None:  # noqa: F811
+    answer = await post(app, text={"format": {"type": kind}})
+    assert answer.json()["text"] == {"format": {"type": kind}}
+    assert (app.generated[-1].sampling.grammar is not None) == has_grammar
+
+
+async def test_numbers_may_be_written_with_a_fraction_of_zero(app: App) -> None:  # noqa: F811
+    answer = (await post(app, max_output_tokens=3.0, seed=7.0)).json()
+    assert answer["output"][0]["content"][0]["text"] == "Hel"
+    assert app.generated[-1].sampling.seed == 7
+
+
+async def test_a_named_tool_is_called_by_a_grammar(app: App) -> None:  # noqa: F811
+    app.script = Script(CALL)
+    answer = await client_of(app).responses.create(
+        model=MODEL,
+        input="Hi",
+        tools=[TOOL],  # type: ignore[list-item]
+        tool_choice={"type": "function", "name": "add"},
+    )
+    assert [item.type for item in answer.output] == ["function_call"]
+    assert app.generated[-1].sampling.grammar is not None
+    refused = await post(app, tools=[TOOL], tool_choice={"type": "function", "name": "other"})
+    assert error_of(refused, 400)["param"] == "tool_choice"
 
 
 async def test_an_answer_that_cannot_be_stored_fails(app: App, monkeypatch: pytest.MonkeyPatch) -> None:  # noqa: F811

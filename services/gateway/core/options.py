@@ -226,7 +226,6 @@ RESPONSES_OPTIONS: Mapping[str, UnsupportedOption] = {
     "prompt": _NEVER,
     "service_tier": _harmless("auto"),
     "stop": _NO_LIST,
-    "text": _harmless({}, {"format": {"type": "text"}}),
     "top_logprobs": _ZERO,
     "truncation": _harmless("disabled"),
 }
