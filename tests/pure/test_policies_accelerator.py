@@ -112,6 +112,24 @@ def test_a_late_prompt_goes_first_once_it_has_waited_for_the_longest_time() -> N
     assert next(iter(prompt_tokens(made))) == "prompt-late"
 
 
+def test_a_prompt_that_was_promised_more_than_the_longest_wait_keeps_its_turn() -> None:
+    patient = prompt("patient", 1200, left_ms=5000.0, waited_ms=LIMITS.max_wait_ms + 100)
+    assert list(prompt_tokens(planned([patient, prompt("soon", 1200, left_ms=700.0)]))) == ["prompt-soon"]
+
+
+def test_a_prompt_with_time_beyond_the_longest_wait_is_not_given_up() -> None:
+    """It could not come in time if it were due after the longest wait."""
+    made = planned([prompt("patient", 3000, left_ms=1100.0, waited_ms=LIMITS.max_wait_ms - 100)])
+    assert made.predicted_ms > STEP_MS + 1
+
+
+def test_prompts_behind_one_that_waited_too_long_make_up_for_it() -> None:
+    late = prompt("late", 2000, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)
+    behind = prompt("behind", 1500, left_ms=1500.0)
+    assert planned([behind]).predicted_ms <= STEP_MS + 0.2
+    assert planned([late, behind]).predicted_ms > STEP_MS + 1
+
+
 def test_late_rounds_do_not_keep_others_from_hidden_tokens() -> None:
     rounds = [pending("late", due=NOW - 100.0), *(pending(f"s{i}", due=NOW + 3000.0) for i in range(20))]
     assert len(planned(rounds).chosen) == 21

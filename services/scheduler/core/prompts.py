@@ -74,7 +74,8 @@ def prompt_pace(batch: BatchBuilder, queue: RoundQueue, limits: BatchLimits, pro
     """Return the pace of prompts in a step whose weights' loading hides arithmetic.
 
     Where not all can come in time, the longest ones wait behind the others, so that as many as possible do (the rule of
-    Moore and Hodgson, Management Science 15(1), 1968), until they have waited for the longest time.
+    Moore and Hodgson, Management Science 15(1), 1968), until they are due and have waited for the longest time. Those
+    go first, and the others' pace makes up for it.
     promised_ms: shortest time per token that a session of the verifier was promised.
     """
     hidden_ms = batch.hidden_ms
@@ -82,24 +83,33 @@ def prompt_pace(batch: BatchBuilder, queue: RoundQueue, limits: BatchLimits, pro
     waiting: list[QueuedRound] = []
     for queued in islice(queue.by("deadline", "prompts"), MOST_TRIED):
         waited_ms = batch.start_ms - queued.pending.arrived_ms
-        (starved if waited_ms >= limits.max_wait_ms else waiting).append(queued)
+        is_starved = waited_ms >= limits.max_wait_ms and batch.start_ms >= _due_ms(queued)
+        (starved if is_starved else waiting).append(queued)
+    waiting.sort(key=_due_ms)
+    ahead = sum(queued.base for queued in starved)
     others = batch.tokens + queue.short_tokens
     longest_ms = max(hidden_ms, min(PROMISE_SHARE * promised_ms, limits.max_batch_ms))
-    timely, late = _in_time(waiting, batch, others, hidden_ms)
-    in_longer, late_in_longer = _in_time(waiting, batch, others, longest_ms) if late else (timely, late)
+    timely, late = _in_time(waiting, ahead, batch, others, hidden_ms)
+    in_longer, late_in_longer = _in_time(waiting, ahead, batch, others, longest_ms) if late else (timely, late)
     if len(in_longer) > len(timely):
         timely, late = in_longer, late_in_longer
         tokens = _step_tokens(batch, others, longest_ms)
     else:
-        work, rate = 0, 0.0
+        work, rate = ahead, 0.0
         for queued in timely:
             work += queued.base
-            rate = max(rate, work / max(hidden_ms, PACE_SHARE * (queued.deadline_ms - batch.start_ms)))
+            rate = max(rate, work / max(hidden_ms, PACE_SHARE * (_due_ms(queued) - batch.start_ms)))
         tokens = min(rate * hidden_ms, _step_tokens(batch, others, longest_ms))
     tokens = ceil(tokens)
     if starved:
         tokens = max(tokens, min(BLOCK, starved[0].base))
     return PromptPace([*starved, *timely, *late], tokens)
+
+
+def _due_ms(queued: QueuedRound) -> float:
+    """Return when a prompt is due by its SLO, even if that is later than the longest wait. Without one, that wait."""
+    due_ms = queued.pending.due_ms
+    return queued.deadline_ms if due_ms is None else max(due_ms, queued.deadline_ms)
 
 
 def _step_tokens(batch: BatchBuilder, others: int, step_ms: float) -> float:
@@ -109,16 +119,19 @@ def _step_tokens(batch: BatchBuilder, others: int, step_ms: float) -> float:
 
 
 def _in_time(
-    prompts: Sequence[QueuedRound], batch: BatchBuilder, others: int, step_ms: float
+    prompts: Sequence[QueuedRound], ahead: int, batch: BatchBuilder, others: int, step_ms: float
 ) -> tuple[list[QueuedRound], list[QueuedRound]]:
-    """Divide prompts, given by deadline, into the most that come in time in steps of this time, and the rest."""
+    """Divide prompts, given by due time, into the most that come in time in steps of this time, and the rest.
+
+    ahead: tokens of other prompts that are computed before them.
+    """
     rate = _step_tokens(batch, others, step_ms) / step_ms
     longest: list[tuple[int, str]] = []
-    late, work = set(), 0
+    late, work = set(), ahead
     for queued in prompts:
         heappush(longest, (-queued.base, queued.session_id))
         work += queued.base
-        if work > rate * (queued.deadline_ms - batch.start_ms):
+        if work > rate * (_due_ms(queued) - batch.start_ms):
             base, session_id = heappop(longest)
             late.add(session_id)
             work += base
