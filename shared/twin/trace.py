@@ -118,12 +118,22 @@ def load_trace(path: Path) -> Trace:
             for name in CHAINS
         }
         trace = Trace(facts=facts, chains=chains, **arrays)
-        count = len(trace.tokens)
-        if trace.starts[-1] != count or any(chain.tokens.shape != (count, DEPTH) for chain in chains.values()):
-            raise ValueError("the arrays do not fit together")
+        _check(trace)
     except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, BadZipFile) as error:
         raise ModelError(f"{path} holds no trace ({error}); `wisp trace record` makes one") from error
     return trace
+
+
+def _check(trace: Trace) -> None:
+    """Raise ValueError where a trace's arrays do not fit together."""
+    count, starts = len(trace.tokens), trace.starts
+    whole = len(starts) > 1 and starts[0] == 0 and starts[-1] == count and bool((np.diff(starts) > 0).all())
+    for chain in trace.chains.values():
+        plain = {chain.tokens.shape, chain.support.shape, chain.flags.shape}
+        whole &= plain == {(count, DEPTH)} and chain.statistics.shape == (count, DEPTH, len(STATISTICS))
+    per_text = (trace.prompt_len, trace.seed, trace.temperature, trace.kind)
+    if not whole or any(len(values) != len(starts) - 1 for values in per_text):
+        raise ValueError("the arrays do not fit together")
 
 
 class TraceText:

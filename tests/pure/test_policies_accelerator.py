@@ -112,7 +112,7 @@ def test_a_late_prompt_goes_first_once_it_has_waited_for_the_longest_time() -> N
     assert next(iter(prompt_tokens(made))) == "prompt-late"
 
 
-def test_a_prompt_that_was_promised_more_than_the_longest_wait_keeps_its_turn() -> None:
+def test_a_prompt_promised_more_than_the_longest_wait_keeps_its_turn() -> None:
     patient = prompt("patient", 1200, left_ms=5000.0, waited_ms=LIMITS.max_wait_ms + 100)
     assert list(prompt_tokens(planned([patient, prompt("soon", 1200, left_ms=700.0)]))) == ["prompt-soon"]
 

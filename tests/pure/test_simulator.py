@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
 
@@ -16,6 +17,7 @@ import psutil
 import pytest
 
 from services.drafter.core.synthetic import DraftProcess
+from services.drafter.sources.twin import token_of
 from services.tools.bench.load.arms import Arm
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending, RequestRecord
@@ -35,13 +37,16 @@ from services.tools.simulator.core.scenario import Scenario, parse_scenario
 from services.tools.simulator.core.suite import SuiteWorld
 from services.tools.simulator.output import advice
 from services.tools.simulator.sweep import SweepCell, sweep_table, swept_fields
+from services.tools.simulator.traced import traced_drafts
 from shared import cost
-from shared.errors import SettingsError
-from shared.twin.files import load_target, shipped_targets, target_text
+from shared.errors import ModelError, SettingsError
+from shared.twin.files import load_target, shipped_targets, target_text, trace_path
 from shared.twin.profile import parse_target
 from shared.twin.spec import Acceptance
+from shared.twin.trace import DEPTH, TraceText, load_trace, save_trace
 
 ARMS = ("centralized", "colocated", "sled", "wisp", "wisp+", "wisp+/runs")
+TRACE = "smollm2-135m"
 WINDOW = Window(warm_up_s=1.0, measure_s=6.0, drain_s=60.0)
 
 
@@ -94,6 +99,50 @@ def test_a_request_has_the_same_draft_tokens_whenever_they_are_drafted() -> None
     first, second = DraftProcess(Acceptance(), 5), DraftProcess(Acceptance(), 5)
     later = [second.token(position, 1) for position in (9, 3)]
     assert [first.token(3, 1), first.token(9, 1)] == later[::-1]
+
+
+def test_the_drafts_of_a_trace_are_those_of_a_twin() -> None:
+    """A twin answers with `TraceText`, and drafts the recorded tokens at its place."""
+    trace = load_trace(trace_path(TRACE))
+    text, hidden = TraceText(trace), trace.chains["hidden"]
+    drafts = traced_drafts(TRACE).of_request(99)
+    rights = []
+    for position in range(0, 600, 7):
+        row = text.place(99, position)
+        for ahead in range(DEPTH):
+            found = drafts.token(position, ahead)
+            inside = row + ahead < trace.ends[row]
+            assert found.right == bool(inside and hidden.tokens[row, ahead] == text.token(99, position + ahead))
+            assert found.token == token_of("hidden", hidden, row, ahead)
+        rights.append(drafts.token(position, 0).right)
+        assert not drafts.token(position, DEPTH).right
+    assert fmean(rights) == pytest.approx(trace.first_acceptance("hidden"), abs=0.15)
+
+
+@pytest.mark.parametrize("arm", ["colocated", "wisp+/runs"])
+def test_a_simulation_drafts_from_a_trace(arm: str) -> None:
+    spec = scenario(target="a100-qwen3-32b", trace=TRACE)
+    found = records(arm, spec, 4)
+    assert all(record.tokens == spec.request(1, record.session, record.number).output_tokens for record in found)
+    synthetic = scenario(target="a100-qwen3-32b", **{"acceptance.mean": 0.95})
+    assert fmean(one.tpot_ms or 0 for one in found) > fmean(one.tpot_ms or 0 for one in records(arm, synthetic, 4))
+
+
+@pytest.mark.parametrize("content", [None, b"no trace"])
+def test_a_broken_trace_is_an_error_that_names_it(content: bytes | None, tmp_path: Path) -> None:
+    path = tmp_path / "broken.npz"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(ModelError, match=r"broken\.npz holds no trace"):
+        hardware_of(scenario(trace=str(path)))
+
+
+def test_a_trace_whose_arrays_do_not_fit_is_an_error(tmp_path: Path) -> None:
+    trace = load_trace(trace_path(TRACE))
+    for wrong in ({"starts": trace.starts[:1]}, {"starts": trace.starts[::-1]}, {"seed": trace.seed[:-1]}):
+        save_trace(replace(trace, **wrong), tmp_path / "wrong.npz")
+        with pytest.raises(ModelError, match="the arrays do not fit together"):
+            load_trace(tmp_path / "wrong.npz")
 
 
 @pytest.mark.parametrize("arm", ARMS)

@@ -12,9 +12,11 @@ from services.tools.bench.load.core.record import RequestRecord
 from services.tools.bench.load.core.requests import first_number
 from services.tools.bench.load.core.results import MeasuredPoint
 from services.tools.simulator.core.central import CentralWorld
+from services.tools.simulator.core.drafts import SyntheticDrafts
 from services.tools.simulator.core.scenario import Scenario
 from services.tools.simulator.core.suite import SuiteWorld
 from services.tools.simulator.core.world import SimulatedHardware, World
+from services.tools.simulator.traced import traced_drafts
 from shared.errors import SettingsError
 from shared.twin.files import load_target
 from shared.twin.profile import RooflineProfile, TargetProfile
@@ -63,7 +65,7 @@ def target_of(scenario: Scenario) -> TargetProfile:
 
 
 def hardware_of(scenario: Scenario) -> SimulatedHardware:
-    """Return the scenario's hardware. Raises SettingsError."""
+    """Return the scenario's hardware. Raises SettingsError, and ModelError for a file that is no trace."""
     devices = {}
     for device in scenario.devices:
         profile = load_profile(device.profile)
@@ -71,7 +73,8 @@ def hardware_of(scenario: Scenario) -> SimulatedHardware:
         draft = profile.draft
         faster = draft.model_copy(update={"step_ms": draft.step_ms / scenario.factors.drafting})
         devices[device.profile] = profile.model_copy(update={"draft": faster})
-    return SimulatedHardware(target_of(scenario), devices)
+    drafts = SyntheticDrafts(scenario.acceptance) if scenario.trace is None else traced_drafts(scenario.trace)
+    return SimulatedHardware(target_of(scenario), devices, drafts)
 
 
 def world_of(arm: Arm, scenario: Scenario, hardware: SimulatedHardware, seed: int) -> World:

@@ -28,6 +28,7 @@ from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_target
 from services.tools.simulator.arms import SCENARIOS, SimulatedPoint, read, simulate
 from services.tools.simulator.core.scenario import Scenario, parse_scenario
+from shared.twin.files import trace_path
 from shared.twin.folder import write_twin
 
 ARMS = "centralized,edf,wisp+/runs"
@@ -96,7 +97,12 @@ class TwinPlan:
         """
         spec = self._scenario
         folder = write_twin(
-            spec.target, tokenizer, made / "twin", spec.acceptance, draft_step_ms=spec.server_draft_ms
+            spec.target,
+            tokenizer,
+            made / "twin",
+            spec.acceptance,
+            trace=trace_path(spec.trace) if spec.trace else None,
+            draft_step_ms=spec.server_draft_ms,
         ).path
         workload, requests = load_of(spec, self._seed, folder)
         plan = LoadPlan(self._arms, self._sessions, None, 1, self._window, workload, requests)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import simpy
 
 from services.baseline.core.batching import Batcher, SequenceState, StepPart
-from services.drafter.core.synthetic import DraftProcess
+from services.tools.simulator.core.drafts import DraftTokens
 from services.tools.simulator.core.scenario import Scenario
 from services.tools.simulator.core.world import (
     RIGHT,
@@ -62,7 +62,7 @@ class _CentralServer:
     """One accelerator with its sessions."""
 
     def __init__(self, world: CentralWorld) -> None:
-        self.sessions: dict[str, tuple[ClientRequest, DraftProcess]] = {}
+        self.sessions: dict[str, tuple[ClientRequest, DraftTokens]] = {}
         self.cache = SimulatedCache(world.target.kv_tokens)
         self.batcher = Batcher(
             self.cache,
@@ -87,7 +87,7 @@ class CentralWorld(World):
     def serve(self, served: ClientRequest) -> None:
         server = min(self._servers, key=lambda one: len(one.sessions))
         generate = served.generate
-        drafts = DraftProcess(self.scenario.acceptance, served.request.seed)
+        drafts = self.drafts.of_request(served.request.seed)
         server.sessions[generate.session] = served, drafts
         limit = len(generate.prompt) + generate.max_tokens
         server.batcher.add(SequenceState(generate.session, list(generate.prompt), limit))

@@ -77,6 +77,9 @@ class Scenario(WorkloadPart):
     hop_ms: Amount = 0.5
     """Time of a message between two services, RabbitMQ included."""
     acceptance: Acceptance = Acceptance()
+    trace: Annotated[str, Field(min_length=1)] | None = None
+    """A shipped trace, or the path of one that `wisp trace` made: its draft tokens instead of random ones. `acceptance`
+    has no effect then."""
     experience_rounds: Annotated[int, Field(ge=0, le=10_000)] = 30
     """Rounds that each device has drafted before the simulation begins."""
     draft_length: Annotated[int, Field(ge=1, le=64)] = 8

@@ -15,10 +15,11 @@ import simpy
 
 from services.drafter.control import Calibration, Controller, DraftDecision, DraftRound, RoundTimes
 from services.drafter.core.session import DraftSession, verified_counts
-from services.drafter.core.synthetic import SOURCE, WEIGHTS, DraftProcess
+from services.drafter.core.synthetic import SOURCE
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import PolicyOptions
+from services.tools.simulator.core.drafts import DraftModel
 from services.tools.simulator.core.scenario import Scenario
 from services.tools.simulator.core.verifier import SimulatedSession, SimulatedVerifier
 from services.tools.simulator.core.world import (
@@ -30,7 +31,6 @@ from services.tools.simulator.core.world import (
     World,
 )
 from shared.messages import Heartbeat, Load, Result, Status
-from shared.twin.spec import Acceptance
 
 LOAD_MS = 500.0
 MOST_BATCH_TOKENS = 2048
@@ -95,7 +95,7 @@ class SuiteWorld(World):
             served,
             DraftSession(served.generate, list(served.generate.prompt)),
             self._controllers[client].session(SOURCE),
-            DraftProcess(self.scenario.acceptance, served.request.seed),
+            self.drafts.of_request(served.request.seed),
             simpy.Store(self.env),
             len(served.generate.prompt),
         )
@@ -105,9 +105,9 @@ class SuiteWorld(World):
     def new_controller(self, client: int) -> Controller:
         """Return a device's controller, which has learned from earlier rounds how often its drafts are right."""
         scenario = self.scenario
-        controller = Controller(self._rule, self._longest, WEIGHTS, RoundTimes())
+        controller = Controller(self._rule, self._longest, self.drafts.weights, RoundTimes())
         controller.calibration = _experience(
-            self._rule, self._longest, scenario.acceptance, scenario.temperature, scenario.experience_rounds,
+            self._rule, self._longest, self.drafts, scenario.temperature, scenario.experience_rounds,
             f"{self._seed}/{client}",
         ).copy()  # fmt: skip
         return controller
@@ -247,13 +247,11 @@ class SuiteWorld(World):
 
 
 @lru_cache(maxsize=MOST_EXPERIENCES)
-def _experience(
-    rule: str, longest: int, acceptance: Acceptance, temperature: float, rounds: int, seed: str
-) -> Calibration:
+def _experience(rule: str, longest: int, model: DraftModel, temperature: float, rounds: int, seed: str) -> Calibration:
     """Return what a drafter has learned of its drafts in earlier rounds: the same at each point of a campaign."""
-    controller = Controller(rule, longest, WEIGHTS, RoundTimes())
+    controller = Controller(rule, longest, model.weights, RoundTimes())
     for number in range(rounds):
-        drafts = DraftProcess(acceptance, Random(f"{seed}/earlier/{number}").getrandbits(48))
+        drafts = model.of_request(Random(f"{seed}/earlier/{number}").getrandbits(48))
         control = controller.session(SOURCE)
         round_ = control.ahead(longest, temperature)
         right = []

@@ -11,7 +11,7 @@ import simpy
 
 from services.drafter.control import SessionControl
 from services.drafter.core.session import DraftSession
-from services.drafter.core.synthetic import DraftProcess
+from services.tools.simulator.core.drafts import DraftTokens
 from services.tools.simulator.core.world import RIGHT, ClientRequest, Process, finish_of
 from services.verifier.core.acceptance import accept
 from services.verifier.core.runs import REPORT_MS
@@ -29,7 +29,7 @@ class SimulatedSession:
     served: ClientRequest
     state: DraftSession
     control: SessionControl
-    drafts: DraftProcess
+    drafts: DraftTokens
     inbox: simpy.Store
     length: int
     """Committed tokens."""

@@ -13,6 +13,7 @@ import simpy
 from services.drafter.core.profile import HardwareProfile, LinkDelays
 from services.tools.bench.load.core.measures import Window
 from services.tools.bench.load.core.record import Ending, RequestRecord
+from services.tools.simulator.core.drafts import DraftModel
 from services.tools.simulator.core.scenario import Scenario, SimulatedRequest
 from shared.messages import Finish, Generate, Measurement, Result, Sampling
 from shared.twin.profile import TargetProfile
@@ -29,6 +30,7 @@ class SimulatedHardware:
 
     target: TargetProfile
     devices: dict[str, HardwareProfile]
+    drafts: DraftModel
 
 
 @dataclass
@@ -80,6 +82,7 @@ class World(ABC):
     def __init__(self, scenario: Scenario, hardware: SimulatedHardware, seed: int) -> None:
         self.scenario = scenario
         self.target = hardware.target
+        self.drafts = hardware.drafts
         self.env = simpy.Environment()
         self.records: list[RequestRecord] = []
         self.batches: list[Measurement] = []
