@@ -36,6 +36,7 @@ from shared.broker.connection import (
     addresses,
     connect_robustly,
     in_words,
+    losses_as_errors,
     until_listening,
     without_password,
 )
@@ -177,7 +178,8 @@ class Broker:
         if self._journal is not None:
             with suppress(*CONNECTION_EXCEPTIONS):
                 async with asyncio.timeout(CONFIRM_S):
-                    await self._journal.publish(envelope, key, mandatory=False)
+                    with losses_as_errors():
+                        await self._journal.publish(envelope, key, mandatory=False)
         give_up_s = time.monotonic() + (PERSISTENT_TIMEOUT_S if persistent else PUBLISH_TIMEOUT_S)
         while True:
             try:
@@ -201,7 +203,8 @@ class Broker:
 
     async def _publish_transient(self, envelope: aio_pika.Message, key: str) -> None:
         try:
-            await self._exchanges.transient.publish(envelope, key, mandatory=False, timeout=PUBLISH_TIMEOUT_S)
+            with losses_as_errors():
+                await self._exchanges.transient.publish(envelope, key, mandatory=False, timeout=PUBLISH_TIMEOUT_S)
         except CONNECTION_EXCEPTIONS as error:
             self._log.warning("message dropped: no connection", key=key, error=in_words(error))
 
@@ -290,14 +293,16 @@ class Broker:
     async def bind(self, queue: Queue, key: str) -> None:
         """Bind a queue consumed here to `key` too, now and after reconnects. Raises BrokersError."""
         try:
-            await self._queues[queue.name].bind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
+            with losses_as_errors():
+                await self._queues[queue.name].bind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
         except CONNECTION_EXCEPTIONS as error:
             raise BrokersError(f"RabbitMQ did not bind queue {queue.name} to {key!r}: {in_words(error)}") from error
 
     async def unbind(self, queue: Queue, key: str) -> None:
         """Undo `bind`. Raises BrokersError."""
         try:
-            await self._queues[queue.name].unbind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
+            with losses_as_errors():
+                await self._queues[queue.name].unbind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
         except CONNECTION_EXCEPTIONS as error:
             raise BrokersError(f"RabbitMQ did not unbind queue {queue.name} from {key!r}: {in_words(error)}") from error
 
@@ -343,7 +348,8 @@ class Broker:
             return
         copy = aio_pika.Message(incoming.body, headers=headers, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
         try:
-            await self._exchanges.dead_letters.publish(copy, "")
+            with losses_as_errors():
+                await self._exchanges.dead_letters.publish(copy, "")
         except CONNECTION_EXCEPTIONS as error:
             self._log.error("dead letter lost: no connection", reason=reason, error=in_words(error))
 
@@ -363,9 +369,10 @@ class Broker:
         self._probes[probe] = asyncio.get_running_loop().create_future()
         try:
             async with asyncio.timeout(timeout_s):
-                await self._exchanges.transient.publish(
-                    aio_pika.Message(b"", headers={PROBE_HEADER: probe}), probe_key(queue.name)
-                )
+                with losses_as_errors():
+                    await self._exchanges.transient.publish(
+                        aio_pika.Message(b"", headers={PROBE_HEADER: probe}), probe_key(queue.name)
+                    )
                 await self._probes[probe]
         except CONNECTION_EXCEPTIONS as error:  # TimeoutError, for a late probe, is one of them
             raise BrokersError(f"the consumer of queue {queue.name} does not answer: {in_words(error)}") from error

@@ -10,6 +10,8 @@ from aio_pika import Message
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, DeliveryError, PublishError
 
+from shared.broker.connection import losses_as_errors
+
 OPEN_S = 2.0
 """Longest time to open or close a channel: during an alarm RabbitMQ reads nothing."""
 
@@ -57,7 +59,8 @@ class ConfirmedExchange:
         used.pending += 1
         try:
             async with asyncio.timeout(timeout_s):
-                await used.exchange.publish(envelope, key, mandatory=True)
+                with losses_as_errors():
+                    await used.exchange.publish(envelope, key, mandatory=True)
         except PublishError:
             raise
         except (DeliveryError, TimeoutError):

@@ -11,7 +11,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ssl import SSLContext
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -76,6 +77,26 @@ def in_words(error: BaseException | None) -> str:
     if not text or re.search(r"<[^>]*>|\bobject at 0x", text):
         return "the connection was lost"
     return text
+
+
+@contextmanager
+def losses_as_errors() -> Iterator[None]:
+    """Raise ConnectionError for what aiormq raises in those who wait when it gives a connection up by itself.
+
+    After missed heartbeats it cancels its reader, and with it whatever waits for an answer, although nobody cancels
+    the waiting task; and where it has no reason to give, it raises a bare Exception.
+    """
+    try:
+        yield
+    except asyncio.CancelledError as error:
+        task = asyncio.current_task()
+        if task is None or task.cancelling():
+            raise
+        raise ConnectionError("the connection was lost") from error
+    except Exception as error:
+        if type(error) is not Exception:
+            raise
+        raise ConnectionError("the connection was lost") from error
 
 
 class _RestoredQueue(RobustQueue):

@@ -24,7 +24,7 @@ from aiormq.exceptions import (
 )
 
 from shared.broker.confirmed import ConfirmedExchange
-from shared.broker.connection import in_words
+from shared.broker.connection import in_words, losses_as_errors
 from shared.broker.topology import JournalLimits, Queue, Topology
 from shared.errors import AccessRefused, BrokersError, QueueDown
 from shared.runtime import logging
@@ -255,12 +255,13 @@ async def _passing_channel(connection: AbstractRobustConnection) -> AsyncIterato
     """A channel for one question, which aio-pika does not restore: a refusal closes the channel."""
     if connection.transport is None:
         raise ConnectionError("the connection was lost")
-    channel = await connection.transport.connection.channel(publisher_confirms=False)
-    try:
-        yield channel
-    finally:
-        if not channel.is_closed:
-            await channel.close()
+    with losses_as_errors():
+        channel = await connection.transport.connection.channel(publisher_confirms=False)
+        try:
+            yield channel
+        finally:
+            if not channel.is_closed:
+                await channel.close()
 
 
 def _absent(error: ChannelNotFoundEntity) -> BrokersError:

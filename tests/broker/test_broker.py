@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from typing import Any
+from unittest.mock import AsyncMock
 
 import aio_pika
 import builders
@@ -498,6 +499,36 @@ async def test_an_unconfirmed_message_is_repeated_on_a_new_channel(
     monkeypatch.setattr(first.channel, "close", unanswered)
     await asyncio.wait_for(broker.publish(generate("s"), topology.generate(), persistent=True), 5)
     assert (await inbox.next()) == generate("s")
+
+
+async def test_a_connection_that_the_client_library_gives_up_is_a_lost_one(amqp_url: str, namespace: str) -> None:
+    """aiormq does so after missed heartbeats, also where this process itself stood still."""
+    async with link_to(amqp_url) as link:
+        drafter, inbox = await Broker.connect(amqp_url, Topology(namespace), "drafter"), Inbox()
+        await drafter.consume(drafter.topology.generate_queue(), inbox, prefetch=1)
+        broker = await Broker.connect(link.url, Topology(namespace), "gateway")
+        link.flowing.clear()
+        sending = asyncio.create_task(broker.publish(generate("s"), topology.generate(), persistent=True))
+        await asyncio.sleep(0.2)
+        assert broker._connection.transport is not None
+        broker._connection.transport.connection._reader_task.cancel()
+        link.flowing.set()
+        await asyncio.wait_for(sending, HANG_S)
+        assert (await inbox.next()) == generate("s")
+        await broker.close()
+        await drafter.close()
+
+
+async def test_a_transient_message_is_dropped_where_the_connection_just_ends(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """aiormq raises a bare Exception then."""
+    broker = await connect("scheduler")
+    monkeypatch.setattr(aio_pika.Exchange, "publish", AsyncMock(side_effect=Exception))
+    await broker.publish(generate("s"), topology.generate())
+    monkeypatch.setattr(aio_pika.Exchange, "publish", AsyncMock(side_effect=ValueError))
+    with pytest.raises(ValueError, match=r"^$"):
+        await broker.publish(generate("s"), topology.generate())
 
 
 async def test_a_message_that_cannot_be_sent_is_an_error_in_words(
