@@ -83,7 +83,7 @@ def _paths() -> Schema:
 def _operations() -> Schema:
     """Return the operations by path, as if each required a key."""
     generation = (*WRITE, *WORK)
-    streamed = {"application/json": "ChatCompletion", "text/event-stream": None}
+    streamed = {"application/json": "ChatCompletion", "text/event-stream": "Event"}
     stream_id = _parameter("answer_id", "path", {"type": "string"}, "The `id` of the streamed answer.")
     event_id = _parameter("Last-Event-ID", "header", _TEXT, "The id of the last event that was received.")
     name = _parameter("name", "path", _TEXT, "The model's name.")
@@ -94,7 +94,7 @@ def _operations() -> Schema:
         "/v1/completions": {
             "post": _operation(
                 "Continue a text",
-                {"application/json": "Completion", "text/event-stream": None},
+                {"application/json": "Completion", "text/event-stream": "Event"},
                 generation,
                 body="CompletionRequest",
                 parameters=[event_id],
@@ -103,7 +103,7 @@ def _operations() -> Schema:
         "/v1/streams/{answer_id}": {
             "get": _operation(
                 "Resume a broken stream",
-                {"text/event-stream": None},
+                {"text/event-stream": "Event"},
                 (400, 404, *READ, *WORK),
                 parameters=[stream_id, event_id],
             )
@@ -113,7 +113,7 @@ def _operations() -> Schema:
         "/v1/responses": {
             "post": _operation(
                 "Answer an input, as OpenAI's Responses API does",
-                {"application/json": "Response", "text/event-stream": None},
+                {"application/json": "Response", "text/event-stream": "Event"},
                 generation,
                 body="ResponsesRequest",
             )
@@ -121,7 +121,7 @@ def _operations() -> Schema:
         "/v1/messages": {
             "post": _operation(
                 "Answer a conversation, as Anthropic's API does",
-                {"application/json": "Message", "text/event-stream": None},
+                {"application/json": "Message", "text/event-stream": "Event"},
                 generation,
                 body="MessagesRequest",
                 error="MessagesError",
@@ -352,6 +352,8 @@ def _schemas() -> Schema:
             }
         ),
         "Text": _object({"prompt": _TEXT}),
+        # Before version 3.2 of OpenAPI, the schema of a stream is by convention that of each event.
+        "Event": _object({"data": _TEXT}, {"event": _TEXT, "id": _TEXT}),
         "Health": _object({"status": {"const": "ok"}}),
         "Readiness": _object({"ready": _FLAG, "parts": _ANYTHING}, {"without_drafters": _list(_TEXT)}),
         "Version": _object({"version": _TEXT}),

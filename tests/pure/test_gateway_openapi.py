@@ -5,16 +5,25 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
+import schemathesis
 from fastapi import FastAPI
 from fastapi.routing import APIRoute
 from gateway_peer import Script
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from schemathesis import Case, GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
 from test_gateway_app import HELLO, MODEL, App, app, folder, guarded  # noqa: F401 fixtures
 from test_gateway_tools import WEATHER
 from test_gateway_tools import served as served_with_tools
@@ -187,26 +196,77 @@ async def test_answers_are_those_of_the_document(app: App, method: str, path: st
         assert list(problems(response.json(), content[media_type]["schema"])) == []
 
 
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers(-5, 600) | st.floats(-2, 2) | st.text(max_size=4),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["type", "text", "5", "draft"]), inner),
-    max_leaves=4,
+BASES: dict[tuple[str, str], dict[str, Any]] = {
+    ("/v1/chat/completions", "ChatRequest"): HELLO,
+    ("/v1/completions", "CompletionRequest"): {"model": MODEL, "prompt": "x"},
+    ("/v1/messages", "MessagesRequest"): HELLO | {"max_tokens": 5},
+    ("/v1/messages/count_tokens", "CountRequest"): HELLO,
+    ("/v1/responses", "ResponsesRequest"): {"model": MODEL, "input": "x"},
+    ("/tokenize", "TokenizeText"): {"prompt": "x"},
+    ("/tokenize", "TokenizeChat"): HELLO,
+    ("/detokenize", "Detokenize"): {"tokens": [5]},
+}
+"""By path and schema of the body: a body that is answered."""
+TOGETHER = 5
+GROUPS = [
+    (path, schema, first) for path, schema in BASES for first in range(0, len(SCHEMAS[schema]["properties"]), TOGETHER)
+]
+"""Options are tried in groups of `TOGETHER`: among all of them, nearly every drawn body has a wrong one."""
+READS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods if method != "post"]
+CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+some = hypothesis_settings(
+    max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
 )
-OPTIONS = st.sampled_from(sorted(ChatRequest.model_fields.keys() | CompletionRequest.model_fields.keys()))
 
 
-@hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-@given(
-    fields=st.dictionaries(OPTIONS, VALUES, max_size=4),
-    path=st.sampled_from([path for path, methods in DOCUMENT["paths"].items() if "post" in methods]),
-)
-async def test_any_body_has_a_documented_answer(app: App, fields: dict[str, Any], path: str) -> None:  # noqa: F811
-    base = {"model": MODEL, "input": "x"} if path == "/v1/responses" else HELLO | {"prompt": "x", "input": "x"}
-    response = await app.http.post(path, json=base | fields)
-    assert response.status_code < 500, response.text
-    answers = operation("POST", path)["responses"]
-    assert str(response.status_code) in answers
-    content = answers[str(response.status_code)]["content"]
-    media_type = response.headers["content-type"].partition(";")[0]
-    if media_type == "application/json":
-        assert list(problems(response.json(), content[media_type]["schema"])) == []
+def drawn(path: str, method: str, body: dict[str, Any] | None, mode: GenerationMode) -> st.SearchStrategy[Case]:
+    """Return requests of an operation. body: the schema of their bodies, instead of the document's."""
+    operation = DOCUMENT["paths"][path][method]
+    if body is not None:
+        operation = operation | {"requestBody": {"required": True, "content": {"application/json": {"schema": body}}}}
+    schema = schemathesis.openapi.from_dict(DOCUMENT | {"paths": {path: {method: operation}}})
+    return schema[path][method].as_strategy(mode)
+
+
+@cache
+def requests_of(group: tuple[str, str, int], mode: GenerationMode) -> st.SearchStrategy[Case]:
+    """Return requests with a group of options, and what else an answer needs."""
+    path, name, first = group
+    properties = list(SCHEMAS[name]["properties"].items())[first : first + TOGETHER]
+    needed = {option: {"const": value} for option, value in BASES[path, name].items()}
+    model = {"model": needed["model"]} if "model" in needed else {}
+    body = {"type": "object", "properties": needed | dict(properties) | model, "required": list(needed)}
+    return drawn(path, "post", body, mode)
+
+
+async def check(app: App, case: Case) -> None:  # noqa: F811
+    """Send a request, and check that the document describes its answer."""
+    sent = case.as_transport_kwargs(base_url="http://127.0.0.1:8000")
+    response = await app.http.request(
+        sent["method"],
+        sent["url"],
+        params=sent.get("params"),
+        headers={**(sent.get("headers") or {}), "content-type": "application/json"},
+        **({"json": sent["json"]} if "json" in sent else {"content": sent.get("data")}),
+    )
+    case.validate_response(response, checks=CHECKS)
+
+
+@pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
+@pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group[1]}-{group[2]}")
+@some
+@given(data=st.data())
+async def test_any_body_has_a_documented_answer(
+    app: App,  # noqa: F811
+    group: tuple[str, str, int],
+    mode: GenerationMode,
+    data: st.DataObject,
+) -> None:
+    await check(app, data.draw(requests_of(group, mode)))
+
+
+@some
+@given(data=st.data())
+async def test_all_that_is_read_has_a_documented_answer(app: App, data: st.DataObject) -> None:  # noqa: F811
+    for path, method in READS:
+        await check(app, data.draw(drawn(path, method, None, GenerationMode.POSITIVE)))
