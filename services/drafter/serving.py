@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
@@ -30,6 +30,9 @@ from shared.state.store import Session
 
 if TYPE_CHECKING:
     from shared.grammar.masks import DraftGrammar
+
+
+_UNTRACED: AbstractContextManager[None] = nullcontext()
 
 
 @dataclass(frozen=True)
@@ -192,7 +195,7 @@ class ServedSession:
         state = self._state
         try:
             while not state.done:
-                with structlog.contextvars.bound_contextvars(round=state.round), self._traced_round():
+                with structlog.contextvars.bound_contextvars(round=state.round), self._traced():
                     if not await self._round():
                         return
                     if state.first_ms is None and state.output_tokens:
@@ -212,12 +215,12 @@ class ServedSession:
         self._link.close()
         self.ended.set()
 
+    def _traced(self) -> AbstractContextManager[None]:
+        """Return the context of a round and the run that follows it: with a span if the session is traced."""
+        return self._traced_round() if self._span else _UNTRACED
+
     @contextmanager
     def _traced_round(self) -> Iterator[None]:
-        """Give a round, and the run that follows it, a span."""
-        if not self._span:
-            yield
-            return
         self._round_span = span = self._span.child(
             "round",
             {

@@ -320,9 +320,17 @@ class Broker:
                 await self._dead_letter(incoming, str(error))
             return
         metrics.RECEIVED.labels(messages[0].type_name).inc()
-        with tracing.received(incoming.headers):
-            for message in messages:
-                await self._handle_message(message, incoming, handler)
+        if tracing.is_on() and tracing.names_span(incoming.headers):
+            with tracing.received(incoming.headers):
+                await self._handle_messages(messages, incoming, handler)
+        else:
+            await self._handle_messages(messages, incoming, handler)
+
+    async def _handle_messages(
+        self, messages: Sequence[Message], incoming: AbstractIncomingMessage, handler: Handler
+    ) -> None:
+        for message in messages:
+            await self._handle_message(message, incoming, handler)
 
     async def _handle_message(self, message: Message, incoming: AbstractIncomingMessage, handler: Handler) -> None:
         session = getattr(message, "session", None)

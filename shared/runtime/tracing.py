@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from contextvars import ContextVar
 from importlib.metadata import version
 from threading import Thread
@@ -30,6 +30,7 @@ ENDPOINTS = ("OTEL_EXPORTER_OTLP_TRACES_ENDPOINT", "OTEL_EXPORTER_OTLP_ENDPOINT"
 PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL")
 PROTOCOL = "http/protobuf"
 EXPORTERS = ("otlp", "console", "none")
+TRACEPARENT = "traceparent"
 SESSIONS_HEADER = "x-wisp-traces"
 """Header of a batch: the trace context of each session with a trace."""
 CLOSE_S = 3.0
@@ -161,7 +162,6 @@ _tracer: Tracer | None = None
 _provider: TracerProvider | None = None
 _current: ContextVar[Span] = ContextVar("span", default=NO_SPAN)
 _sessions: ContextVar[Headers] = ContextVar("traces of sessions", default=_NO_HEADERS)
-_NOTHING: AbstractContextManager[None] = nullcontext()
 
 
 def exporter_of(environment: Mapping[str, str]) -> str | None:
@@ -282,14 +282,15 @@ def active(span: Span) -> Iterator[None]:
         _current.reset(token)
 
 
-def received(headers: Headers) -> AbstractContextManager[None]:
-    """Return a context in which the span that a message's headers name is the current one."""
-    return _NOTHING if _tracer is None else _received(headers)
+def names_span(headers: Headers) -> bool:
+    """Return whether a message has the headers for `received`."""
+    return TRACEPARENT in headers or SESSIONS_HEADER in headers
 
 
 @contextmanager
-def _received(headers: Headers) -> Iterator[None]:
-    span = _remote(headers)
+def received(headers: Headers) -> Iterator[None]:
+    """Make the span that a message's headers name the current one for the length of the context."""
+    span = None if _tracer is None else _remote(headers)
     traces = headers.get(SESSIONS_HEADER)
     token = _sessions.set(traces if isinstance(traces, Mapping) else _NO_HEADERS)
     try:
@@ -306,7 +307,9 @@ def headers_of(spans: Mapping[str, Span]) -> Headers:
 
 def session_spans() -> dict[str, Span]:
     """Return the spans of the sessions that the message being handled is about."""
-    found = {}
+    found: dict[str, Span] = {}
+    if _tracer is None:
+        return found
     for session_id, headers in _sessions.get().items():
         if isinstance(headers, Mapping) and (span := _remote(headers)) is not None:
             found[session_id] = Span(span)
@@ -334,7 +337,7 @@ def _start(
 
 def _remote(headers: Headers) -> OtelSpan | None:
     """Return the span that headers name; None if there is none, or its trace is not valid."""
-    if not isinstance(headers.get("traceparent"), str):
+    if not isinstance(headers.get(TRACEPARENT), str):
         return None
     from opentelemetry.context import Context
     from opentelemetry.trace import get_current_span

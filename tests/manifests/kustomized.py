@@ -22,7 +22,7 @@ COMBINED = {
     "local-hpa": ("local", ["hpa"]),
     "local-keda-monitoring": ("local", ["keda", "monitoring"]),
     "local-model-volume": ("local", ["model-volume"]),
-    "production-operators": ("production", ["operators"]),
+    "production-operators": ("production", ["operators", "tracing"]),
 }
 """Overlays with components, as users combine them."""
 VARIANTS = (*OVERLAYS, *COMBINED)

@@ -18,10 +18,13 @@ from secured import Authority
 from services.gateway.server import CLOSING_S
 from services.tools.cli.environment import DEPLOYED, SECRET, environment, settings_of
 from shared.runtime.settings import variable
+from shared.runtime.tracing import exporter_of
 
 VERSION = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
 SERVICES = ("gateway", "drafter", "scheduler", "estimator", "verifier")
 LEAST_MARGIN_S = 5
+TRACED = ("gateway", "drafter", "scheduler", "verifier")
+TRACING = {"OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_TRACES_SAMPLER", "OTEL_TRACES_SAMPLER_ARG"}
 
 
 SLIPS: list[tuple[str, tuple[Any, ...], object]] = [
@@ -85,8 +88,10 @@ def test_each_service_finds_exactly_its_settings(rendered: Rendered) -> None:
     for service in rendered.services():
         names = set(settings_of(service).model_fields)
         found = rendered.environment(service)
-        assert {name for name in found if not name.startswith("WISP_")} == set(), service
-        unknown = found.keys() - {variable(name) for name in names}
+        traced = TRACING if rendered.name == "production-operators" and service != "drainorder" else set()
+        assert {name for name in found if not name.startswith("WISP_")} == traced, service
+        assert exporter_of({name: found[name] or "" for name in traced}) == ("otlp" if traced else None)
+        unknown = found.keys() - {variable(name) for name in names} - traced
         assert unknown == set(), f"{service} has no such setting"
         unset = {variable(n) for n, f in settings_of(service).model_fields.items() if f.get_default() in (None, "")}
         missing = {variable(name) for name in names - SECRET} - unset - found.keys()
@@ -225,7 +230,8 @@ def test_only_the_architectures_connections_are_allowed(rendered: Rendered) -> N
         if rendered.name == "production-operators":
             brokers = {5671, 6379}
         kubernetes = {443, 6443} if service == "drainorder" else set()
-        assert out == {53} | brokers | kubernetes, service
+        collector = {4318} if rendered.name == "production-operators" and service in TRACED else set()
+        assert out == {53} | brokers | kubernetes | collector, service
     for broker in labels.keys() & {"rabbitmq", "redis"}:
         assert peers(broker, "Egress", "to") == []
         assert peers(broker, "Ingress", "from") == [
