@@ -75,6 +75,8 @@ class AnswerForm(Record):
     """Id of the API key of the request. Nobody else can resume the stream."""
     tools: ToolForm | None = None
     """The form of tool calls; None if the model was offered no tools."""
+    traceparent: str = ""
+    """Context of the first request's trace, to which the trace of a resumed stream has a link; empty for none."""
 
     def pack(self) -> bytes:
         """Encode for Redis.

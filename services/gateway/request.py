@@ -20,6 +20,7 @@ from services.gateway.schema import ChatRequest, GenerationRequest
 from services.gateway.tools import tool_form
 from shared.broker.topology import device_name
 from shared.messages import Generate, Grammar, needing
+from shared.runtime import tracing
 
 ReadBody = Callable[[Request], Awaitable[bytes]]
 """Returns the body of a request. Raises ApiError."""
@@ -122,6 +123,7 @@ def _form(
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
         holder=None if key is None else key.id,
         tools=tool_form(request, gateway.model) if isinstance(request, ChatRequest) else None,
+        traceparent=tracing.current().headers.get(tracing.TRACEPARENT, ""),
     )
 
 

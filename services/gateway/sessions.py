@@ -165,6 +165,7 @@ class Sessions:
         Raises ApiError: 404 when one is gone, 503 when RabbitMQ or Redis are away or another model is served here.
         """
         self._refuse_if_draining()
+        spans.resumed(answer)
         async with AsyncExitStack() as stack:
             try:
                 stored = await stack.enter_async_context(self._transport.collect(answer.session_ids))

@@ -75,6 +75,13 @@ def admission(answer: Answer) -> Iterator[None]:
         span.end()
 
 
+def resumed(answer: Answer) -> None:
+    """Link the request's span to the request whose stream it resumes."""
+    if (span := tracing.current()) and answer.form.traceparent:
+        span.set({"wisp.resumed": True})
+        span.link({tracing.TRACEPARENT: answer.form.traceparent})
+
+
 def begin_completion(generate: Generate) -> Span:
     """Start the span of a completion: of its session while this gateway serves it."""
     request = tracing.current()

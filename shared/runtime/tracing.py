@@ -75,6 +75,11 @@ class Span:
         """Add an event. at_ns: in nanoseconds since 1970; default: now."""
         self._span.add_event(name, timestamp=at_ns)
 
+    def link(self, headers: Headers) -> None:
+        """Add a link to the span that these headers name."""
+        if (linked := _remote(headers)) is not None:
+            self._span.add_link(linked.get_span_context())
+
     def rename(self, name: str) -> None:
         """Change the span's name."""
         self._span.update_name(name)
@@ -131,6 +136,9 @@ class _NoSpan(Span):
         pass
 
     def event(self, name: str, at_ns: int | None = None) -> None:
+        pass
+
+    def link(self, headers: Headers) -> None:
         pass
 
     def rename(self, name: str) -> None:

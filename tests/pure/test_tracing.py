@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 
 import builders
@@ -69,6 +71,7 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 WITHOUT_SDK = """
 import sys
+import time
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")):
@@ -97,6 +100,7 @@ def test_a_service_without_traces_does_without_the_packages() -> None:
 def test_log_lines_within_a_span_have_its_ids() -> None:
     code = f"""
 import sys
+import time
 from shared.runtime import logging, service, settings, tracing
 async def serve(*_):
     logging.get().info("outside")
@@ -195,3 +199,18 @@ def test_a_round_sent_again_waits_from_its_first_arrival(spans: Recorded) -> Non
     assert second.start_time is not None
     assert second.start_time >= first.end_time - 10_000_000, "the second wait begins with the batch that was lost"
     assert first.parent == second.parent
+
+
+def test_a_collector_that_does_not_answer_delays_no_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tracing, "CLOSE_S", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", f"http://127.0.0.1:{silent.getsockname()[1]}")
+        tracing.configure("gateway", "g")
+        span = tracing.begin("request", {})
+        assert span
+        span.end()
+        began_s = time.monotonic()
+        tracing.close()
+        assert time.monotonic() - began_s < 5  # and not the ten seconds of an export
+    assert not tracing.is_on()
+    span.child("after the end").end()
