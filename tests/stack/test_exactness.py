@@ -115,20 +115,22 @@ async def test_while_verifiers_come_and_go(stack: Stack, client: Client, cases: 
 async def test_sessions_whose_verifier_is_killed_get_their_states_from_another(
     stack: Stack, client: Client, cases: list[Case], traffic: Traffic
 ) -> None:
-    traffic.clear()
-    # Few sessions: where many share a verifier, drafts do not pay.
+    # Few sessions: where many share a verifier, drafts do not pay. On a busy machine that can be so with few, too.
     few = cases[:6]
-    streams = asyncio.create_task(client.ask_all(few, "hidden"))
-    await progressed(traffic, 10)
-    killed = stack.processes("verifier")[0]
-    await stack.stop(killed, signal.SIGKILL)
-    try:
-        assert wrong(few, await streams) == []
-    finally:
-        await stack.start("verifier")
-    moved = {result.session for result in traffic.results if result.verifier == killed.name}
-    drafts = [r for r in traffic.results if r.session in moved and r.verifier != killed.name and r.trimmed_to]
-    assert drafts, "a moved session has verified drafts, which need its states"
+    for _ in range(5):
+        traffic.clear()
+        streams = asyncio.create_task(client.ask_all(few, "hidden"))
+        await progressed(traffic, 10)
+        killed = stack.processes("verifier")[0]
+        await stack.stop(killed, signal.SIGKILL)
+        try:
+            assert wrong(few, await streams) == []
+        finally:
+            await stack.start("verifier")
+        moved = {result.session for result in traffic.results if result.verifier == killed.name}
+        if any(r.session in moved and r.verifier != killed.name and r.trimmed_to for r in traffic.results):
+            return
+    pytest.fail("no moved session has verified drafts, which need its states")
 
 
 @pytest.mark.parametrize("draft", ["lookup", "combined"])
