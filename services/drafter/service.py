@@ -227,7 +227,11 @@ class Drafter:
             self._timers,
             self._workers[id(choice.source)],
             choice.token_sources,
-            self._drafting.controller.session(*choice.token_sources, copying=(LOOKUP,)),
+            self._drafting.controller.session(
+                *choice.token_sources,
+                copying=(LOOKUP,),
+                tpot_ms=None if generate.slo is None else generate.slo.tpot_ms,
+            ),
             self._drafting.hidden_rows() if reads_states else None,
             RUN_COPIES if choice.run_copies else 0,
             partial(self._open_link, generate.session),

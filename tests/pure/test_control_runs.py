@@ -116,6 +116,23 @@ def model_sessions(acceptance: float, tokens: int, sessions: int) -> Sequence[tu
     return [model_session(shared, acceptance, tokens, rng) for _ in range(sessions)]
 
 
+@pytest.mark.parametrize(("tpot_ms", "pays"), [(None, False), (2 * VERIFY_MS[0], False), (0.8 * VERIFY_MS[0], True)])
+def test_a_run_that_misses_the_promise_has_to_be_much_faster(tpot_ms: float | None, pays: bool) -> None:
+    """Here a run is 1.1 times as fast as rounds of two draft tokens."""
+    round_ = controller().session("hidden", tpot_ms=tpot_ms).begin(2, 0.0)
+    for _ in range(2):
+        if not round_.wants("hidden"):
+            break
+        round_.add(DraftToken("hidden", 0.45))
+    assert bool(round_.kept and round_.pays) == pays
+
+
+def test_a_far_faster_run_is_taken_although_it_misses_the_promise() -> None:
+    round_ = controller().session("hidden", tpot_ms=0.8 * VERIFY_MS[0]).begin(2, 0.0)
+    round_.add(DraftToken("hidden", 0.1))
+    assert not (round_.kept and round_.pays)
+
+
 @pytest.mark.parametrize("tokens", [24, 64, 300])
 @pytest.mark.parametrize("acceptance", [0.0, 0.5, 0.7])
 def test_a_draft_model_that_does_not_pay_loses_little(acceptance: float, tokens: int) -> None:

@@ -261,6 +261,14 @@ def test_a_fast_session_whose_drafts_bring_much_keeps_its_rounds() -> None:
     assert runs.unasked_tokens(session, 0, trimmed=True, step_ms=45.0) == runs.FIRST_TOKENS
 
 
+@pytest.mark.parametrize(("tpot_ms", "round_ms", "granted"), [(50.0, 110.0, 4), (40.0, 110.0, 0), (40.0, 125.0, 4)])
+def test_a_session_that_a_run_would_fail_keeps_slower_rounds(tpot_ms: float, round_ms: float, granted: int) -> None:
+    session = ActiveSession("default", tpot_ms)
+    for number in range(1, 30):
+        session.record_result(round_ms * number, 50.0, 2)
+    assert runs.unasked_tokens(session, 0, trimmed=False, step_ms=45.0) == granted
+
+
 def test_sessions_without_a_promise_make_room_for_those_with_one() -> None:
     d = dispatcher()
     for i in range(20):

@@ -41,6 +41,9 @@ RUN_MEMORY = 64.0
 """Tokens of runs that a session's speed in runs is averaged over."""
 RUN_PRIOR = 8.0
 """Tokens at the price's speed that it is averaged with."""
+HOPELESS_GAIN = 1.3
+"""Where a run's steps take longer than the session was promised for a token, the session keeps to rounds unless a run
+is faster by this factor: on average, rounds may be slower and yet keep the promise of many sessions."""
 LONGEST_UNREADY = 3
 """A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8
@@ -74,12 +77,13 @@ class Controller:
         self.idle: dict[str, int] = {}
         """Tokens without a probe of each source that ended sessions have left to the next one."""
 
-    def session(self, *sources: str, copying: Collection[str] = ()) -> SessionControl:
+    def session(self, *sources: str, copying: Collection[str] = (), tpot_ms: float | None = None) -> SessionControl:
         """Return the control of a new session that drafts from these sources.
 
-        copying: those that a verifier uses by itself in runs, where `RoundTimes.runs_copy`.
+        copying: those that a verifier uses by itself in runs, where `RoundTimes.runs_copy`. tpot_ms: the time per token
+        that the session was promised.
         """
-        return SessionControl(self, sources, frozenset(copying))
+        return SessionControl(self, sources, frozenset(copying), tpot_ms)
 
     def rule(self) -> StopRule:
         """Return the stop rule of a new session."""
@@ -89,12 +93,15 @@ class Controller:
 class SessionControl:
     """Drafting control of one session."""
 
-    def __init__(self, controller: Controller, sources: Sequence[str], copying: frozenset[str]) -> None:
+    def __init__(
+        self, controller: Controller, sources: Sequence[str], copying: frozenset[str], tpot_ms: float | None
+    ) -> None:
         self.times = controller.times
         self.calibration = controller.calibration
         self.rule = controller.rule()
         self.sources = sources
         self._copying = copying
+        self._tpot_ms = tpot_ms
         self._draft_length = controller.draft_length
         self._recent_acceptance = RecentAcceptance()
         self._offsets: dict[str, SessionOffset] = {}
@@ -115,11 +122,15 @@ class SessionControl:
 
     @property
     def plain_rate(self) -> float:
-        """Tokens per millisecond that the session gets in a run, its copies included; 0 if there are no runs."""
+        """Tokens per millisecond that rounds have to bring, or a run is better; 0 if there are no runs.
+
+        It is the rate of a run, its copies included, or less where that does not keep the session's promise.
+        """
         if self.times.run_ms is None:
             return 0.0
         prior_ms = RUN_PRIOR * self.times.run_ms
-        return (self._run_priced_ms + prior_ms) / (self._run_ms + prior_ms) / self.times.run_ms
+        rate = (self._run_priced_ms + prior_ms) / (self._run_ms + prior_ms) / self.times.run_ms
+        return rate / HOPELESS_GAIN if self._tpot_ms is not None and rate * self._tpot_ms < 1 else rate
 
     def runs_use(self, source: str) -> bool:
         """Return whether the verifier uses a source by itself, at no cost for messages, so that no round is needed."""

@@ -31,6 +31,9 @@ TRUSTED_ROUNDS = 16
 unlucky rounds mean little."""
 GAIN = 1.15
 """An unasked run is granted only where it is faster than rounds by this factor."""
+HOPELESS_GAIN = 1.3
+"""The same where its steps take longer than the session was promised for a token: it misses the promise in any case,
+and rounds, being slower on average, may yet keep it."""
 LATE_MS = 250.0
 """A run without a report for this long, and a step more, may be lost."""
 LOST_MS = 5000.0
@@ -63,10 +66,12 @@ def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, step_m
     tokens = session.round_tokens
     if session.timed_rounds < TRUSTED_ROUNDS:
         tokens = max(tokens, session.expected_tokens)
+    hopeless = session.tpot_ms is not None and session.tpot_ms < step_ms
+    gain = HOPELESS_GAIN if hopeless else GAIN
     slow = (
         session.timed_rounds >= MEASURED_ROUNDS
         and session.round_ms is not None
-        and tokens * step_ms * GAIN < session.round_ms
+        and tokens * step_ms * gain < session.round_ms
     )
     if not (trimmed or slow):
         return 0

@@ -91,10 +91,11 @@ class SuiteWorld(World):
             self._controllers[client] = self.new_controller(client)
             if self._load is not None:
                 self._controllers[client].times.apply_load(self._load)
+        slo = served.generate.slo
         session = SimulatedSession(
             served,
             DraftSession(served.generate, list(served.generate.prompt)),
-            self._controllers[client].session(SOURCE),
+            self._controllers[client].session(SOURCE, tpot_ms=None if slo is None else slo.tpot_ms),
             self.drafts.of_request(served.request.seed),
             simpy.Store(self.env),
             len(served.generate.prompt),
