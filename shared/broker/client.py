@@ -47,6 +47,7 @@ from shared.broker.declarations import (
     declare_journal,
     declare_queue,
     may_publish,
+    no_answer,
 )
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
 from shared.errors import AccessRefused, BrokersError, MessageError, QueueDown, Unroutable
@@ -63,7 +64,8 @@ and a connection is restored at another node after 5 to 7 s."""
 CONFIRM_S = 4.0
 """Longest time for the confirmation of a persistent message before it is repeated."""
 PUBLISH_RETRY_S = 0.2
-CONSUME_RETRIES = 30
+CONSUME_S = 30.0
+"""Longest time until a queue is consumed: its RabbitMQ node may be starting."""
 PROBE_HEADER = "x-wisp-probe"
 SENT_HEADER = "x-wisp-sent-us"
 """Header with a message's sending time, in microseconds since 1970 by the sender's clock. Only `wisp replay` reads
@@ -246,8 +248,8 @@ class Broker:
                 with suppress(*CONNECTION_EXCEPTIONS):  # RabbitMQ delivers it again after the reconnect
                     await incoming.ack()
 
-        last: Exception | None = None
-        for attempt in range(CONSUME_RETRIES):
+        give_up_s = time.monotonic() + CONSUME_S
+        while True:
             try:
                 declared, tag = await self._consume(queue, receive, prefetch, priority)
                 break
@@ -259,11 +261,10 @@ class Broker:
             except AMQPChannelError:
                 raise  # RabbitMQ refuses it, and would again
             except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
-                self._log.warning("not consuming yet", queue=queue.name, attempt=attempt, error=in_words(error))
-                last = error
+                if time.monotonic() >= give_up_s:
+                    raise BrokersError(f"queue {queue.name} cannot be consumed: {in_words(error)}") from error
+                self._log.warning("not consuming yet", queue=queue.name, error=in_words(error))
                 await asyncio.sleep(RECONNECT_INTERVAL_S)
-        else:
-            raise BrokersError(f"queue {queue.name} cannot be consumed: {in_words(last)}") from last
         consumed = (queue, declared, tag)
         self._queues[queue.name] = declared
         self._consumed.append(consumed)
@@ -446,7 +447,7 @@ class Broker:
             async with asyncio.timeout(timeout_s):
                 await check_queue(self._connection, queue)
         except TimeoutError as error:
-            raise QueueDown(f"queue {queue.name} does not answer; see the nodes of RabbitMQ") from error
+            raise no_answer(queue) from error
         except CONNECTION_EXCEPTIONS as error:
             raise BrokersError(f"queue {queue.name} cannot be checked: {in_words(error)}") from error
 

@@ -31,6 +31,11 @@ from shared.runtime import logging
 
 OWN_QUEUE_RETRIES = 20
 OWN_QUEUE_RETRY_S = 0.5
+ANSWER_S = 10.0
+"""Longest wait for the declaration of a shared queue. For a queue on a node that does not run, RabbitMQ 4.3 answers
+after more than a minute (77 s on a test machine); earlier versions refuse it at once."""
+CLOSE_S = 1.0
+"""Longest wait for the end of a channel whose last question is not answered."""
 
 
 @dataclass(frozen=True)
@@ -125,7 +130,7 @@ async def _now_and_after_reconnects(
     async def attempt(*_: object) -> None:
         # On a channel that aio-pika does not restore: a refusal must not keep this process from reconnecting.
         try:
-            async with _passing_channel(connection) as plain:
+            async with asyncio.timeout(ANSWER_S), _passing_channel(connection) as plain:
                 await declare(plain)
         except ChannelPreconditionFailed as error:
             log.warning(differs, queue=name, error=in_words(error))
@@ -150,14 +155,20 @@ async def declare_queue(
         if prefetch:
             await channel.set_qos(prefetch_count=prefetch)
         try:
-            declared = await channel.declare_queue(
-                queue.name,
-                durable=queue.durable,
-                exclusive=queue.exclusive,
-                arguments=queue.arguments,
-                passive=exists,
-            )
+            async with _answered(queue):
+                declared = await channel.declare_queue(
+                    queue.name,
+                    durable=queue.durable,
+                    exclusive=queue.exclusive,
+                    arguments=queue.arguments,
+                    passive=exists,
+                )
             return declared, exists
+        except QueueDown:
+            with suppress(*CONNECTION_EXCEPTIONS):
+                async with asyncio.timeout(CLOSE_S):
+                    await channel.close()
+            raise
         except ChannelNotFoundEntity as error:
             with suppress(*CONNECTION_EXCEPTIONS):
                 await channel.close()
@@ -168,6 +179,24 @@ async def declare_queue(
             await asyncio.sleep(OWN_QUEUE_RETRY_S)
     raise BrokersError(
         f"queue {queue.name} belongs to another running process; give this process another name (WISP_INSTANCE)"
+    )
+
+
+@asynccontextmanager
+async def _answered(queue: Queue) -> AsyncIterator[None]:
+    """Raise QueueDown if RabbitMQ does not answer for a shared queue in `ANSWER_S`."""
+    try:
+        async with asyncio.timeout(None if queue.exclusive else ANSWER_S):
+            yield
+    except TimeoutError as error:
+        raise no_answer(queue) from error
+
+
+def no_answer(queue: Queue) -> QueueDown:
+    """Return the error for a shared queue for which RabbitMQ does not answer."""
+    return QueueDown(
+        f"RabbitMQ does not answer for queue {queue.name}: it may be on a node that does not run; start that node "
+        "again. Replicated queues outlive it (WISP_REPLICATED_QUEUES)"
     )
 
 
@@ -186,10 +215,11 @@ async def check_queue(connection: AbstractRobustConnection, queue: Queue) -> Non
 async def _may_declare(connection: AbstractRobustConnection, queue: Queue) -> bool:
     """Return whether this user may declare the queue with these arguments, by declaring it."""
     try:
-        return await _may(
-            connection,
-            lambda plain: plain.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
-        )
+        async with _answered(queue):
+            return await _may(
+                connection,
+                lambda plain: plain.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
+            )
     except ChannelPreconditionFailed as error:
         logging.get().warning(
             "a queue exists with other arguments and is used as it is; to apply new ones, stop all services and delete "

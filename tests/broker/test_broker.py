@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import AsyncMock
 
 import aio_pika
+import aiormq
 import builders
 import pytest
 from builders import generate, result, verify
@@ -16,11 +17,12 @@ from gateway_peer import eventually
 from link import link_to
 from patience import HANG_S
 from prometheus_client import REGISTRY
+from structlog.testing import capture_logs
 
-from shared.broker import topology
+from shared.broker import client, declarations, topology
 from shared.broker.client import PROBE_HEADER, Broker, GiveBack
 from shared.broker.topology import Topology
-from shared.errors import BrokersError, Unroutable
+from shared.errors import BrokersError, QueueDown, Unroutable
 from shared.messages import Cancel, Message, Result, decode, encode
 
 Connect = Callable[[str], Awaitable[Broker]]
@@ -560,3 +562,30 @@ async def test_a_shared_queue_of_another_type_is_used_as_it_is(
     await second.publish(verify("t"), topology.VERIFY)
     assert (await standby.next()) == verify("t")
     await second.close()
+
+
+async def test_a_shared_queue_without_an_answer_is_reported_as_down(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """RabbitMQ 4.3 answers for a queue on a node that does not run after more than a minute."""
+    declare = aiormq.Channel.queue_declare
+
+    async def declare_own_queues(channel: aiormq.Channel, queue: str = "", **options: Any) -> Any:
+        if not options.get("exclusive"):
+            await asyncio.sleep(HANG_S)
+        return await declare(channel, queue, **options)
+
+    monkeypatch.setattr(aiormq.Channel, "queue_declare", declare_own_queues)
+    monkeypatch.setattr(declarations, "ANSWER_S", 0.1)
+    monkeypatch.setattr(client, "CONSUME_S", 1.0)
+    with capture_logs() as logs:
+        broker = await asyncio.wait_for(connect("starting"), client.CONNECT_TIMEOUT_S)
+    assert [(log["event"], log["queue"]) for log in logs if log["log_level"] == "warning"] == [
+        ("a queue could not be declared", broker.topology.dead)
+    ]
+    queue = broker.topology.verify_queue()
+    with pytest.raises(BrokersError, match=f"{queue.name}.* on a node that does not run"):
+        await asyncio.wait_for(broker.consume(queue, Inbox()), client.CONNECT_TIMEOUT_S)
+    with pytest.raises(QueueDown, match=f"{queue.name}.* on a node that does not run"):
+        await broker.check_queue(queue, 0.1)
+    await broker.consume(broker.topology.own_queue("test", "own", ()), Inbox())
