@@ -31,6 +31,21 @@ Each message gives the problem, with the value, and the next step.
 
 from __future__ import annotations
 
+SHOWN = 100
+"""Most characters of a value in a message: a value can be a whole prompt."""
+
+
+def quoted(value: object) -> str:
+    """Return a value as messages show it: in quotes if it is a text, and cut to its first `SHOWN` characters."""
+    if isinstance(value, str):
+        return repr(value if len(value) <= SHOWN else f"{value[:SHOWN]}…")
+    return cut(repr(value), SHOWN)
+
+
+def cut(text: str, most: int) -> str:
+    """Return the first `most` characters of a text, with … where there are more."""
+    return text if len(text) <= most else f"{text[:most]}…"
+
 
 class WispError(Exception):
     """Base of every error raised on purpose."""

@@ -19,6 +19,7 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway import spans
@@ -39,12 +40,15 @@ from services.gateway.resume import LAST_EVENT_ID, resume
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
 from services.gateway.server import Certificate, serve_http
 from services.gateway.tokens import add_tokens
+from shared.errors import cut, quoted
 from shared.runtime import logging, tracing
 
 ENCODINGS = {"identity": False, "": False, "gzip": True, "x-gzip": True}
 """Encodings of bodies, and whether they are gzip."""
 GZIP = 31
 """zlib's number for gzip."""
+MOST_OF_PATH = 200
+"""Most characters of a path in errors and log lines."""
 
 
 async def serve_api(
@@ -92,7 +96,7 @@ def create_app(gateway: Gateway) -> ASGIApp:
     _add_models(app, gateway)
     _add_generation(app, gateway)
     _add_operations(app, gateway)
-    add_page(app, gateway.feed)
+    add_page(app, gateway.feed, gateway.settings.allowed_origins)
     add_tokens(app, gateway, partial(_body, gateway))
     add_responses(app, gateway, partial(_body, gateway), partial(_limits, gateway))
     add_messages(app, gateway, partial(_body, gateway), partial(_limits, gateway))
@@ -217,7 +221,7 @@ async def _body(gateway: Gateway, request: Request) -> bytes:
     """Read the request's body, and decompress it. It is refused as soon as it is known to be too long."""
     limit, timeout_s = gateway.settings.max_body_bytes, gateway.settings.body_timeout_s
     if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ENCODINGS:
-        text = f"the request's body has the encoding {encoding[:60]!r}; send it as gzip, or without compression"
+        text = f"the request's body has the encoding {quoted(encoding)}; send it as gzip, or without compression"
         refused = {"accept-encoding": "gzip, identity"}
         raise ApiError(415, text, code="unsupported_content_encoding", extra=refused)
     unpack = zlib.decompressobj(GZIP) if ENCODINGS[encoding] else None
@@ -262,14 +266,27 @@ async def _http_error(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if request.method == "OPTIONS" and error.status_code == 405:
         return Response(status_code=204, headers={"allow": f"{(error.headers or {}).get('Allow', '')}, OPTIONS"})
-    where = f"{request.method} {request.url.path[:200]}"
+    where = f"{cut(request.method, 20)} {cut(request.url.path, MOST_OF_PATH)}"
     if error.status_code == 404:
-        answer = ApiError(404, f"unknown request: {where}", code="unknown_url")
+        meant = _meant(request)
+        hint = f"; did you mean {meant}? The base URL of this API ends with /v1" if meant else ""
+        answer = ApiError(404, f"unknown request: {where}{hint}", code="unknown_url")
     elif error.status_code == 405:
         answer = ApiError(405, f"this path does not take that method: {where}", code="method_not_allowed")
     else:
         answer = ApiError(error.status_code, str(error.detail))
     return JSONResponse(answer.body_at(request.url.path), answer.status, error.headers)
+
+
+def _meant(request: Request) -> str | None:
+    """Return the path of the API that a client with a wrong base URL meant: /v1 is missing, or there twice."""
+    path = request.url.path.rstrip("/")
+    meant = path.removeprefix("/v1") if path.startswith("/v1/v1/") else f"/v1{path}"
+    routes: list[BaseRoute] = request.app.router.routes
+    known = len(path) <= MOST_OF_PATH and any(
+        route.matches({**request.scope, "path": meant})[0] is not Match.NONE for route in routes
+    )
+    return meant if known else None
 
 
 async def _crash(request: Request, _error: Exception) -> JSONResponse:
@@ -329,7 +346,7 @@ class RequestScope:
                 (log.debug if quiet else log.info)(
                     "request",
                     method=scope["method"],
-                    path=scope["path"][:200],
+                    path=scope["path"][:MOST_OF_PATH],
                     status=status,
                     ms=round((monotonic() - started_s) * 1000, 1),
                 )

@@ -17,6 +17,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.errors import DROPPED_HEADER, REFUSED_HEADER, ApiError
+from shared.errors import quoted
 
 EXPOSED = (
     "retry-after",
@@ -41,6 +42,20 @@ def with_cors(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
         expose_headers=EXPOSED,
         allow_private_network=True,
     )
+
+
+def is_foreign(headers: Headers, origins: Collection[str]) -> bool:
+    """Return whether a request comes from a page of another origin than the server's own and these.
+
+    Browsers send no Origin with the GET requests of a server's own pages, and to loopback and HTTPS they say where each
+    request comes from.
+    """
+    origin = headers.get("origin")
+    if "*" in origins or origin in origins:
+        return False
+    if (site := headers.get("sec-fetch-site")) is not None:
+        return site not in ("same-origin", "none")
+    return origin is not None and origin.partition("://")[2] != headers.get("host")
 
 
 class BrowserGuard:
@@ -69,7 +84,7 @@ class BrowserGuard:
         if host is not None and not self._is_allowed(host):
             return ApiError(
                 403,
-                f"this API needs no key, so it answers only to IP addresses and loopback names, not to {host[:200]!r}; "
+                f"this API needs no key, so it answers only to IP addresses and loopback names, not to {quoted(host)}; "
                 "its operator can add names to WISP_ALLOWED_HOSTS",
                 code="host_not_allowed",
             )

@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from shared.errors import WispError
+from shared.errors import WispError, cut
 from shared.messages import Failure
 
 REFUSED_HEADER = "x-wisp-refused"
@@ -44,6 +44,10 @@ _STATUS_OF_FAILURE = {
     "wrong_model": 503,
 }
 """HTTP status by the code of a session's failure; 500 for other codes."""
+MOST_CHARACTERS = 1000
+"""Longest message: errors of templates and grammars may contain a whole prompt. Options' values are cut by `quoted`."""
+MOST_OF_NAME = 200
+"""Longest name of an option: clients may send any."""
 _RETRY_AFTER_S = {"queue_timeout": 10}
 """Seconds after which to try again, by the code of a failure with status 503; 1 for other codes."""
 _STREAM_GONE = (
@@ -67,11 +71,11 @@ class ApiError(WispError):
         extra: Mapping[str, str] | None = None,
     ) -> None:
         """`kind` is the body's `type`, by default the one of the status; `extra` are further headers."""
-        super().__init__(message)
+        self.message = cut(message, MOST_CHARACTERS)
+        super().__init__(self.message)
         self.status = status
-        self.message = message
         self.code = code
-        self.param = param
+        self.param = None if param is None else cut(param, MOST_OF_NAME)
         self.retry_after_s = retry_after_s
         self.kind = kind
         self.extra = dict(extra or {})

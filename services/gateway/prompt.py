@@ -11,7 +11,7 @@ from services.gateway.core.reasoning import CLOSE, OPEN
 from services.gateway.errors import ApiError, invalid
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
 from services.gateway.tools import conversation, texts_of
-from shared.errors import ChatTemplateError
+from shared.errors import ChatTemplateError, quoted
 from shared.models.text import Tokenizer
 
 INLINE_CHARACTERS = 20_000
@@ -58,7 +58,7 @@ async def chat_tokens(tokenizer: Tokenizer, limits: Limits, request: ChatRequest
         if name not in tokenizer.template_variables:
             param = "chat_template_kwargs" if name in request.chat_template_kwargs else name
             known = ", ".join(sorted(tokenizer.template_variables)) or "none of its own"
-            text = f"{param}: the model's chat template has no variable {name[:60]!r}; it has {known}"
+            text = f"{param}: the model's chat template has no variable {quoted(name)}; it has {known}"
             raise invalid(text, param, "unsupported_parameter")
     try:
         return await _tokenize(tokenizer, limits, texts_of(request), partial(render, tokenizer, request), "messages")

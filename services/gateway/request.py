@@ -19,6 +19,7 @@ from services.gateway.rules import check_token_ids, rules_of
 from services.gateway.schema import ChatRequest, GenerationRequest
 from services.gateway.tools import tool_form
 from shared.broker.topology import device_name
+from shared.errors import quoted
 from shared.messages import Generate, Grammar, needing
 from shared.runtime import tracing
 
@@ -132,7 +133,7 @@ def check_model(gateway: Gateway, name: str) -> None:
     if name != gateway.model.name:
         raise ApiError(
             404,
-            f"the model {name[:200]!r} does not exist; this server has {gateway.model.name!r}",
+            f"the model {quoted(name)} does not exist; this server has {gateway.model.name!r}",
             code="model_not_found",
             param="model",
         )

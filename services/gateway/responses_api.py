@@ -23,7 +23,7 @@ from services.gateway.response import AnswerResponse, CompletionText, EventMaker
 from services.gateway.responses_body import Messages, ResponsesRequest, add_item
 from services.gateway.schema import parse
 from services.gateway.stream import Choice, Chunks, Fields
-from shared.errors import BrokersError
+from shared.errors import BrokersError, quoted
 from shared.messages import Finish
 
 
@@ -62,7 +62,7 @@ async def _earlier(gateway: Gateway, response_id: str | None, key: ApiKey | None
         raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
     record = None if stored is None else msgpack.unpackb(stored)
     if record is None or record["holder"] != (None if key is None else key.id):
-        text = f"the response {response_id[:100]!r} is not stored, or no longer"
+        text = f"the response {quoted(response_id)} is not stored, or no longer"
         raise ApiError(404, text, code="previous_response_not_found", param="previous_response_id")
     messages: Messages = record["messages"]
     return messages

@@ -13,6 +13,7 @@ from services.gateway.errors import invalid
 from services.gateway.grammar_options import ResponseFormat
 from services.gateway.schema import MAX_TOOLS, ChatForm, ChatRequest, Whole, chat_of
 from services.gateway.tool_options import ToolFunction
+from shared.errors import quoted
 
 Messages = list[dict[str, Any]]
 TEXT_TYPES = ("input_text", "output_text", "text")
@@ -146,7 +147,7 @@ def add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
         output = _content(item.get("output"), f"{where}.output")
         messages.append({"role": "tool", "tool_call_id": str(item.get("call_id", "")), "content": output})
     elif kind != "reasoning":  # the reasoning of earlier answers is not shown again
-        raise invalid(f"{where}.type: {kind!r} is not supported here", f"{where}.type", "unsupported_parameter")
+        raise invalid(f"{where}.type: {quoted(kind)} is not supported here", f"{where}.type", "unsupported_parameter")
 
 
 def _content(value: Any, where: str) -> Any:
@@ -156,7 +157,7 @@ def _content(value: Any, where: str) -> Any:
         kind = part.get("type") if isinstance(part, dict) else part
         if not isinstance(part, dict) or kind not in TEXT_TYPES or not isinstance(part.get("text"), str):
             name = f"{where}[{number}].type"
-            raise invalid(f"{name}: {kind!r} is not supported here; send text", name, "unsupported_parameter")
+            raise invalid(f"{name}: {quoted(kind)} is not supported here; send text", name, "unsupported_parameter")
     return "\n".join(part["text"] for part in value)
 
 

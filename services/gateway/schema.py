@@ -1,7 +1,8 @@
 """Requests: OpenAI's bodies with our own options and headers, checked.
 
-Unknown options are ignored, because clients of every age send some. Options of OpenAI and of other servers that would
-change the text but are not supported (`services.gateway.core.options`) are refused.
+Unknown options are ignored, because clients of every age send some; within our own object `wisp` they are refused.
+Options of OpenAI and of other servers that would change the text but are not supported
+(`services.gateway.core.options`) are refused too.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from services.gateway.grammar_options import (
 )
 from services.gateway.tool_options import Tool, ToolCall, ToolChoice, parse_tool_choice
 from shared.broker.topology import DEFAULT_POOL
+from shared.errors import SHOWN, cut, quoted
 from shared.messages import GRAMMAR, LOGPROBS, MOST_LOGPROBS, RULES, Logprobs, Sampling
 from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
@@ -195,8 +197,8 @@ class StreamOptions(Body):
     include_usage: Annotated[bool, or_default(False)] = False
 
 
-class WispOptions(Body):
-    """Our own options, under the key `wisp`."""
+class WispOptions(Body, extra="forbid"):
+    """Our own options, under the key `wisp`. Unknown ones are refused: only a slip can have written them."""
 
     trace: Annotated[bool, or_default(False)] = False
     """Add to each chunk the origin of its tokens and the costs of its rounds."""
@@ -396,7 +398,7 @@ class GenerationRequest(Body):
         wanted = self.wisp.draft or headers.get(DRAFT_HEADER, AUTO)
         if wanted not in CHOICES:
             known = ", ".join(CHOICES)
-            raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {wanted[:60]!r}", DRAFT_HEADER)
+            raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {quoted(wanted)}", DRAFT_HEADER)
         return wanted
 
     def pool(self, headers: Mapping[str, str]) -> str:
@@ -404,7 +406,7 @@ class GenerationRequest(Body):
         text = self.wisp.pool or headers.get(POOL_HEADER, DEFAULT_POOL)
         if not re.fullmatch(NAME_PATTERN, text):
             allowed = "1 to 64 letters, digits, underscores or dashes"
-            raise invalid(f"header {POOL_HEADER} must be {allowed}, not {text[:60]!r}", POOL_HEADER)
+            raise invalid(f"header {POOL_HEADER} must be {allowed}, not {quoted(text)}", POOL_HEADER)
         return text
 
     def sampling(self, seed: int, defaults: SamplingDefaults = NO_DEFAULTS) -> Sampling:
@@ -449,10 +451,12 @@ class ChatRequest(GenerationRequest):
     def _tools_fit(self) -> ChatRequest:
         names = [tool.function.name for tool in self.tools]
         if twice := [name for name, count in Counter(names).items() if count > 1]:
-            raise PydanticCustomError("tools_value", "tools: two tools have the name {name}", {"name": repr(twice[0])})
+            raise PydanticCustomError(
+                "tools_value", "tools: two tools have the name {name}", {"name": quoted(twice[0])}
+            )
         choice = self.tool_choice
         if choice.mode == "required" and (not names or choice.name not in (None, *names)):
-            missing = "tools is empty" if choice.name is None else f"tools has no function {choice.name[:60]!r}"
+            missing = "tools is empty" if choice.name is None else f"tools has no function {quoted(choice.name)}"
             raise PydanticCustomError("tool_choice_value", "tool_choice: {missing}", {"missing": missing})
         return self
 
@@ -578,6 +582,9 @@ def explain(error: ValidationError) -> ApiError:
             continue  # a branch of a union, which is no part of the client's path
         else:
             path += f".{step}" if path else step
+    if first["type"] == "extra_forbidden":
+        known = ", ".join(WispOptions.model_fields)
+        return invalid(f"there is no option {cut(path, SHOWN)}; `wisp` has {known}", path, "unknown_parameter")
     if first["type"] == "block_type":
         path += ".type"
         first["input"] = first["input"].get("type") if isinstance(first["input"], dict) else first["input"]
@@ -587,7 +594,7 @@ def explain(error: ValidationError) -> ApiError:
         path, _, text = first["msg"].partition(": ")
         return invalid(f"{path}: {text}", path)
     value = first["input"]
-    given = f" (given: {repr(value)[:60]})" if isinstance(value, str | int | float) else f" (given: {_kind(value)})"
+    given = f" (given: {quoted(value)})" if isinstance(value, str | int | float) else f" (given: {_kind(value)})"
     code = "invalid_type" if first["type"].endswith("_type") else "invalid_value"
     return invalid(f"{path}: {first['msg']}{given}", path, code)
 

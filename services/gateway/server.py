@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 import socket
 import ssl
 import sys
@@ -40,6 +41,7 @@ KEEP_ALIVE_S = 75
 """Longer than proxies and clients keep idle connections (60 s or less), so that they close first."""
 HEAD_TIMEOUT_S = 30.0
 HTTPS_PREFIX = "https"
+_URL = re.compile(rb"https?://(?:[^/?#@]*@)?(?P<authority>[^/?#@]+)(?P<rest>[^#]*).*", re.IGNORECASE)
 
 
 def listen(host: str, port: int) -> socket.socket:
@@ -122,8 +124,22 @@ class _HttpConfig(uvicorn.Config):
         self.head_timeout_s = head_timeout_s
 
 
+def _in_origin_form(request: h11.Request) -> h11.Request:
+    """Return a request whose target is a path. A whole URL replaces the header Host, as RFC 9112 3.2.2 has it."""
+    url = _URL.fullmatch(request.target)
+    if url is None:
+        return request
+    headers = [(name, value) for name, value in request.headers if name != b"host"]
+    return h11.Request(
+        method=request.method,
+        headers=[*headers, (b"host", url["authority"])],
+        target=url["rest"] if url["rest"].startswith(b"/") else b"/" + url["rest"],
+        http_version=request.http_version,
+    )
+
+
 class _Connection(h11.Connection):
-    """h11's connection, which also refuses bodies in very many tiny parts."""
+    """h11's connection, which also takes whole URLs as targets and refuses bodies in very many tiny parts."""
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
@@ -139,6 +155,7 @@ class _Connection(h11.Connection):
                 raise h11.RemoteProtocolError("too many tiny parts")
         elif isinstance(event, h11.Request):
             self._parts = self._body_bytes = 0
+            return _in_origin_form(event)
         return event
 
 

@@ -12,7 +12,7 @@ import jinja2.meta
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from shared.errors import ChatTemplateError, ModelError
+from shared.errors import ChatTemplateError, ModelError, quoted
 from shared.models.folder import ModelFolder
 
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -92,7 +92,7 @@ class ChatTemplate:
             raise ChatTemplateError("messages is empty: send at least one message.")
         if unknown := sorted((variables or {}).keys() - self.variables):
             known = f"it has {', '.join(sorted(self.variables))}" if self.variables else "it has none of its own"
-            raise ChatTemplateError(f"the model's chat template has no variable {unknown[0]!r}; {known}.")
+            raise ChatTemplateError(f"the model's chat template has no variable {quoted(unknown[0])}; {known}.")
         conversation = [
             {**message, "content": _text(message["content"], index)} if "content" in message else message
             for index, message in enumerate(messages)
@@ -122,7 +122,8 @@ def _text(content: Any, index: int) -> Any:
         if not isinstance(part, Mapping) or part.get("type") != "text" or not isinstance(part.get("text"), str):
             kind = part.get("type") if isinstance(part, Mapping) else part
             raise ChatTemplateError(
-                f'messages[{index}] has a part of type {kind!r}: send parts {{"type": "text", "text": "..."}} only.'
+                f"messages[{index}] has a part of type {quoted(kind)}: "
+                'send parts {"type": "text", "text": "..."} only.'
             )
     return "\n".join(part["text"] for part in content)
 

@@ -198,6 +198,43 @@ async def test_unknown_paths_are_refused(app: App, path: str) -> None:
     assert error_of(await app.http.post(path, json=HELLO), 404)["code"] == "unknown_url"
 
 
+@pytest.mark.parametrize(
+    ("path", "meant"),
+    [
+        ("/chat/completions", "/v1/chat/completions"),
+        ("/v1/v1/chat/completions", "/v1/chat/completions"),
+        ("/models/tiny/", "/v1/models/tiny"),
+        ("/embeddings", None),
+        (f"/models/{'x' * 1000}", None),
+    ],
+)
+async def test_an_unknown_path_names_the_one_that_was_meant(app: App, path: str, meant: str | None) -> None:
+    message = error_of(await app.http.post(path, json=HELLO), 404)["message"]
+    assert ("did you mean " in message) == (meant is not None)
+    assert meant is None or f"did you mean {meant}?" in message
+    assert len(message) < 400
+
+
+@pytest.mark.parametrize(
+    ("body", "status"),
+    [
+        ({"model": "x" * 5000}, 404),
+        ({"wisp": {"draft": "x" * 5000}}, 400),
+        ({"wisp": {"x" * 5000: True}}, 400),
+        ({"seed": 10**250}, 400),
+        ({"messages": [{"role": "user", "content": [{"type": "x" * 5000}]}]}, 400),
+        ({"chat_template_kwargs": {"x" * 5000: 1}}, 400),
+        ({"tool_choice": {"type": "function", "function": {"name": "x" * 5000}}}, 400),
+        ({"guided_regex": "(" * 5000}, 400),
+    ],
+)
+async def test_errors_show_the_beginning_of_long_values(app: App, body: dict[str, Any], status: int) -> None:
+    error = error_of(await app.http.post("/v1/chat/completions", json=HELLO | body), status)
+    assert len(error["message"]) <= 1001
+    assert len(error["param"] or "") <= 201
+    assert "x" * 101 not in error["message"]
+
+
 async def test_a_slash_at_the_end_of_a_path_changes_nothing(app: App) -> None:
     assert (await app.http.post("/v1/chat/completions/", json=HELLO)).status_code == 200
     assert (await app.http.get("/v1/models//")).status_code == 200

@@ -171,6 +171,28 @@ async def test_without_keys_foreign_host_names_get_no_page_and_no_feed(app: Pace
             assert (await http.get(path, headers={"host": "evil.example"})).status_code == 403
 
 
+@pytest.mark.parametrize(
+    ("headers", "refused"),
+    [
+        ({}, False),
+        ({"sec-fetch-site": "same-origin"}, False),
+        ({"sec-fetch-site": "cross-site"}, True),
+        ({"sec-fetch-site": "same-site", "origin": "http://127.0.0.1:3000"}, True),
+        ({"origin": "https://evil.example"}, True),
+        ({"origin": "null"}, True),
+        ({"origin": "http://localhost"}, False),
+    ],
+)
+async def test_pages_of_other_origins_cannot_hold_the_feed_open(
+    app: PacedApp, headers: dict[str, str], refused: bool
+) -> None:
+    app.feed.closed = True
+    async with await client(app) as http:
+        answer = await http.get("/fleet/events", headers={"host": "localhost", **headers})
+    assert answer.status_code == (403 if refused else 200)
+    assert not refused or answer.json()["error"]["code"] == "origin_not_allowed"
+
+
 async def test_every_page_of_the_repository_is_served(app: PacedApp) -> None:
     repository = {page.path.relative_to(ROOT).as_posix() for page in pages()}
     served = Documents()

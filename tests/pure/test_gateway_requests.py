@@ -162,6 +162,7 @@ def test_other_prompts_are_refused(prompt: Any) -> None:
         ({"chat_template_kwargs": []}, "chat_template_kwargs"),
         ({"reasoning_effort": "some"}, "reasoning_effort"),
         ({"wisp": {"metrics": 1}}, "wisp.metrics"),
+        ({"wisp": {"tracer": True}}, "wisp.tracer"),
         ({"best_of": 3}, "best_of"),
         ({"best_of": True}, "best_of"),
         ({"n": 2, "best_of": 1}, "best_of"),

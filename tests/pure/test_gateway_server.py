@@ -12,7 +12,7 @@ from typing import Any
 import httpx
 import pytest
 from patience import HANG_S
-from starlette.types import Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.server import HEAD_BYTES, KEEP_ALIVE_S, MOST_TINY_PARTS, listen, serve_http
 
@@ -42,11 +42,11 @@ async def echo(scope: Scope, receive: Receive, send: Send) -> None:
 
 
 @asynccontextmanager
-async def serving(**options: Any) -> AsyncIterator[Address]:
-    """Serve `echo` with these options."""
+async def serving(app: ASGIApp = echo, **options: Any) -> AsyncIterator[Address]:
+    """Serve an application with these options."""
     listener = listen("127.0.0.1", 0)
     stop = asyncio.Event()
-    server = asyncio.create_task(serve_http(echo, listener, stop, **options))
+    server = asyncio.create_task(serve_http(app, listener, stop, **options))
     try:
         yield listener.getsockname()
     finally:
@@ -228,6 +228,29 @@ async def test_a_body_that_breaks_off_in_the_middle_is_refused_once() -> None:
     async with serving() as address:
         answer = await exchange(address, POST + b"transfer-encoding: chunked\r\n\r\n1\r\nx\r\nnonsense\r\n")
         assert error_of(answer, 400)["code"] == "invalid_http"
+
+
+@pytest.mark.parametrize(
+    ("target", "path", "host"),
+    [
+        ("http://api.example:80/echo?a=1", "/echo?a=1", "api.example:80"),
+        ("HTTPS://api.example", "/", "api.example"),
+        ("http://user:word@api.example/a/b", "/a/b", "api.example"),
+        ("http://api.example?a=/b", "/?a=/b", "api.example"),
+        ("/http://api.example/", "/http://api.example/", "other"),
+    ],
+)
+async def test_a_whole_url_as_target_names_path_and_host(target: str, path: str, host: str) -> None:
+    async def describe(scope: Scope, receive: Receive, send: Send) -> None:
+        query = b"?" + scope["query_string"] if scope["query_string"] else b""
+        body = scope["raw_path"] + query + b" " + dict(scope["headers"])[b"host"]
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+        await send({"type": "http.response.body", "body": body})
+
+    async with serving(describe) as address:
+        head = f"GET {target} HTTP/1.1\r\nhost: other\r\nconnection: close\r\n\r\n"
+        answer = await exchange(address, head.encode())
+    assert f"{path} {host}" in answer.decode()
 
 
 async def test_pipelined_requests_are_answered_in_order() -> None:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from services.gateway.core.completion import Piece
 from services.gateway.errors import ApiError
+from shared.errors import quoted
 
 MAX_COMPLETIONS = 128
 _FORM = re.compile(
@@ -68,7 +69,7 @@ class StreamCursor:
         if found is None or len(parts) > MAX_COMPLETIONS:
             raise ApiError(
                 400,
-                f"Last-Event-ID {text[:100]!r} is no event id of this server; send the last `id:` that you received",
+                f"Last-Event-ID {quoted(text)} is no event id of this server; send the last `id:` that you received",
                 code="invalid_event_id",
             )
         delivered = {int(index): Delivered(int(count), int(tokens.rstrip("."))) for index, count, tokens in parts}

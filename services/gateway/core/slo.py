@@ -10,6 +10,7 @@ from typing import Annotated
 from pydantic import ConfigDict, Field
 
 from services.gateway.errors import invalid
+from shared.errors import quoted
 from shared.messages import DEFAULT_CLASS, LONGEST_MS, SHORTEST_MS, Slo
 from shared.slo import Promise
 
@@ -64,7 +65,7 @@ def _milliseconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float |
             value = math.nan
         if not SHORTEST_MS <= value <= LONGEST_MS:
             limits = f"{SHORTEST_MS:g} to {LONGEST_MS:.0f}"
-            raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {text[:60]!r}", param=name)
+            raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {quoted(text)}", param=name)
         return value
     return None
 

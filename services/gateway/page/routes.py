@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from functools import cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
@@ -9,18 +10,23 @@ from pathlib import PurePosixPath
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
 
+from services.gateway.browsers import is_foreign
 from services.gateway.errors import ApiError
 from services.gateway.page.documents import INDEX, PREFIX, PROJECT, Documents
 from services.gateway.page.feed import FeedResponse, FleetFeed
 from services.gateway.page.files import MEDIA_TYPES, ServedFile, static_files
+from shared.errors import quoted
 
 READ = ["GET", "HEAD"]
 """Methods of the routes that describe something."""
 FEED_PATH = "/fleet/events"
 
 
-def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
-    """Add the routes of the page. Without a feed, the fleet view says so."""
+def add_page(app: FastAPI, feed: FleetFeed | None, origins: Collection[str] = ()) -> None:
+    """Add the routes of the page. Without a feed, the fleet view says so. origins: those whose pages may read the feed.
+
+    A page of another origin cannot read the feed, but could hold connections open.
+    """
     files = static_files()
 
     @app.api_route("/", methods=READ)
@@ -30,7 +36,7 @@ def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
     @app.api_route("/page/{name}", methods=READ)
     async def file(name: str, request: Request) -> Response:
         if name not in files:
-            raise ApiError(404, f"the page has no file {name[:200]!r}", code="unknown_url")
+            raise ApiError(404, f"the page has no file {quoted(name)}", code="unknown_url")
         return files[name].response(request)
 
     @app.api_route("/version", methods=READ)
@@ -38,7 +44,9 @@ def add_page(app: FastAPI, feed: FleetFeed | None) -> None:
         return JSONResponse({"version": installed_version()})
 
     @app.get(FEED_PATH)
-    async def events() -> Response:
+    async def events(request: Request) -> Response:
+        if is_foreign(request.headers, origins):
+            raise ApiError(403, f"{FEED_PATH} is not for pages of other origins", code="origin_not_allowed")
         if feed is None:
             raise ApiError(404, "this server has no fleet: it serves a baseline", code="no_fleet")
         return FeedResponse(feed)
@@ -60,7 +68,7 @@ def _add_documents(app: FastAPI) -> None:
         media_type = MEDIA_TYPES.get(PurePosixPath(path).suffix)
         if media_type is not None and (picture := documents().picture(path)) is not None:
             return ServedFile(picture, media_type).response(request)
-        raise ApiError(404, f"there is no page {path[:200]!r}", code="unknown_url")
+        raise ApiError(404, f"there is no page {quoted(path)}", code="unknown_url")
 
 
 def installed_version() -> str:
