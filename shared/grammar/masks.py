@@ -336,10 +336,15 @@ class Grammars:
         self._load = load
         self._vocab_size = vocab_size
         self._eos_ids = [token for token in eos_ids if token < vocab_size]
-        self._lock = threading.Lock()
+        self._building = threading.Lock()
+        """Guards the matchers. It may be held for seconds: the first grammar loads the vocabulary."""
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._lock = threading.Lock()
+        """Guards the sessions, and is never held for long, so that event loops can take it."""
         self._sessions: OrderedDict[str, tuple[str, GrammarSession]] = OrderedDict()
         """Each session's grammar and its state in it."""
+        self._begun: dict[str, object] = {}
+        """A mark of the latest call that builds a session's state; `forget` takes it away."""
 
     @classmethod
     def of(cls, folder: ModelFolder) -> Grammars:
@@ -349,26 +354,39 @@ class Grammars:
     def session(self, session_id: str, grammar: Grammar) -> GrammarSession:
         """Return a session's state, a new one if it is not kept. Raises GrammarError."""
         with self._lock:
-            text, session = self._sessions.get(session_id, (None, None))
-            if session is None or text != grammar.text:
-                matcher = self._matcher(grammar.text).deep_copy()
-                session = GrammarSession(matcher, self._vocab_size, self._eos_ids)
-                self._sessions[session_id] = grammar.text, session
-                if len(self._sessions) > MOST_SESSIONS:
-                    self._sessions.popitem(last=False)
-            self._sessions.move_to_end(session_id)
+            text, kept = self._sessions.get(session_id, (None, None))
+            if kept is not None and text == grammar.text:
+                self._sessions.move_to_end(session_id)
+                return kept
+            mark = self._begun[session_id] = object()
+        session = None
+        try:
+            session = self._begin(grammar.text)
             return session
+        finally:
+            with self._lock:
+                if self._begun.get(session_id) is mark:
+                    del self._begun[session_id]
+                    if session is not None:
+                        self._sessions[session_id] = grammar.text, session
+                        self._sessions.move_to_end(session_id)
+                        if len(self._sessions) > MOST_SESSIONS:
+                            self._sessions.popitem(last=False)
 
     def forget(self, session_id: str) -> None:
-        """Drop the state of a session that has ended or moved; nothing happens if it has none."""
+        """Drop the state of a session that has ended or moved; nothing happens if it has none. Never waits long."""
         with self._lock:
             self._sessions.pop(session_id, None)
+            self._begun.pop(session_id, None)
 
     def check(self, text: str) -> None:
         """Raise GrammarError if sessions cannot follow this grammar, as far as its first masks show."""
-        with self._lock:
-            session = GrammarSession(self._matcher(text).deep_copy(), self._vocab_size, self._eos_ids)
-        session.chain([], [], CHECKED, CHECKED)
+        self._begin(text).chain([], [], CHECKED, CHECKED)
+
+    def _begin(self, text: str) -> GrammarSession:
+        """Return a state at the beginning of a grammar. Raises GrammarError."""
+        with self._building:
+            return GrammarSession(self._matcher(text).deep_copy(), self._vocab_size, self._eos_ids)
 
     def _matcher(self, text: str) -> LLMatcher:
         """Return a matcher at the beginning of a grammar, to be copied."""

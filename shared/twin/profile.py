@@ -18,7 +18,7 @@ from pydantic_core import ErrorDetails
 from shared import cost
 from shared.cost.fit import VerifierFit
 from shared.cost.model import Shape
-from shared.errors import SettingsError
+from shared.errors import SettingsError, quoted
 from shared.messages import BatchShape, CostModel, Measurement
 
 Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
@@ -26,6 +26,7 @@ Amount = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(gt=0, le=1)]
 GB = 1e9
 MOST_KV_TOKENS = 1e12
+MOST_PROBLEMS = 5
 LONGEST_STEP_MS = 1e9
 """Longest time of a step that the cost model takes."""
 JOBS = (1, 2, 4, 8, 16, 32, 64)
@@ -204,12 +205,14 @@ def parse_target(text: str, name: str) -> TargetProfile:
 
 def problems_in(error: ValidationError) -> str:
     """Describe each problem of a file's fields: its place, what is wrong, and the given value."""
-    return "; ".join(_problem(one) for one in error.errors())
+    shown = [_problem(one) for one in error.errors()[:MOST_PROBLEMS]]
+    more = error.error_count() - len(shown)
+    return "; ".join([*shown, f"and {more} more"] if more else shown)
 
 
 def _problem(one: ErrorDetails) -> str:
     place = f"{'.'.join(map(str, one['loc']))}: " if one["loc"] else ""
     if one["type"] == "extra_forbidden":
         return f"{place}there is no such field"
-    given = f" (given: {one['input']!r})" if isinstance(one["input"], str | int | float) else ""
+    given = f" (given: {quoted(one['input'])})" if isinstance(one["input"], str | int | float) else ""
     return f"{place}{one['msg'].removeprefix('Value error, ')}{given}"

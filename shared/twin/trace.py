@@ -13,12 +13,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
-from zipfile import BadZipFile
+from zipfile import is_zipfile
 
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.errors import ModelError
+from shared.errors import ModelError, quoted
 from shared.runtime.files import replacing
 from shared.sampling.noise import noise_key
 
@@ -29,6 +29,22 @@ STATISTICS = ("confidence", "entropy", "margin", "spread")
 PRESENT, COPIED, AGREED, CONTESTED = 1, 2, 4, 8
 """Bits of a draft token's flags: there is one; lookup proposed it; another source agrees or proposes another token."""
 VERSION = 1
+_OF_TEXTS: Mapping[str, tuple[type[np.generic], tuple[str | int, ...]]] = {
+    "starts": (np.int64, ("starts",)),
+    "prompt_len": (np.int32, ("texts",)),
+    "seed": (np.int64, ("texts",)),
+    "temperature": (np.float32, ("texts",)),
+    "kind": (np.int32, ("texts",)),
+    "tokens": (np.int32, ("tokens",)),
+}
+_OF_CHAINS: Mapping[str, tuple[type[np.generic], tuple[str | int, ...]]] = {
+    "tokens": (np.int32, ("tokens", DEPTH)),
+    "statistics": (np.float16, ("tokens", DEPTH, len(STATISTICS))),
+    "support": (np.uint8, ("tokens", DEPTH)),
+    "flags": (np.uint8, ("tokens", DEPTH)),
+}
+_SHAPES = {**_OF_TEXTS, **{f"{chain}_{part}": shape for chain in CHAINS for part, shape in _OF_CHAINS.items()}}
+"""Type and shape of each array of a file."""
 
 
 @dataclass(frozen=True)
@@ -108,32 +124,44 @@ def save_trace(trace: Trace, path: Path) -> None:
 def load_trace(path: Path) -> Trace:
     """Read a trace. Raises ModelError if the file holds none."""
     try:
+        if path.is_file() and not is_zipfile(path):
+            raise ValueError("it is no .npz file, or was cut off")
         with np.load(path, allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
-        facts = json.loads(str(arrays.pop("facts")))
-        if facts.get("version") != VERSION:
-            raise ValueError(f"version {facts.get('version')}, not {VERSION}")
-        chains = {
-            name: DraftChain(**{part: arrays.pop(f"{name}_{part}") for part in DraftChain.__dataclass_fields__})
-            for name in CHAINS
-        }
-        trace = Trace(facts=facts, chains=chains, **arrays)
-        _check(trace)
-    except (OSError, EOFError, ValueError, KeyError, TypeError, IndexError, BadZipFile) as error:
-        raise ModelError(f"{path} holds no trace ({error}); `wisp trace record` makes one") from error
-    return trace
+        return _trace_of(arrays)
+    except Exception as error:  # numpy, zipfile and zlib raise errors of many kinds for damaged files
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise ModelError(f"{path} holds no trace ({reason}); `wisp trace record` makes one") from error
 
 
-def _check(trace: Trace) -> None:
-    """Raise ValueError where a trace's arrays do not fit together."""
-    count, starts = len(trace.tokens), trace.starts
-    whole = len(starts) > 1 and starts[0] == 0 and starts[-1] == count and bool((np.diff(starts) > 0).all())
-    for chain in trace.chains.values():
-        plain = {chain.tokens.shape, chain.support.shape, chain.flags.shape}
-        whole &= plain == {(count, DEPTH)} and chain.statistics.shape == (count, DEPTH, len(STATISTICS))
-    per_text = (trace.prompt_len, trace.seed, trace.temperature, trace.kind)
-    if not whole or any(len(values) != len(starts) - 1 for values in per_text):
-        raise ValueError("the arrays do not fit together")
+def _trace_of(arrays: dict[str, NDArray[Any]]) -> Trace:
+    """Return the trace of a file's arrays. Raises ValueError unless they are complete and fit together."""
+    if missing := ({"facts"} | _SHAPES.keys()) - arrays.keys():
+        raise ValueError(f"it lacks {', '.join(sorted(missing))}")
+    facts = json.loads(str(arrays["facts"]))
+    if not isinstance(facts, dict) or facts.get("version") != VERSION:
+        version = facts.get("version") if isinstance(facts, dict) else None
+        raise ValueError(f"version {quoted(version)}, not {VERSION}")
+    starts, tokens = arrays["starts"], arrays["tokens"]
+    bounds, count = (len(array) if array.ndim else 0 for array in (starts, tokens))
+    sizes = {"starts": bounds, "texts": bounds - 1, "tokens": count}
+    for name, (kind, shape) in _SHAPES.items():
+        wanted = tuple(sizes[size] if isinstance(size, str) else size for size in shape)
+        found = arrays[name]
+        if found.dtype != kind or found.shape != wanted:
+            raise ValueError(f"{name} has the shape {found.shape} of {found.dtype}, not {wanted} of {kind.__name__}")
+    if sizes["texts"] < 1 or starts[0] != 0 or starts[-1] != len(tokens) or (np.diff(starts) < 1).any():
+        raise ValueError(f"starts must rise from 0 to the {len(tokens)} tokens, with at least one text")
+    for name, (kind, _) in _SHAPES.items():
+        if issubclass(kind, np.floating) and not np.isfinite(arrays[name]).all():
+            raise ValueError(f"{name} has numbers that are not finite")
+        if name.endswith("tokens") and (arrays[name] < 0).any():
+            raise ValueError(f"{name} has negative token ids")
+    chains = {
+        name: DraftChain(**{part: arrays[f"{name}_{part}"] for part in DraftChain.__dataclass_fields__})
+        for name in CHAINS
+    }
+    return Trace(facts=facts, chains=chains, **{name: arrays[name] for name in _OF_TEXTS})
 
 
 class TraceText:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from twins import make_twin
+from typer.testing import CliRunner
 
 from services.drafter.control import Controller, ControlWeights, DraftToken
 from services.drafter.control.weights import UNTRAINED_MODEL
@@ -16,6 +20,7 @@ from services.drafter.core.draft import DraftRequest, States, WithoutStates
 from services.drafter.drafting import load_drafting
 from services.drafter.settings import DraftSettings
 from services.drafter.sources import Draft, LookupDrafts
+from services.tools.cli.main import app
 from services.tools.training.prompts import corpus
 from services.tools.training.shards import GeneratedText
 from services.tools.twin.fitting import fitted, ranking
@@ -131,11 +136,77 @@ def test_a_trace_is_read_as_it_was_written(trace: Trace, tmp_path: Path) -> None
         assert (read.chains[name].flags == chain.flags).all()
 
 
-@pytest.mark.parametrize("content", [b"", b"no zip", b"PK"])
-def test_a_file_without_a_trace_is_an_error(content: bytes, tmp_path: Path) -> None:
-    (tmp_path / "a.npz").write_bytes(content)
-    with pytest.raises(ModelError, match="holds no trace"):
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(b"", "no .npz file"), (b"no zip", "no .npz file"), (b"PK", "no .npz file"), (None, "No such file")],
+)
+def test_a_file_without_a_trace_is_an_error(content: bytes | None, message: str, tmp_path: Path) -> None:
+    if content is not None:
+        (tmp_path / "a.npz").write_bytes(content)
+    with pytest.raises(ModelError, match=f"holds no trace .*{message}"):
         load_trace(tmp_path / "a.npz")
+
+
+def test_a_damaged_file_is_never_another_error(trace: Trace, tmp_path: Path) -> None:
+    save_trace(trace, tmp_path / "a.npz")
+    whole = (tmp_path / "a.npz").read_bytes()
+    rng = np.random.default_rng(1)
+    for place in rng.integers(0, len(whole), 60).tolist():
+        for content in (whole[:place], whole[:place] + bytes([whole[place] ^ 0xFF]) + whole[place + 1 :]):
+            (tmp_path / "a.npz").write_bytes(content)
+            with suppress(ModelError):
+                load_trace(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"starts": None}, "it lacks starts"),
+        ({"hidden_flags": None}, "it lacks hidden_flags"),
+        ({"facts": np.array("[]")}, "version None, not 1"),
+        ({"facts": np.array("no JSON")}, "Expecting value"),
+        ({"facts": np.array('{"version": 2}')}, "version 2, not 1"),
+        ({"starts": np.array(3)}, "starts has the shape"),
+        ({"starts": np.array([0, 2000])}, "has the shape"),
+        ({"tokens": np.zeros(2000)}, "tokens has the shape .* of float64, not .* of int32"),
+        ({"tokens": np.full(2000, -1, np.int32)}, "tokens has negative token ids"),
+        ({"temperature": np.zeros(3, np.float32)}, "temperature has the shape"),
+        ({"temperature": np.full(40, np.nan, np.float32)}, "temperature has numbers that are not finite"),
+        ({"lookup_tokens": np.zeros((2000, 9), np.int32)}, "lookup_tokens has the shape"),
+        ({"combined_statistics": np.zeros((2000, 8, 3))}, "combined_statistics has the shape"),
+        ({"hidden_support": np.zeros((5, 8), np.uint8)}, "hidden_support has the shape"),
+    ],
+)
+def test_arrays_that_are_no_trace_are_refused(
+    trace: Trace, tmp_path: Path, change: dict[str, NDArray[Any] | None], message: str
+) -> None:
+    save_trace(trace, tmp_path / "a.npz")
+    with np.load(tmp_path / "a.npz") as file:
+        arrays = {name: file[name] for name in file.files} | change
+    np.savez(tmp_path / "a.npz", **{name: array for name, array in arrays.items() if array is not None})
+    with pytest.raises(ModelError, match=message):
+        load_trace(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("starts", [[1, *range(50, 2001, 50)], [0, 50, 50, *range(150, 2001, 50)]])
+def test_every_text_of_a_trace_has_a_token(trace: Trace, tmp_path: Path, starts: list[int]) -> None:
+    save_trace(replace(trace, starts=np.array(starts)), tmp_path / "a.npz")
+    with pytest.raises(ModelError, match="starts must rise from 0 to the 2000 tokens"):
+        load_trace(tmp_path / "a.npz")
+
+
+@pytest.mark.parametrize("command", ["show", "fit"])
+def test_a_broken_trace_is_one_line_of_error(command: str, tmp_path: Path) -> None:
+    (tmp_path / "a.npz").write_bytes(b"PK")
+    arguments = [
+        "trace",
+        command,
+        str(tmp_path / "a.npz"),
+        *(["0.6", "--out", str(tmp_path / "b.npz")] if command == "fit" else []),
+    ]
+    result = CliRunner().invoke(app, arguments)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "holds no trace" in result.stderr
 
 
 @pytest.mark.parametrize("acceptance", [0.5, 0.6, 0.8, 0.9])

@@ -53,6 +53,13 @@ def test_an_invalid_file_is_refused_with_the_reason(old: str, new: str, message:
     assert message in str(refused.value)
 
 
+@pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000, "a = 1979-99-99", "\0"])
+def test_text_that_is_not_toml_is_one_line_of_error(text: str) -> None:
+    with pytest.raises(SettingsError, match="device profile p is not TOML") as refused:
+        parse_profile(text, "p")
+    assert "\n" not in str(refused.value)
+
+
 def test_profiles_load_by_name_or_path(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(GOOD)
     assert load_profile("") is None

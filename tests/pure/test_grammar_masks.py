@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import random
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +16,7 @@ import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
 from made_folders import sentence_piece, write_folder
+from patience import HANG_S
 from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
@@ -208,6 +211,29 @@ def test_a_forgotten_session_begins_anew(grammars: Grammars) -> None:
     assert again is not session
     assert ids_of(again.after([])) == ids_of(session.after([]))
     assert grammars.session("forgotten", grammar("choice")) is not again, "a state is of one grammar"
+
+
+def test_a_session_is_forgotten_while_a_grammar_is_built(tokenizer: Tokenizer) -> None:
+    begun, built = threading.Event(), threading.Event()
+
+    def load() -> Tokenizer:
+        begun.set()
+        assert built.wait(HANG_S)
+        return tokenizer
+
+    slow = Grammars(load, VOCAB, [EOS])
+    with ThreadPoolExecutor(1) as thread:
+        building = thread.submit(slow.session, "ended", grammar("choice"))
+        try:
+            assert begun.wait(HANG_S)
+            forgetting = threading.Thread(target=slow.forget, args=("ended",), daemon=True)
+            forgetting.start()
+            forgetting.join(5)
+            assert not forgetting.is_alive(), "the event loop does not wait for another session's grammar"
+        finally:
+            built.set()
+        session = building.result(HANG_S)
+    assert slow.session("ended", grammar("choice")) is not session, "the state of an ended session is not kept"
 
 
 def test_a_draft_has_masks_until_it_leaves_the_grammar(grammars: Grammars) -> None:

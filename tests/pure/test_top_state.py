@@ -116,6 +116,13 @@ def test_a_pool_shows_its_drafters_and_the_sessions_without() -> None:
     assert watch.snapshot(3500).without_drafters == ["pool"], "the drafters are silent"
 
 
+def test_without_batches_the_observed_time_is_named() -> None:
+    watch = watched((0, heartbeat()))
+    assert "no batch in 5 s" in text(watch.snapshot(5000))
+    watch.feed(heartbeat(), 80_000)
+    assert "no batch in 60 s" in text(watch.snapshot(80_000))
+
+
 def test_batches_are_held_against_their_prediction() -> None:
     watch = watched((0, heartbeat()))
     for i, took in enumerate((50.0, 20.0, 60.0)):

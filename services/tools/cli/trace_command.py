@@ -79,6 +79,7 @@ def show(source: SourceArgument) -> None:
     with errors_shown():
         require("model", "training")
         from services.tools.bench.support.report import table, terminal
+        from services.tools.cli.core.text_parts import printable
         from services.tools.twin.traces import shipped_weights, summary
         from shared.twin.files import trace_path
         from shared.twin.trace import load_trace
@@ -87,4 +88,5 @@ def show(source: SourceArgument) -> None:
         trace = load_trace(trace_path(source))
         title = f"{trace.texts} texts, {len(trace.tokens)} positions"
         console.print(table(title, *summary(trace, shipped_weights())))
-        console.print(", ".join(f"{key} {value}" for key, value in trace.facts.items()), style="dim", highlight=False)
+        facts = printable(", ".join(f"{key} {value}" for key, value in trace.facts.items()))
+        console.print(facts, style="dim", highlight=False, markup=False)

@@ -30,6 +30,10 @@ def fitted(trace: Trace, acceptance: float, seed: int = 0) -> Trace:
         raise SettingsError(f"an acceptance of {acceptance:g} is not between {LEAST:g} and {MOST:g}")
     rng = np.random.default_rng(seed)
     now = trace.first_acceptance("hidden")
+    if not 0 < now < 1:
+        raise SettingsError(
+            "the trace cannot be fitted: it has no first draft tokens, or they are all accepted, or none of them is"
+        )
     thin = acceptance < now
     chance = 1 - acceptance / now if thin else (acceptance - now) / (1 - now)
     chains = {

@@ -58,7 +58,7 @@ def suite_view(snapshot: SuiteSnapshot, namespace: str, note: str | None) -> Ren
         ends = ", ".join(f"{one.service_class} {one.reason} {one.count}" for one in snapshot.ends)
         parts.append(Text(printable(f"ends in {_seconds(LONG_MS, snapshot)} s: {ends}")))
     parts.append(Text())
-    parts += _batches(snapshot.batches)
+    parts += _batches(snapshot.batches) or [Text(f"no batch in {_seconds(LONG_MS, snapshot)} s")]
     return Group(*parts)
 
 
@@ -202,7 +202,7 @@ def _batches(batches: Iterable[BatchView]) -> list[RenderableType]:
         lines += [_line(f"  left out {short(session)}: {why}") for session, why in batch.left_out[:LEFT_SHOWN]]
         if batch.left_out and (more := batch.waiting - min(len(batch.left_out), LEFT_SHOWN)) > 0:
             lines.append(_line(f"  and {more} more left out"))
-    return lines or [Text("no batch in the last minute")]
+    return lines
 
 
 def _beside(batch: BatchView) -> str:
