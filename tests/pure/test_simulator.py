@@ -141,7 +141,7 @@ def test_a_trace_whose_arrays_do_not_fit_is_an_error(tmp_path: Path) -> None:
     trace = load_trace(trace_path(TRACE))
     for wrong in ({"starts": trace.starts[:1]}, {"starts": trace.starts[::-1]}, {"seed": trace.seed[:-1]}):
         save_trace(replace(trace, **wrong), tmp_path / "wrong.npz")
-        with pytest.raises(ModelError, match="starts must rise|has the shape"):
+        with pytest.raises(ModelError, match=r"starts must rise|has the shape"):
             load_trace(tmp_path / "wrong.npz")
 
 
