@@ -26,7 +26,7 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
     Raises ApiError with status 400, and the place of the problem, if it cannot be built.
     """
     asked = request.grammar
-    if asked is not None and isinstance(request, ChatRequest) and request.offered_tools:
+    if asked is not None and isinstance(request, ChatRequest) and _excludes_tools(request):
         text = f'{asked.param} cannot be combined with tools; send tool_choice "none" for the answer that is to have it'
         raise invalid(text, asked.param)
     option = _option_of(request, model)
@@ -46,6 +46,15 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
         return await asyncio.to_thread(built)
     except GrammarError as error:
         raise invalid(f"{option.param}: {error}", option.param, "invalid_grammar") from error
+
+
+def _excludes_tools(request: ChatRequest) -> bool:
+    """Return whether the grammar of an option excludes the tools of a chat.
+
+    Where calls must be made, the answer has no text to which `response_format` could apply.
+    """
+    has_form = request.response_format.type != "text"
+    return bool(request.offered_tools) and not (has_form and request.tool_choice.mode == "required")
 
 
 def _option_of(request: GenerationRequest, model: ServedModel) -> GrammarOption | None:

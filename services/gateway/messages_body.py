@@ -12,6 +12,7 @@ from pydantic_core import PydanticCustomError
 from services.gateway.body import Body, or_default
 from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
 from services.gateway.errors import invalid
+from services.gateway.grammar_options import ResponseFormat
 from services.gateway.schema import (
     BLOCK_TAG,
     MAX_STOP_CHARACTERS,
@@ -188,6 +189,33 @@ class ThinkingOption(Body):
         return switches
 
 
+class _FormatOfOutput(ResponseFormat):
+    """A chat's `response_format` under its name here."""
+
+    param = "output_config.format"
+    schema_param = "output_config.format.schema"
+
+
+class OutputFormat(Body):
+    """The form of the answer."""
+
+    type: Literal["json_schema"]
+    json_schema: Annotated[dict[str, Any], Field(alias="schema")]
+
+    def response_format(self) -> ResponseFormat:
+        """Return it as a chat's `response_format`. Anthropic's schemas are always strict."""
+        return _FormatOfOutput.model_validate(
+            {"type": self.type, "json_schema": {"schema": self.json_schema, "strict": True}}
+        )
+
+
+class OutputConfig(Body):
+    """The `output_config` option."""
+
+    format: OutputFormat | None = None
+    effort: Literal["low", "medium", "high", "xhigh"] | None = None
+
+
 class CountRequest(ChatForm):
     """POST /v1/messages/count_tokens, and what both bodies have."""
 
@@ -201,6 +229,7 @@ class CountRequest(ChatForm):
     tools: Annotated[list[MessagesTool], Field(max_length=MAX_TOOLS), or_default([])] = Field(default_factory=list)
     tool_choice: MessagesToolChoice | None = None
     thinking: ThinkingOption | None = None
+    output_config: Annotated[OutputConfig, or_default(OutputConfig())] = OutputConfig()
 
     def options(self, tokenizer: Tokenizer) -> dict[str, Any]:
         """Return the chat options that both bodies have. An answer continues a last message of the assistant.
@@ -211,7 +240,7 @@ class CountRequest(ChatForm):
         messages = [*system, *(made for message in self.messages for made in message.chat_messages())]
         if messages[-1].tool_calls:
             raise invalid("messages: the last message calls a tool; send the tool's result after it", "messages")
-        choice = self.tool_choice
+        choice, form = self.tool_choice, self.output_config.format
         return {
             "model": self.model,
             "messages": messages,
@@ -219,6 +248,8 @@ class CountRequest(ChatForm):
             "tools": [tool.tool() for tool in self.tools],
             "tool_choice": None if choice is None else choice.choice(),
             "parallel_tool_calls": choice is None or not choice.disable_parallel_tool_use,
+            "response_format": None if form is None else form.response_format(),
+            "reasoning_effort": self.output_config.effort,
             "chat_template_kwargs": {} if self.thinking is None else self.thinking.variables(tokenizer),
         }
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Awaitable, Callable, Sequence
 from time import monotonic
 from typing import Any
@@ -13,18 +14,23 @@ from fastapi.responses import Response
 from services.gateway.answer import Answer, Usage
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
-from services.gateway.errors import ApiError, encode, unavailable
+from services.gateway.errors import ApiError, encode, invalid, unavailable
 from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import chat_prompts
 from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
 from services.gateway.response import AnswerResponse, CompletionText, EventMaker
-from services.gateway.responses_body import Messages, ResponsesRequest, add_item
+from services.gateway.responses_body import Messages, ResponsesRequest, messages_of
 from services.gateway.schema import parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError, quoted
 from shared.messages import Finish
+
+MOST_RESPONSES = 256
+"""Responses whose items one input may refer to."""
+_ITEM_ID = re.compile(r"(?:msg|rs|fc)_([0-9a-f]{1,64})(?:_\d+)?")
+"""Id of an item, with the end of its response's id."""
 
 
 def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of: FindLimits) -> None:
@@ -37,7 +43,9 @@ def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of
         asked = parse(ResponsesRequest, await read_body(request))
         check_model(gateway, asked.model)
         key = key_of(request.scope)
-        messages = [*await _earlier(gateway, asked.previous_response_id, key), *asked.messages()]
+        stored = StoredResponses(gateway, key)
+        items = [await stored.item(item, f"input[{number}].id") for number, item in enumerate(asked.items)]
+        messages = [*await stored.conversation(asked.previous_response_id), *messages_of(items, "input")]
         chat = asked.chat(messages)
         limits = await limits_of(chat)
         prompts = await chat_prompts(tokenizer, limits, chat)
@@ -46,34 +54,58 @@ def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of
 
         async def keep(output: Sequence[Fields]) -> None:
             if asked.store:
-                record = {"holder": answer.form.holder, "messages": [*messages, *_as_messages(output)]}
+                conversation = [*messages, *messages_of(output, "output")]
+                record = {"holder": answer.form.holder, "messages": conversation, "output": output}
                 await gateway.sessions.keep_response(_response_id(answer), msgpack.packb(record))
 
         return ResponsesResponse(gateway, answer, asked, keep)
 
 
-async def _earlier(gateway: Gateway, response_id: str | None, key: ApiKey | None) -> Messages:
-    """Return the conversation up to a stored response. Raises ApiError."""
-    if response_id is None:
-        return []
-    try:
-        stored = await gateway.sessions.kept_response(response_id[:128])
-    except BrokersError as error:
-        raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
-    record = None if stored is None else msgpack.unpackb(stored)
-    if record is None or record["holder"] != (None if key is None else key.id):
-        text = f"the response {quoted(response_id)} is not stored, or no longer"
-        raise ApiError(404, text, code="previous_response_not_found", param="previous_response_id")
-    messages: Messages = record["messages"]
-    return messages
+class StoredResponses:
+    """The stored responses that a request names. Those of other keys are not found."""
 
+    def __init__(self, gateway: Gateway, key: ApiKey | None) -> None:
+        self._gateway = gateway
+        self._holder = None if key is None else key.id
+        self._read: dict[str, Fields | None] = {}
+        """Records by response id; None for a response that is not found."""
 
-def _as_messages(output: Sequence[Fields]) -> Messages:
-    """Return the items of an answer as messages of the conversation."""
-    messages: Messages = []
-    for number, item in enumerate(output):
-        add_item(messages, item, f"output[{number}]")
-    return messages
+    async def conversation(self, response_id: str | None) -> Messages:
+        """Return the conversation up to a response. Raises ApiError."""
+        if response_id is None:
+            return []
+        if (record := await self._record(response_id)) is None:
+            text = f"the response {quoted(response_id)} is not stored, or no longer"
+            raise ApiError(404, text, code="previous_response_not_found", param="previous_response_id")
+        messages: Messages = record["messages"]
+        return messages
+
+    async def item(self, item: Fields, where: str) -> Fields:
+        """Return the item that a reference names; other items stay. where: its name in errors. Raises ApiError."""
+        if item.get("type") != "item_reference":
+            return item
+        item_id = str(item.get("id"))
+        found = _ITEM_ID.fullmatch(item_id)
+        record = None if found is None else await self._record(f"resp_{found[1]}")
+        for one in [] if record is None else record.get("output", []):
+            if one["id"] == item_id:
+                stored: Fields = one
+                return stored
+        text = f"{where}: the item {quoted(item_id)} is not stored, or no longer"
+        raise ApiError(404, text, code="item_not_found", param=where)
+
+    async def _record(self, response_id: str) -> Fields | None:
+        if response_id not in self._read:
+            if len(self._read) >= MOST_RESPONSES:
+                raise invalid(f"input refers to items of more than {MOST_RESPONSES} responses", "input")
+            try:
+                stored = await self._gateway.sessions.kept_response(response_id[:128])
+            except BrokersError as error:
+                raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
+            record = None if stored is None else msgpack.unpackb(stored)
+            is_own = record is not None and record["holder"] == self._holder
+            self._read[response_id] = record if is_own else None
+        return self._read[response_id]
 
 
 class ResponsesResponse(AnswerResponse):

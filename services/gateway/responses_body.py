@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
@@ -97,14 +97,10 @@ class ResponsesRequest(ChatForm):
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: Annotated[bool, or_default(True)] = True
 
-    def messages(self) -> Messages:
-        """Return the input as a chat's messages. Raises ApiError."""
-        if isinstance(self.input, str):
-            return [{"role": "user", "content": self.input}]
-        messages: Messages = []
-        for number, item in enumerate(self.input):
-            add_item(messages, item, f"input[{number}]")
-        return messages
+    @property
+    def items(self) -> list[dict[str, Any]]:
+        """The items of the input."""
+        return [{"role": "user", "content": self.input}] if isinstance(self.input, str) else self.input
 
     def chat(self, messages: Messages) -> ChatRequest:
         """Return the same request as a chat with these messages. Raises ApiError."""
@@ -126,8 +122,15 @@ class ResponsesRequest(ChatForm):
         return chat_of(fields)
 
 
-def add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
-    """Add an item of an input or output to a chat's messages. Raises ApiError."""
+def messages_of(items: Sequence[Mapping[str, Any]], where: str) -> Messages:
+    """Return items as a chat's messages. where: their name in errors. Raises ApiError."""
+    messages: Messages = []
+    for number, item in enumerate(items):
+        _add_item(messages, item, f"{where}[{number}]")
+    return messages
+
+
+def _add_item(messages: Messages, item: Mapping[str, Any], where: str) -> None:
     kind = item.get("type", "message")
     if kind == "message":
         messages.append({"role": item.get("role"), "content": _content(item.get("content"), f"{where}.content")})

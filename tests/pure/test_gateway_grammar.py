@@ -187,7 +187,7 @@ async def test_what_does_not_go_together_is_refused(app: App) -> None:
         error = error_of(await app.chat(**choice, tools=[WEATHER], tool_choice=tool_choice), 400)
         assert error["param"] == "guided_choice"
     form = {"response_format": {"type": "json_object"}}
-    error = error_of(await app.chat(**form, tools=[WEATHER], tool_choice="required"), 400)
+    error = error_of(await app.chat(**form, tools=[WEATHER]), 400)
     assert error["param"] == "response_format"
     assert app.generated == []
     assert (await app.chat(**choice, tools=[WEATHER], tool_choice="none")).status_code == 200
@@ -195,6 +195,16 @@ async def test_what_does_not_go_together_is_refused(app: App) -> None:
 
 CALL = '{"name": "get_weather", "arguments": {"city": "Köln"}}'
 TIME = {"type": "function", "function": {"name": "get_time"}}
+
+
+async def test_a_form_has_no_effect_where_calls_must_be_made(app: App) -> None:
+    app.script = Script(CALL)
+    await app.chat(tools=[WEATHER], tool_choice="required")
+    alone = app.generated[-1].sampling.grammar
+    answer = await app.chat(response_format={"type": "json_object"}, tools=[WEATHER], tool_choice="required")
+    assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
+    assert alone is not None
+    assert app.generated[-1].sampling.grammar == alone
 
 
 async def test_tools_that_must_be_called_are_called_by_grammar(app: App, hermes: App) -> None:

@@ -15,6 +15,7 @@ import httpx
 import httpx2
 import pytest
 from gateway_peer import Script, tiny_target
+from pydantic import BaseModel
 from test_gateway_app import MODEL, THINKING, App, app, folder, guarded  # noqa: F401 fixtures
 from test_gateway_tools import CALL, HERMES_CALL, HERMES_TEMPLATE, ROOM, WEATHER, prompt_of, served
 
@@ -415,6 +416,39 @@ async def test_thinking_that_cannot_be_switched_is_refused(app: App, tmp_path: P
         assert response.status_code == status, response.text
         if status == 400:
             assert response.json()["error"]["message"].startswith("thinking")
+
+
+class City(BaseModel):
+    name: str
+
+
+async def test_the_official_client_parses_structured_output(app: App) -> None:  # noqa: F811
+    app.script = Script('{"name": "Bonn"}')
+    answer = await client_of(app).messages.parse(**BODY, output_format=City)
+    assert answer.parsed_output == City(name="Bonn")
+    grammar = app.generated[-1].sampling.grammar
+    schema = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+    await app.chat(guided_json=schema | {"additionalProperties": False})
+    assert grammar is not None
+    assert app.generated[-1].sampling.grammar is not None
+    for each in (grammar.text, app.generated[-1].sampling.grammar.text):
+        assert '"name"' in each
+
+
+@pytest.mark.parametrize(
+    ("config", "param"),
+    [
+        ({"format": {"type": "xml"}}, "output_config.format.type"),
+        ({"format": {"type": "json_schema"}}, "output_config.format.schema"),
+        ({"format": {"type": "json_schema", "schema": {"not": {}}}}, "output_config.format.schema"),
+        ({"effort": "low"}, "reasoning_effort"),
+        ({"effort": "none"}, "output_config.effort"),
+    ],
+)
+async def test_a_wrong_form_is_named(app: App, config: dict[str, Any], param: str) -> None:  # noqa: F811
+    response = await app.http.post("/v1/messages", json=BODY | {"output_config": config})
+    assert response.status_code == 400
+    assert response.json()["error"]["message"].partition(" ")[0].rstrip(":") == param
 
 
 async def test_the_official_client_knows_the_errors(app: App) -> None:  # noqa: F811

@@ -170,7 +170,7 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
             ({"input": [{"role": "user", "content": content}]}, "input[0].content[0].type")
             for content in (["text"], ["input_text"], [5], [{"type": ["text"], "text": "x"}])
         ],
-        ({"input": [{"type": "item_reference", "id": "x"}]}, "input[0].type"),
+        ({"input": [{"type": "computer_call", "id": "x"}]}, "input[0].type"),
         *[
             (
                 {"input": [{"type": "function_call", "call_id": "1", "name": "f", "arguments": arguments}]},
@@ -189,6 +189,41 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
 )
 async def test_what_is_not_supported_is_refused(app: App, options: dict[str, Any], param: str) -> None:  # noqa: F811
     assert error_of(await post(app, **options), 400)["param"] == param
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_items_are_named_by_reference(app: App, stream: bool) -> None:  # noqa: F811
+    app.script = Script(CALL, round_len=3)
+    response = await post(app, tools=[TOOL], stream=stream)
+    (call,) = (last_event(response)["response"] if stream else response.json())["output"]
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "2"}
+    question = {"role": "user", "content": "Hi"}
+    app.script = Script("2")
+    for item in (call, {"type": "item_reference", "id": call["id"]}):
+        assert (await post(app, input=[question, item, result], tools=[TOOL])).status_code == 200
+    assert app.generated[-1].prompt == app.generated[-2].prompt
+
+
+async def test_only_stored_items_are_named_by_reference(guarded: tuple[App, str]) -> None:  # noqa: F811
+    app, key = guarded  # noqa: F811
+    headers = {"authorization": f"Bearer {key}"}
+    kept, left = [
+        (await app.http.post("/v1/responses", json=BODY | {"store": store}, headers=headers)).json()
+        for store in (True, False)
+    ]
+    record = msgpack.unpackb(app.services.responses[kept["id"]])
+    app.services.responses["resp_0123"] = msgpack.packb(record | {"holder": "0123456789ab"})
+    of_before = {name: value for name, value in record.items() if name != "output"}
+    app.services.responses["resp_4567"] = msgpack.packb(of_before)
+
+    async def named(item_id: Any) -> httpx.Response:
+        body = BODY | {"input": [{"type": "item_reference", "id": item_id}, {"role": "user", "content": "And?"}]}
+        return await app.http.post("/v1/responses", json=body, headers=headers)
+
+    assert (await named(kept["output"][0]["id"])).status_code == 200
+    for unknown in (left["output"][0]["id"], "msg_0123", "msg_4567", f"{kept['output'][0]['id']}_7", "x" * 5000, None):
+        error = error_of(await named(unknown), 404)
+        assert (error["code"], error["param"]) == ("item_not_found", "input[0].id")
 
 
 class City(BaseModel):

@@ -237,8 +237,7 @@ MESSAGES_OPTIONS: Mapping[str, UnsupportedOption] = {
     "context_management": _NEVER,
     "max_completion_tokens": _LENGTH,
     "mcp_servers": _NO_LIST,
-    "output_config": _NEVER,
-    "output_format": _NEVER,
+    "output_format": _instead("the option is `output_config`"),
     "service_tier": _harmless("auto", "standard_only"),
     "stop": _instead("stop texts are `stop_sequences`", []),
 }
