@@ -213,7 +213,7 @@ GROUPS = [
 ]
 """Options are tried in groups of `TOGETHER`: among all of them, nearly every drawn body has a wrong one."""
 READS = [(path, method) for path, methods in DOCUMENT["paths"].items() for method in methods if method != "post"]
-CHECKS = [not_a_server_error, status_code_conformance, content_type_conformance, response_schema_conformance]
+CHECKS = [status_code_conformance, content_type_conformance, response_schema_conformance]
 some = hypothesis_settings(
     max_examples=6, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None
 )
@@ -249,7 +249,9 @@ async def check(app: App, case: Case) -> None:  # noqa: F811
         headers={**(sent.get("headers") or {}), "content-type": "application/json"},
         **({"json": sent["json"]} if "json" in sent else {"content": sent.get("data")}),
     )
-    case.validate_response(response, checks=CHECKS)
+    # A drawn name of a pool has no drafters.
+    is_pool = response.status_code == 503 and response.json()["error"].get("code") == "no_drafter"
+    case.validate_response(response, checks=CHECKS if is_pool else [not_a_server_error, *CHECKS])
 
 
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
