@@ -33,6 +33,10 @@ EXPORTERS = ("otlp", "console", "none")
 TRACEPARENT = "traceparent"
 SESSIONS_HEADER = "x-wisp-traces"
 """Header of a batch: the trace context of each session with a trace."""
+MOST_BYTES = 65_536
+"""Longest header of a batch: all headers of a message have to fit into one AMQP frame, of 128 KiB by default."""
+TABLE_BYTES = 32
+"""Bytes of a session's entry in a header, beside its texts."""
 CLOSE_S = 3.0
 """Longest time at the end to export the last spans."""
 
@@ -309,8 +313,19 @@ def received(headers: Headers) -> Iterator[None]:
 
 
 def headers_of(spans: Mapping[str, Span]) -> Headers:
-    """Return the headers of a message about several sessions, given the span of each session with a trace."""
-    return {SESSIONS_HEADER: {session_id: dict(span.headers) for session_id, span in spans.items()}} if spans else {}
+    """Return the headers of a message about several sessions, given the span of each session with a trace.
+
+    Contexts beyond `MOST_BYTES` are left out: their sessions are not traced in the receiver.
+    """
+    traces = {}
+    left = MOST_BYTES
+    for session_id, span in spans.items():
+        headers = dict(span.headers)
+        left -= len(session_id) + sum(len(name) + len(text) for name, text in headers.items()) + TABLE_BYTES
+        if left < 0:
+            break
+        traces[session_id] = headers
+    return {SESSIONS_HEADER: traces} if traces else {}
 
 
 def session_spans() -> dict[str, Span]:

@@ -13,6 +13,7 @@ import builders
 import pytest
 from opentelemetry.sdk.trace.sampling import ALWAYS_OFF, ParentBased
 from otlp import Recorded, recording
+from pamqp.encode import field_table as encode_table
 
 from services.scheduler.queue_spans import QueueSpans
 from shared.errors import SettingsError
@@ -71,7 +72,6 @@ def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
 
 WITHOUT_SDK = """
 import sys
-import time
 class Missing:
     def find_spec(self, name, path=None, target=None):
         if name.startswith(("opentelemetry.sdk", "opentelemetry.exporter")):
@@ -100,7 +100,6 @@ def test_a_service_without_traces_does_without_the_packages() -> None:
 def test_log_lines_within_a_span_have_its_ids() -> None:
     code = f"""
 import sys
-import time
 from shared.runtime import logging, service, settings, tracing
 async def serve(*_):
     logging.get().info("outside")
@@ -184,6 +183,14 @@ def test_a_batch_carries_the_context_of_each_session(spans: Recorded) -> None:
     queued.forget("a")
     queued.forget("b")
     assert not queued
+
+
+def test_the_contexts_of_a_large_batch_fit_into_an_amqp_frame(spans: Recorded) -> None:
+    client = {"traceparent": CLIENT, "tracestate": ",".join(f"vendor{n}={'x' * 200}" for n in range(8))}
+    rounds = {f"chatcmpl-{n:024x}": tracing.begin("round", client) for n in range(300)}
+    headers = tracing.headers_of(rounds)
+    assert 10 < len(headers[tracing.SESSIONS_HEADER]) < 300
+    assert len(encode_table(dict(headers))) <= 65_536 + 100
 
 
 def test_a_round_sent_again_waits_from_its_first_arrival(spans: Recorded) -> None:
