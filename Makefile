@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -48,6 +48,11 @@ test: setup tools ## run all tests on private brokers (ARGS="-n 0": one by one)
 test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Debian
 	@.ci/brokers $(BIN)/python -m pytest -n 0 tests/broker tests/stack/test_cluster.py \
 		tests/stack/test_least_privilege.py $(ARGS)
+
+# Triton is 200 MB to fetch and 700 MB on disk, too much for every set-up.
+test-gpu: setup ## test the kernels for GPUs in Triton's interpreter; needs no GPU
+	@$(BIN)/pip install --quiet --constraint constraints.txt $$(grep '^triton==' constraints.txt)
+	@$(BIN)/python -m pytest $(PARALLEL) tests/model/test_gpu_*.py $(ARGS)
 
 lint: setup ## run linter, formatter and type checker
 	@status=0; \

@@ -17,6 +17,8 @@ from groups import group_of, place_of
 # Set before torch or numpy is loaded: their waiting threads must not take the cores from what is under test.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+# Set before Triton is loaded, where it is installed: kernels for GPUs are computed by its interpreter.
+os.environ.setdefault("TRITON_INTERPRET", "1")
 
 from services.tools.local.brokers import Brokers
 from services.tools.local.folder import RunFolder

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from shared.errors import ModelError
 from shared.kernels.formats import Blocks
 
-LARGEST = {"bfloat16": 3.3895313892515355e38, "int8": 127 * 65504.0}
+LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38, "int8": 127 * 65504.0}
 """Largest magnitude that a format of weights holds, where it is less than float32's."""
 
 

@@ -1,0 +1,443 @@
+"""A described model's whole forward pass by Triton kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+
+from shared.gpu_kernels import source
+from shared.gpu_kernels.launches import Launcher, launch
+from shared.gpu_kernels.plan import ALIGNMENT, ROW_SECTIONS, BatchPlan, plan_batch
+from shared.gpu_kernels.products import (
+    DTYPES,
+    NARROW,
+    ROW_TILE,
+    WIDE,
+    WIDE_FROM,
+    DeviceProduct,
+    ProductTiles,
+    ReadWeight,
+    WeightLoader,
+)
+from shared.kernels.cache import PackedBatch
+from shared.kernels.formats import padded
+from shared.kernels.layout import BLOCK
+from shared.models.description import AttentionDescription, LayerDescription, Linear, ModelDescription, Norm, Rope
+from shared.models.rope import rotation_table
+
+RUN: Final[int] = source.SPLIT.value
+"""Tokens of a run of keys."""
+RUN_FLOATS: Final = 1 << 24
+"""Most floats of the runs' results. Batches beyond compute the runs of a span one after the other."""
+_WARPS: Final = {"num_warps": 4, "num_stages": 2}
+
+
+def _width(count: int, least: int = 1) -> int:
+    """Return the next power of two, at least `least`."""
+    return max(least, 1 << (count - 1).bit_length())
+
+
+@dataclass(frozen=True, slots=True)
+class _DeviceNorm:
+    gain: torch.Tensor
+    eps: float
+
+
+@dataclass(frozen=True, slots=True)
+class _DeviceLayer:
+    """A layer's weights."""
+
+    description: LayerDescription
+    qkv: DeviceProduct
+    out: DeviceProduct
+    gate: DeviceProduct
+    up: DeviceProduct
+    down: DeviceProduct
+    attention_norm: _DeviceNorm | None
+    attention_post_norm: _DeviceNorm | None
+    mlp_norm: _DeviceNorm | None
+    mlp_post_norm: _DeviceNorm | None
+    q_norm: _DeviceNorm | None
+    k_norm: _DeviceNorm | None
+
+
+class GpuDecoder:
+    """A described model and its KV on a device.
+
+    The bits of a row's states and logits depend on the weights and on the row's session alone (`source`). Activations
+    between products are float32, operands have the weights' format. Not thread-safe.
+    """
+
+    def __init__(
+        self,
+        model: ModelDescription,
+        read: ReadWeight,
+        *,
+        form: str,
+        blocks: int,
+        torch_device: torch.device,
+        launcher: Launcher = launch,
+    ) -> None:
+        """form: of weights, keys and values (`DTYPES`). blocks: capacity of the cache, `BLOCK` tokens each."""
+        self.model, self.torch_device = model, torch_device
+        self.wide_tiles = False
+        """True if products of many rows take wide tiles. Set after a check that they have the bits of narrow ones."""
+        self.joins_runs: bool | None = None
+        """Compute the runs of a long session in parallel; None to decide by the batch. No bit depends on it."""
+        self._launch, self._dtype = launcher, DTYPES[form]
+        first = model.layers[0].attention
+        self._heads, self._kv_heads, self._head_size = first.heads, first.kv_heads, first.head_size
+        self._group = self._heads // self._kv_heads
+        self._lanes = _width(self._group, ROW_TILE)
+        shape = (len(model.layers), blocks, self._kv_heads, BLOCK, self._head_size)
+        self.keys = torch.zeros(shape, dtype=self._dtype, device=torch_device)
+        self.values = torch.zeros(shape, dtype=self._dtype, device=torch_device)
+        self._load(read, form)
+        self._ropes = _DeviceRotations({layer.attention.rope for layer in model.layers}, torch_device)
+        self._capacity = 0
+        self._words = self._empty(0, torch.int32)
+
+    def views(self, block: int) -> Sequence[torch.Tensor]:
+        """Return views of a block's keys and values in all layers."""
+        return [self.keys[:, block], self.values[:, block]]
+
+    def forward(
+        self, batch: PackedBatch, *, tokens: Sequence[int], wanted: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Compute a packed batch and keep its KV.
+
+        Returns the last norm's output (tokens, hidden size), a view that the next call overwrites, and logits of the
+        wanted rows, new (wanted, vocabulary).
+        """
+        rows = sum(batch.counts)
+        self._grow(max(rows, len(wanted)))
+        plan = plan_batch(
+            batch,
+            tokens,
+            wanted,
+            capacity=self._capacity,
+            span_tokens=self._lanes // self._group,
+            run=RUN,
+        )
+        self._upload(plan)
+        self._ropes.cover(plan.runs * RUN)
+        self.launch_layers(rows, plan.spans, plan.runs)
+        return self._states[:rows], self.launch_head(len(wanted))
+
+    def launch_layers(self, rows: int, spans: int, runs: int) -> None:
+        """Launch the kernels from the embedding to the last norm, for the batch in the buffers."""
+        size, stride = self.model.hidden_size, self._x.shape[1]
+        self._launch(
+            source.embed,
+            (rows,),
+            self._x,
+            self._section(0),
+            self._embedding.weight,
+            SIZE=size,
+            X_STRIDE=stride,
+            EMBEDDING_STRIDE=self._embedding.depth,
+            WIDTH=_width(size),
+            MULTIPLIER=self.model.embedding_multiplier,
+            **_WARPS,
+        )
+        norms = [layer.attention_norm for layer in self._layers[1:]]
+        self._add_and_norm(rows, None, 1.0, None, self._layers[0].attention_norm)
+        for number, layer in enumerate(self._layers):
+            factor = layer.description.residual_multiplier
+            self._multiply(rows, self._normed, layer.qkv, self._qkv)
+            self._attend(number, layer, rows, spans, runs)
+            self._multiply(rows, self._attended, layer.out, self._product)
+            self._add_and_norm(rows, self._product, factor, layer.attention_post_norm, layer.mlp_norm)
+            self._multiply_gated(rows, layer)
+            self._multiply(rows, self._gated, layer.down, self._product)
+            last = number == len(self._layers) - 1
+            norm = self._norm if last else norms[number]
+            self._add_and_norm(rows, self._product, factor, layer.mlp_post_norm, norm, keeps=last)
+
+    def launch_head(self, wanted: int) -> torch.Tensor:
+        """Launch the head for the first wanted rows in the buffers; return their logits, new."""
+        model, columns = self.model, self._head.padded_outputs
+        logits = torch.empty(padded(wanted, ROW_TILE), columns, device=self.torch_device)
+        if wanted:
+            self._multiply(
+                wanted, self._normed, self._head, logits, self._section(3), model.logit_multiplier, model.logit_softcap
+            )
+        return logits[:wanted, : self._head.outputs]
+
+    def multiply_rows(self, product: DeviceProduct, x: torch.Tensor, tiles: ProductTiles | None = None) -> torch.Tensor:
+        """Return x @ weight^T + bias of rows up to a whole tile, for checks of tiles."""
+        out = torch.empty(len(x), product.padded_outputs, device=self.torch_device)
+        self._multiply(len(x), x, product, out, tiles=tiles)
+        return out
+
+    def products(self) -> list[DeviceProduct]:
+        """Return one product of each shape."""
+        found = {}
+        for layer in self._layers:
+            for product in (layer.qkv, layer.out, layer.gate, layer.down):
+                found[tuple(product.weight.shape)] = product
+        found[tuple(self._head.weight.shape)] = self._head
+        return list(found.values())
+
+    def _load(self, read: ReadWeight, form: str) -> None:
+        model, loader = self.model, WeightLoader(read, form, self.torch_device)
+
+        def norm(described: Norm | None) -> _DeviceNorm | None:
+            return _DeviceNorm(loader.vector(described.gain, described.offset), described.eps) if described else None
+
+        self._embedding = loader.product([Linear(model.embedding)])
+        tied = model.head.weight == model.embedding and model.head.bias is None
+        self._head = self._embedding if tied else loader.product([model.head])
+        self._norm = norm(model.norm)
+        self._layers = []
+        for layer in model.layers:
+            attention, mlp = layer.attention, layer.mlp
+            biased = mlp.gate.bias is not None or mlp.up.bias is not None
+            self._layers.append(
+                _DeviceLayer(
+                    layer,
+                    qkv=loader.product([attention.q, attention.k, attention.v]),
+                    out=loader.product([attention.out]),
+                    gate=loader.product([mlp.gate], biased=biased),
+                    up=loader.product([mlp.up], biased=biased),
+                    down=loader.product([mlp.down]),
+                    attention_norm=norm(layer.attention_norm),
+                    attention_post_norm=norm(layer.attention_post_norm),
+                    mlp_norm=norm(layer.mlp_norm),
+                    mlp_post_norm=norm(layer.mlp_post_norm),
+                    q_norm=norm(attention.q_norm),
+                    k_norm=norm(attention.k_norm),
+                )
+            )
+
+    def _grow(self, rows: int) -> None:
+        """Make room for this many rows. Padding columns are zero and stay so."""
+        if rows <= self._capacity:
+            return
+        capacity = padded(rows, ROW_TILE)
+        layer = self._layers[0]
+        self._x = self._empty((capacity, self.model.hidden_size), torch.float32)
+        self._states = self._empty((capacity, self.model.hidden_size), torch.float32)
+        self._normed = self._empty((capacity, layer.qkv.depth), self._dtype)
+        self._qkv = self._empty((capacity, layer.qkv.padded_outputs), torch.float32)
+        self._query = self._empty((capacity, self._heads * self._head_size), self._dtype)
+        self._attended = self._empty((capacity, layer.out.depth), self._dtype)
+        self._product = self._empty((capacity, layer.out.padded_outputs), torch.float32)
+        inner = max(one.gate.padded_outputs for one in self._layers)
+        self._gated = self._empty((capacity, inner), self._dtype)
+        self._run_mixed, self._run_sums = self._empty(0, torch.float32), self._empty(0, torch.float32)
+        self._words = self._empty(ROW_SECTIONS * capacity, torch.int32)
+        self._capacity = capacity
+
+    def _upload(self, plan: BatchPlan) -> None:
+        if len(plan.words) > len(self._words):
+            self._words = self._empty(padded(2 * len(plan.words), ALIGNMENT), torch.int32)
+        self._words[: len(plan.words)].copy_(torch.from_numpy(plan.words), non_blocking=True)
+
+    def _section(self, number: int) -> torch.Tensor:
+        return self._words[number * self._capacity :]
+
+    def _empty(self, shape: int | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.zeros(shape, dtype=dtype, device=self.torch_device)
+
+    def _tiles(self, rows: int) -> ProductTiles:
+        return WIDE if self.wide_tiles and rows >= WIDE_FROM else NARROW
+
+    def _multiply(
+        self,
+        rows: int,
+        x: torch.Tensor,
+        product: DeviceProduct,
+        out: torch.Tensor,
+        chosen: torch.Tensor | None = None,
+        multiplier: float = 1.0,
+        softcap: float = 0.0,
+        tiles: ProductTiles | None = None,
+    ) -> None:
+        options = product.options(tiles or self._tiles(rows))
+        self._launch(
+            source.multiply,
+            (-(-rows // options["BLOCK_M"]), product.padded_outputs // options["BLOCK_N"]),
+            x,
+            product.weight,
+            self._x if product.bias is None else product.bias,
+            self._words if chosen is None else chosen,
+            out,
+            X_STRIDE=x.shape[1],
+            OUT_STRIDE=out.shape[1],
+            HAS_BIAS=product.bias is not None,
+            CHOOSES=chosen is not None,
+            MULTIPLIER=multiplier,
+            SOFTCAP=softcap,
+            **options,
+        )
+
+    def _multiply_gated(self, rows: int, layer: _DeviceLayer) -> None:
+        gate, up = layer.gate, layer.up
+        options = gate.options(self._tiles(rows))
+        self._launch(
+            source.multiply_gated,
+            (-(-rows // options["BLOCK_M"]), gate.padded_outputs // options["BLOCK_N"]),
+            self._normed,
+            gate.weight,
+            up.weight,
+            self._x if gate.bias is None else gate.bias,
+            self._x if up.bias is None else up.bias,
+            self._gated,
+            X_STRIDE=self._normed.shape[1],
+            OUT_STRIDE=self._gated.shape[1],
+            HAS_BIAS=gate.bias is not None,
+            ACTIVATION=layer.description.mlp.activation,
+            **options,
+        )
+
+    def _add_and_norm(
+        self,
+        rows: int,
+        added: torch.Tensor | None,
+        multiplier: float,
+        post_norm: _DeviceNorm | None,
+        norm: _DeviceNorm | None,
+        *,
+        keeps: bool = False,
+    ) -> None:
+        size = self.model.hidden_size
+        self._launch(
+            source.add_and_norm,
+            (rows,),
+            self._x,
+            self._x if added is None else added,
+            post_norm.gain if post_norm else self._x,
+            norm.gain if norm else self._x,
+            self._normed,
+            self._states,
+            SIZE=size,
+            X_STRIDE=self._x.shape[1],
+            ADDED_STRIDE=0 if added is None else added.shape[1],
+            NORMED_STRIDE=self._normed.shape[1],
+            WIDTH=_width(size),
+            ADDS=added is not None,
+            POST_NORMS=post_norm is not None,
+            NORMS=norm is not None,
+            KEEPS=keeps,
+            MULTIPLIER=multiplier,
+            POST_EPS=post_norm.eps if post_norm else 0.0,
+            EPS=norm.eps if norm else 0.0,
+            **_WARPS,
+        )
+
+    def _attend(self, number: int, layer: _DeviceLayer, rows: int, spans: int, runs: int) -> None:
+        attention = layer.description.attention
+        self._rotate_and_store(number, layer, rows)
+        floats = rows * self._heads * runs
+        joins = self.joins_runs
+        if joins is None:
+            joins = floats * self._head_size <= RUN_FLOATS
+        if joins and len(self._run_sums) < 2 * floats:
+            self._run_mixed = self._empty(floats * self._head_size, torch.float32)
+            self._run_sums = self._empty(2 * floats, torch.float32)
+        shape: dict[str, Any] = {
+            "OUT_STRIDE": self._attended.shape[1],
+            "KV_HEADS": self._kv_heads,
+            "GROUP": self._group,
+            "HEAD_SIZE": self._head_size,
+            "HEAD_WIDTH": _width(self._head_size, 16),
+            "WINDOW": min(attention.window, 1 << 30),
+        }
+        self._launch(
+            source.attend,
+            (spans, self._kv_heads, runs if joins else 1),
+            self._query,
+            self.keys[number],
+            self.values[number],
+            self._section(4),
+            self._section(ROW_SECTIONS),
+            self._attended,
+            self._run_mixed,
+            self._run_sums,
+            1 if joins else runs,
+            runs,
+            int(not joins),
+            Q_STRIDE=self._query.shape[1],
+            SCALE=attention.scale,
+            SOFTCAP=attention.softcap,
+            BLOCK_M=self._lanes,
+            **shape,
+            num_warps=4 if self._head_size <= 64 else 8,
+            num_stages=2,
+        )
+        if joins:
+            self._launch(
+                source.join,
+                (rows, self._kv_heads),
+                self._section(1),
+                self._attended,
+                self._run_mixed,
+                self._run_sums,
+                runs,
+                GROUP_WIDTH=_width(self._group),
+                **shape,
+                **_WARPS,
+            )
+
+    def _rotate_and_store(self, number: int, layer: _DeviceLayer, rows: int) -> None:
+        attention: AttentionDescription = layer.description.attention
+        cosines, sines = self._ropes.tables(attention.rope)
+        self._launch(
+            source.rotate_and_store,
+            (rows,),
+            self._qkv,
+            self._section(1),
+            self._section(2),
+            layer.q_norm.gain if layer.q_norm else self._x,
+            layer.k_norm.gain if layer.k_norm else self._x,
+            cosines,
+            sines,
+            self._query,
+            self.keys[number],
+            self.values[number],
+            QKV_STRIDE=self._qkv.shape[1],
+            Q_STRIDE=self._query.shape[1],
+            HEADS=self._heads,
+            HEADS_WIDTH=_width(self._heads),
+            KV_HEADS=self._kv_heads,
+            KV_WIDTH=_width(self._kv_heads),
+            HEAD_SIZE=self._head_size,
+            HEAD_WIDTH=_width(self._head_size, 16),
+            NORMS_Q=layer.q_norm is not None,
+            NORMS_K=layer.k_norm is not None,
+            WHOLE=attention.norms_whole_row,
+            Q_EPS=layer.q_norm.eps if layer.q_norm else 0.0,
+            K_EPS=layer.k_norm.eps if layer.k_norm else 0.0,
+            PAIRS=len(attention.rope.inverse_frequencies) if attention.rope else 0,
+            **_WARPS,
+        )
+
+
+class _DeviceRotations:
+    """Tables of cosines and sines on the device, one pair per rope, as long as the longest session needs."""
+
+    def __init__(self, ropes: set[Rope | None], torch_device: torch.device) -> None:
+        self._ropes, self._device = [rope for rope in ropes if rope], torch_device
+        self._length = 0
+        self._tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._none = torch.zeros(1, device=torch_device)
+
+    def cover(self, length: int) -> None:
+        """Have positions up to `length`."""
+        if length <= self._length:
+            return
+        self._length = _width(length, 1024)
+        for rope in self._ropes:
+            cosines, sines = rotation_table(rope, self._length)
+            self._tables[rope] = (
+                torch.from_numpy(cosines).to(self._device),
+                torch.from_numpy(sines).to(self._device),
+            )
+
+    def tables(self, rope: Rope | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return a rope's cosines and sines, each (positions, pairs)."""
+        return self._tables[rope] if rope else (self._none, self._none)
