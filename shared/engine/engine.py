@@ -66,7 +66,9 @@ class Engine:
 
     The bits of a position's logits depend on the model, the dtype and the tokens up to it. They do not depend on the
     other sessions of a pass, on how tokens were split into steps, on caching, sharing, rollback or eviction, nor on
-    the number of threads. Tested on the CPU in bfloat16, float32 and int8; not claimed for other devices.
+    the number of threads. Tested on the CPU in bfloat16, float32 and int8. On NVIDIA GPUs the same is built into the
+    kernels, which are tested in Triton's interpreter and have not run on a GPU yet; `batch_invariant` says what a check
+    at load found. Not claimed for other devices.
 
     Not thread-safe: one thread at a time. `threads` is torch's setting for the whole process.
     """
@@ -302,17 +304,29 @@ class Engine:
         return Output(logits, offsets)
 
 
-def _forward_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> tuple[ForwardPass, str]:
-    """Return the compiled pass if it covers model and device, else transformers' module code and the reason for it."""
-    require_model_folder(folder)
-    reason, doubt = f"compiled code runs on the CPU, not on {device}", None
+def _kernel_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> ForwardPass:
+    """Return the compiled pass on the CPU, and that by Triton kernels on NVIDIA GPUs. Raises NotDescribed."""
     if device.type == "cpu":
         from shared.engine.compiled_pass import CompiledPass
 
-        try:
-            return CompiledPass(Path(folder), form=dtype, threads=threads, blocks=blocks), ""
-        except NotDescribed as error:
-            reason, doubt = str(error), error
+        return CompiledPass(folder, form=dtype, threads=threads, blocks=blocks)
+    if device.type != "cuda" or torch.version.hip:
+        raise NotDescribed(f"kernels run on CPUs and NVIDIA GPUs, not on {device}")
+    try:
+        from shared.engine.gpu_pass import GpuPass
+    except ImportError as error:
+        raise NotDescribed(f"the kernels for GPUs need Triton, which cannot be loaded ({error})") from error
+    return GpuPass(folder, form=dtype, torch_device=device, blocks=blocks)
+
+
+def _forward_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> tuple[ForwardPass, str]:
+    """Return the pass by kernels if it covers model and device, else transformers' module code and the reason."""
+    require_model_folder(folder)
+    try:
+        return _kernel_pass(Path(folder), dtype, device, threads, blocks), ""
+    except NotDescribed as error:
+        doubt = error
+    reason = str(doubt)
     if dtype not in ("bfloat16", "float32"):
         if isinstance(doubt, Inconsistent):
             raise ModelError(f"{folder}: {reason}. Correct config.json, or download the model again.")
