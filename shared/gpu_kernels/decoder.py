@@ -10,7 +10,7 @@ import torch
 
 from shared.gpu_kernels import source
 from shared.gpu_kernels.launches import Launcher, launch
-from shared.gpu_kernels.plan import ALIGNMENT, ROW_SECTIONS, BatchPlan, plan_batch
+from shared.gpu_kernels.plan import ALIGNMENT, ROW_SECTIONS, LaunchPlan, plan_batch
 from shared.gpu_kernels.products import (
     DTYPES,
     NARROW,
@@ -232,7 +232,7 @@ class GpuDecoder:
         self._words = self._empty(ROW_SECTIONS * capacity, torch.int32)
         self._capacity = capacity
 
-    def _upload(self, plan: BatchPlan) -> None:
+    def _upload(self, plan: LaunchPlan) -> None:
         if len(plan.words) > len(self._words):
             self._words = self._empty(padded(2 * len(plan.words), ALIGNMENT), torch.int32)
         self._words[: len(plan.words)].copy_(torch.from_numpy(plan.words), non_blocking=True)

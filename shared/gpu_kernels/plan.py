@@ -20,7 +20,7 @@ ROW_SECTIONS: Final = 4 + SPAN_WORDS
 
 
 @dataclass(frozen=True)
-class BatchPlan:
+class LaunchPlan:
     """A packed batch for buffers of some capacity of rows."""
 
     words: NDArray[np.int32]
@@ -35,7 +35,7 @@ class BatchPlan:
 
 def plan_batch(
     batch: PackedBatch, tokens: Sequence[int], wanted: Sequence[int], *, capacity: int, span_tokens: int, run: int
-) -> BatchPlan:
+) -> LaunchPlan:
     """Lay out a batch. Rows, spans and wanted rows up to the capacity are inert: they write nothing that is read.
 
     capacity: multiple of `ALIGNMENT`, at least the rows. span_tokens: most tokens of a span. run: tokens of a run.
@@ -59,4 +59,4 @@ def plan_batch(
             spans[number] = row + done, start + done, min(span_tokens, count - done), offset
             number += 1
         row += count
-    return BatchPlan(words, capacity, rows, number, int(positions.max()) // run + 1)
+    return LaunchPlan(words, capacity, rows, number, int(positions.max()) // run + 1)

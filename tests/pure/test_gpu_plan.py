@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from shared.gpu_kernels.plan import ROW_SECTIONS, BatchPlan, plan_batch
+from shared.gpu_kernels.plan import ROW_SECTIONS, LaunchPlan, plan_batch
 from shared.kernels.cache import PackedBatch
 
 CAPACITY = 64
 TWO = PackedBatch(tables=[[7, 3], [5]], starts=[62, 0], counts=[4, 3])
 
 
-def planned(batch: PackedBatch, wanted: tuple[int, ...] = (), span_tokens: int = 21) -> BatchPlan:
+def planned(batch: PackedBatch, wanted: tuple[int, ...] = (), span_tokens: int = 21) -> LaunchPlan:
     tokens = range(100, 100 + sum(batch.counts))
     return plan_batch(batch, tokens, wanted, capacity=CAPACITY, span_tokens=span_tokens, run=256)
 
 
-def section(plan: BatchPlan, number: int, count: int = 7) -> list[int]:
+def section(plan: LaunchPlan, number: int, count: int = 7) -> list[int]:
     return plan.words[number * CAPACITY :][:count].tolist()
 
 
-def spans(plan: BatchPlan) -> list[list[int]]:
+def spans(plan: LaunchPlan) -> list[list[int]]:
     return plan.words[4 * CAPACITY : ROW_SECTIONS * CAPACITY].reshape(-1, 4).tolist()
 
 
