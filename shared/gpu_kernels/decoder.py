@@ -98,7 +98,7 @@ class GpuDecoder:
         self._load(read, form)
         self._ropes = _DeviceRotations({layer.attention.rope for layer in model.layers}, torch_device)
         self._capacity = 0
-        self._words = self._empty(0, torch.int32)
+        self._grow(ROW_TILE)
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
         """Return views of a block's keys and values in all layers."""

@@ -52,7 +52,7 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
         return gpu_pass.GpuPass(folder, form=dtype, torch_device=device, blocks=blocks)
 
     # The length of the check at load, short for the interpreter.
-    monkeypatch.setattr(gpu_pass, "CHECKED_TOKENS", 8)
+    monkeypatch.setattr(gpu_pass, "CHECKED_TOKENS", 4)
     monkeypatch.setattr(engine, "_kernel_pass", kernel_pass)
 
 
