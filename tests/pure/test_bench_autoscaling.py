@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from itertools import pairwise
 
-from services.tools.bench.scaling.core.autoscaling import SchedulerMetrics, desired_verifiers
+from services.tools.bench.scaling.core.autoscaling import Autoscaler, SchedulerMetrics, desired_verifiers
 from services.tools.bench.scaling.load_step import scheduler_metrics
 
 METRICS = """\
@@ -53,3 +54,28 @@ def test_missed_deadlines_count_for_a_minute() -> None:
     before = [SchedulerMetrics(met=100, missed=100)] * 13
     assert desired_verifiers(2, before)[0] == 1, "long ago"
     assert desired_verifiers(2, [*before[1:], SchedulerMetrics(met=190, missed=110)]) == (4, "deadlines-missed")
+
+
+def numbers(scaler: Autoscaler, load: list[SchedulerMetrics]) -> list[int]:
+    """The wanted number of verifiers after each sample, one every 5 s."""
+    found = []
+    for tick, metrics in enumerate(load):
+        scaler.sample(metrics)
+        scaler.change(5.0 * tick)
+        found.append(scaler.current)
+    return found
+
+
+def test_a_crowd_doubles_the_verifiers_every_quarter_minute() -> None:
+    busy = SchedulerMetrics(utilization=7.0)
+    assert numbers(Autoscaler(1, 16), [busy] * 13) == [3] * 3 + [6] * 3 + [12] * 3 + [16] * 4
+
+
+def test_verifiers_stop_one_by_one_after_five_quiet_minutes() -> None:
+    scaler = Autoscaler(1, 4)
+    assert numbers(scaler, [SchedulerMetrics(utilization=7.0)] * 4)[-1] == 4
+    found = numbers(scaler, [SchedulerMetrics()] * 200)
+    assert found[:55] == [4] * 55
+    stops = [tick for tick in range(1, 200) if found[tick] < found[tick - 1]]
+    assert [found[tick] for tick in stops] == [3, 2, 1]
+    assert all(24 <= later - sooner <= 27 for sooner, later in pairwise(stops))

@@ -12,7 +12,7 @@ from services.scheduler.core import pacing
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import FORGOTTEN_MS, LOST_FACTOR, LOST_SLACK_MS, Dispatcher, SchedulingRules
 from services.scheduler.core.policies import POLICIES, PolicyOptions
-from services.scheduler.core.pool import ActiveSession
+from services.scheduler.core.pool import ActiveSession, InFlight
 from services.scheduler.core.verifier_runs import RunningRun
 from shared import cost
 from shared.messages import (
@@ -362,6 +362,39 @@ def test_wisp_plus_moves_sessions_to_an_idle_verifier_if_that_pays() -> None:
     assert set(next_rounds(crowded("wisp+", options=PolicyOptions(without=frozenset({"migration"}))))) == {"v1"}
     moved = next_rounds(crowded("wisp+"))
     assert moved["v2"] > 5
+
+
+def test_prompts_do_not_drive_away_a_session_with_kv() -> None:
+    """A round does not wait behind them: the next step has room for both."""
+    d = dispatcher("wisp+", heartbeat("v1", held={"s": 409}), heartbeat("v2"))
+    d.on_heartbeat(heartbeat("v2", draining=True), 0.0)
+    for i in range(8):
+        d.on_verify(verify(f"prompt-{i}", base=1500, draft=0, slack=8000.0), 0.0)
+    d.fleet.verifiers["v2"].heartbeat = heartbeat("v2")  # it is back, and has taken no prompt yet
+    assert d.fleet.queues["v1"].work_ms > 4000
+    assert not d.fleet.queues["v2"]
+    d.on_verify(verify("s", round_=5, base=410, slack=100.0), 0.0)
+    assert "s" in d.fleet.queues["v1"].rounds
+
+
+def test_a_round_goes_out_once_beside_a_chunk_on_another_verifier() -> None:
+    d = dispatcher("wisp+", heartbeat("v1"), heartbeat("v2"))
+    d.on_heartbeat(heartbeat("v1", draining=True), 0.0)
+    d.on_verify(verify("s", base=410, slack=300.0), 0.0)
+    chunk = d.fleet.queues["v2"].rounds["s"]
+    state = d.fleet.verifiers["v2"]
+    state.in_flight.append(InFlight("chunk", {"s": chunk.pending}, 0.0, 40.0, {"s": 256}))
+    d.on_heartbeat(heartbeat("v1", held={"s": 409}), 0.0)
+    d.fleet.remove("s")
+    d.fleet.add(chunk.pending, 0.0)
+    ((name, batch),) = sent(d, 1.0)
+    assert (name, len(batch.jobs)) == ("v1", 1)
+    prefilled = builders.result(
+        "s", 0, 410, [], batch="chunk", verifier="v2", status=Status.PREFILLED, cached=256, new_tokens=256
+    )
+    d.on_result(prefilled, 40.0)
+    assert d.fleet.pending_round("s") is None
+    assert sent(d, 41.0) == []
 
 
 def test_a_verifier_gets_one_release_for_a_session_that_has_left() -> None:

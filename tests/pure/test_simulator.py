@@ -332,6 +332,71 @@ def test_factors_change_slos_prompts_links_drafting_and_efficiency() -> None:
     assert targets[1].arithmetic_efficiency == min(1.0, 2 * targets[0].arithmetic_efficiency)
 
 
+@pytest.mark.parametrize("arm", ["centralized", "wisp+", "wisp+/runs"])
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_devices_that_vanish_leave_no_work_behind(arm: str, share: float) -> None:
+    """Their open requests do not count, and their sessions take nothing from the others once they are given up."""
+    spec = scenario(target="a100-qwen3-32b", departure={"share": share, "at_s": 3.0, "notice_s": 1.0})
+    world = world_of(Arm(arm), spec, hardware_of(spec), 1)
+    world.run(8, WINDOW, 0)
+    assert share < 1 or all(record.ending is Ending.COMPLETE for record in world.records)
+    later = {record.session for record in world.records if record.start_s + (record.total_ms or 0.0) / 1000 > 3.0}
+    assert len(later) == 8 * (1 - share)
+    if isinstance(world, SuiteWorld):
+        assert world.open_sessions == 0
+        assert world.pending_work == 0
+
+
+def test_a_departure_changes_nothing_before_it() -> None:
+    plain, departing = (
+        {
+            (record.session, record.number): record.arrivals
+            for record in records("wisp+", scenario(target="a100-qwen3-32b", **more), 6)
+            if record.start_s * 1000 + (record.total_ms or 0.0) < 5000
+        }
+        for more in ({}, {"departure": {"share": 0.3, "at_s": 5.0}})
+    )
+    assert plain == departing != {}
+
+
+def test_a_slower_verifier_takes_longer_and_gets_less() -> None:
+    one = scenario(target="a100-qwen3-32b")
+    slow = scenario(target="a100-qwen3-32b", verifier_speeds=[0.5])
+    for arm in ("centralized", "wisp+/runs"):
+        fast_ms, slow_ms = (fmean(record.tpot_ms or 0 for record in records(arm, spec, 2)) for spec in (one, slow))
+        assert 1.4 * fast_ms < slow_ms < 2.2 * fast_ms
+    world = world_of(
+        Arm("wisp+"), mixed := scenario(target="a100-qwen3-32b", verifiers=2, verifier_speeds=[1.0, 0.25]),
+        hardware_of(mixed), 1,
+    )  # fmt: skip
+    world.run(6, WINDOW, 0)
+    fast = sum(1 for batch in world.batches if batch.measured_ms < 100)
+    assert fast > 2 * (len(world.batches) - fast), "the slow one has a quarter of the speed"
+
+
+def test_a_crowd_starts_verifiers_by_the_rule_of_kubernetes() -> None:
+    spec = scenario(
+        target="a100-qwen3-32b",
+        crowd={"factor": 6, "at_s": 6, "over_s": 2},
+        autoscaling={"most": 3, "start_s": 5},
+    )
+    world = world_of(Arm("centralized"), spec, hardware_of(spec), 1)
+    world.run(3, window := Window(warm_up_s=5.0, measure_s=15.0, drain_s=0.0), 0)
+    assert not world.scalings, "it has no metrics of a scheduler"
+    world = world_of(Arm("wisp+"), spec, hardware_of(spec), 1)
+    assert isinstance(world, SuiteWorld)
+    world.run(3, window, 0)
+    assert world.scalings[0][1] == 2
+    assert world.verifiers > 1
+    assert {record.session for record in world.records} == set(range(18))
+    assert min(record.start_s for record in world.records if record.session >= 3) >= 6
+
+
+def test_fewer_verifiers_than_at_the_start_are_an_error() -> None:
+    with pytest.raises(SettingsError, match=r"autoscaling.most is less than verifiers"):
+        scenario(verifiers=4, autoscaling={"most": 2})
+
+
 def test_an_oracle_knows_which_of_its_tokens_are_right() -> None:
     blind, oracle = (DraftProcess(Acceptance(known=known), 5) for known in (False, True))
     for position in range(50):
@@ -426,7 +491,7 @@ def test_the_command_writes_its_results(tmp_path: Path, monkeypatch: pytest.Monk
     [
         (
             ["nosuch.yaml"],
-            "cannot be read (No such file or directory); give the path of a .yaml file, or one of h100-32b,",
+            "cannot be read (No such file or directory); give the path of a .yaml file, or one of degraded,",
         ),
         (["--set", "verifiers"], "field=value"),
         (["--arms", "nosuch"], "is no arm"),

@@ -127,7 +127,8 @@ class Dispatcher:
         prompt = max(0, result.new_tokens - result.trimmed_to - 1)
         self._averages.on_result(result, prompt, load.prefill_ms(state.model), now_ms)
         if result.status is Status.PREFILLED:
-            if not any(result.session in flight.jobs for flight in state.in_flight):
+            # The rest may be in a batch already: behind this one, or on a verifier that holds more of the session.
+            if not any(result.session in flight.jobs for v in self.fleet.verifiers.values() for flight in v.in_flight):
                 self._requeue([pending], now_ms)
             return
         if session is not None:

@@ -84,7 +84,10 @@ def _time_ms(pending: PendingRound, verifier: VerifierState, queue: RoundQueue, 
     missing = pending.verify.base_len - pending.held(verifier.holds(pending.session_id))
     others = verifier.assigned + verifier.unknown_sessions - (pending.session_id in verifier.cached)
     period_ms = cost.fixed_ms(model) + (others + 1) * added_ms(model, ROUND_TOKENS, length, ROUND_TOKENS)
-    once_ms = verifier.remaining_ms(now_ms) + queue.work_ms
-    if missing > ROUND_TOKENS:
+    once_ms = verifier.remaining_ms(now_ms)
+    if missing <= ROUND_TOKENS:
+        once_ms += queue.rounds_ms  # it does not wait behind prompts
+    else:
+        once_ms += queue.work_ms
         once_ms += cost.predict_ms(model, MutableShape(1, missing, missing * length, length, 1))
     return period_ms + once_ms / ROUNDS_AHEAD

@@ -104,6 +104,8 @@ class RoundQueue:
         """The queued rounds, by session."""
         self.work_ms = 0.0
         """Sum of the rounds' own times."""
+        self.rounds_ms = 0.0
+        """The same without prompts."""
         self.short_tokens = 0
         """Tokens to compute for all rounds but prompts, without their drafts."""
         self._short = _Orders()
@@ -116,7 +118,9 @@ class RoundQueue:
         """Add a round of a session that has none here yet."""
         self.rounds[queued.session_id] = queued
         self.work_ms += queued.own_ms
-        self.short_tokens += 0 if queued.is_prompt else queued.base
+        if not queued.is_prompt:
+            self.rounds_ms += queued.own_ms
+            self.short_tokens += queued.base
         (self._prompts if queued.is_prompt else self._short).add(queued)
 
     def remove(self, session_id: str) -> QueuedRound | None:
@@ -124,9 +128,11 @@ class RoundQueue:
         if (queued := self.rounds.get(session_id)) is None:
             return None
         (self._prompts if queued.is_prompt else self._short).remove(queued)
-        self.short_tokens -= 0 if queued.is_prompt else queued.base
         del self.rounds[session_id]
         self.work_ms = self.work_ms - queued.own_ms if self.rounds else 0.0
+        if not queued.is_prompt:
+            self.short_tokens -= queued.base
+            self.rounds_ms = self.rounds_ms - queued.own_ms if self.short_tokens else 0.0
         return queued
 
     def by(

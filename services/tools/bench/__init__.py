@@ -3,4 +3,4 @@
 Each prints tables and writes `.wisp/results/<name>.json`.
 """
 
-__all__ = ["load", "support"]
+__all__ = ["load", "scaling", "support"]

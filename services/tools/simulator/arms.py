@@ -96,5 +96,6 @@ def simulate(point: SimulatedPoint, scenario: Scenario, window: Window) -> tuple
         measures=measure(world.records, window, costs, world.batches),
         lag=lag_of([], [], 0.0),
         costs=costs,
+        scalings=world.scalings,
     )
     return measured, world.records

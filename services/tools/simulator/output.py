@@ -42,6 +42,14 @@ class SimulationOutput:
         if not results.points:
             return
         print_tables(results, self.console)
+        for point in results.points:
+            if point.scalings:
+                steps = ", ".join(f"{count} at {at_s:.0f} s ({metric})" for at_s, count, metric in point.scalings)
+                self.console.print(
+                    f"{point.arm}, {point.sessions} sessions, seed {self.plan.seed + point.repeat}: verifiers {steps}",
+                    highlight=False,
+                    soft_wrap=True,
+                )
         record = {
             **self._record,
             "notes": [VIRTUAL, *notes(results, self.plan.search.tolerance if self.plan.search else None)],

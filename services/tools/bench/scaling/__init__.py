@@ -1,1 +1,3 @@
 """`wisp bench scaling`: throughput by number of verifiers, and the time that a new verifier takes to serve."""
+
+__all__ = ["core"]

@@ -89,7 +89,7 @@ def scenario_bounds(scenario: Scenario, target: TargetProfile, seed: int) -> Sce
     hidden = int((alone_ms - target.step_ms) / token_ms)
     return ScenarioBounds(
         memory=scenario.verifiers * target.kv_tokens * cycle_ms / kv_ms,
-        arithmetic=scenario.verifiers * cycle_ms / (prompt_ms + answer_ms),
+        arithmetic=scenario.total_speed * cycle_ms / (prompt_ms + answer_ms),
         chunked=scenario.verifiers
         * _chunked(target, scenario.prefill_tokens, prompts / tokens, shortest)
         * (tokens * shortest + cycle_ms - busy_ms)

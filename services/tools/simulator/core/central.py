@@ -61,8 +61,9 @@ class SimulatedCache:
 class _CentralServer:
     """One accelerator with its sessions."""
 
-    def __init__(self, world: CentralWorld) -> None:
-        self.sessions: dict[str, tuple[ClientRequest, DraftTokens]] = {}
+    def __init__(self, world: CentralWorld, speed: float) -> None:
+        self.sessions: dict[str, tuple[ClientRequest, DraftTokens, SequenceState]] = {}
+        self.speed = speed
         self.cache = SimulatedCache(world.target.kv_tokens)
         self.batcher = Batcher(
             self.cache,
@@ -80,19 +81,27 @@ class CentralWorld(World):
     def __init__(self, scenario: Scenario, hardware: SimulatedHardware, seed: int, *, drafts: bool) -> None:
         super().__init__(scenario, hardware, seed)
         self.draft_length = DRAFT_LENGTH if drafts else 0
-        self._servers = [_CentralServer(self) for _ in range(scenario.verifiers)]
+        self._servers = [_CentralServer(self, scenario.speed_of(number)) for number in range(scenario.verifiers)]
         for server in self._servers:
             self.env.process(self._loop(server))
 
     def serve(self, served: ClientRequest) -> None:
-        server = min(self._servers, key=lambda one: len(one.sessions))
+        if served.gone:
+            return
+        server = min(self._servers, key=lambda one: len(one.sessions) / one.speed)
         generate = served.generate
         drafts = self.drafts.of_request(served.request.seed)
-        server.sessions[generate.session] = served, drafts
         limit = len(generate.prompt) + generate.max_tokens
-        server.batcher.add(SequenceState(generate.session, list(generate.prompt), limit))
+        sequence = SequenceState(generate.session, list(generate.prompt), limit)
+        server.sessions[generate.session] = served, drafts, sequence
+        server.batcher.add(sequence)
         if not server.wake.triggered:
             server.wake.succeed()
+
+    def give_up(self, served: ClientRequest) -> None:
+        for server in self._servers:
+            if (found := server.sessions.pop(served.generate.session, None)) is not None:
+                server.batcher.remove(found[2])
 
     def _loop(self, server: _CentralServer) -> Process:
         while True:
@@ -107,7 +116,7 @@ class CentralWorld(World):
                 rows = 0 if part.prefill_to is not None else part.draft + 1
                 jobs.append((part.tokens + part.draft, length, rows))
             shape = cost.shape_of(jobs)
-            took_ms = self.target.time_ms(shape)
+            took_ms = self.target.time_ms(shape) / server.speed
             drafted = max((part.draft for part in parts), default=0)
             yield self.env.timeout(took_ms + drafted * self.scenario.server_draft_ms)
             self.batches.append(Measurement(shape=shape, measured_ms=took_ms))
@@ -122,7 +131,7 @@ class CentralWorld(World):
         if part.prefill_to is not None:
             server.cache.keep(sequence.session_id, part.prefill_to)
             return
-        served, drafts = server.sessions[sequence.session_id]
+        served, drafts, _ = server.sessions[sequence.session_id]
         base_len = len(sequence.tokens)
         position = base_len - len(served.generate.prompt)
         draft = [RIGHT if drafts.token(position, i).right else WRONG for i in range(part.draft)]

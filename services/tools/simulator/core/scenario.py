@@ -50,6 +50,34 @@ class DeviceLink(WorkloadPart):
     downlink: LinkProfile
 
 
+class Departure(WorkloadPart):
+    """Devices that vanish at one moment, in the middle of what they do. Their open requests do not count."""
+
+    share: Annotated[float, Field(gt=0, le=1)]
+    at_s: Amount
+    notice_s: Amount = 3.0
+    """Time until the services give up the session of a device that has vanished."""
+
+
+class Crowd(WorkloadPart):
+    """Devices that come in addition, and stay."""
+
+    factor: Annotated[float, Field(gt=1, le=100)]
+    """Devices afterwards / devices before."""
+    at_s: Amount
+    over_s: Amount = 5.0
+    """Time in which they come, evenly."""
+
+
+class Autoscaling(WorkloadPart):
+    """The rule by which Kubernetes starts and stops verifiers; `verifiers` is the least number. Arms that serve
+    centrally have no such metrics and keep their number."""
+
+    most: Annotated[int, Field(ge=1, le=1000)]
+    start_s: Positive = 60.0
+    """Time from the decision to start a verifier until it serves."""
+
+
 class Factors(WorkloadPart):
     """Factors on the figures of a scenario and its files, for sweeps; 1 leaves them as they are."""
 
@@ -72,6 +100,11 @@ class Scenario(WorkloadPart):
     target: Annotated[str, Field(min_length=1)]
     """A shipped target profile, or the path of a TOML file."""
     verifiers: Annotated[int, Field(ge=1, le=1000)] = 1
+    verifier_speeds: Annotated[list[Positive], Field(min_length=1)] = Field(default_factory=lambda: [1.0])
+    """Speeds of the verifiers against the target's profile, dealt out in turn."""
+    autoscaling: Autoscaling | None = None
+    departure: Departure | None = None
+    crowd: Crowd | None = None
     devices: Annotated[list[DeviceShare], Field(min_length=1)]
     link: DeviceLink | None = None
     hop_ms: Amount = 0.5
@@ -101,7 +134,18 @@ class Scenario(WorkloadPart):
         for what, names in (("class", [c.name for c in self.classes]), ("device", [d.profile for d in self.devices])):
             if len(set(names)) < len(names):
                 raise ValueError(f"each {what} needs a name of its own (given: {', '.join(names)})")
+        if self.autoscaling is not None and self.autoscaling.most < self.verifiers:
+            raise ValueError(f"autoscaling.most is less than verifiers, which is {self.verifiers}")
         return self
+
+    def speed_of(self, verifier: int) -> float:
+        """Return the speed of a verifier, counted from 0."""
+        return self.verifier_speeds[verifier % len(self.verifier_speeds)]
+
+    @property
+    def total_speed(self) -> float:
+        """Speed of all verifiers together."""
+        return sum(self.speed_of(number) for number in range(self.verifiers))
 
     def request(self, seed: int, session: int, number: int) -> SimulatedRequest:
         """Return request `number` of a session. It depends on these numbers and the scenario only."""

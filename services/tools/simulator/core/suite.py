@@ -19,8 +19,9 @@ from services.drafter.core.synthetic import SOURCE
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
 from services.scheduler.core.policies import PolicyOptions
+from services.tools.bench.scaling.core.autoscaling import SCRAPE_S, Autoscaler, SchedulerMetrics
 from services.tools.simulator.core.drafts import DraftModel
-from services.tools.simulator.core.scenario import Scenario
+from services.tools.simulator.core.scenario import Autoscaling, Scenario
 from services.tools.simulator.core.verifier import SimulatedSession, SimulatedVerifier
 from services.tools.simulator.core.world import (
     RIGHT,
@@ -30,7 +31,7 @@ from services.tools.simulator.core.world import (
     SimulatedHardware,
     World,
 )
-from shared.messages import Heartbeat, Load, Result, Status
+from shared.messages import Heartbeat, Job, Load, Result, Status
 
 LOAD_MS = 500.0
 MOST_BATCH_TOKENS = 2048
@@ -70,22 +71,96 @@ class SuiteWorld(World):
         self._load: Load | None = None
         self._sessions: dict[str, SimulatedSession] = {}
         self._woken_ms: float | None = None
-        self._verifiers = {
-            f"verifier-{number}": SimulatedVerifier(self, f"verifier-{number}")
-            for number in range(1, scenario.verifiers + 1)
-        }
-        for verifier in self._verifiers.values():
-            self._dispatcher.on_cost_model(self.target.cost_model(verifier.verifier_id), 0.0)
-            self.env.process(verifier.beat())
-            self.env.process(verifier.work())
+        self._verifiers: dict[str, SimulatedVerifier] = {}
+        self._met = self._missed = 0
+        """Rounds by deadline, as the scheduler counts them."""
+        for _ in range(scenario.verifiers):
+            self._start_verifier()
         self.env.process(self._publish_load())
+        if scenario.autoscaling is not None:
+            self.env.process(self._autoscale(scenario.autoscaling))
+
+    def _start_verifier(self) -> None:
+        number = len(self._verifiers)
+        speed = self.scenario.speed_of(number)
+        verifier = SimulatedVerifier(self, f"verifier-{number + 1}", speed)
+        self._verifiers[verifier.verifier_id] = verifier
+        model = self.target.cost_model(verifier.verifier_id)
+        slower = model.model_copy(update={"coefficients": [ms / speed for ms in model.coefficients]})
+        self._dispatcher.on_cost_model(slower, self.now_ms)
+        self.env.process(verifier.beat())
+        self.env.process(verifier.work())
+
+    def _autoscale(self, scaling: Autoscaling) -> Process:
+        """Start and stop verifiers as Kubernetes would."""
+        scaler = Autoscaler(self.scenario.verifiers, scaling.most)
+        while True:
+            yield self.env.timeout(1000 * SCRAPE_S)
+            load = self._load
+            scaler.sample(
+                SchedulerMetrics(
+                    queue_delay_s=0.0 if load is None else load.backlog_ms / 1000,
+                    utilization=0.0 if load is None else load.utilization,
+                    met=self._met,
+                    missed=self._missed,
+                )
+            )
+            change, metric = scaler.change(self.now_ms / 1000)
+            for _ in range(change):
+                self.at(self.now_ms + 1000 * scaling.start_s, self._start_verifier)
+            serving = [one for one in self._verifiers.values() if not one.draining]
+            for verifier in serving[len(serving) + min(0, change) :]:
+                verifier.draining = True
+            if change:
+                self.scalings.append((self.now_ms / 1000, scaler.current, metric))
+
+    @property
+    def verifiers(self) -> int:
+        """Number of verifiers that serve."""
+        return sum(not one.draining for one in self._verifiers.values())
+
+    @property
+    def open_sessions(self) -> int:
+        """Number of sessions that have neither ended nor been given up."""
+        return len(self._sessions)
+
+    @property
+    def pending_work(self) -> int:
+        """Number of rounds that the scheduler holds, in its queues and in batches without a result."""
+        fleet = self._dispatcher.fleet
+        return fleet.pending_count + sum(len(one.jobs) for v in fleet.verifiers.values() for one in v.in_flight)
 
     def serve(self, served: ClientRequest) -> None:
         # Over the downlink to the device's drafter, which sends the first round.
         arrival_ms = served.device.downlink.arrival_ms(self.now_ms + self.scenario.hop_ms)
         self.at(arrival_ms, lambda: self._open_session(served))
 
+    def give_up(self, served: ClientRequest) -> None:
+        session_id = served.generate.session
+        self._sessions.pop(session_id, None)
+        self._dispatcher.on_cancel(session_id)
+        for verifier in self._verifiers.values():
+            verifier.forget(session_id)
+        self._decide()
+
+    def settle_stale(self, job: Job, batch_id: str, verifier_id: str) -> None:
+        """Tell the scheduler that a job's session has ended or has these tokens already."""
+        session = self._sessions.get(job.session)
+        known = 0 if session is None else max(0, session.length - job.base_len)
+        result = Result(
+            session=job.session, round=job.round, base_len=job.base_len, verifier=verifier_id, batch=batch_id,
+            status=Status.FAILED if session is None else Status.COMMITTED, tokens=[RIGHT] * known,
+        )  # fmt: skip
+
+        def schedule() -> None:
+            self._dispatcher.on_result(result, self.now_ms)
+            self._decide()
+
+        self.at(self.now_ms + self.scenario.hop_ms, schedule)
+
     def _open_session(self, served: ClientRequest) -> None:
+        if served.gone:
+            return
         client = served.request.session
         if client not in self._controllers:
             self._controllers[client] = self.new_controller(client)
@@ -120,6 +195,8 @@ class SuiteWorld(World):
             made, probes, run_tokens = self._draft(session)
             if made.ms:
                 yield self.env.timeout(made.ms)
+            if served.gone:
+                return
             sent_ms, sent_round = self.now_ms, state.round
             elapsed_ms = self.now_ms - served.start_ms + control.times.one_way_ms
             kept = [RIGHT if right else WRONG for right in made.right[: made.round.kept]]
@@ -228,6 +305,7 @@ class SuiteWorld(World):
         hop_ms = self.scenario.hop_ms
 
         def schedule() -> None:
+            self._count_deadline(result)
             self._dispatcher.on_result(result, self.now_ms)
             self._decide()
 
@@ -238,6 +316,14 @@ class SuiteWorld(World):
             self.deliver(session.served, result)
         if result.finish is not None:
             del self._sessions[result.session]
+
+    def _count_deadline(self, result: Result) -> None:
+        """Count a round as met or missed, as the scheduler's service does for its metrics."""
+        session = self._dispatcher.fleet.sessions.get(result.session)
+        if session is None or session.due_ms is None or result.run or result.status is not Status.COMMITTED:
+            return
+        self._met += self.now_ms <= session.due_ms
+        self._missed += self.now_ms > session.due_ms
 
     def _publish_load(self) -> Process:
         while True:

@@ -81,12 +81,19 @@ class VerifierWorld(Protocol):
     def publish(self, session: SimulatedSession, result: Result) -> None:
         """Send a result to the scheduler, to the session's drafter and to its client."""
 
+    def settle_stale(self, job: Job, batch_id: str, verifier_id: str) -> None:
+        """Tell the scheduler that a job's session has ended or has these tokens already."""
+
 
 class SimulatedVerifier:
     """A verifier: its KV, its pending batches, and the sessions that it decodes in runs."""
 
-    def __init__(self, world: VerifierWorld, verifier_id: str) -> None:
+    def __init__(self, world: VerifierWorld, verifier_id: str, speed: float) -> None:
+        """speed: against the target's profile."""
         self.verifier_id = verifier_id
+        self.draining = False
+        """True if it is to stop once it has no work left."""
+        self._speed = speed
         self._world = world
         self._batches: deque[Batch] = deque()
         self._runs: dict[str, _SimulatedRun] = {}
@@ -110,9 +117,14 @@ class SimulatedVerifier:
         """Free a session's KV."""
         self._held -= self._cached.pop(session_id, 0)
 
+    def forget(self, session_id: str) -> None:
+        """Free the KV of a session that was given up, and end its run."""
+        self._runs.pop(session_id, None)
+        self.release(session_id)
+
     def beat(self) -> Process:
-        """Send heartbeats for ever."""
-        while True:
+        """Send heartbeats until it has stopped."""
+        while not self.draining or self._batches or self._runs:
             self._world.on_heartbeat(
                 Heartbeat(
                     verifier=self.verifier_id,
@@ -121,6 +133,7 @@ class SimulatedVerifier:
                     free_tokens=max(0, self._world.target.kv_tokens - self._held),
                     total_tokens=self._world.target.kv_tokens,
                     lease=1,
+                    draining=self.draining,
                     residency=[Residency(session=name, cached=count) for name, count in self._cached.items()],
                 )
             )
@@ -153,7 +166,7 @@ class SimulatedVerifier:
                 parts.append((max(0, length - held), length, 0 if job.prefill_to is not None else len(job.draft) + 1))
                 self._keep(job.session, max(held, length))
             shape = cost.shape_of(parts)
-            took_ms = world.target.time_ms(shape)
+            took_ms = world.target.time_ms(shape) / self._speed
             yield world.env.timeout(took_ms)
             world.batches.append(Measurement(shape=shape, measured_ms=took_ms))
             for job, (new, _, _) in zip(jobs, parts[len(stepping) :], strict=True):
@@ -165,7 +178,10 @@ class SimulatedVerifier:
         """Publish a job's result: the accepted draft tokens and the target's own next one, or a chunk of prefill."""
         world = self._world
         session = world.session(job.session)
+        if session is None:
+            self.release(job.session)
         if session is None or (job.prefill_to is None and job.base_len != session.length):
+            world.settle_stale(job, batch_id, self.verifier_id)
             return
         accepted, tokens, finish, run_left = 0, [], None, 0
         if job.prefill_to is None:
@@ -206,6 +222,8 @@ class SimulatedVerifier:
     def _advance(self, run: _SimulatedRun, took_ms: float) -> None:
         """Add the token of a step to a run; report it when that is due."""
         now_ms = self._world.now_ms
+        if self._runs.get(run.session.state.session_id) is not run:
+            return  # given up during the step
         run.tokens += 1
         run.left -= 1
         run.verify_ms += took_ms

@@ -5,6 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, field
+from math import inf
 from random import Random
 from typing import Any
 
@@ -55,6 +56,8 @@ class ClientRequest:
     tokens: int = 0
     arrivals: list[tuple[float, int]] = field(default_factory=list)
     rounds: list[dict[str, Any]] = field(default_factory=list)
+    gone: bool = False
+    """True once its device has vanished."""
 
     def record(self, ending: Ending, now_ms: float) -> RequestRecord:
         """Return the request's record, in the load generator's format."""
@@ -87,9 +90,13 @@ class World(ABC):
         self.records: list[RequestRecord] = []
         self.batches: list[Measurement] = []
         """Every step of all verifiers."""
+        self.scalings: list[tuple[float, int, str]] = []
+        """Time in seconds, wanted number of verifiers, and the metric that decided, of each change."""
         self._hardware = hardware
         self._seed = seed
         self._served: list[ClientRequest] = []
+        self._gone_ms: dict[int, float] = {}
+        """When devices vanish, by session."""
 
     @property
     def now_ms(self) -> float:
@@ -100,14 +107,26 @@ class World(ABC):
     def serve(self, served: ClientRequest) -> None:
         """Take a request at the server. `deliver` sends its tokens."""
 
+    @abstractmethod
+    def give_up(self, served: ClientRequest) -> None:
+        """End the request of a device that has vanished."""
+
     def run(self, sessions: int, window: Window, first: int) -> None:
         """Run a closed loop of sessions until the requests of the window have ended, or for the longest drain.
 
         first: number of each session's first request.
         """
         end_ms = 1000 * (window.end_s + window.drain_s)
+        if (departure := self.scenario.departure) is not None:
+            leaving = Random(f"{self._seed}/departure").sample(range(sessions), round(departure.share * sessions))
+            self._gone_ms = dict.fromkeys(leaving, 1000 * departure.at_s)
         for session in range(sessions):
-            self.env.process(self._client(session, first, window))
+            spread = Random(f"{self._seed}/{session}/start").uniform(0.0, 1000 * window.warm_up_s)
+            self.env.process(self._client(session, first, window, spread))
+        if (crowd := self.scenario.crowd) is not None:
+            for session in range(sessions, round(sessions * crowd.factor)):
+                spread = Random(f"{self._seed}/{session}/start").uniform(0.0, 1000 * crowd.over_s)
+                self.env.process(self._client(session, first, window, 1000 * crowd.at_s + spread))
         while self.now_ms < end_ms:
             if self.now_ms >= 1000 * window.end_s and not self._counted_open(window):
                 break
@@ -120,8 +139,8 @@ class World(ABC):
         self._served = [served for served in self._served if not served.done.triggered]
         return any(window.counts(served.start_ms / 1000) for served in self._served)
 
-    def _client(self, session: int, first: int, window: Window) -> Process:
-        """Send one request after the other."""
+    def _client(self, session: int, first: int, window: Window, start_ms: float) -> Process:
+        """Send one request after the other from a time on."""
         profile = self.scenario.device(session)
         hardware = self._hardware.devices[profile]
         link = self.scenario.link_of(hardware)
@@ -131,19 +150,33 @@ class World(ABC):
             LinkDelays(link.uplink, f"{self._seed}/{session}/up"),
             LinkDelays(link.downlink, f"{self._seed}/{session}/down"),
         )
-        spread = Random(f"{self._seed}/{session}/start").uniform(0.0, 1000 * window.warm_up_s)
-        yield self.env.timeout(spread)
+        yield self.env.timeout(start_ms)
         number = first
-        while self.now_ms < 1000 * window.end_s:
+        gone_ms = self._gone_ms.get(session, inf)
+        while self.now_ms < min(1000 * window.end_s, gone_ms):
             request = self.scenario.request(self._seed, session, number)
             served = ClientRequest(request, _generate(request), device, self.now_ms, self.env.event())
             self._served.append(served)
             arrival_ms = device.uplink.arrival_ms(self.now_ms) + self.scenario.hop_ms
             self.at(arrival_ms, lambda served=served: self.serve(served))  # type: ignore[misc]
-            yield served.done
+            if gone_ms < inf:
+                yield served.done | self.env.timeout(gone_ms - self.now_ms)
+                if not served.done.triggered:
+                    self._vanish(served)
+                    return
+            else:
+                yield served.done
             self.records.append(served.record(Ending.COMPLETE, self.now_ms))
             number += 1
             yield self.env.timeout(1000 * request.think_s)
+
+    def _vanish(self, served: ClientRequest) -> None:
+        """Let a device vanish; the services notice it later."""
+        departure = self.scenario.departure
+        assert departure is not None
+        served.gone = True
+        self._served.remove(served)
+        self.at(self.now_ms + 1000 * departure.notice_s, lambda: self.give_up(served))
 
     def at(self, at_ms: float, happen: Callable[[], None]) -> None:
         """Call `happen` at a time, or now if that has passed."""
@@ -157,6 +190,8 @@ class World(ABC):
             return
 
         def arrive() -> None:
+            if served.gone:
+                return
             served.tokens += count
             served.arrivals.append((self.now_ms - served.start_ms, count))
             if last:

@@ -30,6 +30,8 @@ class MeasuredPoint(BaseModel):
     lag: GeneratorLag
     costs: list[CostModel] = []
     """The verifiers' cost models at the end of the point."""
+    scalings: list[tuple[float, int, str]] = []
+    """Changes of the number of verifiers by the autoscaling rule: time in seconds, number, deciding metric."""
     late_share: float | None = None
     """Late time of emulated hardware / emulated time; None if nothing was emulated, or time was virtual."""
 

@@ -1,1 +1,3 @@
 """Pure: the rule by which Kubernetes starts another verifier."""
+
+__all__ = ["autoscaling"]

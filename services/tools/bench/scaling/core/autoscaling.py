@@ -8,11 +8,19 @@ and takes the largest proposal. The averages reach back before a step of the loa
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from math import inf
 
 SCRAPE_S = 5.0
 SYNC_S = 15.0
+UP_SHARE, UP_PODS = 1.0, 2
+"""Verifiers started at a time: at most this share of the present number, or this many if that is more."""
+STABLE_S = 300.0
+"""Fewer verifiers are wanted only after none of the last seconds has asked for more."""
+DOWN_EVERY_S = 120.0
+"""Time between two verifiers that are stopped."""
 TOLERANCE = 0.1
 """A measured value within this share of the wanted one changes nothing."""
 
@@ -73,3 +81,37 @@ def desired_verifiers(current: int, samples: Sequence[SchedulerMetrics]) -> tupl
         changed = abs(ratio - 1) > TOLERANCE
         proposals.append((max(1, math.ceil(current * ratio)) if changed else current, name))
     return max(proposals, key=lambda proposal: proposal[0])
+
+
+class Autoscaler:
+    """The number of verifiers over time, between a least and a most one, as KEDA's autoscaler changes it."""
+
+    def __init__(self, least: int, most: int) -> None:
+        self.current = least
+        """Verifiers that are wanted, those that are still starting included."""
+        self._least, self._most = least, most
+        longest_s = max(trigger.over_s for trigger in TRIGGERS.values())
+        self._samples: deque[SchedulerMetrics] = deque(maxlen=round(longest_s / SCRAPE_S) + 1)
+        self._proposals: deque[tuple[float, int]] = deque()
+        self._synced_s = self._stopped_s = -inf
+
+    def sample(self, metrics: SchedulerMetrics) -> None:
+        """Add the metrics of this moment. Call it every `SCRAPE_S`."""
+        self._samples.append(metrics)
+
+    def change(self, now_s: float) -> tuple[int, str]:
+        """Return how many verifiers to start, or to stop if negative, and the metric that decided."""
+        if now_s - self._synced_s < SYNC_S:
+            return 0, ""
+        self._synced_s = now_s
+        desired, metric = desired_verifiers(self.current, list(self._samples))
+        desired = min(self._most, max(self._least, desired))
+        self._proposals.append((now_s, desired))
+        while now_s - self._proposals[0][0] > STABLE_S:
+            self._proposals.popleft()
+        before = self.current
+        if desired > before:
+            self.current = min(desired, before + max(UP_PODS, math.floor(UP_SHARE * before)))
+        elif max(wanted for _, wanted in self._proposals) < before and now_s - self._stopped_s >= DOWN_EVERY_S:
+            self.current, self._stopped_s = before - 1, now_s
+        return self.current - before, metric
