@@ -49,6 +49,7 @@ GZIP = 31
 """zlib's number for gzip."""
 MOST_OF_PATH = 200
 """Most characters of a path in errors and log lines."""
+_BASE_URLS = "The base URL ends with /v1 for clients of OpenAI's API, and without it for those of Anthropic's"
 
 
 async def serve_api(
@@ -269,7 +270,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     where = f"{cut(request.method, 20)} {cut(request.url.path, MOST_OF_PATH)}"
     if error.status_code == 404:
         meant = _meant(request)
-        hint = f"; did you mean {meant}? The base URL of this API ends with /v1" if meant else ""
+        hint = f"; did you mean {meant}? {_BASE_URLS}" if meant else ""
         answer = ApiError(404, f"unknown request: {where}{hint}", code="unknown_url")
     elif error.status_code == 405:
         answer = ApiError(405, f"this path does not take that method: {where}", code="method_not_allowed")

@@ -45,10 +45,10 @@ def with_cors(app: ASGIApp, origins: Collection[str]) -> ASGIApp:
 
 
 def is_foreign(headers: Headers, origins: Collection[str]) -> bool:
-    """Return whether a request comes from a page of another origin than the server's own and these.
+    """Return whether a request comes from a page whose origin is neither the server's own nor one of these.
 
-    Browsers send no Origin with the GET requests of a server's own pages, and to loopback and HTTPS they say where each
-    request comes from.
+    Browsers send no Origin with GET requests of the server's own pages. Over HTTPS and to loopback addresses they send
+    Sec-Fetch-Site with every request.
     """
     origin = headers.get("origin")
     if "*" in origins or origin in origins:

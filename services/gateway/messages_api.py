@@ -164,7 +164,7 @@ def _tool_use(answer: Answer, number: int, name: str) -> Fields:
 
 
 def _input(arguments: str) -> Any:
-    """Return the arguments of a call. Of a call that was cut off, it is what Anthropic's clients make of a stream."""
+    """Return the arguments of a call. If it was cut off, return the complete ones, as Anthropic's clients do."""
     try:
         return from_json(arguments, allow_partial=True, allow_inf_nan=False)
     except ValueError:

@@ -63,7 +63,7 @@ class ToolResultBlock(Body):
     is_error: Annotated[bool, or_default(False)] = False
 
     def message(self) -> ChatMessage:
-        """Return it as a chat's message. Chat templates mark no errors, so the text names them."""
+        """Return it as a chat's message. Chat templates have no mark for errors, so the text gets one."""
         text = self.content if isinstance(self.content, str) else "\n".join(part.text for part in self.content)
         shown = f"Error: {text}" if self.is_error else text
         return ChatMessage(role="tool", tool_call_id=self.tool_use_id, content=shown)

@@ -62,7 +62,7 @@ def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of
 
 
 class StoredResponses:
-    """The stored responses that a request names. Those of other keys are not found."""
+    """The stored responses that a request names. Those of other API keys count as missing."""
 
     def __init__(self, gateway: Gateway, key: ApiKey | None) -> None:
         self._gateway = gateway
@@ -75,7 +75,7 @@ class StoredResponses:
         if response_id is None:
             return []
         if (record := await self._record(response_id)) is None:
-            text = f"the response {quoted(response_id)} is not stored, or no longer"
+            text = f"the response {quoted(response_id)} is not stored, or no longer; send its conversation as input"
             raise ApiError(404, text, code="previous_response_not_found", param="previous_response_id")
         messages: Messages = record["messages"]
         return messages
@@ -91,13 +91,14 @@ class StoredResponses:
             if one["id"] == item_id:
                 stored: Fields = one
                 return stored
-        text = f"{where}: the item {quoted(item_id)} is not stored, or no longer"
+        text = f"{where}: the item {quoted(item_id)} is not stored, or no longer; send the item itself"
         raise ApiError(404, text, code="item_not_found", param=where)
 
     async def _record(self, response_id: str) -> Fields | None:
         if response_id not in self._read:
             if len(self._read) >= MOST_RESPONSES:
-                raise invalid(f"input refers to items of more than {MOST_RESPONSES} responses", "input")
+                text = f"input refers to items of more than {MOST_RESPONSES} responses; send some items themselves"
+                raise invalid(text, "input")
             try:
                 stored = await self._gateway.sessions.kept_response(response_id[:128])
             except BrokersError as error:

@@ -60,7 +60,7 @@ MAX_STOP_CHARACTERS = 1024
 MAX_TOOLS = 128
 MAX_BAD_WORDS = 1024
 BLOCK_TAG = "block "
-"""Begins the tags of unions of blocks, which are no part of a client's path in errors."""
+"""Prefix of the tags of a union of blocks. Errors leave such a tag out of an option's path."""
 LARGEST_BIAS = 100.0
 GREEDY_BELOW = 1e-5
 """Lower temperatures are greedy: logits divided by them overflow."""
@@ -198,7 +198,7 @@ class StreamOptions(Body):
 
 
 class WispOptions(Body, extra="forbid"):
-    """Our own options, under the key `wisp`. Unknown ones are refused: only a slip can have written them."""
+    """Our own options, under the key `wisp`. Unknown ones are refused, since no other server has any there."""
 
     trace: Annotated[bool, or_default(False)] = False
     """Add to each chunk the origin of its tokens and the costs of its rounds."""
@@ -571,7 +571,7 @@ def chat_of(fields: Mapping[str, Any]) -> ChatRequest:
 def explain(error: ValidationError) -> ApiError:
     """Return the error of a body that its model refuses, with the option that is wrong."""
     # A union reports an error per branch; the one that got furthest is the one that the client meant.
-    # Of several in one object, the wrong type is the reason for the others.
+    # Of several errors in one object, a wrong type is the cause of the others.
     errors = error.errors(include_url=False)
     first = max(errors, key=lambda problem: (len(problem["loc"]), problem["loc"][-1:] == ("type",)))
     path = ""

@@ -125,7 +125,7 @@ class _HttpConfig(uvicorn.Config):
 
 
 def _in_origin_form(request: h11.Request) -> h11.Request:
-    """Return a request whose target is a path. A whole URL replaces the header Host, as RFC 9112 3.2.2 has it."""
+    """Return a request whose target is a path. A whole URL replaces the header Host (RFC 9112, section 3.2.2)."""
     url = _URL.fullmatch(request.target)
     if url is None:
         return request

@@ -1,6 +1,7 @@
 """Spans of a gateway: of a request, its admission and its completions.
 
-Their attributes follow OpenTelemetry's conventions for HTTP servers and generative AI. None contains users' text.
+Their attributes follow OpenTelemetry's conventions for HTTP servers and generative AI. None contains a prompt or a
+completion.
 """
 
 from __future__ import annotations
@@ -111,7 +112,7 @@ def end_completion(session: RunningSession, reason: str) -> None:
 
 
 def conclude(answer: Answer) -> None:
-    """Add to the request's span what became of its answer."""
+    """Add the outcome of an answer to the request's span."""
     span = tracing.current()
     if not span or not answer.running:
         return

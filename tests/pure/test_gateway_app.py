@@ -211,7 +211,7 @@ async def test_unknown_paths_are_refused(app: App, path: str) -> None:
 async def test_an_unknown_path_names_the_one_that_was_meant(app: App, path: str, meant: str | None) -> None:
     message = error_of(await app.http.post(path, json=HELLO), 404)["message"]
     assert ("did you mean " in message) == (meant is not None)
-    assert meant is None or f"did you mean {meant}?" in message
+    assert meant is None or f"did you mean {meant}? The base URL ends with /v1 for clients of OpenAI's API" in message
     assert len(message) < 400
 
 

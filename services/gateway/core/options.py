@@ -196,7 +196,10 @@ CHAT_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
 
 
 def _without_advice(*own: str) -> dict[str, UnsupportedOption]:
-    """Return the options of chats for a body of another API, which has other names for some and `own` itself."""
+    """Return the unsupported options of chats for the body of another API.
+
+    The advice is left out, since it names options of chats. own: options that the body has.
+    """
     return {name: UnsupportedOption(option.harmless) for name, option in CHAT_OPTIONS.items() if name not in own}
 
 

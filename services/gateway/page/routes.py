@@ -23,9 +23,9 @@ FEED_PATH = "/fleet/events"
 
 
 def add_page(app: FastAPI, feed: FleetFeed | None, origins: Collection[str] = ()) -> None:
-    """Add the routes of the page. Without a feed, the fleet view says so. origins: those whose pages may read the feed.
+    """Add the routes of the page. Without a feed, the fleet view says so.
 
-    A page of another origin cannot read the feed, but could hold connections open.
+    origins: those whose pages may open the feed. Other pages cannot read it, but could hold connections open.
     """
     files = static_files()
 
@@ -46,7 +46,8 @@ def add_page(app: FastAPI, feed: FleetFeed | None, origins: Collection[str] = ()
     @app.get(FEED_PATH)
     async def events(request: Request) -> Response:
         if is_foreign(request.headers, origins):
-            raise ApiError(403, f"{FEED_PATH} is not for pages of other origins", code="origin_not_allowed")
+            text = f"{FEED_PATH} refuses pages of other origins; its operator can add theirs to WISP_CORS_ORIGINS"
+            raise ApiError(403, text, code="origin_not_allowed")
         if feed is None:
             raise ApiError(404, "this server has no fleet: it serves a baseline", code="no_fleet")
         return FeedResponse(feed)
