@@ -10,7 +10,7 @@ from shared.runtime import tracing
 from shared.runtime.tracing import Headers, Span, Value
 
 MOST_ROUNDS = 10_000
-"""Traced rounds that are remembered. Beyond it the oldest are forgotten: sessions that ended without a result here."""
+"""Most traced rounds that are kept. The oldest, probably of sessions that ended unnoticed, are dropped."""
 
 
 @dataclass
@@ -26,7 +26,7 @@ class _TracedRound:
 
 
 class QueueSpans:
-    """The traced rounds of all sessions. Without any it is false."""
+    """The traced rounds of all sessions. False while there are none."""
 
     def __init__(self) -> None:
         self._rounds: dict[str, _TracedRound] = {}

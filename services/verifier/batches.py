@@ -196,9 +196,9 @@ class BatchLoop:
             self._unchecked = False
         return await self._batches.get()
 
-    async def _step(self, batch: Batch | None, spans: BatchSpans | None = None) -> None:
+    async def _step(self, batch: Batch | None, spans: BatchSpans | None) -> None:
         work = StepWork() if batch is None else await self._prepare(batch)
-        work.spans = None if batch is None else spans
+        work.spans = spans
         work.runs = self.runs.step(self._membership.lease, _now_ms())
         if work.tasks or work.runs:
             self._unchecked = True

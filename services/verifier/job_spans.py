@@ -79,7 +79,7 @@ class BatchSpans:
 
 
 class RunSpans:
-    """The traced runs of a verifier. Without any it is false."""
+    """The traced runs of a verifier. False while there are none."""
 
     def __init__(self) -> None:
         self._runs: dict[str, tuple[Span, int]] = {}

@@ -81,10 +81,10 @@ def in_words(error: BaseException | None) -> str:
 
 @contextmanager
 def losses_as_errors() -> Iterator[None]:
-    """Raise ConnectionError for what aiormq raises in those who wait when it gives a connection up by itself.
+    """Raise ConnectionError for the errors of a connection that aiormq has given up by itself.
 
-    After missed heartbeats it cancels its reader, and with it whatever waits for an answer, although nobody cancels
-    the waiting task; and where it has no reason to give, it raises a bare Exception.
+    After missed heartbeats aiormq cancels its reader, and with it each call that awaits an answer, although nobody has
+    cancelled the calling task. If it has no reason to give, it raises a bare Exception.
     """
     try:
         yield

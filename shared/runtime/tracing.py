@@ -36,7 +36,7 @@ SESSIONS_HEADER = "x-wisp-traces"
 MOST_BYTES = 65_536
 """Longest header of a batch: all headers of a message have to fit into one AMQP frame, of 128 KiB by default."""
 TABLE_BYTES = 32
-"""Bytes of a session's entry in a header, beside its texts."""
+"""Bytes of a session's entry in a header, beside its strings."""
 CLOSE_S = 3.0
 """Longest time at the end to export the last spans."""
 
@@ -123,7 +123,7 @@ class Span:
 
 
 class _NoSpan(Span):
-    """Takes everything and does nothing."""
+    """The span of work that is not traced: its methods do nothing."""
 
     __slots__ = ()
 
@@ -168,7 +168,7 @@ class _NoSpan(Span):
 
 _NO_HEADERS: Headers = {}
 NO_SPAN: Span = _NoSpan()
-"""The span of everything that is not traced."""
+"""The only `_NoSpan`."""
 
 _tracer: Tracer | None = None
 _provider: TracerProvider | None = None

@@ -209,6 +209,13 @@ def test_a_broken_trace_is_one_line_of_error(command: str, tmp_path: Path) -> No
     assert "holds no trace" in result.stderr
 
 
+def test_a_trace_without_draft_tokens_cannot_be_fitted(trace: Trace) -> None:
+    hidden = trace.chains["hidden"]
+    without = replace(hidden, flags=np.zeros_like(hidden.flags))
+    with pytest.raises(SettingsError, match="none or all are accepted; record another one"):
+        fitted(replace(trace, chains={**trace.chains, "hidden": without}), 0.6)
+
+
 @pytest.mark.parametrize("acceptance", [0.5, 0.6, 0.8, 0.9])
 def test_a_fitted_trace_has_the_acceptance_and_is_predicted_as_well(trace: Trace, acceptance: float) -> None:
     made = fitted(trace, acceptance)

@@ -122,9 +122,9 @@ class SessionControl:
 
     @property
     def plain_rate(self) -> float:
-        """Tokens per millisecond that rounds have to bring, or a run is better; 0 if there are no runs.
+        """Least tokens per millisecond at which a round is preferred to a run; 0 if there are no runs.
 
-        It is the rate of a run, its copies included, or less where that does not keep the session's promise.
+        It is a run's own rate, its copies included, or less where a run does not keep the session's promise.
         """
         if self.times.run_ms is None:
             return 0.0

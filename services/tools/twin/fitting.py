@@ -24,7 +24,7 @@ def fitted(trace: Trace, acceptance: float, seed: int = 0) -> Trace:
     To thin, correct tokens become wrong, each with the same chance; to enrich, wrong ones become correct. A changed
     token takes the statistics of a recorded token of its new kind at the same depth. So the statistics of correct and
     of wrong tokens stay distributed as they were, and predictors tell them apart as well. Copies stay as they are.
-    Raises SettingsError for an acceptance out of range.
+    Raises SettingsError for an acceptance out of range, and for a trace that cannot be fitted.
     """
     if not LEAST <= acceptance <= MOST:
         raise SettingsError(f"an acceptance of {acceptance:g} is not between {LEAST:g} and {MOST:g}")
@@ -32,7 +32,8 @@ def fitted(trace: Trace, acceptance: float, seed: int = 0) -> Trace:
     now = trace.first_acceptance("hidden")
     if not 0 < now < 1:
         raise SettingsError(
-            "the trace cannot be fitted: it has no first draft tokens, or they are all accepted, or none of them is"
+            "the trace cannot be fitted: of its first draft tokens, none or all are accepted; record another one with "
+            "`wisp trace record`"
         )
     thin = acceptance < now
     chance = 1 - acceptance / now if thin else (acceptance - now) / (1 - now)

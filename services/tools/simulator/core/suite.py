@@ -182,10 +182,9 @@ class SuiteWorld(World):
         """Return a device's controller, which has learned from earlier rounds how often its drafts are right."""
         scenario = self.scenario
         controller = Controller(self._rule, self._longest, self.drafts.weights, RoundTimes())
-        controller.calibration = _experience(
-            self._rule, self._longest, self.drafts, scenario.temperature, scenario.experience_rounds,
-            f"{self._seed}/{client}",
-        ).copy()  # fmt: skip
+        seed, rounds = f"{self._seed}/{client}", scenario.experience_rounds
+        learned = _experience(self._rule, self._longest, self.drafts, scenario.temperature, rounds, seed)
+        controller.calibration = learned.copy()
         return controller
 
     def _draft_and_verify(self, session: SimulatedSession) -> Process:
