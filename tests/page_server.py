@@ -92,6 +92,7 @@ class MadeUpFleet:
             ),
             *(builders.cost_model(f"verifier-{i}", ratio_p50=1.02) for i in range(self.verifiers)),
             builders.drafter_heartbeat("drafter-0", sessions=self.sessions),
+            builders.drafter_heartbeat("scheduler-0", sessions=2, drafts=False),
             builders.load(0.2, classes=classes, policy="wisp", utilization=0.41, pending=4, queue_ms=3.5),
         ]
 

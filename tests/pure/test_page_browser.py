@@ -199,6 +199,34 @@ async def test_options_are_sent_and_shown_as_code(page: BrowserPage, app: PacedA
         assert "cut at the token limit" in await page.text(".made .status")
 
 
+async def test_the_code_is_that_of_the_answer_shown(page: BrowserPage, app: PacedApp) -> None:
+    shown = "document.querySelector('#snippet').textContent"
+    async with served(app) as url:
+        await page.open(f"{url}/")
+        await page.wait("document.querySelector('#model').innerText === 'tiny'")
+        await page.click("#code summary")
+        await ask(page, "first question")
+        await answered(page)
+        await page.run("document.querySelector('#temperature').value = '1.9'")
+        await page.type("another one")
+        await page.wait("document.querySelector('#code-title').innerText.startsWith('The last answer')")
+        code = await page.run(shown)
+        assert '"first question"' in code
+        assert '"temperature": 0.2' in code
+        assert TEXT not in code, "the answer is no part of its own request"
+        assert "another one" not in code
+        await page.press("Enter")
+        await page.wait("document.querySelectorAll('.made').length === 2")
+        await answered(page)
+        code = await page.run(shown)
+        assert code.index("first question") < code.index(TEXT) < code.index("another one")
+        assert '"temperature": 1.9' in code
+        await page.click("#clear")
+        await page.wait(
+            f"document.querySelector('#code-title').innerText === 'This request as code' && !{shown}.includes('first')"
+        )
+
+
 async def test_log_probabilities_are_shown_where_they_are_asked_for(page: BrowserPage, app: PacedApp) -> None:
     async with served(app) as url:
         await page.open(f"{url}/")
@@ -290,12 +318,19 @@ async def test_the_fleet_view_leads_from_a_batch_to_a_sessions_rounds(page: Brow
         await page.wait("document.querySelectorAll('#batches tbody tr').length >= 5")
         for table, words in (
             ("#verifiers", ("verifier-0", "verifier-1", "alive", "38 % of 10,000", "1.02")),
-            ("#drafters", ("drafter-0", "pool", "12 of 64")),
+            ("#drafters", ("drafter-0", "pool", "12 of 64", "stands in")),
             ("#classes", ("default", "priority", "4.5 ms", "−6.0 ms", "38 ms")),
         ):
             shown = await page.text(table)
             assert [word for word in words if word not in shown] == []
         assert "policy wisp" in await page.text("#fleet-counters")
+        for place, word in (("#fleet-counters [title]", "verifiers' time"), ("#drafters abbr", "no drafter serves")):
+            assert word in await page.run(f"document.querySelector('{place}').title")
+        await page.click("#words summary")
+        explained = await page.text("#words")
+        for word in ("Promised share", "stands in", "conflict", "trimmed", "run", "Least slack"):
+            assert f"{word}\n" in explained
+        await page.click("#words summary")
         await page.click("#pause")
         await page.click("#batches tbody tr:nth-child(2) .pick")
         await page.wait("document.querySelector('#detail-title').innerText.startsWith('Batch batch-')")
@@ -349,7 +384,11 @@ async def test_nothing_overflows_a_phone_and_text_is_readable(page: BrowserPage,
         for view in ("chat", "compare", "fleet"):
             await page.click(f"#tab-{view}")
             if view == "fleet":
-                await page.wait("document.querySelectorAll('#batches tbody tr').length")
+                await page.wait("document.querySelectorAll('#batches tbody tr').length >= 5")
+                await page.click("#pause")  # rows move on, and with them what a click meets
+                await page.click("#batches .pick")
+                await page.wait("document.querySelector('#detail-body table') !== null")
+                assert await page.run(CUT_OFF) == []
             assert await page.run("document.documentElement.scrollWidth") <= PHONE[0], view
             assert await page.run(CONTRASTS) == [], view
         await page.open(f"{url}/docs/services/gateway/README.md")
@@ -357,6 +396,9 @@ async def test_nothing_overflows_a_phone_and_text_is_readable(page: BrowserPage,
         assert await page.run(CONTRASTS) == []
 
 
+CUT_OFF = """[...document.querySelectorAll('#view-fleet .scroll')].filter(one => one.scrollWidth > one.clientWidth)
+  .map(one => one.innerText)"""
+"""Tables of which a part is seen only after scrolling."""
 CONTRASTS = (
     """(() => {
   const channel = (v) => (v /= 255) <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;

@@ -17,6 +17,7 @@ let model = "";
 let messages = [];
 let running = null;
 let promised = {};
+let answered = null; // the request of the answer that is shown
 
 function number(id) {
   const text = by(id).value.trim();
@@ -58,12 +59,18 @@ function slo() {
   return promised[tier] || null;
 }
 
+/** The request that a click on "Send" makes, or one of the examples. */
+function nextRequest() {
+  const content = by("message").value.trim() || EXAMPLES[0];
+  return { body: body([...messages, { role: "user", content }]), headers: headers() };
+}
+
 const drawSnippet = perFrame(() => {
-  const draft = by("message").value.trim();
-  const shown = draft || !messages.length ? [...messages, { role: "user", content: draft || EXAMPLES[0] }] : messages;
   const isPython = by("code-python").getAttribute("aria-selected") === "true";
   const make = isPython ? pythonCode : curl;
-  setText(by("snippet"), make(location.origin, body(shown), headers(), hasKey()));
+  const shown = answered || nextRequest();
+  setText(by("code-title"), answered ? "The last answer's request as code" : "This request as code");
+  setText(by("snippet"), make(location.origin, shown.body, shown.headers, hasKey()));
 });
 
 function isNearEnd() {
@@ -88,7 +95,10 @@ async function send(text) {
     el("article", { className: "made" }, el("h3", { className: "unseen" }, "Answer"), answer, status, problem),
   );
   scrollToEnd();
-  const sent = body([...own, asked]);
+  const sent = { body: body([...own, asked]), headers: headers() };
+  const before = answered;
+  answered = sent;
+  drawSnippet();
   const record = new AnswerRecord(performance.now());
   const view = new AnswerView(answer, record);
   const limits = slo();
@@ -103,7 +113,7 @@ async function send(text) {
   busy(true);
   announce("Sent. The answer is coming.");
   try {
-    const response = await complete(sent, headers(), running.signal, (chunk) => {
+    const response = await complete(sent.body, sent.headers, running.signal, (chunk) => {
       const from = record.add(chunk, performance.now());
       view.changed(from);
       if (record.count) setText(status, "");
@@ -131,9 +141,10 @@ async function send(text) {
   if (messages !== own) return;
   if (record.text) {
     own.push(asked, { role: "assistant", content: record.text });
-  } else if (!by("message").value) {
+  } else {
+    answered = before;
     // Nothing was answered: the question goes back into the field, so that it can be sent again.
-    by("message").value = text;
+    if (!by("message").value) by("message").value = text;
   }
   drawSnippet();
 }
@@ -156,6 +167,7 @@ function busy(on) {
 function clear() {
   if (running) running.abort();
   messages = [];
+  answered = null;
   for (const part of conversation.querySelectorAll("article")) part.remove();
   by("welcome").hidden = false;
   resetCounters();

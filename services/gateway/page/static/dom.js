@@ -76,9 +76,9 @@ export function legend(list, origins, words, counts = null) {
   );
 }
 
-/** Draw counters: label, value, and a note with a verdict (`good`, `bad` or none). */
+/** Draw counters: label, value, a note with a verdict (`good`, `bad` or none), and an explanation of the label. */
 export function drawCounters(list, rows) {
-  rows.forEach(([label, value, note = "", verdict = ""], i) => {
+  rows.forEach(([label, value, note = "", verdict = "", meaning = ""], i) => {
     let row = list.children[i];
     if (!row) {
       row = el("div", {}, el("dt"), el("dd"), el("dd", { className: "note" }));
@@ -86,6 +86,7 @@ export function drawCounters(list, rows) {
     }
     const [term, shown, remark] = row.children;
     setText(term, label);
+    if (row.title !== meaning) row.title = meaning;
     setText(shown, value);
     setText(remark, note);
     remark.className = `note ${verdict}`;

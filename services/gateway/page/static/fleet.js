@@ -9,6 +9,15 @@ const LATEST = 8;
 const KEPT = 3000;
 const RETRY_MS = 2000;
 const BEHIND_MS = 350;
+/** Words of the view that need an explanation: tooltips where they stand, and a list below for phones and keyboards. */
+const WORDS = {
+  "Promised share": "the share of the verifiers' time that is promised to the running sessions.",
+  "stands in": "no drafter serves this pool, so a scheduler does, without drafts. The text is the same, and slower.",
+  "conflict": "the round was made for an older state of its text, and another one came first. Its tokens are dropped; the answer is the same.",
+  "trimmed": "draft tokens that the scheduler left out of the batch, because other sessions needed the time more.",
+  "run": "tokens that a verifier made by itself, without rounds, while nobody else needed it.",
+  "Least slack": "the time that the most urgent session can still wait without breaking its promise. Below zero, it is late.",
+};
 const reduced = matchMedia("(prefers-reduced-motion: reduce)");
 
 let timeline = null;
@@ -138,6 +147,7 @@ function drawRows(id, rows) {
       const { parts, key, className = "" } = cell instanceof Object ? cell : { parts: [cell], key: cell };
       if (place.dataset.key === String(key)) return;
       place.dataset.key = String(key);
+      place.dataset.label = by(id).tHead.rows[0].cells[column].textContent;
       place.className = className;
       place.replaceChildren(...(typeof parts === "function" ? parts() : parts));
     });
@@ -157,7 +167,7 @@ function drawState() {
     ["Batches per second", state.batches_per_s.toFixed(1)],
     ["Drafts accepted", acceptance, state.verified ? `${state.accepted} of ${state.verified}` : ""],
     ["Pending rounds", scheduler ? String(scheduler.pending) : "–", scheduler ? `queue ${ms(scheduler.queue_ms)}` : ""],
-    ["Promised share", scheduler ? percent(scheduler.utilization) : "–", scheduler ? `policy ${scheduler.policy || "–"}` : "no scheduler yet"],
+    ["Promised share", scheduler ? percent(scheduler.utilization) : "–", scheduler ? `policy ${scheduler.policy || "–"}` : "no scheduler yet", "", WORDS["Promised share"]],
   ]);
   drawRows("verifiers", state.verifiers.map((one) => [
     one.name,
@@ -196,7 +206,12 @@ function drawState() {
 }
 
 function standing(word) {
-  return { parts: () => [el("span", { className: `dot ${word.replace(" ", "-")}`, "aria-hidden": "true" }), word], key: word };
+  return { parts: () => [el("span", { className: `dot ${word.replace(" ", "-")}`, "aria-hidden": "true" }), explained(word)], key: word };
+}
+
+/** A word with its explanation as a tooltip, where it has one. */
+function explained(word) {
+  return WORDS[word] ? el("abbr", { title: WORDS[word] }, word) : word;
 }
 
 function shortId(id) {
@@ -236,15 +251,16 @@ function tokens(count) {
 
 function work(job) {
   if (job.status === "prefilled") return `prompt, ${tokens(job.computed)}`;
-  if (job.status !== "committed") return job.status;
+  if (job.status !== "committed") return explained(job.status);
   if (!job.verified) return `${tokens(job.tokens)}, no draft`;
   const trimmed = job.drafted > job.verified ? `, ${job.drafted - job.verified} trimmed` : "";
   return `${job.accepted} of ${job.verified} accepted${trimmed}`;
 }
 
 function table(heads, rows) {
+  for (const row of rows) [...row.cells].forEach((cell, column) => (cell.dataset.label = heads[column]));
   const made = el("table", {}, el("thead", {}, el("tr", {}, ...heads.map((head) => el("th", { scope: "col" }, head)))), el("tbody", {}, ...rows));
-  made.className = "detail";
+  made.className = "detail stack";
   return made;
 }
 
@@ -285,6 +301,9 @@ function drawSession() {
 }
 
 export function startFleet() {
+  by("words").querySelector("dl").append(
+    ...Object.entries(WORDS).flatMap(([word, meaning]) => [el("dt", {}, word), el("dd", {}, meaning)]),
+  );
   timeline = new Timeline(by("timeline"));
   timeline.nowMs = shownNow;
   by("pause").addEventListener("click", () => {
