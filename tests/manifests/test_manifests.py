@@ -329,10 +329,21 @@ def test_passwords_are_drawn_once(manifests_folder: Path) -> None:
 
 
 def test_the_scaling_benchmark_applies_the_rule_of_the_manifest(all_rendered: dict[str, Rendered]) -> None:
-    from services.tools.bench.scaling.core.autoscaling import SCRAPE_S, TRIGGERS
+    from services.tools.bench.scaling.core import autoscaling
+    from services.tools.bench.scaling.core.autoscaling import SCRAPE_S, SYNC_S, TRIGGERS
 
     production = all_rendered["production"]
-    triggers = {t["name"]: t["metadata"] for t in production.of("ScaledObject")["wisp-verifier"]["spec"]["triggers"]}
+    spec = production.of("ScaledObject")["wisp-verifier"]["spec"]
+    behavior = spec["advanced"]["horizontalPodAutoscalerConfig"]["behavior"]
+    assert behavior["scaleUp"]["policies"] == [
+        {"type": "Percent", "value": 100 * autoscaling.UP_SHARE, "periodSeconds": SYNC_S},
+        {"type": "Pods", "value": autoscaling.UP_PODS, "periodSeconds": SYNC_S},
+    ]
+    assert behavior["scaleDown"] == {
+        "stabilizationWindowSeconds": autoscaling.STABLE_S,
+        "policies": [{"type": "Pods", "value": 1, "periodSeconds": autoscaling.DOWN_EVERY_S}],
+    }
+    triggers = {trigger["name"]: trigger["metadata"] for trigger in spec["triggers"]}
     assert triggers.keys() == TRIGGERS.keys()
     for name, rule in TRIGGERS.items():
         assert rule.metric in triggers[name]["query"]

@@ -65,9 +65,10 @@ class ScenarioBounds:
 def scenario_bounds(scenario: Scenario, target: TargetProfile, seed: int) -> ScenarioBounds | None:
     """Return the bounds of a scenario, with means over sampled requests; None if a class has no SLO.
 
-    A measured target has none either: its times do not tell arithmetic from reading the weights.
+    There are none for a measured target, whose times do not tell arithmetic from reading the weights, nor with
+    autoscaling, which changes the number of verifiers.
     """
-    if not isinstance(target, RooflineProfile):
+    if not isinstance(target, RooflineProfile) or scenario.autoscaling is not None:
         return None
     shortest = inf
     token_ms = 1000 * 2 * target.weights / (target.tflops * 1e12 * target.arithmetic_efficiency)

@@ -70,8 +70,10 @@ class Crowd(WorkloadPart):
 
 
 class Autoscaling(WorkloadPart):
-    """The rule by which Kubernetes starts and stops verifiers; `verifiers` is the least number. Arms that serve
-    centrally have no such metrics and keep their number."""
+    """The rule by which Kubernetes starts and stops verifiers, of which `verifiers` is the least number.
+
+    Arms that serve centrally lack the scheduler's metrics and keep their number.
+    """
 
     most: Annotated[int, Field(ge=1, le=1000)]
     start_s: Positive = 60.0
@@ -135,7 +137,7 @@ class Scenario(WorkloadPart):
             if len(set(names)) < len(names):
                 raise ValueError(f"each {what} needs a name of its own (given: {', '.join(names)})")
         if self.autoscaling is not None and self.autoscaling.most < self.verifiers:
-            raise ValueError(f"autoscaling.most is less than verifiers, which is {self.verifiers}")
+            raise ValueError(f"autoscaling.most is less than verifiers, which is {self.verifiers}; raise it")
         return self
 
     def speed_of(self, verifier: int) -> float:

@@ -114,22 +114,6 @@ class SuiteWorld(World):
             if change:
                 self.scalings.append((self.now_ms / 1000, scaler.current, metric))
 
-    @property
-    def verifiers(self) -> int:
-        """Number of verifiers that serve."""
-        return sum(not one.draining for one in self._verifiers.values())
-
-    @property
-    def open_sessions(self) -> int:
-        """Number of sessions that have neither ended nor been given up."""
-        return len(self._sessions)
-
-    @property
-    def pending_work(self) -> int:
-        """Number of rounds that the scheduler holds, in its queues and in batches without a result."""
-        fleet = self._dispatcher.fleet
-        return fleet.pending_count + sum(len(one.jobs) for v in fleet.verifiers.values() for one in v.in_flight)
-
     def serve(self, served: ClientRequest) -> None:
         # Over the downlink to the device's drafter, which sends the first round.
         arrival_ms = served.device.downlink.arrival_ms(self.now_ms + self.scenario.hop_ms)

@@ -11,16 +11,15 @@ import math
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from math import inf
 
 SCRAPE_S = 5.0
 SYNC_S = 15.0
 UP_SHARE, UP_PODS = 1.0, 2
-"""Verifiers started at a time: at most this share of the present number, or this many if that is more."""
+"""Most verifiers that are started at a time: this share of the present number, or this many if that is more."""
 STABLE_S = 300.0
-"""Fewer verifiers are wanted only after none of the last seconds has asked for more."""
+"""A verifier is stopped only if all proposals of this time are below the present number."""
 DOWN_EVERY_S = 120.0
-"""Time between two verifiers that are stopped."""
+"""Least time between two stops."""
 TOLERANCE = 0.1
 """A measured value within this share of the wanted one changes nothing."""
 
@@ -93,7 +92,7 @@ class Autoscaler:
         longest_s = max(trigger.over_s for trigger in TRIGGERS.values())
         self._samples: deque[SchedulerMetrics] = deque(maxlen=round(longest_s / SCRAPE_S) + 1)
         self._proposals: deque[tuple[float, int]] = deque()
-        self._synced_s = self._stopped_s = -inf
+        self._synced_s = self._stopped_s = -math.inf
 
     def sample(self, metrics: SchedulerMetrics) -> None:
         """Add the metrics of this moment. Call it every `SCRAPE_S`."""
