@@ -35,7 +35,7 @@ class RecordingBroker:
     def on_reconnect(self, _callback: Callable[[], None]) -> None:
         pass
 
-    async def publish(self, message: Message, _key: str) -> None:
+    async def publish(self, message: Message, _key: str, **_options: object) -> None:
         await self.published.put(message)
 
 
