@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats gpu-check bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -43,7 +43,7 @@ test-fast: setup ## run the tests that need no brokers and no default model
 		tests/model $(if $(wildcard .wisp/tools/installed),tests/manifests) tests/pure $(ARGS)
 
 test: setup tools ## run all tests on private brokers (ARGS="-n 0": one by one)
-	@$(BIN)/python -m pytest $(PARALLEL) --durations=25 --durations-min=5 $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
 
 test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Debian
 	@.ci/brokers $(BIN)/python -m pytest -n 0 tests/broker tests/stack/test_cluster.py \
@@ -52,7 +52,7 @@ test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Deb
 # Triton is 200 MB to fetch and 700 MB on disk, too much for every set-up.
 test-gpu: setup ## test the kernels for GPUs in Triton's interpreter; needs no GPU
 	@$(BIN)/pip install --quiet --constraint constraints.txt $$(grep '^triton==' constraints.txt)
-	@$(BIN)/python -m pytest $(PARALLEL) tests/model/test_gpu_*.py $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) tests/model/test_gpu_*.py tests/model/test_bench_gpu.py $(ARGS)
 
 lint: setup ## run linter, formatter and type checker
 	@status=0; \
@@ -84,6 +84,9 @@ bench-engine: setup ## engine, transformers, llama.cpp
 
 bench-formats: setup ## quality, memory and speed by weight format
 	@$(BIN)/wisp bench formats $(ARGS)
+
+gpu-check: setup ## kernels for GPUs: bits and speed (ARGS=--tiny without a GPU)
+	@$(BIN)/wisp bench gpu $(ARGS)
 
 bench-draft: setup ## acceptance and cost of drafts on held-out prompts
 	@$(BIN)/wisp bench draft $(ARGS)

@@ -15,6 +15,7 @@ from shared.engine.weights import opened
 from shared.gpu_kernels.decoder import GpuDecoder
 from shared.gpu_kernels.launches import Launcher, launch
 from shared.kernels.cache import PackedBatch
+from shared.models.description import ModelDescription
 from shared.models.families import describe
 from shared.models.weight_files import read_config
 
@@ -55,3 +56,21 @@ def logits_of(
         done += count
     assert done == len(tokens)
     return torch.cat(parts)
+
+
+class FlawedDecoder:
+    """Logits of a row are its token and its position, plus `flaw` for each row of the pass."""
+
+    def __init__(self, model: ModelDescription, flaw: float) -> None:
+        self.model, self.joins_runs = model, None
+        self._flaw = flaw
+
+    def forward(
+        self, batch: PackedBatch, *, tokens: Sequence[int], wanted: Sequence[int] = ()
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        positions = [start + i for start, count in zip(batch.starts, batch.counts, strict=True) for i in range(count)]
+        rows = torch.tensor([list(tokens), positions]).T.float()
+        return rows, rows[list(wanted)] + self._flaw * len(rows)
+
+    def views(self, block: int) -> list[torch.Tensor]:
+        return []

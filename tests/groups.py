@@ -8,7 +8,7 @@ FOLDERS = ("stack", "broker")
 """Folders whose tests share brokers and take minutes: each is one group, and they start first."""
 FILES = {
     **dict.fromkeys(("test_compiled_pass.py", "test_families.py", "test_hidden_draft_passes.py"), "families"),
-    **dict.fromkeys(("test_gpu_decoder.py", "test_gpu_engine.py", "test_gpu_kernels.py"), "gpu"),
+    **dict.fromkeys(("test_bench_gpu.py", "test_gpu_decoder.py", "test_gpu_engine.py", "test_gpu_kernels.py"), "gpu"),
     **dict.fromkeys(("test_errors.py", "test_layers.py", "test_names.py", "test_surfaces.py"), "source"),
 }
 """Files that share what takes long to make: tiny models of all families, or the parsed source. Each other file is a

@@ -2,14 +2,31 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
-from shared.gpu_kernels.decoder import GpuDecoder
+from shared.gpu_kernels.decoder import GpuDecoder, Graphs
 from shared.gpu_kernels.products import NARROW, ROW_TILE, WIDE
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
+
+
+def settle(decoder: GpuDecoder, blocks: int, tokens: int, graphs: Callable[[GpuDecoder], Graphs] | None = None) -> bool:
+    """Choose wide tiles and graphs where they change no bit; return whether bits are independent of the batch.
+
+    blocks, tokens: as in `batches_agree`. graphs: makes the graphs of a decoder; None to go without.
+    """
+    decoder.wide_tiles = tiles_agree(decoder)
+    exact = batches_agree(decoder, blocks, tokens)
+    if not exact and decoder.wide_tiles:
+        decoder.wide_tiles = False
+        exact = batches_agree(decoder, blocks, tokens)
+    if graphs is not None:
+        decoder.graphs = graphs(decoder)
+        if exact and not batches_agree(decoder, blocks, tokens):
+            decoder.graphs = None
+    return exact
 
 
 def tiles_agree(decoder: GpuDecoder) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 import torch
 
@@ -33,6 +33,13 @@ RUN: Final[int] = source.SPLIT.value
 RUN_FLOATS: Final = 1 << 24
 """Most floats of the runs' results. Batches beyond compute the runs of a span one after the other."""
 _WARPS: Final = {"num_warps": 4, "num_stages": 2}
+
+
+class Graphs(Protocol):
+    """Steps whose launches are one (`graphs.StepGraphs`)."""
+
+    def logits(self, rows: int, runs: int) -> torch.Tensor | None:
+        """Compute the batch in the buffers; return the logits of its wanted rows, or None for too large a batch."""
 
 
 def _width(count: int, least: int = 1) -> int:
@@ -87,6 +94,10 @@ class GpuDecoder:
         """True if products of many rows take wide tiles. Set after a check that they have the bits of narrow ones."""
         self.joins_runs: bool | None = None
         """Compute the runs of a long session in parallel; None to decide by the batch. No bit depends on it."""
+        self.graphs: Graphs | None = None
+        """Graphs of steps of few rows; None to launch every kernel."""
+        self.moves = 0
+        """Number of times that a buffer has got another address."""
         self._launch, self._dtype = launcher, DTYPES[form]
         first = model.layers[0].attention
         self._heads, self._kv_heads, self._head_size = first.heads, first.kv_heads, first.head_size
@@ -123,9 +134,21 @@ class GpuDecoder:
             run=RUN,
         )
         self._upload(plan)
-        self._ropes.cover(plan.runs * RUN)
+        self._cover(plan.runs)
+        logits = self.graphs.logits(rows, plan.runs) if self.graphs and wanted else None
+        if logits is not None:
+            return self._states[:rows], logits[: len(wanted), : self._head.outputs].clone()
         self.launch_layers(rows, plan.spans, plan.runs)
-        return self._states[:rows], self.launch_head(len(wanted))
+        logits = self.empty_logits(len(wanted))
+        self.launch_head(len(wanted), logits)
+        return self._states[:rows], logits[: len(wanted), : self._head.outputs]
+
+    def reserve(self, rows: int, runs: int) -> None:
+        """Make room for batches of so many rows and runs of keys, and leave one in the buffers that changes nothing."""
+        self._grow(rows)
+        self._cover(runs)
+        self._words.zero_()
+        self._section(2)[: self._capacity] = -1
 
     def launch_layers(self, rows: int, spans: int, runs: int) -> None:
         """Launch the kernels from the embedding to the last norm, for the batch in the buffers."""
@@ -157,15 +180,17 @@ class GpuDecoder:
             norm = self._norm if last else norms[number]
             self._add_and_norm(rows, self._product, factor, layer.mlp_post_norm, norm, keeps=last)
 
-    def launch_head(self, wanted: int) -> torch.Tensor:
-        """Launch the head for the first wanted rows in the buffers; return their logits, new."""
-        model, columns = self.model, self._head.padded_outputs
-        logits = torch.empty(padded(wanted, ROW_TILE), columns, device=self.torch_device)
+    def empty_logits(self, rows: int) -> torch.Tensor:
+        """Return a buffer for the logits of so many rows, up to whole tiles."""
+        return torch.empty(padded(rows, ROW_TILE), self._head.padded_outputs, device=self.torch_device)
+
+    def launch_head(self, wanted: int, logits: torch.Tensor) -> None:
+        """Launch the head for the first wanted rows in the buffers."""
+        model = self.model
         if wanted:
             self._multiply(
                 wanted, self._normed, self._head, logits, self._section(3), model.logit_multiplier, model.logit_softcap
             )
-        return logits[:wanted, : self._head.outputs]
 
     def multiply_rows(self, product: DeviceProduct, x: torch.Tensor, tiles: ProductTiles | None = None) -> torch.Tensor:
         """Return x @ weight^T + bias of rows up to a whole tile, for checks of tiles."""
@@ -217,7 +242,8 @@ class GpuDecoder:
         """Make room for this many rows. Padding columns are zero and stay so."""
         if rows <= self._capacity:
             return
-        capacity = padded(rows, ROW_TILE)
+        self.moves += 1
+        capacity = padded(max(rows, 2 * self._capacity), ROW_TILE)
         layer = self._layers[0]
         self._x = self._empty((capacity, self.model.hidden_size), torch.float32)
         self._states = self._empty((capacity, self.model.hidden_size), torch.float32)
@@ -234,8 +260,12 @@ class GpuDecoder:
 
     def _upload(self, plan: LaunchPlan) -> None:
         if len(plan.words) > len(self._words):
+            self.moves += 1
             self._words = self._empty(padded(2 * len(plan.words), ALIGNMENT), torch.int32)
         self._words[: len(plan.words)].copy_(torch.from_numpy(plan.words), non_blocking=True)
+
+    def _cover(self, runs: int) -> None:
+        self.moves += self._ropes.cover(runs * RUN)
 
     def _section(self, number: int) -> torch.Tensor:
         return self._words[number * self._capacity :]
@@ -277,7 +307,7 @@ class GpuDecoder:
 
     def _multiply_gated(self, rows: int, layer: _DeviceLayer) -> None:
         gate, up = layer.gate, layer.up
-        options = gate.options(self._tiles(rows))
+        options = gate.options(self._tiles(rows), gated=True)
         self._launch(
             source.multiply_gated,
             (-(-rows // options["BLOCK_M"]), gate.padded_outputs // options["BLOCK_N"]),
@@ -337,6 +367,7 @@ class GpuDecoder:
         if joins is None:
             joins = floats * self._head_size <= RUN_FLOATS
         if joins and len(self._run_sums) < 2 * floats:
+            self.moves += 1
             self._run_mixed = self._empty(floats * self._head_size, torch.float32)
             self._run_sums = self._empty(2 * floats, torch.float32)
         shape: dict[str, Any] = {
@@ -426,10 +457,10 @@ class _DeviceRotations:
         self._tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._none = torch.zeros(1, device=torch_device)
 
-    def cover(self, length: int) -> None:
-        """Have positions up to `length`."""
+    def cover(self, length: int) -> bool:
+        """Have positions up to `length`. Returns whether the tables have moved."""
         if length <= self._length:
-            return
+            return False
         self._length = _width(length, 1024)
         for rope in self._ropes:
             cosines, sines = rotation_table(rope, self._length)
@@ -437,6 +468,7 @@ class _DeviceRotations:
                 torch.from_numpy(cosines).to(self._device),
                 torch.from_numpy(sines).to(self._device),
             )
+        return True
 
     def tables(self, rope: Rope | None) -> tuple[torch.Tensor, torch.Tensor]:
         """Return a rope's cosines and sines, each (positions, pairs)."""

@@ -55,14 +55,17 @@ class DeviceProduct:
         """Number of padded outputs."""
         return self.weight.shape[0]
 
-    def options(self, tiles: ProductTiles) -> dict[str, int]:
-        """Return a kernel's constants and options for these tiles. Steps over the inputs depend on the weight alone."""
+    def options(self, tiles: ProductTiles, *, gated: bool = False) -> dict[str, int]:
+        """Return a kernel's constants and options for these tiles. Steps over the inputs depend on the weight alone.
+
+        gated: two weights are multiplied at once, whose tiles must fit into the shared memory of capability 8.6.
+        """
         in_float32 = self.weight.dtype == torch.float32  # no tensor cores: a large tile would be very long code
         return {
             "DEPTH": self.depth,
             "BLOCK_M": min(tiles.rows, 32) if in_float32 else tiles.rows,
             "BLOCK_N": tiles.outputs,
-            "BLOCK_K": 32 if in_float32 else 64 if self.depth % 128 else 128,
+            "BLOCK_K": 32 if in_float32 else 64 if gated or self.depth % 128 else 128,
             "num_warps": 4,
             "num_stages": 2 if in_float32 else 3,
         }

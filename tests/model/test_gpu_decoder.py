@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import tiny
@@ -19,9 +21,11 @@ from shared.kernels.cache import PackedBatch
 
 pytest.importorskip("triton")
 
-from gpu_model import gpu_decoder, logits_of
+from gpu_model import FlawedDecoder, gpu_decoder, logits_of
 
+from shared.gpu_kernels import check
 from shared.gpu_kernels.decoder import GpuDecoder
+from shared.gpu_kernels.graphs import StepGraphs
 from shared.gpu_kernels.products import NARROW, WIDE
 
 Family = Callable[[str], Path]
@@ -164,3 +168,94 @@ def test_a_pass_without_wanted_rows_keeps_its_kv(family: Family) -> None:
     assert logits.shape == (0, tiny.VOCAB)
     assert states.shape == (5, decoder.model.hidden_size)
     assert torch.equal(logits_of(decoder, text[5:], [1], [1], start=5), expected[5:])
+
+
+def test_graphs_have_the_bits_of_single_launches(family: Family) -> None:
+    """Here a graph computes its launches anew: its rows that fill up the ladder change nothing, in KV neither."""
+    decoder = gpu_decoder(family("qwen3"), "bfloat16")
+    fill(decoder)
+    text = random_text(8)
+    expected = logits_of(decoder, text, [0, 1], [8], start=EDGE)
+    captured: list[int] = []
+
+    def capture(compute: Callable[[], object]) -> Callable[[], object]:
+        captured.append(1)
+        return compute
+
+    fill(decoder)
+    decoder.graphs = StepGraphs(decoder, rows=(1, 4), capture=capture)
+    before = decoder.keys.clone()
+    assert torch.equal(logits_of(decoder, text, [2, 3], [3, 1, 1, 3], start=EDGE), expected)
+    assert len(captured) == 2
+    changed = (decoder.keys != before).any(-1).any(2).any(0)
+    assert changed.nonzero().tolist() == [*([2, place] for place in range(EDGE, 64)), [3, 0], [3, 1]]
+
+
+def test_graphs_are_captured_again_when_a_buffer_has_moved(family: Family) -> None:
+    decoder = gpu_decoder(family("llama"), "bfloat16")
+    captured: list[int] = []
+
+    def capture(compute: Callable[[], object]) -> Callable[[], object]:
+        captured.append(decoder.moves)
+        return compute
+
+    graphs = StepGraphs(decoder, rows=(1,), capture=capture)
+    decoder.reserve(1, 1)
+    for _ in range(2):
+        assert graphs.logits(1, 1) is not None
+    decoder.reserve(2 * 64 + 1, 1)
+    graphs.logits(1, 1)
+    assert len(captured) == len(set(captured)) == 2
+
+
+def test_a_batch_takes_the_next_larger_graph(family: Family) -> None:
+    graphs = StepGraphs(gpu_decoder(family("llama")))
+    assert [graphs.rung(rows, 1) for rows in (1, 3, 256, 257)] == [(1, 1), (4, 1), (256, 1), None]
+    assert [graphs.rung(1, runs) for runs in (2, 4, 5, 1024, 1025)] == [(1, 4), (1, 4), (1, 16), (1, 1024), None]
+
+
+def test_graphs_for_the_longest_session_are_captured_at_start(family: Family) -> None:
+    decoder = gpu_decoder(family("llama"), blocks=9)
+    captured: list[int] = []
+
+    def capture(compute: Callable[[], object]) -> Callable[[], object]:
+        captured.append(decoder.moves)
+        return compute
+
+    before = decoder.keys.clone()
+    StepGraphs(decoder, rows=(1, 2), capture=capture).prepare()
+    assert decoder.model.max_len > 9 * 64 > 2 * 256
+    assert len(captured) == 4  # of one or two rows, and of one or four runs, as the cache is shorter than the model
+    assert len(set(captured)) == 1
+    assert torch.equal(decoder.keys, before)
+
+
+@pytest.mark.parametrize(
+    ("tiles", "batches", "exact", "wide", "has_graphs"),
+    [
+        (True, [True, True], True, True, True),
+        (False, [True, True], True, False, True),
+        (True, [False, True, True], True, False, True),
+        (True, [False, False], False, False, True),
+        (True, [True, False], True, True, False),
+    ],
+)
+def test_options_that_change_bits_are_left_out(
+    tiles: bool, batches: list[bool], exact: bool, wide: bool, has_graphs: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder: Any = SimpleNamespace(wide_tiles=False, graphs=None)
+    answers = iter(batches)
+    monkeypatch.setattr(check, "tiles_agree", lambda _decoder: tiles)
+    monkeypatch.setattr(check, "batches_agree", lambda *_arguments: next(answers))
+    assert check.settle(decoder, 8, 328, lambda _decoder: StepGraphs.__new__(StepGraphs)) == exact
+    assert (decoder.wide_tiles, decoder.graphs is not None) == (wide, has_graphs)
+    assert next(answers, None) is None
+
+
+@pytest.mark.parametrize("blocks", [1, 2, 8])
+@pytest.mark.parametrize(("flaw", "agrees"), [(0.0, True), (1e-3, False)])
+def test_the_check_at_load_finds_bits_that_depend_on_the_batch(
+    flaw: float, agrees: bool, blocks: int, family: Family
+) -> None:
+    decoder: Any = FlawedDecoder(gpu_decoder(family("llama"), on="meta").model, flaw)
+    assert check.batches_agree(decoder, blocks, 328) == agrees

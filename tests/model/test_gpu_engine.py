@@ -104,3 +104,17 @@ def test_memory_that_does_not_suffice_is_named(family: Family, monkeypatch: pyte
     monkeypatch.setattr(gpu_pass, "GpuDecoder", full)
     with pytest.raises(EngineError, match=r"128 tokens do not fit.*WISP_CACHE_TOKENS"):
         Engine(family("llama"), dtype="bfloat16", budget_tokens=128)
+
+
+@pytest.mark.usefixtures("on_kernels")
+def test_where_kernels_cannot_run_module_code_is_taken(family: Family, monkeypatch: pytest.MonkeyPatch) -> None:
+    from shared.engine import gpu_pass
+
+    def fail(*_args: object) -> bool:
+        raise RuntimeError("Failed to find C compiler.\nDetails")
+
+    monkeypatch.setattr(gpu_pass, "settle", fail)
+    on_module_code = Engine(family("llama"), dtype="float32", budget_tokens=64)
+    assert on_module_code.module_code_reason == (
+        "the kernels for GPUs cannot run on cpu (RuntimeError: Failed to find C compiler.)"
+    )

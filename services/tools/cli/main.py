@@ -69,6 +69,7 @@ class Benchmark(StrEnum):
     ENGINE = "engine"
     ESTIMATOR = "estimator"
     FORMATS = "formats"
+    GPU = "gpu"
     HANDOFF = "handoff"
     LOAD = "load"
     ROUNDS = "rounds"
