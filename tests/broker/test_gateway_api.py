@@ -65,6 +65,7 @@ async def test_usage_is_in_one_extra_chunk_and_null_in_the_others(suite: Suite) 
         "completion_tokens": len(text),
         "total_tokens": prompt + len(text),
         "prompt_tokens_details": {"cached_tokens": 0},
+        "completion_tokens_details": {"reasoning_tokens": 0},
     }
     plain = await events_of(suite.http, "/v1/chat/completions", messages=messages)
     assert not any("usage" in event for event in plain)
