@@ -10,6 +10,7 @@ that is not sampled has no context, so it costs the other services nothing.
 
 from __future__ import annotations
 
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from threading import Thread
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
-from shared.errors import SettingsError
+from shared.errors import SettingsError, cut
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -31,12 +32,15 @@ PROTOCOLS = ("OTEL_EXPORTER_OTLP_TRACES_PROTOCOL", "OTEL_EXPORTER_OTLP_PROTOCOL"
 PROTOCOL = "http/protobuf"
 EXPORTERS = ("otlp", "console", "none")
 TRACEPARENT = "traceparent"
+TRACESTATE = "tracestate"
 SESSIONS_HEADER = "x-wisp-traces"
 """Header of a batch: the trace context of each session with a trace."""
 MOST_BYTES = 65_536
 """Longest header of a batch: all headers of a message have to fit into one AMQP frame, of 128 KiB by default."""
 TABLE_BYTES = 32
 """Bytes of a session's entry in a header, beside its strings."""
+MOST_OF_REASON = 200
+"""Most characters of an error of OpenTelemetry's."""
 CLOSE_S = 3.0
 """Longest time at the end to export the last spans."""
 
@@ -219,22 +223,34 @@ def configure(service: str, instance: str, namespace: str = "", environment: Map
     if exporter is None:
         return
     try:
-        from opentelemetry.sdk.resources import OTELResourceDetector, Resource
-        from opentelemetry.sdk.trace import TracerProvider
-        from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
-
-        exports: SpanExporter
-        if exporter == "console":
-            exports = ConsoleSpanExporter()
-        else:
-            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-
-            exports = OTLPSpanExporter()
+        provider = _make_provider(exporter, service, instance, namespace)
     except ModuleNotFoundError as error:
         raise SettingsError(
             f"the environment asks for traces (OTEL_...), but the package of {error.name} is missing; install "
             "wisp[otel], or set OTEL_TRACES_EXPORTER=none"
         ) from error
+    except (ValueError, RuntimeError) as error:
+        raise SettingsError(
+            f"OpenTelemetry refuses one of its variables (OTEL_...): {cut(str(error), MOST_OF_REASON)}"
+        ) from error
+    # It logs what is wrong with a client's `tracestate`, with its text, for each request.
+    logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
+    use(provider)
+
+
+def _make_provider(exporter: str, service: str, instance: str, namespace: str) -> TracerProvider:
+    """Return a provider with this exporter, set up by OpenTelemetry's variables."""
+    from opentelemetry.sdk.resources import OTELResourceDetector, Resource
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import BatchSpanProcessor, ConsoleSpanExporter, SpanExporter
+
+    exports: SpanExporter
+    if exporter == "console":
+        exports = ConsoleSpanExporter()
+    else:
+        from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+
+        exports = OTLPSpanExporter()
     own = {
         "service.name": f"wisp-{service}",
         "service.namespace": namespace,
@@ -247,7 +263,7 @@ def configure(service: str, instance: str, namespace: str = "", environment: Map
     # Not the global provider: libraries would add spans of their own, with addresses and users' text.
     provider = TracerProvider(resource=resource, shutdown_on_exit=False)
     provider.add_span_processor(BatchSpanProcessor(exports))
-    use(provider)
+    return provider
 
 
 def use(provider: TracerProvider | None) -> None:
@@ -359,13 +375,17 @@ def _start(
 
 
 def _remote(headers: Headers) -> OtelSpan | None:
-    """Return the span that headers name; None if there is none, or its trace is not valid."""
-    if not isinstance(headers.get(TRACEPARENT), str):
+    """Return the span that headers name; None if there is none, or its trace is not valid.
+
+    In messages headers may have any type, and OpenTelemetry raises TypeError for those that are no strings.
+    """
+    context = {name: text for name in (TRACEPARENT, TRACESTATE) if isinstance(text := headers.get(name), str)}
+    if TRACEPARENT not in context:
         return None
     from opentelemetry.context import Context
     from opentelemetry.trace import get_current_span
 
-    span = get_current_span(_propagator().extract(headers, Context()))
+    span = get_current_span(_propagator().extract(context, Context()))
     return span if span.get_span_context().is_valid else None
 
 

@@ -64,6 +64,25 @@ def test_what_cannot_work_is_refused(environment: dict[str, str], problem: str) 
         exporter_of(environment)
 
 
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        ("OTEL_BSP_MAX_QUEUE_SIZE", "100"),
+        ("OTEL_BSP_SCHEDULE_DELAY", "0"),
+        ("OTEL_SPAN_LINK_COUNT_LIMIT", "many"),
+        ("OTEL_PYTHON_EXPORTER_OTLP_HTTP_TRACES_CREDENTIAL_PROVIDER", "nobody"),
+    ],
+)
+def test_variables_that_opentelemetry_refuses_are_wrong_settings(
+    monkeypatch: pytest.MonkeyPatch, variable: str, value: str
+) -> None:
+    monkeypatch.setenv("OTEL_EXPORTER_OTLP_ENDPOINT", "http://127.0.0.1:4318")
+    monkeypatch.setenv(variable, value)
+    with pytest.raises(SettingsError, match="OpenTelemetry refuses one of its variables"):
+        tracing.configure("gateway", "g")
+    assert not tracing.is_on()
+
+
 def python(code: str, **environment: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=False, env={"PATH": "", **environment}
@@ -142,6 +161,14 @@ def test_a_message_without_a_context_begins_no_trace(spans: Recorded, header: ob
         assert not tracing.current()
         tracing.current().child("round").end()
     assert spans.ended == []
+
+
+@pytest.mark.parametrize("state", [5, b"vendor=1", ["vendor=1"], [5], {"vendor": 1}, None])
+def test_a_message_whose_state_is_no_text_has_its_context(spans: Recorded, state: object) -> None:
+    headers = {"traceparent": CLIENT, "tracestate": state}
+    with tracing.received({**headers, tracing.SESSIONS_HEADER: {"s": headers}}):
+        assert tracing.current().headers == {"traceparent": CLIENT}
+        assert [span.headers for span in tracing.session_spans().values()] == [{"traceparent": CLIENT}]
 
 
 def test_a_request_that_is_not_sampled_sends_no_context() -> None:
