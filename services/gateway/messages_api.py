@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from sys import float_info
 from time import monotonic
 from typing import Any
 
@@ -166,9 +167,18 @@ def _tool_use(answer: Answer, number: int, name: str) -> Fields:
 def _input(arguments: str) -> Any:
     """Return the arguments of a call. If it was cut off, return the complete ones, as Anthropic's clients do."""
     try:
-        return from_json(arguments, allow_partial=True, allow_inf_nan=False)
+        return _in_range(from_json(arguments, allow_partial=True, allow_inf_nan=False))
     except ValueError:
         return {}
+
+
+def _in_range(value: Any) -> Any:
+    """Return parsed JSON with the largest float for numbers beyond it, which the parser reads as infinity."""
+    if isinstance(value, float):
+        return max(-float_info.max, min(float_info.max, value))
+    if isinstance(value, dict):
+        return {name: _in_range(one) for name, one in value.items()}
+    return [_in_range(one) for one in value] if isinstance(value, list) else value
 
 
 def _stop(answer: Answer, finish: str) -> Fields:

@@ -11,6 +11,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
@@ -517,9 +518,20 @@ def parse(kind: type[R], body: bytes) -> R:
         raise invalid(f"the request's body must be a JSON object, not {_kind(fields)}", code="invalid_json")
     _refuse_unsupported(kind, fields)
     try:
-        return kind.model_validate(fields)
+        parsed = kind.model_validate(fields)
     except ValidationError as error:
         raise explain(error) from error
+    if not _is_finite(fields):  # somewhere in a schema, a call's input or the like
+        raise invalid("the request's body is not JSON: number out of range", code="invalid_json")
+    return parsed
+
+
+def _is_finite(value: Any) -> bool:
+    """Return whether all numbers of parsed JSON are finite: the parser reads 1e400 as infinity, which is no JSON."""
+    if isinstance(value, float):
+        return isfinite(value)
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+    return all(_is_finite(one) for one in inner if not isinstance(one, str | int))
 
 
 def _refuse_unsupported(kind: type[Body], fields: Mapping[str, Any]) -> None:

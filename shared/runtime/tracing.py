@@ -233,8 +233,8 @@ def configure(service: str, instance: str, namespace: str = "", environment: Map
         raise SettingsError(
             f"OpenTelemetry refuses one of its variables (OTEL_...): {cut(str(error), MOST_OF_REASON)}"
         ) from error
-    # It logs what is wrong with a client's `tracestate`, with its text, for each request.
-    logging.getLogger("opentelemetry.trace.span").setLevel(logging.ERROR)
+    # It logs what is wrong with the headers of clients, with their text, for each request.
+    logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     use(provider)
 
 

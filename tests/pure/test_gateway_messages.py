@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncIterator
 from pathlib import Path
+from sys import float_info
 from typing import Any
 
 import anthropic
@@ -284,6 +285,16 @@ async def test_arguments_are_streamed_while_they_are_made(hermes: App) -> None:
     assert json.loads("".join(delta["partial_json"] for delta in deltas)) == {"city": "Köln"}
     begun = next(one["content_block"] for one in events if one["type"] == "content_block_start" and one["index"] == 1)
     assert (begun["type"], begun["name"], begun["input"]) == ("tool_use", "get_weather", {})
+
+
+async def test_a_call_with_a_number_beyond_floats_has_the_largest_one(hermes: App) -> None:
+    arguments = '{"city": "Bonn", "days": [1e999, -1e400, 2.5]}'
+    hermes.script = Script(
+        f'<tool_call>\n{{"name": "get_weather", "arguments": {arguments}}}\n</tool_call>', round_len=9
+    )
+    (call,) = (await client_of(hermes).messages.create(**ASKED)).content
+    assert call.type == "tool_use"
+    assert call.input == {"city": "Bonn", "days": [float_info.max, -float_info.max, 2.5]}
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -22,14 +22,17 @@ from pydantic import ValidationError
 
 from services.gateway import metrics, stream
 from services.gateway.answer import AnswerForm, Usage
+from services.gateway.body import Body
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
 from services.gateway.core.reasoning import SplitText
 from services.gateway.core.slo import SloOutcome, class_of, judge, slo_of
 from services.gateway.errors import ApiError, from_failure
 from services.gateway.fleet import Fleet, longest_session
 from services.gateway.gateway import Gateway
+from services.gateway.messages_body import MessagesRequest
 from services.gateway.prompt import Limits, Prompt, check_prompt
 from services.gateway.request import derive_seed, new_answer
+from services.gateway.responses_body import ResponsesRequest
 from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest, parse
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
@@ -50,7 +53,7 @@ def completion(**options: Any) -> CompletionRequest:
     return parse(CompletionRequest, json.dumps(COMPLETION | options).encode())
 
 
-def refusal(kind: type[ChatRequest] | type[CompletionRequest], body: bytes) -> ApiError:
+def refusal(kind: type[Body], body: bytes) -> ApiError:
     with pytest.raises(ApiError) as caught:
         parse(kind, body)
     assert caught.value.status == 400
@@ -318,6 +321,17 @@ def test_bodies_other_than_json_objects_are_refused(body: bytes) -> None:
 def test_numbers_too_large_for_a_float_are_refused() -> None:
     body = json.dumps(CHAT).encode()[:-1] + b', "temperature": 1e999}'
     assert refusal(ChatRequest, body).param == "temperature"
+    schema = b'{"type": "object", "properties": {"a": {"enum": ["x", 1, [-1e999]]}}}'
+    tool = b'{"type": "function", "name": "f", "parameters": ' + schema + b"}"
+    assert refusal(ResponsesRequest, b'{"model": "m", "input": "x", "tools": [' + tool + b"]}").code == "invalid_json"
+    assert (
+        refusal(
+            MessagesRequest,
+            b"""{"model": "m", "max_tokens": 1, "messages": [{"role": "assistant", "content":
+        [{"type": "tool_use", "id": "1", "name": "f", "input": {"a": 1e400}}]}]}""",
+        ).code
+        == "invalid_json"
+    )
 
 
 JSON = st.recursive(
