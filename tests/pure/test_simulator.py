@@ -233,6 +233,9 @@ def test_a_full_memory_holds_no_more_than_its_tokens(tmp_path: Path) -> None:
     assert 0.8 * world.target.kv_tokens < longest <= world.target.kv_tokens
 
 
+FIVE = [{"distribution": "constant", "value": 5}]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -243,6 +246,10 @@ def test_a_full_memory_holds_no_more_than_its_tokens(tmp_path: Path) -> None:
         ({"target": "nosuch"}, "nosuch.*a100-qwen3-32b"),
         ({"devices": [{"profile": "phone", "weight": 1e300}]}, "weight"),
         ({"think_s": [{"distribution": "lognormal", "median": 1, "sigma": 1e300}]}, "think_s.*sigma"),
+        (
+            {"classes": [{"name": "summer chat", "prompt_tokens": FIVE, "output_tokens": FIVE}]},
+            r"classes\.0\.name: .*\(given: 'summer chat'\)",
+        ),
     ],
 )
 def test_a_wrong_scenario_is_an_error_that_names_the_field(changes: dict[str, object], message: str) -> None:

@@ -21,6 +21,7 @@ from services.tools.bench.load.core.distributions import (
     one_of,
 )
 from shared.errors import SettingsError
+from shared.messages import Name
 from shared.slo import Promise
 from shared.twin.profile import problems_in
 from shared.twin.spec import Acceptance
@@ -32,7 +33,7 @@ MOST_TOKENS = 1 << 20
 class RequestClass(WeightedPart, Promise):
     """A class of requests: its SLO, and the lengths of its prompts and answers in tokens."""
 
-    name: Annotated[str, Field(min_length=1, max_length=128)]
+    name: Name
     prompt_tokens: Mixture
     output_tokens: Mixture
 
