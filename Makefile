@@ -43,7 +43,7 @@ test-fast: setup ## run the tests that need no brokers and no default model
 		tests/model $(if $(wildcard .wisp/tools/installed),tests/manifests) tests/pure $(ARGS)
 
 test: setup tools ## run all tests on private brokers (ARGS="-n 0": one by one)
-	@$(BIN)/python -m pytest $(PARALLEL) $(ARGS)
+	@$(BIN)/python -m pytest $(PARALLEL) --durations=25 --durations-min=5 $(ARGS)
 
 test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Debian
 	@.ci/brokers $(BIN)/python -m pytest -n 0 tests/broker tests/stack/test_cluster.py \

@@ -40,7 +40,7 @@ def tiles_agree(decoder: GpuDecoder) -> bool:
 
 
 def batches_agree(decoder: GpuDecoder, blocks: int, tokens: int) -> bool:
-    """Return whether a session's logits have the same bits alone, decoded, verified, in chunks, and among others.
+    """Return whether a session's last logits have the same bits in one pass, decoded, verified, and among others.
 
     blocks: capacity of the decoder's cache, of which the check takes the first ones and leaves zeros. tokens: length of
     the session, which is shorter if it would not leave a block for another one.

@@ -144,7 +144,7 @@ class GpuDecoder:
         return self._states[:rows], logits[: len(wanted), : self._head.outputs]
 
     def reserve(self, rows: int, runs: int) -> None:
-        """Make room for batches of so many rows and runs of keys, and leave one in the buffers that changes nothing."""
+        """Make room for batches of this many rows and runs of keys, and leave an inert batch in the buffers."""
         self._grow(rows)
         self._cover(runs)
         self._words.zero_()
@@ -181,7 +181,7 @@ class GpuDecoder:
             self._add_and_norm(rows, self._product, factor, layer.mlp_post_norm, norm, keeps=last)
 
     def empty_logits(self, rows: int) -> torch.Tensor:
-        """Return a buffer for the logits of so many rows, up to whole tiles."""
+        """Return a buffer for the logits of this many rows, up to whole tiles."""
         return torch.empty(padded(rows, ROW_TILE), self._head.padded_outputs, device=self.torch_device)
 
     def launch_head(self, wanted: int, logits: torch.Tensor) -> None:

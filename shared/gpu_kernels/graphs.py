@@ -67,7 +67,7 @@ class StepGraphs:
                 self.logits(rows, runs)
 
     def rung(self, rows: int, runs: int) -> Rung | None:
-        """Return the least graph for so many rows and runs; None beyond the ladder."""
+        """Return the least graph for this many rows and runs; None beyond the ladder."""
         if rows > self._rows[-1] or runs > RUNS[-1]:
             return None
         return min(one for one in self._rows if one >= rows), min(one for one in RUNS if one >= runs)

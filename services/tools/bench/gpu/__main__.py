@@ -59,7 +59,7 @@ TINY_PLAN = GpuPlan(["tiny"], ["bfloat16"], 1, 2, 6, [1, 2], 4, 1, 1, 4)
 def main(
     models: Annotated[str, typer.Option(help="Shapes of models: smollm2-135m, qwen3-8b.")] = ",".join(MODELS),
     formats: Annotated[str, typer.Option(help="Formats of weights for exactness.")] = ",".join(FORMS),
-    layers: Annotated[int, typer.Option(min=1, help="Most layers of a model; speeds are of so many.")] = 8,
+    layers: Annotated[int, typer.Option(min=1, help="Most layers of a model, for speeds too.")] = 8,
     positions: Annotated[int, typer.Option(min=8, help="Positions for exactness, in each way.")] = 2000,
     sessions: Annotated[str, typer.Option(help="Sessions of a step.")] = "1,8,32,128,256",
     context: Annotated[int, typer.Option(min=16, help="Held tokens of each session.")] = 512,
