@@ -240,6 +240,8 @@ class RunningSession:
     """Its span in the request's trace."""
     starting: bool = False
     """True until the session is created and handed to the drafters: until then its state is not missed."""
+    start: asyncio.Task[None] | None = None
+    """Its creation and handing over, which the session's end cancels: a frozen RabbitMQ can hold it up for long."""
     checking: bool = False
     """True if a read of the state is in progress."""
     check_again: bool = False

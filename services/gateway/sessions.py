@@ -267,9 +267,14 @@ class Sessions:
         pool = session.answer.form.pool
         elapsed_ms = (monotonic() - session.started_s) * 1000
         generate = session.generate.model_copy(update={"elapsed_ms": elapsed_ms})
+        with tracing.active(session.span):
+            session.start = asyncio.create_task(self._transport.start(generate, pool, resume_record=resume_record))
         try:
-            with tracing.active(session.span):
-                await self._transport.start(generate, pool, resume_record=resume_record)
+            await session.start
+        except asyncio.CancelledError:
+            task = asyncio.current_task()
+            if task is None or task.cancelling() or self._running.get(session.session_id) is session:
+                raise
         except Unroutable as error:
             if pool.startswith(device_name("")):
                 text = f"{pool!r} has no queue: import the definitions that contain its name"
@@ -446,6 +451,8 @@ class Sessions:
         if self._running.get(session.session_id) is not session:
             return
         del self._running[session.session_id]
+        if session.start is not None:
+            session.start.cancel()
         if not self._running:
             self._idle.set()
         self._count_end(session, reason)

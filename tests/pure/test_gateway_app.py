@@ -22,6 +22,7 @@ from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
+from patience import HANG_S
 from prometheus_client import generate_latest
 
 from services.gateway import sessions
@@ -1012,12 +1013,18 @@ async def test_a_session_that_ends_while_it_is_stored_is_cancelled(
 ) -> None:
     app = App(folder)
     app.services.draft = None
-    delay_start(app, monkeypatch, 0.2)
+    start = app.transport.start
+
+    async def unconfirmed(generate: Generate, pool: str, resume_record: bytes = b"") -> None:
+        await start(generate, pool, resume_record)
+        await asyncio.sleep(HANG_S)  # as long as RabbitMQ is frozen
+
+    monkeypatch.setattr(app.transport, "start", unconfirmed)
     asking = asyncio.create_task(app.chat())
-    await eventually(lambda: app.sessions.running == 1)
+    await eventually(lambda: app.sessions.running == 1 and bool(app.services.sessions))
     await app.sessions.drain(0)
-    error_of(await asking, 503)
-    await eventually(lambda: bool(app.services.sessions))
+    error = error_of(await asyncio.wait_for(asking, 5), 503)
+    assert error["code"] == "shutting_down"
     await eventually(lambda: {one.status for one in app.services.sessions.values()} == {SessionStatus.CANCELLED})
 
 
