@@ -270,10 +270,11 @@ async def _http_error(request: Request, error: Exception) -> Response:
     where = f"{cut(request.method, 20)} {cut(request.url.path, MOST_OF_PATH)}"
     if error.status_code == 404:
         meant = _meant(request)
-        hint = f"; did you mean {meant}? {_BASE_URLS}" if meant else ""
+        hint = f"; did you mean {meant}? {_BASE_URLS}" if meant else "; /docs lists the paths"
         answer = ApiError(404, f"unknown request: {where}{hint}", code="unknown_url")
     elif error.status_code == 405:
-        answer = ApiError(405, f"this path does not take that method: {where}", code="method_not_allowed")
+        allowed = (error.headers or {}).get("Allow", "another method")
+        answer = ApiError(405, f"{where} is not allowed; send {allowed}", code="method_not_allowed")
     else:
         answer = ApiError(error.status_code, str(error.detail))
     return JSONResponse(answer.body_at(request.url.path), answer.status, error.headers)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import io
 import json
 import os
@@ -276,6 +277,10 @@ def test_a_full_disk_is_one_line_of_error() -> None:
         )
     assert ended.returncode == 1
     assert ended.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+def test_the_version_is_that_of_the_package() -> None:
+    assert wisp("--version").stdout == f"wisp {importlib.metadata.version('wisp')}\n"
 
 
 def test_an_interrupt_ends_a_command_with_its_own_status() -> None:

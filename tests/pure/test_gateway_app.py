@@ -190,7 +190,9 @@ async def test_requests_without_a_seed_get_different_ones(app: App) -> None:
 @pytest.mark.parametrize("method", ["GET", "PUT", "DELETE", "PATCH"])
 async def test_other_methods_are_refused(app: App, method: str) -> None:
     response = await app.http.request(method, "/v1/chat/completions")
-    assert error_of(response, 405)["code"] == "method_not_allowed"
+    error = error_of(response, 405)
+    assert error["code"] == "method_not_allowed"
+    assert error["message"] == f"{method} /v1/chat/completions is not allowed; send POST"
     assert response.headers["allow"] == "POST"
 
 

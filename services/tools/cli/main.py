@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import os
 import sys
 from contextlib import suppress
@@ -46,7 +47,6 @@ from services.tools.cli.terminal import err, errors_shown, out, print_fields, re
 
 app = typer.Typer(
     name="wisp",
-    help="Serve a language model by distributed speculative decoding.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -60,6 +60,21 @@ app.add_typer(journal_command.app, name="journal")
 app.add_typer(trace_command.app, name="trace")
 app.command()(top_command.top)
 app.command()(replay_command.replay)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        out.print(f"wisp {importlib.metadata.version('wisp')}")
+        raise typer.Exit
+
+
+@app.callback()
+def wisp(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Serve a language model by distributed speculative decoding."""
 
 
 class Benchmark(StrEnum):
