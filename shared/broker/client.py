@@ -117,12 +117,16 @@ class Broker:
         BrokersError when nothing answers for 30 seconds, and at once for an invalid server certificate.
         """
         context = (tls or Tls()).context() if "amqps:" in url else None
-        last: Exception = TimeoutError("no answer")
+        last: Exception = TimeoutError()
+
+        def note(error: Exception) -> None:
+            nonlocal last
+            last = error
 
         async def attempt() -> Broker:
-            nonlocal last
             order = addresses(url)
             while True:
+                await until_listening(url, note)
                 try:
                     connection = await connect_robustly(order, name, context)
                     try:
@@ -135,14 +139,13 @@ class Broker:
                 except AMQPChannelError:
                     raise  # RabbitMQ refuses it, and would again
                 except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
-                    last = error
+                    note(error)
                     if (bad := bad_certificate(error)) is not None:
                         raise BrokersError(
                             f"RabbitMQ at {without_password(url)} cannot be trusted: {bad}; see WISP_TLS_CA_FILE"
                         ) from error
                     order = [*order[1:], order[0]]
                     await asyncio.sleep(LISTEN_RETRY_S)
-                    await until_listening(url)
 
         try:
             return await asyncio.wait_for(attempt(), CONNECT_TIMEOUT_S)
@@ -150,8 +153,7 @@ class Broker:
             if isinstance(last, QueueDown):
                 raise last from None
             raise BrokersError(
-                f"RabbitMQ cannot be used at {without_password(url)} ({last or type(last).__name__}); "
-                "start it, or set WISP_AMQP_URL"
+                f"RabbitMQ cannot be used at {without_password(url)} ({in_words(last)}); start it, or set WISP_AMQP_URL"
             ) from last
 
     async def publish(

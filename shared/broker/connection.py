@@ -11,7 +11,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from ssl import SSLContext
 from typing import Any, cast
@@ -209,8 +209,11 @@ async def connect_once(urls: str, context: SSLContext | None = None, **options: 
     return cast(AbstractConnection, await aio_pika.connect(last, timeout=ATTEMPT_S, ssl_context=context, **options))
 
 
-async def until_listening(urls: str) -> None:
-    """Wait until something listens at one of the addresses. Unlike an attempt to log in, this logs nothing."""
+async def until_listening(urls: str, failed: Callable[[OSError], None]) -> None:
+    """Wait until something listens at one of the addresses. Unlike an attempt to log in, this logs nothing.
+
+    failed: called with the error of each address at which nothing does.
+    """
     while True:
         for url in addresses(urls):
             address = urlsplit(url)
@@ -218,7 +221,8 @@ async def until_listening(urls: str) -> None:
                 _, writer = await asyncio.open_connection(
                     address.hostname, address.port or (5671 if address.scheme == "amqps" else 5672)
                 )
-            except OSError:
+            except OSError as error:
+                failed(error)
                 continue
             writer.close()
             return
