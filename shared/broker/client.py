@@ -62,7 +62,7 @@ PERSISTENT_TIMEOUT_S = 20
 """Longest time for a persistent message with its repetitions. A cluster goes on some 8 s after one of its nodes hangs,
 and a connection is restored at another node after 5 to 7 s."""
 CONFIRM_S = 4.0
-"""Longest time for the confirmation of a persistent message before it is repeated."""
+"""Longest time without a confirmation of messages with the same key before a persistent one is repeated."""
 PUBLISH_RETRY_S = 0.2
 CONSUME_S = 30.0
 """Longest time until a queue is consumed: its RabbitMQ node may be starting."""
@@ -188,7 +188,7 @@ class Broker:
         while True:
             try:
                 left_s = max(PUBLISH_RETRY_S, give_up_s - time.monotonic())
-                await self._exchanges.confirmed.publish(envelope, key, min(CONFIRM_S, left_s) if persistent else left_s)
+                await self._exchanges.confirmed.publish(envelope, key, left_s, CONFIRM_S if persistent else None)
                 return
             except PublishError as error:
                 raise Unroutable(f"no queue is bound to {key!r}: its receiver is not running") from error

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aio_pika import Message
 from aio_pika.abc import AbstractChannel, AbstractExchange, AbstractRobustConnection
@@ -24,6 +24,8 @@ class _Confirming:
     exchange: AbstractExchange
     pending: int = 0
     """Messages that wait for their confirmation."""
+    confirmed_s: dict[str, float] = field(default_factory=dict)
+    """When the last message was confirmed, by routing key and the event loop's clock."""
 
     @classmethod
     async def open(cls, connection: AbstractRobustConnection, name: str) -> _Confirming:
@@ -49,8 +51,11 @@ class ConfirmedExchange:
         """Open a channel for an exchange that exists."""
         return cls(connection, await _Confirming.open(connection, name))
 
-    async def publish(self, envelope: Message, key: str, timeout_s: float) -> None:
+    async def publish(self, envelope: Message, key: str, timeout_s: float, silence_s: float | None = None) -> None:
         """Publish, and wait for the confirmation.
+
+        silence_s: longest time in which RabbitMQ confirms no message with this key; None for `timeout_s`. While it
+        confirms others it is only busy, and a repeated message would make it busier.
 
         Raises PublishError when no queue is bound to the key, and one of aio-pika's CONNECTION_EXCEPTIONS when
         RabbitMQ refuses the message or does not confirm it in time, or the connection is lost.
@@ -58,9 +63,7 @@ class ConfirmedExchange:
         used = self._current
         used.pending += 1
         try:
-            async with asyncio.timeout(timeout_s):
-                with losses_as_errors():
-                    await used.exchange.publish(envelope, key, mandatory=True)
+            await _confirmed(used, envelope, key, timeout_s, timeout_s if silence_s is None else silence_s)
         except PublishError:
             raise
         except (DeliveryError, TimeoutError):
@@ -88,6 +91,25 @@ class ConfirmedExchange:
         closing = asyncio.create_task(_close(confirming))
         self._closings.add(closing)
         closing.add_done_callback(self._closings.discard)
+
+
+async def _confirmed(used: _Confirming, envelope: Message, key: str, timeout_s: float, silence_s: float) -> None:
+    """Publish and wait for the confirmation. Raises TimeoutError, and the errors of `ConfirmedExchange.publish`."""
+    now_s = asyncio.get_running_loop().time
+    begun_s = now_s()
+    publishing = asyncio.create_task(used.exchange.publish(envelope, key, mandatory=True))
+    try:
+        while not publishing.done():
+            silent_since_s = max(begun_s, used.confirmed_s.get(key, begun_s))
+            left_s = min(begun_s + timeout_s, silent_since_s + silence_s) - now_s()
+            if left_s <= 0:
+                raise TimeoutError
+            await asyncio.wait({publishing}, timeout=left_s)
+    finally:
+        publishing.cancel()
+    with losses_as_errors():
+        publishing.result()
+    used.confirmed_s[key] = now_s()
 
 
 async def _close(confirming: _Confirming) -> None:

@@ -505,6 +505,27 @@ async def test_an_unconfirmed_message_is_repeated_on_a_new_channel(
     assert (await inbox.next()) == generate("s")
 
 
+async def test_no_message_is_repeated_while_others_are_confirmed(
+    connect: Connect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Repeated messages would make a busy RabbitMQ busier."""
+    monkeypatch.setattr("shared.broker.client.CONFIRM_S", 0.6)
+    drafter, broker, inbox = await connect("drafter"), await connect("gateway"), Inbox()
+    await drafter.consume(drafter.topology.generate_queue(), inbox, prefetch=0)
+    publish, busy = aio_pika.Exchange.publish, asyncio.Lock()
+
+    async def slow(exchange: aio_pika.Exchange, *args: Any, **kwargs: Any) -> Any:
+        async with busy:
+            await asyncio.sleep(0.2)
+        return await publish(exchange, *args, **kwargs)
+
+    monkeypatch.setattr(aio_pika.Exchange, "publish", slow)
+    names = [f"s{number}" for number in range(8)]
+    await asyncio.gather(*(broker.publish(generate(name), topology.generate(), persistent=True) for name in names))
+    assert [await inbox.next() for _ in names] == [generate(name) for name in names]
+    assert await inbox.nothing_more()
+
+
 async def test_a_connection_that_the_client_library_gives_up_is_a_lost_one(amqp_url: str, namespace: str) -> None:
     """aiormq does so after missed heartbeats, also where this process itself stood still."""
     async with link_to(amqp_url) as link:
