@@ -32,12 +32,15 @@ class MadeUpFleet:
         self.verifiers = verifiers
         self.jobs = jobs
         self.listeners = 0
+        self.connections = 0
+        """Number of times that somebody began to listen."""
         self.problem: Exception | None = None
 
     async def listen(self, receive: Handler, listening: Callable[[], None]) -> None:
         if self.problem is not None:
             raise self.problem
         self.listeners += 1
+        self.connections += 1
         try:
             listening()
             await self._speak(receive)

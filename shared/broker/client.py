@@ -18,7 +18,7 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from uuid import uuid4
 
 import aio_pika
@@ -64,13 +64,14 @@ and a connection is restored at another node after 5 to 7 s."""
 CONFIRM_S = 4.0
 """Longest time without a confirmation of messages with the same key before a persistent one is repeated."""
 PUBLISH_RETRY_S = 0.2
-CONSUME_S = 30.0
-"""Longest time until a queue is consumed: its RabbitMQ node may be starting."""
+RETRIED_S = 30.0
+"""Longest time in which a question to RabbitMQ is repeated: a queue's node may be starting."""
 PROBE_HEADER = "x-wisp-probe"
 SENT_HEADER = "x-wisp-sent-us"
 """Header with a message's sending time, in microseconds since 1970 by the sender's clock. Only `wisp replay` reads
 it."""
 
+T = TypeVar("T")
 Handler = Callable[[Message], Awaitable[None]]
 
 
@@ -250,23 +251,15 @@ class Broker:
                 with suppress(*CONNECTION_EXCEPTIONS):  # RabbitMQ delivers it again after the reconnect
                     await incoming.ack()
 
-        give_up_s = time.monotonic() + CONSUME_S
-        while True:
-            try:
-                declared, tag = await self._consume(queue, receive, prefetch, priority)
-                break
-            except ChannelAccessRefused as error:
-                raise AccessRefused(
-                    f"RabbitMQ refuses queue {queue.name} to this user ({in_words(error)}); import the output of "
-                    "`wisp broker definitions`, again after each update"
-                ) from error
-            except AMQPChannelError:
-                raise  # RabbitMQ refuses it, and would again
-            except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
-                if time.monotonic() >= give_up_s:
-                    raise BrokersError(f"queue {queue.name} cannot be consumed: {in_words(error)}") from error
-                self._log.warning("not consuming yet", queue=queue.name, error=in_words(error))
-                await asyncio.sleep(RECONNECT_INTERVAL_S)
+        try:
+            declared, tag = await self._retried(
+                lambda: self._consume(queue, receive, prefetch, priority), f"queue {queue.name} cannot be consumed"
+            )
+        except ChannelAccessRefused as error:
+            raise AccessRefused(
+                f"RabbitMQ refuses queue {queue.name} to this user ({in_words(error)}); import the output of "
+                "`wisp broker definitions`, again after each update"
+            ) from error
         consumed = (queue, declared, tag)
         self._queues[queue.name] = declared
         self._consumed.append(consumed)
@@ -292,6 +285,23 @@ class Broker:
             with suppress(*CONNECTION_EXCEPTIONS):
                 await declared.channel.close()
             raise
+
+    async def _retried(self, ask: Callable[[], Awaitable[T]], failure: str) -> T:
+        """Ask RabbitMQ, again while the connection is lost or a queue's node is starting. Raises BrokersError.
+
+        What RabbitMQ refuses (AMQPChannelError) it would refuse again, so that is raised at once.
+        """
+        give_up_s = time.monotonic() + RETRIED_S
+        while True:
+            try:
+                return await ask()
+            except AMQPChannelError:
+                raise
+            except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
+                if time.monotonic() >= give_up_s:
+                    raise BrokersError(f"{failure}: {in_words(error)}") from error
+                self._log.warning("RabbitMQ is asked again", failure=failure, error=in_words(error))
+                await asyncio.sleep(RECONNECT_INTERVAL_S)
 
     async def bind(self, queue: Queue, key: str) -> None:
         """Bind a queue consumed here to `key` too, now and after reconnects. Raises BrokersError."""
@@ -367,9 +377,13 @@ class Broker:
     async def may_publish(self, key: str) -> bool:
         """Return whether this user may publish to `key`, tried on a channel that the refusal closes.
 
-        Definitions that were imported for an earlier version may lack the key.
+        Definitions that were imported for an earlier version may lack the key. Raises BrokersError when RabbitMQ is
+        away for `RETRIED_S`.
         """
-        return await may_publish(self._connection, self.topology.exchange, key)
+        return await self._retried(
+            lambda: may_publish(self._connection, self.topology.exchange, key),
+            f"RabbitMQ does not say whether this user may publish to {key!r}",
+        )
 
     async def prove(self, queue: Queue, timeout_s: float = 5.0) -> None:
         """Check that this process's consumer of `queue` is alive, by a round trip through RabbitMQ.

@@ -514,12 +514,13 @@ async def test_no_message_is_repeated_while_others_are_confirmed(
     await drafter.consume(drafter.topology.generate_queue(), inbox, prefetch=0)
     publish, busy = aio_pika.Exchange.publish, asyncio.Lock()
 
-    async def slow(exchange: aio_pika.Exchange, *args: Any, **kwargs: Any) -> Any:
+    async def slowly_confirmed(exchange: aio_pika.Exchange, *args: Any, **kwargs: Any) -> Any:
+        confirmation = await publish(exchange, *args, **kwargs)
         async with busy:
             await asyncio.sleep(0.2)
-        return await publish(exchange, *args, **kwargs)
+        return confirmation
 
-    monkeypatch.setattr(aio_pika.Exchange, "publish", slow)
+    monkeypatch.setattr(aio_pika.Exchange, "publish", slowly_confirmed)
     names = [f"s{number}" for number in range(8)]
     await asyncio.gather(*(broker.publish(generate(name), topology.generate(), persistent=True) for name in names))
     assert [await inbox.next() for _ in names] == [generate(name) for name in names]
@@ -554,6 +555,18 @@ async def test_a_transient_message_is_dropped_where_the_connection_just_ends(
     monkeypatch.setattr(aio_pika.Exchange, "publish", AsyncMock(side_effect=ValueError))
     with pytest.raises(ValueError, match=r"^$"):
         await broker.publish(generate("s"), topology.generate())
+
+
+async def test_a_question_of_permission_outlives_a_lost_connection(amqp_url: str, namespace: str) -> None:
+    """A drafter asks while it serves already: its sessions must not die with the connection."""
+    async with link_to(amqp_url) as link:
+        broker = await Broker.connect(link.url, Topology(namespace), "drafter")
+        await link.cut()
+        asking = asyncio.create_task(broker.may_publish("key"))
+        await asyncio.sleep(0.1)
+        await link.mend()
+        assert await asyncio.wait_for(asking, HANG_S)
+        await broker.close()
 
 
 async def test_a_message_that_cannot_be_sent_is_an_error_in_words(
@@ -600,7 +613,7 @@ async def test_a_shared_queue_without_an_answer_is_reported_as_down(
 
     monkeypatch.setattr(aiormq.Channel, "queue_declare", declare_own_queues)
     monkeypatch.setattr(declarations, "ANSWER_S", 0.1)
-    monkeypatch.setattr(client, "CONSUME_S", 1.0)
+    monkeypatch.setattr(client, "RETRIED_S", 1.0)
     with capture_logs() as logs:
         broker = await asyncio.wait_for(connect("starting"), client.CONNECT_TIMEOUT_S)
     assert [(log["event"], log["queue"]) for log in logs if log["log_level"] == "warning"] == [

@@ -275,8 +275,8 @@ async def test_two_viewers_share_one_connection(folder: ModelFolder) -> None:
     async with served(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as http:
         looking = [asyncio.create_task(first_events(http, 8)) for _ in range(3)]
         await eventually(lambda: app.feed.viewers == 3)
-        assert app.fleet.listeners == 1
         assert all(len(events) == 8 for events in await asyncio.gather(*looking))
+        assert app.fleet.connections == 1
         await eventually(lambda: app.fleet.listeners == 0)
 
 
