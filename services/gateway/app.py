@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-import zlib
 from collections.abc import Coroutine
-from functools import partial
 from secrets import token_hex
 from time import monotonic, time
 from typing import Any
@@ -18,35 +16,29 @@ from fastapi.responses import JSONResponse, Response
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
-from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway import spans
+from services.gateway.body import parse, read_body
 from services.gateway.browsers import BrowserGuard, with_cors
 from services.gateway.core.cursor import StreamCursor
 from services.gateway.errors import ApiError, internal_error, invalid
 from services.gateway.gateway import Gateway
-from services.gateway.grammar import grammar_of
 from services.gateway.keys import Guard, is_open, key_of
 from services.gateway.messages_api import add_messages
 from services.gateway.openapi import document
 from services.gateway.page.routes import READ, add_page, installed_version
-from services.gateway.prompt import Limits, chat_prompts, completion_prompts, predicted_tokens
-from services.gateway.request import check_choices, check_model, new_answer
+from services.gateway.request import accept, check_model
 from services.gateway.response import AnswerResponse
 from services.gateway.responses_api import add_responses
 from services.gateway.resume import LAST_EVENT_ID, resume
-from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest, parse
+from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
 from services.gateway.server import Certificate, serve_http
 from services.gateway.tokens import add_tokens
-from shared.errors import cut, quoted
+from shared.errors import cut
 from shared.runtime import logging, tracing
 
-ENCODINGS = {"identity": False, "": False, "gzip": True, "x-gzip": True}
-"""Encodings of bodies, and whether they are gzip."""
-GZIP = 31
-"""zlib's number for gzip."""
 MOST_OF_PATH = 200
 """Most characters of a path in errors and log lines."""
 _BASE_URLS = "The base URL ends with /v1 for clients of OpenAI's API, and without it for those of Anthropic's"
@@ -98,9 +90,9 @@ def create_app(gateway: Gateway) -> ASGIApp:
     _add_generation(app, gateway)
     _add_operations(app, gateway)
     add_page(app, gateway.feed, gateway.settings.allowed_origins)
-    add_tokens(app, gateway, partial(_body, gateway))
-    add_responses(app, gateway, partial(_body, gateway), partial(_limits, gateway))
-    add_messages(app, gateway, partial(_body, gateway), partial(_limits, gateway))
+    add_tokens(app, gateway)
+    add_responses(app, gateway)
+    add_messages(app, gateway)
     settings = gateway.settings
     routes = WithoutTrailingSlash(app)
     if gateway.keys is not None:
@@ -113,40 +105,14 @@ def create_app(gateway: Gateway) -> ASGIApp:
 
 def _add_generation(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes that generate text."""
-    model = gateway.model
 
     @app.post("/v1/chat/completions")
     async def chat_completions(request: Request) -> Response:
-        started_s = monotonic()
-        body = await _body(gateway, request)
-        if last_id := request.headers.get(LAST_EVENT_ID):
-            return await resume(gateway, StreamCursor.parse(last_id), key_of(request.scope))
-        chat = parse(ChatRequest, body)
-        check_model(gateway, chat.model)
-        limits = await _limits(gateway, chat)
-        prompts = await chat_prompts(model.tokenizer, limits, chat)
-        predicted = await predicted_tokens(model.tokenizer, limits, chat)
-        grammar = await grammar_of(chat, model)
-        key = key_of(request.scope)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, predicted, grammar)
-        return AnswerResponse(gateway.sessions, gateway.ledger, answer)
+        return await _generated(gateway, request, ChatRequest)
 
     @app.post("/v1/completions")
     async def completions(request: Request) -> Response:
-        started_s = monotonic()
-        body = await _body(gateway, request)
-        if last_id := request.headers.get(LAST_EVENT_ID):
-            return await resume(gateway, StreamCursor.parse(last_id), key_of(request.scope))
-        completion = parse(CompletionRequest, body)
-        check_model(gateway, completion.model)
-        check_choices(gateway, completion.n * len(completion.prompt))
-        limits = await _limits(gateway, completion)
-        prompts = await completion_prompts(model.tokenizer, limits, completion, model.folder.bos_id)
-        predicted = await predicted_tokens(model.tokenizer, limits, completion)
-        grammar = await grammar_of(completion, model)
-        key = key_of(request.scope)
-        answer = new_answer(gateway, completion, request.headers, prompts, limits, key, started_s, predicted, grammar)
-        return AnswerResponse(gateway.sessions, gateway.ledger, answer)
+        return await _generated(gateway, request, CompletionRequest)
 
     @app.get("/v1/streams/{answer_id}")
     async def stream(answer_id: str, request: Request) -> Response:
@@ -218,43 +184,16 @@ def _add_operations(app: FastAPI, gateway: Gateway) -> None:
         return Response(generate_latest(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _body(gateway: Gateway, request: Request) -> bytes:
-    """Read the request's body, and decompress it. It is refused as soon as it is known to be too long."""
-    limit, timeout_s = gateway.settings.max_body_bytes, gateway.settings.body_timeout_s
-    if (encoding := request.headers.get("content-encoding", "identity").strip().lower()) not in ENCODINGS:
-        text = f"the request's body has the encoding {quoted(encoding)}; send it as gzip, or without compression"
-        refused = {"accept-encoding": "gzip, identity"}
-        raise ApiError(415, text, code="unsupported_content_encoding", extra=refused)
-    unpack = zlib.decompressobj(GZIP) if ENCODINGS[encoding] else None
-
-    def too_large() -> ApiError:
-        return ApiError(413, f"the request's body is longer than {limit} bytes", code="request_too_large")
-
-    if (length := request.headers.get("content-length", "")).isdecimal() and int(length[:20]) > limit:
-        raise too_large()
-    body = bytearray()
-    try:
-        async with asyncio.timeout(timeout_s):
-            async for part in request.stream():
-                # At most one byte more than is allowed, however far the rest would unpack.
-                body += part if unpack is None else unpack.decompress(part, limit + 1 - len(body))
-                if len(body) > limit:
-                    raise too_large()
-    except TimeoutError:
-        raise ApiError(408, f"the request's body did not arrive in {timeout_s:g} s", code="request_timeout") from None
-    except zlib.error:
-        raise invalid("the request's body cannot be unpacked as gzip", code="invalid_encoding") from None
-    except ClientDisconnect:
-        raise ApiError(499, "the client went away before it had sent its request") from None
-    if unpack is not None and not unpack.eof:
-        raise invalid("the request's body ends within its gzip data", code="invalid_encoding")
-    return bytes(body)
-
-
-async def _limits(gateway: Gateway, request: GenerationRequest) -> Limits:
-    settings, folder = gateway.settings, gateway.model.folder
-    context = min(folder.max_len, await gateway.upstream.longest_session(request.needs))
-    return Limits(context, folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
+async def _generated(gateway: Gateway, request: Request, kind: type[GenerationRequest]) -> Response:
+    """Return the response to a request that generates text, or the rest of one that its client resumes."""
+    started_s = monotonic()
+    body = await read_body(gateway.settings, request)
+    if last_id := request.headers.get(LAST_EVENT_ID):
+        return await resume(gateway, StreamCursor.parse(last_id), key_of(request.scope))
+    asked = parse(kind, body)
+    check_model(gateway, asked.model)
+    answer = await accept(gateway, request, asked, started_s)
+    return AnswerResponse(gateway.sessions, gateway.ledger, answer)
 
 
 async def _api_error(request: Request, error: Exception) -> JSONResponse:
@@ -311,7 +250,7 @@ class WithoutTrailingSlash:
 class RequestScope:
     """ASGI middleware that gives every request an id, by default the client's own, a span, and a log line.
 
-    Probes and the page's files have no span.
+    Reads by probes, and of the page's files, have no span.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -326,8 +265,8 @@ class RequestScope:
         request_id = given if re.fullmatch(r"[\x21-\x7e]{1,128}", given) else f"req_{token_hex(12)}"
         started_s = monotonic()
         status = 0
-        quiet = is_open(scope["path"]) or scope["path"] == "/metrics"
-        span = tracing.NO_SPAN if quiet else spans.begin_request(scope, request_id)
+        quiet = scope["method"] in READ and (is_open(scope["path"]) or scope["path"] == "/metrics")
+        span = spans.begin_request(scope, request_id) if tracing.is_on() and not quiet else tracing.NO_SPAN
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
@@ -352,4 +291,5 @@ class RequestScope:
                     status=status,
                     ms=round((monotonic() - started_s) * 1000, 1),
                 )
-                spans.end_request(span, scope, status)
+                if span:
+                    spans.end_request(span, scope, status)

@@ -40,6 +40,7 @@ class Gateway:
     settings: ApiSettings
     instance: str
     model: ServedModel
+    transport: Transport
     sessions: Sessions
     upstream: Upstream
     ledger: Ledger
@@ -82,4 +83,4 @@ class Gateway:
             arithmetics=arithmetics,
         )
         defaults = model.folder.sampling if settings.generation_config == "auto" else NO_DEFAULTS
-        return cls(settings, instance, model, sessions, upstream, ledger or Ledger(), keys, feed, defaults)
+        return cls(settings, instance, model, transport, sessions, upstream, ledger or Ledger(), keys, feed, defaults)

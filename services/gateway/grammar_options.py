@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal
 
@@ -90,3 +91,46 @@ class StructuredOutputs(Body):
     regex: OptionalText = ""
     choice: ChoiceTexts = Field(default=[])
     grammar: OptionalText = ""
+
+
+class GrammarOptions(Body):
+    """The options that set a grammar, of requests that generate text."""
+
+    response_format: Annotated[ResponseFormat, or_default(ResponseFormat())] = ResponseFormat()
+    guided_json: JsonSchema = None
+    guided_regex: OptionalText = ""
+    guided_choice: ChoiceTexts = Field(default=[])
+    guided_grammar: OptionalText = ""
+    structured_outputs: Annotated[StructuredOutputs, or_default(StructuredOutputs())] = StructuredOutputs()
+
+    def grammars(self) -> list[GrammarOption]:
+        """Return the options that are set; an answer can have one."""
+        form, outputs = self.response_format, self.structured_outputs
+        schema = form.json_schema if form.type == "json_schema" else None
+        given = [
+            ("json_object", form.type == "json_object", form.param),
+            ("json_schema", self.guided_json, "guided_json"),
+            ("regex", self.guided_regex, "guided_regex"),
+            ("choice", self.guided_choice, "guided_choice"),
+            ("grammar", self.guided_grammar, "guided_grammar"),
+            ("json_schema", outputs.json_, "structured_outputs.json"),
+            ("json_object", outputs.json_object, "structured_outputs.json_object"),
+            ("regex", outputs.regex, "structured_outputs.regex"),
+            ("choice", outputs.choice, "structured_outputs.choice"),
+            ("grammar", outputs.grammar, "structured_outputs.grammar"),
+        ]
+        options = [
+            GrammarOption(kind, json.dumps(value), param)
+            for kind, value, param in given
+            if value or (isinstance(value, dict) and kind == "json_schema")
+        ]
+        if schema is not None:
+            value = json.dumps(schema.json_schema)
+            options.append(GrammarOption("json_schema", value, form.schema_param, schema.strict))
+        return options
+
+    def check_grammars(self) -> None:
+        """Raise PydanticCustomError if several options are set."""
+        if len(several := [option.param for option in self.grammars()]) > 1:
+            text = "{first}: an answer has one grammar, and {second} sets one too"
+            raise PydanticCustomError("grammar_value", text, {"first": several[0], "second": several[1]})

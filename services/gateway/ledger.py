@@ -9,10 +9,10 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Protocol
 
 from services.gateway.errors import RATE_LIMITED, ApiError, unavailable
 from services.gateway.keys import ApiKey
@@ -20,10 +20,13 @@ from services.gateway.metrics import LIMITED
 from services.gateway.settings import KeyLimits
 from shared.errors import BrokersError
 from shared.runtime import logging
+from shared.runtime.service import BackgroundTasks
 from shared.state.quota import LEASE_MS, Allowance, Limited, QuotaVerdict
 
 RENEW_S = LEASE_MS / 1000 / 3
 SESSIONS_RETRY_S = 1
+SETTLE_S = 5.0
+"""Time for settling at the end."""
 
 
 class Counters(Protocol):
@@ -59,7 +62,7 @@ class Ledger:
         self._counters = counters
         self._defaults = defaults or KeyLimits()
         self._running: dict[str, set[str]] = {}
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
 
     @asynccontextmanager
     async def charge(
@@ -95,7 +98,7 @@ class Ledger:
         finally:
             running.difference_update(sessions)
             # In a task of its own, because the request's task may be cancelled with its client gone.
-            self._spawn(self._settle(counters, key.id, allowance, tokens - charge.used, sessions))
+            self._tasks.spawn(self._settle(counters, key.id, allowance, tokens - charge.used, sessions))
 
     async def renew(self) -> None:
         """Renew the leases of the running sessions, for ever."""
@@ -112,8 +115,7 @@ class Ledger:
 
     async def settled(self) -> None:
         """Wait until the ended requests are settled."""
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=5)
+        await self._tasks.ended(SETTLE_S)
 
     def _allowance(self, key: ApiKey) -> Allowance:
         own, defaults = key, self._defaults
@@ -130,11 +132,6 @@ class Ledger:
             await counters.settle(key, allowance, unused, sessions)
         except BrokersError as error:
             logging.get().warning("usage not settled; the key stays charged for the requested tokens", error=str(error))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
 
 
 def headers_of(allowance: Allowance, verdict: QuotaVerdict) -> dict[str, str]:

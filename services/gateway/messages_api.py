@@ -12,41 +12,34 @@ from fastapi.responses import JSONResponse, Response
 from pydantic_core import from_json
 
 from services.gateway.answer import Answer
+from services.gateway.body import parse, read_body
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
 from services.gateway.errors import MESSAGES_PATH, ApiError, encode
 from services.gateway.gateway import Gateway
-from services.gateway.grammar import grammar_of
-from services.gateway.keys import key_of
 from services.gateway.messages_body import CountRequest, MessagesRequest
-from services.gateway.prompt import Limits, chat_prompts, chat_tokens
-from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
+from services.gateway.prompt import Limits, chat_tokens
+from services.gateway.request import accept, check_model
 from services.gateway.response import AnswerResponse, CompletionText, EventMaker
-from services.gateway.schema import parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.messages import Finish
 
 
-def add_messages(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of: FindLimits) -> None:
+def add_messages(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes of Anthropic's API."""
     tokenizer = gateway.model.tokenizer
 
     @app.post(MESSAGES_PATH)
     async def messages(request: Request) -> Response:
         started_s = monotonic()
-        asked = parse(MessagesRequest, await read_body(request))
+        asked = parse(MessagesRequest, await read_body(gateway.settings, request))
         check_model(gateway, asked.model)
-        chat = asked.chat(tokenizer)
-        limits = await limits_of(chat)
-        prompts = await chat_prompts(tokenizer, limits, chat)
-        grammar = await grammar_of(chat, gateway.model)
-        key = key_of(request.scope)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, grammar=grammar)
+        answer = await accept(gateway, request, asked.chat(tokenizer), started_s)
         return MessageResponse(gateway.sessions, gateway.ledger, answer)
 
     @app.post(f"{MESSAGES_PATH}/count_tokens")
     async def count_tokens(request: Request) -> JSONResponse:
-        asked = parse(CountRequest, await read_body(request))
+        asked = parse(CountRequest, await read_body(gateway.settings, request))
         check_model(gateway, asked.model)
         folder = gateway.model.folder
         tokens = await chat_tokens(tokenizer, Limits(folder.max_len, folder.vocab_size), asked.chat(tokenizer))

@@ -9,21 +9,17 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.body import Body, or_default
+from services.gateway.body import BLOCK_TAG, Body, Whole, checked, or_default
 from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
 from services.gateway.errors import invalid
 from services.gateway.grammar_options import ResponseFormat
+from services.gateway.option_values import MAX_STOP_CHARACTERS, MAX_STOPS
 from services.gateway.schema import (
-    BLOCK_TAG,
-    MAX_STOP_CHARACTERS,
-    MAX_STOPS,
     MAX_TOOLS,
     ChatForm,
     ChatMessage,
     ChatRequest,
     ContentPart,
-    Whole,
-    chat_of,
 )
 from services.gateway.tool_options import CalledFunction, Tool, ToolCall, ToolFunction, ToolName
 from shared.models.text import Tokenizer
@@ -255,7 +251,7 @@ class CountRequest(ChatForm):
 
     def chat(self, tokenizer: Tokenizer) -> ChatRequest:
         """Return the same request as a chat. Raises ApiError."""
-        return chat_of(self.options(tokenizer))
+        return checked(ChatRequest, self.options(tokenizer))
 
 
 class MessagesRequest(CountRequest):

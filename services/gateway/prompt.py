@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 from services.gateway.core.reasoning import CLOSE, OPEN
 from services.gateway.errors import ApiError, invalid
-from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
-from services.gateway.tools import conversation, texts_of
+from services.gateway.schema import ChatRequest, CompletionRequest, PredictionOption
+from services.gateway.tools import conversation
 from shared.errors import ChatTemplateError, quoted
 from shared.models.text import Tokenizer
 
@@ -61,7 +63,7 @@ async def chat_tokens(tokenizer: Tokenizer, limits: Limits, request: ChatRequest
             text = f"{param}: the model's chat template has no variable {quoted(name)}; it has {known}"
             raise invalid(text, param, "unsupported_parameter")
     try:
-        return await _tokenize(tokenizer, limits, texts_of(request), partial(render, tokenizer, request), "messages")
+        return await _tokenize(tokenizer, limits, _texts(request), partial(render, tokenizer, request), "messages")
     except ChatTemplateError as error:
         raise invalid(str(error), "messages") from error
 
@@ -74,7 +76,10 @@ async def prompt_tokens(tokenizer: Tokenizer, limits: Limits, text: str, *, spec
 
 def render(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
     """Return the ids of a conversation as the request's options ask for. Raises ChatTemplateError."""
-    messages, tools = conversation(request, tokenizer)
+    messages = [message.rendered() for message in request.messages]
+    tools: list[dict[str, Any]] = []
+    if request.uses_tools:
+        messages, tools = conversation(request, tokenizer)
     return tokenizer.render_chat(
         messages,
         request.add_generation_prompt is not False,
@@ -82,6 +87,13 @@ def render(tokenizer: Tokenizer, request: ChatRequest) -> list[int]:
         continues=request.continue_final_message,
         variables=request.template_variables,
     )
+
+
+def _texts(request: ChatRequest) -> list[str]:
+    """Return the texts of a chat that become tokens, for a first estimate of their number."""
+    texts = [text for message in request.messages for text in message.texts()]
+    tools = [tool.rendered() for tool in request.offered_tools]
+    return [*texts, json.dumps(tools, ensure_ascii=False)] if tools else texts
 
 
 def _is_thinking(tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
@@ -111,9 +123,9 @@ async def completion_prompts(
     return prompts
 
 
-async def predicted_tokens(tokenizer: Tokenizer, limits: Limits, request: GenerationRequest) -> list[int]:
-    """Return the tokens of the output that the request expects; none if it expects nothing. Raises ApiError."""
-    if request.prediction is None or not (text := request.prediction.text):
+async def predicted_tokens(tokenizer: Tokenizer, limits: Limits, prediction: PredictionOption) -> list[int]:
+    """Return the tokens of the output that a request expects. Raises ApiError."""
+    if not (text := prediction.text):
         return []
     tokens = await _tokenize(tokenizer, limits, [text], partial(tokenizer.encode_part, text), "prediction")
     if len(tokens) > limits.context:

@@ -1,32 +1,62 @@
-"""From an accepted request to its answer: ids, seeds and token limits of the sessions, and the form to send."""
+"""From a request to its answer: the parts that its options need, the sessions, and the form to send."""
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
 from hashlib import blake2b
 from secrets import randbits, token_hex
 from time import time
 
 from fastapi import Request
 
+from services.drafter.sources.registry import AUTO, CHOICES
 from services.gateway.answer import Answer, AnswerForm, session_id
 from services.gateway.core.slo import class_of, slo_of
 from services.gateway.errors import ApiError, invalid
 from services.gateway.gateway import Gateway
-from services.gateway.keys import ApiKey
-from services.gateway.prompt import Limits, Prompt
+from services.gateway.grammar import grammar_of
+from services.gateway.keys import ApiKey, key_of
+from services.gateway.prompt import Limits, Prompt, chat_prompts, completion_prompts, predicted_tokens
 from services.gateway.rules import check_token_ids, rules_of
-from services.gateway.schema import ChatRequest, GenerationRequest
+from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
 from services.gateway.tools import tool_form
-from shared.broker.topology import device_name
+from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import quoted
 from shared.messages import Generate, Grammar, needing
 from shared.runtime import tracing
+from shared.runtime.settings import NAME_PATTERN
 
-ReadBody = Callable[[Request], Awaitable[bytes]]
-"""Returns the body of a request. Raises ApiError."""
-FindLimits = Callable[[ChatRequest], Awaitable[Limits]]
-"""Returns the limits of a chat. Raises ApiError."""
+DRAFT_HEADER = "x-wisp-draft"
+POOL_HEADER = "x-wisp-pool"
+
+
+async def accept(gateway: Gateway, http: Request, request: GenerationRequest, started_s: float) -> Answer:
+    """Return the answer to the request that came with `http`. Raises ApiError.
+
+    What only some requests need (a prediction, a grammar, rules, tools) is called for those only, here and in
+    `new_answer`.
+    """
+    model, key = gateway.model, None if gateway.keys is None else key_of(http.scope)
+    if isinstance(request, CompletionRequest):
+        check_choices(gateway, request.n * len(request.prompt))
+    limits = await _limits(gateway, request)
+    if isinstance(request, CompletionRequest):
+        prompts = await completion_prompts(model.tokenizer, limits, request, model.folder.bos_id)
+    else:
+        assert isinstance(request, ChatRequest)
+        prompts = await chat_prompts(model.tokenizer, limits, request)
+    predicted: Sequence[int] = ()
+    if request.prediction is not None:
+        predicted = await predicted_tokens(model.tokenizer, limits, request.prediction)
+    grammar = await grammar_of(request, model) if request.has_grammar else None
+    return new_answer(gateway, request, http.headers, prompts, limits, key, started_s, predicted, grammar)
+
+
+async def _limits(gateway: Gateway, request: GenerationRequest) -> Limits:
+    settings, folder = gateway.settings, gateway.model.folder
+    context = min(folder.max_len, await gateway.upstream.longest_session(request.needs))
+    return Limits(context, folder.vocab_size, settings.max_prompt_tokens, settings.max_output_tokens)
 
 
 def new_answer(
@@ -46,14 +76,15 @@ def new_answer(
     the one of its answers. Raises ApiError when the request exceeds a limit.
     """
     check_choices(gateway, request.n * len(prompts))
-    check_token_ids(request, limits.vocab_size)
+    if request.has_rules or request.stop_token_ids:
+        check_token_ids(request, limits.vocab_size)
     limit = output_limit(request, limits)
     form = _form(gateway, request, headers, prompts, key, predicted)
     answer_id = f"{'chatcmpl' if form.chat else 'cmpl'}-{token_hex(12)}"
     event_ids = form.keep or takes_event_ids(headers)
     answer = Answer(answer_id, form, started_s, request.stream, event_ids, key)
     slo = slo_of(headers, request.service_tier, gateway.settings.slo_classes)
-    rules = rules_of(request, gateway.model)
+    rules = rules_of(request, gateway.model) if request.has_rules else None
     ends = [] if request.ignore_eos else gateway.model.folder.eos_ids
     stop_ids = list(dict.fromkeys([*ends, *request.stop_token_ids]))
     for prompt in prompts:
@@ -77,7 +108,7 @@ def new_answer(
                 vocab_fingerprint=gateway.model.vocab_fingerprint,
                 slo=slo,
                 service_class=form.service_class,
-                draft=request.draft(headers),
+                draft=draft_of(request, headers),
                 trace=form.trace,
                 prediction=list(predicted),
                 grouped=True,
@@ -123,7 +154,7 @@ def _form(
         echoes=[prompt.echo for prompt in prompts for _ in range(request.n)],
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
         holder=None if key is None else key.id,
-        tools=tool_form(request, gateway.model) if isinstance(request, ChatRequest) else None,
+        tools=tool_form(request, gateway.model) if isinstance(request, ChatRequest) and request.offered_tools else None,
         traceparent=tracing.current().headers.get(tracing.TRACEPARENT, ""),
     )
 
@@ -166,9 +197,25 @@ def takes_event_ids(headers: Mapping[str, str]) -> bool:
 def pool_of(request: GenerationRequest, headers: Mapping[str, str], key: ApiKey | None) -> str:
     """Return the pool of drafters: the device that owns the key, else the pool that the request names.
 
-    The names of devices' pools have a dot and those of other pools have none, so a request cannot name a device.
+    The option overrides the header. The names of devices' pools have a dot and those of other pools have none, so a
+    request cannot name a device. Raises ApiError.
     """
-    return request.pool(headers) if key is None or key.device is None else device_name(key.device)
+    if key is not None and key.device is not None:
+        return device_name(key.device)
+    pool = request.wisp.pool or headers.get(POOL_HEADER, DEFAULT_POOL)
+    if not re.fullmatch(NAME_PATTERN, pool):
+        allowed = "1 to 64 letters, digits, underscores or dashes"
+        raise invalid(f"header {POOL_HEADER} must be {allowed}, not {quoted(pool)}", POOL_HEADER)
+    return pool
+
+
+def draft_of(request: GenerationRequest, headers: Mapping[str, str]) -> str:
+    """Return the requested draft source; the option overrides the header. Raises ApiError."""
+    wanted = request.wisp.draft or headers.get(DRAFT_HEADER, AUTO)
+    if wanted not in CHOICES:
+        known = ", ".join(CHOICES)
+        raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {quoted(wanted)}", DRAFT_HEADER)
+    return wanted
 
 
 def derive_seed(seed: int, copy: int) -> int:

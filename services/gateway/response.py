@@ -11,7 +11,7 @@ from typing import Protocol
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from services.gateway import stream
+from services.gateway import spans, stream
 from services.gateway.answer import Answer, AnswerForm
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.cursor import NOTHING, Delivered, rest_of
@@ -23,7 +23,7 @@ from services.gateway.logprobs import LogprobFields
 from services.gateway.sessions import Sessions
 from services.gateway.stream import CalledTool, Choice, Chunks, Fields
 from shared.messages import Finish
-from shared.runtime import logging
+from shared.runtime import logging, tracing
 from shared.runtime.service import cancel
 
 SEED_HEADER = "x-wisp-seed"
@@ -48,7 +48,11 @@ class AnswerResponse(Response):
         self._sessions = sessions
         self._ledger = ledger
         self._answer = answer
-        self._logprobs = LogprobFields(answer.form, sessions.tokenizer)
+        form = answer.form
+        self._logprobs: LogprobFields | None = None
+        """None if the request asks for no log-probabilities."""
+        if form.logprobs is not None or form.prompt_logprobs is not None:
+            self._logprobs = LogprobFields(form, sessions.tokenizer)
         self._extra_headers = {SEED_HEADER: str(answer.form.seed)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -71,7 +75,8 @@ class AnswerResponse(Response):
             answer.key, answer.session_ids, answer.reserved_tokens, resumed=answer.resumed
         ) as charge:
             self._extra_headers |= charge.headers
-            async with self._sessions.resume(answer) if answer.resumed else self._sessions.run(answer):
+            serving = self._sessions.resume(answer) if answer.resumed else self._sessions.run(answer)
+            async with spans.traced(answer, serving) if tracing.current() else serving:
                 chunks = Chunks.of(answer)
                 try:
                     if answer.stream:
@@ -95,10 +100,13 @@ class AnswerResponse(Response):
                     finishes[index] = item.value
         choices = []
         for session, text, finish, made in zip(answer.running, texts, finishes, tokens, strict=True):
-            completion, prompt = session.completion, session.generate.prompt
-            shown = [*self._logprobs.prompt(completion, prompt), *made]
-            logprobs, of_prompt = self._logprobs.of(shown, 0), self._logprobs.of_prompt(completion, prompt)
-            choices.append(replace(choice_of(answer.form, text, finish), logprobs=logprobs, prompt_logprobs=of_prompt))
+            choice = choice_of(answer.form, text, finish)
+            if self._logprobs is not None:
+                completion, prompt = session.completion, session.generate.prompt
+                shown = [*self._logprobs.prompt(completion, prompt), *made]
+                logprobs, of_prompt = self._logprobs.of(shown, 0), self._logprobs.of_prompt(completion, prompt)
+                choice = replace(choice, logprobs=logprobs, prompt_logprobs=of_prompt)
+            choices.append(choice)
         fields = self._object(chunks, choices, [token for of_one in tokens for token in of_one])
         await self._before_end(fields, None)
         body = encode(fields)
@@ -162,13 +170,13 @@ class CompletionText:
     """Splits the text of one completion into reasoning, content and tool calls."""
 
     def __init__(self, form: AnswerForm) -> None:
-        # Without marked reasoning, all of the text is content.
-        self._splitter = ReasoningSplitter(is_open=bool(form.thinks), marked=form.thinks is not None)
+        self._splitter = None if form.thinks is None else ReasoningSplitter(is_open=form.thinks)
+        """None if no reasoning is marked: all of the text is content."""
         self._parser = None if form.tools is None else form.tools.parser()
 
     def feed(self, text: str) -> tuple[str, list[ToolDelta]]:
         """Add a piece of text; return the reasoning in it, and the content and calls that it completes."""
-        split = self._splitter.feed(text)
+        split = SplitText("", text) if self._splitter is None else self._splitter.feed(text)
         if self._parser is not None:
             return split.reasoning, self._parser.feed(split.content)
         return split.reasoning, [ContentDelta(split.content)] if split.content else []
@@ -204,7 +212,7 @@ class Events:
 
     end = stream.DONE
 
-    def __init__(self, answer: Answer, chunks: Chunks, logprobs: LogprobFields) -> None:
+    def __init__(self, answer: Answer, chunks: Chunks, logprobs: LogprobFields | None) -> None:
         self._answer = answer
         self._logprobs = logprobs
         self._chunks = chunks
@@ -251,6 +259,8 @@ class Events:
 
     def _logprobs_of(self, index: int, rest: Piece, before: Delivered) -> Fields | None:
         """Return the log-probabilities of a piece, the first one's with those of an echoed prompt."""
+        if self._logprobs is None:
+            return None
         session, known = self._answer.running[index], self._known.get(index, NOTHING)
         tokens, start = rest.tokens, max(before.characters, known.characters)
         if start == 0:

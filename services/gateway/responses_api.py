@@ -12,17 +12,15 @@ from fastapi import FastAPI, Request
 from fastapi.responses import Response
 
 from services.gateway.answer import Answer, Usage
+from services.gateway.body import parse, read_body
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
 from services.gateway.errors import ApiError, encode, invalid, unavailable
 from services.gateway.gateway import Gateway
-from services.gateway.grammar import grammar_of
 from services.gateway.keys import ApiKey, key_of
-from services.gateway.prompt import chat_prompts
-from services.gateway.request import FindLimits, ReadBody, check_model, new_answer
+from services.gateway.request import accept, check_model
 from services.gateway.response import AnswerResponse, CompletionText, EventMaker
 from services.gateway.responses_body import Messages, ResponsesRequest, messages_of
-from services.gateway.schema import parse
 from services.gateway.stream import Choice, Chunks, Fields
 from shared.errors import BrokersError, quoted
 from shared.messages import Finish
@@ -33,30 +31,24 @@ _ITEM_ID = re.compile(r"(?:msg|rs|fc)_([0-9a-f]{1,64})(?:_\d+)?")
 """Id of an item, with the end of its response's id."""
 
 
-def add_responses(app: FastAPI, gateway: Gateway, read_body: ReadBody, limits_of: FindLimits) -> None:
+def add_responses(app: FastAPI, gateway: Gateway) -> None:
     """Add the route of the Responses API."""
-    tokenizer = gateway.model.tokenizer
 
     @app.post("/v1/responses")
     async def responses(request: Request) -> Response:
         started_s = monotonic()
-        asked = parse(ResponsesRequest, await read_body(request))
+        asked = parse(ResponsesRequest, await read_body(gateway.settings, request))
         check_model(gateway, asked.model)
-        key = key_of(request.scope)
-        stored = StoredResponses(gateway, key)
+        stored = StoredResponses(gateway, key_of(request.scope))
         items = [await stored.item(item, f"input[{number}].id") for number, item in enumerate(asked.items)]
         messages = [*await stored.conversation(asked.previous_response_id), *messages_of(items, "input")]
-        chat = asked.chat(messages)
-        limits = await limits_of(chat)
-        prompts = await chat_prompts(tokenizer, limits, chat)
-        grammar = await grammar_of(chat, gateway.model)
-        answer = new_answer(gateway, chat, request.headers, prompts, limits, key, started_s, grammar=grammar)
+        answer = await accept(gateway, request, asked.chat(messages), started_s)
 
         async def keep(output: Sequence[Fields]) -> None:
             if asked.store:
                 conversation = [*messages, *messages_of(output, "output")]
                 record = {"holder": answer.form.holder, "messages": conversation, "output": output}
-                await gateway.sessions.keep_response(_response_id(answer), msgpack.packb(record))
+                await gateway.transport.keep_response(_response_id(answer), msgpack.packb(record))
 
         return ResponsesResponse(gateway, answer, asked, keep)
 
@@ -100,7 +92,7 @@ class StoredResponses:
                 text = f"input refers to items of more than {MOST_RESPONSES} responses; send some items themselves"
                 raise invalid(text, "input")
             try:
-                stored = await self._gateway.sessions.kept_response(response_id[:128])
+                stored = await self._gateway.transport.kept_response(response_id[:128])
             except BrokersError as error:
                 raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
             record = None if stored is None else msgpack.unpackb(stored)

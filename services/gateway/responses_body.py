@@ -7,11 +7,11 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field
 
-from services.gateway.body import Body, or_default
+from services.gateway.body import Body, Whole, checked, or_default
 from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
 from services.gateway.errors import invalid
 from services.gateway.grammar_options import ResponseFormat
-from services.gateway.schema import MAX_TOOLS, ChatForm, ChatRequest, Whole, chat_of
+from services.gateway.schema import MAX_TOOLS, ChatForm, ChatRequest
 from services.gateway.tool_options import ToolFunction
 from shared.errors import quoted
 
@@ -119,7 +119,7 @@ class ResponsesRequest(ChatForm):
             "tool_choice": _chat_choice(self.tool_choice),
             "parallel_tool_calls": self.parallel_tool_calls,
         }
-        return chat_of(fields)
+        return checked(ChatRequest, fields)
 
 
 def messages_of(items: Sequence[Mapping[str, Any]], where: str) -> Messages:

@@ -28,7 +28,7 @@ async def resume(gateway: Gateway, cursor: StreamCursor, key: ApiKey | None) -> 
     """
     started_s = monotonic()
     try:
-        stored = await gateway.sessions.resume_record(cursor.answer_id)
+        stored = await gateway.transport.resume_record(cursor.answer_id)
     except BrokersError as error:
         raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
     if stored is None:

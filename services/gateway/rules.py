@@ -25,10 +25,8 @@ def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
             raise invalid(f"{name}: token id {strays[0]} is outside the vocabulary of {vocab_size} tokens", name)
 
 
-def rules_of(request: GenerationRequest, model: ServedModel) -> LogitRules | None:
-    """Return the rules of a request's sessions, without their prompts' length; None if no option changes logits."""
-    if not request.has_rules:
-        return None
+def rules_of(request: GenerationRequest, model: ServedModel) -> LogitRules:
+    """Return the rules of a request's sessions, without their prompts' length."""
     return LogitRules(
         prompt_len=0,
         presence_penalty=request.presence_penalty,

@@ -1,14 +1,13 @@
-"""The running sessions of this gateway: started or resumed, fed with results, repaired from Redis, and ended."""
+"""The running sessions of this gateway: started or resumed, fed with results, and ended."""
 
 from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine
+from collections.abc import AsyncIterator, Callable, Collection
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from enum import StrEnum
 from time import monotonic
-from typing import Any
 
 from services.gateway import spans
 from services.gateway.answer import Answer, RunningSession
@@ -16,12 +15,12 @@ from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
 from services.gateway.core.reasoning import TAGS, ReasoningCounter
 from services.gateway.core.slo import SloOutcome, judge
-from services.gateway.core.turns import TurnOrder, Wait
+from services.gateway.core.turns import Wait
 from services.gateway.errors import ApiError, stream_gone, unavailable
 from services.gateway.metrics import ModelMetrics
 from services.gateway.model import ServedModel
+from services.gateway.silence import CANCELLED, SilenceWatch
 from services.gateway.transport import Transport
-from shared.arithmetic import fits
 from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Ended, Failure, Generate, Load, Message, Result, Status, model_of
@@ -29,32 +28,17 @@ from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 from shared.prediction import PredictionFollower
 from shared.runtime import logging, tracing
+from shared.runtime.service import BackgroundTasks
 from shared.state.store import Session as StoredSession
 from shared.state.store import SessionStatus
 
-WATCH_INTERVAL_S = 0.1
-LONGEST_PAUSE_S = 15.0
-"""Longest time between two reads of a silent session's state."""
-PAUSE_S = 1.0
-"""A longer delay of the watch is a pause: the machine or this process stood still, and the sessions lost no time."""
 LOAD_VALID_S = 10.0
 """Time after which a Load is out of date."""
 BACKLOG_S = 2.0
 """The backlog in a Load that arrives within this time after a wait began goes before the session."""
-READS_OF_TURNS = 4
-"""Reads of other gateways' turns within the stall timeout, while a session waits for its first turn."""
 CLOSE_S = 5.0
 """Time for background work at the end."""
-CANCELLED = Failure(
-    code="cancelled",
-    message="this session was cancelled: its gateway gave no sign of life for longer than WISP_RESUME_S, or another "
-    "one ended it; send the request again",
-)
 RESUMED = Failure(code="resumed", message="the client resumed this stream over another connection")
-GONE = Failure(
-    code="session_gone",
-    message="the state of this session was lost: Redis does not have it any more; send the request again",
-)
 NOT_STARTED = SloOutcome(ttft_ms=None, tpot_ms=None, attained=False)
 
 
@@ -90,17 +74,18 @@ class Sessions:
         self._model = model
         self._admission = admission
         self._metrics = metrics
-        self._stall_timeout_s = stall_timeout_s
-        self._queue_timeout_s = queue_timeout_s
         self._idle_check_s = idle_check_s
-        self._arithmetics = arithmetics
-        self._mixes = False
-        """True if schedulers let sessions continue in another arithmetic."""
         self._running: dict[str, RunningSession] = {}
-        self._turns = TurnOrder()
-        self._turns_read_s = -math.inf
-        """When the turns of other gateways' sessions were read."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
+        self._silence = SilenceWatch(
+            self,
+            self._running,
+            transport,
+            self._tasks,
+            stall_timeout_s=stall_timeout_s,
+            queue_timeout_s=queue_timeout_s,
+            arithmetics=arithmetics,
+        )
         self._idle = asyncio.Event()
         self._log = logging.get()
         self.draining = False
@@ -125,18 +110,6 @@ class Sessions:
         """Number of running sessions."""
         return len(self._running)
 
-    async def resume_record(self, answer_id: str) -> bytes | None:
-        """Return the resume record of an answer; None if there is none. Raises BrokersError."""
-        return await self._transport.resume_record(answer_id)
-
-    async def keep_response(self, response_id: str, body: bytes) -> None:
-        """Store the conversation up to a response. Raises BrokersError."""
-        await self._transport.keep_response(response_id, body)
-
-    async def kept_response(self, response_id: str) -> bytes | None:
-        """Return what was stored for a response; None if there is nothing. Raises BrokersError."""
-        return await self._transport.kept_response(response_id)
-
     @asynccontextmanager
     async def run(self, answer: Answer) -> AsyncIterator[None]:
         """Start an answer's sessions. Sessions still running at the end of the context are cancelled.
@@ -145,18 +118,16 @@ class Sessions:
         """
         reason = "error"
         try:
-            with spans.admission(answer):
-                self._admit(answer)
-                for generate in answer.sessions:
-                    self._register(answer, generate, answer.started_s)
-                for index, session in enumerate(answer.running):
-                    await self._start(session, answer.form.pack() if answer.stream and not index else b"")
+            self._admit(answer)
+            for generate in answer.sessions:
+                self._register(answer, generate, answer.started_s)
+            for index, session in enumerate(answer.running):
+                await self._start(session, answer.form.pack() if answer.stream and not index else b"")
             reason = "abort"
             yield
         finally:
             for session in answer.running:
                 self._end(session, reason)
-            spans.conclude(answer)
 
     @asynccontextmanager
     async def resume(self, answer: Answer) -> AsyncIterator[None]:
@@ -165,7 +136,6 @@ class Sessions:
         Raises ApiError: 404 when one is gone, 503 when RabbitMQ or Redis are away or another model is served here.
         """
         self._refuse_if_draining()
-        spans.resumed(answer)
         async with AsyncExitStack() as stack:
             try:
                 stored = await stack.enter_async_context(self._transport.collect(answer.session_ids))
@@ -179,7 +149,6 @@ class Sessions:
             finally:
                 for session in answer.running:
                     self._end(session, "abort")
-                spans.conclude(answer)
 
     def _take_over(self, answer: Answer, stored: list[StoredSession | None]) -> None:
         """Go on with collected sessions from their committed tokens."""
@@ -195,7 +164,7 @@ class Sessions:
         answer.charged_tokens += answer.form.prompt_tokens
         for generate, session in zip(answer.sessions, found, strict=True):
             if (before := self._running.get(generate.session)) is not None:
-                self._fail(before, RESUMED, Unfinished.KEEP)
+                self.fail(before, RESUMED, Unfinished.KEEP)
             started_s = answer.started_s - session.elapsed_ms / 1000
             running = self._register(answer, generate, started_s)
             # Returning does not prolong the stall timeout, however often a client does it.
@@ -211,9 +180,9 @@ class Sessions:
             if running.completion.done:
                 self._end(running, str(running.completion.finish))
             elif session.status is SessionStatus.CANCELLED:
-                self._fail(running, CANCELLED)
+                self.fail(running, CANCELLED)
             elif running.completion.gap:
-                self._check(running)  # for the log-probabilities
+                self._silence.check(running)  # for the log-probabilities
 
     def _refuse_if_draining(self) -> None:
         if self.draining:
@@ -253,7 +222,11 @@ class Sessions:
         check_s = now + self._idle_check_s
         session = RunningSession(generate, completion, answer, started_s, wait, self._idle_check_s, check_s)
         session.starting = not answer.resumed
-        session.span = spans.begin_completion(generate)
+        about: tracing.Attributes = {
+            "wisp.session": generate.session,
+            "gen_ai.usage.input_tokens": len(generate.prompt),
+        }
+        session.span = tracing.current().child("completion", about)
         answer.running.append(session)
         self._running[session.session_id] = session
         self._admission.start(
@@ -289,7 +262,7 @@ class Sessions:
             raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
         if self._running.get(session.session_id) is not session:
             # It was ended meanwhile, perhaps before there was anything to cancel.
-            self._spawn(self._transport.cancel(session.session_id, "ended while it was started"))
+            self._tasks.spawn(self._transport.cancel(session.session_id, "ended while it was started"))
             return
         session.starting = False
         session.wait.since_s = now = monotonic()
@@ -306,23 +279,24 @@ class Sessions:
             tokens, length = completion.tally.tokens, completion.length
             completion.result(message)
             grew = completion.length > length
-            self._fed(session, completion.tally.tokens - tokens, grew or message.status is Status.PREFILLED)
+            self.fed(session, completion.tally.tokens - tokens, grew or message.status is Status.PREFILLED)
             if completion.gap:
-                self._check(session)
+                self._silence.check(session)
 
     def _note_load(self, load: Load) -> None:
         now = monotonic()
         self._admission.update(load, now * 1000)
-        self._mixes = load.mixed_arithmetic
+        self._silence.mixes = load.mixed_arithmetic
         self._load = now, load
         for session in self._running.values():
             if now - session.wait.since_s <= BACKLOG_S:
                 session.wait.backlog_s = max(session.wait.backlog_s, load.backlog_ms / 1000)
 
-    def _fed(self, session: RunningSession, new_tokens: int, progressed: bool) -> None:
+    def fed(self, session: RunningSession, new_tokens: int, progressed: bool) -> None:
+        """Go on after a session has got tokens, or made progress without any."""
         now = monotonic()
         if progressed:
-            self._turns.record(session.wait, now)
+            self._silence.turns.record(session.wait, now)
             session.pause_s = self._idle_check_s
         session.check_s = now + session.pause_s
         self._metrics.generation_tokens.inc(new_tokens)
@@ -339,112 +313,16 @@ class Sessions:
             self._end(session, "error" if session.completion.failure else str(session.completion.finish))
         session.answer.wake.set()
 
-    async def watch(self) -> None:
-        """Watch silent sessions for ever: read their state, and give them up after a long stall or wait."""
-        before = monotonic()
-        while True:
-            await asyncio.sleep(WATCH_INTERVAL_S)
-            before, paused_s = (now := monotonic()), now - before - WATCH_INTERVAL_S
-            self._turns.forget(now - 2 * self._stall_timeout_s - max(0.0, paused_s))
-            for session in tuple(self._running.values()):
-                if paused_s > PAUSE_S:
-                    session.wait.paused_s += paused_s
-                idle_s = self._turns.idle_s(session.wait, now)
-                if not session.wait.had_turn and idle_s >= self._stall_timeout_s / READS_OF_TURNS:
-                    self._read_turns(now)
-                if idle_s >= self._stall_timeout_s:
-                    self._fail(session, self._stalled(session, now))
-                elif now - session.wait.since_s >= self._queue_timeout_s:
-                    self._fail(session, self._waited_too_long(session, now))
-                elif now >= session.check_s and not session.starting:
-                    session.pause_s = min(2 * session.pause_s, LONGEST_PAUSE_S)
-                    session.check_s = now + session.pause_s
-                    self._check(session)
-
-    def _read_turns(self, now: float) -> None:
-        """Read the turns of other gateways' sessions, unless it was done a moment ago."""
-        if now - self._turns_read_s >= self._stall_timeout_s / READS_OF_TURNS:
-            self._turns_read_s = now
-            self._spawn(self._learn_turns())
-
-    async def _learn_turns(self) -> None:
-        try:
-            turns = await self._transport.turns()
-        except BrokersError as error:
-            self._log.warning("turns of other gateways' sessions not read", error=str(error))
-            return
-        now = monotonic()
-        for turn in turns:
-            if turn.session_id not in self._running:
-                self._turns.record_elsewhere(turn.pool, now - turn.age_ms / 1000, now - turn.idle_ms / 1000)
-
-    def _stalled(self, session: RunningSession, now: float) -> Failure:
-        """Return the failure of a session on which nobody works, with the reason."""
-        committed_in, running = session.completion.committed_in, self._arithmetics()
-        if running and not self._mixes and not any(fits(arithmetic, committed_in) for arithmetic in running):
-            code = "arithmetic_unavailable"
-            reason = (
-                f"its tokens were computed in the arithmetic {' and '.join(committed_in)}, and the running verifiers "
-                f"have another ({'; '.join(sorted(running))}); send the request again, or let schedulers move sessions "
-                "to another arithmetic (WISP_MIXED_ARITHMETIC=allow)"
-            )
-        else:
-            code = "timeout"
-            reason = f"{self._transport.stall_reason.format(pool=session.answer.form.pool)}; try again later"
-        return Failure(code=code, message=f"no token came for {now - session.wait.since_s:.3g} s: {reason}")
-
-    def _waited_too_long(self, session: RunningSession, now: float) -> Failure:
-        """Return the failure of a session whose turn did not come in time, because others were served before it."""
-        text = (
-            f"this request waited {now - session.wait.since_s:.3g} s for its turn while others were served before it; "
-            f"the limit is {self._queue_timeout_s:g} s (WISP_QUEUE_TIMEOUT_S); try again later"
-        )
-        return Failure(code="queue_timeout", message=text)
-
-    def _check(self, session: RunningSession) -> None:
-        session.check_again = session.checking
-        if not session.checking:
-            session.checking = True
-            self._spawn(self._repair(session))
-
-    async def _repair(self, session: RunningSession) -> None:
-        """Add committed tokens from Redis, whose results were lost."""
-        completion = session.completion
-        from_len = completion.length
-        try:
-            progress = await self._transport.progress(session.session_id, from_len)
-        except BrokersError as error:
-            self._log.warning("session's state not read", session=session.session_id, error=str(error))
-            return
-        finally:
-            session.checking = False
-        if self._running.get(session.session_id) is not session:
-            return
-        if progress is None:
-            self._fail(session, GONE)
-            return
-        tokens, length = completion.tally.tokens, completion.length
-        completion.committed(
-            from_len,
-            progress.tokens,
-            progress.finish,
-            committed_in=progress.committed_in,
-            logprobs=(progress.logprobs, completion.first_logprob),
-        )
-        if progress.status is SessionStatus.CANCELLED and not completion.done:
-            self._fail(session, CANCELLED)
-            return
-        if session.check_again:
-            self._check(session)
-        if completion.length > length or completion.done:
-            self._log.info("session repaired", session=session.session_id, tokens=completion.length - length)
-            self._fed(session, completion.tally.tokens - tokens, progressed=True)
-
-    def _fail(self, session: RunningSession, failure: Failure, unfinished: Unfinished = Unfinished.CANCEL) -> None:
+    def fail(self, session: RunningSession, failure: Failure, unfinished: Unfinished = Unfinished.CANCEL) -> None:
+        """End a session with a failure."""
         self._log.warning("session failed", session=session.session_id, code=failure.code, reason=failure.message)
         session.completion.fail(failure)
         self._end(session, "error", unfinished)
         session.answer.wake.set()
+
+    async def watch(self) -> None:
+        """Watch silent sessions for ever."""
+        await self._silence.watch()
 
     def _end(self, session: RunningSession, reason: str, unfinished: Unfinished = Unfinished.CANCEL) -> None:
         """Stop serving a session; nothing happens when that was done before."""
@@ -457,16 +335,17 @@ class Sessions:
             self._idle.set()
         self._count_end(session, reason)
         session.end_reason = reason
-        spans.end_completion(session, reason)
+        if session.span:
+            spans.end_completion(session, reason)
         if reason == "abort" and session.answer.form.keep:
             unfinished = Unfinished.LEAVE
         completion = session.completion
         if completion.stopped_early:
-            self._spawn(self._transport.cancel(session.session_id, "stop string"))
+            self._tasks.spawn(self._transport.cancel(session.session_id, "stop string"))
         elif completion.finish is None and unfinished is Unfinished.CANCEL:
-            self._spawn(self._transport.cancel(session.session_id, reason))
+            self._tasks.spawn(self._transport.cancel(session.session_id, reason))
         elif completion.finish is None and unfinished is Unfinished.LEAVE:
-            self._spawn(self._transport.leave(session.session_id, completion.length))
+            self._tasks.spawn(self._transport.leave(session.session_id, completion.length))
 
     def _count_end(self, session: RunningSession, reason: str) -> None:
         """Record a session's end in admission and metrics, and report it."""
@@ -497,17 +376,7 @@ class Sessions:
             tpot_ms=outcome.tpot_ms,
             attained=outcome.attained,
         )
-        self._spawn(self._transport.report(ended))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._ended)
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._tasks.discard(task)
-        if not task.cancelled() and (error := task.exception()) is not None:
-            self._log.error("background work failed", error=repr(error), exc_info=error)
+        self._tasks.spawn(self._transport.report(ended))
 
     async def drain(self, grace_s: float) -> None:
         """Refuse new sessions, wait up to `grace_s` for the running ones, then fail the rest."""
@@ -520,9 +389,8 @@ class Sessions:
             streamed = session.answer.stream
             way = "resume with Last-Event-ID at another, or send" if streamed else "send"
             failure = Failure(code="shutting_down", message=f"this gateway is shutting down; {way} the request again")
-            self._fail(session, failure, Unfinished.LEAVE if streamed else Unfinished.CANCEL)
-        if self._tasks:
-            await asyncio.wait(self._tasks, timeout=CLOSE_S)
+            self.fail(session, failure, Unfinished.LEAVE if streamed else Unfinished.CANCEL)
+        await self._tasks.ended(CLOSE_S)
 
 
 def _generate(session: StoredSession, answer: Answer) -> Generate:

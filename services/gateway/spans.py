@@ -6,8 +6,8 @@ completion.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager, contextmanager
 
 from starlette.datastructures import Headers
 from starlette.types import Scope
@@ -16,7 +16,7 @@ from services.gateway.answer import Answer, RunningSession
 from services.gateway.errors import ApiError
 from shared.messages import Generate
 from shared.runtime import tracing
-from shared.runtime.tracing import NO_SPAN, Span, Value
+from shared.runtime.tracing import Span, Value
 
 LONGEST_TEXT = 200
 """Most characters of a text that a client chooses."""
@@ -24,8 +24,6 @@ LONGEST_TEXT = 200
 
 def begin_request(scope: Scope, request_id: str) -> Span:
     """Start the span of an HTTP request, below the client's own span if its headers name one."""
-    if not tracing.is_on():
-        return NO_SPAN
     headers = Headers(scope=scope)
     attributes: dict[str, Value] = {
         "http.request.method": scope["method"],
@@ -46,8 +44,6 @@ def begin_request(scope: Scope, request_id: str) -> Span:
 
 def end_request(span: Span, scope: Scope, status: int) -> None:
     """End the span of a request. status: 0 if no answer was sent."""
-    if not span:
-        return
     if (route := getattr(scope.get("route"), "path", None)) is not None:
         span.rename(f"{scope['method']} {route}")
         span.set({"http.route": route})
@@ -58,13 +54,26 @@ def end_request(span: Span, scope: Scope, status: int) -> None:
     span.end()
 
 
-@contextmanager
-def admission(answer: Answer) -> Iterator[None]:
-    """Trace the admission of an answer: the decision, and the start of its sessions."""
+@asynccontextmanager
+async def traced(answer: Answer, serving: AbstractAsyncContextManager[None]) -> AsyncIterator[None]:
+    """Serve an answer during the context, and trace its admission and its outcome."""
     request = tracing.current()
-    if not request:
-        yield
-        return
+    try:
+        async with AsyncExitStack() as stack:
+            if answer.resumed:
+                _link(request, answer)
+                await stack.enter_async_context(serving)
+            else:
+                with _admission(request, answer):
+                    await stack.enter_async_context(serving)
+            yield
+    finally:
+        _conclude(request, answer)
+
+
+@contextmanager
+def _admission(request: Span, answer: Answer) -> Iterator[None]:
+    """Trace the admission of an answer: the decision, and the start of its sessions."""
     request.set(_request_attributes(answer, answer.sessions[0]))
     span = request.child("admission", {"wisp.service_class": answer.form.service_class, "wisp.pool": answer.form.pool})
     try:
@@ -76,26 +85,15 @@ def admission(answer: Answer) -> Iterator[None]:
         span.end()
 
 
-def resumed(answer: Answer) -> None:
+def _link(request: Span, answer: Answer) -> None:
     """Link the request's span to the request whose stream it resumes."""
-    if (span := tracing.current()) and answer.form.traceparent:
-        span.set({"wisp.resumed": True})
-        span.link({tracing.TRACEPARENT: answer.form.traceparent})
-
-
-def begin_completion(generate: Generate) -> Span:
-    """Start the span of a completion: of its session while this gateway serves it."""
-    request = tracing.current()
-    if not request:
-        return NO_SPAN
-    attributes: dict[str, Value] = {"wisp.session": generate.session, "gen_ai.usage.input_tokens": len(generate.prompt)}
-    return request.child("completion", attributes)
+    if answer.form.traceparent:
+        request.set({"wisp.resumed": True})
+        request.link({tracing.TRACEPARENT: answer.form.traceparent})
 
 
 def end_completion(session: RunningSession, reason: str) -> None:
     """End the span of a completion. reason: as in the gateway's metrics."""
-    if not session.span:
-        return
     tally, failure = session.completion.tally, session.completion.failure
     if failure is not None:
         session.span.fail(failure.code)
@@ -111,10 +109,9 @@ def end_completion(session: RunningSession, reason: str) -> None:
     )
 
 
-def conclude(answer: Answer) -> None:
+def _conclude(request: Span, answer: Answer) -> None:
     """Add the outcome of an answer to the request's span."""
-    span = tracing.current()
-    if not span or not answer.running:
+    if not answer.running:
         return
     usage = answer.usage
     reasons = [str(session.completion.finish or session.end_reason) for session in answer.running]
@@ -131,7 +128,7 @@ def conclude(answer: Answer) -> None:
     outcomes = [session.outcome for session in answer.running if session.outcome is not None]
     if outcomes and answer.running[0].generate.slo is not None:
         attributes["wisp.slo_attained"] = all(outcome.attained for outcome in outcomes)
-    span.set(attributes)
+    request.set(attributes)
 
 
 def _request_attributes(answer: Answer, generate: Generate) -> dict[str, Value]:

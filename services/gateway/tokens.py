@@ -9,12 +9,13 @@ from fastapi.responses import JSONResponse
 from pydantic import AfterValidator, PlainValidator
 from pydantic_core import PydanticCustomError
 
-from services.gateway.body import Body, or_default
+from services.gateway.body import Body, or_default, parse, read_body
 from services.gateway.errors import invalid
 from services.gateway.gateway import Gateway
+from services.gateway.option_values import token_ids
 from services.gateway.prompt import Limits, chat_tokens, prompt_tokens
-from services.gateway.request import ReadBody, check_model
-from services.gateway.schema import ChatRequest, parse, token_ids
+from services.gateway.request import check_model
+from services.gateway.schema import ChatRequest
 
 
 class TokenizeText(Body):
@@ -46,13 +47,13 @@ class Detokenize(Body):
     tokens: Annotated[list[int], PlainValidator(token_ids, json_schema_input_type=list[int]), AfterValidator(_given)]
 
 
-def add_tokens(app: FastAPI, gateway: Gateway, read_body: ReadBody) -> None:
+def add_tokens(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes that tokenize texts and conversations, and put tokens into text."""
     tokenizer, folder = gateway.model.tokenizer, gateway.model.folder
 
     @app.post("/tokenize")
     async def tokenize(request: Request) -> JSONResponse:
-        body = await read_body(request)
+        body = await read_body(gateway.settings, request)
         limits = Limits(folder.max_len, folder.vocab_size)
         asked: TokenizeChat | TokenizeText
         if b'"messages"' in body:
@@ -69,7 +70,7 @@ def add_tokens(app: FastAPI, gateway: Gateway, read_body: ReadBody) -> None:
 
     @app.post("/detokenize")
     async def detokenize(request: Request) -> JSONResponse:
-        asked = parse(Detokenize, await read_body(request))
+        asked = parse(Detokenize, await read_body(gateway.settings, request))
         if asked.model:
             check_model(gateway, asked.model)
         if strays := [token for token in asked.tokens if not 0 <= token < folder.vocab_size]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from services.gateway.core.tool_calls import ToolCallParser
@@ -33,10 +32,8 @@ class ToolForm(Record):
         return ToolCallParser(self.calls.marks, self.names, parallel=self.parallel)
 
 
-def tool_form(request: ChatRequest, model: ServedModel) -> ToolForm | None:
-    """Return the form of a chat's tool calls; None without tools."""
-    if not request.offered_tools:
-        return None
+def tool_form(request: ChatRequest, model: ServedModel) -> ToolForm:
+    """Return the form of the calls of a chat with tools."""
     names = [tool.function.name for tool in request.offered_tools]
     return ToolForm(format=tool_format(model.tokenizer).name, names=names, parallel=request.parallel_tool_calls)
 
@@ -66,10 +63,3 @@ def conversation(request: ChatRequest, tokenizer: Tokenizer) -> tuple[list[dict[
     if not tokenizer.tool_template:
         return plain_messages(messages, tools, parallel=request.parallel_tool_calls), []
     return messages, tools
-
-
-def texts_of(request: ChatRequest) -> list[str]:
-    """Return the texts of a chat that become tokens, for a first estimate of their number."""
-    texts = [text for message in request.messages for text in message.texts()]
-    tools = request.offered_tools
-    return [*texts, json.dumps([tool.rendered() for tool in tools], ensure_ascii=False)] if tools else texts

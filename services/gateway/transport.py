@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from functools import partial
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from shared.broker import topology
 from shared.broker.client import Broker
@@ -21,6 +21,7 @@ from shared.broker.topology import Queue
 from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Generate
 from shared.runtime import logging, tracing
+from shared.runtime.service import BackgroundTasks
 from shared.state.store import Request, Session, SessionProgress, SessionTurn, Store
 
 CREATE_RETRY_S = 0.25
@@ -108,7 +109,7 @@ class BrokerTransport:
         self._session_keys = session_keys or SessionKeys(None)
         self._origins: Counter[str] = Counter()
         """Collected sessions by the gateway that started them. The results of these gateways come here as well."""
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks = BackgroundTasks()
         self._log = logging.get()
 
     async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
@@ -207,7 +208,7 @@ class BrokerTransport:
             self._origins.subtract(origins)
             for origin in origins:
                 if not self._origins[origin]:
-                    self._spawn(self._unbind(origin))
+                    self._tasks.spawn(self._unbind(origin))
 
     async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """See `Transport`."""
@@ -238,9 +239,3 @@ class BrokerTransport:
             await self._broker.unbind(self._queue, topology.result(origin))
         except BrokersError as error:
             self._log.warning("still receiving another gateway's results", gateway=origin, error=str(error))
-
-    def _spawn(self, work: Coroutine[Any, Any, None]) -> None:
-        # The request's own task may be cancelled, as its client may be gone.
-        task = asyncio.get_running_loop().create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)

@@ -83,6 +83,29 @@ async def running(stop: asyncio.Event, *loops: Coroutine[Any, Any, None]) -> Asy
         await asyncio.gather(*tasks, stopped, return_exceptions=True)
 
 
+class BackgroundTasks:
+    """Work that runs on beside what started it, and outlives it: a request's own task may be cancelled."""
+
+    def __init__(self) -> None:
+        self._tasks: set[asyncio.Task[None]] = set()
+
+    def spawn(self, work: Coroutine[Any, Any, None]) -> None:
+        """Start work. Its error is logged."""
+        task = asyncio.get_running_loop().create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._ended)
+
+    async def ended(self, timeout_s: float) -> None:
+        """Wait until all of the work has ended, at most `timeout_s`."""
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=timeout_s)
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            logging.get().error("background work failed", error=repr(error), exc_info=error)
+
+
 async def cancel(tasks: Iterable[asyncio.Future[Any]], again_s: float) -> None:
     """Cancel tasks, and again every `again_s` seconds, until each has ended.
 

@@ -25,7 +25,7 @@ from hypothesis import strategies as st
 from patience import HANG_S
 from prometheus_client import generate_latest
 
-from services.gateway import sessions
+from services.gateway import sessions, silence
 from services.gateway.app import create_app
 from services.gateway.core.admission import Admission
 from services.gateway.errors import unavailable
@@ -834,7 +834,8 @@ async def test_a_long_prompt_in_prefill_chunks_is_not_given_up(
     folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skipped_s = 0.0
-    monkeypatch.setattr(sessions, "monotonic", lambda: monotonic() + skipped_s)
+    for module in (sessions, silence):
+        monkeypatch.setattr(module, "monotonic", lambda: monotonic() + skipped_s)
     app = App(folder, stall_timeout_s=60)
 
     async def work(message: Message) -> None:
@@ -843,7 +844,7 @@ async def test_a_long_prompt_in_prefill_chunks_is_not_given_up(
         chunk, *rounds = results_of(message, app.script, app.tokenizer)
         for number in range(3):
             skipped_s += 50
-            await asyncio.sleep(2 * sessions.WATCH_INTERVAL_S)
+            await asyncio.sleep(2 * silence.WATCH_INTERVAL_S)
             await app.services.publish("g", chunk.model_copy(update={"batch": f"chunk{number}"}))
         for result in rounds:
             await app.services.commit(message.session, result.tokens, result.finish)
@@ -861,14 +862,14 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self._skipped_s = 0.0
-        for module in (sessions, gateway_memory):
+        for module in (sessions, silence, gateway_memory):
             monkeypatch.setattr(module, "monotonic", lambda: monotonic() + self._skipped_s)
 
     async def skip(self, seconds: float) -> None:
         """Let time pass in steps that are no pause, and the watch look at each."""
         for _ in range(round(seconds / 0.9)):
             self._skipped_s += 0.9
-            await asyncio.sleep(1.2 * sessions.WATCH_INTERVAL_S)
+            await asyncio.sleep(1.2 * silence.WATCH_INTERVAL_S)
 
     def pause(self, seconds: float) -> None:
         """Let the whole process stand still for so long."""
@@ -934,7 +935,7 @@ async def test_a_pause_of_the_process_is_no_stall(folder: ModelFolder, monkeypat
     await eventually(lambda: len(app.generated) == 1)
     for _ in range(3):
         clock.pause(40)
-        await asyncio.sleep(3 * sessions.WATCH_INTERVAL_S)
+        await asyncio.sleep(3 * silence.WATCH_INTERVAL_S)
     await app.work(app.generated[0])
     assert (await asking).status_code == 200
     stuck = asyncio.create_task(app.chat())

@@ -8,10 +8,11 @@ from typing import Any
 import pytest
 from test_gateway_app import HELLO, MODEL
 
+from services.gateway.body import parse
 from services.gateway.errors import ApiError
 from services.gateway.messages_api import CountRequest, MessagesRequest
 from services.gateway.responses_api import ResponsesRequest
-from services.gateway.schema import ChatForm, ChatRequest, parse
+from services.gateway.schema import ChatForm, ChatRequest
 
 BODIES: dict[type[ChatForm], dict[str, Any]] = {
     ResponsesRequest: {"model": MODEL, "input": "Hi"},

@@ -14,8 +14,9 @@ from gateway_peer import Script
 from test_gateway_app import HELLO, MODEL, App, error_of
 from test_gateway_tools import HERMES_TEMPLATE, WEATHER, client, served
 
+from services.gateway.body import parse
 from services.gateway.errors import ApiError
-from services.gateway.schema import ChatRequest, CompletionRequest, parse
+from services.gateway.schema import ChatRequest, CompletionRequest
 from shared.errors import GrammarError
 from shared.grammar.masks import Grammars
 from shared.messages import GRAMMAR, Generate, features_of

@@ -22,7 +22,7 @@ from pydantic import ValidationError
 
 from services.gateway import metrics, stream
 from services.gateway.answer import AnswerForm, Usage
-from services.gateway.body import Body
+from services.gateway.body import Body, parse
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
 from services.gateway.core.reasoning import SplitText
 from services.gateway.core.slo import SloOutcome, class_of, judge, slo_of
@@ -33,7 +33,7 @@ from services.gateway.messages_body import MessagesRequest
 from services.gateway.prompt import Limits, Prompt, check_prompt
 from services.gateway.request import derive_seed, new_answer
 from services.gateway.responses_body import ResponsesRequest
-from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest, parse
+from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest
 from services.gateway.settings import GatewaySettings
 from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError

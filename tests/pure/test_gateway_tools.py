@@ -13,8 +13,9 @@ import pytest
 from gateway_peer import Script, tiny_target
 from test_gateway_app import HELLO, MODEL, App, error_of
 
+from services.gateway.body import parse
 from services.gateway.errors import ApiError
-from services.gateway.schema import ChatRequest, CompletionRequest, parse
+from services.gateway.schema import ChatRequest, CompletionRequest
 from shared.models.folder import ModelFolder
 
 HERMES_TEMPLATE = (

@@ -10,8 +10,11 @@ from gateway_peer import EOS, Script, results_of, tiny_target
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.gateway.answer import AnswerForm
 from services.gateway.core.completion import Completion
 from services.gateway.core.reasoning import CLOSE, OPEN, TAGS, ReasoningCounter, ReasoningSplitter, SplitText
+from services.gateway.core.tool_calls import ContentDelta
+from services.gateway.response import CompletionText
 from shared.models.stop import StopStrings
 from shared.models.text import Detokenizer, Tokenizer
 
@@ -45,8 +48,8 @@ def test_the_reasoning_ends_with_the_first_closing_tag(text: str, is_open: bool,
 
 
 def test_without_marks_all_is_content() -> None:
-    splitter = ReasoningSplitter(is_open=False, marked=False)
-    assert splitter.feed("<think>a</think>") == SplitText("", "<think>a</think>")
+    text = CompletionText(AnswerForm.model_construct(thinks=None, tools=None))
+    assert text.feed("<think>a</think>") == ("", [ContentDelta("<think>a</think>")])
 
 
 TEXTS = st.lists(st.sampled_from(["<think>", "</think>", "<", "</", "th", "ink>", "a", "b "]), max_size=8).map("".join)

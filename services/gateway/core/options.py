@@ -21,6 +21,14 @@ class UnsupportedOption:
     advice: str = ""
     """Added to the advice to leave the option out."""
 
+    def refusal(self, value: Any) -> str | None:
+        """Return what to do about a value of the option; None if the value changes nothing."""
+        if value is None or any(same(value, harmless) for harmless in self.harmless):
+            return None
+        allowed = " or ".join(json.dumps(harmless) for harmless in (None, *self.harmless))
+        advice = f"leave it out or send {allowed}"
+        return f"{advice} ({self.advice})" if self.advice else advice
+
 
 def _harmless(*values: Any) -> UnsupportedOption:
     return UnsupportedOption(values)
@@ -260,18 +268,6 @@ STRUCTURED_OPTIONS: Mapping[str, UnsupportedOption] = {
     "whitespace_pattern": _NO_TEXT,
 }
 """Unsupported fields of `structured_outputs`."""
-
-
-def unsupported(fields: Mapping[str, Any], options: Mapping[str, UnsupportedOption]) -> tuple[str, str] | None:
-    """Return the first field that is an unsupported option, and what to do about it; None if there is none."""
-    for name, value in fields.items():
-        option = options.get(name)
-        if option is None or value is None or any(same(value, harmless) for harmless in option.harmless):
-            continue
-        allowed = " or ".join(json.dumps(harmless) for harmless in (None, *option.harmless))
-        advice = f"leave it out or send {allowed}"
-        return name, f"{advice} ({option.advice})" if option.advice else advice
-    return None
 
 
 def same(value: Any, harmless: Any) -> bool:

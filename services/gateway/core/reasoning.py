@@ -24,9 +24,9 @@ class ReasoningSplitter:
     and all later text is content.
     """
 
-    def __init__(self, *, is_open: bool, marked: bool = True) -> None:
-        """is_open: the prompt ends within the reasoning. marked: False if the text has no reasoning."""
-        self._state = "reasoning" if is_open else "start" if marked else "content"
+    def __init__(self, *, is_open: bool) -> None:
+        """is_open: the prompt ends within the reasoning."""
+        self._state = "reasoning" if is_open else "start"
 
     @property
     def ended(self) -> bool:
