@@ -8,13 +8,10 @@ from pathlib import Path
 import torch
 
 from shared.engine.views import block_views
-from shared.engine.weights import opened
+from shared.engine.weights import described
 from shared.kernels.cache import PackedBatch
 from shared.kernels.decoder import Decoder
-from shared.models.description import ModelDescription, weight_names
-from shared.models.families import describe
-from shared.models.shapes import check_shapes, refusals
-from shared.models.weight_files import read_config
+from shared.models.description import ModelDescription
 
 ARITHMETIC = "wisp-1"
 """Identity of the compiled arithmetic: the same bits on every CPU. It changes with the bits of any result."""
@@ -50,12 +47,6 @@ class CompiledPass:
 
 
 def _load(folder: Path, form: str, threads: int, blocks: int) -> tuple[ModelDescription, Decoder]:
-    config = read_config(folder)
     options = {"form": DENSE_FORMATS[form], "kv_form": KV_FORMATS[form], "blocks": blocks, "threads": threads}
-    with opened(folder, form) as weights:
-        weights.refuse_quantized(config)
-        with refusals(folder):
-            model = describe(config, weights.names)
-            weights.check({weight.name for weight in weight_names(model)})
-            check_shapes(model, weights.shape)
-            return model, Decoder.of(model, weights.read, **options)
+    with described(folder, form) as (model, weights):
+        return model, Decoder.of(model, weights.read, **options)

@@ -9,17 +9,14 @@ from pathlib import Path
 import torch
 import triton
 
-from shared.engine.weights import opened
+from shared.engine.weights import described
 from shared.errors import EngineError
 from shared.gpu_kernels.check import settle
 from shared.gpu_kernels.decoder import GpuDecoder
 from shared.gpu_kernels.graphs import prepared_graphs
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
-from shared.models.description import NotDescribed, weight_names
-from shared.models.families import describe
-from shared.models.shapes import check_shapes, refusals
-from shared.models.weight_files import read_config
+from shared.models.description import NotDescribed
 
 FORMATS = ("bfloat16", "float32")
 """Formats of weights that kernels for GPUs have, of those of the engine."""
@@ -91,14 +88,8 @@ def _current(torch_device: torch.device) -> AbstractContextManager[object]:
 
 
 def _load(folder: Path, form: str, torch_device: torch.device, blocks: int) -> GpuDecoder:
-    config = read_config(folder)
-    with opened(folder, form) as weights:
-        weights.refuse_quantized(config)
-        with refusals(folder):
-            model = describe(config, weights.names)
-            weights.check({weight.name for weight in weight_names(model)})
-            check_shapes(model, weights.shape)
-            return GpuDecoder(model, weights.read, form=form, blocks=blocks, torch_device=torch_device)
+    with described(folder, form) as (model, weights):
+        return GpuDecoder(model, weights.read, form=form, blocks=blocks, torch_device=torch_device)
 
 
 def _memory(torch_device: torch.device) -> str:

@@ -14,11 +14,13 @@ from safetensors import SafetensorError, safe_open
 from shared.errors import ModelError
 from shared.kernels.decoder import Matrix
 from shared.kernels.gguf_blocks import BLOCK_BYTES, blocks_of
-from shared.models.description import WeightName
+from shared.models.description import ModelDescription, WeightName, weight_names
+from shared.models.families import describe
 from shared.models.folder import GGUF, no_gguf_file
 from shared.models.gguf_file import GgufFile
 from shared.models.gguf_llama import LlamaTensor, llama_tensors
-from shared.models.weight_files import FLOATS, UNQUANTIZED, refuse_quantized, stored_tensors
+from shared.models.shapes import check_shapes, refusals
+from shared.models.weight_files import FLOATS, UNQUANTIZED, read_config, refuse_quantized, stored_tensors
 
 
 class Weights(Protocol):
@@ -49,6 +51,19 @@ def opened(folder: Path, form: str) -> Iterator[Weights]:
         return
     with ExitStack() as stack:
         yield SafetensorsWeights(folder, stack)
+
+
+@contextmanager
+def described(folder: Path, form: str) -> Iterator[tuple[ModelDescription, Weights]]:
+    """Open the weights of a model that a description covers, checked against it. Raises NotDescribed and ModelError."""
+    config = read_config(folder)
+    with opened(folder, form) as weights:
+        weights.refuse_quantized(config)
+        with refusals(folder):
+            model = describe(config, weights.names)
+            weights.check({weight.name for weight in weight_names(model)})
+            check_shapes(model, weights.shape)
+            yield model, weights
 
 
 class SafetensorsWeights:

@@ -21,13 +21,11 @@ ROW_SECTIONS: Final = 4 + SPAN_WORDS
 
 @dataclass(frozen=True)
 class LaunchPlan:
-    """A packed batch for buffers of some capacity of rows."""
+    """A packed batch for buffers that have room for `capacity` rows."""
 
     words: NDArray[np.int32]
     """Sections of `capacity` rows each (tokens, positions, slots, wanted rows, spans of `SPAN_WORDS`), then the block
     tables one after the other."""
-    capacity: int
-    rows: int
     spans: int
     runs: int
     """Runs of keys that the longest session has."""
@@ -59,4 +57,4 @@ def plan_batch(
             spans[number] = row + done, start + done, min(span_tokens, count - done), offset
             number += 1
         row += count
-    return LaunchPlan(words, capacity, rows, number, int(positions.max()) // run + 1)
+    return LaunchPlan(words, number, int(positions.max()) // run + 1)

@@ -25,9 +25,9 @@ COMPILE = """
 import sys, torch, json
 from pathlib import Path
 from gpu_model import gpu_decoder
+from gpu_variants import VariantRecorder, compile_variant
 from services.tools.bench.gpu.random_models import RandomModel, configuration
 from shared.gpu_kernels.decoder import GpuDecoder
-from shared.gpu_kernels.launches import VariantRecorder, compile_variant
 from shared.kernels.cache import PackedBatch
 
 folder, form, capabilities = json.loads(sys.argv[1])

@@ -24,7 +24,6 @@ def spans(plan: LaunchPlan) -> list[list[int]]:
 
 def test_each_row_has_its_token_position_and_slot() -> None:
     plan = planned(TWO)
-    assert plan.rows == 7
     assert section(plan, 0) == [100, 101, 102, 103, 104, 105, 106]
     assert section(plan, 1) == [62, 63, 64, 65, 0, 1, 2]
     assert section(plan, 2) == [7 * 64 + 62, 7 * 64 + 63, 3 * 64, 3 * 64 + 1, 5 * 64, 5 * 64 + 1, 5 * 64 + 2]

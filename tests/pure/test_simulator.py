@@ -15,6 +15,7 @@ from statistics import fmean
 import psutil
 import pytest
 
+from services.drafter.control.controller import Controller
 from services.drafter.core.synthetic import DraftProcess
 from services.drafter.sources.twin import token_of
 from services.tools.bench.load.arms import Arm
@@ -33,7 +34,7 @@ from services.tools.simulator.arms import (
 )
 from services.tools.simulator.core.bounds import scenario_bounds
 from services.tools.simulator.core.scenario import Scenario, parse_scenario
-from services.tools.simulator.core.suite import SuiteWorld
+from services.tools.simulator.core.suite import SuiteWorld, experienced_controller
 from services.tools.simulator.output import advice
 from services.tools.simulator.sweep import SweepCell, sweep_table, swept_fields
 from services.tools.simulator.traced import traced_drafts
@@ -183,18 +184,20 @@ def test_a_change_for_speed_alone_keeps_the_results(arm: str, expected: tuple[fl
 
 def test_a_device_begins_with_the_same_experience_at_each_point() -> None:
     spec = scenario()
-    one, other = (world_of(Arm("wisp+"), spec, hardware_of(spec), 1) for _ in range(2))
-    assert isinstance(one, SuiteWorld)
-    assert isinstance(other, SuiteWorld)
-    first, second = one.new_controller(3), other.new_controller(3)
+    drafts = world_of(Arm("wisp+"), spec, hardware_of(spec), 1).drafts
+
+    def controller(device: int) -> Controller:
+        return experienced_controller("marginal", spec.draft_length, drafts, spec, f"1/{device}")
+
+    first, second = controller(3), controller(3)
     before = second.calibration.logit("hidden", 1.0)
     assert first.calibration.logit("hidden", 1.0) == before
     for _ in range(20):
         first.calibration.learn("hidden", 1.0, accepted=False)
     assert first.calibration.logit("hidden", 1.0) != before
     assert second.calibration.logit("hidden", 1.0) == before
-    assert one.new_controller(3).calibration.logit("hidden", 1.0) == before
-    assert one.new_controller(4).calibration.logit("hidden", 1.0) != before
+    assert controller(3).calibration.logit("hidden", 1.0) == before
+    assert controller(4).calibration.logit("hidden", 1.0) != before
 
 
 @pytest.mark.parametrize("arm", ["centralized", "wisp+"])

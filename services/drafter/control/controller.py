@@ -21,6 +21,7 @@ from services.drafter.control.rules import RULES, NextTokens, RoundForecast, Rul
 from services.drafter.control.times import RoundTimes
 from services.drafter.control.weights import ControlWeights
 from shared.log_odds import SessionOffset, sigmoid, sigmoids
+from shared.slo import HOPELESS_GAIN
 
 UNKNOWN_OFFSET = SessionOffset()
 UNKNOWN_LOGIT = 0.0
@@ -41,9 +42,6 @@ RUN_MEMORY = 64.0
 """Tokens of runs that a session's speed in runs is averaged over."""
 RUN_PRIOR = 8.0
 """Tokens at the price's speed that it is averaged with."""
-HOPELESS_GAIN = 1.3
-"""Where a run's steps take longer than the session was promised for a token, the session keeps to rounds unless a run
-is faster by this factor: on average, rounds may be slower and yet keep the promise of many sessions."""
 LONGEST_UNREADY = 3
 """A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
 LOOKAHEAD = 8

@@ -18,6 +18,7 @@ from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import ActiveSession, VerifierState
 from shared import cost
 from shared.cost.model import TYPICAL_LENGTH
+from shared.slo import HOPELESS_GAIN
 
 MOST_TOKENS = 128
 LONGEST_MS = 10_000.0
@@ -30,10 +31,7 @@ TRUSTED_ROUNDS = 16
 """Rounds after which the tokens that they brought count alone. Until then a session's drafter may know better: a few
 unlucky rounds mean little."""
 GAIN = 1.15
-"""An unasked run is granted only where it is faster than rounds by this factor."""
-HOPELESS_GAIN = 1.3
-"""The same where its steps take longer than the session was promised for a token: it misses the promise in any case,
-and rounds, being slower on average, may yet keep it."""
+"""An unasked run is granted only where it is faster than rounds by this factor (`HOPELESS_GAIN` for some)."""
 LATE_MS = 250.0
 """A run without a report for this long, and a step more, may be lost."""
 LOST_MS = 5000.0

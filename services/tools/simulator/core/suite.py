@@ -147,7 +147,9 @@ class SuiteWorld(World):
             return
         client = served.request.session
         if client not in self._controllers:
-            self._controllers[client] = self.new_controller(client)
+            self._controllers[client] = experienced_controller(
+                self._rule, self._longest, self.drafts, self.scenario, f"{self._seed}/{client}"
+            )
             if self._load is not None:
                 self._controllers[client].times.apply_load(self._load)
         slo = served.generate.slo
@@ -161,15 +163,6 @@ class SuiteWorld(World):
         )
         self._sessions[served.generate.session] = session
         self.env.process(self._draft_and_verify(session))
-
-    def new_controller(self, client: int) -> Controller:
-        """Return a device's controller, which has learned from earlier rounds how often its drafts are right."""
-        scenario = self.scenario
-        controller = Controller(self._rule, self._longest, self.drafts.weights, RoundTimes())
-        seed, rounds = f"{self._seed}/{client}", scenario.experience_rounds
-        learned = _experience(self._rule, self._longest, self.drafts, scenario.temperature, rounds, seed)
-        controller.calibration = learned.copy()
-        return controller
 
     def _draft_and_verify(self, session: SimulatedSession) -> Process:
         """Draft round by round until the session ends, as `services.drafter.serving` does, but halt no run."""
@@ -314,6 +307,14 @@ class SuiteWorld(World):
             self._load = self._dispatcher.load(self.now_ms)
             for controller in self._controllers.values():
                 controller.times.apply_load(self._load)
+
+
+def experienced_controller(rule: str, longest: int, model: DraftModel, scenario: Scenario, seed: str) -> Controller:
+    """Return a device's controller, which has learned from earlier rounds how often its drafts are right."""
+    controller = Controller(rule, longest, model.weights, RoundTimes())
+    learned = _experience(rule, longest, model, scenario.temperature, scenario.experience_rounds, seed)
+    controller.calibration = learned.copy()
+    return controller
 
 
 @lru_cache(maxsize=MOST_EXPERIENCES)
