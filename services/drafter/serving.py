@@ -7,20 +7,17 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 import structlog
 
 from services.drafter import metrics
-from services.drafter.control import DraftRound, SessionControl
-from services.drafter.control.times import SPARE_COMPUTED
-from services.drafter.core.draft import Draft, DraftAhead, DraftRequest, Prediction, States
+from services.drafter.control import SessionControl
 from services.drafter.core.hidden_rows import HiddenRows
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
+from services.drafter.session_drafts import MadeDraft, SessionDrafts
 from services.drafter.settings import ServingOptions
-from services.drafter.sources.registry import HIDDEN
 from services.drafter.worker import SourceWorker
 from shared.errors import MessageError
 from shared.messages import Cancel, Generate, HiddenStates, Result, Status
@@ -33,53 +30,6 @@ if TYPE_CHECKING:
 
 
 _UNTRACED: AbstractContextManager[None] = nullcontext()
-
-
-@dataclass(frozen=True)
-class _MadeDraft:
-    """A round's draft, ready to be sent."""
-
-    request: DraftRequest
-    draft: Draft
-    draft_ms: float
-    """Time that the draft took on the session's hardware."""
-    probes: list[DraftRound] = field(default_factory=list)
-    """Probes to draft while the round is in flight."""
-    run_tokens: int = 0
-    """Tokens that are left to the verifier after the round."""
-
-
-@dataclass(frozen=True)
-class _AssumedDraft:
-    """A draft made ahead: for the next round, if the session's tokens are then `tokens`."""
-
-    tokens: list[int]
-    draft: Draft
-    round: DraftRound
-
-
-@dataclass(frozen=True)
-class _PendingAhead:
-    """A draft being made ahead, while the round before it is in flight."""
-
-    tokens: list[int]
-    """The session's tokens if all of that round's draft is accepted, without the bonus token."""
-    round: DraftRound
-    answer: asyncio.Future[tuple[DraftAhead | None, float]]
-    started_s: float
-
-
-@dataclass
-class _RunningProbe:
-    """A probe, drafted while rounds are in flight."""
-
-    round: DraftRound
-    position: int
-    """Position of the token that it drafts."""
-    answer: asyncio.Task[tuple[Draft, float]]
-    started_s: float
-    chosen: int | None = None
-    """The target's token at that position; None until it is committed."""
 
 
 class ServedSession:
@@ -112,19 +62,15 @@ class ServedSession:
         self._options = options
         self._timers = timers
         self._worker = worker
-        self._sources = sources
         self._control = control
         self._hidden_rows = hidden_rows
         self._run_copies = run_copies
         self._link = open_link(self._deliver)
-        self._grammar: DraftGrammar | None = None
+        self._drafts = SessionDrafts(options, worker, sources, control, hidden_rows, self._link)
         self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
         """Received messages; None asks to send the round in flight again."""
         self._waits_from_s: float | None = None
         """When the round in flight was sent first; None if none is in flight."""
-        self._ahead: _AssumedDraft | None = None
-        self._probes: dict[str, _RunningProbe] = {}
-        """Running probes by source."""
         self._span = tracing.current()
         """The completion's span, in its gateway."""
         self._round_span = NO_SPAN
@@ -132,7 +78,7 @@ class ServedSession:
 
     def follow(self, grammar: DraftGrammar | None) -> None:
         """Draft by the grammar of the session's text from here on; None if the text is free."""
-        self._grammar = grammar
+        self._drafts.grammar = grammar
 
     def restore(self, stored: Session) -> None:
         """Continue from the committed tokens of a stored session."""
@@ -203,8 +149,7 @@ class ServedSession:
                     if not await self._follow_run():
                         return
         finally:
-            for probe in self._probes.values():
-                probe.answer.cancel()
+            self._drafts.close()
             self._worker.close(state.session_id)
             self._control.close()
         if state.failure is not None:
@@ -246,7 +191,7 @@ class ServedSession:
         started = time.monotonic()
         span = self._round_span.child("draft")
         try:
-            made = await self._draft()
+            made = await self._drafts.draft(self._state)
             if not await self._link.wait_for_draft(made.draft_ms, _ms_since(started)):
                 return False
             if span:
@@ -257,15 +202,14 @@ class ServedSession:
         base_len = len(self._state.tokens)
         timer = self._timers.of(self._state)
         attempt = 0
-        ahead = None
-        hidden_from = self._hidden_from()
+        hidden_from = self._drafts.hidden_from(self._state)
         first_sent = time.monotonic()
         while True:
             sent = time.monotonic()
             await self._send(made, attempt, hidden_from)
             if attempt == 0:
-                self._start_probes(made)
-                ahead = self._draft_ahead(made)
+                self._drafts.start_probes(self._state, made)
+                self._drafts.start_ahead(self._state, made)
             result = await self._result(timer.timeout_ms(attempt) / 1000, first_sent)
             if result is not None:
                 break
@@ -281,10 +225,10 @@ class ServedSession:
         if attempt == 0:
             timer.learn(round_ms)
         self._learn(made, result, round_ms, resent=attempt > 0)
-        self._note_choice(result)
+        self._drafts.note_choice(result)
         if self._hidden_rows is not None and len(self._state.tokens) < base_len:
             self._hidden_rows.truncate(len(self._state.tokens))
-        self._ahead = None if ahead is None else self._finished(ahead)
+        self._drafts.keep_ahead()
         return True
 
     async def _follow_run(self) -> bool:
@@ -310,7 +254,7 @@ class ServedSession:
         while state.run_left and not state.done:
             if not halted and self._is_tempted():
                 halted = True
-                await self._send(_MadeDraft(self._request(self._control.ahead(0, 0.0), ()), Draft(), 0.0), 0, None)
+                await self._send(self._drafts.empty(state), 0, None)
             known = len(state.tokens)
             result = await self._result(self._timers.of(state).timeout_ms(0) / 1000, time.monotonic())
             if isinstance(result, Cancel):
@@ -319,7 +263,7 @@ class ServedSession:
                 self._log.info("run is late, asking for its tokens")
                 state.run_left = 0
                 return True
-            self._note_choice(result)
+            self._drafts.note_choice(result)
             self._control.learn_run(len(state.tokens) - known, result.verify_ms)
         return True
 
@@ -328,117 +272,9 @@ class ServedSession:
         round_ = self._control.ahead(
             self._state.draft_room(self._options.draft_length), self._state.generate.sampling.temperature
         )
-        return any(round_.wants(source) for source in self._settle_probes())
+        return any(round_.wants(source) for source in self._drafts.settle_probes())
 
-    async def _draft(self) -> _MadeDraft:
-        """Return the round's draft: the one made ahead if its assumption holds, else a new one."""
-        started = time.monotonic()
-        state, control = self._state, self._control
-        ahead, self._ahead = self._ahead, None
-        if ahead is not None:
-            kept = bool(ahead.draft.tokens) and ahead.tokens == state.tokens
-            metrics.AHEAD.labels("kept" if kept else "dropped").inc()
-            if kept:
-                return _MadeDraft(self._request(ahead.round, self._sources), ahead.draft, 0.0)
-        self._settle_probes()
-        if self._grammar is not None and self._grammar.mask(state.tokens).only is not None:
-            # The verifier adds the tokens that the grammar forces: they need no draft.
-            return _MadeDraft(self._request(control.ahead(0, 0.0), ()), Draft(), 0.0)
-        room = state.draft_room(self._options.draft_length)
-        unready, behind = set(self._probes), set()
-        if self._hidden_rows is not None and HIDDEN not in self._probes:
-            missing_states, missing_tokens = self._missing(self._hidden_rows)
-            if missing_states:
-                unready.add(HIDDEN)
-            elif missing_tokens > SPARE_COMPUTED:
-                behind.add(HIDDEN)
-        round_ = control.begin(room, state.generate.sampling.temperature, unready=unready, behind=behind)
-        probes = round_.deferred_probes()
-        request = self._request(round_, self._sources)
-        if round_.longest == 0:
-            draft_ms = self._link.draft_ms(Draft(), _ms_since(started))
-            return _MadeDraft(request, Draft(), draft_ms, probes, control.run_tokens(round_))
-        draft, call_ms = await self._worker.draft(request)
-        round_.cut(len(draft.tokens))
-        self._link.learn_draft(control.times, draft, call_ms)
-        draft_ms = self._link.draft_ms(draft, _ms_since(started))
-        if draft.tokens and not round_.pays:
-            round_.cut(0)
-            draft = replace(draft, tokens=[], dropped=draft.tokens[0])
-        return _MadeDraft(request, draft, draft_ms, probes, control.run_tokens(round_))
-
-    def _missing(self, hidden_rows: HiddenRows) -> tuple[bool, int]:
-        """Return whether states are missing that the draft model needs now, and how many tokens it has to compute."""
-        state = self._state
-        first = self._worker.source.starts_at(state.session_id, len(state.tokens))
-        needed = max(0, first - 1)  # each token is computed with the state before it
-        hidden_rows.need_from(needed)
-        start, rows = hidden_rows.run(len(state.tokens))
-        return not len(rows) or start > needed, len(state.tokens) - first
-
-    def _request(self, round_: DraftRound, sources: tuple[str, ...]) -> DraftRequest:
-        """Return the request to the source, with the hidden states that it has not read yet if it wants them."""
-        state, states = self._state, None
-        if self._hidden_rows is not None and round_.wants(HIDDEN):
-            start, rows = self._hidden_rows.run(len(state.tokens))
-            states = States(start, rows.copy()) if len(rows) else None
-        generate = state.generate
-        prompt_len = len(generate.prompt)
-        prediction = Prediction(prompt_len, generate.prediction) if generate.prediction else None
-        return DraftRequest(
-            state.session_id,
-            state.tokens,
-            generate.sampling,
-            round_,
-            sources,
-            states,
-            prompt_len,
-            prediction,
-            self._grammar,
-        )
-
-    def _start_probes(self, made: _MadeDraft) -> None:
-        """Start the probes of a round that has been sent."""
-        for round_ in made.probes:
-            (source,) = round_.probed
-            request = self._request(round_, (source,))
-            # A copy of the tokens: the result may extend them while the source still drafts in its thread.
-            request = replace(request, tokens=list(request.tokens))
-            answer = asyncio.create_task(self._worker.draft(request))
-            self._probes[source] = _RunningProbe(round_, len(request.tokens), answer, time.monotonic())
-
-    def _note_choice(self, result: Result) -> None:
-        """Keep the target's token for the probes that drafted one at its position."""
-        if result.status is Status.COMMITTED and result.tokens:
-            for probe in self._probes.values():
-                if 0 <= (at := probe.position - result.base_len) < len(result.tokens):
-                    probe.chosen = result.tokens[at]
-
-    def _settle_probes(self) -> set[str]:
-        """Learn from the probes that the session's hardware has made by now; return their sources."""
-        control, settled = self._control, set()
-        for source, probe in list(self._probes.items()):
-            if not probe.answer.done():
-                continue
-            draft, call_ms = probe.answer.result()
-            elapsed_ms = _ms_since(probe.started_s)
-            if elapsed_ms < self._link.draft_ms(draft, min(call_ms, elapsed_ms)):
-                continue
-            del self._probes[source]
-            self._link.learn_probe(control.times, draft, call_ms)
-            known = draft.dropped is not None and probe.chosen is not None
-            control.settle(probe.round, 0, 0, draft.dropped == probe.chosen if known else None)
-            metrics.STEPS.inc(sum(draft.steps.values()))
-            settled.add(source)
-        return settled
-
-    def _hidden_from(self) -> int | None:
-        """Return the first position whose hidden state the round requests; None requests none."""
-        if self._hidden_rows is None or self._control.rests(HIDDEN):
-            return None
-        return self._hidden_rows.wanted(len(self._state.tokens))
-
-    async def _send(self, made: _MadeDraft, attempt: int, hidden_from: int | None) -> None:
+    async def _send(self, made: MadeDraft, attempt: int, hidden_from: int | None) -> None:
         """Send the round to the schedulers. Its slack is that at the time of arrival."""
         verify = self._state.verify(
             made.draft.tokens,
@@ -474,7 +310,7 @@ class ServedSession:
         finally:
             self._waits_from_s = None
 
-    def _learn(self, made: _MadeDraft, result: Result, round_ms: float, *, resent: bool) -> None:
+    def _learn(self, made: MadeDraft, result: Result, round_ms: float, *, resent: bool) -> None:
         """Let the controller learn from a settled round, and count it."""
         self._log.debug("round settled", status=result.status, accepted=result.accepted, tokens=len(result.tokens))
         metrics.ROUND_TIME.observe(round_ms / 1000)
@@ -484,40 +320,14 @@ class ServedSession:
         committed = result.status is Status.COMMITTED and not result.run
         # A first round waits for its prompt. Beside a probe a round may take longer, since both may compute on the same
         # cores.
-        if committed and not resent and not self._probes and result.round > 0:
+        if committed and not resent and not self._drafts.are_probed and result.round > 0:
             control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result) if committed else (0, 0)
         control.settle(round_, verified, accepted, bonus_matches(made.draft, result) if committed else None)
         metrics.count(round_, verified, accepted, made.draft)
 
-    def _draft_ahead(self, made: _MadeDraft) -> _PendingAhead | None:
-        """Start drafting for the round after this one, assuming that all of this draft is accepted."""
-        state, control, draft = self._state, self._control, made.draft
-        if not self._options.optimistic or self._probes or control.decodes_plainly:
-            return None
-        room = state.draft_room(self._options.draft_length, assumed=len(draft.tokens) + 1)
-        round_ = control.ahead(room, state.generate.sampling.temperature)
-        if round_.longest == 0:
-            return None
-        # A copy of the tokens: the result may extend them while the source still drafts in its thread.
-        request = replace(made.request, tokens=list(made.request.tokens), round=round_, states=None)
-        answer = self._worker.ahead(request, draft)
-        if answer is None:
-            return None
-        return _PendingAhead([*state.tokens, *draft.tokens], round_, answer, time.monotonic())
 
-    def _finished(self, ahead: _PendingAhead) -> _AssumedDraft | None:
-        """Return the draft made ahead if it is ready; it is not worth waiting for."""
-        if not ahead.answer.done():
-            ahead.answer.cancel()
-            return None
-        made, _ = ahead.answer.result()
-        if made is None or not self._link.has_made(made.draft, _ms_since(ahead.started_s)):
-            return None
-        return _AssumedDraft([*ahead.tokens, made.bonus], made.draft, ahead.round)
-
-
-def _draft_attributes(made: _MadeDraft) -> tracing.Attributes:
+def _draft_attributes(made: MadeDraft) -> tracing.Attributes:
     sources = Counter(token.source for token in made.request.round.kept_tokens)
     return {
         "wisp.drafted": len(made.draft.tokens),

@@ -305,7 +305,7 @@ async def test_a_run_is_halted_for_a_source_that_its_probe_shows_to_pay(right: b
         await verifier.begin_run(60)
         await verifier.report(1, 4, 4, 56)
         assert await verifier.silent(), "nothing was probed"
-        verifier.session._settle_probes = lambda: {"hidden"}  # type: ignore[method-assign]
+        verifier.session._drafts.settle_probes = lambda: {"hidden"}  # type: ignore[method-assign]
         await verifier.report(1, 8, 4, 52)
         assert await verifier.silent() is not right
 
