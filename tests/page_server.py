@@ -16,7 +16,7 @@ from test_gateway_app import App
 from services.gateway.app import create_app
 from services.gateway.page.feed import FleetFeed
 from services.gateway.server import listen, serve_http
-from shared.broker.client import Handler
+from shared.broker.incoming import Handler
 from shared.messages import ClassLoad, Generate, Message, Result
 from shared.models.folder import ModelFolder
 

@@ -18,7 +18,8 @@ from services.drafter.serving import ServedSession
 from services.drafter.settings import DrafterSettings, DraftServingSettings, ServingOptions
 from services.drafter.worker import SourceWorker
 from shared.broker import topology
-from shared.broker.client import Broker, GiveBack
+from shared.broker.client import Broker
+from shared.broker.incoming import GiveBack
 from shared.errors import BrokersError
 from shared.messages import (
     DRAFTER_BEAT_S,

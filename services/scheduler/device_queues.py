@@ -10,7 +10,8 @@ from pathlib import Path
 
 from services.scheduler import metrics
 from services.scheduler.core.device_gate import DeviceGate, RoundRefused
-from shared.broker.client import Broker, UntrustedSender
+from shared.broker.client import Broker
+from shared.broker.incoming import UntrustedSender
 from shared.broker.session_keys import SessionKeys
 from shared.broker.topology import ROUND_BYTES
 from shared.errors import BrokersError, SettingsError

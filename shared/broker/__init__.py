@@ -1,3 +1,3 @@
 """RabbitMQ: the client, the topology, users and permissions."""
 
-__all__ = ["access", "client", "connection", "session_keys", "topology"]
+__all__ = ["access", "client", "connection", "incoming", "session_keys", "topology"]

@@ -17,13 +17,11 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from typing import Any, TypeVar
 from uuid import uuid4
 
 import aio_pika
 import aiormq
-import structlog
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage, AbstractQueue, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from aiormq.exceptions import AMQPChannelError, ChannelAccessRefused
@@ -49,9 +47,10 @@ from shared.broker.declarations import (
     may_publish,
     no_answer,
 )
+from shared.broker.incoming import GiveBack, Handler, IncomingMessages, UntrustedSender
 from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
-from shared.errors import AccessRefused, BrokersError, MessageError, QueueDown, Unroutable
-from shared.messages import Message, decode_group, encode, encode_group
+from shared.errors import AccessRefused, BrokersError, QueueDown, Unroutable
+from shared.messages import Message, encode, encode_group
 from shared.runtime import logging, tracing
 from shared.runtime.tls import Tls, bad_certificate
 
@@ -72,21 +71,6 @@ SENT_HEADER = "x-wisp-sent-us"
 it."""
 
 T = TypeVar("T")
-Handler = Callable[[Message], Awaitable[None]]
-
-
-class GiveBack(Exception):
-    """Raised by a handler to return its message to the queue, from which RabbitMQ delivers it again."""
-
-
-@dataclass(frozen=True)
-class UntrustedSender:
-    """The sender of a queue's messages, whose bad messages are refused instead of dead-lettered."""
-
-    max_bytes: int
-    """Longest accepted message."""
-    refused: Callable[[str], Awaitable[None]]
-    """Called with the reason for each refused message."""
 
 
 class Broker:
@@ -103,6 +87,7 @@ class Broker:
         self._connection = connection
         self._exchanges = exchanges
         self._journal = journal
+        self._incoming = IncomingMessages(exchanges.dead_letters)
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
         self._queues: dict[str, AbstractQueue] = {}
@@ -241,7 +226,7 @@ class Broker:
                     waiting.set_result(None)
             else:
                 try:
-                    await self._handle(incoming, handler, sender)
+                    await self._incoming.handle(incoming, handler, sender)
                 except GiveBack:
                     if prefetch:
                         with suppress(*CONNECTION_EXCEPTIONS):
@@ -318,61 +303,6 @@ class Broker:
                 await self._queues[queue.name].unbind(self.topology.exchange, key, timeout=PUBLISH_TIMEOUT_S)
         except CONNECTION_EXCEPTIONS as error:
             raise BrokersError(f"RabbitMQ did not unbind queue {queue.name} from {key!r}: {in_words(error)}") from error
-
-    async def _handle(
-        self, incoming: AbstractIncomingMessage, handler: Handler, sender: UntrustedSender | None
-    ) -> None:
-        try:
-            if sender is not None and len(incoming.body) > sender.max_bytes:
-                raise MessageError(f"{len(incoming.body)} bytes; at most {sender.max_bytes} are accepted")
-            messages = decode_group(incoming.body)
-        except MessageError as error:
-            if sender is not None:
-                await sender.refused(str(error))
-            else:
-                await self._dead_letter(incoming, str(error))
-            return
-        metrics.RECEIVED.labels(messages[0].type_name).inc()
-        if tracing.is_on() and tracing.names_span(incoming.headers):
-            with tracing.received(incoming.headers):
-                await self._handle_messages(messages, incoming, handler)
-        else:
-            await self._handle_messages(messages, incoming, handler)
-
-    async def _handle_messages(
-        self, messages: Sequence[Message], incoming: AbstractIncomingMessage, handler: Handler
-    ) -> None:
-        for message in messages:
-            await self._handle_message(message, incoming, handler)
-
-    async def _handle_message(self, message: Message, incoming: AbstractIncomingMessage, handler: Handler) -> None:
-        session = getattr(message, "session", None)
-        with structlog.contextvars.bound_contextvars(**({"session": session} if session else {})):
-            try:
-                await handler(message)
-            except (asyncio.CancelledError, GiveBack):
-                raise
-            except Exception as error:
-                self._log.exception("message failed", type=message.type_name)
-                await self._dead_letter(incoming, f"{message.type_name}: handler failed: {error!r}")
-
-    async def _dead_letter(self, incoming: AbstractIncomingMessage, reason: str) -> None:
-        """Send a message that cannot be handled to the dead letters, with the reason."""
-        self._log.warning("message dead-lettered", reason=reason, key=incoming.routing_key)
-        headers = {key: value for key, value in incoming.headers.items() if key not in ("CC", "BCC")}
-        headers |= {
-            "x-wisp-reason": reason[:1000],
-            "x-wisp-routing-key": incoming.routing_key or "",
-            "x-wisp-exchange": incoming.exchange or "",
-        }
-        if self._exchanges.dead_letters is None:
-            return
-        copy = aio_pika.Message(incoming.body, headers=headers, delivery_mode=aio_pika.DeliveryMode.PERSISTENT)
-        try:
-            with losses_as_errors():
-                await self._exchanges.dead_letters.publish(copy, "")
-        except CONNECTION_EXCEPTIONS as error:
-            self._log.error("dead letter lost: no connection", reason=reason, error=in_words(error))
 
     async def may_publish(self, key: str) -> bool:
         """Return whether this user may publish to `key`, tried on a channel that the refusal closes.

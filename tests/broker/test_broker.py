@@ -20,7 +20,8 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from shared.broker import client, declarations, topology
-from shared.broker.client import PROBE_HEADER, Broker, GiveBack
+from shared.broker.client import PROBE_HEADER, Broker
+from shared.broker.incoming import GiveBack
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, QueueDown, Unroutable
 from shared.messages import Cancel, Message, Result, decode, encode

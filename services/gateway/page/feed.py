@@ -20,7 +20,8 @@ from starlette.types import Receive, Scope, Send
 from services.gateway.core.fleet_record import Fields, FleetRecord
 from services.gateway.errors import ApiError, encode
 from shared.broker import topology
-from shared.broker.client import Broker, Handler
+from shared.broker.client import Broker
+from shared.broker.incoming import Handler
 from shared.broker.topology import Topology
 from shared.errors import BrokersError
 from shared.messages import Message
