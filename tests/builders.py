@@ -27,7 +27,7 @@ from shared.messages import (
     Verify,
 )
 from shared.models.hidden_states import Bits, pack
-from shared.state.store import Request
+from shared.state.sessions import Request
 
 PROMPT = [5, 6, 7]
 

@@ -11,7 +11,7 @@ from time import monotonic
 from shared.broker.topology import DEFAULT_POOL
 from shared.errors import Unroutable
 from shared.messages import Cancel, Ended, Finish, Generate, Message, Result
-from shared.state.store import Request, Session, SessionProgress, SessionStatus, SessionTurn
+from shared.state.sessions import Request, Session, SessionProgress, SessionStatus, SessionTurn
 
 Receive = Callable[[Message], Awaitable[None]]
 

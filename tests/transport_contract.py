@@ -18,7 +18,7 @@ from services.gateway.transport import Transport
 from shared.broker.topology import DEFAULT_POOL
 from shared.errors import Unroutable
 from shared.messages import Ended, Finish, Generate, Message, Result, Slo
-from shared.state.store import SessionStatus
+from shared.state.sessions import SessionStatus
 
 
 @dataclass

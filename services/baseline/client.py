@@ -18,7 +18,7 @@ from services.gateway.errors import unavailable
 from services.gateway.gateway import Gateway
 from shared.errors import BrokersError, EngineError
 from shared.messages import Cancel, Ended, Generate, Heartbeat, Message
-from shared.state.store import Session, SessionProgress, SessionStatus, SessionTurn
+from shared.state.sessions import Session, SessionProgress, SessionStatus, SessionTurn
 
 RECEIVED = 1 << 16
 MOST_RESPONSES = 1000

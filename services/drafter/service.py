@@ -35,7 +35,8 @@ from shared.messages import (
 from shared.runtime import logging, tracing
 from shared.runtime.health import HEALTH
 from shared.runtime.service import running
-from shared.state.store import Session, SessionStatus, Store
+from shared.state.sessions import Session, SessionStatus
+from shared.state.store import Store
 
 if TYPE_CHECKING:
     from shared.grammar.masks import DraftGrammar

@@ -23,7 +23,7 @@ from shared.errors import MessageError
 from shared.messages import Cancel, Generate, HiddenStates, Result, Status
 from shared.runtime import logging, tracing
 from shared.runtime.tracing import NO_SPAN
-from shared.state.store import Session
+from shared.state.sessions import Session
 
 if TYPE_CHECKING:
     from shared.grammar.masks import DraftGrammar

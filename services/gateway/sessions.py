@@ -29,8 +29,8 @@ from shared.models.text import Detokenizer, Tokenizer
 from shared.prediction import PredictionFollower
 from shared.runtime import logging, tracing
 from shared.runtime.service import BackgroundTasks
-from shared.state.store import Session as StoredSession
-from shared.state.store import SessionStatus
+from shared.state.sessions import Session as StoredSession
+from shared.state.sessions import SessionStatus
 
 LOAD_VALID_S = 10.0
 """Time after which a Load is out of date."""

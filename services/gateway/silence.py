@@ -16,7 +16,7 @@ from shared.errors import BrokersError
 from shared.messages import Failure
 from shared.runtime import logging
 from shared.runtime.service import BackgroundTasks
-from shared.state.store import SessionStatus
+from shared.state.sessions import SessionStatus
 
 WATCH_INTERVAL_S = 0.1
 LONGEST_PAUSE_S = 15.0

@@ -22,7 +22,8 @@ from shared.errors import BrokersError
 from shared.messages import Cancel, Ended, Generate
 from shared.runtime import logging, tracing
 from shared.runtime.service import BackgroundTasks
-from shared.state.store import Request, Session, SessionProgress, SessionTurn, Store
+from shared.state.sessions import Request, Session, SessionProgress, SessionTurn
+from shared.state.store import Store
 
 CREATE_RETRY_S = 0.25
 LONGEST_TRY_S = 3.0

@@ -16,7 +16,8 @@ from shared.errors import BrokersError
 from shared.messages import Job
 from shared.runtime import logging
 from shared.state.commits import CommitOutcome, Committed
-from shared.state.store import Request, SessionStatus, Store
+from shared.state.sessions import Request, SessionStatus
+from shared.state.store import Store
 
 if TYPE_CHECKING:
     from shared.grammar.masks import Grammars

@@ -1,3 +1,3 @@
 """Redis: every key and script."""
 
-__all__ = ["commits", "kv", "quota", "registry", "store"]
+__all__ = ["commits", "kv", "quota", "registry", "sessions", "store"]

@@ -20,7 +20,8 @@ from redis.asyncio import Redis
 
 from services.gateway.fleet import FRESH_S
 from shared.models.folder import ModelFolder
-from shared.state.store import Request, Store
+from shared.state.sessions import Request
+from shared.state.store import Store
 
 
 @pytest.fixture(scope="module")

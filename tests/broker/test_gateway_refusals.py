@@ -13,7 +13,7 @@ from gateway_suite import MODEL, Start, Suite
 
 from shared.broker import topology
 from shared.messages import DEFAULT_CLASS, Load, Slo
-from shared.state.store import SessionStatus
+from shared.state.sessions import SessionStatus
 
 
 @pytest.fixture

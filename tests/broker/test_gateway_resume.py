@@ -19,7 +19,7 @@ from gateway_suite import MODEL, Start, Suite, answers, free_port, started
 from patience import HANG_S
 
 from shared.models.folder import ModelFolder
-from shared.state.store import SessionStatus
+from shared.state.sessions import SessionStatus
 
 TEXT = "It goes on: naïve 🙂🙃 日本語, word after word, to the very end."
 

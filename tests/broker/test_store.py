@@ -14,7 +14,8 @@ from redis.asyncio import Redis
 from shared.errors import BrokersError, Fenced
 from shared.messages import SILENT_MS, Finish, Sampling, Slo
 from shared.state.commits import Commit, CommitOutcome
-from shared.state.store import Request, Session, SessionStatus, Store
+from shared.state.sessions import Request, Session, SessionStatus
+from shared.state.store import Store
 
 
 @pytest.fixture

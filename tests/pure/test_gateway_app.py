@@ -40,7 +40,7 @@ from shared.messages import Generate, Load, Message, Result, Slo
 from shared.messages.logprobs import from_text
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
-from shared.state.store import SessionStatus
+from shared.state.sessions import SessionStatus
 
 MODEL = "tiny"
 JSON_TYPE = [(b"content-type", b"application/json")]

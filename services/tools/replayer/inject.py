@@ -25,7 +25,8 @@ from shared.broker.topology import Topology
 from shared.errors import BrokersError, Unroutable
 from shared.messages import Cancel, Message, Result
 from shared.runtime.settings import TlsSettings
-from shared.state.store import Request, Store
+from shared.state.sessions import Request
+from shared.state.store import Store
 
 PATIENCE_S = 60.0
 """Without a result for this long after the last request, the remaining sessions count as unfinished."""
