@@ -48,6 +48,7 @@ class Sled(BatchPolicy):
     name = "sled"
     first_come = True
     static = True
+    fixed_draft = 4
 
     def ready_ms(self, queue: RoundQueue, now_ms: float) -> float:
         return pacing.filled_at(queue, self.options.sled_batch, self.options.sled_fill_ms)

@@ -62,6 +62,8 @@ class BatchPolicy(ABC):
     """True if a round waits for all that came before it, whatever their SLOs."""
     static: ClassVar[bool] = False
     """True if batches are static: none is prepared behind another, and none waits for returning sessions."""
+    fixed_draft: ClassVar[int | None] = None
+    """Tokens of every draft that the policy is measured with; None for drafters' own stop rule."""
     parts: ClassVar[frozenset[PolicyPart]] = frozenset()
     """Parts of the policy that `PolicyOptions.without` may leave out."""
 

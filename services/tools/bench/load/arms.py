@@ -17,9 +17,6 @@ NAMES = (*BASELINES, *POLICIES)
 PARTS: tuple[str, ...] = get_args(PolicyPart)
 THIS_MACHINE = "none"
 """Hardware profile that emulates nothing."""
-SLED_DRAFT = 4
-"""Tokens of every draft of SLED."""
-
 Environment = dict[str, str]
 
 
@@ -54,8 +51,9 @@ class Arm:
         env = {"WISP_POOL": hardware.name}
         if hardware.name != THIS_MACHINE:
             env["WISP_DEVICE_PROFILE"] = hardware.name
-        if self.base == "sled":
-            env |= {"WISP_STOP_RULE": "fixed", "WISP_DRAFT_LENGTH": str(SLED_DRAFT)}
+        policy = POLICIES.get(self.base)
+        if policy is not None and policy.fixed_draft is not None:
+            env |= {"WISP_STOP_RULE": "fixed", "WISP_DRAFT_LENGTH": str(policy.fixed_draft)}
         return env
 
 

@@ -18,7 +18,7 @@ from services.drafter.core.session import DraftSession, verified_counts
 from services.drafter.core.synthetic import SOURCE
 from services.scheduler.core.batching import BatchLimits
 from services.scheduler.core.dispatch import Dispatcher, SchedulingRules
-from services.scheduler.core.policies import PolicyOptions
+from services.scheduler.core.policies import POLICIES, PolicyOptions
 from services.tools.bench.scaling.core.autoscaling import SCRAPE_S, Autoscaler, SchedulerMetrics
 from services.tools.simulator.core.drafts import DraftModel
 from services.tools.simulator.core.scenario import Autoscaling, Scenario
@@ -35,8 +35,6 @@ from shared.messages import Heartbeat, Job, Load, Result, Status
 
 LOAD_MS = 500.0
 MOST_BATCH_TOKENS = 2048
-SLED_DRAFT = 4
-"""Tokens of every draft of SLED."""
 MOST_EXPERIENCES = 4096
 """Devices whose experience is kept for the next points."""
 
@@ -61,11 +59,11 @@ class SuiteWorld(World):
         self, scenario: Scenario, hardware: SimulatedHardware, seed: int, *, policy: str, without: Sequence[str] = ()
     ) -> None:
         super().__init__(scenario, hardware, seed)
-        rule, longest = ("fixed", SLED_DRAFT) if policy == "sled" else ("marginal", scenario.draft_length)
-        self._rule, self._longest = rule, longest
+        fixed = POLICIES[policy].fixed_draft
+        self._rule, self._longest = ("marginal", scenario.draft_length) if fixed is None else ("fixed", fixed)
         limits = BatchLimits(scenario.max_batch_ms, MOST_BATCH_TOKENS)
         options = PolicyOptions(without=frozenset(without))  # type: ignore[arg-type]
-        self._dispatcher = Dispatcher("scheduler", SchedulingRules(policy, limits, longest, options))
+        self._dispatcher = Dispatcher("scheduler", SchedulingRules(policy, limits, self._longest, options))
         self._controllers: dict[int, Controller] = {}
         """By client: each device has a drafter of its own."""
         self._load: Load | None = None
