@@ -30,6 +30,9 @@ ROUNDS_REFUSED = Counter(
 )
 PRICE = Gauge("wisp_scheduler_price_ms", "Time that verifying one more token costs the other rounds, in milliseconds")
 UTILIZATION = Gauge("wisp_scheduler_utilization", "Share of the verifiers' time that is promised to sessions")
+DEMAND = Gauge(
+    "wisp_scheduler_demand", "Share of what the verifiers can compute in time that sessions and prompts need"
+)
 QUEUE_DELAY = Gauge(
     "wisp_scheduler_predicted_queue_delay_seconds",
     "Predicted time until a round that arrives now, behind all others, reaches the least busy verifier",

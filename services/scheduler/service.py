@@ -217,6 +217,7 @@ class Scheduler:
                     load = load.model_copy(update={"without_drafters": self._stand_in.without_drafters()})
                 metrics.PRICE.set(load.price_ms)
                 metrics.UTILIZATION.set(load.utilization)
+                metrics.DEMAND.set(load.demand)
                 metrics.QUEUE_DELAY.set(load.backlog_ms / 1000)
                 await self._broker.publish(load, topology.LOAD)
 

@@ -8,6 +8,7 @@ from shared.cost.model import (
     fixed_ms,
     grow,
     predict_ms,
+    prompt_token_ms,
     shape_of,
     token_ms,
 )
@@ -22,6 +23,7 @@ __all__ = [
     "grow",
     "model",
     "predict_ms",
+    "prompt_token_ms",
     "shape_of",
     "token_ms",
 ]

@@ -102,6 +102,12 @@ def token_ms(model: CostModel, batch_tokens: float = math.inf) -> float:
     return (first if batch_tokens < model.knee else later) + row + pair * TYPICAL_LENGTH / MILLION
 
 
+def prompt_token_ms(model: CostModel, batch_tokens: float = math.inf) -> float:
+    """Return the time that one more token of a prompt adds to a batch: as `token_ms`, without logits."""
+    _, _, later, pair, _, _, first = model.coefficients
+    return (first if batch_tokens < model.knee else later) + pair * TYPICAL_LENGTH / MILLION
+
+
 def shape_of(jobs: Iterable[tuple[int, int, int]]) -> BatchShape:
     """Return the shape of jobs, each given as (new tokens, the session's length after them, rows of logits)."""
     count = new_tokens = new_context = context = all_rows = 0

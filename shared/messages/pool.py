@@ -126,6 +126,12 @@ class Load(Message):
     its round's own time / the time between its rounds; a session needs a round every `tpot_ms` x tokens per round, and
     `shared.slo.batch_period_ms` gives the time between batches that allows it.
     """
+    demand: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 0.0
+    """Share of what the verifiers can compute in time that the running sessions and the prompts need; 1 is all of it.
+
+    Unlike `utilization`, it leaves out the fixed time of a batch, which more verifiers do not shorten. 0 from a
+    scheduler of a version without it.
+    """
     fixed_ms: Milliseconds = 0.0
     """Time of a batch apart from its rounds' own time."""
     period_ms: Milliseconds | None = None

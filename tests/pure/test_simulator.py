@@ -32,7 +32,7 @@ from services.tools.simulator.arms import (
     target_of,
     world_of,
 )
-from services.tools.simulator.core.bounds import scenario_bounds
+from services.tools.simulator.core.bounds import ScenarioBounds, scenario_bounds
 from services.tools.simulator.core.scenario import Scenario, parse_scenario
 from services.tools.simulator.core.suite import SuiteWorld, experienced_controller
 from services.tools.simulator.output import advice
@@ -315,6 +315,23 @@ def test_bounds_are_the_promised_time_over_the_work_of_a_request() -> None:
     assert found.chunked <= (50.0 - target.step_ms) / token_ms / 5 * cycle_ms / 5000.0
 
 
+def test_bounds_count_each_verifier_at_its_own_speed() -> None:
+    def bounds(*speeds: float) -> ScenarioBounds:
+        fleet = {"verifiers": len(speeds), "verifier_speeds": list(speeds)}
+        spec = scenario(target="a100-qwen3-32b", classes=one_class(400, 101), think_s=constant(1.0), **fleet)
+        found = scenario_bounds(spec, target_of(spec), 1)
+        assert found is not None
+        return found
+
+    one, slow, both = bounds(1.0), bounds(0.5), bounds(0.5, 1.0)
+    assert slow.chunked == 0.0, "a step of 84 ms keeps no promise of 50"
+    assert both.chunked == one.chunked > 0
+    assert (slow.alone_ms, both.alone_ms) == (pytest.approx(2 * one.alone_ms), one.alone_ms)
+    assert slow.tokens_per_round == pytest.approx(2 * one.tokens_per_round)
+    assert both.arithmetic == pytest.approx(1.5 * one.arithmetic)
+    assert both.hidden_tokens == one.hidden_tokens
+
+
 def test_a_scenario_without_promises_has_no_bounds() -> None:
     spec = scenario(classes=[{**one_class(8, 8)[0], "ttft_ms": None, "tpot_ms": None}])
     assert scenario_bounds(spec, target_of(spec), 1) is None
@@ -392,22 +409,21 @@ def test_a_slower_verifier_takes_longer_and_gets_less() -> None:
     assert fast > 2 * (len(world.batches) - fast), "the slow one has a quarter of the speed"
 
 
-def test_a_crowd_starts_verifiers_by_the_rule_of_kubernetes() -> None:
+@pytest.mark.parametrize(("arm", "factor"), [("centralized", 15), ("wisp+", 15), ("wisp+", 4)])
+def test_only_a_crowd_that_one_verifier_cannot_hold_starts_more(arm: str, factor: int) -> None:
+    """By the rule of Kubernetes; one A100 holds 30 devices, and centralized serving lacks the metrics."""
     spec = scenario(
         target="a100-qwen3-32b",
-        crowd={"factor": 6, "at_s": 6, "over_s": 2},
-        autoscaling={"most": 3, "start_s": 5},
+        crowd={"factor": factor, "at_s": 6, "over_s": 2},
+        autoscaling={"most": 3, "start_s": 1},
     )
-    world = world_of(Arm("centralized"), spec, hardware_of(spec), 1)
-    world.run(3, window := Window(warm_up_s=5.0, measure_s=15.0, drain_s=0.0), 0)
-    assert not world.scalings, "it has no metrics of a scheduler"
-    world = world_of(Arm("wisp+"), spec, hardware_of(spec), 1)
-    assert isinstance(world, SuiteWorld)
-    world.run(3, window, 0)
-    assert world.scalings[0][1] == 2
-    assert len(world._verifiers) > 1
-    assert {record.session for record in world.records} == set(range(18))
+    world = world_of(Arm(arm), spec, hardware_of(spec), 1)
+    world.run(3, Window(warm_up_s=5.0, measure_s=17.0, drain_s=0.0), 0)
+    assert {record.session for record in world.records} == set(range(3 * factor))
     assert min(record.start_s for record in world.records if record.session >= 3) >= 6
+    assert bool(world.scalings) == ((arm, factor) == ("wisp+", 15))
+    if isinstance(world, SuiteWorld):
+        assert len(world._verifiers) == max([1, *(count for _, count, _ in world.scalings)])
 
 
 def test_fewer_verifiers_than_at_the_start_are_an_error() -> None:

@@ -126,6 +126,7 @@ class Dispatcher:
             return
         prompt = max(0, result.new_tokens - result.trimmed_to - 1)
         self._averages.on_result(result, prompt, load.prefill_ms(state.model), now_ms)
+        self.fleet.prompt_rate = self._averages.prompt_rate
         if result.status is Status.PREFILLED:
             # The rest may be in a batch already: behind this one, or on a verifier that holds more of the session.
             if not any(result.session in flight.jobs for v in self.fleet.verifiers.values() for flight in v.in_flight):

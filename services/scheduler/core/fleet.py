@@ -27,6 +27,8 @@ class VerifierFleet:
         self.queues: dict[str, RoundQueue] = {}
         self.unplaced: dict[str, PendingRound] = {}
         self.sessions: dict[str, ActiveSession] = {}
+        self.prompt_rate = 0.0
+        """Prompt tokens per millisecond that the verifiers have computed lately."""
         self._max_wait_ms = max_wait_ms
         self._migrate = migrate
         self._mix = mix
@@ -57,7 +59,13 @@ class VerifierFleet:
     def add(self, pending: PendingRound, now_ms: float) -> None:
         """Queue a round at the verifier that suits it best."""
         state = placement.place(
-            pending, self.verifiers.values(), self.queues, now_ms, migrate=self._migrate, mix=self._mix
+            pending,
+            self.verifiers.values(),
+            self.queues,
+            now_ms,
+            migrate=self._migrate,
+            mix=self._mix,
+            prompt_rate=self.prompt_rate,
         )
         self._assign(pending.session_id, state)
         if state is None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
+from services.scheduler.core.demand import SessionNeed, demand, session_need
 from services.scheduler.core.fleet import VerifierFleet
 from services.scheduler.core.pool import FIRST_ROUNDS, ActiveSession, VerifierState
 from services.scheduler.core.round_queue import added_ms
@@ -43,6 +44,8 @@ class LoadAverages:
     """Time from the arrival of any round to its batch, for each service class."""
     prompt_ms: float = 0.0
     """Predicted time of the prompts of the last `WINDOW_MS`, decaying exponentially."""
+    prompt_tokens: float = 0.0
+    """Tokens of these prompts."""
     _decayed_ms: float = 0.0
 
     def on_batch(self, batch: Batch) -> None:
@@ -60,6 +63,7 @@ class LoadAverages:
         """Update from a result. prompt: tokens computed for it that belong to a prompt."""
         self.decay(now_ms)
         self.prompt_ms += prompt * prefill_ms
+        self.prompt_tokens += prompt
         if result.status is Status.COMMITTED and not prompt:
             for name, value in (
                 ("tokens_per_round", max(1, len(result.tokens))),
@@ -86,8 +90,15 @@ class LoadAverages:
 
     def decay(self, now_ms: float) -> None:
         """Let old prompts count less."""
-        self.prompt_ms *= math.exp(-(now_ms - self._decayed_ms) / WINDOW_MS)
+        kept = math.exp(-(now_ms - self._decayed_ms) / WINDOW_MS)
+        self.prompt_ms *= kept
+        self.prompt_tokens *= kept
         self._decayed_ms = now_ms
+
+    @property
+    def prompt_rate(self) -> float:
+        """Prompt tokens per millisecond."""
+        return self.prompt_tokens / WINDOW_MS
 
 
 def price_ms(verifiers: Iterable[VerifierState], averages: LoadAverages) -> float:
@@ -135,6 +146,7 @@ def load_message(
     curve = verify_curve(usable, averages, draft_cap)
     figures = {
         **_verifier_figures(usable, fleet, averages, now_ms),
+        "demand": _demand(usable, fleet, averages, runs=runs),
         "verify_ms": curve,
         "run_ms": curve[0] if runs else None,
         "runs_copy": runs and copies,
@@ -192,6 +204,27 @@ def _verifier_figures(
         "prefill_ms": sum(prefill) / count,
         "backlog_ms": min(backlog),
     }
+
+
+def _demand(usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAverages, *, runs: bool) -> float:
+    """Return the mean demand on the usable verifiers."""
+    by_id = {v.verifier_id: v for v in usable}
+    needs: dict[str, list[SessionNeed]] = {verifier_id: [] for verifier_id in by_id}
+    for session in fleet.sessions.values():
+        if session.tpot_ms is None or session.verifier_id not in by_id:
+            continue
+        need = session_need(
+            by_id[session.verifier_id].model,
+            session.tpot_ms,
+            runs=runs,
+            round_tokens=max(1.0, averages.round_tokens),
+            tokens_per_round=session.tokens_per_round(averages.tokens_per_round),
+            away_ms=(averages.away_ms or 0.0) if session.away_ms is None else session.away_ms,
+        )
+        if need is not None:
+            needs[session.verifier_id].append(need)
+    prompts = averages.prompt_ms / WINDOW_MS / len(usable)
+    return sum(demand(v.model, needs[v.verifier_id], prompts) for v in usable) / len(usable)
 
 
 def _needed_periods(

@@ -1,9 +1,9 @@
 """Placement: the choice of the verifier for a session's next round.
 
-Every session adds its round to each batch of its verifier. A session's time per round is therefore the period of a
-batch with all of the verifier's sessions, as the verifier's own cost model predicts it; a faster verifier gets more
-sessions. KV that a verifier does not have must be computed there first. Spread over the rounds that the session may
-still have, that is the price of moving it.
+Every session adds its round to each batch of its verifier, and sends a prompt now and then. A session's time per round
+is therefore the period of a batch with all of the verifier's sessions and their share of the prompts, as the verifier's
+own cost model predicts it; a faster verifier gets more sessions. KV that a verifier does not have must be computed
+there first. Spread over the rounds that the session may still have, that is the price of moving it.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import PendingRound, VerifierState
-from services.scheduler.core.round_queue import RoundQueue, added_ms
+from services.scheduler.core.round_queue import RoundQueue
 from shared import cost
 from shared.arithmetic import fits
-from shared.messages import features_of, model_of
+from shared.messages import CostModel, features_of, model_of
 
 ROUNDS_AHEAD = 16
 """Rounds over which the time of computing a session's KV again is spread: a guess at how many are still to come."""
@@ -23,6 +23,8 @@ GAIN = 0.8
 """A session moves only to a verifier that needs at most this share of the time for its rounds."""
 ROUND_TOKENS = 3
 """Tokens of a typical round."""
+MOST_PROMPTS = 0.9
+"""Largest share of a verifier's time that prompts count for: more of them would make its batches endless."""
 
 
 def home(pending: PendingRound, verifiers: Iterable[VerifierState]) -> VerifierState | None:
@@ -39,18 +41,21 @@ def place(
     *,
     migrate: bool,
     mix: bool,
+    prompt_rate: float = 0.0,
 ) -> VerifierState | None:
     """Return the verifier for a round; None while there is none for it.
 
     A session stays with its KV, unless it may `migrate` and another verifier would serve its rounds so much faster that
     computing the KV there again pays.
+    prompt_rate: prompt tokens per millisecond that the verifiers have computed lately, all together.
     """
     fitting = _fitting(pending, [v for v in verifiers if v.usable], mix)
     at_home = home(pending, fitting)
     if at_home is not None and (not migrate or len(fitting) == 1):
         return at_home
     roomy = [v for v in fitting if v is at_home or v.heartbeat.free_tokens >= pending.length_after] or fitting
-    times = {v.verifier_id: _time_ms(pending, v, queues[v.verifier_id], now_ms) for v in roomy}
+    session_rate = prompt_rate / (1 + sum(_others(pending, v) for v in fitting))
+    times = {v.verifier_id: _time_ms(pending, v, queues[v.verifier_id], now_ms, session_rate) for v in roomy}
     best = min(roomy, key=lambda v: (times[v.verifier_id], v.verifier_id), default=None)
     if (
         at_home is not None
@@ -78,16 +83,40 @@ def _fitting(pending: PendingRound, usable: Sequence[VerifierState], mix: bool) 
     return same or (of_model if mix else [])
 
 
-def _time_ms(pending: PendingRound, verifier: VerifierState, queue: RoundQueue, now_ms: float) -> float:
-    """Return the predicted time of a round of the session on this verifier, averaged over its next rounds."""
+def _others(pending: PendingRound, verifier: VerifierState) -> int:
+    """Return the other sessions of a verifier."""
+    return max(0, verifier.assigned + verifier.unknown_sessions - (pending.session_id in verifier.cached))
+
+
+def _time_ms(
+    pending: PendingRound, verifier: VerifierState, queue: RoundQueue, now_ms: float, session_rate: float
+) -> float:
+    """Return the predicted time of a round of the session on this verifier, averaged over its next rounds.
+
+    session_rate: prompt tokens per millisecond of one session.
+    """
     model, length = verifier.model, pending.length_after
     missing = pending.verify.base_len - pending.held(verifier.holds(pending.session_id))
-    others = verifier.assigned + verifier.unknown_sessions - (pending.session_id in verifier.cached)
-    period_ms = cost.fixed_ms(model) + (others + 1) * added_ms(model, ROUND_TOKENS, length, ROUND_TOKENS)
+    sessions = _others(pending, verifier) + 1
     once_ms = verifier.remaining_ms(now_ms)
     if missing <= ROUND_TOKENS:
         once_ms += queue.rounds_ms  # it does not wait behind prompts
     else:
         once_ms += queue.work_ms
         once_ms += cost.predict_ms(model, MutableShape(1, missing, missing * length, length, 1))
-    return period_ms + once_ms / ROUNDS_AHEAD
+    return period_ms(model, sessions, length, sessions * session_rate) + once_ms / ROUNDS_AHEAD
+
+
+def period_ms(model: CostModel, sessions: int, length: int, prompt_rate: float) -> float:
+    """Return the predicted time of a batch of a round of each session and the prompts that arrive in this time.
+
+    prompt_rate: prompt tokens per millisecond.
+    """
+    tokens = ROUND_TOKENS * sessions
+    rounds_ms = cost.predict_ms(model, MutableShape(sessions, tokens, tokens * length, sessions * length, tokens))
+    first_ms, later_ms = cost.prompt_token_ms(model, 0.0), cost.prompt_token_ms(model)
+    room = max(0.0, model.knee - tokens)
+    hidden_ms = rounds_ms / max(1.0 - MOST_PROMPTS, 1.0 - first_ms * prompt_rate)
+    if prompt_rate * hidden_ms <= room:
+        return hidden_ms
+    return (rounds_ms - room * (later_ms - first_ms)) / max(1.0 - MOST_PROMPTS, 1.0 - later_ms * prompt_rate)

@@ -110,7 +110,7 @@ def scheduler_metrics(text: str) -> SchedulerMetrics:
 
     return SchedulerMetrics(
         queue_delay_s=value("queue-delay"),
-        utilization=value("utilization"),
+        demand=value("demand"),
         met=value("deadlines-missed", "met"),
         missed=value("deadlines-missed", "missed"),
     )

@@ -36,7 +36,7 @@ class ScenarioBounds:
     answer_ms: float
     """Arithmetic of its answer, one row per token."""
     alone_ms: float
-    """Step of one token: reading the weights."""
+    """Step of one token on the fastest verifier: reading the weights."""
     hidden_tokens: int
     """Tokens of a step whose arithmetic takes no longer than reading the weights."""
 
@@ -86,19 +86,18 @@ def scenario_bounds(scenario: Scenario, target: TargetProfile, seed: int) -> Sce
         busy_ms += decoding_ms / SAMPLES
         tokens += request.output_tokens / SAMPLES
         prompts += request.prompt_tokens / SAMPLES
-    alone_ms = target.time_ms(cost.shape_of([(1, 1, 1)]))
-    hidden = int((alone_ms - target.step_ms) / token_ms)
+    step_ms = target.time_ms(cost.shape_of([(1, 1, 1)]))
+    hidden = int((step_ms - target.step_ms) / token_ms)
+    speeds = [scenario.speed_of(number) for number in range(scenario.verifiers)]
+    decoding = sum(_chunked(target, scenario.prefill_tokens, prompts / tokens, shortest * speed) for speed in speeds)
     return ScenarioBounds(
         memory=scenario.verifiers * target.kv_tokens * cycle_ms / kv_ms,
         arithmetic=scenario.total_speed * cycle_ms / (prompt_ms + answer_ms),
-        chunked=scenario.verifiers
-        * _chunked(target, scenario.prefill_tokens, prompts / tokens, shortest)
-        * (tokens * shortest + cycle_ms - busy_ms)
-        / (tokens * shortest),
+        chunked=decoding * (tokens * shortest + cycle_ms - busy_ms) / (tokens * shortest),
         cycle_s=cycle_ms / 1000,
         prompt_ms=prompt_ms,
         answer_ms=answer_ms,
-        alone_ms=alone_ms,
+        alone_ms=step_ms / max(speeds),
         hidden_tokens=hidden,
         shortest_tpot_ms=shortest,
     )
@@ -114,7 +113,7 @@ def _arithmetic_ms(target: RooflineProfile, prompt_tokens: int) -> float:
 def _chunked(target: RooflineProfile, chunk: int, prompt_share: float, tpot_ms: float) -> float:
     """Return the most decoding sessions whose mean step, with full chunks in some, takes no longer than `tpot_ms`.
 
-    prompt_share: prompt tokens per output token.
+    prompt_share: prompt tokens per output token. tpot_ms: on a verifier of the target's own speed.
     """
     sessions = 0
     while sessions < 10_000:

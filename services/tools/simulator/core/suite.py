@@ -98,7 +98,7 @@ class SuiteWorld(World):
             scaler.sample(
                 SchedulerMetrics(
                     queue_delay_s=0.0 if load is None else load.backlog_ms / 1000,
-                    utilization=0.0 if load is None else load.utilization,
+                    demand=0.0 if load is None else load.demand,
                     met=self._met,
                     missed=self._missed,
                 )

@@ -171,8 +171,7 @@ class SimulatedVerifier:
             world.batches.append(Measurement(shape=shape, measured_ms=took_ms))
             for job, (new, _, _) in zip(jobs, parts[len(stepping) :], strict=True):
                 self._judge(job, batch_id, new, took_ms)
-            for run in stepping:
-                self._advance(run, took_ms)
+            self._advance([run for run in stepping if self._runs.get(run.session.state.session_id) is run], took_ms)
 
     def _judge(self, job: Job, batch_id: str, new: int, took_ms: float) -> None:
         """Publish a job's result: the accepted draft tokens and the target's own next one, or a chunk of prefill."""
@@ -219,20 +218,28 @@ class SimulatedVerifier:
             self.release(job.session)
         world.publish(session, result)
 
-    def _advance(self, run: _SimulatedRun, took_ms: float) -> None:
-        """Add the token of a step to a run; report it when that is due."""
+    def _advance(self, runs: Sequence[_SimulatedRun], took_ms: float) -> None:
+        """Add the token of a step to each run; report those that are over, or all once a report is due.
+
+        runs: without those that were given up during the step.
+        """
         now_ms = self._world.now_ms
-        if self._runs.get(run.session.state.session_id) is not run:
-            return  # given up during the step
-        run.tokens += 1
-        run.left -= 1
-        run.verify_ms += took_ms
-        ended = finish_of(run.session.served.generate, run.base_len + run.tokens) is not None
-        if ended or run.left <= 0 or now_ms >= run.until_ms:
-            self._runs.pop(run.session.state.session_id, None)
-            self._report(run, left=0)
-        elif now_ms - run.reported_ms >= REPORT_MS:
-            self._report(run, left=run.left)
+        over = set()
+        for run in runs:
+            session_id = run.session.state.session_id
+            run.tokens += 1
+            run.left -= 1
+            run.verify_ms += took_ms
+            ended = finish_of(run.session.served.generate, run.base_len + run.tokens) is not None
+            if ended or run.left <= 0 or now_ms >= run.until_ms:
+                del self._runs[session_id]
+                over.add(session_id)
+        due = any(now_ms - run.reported_ms >= REPORT_MS for run in runs)
+        for run in runs:
+            if run.session.state.session_id in over:
+                self._report(run, left=0)
+            elif due:
+                self._report(run, left=run.left)
 
     def _report(self, run: _SimulatedRun, left: int) -> None:
         session = run.session

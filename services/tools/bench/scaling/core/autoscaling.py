@@ -29,7 +29,7 @@ class SchedulerMetrics:
     """The metrics of a scheduler at one moment."""
 
     queue_delay_s: float = 0.0
-    utilization: float = 0.0
+    demand: float = 0.0
     met: float = 0.0
     """Rounds that met their deadline, since the start."""
     missed: float = 0.0
@@ -60,11 +60,11 @@ TRIGGERS = {
         lambda samples: sum(sample.queue_delay_s for sample in samples) / len(samples),
     ),
     "deadlines-missed": Trigger("wisp_scheduler_rounds_total", 0.05, 60, _missed_share),
-    "utilization": Trigger(
-        "wisp_scheduler_utilization",
-        0.7,
+    "demand": Trigger(
+        "wisp_scheduler_demand",
+        0.5,
         30,
-        lambda samples: sum(sample.utilization for sample in samples) / len(samples),
+        lambda samples: sum(sample.demand for sample in samples) / len(samples),
     ),
 }
 
