@@ -20,6 +20,7 @@ from shared.models.folder import ModelFolder
 from shared.runtime import logging
 
 if TYPE_CHECKING:
+    from services.drafter.learning.supervisor import DraftLearning
     from shared.grammar.masks import DraftGrammar, Grammars
 
 
@@ -51,6 +52,8 @@ class Drafting:
     """The target's context in tokens, if a source reads hidden states."""
     grammars: Grammars | None = None
     """Grammars of the sessions; None if nothing is drafted."""
+    learning: DraftLearning | None = None
+    """The learning of the hidden-state draft, if it is on."""
 
     def grammar(self, generate: Generate) -> DraftGrammar | None:
         """Return the grammar of a session; None if its text is free, or drafts cannot follow its grammar."""
@@ -109,6 +112,9 @@ def load_drafting(settings: DraftSettings) -> Drafting:
     weights = settings.controller or shipped or ControlWeights()
     if isinstance(weights, Path):
         weights = load_weights(weights)
+    learning = next((source.learning for source in loaded.values() if source.learning is not None), None)
+    if settings.draft_learning and learning is None:
+        logging.get().warning("no hidden-state draft is loaded, so none learns")
     return Drafting(
         {name: source.source for name, source in loaded.items()},
         default,
@@ -117,6 +123,7 @@ def load_drafting(settings: DraftSettings) -> Drafting:
         max(source.hidden_size for source in loaded.values()),
         max(source.context for source in loaded.values()),
         _grammars(settings),
+        learning,
     )
 
 

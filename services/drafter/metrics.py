@@ -1,9 +1,16 @@
 """The drafter's metrics."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.drafter.control import DraftRound
 from services.drafter.core.draft import Draft
+
+if TYPE_CHECKING:
+    from services.drafter.learning.reports import LearningReport
 
 SESSIONS = Gauge("wisp_drafter_sessions", "Sessions being served")
 DRAFT_TIME = Histogram(
@@ -18,6 +25,16 @@ TOKENS_ACCEPTED = Counter("wisp_draft_tokens_accepted", "Draft tokens that were 
 DRAFTS = Counter("wisp_drafts", "Rounds sent with draft tokens")
 DEVICE_LATE = Counter("wisp_device_late_seconds", "Time by which drafts took longer here than on the emulated hardware")
 STEPS = Counter("wisp_draft_steps", "Steps of the draft model")
+LEARNING_TOKENS = Counter("wisp_draft_learning_tokens", "Tokens of sessions handed to the draft's learning")
+LEARNING_DROPPED = Counter("wisp_draft_learning_dropped", "Sessions not learned from, as too many were pending")
+LEARNING_COMPARISONS = Counter(
+    "wisp_draft_learning_comparisons", "Comparisons of learning weights, by outcome", ["outcome"]
+)
+LEARNING_CPU = Counter("wisp_draft_learning_cpu_seconds", "CPU time of the draft's learning")
+LEARNED_VERSION = Gauge("wisp_draft_learned_version", "Changes of the draft's weights by learning")
+LEARNED_ACCEPTANCE = Gauge(
+    "wisp_draft_learned_acceptance", "Acceptance of first draft tokens on held-back texts, by weights", ["weights"]
+)
 AHEAD = Counter("wisp_drafts_ahead", "Drafts made while a round was in flight", ["outcome"])
 
 
@@ -30,3 +47,12 @@ def count(round_: DraftRound, verified: int, accepted: int, draft: Draft) -> Non
         TOKENS_VERIFIED.labels(token.source).inc()
         if i < accepted:
             TOKENS_ACCEPTED.labels(token.source).inc()
+
+
+def count_learning(report: LearningReport, cpu_s: float) -> None:
+    """Count a comparison of the learning draft. cpu_s: CPU time since the last one."""
+    LEARNING_COMPARISONS.labels(report.outcome.replace(" ", "_")).inc()
+    LEARNING_CPU.inc(cpu_s)
+    LEARNED_VERSION.set(report.version)
+    LEARNED_ACCEPTANCE.labels("current").set(report.acceptance)
+    LEARNED_ACCEPTANCE.labels("shipped").set(report.shipped_acceptance)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -110,6 +111,10 @@ class Drafter:
             profile=self._profile.model_dump() if self._profile else None,
             **(described or {}),
         )
+        with nullcontext() if self._drafting.learning is None else self._drafting.learning.running():
+            await self._serve(stop)
+
+    async def _serve(self, stop: asyncio.Event) -> None:
         loops = [worker.work() for worker in self._workers.values()]
         if await self.may_beat():
             loops.append(self.beat())
@@ -150,6 +155,7 @@ class Drafter:
                 sessions=len(self._sessions),
                 max_sessions=self._options.max_sessions,
                 drafts=drafts,
+                learning=None if self._drafting.learning is None else self._drafting.learning.state,
             )
             await self._broker.publish(heartbeat, topology.drafter(self.instance))
             await asyncio.sleep(DRAFTER_BEAT_S)
@@ -196,6 +202,7 @@ class Drafter:
             self._return_given_back(served)
             return
         session = self._sessions[message.session] = self._new_session(message)
+        self._note_sessions()
         try:
             with metrics.SESSIONS.track_inprogress():
                 span = tracing.current().child("take session", kind="CONSUMER")
@@ -209,9 +216,17 @@ class Drafter:
                     await session.run()
         finally:
             del self._sessions[message.session]
+            self._note_sessions()
             session.close()
             self._drafting.close(message.session)
+        if self._drafting.learning is not None and (observed := session.observed()) is not None:
+            self._drafting.learning.observe(observed)
         self._return_given_back(session)
+
+    def _note_sessions(self) -> None:
+        """Let the draft learn only while no session is served."""
+        if self._drafting.learning is not None:
+            self._drafting.learning.serving(len(self._sessions))
 
     @staticmethod
     def _return_given_back(session: ServedSession) -> None:
@@ -222,6 +237,7 @@ class Drafter:
     def _new_session(self, generate: Generate) -> ServedSession:
         choice = self._drafting.choose(generate)
         reads_states = choice.reads_hidden_states and self._options.draft_length > 0
+        learning = self._drafting.learning if reads_states else None
         return ServedSession(
             generate,
             self.instance,
@@ -237,6 +253,7 @@ class Drafter:
             self._drafting.hidden_rows() if reads_states else None,
             RUN_COPIES if choice.run_copies else 0,
             partial(self._open_link, generate.session),
+            learning.recorder(generate) if learning is not None else None,
         )
 
     async def _grammar(self, generate: Generate) -> DraftGrammar | None:

@@ -14,6 +14,7 @@ import structlog
 from services.drafter import metrics
 from services.drafter.control import SessionControl
 from services.drafter.core.hidden_rows import HiddenRows
+from services.drafter.core.observed import ObservedSession, StateRecorder
 from services.drafter.core.session import DraftSession, RoundTimers, bonus_matches, verified_counts
 from services.drafter.link import Deliver, Link
 from services.drafter.session_drafts import MadeDraft, SessionDrafts
@@ -47,10 +48,11 @@ class ServedSession:
         hidden_rows: HiddenRows | None,
         run_copies: int,
         open_link: Callable[[Deliver], Link],
+        recorder: StateRecorder | None = None,
     ) -> None:
         """sources: names of the sources that may propose tokens. hidden_rows: None if none of them reads hidden states.
         run_copies: most draft tokens of a step by prompt lookup in its runs.
-        open_link: opens the session's link."""
+        open_link: opens the session's link. recorder: gets the received hidden states, for a draft that learns."""
         self.ended = asyncio.Event()
         self.given_back = False
         """True if another drafter goes on with the session."""
@@ -65,6 +67,7 @@ class ServedSession:
         self._control = control
         self._hidden_rows = hidden_rows
         self._run_copies = run_copies
+        self._recorder = recorder
         self._link = open_link(self._deliver)
         self._drafts = SessionDrafts(options, worker, sources, control, hidden_rows, self._link)
         self._inbox: asyncio.Queue[Result | Cancel | None] = asyncio.Queue()
@@ -110,6 +113,13 @@ class ServedSession:
         """Headers of a message about the round in flight."""
         return self._round_span.headers
 
+    def observed(self) -> ObservedSession | None:
+        """Return the session for a draft that learns; None if its states are not recorded."""
+        if self._recorder is None:
+            return None
+        generate = self._state.generate
+        return ObservedSession(self._state.tokens, len(generate.prompt), generate.sampling, self._recorder)
+
     @property
     def tokens_left(self) -> int:
         """Most tokens that the session may still get."""
@@ -135,6 +145,8 @@ class ServedSession:
                 self._hidden_rows.add(message)
             except MessageError as error:
                 self._log.warning("hidden states ignored", error=str(error))
+            if self._recorder is not None:
+                self._recorder.add(message)
 
     async def run(self) -> None:
         """Draft and verify round by round until the session ends or is cancelled."""

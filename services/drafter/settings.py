@@ -52,6 +52,15 @@ class DraftSettings(TargetSettings):
         None, description="weights of the stop rule (wisp controller train); default: those of the hidden-state draft"
     )
     draft_length: int = Field(8, ge=0, le=64, description="longest draft per round")
+    draft_learning: bool = Field(
+        False, description="let the hidden-state draft learn from the sessions served here, while none is served"
+    )
+    draft_learning_folder: Path | None = Field(
+        None, description="folder that keeps learned weights over restarts, and never texts; default: keep none"
+    )
+    draft_learning_tokens: int = Field(
+        32768, ge=1024, le=1 << 24, description="most tokens to learn from that are held in memory, 1.2 KB each"
+    )
 
     @model_validator(mode="after")
     def _draft_model_is_named(self) -> DraftSettings:

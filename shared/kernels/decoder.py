@@ -199,9 +199,11 @@ class Decoder:
         head: Product | None = None,
         logit_multiplier: float = 1.0,
         logit_softcap: float = 0.0,
+        memory: BlockMemory | None = None,
     ) -> None:
         """form: the format of weights that are not in blocks already (`formats.FORMATS`). kv_form: of keys and values,
-        "float32" or "bfloat16". blocks: capacity of the cache. threads: at most this many."""
+        "float32" or "bfloat16". blocks: capacity of the cache. threads: at most this many. memory: the cache of a
+        decoder of the same shape, which this one continues and the other must not use any more; default: a new one."""
         self.hidden_size, self.threads = hidden_size, threads
         self._function = native.load()
         self._kept: list[object] = []
@@ -210,7 +212,7 @@ class Decoder:
         scores = [
             ScoreOptions(layer.attention.scale, layer.attention.window, layer.attention.softcap) for layer in layers
         ]
-        self.memory = BlockMemory(shape, scores, blocks, kv_form)
+        self.memory = memory or BlockMemory(shape, scores, blocks, kv_form)
         self._layers = np.zeros((len(layers), LAYER_WORDS), np.int64)
         self._ropes = _RotationTables([layer.attention.rope for layer in layers])
         widths = [padded(hidden_size, 2 * PANEL)]

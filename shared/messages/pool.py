@@ -15,6 +15,7 @@ from shared.messages.fields import (
     Message,
     Milliseconds,
     Name,
+    Probability,
     Ratio,
     Record,
     SignedMilliseconds,
@@ -192,6 +193,17 @@ class Heartbeat(Message):
     residency: list[Residency] = Field(default_factory=list)
 
 
+class LearningState(Record):
+    """A draft that learns: its last comparison with the shipped weights, on texts held back from learning."""
+
+    version: Count
+    """Changes of the weights in use since the shipped ones."""
+    acceptance: Probability
+    """Share of first draft tokens accepted."""
+    shipped_acceptance: Probability
+    """The same with the shipped weights."""
+
+
 class DrafterHeartbeat(Message):
     """drafter → schedulers, observers: sign of life. A scheduler that serves a pool without drafters sends it too."""
 
@@ -203,3 +215,5 @@ class DrafterHeartbeat(Message):
     """Most sessions served at once."""
     drafts: bool = True
     """False if it never drafts: it stands in for drafters, and gives its sessions to one that has room."""
+    learning: LearningState | None = None
+    """None if its draft has not learned."""

@@ -18,7 +18,7 @@ from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine, DraftStep
 from services.drafter.hidden.forward import Floats
 from services.drafter.hidden.target_parts import target_parts
-from services.tools.training.loss import bottom_outputs, unrolled
+from services.drafter.learning.loss import bottom_outputs, unrolled
 from shared.errors import CacheFull, EngineError, ModelError, NotAttached, TooLong
 from shared.models.folder import ModelFolder
 

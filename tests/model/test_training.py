@@ -17,12 +17,12 @@ from transformers import LlamaConfig, Qwen3Config
 from services.drafter.control import Controller
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
+from services.drafter.learning.loss import Losses, losses
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.draft_stages import train_draft
 from services.tools.training import prompts, shards, train
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
-from services.tools.training.loss import Losses, losses
 from services.tools.training.run import TrainingRun
 from services.tools.training.train import TrainingProgress
 from shared.engine import Engine, Step

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.drafter.hidden.card import HiddenDraftFolder, LayerConfig
+from services.drafter.hidden.forward import Floats, Weights
 from services.drafter.hidden.target import (
     FolderTensors,
     LogitShape,
@@ -18,7 +20,7 @@ from services.drafter.hidden.target import (
 )
 from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors, matrix
 from shared.errors import ModelError
-from shared.kernels.cache import PackedBatch
+from shared.kernels.cache import BlockMemory, PackedBatch
 from shared.kernels.decoder import ANOTHER_MODEL, Decoder, Matrix, Product, ReadWeight, floats, read_product
 from shared.kernels.row_product import RowProduct
 from shared.models.description import (
@@ -32,11 +34,19 @@ from shared.models.description import (
 from shared.models.folder import ModelFolder
 from shared.models.rope import rope_of
 
-Floats = NDArray[np.float32]
 ONES = WeightName("ones")
 """The gain of a norm that has none."""
 MAX_ROWS = 128
 """Tokens computed at once. Buffers have this many rows, and a weight is read once for all of them."""
+
+
+@dataclass(frozen=True)
+class _OwnParts:
+    """The trained parts of a draft."""
+
+    spread: Floats
+    fc: RowProduct
+    layers: Decoder
 
 
 class CompiledDraft:
@@ -53,7 +63,7 @@ class CompiledDraft:
         self._size, self._eps = config.layer.hidden_size, config.layer.norm_eps
         own = draft_tensors(draft)
         self.head_ids = own[HEAD_IDS]
-        self._spread = floats(own["spread"])
+        self._config, self._threads = config, threads
         options: dict[str, Any] = {
             "hidden_size": self._size,
             "form": form,
@@ -61,14 +71,8 @@ class CompiledDraft:
             "blocks": blocks,
             "threads": threads,
         }
-        read_own = _reader(own.__getitem__, self._size)
-        self._layers = Decoder(
-            [own_layer(config.layer, number) for number in range(config.layers)],
-            read_own,
-            norm=Norm(WeightName("norm.weight"), self._eps),
-            **options,
-        )
-        self._fc = RowProduct(read_product(read_own, [Linear(WeightName("fc.weight"))], form), threads)
+        self._options = options
+        self._own = self._own_parts(own)
         tensors = FolderTensors(target)
         self._bottom = None
         model = described_target(target)
@@ -87,6 +91,29 @@ class CompiledDraft:
         # Rows are gathered from the mapped file, so the whole embedding is never held in memory.
         self._embedding = _table(tensors, model.embedding.name, target, self._size)
 
+    def _own_parts(self, own: Weights, memory: BlockMemory | None = None) -> _OwnParts:
+        """Return the trained parts. memory: the cache to continue; default: a new one. Raises ModelError."""
+        read = _reader(own.__getitem__, self._size)
+        return _OwnParts(
+            floats(own["spread"]),
+            RowProduct(read_product(read, [Linear(WeightName("fc.weight"))], self._options["form"]), self._threads),
+            Decoder(
+                [own_layer(self._config.layer, number) for number in range(self._config.layers)],
+                read,
+                norm=Norm(WeightName("norm.weight"), self._eps),
+                memory=memory,
+                **self._options,
+            ),
+        )
+
+    def replacement(self, weights: Weights) -> Callable[[], None]:
+        parts = self._own_parts(weights, self._own.layers.memory)
+
+        def replace() -> None:
+            self._own = parts
+
+        return replace
+
     def forward(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         if len(tokens) <= MAX_ROWS:
             return self._last_estimates(tokens, before, batch)
@@ -101,14 +128,14 @@ class CompiledDraft:
 
     def _last_estimates(self, tokens: list[int], before: Floats, batch: PackedBatch) -> Floats:
         """Compute a batch; return the estimate at each session's last token."""
-        size, count = self._size, len(tokens)
+        size, count, own = self._size, len(tokens), self._own
         embedded = floats(self._embedding[tokens])
-        inputs = self._fc.inputs(count)
+        inputs = own.fc.inputs(count)
         inputs[:, :size] = _normed(embedded, self._eps)
         if self._bottom:
             inputs[:, size : 2 * size] = self._bottom.forward(batch, rows=embedded)[0]
-        np.divide(before, self._spread, out=inputs[:, -size:])
-        states, _ = self._layers.forward(batch, rows=self._fc.multiply(count))
+        np.divide(before, own.spread, out=inputs[:, -size:])
+        states, _ = own.layers.forward(batch, rows=own.fc.multiply(count))
         last: Floats = states[np.cumsum(batch.counts) - 1]
         return last
 

@@ -5,14 +5,16 @@ Loads torch only for accelerators, and for more than one thread.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from services.drafter.hidden.card import HiddenDraftFolder
-from services.drafter.hidden.forward import Floats, draft_pass
+from services.drafter.hidden.forward import Floats, Weights, draft_pass
+from services.drafter.hidden.tensors import HEAD_IDS
 from shared.engine.blocks import BlockPool
 from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
@@ -64,6 +66,15 @@ class DraftEngine:
             draft, target, dtype=dtype, torch_device=torch_device, threads=threads, blocks=self._pool.capacity
         )
         self.head_ids: NDArray[np.int64] = self._pass.head_ids
+        self._replacements: deque[Callable[[], None]] = deque()
+
+    def replace(self, weights: Weights) -> None:
+        """Take other weights of the same shape into use, from the next step on. May be called in any thread.
+
+        Sessions go on with the KV that they have. Raises ModelError if a weight cannot be used.
+        """
+        weights = {name: weight for name, weight in weights.items() if name != HEAD_IDS}
+        self._replacements.append(self._pass.replacement(weights))
 
     def open(self, session_id: str) -> None:
         """Begin a session; does nothing if it exists."""
@@ -103,6 +114,8 @@ class DraftEngine:
         return estimates
 
     def _compute(self, steps: Sequence[DraftStep], starts: Sequence[int], counts: Sequence[int]) -> Floats:
+        while self._replacements:
+            self._replacements.popleft()()
         tokens = [token for step in steps for token in step.tokens]
         before = steps[0].before if len(steps) == 1 else np.concatenate([step.before for step in steps])
         batch = PackedBatch([self._pool.table(step.session_id) for step in steps], starts, counts)

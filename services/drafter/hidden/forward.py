@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,6 +14,8 @@ from shared.kernels.cache import PackedBatch
 from shared.models.folder import ModelFolder
 
 Floats = NDArray[np.float32]
+Weights = Mapping[str, NDArray[Any]]
+"""Trained weights by name, bfloat16 as its bits (`tensors.draft_tensors`)."""
 
 
 class DraftPass(Protocol):
@@ -30,6 +33,13 @@ class DraftPass(Protocol):
 
     def logits(self, estimates: Floats) -> Floats:
         """Return the logits of the tokens `head_ids`, (rows, tokens)."""
+
+    def replacement(self, weights: Weights) -> Callable[[], None]:
+        """Prepare other weights of the same shape; return the function that takes them into use.
+
+        Preparing may take place in any thread; the function takes no time, and its call must not meet another one. The
+        KV of earlier weights stays. Raises ModelError if a weight cannot be used.
+        """
 
 
 def draft_pass(

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from services.drafter.hidden import weights
 from services.drafter.hidden.card import HiddenDraftFolder
-from services.drafter.hidden.forward import Floats
+from services.drafter.hidden.forward import Floats, Weights
 from services.drafter.hidden.model import run_layers
 from services.drafter.hidden.target import require_first_layers
 from services.drafter.hidden.target_parts import target_parts
+from services.drafter.hidden.weights import load, model_of
 from shared.engine.attention import GatherCache
 from shared.engine.engine import DTYPES
 from shared.engine.forward import usable
@@ -30,7 +32,8 @@ class ModuleDraft:
         self._torch_device = usable(torch_device)
         require_first_layers(target, config.bottom_layers)
         parts = target_parts(target, config.bottom_layers, DTYPES[dtype])
-        model, head_ids = weights.load(draft, DTYPES[dtype])
+        self._dtype = DTYPES[dtype]
+        model, head_ids = load(draft, self._dtype)
         self.head_ids = head_ids.numpy()
         self._model = model.to(torch_device)
         self._bottom = parts.bottom.to(torch_device)
@@ -64,6 +67,14 @@ class ModuleDraft:
     def logits(self, estimates: Floats) -> Floats:
         states = torch.from_numpy(estimates).to(self._torch_device, self._head.dtype)
         return self._logits.applied(_array(functional.linear(states, self._head)))
+
+    def replacement(self, weights: Weights) -> Callable[[], None]:
+        made = model_of(self._model.config, weights, self._dtype).to(self._torch_device)
+
+        def replace() -> None:
+            self._model = made
+
+        return replace
 
 
 def _array(tensor: Tensor) -> Floats:

@@ -9,24 +9,30 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from services.drafter.hidden.card import CONFIG, WEIGHTS, DraftCard, HiddenDraftFolder
+from services.drafter.hidden.card import CONFIG, WEIGHTS, DraftCard, HiddenDraftConfig, HiddenDraftFolder
+from services.drafter.hidden.forward import Weights
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target_parts import as_tensor
-from services.drafter.hidden.tensors import draft_tensors
+from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors
 from shared.models.folder import ModelFolder
 
 
 def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Tensor]:
     """Return the model, and the ascending ids of the tokens that it can propose. Raises ModelError."""
-    model = HiddenDraft(folder.card.model)
-    found = {name: as_tensor(array) for name, array in draft_tensors(folder).items()}
-    head_ids = found.pop("head_ids")
-    model.load_state_dict(found)
+    found = draft_tensors(folder)
+    head_ids = found.pop(HEAD_IDS)
+    return model_of(folder.card.model, found, dtype), as_tensor(head_ids)
+
+
+def model_of(config: HiddenDraftConfig, weights: Weights, dtype: torch.dtype) -> HiddenDraft:
+    """Return the model of these weights."""
+    model = HiddenDraft(config)
+    model.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
     # States are divided by `spread` before they are rounded, so it stays in float32.
     spread = model.spread.clone()
     model = model.to(dtype).eval()
     model.spread = spread
-    return model, head_ids
+    return model
 
 
 def save(path: Path, model: HiddenDraft, head_ids: Tensor, target: ModelFolder) -> None:

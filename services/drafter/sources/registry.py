@@ -22,6 +22,8 @@ from shared.twin.layout import TRACE, is_twin
 
 if TYPE_CHECKING:
     from services.drafter.control import ControlWeights
+    from services.drafter.hidden.engine import DraftEngine
+    from services.drafter.learning.supervisor import DraftLearning
     from services.drafter.settings import DraftSettings
     from services.drafter.sources.hidden import HiddenDrafts
 
@@ -48,6 +50,8 @@ class LoadedSource:
     """The target's context in tokens, if it reads hidden states."""
     controller: Path | ControlWeights | None = None
     """Weights of the speculation controller that ship with it, or their file."""
+    learning: DraftLearning | None = None
+    """Its learning, if the settings ask for it."""
 
 
 Load = Callable[["DraftSettings", Mapping[str, LoadedSource]], LoadedSource | None]
@@ -108,7 +112,19 @@ def _load_hidden(settings: DraftSettings, loaded: Mapping[str, LoadedSource]) ->
         hidden_size=folder.card.model.layer.hidden_size,
         context=target.max_len,
         controller=folder.controller,
+        learning=_learning(settings, folder, engine) if settings.draft_learning else None,
     )
+
+
+def _learning(settings: DraftSettings, folder: HiddenDraftFolder, engine: DraftEngine) -> DraftLearning:
+    """Return the learning of a draft. Raises ModelError or SettingsError if it cannot work here."""
+    from services.drafter.learning.reports import LearningOptions
+    from services.drafter.learning.supervisor import DraftLearning, LearningSetup
+
+    options = LearningOptions(buffer_tokens=settings.draft_learning_tokens)
+    setup = LearningSetup(folder, settings.target, engine.hidden_size, options, settings.draft_learning_folder)
+    setup.check()
+    return DraftLearning(setup, engine.replace)
 
 
 def _load_twin(settings: DraftSettings) -> LoadedSource | None:

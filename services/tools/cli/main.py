@@ -81,11 +81,13 @@ class Benchmark(StrEnum):
     """The benchmarks: each is a program `services.tools.bench.<name>`."""
 
     DRAFT = "draft"
+    EDITS = "edits"
     ENGINE = "engine"
     ESTIMATOR = "estimator"
     FORMATS = "formats"
     GPU = "gpu"
     HANDOFF = "handoff"
+    LEARNING = "learning"
     LOAD = "load"
     ROUNDS = "rounds"
     SCALING = "scaling"

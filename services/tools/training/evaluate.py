@@ -17,9 +17,9 @@ from torch import Tensor
 from services.drafter.control import Controller, DraftRound, SessionControl
 from services.drafter.control.records import RoundRecord
 from services.drafter.hidden.target_parts import TargetParts
+from services.drafter.learning.loss import shaped
 from services.drafter.sources import Draft, DraftRequest, DraftSource, States
 from services.tools.training.generate import sampling
-from services.tools.training.loss import shaped
 from services.tools.training.shards import GeneratedText
 from shared.messages import HiddenFormat, HiddenStates
 from shared.models.hidden_states import parts, unpack

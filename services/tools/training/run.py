@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from functools import partial
 from multiprocessing.queues import SimpleQueue
@@ -26,11 +26,11 @@ from services.drafter.hidden.card import HiddenDraftConfig
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target import layer_config, not_plain
 from services.drafter.hidden.target_parts import TargetParts, target_parts
+from services.drafter.learning.loss import bottom_outputs
 from services.tools.training import prompts as corpus
 from services.tools.training import shards
 from services.tools.training.config import Config, Generation
 from services.tools.training.generate import Assignment, generate, write_shards
-from services.tools.training.loss import bottom_outputs
 from services.tools.training.train import TrainingProgress, frequent_tokens, initialise, train
 from shared.engine import Engine
 from shared.engine.engine import DTYPES
@@ -138,17 +138,37 @@ class TrainingRun:
 
     def generate_held_out(self, folder: Path, seed: int, report: Callable[[int], None]) -> None:
         """Answer prompts kept out of training, each at every temperature of EVALUATED, unless `folder` has them."""
-        if shards.files(folder):
-            return
+        if not shards.files(folder):
+            drawn = _drawn(seed, self.config.prompts.held_out, held_out=True)
+            self._answer_held_out(folder, drawn, EVALUATED, report)
+
+    def generate_domain(
+        self, kind: str, count: int, temperature: float, report: Callable[[int], None]
+    ) -> list[shards.GeneratedText]:
+        """Answer prompts of one kind that were kept out of training, unless the run has them; return the texts."""
+        folder = self.folder / f"{kind}-{count}-{temperature:g}"
+        if not shards.files(folder):
+            drawn = _drawn(self.config.seed, count, held_out=True, kinds=[kind])
+            self._answer_held_out(folder, drawn, [temperature], report)
+        return sorted(shards.load_all(folder), key=lambda text: text.origin)
+
+    def _answer_held_out(
+        self,
+        folder: Path,
+        drawn: Sequence[corpus.CorpusPrompt],
+        temperatures: Sequence[float],
+        report: Callable[[int], None],
+    ) -> None:
+        """Answer each prompt at each temperature with the noise of serving, into a folder that then is complete."""
         folder = behind_links(folder)
         unfinished = folder.with_name(f"{folder.name}.part")
         done = shards.origins(unfinished)
         settings = self.config.generation
         tokenizer = Tokenizer(self.target)
         asked: list[Assignment] = []
-        for prompt in _drawn(seed, self.config.prompts.held_out, held_out=True):
+        for prompt in drawn:
             ids = _encoded(prompt, tokenizer, settings.max_prompt)
-            for temperature in EVALUATED:
+            for temperature in temperatures:
                 most = min(EVALUATED_TOKENS, settings.max_new)
                 asked.append(Assignment(len(asked), prompt.kind, ids, temperature, most))
         missing = [assignment for assignment in asked if assignment.origin not in done]
@@ -242,10 +262,10 @@ def _work(worker: int, config: str, target: Path, folder: Path, counts: SimpleQu
     counts.put(0)
 
 
-def _drawn(seed: int, count: int, *, held_out: bool) -> list[corpus.CorpusPrompt]:
+def _drawn(seed: int, count: int, *, held_out: bool, kinds: Sequence[str] | None = None) -> list[corpus.CorpusPrompt]:
     """Draw prompts of the corpus. Raises SettingsError if it makes fewer."""
     try:
-        return corpus.sample(seed, count, held_out)
+        return corpus.sample(seed, count, held_out, kinds)
     except ValueError as error:
         raise SettingsError(f"prompts.{'held_out' if held_out else 'count'}: {error}") from error
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +15,10 @@ from torch import Tensor
 
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target_parts import TargetParts
+from services.drafter.learning.batches import Minibatch, batches
+from services.drafter.learning.loss import Losses
+from services.drafter.learning.update import LossOptions, optimiser_of, set_rate, update
 from services.tools.training.config import Training
-from services.tools.training.loss import HeadRows, Losses, losses, unrolled
 from services.tools.training.shards import GeneratedText
 from shared.errors import SettingsError
 from shared.runtime.files import replacing
@@ -83,65 +85,6 @@ def initialise(model: HiddenDraft, texts: Sequence[GeneratedText], parts: Target
                 small.weight.mul_(0.1)  # type: ignore[union-attr,operator]
 
 
-@dataclass(frozen=True)
-class Minibatch:
-    """Texts of similar length, padded at the end: (texts, tokens) and (texts, tokens, size)."""
-
-    tokens: Tensor
-    bottom: Tensor | None
-    hidden: Tensor
-    learned: Tensor
-    """Positions to learn from: the answer's, from its first token to the last one with a known state."""
-
-    def to(self, torch_device: torch.device) -> Minibatch:
-        """Return a copy on a torch device."""
-        bottom = None if self.bottom is None else self.bottom.to(torch_device)
-        return Minibatch(
-            self.tokens.to(torch_device), bottom, self.hidden.to(torch_device), self.learned.to(torch_device)
-        )
-
-
-def batches(texts: Sequence[GeneratedText], tokens: int, drop: float, order: random.Random) -> Iterator[Minibatch]:
-    """Yield one pass over the texts in random order, about `tokens` a batch. drop: `Training.drop_states`."""
-    shuffled = list(texts)
-    order.shuffle(shuffled)
-    pools = [sorted(shuffled[i : i + 512], key=lambda text: len(text.tokens)) for i in range(0, len(shuffled), 512)]
-    groups: list[list[GeneratedText]] = []
-    for pool in pools:
-        group: list[GeneratedText] = []
-        for text in pool:
-            if group and (len(group) + 1) * len(text.tokens) > tokens:
-                groups.append(group)
-                group = []
-            group.append(text)
-        groups.append(group)
-    order.shuffle(groups)
-    for group in groups:
-        yield _padded(group, drop, order)
-
-
-def _padded(group: Sequence[GeneratedText], drop: float, order: random.Random) -> Minibatch:
-    longest = max(len(text.tokens) for text in group)
-    tokens = torch.zeros(len(group), longest, dtype=torch.int64)
-    hidden = torch.zeros(len(group), longest, group[0].hidden.shape[1], dtype=torch.bfloat16)
-    bottom = torch.zeros_like(hidden) if group[0].bottom is not None else None
-    learned = torch.zeros(len(group), longest, dtype=torch.bool)
-    for i, text in enumerate(group):
-        n = len(text.tokens)
-        tokens[i, :n] = text.tokens
-        hidden[i, :n] = text.hidden
-        if bottom is not None and text.bottom is not None:
-            bottom[i, :n] = text.bottom
-        first = max(1, text.prompt_len)
-        if order.random() < drop:
-            # A regulariser: later positions are guessed without these states.
-            missing = order.randrange(1, max(2, n // 2))
-            hidden[i, :missing] = 0
-            first = max(first, missing + 1)
-        learned[i, first : n - 1] = True
-    return Minibatch(tokens, bottom, hidden, learned)
-
-
 def train(
     model: HiddenDraft,
     texts: Callable[[], Sequence[GeneratedText]],
@@ -159,11 +102,6 @@ def train(
     _Trainer(model, texts, parts, settings, checkpoint, report).run(seed)
 
 
-def computes_bfloat16(torch_device: torch.device) -> bool:
-    """Return whether the device has instructions for bfloat16. A CPU without them takes nine times as long."""
-    return torch_device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
-
-
 class _Trainer:
     """One training: the model, its optimiser, and where the training stands."""
 
@@ -179,20 +117,12 @@ class _Trainer:
         self._model = model
         self._texts = texts
         self._parts = parts
-        self._bfloat16 = computes_bfloat16(parts.head.device)
-        self._logits = parts.logits
-        self._head = parts.head if self._bfloat16 else parts.head.float()
         self._settings = settings
+        self._options = LossOptions(settings.random_rows, settings.step_decay, settings.regression, settings.clip)
         self._checkpoint = checkpoint
         self._report = report
         self._frequent = frequent_tokens(texts(), model.config.vocab_size, settings.frequent_rows)
-        others = [parameter for name, parameter in model.named_parameters() if name != "fc.weight"]
-        self._optimiser = torch.optim.AdamW(
-            [{"params": others, "scale": 1.0}, {"params": [model.fc.weight], "scale": settings.fc_rate}],
-            betas=(0.9, 0.95),
-            weight_decay=settings.weight_decay,
-            fused=True,
-        )
+        self._optimiser = optimiser_of(model, fc_rate=settings.fc_rate, weight_decay=settings.weight_decay)
         self._done = 0
         """Tokens learned in the current stage."""
 
@@ -236,29 +166,19 @@ class _Trainer:
 
     def _update(self, drawn: Minibatch, steps: int, rows_random: torch.Generator) -> Losses:
         """Make one step of the optimiser. Raises SettingsError if the gradient is not a number."""
-        model, parts, settings = self._model, self._parts, self._settings
-        batch = drawn.to(self._head.device)
-        certain = torch.cat([self._frequent, drawn.tokens[drawn.learned.roll(1, 1)]])
-        rows = HeadRows.draw(self._head, certain, settings.random_rows, rows_random, self._logits)
-        with torch.autocast(self._head.device.type, torch.bfloat16, enabled=self._bfloat16):
-            known = model.known(parts.embedding[batch.tokens], batch.bottom)
-            estimates = unrolled(model, known, batch.hidden, steps)
-            loss = losses(
-                estimates,
-                batch.hidden,
-                batch.learned,
-                rows,
-                model.spread,
-                step_decay=settings.step_decay,
-                regression=settings.regression,
+        try:
+            return update(
+                self._model,
+                self._parts,
+                self._optimiser,
+                drawn,
+                self._frequent,
+                self._options,
+                steps=steps,
+                random=rows_random,
             )
-        self._optimiser.zero_grad(set_to_none=True)
-        loss.total.backward()  # type: ignore[no-untyped-call]
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        if not math.isfinite(float(norm)):
-            raise SettingsError("the gradient is not a number; use a lower learning rate")
-        self._optimiser.step()
-        return loss
+        except FloatingPointError as error:
+            raise SettingsError(f"{error}; use a lower learning rate") from error
 
     def _save(self, stage: int) -> None:
         state: dict[str, Any] = {"model": self._model.state_dict(), "optimiser": self._optimiser.state_dict()}
@@ -282,9 +202,7 @@ def _set_rate(
     optimiser: torch.optim.Optimizer, highest: float, settings: Training, updates: int, progress: float
 ) -> None:
     cosine = settings.final_rate + (1 - settings.final_rate) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    rate = highest * min(1.0, (updates + 1) / settings.warm_up) * cosine
-    for group in optimiser.param_groups:
-        group["lr"] = rate * group["scale"]
+    set_rate(optimiser, highest * min(1.0, (updates + 1) / settings.warm_up) * cosine)
 
 
 def _resume(path: Path, model: HiddenDraft, optimiser: torch.optim.Optimizer) -> tuple[int, int]:

@@ -78,6 +78,12 @@ class PoolView:
     """Sessions of its drafters."""
     undrafted: int
     """Sessions that schedulers decode without drafts, because no drafter has room for them."""
+    learned: int = 0
+    """Drafters whose draft has taken learned weights."""
+    learned_acceptance: float | None = None
+    """Mean acceptance of first draft tokens on the texts that learning drafters hold back; None if there are none."""
+    shipped_acceptance: float | None = None
+    """The same with the shipped weights."""
 
 
 @dataclass(frozen=True)

@@ -153,7 +153,16 @@ def _pool(one: PoolView) -> Text:
         return _line(f"{pool}: no drafter, a scheduler stands in for {undrafted}", "yellow")
     drafters = "1 drafter" if one.drafters == 1 else f"{one.drafters} drafters"
     more = f"; a scheduler stands in for {undrafted} until a drafter has room" if one.undrafted else ""
-    return _line(f"{pool}: {drafters}, {_sessions(one.sessions)}{more}")
+    return _line(f"{pool}: {drafters}, {_sessions(one.sessions)}{_learned(one)}{more}")
+
+
+def _learned(one: PoolView) -> str:
+    """Describe the drafts that learn from their sessions."""
+    if one.learned_acceptance is None or one.shipped_acceptance is None:
+        return ""
+    if not one.learned:
+        return f", drafts learning (shipped: {one.shipped_acceptance:.0%} accepted)"
+    return f", {one.learned} learned: {one.learned_acceptance:.0%} accepted, shipped {one.shipped_acceptance:.0%}"
 
 
 def _sessions(count: int) -> str:

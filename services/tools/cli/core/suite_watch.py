@@ -6,9 +6,9 @@ All times are milliseconds of one monotonic clock, which the caller reads.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
-from statistics import median
+from statistics import fmean, median
 
 from services.tools.cli.core.suite_snapshot import (
     BatchView,
@@ -289,15 +289,7 @@ class SuiteWatch:
 
     def _pools(self, now_ms: float) -> list[PoolView]:
         live = [beat for at_ms, beat in self._drafters.values() if now_ms - at_ms <= DRAFTER_SILENT_MS]
-        return [
-            PoolView(
-                pool=pool,
-                drafters=sum(beat.drafts for beat in live if beat.pool == pool),
-                sessions=sum(beat.sessions for beat in live if beat.pool == pool and beat.drafts),
-                undrafted=sum(beat.sessions for beat in live if beat.pool == pool and not beat.drafts),
-            )
-            for pool in sorted({beat.pool for beat in live})
-        ]
+        return [_pool(pool, [beat for beat in live if beat.pool == pool]) for pool in sorted({b.pool for b in live})]
 
     def _classes(self) -> list[ClassView]:
         loads = {one.service_class: one for one in self._load[1].classes} if self._load else {}
@@ -331,6 +323,19 @@ class SuiteWatch:
             key = ended.service_class, f"{ended.reason} {ended.code}".rstrip()
             counts[key] = counts.get(key, 0) + 1
         return [EndView(*key, count) for key, count in sorted(counts.items())]
+
+
+def _pool(pool: str, beats: Sequence[DrafterHeartbeat]) -> PoolView:
+    learned = [beat.learning for beat in beats if beat.learning is not None]
+    return PoolView(
+        pool=pool,
+        drafters=sum(beat.drafts for beat in beats),
+        sessions=sum(beat.sessions for beat in beats if beat.drafts),
+        undrafted=sum(beat.sessions for beat in beats if not beat.drafts),
+        learned=sum(one.version > 0 for one in learned),
+        learned_acceptance=fmean(one.acceptance for one in learned) if learned else None,
+        shipped_acceptance=fmean(one.shipped_acceptance for one in learned) if learned else None,
+    )
 
 
 def _good_share(ended: Iterable[Ended]) -> float | None:

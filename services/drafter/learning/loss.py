@@ -22,8 +22,10 @@ def bottom_outputs(parts: TargetParts, tokens: Tensor) -> Tensor:
 
     device = parts.embedding.device
     positions = torch.arange(len(tokens), device=device)
+    dtype = next(parts.bottom.parameters()).dtype
     with torch.no_grad():
-        return run_layers(list(parts.bottom), parts.embedding[tokens.to(device)], positions, attend)  # type: ignore[arg-type]
+        embedded = parts.embedding[tokens.to(device)].to(dtype)
+        return run_layers(list(parts.bottom), embedded, positions, attend)  # type: ignore[arg-type]
 
 
 def unrolled(model: HiddenDraft, known: Tensor, hidden: Tensor, steps: int) -> list[Tensor]:
@@ -94,9 +96,17 @@ class HeadRows:
 
     @classmethod
     def draw(
-        cls, head: Tensor, certain: Tensor, extra: int, random: torch.Generator, shape: LogitShape = UNSHAPED
+        cls,
+        head: Tensor,
+        certain: Tensor,
+        extra: int,
+        random: torch.Generator,
+        shape: LogitShape = UNSHAPED,
+        dtype: torch.dtype | None = None,
     ) -> HeadRows:
-        """Take the rows of the token ids `certain`, and `extra` others from the rest of the vocabulary."""
+        """Take the rows of the token ids `certain`, and `extra` others from the rest of the vocabulary.
+
+        dtype: of the rows; None keeps the head's."""
         chosen = torch.zeros(len(head), dtype=torch.bool)
         chosen[certain] = True
         rest = (~chosen).nonzero()[:, 0]
@@ -106,7 +116,7 @@ class HeadRows:
         correction = torch.zeros(len(ids))
         if extra:
             correction[-extra:] = torch.log(torch.tensor(len(rest) / extra))
-        return cls(head[ids], correction.to(head.device), shape)
+        return cls(head[ids].to(dtype or head.dtype), correction.to(head.device), shape)
 
     def logits(self, states: Tensor) -> Tensor:
         """Return the corrected logits of the rows, (states, rows)."""
