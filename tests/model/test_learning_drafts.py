@@ -135,7 +135,7 @@ def test_learned_weights_are_accepted_in_serving_too(
     """The score on held-back texts is the acceptance of the first token in rounds."""
 
     def acceptance(folder: HiddenDraftFolder) -> float:
-        source = HiddenDrafts(DraftEngine(folder, target, dtype="float32"), window=1000)
+        source = HiddenDrafts(DraftEngine(folder, target, dtype="float32"))
         drafted = list(rounds(source, ("hidden",), Controller("fixed", 1), texts[4::5]))  # the held-back ones
         return Summary.of(drafted, NO_COSTS).by_position[0]
 

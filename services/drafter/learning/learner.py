@@ -204,7 +204,7 @@ class DraftLearner:
         self._owed -= count
 
     def _certain(self) -> Tensor:
-        return torch.cat([text.tokens for text in self._learned.texts]).unique()
+        return torch.tensor(sorted({token for text in self._learned.texts for token in text.tokens.tolist()}))
 
     def _begin_candidate(self) -> None:
         """Let the candidate begin at the weights in use, with a new optimiser."""

@@ -33,7 +33,7 @@ class IdleFlag(Protocol):
 
 @dataclass(frozen=True)
 class LearningPlan:
-    """What a learning process needs to begin."""
+    """The draft and the target of a learning process, and its options."""
 
     draft: Path
     target: Path
