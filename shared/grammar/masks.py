@@ -6,6 +6,9 @@ begins, up to its end. When the grammar is complete, only the end-of-text tokens
 
 A session's state in its grammar is kept between calls and follows the tokens given, forwards and back, so that nobody
 has to say what was accepted. It is rebuilt from the tokens where it was lost. Calls may come from any thread.
+
+A mask costs many times as much as looking up one token, and the token that the logits choose by themselves is mostly
+allowed. So masks are computed only where a choice needs one.
 """
 
 from __future__ import annotations
@@ -14,92 +17,24 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Protocol
+from functools import cached_property, partial
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
-from numpy.typing import NDArray
 
 from shared.errors import GrammarError
+from shared.grammar.allowed import AllowedTokens, Floats, Ids, Words
 from shared.grammar.build import LIMITS
+from shared.grammar.vocabulary import GrammarVocabulary, Vocabulary
 from shared.messages import Grammar
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
-
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 MOST_SESSIONS = 512
 """Most sessions whose state is kept; those not used for longest are dropped first, and rebuilt when needed."""
 MOST_GRAMMARS = 64
 CHECKED = 8
 """Most forced tokens at the beginning of a new grammar behind which masks are tried."""
-_MARK = b"\x02"
-"""A character that begins no word."""
-FEW = 4096
-"""Up to so many allowed tokens, their logits are kept one by one."""
-
-
-class Vocabulary(Protocol):
-    """The part of `shared.models.text.Tokenizer` that masks need."""
-
-    special_tokens: dict[str, int]
-
-    def token_bytes(self, token: int) -> bytes:
-        """Return the token's bytes in a text."""
-
-    def encode_plain(self, text: str) -> list[int]:
-        """Return the ids of a text without control tokens."""
-
-
-@dataclass(frozen=True)
-class AllowedTokens:
-    """The tokens that may come next."""
-
-    forced: Sequence[int]
-    """The only token that may come next and those that must follow it; empty where there is a choice."""
-    words: NDArray[np.uint32] | None = None
-    """A bit for each token of the vocabulary, from the lowest one of the first word on; None where one is forced."""
-
-    @property
-    def only(self) -> int | None:
-        """The only token that may come next; None if there are several."""
-        return self.forced[0] if self.forced else None
-
-    @cached_property
-    def flags(self) -> NDArray[np.bool_]:
-        """One flag for each token."""
-        assert self.words is not None
-        return np.unpackbits(self.words.view(np.uint8), bitorder="little").view(np.bool_)
-
-    def allows(self, token: int) -> bool:
-        """Return whether a token may come next."""
-        if self.forced:
-            return token == self.forced[0]
-        assert self.words is not None
-        return token < 32 * len(self.words) and bool(self.words[token >> 5] >> np.uint32(token & 31) & np.uint32(1))
-
-    def apply(self, logits: Floats, ids: Ids | None) -> None:
-        """Set the logits of tokens that may not come next to -inf. ids: the tokens of the columns; None for all."""
-        if self.forced:
-            columns = np.array([self.forced[0]]) if ids is None else np.flatnonzero(ids == self.forced[0])
-        elif ids is not None:
-            columns = np.flatnonzero(self.flags[ids])
-        else:
-            assert self.words is not None
-            count = int(np.bitwise_count(self.words).sum())
-            if count > FEW:
-                flags = self.flags
-                if len(flags) < len(logits):
-                    logits[len(flags) :] = -np.inf
-                np.copyto(logits[: len(flags)], np.float32(-np.inf), where=~flags[: len(logits)])
-                return
-            columns = np.flatnonzero(self.flags)
-        columns = columns[columns < len(logits)]
-        kept = logits[columns]
-        logits.fill(-np.inf)
-        logits[columns] = kept
 
 
 @dataclass(frozen=True)
@@ -127,29 +62,30 @@ class GrammarSession:
 
     def __init__(self, matcher: LLMatcher, vocab_size: int, eos_ids: Sequence[int]) -> None:
         self._matcher = matcher
+        self._vocab_size = vocab_size
         self._eos_ids = frozenset(eos_ids)
-        self._words = (vocab_size + 31) // 32
+        self._end = np.zeros((vocab_size + 31) // 32, dtype=np.uint32)
+        """The mask of the end-of-text tokens."""
+        for token in eos_ids:
+            self._end[token >> 5] |= np.uint32(1 << (token & 31))
         self._lock = threading.Lock()
         self._tokens: list[int] = []
         """Tokens of the answer that the state stands behind."""
         self._ended_at: int | None = None
         """Tokens before the first end-of-text token; the matcher has not consumed it or any later token."""
-        self._forced: list[Sequence[int]] = [()]
+        self._forced: list[Sequence[int]] = []
         """Forced tokens from each position on, the current one last."""
-        self._allowed: AllowedTokens | None = None
-        """Those of the current position, if they were computed."""
-        self._forced[0] = self._forcing()
+        self._forced.append(self._forcing())
 
-    def after(self, tokens: list[int]) -> AllowedTokens:
+    def after(self, tokens: Sequence[int]) -> AllowedTokens:
         """Return the tokens that may follow these tokens of the answer.
 
         Raises GrammarError if the grammar does not allow them, or is too expensive at this position.
         """
+        prefix = list(tokens)
         with self._lock:
-            self._follow(tokens)
-            if self._allowed is None:
-                self._allowed = self._compute()
-            return self._allowed
+            self._follow(prefix)
+            return self._allowed(prefix, len(prefix))
 
     def chain(
         self, answer: list[int], draft: Sequence[int], room: int, most_forced: int, stop_ids: Collection[int] = ()
@@ -161,43 +97,60 @@ class GrammarSession:
         """
         chain = TokenChain([], 0, [])
         drafted, forced = 0, 0
+        tokens = list(answer)
         with self._lock:
-            self._follow(answer)
+            self._follow(tokens)
             while True:
-                if self._allowed is None:
-                    self._allowed = self._compute()
-                allowed = self._allowed
+                allowed = self._allowed(tokens, len(tokens))
                 chain.allowed.append(allowed)
                 if len(chain.tokens) >= room:
                     break
-                if not forced and drafted < len(draft) and allowed.allows(draft[drafted]):
+                if not forced and drafted < len(draft) and self._try(draft[drafted]):
                     token = draft[drafted]
                     drafted += 1
                 elif allowed.only is not None and forced < most_forced:
                     token = allowed.only
+                    self._consume(token)
                     forced += 1
                 else:
                     break
+                allowed.note(token)
+                tokens.append(token)
                 chain.tokens.append(token)
                 if token in stop_ids:
                     break
-                self._consume(token)
         return replace(chain, drafted=drafted)
 
-    def _compute(self) -> AllowedTokens:
-        if forced := self._forced[-1]:
-            return AllowedTokens(forced)
-        words = np.zeros(self._words, dtype=np.uint32)
-        if self._ended_at is not None:
-            for token in self._eos_ids:
-                words[token >> 5] |= np.uint32(1 << (token & 31))
-        else:
-            self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+    def _allowed(self, tokens: list[int], length: int) -> AllowedTokens:
+        """Return what may come at the current position, which is behind the first `length` of these tokens."""
+        return AllowedTokens(
+            self._forced[-1], partial(self._mask_after, tokens, length), partial(self._is_allowed, tokens, length)
+        )
+
+    def _mask_after(self, tokens: list[int], length: int) -> Words:
+        with self._lock:
+            self._follow(tokens[:length])
+            return self._mask()
+
+    def _is_allowed(self, tokens: list[int], length: int, token: int) -> bool:
+        with self._lock:
+            self._follow(tokens[:length])
+            if token in self._eos_ids:
+                return self._ended_at is not None or self._matcher.is_accepting()
+            if self._ended_at is not None or not 0 <= token < self._vocab_size:
+                return False
+            found = self._matcher.validate_tokens([token])
             self._check()
-        if int(np.bitwise_count(words).sum()) != 1:
-            return AllowedTokens((), words)
-        word = int(words.argmax())
-        return AllowedTokens((32 * word + int(words[word]).bit_length() - 1,))
+            return found == 1
+
+    def _mask(self) -> Words:
+        """Compute the mask of the current position."""
+        if self._ended_at is not None:
+            return self._end
+        words = np.zeros_like(self._end)
+        self._matcher.unsafe_compute_mask_ptr(words.ctypes.data, words.nbytes)
+        self._check()
+        return words
 
     def _follow(self, tokens: list[int]) -> None:
         """Bring the state behind these tokens."""
@@ -219,33 +172,43 @@ class GrammarSession:
             self._ended_at = None
         del self._tokens[length:]
         del self._forced[length + 1 :]
-        self._allowed = None
 
     def _consume(self, token: int) -> None:
-        self._allowed = None
-        forced = self._forced[-1]
-        if token in self._eos_ids:
-            if self._ended_at is None and not self._matcher.is_accepting():
-                raise GrammarError(f"token {token} ends the answer before its grammar is complete")
-            if self._ended_at is None:
-                self._ended_at = len(self._tokens)
-            self._tokens.append(token)
-            self._forced.append(())
+        """Go on behind a token. Raises GrammarError if it may not come."""
+        if self._try(token):
             return
-        # Probed first: a matcher that consumes a token that it does not allow is of no more use.
-        if self._ended_at is not None or (forced and token != forced[0]) or not self._matcher.validate_tokens([token]):
+        if token in self._eos_ids:
+            raise GrammarError(f"token {token} ends the answer before its grammar is complete")
+        raise GrammarError(f"token {token} is not allowed at position {len(self._tokens)} of the answer")
+
+    def _try(self, token: int) -> bool:
+        """Go on behind a token if it may come; return whether it may."""
+        forced = self._forced[-1]
+        if forced and token != forced[0]:
+            return False
+        if token in self._eos_ids:
+            if self._ended_at is None:
+                if not self._matcher.is_accepting():
+                    return False
+                self._ended_at = len(self._tokens)
+        elif self._ended_at is not None or not 0 <= token < self._vocab_size:
+            return False
+        # Not `consume_token`: a matcher that consumes a token that it does not allow is of no more use.
+        elif self._matcher.try_consume_tokens([token]) != 1:
             self._check()
-            raise GrammarError(f"token {token} is not allowed at position {len(self._tokens)} of the answer")
-        if not self._matcher.consume_token(token):
-            self._check()
+            return False
         self._tokens.append(token)
         self._forced.append(forced[1:] or self._forcing())
+        return True
 
     def _forcing(self) -> Sequence[int]:
         """Return the tokens that are forced from here on."""
-        forced = tuple(self._matcher.compute_ff_tokens())
-        self._check()
-        return forced
+        if self._ended_at is None:
+            forced = tuple(self._matcher.compute_ff_tokens())
+            self._check()
+            if forced or not self._matcher.is_stopped():
+                return forced
+        return tuple(self._eos_ids) if len(self._eos_ids) == 1 else ()
 
     def _check(self) -> None:
         if self._matcher.is_error():
@@ -288,32 +251,48 @@ class DraftMask:
         """answer: the session's tokens since the beginning of the answer, drafted ones included; they are copied."""
         self._session = session
         self._answer = list(answer)
+        self._left = False
+        """True once the draft has left the grammar, or a mask is too expensive."""
+        self._here: AllowedTokens | None = None
 
     @property
     def allowed(self) -> AllowedTokens | None:
         """The tokens of this position; None outside the grammar."""
-        try:
-            return self._session.after(self._answer)
-        except GrammarError:
-            return None
+        if self._here is None and not self._left:
+            try:
+                self._here = self._session.after(self._answer)
+            except GrammarError:
+                self._left = True
+        return self._here
 
     @property
     def only(self) -> int | None:
-        """The only token of this position; None if there are several."""
+        """The only token of this position; None if there may be several."""
         return None if (allowed := self.allowed) is None else allowed.only
 
     def allows(self, token: int) -> bool:
         """Return whether a token may come next."""
-        return (allowed := self.allowed) is None or allowed.allows(token)
+        try:
+            return (allowed := self.allowed) is None or allowed.allows(token)
+        except GrammarError:
+            self._leave()
+            return True
 
     def apply(self, logits: Floats, ids: Ids | None) -> None:
         """Set the logits of tokens that may not come next to -inf."""
-        if (allowed := self.allowed) is not None:
-            allowed.apply(logits, ids)
+        try:
+            if (allowed := self.allowed) is not None:
+                allowed.apply(logits, ids)
+        except GrammarError:
+            self._leave()
 
     def push(self, token: int) -> None:
         """Go on to the position after `token`."""
         self._answer.append(token)
+        self._here = None
+
+    def _leave(self) -> None:
+        self._left, self._here = True, None
 
 
 @dataclass(frozen=True)
@@ -381,7 +360,8 @@ class Grammars:
 
     def check(self, text: str) -> None:
         """Raise GrammarError if sessions cannot follow this grammar, as far as its first masks show."""
-        self._begin(text).chain([], [], CHECKED, CHECKED)
+        for allowed in self._begin(text).chain([], [], CHECKED, CHECKED).allowed:
+            _ = allowed.words
 
     def _begin(self, text: str) -> GrammarSession:
         """Return a state at the beginning of a grammar. Raises GrammarError."""
@@ -405,62 +385,7 @@ class Grammars:
         if not self._eos_ids:
             raise GrammarError("the model has no end-of-text token, so no grammar can end")
         return LLTokenizer(
-            TokenizerWrapper(_Tokens(self._load(), self._vocab_size, self._eos_ids)),
+            TokenizerWrapper(GrammarVocabulary(self._load(), self._vocab_size, self._eos_ids)),
             n_vocab=self._vocab_size,
             eos_token=list(self._eos_ids),
         )
-
-
-class _Tokens:
-    """A vocabulary as llguidance reads it. A token without bytes is never allowed."""
-
-    bos_token_id = None
-
-    def __init__(self, vocabulary: Vocabulary, vocab_size: int, eos_ids: Sequence[int]) -> None:
-        self._vocabulary = vocabulary
-        self.eos_token_id = eos_ids[0]
-        self.special_token_ids = sorted(
-            {token for token in vocabulary.special_tokens.values() if token < vocab_size} | set(eos_ids)
-        )
-        self.tokens = [vocabulary.token_bytes(token) for token in range(vocab_size)]
-
-    def __call__(self, text: str | bytes) -> list[int]:
-        """Return the tokens of a text inside an answer."""
-        body = text.encode() if isinstance(text, str) else text
-        # SentencePiece puts a space before each text; behind another character it does not.
-        for before in (b"", _MARK):
-            ids = self._vocabulary.encode_plain((before + body).decode("utf-8", "replace"))
-            if (inside := self._after(ids, before)) is not None and self._bytes(inside) == body:
-                return inside
-        return self._greedy(body)
-
-    def _after(self, ids: list[int], before: bytes) -> list[int] | None:
-        """Return the tokens behind the text `before`; None if it does not end with a token."""
-        if not before:
-            return ids
-        ends = (at for at in range(1, len(ids) + 1) if self._bytes(ids[:at]).endswith(before))
-        end = next(ends, None)
-        return None if end is None else ids[end:]
-
-    def _bytes(self, ids: Sequence[int]) -> bytes:
-        return b"".join(self.tokens[token] for token in ids if token < len(self.tokens))
-
-    def _greedy(self, body: bytes) -> list[int]:
-        """Return the longest token at each place of a text that the tokenizer changes."""
-        ids = []
-        while body:
-            lengths = range(min(len(body), self._longest), 0, -1)
-            found = next(((self._by_bytes[body[:n]], n) for n in lengths if body[:n] in self._by_bytes), None)
-            if found is None:
-                break
-            ids.append(found[0])
-            body = body[found[1] :]
-        return ids
-
-    @cached_property
-    def _by_bytes(self) -> dict[bytes, int]:
-        return {piece: token for token, piece in reversed(list(enumerate(self.tokens))) if piece}
-
-    @cached_property
-    def _longest(self) -> int:
-        return max(map(len, self.tokens))

@@ -85,6 +85,15 @@ class LogitsProcessor:
         """The only token that may be chosen, whatever the logits; None if they decide."""
         return self._mask.only if self._mask is not None and self._rules is None else None
 
+    @property
+    def only_masks(self) -> bool:
+        """True if nothing but a mask changes logits: a token that they choose without it is the choice if allowed."""
+        return self._rules is None
+
+    def allows(self, token: int) -> bool:
+        """Return whether the mask has a token."""
+        return self._mask is None or self._mask.allows(token)
+
     def push(self, token: int) -> None:
         """Go on to the position after `token`."""
         if self._mask is not None:

@@ -136,11 +136,21 @@ def _choose_in_row(
     if processor is not None:
         if columns is None and (only := processor.only) is not None:
             return only
+        # Looking a token up costs less than a mask. With top_k or top_p, the mask decides what is left to choose from.
+        if processor.only_masks and (params.temperature == 0 or not (params.top_k or params.top_p < 1)):
+            winner = _winner(logits, top, params, position, columns)
+            if processor.allows(winner):
+                return winner
         changed = processor.apply(logits, None if columns is None else columns.ids)
         if math.isfinite(changed.max()):
             logits, top = changed, int(changed.argmax())
         elif columns is None:
             raise NoTokenAllowed(position)
+    return _winner(logits, top, params, position, columns)
+
+
+def _winner(logits: Floats, top: int, params: Sampling, position: int, columns: Columns | None) -> int:
+    """Return the token that a row of logits chooses; top: the column of the largest one."""
     if params.temperature == 0:
         return top if columns is None else int(columns.ids[top])
     key = noise_key(params.seed, position)
@@ -223,6 +233,8 @@ def _choose_on_device(
         if not math.isfinite(largest):
             raise BadLogits(row, positions[row], largest)
         processor = processors[row] if processors else None
+        if processor is not None and processor.only_masks and p.temperature == 0 and processor.allows(tokens[row]):
+            continue
         if processor is not None or (p.temperature > 0 and (p.top_k or p.top_p < 1)):
             tokens[row] = _choose_in_row(_array(logits[row].cpu()), p, positions[row], row, processor=processor)
         elif p.temperature > 0:

@@ -22,10 +22,13 @@ from tokenizers.models import BPE
 
 from shared.errors import GrammarError
 from shared.grammar import build
-from shared.grammar.masks import AllowedTokens, DraftMask, Grammars, GrammarSession, TokenChain
-from shared.messages import Grammar
+from shared.grammar.allowed import AllowedTokens
+from shared.grammar.masks import ChainMask, DraftMask, Grammars, GrammarSession, TokenChain
+from shared.messages import Grammar, Sampling
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
+from shared.sampling.rules import LogitsProcessor
+from shared.sampling.sampler import Columns, choose_in_rows
 
 EOS = 1
 VOCAB = 700
@@ -146,6 +149,58 @@ def test_masks_depend_on_nothing_but_the_tokens(
         assert ids_of(mine) == ids_of(other)
 
 
+@given(name=st.sampled_from(sorted(TEXTS)), seed=st.integers(0, 2**32), steps=st.integers(0, 30))
+def test_a_token_is_looked_up_as_its_mask_has_it(grammars: Grammars, name: str, seed: int, steps: int) -> None:
+    session = grammars.session(f"looked{seed}", grammar(name))
+    tokens = walk(session, random.Random(seed), steps)
+    allowed = session.after(tokens)
+    looked_up = [token for token in range(VOCAB) if allowed.allows(token)]
+    assert looked_up == ids_of(session.after(tokens))
+    assert not allowed.allows(VOCAB)
+    grammars.forget(f"looked{seed}")
+
+
+def test_no_mask_is_computed_for_tokens_that_are_looked_up(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GrammarSession, "_mask", lambda _: pytest.fail("a mask was computed"))
+    session = grammars.session("lazy", grammar("schema"))
+    tokens = tokenizer.encode('{"name": "Ada", "age": 3')
+    logits = np.zeros((1, VOCAB), dtype=np.float32)
+    logits[0, tokens[-1]] = 9
+    for at in range(len(tokens)):
+        chain = session.chain(tokens[:at], tokens[at:], 99, 0)
+        assert chain.tokens == tokens[at:]
+    for sampling in (Sampling(), Sampling(temperature=1.0, seed=5)):
+        mask = ChainMask([session.after(tokens[:-1])])
+        processor = LogitsProcessor.of(sampling, tokens[:-1], mask)
+        assert choose_in_rows(logits, [sampling], [5], processors=[processor]) == [tokens[-1]]
+
+
+@given(seed=st.integers(0, 2**32), temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]), columns=st.booleans())
+def test_a_choice_is_the_one_that_its_mask_leaves(
+    grammars: Grammars, seed: int, temperature: float, columns: bool
+) -> None:
+    """The logits lean to allowed tokens, so that both ways of choosing are taken."""
+    chance = random.Random(seed)
+    name = f"choice{seed}"
+    session = grammars.session(name, grammar("schema"))
+    tokens = walk(session, chance, chance.randint(0, 20))
+    row = np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 3
+    row[ids_of(session.after(tokens))] += chance.choice([0.0, 3.0])
+    ids = np.sort(np.random.default_rng(seed).permutation(VOCAB)[:400]) if columns else None
+    kept = row if ids is None else row[ids]
+    masked = kept.copy()
+    session.after(tokens).apply(masked, ids)
+    shown = None if ids is None else Columns.of(ids)
+    sampling = Sampling(temperature=temperature, seed=seed % 2**62)
+    processor = LogitsProcessor.of(sampling, tokens, ChainMask([session.after(tokens)]))
+    grammars.forget(name)
+    if np.isfinite(masked.max()):
+        chosen = choose_in_rows(kept[None], [sampling], [7], shown, [processor])
+        assert chosen == choose_in_rows(masked[None], [sampling], [7], shown)
+
+
 def test_forced_text_has_the_tokenizers_own_tokens(grammars: Grammars, tokenizer: Tokenizer) -> None:
     session = grammars.session("forced", grammar("schema"))
     start = tokenizer.encode('{"name": "')
@@ -245,7 +300,8 @@ def test_a_draft_has_masks_until_it_leaves_the_grammar(grammars: Grammars) -> No
     mask.push(forced[1])
     assert mask.only == forced[2]
     mask.push(VOCAB - 1)
-    assert (mask.only, mask.allowed) == (None, None), "no masks outside the grammar"
+    outside = [mask.only, mask.allowed]
+    assert outside == [None, None], "no masks outside the grammar"
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,83 @@
+"""The tokens that may come next in an answer with a grammar."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+Words = NDArray[np.uint32]
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+
+FEW = 4096
+"""Up to so many allowed tokens, their logits are kept one by one."""
+
+
+class AllowedTokens:
+    """The tokens that may come next.
+
+    The mask is computed when it is first needed. Most choices need none: the token that the logits choose without it
+    is looked up alone.
+    """
+
+    def __init__(self, forced: Sequence[int], mask: Callable[[], Words], lookup: Callable[[int], bool]) -> None:
+        """forced: the only token that may come next and those that must follow it; empty where there is a choice.
+
+        mask and lookup: return the mask, and whether it has a token. They raise GrammarError where that is too
+        expensive.
+        """
+        self.forced = forced
+        self._mask = mask
+        self._lookup = lookup
+        self._known: dict[int, bool] = {}
+        """Tokens that were looked up."""
+
+    @property
+    def only(self) -> int | None:
+        """The only token that may come next; None if there may be several."""
+        return self.forced[0] if self.forced else None
+
+    @cached_property
+    def words(self) -> Words:
+        """A bit for each token of the vocabulary, from the lowest one of the first word on."""
+        return self._mask()
+
+    @cached_property
+    def flags(self) -> NDArray[np.bool_]:
+        """One flag for each token."""
+        return np.unpackbits(self.words.view(np.uint8), bitorder="little").view(np.bool_)
+
+    def allows(self, token: int) -> bool:
+        """Return whether a token may come next."""
+        if self.forced:
+            return token == self.forced[0]
+        if (known := self._known.get(token)) is None:
+            known = self._known[token] = self._lookup(token)
+        return known
+
+    def note(self, token: int) -> None:
+        """Note that a token may come next."""
+        self._known[token] = True
+
+    def apply(self, logits: Floats, ids: Ids | None) -> None:
+        """Set the logits of tokens that may not come next to -inf. ids: the tokens of the columns; None for all."""
+        if self.forced:
+            columns = np.array([self.forced[0]]) if ids is None else np.flatnonzero(ids == self.forced[0])
+        elif ids is not None:
+            columns = np.flatnonzero(self.flags[ids])
+        else:
+            count = int(np.bitwise_count(self.words).sum())
+            if count > FEW:
+                flags = self.flags
+                if len(flags) < len(logits):
+                    logits[len(flags) :] = -np.inf
+                np.copyto(logits[: len(flags)], np.float32(-np.inf), where=~flags[: len(logits)])
+                return
+            columns = np.flatnonzero(self.flags)
+        columns = columns[columns < len(logits)]
+        kept = logits[columns]
+        logits.fill(-np.inf)
+        logits[columns] = kept
