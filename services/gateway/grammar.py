@@ -51,21 +51,27 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
 def _excludes_tools(request: ChatRequest) -> bool:
     """Return whether the grammar of an option excludes the tools of a chat.
 
-    Where calls must be made, the answer has no text to which `response_format` could apply.
+    `response_format` is about the text of an answer, which may be calls instead. Other options are about all of it.
     """
-    has_form = request.response_format.type != "text"
-    return bool(request.offered_tools) and not (has_form and request.tool_choice.mode == "required")
+    return bool(request.offered_tools) and request.response_format.type == "text"
 
 
 def _option_of(request: GenerationRequest, model: ServedModel) -> GrammarOption | None:
-    """Return the option that sets the grammar; a tool that must be called sets one as well."""
-    if not isinstance(request, ChatRequest) or request.tool_choice.mode != "required":
-        return request.grammar
+    """Return the option that sets the grammar: tools that must be called, or may be called beside a form, set one."""
+    asked = request.grammar
+    if not isinstance(request, ChatRequest) or not request.offered_tools:
+        return asked
+    must_call = request.tool_choice.mode == "required"
+    if not must_call and asked is None:
+        return None
     named = request.tool_choice.name
     tools = [tool.model_dump() for tool in request.tools if named in (None, tool.function.name)]
     several = request.parallel_tool_calls and named is None
-    value = {"format": tool_format(model.tokenizer).name, "tools": tools, "several": several}
-    return GrammarOption("calls", json.dumps(value), "tool_choice")
+    value: dict[str, Any] = {"format": tool_format(model.tokenizer).name, "tools": tools, "several": several}
+    if must_call or asked is None:
+        return GrammarOption("calls", json.dumps(value), "tool_choice")
+    value["schema"] = json.loads(asked.value) if asked.kind == "json_schema" else {"type": "object"}
+    return GrammarOption("calls", json.dumps(value), asked.param, asked.strict)
 
 
 @lru_cache(maxsize=256)
@@ -79,8 +85,13 @@ def _built(option: GrammarOption) -> str:
 
 
 def _calls(value: Mapping[str, Any], strict: bool) -> str:
-    """Return the grammar of answers that call tools, in the format of the model's family."""
+    """Return the grammar of answers that call tools, in the format of the model's family.
+
+    With a `schema`, an answer is either calls or a JSON text that fits it.
+    """
     form: ToolFormat = TOOL_FORMATS[value["format"]]
+    # With its first words as one literal, a call without a mark excludes other texts that begin with a brace.
+    call = _call_as_schema if "schema" in value and form is not HERMES else _call
     rules = []
     for number, described in enumerate(value["tools"]):
         tool = Tool.model_validate(described).function
@@ -89,10 +100,27 @@ def _calls(value: Mapping[str, Any], strict: bool) -> str:
             build.json_schema(schema, strict=tool.strict)
         except GrammarError as error:
             raise GrammarError(f"the parameters of {tool.name}: {error}") from error
-        head = json.dumps(f'{{"name": {json.dumps(tool.name)}, "{form.arguments}": ')
-        rules.append(f'call_{number}: {head} {build.inline_schema(schema, strict=tool.strict)} "}}"')
+        rules.append(f"call_{number}: {call(form, tool.name, schema, tool.strict)}")
     names = " | ".join(f"call_{number}" for number in range(len(rules)))
-    return build.lark("\n".join([f"start: {_answer(form, value['several'])}", f"call: {names}", *rules]))
+    answer = _answer(form, value["several"])
+    if "schema" in value:
+        build.json_schema(value["schema"], strict=strict)
+        answer = f"({answer}) | text"
+        rules.append(f"text: {build.inline_schema(value['schema'], strict=strict)}")
+    return build.lark("\n".join([f"start: {answer}", f"call: {names}", *rules]))
+
+
+def _call(form: ToolFormat, name: str, schema: Mapping[str, Any], strict: bool) -> str:
+    head = json.dumps(f'{{"name": {json.dumps(name)}, "{form.arguments}": ')
+    return f'{head} {build.inline_schema(schema, strict=strict)} "}}"'
+
+
+def _call_as_schema(form: ToolFormat, name: str, schema: Mapping[str, Any], strict: bool) -> str:
+    properties = {"name": {"const": name}, form.arguments: schema}
+    call = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
+    # References lead to definitions at the root.
+    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
+    return build.inline_schema({**call, **definitions}, strict=strict)
 
 
 def _answer(form: ToolFormat, several: bool) -> str:

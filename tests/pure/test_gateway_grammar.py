@@ -187,9 +187,6 @@ async def test_what_does_not_go_together_is_refused(app: App) -> None:
     for tool_choice in ("auto", "required", named):
         error = error_of(await app.chat(**choice, tools=[WEATHER], tool_choice=tool_choice), 400)
         assert error["param"] == "guided_choice"
-    form = {"response_format": {"type": "json_object"}}
-    error = error_of(await app.chat(**form, tools=[WEATHER]), 400)
-    assert error["param"] == "response_format"
     assert app.generated == []
     assert (await app.chat(**choice, tools=[WEATHER], tool_choice="none")).status_code == 200
 
@@ -206,6 +203,30 @@ async def test_a_form_has_no_effect_where_calls_must_be_made(app: App) -> None:
     assert answer.json()["choices"][0]["finish_reason"] == "tool_calls"
     assert alone is not None
     assert app.generated[-1].sampling.grammar == alone
+
+
+async def test_an_answer_beside_tools_has_the_form_or_consists_of_calls(app: App, hermes: App) -> None:
+    schema = {"type": "json_schema", "json_schema": {"name": "n", "schema": SCHEMA, "strict": True}}
+    for one, call in ((app, CALL), (hermes, f"<tool_call>\n{CALL}\n</tool_call>")):
+        for form, text in ((schema, JSON_TEXT), ({"type": "json_object"}, '{"x": 1}')):
+            for script, finish in ((call, "tool_calls"), (text, "stop")):
+                one.script = Script(script)
+                response = await one.chat(tools=[WEATHER, TIME], response_format=form)
+                (choice,) = response.json()["choices"]
+                assert choice["finish_reason"] == finish
+                assert bool(choice["message"].get("tool_calls")) == (finish == "tool_calls")
+                assert choice["message"]["content"] == (None if script == call else text)
+            assert all(follows(one, one.generated[-1], answer) for answer in (text, call))
+            assert not any(follows(one, one.generated[-1], answer) for answer in ("Köln is nice.", f"{text}{call}"))
+    parameters = {"properties": {"at": {"$ref": "#/$defs/place"}}, "$defs": {"place": {"enum": ["Köln"]}}}
+    tool = {"type": "function", "function": {"name": "go", "parameters": {"type": "object", **parameters}}}
+    await app.chat(tools=[tool], response_format=schema)
+    assert follows(app, app.generated[-1], '{"name": "go", "arguments": {"at": "Köln"}}')
+    assert not follows(app, app.generated[-1], '{"name": "go", "arguments": {"at": "Bonn"}}')
+    wrong = {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"type": "strin"}}}}}
+    error = error_of(await app.chat(tools=[WEATHER], response_format=wrong), 400)
+    assert (error["param"], error["code"]) == ("response_format.json_schema.schema", "invalid_grammar")
+    assert "properties.a: Invalid type: strin" in error["message"]
 
 
 async def test_tools_that_must_be_called_are_called_by_grammar(app: App, hermes: App) -> None:
