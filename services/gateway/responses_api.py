@@ -246,7 +246,8 @@ class ResponseEvents:
         events = b""
         if self._item is None or self._item["type"] != kind:
             make = _message_item if kind == "message" else _reasoning_item
-            events += self._open(make(self._answer, ""))
+            before = sum(one["type"] == kind for one in [*self.output, *([self._item] if self._item else [])])
+            events += self._open(make(self._answer, "", before))
         assert self._item is not None
         if kind == "message":
             if not self._item["content"][0]["text"]:
@@ -298,9 +299,10 @@ def _response_id(answer: Answer) -> str:
     return f"resp_{answer.id_suffix}"
 
 
-def _message_item(answer: Answer, text: str) -> Fields:
+def _message_item(answer: Answer, text: str, before: int = 0) -> Fields:
+    """Return an item with text. before: items of this type before it."""
     return {
-        "id": f"msg_{answer.id_suffix}",
+        "id": _item_id("msg", answer, before),
         "type": "message",
         "status": "completed",
         "role": "assistant",
@@ -308,9 +310,14 @@ def _message_item(answer: Answer, text: str) -> Fields:
     }
 
 
-def _reasoning_item(answer: Answer, text: str) -> Fields:
+def _item_id(prefix: str, answer: Answer, before: int) -> str:
+    return f"{prefix}_{answer.id_suffix}" + (f"_{before}" if before else "")
+
+
+def _reasoning_item(answer: Answer, text: str, before: int = 0) -> Fields:
+    """Return an item with reasoning. before: items of this type before it."""
     return {
-        "id": f"rs_{answer.id_suffix}",
+        "id": _item_id("rs", answer, before),
         "type": "reasoning",
         "status": "completed",
         "summary": [],

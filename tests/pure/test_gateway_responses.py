@@ -13,6 +13,7 @@ import pytest
 from gateway_peer import Script, tiny_target
 from pydantic import BaseModel
 from test_gateway_app import MODEL, THINKING, App, app, error_of, folder, guarded  # noqa: F401 fixtures
+from test_gateway_tools import HERMES_TEMPLATE, served
 
 from shared.errors import BrokersError
 from shared.models.folder import ModelFolder
@@ -159,7 +160,6 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
         ({"text": {"format": {"type": "json_schema", "name": "x"}}}, "text.format.schema"),
         ({"text": {"format": {"type": "json_schema", "schema": {"type": "nothing"}}}}, "text.format.schema"),
         ({"text": {"verbosity": "high"}}, "text.verbosity"),
-        ({"text": {"format": {"type": "json_object"}}, "tools": [TOOL]}, "text.format"),
         ({"tools": [{"type": "function", "name": "a b"}]}, "tools[0].name"),
         ({"tools": [TOOL], "tool_choice": {"type": "allowed_tools"}}, "tool_choice"),
         ({"max_output_tokens": 5.5}, "max_output_tokens"),
@@ -189,6 +189,22 @@ async def test_reasoning_is_an_item(tmp_path: Path, stream: bool) -> None:
 )
 async def test_what_is_not_supported_is_refused(app: App, options: dict[str, Any], param: str) -> None:  # noqa: F811
     assert error_of(await post(app, **options), 400)["param"] == param
+
+
+async def test_each_item_of_an_answer_has_an_id_of_its_own(tmp_path: Path) -> None:
+    async for hermes in served(tmp_path, HERMES_TEMPLATE):
+        hermes.script = Script(f"Let me see. <tool_call>\n{CALL}\n</tool_call> Now I know.")
+        response = await post(hermes, tools=[TOOL], stream=True)
+        output = last_event(response)["response"]["output"]
+        assert [item["type"] for item in output] == ["message", "function_call", "message"]
+        assert len({item["id"] for item in output}) == 3
+        for item in (output[0], output[2]):
+            await post(
+                hermes, input=[{"type": "item_reference", "id": item["id"]}, {"role": "user", "content": "And?"}]
+            )
+            said = {"role": "assistant", "content": item["content"][0]["text"]}
+            asked = [said, {"role": "user", "content": "And?"}]
+            assert hermes.generated[-1].prompt == hermes.tokenizer.render_chat(asked)
 
 
 @pytest.mark.parametrize("stream", [False, True])
