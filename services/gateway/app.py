@@ -19,7 +19,7 @@ from starlette.exceptions import HTTPException
 from starlette.routing import BaseRoute, Match
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.gateway import spans
+from services.gateway import misspelt, spans
 from services.gateway.body import parse, read_body
 from services.gateway.browsers import BrowserGuard, with_cors
 from services.gateway.core.cursor import StreamCursor
@@ -267,12 +267,16 @@ class RequestScope:
         status = 0
         quiet = scope["method"] in READ and (is_open(scope["path"]) or scope["path"] == "/metrics")
         span = spans.begin_request(scope, request_id) if tracing.is_on() and not quiet else tracing.NO_SPAN
+        misspelt.FOUND.set(None)
 
         async def send_with_id(message: Message) -> None:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                if found := misspelt.FOUND.get():
+                    headers[misspelt.IGNORED_HEADER] = misspelt.in_words(found)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id), tracing.active(span):

@@ -1,7 +1,7 @@
 """Bodies of requests: read, parsed as JSON, checked by a model, and the errors of wrong ones.
 
-Unknown options are ignored, because clients of every age send some. Options that would change the text but are not
-supported (`services.gateway.core.options`) are refused by name.
+Unknown options are ignored, because clients of every age send some (`services.gateway.misspelt`). Options that would
+change the text but are not supported (`services.gateway.core.options`) are refused by name.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, ValidationError
 from pydantic_core import from_json
 from starlette.requests import ClientDisconnect, Request
 
+from services.gateway import misspelt
 from services.gateway.core.options import UnsupportedOption
 from services.gateway.errors import ApiError, invalid
 from services.gateway.settings import ApiSettings
@@ -119,6 +120,8 @@ def parse(kind: type[R], body: bytes) -> R:
     parsed = checked(kind, fields)
     if not _is_finite(fields):  # somewhere in a schema, a call's input or the like
         raise invalid("the request's body is not JSON: number out of range", code="invalid_json")
+    if unknown := [name for name in fields if name not in kind.model_fields and name not in kind.unsupported]:
+        misspelt.find(unknown, fields, kind.model_fields)
     return parsed
 
 

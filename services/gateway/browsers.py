@@ -17,12 +17,14 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from services.gateway.errors import DROPPED_HEADER, REFUSED_HEADER, ApiError
+from services.gateway.misspelt import IGNORED_HEADER
 from shared.errors import quoted
 
 EXPOSED = (
     "retry-after",
     "x-request-id",
     "x-wisp-seed",
+    IGNORED_HEADER,
     REFUSED_HEADER,
     DROPPED_HEADER,
     *(f"x-ratelimit-{what}-{kind}" for what in ("limit", "remaining", "reset") for kind in ("requests", "tokens")),

@@ -17,6 +17,7 @@ import gateway_memory
 import httpx
 import openai
 import pytest
+import structlog
 from gateway_memory import MemoryServices, MemoryTransport
 from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny_target
 from hypothesis import HealthCheck, given
@@ -247,6 +248,29 @@ async def test_options_lists_the_methods_of_a_path(app: App) -> None:
     answer = await app.http.options("/v1/chat/completions")
     assert (answer.status_code, answer.headers["allow"], answer.content) == (204, "POST, OPTIONS", b"")
     assert error_of(await app.http.options("/nowhere"), 404)["code"] == "unknown_url"
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
+async def test_options_that_look_misspelt_are_named(app: App, path: str) -> None:
+    body = HELLO | {"prompt": "x", "input": "x", "max_tokens": 5}
+    if path == "/v1/responses":
+        body = {"model": MODEL, "input": "x"}
+    harmless = {"user": "u", "metadata": {}, "stream": False, "models": [], "no_such_option": 1, "n" * 99: 1}
+    with structlog.testing.capture_logs() as logs:
+        answer = await app.http.post(path, json=body | harmless)
+        assert answer.status_code == 200, answer.text
+        assert "x-wisp-ignored" not in answer.headers
+        assert [entry for entry in logs if entry["log_level"] == "warning"] == []
+        answer = await app.http.post(path, json=body | harmless | {"temprature": 0, "Top-P": "secret"})
+    assert answer.status_code == 200
+    told = "temprature (did you mean temperature?), Top-P (did you mean top_p?)"
+    assert answer.headers["x-wisp-ignored"] == told
+    (entry,) = [entry for entry in logs if entry["log_level"] == "warning"]
+    assert entry["options"] == {"temprature": "temperature", "Top-P": "top_p"}
+    assert "secret" not in str(entry)
+    stream = await app.http.post(path, json=body | {"stream": True, "temper\u00e4ture\n": 0})
+    assert stream.headers["x-wisp-ignored"] == "temper\\xe4ture\\n (did you mean temperature?)"
+    assert "x-wisp-ignored" not in (await app.http.post(path, json=body)).headers
 
 
 async def test_an_unknown_model_is_refused(app: App) -> None:
