@@ -243,6 +243,12 @@ def test_a_page_shows_its_text_and_no_markup_of_its_own() -> None:
     assert b'<a href="/docs/b.md#one">z</a>' in page
 
 
+def test_the_brand_is_in_each_title_once() -> None:
+    made = Documents({"README.md": "# WISP", "a.md": "# The engine"})
+    titles = [re.findall(r"<title>(.*)</title>", (made.html(path) or b"").decode()) for path in made.paths]
+    assert titles == [["WISP"], ["The engine · WISP"]]
+
+
 async def first_events(http: httpx.AsyncClient, count: int) -> list[dict[str, object]]:
     found: list[dict[str, object]] = []
     async with http.stream("GET", "/fleet/events") as response:

@@ -396,6 +396,15 @@ async def test_nothing_overflows_a_phone_and_text_is_readable(page: BrowserPage,
         assert await page.run(CONTRASTS) == []
 
 
+async def test_code_of_the_documentation_is_read_without_scrolling(page: BrowserPage, app: PacedApp) -> None:
+    async with served(app) as url:
+        await page.open(f"{url}/docs/README.md")
+        assert await page.run("document.title") == "WISP"
+        assert await page.run("document.querySelectorAll('.text pre').length") > 3
+        cut = "[...document.querySelectorAll('.text pre')].filter((one) => one.scrollWidth > one.clientWidth).length"
+        assert await page.run(cut) == 0
+
+
 CUT_OFF = """[...document.querySelectorAll('#view-fleet .scroll')].filter(one => one.scrollWidth > one.clientWidth)
   .map(one => one.innerText)"""
 """Tables of which a part is seen only after scrolling."""

@@ -235,7 +235,7 @@ def test_runs_are_counted_as_sessions_jobs_tokens_and_busy_time() -> None:
     before = watch.snapshot(2000)
     watch.feed(result("run", "a", 6, tokens=[1, 2, 3], run=True, run_left=0, copied=[0, 1], trimmed_to=4), 2100)
     seen = watch.snapshot(2100)
-    assert (seen.verified - before.verified, seen.accepted - before.accepted) == (4, 2), "copies are drafts"
+    assert (seen.verified - before.verified, seen.accepted - before.accepted) == (0, 0), "copies are no drafts"
     watch.feed(builders.ended("b"), 2100)
     assert watch.snapshot(2100).verifiers[0].runs == 0
     watch.feed(result("c", "d", 0, run_left=9), 2200)

@@ -128,8 +128,9 @@ class FleetRecord:
         if result.status is Status.COMMITTED:
             step.tokens += len(result.tokens)
             step.run_tokens += len(result.tokens) if result.run else 0
-            step.verified += result.trimmed_to
-            step.accepted += result.accepted_drafts
+            # Copies of runs are no drafts of the fleet's drafters: as in the metrics, they are left out.
+            step.verified += 0 if result.run else result.trimmed_to
+            step.accepted += 0 if result.run else result.accepted
         if result.run:
             self.number += 1
             self.runs.append((self.number, self._run_fields(result, now_ms)))

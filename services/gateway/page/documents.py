@@ -23,6 +23,7 @@ CHECKOUT_FOLDERS = (*FOLDERS, "docker", "k8s")
 INDEX = "README.md"
 PREFIX = "/docs/"
 PROJECT = "wisp"
+BRAND = "WISP"
 _PICTURE = re.compile(r"!\[[^\]]*\]\(([^()\s]+)\)")
 _EXTERNAL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 
@@ -64,6 +65,7 @@ class Documents:
     def _page(self, path: str) -> str:
         tokens = self._markdown.parse(self._sources[path])
         title = _title(self._sources[path]) or path
+        name = title if title == BRAND else f"{title} · {BRAND}"
         _name_headings(tokens)
         _lead_links(tokens, path, self._sources)
         body = self._markdown.renderer.render(tokens, self._markdown.options, {})
@@ -72,7 +74,7 @@ class Documents:
             f"{escape(_title(self._sources[other]) or other)}</a></li>"
             for other in self.paths
         )
-        return _FRAME.format(title=escape(title), listed=listed, body=body)
+        return _FRAME.format(title=escape(name), listed=listed, body=body)
 
 
 def _sources() -> Iterator[tuple[str, str]]:
@@ -151,7 +153,7 @@ _FRAME = """<!doctype html>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <meta name="color-scheme" content="light dark">
-<title>{title} · WISP</title>
+<title>{title}</title>
 <link rel="icon" href="/page/icon.svg">
 <link rel="stylesheet" href="/page/page.css">
 </head>

@@ -228,9 +228,12 @@ def made_in(summary: dict[str, float]) -> str:
 
 def summary_lines(summary: dict[str, float]) -> list[str]:
     """Format the summary of an answer for people."""
-    verified = round(summary["verified"] + summary.get("copies_verified", 0))
-    accepted = summary["accepted"] + summary.get("copied", 0)
-    drafts = f"{accepted / verified:.0%} of {counted(verified, 'draft token')} accepted" if verified else "no drafts"
+    verified = round(summary["verified"])
+    drafts = (
+        f"{summary['accepted'] / verified:.0%} of {counted(verified, 'draft token')} accepted"
+        if verified
+        else "no drafts"
+    )
     return [
         f"{made_in(summary)}, {tokens_per_round(summary):.2f} tokens per round, {drafts}",
         f"first token after {summary['ttft_ms']:,.0f} ms, then {tokens_per_second(summary):.1f} tokens per second",

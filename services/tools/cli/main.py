@@ -85,7 +85,9 @@ class Benchmark(StrEnum):
     ENGINE = "engine"
     ESTIMATOR = "estimator"
     FORMATS = "formats"
+    GATEWAY = "gateway"
     GPU = "gpu"
+    GRAMMAR = "grammar"
     HANDOFF = "handoff"
     LEARNING = "learning"
     LOAD = "load"
@@ -98,6 +100,7 @@ class Benchmark(StrEnum):
 
 BENCHMARK_EXTRAS = {
     Benchmark.DRAFT: ("model", "training", "bench"),
+    Benchmark.GATEWAY: ("gateway", "model"),
     Benchmark.HANDOFF: ("gateway", "model", "client"),
     Benchmark.LOAD: ("gateway", "model", "client", "bench"),
     Benchmark.ROUNDS: ("gateway", "model", "client"),

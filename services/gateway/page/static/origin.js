@@ -96,9 +96,10 @@ export class AnswerRecord {
   /** What the counters show. Times are the gateway's once the answer is complete, and the page's before. */
   counters(nowMs) {
     const summary = this.summary;
-    const verified = this.rounds.reduce((sum, round) => sum + round.verified, 0);
-    const accepted = this.rounds.reduce((sum, round) => sum + round.accepted, 0);
-    const rounds = this.rounds.filter((round) => !round.run).length;
+    const drafted = this.rounds.filter((round) => !round.run);
+    const verified = drafted.reduce((sum, round) => sum + round.verified, 0);
+    const accepted = drafted.reduce((sum, round) => sum + round.accepted, 0);
+    const rounds = drafted.length;
     const runTokens = summary ? summary.run_tokens : this.rounds.reduce((sum, round) => sum + (round.run ? round.tokens : 0), 0);
     const ttftMs = summary ? summary.ttft_ms : this.firstMs === null ? null : this.firstMs - this.startedMs;
     const spanMs = summary ? summary.total_ms - summary.ttft_ms : this.firstMs === null ? 0 : this.lastMs - this.firstMs;

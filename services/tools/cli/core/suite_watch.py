@@ -167,8 +167,9 @@ class SuiteWatch:
                     result.verifier,
                     result.run,
                     len(result.tokens),
-                    result.trimmed_to,
-                    result.accepted_drafts,
+                    # As in the metrics, copies of runs are no drafts.
+                    0 if result.run else result.trimmed_to,
+                    0 if result.run else result.accepted,
                 )
             )
 
