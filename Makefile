@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats gpu-check bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats gpu-check bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -108,6 +108,12 @@ bench-load: setup ## SLO attainment under load, by policy
 
 bench-scaling: setup ## throughput by number of verifiers, and start times
 	@$(BIN)/wisp bench scaling $(ARGS)
+
+bench-gateway: setup ## a gateway's streams, with a stub behind the queues
+	@$(BIN)/wisp bench gateway $(ARGS)
+
+bench-grammar: setup ## cost of grammars' masks in a round
+	@$(BIN)/wisp bench grammar $(ARGS)
 
 bench-handoff: setup ## delay of streams when a verifier drains
 	@$(BIN)/wisp bench handoff $(ARGS)

@@ -1,0 +1,301 @@
+"""`wisp bench grammar`: what a JSON schema costs a round of the verifier, beside the same round without it.
+
+The model first answers under the schema, and its logits are kept. Sessions at different places of these answers are
+then verified in batches, with and without the grammar, each with the kept logits in place of a forward pass. The
+difference of the times is the cost of the grammar: following the tokens, forcing, masks and choices. The last row has
+random logits, of which nearly none is allowed: each position needs its mask.
+
+Times are those of the thread's work on the CPU, which other programs do not change much.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from statistics import mean, median, quantiles
+from typing import Annotated, Any, cast
+
+import numpy as np
+import torch
+import typer
+
+from services.tools.bench.support.options import TargetOption, run_program, target_folder, whole_numbers
+from services.tools.bench.support.report import report, terminal
+from services.tools.cli.terminal import errors_shown
+from services.tools.local.progress import ConsoleProgress, Progress
+from services.verifier.core.tasks import VerifyTask
+from services.verifier.verify import verify
+from shared.engine import Engine, Step
+from shared.engine.engine import Output
+from shared.errors import WispError
+from shared.grammar import build
+from shared.grammar.masks import Grammars
+from shared.messages import Grammar, Sampling
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
+
+AIM_MS, AIM_BATCH = 1.0, 32
+ANSWER = 160
+"""Most tokens of a kept answer."""
+SUBJECTS = ("Ada Lovelace, who wrote programs", "Marie Curie, who studied radiation")
+SAMPLINGS = {
+    "greedy": Sampling(),
+    "temperature 1": Sampling(temperature=1.0, seed=1),
+    "temperature 0.7, top_p 0.9": Sampling(temperature=0.7, top_p=0.9, seed=1),
+}
+RANDOM = "greedy, random logits"
+COLUMNS = [
+    "sampling",
+    "draft",
+    "tokens a round",
+    "without ms",
+    "grammar's cost ms",
+    "90 % ms",
+    "% of choices changed",
+]
+
+
+def schema() -> dict[str, Any]:
+    """Return a schema of 2 KB: a person with addresses, jobs and preferences."""
+    text = {"type": "string", "minLength": 1, "maxLength": 40}
+    year = {"type": "integer", "minimum": 1800, "maximum": 2100}
+    address = _object(
+        street=text,
+        number={"type": "integer", "minimum": 1, "maximum": 999},
+        city=text,
+        postal_code={"type": "string", "pattern": "^[0-9]{5}$"},
+        country={"enum": ["France", "Germany", "Poland", "Spain", "United Kingdom", "United States"]},
+    )
+    job = _object(
+        title=text,
+        employer=text,
+        began=year,
+        ended={"anyOf": [year, {"type": "null"}]},
+        skills={"type": "array", "items": text, "minItems": 1, "maxItems": 4},
+    )
+    return _object(
+        name=text,
+        born=year,
+        email={"type": "string", "pattern": "^[a-z]{1,20}@[a-z]{1,20}[.](com|org)$"},
+        nationality={"enum": ["British", "French", "German", "Polish", "Spanish", "American", "other"]},
+        height_cm={"type": "number", "minimum": 50, "maximum": 250},
+        alive={"type": "boolean"},
+        home=address,
+        work={"anyOf": [address, {"type": "null"}]},
+        jobs={"type": "array", "items": job, "minItems": 1, "maxItems": 3},
+        languages={"type": "array", "items": {"enum": ["en", "fr", "de", "pl", "es"]}, "minItems": 1, "maxItems": 3},
+        summary={"type": "string", "minLength": 20, "maxLength": 300},
+    )
+
+
+def _object(**properties: Any) -> dict[str, Any]:
+    return {
+        "type": "object",
+        "properties": properties,
+        "required": list(properties),
+        "additionalProperties": False,
+    }
+
+
+@dataclass
+class KeptAnswer:
+    """An answer with its logits."""
+
+    prompt: list[int]
+    tokens: list[int]
+    logits: torch.Tensor
+    """The row from which each token was chosen."""
+
+
+@dataclass
+class KeptLogits:
+    """Stands in for an engine: its logits are those of answers, which sessions take up at any place."""
+
+    vocab_size: int
+    max_len: int
+    answers: dict[str, KeptAnswer] = field(default_factory=dict)
+    """By session."""
+    forward_s: float = 0.0
+    """Time that went into copying rows."""
+    keeps_hidden: bool = False
+    _cached: dict[str, int] = field(default_factory=dict)
+
+    def attach(self, session: str, tokens: Sequence[int]) -> int:
+        """Everything but the last token is cached."""
+        self._cached[session] = len(tokens) - 1
+        return len(tokens) - 1
+
+    def truncate(self, session: str, length: int) -> None:
+        """Drop the tokens from `length` on."""
+        self._cached[session] = length
+
+    def cached(self, session: str) -> int:
+        """Return the length of a session."""
+        return self._cached[session]
+
+    def forward(self, steps: Sequence[Step]) -> Output:
+        """Return the rows of the answers at the sessions' places."""
+        began_s = time.thread_time()
+        rows, offsets = [], [0]
+        for step in steps:
+            answer = self.answers[step.session]
+            self._cached[step.session] += len(step.tokens)
+            last = self._cached[step.session] - len(answer.prompt) + 1
+            rows.append(answer.logits[last - step.rows : last])
+            offsets.append(offsets[-1] + step.rows)
+        output = Output(torch.cat(rows), offsets)
+        self.forward_s += time.thread_time() - began_s
+        return output
+
+
+def keep_answers(engine: Engine, model: ModelFolder, grammar: str, sampling: Sampling) -> list[KeptAnswer]:
+    """Let the model answer under a grammar, token by token. Raises WispError if an answer fails."""
+    tokenizer, grammars = Tokenizer(model), Grammars.of(model)
+    kept = []
+    for number, subject in enumerate(SUBJECTS):
+        text = f"Describe {subject}, as JSON with the fields {', '.join(schema()['properties'])}."
+        prompt = tokenizer.render_chat([{"role": "user", "content": text}])
+        ruled = sampling.model_copy(update={"grammar": Grammar(text=grammar, prompt_len=len(prompt))})
+        tokens: list[int] = []
+        rows: list[torch.Tensor] = []
+        name = f"keep-{number}"
+        engine.attach(name, prompt)
+        while len(tokens) < ANSWER and not (tokens and tokens[-1] in model.eos_ids):
+            whole = [*prompt, *tokens]
+            task = _task(name, whole, [], ruled, len(prompt), model)
+            (outcome,), _ = verify(engine, [task], grammars=grammars, most_forced=0)
+            if outcome.verdict is None:
+                raise outcome.error if isinstance(outcome.error, WispError) else WispError(str(outcome.error))
+            # Once more, for the row itself: a forced token needs none.
+            engine.truncate(name, len(whole) - 1)
+            rows.append(engine.forward([Step(name, whole[-1:], rows=1)]).logits.float())
+            tokens += outcome.verdict.tokens
+        engine.release(name)
+        kept.append(KeptAnswer(prompt, tokens, torch.cat(rows)))
+    return kept
+
+
+def _task(
+    name: str, tokens: list[int], draft: list[int], sampling: Sampling, prompt_len: int, model: ModelFolder
+) -> VerifyTask:
+    stop_ids = frozenset(model.eos_ids)
+    return VerifyTask(name, tokens, draft, sampling, stop_ids, room=100_000, prompt_len=prompt_len)
+
+
+def measure(
+    kept: Sequence[KeptAnswer],
+    model: ModelFolder,
+    grammar: str,
+    sampling: Sampling,
+    draft: int,
+    batch: int,
+    rounds: int,
+) -> list[Any]:
+    """Return tokens a round, time without the grammar, its cost at the median and the 90th percentile, choices changed.
+
+    draft: tokens of each draft, which are right.
+    """
+    double = KeptLogits(kept[0].logits.shape[1], 1_000_000)
+    engine = cast(Engine, double)
+    grammars = Grammars.of(model)
+    places = {f"s{i}": (i * 7) % ANSWER for i in range(batch)}
+    generation = dict.fromkeys(places, 0)
+    without_ms, cost_ms, made, changed = [], [], [], []
+    for number in range(rounds):
+        tasks = []
+        for index, (name, place) in enumerate(list(places.items())):
+            answer = kept[index % len(kept)]
+            if place >= len(answer.tokens) - draft - 1:
+                places[name] = place = number % 3
+                grammars.forget(f"{name}.{generation[name]}")
+                generation[name] += 1
+            session_id = f"{name}.{generation[name]}"
+            double.answers[session_id] = answer
+            ruled = sampling.model_copy(update={"grammar": Grammar(text=grammar, prompt_len=len(answer.prompt))})
+            tokens = [*answer.prompt, *answer.tokens[:place]]
+            ahead = answer.tokens[place : place + draft]
+            # Forced tokens may not reach beyond the kept rows.
+            room = len(answer.tokens) - place
+            tasks.append(replace(_task(session_id, tokens, ahead, ruled, len(answer.prompt), model), room=room))
+        took_ms, outcomes = _timed(double, engine, tasks, grammars)
+        free = []
+        for task, outcome in zip(tasks, outcomes, strict=True):
+            assert outcome.verdict is not None, outcome.error
+            name = task.session_id.partition(".")[0]
+            places[name] += len(outcome.verdict.tokens)
+            made.append(len(outcome.verdict.tokens))
+            # The same rows without the grammar: what it forced is a draft there.
+            free_sampling = task.sampling.model_copy(update={"grammar": None})
+            free.append(replace(task, draft=outcome.verdict.tokens[:-1], sampling=free_sampling))
+        free_ms, others = _timed(double, engine, free, None)
+        changed += [
+            mine.verdict != other.verdict and len(other.verdict.tokens) <= len(mine.verdict.tokens)
+            for mine, other in zip(outcomes, others, strict=True)
+            if mine.verdict is not None and other.verdict is not None
+        ]
+        if number >= rounds // 10:  # the first rounds build the sessions' states
+            without_ms.append(free_ms)
+            cost_ms.append(took_ms - free_ms)
+    return [mean(made), median(without_ms), median(cost_ms), quantiles(cost_ms, n=10)[8], 100 * mean(changed)]
+
+
+def _timed(
+    double: KeptLogits, engine: Engine, tasks: list[VerifyTask], grammars: Grammars | None
+) -> tuple[float, list[Any]]:
+    """Verify a batch; return its time in ms without that of the stand-in, and its outcomes."""
+    double.forward_s = 0.0
+    began_s = time.thread_time()
+    outcomes, _ = verify(engine, tasks, grammars=grammars)
+    return (time.thread_time() - began_s - double.forward_s) * 1000, outcomes
+
+
+def main(
+    batch: Annotated[int, typer.Option(min=1, help="Sessions in a batch.")] = AIM_BATCH,
+    drafts: Annotated[str, typer.Option(help="Lengths of drafts, comma-separated.")] = "0,4",
+    rounds: Annotated[int, typer.Option(min=20, help="Rounds of each row.")] = 100,
+    target: TargetOption = None,
+) -> None:
+    """Measure the cost of a grammar in a round."""
+    with errors_shown():
+        progress = ConsoleProgress(terminal())
+        model = ModelFolder(target_folder(target, progress))
+        text = build.json_schema(schema())
+        asked = whole_numbers("--drafts", drafts, 0)
+        rows = _rows(model, text, asked, batch, rounds, progress)
+        worst = max(row[4] for row in rows if row[0] != RANDOM)
+        verdict = "met" if worst <= AIM_MS else "missed"
+        report(
+            "grammar",
+            "A JSON schema in a round",
+            COLUMNS,
+            rows,
+            facts={"model": model.name, "schema bytes": len(json.dumps(schema())), "sessions": batch, "threads": 1},
+            notes=[f"aim for {AIM_BATCH} sessions: {AIM_MS:g} ms at the median; {verdict} ({worst:.2f})"]
+            if batch == AIM_BATCH
+            else [],
+        )
+
+
+def _rows(
+    model: ModelFolder, grammar: str, drafts: list[int], batch: int, rounds: int, progress: Progress
+) -> list[list[Any]]:
+    engine = Engine(Path(model.path), budget_tokens=2048)
+    rows: list[list[Any]] = []
+    kept: list[KeptAnswer] = []
+    for name, sampling in SAMPLINGS.items():
+        with progress.step(f"answers, {name}") as step:
+            kept = keep_answers(engine, model, grammar, sampling)
+            step.done(f"answers, {name}: {sum(len(one.tokens) for one in kept)} tokens")
+        rows += [[name, draft, *measure(kept, model, grammar, sampling, draft, batch, rounds)] for draft in drafts]
+    draw = np.random.default_rng(0)
+    noise = [torch.from_numpy(draw.normal(size=answer.logits.shape).astype(np.float32)) for answer in kept]
+    random = [replace(answer, logits=logits) for answer, logits in zip(kept, noise, strict=True)]
+    rows.append([RANDOM, 0, *measure(random, model, grammar, Sampling(), 0, batch, rounds)])
+    return rows
+
+
+if __name__ == "__main__":
+    run_program(main, "wisp bench grammar")
