@@ -223,11 +223,13 @@ def _choices(
     decided: dict[int, list[int]] = {i: [] for i in starts}
     open_tasks = [i for i in starts if not _ended(tasks[i], choices[i])]
     while open_tasks:
-        rows = [starts[i] + len(choices[i]) - certain[i] for i in open_tasks]
-        for i, row in zip(open_tasks, rows, strict=True):
-            if i not in processors or processors[i].only is None:
-                decided[i].append(row)
-        chosen = output.choose(
+        forced = {i: processors[i].only for i in open_tasks if i in processors}
+        # Forced tokens need no logits, and copying a row takes longer than a choice.
+        by_logits = [i for i in open_tasks if forced.get(i) is None]
+        rows = [starts[i] + len(choices[i]) - certain[i] for i in by_logits]
+        for i, row in zip(by_logits, rows, strict=True):
+            decided[i].append(row)
+        chosen = by_logits and output.choose(
             [
                 ChoiceRow(
                     row,
@@ -236,10 +238,13 @@ def _choices(
                     tasks[i].prompt_len,
                     processors.get(i),
                 )
-                for i, row in zip(open_tasks, rows, strict=True)
+                for i, row in zip(by_logits, rows, strict=True)
             ]
         )
-        for i, token in zip(open_tasks, chosen, strict=True):
+        tokens = {**forced, **dict(zip(by_logits, chosen, strict=True))}
+        for i in open_tasks:
+            token = tokens[i]
+            assert token is not None
             choices[i].append(token)
             if i in processors:
                 processors[i].push(token)

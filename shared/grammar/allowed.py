@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import cached_property
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,6 +17,16 @@ FEW = 4096
 """Up to so many allowed tokens, their logits are kept one by one."""
 
 
+class GrammarPlaces(Protocol):
+    """Answers questions about the places of an answer. Its methods raise GrammarError where that is too expensive."""
+
+    def mask_after(self, tokens: list[int]) -> Words:
+        """Return the mask of the place behind these tokens."""
+
+    def is_allowed(self, tokens: list[int], token: int) -> bool:
+        """Return whether a token may come behind these tokens."""
+
+
 class AllowedTokens:
     """The tokens that may come next.
 
@@ -23,27 +34,24 @@ class AllowedTokens:
     is looked up alone.
     """
 
-    def __init__(self, forced: Sequence[int], mask: Callable[[], Words], lookup: Callable[[int], bool]) -> None:
+    def __init__(self, forced: Sequence[int], places: GrammarPlaces, tokens: list[int], length: int) -> None:
         """forced: the only token that may come next and those that must follow it; empty where there is a choice.
 
-        mask and lookup: return the mask, and whether it has a token. They raise GrammarError where that is too
-        expensive.
+        tokens: begin with the `length` tokens before the place.
         """
         self.forced = forced
-        self._mask = mask
-        self._lookup = lookup
-        self._known: dict[int, bool] = {}
-        """Tokens that were looked up."""
-
-    @property
-    def only(self) -> int | None:
+        self.only = forced[0] if forced else None
         """The only token that may come next; None if there may be several."""
-        return self.forced[0] if self.forced else None
+        self.follows: int | None = None
+        """A token that may come next, if one is known."""
+        self._places = places
+        self._tokens = tokens
+        self._length = length
 
     @cached_property
     def words(self) -> Words:
         """A bit for each token of the vocabulary, from the lowest one of the first word on."""
-        return self._mask()
+        return self._places.mask_after(self._tokens[: self._length])
 
     @cached_property
     def flags(self) -> NDArray[np.bool_]:
@@ -54,13 +62,7 @@ class AllowedTokens:
         """Return whether a token may come next."""
         if self.forced:
             return token == self.forced[0]
-        if (known := self._known.get(token)) is None:
-            known = self._known[token] = self._lookup(token)
-        return known
-
-    def note(self, token: int) -> None:
-        """Note that a token may come next."""
-        self._known[token] = True
+        return token == self.follows or self._places.is_allowed(self._tokens[: self._length], token)
 
     def apply(self, logits: Floats, ids: Ids | None) -> None:
         """Set the logits of tokens that may not come next to -inf. ids: the tokens of the columns; None for all."""

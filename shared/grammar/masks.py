@@ -16,8 +16,8 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
@@ -85,7 +85,7 @@ class GrammarSession:
         prefix = list(tokens)
         with self._lock:
             self._follow(prefix)
-            return self._allowed(prefix, len(prefix))
+            return AllowedTokens(self._forced[-1], self, prefix, len(prefix))
 
     def chain(
         self, answer: list[int], draft: Sequence[int], room: int, most_forced: int, stop_ids: Collection[int] = ()
@@ -95,15 +95,16 @@ class GrammarSession:
         room: most tokens of the chain. most_forced: most tokens that are not of the draft. stop_ids: tokens that end
         the answer. Raises GrammarError as `after` does.
         """
-        chain = TokenChain([], 0, [])
+        places: list[AllowedTokens] = []
         drafted, forced = 0, 0
         tokens = list(answer)
+        length, end = len(answer), len(answer) + room
         with self._lock:
             self._follow(tokens)
             while True:
-                allowed = self._allowed(tokens, len(tokens))
-                chain.allowed.append(allowed)
-                if len(chain.tokens) >= room:
+                allowed = AllowedTokens(self._forced[-1], self, tokens, length)
+                places.append(allowed)
+                if length >= end:
                     break
                 if not forced and drafted < len(draft) and self._try(draft[drafted]):
                     token = draft[drafted]
@@ -114,27 +115,23 @@ class GrammarSession:
                     forced += 1
                 else:
                     break
-                allowed.note(token)
+                allowed.follows = token
                 tokens.append(token)
-                chain.tokens.append(token)
+                length += 1
                 if token in stop_ids:
                     break
-        return replace(chain, drafted=drafted)
+        return TokenChain(tokens[len(answer) :], drafted, places)
 
-    def _allowed(self, tokens: list[int], length: int) -> AllowedTokens:
-        """Return what may come at the current position, which is behind the first `length` of these tokens."""
-        return AllowedTokens(
-            self._forced[-1], partial(self._mask_after, tokens, length), partial(self._is_allowed, tokens, length)
-        )
-
-    def _mask_after(self, tokens: list[int], length: int) -> Words:
+    def mask_after(self, tokens: list[int]) -> Words:
+        """See `GrammarPlaces`."""
         with self._lock:
-            self._follow(tokens[:length])
+            self._follow(tokens)
             return self._mask()
 
-    def _is_allowed(self, tokens: list[int], length: int, token: int) -> bool:
+    def is_allowed(self, tokens: list[int], token: int) -> bool:
+        """See `GrammarPlaces`."""
         with self._lock:
-            self._follow(tokens[:length])
+            self._follow(tokens)
             if token in self._eos_ids:
                 return self._ended_at is not None or self._matcher.is_accepting()
             if self._ended_at is not None or not 0 <= token < self._vocab_size:

@@ -36,8 +36,10 @@ from shared.grammar.masks import Grammars
 from shared.messages import Grammar, Sampling
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
+from shared.sampling.sampler import choose
 
 AIM_MS, AIM_BATCH = 1.0, 32
+RAISED = 1000.0
 ANSWER = 160
 """Most tokens of a kept answer."""
 SUBJECTS = ("Ada Lovelace, who wrote programs", "Marie Curie, who studied radiation")
@@ -108,6 +110,20 @@ class KeptAnswer:
     tokens: list[int]
     logits: torch.Tensor
     """The row from which each token was chosen."""
+    free_logits: torch.Tensor
+    """The same rows with the token's own logit raised, so that it is chosen without the grammar too."""
+    changed: float
+    """Share of the tokens that the logits would not have chosen without the grammar."""
+
+    @classmethod
+    def of(cls, prompt: list[int], tokens: list[int], logits: torch.Tensor, sampling: Sampling) -> KeptAnswer:
+        """Return an answer with its logits."""
+        positions = range(len(prompt), len(prompt) + len(tokens))
+        own = choose(logits, [sampling] * len(tokens), positions)
+        raised = logits.clone()
+        raised[range(len(tokens)), tokens] += RAISED
+        changed = mean(one != token for one, token in zip(own, tokens, strict=True))
+        return cls(prompt, tokens, logits, raised, changed)
 
 
 @dataclass
@@ -118,6 +134,8 @@ class KeptLogits:
     max_len: int
     answers: dict[str, KeptAnswer] = field(default_factory=dict)
     """By session."""
+    free: bool = False
+    """True for the rows without a grammar."""
     forward_s: float = 0.0
     """Time that went into copying rows."""
     keeps_hidden: bool = False
@@ -144,7 +162,7 @@ class KeptLogits:
             answer = self.answers[step.session]
             self._cached[step.session] += len(step.tokens)
             last = self._cached[step.session] - len(answer.prompt) + 1
-            rows.append(answer.logits[last - step.rows : last])
+            rows.append((answer.free_logits if self.free else answer.logits)[last - step.rows : last])
             offsets.append(offsets[-1] + step.rows)
         output = Output(torch.cat(rows), offsets)
         self.forward_s += time.thread_time() - began_s
@@ -174,7 +192,7 @@ def keep_answers(engine: Engine, model: ModelFolder, grammar: str, sampling: Sam
             rows.append(engine.forward([Step(name, whole[-1:], rows=1)]).logits.float())
             tokens += outcome.verdict.tokens
         engine.release(name)
-        kept.append(KeptAnswer(prompt, tokens, torch.cat(rows)))
+        kept.append(KeptAnswer.of(prompt, tokens, torch.cat(rows), sampling))
     return kept
 
 
@@ -194,7 +212,7 @@ def measure(
     batch: int,
     rounds: int,
 ) -> list[Any]:
-    """Return tokens a round, time without the grammar, its cost at the median and the 90th percentile, choices changed.
+    """Return tokens a round, time without the grammar, its cost at the median and the 90th percentile, % changed.
 
     draft: tokens of each draft, which are right.
     """
@@ -203,7 +221,7 @@ def measure(
     grammars = Grammars.of(model)
     places = {f"s{i}": (i * 7) % ANSWER for i in range(batch)}
     generation = dict.fromkeys(places, 0)
-    without_ms, cost_ms, made, changed = [], [], [], []
+    without_ms, cost_ms, made = [], [], []
     for number in range(rounds):
         tasks = []
         for index, (name, place) in enumerate(list(places.items())):
@@ -230,23 +248,19 @@ def measure(
             # The same rows without the grammar: what it forced is a draft there.
             free_sampling = task.sampling.model_copy(update={"grammar": None})
             free.append(replace(task, draft=outcome.verdict.tokens[:-1], sampling=free_sampling))
-        free_ms, others = _timed(double, engine, free, None)
-        changed += [
-            mine.verdict != other.verdict and len(other.verdict.tokens) <= len(mine.verdict.tokens)
-            for mine, other in zip(outcomes, others, strict=True)
-            if mine.verdict is not None and other.verdict is not None
-        ]
+        free_ms, _ = _timed(double, engine, free, None)
         if number >= rounds // 10:  # the first rounds build the sessions' states
             without_ms.append(free_ms)
             cost_ms.append(took_ms - free_ms)
-    return [mean(made), median(without_ms), median(cost_ms), quantiles(cost_ms, n=10)[8], 100 * mean(changed)]
+    changed = 100 * mean(answer.changed for answer in kept)
+    return [mean(made), median(without_ms), median(cost_ms), quantiles(cost_ms, n=10)[8], changed]
 
 
 def _timed(
     double: KeptLogits, engine: Engine, tasks: list[VerifyTask], grammars: Grammars | None
 ) -> tuple[float, list[Any]]:
     """Verify a batch; return its time in ms without that of the stand-in, and its outcomes."""
-    double.forward_s = 0.0
+    double.forward_s, double.free = 0.0, grammars is None
     began_s = time.thread_time()
     outcomes, _ = verify(engine, tasks, grammars=grammars)
     return (time.thread_time() - began_s - double.forward_s) * 1000, outcomes
@@ -292,7 +306,10 @@ def _rows(
         rows += [[name, draft, *measure(kept, model, grammar, sampling, draft, batch, rounds)] for draft in drafts]
     draw = np.random.default_rng(0)
     noise = [torch.from_numpy(draw.normal(size=answer.logits.shape).astype(np.float32)) for answer in kept]
-    random = [replace(answer, logits=logits) for answer, logits in zip(kept, noise, strict=True)]
+    random = [
+        KeptAnswer.of(answer.prompt, answer.tokens, logits, Sampling())
+        for answer, logits in zip(kept, noise, strict=True)
+    ]
     rows.append([RANDOM, 0, *measure(random, model, grammar, Sampling(), 0, batch, rounds)])
     return rows
 
