@@ -88,8 +88,14 @@ def definitions(
         made["queues"].append(queue_definition(record, vhost))
         made["bindings"] += [binding(topology.exchange, record.name, key, vhost) for key in record.bindings]
         made["bindings"].append(binding(record.name, record.name, "#", vhost))
+    made["policies"] = _policies(topology, vhost)
+    return made
+
+
+def _policies(topology: Topology, vhost: str) -> list[Definitions]:
+    """Return the limits of queues whose consumers may be gone."""
     own = "|".join(ROLES)
-    made["policies"] = [
+    return [
         policy(
             f"{topology.namespace}-own-queues",
             _exactly(_own(topology, f"({own})")),
@@ -109,7 +115,6 @@ def definitions(
             vhost,
         ),
     ]
-    return made
 
 
 def device_definitions(topology: Topology, device: str, password: str, *, vhost: str = "/") -> Definitions:

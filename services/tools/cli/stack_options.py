@@ -119,6 +119,14 @@ ServingOption = Annotated[
 ]
 
 
+def _refuse_parts(serving: ServingChoice, drafters: int, verifiers: int, *, drafts: bool) -> None:
+    """Raise SettingsError for parts that this way of serving lacks."""
+    if serving is not ServingChoice.WISP and (drafters, verifiers) != (1, 1):
+        raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
+    if serving is ServingChoice.CENTRALIZED and drafts:
+        raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
+
+
 def stack_for(
     purpose: str,
     target: str | None,
@@ -150,10 +158,7 @@ def stack_for(
 
     if draft == "model" and draft_model is None:
         raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
-    if serving is not ServingChoice.WISP and (drafters, verifiers) != (1, 1):
-        raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
-    if serving is ServingChoice.CENTRALIZED and (draft or draft_model or hidden_draft):
-        raise SettingsError("--serving centralized never drafts: leave --draft, --draft-model and --hidden-draft out")
+    _refuse_parts(serving, drafters, verifiers, drafts=bool(draft or draft_model or hidden_draft))
     if trace and not target_profile:
         raise SettingsError("--trace needs the hardware whose time is taken: --target-profile NAME")
     progress = ConsoleProgress(console)

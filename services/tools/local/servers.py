@@ -177,6 +177,35 @@ async def _rabbitmq(
     if advanced:
         _write(folder, "advanced.config", advanced + "\n")
     _write(folder, "enabled_plugins", "[].\n")
+    environment = _erlang_environment(epmd, folder, plugins, port, distribution_port, epmd_port)
+    # A private port mapper: one that RabbitMQ starts would outlive it.
+    mapper = await Process.start(
+        "epmd",
+        [str(epmd), "-port", str(epmd_port), "-address", LOOPBACK],
+        log=folder / "epmd.log",
+        environment=environment,
+    )
+    url = f"amqp://{USER}:{password}@{LOOPBACK}:{port}/"
+
+    async def start() -> Process:
+        broker = await Process.start(
+            "rabbitmq", [str(script), "-noinput"], log=folder / "console.log", environment=environment, folder=folder
+        )
+        launched(url)
+        return await _ready(broker, lambda: check_rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
+
+    try:
+        broker = await start()
+    except BaseException:
+        await asyncio.shield(kill(mapper))
+        raise
+    return BrokerServer(url, (broker, mapper), folder / "data", start, environment)
+
+
+def _erlang_environment(
+    epmd: Path, folder: Path, plugins: Path | None, port: int, distribution_port: int, epmd_port: int
+) -> dict[str, str]:
+    """Return the environment of a RabbitMQ whose files are all in its folder."""
     schedulers = min(2, os.cpu_count() or 1)
     environment = {
         "PATH": os.pathsep.join([str(epmd.parent), *PATHS]),
@@ -205,28 +234,7 @@ async def _rabbitmq(
     }
     if plugins is not None:
         environment["RABBITMQ_PLUGINS_DIR"] = str(plugins)
-    # A private port mapper: one that RabbitMQ starts would outlive it.
-    mapper = await Process.start(
-        "epmd",
-        [str(epmd), "-port", str(epmd_port), "-address", LOOPBACK],
-        log=folder / "epmd.log",
-        environment=environment,
-    )
-    url = f"amqp://{USER}:{password}@{LOOPBACK}:{port}/"
-
-    async def start() -> Process:
-        broker = await Process.start(
-            "rabbitmq", [str(script), "-noinput"], log=folder / "console.log", environment=environment, folder=folder
-        )
-        launched(url)
-        return await _ready(broker, lambda: check_rabbitmq(url), folder / "rabbitmq.log", RABBITMQ_START_S)
-
-    try:
-        broker = await start()
-    except BaseException:
-        await asyncio.shield(kill(mapper))
-        raise
-    return BrokerServer(url, (broker, mapper), folder / "data", start, environment)
+    return environment
 
 
 async def _redis(
