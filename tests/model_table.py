@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import sys
 import tempfile
+import textwrap
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,7 +117,7 @@ def page(rows: list[Row]) -> str:
         exact=names(EXACT),
         runs=names(RUNS),
         refused="\n".join(f"| `{row.model_type}` | {row.reason} |" for row in rows if row.outcome == REFUSED),
-        untried=names(UNTRIED),
+        untried=textwrap.fill(names(UNTRIED), 119, break_on_hyphens=False),
     )
 
 

@@ -26,6 +26,7 @@ _ASSIGNMENT = re.compile(r"^[A-Za-z_]\w*=")
 PLACEHOLDER = "…"
 """Stands for words of the reader's; in commands, also for `<name>` and `...`."""
 _ANGLES = re.compile(r"<[\w -]+>|\.\.\.")
+LONGEST_LINE = 120
 _SEPARATORS = ";&|()"
 _BEFORE_A_COMMAND = frozenset({"do", "then", "else", "if", "!", "sudo", "exec", "time", "export"})
 
@@ -98,6 +99,12 @@ class Page:
                 times += 1
             found.add(name)
         return found
+
+    @property
+    def long_lines(self) -> list[str]:
+        """Lines of prose that are too long to read and to compare; rows of tables have no other form."""
+        lines = self._without_blocks.splitlines()
+        return [line for line in lines if len(line) > LONGEST_LINE and not line.startswith("|")]
 
     @property
     def variables(self) -> set[str]:

@@ -19,12 +19,13 @@ from unittest.mock import patch
 
 import pytest
 import typer
-from pages import PLACEHOLDER, ROOT, Command, Page, commands_of, pages
+from pages import LONGEST_LINE, PLACEHOLDER, ROOT, Command, Page, commands_of, pages
 from pydantic_settings import BaseSettings
 
 from services.tools.cli.main import app
 
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
+MOST_README_LINES = 200
 UsageError: type[Exception] = typer.BadParameter.__mro__[1]
 PAGES = pytest.mark.parametrize("page", [pytest.param(page, id=str(page.path.relative_to(ROOT))) for page in pages()])
 
@@ -46,6 +47,17 @@ def test_links_and_anchors_resolve(page: Page) -> None:
 @PAGES
 def test_settings_exist(page: Page) -> None:
     assert problems_of_settings(page) == []
+
+
+@PAGES
+def test_lines_of_prose_are_short(page: Page) -> None:
+    assert page.long_lines == []
+
+
+def test_the_readme_is_short() -> None:
+    lines = Page(ROOT / "README.md").text.splitlines()
+    assert len(lines) <= MOST_README_LINES
+    assert max(map(len, lines)) <= LONGEST_LINE
 
 
 @PAGES
