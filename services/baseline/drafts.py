@@ -16,6 +16,7 @@ from services.drafter.control import DraftRound, SessionControl
 from services.drafter.core.session import bonus_matches, verified_counts
 from services.drafter.drafting import Drafting, SourceChoice
 from services.drafter.sources import Draft, DraftRequest, DraftSource, Prediction, States
+from services.drafter.sources.registry import HIDDEN
 from shared.messages import Generate, Result
 from shared.models.bfloat16 import to_floats
 from shared.runtime import logging
@@ -114,7 +115,7 @@ class InProcessDrafts:
         assert session.round is not None
         names = session.choice.token_sources
         states = None
-        if session.choice.reads_hidden_states and session.round.wants("hidden"):
+        if session.choice.reads_hidden_states and session.round.wants(HIDDEN):
             start = max(0, source.starts_at(slot.session_id, len(slot.tokens)) - 1)
             bits = self._engine.hidden_bits(slot.session_id, start, len(slot.tokens) - 1)
             states = States(start, to_floats(bits))
