@@ -20,6 +20,7 @@ from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 from shared.prediction import PredictedText
 from shared.runtime.tracing import NO_SPAN, Span
+from shared.state.sessions import Session
 
 NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks", "tools")
 """Fields of `AnswerForm` that the first versions do not have."""
@@ -256,3 +257,20 @@ class RunningSession:
 def session_id(answer_id: str, index: int) -> str:
     """Return the id of the session of an answer's completion."""
     return f"{answer_id}.{index}" if index else answer_id
+
+
+def generate_again(session: Session, form: AnswerForm) -> Generate:
+    """Return the Generate message that a stored session was started with, as far as it is stored."""
+    request = session.request
+    return Generate(
+        session=request.session,
+        gateway=request.gateway,
+        prompt=session.tokens[: request.prompt_len],
+        sampling=request.sampling,
+        stop_ids=request.stop_ids,
+        max_tokens=request.max_tokens,
+        fingerprint=request.fingerprint,
+        vocab_fingerprint="",
+        slo=request.slo,
+        service_class=form.service_class,
+    )

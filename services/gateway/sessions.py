@@ -10,7 +10,7 @@ from enum import StrEnum
 from time import monotonic
 
 from services.gateway import spans
-from services.gateway.answer import Answer, RunningSession
+from services.gateway.answer import Answer, RunningSession, generate_again
 from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
 from services.gateway.core.reasoning import TAGS, ReasoningCounter
@@ -160,7 +160,7 @@ class Sessions:
         for session in found:
             length = len(session.tokens) if session.left_at is None else session.left_at
             answer.charged_tokens += length - session.request.prompt_len
-            answer.sessions.append(_generate(session, answer))
+            answer.sessions.append(generate_again(session, answer.form))
         answer.charged_tokens += answer.form.prompt_tokens
         for generate, session in zip(answer.sessions, found, strict=True):
             if (before := self._running.get(generate.session)) is not None:
@@ -391,20 +391,3 @@ class Sessions:
             failure = Failure(code="shutting_down", message=f"this gateway is shutting down; {way} the request again")
             self.fail(session, failure, Unfinished.LEAVE if streamed else Unfinished.CANCEL)
         await self._tasks.ended(CLOSE_S)
-
-
-def _generate(session: StoredSession, answer: Answer) -> Generate:
-    """Return the Generate message that a stored session was started with, as far as it is stored."""
-    request = session.request
-    return Generate(
-        session=request.session,
-        gateway=request.gateway,
-        prompt=session.tokens[: request.prompt_len],
-        sampling=request.sampling,
-        stop_ids=request.stop_ids,
-        max_tokens=request.max_tokens,
-        fingerprint=request.fingerprint,
-        vocab_fingerprint="",
-        slo=request.slo,
-        service_class=answer.form.service_class,
-    )
