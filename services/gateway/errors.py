@@ -136,9 +136,12 @@ def from_failure(failure: Failure) -> ApiError:
     )
 
 
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
 def encode(fields: Mapping[str, Any]) -> bytes:
     """Encode as JSON in UTF-8 on one line, also for clients that split lines at Unicode's rarer line ends."""
-    text = json.dumps(fields, ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+    text = _ENCODER.encode(fields)
     for character, escape in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
         text = text.replace(character, escape)
     return text.encode()

@@ -239,8 +239,9 @@ class Events:
         self._seen[index] = before.after(piece)
         text = self._texts[index]
         rest = rest_of(piece, before, known)
-        # The client has what is made of the text that it has, which ends with a piece.
-        text.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
+        if rest is not piece:
+            # The client has what is made of the text that it has, which ends with a piece.
+            text.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
         if rest is None:
             return b""
         self._cursor.delivered[index] = self._cursor.delivered[index].most(self._seen[index])

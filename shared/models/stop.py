@@ -28,6 +28,8 @@ class StopStrings:
         """
         if self.hit is not None:
             return "", self.hit
+        if not self._stops:
+            return text, None
         pending = self._held + text
         for end, character in enumerate(text, start=len(self._held) + 1):
             complete = [stop.text for stop in self._stops if stop.extend(character)]

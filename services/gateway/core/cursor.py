@@ -82,6 +82,8 @@ def rest_of(piece: Piece, seen: Delivered, known: Delivered) -> Piece | None:
 
     The piece starts at `seen`; the client has the completion up to `known`.
     """
+    if seen.characters >= known.characters and seen.tokens >= known.tokens:
+        return piece if piece.text or piece.tokens else None
     text = piece.text[max(0, known.characters - seen.characters) :]
     tokens = piece.tokens[max(0, known.tokens - seen.tokens) :]
     return replace(piece, text=text, tokens=tokens) if text or tokens else None
