@@ -156,10 +156,11 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
 
 def _add_operations(app: FastAPI, gateway: Gateway) -> None:
     """Add the routes for probes and Prometheus, and the API's document."""
-    described = document(installed_version(), keys=gateway.keys is not None)
 
     @app.api_route("/openapi.json", methods=READ)
     async def openapi() -> JSONResponse:
+        # In a thread, so that no stream waits for it.
+        described = await asyncio.to_thread(document, installed_version(), keys=gateway.keys is not None)
         return JSONResponse(described)
 
     @app.api_route("/health", methods=READ)
