@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-import socket
 from collections.abc import AsyncIterator, Callable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from patience import HANG_S
 from prometheus_client import generate_latest
 
 from services.gateway.service import serve
+from services.tools.local.ports import free_ports
 from shared.models.folder import ModelFolder
 
 MODEL = "tiny"
@@ -52,6 +52,12 @@ class Suite:
     async def metric(self, name: str) -> float:
         """Return the growth of a metric since the start of the suite, summed over its labels."""
         return _value((await self.http.get("/metrics")).text, name) - _value(self.metrics_before, name)
+
+    async def until_idle(self) -> None:
+        """Wait until no request runs: the last answer may have been read before its end was counted."""
+        async with asyncio.timeout(HANG_S):
+            while await self.metric("wisp_num_requests_running") != 0:  # noqa: ASYNC110 - the gateway gives no signal
+                await asyncio.sleep(0.02)
 
 
 def _value(metrics: str, name: str) -> float:
@@ -102,12 +108,11 @@ async def started(
 
 def free_port() -> int:
     """Return a free port."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        port: int = free.getsockname()[1]
-        return port
+    (port,) = free_ports(1)
+    return port
 
 
-async def answers(http: httpx.AsyncClient, path: str = "/health", within_s: float = 20) -> None:
+async def answers(http: httpx.AsyncClient, path: str = "/health", within_s: float = HANG_S) -> None:
     """Wait until this path answers with a 200."""
     async with asyncio.timeout(within_s):
         while True:

@@ -119,6 +119,7 @@ def test_free_ports_are_different_and_free() -> None:
     ports = free_ports(8)
     assert len(set(ports)) == 8
     assert all(is_free("127.0.0.1", port) for port in ports)
+    assert max(ports) < 32_768, "no outgoing connection takes one before its use"
 
 
 def test_logs_are_found_by_event_and_read_by_people(tmp_path: Path) -> None:

@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
+import random
 import socket
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 
 LOOPBACK = "127.0.0.1"
+CHOICE = range(20_000, 30_000)
+"""Ports below those that systems give to outgoing connections, one of which could take a port before its use."""
 
 
 def free_ports(count: int) -> list[int]:
     """Return different free ports. Another process may take one before its use: be ready to retry."""
+    found: list[int] = []
     with ExitStack() as stack:
-        return [_bind(stack.enter_context(socket.socket())) for _ in range(count)]
+        for port in random.SystemRandom().sample(CHOICE, len(CHOICE)):
+            if len(found) == count:
+                return found
+            with suppress(OSError):
+                stack.enter_context(socket.socket()).bind((LOOPBACK, port))
+                found.append(port)
+        return found + [_bind(stack.enter_context(socket.socket())) for _ in range(count - len(found))]
 
 
 def is_free(host: str, port: int) -> bool:
