@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import sys
+from collections import Counter
 from collections.abc import AsyncIterator, Generator
 from secrets import token_hex
 from typing import Any
@@ -80,6 +81,21 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             return group_of(nodeid)
 
     return GroupScheduling(config, log)
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print with `--durations` how long each worker and each long group took, so that groups stay balanced."""
+    if terminalreporter.config.getoption("durations") is None:
+        return
+    seconds: Counter[str] = Counter()
+    for report in (one for reports in terminalreporter.stats.values() for one in reports):
+        if isinstance(report, pytest.TestReport):
+            seconds[group_of(report.nodeid)] += report.duration
+            seconds[f"worker {getattr(report, 'worker_id', 'main')}"] += report.duration
+    terminalreporter.section("seconds by worker and group")
+    for name, spent_s in seconds.most_common():
+        if spent_s >= 20:
+            terminalreporter.line(f"{spent_s:7.0f} s  {name}")
 
 
 @pytest.fixture(scope="session")

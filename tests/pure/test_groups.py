@@ -13,6 +13,7 @@ from groups import FILES, group_of, place_of
     ("nodeid", "group"),
     [
         ("tests/stack/test_suite.py::test_a", "stack"),
+        ("tests/stack/test_cluster.py::test_a", "tiny suites"),
         ("tests/broker/test_quota.py::test_a[b::c/d@e]", "broker"),
         ("tests/model/test_families.py::test_a", "families"),
         ("tests/pure/test_names.py::test_a", "source"),
@@ -23,14 +24,15 @@ def test_a_test_belongs_to_its_folder_its_shared_things_or_its_file(nodeid: str,
     assert group_of(nodeid) == group
 
 
-def test_the_long_folders_come_first() -> None:
+def test_the_long_groups_come_first() -> None:
     files = [
         "tests/pure/test_a.py::t",
         "tests/broker/test_b.py::t",
         "tests/model/test_c.py::t",
+        "tests/stack/test_chaos.py::t",
         "tests/stack/test_d.py::t",
     ]
-    assert sorted(files, key=place_of) == [files[3], files[1], files[0], files[2]]
+    assert sorted(files, key=place_of) == [files[4], files[3], files[1], files[0], files[2]]
 
 
 def test_grouped_files_exist() -> None:
