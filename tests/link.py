@@ -25,6 +25,11 @@ class Link:
         user, at, _ = self._parts.netloc.rpartition("@")
         self.url = urlunsplit(self._parts._replace(netloc=f"{user}{at}127.0.0.1:{self._port}"))
 
+    @property
+    def connections(self) -> int:
+        """Return the number of clients that are connected."""
+        return len(self._there)
+
     async def mend(self) -> None:
         """Accept connections."""
         self._server = await asyncio.start_server(self._forward, "127.0.0.1", self._port)
@@ -43,6 +48,7 @@ class Link:
         self._there.add(there_writer)
         await asyncio.gather(self._pump(reader, there_writer), self._pump(there_reader, writer))
         self._writers -= {writer, there_writer}
+        self._there.discard(there_writer)
 
     async def _pump(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         try:

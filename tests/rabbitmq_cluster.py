@@ -8,6 +8,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+from patience import HANG_S
+from rabbitmqctl import rabbitmqctl
+
 from services.tools.local import servers
 from services.tools.local.broker_check import CLUSTER_ADVANCED, check_rabbitmq, cluster_settings
 from services.tools.local.machine import inspect_machine, version_in
@@ -16,6 +19,8 @@ from services.tools.local.process import Process
 from services.tools.local.servers import BrokerServer
 
 SEED = "wisp@localhost"
+MINIMUM = "rabbit_quorum_queue:list_with_minimum_quorum"
+"""Erlang's name of RabbitMQ's list of the queues that would have no majority without the node that is asked."""
 
 
 @asynccontextmanager
@@ -35,6 +40,13 @@ async def rabbitmq_cluster(folder: Path, nodes: int = 3) -> AsyncIterator[list[B
     finally:
         await asyncio.gather(*(node.kill() for node in running))
         await seed.stop()
+
+
+async def until_redundant(node: BrokerServer) -> None:
+    """Wait until every replicated queue goes on without this node: its other replicas are back and up to date."""
+    async with asyncio.timeout(HANG_S):
+        while (await rabbitmqctl(node, "eval", f"{MINIMUM}().")).split()[-1] != "[]":  # noqa: ASYNC110 - no event
+            await asyncio.sleep(0.2)
 
 
 def _further_node(

@@ -42,6 +42,11 @@ async def test_a_baseline_gives_the_same_text(baseline: Stack, asking: Client, c
         assert summary["rounds"] == summary["tokens"], "plain decoding makes one token per step"
 
 
+async def test_every_option_gives_the_same_text(asking: Client, option_cases: list[Case]) -> None:
+    answers = await asking.ask_all(option_cases)
+    assert [(c.options, a) for c, a in zip(option_cases, answers, strict=True) if a != c.tokens] == []
+
+
 async def test_the_metrics_port_reports_readiness(baseline: Stack, asking: Client) -> None:
     port = baseline.env_of["baseline"]["WISP_METRICS_PORT"]
     for path in ("ready", "live"):

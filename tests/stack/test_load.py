@@ -18,7 +18,7 @@ async def test_a_running_suite_is_measured(stack: Stack) -> None:
         "[[classes]]\nname = 'patient'\nttft_ms = 60000\ntpot_ms = 60000\n"
     )
     # Without warm-up, the first request of each session counts, however slow the machine is.
-    window = Window(warm_up_s=0, measure_s=30, drain_s=HANG_S)
+    window = Window(warm_up_s=0, measure_s=8, drain_s=HANG_S)
     campaign = Campaign(LoadPlan([], [2], None, 1, window, workload, workload), Progress())
     await campaign.run_server(stack.url, pools=False)
     [point] = campaign.results.points

@@ -1,35 +1,59 @@
-"""A suite without drafters: schedulers stand in for them with the same text, and a drafter that joins takes over."""
+"""A suite without drafters: schedulers stand in for them with the same text, and a drafter that joins takes over.
+
+The model is tiny and each of its batches takes a fixed time, so that answers last while services come and go.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import signal
 from collections.abc import AsyncIterator
 from pathlib import Path
 
 import httpx
 import pytest
-from asking import Case, Client, Traffic, decode, progressed, watching
+from asking import QUESTIONS, SAMPLINGS, Case, Client, Traffic, decode, progressed, watching
+from gateway_peer import eventually
+from link import link_to
 from patience import HANG_S
 
+from services.tools.bench.support.tiny import tiny_model
 from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.messages import Sampling
+from shared.models.folder import ModelFolder
+from shared.models.text import Tokenizer
 
 LONG = 600
 """Tokens of an answer that is still running when a service is started or killed."""
+BATCH_MS = 15
 
 
 @pytest.fixture(scope="module")
-async def undrafted(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
+def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="module")
+async def undrafted(brokers: Brokers, tiny: Path) -> AsyncIterator[Stack]:
     env = {
         "WISP_CACHE_TOKENS": "4096",
+        "WISP_THREADS": "1",
         "WISP_ADMISSION": "false",
         "WISP_STALL_TIMEOUT_S": str(HANG_S),
     }
+    cost = {"WISP_PROFILE": "false", "WISP_EMULATED_COST": json.dumps([BATCH_MS, 0, 0, 0, 0, 0, 0])}
     async with Stack(
-        "test-undrafted", brokers=brokers, target=target_folder, drafters=0, schedulers=2, verifiers=1, env=env
+        "test-undrafted",
+        brokers=brokers,
+        target=tiny,
+        drafters=0,
+        schedulers=2,
+        verifiers=1,
+        env=env,
+        env_of={"verifier": cost},
     ) as running:
         yield running
 
@@ -47,24 +71,38 @@ async def asking(undrafted: Stack) -> AsyncIterator[Client]:
 
 
 @pytest.fixture(scope="module")
-def long_case(cases: list[Case], target_folder: Path) -> Case:
+def tiny_cases(tiny: Path) -> list[Case]:
+    """Questions with a short answer, greedy and sampled, decoded by the bare engine."""
+    folder = ModelFolder(tiny)
+    tokenizer, engine = Tokenizer(folder), Engine(tiny, budget_tokens=4096)
+    found = []
+    for question in QUESTIONS[:2]:
+        prompt = tokenizer.render_chat([{"role": "user", "content": question}])
+        found += [Case(prompt, one, decode(engine, prompt, one, set(folder.eos_ids))) for one in SAMPLINGS]
+    return found
+
+
+@pytest.fixture(scope="module")
+def long_case(tiny: Path, tiny_cases: list[Case]) -> Case:
     """One question with a long answer, decoded by the bare engine."""
-    engine, sampling = Engine(target_folder, budget_tokens=4096), Sampling(temperature=1.0, seed=7)
-    prompt = cases[0].prompt
+    engine, sampling = Engine(tiny, budget_tokens=4096), Sampling(temperature=1.0, seed=7)
+    prompt = tiny_cases[0].prompt
     return Case(prompt, sampling, decode(engine, prompt, sampling, set(), length=LONG))
 
 
-async def ask_long(stack: Stack, client: Client, case: Case) -> list[int]:
-    body = client.body(case, "auto") | {"max_tokens": LONG, "ignore_eos": True}
+async def ask_long(stack: Stack, client: Client, case: Case, tokens: int = LONG) -> list[int]:
+    body = client.body(case, "auto") | {"max_tokens": tokens, "ignore_eos": True}
     answer = await client.http.post(f"{stack.url}/completions", json=body)
     assert answer.status_code == 200, answer.text
     return [token["id"] for token in answer.json()["wisp"]["tokens"]]
 
 
-async def test_the_text_is_the_targets_own(undrafted: Stack, asking: Client, cases: list[Case], seen: Traffic) -> None:
+async def test_the_text_is_the_targets_own(
+    undrafted: Stack, asking: Client, tiny_cases: list[Case], seen: Traffic
+) -> None:
     seen.clear()
     for draft in ("auto", "lookup", "none"):
-        assert await asking.ask_all(cases[:6], draft) == [case.tokens for case in cases[:6]], draft
+        assert await asking.ask_all(tiny_cases, draft) == [case.tokens for case in tiny_cases], draft
     assert seen.drafters <= {f"{process.name}.pool" for process in undrafted.processes("scheduler")}
     assert any(result.run for result in seen.results)
     ready = await asking.http.get(f"{undrafted.url.removesuffix('/v1')}/ready")
@@ -88,18 +126,26 @@ async def test_when_the_active_scheduler_is_killed(
 
 
 async def test_a_running_session_moves_to_a_drafter_that_joins(
-    undrafted: Stack, asking: Client, long_case: Case, seen: Traffic
+    undrafted: Stack, brokers: Brokers, asking: Client, long_case: Case, seen: Traffic
 ) -> None:
     seen.clear()
-    stream = asyncio.create_task(ask_long(undrafted, asking, long_case))
-    await progressed(seen, 20)
-    assert not any(name.startswith("drafter") for name in seen.drafters)
-    (drafter,) = await undrafted.start("drafter", env={"WISP_DRAFT_SOURCE": "lookup"})
-    try:
-        assert await stream == long_case.tokens
-        assert drafter.name in seen.drafters, "the session ended before the drafter was ready"
-        seen.clear()
-        assert await ask_long(undrafted, asking, long_case) == long_case.tokens
-        assert seen.drafters == {drafter.name}
-    finally:
-        await undrafted.stop(drafter)
+    async with link_to(brokers.amqp_url) as link:
+        # It has started, and joins as soon as RabbitMQ answers.
+        link.flowing.clear()
+        joining = asyncio.create_task(
+            undrafted.start("drafter", env={"WISP_DRAFT_SOURCE": "lookup", "WISP_AMQP_URL": link.url})
+        )
+        await eventually(lambda: link.connections > 0)
+        stream = asyncio.create_task(ask_long(undrafted, asking, long_case))
+        await progressed(seen, 20)
+        assert not any(name.startswith("drafter") for name in seen.drafters)
+        link.flowing.set()
+        (drafter,) = await joining
+        try:
+            assert await stream == long_case.tokens
+            assert drafter.name in seen.drafters, "the session ended before the drafter was ready"
+            seen.clear()
+            assert await ask_long(undrafted, asking, long_case, 32) == long_case.tokens[:32]
+            assert seen.drafters == {drafter.name}
+        finally:
+            await undrafted.stop(drafter)

@@ -70,14 +70,14 @@ async def test_many_parallel_default_chats_all_succeed_on_a_slow_machine(
     stack: Stack, client: httpx.AsyncClient
 ) -> None:
     started = asyncio.get_running_loop().time()
-    asking = [chat(client, stack, f"number {n}", 8, stream=bool(n % 2)) for n in range(PARALLEL)]
+    asking = [chat(client, stack, f"number {n}", 5, stream=bool(n % 2)) for n in range(PARALLEL)]
     assert await asyncio.gather(*asking) == ["length"] * PARALLEL
     assert asyncio.get_running_loop().time() - started > 2 * STALL_S, "the verifier is too fast for a queue"
 
 
 async def test_bursts_behind_one_another_lose_nothing(stack: Stack, client: httpx.AsyncClient) -> None:
     async def rounds(number: int) -> list[str]:
-        return [await chat(client, stack, f"{number} of burst {burst}", 2) for burst in range(4)]
+        return [await chat(client, stack, f"{number} of burst {burst}", 2) for burst in range(3)]
 
     ends = await asyncio.gather(*(rounds(number) for number in range(16)))
     assert {end for of_one in ends for end in of_one} == {"length"}

@@ -1,10 +1,13 @@
 """Another process takes over from a frozen scheduler or a drafter without a network, and its return does no harm.
 
-With a tiny model, and with traces, which go on where another process takes over."""
+With a tiny model whose batches take a fixed time, so that answers last while something is frozen or cut; and with
+traces, which go on where another process takes over.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import shutil
@@ -29,9 +32,12 @@ from services.tools.chaos.core.requests import ChaosRequest, Manner, load
 from services.tools.chaos.core.verdicts import RequestVerdict
 from services.tools.chaos.reference import References
 from services.tools.local.brokers import Brokers
+from services.tools.local.process import Process
 from services.tools.local.stack import Stack
 
-TOKENS = 120
+TOKENS = 64
+REQUESTS = 8
+BATCH_MS = 25
 HEARTBEAT_S = 1
 """RabbitMQ drops a connection without traffic for two of these."""
 
@@ -56,6 +62,25 @@ class Suite:
         self.seen.clear()
         return asyncio.create_task(all_of_them())
 
+    async def ask_and_stop(
+        self, stop: Callable[[], object], resume: Callable[[], object], draft: str = "auto", after_s: float = 0.0
+    ) -> asyncio.Task[set[RequestVerdict]]:
+        """Send every request, and stop something within all answers; return the completions.
+
+        after_s: the answers have not ended so long after the stop.
+        """
+        for _ in range(5):
+            asking = self.ask(draft)
+            await progressed(self.seen, REQUESTS + 2)
+            stop()
+            await asyncio.sleep(after_s)
+            if not asking.done():
+                return asking
+            # This process was slower than the whole suite.
+            resume()
+            assert await asking == {RequestVerdict.RIGHT}
+        pytest.fail("all answers ended before anything was stopped")
+
 
 @pytest.fixture(scope="module")
 def collector() -> Iterator[Receiver]:
@@ -70,7 +95,7 @@ async def suite(
     folder = tiny_model(tmp_path_factory.mktemp("takeover") / "tiny")
     asked = load(7, questions=6, longest=TOKENS)
     references = References(folder, asked.questions, TOKENS)
-    requests = [replace(asked.request(0, n), manner=Manner.STREAM, max_tokens=TOKENS) for n in range(12)]
+    requests = [replace(asked.request(0, n), manner=Manner.STREAM, max_tokens=TOKENS) for n in range(REQUESTS)]
     async with (
         Stack(
             "takeover",
@@ -91,7 +116,10 @@ async def suite(
                     # In runs a session goes on without its drafter: test_exactness_runs.py and others.
                     "WISP_WITHOUT": '["runs"]',
                 },
-                "verifier": {"WISP_PROFILE": "false"},
+                "verifier": {
+                    "WISP_PROFILE": "false",
+                    "WISP_EMULATED_COST": json.dumps([BATCH_MS, 0, 0, 0, 0, 0, 0]),
+                },
             },
         ) as stack,
         watching(stack) as seen,
@@ -100,26 +128,30 @@ async def suite(
 
 
 async def test_a_standby_takes_over_from_a_frozen_scheduler(suite: Suite) -> None:
-    asking = suite.ask()
-    await progressed(suite.seen, 10)
-    (name,) = suite.seen.schedulers
-    (frozen,) = [process for process in suite.stack.processes("scheduler") if process.name == name]
-    frozen.send(signal.SIGSTOP)
+    def active() -> Process:
+        (scheduler,) = [one for one in suite.stack.processes("scheduler") if one.name in suite.seen.schedulers]
+        return scheduler
+
+    asking = await suite.ask_and_stop(lambda: active().send(signal.SIGSTOP), lambda: active().send(signal.SIGCONT))
+    frozen = active()
     try:
-        assert not asking.done(), "it must freeze while there is work"
         assert await asking == {RequestVerdict.RIGHT}
         assert len(suite.seen.schedulers) == 2
         more = suite.ask()
-        await progressed(suite.seen, 10)
+        await progressed(suite.seen, REQUESTS + 2)
     finally:
         frozen.send(signal.SIGCONT)
     assert await more == {RequestVerdict.RIGHT}
     assert frozen.alive
-    # The rounds that the frozen scheduler swallowed were sent again, and their traces went on with the other one.
-    again = {span.span_id for span in suite.collector.spans if "sent again" in span.events}
-    assert again
-    standby = {span.parent_id for span in suite.collector.spans if span.name == "queue" and span.instance != name}
-    assert again & standby
+
+    def taken_over() -> bool:
+        """The rounds that the frozen scheduler swallowed were sent again, and their traces went on with the other."""
+        spans = list(suite.collector.spans)
+        again = {span.span_id for span in spans if "sent again" in span.events}
+        standby = {span.parent_id for span in spans if span.name == "queue" and span.instance != frozen.name}
+        return bool(again & standby)
+
+    await until(taken_over)
     assert await suite.ask() == {RequestVerdict.RIGHT}
 
 
@@ -306,18 +338,12 @@ async def test_a_drafter_behind_a_slow_network_that_then_drops_everything(
             assert await suite.ask("lookup") == {RequestVerdict.RIGHT}
         assert suite.seen.drafters == {far.name}
         # Shorter than RabbitMQ waits: late, by the same drafter.
-        asking = suite.ask("lookup")
-        await progressed(suite.seen, 10)
-        network.cut()
-        await asyncio.sleep(HEARTBEAT_S)
-        assert not asking.done(), "the cut must fall into the streams"
+        asking = await suite.ask_and_stop(network.cut, network.mend, "lookup", after_s=HEARTBEAT_S)
         network.mend()
         assert await asking == {RequestVerdict.RIGHT}
         assert suite.seen.drafters == {far.name}
         # So long that another one takes over.
-        asking = suite.ask("lookup")
-        await progressed(suite.seen, 10)
-        network.cut()
+        asking = await suite.ask_and_stop(network.cut, network.mend, "lookup")
         (near,) = await stack.start("drafter")
         assert await asking == {RequestVerdict.RIGHT}
         assert suite.seen.drafters == {far.name, near.name}
