@@ -12,6 +12,8 @@ from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from patience import HANG_S
+
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 FLAGS = (
     "--headless=new",
@@ -29,7 +31,7 @@ FLAGS = (
     "--hide-scrollbars",
     "about:blank",
 )
-ANSWER_S = 60.0
+ANSWER_S = HANG_S
 KEYS = {
     "Enter": (13, "\r"),
     "Escape": (27, ""),
@@ -106,7 +108,7 @@ class BrowserPage:
             raise PageFailed(f"{script}: {details.get('exception', details).get('description', details)}")
         return answer["result"].get("value")
 
-    async def wait(self, condition: str, within_s: float = 30.0) -> Any:
+    async def wait(self, condition: str, within_s: float = HANG_S) -> Any:
         """Wait until an expression is true, and return it."""
         try:
             async with asyncio.timeout(within_s):
@@ -241,14 +243,14 @@ async def browser(folder: Path) -> AsyncIterator[BrowserPage]:
     finally:
         with suppress(Exception):
             page._session = None
-            await asyncio.wait_for(page.call("Browser.close"), 5)
+            await asyncio.wait_for(page.call("Browser.close"), 30)
         receiving.cancel()
         with suppress(asyncio.CancelledError, asyncio.IncompleteReadError):
             await receiving
         writing.close()
         transport.close()
         try:
-            await asyncio.wait_for(process.wait(), 10)
+            await asyncio.wait_for(process.wait(), 60)
         except TimeoutError:
             process.kill()
             await process.wait()

@@ -21,7 +21,7 @@ def running(process: psutil.Process) -> bool:
         return False
 
 
-def leftovers(processes: Iterable[psutil.Process], within_s: float = 3.0) -> list[psutil.Process]:
+def leftovers(processes: Iterable[psutil.Process], within_s: float = 30.0) -> list[psutil.Process]:
     """Those that have not ended `within_s` from now."""
     deadline = time.monotonic() + within_s
     left = [process for process in processes if running(process)]

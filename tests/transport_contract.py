@@ -189,7 +189,7 @@ class TransportContract:
             "new": DEFAULT_POOL,
         }
         assert turns["old"].age_ms >= 5100 > turns["new"].age_ms >= turns["new"].idle_ms
-        assert 2000 > turns["old"].idle_ms >= 100 + turns["new"].idle_ms
+        assert 5000 > turns["old"].idle_ms >= 100 + turns["new"].idle_ms
 
     async def test_the_end_of_a_session_is_announced(self, services: Services) -> None:
         ended = Ended(session="s", service_class="default", slo=None, reason="stop", prompt_tokens=3, tokens=4)

@@ -60,18 +60,18 @@ class Inbox:
 
 
 async def dead_letters(amqp_url: str, namespace: str, count: int) -> list[aio_pika.abc.AbstractIncomingMessage]:
-    async with await aio_pika.connect(amqp_url) as connection:
+    """Wait for this many dead letters; with 0, return those that there are."""
+    async with await aio_pika.connect(amqp_url) as connection, asyncio.timeout(HANG_S):
         queue = await (await connection.channel()).get_queue(f"{namespace}.dead")
-        found = []
-        for _ in range(50):
+        found: list[aio_pika.abc.AbstractIncomingMessage] = []
+        while True:
             message = await queue.get(no_ack=True, fail=False)
-            if message is None:
-                await asyncio.sleep(0.1)
-            else:
+            if message is not None:
                 found.append(message)
-            if len(found) == count:
+            elif len(found) >= count:
                 return found
-        raise AssertionError(f"{len(found)} dead letters instead of {count}")
+            else:
+                await asyncio.sleep(0.05)
 
 
 async def test_one_publish_reaches_drafter_gateway_and_scheduler_once_each(connect: Connect) -> None:
@@ -169,7 +169,8 @@ async def test_prefetch_bounds_what_one_drafter_takes(connect: Connect) -> None:
     await broker.consume(broker.topology.generate_queue(), hold, prefetch=3)
     for i in range(6):
         await sender.publish(generate(f"s{i}"), topology.generate(), persistent=True)
-    await asyncio.sleep(0.5)
+    await eventually(lambda: running == 3)
+    await asyncio.sleep(0.3)
     assert running == 3
 
 
@@ -216,8 +217,7 @@ async def test_a_message_given_back_goes_to_the_consumer_of_higher_priority(conn
     assert sorted([await inbox.next() for _ in range(3)], key=str) == sorted(held, key=str)
     assert await inbox.nothing_more()
     assert await given.nothing_more()
-    with pytest.raises(AssertionError, match="0 dead letters"):
-        await dead_letters(amqp_url, names.namespace, 1)
+    assert await dead_letters(amqp_url, names.namespace, 0) == []
 
 
 async def test_a_persistent_message_that_no_queue_takes_is_an_error(connect: Connect) -> None:
@@ -368,8 +368,10 @@ async def test_an_address_that_falls_silent_is_given_up_for_another(amqp_url: st
         broker = await Broker.connect(f"{first.url}, {second.url}", Topology(namespace), "x")
         queue = broker.topology.own_queue("test", "x", ())
         await broker.consume(queue, Inbox())
-        first.flowing.clear()
-        await asyncio.wait_for(reconnected(broker), 10)
+        with capture_logs() as logs:
+            first.flowing.clear()
+            await reconnected(broker)
+        assert "RabbitMQ is silent, connection given up" in [log["event"] for log in logs], "before the client library"
         await broker.prove(queue)
         await broker.close()
 
@@ -394,7 +396,7 @@ async def test_an_own_queue_that_a_dead_connection_still_holds_gets_a_fresh_name
         returning = asyncio.create_task(reconnected(broker))
         await link.cut(unnoticed=True)
         await link.mend()
-        await asyncio.wait_for(returning, 5)  # RabbitMQ notices the dead connection after 20 s
+        await asyncio.wait_for(returning, 15)  # RabbitMQ notices the dead connection after 20 s
         await broker.prove(queue)
         await broker.publish(result(), topology.result("d"))
         assert (await inbox.next()) == result()
@@ -467,14 +469,14 @@ async def test_a_refused_message_is_repeated_on_a_new_channel(
             asyncio.create_task(broker.publish(generate(name), topology.generate(), persistent=True))
             for name in ("second", "third")
         ]
-        await asyncio.sleep(1.0)
+        await eventually(lambda: len(set(used)) > 3)
         assert not any(task.done() for task in waiting)
         await full.purge()
         await asyncio.wait(waiting, timeout=HANG_S, return_when=asyncio.FIRST_COMPLETED)
         await full.purge()
         await asyncio.wait_for(asyncio.gather(*waiting), HANG_S)
         received = await full.get(no_ack=True, timeout=HANG_S)
-    assert len(set(used)) > 2, "a refused message went through the channel that RabbitMQ refuses"
+    assert len(set(used)) > 3, "a refused message went through the channel that RabbitMQ refuses"
     assert decode(received.body) in (generate("second"), generate("third"))
     async with asyncio.timeout(HANG_S):
         while open_channels(broker) != before:  # noqa: ASYNC110 replaced channels are closed in the background
@@ -502,7 +504,7 @@ async def test_an_unconfirmed_message_is_repeated_on_a_new_channel(
 
     monkeypatch.setattr(aio_pika.Exchange, "publish", ignored)
     monkeypatch.setattr(first.channel, "close", unanswered)
-    await asyncio.wait_for(broker.publish(generate("s"), topology.generate(), persistent=True), 5)
+    await broker.publish(generate("s"), topology.generate(), persistent=True)
     assert (await inbox.next()) == generate("s")
 
 
@@ -510,7 +512,7 @@ async def test_no_message_is_repeated_while_others_are_confirmed(
     connect: Connect, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Repeated messages would make a busy RabbitMQ busier."""
-    monkeypatch.setattr("shared.broker.client.CONFIRM_S", 0.6)
+    monkeypatch.setattr("shared.broker.client.CONFIRM_S", 2.0)
     drafter, broker, inbox = await connect("drafter"), await connect("gateway"), Inbox()
     await drafter.consume(drafter.topology.generate_queue(), inbox, prefetch=0)
     publish, busy = aio_pika.Exchange.publish, asyncio.Lock()
@@ -518,7 +520,7 @@ async def test_no_message_is_repeated_while_others_are_confirmed(
     async def slowly_confirmed(exchange: aio_pika.Exchange, *args: Any, **kwargs: Any) -> Any:
         confirmation = await publish(exchange, *args, **kwargs)
         async with busy:
-            await asyncio.sleep(0.2)
+            await asyncio.sleep(0.4)
         return confirmation
 
     monkeypatch.setattr(aio_pika.Exchange, "publish", slowly_confirmed)

@@ -13,6 +13,7 @@ import aio_pika
 import pytest
 from aiormq.exceptions import ChannelNotFoundEntity
 from leftovers import descendants, leftovers
+from patience import HANG_S
 
 from services.tools.local.background import Background
 from services.tools.local.brokers import Brokers
@@ -96,7 +97,7 @@ def test_a_stack_runs_in_the_background_of_a_thread(brokers: Brokers) -> None:
     with Background(light(brokers)) as background:
         victim = background.stack.processes("estimator")[0]
         os.kill(victim.pid, signal.SIGKILL)
-        deadline = time.monotonic() + 10
+        deadline = time.monotonic() + HANG_S
         while background.failure is None and time.monotonic() < deadline:
             time.sleep(0.02)
     assert "estimator-1 ended" in str(background.failure)

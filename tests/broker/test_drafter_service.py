@@ -78,18 +78,18 @@ async def test_a_round_is_sent_again_when_the_connection_is_restored(peer: Peer)
 
 
 async def test_a_round_is_sent_again_when_a_scheduler_is_back(peer: Peer, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(service, "SCHEDULERS_SILENT_S", 0.5)
+    monkeypatch.setattr(service, "SCHEDULERS_SILENT_S", 1.5)
     settings = peer.settings.model_copy(update={"min_timeout_ms": 60_000})
     async with drafting(settings, "d1"):
         await peer.ask("s")
         lost = await peer.round()
         await peer.load()
         assert await peer.silent(0.3), "it has not waited for long"
-        await asyncio.sleep(0.5)
+        await asyncio.sleep(1.5)
         await peer.load()
-        again = await peer.round(10)
+        again = await peer.round()
         assert (again.session, again.round, again.attempt) == (lost.session, lost.round, 1)
-        for _ in range(4):
+        for _ in range(8):
             await asyncio.sleep(0.2)
             await peer.load()
         assert await peer.silent(0.2), "the scheduler was there all the time"

@@ -30,7 +30,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> ModelFolder:
 
 
 async def test_the_gateway_survives_an_outage_of_rabbitmq(
-    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder
+    amqp_url: str, redis_url: str, namespace: str, target: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with (
         link_to(amqp_url) as link,
@@ -44,8 +44,10 @@ async def test_the_gateway_survives_an_outage_of_rabbitmq(
         assert ready.status_code == 503
         assert ready.json()["parts"]["rabbitmq"] != "ok"
         assert (await suite.http.get("/health")).status_code == 200
-        with pytest.raises(openai.InternalServerError) as caught:
-            await suite.chat()
+        with monkeypatch.context() as patience:
+            patience.setattr("shared.broker.client.PERSISTENT_TIMEOUT_S", 2.0)
+            with pytest.raises(openai.InternalServerError) as caught:
+                await suite.chat()
         assert caught.value.status_code == 503
         assert caught.value.response.headers["retry-after"]
         assert (await asking).choices[0].message.content == suite.peer.script.text

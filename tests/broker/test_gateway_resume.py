@@ -107,6 +107,12 @@ async def suite(shared: Suite) -> Suite:
     return shared
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gateway in this process looks for sessions without a gateway again and again."""
+    monkeypatch.setattr("services.gateway.service.REAP_S", 0.2)
+
+
 @asynccontextmanager
 async def process(suite: Suite, namespace: str, target: ModelFolder, urls: tuple[str, str]) -> AsyncIterator[Any]:
     """A gateway's process beside the suite's gateway, and a client of it."""
@@ -150,7 +156,7 @@ async def test_another_gateway_resumes_a_stream_of_a_killed_one(
 
 
 async def test_an_uncollected_session_of_a_dead_gateway_is_cancelled(
-    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
+    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str, soon: None
 ) -> None:
     async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
         suite.peer.script = Script(text="x" * 400, round_len=1, pause_s=0.05)
@@ -163,7 +169,7 @@ async def test_an_uncollected_session_of_a_dead_gateway_is_cancelled(
 
 
 async def test_another_gateway_reaps_a_session_that_nobody_works_on(
-    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str
+    start: Start, namespace: str, target: ModelFolder, amqp_url: str, redis_url: str, soon: None
 ) -> None:
     async with start() as suite, process(suite, namespace, target, (amqp_url, redis_url)) as (child, other):
         suite.peer.script = Script(pause_s=3600)

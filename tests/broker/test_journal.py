@@ -131,7 +131,7 @@ async def test_reading_ends_while_the_suite_goes_on_sending(
     sending = asyncio.create_task(keep_sending())
     try:
         await recorded_now(amqp_url, namespace, count)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(HANG_S):
             found = await journal.read(amqp_url, namespace)
     finally:
         sending.cancel()

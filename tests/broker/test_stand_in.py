@@ -75,8 +75,9 @@ async def test_a_request_without_a_drafter_is_decoded_in_runs(peer: Peer) -> Non
         await eventually(lambda: stand_in.without_drafters() == ["pool"])
         assert stand_in.notes() == {"default pool": "no drafter; sessions decoded without drafts: 1"}
         await peer.answer(first, [3, 9], Finish.STOP)
+        ended = {"default pool": "no drafter; sessions decoded without drafts: 0"}
+        await eventually(lambda: stand_in.notes() == ended)
         assert await peer.silent(0.3)
-        assert stand_in.notes() == {"default pool": "no drafter; sessions decoded without drafts: 0"}
 
 
 async def test_sessions_move_to_a_drafter_that_joins(peer: Peer) -> None:
@@ -96,9 +97,10 @@ async def test_sessions_move_to_a_drafter_that_joins(peer: Peer) -> None:
             following = await peer.round()
             assert (following.drafter, following.base_len) == ("d1", 8)
             await peer.ask("new")
+            await sent_by(peer, "s1.pool", "new")
             await asyncio.sleep(1.5)  # more than the time between two heartbeats
             rounds = [await peer.round() for _ in range(peer.rounds.qsize())]
-            assert {sent.drafter for sent in rounds if sent.session == "new"} == {"s1.pool"}, "d1 has no room"
+            assert {sent.drafter for sent in rounds if sent.session == "new"} <= {"s1.pool"}, "d1 has no room"
             await peer.answer(following, [4], Finish.STOP)
             await sent_by(peer, "d1", "new")
         await sent_by(peer, "s1.pool", "new")

@@ -199,10 +199,10 @@ async def test_a_damaged_block_is_ignored_and_the_completion_is_right(
 
 async def test_blocks_in_redis_are_limited_and_expire(peer: Peer) -> None:
     kind, blocks = "1-model-layout", {bytes([number]) * 16: b"content" for number in range(5)}
-    assert await peer.store.kv.keep(kind, blocks, ttl_s=0.2, most=3) == 3
-    assert await peer.store.kv.keep(kind, blocks, ttl_s=0.2, most=3) == 0
-    assert await peer.store.kv.touch(kind, list(blocks), ttl_s=0.2) == [True] * 3 + [False] * 2
+    assert await peer.store.kv.keep(kind, blocks, ttl_s=1, most=3) == 3
+    assert await peer.store.kv.keep(kind, blocks, ttl_s=1, most=3) == 0
+    assert await peer.store.kv.touch(kind, list(blocks), ttl_s=1) == [True] * 3 + [False] * 2
     assert await peer.store.kv.read(kind, list(blocks)) == [b"content"] * 3 + [None] * 2
-    await asyncio.sleep(0.3)
-    assert await peer.store.kv.touch(kind, list(blocks), ttl_s=0.2) == [False] * 5
+    await asyncio.sleep(1.1)
+    assert await peer.store.kv.touch(kind, list(blocks), ttl_s=1) == [False] * 5
     assert await peer.store.kv.keep(kind, blocks, ttl_s=60, most=3) == 3, "expired blocks do not count"

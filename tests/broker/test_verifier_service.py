@@ -60,6 +60,7 @@ from shared.state.registry import HEARTBEAT_TTL_MS
 from shared.state.store import Store
 
 PROMPT = [5, 6, 7, 8]
+STEP_MS = 5.0
 SAMPLING = Sampling(temperature=1.0, seed=3)
 
 
@@ -204,6 +205,8 @@ async def playing(
         profile=False,
         cache_tokens=1024,
         session_secret=None if secret is None else SecretStr(secret),
+        # So that a run lasts while something happens to it.
+        emulated_cost=[STEP_MS, 0, 0, 0, 0, 0, 0],
     )
     stop = asyncio.Event()
     serving = asyncio.create_task(serve(settings, "v1", stop))
@@ -635,10 +638,12 @@ async def test_the_run_of_a_cancelled_session_ends(peer: Peer) -> None:
     await peer.result()
     await peer.store.cancel("s")
     await peer.broker.publish(Cancel(session="s", reason="test"), topology.CANCEL)
-    await asyncio.sleep(0.2)
-    length = len(await peer.committed("s"))
-    await asyncio.sleep(0.3)
-    assert len(await peer.committed("s")) == length
+    lengths = [0]
+    async with asyncio.timeout(HANG_S):
+        while lengths[-1] != (length := len(await peer.committed("s"))):
+            lengths.append(length)
+            await asyncio.sleep(0.3)
+    assert length < len(PROMPT) + 880, "long before the end of its grant"
 
 
 async def test_a_run_whose_session_is_cancelled_in_redis_alone_ends(peer: Peer) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import sys
@@ -28,7 +29,8 @@ from shared.state.commits import Commit
 from shared.state.store import Store
 
 LONG = 1000
-"""Tokens of a long prompt; a batch of several takes a while."""
+"""Tokens of a long prompt."""
+SESSIONS = 8
 
 
 @pytest.fixture(scope="module")
@@ -107,6 +109,8 @@ async def zombie(amqp_url: str, redis_url: str, namespace: str, model: Path) -> 
     environment = os.environ | {"WISP_AMQP_URL": amqp_url, "WISP_REDIS_URL": redis_url, "WISP_NAMESPACE": namespace}
     environment |= {"WISP_TARGET": str(model), "WISP_INSTANCE": "v1", "WISP_PROFILE": "false"}
     environment |= {"WISP_LOG_LEVEL": "debug"}
+    # A batch of long prompts takes two seconds, others no time.
+    environment |= {"WISP_EMULATED_COST": json.dumps([0, 0, 2000 / (SESSIONS * LONG), 0, 0, 0, 0])}
     broker = await Broker.connect(amqp_url, Topology(namespace), "peer")
     store = Store.connect(redis_url, namespace, 60)
     process = await asyncio.create_subprocess_exec(
@@ -164,7 +168,7 @@ async def test_batches_sent_under_an_ended_lease_are_dropped(zombie: Zombie, mod
 
 
 async def test_a_verifier_frozen_within_a_batch_commits_nothing_of_it(zombie: Zombie) -> None:
-    prompts = {f"s{number}": prompt(number, LONG) for number in range(8)}
+    prompts = {f"s{number}": prompt(number, LONG) for number in range(SESSIONS)}
     for session, tokens in prompts.items():
         await zombie.open(session, tokens)
     await zombie.send("b1", dict.fromkeys(prompts, LONG))

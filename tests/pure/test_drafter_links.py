@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 
 import builders
 import pytest
+from patience import HANG_S
 
 from services.drafter.control import RoundTimes
 from services.drafter.core.draft import Draft
@@ -70,7 +71,7 @@ async def test_messages_arrive_in_order_in_both_directions(link: Link, ends: End
     for verify, result in zip(rounds, results, strict=True):
         await link.send(verify)
         await link.receive(result)
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(HANG_S):
         assert [await ends.sent.get() for _ in rounds] == rounds
         assert [await ends.delivered.get() for _ in results] == results
 
@@ -102,7 +103,7 @@ async def test_cancelling_ends_the_wait_for_an_emulated_draft(ends: Ends, profil
     waiting = asyncio.create_task(link.wait_for_draft(draft_ms=60_000.0, measured_ms=0.0))
     await asyncio.sleep(0)
     link.cancel()
-    assert not await asyncio.wait_for(waiting, 10)
+    assert not await asyncio.wait_for(waiting, HANG_S)
     assert not await link.wait_for_draft(draft_ms=0.0, measured_ms=0.0), "a cancelled session stays cancelled"
     link.close()
 
@@ -118,5 +119,5 @@ async def test_a_message_that_cannot_be_delivered_does_not_stop_an_emulated_link
     link = EmulatedLink(profile, "s", send, ends.deliver)
     await link.send(builders.verify(round_=0))
     await link.send(builders.verify(round_=1))
-    assert (await asyncio.wait_for(ends.sent.get(), 10)).round == 1
+    assert (await asyncio.wait_for(ends.sent.get(), HANG_S)).round == 1
     link.close()

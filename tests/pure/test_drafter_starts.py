@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import Any
 
 import builders
+from patience import HANG_S
 
 from services.drafter.drafting import no_drafting
 from services.drafter.service import Drafter
@@ -65,17 +66,17 @@ async def test_a_grammar_that_is_built_holds_up_no_other_session() -> None:
         asyncio.ensure_future(broker.requested(builders.generate("free"))),
     ]
     try:
-        assert (await asyncio.wait_for(broker.published.get(), 20)).session == "free"
+        assert (await asyncio.wait_for(broker.published.get(), HANG_S)).session == "free"
         assert set(drafter.session_ids) == {"slow", "free"}
         assert broker.published.empty()
         grammars.released.set()
-        after = await asyncio.wait_for(broker.published.get(), 20)
+        after = await asyncio.wait_for(broker.published.get(), HANG_S)
         assert after.session == "slow", "its drafts do without the grammar"
     finally:
         grammars.released.set()
         for session in ("slow", "free"):
             await drafter.receive(Cancel(session=session, reason="over"))
-        await asyncio.wait_for(asyncio.gather(*serving), 20)
+        await asyncio.wait_for(asyncio.gather(*serving), HANG_S)
 
 
 async def test_a_session_cancelled_while_its_grammar_is_built_ends() -> None:
@@ -90,5 +91,5 @@ async def test_a_session_cancelled_while_its_grammar_is_built_ends() -> None:
     assert drafter.session_ids == ["slow"]
     await drafter.receive(Cancel(session="slow", reason="over"))
     grammars.released.set()
-    await asyncio.wait_for(serving, 20)
+    await asyncio.wait_for(serving, HANG_S)
     assert drafter.session_ids == []

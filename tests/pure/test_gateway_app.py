@@ -29,6 +29,7 @@ from prometheus_client import generate_latest
 from services.gateway import sessions, silence
 from services.gateway.app import create_app
 from services.gateway.core.admission import Admission
+from services.gateway.core.turns import TurnOrder
 from services.gateway.errors import unavailable
 from services.gateway.gateway import Gateway
 from services.gateway.keys import KeyFile, new_key, render
@@ -113,7 +114,7 @@ class App:
             transport=transport,
             base_url="http://127.0.0.1:8000",
             headers={"content-type": "application/json"},
-            timeout=10,
+            timeout=HANG_S,
         )
 
     async def work(self, message: Message) -> None:
@@ -882,22 +883,37 @@ async def test_a_long_prompt_in_prefill_chunks_is_not_given_up(
 
 
 class Clock:
-    """The clock of the sessions and of the services behind them, which a test can set forward."""
+    """The clock of the sessions and of the services behind them. It stands still until a test sets it forward."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self._skipped_s = 0.0
+        self._now_s = monotonic()
+        self._looks = 0
         for module in (sessions, silence, gateway_memory):
-            monkeypatch.setattr(module, "monotonic", lambda: monotonic() + self._skipped_s)
+            monkeypatch.setattr(module, "monotonic", lambda: self._now_s)
+        monkeypatch.setattr(silence, "WATCH_INTERVAL_S", 0.005)
+        forget = TurnOrder.forget
+
+        def look(turns: TurnOrder, before_s: float) -> None:
+            self._looks += 1
+            forget(turns, before_s)
+
+        monkeypatch.setattr(TurnOrder, "forget", look)
+
+    async def _watched(self) -> None:
+        """Wait until the watch has looked at all sessions, and what it began has ended."""
+        wanted = self._looks + 3
+        await eventually(lambda: self._looks >= wanted)
 
     async def skip(self, seconds: float) -> None:
         """Let time pass in steps that are no pause, and the watch look at each."""
         for _ in range(round(seconds / 0.9)):
-            self._skipped_s += 0.9
-            await asyncio.sleep(1.2 * silence.WATCH_INTERVAL_S)
+            self._now_s += 0.9
+            await self._watched()
 
-    def pause(self, seconds: float) -> None:
+    async def pause(self, seconds: float) -> None:
         """Let the whole process stand still for so long."""
-        self._skipped_s += seconds
+        self._now_s += seconds
+        await self._watched()
 
 
 async def serve_in_turn(app: App, clock: Clock, count: int, each_s: float) -> list[httpx.Response]:
@@ -905,6 +921,7 @@ async def serve_in_turn(app: App, clock: Clock, count: int, each_s: float) -> li
     app.services.draft = None
     asking = [asyncio.create_task(app.chat()) for _ in range(count)]
     await eventually(lambda: len(app.generated) == count)
+    await clock.pause(0)  # all of them wait
     for generate in app.generated:
         await clock.skip(each_s)
         await app.work(generate)
@@ -946,9 +963,9 @@ async def test_a_session_on_which_nobody_works_stalls_beside_others(
     for _ in range(14):
         await clock.skip(0.9)
         assert (await app.chat()).status_code == 200
+    error = error_of(await asyncio.wait_for(stuck, HANG_S), 504)
     watching.cancel()
-    assert stuck.done()
-    assert error_of(await stuck, 504)["code"] == "timeout"
+    assert error["code"] == "timeout"
 
 
 async def test_a_pause_of_the_process_is_no_stall(folder: ModelFolder, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -958,8 +975,7 @@ async def test_a_pause_of_the_process_is_no_stall(folder: ModelFolder, monkeypat
     asking = asyncio.create_task(app.chat())
     await eventually(lambda: len(app.generated) == 1)
     for _ in range(3):
-        clock.pause(40)
-        await asyncio.sleep(3 * silence.WATCH_INTERVAL_S)
+        await clock.pause(40)
     await app.work(app.generated[0])
     assert (await asking).status_code == 200
     stuck = asyncio.create_task(app.chat())
@@ -1044,13 +1060,13 @@ async def test_a_session_that_ends_while_it_is_stored_is_cancelled(
 
     async def unconfirmed(generate: Generate, pool: str, resume_record: bytes = b"") -> None:
         await start(generate, pool, resume_record)
-        await asyncio.sleep(HANG_S)  # as long as RabbitMQ is frozen
+        await asyncio.Event().wait()  # as long as RabbitMQ is frozen
 
     monkeypatch.setattr(app.transport, "start", unconfirmed)
     asking = asyncio.create_task(app.chat())
     await eventually(lambda: app.sessions.running == 1 and bool(app.services.sessions))
     await app.sessions.drain(0)
-    error = error_of(await asyncio.wait_for(asking, 5), 503)
+    error = error_of(await asyncio.wait_for(asking, HANG_S), 503)
     assert error["code"] == "shutting_down"
     await eventually(lambda: {one.status for one in app.services.sessions.values()} == {SessionStatus.CANCELLED})
 

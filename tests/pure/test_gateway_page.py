@@ -16,6 +16,7 @@ import pytest
 from gateway_peer import eventually, tiny_target
 from page_server import MadeUpFleet, PacedApp, served
 from pages import pages
+from patience import HANG_S
 from test_gateway_app import App
 
 from services.gateway.keys import new_key, render
@@ -57,7 +58,7 @@ async def guarded(folder: ModelFolder, tmp_path: Path) -> AsyncIterator[tuple[Pa
 
 async def client(app: PacedApp) -> httpx.AsyncClient:
     """A client of the application as it is now: `App.http` was made before the feed was added."""
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app.asgi), base_url="http://127.0.0.1:8000", timeout=10)
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app.asgi), base_url="http://127.0.0.1:8000", timeout=HANG_S)
 
 
 class Elements(HTMLParser):
@@ -264,7 +265,7 @@ async def first_events(http: httpx.AsyncClient, count: int) -> list[dict[str, ob
 async def test_the_feed_works_while_somebody_looks_and_not_longer(folder: ModelFolder) -> None:
     app = PacedApp(folder, MadeUpFleet(batches_per_s=100))
     assert not app.feed.listening
-    async with served(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as http:
+    async with served(app) as url, httpx.AsyncClient(base_url=url, timeout=HANG_S) as http:
         first, *_, last = await first_events(http, 6)
         assert app.fleet.listeners == 1
         batches = [item for item in last["news"] if item["kind"] == "batch"]  # type: ignore[attr-defined]
@@ -278,7 +279,7 @@ async def test_the_feed_works_while_somebody_looks_and_not_longer(folder: ModelF
 
 async def test_two_viewers_share_one_connection(folder: ModelFolder) -> None:
     app = PacedApp(folder)
-    async with served(app) as url, httpx.AsyncClient(base_url=url, timeout=10) as http:
+    async with served(app) as url, httpx.AsyncClient(base_url=url, timeout=HANG_S) as http:
         looking = [asyncio.create_task(first_events(http, 8)) for _ in range(3)]
         await eventually(lambda: app.feed.viewers == 3)
         assert all(len(events) == 8 for events in await asyncio.gather(*looking))
@@ -303,7 +304,7 @@ async def test_a_feed_without_its_broker_says_why_and_recovers(
     app = PacedApp(folder)
     app.fleet.problem = BrokersError("RabbitMQ is away")
     async with app.feed.viewer() as events:
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(HANG_S):
             while (await anext(events)).get("problem") != "RabbitMQ is away":
                 pass
             app.fleet.problem = None

@@ -917,24 +917,26 @@ async def test_requests_wait_for_verifiers_that_fall_silent_for_a_moment(monkeyp
             raise answer
         return answer
 
-    fleet = Fleet(read, "f", wait_s=0.5)
+    fleet = Fleet(read, "f", wait_s=60)
     answers[:] = [[]]
     with pytest.raises(ApiError, match="no verifier is running; try again"):
-        await asyncio.wait_for(fleet.longest_session(), 0.3)  # none was ever there
+        await asyncio.wait_for(fleet.longest_session(), 30)  # none was ever there
     answers[:] = [[heartbeat()]]
     assert await fleet.longest_session() == 100
     answers[:] = [[], BrokersError("Redis is away"), TimeoutError(), [], [heartbeat()]]
     assert await asyncio.gather(*(fleet.longest_session() for _ in range(5))) == [100] * 5
     answers[:] = [[heartbeat(fingerprint="other")]]
     with pytest.raises(ApiError, match="another model"):
-        await asyncio.wait_for(fleet.longest_session(), 0.3)
+        await asyncio.wait_for(fleet.longest_session(), 30)
 
 
 async def test_requests_wait_for_silent_verifiers_no_longer_than_allowed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.gateway.fleet.FRESH_S", 0.0)
-    beats = [heartbeat()]
+    beats, reads = [heartbeat()], 0
 
     async def read() -> list[Heartbeat]:
+        nonlocal reads
+        reads += 1
         return beats
 
     fleet = Fleet(read, "f", wait_s=1.2)
@@ -943,10 +945,12 @@ async def test_requests_wait_for_silent_verifiers_no_longer_than_allowed(monkeyp
     started = monotonic()
     with pytest.raises(ApiError, match=r"no verifier is running: none has sent a heartbeat for at least 1 s"):
         await fleet.longest_session()
-    assert 1.2 <= monotonic() - started < 5
+    assert 1.2 <= monotonic() - started < 60
+    reads = 0
     with pytest.raises(ApiError):
-        await asyncio.wait_for(fleet.longest_session(), 0.3)  # they are gone, so nobody waits for them any more
-    assert (await asyncio.wait_for(fleet.missing(), 0.3))["verifier"] is not None
+        await fleet.longest_session()
+    assert (await fleet.missing())["verifier"] is not None
+    assert reads == 2, "they are gone, so nobody waits for them any more"
 
 
 async def test_the_fleet_is_exported_by_arithmetic_and_a_mixture_logged(monkeypatch: pytest.MonkeyPatch) -> None:

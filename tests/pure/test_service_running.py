@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 
 import pytest
+from patience import HANG_S
 
 from shared.runtime import service
 from shared.runtime.service import running
@@ -26,7 +27,7 @@ async def test_a_loop_that_loses_a_cancellation_ends_all_the_same(monkeypatch: p
 
     stop = asyncio.Event()
     stop.set()
-    async with asyncio.timeout(10), running(stop, loop()):
+    async with asyncio.timeout(HANG_S), running(stop, loop()):
         await asyncio.sleep(0)
     assert lost == 1
 

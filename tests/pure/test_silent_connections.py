@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 
 import pytest
+from patience import HANG_S
 from yarl import URL
 
 from shared.broker import silence
@@ -66,7 +67,7 @@ async def something(writer: asyncio.StreamWriter) -> None:
 
 async def test_a_silent_server_is_given_up() -> None:
     async with connected(nothing) as reader:
-        after_s = await ended_after_s(reader, 10)
+        after_s = await ended_after_s(reader, HANG_S)
     assert after_s is not None
     assert after_s >= LONGEST_S
 
@@ -89,7 +90,7 @@ async def test_a_client_that_does_not_read_keeps_its_connection() -> None:
 
 async def test_time_in_which_the_client_stands_still_is_no_silence() -> None:
     async with connected(nothing) as reader:
-        reading = asyncio.create_task(ended_after_s(reader, 10))
+        reading = asyncio.create_task(ended_after_s(reader, HANG_S))
         await asyncio.sleep(0.2)
         time.sleep(2 * LONGEST_S)  # noqa: ASYNC251 the event loop itself stands still
         await asyncio.sleep(LONGEST_S / 3)
