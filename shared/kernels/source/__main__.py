@@ -1,4 +1,7 @@
-"""Compiles the kernels for the CPU that numba's environment variables name, and writes an object file to stdout."""
+"""Compiles the kernels for the CPU that numba's environment variables name, and writes an object file to stdout.
+
+Fails if the code lets the compiler choose the bits of a result.
+"""
 
 # numba's annotations do not cover compiled code.
 # mypy: disable-error-code="no-untyped-call, attr-defined"
@@ -18,6 +21,7 @@ from shared.kernels.source.passes import (
     decode_float32,
     multiply_rows,
 )
+from shared.kernels.source.relaxed import relaxed
 from shared.kernels.source.vectors import get_word, kernel
 
 _FUNCTION = int(JobWord.FUNCTION)
@@ -42,6 +46,9 @@ def run_function(job: int) -> None:
 def main() -> None:
     """Write the object file."""
     (compiled,) = run_function.overloads.values()
+    code = compiled.library.get_llvm_str()
+    if found := relaxed(code):
+        sys.exit(f"{len(found)} instructions let the compiler choose the bits of a result, for example: {found[0]}")
     name = compiled.fndesc.llvm_func_name
     # numba's functions return a status and take two more pointers; nothing here raises, so both are ignored.
     entry = f"""
@@ -52,7 +59,7 @@ define void @{SYMBOL}(i64 %job) {{
   ret void
 }}
 """
-    module = binding.parse_assembly(compiled.library.get_llvm_str() + entry)
+    module = binding.parse_assembly(code + entry)
     for item in [*module.functions, *module.global_variables]:
         if not item.is_declaration and item.name != SYMBOL:
             item.linkage = "internal"
