@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 import socket
 from collections.abc import AsyncIterator
 
@@ -242,7 +243,8 @@ async def test_a_slow_reader_delays_nobody_and_gets_everything(suite: Suite) -> 
     while part := await reader.read(4096):
         received += part
     writer.close()
-    assert received.count(b'"content":"x"') == 400
+    # Where this process is slow, tokens that Redis already has come together.
+    assert b"".join(re.findall(rb'"content":"(x+)"', received)) == b"x" * 400
     assert b"data: [DONE]" in received
 
 

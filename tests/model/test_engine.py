@@ -277,6 +277,7 @@ sys.exit(os.waitstatus_to_exitcode(status))
 """
 
 
+@pytest.mark.slow
 def test_a_forked_process_computes_the_same_and_does_not_hang(folder: Path) -> None:
     done = subprocess.run([sys.executable, "-c", FORKED, str(folder)], check=False)
     assert done.returncode == 0

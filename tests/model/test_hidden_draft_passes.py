@@ -165,6 +165,7 @@ def test_a_target_that_is_no_plain_llama_is_refused(tmp_path: Path) -> None:
         DraftEngine(draft, ModelFolder(target.path))
 
 
+@pytest.mark.slow
 def test_a_drafter_on_the_cpu_imports_no_torch_transformers_or_numba(tmp_path: Path) -> None:
     draft, target = pair(tmp_path, tiny.LLAMA, layers=1, bottom_layers=1)
     CompiledDraft(draft, target, form="bfloat16", threads=1, blocks=1)  # compiles the kernels where that is due

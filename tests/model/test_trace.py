@@ -109,6 +109,7 @@ def test_lookup_copies_what_followed_before() -> None:
     assert not chain.statistics.any()
 
 
+@pytest.mark.slow
 def test_a_stopped_recording_goes_on_with_its_parts(tmp_path: Path) -> None:
     texts, calls = texts_of(), []
 

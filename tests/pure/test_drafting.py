@@ -146,6 +146,7 @@ def test_a_rule_without_a_predictor_works_untrained(name: str) -> None:
     assert isinstance(RULES[name].for_session(ControlWeights()), RULES[name])
 
 
+@pytest.mark.slow
 def test_sources_without_a_model_load_no_torch() -> None:
     code = """
 import sys

@@ -254,6 +254,7 @@ async def check(app: App, case: Case) -> None:  # noqa: F811
     case.validate_response(response, checks=CHECKS if is_pool else [not_a_server_error, *CHECKS])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", [GenerationMode.POSITIVE, GenerationMode.NEGATIVE])
 @pytest.mark.parametrize("group", GROUPS, ids=lambda group: f"{group[1]}-{group[2]}")
 @some
@@ -267,6 +268,7 @@ async def test_any_body_has_a_documented_answer(
     await check(app, data.draw(requests_of(group, mode)))
 
 
+@pytest.mark.slow
 @some
 @given(data=st.data())
 async def test_all_that_is_read_has_a_documented_answer(app: App, data: st.DataObject) -> None:  # noqa: F811

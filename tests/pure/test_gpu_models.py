@@ -37,6 +37,7 @@ def test_weights_are_normal_and_the_same_at_each_read() -> None:
     assert not np.array_equal(matrices["model.embed_tokens.weight"], matrices["lm_head.weight"])
 
 
+@pytest.mark.slow
 def test_without_a_gpu_it_says_so_and_measures_nothing() -> None:
     environment = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(

@@ -104,6 +104,7 @@ service.run("estimator", settings.ProcessSettings, serve)
 """
 
 
+@pytest.mark.slow
 def test_a_service_without_the_packages_says_what_to_install() -> None:
     done = python(WITHOUT_SDK, OTEL_EXPORTER_OTLP_ENDPOINT="http://127.0.0.1:4318")
     assert (done.returncode, done.stdout) == (2, "")
@@ -111,6 +112,7 @@ def test_a_service_without_the_packages_says_what_to_install() -> None:
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.slow
 def test_a_service_without_traces_does_without_the_packages() -> None:
     done = python(WITHOUT_SDK)
     assert (done.returncode, done.stdout) == (0, "served\n"), done.stderr

@@ -172,6 +172,7 @@ def test_a_twin_drafts_from_its_hidden_states_alone(twin: TwinFolder) -> None:
         drafting_of(twin, draft_source="combined")
 
 
+@pytest.mark.slow
 def test_services_of_a_twin_load_no_torch(twin: TwinFolder) -> None:
     code = f"""
 import sys
