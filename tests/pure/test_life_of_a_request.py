@@ -14,7 +14,9 @@ from pathlib import Path
 from types import FrameType
 
 from pages import ROOT
-from test_gateway_app import App, app, folder  # noqa: F401 fixtures
+from test_gateway_app import App, folder  # noqa: F401 fixture
+
+from shared.models.folder import ModelFolder
 
 PAGE = ROOT / "services/LIFE_OF_A_REQUEST.md"
 GATEWAY = ROOT / "services/gateway"
@@ -51,15 +53,19 @@ def files_on_the_page() -> set[str]:
     return files
 
 
-async def test_a_plain_request_crosses_the_files_on_the_page(app: App) -> None:  # noqa: F811
+async def test_a_plain_request_crosses_the_files_on_the_page(folder: ModelFolder) -> None:  # noqa: F811
+    app = App(folder)  # nothing watches its sessions meanwhile, however slow the machine is
     with crossed_files() as crossed:
         response = await app.chat(stream=True)
     assert response.text.endswith("data: [DONE]\n\n")
     assert crossed | REPLACED == files_on_the_page()
     assert len(files_on_the_page()) <= MOST_FILES
+    await app.http.aclose()
 
 
-async def test_an_option_of_a_request_crosses_its_own_file(app: App) -> None:  # noqa: F811
+async def test_an_option_of_a_request_crosses_its_own_file(folder: ModelFolder) -> None:  # noqa: F811
+    app = App(folder)
     with crossed_files() as crossed:
         await app.chat(stream=True, logit_bias={"5": 1}, logprobs=True)
     assert {"rules.py", "logprobs.py"} <= crossed - files_on_the_page()
+    await app.http.aclose()
