@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats gpu-check bench-draft bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats gpu-check bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -90,6 +90,12 @@ gpu-check: setup ## kernels for GPUs: bits and speed (ARGS=--tiny without a GPU)
 
 bench-draft: setup ## acceptance and cost of drafts on held-out prompts
 	@$(BIN)/wisp bench draft $(ARGS)
+
+bench-edits: setup ## predicted outputs on 50 edits
+	@$(BIN)/wisp bench edits $(ARGS)
+
+bench-learning: setup ## a draft that learns from its requests
+	@$(BIN)/wisp bench learning $(ARGS)
 
 bench-stream: setup ## one stream with and without drafts, and transformers
 	@$(BIN)/wisp bench stream $(ARGS)

@@ -24,6 +24,7 @@ from shared.messages import (
     Ended,
     Heartbeat,
     Job,
+    LearningState,
     LeftOut,
     Load,
     Result,
@@ -100,6 +101,18 @@ def test_a_mixed_fleet_is_shown_by_arithmetic() -> None:
     for at_ms in (1000, 2500):
         watch.feed(heartbeat("v4", arithmetic="torch 2.13, cpu AVX2"), at_ms)
     assert watch.snapshot(2600).mixture == {}, "the others are silent"
+
+
+def test_a_pool_shows_what_its_drafts_have_learned() -> None:
+    states = [LearningState(version=v, acceptance=a, shipped_acceptance=0.4) for v, a in ((0, 0.4), (3, 0.6))]
+    beats = [builders.drafter_heartbeat(f"d{i}", learning=state) for i, state in enumerate(states)]
+    waiting = watched((0, heartbeat()), (0, beats[0]), (0, builders.drafter_heartbeat("d9")))
+    assert "drafts learning (shipped: 40% accepted)" in text(waiting.snapshot(1))
+    both = watched((0, heartbeat()), *((0, beat) for beat in beats)).snapshot(1)
+    (pool,) = both.pools
+    assert (pool.learned, pool.learned_acceptance, pool.shipped_acceptance) == (1, 0.5, 0.4)
+    assert "1 learned: 50% accepted, shipped 40%" in text(both)
+    assert "learn" not in text(watched((0, heartbeat()), (0, builders.drafter_heartbeat("d9"))).snapshot(1))
 
 
 def test_a_pool_shows_its_drafters_and_the_sessions_without() -> None:

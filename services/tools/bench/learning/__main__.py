@@ -34,6 +34,8 @@ from shared.models.folder import ModelFolder
 
 DRAFT_LENGTH = 4
 SOURCES = ("hidden",)
+TOGETHER = 10
+"""Requests between which nothing is learned."""
 ELSEWHERE = 60
 """Most texts of other kinds, on which forgetting shows."""
 NO_COSTS = Costs(1.0, 0.0, 0.0)
@@ -42,7 +44,7 @@ Row = dict[str, Any]
 
 
 class LearningTrial:
-    """A draft that learns from one request after the other, beside one that stays as it was shipped."""
+    """A draft that learns from requests, beside one that stays as it was shipped."""
 
     def __init__(self, folder: HiddenDraftFolder, target: ModelFolder, options: LearningOptions) -> None:
         self.learner = DraftLearner(folder, target, options)
@@ -52,11 +54,12 @@ class LearningTrial:
         self.reports: list[LearningReport] = []
         self.learning_s = 0.0
 
-    def request(self, text: GeneratedText) -> tuple[list[Drafted], list[Drafted]]:
-        """Draft a request with both, and learn from it as long as there is work; return the rounds of both."""
-        drafted = rounds_of(self.fixed, [text]), rounds_of(self.learning, [text])
+    def requests(self, texts: Sequence[GeneratedText]) -> tuple[list[Drafted], list[Drafted]]:
+        """Draft some requests with both, then learn from them as long as there is work; return the rounds of both."""
+        drafted = rounds_of(self.fixed, texts), rounds_of(self.learning, texts)
         started = time.process_time()
-        self.learner.add(observed(text))
+        for text in texts:
+            self.learner.add(observed(text))
         while self.learner.has_work:
             report = self.learner.work()
             if report is not None:
@@ -121,12 +124,12 @@ def _measure(
     windows: int,
     console: Console,
 ) -> dict[str, Any]:
-    both = [trial.request(text) for text in answered]
-    size = -(-len(both) // windows)
-    over_time = [
-        {"requests": f"{first + 1} to {min(first + size, len(both))}", **_compared(both[first : first + size])}
-        for first in range(0, len(both), size)
-    ]
+    size = -(-len(answered) // windows)
+    over_time: list[Row] = []
+    for first in range(0, len(answered), size):
+        window = answered[first : first + size]
+        both = [trial.requests(window[i : i + TOGETHER]) for i in range(0, len(window), TOGETHER)]
+        over_time.append({"requests": f"{first + 1} to {first + len(window)}", **_compared(both)})
     _print(console, "Requests of the domain, in their order", over_time)
     fixed, learned = rounds_of(trial.fixed, others), rounds_of(trial.learning, others)
     elsewhere: list[Row] = []

@@ -1,0 +1,130 @@
+"""A drafter whose draft learns: it learns between sessions, from the states that came with them."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import builders
+import numpy as np
+
+from services.drafter.control import Controller
+from services.drafter.core.observed import ObservedSession, StateRecorder
+from services.drafter.drafting import Drafting
+from services.drafter.service import Drafter
+from services.drafter.settings import DraftServingSettings
+from services.drafter.sources import NoDrafts
+from shared.broker.topology import Topology
+from shared.messages import Generate, HiddenStates, LearningState, Verify
+from shared.models.hidden_states import parts
+
+SIZE = 4
+PROMPT = list(range(20, 30))
+STATE = LearningState(version=2, acceptance=0.5, shipped_acceptance=0.4)
+
+
+class StubBroker:
+    """Keeps what is published, and hands requests to the drafter."""
+
+    def __init__(self) -> None:
+        self.topology = Topology("t")
+        self.sent: asyncio.Queue[Any] = asyncio.Queue()
+        self.take: Any = None
+
+    async def consume(self, queue: object, handler: object, **options: object) -> None:
+        self.take = handler
+
+    def on_reconnect(self, call: object) -> None:
+        pass
+
+    async def publish(self, message: object, key: object, **options: object) -> None:
+        self.sent.put_nowait(message)
+
+
+class StubLearning:
+    """Notes what a drafter tells its draft's learning."""
+
+    def __init__(self, fingerprint: str) -> None:
+        self.fingerprint = fingerprint
+        self.serving_sessions: list[int] = []
+        self.observed: list[ObservedSession] = []
+        self.state = STATE
+
+    def recorder(self, generate: Generate) -> StateRecorder | None:
+        return StateRecorder(SIZE, 100) if generate.fingerprint == self.fingerprint else None
+
+    def serving(self, sessions: int) -> None:
+        self.serving_sessions.append(sessions)
+
+    def observe(self, session: ObservedSession) -> None:
+        self.observed.append(session)
+
+
+def drafter_with(broker: StubBroker, learning: StubLearning, length: int = 2) -> Drafter:
+    options = DraftServingSettings(draft_source="lookup", min_timeout_ms=60_000, draft_length=length).options
+    drafting = Drafting(
+        {"hidden": NoDrafts()},
+        "hidden",
+        Controller("fixed", length),
+        {},
+        SIZE,
+        1000,
+        learning=learning,  # type: ignore[arg-type]
+    )
+    return Drafter("d1", "pool", options, drafting, broker, None, None)  # type: ignore[arg-type]
+
+
+async def answer(drafter: Drafter, broker: StubBroker, tokens: int) -> None:
+    """Answer rounds with a token each, and the states that they ask for, until the text has so many tokens."""
+    for made in range(tokens):
+        verify: Verify = await asyncio.wait_for(broker.sent.get(), 10)
+        if verify.hidden_from is not None:
+            bits = np.full((verify.base_len - verify.hidden_from, SIZE), 7, np.uint16)
+            for part in parts(bits, verify.hidden_from, verify.hidden_format):
+                await drafter.receive(HiddenStates(session=verify.session, round=verify.round, **vars(part)))
+        finish = "length" if made == tokens - 1 else None
+        await drafter.receive(
+            builders.result(verify.session, verify.round, verify.base_len, [7], finish=finish, new_tokens=1)
+        )
+
+
+async def served(learning: StubLearning, *, tokens: int = 30, length: int = 2) -> None:
+    broker = StubBroker()
+    drafter = drafter_with(broker, learning, length)
+    await drafter.take_requests()
+    request = builders.generate(prompt=PROMPT, max_tokens=tokens, fingerprint="f")
+    await asyncio.gather(broker.take(request), answer(drafter, broker, tokens))
+
+
+async def test_an_ended_session_is_learned_from() -> None:
+    learning = StubLearning("f")
+    await served(learning)
+    (session,) = learning.observed
+    (text,) = session.texts()
+    assert text.tokens.tolist() == [*PROMPT, *[7] * 30][text.start :]
+    assert (text.start, text.prompt_len) == (0, len(PROMPT))
+    assert (text.states == 7).all()
+
+
+async def test_nothing_is_learned_while_a_session_is_served() -> None:
+    learning = StubLearning("f")
+    await served(learning)
+    assert learning.serving_sessions == [1, 0]
+
+
+async def test_sessions_of_another_target_or_without_drafts_are_not_learned_from() -> None:
+    learning = StubLearning("another")
+    await served(learning, tokens=3)
+    assert learning.observed == []
+    undrafted = StubLearning("f")
+    await served(undrafted, tokens=3, length=0)
+    assert undrafted.observed == []
+
+
+async def test_heartbeats_carry_what_was_learned() -> None:
+    broker = StubBroker()
+    drafter = drafter_with(broker, StubLearning("f"))
+    beating = asyncio.create_task(drafter.beat())
+    heartbeat = await asyncio.wait_for(broker.sent.get(), 10)
+    beating.cancel()
+    assert heartbeat.learning == STATE
