@@ -294,18 +294,17 @@ def test_the_newest_usable_version_is_found(
 def test_learning_pauses_while_sessions_are_served() -> None:
     ours, theirs = Pipe()
     idle = SimpleNamespace(value=False)
-    done: list[str] = []
-    added, worked = threading.Event(), threading.Event()
+    done: list[tuple[str, bool]] = []
+    worked = threading.Event()
 
     class Learner:
         has_work = True
 
         def add(self, text: str) -> None:
-            done.append(text)
-            added.set()
+            done.append((text, idle.value))
 
         def work(self) -> LearningReport | None:
-            done.append("work")
+            done.append(("work", idle.value))
             worked.set()
             return None
 
@@ -317,14 +316,15 @@ def test_learning_pauses_while_sessions_are_served() -> None:
     thread.start()
     for number in range(3):
         ours.send(f"text {number}")
-        assert added.wait(10)
-        added.clear()
-    assert done == ["text 0", "text 1", "text 2"]
+    assert not worked.wait(3 * process.PAUSE_S)
+    assert done == []
     idle.value = True
     assert worked.wait(10)
+    idle.value = False
     ours.close()
     thread.join(10)
     assert not thread.is_alive()
+    assert done[:4] == [("text 0", True), ("text 1", True), ("text 2", True), ("work", True)]
 
 
 def sessions_of(texts: Sequence[GeneratedText], size: int) -> Iterator[ObservedSession]:

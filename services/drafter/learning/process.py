@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
+from services.drafter.core.observed import ObservedText
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.learning.reports import LearningOptions, LearningReport
 from services.drafter.learning.versions import VersionFolder
@@ -21,6 +23,8 @@ from shared.models.folder import ModelFolder
 if TYPE_CHECKING:
     from services.drafter.learning.learner import DraftLearner
 
+MOST_ARRIVED = 256
+"""Most texts that wait for the drafter to be idle; the newest ones count."""
 PAUSE_S = 0.1
 """Time after which a pausing process looks whether it may go on."""
 
@@ -75,12 +79,15 @@ def learn(
     keep: keeps a report's weights over restarts.
     """
     cpu_s = time.process_time()
+    arrived: deque[ObservedText] = deque(maxlen=MOST_ARRIVED)
     while True:
-        ready = idle.value and learner.has_work
-        while connection.poll(0 if ready else PAUSE_S):
-            learner.add(connection.recv())
-            ready = False
-        if ready and (report := learner.work()) is not None:
+        while connection.poll(0 if idle.value and (arrived or learner.has_work) else PAUSE_S):
+            arrived.append(connection.recv())
+        if not idle.value:
+            continue
+        if arrived:
+            learner.add(arrived.popleft())
+        elif learner.has_work and (report := learner.work()) is not None:
             keep(report)
             now_s = time.process_time()
             connection.send(LearningUse(report, now_s - cpu_s))
@@ -92,7 +99,8 @@ def _yield_to_all_others() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.nice(19)
     if hasattr(os, "SCHED_IDLE"):
-        os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+        with suppress(OSError):  # sandboxes may refuse it
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     os.environ["OMP_WAIT_POLICY"] = "passive"
 
 

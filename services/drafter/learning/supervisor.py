@@ -71,6 +71,8 @@ class DraftLearning:
         self._replace = replace
         self._log = logging.get()
         self._fingerprint: str | None = None
+        self._failed = False
+        """True if its process has ended before the drafter."""
         context = multiprocessing.get_context("spawn")
         self._context = context
         self._idle = context.RawValue("b", True)
@@ -95,7 +97,7 @@ class DraftLearning:
         if self._fingerprint is None:
             self._fingerprint = generate.fingerprint
             self._put(self._load_kept)
-        if generate.fingerprint != self._fingerprint:
+        if generate.fingerprint != self._fingerprint or self._failed:
             return None
         return StateRecorder(self._setup.hidden_size, RECORDED)
 
@@ -126,6 +128,7 @@ class DraftLearning:
                 self._log.warning("draft learning", error=str(error))
             except (BrokenPipeError, ConnectionResetError):
                 self._log.warning("the learning process has ended; the draft stays as it is")
+                self._failed = True
                 return
             except Exception:
                 self._log.exception("draft learning failed")

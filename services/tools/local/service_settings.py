@@ -53,9 +53,9 @@ def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Itera
         return
     for name, field in kind.model_fields.items():
         value = getattr(settings, name)
-        # The services run in the checkout. The target is prepared later.
+        # The services run in the checkout. The target is prepared later, and a drafter creates its folder.
         if (
-            name != "target"
+            name not in ("target", "draft_learning_folder")
             and isinstance(value, Path)
             and value != field.default
             and not (checkout() / value).exists()
