@@ -49,7 +49,15 @@ from shared.models.hidden_states import parts
 
 CONFIG = LlamaConfig(**{**tiny.LLAMA.to_dict(), "vocab_size": tiny.VOCAB})
 OPTIONS = LearningOptions(
-    buffer_tokens=6000, rate=5e-3, fc_rate=1.0, pull=0.0, updates=20, passes=6, draft_steps=2, yields=False
+    buffer_tokens=6000,
+    rate=5e-3,
+    fc_rate=1.0,
+    pull=0.0,
+    updates=20,
+    passes=6,
+    draft_steps=2,
+    judged_steps=2,
+    yields=False,
 )
 """A spoilt draft needs larger steps than a trained one."""
 

@@ -218,7 +218,7 @@ class DraftLearner:
 
         Rules and grammars are left out, which change the score of all weights alike."""
         known = model.known(self._parts.embedding[text.tokens], text.bottom)
-        steps = self._options.draft_steps
+        steps = self._options.judged_steps
         estimates = unrolled(model, known[None], text.hidden[None].float(), steps)
         first, stop = max(1, text.prompt_len), len(text.tokens) - 1
         right = np.zeros((steps, stop + steps), np.bool_)
