@@ -17,6 +17,7 @@ from transformers import LlamaConfig, Qwen3Config
 from services.drafter.control import Controller
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
+from services.drafter.learning import update
 from services.drafter.learning.loss import Losses, losses
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.draft_stages import train_draft
@@ -233,8 +234,8 @@ def test_only_a_device_with_bfloat16_instructions_trains_in_it(
         computed.update(estimate.dtype for estimate in estimates)
         return losses(estimates, *others, **options)
 
-    monkeypatch.setattr(train, "computes_bfloat16", lambda _: supported)
-    monkeypatch.setattr(train, "losses", watched)
+    monkeypatch.setattr(update, "computes_bfloat16", lambda _: supported)
+    monkeypatch.setattr(update, "losses", watched)
     stages = {"stages": [{"steps": 2, "tokens": 1, "learning_rate": 1e-3}]}
     short = SETTINGS | {"target_dtype": "bfloat16", "training": SETTINGS["training"] | stages}
     made = TrainingRun(Config.model_validate(short), run.target, tmp_path)
