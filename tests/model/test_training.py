@@ -21,7 +21,7 @@ from services.drafter.learning import update
 from services.drafter.learning.loss import Losses, losses
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.cli.draft_stages import train_draft
-from services.tools.training import prompts, shards, train
+from services.tools.training import prompts, shards
 from services.tools.training.config import Config
 from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
 from services.tools.training.run import TrainingRun
