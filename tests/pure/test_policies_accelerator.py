@@ -56,6 +56,8 @@ def test_only_an_accelerator_hides_tokens() -> None:
     assert hidden_tokens(ACCELERATOR) == HIDDEN
     assert hidden_tokens(cost.FALLBACK) == 0
     assert hidden_tokens(builders.cost_model()) == 0
+    unloaded = ACCELERATOR.model_copy(update={"coefficients": [0.0, *ACCELERATOR.coefficients[1:]]})
+    assert hidden_tokens(unloaded) == 0, "fitted to a few measurements: a scheduler divided by this time"
 
 
 @pytest.mark.parametrize("slack_ms", [60.0, 80.0, 2000.0])

@@ -91,11 +91,7 @@ async def stack(brokers: Brokers, target_folder: Path) -> AsyncIterator[Stack]:
         "WISP_STALL_TIMEOUT_S": str(HANG_S),
         "WISP_MAX_BACKLOG_MS": str(HANG_S * 1000),
     }
-    whole = {
-        "scheduler": {"WISP_WITHOUT": '["trimming", "runs"]', "WISP_MAX_BATCH_MS": "5000"},
-        # Verifiers come and go here. Other suites have the profile, as by default.
-        "verifier": {"WISP_PROFILE": "false"},
-    }
+    whole = {"scheduler": {"WISP_WITHOUT": '["trimming", "runs"]', "WISP_MAX_BATCH_MS": "5000"}}
     async with Stack(
         "test-stack", brokers=brokers, target=target_folder, drafters=2, verifiers=2, env=env, env_of=whole
     ) as running:

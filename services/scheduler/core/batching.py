@@ -23,7 +23,12 @@ arithmetic, as on an accelerator."""
 
 
 def hidden_tokens(model: CostModel) -> int:
-    """Return how many tokens of a step are computed in the time in which the weights are loaded anyway."""
+    """Return how many tokens of a step are computed in the time in which the weights are loaded anyway.
+
+    A model of a few measurements may have no such time.
+    """
+    if cost.fixed_ms(model) <= 0:
+        return 0
     return model.knee if cost.token_ms(model, 0.0) < HIDDEN_SHARE * cost.token_ms(model) else 0
 
 
