@@ -97,4 +97,6 @@ async def _reap(store: Store) -> None:
         await asyncio.sleep(REAP_S)
         with suppress(BrokersError):  # the next search finds them
             if reaped := await store.reap():
-                logging.get().info("sessions without a gateway ended", sessions=reaped)
+                logging.get().info(
+                    "sessions ended whose clients left and did not resume, or whose gateway died", sessions=reaped
+                )

@@ -440,6 +440,12 @@ def test_every_problem_of_all_services_is_named_once() -> None:
     assert [line.partition(":")[0] for line in lines] == ["WISP_LOG_LEVEL", "WISP_POLICY"]
 
 
+def test_a_misspelt_setting_is_refused_and_a_strange_one_ignored() -> None:
+    inherited = {"WISP_POLICI": "edf", "WISP_GATEWAY_PORT": "tcp://10.0.0.1:80", "WISP_POLICY": "edf"}
+    with pytest.raises(SettingsError, match=r"^WISP_POLICI: no setting has this name; did you mean WISP_POLICY\?$"):
+        refuse_bad_settings(replace(LAUNCH, inherited=inherited), {"gateway": {}})
+
+
 def test_a_draft_model_has_to_be_named() -> None:
     result = CliRunner().invoke(app, ["up", "--port", "0", "--draft", "model"])
     assert result.exit_code == 1

@@ -19,14 +19,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from rich.console import Console
 from rich.text import Text
 from typer.testing import CliRunner, Result
 
+from services.tools.cli import chat
 from services.tools.cli.main import app
+from services.tools.cli.suite_address import SuiteAddress
+from services.tools.cli.suite_observer import observed
 from services.tools.cli.terminal import SafeConsole, print_fields
 from services.tools.local import folder
 from services.tools.local.ports import free_ports
 from shared.broker.client import CONNECT_TIMEOUT_S
+from shared.errors import BrokersError
 
 pytestmark = pytest.mark.slow  # a process of each command
 
@@ -260,6 +265,15 @@ def test_a_missing_broker_is_one_line_of_error_at_once(words: list[str]) -> None
     assert line.startswith(f"error: RabbitMQ cannot be used at amqp://127.0.0.1:{port}/")
 
 
+async def test_a_suite_that_does_not_run_is_said_before_its_broker() -> None:
+    (port,) = free_ports(1)
+    absent = SuiteAddress(f"amqp://127.0.0.1:{port}/", "wisp", absent="no suite runs on this machine")
+    with pytest.raises(
+        BrokersError, match=r"^no suite runs on this machine; start one with `wisp up`, or .*: RabbitMQ cannot be used"
+    ):
+        await observed(absent, 1.0)
+
+
 @pytest.mark.parametrize("words", [["--help"], ["settings", "gateway"], ["models", "list"]])
 def test_a_reader_that_has_left_ends_a_command_quietly(words: list[str]) -> None:
     left, writing = os.pipe()
@@ -312,6 +326,14 @@ def test_a_chat_uses_the_suite_that_runs_here_and_its_key(noted: Path) -> None:
         assert KEYS[-1] == "Bearer wisp-secret"
     assert f"Using the suite at {url}\n" in shown
     assert shown.endswith("\n\n> hi\nhello\n")
+
+
+def test_a_chat_names_the_choice_between_two_suites(monkeypatch: pytest.MonkeyPatch) -> None:
+    both = [folder.RunningApi("http://new/v1", 1), folder.RunningApi("http://old/v1", 1)]
+    monkeypatch.setattr(chat, "running_apis", lambda: both)
+    shown = io.StringIO()
+    assert chat.running_suite(Console(file=shown)) == "http://new/v1"
+    assert shown.getvalue() == "Using the suite at http://new/v1, the latest of 2 (--url takes another)\n"
 
 
 def test_a_chat_with_a_model_of_its_own_uses_no_running_suite(noted: Path) -> None:

@@ -19,6 +19,7 @@ from services.tools.bench.load.core.results import (
     draft_table,
     goodput_table,
     notes,
+    paired_table,
     promise_table,
     speed_table,
 )
@@ -149,6 +150,27 @@ def test_capacity_and_goodput_are_compared_with_centralized_and_sled() -> None:
     ratios = results().ratios()
     assert ratios["wisp+"]["goodput"] == {"centralized": 13 / 9, "sled": 2.6}
     assert ratios["sled"]["capacity 95%"] == {"centralized": 0.5, "sled": 1.0}
+
+
+def test_repeats_are_compared_in_pairs_and_listed_by_arm() -> None:
+    base = results().points[0]
+    speeds = {("centralized", 0): 60.0, ("wisp+", 0): 54.0, ("centralized", 1): 40.0, ("wisp+", 1): 44.0}
+    points = [
+        base.model_copy(
+            update={
+                "arm": arm,
+                "repeat": repeat,
+                "measures": base.measures.model_copy(update={"throughput": speed, "goodput": speed / 2}),
+            }
+        )
+        for (arm, repeat), speed in speeds.items()
+    ]
+    found = LoadResults(window=WINDOW, points=points)
+    assert [(point.arm, point.repeat) for point in found.by_arm] == sorted(speeds)
+    columns, (row,) = paired_table(found)
+    assert len(columns) == len(row)
+    assert row[:4] == ["wisp+", "centralized", 4, 2]
+    assert row[4:] == pytest.approx([1.0, 1.0, 0.9, 1.1])
 
 
 def test_a_rival_without_results_has_no_ratio() -> None:

@@ -39,7 +39,8 @@ def running_suite(console: Console) -> str | None:
     apis = running_apis()
     if not apis:
         return None
-    console.print(Text(f"Using the suite at {apis[0].url}", "dim"), soft_wrap=True)
+    others = f", the latest of {len(apis)} (--url takes another)" if len(apis) > 1 else ""
+    console.print(Text(f"Using the suite at {apis[0].url}{others}", "dim"), soft_wrap=True)
     return apis[0].url
 
 

@@ -9,7 +9,8 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
@@ -49,6 +50,8 @@ EXTRAS = {
     "simulator": ("simpy", "matplotlib"),
 }
 """The packages that show that an extra is installed."""
+OPTIONAL = {"otel": ("opentelemetry-sdk", "opentelemetry-exporter-otlp-proto-http"), "gpu": ("triton",)}
+"""Distributions of extras that only some users need: they are listed where they are installed."""
 API_PORT = 8000
 HEARTBEATS_S = 1.2
 """Time in which every live verifier and drafter sends a heartbeat."""
@@ -110,7 +113,14 @@ def _extras() -> Iterator[Finding]:
                 f"type: make setup, or: pip install 'wisp[{extra}]'",
             )
         else:
-            yield Finding(part, "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
+            yield _installed(part, packages)
+    for extra, packages in OPTIONAL.items():
+        with suppress(importlib.metadata.PackageNotFoundError):
+            yield _installed(f"packages: {extra}", packages)
+
+
+def _installed(part: str, packages: Sequence[str]) -> Finding:
+    return Finding(part, "ok", ", ".join(f"{name} {importlib.metadata.version(name)}" for name in packages))
 
 
 def _torch() -> Iterator[Finding]:

@@ -22,7 +22,7 @@ from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.terminal import print_fields
 from shared.broker import topology
 from shared.broker.client import Broker
-from shared.broker.connection import connect_once, without_password
+from shared.broker.connection import connect_once, in_words, without_password
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, SettingsError
 from shared.messages import Message
@@ -110,12 +110,11 @@ async def _require_suite(suite: SuiteAddress) -> None:
             "with --amqp-url"
         ) from error
     except (*CONNECTION_EXCEPTIONS, AMQPError, TimeoutError) as error:
-        reason = str(error) or type(error).__name__
-        others = f"; {suite.absent}" if suite.absent else ""
-        raise BrokersError(
-            f"RabbitMQ cannot be used at {without_password(suite.amqp_url)} ({reason}){others}; name the suite's "
-            "RabbitMQ with --amqp-url or WISP_AMQP_URL"
-        ) from error
+        tried = f"RabbitMQ cannot be used at {without_password(suite.amqp_url)} ({in_words(error)})"
+        advice = "name the suite's RabbitMQ with --amqp-url or WISP_AMQP_URL"
+        if suite.absent:
+            raise BrokersError(f"{suite.absent}; start one with `wisp up`, or {advice}: {tried}") from error
+        raise BrokersError(f"{tried}; {advice}") from error
 
 
 async def live(suite: SuiteAddress, console: Console) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from pydantic import ValidationError
 
 from services.tools.local.folder import checkout
 from services.tools.local.service_commands import ServiceCommands
+from services.tools.local.settings import LocalSettings
 from shared.errors import SettingsError
 from shared.runtime.settings import WispSettings, from_environment, problems_of, variable
 
@@ -21,8 +23,12 @@ CLASSES = {
     "verifier": ("services.verifier.settings", "VerifierSettings"),
     "drainorder": ("services.drain_order.settings", "DrainOrderSettings"),
     "baseline": ("services.baseline.settings", "BaselineSettings"),
+    "device": ("services.device.settings", "DeviceSettings"),
 }
 """Module and name of each service's settings class. A module is loaded only when its service is used."""
+LIKE = 0.85
+"""Similarity (`difflib`) from which an unknown variable is taken for a misspelt setting. Others may belong to another
+program."""
 
 
 def settings_class(service: str) -> type[WispSettings]:
@@ -37,12 +43,21 @@ def refuse_bad_settings(commands: ServiceCommands, env_of: Mapping[str, Mapping[
 
     env_of: the services to check, each with variables of its own, as for `ServiceCommands.environment`.
     """
-    problems: dict[str, None] = {}
+    problems: dict[str, None] = dict.fromkeys(_misspelt(commands.inherited))
     for service, own in env_of.items():
         environment = commands.environment(service, f"{service}-1", own)
         problems |= dict.fromkeys(_problems(settings_class(service), environment))
     if problems:
         raise SettingsError("\n".join(problems))
+
+
+def _misspelt(environment: Mapping[str, str]) -> Iterator[str]:
+    kinds = (LocalSettings, *map(settings_class, CLASSES))
+    known = {variable(name) for kind in kinds for name in kind.model_fields}
+    for name in sorted(environment):
+        if name.startswith("WISP_") and name.upper() not in known:
+            for near in get_close_matches(name.upper(), known, 1, LIKE):
+                yield f"{name}: no setting has this name; did you mean {near}?"
 
 
 def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Iterator[str]:

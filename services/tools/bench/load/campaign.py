@@ -73,7 +73,8 @@ class LoadPlan:
     def about_s(self) -> float:
         """Approximate duration of the campaign."""
         point_s = self.window.end_s + DRAIN_SHARE * self.window.drain_s + SETTLE_S
-        return max(1, len(self.arms)) * (START_S * bool(self.arms) + self.points * point_s)
+        starts = self.repeats * START_S * bool(self.arms)
+        return max(1, len(self.arms)) * (starts + self.points * point_s)
 
 
 @dataclass(frozen=True)
@@ -117,19 +118,25 @@ class Campaign:
         self.results = LoadResults(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
 
     async def run_arms(self, settings: ArmSettings) -> None:
-        """Start a stack for each arm, and measure it."""
-        for arm in self.plan.arms:
-            async with self._started(arm, settings) as stack:
-                self._emulation = EmulationLog(stack.folder)
-                if arm.serving == "wisp":
-                    async with observing(stack.brokers.amqp_url, stack.namespace, stack.brokers.tls) as observer:
-                        await stack.watch(self._measure_all(arm.name, stack.url, observer, pools=True))
-                else:
-                    await stack.watch(self._measure_all(arm.name, stack.url, None, uplinks=self._uplinks(settings)))
+        """Start a stack for each arm, and measure it; then again for each repeat.
+
+        So the arms take turns, and a shared machine that is slower for some minutes is so for all of them.
+        """
+        for repeat in range(self.plan.repeats):
+            for arm in self.plan.arms:
+                async with self._started(arm, settings) as stack:
+                    self._emulation = EmulationLog(stack.folder)
+                    if arm.serving == "wisp":
+                        async with observing(stack.brokers.amqp_url, stack.namespace, stack.brokers.tls) as observer:
+                            await stack.watch(self._measure_all(arm.name, stack.url, observer, repeat, pools=True))
+                    else:
+                        uplinks = self._uplinks(settings)
+                        await stack.watch(self._measure_all(arm.name, stack.url, None, repeat, uplinks=uplinks))
 
     async def run_server(self, url: str, *, pools: bool) -> None:
         """Measure a running server."""
-        await self._measure_all(GIVEN, url, None, pools=pools)
+        for repeat in range(self.plan.repeats):
+            await self._measure_all(GIVEN, url, None, repeat, pools=pools)
 
     @asynccontextmanager
     async def _started(self, arm: Arm, settings: ArmSettings) -> AsyncIterator[Stack]:
@@ -180,16 +187,16 @@ class Campaign:
         arm: str,
         url: str,
         observer: BatchObserver | None,
+        repeat: int,
         *,
         pools: bool = False,
         uplinks: Mapping[str, LinkProfile] | None = None,
     ) -> None:
         async with http_client(url) as http:
             client = await LoadClient.connect(http, pools=pools, uplinks=uplinks)
-            for repeat in range(self.plan.repeats):
-                for sessions in self.plan.sessions:
-                    await self._measure(arm, client, observer, sessions, repeat)
-            if (search := self.plan.search) is None:
+            for sessions in self.plan.sessions:
+                await self._measure(arm, client, observer, sessions, repeat)
+            if (search := self.plan.search) is None or repeat < self.plan.repeats - 1:
                 return
             for aim in AIMS:
                 while (found := self._next(arm, aim, search)) is not None:

@@ -19,6 +19,7 @@ from services.tools.bench.load.core.results import (
     draft_table,
     goodput_table,
     notes,
+    paired_table,
     promise_table,
     speed_table,
 )
@@ -40,11 +41,14 @@ BASELINES = (
 def print_tables(results: LoadResults, console: Console) -> None:
     """Print all tables of results."""
     console.print()
-    console.print(table("promises kept", *promise_table(results.points)))
-    console.print(table("speed by class", *speed_table(results.points)))
-    columns, rows = draft_table(results.points)
+    console.print(table("promises kept", *promise_table(results.by_arm)))
+    console.print(table("speed by class", *speed_table(results.by_arm)))
+    columns, rows = draft_table(results.by_arm)
     if rows:
         console.print(table("drafts and batches", columns, rows))
+    columns, rows = paired_table(results)
+    if rows:
+        console.print(table("with the same requests, median of the repeats", columns, rows))
     console.print(table("highest goodput, at any n", *goodput_table(results)))
     if results.aims:
         console.print(table("capacity", *capacity_table(results)))

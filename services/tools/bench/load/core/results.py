@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import median
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
@@ -53,6 +54,12 @@ class LoadResults(BaseModel):
     def arms(self) -> list[str]:
         """Arms in the order of their measurement."""
         return list(dict.fromkeys(point.arm for point in self.points))
+
+    @property
+    def by_arm(self) -> list[MeasuredPoint]:
+        """The points of one arm after the other, and of each by sessions and repeat."""
+        arms = self.arms
+        return sorted(self.points, key=lambda point: (arms.index(point.arm), point.sessions, point.repeat))
 
     def tried(self, arm: str) -> list[PooledPoint]:
         """Return an arm's points with repeats pooled, fewest sessions first."""
@@ -185,6 +192,26 @@ def goodput_table(results: LoadResults) -> tuple[list[str], list[Row]]:
         sessions, goodput = results.most_goodput(arm)
         rows.append([arm, goodput, sessions, *(ratios[arm]["goodput"][rival] for rival in rivals)])
     return ["arm", "goodput", "n", *(f"x {rival}" for rival in rivals)], rows
+
+
+def paired_table(results: LoadResults) -> tuple[list[str], list[Row]]:
+    """Return columns and rows: an arm's tokens/s and goodput over those of a rival, the median of the repeats.
+
+    Each ratio is of two points with the same requests, which were measured one soon after the other.
+    """
+    found = {(point.arm, point.sessions, point.repeat): point.measures for point in results.points}
+    pairs: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
+    for (arm, sessions, repeat), ours in found.items():
+        for rival in RIVALS:
+            theirs = found.get((rival, sessions, repeat))
+            if rival != arm and theirs is not None and theirs.throughput and theirs.goodput:
+                pair = ours.throughput / theirs.throughput, ours.goodput / theirs.goodput
+                pairs.setdefault((arm, sessions, rival), []).append(pair)
+    rows: list[Row] = []
+    for (arm, sessions, rival), ratios in sorted(pairs.items(), key=lambda one: (results.arms.index(one[0][0]), one)):
+        tokens, goodput = (sorted(values) for values in zip(*ratios, strict=True))
+        rows.append([arm, rival, sessions, len(ratios), median(tokens), median(goodput), tokens[0], tokens[-1]])
+    return ["arm", "rival", "n", "repeats", "tok/s", "goodput", "least tok/s", "most tok/s"], rows
 
 
 def notes(results: LoadResults, tolerance: float | None = None) -> list[str]:
