@@ -52,7 +52,7 @@ def refuse_bad_settings(commands: ServiceCommands, env_of: Mapping[str, Mapping[
 
 
 def _misspelt(environment: Mapping[str, str]) -> Iterator[str]:
-    kinds = (LocalSettings, *map(settings_class, CLASSES))
+    kinds: list[type[WispSettings]] = [LocalSettings, *map(settings_class, CLASSES)]
     known = {variable(name) for kind in kinds for name in kind.model_fields}
     for name in sorted(environment):
         if name.startswith("WISP_") and name.upper() not in known:
