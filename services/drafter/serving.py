@@ -145,8 +145,9 @@ class ServedSession:
                 self._hidden_rows.add(message)
             except MessageError as error:
                 self._log.warning("hidden states ignored", error=str(error))
-            if self._recorder is not None:
-                self._recorder.add(message)
+            else:
+                if self._recorder is not None:
+                    self._recorder.add(message)
 
     async def run(self) -> None:
         """Draft and verify round by round until the session ends or is cancelled."""

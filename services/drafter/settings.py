@@ -59,13 +59,22 @@ class DraftSettings(TargetSettings):
         None, description="folder that keeps learned weights over restarts, and never texts; default: keep none"
     )
     draft_learning_tokens: int = Field(
-        32768, ge=1024, le=1 << 24, description="most tokens to learn from that are held in memory, 1.2 KB each"
+        32768,
+        ge=1024,
+        le=1 << 24,
+        description="most tokens to learn from that are held in memory, 2.3 KB each with the default target",
     )
 
     @model_validator(mode="after")
     def _draft_model_is_named(self) -> DraftSettings:
         if self.draft_source == MODEL and self.draft_model is None:
             raise ValueError("draft_source is 'model', so draft_model must name its folder (WISP_DRAFT_MODEL)")
+        return self
+
+    @model_validator(mode="after")
+    def _learning_is_on_for_its_folder(self) -> DraftSettings:
+        if self.draft_learning_folder is not None and not self.draft_learning:
+            raise ValueError("draft_learning_folder keeps learned weights, so it needs WISP_DRAFT_LEARNING=true")
         return self
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Any
@@ -18,6 +19,15 @@ from services.gateway.tools import tool_format
 from shared.errors import GrammarError
 from shared.grammar import build
 from shared.messages import LONGEST_GRAMMAR
+
+_SCHEMAS_BY_NAME = frozenset({"properties", "patternProperties", "$defs", "definitions"})
+"""Keywords of JSON Schema whose values hold schemas by names of the user's choice."""
+_VALUES = frozenset({"const", "enum", "default", "examples"})
+"""Keywords of JSON Schema whose values are data."""
+
+
+class _ParametersError(GrammarError):
+    """Raised for the parameters of a tool that no grammar can be built for."""
 
 
 async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | None:
@@ -45,7 +55,8 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
         # In a thread whatever its length: the first grammar loads the vocabulary, and others may hold the lock.
         return await asyncio.to_thread(built)
     except GrammarError as error:
-        raise invalid(f"{option.param}: {error}", option.param, "invalid_grammar") from error
+        param = "tools" if isinstance(error, _ParametersError) else option.param
+        raise invalid(f"{param}: {error}", param, "invalid_grammar") from error
 
 
 def _excludes_tools(request: ChatRequest) -> bool:
@@ -99,7 +110,7 @@ def _calls(value: Mapping[str, Any], strict: bool) -> str:
         try:
             build.json_schema(schema, strict=tool.strict)
         except GrammarError as error:
-            raise GrammarError(f"the parameters of {tool.name}: {error}") from error
+            raise _ParametersError(f"the parameters of {tool.name}: {error}") from error
         rules.append(f"call_{number}: {call(form, tool.name, schema, tool.strict)}")
     names = " | ".join(f"call_{number}" for number in range(len(rules)))
     answer = _answer(form, value["several"])
@@ -116,11 +127,28 @@ def _call(form: ToolFormat, name: str, schema: Mapping[str, Any], strict: bool) 
 
 
 def _call_as_schema(form: ToolFormat, name: str, schema: Mapping[str, Any], strict: bool) -> str:
-    properties = {"name": {"const": name}, form.arguments: schema}
+    properties = {"name": {"const": name}, form.arguments: _moved(schema, f"#/properties/{form.arguments}")}
     call = {"type": "object", "properties": properties, "required": [*properties], "additionalProperties": False}
-    # References lead to definitions at the root.
-    definitions = {key: schema[key] for key in ("$defs", "definitions") if key in schema}
-    return build.inline_schema({**call, **definitions}, strict=strict)
+    return build.inline_schema(call, strict=strict)
+
+
+def _moved(schema: Any, to: str) -> Any:
+    """Return a schema, or part of one, for a place within another schema, where `to` leads to its root."""
+    if isinstance(schema, list):
+        return [_moved(part, to) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    moved: dict[str, Any] = {}
+    for key, value in schema.items():
+        if key in _VALUES:
+            moved[key] = value
+        elif key in _SCHEMAS_BY_NAME and isinstance(value, dict):
+            moved[key] = {name: _moved(part, to) for name, part in value.items()}
+        elif key == "$ref" and isinstance(value, str) and re.match("#(/|$)", value):
+            moved[key] = to + value[1:]
+        else:
+            moved[key] = _moved(value, to)
+    return moved
 
 
 def _answer(form: ToolFormat, several: bool) -> str:

@@ -43,8 +43,10 @@ def verify(
     """Verify all tasks; return their outcomes and the shape of each forward pass that ran.
 
     A batch that fails as a whole is verified in halves. So a batch that is too large for one pass is done in several,
-    and a bad task is refused alone. digests: outcomes carry digests of the logits. grammars: those of the sessions;
-    None if no task has one. most_forced: most tokens that a task may get because its grammar forces them.
+    and a bad task is refused alone, also one whose grammar fails only at the place of a choice, after the pass.
+
+    digests: outcomes carry digests of the logits. grammars: those of the sessions; None if no task has one.
+    most_forced: most tokens that a task may get because its grammar forces them.
     """
     if not tasks:
         return [], []
@@ -229,18 +231,13 @@ def _choices(
         rows = [starts[i] + len(choices[i]) - certain[i] for i in by_logits]
         for i, row in zip(by_logits, rows, strict=True):
             decided[i].append(row)
-        chosen = by_logits and output.choose(
-            [
-                ChoiceRow(
-                    row,
-                    tasks[i].sampling,
-                    len(tasks[i].tokens) + len(choices[i]),
-                    tasks[i].prompt_len,
-                    processors.get(i),
-                )
-                for i, row in zip(by_logits, rows, strict=True)
-            ]
-        )
+        wanted = [
+            ChoiceRow(
+                row, tasks[i].sampling, len(tasks[i].tokens) + len(choices[i]), tasks[i].prompt_len, processors.get(i)
+            )
+            for i, row in zip(by_logits, rows, strict=True)
+        ]
+        chosen = output.choose(wanted) if wanted else []
         tokens = {**forced, **dict(zip(by_logits, chosen, strict=True))}
         for i in open_tasks:
             token = tokens[i]

@@ -312,7 +312,7 @@ class Broker:
         """
         return await self._retried(
             lambda: may_publish(self._connection, self.topology.exchange, key),
-            f"RabbitMQ does not say whether this user may publish to {key!r}",
+            f"RabbitMQ did not answer whether this user may publish to {key!r}",
         )
 
     async def prove(self, queue: Queue, timeout_s: float = 5.0) -> None:

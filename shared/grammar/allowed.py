@@ -14,7 +14,7 @@ Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
 
 FEW = 4096
-"""Up to so many allowed tokens, their logits are kept one by one."""
+"""Up to this many allowed tokens, their logits are kept one by one."""
 
 
 class GrammarPlaces(Protocol):

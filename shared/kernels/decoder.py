@@ -203,7 +203,7 @@ class Decoder:
     ) -> None:
         """form: the format of weights that are not in blocks already (`formats.FORMATS`). kv_form: of keys and values,
         "float32" or "bfloat16". blocks: capacity of the cache. threads: at most this many. memory: the cache of a
-        decoder of the same shape, which this one continues and the other must not use any more; default: a new one."""
+        decoder of the same shape, which the other must not use once this one computes; default: a new one."""
         self.hidden_size, self.threads = hidden_size, threads
         self._function = native.load()
         self._kept: list[object] = []

@@ -12,6 +12,7 @@ import aio_pika
 import aiormq
 import builders
 import pytest
+from aio_pika.exceptions import CONNECTION_EXCEPTIONS
 from builders import generate, result, verify
 from gateway_peer import eventually
 from link import link_to
@@ -560,13 +561,25 @@ async def test_a_transient_message_is_dropped_where_the_connection_just_ends(
         await broker.publish(generate("s"), topology.generate())
 
 
-async def test_a_question_of_permission_outlives_a_lost_connection(amqp_url: str, namespace: str) -> None:
+async def test_a_question_of_permission_outlives_a_lost_connection(
+    amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A drafter asks while it serves already: its sessions must not die with the connection."""
+    ask, failed = client.may_publish, asyncio.Event()
+
+    async def asked(*question: Any) -> bool:
+        try:
+            return await ask(*question)
+        except CONNECTION_EXCEPTIONS:
+            failed.set()
+            raise
+
+    monkeypatch.setattr(client, "may_publish", asked)
     async with link_to(amqp_url) as link:
         broker = await Broker.connect(link.url, Topology(namespace), "drafter")
         await link.cut()
         asking = asyncio.create_task(broker.may_publish("key"))
-        await asyncio.sleep(0.1)
+        await asyncio.wait_for(failed.wait(), HANG_S)
         await link.mend()
         assert await asyncio.wait_for(asking, HANG_S)
         await broker.close()

@@ -31,7 +31,7 @@ from services.drafter.learning.learner import DraftLearner
 from services.drafter.learning.loss import bottom_outputs
 from services.drafter.learning.reports import LearningOptions, LearningOutcome, LearningReport
 from services.drafter.learning.supervisor import DraftLearning, LearningSetup
-from services.drafter.learning.versions import KEPT, VersionFolder
+from services.drafter.learning.versions import KEPT, UNFINISHED, VersionFolder
 from services.drafter.sources import Draft, DraftRequest
 from services.drafter.sources.hidden import HiddenDrafts
 from services.tools.bench.draft.one_process import tokens_per_second
@@ -260,7 +260,9 @@ def test_replaced_weights_compute_as_if_loaded(
         return engine.forward([DraftStep(name, list(range(9)), states)])
 
     before = estimate(replaced, "running")
-    replaced.replace(draft_tensors(good))
+    for newer in (draft, good):
+        replaced.replace(draft_tensors(newer))
+    assert len(replaced._replacements) == 1, "an idle drafter keeps the newest weights only"
     assert np.array_equal(estimate(replaced, "new"), estimate(loaded, "new"))
     assert not np.array_equal(before, estimate(loaded, "other"))
     assert replaced.length("running") == 9
@@ -275,6 +277,8 @@ def test_replaced_weights_on_modules(good: HiddenDraftFolder, draft: HiddenDraft
     states = np.ones((3, 64), np.float32)
     found = [made.forward([1, 2, 3], states, PackedBatch([[0, 1]], [0], [3])) for made in passes]
     assert np.array_equal(*found)
+    with pytest.raises(ModelError, match="not those of the draft"):
+        passes[0].replacement({"fc.weight": wanted["fc.weight"]})
 
 
 def test_the_newest_usable_version_is_found(
@@ -297,6 +301,13 @@ def test_the_newest_usable_version_is_found(
     assert VersionFolder(tmp_path, draft, "target-b").newest() is None, "bound to the target"
     assert VersionFolder(tmp_path, good, "target-a").newest() is None, "bound to the shipped draft"
     assert not VersionFolder(tmp_path, draft, "target-a").lock(), "one process keeps versions"
+
+
+def test_a_version_that_was_being_written_is_removed(tmp_path: Path, draft: HiddenDraftFolder) -> None:
+    versions = VersionFolder(tmp_path, draft, "target-a")
+    (versions.path / f".abcd{UNFINISHED}").mkdir(parents=True)
+    assert versions.lock()
+    assert [path.name for path in versions.path.iterdir()] == ["lock"]
 
 
 def test_learning_pauses_while_sessions_are_served() -> None:
@@ -376,7 +387,6 @@ def test_a_drafter_takes_and_keeps_what_its_process_has_learned(
     with again.running():
         again.recorder(builders.generate(fingerprint="fp-a"))
         assert swapped.wait(10), "the kept weights are in use without learning"
-    assert not learning.alive
     found = taken[-1]
     assert isinstance(found, dict)
     assert np.array_equal(found["fc.weight"], draft_tensors(kept)["fc.weight"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from services.drafter.core.judging import MARGIN, HeldBackScore, TextScore
+from services.drafter.core.judging import HeldBackScore, TextScore
 from services.drafter.core.observed import SHORTEST, ObservedSession, ObservedText, StateRecorder
 from shared.messages import HiddenFormat, HiddenStates, Sampling
 from shared.models.bfloat16 import nearest_bits
@@ -96,4 +96,3 @@ def test_better_weights_gain_more_than_chance(ours: tuple[int, ...], theirs: tup
 def test_a_score_counts_all_texts_by_their_drafts() -> None:
     score = HeldBackScore((TextScore(10, 5, 8), TextScore(30, 6, 12)))
     assert (score.drafts, score.acceptance, score.accepted) == (40, 11 / 40, 20 / 40)
-    assert MARGIN == 0.01

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 from typing import Any
 
 import builders
@@ -11,16 +12,24 @@ import numpy as np
 from services.drafter.control import Controller
 from services.drafter.core.observed import ObservedSession, StateRecorder
 from services.drafter.drafting import Drafting
+from services.drafter.hidden.card import SHIPPED, HiddenDraftFolder
+from services.drafter.learning.process import LearningUse
+from services.drafter.learning.reports import DraftWeights, LearningOptions, LearningOutcome, LearningReport
+from services.drafter.learning.supervisor import DraftLearning, LearningSetup
 from services.drafter.service import Drafter
 from services.drafter.settings import DraftServingSettings
 from services.drafter.sources import NoDrafts
 from shared.broker.topology import Topology
+from shared.errors import ModelError
 from shared.messages import Generate, HiddenStates, LearningState, Verify
 from shared.models.hidden_states import parts
 
 SIZE = 4
 PROMPT = list(range(20, 30))
 STATE = LearningState(version=2, acceptance=0.5, shipped_acceptance=0.4)
+SETUP = LearningSetup(
+    HiddenDraftFolder.open(next(SHIPPED.glob("*/config.json")).parent), Path("target"), SIZE, LearningOptions(), None
+)
 
 
 class StubBroker:
@@ -42,7 +51,7 @@ class StubBroker:
 
 
 class StubLearning:
-    """Notes what a drafter tells its draft's learning."""
+    """Records a drafter's calls of its draft's learning."""
 
     def __init__(self, fingerprint: str) -> None:
         self.fingerprint = fingerprint
@@ -75,7 +84,7 @@ def drafter_with(broker: StubBroker, learning: StubLearning, length: int = 2) ->
 
 
 async def answer(drafter: Drafter, broker: StubBroker, tokens: int) -> None:
-    """Answer rounds with a token each, and the states that they ask for, until the text has so many tokens."""
+    """Answer rounds with a token each, and the states that they ask for, until the text has `tokens` of them."""
     for made in range(tokens):
         verify: Verify = await asyncio.wait_for(broker.sent.get(), 10)
         if verify.hidden_from is not None:
@@ -128,3 +137,40 @@ async def test_heartbeats_carry_what_was_learned() -> None:
     heartbeat = await asyncio.wait_for(broker.sent.get(), 10)
     beating.cancel()
     assert heartbeat.learning == STATE
+
+
+class ScriptedConnection:
+    """A learning process's end of a pipe: these messages, and its end."""
+
+    def __init__(self, messages: list[Any]) -> None:
+        self.messages = messages
+
+    def recv(self) -> Any:
+        if not self.messages:
+            raise EOFError
+        return self.messages.pop(0)
+
+
+def test_weights_that_cannot_be_used_do_not_end_learning() -> None:
+    taken: list[DraftWeights] = []
+
+    def take(weights: DraftWeights) -> None:
+        taken.append(weights)
+        if len(taken) == 1:
+            raise ModelError("of another shape")
+
+    report = LearningReport(LearningOutcome.TAKEN, 1, 16, 100, 0.5, 0.4, {})
+    learning = DraftLearning(SETUP, take)
+    learning._receive(ScriptedConnection([LearningUse(report, 1.0), LearningUse(report, 1.0)]))  # type: ignore[arg-type]
+    assert len(taken) == 2
+    assert learning.state == LearningState(version=1, acceptance=0.5, shipped_acceptance=0.4)
+
+
+def test_nothing_is_kept_for_a_learning_process_that_has_ended() -> None:
+    learning = DraftLearning(SETUP, lambda weights: None)
+    assert learning.recorder(builders.generate()) is not None
+    learning._receive(ScriptedConnection([]))  # type: ignore[arg-type]
+    assert learning.recorder(builders.generate()) is None
+    pending = learning._work.qsize()
+    learning.observe(ObservedSession([1, 2], 1, builders.generate().sampling, StateRecorder(SIZE, 4)))
+    assert learning._work.qsize() == pending

@@ -223,6 +223,16 @@ async def test_an_answer_beside_tools_has_the_form_or_consists_of_calls(app: App
     await app.chat(tools=[tool], response_format=schema)
     assert follows(app, app.generated[-1], '{"name": "go", "arguments": {"at": "Köln"}}')
     assert not follows(app, app.generated[-1], '{"name": "go", "arguments": {"at": "Bonn"}}')
+    root = {
+        "v": {"const": 7},
+        "next": {"anyOf": [{"$ref": "#"}, {"$ref": "#/properties/none"}]},
+        "none": {"type": "null"},
+    }
+    tool["function"]["parameters"] = {"type": "object", "properties": root, "required": ["v", "next"]}  # type: ignore[index]
+    await app.chat(tools=[tool], response_format=schema)
+    nested = '{"name": "go", "arguments": {"v": 7, "next": {"v": 7, "next": null}}}'
+    assert follows(app, app.generated[-1], nested)
+    assert not follows(app, app.generated[-1], '{"name": "go", "arguments": {"v": 7, "next": {"name": "go"}}}')
     wrong = {"type": "json_schema", "json_schema": {"schema": {"properties": {"a": {"type": "strin"}}}}}
     error = error_of(await app.chat(tools=[WEATHER], response_format=wrong), 400)
     assert (error["param"], error["code"]) == ("response_format.json_schema.schema", "invalid_grammar")
@@ -265,7 +275,7 @@ async def test_parameters_that_cannot_be_enforced_name_their_tool(app: App) -> N
     function = {"name": "f", "strict": True, "parameters": {"properties": {"a": {"not": {}}}}}
     tool = {"type": "function", "function": function}
     error = error_of(await app.chat(tools=[tool], tool_choice="required"), 400)
-    assert (error["param"], error["code"]) == ("tool_choice", "invalid_grammar")
+    assert (error["param"], error["code"]) == ("tools", "invalid_grammar")
     assert 'the parameters of f: properties.a: Unimplemented keys: ["not"]' in error["message"]
     lenient = {"type": "function", "function": function | {"strict": False}}
     assert (await app.chat(tools=[lenient], tool_choice="required")).status_code == 200

@@ -66,7 +66,8 @@ class DraftEngine:
             draft, target, dtype=dtype, torch_device=torch_device, threads=threads, blocks=self._pool.capacity
         )
         self.head_ids: NDArray[np.int64] = self._pass.head_ids
-        self._replacements: deque[Callable[[], None]] = deque()
+        self._replacements: deque[Callable[[], None]] = deque(maxlen=1)
+        """The newest weights that no step has taken into use yet: while nothing is drafted, only they are kept."""
 
     def replace(self, weights: Weights) -> None:
         """Take other weights of the same shape into use, from the next step on. May be called in any thread.

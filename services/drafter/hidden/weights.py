@@ -14,6 +14,7 @@ from services.drafter.hidden.forward import Weights
 from services.drafter.hidden.model import HiddenDraft
 from services.drafter.hidden.target_parts import as_tensor
 from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors
+from shared.errors import ModelError
 from shared.models.folder import ModelFolder
 
 
@@ -25,9 +26,12 @@ def load(folder: HiddenDraftFolder, dtype: torch.dtype) -> tuple[HiddenDraft, Te
 
 
 def model_of(config: HiddenDraftConfig, weights: Weights, dtype: torch.dtype) -> HiddenDraft:
-    """Return the model of these weights."""
+    """Return the model of these weights. Raises ModelError if they are others, or of another shape."""
     model = HiddenDraft(config)
-    model.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
+    try:
+        model.load_state_dict({name: as_tensor(array) for name, array in weights.items()})
+    except RuntimeError as error:
+        raise ModelError(f"the weights are not those of the draft: {error}") from error
     # States are divided by `spread` before they are rounded, so it stays in float32.
     spread = model.spread.clone()
     model = model.to(dtype).eval()

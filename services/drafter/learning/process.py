@@ -1,4 +1,4 @@
-"""The process that learns: at the lowest priority, and only while its drafter has no sessions."""
+"""The process that learns: at the lowest priority, and apart from its start only while its drafter has no sessions."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from services.drafter.core.observed import ObservedText
 from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.learning.reports import LearningOptions, LearningReport
 from services.drafter.learning.versions import VersionFolder
-from shared.errors import SettingsError
+from shared.errors import SettingsError, WispError
 from shared.models.folder import ModelFolder
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 MOST_ARRIVED = 256
 """Most texts that wait for the drafter to be idle; the newest ones count."""
 PAUSE_S = 0.1
-"""Time after which a pausing process looks whether it may go on."""
+"""Time after which a pausing process checks whether it may go on."""
 
 
 class IdleFlag(Protocol):
@@ -68,7 +68,12 @@ def run_learning(connection: Connection, idle: IdleFlag, plan: LearningPlan) -> 
     if plan.options.yields:
         _yield_to_all_others()
     with suppress(EOFError, BrokenPipeError, ConnectionResetError):
-        learn(connection, idle, *_begin(connection, plan))
+        try:
+            begun = _begin(connection, plan)
+        except WispError as error:
+            connection.send(LearningProblem(f"learning cannot begin: {error}"))
+            return
+        learn(connection, idle, *begun)
 
 
 def learn(

@@ -61,8 +61,8 @@ class LearningSetup:
 class DraftLearning:
     """A draft that learns from the sessions of its drafter.
 
-    The learning process starts with the first text. It computes only while no session is served. Its weights are bound
-    to the target of the first session; sessions of another target are not learned from.
+    The learning process starts with the first text. Apart from its start it computes only while no session is served.
+    Its weights are bound to the target of the first session; sessions of another target are not learned from.
     """
 
     def __init__(self, setup: LearningSetup, replace: Callable[[DraftWeights], None]) -> None:
@@ -72,7 +72,8 @@ class DraftLearning:
         self._log = logging.get()
         self._fingerprint: str | None = None
         self._failed = False
-        """True if its process has ended before the drafter."""
+        """True if its process has ended before the drafter. Nothing is learned from then on."""
+        self._stopping = False
         context = multiprocessing.get_context("spawn")
         self._context = context
         self._idle = context.RawValue("b", True)
@@ -109,12 +110,9 @@ class DraftLearning:
         """Learn from a session that has ended."""
         self._put(lambda: self._send(session))
 
-    @property
-    def alive(self) -> bool:
-        """True while its process runs."""
-        return self._process is not None and self._process.is_alive()
-
     def _put(self, work: Callable[[], None]) -> None:
+        if self._failed:
+            return
         try:
             self._work.put_nowait(work)
         except queue.Full:
@@ -122,21 +120,29 @@ class DraftLearning:
 
     def _run(self) -> None:
         while (work := self._work.get()) is not None:
+            if self._failed:
+                continue
             try:
                 work()
             except WispError as error:
                 self._log.warning("draft learning", error=str(error))
             except (BrokenPipeError, ConnectionResetError):
-                self._log.warning("the learning process has ended; the draft stays as it is")
-                self._failed = True
-                return
+                self._fail()
             except Exception:
                 self._log.exception("draft learning failed")
 
+    def _fail(self) -> None:
+        """Learn no more: the process has ended."""
+        if not (self._failed or self._stopping):
+            self._log.warning("the learning process has ended; the draft stays as it is")
+        self._failed = True
+
     def _stop(self, thread: threading.Thread) -> None:
+        self._stopping = True
         process, connection = self._process, self._connection
         if process is not None and connection is not None:
-            process.kill()  # it has nothing to lose, and a thread that sends to it goes on
+            # A thread that sends to it goes on. The next process removes a version that this one was writing.
+            process.kill()
             process.join(JOIN_S)
             connection.close()
         while thread.is_alive():
@@ -154,7 +160,7 @@ class DraftLearning:
         versions = VersionFolder(self._setup.folder, self._setup.draft, self._fingerprint)
         if (kept := versions.newest()) is not None:
             self._replace(draft_tensors(kept))
-            metrics.LEARNED_VERSION.set(versions.last_number)
+            metrics.LEARNED_VERSION.set(versions.number(kept))
             self._log.info("learned draft in use", folder=str(kept.path))
 
     def _send(self, session: ObservedSession) -> None:
@@ -186,15 +192,19 @@ class DraftLearning:
             try:
                 received: LearningUse | LearningProblem = connection.recv()
             except (EOFError, OSError):
+                self._fail()
                 return
             if isinstance(received, LearningProblem):
                 self._log.warning("draft learning", error=received.message)
-            else:
+                continue
+            try:
                 self._apply(received.report, received.cpu_s)
+            except WispError as error:
+                self._log.warning("draft learning", error=str(error))
+            except Exception:
+                self._log.exception("draft learning failed")
 
     def _apply(self, report: LearningReport, cpu_s: float) -> None:
-        if report.weights is not None:
-            self._replace(report.weights)
         self.state = LearningState(
             version=report.version, acceptance=report.acceptance, shipped_acceptance=report.shipped_acceptance
         )
@@ -206,4 +216,7 @@ class DraftLearning:
             acceptance=round(report.acceptance, 4),
             shipped_acceptance=round(report.shipped_acceptance, 4),
             updates=report.updates,
+            learned=report.learned,
         )
+        if report.weights is not None:
+            self._replace(report.weights)

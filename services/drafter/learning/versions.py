@@ -3,7 +3,7 @@
 Each pair of a shipped draft and a target has a folder of its own, named after the fingerprints of both:
 
 version-N/          a draft like any other (`services.drafter.hidden.card`); the highest N counts
-version-N/learned.json   what the held-back texts said when it was kept
+version-N/learned.json   its acceptance on the held-back texts when it was kept
 lock                held by the process that keeps versions here
 """
 
@@ -18,7 +18,10 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from secrets import token_hex
-from typing import IO
+from typing import IO, Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from services.drafter.hidden.card import CONFIG, WEIGHTS, HiddenDraftFolder
 from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors
@@ -27,6 +30,7 @@ from shared.errors import ModelError, SettingsError
 FACTS = "learned.json"
 KEPT = 2
 """Versions that are kept."""
+UNFINISHED = ".new"
 _NAME = re.compile(r"version-(\d{1,9})")
 
 
@@ -39,6 +43,10 @@ def draft_fingerprint(draft: HiddenDraftFolder) -> str:
     except OSError as error:
         raise ModelError(f"{draft.path} cannot be read: {error.strerror}") from error
     return digest.hexdigest()[:16]
+
+
+def _head_ids(draft: HiddenDraftFolder) -> NDArray[Any]:
+    return draft_tensors(draft)[HEAD_IDS]
 
 
 class VersionFolder:
@@ -55,18 +63,25 @@ class VersionFolder:
         """Number of the last version; 0 if there is none."""
         return max(self._numbers(), default=0)
 
+    @staticmethod
+    def number(version: HiddenDraftFolder) -> int:
+        """Return the number of a version of `newest`."""
+        return int(version.path.name.removeprefix("version-"))
+
     def newest(self) -> HiddenDraftFolder | None:
         """Return the newest version that can be used; None if there is none."""
         for number in sorted(self._numbers(), reverse=True):
             with suppress(ModelError):
                 found = HiddenDraftFolder.open(self._version(number))
-                same_head = (draft_tensors(found)[HEAD_IDS] == draft_tensors(self._draft)[HEAD_IDS]).all()
-                if found.card == self._draft.card and same_head:
+                if found.card == self._draft.card and np.array_equal(*(_head_ids(one) for one in (found, self._draft))):
                     return found
         return None
 
     def lock(self) -> bool:
-        """Let this process keep versions here; return False if another one does already. Raises SettingsError."""
+        """Let this process keep versions here; return False if another one does already. Raises SettingsError.
+
+        A version that a killed process was writing is removed.
+        """
         try:
             self.path.mkdir(parents=True, exist_ok=True)
             lock = (self.path / "lock").open("wb")
@@ -79,6 +94,8 @@ class VersionFolder:
                 "(WISP_DRAFT_LEARNING_FOLDER)"
             ) from error
         self._lock = lock
+        for unfinished in self.path.glob(f".*{UNFINISHED}"):
+            shutil.rmtree(unfinished, ignore_errors=True)
         return True
 
     @property
@@ -88,7 +105,7 @@ class VersionFolder:
 
     def keep(self, number: int, write: Callable[[Path], None], facts: Mapping[str, object]) -> None:
         """Keep a version, and remove the oldest ones. write: writes the draft into a folder. Raises OSError."""
-        unfinished = self.path / f".{token_hex(4)}.new"
+        unfinished = self.path / f".{token_hex(4)}{UNFINISHED}"
         try:
             write(unfinished)
             (unfinished / FACTS).write_text(json.dumps(facts, indent=2) + "\n")

@@ -163,7 +163,7 @@ class ServicesStub:
             await asyncio.sleep(BEAT_S)
 
     async def serve(self, rate: int, batch: int, until: Callable[[], bool]) -> None:
-        """Publish `rate` tokens a second in groups of `batch`."""
+        """Publish `rate` tokens a second in groups of `batch`, at most as many as there are streams."""
         next_s = time.perf_counter()
         number = 0
         while not until():
@@ -282,7 +282,9 @@ async def _measure(stack: Stack, streams: int, rate: int, batch: int, answer: in
             async with asyncio.timeout(START_S):
                 while stub.running < streams:  # noqa: ASYNC110 - a look now and then is enough
                     await asyncio.sleep(0.05)
-            serving = tasks.create_task(stub.serve(rate, batch, lambda: over and all(one.done() for one in clients)))
+            serving = tasks.create_task(
+                stub.serve(rate, min(batch, streams), lambda: over and all(one.done() for one in clients))
+            )
             await asyncio.sleep(WARM_UP_S)
             row = [rate, *await _observed(stack, stub, seconds)]
             over = True

@@ -102,6 +102,7 @@ BENCHMARK_EXTRAS = {
     Benchmark.DRAFT: ("model", "training", "bench"),
     Benchmark.GATEWAY: ("gateway", "model"),
     Benchmark.HANDOFF: ("gateway", "model", "client"),
+    Benchmark.LEARNING: ("model", "training"),
     Benchmark.LOAD: ("gateway", "model", "client", "bench"),
     Benchmark.ROUNDS: ("gateway", "model", "client"),
     Benchmark.SCALING: ("gateway", "model", "client"),

@@ -1,4 +1,4 @@
-"""An answer's text by origin: accepted draft tokens or the target's own tokens."""
+"""An answer's text by origin: accepted draft tokens and copies, or the target's own tokens."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TextPart:
 
     text: str
     draft: bool
-    """True if it consists of accepted draft tokens."""
+    """True if it consists of accepted draft tokens or copies."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,9 @@ class DraftStyle:
     @property
     def legend(self) -> Text:
         """The explanation of the two looks."""
-        return Text.assemble(self.text([TextPart("accepted draft tokens", True)]), ", the target's own tokens")
+        return Text.assemble(
+            self.text([TextPart("accepted draft tokens and copies", True)]), ", the target's own tokens"
+        )
 
     def text(self, parts: Sequence[TextPart]) -> Text:
         """Parts as terminal text, without control characters."""
