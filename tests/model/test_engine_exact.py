@@ -51,7 +51,7 @@ class Setup:
     def engine(self, folder: Path, *, budget_tokens: int, threads: int = 1) -> Engine:
         with pytest.MonkeyPatch.context() as patch:
             if self.code == "module":
-                patch.setattr(compiled_pass, "describe", refuse)
+                patch.setattr(compiled_pass, "described", refuse)
             engine = Engine(folder, dtype=self.dtype, threads=threads, budget_tokens=budget_tokens)
         assert bool(engine.module_code_reason) == (self.code == "module")
         return engine

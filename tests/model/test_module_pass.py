@@ -59,7 +59,7 @@ def module_code(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: object) -> None:
         raise NotDescribed("for a test")
 
-    monkeypatch.setattr(compiled_pass, "describe", refuse)
+    monkeypatch.setattr(compiled_pass, "described", refuse)
 
 
 def assert_exact(engine: Engine) -> None:

@@ -43,9 +43,12 @@ async def test_streams_outlive_an_outage(linked: Stack, links: dict[str, Link], 
         client = Client(http, linked)
         streams = asyncio.create_task(client.ask_all(cases[:8], "lookup"))
         await progressed(seen, 12)
-        await links[server].cut()
-        await asyncio.sleep(CUT_S)
         assert not streams.done(), "the outage must fall into the streams"
-        await links[server].mend()
+        await links[server].cut()
+        try:
+            # Without RabbitMQ, a run goes on and is read from Redis, so streams may end meanwhile.
+            await asyncio.sleep(CUT_S)
+        finally:
+            await links[server].mend()
         assert await streams == [case.tokens for case in cases[:8]]
         assert await client.ask_all(cases[8:12], "none") == [case.tokens for case in cases[8:12]]
