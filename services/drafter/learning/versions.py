@@ -73,7 +73,7 @@ class VersionFolder:
         for number in sorted(self._numbers(), reverse=True):
             with suppress(ModelError):
                 found = HiddenDraftFolder.open(self._version(number))
-                if found.card == self._draft.card and np.array_equal(*(_head_ids(one) for one in (found, self._draft))):
+                if found.card == self._draft.card and np.array_equal(_head_ids(found), _head_ids(self._draft)):
                     return found
         return None
 
