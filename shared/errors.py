@@ -14,6 +14,7 @@
     ├── BadLogits                  the model computed no usable logits
     ├── NoTokenAllowed             a request's options leave no token to choose
     ├── GrammarError               a grammar cannot be built, or a session cannot follow it
+    │   └── ParametersError        (services.gateway) no grammar can be built for the parameters of a tool
     ├── EngineError                the engine refuses a call; no session has changed
     │   ├── CacheFull              the KV budget cannot hold what the call needs
     │   ├── TooLong                more tokens than the model's context or the whole KV budget

@@ -26,7 +26,7 @@ _VALUES = frozenset({"const", "enum", "default", "examples"})
 """Keywords of JSON Schema whose values are data."""
 
 
-class _ParametersError(GrammarError):
+class ParametersError(GrammarError):
     """Raised for the parameters of a tool that no grammar can be built for."""
 
 
@@ -55,7 +55,7 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
         # In a thread whatever its length: the first grammar loads the vocabulary, and others may hold the lock.
         return await asyncio.to_thread(built)
     except GrammarError as error:
-        param = "tools" if isinstance(error, _ParametersError) else option.param
+        param = "tools" if isinstance(error, ParametersError) else option.param
         raise invalid(f"{param}: {error}", param, "invalid_grammar") from error
 
 
@@ -110,7 +110,7 @@ def _calls(value: Mapping[str, Any], strict: bool) -> str:
         try:
             build.json_schema(schema, strict=tool.strict)
         except GrammarError as error:
-            raise _ParametersError(f"the parameters of {tool.name}: {error}") from error
+            raise ParametersError(f"the parameters of {tool.name}: {error}") from error
         rules.append(f"call_{number}: {call(form, tool.name, schema, tool.strict)}")
     names = " | ".join(f"call_{number}" for number in range(len(rules)))
     answer = _answer(form, value["several"])
