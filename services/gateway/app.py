@@ -277,7 +277,7 @@ class RequestScope:
                 headers = MutableHeaders(scope=message)
                 headers["x-request-id"] = request_id
                 if found := misspelt.FOUND.get():
-                    headers[misspelt.IGNORED_HEADER] = misspelt.in_words(found)
+                    headers[misspelt.IGNORED_HEADER] = misspelt.header_value(found)
             await send(message)
 
         with structlog.contextvars.bound_contextvars(request_id=request_id), tracing.active(span):

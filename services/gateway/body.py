@@ -121,7 +121,7 @@ def parse(kind: type[R], body: bytes) -> R:
     if not _is_finite(fields):  # somewhere in a schema, a call's input or the like
         raise invalid("the request's body is not JSON: number out of range", code="invalid_json")
     if unknown := [name for name in fields if name not in kind.model_fields and name not in kind.unsupported]:
-        misspelt.find(unknown, fields, kind.model_fields)
+        misspelt.note(unknown, fields, kind.model_fields)
     return parsed
 
 

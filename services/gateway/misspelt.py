@@ -1,7 +1,7 @@
 """Options of a request that look misspelt.
 
-Unknown options are ignored, since clients of every age send some. One that is nearly the name of an option which the
-body lacks is ignored too, but a header of the answer names it, and so does a warning in the log.
+Unknown options are ignored, since clients of every age send some. One whose name is nearly that of an option
+which the body lacks is ignored too, but a response header and a warning in the log name it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,19 @@ IGNORED_HEADER = "x-wisp-ignored"
 LEAST_LIKENESS = 0.85
 """`difflib`'s ratio of two names, from 0 to 1."""
 MOST_CHECKED = 32
-"""Most unknown options that are looked at: a comparison costs some 50 µs."""
+"""Most unknown options that are compared: one comparison costs some 50 µs."""
 MOST_NAMED = 8
 LONGEST_NAME = 64
 
 FOUND: ContextVar[Mapping[str, str] | None] = ContextVar("misspelt", default=None)
-"""The misspelt options of the current request, and the options that they are nearly."""
+"""The misspelt options of the current request, each with the option that is probably meant."""
 
 
-def find(unknown: Collection[str], given: Collection[str], options: Collection[str]) -> None:
-    """Look for misspelt options among the unknown ones of a body, which has the `given` ones."""
+def note(unknown: Collection[str], given: Collection[str], options: Collection[str]) -> None:
+    """Note the misspelt options among the unknown ones of a body, for the log and the response's header.
+
+    given: all options of the body; options: all that the API has.
+    """
     missing = {_plain(option): option for option in options if option not in given}
     found = {}
     for name in [name for name in unknown if len(name) <= LONGEST_NAME][:MOST_CHECKED]:
@@ -38,11 +41,11 @@ def find(unknown: Collection[str], given: Collection[str], options: Collection[s
         logging.get().warning("options ignored that look misspelt", options=found)
 
 
-def in_words(found: Mapping[str, str]) -> str:
-    """Return the value of the header."""
+def header_value(found: Mapping[str, str]) -> str:
+    """Return the value of `IGNORED_HEADER`."""
     return ", ".join(f"{ascii(name)[1:-1]} (did you mean {option}?)" for name, option in found.items())
 
 
 def _plain(name: str) -> str:
-    """Return a name without the differences between ways of writing names of several words."""
+    """Return a name in lower case, with `_` for `-`."""
     return name.lower().replace("-", "_")

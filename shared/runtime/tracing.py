@@ -43,6 +43,8 @@ MOST_OF_REASON = 200
 """Most characters of an error of OpenTelemetry's."""
 CLOSE_S = 3.0
 """Longest time at the end to export the last spans."""
+CLOSING = "last spans"
+"""Name of the thread that exports them."""
 
 Value = str | bool | int | float | Sequence[str]
 Attributes = Mapping[str, Value]
@@ -278,7 +280,7 @@ def close() -> None:
     if (provider := _provider) is None:
         return
     use(None)
-    closing = Thread(target=provider.shutdown, name="last spans", daemon=True)
+    closing = Thread(target=provider.shutdown, name=CLOSING, daemon=True)
     closing.start()
     closing.join(CLOSE_S)
 

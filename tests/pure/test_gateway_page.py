@@ -102,6 +102,16 @@ async def test_other_files_are_not_served(app: PacedApp, path: str) -> None:
         assert (answer.status_code, answer.json()["error"]["code"]) == (404, "unknown_url")
 
 
+async def test_a_browser_gets_a_page_for_an_unknown_document(app: PacedApp) -> None:
+    async with await client(app) as http:
+        answer = await http.get("/docs/<b>gone.md", headers={"accept": "text/html,application/xhtml+xml,*/*;q=0.8"})
+        assert (answer.status_code, answer.headers["content-type"]) == (404, "text/html; charset=utf-8")
+        assert "<h1>Page not found</h1>" in answer.text
+        assert "<b>" not in answer.text
+        known = await http.get("/docs/README.md")
+        assert Elements(answer.text).values("href") == Elements(known.text.partition("<main")[0]).values("href")
+
+
 async def test_the_version_is_the_packages(app: PacedApp) -> None:
     async with await client(app) as http:
         assert re.fullmatch(r"\d+\.\d+.*", (await http.get("/version")).json()["version"])

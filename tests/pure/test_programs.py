@@ -7,8 +7,10 @@ import sys
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from services.tools.bench.support.options import run_program
+from services.tools.cli.main import Benchmark, app
 
 TOOLS = Path(__file__).parents[2] / "services/tools"
 
@@ -35,3 +37,12 @@ def test_each_program_runs_under_its_own_name(path: Path) -> None:
         assert called != "typer.run", "its usage line would say `python -m`"
         if called == "run_program":
             assert ast.unparse(call.args[1]) == repr(expected)
+
+
+def test_the_help_of_bench_has_a_line_for_each_benchmark() -> None:
+    shown = CliRunner().invoke(app, ["bench", "--help"])
+    assert shown.exit_code == 0
+    words = " ".join(shown.output.split())
+    for benchmark in Benchmark:
+        assert len(benchmark.summary) > 20
+        assert f"{benchmark.value} {benchmark.summary}" in words

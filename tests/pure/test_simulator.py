@@ -495,7 +495,12 @@ def test_an_interrupt_ends_the_command_in_the_middle_of_a_point() -> None:
             assert time.monotonic() < patience, "no workers"
             time.sleep(0.2)
             children = [one for one in psutil.Process(running.pid).children(recursive=True) if one.is_running()]
-        time.sleep(2.0)
+        # Workers import what the command has imported before it starts them. With more CPU time, they simulate.
+        imports_s = sum(psutil.Process(running.pid).cpu_times()[:2])
+        workers = [child for child in children if "spawn_main" in " ".join(child.cmdline())]
+        while min(sum(worker.cpu_times()[:2]) for worker in workers) < imports_s:
+            assert time.monotonic() < patience, "the workers do not compute"
+            time.sleep(0.05)
         running.send_signal(signal.SIGINT)
         running.communicate(timeout=HANG_S)  # by itself it would take hours
     assert not psutil.wait_procs(children, timeout=HANG_S)[1]

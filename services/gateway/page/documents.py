@@ -62,6 +62,11 @@ class Documents:
             self._made[path] = self._page(path).encode()
         return self._made[path]
 
+    def missing(self, problem: str) -> bytes:
+        """Return the page that a browser gets for an unknown path: the problem, beside the list of all pages."""
+        body = f"<h1>Page not found</h1>\n<p>{escape(problem)}. The list beside has all pages.</p>\n"
+        return self._framed(f"Page not found · {BRAND}", body).encode()
+
     def _page(self, path: str) -> str:
         tokens = self._markdown.parse(self._sources[path])
         title = _title(self._sources[path]) or path
@@ -69,12 +74,15 @@ class Documents:
         _name_headings(tokens)
         _lead_links(tokens, path, self._sources)
         body = self._markdown.renderer.render(tokens, self._markdown.options, {})
+        return self._framed(name, body, path)
+
+    def _framed(self, title: str, body: str, current: str | None = None) -> str:
         listed = "\n".join(
-            f'<li><a href="{PREFIX}{other}"{" aria-current=page" if other == path else ""}>'
-            f"{escape(_title(self._sources[other]) or other)}</a></li>"
-            for other in self.paths
+            f'<li><a href="{PREFIX}{path}"{" aria-current=page" if path == current else ""}>'
+            f"{escape(_title(self._sources[path]) or path)}</a></li>"
+            for path in self.paths
         )
-        return _FRAME.format(title=escape(name), listed=listed, body=body)
+        return _FRAME.format(title=escape(title), listed=listed, body=body)
 
 
 def _sources() -> Iterator[tuple[str, str]]:

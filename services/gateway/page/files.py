@@ -40,12 +40,12 @@ class ServedFile:
         self.media_type = media_type
         self.etag = f'"{blake2b(body, digest_size=16).hexdigest()}"'
 
-    def response(self, request: Request) -> Response:
+    def response(self, request: Request, status: int = 200) -> Response:
         """Return the file, or a 304 to a client that has it."""
         headers = HEADERS | {"etag": self.etag}
-        if _names(request.headers.get("if-none-match", ""), self.etag):
+        if status == 200 and _names(request.headers.get("if-none-match", ""), self.etag):
             return Response(status_code=304, headers=headers)
-        return Response(self.body, headers=headers, media_type=self.media_type)
+        return Response(self.body, status, headers, self.media_type)
 
 
 def static_files() -> Mapping[str, ServedFile]:

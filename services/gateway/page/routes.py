@@ -69,7 +69,11 @@ def _add_documents(app: FastAPI) -> None:
         media_type = MEDIA_TYPES.get(PurePosixPath(path).suffix)
         if media_type is not None and (picture := documents().picture(path)) is not None:
             return ServedFile(picture, media_type).response(request)
-        raise ApiError(404, f"there is no page {quoted(path)}", code="unknown_url")
+        problem = f"there is no page {quoted(path)}"
+        if "text/html" in request.headers.get("accept", ""):
+            html = documents().missing(problem)
+            return ServedFile(html, MEDIA_TYPES[".html"]).response(request, 404)
+        raise ApiError(404, problem, code="unknown_url")
 
 
 def installed_version() -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.metadata
 import os
 import sys
@@ -9,11 +10,12 @@ from contextlib import suppress
 from dataclasses import asdict
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperCommand
 
 from services.tools.cli import (
     broker_command,
@@ -77,6 +79,18 @@ def wisp(
     """Serve a language model by distributed speculative decoding."""
 
 
+class BenchCommand(TyperCommand):
+    """`wisp bench`. Its `--help` has a line for each benchmark, the first of the program's docstring."""
+
+    def format_help(self, *arguments: Any) -> None:
+        """Write the help, and the list of the benchmarks below it."""
+        super().format_help(*arguments)
+        table = Table(title="Benchmarks", title_justify="left", box=None, show_header=False, padding=(0, 1))
+        for benchmark in Benchmark:
+            table.add_row(Text(benchmark.value, "cyan"), Text(benchmark.summary))
+        out.print(table)
+
+
 class Benchmark(StrEnum):
     """The benchmarks: each is a program `services.tools.bench.<name>`."""
 
@@ -96,6 +110,15 @@ class Benchmark(StrEnum):
     SCHEDULER = "scheduler"
     STREAM = "stream"
     TWIN = "twin"
+
+    @property
+    def summary(self) -> str:
+        """First line of the program's docstring, without its name. The program is not imported."""
+        folder = Path(__file__).parents[1] / "bench"
+        module = folder / f"{self.value}.py"
+        source = module if module.is_file() else folder / self.value / "__main__.py"
+        docstring = ast.get_docstring(ast.parse(source.read_text("utf-8"))) or ""
+        return docstring.partition("\n")[0].partition(": ")[2]
 
 
 BENCHMARK_EXTRAS = {
@@ -297,7 +320,7 @@ def settings(
         print(environment(settings_of(service)), end="")
 
 
-@app.command(context_settings=PASSED_ON)
+@app.command(cls=BenchCommand, context_settings=PASSED_ON)
 def bench(context: typer.Context, name: Benchmark) -> None:
     """Run a benchmark with its own options: `wisp bench stream -- --help` lists them."""
     with errors_shown():

@@ -5,7 +5,6 @@ from __future__ import annotations
 import statistics
 from collections import defaultdict
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -14,7 +13,7 @@ from rich.console import Console
 from services.drafter.control import Controller, ControlWeights, RoundTimes, RuleName
 from services.drafter.control import rules as stop_rules
 from services.drafter.control_files import load_weights
-from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
+from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.sources import DraftSource, LookupDrafts, NoDrafts
 from services.drafter.sources.hidden import HiddenDrafts
@@ -22,19 +21,23 @@ from services.drafter.sources.registry import SOURCES
 from services.tools.bench.draft.calibration import figures, plot
 from services.tools.bench.draft.costs import DraftCosts, measure
 from services.tools.bench.draft.one_process import shortened, tokens_per_second
+from services.tools.bench.support.drafts import (
+    DraftFolderOption,
+    RunFolderOption,
+    TargetFolderOption,
+    measured_draft,
+    trained_target,
+    training_run,
+)
 from services.tools.bench.support.options import run_program
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
-from services.tools.local.settings import DEFAULT_TARGET
 from services.tools.training import shards
-from services.tools.training.config import Config
 from services.tools.training.evaluate import Drafted, Summary, rounds
 from services.tools.training.run import TrainingRun
 from shared.engine import Engine
-from shared.errors import SettingsError
 from shared.messages import HiddenFormat
-from shared.models.folder import ModelFolder
 
 NAMES = {name: SOURCES[name].token_sources for name in ("lookup", "hidden", "combined")}
 RULES: tuple[tuple[RuleName, int], ...] = (
@@ -110,24 +113,18 @@ class DraftBench:
 
 
 def main(
-    target: Annotated[
-        Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
-    ] = None,
-    draft: Annotated[Path | None, typer.Option(help="Folder of a draft. \\[default: the target's shipped one]")] = None,
-    run: Annotated[
-        Path | None, typer.Option(help="Folder of the held-out texts. \\[default: .wisp/training/TARGET]")
-    ] = None,
+    target: TargetFolderOption = None,
+    draft: DraftFolderOption = None,
+    run: RunFolderOption = None,
     prompts: Annotated[int, typer.Option(min=0, help="Number of prompts, for a quick look; 0 takes all.")] = 0,
     real_texts: Annotated[int, typer.Option(min=1, help="Most texts to really draft and verify.")] = 11,
 ) -> None:
     """Measure drafts on prompts that were never trained on."""
     with errors_shown():
         console = terminal()
-        model = ModelFolder(target or state_folder() / "models" / DEFAULT_TARGET)
-        folder = HiddenDraftFolder.open(draft) if draft else shipped_for(model)
-        if folder is None:
-            raise SettingsError(f"no draft is shipped for {model.path}; give the folder of one with --draft")
-        texts = TrainingRun(Config.model_validate({}), model, run or state_folder() / "training" / model.name)
+        model = trained_target(target)
+        folder = measured_draft(draft, model)
+        texts = training_run(run, model)
         console.print("generating the held-out texts, unless an earlier run did (two minutes)", style="dim")
         texts.generate_held_out(texts.held_out, texts.config.seed, lambda _: None)
         bench = DraftBench(texts, folder, prompts)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Annotated, Any
 
 import torch
@@ -13,23 +12,26 @@ from rich.console import Console
 
 from services.drafter.control import Controller
 from services.drafter.core.observed import ObservedText
-from services.drafter.hidden.card import HiddenDraftFolder, shipped_for
+from services.drafter.hidden.card import HiddenDraftFolder
 from services.drafter.hidden.engine import DraftEngine
 from services.drafter.learning.learner import DraftLearner
 from services.drafter.learning.reports import LearningOptions, LearningReport
 from services.drafter.sources.hidden import WINDOW, HiddenDrafts
+from services.tools.bench.support.drafts import (
+    DraftFolderOption,
+    RunFolderOption,
+    TargetFolderOption,
+    measured_draft,
+    trained_target,
+    training_run,
+)
 from services.tools.bench.support.options import run_program
 from services.tools.bench.support.report import conclude, machine, table, terminal
 from services.tools.cli.terminal import errors_shown
-from services.tools.local.folder import state_folder
-from services.tools.local.settings import DEFAULT_TARGET
 from services.tools.training import shards
-from services.tools.training.config import Config
 from services.tools.training.evaluate import Costs, Drafted, Summary, rounds
 from services.tools.training.generate import sampling
-from services.tools.training.run import TrainingRun
 from services.tools.training.shards import GeneratedText
-from shared.errors import SettingsError
 from shared.models.folder import ModelFolder
 
 DRAFT_LENGTH = 4
@@ -88,11 +90,9 @@ def rounds_of(source: HiddenDrafts, texts: Sequence[GeneratedText]) -> list[Draf
 
 
 def main(
-    target: Annotated[
-        Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
-    ] = None,
-    draft: Annotated[Path | None, typer.Option(help="Folder of a draft. \\[default: the target's shipped one]")] = None,
-    run: Annotated[Path | None, typer.Option(help="Folder of the texts. \\[default: .wisp/training/TARGET]")] = None,
+    target: TargetFolderOption = None,
+    draft: DraftFolderOption = None,
+    run: RunFolderOption = None,
     domain: Annotated[str, typer.Option(help="Kind of text of the requests, as in the training's templates.")] = "code",
     requests: Annotated[int, typer.Option(min=20, help="Number of requests.")] = 200,
     temperature: Annotated[float, typer.Option(min=0, max=2, help="Sampling temperature of the requests.")] = 0.7,
@@ -101,11 +101,9 @@ def main(
     """Measure what a draft learns from its requests, and what it forgets elsewhere."""
     with errors_shown():
         console = terminal()
-        model = ModelFolder(target or state_folder() / "models" / DEFAULT_TARGET)
-        folder = HiddenDraftFolder.open(draft) if draft else shipped_for(model)
-        if folder is None:
-            raise SettingsError(f"no draft is shipped for {model.path}; give the folder of one with --draft")
-        texts = TrainingRun(Config.model_validate({}), model, run or state_folder() / "training" / model.name)
+        model = trained_target(target)
+        folder = measured_draft(draft, model)
+        texts = training_run(run, model)
         console.print("generating the texts, unless an earlier run did (minutes)", style="dim")
         answered = texts.generate_domain(domain, requests, temperature, lambda _: None)
         texts.generate_held_out(texts.held_out, texts.config.seed, lambda _: None)

@@ -1,3 +1,3 @@
-"""Parts that benchmarks and the chaos tool share: results, options, random words, tiny models, delaying relays."""
+"""Parts that benchmarks and the chaos tool share: results, options, drafts, random words, tiny models, relays."""
 
 __all__ = ["options", "relay", "report", "tiny", "words"]
