@@ -91,6 +91,7 @@ class Broker:
         self._log = logging.get()
         self._probes: dict[str, asyncio.Future[None]] = {}
         self._queues: dict[str, AbstractQueue] = {}
+        self._checks: dict[str, asyncio.Task[None]] = {}
         self._consumed: list[tuple[Queue, AbstractQueue, str]] = []
 
     @classmethod
@@ -389,11 +390,16 @@ class Broker:
 
         Passes for a missing queue, and where this user may not ask.
         """
+        asked = self._checks.get(queue.name)
+        if asked is None or asked.done():
+            # Not given up when the time is over: RabbitMQ may answer after a minute, and the next check waits as well.
+            asked = self._checks[queue.name] = asyncio.create_task(check_queue(self._connection, queue))
+            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
+        await asyncio.wait({asked}, timeout=timeout_s)
+        if not asked.done():
+            raise no_answer(queue)
         try:
-            async with asyncio.timeout(timeout_s):
-                await check_queue(self._connection, queue)
-        except TimeoutError as error:
-            raise no_answer(queue) from error
+            asked.result()
         except CONNECTION_EXCEPTIONS as error:
             raise BrokersError(f"queue {queue.name} cannot be checked: {in_words(error)}") from error
 

@@ -11,8 +11,8 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from ssl import SSLContext
 from typing import Any, cast
 from urllib.parse import urlsplit
@@ -21,10 +21,11 @@ from uuid import uuid4
 import aio_pika
 import aiormq
 from aio_pika import RobustChannel, RobustConnection
-from aio_pika.abc import AbstractConnection, TimeoutType
+from aio_pika.abc import AbstractConnection, AbstractRobustConnection, TimeoutType
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, ChannelInvalidStateError, DeliveryError
 from aio_pika.robust_queue import RobustQueue
-from aiormq.exceptions import ChannelAccessRefused
+from aiormq.abc import AbstractChannel as PlainChannel
+from aiormq.exceptions import ChannelAccessRefused, ChannelNotFoundEntity
 from yarl import URL
 
 from shared.broker.silence import ImpatientTransports
@@ -39,6 +40,8 @@ ELECTION_S = 2.0
 """Time that a cluster gets after a lost connection to elect the leaders that a dead node held, before channels are
 restored. RabbitMQ 3.10 can lose what a channel sends to a quorum queue, and its consumers, until the dead node returns,
 if the channel was opened during the election (0.2 to 1.6 s on a test machine)."""
+PROBE_S = 1.0
+"""Longest wait for a shared queue after a reconnect, before the services' other work goes on."""
 HEARTBEAT_S = 10
 """After two missed heartbeats RabbitMQ drops a process and gives its messages to others: a frozen scheduler keeps its
 standby waiting for that long. `?heartbeat=` in the URL sets another time."""
@@ -104,17 +107,21 @@ class _RestoredQueue(RobustQueue):
 
     RabbitMQ may still hold the old one: until it notices that the last connection is dead, and since version 4.2 as
     long as a dead node of the cluster stays away.
+
+    A shared queue whose node does not run does not hold up the others: aio-pika's recovery of consumers asks for it
+    again and again, and consumes it when its node is back.
     """
 
     _declared_on: object = None
     """The transport on which it was declared last."""
     _plain_only = False
     """True if only the plain name is allowed: the definitions come from an earlier version."""
+    _asked: asyncio.Task[None] | None = None
+    """The question for a shared queue that RabbitMQ may not have answered yet."""
 
     async def declare(self, timeout: TimeoutType = None) -> aiormq.spec.Queue.DeclareOk:  # noqa: ASYNC109
         """Declare the queue, with a fresh name if the connection is another than before."""
-        connection = cast(RobustChannel, self.channel)._connection
-        transport = connection.transport
+        transport = self._connection.transport
         plain = str(self.name).partition(FRESH)[0]
         if self.exclusive and self._declared_on not in (None, transport):
             self.name = plain if self._plain_only else f"{plain}{FRESH}{uuid4().hex[:8]}"
@@ -125,6 +132,55 @@ class _RestoredQueue(RobustQueue):
             raise
         self._declared_on = transport
         return declared
+
+    async def restore(self, channel: Any = None) -> None:
+        """Declare, bind and consume the queue after a reconnect; a shared one whose node does not run, later."""
+        if not self.exclusive:
+            try:
+                await self._probe()
+            except (TimeoutError, ChannelNotFoundEntity):
+                self._connection._request_recovery()
+                return
+        await super().restore(channel)
+
+    async def _probe(self, channel: aiormq.abc.AbstractChannel | None = None) -> None:
+        """Declare and bind the queue on a channel of its own. Raises TimeoutError without an answer in `PROBE_S`.
+
+        The question is never given up, and the next call waits for the same answer. RabbitMQ 4.3 refuses a queue whose
+        node does not run after more than a minute; where aio-pika has closed `channel` by then, the client library
+        does not confirm the refusal, and RabbitMQ ends the connection when the channel's number is used again.
+        """
+        if self._asked is None or self._asked.done():
+            self._asked = asyncio.create_task(self._ask())
+            self._asked.add_done_callback(lambda asked: asked.cancelled() or asked.exception())
+        await asyncio.wait({self._asked}, timeout=PROBE_S)
+        if not self._asked.done():
+            raise TimeoutError
+        self._asked.result()
+
+    async def _ask(self) -> None:
+        async with passing_channel(self._connection) as plain:
+            await plain.queue_declare(self.name, durable=self.durable, arguments=self.arguments, passive=self.passive)
+            for (exchange, key), options in tuple(self._bindings.items()):
+                await plain.queue_bind(self.name, str(exchange), key, **options)
+
+    @property
+    def _connection(self) -> RobustConnection:
+        return cast(RobustConnection, cast(RobustChannel, self.channel)._connection)
+
+
+@asynccontextmanager
+async def passing_channel(connection: AbstractRobustConnection) -> AsyncIterator[PlainChannel]:
+    """A channel for one question, which aio-pika does not restore: a refusal closes the channel."""
+    if connection.transport is None:
+        raise ConnectionError("the connection was lost")
+    with losses_as_errors():
+        channel = await connection.transport.connection.channel(publisher_confirms=False)
+        try:
+            yield channel
+        finally:
+            if not channel.is_closed:
+                await channel.close()
 
 
 class _Channel(RobustChannel):

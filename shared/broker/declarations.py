@@ -24,7 +24,7 @@ from aiormq.exceptions import (
 )
 
 from shared.broker.confirmed import ConfirmedExchange
-from shared.broker.connection import in_words, losses_as_errors
+from shared.broker.connection import in_words, passing_channel
 from shared.broker.topology import JournalLimits, Queue, Topology
 from shared.errors import AccessRefused, BrokersError, QueueDown
 from shared.runtime import logging
@@ -130,7 +130,7 @@ async def _now_and_after_reconnects(
     async def attempt(*_: object) -> None:
         # On a channel that aio-pika does not restore: a refusal must not keep this process from reconnecting.
         try:
-            async with asyncio.timeout(ANSWER_S), _passing_channel(connection) as plain:
+            async with asyncio.timeout(ANSWER_S), passing_channel(connection) as plain:
                 await declare(plain)
         except ChannelPreconditionFailed as error:
             log.warning(differs, queue=name, error=in_words(error))
@@ -203,7 +203,7 @@ def no_answer(queue: Queue) -> QueueDown:
 async def check_queue(connection: AbstractRobustConnection, queue: Queue) -> None:
     """Raise QueueDown if a queue's node does not run. Passes for a missing queue, and where this user may not ask."""
     try:
-        async with _passing_channel(connection) as plain:
+        async with passing_channel(connection) as plain:
             await plain.queue_declare(queue.name, passive=True)
     except ChannelNotFoundEntity as error:
         if isinstance(absent := _absent(error), QueueDown):
@@ -240,7 +240,7 @@ async def _check_exchange(connection: AbstractRobustConnection, name: str) -> No
     """
     try:
         try:
-            async with _passing_channel(connection) as plain:
+            async with passing_channel(connection) as plain:
                 await plain.exchange_declare(name, passive=True)
         except ChannelAccessRefused:
             await _publish_and_roll_back(connection, name)
@@ -264,7 +264,7 @@ async def may_publish(connection: AbstractRobustConnection, exchange: str, key: 
 
 async def _publish_and_roll_back(connection: AbstractRobustConnection, exchange: str, key: str = "") -> None:
     """Publish a message in a transaction that is rolled back. Raises the refusals of a publication."""
-    async with _passing_channel(connection) as plain:
+    async with passing_channel(connection) as plain:
         await plain.tx_select()
         await plain.basic_publish(b"", exchange=exchange, routing_key=key)
         await plain.tx_rollback()
@@ -273,25 +273,11 @@ async def _publish_and_roll_back(connection: AbstractRobustConnection, exchange:
 async def _may(connection: AbstractRobustConnection, declare: Callable[[PlainChannel], Awaitable[object]]) -> bool:
     """Return whether this user may make the declaration, by making it."""
     try:
-        async with _passing_channel(connection) as plain:
+        async with passing_channel(connection) as plain:
             await declare(plain)
     except ChannelAccessRefused:
         return False
     return True
-
-
-@asynccontextmanager
-async def _passing_channel(connection: AbstractRobustConnection) -> AsyncIterator[PlainChannel]:
-    """A channel for one question, which aio-pika does not restore: a refusal closes the channel."""
-    if connection.transport is None:
-        raise ConnectionError("the connection was lost")
-    with losses_as_errors():
-        channel = await connection.transport.connection.channel(publisher_confirms=False)
-        try:
-            yield channel
-        finally:
-            if not channel.is_closed:
-                await channel.close()
 
 
 def _absent(error: ChannelNotFoundEntity) -> BrokersError:

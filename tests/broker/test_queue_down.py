@@ -11,11 +11,12 @@ from typing import Any
 import pytest
 from patience import HANG_S
 from rabbitmq_cluster import rabbitmq_cluster
+from rabbitmqctl import rabbitmqctl
 
 from services.tools.local.servers import BrokerServer
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
-from shared.errors import QueueDown, WispError
+from shared.errors import BrokersError, QueueDown, WispError
 from shared.messages import Message
 from shared.runtime.health import Health
 from shared.state.store import Store
@@ -24,6 +25,7 @@ pytestmark = pytest.mark.slow
 
 NAMES = Topology("queue-down")
 QUEUE = NAMES.verify_queue()
+OWN = NAMES.own_queue("scheduler", "running", ())
 
 
 async def ignore(message: Message) -> None:
@@ -54,6 +56,7 @@ async def test_it_is_reported_and_waited_for(nodes: list[BrokerServer], redis_ur
         store = Store.connect(redis_url, namespace, 60)
         stack.push_async_callback(store.close)
         await broker.consume(QUEUE, ignore)
+        await broker.consume(OWN, ignore)
         health = Health()
         health.watch(broker, store)
 
@@ -74,6 +77,18 @@ async def test_it_is_reported_and_waited_for(nodes: list[BrokerServer], redis_ur
         await until(is_down)
         assert "on a node that does not run" in (await health.ready())["rabbitmq"]
         assert await health.live() == {}, "no restart of this process starts the node"
+
+        async def is_restored() -> bool:
+            assert await health.live() == {}
+            try:
+                await broker.prove(OWN)
+            except BrokersError:
+                return False
+            return True
+
+        await rabbitmqctl(nodes[0], "close_all_connections", "test")
+        await until(is_restored)
+        assert "on a node that does not run" in (await health.ready())["rabbitmq"]
         starting = await Broker.connect(nodes[1].url, NAMES, "starting")
         stack.push_async_callback(starting.close)
         consuming = asyncio.create_task(starting.consume(QUEUE, ignore))
