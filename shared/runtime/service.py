@@ -13,7 +13,7 @@ import uvloop
 
 from shared.errors import SettingsError, WispError
 from shared.runtime import health, logging, tracing
-from shared.runtime.settings import ProcessSettings, load, refuse
+from shared.runtime.settings import ProcessSettings, load, misspelt, refuse, variables
 
 S = TypeVar("S", bound=ProcessSettings)
 CANCEL_AGAIN_S = 2.0
@@ -22,7 +22,8 @@ CANCEL_AGAIN_S = 2.0
 def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
     """Run `serve(settings, instance, stop)` until it returns; SIGTERM and SIGINT set `stop`.
 
-    Exits with 2 for invalid settings, and with 1 for an error that the operator has to see.
+    Exits with 2 for invalid settings, and with 1 for an error that the operator has to see. Variables that look like
+    misspelt settings are logged.
     """
     program = f"python -m services.{service}"
     settings = load(kind, program)
@@ -33,6 +34,9 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
         refuse(program, [f"  {error}"])
     logging.configure(service, instance, settings.log_level, settings.log_format)
     log = logging.get()
+    # Not refused: an environment that several programs share may hold variables of others.
+    for name, near in misspelt(kind.environment, variables(kind)).items():
+        log.warning("a variable is no setting of this service and is ignored", variable=name, meant=near)
 
     async def main() -> None:
         stop = asyncio.Event()

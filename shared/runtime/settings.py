@@ -15,7 +15,8 @@ import os
 import re
 import socket
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from secrets import token_hex
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar
@@ -40,6 +41,10 @@ SECRET = frozenset({"session_secret", "api_key"})
 NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 HOST_LENGTH = 46
 """Characters of a host name that go into an instance name: a pod's name fits, and the instance name has at most 64."""
+
+LIKE = 0.9
+"""Similarity (`difflib`) from which an unknown variable is taken for a misspelt setting. Those of one service are less
+like those of another one, and variables that Kubernetes or other programs set are less like any."""
 
 AMQP_SCHEMES = ("amqp", "amqps")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
@@ -372,6 +377,18 @@ def _unread(kind: type[WispSettings], error: SourceError) -> str:
 def variable(name: str) -> str:
     """Return the environment variable of a setting."""
     return f"{WispSettings.model_config['env_prefix']}{name.upper()}"
+
+
+def variables(kind: type[WispSettings]) -> set[str]:
+    """Return the environment variables of settings."""
+    return {variable(name) for name in kind.model_fields}
+
+
+def misspelt(environment: Mapping[str, str], known: Collection[str]) -> dict[str, str]:
+    """Return the variables that seem to be misspelt, each with the known one that is probably meant."""
+    unknown = (name for name in sorted(environment) if name.startswith("WISP_") and name.upper() not in known)
+    nearest = {name: get_close_matches(name.upper(), known, 1, LIKE) for name in unknown}
+    return {name: near for name, found in nearest.items() for near in found}
 
 
 def as_variable(value: Any) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+import os
+import subprocess
 import sys
 
 import pytest
@@ -13,9 +16,10 @@ from services.drain_order.settings import DrainOrderSettings
 from services.estimator.settings import EstimatorSettings
 from services.gateway.settings import GatewaySettings
 from services.scheduler.settings import SchedulerSettings
+from services.tools.local.service_settings import CLASSES, settings_class
 from services.tools.local.settings import BrokerAddresses, LocalSettings
 from services.verifier.settings import VerifierSettings
-from shared.runtime.settings import WispSettings, load, variable
+from shared.runtime.settings import WispSettings, load, misspelt, variable, variables
 
 
 @pytest.mark.parametrize(
@@ -112,3 +116,33 @@ def test_the_command_line_goes_before_the_environment(monkeypatch: pytest.Monkey
     monkeypatch.setattr(sys, "argv", ["service", "--policy", "edf", "--max-batch-ms", "50"])
     settings = load(SchedulerSettings, "service")
     assert (settings.policy, settings.max_batch_ms) == ("edf", 50.0)
+
+
+@pytest.mark.parametrize("kind", [settings_class(service) for service in CLASSES])
+def test_no_setting_looks_like_a_misspelt_one_of_another_service(kind: type[WispSettings]) -> None:
+    every = [LocalSettings, *map(settings_class, CLASSES)]
+    environment = {name: "1" for other in every for name in variables(other)} | {
+        # Kubernetes sets these for services called wisp and wisp-gateway.
+        f"WISP_{name}": "tcp://10.0.0.1:80"
+        for name in ("SERVICE_HOST", "SERVICE_PORT", "PORT_80_TCP", "GATEWAY_SERVICE_HOST", "GATEWAY_PORT_80_TCP_ADDR")
+    }
+    assert misspelt(environment, variables(kind)) == {}
+
+
+SERVICE = """
+from shared.runtime import service, settings
+
+
+async def serve(*_):
+    pass
+
+
+service.run("estimator", settings.ProcessSettings, serve)
+"""
+
+
+def test_a_service_logs_a_misspelt_variable_and_goes_on() -> None:
+    environment = os.environ | {"WISP_LOGLEVEL": "debug", "WISP_SERVICE_HOST": "10.0.0.1"}
+    ended = subprocess.run([sys.executable, "-c", SERVICE], env=environment, capture_output=True, text=True, check=True)
+    warnings = [line for line in map(json.loads, ended.stderr.splitlines()) if line["level"] == "warning"]
+    assert [(line["variable"], line["meant"]) for line in warnings] == [("WISP_LOGLEVEL", "WISP_LOG_LEVEL")]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from difflib import get_close_matches
 from importlib import import_module
 from pathlib import Path
 
@@ -13,7 +12,7 @@ from services.tools.local.folder import checkout
 from services.tools.local.service_commands import ServiceCommands
 from services.tools.local.settings import LocalSettings
 from shared.errors import SettingsError
-from shared.runtime.settings import WispSettings, from_environment, problems_of, variable
+from shared.runtime.settings import WispSettings, from_environment, misspelt, problems_of, variable, variables
 
 CLASSES = {
     "gateway": ("services.gateway.settings", "GatewaySettings"),
@@ -26,9 +25,6 @@ CLASSES = {
     "device": ("services.device.settings", "DeviceSettings"),
 }
 """Module and name of each service's settings class. A module is loaded only when its service is used."""
-LIKE = 0.85
-"""Similarity (`difflib`) from which an unknown variable is taken for a misspelt setting. Others may belong to another
-program."""
 
 
 def settings_class(service: str) -> type[WispSettings]:
@@ -53,11 +49,8 @@ def refuse_bad_settings(commands: ServiceCommands, env_of: Mapping[str, Mapping[
 
 def _misspelt(environment: Mapping[str, str]) -> Iterator[str]:
     kinds: list[type[WispSettings]] = [LocalSettings, *map(settings_class, CLASSES)]
-    known = {variable(name) for kind in kinds for name in kind.model_fields}
-    for name in sorted(environment):
-        if name.startswith("WISP_") and name.upper() not in known:
-            for near in get_close_matches(name.upper(), known, 1, LIKE):
-                yield f"{name}: no setting has this name; did you mean {near}?"
+    for name, near in misspelt(environment, {known for kind in kinds for known in variables(kind)}).items():
+        yield f"{name}: no setting has this name; did you mean {near}?"
 
 
 def _problems(kind: type[WispSettings], environment: Mapping[str, str]) -> Iterator[str]:
