@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shlex
 from collections.abc import Iterator
@@ -127,11 +128,12 @@ class Page:
 
 def pages() -> list[Page]:
     """All pages of the repository."""
-    return [
-        Page(path)
-        for path in sorted(ROOT.rglob("*.md"))
-        if not any(part.startswith(".") or part in ("build", "dist") for part in path.relative_to(ROOT).parts)
-    ]
+    found = []
+    for folder, folders, files in os.walk(ROOT):
+        # Hidden folders are not entered: the brokers' packages in .wisp hold /proc while they are unpacked.
+        folders[:] = [name for name in folders if not name.startswith(".") and name not in ("build", "dist")]
+        found += [Path(folder, name) for name in files if name.endswith(".md")]
+    return [Page(path) for path in sorted(found)]
 
 
 def commands_of(line: str, *, whole: bool) -> Iterator[Command]:
