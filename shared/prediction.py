@@ -15,8 +15,8 @@ NEAR = 8
 """A single token gives the place only this far behind the difference."""
 
 BEGINNING, FOUND, REPLACED = 8, 2, 2
-"""Support for the first tokens of a prediction, what finding the place again adds to that of an n-gram, and support
-behind a token that seems to stand for the predicted one."""
+"""Support of the first tokens of a prediction; support that a found place adds to its n-gram's length; support behind a
+token that seems to replace the predicted one."""
 
 
 class PredictedText:
@@ -87,7 +87,7 @@ class PredictionFollower:
     def continuation(self, length: int) -> list[int]:
         """Return the tokens that the output is expected to have next, at most `length`.
 
-        Behind one differing token, it is expected to stand for the predicted one; behind more, nothing is expected.
+        A single differing token is assumed to replace the predicted one. After more of them, nothing is expected.
         """
         if self._differing > 1:
             return []

@@ -14,8 +14,8 @@ from shared.messages import Promised, Slo
 BATCHES_PER_ROUND = 1.5
 """Batches per round: on average half of the batch that runs when the round arrives, and its own."""
 HOPELESS_GAIN = 1.3
-"""Where a run's steps take longer than the session was promised for a token, a run has to be faster than rounds by this
-factor: it misses the promise in any case, while rounds, being slower on average, keep that of many sessions."""
+"""Factor by which a run has to be faster than rounds if its steps take longer than the promised time per token. Such a
+run always misses the promise. Rounds are slower on average, and yet keep the promise of many sessions."""
 
 
 class Promise(BaseModel):

@@ -23,7 +23,7 @@ from shared.runtime.tracing import NO_SPAN, Span
 from shared.state.sessions import Session
 
 NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks", "tools")
-"""Fields of `AnswerForm` that the first versions do not have."""
+"""Fields of `AnswerForm` that the first versions lack."""
 
 
 class AnswerForm(Record):

@@ -1,8 +1,9 @@
-"""CORS: pages in a browser from the origins of a setting may use the whole API, and all others none of it.
+"""Protection of the API against web pages: CORS, and checks of the Host and Content-Type headers.
 
-A page can reach an API on loopback, or on a network behind a firewall, which its author cannot. Browsers let every
-page send simple requests without asking, and a page whose name is later pointed to the API's address (DNS rebinding)
-counts as the API's own. API keys stop both, as pages have none.
+Pages of the origins in `WISP_CORS_ORIGINS` may use the whole API, all others none of it. A page runs in its reader's
+browser, so it can reach an API on loopback or behind a firewall that its author cannot. Browsers send a page's simple
+requests without a preflight, and a page whose host name is later resolved to the API's address (DNS rebinding) counts
+as the API's own. API keys stop both, because pages do not have them.
 """
 
 from __future__ import annotations

@@ -75,7 +75,7 @@ class LogprobFields:
         }
 
     def _top(self, token: int, logprob: TokenLogprob | None) -> Fields | None:
-        """Return the most probable tokens and the chosen one, by name. Of tokens with one name the likeliest counts."""
+        """Return the most probable tokens and the chosen one, by name. Of equally named tokens the likeliest counts."""
         if logprob is None:
             return None
         found: Fields = {}

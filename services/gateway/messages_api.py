@@ -74,7 +74,7 @@ class MessageEvents:
         self._text = CompletionText(answer.form)
         self._begun = False
         self._block = -1
-        """Index of the block that is open, or was last."""
+        """Index of the open block, or of the last one."""
         self._kind = ""
         """Type of the open block."""
 

@@ -125,7 +125,7 @@ class AnswerResponse(Response):
         return fields
 
     async def _before_end(self, fields: Fields | None, events: EventMaker | None) -> None:
-        """Do what has to be done before the end of an answer is sent: called with its body, or before each event."""
+        """Hook for subclasses, which is called before a whole answer (with its body) or a batch of events is sent."""
 
     def _events(self, chunks: Chunks) -> EventMaker:
         """Return the maker of the events of a streamed answer."""
@@ -240,7 +240,7 @@ class Events:
         text = self._texts[index]
         rest = rest_of(piece, before, known)
         if rest is not piece:
-            # The client has what is made of the text that it has, which ends with a piece.
+            # The parser has to read the part that the client has, so that it splits the rest as before the break.
             text.feed(piece.text.removesuffix(rest.text) if rest is not None else piece.text)
         if rest is None:
             return b""

@@ -50,7 +50,7 @@ SMALLEST_TOP_P = 1e-6
 
 
 def _same_as_n(value: int | None, info: ValidationInfo) -> int | None:
-    """Refuse a `best_of` other than `n`: the completions that are made are those that are returned."""
+    """Refuse a `best_of` other than `n`: no more completions are made than are returned."""
     if value is not None and value != info.data.get("n", value):
         raise PydanticCustomError("best_of_value", "must be n: leave best_of out, or send the same number")
     return value

@@ -31,7 +31,7 @@ CERTIFICATE_CHECK_S = 5.0
 HEAD_BYTES = 64 << 10
 """Longest head of a request: its request line and headers."""
 MOST_TINY_PARTS, TINY_BYTES = 10_000, 64
-"""A body in more parts, which are shorter on average, is refused: each part costs some 10 µs, however short it is."""
+"""A body of more parts than this, shorter than this on average (bytes), is refused: each part costs some 10 µs."""
 LINGER_S = 5.0
 """Time in which the rest of a request that is not read is discarded, so that its client gets the answer.
 

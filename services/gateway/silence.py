@@ -1,4 +1,4 @@
-"""Silent sessions: their state is read from Redis, and those on which nobody works are given up."""
+"""Watch over silent sessions: read their state from Redis, and give up those on which nobody works."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GONE = Failure(
 
 
 class Owner(Protocol):
-    """The part of `Sessions` to which the watch hands what it finds."""
+    """The part of `Sessions` that the watch calls."""
 
     def fed(self, session: RunningSession, new_tokens: int, progressed: bool) -> None:
         """Go on after a session has got tokens, or made progress without any."""

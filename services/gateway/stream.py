@@ -183,7 +183,7 @@ def usage_fields(usage: Usage) -> Fields:
 def speculation(tally: CompletionTally) -> Fields:
     """Return vLLM's `metrics.speculative_decoding` of a completion.
 
-    Its steps are the rounds with a verified draft, and its length of drafts, which vary here, is that of the longest.
+    `num_spec_steps` counts the rounds with a verified draft. `num_spec_tokens` is the longest draft: lengths vary.
     """
     steps, longest = tally.drafts, tally.longest_draft
     return {

@@ -48,7 +48,7 @@ class Detokenize(Body):
 
 
 def add_tokens(app: FastAPI, gateway: Gateway) -> None:
-    """Add the routes that tokenize texts and conversations, and put tokens into text."""
+    """Add the routes that tokenize texts and conversations, and detokenize tokens."""
     tokenizer, folder = gateway.model.tokenizer, gateway.model.folder
 
     @app.post("/tokenize")

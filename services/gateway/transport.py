@@ -1,4 +1,4 @@
-"""The way of a session's messages and state: RabbitMQ and Redis, behind one narrow interface.
+"""Transport of sessions: their messages (RabbitMQ) and their state (Redis) behind one narrow interface.
 
 The baseline has a transport of its own (`services.baseline.client`), and the tests one in memory. All of them pass the
 same contract, `tests/transport_contract.py`.
@@ -27,7 +27,7 @@ from shared.state.store import Store
 
 CREATE_RETRY_S = 0.25
 LONGEST_TRY_S = 3.0
-"""A try to store a new session counts as at most this long: the rest was a pause of this process."""
+"""Longest time that counts for one attempt to store a new session: the rest was a pause of this process."""
 STORE_TRIES, STORE_RETRY_S = 60, 1.0
 """Retries while Redis is away. `Store.reap` ends the sessions of a gateway that stops before Redis is back."""
 
@@ -40,7 +40,7 @@ class Transport(Protocol):
     """
 
     stall_reason: str
-    """Why a session may make no progress, for its client. `{pool!r}` stands for the session's pool."""
+    """The probable reason why a session makes no progress, for its client. `{pool!r}` is the session's pool."""
 
     async def start(self, generate: Generate, pool: str, resume_record: bytes = b"") -> None:
         """Create a session and hand it to the drafters of a pool. A session that was cancelled before stays cancelled.

@@ -1,9 +1,9 @@
 """The stand-in for drafters: serves a pool's requests without drafts while no drafter has room for them.
 
 It is a drafter without a draft source, whose consumer has a lower priority than those of drafters: RabbitMQ gives it a
-request only while the pool's drafters are away or have no room. The request stays
-unacknowledged as with any drafter, so another process goes on with it if this one dies. When a drafter has room, the
-stand-in returns requests to the queue, and the drafter continues from the committed tokens.
+request only while the pool's drafters are away or have no room. The request stays unacknowledged as with any drafter,
+so another process goes on with it if this one dies. When a drafter has room, the stand-in returns requests to the
+queue, and the drafter continues from the committed tokens.
 
 Results reach it by way of the scheduler, which gets a copy of each: receiving them a second time would double the time
 that the scheduler's event loop spends on a run.

@@ -64,7 +64,7 @@ CONFIRM_S = 4.0
 """Longest time without a confirmation of messages with the same key before a persistent one is repeated."""
 PUBLISH_RETRY_S = 0.2
 RETRIED_S = 30.0
-"""Longest time in which a question to RabbitMQ is repeated: a queue's node may be starting."""
+"""Longest time for which a request to RabbitMQ is repeated: a queue's node may be starting."""
 PROBE_HEADER = "x-wisp-probe"
 SENT_HEADER = "x-wisp-sent-us"
 """Header with a message's sending time, in microseconds since 1970 by the sender's clock. Only `wisp replay` reads
@@ -124,7 +124,7 @@ class Broker:
                         await connection.close()
                         raise
                 except AMQPChannelError:
-                    raise  # RabbitMQ refuses it, and would again
+                    raise  # a refusal would be repeated
                 except (QueueDown, *CONNECTION_EXCEPTIONS) as error:
                     note(error)
                     if (bad := bad_certificate(error)) is not None:
@@ -273,9 +273,9 @@ class Broker:
             raise
 
     async def _retried(self, ask: Callable[[], Awaitable[T]], failure: str) -> T:
-        """Ask RabbitMQ, again while the connection is lost or a queue's node is starting. Raises BrokersError.
+        """Send a request to RabbitMQ; repeat it while connection or queue are away. Raises BrokersError.
 
-        What RabbitMQ refuses (AMQPChannelError) it would refuse again, so that is raised at once.
+        A refusal (AMQPChannelError) would be repeated, so it is raised at once.
         """
         give_up_s = time.monotonic() + RETRIED_S
         while True:

@@ -66,7 +66,7 @@ def without_password(urls: str) -> str:
 
 
 def in_words(error: BaseException | None) -> str:
-    """Return an error of the connection in words for people, without any object of the client library."""
+    """Describe an error of the connection for people, without the client library's object names."""
     if isinstance(error, DeliveryError):
         return "RabbitMQ could not store the message"
     if isinstance(error, ChannelInvalidStateError):

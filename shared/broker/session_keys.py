@@ -1,4 +1,4 @@
-"""Session keys: HMACs proving that a gateway gave a drafter this session.
+"""Session keys: HMACs proving that a gateway gave this session to a drafter.
 
 A gateway puts the key into the session's Generate. The drafter shows it with each round; scheduler and verifier
 recompute and compare it. The HMAC covers what a drafter must not choose itself: the session, the gateway that gets its

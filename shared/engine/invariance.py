@@ -50,7 +50,7 @@ _POINTWISE: frozenset[Any] = frozenset({
     )
     if (function := getattr(place, name, None)) is not None
 })  # fmt: skip
-"""Functions of single elements that have one version for vectors and one for what is left."""
+"""Functions of single elements that have one version for vectors and one for the remaining elements."""
 VECTOR = 32
 """A multiple of the elements that any CPU computes at a time."""
 _UNKNOWN: frozenset[Any] = frozenset(

@@ -4,8 +4,9 @@ A mask is a function of the grammar and of the tokens since the beginning of the
 it also forces the tokens: those of the tokenizer for that text. The tokens of a forced text are fixed where the text
 begins, up to its end. When the grammar is complete, only the end-of-text tokens are allowed.
 
-A session's state in its grammar is kept between calls and follows the tokens given, forwards and back, so that nobody
-has to say what was accepted. It is rebuilt from the tokens where it was lost. Calls may come from any thread.
+A session's state in its grammar is kept between calls. Each call gives all tokens of the answer, and the state moves
+forwards or back to them, so callers need not report which tokens were accepted. A lost state is rebuilt from the
+tokens. Calls may come from any thread.
 
 A mask costs many times as much as looking up one token, and the token that the logits choose by themselves is mostly
 allowed. So masks are computed only where a choice needs one.
@@ -31,7 +32,7 @@ from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
 
 MOST_SESSIONS = 512
-"""Most sessions whose state is kept; those not used for longest are dropped first, and rebuilt when needed."""
+"""Most sessions whose state is kept. The least recently used are dropped first, and rebuilt when needed."""
 MOST_GRAMMARS = 64
 CHECKED = 8
 """Most forced tokens at the beginning of a new grammar behind which masks are tried."""

@@ -1,7 +1,7 @@
 """Refusal of weights that are not finite.
 
 In the KV cache one such value would outlive its session: a masked position is multiplied by zero, and zero times NaN is
-NaN, so the next session that gets the block would be spoiled too.
+NaN. So the next session that gets the block would get wrong results too.
 """
 
 from __future__ import annotations

@@ -36,7 +36,7 @@ LEVELS: Final[dict[str, dict[str, tuple[str, ...]]]] = {
 }
 """Levels by machine, best first, with the features that a CPU needs for each. Their names are LLVM's."""
 _WHOLE_REGISTERS: Final = "-prefer-256-bit"
-"""LLVM would else use half of the registers of 512 bits."""
+"""Without it, LLVM uses only half of each 512-bit register."""
 _UNUSED_S: Final = 14 * 24 * 3600.0
 """An object file that no process has loaded for this long is removed when another is written beside it. Others stay:
 several versions may share an environment, and a process may be about to load one."""
@@ -132,7 +132,7 @@ def _remove_unused(folder: Path) -> None:
 
 
 def _write(path: Path, content: bytes) -> None:
-    """Write a file that others see whole or not at all."""
+    """Write a file atomically: other processes see all of it or none."""
     with tempfile.NamedTemporaryFile(dir=path.parent, delete=False) as partial:
         try:
             partial.write(content)

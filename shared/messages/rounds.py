@@ -97,7 +97,7 @@ class Verify(RoundFields, Message):
     committed_in: list[Arithmetic] = Field(default_factory=list)
     """Arithmetics in which the session's tokens were committed, as far as the drafter has learned them from results."""
     run_tokens: Count = 0
-    """Tokens that the drafter leaves to the verifier after this round: it expects drafts not to pay for so long."""
+    """Tokens that the verifier may decode in a run after this round: the drafter expects no gain from drafts."""
     run_copies: Annotated[int, Field(ge=0, le=LONGEST_DRAFT)] = 0
     """Most draft tokens of a step by prompt lookup in a run of this session; 0: none."""
 

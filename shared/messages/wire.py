@@ -4,9 +4,9 @@ Several results with the same receivers travel as one map: the first, with the o
 version before takes the first and ignores the rest, so only sessions whose gateway and drafter read groups have results
 in one (`RoundFields.grouped`).
 
-During an update, an older process may still read such a session's results: a gateway that collects a dead one's
-streams reads the tokens that it misses from Redis, and a scheduler that takes over gives batches without results up, so
-that their rounds are sent again. An older `wisp top` counts the first result of a group only.
+During an update, an older process may still read such a session's results. A gateway that collects a dead gateway's
+streams then reads the missing tokens from Redis. A scheduler that takes over gives up batches without results, so their
+rounds are sent again. An older `wisp top` counts the first result of a group only.
 """
 
 from __future__ import annotations

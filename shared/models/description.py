@@ -29,7 +29,7 @@ class Inconsistent(NotDescribed):
 
 
 class OutOfRange(NotDescribed):
-    """A number of the configuration is beyond all use, however the model is computed."""
+    """A number of the configuration is out of any usable range."""
 
 
 @dataclass(frozen=True, slots=True)

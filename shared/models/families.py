@@ -134,7 +134,7 @@ def _describe(config: Mapping[str, Any], tensors: Collection[str]) -> ModelDescr
         raise OutOfRange(f"config.json has {layers} layers, the folder only {len(tensors)} tensors")
     try:
         description = _model(family, values, tensors)
-    except ArithmeticError as error:  # a number beyond all sense
+    except ArithmeticError as error:  # a number out of any usable range
         raise OutOfRange(f"a number of config.json is out of range ({error})") from error
     values.refuse_unread(IGNORED, {**NEUTRAL, **family.neutral})
     _check_tensors(description, tensors)

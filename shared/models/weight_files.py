@@ -1,6 +1,6 @@
 """Weights of a model folder in safetensors: the files, and names, types and shapes of their tensors. Reads no values.
 
-Refuses, with a sentence for each, what would else load as another model: files cut short or not downloaded, adapters,
+Files that would load as another model are refused with a reason: files cut short or not downloaded, adapters, and
 quantized weights.
 """
 

@@ -235,7 +235,7 @@ def configure(service: str, instance: str, namespace: str = "", environment: Map
         raise SettingsError(
             f"OpenTelemetry refuses one of its variables (OTEL_...): {cut(str(error), MOST_OF_REASON)}"
         ) from error
-    # It logs what is wrong with the headers of clients, with their text, for each request.
+    # OpenTelemetry logs every malformed header of a client, with its text.
     logging.getLogger("opentelemetry.trace").setLevel(logging.ERROR)
     use(provider)
 

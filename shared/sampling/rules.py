@@ -87,7 +87,7 @@ class LogitsProcessor:
 
     @property
     def only_masks(self) -> bool:
-        """True if nothing but a mask changes logits: a token that they choose without it is the choice if allowed."""
+        """True if only a mask changes logits: a token chosen without it is then the choice if the mask allows it."""
         return self._rules is None
 
     def allows(self, token: int) -> bool:

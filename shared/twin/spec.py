@@ -1,4 +1,4 @@
-"""The description of a twin: how its drafts do, how long its answers are, and the tokens that they consist of."""
+"""The description of a twin: acceptance of its drafts, length of its answers, and the tokens of the answers."""
 
 from __future__ import annotations
 

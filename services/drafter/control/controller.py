@@ -31,16 +31,16 @@ LONGEST_WAIT = 256
 MOST_RUN = 128
 """Most tokens that a session leaves to the verifier at once."""
 FIRST_RUN = 4
-"""Tokens that it leaves to the verifier after a first round whose draft does not pay, unless a source is tried before
-or `RETURN_SHARE` asks for more."""
+"""Tokens that a session leaves to the verifier after a first round whose draft does not pay, unless a source is probed
+before or `RETURN_SHARE` asks for more."""
 RETURN_SHARE = 0.1
 """A round between two runs takes at most this share of the time of the run after it."""
 RUN_MEMORY = 64.0
 """Tokens of runs that a session's speed in runs is averaged over."""
 RUN_PRIOR = 8.0
-"""Tokens at the price's speed that it is averaged with."""
+"""Tokens at the speed of the price that this average begins with."""
 LONGEST_UNREADY = 3
-"""A source that waits for hidden states in more rounds than this, one after the other, keeps no session from runs."""
+"""Consecutive rounds without hidden states after which a source no longer keeps its session from runs."""
 
 
 class Controller:

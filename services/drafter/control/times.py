@@ -23,7 +23,7 @@ from shared.messages import Load
 PRIOR_VERIFY_MS = 50.0
 PRIOR_HOPS_MS = 5.0
 PRIOR_STEP_MS = 0.0
-"""Of a source without measurements, so that it gets tried. Copied tokens are never measured and keep this value."""
+"""Step time of a source without measurements, so that it is tried. Copied tokens are never measured and keep it."""
 PRIOR_SLOPE = 0.04
 """Time per verified token, as a share of the time of a round without any (SmolLM2-135M on two cores)."""
 PRIOR_WEIGHT = 20.0

@@ -1,4 +1,4 @@
-"""Draft tokens without a model: their chances to be accepted, and the estimates of these that a stop rule sees."""
+"""Draft tokens without a model: whether each is right, and the confidence that a stop rule gets."""
 
 from __future__ import annotations
 

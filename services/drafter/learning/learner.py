@@ -32,7 +32,7 @@ from shared.models.folder import ModelFolder
 from shared.sampling.sampler import Columns, choose_in_rows
 
 HELD_BACK = 5
-"""One text of this many is held back."""
+"""One of this many texts is held back."""
 FEWEST_HELD_BACK = 4
 """Held-back texts before anything is learned."""
 LOSS = LossOptions(random_rows=768, step_decay=0.8, regression=0.1, clip=1.0)

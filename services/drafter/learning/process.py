@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from services.drafter.learning.learner import DraftLearner
 
 MOST_ARRIVED = 256
-"""Most texts that wait for the drafter to be idle; the newest ones count."""
+"""Most texts that wait for the drafter to be idle; older ones are dropped."""
 PAUSE_S = 0.1
 """Time after which a pausing process checks whether it may go on."""
 

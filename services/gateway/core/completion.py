@@ -122,7 +122,7 @@ class Completion:
     min_tokens: int = 0
     """Output tokens in which no stop string ends the text."""
     logprobs: Logprobs | None = None
-    """The log-probabilities that the session asks for. Tokens without them are taken for lost ones."""
+    """The log-probabilities that the session asks for. Tokens that arrive without them count as missing."""
     prompt_only: bool = False
     """True if the one output token of the session is not shown: the request wants its prompt's tokens only."""
     tags: StopStrings | None = None

@@ -1,16 +1,17 @@
-"""The order in which sessions are served: the difference between a session whose turn has not come and a stalled one.
+"""The order in which sessions are served. It tells a session that is still waiting for its turn from a stalled one.
 
 A *turn* is progress of a session: new tokens, or a chunk of its prompt. A *wait* is the time from one turn of a session
 to its next one; the first wait begins when the session is started. Drafters take requests, and verifiers take rounds,
 about in order of arrival. So a session is waiting in a working queue while turns come to sessions
 
 - whose wait began before its own, or
-- that were started before it in the same pool of drafters, as long as it has had no turn: it may be in the queue of a
-  drafter that serves as many sessions as it can.
+- that were started before it in the same pool of drafters, as long as it has had no turn itself: its request may be
+  in the queue of a drafter that has no room.
 
-When turns come only to later ones, the session has been passed over, and nobody works on it. Of the sessions of other
-gateways the starts and the last turns are read now and then, which is enough for a session that has had no turn. For
-one that has, the backlog that the scheduler reported when the wait began stands for them.
+When only later sessions get turns, the session has been passed over, and nobody works on it.
+
+Sessions of other gateways count too. For a session without a turn, their starts and last turns are read from Redis now
+and then. For a session that has had one, the backlog that the scheduler reported when the wait began replaces them.
 
 Times are seconds on one monotonic clock.
 """

@@ -64,7 +64,7 @@ class Documents:
 
     def missing(self, problem: str) -> bytes:
         """Return the page that a browser gets for an unknown path: the problem, beside the list of all pages."""
-        body = f"<h1>Page not found</h1>\n<p>{escape(problem)}. The list beside has all pages.</p>\n"
+        body = f"<h1>Page not found</h1>\n<p>{escape(problem)}. All pages are listed beside this text.</p>\n"
         return self._framed(f"Page not found · {BRAND}", body).encode()
 
     def _page(self, path: str) -> str:
@@ -124,7 +124,7 @@ def _name_headings(tokens: list[Token]) -> None:
 
 
 def _lead_links(tokens: list[Token], path: str, known: Mapping[str, Any]) -> None:
-    """Lead links between pages to their served paths, and take the links to files that are not served away."""
+    """Point links between pages to their served paths, and remove links to files that are not served."""
     for inline in tokens:
         closing: list[str] = []
         for part in inline.children or ():

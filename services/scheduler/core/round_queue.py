@@ -25,7 +25,7 @@ TYPICAL_JOBS = 8
 
 @dataclass(frozen=True)
 class QueuedRound:
-    """A pending round with what it means for the verifier of this queue."""
+    """A pending round, and its costs on the verifier of this queue."""
 
     pending: PendingRound
     held: int

@@ -28,8 +28,8 @@ FIRST_TOKENS = 4
 MEASURED_ROUNDS = 4
 """Rounds of a session before its speed in rounds is judged."""
 TRUSTED_ROUNDS = 16
-"""Rounds after which the tokens that they brought count alone. Until then a session's drafter may know better: a few
-unlucky rounds mean little."""
+"""After this many rounds, a session's speed is that of its own rounds. Before, it is the drafter's expectation if that
+is higher, since a few unlucky rounds mean little."""
 GAIN = 1.15
 """An unasked run is granted only where it is faster than rounds by this factor (`HOPELESS_GAIN` for some)."""
 LATE_MS = 250.0

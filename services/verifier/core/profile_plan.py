@@ -72,7 +72,7 @@ class ProfilePlan:
     """
 
     def __init__(self, batches: Sequence[ProfileBatch], budget_ms: float, limit_ms: float) -> None:
-        """batches: the choice, the smallest first. budget_ms: time for those after the first. limit_ms: for all."""
+        """batches: the candidates, the smallest first. budget_ms: time for those after the first. limit_ms: for all."""
         self._batches = batches
         self._budget_ms = budget_ms
         self._limit_ms = limit_ms
@@ -132,9 +132,9 @@ def _design(measured: Sequence[Measurement], model: CostModel) -> NDArray[np.flo
 def longest_ms(shape: BatchShape, measured: Sequence[Measurement], model: CostModel) -> float:
     """Return the longest expected time of a batch.
 
-    Its products take at most the time of a measured batch times the growth of jobs, tokens or rows, because part of
-    every batch's time is constant, and hides no more of the first tokens' arithmetic than it takes itself. The model
-    predicts its attention.
+    Its matrix products take at most the time of a measured batch times the growth of jobs, tokens or rows: a part of
+    every batch's time is constant, and it hides no more arithmetic than it takes itself. The cost model predicts the
+    time of attention.
     """
 
     def growth(one: BatchShape) -> float:

@@ -68,8 +68,8 @@ class OpenCommit:
 def groups(answers: Sequence[JobReply]) -> list[list[JobReply]]:
     """Return the replies in groups that travel as one message, each in order.
 
-    Replies of a group have the same receivers, who read groups. One with hidden states is alone: these go before it,
-    and its place at the end is kept.
+    The replies of a group have the same receivers, and all of these can read groups. A reply with hidden states is a
+    group of its own, and stays at the end: its hidden states are sent just before it.
     """
     made: list[list[JobReply]] = []
     open_: dict[tuple[str, ...], list[JobReply]] = {}
