@@ -12,8 +12,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from shared.errors import ModelError
-from shared.kernels.decoder import Matrix
 from shared.kernels.gguf_blocks import BLOCK_BYTES, blocks_of
+from shared.kernels.weights import Matrix
 from shared.models.description import ModelDescription, WeightName, weight_names
 from shared.models.families import describe
 from shared.models.folder import GGUF, no_gguf_file

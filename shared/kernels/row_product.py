@@ -6,8 +6,8 @@ import numpy as np
 
 from shared.kernels import native, team
 from shared.kernels.cache import float_bits
-from shared.kernels.decoder import Floats, Product
 from shared.kernels.layout import FUNCTIONS, PASS_WORDS, UNPACKED_FLOATS, JobWord, PassWord, ProductWord
+from shared.kernels.weights import Floats, Product
 
 
 class RowProduct:

@@ -25,7 +25,8 @@ from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from shared.broker.client import Broker
 from shared.errors import QueueDown, SettingsError, WispError
-from shared.runtime.settings import ProcessSettings, load
+from shared.runtime.settings import ProcessSettings
+from shared.runtime.settings_loading import load
 from shared.state.registry import Registry
 from shared.state.store import Store
 

@@ -13,7 +13,8 @@ import uvloop
 
 from shared.errors import SettingsError, WispError
 from shared.runtime import health, logging, tracing
-from shared.runtime.settings import ProcessSettings, load, misspelt, refuse, variables
+from shared.runtime.settings import ProcessSettings, variables
+from shared.runtime.settings_loading import load, misspelt, refuse
 
 S = TypeVar("S", bound=ProcessSettings)
 CANCEL_AGAIN_S = 2.0

@@ -24,8 +24,8 @@ from services.verifier.settings import VerifierSettings
 from shared.engine import Engine, Step
 from shared.engine.compiled_pass import ARITHMETIC
 from shared.errors import EngineError
-from shared.kernels.decoder import dense
 from shared.kernels.formats import quantized
+from shared.kernels.weights import dense
 from shared.models.families import describe
 
 FORMS = ("float32", "bfloat16", "int8")

@@ -17,7 +17,8 @@ from tiny_gguf import HEAD, HEADS, KV_HEADS, Kind
 from shared.engine import Engine, Step
 from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
-from shared.kernels.decoder import Decoder, Floats
+from shared.kernels.decoder import Decoder
+from shared.kernels.weights import Floats
 from shared.models.description import WeightName
 from shared.models.families import describe
 from shared.models.folder import ModelFolder

@@ -7,7 +7,7 @@ from pydantic import ValidationError
 
 from services.device.settings import DeviceSettings
 from services.scheduler.settings import SchedulerSettings
-from shared.runtime.settings import problems_of
+from shared.runtime.settings_loading import problems_of
 
 GOOD = {
     "device_name": "ann",

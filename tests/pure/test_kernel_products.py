@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from shared.kernels import native, team
 from shared.kernels.cache import float_bits
-from shared.kernels.decoder import Product, dense
 from shared.kernels.formats import FORMATS, SCALE_BLOCK, Blocks, Packed, pack, quantized
 from shared.kernels.layout import FUNCTIONS, PART, PASS_WORDS, UNPACKED_FLOATS, JobWord, PassWord, ProductWord
+from shared.kernels.weights import Product, dense
 
 Floats = NDArray[np.float32]
 

@@ -10,7 +10,8 @@ import pytest
 from services.tools.replayer.core.redaction import redacted
 from shared.broker.session_keys import SessionKeys
 from shared.messages import Generate, Job, Slo, Verify, decode, encode
-from shared.runtime.settings import SessionSecretSettings, problems_of
+from shared.runtime.settings import SessionSecretSettings
+from shared.runtime.settings_loading import problems_of
 
 KEYS = SessionKeys("x" * 32)
 

@@ -19,7 +19,8 @@ from services.scheduler.settings import SchedulerSettings
 from services.tools.local.service_settings import CLASSES, settings_class
 from services.tools.local.settings import BrokerAddresses, LocalSettings
 from services.verifier.settings import VerifierSettings
-from shared.runtime.settings import WispSettings, load, misspelt, variable, variables
+from shared.runtime.settings import WispSettings, variable, variables
+from shared.runtime.settings_loading import load, misspelt
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,8 @@ from secured import Authority
 
 from services.gateway.settings import GatewaySettings
 from services.tools.local.settings import BrokerAddresses
-from shared.runtime.settings import RedisSettings, ServiceSettings, problems_of
+from shared.runtime.settings import RedisSettings, ServiceSettings
+from shared.runtime.settings_loading import problems_of
 
 SECURE = {"amqp_url": "amqps://ann:hidden@rabbit:5671/", "redis_url": "rediss://:hidden@redis:6380/0"}
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from shared.kernels.decoder import dense
 from shared.kernels.formats import PANEL, SCALE_BLOCK, Blocks, Packed, pack, quantized
+from shared.kernels.weights import dense
 
 SHAPES = [(1, 1), (64, 32), (65, 33), (100, 1100)]
 

@@ -21,8 +21,9 @@ from services.drafter.hidden.target import (
 from services.drafter.hidden.tensors import HEAD_IDS, draft_tensors, matrix
 from shared.errors import ModelError
 from shared.kernels.cache import BlockMemory, PackedBatch
-from shared.kernels.decoder import ANOTHER_MODEL, Decoder, Matrix, Product, ReadWeight, floats, read_product
+from shared.kernels.decoder import Decoder
 from shared.kernels.row_product import RowProduct
+from shared.kernels.weights import ANOTHER_MODEL, Matrix, Product, ReadWeight, floats, read_product
 from shared.models.description import (
     AttentionDescription,
     LayerDescription,

@@ -11,8 +11,8 @@ from pydantic import ValidationError
 
 from services.drafter.hidden.card import LayerConfig
 from shared.errors import ModelError
-from shared.kernels.decoder import Floats
 from shared.kernels.finite import require_finite
+from shared.kernels.weights import Floats
 from shared.models.description import ModelDescription, NotDescribed
 from shared.models.families import describe
 from shared.models.folder import ModelFolder

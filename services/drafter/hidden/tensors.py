@@ -9,8 +9,8 @@ from numpy.typing import NDArray
 
 from services.drafter.hidden.card import CONFIG, WEIGHTS, HiddenDraftConfig, HiddenDraftFolder
 from shared.errors import ModelError
-from shared.kernels.decoder import floats
 from shared.kernels.finite import require_finite
+from shared.kernels.weights import floats
 from shared.models.safetensors_file import SafetensorsFile
 from shared.models.weight_files import some_names
 

@@ -6,7 +6,8 @@ import textwrap
 
 from services.tools.local.service_settings import settings_class
 from shared.errors import WispError
-from shared.runtime.settings import WispSettings, as_variable, variable
+from shared.runtime.settings import WispSettings, variable
+from shared.runtime.settings_loading import as_variable
 
 DEPLOYED = ("gateway", "drafter", "scheduler", "estimator", "verifier", "drainorder")
 """The services that containers run."""

@@ -69,7 +69,7 @@ def errors_shown() -> Iterator[None]:
     except ValueError as error:
         from pydantic import ValidationError
 
-        from shared.runtime.settings import problems_of
+        from shared.runtime.settings_loading import problems_of
 
         if not isinstance(error, ValidationError):
             raise

@@ -12,7 +12,8 @@ from services.tools.local.folder import checkout
 from services.tools.local.service_commands import ServiceCommands
 from services.tools.local.settings import LocalSettings
 from shared.errors import SettingsError
-from shared.runtime.settings import WispSettings, from_environment, misspelt, problems_of, variable, variables
+from shared.runtime.settings import WispSettings, variable, variables
+from shared.runtime.settings_loading import from_environment, misspelt, problems_of
 
 CLASSES = {
     "gateway": ("services.gateway.settings", "GatewaySettings"),

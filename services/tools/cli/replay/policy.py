@@ -24,7 +24,7 @@ from services.tools.replayer.core.sessions import read_sessions
 from services.tools.replayer.core.traffic import RecordedTraffic, recorded_traffic
 from services.tools.replayer.core.what_if import DraftPlan, ReplayedRule, what_if
 from shared.errors import SettingsError
-from shared.runtime.settings import problems_of
+from shared.runtime.settings_loading import problems_of
 
 RECORDED = "recorded"
 CHANGED = 8
