@@ -346,39 +346,15 @@ class Dispatcher:
         )
 
     def _grant(self, state: VerifierState, chosen: ChosenRound, tightest_ms: float) -> RunGrant | None:
-        """Return the run that follows a round; None where the session goes on with rounds.
-
-        tightest_ms: the shortest time per token that a session of the verifier was promised.
-        """
-        verify = chosen.pending.verify
-        session = self.fleet.sessions.get(verify.session)
+        session = self.fleet.sessions.get(chosen.session_id)
         if chosen.prefill_to is not None or session is None or not self._policy.plays("runs"):
             return None
-        step_ms, grant_before = runs.step_ms(state, verify.base_len), session.run_grant
-        if session.tpot_ms is None and step_ms > tightest_ms:
-            session.run_grant = 0
-            return None
-        tokens = min(verify.run_tokens, runs.MOST_TOKENS)
-        session.run_grant = 0
-        if not tokens:
-            trimmed = bool(verify.draft) and not chosen.draft
-            tokens = session.run_grant = runs.unasked_tokens(session, grant_before, trimmed=trimmed, step_ms=step_ms)
-        copies = verify.run_copies if self._policy.plays("copies") else 0
-        return RunGrant(tokens=tokens, ms=runs.LONGEST_MS, copies=copies) if tokens else None
+        return runs.granted(session, state, chosen, tightest_ms, copies=self._policy.plays("copies"))
 
     def _halts_unasked(self, verify: Verify, now_ms: float) -> bool:
-        """Return whether a round would halt a run that its drafter's slowness has brought.
-
-        A round that builds on more tokens than were reported here shows that the run is over; so does a late report.
-        """
         session = self.fleet.sessions.get(verify.session)
         state = None if session is None else self.fleet.verifiers.get(session.verifier_id or "")
-        run = None if state is None else state.runs.get(verify.session)
-        if session is None or state is None or run is None or not session.run_grant:
-            return False
-        late_ms = runs.LATE_MS + cost.predict_ms(state.model, state.runs.shape)
-        follows = verify.base_len <= run.length and now_ms - run.reported_ms <= late_ms
-        return follows and run.drafter_id == verify.drafter
+        return session is not None and state is not None and runs.halts_unasked(session, state, verify, now_ms)
 
     def _halt_for(self, session: ActiveSession) -> None:
         """Halt the runs without an SLO of the session's verifier if their steps take longer than it was promised."""

@@ -14,10 +14,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from services.scheduler.core.batching import ChosenRound
 from services.scheduler.core.mutable_shape import MutableShape
 from services.scheduler.core.pool import ActiveSession, VerifierState
 from shared import cost
 from shared.cost.model import TYPICAL_LENGTH
+from shared.messages import RunGrant, Verify
 from shared.slo import HOPELESS_GAIN
 
 MOST_TOKENS = 128
@@ -74,3 +76,35 @@ def unasked_tokens(session: ActiveSession, before: int, *, trimmed: bool, step_m
     if not (trimmed or slow):
         return 0
     return min(MOST_TOKENS, max(FIRST_TOKENS, 2 * before))
+
+
+def granted(
+    session: ActiveSession, state: VerifierState, chosen: ChosenRound, tightest_ms: float, *, copies: bool
+) -> RunGrant | None:
+    """Return the run that follows a round of the session; None where the session goes on with rounds.
+
+    tightest_ms: the shortest time per token that a session of the verifier was promised. copies: allow copies.
+    """
+    verify = chosen.pending.verify
+    grant_before, session.run_grant = session.run_grant, 0
+    run_step_ms = step_ms(state, verify.base_len)
+    if session.tpot_ms is None and run_step_ms > tightest_ms:
+        return None
+    tokens = min(verify.run_tokens, MOST_TOKENS)
+    if not tokens:
+        trimmed = bool(verify.draft) and not chosen.draft
+        tokens = session.run_grant = unasked_tokens(session, grant_before, trimmed=trimmed, step_ms=run_step_ms)
+    return RunGrant(tokens=tokens, ms=LONGEST_MS, copies=verify.run_copies if copies else 0) if tokens else None
+
+
+def halts_unasked(session: ActiveSession, state: VerifierState, verify: Verify, now_ms: float) -> bool:
+    """Return whether a round would halt a run that the session got unasked.
+
+    A round that builds on more tokens than were reported here shows that the run is over; so does a late report.
+    """
+    run = state.runs.get(verify.session)
+    if run is None or not session.run_grant:
+        return False
+    late_ms = LATE_MS + cost.predict_ms(state.model, state.runs.shape)
+    follows = verify.base_len <= run.length and now_ms - run.reported_ms <= late_ms
+    return follows and run.drafter_id == verify.drafter
