@@ -128,7 +128,7 @@ class ChaosClient:
 
 
 def _check_beginning(outcome: RequestOutcome, reference: Reference, answer: _Answer, ending: str) -> None:
-    """Call a request wrong whose tokens up to its early end are not the beginning of the reference."""
+    """Judge a request wrong if its tokens, up to its early end, are not the beginning of the reference."""
     if answer.tokens != reference.tokens[: len(answer.tokens)]:
         outcome.verdict = RequestVerdict.WRONG
         outcome.detail = f"{ending}, with {answer.tokens} of {reference.tokens}"

@@ -102,7 +102,7 @@ async def lose_rounds(amqp_url: str, namespace: str, seed: int, for_s: float) ->
 
 
 async def _mend(amqp_url: str, names: Topology) -> None:
-    """Bind the scheduler's queue again, as soon as RabbitMQ answers."""
+    """Bind the scheduler's queue again as soon as RabbitMQ answers."""
     while True:
         try:
             async with await aio_pika.connect(amqp_url) as connection:

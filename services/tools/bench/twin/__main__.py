@@ -126,7 +126,7 @@ class TwinPlan:
         return campaign, simulated
 
     def _settings(self) -> dict[str, dict[str, str]]:
-        """Return the settings by which the services do as the simulator."""
+        """Return the settings with which the services behave as in the simulator."""
         spec = self._scenario
         return {
             "scheduler": {"WISP_MAX_BATCH_MS": str(spec.max_batch_ms)},

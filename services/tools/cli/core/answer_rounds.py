@@ -51,7 +51,7 @@ class AnswerRound:
 def rounds_of(arrivals: Sequence[Arrival]) -> list[AnswerRound]:
     """Return the rounds that the chunks of one completion report.
 
-    Rounds that arrive in one chunk share the time that their own measurements leave open equally.
+    Rounds that arrive in one chunk share equally the time that their own measurements do not cover.
     """
     tokens = [token for arrival in arrivals for token in arrival.trace.get("tokens") or []]
     rounds = []

@@ -168,8 +168,8 @@ class SuiteSnapshot:
     throughput: Rates
     """Committed tokens."""
     goodput: Rates
-    """The share of `throughput` that goes to sessions that attain their SLO, as far as sessions have ended: of their
-    tokens, those of the ones that attained it."""
+    """Estimated tokens per second of sessions that attain their SLO: `throughput` times the share of such sessions in
+    the tokens of all ended sessions."""
     run_tokens: int
     """Tokens that were decoded in runs in the last minute."""
     verified: int

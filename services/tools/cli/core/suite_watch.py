@@ -228,7 +228,7 @@ class SuiteWatch:
         )
 
     def _goodput(self, throughput: Rates, now_ms: float) -> Rates:
-        """Return the good share of the throughput, by the sessions that have ended in each window."""
+        """Return goodput: throughput times the share of good tokens among the sessions that ended in a window."""
         long = _good_share(ended for _, ended in self._ended)
         short = _good_share(ended for at_ms, ended in self._ended if at_ms > now_ms - SHORT_MS)
         if short is None:
