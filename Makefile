@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers test-gpu lint clean tools lock-tools k8s-settings bench-engine bench-formats gpu-check bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-clients test-gpu lint clean tools lock-tools lock-clients k8s-settings bench-engine bench-formats gpu-check bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -49,6 +49,10 @@ test-brokers: setup ## test on the newest RabbitMQ and Redis; needs root and Deb
 	@.ci/brokers $(BIN)/python -m pytest -n 0 tests/broker tests/stack/test_cluster.py \
 		tests/stack/test_least_privilege.py $(ARGS)
 
+test-clients: setup ## try clients of others: OpenAI's, Anthropic's, agents
+	@PYTHON=$(PYTHON) .ci/clients
+	@$(BIN)/python -m pytest -n 0 tests/clients $(ARGS)
+
 # Triton is 200 MB to fetch and 700 MB on disk, too much for every set-up.
 test-gpu: setup ## test the kernels for GPUs in Triton's interpreter; needs no GPU
 	@$(BIN)/pip install --quiet --constraint constraints.txt $$(grep '^triton==' constraints.txt)
@@ -71,6 +75,11 @@ lock-tools: ## pin the checkers anew, after a change of .ci/tools.in
 	@$(PYTHON) -m venv .wisp/lock && .wisp/lock/bin/pip install --quiet uv==0.13.8
 	@.wisp/lock/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 \
 		.ci/tools.in --output-file .ci/tools.txt
+
+lock-clients: ## pin the clients for Python anew
+	@$(PYTHON) -m venv .wisp/lock && .wisp/lock/bin/pip install --quiet uv==0.13.8
+	@.wisp/lock/bin/uv pip compile --quiet --universal --generate-hashes --no-header --python-version 3.11 --upgrade \
+		tests/clients/requirements.in --output-file tests/clients/requirements.txt
 
 k8s-settings: setup ## write default settings to k8s/, after a change of settings
 	@for service in gateway drafter scheduler estimator verifier; do \

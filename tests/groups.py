@@ -10,6 +10,7 @@ FILES = {
     **dict.fromkeys(
         (
             "test_chaos.py",
+            "test_clients.py",
             "test_cluster.py",
             "test_no_drafter.py",
             "test_ordinary_use.py",

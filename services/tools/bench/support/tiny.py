@@ -37,8 +37,11 @@ def byte_tokenizer(folder: Path) -> int:
     return len(vocab)
 
 
-def tiny_model(folder: Path, *, seed: int = 0) -> Path:
-    """Write a two-layer Llama with random float32 weights and the byte tokenizer to a folder; return the folder."""
+def tiny_model(folder: Path, *, seed: int = 0, context: int = CONTEXT) -> Path:
+    """Write a two-layer Llama with random float32 weights and the byte tokenizer to a folder; return the folder.
+
+    context: most tokens of a session.
+    """
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
     from transformers.utils import logging
@@ -51,7 +54,7 @@ def tiny_model(folder: Path, *, seed: int = 0) -> Path:
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
-        max_position_embeddings=CONTEXT,
+        max_position_embeddings=context,
         bos_token_id=1,
         eos_token_id=EOS,
     )
