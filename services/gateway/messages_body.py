@@ -167,10 +167,15 @@ class MessagesToolChoice(Body):
 
 
 class ThinkingOption(Body):
-    """The `thinking` option. Its budget is not enforced: reasoning and answer share `max_tokens`."""
+    """The `thinking` option."""
 
     type: Literal["enabled", "adaptive", "disabled"]
     budget_tokens: Annotated[int | None, Field(ge=1), Whole] = None
+
+    @property
+    def budget(self) -> int | None:
+        """Most tokens of reasoning; None for no limit."""
+        return self.budget_tokens if self.type == "enabled" else None
 
     def variables(self, tokenizer: Tokenizer) -> dict[str, bool]:
         """Return the variables of the chat template that it sets. Raises ApiError if the model can't follow it."""
@@ -246,6 +251,7 @@ class CountRequest(ChatForm):
             "parallel_tool_calls": choice is None or not choice.disable_parallel_tool_use,
             "response_format": None if form is None else form.response_format(),
             "reasoning_effort": self.output_config.effort,
+            "thinking_token_budget": None if self.thinking is None else self.thinking.budget,
             "chat_template_kwargs": {} if self.thinking is None else self.thinking.variables(tokenizer),
         }
 

@@ -84,7 +84,7 @@ def new_answer(
     event_ids = form.keep or takes_event_ids(headers)
     answer = Answer(answer_id, form, started_s, request.stream, event_ids, key)
     slo = slo_of(headers, request.service_tier, gateway.settings.slo_classes)
-    rules = rules_of(request, gateway.model) if request.has_rules else None
+    rules = rules_of(request, gateway.model, form.thinks) if request.has_rules else None
     ends = [] if request.ignore_eos else gateway.model.folder.eos_ids
     stop_ids = list(dict.fromkeys([*ends, *request.stop_token_ids]))
     for prompt in prompts:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from services.gateway.core.reasoning import CLOSE, OPEN
 from services.gateway.errors import invalid
 from services.gateway.model import ServedModel
 from services.gateway.schema import GenerationRequest
-from shared.messages import LogitRules, TokenBias
+from shared.messages import LogitRules, ReasoningBudget, TokenBias
 
 
 def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
@@ -25,8 +26,11 @@ def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
             raise invalid(f"{name}: token id {strays[0]} is outside the vocabulary of {vocab_size} tokens", name)
 
 
-def rules_of(request: GenerationRequest, model: ServedModel) -> LogitRules:
-    """Return the rules of a request's sessions, without their prompts' length."""
+def rules_of(request: GenerationRequest, model: ServedModel, thinks: bool | None) -> LogitRules:
+    """Return the rules of a request's sessions, without their prompts' length.
+
+    thinks: see `Prompt.thinks`. Raises ApiError for a budget of reasoning that the model does not mark.
+    """
     return LogitRules(
         prompt_len=0,
         presence_penalty=request.presence_penalty,
@@ -38,4 +42,13 @@ def rules_of(request: GenerationRequest, model: ServedModel) -> LogitRules:
         withheld_ids=sorted({*model.folder.eos_ids, *request.stop_token_ids}) if request.min_tokens else [],
         bad_words=[tokens for word in dict.fromkeys(request.bad_words) for tokens in model.tokenizer.spellings(word)],
         allowed_token_ids=None if request.allowed_token_ids is None else sorted({*request.allowed_token_ids}),
+        reasoning=None if request.reasoning_budget is None else _budget(request.reasoning_budget, model, thinks),
     )
+
+
+def _budget(most: int, model: ServedModel, thinks: bool | None) -> ReasoningBudget:
+    if thinks is None:
+        text = "thinking_token_budget is not supported here: the model marks no reasoning in its answers; leave it out"
+        raise invalid(text, "thinking_token_budget", "unsupported_parameter")
+    encode = model.tokenizer.encode_plain
+    return ReasoningBudget(most=most, opening=[] if thinks else encode(OPEN), closing=encode(CLOSE))

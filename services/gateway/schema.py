@@ -37,7 +37,7 @@ from services.gateway.grammar_options import GrammarOption, GrammarOptions
 from services.gateway.option_values import Biases, Prompts, Stops, TokenIds, Words
 from services.gateway.tool_options import Tool, ToolCall, ToolChoice, parse_tool_choice
 from shared.errors import quoted
-from shared.messages import GRAMMAR, LOGPROBS, MOST_LOGPROBS, RULES, Logprobs, Sampling
+from shared.messages import GRAMMAR, LOGPROBS, MOST_LOGPROBS, REASONING_BUDGET, RULES, Logprobs, Sampling
 from shared.models.folder import SamplingDefaults
 from shared.runtime.settings import NAME_PATTERN
 
@@ -227,7 +227,13 @@ class GenerationRequest(GrammarOptions):
             or self.min_tokens
             or self.bad_words
             or self.allowed_token_ids is not None
+            or self.reasoning_budget is not None
         )
+
+    @property
+    def reasoning_budget(self) -> int | None:
+        """Most tokens of reasoning; None for no limit."""
+        return None
 
     @property
     def top(self) -> int | None:
@@ -250,9 +256,13 @@ class GenerationRequest(GrammarOptions):
     @property
     def needs(self) -> frozenset[str]:
         """Features that the sessions need of their verifiers."""
-        rules = [RULES] if self.has_rules else []
-        grammar = [GRAMMAR] if self.has_grammar else []
-        return frozenset([*rules, *grammar] if self.logprobs_of(1) is None else [*rules, *grammar, LOGPROBS])
+        asked = {
+            RULES: self.has_rules,
+            REASONING_BUDGET: self.reasoning_budget is not None,
+            GRAMMAR: self.has_grammar,
+            LOGPROBS: self.logprobs_of(1) is not None,
+        }
+        return frozenset(feature for feature, is_needed in asked.items() if is_needed)
 
     @property
     def has_grammar(self) -> bool:
@@ -299,6 +309,7 @@ class ChatRequest(GenerationRequest):
     continue_final_message: Annotated[bool, AfterValidator(_no_generation_prompt), or_default(False)] = False
     chat_template_kwargs: Annotated[dict[str, Any], or_default({})] = Field(default={})
     reasoning_effort: Literal["none", "minimal", "low", "medium", "high", "xhigh"] | None = None
+    thinking_token_budget: Annotated[int | None, Field(ge=0, lt=2**31), Whole] = None
     logprobs: Annotated[bool, or_default(False)] = False
     top_logprobs: Annotated[int | None, Field(ge=0, le=MOST_LOGPROBS), AfterValidator(_top_logprobs), Whole] = None
 
@@ -315,6 +326,11 @@ class ChatRequest(GenerationRequest):
     def has_grammar(self) -> bool:
         """True if the answers follow a grammar: that of an option, or that of calls that must be made."""
         return self.tool_choice.mode == "required" or self.grammar is not None
+
+    @property
+    def reasoning_budget(self) -> int | None:
+        """See `GenerationRequest.reasoning_budget`. A grammar leaves no room for reasoning."""
+        return None if self.has_grammar else self.thinking_token_budget
 
     @property
     def offered_tools(self) -> list[Tool]:

@@ -23,6 +23,8 @@ RULES = "rules"
 LOGPROBS = "logprobs"
 """Feature of a verifier that returns what `Sampling.logprobs` asks for."""
 MOST_LOGPROBS = 20
+REASONING_BUDGET = "reasoning_budget"
+"""Feature of a verifier that keeps `LogitRules.reasoning`."""
 GRAMMAR = "grammar"
 """Feature of a verifier that follows `Sampling.grammar`."""
 LONGEST_GRAMMAR = 1 << 18
@@ -67,6 +69,16 @@ class TokenBias(Record):
     bias: Annotated[float, Field(ge=-100, le=100)]
 
 
+class ReasoningBudget(Record):
+    """A limit of the reasoning in an output: after so many tokens of it, those of the closing tag follow."""
+
+    most: Count
+    """Tokens between the tags."""
+    opening: list[TokenId]
+    """The tag that begins the reasoning; empty if the prompt ends within it."""
+    closing: Annotated[list[TokenId], Field(min_length=1)]
+
+
 class LogitRules(Record):
     """Changes of the target's logits before a token is chosen, by position; see `shared.sampling.rules`.
 
@@ -86,6 +98,8 @@ class LogitRules(Record):
     """Sequences of tokens that the output must not contain."""
     allowed_token_ids: list[TokenId] | None = None
     """The only allowed tokens; None allows all."""
+    reasoning: ReasoningBudget | None = None
+    """None for no limit. Needs the feature `REASONING_BUDGET` of the verifier."""
 
 
 class Logprobs(Record):

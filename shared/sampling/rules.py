@@ -13,7 +13,8 @@ session's `Sampling`, so the text depends on no batch and on no draft. The steps
        presence_penalty           logit - p: tokens of the output
     7. min_p                      tokens less probable than min_p x the most probable one, at the temperature
 
-Steps 1 to 4 and 7 set logits to -inf. Greedy choices ignore step 7, which always keeps the largest logit.
+Steps 1 to 4 and 7 set logits to -inf. Greedy choices ignore step 7, which always keeps the largest logit. Where a
+budget of reasoning is used up (vLLM's `thinking_token_budget`), the closing tag is chosen whatever the steps say.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from shared.messages import Sampling
+from shared.messages import ReasoningBudget, Sampling
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
@@ -52,6 +53,39 @@ class TokenMask(Protocol):
         """Go on to the position after `token`."""
 
 
+class ReasoningCount:
+    """Counts the tokens of an output's reasoning against its budget. The first closing tag ends it for good."""
+
+    def __init__(self, budget: ReasoningBudget) -> None:
+        self._most, self._opening, self._closing = budget.most, budget.opening, budget.closing
+        self._count: int | None = None if budget.opening else 0
+        """Tokens of the reasoning so far; None outside it."""
+        self._latest: list[int] = []
+        """As many of the latest tokens as the longer tag has."""
+        self._closed = False
+
+    @property
+    def forced(self) -> int | None:
+        """The token that has to come next: one of the closing tag, where the budget is used up; else None."""
+        return None if self._count is None or self._count < self._most else self._closing[self._count - self._most]
+
+    def push(self, token: int) -> None:
+        """Go on to the position after `token`."""
+        if self._closed:
+            return
+        self._latest = [*self._latest, token][-max(len(self._opening), len(self._closing)) :]
+        if self._count is not None:
+            self._count += 1
+            # A draft may hold other tokens than the closing tag's; nothing behind them is of use.
+            if self._ends_with(self._closing) or self._count >= self._most + len(self._closing):
+                self._closed, self._count = True, None
+        elif self._ends_with(self._opening):
+            self._count, self._latest = 0, []
+
+    def _ends_with(self, tag: Sequence[int]) -> bool:
+        return self._latest[-len(tag) :] == tag
+
+
 class LogitsProcessor:
     """Applies a session's rules to its logits, position after position."""
 
@@ -63,6 +97,7 @@ class LogitsProcessor:
         self._output: list[int] = []
         self._seen: dict[int, None] = {}
         self._counts: Counter[int] = Counter()
+        self._reasoning: ReasoningCount | None = None
         if (rules := sampling.rules) is None:
             return
         self._output = list(tokens[rules.prompt_len :])
@@ -74,6 +109,10 @@ class LogitsProcessor:
             self._seen = dict.fromkeys(tokens)
         if rules.frequency_penalty or rules.presence_penalty:
             self._counts = Counter(self._output)
+        if rules.reasoning is not None:
+            self._reasoning = ReasoningCount(rules.reasoning)
+            for token in self._output:
+                self._reasoning.push(token)
 
     @classmethod
     def of(cls, sampling: Sampling, tokens: Sequence[int], mask: TokenMask | None = None) -> LogitsProcessor | None:
@@ -83,6 +122,8 @@ class LogitsProcessor:
     @property
     def only(self) -> int | None:
         """The only token that may be chosen, whatever the logits; None if they decide."""
+        if self._reasoning is not None and (forced := self._reasoning.forced) is not None:
+            return forced
         return self._mask.only if self._mask is not None and self._rules is None else None
 
     @property
@@ -105,6 +146,8 @@ class LogitsProcessor:
             self._seen[token] = None
         if rules.frequency_penalty or rules.presence_penalty:
             self._counts[token] += 1
+        if self._reasoning is not None:
+            self._reasoning.push(token)
 
     def apply(self, logits: Floats, ids: Ids | None = None) -> Floats:
         """Return the changed logits of the position, as a new array. All of them may be -inf.
@@ -112,6 +155,12 @@ class LogitsProcessor:
         ids: the tokens of the columns, ascending; None if `logits` has the whole vocabulary.
         """
         changed = logits.astype(np.float32)
+        if self._reasoning is not None and (forced := self._reasoning.forced) is not None:
+            column, _ = _columns(_array([forced]), len(changed), ids)
+            kept = changed[column]
+            changed.fill(-np.inf)
+            changed[column] = kept
+            return changed
         if self._mask is not None:
             self._mask.apply(changed, ids)
         if self._rules is not None:

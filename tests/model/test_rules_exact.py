@@ -22,7 +22,7 @@ from services.verifier.core.tasks import VerifyTask
 from services.verifier.verify import verify
 from shared.engine import Engine, Step
 from shared.errors import NoTokenAllowed
-from shared.messages import Finish, LogitRules, RunGrant, Sampling, TokenBias
+from shared.messages import Finish, LogitRules, ReasoningBudget, RunGrant, Sampling, TokenBias
 from shared.sampling.rules import LogitsProcessor
 from shared.sampling.sampler import choose_in_rows
 
@@ -43,6 +43,11 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "bad_words": {"bad_words": [[5, 6], [40], [8]], "logit_bias": [TokenBias(token=5, bias=5.0)]},
     "allowed": {"allowed_token_ids": list(range(3, 60))},
+    "reasoning": {"reasoning": ReasoningBudget(most=5, opening=[], closing=[40, 41])},
+    "opened reasoning": {
+        "reasoning": ReasoningBudget(most=3, opening=[5], closing=[9]),
+        "logit_bias": [TokenBias(token=5, bias=4.0)],
+    },
     "all": {
         "presence_penalty": 0.4,
         "frequency_penalty": -0.3,
@@ -53,6 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "withheld_ids": [EOS],
         "bad_words": [[9, 9]],
         "allowed_token_ids": list(range(200)),
+        "reasoning": ReasoningBudget(most=4, opening=[], closing=[11, 12]),
     },
 }
 TEMPERATURES = (0.0, 0.9)

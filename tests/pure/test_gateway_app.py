@@ -38,7 +38,7 @@ from services.gateway.model import ServedModel
 from services.gateway.stream import Chunks
 from shared.broker import topology
 from shared.errors import BrokersError, Unroutable
-from shared.messages import Generate, Load, Message, Result, Slo
+from shared.messages import Generate, Load, Message, ReasoningBudget, Result, Slo
 from shared.messages.logprobs import from_text
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
@@ -1383,6 +1383,17 @@ async def test_reasoning_is_apart_from_the_content(
     deltas = [choice["delta"] for chunk in chunks for choice in chunk["choices"]]
     assert "".join(delta.get("reasoning_content", "") for delta in deltas) == reasoning
     assert "".join(delta.get("content", "") for delta in deltas) == content
+
+
+async def test_a_budget_of_reasoning_begins_where_the_reasoning_does(thinker: App, app: App) -> None:
+    closing = thinker.tokenizer.encode_plain("</think>")
+    for options, opening in (({}, thinker.tokenizer.encode_plain("<think>")), ({"reasoning_effort": "low"}, [])):
+        assert (await thinker.chat(thinking_token_budget=7, **options)).status_code == 200
+        rules = thinker.generated[-1].sampling.rules
+        assert rules is not None
+        assert rules.reasoning == ReasoningBudget(most=7, opening=opening, closing=closing)
+    error = error_of(await app.chat(thinking_token_budget=7), 400)
+    assert (error["code"], error["param"]) == ("unsupported_parameter", "thinking_token_budget")
 
 
 async def test_metrics_of_speculation_come_where_asked_for(app: App) -> None:

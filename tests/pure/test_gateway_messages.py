@@ -20,6 +20,7 @@ from pydantic import BaseModel
 from test_gateway_app import MODEL, THINKING, App, app, folder, guarded  # noqa: F401 fixtures
 from test_gateway_tools import CALL, HERMES_CALL, HERMES_TEMPLATE, ROOM, WEATHER, prompt_of, served
 
+from shared.messages import REASONING_BUDGET, RULES, LogitRules, ReasoningBudget, features_of
 from shared.models.folder import ModelFolder
 
 BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
@@ -413,6 +414,19 @@ async def test_thinking_is_switched_in_the_template(tmp_path: Path, thinking: An
     answer = await client_of(thinker).messages.create(**BODY, thinking=thinking)
     assert [block.type for block in answer.content] == (["thinking", "text"] if "why" in text else ["text"])
     assert thinker.tokenizer.decode(thinker.generated[-1].prompt).endswith(prompt)
+
+
+async def test_the_budget_of_thinking_is_a_rule_of_the_session(tmp_path: Path) -> None:
+    thinker = await thinking_app(tmp_path)
+    thinker.script = Script("<think>why</think>so")
+    await client_of(thinker).messages.create(**BODY, thinking={"type": "enabled", "budget_tokens": 1024})
+    encode = thinker.tokenizer.encode_plain
+    budget = ReasoningBudget(most=1024, opening=encode("<think>"), closing=encode("</think>"))
+    made = thinker.generated[-1]
+    assert made.sampling.rules == LogitRules(prompt_len=len(made.prompt), reasoning=budget)
+    assert features_of(made.fingerprint) == {RULES, REASONING_BUDGET}
+    await client_of(thinker).messages.create(**BODY, thinking={"type": "adaptive"})
+    assert thinker.generated[-1].sampling.rules is None
 
 
 async def test_thinking_that_cannot_be_switched_is_refused(app: App, tmp_path: Path) -> None:  # noqa: F811

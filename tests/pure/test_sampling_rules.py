@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from shared.errors import BadLogits, NoTokenAllowed
-from shared.messages import LogitRules, Sampling, TokenBias
+from shared.messages import LogitRules, ReasoningBudget, Sampling, TokenBias
 from shared.sampling.rules import Floats, Ids, LogitsProcessor
 from shared.sampling.sampler import Columns, choose, choose_in_rows
 
@@ -35,6 +35,8 @@ def by_definition(row: Sequence[float], sampling: Sampling, tokens: Sequence[int
     rules, out = sampling.rules, list(row)
     assert rules is not None
     output = list(tokens[rules.prompt_len :])
+    if (forced := forced_by_definition(rules.reasoning, output)) is not None:
+        return [value if token == forced else -math.inf for token, value in enumerate(row)]
     biases: dict[int, float] = {one.token: one.bias for one in rules.logit_bias}
     for token in range(len(row)):
         banned = rules.allowed_token_ids is not None and token not in rules.allowed_token_ids
@@ -57,6 +59,20 @@ def by_definition(row: Sequence[float], sampling: Sampling, tokens: Sequence[int
     return out
 
 
+def forced_by_definition(budget: ReasoningBudget | None, output: list[int]) -> int | None:
+    """Return the token of the closing tag that has to come next; None if none has."""
+
+    def end_of(tag: list[int], start: int) -> int | None:
+        ends = range(start + len(tag), len(output) + 1)
+        return next((end for end in ends if output[end - len(tag) : end] == tag), None)
+
+    if budget is None or (begun := end_of(budget.opening, 0) if budget.opening else 0) is None:
+        return None
+    over = len(output) - begun - budget.most
+    closed = end_of(budget.closing, begun)
+    return None if closed is not None or not 0 <= over < len(budget.closing) else budget.closing[over]
+
+
 IDS = st.integers(0, VOCABULARY - 1)
 PENALTIES = st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.5])
 RULES = st.builds(
@@ -75,6 +91,13 @@ RULES = st.builds(
     withheld_ids=st.lists(IDS, max_size=2),
     bad_words=st.lists(st.lists(IDS, min_size=1, max_size=3), max_size=3),
     allowed_token_ids=st.none() | st.lists(IDS, min_size=1, max_size=6),
+    reasoning=st.none()
+    | st.builds(
+        ReasoningBudget,
+        most=st.integers(0, 4),
+        opening=st.lists(IDS, max_size=2),
+        closing=st.lists(IDS, min_size=1, max_size=2),
+    ),
 )
 SAMPLINGS = st.builds(Sampling, temperature=st.sampled_from([0.0, 0.7, 1.3]), seed=st.just(7), rules=RULES)
 TOKENS = st.lists(IDS, min_size=4, max_size=12)
@@ -141,6 +164,26 @@ def test_a_bad_word_is_kept_from_being_completed_in_the_output() -> None:
     assert changed(sampling, [0, 1])[3] == 4.0, "the prompt's tokens are no part of it"
     assert changed(sampling, [0, 1, 1])[3] == -math.inf
     assert changed(sampling, [0, 1])[7] == -math.inf
+
+
+@pytest.mark.parametrize(
+    ("output", "forced"),
+    [([4, 4], None), ([4, 4, 4], 6), ([4, 4, 4, 6], 7), ([4, 4, 4, 6, 7], None), ([4, 6, 7, 4, 4, 4], None)],
+)
+def test_the_closing_tag_follows_the_last_token_of_reasoning(output: list[int], forced: int | None) -> None:
+    budget = ReasoningBudget(most=3, opening=[], closing=[6, 7])
+    sampling = ruled(reasoning=budget, allowed_token_ids=[1, 2], temperature=0.9)
+    processor = LogitsProcessor(sampling, [0, 0, *output])
+    assert processor.only == forced
+    logits = np.random.default_rng(1).normal(size=(1, VOCABULARY)).astype(np.float32)
+    (chosen,) = choose_in_rows(logits, [sampling], [9], processors=[processor])
+    assert chosen == forced if forced is not None else chosen in (1, 2)
+
+
+def test_reasoning_that_never_begins_has_no_end() -> None:
+    budget = ReasoningBudget(most=0, opening=[5], closing=[6])
+    assert LogitsProcessor(ruled(reasoning=budget), [5, 0, 1, 2]).only is None
+    assert LogitsProcessor(ruled(reasoning=budget), [0, 0, 1, 5]).only == 6
 
 
 def test_ids_beyond_the_vocabulary_change_nothing() -> None:

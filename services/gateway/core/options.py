@@ -47,6 +47,7 @@ _NO_OBJECT = _harmless({})
 _NO_TEXT = _harmless("")
 _LENGTH = _instead("the most tokens are `max_tokens`", -1)
 _OUTPUT_LENGTH = _instead("the most tokens are `max_output_tokens`", -1)
+_BUDGET = _instead("in a chat the budget is `thinking_token_budget`")
 _SEED = _instead("the seed is `seed`")
 _MESSAGE = _instead("send it as a message", "")
 
@@ -71,12 +72,11 @@ _TOOLS: dict[str, UnsupportedOption] = {
 _REASONING: dict[str, UnsupportedOption] = {
     "enable_thinking": _instead("variables of the chat template go into `chat_template_kwargs`"),
     "reasoning": _NEVER,
-    "reasoning_budget": _NEVER,
+    "reasoning_budget": _BUDGET,
     "think": _NEVER,
     "thinking": _NEVER,
-    "thinking_budget": _NEVER,
-    "thinking_budget_tokens": _NEVER,
-    "thinking_token_budget": _NEVER,
+    "thinking_budget": _BUDGET,
+    "thinking_budget_tokens": _BUDGET,
     "verbosity": _harmless("medium"),
 }
 _PROMPT: dict[str, UnsupportedOption] = {
@@ -216,6 +216,7 @@ COMPLETION_OPTIONS: Mapping[str, UnsupportedOption] = _BOTH | {
     "chat_template_kwargs": _NO_OBJECT,
     "continue_final_message": _OFF,
     "reasoning_effort": _NEVER,
+    "thinking_token_budget": _NEVER,
     "add_special_tokens": _harmless(True),
     "top_logprobs": _instead("in a text completion the number is `logprobs`", 0),
     "tool_choice": _harmless("none", "auto"),

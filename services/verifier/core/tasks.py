@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from services.verifier.core.acceptance import Verdict
-from shared.messages import GRAMMAR, LOGPROBS, RULES, HiddenFormat, Sampling
+from shared.messages import GRAMMAR, LOGPROBS, REASONING_BUDGET, RULES, HiddenFormat, Sampling
 from shared.models.hidden_states import Part
 
-FEATURES = [GRAMMAR, RULES, LOGPROBS]
+FEATURES = [GRAMMAR, RULES, LOGPROBS, REASONING_BUDGET]
 """Features of `verify` that sessions may need."""
 
 
