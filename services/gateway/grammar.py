@@ -49,6 +49,8 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
     def built() -> str:
         text = _built(option)
         model.grammars.check(text)
+        if (calls := grammar_of_calls(request, model)) is not None:
+            build.begins(calls, "")  # builds it: answers are compared with it on the event loop
         return text
 
     try:
@@ -57,6 +59,13 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
     except GrammarError as error:
         param = "tools" if isinstance(error, ParametersError) else option.param
         raise invalid(f"{param}: {error}", param, "invalid_grammar") from error
+
+
+def grammar_of_calls(request: GenerationRequest, model: ServedModel) -> str | None:
+    """Return the grammar of one call, where answers are either calls or texts of a form; else None."""
+    option = _option_of(request, model) if isinstance(request, ChatRequest) and request.has_grammar else None
+    value = json.loads(option.value) if option is not None and option.kind == "calls" else {}
+    return build.lark("\n".join(["start: call", *_call_rules(value)])) if "schema" in value else None
 
 
 def _excludes_tools(request: ChatRequest) -> bool:
@@ -100,6 +109,17 @@ def _calls(value: Mapping[str, Any], strict: bool) -> str:
 
     With a `schema`, an answer is either calls or a JSON text that fits it.
     """
+    rules = _call_rules(value)
+    answer = _answer(TOOL_FORMATS[value["format"]], value["several"])
+    if "schema" in value:
+        build.json_schema(value["schema"], strict=strict)
+        answer = f"({answer}) | text"
+        rules.append(f"text: {build.inline_schema(value['schema'], strict=strict)}")
+    return build.lark("\n".join([f"start: {answer}", *rules]))
+
+
+def _call_rules(value: Mapping[str, Any]) -> list[str]:
+    """Return the rule `call` and those that it needs."""
     form: ToolFormat = TOOL_FORMATS[value["format"]]
     # With its first words as one literal, a call without a mark excludes other texts that begin with a brace.
     call = _call_as_schema if "schema" in value and form is not HERMES else _call
@@ -112,13 +132,7 @@ def _calls(value: Mapping[str, Any], strict: bool) -> str:
         except GrammarError as error:
             raise ParametersError(f"the parameters of {tool.name}: {error}") from error
         rules.append(f"call_{number}: {call(form, tool.name, schema, tool.strict)}")
-    names = " | ".join(f"call_{number}" for number in range(len(rules)))
-    answer = _answer(form, value["several"])
-    if "schema" in value:
-        build.json_schema(value["schema"], strict=strict)
-        answer = f"({answer}) | text"
-        rules.append(f"text: {build.inline_schema(value['schema'], strict=strict)}")
-    return build.lark("\n".join([f"start: {answer}", f"call: {names}", *rules]))
+    return ["call: " + " | ".join(f"call_{number}" for number in range(len(rules))), *rules]
 
 
 def _call(form: ToolFormat, name: str, schema: Mapping[str, Any], strict: bool) -> str:

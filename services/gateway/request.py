@@ -15,12 +15,12 @@ from services.gateway.answer import Answer, AnswerForm, session_id
 from services.gateway.core.slo import class_of, slo_of
 from services.gateway.errors import ApiError, invalid
 from services.gateway.gateway import Gateway
-from services.gateway.grammar import grammar_of
+from services.gateway.grammar import grammar_of, grammar_of_calls
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.prompt import Limits, Prompt, chat_prompts, completion_prompts, predicted_tokens
 from services.gateway.rules import check_token_ids, rules_of
 from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRequest
-from services.gateway.tools import tool_form
+from services.gateway.tools import ToolForm, tool_form
 from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import quoted
 from shared.messages import Generate, Grammar, needing
@@ -154,9 +154,13 @@ def _form(
         echoes=[prompt.echo for prompt in prompts for _ in range(request.n)],
         prompt_tokens=sum(len(prompt.tokens) for prompt in prompts),
         holder=None if key is None else key.id,
-        tools=tool_form(request, gateway.model) if isinstance(request, ChatRequest) and request.offered_tools else None,
+        tools=_tools(gateway, request) if isinstance(request, ChatRequest) and request.offered_tools else None,
         traceparent=tracing.current().headers.get(tracing.TRACEPARENT, ""),
     )
+
+
+def _tools(gateway: Gateway, request: ChatRequest) -> ToolForm:
+    return tool_form(request, gateway.model, grammar_of_calls(request, gateway.model))
 
 
 def check_model(gateway: Gateway, name: str) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from services.gateway.core.tool_calls import ToolCallParser
 from services.gateway.core.tool_formats import JSON, TOOL_FORMATS, ToolFormat, format_of, plain_messages
 from services.gateway.model import ServedModel
 from services.gateway.schema import ChatRequest
+from shared.grammar import build
 from shared.messages import Record
 from shared.models.text import Tokenizer
 
@@ -21,6 +23,8 @@ class ToolForm(Record):
     """The tools that may be called."""
     parallel: bool = True
     """True if one answer may have several calls."""
+    grammar: str | None = None
+    """The grammar of one call, where an answer may also be a text of a form; else None."""
 
     @property
     def calls(self) -> ToolFormat:
@@ -29,13 +33,18 @@ class ToolForm(Record):
 
     def parser(self) -> ToolCallParser:
         """Return a parser for one completion."""
-        return ToolCallParser(self.calls.marks, self.names, parallel=self.parallel)
+        fits = None if self.grammar is None else partial(build.begins, self.grammar)
+        return ToolCallParser(self.calls.marks, self.names, parallel=self.parallel, fits=fits)
 
 
-def tool_form(request: ChatRequest, model: ServedModel) -> ToolForm:
-    """Return the form of the calls of a chat with tools."""
-    names = [tool.function.name for tool in request.offered_tools]
-    return ToolForm(format=tool_format(model.tokenizer).name, names=names, parallel=request.parallel_tool_calls)
+def tool_form(request: ChatRequest, model: ServedModel, grammar: str | None) -> ToolForm:
+    """Return the form of the calls of a chat with tools. grammar: see `ToolForm.grammar`."""
+    return ToolForm(
+        format=tool_format(model.tokenizer).name,
+        names=[tool.function.name for tool in request.offered_tools],
+        parallel=request.parallel_tool_calls,
+        grammar=grammar,
+    )
 
 
 def tool_format(tokenizer: Tokenizer) -> ToolFormat:

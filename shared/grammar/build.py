@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
-from llguidance import LLMatcher, LLParserLimits, regex_to_lark
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer, regex_to_lark
 from llguidance.gbnf_to_lark import any_to_lark
 
 from shared.errors import GrammarError
@@ -81,6 +82,18 @@ def check(grammar: str) -> None:
     """Raise GrammarError, with the place, if a grammar cannot be built."""
     if (problem := _problem(grammar)) is not None:
         raise GrammarError(problem)
+
+
+def begins(grammar: str, text: str) -> bool:
+    """Return whether a text of a grammar that can be built begins with this one, or is it."""
+    matcher, body = _on_bytes(grammar).deep_copy(), text.encode()
+    return matcher.try_consume_tokens(list(body)) == len(body)
+
+
+@lru_cache(maxsize=64)
+def _on_bytes(grammar: str) -> LLMatcher:
+    """Return a matcher whose tokens are bytes, to be copied."""
+    return LLMatcher(LLTokenizer("byte"), grammar, log_level=0, limits=LIMITS)
 
 
 def inline_schema(schema: Mapping[str, Any], *, strict: bool = False) -> str:

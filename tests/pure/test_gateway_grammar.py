@@ -239,6 +239,31 @@ async def test_an_answer_beside_tools_has_the_form_or_consists_of_calls(app: App
     assert "properties.a: Invalid type: strin" in error["message"]
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("text", "calls"),
+    [
+        (CALL, 1),
+        (f"[{CALL}, {CALL}]", 2),
+        (CALL[:-4], 1),
+        ('{"name": "get_weather", "arguments": {"city": 5}}', 0),
+        ('{"name": "get_weather", "arguments": "none"}', 0),
+        ('{"name": "get_weather"}', 0),
+        ('{"arguments": {"city": "Köln"}, "name": "get_weather"}', 0),
+    ],
+)
+async def test_a_text_of_the_form_is_a_call_only_if_it_fits(app: App, text: str, calls: int, stream: bool) -> None:
+    app.script = Script(text, round_len=3)
+    options = {"tools": [WEATHER], "response_format": {"type": "json_object"}, "stream": stream}
+    answer = await app.chat(**options)
+    chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
+    parts = [one["delta"] for chunk in chunks for one in chunk["choices"]]
+    parts = parts or [one["message"] for one in answer.json()["choices"]]
+    called = [call for part in parts for call in part.get("tool_calls") or [] if call["function"].get("name")]
+    assert len(called) == calls
+    assert "".join(part.get("content") or "" for part in parts) == ("" if calls else text)
+
+
 async def test_tools_that_must_be_called_are_called_by_grammar(app: App, hermes: App) -> None:
     for one, call in ((app, CALL), (hermes, f"<tool_call>\n{CALL}\n</tool_call>")):
         one.script = Script(call)

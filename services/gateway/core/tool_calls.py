@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Any
@@ -70,8 +70,20 @@ class ToolCallParser:
     offered: it is an ordinary answer in JSON.
     """
 
-    def __init__(self, marks: ToolMarks, offered: Collection[str], *, parallel: bool = True) -> None:
-        """offered: names of the tools. parallel: False drops all calls but the first."""
+    def __init__(
+        self,
+        marks: ToolMarks,
+        offered: Collection[str],
+        *,
+        parallel: bool = True,
+        fits: Callable[[str], bool] | None = None,
+    ) -> None:
+        """offered: names of the tools. parallel: False drops all calls but the first.
+
+        fits: returns whether the text of a call, or its beginning, is a call of an offered tool; one that is none is
+        content. With it a call is passed on when it is complete.
+        """
+        self._fits = fits
         self._marks = marks
         self._offered = frozenset(offered)
         self._most = None if parallel else 1
@@ -97,6 +109,8 @@ class ToolCallParser:
 
     def finish(self) -> list[ToolDelta]:
         """End the text; return the last deltas."""
+        if self._state is _State.CALL and not self._call.begun and self._is_held(self._call):
+            self._begin_held(self._call)
         rest = self._read + (self._call.raw if self._state is _State.CALL else "") + self._pending
         if not self.calls or (self._state is not _State.CALL and not self._belongs_to_marks(rest.strip(_BETWEEN))):
             self._emit_content(rest)
@@ -190,13 +204,16 @@ class ToolCallParser:
                     self._emit_call("{}")
                 self._give_up("" if call.begun else call.raw)
                 return True
-            if call.name is not None and not call.begun:
+            if self._fits is not None and not call.begun:
+                if call.complete and self._is_held(call):
+                    self._begin_held(call)
+            elif call.name is not None and not call.begun:
                 if not self._marked and call.name not in self._offered:
                     self._pending = self._pending[at:]
                     self._give_up(call.raw)
                     return True
                 self._begin(call)
-            if call.begun:
+            if call.begun and not call.complete:
                 self._emit_call(call.take_arguments())
             if call.complete:
                 self._pending = self._pending[at:]
@@ -204,6 +221,15 @@ class ToolCallParser:
                 return True
         self._pending = ""
         return False
+
+    def _is_held(self, call: _CallText) -> bool:
+        """Return whether a text that is not passed on yet is a call."""
+        return self._fits is not None and call.name in self._offered and self._fits(call.raw)
+
+    def _begin_held(self, call: _CallText) -> None:
+        self._begin(call)
+        if not call.complete:
+            self._emit_call(call.take_arguments())
 
     def _begin(self, call: _CallText) -> None:
         call.begun = True
@@ -217,8 +243,7 @@ class ToolCallParser:
         if not call.begun:
             self._give_up(call.raw)
             return
-        if not call.has_arguments:
-            self._emit_call("{}")
+        self._emit_call(call.take_arguments() if call.has_arguments else "{}")
         self._state = _State.CALLS
 
     def _emit_call(self, arguments: str) -> None:
