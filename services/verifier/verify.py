@@ -28,6 +28,8 @@ if TYPE_CHECKING:
 
 PROMPT_ROWS = 64
 """Rows of logits in one pass over a prompt with log-probabilities: a row of a large vocabulary takes 0.6 MB."""
+FAILURES = (WispError, ValueError, RuntimeError)
+"""What a pass or a choice raises for a task or a batch that it cannot do."""
 MOST_FORCED = 64
 """Most tokens that a task gets in one pass because its grammar forces them."""
 
@@ -43,7 +45,7 @@ def verify(
     """Verify all tasks; return their outcomes and the shape of each forward pass that ran.
 
     A batch that fails as a whole is verified in halves. So a batch that is too large for one pass is done in several,
-    and a bad task is refused alone, also one whose grammar fails only at the place of a choice, after the pass.
+    and a bad task is refused alone. A task that fails at a choice, after the pass, costs the others nothing.
 
     digests: outcomes carry digests of the logits. grammars: those of the sessions; None if no task has one.
     most_forced: most tokens that a task may get because its grammar forces them.
@@ -52,19 +54,23 @@ def verify(
         return [], []
     try:
         outcomes, shapes = _verify_at_once(engine, tasks, digests, grammars, most_forced)
-    except (WispError, ValueError, RuntimeError) as error:
+    except FAILURES as error:
         if len(tasks) == 1:
             if most_forced and tasks[0].sampling.grammar is not None:
                 # Forced tokens need room in the cache that nobody has reserved.
                 return verify(engine, tasks, digests=digests, grammars=grammars, most_forced=0)
-            engine.release(tasks[0].session_id)
-            return [VerifyOutcome(None, 0, 0, 0, error)], []
+            return [_refused(engine, tasks[0], error)], []
         half = len(tasks) // 2
         verify_half = partial(verify, engine, digests=digests, grammars=grammars, most_forced=most_forced)
         first, first_shapes = verify_half(tasks[:half])
         second, second_shapes = verify_half(tasks[half:])
         return first + second, first_shapes + second_shapes
     return outcomes, shapes
+
+
+def _refused(engine: TargetEngine, task: VerifyTask, error: Exception) -> VerifyOutcome:
+    engine.release(task.session_id)
+    return VerifyOutcome(None, 0, 0, 0, error)
 
 
 def _verify_at_once(
@@ -87,12 +93,15 @@ def _verify_at_once(
     for i in rounds:
         starts[i] = row
         row += steps[i].rows
-    choices, decided = _choices(output, tasks, chains, starts)
+    choices, decided, failures = _choices(output, tasks, chains, starts)
 
     outcomes = []
     for i, (task, step, chain) in enumerate(zip(tasks, steps, chains, strict=True)):
         if i not in starts:
             outcomes.append(VerifyOutcome(None, 0, engine.cached(task.session_id), len(step.tokens)))
+            continue
+        if i in failures:
+            outcomes.append(_refused(engine, task, failures[i]))
             continue
         verdict = accept(chain.tokens, choices[i], task.room, task.stop_ids)
         prompt, shapes = prompts.get(i, ([], []))
@@ -206,12 +215,13 @@ def _hidden(engine: TargetEngine, task: VerifyTask) -> list[Part]:
 
 def _choices(
     output: TargetOutput, tasks: Sequence[VerifyTask], chains: Sequence[TokenChain], starts: dict[int, int]
-) -> tuple[dict[int, list[int]], dict[int, list[int]]]:
+) -> tuple[dict[int, list[int]], dict[int, list[int]], dict[int, Exception]]:
     """Return the target's choices by task, position after position, up to the first that differs from the chain.
 
     Each position has the rules and the grammar of its own prefix: the session's tokens and the chain's before it.
 
-    Also returns the rows of logits that decided choices; those of forced tokens do not.
+    Also returns the rows of logits that decided choices, without those of forced tokens, and the errors of tasks that
+    failed at a choice.
 
     starts: first row of logits of each task, that of the first token that is not certain.
     """
@@ -223,6 +233,7 @@ def _choices(
         if (processor := LogitsProcessor.of(tasks[i].sampling, tasks[i].tokens, mask)) is not None:
             processors[i] = processor
     decided: dict[int, list[int]] = {i: [] for i in starts}
+    failures: dict[int, Exception] = {}
     open_tasks = [i for i in starts if not _ended(tasks[i], choices[i])]
     while open_tasks:
         forced = {i: processors[i].only for i in open_tasks if i in processors}
@@ -237,23 +248,34 @@ def _choices(
             )
             for i, row in zip(by_logits, rows, strict=True)
         ]
-        chosen = output.choose(wanted) if wanted else []
-        tokens = {**forced, **dict(zip(by_logits, chosen, strict=True))}
+        tokens = {**forced, **dict(zip(by_logits, _chosen(output, wanted), strict=True))}
         for i in open_tasks:
             token = tokens[i]
             assert token is not None
+            if isinstance(token, Exception):
+                failures[i] = token
+                continue
             choices[i].append(token)
             if i in processors:
                 processors[i].push(token)
         open_tasks = [
             i
             for i in open_tasks
-            if len(choices[i]) <= len(chains[i].tokens)
+            if i not in failures
+            and len(choices[i]) <= len(chains[i].tokens)
             and chains[i].tokens[len(choices[i]) - 1] == choices[i][-1]
             # Behind the end of the text, rules and grammar may allow no token.
             and not (i in processors and _ended(tasks[i], choices[i]))
         ]
-    return choices, decided
+    return choices, decided, failures
+
+
+def _chosen(output: TargetOutput, rows: Sequence[ChoiceRow]) -> Sequence[int | Exception]:
+    """Return the choice of each row, or the error of one that has none."""
+    try:
+        return output.choose(rows) if rows else []
+    except FAILURES as error:
+        return [error] if len(rows) == 1 else [one for row in rows for one in _chosen(output, [row])]
 
 
 def _ended(task: VerifyTask, choices: Sequence[int]) -> bool:

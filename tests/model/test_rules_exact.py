@@ -194,12 +194,17 @@ def test_a_hidden_draft_follows_the_rules(engine: Engine, tmp_path: Path) -> Non
 
 def test_a_session_without_an_allowed_token_fails_alone(engine: Engine) -> None:
     rules = LogitRules(prompt_len=len(PROMPT), allowed_token_ids=[5], bad_words=[[5]])
-    bad = task("bad", PROMPT, [], Sampling(rules=rules))
-    good = task("good", PROMPT, [], Sampling())
-    refused, served = verify(engine, [bad, good])[0]
+    bad = task("bad", PROMPT, [5, 6], Sampling(rules=rules))
+    good = [task(name, PROMPT, [], Sampling()) for name in ("first", "second", "third")]
+    (refused, *served), shapes = verify(engine, [bad, *good])
     assert isinstance(refused.error, NoTokenAllowed)
-    assert served.verdict is not None
-    engine.release("good")
+    assert len({tuple(outcome.verdict.tokens) for outcome in served if outcome.verdict is not None}) == 1
+    assert all(outcome.verdict is not None for outcome in served)
+    assert len(shapes) == 1, "the others are computed once"
+    assert shapes[0].rows == 6
+    assert engine.cached("bad") == 0
+    for one in good:
+        engine.release(one.session_id)
 
 
 def test_rules_behind_the_end_of_a_text_do_not_fail_it(engine: Engine) -> None:
