@@ -226,6 +226,11 @@ class ChainMask:
         """The only token of this position; None if there are several."""
         return self._allowed[self._at].only
 
+    @property
+    def few(self) -> Ids | None:
+        """The tokens that may come next, if they are few."""
+        return self._allowed[self._at].few
+
     def allows(self, token: int) -> bool:
         """Return whether a token may come next."""
         return self._allowed[self._at].allows(token)
@@ -267,6 +272,15 @@ class DraftMask:
     def only(self) -> int | None:
         """The only token of this position; None if there may be several."""
         return None if (allowed := self.allowed) is None else allowed.only
+
+    @property
+    def few(self) -> Ids | None:
+        """The tokens that may come next, if they are few."""
+        try:
+            return None if (allowed := self.allowed) is None else allowed.few
+        except GrammarError:
+            self._leave()
+            return None
 
     def allows(self, token: int) -> bool:
         """Return whether a token may come next."""

@@ -40,6 +40,10 @@ class TokenMask(Protocol):
     def only(self) -> int | None:
         """The only token that may come next; None if there are several."""
 
+    @property
+    def few(self) -> Ids | None:
+        """The tokens that may come next, ascending, if they are known to be few; else None."""
+
     def allows(self, token: int) -> bool:
         """Return whether a token may come next."""
 
@@ -130,6 +134,11 @@ class LogitsProcessor:
     def only_masks(self) -> bool:
         """True if only a mask changes logits: a token chosen without it is then the choice if the mask allows it."""
         return self._rules is None
+
+    @property
+    def few(self) -> Ids | None:
+        """The tokens that the mask has, ascending, if they are few."""
+        return None if self._mask is None else self._mask.few
 
     def allows(self, token: int) -> bool:
         """Return whether the mask has a token."""

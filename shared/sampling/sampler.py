@@ -141,12 +141,22 @@ def _choose_in_row(
             winner = _winner(logits, top, params, position, columns)
             if processor.allows(winner):
                 return winner
+            if columns is None and (few := processor.few) is not None:
+                return _winner_of_few(logits, few[few < len(logits)], params, position)
         changed = processor.apply(logits, None if columns is None else columns.ids)
         if math.isfinite(changed.max()):
             logits, top = changed, int(changed.argmax())
         elif columns is None:
             raise NoTokenAllowed(position)
     return _winner(logits, top, params, position, columns)
+
+
+def _winner_of_few(logits: Floats, tokens: Ids, params: Sampling, position: int) -> int:
+    """Return the token that a row of logits chooses of these; there is neither top_k nor top_p."""
+    kept = logits[tokens]
+    if not len(kept) or not math.isfinite(kept[top := int(kept.argmax())]):
+        raise NoTokenAllowed(position)
+    return int(tokens[top]) if params.temperature == 0 else _winner(kept, top, params, position, Columns.of(tokens))
 
 
 def _winner(logits: Floats, top: int, params: Sampling, position: int, columns: Columns | None) -> int:

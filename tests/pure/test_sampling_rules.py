@@ -243,6 +243,10 @@ class OnlyAfter:
     def only(self) -> int | None:
         return self.last + 1
 
+    @property
+    def few(self) -> Ids | None:
+        return np.array([self.last + 1])
+
     def allows(self, token: int) -> bool:
         return token == self.last + 1
 

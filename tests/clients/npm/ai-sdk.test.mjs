@@ -9,7 +9,7 @@ import { z } from "zod";
 import { MODEL, QUESTION, TOKENS, TOO_LONG, URL } from "./suite.mjs";
 
 const openai = createOpenAI({ baseURL: URL, apiKey: "none" });
-const like = createOpenAICompatible({ name: "wisp", baseURL: URL, supportsStructuredOutputs: true });
+const like = createOpenAICompatible({ name: "wisp", baseURL: URL, supportsStructuredOutputs: true, includeUsage: true });
 const models = {
   "chats": openai.chat(MODEL),
   "responses": openai.responses(MODEL),

@@ -6,8 +6,10 @@ from collections.abc import Iterator
 
 import anthropic
 import pytest
-from suite import ASK, MODEL, PARAMETERS, ROOT, TOKENS, TOO_LONG, Weather, check_arguments
+from suite import ASK, MODEL, PARAMETERS, ROOT, TOKENS, TOO_LONG, Weather, assert_arguments
 
+GREEDY = {"temperature": 0}
+"""The client has no argument for it any more."""
 FORECAST = {"name": "forecast", "description": "Tells the weather.", "input_schema": PARAMETERS}
 
 
@@ -18,8 +20,8 @@ def client() -> Iterator[anthropic.Anthropic]:
 
 
 def check_a_stream_ends_with_the_message_that_it_told(client: anthropic.Anthropic) -> None:
-    whole = client.messages.create(model=MODEL, messages=ASK, max_tokens=20, temperature=0)
-    with client.messages.stream(model=MODEL, messages=ASK, max_tokens=20, temperature=0) as stream:
+    whole = client.messages.create(model=MODEL, messages=ASK, max_tokens=20, extra_body=GREEDY)
+    with client.messages.stream(model=MODEL, messages=ASK, max_tokens=20, extra_body=GREEDY) as stream:
         told = "".join(stream.text_stream)
         final = stream.get_final_message()
     assert told
@@ -29,13 +31,13 @@ def check_a_stream_ends_with_the_message_that_it_told(client: anthropic.Anthropi
 
 
 def check_a_tool_is_called_whole_and_streamed(client: anthropic.Anthropic) -> None:
-    options = {"model": MODEL, "messages": ASK, "tools": [FORECAST], "max_tokens": TOKENS, "temperature": 0}
+    options = {"model": MODEL, "messages": ASK, "tools": [FORECAST], "max_tokens": TOKENS, "extra_body": GREEDY}
     options["tool_choice"] = {"type": "any", "disable_parallel_tool_use": True}
     whole = client.messages.create(**options)
     assert whole.stop_reason == "tool_use"
     (call,) = whole.content
     assert call.name == "forecast"
-    check_arguments(call.input)
+    assert_arguments(call.input)
     with client.messages.stream(**options) as stream:
         (streamed,) = stream.get_final_message().content
     assert streamed.input == call.input

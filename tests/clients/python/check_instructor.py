@@ -5,6 +5,7 @@ from __future__ import annotations
 import instructor
 import openai
 import pytest
+from instructor.core import InstructorRetryException
 from suite import ASK, MODEL, TOKENS, TOO_LONG, URL, Weather
 
 
@@ -24,7 +25,7 @@ def check_a_type_whole_and_streamed(mode: instructor.Mode) -> None:
 
 
 def check_a_prompt_that_is_too_long() -> None:
-    with pytest.raises(instructor.core.InstructorRetryException, match="context"):
+    with pytest.raises(InstructorRetryException, match="context"):
         client(instructor.Mode.TOOLS).chat.completions.create(
             model=MODEL, messages=[{"role": "user", "content": TOO_LONG}], response_model=Weather, max_retries=0
         )

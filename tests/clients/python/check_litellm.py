@@ -6,7 +6,7 @@ from typing import Any
 
 import litellm
 import pytest
-from suite import ASK, FORECAST, MODEL, QUESTION, ROOT, TOKENS, TOO_LONG, URL, Weather, check_arguments
+from suite import ASK, FORECAST, MODEL, QUESTION, ROOT, TOKENS, TOO_LONG, URL, Weather, assert_arguments
 
 OPENAI = {"model": f"openai/{MODEL}", "api_base": URL, "api_key": "none"}
 ANTHROPIC = {"model": f"anthropic/{MODEL}", "api_base": ROOT, "api_key": "none"}
@@ -24,7 +24,7 @@ def check_a_stream_has_the_text_of_the_whole_answer(server: dict[str, Any]) -> N
 def check_a_required_tool_is_called(server: dict[str, Any]) -> None:
     options = {"tools": [FORECAST], "tool_choice": "required", "max_tokens": TOKENS}
     (call, *_) = litellm.completion(**server, messages=ASK, **options).choices[0].message.tool_calls
-    check_arguments(call.function.arguments)
+    assert_arguments(call.function.arguments)
 
 
 def check_structured_output() -> None:

@@ -28,6 +28,7 @@ def tasks(folder: Path) -> None:
         "dataset_kwargs": {"data_files": {"test": str(folder / "docs.jsonl")}},
         "test_split": "test",
         "doc_to_text": "{{question}}",
+        "target_delimiter": "",
     }
     chosen = {"task": "chosen", "output_type": "multiple_choice", "doc_to_choice": "{{choices}}"}
     chosen |= {"doc_to_target": "{{answer}}", "metric_list": [{"metric": "acc"}]}

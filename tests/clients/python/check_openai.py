@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import openai
 import pytest
-from suite import ASK, FORECAST, MODEL, PARAMETERS, QUESTION, TOKENS, TOO_LONG, URL, Weather, check_arguments
+from suite import ASK, FORECAST, MODEL, PARAMETERS, QUESTION, TOKENS, TOO_LONG, URL, Weather, assert_arguments
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def check_a_required_tool_is_called_whole_and_streamed(client: openai.OpenAI) ->
     assert whole.finish_reason == "tool_calls"
     (call,) = whole.message.tool_calls
     assert call.function.name == "forecast"
-    check_arguments(call.function.arguments)
+    assert_arguments(call.function.arguments)
     with client.chat.completions.stream(**options) as stream:
         for _ in stream:
             pass
@@ -80,7 +80,7 @@ def check_responses_whole_streamed_parsed_and_with_tools(client: openai.OpenAI) 
     called = client.responses.create(
         model=MODEL, input=QUESTION, tools=[tool], tool_choice="required", max_output_tokens=TOKENS
     )
-    check_arguments(next(item for item in called.output if item.type == "function_call").arguments)
+    assert_arguments(next(item for item in called.output if item.type == "function_call").arguments)
 
 
 def check_errors_have_their_own_types_and_codes(client: openai.OpenAI) -> None:

@@ -21,16 +21,17 @@ def model(kind: Any) -> Any:
 
 
 @KINDS
-def check_a_stream_has_the_text_of_the_whole_answer(kind: Any) -> None:
+def check_a_typed_stream_has_the_text_of_the_whole_answer(kind: Any) -> None:
     async def compare() -> None:
-        settings = agents.ModelSettings(max_tokens=20, temperature=0)
-        agent = agents.Agent(name="one", model=model(kind), model_settings=settings)
+        # Agents take no answer from the Responses API that reached its most tokens.
+        settings = agents.ModelSettings(max_tokens=TOKENS, temperature=0)
+        agent = agents.Agent(name="one", model=model(kind), output_type=Weather, model_settings=settings)
         whole = await agents.Runner.run(agent, QUESTION)
         streamed = agents.Runner.run_streamed(agent, QUESTION)
         events = [event.data async for event in streamed.stream_events() if event.type == "raw_response_event"]
         told = [event.delta for event in events if event.type == "response.output_text.delta"]
-        assert whole.final_output
-        assert "".join(told) == streamed.final_output == whole.final_output
+        assert isinstance(whole.final_output, Weather)
+        assert Weather.model_validate_json("".join(told)) == streamed.final_output == whole.final_output
 
     asyncio.run(compare())
 
@@ -46,24 +47,18 @@ def check_a_tool_is_run_and_its_result_goes_back(kind: Any) -> None:
         return "clear"
 
     async def ask() -> None:
-        settings = agents.ModelSettings(max_tokens=TOKENS, temperature=0, tool_choice="required")
-        agent = agents.Agent(name="one", model=model(kind), tools=[forecast], model_settings=settings)
-        # After the call the agent lets the model answer freely.
-        await agents.Runner.run(agent, QUESTION, max_turns=3)
+        settings = agents.ModelSettings(
+            max_tokens=TOKENS, temperature=0, tool_choice="required", parallel_tool_calls=False
+        )
+        agent = agents.Agent(
+            name="one", model=model(kind), tools=[forecast], model_settings=settings, reset_tool_choice=False
+        )
+        with pytest.raises(agents.MaxTurnsExceeded):
+            await agents.Runner.run(agent, QUESTION, max_turns=2)
 
     asyncio.run(ask())
-    assert seen
-    assert seen[0] in ("Rome", "Oslo")
-
-
-@KINDS
-def check_typed_output(kind: Any) -> None:
-    async def ask() -> None:
-        settings = agents.ModelSettings(max_tokens=TOKENS)
-        agent = agents.Agent(name="one", model=model(kind), output_type=Weather, model_settings=settings)
-        assert isinstance((await agents.Runner.run(agent, QUESTION)).final_output, Weather)
-
-    asyncio.run(ask())
+    assert len(seen) >= 2, "it is called again after its result went back"
+    assert set(seen) <= {"Rome", "Oslo"}
 
 
 @KINDS

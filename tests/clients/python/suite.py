@@ -41,7 +41,7 @@ FORECAST: dict[str, Any] = {
 }
 
 
-def check_arguments(arguments: str | dict[str, Any]) -> None:
+def assert_arguments(arguments: str | dict[str, Any]) -> None:
     """Fail unless these are arguments of `FORECAST`."""
     read = json.loads(arguments) if isinstance(arguments, str) else arguments
     assert set(read) == {"city", "days"}
