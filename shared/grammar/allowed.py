@@ -64,7 +64,8 @@ class AllowedTokens:
         if int(np.bitwise_count(words).sum()) > FEW:
             return None
         (bits,) = np.unpackbits(words.view(np.uint8), bitorder="little").nonzero()
-        return at[bits >> 5] * 32 + (bits & 31)
+        few: Ids = at[bits >> 5] * 32 + (bits & 31)
+        return few
 
     @cached_property
     def flags(self) -> NDArray[np.bool_]:
