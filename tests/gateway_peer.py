@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -151,6 +151,8 @@ class Peer:
     """Holds answers back until it is set."""
     beats: bool = True
     """True if it sends heartbeats."""
+    leave_pool: Callable[[], Awaitable[None]] | None = None
+    """Ends its consuming of new requests."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
 
     @classmethod
@@ -163,7 +165,7 @@ class Peer:
         room = {"max_len": CONTEXT, "free_tokens": CONTEXT, "total_tokens": CONTEXT}
         beat = builders.heartbeat("peer", fingerprint=target.fingerprint("bfloat16"), **room)
         peer = cls(broker, store, Tokenizer(target), beat, beat.fingerprint)
-        await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
+        peer.leave_pool = await broker.consume(names.generate_queue(), peer._generate, prefetch=64)
         await broker.consume(names.own_queue("peer", "peer", (topology.CANCEL, topology.ENDED)), peer._receive)
         beating = asyncio.create_task(peer._beat())
         await store.registry.beat(beat)

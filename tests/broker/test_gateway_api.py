@@ -310,6 +310,9 @@ async def test_readiness_needs_the_brokers_and_a_verifier_of_the_model(suite: Su
 
 async def test_without_any_drafter_a_request_is_refused_at_once(start: Start, amqp_url: str, namespace: str) -> None:
     async with start() as suite:
+        # First, or the peer consumes the deleted queue again, which declares it.
+        assert suite.peer.leave_pool is not None
+        await suite.peer.leave_pool()
         channel = await suite.peer.broker._connection.channel()
         await (await channel.get_queue(f"{namespace}.generate.pool")).delete(if_unused=False, if_empty=False)
         with pytest.raises(openai.InternalServerError, match="no drafter is running"):
