@@ -10,7 +10,8 @@ import httpx
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from services.gateway.browsers import BrowserGuard
-from services.gateway.errors import ApiError, encode, unavailable
+from services.gateway.errors import ApiError, unavailable
+from services.gateway.stream import encode
 from shared.runtime import logging
 
 PATHS = ("/v1/", "/ready")

@@ -1,3 +1,3 @@
 """The gateway: the OpenAI-compatible HTTP API, admission, streaming and resuming."""
 
-__all__ = ["app", "browsers", "errors", "gateway", "keys", "model", "server", "settings"]
+__all__ = ["app", "browsers", "errors", "gateway", "keys", "model", "server", "settings", "stream"]

@@ -1,8 +1,7 @@
-"""Errors of the HTTP API: a status and OpenAI's error body, encoded as JSON."""
+"""Errors of the HTTP API: a status and OpenAI's error body."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -134,14 +133,3 @@ def from_failure(failure: Failure) -> ApiError:
         code=failure.code,
         retry_after_s=_RETRY_AFTER_S.get(failure.code, 1) if status == 503 else None,
     )
-
-
-_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
-
-
-def encode(fields: Mapping[str, Any]) -> bytes:
-    """Encode as JSON in UTF-8 on one line, also for clients that split lines at Unicode's rarer line ends."""
-    text = _ENCODER.encode(fields)
-    for character, escape in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
-        text = text.replace(character, escape)
-    return text.encode()

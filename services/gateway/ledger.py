@@ -66,16 +66,16 @@ class Ledger:
 
     @asynccontextmanager
     async def charge(
-        self, key: ApiKey | None, sessions: Sequence[str], tokens: int, *, resumed: bool = False
+        self, key: ApiKey, sessions: Sequence[str], tokens: int, *, resumed: bool = False
     ) -> AsyncIterator[Charge]:
-        """Charge a key for a request's sessions and tokens during the context. No key, no charge.
+        """Charge a key for a request's sessions and tokens during the context.
 
         A resumed request has been counted before: it is charged for its sessions, and at the end for the tokens used.
         Raises ApiError: 429 when a limit is reached, 503 when Redis is away.
         """
-        allowance = Allowance() if key is None else self._allowance(key)
+        allowance = self._allowance(key)
         counters = self._counters
-        if key is None or counters is None or not allowance.limited:
+        if counters is None or not allowance.limited:
             yield Charge()
             return
         try:

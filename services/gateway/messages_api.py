@@ -15,13 +15,13 @@ from services.gateway.answer import Answer
 from services.gateway.body import parse, read_body
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
-from services.gateway.errors import MESSAGES_PATH, ApiError, encode
+from services.gateway.errors import MESSAGES_PATH, ApiError
 from services.gateway.gateway import Gateway
 from services.gateway.messages_body import CountRequest, MessagesRequest
 from services.gateway.prompt import Limits, chat_tokens
 from services.gateway.request import accept, check_model
 from services.gateway.response import AnswerResponse, CompletionText, EventMaker
-from services.gateway.stream import Choice, Chunks, Fields
+from services.gateway.stream import Choice, Chunks, Fields, encode
 from shared.messages import Finish
 
 

@@ -17,11 +17,11 @@ from services.gateway.core.completion import Piece, Token
 from services.gateway.core.cursor import NOTHING, Delivered, rest_of
 from services.gateway.core.reasoning import ReasoningSplitter, SplitText
 from services.gateway.core.tool_calls import ContentDelta, ToolDelta
-from services.gateway.errors import ApiError, encode, internal_error
-from services.gateway.ledger import Ledger
+from services.gateway.errors import ApiError, internal_error
+from services.gateway.ledger import Charge, Ledger
 from services.gateway.logprobs import LogprobFields
 from services.gateway.sessions import Sessions
-from services.gateway.stream import CalledTool, Choice, Chunks, Fields
+from services.gateway.stream import CalledTool, Choice, Chunks, Fields, encode
 from shared.messages import Finish
 from shared.runtime import logging, tracing
 from shared.runtime.service import cancel
@@ -71,19 +71,27 @@ class AnswerResponse(Response):
 
     async def _send(self, send: Send) -> None:
         answer = self._answer
+        if answer.key is None:
+            await self._serve(send)
+            return
         async with self._ledger.charge(
             answer.key, answer.session_ids, answer.reserved_tokens, resumed=answer.resumed
         ) as charge:
             self._extra_headers |= charge.headers
-            serving = self._sessions.resume(answer) if answer.resumed else self._sessions.run(answer)
-            async with spans.traced(answer, serving) if tracing.current() else serving:
-                chunks = Chunks.of(answer)
-                try:
-                    if answer.stream:
-                        await self._stream(chunks, send)
-                    else:
-                        await self._whole(chunks, send)
-                finally:
+            await self._serve(send, charge)
+
+    async def _serve(self, send: Send, charge: Charge | None = None) -> None:
+        answer = self._answer
+        serving = self._sessions.resume(answer) if answer.resumed else self._sessions.run(answer)
+        async with spans.traced(answer, serving) if tracing.current() else serving:
+            chunks = Chunks.of(answer)
+            try:
+                if answer.stream:
+                    await self._stream(chunks, send)
+                else:
+                    await self._whole(chunks, send)
+            finally:
+                if charge is not None:
                     charge.used = answer.usage.total - answer.charged_tokens
 
     async def _whole(self, chunks: Chunks, send: Send) -> None:

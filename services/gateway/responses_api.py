@@ -15,13 +15,13 @@ from services.gateway.answer import Answer, Usage
 from services.gateway.body import parse, read_body
 from services.gateway.core.completion import Piece, Token
 from services.gateway.core.tool_calls import CallDelta, ContentDelta, ToolDelta
-from services.gateway.errors import ApiError, encode, invalid, unavailable
+from services.gateway.errors import ApiError, invalid, unavailable
 from services.gateway.gateway import Gateway
 from services.gateway.keys import ApiKey, key_of
 from services.gateway.request import accept, check_model
 from services.gateway.response import AnswerResponse, CompletionText, EventMaker
 from services.gateway.responses_body import Messages, ResponsesRequest, messages_of
-from services.gateway.stream import Choice, Chunks, Fields
+from services.gateway.stream import Choice, Chunks, Fields, encode
 from shared.errors import BrokersError, quoted
 from shared.messages import Finish
 

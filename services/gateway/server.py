@@ -18,7 +18,8 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
-from services.gateway.errors import ApiError, encode, invalid
+from services.gateway.errors import ApiError, invalid
+from services.gateway.stream import encode
 from shared.errors import SettingsError
 from shared.runtime import logging
 from shared.runtime.service import running

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -11,7 +12,6 @@ from services.gateway.core.completion import CompletionRound, CompletionTally, P
 from services.gateway.core.reasoning import SplitText
 from services.gateway.core.slo import SloOutcome
 from services.gateway.core.tool_calls import ContentDelta, ToolDelta
-from services.gateway.errors import encode
 from shared.messages import Slo
 
 DONE = b"data: [DONE]\n\n"
@@ -195,6 +195,17 @@ def speculation(tally: CompletionTally) -> Fields:
         "num_draft_tokens": tally.verified,
         "num_spec_tokens": longest,
     }
+
+
+_ENCODER = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"), allow_nan=False)
+
+
+def encode(fields: Mapping[str, Any]) -> bytes:
+    """Encode as JSON in UTF-8 on one line, also for clients that split lines at Unicode's rarer line ends."""
+    text = _ENCODER.encode(fields)
+    for character, escape in (("\x85", "\\u0085"), ("\u2028", "\\u2028"), ("\u2029", "\\u2029")):
+        text = text.replace(character, escape)
+    return text.encode()
 
 
 def event(fields: Fields, cursor: object = None) -> bytes:

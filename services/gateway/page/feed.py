@@ -18,7 +18,8 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from services.gateway.core.fleet_record import Fields, FleetRecord
-from services.gateway.errors import ApiError, encode
+from services.gateway.errors import ApiError
+from services.gateway.stream import encode
 from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.incoming import Handler
