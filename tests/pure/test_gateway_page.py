@@ -281,7 +281,8 @@ async def test_the_feed_works_while_somebody_looks_and_not_longer(folder: ModelF
         batches = [item for item in last["news"] if item["kind"] == "batch"]  # type: ignore[attr-defined]
         assert {batch["verifier"] for batch in batches} == {"verifier-0", "verifier-1"}
         assert batches[0]["jobs"][0]["verified"] == 3
-        assert {"state", "problem"} <= first.keys()
+        assert {"state", "connected"} <= first.keys()
+        assert first["problem"] is None, "to connect takes a moment, and is no problem"
         await eventually(lambda: app.feed.viewers == 0)
         await eventually(lambda: app.fleet.listeners == 0)
         assert not app.feed.listening

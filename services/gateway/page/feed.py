@@ -83,6 +83,8 @@ class FleetFeed:
         self._work: asyncio.Task[None] | None = None
         self._record = FleetRecord(0.0)
         self._problem: str | None = None
+        """Why no messages are received; None if they are, and while the first connection is made."""
+        self._connected = False
         self.closed = False
         """Set when the gateway shuts down: the viewers' streams end."""
 
@@ -104,7 +106,7 @@ class FleetFeed:
         self._viewers += 1
         if self._work is None:
             self._record = FleetRecord(_now_ms())
-            self._problem = "connecting to RabbitMQ"
+            self._problem, self._connected = None, False
             self._work = asyncio.create_task(self._listen())
         try:
             async with aclosing(self._events()) as events:
@@ -131,7 +133,7 @@ class FleetFeed:
             await asyncio.sleep(RETRY_S)
 
     def _works(self) -> None:
-        self._problem = None
+        self._problem, self._connected = None, True
 
     async def _receive(self, message: Message) -> None:
         self._record.add(message, _now_ms())
@@ -148,6 +150,7 @@ class FleetFeed:
             if tick % STATE_TICKS == 0:
                 fields["state"] = record.state(now_ms)
                 fields["problem"] = self._problem
+                fields["connected"] = self._connected
             yield fields
             tick += 1
             await asyncio.sleep(TICK_S)

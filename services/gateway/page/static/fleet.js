@@ -85,6 +85,7 @@ function take(event) {
     state = event.state;
     stale = true;
     if (event.problem) note(event.problem, true);
+    else if (!event.connected) note("Connecting …");
     else if (!state.verifiers.length) note("No verifier has sent a heartbeat yet.");
     else if (!timeline.batches.length && !timeline.runs.length) note("Nothing is being verified. Ask something in the chat to see it here.");
     else note("");
