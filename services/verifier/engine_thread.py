@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
 from shared.twin.layout import is_twin
 
@@ -66,7 +67,32 @@ class EngineThread:
         """executor: has one worker, the thread in which `engine` was made."""
         self.engine = engine
         self._executor = executor
+        self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
+        """Work that waits for the step in progress, but for no other one."""
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread, after everything that was passed before; return its result."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        """Run `work` in the thread before the next step, after everything else that was passed before."""
+        done: Future[T] = Future()
+        self._between.append((done, work))
+        self._executor.submit(self._run_between)
+        return await asyncio.wrap_future(done)
+
+    def step(self, work: Callable[[], T]) -> asyncio.Future[T]:
+        """Run a step in the thread, after the steps that were passed before."""
+        return asyncio.get_running_loop().run_in_executor(self._executor, self._run_step, work)
+
+    def _run_step(self, work: Callable[[], T]) -> T:
+        self._run_between()
+        return work()
+
+    def _run_between(self) -> None:
+        while self._between:
+            done, work = self._between.popleft()
+            if not done.set_running_or_notify_cancel():
+                continue
+            try:
+                result = work()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(result)

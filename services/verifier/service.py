@@ -159,6 +159,7 @@ class Verifier:
         async with running(
             stop,
             self._loop.run(),
+            self._loop.read(),
             membership.beat(self._settings.heartbeat_ms / 1000),
             self._sessions.sweep(),
             self._handoff.save_committed(),

@@ -104,6 +104,8 @@ class BatchBuilder:
         """True if a round in it has an SLO and will be late."""
         self.limit_ms = limits.max_batch_ms
         """Longest predicted time that the batch may reach."""
+        self.rounds_limit_ms = inf
+        """The same for its rounds alone, that are on time."""
         self.token_price_ms = 0.0
         """Least cost of a draft token: that of the prompt token whose place it takes, where prompts are pending."""
         self.hidden_tokens = hidden_tokens(verifier.model)
@@ -179,6 +181,7 @@ class BatchBuilder:
             return True
         if grown_ms <= (slack_ms := self.slack_ms(due_ms)):
             self.limit_ms = min(self.limit_ms, slack_ms)
+            self.rounds_limit_ms = min(self.rounds_limit_ms, slack_ms)
         else:
             self.has_late = True
         return True

@@ -33,8 +33,9 @@ class WispPlus(BatchPolicy):
        added only if it raises the batch's expected tokens per time (`trimming`). If an urgent round is late, rounds
        that can wait do so, because each would make the batch longer.
     3. Prompts in the time that is left, in chunks: urgent ones up to the other rounds' slack, the rest up to a share
-       of it (`chunking`). Without chunking, prompts compete like rounds, and one that does not fit takes all the time
-       that is left.
+       of it (`chunking`). What runs can make up for is used in full: a prompt takes less of their time in one large
+       chunk than in several. Without chunking, prompts compete like rounds, and one that does not fit takes all the
+       time that is left.
 
     Where loading the weights hides the arithmetic of a step's first tokens, `_fill_hidden` orders these parts anew.
 
@@ -136,8 +137,7 @@ class WispPlus(BatchPolicy):
     ) -> None:
         calm_ms = batch.limit_ms
         if self.plays("chunking"):
-            if batch.limit_ms < now.limits.max_batch_ms:
-                calm_ms = CALM_SHARE * batch.limit_ms
+            calm_ms = min(calm_ms, CALM_SHARE * batch.rounds_limit_ms)
             if now.expected_due_ms is not None:
                 calm_ms = min(calm_ms, CALM_SHARE * max(0.0, batch.slack_ms(now.expected_due_ms)))
         for queued in queue.by("deadline", "prompts"):

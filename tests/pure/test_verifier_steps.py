@@ -1,0 +1,230 @@
+"""Steps follow each other in the model's thread without the event loop, and each takes what is there when it begins."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+import threading
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
+
+import builders
+import pytest
+from twins import make_twin
+
+from services.verifier.core.acceptance import Verdict
+from services.verifier.core.runs import RunTable
+from services.verifier.core.tasks import VerifyOutcome, VerifyTask
+from services.verifier.engine_thread import EngineThread
+from services.verifier.membership import Membership
+from services.verifier.sessions import SessionTable
+from services.verifier.steps import ModelSteps, StepWork
+from shared.messages import Job, RunGrant, Sampling
+from shared.state.sessions import Session, SessionStatus
+from shared.state.store import Store
+from shared.twin.engine import TwinEngine
+
+LEASE = 7
+PROMPT = [5, 6, 7]
+GRANT = RunGrant(tokens=8, ms=60_000.0)
+
+
+class ReadableStore:
+    """Sessions with the same prompt, as they are read from the store."""
+
+    async def read(self, session_ids: Sequence[str]) -> list[Session | None]:
+        return [
+            Session(
+                builders.stored_request(session_id, prompt_len=3, max_length=40),
+                SessionStatus.ACTIVE,
+                list(PROMPT),
+                0,
+                None,
+                0.0,
+            )
+            for session_id in session_ids
+        ]
+
+
+@asynccontextmanager
+async def held(thread: EngineThread) -> AsyncIterator[None]:
+    """Keep the thread of an engine busy; what it is given meanwhile waits until the end of the context."""
+    busy, gate = threading.Event(), threading.Event()
+
+    def hold() -> None:
+        busy.set()
+        gate.wait()
+
+    holding = asyncio.ensure_future(thread.run(hold))
+    try:
+        await asyncio.to_thread(busy.wait)
+        yield
+    finally:
+        gate.set()
+        await holding
+
+
+@pytest.fixture
+def thread(tmp_path: Path) -> Iterator[EngineThread]:
+    with ThreadPoolExecutor(1) as executor:
+        yield EngineThread(TwinEngine(make_twin(tmp_path, step_ms=0.1).path), executor)
+
+
+@pytest.fixture
+def sessions(thread: EngineThread) -> SessionTable:
+    return SessionTable(cast("Store", ReadableStore()), thread)
+
+
+@pytest.fixture
+def steps(thread: EngineThread, sessions: SessionTable) -> ModelSteps:
+    membership = SimpleNamespace(lease=LEASE, is_fenced=lambda lease: lease not in (0, LEASE))
+    return ModelSteps(sessions, thread, cast("Membership", membership), grammars=None, emulated=None, digests=False)
+
+
+async def work(sessions: SessionTable, *jobs: Job, lease: int = LEASE) -> StepWork:
+    """A batch whose sessions are read."""
+    await sessions.recall(jobs)
+    return StepWork(builders.batch("b", *jobs, lease=lease), [(job, sessions.task(job)) for job in jobs])
+
+
+async def test_a_step_takes_what_is_ready_when_it_begins(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps
+) -> None:
+    async with held(thread):
+        steps.ready.append(await work(sessions, builders.job("run", run=GRANT)))
+        first, second = thread.step(steps.compute), thread.step(steps.compute)
+        steps.ready.append(await work(sessions, builders.job("later")))
+    one, two = await first, await second
+    assert [job.session for job in one.started] == ["run"]
+    assert [run.job.session for run in two.runs] == ["run"], "its run has begun without the event loop"
+    assert [job.session for job, _ in two.tasks] == ["later"]
+    assert len(two.outcomes) == 2
+    assert all(outcome.verdict is not None for outcome in two.outcomes)
+
+
+async def test_a_step_without_work_computes_nothing(thread: EngineThread, steps: ModelSteps) -> None:
+    done = await thread.step(steps.compute)
+    assert (done.batch, done.outcomes, done.shapes, done.reports) == (None, [], [], [])
+
+
+async def test_a_released_run_takes_part_in_no_step_that_waits(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps
+) -> None:
+    steps.ready.append(await work(sessions, builders.job("gone", run=GRANT), builders.job("stays", run=GRANT)))
+    await thread.step(steps.compute)
+    async with held(thread):
+        waiting = thread.step(steps.compute)
+        steps.runs.release(["gone"])
+    assert [run.job.session for run in (await waiting).runs] == ["stays"]
+
+
+async def test_jobs_that_were_overtaken_are_left_to_the_commit_script(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps
+) -> None:
+    granted = builders.job("run", run=GRANT)
+    steps.ready.append(await work(sessions, granted))
+    steps.ready.append(await work(sessions, granted, builders.job("forgotten"), builders.job("fine")))
+    sessions.drop("forgotten")
+    await thread.step(steps.compute)
+    done = await thread.step(steps.compute)
+    assert [job.session for job, _ in done.tasks] == ["fine"]
+    assert [job.session for job in done.stale] == ["run", "forgotten"]
+    assert [run.job.session for run in done.runs] == ["run"], "one part of a step for each session"
+
+
+async def test_a_batch_of_an_ended_lease_is_not_computed(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps
+) -> None:
+    steps.ready.append(await work(sessions, builders.job(), lease=LEASE - 1))
+    done = await thread.step(steps.compute)
+    assert (done.fenced, done.outcomes) == (True, [])
+
+
+async def test_other_work_goes_before_a_step_that_waits(thread: EngineThread) -> None:
+    order: list[str] = []
+    async with held(thread):
+        step = thread.step(lambda: order.append("step"))
+        other = asyncio.ensure_future(thread.run(lambda: order.append("other")))
+        await asyncio.sleep(0)
+    await asyncio.gather(step, other)
+    assert order == ["other", "step"]
+
+
+async def test_errors_of_the_thread_reach_those_who_wait(thread: EngineThread) -> None:
+    def fail() -> None:
+        raise ValueError("no")
+
+    for passed in (thread.run(fail), thread.step(fail)):
+        with pytest.raises(ValueError, match="no"):
+            await passed
+    assert await thread.run(lambda: 3) == 3
+
+
+async def test_cancelled_work_is_not_done(thread: EngineThread) -> None:
+    done: list[int] = []
+    async with held(thread):
+        cancelled = asyncio.ensure_future(thread.run(lambda: done.append(1)))
+        await asyncio.sleep(0)
+        cancelled.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await cancelled
+    await thread.run(lambda: done.append(2))
+    assert done == [2]
+
+
+@pytest.fixture
+def frequent_switches() -> Iterator[None]:
+    """Threads take turns after a few operations."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_two_threads_share_the_table_of_runs(frequent_switches: None) -> None:
+    table = RunTable(digests=True)
+    names = [f"s{number}" for number in range(20)]
+    errors: list[BaseException] = []
+
+    def start(session: str) -> None:
+        job = builders.job(session, 2, 3, [9], run=RunGrant(tokens=3, ms=1e9))
+        task = VerifyTask(session, [5, 6, 7], [9], Sampling(), frozenset(), 20)
+        table.start(job, task, VerifyOutcome(Verdict(0, [8], None), 1, 4, 2), LEASE, 0.0)
+
+    def compute(times: int) -> None:
+        for number in range(times):
+            for run in table.step(LEASE, 0.0):
+                run.confirmed = True
+                table.record(run, VerifyOutcome(Verdict(0, [number], None), 0, run.length, 1), 1.0, 0.0)
+            for report in table.due(1e6, between_steps=True):
+                table.reported(report)
+
+    def disturb(times: int) -> None:
+        for number in range(times):
+            session = names[number % len(names)]
+            start(session)
+            table.halt([session, names[number * 7 % len(names)]])
+            table.join(builders.job(session))
+            table.release([names[number * 3 % len(names)]])
+
+    def noting(part: Callable[[int], None]) -> Callable[[], Any]:
+        def run() -> None:
+            try:
+                part(400)
+            except BaseException as error:
+                errors.append(error)
+
+        return run
+
+    threads = [threading.Thread(target=noting(part)) for part in (compute, disturb)]
+    for one in threads:
+        one.start()
+    for one in threads:
+        one.join()
+    assert errors == []
+    compute(4)
+    assert not table.decoding
