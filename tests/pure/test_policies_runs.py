@@ -114,3 +114,15 @@ def test_runs_starve_no_round_and_rounds_no_run(
             state.runs.set(session_id, RunningRun(run.length + 1, "d", now))
         # Rounds that arrived before its deadline go first, and a long prompt needs a step for each of its blocks.
         assert steps_after <= 6 + late + base // BLOCK
+
+
+def test_a_prompt_uses_all_of_the_time_that_runs_can_make_up_for() -> None:
+    """Each chunk has a time of its own, so several small ones would take more of it."""
+    state, prompt = with_runs([200] * 8), pending("p", due=NOW + 60_000, base=3000)
+    due = 2 * CAUTION * with_block(state, prompt)
+    made = planned([prompt], state, BatchLimits(10_000.0, 4096, 60_000.0), [NOW + due])
+    (chosen,) = made.chosen
+    assert chosen.prefill_to is not None
+    shape = state.runs.shape.copy()
+    shape.add(chosen.prefill_to + BLOCK, chosen.prefill_to + BLOCK, 0)
+    assert made.predicted_ms <= due / CAUTION < cost.predict_ms(state.model, shape)
