@@ -12,12 +12,13 @@ from dataclasses import dataclass, field, replace
 
 from services.verifier.core.copies import ProposedCopy, RunCopies
 from services.verifier.core.emulation import EmulatedCost
-from services.verifier.core.runs import Run, RunReport, RunTable
+from services.verifier.core.runs import Run, RunReport
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.job_spans import BatchSpans
 from services.verifier.membership import Membership
 from services.verifier.sessions import SessionTable
+from services.verifier.shared_runs import SharedRunTable
 from services.verifier.verify import verify
 from shared.grammar.masks import Grammars
 from shared.messages import Batch, BatchShape, Failure, Job
@@ -82,7 +83,7 @@ class ModelSteps:
         self._log = logging.get()
         self.ready: deque[StepWork] = deque()
         """Batches whose sessions are read, the next one first. The event loop adds to it, and steps take from it."""
-        self.runs = RunTable(digests=digests)
+        self.runs = SharedRunTable(digests=digests)
         """The sessions that decode without rounds."""
         self.copies = RunCopies()
 

@@ -17,11 +17,11 @@ import pytest
 from twins import make_twin
 
 from services.verifier.core.acceptance import Verdict
-from services.verifier.core.runs import RunTable
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from services.verifier.engine_thread import EngineThread
 from services.verifier.membership import Membership
 from services.verifier.sessions import SessionTable
+from services.verifier.shared_runs import SharedRunTable
 from services.verifier.steps import ModelSteps, StepWork
 from shared.messages import Job, RunGrant, Sampling
 from shared.state.sessions import Session, SessionStatus
@@ -186,7 +186,7 @@ def frequent_switches() -> Iterator[None]:
 
 
 def test_two_threads_share_the_table_of_runs(frequent_switches: None) -> None:
-    table = RunTable(digests=True)
+    table = SharedRunTable(digests=True)
     names = [f"s{number}" for number in range(20)]
     errors: list[BaseException] = []
 

@@ -9,11 +9,8 @@ reported several steps at a time. A report is committed like a round: only onto 
 from __future__ import annotations
 
 import hashlib
-import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
-from functools import wraps
-from typing import Concatenate, ParamSpec, TypeVar
 
 from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared.log_odds import SessionOffset
@@ -92,34 +89,14 @@ class RunReport:
     logits_digest: str | None
 
 
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-def _locked(method: Callable[Concatenate[RunTable, P], R]) -> Callable[Concatenate[RunTable, P], R]:
-    """Let a method of the table run in one thread at a time."""
-
-    @wraps(method)
-    def locked(table: RunTable, /, *args: P.args, **kwargs: P.kwargs) -> R:
-        with table.lock:
-            return method(table, *args, **kwargs)
-
-    return locked
-
-
 class RunTable:
-    """The runs of one verifier, by session.
-
-    Steps use it in the model's thread, messages and commits in the event loop: each call sees the table as another call
-    has left it.
-    """
+    """The runs of one verifier, by session."""
 
     def __init__(self, *, digests: bool) -> None:
         """digests: reports carry digests of the logits."""
         self._runs: dict[str, Run] = {}
         self._digests = digests
         self._closed = False
-        self.lock = threading.RLock()
 
     def __len__(self) -> int:
         return len(self._runs)
@@ -129,12 +106,10 @@ class RunTable:
         return self._runs.get(session_id)
 
     @property
-    @_locked
     def decoding(self) -> bool:
         """True if a run needs another step."""
         return any(not run.over for run in self._runs.values())
 
-    @_locked
     def start(self, job: Job, task: VerifyTask, outcome: VerifyOutcome, lease: int, now_ms: float) -> Run | None:
         """Start the run that a job grants after its verdict; None if it grants none or the session has ended.
 
@@ -168,7 +143,6 @@ class RunTable:
         self._runs[task.session_id] = run
         return run
 
-    @_locked
     def join(self, job: Job) -> Run | None:
         """Return the run of a job's session, and send its results to this job's drafter and gateway from now on.
 
@@ -181,14 +155,12 @@ class RunTable:
                 self.halt([job.session])
         return run
 
-    @_locked
     def step(self, lease: int, now_ms: float) -> list[Run]:
         """Return the runs that take part in the step that starts now. Runs of another lease are dropped."""
         for run in [run for run in self._runs.values() if run.lease != lease]:
             self.drop(run)
         return [run for run in self._runs.values() if not run.over]
 
-    @_locked
     def record(self, run: Run, outcome: VerifyOutcome, step_ms: float, now_ms: float) -> None:
         """Add the outcome of a run's step. A refused step ends the run: the session's next round gets the reason."""
         verdict, task = outcome.verdict, run.task
@@ -208,7 +180,6 @@ class RunTable:
         run.logprobs += outcome.logprobs
         run.over = run.finish is not None or run.left <= 0 or now_ms >= run.until_ms
 
-    @_locked
     def due(self, now_ms: float, *, between_steps: bool) -> list[RunReport]:
         """Return the reports that are due: of runs that are over, and of all once the last report of one is long ago.
 
@@ -247,33 +218,28 @@ class RunTable:
         run.verify_ms, run.logprobs = 0.0, b""
         return report
 
-    @_locked
     def reported(self, report: RunReport) -> None:
         """Note that a report is committed. After the last one the run is gone."""
         report.run.reporting = False
         if report.left == 0:
             self.drop(report.run)
 
-    @_locked
     def drop(self, run: Run) -> None:
         """Forget a run. Its unreported tokens are decoded again in the session's next round."""
         if self._runs.get(run.job.session) is run:
             del self._runs[run.job.session]
 
-    @_locked
     def release(self, session_ids: Iterable[str]) -> None:
         """Forget the runs of sessions that have ended or moved."""
         for session_id in session_ids:
             self._runs.pop(session_id, None)
 
-    @_locked
     def halt(self, session_ids: Iterable[str]) -> None:
         """End the runs of these sessions with their next step; its tokens come with their last report."""
         for session_id in session_ids:
             if (run := self._runs.get(session_id)) is not None:
                 run.left = min(run.left, 1)
 
-    @_locked
     def close(self) -> None:
         """Halt all runs and start no more: the verifier drains."""
         self._closed = True
