@@ -1,4 +1,4 @@
-"""What follows a step: its tokens are committed, its results published, and sessions that have ended released."""
+"""The replies to a step: its tokens are committed, its results published, and sessions that have ended released."""
 
 from __future__ import annotations
 
