@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, TypeVar
 
+from shared.models.folder import ModelFolder
 from shared.twin.layout import is_twin
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) ->
 
     return Engine(
         target,
-        dtype=settings.dtype,
+        dtype=ModelFolder(target).resolved(settings.dtype),
         device=settings.device,
         threads=settings.threads,
         budget_tokens=settings.cache_tokens,

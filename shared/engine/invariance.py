@@ -1,4 +1,4 @@
-"""Matrix products of torch whose bits do not depend on the number of rows.
+"""Matrix products of torch whose bits depend neither on the number of rows nor on that of threads.
 
 Only module code needs this: the compiled pass sums in one order for any number of rows.
 
@@ -10,6 +10,9 @@ decode steps faster, so every `ModulePass` measures its own machine at the start
 The packed row is padded to such a multiple. A mixture of experts multiplies other numbers of rows, as tokens choose
 their experts: `PaddedRows` pads these one by one.
 
+Sometimes no multiple helps: in bfloat16 on a CPU with AMX, small products are computed by other instructions; in
+float32 on such a CPU, two threads share the sums of large products. `PaddedRows` then multiplies a few rows at a time.
+
 Functions such as exp have two versions, one for vectors and one for the elements that are left at the end of a thread's
 part. `PaddedRows` fills the elements up, so that none are left, where a row's width does not do so.
 """
@@ -18,12 +21,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import lcm
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 CANDIDATES = (1, 2, 4, 8, 16, 32)
+SLICES = (16, 32, 64)
+"""Numbers of rows to multiply at a time where no candidate will do: one kernel computes all products of a shape."""
 _REFERENCE_ROWS = 64
 _COUNTS = (*range(1, 10), 12, 16, 17, 24, 33, 64)
 
@@ -51,8 +57,10 @@ _POINTWISE: frozenset[Any] = frozenset({
     if (function := getattr(place, name, None)) is not None
 })  # fmt: skip
 """Functions of single elements that have one version for vectors and one for the remaining elements."""
-VECTOR = 32
-"""A multiple of the elements that any CPU computes at a time."""
+VECTOR = 64
+"""A multiple of the elements that any CPU computes at a time: two registers of bfloat16."""
+_GRAIN = 32768
+"""torch gives a thread at least so many elements of a function."""
 _UNKNOWN: frozenset[Any] = frozenset(
     {
         torch.einsum,
@@ -62,6 +70,14 @@ _UNKNOWN: frozenset[Any] = frozenset(
     }
 )
 """Functions that may multiply by weights in ways that are not checked."""
+
+
+@dataclass(frozen=True, slots=True)
+class RowPadding:
+    """How rows are multiplied: padded to a multiple, and if `sliced`, no more of them at a time."""
+
+    multiple: int
+    sliced: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,7 +134,7 @@ class RecordedProducts(TorchFunctionMode):
         self.uneven = False
         """True if `PaddedRows` is needed: some product has another number of rows than the packed batch, as experts
         have, or a function of elements has rows that are no whole vectors for every thread."""
-        self._rows, self._unit = rows, VECTOR * threads
+        self._rows, self._unit = rows, VECTOR * lcm(*range(1, threads + 1))
         self._storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
     def __torch_function__(
@@ -127,7 +143,7 @@ class RecordedProducts(TorchFunctionMode):
         if function in _OPERANDS or function in _UNKNOWN:
             self._record(function, args, kwargs or {})
         elif function in _POINTWISE:
-            self.uneven |= _leaves_elements(args, self._unit)
+            self.uneven |= _is_matrix(args) and args[0].shape[-1] % self._unit != 0
         return function(*args, **(kwargs or {}))
 
     def _record(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -152,11 +168,14 @@ class RecordedProducts(TorchFunctionMode):
 
 
 class PaddedRows(TorchFunctionMode):
-    """While active, pads the rows of every product to a multiple, and elements to whole vectors for every thread."""
+    """While active, pads the rows of every product to a multiple, and elements to whole vectors for every thread.
 
-    def __init__(self, multiple: int, threads: int) -> None:
+    If the padding is sliced, every product is computed in slices of that many rows.
+    """
+
+    def __init__(self, padding: RowPadding, threads: int) -> None:
         super().__init__()
-        self._multiple, self._unit = multiple, VECTOR * threads
+        self._padding, self._threads = padding, threads
 
     def __torch_function__(
         self, function: Any, types: Iterable[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -165,21 +184,33 @@ class PaddedRows(TorchFunctionMode):
             rows_at, _ = _OPERANDS[function]
             rows: torch.Tensor = args[rows_at]
             is_linear = function is torch.nn.functional.linear
-            count = _row_count(rows) if is_linear else rows.shape[-2]
-            if count % self._multiple and (rows.dim() == 2 or not is_linear):
-                padded = torch.nn.functional.pad(rows, (0, 0, 0, -count % self._multiple))
-                result = function(*args[:rows_at], padded, *args[rows_at + 1 :], **(kwargs or {}))
-                return result[..., :count, :]
-        elif function in _POINTWISE and _leaves_elements(args, self._unit):
+            flat = rows.reshape(-1, rows.shape[-1]) if is_linear else rows
+            count = flat.shape[-2]
+            multiple = self._padding.multiple
+            padded = torch.nn.functional.pad(flat, (0, 0, 0, -count % multiple))
+            parts = torch.split(padded, multiple, -2) if self._padding.sliced else (padded,)
+            if len(parts) > 1 or padded.shape[-2] > count:
+                results = [function(*args[:rows_at], part, *args[rows_at + 1 :], **(kwargs or {})) for part in parts]
+                result = torch.cat(results, -2)[..., :count, :]
+                return result.reshape(*rows.shape[:-1], result.shape[-1]) if is_linear else result
+        elif function in _POINTWISE and _is_matrix(args):
             elements: torch.Tensor = args[0].flatten()
-            padded = torch.nn.functional.pad(elements, (0, -len(elements) % self._unit))
-            return function(padded, *args[1:], **(kwargs or {}))[: len(elements)].view(args[0].shape)
+            missing = _whole_vectors(len(elements), self._threads) - len(elements)
+            if missing or not args[0].is_contiguous():
+                padded = torch.nn.functional.pad(elements, (0, missing))
+                return function(padded, *args[1:], **(kwargs or {}))[: len(elements)].view(args[0].shape)
         return function(*args, **(kwargs or {}))
 
 
-def _leaves_elements(args: Sequence[Any], unit: int) -> bool:
-    """Return whether the rows of a function's argument are no multiple of the unit."""
-    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() > 1 and args[0].shape[-1] % unit != 0
+def _is_matrix(args: Sequence[Any]) -> bool:
+    return bool(args) and isinstance(args[0], torch.Tensor) and args[0].dim() > 1
+
+
+def _whole_vectors(count: int, threads: int) -> int:
+    """Return the least number of elements, `count` or more, of which every thread gets whole vectors."""
+    while count % (unit := VECTOR * max(1, min(threads, -(-count // _GRAIN)))):
+        count += -count % unit
+    return count
 
 
 def _row_count(rows: torch.Tensor) -> int:
@@ -187,16 +218,17 @@ def _row_count(rows: torch.Tensor) -> int:
 
 
 @torch.inference_mode()
-def row_multiple(products: Iterable[WeightProduct]) -> int | None:
-    """Return the smallest of CANDIDATES that keeps all bits constant when row counts are padded to its multiples.
+def row_padding(products: Iterable[WeightProduct]) -> RowPadding | None:
+    """Return the least padding with which every row has the bits that one thread computes among many rows.
 
-    Returns None if no candidate does.
+    That is the smallest of CANDIDATES or else of SLICES, or None if none will do.
     """
-    multiples = list(CANDIDATES)
+    multiples, slices = list(CANDIDATES), list(SLICES)
     for kind in products:
         product = kind.stand_in()
         rows = _cancelling(max(_COUNTS) + max(CANDIDATES), kind.inputs, kind.dtype)
-        reference = product(rows[:_REFERENCE_ROWS])
+        reference = _by_one_thread(product, rows[:_REFERENCE_ROWS])
+        slices = [size for size in slices if _is_constant(product, rows[:size], reference[..., :size, :])]
         same: dict[int, bool] = {}
         for multiple in list(multiples):
             for count in {-(-count // multiple) * multiple for count in _COUNTS}:
@@ -206,7 +238,23 @@ def row_multiple(products: Iterable[WeightProduct]) -> int | None:
                 if not same[count]:
                     multiples.remove(multiple)
                     break
-    return multiples[0] if multiples else None
+    if multiples:
+        return RowPadding(multiples[0])
+    return RowPadding(slices[0], sliced=True) if slices else None
+
+
+def _by_one_thread(product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        return product(rows)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _is_constant(product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, expected: torch.Tensor) -> bool:
+    """Return whether these rows have the expected bits, in this order and in the opposite one."""
+    return torch.equal(product(rows), expected) and torch.equal(product(rows.flip(0)).flip(-2), expected)
 
 
 def _cancelling(rows: int, size: int, dtype: torch.dtype, *, antisymmetric: bool = False) -> torch.Tensor:

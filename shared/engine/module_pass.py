@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from shared.engine.attention import BlockCache, Cache, GatherCache, LayeredCache, Recorder, attending
-from shared.engine.invariance import CANDIDATES, PaddedRows, RecordedProducts, row_multiple
+from shared.engine.invariance import CANDIDATES, PaddedRows, RecordedProducts, RowPadding, row_padding
 from shared.engine.loading import load
 from shared.engine.positions import fix_positions
 from shared.engine.session_check import Padding, check_sessions, refuse_stateful
@@ -41,7 +41,7 @@ class ModulePass:
             keep = self._states.append
             self._decoder = self._model.get_decoder() or self._model.base_model
             self._decoder.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
-            self._row_multiple, self._pads_rows = RECORDED_ROWS, False
+            self._padding, self._pads_rows = RowPadding(RECORDED_ROWS), False
             self._prepare(blocks)
 
     @torch.inference_mode()
@@ -55,9 +55,10 @@ class ModulePass:
             self._run(recorder, [vocabulary[7 * row % len(vocabulary)] for row in rows], rows, rows)
         if not recorder.layers:
             raise ModelError("its attention does not go through transformers' AttentionInterface")
-        multiple = row_multiple(recorded.products) if self._device.type == "cpu" else None
-        self._row_multiple, self._pads_rows = multiple or RECORDED_ROWS, multiple is not None and recorded.uneven
-        exact = multiple is not None and not recorded.unknown
+        padding = row_padding(recorded.products) if self._device.type == "cpu" else None
+        if padding is not None:
+            self._padding, self._pads_rows = padding, padding.sliced or recorded.uneven
+        exact = padding is not None and not recorded.unknown
 
         def check(tokens: Sequence[int], batch: PackedBatch, padding: Padding) -> torch.Tensor:
             return self._packed(small, tokens, batch, range(len(tokens)), padding)[0]
@@ -80,7 +81,7 @@ class ModulePass:
         self, cache: LayeredCache, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int], fill: Padding
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cache.begin(batch)
-        padding = fill.least + -(len(tokens) + fill.least) % self._row_multiple
+        padding = fill.least + -(len(tokens) + fill.least) % self._padding.multiple
         positions = [*positions_of(batch).tolist(), *([fill.position] * padding)]
         logits, states = self._run(cache, [*tokens, *([fill.token] * padding)], positions, wanted)
         return logits, states[: len(tokens)]
@@ -94,10 +95,10 @@ class ModulePass:
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
         }
-        padded = PaddedRows(self._row_multiple, self._threads) if self._pads_rows else nullcontext()
+        padded = PaddedRows(self._padding, self._threads) if self._pads_rows else nullcontext()
         with attending(cache, inputs["position_ids"][0]), padded:
             if wanted:
-                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._row_multiple))], device=self._device)
+                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._padding.multiple))], device=self._device)
                 logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
             else:
                 self._decoder(**inputs)

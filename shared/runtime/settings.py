@@ -288,10 +288,10 @@ class TargetSettings(WispSettings):
     target: Path = Field(
         Path(".wisp/models/smollm2-135m-instruct"), description="folder of the target model (Hugging Face layout)"
     )
-    dtype: Literal["bfloat16", "float32", "int8", "gguf"] = Field(
-        "bfloat16",
-        description="format of the target's weights; int8 quantizes them at the start, gguf keeps the blocks of a GGUF "
-        "file",
+    dtype: Literal["auto", "bfloat16", "float32", "int8", "gguf"] = Field(
+        "auto",
+        description="format of the target's weights; auto keeps the blocks of a GGUF file (gguf) and is bfloat16 for "
+        "others, int8 quantizes at the start",
     )
 
 

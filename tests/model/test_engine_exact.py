@@ -63,7 +63,7 @@ def refuse(*args: object) -> None:
 
 
 SETUPS = [
-    *(Setup(dtype, "compiled") for dtype in ("bfloat16", "float32", "int8")),
+    *(Setup(dtype, "compiled") for dtype in ("gguf", "bfloat16", "float32", "int8")),
     *(Setup(dtype, "module") for dtype in ("bfloat16", "float32")),
 ]
 

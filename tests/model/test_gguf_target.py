@@ -145,6 +145,17 @@ def test_a_file_without_blocks_is_no_reason_for_that_format(tmp_path: Path) -> N
     with pytest.raises(ModelError, match=r"has no tensor in blocks of Q4_0, Q4_1, Q8_0 \(its types: F32\)"):
         Engine(folder, dtype="gguf")
     assert torch.isfinite(logits(folder, "int8")).all()
+    assert ModelFolder(folder).resolved("auto") == "bfloat16"
+
+
+def test_auto_keeps_the_blocks_of_a_file(folder: Path, tmp_path: Path) -> None:
+    model = ModelFolder(folder)
+    assert model.resolved("auto") == "gguf"
+    assert model.fingerprint("auto") == model.fingerprint("gguf")
+    model.describe(tmp_path / "described")
+    assert ModelFolder(tmp_path / "described").fingerprint("auto") == model.fingerprint("gguf")
+    assert model.resolved("float32") == "float32"
+    assert tiny.target(tmp_path).resolved("auto") == "bfloat16"
 
 
 def test_a_folder_that_is_not_from_a_file_is_left_alone(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.masking_utils import (
 )
 
 from shared.engine import Engine, compiled_pass, module_pass
-from shared.engine.invariance import PaddedRows
+from shared.engine.invariance import PaddedRows, RowPadding
 from shared.engine.masks import MASKS, MaskRule, UnknownMask, mask
 from shared.errors import ModelError
 from shared.models.description import NotDescribed
@@ -119,13 +119,33 @@ def test_a_row_of_elements_has_the_same_bits_among_any_others(function: Any, wid
     before = torch.get_num_threads()
     torch.set_num_threads(threads)
     try:
-        with PaddedRows(1, threads):
+        with PaddedRows(RowPadding(1), threads):
             together = function(rows)
             assert torch.equal(function(rows[:1]), together[:1])
             for count in range(2, 99):
                 assert torch.equal(function(rows[:count]), together[:count]), count
     finally:
         torch.set_num_threads(before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(150, 48), (1, 150, 48), (3, 150, 48)])
+def test_slices_give_a_row_the_same_bits_among_any_others(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    random = torch.Generator().manual_seed(0)
+    rows = torch.randn(shape, generator=random).to(dtype)
+    weight = torch.randn(80, 48, generator=random).to(dtype)
+    products: list[Callable[[torch.Tensor], torch.Tensor]] = [
+        lambda some: torch.nn.functional.linear(some, weight, torch.ones(80, dtype=dtype)),
+        lambda some: torch.matmul(some, weight.T),
+    ]
+    for product in products:
+        plain = product(rows)
+        with PaddedRows(RowPadding(64, sliced=True), 1):
+            together = product(rows)
+            assert together.shape == plain.shape
+            torch.testing.assert_close(together, plain, atol=0.1, rtol=0.05)
+            for count in (1, 2, 63, 64, 65, 129):
+                assert torch.equal(product(rows[..., :count, :]), together[..., :count, :]), count
 
 
 @pytest.mark.parametrize("path", ["compiled", "module"])

@@ -15,7 +15,7 @@ from services.tools.local.brokers import Brokers
 from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.messages import LogitRules, Sampling, TokenBias
-from shared.models.folder import ModelFolder
+from shared.models.folder import AUTO, ModelFolder
 from shared.models.prepare import prepare
 from shared.models.text import Tokenizer
 
@@ -31,7 +31,7 @@ def cases(target_folder: Path) -> list[Case]:
     """Every question with every sampling, decoded by the bare engine token by token."""
     tokenizer = Tokenizer(ModelFolder(target_folder))
     eos = set(ModelFolder(target_folder).eos_ids)
-    engine = Engine(target_folder, budget_tokens=4096)
+    engine = Engine(target_folder, dtype=ModelFolder(target_folder).resolved(AUTO), budget_tokens=4096)
     found = []
     for question in QUESTIONS:
         prompt = tokenizer.render_chat([{"role": "user", "content": question}])
@@ -44,7 +44,7 @@ def option_cases(target_folder: Path) -> list[Case]:
     """A question with every option, greedy and sampled, decoded by the bare engine token by token."""
     folder = ModelFolder(target_folder)
     tokenizer = Tokenizer(folder)
-    engine = Engine(target_folder, budget_tokens=4096)
+    engine = Engine(target_folder, dtype=ModelFolder(target_folder).resolved(AUTO), budget_tokens=4096)
     eos = set(folder.eos_ids)
     (the,) = tokenizer.encode(" the")
     ends = {str(token): 12.0 for token in eos}

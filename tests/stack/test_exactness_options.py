@@ -11,6 +11,7 @@ from asking import Case, Client, Traffic
 
 from services.tools.local.stack import Stack
 from shared.engine import Engine, Step
+from shared.models.folder import AUTO, ModelFolder
 
 
 @pytest.mark.parametrize("draft", ["none", "lookup", "hidden", "combined"])
@@ -47,7 +48,7 @@ async def test_log_probabilities_are_the_targets_with_any_draft(
     (first,) = found[:1]
     tokens = [int(name.removeprefix("token_id:")) for name in first["tokens"]]
     assert tokens[: len(cases[3].prompt)] == cases[3].prompt
-    engine = Engine(target_folder, budget_tokens=1024)
+    engine = Engine(target_folder, dtype=ModelFolder(target_folder).resolved(AUTO), budget_tokens=1024)
     engine.attach("reference", tokens)
     logits = engine.forward([Step("reference", tokens, rows=len(tokens))]).logits
     rows = torch.log_softmax(logits.double(), -1)

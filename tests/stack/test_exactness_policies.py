@@ -14,7 +14,7 @@ from services.scheduler.core.policies import POLICIES
 from services.tools.local.stack import Stack
 from shared.engine import Engine
 from shared.messages import Sampling, Status
-from shared.models.folder import ModelFolder
+from shared.models.folder import AUTO, ModelFolder
 from shared.models.text import Tokenizer
 
 SLO_HEADERS: list[dict[str, str]] = [
@@ -29,7 +29,7 @@ def long_cases(target_folder: Path) -> list[Case]:
     """Prompts of some hundred tokens, which do not fit a short batch."""
     folder = ModelFolder(target_folder)
     tokenizer = Tokenizer(folder)
-    engine = Engine(target_folder, budget_tokens=4096)
+    engine = Engine(target_folder, dtype=ModelFolder(target_folder).resolved(AUTO), budget_tokens=4096)
     found = []
     for number, sampling in enumerate((Sampling(), Sampling(temperature=0.8, seed=5))):
         facts = " ".join(f"Fact {n}: house {n * 7 + number} is painted in colour {n * 13 % 10}." for n in range(22))

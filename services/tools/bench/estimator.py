@@ -36,6 +36,7 @@ from shared import cost
 from shared.cost.fit import VerifierFit, non_negative
 from shared.engine import Engine, Step
 from shared.messages import CostModel, Measurement
+from shared.models.folder import AUTO, ModelFolder
 
 DECODE, VERIFY, PREFILL, MIXED = KINDS = ("decode", "verify", "prefill chunk", "mixed")
 TRAFFIC = (0.3, 0.5, 0.1, 0.1)
@@ -140,7 +141,7 @@ def solve_us(fit: VerifierFit, measured: Sequence[Measurement]) -> float:
 
 def main(
     model: ModelOption = DEFAULT_TARGET,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = AUTO,
     threads: EngineThreadsOption = 1,
     live: Annotated[int, typer.Option(min=1, help="Batches of the live stream.")] = 200,
     held: Annotated[int, typer.Option(min=1, help="Held-out batches of each kind.")] = 60,
@@ -150,6 +151,7 @@ def main(
     with errors_shown():
         threads = threads or torch.get_num_threads()
         folder = target_folder(model, ConsoleProgress(terminal()))
+        dtype = ModelFolder(folder).resolved(dtype)
         engine = Engine(folder, dtype=dtype, threads=threads, budget_tokens=SESSIONS * (LONGEST + max(CHUNKS)))
         found = _compare(engine, live, held, random.Random(seed))
         predict, solve = call_us(found.models[ONLINE], found.learnt), solve_us(found.fit, found.learnt)

@@ -33,12 +33,12 @@ class Reference:
 class References:
     """The reference answers of one model."""
 
-    def __init__(self, target: Path, questions: Iterable[ChaosQuestion], longest: int, dtype: str = "bfloat16") -> None:
+    def __init__(self, target: Path, questions: Iterable[ChaosQuestion], longest: int, dtype: str = "auto") -> None:
         """longest: most output tokens of an answer."""
         folder = ModelFolder(target)
         self._tokenizer = Tokenizer(folder)
         self._stop_ids = frozenset(folder.eos_ids)
-        engine = Engine(target, dtype=dtype, budget_tokens=4096)
+        engine = Engine(target, dtype=folder.resolved(dtype), budget_tokens=4096)
         self.of = {question.number: self._answer(engine, question, longest) for question in questions}
         """Reference by the question's number."""
 

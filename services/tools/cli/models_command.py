@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from services.tools.cli.terminal import errors_shown, out
-from shared.models.folder import DTYPES
+from shared.models.folder import AUTO, DTYPES
 
 app = typer.Typer(help="Prepare, check and list the models on this machine.", no_args_is_help=True)
 
@@ -36,7 +36,7 @@ def prepare(
 @app.command("check")
 def check(
     model: Annotated[Path, typer.Argument(help="A model's folder.")],
-    dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join(DTYPES)}.")] = "bfloat16",
+    dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join([AUTO, *DTYPES])}.")] = AUTO,
 ) -> None:
     """Load a model, compute a few tokens, and say how it runs: exactly, without that promise, or not at all."""
     with errors_shown():
@@ -48,6 +48,7 @@ def check(
         folder.require_weights()
         validate(folder)
         refuse_bad_sampling(model)
+        dtype = folder.resolved(dtype)
         trial = try_model(folder, dtype)
         kind = folder.config.get("model_type")
         out.print(f"{folder.name} (model_type {kind}) runs in {dtype}.", soft_wrap=True, highlight=False)

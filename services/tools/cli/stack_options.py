@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 class Dtype(StrEnum):
     """Formats of the target's weights."""
 
+    AUTO = "auto"
     BFLOAT16 = "bfloat16"
     FLOAT32 = "float32"
     INT8 = "int8"
@@ -66,7 +67,8 @@ DtypeOption = Annotated[
     Dtype | None,
     typer.Option(
         "--dtype",
-        help="Format of the target's weights; gguf keeps the blocks of a GGUF file. \\[default: bfloat16]",
+        help="Format of the target's weights. \\[default: auto: gguf for a GGUF file, whose blocks it keeps; else "
+        "bfloat16]",
     ),
 ]
 DraftersOption = Annotated[int, typer.Option("--drafters", min=1, help="Drafter processes.")]

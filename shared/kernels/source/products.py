@@ -2,7 +2,7 @@
 
 Every output is one chain of `fma` over the inputs in ascending order. So its bits depend neither on the number of rows
 nor on how work is divided, and rows need no padding. Only the number of rows that share a pass over the weights
-varies: a *tile* of up to six rows keeps its sums in registers while it reads a panel.
+varies: a *tile* of up to six rows, or twelve with AVX-512, keeps its sums in registers while it reads a panel.
 
 For more rows than two tiles a panel is first unpacked to float32 (the same values), part by part, so that the part
 stays in the cache while all tiles read it.
@@ -46,15 +46,16 @@ from shared.kernels.source.vectors import (
     store,
 )
 
-TILE_ROWS: Final = 6
-UNPACK_ROWS: Final = 2 * TILE_ROWS
-"""More rows than this are multiplied with unpacked panels."""
 HALF: Final = PANEL // 2
 LINE: Final = 64
 """Bytes of a line of the cache."""
 
 # Registers are as wide as the CPU that the code is compiled for has them. The bits are the same with every width.
 WIDTH: Final = vector_lanes()
+TILE_ROWS: Final = 12 if WIDTH == HALF else 6
+"""Most rows of a tile: AVX-512 has 32 registers, each as wide as half a panel, other CPUs 16 or narrower ones."""
+UNPACK_ROWS: Final = 2 * TILE_ROWS
+"""More rows than this are multiplied with unpacked panels."""
 
 
 class _Operand:
@@ -155,56 +156,92 @@ def _over_inputs(
     return loop(b, b.sdiv(depth, constant(I64, SCALE_BLOCK)), carried, blocks)
 
 
-def _tile(form: str, rows: int, panels: int) -> Any:
-    """Return an intrinsic for `out += a @ weights`.
-
-    Its arguments: addresses of a (rows, depth) float32, of the panels, and of out (rows, panels * 32) float32; strides
-    of a and out in bytes; the size of a panel; the depth, a multiple of `SCALE_BLOCK`.
-    """
+def _emit_tile(b: Any, form: str, rows: int, panels: int, args: Sequence[Any]) -> None:
+    """Emit `out += a @ weights`. args: as those of `_row` and `_tile` after its number of rows."""
+    a, a_stride, weights, panel_bytes, depth, out, stride = args
     groups = [(panel, first) for panel in range(panels) for first in range(0, HALF, WIDTH)]
     # All sums of a pass must fit the registers.
     at_once = len(groups) if rows <= 2 else 1
+    a_rows = [b.add(a, b.mul(a_stride, constant(I64, r))) for r in range(rows)]
+    floats = _Operand.floats
+    for begin in range(0, len(groups), at_once):
+        chosen = groups[begin : begin + at_once]
+        operands = [
+            (b.add(weights, b.mul(panel_bytes, constant(I64, panel))), _Operand(form, first)) for panel, first in chosen
+        ]
+        places = [
+            b.add(b.add(out, b.mul(stride, constant(I64, r))), constant(I64, 4 * (panel * PANEL + first + half)))
+            for r in range(rows)
+            for panel, first in chosen
+            for half in (0, HALF)
+        ]
+
+        def step(k: Any, read: list[Any], sums: list[Any]) -> list[Any]:
+            flat = [w for pair in read for w in pair]
+            following = []
+            for r in range(rows):
+                x = repeated(b, load(b, b.add(a_rows[r], b.mul(k, constant(I64, 4))), F32), WIDTH)
+                mine = sums[r * len(flat) : (r + 1) * len(flat)]
+                following += [multiply_add(b, x, w, s) for w, s in zip(flat, mine, strict=True)]
+            return following
+
+        following_panel = b.add(weights, b.mul(panel_bytes, constant(I64, panels)))
+        ahead = (following_panel, begin // at_once, len(groups) // at_once)
+        sums = _over_inputs(b, form, depth, operands, [load(b, p, floats) for p in places], step, ahead)
+        for value, place in zip(sums, places, strict=True):
+            store(b, value, place)
+
+
+def _row(form: str) -> Any:
+    """Return an intrinsic for `out += a @ weights` with one row.
+
+    Its arguments: addresses of a (1, depth) float32, of two panels, and of out (1, 64) float32; strides of a and out in
+    bytes; the size of a panel; the depth, a multiple of `SCALE_BLOCK`.
+    """
 
     @intrinsic
-    def tile(
+    def row(
         typingctx: Any, a: Any, a_stride: Any, weights: Any, panel_bytes: Any, depth: Any, out: Any, stride: Any
     ) -> Any:
         def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
-            a, a_stride, weights, panel_bytes, depth, out, stride = args
-            a_rows = [b.add(a, b.mul(a_stride, constant(I64, r))) for r in range(rows)]
-            floats = _Operand.floats
-            for begin in range(0, len(groups), at_once):
-                chosen = groups[begin : begin + at_once]
-                operands = [
-                    (b.add(weights, b.mul(panel_bytes, constant(I64, panel))), _Operand(form, first))
-                    for panel, first in chosen
-                ]
-                places = [
-                    b.add(
-                        b.add(out, b.mul(stride, constant(I64, r))), constant(I64, 4 * (panel * PANEL + first + half))
-                    )
-                    for r in range(rows)
-                    for panel, first in chosen
-                    for half in (0, HALF)
-                ]
-
-                def step(k: Any, read: list[Any], sums: list[Any]) -> list[Any]:
-                    flat = [w for pair in read for w in pair]
-                    following = []
-                    for r in range(rows):
-                        x = repeated(b, load(b, b.add(a_rows[r], b.mul(k, constant(I64, 4))), F32), WIDTH)
-                        mine = sums[r * len(flat) : (r + 1) * len(flat)]
-                        following += [multiply_add(b, x, w, s) for w, s in zip(flat, mine, strict=True)]
-                    return following
-
-                following_panel = b.add(weights, b.mul(panel_bytes, constant(I64, panels)))
-                ahead = (following_panel, begin // at_once, len(groups) // at_once)
-                sums = _over_inputs(b, form, depth, operands, [load(b, p, floats) for p in places], step, ahead)
-                for value, place in zip(sums, places, strict=True):
-                    store(b, value, place)
+            _emit_tile(b, form, 1, 2, args)
             return context.get_dummy_value()
 
         return types.void(*[types.int64] * 7), emit
+
+    return row
+
+
+def _tile(form: str) -> Any:
+    """Return an intrinsic for `out += a @ weights` with one panel. Its first argument is the number of rows, 2 to
+    TILE_ROWS; the others are those of `_row`."""
+
+    @intrinsic
+    def tile(
+        typingctx: Any,
+        rows: Any,
+        a: Any,
+        a_stride: Any,
+        weights: Any,
+        panel_bytes: Any,
+        depth: Any,
+        out: Any,
+        stride: Any,
+    ) -> Any:
+        def emit(context: Any, b: Any, signature: Any, args: Any) -> Any:
+            count, *others = args
+            cases = {rows: b.append_basic_block() for rows in range(2, TILE_ROWS + 1)}
+            after = b.append_basic_block()
+            chosen = b.switch(count, cases[TILE_ROWS])
+            for rows, case in cases.items():
+                chosen.add_case(constant(I64, rows), case)
+                b.position_at_end(case)
+                _emit_tile(b, form, rows, 1, others)
+                b.branch(after)
+            b.position_at_end(after)
+            return context.get_dummy_value()
+
+        return types.void(*[types.int64] * 8), emit
 
     return tile
 
@@ -235,7 +272,7 @@ def _unpack(form: str) -> Any:
 
 def _tiles(form: str) -> Callable[..., None]:
     """Return the function that multiplies two rows or more with one panel, tile by tile."""
-    two, three, four, five, six = (_tile(form, rows, 1) for rows in range(2, TILE_ROWS + 1))
+    tile = _tile(form)
 
     @kernel
     def tiles(rows: int, a: int, a_stride: int, panel: int, ahead: int, depth: int, out: int, stride: int) -> None:
@@ -243,16 +280,7 @@ def _tiles(form: str) -> Callable[..., None]:
         for i in range(count):
             # As even as possible, so that no tile is small.
             some = (rows + count - i - 1) // (count - i)
-            if some == 2:
-                two(a, a_stride, panel, ahead, depth, out, stride)
-            elif some == 3:
-                three(a, a_stride, panel, ahead, depth, out, stride)
-            elif some == 4:
-                four(a, a_stride, panel, ahead, depth, out, stride)
-            elif some == 5:
-                five(a, a_stride, panel, ahead, depth, out, stride)
-            else:
-                six(a, a_stride, panel, ahead, depth, out, stride)
+            tile(some, a, a_stride, panel, ahead, depth, out, stride)
             rows -= some
             a += some * a_stride
             out += some * stride
@@ -260,7 +288,7 @@ def _tiles(form: str) -> Callable[..., None]:
     return tiles
 
 
-_float32_row, _bfloat16_row, _int8_row, _int4_row = (_tile(form, 1, 2) for form in FORMATS)
+_float32_row, _bfloat16_row, _int8_row, _int4_row = map(_row, FORMATS)
 _float32_tiles, _bfloat16_tiles, _int8_tiles, _int4_tiles = map(_tiles, FORMATS)
 _unpack_bfloat16, _unpack_int8, _unpack_int4 = map(_unpack, [form for form in FORMATS if form != "float32"])
 _FLOAT32, _BFLOAT16, _INT8, _INT4 = (form.number for form in FORMATS.values())

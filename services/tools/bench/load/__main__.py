@@ -41,6 +41,8 @@ from services.tools.local.progress import ConsoleProgress
 from services.tools.local.settings import LocalSettings
 from services.tools.local.target import prepare_twin
 from shared.errors import SettingsError
+from shared.models.folder import AUTO, ModelFolder
+from shared.twin.layout import is_twin
 
 ARMS = "centralized,colocated,sled,fcfs,edf,wisp,wisp+"
 SESSIONS = "2,4,8,16"
@@ -94,7 +96,7 @@ def main(
     trace: Annotated[
         str | None, typer.Option(help="Trace of the twin, instead of an acceptance (a name, or a file).")
     ] = None,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = AUTO,
     cache_tokens: Annotated[int, typer.Option(min=1024, help="KV budget of the target, in tokens.")] = 32768,
     name: Annotated[str, typer.Option(help="Name of the result files in .wisp/results.")] = NAME,
     crossover: Annotated[
@@ -120,12 +122,8 @@ def main(
         let_idle_threads_sleep()
         if crossover:
             counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, MOST_SESSIONS - 1)
-            bench = CrossoverBench(
-                crossover_workload(tokens, seed),
-                counts,
-                ArmSettings(target_folder(target, ConsoleProgress(console)), dtype, cache_tokens, admission),
-                ConsoleProgress(console),
-            )
+            shared = _settings(target, None, acceptance, None, dtype, cache_tokens, admission, console)
+            bench = CrossoverBench(crossover_workload(tokens, seed), counts, shared, ConsoleProgress(console))
             run(bench.run)
             bench.report(machine(), "crossover" if name == NAME else name, console)
             return
@@ -146,7 +144,7 @@ def main(
         settings = partial(
             _settings, target, target_profile, acceptance, trace, dtype, cache_tokens, admission, console
         )
-        facts = {"dtype": dtype, "threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
+        facts: dict[str, Any] = {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
         if target_profile:
             drafts = {"trace": trace} if trace else {"acceptance": acceptance}
             facts = {"target_profile": target_profile, **drafts, "admission": admission}
@@ -182,7 +180,7 @@ def _settings(
         folder = prepare_twin(target_profile, target or LocalSettings().target, progress, acceptance, trace)
     else:
         folder = target_folder(target, progress)
-    return ArmSettings(folder, dtype, cache_tokens, admission)
+    return ArmSettings(folder, ModelFolder(folder).resolved(dtype), cache_tokens, admission)
 
 
 def _run(
@@ -204,6 +202,8 @@ def _run(
             else:
                 of_arms = settings()
                 facts["model"] = of_arms.target.name
+                if not is_twin(of_arms.target):
+                    facts["dtype"] = of_arms.dtype
                 await campaign.run_arms(of_arms)
         finally:
             if campaign.results.points:

@@ -35,7 +35,7 @@ from services.tools.bench.support.report import conclude, machine, table, termin
 from services.tools.cli.paint import Painter
 from services.tools.cli.terminal import errors_shown, run
 from services.tools.local.progress import ConsoleProgress
-from shared.models.folder import ModelFolder
+from shared.models.folder import AUTO, ModelFolder
 from shared.models.text import Tokenizer
 
 QUICK_KINDS = "chat,code,list,rewrite"
@@ -132,7 +132,7 @@ def main(
     ] = "auto",
     threads: Annotated[int, typer.Option(min=1, help="CPU threads of the verifier, and of transformers.")] = 1,
     target: TargetOption = None,
-    dtype: DtypeOption = "bfloat16",
+    dtype: DtypeOption = AUTO,
     rivals: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")] = True,
     quick: Annotated[bool, typer.Option("--quick", help="Measure few prompts and kinds, in some minutes.")] = False,
 ) -> None:
@@ -148,7 +148,7 @@ def main(
         known_kinds = kinds_of_text()
         plan = StreamPlan(
             target=folder,
-            dtype=dtype,
+            dtype=ModelFolder(folder).resolved(dtype),
             threads=threads,
             arms=[speed.PLAIN, *some_of("--drafts", drafts, DRAFT_SOURCES)],
             delays=numbers("--delays", delays or ("0,100" if quick else "0,20,100"), LONGEST_DELAY_MS),

@@ -66,7 +66,7 @@ class TransformersArms:
         quiet.set_verbosity_error()
         quiet.disable_progress_bar()
         torch.set_num_threads(threads)
-        form = getattr(torch, dtype)
+        form = torch.float32 if dtype == "float32" else torch.bfloat16
         self._model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=form)
         layers = min(ASSISTANT_LAYERS, self._model.config.num_hidden_layers)
         self._assistant: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=form, num_hidden_layers=layers)

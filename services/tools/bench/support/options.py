@@ -18,7 +18,9 @@ TargetOption = Annotated[
     str | None, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file. \\[env: WISP_TARGET]")
 ]
 ModelOption = Annotated[str, typer.Option(help="Packaged model's name, a model's folder, or a GGUF file.")]
-DtypeOption = Annotated[str, typer.Option(help="Format of the target's weights: bfloat16, float32, int8 or gguf.")]
+DtypeOption = Annotated[
+    str, typer.Option(help="Format of the target's weights: auto, bfloat16, float32, int8 or gguf.")
+]
 EngineThreadsOption = Annotated[int, typer.Option(min=0, help="CPU threads; 0 takes all cores.")]
 
 
