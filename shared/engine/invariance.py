@@ -74,7 +74,7 @@ _UNKNOWN: frozenset[Any] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RowPadding:
-    """How rows are multiplied: padded to a multiple, and if `sliced`, no more of them at a time."""
+    """A way to multiply rows: padded to a multiple, and if `sliced`, no more of them at a time."""
 
     multiple: int
     sliced: bool = False

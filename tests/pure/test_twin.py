@@ -193,7 +193,9 @@ if loaded := {{"torch", "transformers"}} & sys.modules.keys():
     assert (done.returncode, done.stderr) == (0, "")
 
 
-@pytest.mark.parametrize(("has_logits", "features"), [(False, []), (True, ["grammar", "rules", "logprobs"])])
+@pytest.mark.parametrize(
+    ("has_logits", "features"), [(False, []), (True, ["grammar", "rules", "logprobs", "reasoning_budget"])]
+)
 async def test_a_twin_announces_no_features_that_need_logits(
     twin: TwinFolder, has_logits: bool, features: list[str]
 ) -> None:
