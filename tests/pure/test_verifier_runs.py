@@ -114,6 +114,16 @@ def test_a_run_that_ends_during_a_report_reports_the_rest_afterwards() -> None:
     assert (last.commit.tokens, last.left) == ((11,), 0)
 
 
+def test_a_refused_step_during_a_report_leaves_no_run() -> None:
+    table = RunTable(digests=False)
+    run = started(table)
+    step(table, REPORT_MS, 10)
+    (report,) = due(table, REPORT_MS)
+    table.record(run, VerifyOutcome(None, 0, 0, 0, ValueError("no room")), 10.0, REPORT_MS + 1)
+    table.reported(report)
+    assert len(table) == 0
+
+
 def test_during_a_step_only_runs_that_are_over_are_reported() -> None:
     table = RunTable(digests=False)
     started(table)

@@ -219,10 +219,14 @@ class RunTable:
         return report
 
     def reported(self, report: RunReport) -> None:
-        """Note that a report is committed. After the last one the run is gone."""
-        report.run.reporting = False
-        if report.left == 0:
-            self.drop(report.run)
+        """Note that a report is committed. After the last one the run is gone.
+
+        A run that a refused step has ended meanwhile has nothing more to report, so this report was its last one.
+        """
+        run = report.run
+        run.reporting = False
+        if report.left == 0 or (run.over and run.length == run.reported):
+            self.drop(run)
 
     def drop(self, run: Run) -> None:
         """Forget a run. Its unreported tokens are decoded again in the session's next round."""
