@@ -154,17 +154,22 @@ class SessionTable:
         With wrong accounting a session may attend to another session's KV. Every session is prefilled again with its
         next job, and so gets the right completion from there on.
         """
+        sessions = len(self.cached)
         try:
-            await self._thread.run(self._engine.integrity)
+            await self._thread.run(self._check_or_reset)
         except AssertionError as error:
             metrics.INTEGRITY_ERRORS.inc()
             self._log.error(
                 "KV cache accounting is wrong: the cache is dropped, sessions are prefilled again",
                 error=str(error),
-                sessions=len(self.cached),
+                sessions=sessions,
             )
-            await self._thread.run(self._reset)
 
-    def _reset(self) -> None:
-        self._engine.reset()
-        self.cached = {}
+    def _check_or_reset(self) -> None:
+        """Check the cache, and drop it before the next step if it is wrong. Raises AssertionError."""
+        try:
+            self._engine.integrity()
+        except AssertionError:
+            self._engine.reset()
+            self.cached = {}
+            raise

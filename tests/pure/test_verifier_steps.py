@@ -154,6 +154,24 @@ async def test_other_work_goes_before_a_step_that_waits(thread: EngineThread) ->
     assert order == ["other", "step"]
 
 
+async def test_no_step_computes_with_a_cache_that_is_wrong(
+    thread: EngineThread, sessions: SessionTable, steps: ModelSteps, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def wrong() -> None:
+        raise AssertionError("a block is lost")
+
+    steps.ready.append(await work(sessions, builders.job()))
+    await thread.step(steps.compute)
+    assert sessions.cached
+    monkeypatch.setattr(thread.engine, "integrity", wrong)
+    async with held(thread):
+        checked = asyncio.ensure_future(sessions.check_integrity())
+        await asyncio.sleep(0)
+        step = thread.step(lambda: sessions.cached)
+    await checked
+    assert await step == {}
+
+
 async def test_errors_of_the_thread_reach_those_who_wait(thread: EngineThread) -> None:
     def fail() -> None:
         raise ValueError("no")
