@@ -51,10 +51,8 @@ class Arrivals:
     def put(self, batch: Batch) -> None:
         """Accept a batch."""
         self._log.debug("batch received", batch=batch.batch, jobs=[[job.session, job.round] for job in batch.jobs])
-        spans = None
-        if tracing.is_on() and not (spans := BatchSpans.begin(batch, self._membership.verifier_id)).jobs:
-            spans = None
-        self._batches.put_nowait((batch, spans))
+        spans = BatchSpans.begin(batch, self._membership.verifier_id) if tracing.is_on() else None
+        self._batches.put_nowait((batch, spans if spans is not None and spans.jobs else None))
 
     async def run(self) -> None:
         """Read the sessions of each batch, for ever."""

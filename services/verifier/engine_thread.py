@@ -69,10 +69,10 @@ class EngineThread:
         self.engine = engine
         self._executor = executor
         self._between: deque[tuple[Future[Any], Callable[[], Any]]] = deque()
-        """Work that waits for the step in progress, but for no other one."""
+        """Work for the time between two steps: it waits for the step in progress, but goes before the next one."""
 
     async def run(self, work: Callable[[], T]) -> T:
-        """Run `work` in the thread before the next step, after everything else that was passed before."""
+        """Run `work` in the thread before the next step, after the work of earlier calls; return its result."""
         done: Future[T] = Future()
         self._between.append((done, work))
         self._executor.submit(self._run_between)

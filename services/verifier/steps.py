@@ -120,7 +120,7 @@ class ModelSteps:
         return work
 
     def _keep_valid(self, work: StepWork) -> None:
-        """Leave those jobs to the commit script that the steps and commits since the batch arrived have overtaken."""
+        """Leave jobs to the commit script whose session has got a run or another length since the batch arrived."""
         for job, _ in work.tasks:
             if self.runs.join(job) is not None or not self._sessions.remembers(job):
                 work.stale.append(job)
