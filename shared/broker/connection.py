@@ -117,7 +117,7 @@ class _RestoredQueue(RobustQueue):
     _plain_only = False
     """True if only the plain name is allowed: the definitions come from an earlier version."""
     _asked: asyncio.Task[None] | None = None
-    """The question for a shared queue that RabbitMQ may not have answered yet."""
+    """The declaration of the queue that RabbitMQ may not have answered yet."""
 
     async def declare(self, timeout: TimeoutType = None) -> aiormq.spec.Queue.DeclareOk:  # noqa: ASYNC109
         """Declare the queue, with a fresh name if the connection is another than before."""
@@ -146,9 +146,10 @@ class _RestoredQueue(RobustQueue):
     async def _probe(self, channel: aiormq.abc.AbstractChannel | None = None) -> None:
         """Declare and bind the queue on a channel of its own. Raises TimeoutError without an answer in `PROBE_S`.
 
-        The question is never given up, and the next call waits for the same answer. RabbitMQ 4.3 refuses a queue whose
-        node does not run after more than a minute; where aio-pika has closed `channel` by then, the client library
-        does not confirm the refusal, and RabbitMQ ends the connection when the channel's number is used again.
+        The declaration is never given up, and the next call waits for the same answer. `channel`, which aio-pika gives
+        and soon closes, is not used: RabbitMQ 4.3 refuses a queue whose node does not run after more than a minute.
+        On a closed channel the client library does not confirm the refusal, and RabbitMQ ends the connection when the
+        channel's number is used again.
         """
         if self._asked is None or self._asked.done():
             self._asked = asyncio.create_task(self._ask())
@@ -160,7 +161,14 @@ class _RestoredQueue(RobustQueue):
 
     async def _ask(self) -> None:
         async with passing_channel(self._connection) as plain:
-            await plain.queue_declare(self.name, durable=self.durable, arguments=self.arguments, passive=self.passive)
+            await plain.queue_declare(
+                self.name,
+                durable=self.durable,
+                exclusive=self.exclusive,
+                auto_delete=self.auto_delete,
+                arguments=self.arguments,
+                passive=self.passive,
+            )
             for (exchange, key), options in tuple(self._bindings.items()):
                 await plain.queue_bind(self.name, str(exchange), key, **options)
 

@@ -312,6 +312,23 @@ async def test_prove_passes_for_a_live_consumer_and_fails_for_a_missing_one(conn
     assert await inbox.nothing_more(), f"probes ({PROBE_HEADER}) must not reach the handler"
 
 
+async def test_a_deleted_queue_of_a_process_is_made_again_for_it_alone(connect: Connect) -> None:
+    broker, other = await connect("reader"), await connect("other")
+    queue = broker.topology.own_queue("test", "x", ())
+    await broker.consume(queue, Inbox())
+    channel = await broker._connection.channel()
+    await channel.queue_delete(queue.name)
+
+    async with asyncio.timeout(HANG_S):
+        while True:
+            with suppress(BrokersError):
+                await broker.prove(queue, timeout_s=0.5)
+                break
+    channel = await other._connection.channel()
+    with pytest.raises(aiormq.exceptions.ChannelLockedResource):
+        await channel.declare_queue(queue.name, passive=True)
+
+
 async def test_a_second_process_of_the_same_name_is_refused(
     connect: Connect, amqp_url: str, namespace: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
