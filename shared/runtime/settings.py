@@ -35,7 +35,6 @@ NAME_PATTERN = r"^[A-Za-z0-9_-]{1,64}$"
 HOST_LENGTH = 46
 """Characters of a host name that go into an instance name: a pod's name fits, and the instance name has at most 64."""
 
-
 AMQP_SCHEMES = ("amqp", "amqps")
 REDIS_SCHEMES = ("redis", "rediss", "unix")
 AMQP_EXAMPLE = "amqp://user:password@127.0.0.1:5672/"

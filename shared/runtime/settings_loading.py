@@ -18,8 +18,8 @@ from shared.runtime.settings import WispSettings, variable
 SECRET = frozenset({"session_secret", "api_key"})
 """Settings whose values never appear in messages."""
 LIKE = 0.9
-"""Similarity (`difflib`) from which an unknown variable is taken for a misspelt setting. Those of one service are less
-like those of another one, and variables that Kubernetes or other programs set are less like any."""
+"""Similarity (`difflib`) from which an unknown variable is taken for a misspelt setting. No setting of one service is
+as similar as this to one of another service, nor is a variable that Kubernetes sets."""
 JSON_FORMS = {"list_type": "Input should be a list, as JSON", "dict_type": "Input should be an object, as JSON"}
 """Descriptions of these errors of pydantic that say how to write the value in a variable."""
 

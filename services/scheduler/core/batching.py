@@ -105,7 +105,7 @@ class BatchBuilder:
         self.limit_ms = limits.max_batch_ms
         """Longest predicted time that the batch may reach."""
         self.rounds_limit_ms = inf
-        """The same for its rounds alone, that are on time."""
+        """The part of `limit_ms` that its own rounds set: the shortest slack of those that are on time."""
         self.token_price_ms = 0.0
         """Least cost of a draft token: that of the prompt token whose place it takes, where prompts are pending."""
         self.hidden_tokens = hidden_tokens(verifier.model)
