@@ -23,7 +23,16 @@ FILES = {
         "tiny suites",
     ),
     **dict.fromkeys(("test_compiled_pass.py", "test_families.py", "test_hidden_draft_passes.py"), "families"),
-    **dict.fromkeys(("test_bench_gpu.py", "test_gpu_decoder.py", "test_gpu_engine.py", "test_gpu_kernels.py"), "gpu"),
+    **dict.fromkeys(
+        (
+            "test_bench_gpu.py",
+            "test_gpu_decoder.py",
+            "test_gpu_engine.py",
+            "test_gpu_kernels.py",
+            "test_gpu_several.py",
+        ),
+        "gpu",
+    ),
     **dict.fromkeys(("test_errors.py", "test_layers.py", "test_names.py", "test_surfaces.py"), "source"),
 }
 """Files that share what takes long to make, such as tiny models of all families or the parsed source, and suites with

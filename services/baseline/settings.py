@@ -8,12 +8,13 @@ from pydantic import Field, model_validator
 
 from services.drafter.settings import DraftSettings
 from services.gateway.settings import ApiSettings
+from services.verifier.settings import GpuSettings
 from shared.runtime.settings import ProcessSettings
 
 Baseline = Literal["centralized", "colocated"]
 
 
-class BaselineSettings(ProcessSettings, ApiSettings, DraftSettings):
+class BaselineSettings(ProcessSettings, ApiSettings, DraftSettings, GpuSettings):
     """One server without other services: the gateway's HTTP API in front of an engine of its own."""
 
     serving: Baseline = Field(

@@ -39,8 +39,16 @@ class EngineSettings(Protocol):
         """CPU threads."""
 
     @property
-    def cache_tokens(self) -> int:
-        """KV budget."""
+    def cache_tokens(self) -> int | None:
+        """KV budget; None for what a GPU's memory leaves."""
+
+    @property
+    def gpu_memory(self) -> float:
+        """Share of a GPU's memory."""
+
+    @property
+    def gpus(self) -> int:
+        """GPUs that compute the model together."""
 
 
 def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) -> TargetEngine:
@@ -58,6 +66,8 @@ def load_engine(target: Path, settings: EngineSettings, *, keep_hidden: bool) ->
         threads=settings.threads,
         budget_tokens=settings.cache_tokens,
         keep_hidden=keep_hidden,
+        gpu_memory=settings.gpu_memory,
+        gpus=settings.gpus,
     )
 
 

@@ -57,6 +57,7 @@ async def serve(settings: VerifierSettings, instance: str, stop: asyncio.Event) 
             "bits of logits depend on the batch on this torch device: completions may differ in rare close calls",
             device=settings.device,
         )
+    log.info("the target model is loaded", cache_tokens=engine.budget_tokens, gpus=settings.gpus)
     emulated = EmulatedCost(settings.emulated_cost) if settings.emulated_cost else None
     measured: Sequence[Measurement] = ()
     if settings.profile:

@@ -4,20 +4,56 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field, field_validator
+from pydantic import Field, field_validator, model_validator
 
 from shared.cost.model import SIZE
-from shared.runtime.settings import ServiceSettings, SessionSecretSettings, SessionTtlSettings, TargetSettings
+from shared.runtime.settings import (
+    ServiceSettings,
+    SessionSecretSettings,
+    SessionTtlSettings,
+    TargetSettings,
+    WispSettings,
+)
 
 KvHandoff = Literal["off", "drain", "write-through"]
 
 
-class VerifierSettings(ServiceSettings, TargetSettings, SessionTtlSettings, SessionSecretSettings):
-    """Settings of one verifier process: one target model on one torch device."""
+class GpuSettings(WispSettings):
+    """Settings of an engine on GPUs."""
+
+    gpu_memory: float = Field(
+        0.9,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory for the model, its KV and buffers, at most what is free at the start",
+    )
+    gpus: int = Field(
+        1,
+        ge=1,
+        le=16,
+        description="GPUs of this node that compute the target together, from the device on; the target's heads are "
+        "split among them",
+    )
+
+    @model_validator(mode="after")
+    def _gpus_are_of_a_node(self) -> GpuSettings:
+        device = getattr(self, "device", "cuda")
+        if self.gpus > 1 and not device.startswith("cuda"):
+            raise ValueError(f"WISP_GPUS={self.gpus} needs WISP_DEVICE=cuda, and it is {device}")
+        return self
+
+
+class VerifierSettings(ServiceSettings, TargetSettings, SessionTtlSettings, SessionSecretSettings, GpuSettings):
+    """Settings of one verifier process: one target model on one torch device, or on several GPUs."""
 
     device: str = Field("cpu", description="torch device of the target model: cpu, cuda, cuda:1")
     threads: int = Field(1, ge=1, le=256, description="CPU threads for the model")
-    cache_tokens: int = Field(10240, ge=64, description="KV budget in tokens, shared prefixes counted once")
+    cache_tokens: int | None = Field(
+        None,
+        ge=64,
+        description="KV budget in tokens, shared prefixes counted once; default: what WISP_GPU_MEMORY leaves with the "
+        "kernels for GPUs, and 10240 elsewhere",
+    )
     keep_hidden: bool = Field(
         True, description="keep the target's hidden states (5 % of the KV memory) for drafters that ask for them"
     )
@@ -36,6 +72,15 @@ class VerifierSettings(ServiceSettings, TargetSettings, SessionTtlSettings, Sess
         description="coefficients of a cost model, as JSON: every batch takes at least the milliseconds that it "
         "predicts, to run more verifiers than there are cores; none in production",
     )
+
+    @model_validator(mode="after")
+    def _hands_whole_blocks_over(self) -> VerifierSettings:
+        if self.gpus > 1 and self.kv_handoff != "off":
+            raise ValueError(
+                "WISP_KV_HANDOFF must be off with WISP_GPUS over 1: each GPU holds a part of the KV, which is not "
+                "handed over"
+            )
+        return self
 
     @field_validator("emulated_cost")
     @classmethod

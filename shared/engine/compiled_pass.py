@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from shared.engine.views import block_views
+from shared.engine.views import ViewedBlocks, block_views
 from shared.engine.weights import described
 from shared.kernels.cache import PackedBatch
 from shared.kernels.decoder import Decoder
@@ -21,7 +21,7 @@ KV_FORMATS = {"float32": "float32", "bfloat16": "bfloat16", "int8": "bfloat16", 
 """Format of keys and values, by the engine's dtype."""
 
 
-class CompiledPass:
+class CompiledPass(ViewedBlocks):
     """A described model. Its activations are float32 for every format of weights."""
 
     batch_invariant = True
@@ -29,6 +29,7 @@ class CompiledPass:
 
     def __init__(self, folder: Path, *, form: str, threads: int, blocks: int) -> None:
         """form: format of the weights. Raises NotDescribed (take `ModulePass`) and ModelError."""
+        self.blocks = blocks
         self.model, self._decoder = _load(folder, form, threads, blocks)
         self.vocab_size, self.hidden_size, self.max_len = (
             self.model.vocab_size,

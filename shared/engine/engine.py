@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.engine.blocks import BlockPool, Growth
-from shared.engine.forward import ForwardPass, require_model_folder, usable
+from shared.engine.forward import DEFAULT_BLOCKS, ForwardPass, PassOptions, require_model_folder, usable
 from shared.engine.steps import ChoiceRow, Step
 from shared.errors import BadStep, EngineError, ModelError, TooLong
 from shared.kernels.cache import PackedBatch
@@ -83,14 +83,18 @@ class Engine:
         dtype: str = "bfloat16",
         device: str = "cpu",
         threads: int = 1,
-        budget_tokens: int = 16384,
+        budget_tokens: int | None = 16384,
         keep_hidden: bool = False,
+        gpu_memory: float = 1.0,
+        gpus: int = 1,
     ) -> None:
         """folder: a Hugging Face model folder (config.json and safetensors). budget_tokens: KV budget, rounded down
-        to blocks of 64 tokens. keep_hidden: keep final hidden states beside the KV, see `hidden`. Raises ModelError
-        (folder or architecture unusable) and EngineError (a setting is invalid, or unusable on this machine).
+        to blocks of 64 tokens; None for what a GPU's memory leaves, and 10,240 without kernels for GPUs. keep_hidden:
+        keep final hidden states beside the KV, see `hidden`. gpu_memory: share of a GPU's memory that may be taken.
+        gpus: GPUs that compute the model together, from `device` on. Raises ModelError (folder or architecture
+        unusable) and EngineError (a setting is invalid, or unusable on this machine).
         """
-        if dtype not in DTYPES or budget_tokens < BLOCK or threads < 1:
+        if dtype not in DTYPES or (budget_tokens is not None and budget_tokens < BLOCK) or threads < 1:
             raise EngineError(
                 f"dtype={dtype!r}, budget_tokens={budget_tokens}, threads={threads}: dtype must be one of "
                 f"{', '.join(DTYPES)}, the budget at least {BLOCK} tokens, threads at least 1"
@@ -98,13 +102,15 @@ class Engine:
         torch.set_num_threads(threads)
         self.threads = threads
         self._device = usable(device)
-        self._pool = BlockPool(budget_tokens // BLOCK)
-        self.budget_tokens = self._pool.capacity * BLOCK
         self._tainted: set[int] = set()
         """Blocks whose KV may hold values that are not finite, as finite weights can overflow. The rest of a block is
         multiplied by zero in the attention of its next session, and zero times NaN is NaN: they are cleared before."""
-        self._pass, self.module_code_reason = _forward_pass(folder, dtype, self._device, threads, self._pool.capacity)
+        blocks = None if budget_tokens is None else budget_tokens // BLOCK
+        options = PassOptions(dtype, self._device, threads, blocks, keep_hidden, gpu_memory, gpus)
+        self._pass, self.module_code_reason = _forward_pass(folder, options)
         """Reason for taking transformers' slower module code; empty for the compiled pass."""
+        self._pool = BlockPool(self._pass.blocks)
+        self.budget_tokens = self._pool.capacity * BLOCK
         self.vocab_size = self._pass.vocab_size
         self.hidden_size = self._pass.hidden_size
         self.max_len = self._pass.max_len
@@ -204,8 +210,13 @@ class Engine:
         """Return views of all tensors of a block."""
         views = list(self._pass.views(block))
         if self._hidden is not None:
-            views.append(self._hidden[block * BLOCK : (block + 1) * BLOCK])
+            views.append(self._rows(block))
         return views
+
+    def _rows(self, block: int) -> torch.Tensor:
+        """Return a view of a block's hidden states."""
+        assert self._hidden is not None
+        return self._hidden[block * BLOCK : (block + 1) * BLOCK]
 
     def _slots(self, spans: Sequence[tuple[str, int, int]]) -> torch.Tensor:
         """Return the slots of positions in the blocks; each span is (session, first position, count)."""
@@ -242,8 +253,9 @@ class Engine:
         try:
             self._clear_fresh(growth)
             for source, target in growth.copies:
-                for there, here in zip(self._views(source), self._views(target), strict=True):
-                    here.copy_(there)
+                self._pass.copy_block(source, target)
+                if self._hidden is not None:
+                    self._rows(target).copy_(self._rows(source))
                 if source in self._tainted:
                     self._tainted.add(target)
             output = self._compute(steps)
@@ -258,8 +270,9 @@ class Engine:
         """Clear tainted blocks that a session has newly got."""
         for session, former in growth.former.items():
             for block in self._tainted.intersection(self._pool.table(session)).difference(former):
-                for view in self._views(block):
-                    view.zero_()
+                self._pass.clear_block(block)
+                if self._hidden is not None:
+                    self._rows(block).zero_()
                 self._tainted.discard(block)
 
     def _check(self, steps: Sequence[Step]) -> None:
@@ -304,40 +317,54 @@ class Engine:
         return Output(logits, offsets)
 
 
-def _kernel_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> ForwardPass:
+def _kernel_pass(folder: Path, options: PassOptions) -> ForwardPass:
     """Return the compiled pass on the CPU, and that by Triton kernels on NVIDIA GPUs. Raises NotDescribed."""
-    if device.type == "cpu":
+    torch_device = options.torch_device
+    if torch_device.type == "cpu":
         from shared.engine.compiled_pass import CompiledPass
 
-        return CompiledPass(folder, form=dtype, threads=threads, blocks=blocks)
-    if device.type != "cuda" or torch.version.hip:
-        raise NotDescribed(f"kernels run on CPUs and NVIDIA GPUs, not on {device}")
+        blocks = options.blocks or DEFAULT_BLOCKS
+        return CompiledPass(folder, form=options.dtype, threads=options.threads, blocks=blocks)
+    if torch_device.type != "cuda" or torch.version.hip:
+        raise NotDescribed(f"kernels run on CPUs and NVIDIA GPUs, not on {torch_device}")
     try:
         from shared.engine.gpu_pass import GpuPass
     except ImportError as error:
         raise NotDescribed(f"the kernels for GPUs need Triton, which cannot be loaded ({error})") from error
-    return GpuPass(folder, form=dtype, torch_device=device, blocks=blocks)
+    return GpuPass(folder, options)
 
 
-def _forward_pass(folder: Path, dtype: str, device: torch.device, threads: int, blocks: int) -> tuple[ForwardPass, str]:
+def _forward_pass(folder: Path, options: PassOptions) -> tuple[ForwardPass, str]:
     """Return the pass by kernels if it covers model and device, else transformers' module code and the reason."""
     require_model_folder(folder)
     try:
-        return _kernel_pass(Path(folder), dtype, device, threads, blocks), ""
+        return _kernel_pass(Path(folder), options), ""
     except NotDescribed as error:
         doubt = error
     reason = str(doubt)
-    if dtype not in ("bfloat16", "float32"):
+    if options.gpus > 1:
+        raise EngineError(
+            f"{folder} cannot be computed by {options.gpus} GPUs together, which needs the kernels for GPUs: {reason}. "
+            "Leave WISP_GPUS out to compute it on one"
+        )
+    if options.dtype not in ("bfloat16", "float32"):
         if isinstance(doubt, Inconsistent):
             raise ModelError(f"{folder}: {reason}. Correct config.json, or download the model again.")
         raise EngineError(
-            f"{dtype} weights need the compiled pass, which cannot take {folder}: {reason}. With "
+            f"{options.dtype} weights need the compiled pass, which cannot take {folder}: {reason}. With "
             "WISP_DTYPE=bfloat16 or float32, transformers' module code may compute it; `wisp models check` tries"
         )
     from shared.engine.module_pass import ModulePass
 
     try:
-        return ModulePass(folder, dtype=DTYPES[dtype], device=device, threads=threads, blocks=blocks), reason
+        module_pass = ModulePass(
+            folder,
+            dtype=DTYPES[options.dtype],
+            device=options.torch_device,
+            threads=options.threads,
+            blocks=options.blocks or DEFAULT_BLOCKS,
+        )
+        return module_pass, reason
     except ModelError as error:
         if isinstance(doubt, Inconsistent):
             raise ModelError(f"{error} (The compiled pass does not take it either: {reason}.)") from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +12,32 @@ import torch
 from shared.errors import EngineError, ModelError
 from shared.kernels.cache import PackedBatch
 
+DEFAULT_BLOCKS = 160
+"""Capacity of the KV cache where no number is given, but on GPUs with kernels."""
+
+
+@dataclass(frozen=True, slots=True)
+class PassOptions:
+    """How a model is loaded."""
+
+    dtype: str
+    """Format of the weights (`folder.DTYPES`)."""
+    torch_device: torch.device
+    threads: int
+    blocks: int | None
+    """Capacity of the KV cache; None for what the GPU's memory leaves, and `DEFAULT_BLOCKS` elsewhere."""
+    keep_hidden: bool = False
+    gpu_memory: float = 1.0
+    """Share of a GPU's memory that may be taken."""
+    gpus: int = 1
+    """GPUs that compute the model together, from `torch_device` on."""
+
 
 class ForwardPass(Protocol):
     """A loaded model with its KV cache."""
 
+    blocks: int
+    """Capacity of the KV cache."""
     vocab_size: int
     hidden_size: int
     max_len: int
@@ -25,7 +48,16 @@ class ForwardPass(Protocol):
     """True if the bits of a session's logits do not depend on the other sessions of a pass."""
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
-        """Return views of a block's keys and values in all layers, for reading or writing whole blocks."""
+        """Return views of a block's keys and values in all layers, for reading or writing whole blocks.
+
+        With several GPUs they are those of the first one's heads.
+        """
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block's keys and values."""
+
+    def clear_block(self, block: int) -> None:
+        """Set a block's keys and values to zero."""
 
     def run(
         self, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int]

@@ -15,6 +15,7 @@ from shared.engine.invariance import CANDIDATES, PaddedRows, RecordedProducts, R
 from shared.engine.loading import load
 from shared.engine.positions import fix_positions
 from shared.engine.session_check import Padding, check_sessions, refuse_stateful
+from shared.engine.views import ViewedBlocks
 from shared.errors import ModelError
 from shared.kernels.cache import KvShape, PackedBatch, positions_of
 
@@ -22,13 +23,13 @@ RECORDED_ROWS = max(CANDIDATES)
 """Rows of the first pass, which records what the model does."""
 
 
-class ModulePass:
+class ModulePass(ViewedBlocks):
     """A model of transformers. Rows are padded so that matrix products have the same bits for any number of rows, where
     that is possible (`invariance`). A model whose sessions would change each other is refused (`session_check`)."""
 
     def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, threads: int, blocks: int) -> None:
         """Raises ModelError."""
-        self._device, self._dtype, self._threads = device, dtype, threads
+        self._device, self._dtype, self._threads, self.blocks = device, dtype, threads, blocks
         self._model = load(folder, dtype, device).to(device)
         config = self._model.config.get_text_config()
         with refusals(self._model.config.model_type):

@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from shared.gpu_kernels.decoder import GpuDecoder, Graphs
-from shared.gpu_kernels.products import NARROW, ROW_TILE, WIDE
+from shared.gpu_kernels.contracts import Graphs
+from shared.gpu_kernels.decoder import GpuDecoder
+from shared.gpu_kernels.plan import ROW_TILE
+from shared.gpu_kernels.products import NARROW, WIDE
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
 

@@ -3,72 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Any, Final, Protocol
+from typing import Any, Final
 
 import torch
 
 from shared.gpu_kernels import source
+from shared.gpu_kernels.contracts import Announce, Graphs, Peers
 from shared.gpu_kernels.launches import Launcher, launch
-from shared.gpu_kernels.plan import ALIGNMENT, ROW_SECTIONS, LaunchPlan, plan_batch
+from shared.gpu_kernels.parts import head_columns
+from shared.gpu_kernels.plan import (
+    ALIGNMENT,
+    ROW_SECTIONS,
+    ROW_TILE,
+    RUN_FLOATS,
+    LaunchPlan,
+    plan_batch,
+    width,
+)
 from shared.gpu_kernels.products import (
     DTYPES,
     NARROW,
-    ROW_TILE,
     WIDE,
     WIDE_FROM,
     DeviceProduct,
     ProductTiles,
     ReadWeight,
-    WeightLoader,
 )
+from shared.gpu_kernels.rotations import DeviceRotations
+from shared.gpu_kernels.weights import DeviceLayer, DeviceModel, DeviceNorm
 from shared.kernels.cache import PackedBatch
 from shared.kernels.formats import padded
 from shared.kernels.layout import BLOCK
-from shared.models.description import AttentionDescription, LayerDescription, Linear, ModelDescription, Norm, Rope
-from shared.models.rope import rotation_table
+from shared.models.description import AttentionDescription, ModelDescription
 
 RUN: Final[int] = source.SPLIT.value
 """Tokens of a run of keys."""
-RUN_FLOATS: Final = 1 << 24
-"""Most floats of the runs' results. Batches beyond compute the runs of a span one after the other."""
 _WARPS: Final = {"num_warps": 4, "num_stages": 2}
-
-
-class Graphs(Protocol):
-    """Steps whose launches are one (`graphs.StepGraphs`)."""
-
-    def logits(self, rows: int, runs: int) -> torch.Tensor | None:
-        """Compute the batch in the buffers; return the logits of its wanted rows, or None for too large a batch."""
-
-
-def _width(count: int, least: int = 1) -> int:
-    """Return the next power of two, at least `least`."""
-    return max(least, 1 << (count - 1).bit_length())
-
-
-@dataclass(frozen=True, slots=True)
-class _DeviceNorm:
-    gain: torch.Tensor
-    eps: float
-
-
-@dataclass(frozen=True, slots=True)
-class _DeviceLayer:
-    """A layer's weights."""
-
-    description: LayerDescription
-    qkv: DeviceProduct
-    out: DeviceProduct
-    gate: DeviceProduct
-    up: DeviceProduct
-    down: DeviceProduct
-    attention_norm: _DeviceNorm | None
-    attention_post_norm: _DeviceNorm | None
-    mlp_norm: _DeviceNorm | None
-    mlp_post_norm: _DeviceNorm | None
-    q_norm: _DeviceNorm | None
-    k_norm: _DeviceNorm | None
 
 
 class GpuDecoder:
@@ -87,8 +57,13 @@ class GpuDecoder:
         blocks: int,
         torch_device: torch.device,
         launcher: Launcher = launch,
+        peers: Peers | None = None,
+        announce: Announce | None = None,
     ) -> None:
-        """form: of weights, keys and values (`DTYPES`). blocks: capacity of the cache, `BLOCK` tokens each."""
+        """form: of weights, keys and values (`DTYPES`). blocks: capacity of the cache, `BLOCK` tokens each. peers: the
+        GPUs of which this one computes its part, which `model` describes; None for a whole model. announce: called with
+        each batch before it is computed.
+        """
         self.model, self.torch_device = model, torch_device
         self.wide_tiles = False
         """True if products of many rows take wide tiles. Set after a check that they have the bits of narrow ones."""
@@ -99,21 +74,34 @@ class GpuDecoder:
         self.moves = 0
         """Number of times that a buffer has got another address."""
         self._launch, self._dtype = launcher, DTYPES[form]
+        self._peers, self._announce = peers, announce
+        self._logit_columns = head_columns(model.vocab_size, peers.ranks if peers else 1)
         first = model.layers[0].attention
         self._heads, self._kv_heads, self._head_size = first.heads, first.kv_heads, first.head_size
         self._group = self._heads // self._kv_heads
-        self._lanes = _width(self._group, ROW_TILE)
+        self._lanes = width(self._group, ROW_TILE)
         shape = (len(model.layers), blocks, self._kv_heads, BLOCK, self._head_size)
         self.keys = torch.zeros(shape, dtype=self._dtype, device=torch_device)
         self.values = torch.zeros(shape, dtype=self._dtype, device=torch_device)
-        self._load(read, form)
-        self._ropes = _DeviceRotations({layer.attention.rope for layer in model.layers}, torch_device)
+        self._weights = DeviceModel(model, read, form, torch_device)
+        self._layers, self._head = self._weights.layers, self._weights.head
+        self._ropes = DeviceRotations({layer.attention.rope for layer in model.layers}, torch_device)
         self._capacity = 0
         self._grow(ROW_TILE)
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
         """Return views of a block's keys and values in all layers."""
         return [self.keys[:, block], self.values[:, block]]
+
+    def copy_block(self, source: int, target: int) -> None:
+        """Copy a block's keys and values."""
+        for held in (self.keys, self.values):
+            held[:, target] = held[:, source]
+
+    def clear_block(self, block: int) -> None:
+        """Set a block's keys and values to zero."""
+        for view in self.views(block):
+            view.zero_()
 
     def forward(
         self, batch: PackedBatch, *, tokens: Sequence[int], wanted: Sequence[int] = ()
@@ -123,6 +111,8 @@ class GpuDecoder:
         Returns the last norm's output (tokens, hidden size), a view that the next call overwrites, and logits of the
         wanted rows, new (wanted, vocabulary).
         """
+        if self._announce:
+            self._announce(batch, tokens, wanted)
         rows = sum(batch.counts)
         self._grow(max(rows, len(wanted)))
         plan = plan_batch(
@@ -137,11 +127,17 @@ class GpuDecoder:
         self._cover(plan.runs)
         logits = self.graphs.logits(rows, plan.runs) if self.graphs and wanted else None
         if logits is not None:
-            return self._states[:rows], logits[: len(wanted), : self._head.outputs].clone()
+            return self._states[:rows], self._joined(logits[: len(wanted)]).clone()
         self.launch_layers(rows, plan.spans, plan.runs)
         logits = self.empty_logits(len(wanted))
         self.launch_head(len(wanted), logits)
-        return self._states[:rows], logits[: len(wanted), : self._head.outputs]
+        return self._states[:rows], self._joined(logits[: len(wanted)])
+
+    def _joined(self, logits: torch.Tensor) -> torch.Tensor:
+        """Return the whole vocabulary's logits."""
+        if self._peers and len(logits):
+            logits = self._peers.join(logits)
+        return logits[:, : self.model.vocab_size]
 
     def reserve(self, rows: int, runs: int) -> None:
         """Make room for batches of this many rows and runs of keys, and leave an inert batch in the buffers."""
@@ -158,11 +154,11 @@ class GpuDecoder:
             (rows,),
             self._x,
             self._section(0),
-            self._embedding.weight,
+            self._weights.embedding.weight,
             SIZE=size,
             X_STRIDE=stride,
-            EMBEDDING_STRIDE=self._embedding.depth,
-            WIDTH=_width(size),
+            EMBEDDING_STRIDE=self._weights.embedding.depth,
+            WIDTH=width(size),
             MULTIPLIER=self.model.embedding_multiplier,
             **_WARPS,
         )
@@ -172,17 +168,17 @@ class GpuDecoder:
             factor = layer.description.residual_multiplier
             self._multiply(rows, self._normed, layer.qkv, self._qkv)
             self._attend(number, layer, rows, spans, runs)
-            self._multiply(rows, self._attended, layer.out, self._product)
+            self._multiply_and_add(rows, self._attended, layer.out)
             self._add_and_norm(rows, self._product, factor, layer.attention_post_norm, layer.mlp_norm)
             self._multiply_gated(rows, layer)
-            self._multiply(rows, self._gated, layer.down, self._product)
+            self._multiply_and_add(rows, self._gated, layer.down)
             last = number == len(self._layers) - 1
-            norm = self._norm if last else norms[number]
+            norm = self._weights.norm if last else norms[number]
             self._add_and_norm(rows, self._product, factor, layer.mlp_post_norm, norm, keeps=last)
 
     def empty_logits(self, rows: int) -> torch.Tensor:
         """Return a buffer for the logits of this many rows, up to whole tiles."""
-        return torch.empty(padded(rows, ROW_TILE), self._head.padded_outputs, device=self.torch_device)
+        return torch.empty(padded(rows, ROW_TILE), self._logit_columns, device=self.torch_device)
 
     def launch_head(self, wanted: int, logits: torch.Tensor) -> None:
         """Launch the head for the first wanted rows in the buffers."""
@@ -200,43 +196,7 @@ class GpuDecoder:
 
     def products(self) -> list[DeviceProduct]:
         """Return one product of each shape."""
-        found = {}
-        for layer in self._layers:
-            for product in (layer.qkv, layer.out, layer.gate, layer.down):
-                found[tuple(product.weight.shape)] = product
-        found[tuple(self._head.weight.shape)] = self._head
-        return list(found.values())
-
-    def _load(self, read: ReadWeight, form: str) -> None:
-        model, loader = self.model, WeightLoader(read, form, self.torch_device)
-
-        def norm(described: Norm | None) -> _DeviceNorm | None:
-            return _DeviceNorm(loader.vector(described.gain, described.offset), described.eps) if described else None
-
-        self._embedding = loader.product([Linear(model.embedding)])
-        tied = model.head.weight == model.embedding and model.head.bias is None
-        self._head = self._embedding if tied else loader.product([model.head])
-        self._norm = norm(model.norm)
-        self._layers = []
-        for layer in model.layers:
-            attention, mlp = layer.attention, layer.mlp
-            biased = mlp.gate.bias is not None or mlp.up.bias is not None
-            self._layers.append(
-                _DeviceLayer(
-                    layer,
-                    qkv=loader.product([attention.q, attention.k, attention.v]),
-                    out=loader.product([attention.out]),
-                    gate=loader.product([mlp.gate], biased=biased),
-                    up=loader.product([mlp.up], biased=biased),
-                    down=loader.product([mlp.down]),
-                    attention_norm=norm(layer.attention_norm),
-                    attention_post_norm=norm(layer.attention_post_norm),
-                    mlp_norm=norm(layer.mlp_norm),
-                    mlp_post_norm=norm(layer.mlp_post_norm),
-                    q_norm=norm(attention.q_norm),
-                    k_norm=norm(attention.k_norm),
-                )
-            )
+        return self._weights.products()
 
     def _grow(self, rows: int) -> None:
         """Make room for this many rows. Padding columns are zero and stay so."""
@@ -305,7 +265,13 @@ class GpuDecoder:
             **options,
         )
 
-    def _multiply_gated(self, rows: int, layer: _DeviceLayer) -> None:
+    def _multiply_and_add(self, rows: int, x: torch.Tensor, product: DeviceProduct) -> None:
+        """Compute a product whose inputs are split among the peers."""
+        self._multiply(rows, x, product, self._product)
+        if self._peers:
+            self._peers.add(self._product[:rows])
+
+    def _multiply_gated(self, rows: int, layer: DeviceLayer) -> None:
         gate, up = layer.gate, layer.up
         options = gate.options(self._tiles(rows), gated=True)
         self._launch(
@@ -329,8 +295,8 @@ class GpuDecoder:
         rows: int,
         added: torch.Tensor | None,
         multiplier: float,
-        post_norm: _DeviceNorm | None,
-        norm: _DeviceNorm | None,
+        post_norm: DeviceNorm | None,
+        norm: DeviceNorm | None,
         *,
         keeps: bool = False,
     ) -> None:
@@ -348,7 +314,7 @@ class GpuDecoder:
             X_STRIDE=self._x.shape[1],
             ADDED_STRIDE=0 if added is None else added.shape[1],
             NORMED_STRIDE=self._normed.shape[1],
-            WIDTH=_width(size),
+            WIDTH=width(size),
             ADDS=added is not None,
             POST_NORMS=post_norm is not None,
             NORMS=norm is not None,
@@ -359,7 +325,7 @@ class GpuDecoder:
             **_WARPS,
         )
 
-    def _attend(self, number: int, layer: _DeviceLayer, rows: int, spans: int, runs: int) -> None:
+    def _attend(self, number: int, layer: DeviceLayer, rows: int, spans: int, runs: int) -> None:
         attention = layer.description.attention
         self._rotate_and_store(number, layer, rows)
         floats = rows * self._heads * runs
@@ -375,7 +341,7 @@ class GpuDecoder:
             "KV_HEADS": self._kv_heads,
             "GROUP": self._group,
             "HEAD_SIZE": self._head_size,
-            "HEAD_WIDTH": _width(self._head_size, 16),
+            "HEAD_WIDTH": width(self._head_size, 16),
             "WINDOW": min(attention.window, 1 << 30),
         }
         self._launch(
@@ -409,12 +375,12 @@ class GpuDecoder:
                 self._run_mixed,
                 self._run_sums,
                 runs,
-                GROUP_WIDTH=_width(self._group),
+                GROUP_WIDTH=width(self._group),
                 **shape,
                 **_WARPS,
             )
 
-    def _rotate_and_store(self, number: int, layer: _DeviceLayer, rows: int) -> None:
+    def _rotate_and_store(self, number: int, layer: DeviceLayer, rows: int) -> None:
         attention: AttentionDescription = layer.description.attention
         cosines, sines = self._ropes.tables(attention.rope)
         self._launch(
@@ -433,11 +399,11 @@ class GpuDecoder:
             QKV_STRIDE=self._qkv.shape[1],
             Q_STRIDE=self._query.shape[1],
             HEADS=self._heads,
-            HEADS_WIDTH=_width(self._heads),
+            HEADS_WIDTH=width(self._heads),
             KV_HEADS=self._kv_heads,
-            KV_WIDTH=_width(self._kv_heads),
+            KV_WIDTH=width(self._kv_heads),
             HEAD_SIZE=self._head_size,
-            HEAD_WIDTH=_width(self._head_size, 16),
+            HEAD_WIDTH=width(self._head_size, 16),
             NORMS_Q=layer.q_norm is not None,
             NORMS_K=layer.k_norm is not None,
             WHOLE=attention.norms_whole_row,
@@ -446,30 +412,3 @@ class GpuDecoder:
             PAIRS=len(attention.rope.inverse_frequencies) if attention.rope else 0,
             **_WARPS,
         )
-
-
-class _DeviceRotations:
-    """Tables of cosines and sines on the device, one pair per rope, as long as the longest session needs."""
-
-    def __init__(self, ropes: set[Rope | None], torch_device: torch.device) -> None:
-        self._ropes, self._device = [rope for rope in ropes if rope], torch_device
-        self._length = 0
-        self._tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
-        self._none = torch.zeros(1, device=torch_device)
-
-    def cover(self, length: int) -> bool:
-        """Have positions up to `length`. Returns whether the tables have moved."""
-        if length <= self._length:
-            return False
-        self._length = _width(length, 1024)
-        for rope in self._ropes:
-            cosines, sines = rotation_table(rope, self._length)
-            self._tables[rope] = (
-                torch.from_numpy(cosines).to(self._device),
-                torch.from_numpy(sines).to(self._device),
-            )
-        return True
-
-    def tables(self, rope: Rope | None) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return a rope's cosines and sines, each (positions, pairs)."""
-        return self._tables[rope] if rope else (self._none, self._none)

@@ -12,11 +12,20 @@ from numpy.typing import NDArray
 from shared.kernels.cache import PackedBatch, positions_of
 from shared.kernels.layout import BLOCK
 
+ROW_TILE: Final = 64
+"""Rows of the largest tile. Buffers have whole ones."""
+RUN_FLOATS: Final = 1 << 24
+"""Most floats of the runs' results. Batches beyond compute the runs of a span one after the other."""
 ALIGNMENT: Final = 64
 """Sections begin at multiples of this many words."""
 SPAN_WORDS: Final = 4
 ROW_SECTIONS: Final = 4 + SPAN_WORDS
 """Words per row before the tables: token, position, slot, wanted row, and a span."""
+
+
+def width(count: int, least: int = 1) -> int:
+    """Return the next power of two, at least `least`."""
+    return max(least, 1 << (count - 1).bit_length())
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from shared.errors import EngineError
+from shared.gpu_kernels.plan import ROW_TILE
 from shared.kernels.finite import require_finite, require_in_range
 from shared.kernels.formats import Blocks, padded
 from shared.models.bfloat16 import to_floats
@@ -19,8 +20,6 @@ from shared.models.description import Linear, WeightName
 ReadWeight = Callable[[WeightName], NDArray[Any] | Blocks]
 DTYPES: Final = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 """Formats of weights, of operands, and of keys and values."""
-ROW_TILE: Final = 64
-"""Rows of the largest tile. Buffers have whole ones."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -138,6 +138,11 @@ class ModelDescription:
     logit_softcap: float = 0.0
     """Logits become softcap * tanh(logit / softcap) after the multiplier; 0 for none."""
 
+    @property
+    def is_tied(self) -> bool:
+        """True if the head is the embedding."""
+        return self.head == Linear(self.embedding)
+
 
 def weight_names(part: object) -> Iterator[WeightName]:
     """Yield every weight that a description, or a part of one, names."""

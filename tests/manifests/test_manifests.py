@@ -151,6 +151,13 @@ def test_no_secret_is_in_the_tree() -> None:
             assert password in {"guest", "PASSWORD", "{password}"} or password.startswith("$"), f"{file}: {user}"
 
 
+def test_the_gpus_of_a_verifier_are_one_number(all_rendered: dict[str, Rendered]) -> None:
+    (container,) = all_rendered["gpu"].services()["verifier"]["containers"]
+    assert (
+        container["resources"]["limits"]["nvidia.com/gpu"] == all_rendered["gpu"].environment("verifier")["WISP_GPUS"]
+    )
+
+
 def test_production_brings_no_secret(all_rendered: dict[str, Rendered]) -> None:
     for name in ("production", "gpu", "production-operators"):
         assert all_rendered[name].of("Secret") == {}

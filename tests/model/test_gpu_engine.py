@@ -5,31 +5,35 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import tiny
 import torch
 
 from shared.engine import Engine, Step, engine
+from shared.engine.forward import PassOptions
 from shared.errors import EngineError
 from shared.models.description import NotDescribed
 
 Family = Callable[[str], Path]
 
 
+def options_on(torch_device: str) -> PassOptions:
+    return PassOptions("bfloat16", torch.device(torch_device), threads=1, blocks=8)
+
+
 @pytest.mark.parametrize(("torch_device", "reason"), [("xpu", "not on xpu"), ("mps", "not on mps")])
 def test_other_devices_have_no_kernels(torch_device: str, reason: str, tmp_path: Path) -> None:
     with pytest.raises(NotDescribed, match=reason):
-        engine._kernel_pass(tmp_path, "bfloat16", torch.device(torch_device), 1, 1)
+        engine._kernel_pass(tmp_path, options_on(torch_device))
 
 
 def test_nvidia_gpus_take_kernels(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     module = pytest.importorskip("shared.engine.gpu_pass", exc_type=ImportError)
-    made: list[dict[str, Any]] = []
-    monkeypatch.setattr(module, "GpuPass", lambda folder, **options: made.append(options))
-    engine._kernel_pass(tmp_path, "bfloat16", torch.device("cuda:1"), 1, 8)
-    assert made == [{"form": "bfloat16", "torch_device": torch.device("cuda:1"), "blocks": 8}]
+    made: list[PassOptions] = []
+    monkeypatch.setattr(module, "GpuPass", lambda _folder, options: made.append(options))
+    engine._kernel_pass(tmp_path, options_on("cuda:1"))
+    assert made == [options_on("cuda:1")]
 
 
 def test_without_triton_module_code_is_taken_and_the_reason_kept(
@@ -37,7 +41,7 @@ def test_without_triton_module_code_is_taken_and_the_reason_kept(
 ) -> None:
     monkeypatch.setitem(sys.modules, "shared.engine.gpu_pass", None)
     with pytest.raises(NotDescribed, match="need Triton"):
-        engine._kernel_pass(tmp_path, "bfloat16", torch.device("cuda"), 1, 1)
+        engine._kernel_pass(tmp_path, options_on("cuda"))
 
 
 @pytest.fixture
@@ -48,12 +52,9 @@ def on_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
     from shared.engine import gpu_pass
 
-    def kernel_pass(folder: Path, dtype: str, device: torch.device, _threads: int, blocks: int) -> Any:
-        return gpu_pass.GpuPass(folder, form=dtype, torch_device=device, blocks=blocks)
-
     # The length of the check at load, short for the interpreter.
     monkeypatch.setattr(gpu_pass, "CHECKED_TOKENS", 4)
-    monkeypatch.setattr(engine, "_kernel_pass", kernel_pass)
+    monkeypatch.setattr(engine, "_kernel_pass", gpu_pass.GpuPass)
 
 
 @pytest.mark.usefixtures("on_kernels")
@@ -102,7 +103,7 @@ def test_memory_that_does_not_suffice_is_named(family: Family, monkeypatch: pyte
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(gpu_pass, "GpuDecoder", full)
-    with pytest.raises(EngineError, match=r"128 tokens do not fit.*WISP_CACHE_TOKENS"):
+    with pytest.raises(EngineError, match=r"does not fit into the memory of cpu.*WISP_CACHE_TOKENS"):
         Engine(family("llama"), dtype="bfloat16", budget_tokens=128)
 
 

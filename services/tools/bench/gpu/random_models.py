@@ -57,6 +57,10 @@ class RandomModel:
         """Number of weights."""
         return sum(int(np.prod(shape)) for shape in self._shapes.values())
 
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Return the shape of a tensor."""
+        return self._shapes[name]
+
     def read(self, weight: WeightName) -> NDArray[Any]:
         """Return a weight as bits of bfloat16, the same at each call; gains as ones."""
         shape = self._shapes[weight.name]
@@ -64,7 +68,8 @@ class RandomModel:
             return np.ones(shape, np.float32)
         seed = np.frombuffer(weight.name.encode(), np.uint8)
         drawn = np.frombuffer(np.random.default_rng(seed).bytes(int(np.prod(shape))), np.uint8)
-        return self._levels[drawn].reshape(shape)
+        matrix = self._levels[drawn].reshape(shape)
+        return matrix if weight.rows is None else matrix[weight.first_row : weight.first_row + weight.rows]
 
 
 def _shapes(config: Mapping[str, Any]) -> Iterator[tuple[str, tuple[int, ...]]]:
