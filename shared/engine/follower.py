@@ -16,7 +16,7 @@ from threading import Thread
 import torch
 
 from shared.engine import gpu_pass
-from shared.engine.followers import ClearBlock, CopyBlock, Failed, Load, Loaded, Pass, PrepareGraphs, Started, Task
+from shared.engine.followers import ClearBlock, CopyBlock, Failed, Loaded, LoadPart, Pass, PrepareGraphs, Started, Task
 from shared.engine.forward import usable
 from shared.gpu_kernels.graphs import StepGraphs, prepared_graphs
 
@@ -43,7 +43,7 @@ def follow(connection: Connection) -> None:
     torch.set_num_threads(1)
     torch_device = usable(task.torch_device)
     connection.send(Started(gpu_pass.memory_of(torch_device)))
-    load: Load = connection.recv()
+    load: LoadPart = connection.recv()
     decoder = gpu_pass.load_part(task.folder, task.form, torch_device, load.blocks, task.membership)
     connection.send(Loaded(gpu_pass.hardware_of(torch_device)))
     connection.recv()

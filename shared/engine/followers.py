@@ -20,7 +20,7 @@ from typing import Any, Final
 
 import structlog
 
-from shared.engine.peers import Membership
+from shared.engine.peers import GroupMembership
 from shared.errors import EngineError
 from shared.gpu_kernels.memory import DeviceMemory
 from shared.kernels.cache import PackedBatch
@@ -37,11 +37,11 @@ class Task:
     folder: Path
     form: str
     torch_device: str
-    membership: Membership
+    membership: GroupMembership
 
 
 @dataclass(frozen=True, slots=True)
-class Load:
+class LoadPart:
     """Load this rank's part of the model, with a KV of so many blocks."""
 
     blocks: int
@@ -132,7 +132,7 @@ class Followers:
         self._on_loss = on_loss
         self._devices = torch_devices[1:]
         ranks = len(torch_devices)
-        self.membership = Membership(0, ranks, Path(self._folder.name) / "meeting")
+        self.membership = GroupMembership(0, ranks, Path(self._folder.name) / "meeting")
         self._connections: list[Connection] = []
         self._processes: list[subprocess.Popen[bytes]] = []
         for rank, torch_device in enumerate(self._devices, 1):
@@ -141,7 +141,7 @@ class Followers:
             self._processes.append(subprocess.Popen(command, pass_fds=[other.fileno()], stdin=subprocess.DEVNULL))
             other.close()
             self._connections.append(own)
-            self._send(rank, Task(folder, form, torch_device, Membership(rank, ranks, self.membership.meeting)))
+            self._send(rank, Task(folder, form, torch_device, GroupMembership(rank, ranks, self.membership.meeting)))
 
     def memories(self) -> list[DeviceMemory | None]:
         """Return the memory of each follower's device. Raises EngineError if one has failed."""

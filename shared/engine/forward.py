@@ -18,7 +18,7 @@ DEFAULT_BLOCKS = 160
 
 @dataclass(frozen=True, slots=True)
 class PassOptions:
-    """How a model is loaded."""
+    """Options of loading a model."""
 
     dtype: str
     """Format of the weights (`folder.DTYPES`)."""

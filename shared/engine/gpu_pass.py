@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 import triton
 
-from shared.engine.followers import ClearBlock, CopyBlock, Followers, Load, Meet, Pass, PrepareGraphs
+from shared.engine.followers import ClearBlock, CopyBlock, Followers, LoadPart, Meet, Pass, PrepareGraphs
 from shared.engine.forward import DEFAULT_BLOCKS, PassOptions
-from shared.engine.peers import GroupPeers, Membership
+from shared.engine.peers import GroupMembership, GroupPeers
 from shared.engine.weights import Weights, described
 from shared.errors import EngineError
 from shared.gpu_kernels.check import settle
@@ -66,7 +66,7 @@ class GpuPass:
         memories = [memory_of(self._device), *(followers.memories() if followers else ())]
         self.blocks = fitting_blocks(folder, options, memories)
         if followers:
-            followers.tell(Load(self.blocks))
+            followers.tell(LoadPart(self.blocks))
         try:
             with current(self._device):
                 self._decoder = load_part(
@@ -188,7 +188,7 @@ def load_part(
     form: str,
     torch_device: torch.device,
     blocks: int,
-    membership: Membership | None,
+    membership: GroupMembership | None,
     announce: Announce | None = None,
 ) -> GpuDecoder:
     """Load a model, or the part of it that one rank computes. Raises NotDescribed, ModelError and EngineError."""

@@ -14,7 +14,7 @@ _gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tenso
 
 
 @dataclass(frozen=True, slots=True)
-class Membership:
+class GroupMembership:
     """The place of a process among those of all GPUs."""
 
     rank: int

@@ -1,4 +1,4 @@
-"""What a decoder takes from outside: graphs of its steps, and the other GPUs."""
+"""Contracts of a decoder: graphs of its steps, and the other GPUs."""
 
 from __future__ import annotations
 

@@ -19,10 +19,10 @@ from shared.errors import EngineError
 RANK = """
 import sys, torch
 from pathlib import Path
-from shared.engine.peers import GroupPeers, Membership
+from shared.engine.peers import GroupMembership, GroupPeers
 
 rank, ranks, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-Membership(rank, ranks, folder / "meeting").join(torch.device("cpu"))
+GroupMembership(rank, ranks, folder / "meeting").join(torch.device("cpu"))
 peers = GroupPeers(ranks)
 part = torch.randn(6, 5, generator=torch.Generator().manual_seed(rank)) * 1000 ** rank
 whole, single = part.clone(), part[3:4].clone()
