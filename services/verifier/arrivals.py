@@ -1,4 +1,4 @@
-"""Batches that have arrived: their sessions are read while steps go on, which do not wait for it."""
+"""Batches that have arrived: the sessions of their jobs are read while the model computes earlier steps."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ from shared.state.store import Store
 IDLE_S = 1.0
 """Without a batch for this long, the verifier checks its KV cache."""
 STEPS_AHEAD = 2
-"""Steps with the model's thread at once: the one that computes, and one that follows it without a pause."""
+"""Most steps that the model's thread has at once: one that it computes, and one that follows without a pause."""
 
 
 class BatchLoop:
@@ -66,7 +66,7 @@ class BatchLoop:
         self._replying = Replying(membership, sessions, self.runs, handoff, broker, store)
         self._arrivals = Arrivals(membership, sessions, handoff, session_keys, self.runs, self._ready)
         self._steps: deque[asyncio.Future[StepWork]] = deque()
-        """Steps with the thread, the first one first."""
+        """Steps that the thread has to compute, in order; the first one may have begun."""
         self._wake = asyncio.Event()
         self._unchecked = False
         """True if a step has run since the last check of the KV cache."""

@@ -27,7 +27,7 @@ def _locked(method: Callable[Concatenate[RunTable, P], R]) -> Callable[Concatena
 class SharedRunTable(RunTable):
     """Steps use the table in the model's thread, messages and commits in the event loop.
 
-    Each call sees it as another call has left it.
+    No call runs during another one. `get` and `len` are single operations of a dict and need no lock.
     """
 
     def __init__(self, *, digests: bool) -> None:

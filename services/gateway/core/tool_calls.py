@@ -80,8 +80,8 @@ class ToolCallParser:
     ) -> None:
         """offered: names of the tools. parallel: False drops all calls but the first.
 
-        fits: returns whether the text of a call, or its beginning, is a call of an offered tool; one that is none is
-        content. With it a call is passed on when it is complete.
+        fits: returns whether a text is a call of an offered tool, or the beginning of one; other texts are content. A
+        call is then passed on when it is complete; without `fits`, as it comes.
         """
         self._fits = fits
         self._marks = marks
