@@ -22,6 +22,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Protocol
 
 import numpy as np
@@ -60,13 +61,19 @@ class TokenMask(Protocol):
 class ReasoningCount:
     """Counts the tokens of an output's reasoning against its budget. The first closing tag ends it for good."""
 
-    def __init__(self, budget: ReasoningBudget) -> None:
+    def __init__(self, budget: ReasoningBudget, output: Sequence[int] = ()) -> None:
+        """output: the tokens so far, in which the tags are searched for: to push each would take milliseconds."""
         self._most, self._opening, self._closing = budget.most, budget.opening, budget.closing
-        self._count: int | None = None if budget.opening else 0
+        begun = _end_of(self._opening, output, 0) if self._opening else 0
+        self._count = None if begun is None else len(output) - begun
         """Tokens of the reasoning so far; None outside it."""
-        self._latest: list[int] = []
+        self._latest = list(output[begun or 0 :][-max(len(self._opening), len(self._closing)) :])
         """As many of the latest tokens as the longer tag has."""
-        self._closed = False
+        self._closed = begun is not None and (
+            _end_of(self._closing, output, begun) is not None or len(output) - begun >= self._most + len(self._closing)
+        )
+        if self._closed:
+            self._count = None
 
     @property
     def forced(self) -> int | None:
@@ -88,6 +95,16 @@ class ReasoningCount:
 
     def _ends_with(self, tag: Sequence[int]) -> bool:
         return self._latest[-len(tag) :] == tag
+
+
+def _end_of(tag: Sequence[int], tokens: Sequence[int], start: int) -> int | None:
+    """Return the place behind the first occurrence of a tag from `start` on; None if there is none."""
+    with suppress(ValueError):
+        while True:
+            start = tokens.index(tag[0], start) + 1
+            if tokens[start - 1 : start - 1 + len(tag)] == tag:
+                return start - 1 + len(tag)
+    return None
 
 
 class LogitsProcessor:
@@ -114,9 +131,7 @@ class LogitsProcessor:
         if rules.frequency_penalty or rules.presence_penalty:
             self._counts = Counter(self._output)
         if rules.reasoning is not None:
-            self._reasoning = ReasoningCount(rules.reasoning)
-            for token in self._output:
-                self._reasoning.push(token)
+            self._reasoning = ReasoningCount(rules.reasoning, self._output)
 
     @classmethod
     def of(cls, sampling: Sampling, tokens: Sequence[int], mask: TokenMask | None = None) -> LogitsProcessor | None:
