@@ -51,7 +51,9 @@ def test_hadolint_would_notice(tmp_path: Any) -> None:
 def test_the_images_run_without_root_and_prove_their_consumers() -> None:
     text = (ROOT / "docker/Dockerfile").read_text()
     runtime = text[text.index(" AS runtime") :]
-    assert re.findall(r"^USER (\S+)$", runtime, re.MULTILINE) == ["10001:10001"]
+    users = [re.findall(r"^USER (\S+)$", stage, re.MULTILINE) for stage in runtime.split("\nFROM ")]
+    assert users[0]  # of the stage that the images begin from
+    assert {names[-1] for names in users if names} == {"10001:10001"}
     assert '"python", "-m", "shared.runtime.health"' in runtime
     assert "org.opencontainers.image.base.name" in runtime
 
