@@ -68,7 +68,14 @@ class Arrivals:
             self._reading = False
 
     async def _read(self, batch: Batch) -> StepWork | None:
-        """Return a batch as work for the model; None if it is dropped."""
+        """Return a batch as work for the model; None if it is dropped, as its sessions could not be read twice."""
+        try:
+            return await self._prepare(batch)
+        except Exception as error:
+            # Beside runs there is time for a second try. Preparing a batch again changes nothing.
+            self._log.warning(
+                "sessions not read, trying once more", error=str(error), exc_info=not isinstance(error, BrokersError)
+            )
         try:
             return await self._prepare(batch)
         except BrokersError as error:
