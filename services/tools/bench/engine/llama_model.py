@@ -6,11 +6,9 @@ Each sequence has a KV buffer of its own (llama.cpp's default), a rollback is `l
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import logging
 import os
-import platform
 import random
 import sys
 import time
@@ -30,22 +28,12 @@ ROW = 256
 """llama.cpp rounds the length of a KV buffer up to a multiple of this."""
 
 
-_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA = 158, 0x1023, 18
-
-
-def _permit_amx() -> None:
-    """Ask Linux to let this process use AMX. This llama.cpp uses it unasked where a CPU has it, and is killed."""
-    if sys.platform == "linux" and platform.machine() == "x86_64":
-        ctypes.CDLL(None).syscall(_ARCH_PRCTL, _REQUEST_PERMISSION, _TILE_DATA)  # fails without harm on other CPUs
-
-
 class LlamaModel:
     """A GGUF model in llama.cpp, with sequences of different tokens."""
 
     def __init__(self, file: Path, sizes: ArmSizes) -> None:
         """Raises ArmFailed."""
         sys.path.append(str(package_folder()))
-        _permit_amx()
         logging.getLogger("llama-cpp-python").setLevel(logging.ERROR)
         # The package is not part of the environment, so nothing is known of its types.
         self._lib: Any = importlib.import_module("llama_cpp.llama_cpp")

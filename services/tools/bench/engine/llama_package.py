@@ -6,6 +6,8 @@ The package is compiled on installation and needed by one benchmark only, so it 
 from __future__ import annotations
 
 import os
+import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -21,8 +23,10 @@ from shared.models.prepare import PACKAGED
 
 REQUIREMENTS = ("llama-cpp-python==0.3.36", "diskcache==5.6.3")
 """The package, and the one of its dependencies that the environment does not have."""
-CMAKE_ARGS = "-DGGML_NATIVE=ON -DLLAVA_BUILD=OFF"
+CMAKE_ARGS = ("-DGGML_NATIVE=ON", "-DLLAVA_BUILD=OFF")
 """Compiled for this machine's instructions, without what images need."""
+WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
+"""llama.cpp's code for AMX ends with a segmentation fault (at `ldtilecfg`) where it was tried."""
 MISSING = (
     f"llama.cpp is not measured: {REQUIREMENTS[0]} is not installed; `wisp bench engine --install-llama` compiles it "
     "into .wisp/llama (needs a C++ compiler; 10 to 20 minutes on two cores)"
@@ -52,7 +56,8 @@ def install(progress: Progress) -> None:
     partial.parent.mkdir(parents=True, exist_ok=True)
     command = [sys.executable, "-m", "pip", "install", "--no-input", "--progress-bar", "off", "--verbose"]
     command += ["--no-deps", "--target", str(partial), *REQUIREMENTS]
-    environment = {"CMAKE_ARGS": CMAKE_ARGS, **os.environ}
+    flags = [f"-DCMAKE_{language}_FLAGS={WITHOUT_AMX}" for language in ("C", "CXX") if platform.machine() == "x86_64"]
+    environment = {"CMAKE_ARGS": shlex.join([*CMAKE_ARGS, *flags]), **os.environ}
     with progress.step(f"compiling {REQUIREMENTS[0]}") as step, log.open("w") as written:
         process = subprocess.Popen(
             command, cwd=checkout(), env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
