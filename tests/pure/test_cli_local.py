@@ -87,6 +87,12 @@ def test_a_process_s_own_environment_goes_before_everything() -> None:
 def test_verifiers_share_the_cores_and_the_rest_take_one_thread() -> None:
     assert LAUNCH.environment("verifier", "verifier-1", {})["WISP_THREADS"] == str(max(1, cores() // 2))
     assert LAUNCH.environment("verifier", "verifier-1", {"WISP_THREADS": "3"})["OMP_NUM_THREADS"] == "3"
+    assert "WISP_DTYPE" not in LAUNCH.environment("verifier", "verifier-1", {})
+    on_gpu = replace(LAUNCH, inherited={"WISP_DEVICE": "cuda"})
+    for service in ("verifier", "gateway"):
+        assert on_gpu.environment(service, f"{service}-1", {})["WISP_DTYPE"] == "bfloat16"
+    chosen = replace(on_gpu, env={"WISP_DTYPE": "float32"})
+    assert chosen.environment("verifier", "verifier-1", {})["WISP_DTYPE"] == "float32"
     gateway = LAUNCH.environment("gateway", "gateway-1", {})
     assert (gateway["OMP_NUM_THREADS"], gateway["OMP_WAIT_POLICY"]) == ("1", "passive")
 

@@ -54,6 +54,9 @@ class ServiceCommands:
         defaults = {"WISP_DRAIN_S": str(DRAIN_S)}
         if service in ("verifier", "baseline"):
             defaults["WISP_THREADS"] = str(max(1, cores() // max(1, self.verifiers)))
+        if not inherited.get("WISP_DEVICE", "cpu").startswith("cpu"):
+            # Only CPUs compute with a GGUF file's blocks, and all services must agree on the format.
+            defaults["WISP_DTYPE"] = "bfloat16"
         fixed = {
             "WISP_NAMESPACE": self.namespace,
             "WISP_INSTANCE": name,
