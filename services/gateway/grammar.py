@@ -64,8 +64,7 @@ async def grammar_of(request: GenerationRequest, model: ServedModel) -> str | No
 def grammar_of_calls(request: GenerationRequest, model: ServedModel) -> str | None:
     """Return the grammar of one call, where answers are either calls or texts of a form; else None."""
     option = _option_of(request, model) if isinstance(request, ChatRequest) and request.has_grammar else None
-    value = json.loads(option.value) if option is not None and option.kind == "calls" else {}
-    return build.lark("\n".join(["start: call", *_call_rules(value)])) if "schema" in value else None
+    return _built_call(option) if option is not None and option.kind == "calls" else None
 
 
 def _excludes_tools(request: ChatRequest) -> bool:
@@ -102,6 +101,12 @@ def _built(option: GrammarOption) -> str:
         raise GrammarError(f"the grammar has {len(text)} characters, and at most {LONGEST_GRAMMAR} are allowed")
     build.check(text)
     return text
+
+
+@lru_cache(maxsize=256)
+def _built_call(option: GrammarOption) -> str | None:
+    value = json.loads(option.value)
+    return build.lark("\n".join(["start: call", *_call_rules(value)])) if "schema" in value else None
 
 
 def _calls(value: Mapping[str, Any], strict: bool) -> str:
