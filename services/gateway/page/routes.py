@@ -69,7 +69,7 @@ def _add_documents(app: FastAPI) -> None:
         media_type = MEDIA_TYPES.get(PurePosixPath(path).suffix)
         if media_type is not None and (picture := documents().picture(path)) is not None:
             return ServedFile(picture, media_type).response(request)
-        problem = f"there is no page {quoted(path)}"
+        problem = f"There is no page {quoted(path)}"
         if "text/html" in request.headers.get("accept", ""):
             html = documents().missing(problem)
             return ServedFile(html, MEDIA_TYPES[".html"]).response(request, 404)

@@ -35,19 +35,25 @@ def prepare(
 
 @app.command("check")
 def check(
-    model: Annotated[Path, typer.Argument(help="A model's folder.")],
+    model: Annotated[
+        str | None, typer.Argument(help="Packaged model's name, a model's folder, or a GGUF file.")
+    ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join([AUTO, *DTYPES])}.")] = AUTO,
 ) -> None:
     """Load a model, compute a few tokens, and say how it runs: exactly, without that promise, or not at all."""
     with errors_shown():
-        from services.tools.local.target import refuse_bad_sampling
+        from services.tools.local.progress import ConsoleProgress
+        from services.tools.local.settings import LocalSettings
+        from services.tools.local.target import prepare_target, refuse_bad_sampling
         from shared.models.folder import ModelFolder
         from shared.models.prepare import try_model, validate
 
-        folder = ModelFolder(model)
+        named = model or LocalSettings().target
+        path = Path(named)
+        folder = ModelFolder(path if path.is_dir() else prepare_target(named, ConsoleProgress(out)))
         folder.require_weights()
         validate(folder)
-        refuse_bad_sampling(model)
+        refuse_bad_sampling(folder.path)
         dtype = folder.resolved(dtype)
         trial = try_model(folder, dtype)
         kind = folder.config.get("model_type")
