@@ -7,31 +7,29 @@ CPU with AVX-512 and bfloat16 instructions: in bfloat16 only a single row may di
 three rows do, and with two threads other odd counts (so 4 or 8). Other machines may differ, and smaller padding makes
 decode steps faster, so every `ModulePass` measures its own machine at the start, in a fraction of a second.
 
-The packed row is padded to such a multiple. A mixture of experts multiplies other numbers of rows, as tokens choose
-their experts: `PaddedRows` pads these one by one.
-
-Sometimes no multiple helps: in bfloat16 on a CPU with AMX, small products are computed by other instructions; in
-float32 on such a CPU, two threads share the sums of large products. `PaddedRows` then multiplies a few rows at a time.
+Many rows are multiplied a few at a time, as every library changes its kernel somewhere beyond; where depends on the
+weight. `RowPadding` says how many, and to which multiple fewer rows are padded. In bfloat16 on a CPU with AMX that is
+64, as smaller products are computed by other instructions; in float32 on such a CPU two threads share the sums of
+products of 57 rows and more, so it is 32.
 
 Functions such as exp have two versions, one for vectors and one for the elements that are left at the end of a thread's
-part. `PaddedRows` fills the elements up, so that none are left, where a row's width does not do so.
+part. `PaddedRows` fills the elements up, so that none are left.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from math import lcm
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-CANDIDATES = (1, 2, 4, 8, 16, 32)
-SLICES = (16, 32, 64)
-"""Numbers of rows to multiply at a time where no candidate will do: one kernel computes all products of a shape."""
-_REFERENCE_ROWS = 64
-_COUNTS = (*range(1, 10), 12, 16, 17, 24, 33, 64)
+MOST_ROWS = (64, 32, 16)
+"""Candidates for the most rows that are multiplied at a time."""
+MULTIPLES = (1, 2, 4, 8, 16, 32, 64)
+"""Candidates for the multiple that rows are padded to."""
 
 _OPERANDS: Mapping[Any, tuple[int, int]] = {
     torch.nn.functional.linear: (0, 1),
@@ -74,10 +72,10 @@ _UNKNOWN: frozenset[Any] = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class RowPadding:
-    """A way to multiply rows: padded to a multiple, and if `sliced`, no more of them at a time."""
+    """A way to multiply rows: padded to a multiple, and at most so many at a time, which is a multiple too."""
 
     multiple: int
-    sliced: bool = False
+    most: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,16 +123,11 @@ class WeightProduct:
 class RecordedProducts(TorchFunctionMode):
     """While active, records the matrix products of a model with its weights."""
 
-    def __init__(self, model: torch.nn.Module, rows: int, threads: int) -> None:
-        """rows: number of rows of the packed batch, which every product has that needs no padding of its own."""
+    def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
         self.products: set[WeightProduct] = set()
         self.unknown: set[str] = set()
         """Names of functions that multiply by weights in a way that is not checked."""
-        self.uneven = False
-        """True if `PaddedRows` is needed: some product has another number of rows than the packed batch, as experts
-        have, or a function of elements has rows that are no whole vectors for every thread."""
-        self._rows, self._unit = rows, VECTOR * lcm(*range(1, threads + 1))
         self._storages = {weight.untyped_storage().data_ptr() for weight in model.parameters()}
 
     def __torch_function__(
@@ -142,8 +135,6 @@ class RecordedProducts(TorchFunctionMode):
     ) -> Any:
         if function in _OPERANDS or function in _UNKNOWN:
             self._record(function, args, kwargs or {})
-        elif function in _POINTWISE:
-            self.uneven |= _is_matrix(args) and args[0].shape[-1] % self._unit != 0
         return function(*args, **(kwargs or {}))
 
     def _record(self, function: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> None:
@@ -158,7 +149,6 @@ class RecordedProducts(TorchFunctionMode):
         if weight.dim() < 2 or args[rows_at].shape[-2:].numel() == 0:
             return
         bias = kwargs.get("bias", args[2] if function is torch.nn.functional.linear and len(args) > 2 else None)
-        self.uneven |= _row_count(args[rows_at]) % self._rows != 0
         self.products.add(
             WeightProduct(function, tuple(weight.shape), weight.stride(), weight.dtype, isinstance(bias, torch.Tensor))
         )
@@ -168,10 +158,7 @@ class RecordedProducts(TorchFunctionMode):
 
 
 class PaddedRows(TorchFunctionMode):
-    """While active, pads the rows of every product to a multiple, and elements to whole vectors for every thread.
-
-    If the padding is sliced, every product is computed in slices of that many rows.
-    """
+    """While active, computes products in slices of padded rows, and functions of whole vectors for every thread."""
 
     def __init__(self, padding: RowPadding, threads: int) -> None:
         super().__init__()
@@ -186,9 +173,8 @@ class PaddedRows(TorchFunctionMode):
             is_linear = function is torch.nn.functional.linear
             flat = rows.reshape(-1, rows.shape[-1]) if is_linear else rows
             count = flat.shape[-2]
-            multiple = self._padding.multiple
-            padded = torch.nn.functional.pad(flat, (0, 0, 0, -count % multiple))
-            parts = torch.split(padded, multiple, -2) if self._padding.sliced else (padded,)
+            padded = torch.nn.functional.pad(flat, (0, 0, 0, -count % self._padding.multiple))
+            parts = torch.split(padded, self._padding.most, -2)
             if len(parts) > 1 or padded.shape[-2] > count:
                 results = [function(*args[:rows_at], part, *args[rows_at + 1 :], **(kwargs or {})) for part in parts]
                 result = torch.cat(results, -2)[..., :count, :]
@@ -213,34 +199,22 @@ def _whole_vectors(count: int, threads: int) -> int:
     return count
 
 
-def _row_count(rows: torch.Tensor) -> int:
-    return rows.shape[:-1].numel()
-
-
 @torch.inference_mode()
 def row_padding(products: Iterable[WeightProduct]) -> RowPadding | None:
-    """Return the least padding with which every row has the bits that one thread computes among many rows.
+    """Return the way in which every row has the bits that one thread computes among 64 rows.
 
-    That is the smallest of CANDIDATES or else of SLICES, or None if none will do.
+    Of those that have, it is the one with the most rows at a time, and then with the smallest multiple. Returns None if
+    there is none.
     """
-    multiples, slices = list(CANDIDATES), list(SLICES)
+    fitting = {most: [multiple for multiple in MULTIPLES if multiple <= most] for most in MOST_ROWS}
     for kind in products:
         product = kind.stand_in()
-        rows = _cancelling(max(_COUNTS) + max(CANDIDATES), kind.inputs, kind.dtype)
-        reference = _by_one_thread(product, rows[:_REFERENCE_ROWS])
-        slices = [size for size in slices if _is_constant(product, rows[:size], reference[..., :size, :])]
-        same: dict[int, bool] = {}
-        for multiple in list(multiples):
-            for count in {-(-count // multiple) * multiple for count in _COUNTS}:
-                if count not in same:
-                    few = min(count, _REFERENCE_ROWS)
-                    same[count] = torch.equal(product(rows[:count])[..., :few, :], reference[..., :few, :])
-                if not same[count]:
-                    multiples.remove(multiple)
-                    break
-    if multiples:
-        return RowPadding(multiples[0])
-    return RowPadding(slices[0], sliced=True) if slices else None
+        rows = _cancelling(max(MOST_ROWS), kind.inputs, kind.dtype)
+        expected = _by_one_thread(product, rows)
+        same = cache(partial(_is_constant, product, rows, expected))
+        for most, multiples in fitting.items():
+            fitting[most] = [one for one in multiples if all(map(same, range(most, 0, -one)))]
+    return next((RowPadding(multiples[0], most) for most, multiples in fitting.items() if multiples), None)
 
 
 def _by_one_thread(product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
@@ -252,9 +226,12 @@ def _by_one_thread(product: Callable[[torch.Tensor], torch.Tensor], rows: torch.
         torch.set_num_threads(threads)
 
 
-def _is_constant(product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Return whether these rows have the expected bits, in this order and in the opposite one."""
-    return torch.equal(product(rows), expected) and torch.equal(product(rows.flip(0)).flip(-2), expected)
+def _is_constant(
+    product: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor, expected: torch.Tensor, count: int
+) -> bool:
+    """Return whether the first rows alone have the expected bits, in their order and in the opposite one."""
+    few, bits = rows[:count], expected[..., :count, :]
+    return torch.equal(product(few), bits) and torch.equal(product(few.flip(0)).flip(-2), bits)
 
 
 def _cancelling(rows: int, size: int, dtype: torch.dtype, *, antisymmetric: bool = False) -> torch.Tensor:

@@ -11,7 +11,7 @@ import torch
 import transformers
 
 from shared.engine.attention import BlockCache, Cache, GatherCache, LayeredCache, Recorder, attending
-from shared.engine.invariance import CANDIDATES, PaddedRows, RecordedProducts, RowPadding, row_padding
+from shared.engine.invariance import PaddedRows, RecordedProducts, RowPadding, row_padding
 from shared.engine.loading import load
 from shared.engine.positions import fix_positions
 from shared.engine.session_check import Padding, check_sessions, refuse_stateful
@@ -19,7 +19,7 @@ from shared.engine.views import ViewedBlocks
 from shared.errors import ModelError
 from shared.kernels.cache import KvShape, PackedBatch, positions_of
 
-RECORDED_ROWS = max(CANDIDATES)
+RECORDED_ROWS = 32
 """Rows of the first pass, which records what the model does."""
 
 
@@ -42,7 +42,7 @@ class ModulePass(ViewedBlocks):
             keep = self._states.append
             self._decoder = self._model.get_decoder() or self._model.base_model
             self._decoder.register_forward_hook(lambda _module, _inputs, output: keep(output[0]))
-            self._padding, self._pads_rows = RowPadding(RECORDED_ROWS), False
+            self._padding: RowPadding | None = None
             self._prepare(blocks)
 
     @torch.inference_mode()
@@ -52,14 +52,12 @@ class ModulePass(ViewedBlocks):
         fix_positions(self._model, self.max_len)
         vocabulary = _plain_tokens(self._model.config, self.vocab_size)
         recorder, rows = Recorder(self.max_len), list(range(RECORDED_ROWS))
-        with RecordedProducts(self._model, RECORDED_ROWS, self._threads) as recorded:
+        with RecordedProducts(self._model) as recorded:
             self._run(recorder, [vocabulary[7 * row % len(vocabulary)] for row in rows], rows, rows)
         if not recorder.layers:
             raise ModelError("its attention does not go through transformers' AttentionInterface")
-        padding = row_padding(recorded.products) if self._device.type == "cpu" else None
-        if padding is not None:
-            self._padding, self._pads_rows = padding, padding.sliced or recorded.uneven
-        exact = padding is not None and not recorded.unknown
+        self._padding = row_padding(recorded.products) if self._device.type == "cpu" else None
+        exact = self._padding is not None and not recorded.unknown
 
         def check(tokens: Sequence[int], batch: PackedBatch, padding: Padding) -> torch.Tensor:
             return self._packed(small, tokens, batch, range(len(tokens)), padding)[0]
@@ -69,6 +67,11 @@ class ModulePass(ViewedBlocks):
         self.batch_invariant = exact and same_bits
         self._states.clear()
         self._cache = self._make_cache(recorder, blocks)
+
+    @property
+    def _multiple(self) -> int:
+        """Multiple that the packed row is padded to."""
+        return RECORDED_ROWS if self._padding is None else self._padding.multiple
 
     def views(self, block: int) -> Sequence[torch.Tensor]:
         return self._cache.views(block)
@@ -82,7 +85,7 @@ class ModulePass(ViewedBlocks):
         self, cache: LayeredCache, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int], fill: Padding
     ) -> tuple[torch.Tensor, torch.Tensor]:
         cache.begin(batch)
-        padding = fill.least + -(len(tokens) + fill.least) % self._padding.multiple
+        padding = fill.least + -(len(tokens) + fill.least) % self._multiple
         positions = [*positions_of(batch).tolist(), *([fill.position] * padding)]
         logits, states = self._run(cache, [*tokens, *([fill.token] * padding)], positions, wanted)
         return logits, states[: len(tokens)]
@@ -96,10 +99,10 @@ class ModulePass(ViewedBlocks):
             "position_ids": torch.tensor([positions], device=self._device),
             "use_cache": False,
         }
-        padded = PaddedRows(self._padding, self._threads) if self._pads_rows else nullcontext()
+        padded = nullcontext() if self._padding is None else PaddedRows(self._padding, self._threads)
         with attending(cache, inputs["position_ids"][0]), padded:
             if wanted:
-                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._padding.multiple))], device=self._device)
+                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._multiple))], device=self._device)
                 logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
             else:
                 self._decoder(**inputs)

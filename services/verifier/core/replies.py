@@ -149,7 +149,8 @@ class BatchReplies:
         job, commit = report.run.job, report.commit
         if answer.outcome in (CommitOutcome.GONE, CommitOutcome.CANCELLED):
             failure = GONE if answer.outcome is CommitOutcome.GONE else CANCELLED
-            return JobReply(job, self._failed(job, failure).model_copy(update={"round": commit.round}))
+            result = self._failed(job, failure).model_copy(update={"round": commit.round, "batch": RUN_BATCH})
+            return JobReply(job, result)
         committed = answer.outcome is CommitOutcome.COMMITTED
         result = Result(
             session=commit.session,
