@@ -64,6 +64,8 @@ class Replying:
     def _replied(self, reply: asyncio.Task[None]) -> None:
         """Report the runs that ended while a reply held them back."""
         self._replies.discard(reply)
+        if not reply.cancelled() and (error := reply.exception()) is not None:
+            self._log.error("replying to a step failed", error=repr(error), exc_info=error)
         self.reply_soon(StepWork(reports=self._runs.due(time.monotonic() * 1000, between_steps=False)))
 
     async def _reply(self, work: StepWork) -> None:
