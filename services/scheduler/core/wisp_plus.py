@@ -137,7 +137,8 @@ class WispPlus(BatchPolicy):
     ) -> None:
         calm_ms = batch.limit_ms
         if self.plays("chunking"):
-            calm_ms = min(calm_ms, CALM_SHARE * batch.rounds_limit_ms)
+            if batch.rounds_limit_ms < now.limits.max_batch_ms:
+                calm_ms = min(calm_ms, CALM_SHARE * batch.rounds_limit_ms)
             if now.expected_due_ms is not None:
                 calm_ms = min(calm_ms, CALM_SHARE * max(0.0, batch.slack_ms(now.expected_due_ms)))
         for queued in queue.by("deadline", "prompts"):
