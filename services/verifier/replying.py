@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from functools import partial
 
 from services.verifier import metrics
 from services.verifier.core import replies
@@ -59,13 +60,15 @@ class Replying:
             return
         reply = asyncio.create_task(self._reply(work))
         self._replies.add(reply)
-        reply.add_done_callback(self._replied)
+        reply.add_done_callback(partial(self._replied, work))
 
-    def _replied(self, reply: asyncio.Task[None]) -> None:
-        """Report the runs that ended while a reply held them back."""
+    def _replied(self, work: StepWork, reply: asyncio.Task[None]) -> None:
+        """Report the runs that ended while a reply held them back. After a fault, forget the step's sessions."""
         self._replies.discard(reply)
         if not reply.cancelled() and (error := reply.exception()) is not None:
             self._log.error("replying to a step failed", error=repr(error), exc_info=error)
+            jobs = [*(job for job, _ in work.tasks), *work.stale]
+            self._forget([job.session for job in jobs] + [report.commit.session for report in work.reports])
         self.reply_soon(StepWork(reports=self._runs.due(time.monotonic() * 1000, between_steps=False)))
 
     async def _reply(self, work: StepWork) -> None:
@@ -130,16 +133,21 @@ class Replying:
                 arithmetic=self._membership.arithmetic,
             )
         except (BrokersError, Fenced) as error:
-            # An unreachable Redis may have committed or not. The drafters send the rounds again, and the script
-            # answers with what is committed.
+            # An unreachable Redis may have committed or not.
             self._log.warning("results dropped", error=str(error))
-            lost = [one.job.session for one in commits] + [report.commit.session for report in work.reports]
-            self._runs.release(lost)
-            for session_id in lost:
-                self._sessions.drop(session_id)
+            self._forget([one.job.session for one in commits] + [report.commit.session for report in work.reports])
             return None
         self._log.debug("batch committed")
         return answers
+
+    def _forget(self, session_ids: Sequence[str]) -> None:
+        """Forget runs and tokens that may be committed or not.
+
+        The drafters send the rounds again, and the commit script answers with what is committed.
+        """
+        self._runs.release(session_ids)
+        for session_id in session_ids:
+            self._sessions.drop(session_id)
 
     def _apply(self, commits: Sequence[OpenCommit], answers: Sequence[Committed]) -> list[str]:
         """Update the sessions from the answers; return those that have ended."""

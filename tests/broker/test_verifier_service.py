@@ -622,6 +622,28 @@ async def test_a_session_that_was_not_read_beside_a_run_is_read_again(
     await peer.broker.publish(Halt(sessions=["run"]), topology.batch("v1"))
 
 
+async def test_a_fault_while_a_run_is_reported_ends_it_and_loses_no_token(
+    peer: Peer, text: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, failed = Store.commit, asyncio.Event()
+
+    async def failing_commit(store: Store, verifier: str, commits: Sequence[Commit], **given: Any) -> Any:
+        if commits[0].session == "s" and commits[0].base_len > 4 and not failed.is_set():
+            failed.set()
+            raise RuntimeError("a defect")
+        return await commit(store, verifier, commits, **given)
+
+    await peer.open("s")
+    monkeypatch.setattr(Store, "commit", failing_commit)
+    await peer.begin_run("s", 4, tokens=20)
+    (first,) = [await peer.result()]
+    await asyncio.wait_for(failed.wait(), HANG_S)
+    made = len(first.tokens)
+    (following,) = await peer.verify(peer.job("s", 4 + made, text[made : made + 2], round_=9))
+    assert (following.accepted, following.tokens, following.run) == (2, text[made : made + 3], False)
+    assert await peer.committed("s") == PROMPT + text[: made + 3]
+
+
 async def test_a_halted_run_ends_within_a_step(peer: Peer, text: list[int]) -> None:
     await peer.open("s", max_tokens=900)
     await peer.begin_run("s", 4, tokens=880)

@@ -19,6 +19,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+import typer
 from rich.console import Console
 from rich.text import Text
 from typer.testing import CliRunner, Result
@@ -27,7 +28,7 @@ from services.tools.cli import chat
 from services.tools.cli.main import app
 from services.tools.cli.suite_address import SuiteAddress
 from services.tools.cli.suite_observer import observed
-from services.tools.cli.terminal import SafeConsole, print_fields
+from services.tools.cli.terminal import SafeConsole, errors_shown, print_fields
 from services.tools.local import folder
 from services.tools.local.ports import free_ports
 from shared.broker.client import CONNECT_TIMEOUT_S
@@ -292,6 +293,18 @@ def test_a_full_disk_is_one_line_of_error() -> None:
         )
     assert ended.returncode == 1
     assert ended.stderr == b"error: [Errno 28] No space left on device\n"
+
+
+def test_an_error_of_tasks_that_ran_together_is_shown_once(capsys: pytest.CaptureFixture[str]) -> None:
+    refused = ExceptionGroup("tasks", [ExceptionGroup("more", [BrokersError("no broker")]), BrokersError("no broker")])
+    with pytest.raises(typer.Exit), errors_shown():
+        raise refused
+    assert capsys.readouterr().err == "error: no broker\n"
+
+
+def test_a_fault_beside_an_error_keeps_its_traceback() -> None:
+    with pytest.raises(ExceptionGroup, match="tasks"), errors_shown():
+        raise ExceptionGroup("tasks", [BrokersError("no broker"), KeyError("x")])
 
 
 def test_the_version_is_that_of_the_package() -> None:

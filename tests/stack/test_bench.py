@@ -1,4 +1,4 @@
-"""The benchmarks of one stream and of its rounds, each on a real suite."""
+"""The benchmarks of one stream, of its rounds and of a gateway's streams, each on a real suite."""
 
 from __future__ import annotations
 
@@ -6,11 +6,13 @@ from pathlib import Path
 
 from openai import AsyncOpenAI
 
+from services.tools.bench import gateway
 from services.tools.bench.rounds.__main__ import WARM_UP_ROUNDS, measure, outside_model
 from services.tools.bench.stream.cases import cases
 from services.tools.bench.stream.core import speed
 from services.tools.bench.stream.measurement import BLOCK, StreamPlan, TimedSuite
 from services.tools.local.brokers import Brokers
+from services.tools.local.progress import Progress
 from services.tools.local.stack import Stack
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
@@ -45,3 +47,11 @@ async def test_each_round_of_an_idle_suite_is_timed_by_hop(brokers: Brokers, tar
     assert all(0 < outside_model(times) < times["round settled"] - times["round sent"] for times in rounds)
     assert {"gateway-1", "scheduler-1"} <= {name for name, _ in memory}
     assert all(megabytes > 0 for _, megabytes in memory)
+
+
+async def test_a_gateways_streams_are_timed_for_the_default_model(target_folder: Path) -> None:
+    (row,) = await gateway.measure(target_folder, 4, [80], 4, 32, 2.0, Progress())
+    measured = dict(zip(gateway.COLUMNS, row, strict=True))
+    assert measured["received"] > 0
+    assert 0 < measured["added, median ms"] <= measured["added, 99 % ms"]
+    assert measured["us of CPU a token"] > 0

@@ -37,7 +37,7 @@ from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.errors import WispError
 from shared.messages import Finish, Generate, Heartbeat, Message, Result, Status
-from shared.models.folder import ModelFolder
+from shared.models.folder import AUTO, ModelFolder
 from shared.models.text import Tokenizer
 from shared.state.store import Store
 
@@ -248,7 +248,7 @@ async def measure(
     folder: Path, streams: int, rates: list[int], batch: int, answer: int, seconds: float, progress: Progress
 ) -> list[list[Any]]:
     """Return a row for each rate."""
-    env = {"WISP_ADMISSION": "false", "WISP_MAX_SESSIONS": str(4 * streams)}
+    env = {"WISP_ADMISSION": "false", "WISP_DTYPE": AUTO, "WISP_MAX_SESSIONS": str(4 * streams)}
     rows = []
     async with Stack(
         "bench-gateway",
@@ -272,7 +272,7 @@ async def _measure(stack: Stack, streams: int, rate: int, batch: int, answer: in
     words = Tokenizer(model).encode(random_words(random.Random(0), 500))
     broker = await Broker.connect(stack.brokers.amqp_url, Topology(stack.namespace), STUB)
     store = Store.connect(stack.brokers.redis_url, stack.namespace, 600)
-    stub = ServicesStub(broker, store, model.fingerprint("bfloat16"), words, answer)
+    stub = ServicesStub(broker, store, model.fingerprint(AUTO), words, answer)
     over = False
     try:
         await stub.listen()

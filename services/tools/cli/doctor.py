@@ -281,7 +281,7 @@ def _dotted(version: tuple[int, ...]) -> str:
 def _models() -> Iterator[Finding]:
     if importlib.util.find_spec("tokenizers") is None:
         return
-    from shared.models.folder import ModelFolder
+    from shared.models.folder import AUTO, ModelFolder
     from shared.models.prepare import PACKAGED, validate
 
     for name, packaged in PACKAGED.items():
@@ -290,9 +290,7 @@ def _models() -> Iterator[Finding]:
             if folder.is_dir():
                 model = ModelFolder(folder)
                 validate(model)
-                yield Finding(
-                    f"model {name}", "ok", f"{short(folder)} (fingerprint {model.fingerprint('bfloat16')[:12]})"
-                )
+                yield Finding(f"model {name}", "ok", f"{short(folder)} (fingerprint {model.fingerprint(AUTO)[:12]})")
                 continue
             packaged.locate()
         except ModelError as error:

@@ -61,6 +61,12 @@ def errors_shown() -> Iterator[None]:
     except WispError as error:
         _print_error(str(error))
         raise typer.Exit(1) from None
+    except ExceptionGroup as group:
+        first = _first_of(group)
+        if first is None:
+            raise
+        _print_error(str(first))
+        raise typer.Exit(1) from None
     except BrokenPipeError:
         raise  # nobody reads the output: typer ends quietly with status 1
     except OSError as error:
@@ -81,6 +87,17 @@ def errors_shown() -> Iterator[None]:
         raise typer.Exit(INTERRUPTED) from None
     except asyncio.CancelledError:
         raise typer.Exit(TERMINATED) from None
+
+
+def _first_of(group: BaseExceptionGroup[BaseException]) -> WispError | None:
+    """Return the first error of tasks that ran together, or None if one of their errors is not WISP's own."""
+    expected, others = group.split(WispError)
+    if others is not None:
+        return None
+    first: BaseException | None = expected
+    while isinstance(first, BaseExceptionGroup):
+        first = first.exceptions[0]
+    return first if isinstance(first, WispError) else None
 
 
 def _print_error(text: str) -> None:

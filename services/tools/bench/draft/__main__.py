@@ -38,6 +38,7 @@ from services.tools.training.evaluate import Drafted, Summary, rounds
 from services.tools.training.run import TrainingRun
 from shared.engine import Engine
 from shared.messages import HiddenFormat
+from shared.models.folder import AUTO
 
 NAMES = {name: SOURCES[name].token_sources for name in ("lookup", "hidden", "combined")}
 RULES: tuple[tuple[RuleName, int], ...] = (
@@ -48,7 +49,6 @@ RULES: tuple[tuple[RuleName, int], ...] = (
     ("marginal", 8),
 )
 REAL_TOKENS = 64
-DTYPE = "bfloat16"
 
 Row = dict[str, Any]
 
@@ -85,7 +85,8 @@ class DraftBench:
         self.weights: ControlWeights | None = load_weights(folder.controller) if folder.controller else None
         self.draft = DraftEngine(folder, run.target, threads=1, budget_tokens=1 << 16)
         self.model = run.target.name
-        self.engine = Engine(run.target.path, dtype=DTYPE, threads=1, budget_tokens=4096, keep_hidden=True)
+        self.dtype = run.target.resolved(AUTO)
+        self.engine = Engine(run.target.path, dtype=self.dtype, threads=1, budget_tokens=4096, keep_hidden=True)
         self.measured = measure(self.engine, self.draft, self.texts[0])
 
     def source(self, name: str) -> DraftSource:
@@ -151,7 +152,7 @@ def _measure(bench: DraftBench, folder: HiddenDraftFolder, real_texts: int, cons
     title = f"Real speed in one process, {REAL_TOKENS} tokens each: tokens per second, and ratio to plain decoding"
     _print(console, title, real := _real(bench, real_texts))
     return {
-        "facts": {**machine(), "model": bench.model, "dtype": DTYPE, "threads": bench.engine.threads},
+        "facts": {**machine(), "model": bench.model, "dtype": bench.dtype, "threads": bench.engine.threads},
         "draft": str(folder.path),
         "texts": len(bench.texts),
         "costs": costs,

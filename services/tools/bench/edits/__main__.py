@@ -25,7 +25,7 @@ from services.tools.local.folder import state_folder
 from services.tools.local.settings import DEFAULT_TARGET
 from shared.engine import Engine, Step
 from shared.messages import Sampling
-from shared.models.folder import ModelFolder
+from shared.models.folder import AUTO, ModelFolder
 from shared.models.text import Tokenizer
 from shared.sampling.sampler import choose
 
@@ -80,7 +80,10 @@ def main(
         tokenized = [TokenizedEdit(edit, tokenizer) for edit in packaged()]
         shown = _rounds(tokenized)
         console.print(table("Tokens a round on 50 edits", list(shown[0]), [list(row.values()) for row in shown]))
-        record: dict[str, Any] = {"facts": {**machine(), "model": model.name}, "rounds": shown}
+        record: dict[str, Any] = {
+            "facts": {**machine(), "model": model.name, "dtype": model.resolved(AUTO)},
+            "rounds": shown,
+        }
         if real:
             shipped = shipped_for(model)
             weights = load_weights(shipped.controller) if shipped and shipped.controller else None
@@ -122,7 +125,7 @@ def _rounds(tokenized: Sequence[TokenizedEdit]) -> list[Row]:
 def _speeds(
     tokenized: Sequence[TokenizedEdit], model: ModelFolder, weights: ControlWeights | None, console: Console
 ) -> list[Row]:
-    engine = Engine(model.path, dtype="bfloat16", threads=1, budget_tokens=4096)
+    engine = Engine(model.path, dtype=model.resolved(AUTO), threads=1, budget_tokens=4096)
     taken: dict[str, list[float]] = {name: [] for name, *_ in REAL_ARMS}
     for number, edit in enumerate(tokenized):
         console.print(f"verifying edit {number + 1} of {len(tokenized)}", style="dim")
