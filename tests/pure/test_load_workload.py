@@ -46,7 +46,7 @@ def test_requests_follow_the_distributions_of_the_workload() -> None:
     assert {one.max_tokens for one in asked} == set(range(32, 97))
     assert all(0 <= one.think_s <= 1 for one in asked)
     promised = {(one.service_class, one.tier, one.slo and one.slo.ttft_ms) for one in asked}
-    assert promised == {("interactive", "priority", 1500), ("standard", "default", 4000)}
+    assert promised == {("interactive", "priority", 2500), ("standard", "default", 5000)}
 
 
 @given(st.integers(1, 40))
