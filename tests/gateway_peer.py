@@ -16,9 +16,11 @@ from typing import Any
 
 import builders
 import numpy as np
+import tokenizers
 from patience import HANG_S
 from safetensors.numpy import save_file
 
+from services.gateway.core.reasoning import TAGS
 from services.gateway.settings import GatewaySettings
 from services.tools.bench.support.tiny import EOS, byte_tokenizer
 from shared.arithmetic import distinct
@@ -48,6 +50,17 @@ def tiny_target(path: Path) -> ModelFolder:
     (path / "config.json").write_text(json.dumps(config))
     save_file({"weight": np.zeros(1, np.float32)}, path / "model.safetensors")
     return ModelFolder(path)
+
+
+def with_tags(folder: ModelFolder, *, special: bool = False) -> ModelFolder:
+    """Make the tags of reasoning tokens of a tiny folder's model. special: control tokens."""
+    backend = tokenizers.Tokenizer.from_file(str(folder.path / "tokenizer.json"))
+    backend.add_tokens([tokenizers.AddedToken(tag, special=special, normalized=False) for tag in TAGS])
+    backend.save(str(folder.path / "tokenizer.json"))
+    config = json.loads((folder.path / "config.json").read_text())
+    size = backend.get_vocab_size(with_added_tokens=True)
+    (folder.path / "config.json").write_text(json.dumps(config | {"vocab_size": size}))
+    return ModelFolder(folder.path)
 
 
 @dataclass

@@ -9,12 +9,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from services.gateway.core.reasoning import CLOSE, OPEN
+from services.gateway.core.reasoning import CLOSE, OPEN, TAGS
 from services.gateway.errors import ApiError, invalid
 from services.gateway.schema import ChatRequest, CompletionRequest, PredictionOption
 from services.gateway.tools import conversation
 from shared.errors import ChatTemplateError, quoted
-from shared.models.text import Tokenizer
+from shared.models.text import Detokenizer, Tokenizer
 
 INLINE_CHARACTERS = 20_000
 """Longer prompts are tokenized in a thread; one of this length takes about 10 ms."""
@@ -98,7 +98,7 @@ def _texts(request: ChatRequest) -> list[str]:
 
 def _is_thinking(tokenizer: Tokenizer, tokens: Sequence[int]) -> bool:
     """Return whether a prompt ends within the reasoning: the template has opened it."""
-    end = tokenizer.decode(tokens[-TAG_TOKENS:])
+    end = Detokenizer(tokenizer, shown=TAGS).feed(tokens[-TAG_TOKENS:])
     return end.rfind(OPEN) > end.rfind(CLOSE)
 
 

@@ -29,7 +29,7 @@ def check_token_ids(request: GenerationRequest, vocab_size: int) -> None:
 def rules_of(request: GenerationRequest, model: ServedModel, thinks: bool | None) -> LogitRules:
     """Return the rules of a request's sessions, without their prompts' length.
 
-    thinks: see `Prompt.thinks`. Raises ApiError for a budget of reasoning that the model does not mark.
+    thinks: see `Prompt.thinks`. Raises ApiError for a budget of reasoning that the model does not mark by tokens.
     """
     return LogitRules(
         prompt_len=0,
@@ -47,8 +47,15 @@ def rules_of(request: GenerationRequest, model: ServedModel, thinks: bool | None
 
 
 def _budget(most: int, model: ServedModel, thinks: bool | None) -> ReasoningBudget:
+    opening, closing = (model.tokenizer.added_token(tag) for tag in (OPEN, CLOSE))
     if thinks is None:
-        text = "thinking_token_budget is not supported here: the model marks no reasoning in its answers; leave it out"
-        raise invalid(text, "thinking_token_budget", "unsupported_parameter")
-    encode = model.tokenizer.encode_plain
-    return ReasoningBudget(most=most, opening=[] if thinks else encode(OPEN), closing=encode(CLOSE))
+        reason = "the model marks no reasoning in its answers"
+    elif closing is None or (opening is None and not thinks):
+        # A tag of several tokens may come in others, such as one for its last character and the line's end behind it.
+        reason = f"{OPEN} and {CLOSE} are no tokens of the model's own, so its reasoning can't be counted by tokens"
+    elif thinks:
+        return ReasoningBudget(most=most, opening=None, closing=closing)
+    else:
+        return ReasoningBudget(most=most, opening=opening, blank=model.tokenizer.blank_ids, closing=closing)
+    text = f"thinking_token_budget is not supported here: {reason}; leave it out"
+    raise invalid(text, "thinking_token_budget", "unsupported_parameter")

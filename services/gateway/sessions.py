@@ -203,19 +203,20 @@ class Sessions:
 
     def _register(self, answer: Answer, generate: Generate, started_s: float) -> RunningSession:
         now = monotonic()
-        tools = answer.form.tools
+        tools, thinks = answer.form.tools, answer.form.thinks is not None
+        shown = [*(TAGS if thinks else ()), *(() if tools is None else tools.calls.shown)]
         completion = Completion(
             prompt_len=len(generate.prompt),
             stop_ids=frozenset(generate.stop_ids),
-            detokenizer=Detokenizer(self._model.tokenizer, () if tools is None else tools.calls.shown),
+            detokenizer=Detokenizer(self._model.tokenizer, shown),
             stops=StopStrings(answer.form.stops),
             echo=answer.form.echoes[len(answer.running)],
             include_stop=answer.form.include_stop,
             min_tokens=answer.form.min_tokens,
             logprobs=generate.sampling.logprobs,
             prompt_only=answer.form.prompt_only,
-            tags=None if answer.form.thinks is None else StopStrings(TAGS),
-            reasoning=None if answer.form.thinks is None else ReasoningCounter(is_open=answer.form.thinks),
+            tags=StopStrings(TAGS) if thinks else None,
+            reasoning=ReasoningCounter(is_open=bool(answer.form.thinks)) if thinks else None,
             predicted=None if answer.predicted is None else PredictionFollower(answer.predicted),
         )
         wait = Wait(answer.form.pool, started_s, now)

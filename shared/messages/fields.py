@@ -23,8 +23,8 @@ RULES = "rules"
 LOGPROBS = "logprobs"
 """Feature of a verifier that returns what `Sampling.logprobs` asks for."""
 MOST_LOGPROBS = 20
-REASONING_BUDGET = "reasoning_budget"
-"""Feature of a verifier that keeps `LogitRules.reasoning`."""
+REASONING_BUDGET = "reasoning_budget_2"
+"""Feature of a verifier that keeps `LogitRules.reasoning`. In its first form, tags could have several tokens."""
 GRAMMAR = "grammar"
 """Feature of a verifier that follows `Sampling.grammar`."""
 LONGEST_GRAMMAR = 1 << 18
@@ -70,13 +70,15 @@ class TokenBias(Record):
 
 
 class ReasoningBudget(Record):
-    """A limit of the reasoning in an output: after so many tokens of it, those of the closing tag follow."""
+    """A limit of the reasoning in an output: after so many tokens of it, the closing tag follows."""
 
     most: Count
     """Tokens between the tags."""
-    opening: list[TokenId]
-    """The tag that begins the reasoning; empty if the prompt ends within it."""
-    closing: Annotated[list[TokenId], Field(min_length=1)]
+    opening: TokenId | None
+    """The tag that begins the reasoning; None if the prompt ends within it."""
+    blank: list[TokenId] = Field(default_factory=list)
+    """Tokens of white space: the only ones that may stand before the opening tag."""
+    closing: TokenId
 
 
 class LogitRules(Record):

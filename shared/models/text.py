@@ -26,11 +26,22 @@ class Tokenizer:
         self.special_tokens: dict[str, int] = {token.content: index for index, token in added.items() if token.special}
         """Ids of the control tokens by their text."""
         self._special_ids = frozenset(self.special_tokens.values())
+        self._added = {token.content: index for index, token in added.items()}
         self._special_text = re.compile(
             "|".join(re.escape(token) for token in sorted(self.special_tokens, key=len, reverse=True)) or r"(?!)"
         )
         self._template = ChatTemplate(folder) if folder.chat_template else None
         self._bytes_of = _TokenBytes(self._backend, self._path)
+
+    def added_token(self, text: str) -> int | None:
+        """Return the id of the token that stands for this text wherever the text occurs; None if there is none."""
+        return self._added.get(text)
+
+    @cached_property
+    def blank_ids(self) -> list[int]:
+        """Ids of the tokens that are nothing but white space, ascending."""
+        vocab: dict[str, int] = self._backend.get_vocab(with_added_tokens=True)
+        return sorted(token for token in vocab.values() if self.token_bytes(token).decode("utf-8", "replace").isspace())
 
     @property
     def largest_id(self) -> int:

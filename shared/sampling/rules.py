@@ -22,8 +22,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -59,52 +58,45 @@ class TokenMask(Protocol):
 
 
 class ReasoningCount:
-    """Counts the tokens of an output's reasoning against its budget. The first closing tag ends it for good."""
+    """Counts the tokens of an output's reasoning against its budget.
+
+    The reasoning begins with the output, or before it, and the first closing tag ends it for good.
+    """
 
     def __init__(self, budget: ReasoningBudget, output: Sequence[int] = ()) -> None:
-        """output: the tokens so far, in which the tags are searched for: to push each would take milliseconds."""
+        """output: the tokens so far. Most of them are searched, not pushed: to push each would take milliseconds."""
         self._most, self._opening, self._closing = budget.most, budget.opening, budget.closing
-        begun = _end_of(self._opening, output, 0) if self._opening else 0
-        self._count = None if begun is None else len(output) - begun
-        """Tokens of the reasoning so far; None outside it."""
-        self._latest = list(output[begun or 0 :][-max(len(self._opening), len(self._closing)) :])
-        """As many of the latest tokens as the longer tag has."""
-        self._closed = begun is not None and (
-            _end_of(self._closing, output, begun) is not None or len(output) - begun >= self._most + len(self._closing)
-        )
-        if self._closed:
-            self._count = None
+        self._blank = frozenset(budget.blank)
+        self._state: Literal["start", "reasoning", "over"] = "reasoning" if budget.opening is None else "start"
+        self._count = 0
+        """Tokens of the reasoning so far."""
+        at = 0
+        while self._state == "start" and at < len(output):
+            self.push(output[at])
+            at += 1
+        if self._state == "reasoning":
+            self._count = len(output) - at
+            if self._count > self._most or self._closing in output[at:]:
+                self._state = "over"
 
     @property
     def forced(self) -> int | None:
-        """The token that has to come next: one of the closing tag, where the budget is used up; else None."""
-        return None if self._count is None or self._count < self._most else self._closing[self._count - self._most]
+        """The closing tag where it has to come next, because the budget is used up; else None."""
+        return self._closing if self._state == "reasoning" and self._count >= self._most else None
 
     def push(self, token: int) -> None:
         """Go on to the position after `token`."""
-        if self._closed:
-            return
-        self._latest = [*self._latest, token][-max(len(self._opening), len(self._closing)) :]
-        if self._count is not None:
-            self._count += 1
-            # A draft may hold other tokens than the closing tag's; nothing behind them is of use.
-            if self._ends_with(self._closing) or self._count >= self._most + len(self._closing):
-                self._closed, self._count = True, None
-        elif self._ends_with(self._opening):
-            self._count, self._latest = 0, []
-
-    def _ends_with(self, tag: Sequence[int]) -> bool:
-        return self._latest[-len(tag) :] == tag
-
-
-def _end_of(tag: Sequence[int], tokens: Sequence[int], start: int) -> int | None:
-    """Return the place behind the first occurrence of a tag from `start` on; None if there is none."""
-    with suppress(ValueError):
-        while True:
-            start = tokens.index(tag[0], start) + 1
-            if tokens[start - 1 : start - 1 + len(tag)] == tag:
-                return start - 1 + len(tag)
-    return None
+        if self._state == "start":
+            if token == self._opening:
+                self._state = "reasoning"
+            elif token not in self._blank:
+                self._state = "over"
+        elif self._state == "reasoning":
+            # A draft may hold another token than the closing tag; nothing behind it is of use.
+            if token == self._closing or self._count >= self._most:
+                self._state = "over"
+            else:
+                self._count += 1
 
 
 class LogitsProcessor:

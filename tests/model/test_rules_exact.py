@@ -43,9 +43,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     },
     "bad_words": {"bad_words": [[5, 6], [40], [8]], "logit_bias": [TokenBias(token=5, bias=5.0)]},
     "allowed": {"allowed_token_ids": list(range(3, 60))},
-    "reasoning": {"reasoning": ReasoningBudget(most=5, opening=[], closing=[40, 41])},
+    "reasoning": {"reasoning": ReasoningBudget(most=5, opening=None, closing=40)},
     "opened reasoning": {
-        "reasoning": ReasoningBudget(most=3, opening=[5], closing=[9]),
+        "reasoning": ReasoningBudget(most=3, opening=5, blank=list(range(100)), closing=9),
         "logit_bias": [TokenBias(token=5, bias=4.0)],
     },
     "all": {
@@ -58,7 +58,7 @@ OPTIONS: dict[str, dict[str, Any]] = {
         "withheld_ids": [EOS],
         "bad_words": [[9, 9]],
         "allowed_token_ids": list(range(200)),
-        "reasoning": ReasoningBudget(most=4, opening=[], closing=[11, 12]),
+        "reasoning": ReasoningBudget(most=4, opening=None, closing=11),
     },
 }
 TEMPERATURES = (0.0, 0.9)

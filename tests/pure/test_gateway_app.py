@@ -19,7 +19,7 @@ import openai
 import pytest
 import structlog
 from gateway_memory import MemoryServices, MemoryTransport
-from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny_target
+from gateway_peer import CONTEXT, Script, eventually, results_of, settings, tiny_target, with_tags
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
@@ -29,6 +29,7 @@ from prometheus_client import generate_latest
 from services.gateway import sessions, silence
 from services.gateway.app import create_app
 from services.gateway.core.admission import Admission
+from services.gateway.core.reasoning import TAGS
 from services.gateway.core.turns import TurnOrder
 from services.gateway.errors import unavailable
 from services.gateway.gateway import Gateway
@@ -1350,14 +1351,14 @@ THINKING = (
 )
 
 
-@pytest.fixture
-async def thinker(tmp_path: Path) -> App:
-    """A model whose template knows reasoning."""
-    folder = tiny_target(tmp_path / MODEL)
-    (folder.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": THINKING}))
-    return App(ModelFolder(folder.path))
+async def thinking_app(path: Path, template: str = THINKING, *, tags: str = "tokens") -> App:
+    """Return the gateway of a model whose template knows reasoning. tags: what they are in its vocabulary."""
+    folder = tiny_target(path / MODEL)
+    (folder.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
+    return App(ModelFolder(folder.path) if tags == "text" else with_tags(folder, special=tags == "control tokens"))
 
 
+@pytest.mark.parametrize("tags", ["text", "tokens", "control tokens"])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
     ("options", "text", "reasoning", "content"),
@@ -1369,8 +1370,9 @@ async def thinker(tmp_path: Path) -> App:
     ],
 )
 async def test_reasoning_is_apart_from_the_content(
-    thinker: App, stream: bool, options: dict[str, Any], text: str, reasoning: str, content: str
+    tmp_path: Path, tags: str, stream: bool, options: dict[str, Any], text: str, reasoning: str, content: str
 ) -> None:
+    thinker = await thinking_app(tmp_path, tags=tags)
     thinker.script = Script(text, round_len=2)
     answer = await thinker.chat(stream=stream, stream_options={"include_usage": True}, **options)
     chunks = [json.loads(line[6:]) for line in answer.text.splitlines() if line.startswith("data: {")]
@@ -1385,15 +1387,25 @@ async def test_reasoning_is_apart_from_the_content(
     assert "".join(delta.get("content", "") for delta in deltas) == content
 
 
-async def test_a_budget_of_reasoning_begins_where_the_reasoning_does(thinker: App, app: App) -> None:
-    closing = thinker.tokenizer.encode_plain("</think>")
-    for options, opening in (({}, thinker.tokenizer.encode_plain("<think>")), ({"reasoning_effort": "low"}, [])):
+@pytest.mark.parametrize("tags", ["tokens", "control tokens"])
+async def test_a_budget_of_reasoning_begins_where_the_reasoning_does(tmp_path: Path, tags: str) -> None:
+    thinker = await thinking_app(tmp_path, tags=tags)
+    (opening,), (closing,) = (thinker.tokenizer.encode_part(tag) for tag in TAGS)
+    blank = [token for space in "\n\r\t \v\f\x1c\x1d\x1e\x1f" for token in thinker.tokenizer.encode_plain(space)]
+    begins = ReasoningBudget(most=7, opening=opening, blank=sorted(blank), closing=closing)
+    opened = ReasoningBudget(most=7, opening=None, closing=closing)
+    for options, budget in (({}, begins), ({"reasoning_effort": "low"}, opened)):
         assert (await thinker.chat(thinking_token_budget=7, **options)).status_code == 200
         rules = thinker.generated[-1].sampling.rules
         assert rules is not None
-        assert rules.reasoning == ReasoningBudget(most=7, opening=opening, closing=closing)
-    error = error_of(await app.chat(thinking_token_budget=7), 400)
-    assert (error["code"], error["param"]) == ("unsupported_parameter", "thinking_token_budget")
+        assert rules.reasoning == budget
+
+
+async def test_a_budget_is_refused_where_tags_are_no_tokens(app: App, tmp_path: Path) -> None:
+    for one, reason in ((app, "marks no reasoning"), (await thinking_app(tmp_path, tags="text"), "no tokens")):
+        error = error_of(await one.chat(thinking_token_budget=7), 400)
+        assert (error["code"], error["param"]) == ("unsupported_parameter", "thinking_token_budget")
+        assert reason in error["message"]
 
 
 async def test_metrics_of_speculation_come_where_asked_for(app: App) -> None:

@@ -15,13 +15,13 @@ import anthropic
 import httpx
 import httpx2
 import pytest
-from gateway_peer import Script, tiny_target
+from gateway_peer import Script
 from pydantic import BaseModel
-from test_gateway_app import MODEL, THINKING, App, app, folder, guarded  # noqa: F401 fixtures
+from test_gateway_app import MODEL, THINKING, App, app, folder, guarded, thinking_app  # noqa: F401 fixtures
 from test_gateway_tools import CALL, HERMES_CALL, HERMES_TEMPLATE, ROOM, WEATHER, prompt_of, served
 
+from services.gateway.core.reasoning import TAGS
 from shared.messages import REASONING_BUDGET, RULES, LogitRules, ReasoningBudget, features_of
-from shared.models.folder import ModelFolder
 
 BODY: dict[str, Any] = {"model": MODEL, "max_tokens": 50, "messages": [{"role": "user", "content": "Hi"}]}
 TOOL: dict[str, Any] = {
@@ -45,12 +45,6 @@ async def hermes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> AsyncIterat
     monkeypatch.setattr("test_gateway_app.CONTEXT", ROOM)
     async for one in served(tmp_path, HERMES_TEMPLATE):
         yield one
-
-
-async def thinking_app(path: Path, template: str = THINKING) -> App:
-    made = tiny_target(path / MODEL)
-    (made.path / "tokenizer_config.json").write_text(json.dumps({"chat_template": template}))
-    return App(ModelFolder(made.path))
 
 
 def events_of(response: httpx.Response) -> list[dict[str, Any]]:
@@ -420,9 +414,10 @@ async def test_the_budget_of_thinking_is_a_rule_of_the_session(tmp_path: Path) -
     thinker = await thinking_app(tmp_path)
     thinker.script = Script("<think>why</think>so")
     await client_of(thinker).messages.create(**BODY, thinking={"type": "enabled", "budget_tokens": 1024})
-    encode = thinker.tokenizer.encode_plain
-    budget = ReasoningBudget(most=1024, opening=encode("<think>"), closing=encode("</think>"))
-    made = thinker.generated[-1]
+    made, tokenizer = thinker.generated[-1], thinker.tokenizer
+    opening, closing = (tokenizer.added_token(tag) for tag in TAGS)
+    assert closing is not None
+    budget = ReasoningBudget(most=1024, opening=opening, blank=tokenizer.blank_ids, closing=closing)
     assert made.sampling.rules == LogitRules(prompt_len=len(made.prompt), reasoning=budget)
     assert features_of(made.fingerprint) == {RULES, REASONING_BUDGET}
     await client_of(thinker).messages.create(**BODY, thinking={"type": "adaptive"})

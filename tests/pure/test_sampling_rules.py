@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -60,17 +61,16 @@ def by_definition(row: Sequence[float], sampling: Sampling, tokens: Sequence[int
 
 
 def forced_by_definition(budget: ReasoningBudget | None, output: list[int]) -> int | None:
-    """Return the token of the closing tag that has to come next; None if none has."""
-
-    def end_of(tag: list[int], start: int) -> int | None:
-        ends = range(start + len(tag), len(output) + 1)
-        return next((end for end in ends if output[end - len(tag) : end] == tag), None)
-
-    if budget is None or (begun := end_of(budget.opening, 0) if budget.opening else 0) is None:
+    """Return the closing tag if it has to come next, else None."""
+    if budget is None:
         return None
-    over = len(output) - begun - budget.most
-    closed = end_of(budget.closing, begun)
-    return None if closed is not None or not 0 <= over < len(budget.closing) else budget.closing[over]
+    reasoning = output
+    if budget.opening is not None:
+        rest = list(itertools.dropwhile(lambda token: token in budget.blank and token != budget.opening, output))
+        if rest[:1] != [budget.opening]:
+            return None
+        reasoning = rest[1:]
+    return budget.closing if len(reasoning) == budget.most and budget.closing not in reasoning else None
 
 
 IDS = st.integers(0, VOCABULARY - 1)
@@ -95,8 +95,9 @@ RULES = st.builds(
     | st.builds(
         ReasoningBudget,
         most=st.integers(0, 4),
-        opening=st.lists(IDS, max_size=2),
-        closing=st.lists(IDS, min_size=1, max_size=2),
+        opening=st.none() | IDS,
+        blank=st.lists(IDS, max_size=2),
+        closing=IDS,
     ),
 )
 SAMPLINGS = st.builds(Sampling, temperature=st.sampled_from([0.0, 0.7, 1.3]), seed=st.just(7), rules=RULES)
@@ -168,10 +169,10 @@ def test_a_bad_word_is_kept_from_being_completed_in_the_output() -> None:
 
 @pytest.mark.parametrize(
     ("output", "forced"),
-    [([4, 4], None), ([4, 4, 4], 6), ([4, 4, 4, 6], 7), ([4, 4, 4, 6, 7], None), ([4, 6, 7, 4, 4, 4], None)],
+    [([4, 4], None), ([4, 4, 4], 6), ([4, 4, 4, 6], None), ([4, 4, 4, 5], None), ([4, 6, 4, 4, 4], None)],
 )
 def test_the_closing_tag_follows_the_last_token_of_reasoning(output: list[int], forced: int | None) -> None:
-    budget = ReasoningBudget(most=3, opening=[], closing=[6, 7])
+    budget = ReasoningBudget(most=3, opening=None, closing=6)
     sampling = ruled(reasoning=budget, allowed_token_ids=[1, 2], temperature=0.9)
     processor = LogitsProcessor(sampling, [0, 0, *output])
     assert processor.only == forced
@@ -180,10 +181,12 @@ def test_the_closing_tag_follows_the_last_token_of_reasoning(output: list[int], 
     assert chosen == forced if forced is not None else chosen in (1, 2)
 
 
-def test_reasoning_that_never_begins_has_no_end() -> None:
-    budget = ReasoningBudget(most=0, opening=[5], closing=[6])
-    assert LogitsProcessor(ruled(reasoning=budget), [5, 0, 1, 2]).only is None
-    assert LogitsProcessor(ruled(reasoning=budget), [0, 0, 1, 5]).only == 6
+@pytest.mark.parametrize(
+    ("output", "forced"), [([], None), ([5], 6), ([3, 3, 5], 6), ([1, 5], None), ([3, 1, 5], None), ([3, 3], None)]
+)
+def test_reasoning_begins_with_the_output_or_has_no_end(output: list[int], forced: int | None) -> None:
+    budget = ReasoningBudget(most=0, opening=5, blank=[3], closing=6)
+    assert LogitsProcessor(ruled(reasoning=budget), [5, 0, *output]).only == forced
 
 
 def test_ids_beyond_the_vocabulary_change_nothing() -> None:
