@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.drafter.control import DraftRound
-from services.drafter.core.draft import Draft
+from services.drafter.core.draft import Draft, wasted_tokens
 
 if TYPE_CHECKING:
     from services.drafter.learning.reports import LearningReport
@@ -15,6 +15,10 @@ if TYPE_CHECKING:
 SESSIONS = Gauge("wisp_drafter_sessions", "Sessions being served")
 DRAFT_TIME = Histogram(
     "wisp_draft_seconds", "Time to make one draft", buckets=(0.0001, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1)
+)
+WASTED_TIME = Counter(
+    "wisp_draft_wasted_seconds",
+    "Time to draft tokens past the first rejected one (WDT); its share is that of `wisp_draft_seconds_sum`",
 )
 ROUND_TIME = Histogram(
     "wisp_round_seconds", "Time from sending a round to its result", buckets=(0.01, 0.03, 0.1, 0.2, 0.5, 1, 3, 10)
@@ -38,9 +42,11 @@ LEARNED_ACCEPTANCE = Gauge(
 AHEAD = Counter("wisp_drafts_ahead", "Drafts made while a round was in flight", ["outcome"])
 
 
-def count(round_: DraftRound, verified: int, accepted: int, draft: Draft) -> None:
-    """Count a settled round."""
+def count(round_: DraftRound, verified: int, accepted: int, draft: Draft, draft_ms: float) -> None:
+    """Count a settled round. draft_ms: time that its draft took."""
     STEPS.inc(sum(draft.steps.values()))
+    if drafted := len(draft.tokens):
+        WASTED_TIME.inc(draft_ms / 1000 * wasted_tokens(drafted, verified, accepted) / drafted)
     if round_.kept:
         DRAFTS.inc()
     for i, token in enumerate(round_.kept_tokens[:verified]):

@@ -337,7 +337,7 @@ class ServedSession:
             control.times.learn_round(result.trimmed_to, round_ms, result.verify_ms, result.queue_ms, result.new_tokens)
         verified, accepted = verified_counts(result) if committed else (0, 0)
         control.settle(round_, verified, accepted, bonus_matches(made.draft, result) if committed else None)
-        metrics.count(round_, verified, accepted, made.draft)
+        metrics.count(round_, verified, accepted, made.draft, made.draft_ms)
 
 
 def _draft_attributes(made: MadeDraft) -> tracing.Attributes:

@@ -35,6 +35,11 @@ E2E = Histogram(
 DRAFTS = Counter("wisp_spec_decode_num_drafts", "Rounds with at least one verified draft token", _MODEL)
 DRAFT_TOKENS = Counter("wisp_spec_decode_num_draft_tokens", "Verified draft tokens", _MODEL)
 ACCEPTED_TOKENS = Counter("wisp_spec_decode_num_accepted_tokens", "Accepted draft tokens", _MODEL)
+ACCEPTED_BY_POSITION = Counter(
+    "wisp_spec_decode_num_accepted_tokens_per_pos",
+    "Accepted draft tokens by their position in the draft, from 0",
+    [*_MODEL, "position"],
+)
 SUCCESS = Counter("wisp_request_success", "Ended completions", [*_MODEL, "finished_reason"])
 SLO_REQUESTS = Counter(
     "wisp_slo_requests", "Ended completions, by whether they completed within their SLO", [*_CLASS, "attained"]
@@ -77,5 +82,8 @@ class ModelMetrics:
         self.drafts.inc(tally.drafts)
         self.draft_tokens.inc(tally.verified)
         self.accepted_tokens.inc(tally.accepted)
+        for accepted, rounds in tally.accepted_in_round.items():
+            for position in range(accepted):
+                ACCEPTED_BY_POSITION.labels(self._model_name, position).inc(rounds)
         if reason in ("stop", "length"):
             self.e2e_s.observe(total_s)

@@ -2,6 +2,9 @@
 
 from prometheus_client import Counter, Gauge, Histogram
 
+from shared.cost.model import predict_ms, shape_of
+from shared.messages import CostModel, Result
+
 WAITING = Gauge("wisp_num_requests_waiting", "Rounds pending for a batch")
 RUNS = Gauge("wisp_scheduler_runs", "Sessions that verifiers decode without rounds")
 STAND_IN_SESSIONS = Gauge(
@@ -15,6 +18,21 @@ QUEUE_TIME = Histogram(
     "wisp_request_queue_time_seconds",
     "Time from a round's arrival to its batch",
     buckets=(0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+)
+SLACK = Histogram(
+    "wisp_scheduler_slack_seconds",
+    "Time until the session's next token is due when a round's batch is sent; below 0 if it is late already",
+    buckets=(-1, -0.3, -0.1, -0.03, 0, 0.01, 0.03, 0.1, 0.3, 1, 3, 10),
+)
+INTERFERENCE = Histogram(
+    "wisp_scheduler_interference_seconds",
+    "Time of a round's batch beyond the predicted time of the round alone",
+    buckets=(0, 0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1, 3),
+)
+PREDICTION_ERROR = Histogram(
+    "wisp_scheduler_prediction_error_ratio",
+    "Difference of a batch's predicted and measured times, as a share of the measured one",
+    buckets=(0.02, 0.05, 0.1, 0.2, 0.3, 0.5, 1, 2, 5),
 )
 BATCHES = Counter("wisp_scheduler_batches", "Batches sent", ["verifier"])
 DECISION_TIME = Histogram(
@@ -50,3 +68,21 @@ def deadline(due_ms: float | None, now_ms: float) -> str:
     if due_ms is None:
         return "none"
     return "met" if now_ms <= due_ms else "missed"
+
+
+def interference_ms(result: Result, model: CostModel) -> float:
+    """Return the time of a result's batch beyond that of its round alone, as a cost model predicts it; at least 0.
+
+    Raises ValueError if nothing was computed for the result.
+    """
+    if not result.new_tokens:
+        raise ValueError("a result without new tokens has no time of its own")
+    alone = shape_of([(result.new_tokens, result.base_len + result.trimmed_to, 1 + result.trimmed_to)])
+    return max(0.0, result.verify_ms - predict_ms(model, alone))
+
+
+def prediction_error(result: Result) -> float | None:
+    """Return the error of the predicted time of a result's batch, as a share of its time; None if one is unknown."""
+    if not result.predicted_ms or not result.verify_ms:
+        return None
+    return abs(result.predicted_ms - result.verify_ms) / result.verify_ms

@@ -80,6 +80,8 @@ class Scheduler:
         self._decided_ms = math.inf
         self._sending: set[asyncio.Task[None]] = set()
         self._spans = QueueSpans()
+        self._timed: dict[str, str] = {}
+        """By verifier: the latest batch whose predicted time was compared with the measured one."""
         self._log = logging.get()
 
     async def recall(self, registry: Registry) -> None:
@@ -141,13 +143,7 @@ class Scheduler:
     async def _receive(self, message: Message) -> None:
         match message:
             case Result():
-                if (
-                    message.status is Status.COMMITTED
-                    and not message.run
-                    and message.session in self._dispatcher.fleet.sessions
-                ):
-                    due_ms = self.due_ms(message.session)
-                    metrics.ROUNDS.labels(metrics.deadline(due_ms, now_ms())).inc()
+                self._count_result(message)
                 self._dispatcher.on_result(message, now_ms())
                 if self._spans and (message.finish is not None or message.status is Status.FAILED):
                     self._spans.forget(message.session)
@@ -161,6 +157,20 @@ class Scheduler:
         if self._stand_in is not None and isinstance(message, Result | Cancel):
             await self._stand_in.receive(message)
         self._decide_soon()
+
+    def _count_result(self, result: Result) -> None:
+        """Count a result of a round that this scheduler has sent."""
+        fleet = self._dispatcher.fleet
+        if result.status is not Status.COMMITTED or result.run or result.session not in fleet.sessions:
+            return
+        metrics.ROUNDS.labels(metrics.deadline(self.due_ms(result.session), now_ms())).inc()
+        if (state := fleet.verifiers.get(result.verifier)) is None or not result.new_tokens:
+            return
+        metrics.INTERFERENCE.observe(metrics.interference_ms(result, state.model) / 1000)
+        # The results of a batch follow each other.
+        if self._timed.get(result.verifier) != result.batch and (error := metrics.prediction_error(result)) is not None:
+            self._timed[result.verifier] = result.batch
+            metrics.PREDICTION_ERROR.observe(error)
 
     async def _send(self, verifier_id: str, batch: Batch, trace: tracing.Headers | None) -> None:
         try:
@@ -228,6 +238,8 @@ def _count(verifier_id: str, batch: Batch) -> None:
     metrics.BATCH_JOBS.observe(len(batch.jobs))
     for job in batch.jobs:
         metrics.QUEUE_TIME.observe(job.queue_ms / 1000)
+        if job.slack_ms is not None:
+            metrics.SLACK.observe(job.slack_ms / 1000)
         if job.prefill_to is None:
             metrics.TRIMMED.inc(job.drafted - len(job.draft))
         else:

@@ -16,6 +16,12 @@ HIDDEN_BYTES = Counter("wisp_verifier_hidden_bytes", "Hidden states sent to draf
 HANDOFF_SAVED = Counter("wisp_verifier_handoff_saved_tokens", "Tokens whose KV was saved in Redis for other verifiers")
 HANDOFF_LOADED = Counter("wisp_verifier_handoff_loaded_tokens", "Tokens whose KV was loaded from Redis")
 JOBS_REFUSED = Counter("wisp_verifier_jobs_refused", "Jobs that could not be verified", ["code"])
+COMMITS = Counter(
+    "wisp_verifier_commits",
+    "Answers of Redis to commits: committed (again, if the round was sent twice), conflict (the session has other "
+    "tokens), cancelled, gone",
+    ["outcome"],
+)
 CACHE_USAGE = Gauge("wisp_kv_cache_usage_perc", "Share of the KV budget that sessions hold, 0 to 1")
 INTEGRITY_ERRORS = Counter(
     "wisp_verifier_integrity_errors", "Checks that found the accounting of the KV cache wrong and dropped the cache"

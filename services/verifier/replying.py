@@ -153,6 +153,7 @@ class Replying:
         """Update the sessions from the answers; return those that have ended."""
         ended = []
         for one, answer in zip(commits, answers, strict=True):
+            metrics.COMMITS.labels(answer.outcome).inc()
             session_id = one.job.session
             run = self._runs.get(session_id)
             if answer.ended:
@@ -168,6 +169,7 @@ class Replying:
 
     def _apply_report(self, report: RunReport, answer: Committed) -> list[str]:
         """Update a run and its session from the answer to a report; return the session if it has ended."""
+        metrics.COMMITS.labels(answer.outcome).inc()
         session_id = report.commit.session
         if answer.ended:
             self._runs.drop(report.run)

@@ -18,6 +18,7 @@ import torch
 from opentelemetry.sdk.trace import ReadableSpan
 from otlp import Recorded, recording
 from patience import HANG_S
+from prometheus_client import REGISTRY
 from pydantic import SecretStr
 from random_draft import random_draft
 
@@ -310,13 +311,20 @@ async def test_copies_of_a_round_are_committed_once(peer: Peer, text: list[int])
     assert await peer.committed("s") == (PROMPT + text)[:base]
 
 
+def commits(outcome: CommitOutcome) -> float:
+    return REGISTRY.get_sample_value("wisp_verifier_commits_total", {"outcome": outcome}) or 0.0
+
+
 async def test_a_stale_round_gets_the_committed_tokens(peer: Peer, text: list[int]) -> None:
+    before = [commits(outcome) for outcome in (CommitOutcome.COMMITTED, CommitOutcome.CONFLICT)]
     await peer.open("s")
     await peer.verify(peer.job("s", 4, text[:3]))
     (stale,) = await peer.verify(peer.job("s", 5, [1], round_=7))
     assert (stale.status, stale.base_len, stale.tokens) == (Status.CONFLICT, 5, text[1:4])
     (ahead,) = await peer.verify(peer.job("s", 20, [1], round_=8))
     assert (ahead.status, ahead.base_len, ahead.tokens) == (Status.CONFLICT, 8, [])
+    after = [commits(outcome) for outcome in (CommitOutcome.COMMITTED, CommitOutcome.CONFLICT)]
+    assert after == [before[0] + 1, before[1] + 2]
 
 
 async def test_a_stop_token_and_the_length_end_the_session(peer: Peer, text: list[int]) -> None:

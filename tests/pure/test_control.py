@@ -12,7 +12,9 @@ import builders
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from prometheus_client import REGISTRY
 
+from services.drafter import metrics
 from services.drafter.control import (
     Controller,
     DraftDecision,
@@ -28,6 +30,7 @@ from services.drafter.control.features import NAMES, RoundContext, features, log
 from services.drafter.control.records import RoundRecord
 from services.drafter.control.weights import ControlWeights, Inputs, Logistic, Perceptron, Predictor
 from services.drafter.control_files import load_weights, read_records, save_weights, write_record
+from services.drafter.core.draft import Draft
 from shared.errors import ModelError, SettingsError
 from shared.log_odds import SessionOffset, sigmoid
 from shared.messages import Load
@@ -604,3 +607,12 @@ def test_plain_decoding_ends_one_round_before_a_probe_to_request_states() -> Non
         seen.append((round_.probing, session.decodes_plainly))
         session.settle(round_, 0, 0)
     assert seen == [(False, True)] * (FIRST_WAIT - 1) + [(False, False), (True, False)]
+
+
+@pytest.mark.parametrize(("verified", "accepted", "wasted_s"), [(4, 1, 0.02), (4, 4, 0.0), (1, 1, 0.0), (2, 0, 0.03)])
+def test_time_past_the_first_rejection_counts_as_wasted(verified: int, accepted: int, wasted_s: float) -> None:
+    round_ = controller("fixed").session("model").begin(4, 0.0)
+    draft(round_, [token() for _ in range(4)])
+    before = REGISTRY.get_sample_value("wisp_draft_wasted_seconds_total") or 0.0
+    metrics.count(round_, verified, accepted, Draft([1, 2, 3, 4]), draft_ms=40.0)
+    assert REGISTRY.get_sample_value("wisp_draft_wasted_seconds_total") == pytest.approx(before + wasted_s)

@@ -1114,6 +1114,8 @@ async def test_counters_agree_with_the_answers(app: App) -> None:
     assert values[f"wisp_spec_decode_num_drafts_total{label}"] == 2 * summary["rounds"]
     assert values[f"wisp_spec_decode_num_draft_tokens_total{label}"] == 2 * summary["verified"]
     assert values[f"wisp_spec_decode_num_accepted_tokens_total{label}"] == 2 * summary["accepted"] == 12
+    by_position = "wisp_spec_decode_num_accepted_tokens_per_pos_total"
+    assert [values[f'{by_position}{{model_name="{MODEL}",position="{n}"}}'] for n in (0, 1)] == [6, 6]
     assert values[f'wisp_request_success_total{{finished_reason="stop",model_name="{MODEL}"}}'] == 2
     assert values[f"wisp_num_requests_running{label}"] == 0
     assert values[f"wisp_time_to_first_token_seconds_count{label}"] == 2

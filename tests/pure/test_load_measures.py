@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.tools.bench.load.core.measures import Window, lag_of, measure, quantile, quantiles, wasted
+from services.drafter.core.draft import wasted_tokens
+from services.tools.bench.load.core.measures import Window, lag_of, measure, quantile, quantiles
 from services.tools.bench.load.core.record import Ending, RequestRecord, record_of, refusal_of
 from services.tools.bench.load.core.requests import LoadRequest
 from shared.cost.model import FALLBACK, predict_ms, shape_of
@@ -156,7 +157,7 @@ def test_tokens_per_second_count_arrivals_in_the_window() -> None:
 @given(st.integers(0, 20), st.integers(0, 20), st.integers(0, 20))
 def test_tokens_after_the_first_rejected_one_are_wasted(a: int, b: int, c: int) -> None:
     accepted, verified, drafted = sorted((a, b, c))
-    lost = wasted(drafted, verified, accepted)
+    lost = wasted_tokens(drafted, verified, accepted)
     assert lost == (0 if accepted == verified else drafted - accepted - 1)
     assert 0 <= lost <= drafted
 

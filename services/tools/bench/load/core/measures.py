@@ -21,6 +21,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
+from services.drafter.core.draft import wasted_tokens
 from services.tools.bench.load.core.record import Ending, RequestRecord
 from shared.cost.model import predict_ms, shape_of
 from shared.messages import CostModel, Measurement
@@ -221,11 +222,6 @@ def lag_of(sent_ms: Sequence[float], loop_ms: Sequence[float], cpu_share: float)
     )
 
 
-def wasted(drafted: int, verified: int, accepted: int) -> int:
-    """Return a round's draft tokens past the first rejected one; 0 if no verified token was rejected."""
-    return max(0, drafted - accepted - 1) if accepted < verified else 0
-
-
 def _count(records: Iterable[RequestRecord], ending: Ending) -> int:
     return sum(record.ending is ending for record in records)
 
@@ -251,7 +247,7 @@ def _drafting(records: Sequence[RequestRecord]) -> DraftMeasures | None:
     drafted, verified, accepted = (sum(one[name] for one in rounds) for name in ("drafted", "verified", "accepted"))
     draft_ms = sum(one["draft_ms"] for one in rounds if one["drafted"])
     wasted_ms = sum(
-        one["draft_ms"] * wasted(one["drafted"], one["verified"], one["accepted"]) / one["drafted"]
+        one["draft_ms"] * wasted_tokens(one["drafted"], one["verified"], one["accepted"]) / one["drafted"]
         for one in rounds
         if one["drafted"]
     )
