@@ -33,10 +33,12 @@ FILES = {
         ),
         "gpu",
     ),
+    **dict.fromkeys(("test_alerts.py", "test_manifests.py"), "manifests"),
     **dict.fromkeys(("test_errors.py", "test_layers.py", "test_names.py", "test_surfaces.py"), "source"),
 }
-"""Files that share what takes long to make, such as tiny models of all families or the parsed source, and suites with
-tiny models, which need nothing of the suite with the default model. Each other file is a group of its own."""
+"""Files that share what takes long to make, such as tiny models of all families, rendered manifests or the parsed
+source, and suites with tiny models, which need nothing of the suite with the default model. Each other file is a group
+of its own."""
 
 
 def group_of(nodeid: str) -> str:
