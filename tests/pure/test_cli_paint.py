@@ -97,7 +97,7 @@ def test_the_summary_gives_every_figure() -> None:
     for figure in (
         "21 tokens in 10 rounds",
         "2.10 tokens per round",
-        "25% of 40 draft tokens accepted",
+        "10 of 40 draft tokens accepted (25%)",
         "first token after 100 ms",
         "10.0 tokens per second",
         "1 drafting, 2 queueing, 1,500 verifying, 597 messaging",
@@ -107,10 +107,17 @@ def test_the_summary_gives_every_figure() -> None:
 
 def test_a_summary_counts_one_token_in_the_singular() -> None:
     one = SUMMARY | {"tokens": 9.0, "rounds": 1.0, "run_tokens": 8.0, "verified": 1.0, "accepted": 1.0}
-    line = summary_lines(one)[0]
-    assert (
-        line == "1 token in 1 round and 8 by the verifier alone, 1.00 tokens per round, 100% of 1 draft token accepted"
-    )
+    made, per_round, drafts = summary_lines(one)[0].split(", ")
+    assert made == "1 token in 1 round and 8 by the verifier alone"
+    assert (per_round, drafts) == ("1.00 tokens per round", "1 of 1 draft token accepted (100%)")
+
+
+def test_copies_are_counted_beside_the_drafts_that_are_marked_like_them() -> None:
+    runs = SUMMARY | {"tokens": 40.0, "run_tokens": 19.0, "copied": 7.0}
+    first, second, *_ = summary_lines(runs)
+    assert first.startswith("21 tokens in 10 rounds and 19 by the verifier alone (7 of them copied)")
+    assert second == "marked above: 10 accepted draft tokens and 7 copied by the verifier"
+    assert "marked" not in "".join(summary_lines(SUMMARY))
 
 
 def test_a_summary_without_drafts_or_a_second_token_is_possible() -> None:

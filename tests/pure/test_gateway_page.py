@@ -21,7 +21,7 @@ from test_gateway_app import App
 
 from services.gateway.keys import new_key, render
 from services.gateway.page import documents, feed
-from services.gateway.page.documents import INDEX, ROOT, Documents
+from services.gateway.page.documents import INDEX, ROOT, SECTIONS, Documents
 from services.gateway.page.files import STATIC, static_files
 from shared.errors import BrokersError
 from shared.messages import Job
@@ -209,6 +209,8 @@ async def test_every_page_of_the_repository_is_served(app: PacedApp) -> None:
     served = Documents()
     assert set(served.paths) == repository
     assert served.paths[0] == INDEX
+    assert served.sections.keys() == SECTIONS.keys(), "each page has a section"
+    assert {path for paths in SECTIONS.values() for path in paths} == repository
     async with await client(app) as http:
         first = await http.get("/docs")
         assert (first.status_code, first.headers["location"]) == (307, "/docs/README.md")
@@ -255,7 +257,7 @@ def test_a_page_shows_its_text_and_no_markup_of_its_own() -> None:
 
 
 def test_the_brand_is_in_each_title_once() -> None:
-    made = Documents({"README.md": "# WISP", "a.md": "# The engine"})
+    made = Documents({"a.md": "# The engine", "README.md": "# WISP"})
     titles = [re.findall(r"<title>(.*)</title>", (made.html(path) or b"").decode()) for path in made.paths]
     assert titles == [["WISP"], ["The engine · WISP"]]
 

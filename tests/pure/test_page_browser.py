@@ -101,6 +101,39 @@ async def test_a_chat_shows_each_tokens_origin(page: BrowserPage, app: PacedApp)
         assert "19 tokens in" in await page.text(".made .status")
 
 
+async def test_copies_of_a_run_are_told_from_drafts(page: BrowserPage, app: PacedApp) -> None:
+    chunk = {
+        "choices": [{"delta": {"content": "abcd"}}],
+        "wisp": {
+            "tokens": [{"id": n, "text": "abcd"[n], "draft": n in (0, 2)} for n in range(4)],
+            "rounds": [
+                {
+                    "round": 0,
+                    "start": 0,
+                    "tokens": 2,
+                    "drafted": 1,
+                    "verified": 1,
+                    "accepted": 1,
+                    "sources": ["lookup"],
+                },
+                {"round": 1, "start": 2, "tokens": 2, "run": True, "verified": 0, "accepted": 0},
+            ],
+        },
+    }
+    async with served(app) as url:
+        await page.open(f"{url}/")
+        script = f"""Promise.all(["origin", "answer"].map((name) => import(`/page/${{name}}.js`))).then(([o, a]) => {{
+            const record = new o.AnswerRecord(0);
+            record.add({json.dumps(chunk)}, 1);
+            return [record.mix(), a.counterRows(record).map((row) => row[2]), o.about(record.tokens[2])[0]];
+        }})"""
+        mix, notes, about = await page.run(script)
+        assert mix == {"lookup": 1, "bonus": 1, "copy": 1, "run": 1}
+        assert "1 of 1" in notes
+        assert "2 tokens in runs, 1 copied" in notes
+        assert about.startswith("a copy of earlier text")
+
+
 async def test_pointing_at_a_token_shows_its_round(page: BrowserPage, app: PacedApp) -> None:
     async with served(app) as url:
         await page.open(f"{url}/")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, metadata
 from itertools import pairwise
@@ -21,6 +21,33 @@ FOLDERS = ("services", "shared")
 CHECKOUT_FOLDERS = (*FOLDERS, "docker", "k8s")
 """Folders with pages in a checkout. An installed package may have others' folders of these names beside it."""
 INDEX = "README.md"
+SECTIONS = {
+    "Use": (INDEX, "services/gateway/README.md", "services/scheduler/README.md", "shared/engine/MODELS.md"),
+    "Operate": (
+        "docker/README.md",
+        "k8s/README.md",
+        "services/device/README.md",
+        "services/SECURITY.md",
+        "services/FAILURES.md",
+        "services/METRICS.md",
+    ),
+    "How it works": (
+        "services/LIFE_OF_A_REQUEST.md",
+        "services/drafter/README.md",
+        "services/drafter/drafts/smollm2-135m-instruct/README.md",
+        "shared/engine/README.md",
+        "services/ADDING.md",
+    ),
+    "Measure": (
+        "services/tools/bench/README.md",
+        "services/tools/simulator/README.md",
+        "services/tools/twin/README.md",
+        "services/tools/replayer/README.md",
+        "services/tools/training/README.md",
+    ),
+}
+"""The pages in the order in which they are listed."""
+OTHERS = "Other pages"
 PREFIX = "/docs/"
 PROJECT = "wisp"
 BRAND = "WISP"
@@ -39,11 +66,22 @@ class Documents:
             _beside(name, page) for page, text in self._sources.items() for name in _PICTURE.findall(text)
         }
         self._markdown = MarkdownIt("commonmark", {"html": False}).enable("table")
+        # A wide table scrolls by itself.
+        self._markdown.add_render_rule("table_open", lambda *_: '<div class="scroll"><table>\n')
+        self._markdown.add_render_rule("table_close", lambda *_: "</table></div>\n")
 
     @property
     def paths(self) -> list[str]:
-        """Paths of the pages, the README of the project first."""
-        return sorted(self._sources, key=lambda path: (path != INDEX, path))
+        """Paths of the pages, in the order of their sections."""
+        return [path for paths in self.sections.values() for path in paths]
+
+    @property
+    def sections(self) -> dict[str, list[str]]:
+        """Paths of the pages by section. Pages without one come last, in alphabetical order."""
+        found = {name: [path for path in paths if path in self._sources] for name, paths in SECTIONS.items()}
+        placed = {path for paths in found.values() for path in paths}
+        found[OTHERS] = sorted(self._sources.keys() - placed)
+        return {name: paths for name, paths in found.items() if paths}
 
     def picture(self, path: str) -> bytes | None:
         """Return a picture that a page shows; None if none shows it, or its file is missing."""
@@ -78,11 +116,17 @@ class Documents:
 
     def _framed(self, title: str, body: str, current: str | None = None) -> str:
         listed = "\n".join(
-            f'<li><a href="{PREFIX}{path}"{" aria-current=page" if path == current else ""}>'
-            f"{escape(_title(self._sources[path]) or path)}</a></li>"
-            for path in self.paths
+            f"<section><h2>{escape(name)}</h2><ul>\n{self._links(paths, current)}\n</ul></section>"
+            for name, paths in self.sections.items()
         )
         return _FRAME.format(title=escape(title), listed=listed, body=body)
+
+    def _links(self, paths: Sequence[str], current: str | None) -> str:
+        return "\n".join(
+            f'<li><a href="{PREFIX}{path}"{" aria-current=page" if path == current else ""}>'
+            f"{escape(_title(self._sources[path]) or path)}</a></li>"
+            for path in paths
+        )
 
 
 def _sources() -> Iterator[tuple[str, str]]:
@@ -171,9 +215,9 @@ _FRAME = """<!doctype html>
 <nav aria-label="Main"><a href="/">Playground</a><a href="/docs" aria-current="true">Docs</a>
 <a href="/openapi.json">OpenAPI</a></nav></header>
 <div class="shelf">
-<nav class="pages" aria-label="Pages"><ul>
+<nav class="pages" aria-label="Pages">
 {listed}
-</ul></nav>
+</nav>
 <main id="text" class="text" tabindex="-1">
 {body}</main>
 </div>

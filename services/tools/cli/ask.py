@@ -228,14 +228,16 @@ def made_in(summary: dict[str, float]) -> str:
 
 def summary_lines(summary: dict[str, float]) -> list[str]:
     """Format the summary of an answer for people."""
-    verified = round(summary["verified"])
+    verified, accepted, copied = (round(summary.get(name, 0)) for name in ("verified", "accepted", "copied"))
     drafts = (
-        f"{summary['accepted'] / verified:.0%} of {counted(verified, 'draft token')} accepted"
+        f"{accepted:,} of {counted(verified, 'draft token')} accepted ({accepted / verified:.0%})"
         if verified
         else "no drafts"
     )
+    marked = f"marked above: {counted(accepted, 'accepted draft token')} and {copied:,} copied by the verifier"
     return [
         f"{made_in(summary)}, {tokens_per_round(summary):.2f} tokens per round, {drafts}",
+        *([marked] if copied else []),
         f"first token after {summary['ttft_ms']:,.0f} ms, then {tokens_per_second(summary):.1f} tokens per second",
         f"milliseconds: {summary['draft_ms']:,.0f} drafting, {summary['queue_ms']:,.0f} queueing, "
         f"{summary['verify_ms']:,.0f} verifying, {summary['messaging_ms']:,.0f} messaging",

@@ -233,7 +233,9 @@ def demo(
             async with stack:
                 return await stack.watch(demo(stack.url, out, rounds))
 
-        if not run(work):
+        identical = run(work)
+        out.print("The demo's suite and playground have stopped. `wisp up` starts them to stay.", soft_wrap=True)
+        if not identical:
             raise typer.Exit(1)
 
 

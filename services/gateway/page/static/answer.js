@@ -111,6 +111,10 @@ function promise(value, limit) {
   return value <= limit ? [`within ${ms(limit)}`, "good"] : [`over ${ms(limit)}`, "bad"];
 }
 
+function inRuns(now) {
+  return now.runTokens ? `${now.runTokens} tokens in runs${now.copied ? `, ${now.copied} copied` : ""}` : "";
+}
+
 /** The counters of an answer. slo: as promised, before the gateway has said it. */
 export function counterRows(record, slo = null) {
   const now = record.counters(performance.now());
@@ -125,8 +129,8 @@ export function counterRows(record, slo = null) {
     ],
     ["First token", ms(now.ttftMs), ...promise(now.ttftMs, promised && promised.ttft_ms)],
     perToken,
-    ["Rounds", String(now.rounds), now.rounds ? `${(now.roundTokens / now.rounds).toFixed(1)} tokens each` : ""],
-    ["Whole answer", ms(now.totalMs), now.runTokens ? `${now.runTokens} tokens in runs` : ""],
+    ["Rounds", String(now.rounds), now.roundTokens ? `${(now.roundTokens / now.rounds).toFixed(1)} tokens each` : ""],
+    ["Whole answer", ms(now.totalMs), inRuns(now)],
   ];
 }
 

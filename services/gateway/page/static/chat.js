@@ -3,7 +3,7 @@
 import { AnswerView, drawAnswerCounters, drawMix, spoken } from "./answer.js";
 import { complete, hasKey } from "./api.js";
 import { announce, by, drawCounters, el, legend, perFrame, setText, tabs } from "./dom.js";
-import { AnswerRecord, ORIGINS } from "./origin.js";
+import { AnswerRecord, LEGEND } from "./origin.js";
 import { curl, pythonCode } from "./snippets.js";
 
 const EXAMPLES = [
@@ -198,7 +198,7 @@ export function offerLogprobs() {
 }
 
 export function startChat() {
-  legend(by("legend"), Object.keys(ORIGINS), ORIGINS);
+  legend(by("legend"), Object.keys(LEGEND), LEGEND);
   by("examples").append(
     ...EXAMPLES.map((text) => el("button", { type: "button", className: "example", onclick: () => send(text) }, text)),
   );

@@ -8,6 +8,19 @@ export const ORIGINS = {
   bonus: "the target's own, after a wholly accepted draft",
   own: "the target's own",
   run: "the target's own, in a run",
+  copy: "a copy of earlier text, made by the verifier in a run; copies are not counted as drafts",
+};
+
+/** The same, for a legend with one line each. */
+export const LEGEND = {
+  lookup: "accepted draft: prompt lookup",
+  hidden: "accepted draft: hidden states",
+  model: "accepted draft: draft model",
+  draft: "accepted draft: other source",
+  own: "the target's own",
+  bonus: "its own, after a whole draft",
+  run: "its own, in a run",
+  copy: "copy of earlier text, in a run",
 };
 
 export const SHORT = {
@@ -18,6 +31,7 @@ export const SHORT = {
   bonus: "bonus",
   own: "target's own",
   run: "run",
+  copy: "copied in a run",
 };
 
 /** An answer as it arrives: its tokens with their rounds, and the counters. */
@@ -100,6 +114,7 @@ export class AnswerRecord {
     const verified = drafted.reduce((sum, round) => sum + round.verified, 0);
     const accepted = drafted.reduce((sum, round) => sum + round.accepted, 0);
     const rounds = drafted.length;
+    const copied = this.tokens.filter((token) => token.origin === "copy").length;
     const runTokens = summary ? summary.run_tokens : this.rounds.reduce((sum, round) => sum + (round.run ? round.tokens : 0), 0);
     const ttftMs = summary ? summary.ttft_ms : this.firstMs === null ? null : this.firstMs - this.startedMs;
     const spanMs = summary ? summary.total_ms - summary.ttft_ms : this.firstMs === null ? 0 : this.lastMs - this.firstMs;
@@ -109,6 +124,7 @@ export class AnswerRecord {
       tokens: count,
       rounds,
       runTokens,
+      copied,
       roundTokens: count - runTokens,
       acceptance: verified ? accepted / verified : null,
       verified,
@@ -129,9 +145,9 @@ export class AnswerRecord {
   }
 }
 
-/** The origin of a token: one of ORIGINS. In a run, drafts are copies that the verifier makes by prompt lookup. */
+/** The origin of a token: one of ORIGINS. */
 export function originOf(token, round) {
-  if (round.run) return token.draft ? "lookup" : "run";
+  if (round.run) return token.draft ? "copy" : "run";
   const place = token.index - round.start;
   if (token.draft) {
     const source = (round.sources || [])[place];
@@ -144,9 +160,7 @@ export function originOf(token, round) {
 export function about(token) {
   const lines = [];
   const round = token.round;
-  if (round && round.run && token.draft) {
-    lines.push("accepted draft, copied from earlier text by the verifier in a run");
-  } else if (token.origin === "own" && round && round.verified > round.accepted) {
+  if (token.origin === "own" && round && round.verified > round.accepted) {
     lines.push("the target's own, in place of a rejected draft token");
   } else if (token.origin === "own" && round && !round.verified) {
     lines.push("the target's own, in a round without a draft");
