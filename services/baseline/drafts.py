@@ -23,7 +23,7 @@ from shared.runtime import logging
 
 if TYPE_CHECKING:
     from services.verifier.engine_thread import TargetEngine
-    from shared.grammar.masks import DraftGrammar
+    from shared.grammar.token_masks import DraftGrammar
 
 
 @dataclass(frozen=True)

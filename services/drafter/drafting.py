@@ -21,7 +21,8 @@ from shared.runtime import logging
 
 if TYPE_CHECKING:
     from services.drafter.learning.supervisor import DraftLearning
-    from shared.grammar.masks import DraftGrammar, Grammars
+    from shared.grammar.masks import Grammars
+    from shared.grammar.token_masks import DraftGrammar
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Drafting:
         grammar = generate.sampling.grammar
         if grammar is None or self.grammars is None:
             return None
-        from shared.grammar.masks import DraftGrammar
+        from shared.grammar.token_masks import DraftGrammar
 
         try:
             return DraftGrammar(self.grammars.session(generate.session, grammar), grammar.prompt_len)

@@ -40,7 +40,7 @@ from shared.state.sessions import Session, SessionStatus
 from shared.state.store import Store
 
 if TYPE_CHECKING:
-    from shared.grammar.masks import DraftGrammar
+    from shared.grammar.token_masks import DraftGrammar
 
 STORE_RETRY_S = 1.0
 RUN_COPIES = 8

@@ -27,7 +27,7 @@ from shared.runtime.tracing import NO_SPAN
 from shared.state.sessions import Session
 
 if TYPE_CHECKING:
-    from shared.grammar.masks import DraftGrammar
+    from shared.grammar.token_masks import DraftGrammar
 
 
 _UNTRACED: AbstractContextManager[None] = nullcontext()

@@ -20,7 +20,7 @@ from services.drafter.worker import SourceWorker
 from shared.messages import Result, Status
 
 if TYPE_CHECKING:
-    from shared.grammar.masks import DraftGrammar
+    from shared.grammar.token_masks import DraftGrammar
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from itertools import takewhile
@@ -17,7 +18,8 @@ from services.verifier.core.tasks import VerifyOutcome, VerifyTask
 from shared import cost
 from shared.engine.steps import ChoiceRow, Step
 from shared.errors import GrammarError, WispError
-from shared.grammar.masks import ChainMask, Grammars, TokenChain
+from shared.grammar.masks import Grammars, TokenChain
+from shared.grammar.token_masks import ChainMask
 from shared.messages import BatchShape
 from shared.messages.logprobs import TokenLogprob, pack_logprobs
 from shared.models.hidden_states import Part, parts
@@ -84,7 +86,8 @@ def _verify_at_once(
         # All tasks are chunks of prefill that were cached already.
         done = [VerifyOutcome(None, 0, engine.cached(task.session_id), 0) for task in tasks]
         return done, [cost.EMPTY]
-    output = engine.forward(computed)
+    with nullcontext() if grammars is None else grammars.masks_ahead(chains):
+        output = engine.forward(computed)
     shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in computed)
 
     rounds = [i for i, step in enumerate(steps) if step.rows]

@@ -20,6 +20,9 @@ FEW = 4096
 class GrammarPlaces(Protocol):
     """Answers questions about the places of an answer. Its methods raise GrammarError where that is too expensive."""
 
+    needs_mask: bool
+    """True if the last choice needed a mask."""
+
     def mask_after(self, tokens: list[int]) -> Words:
         """Return the mask of the place behind these tokens."""
 
@@ -47,6 +50,17 @@ class AllowedTokens:
         self._places = places
         self._tokens = tokens
         self._length = length
+        self._looked_at = False
+
+    @property
+    def is_likely_masked(self) -> bool:
+        """True if a choice here is likely to need the mask: there is a choice, and the last one needed its mask."""
+        return not self.forced and self._places.needs_mask
+
+    def prepare(self) -> None:
+        """Compute the mask, in the form in which a choice uses it. Raises GrammarError where that is too expensive."""
+        if self.few is None:
+            _ = self.flags
 
     @cached_property
     def words(self) -> Words:
@@ -76,10 +90,22 @@ class AllowedTokens:
         """Return whether a token may come next."""
         if self.forced:
             return token == self.forced[0]
-        return token == self.follows or self._places.is_allowed(self._tokens[: self._length], token)
+        if "words" in self.__dict__:  # where it is computed, which it is not for this question
+            words = self.words
+            allowed = 0 <= token < 32 * len(words) and bool(words[token >> 5] >> (token & 31) & 1)
+        else:
+            allowed = token == self.follows or self._places.is_allowed(self._tokens[: self._length], token)
+        self._note(masked=not allowed)
+        return allowed
+
+    def _note(self, *, masked: bool) -> None:
+        """Note whether the choice at this place needs a mask, when it is first looked at."""
+        if not self._looked_at:
+            self._looked_at, self._places.needs_mask = True, masked
 
     def apply(self, logits: Floats, ids: Ids | None) -> None:
         """Set the logits of tokens that may not come next to -inf. ids: the tokens of the columns; None for all."""
+        self._note(masked=not self.forced)
         if ids is not None:
             columns = np.flatnonzero(ids == self.forced[0] if self.forced else self.flags[ids])
         elif self.few is None:

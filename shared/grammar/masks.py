@@ -17,6 +17,7 @@ from __future__ import annotations
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -24,7 +25,8 @@ import numpy as np
 from llguidance import LLMatcher, LLTokenizer, TokenizerWrapper
 
 from shared.errors import GrammarError
-from shared.grammar.allowed import AllowedTokens, Floats, Ids, Words
+from shared.grammar.ahead import MasksAhead
+from shared.grammar.allowed import AllowedTokens, Words
 from shared.grammar.build import LIMITS
 from shared.grammar.vocabulary import GrammarVocabulary, Vocabulary
 from shared.messages import Grammar
@@ -70,6 +72,8 @@ class GrammarSession:
         for token in eos_ids:
             self._end[token >> 5] |= np.uint32(1 << (token & 31))
         self._lock = threading.Lock()
+        self.needs_mask = False
+        """See `GrammarPlaces`."""
         self._tokens: list[int] = []
         """Tokens of the answer that the state stands behind."""
         self._ended_at: int | None = None
@@ -213,112 +217,6 @@ class GrammarSession:
             raise GrammarError(f"the grammar cannot be followed: {self._matcher.get_error()[:300]}")
 
 
-class ChainMask:
-    """The masks of a chain's positions, one after the other: a `shared.sampling.rules.TokenMask`."""
-
-    def __init__(self, allowed: Sequence[AllowedTokens], at: int = 0) -> None:
-        """at: the first position."""
-        self._allowed = allowed
-        self._at = at
-
-    @property
-    def only(self) -> int | None:
-        """The only token of this position; None if there are several."""
-        return self._allowed[self._at].only
-
-    @property
-    def few(self) -> Ids | None:
-        """The tokens that may come next, if they are few."""
-        return self._allowed[self._at].few
-
-    def allows(self, token: int) -> bool:
-        """Return whether a token may come next."""
-        return self._allowed[self._at].allows(token)
-
-    def apply(self, logits: Floats, ids: Ids | None) -> None:
-        """Set the logits of tokens that may not come next to -inf."""
-        self._allowed[self._at].apply(logits, ids)
-
-    def push(self, token: int) -> None:
-        """Go on to the next position; `token` is the chain's."""
-        self._at += 1
-
-
-class DraftMask:
-    """The masks of a draft in progress: a `shared.sampling.rules.TokenMask`.
-
-    A draft that left the grammar is of no more use; it has no masks from there on.
-    """
-
-    def __init__(self, session: GrammarSession, answer: Sequence[int]) -> None:
-        """answer: the session's tokens since the beginning of the answer, drafted ones included; they are copied."""
-        self._session = session
-        self._answer = list(answer)
-        self._left = False
-        """True once the draft has left the grammar, or a mask is too expensive."""
-        self._here: AllowedTokens | None = None
-
-    @property
-    def allowed(self) -> AllowedTokens | None:
-        """The tokens of this position; None outside the grammar."""
-        if self._here is None and not self._left:
-            try:
-                self._here = self._session.after(self._answer)
-            except GrammarError:
-                self._left = True
-        return self._here
-
-    @property
-    def only(self) -> int | None:
-        """The only token of this position; None if there may be several."""
-        return None if (allowed := self.allowed) is None else allowed.only
-
-    @property
-    def few(self) -> Ids | None:
-        """The tokens that may come next, if they are few."""
-        try:
-            return None if (allowed := self.allowed) is None else allowed.few
-        except GrammarError:
-            self._leave()
-            return None
-
-    def allows(self, token: int) -> bool:
-        """Return whether a token may come next."""
-        try:
-            return (allowed := self.allowed) is None or allowed.allows(token)
-        except GrammarError:
-            self._leave()
-            return True
-
-    def apply(self, logits: Floats, ids: Ids | None) -> None:
-        """Set the logits of tokens that may not come next to -inf."""
-        try:
-            if (allowed := self.allowed) is not None:
-                allowed.apply(logits, ids)
-        except GrammarError:
-            self._leave()
-
-    def push(self, token: int) -> None:
-        """Go on to the position after `token`."""
-        self._answer.append(token)
-        self._here = None
-
-    def _leave(self) -> None:
-        self._left, self._here = True, None
-
-
-@dataclass(frozen=True)
-class DraftGrammar:
-    """The grammar of a session in its drafter."""
-
-    session: GrammarSession
-    prompt_len: int
-
-    def mask(self, tokens: Sequence[int]) -> DraftMask:
-        """Return the masks from the position after these tokens of the session on."""
-        return DraftMask(self.session, tokens[self.prompt_len :])
-
-
 class Grammars:
     """The grammars of one process's sessions, for one model."""
 
@@ -330,6 +228,7 @@ class Grammars:
         self._building = threading.Lock()
         """Guards the matchers. It may be held for seconds: the first grammar loads the vocabulary."""
         self._matchers: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._ahead = MasksAhead()
         self._lock = threading.Lock()
         """Guards the sessions, and is never held for long, so that event loops can take it."""
         self._sessions: OrderedDict[str, tuple[str, GrammarSession]] = OrderedDict()
@@ -369,6 +268,11 @@ class Grammars:
         with self._lock:
             self._sessions.pop(session_id, None)
             self._begun.pop(session_id, None)
+
+    def masks_ahead(self, chains: Sequence[TokenChain]) -> AbstractContextManager[None]:
+        """Compute the masks that the first choices of these chains are likely to need, while the context lasts."""
+        first = (next((one for one in chain.allowed if not one.forced), None) for chain in chains)
+        return self._ahead.beside([one for one in first if one is not None and one.is_likely_masked])
 
     def check(self, text: str) -> None:
         """Raise GrammarError if sessions cannot follow this grammar, as far as its first masks show."""

@@ -21,7 +21,8 @@ from services.verifier.verify import verify
 from shared.engine import Engine, Step
 from shared.errors import GrammarError
 from shared.grammar import build
-from shared.grammar.masks import DraftGrammar, Grammars
+from shared.grammar.masks import Grammars
+from shared.grammar.token_masks import DraftGrammar
 from shared.messages import Finish, Grammar, LogitRules, RunGrant, Sampling, TokenBias
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer

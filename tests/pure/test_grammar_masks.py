@@ -21,9 +21,10 @@ from tokenizers import decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 
 from shared.errors import GrammarError
-from shared.grammar import build
-from shared.grammar.allowed import AllowedTokens
-from shared.grammar.masks import ChainMask, DraftMask, Grammars, GrammarSession, TokenChain
+from shared.grammar import allowed, build
+from shared.grammar.allowed import AllowedTokens, Words
+from shared.grammar.masks import Grammars, GrammarSession, TokenChain
+from shared.grammar.token_masks import ChainMask, DraftMask
 from shared.messages import Grammar, Sampling
 from shared.models.folder import ModelFolder
 from shared.models.text import Tokenizer
@@ -155,8 +156,12 @@ def test_a_token_is_looked_up_as_its_mask_has_it(grammars: Grammars, name: str, 
     tokens = walk(session, random.Random(seed), steps)
     allowed = session.after(tokens)
     looked_up = [token for token in range(VOCAB) if allowed.allows(token)]
-    assert looked_up == ids_of(session.after(tokens))
+    masked = session.after(tokens)
+    assert looked_up == ids_of(masked)
+    masked.prepare()
+    assert looked_up == [token for token in range(VOCAB) if masked.allows(token)]
     assert not allowed.allows(VOCAB)
+    assert not masked.allows(VOCAB)
     grammars.forget(f"looked{seed}")
 
 
@@ -177,11 +182,50 @@ def test_no_mask_is_computed_for_tokens_that_are_looked_up(
         assert choose_in_rows(logits, [sampling], [5], processors=[processor]) == [tokens[-1]]
 
 
-@given(seed=st.integers(0, 2**32), temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]), columns=st.booleans())
-def test_a_choice_is_the_one_that_its_mask_leaves(
-    grammars: Grammars, seed: int, temperature: float, columns: bool
+def test_masks_are_computed_beside_a_pass_where_the_last_choice_needed_one(
+    grammars: Grammars, tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The logits lean to allowed tokens, so that both ways of choosing are taken."""
+    threads, computed = list[str](), threading.Event()
+    compute = GrammarSession._mask
+
+    def mask(session: GrammarSession) -> Words:
+        threads.append(threading.current_thread().name)
+        words = compute(session)
+        computed.set()
+        return words
+
+    def chosen(chain: TokenChain, token: int) -> list[int]:
+        logits = np.zeros((1, VOCAB), dtype=np.float32)
+        logits[0, token] = 9
+        processor = LogitsProcessor.of(Sampling(), tokens[:-1], ChainMask(chain.allowed))
+        return choose_in_rows(logits, [Sampling()], [5], processors=[processor])
+
+    monkeypatch.setattr(GrammarSession, "_mask", mask)
+    tokens = tokenizer.encode('{"name": "Ada", "age": 3')
+    session = grammars.session("ahead", grammar("schema"))
+    first, second, third = (session.chain(tokens[:-1], [], 99, 0) for _ in range(3))
+    with grammars.masks_ahead([first, TokenChain([], 0, [])]):
+        assert chosen(first, tokens[-1]) == [tokens[-1]]
+    assert threads == [], "the choice needs none"
+    assert chosen(second, EOS) != [EOS]
+    computed.clear()
+    with grammars.masks_ahead([third]):
+        assert computed.wait(HANG_S)
+    assert chosen(third, EOS) == chosen(second, EOS)
+    assert [name.partition("_")[0] for name in threads] == ["MainThread", "masks"]
+
+
+@given(
+    seed=st.integers(0, 2**32),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    columns=st.booleans(),
+    few=st.sampled_from([0, allowed.FEW]),
+    ahead=st.booleans(),
+)
+def test_a_choice_is_the_one_that_its_mask_leaves(
+    grammars: Grammars, seed: int, temperature: float, columns: bool, few: int, ahead: bool
+) -> None:
+    """The logits lean to allowed tokens, so that all ways of choosing are taken."""
     chance = random.Random(seed)
     name = f"choice{seed}"
     session = grammars.session(name, grammar("schema"))
@@ -194,10 +238,15 @@ def test_a_choice_is_the_one_that_its_mask_leaves(
     session.after(tokens).apply(masked, ids)
     shown = None if ids is None else Columns.of(ids)
     sampling = Sampling(temperature=temperature, seed=seed % 2**62)
-    processor = LogitsProcessor.of(sampling, tokens, ChainMask([session.after(tokens)]))
+    place = session.after(tokens)
+    processor = LogitsProcessor.of(sampling, tokens, ChainMask([place]))
     grammars.forget(name)
     if np.isfinite(masked.max()):
-        chosen = choose_in_rows(kept[None], [sampling], [7], shown, [processor])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(allowed, "FEW", few)
+            if ahead:
+                place.prepare()
+            chosen = choose_in_rows(kept[None], [sampling], [7], shown, [processor])
         assert chosen == choose_in_rows(masked[None], [sampling], [7], shown)
 
 

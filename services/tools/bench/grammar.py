@@ -5,7 +5,9 @@ then verified in batches, with and without the grammar, each with the kept logit
 difference of the times is the cost of the grammar: following the tokens, forcing, masks and choices. The last row has
 random logits, of which nearly none is allowed: each position needs its mask.
 
-Times are those of the thread's work on the CPU, which other programs do not change much.
+Times are those of the thread's work on the CPU, which other programs do not change much. A forward pass is a pause of
+`PASS_S`, in which the masks that are likely to be needed are computed by another thread; its work is a column of its
+own.
 """
 
 from __future__ import annotations
@@ -40,6 +42,8 @@ from shared.sampling.sampler import choose
 
 AIM_MS, AIM_BATCH = 1.0, 32
 RAISED = 1000.0
+PASS_S = 0.01
+"""Time of a forward pass of such a batch on an accelerator; on a CPU it takes longer."""
 ANSWER = 160
 """Most tokens of a kept answer."""
 SUBJECTS = ("Ada Lovelace, who wrote programs", "Marie Curie, who studied radiation")
@@ -56,6 +60,7 @@ COLUMNS = [
     "without ms",
     "grammar's cost ms",
     "90 % ms",
+    "beside the pass ms",
     "% of choices changed",
 ]
 
@@ -165,6 +170,8 @@ class KeptLogits:
             rows.append((answer.free_logits if self.free else answer.logits)[last - step.rows : last])
             offsets.append(offsets[-1] + step.rows)
         output = Output(torch.cat(rows), offsets)
+        if not self.free:
+            time.sleep(PASS_S)
         self.forward_s += time.thread_time() - began_s
         return output
 
@@ -212,7 +219,8 @@ def measure(
     batch: int,
     rounds: int,
 ) -> list[Any]:
-    """Return tokens a round, time without the grammar, its cost at the median and the 90th percentile, % changed.
+    """Return tokens a round, time without the grammar, its cost at the median and the 90th percentile, the median time
+    of masks beside the pass, and % changed.
 
     draft: tokens of each draft, which are right.
     """
@@ -221,7 +229,7 @@ def measure(
     grammars = Grammars.of(model)
     places = {f"s{i}": (i * 7) % ANSWER for i in range(batch)}
     generation = dict.fromkeys(places, 0)
-    without_ms, cost_ms, made = [], [], []
+    without_ms, cost_ms, beside_ms, made = [], [], [], []
     for number in range(rounds):
         tasks = []
         for index, (name, place) in enumerate(list(places.items())):
@@ -238,7 +246,7 @@ def measure(
             # Forced tokens may not reach beyond the kept rows.
             room = len(answer.tokens) - place
             tasks.append(replace(_task(session_id, tokens, ahead, ruled, len(answer.prompt), model), room=room))
-        took_ms, outcomes = _timed(double, engine, tasks, grammars)
+        took_ms, ahead_ms, outcomes = _timed(double, engine, tasks, grammars)
         free = []
         for task, outcome in zip(tasks, outcomes, strict=True):
             assert outcome.verdict is not None, outcome.error
@@ -248,22 +256,26 @@ def measure(
             # The same rows without the grammar: what it forced is a draft there.
             free_sampling = task.sampling.model_copy(update={"grammar": None})
             free.append(replace(task, draft=outcome.verdict.tokens[:-1], sampling=free_sampling))
-        free_ms, _ = _timed(double, engine, free, None)
+        free_ms, _, _ = _timed(double, engine, free, None)
         if number >= rounds // 10:  # the first rounds build the sessions' states
             without_ms.append(free_ms)
             cost_ms.append(took_ms - free_ms)
+            beside_ms.append(ahead_ms)
     changed = 100 * mean(answer.changed for answer in kept)
-    return [mean(made), median(without_ms), median(cost_ms), quantiles(cost_ms, n=10)[8], changed]
+    late_ms = quantiles(cost_ms, n=10)[8]
+    return [mean(made), median(without_ms), median(cost_ms), late_ms, median(beside_ms), changed]
 
 
 def _timed(
     double: KeptLogits, engine: Engine, tasks: list[VerifyTask], grammars: Grammars | None
-) -> tuple[float, list[Any]]:
-    """Verify a batch; return its time in ms without that of the stand-in, and its outcomes."""
+) -> tuple[float, float, list[Any]]:
+    """Verify a batch; return its time without the stand-in's and that of other threads, in ms, and its outcomes."""
     double.forward_s, double.free = 0.0, grammars is None
-    began_s = time.thread_time()
+    began_s, all_began_s = time.thread_time(), time.process_time()
     outcomes, _ = verify(engine, tasks, grammars=grammars)
-    return (time.thread_time() - began_s - double.forward_s) * 1000, outcomes
+    took_s = time.thread_time() - began_s
+    others_s = time.process_time() - all_began_s - took_s
+    return (took_s - double.forward_s) * 1000, others_s * 1000, outcomes
 
 
 def main(
@@ -279,7 +291,7 @@ def main(
         text = build.json_schema(schema())
         asked = whole_numbers("--drafts", drafts, 0)
         rows = _rows(model, text, asked, batch, rounds, progress)
-        worst = max(row[4] for row in rows if row[0] != RANDOM)
+        worst = max(row[4] for row in rows)
         verdict = "met" if worst <= AIM_MS else "missed"
         report(
             "grammar",
