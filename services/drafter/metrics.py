@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING
 from prometheus_client import Counter, Gauge, Histogram
 
 from services.drafter.control import DraftRound
-from services.drafter.core.draft import Draft, wasted_tokens
+from services.drafter.core.draft import Draft
+from services.drafter.core.session import wasted_tokens
 
 if TYPE_CHECKING:
     from services.drafter.learning.reports import LearningReport

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.drafter.core.draft import wasted_tokens
+from services.drafter.core.session import wasted_tokens
 from services.tools.bench.load.core.measures import Window, lag_of, measure, quantile, quantiles
 from services.tools.bench.load.core.record import Ending, RequestRecord, record_of, refusal_of
 from services.tools.bench.load.core.requests import LoadRequest

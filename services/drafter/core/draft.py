@@ -147,8 +147,3 @@ class NoDrafts(WithoutStates):
 
     def close(self, session_id: str) -> None:
         """Do nothing: no session is remembered."""
-
-
-def wasted_tokens(drafted: int, verified: int, accepted: int) -> int:
-    """Return a round's draft tokens past the first rejected one; 0 if no verified token was rejected."""
-    return max(0, drafted - accepted - 1) if accepted < verified else 0

@@ -202,3 +202,8 @@ class RoundTimers:
     def of(self, session: DraftSession) -> RoundTimer:
         """Return the timer for the session's next round."""
         return self._first if session.output_tokens == 0 else self._later
+
+
+def wasted_tokens(drafted: int, verified: int, accepted: int) -> int:
+    """Return a round's draft tokens past the first rejected one; 0 if no verified token was rejected."""
+    return max(0, drafted - accepted - 1) if accepted < verified else 0

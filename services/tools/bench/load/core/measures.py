@@ -21,7 +21,7 @@ from statistics import fmean
 
 from pydantic import BaseModel, ConfigDict
 
-from services.drafter.core.draft import wasted_tokens
+from services.drafter.core.session import wasted_tokens
 from services.tools.bench.load.core.record import Ending, RequestRecord
 from shared.cost.model import predict_ms, shape_of
 from shared.messages import CostModel, Measurement
