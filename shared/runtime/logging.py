@@ -7,11 +7,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import sys
 import time
 
 import structlog
+from structlog.processors import TimeStamper
 
 from shared.runtime import tracing
 
@@ -23,12 +25,16 @@ _TRACEBACKS = structlog.tracebacks.ExceptionDictTransformer(show_locals=False)
 def configure(service: str, instance: str, level: str, log_format: str) -> None:
     """Configure structlog, and the standard library's logging of our dependencies, for this process.
 
-    Call it after `tracing.configure`.
+    log_format: "json"; "console" for people, with the time of day, in colour if a terminal shows it; "auto" for console
+    in a terminal, else JSON. Call it after `tracing.configure`.
     """
+    in_terminal = sys.stderr.isatty()
+    for_people = log_format == "console" or (log_format == "auto" and in_terminal)
+    clock = TimeStamper(fmt="%H:%M:%S", utc=False) if for_people else TimeStamper(fmt="iso", utc=True)
     shared: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
-        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        clock,
         structlog.processors.StackInfoRenderer(),
     ]
     if tracing.is_on():
@@ -36,12 +42,15 @@ def configure(service: str, instance: str, level: str, log_format: str) -> None:
     if level == "debug":
         shared.append(_add_monotonic)
     renderer: list[structlog.typing.Processor] = (
-        [structlog.processors.ExceptionRenderer(_TRACEBACKS), structlog.processors.JSONRenderer()]
-        if log_format == "json"
-        else [
+        [
             _escape_controls,
-            structlog.dev.ConsoleRenderer(sys.stderr.isatty(), exception_formatter=structlog.dev.plain_traceback),
+            structlog.dev.ConsoleRenderer(
+                colors=in_terminal and not os.environ.get("NO_COLOR"),
+                exception_formatter=structlog.dev.plain_traceback,
+            ),
         ]
+        if for_people
+        else [structlog.processors.ExceptionRenderer(_TRACEBACKS), structlog.processors.JSONRenderer()]
     )
     number = logging.getLevelNamesMapping()[level.upper()]
     structlog.configure(

@@ -88,8 +88,8 @@ class ProcessSettings(WispSettings):
         "", description="name of this process, unique in the namespace; default: host name and a random part"
     )
     log_level: Literal["debug", "info", "warning", "error"] = Field("info", description="least severe level to log")
-    log_format: Literal["json", "console"] = Field(
-        "json", description="format of log lines: json for machines, console for people"
+    log_format: Literal["auto", "json", "console"] = Field(
+        "auto", description="format of log lines: json for machines, console for people; auto: console in a terminal"
     )
     metrics_port: int = Field(
         0, ge=0, le=65535, description="port of /metrics (Prometheus), /live and /ready; 0 opens no port"

@@ -7,6 +7,7 @@ import io
 import json
 import os
 import pty
+import re
 import signal
 import socket
 import subprocess
@@ -201,6 +202,37 @@ standard.getLogger("library").error({HOSTILE!r})
     assert not {"\x07", "\x9b", "\x00"} & set(text)
     assert "\x1b]" not in text
     assert "\x1b[2J" not in text
+
+
+LOGGING = """
+from shared.runtime import logging
+logging.configure("device", "kitchen", "info", "auto")
+logging.get().info("ready", session="s-1")
+"""
+
+
+def test_logs_are_json_where_no_terminal_shows_them() -> None:
+    logged = subprocess.run([sys.executable, "-c", LOGGING], cwd=ROOT, capture_output=True, timeout=60, check=True)
+    entry = json.loads(logged.stderr)
+    assert entry.pop("timestamp").endswith("Z")
+    assert entry == {
+        "service": "device", "instance": "kitchen", "session": "s-1", "event": "ready", "level": "info",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("colour", [True, False])
+def test_logs_in_a_terminal_are_short_and_coloured(colour: bool) -> None:
+    ours, theirs = pty.openpty()
+    env = {name: value for name, value in os.environ.items() if name != "NO_COLOR"} | (
+        {} if colour else {"NO_COLOR": "1"}
+    )
+    subprocess.run([sys.executable, "-c", LOGGING], cwd=ROOT, stderr=theirs, env=env, timeout=60, check=True)
+    os.close(theirs)
+    text = os.read(ours, 10_000).decode()
+    os.close(ours)
+    assert ("\x1b[" in text) == colour
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", text).rstrip()
+    assert re.fullmatch(r"\d\d:\d\d:\d\d \[info *\] ready +instance=kitchen service=device session=s-1", plain), plain
 
 
 def test_json_says_the_same_to_a_program_without_control_characters() -> None:

@@ -253,6 +253,21 @@ async def test_options_lists_the_methods_of_a_path(app: App) -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
+@pytest.mark.parametrize("options", [{}, {"stream": True}, {"top_k": "wrong"}, {"model": "other"}])
+async def test_no_text_of_users_or_models_is_logged(app: App, path: str, options: dict[str, Any]) -> None:
+    app.script = Script("an answer of its own")
+    body = {"model": MODEL, "input": "my words", "prompt": "my words", "max_tokens": 30}
+    body |= {"messages": [{"role": "user", "content": "my words"}]}
+    kept = {"input", "model"} if path == "/v1/responses" else body.keys()
+    asked = {name: value for name, value in body.items() if name in kept} | options
+    with structlog.testing.capture_logs([structlog.contextvars.merge_contextvars]) as logs:
+        await app.http.post(path, json=asked, headers={"x-request-id": "mine"})
+    assert {entry["request_id"] for entry in logs if entry["event"] == "request"} == {"mine"}
+    assert "my words" not in str(logs)
+    assert "of its own" not in str(logs)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions", "/v1/messages", "/v1/responses"])
 async def test_options_that_look_misspelt_are_named(app: App, path: str) -> None:
     body = HELLO | {"prompt": "x", "input": "x", "max_tokens": 5}
     if path == "/v1/responses":
