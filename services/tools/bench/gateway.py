@@ -51,6 +51,8 @@ START_S = 60.0
 MARK = b'"delta":{"content":"'
 """Begins the text of an event. The event that names the role has none."""
 ID = b'"id":"'
+LOOKS = 20
+"""Looks at the gateway's memory during a rate: it has to stay flat over hours."""
 COLUMNS = [
     "tokens/s",
     "received",
@@ -62,6 +64,7 @@ COLUMNS = [
     "us of CPU a token",
     "MB before",
     "MB after",
+    "MB, largest",
 ]
 
 
@@ -77,6 +80,10 @@ class SentTokens:
     """Tokens published before do not count."""
     took_ms: list[float] = field(default_factory=list)
     added_ms: list[float] = field(default_factory=list)
+
+    def over(self, session_id: str) -> None:
+        """Forget a session's tokens, all of which have been received."""
+        self.at_s.pop(session_id, None)
 
     def received(self, session_id: str, number: int, now_s: float) -> None:
         """Note the event of a session's token."""
@@ -120,6 +127,7 @@ class StreamClient(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         """End the stream."""
+        self._sent.over(self._session_id)
         if not self._session_id and error is None:
             error = WispError(f"the gateway answered {self._rest[:300]!r}")
         if self.ended.done():
@@ -301,7 +309,10 @@ async def _observed(stack: Stack, stub: ServicesStub, seconds: float) -> list[fl
     process = psutil.Process(stack.processes("gateway")[0].pid)
     began_s, used, memory = time.perf_counter(), process.cpu_times(), process.memory_info().rss
     stub.sent.since_s = began_s
-    await asyncio.sleep(seconds)
+    held = [memory]
+    for look in range(1, LOOKS + 1):
+        await asyncio.sleep(max(0.0, began_s + seconds * look / LOOKS - time.perf_counter()))
+        held.append(process.memory_info().rss)
     spent_s, after = time.perf_counter() - began_s, process.cpu_times()
     took_ms, added_ms = list(stub.sent.took_ms), list(stub.sent.added_ms)
     cpu_s = after.user + after.system - used.user - used.system
@@ -314,7 +325,8 @@ async def _observed(stack: Stack, stub: ServicesStub, seconds: float) -> list[fl
         100 * cpu_s / spent_s,
         1e6 * cpu_s / len(took_ms),
         memory / 1e6,
-        process.memory_info().rss / 1e6,
+        held[-1] / 1e6,
+        max(held) / 1e6,
     ]
 
 
