@@ -56,7 +56,7 @@ class QueueSpans:
                 continue
             spans[job.session] = traced.span
             attributes = _attributes(batch, job, verifier_id)
-            traced.span.child("queue", attributes, start_ns=traced.since_ns).end()
+            traced.span.child("queue", attributes, start_ns=traced.since_ns).end(at_ns=now_ns)
             traced.since_ns = now_ns
         return tracing.headers_of(spans)
 

@@ -98,7 +98,7 @@ class RunSpans:
         for result in (reply.result for reply in replies if reply.result.run):
             if (traced := self._runs.get(result.session)) is not None:
                 round_span, since_ns = traced
-                round_span.child("run steps", _outcome(result), start_ns=since_ns).end()
+                round_span.child("run steps", _outcome(result), start_ns=since_ns).end(at_ns=now_ns)
                 self._runs[result.session] = round_span, now_ns
         for session_id in [session_id for session_id in self._runs if runs.get(session_id) is None]:
             del self._runs[session_id]

@@ -250,7 +250,11 @@ async def connect_robustly(urls: Sequence[str], name: str, context: SSLContext |
     )
     if several:
         connection.end_when_silent()
-    await connection.connect(ATTEMPT_OF_SEVERAL_S if several else ATTEMPT_S)
+    try:
+        await connection.connect(ATTEMPT_OF_SEVERAL_S if several else ATTEMPT_S)
+    except BaseException:
+        await connection.close()  # or aio-pika goes on trying
+        raise
     connection.go_on_with(others)
     return connection
 

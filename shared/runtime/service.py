@@ -7,7 +7,7 @@ import gc
 import signal
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterable
 from contextlib import asynccontextmanager
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import uvloop
 
@@ -23,6 +23,7 @@ CANCEL_AGAIN_S = 2.0
 def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
     """Run `serve(settings, instance, stop)` until it returns; SIGTERM and SIGINT set `stop`.
 
+    While nothing waits for `stop`, the service is starting: what it waits for is given up, RabbitMQ for example.
     Exits with 2 for invalid settings, and with 1 for an error that the operator has to see. Variables that look like
     misspelt settings are logged.
     """
@@ -40,10 +41,12 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
         log.warning("a variable is no setting of this service and is ignored", variable=name, meant=near)
 
     async def main() -> None:
-        stop = asyncio.Event()
+        stop = _Stop()
         loop = asyncio.get_running_loop()
 
         def end() -> None:
+            if not (stop.is_set() or stop.waited_for):
+                serving.cancel()
             health.HEALTH.stopping = True
             stop.set()
 
@@ -51,7 +54,12 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
             loop.add_signal_handler(number, end)
         if settings.metrics_port:
             health.serve(health.HEALTH, settings.metrics_host, settings.metrics_port, loop)
-        await serve(settings, instance, stop)
+        serving = asyncio.ensure_future(serve(settings, instance, stop))
+        try:
+            await serving
+        except asyncio.CancelledError:
+            if not stop.is_set():
+                raise
 
     try:
         uvloop.run(main())
@@ -64,6 +72,17 @@ def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Aw
     finally:
         tracing.close()
     log.info("stopped")
+
+
+class _Stop(asyncio.Event):
+    """The event of a service's end."""
+
+    waited_for = False
+    """True once the service can end in order."""
+
+    async def wait(self) -> Literal[True]:
+        self.waited_for = True
+        return await super().wait()
 
 
 @asynccontextmanager

@@ -101,11 +101,11 @@ class Span:
         self._span.set_attribute("error.type", error_type)
         self._span.set_status(StatusCode.ERROR)
 
-    def end(self, attributes: Attributes | None = None) -> None:
-        """End the span, with these further attributes."""
+    def end(self, attributes: Attributes | None = None, at_ns: int | None = None) -> None:
+        """End the span, with these further attributes. at_ns: in nanoseconds since 1970; default: now."""
         if attributes:
             self._span.set_attributes(attributes)
-        self._span.end()
+        self._span.end(at_ns)
 
     @property
     def headers(self) -> Headers:
@@ -157,7 +157,7 @@ class _NoSpan(Span):
     def fail(self, error_type: str) -> None:
         pass
 
-    def end(self, attributes: Attributes | None = None) -> None:
+    def end(self, attributes: Attributes | None = None, at_ns: int | None = None) -> None:
         pass
 
     @property

@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import signal
+import sys
+import time
 
 import pytest
 from patience import HANG_S
@@ -49,3 +53,35 @@ async def test_a_loop_that_fails_is_the_end_of_all() -> None:
         async with running(asyncio.Event(), goes_on(), fails()):
             pytest.fail("nobody has stopped it")
     assert cancelled.is_set()
+
+
+@pytest.mark.parametrize("answers", ["nothing", "the end of the connection"])
+async def test_a_service_that_waits_for_rabbitmq_ends_at_once(answers: str) -> None:
+    connected = asyncio.Event()
+    open_ones = []
+
+    async def rabbitmq(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        open_ones.append(writer)
+        # The first connection is the service's look whether something listens.
+        if len(open_ones) > 1:
+            connected.set()
+        if answers != "nothing":
+            writer.close()
+
+    server = await asyncio.start_server(rabbitmq, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    environment = os.environ | {"WISP_AMQP_URL": f"amqp://127.0.0.1:{port}/", "WISP_METRICS_PORT": "0"}
+    process = await asyncio.create_subprocess_exec(sys.executable, "-m", "services.estimator", env=environment)
+    try:
+        await asyncio.wait_for(connected.wait(), HANG_S)
+        process.send_signal(signal.SIGTERM)
+        told_s = time.monotonic()
+        assert await asyncio.wait_for(process.wait(), HANG_S) == 0
+        assert time.monotonic() - told_s < 10.0, "it does not wait for RabbitMQ's 30 s"
+    finally:
+        if process.returncode is None:
+            process.kill()
+            await process.wait()
+        for writer in open_ones:
+            writer.close()
+        server.close()
