@@ -11,10 +11,10 @@ import math
 import os
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager
 from ssl import SSLContext
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -30,6 +30,8 @@ from yarl import URL
 
 from shared.broker.silence import ImpatientTransports
 from shared.broker.topology import FRESH
+
+T = TypeVar("T")
 
 ATTEMPT_S = 10.0
 """Longest time until one address has answered and logged the client in."""
@@ -102,6 +104,10 @@ def losses_as_errors() -> Iterator[None]:
         raise ConnectionError("the connection was lost") from error
 
 
+_ASKED: set[asyncio.Task[Any]] = set()
+"""Questions that RabbitMQ has not answered yet."""
+
+
 class _RestoredQueue(RobustQueue):
     """A queue that is declared again after a reconnect: an exclusive one under a fresh name.
 
@@ -146,10 +152,8 @@ class _RestoredQueue(RobustQueue):
     async def _probe(self, channel: aiormq.abc.AbstractChannel | None = None) -> None:
         """Declare and bind the queue on a channel of its own. Raises TimeoutError without an answer in `PROBE_S`.
 
-        The declaration is never given up, and the next call waits for the same answer. `channel`, which aio-pika gives
-        and soon closes, is not used: RabbitMQ 4.3 refuses a queue whose node does not run after more than a minute.
-        On a closed channel the client library does not confirm the refusal, and RabbitMQ ends the connection when the
-        channel's number is used again.
+        The next call waits for the same answer. `channel`, which aio-pika gives and soon closes, is not used: see
+        `answer`.
         """
         if self._asked is None or self._asked.done():
             self._asked = asyncio.create_task(self._ask())
@@ -175,6 +179,29 @@ class _RestoredQueue(RobustQueue):
     @property
     def _connection(self) -> RobustConnection:
         return cast(RobustConnection, cast(RobustChannel, self.channel)._connection)
+
+
+async def answer(question: Coroutine[Any, Any, T], within_s: float) -> T:
+    """Return RabbitMQ's answer to a question. Raises TimeoutError without one in time.
+
+    The question itself is not given up, even if this is cancelled: RabbitMQ 4.3 refuses what concerns a queue on a node
+    that does not run after more than a minute. On a channel that was closed meanwhile the client library does not
+    confirm the refusal, and RabbitMQ ends the connection when the channel's number is used again. A question ends with
+    its connection.
+    """
+    asked = asyncio.create_task(question)
+    _ASKED.add(asked)
+    asked.add_done_callback(_forget)
+    await asyncio.wait({asked}, timeout=within_s)
+    if not asked.done():
+        raise TimeoutError
+    return asked.result()
+
+
+def _forget(asked: asyncio.Task[Any]) -> None:
+    _ASKED.discard(asked)
+    if not asked.cancelled():
+        asked.exception()  # nobody may wait for it any more
 
 
 @asynccontextmanager

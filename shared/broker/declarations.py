@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager, suppress
+from collections.abc import Awaitable, Callable
+from contextlib import suppress
 from dataclasses import dataclass
 
 import aio_pika
@@ -24,7 +24,7 @@ from aiormq.exceptions import (
 )
 
 from shared.broker.confirmed import ConfirmedExchange
-from shared.broker.connection import in_words, passing_channel
+from shared.broker.connection import PROBE_S, answer, in_words, passing_channel
 from shared.broker.topology import JournalLimits, Queue, Topology
 from shared.errors import AccessRefused, BrokersError, QueueDown
 from shared.runtime import logging
@@ -34,8 +34,6 @@ OWN_QUEUE_RETRY_S = 0.5
 ANSWER_S = 10.0
 """Longest wait for the declaration of a shared queue. For a queue on a node that does not run, RabbitMQ 4.3 answers
 after more than a minute (77 s on a test machine); earlier versions refuse it at once."""
-CLOSE_S = 1.0
-"""Longest wait for the end of a channel whose last question is not answered."""
 
 
 @dataclass(frozen=True)
@@ -127,18 +125,28 @@ async def _now_and_after_reconnects(
     """
     log = logging.get()
 
-    async def attempt(*_: object) -> None:
+    async def attempt() -> None:
         # On a channel that aio-pika does not restore: a refusal must not keep this process from reconnecting.
         try:
-            async with asyncio.timeout(ANSWER_S), passing_channel(connection) as plain:
+            async with passing_channel(connection) as plain:
                 await declare(plain)
         except ChannelPreconditionFailed as error:
             log.warning(differs, queue=name, error=in_words(error))
         except CONNECTION_EXCEPTIONS as error:
             log.warning("a queue could not be declared", queue=name, error=in_words(error))
 
-    await attempt()
-    connection.reconnect_callbacks.add(attempt)
+    async def attempt_within(wait_s: float) -> None:
+        try:
+            await answer(attempt(), wait_s)
+        except TimeoutError:
+            log.warning("a queue is not declared yet: RabbitMQ does not answer", queue=name)
+
+    async def again(*_: object) -> None:
+        # What else waits for the reconnect does not need this queue.
+        await attempt_within(PROBE_S)
+
+    await attempt_within(ANSWER_S)
+    connection.reconnect_callbacks.add(again)
 
 
 async def declare_queue(
@@ -150,25 +158,22 @@ async def declare_queue(
     BrokersError when the queue is missing or belongs to another running process.
     """
     exists = not queue.exclusive and (bool(topology.device) or not await _may_declare(connection, queue))
+    if exists:
+        await _require(connection, queue)
     for attempt in range(OWN_QUEUE_RETRIES):
         channel = await connection.channel(publisher_confirms=False)
         if prefetch:
             await channel.set_qos(prefetch_count=prefetch)
         try:
-            async with _answered(queue):
-                declared = await channel.declare_queue(
-                    queue.name,
-                    durable=queue.durable,
-                    exclusive=queue.exclusive,
-                    arguments=queue.arguments,
-                    passive=exists,
-                )
+            # Not bounded: a shared queue has just answered, and an own one is on the node of this connection.
+            declared = await channel.declare_queue(
+                queue.name,
+                durable=queue.durable,
+                exclusive=queue.exclusive,
+                arguments=queue.arguments,
+                passive=exists,
+            )
             return declared, exists
-        except QueueDown:
-            with suppress(*CONNECTION_EXCEPTIONS):
-                async with asyncio.timeout(CLOSE_S):
-                    await channel.close()
-            raise
         except ChannelNotFoundEntity as error:
             with suppress(*CONNECTION_EXCEPTIONS):
                 await channel.close()
@@ -182,16 +187,6 @@ async def declare_queue(
     )
 
 
-@asynccontextmanager
-async def _answered(queue: Queue) -> AsyncIterator[None]:
-    """Raise QueueDown if RabbitMQ does not answer for a shared queue in `ANSWER_S`."""
-    try:
-        async with asyncio.timeout(None if queue.exclusive else ANSWER_S):
-            yield
-    except TimeoutError as error:
-        raise no_answer(queue) from error
-
-
 def no_answer(queue: Queue) -> QueueDown:
     """Return the error for a shared queue for which RabbitMQ does not answer."""
     return QueueDown(
@@ -203,8 +198,7 @@ def no_answer(queue: Queue) -> QueueDown:
 async def check_queue(connection: AbstractRobustConnection, queue: Queue) -> None:
     """Raise QueueDown if a queue's node does not run. Passes for a missing queue, and where this user may not ask."""
     try:
-        async with passing_channel(connection) as plain:
-            await plain.queue_declare(queue.name, passive=True)
+        await _ask_for(connection, queue)
     except ChannelNotFoundEntity as error:
         if isinstance(absent := _absent(error), QueueDown):
             raise absent from error
@@ -212,14 +206,30 @@ async def check_queue(connection: AbstractRobustConnection, queue: Queue) -> Non
         pass
 
 
+async def _require(connection: AbstractRobustConnection, queue: Queue) -> None:
+    """Raise QueueDown where a shared queue's node does not run, and BrokersError when the queue is missing."""
+    try:
+        await answer(_ask_for(connection, queue), ANSWER_S)
+    except TimeoutError as error:
+        raise no_answer(queue) from error
+    except ChannelNotFoundEntity as error:
+        raise _absent(error) from error
+
+
+async def _ask_for(connection: AbstractRobustConnection, queue: Queue) -> None:
+    async with passing_channel(connection) as plain:
+        await plain.queue_declare(queue.name, passive=True)
+
+
 async def _may_declare(connection: AbstractRobustConnection, queue: Queue) -> bool:
     """Return whether this user may declare the queue with these arguments, by declaring it."""
+    declaring = _may(
+        connection, lambda plain: plain.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments)
+    )
     try:
-        async with _answered(queue):
-            return await _may(
-                connection,
-                lambda plain: plain.queue_declare(queue.name, durable=queue.durable, arguments=queue.arguments),
-            )
+        return await answer(declaring, ANSWER_S)
+    except TimeoutError as error:
+        raise no_answer(queue) from error
     except ChannelPreconditionFailed as error:
         logging.get().warning(
             "a queue exists with other arguments and is used as it is; to apply new ones, stop all services and delete "

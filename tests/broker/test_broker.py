@@ -638,10 +638,16 @@ async def test_a_shared_queue_without_an_answer_is_reported_as_down(
 ) -> None:
     """RabbitMQ 4.3 answers for a queue on a node that does not run after more than a minute."""
     declare = aiormq.Channel.queue_declare
+    answers = asyncio.Event()
+    given_up = []
 
     async def declare_own_queues(channel: aiormq.Channel, queue: str = "", **options: Any) -> Any:
         if not options.get("exclusive"):
-            await asyncio.sleep(HANG_S)
+            try:
+                await answers.wait()
+            except asyncio.CancelledError:
+                given_up.append(queue)
+                raise
         return await declare(channel, queue, **options)
 
     monkeypatch.setattr(aiormq.Channel, "queue_declare", declare_own_queues)
@@ -650,7 +656,7 @@ async def test_a_shared_queue_without_an_answer_is_reported_as_down(
     with capture_logs() as logs:
         broker = await asyncio.wait_for(connect("starting"), client.CONNECT_TIMEOUT_S)
     assert [(log["event"], log["queue"]) for log in logs if log["log_level"] == "warning"] == [
-        ("a queue could not be declared", broker.topology.dead)
+        ("a queue is not declared yet: RabbitMQ does not answer", broker.topology.dead)
     ]
     queue = broker.topology.verify_queue()
     with pytest.raises(BrokersError, match=f"{queue.name}.* on a node that does not run"):
@@ -658,3 +664,6 @@ async def test_a_shared_queue_without_an_answer_is_reported_as_down(
     with pytest.raises(QueueDown, match=f"{queue.name}.* on a node that does not run"):
         await broker.check_queue(queue, 0.1)
     await broker.consume(broker.topology.own_queue("test", "own", ()), Inbox())
+    assert given_up == [], "the late refusal of a question that was given up ends the connection"
+    answers.set()
+    await broker.consume(queue, Inbox())

@@ -799,4 +799,4 @@ async def test_a_traced_run_has_a_span_for_each_report(peer: Peer) -> None:
         for before, span in zip([None, *spans], spans, strict=False):
             assert span.parent is not None
             assert f"{span.parent.span_id:016x}" == round_span.ids["span_id"]
-            assert before is None or span.start_time == before.end_time, "the steps of a report begin after the last one"
+            assert before is None or span.start_time == before.end_time, "steps begin after the last report"
