@@ -306,6 +306,7 @@ async def test_readiness_needs_the_brokers_and_a_verifier_of_the_model(suite: Su
     with pytest.raises(openai.InternalServerError, match="another model") as caught:
         await suite.chat()
     assert caught.value.response.headers["retry-after"]
+    assert [model.id async for model in suite.client.models.list()] == ["tiny"], "clients read the list once"
 
 
 async def test_without_any_drafter_a_request_is_refused_at_once(start: Start, amqp_url: str, namespace: str) -> None:

@@ -15,8 +15,8 @@ from rich.console import Console
 from services.tools.cli.core.suite_snapshot import SuiteSnapshot
 from services.tools.cli.core.suite_view import short, suite_view
 from services.tools.cli.core.suite_watch import SuiteWatch
-from services.tools.cli.suite_address import SuiteAddress, choose_suite
-from services.tools.local.folder import RunFolder, RunningSuite, note_suite, running_suites
+from services.tools.cli.suite_address import SuiteAddress, choose_suite, suites_at
+from services.tools.local.folder import RunFolder, RunningApi, RunningSuite, note_api, note_suite, running_suites
 from shared.errors import SettingsError
 from shared.messages import (
     Batch,
@@ -291,7 +291,7 @@ def test_no_suite_a_silent_scheduler_and_an_inactive_one_differ() -> None:
     assert watch.snapshot(5000).empty, "rounds alone are no suite"
     assert "No message from a scheduler or verifier in namespace ns for 5 s" in text(watch.snapshot(5000))
     watch.feed(heartbeat(), 5000)
-    assert "no active scheduler" in text(watch.snapshot(5000))
+    assert "no round yet" in text(watch.snapshot(5000))
     watch.feed(load(), 5000)
     assert "policy edf" in text(watch.snapshot(6000))
     assert "scheduler s1 silent for 9 s" in text(watch.snapshot(14_000))
@@ -347,6 +347,20 @@ def test_given_values_win_and_the_latest_matching_suite_adds_the_rest() -> None:
         choose_suite("http://somewhere/", None, [])
     with pytest.raises(SettingsError, match="namespace"):
         choose_suite(None, "a b", [])
+
+
+def test_a_suite_is_named_by_the_url_of_its_api(tmp_path: Path) -> None:
+    with RunFolder("up", tmp_path) as first, RunFolder("up", tmp_path) as second, RunFolder("bench", tmp_path) as third:
+        note_suite(first.path, one := RunningSuite("one", "amqp://one/"))
+        note_api(first.path, RunningApi("http://127.0.0.1:8000/v1", 1))
+        note_suite(second.path, two := RunningSuite("two", "amqp://two/"))
+        note_api(second.path, RunningApi("http://127.0.0.1:8001/v1", 2))
+        note_suite(third.path, RunningSuite("three", "amqp://three/"))
+        assert suites_at("http://127.0.0.1:8000/v1", tmp_path) == [one]
+        assert suites_at("http://localhost:8001/v1/", tmp_path) == [two]
+        assert suites_at("http://127.0.0.1:8001", tmp_path) == [two], "the page's address names it too"
+        with pytest.raises(SettingsError, match=r"serves http://127.0.0.1:8002/v1 \(suites here: http.*--amqp-url"):
+            suites_at("http://127.0.0.1:8002/v1", tmp_path)
 
 
 def test_running_suites_are_those_whose_owner_lives(tmp_path: Path) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
-from services.tools.local.folder import RunningSuite
+from services.tools.local.folder import RunningSuite, page_of, suites_by_api
 from shared.errors import SettingsError
 from shared.runtime.settings import NAME_PATTERN, ServiceSettings, check_url
 from shared.runtime.tls import Tls
@@ -63,3 +64,23 @@ def choose_suite(amqp_url: str | None, namespace: str | None, running: Sequence[
     if others:
         note = f"other suites on this machine (--namespace): {', '.join(other.namespace for other in others)}"
     return SuiteAddress(url, suite.namespace, note)
+
+
+def suites_at(url: str, runs: Path | None = None) -> list[RunningSuite]:
+    """Return the suite of this machine whose API has this URL, for `choose_suite`. Raises SettingsError for none.
+
+    A gateway does not tell where its RabbitMQ is, so suites elsewhere are named by that.
+    """
+    apis = suites_by_api(runs)
+    for api, suite in apis.items():
+        if suite is not None and _place(api.url) == _place(url):
+            return [suite]
+    others = f" (suites here: {', '.join(api.url for api in apis)})" if apis else ""
+    raise SettingsError(
+        f"no suite of `wisp up` on this machine serves {url}{others}; `wisp top` reads messages at RabbitMQ: name "
+        "that of another machine's suite with --amqp-url and --namespace"
+    )
+
+
+def _place(url: str) -> str:
+    return page_of(url).lower().replace("//localhost", "//127.0.0.1")

@@ -114,13 +114,22 @@ def note_api(folder: Path, api: RunningApi) -> None:
 
 def running_apis(runs: Path | None = None) -> list[RunningApi]:
     """Return the APIs of runs whose owners live, the latest first."""
+    return list(suites_by_api(runs))
+
+
+def suites_by_api(runs: Path | None = None) -> dict[RunningApi, RunningSuite | None]:
+    """Return the APIs of runs whose owners live, the latest first, and the suite behind each.
+
+    None where no messages can be observed, as with `wisp up --serving centralized`.
+    """
     runs = runs or state_folder() / "run"
-    found = []
+    found = {}
     for path in sorted(runs.glob(f"*/{API}"), key=_modified_s, reverse=True):
         with contextlib.suppress(OSError, ValueError, TypeError):  # being written or removed
             api = RunningApi(**json.loads(path.read_text()))
+            suite = path.with_name(SUITE)
             if _owned(path.parent):
-                found.append(api)
+                found[api] = RunningSuite(**json.loads(suite.read_text())) if suite.exists() else None
     return found
 
 

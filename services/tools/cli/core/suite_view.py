@@ -84,7 +84,7 @@ def _line(text: str, style: str = "") -> Text:
 
 def _scheduler(scheduler: SchedulerView | None) -> Text:
     if scheduler is None:
-        return _line("no active scheduler: it publishes its load after the first round")
+        return _line("no round yet: a scheduler publishes its load from its first round on")
     if not scheduler.alive:
         return _line(f"scheduler {scheduler.name} silent for {scheduler.silent_ms / 1000:.0f} s")
     return _line(
