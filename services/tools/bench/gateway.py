@@ -16,8 +16,10 @@ import json
 import random
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
+from itertools import chain, repeat
 from pathlib import Path
 from statistics import median, quantiles
 from typing import Annotated, Any
@@ -285,7 +287,12 @@ async def _measure(stack: Stack, streams: int, rate: int, batch: int, answer: in
     try:
         await stub.listen()
         async with asyncio.TaskGroup() as tasks:
-            clients = [tasks.create_task(_ask(stack, stub.sent, answer, lambda: over)) for _ in range(streams)]
+            # The first answers are of all lengths: otherwise all streams would end, and ask again, at the same time.
+            first = [2 + (answer - 2) * number // streams for number in range(streams)]
+            clients = [
+                tasks.create_task(_ask(stack, stub.sent, chain([length], repeat(answer)), lambda: over))
+                for length in first
+            ]
             beating = tasks.create_task(stub.beat())
             async with asyncio.timeout(START_S):
                 while stub.running < streams:  # noqa: ASYNC110 - a look now and then is enough
@@ -330,23 +337,23 @@ async def _observed(stack: Stack, stub: ServicesStub, seconds: float) -> list[fl
     ]
 
 
-async def _ask(stack: Stack, sent: SentTokens, answer: int, over: Callable[[], bool]) -> None:
-    """Send requests one after the other."""
+async def _ask(stack: Stack, sent: SentTokens, lengths: Iterator[int], over: Callable[[], bool]) -> None:
+    """Send requests for answers of these lengths, one after the other."""
     address = urlsplit(stack.url)
-    body = json.dumps(
-        {
-            "model": stack.target.name,
-            "messages": [{"role": "user", "content": "Write a long text about a river."}],
-            "max_tokens": answer,
-            "stream": True,
-        }
-    ).encode()
     head = f"POST {address.path}/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\nConnection: close\r\n"
-    head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
     loop = asyncio.get_running_loop()
     while not over():
+        body = json.dumps(
+            {
+                "model": stack.target.name,
+                "messages": [{"role": "user", "content": "Write a long text about a river."}],
+                "max_tokens": next(lengths),
+                "stream": True,
+            }
+        ).encode()
+        request = f"{head}Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n".encode() + body
         _, client = await loop.create_connection(
-            lambda: StreamClient(head.encode() + body, sent), address.hostname or "", address.port or 0
+            partial(StreamClient, request, sent), address.hostname or "", address.port or 0
         )
         await client.ended
 
