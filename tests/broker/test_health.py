@@ -14,7 +14,6 @@ from pathlib import Path
 import aio_pika
 import httpx
 import pytest
-from aio_pika.robust_queue import RobustQueue
 from aiormq.exceptions import AMQPError
 from patience import HANG_S
 
@@ -88,7 +87,7 @@ async def test_a_consumer_that_the_broker_has_cancelled_is_noticed(
         raise AMQPError("the queue cannot be declared again")
 
     await consuming(served)
-    monkeypatch.setattr(RobustQueue, "_probe", refuse)
+    monkeypatch.setattr("shared.broker.connection._RestoredQueue._probe", refuse)
     async with await aio_pika.connect(amqp_url) as connection:
         queue = await (await connection.channel()).get_queue(served.broker.topology.verify_queue().name)
         await queue.delete(if_unused=False, if_empty=False)
