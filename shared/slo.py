@@ -1,4 +1,4 @@
-"""SLOs: deadlines of tokens, and the time between batches that meets them.
+"""SLOs: deadlines of tokens, the time between batches that meets them, and whether an answer attained its SLO.
 
 The first token is due `ttft_ms` after the request's start, and each later one `tpot_ms` after the one before, counted
 from the first token's arrival. A request attains its SLO by its time to first token and by its mean time per token
@@ -6,6 +6,8 @@ after it, so an early first token does not make up for slow later ones.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 from pydantic import BaseModel, model_validator
 
@@ -60,3 +62,32 @@ def batch_period_ms(round_period_ms: float, away_ms: float, alone_ms: float) -> 
     alone; an SLO that leaves less time can only be met for a lone session.
     """
     return max(round_period_ms - away_ms, alone_ms) / BATCHES_PER_ROUND
+
+
+@dataclass(frozen=True)
+class SloOutcome:
+    """Speed of a completion, and whether it attained its SLO."""
+
+    ttft_ms: float | None
+    """Time to the first token; to the end, for a complete completion without tokens."""
+    tpot_ms: float | None
+    """Mean time per output token after the first; None with fewer than two tokens."""
+    attained: bool
+    """True if the completion is complete and within its SLO; true for every complete one without an SLO."""
+
+
+def judge(slo: Slo | None, complete: bool, tokens: int, first_ms: float | None, total_ms: float) -> SloOutcome:
+    """Compare a completion of `tokens` tokens with its SLO; times count from the request's arrival.
+
+    `complete` means that it ended with an end-of-text token, a stop string or its token limit.
+    """
+    ttft_ms = total_ms if complete and first_ms is None else first_ms
+    tpot_ms = None if first_ms is None or tokens < 2 else (total_ms - first_ms) / (tokens - 1)
+    return SloOutcome(ttft_ms, tpot_ms, complete and is_within(slo, ttft_ms, tpot_ms))
+
+
+def is_within(slo: Slo | None, ttft_ms: float | None, tpot_ms: float | None) -> bool:
+    """Return whether times are within an SLO; all are without one. `tpot_ms` is None with fewer than two tokens."""
+    if slo is None:
+        return True
+    return ttft_ms is not None and ttft_ms <= slo.ttft_ms and (tpot_ms is None or tpot_ms <= slo.tpot_ms)

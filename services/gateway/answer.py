@@ -11,7 +11,6 @@ import msgpack
 
 from services.gateway.core.completion import Completion, Piece
 from services.gateway.core.cursor import StreamCursor
-from services.gateway.core.slo import SloOutcome
 from services.gateway.core.turns import Wait
 from services.gateway.errors import from_failure
 from services.gateway.keys import ApiKey
@@ -20,6 +19,7 @@ from shared.arithmetic import distinct
 from shared.messages import Finish, Generate, Record
 from shared.prediction import PredictedText
 from shared.runtime.tracing import NO_SPAN, Span
+from shared.slo import SloOutcome
 from shared.state.sessions import Session
 
 NEWER = ("include_stop", "min_tokens", "logprobs", "token_ids", "prompt_logprobs", "prompt_only", "thinks", "tools")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from hashlib import blake2b
@@ -12,7 +13,7 @@ from fastapi import Request
 
 from services.drafter.sources.registry import AUTO, CHOICES
 from services.gateway.answer import Answer, AnswerForm, session_id
-from services.gateway.core.slo import class_of, slo_of
+from services.gateway.core.admission import ServiceClass
 from services.gateway.errors import ApiError, invalid
 from services.gateway.gateway import Gateway
 from services.gateway.grammar import grammar_of, grammar_of_calls
@@ -23,12 +24,14 @@ from services.gateway.schema import ChatRequest, CompletionRequest, GenerationRe
 from services.gateway.tools import ToolForm, tool_form
 from shared.broker.topology import DEFAULT_POOL, device_name
 from shared.errors import quoted
-from shared.messages import Generate, Grammar, needing
+from shared.messages import DEFAULT_CLASS, LONGEST_MS, SHORTEST_MS, Generate, Grammar, Slo, needing
 from shared.runtime import tracing
 from shared.runtime.settings import NAME_PATTERN
 
 DRAFT_HEADER = "x-wisp-draft"
 POOL_HEADER = "x-wisp-pool"
+TTFT_HEADERS = ("x-llm-d-slo-ttft-ms", "x-slo-ttft-ms")
+TPOT_HEADERS = ("x-llm-d-slo-tpot-ms", "x-slo-tpot-ms")
 
 
 async def accept(gateway: Gateway, http: Request, request: GenerationRequest, started_s: float) -> Answer:
@@ -220,6 +223,45 @@ def draft_of(request: GenerationRequest, headers: Mapping[str, str]) -> str:
         known = ", ".join(CHOICES)
         raise invalid(f"header {DRAFT_HEADER} must be one of {known}, not {quoted(wanted)}", DRAFT_HEADER)
     return wanted
+
+
+def class_of(tier: str | None, classes: Mapping[str, ServiceClass]) -> str:
+    """Return the class named by a `service_tier`; the default class for None and for unknown names such as `auto`."""
+    return tier if tier is not None and tier in classes else DEFAULT_CLASS
+
+
+def slo_of(headers: Mapping[str, str], tier: str | None, classes: Mapping[str, ServiceClass]) -> Slo | None:
+    """Return the SLO that the request asks for; None for best effort.
+
+    A request asks for one by naming a class that has one, or by a header, which overrides the class. With only one of
+    the two headers, the class completes the SLO; a class without a promise is completed from the default class. Raises
+    ApiError.
+    """
+    own = classes[tier].slo if tier is not None and tier in classes else None
+    ttft_ms = _milliseconds(headers, TTFT_HEADERS)
+    tpot_ms = _milliseconds(headers, TPOT_HEADERS)
+    if ttft_ms is None and tpot_ms is None:
+        return own
+    base = own or classes[DEFAULT_CLASS].slo
+    assert base is not None  # the settings refuse a default class without a promise
+    return Slo(
+        ttft_ms=base.ttft_ms if ttft_ms is None else ttft_ms, tpot_ms=base.tpot_ms if tpot_ms is None else tpot_ms
+    )
+
+
+def _milliseconds(headers: Mapping[str, str], names: tuple[str, ...]) -> float | None:
+    for name in names:
+        if (text := headers.get(name)) is None:
+            continue
+        try:
+            value = math.nan if "_" in text else float(text)
+        except ValueError:
+            value = math.nan
+        if not SHORTEST_MS <= value <= LONGEST_MS:
+            limits = f"{SHORTEST_MS:g} to {LONGEST_MS:.0f}"
+            raise invalid(f"header {name} must be a number of milliseconds, {limits}, not {quoted(text)}", param=name)
+        return value
+    return None
 
 
 def derive_seed(seed: int, copy: int) -> int:

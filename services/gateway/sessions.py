@@ -14,7 +14,6 @@ from services.gateway.answer import Answer, RunningSession, generate_again
 from services.gateway.core.admission import Admission, Demand
 from services.gateway.core.completion import Completion
 from services.gateway.core.reasoning import TAGS, ReasoningCounter
-from services.gateway.core.slo import SloOutcome, judge
 from services.gateway.core.turns import Wait
 from services.gateway.errors import ApiError, stream_gone, unavailable
 from services.gateway.metrics import ModelMetrics
@@ -29,6 +28,7 @@ from shared.models.text import Detokenizer, Tokenizer
 from shared.prediction import PredictionFollower
 from shared.runtime import logging, tracing
 from shared.runtime.service import BackgroundTasks
+from shared.slo import SloOutcome, judge
 from shared.state.sessions import Session as StoredSession
 from shared.state.sessions import SessionStatus
 

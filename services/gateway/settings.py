@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from services.gateway.core.slo import ServiceClass
+from services.gateway.core.admission import ServiceClass
 from shared.errors import SettingsError
 from shared.messages import DEFAULT_CLASS, Name
 from shared.runtime.settings import (

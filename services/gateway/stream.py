@@ -10,9 +10,9 @@ from typing import Any
 from services.gateway.answer import Answer, AnswerForm, Usage
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
 from services.gateway.core.reasoning import SplitText
-from services.gateway.core.slo import SloOutcome
 from services.gateway.core.tool_calls import ContentDelta, ToolDelta
 from shared.messages import Slo
+from shared.slo import SloOutcome
 
 DONE = b"data: [DONE]\n\n"
 

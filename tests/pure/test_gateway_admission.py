@@ -8,8 +8,16 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from services.gateway.core.admission import ARRIVED_MS, LONGEST_RETRY_S, STALE_MS, Admission, Demand, Refusal, promised
-from services.gateway.core.slo import ServiceClass
+from services.gateway.core.admission import (
+    ARRIVED_MS,
+    LONGEST_RETRY_S,
+    STALE_MS,
+    Admission,
+    Demand,
+    Refusal,
+    ServiceClass,
+    promised,
+)
 from services.gateway.settings import GatewaySettings
 from shared.messages import ClassLoad, Load, Slo
 from shared.slo import BATCHES_PER_ROUND

@@ -25,13 +25,12 @@ from services.gateway.answer import AnswerForm, Usage
 from services.gateway.body import Body, parse
 from services.gateway.core.completion import CompletionRound, CompletionTally, Piece, Token
 from services.gateway.core.reasoning import SplitText
-from services.gateway.core.slo import SloOutcome, class_of, judge, slo_of
 from services.gateway.errors import ApiError, from_failure
 from services.gateway.fleet import Fleet, longest_session
 from services.gateway.gateway import Gateway
 from services.gateway.messages_body import MessagesRequest
 from services.gateway.prompt import Limits, Prompt, check_prompt
-from services.gateway.request import derive_seed, new_answer
+from services.gateway.request import class_of, derive_seed, new_answer, slo_of
 from services.gateway.responses_body import ResponsesRequest
 from services.gateway.schema import NO_DEFAULTS, ChatRequest, CompletionRequest
 from services.gateway.settings import GatewaySettings
@@ -39,6 +38,7 @@ from services.gateway.stream import Choice, Chunks
 from shared.errors import BrokersError
 from shared.messages import RULES, Failure, Generate, Heartbeat, Logprobs, Slo, features_of, model_of
 from shared.models.folder import SamplingDefaults
+from shared.slo import SloOutcome, judge
 
 CHAT: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "Hi"}]}
 COMPLETION: dict[str, Any] = {"model": "m", "prompt": "Hi"}

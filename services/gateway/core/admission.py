@@ -32,10 +32,12 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
-from services.gateway.core.slo import ServiceClass
+from pydantic import ConfigDict, Field
+
 from shared.messages import DEFAULT_CLASS, Load, Slo
-from shared.slo import batch_period_ms
+from shared.slo import Promise, batch_period_ms
 
 STALE_MS = 5000.0
 """Age at which a Load is ignored."""
@@ -45,6 +47,19 @@ LONGEST_RETRY_S = 60
 FIRST_DURATION_MS = 5000.0
 """Assumed duration of a completion before any has ended."""
 SMOOTHING = 0.1
+
+
+class ServiceClass(Promise):
+    """The SLO that a class's requests ask for, and the load up to which they are admitted."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    admit_to: Annotated[float, Field(gt=0, le=10)] = 0.9
+    """Promised share of the verifiers' time up to which the SLO is promised to more requests; above 1, more is promised
+    than can be kept. It is also the share of the gateway's longest backlog at which any request of the class is
+    refused."""
+    max_sessions: Annotated[int, Field(ge=1)] | None = None
+    """Most running completions of the class; None for no limit of its own."""
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from services.tools.replayer.core.sessions import RecordedSession
 from shared.messages import Slo, Status
+from shared.slo import is_within
 
 
 @dataclass
@@ -58,9 +59,7 @@ class ServedRequest:
     @property
     def attained(self) -> bool:
         """True if the request is complete and kept its SLO, if it has one."""
-        if not self.complete or self.slo is None:
-            return self.complete
-        return (self.ttft_ms or 0.0) <= self.slo.ttft_ms and (self.tpot_ms or 0.0) <= self.slo.tpot_ms
+        return self.complete and is_within(self.slo, self.ttft_ms or 0.0, self.tpot_ms)
 
 
 @dataclass(frozen=True)

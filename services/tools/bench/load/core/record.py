@@ -11,6 +11,7 @@ from pydantic import BaseModel, ConfigDict
 
 from services.tools.bench.load.core.requests import LoadRequest
 from shared.messages import Slo
+from shared.slo import is_within
 
 EVENT_END = b"\n\n"
 
@@ -72,11 +73,7 @@ class RequestRecord(BaseModel):
     @property
     def attained(self) -> bool:
         """True if the answer is complete and met its SLO, if it has one."""
-        if self.ending is not Ending.COMPLETE or self.ttft_ms is None:
-            return False
-        if self.slo is None:
-            return True
-        return self.ttft_ms <= self.slo.ttft_ms and (self.tpot_ms is None or self.tpot_ms <= self.slo.tpot_ms)
+        return self.ending is Ending.COMPLETE and is_within(self.slo, self.ttft_ms, self.tpot_ms)
 
     def tokens_between(self, start_s: float, end_s: float) -> int:
         """Return the number of tokens that arrived from `start_s` to `end_s`, since the start of the point."""
