@@ -10,17 +10,12 @@ from pydantic import Discriminator, Field, Tag, ValidationInfo, field_validator
 from pydantic_core import PydanticCustomError
 
 from services.gateway.body import BLOCK_TAG, Body, Whole, checked, or_default
+from services.gateway.chat_form import ChatForm
 from services.gateway.core.options import MESSAGES_OPTIONS, UnsupportedOption
 from services.gateway.errors import invalid
 from services.gateway.grammar_options import ResponseFormat
 from services.gateway.option_values import MAX_STOP_CHARACTERS, MAX_STOPS
-from services.gateway.schema import (
-    MAX_TOOLS,
-    ChatForm,
-    ChatMessage,
-    ChatRequest,
-    ContentPart,
-)
+from services.gateway.schema import MAX_TOOLS, ChatMessage, ChatRequest, ContentPart
 from services.gateway.tool_options import CalledFunction, Tool, ToolCall, ToolFunction, ToolName
 from shared.models.text import Tokenizer
 

@@ -8,10 +8,11 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field
 
 from services.gateway.body import Body, Whole, checked, or_default
+from services.gateway.chat_form import ChatForm
 from services.gateway.core.options import RESPONSES_OPTIONS, UnsupportedOption
 from services.gateway.errors import invalid
 from services.gateway.grammar_options import ResponseFormat
-from services.gateway.schema import MAX_TOOLS, ChatForm, ChatRequest
+from services.gateway.schema import MAX_TOOLS, ChatRequest
 from services.gateway.tool_options import ToolFunction
 from shared.errors import quoted
 

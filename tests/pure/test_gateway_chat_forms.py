@@ -9,10 +9,11 @@ import pytest
 from test_gateway_app import HELLO, MODEL
 
 from services.gateway.body import parse
+from services.gateway.chat_form import ChatForm
 from services.gateway.errors import ApiError
 from services.gateway.messages_api import CountRequest, MessagesRequest
 from services.gateway.responses_api import ResponsesRequest
-from services.gateway.schema import ChatForm, ChatRequest
+from services.gateway.schema import ChatRequest
 
 BODIES: dict[type[ChatForm], dict[str, Any]] = {
     ResponsesRequest: {"model": MODEL, "input": "Hi"},

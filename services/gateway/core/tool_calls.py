@@ -6,18 +6,16 @@ depend on how the text is split into pieces.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass
 from enum import Enum, auto
-from typing import Any
 
-_SPACE = " \t\n\r"
-_BETWEEN = _SPACE + "[],;"
+from services.gateway.core.call_text import SPACE, CallText
+
+_BETWEEN = SPACE + "[],;"
 """Characters around the calls of a list."""
 _NAME = re.compile(r"[\w.:-]+")
-_ARGUMENTS = ("arguments", "parameters")
 
 
 @dataclass(frozen=True)
@@ -94,7 +92,7 @@ class ToolCallParser:
         """Text that is not read yet, because its meaning depends on what follows."""
         self._read = ""
         """Text that was read since the last delta: content, if no call follows."""
-        self._call = _CallText()
+        self._call = CallText()
         self._deltas: list[ToolDelta] = []
         self.calls = 0
         """Calls begun so far."""
@@ -132,7 +130,7 @@ class ToolCallParser:
         found = self._pending.find(opening) if opening else -1
         if found >= 0:
             content = self._pending[:found]
-            kept = content.rstrip(_SPACE)
+            kept = content.rstrip(SPACE)
             self._emit_content(kept)
             self._read = content[len(kept) :]
             self._pending = self._pending[found:]
@@ -140,7 +138,7 @@ class ToolCallParser:
             return True
         safe = len(self._pending) - _overlap(self._pending, opening)
         if opening:
-            safe = len(self._pending[:safe].rstrip(_SPACE))
+            safe = len(self._pending[:safe].rstrip(SPACE))
         self._emit_content(self._pending[:safe])
         self._pending = self._pending[safe:]
         return False
@@ -163,7 +161,7 @@ class ToolCallParser:
             if pending.startswith(ignored):
                 return self._skip(len(ignored))
         if pending[0] == "{":
-            self._state, self._call = _State.CALL, _CallText()
+            self._state, self._call = _State.CALL, CallText()
             return True
         if pending[0] in _BETWEEN:
             return self._skip(1)
@@ -177,7 +175,7 @@ class ToolCallParser:
         rest, mark = self._pending[len(name) :], self._marks.after_name
         if mark.startswith(rest):
             return False
-        rest = rest.removeprefix(mark).lstrip(_SPACE)
+        rest = rest.removeprefix(mark).lstrip(SPACE)
         if not rest:
             return False
         if rest[0] != "{":
@@ -185,7 +183,7 @@ class ToolCallParser:
             return True
         self._read += self._pending[: len(self._pending) - len(rest)]
         self._pending = rest
-        self._state, self._call = _State.CALL, _CallText(name)
+        self._state, self._call = _State.CALL, CallText(name)
         return True
 
     def _skip(self, count: int) -> bool:
@@ -222,16 +220,16 @@ class ToolCallParser:
         self._pending = ""
         return False
 
-    def _is_held(self, call: _CallText) -> bool:
+    def _is_held(self, call: CallText) -> bool:
         """Return whether a text that is not passed on yet is a call."""
         return self._fits is not None and call.name in self._offered and self._fits(call.raw)
 
-    def _begin_held(self, call: _CallText) -> None:
+    def _begin_held(self, call: CallText) -> None:
         self._begin(call)
         if not call.complete:
             self._emit_call(call.take_arguments())
 
-    def _begin(self, call: _CallText) -> None:
+    def _begin(self, call: CallText) -> None:
         call.begun = True
         self._read = ""
         self.calls += 1
@@ -261,159 +259,6 @@ class ToolCallParser:
     def _emit_content(self, text: str) -> None:
         if text:
             self._deltas.append(ContentDelta(text))
-
-
-class _Step(Enum):
-    OPEN = auto()
-    BEFORE_KEY = auto()
-    KEY = auto()
-    COLON = auto()
-    BEFORE_VALUE = auto()
-    VALUE = auto()
-
-
-class _CallText:
-    """The JSON object of one call, read character by character."""
-
-    def __init__(self, name: str | None = None) -> None:
-        """name: of a call whose object is its arguments."""
-        self.name = name
-        self.begun = False
-        """True once its name was passed on. Nothing of it can become content after that."""
-        self.complete = False
-        self.has_arguments = False
-        self.raw = ""
-        """Everything that was read, until the call has begun."""
-        self._short = name is not None
-        self._step = _Step.OPEN
-        self._key = ""
-        self._value: list[str] = []
-        self._kind = ""
-        """First character of the value."""
-        self._depth = 0
-        self._in_string = False
-        self._escaped = False
-        self._arguments = ""
-        """Arguments not taken yet."""
-
-    def feed(self, character: str) -> None:
-        """Read one character. Raises ValueError if this is no call."""
-        if not self.begun:
-            self.raw += character
-        if self._step is _Step.OPEN:
-            if self._short:
-                self._key = _ARGUMENTS[0]
-                self._begin_value(character)
-            else:
-                self._step = _Step.BEFORE_KEY
-        elif self._step is _Step.BEFORE_KEY:
-            self._before_key(character)
-        elif self._step is _Step.KEY:
-            self._value.append(character)
-            if not self._string_goes_on(character):
-                self._key = str(json.loads("".join(self._value)))
-                self._step = _Step.COLON
-        elif self._step is _Step.COLON:
-            if character == ":":
-                self._step = _Step.BEFORE_VALUE
-            elif character not in _SPACE:
-                raise ValueError(character)
-        elif self._step is _Step.BEFORE_VALUE:
-            if character not in _SPACE:
-                self._begin_value(character)
-        else:
-            self._in_value(character)
-
-    def take_arguments(self) -> str:
-        """Return the arguments read since the last call, as JSON."""
-        arguments, self._arguments = self._arguments, ""
-        return arguments
-
-    @property
-    def _streams(self) -> bool:
-        return self._key in _ARGUMENTS and self._kind in "{[" and not self.has_arguments
-
-    def _before_key(self, character: str) -> None:
-        if character == '"':
-            self._step, self._value = _Step.KEY, [character]
-            self._in_string, self._escaped = True, False
-        elif character == "}":
-            self.complete = True
-        elif character != "," and character not in _SPACE:
-            raise ValueError(character)
-
-    def _begin_value(self, character: str) -> None:
-        if character in ",:}]":
-            raise ValueError(character)
-        self._step, self._kind, self._value = _Step.VALUE, character, []
-        self._depth, self._in_string, self._escaped = 0, False, False
-        self._in_value(character)
-
-    def _in_value(self, character: str) -> None:
-        """Add a character to the value; a number, true, false or null ends with the character after it."""
-        if self._kind not in '"{[':
-            if character in ",}" or character in _SPACE:
-                self._end_value()
-                self._before_key(character)
-            else:
-                self._value.append(character)
-            return
-        if self._streams:
-            self._arguments += character
-        else:
-            self._value.append(character)
-        if self._in_string:
-            self._string_goes_on(character)
-        elif character == '"':
-            self._in_string = True
-        elif character in "{[":
-            self._depth += 1
-        elif character in "}]":
-            self._depth -= 1
-        if not self._in_string and not self._depth:
-            self._end_value()
-
-    def _string_goes_on(self, character: str) -> bool:
-        """Follow a string's escapes and end."""
-        if self._escaped:
-            self._escaped = False
-        elif character == "\\":
-            self._escaped = True
-        elif character == '"':
-            self._in_string = False
-        return self._in_string
-
-    def _end_value(self) -> None:
-        streamed = self._streams
-        self._step = _Step.BEFORE_KEY
-        if self._key in _ARGUMENTS:
-            if not self.has_arguments and not streamed:
-                self._arguments += _as_arguments("".join(self._value))
-            self.has_arguments = True
-            self.complete = self._short
-        elif self._key == "name" and self.name is None:
-            self._name(json.loads("".join(self._value)))
-        elif self._key == "function" and self.name is None and self._kind == "{":
-            # OpenAI's own form, which some models repeat.
-            function = json.loads("".join(self._value))
-            self._name(function.get("name"))
-            given: Any = next((function[key] for key in _ARGUMENTS if key in function), {})
-            self._arguments += given if isinstance(given, str) else json.dumps(given, ensure_ascii=False)
-            self.has_arguments = True
-
-    def _name(self, name: object) -> None:
-        if not isinstance(name, str) or not name:
-            raise ValueError(name)
-        self.name = name
-
-
-def _as_arguments(value: str) -> str:
-    """Return arguments that are no object: a string may hold the object's text, null stands for none."""
-    try:
-        decoded = json.loads(value)
-    except ValueError:
-        return value
-    return "{}" if decoded is None or decoded == "" else decoded if isinstance(decoded, str) else value
 
 
 def _overlap(text: str, mark: str) -> int:
