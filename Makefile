@@ -25,7 +25,7 @@ help: ## show this list
 		END {print "\nVariables: PORT=8000, PYTHON=python3.12, TORCH_INDEX=URL (index of torch)"}' $(MAKEFILE_LIST)
 
 setup: ## make environment and default model; others do this first
-	@$(PYTHON) services/tools/local/bootstrap.py --torch-index "$(TORCH_INDEX)"
+	@$(PYTHON) -m services.tools.local.bootstrap --torch-index "$(TORCH_INDEX)"
 
 demo: setup ## ask the suite three questions; compare with plain decoding
 	@$(BIN)/wisp demo $(ARGS)

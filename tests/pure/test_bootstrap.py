@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from services.tools.local import bootstrap
-from services.tools.local.bootstrap import PipOutput, SetupStep, StepFailed, duration, run, step
+from services.tools.local.bootstrap import run
+from services.tools.local.setup_output import PLAIN_INTERVAL_S, PipOutput, SetupStep, StepFailed, duration, step
 
 
 @pytest.fixture
@@ -78,7 +79,7 @@ def test_a_log_gets_a_line_now_and_then(capsys: pytest.CaptureFixture[str]) -> N
     shown.detail = "12 found"
     shown.show()
     assert capsys.readouterr().out == ""
-    shown.shown_s -= bootstrap.PLAIN_INTERVAL_S
+    shown.shown_s -= PLAIN_INTERVAL_S
     shown.show()
     shown.show()
     assert capsys.readouterr().out == "  packages         12 found (0 s)\n"
