@@ -50,8 +50,8 @@ async def serve(settings: GatewaySettings, instance: str, stop: asyncio.Event) -
     )
 
     async def rabbitmq() -> None:
-        await broker.prove(queue, PROBE_TIMEOUT_S)
-        await broker.check_queue(topology.verify_queue(), PROBE_TIMEOUT_S)
+        await broker.liveness.prove(queue, PROBE_TIMEOUT_S)
+        await broker.liveness.check_queue(topology.verify_queue(), PROBE_TIMEOUT_S)
 
     probes = {"rabbitmq": rabbitmq, "redis": store.ping}
     fleet = Fleet(store.registry.heartbeats, model.fingerprint, probes, wait_s=settings.outage_wait_s)

@@ -8,7 +8,8 @@ if the process dies first, RabbitMQ delivers it to another consumer.
 The journal gets its copies by bindings. Only confirmed messages are published to it here, because a binding for them
 would hide that their receiver is away (see `shared.broker.topology`).
 
-After a lost connection aio-pika restores channels, queues, bindings and consumers; `prove` checks that it did.
+After a lost connection aio-pika restores channels, queues, bindings and consumers; `shared.broker.liveness` checks that
+it did.
 """
 
 from __future__ import annotations
@@ -18,10 +19,8 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
 from typing import Any, TypeVar
-from uuid import uuid4
 
 import aio_pika
-import aiormq
 from aio_pika.abc import AbstractExchange, AbstractIncomingMessage, AbstractQueue, AbstractRobustConnection
 from aio_pika.exceptions import CONNECTION_EXCEPTIONS, PublishError
 from aiormq.exceptions import AMQPChannelError, ChannelAccessRefused
@@ -40,15 +39,14 @@ from shared.broker.connection import (
 )
 from shared.broker.declarations import (
     Exchanges,
-    check_queue,
     declare_exchanges,
     declare_journal,
     declare_queue,
     may_publish,
-    no_answer,
 )
 from shared.broker.incoming import GiveBack, Handler, IncomingMessages, UntrustedSender
-from shared.broker.topology import JournalLimits, Queue, Topology, probe_key
+from shared.broker.liveness import Consumer, Liveness
+from shared.broker.topology import JournalLimits, Queue, Topology
 from shared.errors import AccessRefused, BrokersError, QueueDown, Unroutable
 from shared.messages import Message, encode, encode_group
 from shared.runtime import logging, tracing
@@ -65,7 +63,6 @@ CONFIRM_S = 4.0
 PUBLISH_RETRY_S = 0.2
 RETRIED_S = 30.0
 """Longest time for which a request to RabbitMQ is repeated: a queue's node may be starting."""
-PROBE_HEADER = "x-wisp-probe"
 SENT_HEADER = "x-wisp-sent-us"
 """Header with a message's sending time, in microseconds since 1970 by the sender's clock. Only `wisp replay` reads
 it."""
@@ -89,10 +86,9 @@ class Broker:
         self._journal = journal
         self._incoming = IncomingMessages(exchanges.dead_letters)
         self._log = logging.get()
-        self._probes: dict[str, asyncio.Future[None]] = {}
         self._queues: dict[str, AbstractQueue] = {}
-        self._checks: dict[str, asyncio.Task[None]] = {}
-        self._consumed: list[tuple[Queue, AbstractQueue, str]] = []
+        self.liveness = Liveness(connection, topology, exchanges.transient)
+        """Proves that RabbitMQ and the consumers of this connection are alive."""
 
     @classmethod
     async def connect(
@@ -220,12 +216,7 @@ class Broker:
         """
 
         async def receive(incoming: AbstractIncomingMessage) -> None:
-            # By the routing key, for which RabbitMQ checks permissions: a message with this key is never handled.
-            if incoming.routing_key == probe_key(queue.name):
-                probe = str(incoming.headers.get(PROBE_HEADER))
-                if (waiting := self._probes.pop(probe, None)) and not waiting.done():
-                    waiting.set_result(None)
-            else:
+            if not self.liveness.takes_probe(queue, incoming):
                 try:
                     await self._incoming.handle(incoming, handler, sender)
                 except GiveBack:
@@ -246,12 +237,12 @@ class Broker:
                 f"RabbitMQ refuses queue {queue.name} to this user ({in_words(error)}); import the output of "
                 "`wisp broker definitions`, again after each update"
             ) from error
-        consumed = (queue, declared, tag)
         self._queues[queue.name] = declared
-        self._consumed.append(consumed)
+        consumer = Consumer(queue, declared, tag)
+        self.liveness.consumers.append(consumer)
 
         async def end() -> None:
-            self._consumed.remove(consumed)
+            self.liveness.consumers.remove(consumer)
             await declared.cancel(tag)
             await declared.channel.close()
 
@@ -316,92 +307,10 @@ class Broker:
             f"RabbitMQ did not answer whether this user may publish to {key!r}",
         )
 
-    async def prove(self, queue: Queue, timeout_s: float = 5.0) -> None:
-        """Check that this process's consumer of `queue` is alive, by a round trip through RabbitMQ.
-
-        Raises BrokersError when the probe does not come back in time.
-        """
-        probe = uuid4().hex
-        self._probes[probe] = asyncio.get_running_loop().create_future()
-        try:
-            async with asyncio.timeout(timeout_s):
-                with losses_as_errors():
-                    await self._exchanges.transient.publish(
-                        aio_pika.Message(b"", headers={PROBE_HEADER: probe}), probe_key(queue.name)
-                    )
-                await self._probes[probe]
-        except CONNECTION_EXCEPTIONS as error:  # TimeoutError, for a late probe, is one of them
-            raise BrokersError(f"the consumer of queue {queue.name} does not answer: {in_words(error)}") from error
-        finally:
-            self._probes.pop(probe, None)
-
     @property
     def connected(self) -> bool:
         """True if the connection is up. While it is down, aio-pika reconnects."""
         return self._connection.connected.is_set()
-
-    async def takes_messages(self) -> bool:
-        """Return whether RabbitMQ reads from this connection: during a memory or disk alarm it does not."""
-        transport = self._connection.transport
-        if not self.connected or transport is None:
-            return False
-        try:
-            async with asyncio.timeout(0.1):
-                await transport.connection.ready()
-        except TimeoutError:
-            return False
-        return True
-
-    async def prove_consumers(self, timeout_s: float = 5.0) -> None:
-        """Check that all consumers of this process are alive. Raises BrokersError for the first that is not.
-
-        An own queue is checked by a round trip. A probe of a shared queue could reach another process, so there the
-        queue must answer (else QueueDown is raised) and the consumer must still be registered: RabbitMQ cancels it when
-        the queue is deleted, for example.
-        """
-        if not self.connected:
-            raise BrokersError("no connection to RabbitMQ")
-        for queue, declared, tag in sorted(self._consumed, key=lambda consumed: not consumed[0].exclusive):
-            try:
-                # A device may not publish to its own queue, so a round trip is impossible.
-                if queue.exclusive and not self.topology.device:
-                    await self.prove(queue, timeout_s)
-                else:
-                    await self._prove_registered(queue, declared, tag, timeout_s)
-            except BrokersError as error:
-                if self.connected and not await self.takes_messages():
-                    raise BrokersError("RabbitMQ accepts no messages now; see its memory and disk alarms") from error
-                raise
-
-    async def _prove_registered(self, queue: Queue, declared: AbstractQueue, tag: str, timeout_s: float) -> None:
-        try:
-            async with asyncio.timeout(timeout_s):
-                channel = await declared.channel.get_underlay_channel()
-        except CONNECTION_EXCEPTIONS as error:
-            raise BrokersError(f"the channel of queue {queue.name} is not open: {in_words(error)}") from error
-        if not queue.exclusive:
-            await self.check_queue(queue, timeout_s)
-        assert isinstance(channel, aiormq.Channel)
-        if tag not in channel.consumers:
-            raise BrokersError(f"RabbitMQ has cancelled the consumer of queue {queue.name}")
-
-    async def check_queue(self, queue: Queue, timeout_s: float = 5.0) -> None:
-        """Check that a shared queue answers. Raises QueueDown where it does not: its RabbitMQ node may be down.
-
-        Passes for a missing queue, and where this user may not ask.
-        """
-        asked = self._checks.get(queue.name)
-        if asked is None or asked.done():
-            # Not given up when the time is over: RabbitMQ may answer after a minute, and the next check waits as well.
-            asked = self._checks[queue.name] = asyncio.create_task(check_queue(self._connection, queue))
-            asked.add_done_callback(lambda done: done.cancelled() or done.exception())
-        await asyncio.wait({asked}, timeout=timeout_s)
-        if not asked.done():
-            raise no_answer(queue)
-        try:
-            asked.result()
-        except CONNECTION_EXCEPTIONS as error:
-            raise BrokersError(f"queue {queue.name} cannot be checked: {in_words(error)}") from error
 
     def on_reconnect(self, callback: Callable[[], None]) -> None:
         """Call back each time the connection is restored, with its queues. Messages sent before may be lost."""

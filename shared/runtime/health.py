@@ -63,7 +63,7 @@ class Health:
             return {"process": "starting"}
         checks: dict[str, Awaitable[None]] = {name: check() for name, check in self._parts.items()}
         if self._broker is not None:
-            checks["rabbitmq"] = self._broker.prove_consumers(CHECK_S)
+            checks["rabbitmq"] = self._broker.liveness.prove_consumers(CHECK_S)
         if self._redis is not None:
             checks["redis"] = self._redis.ping()
         found = await asyncio.gather(*(_problem(check) for check in checks.values()))
@@ -76,7 +76,7 @@ class Health:
             return {}
         problem = await _problem(_prove_own_part(broker))
         # Not if the connection was lost meanwhile, or RabbitMQ has stopped reading from it.
-        return {"rabbitmq": problem} if problem and await broker.takes_messages() else {}
+        return {"rabbitmq": problem} if problem and await broker.liveness.takes_messages() else {}
 
 
 HEALTH = Health()
@@ -86,7 +86,7 @@ HEALTH = Health()
 async def _prove_own_part(broker: Broker) -> None:
     """Check the consumers. A queue whose RabbitMQ node is down passes: no restart of this process would help."""
     with suppress(QueueDown):
-        await broker.prove_consumers(CHECK_S)
+        await broker.liveness.prove_consumers(CHECK_S)
 
 
 async def _problem(check: Awaitable[None]) -> str | None:

@@ -21,8 +21,9 @@ from prometheus_client import REGISTRY
 from structlog.testing import capture_logs
 
 from shared.broker import client, declarations, topology
-from shared.broker.client import PROBE_HEADER, Broker
+from shared.broker.client import Broker
 from shared.broker.incoming import GiveBack
+from shared.broker.liveness import PROBE_HEADER
 from shared.broker.topology import Topology
 from shared.errors import BrokersError, QueueDown, Unroutable
 from shared.messages import Cancel, Message, Result, decode, encode
@@ -306,9 +307,9 @@ async def test_prove_passes_for_a_live_consumer_and_fails_for_a_missing_one(conn
     queue = broker.topology.own_queue("test", "x", ())
     inbox = Inbox()
     await broker.consume(queue, inbox)
-    await broker.prove(queue)
+    await broker.liveness.prove(queue)
     with pytest.raises(BrokersError, match="does not answer"):
-        await broker.prove(broker.topology.own_queue("test", "nobody", ()), timeout_s=0.3)
+        await broker.liveness.prove(broker.topology.own_queue("test", "nobody", ()), timeout_s=0.3)
     assert await inbox.nothing_more(), f"probes ({PROBE_HEADER}) must not reach the handler"
 
 
@@ -322,7 +323,7 @@ async def test_a_deleted_queue_of_a_process_is_made_again_for_it_alone(connect: 
     async with asyncio.timeout(HANG_S):
         while True:
             with suppress(BrokersError):
-                await broker.prove(queue, timeout_s=0.5)
+                await broker.liveness.prove(queue, timeout_s=0.5)
                 break
     channel = await other._connection.channel()
     with pytest.raises(aiormq.exceptions.ChannelLockedResource):
@@ -375,7 +376,7 @@ async def test_a_lost_connection_goes_on_at_the_next_address(amqp_url: str, name
             returning = asyncio.create_task(reconnected(broker))
             await gone.cut()
             await returning
-            await broker.prove(queue)
+            await broker.liveness.prove(queue)
             await gone.mend()
             assert back is not gone
         await broker.close()
@@ -390,7 +391,7 @@ async def test_an_address_that_falls_silent_is_given_up_for_another(amqp_url: st
             first.flowing.clear()
             await reconnected(broker)
         assert "RabbitMQ is silent, connection given up" in [log["event"] for log in logs], "before the client library"
-        await broker.prove(queue)
+        await broker.liveness.prove(queue)
         await broker.close()
 
 
@@ -415,7 +416,7 @@ async def test_an_own_queue_that_a_dead_connection_still_holds_gets_a_fresh_name
         await link.cut(unnoticed=True)
         await link.mend()
         await asyncio.wait_for(returning, 15)  # RabbitMQ notices the dead connection after 20 s
-        await broker.prove(queue)
+        await broker.liveness.prove(queue)
         await broker.publish(result(), topology.result("d"))
         assert (await inbox.next()) == result()
         assert await inbox.nothing_more()
@@ -433,7 +434,7 @@ async def test_a_queue_keeps_its_name_when_only_its_channel_is_opened_again(conn
     async with asyncio.timeout(HANG_S):
         while True:
             with suppress(BrokersError):
-                await broker.prove(queue, timeout_s=0.3)
+                await broker.liveness.prove(queue, timeout_s=0.3)
                 break
     assert declared.name == queue.name, "the queue of this connection would fill up, with nobody to read it"
 
@@ -662,7 +663,7 @@ async def test_a_shared_queue_without_an_answer_is_reported_as_down(
     with pytest.raises(BrokersError, match=f"{queue.name}.* on a node that does not run"):
         await asyncio.wait_for(broker.consume(queue, Inbox()), client.CONNECT_TIMEOUT_S)
     with pytest.raises(QueueDown, match=f"{queue.name}.* on a node that does not run"):
-        await broker.check_queue(queue, 0.1)
+        await broker.liveness.check_queue(queue, 0.1)
     await broker.consume(broker.topology.own_queue("test", "own", ()), Inbox())
     assert given_up == [], "the late refusal of a question that was given up ends the connection"
     answers.set()

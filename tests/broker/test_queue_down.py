@@ -65,7 +65,7 @@ async def test_it_is_reported_and_waited_for(nodes: list[BrokerServer], redis_ur
 
         async def is_down() -> bool:
             try:
-                await broker.check_queue(QUEUE)
+                await broker.liveness.check_queue(QUEUE)
             except QueueDown as error:
                 return "on a node that does not run" in str(error)
             except WispError:
@@ -81,7 +81,7 @@ async def test_it_is_reported_and_waited_for(nodes: list[BrokerServer], redis_ur
         async def is_restored() -> bool:
             assert await health.live() == {}
             try:
-                await broker.prove(OWN)
+                await broker.liveness.prove(OWN)
             except BrokersError:
                 return False
             return True

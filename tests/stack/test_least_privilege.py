@@ -232,7 +232,7 @@ async def test_a_scheduler_without_the_permissions_stands_in_for_nobody(broker: 
     await asyncio.sleep(SILENT_MS / 1000 + 0.1)
     assert stand_in.without_drafters() == [], "it cannot know"
     await connection.consume(NAMES.sample_queue(), _nothing)
-    await connection.prove_consumers()
+    await connection.liveness.prove_consumers()
     await connection.close()
     await store.close()
 

@@ -75,7 +75,7 @@ class SuiteObserver:
             self.listening.set()
             while True:
                 try:
-                    await broker.prove(own)
+                    await broker.liveness.prove(own)
                     self.problem = None
                 except (BrokersError, TimeoutError):
                     address = without_password(self._suite.amqp_url)
