@@ -1,20 +1,12 @@
-"""The OpenAPI document of the API: its routes, bodies, answers and errors."""
+"""The OpenAPI document of the API: its routes, their methods and errors."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from functools import cache
-from typing import Any
-
-from pydantic import BaseModel
 
 from services.gateway.keys import is_open
-from services.gateway.messages_body import CountRequest, MessagesRequest
-from services.gateway.responses_body import ResponsesRequest
-from services.gateway.schema import ChatRequest, CompletionRequest
-from services.gateway.tokens import Detokenize, TokenizeChat, TokenizeText
-
-Schema = dict[str, Any]
+from services.gateway.openapi_schemas import TEXT, Schema, schemas
 
 TITLE = "WISP gateway"
 DESCRIPTION = (
@@ -35,27 +27,12 @@ ERRORS = {
     503: "A service that is needed is away; try again after Retry-After seconds.",
     504: "Nobody worked on the request for too long.",
 }
-BODIES: tuple[type[BaseModel], ...] = (
-    ChatRequest,
-    CompletionRequest,
-    TokenizeText,
-    TokenizeChat,
-    Detokenize,
-    CountRequest,
-    MessagesRequest,
-    ResponsesRequest,
-)
 READ = (401, 403, 405, 500)
 """Errors of what is read."""
 WRITE = (400, 401, 403, 404, 405, 408, 413, 415, 500)
 """Errors of bodies."""
 WORK = (429, 503, 504)
 """Errors of generation."""
-
-_TEXT: Schema = {"type": "string"}
-_COUNT: Schema = {"type": "integer", "minimum": 0}
-_FLAG: Schema = {"type": "boolean"}
-_ANYTHING: Schema = {"type": "object"}
 
 
 @cache
@@ -65,7 +42,7 @@ def document(version: str, *, keys: bool) -> Schema:
         "openapi": "3.1.0",
         "info": {"title": TITLE, "description": DESCRIPTION, "version": version},
         "paths": _paths(),
-        "components": {"schemas": _schemas()},
+        "components": {"schemas": schemas()},
     }
     if keys:
         fields["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
@@ -84,51 +61,11 @@ def _paths() -> Schema:
 
 def _operations() -> Schema:
     """Return the operations by path, as if each required a key."""
-    generation = (*WRITE, *WORK)
-    streamed = {"application/json": "ChatCompletion", "text/event-stream": "Event"}
-    stream_id = _parameter("answer_id", "path", {"type": "string"}, "The `id` of the streamed answer.")
-    event_id = _parameter("Last-Event-ID", "header", _TEXT, "The id of the last event that was received.")
-    name = _parameter("name", "path", _TEXT, "The model's name.")
+    name = _parameter("name", "path", TEXT, "The model's name.")
     return {
-        "/v1/chat/completions": {
-            "post": _operation("Answer a conversation", streamed, generation, body="ChatRequest", parameters=[event_id])
-        },
-        "/v1/completions": {
-            "post": _operation(
-                "Continue a text",
-                {"application/json": "Completion", "text/event-stream": "Event"},
-                generation,
-                body="CompletionRequest",
-                parameters=[event_id],
-            )
-        },
-        "/v1/streams/{answer_id}": {
-            "get": _operation(
-                "Resume a broken stream",
-                {"text/event-stream": "Event"},
-                (400, 404, *READ, *WORK),
-                parameters=[stream_id, event_id],
-            )
-        },
+        **_generation(),
         "/v1/models": _read("List the served model", {"application/json": "ModelList"}, READ),
         "/v1/models/{name}": _read("Describe the served model", {"application/json": "Model"}, (404, *READ), [name]),
-        "/v1/responses": {
-            "post": _operation(
-                "Answer an input, as OpenAI's Responses API does",
-                {"application/json": "Response", "text/event-stream": "Event"},
-                generation,
-                body="ResponsesRequest",
-            )
-        },
-        "/v1/messages": {
-            "post": _operation(
-                "Answer a conversation, as Anthropic's API does",
-                {"application/json": "Message", "text/event-stream": "Event"},
-                generation,
-                body="MessagesRequest",
-                error="MessagesError",
-            )
-        },
         "/v1/messages/count_tokens": {
             "post": _operation(
                 "Count the tokens of a conversation",
@@ -151,6 +88,58 @@ def _operations() -> Schema:
         "/metrics": _read("Prometheus metrics", {"text/plain": None}, READ),
         "/version": _read("Name the version", {"application/json": "Version"}, READ),
         "/openapi.json": _read("This document", {"application/json": "Anything"}, READ),
+    }
+
+
+def _generation() -> Schema:
+    """Return the operations that generate text, by path."""
+    errors = (*WRITE, *WORK)
+    answer_id = _parameter("answer_id", "path", {"type": "string"}, "The `id` of the streamed answer.")
+    event_id = _parameter("Last-Event-ID", "header", TEXT, "The id of the last event that was received.")
+
+    def streamed(answer: str) -> dict[str, str | None]:
+        return {"application/json": answer, "text/event-stream": "Event"}
+
+    return {
+        "/v1/chat/completions": {
+            "post": _operation(
+                "Answer a conversation",
+                streamed("ChatCompletion"),
+                errors,
+                body="ChatRequest",
+                parameters=[event_id],
+            )
+        },
+        "/v1/completions": {
+            "post": _operation(
+                "Continue a text", streamed("Completion"), errors, body="CompletionRequest", parameters=[event_id]
+            )
+        },
+        "/v1/streams/{answer_id}": {
+            "get": _operation(
+                "Resume a broken stream",
+                {"text/event-stream": "Event"},
+                (400, 404, *READ, *WORK),
+                parameters=[answer_id, event_id],
+            )
+        },
+        "/v1/responses": {
+            "post": _operation(
+                "Answer an input, as OpenAI's Responses API does",
+                streamed("Response"),
+                errors,
+                body="ResponsesRequest",
+            )
+        },
+        "/v1/messages": {
+            "post": _operation(
+                "Answer a conversation, as Anthropic's API does",
+                streamed("Message"),
+                errors,
+                body="MessagesRequest",
+                error="MessagesError",
+            )
+        },
     }
 
 
@@ -204,173 +193,10 @@ def _operation(
 def _content(answers: Mapping[str, str | None]) -> Schema:
     """Return media types with the schemas of these names; None stands for text."""
     return {
-        media_type: {"schema": _TEXT if name is None else {"$ref": f"#/components/schemas/{name}"}}
+        media_type: {"schema": TEXT if name is None else {"$ref": f"#/components/schemas/{name}"}}
         for media_type, name in answers.items()
     }
 
 
 def _parameter(name: str, place: str, schema: Schema, description: str) -> Schema:
     return {"name": name, "in": place, "required": place == "path", "schema": schema, "description": description}
-
-
-def _object(required: Mapping[str, Schema], optional: Mapping[str, Schema] | None = None) -> Schema:
-    return {"type": "object", "properties": {**required, **(optional or {})}, "required": list(required)}
-
-
-def _or_null(schema: Schema) -> Schema:
-    return {"anyOf": [schema, {"type": "null"}]}
-
-
-def _list(schema: Schema) -> Schema:
-    return {"type": "array", "items": schema}
-
-
-def _schemas() -> Schema:
-    """Return all schemas by name: those of bodies from the models that check them."""
-    found: Schema = {}
-    for body in BODIES:
-        _add(found, body)
-    found["Tokenize"] = {"anyOf": [{"$ref": f"#/components/schemas/{one}"} for one in ("TokenizeText", "TokenizeChat")]}
-    nothing_or_text = _or_null(_TEXT)
-    usage = _object(
-        {"prompt_tokens": _COUNT, "completion_tokens": _COUNT, "total_tokens": _COUNT},
-        {
-            "prompt_tokens_details": _object({"cached_tokens": _COUNT}),
-            "completion_tokens_details": _object(
-                {},
-                {
-                    "reasoning_tokens": _COUNT,
-                    "accepted_prediction_tokens": _COUNT,
-                    "rejected_prediction_tokens": _COUNT,
-                },
-            ),
-        },
-    )
-    tool_call = _object(
-        {
-            "id": _TEXT,
-            "type": {"const": "function"},
-            "function": _object({"name": _TEXT, "arguments": _TEXT}),
-        }
-    )
-    message = _object(
-        {"role": {"const": "assistant"}, "content": nothing_or_text},
-        {"refusal": nothing_or_text, "reasoning_content": nothing_or_text, "tool_calls": _list(tool_call)},
-    )
-    of_message = [
-        _object({"type": {"const": "text"}, "text": _TEXT}),
-        _object({"type": {"const": "thinking"}, "thinking": _TEXT, "signature": _TEXT}),
-        _object({"type": {"const": "tool_use"}, "id": _TEXT, "name": _TEXT, "input": {}}),
-    ]
-    item = {"id": _TEXT, "status": {"const": "completed"}}
-    content = {"content": _list(_ANYTHING)}
-    of_output = [
-        _object({**item, "type": {"const": "message"}, "role": {"const": "assistant"}, **content}),
-        _object({**item, "type": {"const": "reasoning"}, "summary": _list(_ANYTHING), **content}),
-        _object({**item, "type": {"const": "function_call"}, "call_id": _TEXT, "name": _TEXT, "arguments": _TEXT}),
-    ]
-    common = {"id": _TEXT, "created": _COUNT, "model": _TEXT, "usage": usage}
-    more = {"system_fingerprint": _TEXT, "service_tier": _TEXT, "wisp": _ANYTHING, "metrics": _or_null(_ANYTHING)}
-    logprobs = {"logprobs": _or_null(_ANYTHING)}
-    choice = {"index": _COUNT, "finish_reason": {"enum": ["stop", "length"]}, **logprobs}
-    of_chat = choice | {"finish_reason": {"enum": ["stop", "length", "tool_calls"]}, "message": message}
-    model = _object(
-        {"id": _TEXT, "object": {"const": "model"}, "created": _COUNT, "owned_by": _TEXT, "max_model_len": _COUNT},
-        {"root": _TEXT, "parent": nothing_or_text, "context_window": _COUNT, "capabilities": _ANYTHING},
-    )
-    return found | {
-        "Error": _object(
-            {
-                "error": _object(
-                    {"message": _TEXT, "type": _TEXT, "param": nothing_or_text, "code": nothing_or_text},
-                )
-            }
-        ),
-        "ChatCompletion": _object(
-            {
-                **common,
-                "object": {"const": "chat.completion"},
-                "choices": _list(_object(of_chat)),
-            },
-            {**more, "prompt_logprobs": _list(_or_null(_ANYTHING))},
-        ),
-        "Completion": _object(
-            {
-                **common,
-                "object": {"const": "text_completion"},
-                "choices": _list(_object({**choice, "text": _TEXT}, {"prompt_logprobs": _list(_or_null(_ANYTHING))})),
-            },
-            more,
-        ),
-        "Message": _object(
-            {
-                "id": _TEXT,
-                "type": {"const": "message"},
-                "role": {"const": "assistant"},
-                "model": _TEXT,
-                "content": _list({"anyOf": of_message}),
-                "stop_reason": {"enum": ["end_turn", "max_tokens", "stop_sequence", "tool_use"]},
-                "stop_sequence": nothing_or_text,
-                "usage": _object(
-                    {
-                        "input_tokens": _COUNT,
-                        "cache_creation_input_tokens": _COUNT,
-                        "cache_read_input_tokens": _COUNT,
-                        "output_tokens": _COUNT,
-                    }
-                ),
-            }
-        ),
-        "Response": _object(
-            {
-                "id": _TEXT,
-                "object": {"const": "response"},
-                "created_at": _COUNT,
-                "status": {"enum": ["completed", "incomplete"]},
-                "model": _TEXT,
-                "output": _list({"anyOf": of_output}),
-                "text": _ANYTHING,
-                "usage": _object(
-                    {
-                        "input_tokens": _COUNT,
-                        "input_tokens_details": _object({"cached_tokens": _COUNT}),
-                        "output_tokens": _COUNT,
-                        "output_tokens_details": _object({"reasoning_tokens": _COUNT}),
-                        "total_tokens": _COUNT,
-                    }
-                ),
-            }
-        ),
-        "MessageTokens": _object({"input_tokens": _COUNT}),
-        "MessagesError": _object({"type": {"const": "error"}, "error": _object({"type": _TEXT, "message": _TEXT})}),
-        "Model": model,
-        "ModelList": _object({"object": {"const": "list"}, "data": _list(model)}),
-        "Tokens": _object(
-            {
-                "count": _COUNT,
-                "max_model_len": _COUNT,
-                "tokens": _list(_COUNT),
-                "token_strs": _or_null(_list(_TEXT)),
-            }
-        ),
-        "Text": _object({"prompt": _TEXT}),
-        # Before version 3.2 of OpenAPI, the schema of a stream is by convention that of each event.
-        "Event": _object({"data": _TEXT}, {"event": _TEXT, "id": _TEXT}),
-        "Health": _object({"status": {"const": "ok"}}),
-        "Readiness": _object({"ready": _FLAG, "parts": _ANYTHING}, {"without_drafters": _list(_TEXT)}),
-        "Version": _object({"version": _TEXT}),
-        "Anything": _ANYTHING,
-    }
-
-
-def _add(found: Schema, model: type[BaseModel]) -> None:
-    """Add a model's schema and those of its parts. Options may be null, which means their default."""
-    schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
-    parts = schema.pop("$defs", {})
-    for name, part in {**parts, model.__name__: schema}.items():
-        required = part.get("required", [])
-        for option, of_option in part.get("properties", {}).items():
-            of_option.pop("default", None)
-            if option not in required and {"type": "null"} not in of_option.get("anyOf", []):
-                part["properties"][option] = _or_null(of_option)
-        found[name] = part
