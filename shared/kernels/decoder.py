@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -85,30 +85,13 @@ class Decoder:
         self._job, self._counters = team.job_words(PASS_WORDS, phases)
         self._job[JobWord.FUNCTION] = FUNCTIONS.index(f"decode_{kv_form}")
         self._scratch = np.zeros((threads, self.memory.scratch_floats), np.float32)
-        self._strides = {
-            PassWord.X: padded(hidden_size, SCALE_BLOCK),
-            PassWord.NORMED: padded(hidden_size, SCALE_BLOCK),
-            PassWord.QKV: padded((shape.heads + 2 * shape.kv_heads) * shape.head_size, 2 * PANEL),
-            PassWord.ATTENDED: padded(shape.heads * shape.head_size, SCALE_BLOCK),
-            PassWord.PRODUCT: max(widths),
-            PassWord.GATED: max(widths) // 2,
-        }
+        self._strides = _strides(shape, hidden_size, max(widths))
         self._buffers: dict[PassWord, Floats] = {}
-        self._set(
+        self._set_sizes(
             {
-                PassWord.HIDDEN_SIZE: hidden_size,
-                PassWord.HIDDEN_STRIDE: self._strides[PassWord.X],
-                PassWord.QKV_STRIDE: self._strides[PassWord.QKV],
-                PassWord.ATTENDED_STRIDE: self._strides[PassWord.ATTENDED],
-                PassWord.PRODUCT_STRIDE: self._strides[PassWord.PRODUCT],
-                PassWord.GATED_STRIDE: self._strides[PassWord.GATED],
-                PassWord.LAYERS: self._layers.ctypes.data,
-                PassWord.LAYER_COUNT: len(layers),
                 PassWord.EMBEDDING_MULTIPLIER: float_bits(embedding_multiplier),
                 PassWord.LOGIT_MULTIPLIER: float_bits(logit_multiplier),
                 PassWord.LOGIT_SOFTCAP: float_bits(logit_softcap),
-                PassWord.SCRATCH: self._scratch.ctypes.data,
-                PassWord.SCRATCH_BYTES: self._scratch.strides[0],
             }
         )
         self._set_norm(self._job, PassWord.NORM, norm, hidden_size, read)
@@ -117,6 +100,24 @@ class Decoder:
             self._set_product(self._job, PassWord.EMBEDDING, embedding)
         if head:
             self._set_product(self._job, PassWord.HEAD, head)
+
+    def _set_sizes(self, factors: Mapping[PassWord, int]) -> None:
+        """Write the words that every batch has: sizes, strides, and addresses of the layers and the scratch memory."""
+        self._set(
+            {
+                PassWord.HIDDEN_SIZE: self.hidden_size,
+                PassWord.HIDDEN_STRIDE: self._strides[PassWord.X],
+                PassWord.QKV_STRIDE: self._strides[PassWord.QKV],
+                PassWord.ATTENDED_STRIDE: self._strides[PassWord.ATTENDED],
+                PassWord.PRODUCT_STRIDE: self._strides[PassWord.PRODUCT],
+                PassWord.GATED_STRIDE: self._strides[PassWord.GATED],
+                PassWord.LAYERS: self._layers.ctypes.data,
+                PassWord.LAYER_COUNT: len(self._layers),
+                PassWord.SCRATCH: self._scratch.ctypes.data,
+                PassWord.SCRATCH_BYTES: self._scratch.strides[0],
+                **factors,
+            }
+        )
 
     @classmethod
     def of(cls, model: ModelDescription, read: ReadWeight, **options: Any) -> Decoder:
@@ -248,6 +249,18 @@ class Decoder:
             jobs[:, stride_word] = qkv.shape[1]
         jobs[:, AttentionWord.OUT] = self._buffers[PassWord.ATTENDED].ctypes.data
         jobs[:, AttentionWord.OUT_STRIDE] = self._strides[PassWord.ATTENDED]
+
+
+def _strides(shape: KvShape, hidden_size: int, most_outputs: int) -> dict[PassWord, int]:
+    """Return the columns of each buffer. most_outputs: of any product of a layer."""
+    return {
+        PassWord.X: padded(hidden_size, SCALE_BLOCK),
+        PassWord.NORMED: padded(hidden_size, SCALE_BLOCK),
+        PassWord.QKV: padded((shape.heads + 2 * shape.kv_heads) * shape.head_size, 2 * PANEL),
+        PassWord.ATTENDED: padded(shape.heads * shape.head_size, SCALE_BLOCK),
+        PassWord.PRODUCT: most_outputs,
+        PassWord.GATED: most_outputs // 2,
+    }
 
 
 class _RotationTables:

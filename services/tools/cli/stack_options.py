@@ -164,20 +164,20 @@ def stack_for(
     if trace and not target_profile:
         raise SettingsError("--trace needs the hardware whose time is taken: --target-profile NAME")
     progress = ConsoleProgress(console)
-    env = {
-        "WISP_DTYPE": dtype.value if dtype else None,
+    given = {
+        "WISP_DTYPE": dtype and dtype.value,
         "WISP_DRAFT_SOURCE": draft,
-        "WISP_DRAFT_MODEL": str(prepare_target(str(draft_model), progress)) if draft_model else None,
-        "WISP_HIDDEN_DRAFT": str(hidden_draft.absolute()) if hidden_draft else None,
-        "WISP_THREADS": str(threads) if threads else None,
-        "WISP_API_KEYS_FILE": str(api_keys) if api_keys else None,
+        "WISP_DRAFT_MODEL": draft_model and prepare_target(str(draft_model), progress),
+        "WISP_HIDDEN_DRAFT": hidden_draft and hidden_draft.absolute(),
+        "WISP_THREADS": threads,
+        "WISP_API_KEYS_FILE": api_keys,
     }
     stack = Stack(
         purpose,
         drafters=drafters,
         verifiers=verifiers,
         serving=serving.value,
-        env={key: value for key, value in env.items() if value is not None},
+        env={key: str(value) for key, value in given.items() if value},
         host=host,
         port=port,
         progress=progress,

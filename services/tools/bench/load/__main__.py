@@ -21,7 +21,7 @@ from rich.console import Console
 from services.tools.bench.load.arms import NAMES, arms_of
 from services.tools.bench.load.campaign import THREADS, ArmSettings, Campaign, CapacitySearch, LoadPlan
 from services.tools.bench.load.core.measures import Window
-from services.tools.bench.load.core.requests import MOST_SESSIONS, RequestSource, from_lines, to_lines
+from services.tools.bench.load.core.requests import MOST_SESSIONS, from_lines, to_lines
 from services.tools.bench.load.crossover import SESSIONS as CROSSOVER_SESSIONS
 from services.tools.bench.load.crossover import CrossoverBench
 from services.tools.bench.load.crossover import workload as crossover_workload
@@ -120,15 +120,16 @@ def main(
             return
         _refuse_ignored(context)
         let_idle_threads_sleep()
+        settings = partial(
+            _settings, target, target_profile, acceptance, trace, dtype, cache_tokens, admission, console
+        )
         if crossover:
             counts = whole_numbers("--sessions", sessions or CROSSOVER_SESSIONS, 1, MOST_SESSIONS - 1)
-            shared = _settings(target, None, acceptance, None, dtype, cache_tokens, admission, console)
-            bench = CrossoverBench(crossover_workload(tokens, seed), counts, shared, ConsoleProgress(console))
+            bench = CrossoverBench(crossover_workload(tokens, seed), counts, settings(), ConsoleProgress(console))
             run(bench.run)
             bench.report(machine(), "crossover" if name == NAME else name, console)
             return
         spec = workload_of(_read(workload) if workload else "", seed)
-        source: RequestSource = from_lines(_read(requests)) if requests else spec
         plan = LoadPlan(
             arms=[] if url else arms_of(arms),
             sessions=whole_numbers("--sessions", sessions or ("" if search else SESSIONS), 1, MOST_SESSIONS - 1),
@@ -136,19 +137,13 @@ def main(
             repeats=repeat,
             window=Window(warm_up_s=warm_up, measure_s=measured, drain_s=drain),
             workload=spec,
-            requests=source,
+            requests=from_lines(_read(requests)) if requests else spec,
         )
-        campaign = Campaign(plan, ConsoleProgress(console))
-        about = "about" if plan.search is None else "up to about"
-        console.print(f"this takes {about} {plan.about_s / 60:.0f} minutes", highlight=False)
-        settings = partial(
-            _settings, target, target_profile, acceptance, trace, dtype, cache_tokens, admission, console
-        )
-        facts: dict[str, Any] = {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
+        facts = {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
         if target_profile:
             drafts = {"trace": trace} if trace else {"acceptance": acceptance}
             facts = {"target_profile": target_profile, **drafts, "admission": admission}
-        _run(campaign, url, pools, settings, machine() | facts, name, write_requests, console)
+        _run(plan, url, pools, settings, machine() | facts, name, write_requests, console)
 
 
 def _refuse_ignored(context: typer.Context) -> None:
@@ -184,7 +179,7 @@ def _settings(
 
 
 def _run(
-    campaign: Campaign,
+    plan: LoadPlan,
     url: str | None,
     pools: bool,
     settings: Callable[[], ArmSettings],
@@ -194,6 +189,9 @@ def _run(
     console: Console,
 ) -> None:
     """Measure a server or all arms. However it ends, report the points until then."""
+    campaign = Campaign(plan, ConsoleProgress(console))
+    about = "about" if plan.search is None else "up to about"
+    console.print(f"this takes {about} {plan.about_s / 60:.0f} minutes", highlight=False)
 
     async def work() -> None:
         try:
