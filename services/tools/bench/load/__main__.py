@@ -139,7 +139,7 @@ def main(
             workload=spec,
             requests=from_lines(_read(requests)) if requests else spec,
         )
-        facts = {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
+        facts: dict[str, Any] = {"threads": THREADS, "cache_tokens": cache_tokens, "admission": admission}
         if target_profile:
             drafts = {"trace": trace} if trace else {"acceptance": acceptance}
             facts = {"target_profile": target_profile, **drafts, "admission": admission}
