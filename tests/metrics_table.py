@@ -13,7 +13,7 @@ from prometheus_client import Counter, Gauge, Histogram
 PAGE = Path(__file__).parents[1] / "services/METRICS.md"
 ALL = "all services"
 """Stands for a service in the section of the metrics that all have."""
-SHARED_MODULES = ("shared.broker.metrics", "shared.state.connection")
+SHARED_MODULES = ("shared.broker.metrics", "shared.state.metrics")
 """Modules with metrics of every service."""
 KINDS = {Counter: "counter", Gauge: "gauge", Histogram: "histogram"}
 _DEFINITION = re.compile(r"^\w+ = (?:Counter|Gauge|Histogram)\(", re.MULTILINE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from prometheus_client import Counter
 from redis.asyncio import BlockingConnectionPool, Redis
 from redis.asyncio.retry import Retry
 from redis.backoff import ExponentialBackoff
@@ -14,6 +13,7 @@ from redis.exceptions import RedisError
 
 from shared.errors import BrokersError
 from shared.runtime.tls import Tls
+from shared.state import metrics
 
 CONNECTIONS = 32
 """Size of the connection pool. More connections would not make Redis faster."""
@@ -24,9 +24,6 @@ CLUSTER_CHECK_S = 5.0
 
 # A restarting server is retried. A server that hangs is not, so that a call ends within seconds.
 _RETRY = Retry(ExponentialBackoff(cap=0.5, base=0.05), retries=6, supported_errors=(RedisConnectionError,))
-
-
-CALLS = Counter("wisp_redis_calls", "Calls to Redis, a pipeline or a script counted once")
 
 
 class RedisConnection:
@@ -56,7 +53,7 @@ class RedisConnection:
 
     async def call(self, awaitable: Any) -> Any:
         """Await a call to Redis. Raises BrokersError for its errors."""
-        CALLS.inc()
+        metrics.CALLS.inc()
         try:
             return await awaitable
         except (RedisError, OSError) as error:
