@@ -43,7 +43,7 @@ def load_profile(wanted: str) -> HardwareProfile | None:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(
-            f"no device profile {wanted} ({error}); give a TOML file or one of {', '.join(shipped)} "
+            f"no hardware profile {wanted} ({error}); give a TOML file or one of {', '.join(shipped)} "
             "(WISP_DEVICE_PROFILE)"
         ) from error
     return parse_profile(text, wanted)

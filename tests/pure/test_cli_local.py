@@ -414,7 +414,7 @@ def test_up_notes_its_api_and_says_nothing_more_when_interrupted(state: Path, mo
         ),
         ("WISP_WITHOUT", "trimming", 'for example WISP_WITHOUT=["estimator"]'),
         ("WISP_KV_HANDOFF_MB", "much", "for example WISP_KV_HANDOFF_MB=512"),
-        ("WISP_DEVICE_PROFILE", "toaster", "no device profile toaster"),
+        ("WISP_DEVICE_PROFILE", "toaster", "no hardware profile toaster"),
         ("WISP_HIDDEN_DRAFT", "/nosuch", "WISP_HIDDEN_DRAFT: there is no /nosuch"),
         ("WISP_AMQP_URL", "amqp://ann:hid#den@rabbit/", "WISP_AMQP_URL: the URL contains '#'"),
         ("WISP_REDIS_URL", "localhost", "WISP_REDIS_URL must begin with redis://"),
@@ -433,7 +433,7 @@ def test_bad_settings_are_refused_before_anything_starts(
     monkeypatch.setattr("services.tools.local.brokers.Brokers.start", started)
     result = CliRunner().invoke(app, [command], env={name: value}, catch_exceptions=False)
     assert result.exit_code == 1
-    assert f"error: {name}" in result.stderr or "error: no device profile" in result.stderr
+    assert f"error: {name}" in result.stderr or "error: no hardware profile" in result.stderr
     assert said in result.stderr
     assert len(result.stderr.splitlines()) == 1
 

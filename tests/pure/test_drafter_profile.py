@@ -55,7 +55,7 @@ def test_an_invalid_file_is_refused_with_the_reason(old: str, new: str, message:
 
 @pytest.mark.parametrize("text", ["a = " + "[" * 5000, "a = " + "9" * 5000, "a = 1979-99-99", "\0"])
 def test_text_that_is_not_toml_is_one_line_of_error(text: str) -> None:
-    with pytest.raises(SettingsError, match="device profile p is not TOML") as refused:
+    with pytest.raises(SettingsError, match="hardware profile p is not TOML") as refused:
         parse_profile(text, "p")
     assert "\n" not in str(refused.value)
 
@@ -64,10 +64,10 @@ def test_profiles_load_by_name_or_path(tmp_path: Path) -> None:
     (tmp_path / "mine.toml").write_text(GOOD)
     assert load_profile("") is None
     assert load_profile(str(tmp_path / "mine.toml")) == parse_profile(GOOD, "mine")
-    with pytest.raises(SettingsError, match=r"no device profile toaster .*raspberry-pi-5.*WISP_DEVICE_PROFILE"):
+    with pytest.raises(SettingsError, match=r"no hardware profile toaster .*raspberry-pi-5.*WISP_DEVICE_PROFILE"):
         load_profile("toaster")
     (tmp_path / "binary").write_bytes(b"\xff\xfe")
-    with pytest.raises(SettingsError, match="no device profile"):
+    with pytest.raises(SettingsError, match="no hardware profile"):
         load_profile(str(tmp_path / "binary"))
 
 

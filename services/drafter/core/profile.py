@@ -88,11 +88,11 @@ def parse_profile(text: str, name: str) -> HardwareProfile:
     except ValidationError as error:
         problems = "; ".join(f"{'.'.join(map(str, e['loc']))}: {_problem(e['type'], e['msg'])}" for e in error.errors())
         raise SettingsError(
-            f"device profile {name}: {problems}. A profile has draft (step_ms, prompt_ms), uplink and downlink "
+            f"hardware profile {name}: {problems}. A profile has draft (step_ms, prompt_ms), uplink and downlink "
             "(delay_ms, jitter_ms), all in milliseconds"
         ) from error
     except (ValueError, RecursionError) as error:  # ValueError: TOMLDecodeError, and numbers and dates out of range
-        raise SettingsError(f"device profile {name} is not TOML: {error}") from error
+        raise SettingsError(f"hardware profile {name} is not TOML: {error}") from error
 
 
 def _problem(kind: str, message: str) -> str:
