@@ -32,13 +32,13 @@ SETTLE_S = 5.0
 class Counters(Protocol):
     """The part of `shared.state.quota.Quota` that a ledger needs. Every method raises BrokersError."""
 
-    async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> QuotaVerdict:
+    async def take(self, key: str, allowance: Allowance, tokens: int, session_ids: Sequence[str]) -> QuotaVerdict:
         """Charge a request's tokens and sessions, or report the limit that it exceeds."""
 
-    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> QuotaVerdict:
+    async def join(self, key: str, allowance: Allowance, session_ids: Sequence[str]) -> QuotaVerdict:
         """Charge the sessions of a resumed request."""
 
-    async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
+    async def settle(self, key: str, allowance: Allowance, unused: int, session_ids: Sequence[str]) -> None:
         """Release the sessions and return unused tokens."""
 
     async def renew(self, running: dict[str, list[str]]) -> None:
@@ -66,7 +66,7 @@ class Ledger:
 
     @asynccontextmanager
     async def charge(
-        self, key: ApiKey, sessions: Sequence[str], tokens: int, *, resumed: bool = False
+        self, key: ApiKey, session_ids: Sequence[str], tokens: int, *, resumed: bool = False
     ) -> AsyncIterator[Charge]:
         """Charge a key for a request's sessions and tokens during the context.
 
@@ -80,9 +80,9 @@ class Ledger:
             return
         try:
             if resumed:
-                verdict = await counters.join(key.id, allowance, sessions)
+                verdict = await counters.join(key.id, allowance, session_ids)
             else:
-                verdict = await counters.take(key.id, allowance, tokens, sessions)
+                verdict = await counters.take(key.id, allowance, tokens, session_ids)
         except BrokersError as error:
             raise unavailable(str(error), "brokers_unavailable", retry_after_s=2) from error
         headers = headers_of(allowance, verdict)
@@ -92,13 +92,13 @@ class Ledger:
             raise refusal(key, allowance, verdict, verdict.refused, tokens, headers)
         charge = Charge(headers)
         running = self._running.setdefault(key.id, set())
-        running.update(sessions)
+        running.update(session_ids)
         try:
             yield charge
         finally:
-            running.difference_update(sessions)
+            running.difference_update(session_ids)
             # In a task of its own, because the request's task may be cancelled with its client gone.
-            self._tasks.spawn(self._settle(counters, key.id, allowance, tokens - charge.used, sessions))
+            self._tasks.spawn(self._settle(counters, key.id, allowance, tokens - charge.used, session_ids))
 
     async def renew(self) -> None:
         """Renew the leases of the running sessions, for ever."""
@@ -126,10 +126,10 @@ class Ledger:
         )
 
     async def _settle(
-        self, counters: Counters, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]
+        self, counters: Counters, key: str, allowance: Allowance, unused: int, session_ids: Sequence[str]
     ) -> None:
         try:
-            await counters.settle(key, allowance, unused, sessions)
+            await counters.settle(key, allowance, unused, session_ids)
         except BrokersError as error:
             logging.get().warning("usage not settled; the key stays charged for the requested tokens", error=str(error))
 

@@ -26,11 +26,11 @@ class SessionKeys:
         """True if rounds have to show a key."""
         return self._secret is not None
 
-    def key(self, session: str, gateway: str, service_class: str, tpot_ms: float | None) -> str:
+    def key(self, session_id: str, gateway_id: str, service_class: str, tpot_ms: float | None) -> str:
         """Return a session's key: 128 bits in hexadecimal digits, or "" without a secret."""
         if self._secret is None:
             return ""
-        covered = json.dumps([session, gateway, service_class, None if tpot_ms is None else float(tpot_ms)])
+        covered = json.dumps([session_id, gateway_id, service_class, None if tpot_ms is None else float(tpot_ms)])
         return hmac.new(self._secret, covered.encode(), sha256).hexdigest()[:32]
 
     def add_to(self, generate: Generate) -> Generate:

@@ -73,9 +73,9 @@ def generate(pool: str = DEFAULT_POOL) -> str:
     return f"generate.{pool}"
 
 
-def batch(verifier: str) -> str:
+def batch(verifier_id: str) -> str:
     """Return the routing key of batches for a verifier."""
-    return f"batch.{verifier}"
+    return f"batch.{verifier_id}"
 
 
 def result(instance: str) -> str:
@@ -83,14 +83,14 @@ def result(instance: str) -> str:
     return f"result.{instance}"
 
 
-def costmodel(verifier: str) -> str:
+def costmodel(verifier_id: str) -> str:
     """Return the routing key of a verifier's cost model."""
-    return f"costmodel.{verifier}"
+    return f"costmodel.{verifier_id}"
 
 
-def heartbeat(verifier: str) -> str:
+def heartbeat(verifier_id: str) -> str:
     """Return the routing key of a verifier's heartbeats."""
-    return f"heartbeat.{verifier}"
+    return f"heartbeat.{verifier_id}"
 
 
 def drafter(name: str) -> str:

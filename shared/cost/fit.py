@@ -53,10 +53,10 @@ TINY = 1e-9
 class VerifierFit:
     """The fit of one verifier's cost model, updated sample by sample."""
 
-    def __init__(self, verifier: str, forgetting: float = FORGETTING, start: CostModel | None = None) -> None:
+    def __init__(self, verifier_id: str, forgetting: float = FORGETTING, start: CostModel | None = None) -> None:
         """forgetting: weight of a batch relative to the one after it. start: a stored model to continue from."""
         known = start or cost.FALLBACK
-        self._verifier = verifier
+        self._verifier = verifier_id
         self._forgetting = forgetting
         self._coefficients: Array = np.array(known.coefficients)
         self._stored: Array | None = self._coefficients if start else None

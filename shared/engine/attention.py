@@ -112,11 +112,11 @@ class BlockCache:
 class GatherCache:
     """Blocks on any torch device; each step gathers the keys and values it reads."""
 
-    def __init__(self, shape: KvShape, blocks: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, shape: KvShape, blocks: int, dtype: torch.dtype, torch_device: torch.device) -> None:
         self._group = shape.heads // shape.kv_heads
         rows = (shape.layers, blocks * BLOCK, shape.kv_heads, shape.head_size)
-        self._keys = torch.zeros(rows, dtype=dtype, device=device)
-        self._values = torch.zeros(rows, dtype=dtype, device=device)
+        self._keys = torch.zeros(rows, dtype=dtype, device=torch_device)
+        self._values = torch.zeros(rows, dtype=dtype, device=torch_device)
         self._slots: list[torch.Tensor] = []
         self._counts: list[int] = []
 

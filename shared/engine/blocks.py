@@ -86,20 +86,20 @@ class BlockPool:
         """Known sessions, least recently used first."""
         return list(self._sessions)
 
-    def length(self, session: str) -> int:
+    def length(self, session_id: str) -> int:
         """Return the number of the session's tokens whose KV is held; 0 if it is unknown or was evicted."""
-        known = self._sessions.get(session)
+        known = self._sessions.get(session_id)
         return len(known.tokens) if known else 0
 
-    def table(self, session: str) -> list[int]:
+    def table(self, session_id: str) -> list[int]:
         """Return the session's blocks in order of position. The caller must not change the list."""
-        return self._require(session).blocks
+        return self._require(session_id).blocks
 
-    def attach(self, session: str, tokens: Sequence[int]) -> int:
+    def attach(self, session_id: str, tokens: Sequence[int]) -> int:
         """Attach a session with its committed tokens; return how many of them are held (see `Engine.attach`)."""
         committed = list(tokens)
-        known = self._sessions.setdefault(session, CachedSession())
-        self._sessions.move_to_end(session)
+        known = self._sessions.setdefault(session_id, CachedSession())
+        self._sessions.move_to_end(session_id)
         self._shorten(known, agreement(known.tokens, committed))
         self._index(known)
         self._share(known, committed)
@@ -142,9 +142,9 @@ class BlockPool:
         former = {name: list(self._sessions[name].blocks) for name in wanted}
         return Growth(self._extend(wanted, dict(copies)), former)
 
-    def append(self, session: str, tokens: Sequence[int]) -> None:
+    def append(self, session_id: str, tokens: Sequence[int]) -> None:
         """Record that the KV of these tokens is now held, in the room made by `grow`."""
-        self._require(session).tokens.extend(tokens)
+        self._require(session_id).tokens.extend(tokens)
 
     def undo(self, growth: Growth) -> None:
         """Return the room that `grow` made, when nothing was written there."""
@@ -172,14 +172,14 @@ class BlockPool:
         self._reclaimable[block] = None
         return block
 
-    def truncate(self, session: str, length: int) -> None:
+    def truncate(self, session_id: str, length: int) -> None:
         """Drop all tokens from `length` on, if the session is known and holds more."""
-        if known := self._sessions.get(session):
+        if known := self._sessions.get(session_id):
             self._shorten(known, max(length, 0))
 
-    def release(self, session: str) -> None:
+    def release(self, session_id: str) -> None:
         """Drop a session. Its full blocks stay reclaimable under their hashes."""
-        if known := self._sessions.pop(session, None):
+        if known := self._sessions.pop(session_id, None):
             self._index(known)
             for block in reversed(known.blocks):
                 self._drop(block)
@@ -214,10 +214,10 @@ class BlockPool:
         ):
             raise AssertionError("a free block is indexed, or a reclaimable one is not")
 
-    def _require(self, session: str) -> CachedSession:
-        known = self._sessions.get(session)
+    def _require(self, session_id: str) -> CachedSession:
+        known = self._sessions.get(session_id)
         if known is None:
-            raise NotAttached(session)
+            raise NotAttached(session_id)
         return known
 
     def _index(self, known: CachedSession) -> None:

@@ -101,12 +101,12 @@ class Engine:
             )
         torch.set_num_threads(threads)
         self.threads = threads
-        self._device = usable(device)
+        self._torch_device = usable(device)
         self._tainted: set[int] = set()
         """Blocks whose KV may hold values that are not finite, as finite weights can overflow. The rest of a block is
         multiplied by zero in the attention of its next session, and zero times NaN is NaN: they are cleared before."""
         blocks = None if budget_tokens is None else budget_tokens // BLOCK
-        options = PassOptions(dtype, self._device, threads, blocks, keep_hidden, gpu_memory, gpus)
+        options = PassOptions(dtype, self._torch_device, threads, blocks, keep_hidden, gpu_memory, gpus)
         self._pass, self.module_code_reason = _forward_pass(folder, options)
         """Reason for taking transformers' slower module code; empty for the compiled pass."""
         self._pool = BlockPool(self._pass.blocks)
@@ -139,20 +139,20 @@ class Engine:
         """True if `hidden` is available."""
         return self._hidden is not None
 
-    def cached(self, session: str) -> int:
+    def cached(self, session_id: str) -> int:
         """Return the number of the session's tokens whose KV is held; 0 if it is unknown or was evicted."""
-        return self._pool.length(session)
+        return self._pool.length(session_id)
 
-    def attach(self, session: str, tokens: Sequence[int]) -> int:
+    def attach(self, session_id: str, tokens: Sequence[int]) -> int:
         """Attach a session with its committed tokens; return `cached(session)`.
 
         KV that agrees with `tokens` is kept, the rest is dropped. Whole prefix blocks of other sessions, running or
         ended, are shared. At most `len(tokens) - 1` tokens stay cached, so that one token is left to compute, whose
         logits choose the next one.
         """
-        return self._pool.attach(session, tokens)
+        return self._pool.attach(session_id, tokens)
 
-    def hidden(self, session: str, start: int, stop: int) -> torch.Tensor:
+    def hidden(self, session_id: str, start: int, stop: int) -> torch.Tensor:
         """Return the held final hidden states (after the model's last norm) at positions `start` to `stop`.
 
         The result is a copy, (rows, hidden size). The logits of token t + 1 come from the row at position t. The states
@@ -160,12 +160,14 @@ class Engine:
         """
         if self._hidden is None:
             raise EngineError("this engine keeps no hidden states; make it with keep_hidden=True")
-        stop = max(start, min(stop, self.cached(session)))
-        return self._hidden[self._slots([(session, start, stop - start)])] if stop > start else self._hidden[:0].clone()
+        stop = max(start, min(stop, self.cached(session_id)))
+        if stop <= start:
+            return self._hidden[:0].clone()
+        return self._hidden[self._slots([(session_id, start, stop - start)])]
 
-    def hidden_bits(self, session: str, start: int, stop: int) -> NDArray[np.uint16]:
+    def hidden_bits(self, session_id: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return the held hidden states at these positions as the bits of bfloat16; see `hidden`."""
-        rows = self.hidden(session, start, stop)
+        rows = self.hidden(session_id, start, stop)
         return rows.to(torch.bfloat16).view(torch.uint16).numpy(force=True)
 
     @property
@@ -224,15 +226,15 @@ class Engine:
         for session, start, count in spans:
             positions = np.arange(start, start + count)
             slots.append(np.asarray(self._pool.table(session))[positions // BLOCK] * BLOCK + positions % BLOCK)
-        return torch.from_numpy(np.concatenate(slots)).to(self._device)
+        return torch.from_numpy(np.concatenate(slots)).to(self._torch_device)
 
-    def truncate(self, session: str, length: int) -> None:
+    def truncate(self, session_id: str, length: int) -> None:
         """Roll a session back to its first `length` tokens, in constant time, if more are held."""
-        self._pool.truncate(session, length)
+        self._pool.truncate(session_id, length)
 
-    def release(self, session: str) -> None:
+    def release(self, session_id: str) -> None:
         """Drop a session. Its full blocks stay for sessions with the same prefix until the room is needed."""
-        self._pool.release(session)
+        self._pool.release(session_id)
 
     def reset(self) -> None:
         """Drop the whole cache: every session and every prefix block."""
@@ -360,7 +362,7 @@ def _forward_pass(folder: Path, options: PassOptions) -> tuple[ForwardPass, str]
         module_pass = ModulePass(
             folder,
             dtype=DTYPES[options.dtype],
-            device=options.torch_device,
+            torch_device=options.torch_device,
             threads=options.threads,
             blocks=options.blocks or DEFAULT_BLOCKS,
         )

@@ -42,52 +42,57 @@ class GpuPass:
         does not fit into the memory."""
         if options.dtype not in FORMATS:
             raise NotDescribed(f"kernels for GPUs have no {options.dtype} weights")
-        self._device = options.torch_device
+        self._torch_device = options.torch_device
         self._followers: Followers | None = None
         with described(folder, options.dtype) as (model, weights):
             part_of(model, outputs_of(weights), 0, options.gpus)  # refuses before processes are started
         if options.gpus > 1:
-            self._followers = Followers(folder, options.dtype, devices_of(self._device, options.gpus))
+            self._followers = Followers(folder, options.dtype, devices_of(self._torch_device, options.gpus))
         try:
             if failure := self._load(folder, options):
                 del self._decoder  # module code needs the memory
-                raise NotDescribed(f"the kernels for GPUs cannot run on {self._device} ({failure})")
+                raise NotDescribed(f"the kernels for GPUs cannot run on {self._torch_device} ({failure})")
         except BaseException:
             if self._followers:
                 self._followers.close()
             raise
         self.vocab_size, self.hidden_size, self.max_len = model.vocab_size, model.hidden_size, model.max_len
-        self.arithmetic = gpu_arithmetic(self._device, options.gpus)
+        self.arithmetic = gpu_arithmetic(self._torch_device, options.gpus)
 
     def _load(self, folder: Path, options: PassOptions) -> str:
         """Load and check the model; return the reason if the kernels cannot run."""
         followers = self._followers
         membership = followers.membership if followers else None
-        memories = [memory_of(self._device), *(followers.memories() if followers else ())]
+        memories = [memory_of(self._torch_device), *(followers.memories() if followers else ())]
         self.blocks = fitting_blocks(folder, options, memories)
         if followers:
             followers.tell(LoadPart(self.blocks))
         try:
-            with current(self._device):
+            with current(self._torch_device):
                 self._decoder = load_part(
-                    folder, options.dtype, self._device, self.blocks, membership, self._announce if followers else None
+                    folder,
+                    options.dtype,
+                    self._torch_device,
+                    self.blocks,
+                    membership,
+                    self._announce if followers else None,
                 )
                 if followers and membership:
-                    followers.require_loaded(hardware_of(self._device))
+                    followers.require_loaded(hardware_of(self._torch_device))
                     followers.watch()
                     followers.tell(Meet())
-                    membership.join(self._device)
+                    membership.join(self._torch_device)
                 return self._settle()
         except torch.OutOfMemoryError as error:
             raise EngineError(
-                f"{folder} in {options.dtype} does not fit into the memory of {self._device} "
-                f"({memory_of(self._device)}). Lower WISP_GPU_MEMORY or WISP_CACHE_TOKENS, or free the GPU"
+                f"{folder} in {options.dtype} does not fit into the memory of {self._torch_device} "
+                f"({memory_of(self._torch_device)}). Lower WISP_GPU_MEMORY or WISP_CACHE_TOKENS, or free the GPU"
             ) from error
 
     @torch.inference_mode()
     def _settle(self) -> str:
         """Run the kernels for the first time, and check them; return the reason if they cannot run."""
-        graphs = self._prepared_graphs if self._device.type == "cuda" else None
+        graphs = self._prepared_graphs if self._torch_device.type == "cuda" else None
         try:
             self.batch_invariant = settle(self._decoder, self.blocks, CHECKED_TOKENS, graphs)
         except (torch.OutOfMemoryError, EngineError):
@@ -124,7 +129,7 @@ class GpuPass:
     def run(
         self, tokens: Sequence[int], batch: PackedBatch, wanted: Sequence[int]
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        with current(self._device):
+        with current(self._torch_device):
             states, logits = self._decoder.forward(batch, tokens=tokens, wanted=wanted)
         return logits, states
 

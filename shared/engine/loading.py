@@ -29,7 +29,7 @@ ROOM: Final = 1.5
 """A model has at most this many times the values of its files, whose tied weights are stored once."""
 
 
-def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def load(folder: Path, dtype: torch.dtype, torch_device: torch.device) -> Any:
     """Return the model in a folder for a device, with our attention function. Raises ModelError.
 
     Runs no code of the folder. Refuses weights that are missing, of another shape, unknown, quantized, or not finite.
@@ -40,7 +40,7 @@ def load(folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     with _refusals(folder, config):
         auto_class = _require_sizes(folder, tensors)
         # Grouped products of experts sum in an order that depends on the groups.
-        experts = {"experts_implementation": "eager"} if device.type == "cpu" else {}
+        experts = {"experts_implementation": "eager"} if torch_device.type == "cpu" else {}
         loaded: Any = auto_class.from_pretrained(
             folder,
             dtype=dtype,

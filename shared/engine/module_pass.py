@@ -27,16 +27,18 @@ class ModulePass(ViewedBlocks):
     """A model of transformers. Rows are padded so that matrix products have the same bits for any number of rows, where
     that is possible (`invariance`). A model whose sessions would change each other is refused (`session_check`)."""
 
-    def __init__(self, folder: Path, *, dtype: torch.dtype, device: torch.device, threads: int, blocks: int) -> None:
+    def __init__(
+        self, folder: Path, *, dtype: torch.dtype, torch_device: torch.device, threads: int, blocks: int
+    ) -> None:
         """Raises ModelError."""
-        self._device, self._dtype, self._threads, self.blocks = device, dtype, threads, blocks
-        self._model = load(folder, dtype, device).to(device)
+        self._torch_device, self._dtype, self._threads, self.blocks = torch_device, dtype, threads, blocks
+        self._model = load(folder, dtype, torch_device).to(torch_device)
         config = self._model.config.get_text_config()
         with refusals(self._model.config.model_type):
             self.vocab_size: int = config.vocab_size
             self.hidden_size: int = config.hidden_size
             self.max_len = _max_len(config)
-            self.arithmetic = module_arithmetic(device, dtype)
+            self.arithmetic = module_arithmetic(torch_device, dtype)
             # The hook holds the list, not this object: a cycle would keep a dropped model's weights in memory.
             self._states: list[torch.Tensor] = []
             keep = self._states.append
@@ -56,14 +58,14 @@ class ModulePass(ViewedBlocks):
             self._run(recorder, [vocabulary[7 * row % len(vocabulary)] for row in rows], rows, rows)
         if not recorder.layers:
             raise ModelError("its attention does not go through transformers' AttentionInterface")
-        self._padding = row_padding(recorded.products) if self._device.type == "cpu" else None
+        self._padding = row_padding(recorded.products) if self._torch_device.type == "cpu" else None
         exact = self._padding is not None and not recorded.unknown
 
         def check(tokens: Sequence[int], batch: PackedBatch, padding: Padding) -> torch.Tensor:
             return self._packed(small, tokens, batch, range(len(tokens)), padding)[0]
 
         small = self._make_cache(recorder, 2)
-        same_bits = check_sessions(self._model, check, self.max_len, self._device, vocabulary, exact=exact)
+        same_bits = check_sessions(self._model, check, self.max_len, self._torch_device, vocabulary, exact=exact)
         self.batch_invariant = exact and same_bits
         self._states.clear()
         self._cache = self._make_cache(recorder, blocks)
@@ -95,27 +97,27 @@ class ModulePass(ViewedBlocks):
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the packed row through the model; return logits of the wanted rows and final hidden states of all."""
         inputs: dict[str, Any] = {
-            "input_ids": torch.tensor([tokens], device=self._device),
-            "position_ids": torch.tensor([positions], device=self._device),
+            "input_ids": torch.tensor([tokens], device=self._torch_device),
+            "position_ids": torch.tensor([positions], device=self._torch_device),
             "use_cache": False,
         }
         padded = nullcontext() if self._padding is None else PaddedRows(self._padding, self._threads)
         with attending(cache, inputs["position_ids"][0]), padded:
             if wanted:
-                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._multiple))], device=self._device)
+                rows = torch.tensor([*wanted, *([0] * (-len(wanted) % self._multiple))], device=self._torch_device)
                 logits = self._model(**inputs, logits_to_keep=rows).logits[0, : len(wanted)]
             else:
                 self._decoder(**inputs)
-                logits = torch.empty(0, self.vocab_size, dtype=self._model.dtype, device=self._device)
+                logits = torch.empty(0, self.vocab_size, dtype=self._model.dtype, device=self._torch_device)
         states = self._states[-1][0]
         self._states.clear()
         return logits, states
 
     def _make_cache(self, recorder: Recorder, blocks: int) -> LayeredCache:
         def make(shape: KvShape) -> Cache:
-            if self._device.type == "cpu":
+            if self._torch_device.type == "cpu":
                 return BlockCache(shape, blocks, self._dtype, self._threads)
-            return GatherCache(shape, blocks, self._dtype, self._device)
+            return GatherCache(shape, blocks, self._dtype, self._torch_device)
 
         return LayeredCache(recorder.layers, recorder.masks, make)
 
@@ -152,19 +154,19 @@ def _plain_tokens(config: Any, vocab_size: int) -> Sequence[int]:
     return [token for token in range(min(vocab_size, 4096)) if token not in special] or range(vocab_size)
 
 
-def module_arithmetic(device: torch.device, dtype: torch.dtype) -> str:
+def module_arithmetic(torch_device: torch.device, dtype: torch.dtype) -> str:
     """Name the arithmetic of transformers' module code: the libraries and the kind of device.
 
     On the CPU, torch and its libraries choose kernels by instruction set and by the maker of the CPU. The number of
     threads changes no bits.
     """
-    if device.type == "cpu":
+    if torch_device.type == "cpu":
         found = torch.cpu.get_capabilities()
         kind = [torch.backends.cpu.get_cpu_capability()]
         if dtype is torch.bfloat16:
             kind += sorted(name for name, present in found.items() if name.endswith("bf16") and present)
         kind += str(found.get("cpu_name", "")).split()[:1]
     else:
-        kind = [torch.cuda.get_device_name(device)] if device.type == "cuda" else []
+        kind = [torch.cuda.get_device_name(torch_device)] if torch_device.type == "cuda" else []
     libraries = f"torch {torch.__version__}, transformers {transformers.__version__}"
-    return f"{libraries}, {' '.join((device.type, *kind))}"
+    return f"{libraries}, {' '.join((torch_device.type, *kind))}"

@@ -53,7 +53,7 @@ def refuse_stateful(decoder: torch.nn.Module) -> None:
 
 @torch.inference_mode()
 def check_sessions(
-    model: Any, run: Run, max_len: int, device: torch.device, vocabulary: Sequence[int], *, exact: bool
+    model: Any, run: Run, max_len: int, torch_device: torch.device, vocabulary: Sequence[int], *, exact: bool
 ) -> bool:
     """Return whether logits have the same bits for a session alone and among others.
 
@@ -74,7 +74,7 @@ def check_sessions(
             "sessions that are computed together change each other's results, or results change with the steps that a "
             f"session is computed in (logits differ by up to {differences.max():.2%} of their spread)"
         )
-    off = float(_differences(torch.cat(alone), _reference(model, texts, device)).median())
+    off = float(_differences(torch.cat(alone), _reference(model, texts, torch_device)).median())
     if not off <= tolerance:
         raise ModelError(
             f"its results differ from those of transformers (logits differ by {off:.0%} of their spread), so its code "
@@ -92,14 +92,14 @@ def _packed(run: Run, texts: Sequence[Sequence[int]], padding: int) -> list[torc
     return [torch.cat([before[:one], after[rest[0] :]]), torch.cat([before[one:], after[: rest[0]]])]
 
 
-def _reference(model: Any, texts: Sequence[Sequence[int]], device: torch.device) -> torch.Tensor:
+def _reference(model: Any, texts: Sequence[Sequence[int]], torch_device: torch.device) -> torch.Tensor:
     """Return the logits of transformers' own attention, for sessions that are not packed."""
     ours = model.config._attn_implementation
     model.set_attn_implementation("eager")
     try:
         if model.config._attn_implementation != "eager":
             raise ModelError("its attention cannot be exchanged")
-        return model(torch.tensor(texts, device=device), use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
+        return model(torch.tensor(texts, device=torch_device), use_cache=False).logits.flatten(0, 1)  # type: ignore[no-any-return]
     finally:
         model.set_attn_implementation(ours)
 

@@ -74,13 +74,13 @@ class WeightLoader:
     """Reads weights one by one into the device's memory, each converted there, so that no second copy is held."""
 
     def __init__(self, read: ReadWeight, form: str, torch_device: torch.device) -> None:
-        self._read, self._form, self._device = read, form, torch_device
+        self._read, self._form, self._torch_device = read, form, torch_device
 
     def vector(self, name: WeightName, offset: float = 0.0) -> torch.Tensor:
         """Return a vector as float32, plus an offset."""
         values = self._checked(name)
         floats = to_floats(values) if values.dtype == np.uint16 else values
-        return torch.from_numpy(floats + np.float32(offset)).to(self._device)
+        return torch.from_numpy(floats + np.float32(offset)).to(self._torch_device)
 
     def product(self, parts: Sequence[Linear], *, biased: bool = False) -> DeviceProduct:
         """Return the product whose outputs are those of several ones, in order. biased: have a bias, if only of zeros.
@@ -90,9 +90,9 @@ class WeightLoader:
         matrices = [self._checked(part.weight) for part in parts]
         outputs, inputs = sum(len(matrix) for matrix in matrices), matrices[0].shape[1]
         shape = padded(outputs, ROW_TILE), padded(inputs, ROW_TILE)
-        weight = torch.zeros(shape, dtype=DTYPES[self._form], device=self._device)
+        weight = torch.zeros(shape, dtype=DTYPES[self._form], device=self._torch_device)
         biases = biased or any(part.bias for part in parts)
-        bias = torch.zeros(shape[0], device=self._device) if biases else None
+        bias = torch.zeros(shape[0], device=self._torch_device) if biases else None
         first = 0
         for part, matrix in zip(parts, matrices, strict=True):
             rows = slice(first, first + len(matrix))

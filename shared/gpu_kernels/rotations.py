@@ -13,7 +13,7 @@ class DeviceRotations:
     """Tables of cosines and sines on the device, one pair per rope, as long as the longest session needs."""
 
     def __init__(self, ropes: set[Rope | None], torch_device: torch.device) -> None:
-        self._ropes, self._device = [rope for rope in ropes if rope], torch_device
+        self._ropes, self._torch_device = [rope for rope in ropes if rope], torch_device
         self._length = 0
         self._tables: dict[Rope, tuple[torch.Tensor, torch.Tensor]] = {}
         self._none = torch.zeros(1, device=torch_device)
@@ -26,8 +26,8 @@ class DeviceRotations:
         for rope in self._ropes:
             cosines, sines = rotation_table(rope, self._length)
             self._tables[rope] = (
-                torch.from_numpy(cosines).to(self._device),
-                torch.from_numpy(sines).to(self._device),
+                torch.from_numpy(cosines).to(self._torch_device),
+                torch.from_numpy(sines).to(self._torch_device),
             )
         return True
 

@@ -73,15 +73,15 @@ def mixed_vocabulary(size: int) -> Words:
     return mixed_ids(np.arange(size))
 
 
-def leading_bits_on_device(keys: Sequence[int], size: int, device: torch.device) -> Tensor:
+def leading_bits_on_device(keys: Sequence[int], size: int, torch_device: torch.device) -> Tensor:
     """Return the leading 31 bits of w for each key and each id below `size`: int32 (keys, size)."""
     import torch
 
     def column(words: Iterable[int]) -> Tensor:
         signed = [[word - (word >> 31 << 32)] for word in words]
-        return torch.tensor(signed, dtype=torch.int32, device=device)
+        return torch.tensor(signed, dtype=torch.int32, device=torch_device)
 
-    mixed = _mix_32_on_device(torch.arange(size, dtype=torch.int32, device=device))
+    mixed = _mix_32_on_device(torch.arange(size, dtype=torch.int32, device=torch_device))
     hashes = (mixed ^ column(key & _MASK_32 for key in keys)) * column(key >> 32 | 1 for key in keys)
     return _mix_32_on_device(hashes) & _LEADING
 

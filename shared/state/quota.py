@@ -64,17 +64,17 @@ class Quota:
         self._redis = connection.redis
         self._script = self._redis.register_script(files("shared.state").joinpath("quota.lua").read_text())
 
-    async def take(self, key: str, allowance: Allowance, tokens: int, sessions: Sequence[str]) -> QuotaVerdict:
+    async def take(self, key: str, allowance: Allowance, tokens: int, session_ids: Sequence[str]) -> QuotaVerdict:
         """Take one request, `tokens` and a lease for each session, all or nothing."""
-        return await self._ask(key, allowance, tokens, "take", sessions)
+        return await self._ask(key, allowance, tokens, "take", session_ids)
 
-    async def join(self, key: str, allowance: Allowance, sessions: Sequence[str]) -> QuotaVerdict:
+    async def join(self, key: str, allowance: Allowance, session_ids: Sequence[str]) -> QuotaVerdict:
         """Take a lease for each session of a request that was counted before, all or none."""
-        return await self._ask(key, allowance, 0, "join", sessions)
+        return await self._ask(key, allowance, 0, "join", session_ids)
 
-    async def settle(self, key: str, allowance: Allowance, unused: int, sessions: Sequence[str]) -> None:
+    async def settle(self, key: str, allowance: Allowance, unused: int, session_ids: Sequence[str]) -> None:
         """End the leases of sessions and return `unused` tokens; negative if more were used than taken."""
-        await self._run(key, allowance, unused, "settle", sessions)
+        await self._run(key, allowance, unused, "settle", session_ids)
 
     async def renew(self, running: Mapping[str, Sequence[str]]) -> None:
         """Renew the leases of these keys' running sessions."""
@@ -86,14 +86,16 @@ class Quota:
             await self._connection.call(pipe.execute())
 
     async def _ask(
-        self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]
+        self, key: str, allowance: Allowance, tokens: int, act: str, session_ids: Sequence[str]
     ) -> QuotaVerdict:
-        refused, *counts = await self._run(key, allowance, tokens, act, sessions)
+        refused, *counts = await self._run(key, allowance, tokens, act, session_ids)
         return QuotaVerdict(Limited(refused.decode()) if refused else None, *counts)
 
-    async def _run(self, key: str, allowance: Allowance, tokens: int, act: str, sessions: Sequence[str]) -> list[Any]:
+    async def _run(
+        self, key: str, allowance: Allowance, tokens: int, act: str, session_ids: Sequence[str]
+    ) -> list[Any]:
         limits = (allowance.requests_per_minute, allowance.tokens_per_minute, allowance.max_sessions)
-        arguments: list[str | int] = [*(limit or 0 for limit in limits), tokens, LEASE_MS, act, *sessions]
+        arguments: list[str | int] = [*(limit or 0 for limit in limits), tokens, LEASE_MS, act, *session_ids]
         answer: list[Any] = await self._connection.call(
             self._script(keys=[self._connection.key("quota", key), self._streams(key)], args=arguments)
         )

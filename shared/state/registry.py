@@ -68,15 +68,15 @@ class Registry:
         """Return the heartbeats of the live verifiers."""
         return [message for message in await self._load("verifier") if isinstance(message, Heartbeat)]
 
-    async def remove(self, verifier: str) -> None:
+    async def remove(self, verifier_id: str) -> None:
         """Remove the heartbeat and the lease of a verifier that shuts down."""
-        keys = [self._connection.key(kind, verifier) for kind in ("verifier", "lease")]
+        keys = [self._connection.key(kind, verifier_id) for kind in ("verifier", "lease")]
         await self._connection.call(self._redis.delete(*keys))
 
-    async def renew(self, verifier: str, lease: int) -> int:
+    async def renew(self, verifier_id: str, lease: int) -> int:
         """Return the verifier's lease for the next `SILENT_MS`: `lease` if it still holds that, else a new one."""
         new = 1 + randbelow(2**53)
-        keys, arguments = [self._connection.key("lease", verifier)], [lease, new, SILENT_MS]
+        keys, arguments = [self._connection.key("lease", verifier_id)], [lease, new, SILENT_MS]
         return lease if await self._connection.call(self._renew(keys=keys, args=arguments)) else new
 
     async def save_cost_model(self, model: CostModel) -> None:
@@ -87,9 +87,11 @@ class Registry:
         """Return the last cost model of every recently measured verifier."""
         return [message for message in await self._load("costmodel") if isinstance(message, CostModel)]
 
-    async def attend(self, gateway: str) -> None:
+    async def attend(self, gateway_id: str) -> None:
         """Mark a gateway as alive for the next `GATEWAY_TTL_MS`."""
-        await self._connection.call(self._redis.set(self._connection.key("gateway", gateway), b"1", px=GATEWAY_TTL_MS))
+        await self._connection.call(
+            self._redis.set(self._connection.key("gateway", gateway_id), b"1", px=GATEWAY_TTL_MS)
+        )
 
     async def _save(self, kind: str, name: str, message: Message, ttl_ms: int) -> None:
         async with self._redis.pipeline(transaction=True) as pipe:

@@ -138,23 +138,23 @@ class Store:
         arguments += [part for field in fields.items() for part in field]
         return bool(await self._call(self._create(keys=keys, args=arguments)))
 
-    async def read(self, sessions: Sequence[str]) -> list[Session | None]:
+    async def read(self, session_ids: Sequence[str]) -> list[Session | None]:
         """Return the sessions, in one round trip; None for one that does not exist."""
         async with self._redis.pipeline(transaction=True) as pipe:
             pipe.time()
-            for session in sessions:
-                pipe.hmget(self._session(session), *FIELDS)
-                pipe.get(self._tokens(session))
+            for session_id in session_ids:
+                pipe.hmget(self._session(session_id), *FIELDS)
+                pipe.get(self._tokens(session_id))
             (seconds, microseconds), *answers = await self._call(pipe.execute())
         now_ms = seconds * 1000 + microseconds / 1000
         return [_session(answers[i], answers[i + 1], now_ms) for i in range(0, len(answers), 2)]
 
-    async def progress(self, session: str, from_len: int) -> SessionProgress | None:
+    async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:
         """Return a session's progress with its tokens from position `from_len` on; None if it does not exist."""
         async with self._redis.pipeline(transaction=True) as pipe:
-            pipe.hmget(self._session(session), "status", "length", "finish", "committed_in")
-            pipe.getrange(self._tokens(session), from_len * 4, -1)
-            pipe.get(self._logprobs(session))
+            pipe.hmget(self._session(session_id), "status", "length", "finish", "committed_in")
+            pipe.getrange(self._tokens(session_id), from_len * 4, -1)
+            pipe.get(self._logprobs(session_id))
             (status, length, finish, committed_in), tokens, logprobs = await self._call(pipe.execute())
         if status is None or length is None:
             return None
@@ -168,7 +168,7 @@ class Store:
         )
 
     async def commit(
-        self, verifier: str, commits: Sequence[Commit], *, lease: int = 0, arithmetic: str = ""
+        self, verifier_id: str, commits: Sequence[Commit], *, lease: int = 0, arithmetic: str = ""
     ) -> list[Committed]:
         """Commit the rounds of a batch in one round trip, each atomically. `commit.lua` has the rules.
 
@@ -177,9 +177,9 @@ class Store:
         """
         if not commits and not lease:
             return []
-        keys = [self._deadlines, self._connection.key("lease", verifier)]
+        keys = [self._deadlines, self._connection.key("lease", verifier_id)]
         arguments: list[str | int | bytes] = [
-            verifier,
+            verifier_id,
             self._ttl_s,
             self._connection.key("gateway", ""),
             lease,
@@ -191,7 +191,7 @@ class Store:
             arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, tokens, c.logprobs]
         answers = await self._call(self._commit(keys=keys, args=arguments))
         if answers is None:
-            raise Fenced(f"{verifier} was away for too long: its lease {lease} has expired")
+            raise Fenced(f"{verifier_id} was away for too long: its lease {lease} has expired")
         return [
             Committed(
                 CommitOutcome(outcome.decode()),
@@ -205,14 +205,14 @@ class Store:
             for outcome, length, base, accepted, finish, tokens, committed_in in answers
         ]
 
-    async def ended(self, sessions: Sequence[str]) -> list[str]:
+    async def ended(self, session_ids: Sequence[str]) -> list[str]:
         """Return the sessions that accept no more tokens: finished, cancelled or nonexistent."""
         async with self._redis.pipeline(transaction=False) as pipe:
-            for session in sessions:
-                pipe.hget(self._session(session), "status")
+            for session_id in session_ids:
+                pipe.hget(self._session(session_id), "status")
             found = await self._call(pipe.execute())
         active = SessionStatus.ACTIVE.value.encode()
-        return [session for session, status in zip(sessions, found, strict=True) if status != active]
+        return [session_id for session_id, status in zip(session_ids, found, strict=True) if status != active]
 
     async def reap(self) -> list[str]:
         """Cancel sessions that no gateway has collected within their patience; drop deadlines of nonexistent ones.
@@ -256,28 +256,30 @@ class Store:
             ]
         return found
 
-    async def cancel(self, session: str, gateway: str = "") -> bool:
+    async def cancel(self, session_id: str, gateway_id: str = "") -> bool:
         """Cancel a session, so that it accepts no more tokens, even if it is created only after this.
 
-        A finished session stays finished. With a `gateway`, a session that another gateway collects now stays as it
+        A finished session stays finished. With a `gateway_id`, a session that another gateway collects now stays as it
         is. Returns whether the session was this gateway's to cancel.
         """
-        keys = [self._session(session), self._deadlines]
-        return bool(await self._call(self._cancel(keys=keys, args=[session, gateway, MARK_S])))
+        keys = [self._session(session_id), self._deadlines]
+        return bool(await self._call(self._cancel(keys=keys, args=[session_id, gateway_id, MARK_S])))
 
-    async def collect(self, session: str, gateway: str) -> bool:
+    async def collect(self, session_id: str, gateway_id: str) -> bool:
         """Make this gateway the one that collects and may cancel the session; return whether the session exists."""
-        return await self._hand_over(session, None, gateway)
+        return await self._hand_over(session_id, None, gateway_id)
 
-    async def leave(self, session: str, gateway: str, length: int) -> None:
+    async def leave(self, session_id: str, gateway_id: str, length: int) -> None:
         """Release a session that this gateway collects, with `length` tokens known to it.
 
         Unless another gateway collects the session within its patience, it is cancelled.
         """
-        await self._hand_over(session, gateway, "", {"left_at": length})
+        await self._hand_over(session_id, gateway_id, "", {"left_at": length})
 
-    async def _hand_over(self, session: str, owner: str | None, to: str, more: Mapping[str, int] | None = None) -> bool:
-        key = self._session(session)
+    async def _hand_over(
+        self, session_id: str, owner: str | None, to: str, more: Mapping[str, int] | None = None
+    ) -> bool:
+        key = self._session(session_id)
         exists = False
 
         async def flip(pipe: Any) -> None:
@@ -293,9 +295,9 @@ class Store:
         await self._call(self._redis.transaction(flip, key))
         return exists
 
-    async def kept(self, session: str) -> bytes | None:
+    async def kept(self, session_id: str) -> bytes | None:
         """Return the resume record given to `create`; None if it was empty or the session does not exist."""
-        found: bytes | None = await self._call(self._redis.hget(self._session(session), "kept"))
+        found: bytes | None = await self._call(self._redis.hget(self._session(session_id), "kept"))
         return found or None
 
     async def keep_response(self, response_id: str, body: bytes) -> None:
@@ -307,23 +309,23 @@ class Store:
         found: bytes | None = await self._call(self._redis.get(self._connection.key("response", response_id)))
         return found
 
-    async def deadline_ms(self, session: str) -> float | None:
+    async def deadline_ms(self, session_id: str) -> float | None:
         """Return the deadline of the session's next token, in milliseconds on Redis's clock; None without an SLO."""
-        score: float | None = await self._call(self._redis.zscore(self._deadlines, session))
+        score: float | None = await self._call(self._redis.zscore(self._deadlines, session_id))
         return None if score == math.inf else score
 
     @property
     def _deadlines(self) -> str:
         return self._connection.key("deadlines")
 
-    def _session(self, session: str) -> str:
-        return self._connection.key("session", session)
+    def _session(self, session_id: str) -> str:
+        return self._connection.key("session", session_id)
 
-    def _tokens(self, session: str) -> str:
-        return self._connection.key("tokens", session)
+    def _tokens(self, session_id: str) -> str:
+        return self._connection.key("tokens", session_id)
 
-    def _logprobs(self, session: str) -> str:
-        return self._connection.key("logprobs", session)
+    def _logprobs(self, session_id: str) -> str:
+        return self._connection.key("logprobs", session_id)
 
 
 def _pack(tokens: Sequence[int]) -> bytes:

@@ -80,21 +80,21 @@ class TwinEngine:
         """Known sessions, least recently used first."""
         return self._pool.sessions
 
-    def cached(self, session: str) -> int:
+    def cached(self, session_id: str) -> int:
         """Return the number of the session's tokens whose KV is held."""
-        return self._pool.length(session)
+        return self._pool.length(session_id)
 
-    def attach(self, session: str, tokens: Sequence[int]) -> int:
+    def attach(self, session_id: str, tokens: Sequence[int]) -> int:
         """Attach a session with its committed tokens; return `cached(session)`."""
-        return self._pool.attach(session, tokens)
+        return self._pool.attach(session_id, tokens)
 
-    def truncate(self, session: str, length: int) -> None:
+    def truncate(self, session_id: str, length: int) -> None:
         """Roll a session back to its first `length` tokens."""
-        self._pool.truncate(session, length)
+        self._pool.truncate(session_id, length)
 
-    def release(self, session: str) -> None:
+    def release(self, session_id: str) -> None:
         """Drop a session."""
-        self._pool.release(session)
+        self._pool.release(session_id)
 
     def reset(self) -> None:
         """Drop the whole cache."""
@@ -118,9 +118,9 @@ class TwinEngine:
             raise EngineError(f"a block of {len(content)} bytes; blocks of a twin have {self.block_bytes}")
         return self._pool.adopt(name) is not None
 
-    def hidden_bits(self, session: str, start: int, stop: int) -> NDArray[np.uint16]:
+    def hidden_bits(self, session_id: str, start: int, stop: int) -> NDArray[np.uint16]:
         """Return hidden states of one element, as far as the session is cached."""
-        return np.zeros((max(0, min(stop, self.cached(session)) - start), self.hidden_size), np.uint16)
+        return np.zeros((max(0, min(stop, self.cached(session_id)) - start), self.hidden_size), np.uint16)
 
     def forward(self, steps: Sequence[Step]) -> TwinOutput:
         """Keep the KV of all steps, and wait until the time of the pass is over.

@@ -162,10 +162,10 @@ class DraftRound:
             del self.acceptance[length:]
             self._open = False
 
-    def record(self, session: str, kind: str, verified: int, accepted: int) -> RoundRecord:
+    def record(self, session_id: str, kind: str, verified: int, accepted: int) -> RoundRecord:
         """Return the round as a training example. verified, accepted: as for `settle`."""
         return RoundRecord(
-            session=session,
+            session=session_id,
             kind=kind,
             temperature=self.context.temperature,
             target_entropy=self.context.target_entropy,

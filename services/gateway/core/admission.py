@@ -129,17 +129,17 @@ class Admission:
             running.shown = running.answered
             running.prompt_shown = running.answered or now_ms - running.started_ms >= ARRIVED_MS
 
-    def start(self, session: str, service_class: str, slo: Slo | None, prompt: int, now_ms: float) -> None:
+    def start(self, session_id: str, service_class: str, slo: Slo | None, prompt: int, now_ms: float) -> None:
         """Count a started session with `prompt` prompt tokens."""
-        self._running[session] = _Running(service_class, slo.tpot_ms if slo else None, prompt, now_ms)
+        self._running[session_id] = _Running(service_class, slo.tpot_ms if slo else None, prompt, now_ms)
 
-    def answered(self, session: str) -> None:
+    def answered(self, session_id: str) -> None:
         """Note a session's result."""
-        self._running[session].answered = True
+        self._running[session_id].answered = True
 
-    def end(self, session: str, now_ms: float) -> None:
+    def end(self, session_id: str, now_ms: float) -> None:
         """Remove an ended session."""
-        ended = self._running.pop(session)
+        ended = self._running.pop(session_id)
         if ended.shown:
             self._gone.append(ended.tpot_ms)
         if not ended.answered:

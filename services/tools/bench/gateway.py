@@ -185,7 +185,7 @@ class ServicesStub:
                 key, copy = topology.result(results[0][0]), topology.result(STUB)
                 await self._broker.publish_group([result for _, result in results], key, cc=(copy,))
 
-    def _next(self, batch: str) -> tuple[str, Result]:
+    def _next(self, batch_id: str) -> tuple[str, Result]:
         """Return the gateway and the result of the next session's token."""
         generate, number = self._sessions.popleft()
         over = number + 1 == min(self._answer, generate.max_tokens)
@@ -195,13 +195,13 @@ class ServicesStub:
             base_len=len(generate.prompt) + number,
             status=Status.COMMITTED,
             verifier=STUB,
-            batch=batch,
+            batch=batch_id,
             tokens=[self._words[(self.tokens + number) % len(self._words)]],
             finish=Finish.LENGTH if over else None,
             cached=len(generate.prompt) + number,
             new_tokens=1,
         )
-        self.sent.at_s[generate.session].append((time.perf_counter(), batch))
+        self.sent.at_s[generate.session].append((time.perf_counter(), batch_id))
         self.tokens += 1
         if not over:
             self._sessions.append((generate, number + 1))

@@ -146,18 +146,18 @@ class KeptLogits:
     keeps_hidden: bool = False
     _cached: dict[str, int] = field(default_factory=dict)
 
-    def attach(self, session: str, tokens: Sequence[int]) -> int:
+    def attach(self, session_id: str, tokens: Sequence[int]) -> int:
         """Everything but the last token is cached."""
-        self._cached[session] = len(tokens) - 1
+        self._cached[session_id] = len(tokens) - 1
         return len(tokens) - 1
 
-    def truncate(self, session: str, length: int) -> None:
+    def truncate(self, session_id: str, length: int) -> None:
         """Drop the tokens from `length` on."""
-        self._cached[session] = length
+        self._cached[session_id] = length
 
-    def cached(self, session: str) -> int:
+    def cached(self, session_id: str) -> int:
         """Return the length of a session."""
-        return self._cached[session]
+        return self._cached[session_id]
 
     def forward(self, steps: Sequence[Step]) -> Output:
         """Return the rows of the answers at the sessions' places."""

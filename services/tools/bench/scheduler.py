@@ -307,10 +307,10 @@ def _report(name: str, round_: int, base_len: int, left: int) -> Result:
     )
 
 
-def _result(batch: Batch, session: str, round_: int, prefill_to: int | None, run_left: int = 0) -> Result:
+def _result(batch: Batch, session_id: str, round_: int, prefill_to: int | None, run_left: int = 0) -> Result:
     prefilled = prefill_to is not None
     return Result(
-        session=session,
+        session=session_id,
         round=round_,
         base_len=BASE_LEN + round_,
         status=Status.PREFILLED if prefilled else Status.COMMITTED,

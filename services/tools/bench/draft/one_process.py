@@ -62,8 +62,8 @@ def tokens_per_second(
     return (len(recorded) - text.prompt_len - 1) / elapsed_s
 
 
-def _states(engine: Engine, session: str, start: int, length: int) -> States:
-    return States(start, engine.hidden(session, start, length - 1).float().numpy())
+def _states(engine: Engine, session_id: str, start: int, length: int) -> States:
+    return States(start, engine.hidden(session_id, start, length - 1).float().numpy())
 
 
 def shortened(

@@ -35,16 +35,16 @@ class WispModel:
         for session, tokens in enumerate(self._tokens):
             self._fill(str(session), tokens)
 
-    def _fill(self, session: str, tokens: list[int]) -> None:
+    def _fill(self, session_id: str, tokens: list[int]) -> None:
         """Cache the session's tokens. Whole blocks are copies of the first session's, which saves computing them."""
         engine, length = self._engine, self._cached
         for name, computed in zip(block_names(tokens[:length]), block_names(self._tokens[0][:length]), strict=True):
             content = engine.block(computed)
             if content is not None:
                 engine.adopt(name, content)
-        held = engine.attach(session, tokens[: length + 1])
+        held = engine.attach(session_id, tokens[: length + 1])
         if held < length:
-            engine.forward([Step(session, tokens[held:length], rows=0)])
+            engine.forward([Step(session_id, tokens[held:length], rows=0)])
 
     def once(self, case: EngineCase) -> float:
         """Return the milliseconds of one pass."""

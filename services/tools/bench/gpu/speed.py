@@ -44,12 +44,12 @@ class TransformersSteps:
         auto_class: Any = AutoModelForCausalLM
         with torch_device:
             model = auto_class.from_config(options, dtype=dtype, attn_implementation="sdpa")
-        self._model, self._device = model.eval(), torch_device
+        self._model, self._torch_device = model.eval(), torch_device
 
     def step(self, sessions: int, context: int, new: int) -> Callable[[], object]:
         """Return a step as `kernel_step`."""
         cache = DynamicCache(config=self._model.config)
-        held = torch.ones(sessions, context, dtype=torch.long, device=self._device)
+        held = torch.ones(sessions, context, dtype=torch.long, device=self._torch_device)
         with torch.inference_mode():
             self._model(held, past_key_values=cache, use_cache=True, logits_to_keep=1)
         tokens = held[:, :new]

@@ -41,21 +41,21 @@ class SimulatedCache:
         """Tokens that fit without evicting a session."""
         return (self._blocks - sum(-(-tokens // BLOCK) for tokens in self._cached.values())) * BLOCK
 
-    def cached(self, session: str) -> int:
+    def cached(self, session_id: str) -> int:
         """Return the number of a session's tokens in the cache."""
-        return self._cached.get(session, 0)
+        return self._cached.get(session_id, 0)
 
-    def attach(self, session: str, tokens: Sequence[int]) -> int:
+    def attach(self, session_id: str, tokens: Sequence[int]) -> int:
         """Attach a session; return the number of its tokens in the cache. No two texts share a prefix."""
-        return self._cached.setdefault(session, 0)
+        return self._cached.setdefault(session_id, 0)
 
-    def release(self, session: str) -> None:
+    def release(self, session_id: str) -> None:
         """Release a session."""
-        self._cached.pop(session, None)
+        self._cached.pop(session_id, None)
 
-    def keep(self, session: str, tokens: int) -> None:
+    def keep(self, session_id: str, tokens: int) -> None:
         """Hold a session's first tokens."""
-        self._cached[session] = tokens
+        self._cached[session_id] = tokens
 
 
 class _CentralServer:
