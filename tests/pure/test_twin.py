@@ -194,7 +194,7 @@ if loaded := {{"torch", "transformers"}} & sys.modules.keys():
 
 
 @pytest.mark.parametrize(
-    ("has_logits", "features"), [(False, []), (True, ["grammar", "rules", "logprobs", "reasoning_budget"])]
+    ("has_logits", "features"), [(False, []), (True, ["grammar", "rules", "logprobs", "reasoning_budget_2"])]
 )
 async def test_a_twin_announces_no_features_that_need_logits(
     twin: TwinFolder, has_logits: bool, features: list[str]
