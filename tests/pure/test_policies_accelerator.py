@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+
 import builders
 import pytest
 from test_policies import NOW, pending, queue_of, verifier
@@ -12,6 +14,7 @@ from services.scheduler.core.pool import PendingRound, VerifierState
 from services.scheduler.core.prompts import PROMISE_SHARE
 from services.scheduler.core.wisp_plus import AHEAD_STEPS
 from shared import cost
+from shared.kernels.layout import BLOCK
 
 ACCELERATOR = builders.cost_model("v", (41.8, 0.0, 0.356, 9.9, 100.0, 0.0, 0.024), knee=128, ratio_p90=1.02)
 """Qwen3-32B on an A100, as the estimator fits it."""
@@ -146,3 +149,37 @@ def test_late_rounds_that_need_every_token_do_not_starve_a_prompt() -> None:
 def test_chunks_fill_the_hidden_tokens_to_the_last_one() -> None:
     made = planned([pending("a", due=NOW + 500.0), prompt("p", 600, left_ms=1900.0)])
     assert prompt_tokens(made) == {"prompt-p": HIDDEN - 1}
+
+
+@pytest.mark.parametrize("left_ms", [None, 60.0, 700.0])
+@pytest.mark.parametrize("base", [20, 200, 900])
+@pytest.mark.parametrize(("sessions", "prompts"), [(12, 0), (1, 2), (30, 1)])
+def test_no_round_starves_on_an_accelerator(base: int, left_ms: float | None, sessions: int, prompts: int) -> None:
+    """It competes with sessions that are always late and come back at once, and with prompts in each step."""
+    waits = pending("victim", arrived=NOW, due=None if left_ms is None else NOW + left_ms, base=base)
+    state = verifier({f"s{i}": 199 for i in range(sessions)}, model=ACCELERATOR)
+    state.cached["victim"] = 19 if base == 20 else 0
+    rounds = [late_round(i, NOW) for i in range(sessions)]
+    limits, now, steps = BatchLimits(400.0, 2048, 300.0), NOW, 0
+    for number in count():
+        rounds += [pending(f"prompt-{number}-{i}", arrived=now, due=now + 300.0, base=300) for i in range(prompts)]
+        situation = Situation(state, limits, now, promised_ms=TPOT_MS)
+        made = POLICIES["wisp+"](PolicyOptions()).plan(queue_of([waits, *rounds], state, limits), situation)
+        now += made.predicted_ms
+        for one in made.chosen:
+            if one.prefill_to is not None:
+                state.cached[one.session_id] = one.prefill_to
+            elif one.pending is waits:
+                return
+            else:
+                rounds.remove(one.pending)
+                if one.session_id.startswith("s"):
+                    rounds.append(late_round(int(one.session_id[1:]), now))
+        steps += now > NOW + max(limits.max_wait_ms, left_ms or 0.0)
+        # It is behind what came before it, and each of its blocks may need a step of its own.
+        assert steps <= 4 + base // BLOCK
+
+
+def late_round(number: int, now: float) -> PendingRound:
+    verify = builders.verify(f"s{number}", 3, 200, [1] * 8, acceptance=[0.9] * 8, tpot_ms=TPOT_MS)
+    return PendingRound(verify, now, now - 60_000.0)
