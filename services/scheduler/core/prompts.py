@@ -25,7 +25,7 @@ MOST_TRIED = 64
 PROMISE_SHARE = 0.96
 """Prompts lengthen steps to at most this share of the shortest promised time per token."""
 LEAST_ROOM = 0.25
-"""Prompts count on at least this share of the hidden tokens."""
+"""Prompts count on at least this share of the hidden tokens, and so do those among them that have waited too long."""
 PACE_SHARE = 0.5
 """Prompts are to be computed in this share of the time until they are due: others will arrive meanwhile."""
 
@@ -68,6 +68,17 @@ class PromptPace:
     rounds: Sequence[QueuedRound]
     tokens: int
     """Tokens with which all that can come in time do so, within the longest step that sessions were promised."""
+    starved: int
+    """Prompts at the head of `rounds` that are late and have waited for the longest time."""
+    timely_tokens: int
+    """Tokens of the prompts behind these that can come in time."""
+
+    def starved_tokens(self, room: int, hidden_tokens: int) -> int:
+        """Return how many of a step's `room` tokens the starved prompts get.
+
+        What those that can come in time leave, and at least `LEAST_ROOM` of the hidden tokens.
+        """
+        return min(room, max(ceil(LEAST_ROOM * hidden_tokens), room - self.timely_tokens))
 
 
 def prompt_pace(batch: BatchBuilder, queue: RoundQueue, limits: BatchLimits, promised_ms: float) -> PromptPace:
@@ -86,24 +97,24 @@ def prompt_pace(batch: BatchBuilder, queue: RoundQueue, limits: BatchLimits, pro
         is_starved = waited_ms >= limits.max_wait_ms and batch.start_ms >= _due_ms(queued)
         (starved if is_starved else waiting).append(queued)
     waiting.sort(key=_due_ms)
-    ahead = sum(queued.base for queued in starved)
     others = batch.tokens + queue.short_tokens
+    starved_tokens = ceil(LEAST_ROOM * batch.hidden_tokens) if starved else 0
     longest_ms = max(hidden_ms, min(PROMISE_SHARE * promised_ms, limits.max_batch_ms))
-    timely, late = _in_time(waiting, ahead, batch, others, hidden_ms)
-    in_longer, late_in_longer = _in_time(waiting, ahead, batch, others, longest_ms) if late else (timely, late)
+    timely, late = _in_time(waiting, starved_tokens, batch, others, hidden_ms)
+    in_longer, late_in_longer = (
+        _in_time(waiting, starved_tokens, batch, others, longest_ms) if late else (timely, late)
+    )
     if len(in_longer) > len(timely):
         timely, late = in_longer, late_in_longer
         tokens = _step_tokens(batch, others, longest_ms)
     else:
-        work, rate = ahead, 0.0
+        work, rate = 0, 0.0
         for queued in timely:
             work += queued.base
             rate = max(rate, work / max(hidden_ms, PACE_SHARE * (_due_ms(queued) - batch.start_ms)))
-        tokens = min(rate * hidden_ms, _step_tokens(batch, others, longest_ms))
-    tokens = ceil(tokens)
-    if starved:
-        tokens = max(tokens, min(BLOCK, starved[0].base))
-    return PromptPace([*starved, *timely, *late], tokens)
+        tokens = min(rate * hidden_ms + starved_tokens, _step_tokens(batch, others, longest_ms))
+    timely_tokens = sum(queued.base for queued in timely)
+    return PromptPace([*starved, *timely, *late], ceil(tokens), len(starved), timely_tokens)
 
 
 def _due_ms(queued: QueuedRound) -> float:
@@ -119,15 +130,15 @@ def _step_tokens(batch: BatchBuilder, others: int, step_ms: float) -> float:
 
 
 def _in_time(
-    prompts: Sequence[QueuedRound], ahead: int, batch: BatchBuilder, others: int, step_ms: float
+    prompts: Sequence[QueuedRound], starved_tokens: int, batch: BatchBuilder, others: int, step_ms: float
 ) -> tuple[list[QueuedRound], list[QueuedRound]]:
     """Divide prompts, given by due time, into the most that come in time in steps of this time, and the rest.
 
-    ahead: tokens of other prompts that are computed before them.
+    starved_tokens: tokens of other prompts in each step.
     """
-    rate = _step_tokens(batch, others, step_ms) / step_ms
+    rate = max(1.0, _step_tokens(batch, others, step_ms) - starved_tokens) / step_ms
     longest: list[tuple[int, str]] = []
-    late, work = set(), ahead
+    late, work = set(), 0
     for queued in prompts:
         heappush(longest, (-queued.base, queued.session_id))
         work += queued.base

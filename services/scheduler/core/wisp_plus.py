@@ -95,16 +95,22 @@ class WispPlus(BatchPolicy):
         fill_up = TokenFill(batch, now, self._certain, ahead if pace.rounds else None)
         self._take_rounds(fill_up, queue, now, 0.0)
         most = max(batch.hidden_tokens - batch.tokens + batch.reserved_tokens, pace.tokens)
-        for queued in pace.rounds:
+        starved = pace.starved_tokens(most, batch.hidden_tokens)
+        for number, queued in enumerate(pace.rounds):
+            room = min(most, starved) if number < pace.starved else most
             if most < 1:
                 break
+            if room < 1:
+                continue
             before, reason = batch.tokens - batch.reserved_tokens, slo_reason(queued, now)
-            fits = queued.base + self._certain(queued) <= most
+            fits = queued.base + self._certain(queued) <= room
             if not (fits and batch.take_round(queued, self._certain(queued), reason)) and not batch.take_tokens(
-                queued, reason, most
+                queued, reason, room
             ):
                 break
-            most -= batch.tokens - batch.reserved_tokens - before
+            taken = batch.tokens - batch.reserved_tokens - before
+            most -= taken
+            starved -= taken if number < pace.starved else 0
         batch.release_reserved()
         if most > 0:
             fill_up.take_spare()
