@@ -11,10 +11,9 @@ from test_policies import NOW, pending, queue_of, verifier
 from services.scheduler.core.batching import BatchLimits, BatchPlan, hidden_tokens
 from services.scheduler.core.policies import POLICIES, PolicyOptions, Situation
 from services.scheduler.core.pool import PendingRound, VerifierState
-from services.scheduler.core.prompts import PROMISE_SHARE
+from services.scheduler.core.prompts import LEAST_ROOM, PROMISE_SHARE
 from services.scheduler.core.wisp_plus import AHEAD_STEPS
 from shared import cost
-from shared.kernels.layout import BLOCK
 
 ACCELERATOR = builders.cost_model("v", (41.8, 0.0, 0.356, 9.9, 100.0, 0.0, 0.024), knee=128, ratio_p90=1.02)
 """Qwen3-32B on an A100, as the estimator fits it."""
@@ -117,6 +116,15 @@ def test_a_late_prompt_goes_first_once_it_has_waited_for_the_longest_time() -> N
     assert next(iter(prompt_tokens(made))) == "prompt-late"
 
 
+@pytest.mark.parametrize(("timely", "late_tokens"), [(1800, LEAST_ROOM * HIDDEN), (40, HIDDEN - 40)])
+def test_a_prompt_that_waited_too_long_leaves_the_others_what_they_need(timely: int, late_tokens: int) -> None:
+    """It is late in any case; were it to take the whole step, the others would be as well, one after the other."""
+    late = prompt("late", 3000, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)
+    made = prompt_tokens(planned([late, prompt("timely", timely, left_ms=900.0)]))
+    assert made["prompt-late"] == pytest.approx(late_tokens, abs=2)
+    assert made["prompt-timely"] >= min(timely, HIDDEN - late_tokens - 2)
+
+
 def test_a_prompt_promised_more_than_the_longest_wait_keeps_its_turn() -> None:
     patient = prompt("patient", 1200, left_ms=5000.0, waited_ms=LIMITS.max_wait_ms + 100)
     assert list(prompt_tokens(planned([patient, prompt("soon", 1200, left_ms=700.0)]))) == ["prompt-soon"]
@@ -130,7 +138,7 @@ def test_a_prompt_with_time_beyond_the_longest_wait_is_not_given_up() -> None:
 
 def test_prompts_behind_one_that_waited_too_long_make_up_for_it() -> None:
     late = prompt("late", 2000, left_ms=-1000.0, waited_ms=LIMITS.max_wait_ms)
-    behind = prompt("behind", 1500, left_ms=1500.0)
+    behind = prompt("behind", 1900, left_ms=1500.0)
     assert planned([behind]).predicted_ms <= STEP_MS + 0.2
     assert planned([late, behind]).predicted_ms > STEP_MS + 1
 
@@ -176,8 +184,8 @@ def test_no_round_starves_on_an_accelerator(base: int, left_ms: float | None, se
                 if one.session_id.startswith("s"):
                     rounds.append(late_round(int(one.session_id[1:]), now))
         steps += now > NOW + max(limits.max_wait_ms, left_ms or 0.0)
-        # It is behind what came before it, and each of its blocks may need a step of its own.
-        assert steps <= 4 + base // BLOCK
+        # It is behind the prompts that came with it, and gets a quarter of each step's hidden tokens at least.
+        assert steps <= 4 + (base + 300 * prompts) / (LEAST_ROOM * HIDDEN)
 
 
 def late_round(number: int, now: float) -> PendingRound:

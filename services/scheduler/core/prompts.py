@@ -85,8 +85,9 @@ def prompt_pace(batch: BatchBuilder, queue: RoundQueue, limits: BatchLimits, pro
     """Return the pace of prompts in a step whose weights' loading hides arithmetic.
 
     Where not all can come in time, the longest ones wait behind the others, so that as many as possible do (the rule of
-    Moore and Hodgson, Management Science 15(1), 1968), until they are due and have waited for the longest time. Those
-    go first, and the others' pace makes up for it.
+    Moore and Hodgson, Management Science 15(1), 1968), until they are due and have waited for the longest time. From
+    then on they have a part of each step: the whole step would make prompts late that can still come in time, and these
+    would have to go first in their turn.
     promised_ms: shortest time per token that a session of the verifier was promised.
     """
     hidden_ms = batch.hidden_ms
@@ -101,9 +102,7 @@ def prompt_pace(batch: BatchBuilder, queue: RoundQueue, limits: BatchLimits, pro
     starved_tokens = ceil(LEAST_ROOM * batch.hidden_tokens) if starved else 0
     longest_ms = max(hidden_ms, min(PROMISE_SHARE * promised_ms, limits.max_batch_ms))
     timely, late = _in_time(waiting, starved_tokens, batch, others, hidden_ms)
-    in_longer, late_in_longer = (
-        _in_time(waiting, starved_tokens, batch, others, longest_ms) if late else (timely, late)
-    )
+    in_longer, late_in_longer = _in_time(waiting, starved_tokens, batch, others, longest_ms) if late else (timely, late)
     if len(in_longer) > len(timely):
         timely, late = in_longer, late_in_longer
         tokens = _step_tokens(batch, others, longest_ms)
