@@ -133,6 +133,14 @@ class Load(Message):
     Unlike `utilization`, it leaves out the fixed time of a batch, which more verifiers do not shorten. 0 from a
     scheduler of a version without it.
     """
+    room_tokens_per_ms: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    """Tokens per millisecond that a verifier computes in steps that keep its sessions' promises, where loading the
+    weights hides the arithmetic of a step's first tokens (an accelerator). None elsewhere, and from a scheduler of a
+    version without it.
+
+    Steps of an accelerator take most of the promised time however few sessions there are, so `utilization` says nothing
+    about room for more of them there, and `demand` counts instead.
+    """
     fixed_ms: Milliseconds = 0.0
     """Time of a batch apart from its rounds' own time."""
     period_ms: Milliseconds | None = None

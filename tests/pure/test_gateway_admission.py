@@ -84,6 +84,19 @@ def test_a_session_adds_its_rounds_and_a_shorter_period() -> None:
     assert promised(load(period_ms=None, utilization=0.0), [100.0], []) == pytest.approx(0.05 + 1.5 * 0.2)
 
 
+def test_an_accelerator_has_room_for_many_sessions_whose_promise_is_nearly_a_step() -> None:
+    """By the time of a step, the first session would take more than the verifier has."""
+    near = {"fixed_ms": 42.0, "round_ms": 0.1, "utilization": 1.26, "demand": 0.2, "tokens_per_round": 1.0}
+    strict = demand("priority", Slo(ttft_ms=5000, tpot_ms=50.0))
+    assert admission(load(**near)).ask(strict, 0) is not None
+    accelerator = load(**near, room_tokens_per_ms=2.5)
+    assert promised(accelerator, [50.0, None], []) == pytest.approx(0.2 + 1 / 50 / 2.5)
+    assert promised(accelerator, [], [50.0, 50.0, None]) == pytest.approx(0.2 - 2 / 50 / 2.5)
+    assert promised(accelerator, [41.0], []) == 0.2, "it could not keep this promise for a lone session"
+    assert take_all(admission(accelerator), strict, 200) == 100
+    assert take_all(admission(accelerator), demand("flex", strict.slo), 200) == 75
+
+
 def test_drafting_and_messages_leave_less_time_for_batches() -> None:
     reported = load(period_ms=None, utilization=0.0)
     away = reported.model_copy(update={"away_ms": 100.0})
@@ -291,6 +304,8 @@ loads = st.builds(
     first_come=st.booleans(),
     verifiers=st.integers(0, 5),
     utilization=st.floats(0, 2),
+    demand=st.floats(0, 2),
+    room_tokens_per_ms=st.none() | st.floats(0.001, 10.0),
     fixed_ms=times,
     period_ms=st.none() | times,
     round_ms=times,
@@ -361,7 +376,11 @@ def test_a_refused_request_is_refused_under_more_load(
     more_ms: float,
 ) -> None:
     heavier = reported.model_copy(
-        update={"utilization": reported.utilization + more, "backlog_ms": reported.backlog_ms + more_ms}
+        update={
+            "utilization": reported.utilization + more,
+            "demand": reported.demand + more,
+            "backlog_ms": reported.backlog_ms + more_ms,
+        }
     )
     if busy(reported, sessions).ask(demand(name, slo, asked), 30) is not None:
         assert busy(heavier, sessions).ask(demand(name, slo, asked), 30) is not None
@@ -376,7 +395,7 @@ def test_between_two_loads_no_class_exceeds_its_share(
     all_of_them = [slo.tpot_ms] * (taken * len(asked))
     if not any(shown.sessions for shown in reported.classes):
         # The share used by ended sessions is free, and the first request may fill it by itself.
-        reported = reported.model_copy(update={"utilization": 0.0, "period_ms": None})
+        reported = reported.model_copy(update={"utilization": 0.0, "demand": 0.0, "period_ms": None})
     if taken > 1 and reported.verifiers and promised(reported, [slo.tpot_ms], []) > 0:
         assert promised(reported, all_of_them, []) <= CLASSES[name].admit_to
 

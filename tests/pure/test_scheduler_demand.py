@@ -37,6 +37,14 @@ def test_a_session_near_the_promise_demands_little_of_an_accelerator() -> None:
     assert one.utilization > 0.8
 
 
+def test_only_an_accelerator_tells_gateways_its_room() -> None:
+    """128 tokens in steps of 50 ms, and what the last 5 ms hold."""
+    room = load_of(3).room_tokens_per_ms
+    assert room == pytest.approx((128 + 5 / 0.36) / 50, rel=0.1)
+    assert load_of(3).demand == pytest.approx(3 / 50 / room)
+    assert dispatcher("wisp+").load(1.0).room_tokens_per_ms is None
+
+
 def test_demand_grows_with_sessions_and_falls_with_verifiers() -> None:
     one, ten = load_of(1), load_of(10)
     assert ten.demand == pytest.approx(10 * one.demand)

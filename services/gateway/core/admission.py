@@ -11,6 +11,11 @@ verifiers' time
 
     (round_ms / need  +  fixed_ms / period - fixed_ms / period_ms, if period is shorter than period_ms) / verifiers
 
+Where loading the weights hides arithmetic, a step takes most of the promised time however few sessions there are, and
+its room counts instead of its time: the share is the Load's `demand`, and a session adds the tokens that it is promised
+
+    1 / tpot_ms / room_tokens_per_ms / verifiers
+
 SLOs of a class are promised while the sum is at most its `admit_to`. The predicted time to the first token is the
 elapsed time, the queueing time, the prompt (tokens x prefill_ms) and one round. The queueing time is the backlog; with
 a policy by deadlines, only the backlog of the request's own class and of classes with the same or a higher `admit_to`.
@@ -187,7 +192,7 @@ class Admission:
         shown = sum(of_class.sessions for of_class in load.classes) - len(gone)
         if shown <= 0:
             # The promised share of the Load belonged to sessions that have ended, or to past prompts.
-            load, gone = load.model_copy(update={"utilization": 0.0, "period_ms": None}), []
+            load, gone = load.model_copy(update={"utilization": 0.0, "demand": 0.0, "period_ms": None}), []
         own: list[float | None] = [slo.tpot_ms] * len(demand.prompts)
         before = promised(load, unseen, gone)
         after = promised(load, unseen + own, gone)
@@ -240,6 +245,13 @@ def promised(load: Load, started: Iterable[float | None], ended: Iterable[float 
     It is the Load's, plus the `started` sessions that the Load lacks, minus the `ended` ones. Each is given by its
     `tpot_ms`, None for best effort.
     """
+    if (room := load.room_tokens_per_ms) is not None:
+        least_ms = load.fixed_ms + load.round_ms
+        shares = [
+            sum(1.0 / tpot_ms / room for tpot_ms in tpots_ms if tpot_ms and tpot_ms * load.tokens_per_round >= least_ms)
+            for tpots_ms in (started, ended)
+        ]
+        return max(0.0, round(load.demand + (shares[0] - shares[1]) / load.verifiers, 9))
     needs = _needs(load, started)
     rounds = sum(load.round_ms / need for need in needs) - sum(load.round_ms / need for need in _needs(load, ended))
     alone_ms = load.fixed_ms + load.round_ms

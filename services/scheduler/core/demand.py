@@ -58,15 +58,14 @@ def demand(model: CostModel, needs: Iterable[SessionNeed], prompt_share: float) 
 
     prompt_share: predicted time of the prompts that arrive in some time, as a share of it.
     """
-    rate, step_ms = prompt_share / _row_ms(model, hidden=False), inf
-    for need in needs:
-        rate += need.tokens_per_ms
-        step_ms = min(step_ms, need.step_ms)
-    return rate / _most_tokens_per_ms(model, step_ms)
+    needs = list(needs)
+    rate = prompt_share / _row_ms(model, hidden=False) + sum(need.tokens_per_ms for need in needs)
+    return rate / room_tokens_per_ms(model, needs)
 
 
-def _most_tokens_per_ms(model: CostModel, step_ms: float) -> float:
-    """Return the tokens per millisecond of steps of this length, each token of a session of typical length."""
+def room_tokens_per_ms(model: CostModel, needs: Iterable[SessionNeed]) -> float:
+    """Return the most tokens per millisecond in steps that keep these promises, each of a session of typical length."""
+    step_ms = min((need.step_ms for need in needs), default=inf)
     later_ms = _row_ms(model, hidden=False)
     if step_ms == inf:
         return 1.0 / later_ms

@@ -6,7 +6,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from services.scheduler.core.demand import SessionNeed, demand, session_need
+from services.scheduler.core.batching import hidden_tokens
+from services.scheduler.core.demand import SessionNeed, demand, room_tokens_per_ms, session_need
 from services.scheduler.core.fleet import VerifierFleet
 from services.scheduler.core.pool import FIRST_ROUNDS, ActiveSession, VerifierState
 from services.scheduler.core.round_queue import added_ms
@@ -144,9 +145,9 @@ def load_message(
     if not usable:
         return message
     curve = verify_curve(usable, averages, draft_cap)
-    figures = {
+    figures: dict[str, object] = {
         **_verifier_figures(usable, fleet, averages, now_ms),
-        "demand": _demand(usable, fleet, averages, runs=runs),
+        **_demand_figures(usable, fleet, averages, runs=runs),
         "verify_ms": curve,
         "run_ms": curve[0] if runs else None,
         "runs_copy": runs and copies,
@@ -206,8 +207,10 @@ def _verifier_figures(
     }
 
 
-def _demand(usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAverages, *, runs: bool) -> float:
-    """Return the mean demand on the usable verifiers."""
+def _demand_figures(
+    usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAverages, *, runs: bool
+) -> dict[str, float | None]:
+    """Return the mean demand on the usable verifiers and their mean room, as fields of `Load`."""
     by_id = {v.verifier_id: v for v in usable}
     needs: dict[str, list[SessionNeed]] = {verifier_id: [] for verifier_id in by_id}
     for session in fleet.sessions.values():
@@ -224,7 +227,13 @@ def _demand(usable: list[VerifierState], fleet: VerifierFleet, averages: LoadAve
         if need is not None:
             needs[session.verifier_id].append(need)
     prompts = averages.prompt_ms / WINDOW_MS / len(usable)
-    return sum(demand(v.model, needs[v.verifier_id], prompts) for v in usable) / len(usable)
+    hides = all(hidden_tokens(v.model) for v in usable)
+    return {
+        "demand": sum(demand(v.model, needs[v.verifier_id], prompts) for v in usable) / len(usable),
+        "room_tokens_per_ms": sum(room_tokens_per_ms(v.model, needs[v.verifier_id]) for v in usable) / len(usable)
+        if hides
+        else None,
+    }
 
 
 def _needed_periods(
