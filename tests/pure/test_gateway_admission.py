@@ -84,7 +84,7 @@ def test_a_session_adds_its_rounds_and_a_shorter_period() -> None:
     assert promised(load(period_ms=None, utilization=0.0), [100.0], []) == pytest.approx(0.05 + 1.5 * 0.2)
 
 
-def test_an_accelerator_has_room_for_many_sessions_whose_promise_is_nearly_a_step() -> None:
+def test_an_accelerator_has_room_where_a_promise_is_nearly_a_step() -> None:
     """By the time of a step, the first session would take more than the verifier has."""
     near = {"fixed_ms": 42.0, "round_ms": 0.1, "utilization": 1.26, "demand": 0.2, "tokens_per_round": 1.0}
     strict = demand("priority", Slo(ttft_ms=5000, tpot_ms=50.0))
