@@ -148,6 +148,7 @@ class ServicesStub:
         self._answer = answer
         self._sessions: deque[tuple[Generate, int]] = deque()
         """Running sessions with the number of their tokens, in the order of their turns."""
+        self._begun: set[str] = set()
         self.sent = SentTokens()
         self.tokens = 0
         self._heartbeat = Heartbeat(
@@ -209,6 +210,9 @@ class ServicesStub:
 
     async def _begin(self, message: Message) -> None:
         assert isinstance(message, Generate)
+        if message.session in self._begun:  # RabbitMQ delivers at least once
+            return
+        self._begun.add(message.session)
         self.sent.at_s[message.session] = []
         self._sessions.append((message, 0))
 
