@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import re
 import socket
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from functools import partial
 from secrets import token_hex
 from time import monotonic, time
 from typing import Any
@@ -88,8 +89,9 @@ def create_app(gateway: Gateway) -> ASGIApp:
     app.add_exception_handler(Exception, _crash)
     _add_models(app, gateway)
     _add_generation(app, gateway)
-    _add_operations(app, gateway)
-    add_page(app, gateway.feed, gateway.settings.allowed_origins)
+    described = partial(document, installed_version(), keys=gateway.keys is not None)
+    _add_operations(app, gateway, described)
+    add_page(app, gateway.feed, described, gateway.settings.allowed_origins)
     add_tokens(app, gateway)
     add_responses(app, gateway)
     add_messages(app, gateway)
@@ -154,14 +156,13 @@ def _add_models(app: FastAPI, gateway: Gateway) -> None:
         return JSONResponse(model)
 
 
-def _add_operations(app: FastAPI, gateway: Gateway) -> None:
+def _add_operations(app: FastAPI, gateway: Gateway, described: Callable[[], dict[str, Any]]) -> None:
     """Add the routes for probes and Prometheus, and the API's document."""
 
     @app.api_route("/openapi.json", methods=READ)
     async def openapi() -> JSONResponse:
         # In a thread, so that no stream waits for it.
-        described = await asyncio.to_thread(document, installed_version(), keys=gateway.keys is not None)
-        return JSONResponse(described)
+        return JSONResponse(await asyncio.to_thread(described))
 
     @app.api_route("/health", methods=READ)
     async def health() -> JSONResponse:

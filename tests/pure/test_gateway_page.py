@@ -20,8 +20,9 @@ from patience import HANG_S
 from test_gateway_app import App
 
 from services.gateway.keys import new_key, render
+from services.gateway.openapi import document
 from services.gateway.page import documents, feed
-from services.gateway.page.documents import INDEX, ROOT, SECTIONS, Documents
+from services.gateway.page.documents import INDEX, REFERENCE, ROOT, SECTIONS, Documents
 from services.gateway.page.files import STATIC, static_files
 from shared.errors import BrokersError
 from shared.messages import Job
@@ -210,10 +211,28 @@ async def test_every_page_of_the_repository_is_served(app: PacedApp) -> None:
     assert set(served.paths) == repository
     assert served.paths[0] == INDEX
     assert served.sections.keys() == SECTIONS.keys(), "each page has a section"
-    assert {path for paths in SECTIONS.values() for path in paths} == repository
+    assert {path for paths in SECTIONS.values() for path in paths} == repository | {REFERENCE}
     async with await client(app) as http:
         first = await http.get("/docs")
         assert (first.status_code, first.headers["location"]) == (307, "/docs/README.md")
+        listed = Elements(first_page := (await http.get("/docs/README.md")).text).values("href")
+        assert {f"/docs/{path}" for path in (*repository, REFERENCE)} <= set(listed), first_page
+
+
+async def test_the_api_has_a_page_of_its_paths_options_and_errors(app: PacedApp) -> None:
+    async with await client(app) as http:
+        answer = await http.get(f"/docs/{REFERENCE}")
+        described = (await http.get("/openapi.json")).json()
+    assert answer.status_code == 200
+    page = answer.text
+    for path, operations in described["paths"].items():
+        for method in operations.keys() - {"head"}:
+            assert f"<code>{method.upper()} {path}</code></h3>" in page
+    for name, schema in described["components"]["schemas"].items():
+        assert f'<h3 id="{name.lower()}">{name}</h3>' in page
+        assert [field for field in schema.get("properties", {}) if f"<td><code>{field}</code></td>" not in page] == []
+    assert "number (at least 0, at most 2) or null" in page
+    assert "try again after Retry-After seconds" in page
 
 
 def test_an_installed_package_serves_no_pages_of_other_packages(
@@ -229,7 +248,8 @@ def test_an_installed_package_serves_no_pages_of_other_packages(
 
 
 def test_links_between_the_served_pages_lead_somewhere() -> None:
-    served = Documents()
+    served = Documents(described=lambda: document("1", keys=True))
+    assert REFERENCE in served.paths
     made = {path: Elements((served.html(path) or b"").decode()) for path in served.paths}
     broken = []
     for path, page in made.items():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import posixpath
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from html import escape
 from importlib.metadata import PackageNotFoundError, metadata
 from itertools import pairwise
@@ -14,6 +14,8 @@ from typing import Any
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
+from services.gateway.page.reference import TITLE, reference
+
 ROOT = Path(__file__).resolve().parents[3]
 """The checkout, or the folder into which the packages are installed."""
 FOLDERS = ("services", "shared")
@@ -21,8 +23,16 @@ FOLDERS = ("services", "shared")
 CHECKOUT_FOLDERS = (*FOLDERS, "docker", "k8s")
 """Folders with pages in a checkout. An installed package may have others' folders of these names beside it."""
 INDEX = "README.md"
+REFERENCE = "api-reference"
+"""Path of the page that is made from the OpenAPI document."""
 SECTIONS = {
-    "Use": (INDEX, "services/gateway/README.md", "services/scheduler/README.md", "shared/engine/MODELS.md"),
+    "Use": (
+        INDEX,
+        "services/gateway/README.md",
+        REFERENCE,
+        "services/scheduler/README.md",
+        "shared/engine/MODELS.md",
+    ),
     "Operate": (
         "docker/README.md",
         "k8s/README.md",
@@ -58,9 +68,17 @@ _EXTERNAL = re.compile(r"[a-z][a-z0-9+.-]*:", re.IGNORECASE)
 class Documents:
     """The pages by path. Each is rendered when it is first asked for."""
 
-    def __init__(self, sources: Mapping[str, str] | None = None) -> None:
-        """sources: the pages' Markdown by path; by default the repository's."""
+    def __init__(
+        self, sources: Mapping[str, str] | None = None, described: Callable[[], Mapping[str, Any]] | None = None
+    ) -> None:
+        """sources: the pages' Markdown by path; by default the repository's. described: returns the OpenAPI document,
+        for a page of its own.
+        """
         self._sources = sources if sources is not None else dict(_sources())
+        self._titles = {path: _title(text) or path for path, text in self._sources.items()}
+        self._described = described
+        if described is not None:
+            self._titles[REFERENCE] = TITLE
         self._made: dict[str, bytes] = {}
         self._pictures = {
             _beside(name, page) for page, text in self._sources.items() for name in _PICTURE.findall(text)
@@ -78,9 +96,9 @@ class Documents:
     @property
     def sections(self) -> dict[str, list[str]]:
         """Paths of the pages by section. Pages without one come last, in alphabetical order."""
-        found = {name: [path for path in paths if path in self._sources] for name, paths in SECTIONS.items()}
+        found = {name: [path for path in paths if path in self._titles] for name, paths in SECTIONS.items()}
         placed = {path for paths in found.values() for path in paths}
-        found[OTHERS] = sorted(self._sources.keys() - placed)
+        found[OTHERS] = sorted(self._titles.keys() - placed)
         return {name: paths for name, paths in found.items() if paths}
 
     def picture(self, path: str) -> bytes | None:
@@ -93,8 +111,8 @@ class Documents:
             return None
 
     def html(self, path: str) -> bytes | None:
-        """Return a page as HTML; None if there is none of this path."""
-        if path not in self._sources:
+        """Return a page as HTML; None if there is none of this path. The first time takes up to half a second."""
+        if path not in self._titles:
             return None
         if path not in self._made:
             self._made[path] = self._page(path).encode()
@@ -106,11 +124,15 @@ class Documents:
         return self._framed(f"Page not found · {BRAND}", body).encode()
 
     def _page(self, path: str) -> str:
-        tokens = self._markdown.parse(self._sources[path])
-        title = _title(self._sources[path]) or path
+        text = self._sources.get(path)
+        if text is None:
+            assert self._described is not None
+            text = reference(self._described())
+        tokens = self._markdown.parse(text)
+        title = self._titles[path]
         name = title if title == BRAND else f"{title} · {BRAND}"
         _name_headings(tokens)
-        _lead_links(tokens, path, self._sources)
+        _lead_links(tokens, path, self._titles)
         body = self._markdown.renderer.render(tokens, self._markdown.options, {})
         return self._framed(name, body, path)
 
@@ -124,7 +146,7 @@ class Documents:
     def _links(self, paths: Sequence[str], current: str | None) -> str:
         return "\n".join(
             f'<li><a href="{PREFIX}{path}"{" aria-current=page" if path == current else ""}>'
-            f"{escape(_title(self._sources[path]) or path)}</a></li>"
+            f"{escape(self._titles[path])}</a></li>"
             for path in paths
         )
 
@@ -213,7 +235,7 @@ _FRAME = """<!doctype html>
 <a class="skip" href="#text">Skip to the text</a>
 <header class="top"><a class="brand" href="/"><img src="/page/icon.svg" alt="" width="22" height="22">WISP</a>
 <nav aria-label="Main"><a href="/">Playground</a><a href="/docs" aria-current="true">Docs</a>
-<a href="/openapi.json">OpenAPI</a></nav></header>
+<a href="/docs/api-reference">API reference</a></nav></header>
 <div class="shelf">
 <nav class="pages" aria-label="Pages">
 {listed}

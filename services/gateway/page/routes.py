@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
-from functools import cache
+import asyncio
+from collections.abc import Callable, Collection, Mapping
+from functools import cache, partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import PurePosixPath
+from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, RedirectResponse, Response
@@ -22,10 +24,13 @@ READ = ["GET", "HEAD"]
 FEED_PATH = "/fleet/events"
 
 
-def add_page(app: FastAPI, feed: FleetFeed | None, origins: Collection[str] = ()) -> None:
+def add_page(
+    app: FastAPI, feed: FleetFeed | None, described: Callable[[], Mapping[str, Any]], origins: Collection[str] = ()
+) -> None:
     """Add the routes of the page. Without a feed, the fleet view says so.
 
-    origins: those whose pages may open the feed. Other pages cannot read it, but could hold connections open.
+    described: returns the OpenAPI document. origins: those whose pages may open the feed. Other pages cannot read it,
+    but could hold connections open.
     """
     files = static_files()
 
@@ -52,11 +57,11 @@ def add_page(app: FastAPI, feed: FleetFeed | None, origins: Collection[str] = ()
             raise ApiError(404, "this server has no fleet: it serves a baseline", code="no_fleet")
         return FeedResponse(feed)
 
-    _add_documents(app)
+    _add_documents(app, described)
 
 
-def _add_documents(app: FastAPI) -> None:
-    documents = cache(Documents)
+def _add_documents(app: FastAPI, described: Callable[[], Mapping[str, Any]]) -> None:
+    documents = cache(partial(Documents, described=described))
 
     @app.api_route("/docs", methods=READ)
     async def first() -> Response:
@@ -64,7 +69,8 @@ def _add_documents(app: FastAPI) -> None:
 
     @app.api_route("/docs/{path:path}", methods=READ)
     async def document(path: str, request: Request) -> Response:
-        if (html := documents().html(path)) is not None:
+        # In a thread, so that no stream waits for a page that is made.
+        if (html := await asyncio.to_thread(lambda: documents().html(path))) is not None:
             return ServedFile(html, MEDIA_TYPES[".html"]).response(request)
         media_type = MEDIA_TYPES.get(PurePosixPath(path).suffix)
         if media_type is not None and (picture := documents().picture(path)) is not None:
