@@ -244,7 +244,7 @@ class Peer:
 
     async def _commit(self, result: Result) -> bool:
         commit = Commit(
-            session=result.session,
+            session_id=result.session,
             round=result.round,
             base_len=result.base_len,
             accepted=result.accepted,

@@ -52,7 +52,7 @@ def measure_batch(engine: TargetEngine, batch: ProfileBatch) -> float:
     engine.forward(steps).wait()
     elapsed_ms = (time.perf_counter() - started) * 1000
     for step in steps:
-        engine.release(step.session)
+        engine.release(step.session_id)
     return elapsed_ms
 
 

@@ -68,7 +68,7 @@ class Replying:
         if not reply.cancelled() and (error := reply.exception()) is not None:
             self._log.error("replying to a step failed", error=repr(error), exc_info=error)
             jobs = [*(job for job, _ in work.tasks), *work.stale]
-            self._forget([job.session for job in jobs] + [report.commit.session for report in work.reports])
+            self._forget([job.session for job in jobs] + [report.commit.session_id for report in work.reports])
         self.reply_soon(StepWork(reports=self._runs.due(time.monotonic() * 1000, between_steps=False)))
 
     async def _reply(self, work: StepWork) -> None:
@@ -135,7 +135,7 @@ class Replying:
         except (BrokersError, Fenced) as error:
             # An unreachable Redis may have committed or not.
             self._log.warning("results dropped", error=str(error))
-            self._forget([one.job.session for one in commits] + [report.commit.session for report in work.reports])
+            self._forget([one.job.session for one in commits] + [report.commit.session_id for report in work.reports])
             return None
         self._log.debug("batch committed")
         return answers
@@ -170,7 +170,7 @@ class Replying:
     def _apply_report(self, report: RunReport, answer: Committed) -> list[str]:
         """Update a run and its session from the answer to a report; return the session if it has ended."""
         metrics.COMMITS.labels(answer.outcome).inc()
-        session_id = report.commit.session
+        session_id = report.commit.session_id
         if answer.ended:
             self._runs.drop(report.run)
             return [session_id]

@@ -88,7 +88,7 @@ def _verify_at_once(
         return done, [cost.EMPTY]
     with nullcontext() if grammars is None else grammars.masks_ahead(chains):
         output = engine.forward(computed)
-    shape = cost.shape_of((len(step.tokens), engine.cached(step.session), step.rows) for step in computed)
+    shape = cost.shape_of((len(step.tokens), engine.cached(step.session_id), step.rows) for step in computed)
 
     rounds = [i for i, step in enumerate(steps) if step.rows]
     starts = {}

@@ -251,7 +251,7 @@ class Engine:
         Raises NotAttached, TooLong, CacheFull or BadStep; then no session has changed.
         """
         self._check(steps)
-        growth = self._pool.grow({step.session: len(step.tokens) for step in steps})
+        growth = self._pool.grow({step.session_id: len(step.tokens) for step in steps})
         try:
             self._clear_fresh(growth)
             for source, target in growth.copies:
@@ -265,7 +265,7 @@ class Engine:
             self._pool.undo(growth)
             raise
         for step in steps:
-            self._pool.append(step.session, step.tokens)
+            self._pool.append(step.session_id, step.tokens)
         return output
 
     def _clear_fresh(self, growth: Growth) -> None:
@@ -278,29 +278,29 @@ class Engine:
                 self._tainted.discard(block)
 
     def _check(self, steps: Sequence[Step]) -> None:
-        if not steps or len({step.session for step in steps}) < len(steps):
+        if not steps or len({step.session_id for step in steps}) < len(steps):
             raise BadStep(f"{len(steps)} steps: give at least one, and only one per session")
         for step in steps:
             count = len(step.tokens)
             if not isinstance(step.rows, int) or not 0 <= step.rows <= count or not count:
                 raise BadStep(
-                    f"session {step.session}: {step.rows} logit rows of {count} new tokens; feed at least one"
+                    f"session {step.session_id}: {step.rows} logit rows of {count} new tokens; feed at least one"
                 )
             try:
                 array("q", step.tokens)
             except (TypeError, OverflowError) as error:
-                raise BadStep(f"session {step.session}: token ids must be integers ({error})") from error
+                raise BadStep(f"session {step.session_id}: token ids must be integers ({error})") from error
             if min(step.tokens) < 0 or max(step.tokens) >= self.vocab_size:
-                raise BadStep(f"session {step.session}: token ids must be from 0 to {self.vocab_size - 1}")
-            length = self.cached(step.session) + count
+                raise BadStep(f"session {step.session_id}: token ids must be from 0 to {self.vocab_size - 1}")
+            length = self.cached(step.session_id) + count
             if length > self.max_len:
                 raise TooLong(
-                    f"session {step.session} would have {length} tokens, the model's context is {self.max_len}; "
+                    f"session {step.session_id} would have {length} tokens, the model's context is {self.max_len}; "
                     "shorten the prompt or ask for fewer tokens"
                 )
 
     def _compute(self, steps: Sequence[Step]) -> Output:
-        starts = [self.cached(step.session) for step in steps]
+        starts = [self.cached(step.session_id) for step in steps]
         counts = [len(step.tokens) for step in steps]
         tokens: list[int] = []
         wanted: list[int] = []
@@ -309,12 +309,12 @@ class Engine:
             tokens.extend(step.tokens)
             wanted.extend(range(len(tokens) - step.rows, len(tokens)))
             offsets.append(len(wanted))
-        batch = PackedBatch([self._pool.table(step.session) for step in steps], starts, counts)
+        batch = PackedBatch([self._pool.table(step.session_id) for step in steps], starts, counts)
         logits, states = self._pass.run(tokens, batch, wanted)
         if not torch.isfinite(states.sum()):
             self._tainted.update(block for table in batch.tables for block in table)
         if self._hidden is not None:
-            spans = [(step.session, start, count) for step, start, count in zip(steps, starts, counts, strict=True)]
+            spans = [(step.session_id, start, count) for step, start, count in zip(steps, starts, counts, strict=True)]
             self._hidden[self._slots(spans)] = states.to(self._hidden.dtype)
         return Output(logits, offsets)
 

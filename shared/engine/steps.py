@@ -13,7 +13,7 @@ from shared.sampling.rules import LogitsProcessor
 class Step:
     """One session's part of a forward pass: new tokens after the cached ones, with logits for the last `rows`."""
 
-    session: str
+    session_id: str
     tokens: Sequence[int]
     rows: int = 1
 

@@ -25,7 +25,7 @@ class CommitOutcome(StrEnum):
 class Commit:
     """Tokens of one job to append to its session."""
 
-    session: str
+    session_id: str
     round: int
     base_len: int
     accepted: int

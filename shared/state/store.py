@@ -186,9 +186,9 @@ class Store:
             arithmetic,
         ]
         for c in commits:
-            keys += [self._session(c.session), self._tokens(c.session), self._logprobs(c.session)]
+            keys += [self._session(c.session_id), self._tokens(c.session_id), self._logprobs(c.session_id)]
             tokens = _pack(c.tokens)
-            arguments += [c.session, c.round, c.base_len, c.accepted, c.finish or "", c.cached, tokens, c.logprobs]
+            arguments += [c.session_id, c.round, c.base_len, c.accepted, c.finish or "", c.cached, tokens, c.logprobs]
         answers = await self._call(self._commit(keys=keys, args=arguments))
         if answers is None:
             raise Fenced(f"{verifier_id} was away for too long: its lease {lease} has expired")

@@ -128,16 +128,16 @@ class TwinEngine:
         Raises NotAttached, TooLong, CacheFull or BadStep; then no session has changed.
         """
         started_s = time.perf_counter()
-        if not steps or len({step.session for step in steps}) < len(steps):
+        if not steps or len({step.session_id for step in steps}) < len(steps):
             raise BadStep(f"{len(steps)} steps: give at least one, and only one per session")
         for step in steps:
             if not step.tokens or not 0 <= step.rows <= len(step.tokens):
-                raise BadStep(f"session {step.session}: {step.rows} logit rows of {len(step.tokens)} new tokens")
-            if (length := self.cached(step.session) + len(step.tokens)) > self.max_len:
-                raise TooLong(f"session {step.session} would have {length} tokens, the context is {self.max_len}")
-        self._pool.grow({step.session: len(step.tokens) for step in steps})
+                raise BadStep(f"session {step.session_id}: {step.rows} logit rows of {len(step.tokens)} new tokens")
+            if (length := self.cached(step.session_id) + len(step.tokens)) > self.max_len:
+                raise TooLong(f"session {step.session_id} would have {length} tokens, the context is {self.max_len}")
+        self._pool.grow({step.session_id: len(step.tokens) for step in steps})
         for step in steps:
-            self._pool.append(step.session, step.tokens)
-        shape = cost.shape_of((len(step.tokens), self.cached(step.session), step.rows) for step in steps)
+            self._pool.append(step.session_id, step.tokens)
+        shape = cost.shape_of((len(step.tokens), self.cached(step.session_id), step.rows) for step in steps)
         wait_for_step(started_s, self.profile.time_ms(shape))
         return TwinOutput(self._text)

@@ -88,7 +88,7 @@ class Case:
         for i, (step, bits) in enumerate(zip(steps, wanted, strict=True)):
             got = output.logits[output.rows(i)]
             differing = int((got != bits).sum())
-            assert differing == 0, f"{step.session}: {differing} logits differ, by up to {(got - bits).abs().max()}"
+            assert differing == 0, f"{step.session_id}: {differing} logits differ, by up to {(got - bits).abs().max()}"
         return sum(len(bits) for bits in wanted)
 
 

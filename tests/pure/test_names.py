@@ -23,6 +23,21 @@ def test_no_class_name_is_defined_twice() -> None:
     assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
+def test_parameters_that_are_ids_say_so() -> None:
+    """A session is an object, and its id a string."""
+    words = {"session", "verifier", "drafter", "gateway", "scheduler"}
+    found, ids = set(), set()
+    for module in modules():
+        for node in nodes(module) if module != "services.baseline.core.batching" else ():
+            if isinstance(node, ast.arg) and node.annotation is not None and ast.unparse(node.annotation) == "str":
+                if node.arg in words:
+                    found.add(f"{module}:{node.lineno} {node.arg}")
+                elif node.arg.removesuffix("_id") in words:
+                    ids.add(module)
+    assert {"shared.state.store", "shared.engine.engine", "services.gateway.sessions"} & ids
+    assert found == set()
+
+
 def test_names_of_tests_are_short() -> None:
     names = {
         name: user

@@ -164,9 +164,9 @@ class KeptLogits:
         began_s = time.thread_time()
         rows, offsets = [], [0]
         for step in steps:
-            answer = self.answers[step.session]
-            self._cached[step.session] += len(step.tokens)
-            last = self._cached[step.session] - len(answer.prompt) + 1
+            answer = self.answers[step.session_id]
+            self._cached[step.session_id] += len(step.tokens)
+            last = self._cached[step.session_id] - len(answer.prompt) + 1
             rows.append((answer.free_logits if self.free else answer.logits)[last - step.rows : last])
             offsets.append(offsets[-1] + step.rows)
         output = Output(torch.cat(rows), offsets)

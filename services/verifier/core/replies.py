@@ -153,7 +153,7 @@ class BatchReplies:
             return JobReply(job, result)
         committed = answer.outcome is CommitOutcome.COMMITTED
         result = Result(
-            session=commit.session,
+            session=commit.session_id,
             round=commit.round,
             base_len=answer.base_len,
             status=Status.COMMITTED if committed else Status.CONFLICT,
@@ -163,7 +163,7 @@ class BatchReplies:
             run=True,
             copied=list(report.copied) if committed else [],
             trimmed_to=report.verified if committed else 0,
-            run_left=report.left if self._runs.get(commit.session) is report.run else 0,
+            run_left=report.left if self._runs.get(commit.session_id) is report.run else 0,
             finish=answer.finish,
             cached=commit.cached,
             new_tokens=len(commit.tokens),

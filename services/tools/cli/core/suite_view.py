@@ -229,9 +229,9 @@ def _job(job: JobView) -> str:
     )
 
 
-def short(session: str) -> str:
+def short(session_id: str) -> str:
     """Shorten a session id for a line: equal ids stay equal, and different ones nearly always differ."""
-    name, dot, index = session.rpartition("-")[2].partition(".")
+    name, dot, index = session_id.rpartition("-")[2].partition(".")
     return f"{name[:8]}{dot}{index}"
 
 
