@@ -56,6 +56,12 @@ MARGIN = 1e-4
 NEXT_LARGEST = 4
 """Largest logits that are tried behind one whose token a mask does not allow."""
 
+TOTAL_MARGIN = 1e-9
+"""Relative difference of two sums of a row's float64 weights. Of 2^20 terms that are not negative, added in any order,
+each sum is within 2^20 x 2^-53 of the exact one, and exp within a few units in the last place."""
+_LEVELS = (1e-2, 1e-4)
+"""Weights among which the nucleus of top_p is searched before all are sorted; the largest weight is 1."""
+
 # exp(d / temperature) stays finite in float32. Tokens farther than this below the largest can win with n = 0 only.
 _FARTHEST = 60.0
 # Elements of one pass on an accelerator: a few buffers of this size must fit beside the model.
@@ -235,17 +241,50 @@ def _allowed(logits: Floats, params: Sampling) -> Ids:
         ids = largest(logits, np.partition(logits, -params.top_k)[-params.top_k], params.top_k)
     if params.top_p == 1:
         return ids
-    with np.errstate(over="ignore"):
-        weights = np.exp((logits[ids].astype(np.float64) - logits.max()) / params.temperature)
+    weights = _weights(logits[ids], logits.max(), params.temperature)
     needed = params.top_p * weights.sum()
-    # Sorting is the expensive part, and the nucleus is mostly among a few large weights.
-    for least in (1e-2, 1e-4, 0.0):
-        descending = np.sort(weights[weights >= least])[::-1]
+    kept = _nucleus(weights, needed, needed, (*_LEVELS, 0.0))
+    assert kept is not None  # the last level has all weights
+    return ids[kept]
+
+
+def _allowed_of_likely(logits: Floats, params: Sampling, total: float) -> Ids | None:
+    """`_allowed` for a row without top_k, of which only the likely tokens are here (`_LEVELS`).
+
+    total: the sum of all weights, within `TOTAL_MARGIN` of NumPy's. None if the rest of the row is needed to decide.
+    """
+    weights = _weights(logits, logits.max(), params.temperature)
+    needed = params.top_p * total
+    return _nucleus(weights, needed * (1 - TOTAL_MARGIN), needed * (1 + TOTAL_MARGIN), _LEVELS)
+
+
+def _weights(logits: Floats, highest: np.floating, temperature: float) -> NDArray[np.float64]:
+    with np.errstate(over="ignore"):
+        weights: NDArray[np.float64] = np.exp((logits.astype(np.float64) - highest) / temperature)
+    return weights
+
+
+def _nucleus(
+    weights: NDArray[np.float64], least_needed: float, most_needed: float, levels: Sequence[float]
+) -> Ids | None:
+    """Return the places of the fewest largest weights whose sum reaches what is needed, which is between two bounds.
+
+    levels: sorting is the expensive part, and the nucleus is mostly among a few large weights: those above the first
+    level that suffices are sorted. With the level 0 there are no others. None if the bounds or the levels cannot
+    decide.
+    """
+    for level in levels:
+        descending = np.sort(weights[weights >= level])[::-1]
         mass = descending.cumsum()
-        if mass[-1] >= needed:
+        if mass[-1] >= most_needed:
             break
-    last = min(int(mass.searchsorted(needed)), len(mass) - 1)
-    return ids[largest(weights, descending[last], last + 1)]
+        if mass[-1] >= least_needed:
+            return None
+    else:
+        if levels[-1]:
+            return None
+    last, other = (min(int(mass.searchsorted(needed)), len(mass) - 1) for needed in (least_needed, most_needed))
+    return largest(weights, descending[last], last + 1) if last == other else None
 
 
 def _choose_on_device(
@@ -253,35 +292,87 @@ def _choose_on_device(
 ) -> list[int]:
     """`choose` for logits on an accelerator: whole batches are screened there, candidates settled here.
 
-    Rows with top_k, top_p or a processor come to the CPU.
+    Of rows with top_k or top_p, the likely tokens come to the CPU; of rows with a processor, all.
     """
 
     tokens: list[int] = logits.argmax(dim=-1).tolist()
-    open_rows = []
+    open_rows, narrowed_rows = list[int](), list[int]()
     for row, (p, largest) in enumerate(zip(params, logits.amax(dim=-1).tolist(), strict=True)):
         if not math.isfinite(largest):
             raise BadLogits(row, positions[row], largest)
         processor = processors[row] if processors else None
         if processor is not None and processor.only_masks and p.temperature == 0 and processor.allows(tokens[row]):
             continue
-        if processor is not None or (p.temperature > 0 and (p.top_k or p.top_p < 1)):
+        if processor is not None:
             tokens[row] = _choose_in_row(_array(logits[row].cpu()), p, positions[row], row, processor=processor)
         elif p.temperature > 0:
-            open_rows.append(row)
+            (narrowed_rows if p.top_k or p.top_p < 1 else open_rows).append(row)
     step = max(1, _DEVICE_ELEMENTS // logits.shape[1])
-    for start in range(0, len(open_rows), step):
-        rows = open_rows[start : start + step]
-        keys = [noise_key(params[row].seed, positions[row]) for row in rows]
-        winners = _sample_on_device(logits[rows].float(), keys, [params[row].temperature for row in rows])
-        for row, winner in zip(rows, winners, strict=True):
-            tokens[row] = winner
+    for choose_some, some in ((_sample_on_device, open_rows), (_sample_narrowed_on_device, narrowed_rows)):
+        for start in range(0, len(some), step):
+            rows = some[start : start + step]
+            keys = [noise_key(params[row].seed, positions[row]) for row in rows]
+            winners = choose_some(logits[rows].float(), keys, [params[row] for row in rows])
+            for row, winner in zip(rows, winners, strict=True):
+                tokens[row] = winner
     return tokens
 
 
-def _sample_on_device(values: Tensor, keys: Sequence[int], temperatures: Sequence[float]) -> list[int]:
+def _sample_narrowed_on_device(values: Tensor, keys: Sequence[int], params: Sequence[Sampling]) -> list[int]:
+    """Winner in each row of `values` (rows, vocabulary) among the tokens that top_k and top_p leave.
+
+    Comparisons are exact on every device, so the tokens down to the k-th largest logit are found there, and all ties.
+    Of a row with top_p alone, those of a weight above the last of `_LEVELS` are, and the sum of all weights within
+    `TOTAL_MARGIN`. The rest is done as in `_winner`; where that is not enough to decide, the whole row comes here.
+    """
+    import torch
+
+    highest = values.amax(dim=-1)
+    tops: list[float] = highest.tolist()
+    limits = torch.tensor(
+        [_least_likely(top, p.temperature) for top, p in zip(tops, params, strict=True)], device=values.device
+    )
+    totals = [0.0] * len(params)
+    by_count = [row for row, p in enumerate(params) if p.top_k]
+    if by_count:
+        counts = [min(params[row].top_k, values.shape[1]) for row in by_count]
+        best = values[by_count].topk(max(counts), dim=-1).values
+        limits[by_count] = best[range(len(counts)), [count - 1 for count in counts]]
+    by_share = [row for row, p in enumerate(params) if not p.top_k]
+    if by_share:
+        inverse = torch.tensor([[params[row].temperature] for row in by_share], dtype=torch.float64)
+        distances = values[by_share].double() - highest[by_share, None].double()
+        sums: list[float] = (distances / inverse.to(values.device)).exp_().sum(dim=-1).tolist()
+        for row, total in zip(by_share, sums, strict=True):
+            totals[row] = total
+    row_of, column = ((values >= limits[:, None]) & (values > -math.inf)).nonzero(as_tuple=True)
+    kept = values[row_of, column].cpu().numpy()
+    ids = column.cpu().numpy()
+    ends = torch.bincount(row_of, minlength=len(params)).cumsum(0).tolist()
+    winners = []
+    for row, (p, key, first, end) in enumerate(zip(params, keys, [0, *ends[:-1]], ends, strict=True)):
+        own, tokens = kept[first:end], ids[first:end]
+        allowed = _allowed(own, p) if p.top_k else _allowed_of_likely(own, p, totals[row])
+        if allowed is None:
+            own = _array(values[row].cpu())
+            allowed = _allowed(own, p)
+            tokens = np.arange(len(own))
+        tokens = tokens[allowed]
+        winners.append(int(tokens[_sample(own[allowed], mixed_ids(tokens), tokens, key, p.temperature)]))
+    return winners
+
+
+def _least_likely(highest: float, temperature: float) -> float:
+    """Return a bound from below of the logits whose weight reaches the last of `_LEVELS`, also if it is rounded."""
+    below = temperature * math.log(_LEVELS[-1])
+    return highest + below - 1e-6 * (abs(highest) - below)
+
+
+def _sample_on_device(values: Tensor, keys: Sequence[int], params: Sequence[Sampling]) -> list[int]:
     """Winner in each row of `values` (rows, vocabulary), found as `_sample` does."""
     import torch
 
+    temperatures = [p.temperature for p in params]
     largest, top = values.max(dim=-1, keepdim=True)
     inverse = torch.tensor([[_inverse(t)] for t in temperatures], dtype=torch.float32, device=values.device)
     screened = (largest - values).mul_(inverse).clamp_(max=_FARTHEST).exp_()

@@ -176,6 +176,36 @@ def test_the_path_for_accelerators_chooses_as_the_cpu_does(monkeypatch: pytest.M
     assert on_device[3] == token
 
 
+@pytest.mark.parametrize("scale", [0.05, 1.0, 4.0, 12.0])
+def test_accelerators_narrow_rows_down_to_the_tokens_of_the_cpu(scale: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ties, as bfloat16 makes many, nuclei of any size, and tokens that are not allowed."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    monkeypatch.setattr(sampling, "_DEVICE_ELEMENTS", 40 * 5_000)
+    shapes = [
+        {"top_k": 1}, {"top_k": 20, "top_p": 0.8}, {"top_k": 400}, {"top_k": 5_000}, {"top_k": 9_000, "top_p": 0.3},
+        {"top_p": 0.1}, {"top_p": 0.8}, {"top_p": 0.95}, {"top_p": 0.9999}, {"top_p": 1 - 1e-12}, {"top_p": 1e-9},
+    ]  # fmt: skip
+    params = [
+        Sampling(temperature=temperature, seed=seed, **shape)
+        for seed, temperature in enumerate([0.01, 0.6, 0.7, 1.0, 1.9])
+        for shape in shapes
+    ]
+    logits = logits_of(7, len(params), 5_000, scale=scale).bfloat16().float()
+    logits[::3, 100:4_000] = -math.inf
+    positions = list(range(len(params)))
+    assert sampling._choose_on_device(logits.to(device), params, positions) == choose(logits, params, positions)
+
+
+def test_a_nucleus_whose_end_a_rounding_decides_needs_the_whole_row() -> None:
+    logits = np.log(np.array([8.0, 4.0, 2.0, 1.0, 1.0], np.float32))
+    total = 2.0
+    kept = sampling._allowed_of_likely(logits, Sampling(temperature=1.0, top_p=0.6), total)
+    assert kept is not None
+    assert kept.tolist() == [0, 1]
+    assert sampling._allowed_of_likely(logits, Sampling(temperature=1.0, top_p=0.5), total) is None
+    assert sampling._allowed_of_likely(logits, Sampling(temperature=1.0, top_p=0.9), 2 * total) is None
+
+
 def test_equal_logits_are_chosen_greedily_by_the_lowest_id() -> None:
     row = torch.zeros(1, 49_152)
     row[0, [700, 701, 30_000]] = 2.0
