@@ -13,7 +13,7 @@ TORCH_INDEX ?=
 ARGS ?=
 BIN := .venv/bin
 
-.PHONY: help setup demo serve test-fast test test-brokers test-clients test-gpu lint clean tools lock-tools lock-clients k8s-settings bench-engine bench-formats gpu-check bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
+.PHONY: help setup demo serve test-fast test test-brokers test-clients test-gpu lint clean tools lock-tools lock-clients k8s-settings bench-engine bench-formats gpu-check gpu-bundle bench-draft bench-edits bench-learning bench-stream bench-rounds bench-scheduler bench-estimator bench-load bench-scaling bench-handoff bench-twin bench-gateway bench-grammar calibrate chaos images compose images-test k8s-secrets
 
 ## Use
 
@@ -94,8 +94,11 @@ bench-engine: setup ## engine, transformers, llama.cpp
 bench-formats: setup ## quality, memory and speed by weight format
 	@$(BIN)/wisp bench formats $(ARGS)
 
-gpu-check: setup ## kernels for GPUs: bits and speed (ARGS=--tiny without a GPU)
+gpu-check: setup ## kernels for GPUs: bits, speed, cost models (ARGS=--tiny without a GPU)
 	@$(BIN)/wisp bench gpu $(ARGS)
+
+gpu-bundle: setup ## gpu-check for a machine without a network, in pieces
+	@$(BIN)/python -m services.tools.bench.gpu.bundle $(ARGS)
 
 bench-draft: setup ## acceptance and cost of drafts on held-out prompts
 	@$(BIN)/wisp bench draft $(ARGS)

@@ -194,6 +194,10 @@ class GpuDecoder:
         self._multiply(len(x), x, product, out, tiles=tiles)
         return out
 
+    def multiply_into(self, rows: int, x: torch.Tensor, product: DeviceProduct, out: torch.Tensor) -> None:
+        """Compute x @ weight^T + bias of some rows as a step of so many does. x, out: rows up to a whole tile."""
+        self._multiply(rows, x, product, out)
+
     def products(self) -> list[DeviceProduct]:
         """Return one product of each shape."""
         return self._weights.products()

@@ -60,7 +60,7 @@ def entropies(texts: Sequence[GeneratedText], target: TargetParts) -> list[list[
     found = []
     with torch.inference_mode():
         for text in texts:
-            products = torch.nn.functional.linear(text.hidden.to(target.head.dtype), target.head).float()
+            products = torch.nn.functional.linear(text.hidden.to(target.head), target.head).float()
             logits = shaped(products, target.logits)
             shares = torch.softmax(logits, -1)
             found.append((torch.logsumexp(logits, -1) - (shares * logits).sum(-1)).tolist())

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from statistics import median
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -24,7 +23,7 @@ from services.tools.bench.support.report import machine, table, terminal, writte
 from services.tools.cli.terminal import errors_shown
 from services.tools.local.folder import state_folder
 from services.tools.local.progress import ConsoleProgress, Progress, ProgressStep
-from services.tools.twin.random_model import random_model
+from services.tools.twin.random_model import random_model, roomy_folder
 from services.verifier.core.profile_plan import ProfileBatch, longest_ms
 from shared import cost
 from shared.cost.fit import VerifierFit
@@ -75,6 +74,8 @@ class CostCalibration:
         self._batches = batches
         self._seconds = seconds
         self.times = {batch_of(one): list(one.times_ms) for one in earlier}
+        self._filling_s: dict[ProfileBatch, float] = {}
+        """Time that each batch took to fill its context, the last time."""
 
     def run(self, engine: Engine, step: ProgressStep) -> None:
         """Measure until the time is up or every batch has `REPEATS` measurements. Raises SettingsError if none fits."""
@@ -87,18 +88,21 @@ class CostCalibration:
         for repeat in range(REPEATS):
             for number, batch in enumerate(self._batches):
                 elapsed_s = time.perf_counter() - started
-                if elapsed_s + self._expected_s(batch) > self._seconds and self.times:
+                expected_s = self._expected_s(batch) + self._expected_filling_s(batch)
+                if elapsed_s + expected_s > self._seconds and self.times:
                     continue
                 step.detail(
                     f"pass {repeat + 1}, batch {number + 1} of {len(self._batches)}: {batch.jobs} jobs of {batch.new} "
                     f"new tokens after {batch.context}; {elapsed_s:.0f} of at most {self._seconds:.0f} s"
                 )
-                self.times.setdefault(batch, []).append(measure_batch(engine, batch))
+                took_ms = measure_batch(engine, batch)
+                self._filling_s[batch] = time.perf_counter() - started - elapsed_s - took_ms / 1000
+                self.times.setdefault(batch, []).append(took_ms)
             if time.perf_counter() - started > 0.95 * self._seconds:
                 break
 
     def _expected_s(self, batch: ProfileBatch) -> float:
-        """Return the longest expected time of a batch, with the time to fill its context."""
+        """Return the longest expected time of a batch."""
         if batch in self.times:
             return CAUTION * max(self.times[batch]) / 1000
         measured = self.measurements
@@ -107,6 +111,13 @@ class CostCalibration:
         shape = batch.shape
         model = self._fit().model()
         return CAUTION * longest_ms(shape, measured, model) / 1000
+
+    def _expected_filling_s(self, batch: ProfileBatch) -> float:
+        """Return the longest expected time to fill a batch's context: seconds where it is gigabytes of a GPU's KV."""
+        if batch in self._filling_s:
+            return self._filling_s[batch]
+        rates = [seconds / (one.jobs * one.context) for one, seconds in self._filling_s.items()]
+        return max(rates, default=0.0) * batch.jobs * batch.context
 
     @property
     def measurements(self) -> list[Measurement]:
@@ -229,16 +240,16 @@ def calibrate(
 
     facts = machine()
     used = threads or facts["cores"]
-    with TemporaryDirectory(prefix="wisp-calibrate-") as made:
+    with roomy_folder("wisp-calibrate-") as made:
         with progress.step(f"making {name} with random weights") as step:
-            weights = random_model(config, Path(made))
+            weights = random_model(config, made)
             step.done(f"{name} with {weights / 1e6:,.0f} million random weights")
         given = json.loads(config.read_text(encoding="utf-8"))
         on_cpu = torch_device == "cpu"
         bytes_each = {"float32": 4.0, "bfloat16": 2.0, "int8": 1.0}[dtype]
         room = cache_tokens or (CACHE_TOKENS if on_cpu else kv_tokens_of(torch_device, weights, bytes_each, given))
         with progress.step("loading it"):
-            engine = Engine(Path(made), dtype=dtype, device=torch_device, threads=used, budget_tokens=room)
+            engine = Engine(made, dtype=dtype, device=torch_device, threads=used, budget_tokens=room)
     known = earlier.batches if earlier else []
     calibration = CostCalibration(batches_for(engine.free_tokens, engine.max_len), seconds, known)
     with progress.step("measuring") as step:

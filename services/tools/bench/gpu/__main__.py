@@ -1,194 +1,149 @@
-"""`wisp bench gpu`: bits of the kernels for GPUs however sessions are computed, and speed against transformers.
+"""`wisp bench gpu`: bits of the kernels for GPUs however sessions are computed, speeds, and cost models.
 
 Exactness: sessions of a model with random weights are computed in several ways, and the bits of all logits compared
-with those of one prefill. Speed: steps of 1 to 256 sessions that decode, verify 5 or 9 tokens, against transformers
-with SDPA, and the share of the memory's bandwidth that reading weights and KV reaches.
+with those of one prefill; the default model answers prompts alone and under load. Speed: steps of 1 to 256 sessions
+that decode, verify 5 or 9 tokens, and a prompt; the share of the memory's bandwidth that reading weights and KV
+reaches; products against cuBLAS, and steps against transformers. Calibration: target profiles for the simulator and
+twins.
 
-`--tiny` runs all of it on the CPU in Triton's interpreter, to try the program. Its times mean nothing.
+Each step is a process with a time limit of its own. After each one, the results so far are written. `--tiny` runs all
+of it on the CPU, the kernels in Triton's interpreter, to try the program. Its times mean nothing.
 """
 
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any
+import signal
+import sys
+from pathlib import Path
+from typing import Annotated, Any
 
 import typer
-from rich.console import Console
 
-from services.tools.bench.support.options import run_program, some_of, whole_numbers
-from services.tools.bench.support.report import conclude, machine, records, table, terminal
+from services.tools.bench.gpu.plan import (
+    FORMS,
+    INTERPRETER_SLOWNESS,
+    KINDS,
+    MODELS,
+    TABLES,
+    TINY_PLAN,
+    GpuPlan,
+    steps_of,
+)
+from services.tools.bench.gpu.runner import StepOutcome, StepRunner
+from services.tools.bench.gpu.verdict import LACKING, verdicts
+from services.tools.bench.support.options import run_program, some_of, whole_numbers, words
+from services.tools.bench.support.report import keep, machine, records, table, terminal, written
 from services.tools.cli.terminal import errors_shown
+from services.tools.local.folder import state_folder
 from shared.errors import EngineError
 
-if TYPE_CHECKING:
-    import torch
-
-    from shared.gpu_kernels.decoder import GpuDecoder
-
-FORMS = ("bfloat16", "float16", "float32")
-MODELS = ("smollm2-135m", "qwen3-8b")
-NEW_TOKENS = (1, 5, 9)
-"""Tokens of a session in a step: decoding, and verification of 4 and 8 drafts."""
-EXACTNESS_COLUMNS = ["model", "format", "way", "positions", "differing"]
-SPEED_COLUMNS = [
-    "model", "sessions", "new tokens", "step ms", "without graphs ms", "transformers ms", "GB/s", "of copy %"
-]  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class GpuPlan:
-    """Sizes of a measurement."""
-
-    models: list[str]
-    forms: list[str]
-    layers: int
-    exact_sessions: int
-    exact_length: int
-    sessions: list[int]
-    context: int
-    repetitions: int
-    copy_mb: int
-    checked: int
-    """Tokens of the check at load."""
-
-
-TINY_PLAN = GpuPlan(["tiny"], ["bfloat16"], 1, 2, 6, [1, 2], 4, 1, 1, 4)
+STEP_COLUMNS = ["step", "outcome", "seconds", "rows", "reason"]
 
 
 def main(
     models: Annotated[str, typer.Option(help="Shapes of models: smollm2-135m, qwen3-8b.")] = ",".join(MODELS),
     formats: Annotated[str, typer.Option(help="Formats of weights for exactness.")] = ",".join(FORMS),
+    steps: Annotated[str, typer.Option(help="Kinds of steps.")] = ",".join(KINDS),
+    calibrated: Annotated[
+        str, typer.Option(help="Shapes to calibrate: those of --models, and qwen3-32b where the memory allows.")
+    ] = "smollm2-135m,qwen3-8b,qwen3-32b",
     layers: Annotated[int, typer.Option(min=1, help="Most layers of a model, for speeds too.")] = 8,
     positions: Annotated[int, typer.Option(min=8, help="Positions for exactness, in each way.")] = 2000,
+    texts: Annotated[int, typer.Option(min=1, help="Texts to compare under load and alone.")] = 20,
     sessions: Annotated[str, typer.Option(help="Sessions of a step.")] = "1,8,32,128,256",
     context: Annotated[int, typer.Option(min=16, help="Held tokens of each session.")] = 512,
     repetitions: Annotated[int, typer.Option(min=1, help="Steps of each measurement.")] = 10,
+    minutes: Annotated[float, typer.Option(min=0.5, help="Time of all steps together.")] = 7.7,
+    to: Annotated[Path | None, typer.Option("--out", help="Folder of results. \\[default: .wisp/results]")] = None,
     tiny: Annotated[bool, typer.Option(help="Try everything on the CPU, in Triton's interpreter.")] = False,
 ) -> None:
-    """Measure the kernels for GPUs: the same bits in every batch, and the time of a step."""
+    """Measure the kernels for GPUs: the same bits in every batch, the time of a step, and cost models."""
     with errors_shown():
         plan = TINY_PLAN
+        kinds = some_of("--steps", steps, KINDS)
         if tiny:
-            os.environ["TRITON_INTERPRET"] = "1"  # read when Triton is loaded
+            os.environ["TRITON_INTERPRET"] = "1"  # read when a step loads Triton
         else:
-            counts = whole_numbers("--sessions", sessions, 1, 4096)
             plan = GpuPlan(
-                some_of("--models", models, MODELS), some_of("--formats", formats, FORMS), layers,
-                8, -(-positions // 8), counts, context, repetitions, 2048, 328,
+                some_of("--models", models, MODELS), some_of("--formats", formats, FORMS),
+                some_of("--calibrated", calibrated, [*MODELS, "qwen3-32b"]) if words(calibrated) else [], layers,
+                8, -(-positions // 8), texts, 64, whole_numbers("--sessions", sessions, 1, 4096), context, 2048,
+                repetitions, 2048, 328,
             )  # fmt: skip
-        torch_device = _torch_device(tiny)
-        console = terminal()
-        exactness = _exactness(plan, torch_device, console)
-        speed = _speed(plan, torch_device, console)
-        record = {
-            "title": "Kernels for GPUs",
-            "facts": machine() | _gpu_facts(torch_device) | {"layers": plan.layers, "context": plan.context},
-            "exactness": records(EXACTNESS_COLUMNS, exactness),
-            "speed": records(SPEED_COLUMNS, speed),
-            "notes": [_verdict(exactness), *(["In Triton's interpreter: the times mean nothing."] if tiny else [])],
-        }
-        conclude(console, "gpu-tiny" if tiny else "gpu", record)
-        if any(row[-1] for row in exactness):
-            raise typer.Exit(1)
+        folder = to or state_folder() / "results"
+        seconds = 60 * minutes * (INTERPRETER_SLOWNESS if tiny else 1.0)
+        measure(plan, kinds, seconds, folder, _gpu_facts(tiny))
 
 
-def _torch_device(tiny: bool) -> torch.device:
-    """Return the device to measure. Raises EngineError without a GPU or without Triton."""
+def measure(plan: GpuPlan, kinds: list[str], seconds: float, folder: Path, gpu: dict[str, Any]) -> None:
+    """Run the steps, and keep the results after each one. Raises typer.Exit if a bit differs or a step fails."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # ends the steps too
+    name = "gpu-tiny" if plan.tiny else "gpu"
+    console = terminal()
+    runner = StepRunner(plan, folder / name, seconds, beside=max(1, (os.cpu_count() or 1) // 2))
+    outcomes: list[StepOutcome] = []
+    facts = machine() | gpu | {"layers": plan.layers, "context": plan.context}
+    for outcome in runner.run(steps_of(plan, kinds)):
+        outcomes.append(outcome)
+        console.print(f"{outcome.name}: {outcome.outcome}, {outcome.seconds:.0f} s {outcome.reason}", soft_wrap=True)
+        keep(name, _record(outcomes, facts, plan), folder)
+    rows = _rows(outcomes)
+    for kind, (title, columns) in TABLES.items():
+        if rows[kind]:
+            console.print(table(title, columns, rows[kind]))
+    console.print(table("Steps", STEP_COLUMNS[:-1], [row[:-1] for row in _steps(outcomes)]))
+    for note in verdicts(rows, outcomes, tiny=plan.tiny):
+        console.print(note, highlight=False, soft_wrap=True)
+    written(console, folder / f"{name}.json")
+    differing = any(row[-1] for row in rows["exactness"]) or any(row[-1] or row[-2] for row in rows["texts"])
+    if differing or any(outcome.outcome == "failed" for outcome in outcomes):
+        raise typer.Exit(1)
+
+
+def _record(outcomes: list[StepOutcome], facts: dict[str, Any], plan: GpuPlan) -> dict[str, Any]:
+    rows = _rows(outcomes)
+    return {
+        "title": "Kernels for GPUs",
+        "facts": facts,
+        **{kind: records(columns, rows[kind]) for kind, (_, columns) in TABLES.items()},
+        "steps": records(STEP_COLUMNS, _steps(outcomes)),
+        "notes": verdicts(rows, outcomes, tiny=plan.tiny),
+    }
+
+
+def _rows(outcomes: list[StepOutcome]) -> dict[str, list[list[Any]]]:
+    found: dict[str, list[list[Any]]] = {kind: [] for kind in TABLES}
+    for outcome in outcomes:
+        for row in outcome.rows:
+            found[row["table"]].append(row["values"])
+    return found
+
+
+def _steps(outcomes: list[StepOutcome]) -> list[list[Any]]:
+    return [[one.name, one.outcome, one.seconds, len(one.rows), one.reason] for one in outcomes]
+
+
+def _gpu_facts(tiny: bool) -> dict[str, Any]:
+    """Return the facts about the GPU. Raises EngineError without one, or without Triton."""
     try:
         import torch
-        import triton  # noqa: F401
+        import triton
     except ImportError as error:
         raise EngineError(
             f"the kernels for GPUs need torch and Triton ({error}). torch's CUDA build includes it; without a GPU, "
             "`make test-gpu` installs it"
         ) from error
+    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "gpu": "none (interpreter)"}
     if tiny:
-        return torch.device("cpu")
+        return found
     if not torch.cuda.is_available() or torch.version.hip:
         raise EngineError(
-            "there is no NVIDIA GPU that torch can use here, so nothing was measured. `--tiny` tries the program on "
-            "the CPU, in Triton's interpreter"
+            f"there is no NVIDIA GPU that torch can use here, so nothing was measured. Not run: {LACKING}. `--tiny` "
+            "tries the program on the CPU, in Triton's interpreter"
         )
-    return torch.device("cuda")
-
-
-def _exactness(plan: GpuPlan, torch_device: torch.device, console: Console) -> list[list[Any]]:
-    from services.tools.bench.gpu.exactness import ExactnessCheck
-    from services.tools.bench.gpu.random_models import RandomModel, configuration
-    from shared.gpu_kernels.decoder import GpuDecoder
-
-    rows: list[list[Any]] = []
-    for name in plan.models:
-        model = RandomModel(configuration(name, min(plan.layers, 2)))
-        for form in plan.forms:
-            blocks = ExactnessCheck.blocks(plan.exact_sessions, plan.exact_length)
-            decoder = GpuDecoder(model.description, model.read, form=form, blocks=blocks, torch_device=torch_device)
-            _settle(decoder, blocks, plan, torch_device)
-            check = ExactnessCheck(decoder, plan.exact_sessions, plan.exact_length)
-            rows += [[name, form, one.way, one.positions, one.differing] for one in check.outcomes()]
-    console.print(table("Positions with other bits than one prefill has", EXACTNESS_COLUMNS, rows))
-    return rows
-
-
-def _speed(plan: GpuPlan, torch_device: torch.device, console: Console) -> list[list[Any]]:
-    import torch
-
-    from services.tools.bench.gpu.random_models import RandomModel, configuration
-    from services.tools.bench.gpu.speed import TransformersSteps, copied_gb_s, kernel_step, step_ms
-    from shared.gpu_kernels.decoder import GpuDecoder
-    from shared.kernels.layout import BLOCK
-
-    rows: list[list[Any]] = []
-    copied = copied_gb_s(torch_device, plan.copy_mb)
-    for name in plan.models:
-        config = configuration(name)
-        config["num_hidden_layers"] = min(config["num_hidden_layers"], plan.layers)
-        model = RandomModel(config)
-        blocks = max(plan.sessions) * -(-(plan.context + max(NEW_TOKENS)) // BLOCK)
-        decoder = GpuDecoder(model.description, model.read, form="bfloat16", blocks=blocks, torch_device=torch_device)
-        _settle(decoder, blocks, plan, torch_device)
-        graphs = decoder.graphs
-        rival = TransformersSteps(config, torch.bfloat16, torch_device)
-        embedding = config["vocab_size"] * config["hidden_size"]
-        held = 2 * decoder.keys[:, :1, :, :1].numel() * plan.context
-        for sessions in plan.sessions:
-            for new in NEW_TOKENS:
-                own = step_ms(kernel_step(decoder, sessions, plan.context, new), torch_device, plan.repetitions)
-                decoder.graphs = None
-                single = step_ms(kernel_step(decoder, sessions, plan.context, new), torch_device, plan.repetitions)
-                decoder.graphs = graphs
-                other = step_ms(rival.step(sessions, plan.context, new), torch_device, plan.repetitions)
-                rate = 2 * (model.parameters - embedding + held * sessions) / own / 1e6
-                rows.append([name, sessions, new, own, single, other, rate, 100 * rate / copied])
-    console.print(table(f"Steps in bfloat16, {plan.context} held tokens", SPEED_COLUMNS, rows))
-    return rows
-
-
-def _settle(decoder: GpuDecoder, blocks: int, plan: GpuPlan, torch_device: torch.device) -> None:
-    """Choose a decoder's options as the engine does at load."""
-    from shared.gpu_kernels.check import settle
-    from shared.gpu_kernels.graphs import prepared_graphs
-
-    settle(decoder, blocks, plan.checked, prepared_graphs if torch_device.type == "cuda" else None)
-
-
-def _gpu_facts(torch_device: torch.device) -> dict[str, Any]:
-    import torch
-    import triton
-
-    found: dict[str, Any] = {"torch": torch.__version__, "triton": triton.__version__, "gpu": "none (interpreter)"}
-    if torch_device.type == "cuda":
-        properties = torch.cuda.get_device_properties(torch_device)
-        found |= {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 1e9, 1)}
-    return found
-
-
-def _verdict(rows: list[list[Any]]) -> str:
-    positions, differing = sum(row[3] for row in rows), sum(row[4] for row in rows)
-    if differing:
-        return f"NOT exact here: {differing} of {positions} positions have other bits than one prefill."
-    return f"All {positions} positions have the bits of one prefill."
+    properties = torch.cuda.get_device_properties(0)
+    return found | {"gpu": properties.name, "gpu_memory_gb": round(properties.total_memory / 1e9, 1)}
 
 
 if __name__ == "__main__":

@@ -28,8 +28,16 @@ SHAPES: Final[Mapping[str, dict[str, Any]]] = {
         "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
         "num_hidden_layers": 36,
     },
+    "qwen3-32b": {
+        "model_type": "qwen3", "hidden_size": 5120, "intermediate_size": 25600, "num_attention_heads": 64,
+        "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936, "max_position_embeddings": 40960,
+        "num_hidden_layers": 64,
+    },
 }  # fmt: skip
 """Configurations by name, without what has a default."""
+PATTERN: Final = 4_194_301
+"""Random weights that every matrix repeats, from a place of its own. Drawing billions takes minutes; a prime, so that
+no two rows of a matrix are alike."""
 DEVIATION: Final = 0.02
 """Standard deviation of the weights, that of transformers' fresh models."""
 
@@ -47,10 +55,12 @@ class RandomModel:
     """A description and a reader of its weights."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
+        self.config = dict(config)
         self._shapes = dict(_shapes(config))
         self.description: ModelDescription = describe(config, self._shapes.keys())
         levels = [NormalDist(0, DEVIATION).inv_cdf((number + 0.5) / 256) for number in range(256)]
-        self._levels = nearest_bits(np.array(levels, np.float32))
+        drawn = np.frombuffer(np.random.default_rng(0).bytes(PATTERN), np.uint8)
+        self._drawn = np.tile(nearest_bits(np.array(levels, np.float32))[drawn], 2)
 
     @property
     def parameters(self) -> int:
@@ -66,9 +76,8 @@ class RandomModel:
         shape = self._shapes[weight.name]
         if len(shape) == 1:
             return np.ones(shape, np.float32)
-        seed = np.frombuffer(weight.name.encode(), np.uint8)
-        drawn = np.frombuffer(np.random.default_rng(seed).bytes(int(np.prod(shape))), np.uint8)
-        matrix = self._levels[drawn].reshape(shape)
+        first = int(np.random.default_rng(np.frombuffer(weight.name.encode(), np.uint8)).integers(PATTERN))
+        matrix = np.resize(self._drawn[first : first + PATTERN], shape)
         return matrix if weight.rows is None else matrix[weight.first_row : weight.first_row + weight.rows]
 
 

@@ -1,18 +1,30 @@
-"""Time of a step of many sessions, by the kernels and by transformers with SDPA."""
+"""Times of steps and products, by the kernels and by transformers and cuBLAS."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from statistics import median
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache, StaticCache
 
 from shared.gpu_kernels.decoder import GpuDecoder
+from shared.gpu_kernels.plan import ROW_TILE
+from shared.gpu_kernels.products import DeviceProduct
 from shared.kernels.cache import PackedBatch
 from shared.kernels.layout import BLOCK
+
+INNER = 20
+"""Products between two points in time: one alone is shorter than its launch."""
+MOST_VALUABLE = (1, 32)
+"""Numbers of sessions that are measured first."""
+
+
+def valuable_first(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, int, int]]:
+    """Return shapes (sessions, held tokens, new tokens) in the order of their value, if time should run out."""
+    return sorted(shapes, key=lambda shape: (shape[0] not in MOST_VALUABLE, shape[2], shape[0]))
 
 
 def step_ms(compute: Callable[[], object], torch_device: torch.device, repetitions: int) -> float:
@@ -28,12 +40,43 @@ def step_ms(compute: Callable[[], object], torch_device: torch.device, repetitio
 
 
 def kernel_step(decoder: GpuDecoder, sessions: int, context: int, new: int) -> Callable[[], object]:
-    """Return a step of sessions of `context` held tokens with `new` tokens each, whose logits are all wanted."""
+    """Return a step of sessions of `context` held tokens with `new` tokens each.
+
+    All logits are wanted; of a prompt, which nothing is held of, only the last ones.
+    """
     blocks = -(-(context + new) // BLOCK)
     tables = [list(range(number * blocks, (number + 1) * blocks)) for number in range(sessions)]
     batch = PackedBatch(tables, [context] * sessions, [new] * sessions)
     rows = sessions * new
-    return lambda: decoder.forward(batch, tokens=[1] * rows, wanted=range(rows))
+    wanted = range(rows) if context else range(rows - 1, rows)
+    return lambda: decoder.forward(batch, tokens=[1] * rows, wanted=wanted)
+
+
+def product_ms(decoder: GpuDecoder, product: DeviceProduct, rows: int, repetitions: int) -> float:
+    """Return the time of one of the kernels' products, with the tiles that a step of as many rows takes."""
+    x = torch.ones(rows + -rows % ROW_TILE, product.depth, dtype=product.weight.dtype, device=product.weight.device)
+    out = torch.empty(len(x), product.padded_outputs, device=x.device)
+    return _many_ms(lambda: decoder.multiply_into(rows, x, product, out), x.device, repetitions)
+
+
+def cublas_ms(product: DeviceProduct, rows: int, repetitions: int) -> float:
+    """Return the time of torch's product of the same shape, which is cuBLAS's on a GPU."""
+    x = torch.ones(rows, product.depth, dtype=product.weight.dtype, device=product.weight.device)
+    return _many_ms(lambda: torch.nn.functional.linear(x, product.weight), x.device, repetitions)
+
+
+def _many_ms(compute: Callable[[], object], torch_device: torch.device, repetitions: int) -> float:
+    """Return the time of a short computation: on a GPU that of a graph of many, so that launches do not count."""
+    if torch_device.type != "cuda":
+        return step_ms(compute, torch_device, repetitions)
+    compute()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(INNER):
+            compute()
+    replay: Callable[[], object] = graph.replay
+    return step_ms(replay, torch_device, repetitions) / INNER
 
 
 class TransformersSteps:
@@ -49,17 +92,40 @@ class TransformersSteps:
     def step(self, sessions: int, context: int, new: int) -> Callable[[], object]:
         """Return a step as `kernel_step`."""
         cache = DynamicCache(config=self._model.config)
-        held = torch.ones(sessions, context, dtype=torch.long, device=self._torch_device)
-        with torch.inference_mode():
-            self._model(held, past_key_values=cache, use_cache=True, logits_to_keep=1)
-        tokens = held[:, :new]
+        tokens = torch.ones(sessions, new, dtype=torch.long, device=self._torch_device)
+        if context:
+            self._hold(cache, sessions, context)
 
         @torch.inference_mode()
         def compute() -> None:
-            self._model(tokens, past_key_values=cache, use_cache=True)
-            cache.crop(-new)
+            if context:
+                self._model(tokens, past_key_values=cache, use_cache=True)
+                cache.crop(-new)
+            else:  # a prompt
+                self._model(tokens, use_cache=True, logits_to_keep=1)
 
         return compute
+
+    def compiled_step(self, sessions: int, context: int, most: int) -> Callable[[], object]:
+        """Return a step that decodes one token of each session, compiled with transformers' static cache.
+
+        Each call appends a token, at most `most` times.
+        """
+        cache = StaticCache(config=self._model.config, max_cache_len=context + most)
+        self._hold(cache, sessions, context)
+        tokens = torch.ones(sessions, 1, dtype=torch.long, device=self._torch_device)
+        compiled: Any = torch.compile(self._model, mode="reduce-overhead")
+
+        @torch.inference_mode()
+        def compute() -> None:
+            compiled(tokens, past_key_values=cache, use_cache=True)
+
+        return compute
+
+    def _hold(self, cache: Any, sessions: int, context: int) -> None:
+        held = torch.ones(sessions, context, dtype=torch.long, device=self._torch_device)
+        with torch.inference_mode():
+            self._model(held, past_key_values=cache, use_cache=True, logits_to_keep=1)
 
 
 def copied_gb_s(torch_device: torch.device, megabytes: int) -> float:
