@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -49,11 +48,9 @@ def test_a_tiny_run_writes_its_tables_as_json(monkeypatch: pytest.MonkeyPatch, t
     assert record["notes"][0] == "All 30 positions have the bits of one prefill."
 
 
-def test_texts_under_load_are_compared_with_those_alone(
-    family: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder = family("llama")
-    monkeypatch.setattr(texts, "target_folder", lambda *_: folder)
+@pytest.mark.big_model
+def test_texts_under_load_are_compared_with_those_alone(target_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "target_folder", lambda *_: target_folder)
     name, count, tokens, differing, states = texts.compared_texts(torch.device("cpu"), 2, 3, quietly=True)
-    assert (name, count, differing, states) == (folder.name, 2, 0, 0)
+    assert (name, count, differing, states) == (target_folder.name, 2, 0, 0)
     assert 2 <= tokens <= 6
