@@ -64,6 +64,7 @@ def test_other_policies_are_compared(file: str) -> None:
     [
         (["--verify", "--policy", "edf"], "--verify and --policy are different things to do"),
         (["aaaa", "--policy", "edf"], "--policy replays all sessions"),
+        (["--steps"], "name a session, or give --all"),
         (["--policy", "best"], "no policy 'best' can be replayed: sled, fcfs, edf, wisp, wisp+"),
         (["--stop-rule", "entropy"], "no stop rule 'entropy' can be replayed"),
         (["--vhost", "x"], "belong to --inject"),

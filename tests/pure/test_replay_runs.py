@@ -18,7 +18,7 @@ from services.tools.cli.replay.timeline_view import timeline_view
 from services.tools.replayer.core.batches import recorded_batches
 from services.tools.replayer.core.performance import Performance, recorded_performance
 from services.tools.replayer.core.sessions import read_sessions
-from services.tools.replayer.core.timeline import Phase, timeline
+from services.tools.replayer.core.timeline import Phase, Timeline, timeline
 from services.tools.replayer.core.trace import trace_events
 from services.tools.replayer.core.traffic import RecordedDraft, RecordedRequest, RecordedTraffic, recorded_traffic
 from services.tools.replayer.core.what_if import DraftPlan, what_if
@@ -51,19 +51,39 @@ def test_the_text_of_a_session_includes_its_runs() -> None:
     assert session.complete
 
 
+def shown(one: Timeline, *, steps: bool = False) -> str:
+    """The timeline's text in a terminal."""
+    console = Console(file=StringIO(), width=200, no_color=True)
+    console.print(timeline_view(one, lambda token: f"<{token}>", Painter(console).style, steps=steps))
+    assert isinstance(console.file, StringIO)
+    return console.file.getvalue()
+
+
 def test_a_run_is_one_line_and_a_phase_of_the_timeline() -> None:
     one = timeline(read_sessions(recorded.recording(sent()).entries())[A])
     (run,) = one.runs
-    assert (run.after, run.base_len, run.tokens, run.reports) == (0, 4, [12, 13, 14], [2, 1])
+    assert (run.after, run.base_len, run.tokens) == (0, 4, [12, 13, 14])
+    assert [(report.at_ms, report.tokens, report.verify_ms) for report in run.reports] == [(110, 2, 40), (130, 1, 20)]
     assert (run.start_ms, run.total_ms, run.verify_ms) == (60, 70, 60)
     assert one.parts[Phase.RUN] == 70
     assert one.total_ms == sum(one.parts.values())
-    console = Console(file=StringIO(), width=200, no_color=True)
-    console.print(timeline_view(one, lambda token: f"<{token}>", Painter(console).style))
-    assert isinstance(console.file, StringIO)
-    text = console.file.getvalue()
+    text = shown(one)
     assert "5 tokens of at most 5 in 2 rounds and 1 run" in text
     assert "run  on v1 in 70 ms: 3 steps of 20.0 ms, 2 reports: '<12><13><14>'" in text
+
+
+def test_the_steps_of_a_run_are_shown_on_demand() -> None:
+    messages = sent()
+    at = next(i for i, (_, _, message) in enumerate(messages) if getattr(message, "round", 0) == 1)
+    fields = {"run": True, "run_left": 1, "verify_ms": 40.0, "drafted": 1, "trimmed_to": 1, "copied": [0]}
+    copied = recorded.result(A, 1, 4, "run", [12, 13], **fields)
+    messages[at] = (110.0, "result.d1", copied)
+    one = timeline(read_sessions(recorded.recording(messages).entries())[A])
+    brief, whole = (shown(one, steps=steps) for steps in (False, True))
+    assert "run  on v1 in 70 ms: 2 steps of 30.0 ms, 1 copied token, 2 reports: '<12><13><14>'" in brief
+    steps = ["at 110 ms: 1 step of 40.0 ms: ‹'<12>'› '<13>'", "at 130 ms: 1 step of 20.0 ms: '<14>'"]
+    assert not any(step in brief for step in steps)
+    assert all(step in whole for step in steps)
 
 
 def test_a_report_is_computed_again_like_a_draft_that_was_accepted() -> None:

@@ -27,6 +27,7 @@ def replay(
         str | None, typer.Argument(help="A session's id or the beginning of it. \\[default: list all sessions]")
     ] = None,
     every: Annotated[bool, typer.Option("--all", help="Show the timelines of all sessions.")] = False,
+    steps: Annotated[bool, typer.Option("--steps", help="Show the steps of runs too, report by report.")] = False,
     since: Since = None,
     until: Until = None,
     file: File = None,
@@ -90,6 +91,8 @@ def replay(
             raise SettingsError("--vhost, --into, --redis-url and --speed belong to --inject")
         if not verify and (sessions, time_limit) != (None, None):
             raise SettingsError("--sessions and --time-limit belong to --verify")
+        if steps and (as_json or (session is None and not every)):
+            raise SettingsError("--steps shows timelines in more detail: name a session, or give --all; JSON has all")
         recording = load_recording(file, since, until, namespace, amqp_url)
         if verify:
             require("model")
@@ -116,11 +119,18 @@ def replay(
 
             compare_policies(recording, policy or [], stop_rule, draft_length, as_json=as_json)
         else:
-            _show_sessions(recording, session, target, trace, as_json=as_json, every=every)
+            _show_sessions(recording, session, target, trace, as_json=as_json, every=every, steps=steps)
 
 
 def _show_sessions(
-    recording: Recording, session: str | None, target: str | None, trace: Path | None, *, as_json: bool, every: bool
+    recording: Recording,
+    session: str | None,
+    target: str | None,
+    trace: Path | None,
+    *,
+    as_json: bool,
+    every: bool,
+    steps: bool,
 ) -> None:
     """Print timelines of one or every session, or the list of sessions; write a trace where asked."""
     from services.tools.cli.paint import Painter
@@ -142,7 +152,7 @@ def _show_sessions(
     elif session is not None or every:
         style = Painter(out).style
         for one in timelines:
-            out.print(timeline_view(one, words, style))
+            out.print(timeline_view(one, words, style, steps=steps))
             out.print()
     elif trace is None:
         out.print(session_table(timelines))

@@ -14,7 +14,7 @@ from rich.text import Text
 from services.tools.cli.core.answer_rounds import AnswerRound, picture
 from services.tools.cli.core.suite_view import short
 from services.tools.cli.core.text_parts import DraftStyle, TextPart, counted, printable
-from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, RunTime, Timeline
+from services.tools.replayer.core.timeline import BatchTime, Phase, RoundTime, RunReportTime, RunTime, Timeline
 from services.tools.replayer.times import format_time
 from shared.broker.topology import DEFAULT_POOL
 
@@ -61,8 +61,8 @@ def session_table(timelines: Sequence[Timeline]) -> RenderableType:
     return table
 
 
-def timeline_view(one: Timeline, words: Words, style: DraftStyle) -> RenderableType:
-    """A session's whole timeline as terminal text."""
+def timeline_view(one: Timeline, words: Words, style: DraftStyle, *, steps: bool = False) -> RenderableType:
+    """A session's whole timeline as terminal text. steps: with the steps of its runs, report by report."""
     parts: list[RenderableType] = [*_head(one), Text()]
     parts += _spent(one)
     parts.append(Text())
@@ -76,6 +76,9 @@ def timeline_view(one: Timeline, words: Words, style: DraftStyle) -> RenderableT
         parts += [Padding(detail, (0, 0, 0, 8), expand=False) for detail in details]
         if (run := runs.get(round_.round)) is not None:
             parts.append(Text(printable(_run(run, words))))
+            if steps:
+                details = [Text(printable(text), "dim") for text in _reports(run, words)]
+                parts += [Padding(detail, (0, 0, 0, 8), expand=False) for detail in details]
     return Group(*parts)
 
 
@@ -176,10 +179,26 @@ def _details(round_: RoundTime, words: Words) -> Iterable[str]:
 def _run(run: RunTime, words: Words) -> str:
     """One line for a run."""
     took = "" if run.total_ms is None else f" in {run.total_ms:,.0f} ms"
-    steps = f"{counted(len(run.tokens), 'step')} of {run.verify_ms / max(1, len(run.tokens)):.1f} ms"
+    copied = len(run.tokens) - run.steps
+    copies = f", {counted(copied, 'copied token')}" if copied else ""
     end = f", {run.finish}" if run.finish else ""
     text = repr("".join(map(words, run.tokens)))
-    return f"   run  on {run.verifier}{took}: {steps}, {counted(len(run.reports), 'report')}{end}: {text}"
+    reports = counted(len(run.reports), "report")
+    return f"   run  on {run.verifier}{took}: {_steps(run)}{copies}, {reports}{end}: {text}"
+
+
+def _steps(one: RunTime | RunReportTime) -> str:
+    return f"{counted(one.steps, 'step')} of {one.verify_ms / max(1, one.steps):.1f} ms"
+
+
+def _reports(run: RunTime, words: Words) -> Iterable[str]:
+    """One line for each report of a run, with copies in angle quotes."""
+    tokens = iter(run.tokens)
+    for report in run.reports:
+        at = "" if report.at_ms is None else f"at {report.at_ms:,.0f} ms: "
+        texts = [repr(words(next(tokens))) for _ in range(report.tokens)]
+        shown = (f"‹{text}›" if i in report.copied else text for i, text in enumerate(texts))
+        yield f"{at}{_steps(report)}: {' '.join(shown)}"
 
 
 def _draft(round_: RoundTime, words: Words) -> list[str]:

@@ -104,6 +104,24 @@ class RoundTime:
 
 
 @dataclass
+class RunReportTime:
+    """A report of a run: what its verifier has decoded since the last one."""
+
+    at_ms: float | None
+    """When it was sent, in milliseconds since the request."""
+    tokens: int
+    copied: list[int]
+    """Places of accepted copies among its tokens."""
+    verify_ms: float
+    """Time of its steps in the model."""
+
+    @property
+    def steps(self) -> int:
+        """Number of its steps: each brings one token of the target's own."""
+        return self.tokens - len(self.copied)
+
+
+@dataclass
 class RunTime:
     """A run: tokens that the verifier decoded by itself. Times in milliseconds since the request."""
 
@@ -117,9 +135,13 @@ class RunTime:
     tokens: list[int]
     verify_ms: float
     """Time of its steps in the model."""
-    reports: list[int]
-    """Tokens of each report."""
+    reports: list[RunReportTime]
     finish: str | None
+
+    @property
+    def steps(self) -> int:
+        """Number of its steps."""
+        return sum(report.steps for report in self.reports)
 
 
 @dataclass
@@ -242,7 +264,10 @@ def _run(recorded: RecordedRun, start_ms: float | None) -> RunTime:
         verifier=first.verifier,
         tokens=[token for report in recorded.reports for token in report.tokens],
         verify_ms=sum(report.verify_ms for report in recorded.reports),
-        reports=[len(report.tokens) for report in recorded.reports],
+        reports=[
+            RunReportTime(_since(at_ms, start_ms), len(report.tokens), list(report.copied), report.verify_ms)
+            for report, at_ms in zip(recorded.reports, recorded.sent_ms, strict=True)
+        ],
         finish=None if last.finish is None else str(last.finish),
     )
 
