@@ -22,7 +22,7 @@ from shared.broker import topology
 from shared.broker.client import Broker
 from shared.broker.topology import Topology
 from shared.engine import Engine, Step
-from shared.messages import Heartbeat, Message, Result, Sampling, Status
+from shared.messages import Heartbeat, Message, Result, RunGrant, Sampling, Status
 from shared.models.folder import ModelFolder
 from shared.sampling.sampler import choose
 from shared.state.commits import Commit
@@ -67,14 +67,18 @@ class Zombie:
         while line := await self.process.stderr.readline():
             self.log += line
 
-    async def open(self, session: str, prompt: list[int]) -> None:
-        request = builders.stored_request(session, prompt_len=len(prompt), stop_ids=[], fingerprint=self.fingerprint)
+    async def open(self, session: str, prompt: list[int], max_tokens: int = 10) -> None:
+        request = builders.stored_request(
+            session, prompt_len=len(prompt), stop_ids=[], max_tokens=max_tokens, fingerprint=self.fingerprint
+        )
         await self.store.create(request, prompt)
 
-    async def send(self, name: str, sessions: dict[str, int], *, prefill_to: int | None = None) -> None:
+    async def send(
+        self, name: str, sessions: dict[str, int], *, prefill_to: int | None = None, run: RunGrant | None = None
+    ) -> None:
         """Send a batch with one round of each session (committed length by session), under the last lease."""
         jobs = [
-            builders.job(session, 0, length, prefill_to=prefill_to, fingerprint=self.fingerprint)
+            builders.job(session, 0, length, prefill_to=prefill_to, run=run, fingerprint=self.fingerprint)
             for session, length in sessions.items()
         ]
         batch = builders.batch(name, *jobs, lease=self.leases[-1])
@@ -182,6 +186,23 @@ async def test_a_verifier_frozen_within_a_batch_commits_nothing_of_it(zombie: Zo
     assert zombie.results == []
     for session, tokens in prompts.items():
         assert await zombie.tokens(session) == tokens
+
+
+async def test_a_verifier_frozen_within_a_run_commits_nothing_more_of_it(zombie: Zombie, model: Path) -> None:
+    most = 900
+    await zombie.open("s", prompt(1, 20), most)
+    await zombie.send("b1", {"s": 20}, run=RunGrant(tokens=most - 1, ms=HANG_S * 1000))
+    await eventually(lambda: any(result.run for result in zombie.results))
+    await zombie.freeze()
+    await zombie.gone()
+    held = await zombie.tokens("s")
+    assert len(held) < 20 + most, "the run is too short to be frozen in the middle"
+    await zombie.wake()
+    await zombie.send("b2", {"s": len(held)})  # it works again under its new lease
+    await eventually(lambda: any(result.batch == "b2" for result in zombie.results))
+    (result,) = (result for result in zombie.results if result.batch == "b2")
+    assert (result.status, result.tokens) == (Status.COMMITTED, [answer(model, held)])
+    assert await zombie.tokens("s") == [*held, *result.tokens], "no token of the run came after its lease"
 
 
 async def test_kv_of_sessions_that_ended_meanwhile_is_freed(zombie: Zombie) -> None:
