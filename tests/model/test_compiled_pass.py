@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import json
 import random
 import socket
+import sys
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -119,6 +122,29 @@ def test_packed_and_split_passes_give_the_bits_of_whole_texts(
         for logits, expected in zip(split(engine, texts, counts).logits, whole, strict=True):
             assert torch.equal(logits, expected)
     torch.set_num_threads(1)
+
+
+def calls_of_a_pass(folder: Path) -> int:
+    """Return how many functions Python calls in a pass of one token, those of C included."""
+    engine = Engine(folder, dtype="bfloat16", budget_tokens=256)
+    engine.attach("s", [])
+    engine.forward([Step("s", [5, 6, 7], 1)])
+    calls = Counter[str]()
+    sys.setprofile(lambda frame, event, argument: calls.update([event]))
+    try:
+        engine.forward([Step("s", [8], 1)])
+    finally:
+        sys.setprofile(None)
+    return calls["call"] + calls["c_call"]
+
+
+def test_no_python_runs_between_the_operations_of_a_layer(tmp_path: Path) -> None:
+    counts = []
+    for layers in (2, 12):
+        config = copy.deepcopy(tiny.LLAMA)
+        config.num_hidden_layers = layers
+        counts.append(calls_of_a_pass(tiny.make(tmp_path / str(layers), config)))
+    assert counts[0] == counts[1] < 500
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -9,10 +9,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_gguf
 from tiny_families import FAMILIES
 
 from shared.kernels import native
 from shared.kernels.source.relaxed import relaxed
+from shared.models.prepare import prepare
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +42,17 @@ sys.path.insert(0, sys.argv[2])
 import torch
 from shared.engine import Engine, Step
 from shared.kernels import native
+from shared.models.folder import ModelFolder
 native.level = lambda: sys.argv[1]
 found = {}
 for name, folder in json.loads(sys.argv[3]).items():
-    for form in ("float32", "bfloat16", "int8"):
+    for form in ModelFolder(folder).dtypes:
         engine = Engine(Path(folder), dtype=form, budget_tokens=512)
         digest = hashlib.sha256()
         engine.attach("s", [])
+        vocabulary = min(500, engine.vocab_size)
         for count in (90, 1, 5, 9, 1, 30):
-            logits = engine.forward([Step("s", [7 * i % 500 for i in range(count)], count)]).logits
+            logits = engine.forward([Step("s", [7 * i % vocabulary for i in range(count)], count)]).logits
             digest.update(logits.contiguous().view(torch.uint8).numpy().tobytes())
         found[f"{name}-{form}"] = digest.hexdigest()[:16]
 print(json.dumps(found))
@@ -88,9 +92,11 @@ def digests(level: str, folders: dict[str, Path]) -> dict[str, str]:
 
 def test_every_level_of_cpu_computes_the_same_bits(tmp_path: Path) -> None:
     folders = {name: FAMILIES[name](tmp_path / name) for name in ("llama-biases", "gemma2", "olmo2", "phi3-partial")}
+    # Blocks of every type, and the formats that they are expanded to.
+    folders["gguf"] = prepare(tiny_gguf.write(tmp_path / "tiny.gguf"), tmp_path / "models")
     best, *others = list(native.levels())[list(native.levels()).index(native.level()) :]
     expected = digests(best, folders)
-    assert len(set(expected.values())) == len(expected) == 12
+    assert len(set(expected.values())) == len(expected) == 16
     for level in others:
         assert digests(level, folders) == expected, level
 
@@ -101,4 +107,5 @@ def test_this_machine_computes_the_bits_that_others_did(target_folder: Path) -> 
         "smollm2-float32": "d1d32915780a0571",
         "smollm2-bfloat16": "c6328e6388e2ec39",
         "smollm2-int8": "d601315883b484c0",
+        "smollm2-gguf": "2131b2f12e9f6ff1",
     }
