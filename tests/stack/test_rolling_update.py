@@ -45,6 +45,8 @@ class Stream:
     began_s: float
     tokens: list[int] = field(default_factory=list)
     at_s: list[float] = field(default_factory=list)
+    in_runs: int = 0
+    """Reports of runs among its results."""
     ended: str = ""
     """The finish reason, or the error."""
 
@@ -92,6 +94,7 @@ class Load:
                     if tokens := event.get("wisp", {}).get("tokens"):
                         stream.tokens += [token["id"] for token in tokens]
                         stream.at_s.append(time.perf_counter())
+                    stream.in_runs += sum(one["run"] for one in event.get("wisp", {}).get("rounds", []))
                     if "error" in event:
                         stream.ended = str(event["error"])
                     for choice in event.get("choices", []):
@@ -164,6 +167,7 @@ async def test_no_stream_notices_an_update(suite: Suite, load: Load, updated: Se
         load.stopping = True
         await _ended(load)
     assert len(crossing) == len(suite.prompts)
+    assert all(stream.in_runs for stream in crossing), "the update meets runs"
     for stream in load.streams:
         assert stream.ended == "length"
         assert stream.tokens == suite.expected[stream.case]
