@@ -19,7 +19,8 @@ DRAFT_TIME = Histogram(
 )
 WASTED_TIME = Counter(
     "wisp_draft_wasted_seconds",
-    "Time to draft tokens past the first rejected one (WDT); its share is that of `wisp_draft_seconds_sum`",
+    "Time to draft tokens past the first rejected one; its share of `wisp_draft_seconds_sum` is the wasted drafting "
+    "time (WDT)",
 )
 ROUND_TIME = Histogram(
     "wisp_round_seconds", "Time from sending a round to its result", buckets=(0.01, 0.03, 0.1, 0.2, 0.5, 1, 3, 10)

@@ -25,7 +25,10 @@ class MasksAhead:
 
     @contextmanager
     def beside(self, places: Sequence[AllowedTokens]) -> Iterator[None]:
-        """Compute the masks of these places while the context lasts. Those that are not ready then are left out."""
+        """Compute the masks of these places while the context lasts.
+
+        At its end, a mask in progress is waited for, and the masks behind it are left out.
+        """
         if not places:
             yield
             return

@@ -23,7 +23,7 @@ CANCEL_AGAIN_S = 2.0
 def run(service: str, kind: type[S], serve: Callable[[S, str, asyncio.Event], Awaitable[None]]) -> None:
     """Run `serve(settings, instance, stop)` until it returns; SIGTERM and SIGINT set `stop`.
 
-    While nothing waits for `stop`, the service is starting: what it waits for is given up, RabbitMQ for example.
+    Until `serve` waits for `stop`, it is starting, and the signal cancels it: it may be waiting for RabbitMQ.
     Exits with 2 for invalid settings, and with 1 for an error that the operator has to see. Variables that look like
     misspelt settings are logged.
     """

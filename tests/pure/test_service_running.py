@@ -6,7 +6,6 @@ import asyncio
 import os
 import signal
 import sys
-import time
 
 import pytest
 from patience import HANG_S
@@ -75,9 +74,8 @@ async def test_a_service_that_waits_for_rabbitmq_ends_at_once(answers: str) -> N
     try:
         await asyncio.wait_for(connected.wait(), HANG_S)
         process.send_signal(signal.SIGTERM)
-        told_s = time.monotonic()
+        # A service that goes on waiting gives up after a time, and ends with 1.
         assert await asyncio.wait_for(process.wait(), HANG_S) == 0
-        assert time.monotonic() - told_s < 10.0, "it does not wait for RabbitMQ's 30 s"
     finally:
         if process.returncode is None:
             process.kill()
