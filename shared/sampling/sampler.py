@@ -340,9 +340,9 @@ def _sample_narrowed_on_device(values: Tensor, keys: Sequence[int], params: Sequ
         limits[by_count] = best[range(len(counts)), [count - 1 for count in counts]]
     by_share = [row for row, p in enumerate(params) if not p.top_k]
     if by_share:
-        inverse = torch.tensor([[params[row].temperature] for row in by_share], dtype=torch.float64)
+        temperatures = torch.tensor([[params[row].temperature] for row in by_share], dtype=torch.float64)
         distances = values[by_share].double() - highest[by_share, None].double()
-        sums: list[float] = (distances / inverse.to(values.device)).exp_().sum(dim=-1).tolist()
+        sums: list[float] = (distances / temperatures.to(values.device)).exp_().sum(dim=-1).tolist()
         for row, total in zip(by_share, sums, strict=True):
             totals[row] = total
     row_of, column = ((values >= limits[:, None]) & (values > -math.inf)).nonzero(as_tuple=True)

@@ -13,6 +13,7 @@ import pytest
 from import_graph import ROOT
 
 from services.tools.bench.gpu import bundle, unpack
+from shared.errors import SettingsError
 
 HERE = "{}.{}".format(*sys.version_info[:2])
 
@@ -69,6 +70,15 @@ def test_another_python_is_told_how_to_get_a_bundle(made: Path, tmp_path: Path) 
     (made / unpack.CONTENTS).write_text(json.dumps(contents | {"pythons": ["3.9"]}))
     with pytest.raises(unpack.BundleProblem, match=rf"for Python 3\.9, and this is {HERE}.*--python {HERE}"):
         unpack.unpack(made, tmp_path / "to")
+
+
+def test_a_bundle_replaces_nothing_but_a_bundle(made: Path, tmp_path: Path) -> None:
+    (empty := tmp_path / "empty").mkdir()
+    for folder in (made, empty, tmp_path / "new"):
+        assert bundle.replaceable(folder) == folder
+    for other in (tmp_path, made / unpack.CONTENTS):
+        with pytest.raises(SettingsError, match="there are files of no bundle"):
+            bundle.replaceable(other)
 
 
 def test_a_package_is_there_in_its_version_or_a_later_one() -> None:

@@ -50,7 +50,7 @@ def main(
 ) -> None:
     """Make the bundle for machines with a GPU and no network. `python3 unpack.py` in its folder sets it up."""
     with errors_shown():
-        folder = to or state_folder() / "gpu-bundle"
+        folder = state_folder() / "gpu-bundle" if to is None else replaceable(to)
         console = terminal()
         progress = ConsoleProgress(console)
         versions = words(pythons)
@@ -107,8 +107,15 @@ def sources(root: Path) -> list[str]:
     return [name for name in done.stdout.split("\0") if name and (root / name).is_file()]
 
 
+def replaceable(folder: Path) -> Path:
+    """Return the folder. Raises SettingsError if other files than an earlier bundle's are in it: they would be lost."""
+    if folder.exists() and not (folder / unpack.CONTENTS).is_file() and (folder.is_file() or any(folder.iterdir())):
+        raise SettingsError(f"--out {folder}: there are files of no bundle; name a new or an empty folder")
+    return folder
+
+
 def write(folder: Path, pythons: Sequence[str], names: Sequence[str], wheels: Path, model: Path) -> int:
-    """Write the bundle into an empty folder; return the number of its pieces.
+    """Write the bundle in place of the folder; return the number of its pieces.
 
     names: of the sources, in the checkout. wheels: a folder for each version of Python, and `any`. model: the same.
     """
