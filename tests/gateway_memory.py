@@ -140,10 +140,10 @@ class MemoryTransport:
     async def resume_record(self, answer_id: str) -> bytes | None:
         return self._services.records.get(answer_id) or None
 
-    async def keep_response(self, response_id: str, body: bytes) -> None:
+    async def store_response(self, response_id: str, body: bytes) -> None:
         self._services.responses[response_id] = body
 
-    async def kept_response(self, response_id: str) -> bytes | None:
+    async def stored_response(self, response_id: str) -> bytes | None:
         return self._services.responses.get(response_id)
 
     @asynccontextmanager

@@ -120,10 +120,10 @@ class TransportContract:
         assert await services.b.transport.resume_record("s.1") is None
         assert await services.b.transport.resume_record("nobody") is None
 
-    async def test_a_kept_response_is_read_by_every_gateway(self, services: Services) -> None:
-        await services.a.transport.keep_response("resp_1", b"body")
-        assert await services.b.transport.kept_response("resp_1") == b"body"
-        assert await services.b.transport.kept_response("resp_2") is None
+    async def test_a_stored_response_is_read_by_every_gateway(self, services: Services) -> None:
+        await services.a.transport.store_response("resp_1", b"body")
+        assert await services.b.transport.stored_response("resp_1") == b"body"
+        assert await services.b.transport.stored_response("resp_2") is None
 
     async def test_a_collected_session_has_its_request_and_tokens(self, services: Services) -> None:
         asked = generate("s", gateway="a", max_tokens=9)

@@ -1,6 +1,7 @@
 """The API process's end of the link to the engine's process.
 
-It is the gateway's transport and its upstream at once: sessions go over the link, and all their state is the engine's.
+`EngineClient` is both the transport and the upstream of the gateway. It sends sessions over the link. The engine holds
+all their state.
 """
 
 from __future__ import annotations
@@ -21,10 +22,11 @@ from shared.messages import Cancel, Ended, Generate, Heartbeat, Message
 from shared.state.sessions import Session, SessionProgress, SessionStatus, SessionTurn
 
 RECEIVED = 1 << 16
+"""Most bytes of one read from the link."""
 MOST_RESPONSES = 1000
-"""Most responses that are kept for later requests."""
+"""Most stored responses. The oldest one is removed first."""
 END_S = 10.0
-"""Time for the engine's process to end: its present step and the interpreter's shutdown."""
+"""Time for the engine's process to end: its current step and the interpreter's shutdown."""
 
 
 class EngineClient:
@@ -40,9 +42,9 @@ class EngineClient:
         self._responses: dict[str, bytes] = {}
 
     async def deliver(self, gateway: Gateway) -> None:
-        """Deliver results for ever.
+        """Deliver results until the engine's process ends.
 
-        Raises EngineError when the engine's process has ended, after failing the running sessions.
+        Then fail the running sessions and raise EngineError.
         """
         frames = Frames()
         while data := await self._reader.read(RECEIVED):
@@ -59,7 +61,7 @@ class EngineClient:
         return self._ready.max_len
 
     async def missing(self) -> dict[str, str | None]:
-        """Return the engine with its problem, or None."""
+        """Return the engine's problem; None if it runs."""
         return {"engine": "has ended" if self._gone else None}
 
     async def prove(self) -> None:
@@ -84,19 +86,19 @@ class EngineClient:
         """Return None: streams cannot be resumed."""
         return None
 
-    async def keep_response(self, response_id: str, body: bytes) -> None:
-        """Keep the latest responses in memory."""
+    async def store_response(self, response_id: str, body: bytes) -> None:
+        """Store a response in memory; only the latest `MOST_RESPONSES` stay."""
         self._responses[response_id] = body
         while len(self._responses) > MOST_RESPONSES:
             del self._responses[next(iter(self._responses))]
 
-    async def kept_response(self, response_id: str) -> bytes | None:
-        """Return what was kept for a response; None if there is nothing."""
+    async def stored_response(self, response_id: str) -> bytes | None:
+        """Return a stored response; None if there is none."""
         return self._responses.get(response_id)
 
     @asynccontextmanager
     async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:
-        """Give None for each session: there are no other gateways."""
+        """Yield None for each session: there are no other gateways."""
         yield [None for _ in session_ids]
 
     async def progress(self, session_id: str, from_len: int) -> SessionProgress | None:

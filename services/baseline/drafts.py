@@ -2,7 +2,8 @@
 
 The drafter's own sources and controller draft for all sessions of a step at once. All sessions of a step wait for its
 drafts and its verified tokens, so times are learned per step: a draft step serves all drafting sessions, and a verified
-token costs each session of the step its time. In the suite, the scheduler's price stands for the latter.
+token costs each session of the step its time. In the suite, the scheduler's price represents this
+cost.
 """
 
 from __future__ import annotations
@@ -80,13 +81,13 @@ class InProcessDrafts:
         for slot in slots:
             session = self._sessions[slot.session_id]
             forced = session.grammar is not None and session.grammar.mask(slot.tokens).only is not None
-            # The verifier's code adds the tokens that the grammar forces.
+            # The verifier adds the tokens that the grammar forces, so a draft here would be wasted.
             room = 0 if forced else slot.room
             session.round = session.control.begin(room, session.generate.sampling.temperature)
             by_source.setdefault(id(session.choice.source), []).append(slot)
         drafts: dict[str, list[int]] = {}
-        for some in by_source.values():
-            for slot, draft in zip(some, self._ask(some), strict=True):
+        for same_source in by_source.values():
+            for slot, draft in zip(same_source, self._ask(same_source), strict=True):
                 drafts[slot.session_id] = draft.tokens
         return drafts
 

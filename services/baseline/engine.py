@@ -54,7 +54,7 @@ def _serve(settings: BaselineSettings, instance: str, link: socket.socket) -> No
         log.warning(
             "the model is computed by transformers' module code, which is slower", reason=engine.module_code_reason
         )
-    # Like a verifier's first batches, these compile kernels and touch memory for the first time.
+    # As at a verifier's start, the profile's batches compile kernels and touch memory for the first time.
     profile(engine)
     loop = EngineLoop(
         engine,

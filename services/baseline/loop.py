@@ -51,7 +51,7 @@ class EngineLoop:
         prefill_tokens: int,
         max_running: int,
     ) -> None:
-        """`name` stands for this engine in its results. Without `drafting`, sessions decode plainly."""
+        """`name` is the verifier's name in this engine's results. Without `drafting`, sessions decode plainly."""
         self._engine = engine
         self._name = name
         self._grammars = grammars
@@ -77,7 +77,7 @@ class EngineLoop:
         return min(self._engine.max_len, self._engine.budget_tokens)
 
     def add(self, generate: Generate) -> Result | None:
-        """Add a pending session; returns a failed result if it cannot be served."""
+        """Add a pending session; return a failed result if it cannot be served."""
         limit = len(generate.prompt) + generate.max_tokens
         if limit > self.longest_session:
             text = f"the session may grow to {limit} tokens, and at most {self.longest_session} fit here"
@@ -102,7 +102,7 @@ class EngineLoop:
             self._drafts.close(session_id)
 
     def step(self) -> list[Result]:
-        """Compute the next step; returns the results of sessions with new tokens and of failed ones."""
+        """Compute the next step; return the results of sessions with new tokens and of failed sessions."""
         parts = self._batcher.next_step()
         if not parts:
             return []

@@ -1,8 +1,8 @@
 """The baselines: `centralized` and `colocated` serving, against which the suite is measured.
 
 The API is the gateway's own code: chat template, tokenizer, limits, streaming, traces, SLOs. The computation is the
-suite's engine and the verifier's code for a step. Only the parts between them are missing: no RabbitMQ, no Redis, no
-scheduler, drafter or estimator, and no message to another machine in each round.
+suite's engine and the verifier's code for a step. Only the parts between them are missing: RabbitMQ, Redis, scheduler,
+drafter, estimator, and the messages of each round.
 
 The API and the engine are two processes on one machine, joined by a local socket, as in modern engines (vLLM's API
 server and engine core). In one process they would compete for Python's interpreter lock: tokenizing a request or

@@ -19,14 +19,15 @@ FORWARDED = ("accept", "content-encoding", "content-type", "last-event-id", "x-r
 FORWARDED_PREFIXES = ("x-slo-", "x-llm-d-", "x-wisp-")
 """Request headers that the gateway reads, besides the key."""
 HOP_BY_HOP = frozenset({b"connection", b"keep-alive", b"transfer-encoding", b"date", b"server"})
+"""Response headers that belong to the connection to the gateway, and are not forwarded."""
 LONGEST_BODY = 32 << 20
 """Longest request body in bytes. Each gateway has its own limit, which is usually lower."""
 
 
 def device_api(gateway: httpx.AsyncClient, hosts: Collection[str] = ()) -> ASGIApp:
-    """Return the device's API as an ASGI application. Programs on the device need no key; pages in browsers get none.
+    """Return the device's API as an ASGI application. Programs on the device need no key; web pages are refused.
 
-    `gateway` is a client as `Relay` takes it. `hosts` are names of the device besides loopback ones.
+    gateway: as for `Relay`. hosts: names of the device besides loopback ones.
     """
     return BrowserGuard(Relay(gateway), hosts)
 
@@ -35,7 +36,7 @@ class Relay:
     """An ASGI application. When a client goes away, its request to the gateway is cancelled."""
 
     def __init__(self, gateway: httpx.AsyncClient) -> None:
-        """`gateway` is a client with the gateway's base URL, without /v1, and with the device's key."""
+        """gateway: HTTP client with the gateway's base URL, without /v1, and with the device's key."""
         self._gateway = gateway
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -90,8 +91,8 @@ class Relay:
         try:
             async with self._gateway.stream(scope["method"], url, headers=headers, content=body) as answer:
                 received = [(name.lower(), value) for name, value in answer.headers.raw]
-                kept = [(name, value) for name, value in received if name not in HOP_BY_HOP]
-                await send({"type": "http.response.start", "status": answer.status_code, "headers": kept})
+                forwarded = [(name, value) for name, value in received if name not in HOP_BY_HOP]
+                await send({"type": "http.response.start", "status": answer.status_code, "headers": forwarded})
                 async for part in answer.aiter_raw():
                     await send({"type": "http.response.body", "body": part, "more_body": True})
                 await send({"type": "http.response.body", "body": b""})
@@ -101,7 +102,7 @@ class Relay:
 
 
 def _is_ours(name: str) -> bool:
-    # The device's key decides the pool, not the client.
+    # The device's key determines the pool, so a client must not name another one.
     return name.startswith(FORWARDED_PREFIXES) and name != "x-wisp-pool"
 
 

@@ -18,7 +18,7 @@ from shared.broker.topology import Topology, device_name
 from shared.runtime.tls import Tls
 
 TIMEOUT = httpx.Timeout(120.0, connect=10.0)
-"""For the gateway's answers. The gateway gives up silent sessions sooner."""
+"""Timeouts of requests to the gateway, in seconds. The gateway gives up silent sessions sooner."""
 
 
 async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -> None:
@@ -42,5 +42,5 @@ async def serve(settings: DeviceSettings, _instance: str, stop: asyncio.Event) -
             )
         )
         drafter = Drafter(name, name, settings.options, drafting, broker, None, profile)
-        drafting_for_it = drafter.run(asyncio.Event(), described(settings))
-        await serve_http(device_api(gateway, settings.allowed_host_names), listener, stop, drafting_for_it, device=name)
+        drafting_work = drafter.run(asyncio.Event(), described(settings))
+        await serve_http(device_api(gateway, settings.allowed_host_names), listener, stop, drafting_work, device=name)

@@ -38,7 +38,7 @@ class DeviceSettings(DraftServingSettings, AllowedHostsSettings):
         except ValueError as error:
             raise ValueError(f"gateway_url: {error}") from None
         if gateway.scheme not in ("http", "https") or not gateway.host or gateway.path.rstrip("/") != "/v1":
-            raise ValueError(f"gateway_url {self.gateway_url!r}: it looks like https://host:port/v1")
+            raise ValueError(f"gateway_url {self.gateway_url!r}: expected the form https://host:port/v1")
         if gateway.scheme == "http" and not is_loopback(gateway.host):
             raise ValueError(
                 f"gateway_url {self.gateway_url!r}: others could read the key on the network; use https://"

@@ -1,5 +1,8 @@
+"""`python -m services.drafter`"""
+
 from services.drafter.service import serve
 from services.drafter.settings import DrafterSettings
 from shared.runtime.service import run
 
-run("drafter", DrafterSettings, serve)
+if __name__ == "__main__":
+    run("drafter", DrafterSettings, serve)

@@ -31,7 +31,7 @@ class Pods:
     """Writes deletion costs to the pods of one namespace."""
 
     def __init__(self, settings: DrainOrderSettings) -> None:
-        """Raises SettingsError if token or authority cannot be read."""
+        """Raises SettingsError if the token or the certificate of the authority cannot be read."""
         self._url = f"{settings.kubernetes_url.rstrip('/')}/api/v1/namespaces/{quote(settings.pod_namespace)}/pods/"
         self._token_file = settings.kubernetes_token_file
         try:

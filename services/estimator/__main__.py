@@ -1,5 +1,8 @@
+"""`python -m services.estimator`"""
+
 from services.estimator.service import serve
 from services.estimator.settings import EstimatorSettings
 from shared.runtime.service import run
 
-run("estimator", EstimatorSettings, serve)
+if __name__ == "__main__":
+    run("estimator", EstimatorSettings, serve)

@@ -51,7 +51,7 @@ class Estimator:
             return
         verifier_id = message.verifier
         if verifier_id not in self._fits:
-            # Not read at the start: while this estimator was a stand-by, the active one stored newer models.
+            # Not read at the start: the active estimator stores newer models while this one stands by.
             stored = None if message.profile else await self._stored(verifier_id)
             self._fits.setdefault(verifier_id, VerifierFit(verifier_id, self._settings.forgetting, stored))
         fit = self._fits[verifier_id]

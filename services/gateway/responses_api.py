@@ -48,7 +48,7 @@ def add_responses(app: FastAPI, gateway: Gateway) -> None:
             if asked.store:
                 conversation = [*messages, *messages_of(output, "output")]
                 record = {"holder": answer.form.holder, "messages": conversation, "output": output}
-                await gateway.transport.keep_response(_response_id(answer), msgpack.packb(record))
+                await gateway.transport.store_response(_response_id(answer), msgpack.packb(record))
 
         return ResponsesResponse(gateway, answer, asked, keep)
 
@@ -92,7 +92,7 @@ class StoredResponses:
                 text = f"input refers to items of more than {MOST_RESPONSES} responses; send some items themselves"
                 raise invalid(text, "input")
             try:
-                stored = await self._gateway.transport.kept_response(response_id[:128])
+                stored = await self._gateway.transport.stored_response(response_id[:128])
             except BrokersError as error:
                 raise unavailable(str(error), "redis_unavailable", retry_after_s=2) from error
             record = None if stored is None else msgpack.unpackb(stored)

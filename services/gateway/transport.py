@@ -58,10 +58,10 @@ class Transport(Protocol):
     async def resume_record(self, answer_id: str) -> bytes | None:
         """Return the resume record of an answer; None if there is none."""
 
-    async def keep_response(self, response_id: str, body: bytes) -> None:
+    async def store_response(self, response_id: str, body: bytes) -> None:
         """Store what a later request needs of a response, for as long as the state of a session."""
 
-    async def kept_response(self, response_id: str) -> bytes | None:
+    async def stored_response(self, response_id: str) -> bytes | None:
         """Return what was stored for a response; None if there is nothing, or no longer."""
 
     def collect(self, session_ids: Sequence[str]) -> AbstractAsyncContextManager[list[Session | None]]:
@@ -151,7 +151,7 @@ class BrokerTransport:
             elapsed_ms = (tried_s - received_s) * 1000
             try:
                 return await self._store.create(
-                    request, prompt, elapsed_ms, pool=pool, patience_ms=self._patience_ms, kept=resume_record
+                    request, prompt, elapsed_ms, pool=pool, patience_ms=self._patience_ms, resume_record=resume_record
                 )
             except BrokersError as error:
                 spent_s += min(monotonic() - tried_s, LONGEST_TRY_S) + CREATE_RETRY_S
@@ -181,15 +181,15 @@ class BrokerTransport:
 
     async def resume_record(self, answer_id: str) -> bytes | None:
         """See `Transport`."""
-        return await self._store.kept(answer_id)
+        return await self._store.resume_record(answer_id)
 
-    async def keep_response(self, response_id: str, body: bytes) -> None:
+    async def store_response(self, response_id: str, body: bytes) -> None:
         """See `Transport`."""
-        await self._store.keep_response(response_id, body)
+        await self._store.store_response(response_id, body)
 
-    async def kept_response(self, response_id: str) -> bytes | None:
+    async def stored_response(self, response_id: str) -> bytes | None:
         """See `Transport`."""
-        return await self._store.kept_response(response_id)
+        return await self._store.stored_response(response_id)
 
     @asynccontextmanager
     async def collect(self, session_ids: Sequence[str]) -> AsyncIterator[list[Session | None]]:

@@ -1,5 +1,8 @@
+"""`python -m services.verifier`"""
+
 from services.verifier.service import serve
 from services.verifier.settings import VerifierSettings
 from shared.runtime.service import run
 
-run("verifier", VerifierSettings, serve)
+if __name__ == "__main__":
+    run("verifier", VerifierSettings, serve)

@@ -102,13 +102,13 @@ class Store:
         *,
         pool: str = "",
         patience_ms: int = 0,
-        kept: bytes = b"",
+        resume_record: bytes = b"",
     ) -> bool:
-        """Write a new session and the deadline of its first token. Returns False if it was cancelled before.
+        """Write a new session and the deadline of its first token. Return False if it was cancelled before.
 
         `elapsed_ms` is the time since the request arrived; times are stored on Redis's clock. A session that no live
-        gateway collects for `patience_ms` is cancelled by its next commit or by `reap`; 0 disables this. `kept` is the
-        gateway's resume record, which the method `kept` returns. `pool` is its pool of drafters, for `turns`.
+        gateway collects for `patience_ms` is cancelled by its next commit or by `reap`; 0 disables this. `pool` is the
+        session's pool of drafters, for `turns`.
         """
         slo = request.slo
         fields: dict[str, str | int | float | bytes] = {
@@ -121,7 +121,7 @@ class Store:
             "finish": "",
             "gateway": request.gateway,
             "patience_ms": patience_ms,
-            "kept": kept,
+            "kept": resume_record,
             "pool": pool,
         }
         if slo is not None:
@@ -295,16 +295,16 @@ class Store:
         await self._call(self._redis.transaction(flip, key))
         return exists
 
-    async def kept(self, session_id: str) -> bytes | None:
+    async def resume_record(self, session_id: str) -> bytes | None:
         """Return the resume record given to `create`; None if it was empty or the session does not exist."""
         found: bytes | None = await self._call(self._redis.hget(self._session(session_id), "kept"))
         return found or None
 
-    async def keep_response(self, response_id: str, body: bytes) -> None:
+    async def store_response(self, response_id: str, body: bytes) -> None:
         """Store what a gateway needs to continue a response, for `ttl_s`."""
         await self._call(self._redis.set(self._connection.key("response", response_id), body, ex=self._ttl_s))
 
-    async def kept_response(self, response_id: str) -> bytes | None:
+    async def stored_response(self, response_id: str) -> bytes | None:
         """Return what was stored for a response; None if there is nothing, or no longer."""
         found: bytes | None = await self._call(self._redis.get(self._connection.key("response", response_id)))
         return found

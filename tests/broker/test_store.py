@@ -98,9 +98,9 @@ async def test_log_probabilities_are_kept_with_their_tokens_only(store: Store, r
 
 
 async def test_a_response_is_kept_for_a_while(store: Store, redis_url: str, namespace: str) -> None:
-    await store.keep_response("resp_1", b"body")
-    assert await store.kept_response("resp_1") == b"body"
-    assert await store.kept_response("resp_2") is None
+    await store.store_response("resp_1", b"body")
+    assert await store.stored_response("resp_1") == b"body"
+    assert await store.stored_response("resp_2") is None
     redis: Redis = Redis.from_url(redis_url)
     assert 0 < await redis.ttl(f"{namespace}:response:resp_1") <= 60
     await redis.aclose()
@@ -159,7 +159,11 @@ async def test_a_session_cancelled_before_its_creation_never_becomes_active(
     assert await store.cancel("s", "g")
     assert not await store.create(request(slo=Slo(ttft_ms=1000.0, tpot_ms=100.0)), PROMPT)
     assert await store.ended(["s"]) == ["s"]
-    assert (await store.read(["s"]), await store.progress("s", 0), await store.kept("s")) == ([None], None, None)
+    assert (await store.read(["s"]), await store.progress("s", 0), await store.resume_record("s")) == (
+        [None],
+        None,
+        None,
+    )
     assert not await store.collect("s", "h")
     (answer,) = await store.commit("v", [commit(0, 3, [8])])
     assert answer.outcome is CommitOutcome.GONE
@@ -360,6 +364,6 @@ async def test_only_the_gateway_that_collects_a_session_may_cancel_it(store: Sto
 
 
 async def test_what_a_gateway_keeps_is_read_by_another(store: Store) -> None:
-    await store.create(request("s"), PROMPT, kept=b"how it is written")
+    await store.create(request("s"), PROMPT, resume_record=b"how it is written")
     await store.create(request("plain"), PROMPT)
-    assert [await store.kept(name) for name in ("s", "plain", "unknown")] == [b"how it is written", None, None]
+    assert [await store.resume_record(name) for name in ("s", "plain", "unknown")] == [b"how it is written", None, None]

@@ -302,7 +302,7 @@ async def test_an_answer_that_cannot_be_stored_fails(app: App, monkeypatch: pyte
     async def away(response_id: str, body: bytes) -> None:
         raise BrokersError("Redis is away")
 
-    monkeypatch.setattr(app.transport, "keep_response", away)
+    monkeypatch.setattr(app.transport, "store_response", away)
     assert error_of(await post(app), 503)["code"] == "redis_unavailable"
     assert (await post(app, store=False)).status_code == 200
     streamed = await post(app, stream=True)

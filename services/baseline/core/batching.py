@@ -3,8 +3,8 @@
 It works as in modern engines. In every step, each running session whose prompt is computed decodes: one token, or a
 draft and the token after it. Beside them up to `prefill_tokens` of prompts are computed, the oldest first, so that a
 long prompt lengthens the other sessions' steps by a bounded time (Sarathi-Serve, arXiv 2403.02310). Pending sessions
-start in order of arrival, as soon as the KV of the whole prompt fits beside everything promised to the running
-sessions and one block for the growth of each. When growth needs more memory than is free, drafts are dropped first.
+start in order of arrival. One starts as soon as the KV of its whole prompt fits beside the next step of the running
+sessions and one further block for each of them. When growth needs more memory than is free, drafts are dropped first.
 Then the newest session is preempted: it gives up its KV, becomes the first pending session and is computed again
 (vLLM's preemption by recomputation, arXiv 2309.06180). The oldest session therefore always makes progress, and none
 starves.
@@ -23,13 +23,13 @@ class SequenceCache(Protocol):
 
     @property
     def free_tokens(self) -> int:
-        """Tokens that fit without evicting a session."""
+        """Number of tokens that fit without evicting a session."""
 
     def cached(self, session: str) -> int:
         """Return the number of a session's tokens in the cache."""
 
     def attach(self, session: str, tokens: Sequence[int]) -> int:
-        """Attach a session; returns how many of its tokens are in the cache."""
+        """Attach a session; return the number of its tokens in the cache."""
 
     def release(self, session: str) -> None:
         """Release a session."""

@@ -8,10 +8,10 @@ from shared.messages import Heartbeat
 
 
 def deletion_costs(heartbeats: Iterable[Heartbeat]) -> dict[str, int]:
-    """Return the cost by verifier id: the number of doublings of its held KV tokens; 0 for none.
+    """Return the deletion cost by verifier id: the bit length of the number of KV tokens that it holds; 0 for none.
 
-    Doublings, because Kubernetes asks for few updates of the annotation, and the order of two verifiers that hold about
-    as much does not matter. A draining verifier leaves in any case and costs nothing.
+    The cost grows with the logarithm because Kubernetes advises against frequent updates of the annotation, and the
+    order of verifiers that hold about as much does not matter. A draining verifier costs 0: it leaves in any case.
     """
     return {
         heartbeat.verifier: 0 if heartbeat.draining else (heartbeat.total_tokens - heartbeat.free_tokens).bit_length()
