@@ -30,13 +30,18 @@ def rounds_of(edit: Edit, *, predicted: bool) -> tuple[int, int]:
 
 
 def test_the_package_has_fifty_different_edits() -> None:
-    assert len({(edit.document, edit.wish) for edit in EDITS}) == len({edit.after for edit in EDITS}) == 50
+    assert len({(edit.document, edit.instruction) for edit in EDITS}) == len({edit.after for edit in EDITS}) == 50
     assert {edit.kind for edit in EDITS} == {"code", "text"}
     assert all(edit.before != edit.after for edit in EDITS)
 
 
 def test_a_replaced_text_has_to_occur_once() -> None:
-    document = {"name": "d", "kind": "text", "content": "a b a", "edit": [{"wish": "w", "replace": [["a", "c"]]}]}
+    document = {
+        "name": "d",
+        "kind": "text",
+        "content": "a b a",
+        "edit": [{"instruction": "w", "replace": [["a", "c"]]}],
+    }
     with pytest.raises(ValueError, match="occurs 2 times"):
         list(edits({"document": [document]}))
 

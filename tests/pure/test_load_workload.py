@@ -52,7 +52,7 @@ def test_requests_follow_the_distributions_of_the_workload() -> None:
 @given(st.integers(1, 40))
 def test_any_number_of_sessions_is_close_to_the_mixture_of_hardware(sessions: int) -> None:
     mixed = workload_of('[[devices]]\nname = "a"\nweight = 3\n[[devices]]\nname = "b"\nweight = 1')
-    dealt = [mixed.device(i) for i in range(sessions)]
+    dealt = [mixed.hardware(i) for i in range(sessions)]
     assert abs(dealt.count("a") - 0.75 * sessions) <= 1
     assert mixed.request(sessions - 1, 5).device == dealt[-1], "a session keeps its hardware"
 

@@ -1,4 +1,4 @@
-"""Benchmarks: each module or package but `support` is one, run as `wisp bench NAME`.
+"""Benchmarks. Each module or package except `support` is one; `wisp bench NAME` runs it.
 
 Each prints tables and writes `.wisp/results/<name>.json`.
 """

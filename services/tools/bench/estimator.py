@@ -1,10 +1,10 @@
 """`wisp bench estimator`: error of predicted batch times, by kind of batch and by cost model.
 
-The models are that of the start-up profile alone, that after live batches, and a plain line. A verifier's engine is
-profiled as at its start. Then it runs a stream of batches like those of live traffic, and the model learns from them
-as the estimator does. Held-out batches of all kinds follow, from which nothing is learnt. Every session has its own
-cached tokens. The plain line ignores rows of logits, has one price for all new tokens, and is fitted once to
-everything that the other models were given.
+The benchmark compares three models: the start-up profile alone, the model after live batches, and a plain line. It
+profiles an engine as a verifier does at its start. Then the engine runs a stream of batches like those of live traffic,
+and the model learns from them as in the estimator. Held-out batches of all kinds follow; no model learns from them.
+Every session has its own cached tokens. The plain line ignores rows of logits, has one price for all new tokens, and is
+fitted once to all batches that the other models learned from.
 """
 
 from __future__ import annotations

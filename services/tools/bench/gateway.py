@@ -1,8 +1,8 @@
-"""`wisp bench gateway`: streams of a gateway behind the real RabbitMQ and Redis, with a stub in place of the others.
+"""`wisp bench gateway`: streams of a gateway with real RabbitMQ and Redis, and a stub in place of the other services.
 
-The stub takes the requests from the drafters' queue and publishes one token per result, in groups as a verifier's
-batches have them, at a fixed rate. Nothing is computed: what is measured is one gateway process. Requests follow each
-other on each of the streams.
+The stub takes the requests from the drafters' queue. At a fixed rate it publishes results of one token each, in groups
+like those of a verifier's batches. No model runs, so the figures are those of one gateway process. On each stream, a
+new request follows when the previous one has ended.
 
 The time of a token runs from its result's publication to its event at the client. The stub gets a copy of each group
 over the same exchange; the time from the copy to the event is what the gateway adds. Stub and clients share a process,
@@ -51,7 +51,7 @@ WARM_UP_S = 3.0
 START_S = 60.0
 """Longest time until all streams have begun."""
 MARK = b'"delta":{"content":"'
-"""Begins the text of an event. The event that names the role has none."""
+"""Start of the text in an event. The event with the role has no text."""
 ID = b'"id":"'
 RETRY_S = 1.0
 LOOKS = 20
@@ -77,9 +77,9 @@ class SentTokens:
     """Times of the tokens of the running sessions, in seconds of `time.perf_counter`."""
 
     at_s: dict[str, list[tuple[float, str]]] = field(default_factory=dict)
-    """By session: when each token was published, and its batch."""
+    """By session: the time at which each token was published, and its batch."""
     copied_s: dict[str, float] = field(default_factory=dict)
-    """By batch: when its copy came."""
+    """By batch: the time at which its copy arrived."""
     since_s: float = float("inf")
     """Tokens published before do not count."""
     refused: int = 0
@@ -92,7 +92,7 @@ class SentTokens:
         self.at_s.pop(session_id, None)
 
     def received(self, session_id: str, number: int, now_s: float) -> None:
-        """Note the event of a session's token."""
+        """Record the arrival of a session's token at its client."""
         sent_s, batch = self.at_s[session_id][number]
         if sent_s >= self.since_s:
             self.took_ms.append((now_s - sent_s) * 1000)
@@ -100,7 +100,7 @@ class SentTokens:
 
 
 class StreamClient(asyncio.Protocol):
-    """Sends one request and notes the time of each event with text. It parses no more than it needs to."""
+    """Sends one request and records the time of each event with text. It parses as little as possible."""
 
     def __init__(self, request: bytes, sent: SentTokens) -> None:
         self._request = request
@@ -116,7 +116,7 @@ class StreamClient(asyncio.Protocol):
         transport.write(self._request)
 
     def data_received(self, data: bytes) -> None:
-        """Note the events that end in these bytes."""
+        """Record the events that end in these bytes."""
         now_s = time.perf_counter()
         text = self._rest + data
         if not self._session_id:
@@ -142,7 +142,7 @@ class StreamClient(asyncio.Protocol):
 
 
 class ServicesStub:
-    """Drafters, scheduler and verifiers in one: each session gets a token in its turn."""
+    """Replaces drafters, scheduler and verifiers: gives a token to each session in turn."""
 
     def __init__(self, broker: Broker, store: Store, fingerprint: str, words: list[int], answer: int) -> None:
         """words: ids of the tokens to send. answer: tokens of each answer."""
@@ -172,7 +172,7 @@ class ServicesStub:
         await self._broker.consume(names.own_queue("stub", STUB, (topology.result(STUB),)), self._copied)
 
     async def beat(self) -> None:
-        """Send signs of life, for ever."""
+        """Publish heartbeats until cancelled."""
         while True:
             await self._store.registry.beat(self._heartbeat)
             await asyncio.sleep(BEAT_S)
@@ -303,7 +303,7 @@ async def _measure(stack: Stack, streams: int, rate: int, batch: int, answer: in
             ]
             beating = tasks.create_task(stub.beat())
             async with asyncio.timeout(START_S):
-                while stub.running < streams:  # noqa: ASYNC110 - a look now and then is enough
+                while stub.running < streams:  # noqa: ASYNC110 - polling is enough
                     await asyncio.sleep(0.05)
             serving = tasks.create_task(
                 stub.serve(rate, min(batch, streams), lambda: over and all(one.done() for one in clients))
@@ -320,7 +320,7 @@ async def _measure(stack: Stack, streams: int, rate: int, batch: int, answer: in
 
 
 async def _observed(stack: Stack, stub: ServicesStub, seconds: float) -> list[float]:
-    """Return what was received in that time, and what it cost the gateway: a row without its rate."""
+    """Observe the streams for `seconds`; return a row without its rate: tokens, latencies and the gateway's costs."""
     process = psutil.Process(stack.processes("gateway")[0].pid)
     began_s, used, memory = time.perf_counter(), process.cpu_times(), process.memory_info().rss
     stub.sent.since_s = began_s

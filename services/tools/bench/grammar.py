@@ -1,12 +1,12 @@
-"""`wisp bench grammar`: what a JSON schema costs a round of the verifier, beside the same round without it.
+"""`wisp bench grammar`: cost of a JSON schema in a round of the verifier, against the same round without it.
 
-The model first answers under the schema, and its logits are kept. Sessions at different places of these answers are
-then verified in batches, with and without the grammar, each with the kept logits in place of a forward pass. The
-difference of the times is the cost of the grammar: following the tokens, forcing, masks and choices. The last row has
-random logits, of which nearly none is allowed: each position needs its mask.
+The model first answers under the schema, and the benchmark records its logits. Then it verifies sessions that have
+reached different positions of these answers in batches, with and without the grammar. The recorded logits replace the
+forward pass. The difference of the times is the cost of the grammar: following the tokens, forcing, masks and choices.
+The last row has random logits, so the likeliest token is nearly never allowed: each position needs its mask.
 
-Times are those of the thread's work on the CPU, which other programs do not change much. A forward pass is a pause of
-`PASS_S`, in which the masks that are likely to be needed are computed by another thread; its work is a column of its
+Times are CPU times of the thread, on which other programs have little effect. A pause of `PASS_S` represents the
+forward pass. During it, another thread computes the masks that are likely to be needed; its time has a column of its
 own.
 """
 
@@ -45,7 +45,7 @@ RAISED = 1000.0
 PASS_S = 0.01
 """Time of a forward pass of such a batch on an accelerator; on a CPU it takes longer."""
 ANSWER = 160
-"""Most tokens of a kept answer."""
+"""Most tokens of a recorded answer."""
 SUBJECTS = ("Ada Lovelace, who wrote programs", "Marie Curie, who studied radiation")
 SAMPLINGS = {
     "greedy": Sampling(),
@@ -108,8 +108,8 @@ def _object(**properties: Any) -> dict[str, Any]:
 
 
 @dataclass
-class KeptAnswer:
-    """An answer with its logits."""
+class AnswerWithLogits:
+    """A recorded answer and its logits."""
 
     prompt: list[int]
     tokens: list[int]
@@ -121,7 +121,7 @@ class KeptAnswer:
     """Share of the tokens that the logits would not have chosen without the grammar."""
 
     @classmethod
-    def of(cls, prompt: list[int], tokens: list[int], logits: torch.Tensor, sampling: Sampling) -> KeptAnswer:
+    def of(cls, prompt: list[int], tokens: list[int], logits: torch.Tensor, sampling: Sampling) -> AnswerWithLogits:
         """Return an answer with its logits."""
         positions = range(len(prompt), len(prompt) + len(tokens))
         own = choose(logits, [sampling] * len(tokens), positions)
@@ -132,22 +132,22 @@ class KeptAnswer:
 
 
 @dataclass
-class KeptLogits:
-    """Stands in for an engine: its logits are those of answers, which sessions take up at any place."""
+class ReplayedLogits:
+    """Replaces an engine: returns recorded logits. A session may begin at any position of an answer."""
 
     vocab_size: int
     max_len: int
-    answers: dict[str, KeptAnswer] = field(default_factory=dict)
+    answers: dict[str, AnswerWithLogits] = field(default_factory=dict)
     """By session."""
     free: bool = False
-    """True for the rows without a grammar."""
+    """True to return the logits that choose the same tokens without a grammar."""
     forward_s: float = 0.0
     """Time that went into copying rows."""
     keeps_hidden: bool = False
     _cached: dict[str, int] = field(default_factory=dict)
 
     def attach(self, session_id: str, tokens: Sequence[int]) -> int:
-        """Everything but the last token is cached."""
+        """Return the number of cached tokens: all but the last."""
         self._cached[session_id] = len(tokens) - 1
         return len(tokens) - 1
 
@@ -160,7 +160,7 @@ class KeptLogits:
         return self._cached[session_id]
 
     def forward(self, steps: Sequence[Step]) -> Output:
-        """Return the rows of the answers at the sessions' places."""
+        """Return the recorded rows at the sessions' positions."""
         began_s = time.thread_time()
         rows, offsets = [], [0]
         for step in steps:
@@ -176,10 +176,10 @@ class KeptLogits:
         return output
 
 
-def keep_answers(engine: Engine, model: ModelFolder, grammar: str, sampling: Sampling) -> list[KeptAnswer]:
+def record_answers(engine: Engine, model: ModelFolder, grammar: str, sampling: Sampling) -> list[AnswerWithLogits]:
     """Let the model answer under a grammar, token by token. Raises WispError if an answer fails."""
     tokenizer, grammars = Tokenizer(model), Grammars.of(model)
-    kept = []
+    answers = []
     for number, subject in enumerate(SUBJECTS):
         text = f"Describe {subject}, as JSON with the fields {', '.join(schema()['properties'])}."
         prompt = tokenizer.render_chat([{"role": "user", "content": text}])
@@ -194,13 +194,13 @@ def keep_answers(engine: Engine, model: ModelFolder, grammar: str, sampling: Sam
             (outcome,), _ = verify(engine, [task], grammars=grammars, most_forced=0)
             if outcome.verdict is None:
                 raise outcome.error if isinstance(outcome.error, WispError) else WispError(str(outcome.error))
-            # Once more, for the row itself: a forced token needs none.
+            # A forced token is committed without logits, so its row is computed here.
             engine.truncate(name, len(whole) - 1)
             rows.append(engine.forward([Step(name, whole[-1:], rows=1)]).logits.float())
             tokens += outcome.verdict.tokens
         engine.release(name)
-        kept.append(KeptAnswer.of(prompt, tokens, torch.cat(rows), sampling))
-    return kept
+        answers.append(AnswerWithLogits.of(prompt, tokens, torch.cat(rows), sampling))
+    return answers
 
 
 def _task(
@@ -211,7 +211,7 @@ def _task(
 
 
 def measure(
-    kept: Sequence[KeptAnswer],
+    answers: Sequence[AnswerWithLogits],
     model: ModelFolder,
     grammar: str,
     sampling: Sampling,
@@ -222,60 +222,60 @@ def measure(
     """Return tokens a round, time without the grammar, its cost at the median and the 90th percentile, the median time
     of masks beside the pass, and % changed.
 
-    draft: tokens of each draft, which are right.
+    draft: tokens of each draft, all of which are accepted.
     """
-    double = KeptLogits(kept[0].logits.shape[1], 1_000_000)
-    engine = cast(Engine, double)
+    replayed = ReplayedLogits(answers[0].logits.shape[1], 1_000_000)
+    engine = cast(Engine, replayed)
     grammars = Grammars.of(model)
-    places = {f"s{i}": (i * 7) % ANSWER for i in range(batch)}
-    generation = dict.fromkeys(places, 0)
+    lengths = {f"s{i}": (i * 7) % ANSWER for i in range(batch)}
+    generation = dict.fromkeys(lengths, 0)
     without_ms, cost_ms, beside_ms, made = [], [], [], []
     for number in range(rounds):
         tasks = []
-        for index, (name, place) in enumerate(list(places.items())):
-            answer = kept[index % len(kept)]
-            if place >= len(answer.tokens) - draft - 1:
-                places[name] = place = number % 3
+        for index, (name, length) in enumerate(list(lengths.items())):
+            answer = answers[index % len(answers)]
+            if length >= len(answer.tokens) - draft - 1:
+                lengths[name] = length = number % 3
                 grammars.forget(f"{name}.{generation[name]}")
                 generation[name] += 1
             session_id = f"{name}.{generation[name]}"
-            double.answers[session_id] = answer
+            replayed.answers[session_id] = answer
             ruled = sampling.model_copy(update={"grammar": Grammar(text=grammar, prompt_len=len(answer.prompt))})
-            tokens = [*answer.prompt, *answer.tokens[:place]]
-            ahead = answer.tokens[place : place + draft]
-            # Forced tokens may not reach beyond the kept rows.
-            room = len(answer.tokens) - place
+            tokens = [*answer.prompt, *answer.tokens[:length]]
+            ahead = answer.tokens[length : length + draft]
+            # Forced tokens may not reach beyond the recorded rows.
+            room = len(answer.tokens) - length
             tasks.append(replace(_task(session_id, tokens, ahead, ruled, len(answer.prompt), model), room=room))
-        took_ms, ahead_ms, outcomes = _timed(double, engine, tasks, grammars)
+        took_ms, ahead_ms, outcomes = _timed(replayed, engine, tasks, grammars)
         free = []
         for task, outcome in zip(tasks, outcomes, strict=True):
             assert outcome.verdict is not None, outcome.error
             name = task.session_id.partition(".")[0]
-            places[name] += len(outcome.verdict.tokens)
+            lengths[name] += len(outcome.verdict.tokens)
             made.append(len(outcome.verdict.tokens))
-            # The same rows without the grammar: what it forced is a draft there.
+            # The same rows without the grammar, with the forced tokens as drafts.
             free_sampling = task.sampling.model_copy(update={"grammar": None})
             free.append(replace(task, draft=outcome.verdict.tokens[:-1], sampling=free_sampling))
-        free_ms, _, _ = _timed(double, engine, free, None)
+        free_ms, _, _ = _timed(replayed, engine, free, None)
         if number >= rounds // 10:  # the first rounds build the sessions' states
             without_ms.append(free_ms)
             cost_ms.append(took_ms - free_ms)
             beside_ms.append(ahead_ms)
-    changed = 100 * mean(answer.changed for answer in kept)
+    changed = 100 * mean(answer.changed for answer in answers)
     late_ms = quantiles(cost_ms, n=10)[8]
     return [mean(made), median(without_ms), median(cost_ms), late_ms, median(beside_ms), changed]
 
 
 def _timed(
-    double: KeptLogits, engine: Engine, tasks: list[VerifyTask], grammars: Grammars | None
+    replayed: ReplayedLogits, engine: Engine, tasks: list[VerifyTask], grammars: Grammars | None
 ) -> tuple[float, float, list[Any]]:
-    """Verify a batch; return its time without the stand-in's and that of other threads, in ms, and its outcomes."""
-    double.forward_s, double.free = 0.0, grammars is None
+    """Verify a batch; return its time and that of other threads, in ms without `replayed`'s, and its outcomes."""
+    replayed.forward_s, replayed.free = 0.0, grammars is None
     began_s, all_began_s = time.thread_time(), time.process_time()
     outcomes, _ = verify(engine, tasks, grammars=grammars)
     took_s = time.thread_time() - began_s
     others_s = time.process_time() - all_began_s - took_s
-    return (took_s - double.forward_s) * 1000, others_s * 1000, outcomes
+    return (took_s - replayed.forward_s) * 1000, others_s * 1000, outcomes
 
 
 def main(
@@ -310,17 +310,17 @@ def _rows(
 ) -> list[list[Any]]:
     engine = Engine(Path(model.path), budget_tokens=2048)
     rows: list[list[Any]] = []
-    kept: list[KeptAnswer] = []
+    answers: list[AnswerWithLogits] = []
     for name, sampling in SAMPLINGS.items():
         with progress.step(f"answers, {name}") as step:
-            kept = keep_answers(engine, model, grammar, sampling)
-            step.done(f"answers, {name}: {sum(len(one.tokens) for one in kept)} tokens")
-        rows += [[name, draft, *measure(kept, model, grammar, sampling, draft, batch, rounds)] for draft in drafts]
+            answers = record_answers(engine, model, grammar, sampling)
+            step.done(f"answers, {name}: {sum(len(one.tokens) for one in answers)} tokens")
+        rows += [[name, draft, *measure(answers, model, grammar, sampling, draft, batch, rounds)] for draft in drafts]
     draw = np.random.default_rng(0)
-    noise = [torch.from_numpy(draw.normal(size=answer.logits.shape).astype(np.float32)) for answer in kept]
+    noise = [torch.from_numpy(draw.normal(size=answer.logits.shape).astype(np.float32)) for answer in answers]
     random = [
-        KeptAnswer.of(answer.prompt, answer.tokens, logits, Sampling())
-        for answer, logits in zip(kept, noise, strict=True)
+        AnswerWithLogits.of(answer.prompt, answer.tokens, logits, Sampling())
+        for answer, logits in zip(answers, noise, strict=True)
     ]
     rows.append([RANDOM, 0, *measure(random, model, grammar, Sampling(), 0, batch, rounds)])
     return rows

@@ -1,8 +1,8 @@
 """`wisp bench handoff`: longest gap in streams whose verifier leaves, by the way in which KV is handed over.
 
-A suite with two verifiers serves streams with long prompts. When all streams have begun, the verifier that holds most
-of them is ended, by SIGTERM (it drains) or by SIGKILL. Only streams whose KV it held count. Another verifier is
-started for the next repetition. The answers must be the same in every arm.
+A suite with two verifiers serves streams with long prompts. When all streams have begun, the benchmark ends the
+verifier that holds most of them, by SIGTERM (it drains) or by SIGKILL. Only streams whose KV it held count. Then the
+benchmark starts another verifier for the next repetition. The answers must be the same in every arm.
 """
 
 from __future__ import annotations
@@ -162,7 +162,7 @@ async def _once(
     async with asyncio.TaskGroup() as tasks:
         for stream, prompt in zip(streams, prompts, strict=True):
             tasks.create_task(_ask(http, stack, prompt, tokens, stream))
-        while any(len(stream.at_s) < BEGUN for stream in streams):  # noqa: ASYNC110 - a look now and then is enough
+        while any(len(stream.at_s) < BEGUN for stream in streams):  # noqa: ASYNC110 - polling is enough
             await asyncio.sleep(0.01)
         leaves, held = await _busiest(stack)
         began_s = time.perf_counter()

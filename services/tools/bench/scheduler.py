@@ -1,9 +1,9 @@
 """`wisp bench scheduler`: time of the scheduler's decisions, and rounds a second that its service takes.
 
-The first table is the pure decision: rounds wait for one verifier, the dispatcher plans a batch, its results come back,
-and as many new rounds arrive. The second is the same beside sessions that the verifier decodes in runs: their reports
-arrive between the decisions. The third is a scheduler process behind RabbitMQ: rounds are published at a rate,
-received, put into batches and sent to a verifier that this benchmark plays.
+The first table has the decision alone: rounds wait for one verifier, the dispatcher plans a batch, its results come
+back, and as many new rounds arrive. The second adds sessions that the verifier decodes in runs: their reports arrive
+between the decisions. The third has a scheduler process behind RabbitMQ: this benchmark publishes rounds at a rate,
+and acts as the verifier that receives the batches.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ def beside_runs(sessions: int, seed: int) -> tuple[int, float, float, float, flo
 
 
 async def service(rates: list[int], progress: ConsoleProgress, seed: int) -> list[list[Any]]:
-    """Return the rows of the second table."""
+    """Return the rows of the third table."""
     rows = []
     with RunFolder("bench-scheduler") as folder:
         async with Brokers(folder.path, progress=progress) as brokers:

@@ -49,6 +49,7 @@ RULES: tuple[tuple[RuleName, int], ...] = (
     ("marginal", 8),
 )
 REAL_TOKENS = 64
+"""Tokens of each answer in the measurement of the real speed."""
 
 Row = dict[str, Any]
 
@@ -107,7 +108,7 @@ class DraftBench:
         return list(rounds(self.source(name), NAMES[name], controller, self.texts, optimistic=ahead))
 
     def real(self, name: str, rule: RuleName, length: int, texts: Sequence[shards.GeneratedText]) -> list[float]:
-        """Return tokens per second of each text, really drafted and verified. The controller learns its own times."""
+        """Draft and verify texts; return the tokens per second of each. The controller learns its own times."""
         controller = Controller(rule, length, self.weights)
         source, names = self.source(name), NAMES.get(name, ())
         return [tokens_per_second(self.engine, source, names, controller, text, self.stop_ids) for text in texts]
@@ -118,7 +119,9 @@ def main(
     draft: DraftFolderOption = None,
     run: RunFolderOption = None,
     prompts: Annotated[int, typer.Option(min=0, help="Number of prompts, for a quick look; 0 takes all.")] = 0,
-    real_texts: Annotated[int, typer.Option(min=1, help="Most texts to really draft and verify.")] = 11,
+    real_texts: Annotated[
+        int, typer.Option(min=1, help="Most texts that the target verifies, for the measured speed.")
+    ] = 11,
 ) -> None:
     """Measure drafts on prompts that were never trained on."""
     with errors_shown():
@@ -133,7 +136,7 @@ def main(
 
 
 def _measure(bench: DraftBench, folder: HiddenDraftFolder, real_texts: int, console: Console) -> dict[str, Any]:
-    """Print one table after the other; return the record of all."""
+    """Measure and print every table; return the record of all."""
     measured = bench.measured
     _print(console, "Cost of a draft step", costs := _cost_rows(measured))
     arms, rows = _arms(bench)

@@ -11,7 +11,7 @@ from services.tools.training.classifiers import auc, calibration_error, reliabil
 from services.tools.training.evaluate import Drafted
 
 
-def judged(drafted: Sequence[Drafted]) -> tuple[np.ndarray, np.ndarray]:
+def outcomes(drafted: Sequence[Drafted]) -> tuple[np.ndarray, np.ndarray]:
     """Return the expected acceptance of every token whose predecessors were accepted, and whether it was accepted."""
     expected, accepted = [], []
     for one in drafted:
@@ -23,7 +23,7 @@ def judged(drafted: Sequence[Drafted]) -> tuple[np.ndarray, np.ndarray]:
 
 def figures(drafted: Sequence[Drafted]) -> tuple[float, float, int]:
     """Return AUC, expected calibration error, and the number of tokens."""
-    expected, accepted = judged(drafted)
+    expected, accepted = outcomes(drafted)
     return auc(accepted, expected), calibration_error(accepted, expected), len(expected)
 
 
@@ -39,7 +39,7 @@ def plot(arms: Mapping[str, Sequence[Drafted]], path: Path) -> None:
     )
     axes.plot([0, 1], [0, 1], color="0.7", linewidth=1, label="perfectly calibrated")
     for name, drafted in arms.items():
-        expected, accepted = judged(drafted)
+        expected, accepted = outcomes(drafted)
         bins = reliability(accepted, expected)
         _, error, _ = figures(drafted)
         axes.plot(

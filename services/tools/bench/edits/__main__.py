@@ -48,11 +48,11 @@ Row = dict[str, Any]
 
 
 class TokenizedEdit:
-    """An edit as token ids: the prompt with the wish and the document, the document, and the edited one."""
+    """An edit as token ids: the prompt with the instruction and the document, the document, and the edited one."""
 
     def __init__(self, edit: Edit, tokenizer: Tokenizer) -> None:
         self.edit = edit
-        asked = f"{edit.wish} Answer with the whole document.\n\n{edit.before}"
+        asked = f"{edit.instruction} Answer with the whole document.\n\n{edit.before}"
         self.prompt = tokenizer.render_chat([{"role": "user", "content": asked}])
         self.before = tokenizer.encode(edit.before)
         self.after = tokenizer.encode(edit.after)
@@ -66,12 +66,14 @@ def main(
     target: Annotated[
         Path | None, typer.Option(help="Folder of the target. \\[default: the default target's]", show_default=False)
     ] = None,
-    real: Annotated[int, typer.Option(min=0, max=50, help="Edits to really verify, for the speed; 0 for none.")] = 10,
+    real: Annotated[
+        int, typer.Option(min=0, max=50, help="Edits that the target verifies, for the speed; 0 for none.")
+    ] = 10,
 ) -> None:
     """Measure predicted outputs on 50 edits of code and text.
 
-    The target need not be able to make the edits: the edited documents are given, and their rounds are those of a
-    target that writes them.
+    The edited documents are given, and the rounds are those of a target that writes them. So the target need not be
+    able to make the edits.
     """
     with errors_shown():
         console = terminal()

@@ -1,4 +1,4 @@
-"""The arms: a program and a format of its weights, each timed in a process of its own."""
+"""The arms of the engine benchmark. An arm is a program with one format of weights, timed in its own process."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ class ArmSizes:
 class ArmProcess:
     """An arm in a process (`worker`) that times one case at a time. Use as a context manager.
 
-    Requests and answers are lines of JSON. A process of its own keeps thread settings, memory and libraries of the arms
+    Requests and answers are lines of JSON. Separate processes keep the arms' thread settings, memory and libraries
     apart.
     """
 

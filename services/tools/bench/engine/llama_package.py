@@ -24,7 +24,7 @@ from shared.models.prepare import PACKAGED
 REQUIREMENTS = ("llama-cpp-python==0.3.36", "diskcache==5.6.3")
 """The package, and the one of its dependencies that the environment does not have."""
 CMAKE_ARGS = ("-DGGML_NATIVE=ON", "-DLLAVA_BUILD=OFF")
-"""Compiled for this machine's instructions, without what images need."""
+"""Compile for this machine's instructions, without the support for images."""
 WITHOUT_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16"
 """llama.cpp's code for AMX ends with a segmentation fault (at `ldtilecfg`) where it was tried."""
 MISSING = (

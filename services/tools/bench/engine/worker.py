@@ -26,7 +26,7 @@ class ArmModel(Protocol):
     facts: dict[str, Any]
 
     def once(self, case: EngineCase) -> float:
-        """Return the milliseconds of one pass. Sessions have as many cached tokens before each pass."""
+        """Return the milliseconds of one pass. Before it, each session has `case.cached` cached tokens."""
         ...
 
     def score(self, tokens: list[int]) -> Scores:

@@ -1,8 +1,8 @@
 """`wisp bench formats`: quality, memory and speed of the target in each format of weights.
 
-Quality is the perplexity on passages that were written for this benchmark (`passages.txt`), so no model has seen them,
-and the share of positions at which the most probable token is the same as in float32. llama.cpp's arms, if it is
-installed (`wisp bench engine --install-llama`), show what other code makes of the same file.
+Quality has two figures: the perplexity on passages that were written for this benchmark (`passages.txt`), so no model
+has been trained on them, and the share of positions at which the most probable token is the same as in float32. If
+llama.cpp is installed (`wisp bench engine --install-llama`), it is measured with the same file.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def main(
     threads: Annotated[int, typer.Option(min=1, help="CPU threads.")] = 1,
     repetitions: Annotated[int, typer.Option(min=1, help="Visits to each format.")] = 15,
 ) -> None:
-    """Measure what each format of weights does to quality, memory and speed."""
+    """Measure quality, memory and speed of the target in each format of weights."""
     with errors_shown():
         progress = ConsoleProgress(terminal())
         folder = target_folder(model, progress)

@@ -21,7 +21,7 @@ CHUNKS: Final = (16, 128)
 
 @dataclass(frozen=True, slots=True)
 class WayOutcome:
-    """Positions that a way computed, and how many of them have other bits than a whole prefill."""
+    """Number of positions that one way computed, and how many of them differ from a whole prefill."""
 
     way: str
     positions: int
@@ -83,7 +83,7 @@ class ExactnessCheck:
         return differing
 
     def _rolled_back(self, expected: Sequence[torch.Tensor]) -> int:
-        """Before each right part, compute a wrong one at the same positions, as when drafts are rejected."""
+        """Compute wrong tokens before the right ones at the same positions, as when drafts are rejected."""
         differing = 0
         for number in range(len(self._texts)):
             place = 0
@@ -98,7 +98,7 @@ class ExactnessCheck:
     def _differing(
         self, expected: Sequence[torch.Tensor], sessions: Sequence[int], starts: Sequence[int], counts: Sequence[int]
     ) -> int:
-        """Compute a batch; return its positions with other bits."""
+        """Compute a batch; return the number of its positions that differ."""
         logits = self._logits(sessions, starts, counts)
         same = torch.cat(
             [

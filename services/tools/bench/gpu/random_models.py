@@ -39,7 +39,7 @@ PATTERN: Final = 4_194_301
 """Random weights that every matrix repeats, from a place of its own. Drawing billions takes minutes; a prime, so that
 no two rows of a matrix are alike."""
 DEVIATION: Final = 0.02
-"""Standard deviation of the weights, that of transformers' fresh models."""
+"""Standard deviation of the weights: the default of transformers' untrained models."""
 
 
 def configuration(shape: str, layers: int | None = None) -> dict[str, Any]:

@@ -28,7 +28,7 @@ def valuable_first(shapes: Sequence[tuple[int, int, int]]) -> list[tuple[int, in
 
 
 def step_ms(compute: Callable[[], object], torch_device: torch.device, repetitions: int) -> float:
-    """Return the median time of a step, computed to its end, after two that are not counted."""
+    """Return the median time of a step in milliseconds, after two steps that do not count."""
     times = []
     for _ in range(repetitions + 2):
         _finish(torch_device)

@@ -37,16 +37,16 @@ from shared.models.folder import ModelFolder
 DRAFT_LENGTH = 4
 SOURCES = ("hidden",)
 TOGETHER = 10
-"""Requests between which nothing is learned."""
+"""Number of requests drafted before the draft learns from them."""
 ELSEWHERE = 60
-"""Most texts of other kinds, on which forgetting shows."""
+"""Most texts of other kinds, on which forgetting is measured."""
 NO_COSTS = Costs(1.0, 0.0, 0.0)
 
 Row = dict[str, Any]
 
 
 class LearningTrial:
-    """A draft that learns from requests, beside one that stays as it was shipped."""
+    """A draft that learns from requests, and the shipped one, which does not change."""
 
     def __init__(self, folder: HiddenDraftFolder, target: ModelFolder, options: LearningOptions) -> None:
         self.learner = DraftLearner(folder, target, options)
@@ -57,7 +57,7 @@ class LearningTrial:
         self.learning_s = 0.0
 
     def requests(self, texts: Sequence[GeneratedText]) -> tuple[list[Drafted], list[Drafted]]:
-        """Draft some requests with both, then learn from them as long as there is work; return the rounds of both."""
+        """Draft some requests with both drafts, then learn from them; return the rounds of both."""
         drafted = rounds_of(self.fixed, texts), rounds_of(self.learning, texts)
         started = time.process_time()
         for text in texts:
@@ -73,7 +73,7 @@ class LearningTrial:
 
 
 def observed(text: GeneratedText) -> ObservedText:
-    """Return the part of a text whose states its drafter gets."""
+    """Return the part of a text whose hidden states its drafter receives."""
     start = max(0, text.prompt_len - WINDOW - 1)
     return ObservedText(
         text.tokens[start:].int().numpy(),

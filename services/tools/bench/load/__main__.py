@@ -1,4 +1,4 @@
-"""`wisp bench load`: sessions over HTTP, and how many of them each way of serving can hold.
+"""`wisp bench load`: SLO attainment, goodput and capacity of each way of serving, under sessions over HTTP.
 
 Sessions send requests as any client does (`workload`, `drive`). Each arm (`arms`) gets the same requests at the same
 numbers of sessions, on a stack of its own. All arms have one thread for the target, the same cache and the same
@@ -63,7 +63,9 @@ def main(
     sessions: Annotated[
         str | None, typer.Option(help=f"Numbers of sessions to measure. \\[default: {SESSIONS}; with --search: none]")
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Search for the most sessions that hold.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search for the capacity: the most sessions whose requests attain.")
+    ] = False,
     first: Annotated[int, typer.Option(min=1, help="Sessions at which a search starts.")] = 4,
     most: Annotated[int, typer.Option(min=1, max=MOST_SESSIONS - 1, help="Most sessions of a search.")] = 64,
     tolerance: Annotated[
@@ -147,7 +149,7 @@ def main(
 
 
 def _refuse_ignored(context: typer.Context) -> None:
-    """Raise SettingsError for options that the others leave without effect."""
+    """Raise SettingsError for options that have no effect beside the others."""
     flags = {option.name or "": max(option.opts, key=len) for option in context.command.params}
     sources = {name: context.get_parameter_source(name) for name in flags}
     given = {name for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"}
@@ -188,7 +190,7 @@ def _run(
     write_requests: Path | None,
     console: Console,
 ) -> None:
-    """Measure a server or all arms. However it ends, report the points until then."""
+    """Measure a server or all arms; then report all measured points, even after an error or an interrupt."""
     campaign = Campaign(plan, ConsoleProgress(console))
     about = "about" if plan.search is None else "up to about"
     console.print(f"this takes {about} {plan.about_s / 60:.0f} minutes", highlight=False)

@@ -112,15 +112,15 @@ class Campaign:
     """Every request, with its arm, sessions and repeat."""
     asked: dict[tuple[int, int], LoadRequest] = field(default_factory=dict)
     _emulation: EmulationLog | None = None
-    """Of the running stack; None for a server of others."""
+    """Observer of the running stack; None for a server that this campaign did not start."""
 
     def __post_init__(self) -> None:
         self.results = LoadResults(window=self.plan.window, aims=list(AIMS) if self.plan.search else [])
 
     async def run_arms(self, settings: ArmSettings) -> None:
-        """Start a stack for each arm, and measure it; then again for each repeat.
+        """For each repeat, start a stack for each arm in turn and measure it.
 
-        So the arms take turns, and a shared machine that is slower for some minutes is so for all of them.
+        The arms take turns so that a slow spell of a shared machine affects all of them.
         """
         for repeat in range(self.plan.repeats):
             for arm in self.plan.arms:

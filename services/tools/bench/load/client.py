@@ -37,7 +37,7 @@ class LoadClient:
     http: httpx.AsyncClient
     model: str
     pools: bool
-    """True if each request names the drafter pool of its hardware."""
+    """True to name the drafter pool of its hardware in each request."""
     uplinks: Mapping[str, LinkProfile] = field(default_factory=dict)
     """Uplink by hardware profile: a request waits for its travel time before it is sent."""
 
@@ -58,7 +58,7 @@ class LoadClient:
     async def ask(self, request: LoadRequest, began_s: float, due_s: float) -> RequestRecord:
         """Send a request that was due at `due_s` in a point that began at `began_s`; return its record at the end.
 
-        Cancellation does not raise: it ends the stream, and the record says that the request was cut.
+        Cancellation does not raise: it ends the stream, and the record has the ending `cut`.
         """
         sent_s = time.perf_counter()
         timed = {"start_s": due_s - began_s, "lag_ms": (sent_s - due_s) * 1000}

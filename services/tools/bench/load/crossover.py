@@ -1,4 +1,6 @@
-"""Time per token with 1, 2, 4, … streams at once, drafts allowed, none and forced: where do drafts stop paying?
+"""Time per token with 1, 2, 4, … streams at once: with drafts allowed, without drafts, and with drafts forced.
+
+The crossover is the number of streams from which on forced drafts no longer pay.
 
 Drafts are forced on a suite of its own, whose drafter sends four tokens in each round and whose scheduler has neither
 runs nor trimming. The other two ways share a suite. All ways answer the same requests. Each prompt is sent once before,

@@ -44,7 +44,7 @@ class PointRun:
     _late_ms: list[float] = field(default_factory=list)
 
     async def run(self) -> GeneratorLag:
-        """Send requests until those of the window have ended or its drain is over; return the generator's own lag.
+        """Send requests until all requests of the window have ended or the drain is over; return the generator's lag.
 
         The load continues until then, so that requests at the end of the window meet the same load as the others.
         """

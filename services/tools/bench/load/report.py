@@ -72,7 +72,7 @@ def conclude(campaign: Campaign, facts: Mapping[str, Any], name: str, console: C
         "results": results.model_dump(mode="json"),
     }
     path = conclude_record(console, name, record)
-    written(console, _keep_records(path, campaign.records), _plot(results, path))
+    written(console, _write_records(path, campaign.records), _plot(results, path))
 
 
 def replot(name: str, console: Console) -> None:
@@ -97,7 +97,7 @@ def _plot(results: LoadResults, path: Path) -> Path:
     return picture
 
 
-def _keep_records(path: Path, records: Sequence[tuple[str, int, int, RequestRecord]]) -> Path:
+def _write_records(path: Path, records: Sequence[tuple[str, int, int, RequestRecord]]) -> Path:
     """Write one JSON object per request beside the results; return the file."""
     data = "".join(
         json.dumps({"arm": arm, "sessions": sessions, "repeat": repeat, **record.model_dump(mode="json")}) + "\n"
@@ -105,7 +105,7 @@ def _keep_records(path: Path, records: Sequence[tuple[str, int, int, RequestReco
     ).encode()
     plain = path.with_name(f"{path.stem}-requests.jsonl")
     packed = plain.with_suffix(".jsonl.gz")
-    kept, old = (packed, plain) if len(data) >= BIG else (plain, packed)
-    kept.write_bytes(gzip.compress(data) if kept is packed else data)
-    old.unlink(missing_ok=True)
-    return kept
+    chosen, other = (packed, plain) if len(data) >= BIG else (plain, packed)
+    chosen.write_bytes(gzip.compress(data) if chosen is packed else data)
+    other.unlink(missing_ok=True)  # of an earlier run
+    return chosen

@@ -101,12 +101,12 @@ class Workload(WorkloadPart):
             service_class=of_class.name,
             tier=of_class.tier,
             slo=of_class.slo,
-            device=self.device(session),
+            device=self.hardware(session),
             think_s=draw(self.think_s, rng),
         )
 
-    def device(self, session: int) -> str:
-        """Return a session's hardware, dealt out so that any number of sessions is close to the mixture."""
+    def hardware(self, session: int) -> str:
+        """Return a session's hardware profile, dealt out so that any number of sessions is close to the mixture."""
         while len(self._dealt) <= session:
             total = len(self._dealt) + 1
             share = sum(device.weight for device in self.devices)

@@ -1,10 +1,10 @@
 """`wisp bench rounds`: time of a verification round outside the model, and the cost of a token.
 
-The first table has the hops of a round in an idle suite with one stream. Every service logs each round that passes
-through it, at debug level and with the monotonic clock that all processes of the machine share. A hop is the difference
-between two of these lines. Writing a line takes some tens of microseconds, which are included. The second table has the
-memory of each process, the third the messages, Redis calls and CPU time of a token in rounds, in runs and in
-centralized serving (`token_costs`).
+The first table has the hops of a round, in a suite that serves only one stream. Every service logs each round that
+passes through it, at debug level and with the monotonic clock that all processes of the machine share. A hop is the
+difference between two of these lines. Writing a line takes some tens of microseconds, which are included. The second
+table has the memory of each process, the third the messages, Redis calls and CPU time of a token in rounds, in runs and
+in centralized serving (`token_costs`).
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Messages, calls to Redis and CPU time of one token: in rounds, in runs and in centralized serving.
 
-Some streams without drafts run at once on a suite with one process of each service. Messages and calls are those that
-the services count in their metrics; CPU time is that of the processes, brokers included. What an idle suite needs in
-the same time, above all for heartbeats, is subtracted.
+Some streams without drafts run at once on a suite with one process of each service. Messages and calls come from the
+services' metrics, CPU time from the processes, brokers included. The use of an idle suite in the same time, above all
+for heartbeats, is subtracted.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class SuiteUsage:
     """By process."""
 
     def since(self, before: SuiteUsage) -> SuiteUsage:
-        """Return what was used after `before`; `at_s` is the time between."""
+        """Return the usage after `before`; `at_s` is the time between."""
         return SuiteUsage(
             self.at_s - before.at_s,
             self.published - before.published,
@@ -83,7 +83,7 @@ class TokenCost:
 
 
 def token_cost(way: str, tokens: int, idle: SuiteUsage, busy: SuiteUsage) -> TokenCost:
-    """Return the cost of a token. idle, busy: what was used in some time without and with the streams."""
+    """Return the cost of a token. idle, busy: usage in some time without and with the streams."""
     share = busy.at_s / idle.at_s
 
     def each(used: float, without: float) -> float:

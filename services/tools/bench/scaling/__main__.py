@@ -1,10 +1,10 @@
 """`wisp bench scaling`: throughput by number of verifiers, and the time that a new verifier takes to serve.
 
 A machine cannot show the throughput of more verifiers than it has cores, unless their time is emulated. Each verifier
-runs a tiny random model and then waits in its model thread, for every batch, until the time has passed that the target
-would take on its own core (times `--slower`). The target's cost model is measured first, on the target itself, on one
-thread. Everything else is real: clients and their streams, services, brokers, the scheduler's decisions. To check the
-emulation, one verifier is also measured with the real model and, emulated, at the same speed.
+runs a tiny random model. For every batch it then waits in its model thread until the time has passed that the target
+would take on a core of its own (times `--slower`). The target's cost model is measured first, on the target itself, on
+one thread. Everything else is real: clients and their streams, services, brokers, the scheduler's decisions. To check
+the emulation, one verifier is also measured with the real model and, emulated, at the same speed.
 
 The last table is a load step with the real model: more sessions arrive than one verifier can serve, the rule of
 `k8s/components/keda` is applied to the scheduler's metrics (see `core.autoscaling`), and a second verifier starts when

@@ -1,10 +1,10 @@
 """`wisp bench stream`: one stream through the whole suite, drafts against plain decoding and transformers' `generate`.
 
-Everything is real but the distance: five services, both brokers, HTTP. Relays before RabbitMQ and Redis emulate a delay
-between the drafter and the rest (`services.tools.bench.support.relay`). Plain decoding goes through the same drafter,
-so it has the delay too. Each prompt is sent with each arm in turn, in alternating order, so that a drift of the
-machine cancels out. Then transformers computes the same number of tokens on as many threads, while the suite is idle.
-Its times count from the tokenized prompt, ours from the HTTP request.
+Five services, both brokers and HTTP are real; only the distance is emulated. Relays before RabbitMQ and Redis emulate a
+delay between the drafter and the rest (`services.tools.bench.support.relay`). Plain decoding goes through the same
+drafter, so it has the delay too. Each prompt is sent with each arm in turn, in alternating order, so that a drift of
+the machine cancels out. Then transformers computes the same number of tokens on as many threads, while the suite is
+idle. Its times count from the tokenized prompt, ours from the HTTP request.
 
 No arm may profit from a prompt that the arm before left in the verifier's prefix cache. So the cache is small, and
 before each prompt that is long enough to be shared (a block of 64 tokens), another request fills the cache.
@@ -134,7 +134,7 @@ def main(
     target: TargetOption = None,
     dtype: DtypeOption = AUTO,
     rivals: Annotated[bool, typer.Option("--transformers/--no-transformers", help="Measure transformers too.")] = True,
-    quick: Annotated[bool, typer.Option("--quick", help="Measure few prompts and kinds, in some minutes.")] = False,
+    quick: Annotated[bool, typer.Option("--quick", help="Measure few prompts and kinds, in a few minutes.")] = False,
 ) -> None:
     """Measure the speed of one stream. WISP_ variables choose the draft source and its settings.
 

@@ -42,7 +42,7 @@ def let_idle_threads_sleep() -> None:
 
 
 def words(text: str) -> list[str]:
-    """Return the words of a comma-separated list, each once, in their order."""
+    """Return the words of a comma-separated list in order, without duplicates."""
     return list(dict.fromkeys(word for word in (part.strip() for part in text.split(",")) if word))
 
 

@@ -31,7 +31,7 @@ class DelayRelay:
         """The port that the relay listens on."""
         self._listen = listen
         self.one_way_s = one_way_s
-        """May change at any time; bytes keep their order."""
+        """Delay in each direction. It may change at any time; bytes keep their order."""
         self._there = host, port
         self._broken = False
         self._passing = asyncio.Event()
@@ -58,7 +58,7 @@ class DelayRelay:
         await asyncio.gather(*connections, return_exceptions=True)
 
     def hold(self) -> None:
-        """Forward nothing until `mend`, without closing anything, as a network does that drops every packet."""
+        """Forward nothing until `mend` and close nothing, like a network that drops every packet."""
         self._passing.clear()
 
     def mend(self) -> None:

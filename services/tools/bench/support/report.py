@@ -87,12 +87,12 @@ def conclude(console: Console, name: str, record: Mapping[str, Any], folder: Pat
     console.print(facts, style="dim", highlight=False)
     for note in record.get("notes", ()):
         console.print(note, highlight=False, soft_wrap=True)
-    path = keep(name, record, folder)
+    path = write_record(name, record, folder)
     written(console, path)
     return path
 
 
-def keep(name: str, record: Mapping[str, Any], folder: Path | None = None) -> Path:
+def write_record(name: str, record: Mapping[str, Any], folder: Path | None = None) -> Path:
     """Write a record with its name and the time to `<folder>/<name>.json`; return that path."""
     path = (folder or state_folder() / "results") / f"{name}.json"
     path.parent.mkdir(parents=True, exist_ok=True)

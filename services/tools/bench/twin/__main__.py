@@ -3,7 +3,7 @@
 A scenario of `wisp simulate` gives target, devices, acceptance and requests. Each arm is measured twice at each number
 of devices: on the suite with emulated models, in real time, and in the simulator, in virtual time. The target's
 profile, the seeds, the lengths of prompts and answers and each request's draft tokens are the same. The table has both
-figures and the difference. A point whose emulation was late is marked: this machine could not follow.
+figures and the difference. A point is marked where this machine was too slow to keep the emulated times.
 """
 
 from __future__ import annotations

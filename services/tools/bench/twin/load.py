@@ -24,7 +24,7 @@ temperatures = [{value = 0}]
 
 @dataclass(frozen=True)
 class ScenarioRequests:
-    """The requests of a scenario, each with a prompt of as many tokens of the given tokenizer."""
+    """The requests of a scenario. Each prompt has the scenario's number of tokens of the given tokenizer."""
 
     scenario: Scenario
     seed: int
@@ -73,9 +73,9 @@ class ScenarioRequests:
 
 
 def load_of(scenario: Scenario, seed: int, folder: Path) -> tuple[Workload, ScenarioRequests]:
-    """Return the workload, which has the devices and starts sessions, and the requests of a scenario.
+    """Return the workload and the requests of a scenario. The workload has the devices and the sessions' starts.
 
-    folder: of the target, for its tokenizer.
+    folder: the target's, for its tokenizer.
     """
     devices = [{"name": device.profile, "weight": device.weight} for device in scenario.devices]
     workload = workload_of(WORKLOAD, seed)

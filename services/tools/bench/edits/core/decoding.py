@@ -14,7 +14,7 @@ LOOKUP = "lookup"
 
 @dataclass(frozen=True)
 class CopiedRound:
-    """A round: the committed tokens before it, its draft, and how many tokens of that are right."""
+    """A round: the number of committed tokens before it, its draft, and the number of accepted draft tokens."""
 
     base_len: int
     draft: tuple[int, ...]

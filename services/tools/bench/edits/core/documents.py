@@ -9,11 +9,11 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Edit:
-    """A document, a wish for a change, and the changed document."""
+    """A document, an instruction to change it, and the changed document."""
 
     document: str
     kind: str
-    wish: str
+    instruction: str
     before: str
     after: str
 
@@ -26,6 +26,8 @@ def edits(packaged: Mapping[str, Any]) -> Iterator[Edit]:
             after = content
             for old, new in edit["replace"]:
                 if after.count(old) != 1:
-                    raise ValueError(f"{document['name']}, {edit['wish']!r}: {old!r} occurs {after.count(old)} times")
+                    raise ValueError(
+                        f"{document['name']}, {edit['instruction']!r}: {old!r} occurs {after.count(old)} times"
+                    )
                 after = after.replace(old, new)
-            yield Edit(document["name"], document["kind"], edit["wish"], content, after)
+            yield Edit(document["name"], document["kind"], edit["instruction"], content, after)

@@ -9,7 +9,7 @@ from typing import Any, Literal
 Operation = Literal["decode", "verify 5", "verify 9", "prefill"]
 
 NEW_TOKENS: dict[Operation, int] = {"decode": 1, "verify 5": 5, "verify 9": 9, "prefill": 512}
-"""New tokens of each session, by operation."""
+"""Number of new tokens of each session, by operation."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ Row = list[Any]
 RIVALS = ("centralized", "sled")
 """Arms that capacities and goodput are compared with, as in the WISP paper."""
 MOST_LATE = 0.02
-"""A point with a greater share of late time does not show what the emulated hardware would do."""
+"""Above this share of late time, a point does not show the behaviour of the emulated hardware."""
 
 
 class MeasuredPoint(BaseModel):
@@ -38,7 +38,7 @@ class MeasuredPoint(BaseModel):
 
     @property
     def follows(self) -> bool:
-        """True if this machine could take the emulated times."""
+        """True if this machine was fast enough to keep the emulated times."""
         return self.late_share is None or self.late_share <= MOST_LATE
 
 
@@ -197,7 +197,7 @@ def goodput_table(results: LoadResults) -> tuple[list[str], list[Row]]:
 def paired_table(results: LoadResults) -> tuple[list[str], list[Row]]:
     """Return columns and rows: an arm's tokens/s and goodput over those of a rival, the median of the repeats.
 
-    Each ratio is of two points with the same requests, which were measured one soon after the other.
+    Each ratio compares two points with the same requests that were measured shortly after each other.
     """
     found = {(point.arm, point.sessions, point.repeat): point.measures for point in results.points}
     pairs: dict[tuple[str, int, str], list[tuple[float, float]]] = {}
@@ -232,7 +232,7 @@ def notes(results: LoadResults, tolerance: float | None = None) -> list[str]:
     sentences += [
         f"THE GENERATOR WAS LATE: {point.arm} at {point.sessions} sessions, requests by "
         f"{point.lag.send_p99_ms:.0f} ms and its event loop by {point.lag.loop_p99_ms:.0f} ms (p99); these figures "
-        "are worse than the server"
+        "are worse than the server's"
         for point in results.points
         if point.lag.bottleneck
     ]

@@ -28,12 +28,12 @@ class PooledPoint(BaseModel):
 
     @property
     def attainment(self) -> float:
-        """Share that attained; 0 without requests, as nothing was served then."""
+        """Share of requests that attained; 0 without requests, since nothing was served."""
         return self.attained / self.requests if self.requests else 0.0
 
 
 class Capacity(BaseModel):
-    """The capacity for one aim."""
+    """The capacity for one aim. A number of sessions holds if its attainment is at least the aim."""
 
     model_config = ConfigDict(frozen=True)
 
@@ -98,7 +98,7 @@ def interval(hits: int, count: int) -> tuple[float, float]:
 
 
 def most_points(first: int, most: int, tolerance: float) -> int:
-    """Return about how many points a search for the first aim takes if the capacity is `most`."""
+    """Return the approximate number of points of a search for the first aim if the capacity is `most`."""
     doubling = math.ceil(math.log2(max(1.0, most / first))) + 1
     return doubling + math.ceil(math.log2(max(1.0, 0.5 / tolerance)))
 
