@@ -34,7 +34,7 @@ TICK_S = 0.25
 STATE_TICKS = 2
 """Ticks between two events with the whole state."""
 VIEWERS = 16
-KEPT = 10_000
+QUEUE_LENGTH = 10_000
 """Length of the queue at RabbitMQ."""
 RETRY_S = 2.0
 HEADERS = [
@@ -66,7 +66,7 @@ class BrokerMessages:
         broker = await Broker.connect(self.amqp_url, self.topology, name, tls=self.tls)
         try:
             queue = self.topology.own_queue("gateway", name, topology.FLEET)
-            await broker.consume(replace(queue, arguments={"x-max-length": KEPT}), receive)
+            await broker.consume(replace(queue, arguments={"x-max-length": QUEUE_LENGTH}), receive)
             listening()
             await asyncio.Event().wait()
         finally:

@@ -1,8 +1,8 @@
 """`wisp chaos`: inject faults under load, and check that nothing is lost and no token is wrong.
 
-The suite has two processes of each service and private brokers. Faults and requests, with cancelled and slow ones
-among them, are drawn from a seed. Every answer is compared token for token with the bare engine; at the end the suite
-must be idle and hold nothing.
+The suite has two processes of each service and private brokers. A seed determines the faults and the requests, some of
+which are cancelled or read slowly. Every answer is compared token for token with that of the bare engine. At the end
+the suite must be idle and hold no sessions, messages or KV.
 """
 
 from __future__ import annotations

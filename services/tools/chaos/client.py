@@ -1,4 +1,4 @@
-"""A client that wants its answer: it retries refused requests and resumes broken streams."""
+"""A client that retries refused requests and resumes broken streams until its answer is complete."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PATIENCE_S = 150.0
 SILENCE_S = 12.0
 """A resumable stream that is silent for this long is resumed at another gateway."""
 ANSWER_S = 75.0
-"""Longest silence of anything else."""
+"""Longest silence of any other response."""
 CONNECT_S = 3.0
 RETRY_S = 0.3
 SLOW_BYTES, SLOW_S = 256, 0.05
@@ -51,7 +51,7 @@ class _Answer:
         self.tokens += [token["id"] for token in fields.get("wisp", {}).get("tokens", ())]
 
     def take_whole(self, fields: dict[str, Any], chat: bool) -> None:
-        """Take an answer that comes in one piece."""
+        """Add an answer that is not streamed."""
         choice = fields["choices"][0]
         self.tokens = [token["id"] for token in fields["wisp"]["tokens"]]
         self.text = choice["message"]["content"] if chat else choice["text"]
@@ -75,7 +75,7 @@ class ClientLeft(Exception):
 
 
 class ChaosClient:
-    """Sends requests to any gateway that is up, and judges the answers."""
+    """Sends requests to any gateway that is up, and compares the answers with the references."""
 
     def __init__(self, model: str, urls: Callable[[], Sequence[str]], references: References) -> None:
         """urls: returns the base URLs of the gateways that are up."""
@@ -135,7 +135,7 @@ def _check_beginning(outcome: RequestOutcome, reference: Reference, answer: _Ans
 
 
 class _Attempts:
-    """The attempts at one request, and the answer that they have brought."""
+    """The attempts at one request, and the part of the answer that has arrived."""
 
     def __init__(
         self, http: httpx.AsyncClient, request: ChaosRequest, body: dict[str, Any], outcome: RequestOutcome
@@ -148,13 +148,13 @@ class _Attempts:
         self._progress_s = outcome.started_s
 
     def progressed(self) -> None:
-        """Note that something new has arrived."""
+        """Record that something new has arrived."""
         now_s = time.monotonic()
         self._outcome.longest_stall_s = max(self._outcome.longest_stall_s, now_s - self._progress_s)
         self._progress_s = now_s
 
     async def until_complete(self, urls: Callable[[], Sequence[str]]) -> bool:
-        """Try until the answer is complete; return False once nothing has come for `PATIENCE_S`.
+        """Try until the answer is complete; return False when no new part arrives for `PATIENCE_S`.
 
         Raises RequestFailed or ClientLeft.
         """

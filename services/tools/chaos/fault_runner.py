@@ -26,11 +26,11 @@ ALARMS = {
 """RabbitMQ's limits: the command, a value that is always exceeded, and the usual value."""
 DRAIN_GRACE_S = 30.0
 POLL_S = 0.5
-"""Pause between two looks for a process while every process of a service is starting or ending."""
+"""Pause between two checks for a process that can take a fault, while all of a service are starting or ending."""
 NEW_QUEUES_S = 8.0
 """RabbitMQ 3.10 forgets the members of a quorum queue if it is killed within seconds of declaring it; the queue then
-has no leader ever after (`rabbitmqctl delete_queue` repairs it). So nothing is done to RabbitMQ while its queues are
-new."""
+never gets a leader again (`rabbitmqctl delete_queue` repairs it). So RabbitMQ takes no fault for this long after its
+queues were declared."""
 
 
 @dataclass
@@ -109,7 +109,7 @@ class FaultRunner:
     async def _hit_process(self, fault: Fault) -> None:
         service = fault.kind.service
         assert service is not None
-        while not (idle := self._idle(service)):  # noqa: ASYNC110 - it has no event, and a look now and then is enough
+        while not (idle := self._idle(service)):  # noqa: ASYNC110 - there is no event for it
             await asyncio.sleep(POLL_S)
         process = _picked(idle, fault)
         record = InjectedFault(fault, process.name, time.monotonic())
@@ -119,7 +119,7 @@ class FaultRunner:
             await _freeze(process, fault.hold_s)
             self._busy_processes.discard(process.pid)
         else:
-            # The process stays busy for good: it takes no other fault while it ends.
+            # The process stays marked as busy, so that it takes no other fault while it ends.
             killed = fault.kind.value.startswith("kill")
             await self.site.stack.stop(process, signal.SIGKILL if killed else signal.SIGTERM, DRAIN_GRACE_S)
             await asyncio.sleep(fault.hold_s)

@@ -1,4 +1,4 @@
-"""Invariants of a suite that has recovered: nothing is left behind, and Redis and the journal hold the right tokens."""
+"""Invariants of a suite that has recovered: it is idle, and Redis and the journal have the right tokens."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GAUGES = {
 
 
 async def settled(site: ChaosSite, within_s: float) -> list[str]:
-    """Wait until the suite is idle; return what is left after `within_s`."""
+    """Wait until the suite is idle; return the problems that remain after `within_s`."""
     deadline = time.monotonic() + within_s
     left = ["nothing was checked"]
     while left and time.monotonic() < deadline:

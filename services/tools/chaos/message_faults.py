@@ -128,7 +128,7 @@ def _copy(message: AbstractIncomingMessage) -> aio_pika.Message:
 
 
 async def poison(amqp_url: str, namespace: str, processes: Sequence[str]) -> int:
-    """Send rubbish and well-formed nonsense to every queue.
+    """Send undecodable bytes, and well-formed messages about unknown sessions, to every queue.
 
     processes: names of the running processes. Returns the number of messages that no service can decode: each must
     become a dead letter.

@@ -38,9 +38,9 @@ class ChaosPlan:
 
 
 async def run(plan: ChaosPlan, references: References, progress: Progress, show: Callable[[str], None]) -> ChaosResult:
-    """Start a suite, inject the faults under load, and check the rest.
+    """Start a suite, inject the faults under load, and check the invariants.
 
-    show: gets a line for each request that is wrong or lost. Raises WispError when a service ends by itself.
+    show: gets a line for each request that is wrong or lost. Raises WispError if a service ends by itself.
     """
     env = {"WISP_THREADS": "1", "WISP_ADMISSION": "false", "WISP_JOURNAL": "true", **plan.env}
     async with ChaosSite.open(

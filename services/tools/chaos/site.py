@@ -32,7 +32,7 @@ MOST_APART_S = 10**7
 
 
 class ChaosSite:
-    """Every target of faults. `open` starts it."""
+    """A suite with its brokers and relays, as targets of faults. `open` starts it."""
 
     def __init__(
         self, brokers: Brokers, stack: Stack, env_of: Mapping[str, Mapping[str, str]], clocks: random.Random | None
@@ -142,7 +142,7 @@ class ChaosSite:
 
 
 async def clocks_differ() -> bool:
-    """Return whether a process can have a clock of its own (a time namespace: Linux, as root)."""
+    """Return whether processes can have clocks of their own (time namespaces need Linux and root)."""
     try:
         child = await asyncio.create_subprocess_exec(
             *("unshare", "--time", "--monotonic", "1", "true"),

@@ -1,3 +1,3 @@
-"""The `wisp` command: a stack of its own on this machine, or tools for one that runs elsewhere."""
+"""The `wisp` command: runs a stack on this machine, and has tools for stacks that run elsewhere."""
 
 __all__ = ["ask", "paint", "terminal"]

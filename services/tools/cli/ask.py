@@ -73,7 +73,7 @@ async def first_model(client: AsyncOpenAI) -> str:
 
 @contextmanager
 def answers_checked(url: str) -> Iterator[None]:
-    """Turn answers that no OpenAI API gives, and connections that end within one, into WispError."""
+    """Turn malformed answers, and connections that end within an answer, into WispError."""
     try:
         yield
     except httpx.HTTPError as error:
@@ -208,7 +208,7 @@ async def _ask(
 
 
 def tokens_per_second(summary: dict[str, float]) -> float:
-    """Output tokens per second after the first token; 0 for a single token."""
+    """Return the output tokens per second after the first token; 0 for a single token."""
     seconds = (summary["total_ms"] - summary["ttft_ms"]) / 1000
     return (summary["tokens"] - 1) / seconds if seconds > 0 else 0.0
 
@@ -219,7 +219,7 @@ def tokens_per_round(summary: dict[str, float]) -> float:
 
 
 def made_in(summary: dict[str, float]) -> str:
-    """Return how the tokens of an answer were made: in rounds, or by the verifier alone."""
+    """Describe how the tokens of an answer were made: in rounds, or by the verifier alone."""
     runs, copied = (round(summary.get(name, 0)) for name in ("run_tokens", "copied"))
     copies = f" ({copied} of them copied)" if copied else ""
     alone = f" and {runs} by the verifier alone{copies}" if runs else ""

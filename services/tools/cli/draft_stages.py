@@ -90,7 +90,7 @@ def record_rounds(run: TrainingRun, path: Path | None, to: Path) -> None:
 def _record(run: TrainingRun, folder: HiddenDraftFolder, to: Path) -> int:
     texts = list(shards.load_all(run.controller_texts))
     source = _source(run, folder)
-    # In service the results carry entropies too; computing them needs the whole head.
+    # Live results carry entropies too; computing them needs the whole head.
     known = entropies(texts, run.parts(0))
     fixed = Controller("fixed", RECORDED_LENGTH)
     count = 0

@@ -13,10 +13,10 @@ PASTED_S = 0.05
 
 
 def read_message(prompt: str) -> str:
-    """Return the next message: what is typed up to the Enter key, several lines if they are pasted at once.
+    """Return the next message: the text up to the Enter key, or several lines if they are pasted at once.
 
-    From a file or a pipe, each line is a message. Output that is no terminal, or has no keyboard beside it, gets the
-    message after its prompt, so that it holds the whole conversation. Raises EOFError at the end, and WispError for a
+    From a file or a pipe, each line is a message. Where standard input or output is no terminal, the message is printed
+    after its prompt, so that the output has the whole conversation. Raises EOFError at the end, and WispError for a
     file that is not UTF-8.
     """
     bracketed = _edit_lines()
@@ -30,7 +30,7 @@ def read_message(prompt: str) -> str:
         except UnicodeError:
             if not _is_terminal():
                 raise WispError("the input is not UTF-8 text") from None
-            print("  what was typed is not UTF-8 text", file=sys.stderr)
+            print("  the typed text is not UTF-8", file=sys.stderr)
         except RuntimeError:  # standard input is closed
             raise EOFError from None
         else:

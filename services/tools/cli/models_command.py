@@ -40,7 +40,7 @@ def check(
     ] = None,
     dtype: Annotated[str, typer.Option("--dtype", help=f"Format of the weights: {', '.join([AUTO, *DTYPES])}.")] = AUTO,
 ) -> None:
-    """Load a model, compute a few tokens, and say how it runs: exactly, without that promise, or not at all."""
+    """Load a model, compute a few tokens, and report whether it runs, and whether its logits are exact."""
     with errors_shown():
         from services.tools.local.progress import ConsoleProgress
         from services.tools.local.settings import LocalSettings
@@ -79,7 +79,7 @@ def describe(
     model: Annotated[Path, typer.Argument(help="A model's folder.")],
     to: Annotated[Path, typer.Argument(help="Folder to write, a few megabytes.")],
 ) -> None:
-    """Write everything of a model except its weights, and their digest: a gateway needs no more."""
+    """Write a model's files without the weights, and the digest of the weights. A gateway needs no more."""
     with errors_shown():
         from shared.models.folder import ModelFolder
 

@@ -1,4 +1,4 @@
-"""Writes answers and their rounds to the terminal, with draft tokens set apart."""
+"""Writes answers and their rounds to the terminal, with draft tokens highlighted."""
 
 from __future__ import annotations
 

@@ -122,7 +122,7 @@ ServingOption = Annotated[
 
 
 def _refuse_parts(serving: ServingChoice, drafters: int, verifiers: int, *, drafts: bool) -> None:
-    """Raise SettingsError for parts that this way of serving lacks."""
+    """Raise SettingsError for options of processes or drafts that this way of serving does not have."""
     if serving is not ServingChoice.WISP and (drafters, verifiers) != (1, 1):
         raise SettingsError(f"--serving {serving.value} runs one engine: leave --drafters and --verifiers out")
     if serving is ServingChoice.CENTRALIZED and drafts:
@@ -162,7 +162,7 @@ def stack_for(
         raise SettingsError("--draft model needs the folder of a draft model: --draft-model FOLDER")
     _refuse_parts(serving, drafters, verifiers, drafts=bool(draft or draft_model or hidden_draft))
     if trace and not target_profile:
-        raise SettingsError("--trace needs the hardware whose time is taken: --target-profile NAME")
+        raise SettingsError("--trace needs the emulated hardware: --target-profile NAME")
     progress = ConsoleProgress(console)
     given = {
         "WISP_DTYPE": dtype and dtype.value,

@@ -30,8 +30,8 @@ from shared.messages import Message
 REFRESH_S = 0.5
 PROVE_S = 2.0
 CONNECT_S = 5.0
-KEPT = 10_000
-"""Length of the observer's queue. Older messages are dropped, so that a stopped observer cannot fill the broker."""
+QUEUE_LENGTH = 10_000
+"""Most messages in the observer's queue. Older ones are dropped, so that a stopped observer cannot fill the broker."""
 
 
 def now_ms() -> float:
@@ -50,7 +50,7 @@ class SuiteObserver:
         self._suite = suite
 
     async def keep_listening(self) -> None:
-        """Call `listen` again and again while the broker cannot be reached."""
+        """Call `listen`, and repeat the call while the broker cannot be reached."""
         while True:
             try:
                 await self.listen()
@@ -68,7 +68,8 @@ class SuiteObserver:
         broker = await Broker.connect(self._suite.amqp_url, Topology(self._suite.namespace), name, tls=self._suite.tls)
         try:
             own = replace(
-                broker.topology.own_queue("top", name, topology.ROLES["top"].listens), arguments={"x-max-length": KEPT}
+                broker.topology.own_queue("top", name, topology.ROLES["top"].listens),
+                arguments={"x-max-length": QUEUE_LENGTH},
             )
             await broker.consume(own, self._receive)
             self.watch = SuiteWatch(now_ms())

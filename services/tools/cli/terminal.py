@@ -1,4 +1,4 @@
-"""Consoles, orderly ends, and errors as a message with an exit status, for all commands."""
+"""Consoles, clean exits, and error messages with an exit status, for all commands."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ T = TypeVar("T")
 
 
 class SafeConsole(Console):
-    """A console that no printed text can take over.
+    """A console that no printed text can control.
 
-    Names, texts and errors come from servers that anybody may run. Only the console's own styles reach the terminal as
-    control characters.
+    Names, texts and errors may come from untrusted servers. Only the console's own styles reach the terminal as control
+    characters.
     """
 
     def render(self, renderable: RenderableType, options: ConsoleOptions | None = None) -> Iterable[Segment]:
@@ -57,7 +57,7 @@ def errors_shown() -> Iterator[None]:
     try:
         yield
         if sys.stdout is not None:
-            sys.stdout.flush()  # an error then, not when the interpreter ends
+            sys.stdout.flush()  # a failed write raises here, not when the interpreter ends
     except WispError as error:
         _print_error(str(error))
         raise typer.Exit(1) from None
@@ -68,7 +68,7 @@ def errors_shown() -> Iterator[None]:
         _print_error(str(first))
         raise typer.Exit(1) from None
     except BrokenPipeError:
-        raise  # nobody reads the output: typer ends quietly with status 1
+        raise  # the reader has closed the output: typer ends quietly with status 1
     except OSError as error:
         _print_error(f"{error.filename}: {error.strerror}" if error.filename is not None else str(error))
         raise typer.Exit(1) from None

@@ -45,5 +45,5 @@ def top(
         if once or as_json or not out.is_terminal:
             run(lambda: once_seen(suite, out, seconds, as_json=as_json))
             return
-        with suppress(KeyboardInterrupt):  # the way to leave it
+        with suppress(KeyboardInterrupt):  # Ctrl-C ends `wisp top`
             run(lambda: live(suite, out))

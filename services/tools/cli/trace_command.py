@@ -1,4 +1,4 @@
-"""`wisp trace`: record what a target and its draft do on held-out prompts, and fit traces to other acceptances."""
+"""`wisp trace`: records a target's answers and its draft's tokens on held-out prompts, and fits traces."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def record(
         Path | None, typer.Option(help="Folder for the texts and parts. \\[default: .wisp/traces/TARGET-PROMPTS]")
     ] = None,
 ) -> None:
-    """Record answers and drafts. A stopped recording goes on with the same command."""
+    """Record answers and drafts. The same command continues a stopped recording."""
     with errors_shown():
         require("model", "training")
         from services.tools.bench.support.options import let_idle_threads_sleep, target_folder
@@ -55,7 +55,7 @@ def fit(
     out: OutOption,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the changed tokens.")] = 0,
 ) -> None:
-    """Thin or enrich a trace, so that it stands for another pair of models."""
+    """Change the acceptance of a trace, so that it represents another pair of models."""
     with errors_shown():
         require("model", "training")
         from services.tools.bench.support.report import table, terminal, written
@@ -75,7 +75,7 @@ def fit(
 
 @app.command("show")
 def show(source: SourceArgument) -> None:
-    """Print what a trace holds."""
+    """Print a summary of a trace."""
     with errors_shown():
         require("model", "training")
         from services.tools.bench.support.report import table, terminal

@@ -47,9 +47,9 @@ def require_keys(host: str, given: Path | None) -> Path | None:
 
 
 async def up(stack: Stack, console: Console) -> None:
-    """Print the stack's URL and report processes that die. Raises ServiceFailed when a service has none left.
+    """Print the stack's URL and report processes that end. Raises ServiceFailed when a service has none left.
 
-    Meanwhile the run's folder has the API's address, for other commands of this checkout.
+    During this time the run's folder has the API's address, for other commands of this checkout.
     """
     note_api(stack.folder, RunningApi(stack.url, os.getpid()))
     console.print()

@@ -21,7 +21,7 @@ OPENINGS = (
 
 
 class Manner(StrEnum):
-    """The way in which a client takes its answer."""
+    """The way in which a client receives its answer."""
 
     STREAM = "stream"
     WHOLE = "whole"
@@ -46,7 +46,7 @@ class ChaosRequest:
     question: ChaosQuestion
     manner: Manner
     chat: bool
-    """Sent as a chat; otherwise as a completion of the same prompt tokens."""
+    """True to send a chat; False to send a completion of the same prompt tokens."""
     max_tokens: int
     draft: str
     leaves_after: int

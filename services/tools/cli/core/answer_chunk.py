@@ -1,4 +1,4 @@
-"""The answers of a server, checked: it may be any program."""
+"""Validated records of a server's answers. The server may be any program."""
 
 from __future__ import annotations
 

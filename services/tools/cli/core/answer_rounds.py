@@ -28,7 +28,7 @@ class Arrival:
 
 @dataclass(frozen=True)
 class AnswerRound:
-    """One round as the client saw it."""
+    """One round or report of a run, as the client received it."""
 
     number: int
     total_ms: float

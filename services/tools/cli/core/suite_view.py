@@ -147,7 +147,7 @@ def _mixture(mixture: Mapping[str, Sequence[str]]) -> Iterator[Text]:
 
 
 def _pool(one: PoolView) -> Text:
-    """Describe a pool's drafters, and the sessions that go without."""
+    """Describe a pool's drafters, and its sessions without a drafter."""
     pool, undrafted = pool_in_words(one.pool), _sessions(one.undrafted)
     if not one.drafters:
         return _line(f"{pool}: no drafter, a scheduler stands in for {undrafted}", "yellow")

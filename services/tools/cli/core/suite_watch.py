@@ -47,7 +47,7 @@ ABORTED = "abort"
 
 @dataclass
 class _Sent:
-    """A batch and what its results report."""
+    """A batch and the figures of its results."""
 
     at_ms: float
     batch: Batch
@@ -78,7 +78,7 @@ class _Verifier:
 
 @dataclass(frozen=True)
 class _WatchedRun:
-    """A session in a run, as its latest result shows it."""
+    """A session in a run, with the state of its latest result."""
 
     at_ms: float
     verifier: str

@@ -50,7 +50,7 @@ class DraftStyle:
         )
 
     def text(self, parts: Sequence[TextPart]) -> Text:
-        """Parts as terminal text, without control characters."""
+        """Return parts as terminal text, without control characters."""
         shown = Text()
         for part in parts:
             text = printable(part.text)
@@ -76,12 +76,12 @@ def text_parts(delta: str, trace: Mapping[str, Any] | None) -> list[TextPart]:
 
 
 def printable(text: str) -> str:
-    """Remove the control characters with which a text could take over the terminal, and what no terminal can show."""
+    """Remove control characters, with which a text could control the terminal, and characters that none can show."""
     return _SURROGATE.sub("\ufffd", _CONTROL.sub("", text))
 
 
 def escaped(json_text: str) -> str:
-    """Write characters that `printable` changes as JSON does, so that a reader of the JSON gets them all."""
+    """Escape the characters that `printable` removes, so that a reader of the JSON gets them all."""
     return _UNSAFE.sub(lambda found: f"\\u{ord(found[0]):04x}", json_text)
 
 

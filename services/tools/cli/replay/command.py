@@ -39,8 +39,8 @@ def replay(
         bool,
         typer.Option(
             "--verify",
-            help="Compute the batches again and compare bit for bit; exit status 1 if they differ, 3 if they do so "
-            "only where the recording is of another arithmetic.",
+            help="Compute the batches again and compare bit for bit; exit status 1 if they differ, 3 if they "
+            "differ only where the recording is of another arithmetic.",
         ),
     ] = False,
     sessions: Annotated[
@@ -161,7 +161,7 @@ def _show_sessions(
 def _require_one(asked: dict[str, bool]) -> None:
     given = [name for name, wanted in asked.items() if wanted]
     if len(given) > 1:
-        raise SettingsError(f"{' and '.join(given)} are different things to do: choose one of them")
+        raise SettingsError(f"{' and '.join(given)} exclude each other: choose one of them")
 
 
 def _chosen(recording: Recording, session: str | None) -> list[RecordedSession]:

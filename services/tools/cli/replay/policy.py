@@ -65,7 +65,7 @@ def compare_policies(
     if found.left_out:
         err.print(Text(f"left out: {_reasons(found)}", "dim"), soft_wrap=True)
     if not found.cost_models:
-        err.print(Text("no cost model is in the recording: batch times are a rough guess", "yellow"), soft_wrap=True)
+        err.print(Text("no cost model is in the recording: batch times are rough estimates", "yellow"), soft_wrap=True)
     if recording.redacted:
         err.print(
             Text("the recording has no text, so trimmed tokens count as wrong", "yellow"),
@@ -92,7 +92,7 @@ def _known(name: str, names: Collection[str], what: str) -> str:
 
 
 def _rules(policy: str) -> SchedulingRules:
-    """The policy with the schedulers' settings from the environment. Raises SettingsError."""
+    """Return the policy with the schedulers' settings from the environment. Raises SettingsError."""
     _known(policy, POLICIES, "policy")
     try:
         return SchedulerSettings(policy=policy).rules  # type: ignore[call-arg]
@@ -138,7 +138,7 @@ def _table(columns: Mapping[str, Performance]) -> Table:
 
 
 def _changes(columns: Mapping[str, Performance], yardstick: str) -> list[Text]:
-    """Sessions that attain their SLO under a policy but not under the live one in virtual time, and the reverse."""
+    """Name the sessions whose SLO attainment differs between a policy and the live one, both in virtual time."""
     before = columns[yardstick].sessions
     lines = []
     for name, figures in columns.items():

@@ -35,7 +35,7 @@ MATES = 6
 
 
 def session_table(timelines: Sequence[Timeline]) -> RenderableType:
-    """One row per session, with its times in milliseconds: to the first token, per later token, in total."""
+    """Return a table of sessions, with their times in milliseconds: to the first token, per later token, in total."""
     if not timelines:
         return Text("no session in the recording")
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), caption="times in ms", caption_justify="left")
@@ -83,7 +83,7 @@ def timeline_view(one: Timeline, words: Words, style: DraftStyle, *, steps: bool
 
 
 def timeline_fields(one: Timeline, words: Words) -> dict[str, Any]:
-    """A timeline's fields for JSON, with the text of its tokens."""
+    """Return a timeline's fields for JSON, with the text of its tokens."""
     fields = asdict(one)
     fields["slo"] = None if one.slo is None else one.slo.model_dump()
     fields["prompt_text"] = None if one.prompt is None else "".join(map(words, one.prompt))
@@ -177,7 +177,7 @@ def _details(round_: RoundTime, words: Words) -> Iterable[str]:
 
 
 def _run(run: RunTime, words: Words) -> str:
-    """One line for a run."""
+    """Describe a run in one line."""
     took = "" if run.total_ms is None else f" in {run.total_ms:,.0f} ms"
     copied = len(run.tokens) - run.steps
     copies = f", {counted(copied, 'copied token')}" if copied else ""
@@ -202,7 +202,7 @@ def _reports(run: RunTime, words: Words) -> Iterable[str]:
 
 
 def _draft(round_: RoundTime, words: Words) -> list[str]:
-    """The draft's tokens, grouped by outcome."""
+    """Describe the draft's tokens, grouped by outcome."""
     outcomes = _outcomes(round_)
     shown = []
     for outcome in dict.fromkeys(outcomes):
@@ -212,14 +212,14 @@ def _draft(round_: RoundTime, words: Words) -> list[str]:
 
 
 def _own(round_: RoundTime, words: Words) -> list[str]:
-    """The target's own tokens: the bonus token, or the tokens that another round had committed."""
+    """Describe the target's own tokens: the bonus token, or the tokens that another round had committed."""
     texts = " ".join(repr(words(token)) for token in round_.tokens[len(round_.tokens) - round_.own :])
     name = "bonus" if round_.status == "committed" else "committed by another round"
     return [f"{name}: {texts}"] if texts else []
 
 
 def _outcomes(round_: RoundTime) -> list[str]:
-    """The outcome of each draft token."""
+    """Return the outcome of each draft token."""
     length = len(round_.draft)
     if round_.status != "committed":
         return ["unknown"] * length

@@ -30,7 +30,7 @@ class VerifyStatus(IntEnum):
     DIFFERENT = 1
     """In the arithmetic of the recording, or nothing could be compared."""
     UNPROVEN = 3
-    """Different only where the recording is of another arithmetic: no fault is proven, nor its absence."""
+    """Different only where the recording is of another arithmetic, which proves neither a fault nor its absence."""
 
     @classmethod
     def of(cls, report: ReexecutionReport) -> VerifyStatus:
@@ -102,7 +102,7 @@ def print_report(report: ReexecutionReport) -> None:
     if elsewhere:
         note = (
             f"  recorded in the arithmetic {' and '.join(elsewhere)}, computed here in {report.arithmetic}: the logits "
-            "have other bits and are not compared there, and another token in a close call proves no fault"
+            "have other bits and are not compared there; another token is no fault where two logits nearly tie"
         )
         out.print(Text(note, "yellow"), soft_wrap=True)
     if report.differences:
