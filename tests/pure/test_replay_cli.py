@@ -62,7 +62,7 @@ def test_other_policies_are_compared(file: str) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--verify", "--policy", "edf"], "--verify and --policy are different things to do"),
+        (["--verify", "--policy", "edf"], "--verify and --policy exclude each other"),
         (["aaaa", "--policy", "edf"], "--policy replays all sessions"),
         (["--steps"], "name a session, or give --all"),
         (["--policy", "best"], "no policy 'best' can be replayed: sled, fcfs, edf, wisp, wisp+"),
