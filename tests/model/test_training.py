@@ -203,7 +203,7 @@ def test_an_unusable_folder_is_refused_before_generation(run: TrainingRun, tmp_p
 def test_too_many_prompts_are_refused(run: TrainingRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     few = prompts.Corpus([{"template": [{"id": "only", "kind": "chat", "text": "Hello!"}]}], {})
     monkeypatch.setattr(prompts, "corpus", lambda: few)
-    with pytest.raises(SettingsError, match=r"prompts\.count: .* Ask less"):
+    with pytest.raises(SettingsError, match=r"prompts\.count: .* Ask for fewer"):
         TrainingRun(run.config, run.target, tmp_path).write_prompts()
 
 

@@ -1,4 +1,4 @@
-"""A stack in a thread of its own, beside one that reads the keyboard."""
+"""A stack in a thread of its own, so that the main thread can read the keyboard."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from services.tools.local.stack import ServiceFailed, Stack
 class Background:
     """Context manager that runs a stack in a thread.
 
-    `failure` is set once a process of the stack has died.
+    `failure` is set when a process of the stack ends by itself.
     """
 
     def __init__(self, stack: Stack) -> None:

@@ -81,7 +81,7 @@ async def check_redis(url: str, tls: Tls | None = None) -> str:
 class TestedVersions:
     """The versions of a server that WISP was tested with, from the first to the last."""
 
-    __test__ = False  # no class of tests, whatever its name
+    __test__ = False  # pytest collects classes by name
 
     first: tuple[int, ...]
     last: tuple[int, ...]
@@ -90,7 +90,7 @@ class TestedVersions:
         return " to ".join(".".join(map(str, version)) for version in (self.first, self.last))
 
     def include(self, version: tuple[int, ...]) -> bool:
-        """Return whether a version is one of them. Further numbers do not matter."""
+        """Return whether a version is one of them; further parts of its number do not matter."""
         return self.first <= version[: len(self.first)] and version[: len(self.last)] <= self.last
 
 
@@ -103,7 +103,7 @@ TESTED = {
 
 
 def tested_versions(server: str) -> TestedVersions | None:
-    """Return the tested versions of a server that is named with a version outside of them, else None.
+    """Return the tested versions of a server whose own version is not one of them, else None.
 
     server: name and version, as `check_rabbitmq` and `check_redis` return them.
     """
@@ -130,7 +130,7 @@ def cluster_settings(version: tuple[int, ...]) -> list[str]:
 
 
 async def _reach(host: str, port: int) -> None:
-    """Connect by plain TCP first, because a refused connection is then cheap and logs nothing."""
+    """Connect by plain TCP. A connection that is refused here costs little and logs nothing."""
     try:
         async with asyncio.timeout(TIMEOUT_S):
             _, writer = await asyncio.open_connection(host, port)

@@ -38,7 +38,7 @@ class Brokers:
         progress: Progress | None = None,
         persistent: bool = False,
     ) -> None:
-        """persistent: a private Redis keeps its data across a kill and restart. look: inspects the machine."""
+        """persistent: a private Redis keeps its data across a kill and restart. look: returns the machine's facts."""
         self.folder = folder
         self.addresses = addresses or BrokerAddresses()
         self.amqp_url = ""

@@ -32,8 +32,8 @@ def state_folder() -> Path:
 class RunFolder:
     """Context manager with a private folder for one run, locked while its owner lives.
 
-    A successful run removes its folder; a failed one keeps it for its logs. Later runs remove folders of dead owners,
-    except the latest `RUNS_KEPT`.
+    A successful run removes its folder; a failed one leaves it, for its logs. Later runs remove the folders of ended
+    owners, except the latest `RUNS_KEPT`.
     """
 
     def __init__(self, purpose: str, runs: Path | None = None) -> None:

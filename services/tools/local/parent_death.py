@@ -1,8 +1,8 @@
 """Runs a command that cannot outlive its owner: `python -I -S parent_death.py OWNER_PID COMMAND [ARGUMENT ...]`.
 
 On Linux the kernel kills the command (PR_SET_PDEATHSIG with SIGKILL) when the thread that started it ends for any
-reason, so that a killed owner leaves nothing behind. The command replaces this process and keeps its pid. Other systems
-have no such call: there, only an orderly end stops the command.
+reason, so that a killed owner leaves no processes behind. The command replaces this process and keeps its pid. Other
+systems have no such call: there, only an orderly end stops the command.
 """
 
 import ctypes

@@ -72,7 +72,7 @@ class BrokerServer:
         await self.processes[0].stop(signal.SIGKILL)
 
     async def restart(self, *, lose_data: bool = False) -> None:
-        """Start it again after `kill`, with or without its data. Raises BrokersError if it does not start."""
+        """Start the server again after `kill`, with or without its data. Raises BrokersError if it does not start."""
         if self.start_again is None:
             raise BrokersError(
                 f"{without_password(self.url)} was not started from an installed program, so it cannot be restarted"
@@ -103,7 +103,7 @@ async def start_rabbitmq(
     plugins = few_plugins(script, folder / "plugins")
 
     def attempt(number: int) -> Awaitable[BrokerServer]:
-        # A version that cannot do without its plugins ends early once.
+        # A version that needs its plugins fails without them once, and gets them in the next attempt.
         shown = plugins if number == 1 else None
         return _rabbitmq(script, epmd, folder / f"rabbitmq-{number}", conf, advanced, shown, launched)
 
@@ -139,8 +139,8 @@ async def start_redis(
 ) -> BrokerServer:
     """Start Redis with all its files under `folder`; return when it answers.
 
-    conf: further lines of configuration. persistent: acknowledged writes are on disk; otherwise all data is lost at its
-    end. launched: as for RabbitMQ. Raises BrokersError.
+    conf: further lines of configuration. persistent: acknowledged writes are on disk; otherwise the data ends with the
+    server. launched: as for RabbitMQ. Raises BrokersError.
     """
     return await with_fresh_ports(
         lambda attempt: _redis(binary, folder / f"redis-{attempt}", conf, persistent, launched)

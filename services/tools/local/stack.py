@@ -28,7 +28,7 @@ from shared.errors import WispError
 from shared.runtime.settings import AMQP_EXAMPLE, REDIS_EXAMPLE
 
 START_S = 600.0
-"""Ends a hang; a process that dies ends the wait at once. Two busy cores took over three minutes to load all models."""
+"""Longest wait for a process; one that dies ends it at once. Two busy cores took over three minutes for all models."""
 STOP_GRACE_S = 25.0
 POLL_S = 0.05
 READY_EVENTS = frozenset({"ready", "serving"})
@@ -156,8 +156,8 @@ class Stack:
     async def _start_brokers(self) -> None:
         """Start the brokers and, as soon as their addresses are known, the services, which load meanwhile.
 
-        None of the services is left if one has ended, because the brokers took longer than it waits, or if an address
-        has changed since.
+        A service ends if the brokers take longer than it waits for them. If one has ended, or if an address has
+        changed, all services are discarded, and `_start_all` starts them again.
         """
         starting = asyncio.ensure_future(self.brokers.start())
         addressed = asyncio.ensure_future(self.brokers.until_addressed())
@@ -333,7 +333,7 @@ class Stack:
                     f"{logs.readable(process.tail(15))}"
                 )
             )
-            self._failed.exception()  # whoever waits reports it, not the event loop
+            self._failed.exception()  # mark it as retrieved: `watch` or `next_failure` reports it
 
     async def _until_ready(self, service: str, process: Process) -> None:
         """Wait for the process's ready event in its log and, if it has an API, for its `/ready`."""

@@ -1,4 +1,4 @@
-"""Prepares the target model's folder, and lists models."""
+"""Prepares the folders of target models and twins, and lists models."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Injection: sends recorded requests to a suite in another virtual host, in the place of that suite's gateway."""
+"""Injection: sends recorded requests to a suite in another virtual host, in place of that suite's gateway."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def refuse_live(recorded: RecordingSource, target: RecordingSource) -> None:
 
 
 async def inject(amqp_url: str, redis_url: str, namespace: str, recording: Recording, speed: float) -> InjectionReport:
-    """Send the recorded requests, `speed` times as fast as they came, and wait for their ends.
+    """Send the recorded requests, `speed` times as fast as recorded, and wait until they end.
 
     amqp_url: with the other virtual host. namespace, redis_url: of the suite that runs there. Raises RecordingError if
     the recording has no request or the virtual host is the live one, BrokersError if no drafter is running.

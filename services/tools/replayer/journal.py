@@ -154,7 +154,7 @@ class _Reading:
         await channel.close()
 
     async def _wait(self, done: asyncio.Future[Any], queue: str) -> None:
-        # After a time later than all messages the broker sends none until a new one comes, if ever.
+        # If the start time is later than all messages, the broker sends nothing until a new message comes.
         patience_s = FIRST_S if self._since else STALLED_S
         while not done.done():
             self._received.clear()

@@ -38,10 +38,10 @@ class ReexecutionReport:
     digests: int = 0
     """Digests of logits that were compared."""
     differences: list[Difference] = field(default_factory=list)
-    """The first of each session, on which its later rounds build."""
+    """The first difference of each session: later ones may follow from it."""
     unproven: list[Difference] = field(default_factory=list)
-    """The first of each session in tokens that were computed in another arithmetic than here, where close calls may go
-    the other way."""
+    """The first of each session in tokens that were recorded in another arithmetic, which may choose another token
+    where two logits nearly tie."""
     arithmetic: str = ""
     """The arithmetic of this machine."""
     recorded_in: list[str] = field(default_factory=list)
@@ -49,11 +49,11 @@ class ReexecutionReport:
     left_out: Counter[str] = field(default_factory=Counter)
     """Jobs that cannot be computed again, by reason."""
     invariant: bool = True
-    """True if the engine promises the same bits in any batch on this device."""
+    """True if the engine guarantees the same bits in any batch on this torch device."""
     sessions: int = 0
-    """Sessions of which all jobs were computed that can be."""
+    """Sessions whose jobs were all computed, except those in `left_out`."""
     sessions_left_out: int = 0
-    """Sessions beyond the limits of sessions and of time."""
+    """Sessions left out, wholly or in part, by the limits of sessions and of time."""
 
 
 def matching_dtype(folder: ModelFolder, fingerprints: Collection[str]) -> str:
@@ -172,7 +172,7 @@ class _Reexecution:
                 report.unproven.append(difference)
         for _, job in batch:
             session_id = job.job.session
-            if session_id in self._remaining:  # of a recorded batch, the others are computed but not counted
+            if session_id in self._remaining:  # the other jobs of a recorded batch are computed but not counted
                 self._done += 1
                 self._remaining[session_id] -= 1
             if self._remaining.get(session_id) == 0 or job.result.finish is not None:
@@ -209,7 +209,7 @@ def _compare(
         return Difference(job.session, position, batch_id, said)
 
     if outcome.error is not None:
-        return difference(job.base_len, f"the engine refuses what was computed then: {outcome.error}")
+        return difference(job.base_len, f"the engine refuses a job that it computed in the recording: {outcome.error}")
     if outcome.verdict is None:
         return None
     verdict = outcome.verdict

@@ -1,4 +1,4 @@
-"""`wisp simulate`: a fleet in virtual time, with the suite's own decisions and a target known by its profile."""
+"""`wisp simulate`: a fleet in virtual time, with the suite's own deciding code and a target profile."""
 
 from __future__ import annotations
 
@@ -48,7 +48,9 @@ def main(
     sessions: Annotated[
         str | None, typer.Option(help=f"Numbers of devices to simulate. \\[default: {SESSIONS}; with --search: none]")
     ] = None,
-    search: Annotated[bool, typer.Option("--search", help="Search for the most devices that hold.")] = False,
+    search: Annotated[
+        bool, typer.Option("--search", help="Search for the capacity: the most devices whose requests attain.")
+    ] = False,
     first: Annotated[int, typer.Option(min=1, help="Devices at which a search starts.")] = 8,
     most: Annotated[int, typer.Option(min=1, max=MOST_SESSIONS, help="Most devices of a search.")] = 512,
     tolerance: Annotated[
@@ -69,7 +71,7 @@ def main(
         list[str] | None,
         typer.Option("--sweep", help="Search at each value: --sweep acceptance.mean=0.5,0.9. Twice makes a map."),
     ] = None,
-    advise: Annotated[bool, typer.Option("--advise", help="Search, and say which way of serving to choose.")] = False,
+    advise: Annotated[bool, typer.Option("--advise", help="Search, and recommend a way of serving.")] = False,
     change: Annotated[
         list[str] | None, typer.Option("--set", help="Replace a field: --set acceptance.mean=0.6. Repeatable.")
     ] = None,
@@ -120,7 +122,7 @@ def main(
 
 
 def _introduce(plan: SimulationPlan, console: Console) -> None:
-    """Print what is simulated, and what no policy can exceed."""
+    """Print a summary of the scenario, and the bounds that no policy can exceed."""
     spec = plan.scenario
     target = hardware_of(spec).target
     console.print(

@@ -82,7 +82,7 @@ class SimulationOutput:
 
 
 def advice(results: LoadResults, verifiers: int) -> str:
-    """Return which arm holds the most sessions, and by how much."""
+    """Recommend the arm with the highest capacity, and compare it with the others."""
     capacities = {arm: found[0].sessions for arm, found in results.capacities().items()}
     best = max(capacities, key=lambda arm: capacities[arm])
     if not capacities[best]:

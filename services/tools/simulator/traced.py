@@ -1,4 +1,4 @@
-"""Draft tokens of a trace for simulations: those that a twin of the same trace and seed drafts."""
+"""Draft tokens of a trace for simulations. A twin of the same trace and seed drafts the same ones."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from shared.twin.files import trace_path
 from shared.twin.trace import DEPTH, PRESENT, Trace, TraceText, load_trace
 
 CHAIN = "hidden"
-"""The chain that is drafted: the model's own, since simulations have no prompt lookup."""
+"""The trace's chain to draft from: the model's own, since simulations have no prompt lookup."""
 
 
 @dataclass(frozen=True)

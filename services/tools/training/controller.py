@@ -1,7 +1,7 @@
 """Training of the speculation controller: fits models of acceptance to recorded rounds and rates each feature.
 
 Examples are the tokens whose predecessors were all accepted. Over all drafted tokens the figures look better, but
-mostly restate the position. Record the rounds with the rule `fixed`: a rule that drops unlikely tokens records none of
+mostly reflect the position. Record the rounds with the rule `fixed`: a rule that drops unlikely tokens records none of
 them. All figures are out of fold: a model is measured on sessions that it was not fitted on.
 """
 

@@ -1,4 +1,4 @@
-"""Generation: the target answers prompts, and its hidden states are kept for the draft model to learn from.
+"""Generation: the target answers prompts, and its hidden states are stored for the training of the draft model.
 
 Continuous batching on the serving engine: when a text ends, the next prompt takes its place at once, and is computed
 beside the other texts' next tokens. Texts for training are drawn with ordinary random numbers. Texts for evaluation are
@@ -67,7 +67,7 @@ def generate(
     most = min(engine.max_len, engine.budget_tokens // sessions // BLOCK * BLOCK)
     exhausted = False
     while running or not exhausted:
-        # One new prompt per step keeps the steps' times even, and the ends of texts apart.
+        # At most one new prompt per step, so that steps take similar times and texts end at different steps.
         if not exhausted and len(running) < sessions:
             following = next(waiting, None)
             if following is None:
@@ -98,7 +98,7 @@ def generate(
 def _finished(engine: Engine, text: _UnfinishedText) -> shards.GeneratedText:
     held = engine.hidden(text.name, 0, text.fed).cpu()
     return shards.GeneratedText(
-        # The last token was drawn and not fed, so it has no state.
+        # The engine has not computed the last token, so it has no state.
         torch.tensor(text.tokens, dtype=torch.int32),
         torch.cat([held, held.new_zeros(len(text.tokens) - len(held), held.shape[1])]),
         len(text.assignment.prompt),

@@ -121,7 +121,7 @@ class Corpus:
         return fillers[kept:] if held_out else fillers[:kept]
 
     def render(self, template: Template, rng: random.Random) -> CorpusPrompt:
-        """Fill the template's slots, and now and then add a system message or a wish about the answer's style."""
+        """Fill the template's slots; sometimes add a system message, or an instruction about the answer's style."""
         filling = _Filling(self, template.held_out, rng)
         if template.turns is None:
             return CorpusPrompt(template.id, template.kind, None, filling.fill(template.text or ""), template.held_out)
@@ -154,7 +154,7 @@ class Corpus:
         while len(prompts) < count:
             if not rota:
                 raise ValueError(
-                    f"{len(chosen)} templates make {len(prompts)} different prompts, not {count}. Ask less."
+                    f"{len(chosen)} templates make {len(prompts)} different prompts, not {count}. Ask for fewer."
                 )
             template = rota.popleft()
             for _ in range(_TRIES):
@@ -184,9 +184,9 @@ class _Filling:
     drawn: dict[str, dict[str, str]] = field(default_factory=dict)
 
     def fill(self, content: str, depth: int = 0) -> str:
-        """Fill every slot. Raises ValueError if lists refer to each other in a circle."""
+        """Fill every slot. Raises ValueError if lists refer to each other in a cycle."""
         if depth > _DEEPEST:
-            raise ValueError(f"The slots of {content!r} lead back to themselves. Take the circle out of slots.toml.")
+            raise ValueError(f"The slots of {content!r} refer to themselves. Remove the cycle from slots.toml.")
         return _SLOT.sub(lambda match: self._filled(match, depth), content)
 
     def _filled(self, match: re.Match[str], depth: int) -> str:

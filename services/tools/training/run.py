@@ -159,7 +159,7 @@ class TrainingRun:
         temperatures: Sequence[float],
         report: Callable[[int], None],
     ) -> None:
-        """Answer each prompt at each temperature with the noise of serving, into a folder that then is complete."""
+        """Answer each prompt at each temperature with the noise of serving; rename the folder when it is complete."""
         folder = behind_links(folder)
         unfinished = folder.with_name(f"{folder.name}.part")
         done = shards.origins(unfinished)

@@ -26,7 +26,7 @@ from shared.runtime.files import replacing
 CHECKPOINT_S = 120.0
 REPORT_S = 10.0
 RIDGE_TOKENS = 60_000
-"""Tokens that the first linear guess is fitted on."""
+"""Tokens that the initial linear map is fitted on."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +53,10 @@ def frequent_tokens(texts: Sequence[GeneratedText], vocab_size: int, count: int)
 
 
 def initialise(model: HiddenDraft, texts: Sequence[GeneratedText], parts: TargetParts, seed: int) -> None:
-    """Set `spread` from the data, the last norm to the target's, and `fc` to the best linear guess of the next state.
+    """Set `spread` from the data, the last norm to the target's, and `fc` to the best linear map to the next state.
 
-    The layers' contribution starts near zero, so that training starts from that guess. Raises SettingsError if the
-    texts are too short for one.
+    The layers' contribution starts near zero, so that training starts from that map. Raises SettingsError if the
+    texts are too short for a fit.
     """
     chosen = list(texts)
     random.Random(seed).shuffle(chosen)
@@ -103,7 +103,7 @@ def train(
 
 
 class _Trainer:
-    """One training: the model, its optimiser, and where the training stands."""
+    """One training: the model, its optimiser and its progress."""
 
     def __init__(
         self,

@@ -1,7 +1,7 @@
 """`wisp calibrate`: measure the cost model of an architecture with our engine on this machine.
 
 A model with random weights is made from a config.json. Batches of decoding, verification and prompts are computed over
-numbers of jobs, new tokens and cached tokens, again and again until the time is up. The profile has the fitted
+numbers of jobs, new tokens and cached tokens, repeatedly until the time is up. The profile has the fitted
 coefficients and the median time of each batch; `wisp simulate --set target=FILE` and `wisp up --target-profile FILE`
 read it.
 """
@@ -84,7 +84,7 @@ class CostCalibration:
         if not self._batches:
             raise SettingsError("no batch fits the KV cache; raise --cache-tokens")
         started = time.perf_counter()
-        measure_batch(engine, self._batches[0])  # loads and touches memory
+        measure_batch(engine, self._batches[0])  # a warm-up: loads code and touches memory
         for repeat in range(REPEATS):
             for number, batch in enumerate(self._batches):
                 elapsed_s = time.perf_counter() - started
@@ -187,7 +187,8 @@ def main(
         Path | None, typer.Option("--out", help="File to write. \\[default: .wisp/profiles/MODEL-DEVICE.json]")
     ] = None,
     add: Annotated[
-        Path | None, typer.Option("--add", help="Profile of an earlier run of the same, whose times count too.")
+        Path | None,
+        typer.Option("--add", help="Profile of an earlier run with the same options, whose times count too."),
     ] = None,
 ) -> None:
     """Measure the times of an architecture on this machine, with random weights, and write a target profile."""
@@ -257,7 +258,7 @@ def calibrate(
         step.done(
             f"measured {len(calibration.times)} batches, {sum(map(len, calibration.times.values()))} times in all"
         )
-    where = facts["processor"] if on_cpu else device_name(torch_device)
+    where = facts["processor"] if on_cpu else accelerator_name(torch_device)
     facts |= {
         "model": name, "model_type": given.get("model_type"), "weights": weights, "dtype": dtype,
         "torch_device": torch_device, "device": where, "threads": used, "arithmetic": engine.arithmetic,
@@ -272,8 +273,8 @@ def batch_of(one: MeasuredBatch) -> ProfileBatch:
     return ProfileBatch(one.jobs, one.new, one.rows, one.context)
 
 
-def device_name(torch_device: str) -> str:
-    """Return the name of an accelerator."""
+def accelerator_name(torch_device: str) -> str:
+    """Return the product name of an accelerator; other torch devices by their own name."""
     import torch
 
     return str(torch.cuda.get_device_name(torch_device)) if torch_device.startswith("cuda") else torch_device

@@ -1,4 +1,4 @@
-"""Traces for other pairs of models: a recorded trace, thinned or enriched to a given acceptance."""
+"""Traces for other pairs of models: changes the acceptance of a recorded trace."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LEAST, MOST = 0.5, 0.9
 
 
 def fitted(trace: Trace, acceptance: float, seed: int = 0) -> Trace:
-    """Return a trace whose first token by the draft model is accepted with this share.
+    """Return a trace in which this share of the draft model's first tokens is accepted.
 
     To thin, correct tokens become wrong, each with the same chance; to enrich, wrong ones become correct. A changed
     token takes the statistics of a recorded token of its new kind at the same depth. So the statistics of correct and

@@ -102,7 +102,7 @@ def record(
     parts: Path,
     report: Callable[[int], None],
 ) -> Trace:
-    """Return the trace of texts. Parts of it are kept in a folder, from which a stopped recording goes on.
+    """Return the trace of texts. Parts of it are stored in a folder, from which a stopped recording continues.
 
     source: makes a draft source of the pair. report: gets the number of texts that are done.
     """

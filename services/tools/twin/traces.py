@@ -1,4 +1,4 @@
-"""Traces of the models that are here: recorded with a target and its draft, and summed up."""
+"""Traces of models on this machine: records them with a target and its draft, and summarizes them."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def shipped_weights() -> ControlWeights:
 
 
 def summary(trace: Trace, weights: ControlWeights) -> tuple[list[str], list[list[str | int | float | None]]]:
-    """Return columns and rows: acceptance by depth, and how well the controller tells right from wrong, by chain."""
+    """Return columns and rows: acceptance by depth, and the AUC of the controller's estimates, by chain."""
     columns = ["chain", "drafts", *(f"accepted {depth}" for depth in DEPTHS), "AUC"]
     rows: list[list[str | int | float | None]] = []
     for name in CHAINS:

@@ -51,7 +51,7 @@ class ScenarioRequests:
             ignore_eos=True,
             service_class=drawn.of_class.name,
             slo=drawn.of_class.slo,
-            device=self.scenario.device(session),
+            device=self.scenario.hardware(session),
             think_s=pause_s,
         )
 

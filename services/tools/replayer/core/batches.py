@@ -1,4 +1,4 @@
-"""Recorded batches with what a verifier needs to compute them again: each job's text, and its recorded result.
+"""Recorded batches with the input of a verifier that computes them again, and with their recorded results.
 
 A report of a run counts as a batch of its own.
 """
@@ -18,7 +18,7 @@ BLOCK_ROOM = 128
 
 @dataclass(frozen=True)
 class Difference:
-    """A place where a recording differs from what the model computes, or contradicts itself."""
+    """A position at which a recording differs from the model's result, or contradicts itself."""
 
     session: str
     position: int
@@ -38,7 +38,7 @@ class RecordedText:
 
     @property
     def room(self) -> int:
-        """Length at which the session ends at the latest."""
+        """Greatest length of the session."""
         return len(self.generate.prompt) + self.generate.max_tokens
 
 
@@ -72,7 +72,7 @@ class RecordedBatches:
     cache_tokens: int
     """Size of the largest verifier's cache; 0 without a recorded heartbeat."""
     contradiction: Difference | None
-    """The first place where two results of a session disagree."""
+    """The first position at which two results of a session disagree."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Jobs that cannot be computed again, by reason."""
     _batches: list[Batch] = field(default_factory=list)
@@ -106,7 +106,7 @@ class RecordedBatches:
         if result is None:
             self.left_out["no result was recorded"] += 1
         elif result.status is Status.FAILED or not result.new_tokens:
-            # Refused, answered from the store alone, or a chunk that was cached already.
+            # The job was refused, answered from Redis alone, or a chunk that was cached already.
             self.left_out["nothing was computed for it"] += 1
         elif text is None:
             self.left_out["the beginning of its session is not in the recording"] += 1
@@ -135,14 +135,14 @@ def packed(
         batch: list[BatchJob] = []
         room = pass_tokens
         for lane in running:
-            # A job computes what its session's job before has not; the first one computes the prompt.
+            # A job computes the tokens after its session's previous job; the first one computes the prompt.
             _, computed = lane[0]
             room -= max(computed.result.new_tokens, len(computed.job.draft) + 1)
             if batch and room < 0:
                 break
             batch.append(lane.popleft())
         yield batch
-        # Those that were left out come first in the next batch.
+        # Sessions without a job in this batch come first in the next one.
         running = [*running[len(batch) :], *running[: len(batch)]]
         held = sum(_longest(lane) for lane in running if lane)
         running = [lane for lane in running if lane]
@@ -194,7 +194,7 @@ def recorded_batches(recording: Recording) -> RecordedBatches:
 
 
 def _as_batch(generate: Generate, report: Result, number: int) -> Batch:
-    """Return a batch that computes what a report of a run brought: its tokens but the last, as a draft.
+    """Return a batch that computes the tokens of a run's report, with all but the last one as a draft.
 
     A position's logits have the same bits whether its token was decoded in a step of its own or verified.
     """
@@ -212,7 +212,7 @@ def _as_batch(generate: Generate, report: Result, number: int) -> Batch:
 
 
 def _append_results(tokens: list[int], results: Sequence[Result]) -> Difference | None:
-    """Append the tokens of results up to the first gap; return the first place where two results disagree."""
+    """Append the tokens of results up to the first gap; return the first position at which two results disagree."""
     found = None
     for result in sorted(results, key=lambda one: one.base_len):
         if result.base_len > len(tokens):

@@ -1,4 +1,4 @@
-"""Recorded requests to inject into another suite, and the comparison of their new texts with the recorded ones."""
+"""Recorded requests for injection into another suite, and the comparison of new texts with the recorded ones."""
 
 from __future__ import annotations
 

@@ -58,7 +58,7 @@ class ServedRequest:
 
     @property
     def attained(self) -> bool:
-        """True if the request is complete and kept its SLO, if it has one."""
+        """True if the request is complete and attained its SLO, if it has one."""
         return self.complete and is_within(self.slo, self.ttft_ms or 0.0, self.tpot_ms)
 
 

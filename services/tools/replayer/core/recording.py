@@ -57,7 +57,7 @@ class Recording:
     source: RecordingSource
     packed: list[PackedMessage] = field(default_factory=list)
     redacted: bool = False
-    """Token ids were replaced by zeros."""
+    """True if token ids were replaced by zeros."""
     notes: list[str] = field(default_factory=list)
     """Warnings for the user."""
     skipped: Counter[str] = field(default_factory=Counter)

@@ -34,7 +34,7 @@ class RecordedDraft:
     """Time from the previous result (in the first round: the request) to the scheduler, drafting included."""
     drafter_id: str
     run_tokens: int = 0
-    """Tokens that its drafter left to the verifier after it."""
+    """Tokens that its drafter left to a run of the verifier after it."""
 
 
 @dataclass(frozen=True)

@@ -42,11 +42,11 @@ can draft tokens that were not drafted live."""
 
 @dataclass(frozen=True)
 class DraftPlan:
-    """Decides how much of each recorded draft is sent."""
+    """Choice of how much of each recorded draft is sent."""
 
     rule: ReplayedRule = "recorded"
     longest: int | None = None
-    """Largest number of draft tokens; 0 is plain decoding, None sets no limit."""
+    """Most draft tokens of a round; 0 is plain decoding, None sets no limit."""
 
 
 def what_if(traffic: RecordedTraffic, rules: SchedulingRules, plan: DraftPlan) -> Performance:
@@ -274,9 +274,9 @@ class _VirtualRun:
         self._at(verifier.free_ms + self._traffic.hop_ms / 2, done)
 
     def _step(self, verifier: _VirtualVerifier, now_ms: float) -> None:
-        """Run a step of the runs alone, unless the verifier is busy; the end of what it does comes back here.
+        """Run a step of the runs alone, unless the verifier is busy. The end of the verifier's work calls this again.
 
-        Sessions in runs of a verifier that is gone go on with a round.
+        If the verifier is gone, its sessions in runs continue with a round.
         """
         if now_ms > verifier.until_ms:
             for session_id in list(verifier.runs):

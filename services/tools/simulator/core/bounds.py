@@ -1,8 +1,8 @@
-"""Closed-form bounds on the devices that a scenario's verifiers can hold, whatever decides, and what is behind each.
+"""Closed-form bounds on the number of devices that a scenario's verifiers can hold under any policy.
 
-A request's devices come back after its longest promised time: TTFT, TPOT for each further token, and the pause. In this
-time the verifier has to compute its prompt and its tokens, and to hold its KV. No policy computes less than one row of
-a step per token, so these bounds hold for all; drafts that are rejected come on top.
+A device sends its next request at the latest after the longest promised time: TTFT, TPOT for each further token, and
+the pause. In this time the verifier has to compute the prompt and the tokens, and to hold the KV. Every policy computes
+at least one row of a step per token, so these bounds hold for all. Rejected drafts cost more.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The draft tokens of a simulation: where they come from, and what a stop rule sees of them."""
+"""Sources of a simulation's draft tokens, with the statistics that a stop rule reads."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DraftTokens(Protocol):
 
 
 class DraftModel(Protocol):
-    """The draft model of all devices. Equal ones draft the same tokens."""
+    """The draft model of all devices. Equal models draft the same tokens."""
 
     @property
     def weights(self) -> ControlWeights:

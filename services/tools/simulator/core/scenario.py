@@ -52,7 +52,7 @@ class DeviceLink(WorkloadPart):
 
 
 class Departure(WorkloadPart):
-    """Devices that vanish at one moment, in the middle of what they do. Their open requests do not count."""
+    """Devices that vanish at one moment, in the middle of their requests. These requests do not count."""
 
     share: Annotated[float, Field(gt=0, le=1)]
     at_s: Amount
@@ -61,13 +61,13 @@ class Departure(WorkloadPart):
 
 
 class Crowd(WorkloadPart):
-    """Devices that come in addition, and stay."""
+    """Devices that join during the simulation, and stay."""
 
     factor: Annotated[float, Field(gt=1, le=100)]
     """Devices afterwards / devices before."""
     at_s: Amount
     over_s: Amount = 5.0
-    """Time in which they come, evenly."""
+    """Time over which they join, evenly."""
 
 
 class Autoscaling(WorkloadPart):
@@ -182,7 +182,7 @@ class Scenario(WorkloadPart):
         by = self.factors.delay
         return DeviceLink(uplink=_slower(of.uplink, by), downlink=_slower(of.downlink, by))
 
-    def device(self, session: int) -> str:
+    def hardware(self, session: int) -> str:
         """Return a session's hardware profile, dealt out so that any number of sessions is close to the shares."""
         while len(self._dealt) <= session:
             total = len(self._dealt) + 1

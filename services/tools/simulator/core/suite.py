@@ -1,7 +1,7 @@
 """The suite in virtual time: the scheduler's dispatcher, and verifiers and drafters around it.
 
-The dispatcher, the drafter's controller and session, and the verifier's acceptance are the code that runs live. The
-rest of a service is its waiting: for a step of the target, for a draft on the device, for a message.
+The dispatcher, the drafter's controller and session, and the verifier's acceptance are the live code. The simulation
+replaces the rest of a service by waits: for a step of the target, for a draft on the device, for a message.
 """
 
 from __future__ import annotations
@@ -36,19 +36,19 @@ from shared.messages import Heartbeat, Job, Load, Result, Status
 LOAD_MS = 500.0
 MOST_BATCH_TOKENS = 2048
 MOST_EXPERIENCES = 4096
-"""Devices whose experience is kept for the next points."""
+"""Most devices whose calibration is cached for the next points."""
 
 
 @dataclass
 class _SimulatedDraft:
-    """A draft, and which of its tokens are the target's own choices: one more than it sends, if one was dropped."""
+    """A draft, and whether each token is the target's own choice. If a token was dropped, its outcome is the last."""
 
     round: DraftRound
     right: list[bool] = field(default_factory=list)
     ms: float = 0.0
 
     def probe_outcome(self) -> bool | None:
-        """Return whether the only token of a silent round is right."""
+        """Return whether the only token of a probe, which is not sent, is right."""
         return self.right[0] if self.right else None
 
 
@@ -317,7 +317,7 @@ def experienced_controller(rule: str, longest: int, model: DraftModel, scenario:
 
 @lru_cache(maxsize=MOST_EXPERIENCES)
 def _experience(rule: str, longest: int, model: DraftModel, temperature: float, rounds: int, seed: str) -> Calibration:
-    """Return what a drafter has learned of its drafts in earlier rounds: the same at each point of a campaign."""
+    """Return the calibration of a drafter after earlier rounds: the same at each point of a campaign."""
     controller = Controller(rule, longest, model.weights, RoundTimes())
     for number in range(rounds):
         drafts = model.of_request(Random(f"{seed}/earlier/{number}").getrandbits(48))

@@ -46,7 +46,7 @@ class SimulatedSession:
 
 @dataclass
 class _SimulatedRun:
-    """A session that its verifier decodes by itself."""
+    """A run: a session that its verifier decodes by itself."""
 
     session: SimulatedSession
     round: int

@@ -22,7 +22,7 @@ from shared.twin.profile import TargetProfile
 Process = Generator[simpy.Event, Any, None]
 
 RIGHT, WRONG = 7, 8
-"""Token ids: every text consists of one token, and a wrong draft token is another."""
+"""Token ids: every text repeats `RIGHT`, and a wrong draft token is `WRONG`."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class SimulatedHardware:
 
 @dataclass
 class SimulatedDevice:
-    """A device: its hardware and its link. No message overtakes another on the link."""
+    """A device with its hardware and its link. Messages on the link keep their order."""
 
     name: str
     hardware: HardwareProfile
@@ -141,7 +141,7 @@ class World(ABC):
 
     def _client(self, session: int, first: int, window: Window, start_ms: float) -> Process:
         """Send one request after the other from a time on."""
-        profile = self.scenario.device(session)
+        profile = self.scenario.hardware(session)
         hardware = self._hardware.devices[profile]
         link = self.scenario.link_of(hardware)
         device = SimulatedDevice(
@@ -171,7 +171,7 @@ class World(ABC):
             yield self.env.timeout(1000 * request.think_s)
 
     def _vanish(self, served: ClientRequest) -> None:
-        """Let a device vanish; the services notice it later."""
+        """Remove a device; the services notice it later."""
         departure = self.scenario.departure
         assert departure is not None
         served.gone = True
