@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 MARGIN = 0.01
-"""Least gain in accepted tokens of a draft that counts."""
+"""Least gain that counts, in accepted tokens per draft."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class HeldBackScore:
         return sum(text.accepted for text in self.texts) / max(1, self.drafts)
 
     def beats(self, other: HeldBackScore) -> bool:
-        """Return whether these weights are better than others on the same texts, by more than chance explains.
+        """Return whether these weights are better than others on the same texts, beyond chance.
 
         The gain has to exceed `MARGIN` and its standard error. Positions of one text are alike, so the error is that of
         a ratio over texts.
